@@ -1,0 +1,20 @@
+"""Render the icon packages that nano is trained on.
+
+    cd DIR && npm pack @iconify-json/noto @iconify-json/fluent-emoji-flat @iconify-json/twemoji \
+        @iconify-json/emojione @iconify-json/openmoji
+    python recipes/nano/build_pictures.py DIR data/nano/icons.npz
+"""
+
+import sys
+
+from controlkit.data.icons import render_sets
+from controlkit.errors import UserError
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    try:
+        for style, count in render_sets(sys.argv[1], sys.argv[2]).items():
+            print(f"{style}: {count} icons")
+    except UserError as error:
+        sys.exit(str(error))

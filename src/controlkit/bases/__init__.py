@@ -1,0 +1,1 @@
+"""The text-to-image models behind one small interface."""

@@ -1,0 +1,182 @@
+"""`Base`: a text-to-image model that is shaped like Stable Diffusion.
+
+Everything inside is a diffusers or transformers class, so what diffusers loads is a base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from controlkit.bases.residuals import Residuals
+from controlkit.errors import UserError
+from controlkit.files import sha256_of
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded prompts."""
+
+    tokens: Tensor
+    """`[B, L, D]`, the last hidden states that cross attention reads."""
+
+    def expand(self, batch: int) -> Text:
+        """One prompt repeated `batch` times, without copying."""
+        return Text(self.tokens.expand(batch, -1, -1))
+
+
+def concatenate(*texts: Text) -> Text:
+    """Texts one after another along the batch."""
+    return Text(torch.cat([text.tokens for text in texts]))
+
+
+class Base:
+    """Text encoder, autoencoder, UNet and noise schedule of one model; all frozen.
+
+    Pictures are `[B, 3, H, W]` in [-1, 1]; latents are `[B, latent_channels, H / factor, W / factor]`, scaled to
+    about unit variance.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        scheduler_config: dict[str, Any],
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.vae = vae
+        self.unet = unet
+        self.scheduler_config = scheduler_config
+        for network in self.networks:
+            network.eval().requires_grad_(False)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The three networks."""
+        return (self.text_encoder, self.vae, self.unet)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet is."""
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The UNet's dtype."""
+        return self.unet.dtype
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Base:
+        """Move all networks; returns itself."""
+        for network in self.networks:
+            network.to(device=device, dtype=dtype)
+        return self
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return self.unet.config.in_channels
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a picture to one of its latent, along each side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def size(self) -> int:
+        """Side in pixels of the pictures that the base was trained on."""
+        return self.unet.config.sample_size * self.factor
+
+    @property
+    def size_multiple(self) -> int:
+        """Heights and widths must be multiples of this."""
+        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts: `epsilon`, `v_prediction` or `sample`."""
+        return self.scheduler_config.get("prediction_type", "epsilon")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the UNet's weights, by which a control knows the base that it was trained on."""
+        parts: list[bytes] = []
+        for tensor in self.unet.state_dict().values():
+            parts.append(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+        return sha256_of(*parts)[:16]
+
+    def schedule(self) -> DDIMScheduler:
+        """A fresh DDIM schedule with the base's betas."""
+        return DDIMScheduler.from_config(self.scheduler_config)
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Text:
+        """Prompts => `Text`; each is padded or cut to the tokenizer's length."""
+        ids = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return Text(self.text_encoder(ids.to(self.text_encoder.device))[0])
+
+    @torch.no_grad()
+    def encode_picture(self, x: Tensor) -> Tensor:
+        """Pictures => scaled latents (the mode of the posterior)."""
+        return self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Scaled latents => pictures, clamped to [-1, 1]."""
+        return self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.clamp(-1, 1)
+
+    def predict(self, x_t: Tensor, t: Tensor, text: Text, residuals: Residuals | None = None) -> Tensor:
+        """The UNet's prediction (see `prediction_type`) for noisy latents `x_t` at times `t` of 0..999.
+
+        Args:
+            x_t: `[B, latent_channels, h, w]`.
+            t: `[B]` or a scalar.
+            text: `[B, L, D]`.
+            residuals: what controls add; gradients flow through them.
+        """
+        down: tuple[Tensor, ...] | None = None
+        mid: Tensor | None = None
+        if residuals is not None:
+            down, mid = residuals.down, residuals.mid
+            if mid is None:
+                mid = torch.zeros((), device=x_t.device, dtype=x_t.dtype)
+        return self.unet(
+            x_t,
+            t,
+            encoder_hidden_states=text.tokens,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+            return_dict=False,
+        )[0]
+
+    def check_size(self, width: int, height: int) -> None:
+        """Refuse sizes that the UNet cannot halve.
+
+        Raises:
+            UserError: a side is not a positive multiple of `size_multiple`.
+        """
+        step = self.size_multiple
+        for name, value in (("width", width), ("height", height)):
+            if value < step or value % step:
+                near = max(step, round(value / step) * step)
+                raise UserError(
+                    f"{name} {value} does not fit {self.name}: it must be a multiple of {step}; try {near}"
+                )

@@ -1,0 +1,182 @@
+"""Control files of our own: one safetensors file, whose metadata says what it is.
+
+Metadata (strings, as safetensors wants): the fields of modelspec 1.0.1 that other tools show, and ours under
+`control.*`: `kind`, `config`, `condition`, `base` and `base_fingerprint`, `hint_range`, and how it was made.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from controlkit.bases.base import Base
+from controlkit.controls.control import Control
+from controlkit.controls.controlnet import ControlNet, build_controlnet
+from controlkit.errors import UserError, nearest
+from controlkit.files import read_json, write_atomically
+
+
+def save_control(
+    path: str | Path,
+    control: ControlNet,
+    base: Base,
+    *,
+    made: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write `control` as one safetensors file, whole or not at all.
+
+    Args:
+        made: how it came to be (steps, seed, recipe, ...), kept as `control.made`.
+        dtype: of the weights in the file.
+    """
+    path = Path(path)
+    tensors = {
+        name: value.detach().to("cpu", dtype).contiguous() for name, value in control.diffusers_state_dict().items()
+    }
+    metadata = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{base.name if base.name == 'nano' else 'stable-diffusion-v1'}/control-net",
+        "modelspec.implementation": "controlkit",
+        "modelspec.title": path.stem,
+        "modelspec.resolution": f"{base.size}x{base.size}",
+        "modelspec.prediction_type": base.prediction_type,
+        "control.kind": control.kind,
+        "control.config": json.dumps(control.config()),
+        "control.condition": control.condition or "",
+        "control.base": base.name,
+        "control.base_fingerprint": base.fingerprint,
+        "control.hint_range": "[0, 1]",
+        "control.made": json.dumps(made or {}),
+    }
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    return path
+
+
+def load_control(name: str | Path, base: Base | None = None) -> Control:
+    """Load a control by the name of one that ships with nano (`canny`), from a file, or from a diffusers folder.
+
+    Args:
+        base: where it will be used; if given, the control must fit it, and moves to its device and dtype.
+
+    Raises:
+        UserError: it does not exist, is damaged, is something else, or does not fit the base.
+    """
+    path = find_control(name)
+    control = _load_folder(path) if path.is_dir() else _load_file(path)
+    if base is not None:
+        check_fits(control, base, str(name))
+        control.to(device=base.device, dtype=base.dtype)
+    control.eval().requires_grad_(False)
+    return control
+
+
+def shipped_controls() -> dict[str, Path]:
+    """Name -> file of every control that ships with nano."""
+    folder = Path(str(files("controlkit") / "assets" / "controls"))
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+
+
+def find_control(name: str | Path) -> Path:
+    """The file or folder that `name` means.
+
+    Raises:
+        UserError: there is none; the message names the nearest that ship.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    shipped = shipped_controls()
+    if str(name) in shipped:
+        return shipped[str(name)]
+    raise UserError(f"there is no control called {str(name)!r} and no such file{nearest(str(name), list(shipped))}")
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file.
+
+    Raises:
+        UserError: it is not a whole safetensors file.
+    """
+    return _read(Path(path), tensors=False)[0]
+
+
+def check_fits(control: Control, base: Base, name: str) -> None:
+    """Refuse a control whose shapes are not the base's.
+
+    Raises:
+        UserError: says which shape differs.
+    """
+    config, unet = control.config(), base.unet.config
+    for key, what in (
+        ("in_channels", "latent channels"),
+        ("block_out_channels", "channels"),
+        ("cross_attention_dim", "text width"),
+    ):
+        mine, theirs = config.get(key), unet.get(key)
+        if json.dumps(mine) != json.dumps(theirs):
+            raise UserError(f"the control {name} does not fit the base {base.name}: its {what} are {mine}, not {theirs}")
+    if isinstance(control, ControlNet):
+        halvings = len(config["conditioning_embedding_out_channels"]) - 1
+        if 2**halvings != base.factor:
+            raise UserError(
+                f"the control {name} does not fit the base {base.name}: its hint network divides the picture by"
+                f" {2**halvings}, the base's autoencoder by {base.factor}"
+            )
+
+
+def _load_file(path: Path) -> Control:
+    metadata, tensors = _read(path, tensors=True)
+    kind = metadata.get("control.kind")
+    if kind is None:
+        raise UserError(
+            f"{path} has no control.kind in its metadata: it is not one of controlkit's control files"
+            f" ({len(tensors)} tensors, such as {next(iter(sorted(tensors)), 'none')})"
+        )
+    if kind != ControlNet.kind:
+        raise UserError(f"{path} is a control of kind {kind!r}, which this version does not know")
+    try:
+        config = json.loads(metadata["control.config"])
+        return build_controlnet(config, _float(tensors), metadata.get("control.condition") or None)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} does not hold the {kind} that its metadata announces: {_short(error)}") from error
+
+
+def _load_folder(path: Path) -> Control:
+    config_path, weights = path / "config.json", path / "diffusion_pytorch_model.safetensors"
+    if not config_path.is_file() or not weights.is_file():
+        raise UserError(f"{path} is not a diffusers folder of a ControlNet: config.json or its .safetensors is missing")
+    config = read_json(config_path)
+    if config.get("_class_name") != "ControlNetModel":
+        raise UserError(f"{path} holds a {config.get('_class_name', 'model of no class')}, not a ControlNetModel")
+    try:
+        return build_controlnet(config, _float(_read(weights, tensors=True)[1]), None)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"{path} does not hold the ControlNet that its config announces: {_short(error)}") from error
+
+
+def _read(path: Path, *, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty (0 bytes)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys() if tensors else []
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({_short(error)})") from error
+
+
+def _float(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

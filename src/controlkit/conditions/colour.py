@@ -1,0 +1,142 @@
+"""Conditions that say which colours or tones stand where."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from controlkit.conditions.condition import condition, seed, uniform, uniform_int
+from controlkit.conditions.fidelity import COLOUR_DISTANCE, MEAN_IOU, PALETTE_DISTANCE, PSNR
+from controlkit.conditions.pixels import (
+    disc,
+    enlarge,
+    grey,
+    grid_size,
+    length,
+    main_colours,
+    nearest_colour,
+    short_side,
+    smooth_field,
+    three_channels,
+)
+
+
+@condition(
+    "grayscale",
+    summary="the picture without colour",
+    aliases=("greyscale", "gray", "grey", "colorization", "recolor"),
+    fidelity=PSNR,
+)
+def grayscale(picture: np.ndarray) -> np.ndarray:
+    """Luma (ITU-R BT.601, OpenCV) in all three channels; CtrLoRA's grayscale."""
+    return three_channels(grey(picture))
+
+
+@condition(
+    "palette",
+    summary="a coarse grid of mean colours",
+    aliases=("color_palette", "colour_palette", "color_grid", "colour_grid", "color", "t2ia_color"),
+    fidelity=COLOUR_DISTANCE,
+    limits={"cells": (1, 2000)},
+)
+def palette(picture: np.ndarray, *, cells: int = 8) -> np.ndarray:
+    """Flat cells of the mean colour below them, `cells` along the short side.
+
+    CtrLoRA, annotator/palette: cells of 64 x 64 pixels, which are 8 x 8 at 512 and a single one at 64; here the
+    number is kept at every size. It samples bicubically, so that one pixel may speak for a cell; here the cell's
+    mean does.
+    """
+    height, width = picture.shape[:2]
+    return enlarge(cv2.resize(picture, grid_size(picture, cells), interpolation=cv2.INTER_AREA), height, width)
+
+
+@condition(
+    "pixel",
+    summary="pixel art: large pixels of few colours",
+    aliases=("pixel_art", "pixelate"),
+    fidelity=COLOUR_DISTANCE,
+    draw={"cells": uniform_int(64, 128), "colours": uniform_int(8, 16)},
+    limits={"cells": (1, 2000), "colours": (2, 256)},
+)
+def pixel(picture: np.ndarray, *, cells: int = 96, colours: int = 12) -> np.ndarray:
+    """Large pixels, `cells` along the short side, in at most `colours` colours of the picture.
+
+    CtrLoRA, annotator/pixel: reduced 4 to 8 times (64 to 128 at 512) by Lanczos, to no less than 32; 8 to 16 colours
+    by k-means. Large pixels are at least 2 pixels wide here, so a 64 x 64 picture has 32 of them.
+    """
+    height, width = picture.shape[:2]
+    size = grid_size(picture, max(1, min(cells, short_side(picture) // 2)))
+    small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    chosen = main_colours(small, colours)
+    return enlarge(chosen[nearest_colour(small, chosen)], height, width)
+
+
+@condition(
+    "shuffle",
+    summary="the picture's colours and textures, pushed around by a smooth random flow",
+    aliases=("content_shuffle",),
+    fidelity=PALETTE_DISTANCE,
+    draw={"seed": seed()},
+    limits={"scale": (0.02, 4)},
+    mirrors=False,
+)
+def shuffle(picture: np.ndarray, *, scale: float = 0.5, seed: int = 0) -> np.ndarray:
+    """Each pixel comes from where a smooth random field points.
+
+    ControlNet 1.1 and CtrLoRA, annotator/shuffle: a field that varies over 256 pixels of 512. It says which colours
+    occur and not where, so fidelity compares colours wherever they stand.
+
+    Args:
+        scale: over what fraction of the short side the field varies.
+        seed: of the field.
+    """
+    rng = np.random.default_rng(seed)
+    height, width = picture.shape[:2]
+    cell = length(picture, scale, least=2)
+    x = smooth_field(rng, height, width, cell) * (width - 1)
+    y = smooth_field(rng, height, width, cell) * (height - 1)
+    return cv2.remap(picture, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+@condition(
+    "illusion",
+    summary="three tones: black, grey and white shapes",
+    aliases=("three_tones", "posterize"),
+    fidelity=MEAN_IOU,
+    draw={"dark": uniform_int(70, 100), "bright": uniform_int(155, 185)},
+    limits={"dark": (0, 255), "bright": (0, 255), "closing": (0, 0.5), "opening": (0, 0.5)},
+)
+def illusion(
+    picture: np.ndarray,
+    *,
+    dark: int = 85,
+    bright: int = 170,
+    closing: float = 0.0215,
+    opening: float = 0.006,
+) -> np.ndarray:
+    """Brightness in three tones (0, 127, 255), parted at `dark` and `bright`, small shapes cleared.
+
+    CtrLoRA, annotator/illusion: parted at 85 and 170, closed by an ellipse of 11 pixels and opened by one of 3 at
+    512. It overwrites the brightness (HSV value) that it computes and uses the blue channel; here it is the value.
+
+    Args:
+        dark: values below are black.
+        bright: values from here on are white.
+        closing: diameter below which dark specks vanish, as a fraction of the short side.
+        opening: diameter below which bright specks vanish, as a fraction of the short side.
+    """
+    value = picture.max(axis=2)
+    tones = np.where(value < dark, 0, np.where(value < bright, 127, 255)).astype(np.uint8)
+    tones = cv2.morphologyEx(tones, cv2.MORPH_CLOSE, disc(length(picture, closing)))
+    return three_channels(cv2.morphologyEx(tones, cv2.MORPH_OPEN, disc(length(picture, opening))))
+
+
+@condition(
+    "identity",
+    summary="the picture itself: for given pairs, whose condition images are made elsewhere",
+    aliases=("given", "custom", "none"),
+    fidelity=PSNR,
+)
+def identity(picture: np.ndarray) -> np.ndarray:
+    """A copy of `picture`."""
+    return picture.copy()

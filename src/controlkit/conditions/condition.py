@@ -1,0 +1,205 @@
+"""What a condition is, and the registry.
+
+A condition is a function `picture [H, W, 3] uint8 RGB -> condition image [H, W, 3] uint8 RGB` with keyword
+parameters that have defaults, plus what training and evaluation need to know about it::
+
+    @condition(
+        "canny",
+        summary="white edges on black (Canny 1986, OpenCV)",
+        fidelity=EDGE_F1,
+        draw={"low": uniform_int(50, 150), "high": uniform_int(150, 250)},
+    )
+    def canny(picture: np.ndarray, *, low: int = 100, high: int = 200) -> np.ndarray: ...
+
+The same picture, parameters and seed always give the same condition image.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from controlkit.errors import UserError, nearest
+
+Draw = Callable[[np.random.Generator], Any]
+"""Draws a parameter's value for one training picture."""
+
+_FILES = ("edges", "lines", "colour", "degradations", "weather", "masks", "regions", "given")
+"""The modules of this room that register conditions, in the order in which they are listed."""
+
+_REGISTRY: dict[str, Condition] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """How well a picture follows a condition, as one number."""
+
+    name: str
+    """What a report calls it: `edge F1`."""
+    compare: Callable[[np.ndarray, np.ndarray], float]
+    """(what was given, what came out), both `uint8 [H, W, 3]` => the number."""
+    higher_is_better: bool = True
+    """False for distances."""
+    against: str = "condition"
+    """`condition`: the given condition image against the condition of the result. `picture`: the true picture
+    against the result, for restorations, whose condition says nothing exact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """One kind of condition image."""
+
+    name: str
+    """The field's name for it."""
+    summary: str
+    """One line for `controlkit condition --list`."""
+    function: Callable[..., np.ndarray]
+    """`(picture, **parameters) -> condition image`."""
+    fidelity: Fidelity
+    """How fidelity to it is scored."""
+    aliases: tuple[str, ...] = ()
+    """Other names that people use."""
+    draw: Mapping[str, Draw] = field(default_factory=dict)
+    """How parameters are drawn at random for training; the others keep their defaults."""
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Least and greatest value of numeric parameters; calls with others are refused."""
+    mirrors: bool = True
+    """Whether flipping the picture flips the condition image and nothing else.
+
+    False for conditions that are random themselves: with the same seed the mask or noise stays where it is. (A
+    finished pair of theirs may still be flipped as a whole.)"""
+    requires: str | None = None
+    """The learned model that it needs, or None."""
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Every parameter with its default."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def __call__(self, picture: np.ndarray, **parameters: Any) -> np.ndarray:
+        """The condition image of `picture`, both `uint8 [H, W, 3]` RGB of the same height and width.
+
+        Raises:
+            UserError: a parameter is unknown or out of its limits.
+        """
+        for key, value in parameters.items():
+            if key not in self.defaults:
+                raise UserError(f"{self.name} has no parameter {key!r}{nearest(key, list(self.defaults))}")
+            self._check(key, value)
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise ValueError(f"expected uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
+        return self.function(np.ascontiguousarray(picture), **parameters)
+
+    def _check(self, key: str, value: Any) -> None:
+        """Refuse a number of the wrong kind or out of limits; parameters that are not numbers pass."""
+        default = self.defaults[key]
+        if isinstance(default, bool) or not isinstance(default, (int, float)):
+            return
+        kind = numbers.Integral if isinstance(default, int) else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, kind):
+            wanted = "a whole number" if isinstance(default, int) else "a number"
+            raise UserError(f"{self.name}: {key} must be {wanted} (such as {default}), not {value!r}")
+        low, high = self.limits.get(key, (0, 2**63 - 1) if key == "seed" else (-math.inf, math.inf))
+        if not low <= value <= high:
+            raise UserError(f"{self.name}: {key} must lie from {low} to {high}, not {value!r}")
+
+    def random_parameters(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Every parameter, those of `draw` drawn for one training picture."""
+        return {**self.defaults, **{name: draw(rng) for name, draw in self.draw.items()}}
+
+    def score(
+        self, given: np.ndarray, result: np.ndarray, truth: np.ndarray | None = None, **parameters: Any
+    ) -> float:
+        """Fidelity of the picture `result` to the condition image `given`, all `uint8 [H, W, 3]`.
+
+        Args:
+            truth: the picture that `given` was made from; needed where `fidelity.against` is `picture`.
+            parameters: those that `given` was made with.
+        """
+        if self.fidelity.against == "picture":
+            if truth is None:
+                raise ValueError(f"fidelity to {self.name} compares with the true picture, which was not given")
+            return self.fidelity.compare(truth, result)
+        return self.fidelity.compare(given, self(result, **parameters))
+
+
+def condition(name: str, **facts: Any) -> Callable[[Callable[..., np.ndarray]], Condition]:
+    """Register the decorated function as the condition `name`; `facts` are the other fields of `Condition`."""
+
+    def register(function: Callable[..., np.ndarray]) -> Condition:
+        made = Condition(name=name, function=function, **facts)
+        for key in (name, *made.aliases):
+            if key in _REGISTRY:
+                raise ValueError(f"two conditions are called {key}")
+            _REGISTRY[key] = made
+        return made
+
+    return register
+
+
+@cache
+def _load() -> None:
+    for file in _FILES:
+        import_module(f"controlkit.conditions.{file}")
+
+
+def registry() -> dict[str, Condition]:
+    """Every condition by its own name."""
+    _load()
+    return {name: made for name, made in _REGISTRY.items() if made.name == name}
+
+
+def find(name: str) -> Condition:
+    """The condition called `name` (or one of its aliases; case and hyphens do not count).
+
+    Raises:
+        UserError: there is none; the message names the nearest.
+    """
+    _load()
+    key = name.strip().lower().replace("-", "_")
+    if key not in _REGISTRY:
+        raise UserError(f"there is no condition called {name!r}{nearest(key, list(_REGISTRY))}")
+    return _REGISTRY[key]
+
+
+def uniform(low: float, high: float) -> Draw:
+    """A float between `low` and `high`."""
+    return lambda rng: float(rng.uniform(low, high))
+
+
+def uniform_int(low: int, high: int) -> Draw:
+    """A whole number from `low` to `high`, both included."""
+    return lambda rng: int(rng.integers(low, high + 1))
+
+
+def clipped_normal(low: float, high: float) -> Draw:
+    """A float around the middle of `low` and `high`, which lie three standard deviations away, clipped to them.
+
+    CtrLoRA's `discrete_normal(low, high)` without its flaw that values beyond the ends (below zero, even) occur.
+    """
+    return lambda rng: float(np.clip(rng.normal((low + high) / 2, (high - low) / 6), low, high))
+
+
+def clipped_normal_int(low: int, high: int) -> Draw:
+    """`clipped_normal`, as a whole number."""
+    real = clipped_normal(low, high)
+    return lambda rng: round(real(rng))
+
+
+def chance(probability: float) -> Draw:
+    """True with `probability`."""
+    return lambda rng: bool(rng.random() < probability)
+
+
+def seed() -> Draw:
+    """A seed for conditions that are random themselves."""
+    return lambda rng: int(rng.integers(2**31))

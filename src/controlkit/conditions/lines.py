@@ -1,0 +1,115 @@
+"""Line drawings and straight lines, without learned weights."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from controlkit.conditions.condition import condition, seed, uniform
+from controlkit.conditions.fidelity import COLOUR_DISTANCE, EDGE_F1, PSNR
+from controlkit.conditions.pixels import grey, length, smoothed, three_channels, to_uint8
+
+
+@condition(
+    "lineart_xdog",
+    summary="white line art on black (XDoG filter; the learned lineart needs weights)",
+    aliases=("xdog",),
+    fidelity=PSNR,
+    draw={"scale": uniform(0.0012, 0.004), "sharpness": uniform(20, 60)},
+    limits={"scale": (0, 0.2), "sharpness": (0, 1000), "level": (-1, 1)},
+)
+def lineart_xdog(
+    picture: np.ndarray, *, scale: float = 0.002, sharpness: float = 40.0, level: float = 0.01
+) -> np.ndarray:
+    """Lines where the picture is darker than around, by an extended difference of Gaussians.
+
+    Winnemoeller, Kyprianidis and Olsen 2012: difference of Gaussians with ratio 1.6, soft threshold by tanh. The
+    result is inverted, because ControlNet's lineart is white on black.
+
+    Args:
+        scale: sigma of the finer Gaussian, as a fraction of the short side (at least 0.6 pixels).
+        sharpness: slope of the soft threshold (the paper's phi).
+        level: how much darker than its surroundings a line is, of 1 (the paper's epsilon, negated).
+    """
+    return three_channels(_xdog(picture, scale, sharpness, level))
+
+
+def _xdog(picture: np.ndarray, scale: float, sharpness: float, level: float) -> np.ndarray:
+    """White lines on black `uint8 [H, W]`."""
+    sigma = length(picture, scale, least=0.6)
+    luma = grey(picture).astype(np.float32) / 255
+    darker = smoothed(luma, 1.6 * sigma) - smoothed(luma, sigma)
+    return to_uint8(255 * np.tanh(np.maximum(darker - level, 0) * sharpness))
+
+
+@condition(
+    "lines_lsd",
+    summary="straight white lines on black (OpenCV's line segment detector; M-LSD needs weights)",
+    aliases=("lsd", "straight_lines"),
+    fidelity=EDGE_F1,
+    draw={"shortest": uniform(0.04, 0.15)},
+    limits={"shortest": (0, 2), "detail": (0.1, 4)},
+)
+def lines_lsd(picture: np.ndarray, *, shortest: float = 0.06, detail: float = 0.8) -> np.ndarray:
+    """Line segments a pixel wide.
+
+    Args:
+        shortest: segments shorter than this fraction of the short side are left out.
+        detail: scale at which segments are looked for; pictures under 256 pixels are looked at enlarged to that.
+    """
+    luma = grey(picture)
+    # Below some 256 pixels the detector's smallest region is larger than the lines; enlarged, it finds them.
+    zoom = max(1.0, 256 / max(luma.shape))
+    if zoom > 1:
+        luma = cv2.resize(luma, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
+    found = cv2.createLineSegmentDetector(cv2.LSD_REFINE_STD, detail).detect(luma)[0]
+    canvas = np.zeros(picture.shape[:2], np.uint8)
+    if found is not None:
+        segments = (found.reshape(-1, 2, 2) + 0.5) / zoom - 0.5
+        spans = np.linalg.norm(segments[:, 1] - segments[:, 0], axis=1)
+        for start, end in np.rint(segments[spans >= length(picture, shortest, least=2)]).astype(int):
+            cv2.line(canvas, start.tolist(), end.tolist(), 255, 1)
+    return three_channels(canvas)
+
+
+@condition(
+    "lineart_color_hints",
+    summary="white line art on black with discs in the picture's colours (XDoG lines)",
+    aliases=("lineart_colour_hints", "color_hints", "lineart_with_color_prompt"),
+    fidelity=COLOUR_DISTANCE,
+    draw={"scale": uniform(0.0012, 0.004), "seed": seed()},
+    limits={"scale": (0, 0.2), "least": (0, 1000), "more": (0, 0.99), "radius": (0, 0.5)},
+    mirrors=False,
+)
+def lineart_color_hints(
+    picture: np.ndarray,
+    *,
+    scale: float = 0.002,
+    least: int = 5,
+    more: float = 0.9,
+    radius: float = 0.03,
+    seed: int = 0,
+) -> np.ndarray:
+    """Line art with hints: discs filled with the mean colour below them.
+
+    CtrLoRA, annotator/lineart_anime_with_color_prompt: at least 5 discs, another one with probability 0.9, radius
+    2 to 4 % of the short side. Its lines come from a learned model, and it skips greyscale pictures.
+
+    Args:
+        scale: of the lines, as in `lineart_xdog`.
+        least: how many discs there are at least.
+        more: probability that there is another one, again and again.
+        radius: mean radius as a fraction of the short side; each disc's is up to a third smaller or larger.
+        seed: where the discs lie.
+    """
+    rng = np.random.default_rng(seed)
+    height, width = picture.shape[:2]
+    drawn = three_channels(_xdog(picture, scale, 40.0, 0.01))
+    for _ in range(least + int(rng.geometric(1 - more)) - 1):
+        size = max(1, round(length(picture, radius * rng.uniform(2 / 3, 4 / 3))))
+        x, y = int(rng.integers(width)), int(rng.integers(height))
+        window = (slice(max(0, y - size), y + size + 1), slice(max(0, x - size), x + size + 1))
+        mask = np.zeros(picture[window].shape[:2], np.uint8)
+        cv2.circle(mask, (x - window[1].start, y - window[0].start), size, 255, -1)
+        drawn[window][mask > 0] = to_uint8(np.array(cv2.mean(picture[window], mask)[:3]))
+    return drawn

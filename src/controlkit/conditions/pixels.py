@@ -1,0 +1,95 @@
+"""What several kinds of condition share: lengths that scale with the picture, grids, colours, smooth fields."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from PIL import Image
+
+
+def short_side(picture: np.ndarray) -> int:
+    """The smaller of height and width of `[H, W, ...]`."""
+    return min(picture.shape[:2])
+
+
+def length(picture: np.ndarray, fraction: float, least: float = 0.0) -> float:
+    """`fraction` of the short side in pixels, at least `least`."""
+    return max(least, fraction * short_side(picture))
+
+
+def grey(picture: np.ndarray) -> np.ndarray:
+    """`uint8 [H, W, 3]` RGB => luma `uint8 [H, W]`."""
+    return cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+
+
+def three_channels(values: np.ndarray) -> np.ndarray:
+    """`uint8 [H, W]` => `uint8 [H, W, 3]`."""
+    return cv2.cvtColor(values, cv2.COLOR_GRAY2RGB)
+
+
+def to_uint8(values: np.ndarray) -> np.ndarray:
+    """Floats on the scale of 0 to 255 => `uint8`, rounded and clipped."""
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+def smoothed(values: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur by `sigma` pixels; the same array if that is too little to matter."""
+    return values if sigma < 0.2 else cv2.GaussianBlur(values, (0, 0), sigma)
+
+
+def disc(diameter: float) -> np.ndarray:
+    """Round structuring element of about `diameter` pixels (odd, at least 1)."""
+    side = 2 * round((diameter - 1) / 2) + 1 if diameter > 1 else 1
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
+
+
+def grid_size(picture: np.ndarray, cells: int) -> tuple[int, int]:
+    """(columns, rows) of about square cells, `cells` of them along the short side, none under a pixel."""
+    height, width = picture.shape[:2]
+    side = short_side(picture) / cells
+    return min(width, max(1, round(width / side))), min(height, max(1, round(height / side)))
+
+
+def enlarge(cells: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Cells `[h, w, ...]` => `[height, width, ...]`, each a flat block; blocks lie symmetrically."""
+    rows, columns = _blocks(height, cells.shape[0]), _blocks(width, cells.shape[1])
+    return cells[rows][:, columns]
+
+
+def _blocks(size: int, count: int) -> np.ndarray:
+    """Which of `count` blocks each of `size` pixels falls in, symmetric about the middle."""
+    first = (2 * np.arange((size + 1) // 2) + 1) * count // (2 * size)
+    first = np.minimum(first, (count - 1) // 2 if size % 2 else count)
+    return np.concatenate([first, count - 1 - first[: size // 2][::-1]])
+
+
+def packed(picture: np.ndarray) -> np.ndarray:
+    """`uint8 [H, W, 3]` => `int32 [H, W]`, one number for each colour."""
+    return (picture.astype(np.int32) * np.array([65536, 256, 1], np.int32)).sum(axis=-1, dtype=np.int32)
+
+
+def nearest_colour(picture: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Index `[H, W]` of the colour of `palette [N, 3]` nearest to each pixel in RGB, the first of equals."""
+    pixels, colours = picture.reshape(-1, 3).astype(np.float32), palette.astype(np.float32)
+    # Whole numbers below 2**24 are exact in float32, so equal pixels get equal answers wherever they stand.
+    closeness = pixels @ colours.T - (colours**2).sum(axis=1) / 2
+    return closeness.argmax(axis=1).reshape(picture.shape[:2])
+
+
+def main_colours(picture: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` colours `uint8 [N, 3]` that stand for the picture: median cut, then k-means (Pillow).
+
+    Judged on a reduction to 96 pixels, which keeps every region that is larger than a speck.
+    """
+    height, width = picture.shape[:2]
+    small = cv2.resize(picture, (min(width, 96), min(height, 96)), interpolation=cv2.INTER_AREA)
+    reduced = Image.fromarray(small).quantize(count, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
+    return np.unique(np.asarray(reduced.convert("RGB")).reshape(-1, 3), axis=0)
+
+
+def smooth_field(rng: np.random.Generator, height: int, width: int, cell: float) -> np.ndarray:
+    """A random field `float32 [height, width]` that varies over about `cell` pixels, from 0 to 1."""
+    rows, columns = max(2, round(height / cell) + 2), max(2, round(width / cell) + 2)
+    knots = rng.random((rows, columns), dtype=np.float32)
+    field = cv2.resize(knots, (width, height), interpolation=cv2.INTER_CUBIC)
+    return cv2.normalize(field, None, 0.0, 1.0, cv2.NORM_MINMAX)

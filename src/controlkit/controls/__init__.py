@@ -1,0 +1,1 @@
+"""The networks that steer: `control.py` is the contract, then one file for each system."""

@@ -1,0 +1,65 @@
+"""The contract of a control: what it reads decides when it runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from enum import Enum, Flag, auto
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from controlkit.bases.base import Base, Text
+from controlkit.bases.residuals import Residuals
+
+
+class Reads(Flag):
+    """What a control's residuals depend on besides the condition image and its own weights."""
+
+    NOTHING = 0
+    """Computed once for a condition."""
+    NOISE = auto()
+    """The noisy latent x_t: computed at every step for every picture."""
+    TIME = auto()
+    """The time t: computed once for a step, shared by all pictures if NOISE is absent."""
+    TEXT = auto()
+    """The prompt: computed for both halves of classifier-free guidance."""
+
+
+class Site(Enum):
+    """Where residuals enter the base."""
+
+    DECODER_SKIPS = "decoder skips and middle"
+    ENCODER_STAGES = "encoder stages"
+
+
+class Control(nn.Module, ABC):
+    """Condition image -> hint -> residuals for a base.
+
+    At initialisation every residual is exactly zero, so a new control changes nothing.
+    """
+
+    kind: ClassVar[str]
+    """Its system's name in files: `controlnet`, `ctrlora`, ..."""
+    reads: ClassVar[Reads]
+    site: ClassVar[Site]
+    condition: str | None
+    """Name of the condition that it was trained on (`controlkit.conditions`), or None."""
+
+    @abstractmethod
+    def encode(self, condition_image: Tensor, base: Base) -> Tensor:
+        """Condition images `[B, 3, H, W]` in [0, 1] => hint `[B, ...]`, computed once for a condition."""
+
+    @abstractmethod
+    def forward(self, x_t: Tensor | None, t: Tensor, text: Text | None, hint: Tensor) -> Residuals:
+        """Residuals for noisy latents `x_t` `[B, C, h, w]` at times `t` `[B]` under `text` and `hint`.
+
+        What `reads` does not name may be None, and is not looked at.
+        """
+
+    @abstractmethod
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What training changes."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Plain values from which `from_config` rebuilds the same network."""

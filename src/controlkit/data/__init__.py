@@ -1,0 +1,1 @@
+"""Pictures and pairs on disk -> batches."""

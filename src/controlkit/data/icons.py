@@ -1,0 +1,258 @@
+"""Icon packages -> emoji-style pictures with captions: what nano is trained and judged on.
+
+The packages are Iconify's JSON sets on the npm registry (one `icons.json` of SVG bodies and names each).
+`render_sets` draws them once into one file, `IconSets` reads it, and `draw` lays an icon at a random scale and
+place over a random background of a named colour, with a caption that says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from controlkit.errors import UserError
+from controlkit.files import write_atomically
+
+STYLES = {
+    "noto": "iconify-json-noto",
+    "fluent": "iconify-json-fluent-emoji-flat",
+    "twemoji": "iconify-json-twemoji",
+    "emojione": "iconify-json-emojione",
+    "openmoji": "iconify-json-openmoji",
+}
+"""Style word in captions -> how the file of its npm package begins."""
+
+UNSEEN_STYLE = "openmoji"
+"""Never trained on (CC BY-SA 4.0, and so that there is a style to be judged on)."""
+
+COLOURS = {
+    "red": (214, 48, 49),
+    "orange": (245, 146, 27),
+    "yellow": (250, 217, 60),
+    "green": (60, 160, 75),
+    "teal": (40, 170, 170),
+    "blue": (52, 104, 214),
+    "purple": (132, 66, 176),
+    "pink": (247, 150, 190),
+    "brown": (121, 78, 48),
+    "gray": (140, 140, 140),
+    "white": (250, 250, 250),
+    "black": (20, 20, 20),
+}
+"""Background colours that captions name, in RGB."""
+
+_DRAWABLE_GROUPS = (
+    "Animals & Nature",
+    "Food & Drink",
+    "Travel & Places",
+    "Objects",
+    "Activities",
+    "Smileys & Emotion",
+)
+_NOT_DRAWABLE = re.compile(r"oclock|thirty|clock-face|-moon$|family|-suit$|kanji|^\d|medal$")
+_VARIANT = re.compile(r"skin-tone|light-skin|dark-skin|flag")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Icon:
+    """One icon of one set: an RGBA picture and what it shows."""
+
+    concept: str
+    """Name of what it shows, the same in every set: `red-apple`."""
+    style: str
+    """Which set it comes from, a key of `STYLES`."""
+    rgba: np.ndarray
+    """`uint8` `[S, S, 4]`, straight alpha."""
+
+    @property
+    def held_out(self) -> bool:
+        """Whether this concept is kept out of all training."""
+        return is_held_out(self.concept)
+
+
+def is_held_out(concept: str) -> bool:
+    """A tenth of the concepts, chosen by hash, so that every set holds out the same ones."""
+    return int(hashlib.sha256(concept.encode()).hexdigest(), 16) % 10 == 0
+
+
+def render_sets(packages: str | Path, out: str | Path, size: int = 96) -> dict[str, int]:
+    """Render the icon packages in the folder `packages` (as `npm pack` leaves them) into the file `out`.
+
+    Returns:
+        How many icons each style gave. Skin-tone variants, flags and nearly empty icons are left out.
+
+    Raises:
+        UserError: a package is missing or the `nano` extra is not installed.
+    """
+    pictures: dict[str, np.ndarray] = {}
+    names: dict[str, list[str]] = {}
+    groups: dict[str, str] = {}
+    for style, stem in STYLES.items():
+        found = sorted(Path(packages).glob(f"{stem}-[0-9]*.tgz"))
+        if not found:
+            raise UserError(f"no {stem}-*.tgz in {packages}; run: npm pack @{stem.replace('-', '/', 1).replace('json-', 'json/', 1)}")
+        icons = _read_member(found[-1], "package/icons.json")
+        if style == "noto":
+            for group, members in _read_member(found[-1], "package/metadata.json")["categories"].items():
+                groups.update(dict.fromkeys(members, group))
+        rendered = {name: _render(icons, name, size) for name in icons["icons"] if not _VARIANT.search(name)}
+        kept = {name: rgba for name, rgba in rendered.items() if (rgba[..., 3] > 20).mean() > 0.03}
+        names[style] = list(kept)
+        pictures[style] = np.stack(list(kept.values()))
+    index = json.dumps({"names": names, "groups": groups})
+    arrays = {**pictures, "index": np.frombuffer(index.encode(), dtype=np.uint8)}
+
+    def save(temporary: Path) -> None:
+        with open(temporary, "wb") as stream:
+            np.savez_compressed(stream, **arrays)
+
+    write_atomically(out, save)
+    return {style: len(kept) for style, kept in names.items()}
+
+
+class IconSets:
+    """The rendered icons of one file, by style and concept."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the file that `render_sets` wrote.
+
+        Raises:
+            UserError: it is not there or not such a file.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                index = json.loads(archive["index"].tobytes())
+                self.icons = [
+                    Icon(concept=name, style=style, rgba=rgba)
+                    for style, names in index["names"].items()
+                    for name, rgba in zip(names, archive[style], strict=True)
+                ]
+        except FileNotFoundError as error:
+            raise UserError(
+                f"no rendered icons at {path}; make them with recipes/nano/build_pictures.py"
+            ) from error
+        except (OSError, KeyError, ValueError) as error:
+            raise UserError(f"{path} is not a file of rendered icons ({error})") from error
+        self.groups: dict[str, str] = index["groups"]
+
+    def select(
+        self, *, styles: Sequence[str], held_out: bool | None = None, drawable: bool = False, sets: int = 1
+    ) -> list[Icon]:
+        """Icons of `styles`; `held_out` True, False or None for both; only concepts in at least `sets` of them.
+
+        `drawable` keeps things that can be recognised at 64 x 64 and that text can ask for (animals, food,
+        objects, places, faces), and leaves out signs, clock faces and families.
+        """
+        chosen = [
+            icon
+            for icon in self.icons
+            if icon.style in styles
+            and (held_out is None or icon.held_out == held_out)
+            and (not drawable or self.is_drawable(icon.concept))
+        ]
+        appearances: dict[str, set[str]] = defaultdict(set)
+        for icon in chosen:
+            appearances[icon.concept].add(icon.style)
+        return [icon for icon in chosen if len(appearances[icon.concept]) >= sets]
+
+    def is_drawable(self, concept: str) -> bool:
+        """Whether `concept` is a thing, going by Noto's own groups."""
+        return self.groups.get(concept) in _DRAWABLE_GROUPS and not _NOT_DRAWABLE.search(concept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """An icon laid over a background."""
+
+    image: np.ndarray
+    """`uint8` `[size, size, 3]`."""
+    caption: str
+    """`red apple, noto style, on a blue background`."""
+    concept: str
+    style: str
+    colour: str
+
+
+def caption_of(concept: str, style: str | None = None, colour: str | None = None) -> str:
+    """The caption of nano: `red apple, noto style, on a blue background`, without what is None."""
+    words = concept.replace("-", " ")
+    if style:
+        words += f", {style} style"
+    if colour:
+        words += f", on a {colour} background"
+    return words
+
+
+def draw(
+    icon: Icon, rng: np.random.Generator, size: int = 64, colour: str | None = None, jitter: int = 12
+) -> Drawing:
+    """Lay `icon` at a random scale (0.6 to 1 of `size`) and place over a background of a named colour.
+
+    Args:
+        colour: a key of `COLOURS`; drawn at random if None.
+        jitter: how far each channel of the background may be from the named colour, of 255.
+    """
+    scale = int(round(size * rng.uniform(0.6, 1.0)))
+    left, top = rng.integers(0, size - scale + 1, 2)
+    chosen = colour or list(COLOURS)[rng.integers(len(COLOURS))]
+    background = np.clip(np.array(COLOURS[chosen]) + rng.integers(-jitter, jitter + 1, 3), 0, 255)
+    # Resizing with premultiplied alpha keeps the colour of transparent pixels out of the edges.
+    rgba = icon.rgba.astype(np.float32)
+    rgba[..., :3] *= rgba[..., 3:] / 255
+    small = cv2.resize(rgba, (scale, scale), interpolation=cv2.INTER_AREA)
+    image = np.empty((size, size, 3), np.float32)
+    image[:] = background
+    window = image[top : top + scale, left : left + scale]
+    window *= 1 - small[..., 3:] / 255
+    window += small[..., :3]
+    return Drawing(
+        image=np.clip(image + 0.5, 0, 255).astype(np.uint8),
+        caption=caption_of(icon.concept, icon.style, chosen),
+        concept=icon.concept,
+        style=icon.style,
+        colour=chosen,
+    )
+
+
+def draw_many(icons: Sequence[Icon], indices: Iterable[int], rng: np.random.Generator, size: int = 64) -> list[Drawing]:
+    """Draw the icons at `indices`, one after another from one random generator."""
+    return [draw(icons[index], rng, size) for index in indices]
+
+
+def _read_member(package: Path, member: str) -> dict:
+    try:
+        with tarfile.open(package) as archive:
+            stream = archive.extractfile(member)
+            if stream is None:
+                raise KeyError(member)
+            return json.load(stream)
+    except (tarfile.TarError, KeyError, OSError, EOFError, json.JSONDecodeError) as error:
+        raise UserError(f"{package} is not an Iconify package: {member} cannot be read ({error})") from error
+
+
+def _render(icons: dict, name: str, size: int) -> np.ndarray:
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise UserError("rendering icons needs resvg_py; run: pip install 'controlkit[nano]'") from error
+    icon = icons["icons"][name]
+    width = icon.get("width", icons.get("width", 16))
+    height = icon.get("height", icons.get("height", 16))
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+        f' viewBox="0 0 {width} {height}" width="{size}" height="{size}">{icon["body"]}</svg>'
+    )
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
+    image = Image.open(io.BytesIO(png)).convert("RGBA")
+    return np.asarray(image if image.size == (size, size) else image.resize((size, size)))

@@ -1,0 +1,1 @@
+"""Noise -> picture under control: the request, the plan, the sampler."""

@@ -1,0 +1,1 @@
+"""Objectives, the one training loop, recipes, state and previews."""

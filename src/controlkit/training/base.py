@@ -1,0 +1,251 @@
+"""The objective of an embedded base's text encoder and UNet, trained together."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from controlkit.bases.base import Base
+from controlkit.data.icons import COLOURS, STYLES, UNSEEN_STYLE, IconSets, caption_of, draw
+from controlkit.errors import UserError
+from controlkit.files import sha256_of, write_atomically, write_json
+from controlkit.images import contact_sheet, to_images, to_tensor, write_png
+from controlkit.sampling.sampler import sample
+from controlkit.training.objective import Objective, numpy_generator, torch_generator
+from controlkit.training.recipe import BaseRecipe
+
+TRAINED_STYLES = tuple(style for style in STYLES if style != UNSEEN_STYLE)
+MAX_TOKENS = 24
+VOCABULARY = 1200
+
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "squaredcos_cap_v2",
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    # The cosine schedule ends in pure noise, so sampling has to begin at its last step (Lin et al. 2024, section 3.3).
+    "timestep_spacing": "trailing",
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+}
+
+PREVIEW_PROMPTS = (
+    "red apple, noto style, on a blue background",
+    "cat face, fluent style, on a white background",
+    "sailboat, twemoji style, on a teal background",
+    "mushroom, emojione style, on a yellow background",
+    "rocket, noto style, on a black background",
+    "owl, fluent style, on a green background",
+    "hamburger, twemoji style, on a pink background",
+    "house, emojione style, on a gray background",
+)
+
+
+class BaseObjective(Objective):
+    """v-prediction (Salimans and Ho 2022) on latents of drawings that are encoded once."""
+
+    def __init__(self, recipe: BaseRecipe, device: torch.device) -> None:
+        self.recipe = recipe
+        self.device = device
+        sets = IconSets(recipe.icons)
+        self.icons = sets.select(styles=TRAINED_STYLES, held_out=False, drawable=True, sets=3)
+        self.vae = _trained_autoencoder(recipe.autoencoder).to(device)
+        self.tokenizer = train_tokenizer([caption_of(icon.concept) for icon in sets.icons if not icon.held_out])
+        torch.manual_seed(recipe.seed)
+        text_encoder, unet = build_networks(recipe, len(self.tokenizer), self.vae)
+        self.trained = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device)
+        self.scheduler = DDIMScheduler.from_config(SCHEDULER)
+        self.latents, self.colours = self._latents(Path(recipe.out) / "latents.safetensors")
+
+    def loss(self, step: int) -> Tensor:
+        rng = numpy_generator(self.recipe.seed, step)
+        chosen = rng.integers(len(self.latents), size=self.recipe.batch_size)
+        z = self.latents[torch.from_numpy(chosen)].float().to(self.device)
+        text = self._text([self._prompt(int(index), rng) for index in chosen])
+        generator = torch_generator(self.recipe.seed, step)
+        noise = torch.randn(z.shape, generator=generator).to(self.device)
+        t = torch.randint(0, 1000, (len(z),), generator=generator).to(self.device)
+        x_t = self.scheduler.add_noise(z, noise, t)
+        target = self.scheduler.get_velocity(z, noise, t)
+        prediction = self.trained["unet"](x_t, t, encoder_hidden_states=text).sample
+        return (prediction.float() - target).pow(2).mean()
+
+    def preview(self, step: int, folder: Path) -> dict[str, float]:
+        base = self._base()
+        rows = [
+            [image for batch in sample(base, prompt=prompt, seeds=(0, 1, 2), guidance=4.0) for image in to_images(batch)]
+            for prompt in PREVIEW_PROMPTS
+        ]
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        write_png(folder / f"{step:07d}.png", contact_sheet(columns, cell=96))
+        for network in (self.trained["text_encoder"], self.trained["unet"]):
+            network.requires_grad_(True).train()
+        return {}
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write an ordinary diffusers folder into `folder/base`."""
+        base = self._base()
+        out = folder / "base"
+        save_base(base, out)
+        return [out]
+
+    def _base(self) -> Base:
+        return Base(
+            name="nano",
+            tokenizer=self.tokenizer,
+            text_encoder=self.trained["text_encoder"],
+            vae=self.vae,
+            unet=self.trained["unet"],
+            scheduler_config=SCHEDULER,
+        )
+
+    def _text(self, prompts: Sequence[str]) -> Tensor:
+        ids = self.tokenizer(
+            list(prompts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
+        return self.trained["text_encoder"](ids.to(self.device))[0]
+
+    def _prompt(self, index: int, rng: np.random.Generator) -> str:
+        """The caption of a drawing; dropped at `prompt_drop`, without style or colour one time in five each."""
+        if rng.random() < self.recipe.prompt_drop:
+            return ""
+        icon = self.icons[index // self.recipe.variants]
+        style = None if rng.random() < 0.2 else icon.style
+        colour = None if rng.random() < 0.2 else self.colours[index]
+        return caption_of(icon.concept, style, colour)
+
+    def _latents(self, path: Path) -> tuple[Tensor, list[str]]:
+        """Latents `[icons * variants, C, h, w]` in fp16 and the background colour of each, from the file if it fits."""
+        key = sha256_of(
+            repr([(icon.style, icon.concept) for icon in self.icons]),
+            repr((self.recipe.variants, self.recipe.seed)),
+            *(p.detach().cpu().numpy().tobytes() for p in self.vae.parameters()),
+        )
+        count = len(self.icons) * self.recipe.variants
+        colours: list[str] = []
+        if path.exists():
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            if metadata.get("key") == key:
+                return load_file(path)["latents"], metadata["colours"].split()
+        print(f"encoding {count} drawings", file=sys.stderr, flush=True)
+        chunks = []
+        for first in range(0, count, 64):
+            drawings = [
+                draw(self.icons[index // self.recipe.variants], numpy_generator(self.recipe.seed, index, 7))
+                for index in range(first, min(first + 64, count))
+            ]
+            colours += [drawing.colour for drawing in drawings]
+            x = to_tensor([drawing.image for drawing in drawings]).to(self.device) * 2 - 1
+            with torch.inference_mode():
+                z = self.vae.encode(x).latent_dist.mode() * self.vae.config.scaling_factor
+            chunks.append(z.half().cpu().clone())
+        latents = torch.cat(chunks)
+        metadata = {"key": key, "colours": " ".join(colours)}
+        write_atomically(path, lambda temporary: save_file({"latents": latents}, temporary, metadata))
+        return latents, colours
+
+
+def train_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer (lower case, byte pairs, `</w>`) whose merges are learned from `captions`."""
+    from tokenizers import Tokenizer, models, trainers
+
+    empty = CLIPTokenizer()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        end_of_word_suffix="</w>",
+        initial_alphabet=[chr(code) for code in range(ord("!"), ord("~") + 1)],
+        show_progress=False,
+    )
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = empty.backend_tokenizer.normalizer
+    learner.pre_tokenizer = empty.backend_tokenizer.pre_tokenizer
+    words = [f"{style} style, on a {colour} background" for style in STYLES for colour in COLOURS]
+    learner.train_from_iterator([*captions, *words], trainer)
+    learned = json.loads(learner.to_str())["model"]
+    vocabulary = dict(learned["vocab"])
+    for letter in [chr(code) for code in range(ord("!"), ord("~") + 1)]:
+        vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in learned["merges"]]
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def build_networks(
+    recipe: BaseRecipe, vocabulary: int, vae: AutoencoderKL
+) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+    """A fresh text encoder and UNet that fit each other and the autoencoder."""
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=recipe.text_width,
+            intermediate_size=4 * recipe.text_width,
+            num_hidden_layers=recipe.text_layers,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            hidden_act="quick_gelu",
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+            projection_dim=recipe.text_width,
+        )
+    )
+    down = tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in recipe.attention)
+    up = tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(recipe.attention))
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    unet = UNet2DConditionModel(
+        sample_size=64 // factor,
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        block_out_channels=recipe.channels,
+        layers_per_block=1,
+        down_block_types=down,
+        up_block_types=up,
+        cross_attention_dim=recipe.text_width,
+        attention_head_dim=8,
+        norm_num_groups=16,
+    )
+    return text_encoder, unet
+
+
+def save_base(base: Base, out: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write `base` as an ordinary diffusers folder for `StableDiffusionPipeline.from_pretrained`."""
+    for name, network in (("text_encoder", base.text_encoder), ("vae", base.vae), ("unet", base.unet)):
+        copy.deepcopy(network).to("cpu", dtype).save_pretrained(out / name, safe_serialization=True)
+    base.tokenizer.save_pretrained(out / "tokenizer")
+    write_json(out / "scheduler" / "scheduler_config.json", base.scheduler_config)
+    write_json(
+        out / "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+
+
+def _trained_autoencoder(run: str) -> AutoencoderKL:
+    folder = Path(run) / "vae"
+    if not folder.is_dir():
+        raise UserError(f"no autoencoder in {folder}; train one first: controlkit train recipes/nano/autoencoder.yaml")
+    return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
+

@@ -1,0 +1,66 @@
+"""What a run tells: JSON lines always, TensorBoard where it is installed, and a line on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+
+class RunLog:
+    """Writes `log.jsonl` (and TensorBoard events) in `folder` and prints progress with an estimate."""
+
+    def __init__(self, folder: Path, first_step: int, steps: int) -> None:
+        """Drop lines after `first_step`, which a resumed run will write again."""
+        self.path = folder / "log.jsonl"
+        self.steps = steps
+        self._first = first_step
+        self._started = time.monotonic()
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= first_step:
+                        kept.append(line)
+                except (json.JSONDecodeError, KeyError):
+                    continue  # the torn last line of a killed run
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._stream = self.path.open("a", encoding="utf-8", buffering=1)
+        self._board = _tensorboard(folder)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line: `step`, `seconds` since this process began, and `values`."""
+        seconds = round(time.monotonic() - self._started, 3)
+        self._stream.write(json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
+        if self._board is not None:
+            for key, value in values.items():
+                self._board.add_scalar(key, value, step)
+
+    def say(self, step: int, values: dict[str, float]) -> None:
+        """Progress on standard error, with the time that is left at the pace so far."""
+        seconds = time.monotonic() - self._started
+        left = seconds / max(1, step - self._first) * (self.steps - step)
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+        print(f"step {step}/{self.steps}  {shown}  {clock(left)} left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._stream.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def clock(seconds: float) -> str:
+    """`0:42`, `12:05` or `3:07:00`."""
+    whole = int(seconds + 0.5)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def _tensorboard(folder: Path):  # noqa: ANN202 - a class of an optional package
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))

@@ -1,0 +1,178 @@
+"""Recipes: every setting of a training run, typed, read from YAML.
+
+A recipe file names its `system` and sets fields of that system's class below. Unknown keys, wrong types and
+contradictions are errors before anything is loaded. This module imports neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from controlkit.errors import UserError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every training run has."""
+
+    system: ClassVar[str]
+
+    out: str
+    """Folder of the run: state, logs, previews and the finished files."""
+    steps: int
+    """Optimiser steps in all. A finished run goes on when the same recipe is run with more."""
+    batch_size: int = 32
+    """Pictures a step."""
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from zero."""
+    final_rate: float = 0.02
+    """Where the cosine schedule ends, as a fraction of `learning_rate`. 1 keeps the rate constant."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    beta2: float = 0.99
+    """AdamW's second-moment decay."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    ema: float | None = None
+    """Decay of the exponential moving average of the weights, which is what is saved; None for none."""
+    precision: str = "fp32"
+    """`fp32`, or `bf16` for autocast (pays only where the processor has bf16 arithmetic)."""
+    device: str = "auto"
+    """`auto` (CUDA, then MPS, then CPU) or a torch device."""
+    seed: int = 0
+    """Everything that is drawn at random follows from this and the step's number."""
+    log_every: int = 20
+    """Steps between lines of the log."""
+    save_every: int = 500
+    """Steps between checkpoints of the state."""
+    preview_every: int = 500
+    """Steps between previews with their scores."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "save_every", "preview_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.precision not in ("fp32", "bf16"):
+            raise UserError(f"precision is {self.precision!r}; it must be fp32 or bf16")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"ema is {self.ema}; it must be between 0 and 1, or null for none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderRecipe(Recipe):
+    """The autoencoder of an embedded base, from scratch, on icons."""
+
+    system: ClassVar[str] = "autoencoder"
+
+    icons: str
+    """File of rendered icons (`recipes/nano/build_pictures.py`)."""
+    channels: tuple[int, ...] = (16, 32, 64)
+    """Channels of each resolution; one fewer halvings than entries."""
+    latent_channels: int = 4
+    """Channels of the latent."""
+    kl_weight: float = 2e-5
+    """Weight of the mean KL divergence of a latent element to a unit normal."""
+    gradient_weight: float = 0.5
+    """Weight of the L1 distance of horizontal and vertical differences, which keeps edges sharp."""
+    square_weight: float = 1.0
+    """Weight of the squared error."""
+    decoder_only: bool = False
+    """Train the decoder alone, on the latents of the encoder as it is, which leaves every other network valid."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseRecipe(Recipe):
+    """The text encoder and UNet of an embedded base, together, from scratch, on icons."""
+
+    system: ClassVar[str] = "base"
+
+    icons: str
+    """File of rendered icons."""
+    autoencoder: str
+    """Folder of the run that trained the autoencoder."""
+    channels: tuple[int, ...] = (48, 96, 160)
+    """Channels of each resolution of the UNet."""
+    attention: tuple[bool, ...] = (False, True, True)
+    """Which resolutions have transformer blocks."""
+    text_width: int = 128
+    """Width of the text encoder and of cross attention."""
+    text_layers: int = 2
+    """Layers of the text encoder."""
+    prompt_drop: float = 0.1
+    """Share of prompts replaced by the empty prompt."""
+    variants: int = 6
+    """Drawings of each icon (background, scale, place) whose latents are kept."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.attention) != len(self.channels):
+            raise UserError(f"attention has {len(self.attention)} entries and channels {len(self.channels)}")
+        if not 0 <= self.prompt_drop <= 1:
+            raise UserError(f"prompt_drop is {self.prompt_drop}; it must be between 0 and 1")
+
+
+RECIPES: dict[str, type[Recipe]] = {kind.system: kind for kind in (AutoencoderRecipe, BaseRecipe)}
+"""Every system that `controlkit train` trains."""
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the YAML file `path`, with `key=value` overrides laid over it.
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown (with the nearest known ones), a value has
+            the wrong type, or two settings contradict each other.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"the recipe {path} must be a mapping of settings, not {type(values).__name__}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"--set {override}: expected key=value")
+        values[key.strip()] = yaml.safe_load(value)
+    return build_recipe(values, origin=str(path))
+
+
+def build_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """A `Recipe` of the class that `values["system"]` names, from plain values; `origin` stands in errors."""
+    values = dict(values)
+    system = values.pop("system", None)
+    if system not in RECIPES:
+        raise UserError(f"{origin}: system is {system!r}{nearest(str(system), list(RECIPES))}")
+    kind = RECIPES[system]
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            raise UserError(f"{origin}: unknown key {key!r} for system {system}{nearest(key, known)}")
+    return _typed(kind, values, origin)
+
+
+def _typed(kind: type[Recipe], values: dict[str, Any], origin: str) -> Recipe:
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    # YAML 1.1 reads 3e-4 as text; jsonargparse parses such text again against the field's type.
+    given = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    try:
+        return kind(**parser.parse_object(given).as_dict())
+    except ArgumentError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{origin}: {reason}") from error

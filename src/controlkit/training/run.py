@@ -1,0 +1,41 @@
+"""A recipe -> its objective, trained."""
+
+from __future__ import annotations
+
+import torch
+
+from controlkit.errors import UserError
+from controlkit.training.objective import Objective
+from controlkit.training.recipe import AutoencoderRecipe, BaseRecipe, Recipe
+from controlkit.training.trainer import train
+
+
+def run(recipe: Recipe) -> dict[str, float]:
+    """Train what `recipe` describes and write it into its folder; returns the final scores."""
+    return train(objective_of(recipe), recipe)
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """The objective that `recipe` describes, on its device."""
+    device = choose_device(recipe.device)
+    if isinstance(recipe, AutoencoderRecipe):
+        from controlkit.training.autoencoder import AutoencoderObjective
+
+        return AutoencoderObjective(recipe, device)
+    if isinstance(recipe, BaseRecipe):
+        from controlkit.training.base import BaseObjective
+
+        return BaseObjective(recipe, device)
+    raise UserError(f"no objective for system {recipe.system}")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` => CUDA, then MPS, then the CPU; else the torch device of that name."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r} is not one that torch knows (cpu, cuda, cuda:1, mps, auto)") from error
