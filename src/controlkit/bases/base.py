@@ -81,7 +81,10 @@ class Base:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Base:
         """Move all networks; returns itself."""
         for network in self.networks:
-            network.to(device=device, dtype=dtype)
+            if device is not None:
+                network.to(device)
+            if dtype is not None:
+                network.to(dtype)
         return self
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from controlkit.conditions.condition import condition, seed, uniform, uniform_int
+from controlkit.conditions.condition import condition, seed, uniform_int
 from controlkit.conditions.fidelity import COLOUR_DISTANCE, MEAN_IOU, PALETTE_DISTANCE, PSNR
 from controlkit.conditions.pixels import (
     disc,
@@ -42,12 +42,14 @@ def grayscale(picture: np.ndarray) -> np.ndarray:
 def palette(picture: np.ndarray, *, cells: int = 8) -> np.ndarray:
     """Flat cells of the mean colour below them, `cells` along the short side.
 
-    CtrLoRA, annotator/palette: cells of 64 x 64 pixels, which are 8 x 8 at 512 and a single one at 64; here the
-    number is kept at every size. It samples bicubically, so that one pixel may speak for a cell; here the cell's
-    mean does.
+    CtrLoRA, annotator/palette: cells of 64 x 64 pixels, which are 8 x 8 at 512 and a single one at 64; here
+    the number is kept at every size. It samples bicubically, so that one pixel may speak for a cell; here the
+    cell's mean does.
     """
     height, width = picture.shape[:2]
-    return enlarge(cv2.resize(picture, grid_size(picture, cells), interpolation=cv2.INTER_AREA), height, width)
+    return enlarge(
+        cv2.resize(picture, grid_size(picture, cells), interpolation=cv2.INTER_AREA), height, width
+    )
 
 
 @condition(
@@ -61,8 +63,8 @@ def palette(picture: np.ndarray, *, cells: int = 8) -> np.ndarray:
 def pixel(picture: np.ndarray, *, cells: int = 96, colours: int = 12) -> np.ndarray:
     """Large pixels, `cells` along the short side, in at most `colours` colours of the picture.
 
-    CtrLoRA, annotator/pixel: reduced 4 to 8 times (64 to 128 at 512) by Lanczos, to no less than 32; 8 to 16 colours
-    by k-means. Large pixels are at least 2 pixels wide here, so a 64 x 64 picture has 32 of them.
+    CtrLoRA, annotator/pixel: reduced 4 to 8 times (64 to 128 at 512) by Lanczos, to no less than 32; 8 to 16
+    colours by k-means. Large pixels are at least 2 pixels wide here, so a 64 x 64 picture has 32 of them.
     """
     height, width = picture.shape[:2]
     size = grid_size(picture, max(1, min(cells, short_side(picture) // 2)))
@@ -83,8 +85,8 @@ def pixel(picture: np.ndarray, *, cells: int = 96, colours: int = 12) -> np.ndar
 def shuffle(picture: np.ndarray, *, scale: float = 0.5, seed: int = 0) -> np.ndarray:
     """Each pixel comes from where a smooth random field points.
 
-    ControlNet 1.1 and CtrLoRA, annotator/shuffle: a field that varies over 256 pixels of 512. It says which colours
-    occur and not where, so fidelity compares colours wherever they stand.
+    ControlNet 1.1 and CtrLoRA, annotator/shuffle: a field that varies over 256 pixels of 512. It says which
+    colours occur and not where, so fidelity compares colours wherever they stand.
 
     Args:
         scale: over what fraction of the short side the field varies.
@@ -116,8 +118,9 @@ def illusion(
 ) -> np.ndarray:
     """Brightness in three tones (0, 127, 255), parted at `dark` and `bright`, small shapes cleared.
 
-    CtrLoRA, annotator/illusion: parted at 85 and 170, closed by an ellipse of 11 pixels and opened by one of 3 at
-    512. It overwrites the brightness (HSV value) that it computes and uses the blue channel; here it is the value.
+    CtrLoRA, annotator/illusion: parted at 85 and 170, closed by an ellipse of 11 pixels and opened by one of
+    3 at 512. It overwrites the brightness (HSV value) that it computes and uses the blue channel; here it is
+    the value.
 
     Args:
         dark: values below are black.
@@ -129,14 +132,3 @@ def illusion(
     tones = np.where(value < dark, 0, np.where(value < bright, 127, 255)).astype(np.uint8)
     tones = cv2.morphologyEx(tones, cv2.MORPH_CLOSE, disc(length(picture, closing)))
     return three_channels(cv2.morphologyEx(tones, cv2.MORPH_OPEN, disc(length(picture, opening))))
-
-
-@condition(
-    "identity",
-    summary="the picture itself: for given pairs, whose condition images are made elsewhere",
-    aliases=("given", "custom", "none"),
-    fidelity=PSNR,
-)
-def identity(picture: np.ndarray) -> np.ndarray:
-    """A copy of `picture`."""
-    return picture.copy()

@@ -74,8 +74,8 @@ class Condition:
     mirrors: bool = True
     """Whether flipping the picture flips the condition image and nothing else.
 
-    False for conditions that are random themselves: with the same seed the mask or noise stays where it is. (A
-    finished pair of theirs may still be flipped as a whole.)"""
+    False for conditions that are random themselves: with the same seed the mask or noise stays where it is.
+    (A finished pair of theirs may still be flipped as a whole.)"""
     requires: str | None = None
     """The learned model that it needs, or None."""
 
@@ -109,7 +109,7 @@ class Condition:
             wanted = "a whole number" if isinstance(default, int) else "a number"
             raise UserError(f"{self.name}: {key} must be {wanted} (such as {default}), not {value!r}")
         low, high = self.limits.get(key, (0, 2**63 - 1) if key == "seed" else (-math.inf, math.inf))
-        if not low <= value <= high:
+        if not low <= float(value) <= high:
             raise UserError(f"{self.name}: {key} must lie from {low} to {high}, not {value!r}")
 
     def random_parameters(self, rng: np.random.Generator) -> dict[str, Any]:
@@ -127,13 +127,15 @@ class Condition:
         """
         if self.fidelity.against == "picture":
             if truth is None:
-                raise ValueError(f"fidelity to {self.name} compares with the true picture, which was not given")
+                raise ValueError(
+                    f"fidelity to {self.name} compares with the true picture, which was not given"
+                )
             return self.fidelity.compare(truth, result)
         return self.fidelity.compare(given, self(result, **parameters))
 
 
 def condition(name: str, **facts: Any) -> Callable[[Callable[..., np.ndarray]], Condition]:
-    """Register the decorated function as the condition `name`; `facts` are the other fields of `Condition`."""
+    """Register the decorated function as condition `name`; `facts` are the other fields of `Condition`."""
 
     def register(function: Callable[..., np.ndarray]) -> Condition:
         made = Condition(name=name, function=function, **facts)
@@ -182,9 +184,10 @@ def uniform_int(low: int, high: int) -> Draw:
 
 
 def clipped_normal(low: float, high: float) -> Draw:
-    """A float around the middle of `low` and `high`, which lie three standard deviations away, clipped to them.
+    """A float about the middle of `low` and `high`, three standard deviations away, clipped to them.
 
-    CtrLoRA's `discrete_normal(low, high)` without its flaw that values beyond the ends (below zero, even) occur.
+    CtrLoRA's `discrete_normal(low, high)` without its flaw that values beyond the ends (below zero, even)
+    occur.
     """
     return lambda rng: float(np.clip(rng.normal((low + high) / 2, (high - low) / 6), low, high))
 

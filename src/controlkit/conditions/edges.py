@@ -7,7 +7,7 @@ import numpy as np
 
 from controlkit.conditions.condition import chance, condition, uniform, uniform_int
 from controlkit.conditions.fidelity import DARK_EDGE_F1, EDGE_F1, PSNR
-from controlkit.conditions.pixels import disc, length, smoothed, three_channels, to_uint8
+from controlkit.conditions.pixels import length, smoothed, three_channels, to_uint8
 
 
 @condition(
@@ -53,12 +53,13 @@ def _soft_edges(picture: np.ndarray, scale: float, gain: float) -> np.ndarray:
     """Gradient strength `float32 [H, W]` in [0, 1]."""
     sigma = length(picture, scale)
     blurred = smoothed(picture, sigma)
-    # 16 bits hold every Sobel response exactly, so a flipped picture gives exactly the flipped edges.
-    across = cv2.Sobel(blurred, cv2.CV_16S, 1, 0).astype(np.int32)
-    down = cv2.Sobel(blurred, cv2.CV_16S, 0, 1).astype(np.int32)
-    strength = np.sqrt((across**2 + down**2).max(axis=2).astype(np.float32)) / (4 * 255)
-    # A blurred step is lower by about its width; this keeps edges as bright at every size of picture.
-    return np.minimum(strength * gain * max(1.0, sigma), 1)
+    # Sobel in 16 bits is exact, so that a flipped picture gives exactly the flipped edges.
+    across = cv2.Sobel(blurred, cv2.CV_16S, 1, 0).astype(np.float32)
+    down = cv2.Sobel(blurred, cv2.CV_16S, 0, 1).astype(np.float32)
+    squared = across**2 + down**2
+    strongest = np.maximum(np.maximum(squared[..., 0], squared[..., 1]), squared[..., 2])
+    # A blur lowers a gradient by about its width in pixels; made up for, edges are as strong at any size.
+    return np.minimum(np.sqrt(strongest) * (gain * max(1.0, 1.25 * sigma) / (4 * 255)), 1)
 
 
 @condition(
@@ -72,25 +73,28 @@ def _soft_edges(picture: np.ndarray, scale: float, gain: float) -> np.ndarray:
 def scribble(
     picture: np.ndarray, *, width: float = 0.012, scale: float = 0.012, shortest: float = 0.1
 ) -> np.ndarray:
-    """Strokes of one width, detail and short strokes left out. ControlNet's own uses HED or PiDiNet, with weights.
+    """Strokes of one width, without detail. ControlNet's own come from HED or PiDiNet, with weights.
 
     Args:
         width: of the strokes, as a fraction of the short side. ControlNet 1.1 draws up to 24 pixels of 512.
         scale: sigma of the blur before it, as a fraction of the short side: how much detail is left out.
         shortest: strokes that span less than this fraction of the short side are left out.
     """
-    blurred = smoothed(picture, length(picture, scale))
-    lines = cv2.Canny(blurred, 20, 60)
-    count, labels, boxes, _ = cv2.connectedComponentsWithStats(lines, connectivity=8)
-    spans = boxes[:, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]].max(axis=1)
-    kept = spans >= length(picture, shortest)
-    kept[0] = False
-    strokes = np.where(kept[labels], np.uint8(255), np.uint8(0)) if count > 1 else lines
-    thickness = length(picture, width, least=1.0)
-    broad = cv2.dilate(strokes, disc(thickness))
-    if thickness >= 3:
-        broad = np.where(smoothed(broad, thickness / 3) > 127, np.uint8(255), np.uint8(0))
-    return three_channels(broad)
+    rows, columns = picture.shape[:2]
+    # Canny needs steep edges: it looks at a reduction in which the blur is about a pixel.
+    zoom = max(1.0, length(picture, scale))
+    size = max(1, round(columns / zoom)), max(1, round(rows / zoom))
+    small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    lines = cv2.Canny(smoothed(small, length(small, scale)), 50, 120)
+    outlines, _ = cv2.findContours(lines, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    canvas = np.zeros(picture.shape[:2], np.uint8)
+    stretch = np.array([columns / size[0], rows / size[1]])
+    thickness = max(1, round(length(picture, width)))
+    for outline in outlines:
+        points = np.rint(((outline + 0.5) * stretch - 0.5) * 16).astype(np.int32)
+        if np.ptp(points, axis=0).max() >= 16 * length(picture, shortest):
+            cv2.polylines(canvas, [points], True, 255, thickness, cv2.LINE_8, 4)
+    return three_channels(canvas)
 
 
 @condition(
@@ -101,15 +105,15 @@ def scribble(
     draw={"threshold": uniform_int(110, 159)},
     limits={"threshold": (1, 255), "scale": (0, 0.2)},
 )
-def sketch(picture: np.ndarray, *, threshold: int = 134, scale: float = 0.004) -> np.ndarray:
+def sketch(picture: np.ndarray, *, threshold: int = 134, scale: float = 0.005) -> np.ndarray:
     """Edges stronger than `threshold` of 255 in dark on white, softened.
 
-    The scheme of CtrLoRA's hedsketch (annotator/hedsketch: threshold 110 to 159, inverted, 3 x 3 Gaussian, drawn
-    again until 0.5 % of the pixels are dark or six tries are over), on a Sobel gradient in place of HED. The
-    reference draws its threshold at random in evaluation too; here it is a parameter, and a retry lowers it by a
-    quarter.
+    The scheme of CtrLoRA's hedsketch (annotator/hedsketch: threshold 110 to 159, inverted, 3 x 3 Gaussian,
+    drawn again until 0.5 % of the pixels are dark or six tries are over), on a Sobel gradient in place of
+    HED. The reference draws its threshold at random in evaluation too; here it is a parameter, and a retry
+    lowers it by a quarter.
     """
-    edges = _soft_edges(picture, scale, 2.0) * 255
+    edges = _soft_edges(picture, scale, 2.5) * 255
     dark = edges >= threshold
     for attempt in range(1, 6):
         if dark.mean() > 0.005:

@@ -12,8 +12,8 @@ from controlkit.conditions.pixels import nearest_colour, packed
 def edge_f1(given: np.ndarray, produced: np.ndarray, tolerance: int = 1) -> float:
     """F1 of the edge pixels of two edge images, in [0, 1].
 
-    A produced edge pixel is right if a given one lies within `tolerance` pixels (in both directions), and a given
-    one is found if a produced one does. Two images without edges agree fully.
+    A produced edge pixel is right if a given one lies within `tolerance` pixels (in both directions), and a
+    given one is found if a produced one does. Two images without edges agree fully.
     """
     mine, theirs = produced[..., 0] > 127, given[..., 0] > 127
     if not mine.any() and not theirs.any():
@@ -35,14 +35,15 @@ def psnr(given: np.ndarray, produced: np.ndarray) -> float:
 
 
 def colour_distance(given: np.ndarray, produced: np.ndarray) -> float:
-    """Mean distance of two `uint8` pictures in CIE L*a*b* (CIE76), 0 for equal ones; 2.3 is just noticeable."""
+    """Mean distance of two `uint8` pictures in CIE L*a*b* (CIE76), 0 if equal; 2.3 is just noticeable."""
     lab = [cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB) for image in (given, produced)]
     return float(np.linalg.norm(lab[0] - lab[1], axis=-1).mean())
 
 
 def dark_edge_f1(given: np.ndarray, produced: np.ndarray) -> float:
-    """`edge_f1` of drawings with dark strokes on white, in [0, 1]."""
-    return edge_f1(255 - given, 255 - produced)
+    """`edge_f1` of drawings with dark strokes on white, in [0, 1]; a softened stroke counts from 192 down."""
+    mine, theirs = (np.where(image < 192, np.uint8(255), np.uint8(0)) for image in (produced, given))
+    return edge_f1(theirs, mine)
 
 
 def mean_iou(given: np.ndarray, produced: np.ndarray, most: int = 64) -> float:
@@ -66,8 +67,8 @@ def mean_iou(given: np.ndarray, produced: np.ndarray, most: int = 64) -> float:
 def palette_distance(given: np.ndarray, produced: np.ndarray) -> float:
     """Distance of the colours of two `uint8` pictures wherever they stand, in L*a*b* units; 0 for the same.
 
-    Sliced Wasserstein distance: the mean over fixed directions in colour space of the 1-D distance between the
-    sorted projections, at 256 quantiles.
+    Sliced Wasserstein distance: the mean over fixed directions in colour space of the 1-D distance between
+    the sorted projections, at 256 quantiles.
     """
     corners = np.array([[x, y, z] for x in (-1, 0, 1) for y in (-1, 0, 1) for z in (-1, 0, 1)], float)
     directions = corners[len(corners) // 2 + 1 :]
@@ -85,9 +86,7 @@ DARK_EDGE_F1 = Fidelity(name="edge F1", compare=dark_edge_f1)
 MEAN_IOU = Fidelity(name="mean IoU", compare=mean_iou)
 PSNR = Fidelity(name="PSNR, dB", compare=psnr)
 COLOUR_DISTANCE = Fidelity(name="colour distance, Lab", compare=colour_distance, higher_is_better=False)
-PALETTE_DISTANCE = Fidelity(
-    name="palette distance, Lab", compare=palette_distance, higher_is_better=False
-)
+PALETTE_DISTANCE = Fidelity(name="palette distance, Lab", compare=palette_distance, higher_is_better=False)
 PICTURE_COLOUR_DISTANCE = Fidelity(
     name="colour distance to the picture, Lab",
     compare=colour_distance,

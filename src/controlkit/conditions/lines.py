@@ -19,12 +19,12 @@ from controlkit.conditions.pixels import grey, length, smoothed, three_channels,
     limits={"scale": (0, 0.2), "sharpness": (0, 1000), "level": (-1, 1)},
 )
 def lineart_xdog(
-    picture: np.ndarray, *, scale: float = 0.002, sharpness: float = 40.0, level: float = 0.01
+    picture: np.ndarray, *, scale: float = 0.0025, sharpness: float = 40.0, level: float = 0.01
 ) -> np.ndarray:
-    """Lines where the picture is darker than around, by an extended difference of Gaussians.
+    """Lines where a channel of the picture is darker than around, by an extended difference of Gaussians.
 
-    Winnemoeller, Kyprianidis and Olsen 2012: difference of Gaussians with ratio 1.6, soft threshold by tanh. The
-    result is inverted, because ControlNet's lineart is white on black.
+    Winnemoeller, Kyprianidis and Olsen 2012: difference of Gaussians with ratio 1.6, soft threshold by tanh.
+    The result is inverted, because ControlNet's lineart is white on black.
 
     Args:
         scale: sigma of the finer Gaussian, as a fraction of the short side (at least 0.6 pixels).
@@ -37,8 +37,8 @@ def lineart_xdog(
 def _xdog(picture: np.ndarray, scale: float, sharpness: float, level: float) -> np.ndarray:
     """White lines on black `uint8 [H, W]`."""
     sigma = length(picture, scale, least=0.6)
-    luma = grey(picture).astype(np.float32) / 255
-    darker = smoothed(luma, 1.6 * sigma) - smoothed(luma, sigma)
+    values = picture.astype(np.float32) / 255
+    darker = (smoothed(values, 1.6 * sigma) - smoothed(values, sigma)).max(axis=2)
     return to_uint8(255 * np.tanh(np.maximum(darker - level, 0) * sharpness))
 
 
@@ -55,9 +55,15 @@ def lines_lsd(picture: np.ndarray, *, shortest: float = 0.06, detail: float = 0.
 
     Args:
         shortest: segments shorter than this fraction of the short side are left out.
-        detail: scale at which segments are looked for; pictures under 256 pixels are looked at enlarged to that.
+        detail: scale at which segments are looked for; pictures under 256 pixels are looked at enlarged to
+            that.
     """
     luma = grey(picture)
+    # The detector is not symmetric; always looking with the darker half at the left makes the result so.
+    half = luma.shape[1] // 2
+    flipped = bool(luma[:, :half].sum() > luma[:, -half:].sum())
+    if flipped:
+        luma = cv2.flip(luma, 1)
     # Below some 256 pixels the detector's smallest region is larger than the lines; enlarged, it finds them.
     zoom = max(1.0, 256 / max(luma.shape))
     if zoom > 1:
@@ -69,7 +75,7 @@ def lines_lsd(picture: np.ndarray, *, shortest: float = 0.06, detail: float = 0.
         spans = np.linalg.norm(segments[:, 1] - segments[:, 0], axis=1)
         for start, end in np.rint(segments[spans >= length(picture, shortest, least=2)]).astype(int):
             cv2.line(canvas, start.tolist(), end.tolist(), 255, 1)
-    return three_channels(canvas)
+    return three_channels(cv2.flip(canvas, 1) if flipped else canvas)
 
 
 @condition(
@@ -84,7 +90,7 @@ def lines_lsd(picture: np.ndarray, *, shortest: float = 0.06, detail: float = 0.
 def lineart_color_hints(
     picture: np.ndarray,
     *,
-    scale: float = 0.002,
+    scale: float = 0.0025,
     least: int = 5,
     more: float = 0.9,
     radius: float = 0.03,
@@ -92,8 +98,8 @@ def lineart_color_hints(
 ) -> np.ndarray:
     """Line art with hints: discs filled with the mean colour below them.
 
-    CtrLoRA, annotator/lineart_anime_with_color_prompt: at least 5 discs, another one with probability 0.9, radius
-    2 to 4 % of the short side. Its lines come from a learned model, and it skips greyscale pictures.
+    CtrLoRA, annotator/lineart_anime_with_color_prompt: at least 5 discs, another one with probability 0.9,
+    radius 2 to 4 % of the short side. Its lines come from a learned model, and it skips greyscale pictures.
 
     Args:
         scale: of the lines, as in `lineart_xdog`.

@@ -1,4 +1,4 @@
-"""What several kinds of condition share: lengths that scale with the picture, grids, colours, smooth fields."""
+"""What kinds of condition share: lengths that scale with the picture, grids, colours, smooth fields."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def enlarge(cells: np.ndarray, height: int, width: int) -> np.ndarray:
 def _blocks(size: int, count: int) -> np.ndarray:
     """Which of `count` blocks each of `size` pixels falls in, symmetric about the middle."""
     first = (2 * np.arange((size + 1) // 2) + 1) * count // (2 * size)
-    first = np.minimum(first, (count - 1) // 2 if size % 2 else count)
+    first = np.minimum(first, (count - 1) // 2)
     return np.concatenate([first, count - 1 - first[: size // 2][::-1]])
 
 
@@ -72,8 +72,8 @@ def nearest_colour(picture: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """Index `[H, W]` of the colour of `palette [N, 3]` nearest to each pixel in RGB, the first of equals."""
     pixels, colours = picture.reshape(-1, 3).astype(np.float32), palette.astype(np.float32)
     # Whole numbers below 2**24 are exact in float32, so equal pixels get equal answers wherever they stand.
-    closeness = pixels @ colours.T - (colours**2).sum(axis=1) / 2
-    return closeness.argmax(axis=1).reshape(picture.shape[:2])
+    closeness = colours @ pixels.T - (colours**2).sum(axis=1, keepdims=True) / 2
+    return closeness.argmax(axis=0).reshape(picture.shape[:2])
 
 
 def main_colours(picture: np.ndarray, count: int) -> np.ndarray:
@@ -83,7 +83,9 @@ def main_colours(picture: np.ndarray, count: int) -> np.ndarray:
     """
     height, width = picture.shape[:2]
     small = cv2.resize(picture, (min(width, 96), min(height, 96)), interpolation=cv2.INTER_AREA)
-    reduced = Image.fromarray(small).quantize(count, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
+    reduced = Image.fromarray(small).quantize(
+        count, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE
+    )
     return np.unique(np.asarray(reduced.convert("RGB")).reshape(-1, 3), axis=0)
 
 

@@ -43,7 +43,7 @@ class ControlNet(Control):
         network = ControlNetModel.from_unet(
             base.unet, conditioning_embedding_out_channels=_HINT_CHANNELS[base.factor]
         )
-        return cls(network.to(base.device, base.dtype), condition)
+        return cls(network.to(base.device).to(base.dtype), condition)
 
     def to_diffusers(self) -> ControlNetModel:
         """diffusers' own network with the same weights, sharing memory; saving it writes diffusers' layout."""

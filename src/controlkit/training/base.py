@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from controlkit.bases.base import Base
-from controlkit.data.icons import COLOURS, STYLES, UNSEEN_STYLE, IconSets, caption_of, draw
+from controlkit.data.icons import COLOURS, STYLES, UNSEEN_STYLE, IconSets, caption_of
 from controlkit.errors import UserError
-from controlkit.files import sha256_of, write_atomically, write_json
-from controlkit.images import contact_sheet, to_images, to_tensor, write_png
+from controlkit.files import write_json
+from controlkit.images import contact_sheet, to_images, write_png
 from controlkit.sampling.sampler import sample
+from controlkit.training.drawings import Drawings, weights_key
 from controlkit.training.objective import Objective, numpy_generator, torch_generator
 from controlkit.training.recipe import BaseRecipe
 
@@ -38,7 +35,7 @@ SCHEDULER = {
     # The cosine schedule ends in pure noise, so sampling has to begin at its last step (Lin et al. 2024, section 3.3).
     "timestep_spacing": "trailing",
     "set_alpha_to_one": True,
-    "steps_offset": 0,
+    "steps_offset": 1,
 }
 
 PREVIEW_PROMPTS = (
@@ -60,20 +57,26 @@ class BaseObjective(Objective):
         self.recipe = recipe
         self.device = device
         sets = IconSets(recipe.icons)
-        self.icons = sets.select(styles=TRAINED_STYLES, held_out=False, drawable=True, sets=3)
         self.vae = _trained_autoencoder(recipe.autoencoder).to(device)
         self.tokenizer = train_tokenizer([caption_of(icon.concept) for icon in sets.icons if not icon.held_out])
         torch.manual_seed(recipe.seed)
         text_encoder, unet = build_networks(recipe, len(self.tokenizer), self.vae)
         self.trained = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device)
         self.scheduler = DDIMScheduler.from_config(SCHEDULER)
-        self.latents, self.colours = self._latents(Path(recipe.out) / "latents.safetensors")
+        self.drawings = Drawings(
+            sets.select(styles=TRAINED_STYLES, held_out=False, drawable=True, sets=3),
+            recipe.variants,
+            recipe.seed,
+            path=Path(recipe.out) / "latents.safetensors",
+            encode=lambda x: self.vae.encode(x.to(device)).latent_dist.mode() * self.vae.config.scaling_factor,
+            key=weights_key(self.vae),
+        )
 
     def loss(self, step: int) -> Tensor:
         rng = numpy_generator(self.recipe.seed, step)
-        chosen = rng.integers(len(self.latents), size=self.recipe.batch_size)
-        z = self.latents[torch.from_numpy(chosen)].float().to(self.device)
-        text = self._text([self._prompt(int(index), rng) for index in chosen])
+        chosen = rng.integers(len(self.drawings), size=self.recipe.batch_size)
+        z = self.drawings.latents[torch.from_numpy(chosen)].float().to(self.device)
+        text = self._text([self.drawings.prompt(int(index), rng, self.recipe.prompt_drop) for index in chosen])
         generator = torch_generator(self.recipe.seed, step)
         noise = torch.randn(z.shape, generator=generator).to(self.device)
         t = torch.randint(0, 1000, (len(z),), generator=generator).to(self.device)
@@ -116,46 +119,6 @@ class BaseObjective(Objective):
             list(prompts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
         ).input_ids
         return self.trained["text_encoder"](ids.to(self.device))[0]
-
-    def _prompt(self, index: int, rng: np.random.Generator) -> str:
-        """The caption of a drawing; dropped at `prompt_drop`, without style or colour one time in five each."""
-        if rng.random() < self.recipe.prompt_drop:
-            return ""
-        icon = self.icons[index // self.recipe.variants]
-        style = None if rng.random() < 0.2 else icon.style
-        colour = None if rng.random() < 0.2 else self.colours[index]
-        return caption_of(icon.concept, style, colour)
-
-    def _latents(self, path: Path) -> tuple[Tensor, list[str]]:
-        """Latents `[icons * variants, C, h, w]` in fp16 and the background colour of each, from the file if it fits."""
-        key = sha256_of(
-            repr([(icon.style, icon.concept) for icon in self.icons]),
-            repr((self.recipe.variants, self.recipe.seed)),
-            *(p.detach().cpu().numpy().tobytes() for p in self.vae.parameters()),
-        )
-        count = len(self.icons) * self.recipe.variants
-        colours: list[str] = []
-        if path.exists():
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-            if metadata.get("key") == key:
-                return load_file(path)["latents"], metadata["colours"].split()
-        print(f"encoding {count} drawings", file=sys.stderr, flush=True)
-        chunks = []
-        for first in range(0, count, 64):
-            drawings = [
-                draw(self.icons[index // self.recipe.variants], numpy_generator(self.recipe.seed, index, 7))
-                for index in range(first, min(first + 64, count))
-            ]
-            colours += [drawing.colour for drawing in drawings]
-            x = to_tensor([drawing.image for drawing in drawings]).to(self.device) * 2 - 1
-            with torch.inference_mode():
-                z = self.vae.encode(x).latent_dist.mode() * self.vae.config.scaling_factor
-            chunks.append(z.half().cpu().clone())
-        latents = torch.cat(chunks)
-        metadata = {"key": key, "colours": " ".join(colours)}
-        write_atomically(path, lambda temporary: save_file({"latents": latents}, temporary, metadata))
-        return latents, colours
 
 
 def train_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
@@ -222,8 +185,10 @@ def build_networks(
 
 def save_base(base: Base, out: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write `base` as an ordinary diffusers folder for `StableDiffusionPipeline.from_pretrained`."""
-    for name, network in (("text_encoder", base.text_encoder), ("vae", base.vae), ("unet", base.unet)):
+    for name, network in (("vae", base.vae), ("unet", base.unet)):
         copy.deepcopy(network).to("cpu", dtype).save_pretrained(out / name, safe_serialization=True)
+    # transformers loads a model in the dtype of its file, diffusers in float32: in one pipeline they have to agree.
+    base.text_encoder.save_pretrained(out / "text_encoder", safe_serialization=True)
     base.tokenizer.save_pretrained(out / "tokenizer")
     write_json(out / "scheduler" / "scheduler_config.json", base.scheduler_config)
     write_json(

@@ -122,7 +122,36 @@ class BaseRecipe(Recipe):
             raise UserError(f"prompt_drop is {self.prompt_drop}; it must be between 0 and 1")
 
 
-RECIPES: dict[str, type[Recipe]] = {kind.system: kind for kind in (AutoencoderRecipe, BaseRecipe)}
+@dataclass(frozen=True, kw_only=True)
+class ControlNetRecipe(Recipe):
+    """A ControlNet on a frozen base, one condition, drawn from icons as it trains."""
+
+    system: ClassVar[str] = "controlnet"
+
+    icons: str
+    """File of rendered icons."""
+    condition: str
+    """Name of the condition (`controlkit condition --list`)."""
+    base: str = "nano"
+    """The base that it will steer."""
+    prompt_drop: float = 0.5
+    """Share of prompts replaced by the empty prompt (Zhang et al. 2023, section 3.3)."""
+    variants: int = 8
+    """Drawings of each icon whose latents are kept."""
+    score_pictures: int = 32
+    """Held-out pictures on which each preview scores condition following."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.prompt_drop <= 1:
+            raise UserError(f"prompt_drop is {self.prompt_drop}; it must be between 0 and 1")
+        if self.score_pictures < 1:
+            raise UserError(f"score_pictures is {self.score_pictures}; it must be at least 1")
+
+
+RECIPES: dict[str, type[Recipe]] = {
+    kind.system: kind for kind in (AutoencoderRecipe, BaseRecipe, ControlNetRecipe)
+}
 """Every system that `controlkit train` trains."""
 
 

@@ -6,7 +6,7 @@ import torch
 
 from controlkit.errors import UserError
 from controlkit.training.objective import Objective
-from controlkit.training.recipe import AutoencoderRecipe, BaseRecipe, Recipe
+from controlkit.training.recipe import AutoencoderRecipe, BaseRecipe, ControlNetRecipe, Recipe
 from controlkit.training.trainer import train
 
 
@@ -26,6 +26,10 @@ def objective_of(recipe: Recipe) -> Objective:
         from controlkit.training.base import BaseObjective
 
         return BaseObjective(recipe, device)
+    if isinstance(recipe, ControlNetRecipe):
+        from controlkit.training.control import ControlObjective
+
+        return ControlObjective(recipe, device)
     raise UserError(f"no objective for system {recipe.system}")
 
 

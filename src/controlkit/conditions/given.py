@@ -1,0 +1,193 @@
+"""Conditions whose content is given beside the picture: annotations, or the condition image itself.
+
+Annotations are in COCO's form (a list of objects, each with `category_id` and `bbox` or `segmentation`) in
+pixels of the picture, or of `size` (width, height) where the picture was scaled since. A detector or
+segmenter with weights could say whether a result follows them; without one, fidelity is the distance of
+colours to the true picture.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+
+from controlkit.conditions.condition import condition
+from controlkit.conditions.fidelity import PICTURE_COLOUR_DISTANCE, RESTORED_PSNR
+from controlkit.errors import UserError
+
+
+@condition(
+    "identity",
+    summary="the picture as it is: for given pairs, whose condition images are made elsewhere",
+    aliases=("given", "custom"),
+    fidelity=RESTORED_PSNR,
+)
+def identity(picture: np.ndarray) -> np.ndarray:
+    """A copy of `picture`. Fidelity compares the result with the true picture of the pair."""
+    return picture.copy()
+
+
+@condition(
+    "bbox",
+    summary="filled boxes coloured by class, from given annotations (COCO)",
+    aliases=("boxes", "bounding_boxes", "bounding_box"),
+    fidelity=PICTURE_COLOUR_DISTANCE,
+    mirrors=False,
+)
+def bbox(
+    picture: np.ndarray,
+    *,
+    boxes: Sequence[Any] | None = None,
+    size: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Boxes filled with their class's colour on black, the largest first.
+
+    CtrLoRA, annotator/bbox, draws the same from YOLOv4 detections; here the boxes are given.
+    `category_colour` says which class has which colour.
+
+    Args:
+        boxes: COCO objects with `bbox` (left, top, width, height) and `category_id`, or bare
+            `[left, top, width, height]`, of class 0.
+        size: width and height of the picture that they were measured in; default: this picture's.
+
+    Raises:
+        UserError: there are no `boxes`, or one cannot be read.
+    """
+    found = []
+    for entry in _listed("bbox", "boxes", boxes):
+        category, sides = 0, entry
+        if isinstance(entry, Mapping):
+            category, sides = entry.get("category_id", 0), entry.get("bbox")
+        try:
+            left, top, width, height = (float(side) for side in sides)
+            found.append((width * height, left, top, left + width, top + height, int(category)))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"bbox: a box must be [left, top, width, height], not {entry!r}") from error
+    across, down = _scale(picture, "bbox", size)
+    canvas = np.zeros_like(picture)
+    for _, left, top, right, bottom, category in sorted(found, key=lambda box: -box[0]):
+        rows = slice(max(0, round(top * down)), max(0, round(bottom * down)))
+        columns = slice(max(0, round(left * across)), max(0, round(right * across)))
+        canvas[rows, columns] = category_colour(category)
+    return canvas
+
+
+@condition(
+    "segments",
+    summary="regions coloured by class, from given annotations (COCO polygons and run lengths)",
+    aliases=("coco_segments", "segmentation_given"),
+    fidelity=PICTURE_COLOUR_DISTANCE,
+    mirrors=False,
+)
+def segments(
+    picture: np.ndarray,
+    *,
+    segments: Sequence[Any] | None = None,
+    size: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Regions filled with their class's colour on black, the largest first.
+
+    Args:
+        segments: COCO objects with `segmentation` (a list of polygons `[x, y, x, y, ...]`, or run lengths
+            `{"size": [height, width], "counts": ...}`, compressed or not) and `category_id`.
+        size: width and height of the picture that polygons were measured in; default: this picture's. (Run
+            lengths know theirs.)
+
+    Raises:
+        UserError: there are no `segments`, or one cannot be read.
+    """
+    across, down = _scale(picture, "segments", size)
+    found = []
+    for entry in _listed("segments", "segments", segments):
+        try:
+            shape = entry["segmentation"]
+            mask = (
+                _run_lengths(picture, shape)
+                if isinstance(shape, Mapping)
+                else _polygons(picture, shape, across, down)
+            )
+            found.append((int(mask.sum()), mask, int(entry.get("category_id", 0))))
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            text = repr(entry)
+            raise UserError(
+                "segments: one must have a COCO `segmentation` (polygons or run lengths), not"
+                f" {text[:80]}{'...' if len(text) > 80 else ''}"
+            ) from error
+    canvas = np.zeros_like(picture)
+    for _, mask, category in sorted(found, key=lambda region: -region[0]):
+        canvas[mask] = category_colour(category)
+    return canvas
+
+
+def category_colour(category: int) -> tuple[int, int, int]:
+    """The RGB colour of a class, never black: hues by the golden ratio, so that neighbours look apart."""
+    hue = category * 0.61803398875 % 1.0
+    saturation, value = ((0.85, 1.0), (0.55, 0.9), (0.9, 0.65))[category % 3]
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
+    return red, green, blue
+
+
+def _listed(name: str, key: str, given: Any) -> list[Any]:
+    if given is None:
+        raise UserError(
+            f"{name} draws given annotations and cannot find any by itself; give {key}=[...], COCO objects"
+        )
+    if isinstance(given, (str, bytes, Mapping)) or not hasattr(given, "__iter__"):
+        raise UserError(f"{name}: {key} must be a list of COCO objects, not {type(given).__name__}")
+    return list(given)
+
+
+def _scale(picture: np.ndarray, name: str, size: Sequence[float] | None) -> tuple[float, float]:
+    """Pixels of the picture for each pixel of `size`, across and down."""
+    if size is None:
+        return 1.0, 1.0
+    try:
+        width, height = (float(side) for side in size)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: size must be width,height, not {size!r}") from error
+    if not (width > 0 and height > 0):
+        raise UserError(f"{name}: size must be positive, not {size!r}")
+    return picture.shape[1] / width, picture.shape[0] / height
+
+
+def _polygons(picture: np.ndarray, polygons: Any, across: float, down: float) -> np.ndarray:
+    """Mask `bool [H, W]` of `[[x, y, x, y, ...], ...]`; where polygons overlap, all of them count."""
+    mask = np.zeros(picture.shape[:2], np.uint8)
+    for polygon in polygons:
+        points = np.asarray(polygon, float).reshape(-1, 2) * [across, down]
+        # COCO measures from the corner of the first pixel, OpenCV from its centre; four bits of subpixels.
+        cv2.fillPoly(mask, [np.rint((points - 0.5) * 16).astype(np.int32)], 1, cv2.LINE_8, 4)
+    return mask > 0
+
+
+def _run_lengths(picture: np.ndarray, runs: Mapping[str, Any]) -> np.ndarray:
+    """Mask `bool [H, W]` of COCO run lengths: down the columns, zeros first, scaled to the picture."""
+    height, width = (int(side) for side in runs["size"])
+    counts = runs["counts"]
+    if isinstance(counts, (str, bytes)):
+        counts = _unpacked(counts.encode() if isinstance(counts, str) else counts)
+    flat = np.repeat(np.arange(len(counts)) % 2, np.asarray(counts, dtype=np.int64)).astype(np.uint8)
+    mask = np.ascontiguousarray(flat.reshape(width, height).T)
+    if mask.shape != picture.shape[:2]:
+        mask = cv2.resize(mask, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    return mask > 0
+
+
+def _unpacked(text: bytes) -> list[int]:
+    """Run lengths from COCO's compressed text: five bits a character, from the third on as differences."""
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        code = character - 48
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            if code & 16:
+                value -= 1 << shift
+            counts.append(value + counts[-2] if len(counts) > 2 else value)
+            value = shift = 0
+    return counts

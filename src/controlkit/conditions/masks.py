@@ -1,0 +1,128 @@
+"""Pictures with a part missing, black: what a control has to fill in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from controlkit.conditions.condition import clipped_normal, condition, seed, uniform
+from controlkit.conditions.fidelity import RESTORED_PSNR
+from controlkit.conditions.pixels import length
+from controlkit.errors import UserError
+
+
+@condition(
+    "inpaint",
+    summary="the picture with a black rectangle to fill in",
+    aliases=("inpainting", "inpaint_box"),
+    fidelity=RESTORED_PSNR,
+    draw={"seed": seed()},
+    mirrors=False,
+)
+def inpaint(picture: np.ndarray, *, box: Sequence[float] | None = None, seed: int = 0) -> np.ndarray:
+    """A rectangle somewhere around the middle made black.
+
+    CtrLoRA, annotator/inpainting: its four sides are normal between 20 and 80 % of the picture. Its rectangle
+    can vanish and its values leave the range; here it spans at least an eighth of the picture in both
+    directions.
+
+    Args:
+        box: left, top, right, bottom as fractions of width and height, in place of a random rectangle.
+        seed: of the random rectangle.
+
+    Raises:
+        UserError: `box` is not four fractions in order.
+    """
+    if box is None:
+        rng = np.random.default_rng(seed)
+        left, right = _span(rng)
+        top, bottom = _span(rng)
+    else:
+        try:
+            left, top, right, bottom = (float(side) for side in box)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"inpaint: box must be left,top,right,bottom as fractions, not {box!r}"
+            ) from error
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise UserError(
+                f"inpaint: box must have 0 <= left < right <= 1 and 0 <= top < bottom <= 1, not {box!r}"
+            )
+    height, width = picture.shape[:2]
+    hidden = picture.copy()
+    hidden[round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = 0
+    return hidden
+
+
+def _span(rng: np.random.Generator) -> tuple[float, float]:
+    """Two sides in order, from 0.2 to 0.8, at least an eighth apart."""
+    side = clipped_normal(0.2, 0.8)
+    low, high = sorted((side(rng), side(rng)))
+    missing = max(0.0, 0.125 - (high - low)) / 2
+    return low - missing, high + missing
+
+
+@condition(
+    "inpaint_brush",
+    summary="the picture with black brush strokes to fill in",
+    aliases=("inpainting_brush", "free_form_inpaint"),
+    fidelity=RESTORED_PSNR,
+    draw={"seed": seed()},
+    mirrors=False,
+)
+def inpaint_brush(picture: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Crooked brush strokes made black.
+
+    CtrLoRA, annotator/inpainting_brush: 5 to 9 strokes of 4 to 18 vertices, 2 to 10 % of the short side wide,
+    turning by about 2 pi / 5 (give or take 2 pi / 15), the mask flipped at random.
+    """
+    rng = np.random.default_rng(seed)
+    height, width = picture.shape[:2]
+    mask = np.zeros((height, width), np.uint8)
+    step = np.hypot(height, width) / 8
+    for _ in range(int(rng.integers(5, 10))):
+        turn = rng.uniform(2 * np.pi / 5 - 2 * np.pi / 15, 2 * np.pi / 5 + 2 * np.pi / 15)
+        thickness = max(1, round(length(picture, rng.uniform(0.02, 0.10))))
+        point = rng.uniform(0, [width, height])
+        vertices = [point]
+        for index in range(int(rng.integers(4, 19)) - 1):
+            # Every second turn goes back, so that a stroke wanders about and does not close a circle.
+            angle = rng.uniform(0, turn) if index % 2 else np.pi + rng.uniform(0, turn)
+            reach = np.clip(rng.normal(step, step / 2), 0, 2 * step)
+            point = np.clip(
+                point + reach * np.array([np.cos(angle), np.sin(angle)]), 0, [width - 1, height - 1]
+            )
+            vertices.append(point)
+        path = np.rint(vertices).astype(np.int32)
+        cv2.polylines(mask, [path[:, None]], False, 255, thickness)
+        for x, y in path.tolist():
+            cv2.circle(mask, (x, y), thickness // 2, 255, -1)
+    for axis in (0, 1):
+        if rng.random() < 0.5:
+            mask = np.flip(mask, axis)
+    hidden = picture.copy()
+    hidden[mask > 0] = 0
+    return hidden
+
+
+@condition(
+    "outpaint",
+    summary="the middle of the picture; what is around it, black, is to be drawn",
+    aliases=("outpainting", "pad", "uncrop"),
+    fidelity=RESTORED_PSNR,
+    draw={"keep_width": uniform(0.2, 0.8), "keep_height": uniform(0.2, 0.8)},
+    limits={"keep_width": (0, 1), "keep_height": (0, 1)},
+)
+def outpaint(picture: np.ndarray, *, keep_width: float = 0.5, keep_height: float = 0.5) -> np.ndarray:
+    """A centred rectangle of the picture on black.
+
+    CtrLoRA, annotator/outpainting: 20 to 79 % of each side are kept; its page's `pad` keeps 50 %.
+    """
+    height, width = picture.shape[:2]
+    top, left = round(height * (1 - keep_height) / 2), round(width * (1 - keep_width) / 2)
+    shown = np.zeros_like(picture)
+    window = (slice(top, height - top), slice(left, width - left))
+    shown[window] = picture[window]
+    return shown

@@ -1,0 +1,93 @@
+"""Drawings of icons whose latents are encoded once: what an embedded base and its controls are trained on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from controlkit.data.icons import Drawing, Icon, caption_of, draw
+from controlkit.files import sha256_of, write_atomically
+from controlkit.images import to_tensor
+
+_BATCH = 64
+
+
+class Drawings:
+    """`variants` drawings of each icon (background, scale and place drawn at random) with their latents.
+
+    The drawings themselves are drawn again when they are asked for, which costs less than keeping them; the
+    latents are kept in `path` and used again while icons, seed and autoencoder are the same.
+
+    Args:
+        encode: pictures `[b, 3, 64, 64]` in [-1, 1] => scaled latents.
+        key: names the autoencoder's weights.
+    """
+
+    def __init__(
+        self,
+        icons: Sequence[Icon],
+        variants: int,
+        seed: int,
+        *,
+        path: Path,
+        encode: Callable[[Tensor], Tensor],
+        key: str,
+    ) -> None:
+        self.icons = icons
+        self.variants = variants
+        self.seed = seed
+        contents = repr([(icon.style, icon.concept) for icon in icons])
+        full_key = sha256_of(contents, repr((variants, seed)), key)
+        self.latents, self.colours = self._read(path, full_key) or self._encode(path, full_key, encode)
+
+    def __len__(self) -> int:
+        return len(self.icons) * self.variants
+
+    def draw(self, index: int) -> Drawing:
+        """Drawing `index`, the same every time."""
+        return draw(self.icons[index // self.variants], np.random.default_rng((self.seed, index, 7)))
+
+    def prompt(self, index: int, rng: np.random.Generator, drop: float) -> str:
+        """Its caption: dropped with probability `drop`, without style or colour one time in five each."""
+        if rng.random() < drop:
+            return ""
+        icon = self.icons[index // self.variants]
+        style = None if rng.random() < 0.2 else icon.style
+        colour = None if rng.random() < 0.2 else self.colours[index]
+        return caption_of(icon.concept, style, colour)
+
+    @staticmethod
+    def _read(path: Path, key: str) -> tuple[Tensor, list[str]] | None:
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != key:
+                return None
+            return file.get_tensor("latents"), metadata["colours"].split()
+
+    def _encode(self, path: Path, key: str, encode: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[str]]:
+        print(f"encoding {len(self)} drawings once, kept in {path}", file=sys.stderr, flush=True)
+        chunks: list[Tensor] = []
+        colours: list[str] = []
+        for first in range(0, len(self), _BATCH):
+            drawings = [self.draw(index) for index in range(first, min(first + _BATCH, len(self)))]
+            colours += [drawing.colour for drawing in drawings]
+            with torch.no_grad():
+                chunks.append(encode(to_tensor([drawing.image for drawing in drawings]) * 2 - 1).half().cpu())
+        latents = torch.cat(chunks)
+        metadata = {"key": key, "colours": " ".join(colours)}
+        write_atomically(path, lambda temporary: save_file({"latents": latents}, temporary, metadata))
+        return latents, colours
+
+
+def weights_key(module: torch.nn.Module) -> str:
+    """Hash of a network's weights."""
+    return sha256_of(*(p.detach().cpu().float().contiguous().numpy().tobytes() for p in module.parameters()))
