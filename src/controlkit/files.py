@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,25 @@ def writable_folder(path: str | Path) -> Path:
             f"cannot write to the folder {path}: {error.strerror or error}; give --out another folder"
         ) from error
     return path
+
+
+@contextlib.contextmanager
+def output_folder(path: str | Path) -> Iterator[Path]:
+    """A block that writes into the folder `path`; if it fails, a folder that it made and left empty is removed.
+
+    Raises:
+        UserError: the folder cannot be written, said before the block begins.
+    """
+    path = Path(path)
+    existed = path.exists()
+    writable_folder(path)
+    try:
+        yield path
+    except BaseException:
+        if not existed:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def sha256_of(*parts: bytes | str) -> str:

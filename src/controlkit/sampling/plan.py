@@ -8,7 +8,7 @@ picture. A plan changes when work is done, never what comes out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -16,8 +16,8 @@ from controlkit.bases.base import Text, concatenate
 from controlkit.bases.residuals import Residuals
 from controlkit.controls.control import Control, Reads
 
-STEPS_AT_ONCE = 16
-"""How many steps of a control are computed in one batch ahead of sampling."""
+ROWS_AT_ONCE = 32
+"""Largest batch in which the residuals of several steps are computed ahead of sampling."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,18 @@ class ActiveControl:
 
     control: Control
     hint: Tensor
-    """From `Control.encode`, batch 1."""
+    """From `Control.encode`: batch 1 for all pictures, or one for each picture."""
     weight: float = 1.0
     start: float = 0.0
     end: float = 1.0
 
     def acts_at(self, index: int, steps: int) -> bool:
-        """Whether it acts at step `index` of `steps` (as diffusers: a step counts only if it lies wholly within)."""
+        """Whether it acts at step `index` of `steps` (as in diffusers, a step counts if it lies wholly within)."""
         return self.weight != 0 and index / steps >= self.start and (index + 1) / steps <= self.end
+
+    def of_pictures(self, pictures: slice) -> ActiveControl:
+        """The same for some of the pictures."""
+        return self if len(self.hint) == 1 else replace(self, hint=self.hint[pictures])
 
 
 class Plan:
@@ -42,7 +46,8 @@ class Plan:
     Args:
         uses: the controls.
         timesteps: of the schedule, in the order of sampling.
-        texts: the prompt of each part of the batch (one, or negative and positive for guidance), batch 1 each.
+        texts: the prompts of each part of the batch (one part, or negative and positive for guidance); batch 1
+            for all pictures, or one for each picture.
     """
 
     def __init__(self, uses: Sequence[ActiveControl], timesteps: Tensor, texts: Sequence[Text]) -> None:
@@ -59,37 +64,52 @@ class Plan:
         """The sum of all residuals at step `index`, or None if no control acts.
 
         Args:
-            x_t: `[len(texts) * B, C, h, w]`, the parts one after another.
+            x_t: `[parts * B, C, h, w]`, the parts one after another.
         """
-        steps, parts = len(self.timesteps), len(self.texts)
+        parts, steps = len(self.texts), len(self.timesteps)
         batch = len(x_t) // parts
         total: Residuals | None = None
         for position, use in enumerate(self.uses):
             if not use.acts_at(index, steps):
                 continue
             if position in self._ahead:
-                made = self._ahead[position][index].map(lambda r: r.repeat_interleave(batch, 0))
+                made = self._ahead[position][index].map(lambda r: _repeat(r, len(x_t)))
             else:
-                text = concatenate(*(text.expand(batch) for text in self.texts))
-                t = self.timesteps[index].expand(len(x_t))
-                made = use.control(x_t, t, text, use.hint)
+                made = self._run(use, self.timesteps[index : index + 1], batch, x_t)
             made = made.scaled(use.weight)
             total = made if total is None else total + made
         return total
 
     def _compute_ahead(self, use: ActiveControl) -> dict[int, Residuals]:
-        """Step -> residuals with one entry a part, for every step at which `use` acts."""
-        steps, parts = len(self.timesteps), len(self.texts)
-        wanted = [index for index in range(steps) if use.acts_at(index, steps)]
-        made: dict[int, Residuals] = {}
-        chunk = STEPS_AT_ONCE if Reads.TIME in use.control.reads else 1
+        """Step -> residuals of every part, for every step at which `use` acts; one row a part if all share them."""
+        batch = max(len(use.hint), *(len(text.tokens) for text in self.texts))
+        rows = batch * len(self.texts)
+        wanted = [index for index in range(len(self.timesteps)) if use.acts_at(index, len(self.timesteps))]
+        if Reads.TIME not in use.control.reads:
+            made = self._run(use, self.timesteps[:1], batch, None)
+            return dict.fromkeys(wanted, made)
+        ahead: dict[int, Residuals] = {}
+        chunk = max(1, ROWS_AT_ONCE // rows)
         for first in range(0, len(wanted), chunk):
             indices = wanted[first : first + chunk]
-            t = self.timesteps[indices].repeat_interleave(parts)
-            text = concatenate(*(concatenate(*self.texts) for _ in indices))
-            residuals = use.control(None, t, text, use.hint.expand(len(t), *use.hint.shape[1:]))
+            made = self._run(use, self.timesteps[indices], batch, None)
             for place, index in enumerate(indices):
-                made[index] = residuals.map(lambda r, at=place: r[at * parts : (at + 1) * parts])
-        return made
+                ahead[index] = made.map(lambda r, at=place: r[at * rows : (at + 1) * rows])
+        return ahead
+
+    def _run(self, use: ActiveControl, times: Tensor, batch: int, x_t: Tensor | None) -> Residuals:
+        """One pass: for each of `times`, every part, every picture."""
+        rows = batch * len(self.texts)
+        text = concatenate(*(text.expand(batch) for text in self.texts))
+        hint = _repeat(use.hint, batch).repeat(len(self.texts), *[1] * (use.hint.ndim - 1))
+        return use.control(
+            x_t,
+            times.repeat_interleave(rows),
+            concatenate(*[text] * len(times)),
+            hint.repeat(len(times), *[1] * (hint.ndim - 1)),
+        )
 
 
+def _repeat(rows: Tensor, count: int) -> Tensor:
+    """Each row as often as makes `count` rows."""
+    return rows if len(rows) == count else rows.repeat_interleave(count // len(rows), 0)

@@ -9,7 +9,8 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType
+from typing import Any, get_type_hints
 
 from controlkit.errors import UserError, nearest
 
@@ -51,7 +52,11 @@ class ControlUse:
         if not equals or not control or not rest:
             raise UserError(f"--control {text}: {form}")
         image, at, strength = rest.rpartition("@")
-        if not at or "/" in strength or re.search(r"\.(png|jpe?g|webp|bmp|gif|tiff?)$", strength, re.IGNORECASE):
+        if (
+            not at
+            or "/" in strength
+            or re.search(r"\.(png|jpe?g|webp|bmp|gif|tiff?)$", strength, re.IGNORECASE)
+        ):
             return cls(control=control, image=rest, prepared=prepared)
         weight, colon, span = strength.partition(":")
         try:
@@ -103,6 +108,10 @@ class GenerateRequest:
             raise UserError(f"guidance is {self.guidance}; it must be 1 (off) or more")
         if self.sampler not in SAMPLERS:
             raise UserError(f"there is no sampler called {self.sampler!r}{nearest(self.sampler, SAMPLERS)}")
+        for name in ("width", "height"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be a number of pixels above 0")
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}; it must be at least 1")
 
@@ -117,16 +126,45 @@ class GenerateRequest:
         Raises:
             UserError: a key is unknown or a value contradicts another.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise UserError(f"unknown setting {key!r}{nearest(key, known)}")
-        given = dict(values)
-        given["controls"] = tuple(ControlUse(**use) for use in values.get("controls", ()))
-        given["seeds"] = tuple(values.get("seeds", (0,)))
+        given = _checked(cls, values, "the settings")
+        if "controls" in given:
+            given["controls"] = tuple(
+                ControlUse(**_checked(ControlUse, use, "each of controls")) for use in given["controls"]
+            )
         return cls(**given)
 
 
 SAMPLERS = ["ddim"]
 """Names of samplers."""
 
+_SHAPES: dict[Any, tuple[type | tuple[type, ...], str]] = {
+    str: (str, "text"),
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    int | None: ((int, NoneType), "a whole number or null"),
+    tuple[int, ...]: ((list, tuple), "a list of whole numbers"),
+    tuple[ControlUse, ...]: ((list, tuple), "a list of controls"),
+}
+"""Type of a field -> what JSON gives for it, and how to say that."""
+
+
+def _checked(kind: type, values: Any, what: str) -> dict[str, Any]:
+    """`values` with lists turned into tuples, if its keys and types are those of `kind`'s fields."""
+    if not isinstance(values, dict):
+        raise UserError(f"{what} must be a mapping of settings, not {type(values).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"unknown setting {str(key)!r}{nearest(str(key), list(fields))}")
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise UserError(f"{what} must say {name}")
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        accepted, words = _SHAPES[hints[key]]
+        items = value if hints[key] == tuple[int, ...] and isinstance(value, (list, tuple)) else ()
+        wrong_number = isinstance(value, bool) and hints[key] is not bool
+        if not isinstance(value, accepted) or wrong_number or any(type(item) is not int for item in items):
+            raise UserError(f"{key} must be {words}, not {value!r}")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -11,37 +11,54 @@ from controlkit.bases.base import Base, Text, concatenate
 from controlkit.sampling.plan import ActiveControl, Plan
 
 
+def sample(base: Base, *, prompt: str, seeds: Sequence[int], **settings) -> Iterator[Tensor]:  # noqa: ANN003
+    """Pictures of one prompt, one for each seed; `settings` are those of `sample_prompts`."""
+    return sample_prompts(base, prompts=[prompt], seeds=seeds, **settings)
+
+
 @torch.inference_mode()
-def sample(
+def sample_prompts(
     base: Base,
     *,
-    prompt: str,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
     negative_prompt: str = "",
     uses: Sequence[ActiveControl] = (),
-    seeds: Sequence[int],
     steps: int = 20,
     guidance: float = 4.0,
     width: int | None = None,
     height: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = 16,
 ) -> Iterator[Tensor]:
     """Draw one picture for each seed with DDIM (Song et al. 2021, eta 0) and classifier-free guidance.
 
+    Args:
+        prompts: one for all pictures, or one for each.
+        uses: controls, whose hints are for all pictures or for each.
+        guidance: scale of classifier-free guidance; 1 switches it off.
+        width: in pixels; by default the base's own size, as `height`.
+        batch_size: pictures drawn at once.
+
     Yields:
         Batches of pictures `[b, 3, height, width]` in [0, 1], in the order of `seeds`.
+
+    Raises:
+        UserError: the base cannot draw this size.
     """
     width, height = width or base.size, height or base.size
     base.check_size(width, height)
-    guided = guidance > 1
-    positive = base.encode_text([prompt])
-    texts = [base.encode_text([negative_prompt]), positive] if guided else [positive]
     scheduler = base.schedule()
     scheduler.set_timesteps(steps, device=base.device)
-    plan = Plan(uses, scheduler.timesteps, texts)
+    plan: Plan | None = None
     for first in range(0, len(seeds), batch_size):
-        group = seeds[first : first + batch_size]
-        x_t = initial_noise(base, group, width, height) * scheduler.init_noise_sigma
-        text = concatenate(*(part.expand(len(group)) for part in texts))
+        group = slice(first, first + batch_size)
+        if plan is None or len(prompts) > 1 or any(len(use.hint) > 1 for use in uses):
+            texts = [base.encode_text(prompts if len(prompts) == 1 else prompts[group])]
+            if guidance > 1:
+                texts.insert(0, base.encode_text([negative_prompt]))
+            plan = Plan([use.of_pictures(group) for use in uses], scheduler.timesteps, texts)
+        x_t = initial_noise(base, seeds[group], width, height) * scheduler.init_noise_sigma
+        text = concatenate(*(part.expand(len(x_t)) for part in plan.texts))
         for index, t in enumerate(scheduler.timesteps):
             prediction = _predict(base, plan, index, x_t, t, text, guidance)
             x_t = scheduler.step(prediction, t, x_t, eta=0.0).prev_sample

@@ -1,0 +1,1 @@
+"""The command line. Each verb is one thin file that parses, calls and shows."""

@@ -1,0 +1,84 @@
+"""make one condition image from a picture, or list every condition
+
+    controlkit condition --list
+    controlkit condition canny photo.jpg --out edges.png --set low=50 --set high=150
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from controlkit.apps.show import add_json, print_json, print_table
+from controlkit.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("name", nargs="?", default=None, help="which condition")
+    parser.add_argument("image", nargs="?", default=None, help="the picture")
+    parser.add_argument("--out", default=None, metavar="FILE", help="PNG to write (default: NAME.png)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="set a parameter"
+    )
+    parser.add_argument("--list", action="store_true", default=False, help="list every condition")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the verb."""
+    from controlkit import conditions
+
+    if args.list:
+        _list(args.json)
+        return
+    if args.name is None or args.image is None:
+        raise UserError("give the name of a condition and a picture, or --list")
+    import numpy as np
+    from PIL import Image
+
+    from controlkit.images import read_image, write_png
+
+    condition = conditions.find(args.name)
+    parameters = _parse(args.settings)
+    made = condition(np.asarray(read_image(args.image)), **parameters)
+    out = args.out or f"{condition.name}.png"
+    write_png(out, Image.fromarray(made), {"condition": condition.name, "parameters": repr(parameters)})
+    if args.json:
+        print_json({"condition": condition.name, "parameters": {**condition.defaults, **parameters}, "out": out})
+    else:
+        print(out)
+
+
+def _parse(settings: list[str]) -> dict[str, object]:
+    import yaml
+
+    values: dict[str, object] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting}: expected key=value")
+        values[key] = yaml.safe_load(value)
+    return values
+
+
+def _list(as_json: bool) -> None:
+    from controlkit import conditions
+
+    everything = conditions.registry().values()
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": c.name,
+                    "aliases": list(c.aliases),
+                    "summary": c.summary,
+                    "parameters": c.defaults,
+                    "fidelity": c.fidelity.name,
+                    "needs": c.requires,
+                }
+                for c in everything
+            ]
+        )
+        return
+    rows = [(c.name, c.summary, ", ".join(c.defaults) or "-", c.fidelity.name, c.requires or "nothing") for c in everything]
+    print_table("Conditions", ("name", "what it is", "parameters", "scored by", "needs"), rows)

@@ -1,0 +1,65 @@
+"""the main job on nano: a drawing steers a picture, in seconds
+
+    controlkit demo
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from controlkit.apps.show import add_json, print_json, print_seconds
+
+PROMPT = "sailboat, noto style, on a teal background"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("--out", default="controlkit-out/demo", metavar="DIR", help="folder for the pictures")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the verb."""
+    from importlib.resources import files
+    from pathlib import Path
+
+    from controlkit.files import writable_folder
+
+    out = writable_folder(args.out)
+    drawing = Path(str(files("controlkit") / "assets" / "demo" / "sailboat.png"))
+
+    from controlkit.bases.load import load_base
+    from controlkit.images import contact_sheet, read_image, write_png
+    from controlkit.sampling.generate import generate
+    from controlkit.sampling.request import ControlUse, GenerateRequest
+
+    import time
+
+    start = time.perf_counter()
+    base = load_base()
+    loaded = time.perf_counter() - start
+    free = generate(GenerateRequest(prompt=PROMPT, seeds=(0,)), base=base)
+    request = GenerateRequest(
+        prompt=PROMPT, seeds=(0, 1, 2, 3), controls=(ControlUse(control="canny", image=str(drawing)),)
+    )
+    steered = generate(request, base=base)
+    steered.save(out)
+    titles = ["drawing", "condition", "no control", *(f"seed {picture.seed}" for picture in steered.pictures)]
+    images = [read_image(drawing), *steered.conditions, *(p.image for p in (*free.pictures, *steered.pictures))]
+    sheet = out / "sheet.png"
+    write_png(sheet, contact_sheet([images], titles, cell=160))
+    seconds = {
+        "load nano": loaded,
+        "load the control": steered.seconds["load"],
+        "draw the condition": steered.seconds["condition"],
+        "sample without control": free.seconds["sample"],
+        "sample four under control": steered.seconds["sample"],
+    }
+    if args.json:
+        print_json({"out": str(out), "sheet": str(sheet), "seconds": seconds})
+        return
+    print_seconds(seconds)
+    print(f"pictures: {out}")
+    print(f"contact sheet: {sheet}")
+    print(f'try next: controlkit generate "{PROMPT}" --control canny={drawing}@0.7:0-0.6 --seeds 4')
+    print("      or: controlkit condition --list")

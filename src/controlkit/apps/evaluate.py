@@ -1,0 +1,66 @@
+"""measure a base or a control on held-out pictures
+
+    controlkit evaluate base nano --sheet grid.png
+    controlkit evaluate control canny --base nano --sheet canny.png
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from controlkit.apps.show import add_json, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("what", choices=("base", "control"), help="what is measured")
+    parser.add_argument("name", help="nano or a diffusers folder; a control's name or file")
+    parser.add_argument("--base", default="nano", help="the base that a control steers (default: nano)")
+    parser.add_argument(
+        "--sets", nargs="+", default=["held-out", "openmoji"], help="pictures for a control (held-out openmoji seen)"
+    )
+    parser.add_argument("--pictures", type=int, default=96, help="pictures of each set for a control (default: 96)")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
+    parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: 4)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
+    parser.add_argument("--sheet", default=None, metavar="FILE", help="also write a contact sheet as PNG")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the verb."""
+    from rich import print as show
+
+    from controlkit.bases.load import load_base
+    from controlkit.errors import UserError, nearest
+    from controlkit.evaluation.pictures import SETS, evaluation_set
+    from controlkit.images import write_png
+
+    for name in args.sets:
+        if name not in SETS:
+            raise UserError(f"there is no set of pictures called {name!r}{nearest(name, list(SETS))}")
+    if args.pictures < 1:
+        raise UserError(f"--pictures {args.pictures}: at least one is needed")
+    if args.what == "base":
+        from controlkit.evaluation.base import base_grid, evaluate_base
+
+        base = load_base(args.name, device=args.device)
+        if args.sheet:
+            write_png(args.sheet, base_grid(base, args.steps, args.guidance))
+        reports = evaluate_base(base, args.steps, args.guidance)
+    else:
+        from controlkit.checkpoints.controls import load_control
+        from controlkit.evaluation.control import evaluate_control
+
+        base = load_base(args.base, device=args.device)
+        control = load_control(args.name, base)
+        sets = [evaluation_set(name).first(args.pictures) for name in args.sets]
+        report, sheet = evaluate_control(base, control, sets, steps=args.steps, guidance=args.guidance)
+        if args.sheet:
+            write_png(args.sheet, sheet)
+        reports = [report]
+    if args.json:
+        print_json({"reports": [report.to_json() for report in reports]})
+        return
+    for report in reports:
+        show(report.table())

@@ -1,0 +1,39 @@
+"""How verbs show what they made: tables for people, one JSON object for programs."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The `--json` switch."""
+    parser.add_argument("--json", action="store_true", default=False, help="print one JSON object on standard output")
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    print(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A table on standard output; the first column is left-aligned."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_seconds(seconds: dict[str, float]) -> None:
+    """Where the time went."""
+    total = sum(seconds.values())
+    rows = [(name, f"{value:.2f}", f"{value / total:.0%}") for name, value in seconds.items()]
+    print_table("Where the time went", ("part", "seconds", "share"), [*rows, ("all", f"{total:.2f}", "100%")])

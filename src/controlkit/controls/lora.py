@@ -1,0 +1,291 @@
+"""The layers of a network that adapters change, and the adapters: LoRA, zero convolutions and transformer norms.
+
+A layer that can be adapted keeps its own weights under its own name and holds, besides, the parts of the adapters
+that are active: none, one, or one for each group of the batch, when several adapters run in one pass.
+
+Why not PEFT, which has LoRA and `modules_to_save`: it refuses a mixed batch (`adapter_names`) as soon as a norm is
+in `modules_to_save`, and CtrLoRA trains the norms (measured, PEFT 0.21). The mixed batch is what makes several
+conditions cost one pass, and the layers below are shorter than the workaround would be. Their state is strict and
+complete by construction, too: one file holds one adapter, under the names of the base network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LoRA(nn.Module):
+    """A low-rank change of a linear layer: W + up @ down, with scale exactly 1 (no alpha).
+
+    down `[rank, in]` starts from N(0, (1 / rank)^2), up `[out, rank]` from zero
+    (xyfJASON/ctrlora, cldm/lora.py:58-68).
+    """
+
+    def __init__(
+        self,
+        layer: nn.Linear,
+        rank: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        device = torch.device(device or layer.weight.device)
+        self.down = nn.Linear(layer.in_features, rank, bias=False, device="meta")
+        self.up = nn.Linear(rank, layer.out_features, bias=False, device="meta")
+        self.to(layer.weight.dtype)
+        if device.type != "meta":
+            self.to_empty(device=device)
+            # Drawn on the CPU in float32: the same seed gives the same adapter on every device.
+            drawn = torch.randn(self.down.weight.shape, generator=generator) / rank
+            self.down.weight.data.copy_(drawn)
+            nn.init.zeros_(self.up.weight)
+
+    def change(self) -> Tensor:
+        """up @ down `[out, in]`, in float32."""
+        return self.up.weight.float() @ self.down.weight.float()
+
+
+class Affine(nn.Module):
+    """An adapter's own copy of the weight and the bias of a norm or a zero convolution."""
+
+    def __init__(self, layer: Any, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(layer.weight.detach().to(device, copy=True))
+        self.bias = nn.Parameter(layer.bias.detach().to(device, copy=True))
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer with the LoRA of each group of the batch."""
+
+    active: tuple[LoRA | None, ...] = ()
+    """One for each group; None leaves a group's samples as the layer alone makes them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = F.linear(input, self.weight, self.bias)
+        if not any(self.active):
+            return y
+        if len(self.active) == 1:
+            lora = cast(LoRA, self.active[0])
+            return y + F.linear(F.linear(input, lora.down.weight), lora.up.weight)
+        down, up = self._stacked()
+        groups = len(self.active)
+        x = input.reshape(groups, -1, self.in_features)
+        changed = torch.baddbmm(y.reshape(groups, -1, self.out_features), torch.bmm(x, down.mT), up.mT)
+        return changed.view_as(y)
+
+    def _stacked(self) -> tuple[Tensor, Tensor]:
+        """down `[groups, rank, in]` and up `[groups, out, rank]`; smaller ranks are filled up with zeros."""
+        rank = max(lora.down.out_features for lora in self.active if lora is not None)
+        downs, ups = [], []
+        for lora in self.active:
+            missing = rank - (0 if lora is None else lora.down.out_features)
+            down = self.weight.new_empty(0, self.in_features) if lora is None else lora.down.weight
+            up = self.weight.new_empty(self.out_features, 0) if lora is None else lora.up.weight
+            downs.append(F.pad(down, (0, 0, 0, missing)))
+            ups.append(F.pad(up, (0, missing)))
+        return torch.stack(downs), torch.stack(ups)
+
+
+class AdaptedGroupNorm(nn.GroupNorm):
+    """A group norm with the affine of each group of the batch."""
+
+    active: tuple[Affine | None, ...] = ()
+    """One for each group; None stands for the layer's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if len(self.active) < 2:
+            own = _only(self)
+            return F.group_norm(input, self.num_groups, own.weight, own.bias, self.eps)
+        return _affine_by_group(self, F.group_norm(input, self.num_groups, None, None, self.eps), channel=1)
+
+
+class AdaptedLayerNorm(nn.LayerNorm):
+    """A layer norm with the affine of each group of the batch."""
+
+    active: tuple[Affine | None, ...] = ()
+    """One for each group; None stands for the layer's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        shape = list(self.normalized_shape)
+        if len(self.active) < 2:
+            own = _only(self)
+            return F.layer_norm(input, shape, own.weight, own.bias, self.eps)
+        return _affine_by_group(self, F.layer_norm(input, shape, None, None, self.eps), channel=-1)
+
+
+class AdaptedZeroConv(nn.Conv2d):
+    """A zero convolution (1 x 1) with the weights of each group of the batch."""
+
+    active: tuple[Affine | None, ...] = ()
+    """One for each group; None stands for the layer's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if len(self.active) < 2:
+            own = _only(self)
+            return F.conv2d(input, own.weight, own.bias)
+        own_of_each = [part or self for part in self.active]
+        groups = input.chunk(len(own_of_each))
+        return torch.cat([F.conv2d(x, o.weight, o.bias) for x, o in zip(groups, own_of_each, strict=True)])
+
+
+Adapted = AdaptedLinear | AdaptedGroupNorm | AdaptedLayerNorm | AdaptedZeroConv
+
+
+def adapt_layers(network: nn.Module, zero_convolutions: Sequence[str]) -> dict[str, Adapted]:
+    """Replace, in place, every layer of `network` that an adapter changes; its parameters stay the same objects.
+
+    These are all linear layers, the norms inside of the transformers (found by walking them, so that the norms of
+    the ResNet blocks stay as they are), and the zero convolutions.
+
+    Args:
+        zero_convolutions: paths of the modules that are, or hold, the zero convolutions.
+
+    Returns:
+        Path -> layer, in the order of the network.
+    """
+    kinds: dict[str, type[nn.Module]] = {}
+    for path, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            kinds[path] = AdaptedLinear
+        elif isinstance(module, Transformer2DModel):
+            for inner, norm in module.named_modules(prefix=path):
+                if isinstance(norm, nn.GroupNorm):
+                    kinds[inner] = AdaptedGroupNorm
+                elif isinstance(norm, nn.LayerNorm):
+                    kinds[inner] = AdaptedLayerNorm
+    for root in zero_convolutions:
+        for path, module in network.get_submodule(root).named_modules(prefix=root):
+            if isinstance(module, nn.Conv2d):
+                kinds[path] = AdaptedZeroConv
+    order = [path for path, _ in network.named_modules() if path in kinds]
+    for path in order:
+        network.set_submodule(path, _replacement(network.get_submodule(path), kinds[path]))
+    return {path: cast(Adapted, network.get_submodule(path)) for path in order}
+
+
+class Adapter(nn.Module):
+    """What one condition adds to a base control; its state names every tensor after the layer it belongs to.
+
+    A linear layer `X` has `X.lora_layer.down.weight` and `X.lora_layer.up.weight` (the reference's suffix); a norm
+    or zero convolution has `X.weight` and `X.bias`.
+
+    Args:
+        name: of the adapter.
+        layers: path -> layer, from `adapt_layers`.
+        rank: of every LoRA.
+        shares_base: LoRA only; zero convolutions and norms are the base control's, as in base training.
+        device: the layers' own if None; on `meta` nothing is drawn.
+        generator: of the LoRA's first values; torch's global one if None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layers: Mapping[str, Adapted],
+        rank: int,
+        *,
+        shares_base: bool = False,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"the rank of the adapter {name!r} is {rank!r}; it must be a whole number of at least 1")
+        self.name = name
+        self.rank = rank
+        self.shares_base = shares_base
+        for path, layer in layers.items():
+            if isinstance(layer, AdaptedLinear):
+                _plant(self, f"{path}.lora_layer", LoRA(layer, rank, device=device, generator=generator))
+            elif not shares_base:
+                _plant(self, path, Affine(layer, device=device))
+        self.requires_grad_(False)
+
+    def part(self, path: str, layer: Adapted) -> LoRA | Affine | None:
+        """What is active in the layer at `path`; None where the adapter has nothing of its own."""
+        if isinstance(layer, AdaptedLinear):
+            return cast(LoRA, self.get_submodule(f"{path}.lora_layer"))
+        return None if self.shares_base else cast(Affine, self.get_submodule(path))
+
+
+def rank_of(state: Mapping[str, Tensor]) -> int:
+    """The rank of the adapter whose state this is.
+
+    Raises:
+        ValueError: it holds no LoRA, or LoRA of several ranks.
+    """
+    ranks = {value.shape[0] for name, value in state.items() if name.endswith(".lora_layer.down.weight")}
+    if len(ranks) != 1:
+        found = "no LoRA" if not ranks else f"LoRA of ranks {', '.join(map(str, sorted(ranks)))}"
+        raise ValueError(f"this is not the state of one adapter: it holds {found} instead of LoRA of one rank")
+    return ranks.pop()
+
+
+def check_state(name: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Refuse a state whose names or shapes are not those of an adapter for this base control.
+
+    Raises:
+        ValueError: says what differs first.
+    """
+    missing, unknown = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+    for names, what in ((missing, "missing"), (unknown, "unknown here")):
+        if names:
+            raise ValueError(
+                f"the adapter {name!r} does not fit this base control: {len(names)} tensors are {what},"
+                f" the first is {names[0]}"
+            )
+    for key, value in expected.items():
+        if value.shape != given[key].shape:
+            raise ValueError(
+                f"the adapter {name!r} was made for another base control: {key} has the shape"
+                f" {tuple(given[key].shape)}, not {tuple(value.shape)}"
+            )
+
+
+def _plant(root: nn.Module, path: str, leaf: nn.Module) -> None:
+    """Put `leaf` at `path` below `root`, with empty modules on the way."""
+    *way, last = path.split(".")
+    for name in way:
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = cast(nn.Module, root._modules[name])
+    root.add_module(last, leaf)
+
+
+def _replacement(layer: Any, kind: type[nn.Module]) -> nn.Module:
+    new: Any
+    if isinstance(layer, nn.Linear):
+        new = kind(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    elif isinstance(layer, nn.GroupNorm):
+        new = kind(layer.num_groups, layer.num_channels, eps=layer.eps, device="meta")
+    elif isinstance(layer, nn.LayerNorm):
+        new = kind(layer.normalized_shape, eps=layer.eps, device="meta")
+    else:
+        new = kind(layer.in_channels, layer.out_channels, kernel_size=1, device="meta")
+    new.weight, new.bias = layer.weight, layer.bias
+    return new.train(layer.training)
+
+
+def _only(layer: Any) -> Any:
+    """Whose affine a layer uses when the batch is one group."""
+    return (layer.active[0] if layer.active else None) or layer
+
+
+def _affine_by_group(layer: Any, y: Tensor, channel: int) -> Tensor:
+    """y `[B, ...]` times weight plus bias of each sample's group, along dimension `channel`."""
+    own_of_each = [part or layer for part in layer.active]
+    shape = [len(y)] + [1] * (y.ndim - 1)
+    shape[channel] = y.shape[channel]
+    each = len(y) // len(own_of_each)
+    weight, bias = (
+        torch.stack([getattr(own, name) for own in own_of_each]).repeat_interleave(each, 0).view(shape)
+        for name in ("weight", "bias")
+    )
+    return torch.addcmul(bias, y, weight)

@@ -1,0 +1,180 @@
+"""`controlkit evaluate base`: is a base trained on nano's pictures any good?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from controlkit.bases.base import Base
+from controlkit.data.icons import COLOURS, STYLES, UNSEEN_STYLE, caption_of
+from controlkit.evaluation.features import lite0_features
+from controlkit.evaluation.metrics import background_colour, frechet_distance, psnr_and_ssim, retrieval_accuracy
+from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
+from controlkit.evaluation.report import Report
+from controlkit.images import contact_sheet, to_images, to_tensor
+from controlkit.sampling.sampler import sample_prompts
+
+_STYLES = tuple(style for style in STYLES if style != UNSEEN_STYLE)
+_GRID = (
+    ("cat face", "noto", "white"),
+    ("red apple", "fluent", "teal"),
+    ("sailboat", "twemoji", "yellow"),
+    ("mushroom", "emojione", "green"),
+    ("rocket", "noto", "purple"),
+    ("owl", "fluent", "pink"),
+    ("hamburger", "twemoji", "blue"),
+    ("house", "emojione", "gray"),
+)
+
+
+def evaluate_base(base: Base, steps: int = 20, guidance: float = 4.0) -> list[Report]:
+    """Autoencoder, background colour, distribution and retrieval, each with its baseline and ceiling.
+
+    Takes a few minutes on two cores: 668 pictures are drawn.
+    """
+    held_out, seen = evaluation_set("held-out"), evaluation_set("seen")
+    return [
+        _autoencoder(base, held_out),
+        _colour(base, held_out, steps, guidance),
+        _distribution(base, held_out, steps, guidance),
+        _retrieval(base, seen, steps, guidance),
+    ]
+
+
+def base_grid(base: Base, steps: int = 20, guidance: float = 4.0) -> Image.Image:
+    """Eight fixed prompts (rows) with four fixed seeds (columns): not chosen."""
+    prompts = [caption_of(concept, style, colour) for concept, style, colour in _GRID]
+    made = draw_prompts(base, [p for p in prompts for _ in range(4)], steps, guidance, seeds=[0, 1, 2, 3] * len(prompts))
+    pictures = [Image.fromarray(picture) for picture in made]
+    rows = [pictures[first : first + 4] for first in range(0, len(pictures), 4)]
+    return contact_sheet(rows, [f"seed {seed}" for seed in range(4)], prompts, cell=96)
+
+
+def draw_prompts(
+    base: Base, prompts: Sequence[str], steps: int, guidance: float, seeds: Sequence[int] | None = None
+) -> list[np.ndarray]:
+    """One `uint8` picture for each prompt; picture i has seed i unless `seeds` says otherwise."""
+    seeds = list(range(len(prompts))) if seeds is None else seeds
+    pictures: list[np.ndarray] = []
+    for batch in sample_prompts(base, prompts=prompts, seeds=seeds, steps=steps, guidance=guidance):
+        pictures += [np.asarray(image) for image in to_images(batch)]
+        print(f"\rdrawn {len(pictures)} of {len(prompts)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return pictures
+
+
+def reconstruct(base: Base, pictures: Sequence[np.ndarray], batch_size: int = 32) -> list[np.ndarray]:
+    """`uint8` pictures through the autoencoder and back."""
+    made: list[np.ndarray] = []
+    for first in range(0, len(pictures), batch_size):
+        x = to_tensor(pictures[first : first + batch_size]).to(base.device) * 2 - 1
+        with torch.inference_mode():
+            y = base.decode(base.encode_picture(x))
+        made += [np.asarray(image) for image in to_images((y + 1) / 2)]
+    return made
+
+
+def _autoencoder(base: Base, pictures: EvaluationSet) -> Report:
+    rows = []
+    for name in (pictures, evaluation_set("openmoji")):
+        truths = [drawing.image for drawing in name.drawings]
+        psnr, ssim = psnr_and_ssim(truths, reconstruct(base, truths))
+        rows.append((f"{name.name} ({len(truths)} pictures)", psnr, ssim))
+    return Report(
+        title="Autoencoder",
+        columns=("pictures", "PSNR, dB", "SSIM"),
+        rows=tuple(rows),
+        facts={"psnr": rows[0][1], "ssim": rows[0][2]},
+    )
+
+
+def _colour(base: Base, pictures: EvaluationSet, steps: int, guidance: float) -> Report:
+    concepts = sorted({drawing.concept for drawing in pictures.drawings})[:20]
+    asked = list(product(concepts, COLOURS))
+    prompts = [caption_of(concept, _STYLES[i % 4], colour) for i, (concept, colour) in enumerate(asked)]
+    made = [background_colour(picture) for picture in draw_prompts(base, prompts, steps, guidance)]
+    right = float(np.mean([colour == found for (_, colour), found in zip(asked, made, strict=True)]))
+    truths = [drawing.image for drawing in pictures.drawings]
+    ceiling = [
+        background_colour(picture) == drawing.colour
+        for picture, drawing in zip(reconstruct(base, truths), pictures.drawings, strict=True)
+    ]
+    return Report(
+        title="Background colour that the prompt asks for (240 prompts: 12 colours x 20 held-out concepts)",
+        columns=("", "accuracy"),
+        rows=(
+            ("chance (baseline)", 1 / len(COLOURS)),
+            ("generated", right),
+            ("true pictures through the autoencoder (ceiling)", float(np.mean(ceiling))),
+        ),
+        facts={"colour_accuracy": right},
+    )
+
+
+def _distribution(base: Base, pictures: EvaluationSet, steps: int, guidance: float) -> Report:
+    drawings = pictures.drawings
+    truths = [drawing.image for drawing in drawings]
+    order = np.random.default_rng(0).permutation(len(drawings))
+    generated = draw_prompts(base, [drawing.caption for drawing in drawings], steps, guidance)
+    shuffled = draw_prompts(base, [drawings[index].caption for index in order], steps, guidance)
+    words = _caption_features([(drawing.style, drawing.colour) for drawing in drawings])
+    true_features = lite0_features(truths)
+    unit = true_features.std(0).mean()
+    rows = []
+    for name, made in (
+        ("captions shuffled (baseline)", shuffled),
+        ("generated", generated),
+        ("true pictures through the autoencoder (ceiling)", reconstruct(base, truths)),
+    ):
+        features = lite0_features(made)
+        joint = frechet_distance(
+            torch.cat([features, words * unit], 1), torch.cat([true_features, words * unit], 1)
+        )
+        paired = float((features - true_features).pow(2).sum(1).mean())
+        rows.append((name, frechet_distance(features, true_features), joint, paired))
+    baseline, value, ceiling = (row[2] for row in rows)
+    return Report(
+        title=f"Distance to {len(truths)} held-out pictures, EfficientNet-Lite0 features (lower is better)",
+        columns=("", "FD-lite0", "joint FD-lite0", "paired distance"),
+        rows=tuple(rows),
+        notes=(
+            "FD-lite0 cannot tell whose caption a picture was drawn for; joint FD-lite0 (DeVries et al. 2019)",
+            "adds the caption's style and colour to the features, paired distance compares with the caption's own picture.",
+        ),
+        facts={"fd_lite0": rows[1][1], "share_of_baseline": (value - ceiling) / (baseline - ceiling)},
+    )
+
+
+def _retrieval(base: Base, pictures: EvaluationSet, steps: int, guidance: float) -> Report:
+    drawings = pictures.drawings
+    truths = [drawing.image for drawing in drawings]
+    concepts = [drawing.concept for drawing in drawings]
+    gallery = lite0_features(truths)
+    generated = lite0_features(draw_prompts(base, [d.caption for d in drawings], steps, guidance))
+    ceiling = lite0_features(reconstruct(base, truths))
+    found, best = (retrieval_accuracy(f, concepts, gallery, concepts) for f in (generated, ceiling))
+    count = len(set(concepts))
+    return Report(
+        title=f"The right concept among the 5 nearest of {count} that were trained on ({len(truths)} prompts)",
+        columns=("", "top-5"),
+        rows=(
+            ("chance (baseline)", 5 / count),
+            ("generated", found),
+            ("true pictures through the autoencoder (ceiling)", best),
+        ),
+        facts={"retrieval_top5": found, "retrieval_share_of_ceiling": found / best},
+    )
+
+
+def _caption_features(facts: Sequence[tuple[str, str]]) -> Tensor:
+    """One-hot style and colour of each caption."""
+    rows = []
+    for style, colour in facts:
+        rows.append([float(style == name) for name in _STYLES] + [float(colour == name) for name in COLOURS])
+    return torch.tensor(rows)

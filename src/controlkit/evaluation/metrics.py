@@ -1,0 +1,69 @@
+"""Numbers from pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from controlkit.data.icons import COLOURS
+from controlkit.errors import UserError
+from controlkit.images import to_tensor
+
+
+def psnr_and_ssim(truths: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Mean PSNR in dB and mean SSIM (torchmetrics) of `uint8 [H, W, 3]` pictures."""
+    try:
+        from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+    except ImportError as error:
+        raise UserError("PSNR and SSIM need torchmetrics; run: pip install 'controlkit[metrics]'") from error
+    x, y = to_tensor(truths), to_tensor(results)
+    psnr = peak_signal_noise_ratio(y, x, data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3))
+    return float(psnr), float(structural_similarity_index_measure(y, x, data_range=1.0))
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Frechet distance of two sets of features `[N, D]` taken as normal (Heusel et al. 2017, eq. 6).
+
+    Only distances of sets of the same size compare: with fewer samples than dimensions the estimate is high.
+    """
+    a, b = a.double(), b.double()
+    difference = a.mean(0) - b.mean(0)
+    # tr sqrt(A B) = the sum of the singular values of XY' where A = X'X and B = Y'Y: no D x D root is needed.
+    x = (a - a.mean(0)) / (len(a) - 1) ** 0.5
+    y = (b - b.mean(0)) / (len(b) - 1) ** 0.5
+    cross = torch.linalg.svdvals(x @ y.T).sum()
+    return float(difference @ difference + x.pow(2).sum() + y.pow(2).sum() - 2 * cross)
+
+
+def background_colour(picture: np.ndarray) -> str:
+    """The named colour nearest (in L*a*b*) to the median of the picture's outer frame, two pixels wide."""
+    frame = np.concatenate(
+        [picture[:2].reshape(-1, 3), picture[-2:].reshape(-1, 3), picture[:, :2].reshape(-1, 3), picture[:, -2:].reshape(-1, 3)]
+    )
+    names = list(COLOURS)
+    known = _lab(np.array([COLOURS[name] for name in names], np.uint8))
+    seen = _lab(np.median(frame, axis=0, keepdims=True).astype(np.uint8))
+    return names[int(np.linalg.norm(known - seen, axis=1).argmin())]
+
+
+def retrieval_accuracy(features: Tensor, concepts: Sequence[str], gallery: Tensor, gallery_concepts: Sequence[str], k: int = 5) -> float:
+    """Share of `features` `[N, D]` whose concept is among the `k` most similar (cosine) concepts of the gallery.
+
+    A gallery concept is the mean of its normalised features.
+    """
+    names = sorted(set(gallery_concepts))
+    unit = torch.nn.functional.normalize(gallery, dim=1)
+    centres = torch.stack(
+        [unit[[i for i, concept in enumerate(gallery_concepts) if concept == name]].mean(0) for name in names]
+    )
+    similarity = torch.nn.functional.normalize(features, dim=1) @ torch.nn.functional.normalize(centres, dim=1).T
+    best = similarity.topk(k, dim=1).indices
+    return float(np.mean([names.index(concept) in row.tolist() for concept, row in zip(concepts, best, strict=True)]))
+
+
+def _lab(colours: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(colours[None].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0]

@@ -1,0 +1,82 @@
+"""The pictures that nano and its controls are judged on; they ship with the package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from controlkit.data.icons import STYLES, UNSEEN_STYLE, Drawing, Icon, IconSets, draw
+from controlkit.errors import UserError
+from controlkit.files import write_atomically
+
+SETS = {
+    "held-out": "concepts that were never trained on, in the four trained styles",
+    "openmoji": "OpenMoji, a style that was never trained on",
+    "seen": "concepts that were trained on",
+}
+"""Name of each set -> what it is."""
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Pictures with captions."""
+
+    name: str
+    drawings: tuple[Drawing, ...]
+
+    def first(self, count: int) -> EvaluationSet:
+        """The first `count` of them."""
+        return EvaluationSet(self.name, self.drawings[:count])
+
+
+def evaluation_set(name: str) -> EvaluationSet:
+    """One of `SETS`."""
+    path = Path(str(files("controlkit") / "assets" / "evaluation" / "nano.npz"))
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            index = json.loads(archive["index"].tobytes())[name]
+            images = archive[name]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the evaluation pictures in {path} cannot be read ({error}); install controlkit again") from error
+    return EvaluationSet(
+        name, tuple(Drawing(image=image, **facts) for image, facts in zip(images, index, strict=True))
+    )
+
+
+def build_evaluation_sets(icons: str | Path, out: str | Path) -> dict[str, int]:
+    """Draw the sets from rendered icons (`data.icons.render_sets`) into the file `out`; returns their sizes."""
+    sets = IconSets(icons)
+    trained = tuple(style for style in STYLES if style != UNSEEN_STYLE)
+    rng = np.random.default_rng(20)
+    chosen = {
+        "held-out": _whole_concepts(sets.select(styles=trained, held_out=True, drawable=True, sets=4), 57, rng),
+        "openmoji": _whole_concepts(sets.select(styles=(UNSEEN_STYLE,), drawable=True), 96, rng),
+        "seen": _whole_concepts(sets.select(styles=trained, held_out=False, drawable=True, sets=4), 50, rng),
+    }
+    drawings = {name: [draw(icon, rng) for icon in group] for name, group in chosen.items()}
+    index = {
+        name: [{"caption": d.caption, "concept": d.concept, "style": d.style, "colour": d.colour} for d in group]
+        for name, group in drawings.items()
+    }
+    arrays = {name: np.stack([d.image for d in group]) for name, group in drawings.items()}
+    arrays["index"] = np.frombuffer(json.dumps(index).encode(), dtype=np.uint8)
+
+    def save(temporary: Path) -> None:
+        with open(temporary, "wb") as stream:
+            np.savez_compressed(stream, **arrays)
+
+    write_atomically(out, save)
+    return {name: len(group) for name, group in drawings.items()}
+
+
+def _whole_concepts(icons: Sequence[Icon], count: int, rng: np.random.Generator) -> list[Icon]:
+    """All icons of `count` concepts drawn at random, in random order."""
+    concepts = sorted({icon.concept for icon in icons})
+    kept = {concepts[index] for index in rng.permutation(len(concepts))[:count]}
+    group = [icon for icon in icons if icon.concept in kept]
+    return [group[index] for index in rng.permutation(len(group))]

@@ -1,0 +1,54 @@
+"""A table that a person and a program can read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One table of an evaluation."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float | None, ...], ...]
+    """First entry: the row's name; None where a number does not exist."""
+    notes: tuple[str, ...] = ()
+    """What has to be said beside the numbers."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Numbers that follow from the table, by name."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """For `rich.print`."""
+        from rich.table import Table
+
+        table = Table(title=self.title, caption="\n".join(self.notes) or None, title_justify="left")
+        for index, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if index == 0 else "right")
+        for row in self.rows:
+            table.add_row(*(_show(value) for value in row))
+        return table
+
+
+def gap_closed(baseline: float, value: float, ceiling: float) -> float:
+    """(value - baseline) / (ceiling - baseline): 0 is as good as the baseline, 1 as good as the ceiling.
+
+    Works for scores and for distances; not a number if baseline and ceiling are equal.
+    """
+    return (value - baseline) / (ceiling - baseline) if ceiling != baseline else float("nan")
+
+
+def _show(value: str | float | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"

@@ -1,0 +1,132 @@
+"""A request -> pictures, with their settings in them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from controlkit import conditions
+from controlkit._version import __version__
+from controlkit.bases.base import Base
+from controlkit.bases.load import load_base
+from controlkit.checkpoints.controls import load_control
+from controlkit.controls.control import Control
+from controlkit.errors import UserError
+from controlkit.files import writable_folder, write_json
+from controlkit.images import read_image, resize_cover, to_images, to_tensor, write_png
+from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.sampler import sample
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture that was drawn."""
+
+    image: Image.Image
+    seed: int
+
+
+@dataclass
+class Generation:
+    """What a request gave."""
+
+    request: GenerateRequest
+    pictures: list[Picture] = field(default_factory=list)
+    conditions: list[Image.Image] = field(default_factory=list)
+    """The condition image of each control, in the order of the request."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Where the time went."""
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write the pictures, the condition images and the settings into `folder`; returns the pictures' paths.
+
+        Each PNG carries the settings that draw it again, in its text chunk `controlkit`.
+        """
+        folder = writable_folder(folder)
+        settings = {"controlkit": __version__, **self.request.to_json()}
+        paths = []
+        for picture in self.pictures:
+            path = folder / f"seed{picture.seed}.png"
+            text = json.dumps({**settings, "seeds": [picture.seed]})
+            write_png(path, picture.image, {"controlkit": text, "prompt": self.request.prompt})
+            paths.append(path)
+        for index, image in enumerate(self.conditions):
+            write_png(folder / f"condition{index}.png", image)
+        write_json(folder / "settings.json", settings)
+        return paths
+
+
+def generate(
+    request: GenerateRequest, *, base: Base | None = None, controls: Sequence[Control] | None = None
+) -> Generation:
+    """Draw what `request` asks for.
+
+    Args:
+        base: one that is loaded already; else the request's is loaded.
+        controls: loaded already, in the order of the request's.
+
+    Raises:
+        UserError: something that the request names cannot be used; nothing was drawn.
+    """
+    made = Generation(request)
+    with _timed(made, "load"):
+        # Pictures first: a wrong path should not cost the loading of a model.
+        images = [read_image(use.image) for use in request.controls]
+        base = base or load_base(request.base, device=request.device)
+        width, height = request.width or base.size, request.height or base.size
+        base.check_size(width, height)
+        controls = controls or [load_control(use.control, base) for use in request.controls]
+    with _timed(made, "condition"):
+        uses = []
+        for use, control, image in zip(request.controls, controls, images, strict=True):
+            condition_image = prepare_condition(use, control, resize_cover(image, width, height))
+            made.conditions.append(condition_image)
+            hint = control.encode(to_tensor([condition_image]).to(base.device), base)
+            uses.append(ActiveControl(control, hint, use.weight, use.start, use.end))
+    with _timed(made, "sample"):
+        batches = sample(
+            base,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            uses=uses,
+            seeds=request.seeds,
+            steps=request.steps,
+            guidance=request.guidance,
+            width=width,
+            height=height,
+            batch_size=request.batch_size,
+        )
+        images_made = [image for batch in batches for image in to_images(batch)]
+    made.pictures = [Picture(image, seed) for image, seed in zip(images_made, request.seeds, strict=True)]
+    return made
+
+
+def prepare_condition(use: ControlUse, control: Control, image: Image.Image) -> Image.Image:
+    """`image` as the condition image that `control` expects.
+
+    Raises:
+        UserError: the control's file does not say which condition it follows, and the image is not prepared.
+    """
+    if use.prepared:
+        return image
+    if control.condition is None:
+        raise UserError(
+            f"the file {use.control} does not say which condition it follows; make the condition image with"
+            " `controlkit condition` and give it with --prepared"
+        )
+    return Image.fromarray(conditions.find(control.condition)(np.asarray(image)))
+
+
+@contextmanager
+def _timed(made: Generation, name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    made.seconds[name] = time.perf_counter() - start

@@ -1,0 +1,83 @@
+"""What the tests share: a tiny Stable-Diffusion-shaped base of random weights, a control on it, a file of icons."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import tiny
+
+@pytest.fixture(scope="session")
+def tiny_base():
+    return tiny.build_tiny_base()
+
+
+@pytest.fixture(scope="session")
+def sd1_scheduled_base(tiny_base):
+    """The tiny base with Stable Diffusion 1's noise schedule and noise prediction."""
+    from controlkit.bases.base import Base
+
+    return Base(
+        name="tiny-sd1",
+        tokenizer=tiny_base.tokenizer,
+        text_encoder=tiny_base.text_encoder,
+        vae=tiny_base.vae,
+        unet=tiny_base.unet,
+        scheduler_config=tiny.SD1_SCHEDULE,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_control(tiny_base):
+    """A ControlNet on the tiny base that changes pictures. Tests leave it as it is."""
+    return tiny.randomise_zero_convolutions(tiny.fresh_control(tiny_base))
+
+
+@pytest.fixture(scope="session")
+def _saved_base(tiny_base, tmp_path_factory) -> Path:
+    from controlkit.training.base import save_base
+
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    save_base(tiny_base, folder)
+    return folder
+
+
+@pytest.fixture
+def base_folder(_saved_base, tmp_path) -> Path:
+    """The tiny base as a diffusers folder of the test's own."""
+    return shutil.copytree(_saved_base, tmp_path / "base")
+
+
+@pytest.fixture(scope="session")
+def condition_image() -> np.ndarray:
+    """A white ring and a bar on black, 64 x 64."""
+    image = np.zeros((64, 64, 3), np.uint8)
+    y, x = np.mgrid[:64, :64]
+    image[np.abs(np.hypot(x - 30, y - 26) - 16) < 1.2] = 255
+    image[50:52, 8:56] = 255
+    return image
+
+
+@pytest.fixture(scope="session")
+def icons_file(tmp_path_factory) -> Path:
+    """An `icons.npz` in the format of `IconSets`: per style three icons to train on and two held out."""
+    from controlkit.data.icons import STYLES
+
+    path = tmp_path_factory.mktemp("icons") / "icons.npz"
+    names = tiny.concepts(False, 3) + tiny.concepts(True, 2)
+    shapes = ("disc", "square", "triangle", "disc", "square")
+    arrays = {}
+    for number, style in enumerate(STYLES):
+        colours = [(40 * number, 200 - 30 * i, 60 * i) for i in range(len(names))]
+        arrays[style] = np.stack([tiny.hand_made_icon(s, c) for s, c in zip(shapes, colours, strict=True)])
+    index = {"names": dict.fromkeys(STYLES, names), "groups": dict.fromkeys(names, "Objects")}
+    arrays["index"] = np.frombuffer(json.dumps(index).encode(), np.uint8)
+    np.savez_compressed(path, **arrays)
+    return path

@@ -1,0 +1,134 @@
+"""What a control reads decides when it runs, and never what comes out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from controlkit.bases.residuals import Residuals
+from controlkit.controls.control import Control, Reads, Site
+from controlkit.images import to_tensor
+from controlkit.sampling.plan import ROWS_AT_ONCE, ActiveControl
+from controlkit.sampling.sampler import sample, sample_prompts
+
+SHAPES = [(16, 16), (16, 16), (16, 8), (32, 8)]
+"""Channels and side of the tiny base's skips at 64 x 64; its middle is as the last."""
+
+
+class FakeControl(Control):
+    """Residuals from time, text and hint by a sine; writes down the size of each of its batches."""
+
+    kind = "fake"
+    site = Site.DECODER_SKIPS
+    condition = None
+
+    def __init__(self, reads: Reads) -> None:
+        super().__init__()
+        self.reads = reads
+        self.uses = reads
+        self.batches: list[int] = []
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 32), requires_grad=False)
+
+    def pretending_to_read(self, reads: Reads) -> FakeControl:
+        """The same function, declared to read more than it does."""
+        self.reads = reads
+        return self
+
+    def encode(self, condition_image, base):
+        return condition_image.mean((1, 2, 3))[:, None]
+
+    def forward(self, x_t, t, text, hint):
+        batch = len(t)
+        self.batches.append(batch)
+        assert len(hint) in (1, batch)
+        assert (x_t is not None) == (Reads.NOISE in self.reads)
+        value = hint[:, 0].expand(batch).clone()
+        if Reads.TIME in self.uses:
+            value = value + torch.sin(t / 100)
+        if Reads.TEXT in self.uses:
+            value = value + text.tokens.abs().mean((1, 2))
+        value = value[:, None, None, None] * 2
+        down = tuple(value * self.weight[:c, None, None].expand(c, side, side) for c, side in SHAPES)
+        return Residuals(down, value * self.weight[:, None, None].expand(32, 8, 8))
+
+    def trainable_parameters(self):
+        return list(self.parameters())
+
+    def config(self):
+        return {}
+
+
+@pytest.fixture
+def hint_image(condition_image):
+    return to_tensor([condition_image])
+
+
+def draw(base, control, image, **changes):
+    settings = {"prompt": "red apple", "seeds": (1, 2, 3), "steps": 6, "guidance": 4.0}
+    weights = {key: changes.pop(key) for key in ("start", "end", "weight") if key in changes}
+    use = ActiveControl(control, control.encode(image, base), **weights)
+    return torch.cat(list(sample(base, uses=[use], **{**settings, **changes})))
+
+
+READS_NO_NOISE = [Reads.TIME | Reads.TEXT, Reads.TIME, Reads.TEXT, Reads.NOTHING]
+
+
+@pytest.mark.parametrize("reads", READS_NO_NOISE)
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_a_control_that_does_not_read_the_noise_draws_the_same_as_one_that_does(
+    tiny_base, hint_image, reads, guidance
+):
+    every_step = FakeControl(reads).pretending_to_read(reads | Reads.NOISE)
+    ahead = FakeControl(reads)
+    settings = {"guidance": guidance, "start": 0.1, "end": 0.9, "weight": 0.7}
+    expected = draw(tiny_base, every_step, hint_image, **settings)
+    result = draw(tiny_base, ahead, hint_image, **settings)
+    assert (result - expected).abs().max() <= 1e-5
+    plain = torch.cat(list(sample(tiny_base, prompt="red apple", seeds=(1, 2, 3), steps=6, guidance=guidance)))
+    assert (result - plain).abs().max() > 1e-2
+    assert every_step.batches == [3 * (2 if guidance > 1 else 1)] * 4
+    assert sum(ahead.batches) <= 4 * (2 if guidance > 1 else 1)
+
+
+def test_it_is_run_once_a_step_and_prompt_whatever_the_number_of_seeds(tiny_base, hint_image):
+    for seeds in [(0,), tuple(range(7))]:
+        control = FakeControl(Reads.TIME | Reads.TEXT)
+        draw(tiny_base, control, hint_image, seeds=seeds, steps=20, batch_size=3)
+        assert sum(control.batches) == 20 * 2
+        assert len(control.batches) == math.ceil(20 * 2 / ROWS_AT_ONCE)
+
+
+def test_one_that_reads_no_time_is_run_once(tiny_base, hint_image):
+    control = FakeControl(Reads.TEXT)
+    draw(tiny_base, control, hint_image, steps=20)
+    assert control.batches == [2]
+
+
+def test_one_that_never_acts_is_not_run(tiny_base, hint_image):
+    for reads in (Reads.TIME, Reads.NOISE | Reads.TIME):
+        control = FakeControl(reads)
+        draw(tiny_base, control, hint_image, weight=0.0)
+        assert control.batches == []
+
+
+def test_steps_outside_its_span_are_not_computed(tiny_base, hint_image):
+    control = FakeControl(Reads.TIME)
+    draw(tiny_base, control, hint_image, steps=10, start=0.2, end=0.5, guidance=1.0)
+    assert sum(control.batches) == 3
+
+
+@pytest.mark.parametrize("reads", [Reads.TIME | Reads.TEXT, Reads.NOISE | Reads.TIME | Reads.TEXT])
+def test_a_prompt_and_a_hint_for_each_picture_equal_one_by_one(tiny_base, hint_image, reads):
+    images = torch.cat([hint_image, 1 - hint_image, hint_image * 0.3])
+    prompts, seeds = ["red apple", "cat face", "sailboat"], (4, 5, 6)
+    control = FakeControl(reads)
+    use = ActiveControl(control, control.encode(images, tiny_base))
+    together = sample_prompts(tiny_base, prompts=prompts, seeds=seeds, uses=[use], steps=4, batch_size=2)
+    alone = [
+        draw(tiny_base, control, images[i : i + 1], prompt=prompts[i], seeds=seeds[i : i + 1], steps=4)
+        for i in range(3)
+    ]
+    assert (torch.cat(list(together)) - torch.cat(alone)).abs().max() <= 1e-4

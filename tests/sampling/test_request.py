@@ -1,0 +1,141 @@
+"""The one object that asks for pictures, and how the command line writes a control."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controlkit.errors import UserError
+from controlkit.sampling.request import ControlUse, GenerateRequest
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("canny=a.png", ("canny", "a.png", 1.0, 0.0, 1.0)),
+        ("canny=a.png@0.8", ("canny", "a.png", 0.8, 0.0, 1.0)),
+        ("canny=a.png@0.8:0-0.6", ("canny", "a.png", 0.8, 0.0, 0.6)),
+        ("canny=a.png@-1:0.25-1", ("canny", "a.png", -1.0, 0.25, 1.0)),
+        ("canny=me@home.png", ("canny", "me@home.png", 1.0, 0.0, 1.0)),
+        ("canny=me@home.PNG@0.5", ("canny", "me@home.PNG", 0.5, 0.0, 1.0)),
+        ("canny=a@b/c", ("canny", "a@b/c", 1.0, 0.0, 1.0)),
+        ("canny=a=b.png@2", ("canny", "a=b.png", 2.0, 0.0, 1.0)),
+        ("files/my.safetensors=a b.jpeg", ("files/my.safetensors", "a b.jpeg", 1.0, 0.0, 1.0)),
+    ],
+)
+def test_forms_of_a_control(text, expected):
+    use = ControlUse.parse(text)
+    assert (use.control, use.image, use.weight, use.start, use.end) == expected
+    assert use.prepared is False
+    assert ControlUse.parse(text, prepared=True).prepared is True
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("canny", "NAME_OR_FILE=IMAGE"),
+        ("=a.png", "NAME_OR_FILE=IMAGE"),
+        ("canny=", "NAME_OR_FILE=IMAGE"),
+        ("canny=a.png@abc", "'abc'"),
+        ("canny=a.png@", "weight"),
+        ("canny=a.png@1:", "start-end"),
+        ("canny=a.png@1:0.2", "start-end"),
+        ("canny=a.png@1:0.1-0.2-0.3", "start-end"),
+        ("canny=a.png@1:0.8-0.2", "start"),
+        ("canny=a.png@1:0-1.5", "end"),
+        ("canny=a.png@nan", "number"),
+        ("canny=a.png@inf", "number"),
+    ],
+)
+def test_wrong_controls_are_refused_in_words(text, says):
+    with pytest.raises(UserError, match=says):
+        ControlUse.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"seeds": ()}, "seeds"),
+        ({"seeds": (-1,)}, "seeds"),
+        ({"seeds": (2**63,)}, "seeds"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 1001}, "steps"),
+        ({"guidance": 0.5}, "guidance"),
+        ({"guidance": math.nan}, "guidance"),
+        ({"sampler": "dim"}, "did you mean ddim"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"width": 0}, "width"),
+        ({"height": -64}, "height"),
+    ],
+)
+def test_requests_that_cannot_be_drawn_are_refused(settings, says):
+    with pytest.raises(UserError, match=says):
+        GenerateRequest(prompt="x", **settings)
+
+
+share = st.floats(0, 1)
+uses = st.builds(
+    lambda control, image, weight, span, prepared: ControlUse(
+        control=control, image=image, weight=weight, start=min(span), end=max(span), prepared=prepared
+    ),
+    st.text(min_size=1),
+    st.text(min_size=1),
+    st.floats(-10, 10),
+    st.tuples(share, share),
+    st.booleans(),
+)
+requests = st.builds(
+    GenerateRequest,
+    prompt=st.text(),
+    negative_prompt=st.text(),
+    base=st.text(min_size=1),
+    controls=st.lists(uses, max_size=3).map(tuple),
+    seeds=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=4).map(tuple),
+    steps=st.integers(1, 1000),
+    guidance=st.floats(1, 100),
+    width=st.none() | st.integers(8, 4096),
+    height=st.none() | st.integers(8, 4096),
+    batch_size=st.integers(1, 100),
+)
+
+
+@given(requests)
+def test_a_request_survives_json(request):
+    assert GenerateRequest.from_json(json.loads(json.dumps(request.to_json()))) == request
+
+
+@given(st.text(alphabet="aB=@:-./0159 ", max_size=24))
+def test_any_text_is_a_control_or_refused_in_words(text):
+    try:
+        use = ControlUse.parse(text)
+    except UserError:
+        return
+    assert use.control and use.image and 0 <= use.start <= use.end <= 1 and math.isfinite(use.weight)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"prompt": "x", "sed": [1]}, "did you mean seeds"),
+        ({"negative_prompt": "x"}, "prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": "x", "seeds": 3}, "seeds"),
+        ({"prompt": "x", "seeds": ["a"]}, "seeds"),
+        ({"prompt": "x", "steps": "many"}, "steps"),
+        ({"prompt": "x", "steps": True}, "steps"),
+        ({"prompt": "x", "guidance": None}, "guidance"),
+        ({"prompt": "x", "controls": {"control": "canny"}}, "controls"),
+        ({"prompt": "x", "controls": [{"control": "canny", "image": "a.png", "wieght": 1}]}, "did you mean weight"),
+        ({"prompt": "x", "controls": [{"control": "canny", "image": "a.png", "weight": "abc"}]}, "weight"),
+        ({"prompt": "x", "controls": [{"control": "canny"}]}, "image"),
+        ({"prompt": "x", "controls": ["canny=a.png"]}, "controls"),
+        ([], "settings"),
+    ],
+)
+def test_wrong_json_is_refused_in_words(values, says):
+    with pytest.raises(UserError, match=says):
+        GenerateRequest.from_json(values)

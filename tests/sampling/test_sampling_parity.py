@@ -1,0 +1,148 @@
+"""Our pictures are diffusers' pictures, and a picture depends on its own seed alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline, StableDiffusionPipeline
+
+from controlkit.images import to_tensor
+from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.sampler import sample
+from tiny import fresh_control, randomise_zero_convolutions
+
+PROMPT = "red apple, noto style, on a blue background"
+NEGATIVE = "cat face"
+SEEDS = (3, 11)
+STEPS = 5
+
+
+def parts(base):
+    return {
+        "vae": base.vae,
+        "text_encoder": base.text_encoder,
+        "tokenizer": base.tokenizer,
+        "unet": base.unet,
+        "scheduler": DDIMScheduler.from_config(base.scheduler_config),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+def generators(seeds=SEEDS):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def ours(base, uses=(), **changes):
+    settings = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "seeds": SEEDS, "steps": STEPS, "guidance": 4.0}
+    return torch.cat(list(sample(base, uses=uses, **{**settings, **changes})))
+
+
+def theirs(pipeline, **changes):
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "output_type": "pt", "eta": 0.0}
+    return pipeline(
+        [PROMPT] * len(SEEDS),
+        negative_prompt=[NEGATIVE] * len(SEEDS),
+        generator=generators(),
+        **{**settings, **changes},
+    ).images
+
+
+@pytest.fixture
+def hint_image(condition_image):
+    return to_tensor([condition_image])
+
+
+@pytest.fixture(params=["nano's schedule, v", "SD 1's schedule, noise"])
+def base(request, tiny_base, sd1_scheduled_base):
+    return tiny_base if request.param.startswith("nano") else sd1_scheduled_base
+
+
+def active(control, image, base, **settings):
+    return ActiveControl(control, control.encode(image, base), **settings)
+
+
+def assert_same(a, b, tolerance):
+    assert a.shape == b.shape
+    assert (a - b).abs().max().item() <= tolerance
+
+
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_without_control_equals_diffusers(base, guidance):
+    pipeline = StableDiffusionPipeline(**parts(base))
+    expected = theirs(pipeline, guidance_scale=guidance, height=base.size, width=base.size)
+    assert_same(ours(base, guidance=guidance), expected, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("weight", "start", "end", "guidance"),
+    [(1.0, 0.0, 1.0, 4.0), (0.6, 0.0, 1.0, 4.0), (1.0, 0.2, 0.6, 4.0), (1.0, 0.3, 0.9, 4.0), (1.0, 0.0, 1.0, 1.0)],
+)
+def test_controlnet_equals_diffusers(base, tiny_control, hint_image, weight, start, end, guidance):
+    pipeline = StableDiffusionControlNetPipeline(**parts(base), controlnet=tiny_control.to_diffusers())
+    expected = theirs(
+        pipeline,
+        image=hint_image.expand(len(SEEDS), -1, -1, -1),
+        controlnet_conditioning_scale=weight,
+        control_guidance_start=start,
+        control_guidance_end=end,
+        guidance_scale=guidance,
+    )
+    use = active(tiny_control, hint_image, base, weight=weight, start=start, end=end)
+    result = ours(base, [use], guidance=guidance)
+    assert_same(result, expected, 1e-3)
+    # The comparison means something only if the control changes the picture by much more than the tolerance.
+    assert (result - ours(base, guidance=guidance)).abs().max() > 2e-2
+
+
+def test_two_controlnets_equal_diffusers(tiny_base, tiny_control, hint_image):
+    other = randomise_zero_convolutions(fresh_control(tiny_base), seed=2)
+    flipped = hint_image.flip(-1)
+    pipeline = StableDiffusionControlNetPipeline(
+        **parts(tiny_base), controlnet=[tiny_control.to_diffusers(), other.to_diffusers()]
+    )
+    expected = theirs(
+        pipeline,
+        image=[hint_image.expand(len(SEEDS), -1, -1, -1), flipped.expand(len(SEEDS), -1, -1, -1)],
+        controlnet_conditioning_scale=[0.7, 0.4],
+        control_guidance_start=[0.0, 0.4],
+        control_guidance_end=[0.8, 1.0],
+    )
+    uses = [
+        active(tiny_control, hint_image, tiny_base, weight=0.7, end=0.8),
+        active(other, flipped, tiny_base, weight=0.4, start=0.4),
+    ]
+    assert_same(ours(tiny_base, uses), expected, 1e-3)
+
+
+def test_one_by_one_equals_in_a_batch(base, tiny_control, hint_image):
+    seeds = (5, 6, 7, 8, 9)
+    use = active(tiny_control, hint_image, base)
+    together = ours(base, [use], seeds=seeds)
+    assert_same(together, ours(base, [use], seeds=seeds, batch_size=2), 1e-4)
+    alone = torch.cat([ours(base, [use], seeds=[seed]) for seed in seeds])
+    assert_same(together, alone, 1e-4)
+    assert_same(together.flip(0), ours(base, [use], seeds=seeds[::-1]), 1e-4)
+
+
+def test_pictures_are_in_range_and_of_the_size_asked_for(tiny_base):
+    result = ours(tiny_base, width=72, height=48)
+    assert result.shape == (2, 3, 48, 72)
+    assert 0 <= result.min() and result.max() <= 1
+
+
+def test_a_new_controlnet_changes_nothing_at_all(tiny_base, hint_image):
+    new = fresh_control(tiny_base)
+    assert torch.equal(ours(tiny_base, [active(new, hint_image, tiny_base)]), ours(tiny_base))
+
+
+def test_weight_zero_is_no_control(tiny_base, tiny_control, hint_image):
+    use = active(tiny_control, hint_image, tiny_base, weight=0.0)
+    assert torch.equal(ours(tiny_base, [use]), ours(tiny_base))
+
+
+def test_a_span_without_a_whole_step_is_no_control(tiny_base, tiny_control, hint_image):
+    use = active(tiny_control, hint_image, tiny_base, start=0.25, end=0.35)
+    assert torch.equal(ours(tiny_base, [use]), ours(tiny_base))

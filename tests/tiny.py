@@ -1,0 +1,115 @@
+"""Small things made by hand: a Stable-Diffusion-shaped base of random weights, a control on it, icons."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+SD1_SCHEDULE = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+"""As in Stable Diffusion 1.5's scheduler_config.json; the tiny base has nano's own."""
+
+
+def build_tiny_base(seed: int = 0, text_width: int = 16):
+    """64 x 64 pictures, latents of 4 x 16 x 16, random weights: a forward pass takes milliseconds."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from controlkit.bases.base import Base
+    from controlkit.training.base import SCHEDULER, train_tokenizer
+
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(["red apple", "cat face", "sailboat"])
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=text_width,
+            intermediate_size=2 * text_width,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+            projection_dim=text_width,
+        )
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=64,
+        scaling_factor=0.7,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=text_width,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    return Base(
+        name="tiny",
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        unet=unet,
+        scheduler_config=dict(SCHEDULER),
+    )
+
+
+def randomise_zero_convolutions(control, seed: int = 1, scale: float = 0.3):
+    """A control that steers, without training it: its zero convolutions get random weights."""
+    generator = torch.Generator().manual_seed(seed)
+    zero = [control.network.controlnet_down_blocks, control.network.controlnet_mid_block, control.hint_network.conv_out]
+    with torch.no_grad():
+        for module in zero:
+            for parameter in module.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return control
+
+
+def fresh_control(base, condition: str | None = "canny"):
+    from controlkit.controls.controlnet import ControlNet
+
+    torch.manual_seed(5)
+    return ControlNet.for_base(base, condition).eval().requires_grad_(False)
+
+
+def hand_made_icon(shape: str, colour: tuple[int, int, int], size: int = 96) -> np.ndarray:
+    """A filled disc, square or triangle, uint8 [size, size, 4]."""
+    y, x = np.mgrid[:size, :size] / (size - 1) * 2 - 1
+    inside = {
+        "disc": np.hypot(x, y) < 0.9,
+        "square": np.maximum(abs(x), abs(y)) < 0.8,
+        "triangle": (y < 0.8) & (abs(x) < (y + 0.9) / 2),
+    }[shape]
+    icon = np.zeros((size, size, 4), np.uint8)
+    icon[inside] = (*colour, 255)
+    return icon
+
+
+def concepts(held_out: bool, count: int) -> list[str]:
+    """Names that fall on the wanted side of the split."""
+    from controlkit.data.icons import is_held_out
+
+    found = (name for name in (f"thing-{number}" for number in range(10_000)) if is_held_out(name) == held_out)
+    return [next(found) for _ in range(count)]
