@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any
 from controlkit.errors import UserError
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a temporary path beside `path`, flush it to disk, and rename it over `path`.
 
     A reader, or a run that is killed in the middle, sees the old file or the new one, never a part.
@@ -42,6 +43,13 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote `path`."""
+    path = Path(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{path.suffix}"):
+        left.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Configurations of well-known base models, as data: enough to build and count their networks without a download."""
+"""Configurations of well-known bases, as data: enough to build and count their networks with no download."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ SD15_UNET: dict[str, Any] = {
     "center_input_sample": False,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "down_block_types": [
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "DownBlock2D",
+    ],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
     "block_out_channels": [320, 640, 1280, 1280],
     "layers_per_block": 2,
@@ -23,8 +28,8 @@ SD15_UNET: dict[str, Any] = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
-"""UNet of Stable Diffusion 1.x (859,520,964 parameters). `attention_head_dim` is the number of heads, a misnomer
-that diffusers keeps."""
+"""UNet of Stable Diffusion 1.x (859,520,964 parameters). `attention_head_dim` is the number of heads, a
+misnomer that diffusers keeps."""
 
 SD15_VAE: dict[str, Any] = {
     "sample_size": 512,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from enum import Enum, Flag, auto
 from typing import Any, ClassVar
 
@@ -55,6 +56,24 @@ class Control(nn.Module, ABC):
 
         What `reads` does not name may be None, and is not looked at.
         """
+
+    @property
+    def shared_network(self) -> nn.Module | None:
+        """The network that several controls share; those of one network run in one pass (`forward_together`)."""
+        return None
+
+    @classmethod
+    def forward_together(
+        cls, controls: Sequence[Control], t: Tensor, text: Text, hints: Sequence[Tensor]
+    ) -> list[Residuals]:
+        """The residuals of several controls of one shared network; no control here reads the noise.
+
+        Args:
+            t: `[B]`.
+            text: `[B, L, D]`.
+            hints: one for each control, `[B, ...]`.
+        """
+        return [control(None, t, text, hint) for control, hint in zip(controls, hints, strict=True)]
 
     @abstractmethod
     def trainable_parameters(self) -> list[nn.Parameter]:

@@ -1,12 +1,14 @@
-"""The layers of a network that adapters change, and the adapters: LoRA, zero convolutions and transformer norms.
+"""The layers that adapters change, and the adapters: LoRA, zero convolutions and transformer norms.
 
-A layer that can be adapted keeps its own weights under its own name and holds, besides, the parts of the adapters
-that are active: none, one, or one for each group of the batch, when several adapters run in one pass.
+A layer that can be adapted keeps its own weights under its own name and holds, besides, the parts of the
+adapters that are active: none, one, or one for each group of the batch, when several adapters run in one
+pass.
 
-Why not PEFT, which has LoRA and `modules_to_save`: it refuses a mixed batch (`adapter_names`) as soon as a norm is
-in `modules_to_save`, and CtrLoRA trains the norms (measured, PEFT 0.21). The mixed batch is what makes several
-conditions cost one pass, and the layers below are shorter than the workaround would be. Their state is strict and
-complete by construction, too: one file holds one adapter, under the names of the base network.
+Why not PEFT, which has LoRA and `modules_to_save`: it refuses a mixed batch (`adapter_names`) as soon as a
+norm is in `modules_to_save`, and CtrLoRA trains the norms (measured, PEFT 0.21). The mixed batch is what
+makes several conditions cost one pass, and the layers below are shorter than the workaround would be. Their
+state is strict and complete by construction, too: one file holds one adapter, under the names of the base
+network.
 """
 
 from __future__ import annotations
@@ -77,8 +79,9 @@ class AdaptedLinear(nn.Linear):
         down, up = self._stacked()
         groups = len(self.active)
         x = input.reshape(groups, -1, self.in_features)
-        changed = torch.baddbmm(y.reshape(groups, -1, self.out_features), torch.bmm(x, down.mT), up.mT)
-        return changed.view_as(y)
+        y = y.contiguous()
+        y.view(groups, -1, self.out_features).baddbmm_(torch.bmm(x, down.mT), up.mT)
+        return y
 
     def _stacked(self) -> tuple[Tensor, Tensor]:
         """down `[groups, rank, in]` and up `[groups, out, rank]`; smaller ranks are filled up with zeros."""
@@ -139,10 +142,10 @@ Adapted = AdaptedLinear | AdaptedGroupNorm | AdaptedLayerNorm | AdaptedZeroConv
 
 
 def adapt_layers(network: nn.Module, zero_convolutions: Sequence[str]) -> dict[str, Adapted]:
-    """Replace, in place, every layer of `network` that an adapter changes; its parameters stay the same objects.
+    """Replace, in place, every layer of `network` that an adapter changes; its parameters stay the same.
 
-    These are all linear layers, the norms inside of the transformers (found by walking them, so that the norms of
-    the ResNet blocks stay as they are), and the zero convolutions.
+    These are all linear layers, the norms inside of the transformers (found by walking them, so that the
+    norms of the ResNet blocks stay as they are), and the zero convolutions.
 
     Args:
         zero_convolutions: paths of the modules that are, or hold, the zero convolutions.
@@ -171,10 +174,10 @@ def adapt_layers(network: nn.Module, zero_convolutions: Sequence[str]) -> dict[s
 
 
 class Adapter(nn.Module):
-    """What one condition adds to a base control; its state names every tensor after the layer it belongs to.
+    """What one condition adds to a base control; its state names every tensor after its layer.
 
-    A linear layer `X` has `X.lora_layer.down.weight` and `X.lora_layer.up.weight` (the reference's suffix); a norm
-    or zero convolution has `X.weight` and `X.bias`.
+    A linear layer `X` has `X.lora_layer.down.weight` and `X.lora_layer.up.weight` (the reference's suffix); a
+    norm or zero convolution has `X.weight` and `X.bias`.
 
     Args:
         name: of the adapter.
@@ -197,7 +200,7 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"the rank of the adapter {name!r} is {rank!r}; it must be a whole number of at least 1")
+            raise ValueError(f"the rank of the adapter {name!r} must be a whole number above 0, not {rank!r}")
         self.name = name
         self.rank = rank
         self.shares_base = shares_base
@@ -224,7 +227,7 @@ def rank_of(state: Mapping[str, Tensor]) -> int:
     ranks = {value.shape[0] for name, value in state.items() if name.endswith(".lora_layer.down.weight")}
     if len(ranks) != 1:
         found = "no LoRA" if not ranks else f"LoRA of ranks {', '.join(map(str, sorted(ranks)))}"
-        raise ValueError(f"this is not the state of one adapter: it holds {found} instead of LoRA of one rank")
+        raise ValueError(f"this is not the state of an adapter: it holds {found}, not LoRA of one rank")
     return ranks.pop()
 
 

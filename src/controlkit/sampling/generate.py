@@ -21,6 +21,7 @@ from controlkit.controls.control import Control
 from controlkit.errors import UserError
 from controlkit.files import writable_folder, write_json
 from controlkit.images import read_image, resize_cover, to_images, to_tensor, write_png
+from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import ControlUse, GenerateRequest
 from controlkit.sampling.sampler import sample
@@ -65,13 +66,18 @@ class Generation:
 
 
 def generate(
-    request: GenerateRequest, *, base: Base | None = None, controls: Sequence[Control] | None = None
+    request: GenerateRequest,
+    *,
+    base: Base | None = None,
+    controls: Sequence[Control] | None = None,
+    cache: ResidualCache | None = None,
 ) -> Generation:
     """Draw what `request` asks for.
 
     Args:
         base: one that is loaded already; else the request's is loaded.
         controls: loaded already, in the order of the request's.
+        cache: keeps what does not depend on the noise for the next request under the same condition.
 
     Raises:
         UserError: something that the request names cannot be used; nothing was drawn.
@@ -103,6 +109,7 @@ def generate(
             width=width,
             height=height,
             batch_size=request.batch_size,
+            cache=cache,
         )
         images_made = [image for batch in batches for image in to_images(batch)]
     made.pictures = [Picture(image, seed) for image, seed in zip(images_made, request.seeds, strict=True)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from controlkit.bases.base import Base, Text, concatenate
+from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl, Plan
 
 
@@ -29,6 +30,7 @@ def sample_prompts(
     width: int | None = None,
     height: int | None = None,
     batch_size: int = 16,
+    cache: ResidualCache | None = None,
 ) -> Iterator[Tensor]:
     """Draw one picture for each seed with DDIM (Song et al. 2021, eta 0) and classifier-free guidance.
 
@@ -38,6 +40,7 @@ def sample_prompts(
         guidance: scale of classifier-free guidance; 1 switches it off.
         width: in pixels; by default the base's own size, as `height`.
         batch_size: pictures drawn at once.
+        cache: keeps residuals that do not depend on the noise, for the next call under the same condition.
 
     Yields:
         Batches of pictures `[b, 3, height, width]` in [0, 1], in the order of `seeds`.
@@ -56,7 +59,7 @@ def sample_prompts(
             texts = [base.encode_text(prompts if len(prompts) == 1 else prompts[group])]
             if guidance > 1:
                 texts.insert(0, base.encode_text([negative_prompt]))
-            plan = Plan([use.of_pictures(group) for use in uses], scheduler.timesteps, texts)
+            plan = Plan([use.of_pictures(group) for use in uses], scheduler.timesteps, texts, cache)
         x_t = initial_noise(base, seeds[group], width, height) * scheduler.init_noise_sigma
         text = concatenate(*(part.expand(len(x_t)) for part in plan.texts))
         for index, t in enumerate(scheduler.timesteps):

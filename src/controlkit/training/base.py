@@ -17,13 +17,14 @@ from controlkit.data.icons import COLOURS, STYLES, UNSEEN_STYLE, IconSets, capti
 from controlkit.errors import UserError
 from controlkit.files import write_json
 from controlkit.images import contact_sheet, to_images, write_png
-from controlkit.sampling.sampler import sample
+from controlkit.sampling.sampler import sample_prompts
 from controlkit.training.drawings import Drawings, weights_key
 from controlkit.training.objective import Objective, numpy_generator, torch_generator
 from controlkit.training.recipe import BaseRecipe
 
 TRAINED_STYLES = tuple(style for style in STYLES if style != UNSEEN_STYLE)
 MAX_TOKENS = 24
+_PREVIEW_SEEDS = 3
 VOCABULARY = 1200
 
 SCHEDULER = {
@@ -87,12 +88,13 @@ class BaseObjective(Objective):
 
     def preview(self, step: int, folder: Path) -> dict[str, float]:
         base = self._base()
-        rows = [
-            [image for batch in sample(base, prompt=prompt, seeds=(0, 1, 2), guidance=4.0) for image in to_images(batch)]
-            for prompt in PREVIEW_PROMPTS
-        ]
-        columns = [list(column) for column in zip(*rows, strict=True)]
-        write_png(folder / f"{step:07d}.png", contact_sheet(columns, cell=96))
+        seeds = range(_PREVIEW_SEEDS)
+        batches = sample_prompts(
+            base, prompts=[prompt for prompt in PREVIEW_PROMPTS for _ in seeds], seeds=[*seeds] * len(PREVIEW_PROMPTS)
+        )
+        pictures = [image for batch in batches for image in to_images(batch)]
+        rows = [pictures[seed::_PREVIEW_SEEDS] for seed in seeds]
+        write_png(folder / f"{step:07d}.png", contact_sheet(rows, cell=96))
         for network in (self.trained["text_encoder"], self.trained["unet"]):
             network.requires_grad_(True).train()
         return {}

@@ -16,7 +16,7 @@ from controlkit.controls.controlnet import ControlNet
 from controlkit.data.icons import IconSets, draw
 from controlkit.images import contact_sheet, to_images, to_tensor, write_png
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.sampler import sample
+from controlkit.sampling.sampler import sample_prompts
 from controlkit.training.base import TRAINED_STYLES
 from controlkit.training.drawings import Drawings, weights_key
 from controlkit.training.objective import Objective, numpy_generator, torch_generator
@@ -72,15 +72,22 @@ class ControlObjective(Objective):
         prediction = self.base.predict(x_t, t, text, residuals)
         return (prediction.float() - training_target(self.scheduler, z, noise, t)).pow(2).mean()
 
+    @torch.no_grad()
     def preview(self, step: int, folder: Path) -> dict[str, float]:
         self.control.eval()
-        scores, pictures = [], []
-        for number, (drawing, image) in enumerate(zip(self.test, self.test_conditions, strict=True)):
-            use = ActiveControl(self.control, self.control.encode(to_tensor([image]).to(self.device), self.base))
-            (batch,) = sample(self.base, prompt=drawing.caption, uses=[use], seeds=[number], steps=10)
-            result = to_images(batch)[0]
-            scores.append(self.condition.score(image, np.asarray(result), drawing.image))
-            pictures.append(result)
+        hint = self.control.encode(to_tensor(self.test_conditions).to(self.device), self.base)
+        batches = sample_prompts(
+            self.base,
+            prompts=[drawing.caption for drawing in self.test],
+            seeds=range(len(self.test)),
+            uses=[ActiveControl(self.control, hint)],
+            steps=10,
+        )
+        pictures = [image for batch in batches for image in to_images(batch)]
+        scores = [
+            self.condition.score(given, np.asarray(result), drawing.image)
+            for given, result, drawing in zip(self.test_conditions, pictures, self.test, strict=True)
+        ]
         rows = [
             [Image.fromarray(image) for image in self.test_conditions[:_STRIP]],
             pictures[:_STRIP],

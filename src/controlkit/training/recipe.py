@@ -7,6 +7,7 @@ contradictions are errors before anything is loaded. This module imports neither
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,24 @@ from typing import Any, ClassVar
 import yaml
 
 from controlkit.errors import UserError, nearest
+
+
+_LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "seed": 0,
+    "log_every": 1,
+    "save_every": 1,
+    "preview_every": 1,
+    "latent_channels": 1,
+    "text_width": 1,
+    "text_layers": 1,
+    "variants": 1,
+    "score_pictures": 1,
+}
+"""The smallest value of settings that have one, in whichever recipe they stand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +76,18 @@ class Recipe:
     """Steps between previews with their scores."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every", "preview_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, least in _LEAST.items():
+            if name in values and not (values[name] >= least and math.isfinite(values[name])):
+                raise UserError(f"{name} is {values[name]}; it must be at least {least}")
         for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
+            if not (values[name] > 0 and math.isfinite(values[name])):
+                raise UserError(f"{name} is {values[name]}; it must be above 0")
+        for name in ("final_rate", "prompt_drop"):
+            if name in values and not 0 <= values[name] <= 1:
+                raise UserError(f"{name} is {values[name]}; it must be between 0 and 1")
+        if not 0 <= self.beta2 < 1:
+            raise UserError(f"beta2 is {self.beta2}; it must be from 0 to just below 1")
         if self.precision not in ("fp32", "bf16"):
             raise UserError(f"precision is {self.precision!r}; it must be fp32 or bf16")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -118,8 +143,6 @@ class BaseRecipe(Recipe):
         super().__post_init__()
         if len(self.attention) != len(self.channels):
             raise UserError(f"attention has {len(self.attention)} entries and channels {len(self.channels)}")
-        if not 0 <= self.prompt_drop <= 1:
-            raise UserError(f"prompt_drop is {self.prompt_drop}; it must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,13 +163,6 @@ class ControlNetRecipe(Recipe):
     """Drawings of each icon whose latents are kept."""
     score_pictures: int = 32
     """Held-out pictures on which each preview scores condition following."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.prompt_drop <= 1:
-            raise UserError(f"prompt_drop is {self.prompt_drop}; it must be between 0 and 1")
-        if self.score_pictures < 1:
-            raise UserError(f"score_pictures is {self.score_pictures}; it must be at least 1")
 
 
 RECIPES: dict[str, type[Recipe]] = {
@@ -175,7 +191,10 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"--set {override}: expected key=value")
-        values[key.strip()] = yaml.safe_load(value)
+        try:
+            values[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {override}: {value!r} is not a YAML value") from error
     return build_recipe(values, origin=str(path))
 
 
@@ -189,7 +208,9 @@ def build_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
     known = [field.name for field in dataclasses.fields(kind)]
     for key in values:
         if key not in known:
-            raise UserError(f"{origin}: unknown key {key!r} for system {system}{nearest(key, known)}")
+            raise UserError(
+                f"{origin}: unknown key {str(key)!r} for system {system}{nearest(str(key), known)}"
+            )
     return _typed(kind, values, origin)
 
 

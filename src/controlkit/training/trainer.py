@@ -14,7 +14,7 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from controlkit.errors import UserError
-from controlkit.files import sha256_of, writable_folder, write_json
+from controlkit.files import remove_leftovers, sha256_of, writable_folder, write_json
 from controlkit.training.log import RunLog
 from controlkit.training.objective import Objective
 from controlkit.training.recipe import Recipe
@@ -47,6 +47,7 @@ def train(objective: Objective, recipe: Recipe) -> dict[str, float]:
     )
     average = EMAModel(parameters, decay=recipe.ema, use_ema_warmup=True, power=0.75) if recipe.ema else None
     path = folder / "state.safetensors"
+    remove_leftovers(path)
     first = _resume(path, recipe, objective, optimizer, average)
     write_json(folder / "recipe.json", {"system": recipe.system, **dataclasses.asdict(recipe)})
 
@@ -72,28 +73,30 @@ def train(objective: Objective, recipe: Recipe) -> dict[str, float]:
             value = loss.item()
             if not math.isfinite(value):
                 log.close()
-                raise UserError(
-                    f"the loss is {value} at step {step + 1}; the last good state is kept in {path}."
-                    " Lower learning_rate, or look at the data of this step"
-                )
+                raise _diverged(f"the loss is {value}", step + 1, path)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.clip).item()
+            if not math.isfinite(norm):
+                log.close()
+                raise _diverged(f"the gradient's norm is {norm}", step + 1, path)
             optimizer.step()
             if average is not None:
                 average.step(parameters)
 
             done, last = step + 1, step + 1 == recipe.steps
-            if done % recipe.preview_every == 0 or last:
+            previewed = done % recipe.preview_every == 0 or last
+            if previewed:
                 with averaged(average, parameters):
                     scores = objective.preview(done, writable_folder(folder / "previews"))
-            if done % recipe.log_every == 0 or last:
-                now = {"loss": value, **(scores if done % recipe.preview_every == 0 or last else {})}
+            if done % recipe.log_every == 0 or previewed:
+                now = {"loss": value, **(scores if previewed else {})}
                 log.write(done, {**now, "learning_rate": learning_rate_at(recipe, step)})
                 log.say(done, {"loss": value, **scores})
-            if done % recipe.save_every == 0 or last or interrupted():
+            stop = interrupted()
+            if done % recipe.save_every == 0 or last or stop:
                 save(done)
-            if interrupted():
+            if stop:
                 log.close()
                 raise UserError(f"interrupted after step {done}; run the same command again to go on")
     log.close()
@@ -149,6 +152,11 @@ def _resume(
             mine.copy_(theirs)
         average.optimization_step = int(count)
     return state.step
+
+
+def _diverged(what: str, step: int, path: Path) -> UserError:
+    kept = f"the last good state is kept in {path}" if path.exists() else "no state had been saved yet"
+    return UserError(f"{what} at step {step}; {kept}. Lower learning_rate, or look at the data of this step")
 
 
 def _device_type(parameters: list[torch.nn.Parameter]) -> str:

@@ -1,0 +1,181 @@
+"""The command line: what it makes, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from controlkit.apps.cli import main
+from controlkit.sampling.request import GenerateRequest
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    path = tmp_path / "picture.png"
+    image = np.full((80, 80, 3), 200, np.uint8)
+    image[20:60, 24:56] = (180, 30, 30)
+    Image.fromarray(image).save(path)
+    return path
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def test_help_answers_at_once_and_loads_nothing_heavy():
+    command = [sys.executable, "-c", "from controlkit.apps.cli import main; main(['--help'])"]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(command, check=False, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+    probe = "import controlkit.apps.cli, sys; print(sorted({'torch', 'diffusers', 'cv2', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("verb", ["demo", "condition", "generate", "train", "evaluate", "inspect"])
+def test_every_verb_has_help_with_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    assert f"controlkit {verb}" in capsys.readouterr().out
+
+
+def test_condition_writes_a_condition_image(picture, tmp_path, capsys):
+    out = tmp_path / "edges.png"
+    assert run("condition", "canny", picture, "--out", out, "--set", "low=50", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == {"low": 50, "high": 200}
+    edges = np.asarray(Image.open(out))
+    assert edges.shape == (80, 80, 3)
+    assert set(np.unique(edges)) == {0, 255}
+
+
+def test_condition_list_names_canny(capsys):
+    assert run("condition", "--list", "--json") == 0
+    assert "canny" in {entry["name"] for entry in json.loads(capsys.readouterr().out)}
+
+
+def test_generate_writes_pictures_that_say_how_to_draw_them_again(picture, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ("generate", "red apple", "--control", f"canny={picture}@0.8:0-0.9", "--seeds", 2, "--seed", 5)
+    assert run(*words, "--steps", 4, "--out", out, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [Path(path).name for path in printed["pictures"]] == ["seed5.png", "seed6.png"]
+    settings = json.loads(Image.open(out / "seed6.png").text["controlkit"])
+    settings.pop("controlkit")
+    request = GenerateRequest.from_json(settings)
+    assert request.seeds == (6,)
+
+    from controlkit import generate
+
+    again = np.asarray(generate(request).pictures[0].image, dtype=int)
+    assert np.abs(again - np.asarray(Image.open(out / "seed6.png"), dtype=int)).max() <= 1
+    assert (out / "condition0.png").exists()
+
+
+def test_inspect_tells_what_the_shipped_control_is(capsys):
+    assert run("inspect", "canny", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kind"] == "controlnet"
+    assert facts["condition"] == "canny"
+    assert facts["reads"] == "noise, time, text"
+    assert facts["metadata"]["control.hint_range"] == [0, 1]
+    assert run("inspect", "nano", "--json") == 0
+    base = json.loads(capsys.readouterr().out)
+    assert base["fingerprint"] == facts["metadata"]["control.base_fingerprint"]
+
+
+def test_evaluate_control_prints_baseline_and_ceiling(capsys, tmp_path):
+    sheet = tmp_path / "sheet.png"
+    words = ("evaluate", "control", "canny", "--sets", "held-out", "--pictures", 6, "--steps", 4)
+    assert run(*words, "--sheet", sheet, "--json") == 0
+    (report,) = json.loads(capsys.readouterr().out)["reports"]
+    facts = report["facts"]["held-out"]
+    assert facts["baseline"] < facts["control"] < facts["ceiling"]
+    assert Image.open(sheet).width > 500
+
+
+def test_demo_does_the_main_job_in_time(tmp_path, capsys):
+    start = time.perf_counter()
+    assert run("demo", "--out", tmp_path / "demo") == 0
+    assert time.perf_counter() - start < 60
+    printed = capsys.readouterr().out
+    assert "try next: controlkit generate" in printed
+    assert Image.open(tmp_path / "demo" / "sheet.png").width > 1000
+    assert len(list((tmp_path / "demo").glob("seed*.png"))) == 4
+
+
+def bad_inputs(tmp: Path, picture: Path) -> dict[str, tuple[list[object], str]]:
+    (tmp / "empty.png").write_bytes(b"")
+    (tmp / "torn.png").write_bytes(picture.read_bytes()[:60])
+    (tmp / "text.png").write_text("not a picture")
+    (tmp / "recipe.yaml").write_text("system: autoencoder\nout: x\nsteps: 3\nicons: y\nlearning_rat: 1\n")
+    (tmp / "half" / "vae").mkdir(parents=True)
+    (tmp / "file").write_text("in the way")
+    generate = ["generate", "x", "--out", tmp / "new"]
+    return {
+        "missing image": ([*generate, "--control", f"canny={tmp}/none.png"], "there is no picture"),
+        "empty image": ([*generate, "--control", f"canny={tmp}/empty.png"], "empty"),
+        "torn image": ([*generate, "--control", f"canny={tmp}/torn.png"], "torn"),
+        "text as image": ([*generate, "--control", f"canny={tmp}/text.png"], "not a picture"),
+        "unknown control": ([*generate, "--control", f"cany={picture}"], "did you mean canny"),
+        "weight of abc": ([*generate, "--control", f"canny={picture}@abc"], "'abc'"),
+        "start after end": ([*generate, "--control", f"canny={picture}@1:0.9-0.1"], "start"),
+        "steps of abc": ([*generate, "--steps", "abc"], "--steps"),
+        "odd width": ([*generate, "--width", "70"], "multiple of"),
+        "base without a UNet": ([*generate, "--base", tmp / "half"], "unet"),
+        "output under a file": (["generate", "x", "--out", tmp / "file" / "out"], "cannot write"),
+        "unknown condition": (["condition", "cany", picture, "--out", tmp / "new"], "did you mean canny"),
+        "unknown parameter": (["condition", "canny", picture, "--set", "lo=1", "--out", tmp / "new"], "did you mean low"),
+        "misspelt recipe key": (["train", tmp / "recipe.yaml"], "did you mean learning_rate"),
+        "missing recipe": (["train", tmp / "none.yaml"], "cannot read the recipe"),
+        "unknown set": (["evaluate", "control", "canny", "--sets", "hold-out"], "did you mean held-out"),
+        "inspect nothing": (["inspect", "nothing-like-it"], "there is no control called"),
+        "unknown verb": (["paint"], "invalid choice"),
+    }
+
+
+CASES = [
+    "missing image",
+    "empty image",
+    "torn image",
+    "text as image",
+    "unknown control",
+    "weight of abc",
+    "start after end",
+    "steps of abc",
+    "odd width",
+    "base without a UNet",
+    "output under a file",
+    "unknown condition",
+    "unknown parameter",
+    "misspelt recipe key",
+    "missing recipe",
+    "unknown set",
+    "inspect nothing",
+    "unknown verb",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_gets_one_plain_sentence_and_leaves_nothing(case, picture, tmp_path, capsys):
+    cases = bad_inputs(tmp_path, picture)
+    assert set(cases) == set(CASES)
+    words, expected = cases[case]
+    before = sorted(tmp_path.rglob("*"))
+    assert run(*words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("controlkit: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert expected in err
+    assert sorted(tmp_path.rglob("*")) == before

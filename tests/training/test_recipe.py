@@ -1,0 +1,177 @@
+"""Recipes: every setting typed, and what is wrong said in words before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controlkit.errors import UserError
+from controlkit.training.recipe import RECIPES, AutoencoderRecipe, ControlNetRecipe, build_recipe, read_recipe
+from controlkit.training.trainer import fingerprint, learning_rate_at
+
+SHIPPED = sorted(path for path in Path(__file__).parents[2].glob("recipes/**/*.yaml"))
+MINIMAL = {"system": "controlnet", "out": "runs/x", "steps": 100, "icons": "icons.npz", "condition": "canny"}
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(values):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+def test_recipes_ship():
+    assert SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(path):
+    recipe = read_recipe(path)
+    values = yaml.safe_load(path.read_text())
+    assert isinstance(recipe, RECIPES[values["system"]])
+    for key, value in values.items():
+        mine = getattr(recipe, key)
+        assert (list(mine) if isinstance(mine, tuple) else mine) == value
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"learning_rat": 1e-4}, "'learning_rat'.*did you mean learning_rate"),
+        ({"varients": 3}, "did you mean variants"),
+        ({1: 2}, "unknown key '1'"),
+        ({"system": "controlent"}, "did you mean controlnet"),
+        ({"system": None}, "system is None"),
+        ({"steps": "many"}, "steps"),
+        ({"steps": 1.5}, "steps"),
+        ({"steps": True}, "steps"),
+        ({"steps": None}, "steps"),
+        ({"steps": 0}, "at least 1"),
+        ({"batch_size": -1}, "at least 1"),
+        ({"learning_rate": "fast"}, "learning_rate"),
+        ({"learning_rate": 0}, "above 0"),
+        ({"learning_rate": math.nan}, "above 0"),
+        ({"learning_rate": math.inf}, "learning_rate"),
+        ({"clip": -1}, "above 0"),
+        ({"precision": "fp8"}, "fp32 or bf16"),
+        ({"ema": 1.0}, "between 0 and 1"),
+        ({"prompt_drop": 2}, "between 0 and 1"),
+        ({"final_rate": -0.1}, "final_rate"),
+        ({"beta2": 1.0}, "beta2"),
+        ({"weight_decay": -1}, "weight_decay"),
+        ({"seed": -1}, "seed"),
+        ({"variants": 0}, "variants"),
+        ({"condition": ["canny"]}, "condition"),
+    ],
+)
+def test_wrong_recipes_are_refused_in_words(file, change, says):
+    path = file({**MINIMAL, **change})
+    with pytest.raises(UserError, match=says) as caught:
+        read_recipe(path)
+    assert str(path) in str(caught.value) or "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["out", "steps", "condition"])
+def test_what_has_no_default_must_be_said(file, missing):
+    with pytest.raises(UserError, match=missing):
+        read_recipe(file({key: value for key, value in MINIMAL.items() if key != missing}))
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "a: [1, 2\n", "\tx: 1", "\x00"])
+def test_what_is_not_a_recipe_is_refused_in_words(file, text):
+    with pytest.raises(UserError):
+        read_recipe(file(text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.yaml"):
+        read_recipe(tmp_path / "nothing.yaml")
+    with pytest.raises(UserError, match="cannot read"):
+        read_recipe(tmp_path)
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers(file):
+    recipe = read_recipe(file("\n".join(f"{k}: {v}" for k, v in MINIMAL.items()) + "\nlearning_rate: 3e-4\n"))
+    assert recipe.learning_rate == 3e-4
+
+
+def test_settings_on_the_command_line_win(file):
+    path = file({**MINIMAL, "seed": 3})
+    recipe = read_recipe(path, ["steps=7", "learning_rate=3e-4", "ema=null", "base=other/folder", "seed = 5"])
+    assert (recipe.steps, recipe.learning_rate, recipe.ema, recipe.seed) == (7, 3e-4, None, 5)
+    assert recipe.base == "other/folder"
+    autoencoder = file({"system": "autoencoder", "out": "x", "steps": 3, "icons": "i.npz"})
+    assert read_recipe(autoencoder, ["channels=[8, 16]"]).channels == (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [("steps", "key=value"), ("stepz=3", "did you mean steps"), ("steps=a", "steps"), ("steps=[", "steps"), ("=3", "key")],
+)
+def test_wrong_settings_on_the_command_line_are_refused_in_words(file, override, says):
+    with pytest.raises(UserError, match=says):
+        read_recipe(file(MINIMAL), [override])
+
+
+def test_a_recipe_can_be_rebuilt_from_its_own_values():
+    recipe = build_recipe(MINIMAL)
+    again = build_recipe({"system": recipe.system, **dataclasses.asdict(recipe)})
+    assert again == recipe and fingerprint(again) == fingerprint(recipe)
+
+
+def test_the_fingerprint_tells_runs_apart_that_cannot_go_on_from_each_other():
+    recipe = ControlNetRecipe(out="a", steps=5, icons="i", condition="canny")
+    may_change = dataclasses.replace(recipe, out="b", steps=9, save_every=7, device="cpu")
+    assert fingerprint(may_change) == fingerprint(recipe)
+    for change in ({"seed": 1}, {"condition": "hed"}, {"batch_size": 4}, {"ema": 0.9}, {"prompt_drop": 0.1}):
+        assert fingerprint(dataclasses.replace(recipe, **change)) != fingerprint(recipe)
+
+
+def rates(**settings):
+    recipe = AutoencoderRecipe(out="x", icons="i", **settings)
+    return [learning_rate_at(recipe, step) for step in range(recipe.steps)]
+
+
+def test_the_learning_rate_rises_then_falls_to_its_end():
+    values = rates(steps=200, warmup_steps=10, learning_rate=1.0, final_rate=0.1)
+    top = values.index(max(values))
+    assert top == 9
+    assert values[: top + 1] == sorted(values[: top + 1])
+    assert values[top:] == sorted(values[top:], reverse=True)
+    assert values[0] == pytest.approx(0.1, rel=1e-3)
+    assert values[99] == pytest.approx(0.55, abs=0.01)
+    assert values[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+@given(
+    st.integers(1, 300), st.integers(0, 400), st.floats(1e-6, 10), st.floats(0, 1)
+)
+def test_the_learning_rate_is_always_between_nothing_and_its_peak(steps, warmup, peak, final):
+    values = rates(steps=steps, warmup_steps=warmup, learning_rate=peak, final_rate=final)
+    assert all(0 < value <= peak * (1 + 1e-9) for value in values)
+    if warmup == 0 and final == 1:
+        assert values == pytest.approx([peak] * steps)
+
+
+def test_reading_a_recipe_loads_neither_torch_nor_diffusers():
+    code = (
+        "import sys\n"
+        "from controlkit.training.recipe import read_recipe\n"
+        "from controlkit.sampling.request import GenerateRequest\n"
+        f"read_recipe({str(SHIPPED[0])!r})\n"
+        "GenerateRequest(prompt='x')\n"
+        "print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"

@@ -1,0 +1,192 @@
+"""A run that is interrupted, however rudely, ends with the weights of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy_training import Toy, toy_recipe
+
+from controlkit.errors import UserError
+from controlkit.training.state import load_state
+from controlkit.training.trainer import train
+
+STEPS = 9
+
+
+def run(out, steps=STEPS, at=None, **changes):
+    recipe = toy_recipe(out, steps, **changes)
+    toy = Toy(recipe, at)
+    scores = train(toy, recipe)
+    return toy, scores
+
+
+def final_weights(out):
+    return torch.load(Path(out) / "weights.pt", weights_only=True)
+
+
+def assert_identical(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def log_of(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def raises(error):
+    def act(_loss):
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize("died_in_step", [3, 4, 5, 8])
+def test_a_run_that_died_goes_on_to_the_same_weights_bit_by_bit(tmp_path, ema, died_in_step):
+    whole, _ = run(tmp_path / "whole", ema=ema)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "broken", ema=ema, at={died_in_step: raises(RuntimeError("power cut"))})
+    continued, scores = run(tmp_path / "broken", ema=ema)
+    assert continued.steps_seen == list(range(died_in_step // 3 * 3, STEPS))
+    assert_identical(whole.weights(), continued.weights())
+    assert_identical(final_weights(tmp_path / "whole"), final_weights(tmp_path / "broken"))
+    assert scores == {"score": 9.0}
+
+
+def test_the_log_has_every_step_once_after_a_resume(tmp_path):
+    with pytest.raises(RuntimeError):
+        run(tmp_path, at={5: raises(RuntimeError("power cut"))})
+    with (tmp_path / "log.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "lo')  # torn by the cut
+    run(tmp_path)
+    lines = log_of(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(line["loss"] > 0 for line in lines)
+    assert [line["step"] for line in lines if "score" in line] == [3, 6, 9]
+
+
+def test_every_preview_is_in_the_log_whatever_log_every_is(tmp_path):
+    run(tmp_path, steps=8, log_every=4, preview_every=3)
+    lines = log_of(tmp_path)
+    assert [line["step"] for line in lines] == [3, 4, 6, 8]
+    assert [line["step"] for line in lines if "score" in line] == [3, 6, 8]
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_steps(tmp_path):
+    run(tmp_path, steps=6)
+    more, _ = run(tmp_path, steps=9)
+    assert more.steps_seen == [6, 7, 8]
+    again, scores = run(tmp_path, steps=9)
+    assert again.steps_seen == []
+    assert scores == {"score": 9.0}
+    assert_identical(more.weights(), final_weights(tmp_path))
+
+
+def test_another_recipe_does_not_go_on_with_this_run(tmp_path):
+    run(tmp_path)
+    before = (tmp_path / "state.safetensors").read_bytes()
+    with pytest.raises(UserError, match="another recipe"):
+        run(tmp_path, seed=1)
+    with pytest.raises(UserError, match="another recipe"):
+        run(tmp_path, width=16)
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+    assert json.loads((tmp_path / "recipe.json").read_text())["seed"] == 0
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_damaged_state_is_refused_in_words(tmp_path, keep):
+    run(tmp_path)
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match="not a whole training state"):
+        run(tmp_path)
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_state(tmp_path):
+    with pytest.raises(UserError, match="loss is nan at step 6"):
+        run(tmp_path, at={5: lambda loss: loss * float("nan")})
+    assert load_state(tmp_path / "state.safetensors").step == 3
+    whole, _ = run(tmp_path / "whole")
+    continued, _ = run(tmp_path)
+    assert_identical(whole.weights(), continued.weights())
+
+
+def test_a_gradient_that_is_not_a_number_does_not_reach_the_state(tmp_path):
+    """The loss itself is finite; the weights would be NaN, and this is a step that saves."""
+    with pytest.raises(UserError, match="gradient"):
+        run(tmp_path, at={5: lambda loss: loss + (loss - loss.detach()).sqrt()})
+    state = load_state(tmp_path / "state.safetensors")
+    assert state.step == 3
+    assert all(value.isfinite().all() for value in state.weights.values())
+
+
+def test_nothing_is_promised_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="no state") as caught:
+        run(tmp_path, at={1: lambda loss: loss * float("inf")})
+    assert "kept" not in str(caught.value)
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+def test_ctrl_c_saves_after_its_step_and_ends(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+
+    def ctrl_c(loss):
+        signal.raise_signal(signal.SIGINT)
+        return loss
+
+    with pytest.raises(UserError, match="interrupted after step 5"):
+        run(tmp_path, at={4: ctrl_c})
+    assert signal.getsignal(signal.SIGINT) == before
+    assert load_state(tmp_path / "state.safetensors").step == 5
+    whole, _ = run(tmp_path / "whole")
+    continued, _ = run(tmp_path)
+    assert continued.steps_seen == [5, 6, 7, 8]
+    assert_identical(whole.weights(), continued.weights())
+    assert [line["step"] for line in log_of(tmp_path)] == list(range(1, STEPS + 1))
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    def impatient(loss):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return loss
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, at={4: impatient})
+    assert load_state(tmp_path / "state.safetensors").step == 3
+
+
+@pytest.mark.parametrize(("how", "left_at"), [("slow", 6), ("half", 3)])
+def test_a_killed_process_goes_on_from_its_last_whole_state(tmp_path, how, left_at):
+    here = Path(__file__).parent
+    process = subprocess.Popen(
+        [sys.executable, str(here / "toy_training.py"), str(tmp_path / "run"), str(STEPS), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline().strip() == how
+    finally:
+        process.kill()
+        _, said = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said
+    assert load_state(tmp_path / "run" / "state.safetensors").step == left_at
+    continued, _ = run(tmp_path / "run", ema=0.9)
+    assert continued.steps_seen == list(range(left_at, STEPS))
+    whole, _ = run(tmp_path / "whole", ema=0.9)
+    assert_identical(whole.weights(), continued.weights())
+    assert_identical(final_weights(tmp_path / "whole"), final_weights(tmp_path / "run"))
+    assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, STEPS + 1))
+    leftovers = {path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")}
+    assert leftovers == set()
