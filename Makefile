@@ -35,7 +35,7 @@ clean:
 
 # The package is installed in place, so these run again only when the dependencies change.
 $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
-	$(PIP_INSTALL) -e .
+	$(PIP_INSTALL) -e '.[metrics]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.made pyproject.toml constraints.txt

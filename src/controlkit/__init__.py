@@ -19,6 +19,8 @@ from controlkit.errors import UserError
 if TYPE_CHECKING:
     from controlkit.bases.load import load_base
     from controlkit.checkpoints.controls import load_control, save_control
+    from controlkit.checkpoints.describe import describe
+    from controlkit.conditions import find as find_condition
     from controlkit.evaluation.base import evaluate_base
     from controlkit.evaluation.control import evaluate_control
     from controlkit.sampling.generate import generate
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
 _PLACES = {
     "ControlUse": "sampling.request:ControlUse",
     "GenerateRequest": "sampling.request:GenerateRequest",
+    "describe": "checkpoints.describe:describe",
     "evaluate_base": "evaluation.base:evaluate_base",
     "evaluate_control": "evaluation.control:evaluate_control",
+    "find_condition": "conditions:find",
     "generate": "sampling.generate:generate",
     "load_base": "bases.load:load_base",
     "load_control": "checkpoints.controls:load_control",
@@ -44,8 +48,10 @@ __all__ = [
     "GenerateRequest",
     "UserError",
     "__version__",
+    "describe",
     "evaluate_base",
     "evaluate_control",
+    "find_condition",
     "generate",
     "load_base",
     "load_control",

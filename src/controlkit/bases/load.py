@@ -38,8 +38,7 @@ def load_base(name: str | Path = NANO, *, device: str | torch.device = "cpu", dt
     from transformers import CLIPTextModel, CLIPTokenizer
     from transformers.utils import logging
 
-    folder = nano_folder() if str(name) == NANO else Path(name)
-    _check_folder(folder, str(name))
+    folder = base_folder(name)
     dtype = dtype or torch.float32
     shown = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -59,6 +58,17 @@ def load_base(name: str | Path = NANO, *, device: str | torch.device = "cpu", dt
     finally:
         logging.set_verbosity(shown)
     return base.to(device=device)
+
+
+def base_folder(name: str | Path) -> Path:
+    """The whole diffusers folder that `name` means.
+
+    Raises:
+        UserError: it is missing or incomplete.
+    """
+    folder = nano_folder() if str(name) == NANO else Path(name)
+    _check_folder(folder, str(name))
+    return folder
 
 
 def _check_folder(folder: Path, name: str) -> None:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import ControlNetModel
 from torch import nn
 
-from controlkit.bases.load import NANO, load_base
+from controlkit.bases.known import KNOWN_BASES
+from controlkit.bases.load import NANO, base_folder, load_base
 from controlkit.checkpoints.controls import find_control, load_control, read_metadata
+from controlkit.controls.control import Control
+from controlkit.controls.controlnet import HINT_CHANNELS, ControlNet
+from controlkit.controls.ctrlora import CtrLoRA, count_adapter, count_base_control
+from controlkit.errors import UserError, nearest
+from controlkit.files import read_json
+
+SYSTEMS = (ControlNet.kind, CtrLoRA.kind)
+"""Systems that `describe_system` knows."""
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -26,7 +38,7 @@ def describe(name: str) -> dict[str, Any]:
         "kind": control.kind,
         "path": str(path),
         **_count(control),
-        "reads": ", ".join(flag.name.lower() for flag in control.reads if flag.name) or "nothing",
+        "reads": _reads(control),
         "enters at": control.site.value,
         "condition": control.condition or "not said",
     }
@@ -34,6 +46,50 @@ def describe(name: str) -> dict[str, Any]:
         facts["bytes"] = path.stat().st_size
         facts["metadata"] = {key: _plain(value) for key, value in read_metadata(path).items()}
     return facts
+
+
+def describe_system(system: str, base: str, rank: int | None = None) -> dict[str, Any]:
+    """What `controlnet` or `ctrlora` would be for `base`, counted without weights and without memory.
+
+    Args:
+        base: `nano`, a diffusers folder, or a well-known base (`sd15`), whose configuration is enough.
+        rank: of a CtrLoRA adapter; counted too if given.
+
+    Raises:
+        UserError: the system or the base is not known.
+    """
+    unet, factor = _configuration(base)
+    facts: dict[str, Any] = {"kind": system, "base": base}
+    if system == ControlNet.kind:
+        with torch.device("meta"):
+            network = ControlNetModel(
+                **{**_kept(unet), "conditioning_embedding_out_channels": HINT_CHANNELS[factor]}
+            )
+        control: type[Control] = ControlNet
+        facts |= _count(network)
+    elif system == CtrLoRA.kind:
+        control = CtrLoRA
+        facts["base control"] = count_base_control(unet)
+        if rank is not None:
+            facts[f"adapter of rank {rank}"] = count_adapter(unet, rank)
+    else:
+        raise UserError(f"there is no system called {system!r}{nearest(system, list(SYSTEMS))}")
+    return {**facts, "reads": _reads(control), "enters at": control.site.value}
+
+
+def _configuration(base: str) -> tuple[dict[str, Any], int]:
+    """The UNet's configuration and the autoencoder's factor."""
+    if base in KNOWN_BASES:
+        unet, vae = (KNOWN_BASES[base][part] for part in ("unet", "vae"))
+    else:
+        folder = base_folder(base)
+        unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
+    return unet, 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def _kept(unet: dict[str, Any]) -> dict[str, Any]:
+    known = inspect.signature(ControlNetModel.__init__).parameters
+    return {key: value for key, value in unet.items() if key in known}
 
 
 def _base(name: str) -> dict[str, Any]:
@@ -49,6 +105,10 @@ def _base(name: str) -> dict[str, Any]:
         "autoencoder": _count(base.vae),
         "unet": _count(base.unet),
     }
+
+
+def _reads(control: Control | type[Control]) -> str:
+    return ", ".join(flag.name.lower() for flag in control.reads if flag.name) or "nothing"
 
 
 def _count(network: nn.Module) -> dict[str, int]:

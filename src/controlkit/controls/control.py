@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum, Flag, auto
 from typing import Any, ClassVar
 
@@ -56,6 +56,10 @@ class Control(nn.Module, ABC):
 
         What `reads` does not name may be None, and is not looked at.
         """
+
+    def weights(self) -> Iterable[nn.Parameter]:
+        """Every parameter that its residuals depend on."""
+        return self.parameters()
 
     @property
     def shared_network(self) -> nn.Module | None:

@@ -12,7 +12,7 @@ from controlkit.bases.base import Base, Text
 from controlkit.bases.residuals import Residuals
 from controlkit.controls.control import Control, Reads, Site
 
-_HINT_CHANNELS = {2: (16, 32), 4: (16, 32, 64), 8: (16, 32, 96, 256), 16: (16, 32, 96, 256, 256)}
+HINT_CHANNELS = {2: (16, 32), 4: (16, 32, 64), 8: (16, 32, 96, 256), 16: (16, 32, 96, 256, 256)}
 
 
 class ControlNet(Control):
@@ -41,7 +41,7 @@ class ControlNet(Control):
         in lllyasviel/ControlNet, cldm/cldm.py).
         """
         network = ControlNetModel.from_unet(
-            base.unet, conditioning_embedding_out_channels=_HINT_CHANNELS[base.factor]
+            base.unet, conditioning_embedding_out_channels=HINT_CHANNELS[base.factor]
         )
         return cls(network.to(base.device).to(base.dtype), condition)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -51,6 +51,10 @@ class CtrLoRA(Control):
 
     def forward(self, x_t: Tensor | None, t: Tensor, text: Text | None, hint: Tensor) -> Residuals:
         return self.base_control(None, t, text, hint, adapters=(self.adapter,))
+
+    def weights(self) -> Iterable[nn.Parameter]:
+        own = self.base_control.adapters[self.adapter].parameters()
+        return [*self.base_control.network.parameters(), *own]
 
     @property
     def shared_network(self) -> nn.Module:

@@ -66,7 +66,7 @@ class ResidualCache:
 
 def identity_of(control: Control) -> Hashable:
     """What changes when another control is used or a weight of this one is changed in place."""
-    return id(control), sum(parameter._version for parameter in control.parameters())
+    return id(control), sum(parameter._version for parameter in control.weights())
 
 
 def digest(tensor: Tensor) -> str:

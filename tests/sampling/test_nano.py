@@ -1,0 +1,128 @@
+"""The base and the control that ship: real trained weights, in diffusers' hands and in ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from controlkit.bases.load import load_base, nano_folder
+from controlkit.checkpoints.controls import load_control, shipped_controls
+from controlkit.controls.controlnet import ControlNet
+from controlkit.evaluation.metrics import background_colour
+from controlkit.evaluation.pictures import evaluation_set
+from controlkit.images import to_images, to_tensor
+from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.sampler import sample
+
+PROMPT = "red apple, noto style, on a blue background"
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return load_base()
+
+
+@pytest.fixture(scope="module")
+def canny(nano):
+    return load_control("canny", nano)
+
+
+@pytest.fixture(scope="module")
+def edges():
+    from controlkit.conditions import find
+
+    return to_tensor([find("canny")(evaluation_set("held-out").drawings[0].image)])
+
+
+def test_diffusers_draws_with_nano_and_no_code_of_ours(nano):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(nano_folder())
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(
+        PROMPT,
+        num_inference_steps=12,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    ).images[0]
+    (ours,) = sample(nano, prompt=PROMPT, seeds=[3], steps=12, guidance=4.0)
+    assert np.abs(made - ours[0].permute(1, 2, 0).numpy()).max() < 1e-3
+    assert background_colour((made * 255).astype(np.uint8)) == "blue"
+
+
+def test_the_canny_control_draws_what_diffusers_draws_with_it(nano, canny, edges):
+    from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
+
+    assert isinstance(canny, ControlNet)
+    pipeline = StableDiffusionControlNetPipeline(
+        vae=nano.vae,
+        text_encoder=nano.text_encoder,
+        tokenizer=nano.tokenizer,
+        unet=nano.unet,
+        controlnet=canny.to_diffusers(),
+        scheduler=DDIMScheduler.from_config(nano.scheduler_config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(
+        PROMPT,
+        image=edges,
+        width=64,
+        height=64,
+        num_inference_steps=12,
+        guidance_scale=4.0,
+        controlnet_conditioning_scale=0.9,
+        control_guidance_end=0.8,
+        generator=torch.Generator().manual_seed(5),
+        output_type="pt",
+    ).images
+    use = ActiveControl(canny, canny.encode(edges, nano), weight=0.9, end=0.8)
+    (ours,) = sample(nano, prompt=PROMPT, seeds=[5], uses=[use], steps=12, guidance=4.0)
+    assert (made - ours).abs().max() < 1e-3
+
+
+def test_a_picture_depends_on_its_seed_alone(nano, canny, edges):
+    use = ActiveControl(canny, canny.encode(edges, nano))
+    (together,) = sample(nano, prompt=PROMPT, seeds=[1, 2, 3], uses=[use], steps=8)
+    for index, seed in enumerate([1, 2, 3]):
+        (alone,) = sample(nano, prompt=PROMPT, seeds=[seed], uses=[use], steps=8)
+        assert (alone[0] - together[index]).abs().max() < 1e-4
+
+
+def test_a_fresh_controlnet_changes_nothing(nano, edges):
+    control = ControlNet.for_base(nano).eval()
+    use = ActiveControl(control, control.encode(edges, nano))
+    (without,) = sample(nano, prompt=PROMPT, seeds=[1], steps=4)
+    (with_it,) = sample(nano, prompt=PROMPT, seeds=[1], uses=[use], steps=4)
+    assert torch.equal(without, with_it)
+
+
+def test_the_canny_control_steers(nano, canny):
+    """Twelve held-out pictures: the edges of the result follow those that were given."""
+    from controlkit.conditions import find
+
+    condition = find("canny")
+    scores: dict[str, list[float]] = {"without": [], "with": []}
+    for drawing in evaluation_set("held-out").drawings[:12]:
+        given = condition(drawing.image)
+        use = ActiveControl(canny, canny.encode(to_tensor([given]), nano))
+        for name, uses in (("without", []), ("with", [use])):
+            (made,) = sample(nano, prompt=drawing.caption, seeds=[0], uses=uses, steps=10)
+            scores[name].append(condition.score(given, np.asarray(to_images(made)[0])))
+    assert np.mean(scores["with"]) > np.mean(scores["without"]) + 0.2
+
+
+def test_sizes_other_than_the_trained_one_are_drawn(nano):
+    (wide,) = sample(nano, prompt=PROMPT, seeds=[0], steps=2, width=96, height=64)
+    assert wide.shape == (1, 3, 64, 96)
+
+
+def test_what_ships_is_small():
+    files = [*nano_folder().rglob("*.safetensors"), *shipped_controls().values()]
+    assert sum(Path(file).stat().st_size for file in files) <= 36e6
