@@ -12,7 +12,9 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 import numpy as np
 import pytest
+
 import tiny
+
 
 @pytest.fixture(scope="session")
 def tiny_base():

@@ -79,7 +79,11 @@ def build_tiny_base(seed: int = 0, text_width: int = 16):
 def randomise_zero_convolutions(control, seed: int = 1, scale: float = 0.3):
     """A control that steers, without training it: its zero convolutions get random weights."""
     generator = torch.Generator().manual_seed(seed)
-    zero = [control.network.controlnet_down_blocks, control.network.controlnet_mid_block, control.hint_network.conv_out]
+    zero = [
+        control.network.controlnet_down_blocks,
+        control.network.controlnet_mid_block,
+        control.hint_network.conv_out,
+    ]
     with torch.no_grad():
         for module in zero:
             for parameter in module.parameters():

@@ -1,6 +1,6 @@
 """Draw the pictures that nano is judged on, from rendered icons, into the package.
 
-    python recipes/nano/build_evaluation.py data/nano/icons.npz src/controlkit/assets/evaluation/nano.npz
+python recipes/nano/build_evaluation.py data/nano/icons.npz src/controlkit/assets/evaluation/nano.npz
 """
 
 import sys

@@ -38,7 +38,9 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.5
     probe = "import controlkit.apps.cli, sys; print(sorted({'torch', 'diffusers', 'cv2', 'numpy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 @pytest.mark.parametrize("verb", ["demo", "condition", "generate", "train", "evaluate", "inspect"])
@@ -134,7 +136,10 @@ def bad_inputs(tmp: Path, picture: Path) -> dict[str, tuple[list[object], str]]:
         "base without a UNet": ([*generate, "--base", tmp / "half"], "unet"),
         "output under a file": (["generate", "x", "--out", tmp / "file" / "out"], "cannot write"),
         "unknown condition": (["condition", "cany", picture, "--out", tmp / "new"], "did you mean canny"),
-        "unknown parameter": (["condition", "canny", picture, "--set", "lo=1", "--out", tmp / "new"], "did you mean low"),
+        "unknown parameter": (
+            ["condition", "canny", picture, "--set", "lo=1", "--out", tmp / "new"],
+            "did you mean low",
+        ),
         "misspelt recipe key": (["train", tmp / "recipe.yaml"], "did you mean learning_rate"),
         "missing recipe": (["train", tmp / "none.yaml"], "cannot read the recipe"),
         "unknown set": (["evaluate", "control", "canny", "--sets", "hold-out"], "did you mean held-out"),

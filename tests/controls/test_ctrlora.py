@@ -138,9 +138,7 @@ class TestNetwork:
         own, given_state = control.base_state_dict(), base.unet.state_dict()
         copied = [name for name in own if not name.startswith("controlnet_")]
         assert all(torch.equal(own[name], given_state[name]) for name in copied)
-        assert {
-            n for n in given_state if not n.startswith(("up_blocks", "conv_norm_out", "conv_out"))
-        } == set(copied)
+        assert {n for n in given_state if not n.startswith(("up_blocks", "conv_norm_out", "conv_out"))} == set(copied)
         shaken(control)
         assert not any(torch.equal(own[name], given_state[name]) for name in copied)
 
@@ -208,9 +206,7 @@ class TestAdapter:
             for inner, norm in module.named_modules()
             if isinstance(norm, (nn.GroupNorm, nn.LayerNorm))
         }
-        zero = {
-            p for p, m in network.named_modules() if p.startswith("controlnet_") and isinstance(m, nn.Conv2d)
-        }
+        zero = {p for p, m in network.named_modules() if p.startswith("controlnet_") and isinstance(m, nn.Conv2d)}
         expected = {f"{path}.lora_layer.{end}.weight" for path in linears for end in ("down", "up")}
         expected |= {f"{path}.{end}" for path in norms | zero for end in ("weight", "bias")}
         assert set(adapter.state_dict()) == expected
@@ -299,10 +295,7 @@ class TestState:
         assert not any(parameter.requires_grad for parameter in built.adapters["copied"].parameters())
         for names in (("copied", "a"), (None, None)):
             mine, theirs = (names[0] and [names[0]]), (names[1] and [names[1]])
-            assert (
-                difference(built(None, *inputs(), adapters=mine), control(None, *inputs(), adapters=theirs))
-                == 0
-            )
+            assert difference(built(None, *inputs(), adapters=mine), control(None, *inputs(), adapters=theirs)) == 0
         shaken(built.adapters["copied"])
         assert difference(built(None, *inputs(), adapters=["copied"]), control(None, *inputs())) > 1e-3
 

@@ -9,7 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlkit.data.icons import COLOURS, is_held_out
-from controlkit.evaluation.metrics import background_colour, frechet_distance, psnr_and_ssim, retrieval_accuracy
+from controlkit.evaluation.metrics import (
+    background_colour,
+    frechet_distance,
+    psnr_and_ssim,
+    retrieval_accuracy,
+)
 from controlkit.evaluation.pictures import SETS, evaluation_set
 from controlkit.evaluation.report import gap_closed
 

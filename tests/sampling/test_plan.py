@@ -78,9 +78,7 @@ READS_NO_NOISE = [Reads.TIME | Reads.TEXT, Reads.TIME, Reads.TEXT, Reads.NOTHING
 
 @pytest.mark.parametrize("reads", READS_NO_NOISE)
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
-def test_a_control_that_does_not_read_the_noise_draws_the_same_as_one_that_does(
-    tiny_base, hint_image, reads, guidance
-):
+def test_a_control_that_does_not_read_the_noise_draws_the_same_as_one_that_does(tiny_base, hint_image, reads, guidance):
     every_step = FakeControl(reads).pretending_to_read(reads | Reads.NOISE)
     ahead = FakeControl(reads)
     settings = {"guidance": guidance, "start": 0.1, "end": 0.9, "weight": 0.7}

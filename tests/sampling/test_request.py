@@ -129,7 +129,10 @@ def test_any_text_is_a_control_or_refused_in_words(text):
         ({"prompt": "x", "steps": True}, "steps"),
         ({"prompt": "x", "guidance": None}, "guidance"),
         ({"prompt": "x", "controls": {"control": "canny"}}, "controls"),
-        ({"prompt": "x", "controls": [{"control": "canny", "image": "a.png", "wieght": 1}]}, "did you mean weight"),
+        (
+            {"prompt": "x", "controls": [{"control": "canny", "image": "a.png", "wieght": 1}]},
+            "did you mean weight",
+        ),
         ({"prompt": "x", "controls": [{"control": "canny", "image": "a.png", "weight": "abc"}]}, "weight"),
         ({"prompt": "x", "controls": [{"control": "canny"}]}, "image"),
         ({"prompt": "x", "controls": ["canny=a.png"]}, "controls"),

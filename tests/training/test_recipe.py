@@ -117,7 +117,13 @@ def test_settings_on_the_command_line_win(file):
 
 @pytest.mark.parametrize(
     ("override", "says"),
-    [("steps", "key=value"), ("stepz=3", "did you mean steps"), ("steps=a", "steps"), ("steps=[", "steps"), ("=3", "key")],
+    [
+        ("steps", "key=value"),
+        ("stepz=3", "did you mean steps"),
+        ("steps=a", "steps"),
+        ("steps=[", "steps"),
+        ("=3", "key"),
+    ],
 )
 def test_wrong_settings_on_the_command_line_are_refused_in_words(file, override, says):
     with pytest.raises(UserError, match=says):
@@ -154,9 +160,7 @@ def test_the_learning_rate_rises_then_falls_to_its_end():
     assert values[-1] == pytest.approx(0.1, abs=1e-3)
 
 
-@given(
-    st.integers(1, 300), st.integers(0, 400), st.floats(1e-6, 10), st.floats(0, 1)
-)
+@given(st.integers(1, 300), st.integers(0, 400), st.floats(1e-6, 10), st.floats(0, 1))
 def test_the_learning_rate_is_always_between_nothing_and_its_peak(steps, warmup, peak, final):
     values = rates(steps=steps, warmup_steps=warmup, learning_rate=peak, final_rate=final)
     assert all(0 < value <= peak * (1 + 1e-9) for value in values)

@@ -1,7 +1,7 @@
 """make one condition image from a picture, or list every condition
 
-    controlkit condition --list
-    controlkit condition canny photo.jpg --out edges.png --set low=50 --set high=150
+controlkit condition --list
+controlkit condition canny photo.jpg --out edges.png --set low=50 --set high=150
 """
 
 from __future__ import annotations
@@ -80,5 +80,7 @@ def _list(as_json: bool) -> None:
             ]
         )
         return
-    rows = [(c.name, c.summary, ", ".join(c.defaults) or "-", c.fidelity.name, c.requires or "nothing") for c in everything]
+    rows = [
+        (c.name, c.summary, ", ".join(c.defaults) or "-", c.fidelity.name, c.requires or "nothing") for c in everything
+    ]
     print_table("Conditions", ("name", "what it is", "parameters", "scored by", "needs"), rows)

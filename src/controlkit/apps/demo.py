@@ -1,6 +1,6 @@
 """the main job on nano: a drawing steers a picture, in seconds
 
-    controlkit demo
+controlkit demo
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def run(args: argparse.Namespace) -> None:
     out = writable_folder(args.out)
     drawing = Path(str(files("controlkit") / "assets" / "demo" / "sailboat.png"))
 
+    import time
+
     from controlkit.bases.load import load_base
     from controlkit.images import contact_sheet, read_image, write_png
     from controlkit.sampling.generate import generate
     from controlkit.sampling.request import ControlUse, GenerateRequest
-
-    import time
 
     start = time.perf_counter()
     base = load_base()
@@ -45,7 +45,11 @@ def run(args: argparse.Namespace) -> None:
     steered = generate(request, base=base)
     steered.save(out)
     titles = ["drawing", "condition", "no control", *(f"seed {picture.seed}" for picture in steered.pictures)]
-    images = [read_image(drawing), *steered.conditions, *(p.image for p in (*free.pictures, *steered.pictures))]
+    images = [
+        read_image(drawing),
+        *steered.conditions,
+        *(p.image for p in (*free.pictures, *steered.pictures)),
+    ]
     sheet = out / "sheet.png"
     write_png(sheet, contact_sheet([images], titles, cell=160))
     seconds = {

@@ -1,7 +1,7 @@
 """measure a base or a control on held-out pictures
 
-    controlkit evaluate base nano --sheet grid.png
-    controlkit evaluate control canny --base nano --sheet canny.png
+controlkit evaluate base nano --sheet grid.png
+controlkit evaluate control canny --base nano --sheet canny.png
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="nano or a diffusers folder; a control's name or file")
     parser.add_argument("--base", default="nano", help="the base that a control steers (default: nano)")
     parser.add_argument(
-        "--sets", nargs="+", default=["held-out", "openmoji"], help="pictures for a control (held-out openmoji seen)"
+        "--sets",
+        nargs="+",
+        default=["held-out", "openmoji"],
+        help="pictures for a control (held-out openmoji seen)",
     )
     parser.add_argument("--pictures", type=int, default=96, help="pictures of each set for a control (default: 96)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")

@@ -49,7 +49,17 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--seeds {args.seeds}: at least one picture has to be drawn")
     given = {
         name: getattr(args, name)
-        for name in ("base", "negative_prompt", "steps", "guidance", "width", "height", "sampler", "batch_size", "device")
+        for name in (
+            "base",
+            "negative_prompt",
+            "steps",
+            "guidance",
+            "width",
+            "height",
+            "sampler",
+            "batch_size",
+            "device",
+        )
         if hasattr(args, name)
     }
     request = GenerateRequest(

@@ -1,8 +1,8 @@
 """say what a file, a control or a base is: kind, tensors, parameters, metadata
 
-    controlkit inspect canny
-    controlkit inspect nano --json
-    controlkit inspect ctrlora --base sd15 --rank 128
+controlkit inspect canny
+controlkit inspect nano --json
+controlkit inspect ctrlora --base sd15 --rank 128
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """train any system from a YAML recipe; run again to resume
 
-    controlkit train recipes/nano/controlnet-canny.yaml --set steps=3000
+controlkit train recipes/nano/controlnet-canny.yaml --set steps=3000
 """
 
 from __future__ import annotations

@@ -180,6 +180,4 @@ class Base:
         for name, value in (("width", width), ("height", height)):
             if value < step or value % step:
                 near = max(step, round(value / step) * step)
-                raise UserError(
-                    f"{name} {value} does not fit {self.name}: it must be a multiple of {step}; try {near}"
-                )
+                raise UserError(f"{name} {value} does not fit {self.name}: it must be a multiple of {step}; try {near}")

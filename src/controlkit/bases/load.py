@@ -76,7 +76,12 @@ def _check_folder(folder: Path, name: str) -> None:
         raise UserError(f"there is no base at {name}; give `nano` or the path of a diffusers folder")
     missing = [
         part
-        for part in ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
+        for part in (
+            "unet/config.json",
+            "vae/config.json",
+            "text_encoder/config.json",
+            "scheduler/scheduler_config.json",
+        )
         if not (folder / part).is_file()
     ]
     if missing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -35,6 +35,10 @@ class Residuals:
         mid = other.mid if self.mid is None else self.mid if other.mid is None else self.mid + other.mid
         return Residuals(tuple(a + b for a, b in zip(self.down, other.down, strict=True)), mid)
 
-    def map(self, change) -> Residuals:  # noqa: ANN001 - Callable[[Tensor], Tensor]
+    def rows(self, first: int, last: int) -> Residuals:
+        """Those of the batch's rows `first` to `last`, not included."""
+        return self.map(lambda tensor: tensor[first:last])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Residuals:
         """Each tensor replaced by `change(tensor)`."""
         return Residuals(tuple(map(change, self.down)), None if self.mid is None else change(self.mid))

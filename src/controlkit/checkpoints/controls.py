@@ -123,7 +123,9 @@ def check_fits(control: Control, base: Base, name: str) -> None:
     ):
         mine, theirs = config.get(key), unet.get(key)
         if json.dumps(mine) != json.dumps(theirs):
-            raise UserError(f"the control {name} does not fit the base {base.name}: its {what} are {mine}, not {theirs}")
+            raise UserError(
+                f"the control {name} does not fit the base {base.name}: its {what} are {mine}, not {theirs}"
+            )
     if isinstance(control, ControlNet):
         halvings = len(config["conditioning_embedding_out_channels"]) - 1
         if 2**halvings != base.factor:

@@ -62,9 +62,7 @@ def describe_system(system: str, base: str, rank: int | None = None) -> dict[str
     facts: dict[str, Any] = {"kind": system, "base": base}
     if system == ControlNet.kind:
         with torch.device("meta"):
-            network = ControlNetModel(
-                **{**_kept(unet), "conditioning_embedding_out_channels": HINT_CHANNELS[factor]}
-            )
+            network = ControlNetModel(**{**_kept(unet), "conditioning_embedding_out_channels": HINT_CHANNELS[factor]})
         control: type[Control] = ControlNet
         facts |= _count(network)
     elif system == CtrLoRA.kind:

@@ -47,9 +47,7 @@ def palette(picture: np.ndarray, *, cells: int = 8) -> np.ndarray:
     cell's mean does.
     """
     height, width = picture.shape[:2]
-    return enlarge(
-        cv2.resize(picture, grid_size(picture, cells), interpolation=cv2.INTER_AREA), height, width
-    )
+    return enlarge(cv2.resize(picture, grid_size(picture, cells), interpolation=cv2.INTER_AREA), height, width)
 
 
 @condition(

@@ -116,9 +116,7 @@ class Condition:
         """Every parameter, those of `draw` drawn for one training picture."""
         return {**self.defaults, **{name: draw(rng) for name, draw in self.draw.items()}}
 
-    def score(
-        self, given: np.ndarray, result: np.ndarray, truth: np.ndarray | None = None, **parameters: Any
-    ) -> float:
+    def score(self, given: np.ndarray, result: np.ndarray, truth: np.ndarray | None = None, **parameters: Any) -> float:
         """Fidelity of the picture `result` to the condition image `given`, all `uint8 [H, W, 3]`.
 
         Args:
@@ -127,9 +125,7 @@ class Condition:
         """
         if self.fidelity.against == "picture":
             if truth is None:
-                raise ValueError(
-                    f"fidelity to {self.name} compares with the true picture, which was not given"
-                )
+                raise ValueError(f"fidelity to {self.name} compares with the true picture, which was not given")
             return self.fidelity.compare(truth, result)
         return self.fidelity.compare(given, self(result, **parameters))
 

@@ -33,9 +33,7 @@ def canny(picture: np.ndarray, *, low: int = 100, high: int = 200) -> np.ndarray
     draw={"scale": uniform(0.002, 0.008), "gain": uniform(1.5, 3.0), "safe": chance(0.75)},
     limits={"scale": (0, 0.2), "gain": (0, 100)},
 )
-def softedge_sobel(
-    picture: np.ndarray, *, scale: float = 0.004, gain: float = 2.0, safe: bool = False
-) -> np.ndarray:
+def softedge_sobel(picture: np.ndarray, *, scale: float = 0.004, gain: float = 2.0, safe: bool = False) -> np.ndarray:
     """Strength of the colour gradient, the strongest channel's, white on black.
 
     Args:
@@ -70,9 +68,7 @@ def _soft_edges(picture: np.ndarray, scale: float, gain: float) -> np.ndarray:
     draw={"width": uniform(0.004, 0.047), "scale": uniform(0.008, 0.02), "shortest": uniform(0.05, 0.15)},
     limits={"width": (0, 0.2), "scale": (0, 0.2), "shortest": (0, 2)},
 )
-def scribble(
-    picture: np.ndarray, *, width: float = 0.012, scale: float = 0.012, shortest: float = 0.1
-) -> np.ndarray:
+def scribble(picture: np.ndarray, *, width: float = 0.012, scale: float = 0.012, shortest: float = 0.1) -> np.ndarray:
     """Strokes of one width, without detail. ControlNet's own come from HED or PiDiNet, with weights.
 
     Args:

@@ -106,9 +106,7 @@ def segments(
         try:
             shape = entry["segmentation"]
             mask = (
-                _run_lengths(picture, shape)
-                if isinstance(shape, Mapping)
-                else _polygons(picture, shape, across, down)
+                _run_lengths(picture, shape) if isinstance(shape, Mapping) else _polygons(picture, shape, across, down)
             )
             found.append((int(mask.sum()), mask, int(entry.get("category_id", 0))))
         except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
@@ -133,9 +131,7 @@ def category_colour(category: int) -> tuple[int, int, int]:
 
 def _listed(name: str, key: str, given: Any) -> list[Any]:
     if given is None:
-        raise UserError(
-            f"{name} draws given annotations and cannot find any by itself; give {key}=[...], COCO objects"
-        )
+        raise UserError(f"{name} draws given annotations and cannot find any by itself; give {key}=[...], COCO objects")
     if isinstance(given, (str, bytes, Mapping)) or not hasattr(given, "__iter__"):
         raise UserError(f"{name}: {key} must be a list of COCO objects, not {type(given).__name__}")
     return list(given)

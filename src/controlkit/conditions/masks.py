@@ -43,13 +43,9 @@ def inpaint(picture: np.ndarray, *, box: Sequence[float] | None = None, seed: in
         try:
             left, top, right, bottom = (float(side) for side in box)
         except (TypeError, ValueError) as error:
-            raise UserError(
-                f"inpaint: box must be left,top,right,bottom as fractions, not {box!r}"
-            ) from error
+            raise UserError(f"inpaint: box must be left,top,right,bottom as fractions, not {box!r}") from error
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-            raise UserError(
-                f"inpaint: box must have 0 <= left < right <= 1 and 0 <= top < bottom <= 1, not {box!r}"
-            )
+            raise UserError(f"inpaint: box must have 0 <= left < right <= 1 and 0 <= top < bottom <= 1, not {box!r}")
     height, width = picture.shape[:2]
     hidden = picture.copy()
     hidden[round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = 0
@@ -91,9 +87,7 @@ def inpaint_brush(picture: np.ndarray, *, seed: int = 0) -> np.ndarray:
             # Every second turn goes back, so that a stroke wanders about and does not close a circle.
             angle = rng.uniform(0, turn) if index % 2 else np.pi + rng.uniform(0, turn)
             reach = np.clip(rng.normal(step, step / 2), 0, 2 * step)
-            point = np.clip(
-                point + reach * np.array([np.cos(angle), np.sin(angle)]), 0, [width - 1, height - 1]
-            )
+            point = np.clip(point + reach * np.array([np.cos(angle), np.sin(angle)]), 0, [width - 1, height - 1])
             vertices.append(point)
         path = np.rint(vertices).astype(np.int32)
         cv2.polylines(mask, [path[:, None]], False, 255, thickness)

@@ -83,9 +83,7 @@ def main_colours(picture: np.ndarray, count: int) -> np.ndarray:
     """
     height, width = picture.shape[:2]
     small = cv2.resize(picture, (min(width, 96), min(height, 96)), interpolation=cv2.INTER_AREA)
-    reduced = Image.fromarray(small).quantize(
-        count, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE
-    )
+    reduced = Image.fromarray(small).quantize(count, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
     return np.unique(np.asarray(reduced.convert("RGB")).reshape(-1, 3), axis=0)
 
 

@@ -61,9 +61,7 @@ class BaseControl(Control):
             ValueError: the base's UNet reads more than time and text.
         """
         if base.unet.config.get("addition_embed_type") or base.unet.config.get("class_embed_type"):
-            raise ValueError(
-                f"the UNet of {base.name} reads more than time and text; CtrLoRA passes only these"
-            )
+            raise ValueError(f"the UNet of {base.name} reads more than time and text; CtrLoRA passes only these")
         with torch.device("meta"):
             control = cls(network_of(dict(base.unet.config)))
         given = base.unet.state_dict()
@@ -87,9 +85,7 @@ class BaseControl(Control):
         """The active adapter of each group of the batch; `(None,)` is the network alone."""
         return self._selected
 
-    def add_adapter(
-        self, name: str, rank: int, *, shares_base: bool = False, seed: int | None = None
-    ) -> Adapter:
+    def add_adapter(self, name: str, rank: int, *, shares_base: bool = False, seed: int | None = None) -> Adapter:
         """Add a frozen adapter: fresh LoRA; zero convolutions and norms start from the network's.
 
         (As xyfJASON/ctrlora, cldm/cldm_ctrlora_finetune.py:96-104.)
@@ -286,9 +282,7 @@ class BaseControl(Control):
         """
         adapter = self._find(name)
         if adapter.shares_base:
-            raise ValueError(
-                f"the adapter {name!r} shares the base's zero convolutions; train the base instead"
-            )
+            raise ValueError(f"the adapter {name!r} shares the base's zero convolutions; train the base instead")
         self.freeze()
         adapter.requires_grad_(True)
         self.select(name)
@@ -325,9 +319,7 @@ class BaseControl(Control):
             yield
             return
         if torch.is_grad_enabled() and self.network.is_gradient_checkpointing:
-            raise ValueError(
-                "with gradient checkpointing, use select(): the backward pass runs the layers again"
-            )
+            raise ValueError("with gradient checkpointing, use select(): the backward pass runs the layers again")
         self.select(names)
         try:
             yield

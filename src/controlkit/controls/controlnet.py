@@ -1,4 +1,4 @@
-"""ControlNet (Zhang, Rao and Agrawala, ICCV 2023, arXiv 2302.05543), with diffusers' `ControlNetModel` as the network."""
+"""ControlNet (Zhang, Rao and Agrawala, ICCV 2023, arXiv 2302.05543) on diffusers' `ControlNetModel`."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ class ControlNet(Control):
         The hint network has one halving for each of the autoencoder's (at factor 8: 16, 32, 96, 256 channels, as
         in lllyasviel/ControlNet, cldm/cldm.py).
         """
-        network = ControlNetModel.from_unet(
-            base.unet, conditioning_embedding_out_channels=HINT_CHANNELS[base.factor]
-        )
+        network = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=HINT_CHANNELS[base.factor])
         return cls(network.to(base.device).to(base.dtype), condition)
 
     def to_diffusers(self) -> ControlNetModel:

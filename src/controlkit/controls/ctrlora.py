@@ -80,9 +80,7 @@ class CtrLoRA(Control):
         """
         shared = {id(control.shared_network) for control in controls}
         if len(shared) != 1 or len(hints) != len(controls):
-            raise ValueError(
-                f"{len(controls)} controls of {len(shared)} base controls got {len(hints)} hints"
-            )
+            raise ValueError(f"{len(controls)} controls of {len(shared)} base controls got {len(hints)} hints")
         sizes = {tuple(hint.shape[1:]) for hint in hints}
         if len(sizes) != 1:
             raise ValueError(f"hints of one pass must have one size, not {sorted(sizes)}")

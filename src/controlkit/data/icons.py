@@ -101,7 +101,8 @@ def render_sets(packages: str | Path, out: str | Path, size: int = 96) -> dict[s
     for style, stem in STYLES.items():
         found = sorted(Path(packages).glob(f"{stem}-[0-9]*.tgz"))
         if not found:
-            raise UserError(f"no {stem}-*.tgz in {packages}; run: npm pack @{stem.replace('-', '/', 1).replace('json-', 'json/', 1)}")
+            package = stem.replace("iconify-json-", "@iconify-json/")
+            raise UserError(f"no {stem}-*.tgz in {packages}; run there: npm pack {package}")
         icons = _read_member(found[-1], "package/icons.json")
         if style == "noto":
             for group, members in _read_member(found[-1], "package/metadata.json")["categories"].items():
@@ -115,7 +116,7 @@ def render_sets(packages: str | Path, out: str | Path, size: int = 96) -> dict[s
 
     def save(temporary: Path) -> None:
         with open(temporary, "wb") as stream:
-            np.savez_compressed(stream, **arrays)
+            np.savez_compressed(stream, allow_pickle=False, **arrays)
 
     write_atomically(out, save)
     return {style: len(kept) for style, kept in names.items()}
@@ -139,9 +140,7 @@ class IconSets:
                     for name, rgba in zip(names, archive[style], strict=True)
                 ]
         except FileNotFoundError as error:
-            raise UserError(
-                f"no rendered icons at {path}; make them with recipes/nano/build_pictures.py"
-            ) from error
+            raise UserError(f"no rendered icons at {path}; make them with recipes/nano/build_pictures.py") from error
         except (OSError, KeyError, ValueError) as error:
             raise UserError(f"{path} is not a file of rendered icons ({error})") from error
         self.groups: dict[str, str] = index["groups"]
@@ -194,16 +193,14 @@ def caption_of(concept: str, style: str | None = None, colour: str | None = None
     return words
 
 
-def draw(
-    icon: Icon, rng: np.random.Generator, size: int = 64, colour: str | None = None, jitter: int = 12
-) -> Drawing:
+def draw(icon: Icon, rng: np.random.Generator, size: int = 64, colour: str | None = None, jitter: int = 12) -> Drawing:
     """Lay `icon` at a random scale (0.6 to 1 of `size`) and place over a background of a named colour.
 
     Args:
         colour: a key of `COLOURS`; drawn at random if None.
         jitter: how far each channel of the background may be from the named colour, of 255.
     """
-    scale = int(round(size * rng.uniform(0.6, 1.0)))
+    scale = round(size * rng.uniform(0.6, 1.0))
     left, top = rng.integers(0, size - scale + 1, 2)
     chosen = colour or list(COLOURS)[rng.integers(len(COLOURS))]
     background = np.clip(np.array(COLOURS[chosen]) + rng.integers(-jitter, jitter + 1, 3), 0, 255)

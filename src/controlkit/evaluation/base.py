@@ -14,7 +14,12 @@ from torch import Tensor
 from controlkit.bases.base import Base
 from controlkit.data.icons import COLOURS, STYLES, UNSEEN_STYLE, caption_of
 from controlkit.evaluation.features import lite0_features
-from controlkit.evaluation.metrics import background_colour, frechet_distance, psnr_and_ssim, retrieval_accuracy
+from controlkit.evaluation.metrics import (
+    background_colour,
+    frechet_distance,
+    psnr_and_ssim,
+    retrieval_accuracy,
+)
 from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
 from controlkit.evaluation.report import Report
 from controlkit.images import contact_sheet, to_images, to_tensor
@@ -50,7 +55,9 @@ def evaluate_base(base: Base, steps: int = 20, guidance: float = 4.0) -> list[Re
 def base_grid(base: Base, steps: int = 20, guidance: float = 4.0) -> Image.Image:
     """Eight fixed prompts (rows) with four fixed seeds (columns): not chosen."""
     prompts = [caption_of(concept, style, colour) for concept, style, colour in _GRID]
-    made = draw_prompts(base, [p for p in prompts for _ in range(4)], steps, guidance, seeds=[0, 1, 2, 3] * len(prompts))
+    made = draw_prompts(
+        base, [p for p in prompts for _ in range(4)], steps, guidance, seeds=[0, 1, 2, 3] * len(prompts)
+    )
     pictures = [Image.fromarray(picture) for picture in made]
     rows = [pictures[first : first + 4] for first in range(0, len(pictures), 4)]
     return contact_sheet(rows, [f"seed {seed}" for seed in range(4)], prompts, cell=96)
@@ -133,9 +140,7 @@ def _distribution(base: Base, pictures: EvaluationSet, steps: int, guidance: flo
         ("true pictures through the autoencoder (ceiling)", reconstruct(base, truths)),
     ):
         features = lite0_features(made)
-        joint = frechet_distance(
-            torch.cat([features, words * unit], 1), torch.cat([true_features, words * unit], 1)
-        )
+        joint = frechet_distance(torch.cat([features, words * unit], 1), torch.cat([true_features, words * unit], 1))
         paired = float((features - true_features).pow(2).sum(1).mean())
         rows.append((name, frechet_distance(features, true_features), joint, paired))
     baseline, value, ceiling = (row[2] for row in rows)
@@ -145,7 +150,7 @@ def _distribution(base: Base, pictures: EvaluationSet, steps: int, guidance: flo
         rows=tuple(rows),
         notes=(
             "FD-lite0 cannot tell whose caption a picture was drawn for; joint FD-lite0 (DeVries et al. 2019)",
-            "adds the caption's style and colour to the features, paired distance compares with the caption's own picture.",
+            "adds the caption's style and colour to the features; paired distance compares with the own picture.",
         ),
         facts={"fd_lite0": rows[1][1], "share_of_baseline": (value - ceiling) / (baseline - ceiling)},
     )

@@ -38,37 +38,44 @@ def evaluate_control(
         raise UserError("this control's file does not say which condition it follows; evaluation needs to know")
     condition = conditions.find(control.condition)
     rows: list[tuple[str | float | None, ...]] = []
-    sheet: list[list[Image.Image]] = []
-    titles: list[str] = []
+    sheet: dict[str, list[np.ndarray]] = {}
     facts = {}
     for pictures in sets:
-        drawings = pictures.drawings
-        truths = [drawing.image for drawing in drawings]
+        truths = [drawing.image for drawing in pictures.drawings]
+        prompts = [drawing.caption for drawing in pictures.drawings]
         given = [condition(truth) for truth in truths]
-        prompts = [drawing.caption for drawing in drawings]
         without = draw_prompts(base, prompts, steps, guidance)
         steered = draw_controlled(base, control, given, prompts, steps=steps, guidance=guidance, weight=weight)
-        mirrored = reconstruct(base, truths)
-
-        def score(results: Sequence[np.ndarray], given=given, truths=truths) -> float:  # noqa: ANN001
-            return float(np.mean([condition.score(g, r, t) for g, r, t in zip(given, results, truths, strict=True)]))
-
-        baseline, value, ceiling = score(without), score(steered), score(mirrored)
+        baseline, value, ceiling = (
+            _score(condition, given, results, truths) for results in (without, steered, reconstruct(base, truths))
+        )
         gap = gap_closed(baseline, value, ceiling)
         rows.append((f"{pictures.name} ({len(truths)})", baseline, value, ceiling, gap))
         facts[pictures.name] = {"baseline": baseline, "control": value, "ceiling": ceiling, "gap_closed": gap}
         for title, group in (("given", given), ("no control", without), ("control", steered), ("truth", truths)):
-            titles.append(title)
-            sheet.append([Image.fromarray(picture) for picture in group[:8]])
+            sheet[f"{pictures.name}: {title}"] = group[:8]
+    direction = "higher" if condition.fidelity.higher_is_better else "lower"
     report = Report(
-        title=f"{condition.name}: {condition.fidelity.name}"
-        f" ({'higher' if condition.fidelity.higher_is_better else 'lower'} is better)",
+        title=f"{condition.name}: {condition.fidelity.name} ({direction} is better)",
         columns=("pictures", "no control", "control", "ceiling", "gap closed"),
         rows=tuple(rows),
-        notes=("ceiling: the true picture through the autoencoder. gap closed = (control - no control) / (ceiling - no control).",),
+        notes=(
+            "ceiling: the true picture through the autoencoder.",
+            "gap closed = (control - no control) / (ceiling - no control).",
+        ),
         facts=facts,
     )
-    return report, contact_sheet(sheet, row_titles=titles, cell=96)
+    cells = [[Image.fromarray(picture) for picture in group] for group in sheet.values()]
+    return report, contact_sheet(cells, row_titles=list(sheet), cell=96)
+
+
+def _score(
+    condition: conditions.Condition,
+    given: Sequence[np.ndarray],
+    results: Sequence[np.ndarray],
+    truths: Sequence[np.ndarray],
+) -> float:
+    return float(np.mean([condition.score(g, r, t) for g, r, t in zip(given, results, truths, strict=True)]))
 
 
 def draw_controlled(
@@ -90,7 +97,13 @@ def draw_controlled(
         use = ActiveControl(control, hint, weight)
         seeds = range(first, first + len(prompts[group]))
         for batch in sample_prompts(
-            base, prompts=prompts[group], seeds=seeds, uses=[use], steps=steps, guidance=guidance, batch_size=batch_size
+            base,
+            prompts=prompts[group],
+            seeds=seeds,
+            uses=[use],
+            steps=steps,
+            guidance=guidance,
+            batch_size=batch_size,
         ):
             made += [np.asarray(image) for image in to_images(batch)]
         print(f"\rsteered {len(made)} of {len(given)}", end="", file=sys.stderr, flush=True)

@@ -32,7 +32,7 @@ def lite0_features(pictures: Sequence[np.ndarray], batch_size: int = 32) -> Tens
     for first in range(0, len(pictures), batch_size):
         x = (to_tensor(pictures[first : first + batch_size]) - _MEAN) / _DEVIATION
         x = functional.interpolate(x, size=(_SIDE, _SIDE), mode="bicubic", antialias=True)
-        made.append(network.extract_features(x).mean((2, 3)))
+        made.append(network.extract_features(x).mean((2, 3)))  # type: ignore[operator]
     return torch.cat(made)
 
 

@@ -22,7 +22,8 @@ def psnr_and_ssim(truths: Sequence[np.ndarray], results: Sequence[np.ndarray]) -
         raise UserError("PSNR and SSIM need torchmetrics; run: pip install 'controlkit[metrics]'") from error
     x, y = to_tensor(truths), to_tensor(results)
     psnr = peak_signal_noise_ratio(y, x, data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3))
-    return float(psnr), float(structural_similarity_index_measure(y, x, data_range=1.0))
+    ssim = structural_similarity_index_measure(y, x, data_range=1.0)
+    return float(psnr), float(ssim)  # type: ignore[arg-type]
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -42,7 +43,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def background_colour(picture: np.ndarray) -> str:
     """The named colour nearest (in L*a*b*) to the median of the picture's outer frame, two pixels wide."""
     frame = np.concatenate(
-        [picture[:2].reshape(-1, 3), picture[-2:].reshape(-1, 3), picture[:, :2].reshape(-1, 3), picture[:, -2:].reshape(-1, 3)]
+        [
+            picture[:2].reshape(-1, 3),
+            picture[-2:].reshape(-1, 3),
+            picture[:, :2].reshape(-1, 3),
+            picture[:, -2:].reshape(-1, 3),
+        ]
     )
     names = list(COLOURS)
     known = _lab(np.array([COLOURS[name] for name in names], np.uint8))
@@ -50,7 +56,9 @@ def background_colour(picture: np.ndarray) -> str:
     return names[int(np.linalg.norm(known - seen, axis=1).argmin())]
 
 
-def retrieval_accuracy(features: Tensor, concepts: Sequence[str], gallery: Tensor, gallery_concepts: Sequence[str], k: int = 5) -> float:
+def retrieval_accuracy(
+    features: Tensor, concepts: Sequence[str], gallery: Tensor, gallery_concepts: Sequence[str], k: int = 5
+) -> float:
     """Share of `features` `[N, D]` whose concept is among the `k` most similar (cosine) concepts of the gallery.
 
     A gallery concept is the mean of its normalised features.

@@ -42,10 +42,10 @@ def evaluation_set(name: str) -> EvaluationSet:
             index = json.loads(archive["index"].tobytes())[name]
             images = archive[name]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"the evaluation pictures in {path} cannot be read ({error}); install controlkit again") from error
-    return EvaluationSet(
-        name, tuple(Drawing(image=image, **facts) for image, facts in zip(images, index, strict=True))
-    )
+        raise UserError(
+            f"the evaluation pictures in {path} cannot be read ({error}); install controlkit again"
+        ) from error
+    return EvaluationSet(name, tuple(Drawing(image=image, **facts) for image, facts in zip(images, index, strict=True)))
 
 
 def build_evaluation_sets(icons: str | Path, out: str | Path) -> dict[str, int]:
@@ -68,7 +68,7 @@ def build_evaluation_sets(icons: str | Path, out: str | Path) -> dict[str, int]:
 
     def save(temporary: Path) -> None:
         with open(temporary, "wb") as stream:
-            np.savez_compressed(stream, **arrays)
+            np.savez_compressed(stream, allow_pickle=False, **arrays)
 
     write_atomically(out, save)
     return {name: len(group) for name, group in drawings.items()}

@@ -121,7 +121,7 @@ class Plan:
                 positions, self._run(positions, self.timesteps[indices], batch, None), strict=True
             ):
                 for place, index in enumerate(indices):
-                    one = made.map(lambda r, at=place: r[at * rows : (at + 1) * rows])
+                    one = made.rows(place * rows, (place + 1) * rows)
                     self._ahead[position].update(dict.fromkeys([index] if timed else wanted, one))
                     if cache is not None:
                         key = (*keys[position], self._time(index, timed))

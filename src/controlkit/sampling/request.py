@@ -52,18 +52,12 @@ class ControlUse:
         if not equals or not control or not rest:
             raise UserError(f"--control {text}: {form}")
         image, at, strength = rest.rpartition("@")
-        if (
-            not at
-            or "/" in strength
-            or re.search(r"\.(png|jpe?g|webp|bmp|gif|tiff?)$", strength, re.IGNORECASE)
-        ):
+        if not at or "/" in strength or re.search(r"\.(png|jpe?g|webp|bmp|gif|tiff?)$", strength, re.IGNORECASE):
             return cls(control=control, image=rest, prepared=prepared)
         weight, colon, span = strength.partition(":")
         try:
             start, end = map(float, span.split("-")) if colon else (0.0, 1.0)
-            return cls(
-                control=control, image=image, weight=float(weight), start=start, end=end, prepared=prepared
-            )
+            return cls(control=control, image=image, weight=float(weight), start=start, end=end, prepared=prepared)
         except ValueError as error:
             raise UserError(f"--control {text}: {strength!r} is not weight[:start-end]; {form}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl, Plan
 
 
-def sample(base: Base, *, prompt: str, seeds: Sequence[int], **settings) -> Iterator[Tensor]:  # noqa: ANN003
+def sample(base: Base, *, prompt: str, seeds: Sequence[int], **settings: Any) -> Iterator[Tensor]:
     """Pictures of one prompt, one for each seed; `settings` are those of `sample_prompts`."""
     return sample_prompts(base, prompts=[prompt], seeds=seeds, **settings)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
@@ -35,7 +36,9 @@ class AutoencoderObjective(Objective):
             self.network.register_to_config(scaling_factor=start.config.scaling_factor)
             self.network.encoder.requires_grad_(False)
             self.network.quant_conv.requires_grad_(False)
-        self.test = pictures(sets.select(styles=TRAINED_STYLES, held_out=True), 192, numpy_generator(0, 0, 9)).to(device)
+        self.test = pictures(sets.select(styles=TRAINED_STYLES, held_out=True), 192, numpy_generator(0, 0, 9)).to(
+            device
+        )
 
     def loss(self, step: int) -> Tensor:
         x = pictures(self.icons, self.recipe.batch_size, numpy_generator(self.recipe.seed, step)).to(self.device)
@@ -58,7 +61,9 @@ class AutoencoderObjective(Objective):
         z = self.network.encode(self.test).latent_dist.mode()
         y = self.network.decode(z).sample.clamp(-1, 1)
         squared = ((y - self.test) / 2).pow(2).mean((1, 2, 3))
-        columns = [[*pair] for pair in zip(to_images((self.test[:12] + 1) / 2), to_images((y[:12] + 1) / 2), strict=True)]
+        columns = [
+            [*pair] for pair in zip(to_images((self.test[:12] + 1) / 2), to_images((y[:12] + 1) / 2), strict=True)
+        ]
         write_png(folder / f"{step:07d}.png", contact_sheet(list(map(list, zip(*columns, strict=True))), cell=96))
         return {"psnr": (-10 * torch.log10(squared)).mean().item(), "latent_std": z.std().item()}
 
@@ -91,7 +96,7 @@ def build_autoencoder(channels: tuple[int, ...], latent_channels: int) -> Autoen
     return network
 
 
-def pictures(icons: list[Icon], count: int, rng) -> Tensor:  # noqa: ANN001 - numpy's Generator
+def pictures(icons: list[Icon], count: int, rng: np.random.Generator) -> Tensor:
     """`count` random drawings, `[count, 3, 64, 64]` in [-1, 1]."""
     chosen = rng.integers(len(icons), size=count)
     return to_tensor([draw(icons[index], rng, SIZE).image for index in chosen]) * 2 - 1

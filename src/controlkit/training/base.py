@@ -90,7 +90,9 @@ class BaseObjective(Objective):
         base = self._base()
         seeds = range(_PREVIEW_SEEDS)
         batches = sample_prompts(
-            base, prompts=[prompt for prompt in PREVIEW_PROMPTS for _ in seeds], seeds=[*seeds] * len(PREVIEW_PROMPTS)
+            base,
+            prompts=[prompt for prompt in PREVIEW_PROMPTS for _ in seeds],
+            seeds=[*seeds] * len(PREVIEW_PROMPTS),
         )
         pictures = [image for batch in batches for image in to_images(batch)]
         rows = [pictures[seed::_PREVIEW_SEEDS] for seed in seeds]
@@ -215,4 +217,3 @@ def _trained_autoencoder(run: str) -> AutoencoderKL:
     if not folder.is_dir():
         raise UserError(f"no autoencoder in {folder}; train one first: controlkit train recipes/nano/autoencoder.yaml")
     return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
-

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
@@ -102,7 +103,7 @@ class ControlObjective(Objective):
         return [save_control(folder / f"{self.condition.name}.safetensors", self.control, self.base, made=made)]
 
 
-def training_target(scheduler, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:  # noqa: ANN001 - a diffusers schedule
+def training_target(scheduler: DDIMScheduler, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """What the base was trained to predict: the noise, the velocity or the latent itself."""
     kind = scheduler.config.prediction_type
     if kind == "v_prediction":

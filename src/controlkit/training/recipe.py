@@ -17,7 +17,6 @@ import yaml
 
 from controlkit.errors import UserError, nearest
 
-
 _LEAST = {
     "steps": 1,
     "batch_size": 1,
@@ -165,9 +164,7 @@ class ControlNetRecipe(Recipe):
     """Held-out pictures on which each preview scores condition following."""
 
 
-RECIPES: dict[str, type[Recipe]] = {
-    kind.system: kind for kind in (AutoencoderRecipe, BaseRecipe, ControlNetRecipe)
-}
+RECIPES: dict[str, type[Recipe]] = {kind.system: kind for kind in (AutoencoderRecipe, BaseRecipe, ControlNetRecipe)}
 """Every system that `controlkit train` trains."""
 
 
@@ -208,9 +205,7 @@ def build_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
     known = [field.name for field in dataclasses.fields(kind)]
     for key in values:
         if key not in known:
-            raise UserError(
-                f"{origin}: unknown key {str(key)!r} for system {system}{nearest(str(key), known)}"
-            )
+            raise UserError(f"{origin}: unknown key {str(key)!r} for system {system}{nearest(str(key), known)}")
     return _typed(kind, values, origin)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -21,7 +21,16 @@ from controlkit.training.recipe import Recipe
 from controlkit.training.state import load_state, restore, save_state
 
 # What may differ between a run and its continuation.
-_MAY_CHANGE = {"out", "steps", "learning_rate", "final_rate", "device", "log_every", "save_every", "preview_every"}
+_MAY_CHANGE = {
+    "out",
+    "steps",
+    "learning_rate",
+    "final_rate",
+    "device",
+    "log_every",
+    "save_every",
+    "preview_every",
+}
 
 
 def train(objective: Objective, recipe: Recipe) -> dict[str, float]:
@@ -135,7 +144,11 @@ def averaged(average: EMAModel | None, parameters: list[torch.nn.Parameter]) -> 
 
 
 def _resume(
-    path: Path, recipe: Recipe, objective: Objective, optimizer: torch.optim.Optimizer, average: EMAModel | None
+    path: Path,
+    recipe: Recipe,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    average: EMAModel | None,
 ) -> int:
     if not path.exists():
         return 0
@@ -164,7 +177,7 @@ def _device_type(parameters: list[torch.nn.Parameter]) -> str:
 
 
 @contextmanager
-def _interruptible():  # noqa: ANN202 - yields a function
+def _interruptible() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a wish that the loop sees after its step; the second ends at once."""
     wished = False
 
