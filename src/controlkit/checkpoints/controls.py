@@ -1,7 +1,7 @@
-"""Control files of our own: one safetensors file, whose metadata says what it is.
+"""Control files: what a name means, and loading any of them.
 
-Metadata (strings, as safetensors wants): the fields of modelspec 1.0.1 that other tools show, and ours under
-`control.*`: `kind`, `config`, `condition`, `base` and `base_fingerprint`, `hint_range`, and how it was made.
+A control of ours is one safetensors file, whose metadata says what it is (`files.py`); diffusers' folder of a
+ControlNet is read too.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from controlkit.bases.base import Base
+from controlkit.checkpoints.ctrlora import BASE_KIND, build_adapter, build_base
+from controlkit.checkpoints.files import control_metadata, read_tensors, short, write_tensors
+from controlkit.controls.base_control import BaseControl
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet, build_controlnet
+from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.errors import UserError, nearest
-from controlkit.files import read_json, write_atomically
+from controlkit.files import read_json
 
 
 def save_control(
@@ -31,47 +32,38 @@ def save_control(
     made: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """Write `control` as one safetensors file, whole or not at all.
+    """Write a ControlNet as one safetensors file, whole or not at all.
 
     Args:
         made: how it came to be (steps, seed, recipe, ...), kept as `control.made`.
         dtype: of the weights in the file.
     """
-    path = Path(path)
-    tensors = {
-        name: value.detach().to("cpu", dtype).contiguous() for name, value in control.diffusers_state_dict().items()
-    }
-    metadata = {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{base.name if base.name == 'nano' else 'stable-diffusion-v1'}/control-net",
-        "modelspec.implementation": "controlkit",
-        "modelspec.title": path.stem,
-        "modelspec.resolution": f"{base.size}x{base.size}",
-        "modelspec.prediction_type": base.prediction_type,
-        "control.kind": control.kind,
-        "control.config": json.dumps(control.config()),
-        "control.condition": control.condition or "",
-        "control.base": base.name,
-        "control.base_fingerprint": base.fingerprint,
-        "control.hint_range": "[0, 1]",
-        "control.made": json.dumps(made or {}),
-    }
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
-    return path
+    metadata = control_metadata(
+        path,
+        base,
+        kind=control.kind,
+        architecture="control-net",
+        config=control.config(),
+        condition=control.condition,
+        made=made,
+    )
+    return write_tensors(path, control.diffusers_state_dict(), metadata, dtype)
 
 
-def load_control(name: str | Path, base: Base | None = None) -> Control:
+def load_control(
+    name: str | Path, base: Base | None = None, *, shared: dict[str, BaseControl] | None = None
+) -> Control:
     """Load a control by the name of one that ships with nano (`canny`), from a file, or from a diffusers folder.
 
     Args:
         base: where it will be used; if given, the control must fit it, and moves to its device and dtype.
+        shared: base controls that are loaded, by fingerprint; adapters loaded with the same dict share theirs.
 
     Raises:
         UserError: it does not exist, is damaged, is something else, or does not fit the base.
     """
     path = find_control(name)
-    control = _load_folder(path) if path.is_dir() else _load_file(path)
+    control = _load_folder(path) if path.is_dir() else _load_file(path, {} if shared is None else shared)
     if base is not None:
         check_fits(control, base, str(name))
         control.to(device=base.device, dtype=base.dtype)
@@ -100,15 +92,6 @@ def find_control(name: str | Path) -> Path:
     raise UserError(f"there is no control called {str(name)!r} and no such file{nearest(str(name), list(shipped))}")
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file.
-
-    Raises:
-        UserError: it is not a whole safetensors file.
-    """
-    return _read(Path(path), tensors=False)[0]
-
-
 def check_fits(control: Control, base: Base, name: str) -> None:
     """Refuse a control whose shapes are not the base's.
 
@@ -135,21 +118,25 @@ def check_fits(control: Control, base: Base, name: str) -> None:
             )
 
 
-def _load_file(path: Path) -> Control:
-    metadata, tensors = _read(path, tensors=True)
+def _load_file(path: Path, shared: dict[str, BaseControl]) -> Control:
+    metadata, tensors = read_tensors(path)
     kind = metadata.get("control.kind")
     if kind is None:
         raise UserError(
             f"{path} has no control.kind in its metadata: it is not one of controlkit's control files"
             f" ({len(tensors)} tensors, such as {next(iter(sorted(tensors)), 'none')})"
         )
+    if kind == CtrLoRA.kind:
+        return build_adapter(path, metadata, tensors, shared, shipped_controls().values())
+    if kind == BASE_KIND:
+        return build_base(path, metadata, tensors)
     if kind != ControlNet.kind:
         raise UserError(f"{path} is a control of kind {kind!r}, which this version does not know")
     try:
         config = json.loads(metadata["control.config"])
-        return build_controlnet(config, _float(tensors), metadata.get("control.condition") or None)
+        return build_controlnet(config, tensors, metadata.get("control.condition") or None)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold the {kind} that its metadata announces: {_short(error)}") from error
+        raise UserError(f"{path} does not hold the {kind} that its metadata announces: {short(error)}") from error
 
 
 def _load_folder(path: Path) -> Control:
@@ -160,25 +147,6 @@ def _load_folder(path: Path) -> Control:
     if config.get("_class_name") != "ControlNetModel":
         raise UserError(f"{path} holds a {config.get('_class_name', 'model of no class')}, not a ControlNetModel")
     try:
-        return build_controlnet(config, _float(_read(weights, tensors=True)[1]), None)
+        return build_controlnet(config, read_tensors(weights)[1], None)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"{path} does not hold the ControlNet that its config announces: {_short(error)}") from error
-
-
-def _read(path: Path, *, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty (0 bytes)")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys() if tensors else []
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({_short(error)})") from error
-
-
-def _float(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+        raise UserError(f"{path} does not hold the ControlNet that its config announces: {short(error)}") from error

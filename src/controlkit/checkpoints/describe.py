@@ -13,7 +13,8 @@ from torch import nn
 
 from controlkit.bases.known import KNOWN_BASES
 from controlkit.bases.load import NANO, base_folder, load_base
-from controlkit.checkpoints.controls import find_control, load_control, read_metadata
+from controlkit.checkpoints.controls import find_control, load_control
+from controlkit.checkpoints.files import read_metadata
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import HINT_CHANNELS, ControlNet
 from controlkit.controls.ctrlora import CtrLoRA, count_adapter, count_base_control

@@ -41,7 +41,7 @@ class ControlNet(Control):
         in lllyasviel/ControlNet, cldm/cldm.py).
         """
         network = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=HINT_CHANNELS[base.factor])
-        return cls(network.to(base.device).to(base.dtype), condition)
+        return cls(nn.Module.to(network, base.device, base.dtype), condition)
 
     def to_diffusers(self) -> ControlNetModel:
         """diffusers' own network with the same weights, sharing memory; saving it writes diffusers' layout."""

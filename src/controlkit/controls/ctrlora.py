@@ -93,7 +93,7 @@ class CtrLoRA(Control):
             torch.cat([hint.expand(batch, *hint.shape[1:]) for hint in hints]),
             adapters=[control.adapter for control in own],
         )
-        return [made.map(lambda r, at=place: r[at * batch : (at + 1) * batch]) for place in range(len(own))]
+        return [made.rows(place * batch, (place + 1) * batch) for place in range(len(own))]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.base_control.adapters[self.adapter].parameters() if p.requires_grad]

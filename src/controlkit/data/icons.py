@@ -36,6 +36,9 @@ STYLES = {
 UNSEEN_STYLE = "openmoji"
 """Never trained on (CC BY-SA 4.0, and so that there is a style to be judged on)."""
 
+TRAINED_STYLES = tuple(style for style in STYLES if style != UNSEEN_STYLE)
+"""The other four."""
+
 COLOURS = {
     "red": (214, 48, 49),
     "orange": (245, 146, 27),

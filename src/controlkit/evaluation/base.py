@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from controlkit.bases.base import Base
-from controlkit.data.icons import COLOURS, STYLES, UNSEEN_STYLE, caption_of
+from controlkit.data.icons import COLOURS, TRAINED_STYLES, caption_of
 from controlkit.evaluation.features import lite0_features
 from controlkit.evaluation.metrics import (
     background_colour,
@@ -25,7 +25,6 @@ from controlkit.evaluation.report import Report
 from controlkit.images import contact_sheet, to_images, to_tensor
 from controlkit.sampling.sampler import sample_prompts
 
-_STYLES = tuple(style for style in STYLES if style != UNSEEN_STYLE)
 _GRID = (
     ("cat face", "noto", "white"),
     ("red apple", "fluent", "teal"),
@@ -104,7 +103,7 @@ def _autoencoder(base: Base, pictures: EvaluationSet) -> Report:
 def _colour(base: Base, pictures: EvaluationSet, steps: int, guidance: float) -> Report:
     concepts = sorted({drawing.concept for drawing in pictures.drawings})[:20]
     asked = list(product(concepts, COLOURS))
-    prompts = [caption_of(concept, _STYLES[i % 4], colour) for i, (concept, colour) in enumerate(asked)]
+    prompts = [caption_of(concept, TRAINED_STYLES[i % 4], colour) for i, (concept, colour) in enumerate(asked)]
     made = [background_colour(picture) for picture in draw_prompts(base, prompts, steps, guidance)]
     right = float(np.mean([colour == found for (_, colour), found in zip(asked, made, strict=True)]))
     truths = [drawing.image for drawing in pictures.drawings]
@@ -181,5 +180,5 @@ def _caption_features(facts: Sequence[tuple[str, str]]) -> Tensor:
     """One-hot style and colour of each caption."""
     rows = []
     for style, colour in facts:
-        rows.append([float(style == name) for name in _STYLES] + [float(colour == name) for name in COLOURS])
+        rows.append([float(style == name) for name in TRAINED_STYLES] + [float(colour == name) for name in COLOURS])
     return torch.tensor(rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from controlkit.data.icons import STYLES, UNSEEN_STYLE, Drawing, Icon, IconSets, draw
+from controlkit.data.icons import TRAINED_STYLES, UNSEEN_STYLE, Drawing, Icon, IconSets, draw
 from controlkit.errors import UserError
 from controlkit.files import write_atomically
 
@@ -51,12 +51,11 @@ def evaluation_set(name: str) -> EvaluationSet:
 def build_evaluation_sets(icons: str | Path, out: str | Path) -> dict[str, int]:
     """Draw the sets from rendered icons (`data.icons.render_sets`) into the file `out`; returns their sizes."""
     sets = IconSets(icons)
-    trained = tuple(style for style in STYLES if style != UNSEEN_STYLE)
     rng = np.random.default_rng(20)
     chosen = {
-        "held-out": _whole_concepts(sets.select(styles=trained, held_out=True, drawable=True, sets=4), 57, rng),
+        "held-out": _whole_concepts(sets.select(styles=TRAINED_STYLES, held_out=True, drawable=True, sets=4), 57, rng),
         "openmoji": _whole_concepts(sets.select(styles=(UNSEEN_STYLE,), drawable=True), 96, rng),
-        "seen": _whole_concepts(sets.select(styles=trained, held_out=False, drawable=True, sets=4), 50, rng),
+        "seen": _whole_concepts(sets.select(styles=TRAINED_STYLES, held_out=False, drawable=True, sets=4), 50, rng),
     }
     drawings = {name: [draw(icon, rng) for icon in group] for name, group in chosen.items()}
     index = {

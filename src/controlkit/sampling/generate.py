@@ -17,6 +17,7 @@ from controlkit._version import __version__
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.checkpoints.controls import load_control
+from controlkit.controls.base_control import BaseControl
 from controlkit.controls.control import Control
 from controlkit.errors import UserError
 from controlkit.files import writable_folder, write_json
@@ -89,7 +90,9 @@ def generate(
         base = base or load_base(request.base, device=request.device)
         width, height = request.width or base.size, request.height or base.size
         base.check_size(width, height)
-        controls = controls or [load_control(use.control, base) for use in request.controls]
+        if controls is None:
+            shared: dict[str, BaseControl] = {}
+            controls = [load_control(use.control, base, shared=shared) for use in request.controls]
     with _timed(made, "condition"):
         uses = []
         for use, control, image in zip(request.controls, controls, images, strict=True):

@@ -10,13 +10,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from controlkit.data.icons import STYLES, UNSEEN_STYLE, Icon, IconSets, draw
+from controlkit.data.icons import TRAINED_STYLES, Icon, IconSets, draw
 from controlkit.images import contact_sheet, to_images, to_tensor, write_png
 from controlkit.training.objective import Objective, numpy_generator, torch_generator
 from controlkit.training.recipe import AutoencoderRecipe
 
 SIZE = 64
-TRAINED_STYLES = tuple(style for style in STYLES if style != UNSEEN_STYLE)
 
 
 class AutoencoderObjective(Objective):

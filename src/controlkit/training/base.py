@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from controlkit.bases.base import Base
-from controlkit.data.icons import COLOURS, STYLES, UNSEEN_STYLE, IconSets, caption_of
+from controlkit.data.icons import COLOURS, STYLES, TRAINED_STYLES, IconSets, caption_of
 from controlkit.errors import UserError
 from controlkit.files import write_json
 from controlkit.images import contact_sheet, to_images, write_png
@@ -22,7 +22,6 @@ from controlkit.training.drawings import Drawings, weights_key
 from controlkit.training.objective import Objective, numpy_generator, torch_generator
 from controlkit.training.recipe import BaseRecipe
 
-TRAINED_STYLES = tuple(style for style in STYLES if style != UNSEEN_STYLE)
 MAX_TOKENS = 24
 _PREVIEW_SEEDS = 3
 VOCABULARY = 1200
@@ -190,7 +189,8 @@ def build_networks(
 def save_base(base: Base, out: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write `base` as an ordinary diffusers folder for `StableDiffusionPipeline.from_pretrained`."""
     for name, network in (("vae", base.vae), ("unet", base.unet)):
-        copy.deepcopy(network).to("cpu", dtype).save_pretrained(out / name, safe_serialization=True)
+        plain = nn.Module.to(copy.deepcopy(network), "cpu", dtype)
+        plain.save_pretrained(out / name, safe_serialization=True)
     # transformers loads a model in the dtype of its file, diffusers in float32: in one pipeline they have to agree.
     base.text_encoder.save_pretrained(out / "text_encoder", safe_serialization=True)
     base.tokenizer.save_pretrained(out / "tokenizer")

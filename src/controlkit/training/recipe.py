@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,26 +146,79 @@ class BaseRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlNetRecipe(Recipe):
-    """A ControlNet on a frozen base, one condition, drawn from icons as it trains."""
-
-    system: ClassVar[str] = "controlnet"
+class SteeringRecipe(Recipe, ABC):
+    """What training a control on a frozen base, on icons, has in common."""
 
     icons: str
     """File of rendered icons."""
-    condition: str
-    """Name of the condition (`controlkit condition --list`)."""
     base: str = "nano"
     """The base that it will steer."""
-    prompt_drop: float = 0.5
-    """Share of prompts replaced by the empty prompt (Zhang et al. 2023, section 3.3)."""
-    variants: int = 8
+    variants: int = 4
     """Drawings of each icon whose latents are kept."""
     score_pictures: int = 32
     """Held-out pictures on which each preview scores condition following."""
+    prompt_drop: float = 0.5
+    """Share of prompts replaced by the empty prompt."""
+
+    @property
+    @abstractmethod
+    def condition_names(self) -> tuple[str, ...]:
+        """The conditions that it trains."""
+
+    def summary(self) -> dict[str, Any]:
+        """How a file came to be, for its metadata."""
+        return {key: getattr(self, key) for key in ("steps", "batch_size", "learning_rate", "prompt_drop", "seed")}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.prompt_drop <= 1:
+            raise UserError(f"prompt_drop is {self.prompt_drop}; it must be between 0 and 1")
+        if self.score_pictures < 1:
+            raise UserError(f"score_pictures is {self.score_pictures}; it must be at least 1")
 
 
-RECIPES: dict[str, type[Recipe]] = {kind.system: kind for kind in (AutoencoderRecipe, BaseRecipe, ControlNetRecipe)}
+@dataclass(frozen=True, kw_only=True)
+class ControlNetRecipe(SteeringRecipe):
+    """A ControlNet, one condition. Half the prompts are dropped (Zhang et al. 2023, section 3.3)."""
+
+    system: ClassVar[str] = "controlnet"
+
+    condition: str
+    """Name of the condition (`controlkit condition --list`)."""
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        return (self.condition,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CtrLoRABaseRecipe(SteeringRecipe):
+    """CtrLoRA's base control: one shared network and one LoRA for each condition, together."""
+
+    system: ClassVar[str] = "ctrlora-base"
+
+    conditions: tuple[str, ...]
+    """Names of the base conditions; each step trains one of them, all equally often."""
+    rank: int = 128
+    """Of every LoRA."""
+    prompt_drop: float = 0.3
+    """Share of prompts replaced by the empty prompt (Xu et al. 2025; 0.3 in the reference)."""
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        return self.conditions
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.conditions or len(set(self.conditions)) != len(self.conditions):
+            raise UserError(f"conditions must be a list of different names, got {list(self.conditions)}")
+        if self.rank < 1:
+            raise UserError(f"rank is {self.rank}; it must be at least 1")
+
+
+RECIPES: dict[str, type[Recipe]] = {
+    kind.system: kind for kind in (AutoencoderRecipe, BaseRecipe, ControlNetRecipe, CtrLoRABaseRecipe)
+}
 """Every system that `controlkit train` trains."""
 
 

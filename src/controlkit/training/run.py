@@ -6,7 +6,7 @@ import torch
 
 from controlkit.errors import UserError
 from controlkit.training.objective import Objective
-from controlkit.training.recipe import AutoencoderRecipe, BaseRecipe, ControlNetRecipe, Recipe
+from controlkit.training.recipe import AutoencoderRecipe, BaseRecipe, ControlNetRecipe, CtrLoRABaseRecipe, Recipe
 from controlkit.training.trainer import train
 
 
@@ -27,9 +27,13 @@ def objective_of(recipe: Recipe) -> Objective:
 
         return BaseObjective(recipe, device)
     if isinstance(recipe, ControlNetRecipe):
-        from controlkit.training.control import ControlObjective
+        from controlkit.training.control import ControlNetObjective
 
-        return ControlObjective(recipe, device)
+        return ControlNetObjective(recipe, device)
+    if isinstance(recipe, CtrLoRABaseRecipe):
+        from controlkit.training.control import CtrLoRABaseObjective
+
+        return CtrLoRABaseObjective(recipe, device)
     raise UserError(f"no objective for system {recipe.system}")
 
 
