@@ -144,6 +144,8 @@ def _load_folder(path: Path) -> Control:
     if not config_path.is_file() or not weights.is_file():
         raise UserError(f"{path} is not a diffusers folder of a ControlNet: config.json or its .safetensors is missing")
     config = read_json(config_path)
+    if not isinstance(config, dict):
+        raise UserError(f"{config_path} is not the config of a network: expected a mapping")
     if config.get("_class_name") != "ControlNetModel":
         raise UserError(f"{path} holds a {config.get('_class_name', 'model of no class')}, not a ControlNetModel")
     try:

@@ -78,6 +78,9 @@ class ControlNet(Control):
 
 def build_controlnet(config: dict[str, Any], state: dict[str, Tensor], condition: str | None) -> ControlNet:
     """A `ControlNet` from diffusers' config and weights (strict: a missing or unknown key is an error)."""
+    if not isinstance(config, dict):
+        # diffusers takes a string for the name of a model and looks for it on the hub.
+        raise ValueError(f"the config is not a mapping but {config!r}")
     with torch.device("meta"):
         network = ControlNetModel.from_config(config)
     network.load_state_dict(state, strict=True, assign=True)

@@ -12,10 +12,12 @@ import io
 import json
 import re
 import tarfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import cv2
 import numpy as np
@@ -142,11 +144,11 @@ class IconSets:
                     for style, names in index["names"].items()
                     for name, rgba in zip(names, archive[style], strict=True)
                 ]
+                self.groups: dict[str, str] = index["groups"]
         except FileNotFoundError as error:
             raise UserError(f"no rendered icons at {path}; make them with recipes/nano/build_pictures.py") from error
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile, zlib.error) as error:
             raise UserError(f"{path} is not a file of rendered icons ({error})") from error
-        self.groups: dict[str, str] = index["groups"]
 
     def select(
         self, *, styles: Sequence[str], held_out: bool | None = None, drawable: bool = False, sets: int = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.controls.control import Control
+from controlkit.data.pairs import Pair
 from controlkit.errors import UserError
 from controlkit.evaluation.base import draw_prompts, reconstruct
 from controlkit.evaluation.pictures import EvaluationSet
@@ -20,10 +22,38 @@ from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample_prompts
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Condition images with the pictures and prompts they belong to; pictures are `uint8 [H, W, 3]`."""
+
+    name: str
+    given: Sequence[np.ndarray]
+    truths: Sequence[np.ndarray]
+    prompts: Sequence[str]
+
+
+def judged_drawings(condition: conditions.Condition, pictures: EvaluationSet) -> Judged:
+    """The condition images of pictures that ship."""
+    truths = [drawing.image for drawing in pictures.drawings]
+    prompts = [drawing.caption for drawing in pictures.drawings]
+    return Judged(name=pictures.name, given=[condition(truth) for truth in truths], truths=truths, prompts=prompts)
+
+
+def judged_pairs(pairs: Sequence[Pair], size: int) -> Judged:
+    """Pairs from disk, brought to `size` x `size`."""
+    images = [pair.images(size) for pair in pairs]
+    return Judged(
+        name="held-out pairs",
+        given=[source for source, _ in images],
+        truths=[target for _, target in images],
+        prompts=[pair.prompt for pair in pairs],
+    )
+
+
 def evaluate_control(
     base: Base,
     control: Control,
-    sets: Sequence[EvaluationSet],
+    sets: Sequence[EvaluationSet | Judged],
     *,
     steps: int = 20,
     guidance: float = 4.0,
@@ -38,22 +68,19 @@ def evaluate_control(
         raise UserError("this control's file does not say which condition it follows; evaluation needs to know")
     condition = conditions.find(control.condition)
     rows: list[tuple[str | float | None, ...]] = []
-    sheet: dict[str, list[np.ndarray]] = {}
+    sheet: dict[str, Sequence[np.ndarray]] = {}
     facts = {}
     for pictures in sets:
-        truths = [drawing.image for drawing in pictures.drawings]
-        prompts = [drawing.caption for drawing in pictures.drawings]
-        given = [condition(truth) for truth in truths]
-        without = draw_prompts(base, prompts, steps, guidance)
-        steered = draw_controlled(base, control, given, prompts, steps=steps, guidance=guidance, weight=weight)
-        baseline, value, ceiling = (
-            _score(condition, given, results, truths) for results in (without, steered, reconstruct(base, truths))
-        )
+        judged = pictures if isinstance(pictures, Judged) else judged_drawings(condition, pictures)
+        without = draw_prompts(base, judged.prompts, steps, guidance)
+        steered = draw_controlled(base, control, judged, steps=steps, guidance=guidance, weight=weight)
+        mirrored = reconstruct(base, judged.truths)
+        baseline, value, ceiling = (_score(condition, judged, results) for results in (without, steered, mirrored))
         gap = gap_closed(baseline, value, ceiling)
-        rows.append((f"{pictures.name} ({len(truths)})", baseline, value, ceiling, gap))
-        facts[pictures.name] = {"baseline": baseline, "control": value, "ceiling": ceiling, "gap_closed": gap}
-        for title, group in (("given", given), ("no control", without), ("control", steered), ("truth", truths)):
-            sheet[f"{pictures.name}: {title}"] = group[:8]
+        rows.append((f"{judged.name} ({len(judged.truths)})", baseline, value, ceiling, gap))
+        facts[judged.name] = {"baseline": baseline, "control": value, "ceiling": ceiling, "gap_closed": gap}
+        columns = {"given": judged.given, "no control": without, "control": steered, "truth": judged.truths}
+        sheet |= {f"{judged.name}: {title}": group[:8] for title, group in columns.items()}
     direction = "higher" if condition.fidelity.higher_is_better else "lower"
     report = Report(
         title=f"{condition.name}: {condition.fidelity.name} ({direction} is better)",
@@ -69,43 +96,37 @@ def evaluate_control(
     return report, contact_sheet(cells, row_titles=list(sheet), cell=96)
 
 
-def _score(
-    condition: conditions.Condition,
-    given: Sequence[np.ndarray],
-    results: Sequence[np.ndarray],
-    truths: Sequence[np.ndarray],
-) -> float:
-    return float(np.mean([condition.score(g, r, t) for g, r, t in zip(given, results, truths, strict=True)]))
+def _score(condition: conditions.Condition, judged: Judged, results: Sequence[np.ndarray]) -> float:
+    every = zip(judged.given, results, judged.truths, strict=True)
+    return float(np.mean([condition.score(given, result, truth) for given, result, truth in every]))
 
 
 def draw_controlled(
     base: Base,
     control: Control,
-    given: Sequence[np.ndarray],
-    prompts: Sequence[str],
+    judged: Judged,
     *,
     steps: int,
     guidance: float,
     weight: float = 1.0,
     batch_size: int = 16,
 ) -> list[np.ndarray]:
-    """One `uint8` picture for each pair of condition image and prompt; picture i has seed i."""
+    """One `uint8` picture for each condition image and its prompt; picture i has seed i."""
     made: list[np.ndarray] = []
-    for first in range(0, len(given), batch_size):
-        group = slice(first, first + batch_size)
-        hint = control.encode(to_tensor(given[group]).to(base.device), base)
-        use = ActiveControl(control, hint, weight)
-        seeds = range(first, first + len(prompts[group]))
+    count = len(judged.prompts)
+    for first in range(0, count, batch_size):
+        group = slice(first, min(first + batch_size, count))
+        hint = control.encode(to_tensor(judged.given[group]).to(base.device), base)
         for batch in sample_prompts(
             base,
-            prompts=prompts[group],
-            seeds=seeds,
-            uses=[use],
+            prompts=judged.prompts[group],
+            seeds=range(group.start, group.stop),
+            uses=[ActiveControl(control, hint, weight)],
             steps=steps,
             guidance=guidance,
             batch_size=batch_size,
         ):
             made += [np.asarray(image) for image in to_images(batch)]
-        print(f"\rsteered {len(made)} of {len(given)}", end="", file=sys.stderr, flush=True)
+        print(f"\rsteered {len(made)} of {count}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return made

@@ -167,7 +167,7 @@ class SteeringRecipe(Recipe, ABC):
 
     def summary(self) -> dict[str, Any]:
         """How a file came to be, for its metadata."""
-        return {key: getattr(self, key) for key in ("steps", "batch_size", "learning_rate", "prompt_drop", "seed")}
+        return _summary(self)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -216,8 +216,61 @@ class CtrLoRABaseRecipe(SteeringRecipe):
             raise UserError(f"rank is {self.rank}; it must be at least 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdaptRecipe(Recipe):
+    """A CtrLoRA adapter for a new condition, from a folder of pairs."""
+
+    system: ClassVar[str] = "ctrlora-adapter"
+
+    pairs: str
+    """Folder with `prompt.json` (JSON lines of source, target, prompt) and its files."""
+    control: str
+    """The base control: a file, or the name of one that ships."""
+    base: str = "nano"
+    """The base that it steers."""
+    name: str = "adapter"
+    """Name of the adapter and of its file."""
+    condition: str = "identity"
+    """Condition by which fidelity is scored; `identity` compares the result with the true picture."""
+    rank: int = 8
+    """Of every LoRA."""
+    steps: int = 500
+    """Optimiser steps in all."""
+    batch_size: int = 16
+    """Pairs a step."""
+    save_every: int = 100
+    """Steps between checkpoints of the state."""
+    preview_every: int = 100
+    """Steps between previews with their scores."""
+    held_out: float = 0.1
+    """Share of the pairs that are not trained on, and judged by."""
+    prompt_drop: float = 0.3
+    """Share of prompts replaced by the empty prompt (0.3 in the reference)."""
+    score_pictures: int = 16
+    """Held-out pairs on which each preview scores condition following."""
+
+    def summary(self) -> dict[str, Any]:
+        """How a file came to be, for its metadata."""
+        return _summary(self)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rank", "score_pictures"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("prompt_drop", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be from 0 to below 1")
+        if not self.name or "/" in self.name:
+            raise UserError(f"name is {self.name!r}; it must do as the name of a file")
+
+
+def _summary(recipe: Recipe) -> dict[str, Any]:
+    return {key: getattr(recipe, key) for key in ("steps", "batch_size", "learning_rate", "prompt_drop", "seed")}
+
+
 RECIPES: dict[str, type[Recipe]] = {
-    kind.system: kind for kind in (AutoencoderRecipe, BaseRecipe, ControlNetRecipe, CtrLoRABaseRecipe)
+    kind.system: kind for kind in (AutoencoderRecipe, BaseRecipe, ControlNetRecipe, CtrLoRABaseRecipe, AdaptRecipe)
 }
 """Every system that `controlkit train` trains."""
 

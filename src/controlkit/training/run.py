@@ -6,7 +6,14 @@ import torch
 
 from controlkit.errors import UserError
 from controlkit.training.objective import Objective
-from controlkit.training.recipe import AutoencoderRecipe, BaseRecipe, ControlNetRecipe, CtrLoRABaseRecipe, Recipe
+from controlkit.training.recipe import (
+    AdaptRecipe,
+    AutoencoderRecipe,
+    BaseRecipe,
+    ControlNetRecipe,
+    CtrLoRABaseRecipe,
+    Recipe,
+)
 from controlkit.training.trainer import train
 
 
@@ -34,6 +41,10 @@ def objective_of(recipe: Recipe) -> Objective:
         from controlkit.training.control import CtrLoRABaseObjective
 
         return CtrLoRABaseObjective(recipe, device)
+    if isinstance(recipe, AdaptRecipe):
+        from controlkit.training.adapt import AdaptObjective
+
+        return AdaptObjective(recipe, device)
     raise UserError(f"no objective for system {recipe.system}")
 
 

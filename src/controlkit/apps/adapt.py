@@ -1,0 +1,62 @@
+"""make a new control from pairs: a CtrLoRA adapter on a base control
+
+    controlkit adapt pairs/ --control runs/nano/ctrlora-base/base.safetensors --name mine --steps 500
+
+`pairs/` holds prompt.json (JSON lines of source, target, prompt) and its files. Run again to resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from controlkit.apps.show import add_json, print_json
+
+_SETTINGS = ("steps", "base", "name", "condition", "rank", "batch_size", "learning_rate", "seed", "device")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb. Other defaults are those of `AdaptRecipe`."""
+    parser.add_argument("pairs", help="folder with prompt.json")
+    parser.add_argument("--control", required=True, help="the base control: a file or a name")
+    parser.add_argument("--base", help="the base that it steers: nano or a diffusers folder")
+    parser.add_argument("--name", help="name of the adapter")
+    parser.add_argument("--condition", help="scores by this condition (default: by the true picture)")
+    parser.add_argument("--rank", type=int, help="of every LoRA")
+    parser.add_argument("--steps", type=int, help="optimiser steps")
+    parser.add_argument("--batch-size", type=int, help="pairs a step")
+    parser.add_argument("--learning-rate", type=float, help="peak learning rate")
+    parser.add_argument("--seed", type=int, help="everything random follows from it")
+    parser.add_argument("--device", help="cpu, cuda, mps")
+    parser.add_argument("--out", default=None, metavar="DIR", help="folder of the run (default: runs/NAME)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the verb."""
+    from controlkit.training.recipe import build_recipe
+
+    values = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
+    name = values.get("name", "adapter")
+    recipe = build_recipe(
+        {
+            "system": "ctrlora-adapter",
+            "pairs": args.pairs,
+            "control": args.control,
+            "out": args.out or f"runs/{name}",
+            **values,
+        },
+        origin="controlkit adapt",
+    )
+
+    from rich import print as show
+
+    from controlkit.evaluation.adapt import adapt
+
+    made = adapt(recipe)
+    if args.json:
+        print_json({"adapter": str(made.path), "report": made.report.to_json(), "seconds": made.seconds})
+        return
+    show(made.report.table())
+    print(f"adapter: {made.path}")
+    print(f"sheet: {made.sheet}")
+    print(f'try next: controlkit generate "PROMPT" --control {made.path}=IMAGE --prepared --seeds 4')

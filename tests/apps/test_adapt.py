@@ -1,0 +1,108 @@
+"""The maker's verb at toy size: pairs in, an adapter and its score out."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from controlkit.apps.cli import main
+from controlkit.checkpoints.controls import load_control
+from controlkit.checkpoints.ctrlora import save_base_control
+from controlkit.checkpoints.files import read_metadata
+from controlkit.conditions import find
+from controlkit.controls.base_control import BaseControl
+from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.data.icons import IconSets, draw
+
+
+@pytest.fixture
+def base_control(tiny_base, tmp_path):
+    path = tmp_path / "base.safetensors"
+    save_base_control(path, BaseControl.for_base(tiny_base), tiny_base, dtype=torch.float32)
+    return path
+
+
+@pytest.fixture
+def pairs(icons_file, tmp_path):
+    """Twelve pairs of palette and picture."""
+    folder = tmp_path / "pairs"
+    (folder / "source").mkdir(parents=True)
+    (folder / "target").mkdir()
+    icons, rng, lines = IconSets(icons_file).icons, np.random.default_rng(0), []
+    for index in range(12):
+        drawing = draw(icons[index], rng)
+        Image.fromarray(drawing.image).save(folder / f"target/{index}.png")
+        Image.fromarray(find("palette")(drawing.image)).save(folder / f"source/{index}.png")
+        entry = {"source": f"source/{index}.png", "target": f"target/{index}.png", "prompt": drawing.caption}
+        lines.append(json.dumps(entry))
+    (folder / "prompt.json").write_text("\n".join(lines))
+    return folder
+
+
+def adapt(pairs, base_control, base_folder, out, *more):
+    words = ["adapt", pairs, "--base", base_folder, "--control", base_control, "--name", "mine", "--rank", 2]
+    return main([str(word) for word in (*words, "--condition", "palette", "--steps", 4, "--out", out, *more)])
+
+
+def test_pairs_in_adapter_and_score_out(pairs, base_control, base_folder, tmp_path, tiny_base, capsys):
+    out = tmp_path / "run"
+    assert adapt(pairs, base_control, base_folder, out, "--json") == 0
+    printed, progress = capsys.readouterr()
+    made = json.loads(printed)
+    facts = made["report"]["facts"]["held-out pairs"]
+    assert {"baseline", "control", "ceiling", "gap_closed"} == set(facts)
+    assert "encoding 11 pairs" in progress
+    metadata = read_metadata(made["adapter"])
+    assert (metadata["control.condition"], metadata["control.rank"]) == ("palette", "2")
+    base_file = load_control(base_control)
+    loaded = load_control(made["adapter"], shared={base_file.fingerprint(): base_file})
+    assert isinstance(loaded, CtrLoRA)
+
+    # The second run finds the latents and the finished steps.
+    assert adapt(pairs, base_control, base_folder, tmp_path / "again") == 0
+    assert "encoding" not in capsys.readouterr().err
+
+
+def test_only_the_adapter_changes_and_nothing_else_gets_a_gradient(pairs, base_control, base_folder, tmp_path):
+    from controlkit.training.adapt import AdaptObjective
+    from controlkit.training.recipe import AdaptRecipe
+
+    recipe = AdaptRecipe(
+        out=str(tmp_path / "run"), pairs=str(pairs), control=str(base_control), base=str(base_folder), rank=2
+    )
+    objective = AdaptObjective(recipe, torch.device("cpu"))
+    for parameter in objective.parameters():
+        parameter.data.add_(0.01)
+    objective.loss(0).backward()
+    shared = objective.control.base_control
+    assert all(parameter.grad is None for parameter in shared.network.parameters())
+    assert all(parameter.grad is None for network in objective.base.networks for parameter in network.parameters())
+    trained = objective.parameters()
+    assert len(trained) == len(list(shared.adapters["adapter"].parameters()))
+    assert all(parameter.grad is not None for parameter in trained)
+
+
+def test_every_bad_pair_is_listed_before_anything_is_trained(pairs, base_control, base_folder, tmp_path, capsys):
+    (pairs / "source/3.png").unlink()
+    (pairs / "target/5.png").write_bytes((pairs / "target/5.png").read_bytes()[:80])
+    Image.new("RGB", (64, 32)).save(pairs / "target/7.png")
+    with (pairs / "prompt.json").open("a") as stream:
+        stream.write('\n{"source": "source/0.png"}')
+    assert adapt(pairs, base_control, base_folder, tmp_path / "run") == 2
+    told = capsys.readouterr().err
+    assert "4 problems" in told
+    for line in ("line 4", "line 6", "line 8", "line 13"):
+        assert line in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_controlnet_is_not_taken_for_a_base_control(pairs, base_folder, tiny_control, tiny_base, tmp_path, capsys):
+    from controlkit.checkpoints.controls import save_control
+
+    save_control(tmp_path / "canny.safetensors", tiny_control, tiny_base)
+    assert adapt(pairs, tmp_path / "canny.safetensors", base_folder, tmp_path / "run") == 2
+    assert "not a base control" in capsys.readouterr().err

@@ -1,0 +1,122 @@
+"""A diffusers folder is a base; what is not one is refused in words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from controlkit.bases.load import load_base
+from controlkit.errors import UserError
+
+
+def refused(folder, *says):
+    with pytest.raises(UserError) as caught:
+        load_base(folder)
+    assert "\n" not in str(caught.value)
+    for word in says:
+        assert word in str(caught.value)
+
+
+def test_a_saved_base_loads_frozen_and_in_float32(base_folder, tiny_base):
+    base = load_base(base_folder)
+    assert base.dtype == torch.float32 and base.size == 64 and base.factor == 4 and base.latent_channels == 4
+    assert not any(p.requires_grad for network in base.networks for p in network.parameters())
+    assert not any(network.training for network in base.networks)
+    assert base.fingerprint == tiny_base.fingerprint
+    text = base.encode_text(["red apple"]).tokens
+    assert (text - tiny_base.encode_text(["red apple"]).tokens).abs().max() < 1e-4
+    assert load_base(base_folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_it_draws_with_no_code_of_ours(base_folder):
+    pipeline = StableDiffusionPipeline.from_pretrained(base_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    (image,) = pipeline("red apple", num_inference_steps=2, height=64, width=64).images
+    assert image.size == (64, 64)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    refused(tmp_path / "nothing", "no base at", "nothing", "nano")
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    refused(tmp_path / "model.ckpt", "no base at")
+
+
+def test_an_empty_folder(tmp_path):
+    refused(tmp_path, "not a whole diffusers folder", "unet/config.json")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler", "tokenizer"])
+def test_a_part_is_missing(base_folder, part):
+    shutil.rmtree(base_folder / part)
+    refused(base_folder, part)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_are_not_safetensors_are_not_read(base_folder, part):
+    (weights,) = (base_folder / part).glob("*.safetensors")
+    weights.rename(weights.with_suffix(".bin"))
+    refused(base_folder, f"{part} has no .safetensors file")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("keep", [0, 100, 5000])
+def test_torn_weights(base_folder, part, keep):
+    (weights,) = (base_folder / part).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:keep])
+    refused(base_folder, "cannot be loaded")
+
+
+@pytest.mark.parametrize("part", ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"])
+def test_torn_settings(base_folder, part):
+    path = base_folder / part
+    path.write_bytes(path.read_bytes()[:20])
+    refused(base_folder, "cannot be loaded")
+
+
+def test_weights_of_another_network(base_folder):
+    path = base_folder / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "block_out_channels": [32, 32]}))
+    refused(base_folder, "cannot be loaded")
+
+
+@pytest.mark.parametrize("missing", ["conv_out.weight", "mid_block.resnets.0.conv1.weight"])
+def test_weights_with_a_hole_are_not_filled_at_random(base_folder, missing):
+    from safetensors.torch import load_file, save_file
+
+    (path,) = (base_folder / "unet").glob("*.safetensors")
+    tensors = load_file(path)
+    del tensors[missing]
+    save_file(tensors, path, {"format": "pt"})
+    refused(base_folder, "unet", missing)
+
+
+def test_a_device_that_is_not_there(base_folder):
+    with pytest.raises(UserError, match="gpu9"):
+        load_base(base_folder, device="gpu9")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="cuda"):
+            load_base(base_folder, device="cuda")
+
+
+@pytest.mark.parametrize(("size", "near"), [((60, 64), "width 60.*try 64"), ((64, 7), "height 7.*try 8")])
+def test_sizes_that_the_base_cannot_draw(tiny_base, size, near):
+    with pytest.raises(UserError, match=near):
+        tiny_base.check_size(*size)
+    for bad in ((0, 64), (64, -8)):
+        with pytest.raises(UserError, match="multiple of 8"):
+            tiny_base.check_size(*bad)
+    tiny_base.check_size(72, 8)
+
+
+def test_pictures_and_latents_have_the_shapes_that_are_promised(tiny_base):
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    z = tiny_base.encode_picture(x)
+    assert z.shape == (2, 4, 16, 16)
+    assert tiny_base.decode(z).shape == x.shape and tiny_base.decode(z * 100).abs().max() <= 1

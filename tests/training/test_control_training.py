@@ -1,0 +1,161 @@
+"""A ControlNet is trained on a frozen base: on a tiny base, from a hand-made file of icons."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from controlkit.bases.load import load_base
+from controlkit.checkpoints.controls import load_control
+from controlkit.checkpoints.files import read_metadata
+from controlkit.errors import UserError
+from controlkit.training.control import ControlNetObjective
+from controlkit.training.recipe import AutoencoderRecipe, ControlNetRecipe
+from controlkit.training.run import choose_device, objective_of
+from controlkit.training.run import run as train_recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def recipe(tmp_path, base_folder, icons_file):
+    return ControlNetRecipe(
+        out=str(tmp_path / "run"),
+        icons=str(icons_file),
+        base=str(base_folder),
+        condition="canny",
+        steps=3,
+        batch_size=2,
+        variants=2,
+        score_pictures=2,
+        warmup_steps=0,
+        learning_rate=0.01,
+        log_every=1,
+        save_every=1,
+        preview_every=3,
+        device="cpu",
+    )
+
+
+def copies(module):
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def changed(before, module):
+    return {name for name, value in module.state_dict().items() if not torch.equal(before[name], value)}
+
+
+def test_no_gradient_is_ever_made_for_the_base(recipe):
+    objective = ControlNetObjective(recipe, CPU)
+    frozen = [parameter for network in objective.base.networks for parameter in network.parameters()]
+    assert not any(parameter.requires_grad for parameter in frozen)
+    objective.loss(0).backward()
+    assert all(parameter.grad is None for parameter in frozen)
+    trained = {id(parameter) for parameter in objective.parameters()}
+    assert trained == {id(parameter) for parameter in objective.control.parameters()}
+    assert trained.isdisjoint(id(parameter) for parameter in frozen)
+
+
+def test_the_first_gradient_reaches_the_zero_convolutions_and_nothing_behind_them(recipe):
+    objective = ControlNetObjective(recipe, CPU)
+    objective.loss(0).backward()
+    moved = {
+        name
+        for name, parameter in objective.control.named_parameters()
+        if parameter.grad is not None and parameter.grad.abs().max() > 0
+    }
+    assert moved
+    assert all("controlnet_down_blocks" in name or "controlnet_mid_block" in name for name in moved)
+
+
+def test_training_changes_the_control_and_only_the_control(recipe):
+    objective = ControlNetObjective(recipe, CPU)
+    bases = [copies(network) for network in objective.base.networks]
+    before = copies(objective.control)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=0.01)
+    for step in range(3):
+        optimizer.zero_grad()
+        objective.loss(step).backward()
+        optimizer.step()
+    for was, network in zip(bases, objective.base.networks, strict=True):
+        assert changed(was, network) == set()
+    # After three steps the gradient has passed the zero convolutions into the copy and into the hint network.
+    moved = changed(before, objective.control)
+    assert any(name.startswith("network.down_blocks") for name in moved)
+    assert any(name.startswith("hint_network") for name in moved)
+
+
+def test_a_step_always_draws_the_same(recipe):
+    one, two = ControlNetObjective(recipe, CPU), ControlNetObjective(recipe, CPU)
+    assert one.loss(4).item() == two.loss(4).item() == one.loss(4).item()
+    assert one.loss(4).item() != one.loss(5).item()
+
+
+def test_a_run_ends_with_a_file_that_loads_on_its_base(recipe, tmp_path, base_folder):
+    scores = train_recipe(recipe)
+    assert list(scores) == ["canny: edge F1"] and 0 <= scores["canny: edge F1"] <= 1
+    base = load_base(base_folder)
+    path = tmp_path / "run" / "canny.safetensors"
+    control = load_control(path, base)
+    assert control.condition == "canny"
+    metadata = read_metadata(path)
+    assert metadata["control.base_fingerprint"] == base.fingerprint
+    assert json.loads(metadata["control.made"])["steps"] == 3
+    assert [p.name for p in (tmp_path / "run" / "previews").iterdir()] == ["0000003.png"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert "canny: edge F1" in lines[-1]
+
+
+def test_a_continued_run_equals_one_in_one_go(recipe, tmp_path):
+    settings = {"final_rate": 1.0, "preview_every": 100}
+    whole = dataclasses.replace(recipe, **settings)
+    train_recipe(whole)
+    broken = dataclasses.replace(recipe, out=str(tmp_path / "broken"), **settings)
+    train_recipe(dataclasses.replace(broken, steps=1))
+    train_recipe(broken)
+    a = load_control(tmp_path / "run" / "canny.safetensors").state_dict()
+    b = load_control(tmp_path / "broken" / "canny.safetensors").state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_autoencoder_continued_equals_one_in_one_go(tmp_path, icons_file):
+    from diffusers import AutoencoderKL
+
+    def recipe(out, steps):
+        return AutoencoderRecipe(
+            out=str(tmp_path / out), icons=str(icons_file), steps=steps, channels=(8, 8), batch_size=2, ema=0.9,
+            final_rate=1.0, warmup_steps=0, preview_every=100, log_every=1, device="cpu",
+        )  # fmt: skip
+
+    scores = train_recipe(recipe("whole", 6))
+    train_recipe(recipe("broken", 3))
+    assert train_recipe(recipe("broken", 6)) == scores
+    assert set(scores) == {"psnr", "latent_std"}
+    a, b = (AutoencoderKL.from_pretrained(tmp_path / out / "vae") for out in ("whole", "broken"))
+    assert a.config.scaling_factor == b.config.scaling_factor
+    assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"icons": "nothing.npz"}, "build_pictures"),
+        ({"base": "nothing"}, "no base at nothing"),
+        ({"condition": "cany"}, "did you mean canny"),
+        ({"device": "gpu9"}, "gpu9"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_written(recipe, tmp_path, change, says):
+    with pytest.raises(UserError, match=says):
+        objective_of(dataclasses.replace(recipe, **change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_devices_by_name():
+    assert choose_device("cpu") == CPU
+    with pytest.raises(UserError, match="auto"):
+        choose_device("tpu-7")
