@@ -12,8 +12,13 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 import tiny
+
+# Tests share busy cores: a slow example is not a wrong one.
+settings.register_profile("controlkit", deadline=None)
+settings.load_profile("controlkit")
 
 
 @pytest.fixture(scope="session")

@@ -110,6 +110,15 @@ def test_exif_rotation_is_applied(tmp_path):
     assert np.array_equal(np.asarray(image), np.rot90(GRADIENT, -1))
 
 
+def test_a_damaged_exif_block_is_passed_over(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.fromarray(GRADIENT), "WEBP", exif=exif, lossless=True)
+    at = data.rindex(b"II*\0") if b"II*\0" in data else data.rindex(b"MM\0*")
+    (tmp_path / "a.webp").write_bytes(data[:at] + b"\0" + data[at + 1 :])
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.webp")), GRADIENT)
+
+
 def test_transparency_is_laid_over_white_or_what_is_asked_for(tmp_path):
     rgba = np.zeros((2, 3, 4), np.uint8)
     rgba[:, 0] = (200, 0, 0, 255)

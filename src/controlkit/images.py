@@ -61,7 +61,7 @@ def read_image(path: str | Path, background: tuple[int, int, int] = (255, 255, 2
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """`image` upright and in RGB; see `read_image` for how other modes are turned."""
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         if image.mode.startswith("I;16") or values.max(initial=0) > 255:
@@ -72,6 +72,14 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255
         canvas = Image.new("RGBA", rgba.size, (*background, 255))
         return Image.alpha_composite(canvas, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """`image` turned as its EXIF block says; a damaged block says nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow's parsers raise whatever a damaged block makes them stumble over
+        return image
 
 
 def resize_cover(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlkit.errors import UserError
@@ -40,6 +40,7 @@ def test_forms_of_a_control(text, expected):
         ("canny", "NAME_OR_FILE=IMAGE"),
         ("=a.png", "NAME_OR_FILE=IMAGE"),
         ("canny=", "NAME_OR_FILE=IMAGE"),
+        ("canny=@0.5", "NAME_OR_FILE=IMAGE"),
         ("canny=a.png@abc", "'abc'"),
         ("canny=a.png@", "weight"),
         ("canny=a.png@1:", "start-end"),
@@ -108,6 +109,7 @@ def test_a_request_survives_json(request):
     assert GenerateRequest.from_json(json.loads(json.dumps(request.to_json()))) == request
 
 
+@settings(max_examples=500)
 @given(st.text(alphabet="aB=@:-./0159 ", max_size=24))
 def test_any_text_is_a_control_or_refused_in_words(text):
     try:

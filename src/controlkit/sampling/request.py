@@ -54,6 +54,8 @@ class ControlUse:
         image, at, strength = rest.rpartition("@")
         if not at or "/" in strength or re.search(r"\.(png|jpe?g|webp|bmp|gif|tiff?)$", strength, re.IGNORECASE):
             return cls(control=control, image=rest, prepared=prepared)
+        if not image:
+            raise UserError(f"--control {text}: {form}")
         weight, colon, span = strength.partition(":")
         try:
             start, end = map(float, span.split("-")) if colon else (0.0, 1.0)
