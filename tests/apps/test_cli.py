@@ -72,8 +72,7 @@ def test_generate_writes_pictures_that_say_how_to_draw_them_again(picture, tmp_p
     printed = json.loads(capsys.readouterr().out)
     assert [Path(path).name for path in printed["pictures"]] == ["seed5.png", "seed6.png"]
     settings = json.loads(Image.open(out / "seed6.png").text["controlkit"])
-    settings.pop("controlkit")
-    request = GenerateRequest.from_json(settings)
+    request = GenerateRequest.from_json(settings["request"])
     assert request.seeds == (6,)
 
     from controlkit import generate

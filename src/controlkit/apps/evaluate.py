@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pictures for a control (held-out openmoji seen)",
     )
     parser.add_argument("--pictures", type=int, default=96, help="pictures of each set for a control (default: 96)")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
-    parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: 4)")
+    parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--guidance", type=float, help="guidance scale")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     parser.add_argument("--sheet", default=None, metavar="FILE", help="also write a contact sheet as PNG")
     add_json(parser)
@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.evaluation.pictures import SETS, evaluation_set
     from controlkit.images import write_png
 
+    settings = {name: getattr(args, name) for name in ("steps", "guidance") if hasattr(args, name)}
     for name in args.sets:
         if name not in SETS:
             raise UserError(f"there is no set of pictures called {name!r}{nearest(name, list(SETS))}")
@@ -49,8 +50,8 @@ def run(args: argparse.Namespace) -> None:
 
         base = load_base(args.name, device=args.device)
         if args.sheet:
-            write_png(args.sheet, base_grid(base, args.steps, args.guidance))
-        reports = evaluate_base(base, args.steps, args.guidance)
+            write_png(args.sheet, base_grid(base, **settings))
+        reports = evaluate_base(base, **settings)
     else:
         from controlkit.checkpoints.controls import load_control
         from controlkit.evaluation.control import evaluate_control
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         base = load_base(args.base, device=args.device)
         control = load_control(args.name, base)
         sets = [evaluation_set(name).first(args.pictures) for name in args.sets]
-        report, sheet = evaluate_control(base, control, sets, steps=args.steps, guidance=args.guidance)
+        report, sheet = evaluate_control(base, control, sets, **settings)
         if args.sheet:
             write_png(args.sheet, sheet)
         reports = [report]

@@ -23,6 +23,7 @@ from controlkit.evaluation.metrics import (
 from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
 from controlkit.evaluation.report import Report
 from controlkit.images import contact_sheet, to_images, to_tensor
+from controlkit.sampling.request import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from controlkit.sampling.sampler import sample_prompts
 
 _GRID = (
@@ -37,7 +38,7 @@ _GRID = (
 )
 
 
-def evaluate_base(base: Base, steps: int = 20, guidance: float = 4.0) -> list[Report]:
+def evaluate_base(base: Base, steps: int = DEFAULT_STEPS, guidance: float = DEFAULT_GUIDANCE) -> list[Report]:
     """Autoencoder, background colour, distribution and retrieval, each with its baseline and ceiling.
 
     Takes a few minutes on two cores: 668 pictures are drawn.
@@ -51,7 +52,7 @@ def evaluate_base(base: Base, steps: int = 20, guidance: float = 4.0) -> list[Re
     ]
 
 
-def base_grid(base: Base, steps: int = 20, guidance: float = 4.0) -> Image.Image:
+def base_grid(base: Base, steps: int = DEFAULT_STEPS, guidance: float = DEFAULT_GUIDANCE) -> Image.Image:
     """Eight fixed prompts (rows) with four fixed seeds (columns): not chosen."""
     prompts = [caption_of(concept, style, colour) for concept, style, colour in _GRID]
     made = draw_prompts(

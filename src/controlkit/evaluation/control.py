@@ -19,6 +19,7 @@ from controlkit.evaluation.pictures import EvaluationSet
 from controlkit.evaluation.report import Report, gap_closed
 from controlkit.images import contact_sheet, to_images, to_tensor
 from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.request import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from controlkit.sampling.sampler import sample_prompts
 
 
@@ -55,8 +56,8 @@ def evaluate_control(
     control: Control,
     sets: Sequence[EvaluationSet | Judged],
     *,
-    steps: int = 20,
-    guidance: float = 4.0,
+    steps: int = DEFAULT_STEPS,
+    guidance: float = DEFAULT_GUIDANCE,
     weight: float = 1.0,
 ) -> tuple[Report, Image.Image]:
     """Condition following on each set: no control (baseline), this control, the true picture (ceiling).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -50,14 +51,16 @@ class Generation:
     def save(self, folder: str | Path) -> list[Path]:
         """Write the pictures, the condition images and the settings into `folder`; returns the pictures' paths.
 
-        Each PNG carries the settings that draw it again, in its text chunk `controlkit`.
+        Each PNG carries the request that draws it again (`GenerateRequest.from_json`), in its text chunk
+        `controlkit`.
         """
         folder = writable_folder(folder)
-        settings = {"controlkit": __version__, **self.request.to_json()}
+        settings = {"controlkit": __version__, "request": self.request.to_json()}
         paths = []
         for picture in self.pictures:
             path = folder / f"seed{picture.seed}.png"
-            text = json.dumps({**settings, "seeds": [picture.seed]})
+            own = dataclasses.replace(self.request, seeds=(picture.seed,)).to_json()
+            text = json.dumps({**settings, "request": own})
             write_png(path, picture.image, {"controlkit": text, "prompt": self.request.prompt})
             paths.append(path)
         for index, image in enumerate(self.conditions):

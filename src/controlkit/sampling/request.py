@@ -14,6 +14,10 @@ from typing import Any, get_type_hints
 
 from controlkit.errors import UserError, nearest
 
+DEFAULT_STEPS = 20
+DEFAULT_GUIDANCE = 3.0
+"""On nano, condition following falls as guidance rises: docs/nano.md has the figures."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ControlUse:
@@ -78,9 +82,9 @@ class GenerateRequest:
     """Controls, whose residuals are added."""
     seeds: tuple[int, ...] = (0,)
     """One picture for each; a picture depends on its own seed alone."""
-    steps: int = 20
+    steps: int = DEFAULT_STEPS
     """Denoising steps."""
-    guidance: float = 4.0
+    guidance: float = DEFAULT_GUIDANCE
     """Classifier-free guidance scale; 1 switches it off (Ho and Salimans 2022, as in eq. 6 with w = scale - 1)."""
     width: int | None = None
     """In pixels; the base's own size by default."""
@@ -96,6 +100,8 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         if not self.seeds:
             raise UserError("no seeds were given; at least one is needed, such as --seeds 1")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise UserError(f"seeds must differ from each other, got {list(self.seeds)}")
         if any(not 0 <= seed < 2**63 for seed in self.seeds):
             raise UserError(f"seeds must be whole numbers from 0 to 2^63 - 1, got {list(self.seeds)}")
         if not 1 <= self.steps <= 1000:

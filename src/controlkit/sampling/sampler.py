@@ -11,6 +11,7 @@ from torch import Tensor
 from controlkit.bases.base import Base, Text, concatenate
 from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl, Plan
+from controlkit.sampling.request import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
 
 def sample(base: Base, *, prompt: str, seeds: Sequence[int], **settings: Any) -> Iterator[Tensor]:
@@ -26,8 +27,8 @@ def sample_prompts(
     seeds: Sequence[int],
     negative_prompt: str = "",
     uses: Sequence[ActiveControl] = (),
-    steps: int = 20,
-    guidance: float = 4.0,
+    steps: int = DEFAULT_STEPS,
+    guidance: float = DEFAULT_GUIDANCE,
     width: int | None = None,
     height: int | None = None,
     batch_size: int = 16,

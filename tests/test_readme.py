@@ -1,0 +1,48 @@
+"""The documents do what they say."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from controlkit.apps.cli import build_parser
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "recipes/nano/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for document in DOCUMENTS:
+        for line in document.read_text(encoding="utf-8").splitlines():
+            match = re.match(r"^ {4}(?:\.venv/bin/)?controlkit (.+)$", line)
+            if match:
+                found.append((document.name, match[1].split("  #")[0]))
+    return found
+
+
+@pytest.mark.parametrize(("document", "command"), commands())
+def test_every_command_in_the_documents_is_one_that_the_command_line_takes(document, command):
+    args = build_parser().parse_args(shlex.split(command))
+    for word in (getattr(args, "recipe", None),):
+        assert word is None or (ROOT / word).is_file()
+
+
+def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    shutil.copy(str(files("controlkit") / "assets" / "demo" / "sailboat.png"), tmp_path / "drawing.png")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    assert len(list((tmp_path / "pictures").glob("seed*.png"))) == 4
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_pictures_of_the_documents_exist(document):
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
