@@ -124,7 +124,7 @@ def test_a_prompt_and_a_hint_for_each_picture_equal_one_by_one(tiny_base, hint_i
     prompts, seeds = ["red apple", "cat face", "sailboat"], (4, 5, 6)
     control = FakeControl(reads)
     use = ActiveControl(control, control.encode(images, tiny_base))
-    together = sample_prompts(tiny_base, prompts=prompts, seeds=seeds, uses=[use], steps=4, batch_size=2)
+    together = sample_prompts(tiny_base, prompts=prompts, seeds=seeds, uses=[use], steps=4, guidance=4.0, batch_size=2)
     alone = [
         draw(tiny_base, control, images[i : i + 1], prompt=prompts[i], seeds=seeds[i : i + 1], steps=4)
         for i in range(3)

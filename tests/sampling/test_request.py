@@ -95,7 +95,7 @@ requests = st.builds(
     negative_prompt=st.text(),
     base=st.text(min_size=1),
     controls=st.lists(uses, max_size=3).map(tuple),
-    seeds=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=4).map(tuple),
+    seeds=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=4, unique=True).map(tuple),
     steps=st.integers(1, 1000),
     guidance=st.floats(1, 100),
     width=st.none() | st.integers(8, 4096),
