@@ -53,7 +53,7 @@ def read_image(path: str | Path, background: tuple[int, int, int] = (255, 255, 2
     except UnidentifiedImageError as error:
         raise UserError(f"{path} is not a picture in a format that is read (PNG, JPEG, WebP, ...)") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path} is too large to be read: {error}") from error
+        raise UserError(f"{path} is too large to be read (over 67 megapixels); make it smaller") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UserError(f"{path} is torn or damaged and cannot be read ({error})") from error
     return to_rgb(image, background)

@@ -31,6 +31,7 @@ _LEAST = {
     "text_width": 1,
     "text_layers": 1,
     "variants": 1,
+    "rank": 1,
     "score_pictures": 1,
 }
 """The smallest value of settings that have one, in whichever recipe they stand."""
@@ -169,13 +170,6 @@ class SteeringRecipe(Recipe, ABC):
         """How a file came to be, for its metadata."""
         return _summary(self)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.prompt_drop <= 1:
-            raise UserError(f"prompt_drop is {self.prompt_drop}; it must be between 0 and 1")
-        if self.score_pictures < 1:
-            raise UserError(f"score_pictures is {self.score_pictures}; it must be at least 1")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ControlNetRecipe(SteeringRecipe):
@@ -212,8 +206,6 @@ class CtrLoRABaseRecipe(SteeringRecipe):
         super().__post_init__()
         if not self.conditions or len(set(self.conditions)) != len(self.conditions):
             raise UserError(f"conditions must be a list of different names, got {list(self.conditions)}")
-        if self.rank < 1:
-            raise UserError(f"rank is {self.rank}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,12 +247,8 @@ class AdaptRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "score_pictures"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("prompt_drop", "held_out"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be from 0 to below 1")
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"held_out is {self.held_out}; it must be from 0 to below 1")
         if not self.name or "/" in self.name:
             raise UserError(f"name is {self.name!r}; it must do as the name of a file")
 
