@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from controlkit._version import __version__
-from controlkit.apps import adapt, condition, demo, evaluate, generate, inspect, train
+from controlkit.apps import adapt, condition, demo, evaluate, generate, inspect, study, train
 from controlkit.errors import UserError
 
-VERBS = (demo, condition, generate, train, adapt, evaluate, inspect)
+VERBS = (demo, condition, generate, train, adapt, evaluate, study, inspect)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -35,7 +35,7 @@ def save_base_control(
         kind=BASE_KIND,
         architecture="ctrlora-base",
         config=control.config(),
-        condition=None,
+        condition=control.condition,
         made=made,
     )
     metadata["control.fingerprint"] = control.fingerprint()
@@ -79,9 +79,11 @@ def build_base(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor])
         UserError: the file does not hold what its metadata announces.
     """
     try:
-        return build_base_control(json.loads(metadata["control.config"]), tensors).requires_grad_(False)
+        control = build_base_control(json.loads(metadata["control.config"]), tensors)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} does not hold the base control that its metadata announces: {short(error)}") from error
+    control.condition = metadata.get("control.condition") or None
+    return control.requires_grad_(False)
 
 
 def build_adapter(

@@ -46,6 +46,12 @@ def dark_edge_f1(given: np.ndarray, produced: np.ndarray) -> float:
     return edge_f1(theirs, mine)
 
 
+def picture_edge_f1(truth: np.ndarray, produced: np.ndarray) -> float:
+    """`edge_f1` of the Canny edges (thresholds 100 and 200) of two `uint8` pictures, in [0, 1]."""
+    edges = [np.repeat(cv2.Canny(image, 100, 200)[..., None], 3, axis=2) for image in (truth, produced)]
+    return edge_f1(edges[0], edges[1])
+
+
 def mean_iou(given: np.ndarray, produced: np.ndarray, most: int = 64) -> float:
     """Mean intersection over union, in [0, 1], of the regions of one colour in two `uint8` region maps.
 
@@ -93,4 +99,5 @@ PICTURE_COLOUR_DISTANCE = Fidelity(
     higher_is_better=False,
     against="picture",
 )
+PICTURE_EDGE_F1 = Fidelity(name="edge F1 to the picture", compare=picture_edge_f1, against="picture")
 RESTORED_PSNR = Fidelity(name="PSNR to the picture, dB", compare=psnr, against="picture")

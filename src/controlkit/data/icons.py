@@ -243,11 +243,22 @@ def _read_member(package: Path, member: str) -> dict:
         raise UserError(f"{package} is not an Iconify package: {member} cannot be read ({error})") from error
 
 
-def _render(icons: dict, name: str, size: int) -> np.ndarray:
+def render_svg(svg: str, size: int) -> np.ndarray:
+    """An SVG document as `uint8` RGBA `[size, size, 4]`.
+
+    Raises:
+        UserError: the `nano` extra is not installed.
+    """
     try:
         import resvg_py
     except ImportError as error:
         raise UserError("rendering icons needs resvg_py; run: pip install 'controlkit[nano]'") from error
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
+    image = Image.open(io.BytesIO(png)).convert("RGBA")
+    return np.asarray(image if image.size == (size, size) else image.resize((size, size)))
+
+
+def _render(icons: dict, name: str, size: int) -> np.ndarray:
     icon = icons["icons"][name]
     width = icon.get("width", icons.get("width", 16))
     height = icon.get("height", icons.get("height", 16))
@@ -255,6 +266,4 @@ def _render(icons: dict, name: str, size: int) -> np.ndarray:
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
         f' viewBox="0 0 {width} {height}" width="{size}" height="{size}">{icon["body"]}</svg>'
     )
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
-    image = Image.open(io.BytesIO(png)).convert("RGBA")
-    return np.asarray(image if image.size == (size, size) else image.resize((size, size)))
+    return render_svg(svg, size)

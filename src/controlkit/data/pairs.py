@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from controlkit.errors import UserError
-from controlkit.files import sha256_of
-from controlkit.images import read_image, resize_cover
+from controlkit.files import sha256_of, write_atomically
+from controlkit.images import read_image, resize_cover, write_png
 
 MANIFEST = "prompt.json"
 """JSON lines, one pair each: `{"source": condition image, "target": picture, "prompt": text}`, paths relative to
@@ -74,6 +74,22 @@ def read_pairs(folder: str | Path) -> list[Pair]:
         listed = "\n".join(problems[:_SHOWN])
         raise UserError(f"{len(problems)} problems in {manifest}; mend or remove these lines:\n{listed}{more}")
     return pairs
+
+
+def write_pairs(folder: str | Path, pairs: Iterable[tuple[np.ndarray, np.ndarray, str]]) -> int:
+    """Write `(condition image, picture, prompt)` as a folder that `read_pairs` reads; returns how many there are.
+
+    The manifest comes last, so a folder that has one is whole.
+    """
+    folder = Path(folder)
+    lines = []
+    for number, (source, target, prompt) in enumerate(pairs):
+        entry = {"source": f"source/{number:05d}.png", "target": f"target/{number:05d}.png", "prompt": prompt}
+        write_png(folder / entry["source"], Image.fromarray(source))
+        write_png(folder / entry["target"], Image.fromarray(target))
+        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    write_atomically(folder / MANIFEST, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
+    return len(lines)
 
 
 def split_pairs(pairs: Sequence[Pair], share: float = 0.1) -> tuple[list[Pair], list[Pair]]:

@@ -9,14 +9,17 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+Row = tuple[str | float | None, ...]
+"""First entry: the row's name; None where a number does not exist."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """One table of an evaluation."""
 
     title: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[str | float | None, ...], ...]
-    """First entry: the row's name; None where a number does not exist."""
+    rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     """What has to be said beside the numbers."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -25,6 +28,13 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+    def to_markdown(self) -> str:
+        """As documents show it."""
+        head = ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
+        body = ["| " + " | ".join(_show(value) for value in row) + " |" for row in self.rows]
+        notes = [f"\n{note}" for note in self.notes]
+        return "\n".join([f"**{self.title}**", "", *head, *body, *notes])
 
     def table(self) -> Table:
         """For `rich.print`."""

@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+_WARM_UP, _TIMED = 2, 6
+"""Steps before the first that is timed, and the step after which the first estimate is told."""
+
 
 class RunLog:
     """Writes `log.jsonl` (and TensorBoard events) in `folder` and prints progress with an estimate."""
@@ -17,7 +20,7 @@ class RunLog:
         self.path = folder / "log.jsonl"
         self.steps = steps
         self._first = first_step
-        self._started = time.monotonic()
+        self._started = self._warm = time.monotonic()
         kept = []
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
@@ -37,6 +40,18 @@ class RunLog:
         if self._board is not None:
             for key, value in values.items():
                 self._board.add_scalar(key, value, step)
+
+    def estimate(self, step: int) -> None:
+        """Call after every step: tells once, after a few steps, how long the rest will take."""
+        done = step - self._first
+        if done == _WARM_UP:
+            self._warm = time.monotonic()
+        if done == _TIMED and step < self.steps:
+            pace = (time.monotonic() - self._warm) / (_TIMED - _WARM_UP)
+            left = clock(pace * (self.steps - step))
+            print(
+                f"{self.steps - step} steps will take about {left}, previews not counted", file=sys.stderr, flush=True
+            )
 
     def say(self, step: int, values: dict[str, float]) -> None:
         """Progress on standard error, with the time that is left at the pace so far."""

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import yaml
 
 from controlkit.errors import UserError, nearest
+from controlkit.settings import build_settings, read_overrides
 
 _LEAST = {
     "steps": 1,
@@ -209,23 +210,17 @@ class CtrLoRABaseRecipe(SteeringRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptRecipe(Recipe):
-    """A CtrLoRA adapter for a new condition, from a folder of pairs."""
-
-    system: ClassVar[str] = "ctrlora-adapter"
+class PairsRecipe(Recipe, ABC):
+    """What training a control from a folder of pairs has in common."""
 
     pairs: str
     """Folder with `prompt.json` (JSON lines of source, target, prompt) and its files."""
-    control: str
-    """The base control: a file, or the name of one that ships."""
     base: str = "nano"
     """The base that it steers."""
-    name: str = "adapter"
-    """Name of the adapter and of its file."""
+    name: str = "control"
+    """Name of the control and of its file."""
     condition: str = "identity"
     """Condition by which fidelity is scored; `identity` compares the result with the true picture."""
-    rank: int = 8
-    """Of every LoRA."""
     steps: int = 500
     """Optimiser steps in all."""
     batch_size: int = 16
@@ -237,7 +232,7 @@ class AdaptRecipe(Recipe):
     held_out: float = 0.1
     """Share of the pairs that are not trained on, and judged by."""
     prompt_drop: float = 0.3
-    """Share of prompts replaced by the empty prompt (0.3 in the reference)."""
+    """Share of prompts replaced by the empty prompt (0.3 in CtrLoRA's reference)."""
     score_pictures: int = 16
     """Held-out pairs on which each preview scores condition following."""
 
@@ -253,12 +248,55 @@ class AdaptRecipe(Recipe):
             raise UserError(f"name is {self.name!r}; it must do as the name of a file")
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdaptRecipe(PairsRecipe):
+    """A CtrLoRA adapter for a new condition, from a folder of pairs."""
+
+    system: ClassVar[str] = "ctrlora-adapter"
+
+    control: str
+    """The base control: a file, or the name of one that ships."""
+    name: str = "adapter"
+    """Name of the adapter and of its file."""
+    rank: int = 8
+    """Of every LoRA."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CtrLoRAFullRecipe(PairsRecipe):
+    """CtrLoRA's network, all of it trained for one condition, from a folder of pairs."""
+
+    system: ClassVar[str] = "ctrlora-full"
+
+    control: str | None = None
+    """The base control to start from; None starts from a copy of the base's encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetPairsRecipe(PairsRecipe):
+    """A ControlNet from a folder of pairs. Half the prompts are dropped (Zhang et al. 2023, section 3.3)."""
+
+    system: ClassVar[str] = "controlnet-pairs"
+
+    prompt_drop: float = 0.5
+    """Share of prompts replaced by the empty prompt."""
+
+
 def _summary(recipe: Recipe) -> dict[str, Any]:
     return {key: getattr(recipe, key) for key in ("steps", "batch_size", "learning_rate", "prompt_drop", "seed")}
 
 
 RECIPES: dict[str, type[Recipe]] = {
-    kind.system: kind for kind in (AutoencoderRecipe, BaseRecipe, ControlNetRecipe, CtrLoRABaseRecipe, AdaptRecipe)
+    kind.system: kind
+    for kind in (
+        AutoencoderRecipe,
+        BaseRecipe,
+        ControlNetRecipe,
+        ControlNetPairsRecipe,
+        CtrLoRABaseRecipe,
+        CtrLoRAFullRecipe,
+        AdaptRecipe,
+    )
 }
 """Every system that `controlkit train` trains."""
 
@@ -279,14 +317,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"the recipe {path} must be a mapping of settings, not {type(values).__name__}")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"--set {override}: expected key=value")
-        try:
-            values[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {override}: {value!r} is not a YAML value") from error
+    values.update(read_overrides(overrides))
     return build_recipe(values, origin=str(path))
 
 
@@ -296,23 +327,4 @@ def build_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
     system = values.pop("system", None)
     if system not in RECIPES:
         raise UserError(f"{origin}: system is {system!r}{nearest(str(system), list(RECIPES))}")
-    kind = RECIPES[system]
-    known = [field.name for field in dataclasses.fields(kind)]
-    for key in values:
-        if key not in known:
-            raise UserError(f"{origin}: unknown key {str(key)!r} for system {system}{nearest(str(key), known)}")
-    return _typed(kind, values, origin)
-
-
-def _typed(kind: type[Recipe], values: dict[str, Any], origin: str) -> Recipe:
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind)
-    # YAML 1.1 reads 3e-4 as text; jsonargparse parses such text again against the field's type.
-    given = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-    try:
-        return kind(**parser.parse_object(given).as_dict())
-    except ArgumentError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{origin}: {reason}") from error
+    return build_settings(RECIPES[system], values, f"{origin}: system {system}")

@@ -10,8 +10,10 @@ from controlkit.training.recipe import (
     AdaptRecipe,
     AutoencoderRecipe,
     BaseRecipe,
+    ControlNetPairsRecipe,
     ControlNetRecipe,
     CtrLoRABaseRecipe,
+    CtrLoRAFullRecipe,
     Recipe,
 )
 from controlkit.training.trainer import train
@@ -45,6 +47,14 @@ def objective_of(recipe: Recipe) -> Objective:
         from controlkit.training.adapt import AdaptObjective
 
         return AdaptObjective(recipe, device)
+    if isinstance(recipe, CtrLoRAFullRecipe):
+        from controlkit.training.adapt import CtrLoRAFullObjective
+
+        return CtrLoRAFullObjective(recipe, device)
+    if isinstance(recipe, ControlNetPairsRecipe):
+        from controlkit.training.adapt import ControlNetPairsObjective
+
+        return ControlNetPairsObjective(recipe, device)
     raise UserError(f"no objective for system {recipe.system}")
 
 

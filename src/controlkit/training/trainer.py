@@ -94,6 +94,7 @@ def train(objective: Objective, recipe: Recipe) -> dict[str, float]:
                 average.step(parameters)
 
             done, last = step + 1, step + 1 == recipe.steps
+            log.estimate(done)
             previewed = done % recipe.preview_every == 0 or last
             if previewed:
                 with averaged(average, parameters):

@@ -1,0 +1,74 @@
+"""OpenMoji's line art with its coloured twins: pairs of a condition that people draw by hand.
+
+The npm package `openmoji` (CC BY-SA 4.0) has each emoji as black line art and in colour under one file name.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from controlkit.data.icons import Icon, caption_of, draw, render_svg
+from controlkit.errors import UserError
+
+_GROUPS = {
+    "activities",
+    "animals-nature",
+    "extras-openmoji",
+    "food-drink",
+    "objects",
+    "smileys-emotion",
+    "travel-places",
+}
+
+
+def openmoji_pairs(
+    package: str | Path, count: int, size: int = 64, seed: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
+    """`(line art, picture, caption)` of `count` emoji in random order, both `uint8 [size, size, 3]`.
+
+    The line art is black on white; the picture lies at the same scale and place over a background of a named
+    colour, which the caption tells and the line art does not.
+
+    Raises:
+        UserError: the file is not OpenMoji's npm package, or has fewer emoji.
+    """
+    try:
+        with tarfile.open(package) as archive:
+            members = {member.name: member for member in archive.getmembers()}
+
+            def read(name: str) -> bytes:
+                stream = archive.extractfile(members[f"package/{name}"])
+                assert stream is not None
+                return stream.read()
+
+            listed = [
+                entry
+                for entry in json.loads(read("data/openmoji.json"))
+                if entry["group"] in _GROUPS
+                and not entry["skintone"]
+                and all(f"package/{kind}/svg/{entry['hexcode']}.svg" in members for kind in ("black", "color"))
+            ]
+            if len(listed) < count:
+                raise UserError(f"{package} has {len(listed)} emoji of the wanted groups, not {count}")
+            order = np.random.default_rng(seed).permutation(len(listed))[:count]
+            for number in order:
+                entry = listed[number]
+                lines, picture = (
+                    Icon(
+                        concept=entry["annotation"],
+                        style="openmoji",
+                        rgba=render_svg(read(f"{kind}/svg/{entry['hexcode']}.svg").decode("utf-8"), 2 * size),
+                    )
+                    for kind in ("black", "color")
+                )
+                place = (seed, int(number), 11)
+                drawn = draw(picture, np.random.default_rng(place), size)
+                given = draw(lines, np.random.default_rng(place), size, colour="white", jitter=0)
+                yield given.image, drawn.image, caption_of(entry["annotation"], None, drawn.colour)
+    except (tarfile.TarError, KeyError, OSError, EOFError, json.JSONDecodeError) as error:
+        raise UserError(f"{package} is not OpenMoji's npm package ({error}); run: npm pack openmoji") from error

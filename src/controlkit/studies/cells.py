@@ -1,0 +1,150 @@
+"""One measured number of a study: a control trained in one way on one task, and judged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from controlkit import conditions
+from controlkit.bases.base import Base
+from controlkit.evaluation.base import draw_prompts, reconstruct
+from controlkit.evaluation.control import Judged, draw_controlled
+from controlkit.evaluation.report import gap_closed
+from controlkit.files import sha256_of, write_atomically
+from controlkit.images import contact_sheet, write_png
+from controlkit.sampling.request import DEFAULT_GUIDANCE
+from controlkit.training.pairs import PairsObjective
+from controlkit.training.recipe import PairsRecipe
+from controlkit.training.run import objective_of
+from controlkit.training.trainer import train
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A novel condition: pairs to learn it from, and pictures to be judged by."""
+
+    name: str
+    condition: conditions.Condition
+    """By which fidelity is scored."""
+    pairs: Path
+    held_out: float
+    """Share of the pairs that is not trained on."""
+    judged: Judged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What was measured, and the result."""
+
+    task: str
+    method: str
+    rank: int | None
+    pairs: int
+    steps: int
+    rate: float
+    score: float
+    baseline: float
+    ceiling: float
+    parameters: int
+    """That were trained."""
+    run: str
+    """Name of the training run's folder."""
+    seconds: float
+    """From loading to the last step, on the machine that ran it."""
+
+    @property
+    def gap_closed(self) -> float:
+        """0 as good as no control, 1 as good as the true picture through the autoencoder."""
+        return gap_closed(self.baseline, self.score, self.ceiling)
+
+
+class Bench:
+    """Trains and judges cells once; what is in `results.jsonl` of `folder` is not done again.
+
+    Args:
+        setting: whatever else the numbers depend on (base, base control, ...); others get files of their own.
+    """
+
+    def __init__(self, folder: Path, base: Base, setting: Sequence[str], *, sampling_steps: int) -> None:
+        self.folder = folder
+        self.base = base
+        self.key = sha256_of(base.fingerprint, str(sampling_steps), *setting)[:12]
+        self.sampling_steps = sampling_steps
+        self.path = folder / f"results-{self.key}.jsonl"
+        self._kept: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                entry = json.loads(line)
+                self._kept[entry.pop("id")] = entry
+        self._ends: dict[str, tuple[float, float]] = {}
+
+    def cell(self, task: Task, method: str, recipe: PairsRecipe) -> Cell:
+        """Train by `recipe` (going on from fewer steps where that was done) and judge on the task's pictures."""
+        identity = sha256_of(task.name, method, repr(sorted(dataclasses.asdict(recipe).items())))
+        if identity not in self._kept:
+            self._kept[identity] = dataclasses.asdict(self._measure(task, method, recipe))
+            lines = "".join(json.dumps({"id": key, **entry}) + "\n" for key, entry in self._kept.items())
+            write_atomically(self.path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
+        return Cell(**self._kept[identity])
+
+    def sheet_path(self, run: str, steps: int) -> Path:
+        """The first pictures that a cell drew, in a row."""
+        return self.folder / "pictures" / self.key / f"{run}-{steps:05d}.png"
+
+    def _measure(self, task: Task, method: str, recipe: PairsRecipe) -> Cell:
+        print(f"{task.name}: {method}, {recipe.steps} steps", file=sys.stderr)
+        started = time.perf_counter()
+        objective = objective_of(recipe)
+        assert isinstance(objective, PairsObjective)
+        train(objective, recipe)
+        seconds = time.perf_counter() - started
+        control = objective.control.eval()
+        results = draw_controlled(self.base, control, task.judged, steps=self.sampling_steps, guidance=DEFAULT_GUIDANCE)
+        baseline, ceiling = self._ends_of(task)
+        score = _score(task, results)
+        rows = [[Image.fromarray(image) for image in results[:_SHOWN]]]
+        write_png(self.sheet_path(Path(recipe.out).name, recipe.steps), contact_sheet(rows, cell=self.base.size, gap=0))
+        closed = gap_closed(baseline, score, ceiling)
+        print(f"{task.name}: {method}, {recipe.steps} steps: {score:.3f}, gap closed {closed:.2f}", file=sys.stderr)
+        return Cell(
+            task=task.name,
+            method=method,
+            rank=getattr(recipe, "rank", None),
+            pairs=len(objective.pairs),
+            steps=recipe.steps,
+            rate=recipe.learning_rate,
+            score=score,
+            baseline=baseline,
+            ceiling=ceiling,
+            parameters=sum(parameter.numel() for parameter in objective.parameters()),
+            seconds=seconds + self._seconds_before(recipe),
+            run=Path(recipe.out).name,
+        )
+
+    def _seconds_before(self, recipe: PairsRecipe) -> float:
+        """What the same run took with fewer steps."""
+        same = [entry for entry in self._kept.values() if entry["run"] == Path(recipe.out).name]
+        return max((entry["seconds"] for entry in same if entry["steps"] < recipe.steps), default=0.0)
+
+    def _ends_of(self, task: Task) -> tuple[float, float]:
+        """Baseline (no control, same prompts and seeds) and ceiling (the truth through the autoencoder)."""
+        if task.name not in self._ends:
+            without = draw_prompts(self.base, task.judged.prompts, self.sampling_steps, DEFAULT_GUIDANCE)
+            self._ends[task.name] = (_score(task, without), _score(task, reconstruct(self.base, task.judged.truths)))
+        return self._ends[task.name]
+
+
+def _score(task: Task, results: Sequence[np.ndarray]) -> float:
+    every = zip(task.judged.given, results, task.judged.truths, strict=True)
+    return float(np.mean([task.condition.score(given, result, truth) for given, result, truth in every]))

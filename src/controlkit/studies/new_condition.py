@@ -1,0 +1,420 @@
+"""`controlkit study new-condition`: does an adapter learn a new condition faster than a ControlNet?
+
+The experiments of Xu et al. 2025 (arXiv 2410.09400: figure 6 and table 3, table 4, figures 8 and 9) on a small base:
+every method sees the same pairs, in the same order, for the same steps, and draws the same pictures from the same
+noise. The learning rate is constant, so that one run gives all its budgets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controlkit import conditions
+from controlkit.bases.base import Base
+from controlkit.bases.load import load_base
+from controlkit.checkpoints.controls import find_control
+from controlkit.checkpoints.files import read_metadata
+from controlkit.data.icons import TRAINED_STYLES, IconSets, draw
+from controlkit.data.pairs import MANIFEST, read_pairs, split_pairs, write_pairs
+from controlkit.errors import UserError, nearest
+from controlkit.evaluation.control import judged_drawings, judged_pairs
+from controlkit.evaluation.pictures import evaluation_set
+from controlkit.evaluation.report import Report, Row
+from controlkit.files import write_atomically
+from controlkit.studies.cells import Bench, Cell, Task
+from controlkit.training.recipe import PairsRecipe, build_recipe
+
+ADAPTER, CONTROLNET = "adapter", "ControlNet"
+LATENT_INPUT, FULL_TUNING = "+ VAE embedding", "+ base initialisation"
+
+METHODS: dict[str, dict[str, Any]] = {
+    CONTROLNET: {"system": "controlnet-pairs", "prompt_drop": 0.3},
+    LATENT_INPUT: {"system": "ctrlora-full", "control": None},
+    FULL_TUNING: {"system": "ctrlora-full"},
+    ADAPTER: {"system": "ctrlora-adapter"},
+}
+"""The rows of the ablation (Xu et al. 2025, table 4), each with one thing more than the row above: the ControlNet; the
+autoencoder in place of its hint network and no x_t; the base control's weights to start from; LoRA in place of tuning
+them all. The share of dropped prompts is the same for all."""
+
+PARTS = {
+    "rates": "the learning rate of each method, on a condition that no other part uses",
+    "budgets": "adapter against ControlNet at growing numbers of steps, on every condition",
+    "ablation": "from the ControlNet to the adapter, one change at a time",
+    "ranks": "the adapter at growing ranks",
+    "pairs": "the adapter with growing numbers of pairs",
+}
+
+RATES = {CONTROLNET: 5e-4, LATENT_INPUT: 5e-4, FULL_TUNING: 5e-4, ADAPTER: 1e-3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewCondition:
+    """Settings of the study. The defaults are those of the tables in docs/ctrlora.md."""
+
+    out: str = "runs/study/new-condition"
+    """Folder for pairs, runs, results, tables and the figure."""
+    base: str = "nano"
+    """The base."""
+    control: str = "nano/base"
+    """The base control that adapters are made on."""
+    icons: str = "data/nano/icons.npz"
+    """Rendered icons (`recipes/nano/build_pictures.py`), from which the pairs are made."""
+    conditions: tuple[str, ...] = ("palette", "pixel", "lineart_color_hints", "haze")
+    """Novel conditions, computed from pictures of icons."""
+    given: tuple[str, ...] = ()
+    """More conditions from folders of pairs, each as NAME=FOLDER or NAME=FOLDER@CONDITION, scored by CONDITION."""
+    parts: tuple[str, ...] = ("budgets", "ablation", "ranks", "pairs")
+    """What is run, of `PARTS`."""
+    budgets: tuple[int, ...] = (25, 50, 100, 250, 500, 1000)
+    """Optimiser steps."""
+    pairs: int = 1000
+    """Pairs to learn from."""
+    batch_size: int = 16
+    """Pairs a step."""
+    rank: int = 8
+    """Of the adapters, where ranks are not compared."""
+    detail: str = "lineart_color_hints"
+    """The condition of the ablation, the ranks and the numbers of pairs."""
+    ranks: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
+    """Ranks that are compared."""
+    pair_counts: tuple[int, ...] = (100, 300, 1000, 3000, 5000)
+    """Numbers of pairs that are compared."""
+    detail_steps: int = 500
+    """Steps at which ranks and numbers of pairs are compared."""
+    rate_condition: str = "lineart_xdog"
+    """The condition on which learning rates are compared."""
+    rates: tuple[float, ...] = (3e-4, 5e-4, 1e-3, 2e-3)
+    """Learning rates that are compared."""
+    rate_steps: int = 250
+    """Steps at which they are."""
+    pictures: int = 64
+    """Held-out pictures that each control draws."""
+    sampling_steps: int = 10
+    """DDIM steps of these."""
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if part not in PARTS:
+                raise UserError(f"there is no part called {part!r}{nearest(part, list(PARTS))}")
+        for name in (*self.conditions, self.rate_condition):
+            conditions.find(name)
+        for name in self.given:
+            _parse_given(name)
+        counts = (*self.budgets, *self.ranks, *self.pair_counts, self.pairs, self.pictures, self.sampling_steps)
+        if min(counts) < 1 or not self.budgets:
+            raise UserError("steps, ranks and numbers of pairs and pictures must be at least 1")
+        known = [*self.conditions, *(_parse_given(name)[0] for name in self.given)]
+        if self.detail not in known:
+            raise UserError(f"detail is {self.detail!r}; it must be one of the study's conditions: {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What came out."""
+
+    reports: tuple[Report, ...]
+    cells: tuple[Cell, ...]
+    files: dict[str, Path]
+
+
+def run_new_condition(settings: NewCondition) -> Study:
+    """Run what is missing, and tell everything that was measured.
+
+    Raises:
+        UserError: icons, pairs or the base control are missing.
+    """
+    return _Run(settings).study()
+
+
+class _Run:
+    def __init__(self, settings: NewCondition) -> None:
+        self.settings = settings
+        self.out = Path(settings.out)
+        self.base: Base = load_base(settings.base)
+        control = find_control(settings.control)
+        fingerprint = read_metadata(control).get("control.fingerprint", "")
+        self.bench = Bench(self.out, self.base, [fingerprint], sampling_steps=settings.sampling_steps)
+        self._sets: IconSets | None = None
+
+    def study(self) -> Study:
+        made = {part: list(getattr(self, part)()) for part in PARTS if part in self.settings.parts}
+        reports = [report for part, cells in made.items() for report in _REPORTS[part](cells)]
+        cells = tuple(cell for group in made.values() for cell in group)
+        return Study(reports=tuple(reports), cells=cells, files=self._write(made, reports))
+
+    def rates(self) -> Iterator[Cell]:
+        task = self.task(self.settings.rate_condition, self.settings.pairs)
+        for method in (CONTROLNET, ADAPTER):
+            for rate in self.settings.rates:
+                yield self.cell(task, method, self.settings.rate_steps, rate=rate)
+
+    def budgets(self) -> Iterator[Cell]:
+        for name in self.names():
+            task = self.task(name, self.settings.pairs)
+            for method in (ADAPTER, CONTROLNET):
+                for steps in sorted(self.settings.budgets):
+                    yield self.cell(task, method, steps)
+
+    def ablation(self) -> Iterator[Cell]:
+        task = self.task(self.settings.detail, self.settings.pairs)
+        for method in METHODS:
+            for steps in sorted(self.settings.budgets):
+                yield self.cell(task, method, steps)
+
+    def ranks(self) -> Iterator[Cell]:
+        task = self.task(self.settings.detail, self.settings.pairs)
+        for rank in self.settings.ranks:
+            yield self.cell(task, ADAPTER, self.settings.detail_steps, rank=rank)
+
+    def pairs(self) -> Iterator[Cell]:
+        for count in self.settings.pair_counts:
+            yield self.cell(self.task(self.settings.detail, count), ADAPTER, self.settings.detail_steps)
+
+    def names(self) -> list[str]:
+        return [*self.settings.conditions, *(_parse_given(text)[0] for text in self.settings.given)]
+
+    def cell(self, task: Task, method: str, steps: int, *, rank: int | None = None, rate: float | None = None) -> Cell:
+        rate = RATES[method] if rate is None else rate
+        own: dict[str, Any] = dict(METHODS[method])
+        if method in (ADAPTER, FULL_TUNING):
+            own["control"] = self.settings.control
+        if method == ADAPTER:
+            own["rank"] = rank or self.settings.rank
+        label = "-".join(
+            [
+                task.pairs.name,
+                method.replace("+ ", "").replace(" ", "-"),
+                *([f"r{own['rank']}"] if "rank" in own else []),
+            ]
+        )
+        recipe = build_recipe(
+            {
+                **own,
+                "name": task.name,
+                "pairs": str(task.pairs),
+                "base": self.settings.base,
+                "condition": task.condition.name,
+                "held_out": task.held_out,
+                "out": str(self.out / "runs" / self.bench.key / f"{label}-{rate:g}"),
+                "steps": steps,
+                "batch_size": self.settings.batch_size,
+                "learning_rate": rate,
+                "final_rate": 1.0,
+                "warmup_steps": 10,
+                "save_every": 100,
+                "preview_every": 1_000_000,
+                "log_every": 50,
+                "score_pictures": 1,
+            },
+            origin="controlkit study",
+        )
+        assert isinstance(recipe, PairsRecipe)
+        return self.bench.cell(task, method, recipe)
+
+    def task(self, name: str, count: int) -> Task:
+        for text in self.settings.given:
+            called, folder, scored_by = _parse_given(text)
+            if called == name:
+                held_out = split_pairs(read_pairs(folder))[1]
+                return Task(
+                    name=name,
+                    condition=conditions.find(scored_by),
+                    pairs=folder,
+                    held_out=0.1,
+                    judged=judged_pairs(held_out[: self.settings.pictures], self.base.size),
+                )
+        condition = conditions.find(name)
+        pictures = evaluation_set("held-out").first(self.settings.pictures)
+        return Task(
+            name=name,
+            condition=condition,
+            pairs=self._first_pairs(condition, count),
+            held_out=0.0,
+            judged=judged_drawings(condition, pictures),
+        )
+
+    def _first_pairs(self, condition: conditions.Condition, count: int) -> Path:
+        """A folder whose manifest lists the first `count` of the condition's pairs."""
+        most = (
+            max(self.settings.pairs, *self.settings.pair_counts) if self._detailed(condition) else self.settings.pairs
+        )
+        whole = self.out / "pairs" / f"{condition.name}-{most}"
+        if not (whole / MANIFEST).is_file():
+            if self._sets is None:
+                self._sets = IconSets(self.settings.icons)
+            write_pairs(whole, icon_pairs(self._sets, condition, most))
+        folder = whole.with_name(f"{condition.name}-{count}")
+        if folder != whole and not (folder / MANIFEST).is_file():
+            lines = (whole / MANIFEST).read_text(encoding="utf-8").splitlines()[:count]
+            listed = "".join(_moved(line, f"../{whole.name}") + "\n" for line in lines)
+            write_atomically(folder / MANIFEST, lambda temporary: temporary.write_text(listed, encoding="utf-8"))
+        return folder
+
+    def _detailed(self, condition: conditions.Condition) -> bool:
+        return condition.name == self.settings.detail and "pairs" in self.settings.parts
+
+    def _write(self, made: Mapping[str, Sequence[Cell]], reports: Sequence[Report]) -> dict[str, Path]:
+        from controlkit.studies.figure import plot, sheet_of
+
+        files = {"table": self.out / f"new-condition-{self.bench.key}.md"}
+        text = "\n\n".join(report.to_markdown() for report in reports) + "\n"
+        write_atomically(files["table"], lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        files["figure"] = plot(made, self.out / f"new-condition-{self.bench.key}.png")
+        if "budgets" in made:
+            tasks = {name: self.task(name, self.settings.pairs) for name in self.names()}
+            files["pictures"] = sheet_of(made["budgets"], tasks, self.bench, self.settings.detail_steps)
+        return files
+
+
+def icon_pairs(
+    sets: IconSets, condition: conditions.Condition, count: int, seed: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
+    """`(condition image, picture, caption)` of `count` drawings of concepts that are not held out."""
+    icons = sets.select(styles=TRAINED_STYLES, held_out=False, drawable=True)
+    for number in range(count):
+        rng = np.random.default_rng((seed, number, 13))
+        drawing = draw(icons[int(rng.integers(len(icons)))], rng)
+        yield condition(drawing.image, **condition.random_parameters(rng)), drawing.image, drawing.caption
+
+
+def _moved(line: str, folder: str) -> str:
+    entry = json.loads(line)
+    for key in ("source", "target"):
+        entry[key] = f"{folder}/{entry[key]}"
+    return json.dumps(entry, ensure_ascii=False)
+
+
+def _parse_given(text: str) -> tuple[str, Path, str]:
+    """NAME=FOLDER@CONDITION => its parts; `identity` scores where no condition is named."""
+    name, equals, rest = text.partition("=")
+    folder, _, scored_by = rest.partition("@")
+    if not (name and equals and folder):
+        raise UserError(f"given pairs {text!r}: expected NAME=FOLDER or NAME=FOLDER@CONDITION")
+    return name, Path(folder), conditions.find(scored_by or "identity").name
+
+
+def _rates_report(cells: Iterable[Cell]) -> list[Report]:
+    rows = [(cell.method, f"{cell.rate:g}", cell.score, cell.gap_closed) for cell in cells]
+    return [
+        Report(
+            title="Learning rates: gap closed",
+            columns=("method", "rate", "score", "gap closed"),
+            rows=tuple(rows),
+            notes=("the best of each method is the rate of the other parts.",),
+        )
+    ]
+
+
+def _budgets_report(cells: Sequence[Cell]) -> list[Report]:
+    budgets = sorted({cell.steps for cell in cells})
+    by_row: dict[tuple[str, str], dict[int, Cell]] = {}
+    for cell in cells:
+        by_row.setdefault((cell.task, cell.method), {})[cell.steps] = cell
+    rows: list[Row] = [
+        (f"{task}: {method}", *(row[steps].gap_closed for steps in budgets)) for (task, method), row in by_row.items()
+    ]
+    ends = {cell.task: (cell.baseline, cell.ceiling) for cell in cells}
+    trained = {cell.method: cell.parameters for cell in cells}
+    notes = [f"trained: {', '.join(f'{method} {count:,} parameters' for method, count in trained.items())}."]
+    notes += [f"{task}: no control {low:.3f}, ceiling {high:.3f}." for task, (low, high) in ends.items()]
+    return [
+        Report(
+            title="Gap closed after so many steps",
+            columns=("condition: method", *(str(steps) for steps in budgets)),
+            rows=tuple(rows),
+            notes=tuple(notes),
+            facts={"claims": claims(cells)},
+        ),
+        _claims_report(claims(cells)),
+    ]
+
+
+def claims(cells: Iterable[Cell]) -> dict[str, dict[str, bool]]:
+    """The paper's claims, as far as these cells decide them: claim => condition => whether it holds here."""
+    score = {(cell.task, cell.method, cell.steps): cell.gap_closed for cell in cells}
+    size = {cell.method: cell.parameters for cell in cells}
+    tasks = sorted({task for task, _, _ in score})
+    budgets = sorted({steps for _, _, steps in score})
+    most = max(budgets)
+
+    def both(task: str, steps: int) -> tuple[float, float]:
+        return score[task, ADAPTER, steps], score[task, CONTROLNET, steps]
+
+    early = [steps for steps in budgets if steps <= 250]
+    found = {
+        "ahead at every budget up to 250 steps": {
+            task: all(adapter > other for adapter, other in (both(task, steps) for steps in early)) for task in tasks
+        },
+        f"level (within 0.02) or ahead at {most} steps": {
+            task: both(task, most)[0] >= both(task, most)[1] - 0.02 for task in tasks
+        },
+        "at most a tenth of the parameters": dict.fromkeys(tasks, size[ADAPTER] <= size[CONTROLNET] / 10),
+    }
+    if 500 in budgets:
+        found["gap closed at least 0.5 after 500 steps"] = {task: both(task, 500)[0] >= 0.5 for task in tasks}
+    return found
+
+
+def _claims_report(found: dict[str, dict[str, bool]]) -> Report:
+    tasks = sorted(next(iter(found.values())))
+    rows: list[Row] = [
+        (claim, *("yes" if by_task[task] else "NO" for task in tasks)) for claim, by_task in found.items()
+    ]
+    return Report(title="Does it reproduce? The adapter is", columns=("claim", *tasks), rows=tuple(rows))
+
+
+def _ablation_report(cells: Sequence[Cell]) -> list[Report]:
+    budgets = sorted({cell.steps for cell in cells})
+    methods = list(dict.fromkeys(cell.method for cell in cells))
+    at = {(cell.method, cell.steps): cell for cell in cells}
+    rows: list[Row] = []
+    for method in methods:
+        shown = "+ LoRA (the adapter)" if method == ADAPTER else method
+        parameters = at[method, budgets[0]].parameters
+        rows.append((shown, f"{parameters:,}", *(at[method, steps].gap_closed for steps in budgets)))
+    return [
+        Report(
+            title=f"Ablation on {cells[0].task}: gap closed after so many steps",
+            columns=("method", "trained", *(str(steps) for steps in budgets)),
+            rows=tuple(rows),
+        )
+    ]
+
+
+def _ranks_report(cells: Sequence[Cell]) -> list[Report]:
+    rows = [(str(cell.rank), f"{cell.parameters:,}", cell.score, cell.gap_closed) for cell in cells]
+    return [
+        Report(
+            title=f"Rank, on {cells[0].task}, {cells[0].steps} steps",
+            columns=("rank", "trained", "score", "gap closed"),
+            rows=tuple(rows),
+        )
+    ]
+
+
+def _pairs_report(cells: Sequence[Cell]) -> list[Report]:
+    rows = [(f"{cell.pairs}", cell.score, cell.gap_closed) for cell in cells]
+    return [
+        Report(
+            title=f"Pairs, on {cells[0].task}, {cells[0].steps} steps",
+            columns=("pairs", "score", "gap closed"),
+            rows=tuple(rows),
+            notes=("one pair of each number is held out for the previews.",),
+        )
+    ]
+
+
+_REPORTS = {
+    "rates": _rates_report,
+    "budgets": _budgets_report,
+    "ablation": _ablation_report,
+    "ranks": _ranks_report,
+    "pairs": _pairs_report,
+}

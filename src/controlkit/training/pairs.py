@@ -1,0 +1,155 @@
+"""Training a control on a folder of pairs: what does not change is computed once."""
+
+from __future__ import annotations
+
+import sys
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from controlkit import conditions
+from controlkit.bases.base import Base, Text
+from controlkit.bases.load import load_base
+from controlkit.controls.control import Control
+from controlkit.data.pairs import Pair, read_pairs, split_pairs
+from controlkit.files import sha256_of, write_atomically
+from controlkit.images import contact_sheet, to_images, to_tensor, write_png
+from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.sampler import sample_prompts
+from controlkit.training.drawings import weights_key
+from controlkit.training.objective import Objective, numpy_generator, torch_generator
+from controlkit.training.recipe import PairsRecipe
+from controlkit.training.steering import training_target
+
+_BATCH = 32
+_STRIP = 8
+
+
+class PairsObjective(Objective):
+    """The base's own loss with a control's residuals, on pairs; the base is frozen.
+
+    Latents of pictures, embeddings of prompts and of the empty prompt, and hints that no trained weight makes come
+    from a cache in the pairs' folder, keyed by their content; neither autoencoder nor text encoder runs in a step.
+    """
+
+    control: Control
+    """What is trained, or holds what is."""
+
+    def __init__(self, recipe: PairsRecipe, device: torch.device) -> None:
+        self.recipe = recipe
+        self.device = device
+        self.condition = conditions.find(recipe.condition)
+        self.pairs, self.held_out = split_pairs(read_pairs(recipe.pairs), recipe.held_out)
+        self.base = load_base(recipe.base, device=device)
+        self.scheduler = self.base.schedule()
+        self.cache = PairCache(Path(recipe.pairs) / ".controlkit", self.base, self.pairs)
+        self.latents = self.cache.latents()
+        self.tokens, self.prompt_of, self.empty = self.cache.texts()
+
+    @abstractmethod
+    def hints(self, chosen: Tensor) -> Tensor:
+        """Hints of the pairs whose indices are `chosen` `[B]`, on the device."""
+
+    def loss(self, step: int) -> Tensor:
+        generator = torch_generator(self.recipe.seed, step)
+        chosen = torch.from_numpy(
+            numpy_generator(self.recipe.seed, step).integers(len(self.latents), size=self.recipe.batch_size)
+        )
+        z = self.latents[chosen].float().to(self.device)
+        dropped = torch.rand(len(chosen), generator=generator) < self.recipe.prompt_drop
+        text = Text(self.tokens[torch.where(dropped, self.empty, self.prompt_of[chosen])].to(self.device))
+        noise = torch.randn(z.shape, generator=generator).to(self.device)
+        t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(z),), generator=generator).to(self.device)
+        x_t = self.scheduler.add_noise(z, noise, t)
+        prediction = self.base.predict(x_t, t, text, self.control(x_t, t, text, self.hints(chosen)))
+        return (prediction.float() - training_target(self.scheduler, z, noise, t)).pow(2).mean()
+
+    @torch.no_grad()
+    def preview(self, step: int, folder: Path) -> dict[str, float]:
+        pairs = self.held_out[: self.recipe.score_pictures]
+        images = [pair.images(self.base.size) for pair in pairs]
+        given, truths = [source for source, _ in images], [target for _, target in images]
+        hint = self.control.encode(to_tensor(given).to(self.device), self.base)
+        batches = sample_prompts(
+            self.base,
+            prompts=[pair.prompt for pair in pairs],
+            seeds=range(len(pairs)),
+            uses=[ActiveControl(self.control, hint)],
+            steps=10,
+        )
+        results = [image for batch in batches for image in to_images(batch)]
+        scores = [self.condition.score(g, np.asarray(r), t) for g, r, t in zip(given, results, truths, strict=True)]
+        rows = [
+            [Image.fromarray(image) for image in given[:_STRIP]],
+            results[:_STRIP],
+            [Image.fromarray(image) for image in truths[:_STRIP]],
+        ]
+        write_png(folder / f"{step:07d}.png", contact_sheet(rows, row_titles=("given", "result", "truth"), cell=96))
+        return {self.condition.fidelity.name: float(np.mean(scores))}
+
+
+class PairCache:
+    """What frozen networks make of the pairs, in fp16, one file for each kind of it.
+
+    Args:
+        folder: where the files are kept.
+    """
+
+    def __init__(self, folder: Path, base: Base, pairs: Sequence[Pair]) -> None:
+        self.folder = folder
+        self.base = base
+        self.pairs = pairs
+        self._vae_key = weights_key(base.vae)
+        self._content = sha256_of(*(pair.key() for pair in pairs))
+
+    def latents(self) -> Tensor:
+        """Scaled latents of the pictures `[N, C, h, w]`."""
+        return self._images("latents", 1, lambda x: self.base.encode_picture(x * 2 - 1))
+
+    def hints(self, control: Control) -> Tensor:
+        """Hints of a control whose `encode` has no weights but the base's autoencoder's."""
+        return self._images("hints", 0, lambda x: control.encode(x, self.base))
+
+    def texts(self) -> tuple[Tensor, Tensor, int]:
+        """Embeddings of all distinct prompts `[P, L, D]`, the index of each pair's `[N]`, and that of the empty one."""
+        prompts = sorted({pair.prompt for pair in self.pairs} | {""})
+        position = {prompt: index for index, prompt in enumerate(prompts)}
+        key = sha256_of(weights_key(self.base.text_encoder), str(self.base.dtype), *prompts)
+
+        def embed() -> list[Tensor]:
+            groups = (prompts[first : first + _BATCH] for first in range(0, len(prompts), _BATCH))
+            return [self.base.encode_text(group).tokens for group in groups]
+
+        tokens = self._kept("texts", key, f"embedding {len(prompts)} prompts", embed, self.base.dtype)
+        return tokens, torch.tensor([position[pair.prompt] for pair in self.pairs]), position[""]
+
+    def _images(self, kind: str, side: int, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        key = sha256_of(self._vae_key, str(self.base.size), self._content)
+
+        def run() -> list[Tensor]:
+            made = []
+            for first in range(0, len(self.pairs), _BATCH):
+                images = [pair.images(self.base.size)[side] for pair in self.pairs[first : first + _BATCH]]
+                made.append(encode(to_tensor(images).to(self.base.device)))
+            return made
+
+        return self._kept(kind, key, f"encoding {len(self.pairs)} pairs ({kind})", run, torch.float16)
+
+    def _kept(self, kind: str, key: str, what: str, make: Callable[[], list[Tensor]], dtype: torch.dtype) -> Tensor:
+        path = self.folder / f"{kind}-{key[:16]}.safetensors"
+        if path.exists():
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("key") == key:
+                    return file.get_tensor(kind)
+        print(f"{what} once, kept in {path}", file=sys.stderr, flush=True)
+        with torch.no_grad():
+            tensor = torch.cat([part.to("cpu", dtype) for part in make()])
+        write_atomically(path, lambda temporary: save_file({kind: tensor}, temporary, {"key": key}))
+        return tensor

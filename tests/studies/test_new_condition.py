@@ -1,0 +1,118 @@
+"""The study of new conditions at toy size: every part runs, resumes, and says what does not reproduce."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from controlkit.apps.cli import main
+from controlkit.checkpoints.ctrlora import save_base_control
+from controlkit.controls.base_control import BaseControl
+from controlkit.data.icons import IconSets, draw
+from controlkit.data.pairs import read_pairs, write_pairs
+from controlkit.errors import UserError
+from controlkit.studies.cells import Cell
+from controlkit.studies.new_condition import ADAPTER, CONTROLNET, NewCondition, claims, run_new_condition
+
+
+@pytest.fixture
+def settings(tiny_base, base_folder, icons_file, tmp_path):
+    control = tmp_path / "base.safetensors"
+    save_base_control(control, BaseControl.for_base(tiny_base), tiny_base, dtype=torch.float32)
+    return {
+        "out": str(tmp_path / "study"),
+        "base": str(base_folder),
+        "control": str(control),
+        "icons": str(icons_file),
+        "conditions": ("palette",),
+        "detail": "palette",
+        "parts": ("rates", "budgets", "ablation", "ranks", "pairs"),
+        "budgets": (1, 2),
+        "pairs": 6,
+        "batch_size": 2,
+        "rank": 2,
+        "ranks": (2, 3),
+        "pair_counts": (4, 6),
+        "detail_steps": 2,
+        "rates": (1e-3,),
+        "rate_steps": 1,
+        "pictures": 2,
+        "sampling_steps": 2,
+    }
+
+
+def test_every_part_runs_once_and_resumes(settings, tmp_path, capsys):
+    study = run_new_condition(NewCondition(**settings))
+    assert {report.title.split(":")[0].split(",")[0] for report in study.reports} == {
+        "Learning rates",
+        "Gap closed after so many steps",
+        "Does it reproduce? The adapter is",
+        "Ablation on palette",
+        "Rank",
+        "Pairs",
+    }
+    adapter = next(cell for cell in study.cells if cell.method == ADAPTER)
+    controlnet = next(cell for cell in study.cells if cell.method == CONTROLNET)
+    assert adapter.parameters < controlnet.parameters
+    assert all(path.is_file() for path in study.files.values())
+    assert "| palette: adapter |" in study.files["table"].read_text()
+
+    capsys.readouterr()
+    again = run_new_condition(NewCondition(**settings))
+    assert again.cells == study.cells
+    assert "steps" not in capsys.readouterr().err
+
+
+def test_pairs_of_ones_own_are_studied_and_judged_on_their_held_out_tenth(settings, icons_file, tmp_path, capsys):
+    folder = tmp_path / "mine"
+    drawings = [draw(icon, np.random.default_rng(0)) for icon in IconSets(icons_file).icons[:10]]
+    write_pairs(folder, [(drawing.image, drawing.image, drawing.caption) for drawing in drawings])
+    command = ["study", "new-condition", "--given", f"mine={folder}@canny", "--json"]
+    changes = {**settings, "conditions": [], "detail": "mine", "parts": ["budgets"], "budgets": [1]}
+    command += [word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    assert main(command) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert {cell["task"] for cell in made["cells"]} == {"mine"}
+    assert {cell["pairs"] for cell in made["cells"]} == {9}
+    assert len(read_pairs(folder)) == 10
+
+
+def test_wrong_settings_are_refused_before_anything_runs(settings):
+    for change, told in (
+        ({"parts": ("budget",)}, "budgets"),
+        ({"detail": "canny"}, "one of the study's conditions"),
+        ({"given": ("folder",)}, "NAME=FOLDER"),
+        ({"budgets": ()}, "at least 1"),
+    ):
+        with pytest.raises(UserError, match=told):
+            NewCondition(**{**settings, **change})
+
+
+def test_a_claim_that_fails_is_said_to_fail():
+    def cell(method, steps, score):
+        parameters = 10 if method == ADAPTER else 200
+        return Cell(
+            task="palette",
+            method=method,
+            rank=None,
+            pairs=6,
+            steps=steps,
+            rate=1e-3,
+            score=score,
+            baseline=0.0,
+            ceiling=1.0,
+            parameters=parameters,
+            run="r",
+            seconds=1.0,
+        )
+
+    good = [cell(ADAPTER, 100, 0.5), cell(CONTROLNET, 100, 0.1), cell(ADAPTER, 500, 0.4), cell(CONTROLNET, 500, 0.6)]
+    assert claims(good) == {
+        "ahead at every budget up to 250 steps": {"palette": True},
+        "level (within 0.02) or ahead at 500 steps": {"palette": False},
+        "at most a tenth of the parameters": {"palette": True},
+        "gap closed at least 0.5 after 500 steps": {"palette": False},
+    }
