@@ -2,28 +2,34 @@
 
     controlkit study new-condition
     controlkit study new-condition --given openmoji=data/openmoji-pairs@lineart_given --set budgets=[25,100]
+    controlkit study several-conditions
 
-It needs the rendered icons of recipes/nano/README.md, and a base control. `--help-settings` lists what `--set` takes.
+new-condition: an adapter against a ControlNet on conditions that the base control does not know, the ablation, ranks
+and numbers of pairs; it needs the rendered icons of recipes/nano/README.md.
+several-conditions: adapters together and alone, and what they cost.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from controlkit.apps.show import add_json, print_json, print_table
+
+STUDIES = ("new-condition", "several-conditions")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb. Defaults of the settings are those of the study's class."""
-    parser.add_argument("name", choices=("new-condition",), help="which study")
+    parser.add_argument("name", choices=STUDIES, help="which study")
     parser.add_argument(
         "--given",
         action="append",
         default=[],
         metavar="NAME=FOLDER[@CONDITION]",
-        help="also study a folder of pairs, scored by CONDITION",
+        help="new-condition: also study a folder of pairs, scored by CONDITION",
     )
-    parser.add_argument("--control", help="the base control: a file or a name")
+    parser.add_argument("--control", help="new-condition: the base control, a file or a name")
     parser.add_argument("--out", metavar="DIR", help="folder of the study")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="change a setting"
@@ -36,29 +42,32 @@ def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     from controlkit.settings import build_settings, describe_settings, read_overrides
     from controlkit.studies.new_condition import NewCondition, run_new_condition
+    from controlkit.studies.several_conditions import SeveralConditions, run_several_conditions
 
+    kind: type = NewCondition if args.name == "new-condition" else SeveralConditions
     if args.help_settings:
-        rows = [(name, str(default), told) for name, default, told in describe_settings(NewCondition)]
+        rows = [(name, str(default), told) for name, default, told in describe_settings(kind)]
         print_table(f"Settings of {args.name}", ("setting", "default", "what it is"), rows)
         return
     values = {name: getattr(args, name) for name in ("control", "out") if hasattr(args, name)}
     if args.given:
         values["given"] = tuple(args.given)
-    values |= read_overrides(args.settings)
-    made = run_new_condition(build_settings(NewCondition, values, f"study {args.name}"))
+    settings: Any = build_settings(kind, values | read_overrides(args.settings), f"study {args.name}")
+    result: dict[str, Any] = {}
+    if isinstance(settings, NewCondition):
+        made = run_new_condition(settings)
+        reports, files = made.reports, made.files
+        result["cells"] = [{**vars(cell), "gap_closed": cell.gap_closed} for cell in made.cells]
+    else:
+        mixed = run_several_conditions(settings)
+        reports, files = mixed.reports, mixed.files
     if args.json:
-        print_json(
-            {
-                "reports": [report.to_json() for report in made.reports],
-                "cells": [{**vars(cell), "gap_closed": cell.gap_closed} for cell in made.cells],
-                "files": made.files,
-            }
-        )
+        print_json({"reports": [report.to_json() for report in reports], "files": files, **result})
         return
 
     from rich import print as show
 
-    for report in made.reports:
+    for report in reports:
         show(report.table())
-    for kind, path in made.files.items():
-        print(f"{kind}: {path}")
+    for what, path in files.items():
+        print(f"{what}: {path}")

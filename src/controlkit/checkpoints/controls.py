@@ -7,12 +7,14 @@ ControlNet is read too.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.checkpoints.ctrlora import BASE_KIND, build_adapter, build_base
 from controlkit.checkpoints.files import control_metadata, read_tensors, short, write_tensors
@@ -72,13 +74,19 @@ def load_control(
 
 
 def shipped_controls() -> dict[str, Path]:
-    """Name -> file of every control that ships with nano."""
+    """Name -> file of every control that ships with nano.
+
+    `canny` is a ControlNet; `nano/base` is CtrLoRA's base control and `nano/NAME` are its adapters.
+    """
     folder = Path(str(files("controlkit") / "assets" / "controls"))
-    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.safetensors"))}
 
 
 def find_control(name: str | Path) -> Path:
-    """The file or folder that `name` means.
+    """The file or folder that `name` means: a path, or a control that ships.
+
+    Of those that ship, `palette` means `nano/palette` unless one is called just that, and other names of a
+    condition mean its control.
 
     Raises:
         UserError: there is none; the message names the nearest that ship.
@@ -87,8 +95,12 @@ def find_control(name: str | Path) -> Path:
     if path.exists():
         return path
     shipped = shipped_controls()
-    if str(name) in shipped:
-        return shipped[str(name)]
+    names = [str(name)]
+    with suppress(UserError):
+        names.append(conditions.find(str(name)).name)
+    for candidate in (form.format(wanted) for wanted in names for form in ("{}", "nano/{}")):
+        if candidate in shipped:
+            return shipped[candidate]
     raise UserError(f"there is no control called {str(name)!r} and no such file{nearest(str(name), list(shipped))}")
 
 

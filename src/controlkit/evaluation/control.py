@@ -33,6 +33,15 @@ class Judged:
     prompts: Sequence[str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Steer:
+    """A control, one condition image for each picture, and how much it counts."""
+
+    control: Control
+    given: Sequence[np.ndarray]
+    weight: float = 1.0
+
+
 def judged_drawings(condition: conditions.Condition, pictures: EvaluationSet) -> Judged:
     """The condition images of pictures that ship."""
     truths = [drawing.image for drawing in pictures.drawings]
@@ -74,7 +83,8 @@ def evaluate_control(
     for pictures in sets:
         judged = pictures if isinstance(pictures, Judged) else judged_drawings(condition, pictures)
         without = draw_prompts(base, judged.prompts, steps, guidance)
-        steered = draw_controlled(base, control, judged, steps=steps, guidance=guidance, weight=weight)
+        use = Steer(control=control, given=judged.given, weight=weight)
+        steered = draw_controlled(base, [use], judged.prompts, steps=steps, guidance=guidance)
         mirrored = reconstruct(base, judged.truths)
         baseline, value, ceiling = (_score(condition, judged, results) for results in (without, steered, mirrored))
         gap = gap_closed(baseline, value, ceiling)
@@ -104,25 +114,29 @@ def _score(condition: conditions.Condition, judged: Judged, results: Sequence[np
 
 def draw_controlled(
     base: Base,
-    control: Control,
-    judged: Judged,
+    uses: Sequence[Steer],
+    prompts: Sequence[str],
     *,
     steps: int,
     guidance: float,
-    weight: float = 1.0,
     batch_size: int = 16,
 ) -> list[np.ndarray]:
-    """One `uint8` picture for each condition image and its prompt; picture i has seed i."""
+    """One `uint8` picture for each prompt, under all of `uses`; picture i has seed i."""
     made: list[np.ndarray] = []
-    count = len(judged.prompts)
+    count = len(prompts)
     for first in range(0, count, batch_size):
         group = slice(first, min(first + batch_size, count))
-        hint = control.encode(to_tensor(judged.given[group]).to(base.device), base)
+        active = [
+            ActiveControl(
+                use.control, use.control.encode(to_tensor(use.given[group]).to(base.device), base), use.weight
+            )
+            for use in uses
+        ]
         for batch in sample_prompts(
             base,
-            prompts=judged.prompts[group],
+            prompts=prompts[group],
             seeds=range(group.start, group.stop),
-            uses=[ActiveControl(control, hint, weight)],
+            uses=active,
             steps=steps,
             guidance=guidance,
             batch_size=batch_size,

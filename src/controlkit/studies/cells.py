@@ -17,7 +17,7 @@ from PIL import Image
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.evaluation.base import draw_prompts, reconstruct
-from controlkit.evaluation.control import Judged, draw_controlled
+from controlkit.evaluation.control import Judged, Steer, draw_controlled
 from controlkit.evaluation.report import gap_closed
 from controlkit.files import sha256_of, write_atomically
 from controlkit.images import contact_sheet, write_png
@@ -110,7 +110,9 @@ class Bench:
         train(objective, recipe)
         seconds = time.perf_counter() - started
         control = objective.control.eval()
-        results = draw_controlled(self.base, control, task.judged, steps=self.sampling_steps, guidance=DEFAULT_GUIDANCE)
+        use = Steer(control=control, given=task.judged.given)
+        prompts = task.judged.prompts
+        results = draw_controlled(self.base, [use], prompts, steps=self.sampling_steps, guidance=DEFAULT_GUIDANCE)
         baseline, ceiling = self._ends_of(task)
         score = _score(task, results)
         rows = [[Image.fromarray(image) for image in results[:_SHOWN]]]
