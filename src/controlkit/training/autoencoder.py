@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from controlkit.data.icons import TRAINED_STYLES, Icon, IconSets, draw
 from controlkit.images import contact_sheet, to_images, to_tensor, write_png
-from controlkit.training.objective import Objective, numpy_generator, torch_generator
+from controlkit.training.objective import Objective, numpy_generator
 from controlkit.training.recipe import AutoencoderRecipe
 
 SIZE = 64
@@ -20,6 +20,8 @@ SIZE = 64
 
 class AutoencoderObjective(Objective):
     """L1, squared and gradient error, with a small KL term (Rombach et al. 2022, section 3.1, without a GAN)."""
+
+    recipe: AutoencoderRecipe
 
     def __init__(self, recipe: AutoencoderRecipe, device: torch.device) -> None:
         self.recipe = recipe
@@ -40,9 +42,9 @@ class AutoencoderObjective(Objective):
         )
 
     def loss(self, step: int) -> Tensor:
-        x = pictures(self.icons, self.recipe.batch_size, numpy_generator(self.recipe.seed, step)).to(self.device)
+        x = pictures(self.icons, self.recipe.batch_size, self.numpy_generator(step)).to(self.device)
         posterior = self.network.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=torch_generator(self.recipe.seed, step)).to(self.device)
+        noise = torch.randn(posterior.mean.shape, generator=self.torch_generator(step)).to(self.device)
         z = posterior.mean + posterior.std * noise
         error = self.network.decode(z).sample - x
         horizontal = (error[..., 1:] - error[..., :-1]).abs().mean()

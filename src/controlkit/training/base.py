@@ -19,7 +19,7 @@ from controlkit.files import write_json
 from controlkit.images import contact_sheet, to_images, write_png
 from controlkit.sampling.sampler import sample_prompts
 from controlkit.training.drawings import Drawings, weights_key
-from controlkit.training.objective import Objective, numpy_generator, torch_generator
+from controlkit.training.objective import Objective
 from controlkit.training.recipe import BaseRecipe
 
 MAX_TOKENS = 24
@@ -53,6 +53,8 @@ PREVIEW_PROMPTS = (
 class BaseObjective(Objective):
     """v-prediction (Salimans and Ho 2022) on latents of drawings that are encoded once."""
 
+    recipe: BaseRecipe
+
     def __init__(self, recipe: BaseRecipe, device: torch.device) -> None:
         self.recipe = recipe
         self.device = device
@@ -73,11 +75,11 @@ class BaseObjective(Objective):
         )
 
     def loss(self, step: int) -> Tensor:
-        rng = numpy_generator(self.recipe.seed, step)
+        rng = self.numpy_generator(step)
         chosen = rng.integers(len(self.drawings), size=self.recipe.batch_size)
         z = self.drawings.latents[torch.from_numpy(chosen)].float().to(self.device)
         text = self._text([self.drawings.prompt(int(index), rng, self.recipe.prompt_drop) for index in chosen])
-        generator = torch_generator(self.recipe.seed, step)
+        generator = self.torch_generator(step)
         noise = torch.randn(z.shape, generator=generator).to(self.device)
         t = torch.randint(0, 1000, (len(z),), generator=generator).to(self.device)
         x_t = self.scheduler.add_noise(z, noise, t)

@@ -9,7 +9,6 @@ from torch import nn
 
 from controlkit.checkpoints.controls import save_control
 from controlkit.checkpoints.ctrlora import save_adapter, save_base_control
-from controlkit.conditions import Condition
 from controlkit.controls.base_control import BaseControl
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet
@@ -24,14 +23,14 @@ class ControlNetObjective(SteeringObjective):
     def __init__(self, recipe: ControlNetRecipe, device: torch.device) -> None:
         super().__init__(recipe, device)
         torch.manual_seed(recipe.seed)
-        self.control = ControlNet.for_base(self.base, self.conditions[0].name).train()
+        self.control = ControlNet.for_base(self.base, recipe.condition).train()
         self.trained = nn.ModuleDict({"control": self.control})
 
-    def control_for(self, condition: Condition) -> Control:
+    def control_for(self, condition: str) -> Control:
         return self.control
 
     def save(self, folder: Path) -> list[Path]:
-        path = folder / f"{self.conditions[0].name}.safetensors"
+        path = folder / f"{self.names[0]}.safetensors"
         return [save_control(path, self.control, self.base, made=self.recipe.summary())]
 
 
@@ -44,19 +43,19 @@ class CtrLoRABaseObjective(SteeringObjective):
     def __init__(self, recipe: CtrLoRABaseRecipe, device: torch.device) -> None:
         super().__init__(recipe, device)
         self.base_control = BaseControl.for_base(self.base)
-        for index, condition in enumerate(self.conditions):
-            self.base_control.add_adapter(condition.name, recipe.rank, shares_base=True, seed=recipe.seed + index)
+        for index, name in enumerate(self.names):
+            self.base_control.add_adapter(name, recipe.rank, shares_base=True, seed=recipe.seed + index)
         self.base_control.train_base()
         self.base_control.train()
         self.trained = nn.ModuleDict({"control": self.base_control})
 
-    def control_for(self, condition: Condition) -> CtrLoRA:
-        return CtrLoRA(self.base_control, condition.name, condition.name)
+    def control_for(self, condition: str) -> CtrLoRA:
+        return CtrLoRA(self.base_control, condition, condition)
 
     def save(self, folder: Path) -> list[Path]:
         made = self.recipe.summary()
         shared = save_base_control(folder / "base.safetensors", self.base_control, self.base, made=made)
         return [shared] + [
-            save_adapter(folder / f"{c.name}.safetensors", self.control_for(c), self.base, "base", made=made)
-            for c in self.conditions
+            save_adapter(folder / f"{name}.safetensors", self.control_for(name), self.base, "base", made=made)
+            for name in self.names
         ]

@@ -67,6 +67,22 @@ class RunLog:
             self._board.close()
 
 
+class SilentLog:
+    """The log of a process that is not the first."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def estimate(self, step: int) -> None:
+        """Nothing."""
+
+    def say(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def clock(seconds: float) -> str:
     """`0:42`, `12:05` or `3:07:00`."""
     whole = int(seconds + 0.5)

@@ -9,12 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from controlkit.training.recipe import Recipe
+
 
 class Objective(ABC):
     """Networks, their loss and their score. The loop (`trainer.py`) knows nothing else about a system."""
 
     trained: nn.ModuleDict
     """The networks whose weights change, by the name they have in the state."""
+    recipe: Recipe
+    """What it was made from."""
+    process: int = 0
+    """Which of the processes that train together this is; each draws data and noise of its own."""
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the optimiser changes, always in the same order."""
@@ -22,7 +28,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, step: int) -> Tensor:
-        """The loss of optimiser step `step`; the same step always draws the same data and noise."""
+        """The loss of optimiser step `step`; the same step always draws the same data and noise (in each process)."""
 
     @abstractmethod
     def preview(self, step: int, folder: Path) -> dict[str, float]:
@@ -31,6 +37,19 @@ class Objective(ABC):
     @abstractmethod
     def save(self, folder: Path) -> list[Path]:
         """Write the finished networks into `folder`; returns what was written."""
+
+    def numpy_generator(self, step: int) -> np.random.Generator:
+        """What this process draws data with at a step."""
+        return numpy_generator(self.recipe.seed, step, self._purpose)
+
+    def torch_generator(self, step: int) -> torch.Generator:
+        """What this process draws noise with at a step."""
+        return torch_generator(self.recipe.seed, step, self._purpose)
+
+    @property
+    def _purpose(self) -> int:
+        # The first process draws what a run of one process draws; 1 is taken by the order of conditions.
+        return 0 if self.process == 0 else 1000 + self.process
 
 
 def numpy_generator(seed: int, step: int, purpose: int = 0) -> np.random.Generator:

@@ -24,7 +24,7 @@ from controlkit.images import contact_sheet, to_images, to_tensor, write_png
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample_prompts
 from controlkit.training.drawings import weights_key
-from controlkit.training.objective import Objective, numpy_generator, torch_generator
+from controlkit.training.objective import Objective
 from controlkit.training.recipe import PairsRecipe
 from controlkit.training.steering import training_target
 
@@ -41,6 +41,7 @@ class PairsObjective(Objective):
 
     control: Control
     """What is trained, or holds what is."""
+    recipe: PairsRecipe
 
     def __init__(self, recipe: PairsRecipe, device: torch.device) -> None:
         self.recipe = recipe
@@ -58,10 +59,8 @@ class PairsObjective(Objective):
         """Hints of the pairs whose indices are `chosen` `[B]`, on the device."""
 
     def loss(self, step: int) -> Tensor:
-        generator = torch_generator(self.recipe.seed, step)
-        chosen = torch.from_numpy(
-            numpy_generator(self.recipe.seed, step).integers(len(self.latents), size=self.recipe.batch_size)
-        )
+        generator = self.torch_generator(step)
+        chosen = torch.from_numpy(self.numpy_generator(step).integers(len(self.latents), size=self.recipe.batch_size))
         z = self.latents[chosen].float().to(self.device)
         dropped = torch.rand(len(chosen), generator=generator) < self.recipe.prompt_drop
         text = Text(self.tokens[torch.where(dropped, self.empty, self.prompt_of[chosen])].to(self.device))

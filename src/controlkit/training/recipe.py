@@ -149,10 +149,12 @@ class BaseRecipe(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringRecipe(Recipe, ABC):
-    """What training a control on a frozen base, on icons, has in common."""
+    """What training a control on a frozen base, on millions of pictures, has in common."""
 
-    icons: str
-    """File of rendered icons."""
+    icons: str | None = None
+    """File of rendered icons; or else"""
+    multigen: str | None = None
+    """folder of MultiGen-20M (`json_files`, `images`, `conditions`), whose tasks are the conditions."""
     base: str = "nano"
     """The base that it will steer."""
     variants: int = 4
@@ -161,6 +163,11 @@ class SteeringRecipe(Recipe, ABC):
     """Held-out pictures on which each preview scores condition following."""
     prompt_drop: float = 0.5
     """Share of prompts replaced by the empty prompt."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.icons is None) == (self.multigen is None):
+            raise UserError("give either icons or multigen: where the pictures come from")
 
     @property
     @abstractmethod

@@ -12,18 +12,16 @@ from PIL import Image
 from torch import Tensor
 
 from controlkit import conditions
-from controlkit.bases.base import Text
+from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
-from controlkit.bases.residuals import Residuals
-from controlkit.conditions import Condition
 from controlkit.controls.control import Control
-from controlkit.data.icons import TRAINED_STYLES, IconSets, draw
+from controlkit.errors import UserError
 from controlkit.images import contact_sheet, to_images, to_tensor, write_png
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample_prompts
-from controlkit.training.drawings import Drawings, weights_key
-from controlkit.training.objective import Objective, numpy_generator, torch_generator
+from controlkit.training.objective import Objective, numpy_generator
 from controlkit.training.recipe import SteeringRecipe
+from controlkit.training.sources import Held, IconSource, MultiGenSource, Source
 
 _STRIP = 8
 _PREVIEW_STEPS = 10
@@ -36,53 +34,43 @@ class SteeringObjective(Objective):
     pass through its decoder to the residuals only.
     """
 
+    recipe: SteeringRecipe
+
     def __init__(self, recipe: SteeringRecipe, device: torch.device) -> None:
         self.recipe = recipe
         self.device = device
-        self.conditions = [conditions.find(name) for name in recipe.condition_names]
+        self.names = recipe.condition_names
+        if recipe.icons is not None:
+            for name in self.names:
+                conditions.find(name)
         self.base = load_base(recipe.base, device=device)
         self.scheduler = self.base.schedule()
-        sets = IconSets(recipe.icons)
-        self.drawings = Drawings(
-            sets.select(styles=TRAINED_STYLES, held_out=False),
-            recipe.variants,
-            recipe.seed,
-            path=Path(recipe.out) / "latents.safetensors",
-            encode=lambda x: self.base.encode_picture(x.to(device)),
-            key=weights_key(self.base.vae),
-        )
-        rng = np.random.default_rng(0)
-        held_out = sets.select(styles=TRAINED_STYLES, held_out=True, drawable=True)
-        chosen = rng.permutation(len(held_out))[: recipe.score_pictures]
-        self.test = [draw(held_out[index], rng) for index in chosen]
+        self.source = _source(recipe, self.base)
 
     @abstractmethod
-    def control_for(self, condition: Condition) -> Control:
-        """The control that follows `condition`."""
+    def control_for(self, condition: str) -> Control:
+        """The control that follows the condition of this name."""
 
-    def condition_at(self, step: int) -> Condition:
-        """The condition of a step: rounds of all of them, each round in random order, so each is as frequent."""
-        count = len(self.conditions)
+    def condition_at(self, step: int) -> str:
+        """The condition of a step: rounds of all of them, each round in random order, so each is as frequent.
+
+        It is the same in every process, which keeps the number of optimiser steps of each the same.
+        """
+        count = len(self.names)
         order = numpy_generator(self.recipe.seed, step // count, 1).permutation(count)
-        return self.conditions[order[step % count]]
-
-    def residuals(self, condition: Condition, x_t: Tensor, t: Tensor, text: Text, images: Tensor) -> Residuals:
-        """Residuals of the control that follows `condition`, for condition images `[B, 3, H, W]` in [0, 1]."""
-        control = self.control_for(condition)
-        return control(x_t, t, text, control.encode(images, self.base))
+        return self.names[order[step % count]]
 
     def loss(self, step: int) -> Tensor:
         condition = self.condition_at(step)
-        rng = numpy_generator(self.recipe.seed, step)
-        chosen = [int(index) for index in rng.integers(len(self.drawings), size=self.recipe.batch_size)]
-        z = self.drawings.latents[torch.tensor(chosen)].float().to(self.device)
-        text = self.base.encode_text([self.drawings.prompt(index, rng, self.recipe.prompt_drop) for index in chosen])
-        images = [condition(self.drawings.draw(i).image, **condition.random_parameters(rng)) for i in chosen]
-        generator = torch_generator(self.recipe.seed, step)
+        rng = self.numpy_generator(step)
+        batch = self.source.batch(condition, rng, self.recipe.batch_size, self.recipe.prompt_drop)
+        z, text = batch.latents, self.base.encode_text(batch.prompts)
+        generator = self.torch_generator(step)
         noise = torch.randn(z.shape, generator=generator).to(self.device)
         t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(z),), generator=generator).to(self.device)
         x_t = self.scheduler.add_noise(z, noise, t)
-        residuals = self.residuals(condition, x_t, t, text, to_tensor(images).to(self.device))
+        control = self.control_for(condition)
+        residuals = control(x_t, t, text, control.encode(batch.images, self.base))
         prediction = self.base.predict(x_t, t, text, residuals)
         return (prediction.float() - training_target(self.scheduler, z, noise, t)).pow(2).mean()
 
@@ -91,34 +79,59 @@ class SteeringObjective(Objective):
         self.trained.eval()
         scores: dict[str, float] = {}
         rows, titles = [], []
-        for condition in self.conditions:
-            given, results, score = self._follow(condition)
-            scores[f"{condition.name}: {condition.fidelity.name}"] = score
-            rows += [[Image.fromarray(image) for image in given[:_STRIP]], results[:_STRIP]]
-            titles += [condition.name, "result"]
-        rows.append([Image.fromarray(drawing.image) for drawing in self.test[:_STRIP]])
-        write_png(folder / f"{step:07d}.png", contact_sheet(rows, row_titles=[*titles, "truth"], cell=96))
+        for name in self.names:
+            held = self.source.held_out(name)
+            results = self._follow(name, held)
+            score = _score(name, held, results)
+            if score is not None:
+                scores[f"{name}: {conditions.find(name).fidelity.name}"] = score
+            rows += [[Image.fromarray(image) for image in held.given[:_STRIP]], results[:_STRIP]]
+            titles += [name, "result"]
+        if isinstance(self.source, IconSource):
+            rows.append([Image.fromarray(image) for image in held.truths[:_STRIP]])
+            titles.append("truth")
+        write_png(folder / f"{step:07d}.png", contact_sheet(rows, row_titles=titles, cell=96))
         self.trained.train()
         return scores
 
-    def _follow(self, condition: Condition) -> tuple[list[np.ndarray], list[Image.Image], float]:
-        """Condition images of the held-out drawings, pictures under control from fixed seeds, and their score."""
-        control = self.control_for(condition)
-        given = [condition(drawing.image) for drawing in self.test]
-        hint = control.encode(to_tensor(given).to(self.device), self.base)
+    def _follow(self, name: str, held: Held) -> list[Image.Image]:
+        """Pictures under control of held-out condition images, from fixed seeds."""
+        control = self.control_for(name)
+        hint = control.encode(to_tensor(held.given).to(self.device), self.base)
         batches = sample_prompts(
             self.base,
-            prompts=[drawing.caption for drawing in self.test],
-            seeds=range(len(self.test)),
+            prompts=held.prompts,
+            seeds=range(len(held.prompts)),
             uses=[ActiveControl(control, hint)],
             steps=_PREVIEW_STEPS,
         )
-        results = [image for batch in batches for image in to_images(batch)]
-        scores = [
-            condition.score(image, np.asarray(result), drawing.image)
-            for image, result, drawing in zip(given, results, self.test, strict=True)
-        ]
-        return given, results, float(np.mean(scores))
+        return [image for batch in batches for image in to_images(batch)]
+
+
+def _source(recipe: SteeringRecipe, base: Base) -> Source:
+    if recipe.icons is not None:
+        return IconSource(
+            recipe.icons,
+            base,
+            variants=recipe.variants,
+            seed=recipe.seed,
+            folder=Path(recipe.out),
+            held_out=recipe.score_pictures,
+        )
+    assert recipe.multigen is not None  # the recipe refuses neither and both
+    return MultiGenSource(recipe.multigen, recipe.condition_names, base, held_out=recipe.score_pictures)
+
+
+def _score(name: str, held: Held, results: list[Image.Image]) -> float | None:
+    """Mean fidelity, or None for a condition that cannot be drawn here (it needs weights, or is not known)."""
+    try:
+        kind = conditions.find(name)
+    except UserError:
+        return None
+    if kind.requires is not None:
+        return None
+    every = zip(held.given, results, held.truths, strict=True)
+    return float(np.mean([kind.score(given, np.asarray(result), truth) for given, result, truth in every]))
 
 
 def training_target(scheduler: DDIMScheduler, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:

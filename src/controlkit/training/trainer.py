@@ -15,8 +15,9 @@ from diffusers.training_utils import EMAModel
 
 from controlkit.errors import UserError
 from controlkit.files import remove_leftovers, sha256_of, writable_folder, write_json
-from controlkit.training.log import RunLog
+from controlkit.training.log import RunLog, SilentLog
 from controlkit.training.objective import Objective
+from controlkit.training.processes import Processes
 from controlkit.training.recipe import Recipe
 from controlkit.training.state import load_state, restore, save_state
 
@@ -37,84 +38,113 @@ def train(objective: Objective, recipe: Recipe) -> dict[str, float]:
     """Train `objective` by `recipe`; a run that was interrupted, or has fewer steps, goes on where it was.
 
     Every step draws its data and noise from (seed, step), so an interrupted run ends with the weights of one that
-    was not. Ctrl-C saves the state and ends.
+    was not. Ctrl-C saves the state and ends. Under `accelerate launch` or `torchrun`, every process draws a batch of
+    its own and the gradients are averaged.
 
     Returns:
-        The last preview's scores and the last loss.
+        The last preview's scores.
 
     Raises:
         UserError: the folder holds a run of another recipe, or the loss is not finite (the last good state stays).
     """
-    folder = writable_folder(recipe.out)
-    parameters = objective.parameters()
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=recipe.learning_rate,
-        betas=(0.9, recipe.beta2),
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
-    average = EMAModel(parameters, decay=recipe.ema, use_ema_warmup=True, power=0.75) if recipe.ema else None
-    path = folder / "state.safetensors"
-    remove_leftovers(path)
-    first = _resume(path, recipe, objective, optimizer, average)
-    write_json(folder / "recipe.json", {"system": recipe.system, **dataclasses.asdict(recipe)})
+    return _Loop(objective, recipe).run()
 
-    log = RunLog(folder, first, recipe.steps)
-    scores: dict[str, float] = {}
 
-    def save(step: int) -> None:
-        save_state(
-            path,
-            step=step,
-            module=objective.trained,
-            optimizer=optimizer,
-            average=[] if average is None else [*average.shadow_params, torch.tensor(average.optimization_step)],
-            fingerprint=fingerprint(recipe),
+class _Loop:
+    def __init__(self, objective: Objective, recipe: Recipe) -> None:
+        self.objective = objective
+        self.recipe = recipe
+        self.folder = writable_folder(recipe.out)
+        self.path = self.folder / "state.safetensors"
+        self.parameters = objective.parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=recipe.learning_rate,
+            betas=(0.9, recipe.beta2),
+            weight_decay=recipe.weight_decay,
+            fused=True,
         )
+        self.average: EMAModel | None = None
+        if recipe.ema:
+            self.average = EMAModel(self.parameters, decay=recipe.ema, use_ema_warmup=True, power=0.75)
+        self.processes = Processes(self.parameters[0].device)
+        self.loss_of = self.processes.wrap(objective)
+        if self.processes.first:
+            remove_leftovers(self.path)
+        self.first = _resume(self.path, recipe, objective, self.optimizer, self.average)
+        if self.processes.first:
+            write_json(self.folder / "recipe.json", {"system": recipe.system, **dataclasses.asdict(recipe)})
+        self.log = RunLog(self.folder, self.first, recipe.steps) if self.processes.first else SilentLog()
+        self.scores: dict[str, float] = {}
 
-    with _interruptible() as interrupted:
-        for step in range(first, recipe.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(recipe, step)
-            with torch.autocast(_device_type(parameters), torch.bfloat16, enabled=recipe.precision == "bf16"):
-                loss = objective.loss(step)
-            value = loss.item()
-            if not math.isfinite(value):
-                log.close()
-                raise _diverged(f"the loss is {value}", step + 1, path)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.clip).item()
-            if not math.isfinite(norm):
-                log.close()
-                raise _diverged(f"the gradient's norm is {norm}", step + 1, path)
-            optimizer.step()
-            if average is not None:
-                average.step(parameters)
+    def run(self) -> dict[str, float]:
+        try:
+            with _interruptible() as interrupted:
+                for step in range(self.first, self.recipe.steps):
+                    loss = self._step(step)
+                    stop = self.processes.any(interrupted())
+                    if self.processes.first:
+                        self._report(step + 1, loss, stop)
+                    if stop:
+                        raise UserError(f"interrupted after step {step + 1}; run the same command again to go on")
+        finally:
+            self.log.close()
+        if self.processes.first:
+            if self.first >= self.recipe.steps:
+                self._preview(self.recipe.steps)
+            with averaged(self.average, self.parameters):
+                self.objective.save(self.folder)
+        self.processes.wait()
+        return self.scores
 
-            done, last = step + 1, step + 1 == recipe.steps
-            log.estimate(done)
-            previewed = done % recipe.preview_every == 0 or last
-            if previewed:
-                with averaged(average, parameters):
-                    scores = objective.preview(done, writable_folder(folder / "previews"))
-            if done % recipe.log_every == 0 or previewed:
-                now = {"loss": value, **(scores if previewed else {})}
-                log.write(done, {**now, "learning_rate": learning_rate_at(recipe, step)})
-                log.say(done, {"loss": value, **scores})
-            stop = interrupted()
-            if done % recipe.save_every == 0 or last or stop:
-                save(done)
-            if stop:
-                log.close()
-                raise UserError(f"interrupted after step {done}; run the same command again to go on")
-    log.close()
-    with averaged(average, parameters):
-        if first >= recipe.steps:
-            scores = objective.preview(recipe.steps, writable_folder(folder / "previews"))
-        objective.save(folder)
-    return scores
+    def _step(self, step: int) -> float:
+        """One optimiser step; returns its loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.recipe, step)
+        kind = self.parameters[0].device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            loss = self.loss_of(step)
+        value = self.processes.mean(loss)
+        if not math.isfinite(value):
+            raise _diverged(f"the loss is {value}", step + 1, self.path)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip).item()
+        if not math.isfinite(norm):
+            raise _diverged(f"the gradient's norm is {norm}", step + 1, self.path)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.step(self.parameters)
+        return value
+
+    def _report(self, done: int, loss: float, stop: bool) -> None:
+        """Preview, log and save where it is time to."""
+        recipe, last = self.recipe, done == self.recipe.steps
+        self.log.estimate(done)
+        previewed = done % recipe.preview_every == 0 or last
+        if previewed:
+            self._preview(done)
+        if done % recipe.log_every == 0 or previewed:
+            now = {"loss": loss, **(self.scores if previewed else {})}
+            self.log.write(done, {**now, "learning_rate": learning_rate_at(recipe, done - 1)})
+            self.log.say(done, {"loss": loss, **self.scores})
+        if done % recipe.save_every == 0 or last or stop:
+            self._save(done)
+
+    def _preview(self, step: int) -> None:
+        with averaged(self.average, self.parameters):
+            self.scores = self.objective.preview(step, writable_folder(self.folder / "previews"))
+
+    def _save(self, step: int) -> None:
+        average = self.average
+        save_state(
+            self.path,
+            step=step,
+            module=self.objective.trained,
+            optimizer=self.optimizer,
+            average=[] if average is None else [*average.shadow_params, torch.tensor(average.optimization_step)],
+            fingerprint=fingerprint(self.recipe),
+        )
 
 
 def learning_rate_at(recipe: Recipe, step: int) -> float:
@@ -125,8 +155,12 @@ def learning_rate_at(recipe: Recipe, step: int) -> float:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """Hash of the settings that a continuation must share with the run that it continues."""
-    fixed = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in _MAY_CHANGE}
+    """Hash of the settings that a continuation must share with the run that it continues.
+
+    Settings that are None do not count, so that runs go on when a later version has new optional ones.
+    """
+    settings = dataclasses.asdict(recipe).items()
+    fixed = {key: value for key, value in settings if key not in _MAY_CHANGE and value is not None}
     return sha256_of(recipe.system, repr(sorted(fixed.items())))
 
 
@@ -171,10 +205,6 @@ def _resume(
 def _diverged(what: str, step: int, path: Path) -> UserError:
     kept = f"the last good state is kept in {path}" if path.exists() else "no state had been saved yet"
     return UserError(f"{what} at step {step}; {kept}. Lower learning_rate, or look at the data of this step")
-
-
-def _device_type(parameters: list[torch.nn.Parameter]) -> str:
-    return parameters[0].device.type
 
 
 @contextmanager

@@ -1,0 +1,109 @@
+"""MultiGen-20M (Qin et al. 2023, arXiv 2305.11147): 2.8 million pictures with the conditions of a dozen tasks.
+
+Its folder holds `json_files/aesthetics_plus_all_group_TASK_all.json`, JSON lines with `source` (a path below
+`images/`), `prompt` and `control_TASK` (a path below `conditions/`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from controlkit.errors import UserError, nearest
+from controlkit.images import read_image
+
+_CONTROL_KEYS = {"segbase": "control_seg"}
+_BLOCK = 1 << 24
+
+
+class MultiGen:
+    """One task of MultiGen-20M, read where it lies.
+
+    Only the places of the lines are held in memory (8 bytes each), not the lines.
+
+    Args:
+        folder: with `json_files`, `images` and `conditions`.
+        task: such as `hed`, `canny`, `depth`.
+
+    Raises:
+        UserError: the folder has no such task.
+    """
+
+    def __init__(self, folder: str | Path, task: str) -> None:
+        self.folder = Path(folder)
+        self.task = task
+        self.path = self.folder / "json_files" / f"aesthetics_plus_all_group_{task}_all.json"
+        if not self.path.is_file():
+            stem, end = "aesthetics_plus_all_group_", "_all.json"
+            found = [p.name.removeprefix(stem).removesuffix(end) for p in self.path.parent.glob(f"{stem}*{end}")]
+            raise UserError(f"MultiGen-20M in {self.folder} has no task {task!r}: no {self.path}{nearest(task, found)}")
+        self._starts = _line_starts(self.path)
+        if not len(self._starts):
+            raise UserError(f"{self.path} lists nothing")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def entry(self, index: int) -> tuple[Path, Path, str]:
+        """Paths of the condition image and of the picture, and the prompt, of line `index`.
+
+        Raises:
+            UserError: the line is not as described.
+        """
+        with self.path.open("rb") as stream:
+            stream.seek(int(self._starts[index]))
+            line = stream.readline()
+        try:
+            listed = json.loads(line)
+            control = listed[_CONTROL_KEYS.get(self.task, f"control_{self.task}")]
+            source, prompt = listed["source"], listed["prompt"]
+            return (
+                self.folder / "conditions" / control.removeprefix("./"),
+                self.folder / "images" / source.removeprefix("./"),
+                str(prompt),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.path}, line {index + 1}: not an entry of the task {self.task} ({error!r})"
+            ) from error
+
+    def pair(self, index: int, size: int, rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray, str]:
+        """Condition image and picture, both `uint8 [size, size, 3]`, and the prompt, of line `index`.
+
+        A square as long as the condition image's short side is cut from it (at a random place with `rng`, else the
+        centre) and the same part from the picture, which may have another resolution.
+
+        Raises:
+            UserError: a file is missing or torn.
+        """
+        condition_path, picture_path, prompt = self.entry(index)
+        condition, picture = (np.asarray(read_image(path)) for path in (condition_path, picture_path))
+        place = 0.5 if rng is None else float(rng.random())
+        return _square(condition, place, size), _square(picture, place, size), prompt
+
+
+def _square(image: np.ndarray, place: float, size: int) -> np.ndarray:
+    """The square of the short side at `place` (0 to 1) along the long side, scaled to `size`."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = round(place * (height - side)), round(place * (width - side))
+    part = image[top : top + side, left : left + side]
+    method = cv2.INTER_AREA if side > size else cv2.INTER_LANCZOS4
+    return part if side == size else cv2.resize(part, (size, size), interpolation=method)
+
+
+def _line_starts(path: Path) -> np.ndarray:
+    """Byte offsets of the lines of a file that are not empty."""
+    ends = [np.zeros(1, np.int64)]
+    length = 0
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            found = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+            ends.append(found + length + 1)
+            length += len(block)
+    starts = np.concatenate(ends)
+    stops = np.append(starts[1:], length)
+    return starts[stops - starts > 1]

@@ -1,0 +1,199 @@
+"""Base training of CtrLoRA: one condition a step, all equally often, from icons and from MultiGen-20M's layout."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from controlkit.bases.load import load_base
+from controlkit.checkpoints.controls import load_control
+from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.data.multigen import MultiGen
+from controlkit.errors import UserError
+from controlkit.training.control import CtrLoRABaseObjective
+from controlkit.training.recipe import CtrLoRABaseRecipe, read_recipe
+from controlkit.training.run import run
+from controlkit.training.sources import MultiGenSource
+from controlkit.training.trainer import train
+
+CPU = torch.device("cpu")
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def recipe(tmp_path, base_folder, icons_file):
+    return CtrLoRABaseRecipe(
+        out=str(tmp_path / "run"),
+        icons=str(icons_file),
+        base=str(base_folder),
+        conditions=("canny", "palette", "inpaint"),
+        rank=2,
+        steps=6,
+        batch_size=2,
+        variants=1,
+        score_pictures=2,
+        warmup_steps=0,
+        learning_rate=0.01,
+        preview_every=100,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def multigen(tmp_path):
+    """Two tasks of six pictures in MultiGen-20M's layout; conditions and pictures differ in resolution."""
+    folder = tmp_path / "multigen"
+    for task in ("canny", "hed"):
+        lines = []
+        for number in range(6):
+            blocks = np.random.default_rng(number).integers(0, 256, (12, 16, 3), np.uint8)
+            picture = Image.fromarray(blocks).resize((160, 120))
+            (folder / "images").mkdir(parents=True, exist_ok=True)
+            (folder / "conditions" / task).mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"images/{number}.jpg")
+            picture.convert("L").resize((80, 60)).save(folder / f"conditions/{task}/{number}.png")
+            entry = {"source": f"./{number}.jpg", "prompt": f"thing {number}"}
+            lines.append(json.dumps({**entry, f"control_{task}": f"./{task}/{number}.png"}))
+        (folder / "json_files").mkdir(exist_ok=True)
+        (folder / f"json_files/aesthetics_plus_all_group_{task}_all.json").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_every_condition_gets_the_same_number_of_optimiser_steps(recipe):
+    objective = CtrLoRABaseObjective(recipe, CPU)
+    counts = collections.Counter(objective.condition_at(step) for step in range(30))
+    assert set(counts.values()) == {10}
+    optimizers = []
+    original = torch.optim.AdamW
+
+    class Kept(original):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            optimizers.append(self)
+
+    torch.optim.AdamW = Kept
+    try:
+        train(objective, recipe)
+    finally:
+        torch.optim.AdamW = original
+    steps = {name: set() for name in recipe.conditions}
+    for name in recipe.conditions:
+        for parameter in objective.base_control.adapters[name].parameters():
+            steps[name].add(int(optimizers[0].state[parameter]["step"]))
+    assert steps == {name: {2} for name in recipe.conditions}
+
+
+def test_base_training_ends_with_a_base_and_whole_adapters(recipe, tmp_path, base_folder):
+    run(recipe)
+    base = load_base(base_folder)
+    for name in recipe.conditions:
+        control = load_control(tmp_path / "run" / f"{name}.safetensors", base)
+        assert isinstance(control, CtrLoRA) and control.condition == name
+    shared = load_control(tmp_path / "run" / "base.safetensors", base)
+    # The file of an adapter has its own copy of what base training shares.
+    path = next(path for path in control.base_control.layers if path.startswith("controlnet_down_blocks.0"))
+    mine = control.base_control.adapters[control.adapter].state_dict()[f"{path}.weight"]
+    assert torch.equal(mine, shared.network.state_dict()[f"{path}.weight"])
+
+
+def test_multigen_crops_condition_and_picture_alike(multigen):
+    lines = MultiGen(multigen, "canny")
+    assert len(lines) == 6
+    given, picture, prompt = lines.pair(3, 64, np.random.default_rng(0))
+    assert given.shape == picture.shape == (64, 64, 3) and prompt == "thing 3"
+    grey = np.asarray(Image.fromarray(picture).convert("L"), float)
+    assert np.corrcoef(grey.ravel(), given[..., 0].astype(float).ravel())[0, 1] > 0.95
+    shifted, _, _ = lines.pair(3, 64, np.random.default_rng(1))
+    assert not np.array_equal(given, shifted)
+    with pytest.raises(UserError, match=r"no task 'cany'.*canny"):
+        MultiGen(multigen, "cany")
+
+
+def test_torn_pairs_are_passed_over_and_told(multigen, tiny_base, capsys):
+    (multigen / "images/4.jpg").write_bytes(b"torn")
+    source = MultiGenSource(str(multigen), ["canny"], tiny_base, held_out=2)
+    batch = source.batch("canny", np.random.default_rng(0), 8, 0.5)
+    assert batch.images.shape == (8, 3, 64, 64) and batch.latents.shape == (8, 4, 16, 16)
+    assert set(batch.prompts) <= {"", "thing 2", "thing 3", "thing 5"}
+    assert "passed over" in capsys.readouterr().err
+    again = source.batch("canny", np.random.default_rng(0), 8, 0.5)
+    assert torch.equal(batch.images, again.images) and torch.equal(batch.latents, again.latents)
+    assert source.held_out("canny").prompts == ["thing 0", "thing 1"]
+    for number in (2, 3, 5):
+        (multigen / f"images/{number}.jpg").unlink()
+    with pytest.raises(UserError, match="in a row cannot be read"):
+        source.batch("canny", np.random.default_rng(0), 2, 0.5)
+
+
+def test_the_recipe_for_stable_diffusion_trains_on_multigen(multigen, base_folder, tmp_path):
+    recipe = read_recipe(
+        RECIPES / "sd15" / "ctrlora-base.yaml",
+        [
+            f"multigen={multigen}",
+            f"base={base_folder}",
+            f"out={tmp_path / 'run'}",
+            "conditions=[canny, hed]",
+            "rank=2",
+            "steps=2",
+            "batch_size=2",
+            "score_pictures=2",
+            "precision=fp32",
+            "device=cpu",
+        ],
+    )
+    scores = run(recipe)
+    # hed has no annotator without weights here, so only canny can be scored.
+    assert [name.partition(":")[0] for name in scores] == ["canny"]
+    assert (tmp_path / "run" / "hed.safetensors").is_file()
+
+
+def test_neither_or_both_sources_are_refused(recipe):
+    settings = {**vars(recipe), "icons": None}
+    with pytest.raises(UserError, match="either icons or multigen"):
+        CtrLoRABaseRecipe(**settings)
+
+
+def test_two_processes_average_their_gradients(recipe, tmp_path):
+    one = {**vars(recipe), "steps": 1, "out": str(tmp_path / "expected")}
+    objectives = []
+    for process in range(2):
+        objective = CtrLoRABaseObjective(CtrLoRABaseRecipe(**one), CPU)
+        objective.process = process
+        (objective.loss(0) / 2).backward()
+        objectives.append(objective)
+    expected = [
+        None if a.grad is None else a.grad + b.grad
+        for a, b in zip(objectives[0].parameters(), objectives[1].parameters(), strict=True)
+    ]
+    parameters = objectives[0].parameters()
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        parameter.grad = gradient
+    torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
+    torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), weight_decay=0.01).step()
+
+    out = tmp_path / "together"
+    settings = {"system": "ctrlora-base", **one, "out": str(out)}
+    (tmp_path / "recipe.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
+    made = subprocess.run(
+        [*command, "-m", "controlkit", "train", str(tmp_path / "recipe.json")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stderr.count("step 1/1") == 1
+    trained = load_control(out / "base.safetensors").network.state_dict()
+    wanted = objectives[0].base_control.network.state_dict()
+    for name, value in trained.items():
+        assert torch.allclose(value, wanted[name].half().float(), atol=2e-3), name
