@@ -117,3 +117,69 @@ def concepts(held_out: bool, count: int) -> list[str]:
 
     found = (name for name in (f"thing-{number}" for number in range(10_000)) if is_held_out(name) == held_out)
     return [next(found) for _ in range(count)]
+
+
+SDXL_PARTS = {
+    "unet": {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [16, 32],
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2],
+        "attention_head_dim": [2, 4],
+        "use_linear_projection": True,
+        "cross_attention_dim": 28,
+        "norm_num_groups": 8,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 4 * 6 + 12,
+    },
+    "vae": {
+        "block_out_channels": [8, 8, 16],
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "scaling_factor": 0.13025,
+        "force_upcast": True,
+    },
+    "text_encoder": {"hidden_size": 16, "projection_dim": 16, "hidden_act": "quick_gelu"},
+    "text_encoder_2": {"hidden_size": 12, "projection_dim": 12, "hidden_act": "gelu"},
+}
+"""The parts of a tiny Stable Diffusion XL, under the names of a diffusers folder."""
+
+_TINY_TEXT = {
+    "vocab_size": 49408,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 77,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
+
+
+def build_tiny_sdxl(seed: int = 0):
+    """A base with two text encoders and a UNet that is told sizes, 64 x 64 pictures, random weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from controlkit.bases.clip_tokenizer import clip_tokenizer
+    from controlkit.bases.sdxl import SDXLBase
+
+    torch.manual_seed(seed)
+    first, second = ({**_TINY_TEXT, **SDXL_PARTS[name]} for name in ("text_encoder", "text_encoder_2"))
+    return SDXLBase(
+        name="tiny-xl",
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(pad_token="!"),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**first)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**second)),
+        vae=AutoencoderKL(**SDXL_PARTS["vae"]),
+        unet=UNet2DConditionModel(**SDXL_PARTS["unet"]),
+        scheduler_config=dict(SD1_SCHEDULE),
+    )

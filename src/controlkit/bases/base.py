@@ -5,7 +5,7 @@ Everything inside is a diffusers or transformers class, so what diffusers loads 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,19 +22,43 @@ from controlkit.files import sha256_of
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded prompts."""
+    """Encoded prompts, and whatever else a base's networks are told besides x_t and t."""
 
     tokens: Tensor
-    """`[B, L, D]`, the last hidden states that cross attention reads."""
+    """`[B, L, D]`, the hidden states that cross attention reads."""
+    pooled: Tensor | None = None
+    """`[B, D2]`, one vector for each prompt (Stable Diffusion XL)."""
+    time_ids: Tensor | None = None
+    """`[B, 6]`, original size, crop and target size of the picture (Stable Diffusion XL)."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Text:
+        """The same change to every tensor."""
+        parts = (self.tokens, self.pooled, self.time_ids)
+        return Text(*(None if part is None else change(part) for part in parts))  # type: ignore[arg-type]
 
     def expand(self, batch: int) -> Text:
         """One prompt repeated `batch` times, without copying."""
-        return Text(self.tokens.expand(batch, -1, -1))
+        return self.map(lambda part: part.expand(batch, *part.shape[1:]))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that there are."""
+        return tuple(part for part in (self.tokens, self.pooled, self.time_ids) if part is not None)
+
+    def inputs(self) -> dict[str, Any]:
+        """As keyword arguments of diffusers' UNets and ControlNets."""
+        inputs: dict[str, Any] = {"encoder_hidden_states": self.tokens}
+        if self.pooled is not None:
+            inputs["added_cond_kwargs"] = {"text_embeds": self.pooled, "time_ids": self.time_ids}
+        return inputs
 
 
 def concatenate(*texts: Text) -> Text:
     """Texts one after another along the batch."""
-    return Text(torch.cat([text.tokens for text in texts]))
+    parts = zip(*(text.tensors() for text in texts), strict=True)
+    return Text(*(torch.cat(part) for part in parts))
 
 
 class Base:
@@ -65,8 +89,13 @@ class Base:
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
-        """The three networks."""
+        """All networks."""
         return (self.text_encoder, self.vae, self.unet)
+
+    @property
+    def text_encoders(self) -> tuple[nn.Module, ...]:
+        """Those that read prompts."""
+        return (self.text_encoder,)
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +113,8 @@ class Base:
             if device is not None:
                 network.to(device)
             if dtype is not None:
-                network.to(dtype)
+                upcast = network is self.vae and dtype == torch.float16 and needs_float32(self.vae)
+                network.to(torch.float32 if upcast else dtype)
         return self
 
     @property
@@ -125,21 +155,20 @@ class Base:
         return DDIMScheduler.from_config(self.scheduler_config)
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> Text:
-        """Prompts => `Text`; each is padded or cut to the tokenizer's length."""
-        ids = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
+    def encode_text(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Text:
+        """Prompts => `Text`; each is padded or cut to the tokenizer's length.
+
+        Args:
+            size: width and height of the pictures in pixels, which some bases are told; default: the base's own.
+        """
+        ids = token_ids(self.tokenizer, prompts)
         return Text(self.text_encoder(ids.to(self.text_encoder.device))[0])
 
     @torch.no_grad()
     def encode_picture(self, x: Tensor) -> Tensor:
         """Pictures => scaled latents (the mode of the posterior)."""
-        return self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
+        z = self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
+        return z.to(self.dtype)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -164,7 +193,7 @@ class Base:
         return self.unet(
             x_t,
             t,
-            encoder_hidden_states=text.tokens,
+            **text.inputs(),
             down_block_additional_residuals=down,
             mid_block_additional_residual=mid,
             return_dict=False,
@@ -181,3 +210,19 @@ class Base:
             if value < step or value % step:
                 near = max(step, round(value / step) * step)
                 raise UserError(f"{name} {value} does not fit {self.name}: it must be a multiple of {step}; try {near}")
+
+
+def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
+    """Prompts => token ids `[B, L]`, padded or cut to the tokenizer's length."""
+    return tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
+def needs_float32(vae: AutoencoderKL) -> bool:
+    """Whether an autoencoder's activations overflow float16 (Stable Diffusion XL's)."""
+    return bool(dict(vae.config).get("force_upcast", False))

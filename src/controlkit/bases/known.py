@@ -71,11 +71,87 @@ SD15_SCHEDULER: dict[str, Any] = {
 }
 """Noise schedule of Stable Diffusion 1.x."""
 
+SD21_UNET: dict[str, Any] = {
+    **SD15_UNET,
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}
+"""UNet of Stable Diffusion 2.x (865,910,724 parameters); the 512 x 512 models have a sample size of 64."""
+
+SD21_TEXT_ENCODER: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "projection_dim": 512,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 77,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+"""Text model of OpenCLIP ViT-H/14 without its last layer, whose output Stable Diffusion 2 does not use."""
+
+SD21_SCHEDULER: dict[str, Any] = {**SD15_SCHEDULER, "prediction_type": "v_prediction"}
+"""Noise schedule of the 768 x 768 models of Stable Diffusion 2.x; the 512 x 512 ones predict the noise."""
+
+SDXL_UNET: dict[str, Any] = {
+    **SD15_UNET,
+    "sample_size": 128,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+"""UNet of Stable Diffusion XL (2,567,463,684 parameters)."""
+
+SDXL_VAE: dict[str, Any] = {**SD15_VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
+"""Autoencoder of Stable Diffusion XL; its activations overflow float16."""
+
+SDXL_TEXT_ENCODER_2: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "projection_dim": 1280,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "max_position_embeddings": 77,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+"""Text model of OpenCLIP ViT-bigG/14 (694,659,840 parameters with its projection)."""
+
 KNOWN_BASES: dict[str, dict[str, dict[str, Any]]] = {
     "sd15": {
         "unet": SD15_UNET,
         "vae": SD15_VAE,
         "text_encoder": SD15_TEXT_ENCODER,
+        "scheduler": SD15_SCHEDULER,
+    },
+    "sd21": {
+        "unet": SD21_UNET,
+        "vae": {**SD15_VAE, "sample_size": 768},
+        "text_encoder": SD21_TEXT_ENCODER,
+        "scheduler": SD21_SCHEDULER,
+    },
+    "sdxl": {
+        "unet": SDXL_UNET,
+        "vae": SDXL_VAE,
+        "text_encoder": SD15_TEXT_ENCODER,
+        "text_encoder_2": SDXL_TEXT_ENCODER_2,
         "scheduler": SD15_SCHEDULER,
     },
 }

@@ -1,9 +1,10 @@
-"""A name or a folder -> a `Base`."""
+"""A name, a folder, a hub id or a single file -> a `Base`."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -13,10 +14,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from controlkit.bases.base import Base
+from controlkit.bases.base import Base, needs_float32
+from controlkit.bases.known import KNOWN_BASES
 from controlkit.errors import UserError
 
 NANO = "nano"
+SINGLE_FILES = (".safetensors", ".ckpt")
+"""What a checkpoint of a whole model in one file is called."""
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_FOLDER_PARTS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
+_WANTED_FROM_HUB = ["*.json", "*.txt", "*.model", "*.safetensors"]
+_UNWANTED_FROM_HUB = ["*fp16*", "*non_ema*", "*ema_only*", "*.bin", "safety_checker/*", "*/onnx*", "v1-5-*", "sd_xl_*"]
 
 
 def nano_folder() -> Path:
@@ -28,35 +37,100 @@ def nano_folder() -> Path:
     return Path(override) if override else Path(str(files("controlkit") / "assets" / "nano"))
 
 
-def load_base(name: str | Path = NANO, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Base:
-    """Load `nano` or a diffusers folder of a Stable Diffusion 1.x shaped model, frozen.
+def load_base(
+    name: str | Path = NANO,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    random_weights: bool = False,
+) -> Base:
+    """Load a base, frozen: Stable Diffusion 1.x, 2.x and XL, and whatever has their shape.
 
     Args:
-        name: `nano` or a path.
+        name: `nano`; a diffusers folder; a single `.safetensors` or `.ckpt` file; an id on the Hugging Face hub; or,
+            with `random_weights`, `sd15`, `sd21` or `sdxl`.
         dtype: float32 by default, whatever the files hold.
+        random_weights: of a known model without its files, for measuring speed and memory.
 
     Raises:
-        UserError: the folder is missing, incomplete, or of another kind of model, or there is no such device.
+        UserError: it is missing, incomplete, or another kind of model, or there is no such device.
     """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    folder = base_folder(name)
     dtype = dtype or torch.float32
     _check_device(device)
+    path = Path(name)
     try:
         with _quiet():
-            return Base(
-                name=str(name),
-                tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-                text_encoder=_whole(CLIPTextModel, folder / "text_encoder", dtype=dtype),
-                vae=_whole(AutoencoderKL, folder / "vae", torch_dtype=dtype),
-                unet=_whole(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
-                scheduler_config=json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
-            ).to(device=device)
+            if random_weights:
+                from controlkit.bases.random import random_base
+
+                base = random_base(str(name), dtype)
+            elif path.suffix in SINGLE_FILES and not path.is_dir():
+                from controlkit.bases.single_file import load_single_file
+
+                base = load_single_file(path, dtype)
+            else:
+                base = _load_folder(base_folder(name), str(name), dtype)
+            return base.to(device=device)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the base {name} cannot be loaded: {reason}") from error
+
+
+def base_folder(name: str | Path) -> Path:
+    """The whole diffusers folder that `name` means; one on the hub is fetched, or found where it was kept before.
+
+    Raises:
+        UserError: it is missing or incomplete.
+    """
+    if str(name) == NANO:
+        folder = nano_folder()
+    elif not Path(name).exists() and _HUB_ID.fullmatch(str(name)):
+        folder = _from_hub(str(name))
+    else:
+        folder = Path(name)
+    _check_folder(folder, str(name))
+    return folder
+
+
+def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Base:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from controlkit.bases.sdxl import SDXLBase
+
+    vae = _whole(AutoencoderKL, folder / "vae", torch_dtype=dtype)
+    if dtype == torch.float16 and needs_float32(vae):
+        vae.to(torch.float32)
+    parts: dict[str, Any] = {
+        "name": name,
+        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        "text_encoder": _whole(CLIPTextModel, folder / "text_encoder", dtype=dtype),
+        "vae": vae,
+        "unet": _whole(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
+        "scheduler_config": json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
+    }
+    if not (folder / "text_encoder_2").is_dir():
+        _check_unet(parts["unet"].config, name)
+        return Base(**parts)
+    return SDXLBase(
+        **parts,
+        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
+        text_encoder_2=_whole(CLIPTextModelWithProjection, folder / "text_encoder_2", dtype=dtype),
+        zero_empty=_zeros_for_empty(folder),
+    )
+
+
+def _check_unet(config: Any, name: str) -> None:
+    """Refuse a UNet that is told more than its folder has encoders for."""
+    if config.get("addition_embed_type") is not None:
+        raise UserError(f"the UNet of {name} reads a second text encoder, but there is no {name}/text_encoder_2")
+
+
+def _zeros_for_empty(folder: Path) -> bool:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return True
+    return bool(json.loads(index.read_text(encoding="utf-8")).get("force_zeros_for_empty_prompt", True))
 
 
 def _whole(kind: Any, folder: Path, **options: Any) -> Any:
@@ -65,6 +139,21 @@ def _whole(kind: Any, folder: Path, **options: Any) -> Any:
     if missing := sorted(told["missing_keys"]):
         raise ValueError(f"{folder.name} lacks {len(missing)} of its weights, such as {missing[0]}")
     return network
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        kept = snapshot_download(name, allow_patterns=_WANTED_FROM_HUB, ignore_patterns=_UNWANTED_FROM_HUB)
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"there is no folder {name}, and no model {name} came from the Hugging Face hub ({reason});"
+            " check the name and the connection, log in if it is gated, or give the path of a diffusers folder"
+        ) from error
+    return Path(kept)
 
 
 def _check_device(device: str | torch.device) -> None:
@@ -85,6 +174,7 @@ def _quiet() -> Iterator[None]:
     for library, _ in before:
         library.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
     try:
         yield
     finally:
@@ -92,35 +182,20 @@ def _quiet() -> Iterator[None]:
             library.set_verbosity(verbosity)
 
 
-def base_folder(name: str | Path) -> Path:
-    """The whole diffusers folder that `name` means.
-
-    Raises:
-        UserError: it is missing or incomplete.
-    """
-    folder = nano_folder() if str(name) == NANO else Path(name)
-    _check_folder(folder, str(name))
-    return folder
-
-
 def _check_folder(folder: Path, name: str) -> None:
     if not folder.is_dir():
-        raise UserError(f"there is no base at {name}; give `nano` or the path of a diffusers folder")
-    missing = [
-        part
-        for part in (
-            "unet/config.json",
-            "vae/config.json",
-            "text_encoder/config.json",
-            "scheduler/scheduler_config.json",
+        known = f"; {name} is known by its shape alone: inspect and --random-weights take it"
+        raise UserError(
+            f"there is no base at {name}; give `nano`, the path of a diffusers folder or of a single file, or a hub id"
+            f"{known if name in KNOWN_BASES else ''}"
         )
-        if not (folder / part).is_file()
-    ]
+    missing = [part for part in _FOLDER_PARTS if not (folder / part).is_file()]
     if missing:
         raise UserError(
             f"{name} is not a whole diffusers folder: {', '.join(missing)} missing;"
             " it needs unet, vae, text_encoder, tokenizer and scheduler"
         )
-    for part in ("unet", "vae", "text_encoder"):
+    encoders = ("text_encoder", "text_encoder_2") if (folder / "text_encoder_2").is_dir() else ("text_encoder",)
+    for part in ("unet", "vae", *encoders):
         if not list((folder / part).glob("*.safetensors")):
             raise UserError(f"{name}/{part} has no .safetensors file; other formats are not read")

@@ -58,10 +58,10 @@ class BaseControl(Control):
         """A new one: encoder and middle copied from `base`, zero convolutions; all of it trainable.
 
         Raises:
-            ValueError: the base's UNet reads more than time and text.
+            ValueError: the base's UNet reads a class.
         """
-        if base.unet.config.get("addition_embed_type") or base.unet.config.get("class_embed_type"):
-            raise ValueError(f"the UNet of {base.name} reads more than time and text; CtrLoRA passes only these")
+        if base.unet.config.get("class_embed_type"):
+            raise ValueError(f"the UNet of {base.name} reads a class besides time and text; CtrLoRA passes none")
         with torch.device("meta"):
             control = cls(network_of(dict(base.unet.config)))
         given = base.unet.state_dict()
@@ -253,7 +253,7 @@ class BaseControl(Control):
             ValueError: an adapter is not there, or the batch does not divide into the groups.
         """
         assert text is not None
-        batch = max(len(hint), len(text.tokens), t.numel())
+        batch = max(len(hint), len(text), t.numel())
         groups = len(self._selected if adapters is None else adapters)
         if groups > 1 and batch % groups:
             raise ValueError(f"a batch of {batch} does not divide into {groups} groups, one for each adapter")
@@ -261,7 +261,7 @@ class BaseControl(Control):
             down, mid = self.network(
                 hint.expand(batch, *hint.shape[1:]),
                 t.expand(batch),
-                encoder_hidden_states=text.expand(batch).tokens,
+                **text.expand(batch).inputs(),
                 controlnet_cond=hint.new_zeros(()),
                 return_dict=False,
             )

@@ -63,7 +63,7 @@ class ControlNet(Control):
         down, mid = self.network(
             x_t,
             t,
-            encoder_hidden_states=text.tokens,
+            **text.inputs(),
             controlnet_cond=hint,
             return_dict=False,
         )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from controlkit.bases.base import Base, Text
+from controlkit.bases.base import Base, Text, concatenate
 from controlkit.bases.residuals import Residuals
 from controlkit.controls.base_control import BaseControl, network_of
 from controlkit.controls.control import Control, Reads, Site
@@ -85,11 +85,11 @@ class CtrLoRA(Control):
         if len(sizes) != 1:
             raise ValueError(f"hints of one pass must have one size, not {sorted(sizes)}")
         own = [cast(CtrLoRA, control) for control in controls]
-        batch = max(t.numel(), len(text.tokens), *(len(hint) for hint in hints))
+        batch = max(t.numel(), len(text), *(len(hint) for hint in hints))
         made = own[0].base_control(
             None,
             t.expand(batch).repeat(len(own)),
-            Text(text.expand(batch).tokens.repeat(len(own), 1, 1)),
+            concatenate(*[text.expand(batch)] * len(own)),
             torch.cat([hint.expand(batch, *hint.shape[1:]) for hint in hints]),
             adapters=[control.adapter for control in own],
         )

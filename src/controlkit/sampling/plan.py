@@ -99,7 +99,7 @@ class Plan:
         """Fill `_ahead` for controls that share a network and act at the same steps, from the cache where it can."""
         uses = [self.uses[position] for position in positions]
         timed = Reads.TIME in uses[0].control.reads
-        batch = max(len(uses[0].hint), *(len(text.tokens) for text in self.texts))
+        batch = max(len(uses[0].hint), *(len(text) for text in self.texts))
         rows = batch * len(self.texts)
         keys = {}
         for position, use in zip(positions, uses, strict=True):
@@ -142,7 +142,8 @@ class Plan:
         return uses[0].control.forward_together([use.control for use in uses], t, text, hints)
 
     def _key(self, use: ActiveControl) -> tuple[Hashable, ...]:
-        texts = tuple(digest(text.tokens) for text in self.texts) if Reads.TEXT in use.control.reads else ()
+        read = [part for text in self.texts for part in text.tensors()]
+        texts = tuple(digest(part) for part in read) if Reads.TEXT in use.control.reads else ()
         return (identity_of(use.control), digest(use.hint), texts)
 
     def _time(self, index: int, timed: bool) -> int | None:

@@ -58,9 +58,10 @@ def sample_prompts(
     for first in range(0, len(seeds), batch_size):
         group = slice(first, first + batch_size)
         if plan is None or len(prompts) > 1 or any(len(use.hint) > 1 for use in uses):
-            texts = [base.encode_text(prompts if len(prompts) == 1 else prompts[group])]
+            size = (width, height)
+            texts = [base.encode_text(prompts if len(prompts) == 1 else prompts[group], size)]
             if guidance > 1:
-                texts.insert(0, base.encode_text([negative_prompt]))
+                texts.insert(0, base.encode_text([negative_prompt], size))
             plan = Plan([use.of_pictures(group) for use in uses], scheduler.timesteps, texts, cache)
         x_t = initial_noise(base, seeds[group], width, height) * scheduler.init_noise_sigma
         text = concatenate(*(part.expand(len(x_t)) for part in plan.texts))

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from controlkit import conditions
-from controlkit.bases.base import Base, Text
+from controlkit.bases.base import Base, Text, concatenate
 from controlkit.bases.load import load_base
 from controlkit.controls.control import Control
 from controlkit.data.pairs import Pair, read_pairs, split_pairs
@@ -52,7 +52,7 @@ class PairsObjective(Objective):
         self.scheduler = self.base.schedule()
         self.cache = PairCache(Path(recipe.pairs) / ".controlkit", self.base, self.pairs)
         self.latents = self.cache.latents()
-        self.tokens, self.prompt_of, self.empty = self.cache.texts()
+        self.texts, self.prompt_of, self.empty = self.cache.texts()
 
     @abstractmethod
     def hints(self, chosen: Tensor) -> Tensor:
@@ -63,7 +63,8 @@ class PairsObjective(Objective):
         chosen = torch.from_numpy(self.numpy_generator(step).integers(len(self.latents), size=self.recipe.batch_size))
         z = self.latents[chosen].float().to(self.device)
         dropped = torch.rand(len(chosen), generator=generator) < self.recipe.prompt_drop
-        text = Text(self.tokens[torch.where(dropped, self.empty, self.prompt_of[chosen])].to(self.device))
+        prompts = torch.where(dropped, self.empty, self.prompt_of[chosen])
+        text = self.texts.map(lambda part: part[prompts].to(self.device))
         noise = torch.randn(z.shape, generator=generator).to(self.device)
         t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(z),), generator=generator).to(self.device)
         x_t = self.scheduler.add_noise(z, noise, t)
@@ -95,7 +96,7 @@ class PairsObjective(Objective):
 
 
 class PairCache:
-    """What frozen networks make of the pairs, in fp16, one file for each kind of it.
+    """What frozen networks make of the pairs, one file for each kind of it; latents and hints in fp16.
 
     Args:
         folder: where the files are kept.
@@ -116,39 +117,40 @@ class PairCache:
         """Hints of a control whose `encode` has no weights but the base's autoencoder's."""
         return self._images("hints", 0, lambda x: control.encode(x, self.base))
 
-    def texts(self) -> tuple[Tensor, Tensor, int]:
-        """Embeddings of all distinct prompts `[P, L, D]`, the index of each pair's `[N]`, and that of the empty one."""
+    def texts(self) -> tuple[Text, Tensor, int]:
+        """All distinct prompts, embedded; the index of each pair's `[N]`, and that of the empty prompt."""
         prompts = sorted({pair.prompt for pair in self.pairs} | {""})
         position = {prompt: index for index, prompt in enumerate(prompts)}
-        key = sha256_of(weights_key(self.base.text_encoder), str(self.base.dtype), *prompts)
+        key = sha256_of(*(weights_key(network) for network in self.base.text_encoders), str(self.base.dtype), *prompts)
 
-        def embed() -> list[Tensor]:
-            groups = (prompts[first : first + _BATCH] for first in range(0, len(prompts), _BATCH))
-            return [self.base.encode_text(group).tokens for group in groups]
+        def embed() -> dict[str, Tensor]:
+            groups = [prompts[first : first + _BATCH] for first in range(0, len(prompts), _BATCH)]
+            text = concatenate(*(self.base.encode_text(group) for group in groups))
+            return {name: part for name, part in vars(text).items() if part is not None}
 
-        tokens = self._kept("texts", key, f"embedding {len(prompts)} prompts", embed, self.base.dtype)
-        return tokens, torch.tensor([position[pair.prompt] for pair in self.pairs]), position[""]
+        made = self._kept("texts", key, f"embedding {len(prompts)} prompts", embed)
+        return Text(**made), torch.tensor([position[pair.prompt] for pair in self.pairs]), position[""]
 
     def _images(self, kind: str, side: int, encode: Callable[[Tensor], Tensor]) -> Tensor:
         key = sha256_of(self._vae_key, str(self.base.size), self._content)
 
-        def run() -> list[Tensor]:
+        def run() -> dict[str, Tensor]:
             made = []
             for first in range(0, len(self.pairs), _BATCH):
                 images = [pair.images(self.base.size)[side] for pair in self.pairs[first : first + _BATCH]]
-                made.append(encode(to_tensor(images).to(self.base.device)))
-            return made
+                made.append(encode(to_tensor(images).to(self.base.device)).to("cpu", torch.float16))
+            return {kind: torch.cat(made)}
 
-        return self._kept(kind, key, f"encoding {len(self.pairs)} pairs ({kind})", run, torch.float16)
+        return self._kept(kind, key, f"encoding {len(self.pairs)} pairs ({kind})", run)[kind]
 
-    def _kept(self, kind: str, key: str, what: str, make: Callable[[], list[Tensor]], dtype: torch.dtype) -> Tensor:
+    def _kept(self, kind: str, key: str, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         path = self.folder / f"{kind}-{key[:16]}.safetensors"
         if path.exists():
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("key") == key:
-                    return file.get_tensor(kind)
+                    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
         print(f"{what} once, kept in {path}", file=sys.stderr, flush=True)
         with torch.no_grad():
-            tensor = torch.cat([part.to("cpu", dtype) for part in make()])
-        write_atomically(path, lambda temporary: save_file({kind: tensor}, temporary, {"key": key}))
-        return tensor
+            tensors = {name: part.cpu().contiguous() for name, part in make().items()}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, {"key": key}))
+        return tensors

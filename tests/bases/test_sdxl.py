@@ -1,0 +1,151 @@
+"""Stable Diffusion XL through the same interface: parity with diffusers, controls, folders, known sizes."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+
+from controlkit.bases.known import KNOWN_BASES
+from controlkit.bases.load import load_base
+from controlkit.controls.base_control import BaseControl
+from controlkit.controls.controlnet import ControlNet
+from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.errors import UserError
+from controlkit.images import to_tensor
+from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.sampler import sample
+from tiny import build_tiny_sdxl, randomise_zero_convolutions
+
+PROMPT = "red apple on a blue table"
+SEEDS = (3, 11)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return build_tiny_sdxl()
+
+
+def parts(base):
+    return {
+        "vae": base.vae,
+        "text_encoder": base.text_encoder,
+        "text_encoder_2": base.text_encoder_2,
+        "tokenizer": base.tokenizer,
+        "tokenizer_2": base.tokenizer_2,
+        "unet": base.unet,
+        "scheduler": DDIMScheduler.from_config(base.scheduler_config),
+        "add_watermarker": False,
+    }
+
+
+def theirs(pipeline, negative=None, **changes):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        [PROMPT] * len(SEEDS),
+        negative_prompt=None if negative is None else [negative] * len(SEEDS),
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        output_type="pt",
+        **changes,
+    ).images
+
+
+def ours(base, negative="", uses=()):
+    batches = sample(base, prompt=PROMPT, negative_prompt=negative, seeds=SEEDS, steps=4, guidance=4.0, uses=uses)
+    return torch.cat(list(batches))
+
+
+@pytest.mark.parametrize("negative", [None, "cat face"])
+def test_pictures_are_those_of_diffusers(base, negative):
+    expected = theirs(StableDiffusionXLPipeline(**parts(base)), negative, height=64, width=64)
+    assert (ours(base, negative or "") - expected).abs().max() < 1e-3
+
+
+def test_a_controlnet_steers_as_in_diffusers(base, condition_image):
+    torch.manual_seed(5)
+    control = randomise_zero_convolutions(ControlNet.for_base(base, "canny").eval().requires_grad_(False))
+    image = to_tensor([condition_image])
+    made = ours(base, uses=[ActiveControl(control, control.encode(image, base), 0.7)])
+    pipeline = StableDiffusionXLControlNetPipeline(**parts(base), controlnet=control.to_diffusers())
+    expected = theirs(pipeline, image=[image] * len(SEEDS), controlnet_conditioning_scale=0.7)
+    assert (made - expected).abs().max() < 1e-3
+    assert (made - ours(base)).abs().max() > 1e-2
+
+
+def test_ctrlora_starts_from_zero_and_its_plan_changes_nothing(base, condition_image):
+    shared = BaseControl.for_base(base)
+    shared.add_adapter("mine", 2, seed=0)
+    control = CtrLoRA(shared, "mine", "canny").eval().requires_grad_(False)
+    hint = control.encode(to_tensor([condition_image]), base)
+    assert torch.equal(ours(base, uses=[ActiveControl(control, hint)]), ours(base))
+    with torch.no_grad():
+        for parameter in shared.adapters["mine"].parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    text = base.encode_text(["", PROMPT])
+    t = torch.tensor([500, 500])
+    alone = control(None, t, text, hint)
+    twice = CtrLoRA.forward_together([control, control], t, text, [hint, hint])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone.down, twice[1].down, strict=True))
+    assert (ours(base, uses=[ActiveControl(control, hint)]) - ours(base)).abs().max() > 1e-3
+
+
+def test_a_folder_loads_and_the_second_encoder_must_be_there(base, tmp_path):
+    StableDiffusionXLPipeline(**parts(base)).save_pretrained(tmp_path / "xl")
+    loaded = load_base(tmp_path / "xl")
+    a, b = base.encode_text([PROMPT, ""]), loaded.encode_text([PROMPT, ""])
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a.tensors(), b.tensors(), strict=True))
+    assert b.tokens[1].abs().max() == 0 and b.pooled[1].abs().max() == 0
+    assert loaded.fingerprint == base.fingerprint
+    half = load_base(tmp_path / "xl", dtype=torch.float16)
+    assert half.unet.dtype == torch.float16 and half.vae.dtype == torch.float32
+    shutil.rmtree(tmp_path / "xl" / "text_encoder_2")
+    with pytest.raises(UserError, match="second text encoder"):
+        load_base(tmp_path / "xl")
+
+
+def test_the_empty_prompt_is_told_the_size(base):
+    text = base.encode_text([""], (96, 64))
+    assert text.time_ids.tolist() == [[64, 96, 0, 0, 64, 96]]
+
+
+@pytest.mark.parametrize(("name", "count"), [("sd15", 859_520_964), ("sd21", 865_910_724), ("sdxl", 2_567_463_684)])
+def test_known_bases_have_their_size(name, count):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**KNOWN_BASES[name]["unet"])
+    assert sum(parameter.numel() for parameter in unet.parameters()) == count
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_said_in_one_sentence():
+    with pytest.raises(UserError, match="no model nobody/nothing came from the Hugging Face hub"):
+        load_base("nobody/nothing")
+
+
+def test_a_hub_id_is_a_folder_once_it_is_there(base, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    StableDiffusionXLPipeline(**parts(base)).save_pretrained(tmp_path / "xl")
+    asked = []
+
+    def snapshot(name, **options):
+        asked.append(name)
+        return str(tmp_path / "xl")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert load_base("somebody/model").fingerprint == base.fingerprint
+    assert asked == ["somebody/model"]
+
+
+def test_known_names_say_what_they_are_for():
+    with pytest.raises(UserError, match="known by its shape alone"):
+        load_base("sdxl")
+    with pytest.raises(UserError, match="only known bases"):
+        load_base("sd16", random_weights=True)
