@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from controlkit.bases.base import Base
+from controlkit.bases.load import load_base
 from controlkit.data.icons import COLOURS, STYLES, TRAINED_STYLES, IconSets, caption_of
 from controlkit.errors import UserError
 from controlkit.files import write_json
 from controlkit.images import contact_sheet, to_images, write_png
 from controlkit.sampling.sampler import sample_prompts
+from controlkit.training.diffusion import noised
 from controlkit.training.drawings import Drawings, weights_key
 from controlkit.training.objective import Objective
 from controlkit.training.recipe import BaseRecipe
@@ -59,14 +61,17 @@ class BaseObjective(Objective):
         self.recipe = recipe
         self.device = device
         sets = IconSets(recipe.icons)
-        self.vae = _trained_autoencoder(recipe.autoencoder).to(device)
-        self.tokenizer = train_tokenizer([caption_of(icon.concept) for icon in sets.icons if not icon.held_out])
-        torch.manual_seed(recipe.seed)
-        text_encoder, unet = build_networks(recipe, len(self.tokenizer), self.vae)
-        self.trained = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device)
-        self.scheduler = DDIMScheduler.from_config(SCHEDULER)
+        start = self._start(sets)
+        self.vae = start.vae.to(device)
+        self.tokenizer = start.tokenizer
+        self.scheduler_config = start.scheduler_config
+        self.trained = nn.ModuleDict({"text_encoder": start.text_encoder, "unet": start.unet}).to(device)
+        for network in (start.text_encoder, start.unet):
+            network.requires_grad_(True).train()
+        self.scheduler = DDIMScheduler.from_config(self.scheduler_config)
+        icons = sets.select(styles=TRAINED_STYLES, held_out=False, drawable=True, sets=3)
         self.drawings = Drawings(
-            sets.select(styles=TRAINED_STYLES, held_out=False, drawable=True, sets=3),
+            [icon for icon in icons if icon.style in (recipe.styles or TRAINED_STYLES)],
             recipe.variants,
             recipe.seed,
             path=Path(recipe.out) / "latents.safetensors",
@@ -79,13 +84,8 @@ class BaseObjective(Objective):
         chosen = rng.integers(len(self.drawings), size=self.recipe.batch_size)
         z = self.drawings.latents[torch.from_numpy(chosen)].float().to(self.device)
         text = self._text([self.drawings.prompt(int(index), rng, self.recipe.prompt_drop) for index in chosen])
-        generator = self.torch_generator(step)
-        noise = torch.randn(z.shape, generator=generator).to(self.device)
-        t = torch.randint(0, 1000, (len(z),), generator=generator).to(self.device)
-        x_t = self.scheduler.add_noise(z, noise, t)
-        target = self.scheduler.get_velocity(z, noise, t)
-        prediction = self.trained["unet"](x_t, t, encoder_hidden_states=text).sample
-        return (prediction.float() - target).pow(2).mean()
+        drawn = noised(self.scheduler, z, self.torch_generator(step))
+        return drawn.loss(self.trained["unet"](drawn.x_t, drawn.t, encoder_hidden_states=text).sample)
 
     def preview(self, step: int, folder: Path) -> dict[str, float]:
         base = self._base()
@@ -109,6 +109,24 @@ class BaseObjective(Objective):
         save_base(base, out)
         return [out]
 
+    def _start(self, sets: IconSets) -> Base:
+        """What training starts from: the recipe's base, or fresh networks beside the trained autoencoder."""
+        if self.recipe.start is not None:
+            return load_base(self.recipe.start)
+        assert self.recipe.autoencoder is not None  # the recipe refuses neither
+        vae = _trained_autoencoder(self.recipe.autoencoder)
+        tokenizer = train_tokenizer([caption_of(icon.concept) for icon in sets.icons if not icon.held_out])
+        torch.manual_seed(self.recipe.seed)
+        text_encoder, unet = build_networks(self.recipe, len(tokenizer), vae)
+        return Base(
+            name="nano",
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            unet=unet,
+            scheduler_config=SCHEDULER,
+        )
+
     def _base(self) -> Base:
         return Base(
             name="nano",
@@ -116,7 +134,7 @@ class BaseObjective(Objective):
             text_encoder=self.trained["text_encoder"],
             vae=self.vae,
             unet=self.trained["unet"],
-            scheduler_config=SCHEDULER,
+            scheduler_config=self.scheduler_config,
         )
 
     def _text(self, prompts: Sequence[str]) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from controlkit.data.icons import TRAINED_STYLES
 from controlkit.errors import UserError, nearest
 from controlkit.settings import build_settings, read_overrides
 
@@ -120,14 +121,18 @@ class AutoencoderRecipe(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class BaseRecipe(Recipe):
-    """The text encoder and UNet of an embedded base, together, from scratch, on icons."""
+    """The text encoder and UNet of an embedded base, together, on icons: from scratch, or from a base that there is."""
 
     system: ClassVar[str] = "base"
 
     icons: str
     """File of rendered icons."""
-    autoencoder: str
-    """Folder of the run that trained the autoencoder."""
+    autoencoder: str | None = None
+    """Folder of the run that trained the autoencoder; or else"""
+    start: str | None = None
+    """the base to start from, all of it: `nano` or a diffusers folder. Channels and text settings are its own then."""
+    styles: tuple[str, ...] | None = None
+    """Styles of icons to train on; None for all four. One alone makes a community model of a base."""
     channels: tuple[int, ...] = (48, 96, 160)
     """Channels of each resolution of the UNet."""
     attention: tuple[bool, ...] = (False, True, True)
@@ -143,6 +148,10 @@ class BaseRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (self.autoencoder is None) == (self.start is None):
+            raise UserError("give either autoencoder (to train from scratch) or start (to go on from a base)")
+        if self.styles is not None and not set(self.styles) <= set(TRAINED_STYLES):
+            raise UserError(f"styles are {list(self.styles)}; known: {', '.join(TRAINED_STYLES)}")
         if len(self.attention) != len(self.channels):
             raise UserError(f"attention has {len(self.attention)} entries and channels {len(self.channels)}")
 

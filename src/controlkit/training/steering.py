@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from controlkit.errors import UserError
 from controlkit.images import contact_sheet, to_images, to_tensor, write_png
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample_prompts
+from controlkit.training.diffusion import noised
 from controlkit.training.objective import Objective, numpy_generator
 from controlkit.training.recipe import SteeringRecipe
 from controlkit.training.sources import Held, IconSource, MultiGenSource, Source
@@ -65,14 +65,10 @@ class SteeringObjective(Objective):
         rng = self.numpy_generator(step)
         batch = self.source.batch(condition, rng, self.recipe.batch_size, self.recipe.prompt_drop)
         z, text = batch.latents, self.base.encode_text(batch.prompts)
-        generator = self.torch_generator(step)
-        noise = torch.randn(z.shape, generator=generator).to(self.device)
-        t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(z),), generator=generator).to(self.device)
-        x_t = self.scheduler.add_noise(z, noise, t)
+        drawn = noised(self.scheduler, z, self.torch_generator(step))
         control = self.control_for(condition)
-        residuals = control(x_t, t, text, control.encode(batch.images, self.base))
-        prediction = self.base.predict(x_t, t, text, residuals)
-        return (prediction.float() - training_target(self.scheduler, z, noise, t)).pow(2).mean()
+        residuals = control(drawn.x_t, drawn.t, text, control.encode(batch.images, self.base))
+        return drawn.loss(self.base.predict(drawn.x_t, drawn.t, text, residuals))
 
     @torch.no_grad()
     def preview(self, step: int, folder: Path) -> dict[str, float]:
@@ -132,11 +128,3 @@ def _score(name: str, held: Held, results: list[Image.Image]) -> float | None:
         return None
     every = zip(held.given, results, held.truths, strict=True)
     return float(np.mean([kind.score(given, np.asarray(result), truth) for given, result, truth in every]))
-
-
-def training_target(scheduler: DDIMScheduler, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """What the base was trained to predict: the noise, the velocity or the latent itself."""
-    kind = scheduler.config.prediction_type
-    if kind == "v_prediction":
-        return scheduler.get_velocity(z, noise, t)
-    return noise if kind == "epsilon" else z

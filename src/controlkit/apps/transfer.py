@@ -1,0 +1,52 @@
+"""move a control from its base to another base of the same shape
+
+    controlkit transfer canny --from nano --to my-nano --out canny-my-nano.safetensors
+
+A control also runs on another base of its family unchanged; try both.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from controlkit.apps.show import add_json, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("control", help="a ControlNet or a base control: a name or a file")
+    parser.add_argument("--from", dest="source", required=True, metavar="BASE", help="the base it was trained on")
+    parser.add_argument("--to", dest="target", required=True, metavar="BASE", help="the base it should steer")
+    parser.add_argument("--out", required=True, metavar="FILE", help="where the new control is written")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the verb."""
+    from pathlib import Path
+
+    from controlkit.bases.load import load_base
+    from controlkit.checkpoints.controls import load_control, save_control
+    from controlkit.checkpoints.ctrlora import save_base_control
+    from controlkit.checkpoints.transfer import LIMITS, transfer
+    from controlkit.controls.base_control import BaseControl
+    from controlkit.controls.controlnet import ControlNet
+    from controlkit.errors import UserError
+
+    if Path(args.out).suffix != ".safetensors":
+        raise UserError(f"--out {args.out}: the new control is a .safetensors file")
+    source, target = load_base(args.source), load_base(args.target)
+    control = load_control(args.control, source)
+    if not isinstance(control, (ControlNet, BaseControl)):
+        raise UserError(
+            f"{args.control} is a {control.kind} adapter, which has no copy of a base; transfer its base control"
+        )
+    made, offset = transfer(control, source, target)
+    how = {"transferred": args.control, "from": source.name, "to": target.name}
+    save = save_base_control if isinstance(made, BaseControl) else save_control
+    path = save(args.out, made, target, made=how)  # type: ignore[arg-type]
+    if args.json:
+        print_json({"control": str(path), **vars(offset), "limits": LIMITS})
+        return
+    print(f"{path}: {offset.moved} tensors shifted, {offset.kept} kept; the bases are {offset.distance:.1%} apart")
+    print(LIMITS)

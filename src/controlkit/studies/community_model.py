@@ -1,0 +1,164 @@
+"""`controlkit study community-model`: a control on a model that was fine-tuned from its base, as it is and transferred.
+
+nano is fine-tuned on one of its styles, as communities fine-tune Stable Diffusion; then the control that was trained on
+nano steers the result directly, and by offset (`checkpoints/transfer.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from controlkit import conditions
+from controlkit.bases.base import Base
+from controlkit.bases.load import load_base
+from controlkit.checkpoints.controls import load_control
+from controlkit.checkpoints.transfer import LIMITS, transfer
+from controlkit.controls.control import Control
+from controlkit.controls.controlnet import ControlNet
+from controlkit.errors import UserError
+from controlkit.evaluation.base import draw_prompts, reconstruct
+from controlkit.evaluation.control import Steer, draw_controlled
+from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
+from controlkit.evaluation.report import Report, Row, gap_closed
+from controlkit.images import contact_sheet, write_png
+from controlkit.sampling.request import DEFAULT_GUIDANCE
+from controlkit.training.recipe import build_recipe
+from controlkit.training.run import run
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommunityModel:
+    """Settings of the study."""
+
+    out: str = "runs/study/community-model"
+    """Folder for the fine-tuned model and the sheet."""
+    base: str = "nano"
+    """The base to fine-tune."""
+    control: str = "canny"
+    """A ControlNet that was trained on it."""
+    icons: str = "data/nano/icons.npz"
+    """Rendered icons (`recipes/nano/build_pictures.py`)."""
+    style: str = "twemoji"
+    """The style that the community model is tuned to."""
+    steps: int = 600
+    """Optimiser steps of the fine-tuning."""
+    batch_size: int = 32
+    """Pictures a step."""
+    learning_rate: float = 2e-4
+    """Peak rate of the fine-tuning."""
+    pictures: int = 48
+    """Held-out pictures."""
+    sampling_steps: int = 20
+    """DDIM steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """What came out."""
+
+    reports: tuple[Report, ...]
+    files: dict[str, Path]
+
+
+def run_community_model(settings: CommunityModel) -> Compared:
+    """Fine-tune what is not fine-tuned yet, and compare.
+
+    Raises:
+        UserError: icons or the control are missing, or the control is no ControlNet.
+    """
+    original = load_base(settings.base)
+    control = load_control(settings.control, original)
+    if not isinstance(control, ControlNet):
+        raise UserError(f"{settings.control} is a {control.kind}; this study takes a ControlNet")
+    if control.condition is None:
+        raise UserError(f"{settings.control} does not say which condition it follows")
+    tuned = _fine_tuned(settings)
+    moved, offset = transfer(control, original, tuned)
+    pictures = evaluation_set("held-out")
+    own_style = [drawing for drawing in pictures.drawings if drawing.style == settings.style]
+    judged = EvaluationSet(settings.style, tuple(own_style[: settings.pictures]))
+    ways: list[tuple[str, Base, Control]] = [
+        ("the base, its control", original, control),
+        ("community model, control as it is", tuned, control),
+        ("community model, control by offset", tuned, moved),
+    ]
+    report, sheet = _compare(settings, control.condition, judged, ways, offset.distance)
+    path = Path(settings.out) / "community-model.png"
+    write_png(path, sheet)
+    return Compared(reports=(report,), files={"pictures": path})
+
+
+def _fine_tuned(settings: CommunityModel) -> Base:
+    out = Path(settings.out) / "base"
+    recipe = build_recipe(
+        {
+            "system": "base",
+            "out": str(out),
+            "icons": settings.icons,
+            "start": settings.base,
+            "styles": [settings.style],
+            "steps": settings.steps,
+            "batch_size": settings.batch_size,
+            "learning_rate": settings.learning_rate,
+            "warmup_steps": min(50, settings.steps),
+            "ema": 0.99,
+            "preview_every": settings.steps,
+        },
+        origin="controlkit study",
+    )
+    run(recipe)
+    return load_base(out / "base")
+
+
+def _compare(
+    settings: CommunityModel,
+    condition: str,
+    judged: EvaluationSet,
+    ways: Sequence[tuple[str, Base, Control]],
+    distance: float,
+) -> tuple[Report, Image.Image]:
+    kind = conditions.find(condition)
+    truths = [drawing.image for drawing in judged.drawings]
+    prompts = [drawing.caption for drawing in judged.drawings]
+    given = [kind(truth) for truth in truths]
+    steps = settings.sampling_steps
+
+    def score(made: Sequence[np.ndarray]) -> float:
+        every = zip(given, made, truths, strict=True)
+        return float(np.mean([kind.score(one, result, truth) for one, result, truth in every]))
+
+    rows: list[Row] = []
+    strips: list[Sequence[np.ndarray]] = [given[:_SHOWN]]
+    without: dict[int, list[np.ndarray]] = {}
+    for name, base, control in ways:
+        if id(base) not in without:
+            without[id(base)] = draw_prompts(base, prompts, steps, DEFAULT_GUIDANCE)
+            strips.append(without[id(base)][:_SHOWN])
+        made = draw_controlled(
+            base, [Steer(control=control, given=given)], prompts, steps=steps, guidance=DEFAULT_GUIDANCE
+        )
+        low, value, high = score(without[id(base)]), score(made), score(reconstruct(base, truths))
+        rows.append((name, low, value, high, gap_closed(low, value, high)))
+        strips.append(made[:_SHOWN])
+    names = [name for name, _, _ in ways]
+    titles = ["given", "the base, no control", names[0], "community model, no control", *names[1:], "truth"]
+    strips.append(truths[:_SHOWN])
+    report = Report(
+        title=f"{kind.name}: {kind.fidelity.name} on {len(truths)} held-out pictures of {settings.style}",
+        columns=("how", "no control", "control", "ceiling", "gap closed"),
+        rows=tuple(rows),
+        notes=(
+            f"the community model: {settings.base} tuned to {settings.style} for {settings.steps} steps;"
+            f" its UNet is {distance:.1%} away where the control copied it.",
+            LIMITS,
+        ),
+    )
+    cells = [[Image.fromarray(image) for image in strip] for strip in strips]
+    return report, contact_sheet(cells, row_titles=titles, cell=80)

@@ -1,0 +1,83 @@
+"""Offset transfer: what is shifted, what stays, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from controlkit.apps.cli import main
+from controlkit.checkpoints.controls import load_control, save_control
+from controlkit.checkpoints.transfer import transfer
+from controlkit.controls.base_control import BaseControl
+from controlkit.errors import UserError
+from controlkit.training.base import save_base
+from tiny import build_tiny_base, fresh_control, randomise_zero_convolutions
+
+
+@pytest.fixture(scope="module")
+def other():
+    return build_tiny_base(seed=7)
+
+
+def test_an_untrained_control_becomes_the_other_bases_untrained_control(tiny_base, other):
+    control = fresh_control(tiny_base)
+    made, offset = transfer(control, tiny_base, other)
+    unet = other.unet.state_dict()
+    shifted = [name for name in made.network.state_dict() if name in unet]
+    assert len(shifted) == offset.moved > 0 and offset.distance > 0
+    for name in shifted:
+        assert torch.allclose(made.network.state_dict()[name], unet[name], atol=1e-6), name
+    for name, value in made.hint_network.state_dict().items():
+        assert torch.equal(value, control.hint_network.state_dict()[name])
+
+
+def test_to_the_same_base_nothing_changes(tiny_base, tiny_control):
+    made, offset = transfer(tiny_control, tiny_base, tiny_base)
+    assert offset.distance == 0
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), tiny_control.parameters(), strict=True))
+    assert made is not tiny_control
+
+
+def test_there_and_back_again(tiny_base, other, tiny_control):
+    there, _ = transfer(tiny_control, tiny_base, other)
+    back, _ = transfer(there, other, tiny_base)
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(back.parameters(), tiny_control.parameters(), strict=True)
+    )
+
+
+def test_a_base_control_moves_too_and_its_zero_convolutions_stay(tiny_base, other):
+    control = BaseControl.for_base(tiny_base)
+    with torch.no_grad():
+        control.network.controlnet_mid_block.weight.fill_(0.5)
+    made, offset = transfer(control, tiny_base, other)
+    assert offset.kept == sum(name.startswith("controlnet_") for name in control.network.state_dict())
+    assert torch.equal(made.network.controlnet_mid_block.weight, control.network.controlnet_mid_block.weight)
+    assert torch.allclose(made.network.conv_in.weight, other.unet.conv_in.weight, atol=1e-6)
+
+
+def test_bases_of_another_shape_are_refused(tiny_base, tiny_control):
+    with pytest.raises(UserError, match="one shape in all three"):
+        transfer(tiny_control, tiny_base, build_tiny_base(text_width=32))
+
+
+def test_the_verb_writes_a_control_of_the_other_base(tiny_base, other, base_folder, tmp_path, capsys):
+    save_base(other, tmp_path / "other")
+    control = randomise_zero_convolutions(fresh_control(tiny_base))
+    save_control(tmp_path / "canny.safetensors", control, tiny_base)
+    command = [
+        "transfer",
+        str(tmp_path / "canny.safetensors"),
+        "--from",
+        str(base_folder),
+        "--to",
+        str(tmp_path / "other"),
+    ]
+    assert main([*command, "--out", str(tmp_path / "moved.safetensors"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["moved"] > 0 and "unchanged" in told["limits"]
+    assert load_control(tmp_path / "moved.safetensors", other).condition == "canny"
+    assert main([*command, "--out", str(tmp_path / "moved.pt")]) == 2
+    assert ".safetensors" in capsys.readouterr().err

@@ -1,0 +1,40 @@
+"""The study of a fine-tuned base at toy size."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from controlkit.bases.load import load_base
+from controlkit.checkpoints.controls import save_control
+from controlkit.studies.community_model import CommunityModel, run_community_model
+
+
+def test_a_control_on_a_fine_tuned_base_directly_and_by_offset(
+    tiny_base, tiny_control, base_folder, icons_file, tmp_path
+):
+    save_control(tmp_path / "canny.safetensors", tiny_control, tiny_base)
+    settings = CommunityModel(
+        out=str(tmp_path / "study"),
+        base=str(base_folder),
+        control=str(tmp_path / "canny.safetensors"),
+        icons=str(icons_file),
+        steps=2,
+        batch_size=2,
+        learning_rate=0.01,
+        pictures=2,
+        sampling_steps=2,
+    )
+    made = run_community_model(settings)
+    (report,) = made.reports
+    assert [row[0] for row in report.rows] == [
+        "the base, its control",
+        "community model, control as it is",
+        "community model, control by offset",
+    ]
+    assert all(isinstance(value, float) for row in report.rows for value in row[1:4])
+    assert made.files["pictures"].is_file()
+    tuned = load_base(tmp_path / "study" / "base" / "base")
+    assert tuned.fingerprint != tiny_base.fingerprint
+    # What is not trained is the same.
+    mine, theirs = tuned.vae.state_dict(), tiny_base.vae.state_dict()
+    assert all(np.allclose(mine[name], theirs[name], atol=1e-3) for name in mine)
