@@ -1,4 +1,4 @@
-"""What holds for every condition, whatever it draws."""
+"""What holds for every condition that needs no weights, whatever it draws."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from controlkit.conditions.condition import _REGISTRY
 from controlkit.conditions.fidelity import psnr
 from controlkit.errors import UserError
 
-NAMES = list(registry())
-MIRRORED = [name for name, made in registry().items() if made.mirrors]
+NAMES = [name for name, made in registry().items() if made.requires is None]
+MIRRORED = [name for name in NAMES if find(name).mirrors]
 
 EXPECTED = """
 canny softedge_sobel scribble sketch lineart_xdog lines_lsd lineart_color_hints
@@ -219,5 +219,5 @@ def test_aliases_hyphens_and_case_do_not_matter(name: str) -> None:
 def test_an_unknown_condition_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean canny"):
         find("cany")
-    with pytest.raises(UserError, match="there is no condition called 'depth'"):
-        find("depth")
+    with pytest.raises(UserError, match="there is no condition called 'xyzzy'"):
+        find("xyzzy")

@@ -23,7 +23,7 @@ STEPS = 9
 def run(out, steps=STEPS, at=None, **changes):
     recipe = toy_recipe(out, steps, **changes)
     toy = Toy(recipe, at)
-    scores = train(toy, recipe)
+    scores = train(toy, recipe).scores
     return toy, scores
 
 

@@ -2,6 +2,10 @@
 
 controlkit condition --list
 controlkit condition canny photo.jpg --out edges.png --set low=50 --set high=150
+controlkit condition depth photo.jpg --set model=weights/dpt-large
+
+Learned conditions fetch their weights from the Hugging Face hub when they are first used, unless they are in the folder
+that `model` names, in $CONTROLKIT_MODELS/OWNER/NAME or in the hub's cache. HF_HUB_OFFLINE=1 forbids the network.
 """
 
 from __future__ import annotations
@@ -74,13 +78,14 @@ def _list(as_json: bool) -> None:
                     "summary": c.summary,
                     "parameters": c.defaults,
                     "fidelity": c.fidelity.name,
-                    "needs": c.requires,
+                    "needs": c.requires.as_json() if c.requires else None,
                 }
                 for c in everything
             ]
         )
         return
     rows = [
-        (c.name, c.summary, ", ".join(c.defaults) or "-", c.fidelity.name, c.requires or "nothing") for c in everything
+        (c.name, c.summary, ", ".join(c.defaults) or "-", c.fidelity.name, str(c.requires or "nothing"))
+        for c in everything
     ]
     print_table("Conditions", ("name", "what it is", "parameters", "scored by", "needs"), rows)

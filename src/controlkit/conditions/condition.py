@@ -27,12 +27,17 @@ from typing import Any
 
 import numpy as np
 
+from controlkit.conditions.models import LearnedModel
 from controlkit.errors import UserError, nearest
 
 Draw = Callable[[np.random.Generator], Any]
 """Draws a parameter's value for one training picture."""
 
-_FILES = ("edges", "lines", "colour", "degradations", "weather", "masks", "regions", "given")
+_FILES = (
+    *("edges", "lines", "colour", "degradations", "weather", "masks", "regions", "given"),
+    *("learned.edges", "learned.lines", "learned.depth", "learned.segmentation", "learned.detection"),
+    *("learned.pose", "learned.wholebody", "learned.densepose", "learned.surfaces"),
+)
 """The modules of this room that register conditions, in the order in which they are listed."""
 
 _REGISTRY: dict[str, Condition] = {}
@@ -76,8 +81,9 @@ class Condition:
 
     False for conditions that are random themselves: with the same seed the mask or noise stays where it is.
     (A finished pair of theirs may still be flipped as a whole.)"""
-    requires: str | None = None
-    """The learned model that it needs, or None."""
+    requires: LearnedModel | None = None
+    """The learned model that it needs, or None. Where the weights are files, the condition has the parameter `model`:
+    a folder that holds them, or another model of the hub."""
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -70,6 +70,36 @@ def mean_iou(given: np.ndarray, produced: np.ndarray, most: int = 64) -> float:
     return float((counts.diagonal() / union).mean())
 
 
+def class_iou(given: np.ndarray, produced: np.ndarray) -> float:
+    """Mean intersection over union, in [0, 1], of the classes in either of two maps in a fixed palette.
+
+    A class is a colour, matched exactly, as maps of one segmenter share them. Unlike `mean_iou`, a class that is in
+    `produced` only counts, as 0.
+    """
+    colours, both = np.unique(np.concatenate([packed(given).ravel(), packed(produced).ravel()]), return_inverse=True)
+    mine, theirs = np.split(both, 2)
+    size = len(colours)
+    shared = np.bincount(mine[mine == theirs], minlength=size)
+    union = np.bincount(mine, minlength=size) + np.bincount(theirs, minlength=size) - shared
+    return float((shared / union).mean())
+
+
+def depth_rmse(given: np.ndarray, produced: np.ndarray) -> float:
+    """Root of the mean squared difference of two depth images, on their scale of 0 to 255; 0 if equal."""
+    return float(np.sqrt(np.mean((given.astype(np.float64) - produced.astype(np.float64)) ** 2)))
+
+
+def normal_angle(given: np.ndarray, produced: np.ndarray) -> float:
+    """Mean angle in degrees between the surface normals of two normal images, 0 if equal."""
+    vectors = [image.astype(np.float64) / 127.5 - 1 for image in (given, produced)]
+    lengths = [np.maximum(np.linalg.norm(vector, axis=-1), 1e-6) for vector in vectors]
+    cosine = (vectors[0] * vectors[1]).sum(axis=-1) / (lengths[0] * lengths[1])
+    # Twice the angle to the middle of both is exact where an arc cosine near 1 is not.
+    apart = np.linalg.norm(vectors[0] / lengths[0][..., None] - vectors[1] / lengths[1][..., None], axis=-1)
+    angles = np.where(cosine > 0, 2 * np.arcsin(np.clip(apart / 2, 0, 1)), np.arccos(np.clip(cosine, -1, 1)))
+    return float(np.degrees(angles).mean())
+
+
 def palette_distance(given: np.ndarray, produced: np.ndarray) -> float:
     """Distance of the colours of two `uint8` pictures wherever they stand, in L*a*b* units; 0 for the same.
 
@@ -90,6 +120,9 @@ def palette_distance(given: np.ndarray, produced: np.ndarray) -> float:
 EDGE_F1 = Fidelity(name="edge F1", compare=edge_f1)
 DARK_EDGE_F1 = Fidelity(name="edge F1", compare=dark_edge_f1)
 MEAN_IOU = Fidelity(name="mean IoU", compare=mean_iou)
+CLASS_IOU = Fidelity(name="class IoU", compare=class_iou)
+DEPTH_RMSE = Fidelity(name="depth RMSE, of 255", compare=depth_rmse, higher_is_better=False)
+NORMAL_ANGLE = Fidelity(name="normal angle, degrees", compare=normal_angle, higher_is_better=False)
 PSNR = Fidelity(name="PSNR, dB", compare=psnr)
 COLOUR_DISTANCE = Fidelity(name="colour distance, Lab", compare=colour_distance, higher_is_better=False)
 PALETTE_DISTANCE = Fidelity(name="palette distance, Lab", compare=palette_distance, higher_is_better=False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from controlkit.bases.load import load_base
+from controlkit.checkpoints.card import write_card
 from controlkit.checkpoints.controls import load_control
 from controlkit.controls.base_control import BaseControl
 from controlkit.data.pairs import read_pairs, split_pairs
@@ -14,6 +15,7 @@ from controlkit.errors import UserError
 from controlkit.evaluation.control import evaluate_control, judged_pairs
 from controlkit.evaluation.report import Report
 from controlkit.images import write_png
+from controlkit.training.log import spent
 from controlkit.training.recipe import AdaptRecipe, Recipe
 from controlkit.training.run import run
 
@@ -47,5 +49,6 @@ def adapt(recipe: Recipe) -> Adapted:
     _, held_out = split_pairs(read_pairs(recipe.pairs), recipe.held_out)
     report, sheet = evaluate_control(base, control, [judged_pairs(held_out[:MOST_JUDGED], base.size)])
     write_png(folder / "held-out.png", sheet)
+    write_card(path, scores=report.to_markdown(), picture="held-out.png", seconds=spent(folder))
     seconds = {"train": trained - started, "judge": time.perf_counter() - trained}
     return Adapted(path=path, report=report, sheet=folder / "held-out.png", seconds=seconds)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,7 +17,7 @@ from controlkit.bases.base import Base
 from controlkit.evaluation.base import draw_prompts, reconstruct
 from controlkit.evaluation.control import Judged, Steer, draw_controlled
 from controlkit.evaluation.report import gap_closed
-from controlkit.files import sha256_of, write_atomically
+from controlkit.files import read_json, sha256_of, write_json
 from controlkit.images import contact_sheet, write_png
 from controlkit.sampling.request import DEFAULT_GUIDANCE
 from controlkit.training.pairs import PairsObjective
@@ -70,7 +68,7 @@ class Cell:
 
 
 class Bench:
-    """Trains and judges cells once; what is in `results.jsonl` of `folder` is not done again.
+    """Trains and judges cells once. Each has a file of its own, so that several processes can share the work.
 
     Args:
         setting: whatever else the numbers depend on (base, base control, ...); others get files of their own.
@@ -81,22 +79,16 @@ class Bench:
         self.base = base
         self.key = sha256_of(base.fingerprint, str(sampling_steps), *setting)[:12]
         self.sampling_steps = sampling_steps
-        self.path = folder / f"results-{self.key}.jsonl"
-        self._kept: dict[str, dict[str, Any]] = {}
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(line)
-                self._kept[entry.pop("id")] = entry
+        self.results = folder / f"results-{self.key}"
         self._ends: dict[str, tuple[float, float]] = {}
 
     def cell(self, task: Task, method: str, recipe: PairsRecipe) -> Cell:
         """Train by `recipe` (going on from fewer steps where that was done) and judge on the task's pictures."""
-        identity = sha256_of(task.name, method, repr(sorted(dataclasses.asdict(recipe).items())))
-        if identity not in self._kept:
-            self._kept[identity] = dataclasses.asdict(self._measure(task, method, recipe))
-            lines = "".join(json.dumps({"id": key, **entry}) + "\n" for key, entry in self._kept.items())
-            write_atomically(self.path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
-        return Cell(**self._kept[identity])
+        identity = sha256_of(task.name, method, repr(sorted(dataclasses.asdict(recipe).items())))[:24]
+        path = self.results / f"{identity}.json"
+        if not path.exists():
+            write_json(path, dataclasses.asdict(self._measure(task, method, recipe)))
+        return Cell(**read_json(path))
 
     def sheet_path(self, run: str, steps: int) -> Path:
         """The first pictures that a cell drew, in a row."""
@@ -136,7 +128,8 @@ class Bench:
 
     def _seconds_before(self, recipe: PairsRecipe) -> float:
         """What the same run took with fewer steps."""
-        same = [entry for entry in self._kept.values() if entry["run"] == Path(recipe.out).name]
+        kept = [read_json(path) for path in self.results.glob("*.json")]
+        same = [entry for entry in kept if entry["run"] == Path(recipe.out).name]
         return max((entry["seconds"] for entry in same if entry["steps"] < recipe.steps), default=0.0)
 
     def _ends_of(self, task: Task) -> tuple[float, float]:

@@ -83,6 +83,17 @@ class SilentLog:
         """Nothing."""
 
 
+def spent(folder: Path) -> float:
+    """Seconds that the steps in a folder's `log.jsonl` took, over every time that the run was continued."""
+    total = before = 0.0
+    path = folder / "log.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        seconds = float(json.loads(line)["seconds"])
+        total += seconds - before if seconds >= before else seconds
+        before = seconds
+    return total
+
+
 def clock(seconds: float) -> str:
     """`0:42`, `12:05` or `3:07:00`."""
     whole = int(seconds + 0.5)

@@ -18,15 +18,15 @@ from controlkit import conditions
 from controlkit.bases.base import Base, Text, concatenate
 from controlkit.bases.load import load_base
 from controlkit.controls.control import Control
-from controlkit.data.pairs import Pair, read_pairs, split_pairs
+from controlkit.data.pairs import Pair, pairs_folder, read_pairs, split_pairs
 from controlkit.files import sha256_of, write_atomically
 from controlkit.images import contact_sheet, to_images, to_tensor, write_png
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample_prompts
+from controlkit.training.diffusion import noised
 from controlkit.training.drawings import weights_key
 from controlkit.training.objective import Objective
 from controlkit.training.recipe import PairsRecipe
-from controlkit.training.steering import training_target
 
 _BATCH = 32
 _STRIP = 8
@@ -47,10 +47,10 @@ class PairsObjective(Objective):
         self.recipe = recipe
         self.device = device
         self.condition = conditions.find(recipe.condition)
-        self.pairs, self.held_out = split_pairs(read_pairs(recipe.pairs), recipe.held_out)
+        self.pairs, self.held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition), recipe.held_out)
         self.base = load_base(recipe.base, device=device)
         self.scheduler = self.base.schedule()
-        self.cache = PairCache(Path(recipe.pairs) / ".controlkit", self.base, self.pairs)
+        self.cache = PairCache(pairs_folder(recipe.pairs) / ".controlkit", self.base, self.pairs)
         self.latents = self.cache.latents()
         self.texts, self.prompt_of, self.empty = self.cache.texts()
 
@@ -65,11 +65,9 @@ class PairsObjective(Objective):
         dropped = torch.rand(len(chosen), generator=generator) < self.recipe.prompt_drop
         prompts = torch.where(dropped, self.empty, self.prompt_of[chosen])
         text = self.texts.map(lambda part: part[prompts].to(self.device))
-        noise = torch.randn(z.shape, generator=generator).to(self.device)
-        t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(z),), generator=generator).to(self.device)
-        x_t = self.scheduler.add_noise(z, noise, t)
-        prediction = self.base.predict(x_t, t, text, self.control(x_t, t, text, self.hints(chosen)))
-        return (prediction.float() - training_target(self.scheduler, z, noise, t)).pow(2).mean()
+        drawn = noised(self.scheduler, z, generator)
+        residuals = self.control(drawn.x_t, drawn.t, text, self.hints(chosen))
+        return drawn.loss(self.base.predict(drawn.x_t, drawn.t, text, residuals))
 
     @torch.no_grad()
     def preview(self, step: int, folder: Path) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from controlkit.checkpoints.card import write_card
 from controlkit.errors import UserError
 from controlkit.training.objective import Objective
 from controlkit.training.recipe import (
@@ -20,8 +21,19 @@ from controlkit.training.trainer import train
 
 
 def run(recipe: Recipe) -> dict[str, float]:
-    """Train what `recipe` describes and write it into its folder; returns the final scores."""
-    return train(objective_of(recipe), recipe)
+    """Train what `recipe` describes and write it into its folder, with a card beside every control.
+
+    Returns:
+        The last preview's scores.
+    """
+    trained = train(objective_of(recipe), recipe)
+    for path in trained.files:
+        if path.suffix == ".safetensors":
+            rows = [f"| {name} | {value:.4g} |" for name, value in trained.scores.items()]
+            told = "\n".join(["On a few held-out pictures, after the last step:", "", "| | |", "|---|---|", *rows])
+            picture = None if trained.preview is None else trained.preview.relative_to(path.parent)
+            write_card(path, scores=told if rows else "", picture=picture, seconds=trained.seconds)
+    return trained.scores
 
 
 def objective_of(recipe: Recipe) -> Objective:

@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 
 from controlkit.errors import UserError
 from controlkit.files import remove_leftovers, sha256_of, writable_folder, write_json
-from controlkit.training.log import RunLog, SilentLog
+from controlkit.training.log import RunLog, SilentLog, spent
 from controlkit.training.objective import Objective
 from controlkit.training.processes import Processes
 from controlkit.training.recipe import Recipe
@@ -34,15 +34,26 @@ _MAY_CHANGE = {
 }
 
 
-def train(objective: Objective, recipe: Recipe) -> dict[str, float]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A finished run."""
+
+    scores: dict[str, float]
+    """Of the last preview."""
+    files: tuple[Path, ...]
+    """The finished networks; empty in all processes but the first."""
+    preview: Path | None
+    """The last preview's picture."""
+    seconds: float
+    """That the run took, over all its parts."""
+
+
+def train(objective: Objective, recipe: Recipe) -> Trained:
     """Train `objective` by `recipe`; a run that was interrupted, or has fewer steps, goes on where it was.
 
     Every step draws its data and noise from (seed, step), so an interrupted run ends with the weights of one that
     was not. Ctrl-C saves the state and ends. Under `accelerate launch` or `torchrun`, every process draws a batch of
     its own and the gradients are averaged.
-
-    Returns:
-        The last preview's scores.
 
     Raises:
         UserError: the folder holds a run of another recipe, or the loss is not finite (the last good state stays).
@@ -77,7 +88,7 @@ class _Loop:
         self.log = RunLog(self.folder, self.first, recipe.steps) if self.processes.first else SilentLog()
         self.scores: dict[str, float] = {}
 
-    def run(self) -> dict[str, float]:
+    def run(self) -> Trained:
         try:
             with _interruptible() as interrupted:
                 for step in range(self.first, self.recipe.steps):
@@ -89,13 +100,20 @@ class _Loop:
                         raise UserError(f"interrupted after step {step + 1}; run the same command again to go on")
         finally:
             self.log.close()
+        files: list[Path] = []
         if self.processes.first:
             if self.first >= self.recipe.steps:
                 self._preview(self.recipe.steps)
             with averaged(self.average, self.parameters):
-                self.objective.save(self.folder)
+                files = self.objective.save(self.folder)
         self.processes.wait()
-        return self.scores
+        previews = sorted((self.folder / "previews").glob("*.png"))
+        return Trained(
+            scores=self.scores,
+            files=tuple(files),
+            preview=previews[-1] if previews else None,
+            seconds=spent(self.folder),
+        )
 
     def _step(self, step: int) -> float:
         """One optimiser step; returns its loss."""

@@ -1,0 +1,80 @@
+"""Floating-point operations of one call, counted on the meta device: no weights, no memory, seconds.
+
+A multiplication and an addition count as two, as torch's own counter has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from controlkit.controls.base_control import network_of
+from controlkit.controls.controlnet import HINT_CHANNELS
+
+_TOKENS = 77
+
+
+def unet_flops(config: Mapping[str, Any], height: int, width: int) -> int:
+    """Of a UNet for one latent of `height` x `width`."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**_plain(config))
+        x, inputs = _inputs(config, height, width)
+    return _count(lambda: unet(x, 1, **inputs))
+
+
+def controlnet_flops(config: Mapping[str, Any], factor: int, height: int, width: int) -> dict[str, int]:
+    """Of the ControlNet of a UNet for one latent: `call` at every step, and `hint` once for a condition image.
+
+    Args:
+        config: the UNet's.
+        factor: pixels of a picture to one of its latent.
+    """
+    channels = HINT_CHANNELS[factor]
+    with torch.device("meta"):
+        control = network_of({**config, "conditioning_embedding_out_channels": channels})
+        whole = ControlNetModel(**{**_known(config), "conditioning_embedding_out_channels": channels})
+        x, inputs = _inputs(config, height, width)
+        hint = torch.empty(1, config["block_out_channels"][0], height, width)
+        image = torch.empty(1, 3, height * factor, width * factor)
+    control.controlnet_cond_embedding = torch.nn.Identity()
+    call = _count(lambda: control(x, 1, controlnet_cond=hint, **inputs))
+    return {"call": call, "hint": _count(lambda: whole.controlnet_cond_embedding(image))}
+
+
+def encode_flops(config: Mapping[str, Any], height: int, width: int) -> int:
+    """Of an autoencoder that encodes one picture of `height` x `width` pixels."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(**_plain(config))
+        picture = torch.empty(1, 3, height, width)
+    return _count(lambda: vae.encode(picture))
+
+
+def _count(run: Callable[[], Any]) -> int:
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        run()
+    return counter.get_total_flops()
+
+
+def _inputs(config: Mapping[str, Any], height: int, width: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """A latent, and what the network is told besides it."""
+    inputs: dict[str, Any] = {"encoder_hidden_states": torch.empty(1, _TOKENS, config["cross_attention_dim"])}
+    if config.get("addition_embed_type") == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+    return torch.empty(1, config["in_channels"], height, width), inputs
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _known(config: Mapping[str, Any]) -> dict[str, Any]:
+    import inspect
+
+    known = inspect.signature(ControlNetModel.__init__).parameters
+    return {key: value for key, value in config.items() if key in known}

@@ -1,0 +1,45 @@
+"""Sharing a control on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from controlkit.checkpoints.card import write_card
+from controlkit.checkpoints.files import read_metadata
+from controlkit.errors import UserError
+
+_PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
+
+
+def push(file: str | Path, repository: str, *, private: bool = False) -> str:
+    """Upload a control, its card as README.md, and the pictures that the card shows; returns the address.
+
+    An adapter's base control goes with it if it lies beside it: the adapter is nothing without.
+
+    Raises:
+        UserError: the file is not a control of ours, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    path = Path(file)
+    card = path.with_suffix(".md")
+    if not card.is_file():
+        card = write_card(path)
+    wanted = {path.name: path, "README.md": card}
+    base_control = read_metadata(path).get("control.base_control")
+    if base_control and (beside := path.with_name(f"{base_control}.safetensors")).is_file():
+        wanted[beside.name] = beside
+    for shown in _PICTURE.findall(card.read_text(encoding="utf-8")):
+        if (path.parent / shown).is_file():
+            wanted[shown] = path.parent / shown
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        for name, source in wanted.items():
+            api.upload_file(path_or_fileobj=str(source), path_in_repo=name, repo_id=repository)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"the hub did not take {path.name} for {repository}: {reason}; are you logged in?") from error
+    return str(address)

@@ -1,0 +1,196 @@
+"""Depth, near in white, and surface normals made from it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+from controlkit.conditions.condition import condition
+from controlkit.conditions.fidelity import DEPTH_RMSE, NORMAL_ANGLE
+from controlkit.conditions.learned.inputs import Inputs, network_size, normalised, pixels_of, prepare, read_inputs
+from controlkit.conditions.models import LearnedModel, find_folder, load_transformers
+from controlkit.conditions.pixels import three_channels, to_uint8
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DPT = LearnedModel(hub="Intel/dpt-large", licence="Apache-2.0", commercial=True)
+DEPTH_ANYTHING = LearnedModel(hub="depth-anything/Depth-Anything-V2-Small-hf", licence="Apache-2.0", commercial=True)
+ZOE = LearnedModel(hub="Intel/zoedepth-nyu-kitti", licence="MIT", commercial=True)
+
+_KINDS = ("dpt", "depth_anything", "prompt_depth_anything")
+# The deepest fusion layer has nothing to add, so half of it is never used, and published files leave that half out.
+_UNREAD = (r"fusion_stage\.layers\.0\.residual_layer1\.", r"pooler\.", r"auxiliary_head\.")
+
+
+@condition(
+    "depth",
+    summary="depth, near in white (MiDaS DPT-Large)",
+    aliases=("depth_midas", "depth_dpt", "midas"),
+    fidelity=DEPTH_RMSE,
+    requires=DPT,
+)
+def depth(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
+    """Relative depth, from the farthest (0) to the nearest (255) of each picture.
+
+    DPT (Ranftl et al. 2021) as CtrLoRA's annotator/midas uses it; for ControlNet's own depth give
+    `model=Intel/dpt-hybrid-midas`.
+
+    Args:
+        model: a folder with a DPT or Depth Anything model, or another such model of the hub.
+    """
+    return _relative("depth", picture, DPT, model)
+
+
+@condition(
+    "depth_anything",
+    summary="depth, near in white (Depth Anything V2, small)",
+    aliases=("depth_anything_v2",),
+    fidelity=DEPTH_RMSE,
+    requires=DEPTH_ANYTHING,
+)
+def depth_anything(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
+    """Relative depth, from the farthest (0) to the nearest (255) of each picture (Yang et al. 2024).
+
+    The small model may be used commercially; Depth-Anything-V2-Base-hf and -Large-hf (CC BY-NC 4.0) may not.
+
+    Args:
+        model: a folder with a Depth Anything or DPT model, or another such model of the hub.
+    """
+    return _relative("depth_anything", picture, DEPTH_ANYTHING, model)
+
+
+@condition(
+    "depth_zoe",
+    summary="depth, near in white (ZoeDepth, indoors and outdoors)",
+    aliases=("zoe", "depth_zoedepth"),
+    fidelity=DEPTH_RMSE,
+    requires=ZOE,
+)
+def depth_zoe(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
+    """Metric depth (Bhat et al. 2023), inverted; its percentiles 2 and 85 become white and black.
+
+    The percentiles are those of ControlNet's annotator. As in the paper's code, the mean is taken with the depth of
+    the mirrored picture, and the picture is padded by its reflection.
+
+    Args:
+        model: a folder with a ZoeDepth model, or another one of the hub.
+    """
+    folder = find_folder("depth_zoe", ZOE, model)
+    network = load_transformers("depth_zoe", folder, "AutoModelForDepthEstimation", ("zoedepth",), unread=_UNREAD)
+    inputs = read_inputs("depth_zoe", folder)
+    metres = _zoe_metres(picture, network, inputs)
+    near, far = np.percentile(metres, (2, 85))
+    if far <= near:
+        return np.zeros_like(picture)
+    return three_channels(to_uint8(255 * (1 - (metres - near) / (far - near))))
+
+
+@condition(
+    "normal",
+    summary="surface normals as colours, from depth (MiDaS DPT-Large and Sobel)",
+    aliases=("normal_midas", "normal_depth", "normalmap"),
+    fidelity=NORMAL_ANGLE,
+    limits={"a": (1e-3, 1e3), "background": (0, 1)},
+    mirrors=False,
+    requires=DPT,
+)
+def normal(
+    picture: np.ndarray,
+    *,
+    a: float = 0.2 * math.pi,
+    background: float = 0.02,
+    reverse: bool = False,
+    model: str | None = None,
+) -> np.ndarray:
+    """The vector (Sobel along x, Sobel along y, `a`) of the depth, of unit length, times 127.5 plus 127.5.
+
+    Defaults: CtrLoRA, annotator/midas. ControlNet's has a = 2 pi (6.2 in its interface) and background 0.1. The
+    gradients are taken on a grid with as many points as the network's output, so they do not fade in large pictures.
+
+    Args:
+        a: the length of the third part; the smaller, the stronger the relief.
+        background: what is farther than this share of the range of depth gets the normal of a plane.
+        reverse: write blue, green, red, as ControlNet 1.0's normal model was trained.
+        model: as for `depth`.
+    """
+    raw = _nearness("normal", picture, DPT, model)
+    height, width = picture.shape[:2]
+    # The network may have seen a squashed picture; slopes need square pixels.
+    zoom = math.sqrt(raw.shape[0] * raw.shape[1] / (height * width))
+    grid = max(1, round(width * zoom)), max(1, round(height * zoom))
+    raw = cv2.resize(raw, grid, interpolation=cv2.INTER_LINEAR)
+    across, down = (cv2.Sobel(raw, cv2.CV_32F, *order, ksize=3) for order in ((1, 0), (0, 1)))
+    flat = _to_unit_range(raw) < background
+    across[flat] = down[flat] = 0
+    vectors = np.dstack([across, down, np.full_like(raw, a)])
+    vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
+    if grid != (width, height):
+        vectors = cv2.resize(vectors, (width, height), interpolation=cv2.INTER_LINEAR)
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=2, keepdims=True), 1e-6)
+    image = to_uint8(vectors * 127.5 + 127.5)
+    return np.ascontiguousarray(image[..., ::-1]) if reverse else image
+
+
+def _relative(name: str, picture: np.ndarray, model: LearnedModel, given: str | None) -> np.ndarray:
+    import torch
+
+    raw = _nearness(name, picture, model, given)
+    fitted = _scaled(torch.from_numpy(raw)[None, None], *picture.shape[:2])[0, 0].numpy()
+    return three_channels(to_uint8(255 * _to_unit_range(fitted)))
+
+
+def _nearness(name: str, picture: np.ndarray, model: LearnedModel, given: str | None) -> np.ndarray:
+    """`float32 [h, w]` in the network's own size and units, the larger the nearer."""
+    import torch
+
+    folder = find_folder(name, model, given)
+    network = load_transformers(name, folder, "AutoModelForDepthEstimation", _KINDS, unread=_UNREAD)
+    inputs = read_inputs(name, folder)
+    with torch.inference_mode():
+        seen = prepare(picture, inputs, _patch(network)).to(network.device)
+        raw = network(seen).predicted_depth[0].float().cpu().numpy()
+    metric = getattr(network.config, "depth_estimation_type", "relative") == "metric"
+    return -raw if metric else raw
+
+
+def _patch(network: Any) -> int:
+    """The side of a patch, under which no side of the input may fall."""
+    for config in (network.config, getattr(network.config, "backbone_config", None)):
+        side = getattr(config, "patch_size", None)
+        if side is not None:
+            return int(max(side)) if isinstance(side, (list, tuple)) else int(side)
+    return 32
+
+
+def _zoe_metres(picture: np.ndarray, network: Any, inputs: Inputs) -> np.ndarray:
+    """Depth in metres `float32 [H, W]`."""
+    import torch
+
+    height, width = picture.shape[:2]
+    rim = [int(math.sqrt(side / 2) * 3) if inputs.pad else 0 for side in (height, width)]
+    padded = np.pad(picture, ((rim[0],) * 2, (rim[1],) * 2, (0, 0)), mode="reflect")
+    size = network_size(inputs, padded.shape[0], padded.shape[1], _patch(network))
+    with torch.inference_mode():
+        pixels = torch.nn.functional.interpolate(pixels_of(padded), size, mode="bilinear", align_corners=True)
+        seen = normalised(pixels[0].permute(1, 2, 0).numpy(), inputs).to(network.device)
+        both = [network(view).predicted_depth for view in (seen, seen.flip(-1))]
+        mean = (both[0] + both[1].flip(-1)).float().cpu() / 2
+        metres = _scaled(mean[None], *padded.shape[:2])[0, 0].numpy()
+    return metres[rim[0] : rim[0] + height, rim[1] : rim[1] + width]
+
+
+def _scaled(values: Tensor, height: int, width: int) -> Tensor:
+    """`[1, 1, h, w]` => `[1, 1, height, width]`, bicubic, as transformers scales depth."""
+    import torch
+
+    return torch.nn.functional.interpolate(values, (height, width), mode="bicubic", align_corners=False)
+
+
+def _to_unit_range(values: np.ndarray) -> np.ndarray:
+    """`values` from their least (0) to their greatest (1); zeros if all are equal."""
+    low, high = float(values.min()), float(values.max())
+    return (values - low) / (high - low) if high > low else np.zeros_like(values)

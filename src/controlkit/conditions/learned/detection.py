@@ -1,0 +1,121 @@
+"""Objects found by a detector, and their boxes in colours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from controlkit.conditions.condition import condition, find
+from controlkit.conditions.fidelity import CLASS_IOU
+from controlkit.conditions.learned.inputs import prepare, read_inputs
+from controlkit.conditions.models import LearnedModel, find_folder, load_transformers
+from controlkit.errors import UserError
+
+RT_DETR = LearnedModel(hub="PekingU/rtdetr_r50vd_coco_o365", licence="Apache-2.0", commercial=True)
+
+_SIGMOID = ("rt_detr", "rt_detr_v2", "d_fine")
+_SOFTMAX = ("detr", "yolos", "conditional_detr", "deformable_detr")
+_ABSENT = frozenset((12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+COCO_CATEGORIES = tuple(number for number in range(1, 91) if number not in _ABSENT)
+"""COCO's numbers of its 80 classes, in their order; detectors of 80 classes count without the gaps."""
+PERSON = 1
+"""COCO's number for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detection:
+    """One object in a picture."""
+
+    left: float
+    """In pixels from the left edge."""
+    top: float
+    """In pixels from the top."""
+    width: float
+    """In pixels."""
+    height: float
+    """In pixels."""
+    category: int
+    """COCO's number of its class."""
+    score: float
+    """How sure the detector is, in [0, 1]."""
+
+
+@condition(
+    "bbox_detected",
+    summary="filled boxes coloured by class, of objects found in the picture (RT-DETR)",
+    aliases=("bbox_rtdetr", "detected_boxes"),
+    fidelity=CLASS_IOU,
+    limits={"score": (0, 1)},
+    requires=RT_DETR,
+)
+def bbox_detected(picture: np.ndarray, *, score: float = 0.4, model: str | None = None) -> np.ndarray:
+    """Boxes of COCO's 80 classes in the colours of `bbox`, the largest first, on black.
+
+    CtrLoRA, annotator/bbox, draws YOLOv4's detections with a confidence of 0.4 and more.
+
+    Args:
+        score: objects that the detector is less sure of are left out.
+        model: a folder with an RT-DETR, DETR or YOLOS model of COCO's classes, or another one of the hub.
+    """
+    found = detect("bbox_detected", picture, RT_DETR, model, score)
+    boxes = [{"bbox": [o.left, o.top, o.width, o.height], "category_id": o.category} for o in found]
+    return find("bbox")(picture, boxes=boxes)
+
+
+def detect(
+    name: str,
+    picture: np.ndarray,
+    model: LearnedModel,
+    given: str | None,
+    score: float,
+    parameter: str = "model",
+) -> list[Detection]:
+    """The objects in `picture`, surest first.
+
+    Raises:
+        UserError: the weights are not there, or are of another kind, or of other classes than COCO's.
+    """
+    import torch
+
+    folder = find_folder(name, model, given, parameter)
+    network = load_transformers(name, folder, "AutoModelForObjectDetection", (*_SIGMOID, *_SOFTMAX))
+    categories = _categories(name, folder.name, network.config)
+    with torch.inference_mode():
+        answer = network(prepare(picture, read_inputs(name, folder), least=64).to(network.device))
+        logits, boxes = answer.logits[0].float().cpu(), answer.pred_boxes[0].float().cpu().numpy()
+    # DETR and YOLOS have a last class for "nothing here"; the others answer for each class by itself.
+    none_of_these = network.config.model_type in ("detr", "yolos")
+    chances = (logits.softmax(-1)[:, :-1] if none_of_these else logits.sigmoid()).numpy()
+    height, width = picture.shape[:2]
+    queries, classes = np.nonzero(chances > score) if not none_of_these else _best_of_each(chances, score)
+    found = []
+    for query, which in zip(queries.tolist(), classes.tolist(), strict=True):
+        across, down, wide, high = (boxes[query] * (width, height, width, height)).tolist()
+        found.append(
+            Detection(
+                left=across - wide / 2,
+                top=down - high / 2,
+                width=wide,
+                height=high,
+                category=categories[which] if which < len(categories) else 0,
+                score=float(chances[query, which]),
+            )
+        )
+    return sorted(found, key=lambda one: -one.score)[: len(boxes)]
+
+
+def _best_of_each(chances: np.ndarray, score: float) -> tuple[np.ndarray, np.ndarray]:
+    classes = chances.argmax(axis=1)
+    queries = np.nonzero(chances[np.arange(len(chances)), classes] > score)[0]
+    return queries, classes[queries]
+
+
+def _categories(name: str, folder: str, config: object) -> tuple[int, ...]:
+    """COCO's number of each class of a detector."""
+    classes = int(getattr(config, "num_labels", 0))
+    if classes == len(COCO_CATEGORIES):
+        return COCO_CATEGORIES
+    if classes in (91, 92):
+        return tuple(range(classes))
+    raise UserError(f"{name} reads detectors of COCO's 80 classes; the model in {folder} has {classes}")

@@ -1,0 +1,159 @@
+"""Pictures as networks read them, by the settings beside their weights (`preprocessor_config.json`).
+
+The steps are those of transformers' image processors, whose usual kind needs torchvision and some of which make sizes
+of zero for long, narrow pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from controlkit.errors import UserError
+from controlkit.files import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """How a picture is scaled and normalised."""
+
+    size: tuple[int, int] | None = None
+    """(height, width) to fit."""
+    shortest: int | None = None
+    """Where `size` is None: the length of the short side; both None leave the size as it is."""
+    longest: int | None = None
+    """With `shortest`: the long side is no longer than this."""
+    keep_aspect: bool = False
+    """With `size`: scale both sides by the factor nearer to 1."""
+    multiple: int = 1
+    """With `size`: both sides are rounded to multiples of this."""
+    resample: Image.Resampling = Image.Resampling.BILINEAR
+    """The filter of the scaling."""
+    scale: float = 1 / 255
+    """Factor of the pixels' values 0 to 255."""
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    """Subtracted after that, for each channel."""
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    """Divided by after that."""
+    pad: bool = False
+    """Whether a processor that pads at the edges does so."""
+
+
+def read_inputs(condition: str, folder: Path) -> Inputs:
+    """The settings in a transformers folder.
+
+    Raises:
+        UserError: they are absent or cannot be understood.
+    """
+    path = folder / "preprocessor_config.json"
+    if path.is_file():
+        facts = read_json(path)
+    elif (folder / "processor_config.json").is_file():
+        path = folder / "processor_config.json"
+        facts = read_json(path).get("image_processor", {})
+    else:
+        raise UserError(f"{condition}: {folder} has no preprocessor_config.json, which says how it reads pictures")
+    try:
+        return _parse(facts)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{condition}: {path} cannot be understood ({error}); download the model again") from error
+
+
+def _parse(facts: Mapping[str, Any]) -> Inputs:
+    size = facts.get("size") if facts.get("do_resize", True) else None
+    sides: dict[str, Any] = {}
+    if isinstance(size, int):
+        most = facts.get("max_size")
+        sides = {"size": (size, size)} if most is None else {"shortest": size, "longest": int(most)}
+    elif size is not None and "shortest_edge" in size:
+        sides = {"shortest": int(size["shortest_edge"]), "longest": size.get("longest_edge") or facts.get("max_size")}
+    elif size is not None:
+        sides = {"size": (int(size["height"]), int(size["width"]))}
+    normalised = facts.get("do_normalize", True) and facts.get("image_mean") is not None
+    return Inputs(
+        **sides,
+        keep_aspect=bool(facts.get("keep_aspect_ratio", False)),
+        multiple=max(1, int(facts.get("ensure_multiple_of", 1) or 1)),
+        resample=Image.Resampling(int(facts.get("resample", Image.Resampling.BILINEAR))),
+        scale=float(facts.get("rescale_factor", 1 / 255)) if facts.get("do_rescale", True) else 1 / 255,
+        mean=tuple(float(value) for value in facts["image_mean"]) if normalised else (0.0, 0.0, 0.0),
+        std=tuple(float(value) for value in facts["image_std"]) if normalised else (1.0, 1.0, 1.0),
+        pad=bool(facts.get("do_pad", False)),
+    )
+
+
+def network_size(inputs: Inputs, height: int, width: int, least: int = 1) -> tuple[int, int]:
+    """(height, width) that a picture of `height` x `width` is scaled to, no side under `least`."""
+    if inputs.size is not None:
+        down, across = inputs.size[0] / height, inputs.size[1] / width
+        if inputs.keep_aspect:
+            down = across = across if abs(1 - across) < abs(1 - down) else down
+        rows, columns = (round(side / inputs.multiple) * inputs.multiple for side in (down * height, across * width))
+    elif inputs.shortest is not None:
+        short = float(inputs.shortest)
+        if inputs.longest is not None and max(height, width) / min(height, width) * short > inputs.longest:
+            short = inputs.longest * min(height, width) / max(height, width)
+        if width < height:
+            rows, columns = int(short * height / width), round(short)
+        else:
+            rows, columns = round(short), int(short * width / height)
+    else:
+        rows, columns = height, width
+    least = -(-max(1, least) // inputs.multiple) * inputs.multiple
+    return max(least, rows), max(least, columns)
+
+
+def normalised(values: np.ndarray, inputs: Inputs) -> Tensor:
+    """Pixels `[h, w, 3]` from 0 to 255 => `float32 [1, 3, h, w]`, scaled, centred and divided as the network wants."""
+    import torch
+
+    scaled = values.astype(np.float32) * np.float32(inputs.scale)
+    centred = (scaled - np.array(inputs.mean, np.float32)) / np.array(inputs.std, np.float32)
+    return torch.from_numpy(np.ascontiguousarray(centred.transpose(2, 0, 1)))[None]
+
+
+def pixels_of(picture: np.ndarray) -> Tensor:
+    """`uint8 [H, W, 3]` => `float32 [1, 3, H, W]` from 0 to 255, with memory of its own."""
+    import torch
+
+    return torch.from_numpy(picture.transpose(2, 0, 1).astype(np.float32, order="C"))[None]
+
+
+def prepare(picture: np.ndarray, inputs: Inputs, least: int = 1) -> Tensor:
+    """`uint8 [H, W, 3]` => `float32 [1, 3, h, w]`, no side under `least`."""
+    height, width = picture.shape[:2]
+    rows, columns = network_size(inputs, height, width, least)
+    if (rows, columns) == (height, width):
+        return normalised(picture, inputs)
+    return normalised(np.asarray(Image.fromarray(picture).resize((columns, rows), inputs.resample)), inputs)
+
+
+def to_resolution(picture: np.ndarray, resolution: int, multiple: int = 64) -> np.ndarray:
+    """`picture` with its short side scaled to `resolution`, both sides multiples of `multiple`.
+
+    lllyasviel/ControlNet, annotator/util.py: Lanczos to enlarge, areas to shrink. Here the long side is at most four
+    times `resolution`, so that a strip of 16 x 2,000 does not become 512 x 64,000.
+    """
+    height, width = picture.shape[:2]
+    zoom = min(resolution / min(height, width), 4 * resolution / max(height, width))
+    rows, columns = (max(1, round(side * zoom / multiple)) * multiple for side in (height, width))
+    if (rows, columns) == (height, width):
+        return picture
+    return cv2.resize(picture, (columns, rows), interpolation=cv2.INTER_LANCZOS4 if zoom > 1 else cv2.INTER_AREA)
+
+
+def back_to_size(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """`[h, w]` or `[h, w, 3]` => `height` x `width`, bilinear, or by areas where it shrinks."""
+    if values.shape[:2] == (height, width):
+        return values
+    shrinks = height <= values.shape[0] and width <= values.shape[1]
+    return cv2.resize(values, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

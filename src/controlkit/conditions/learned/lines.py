@@ -1,0 +1,136 @@
+"""Line drawings by informative drawings, and line art and straight lines by controlnet_aux."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from controlkit.conditions.condition import chance, condition, uniform
+from controlkit.conditions.fidelity import EDGE_F1, PSNR
+from controlkit.conditions.learned.controlnet_aux import annotate
+from controlkit.conditions.learned.inputs import back_to_size, pixels_of, to_resolution
+from controlkit.conditions.models import LearnedModel, find_folder, load_network
+from controlkit.conditions.pixels import three_channels, to_uint8
+
+LINEART = LearnedModel(
+    hub="lllyasviel/Annotators", licence="MIT", commercial=True, files=("sk_model.pth", "sk_model2.pth")
+)
+LINEART_ANIME = LearnedModel(
+    hub="lllyasviel/Annotators", licence="MIT", commercial=True, extra="annotators", files=("netG.pth",)
+)
+MLSD = LearnedModel(
+    hub="lllyasviel/Annotators",
+    licence="Apache-2.0",
+    commercial=True,
+    extra="annotators",
+    files=("mlsd_large_512_fp32.pth",),
+)
+PIDINET = LearnedModel(
+    hub="lllyasviel/Annotators",
+    licence="PiDiNet's own, for research",
+    commercial=False,
+    extra="annotators",
+    files=("table5_pidinet.pth",),
+)
+
+
+@condition(
+    "lineart",
+    summary="white line art on black (informative drawings, fine or coarse)",
+    aliases=("lineart_realistic", "lineart_drawing"),
+    fidelity=PSNR,
+    draw={"coarse": chance(0.5)},
+    limits={"resolution": (64, 4096)},
+    requires=LINEART,
+)
+def lineart(
+    picture: np.ndarray, *, coarse: bool = False, resolution: int = 512, model: str | None = None
+) -> np.ndarray:
+    """A line drawing (Chan, Durand and Isola 2022), inverted to white on black, as ControlNet reads it.
+
+    CtrLoRA, annotator/lineart, draws `coarse` with probability one half.
+
+    Args:
+        coarse: the drawing with fewer lines (`sk_model2.pth`).
+        resolution: length that the picture's short side is scaled to before the network sees it.
+        model: a folder with `sk_model.pth` and `sk_model2.pth`, or another place of them on the hub.
+    """
+    import torch
+
+    from controlkit.conditions.learned.networks import LineDrawing
+
+    folder = find_folder("lineart", LINEART, model)
+    network = load_network("lineart", folder / LINEART.files[coarse], LineDrawing)
+    seen = pixels_of(to_resolution(picture, resolution)) / 255
+    with torch.inference_mode():
+        drawing = network(seen.to(next(network.parameters()).device))[0, 0].cpu().numpy()
+    return three_channels(to_uint8(255 * (1 - back_to_size(drawing, *picture.shape[:2]))))
+
+
+@condition(
+    "lineart_anime",
+    summary="white line art on black, for anime (Anime2Sketch)",
+    aliases=("anime2sketch",),
+    fidelity=PSNR,
+    limits={"resolution": (64, 4096)},
+    requires=LINEART_ANIME,
+)
+def lineart_anime(picture: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
+    """Anime2Sketch's drawing at sides that are multiples of 256, inverted to white on black.
+
+    Args:
+        resolution: length that the picture's short side is scaled to before the network sees it.
+        model: a folder with `netG.pth`, or another place of it on the hub.
+    """
+    return annotate("lineart_anime", LINEART_ANIME, "LineartAnimeDetector", picture, resolution, model)
+
+
+@condition(
+    "mlsd",
+    summary="straight white lines on black (M-LSD large)",
+    aliases=("hough", "m_lsd"),
+    fidelity=EDGE_F1,
+    draw={"score": uniform(0.1, 2.0), "distance": uniform(0.1, 20.0)},
+    limits={"score": (0, 2), "distance": (0, 100), "resolution": (64, 4096)},
+    requires=MLSD,
+)
+def mlsd(
+    picture: np.ndarray,
+    *,
+    score: float = 0.1,
+    distance: float = 0.1,
+    resolution: int = 512,
+    model: str | None = None,
+) -> np.ndarray:
+    """Line segments a pixel wide, at the network's resolution (Gu et al. 2022).
+
+    Defaults: ControlNet 1.0. CtrLoRA trains with a score of 0.1 to 2 and a distance of 0.1 to 20.
+
+    Args:
+        score: segments that the network is less sure of are left out.
+        distance: segments shorter than this, in pixels of half the resolution, are left out.
+        resolution: length that the picture's short side is scaled to before the network sees it.
+        model: a folder with `mlsd_large_512_fp32.pth`, or another place of it on the hub.
+    """
+    image = annotate("mlsd", MLSD, "MLSDdetector", picture, resolution, model, thr_v=score, thr_d=distance)
+    # Scaling leaves grey along the lines; they are white or nothing.
+    return np.where(image > 63, np.uint8(255), np.uint8(0))
+
+
+@condition(
+    "pidinet",
+    summary="soft white edges on black (PiDiNet)",
+    aliases=("softedge_pidinet", "softedge_pidi", "pidi"),
+    fidelity=PSNR,
+    draw={"safe": chance(0.75)},
+    limits={"resolution": (64, 4096)},
+    requires=PIDINET,
+)
+def pidinet(picture: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None) -> np.ndarray:
+    """Edges by pixel difference networks (Su et al. 2021); ControlNet 1.1's first choice for soft edges.
+
+    Args:
+        safe: three levels only; ControlNet 1.1 trained 75 % of its soft edges so.
+        resolution: length that the picture's short side is scaled to before the network sees it.
+        model: a folder with `table5_pidinet.pth`, or another place of it on the hub.
+    """
+    return annotate("pidinet", PIDINET, "PidiNetDetector", picture, resolution, model, safe=safe)

@@ -1,0 +1,163 @@
+"""Segmentation: every pixel in the colour of its class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from controlkit.conditions.condition import condition
+from controlkit.conditions.fidelity import CLASS_IOU
+from controlkit.conditions.learned.inputs import prepare, read_inputs
+from controlkit.conditions.learned.palettes import ADE20K, COCO_PANOPTIC
+from controlkit.conditions.models import LearnedModel, find_folder, load_once, load_transformers, model_type
+from controlkit.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UPERNET = LearnedModel(hub="openmmlab/upernet-convnext-small", licence="MIT", commercial=True)
+SEGFORMER = LearnedModel(
+    hub="nvidia/segformer-b5-finetuned-ade-640-640", licence="NVIDIA Source Code License", commercial=False
+)
+ONEFORMER_ADE20K = LearnedModel(hub="shi-labs/oneformer_ade20k_swin_large", licence="MIT", commercial=True)
+ONEFORMER_COCO = LearnedModel(hub="shi-labs/oneformer_coco_swin_large", licence="MIT", commercial=True)
+
+_DENSE = ("upernet", "segformer", "beit", "data2vec-vision", "mobilevit", "mobilevitv2", "mobilenet_v2", "dpt")
+_QUERIES = ("oneformer", "mask2former", "maskformer")
+_UNREAD = (r"auxiliary_head\.", r"text_mapper\.", r"prompt_ctx", r"criterion\.", r"residual_layer1\.", r"pooler\.")
+_TASK = "the task is semantic"
+
+
+@condition(
+    "seg",
+    summary="classes of ADE20K as colours (UperNet on ConvNeXt)",
+    aliases=("segmentation", "seg_ade20k", "seg_upernet", "seg_ufade20k"),
+    fidelity=CLASS_IOU,
+    requires=UPERNET,
+)
+def seg(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
+    """The 150 classes of ADE20K in their usual colours.
+
+    ControlNet and CtrLoRA use UperNet (Xiao et al. 2018) on UniFormer, which transformers does not have.
+
+    Args:
+        model: a folder with another segmenter of 150 classes (UperNet, SegFormer, OneFormer, ...), or one of the hub.
+    """
+    return _draw("seg", picture, UPERNET, model, ADE20K)
+
+
+@condition(
+    "seg_segformer",
+    summary="classes of ADE20K as colours (SegFormer B5)",
+    aliases=("segformer",),
+    fidelity=CLASS_IOU,
+    requires=SEGFORMER,
+)
+def seg_segformer(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
+    """The 150 classes of ADE20K, by SegFormer (Xie et al. 2021), whose weights forbid commercial use.
+
+    Args:
+        model: as for `seg`.
+    """
+    return _draw("seg_segformer", picture, SEGFORMER, model, ADE20K)
+
+
+@condition(
+    "seg_oneformer",
+    summary="classes of ADE20K as colours (OneFormer Swin-L; ControlNet 1.1's choice)",
+    aliases=("oneformer", "seg_ofade20k"),
+    fidelity=CLASS_IOU,
+    requires=ONEFORMER_ADE20K,
+)
+def seg_oneformer(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
+    """The 150 classes of ADE20K, by OneFormer (Jain et al. 2023) asked for semantic segmentation.
+
+    Args:
+        model: as for `seg`.
+    """
+    return _draw("seg_oneformer", picture, ONEFORMER_ADE20K, model, ADE20K)
+
+
+@condition(
+    "seg_coco",
+    summary="classes of COCO as colours (OneFormer Swin-L)",
+    aliases=("seg_ofcoco", "oneformer_coco"),
+    fidelity=CLASS_IOU,
+    requires=ONEFORMER_COCO,
+)
+def seg_coco(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
+    """The 133 classes of COCO panoptic, by OneFormer asked for semantic segmentation.
+
+    Args:
+        model: a folder with another segmenter of these 133 classes (Mask2Former, ...), or one of the hub.
+    """
+    return _draw("seg_coco", picture, ONEFORMER_COCO, model, COCO_PANOPTIC)
+
+
+def _draw(name: str, picture: np.ndarray, model: LearnedModel, given: str | None, palette: np.ndarray) -> np.ndarray:
+    import torch
+
+    folder = find_folder(name, model, given)
+    kind = model_type(name, folder, (*_DENSE, *_QUERIES))
+    dense = kind in _DENSE
+    architecture = "AutoModelForSemanticSegmentation" if dense else "AutoModelForUniversalSegmentation"
+    network = load_transformers(name, folder, architecture, (kind,), unread=_UNREAD)
+    if network.config.num_labels != len(palette):
+        raise UserError(
+            f"{name} draws {len(palette)} classes; the model in {folder} tells {network.config.num_labels} apart"
+        )
+    with torch.inference_mode():
+        seen = prepare(picture, read_inputs(name, folder), least=32).to(network.device)
+        scores = network(seen).logits[0] if dense else _from_queries(name, folder, network, seen)
+        labels = labels_at(scores.float(), *picture.shape[:2])
+    return palette[labels.cpu().numpy()]
+
+
+def _from_queries(name: str, folder: Path, network: Any, seen: Tensor) -> Tensor:
+    """Scores of classes `[C, h, w]`: each query's mask, weighted by how likely the query is of a class."""
+    import torch
+
+    asked = {"task_inputs": _task(name, folder, network)} if network.config.model_type == "oneformer" else {}
+    answer = network(pixel_values=seen, **asked)
+    classes = answer.class_queries_logits[0].softmax(dim=-1)[:, :-1]
+    return torch.einsum("qc,qhw->chw", classes, answer.masks_queries_logits[0].sigmoid())
+
+
+def _task(name: str, folder: Path, network: Any) -> Tensor:
+    """OneFormer's question as CLIP tokens `[1, length]`."""
+
+    def load(folder: Path, where: Any) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # tokenizers raise their own errors
+            raise UserError(f"{name}: the tokenizer in {folder} cannot be loaded; download the model again") from error
+
+    tokenizer, length = load_once("AutoTokenizer", folder, load), network.config.task_seq_len
+    tokens = tokenizer([_TASK], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return tokens.input_ids.to(network.device)
+
+
+def labels_at(scores: Tensor, height: int, width: int, at_once: int = 16) -> Tensor:
+    """The best class `[height, width]` of scores `[C, h, w]`, which are scaled bilinearly first.
+
+    A few classes are scaled at a time: all 150 of a 2,048 x 2,048 picture would take 2.5 GB.
+    """
+    import torch
+
+    best: Tensor | None = None
+    labels = torch.zeros((height, width), dtype=torch.long, device=scores.device)
+    for first in range(0, len(scores), at_once):
+        part = torch.nn.functional.interpolate(
+            scores[None, first : first + at_once], (height, width), mode="bilinear", align_corners=False
+        )[0]
+        highest, which = part.max(dim=0)
+        if best is None:
+            best, labels = highest, which
+        else:
+            better = highest > best
+            best, labels = torch.where(better, highest, best), torch.where(better, which + first, labels)
+    return labels

@@ -1,0 +1,148 @@
+"""Skeletons as OpenPose draws them: people as points, points as colours, and a measure that reads them back.
+
+A person is an array `float [points, 2]` of (x, y) in pixels, NaN where a point was not found. The body has 18 points,
+a hand 21, a face 68. Widths are those of ControlNet at a short side of 512 pixels and scale with the picture.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+
+from controlkit.conditions.condition import Fidelity
+from controlkit.conditions.pixels import length, packed
+
+COLOURS = tuple(
+    tuple(round(255 * part) for part in colour)
+    for colour in (
+        *((1, third / 3, 0) for third in range(3)),
+        *((1 - third / 3, 1, 0) for third in range(3)),
+        *((0, 1, third / 3) for third in range(3)),
+        *((0, 1 - third / 3, 1) for third in range(3)),
+        *((third / 3, 0, 1) for third in range(3)),
+        *((1, 0, 1 - third / 3) for third in range(3)),
+    )
+)
+"""The colour of each of the body's 18 points, once around the circle of hues, red for the nose."""
+
+_NECK, _NOSE = 1, 0
+LIMBS = (
+    *((_NECK, 2), (_NECK, 5), (2, 3), (3, 4), (5, 6), (6, 7)),
+    *((_NECK, 8), (8, 9), (9, 10), (_NECK, 11), (11, 12), (12, 13)),
+    *((_NECK, _NOSE), (_NOSE, 14), (14, 16), (_NOSE, 15), (15, 17)),
+)
+"""Pairs of points: shoulders and arms, hips and legs, head; the n-th limb has the n-th colour at 60 %."""
+
+_FINGERS = tuple(
+    (0 if joint == 0 else 4 * finger + joint, 4 * finger + joint + 1) for finger in range(5) for joint in range(4)
+)
+# COCO's 17 points have no neck and another order; -1 stands for the middle of both shoulders.
+_FROM_COCO = (0, -1, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Person:
+    """The points of one person, each `float [points, 2]`, NaN where not found."""
+
+    body: np.ndarray
+    """18 points in OpenPose's order."""
+    hands: Sequence[np.ndarray] = field(default=())
+    """21 points each, from the wrist along each finger."""
+    face: np.ndarray | None = None
+    """68 points."""
+
+
+def from_coco(points: np.ndarray) -> np.ndarray:
+    """The 17 points of COCO's order `[17, 2]` => OpenPose's 18 `[18, 2]`, with a neck between the shoulders."""
+    neck = (points[5] + points[6]) / 2
+    return np.stack([neck if index < 0 else points[index] for index in _FROM_COCO])
+
+
+def draw_people(people: Iterable[Person], height: int, width: int) -> np.ndarray:
+    """Skeletons on black, `uint8 [height, width, 3]`. lllyasviel/ControlNet-v1-1-nightly, annotator/openpose."""
+    canvas = np.zeros((height, width, 3), np.uint8)
+    for person in people:
+        _draw_body(canvas, person.body)
+        for hand in person.hands:
+            _draw_hand(canvas, hand)
+        if person.face is not None:
+            radius = max(1, round(length(canvas, 3 / 512)))
+            _draw_points(canvas, person.face, [(255, 255, 255)] * len(person.face), radius)
+    return canvas
+
+
+def _draw_body(canvas: np.ndarray, points: np.ndarray) -> None:
+    thickness = max(1, round(length(canvas, 4 / 512)))
+    for (start, end), colour in zip(LIMBS, COLOURS, strict=False):
+        pair = points[[start, end]]
+        if not np.isfinite(pair).all():
+            continue
+        (x1, y1), (x2, y2) = pair.tolist()
+        middle = int((x1 + x2) / 2), int((y1 + y2) / 2)
+        axes = int(math.hypot(x1 - x2, y1 - y2) / 2), thickness
+        angle = int(math.degrees(math.atan2(y1 - y2, x1 - x2)))
+        outline = cv2.ellipse2Poly(middle, axes, angle, 0, 360, 1)
+        cv2.fillConvexPoly(canvas, outline, [int(part * 0.6) for part in colour])
+    _draw_points(canvas, points, COLOURS, thickness)
+
+
+def _draw_hand(canvas: np.ndarray, points: np.ndarray) -> None:
+    for number, (start, end) in enumerate(_FINGERS):
+        pair = points[[start, end]]
+        if np.isfinite(pair).all():
+            colour = [int(255 * part) for part in colorsys.hsv_to_rgb(number / len(_FINGERS), 1, 1)]
+            one, other = pair.astype(int).tolist()
+            cv2.line(canvas, one, other, colour, max(1, round(length(canvas, 2 / 512))))
+    _draw_points(canvas, points, [(0, 0, 255)] * len(points), max(1, round(length(canvas, 4 / 512))))
+
+
+def _draw_points(canvas: np.ndarray, points: np.ndarray, colours: Sequence[Sequence[int]], radius: int) -> None:
+    for point, colour in zip(points, colours, strict=True):
+        if np.isfinite(point).all():
+            cv2.circle(canvas, point.astype(int).tolist(), radius, tuple(colour), -1)
+
+
+def read_points(image: np.ndarray) -> dict[int, np.ndarray]:
+    """The centres `[N, 2]` (x, y) of the body's points in a skeleton picture, by their index; empty ones left out.
+
+    A point is a connected patch of exactly its colour. Points that others cover are not seen, and a hand's points are
+    blue like the left knee.
+    """
+    colours, points = packed(image), {}
+    for index, colour in enumerate(COLOURS):
+        mask = (colours == packed(np.array([[colour]], np.uint8))[0, 0]).astype(np.uint8)
+        count, _, _, centres = cv2.connectedComponentsWithStats(mask, connectivity=8)
+        if count > 1:
+            points[index] = centres[1:]
+    return points
+
+
+def pose_f1(given: np.ndarray, produced: np.ndarray, reach: float = 0.05) -> float:
+    """F1, in [0, 1], of the body's points in two skeleton pictures `uint8 [H, W, 3]`.
+
+    PCK (percentage of correct keypoints) with `reach` times the longer side as its radius, in both directions: a point
+    is right if the other picture has one of the same kind that near, so people who are missing and people who are too
+    many count. Two pictures without people agree fully.
+    """
+    theirs, mine = read_points(given), read_points(produced)
+    if not theirs and not mine:
+        return 1.0
+    radius = reach * max(given.shape[:2])
+    found = [_near(points, mine.get(index), radius) for index, points in theirs.items()]
+    right = [_near(points, theirs.get(index), radius) for index, points in mine.items()]
+    recall, precision = (float(np.concatenate(part).mean()) if part else 0.0 for part in (found, right))
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _near(points: np.ndarray, others: np.ndarray | None, radius: float) -> np.ndarray:
+    if others is None:
+        return np.zeros(len(points), bool)
+    return np.linalg.norm(points[:, None] - others[None], axis=-1).min(axis=1) <= radius
+
+
+POSE_F1 = Fidelity(name="pose F1", compare=pose_f1)

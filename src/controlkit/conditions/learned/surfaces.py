@@ -1,0 +1,55 @@
+"""Surface normals by a network of their own, and the mesh of faces, by controlnet_aux."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from controlkit.conditions.condition import condition
+from controlkit.conditions.fidelity import NORMAL_ANGLE, PSNR
+from controlkit.conditions.learned.controlnet_aux import annotate, annotate_faces
+from controlkit.conditions.models import LearnedModel
+
+BAE = LearnedModel(
+    hub="lllyasviel/Annotators", licence="MIT", commercial=True, extra="annotators", files=("scannet.pt",)
+)
+# Later versions want numpy 1, and from 0.10.30 on the interface that draws faces is gone.
+FACE_MESH = LearnedModel(hub="mediapipe<0.10.15", licence="Apache-2.0", commercial=True, extra="annotators")
+
+
+@condition(
+    "normal_bae",
+    summary="surface normals as colours (Bae et al. 2021, ScanNet)",
+    aliases=("normalbae",),
+    fidelity=NORMAL_ANGLE,
+    limits={"resolution": (64, 4096)},
+    mirrors=False,
+    requires=BAE,
+)
+def normal_bae(picture: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
+    """Normals n as (n + 1) / 2 in red, green and blue; ControlNet 1.1's choice.
+
+    Args:
+        resolution: length that the picture's short side is scaled to before the network sees it.
+        model: a folder with `scannet.pt`, or another place of it on the hub.
+    """
+    return annotate("normal_bae", BAE, "NormalBaeDetector", picture, resolution, model)
+
+
+@condition(
+    "mediapipe_face",
+    summary="faces as coloured outlines of eyes, brows, mouth and face (MediaPipe)",
+    aliases=("face_mesh", "mediapipe"),
+    fidelity=PSNR,
+    limits={"faces": (1, 100), "score": (0, 1), "resolution": (64, 4096)},
+    mirrors=False,
+    requires=FACE_MESH,
+)
+def mediapipe_face(picture: np.ndarray, *, faces: int = 1, score: float = 0.5, resolution: int = 512) -> np.ndarray:
+    """Outlines of faces on black (CrucibleAI/ControlNetMediaPipeFace). The weights are in the package mediapipe.
+
+    Args:
+        faces: the most faces that are drawn.
+        score: faces that the network is less sure of are left out.
+        resolution: length that the picture's short side is scaled to before the network sees it.
+    """
+    return annotate_faces("mediapipe_face", FACE_MESH, picture, resolution, faces, score)

@@ -1,0 +1,147 @@
+"""DWPose: the whole body with hands and face, by two ONNX networks that OpenCV runs on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from controlkit.conditions.condition import condition
+from controlkit.conditions.learned.pose import frame
+from controlkit.conditions.learned.skeleton import POSE_F1, Person, draw_people, from_coco
+from controlkit.conditions.models import LearnedModel, find_folder, load_once
+from controlkit.errors import UserError
+
+DWPOSE = LearnedModel(
+    hub="yzd-v/DWPose", licence="Apache-2.0", commercial=True, files=("yolox_l.onnx", "dw-ll_ucoco_384.onnx")
+)
+
+Network = Callable[[np.ndarray], list[np.ndarray]]
+"""`float32 [N, 3, h, w]` => its outputs."""
+
+_MEAN, _STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+_DETECTOR_SIDE, _POSE_SIZE = 640, (384, 288)
+_FACE, _LEFT_HAND, _RIGHT_HAND = slice(23, 91), slice(91, 112), slice(112, 133)
+_MOST_PEOPLE = 32
+
+
+@condition(
+    "dwpose",
+    summary="people as coloured skeletons with hands and face (DWPose)",
+    aliases=("openpose_full", "dw_openpose", "dw_openpose_full"),
+    fidelity=POSE_F1,
+    limits={"score": (0, 1), "person_score": (0, 1)},
+    mirrors=False,
+    requires=DWPOSE,
+)
+def dwpose(
+    picture: np.ndarray,
+    *,
+    hands: bool = True,
+    face: bool = True,
+    score: float = 0.3,
+    person_score: float = 0.3,
+    model: str | None = None,
+) -> np.ndarray:
+    """Bodies as `openpose` draws them, 21 points for each hand and 68 for the face (Yang et al. 2023).
+
+    Args:
+        hands: draw the hands.
+        face: draw the face.
+        score: points that the network is less sure of are left out.
+        person_score: people that the detector is less sure of are left out.
+        model: a folder with `yolox_l.onnx` and `dw-ll_ucoco_384.onnx`, or another place of them on the hub.
+    """
+    folder = find_folder("dwpose", DWPOSE, model)
+    detector, pose = (load_once(file, folder, _loader(file)) for file in DWPOSE.files)
+    people = []
+    for box in find_people(picture, detector, person_score)[::-1]:
+        points, sure = whole_body(picture, box, pose)
+        points[sure < score] = np.nan
+        people.append(
+            Person(
+                body=from_coco(points[:17]),
+                hands=(points[_LEFT_HAND], points[_RIGHT_HAND]) if hands else (),
+                face=points[_FACE] if face else None,
+            )
+        )
+    return draw_people(people, *picture.shape[:2])
+
+
+def _loader(file: str) -> Callable[[Path, Any], Network]:
+    def load(folder: Path, _: Any) -> Network:
+        try:
+            network = cv2.dnn.readNetFromONNX(str(folder / file))
+        except cv2.error as error:
+            raise UserError(f"dwpose: {folder / file} is no ONNX network; download it again") from error
+
+        def run(pixels: np.ndarray) -> list[np.ndarray]:
+            network.setInput(pixels)
+            return list(network.forward(network.getUnconnectedOutLayersNames()))
+
+        return run
+
+    return load
+
+
+def find_people(picture: np.ndarray, detector: Network, score: float) -> list[tuple[float, float, float, float]]:
+    """Boxes (left, top, width, height) of people in pixels, the surest first, by YOLOX (Ge et al. 2021).
+
+    It sees blue, green, red from 0 to 255 in the upper left of 640 x 640, grey elsewhere. Of boxes that overlap by more
+    than 0.45, the surest is kept.
+    """
+    height, width = picture.shape[:2]
+    zoom = min(_DETECTOR_SIDE / height, _DETECTOR_SIDE / width)
+    rows, columns = max(1, int(height * zoom)), max(1, int(width * zoom))
+    padded = np.full((_DETECTOR_SIDE, _DETECTOR_SIDE, 3), 114, np.uint8)
+    padded[:rows, :columns] = cv2.resize(picture, (columns, rows), interpolation=cv2.INTER_LINEAR)
+    seen = padded[..., ::-1].transpose(2, 0, 1)[None].astype(np.float32)
+    answer = detector(np.ascontiguousarray(seen))[0][0].astype(np.float64)
+    cells, strides = _yolox_cells(_DETECTOR_SIDE)
+    if len(answer) != len(cells):
+        raise UserError(f"dwpose: the detector answers with {len(answer)} boxes, not {len(cells)}; download it again")
+    centres = (answer[:, :2] + cells) * strides
+    sizes = np.exp(np.clip(answer[:, 2:4], -20, 20)) * strides
+    sure = answer[:, 4] * answer[:, 5]
+    boxes = np.concatenate([centres - sizes / 2, sizes], axis=1) / zoom
+    kept = np.nonzero(sure > score)[0]
+    kept = kept[np.argsort(-sure[kept], kind="stable")][:1000]
+    chosen = cv2.dnn.NMSBoxes(boxes[kept].tolist(), sure[kept].tolist(), score, 0.45)
+    best = kept[np.array(chosen, dtype=int).ravel()][:_MOST_PEOPLE]
+    return [tuple(box) for box in boxes[best].tolist()]
+
+
+def _yolox_cells(side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Corner (x, y) `[N, 2]` in cells, and stride `[N, 1]`, of each of YOLOX's boxes."""
+    cells, strides = [], []
+    for stride in (8, 16, 32):
+        y, x = np.mgrid[: side // stride, : side // stride]
+        cells.append(np.stack([x.ravel(), y.ravel()], axis=1))
+        strides.append(np.full((x.size, 1), stride))
+    return np.concatenate(cells), np.concatenate(strides)
+
+
+def whole_body(
+    picture: np.ndarray, box: tuple[float, float, float, float], pose: Network
+) -> tuple[np.ndarray, np.ndarray]:
+    """The 133 points of COCO-WholeBody in a box: (x, y) `[133, 2]` in pixels and how sure they are `[133]`.
+
+    The network (RTMPose, Jiang et al. 2023) sees red, green, blue by ImageNet's mean and deviation, and answers each
+    coordinate as a class, two to a pixel.
+    """
+    rows, columns = _POSE_SIZE
+    x, y, wide, high = frame(*box, columns / rows)
+    across, down = columns / max(wide, 1e-3), rows / max(high, 1e-3)
+    matrix = np.array([[across, 0, columns / 2 - across * x], [0, down, rows / 2 - down * y]])
+    cropped = cv2.warpAffine(picture, matrix, (columns, rows), flags=cv2.INTER_LINEAR)
+    seen = ((cropped - _MEAN) / _STD).transpose(2, 0, 1)[None].astype(np.float32)
+    outputs = sorted(pose(np.ascontiguousarray(seen)), key=lambda output: output.shape[-1])
+    if len(outputs) != 2 or any(output.shape[1] != 133 for output in outputs):
+        raise UserError("dwpose: the pose network does not answer with 133 points; download it again")
+    places = np.stack([output[0].argmax(axis=1) for output in outputs], axis=1) / 2
+    sure = np.minimum(*(output[0].max(axis=1) for output in outputs))
+    points = places / (columns, rows) * (wide, high) + (x - wide / 2, y - high / 2)
+    return points, sure

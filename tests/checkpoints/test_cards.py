@@ -1,0 +1,90 @@
+"""A card beside every trained control, and sharing both."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
+
+from controlkit.apps.cli import main
+from controlkit.checkpoints.card import card_of, write_card
+from controlkit.checkpoints.controls import save_control
+from controlkit.checkpoints.ctrlora import save_adapter, save_base_control
+from controlkit.controls.base_control import BaseControl
+from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.errors import UserError
+
+
+@pytest.fixture
+def adapter(tiny_base, tmp_path):
+    shared = BaseControl.for_base(tiny_base)
+    save_base_control(tmp_path / "base.safetensors", shared, tiny_base)
+    shared.add_adapter("mine", 2, seed=0)
+    control = CtrLoRA(shared, "mine", "palette")
+    return save_adapter(tmp_path / "mine.safetensors", control, tiny_base, "base", made={"steps": 7, "pairs": 12})
+
+
+def test_a_card_tells_what_the_file_tells(adapter, tiny_base):
+    card = card_of(adapter, scores="| gap | 0.5 |", picture="held-out.png", seconds=120, licence="apache-2.0")
+    head = card.split("---")[1]
+    assert "library_name: controlkit" in head and "license: apache-2.0" in head and '"palette"' in head
+    for told in ("A CtrLoRA adapter", "| rank | 2 |", "| steps | 7 |", "| gap | 0.5 |", "2.0 minutes", "held-out.png"):
+        assert told in card
+    assert tiny_base.fingerprint in card
+    assert "base.safetensors`, its base control" in card
+
+
+def test_a_card_of_what_is_no_control_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="does not say what it is"):
+        card_of(tmp_path / "other.safetensors")
+
+
+class Hub:
+    """Stands for the hub's API and remembers what it is told."""
+
+    told: ClassVar[list] = []
+    refuses = False
+
+    def create_repo(self, repository, private, exist_ok):
+        if Hub.refuses:
+            raise HfHubHTTPError("401 Unauthorized", response=type("R", (), {"headers": {}, "request": None})())
+        Hub.told = [(repository, private)]
+        return f"https://hub/{repository}"
+
+    def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
+        Hub.told.append(path_in_repo)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "refuses", False)
+    return Hub
+
+
+def test_an_adapter_is_shared_with_its_base_control_its_card_and_its_pictures(adapter, hub, tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "held-out.png")
+    write_card(adapter, picture="held-out.png")
+    assert main(["push", str(adapter), "me/mine", "--private"]) == 0
+    assert capsys.readouterr().out.strip() == "https://hub/me/mine"
+    assert hub.told == [("me/mine", True), "mine.safetensors", "README.md", "base.safetensors", "held-out.png"]
+
+
+def test_a_control_without_a_card_gets_one(tiny_control, tiny_base, hub, tmp_path):
+    path = save_control(tmp_path / "canny.safetensors", tiny_control, tiny_base)
+    assert main(["push", str(path), "me/canny"]) == 0
+    assert "A ControlNet" in (tmp_path / "canny.md").read_text()
+
+
+def test_a_refusal_of_the_hub_is_one_sentence(adapter, hub, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "refuses", True)
+    assert main(["push", str(adapter), "me/mine"]) == 2
+    told = capsys.readouterr().err
+    assert "are you logged in" in told and "Traceback" not in told
