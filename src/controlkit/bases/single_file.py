@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from controlkit.bases.base import Base, needs_float32
+from controlkit.bases.base import Base
 from controlkit.bases.clip_tokenizer import clip_tokenizer
 from controlkit.bases.known import KNOWN_BASES
 from controlkit.bases.sdxl import SDXLBase
@@ -63,25 +63,29 @@ def load_single_file(path: Path, dtype: torch.dtype, parts: Mapping[str, dict[st
     pipeline = StableDiffusionXLPipeline if "text_encoder_2" in settings else StableDiffusionPipeline
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder), settings, pipeline.__name__)
-        options = {"config": folder, "local_files_only": True, "torch_dtype": dtype}
+        options = {"config": folder, "local_files_only": True}
         try:
             made = pipeline.from_single_file(str(path), **options)
         except (pickle.UnpicklingError, EOFError) as error:
             raise UserError(f"{path} is damaged, or needs more than plain tensors to be read: {error}") from error
+        except NotImplementedError as error:
+            # What torch says when a weight that the configuration asks for was never filled in.
+            raise UserError(
+                f"{path} looks like {kind}, but lacks some of its weights (it has {len(shapes)}): it is cut, or another model's"
+            ) from error
     networks = {name: getattr(made, name) for name in ("unet", "vae", "text_encoder")}
     if pipeline is StableDiffusionXLPipeline:
         networks["text_encoder_2"] = made.text_encoder_2
     for name, network in networks.items():
         _check_whole(path, name, network)
-    if dtype == torch.float16 and needs_float32(networks["vae"]):
-        networks["vae"].to(torch.float32)
     common: dict[str, Any] = {
         "name": str(path),
         "tokenizer": made.tokenizer,
         "scheduler_config": dict(made.scheduler.config),
         **networks,
     }
-    return SDXLBase(**common, tokenizer_2=made.tokenizer_2) if "text_encoder_2" in networks else Base(**common)
+    base = SDXLBase(**common, tokenizer_2=made.tokenizer_2) if "text_encoder_2" in networks else Base(**common)
+    return base.to(dtype=dtype)
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:

@@ -1,0 +1,96 @@
+"""A base's weights under the names of the original code (CompVis/latent-diffusion), as single files hold them."""
+
+from __future__ import annotations
+
+import re
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def _inside(rest: str) -> str:
+    """A name inside a ResNet block or a transformer."""
+    head, _, tail = rest.partition(".")
+    return f"{_RESNET[head]}.{tail}" if head in _RESNET else rest
+
+
+def unet_names(config: dict) -> dict[str, str]:
+    """Path of a block in diffusers' names => in the original's."""
+    paths = {
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    layers, levels = config["layers_per_block"], len(config["block_out_channels"])
+    place = 1
+    for level in range(levels):
+        for layer in range(layers):
+            paths[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{place}.0"
+            paths[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{place}.1"
+            place += 1
+        if level < levels - 1:
+            paths[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{place}.0.op"
+            place += 1
+    place = 0
+    for level in range(levels):
+        attends = config["up_block_types"][level].startswith("CrossAttn")
+        for layer in range(layers + 1):
+            paths[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{place}.0"
+            paths[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{place}.1"
+            if layer == layers and level < levels - 1:
+                paths[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{place}.{2 if attends else 1}.conv"
+            place += 1
+    return paths
+
+
+def original_unet(unet) -> dict:
+    """The UNet's weights under `model.diffusion_model.`."""
+    paths = sorted(unet_names(dict(unet.config)).items(), key=lambda item: -len(item[0]))
+    made = {}
+    for name, value in unet.state_dict().items():
+        mine, theirs = next((mine, theirs) for mine, theirs in paths if name.startswith(f"{mine}."))
+        made[f"model.diffusion_model.{theirs}.{_inside(name.removeprefix(f'{mine}.'))}"] = value
+    return made
+
+
+def original_vae(vae) -> dict:
+    """The autoencoder's weights under `first_stage_model.`."""
+    levels = len(vae.config.block_out_channels)
+    made = {}
+    for name, value in vae.state_dict().items():
+        theirs = re.sub(r"(\w+)\.down_blocks\.(\d+)\.resnets\.", r"\1.down.\2.block.", name)
+        theirs = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample.", theirs)
+        theirs = re.sub(r"up_blocks\.(\d+)\.resnets\.", lambda m: f"up.{levels - 1 - int(m[1])}.block.", theirs)
+        theirs = re.sub(
+            r"up_blocks\.(\d+)\.upsamplers\.0\.", lambda m: f"up.{levels - 1 - int(m[1])}.upsample.", theirs
+        )
+        theirs = re.sub(r"mid_block\.resnets\.(\d)\.", lambda m: f"mid.block_{int(m[1]) + 1}.", theirs)
+        theirs = theirs.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+        if "mid_block.attentions.0." in theirs:
+            head, inner = theirs.split("mid_block.attentions.0.")
+            part = next(part for part in _VAE_ATTENTION if inner.startswith(f"{part}."))
+            theirs = f"{head}mid.attn_1.{_VAE_ATTENTION[part]}.{inner.removeprefix(f'{part}.')}"
+            value = value[:, :, None, None] if value.ndim == 2 else value
+        made[f"first_stage_model.{theirs}"] = value
+    return made
+
+
+def original_text(text_encoder) -> dict:
+    """CLIP's weights under `cond_stage_model.transformer.`."""
+    state = text_encoder.state_dict()
+    prefix = "" if any(name.startswith("text_model.") for name in state) else "text_model."
+    return {f"cond_stage_model.transformer.{prefix}{name}": value for name, value in state.items()}

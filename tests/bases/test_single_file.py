@@ -1,0 +1,122 @@
+"""A whole model in one file of the original layout, read without network and without code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from original_names import original_text, original_unet, original_vae
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from controlkit.bases.load import load_base
+from controlkit.bases.single_file import load_single_file, recognise
+from controlkit.errors import UserError
+from tiny import _TINY_TEXT, SD1_SCHEDULE, SDXL_PARTS
+
+PARTS = {
+    "unet": {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [16, 32],
+        "layers_per_block": 1,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "attention_head_dim": 4,
+        "cross_attention_dim": 16,
+        "norm_num_groups": 8,
+    },
+    "vae": {**SDXL_PARTS["vae"], "force_upcast": False},
+    "text_encoder": {**_TINY_TEXT, **SDXL_PARTS["text_encoder"]},
+    "scheduler": SD1_SCHEDULE,
+}
+
+
+@pytest.fixture(scope="module")
+def networks():
+    torch.manual_seed(0)
+    return {
+        "unet": UNet2DConditionModel(**PARTS["unet"]).eval(),
+        "vae": AutoencoderKL(**PARTS["vae"]).eval(),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**PARTS["text_encoder"])).eval(),
+    }
+
+
+@pytest.fixture(scope="module")
+def tensors(networks):
+    state = original_unet(networks["unet"]) | original_vae(networks["vae"])
+    return {name: value.contiguous() for name, value in (state | original_text(networks["text_encoder"])).items()}
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "ckpt", "lightning"])
+def test_every_weight_arrives(networks, tensors, tmp_path, layout):
+    path = tmp_path / f"model.{'safetensors' if layout == 'safetensors' else 'ckpt'}"
+    if layout == "safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save({"state_dict": tensors} if layout == "lightning" else tensors, path)
+    base = load_single_file(path, torch.float32, PARTS)
+    for name, network in networks.items():
+        theirs = getattr(base, name).state_dict()
+        for key, value in network.state_dict().items():
+            assert torch.equal(theirs[key], value), (name, key)
+    made = base.predict(torch.ones(1, 4, 16, 16), torch.tensor([3]), base.encode_text(["a red apple"]))
+    assert made.shape == (1, 4, 16, 16)
+
+
+def test_the_file_says_what_it_predicts(tensors, tmp_path):
+    save_file(tensors, tmp_path / "v.safetensors", {"modelspec.prediction_type": "v"})
+    assert load_single_file(tmp_path / "v.safetensors", torch.float32, PARTS).prediction_type == "v_prediction"
+
+
+def test_a_missing_weight_is_never_filled_in(tensors, tmp_path):
+    cut = {name: value for name, value in tensors.items() if not name.endswith("out.2.weight")}
+    save_file(cut, tmp_path / "cut.safetensors")
+    with pytest.raises(UserError, match="lacks some of its weights"):
+        load_single_file(tmp_path / "cut.safetensors", torch.float32, PARTS)
+
+
+def test_what_is_not_a_whole_model_is_said(tensors):
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+
+    def without(prefix):
+        return {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
+
+    assert recognise(shapes, "file") == "sd15"
+    for prefix, told in (
+        ("model.diffusion_model.", "not a whole Stable Diffusion model"),
+        ("first_stage_model.", "no autoencoder"),
+        ("cond_stage_model.", "no text encoder"),
+    ):
+        with pytest.raises(UserError, match=told):
+            recognise(without(prefix), "file")
+    second = {**without("cond_stage_model."), "cond_stage_model.model.ln_final.weight": (1024,)}
+    assert recognise(second, "file") == "sd21"
+    third = {**without("cond_stage_model."), "model.diffusion_model.label_emb.0.0.weight": (1280, 2816)}
+    with pytest.raises(UserError, match="refiner"):
+        recognise(third, "file")
+    assert recognise({**third, "conditioner.embedders.1.model.ln_final.weight": (1280,)}, "file") == "sdxl"
+
+
+class Runs:
+    """What a hostile file would hold."""
+
+    def __reduce__(self):
+        return (print, ("this ran",))
+
+
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, capsys):
+    torch.save({"state_dict": Runs()}, tmp_path / "model.ckpt")
+    with pytest.raises(UserError, match="could run code") as caught:
+        load_base(tmp_path / "model.ckpt")
+    assert "weights_only" not in str(caught.value)
+    assert "this ran" not in capsys.readouterr().out
+
+
+def test_a_torn_file_is_refused(tensors, tmp_path):
+    save_file(tensors, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load_base(tmp_path / "model.safetensors")
