@@ -2,7 +2,8 @@
 
     controlkit adapt pairs/ --control runs/nano/ctrlora-base/base.safetensors --name mine --steps 500
 
-`pairs/` holds prompt.json (JSON lines of source, target, prompt) and its files. Run again to resume.
+`pairs/` may have any layout of docs/pairs.md, such as what `controlkit pairs` makes; `pairs/canny` is one of several
+conditions in it. Run again to resume.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _SETTINGS = ("steps", "base", "name", "condition", "rank", "batch_size", "learni
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb. Other defaults are those of `AdaptRecipe`."""
-    parser.add_argument("pairs", help="folder with prompt.json")
+    parser.add_argument("pairs", help="pairs in any layout of docs/pairs.md")
     parser.add_argument("--control", required=True, help="the base control: a file or a name")
     parser.add_argument("--base", help="the base that it steers: nano or a diffusers folder")
     parser.add_argument("--name", help="name of the adapter")

@@ -70,8 +70,9 @@ def load_single_file(path: Path, dtype: torch.dtype, parts: Mapping[str, dict[st
             raise UserError(f"{path} is damaged, or needs more than plain tensors to be read: {error}") from error
         except NotImplementedError as error:
             # What torch says when a weight that the configuration asks for was never filled in.
+            count = len(shapes)
             raise UserError(
-                f"{path} looks like {kind}, but lacks some of its weights (it has {len(shapes)}): it is cut, or another model's"
+                f"{path} looks like {kind}, but lacks some of its weights (it has {count}): it is cut, or another"
             ) from error
     networks = {name: getattr(made, name) for name in ("unet", "vae", "text_encoder")}
     if pipeline is StableDiffusionXLPipeline:

@@ -1,79 +1,50 @@
-"""Pairs of a condition image and a picture, from a folder."""
+"""Pairs of a condition image and a picture, from any layout that `data/readers/` knows."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from controlkit.data.pair import Pair
+from controlkit.data.readers.listing import refuse
+from controlkit.data.readers.recognise import PROMPT_JSON, pairs_folder, read_listing
+from controlkit.data.sources import Drawn, Source, read_picture
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, write_atomically
-from controlkit.images import read_image, resize_cover, write_png
+from controlkit.images import write_png
 
-MANIFEST = "prompt.json"
+__all__ = ["MANIFEST", "Pair", "pairs_folder", "read_pairs", "shapes_differ", "split_pairs", "write_pairs"]
+
+MANIFEST = PROMPT_JSON
 """JSON lines, one pair each: `{"source": condition image, "target": picture, "prompt": text}`, paths relative to
-the folder (as lllyasviel/ControlNet and xyfJASON/ctrlora read it)."""
-
-_SHOWN = 20
+the folder (as lllyasviel/ControlNet and xyfJASON/ctrlora read it). `write_pairs` writes it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """One pair, on disk."""
+def read_pairs(path: str | Path, condition: str | None = None) -> list[Pair]:
+    """The pairs at `path`, every file looked at. What the layouts are: docs/pairs.md.
 
-    source: Path
-    """The condition image."""
-    target: Path
-    """The picture."""
-    prompt: str
-
-    def images(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Condition image and picture, both `uint8 [size, size, 3]`, cropped around their centres alike."""
-        source, target = (np.asarray(resize_cover(read_image(path), size, size)) for path in (self.source, self.target))
-        return source, target
-
-    def key(self) -> str:
-        """Hash of both files' bytes."""
-        return sha256_of(self.source.read_bytes(), self.target.read_bytes())
-
-
-def read_pairs(folder: str | Path) -> list[Pair]:
-    """The pairs that the manifest of `folder` lists, every file looked at.
+    Args:
+        path: a folder, a file or a glob; `PATH/NAME` is the condition NAME of the pairs at PATH.
+        condition: which condition, where there are several.
 
     Raises:
-        UserError: there is no manifest, or pairs have missing, torn or mismatched files; all are listed at once.
+        UserError: no layout is recognised, the condition has to be named, or pairs have missing, torn or mismatched
+            files; all of these are listed at once.
     """
-    folder = Path(folder)
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        raise UserError(
-            f"{folder} has no {MANIFEST}; it should hold one line for each pair:"
-            ' {"source": "source/0.png", "target": "target/0.png", "prompt": "..."}'
-        )
-    pairs: list[Pair] = []
-    problems: list[str] = []
-    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            pair = Pair(source=folder / entry["source"], target=folder / entry["target"], prompt=str(entry["prompt"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            problems.append(f"line {number}: not an object with source, target and prompt ({error!r})")
-            continue
-        problems += [f"line {number}: {problem}" for problem in _problems(pair)]
-        pairs.append(pair)
-    if not pairs and not problems:
-        raise UserError(f"{manifest} lists no pairs")
+    listing = read_listing(path, condition)
+    listed, problems = listing.pairs(condition)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for (where, _), found in zip(listed, pool.map(lambda entry: _problems(entry[1]), listed), strict=True):
+            problems += [f"{where}: {problem}" for problem in found]
     if problems:
-        more = f"\n... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        listed = "\n".join(problems[:_SHOWN])
-        raise UserError(f"{len(problems)} problems in {manifest}; mend or remove these lines:\n{listed}{more}")
-    return pairs
+        raise refuse(listing.origin, problems, "mend or remove these lines")
+    return [pair for _, pair in listed]
 
 
 def write_pairs(folder: str | Path, pairs: Iterable[tuple[np.ndarray, np.ndarray, str]]) -> int:
@@ -105,20 +76,21 @@ def split_pairs(pairs: Sequence[Pair], share: float = 0.1) -> tuple[list[Pair], 
     return ranked[count:], ranked[:count]
 
 
+def shapes_differ(first: tuple[int, int], second: tuple[int, int]) -> bool:
+    """Whether two sizes (width, height) are not one shape scaled, give or take a pixel."""
+    return abs(first[0] * second[1] - first[1] * second[0]) > max(first + second)
+
+
 def _problems(pair: Pair) -> list[str]:
     found: list[str] = []
     sizes: list[tuple[int, int]] = []
-    for path in (pair.source, pair.target):
+    looked_at: list[Source] = [pair.target] if isinstance(pair.source, Drawn) else [pair.source, pair.target]
+    for source in looked_at:
         try:
-            sizes.append(_size(path))
+            sizes.append(read_picture(source).size)
         except UserError as error:
             found.append(str(error))
-    if len(sizes) == 2 and abs(sizes[0][0] * sizes[1][1] - sizes[0][1] * sizes[1][0]) > max(sizes[0] + sizes[1]):
+    if len(sizes) == 2 and shapes_differ(sizes[0], sizes[1]):
         shapes = " and ".join(f"{width} x {height}" for width, height in sizes)
         found.append(f"{pair.source} and {pair.target} have different shapes ({shapes})")
     return found
-
-
-def _size(path: Path) -> tuple[int, int]:
-    image: Image.Image = read_image(path)
-    return image.size

@@ -1,0 +1,125 @@
+"""Pictures a second of `controlkit pairs` against the bare OpenCV loop, with the same number of processes.
+
+    python benchmarks/pairs.py --pictures 2000 --workers 2 --json pairs.json
+
+Both read the same 512 x 512 JPEG files, draw Canny edges and write them as PNG. The loop does nothing else: no hashes,
+no captions, no parameters of its own for each picture, no manifest, nothing to resume from. The two take turns, so that
+a busy machine slows both, and the start of the processes is counted for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from controlkit.data.engine import make_pairs
+from controlkit.data.making import MakeSettings
+from controlkit.data.pictures import list_pictures
+from controlkit.data.workers import cores
+from controlkit.files import write_json
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--workers", type=int, default=cores())
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", default=None, metavar="FILE", help="also write the result to FILE")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(Path(folder), args.pictures, args.size, args.workers, args.repeats)
+    print(f"{args.pictures} pictures of {args.size} x {args.size}, {args.workers} processes, {args.repeats} repeats")
+    for name in ("loop", "engine"):
+        print(f"{name:7} {result[name]:8.1f} pictures/s (median)")
+    print(f"ratio   {result['ratio']:8.3f} (engine / loop)")
+    if args.json:
+        write_json(args.json, result)
+
+
+def measure(folder: Path, count: int, size: int, workers: int, repeats: int) -> dict[str, object]:
+    """Pictures a second of both, and their ratio."""
+    paths = draw_pictures(folder / "pictures", count, size)
+    runs: dict[str, list[float]] = {"loop": [], "engine": []}
+    for repeat in range(repeats):
+        out = folder / str(repeat)
+        runs["loop"].append(count / seconds(lambda: bare_loop(paths, out / "loop", workers)))  # noqa: B023
+        runs["engine"].append(count / seconds(lambda: engine(folder / "pictures", out / "engine", workers)))  # noqa: B023
+        check_same(out / "loop", out / "engine" / "canny", paths)
+    medians = {name: statistics.median(rates) for name, rates in runs.items()}
+    facts = {"pictures": count, "size": size, "workers": workers, "opencv": cv2.__version__}
+    return {**facts, **medians, "ratio": medians["engine"] / medians["loop"], "runs": runs}
+
+
+def engine(pictures: Path, out: Path, workers: int) -> None:
+    """The verb without its command line: listing, hashes, captions, edges, manifest."""
+    make_pairs(list_pictures([pictures]), out, MakeSettings(conditions=("canny",), fixed=True), workers=workers)
+
+
+def bare_loop(paths: Sequence[Path], out: Path, workers: int) -> None:
+    """Read, cv2.Canny, write."""
+    out.mkdir(parents=True)
+    shares = [(paths[first::workers], out) for first in range(workers)]
+    if workers == 1:
+        edges_of(*shares[0])
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(edges_of, *zip(*shares, strict=True)))
+
+
+def edges_of(paths: Sequence[Path], out: Path) -> None:
+    """One process's share of the loop."""
+    cv2.setNumThreads(1)
+    for path in paths:
+        cv2.imwrite(str(out / f"{path.stem}.png"), cv2.Canny(cv2.imread(str(path)), 100, 200))
+
+
+def draw_pictures(folder: Path, count: int, size: int) -> list[Path]:
+    """JPEG files with shapes and the grain of a photograph, a caption beside each."""
+    folder.mkdir(parents=True)
+    paths = []
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        small = rng.integers(0, 256, (12, 12, 3), np.uint8)
+        picture = cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC)
+        for _ in range(12):
+            colour = tuple(int(value) for value in rng.integers(0, 256, 3))
+            corners = rng.uniform(0, size, (5, 2)).astype(np.int32)
+            cv2.fillConvexPoly(picture, cv2.convexHull(corners), colour, cv2.LINE_AA)
+        grain = rng.normal(0, 6, picture.shape)
+        path = folder / f"{number:06d}.jpg"
+        cv2.imwrite(str(path), np.clip(picture + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 92])
+        path.with_suffix(".txt").write_text(f"shapes, number {number}")
+        paths.append(path)
+    return paths
+
+
+def check_same(loop: Path, made: Path, paths: Sequence[Path]) -> None:
+    """Both have all files, and drew the same edges up to the rounding of two JPEG decoders."""
+    apart = []
+    for path in paths[:: max(1, len(paths) // 20)]:
+        one, two = (cv2.imread(str(folder / f"{path.stem}.png"), cv2.IMREAD_GRAYSCALE) for folder in (loop, made))
+        apart.append(float((one != two).mean()))
+    assert len(list(loop.iterdir())) == len(list(made.iterdir())) == len(paths)
+    assert max(apart) < 0.02, f"edges differ in {max(apart):.1%} of the pixels"
+
+
+def seconds(work: Callable[[], None]) -> float:
+    """How long it takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

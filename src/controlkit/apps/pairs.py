@@ -1,0 +1,165 @@
+"""make training pairs from pictures, or check pairs; run again to resume
+
+    controlkit pairs photos --conditions canny,palette --size 512 --out pairs
+    controlkit pairs --check pairs
+
+IMAGES are folders, globs in quotes, tar shards, or COCO annotation files. The pairs go to `pairs/pairs.jsonl`, which
+`controlkit adapt` reads. The layouts that are read and checked: docs/pairs.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from controlkit.apps.show import add_json, print_json, print_table
+from controlkit.errors import UserError
+
+if TYPE_CHECKING:
+    from controlkit.data.engine import MakeReport
+
+_SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb. Defaults of the settings are those of `MakeSettings`."""
+    parser.add_argument("images", nargs="*", default=[], metavar="IMAGES", help="where the pictures come from")
+    parser.add_argument(
+        "--conditions", default="", metavar="NAME,NAME", help="what is made (controlkit condition --list)"
+    )
+    parser.add_argument("--out", default=None, metavar="DIR", help="folder for the pairs")
+    parser.add_argument("--check", default=None, metavar="PAIRS", help="look for everything that is wrong with pairs")
+    parser.add_argument("--sheet", default=None, metavar="FILE", help="with --check: PNG of some pairs, bad ones first")
+    parser.add_argument("--images-folder", default=None, metavar="DIR", help="where COCO's pictures lie")
+    parser.add_argument("--size", type=int, help="scale and crop to a square of so many pixels (default: keep)")
+    parser.add_argument("--buckets", action="store_true", help="scale and crop to the nearest aspect-ratio bucket")
+    parser.add_argument("--copy", action="store_true", help="copy pictures that stay as they are")
+    parser.add_argument("--seed", type=int, help="random parameters follow from it and each picture's content")
+    parser.add_argument("--fixed", action="store_true", help="default parameters for every picture")
+    parser.add_argument(
+        "--caption",
+        choices=("found", "blip"),
+        default="found",
+        help="found: .txt files, COCO, tar shards; blip: a model's for pictures without one",
+    )
+    parser.add_argument("--caption-model", default=None, metavar="FOLDER", help="BLIP: a folder or a name on the hub")
+    parser.add_argument("--device", default="cpu", help="of the caption model: cpu, cuda, mps")
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: one for each core)")
+    parser.add_argument("--shards", type=int, default=None, metavar="N", help="write N tar shards in place of files")
+    parser.add_argument("--engine", default="local", help="local, or ray (Ray Data, for many machines; tar shards)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the verb."""
+    if args.check is not None:
+        if args.images or args.out:
+            raise UserError("--check looks at pairs that exist; give it alone")
+        _check(args)
+        return
+    if not args.images or not args.conditions or not args.out:
+        raise UserError("give pictures, --conditions NAME,NAME and --out DIR; or --check PAIRS")
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers}: at least one is needed")
+    _make(args)
+
+
+def _make(args: argparse.Namespace) -> None:
+    from controlkit.data.engine import make_pairs
+    from controlkit.data.making import MakeSettings
+    from controlkit.data.pictures import list_pictures
+
+    values = {name: getattr(args, name) for name in ("size", "buckets", "copy", "seed", "fixed") if hasattr(args, name)}
+    settings = MakeSettings(conditions=tuple(name for name in args.conditions.split(",") if name.strip()), **values)
+    pictures = list_pictures(args.images, args.images_folder, without=args.out)
+    if args.caption == "blip":
+        from controlkit.data.captions import BLIP, Captioner, with_captions
+
+        model = args.caption_model or BLIP
+        pictures = with_captions(
+            pictures, Path(args.out), lambda: Captioner(model, args.device), model, progress("captions")
+        )
+    report = make_pairs(
+        pictures,
+        args.out,
+        settings,
+        workers=args.workers,
+        shards=args.shards,
+        engine=args.engine,
+        origin=[os.path.abspath(image) for image in args.images],
+        tell=progress("pictures"),
+    )
+    _tell(report, args.json)
+
+
+def _tell(report: MakeReport, as_json: bool) -> None:
+    for name, reason in list(report.skipped.items())[:_SHOWN]:
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+    if len(report.skipped) > _SHOWN:
+        print(f"... and {len(report.skipped) - _SHOWN} more", file=sys.stderr)
+    if as_json:
+        print_json(vars(report))
+        return
+    print(f"made {report.made} pairs in {report.seconds:.1f} s, kept {report.kept}, skipped {len(report.skipped)}")
+    if report.empty_prompts:
+        print(f"{report.empty_prompts} pairs have an empty prompt; put captions into .txt files, or use --caption blip")
+    print(f"pairs: {report.out}")
+    folder = report.out if report.out.is_dir() else report.out.parent
+    print(f"try next: controlkit pairs --check {folder}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    from controlkit.data.check import KINDS, check_pairs, check_sheet, to_json
+    from controlkit.data.pairs import pairs_folder
+    from controlkit.images import write_png
+
+    report = check_pairs(args.check, [name for name in args.conditions.split(",") if name.strip()])
+    sheet = Path(args.sheet) if args.sheet else pairs_folder(args.check) / ".controlkit" / "check.png"
+    write_png(sheet, check_sheet(report))
+    if args.json:
+        print_json({**to_json(report), "sheet": str(sheet)})
+    else:
+        for problem in report.problems:
+            print(problem)
+        for note in report.notes:
+            print(f"note: {note}")
+        if report.problems:
+            rows = [(KINDS[kind], str(count)) for kind, count in report.counts.items()]
+            print_table(f"{report.origin}: {report.pairs} pairs", ("problem", "how often"), rows)
+        else:
+            print(f"{report.origin}: {report.pairs} pairs of {', '.join(report.conditions)}, nothing wrong")
+        print(f"sheet: {sheet}")
+    if report.problems:
+        raise UserError(f"{len(report.problems)} problems in {report.origin}")
+
+
+def progress(what: str) -> Callable[[int, int], None]:
+    """Tells on standard error how many are done and how long the rest takes, at most twice a second on a terminal and
+    every ten seconds elsewhere."""
+    live = sys.stderr.isatty()
+    started = told = time.monotonic()
+    first = -1
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told, first
+        now = time.monotonic()
+        first = done if first < 0 else first
+        if now - told < (0.5 if live else 10) and done < total:
+            return
+        told = now
+        pace = (done - first) / max(now - started, 1e-9)
+        left = f", {pace:.0f}/s, {_clock((total - done) / pace)} left" if pace and done < total else ""
+        end = "" if live and done < total else "\n"
+        print(f"{chr(13) if live else ''}{done} of {total} {what}{left}", end=end, file=sys.stderr, flush=True)
+
+    return tell
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

@@ -1,0 +1,117 @@
+"""Captions for pictures that have none, by BLIP (Li et al. 2022, arXiv 2201.12086) through transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from controlkit.data.jobs import STATE
+from controlkit.data.pictures import Picture
+from controlkit.data.sources import read_picture
+from controlkit.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+BLIP = "Salesforce/blip-image-captioning-base"
+"""BSD-3-Clause, 990 MB."""
+
+_BATCH = 8
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_SPREAD = (0.26862954, 0.26130258, 0.27577711)
+"""Of the pictures that BLIP was trained on, in RGB (its preprocessor_config.json)."""
+
+
+class Captioner:
+    """BLIP, loaded once.
+
+    Args:
+        model: a folder with the model, or its name on the hub.
+
+    Raises:
+        UserError: its weights are not there.
+    """
+
+    def __init__(self, model: str = BLIP, device: str = "cpu") -> None:
+        from transformers import AutoTokenizer, BlipForConditionalGeneration
+
+        try:
+            self.model = BlipForConditionalGeneration.from_pretrained(model).to(device).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"BLIP's weights are not at {model!r}; get them with: hf download {BLIP},"
+                " or name their folder with --caption-model, or put captions into .txt files beside the pictures"
+            ) from error
+        self.name = model
+        self.device = device
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
+        """One caption for each RGB picture, without sampling: the same picture gets the same one."""
+        import torch
+        from PIL import Image
+
+        side = int(self.model.config.vision_config.image_size)
+        small = [np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)) for picture in pictures]
+        # pixels [0, 255] => normalised float [B, 3, side, side]
+        mean, spread = np.array(_MEAN, np.float32), np.array(_SPREAD, np.float32)
+        values = (np.stack(small).astype(np.float32) / 255 - mean) / spread
+        pixels = torch.from_numpy(values).permute(0, 3, 1, 2).contiguous().to(self.device)
+        with torch.no_grad():
+            tokens = self.model.generate(pixel_values=pixels, max_new_tokens=40, do_sample=False, num_beams=1)
+        return [" ".join(text.split()) for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def with_captions(
+    pictures: Sequence[Picture],
+    out: Path,
+    load: Callable[[], Captioner],
+    model: str = BLIP,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Picture]:
+    """The pictures, those without a caption with one of BLIP's. What it said is kept in `out` for a later run.
+
+    A picture that cannot be read stays without; making its pair says why. The model is loaded only if it is needed.
+    """
+    bare = [picture for picture in pictures if not picture.caption()]
+    path = out / STATE / "captions.jsonl"
+    known = {stamp: text for name, stamp, text in _read(path) if name == model}
+    todo = [picture for picture in bare if picture.stamp() not in known]
+    if todo:
+        captioner = load()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write("\n" if path.stat().st_size else "")
+            for first in range(0, len(todo), _BATCH):
+                group = list(_readable(todo[first : first + _BATCH]))
+                texts = captioner([image for _, image in group]) if group else []
+                for (picture, _), text in zip(group, texts, strict=True):
+                    known[picture.stamp()] = text
+                    stream.write(json.dumps([model, picture.stamp(), text], ensure_ascii=False) + "\n")
+                stream.flush()
+                tell(min(len(todo), first + _BATCH), len(todo))
+    texts_of = {picture.key: known.get(picture.stamp(), "") for picture in bare}
+    return [replace(p, prompt=texts_of[p.key]) if texts_of.get(p.key) else p for p in pictures]
+
+
+def _readable(pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Any]]:
+    for picture in pictures:
+        try:
+            yield picture, read_picture(picture.source)
+        except UserError:
+            continue
+
+
+def _read(path: Path) -> Iterator[tuple[str, str, str]]:
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                name, stamp, text = json.loads(line)
+            except (ValueError, TypeError):
+                continue  # the torn last line of a killed run
+            yield name, stamp, text

@@ -1,0 +1,258 @@
+"""Making pairs of many pictures: resumable, the same whatever the order, the number of processes or the engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from controlkit.conditions import find
+from controlkit.data.jobs import STATE, FilesJob, Outcome, ShardJob, make_files, make_shard
+from controlkit.data.making import MakeSettings
+from controlkit.data.pictures import Picture
+from controlkit.data.readers.recognise import MANIFEST
+from controlkit.data.shards import shard_name
+from controlkit.data.workers import cores, run_jobs
+from controlkit.errors import UserError
+from controlkit.files import read_json, writable_folder, write_atomically, write_json
+
+ENGINES = ("local", "ray")
+_MOST_IN_A_JOB = 32
+
+Tell = Callable[[int, int], None]
+"""Called with (pictures done, pictures in all)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeReport:
+    """What a run did."""
+
+    out: Path
+    """The manifest, or the folder of the shards."""
+    made: int
+    """Pairs that this run made."""
+    kept: int
+    """Pairs that were there."""
+    skipped: dict[str, str]
+    """Picture -> why there is no pair of it."""
+    empty_prompts: int
+    """Pairs without a caption."""
+    seconds: float
+
+
+def make_pairs(
+    pictures: Sequence[Picture],
+    out: str | Path,
+    settings: MakeSettings,
+    *,
+    workers: int | None = None,
+    shards: int | None = None,
+    engine: str = "local",
+    origin: Sequence[str] = (),
+    tell: Tell = lambda done, total: None,
+) -> MakeReport:
+    """Make the pairs of `pictures` in the folder `out`: files and `pairs.jsonl`, or `shards` tar shards.
+
+    What an earlier run finished is kept if nothing about it changed. The manifest comes last.
+
+    Args:
+        workers: processes; None takes one for each core.
+        shards: how many tar shards; None makes files.
+        engine: `local`, or `ray` (Ray Data; makes shards).
+        origin: what the pictures were listed from, to refuse to mix inputs in one folder.
+
+    Raises:
+        UserError: settings contradict what is in `out`, it cannot be written, or no picture can be read.
+    """
+    started = time.monotonic()
+    out, pictures = Path(out), sorted(pictures, key=lambda picture: picture.key)
+    if engine not in ENGINES:
+        raise UserError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
+    if engine == "ray" and shards is None:
+        shards = max(1, min(len(pictures), 4 * cores()))
+    if shards is not None and not 1 <= shards <= len(pictures):
+        raise UserError(f"{shards} shards of {len(pictures)} pictures; give a number from 1 to {len(pictures)}")
+    _refuse_what_cannot_be_drawn(pictures, settings)
+    if workers is None:
+        learned = any(find(name).requires for name in settings.conditions)
+        workers = 1 if learned else cores()
+    settings = _agreed(writable_folder(out), settings, shards, origin)
+    if shards is None:
+        outcomes, made = _files(pictures, out, settings, workers, tell)
+    else:
+        outcomes, made = _shards(pictures, out, settings, shards, workers, engine, tell)
+    good = [outcome for outcome in outcomes if outcome.entry is not None]
+    skipped = {outcome.name: str(outcome.error) for outcome in outcomes if outcome.entry is None}
+    if not good:
+        raise UserError(f"none of {len(pictures)} pictures can be read; the first: {next(iter(skipped.values()))}")
+    return MakeReport(
+        out=out / MANIFEST if shards is None else out,
+        made=made,
+        kept=len(good) - made,
+        skipped=skipped,
+        empty_prompts=sum(not outcome.entry["prompt"] for outcome in good if outcome.entry),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _refuse_what_cannot_be_drawn(pictures: Sequence[Picture], settings: MakeSettings) -> None:
+    """Say before any work what would fail for every picture."""
+    for name in settings.conditions:
+        condition = find(name)
+        if name in ("bbox", "segments") and not any((picture.objects or {}).get(name) for picture in pictures):
+            raise UserError(f"{name} draws annotated objects; give COCO's instances file (instances_*.json) too")
+        if condition.requires is not None:
+            condition(np.zeros((64, 64, 3), np.uint8))
+
+
+def _agreed(out: Path, settings: MakeSettings, shards: int | None, origin: Sequence[str]) -> MakeSettings:
+    """The settings of this run with the conditions of earlier ones, which stay; recorded in `out`."""
+    path = out / STATE / "settings.json"
+    state: dict[str, Any] = {"settings": asdict(settings), "shards": shards, "origin": list(origin)}
+    if path.is_file():
+        before = read_json(path)
+        earlier = MakeSettings(**{**before["settings"], "conditions": tuple(before["settings"]["conditions"])})
+        different = earlier.differences(settings)
+        for name, now in (("shards", shards), ("origin", list(origin))):
+            if before[name] != now:
+                different.append(f"{name}: {before[name]} here, {now} now")
+        if shards is not None and earlier.conditions != settings.conditions:
+            different.append(f"conditions: {', '.join(earlier.conditions)} here, {', '.join(settings.conditions)} now")
+        if different:
+            raise UserError(
+                f"{out} was made otherwise ({'; '.join(different)}); give another --out, or the same settings"
+            )
+        settings = replace(settings, conditions=tuple(dict.fromkeys((*earlier.conditions, *settings.conditions))))
+        state["settings"] = asdict(settings)
+        if json.loads(json.dumps(state)) == before:
+            return settings
+    elif (out / MANIFEST).exists():
+        raise UserError(f"{out} has a {MANIFEST} that was not made here; give another --out")
+    write_json(path, state)
+    return settings
+
+
+def _files(
+    pictures: Sequence[Picture], out: Path, settings: MakeSettings, workers: int, tell: Tell
+) -> tuple[list[Outcome], int]:
+    """Outcomes of all pictures in their order, and how many pairs were made now."""
+    shutil.rmtree(out / STATE / "aside", ignore_errors=True)
+    journal = out / STATE / "journal.jsonl"
+    before = {outcome.key: outcome for outcome in _read_journal(journal)}
+    found = {p.key: before[p.key] for p in pictures if p.key in before and _is_fresh(before[p.key], p, settings, out)}
+    todo = [picture for picture in pictures if picture.key not in found]
+    found = _with_edited_prompts(found, out / MANIFEST)
+    tell(len(found), len(pictures))
+    count = max(1, min(_MOST_IN_A_JOB, len(todo) // (4 * workers)))
+    groups = [todo[first : first + count] for first in range(0, len(todo), count)]
+    jobs = [FilesJob(pictures=group, settings=settings, out=out) for group in groups]
+    kept = len(found)
+    if jobs:
+        with journal.open("a", encoding="utf-8") as stream:
+            _end_torn_line(journal, stream)
+            for outcomes in run_jobs(make_files, jobs, workers):
+                for outcome in outcomes:
+                    found[outcome.key] = outcome
+                    if outcome.entry is not None:
+                        stream.write(json.dumps(asdict(outcome), ensure_ascii=False) + "\n")
+                stream.flush()
+                tell(len(found), len(pictures))
+    ordered = [found[picture.key] for picture in pictures]
+    good = [outcome for outcome in ordered if outcome.entry is not None]
+    if good and (
+        len(good) > kept or {outcome.key for outcome in good} != set(before) or not (out / MANIFEST).is_file()
+    ):
+        _write_lines(out / MANIFEST, (outcome.entry for outcome in good))
+        _write_lines(journal, (asdict(outcome) for outcome in good))
+    return ordered, len(good) - kept
+
+
+def _shards(
+    pictures: Sequence[Picture],
+    out: Path,
+    settings: MakeSettings,
+    shards: int,
+    workers: int,
+    engine: str,
+    tell: Tell,
+) -> tuple[list[Outcome], int]:
+    home = Path(os.path.abspath(out))  # workers of another engine may stand in another folder
+    ends = [round(index * len(pictures) / shards) for index in range(shards + 1)]
+    jobs = [
+        ShardJob(
+            pictures=pictures[ends[index] : ends[index + 1]], settings=settings, path=home / shard_name(index, shards)
+        )
+        for index in range(shards)
+    ]
+    finished = [job.finished() for job in jobs]
+    outcomes = [outcome for done in finished if done is not None for outcome in done]
+    kept = sum(outcome.entry is not None for outcome in outcomes)
+    todo = [job for job, done in zip(jobs, finished, strict=True) if done is None]
+    tell(len(outcomes), len(pictures))
+    for made in _run(todo, workers, engine):
+        outcomes += made
+        tell(len(outcomes), len(pictures))
+    outcomes.sort(key=lambda outcome: outcome.key)
+    return outcomes, sum(outcome.entry is not None for outcome in outcomes) - kept
+
+
+def _run(jobs: Sequence[ShardJob], workers: int, engine: str) -> Iterator[list[Outcome]]:
+    if engine == "ray" and jobs:
+        from controlkit.data.ray_engine import run_with_ray
+
+        return run_with_ray(make_shard, jobs, workers)
+    return run_jobs(make_shard, jobs, workers)
+
+
+def _is_fresh(outcome: Outcome, picture: Picture, settings: MakeSettings, out: Path) -> bool:
+    if outcome.entry is None or outcome.stamp != picture.stamp():
+        return False
+    if not set(settings.conditions) <= set(outcome.entry["conditions"]):
+        return False
+    try:
+        return all((out / name).stat().st_size == size for name, size in outcome.files.items())
+    except OSError:
+        return False
+
+
+def _read_journal(path: Path) -> Iterator[Outcome]:
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            yield Outcome(**json.loads(line))
+        except (json.JSONDecodeError, TypeError):
+            continue  # the torn last line of a killed run
+
+
+def _end_torn_line(path: Path, stream: TextIO) -> None:
+    if path.stat().st_size:
+        stream.write("\n")
+
+
+def _with_edited_prompts(found: dict[str, Outcome], manifest: Path) -> dict[str, Outcome]:
+    """Outcomes with the prompts that stand in the manifest: somebody may have mended them there."""
+    if not manifest.is_file():
+        return found
+    edited = dict(found)
+    for line in manifest.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+            key, prompt = entry["key"], entry["prompt"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+        if key in found and isinstance(prompt, str):
+            edited[key] = replace(found[key], entry={**(found[key].entry or {}), "prompt": prompt})
+    return edited
+
+
+def _write_lines(path: Path, values: Iterable[Any]) -> None:
+    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

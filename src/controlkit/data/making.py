@@ -1,0 +1,177 @@
+"""One picture -> its pair: the picture, condition images with parameters that follow from its content, the caption."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from controlkit.conditions import Condition, find
+from controlkit.data.buckets import Buckets
+from controlkit.data.pictures import Picture
+from controlkit.data.sources import open_picture
+from controlkit.errors import UserError
+from controlkit.files import sha256_of
+from controlkit.images import resize_cover, to_rgb
+
+_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeSettings:
+    """What decides how pairs come out. Two runs with the same settings make the same files."""
+
+    conditions: tuple[str, ...]
+    """Names of the conditions."""
+    seed: int = 0
+    """Random parameters follow from it, the picture's content and the condition's name."""
+    fixed: bool = False
+    """Whether conditions keep their default parameters."""
+    size: int | None = None
+    """Side of the square that pictures are scaled and cropped to; with `buckets`, of the square bucket."""
+    buckets: bool = False
+    """Whether pictures are scaled and cropped to the aspect-ratio bucket nearest to their shape."""
+    copy: bool = False
+    """Whether pictures that stay as they are are copied, and not referred to where they lie."""
+
+    def __post_init__(self) -> None:
+        names = tuple(find(name).name for name in self.conditions)
+        if not names or len(set(names)) != len(names):
+            raise UserError(f"conditions must be a list of different names, got {', '.join(self.conditions) or 'none'}")
+        object.__setattr__(self, "conditions", names)
+        if self.size is not None and not 16 <= self.size <= 8192:
+            raise UserError(f"size is {self.size}; it must lie from 16 to 8192")
+        if self.buckets:
+            _ = self.bucket_sizes
+
+    @property
+    def bucket_sizes(self) -> Buckets:
+        """The buckets that pictures are assigned to."""
+        size = self.size or 512
+        return Buckets(size=size, step=64 if size % 64 == 0 else 8)
+
+    def target_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of the pair of a picture of this size."""
+        if self.buckets:
+            return self.bucket_sizes.assign(width, height)
+        return (self.size, self.size) if self.size is not None else (width, height)
+
+    def differences(self, other: MakeSettings) -> list[str]:
+        """`name: this, other` of all that differs but the conditions."""
+        both = ((name, vars(self)[name], vars(other)[name]) for name in vars(self) if name != "conditions")
+        return [f"{name}: {mine} here, {theirs} now" for name, mine, theirs in both if mine != theirs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadePair:
+    """A finished pair in memory."""
+
+    entry: dict[str, Any]
+    """What the manifest says of it, less the places of its files."""
+    picture: bytes | None
+    """The picture's file; None where it stays as and where it is."""
+    suffix: str
+    """How that file is called: `png`, or the original's ending."""
+    conditions: Mapping[str, bytes] = field(default_factory=dict)
+    """Name -> PNG."""
+
+
+def make_pair(picture: Picture, settings: MakeSettings) -> MadePair:
+    """The pair of one picture; nothing is written.
+
+    Raises:
+        UserError: the picture is missing, torn or too small, or a condition cannot be drawn from it.
+    """
+    data = _read(picture)
+    decoded = open_picture(data, picture.name)
+    # What another tool may show otherwise (turned, transparent, 16 bits) is written anew, as it is seen here.
+    plain = decoded.mode in ("RGB", "L") and "transparency" not in decoded.info
+    plain = plain and decoded.getexif().get(_ORIENTATION, 1) == 1
+    original = decoded if plain and decoded.mode == "RGB" else to_rgb(decoded)
+    size = settings.target_size(*original.size)
+    fitted = resize_cover(original, *size)
+    pixels = np.asarray(fitted)
+    digest = sha256(data)
+    kept = plain and size == original.size
+    file = (data if settings.copy or not isinstance(picture.source, Path) else None) if kept else png(pixels)
+    images, parameters, seeds = {}, {}, {}
+    for name in settings.conditions:
+        condition = find(name)
+        seed = condition_seed(settings.seed, digest, name)
+        given = (picture.objects or {}).get(name)
+        values = condition.defaults if settings.fixed else condition.random_parameters(np.random.default_rng(seed))
+        images[name] = png(_drawn(condition, original if given else fitted, {**values, **(given or {})}, size))
+        parameters[name] = {"objects": len(next(iter(given.values())))} if given else values
+        if not settings.fixed:
+            seeds[name] = seed
+    entry = {
+        "key": picture.key,
+        "prompt": picture.caption(),
+        "size": list(size),
+        "parameters": parameters,
+        "seeds": seeds,
+        "sha256": {
+            "picture": digest if kept else sha256(file or b""),
+            "conditions": {name: sha256(image) for name, image in images.items()},
+        },
+        "original": {"name": picture.name, "sha256": digest},
+    }
+    suffix = picture.name.rpartition(".")[2].lower() if kept else "png"
+    return MadePair(entry=entry, picture=file, suffix=suffix, conditions=images)
+
+
+def condition_seed(seed: int, content: str, condition: str) -> int:
+    """The seed of a condition's random parameters: the same for the same picture, whatever else is made and when.
+
+    Args:
+        content: hash of the picture file's bytes.
+    """
+    return int(sha256_of("pairs", str(seed), content, condition)[:12], 16)
+
+
+def sha256(data: bytes) -> str:
+    """Hex SHA-256 of a file's bytes, as `sha256sum` tells it."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """`uint8 [H, W, 3]` RGB as a PNG file, in grey if all three channels agree, which is a third of the bytes."""
+    red, green, blue = (cv2.extractChannel(pixels, channel) for channel in range(3))
+    grey = np.array_equal(red, green) and np.array_equal(green, blue)
+    done, encoded = cv2.imencode(".png", red if grey else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+    assert done
+    return encoded.tobytes()
+
+
+def _drawn(
+    condition: Condition, image: Image.Image, parameters: Mapping[str, Any], size: tuple[int, int]
+) -> np.ndarray:
+    """The condition image at `size`. What is drawn from annotations is drawn on the whole picture and fitted after,
+    colours kept, since annotations know nothing of the crop."""
+    try:
+        made = condition(np.asarray(image), **parameters)
+    except (cv2.error, ValueError, ArithmeticError, IndexError) as error:
+        width, height = image.size
+        reason = " ".join(str(error).split())
+        raise UserError(f"{condition.name} cannot be drawn of a picture of {width} x {height}: {reason}") from error
+    if made.shape[1::-1] == size:
+        return made
+    height, width = made.shape[:2]
+    scale = max(size[0] / width, size[1] / height)
+    # The same window as resize_cover's, sampled at the centres of its pixels.
+    columns = ((np.arange(size[0]) + 0.5 - size[0] / 2) / scale + width / 2).astype(int).clip(0, width - 1)
+    rows = ((np.arange(size[1]) + 0.5 - size[1] / 2) / scale + height / 2).astype(int).clip(0, height - 1)
+    return made[rows][:, columns]
+
+
+def _read(picture: Picture) -> bytes:
+    try:
+        return picture.source.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {picture.name}: {error.strerror or error}") from error

@@ -1,0 +1,105 @@
+"""COCO 2017: pictures, the first caption of each, and objects from which conditions are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from controlkit.data.readers.listing import Listing, Record
+from controlkit.data.sources import Drawn, Source
+from controlkit.errors import UserError
+from controlkit.files import read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoPicture:
+    """One picture of COCO with what is known about it."""
+
+    path: Path
+    caption: str | None
+    """The first one given for it; None if there is none."""
+    objects: tuple[Mapping[str, Any], ...] | None
+    """Its annotated objects; None if the files annotate none of any picture."""
+    size: tuple[float, float]
+    """Width and height that the objects are measured in."""
+
+
+def coco_pictures(annotations: Sequence[Path], images: Path | None = None) -> list[CocoPicture]:
+    """The pictures of one or several COCO annotation files (captions, instances), by file name.
+
+    Args:
+        images: their folder; looked for beside the annotations if not given.
+
+    Raises:
+        UserError: a file is not in COCO's form, or the folder is not found.
+    """
+    listed: dict[str, dict[str, Any]] = {}
+    captions: dict[str, str] = {}
+    objects: dict[str, list[Mapping[str, Any]]] = {}
+    with_objects = False
+    for path in annotations:
+        try:
+            value = read_json(path)
+            names = {entry["id"]: str(entry["file_name"]) for entry in value["images"]}
+            listed |= {str(entry["file_name"]): entry for entry in value["images"]}
+            for entry in sorted(value["annotations"], key=lambda entry: entry["id"]):
+                name = names[entry["image_id"]]
+                if "caption" in entry:
+                    captions.setdefault(name, " ".join(str(entry["caption"]).split()))
+                else:
+                    with_objects = True
+                    kept = ("category_id", "bbox", "segmentation")
+                    objects.setdefault(name, []).append({key: entry[key] for key in kept if key in entry})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a COCO annotation file ({error!r})") from error
+    if not listed:
+        raise UserError(f"{', '.join(map(str, annotations))} lists no pictures")
+    folder = images or _images_of(annotations[0], next(iter(listed)))
+    return [
+        CocoPicture(
+            path=folder / name,
+            caption=captions.get(name),
+            objects=tuple(objects.get(name, ())) if with_objects else None,
+            size=(float(entry.get("width", 0)), float(entry.get("height", 0))),
+        )
+        for name, entry in sorted(listed.items())
+    ]
+
+
+def read_coco(path: Path, condition: str | None = None) -> Listing:
+    """Pairs of a COCO annotation file. Condition images are computed when they are read: `bbox` and `segments` from
+    its objects, any other from the picture. An instances file takes its captions from the captions file beside it."""
+    beside = path.with_name(path.name.replace("instances_", "captions_", 1))
+    files = [path, beside] if beside != path and beside.is_file() else [path]
+    records = []
+    for picture in coco_pictures(files):
+        conditions: dict[str, Source] = {}
+        for name, parameters in object_parameters(picture).items():
+            conditions[name] = Drawn(picture=picture.path, condition=name, parameters=tuple(parameters.items()))
+        prompt = picture.caption or ""
+        records.append(Record(where=picture.path.name, picture=picture.path, conditions=conditions, prompt=prompt))
+    return Listing(origin=path, records=records, draws=True)
+
+
+def object_parameters(picture: CocoPicture) -> dict[str, dict[str, Any]]:
+    """Parameters of the conditions `bbox` and `segments` for a picture's objects."""
+    if picture.objects is None:
+        return {}
+    size = picture.size if min(picture.size) > 0 else None
+    boxes = [entry for entry in picture.objects if "bbox" in entry]
+    shapes = [entry for entry in picture.objects if entry.get("segmentation")]
+    return {"bbox": {"boxes": boxes, "size": size}, "segments": {"segments": shapes, "size": size}}
+
+
+def _images_of(annotations: Path, first: str) -> Path:
+    """The folder that holds the picture called `first`, near the annotations."""
+    split = annotations.stem.rpartition("_")[2]
+    home = annotations.parent
+    near = [home, home / "images", home.parent, home.parent / "images", home / split, home.parent / split]
+    near += [home.parent / "images" / split]
+    for folder in near:
+        if (folder / first).is_file():
+            return folder
+    raise UserError(f"{first}, listed in {annotations}, is not near it; name the folder of the pictures with --images")

@@ -1,0 +1,111 @@
+"""Layouts without a list: folders whose files belong together by name, and MultiGen-20M."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from controlkit.data.multigen import MultiGen
+from controlkit.data.readers.listing import Listing, Record
+from controlkit.data.sources import is_picture_name
+from controlkit.errors import UserError
+
+PICTURE_FOLDERS = ("target", "targets", "image", "images", "img", "picture", "pictures", "photo", "photos", "train")
+"""What a folder of pictures is called beside one of condition images, if no captions lie in it."""
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Files that are called like pictures, in this folder itself, by name."""
+    try:
+        return sorted(path for path in folder.iterdir() if is_picture_name(path.name) and path.is_file())
+    except OSError as error:
+        raise UserError(f"cannot list {folder}: {error.strerror}") from error
+
+
+def read_twins(folder: Path, condition: str | None = None) -> Listing:
+    """Pictures with captions beside them (`apple.png`, `apple.txt`) and folders of condition images of the same stems.
+
+    This is how kohya's trainers read a ControlNet's data. The pictures lie in `folder` itself or in one folder below;
+    every other folder below it with pictures is a condition, called as the folder is.
+
+    Raises:
+        UserError: it cannot be told which folder holds the pictures, or stems are not unique.
+    """
+    folders = {path: pictures_in(path) for path in (folder, *_subfolders(folder))}
+    folders = {path: files for path, files in folders.items() if files}
+    home = _home(folder, list(folders))
+    by_name = {path.name: _by_stem(path, files) for path, files in folders.items() if path != home}
+    conditions = {name: stems for name, stems in by_name.items() if stems}
+    records, problems = [], []
+    for stem, picture in _by_stem(home, folders[home]).items():
+        twins = {name: stems.pop(stem) for name, stems in conditions.items() if stem in stems}
+        caption = picture.with_suffix(".txt")
+        prompt = caption.read_text(encoding="utf-8", errors="replace").strip() if caption.is_file() else ""
+        records.append(Record(where=picture.name, picture=picture, conditions=twins, prompt=prompt))
+    for name, left in conditions.items():
+        problems += [f"{name}/{path.name}: there is no picture {stem} in {home.name}" for stem, path in left.items()]
+    return Listing(origin=folder, records=records, problems=problems)
+
+
+def has_twins(folder: Path) -> bool:
+    """Whether at least two folders, of `folder` and those below it, hold pictures, and two of them share a stem."""
+    seen: set[str] = set()
+    for place in (folder, *_subfolders(folder)):
+        stems = {path.stem for path in pictures_in(place)}
+        if stems & seen:
+            return True
+        seen |= stems
+    return False
+
+
+def read_multigen(folder: Path, condition: str | None = None) -> Listing:
+    """One task of MultiGen-20M, the one that `condition` names, or the only one there is.
+
+    Raises:
+        UserError: there are several tasks and `condition` is none of them.
+    """
+    start, end = "aesthetics_plus_all_group_", "_all.json"
+    files = sorted((folder / "json_files").glob(f"{start}*{end}"))
+    tasks = [path.name.removeprefix(start).removesuffix(end) for path in files]
+    wanted = None if condition == "identity" else condition
+    if wanted is None and len(tasks) != 1:
+        raise UserError(f"{folder} has the tasks {', '.join(tasks)}; name one: {folder}/{tasks[0]}")
+    task = tasks[0] if len(tasks) == 1 and wanted not in tasks else str(wanted)
+    lines = MultiGen(folder, task)
+    records, problems = [], []
+    for index in range(len(lines)):
+        try:
+            source, picture, prompt = lines.entry(index)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        records.append(Record(where=f"line {index + 1}", picture=picture, conditions={task: source}, prompt=prompt))
+    return Listing(origin=lines.path, records=records, problems=problems)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _home(folder: Path, folders: list[Path]) -> Path:
+    """Which of the folders holds the pictures, not their conditions."""
+    if folder in folders:
+        return folder
+    captioned = [path for path in folders if any(path.glob("*.txt"))]
+    named = [path for path in folders if path.name.lower() in PICTURE_FOLDERS]
+    for found in (captioned, named):
+        if len(found) == 1:
+            return found[0]
+    names = ", ".join(path.name for path in folders)
+    raise UserError(
+        f"cannot tell which of {names} in {folder} holds the pictures;"
+        " put their captions (.txt) beside them, or call that folder images"
+    )
+
+
+def _by_stem(folder: Path, files: list[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in files:
+        if path.stem in found:
+            raise UserError(f"{folder} has both {found[path.stem].name} and {path.name}; twins are found by stem")
+        found[path.stem] = path
+    return found

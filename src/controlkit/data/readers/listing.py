@@ -1,0 +1,121 @@
+"""What every reader gives: records, and what is wrong with the rest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from controlkit.conditions import find
+from controlkit.data.pair import Pair
+from controlkit.data.sources import Drawn, Source
+from controlkit.errors import UserError, nearest
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One picture with all its condition images, not looked at yet."""
+
+    where: str
+    """Where it is listed: `line 7`, or its key."""
+    picture: Source
+    conditions: Mapping[str, Source]
+    """Name of the condition -> condition image."""
+    prompt: str
+    made: Mapping[str, Any] = field(default_factory=dict)
+    """What a manifest of ours tells about how it came to be; empty in other layouts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """All that a file or folder of pairs holds."""
+
+    origin: Path
+    """The file or folder that lists them."""
+    records: Sequence[Record]
+    problems: Sequence[str] = ()
+    """Entries that cannot be understood, in words."""
+    draws: bool = False
+    """Whether conditions that are not listed can be computed from the pictures."""
+
+    @property
+    def conditions(self) -> list[str]:
+        """Names of all conditions, in the order in which they first occur."""
+        return list(dict.fromkeys(name for record in self.records for name in record.conditions))
+
+    def chosen(self, condition: str | None) -> str | None:
+        """The name, in this listing, of what `condition` asks for; None where it is none of them.
+
+        A listing with one condition gives that one, whatever it is called: files of other tools seldom name it.
+        `identity` asks for nothing in particular.
+        """
+        names = self.conditions
+        wanted = None if condition is None or _plain(condition) == "identity" else _plain(condition)
+        for name in names:
+            if wanted is not None and wanted in (_plain(name), _plain(short_name(name))):
+                return name
+        if wanted is not None:
+            for name in names:
+                if _registered(name) is not None and _registered(name) == _registered(wanted):
+                    return name
+            if self.draws and _registered(wanted):
+                return _registered(wanted)
+        return names[0] if len(names) == 1 else None
+
+    def pairs(self, condition: str | None = None) -> tuple[list[tuple[str, Pair]], list[str]]:
+        """`(where, pair)` of every record, and the problems, those of records without this condition among them.
+
+        Raises:
+            UserError: there are several conditions, and `condition` is none of them.
+        """
+        name = self.chosen(condition)
+        if name is None and (self.records or not self.problems):
+            raise self._ambiguous(condition)
+        found, problems = [], list(self.problems)
+        for record in self.records:
+            source = record.conditions.get(str(name))
+            if source is None and self.draws and not isinstance(record.picture, Drawn):
+                source = Drawn(picture=record.picture, condition=str(name))
+            if source is None:
+                problems.append(f"{record.where}: there is no condition image {name!r}")
+                continue
+            found.append((record.where, Pair(source=source, target=record.picture, prompt=record.prompt)))
+        return found, problems
+
+    def _ambiguous(self, condition: str | None) -> UserError:
+        names = self.conditions
+        if not self.records:
+            return UserError(f"{self.origin} lists no pairs")
+        if not names:
+            return UserError(f"{self.origin} has pictures without condition images; make them with controlkit pairs")
+        asked = "" if condition is None else f" and none is called {condition!r}{nearest(condition, names)}"
+        choose = f"name one: {self.origin.parent if self.origin.is_file() else self.origin}/{names[0]}"
+        return UserError(f"{self.origin} has the conditions {', '.join(names)}{asked}; {choose}")
+
+
+def refuse(origin: object, problems: Sequence[str], advice: str = "mend or remove these entries") -> UserError:
+    """The error that lists `problems`, the first of them at least."""
+    more = f"\n... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    listed = "\n".join(problems[:_SHOWN])
+    return UserError(f"{len(problems)} problems in {origin}; {advice}:\n{listed}{more}")
+
+
+def short_name(column: str) -> str:
+    """`canny` of `canny_file_name`, `conditioning_canny`, `canny_image`."""
+    name = re.sub(r"_(file_name|path|image|images)$", "", column)
+    return re.sub(r"^(control|conditioning|condition)_(?=.)", "", name)
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("-", "_")
+
+
+def _registered(name: str) -> str | None:
+    try:
+        return find(name).name
+    except UserError:
+        return None

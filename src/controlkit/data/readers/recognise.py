@@ -1,0 +1,176 @@
+"""Which layout a path holds, told by what is in it."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from controlkit.conditions import find
+from controlkit.data.readers.archives import read_parquet, read_tars
+from controlkit.data.readers.coco import read_coco
+from controlkit.data.readers.folders import has_twins, pictures_in, read_multigen, read_twins
+from controlkit.data.readers.lines import read_manifest, read_metadata, read_prompt_json
+from controlkit.data.readers.listing import Listing, short_name
+from controlkit.data.sources import Source
+from controlkit.errors import UserError
+
+MANIFEST = "pairs.jsonl"
+PROMPT_JSON = "prompt.json"
+_METADATA = ("metadata.jsonl", "metadata.csv")
+_HEAD = 1 << 20
+
+LAYOUTS = f"""{MANIFEST} (controlkit pairs), {PROMPT_JSON} (source, target, prompt), metadata.jsonl or metadata.csv
+(datasets), parquet files, tar shards, pictures beside folders of condition images, MultiGen-20M, COCO annotations"""
+
+Reader = Callable[[Path, str | None], Listing]
+
+
+def read_listing(path: str | Path, condition: str | None = None) -> Listing:
+    """All pairs of the file, folder or glob `path`, whatever its layout, not looked at yet.
+
+    `PATH/NAME` means the condition NAME of the pairs at PATH, unless pairs of their own lie there.
+
+    Args:
+        condition: for layouts that keep conditions apart: which one to read.
+
+    Raises:
+        UserError: nothing there, or nothing that is recognised.
+    """
+    path = Path(path)
+    within = _one_condition(path) if (path.parent / MANIFEST).is_file() else None
+    if within is not None:
+        return within
+    reader = _reader(path)
+    if reader is not None:
+        return reader(path, condition)
+    within = _one_condition(path)
+    if within is not None:
+        return within
+    raise _unknown(path)
+
+
+def pairs_folder(path: str | Path) -> Path:
+    """The folder in which what is computed from the pairs at `path` may be kept."""
+    path = Path(path)
+    return path if path.is_dir() else path.parent
+
+
+def _one_condition(path: Path) -> Listing | None:
+    """The condition `path.name` of the pairs at `path.parent`; None if there is nothing of the kind."""
+    try:
+        outer = None if path.is_file() or path.parent == path else _reader(path.parent)
+        listing = outer(path.parent, path.name) if outer is not None else None
+    except UserError:
+        return None  # what lies around a path that does not exist is not what was asked for
+    name = listing.chosen(path.name) if listing is not None else None
+    if listing is None or name is None or path.name not in (name, *_names_of(name)):
+        return None
+    records = [replace(record, conditions=_only(record.conditions, name)) for record in listing.records]
+    return replace(listing, records=records)
+
+
+def _reader(path: Path) -> Reader | None:
+    if path.is_dir():
+        return _folder_reader(path)
+    if path.is_file():
+        return _file_reader(path)
+    found = sorted(Path(name) for name in glob.glob(str(path)))
+    return _archive_reader(found)
+
+
+def _folder_reader(folder: Path) -> Reader | None:
+    for name, reader in ((MANIFEST, read_manifest), (PROMPT_JSON, read_prompt_json)):
+        if (folder / name).is_file():
+            return _at(folder / name, reader)
+    if (folder / "json_files").is_dir():
+        return read_multigen
+    metadata = [folder / name for name in _METADATA if (folder / name).is_file()]
+    metadata = metadata or sorted(file for name in _METADATA for file in folder.glob(f"*/{name}"))
+    if metadata:
+        return _at(_only_split(folder, metadata), read_metadata)
+    for pattern in ("*.tar", "*.parquet", "data/*.parquet", "*/*.parquet"):
+        found = sorted(folder.glob(pattern))
+        splits = {path.name.split("-")[0] for path in found} if pattern != "*.tar" else set()
+        if len(splits) > 1 and "train" in splits:
+            raise UserError(
+                f"{folder} has the splits {', '.join(sorted(splits))}; name one: '{found[-1].parent}/train-*'"
+            )
+        if found:
+            return _archive_reader(found)
+    annotations = sorted(folder.glob("annotations/captions_*.json")) or sorted(folder.glob("annotations/*.json"))
+    if annotations:
+        return _at(_only_split(folder, annotations), read_coco)
+    return read_twins if has_twins(folder) else None
+
+
+def _file_reader(path: Path) -> Reader | None:
+    with path.open("rb") as stream:
+        head = stream.read(_HEAD)
+    if head[257:262] == b"ustar" or path.suffix == ".tar" or head.startswith(b"PAR1"):
+        return _archive_reader([path])
+    if path.suffix == ".csv":
+        return read_metadata
+    try:
+        entry = json.loads(head.lstrip(b"\xef\xbb\xbf").strip().splitlines()[0])
+    except (ValueError, IndexError):
+        entry = None
+    if not isinstance(entry, dict):
+        # A JSON document over several lines, or with a first line longer than what was read.
+        return read_coco if head.lstrip().startswith(b"{") and b'"images"' in head else None
+    for keys, reader in (
+        ({"picture", "conditions"}, read_manifest),
+        ({"source", "target"}, read_prompt_json),
+        ({"file_name"}, read_metadata),
+        ({"images", "annotations"}, read_coco),
+    ):
+        if keys <= set(entry):
+            return reader
+    return None
+
+
+def _archive_reader(paths: Sequence[Path]) -> Reader | None:
+    if not paths or not all(path.is_file() for path in paths):
+        return None
+    kind = read_parquet if all(path.suffix == ".parquet" or _is_parquet(path) for path in paths) else read_tars
+    return lambda path, condition: kind(paths, path)
+
+
+def _is_parquet(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(4) == b"PAR1"
+
+
+def _at(path: Path, reader: Reader) -> Reader:
+    return lambda _, condition: reader(path, condition)
+
+
+def _only_split(folder: Path, files: Sequence[Path]) -> Path:
+    if len(files) > 1:
+        raise UserError(f"{folder} has several lists; name one of them: {', '.join(map(str, files))}")
+    return files[0]
+
+
+def _names_of(name: str) -> tuple[str, ...]:
+    try:
+        return (short_name(name), *find(name).aliases)
+    except UserError:
+        return (short_name(name),)
+
+
+def _only(conditions: Mapping[str, Source], name: str) -> dict[str, Source]:
+    return {name: conditions[name]} if name in conditions else {}
+
+
+def _unknown(path: Path) -> UserError:
+    layouts = " ".join(LAYOUTS.split())
+    if not path.exists():
+        return UserError(f"there are no pairs at {path}; what is read: {layouts}")
+    if path.is_dir() and pictures_in(path):
+        return UserError(
+            f"{path} has pictures but no condition images; make pairs of them:"
+            f" controlkit pairs {path} --conditions canny --out DIR"
+        )
+    return UserError(f"{path} has no {MANIFEST}, no {PROMPT_JSON} and no other layout that is read: {layouts}")

@@ -1,0 +1,84 @@
+"""Crops and flips of a condition image and its picture together.
+
+A view says which square of a pair is shown, in fractions, so that it fits both even where their resolutions differ. It
+is drawn first and then applied to both, or to the picture and a condition computed from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+from controlkit.conditions import Condition
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """Which square of a picture is shown, and whether it is mirrored."""
+
+    place: float = 0.5
+    """Where along the long side the square lies, 0 (left, top) to 1."""
+    flip: bool = False
+    """Whether left and right are exchanged after the crop."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.place <= 1:
+            raise ValueError(f"place is {self.place}, not from 0 to 1")
+
+
+CENTRE = View()
+"""The square in the middle, as it is."""
+
+
+def random_view(rng: np.random.Generator, *, crop: bool = True, flip: bool = True) -> View:
+    """A view for one training step; both numbers are drawn whatever is asked for, so that no option shifts `rng`."""
+    place, mirrored = float(rng.random()), bool(rng.random() < 0.5)
+    return View(place=place if crop else 0.5, flip=flip and mirrored)
+
+
+def show(image: np.ndarray, view: View, size: int, *, nearest: bool = False) -> np.ndarray:
+    """`uint8 [H, W, 3]` => the view of it, `uint8 [size, size, 3]`.
+
+    Args:
+        nearest: keep colours as they are when scaling, for maps whose colours are labels.
+    """
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = round(view.place * (height - side)), round(view.place * (width - side))
+    part = image[top : top + side, left : left + side]
+    if side != size:
+        smooth = cv2.INTER_AREA if side > size else cv2.INTER_LANCZOS4
+        part = cv2.resize(part, (size, size), interpolation=cv2.INTER_NEAREST_EXACT if nearest else smooth)
+    return np.ascontiguousarray(part[:, ::-1] if view.flip else part)
+
+
+def show_pair(source: np.ndarray, target: np.ndarray, view: View, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same view of a finished condition image and its picture, both `uint8 [size, size, 3]`.
+
+    A finished pair may be mirrored whatever its condition is: what lies where in one still does in the other.
+    """
+    return show(source, view, size), show(target, view, size)
+
+
+def draw_pair(
+    picture: np.ndarray, condition: Condition, view: View, size: int, parameters: Mapping[str, Any] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Condition image and picture of a view, both `uint8 [size, size, 3]`, the condition computed after the crop.
+
+    Where `condition.mirrors`, it is computed from what is shown. Elsewhere (a mask or noise of a fixed seed) that would
+    leave the mask where it was when the picture turns round; the pair is made upright and mirrored as a whole, so the
+    same view with and without the flip shows the same pair. Annotations (`bbox`, `segments`) are measured in the whole
+    picture: draw these first, then `show_pair`.
+    """
+    if condition.mirrors:
+        target = show(picture, view, size)
+        return condition(target, **(parameters or {})), target
+    target = show(picture, View(place=view.place), size)
+    source = condition(target, **(parameters or {}))
+    if view.flip:
+        source, target = (np.ascontiguousarray(image[:, ::-1]) for image in (source, target))
+    return source, target

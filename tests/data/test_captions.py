@@ -1,0 +1,65 @@
+"""Captions by BLIP, at toy size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pair_files import scene, write_pictures
+from PIL import Image
+
+from controlkit.data.captions import Captioner, with_captions
+from controlkit.data.pictures import list_pictures
+from controlkit.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tiny_blip(tmp_path_factory):
+    """A BLIP of random weights as a folder."""
+    from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("blip")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *(f"word{n}" for n in range(26))]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**small, "encoder_hidden_size": 16, "vocab_size": len(words), "max_position_embeddings": 64}
+    text |= {"bos_token_id": 5, "pad_token_id": 0, "eos_token_id": 3, "sep_token_id": 3, "is_decoder": True}
+    config = BlipConfig(
+        text_config={**text, "projection_dim": 16},
+        vision_config={**small, "image_size": 32, "patch_size": 16, "projection_dim": 16},
+        projection_dim=16,
+    )
+    BlipForConditionalGeneration(config).save_pretrained(folder)
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return str(folder)
+
+
+def test_pictures_without_a_caption_get_one_and_it_is_kept(tiny_blip, tmp_path):
+    paths = write_pictures(tmp_path / "in", 4)
+    paths[0].with_suffix(".txt").unlink()
+    paths[2].with_suffix(".txt").write_text(" \n")
+    paths[3].with_suffix(".txt").unlink()
+    paths[3].write_bytes(b"torn")
+    pictures = list_pictures([tmp_path / "in"])
+    told = with_captions(pictures, tmp_path / "out", lambda: Captioner(tiny_blip), tiny_blip)
+    assert told[0].caption() and told[2].caption() and told[3].caption() == ""
+    assert told[1] == pictures[1]
+    # The torn one is tried again; another model's words are not taken.
+    paths[3].unlink()
+    again = with_captions(
+        list_pictures([tmp_path / "in"]), tmp_path / "out", lambda: pytest.fail("loaded again"), tiny_blip
+    )
+    assert again == told[:3]
+    with pytest.raises(ZeroDivisionError):
+        with_captions(pictures, tmp_path / "out", lambda: 1 / 0, "another")
+
+
+def test_the_same_picture_gets_the_same_caption_in_any_company(tiny_blip):
+    captioner = Captioner(tiny_blip)
+    images = [Image.fromarray(scene(number)) for number in range(3)]
+    assert captioner(images) == [captioner([image])[0] for image in images]
+
+
+def test_missing_weights_are_told_with_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"hf download Salesforce.*--caption-model"):
+        Captioner(str(tmp_path))

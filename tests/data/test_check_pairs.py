@@ -1,0 +1,106 @@
+"""What `controlkit pairs --check` finds, and what it must not find."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from pair_files import scene, write_pictures
+from PIL import Image
+
+from controlkit.conditions import find
+from controlkit.data.check import check_pairs, check_sheet
+from controlkit.data.engine import make_pairs
+from controlkit.data.making import MakeSettings
+from controlkit.data.pairs import write_pairs
+from controlkit.data.pictures import list_pictures
+from controlkit.data.swapped import swapped
+from controlkit.errors import UserError
+
+ABSTRACT = ("canny", "sketch", "scribble", "grayscale", "palette", "silhouette", "lines_lsd", "illusion")
+DAMAGED = ("noise", "rain", "snow", "jpeg", "blur", "inpaint_brush", "shuffle", "pixel", "color_regions", "low_light")
+
+
+@pytest.fixture
+def made(tmp_path):
+    write_pictures(tmp_path / "in", 6)
+    settings = MakeSettings(conditions=("canny", "noise"), size=48, copy=True)
+    make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "pairs", settings, workers=1)
+    return tmp_path / "pairs"
+
+
+def pairs_of(name, count=8, size=64):
+    pictures = [scene(number, size, size) for number in range(count)]
+    kind = find(name)
+    return [(kind(p, **kind.random_parameters(np.random.default_rng(n))), p) for n, p in enumerate(pictures)]
+
+
+def test_good_pairs_have_no_problems(made):
+    report = check_pairs(made)
+    assert (report.problems, report.notes, report.pairs) == ([], [], 6)
+    assert report.conditions == ["canny", "noise"]
+    assert check_sheet(report).width > 300
+
+
+def test_everything_is_found_at_once(made):
+    lines = [json.loads(line) for line in (made / "pairs.jsonl").read_text().splitlines()]
+    (made / "canny/picture0.png").unlink()
+    (made / "noise/picture1.png").write_bytes((made / "noise/picture1.png").read_bytes()[:50])
+    Image.fromarray(scene(2, 48, 24)).save(made / "canny/picture2.png")
+    shutil.copy(made / "pictures/picture4.png", made / "pictures/picture3.png")
+    lines[5]["prompt"] = "  "
+    (made / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{torn\n")
+    report = check_pairs(made)
+    found = {(problem.kind, problem.where) for problem in report.problems}
+    assert {("file", "line 1"), ("file", "line 2"), ("size", "line 3"), ("changed", "line 3")} <= found
+    assert {("changed", "line 4"), ("duplicate", "line 5"), ("not drawn", "line 4"), ("prompt", "line 6")} <= found
+    assert ("entry", "line 7") in found
+    assert sum(report.counts.values()) == len(report.problems)
+    assert check_sheet(report).height > 200
+
+
+def test_exchanged_folders_of_a_manifest_are_certain(made):
+    lines = [json.loads(line) for line in (made / "pairs.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["picture"], line["conditions"] = line["conditions"]["canny"], {"canny": line["picture"]}
+        del line["sha256"]
+    (made / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = check_pairs(made)
+    assert report.counts == {"swapped": 6}
+    assert "certain" in report.problems[0].text
+
+
+@pytest.mark.parametrize("name", ABSTRACT)
+def test_exchanged_sides_are_likely_where_a_condition_leaves_much_out(name):
+    pairs = pairs_of(name)
+    assert swapped(pairs) is None
+    verdict = swapped([(target, source) for source, target in pairs])
+    assert verdict is not None and verdict.certainty == "likely"
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_conditions_that_add_something_are_never_called_exchanged(name):
+    verdict = swapped(pairs_of(name))
+    assert verdict is None or verdict.certainty == "possible"
+
+
+def test_a_prompt_json_with_source_and_target_exchanged(tmp_path):
+    write_pairs(tmp_path, [(target, source, "x") for source, target in pairs_of("canny")])
+    report = check_pairs(tmp_path)
+    assert report.counts == {"swapped": 1} and "most likely" in report.problems[0].text
+    write_pairs(tmp_path, [(source, target, "x") for source, target in pairs_of("canny")])
+    assert check_pairs(tmp_path).problems == []
+
+
+def test_too_few_pairs_say_nothing():
+    assert swapped([(target, source) for source, target in pairs_of("canny", 3)]) is None
+
+
+def test_one_condition_can_be_checked_alone(made):
+    (made / "noise/picture1.png").unlink()
+    assert check_pairs(made, ["canny"]).problems == []
+    assert check_pairs(made, ["noise"]).counts == {"file": 1}
+    with pytest.raises(UserError, match="it has canny, noise"):
+        check_pairs(made, ["canny", "depth"])

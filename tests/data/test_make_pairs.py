@@ -1,0 +1,323 @@
+"""Making pairs: the same whatever the order and the workers, resumable, and nothing lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pair_files import contents, encoded, scene, write_archive, write_pictures
+from PIL import Image
+
+from controlkit.conditions import find
+from controlkit.data.engine import make_pairs
+from controlkit.data.making import MakeSettings, condition_seed, make_pair, png
+from controlkit.data.pairs import read_pairs
+from controlkit.data.pictures import Picture, list_pictures
+from controlkit.data.sources import members, open_picture, read_picture
+from controlkit.errors import UserError
+from controlkit.images import read_image, to_rgb
+
+CANNY_AND_NOISE = MakeSettings(conditions=("canny", "noise"), size=32)
+
+
+def lines(report):
+    return [json.loads(line) for line in report.out.read_text().splitlines()]
+
+
+def test_what_the_manifest_says_is_true(tmp_path):
+    paths = write_pictures(tmp_path / "in", 3)
+    report = make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    assert (report.made, report.kept, report.skipped, report.empty_prompts) == (3, 0, {}, 0)
+    for entry, path in zip(lines(report), paths, strict=True):
+        assert entry["key"] == path.stem and entry["prompt"] == path.with_suffix(".txt").read_text().strip()
+        assert entry["original"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        picture = tmp_path / "out" / entry["picture"]
+        assert entry["sha256"]["picture"] == hashlib.sha256(picture.read_bytes()).hexdigest()
+        pixels = np.asarray(read_image(picture))
+        assert pixels.shape == (32, 32, 3) and entry["size"] == [32, 32]
+        for name, place in entry["conditions"].items():
+            file = tmp_path / "out" / place
+            assert entry["sha256"]["conditions"][name] == hashlib.sha256(file.read_bytes()).hexdigest()
+            again = find(name)(pixels, **entry["parameters"][name])
+            assert np.array_equal(np.asarray(read_image(file)), again)
+    pair = read_pairs(tmp_path / "out", "canny")[0]
+    assert pair.prompt == "scene 0"
+    assert read_pairs(tmp_path / "out" / "noise")[0].target == pair.target
+
+
+def test_pictures_that_stay_are_referred_to_or_copied(tmp_path):
+    (path,) = write_pictures(tmp_path / "in", 1)
+    where = make_pairs(list_pictures([path.parent]), tmp_path / "a", MakeSettings(conditions=("canny",)), workers=1)
+    assert (where.out.parent / lines(where)[0]["picture"]).resolve() == path.resolve()
+    copied = MakeSettings(conditions=("canny",), copy=True)
+    where = make_pairs(list_pictures([path.parent]), tmp_path / "b", copied, workers=1)
+    assert (tmp_path / "b" / lines(where)[0]["picture"]).read_bytes() == path.read_bytes()
+
+
+def test_pictures_that_other_tools_would_see_otherwise_are_written_anew(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "in").mkdir()
+    Image.fromarray(scene(0, 20, 40)).save(tmp_path / "in/turned.jpg", exif=exif)
+    Image.fromarray(np.dstack([scene(1), np.full((48, 48), 90, np.uint8)])).save(tmp_path / "in/clear.png")
+    settings = MakeSettings(conditions=("canny",))
+    report = make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", settings, workers=1)
+    for entry in lines(report):
+        with Image.open(tmp_path / "out" / entry["picture"]) as image:
+            assert image.mode == "RGB" and list(image.size) == entry["size"]
+    assert lines(report)[1]["size"] == [20, 40]
+    assert len(read_pairs(tmp_path / "out")) == 2
+
+
+def test_order_workers_and_company_change_nothing(tmp_path):
+    write_pictures(tmp_path / "in", 7)
+    pictures = list_pictures([tmp_path / "in"])
+    make_pairs(pictures, tmp_path / "one", CANNY_AND_NOISE, workers=1)
+    make_pairs(pictures[::-1], tmp_path / "two", CANNY_AND_NOISE, workers=2)
+    expected = contents(tmp_path / "one")
+    assert contents(tmp_path / "two") == expected
+    alone = MakeSettings(conditions=("noise",), size=32)
+    make_pairs(pictures[3:4], tmp_path / "three", alone, workers=1)
+    assert contents(tmp_path / "three")["noise/picture3.png"] == expected["noise/picture3.png"]
+
+
+def test_seeds_tell_pictures_conditions_and_runs_apart():
+    seeds = {condition_seed(run, content, name) for run in (0, 1) for content in "ab" for name in ("canny", "noise")}
+    assert len(seeds) == 8
+    assert condition_seed(0, "a", "canny") == condition_seed(0, "a", "canny")
+
+
+def test_fixed_parameters_are_the_defaults(tmp_path):
+    write_pictures(tmp_path / "in", 2)
+    pictures = list_pictures([tmp_path / "in"])
+    fixed = MakeSettings(conditions=("canny",), fixed=True)
+    assert make_pair(pictures[0], fixed).entry["parameters"] == {"canny": {"low": 100, "high": 200}}
+    drawn = [make_pair(p, MakeSettings(conditions=("canny",))).entry["parameters"]["canny"]["low"] for p in pictures]
+    assert drawn[0] != drawn[1]
+
+
+def test_a_second_run_does_nothing_and_a_changed_input_is_noticed(tmp_path):
+    paths = write_pictures(tmp_path / "in", 4)
+    out = tmp_path / "out"
+
+    def go(*names):
+        return make_pairs(list_pictures([tmp_path / "in"]), out, MakeSettings(conditions=names, size=32), workers=1)
+
+    go("canny")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    report = go("canny")
+    assert (report.made, report.kept) == (0, 4)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+
+    Image.fromarray(scene(99)).save(paths[1])
+    (out / "canny/picture2.png").unlink()
+    paths[3].with_suffix(".txt").write_text("another caption")
+    report = go("canny")
+    assert (report.made, report.kept) == (3, 1)
+    assert [entry["prompt"] for entry in lines(report)][3] == "another caption"
+
+    paths[2].unlink()
+    report = go("palette")  # the edges stay
+    assert set(lines(report)[0]["conditions"]) == {"canny", "palette"} and len(lines(report)) == 3
+
+
+def test_a_prompt_mended_in_the_manifest_stays(tmp_path):
+    write_pictures(tmp_path / "in", 2)
+    report = make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    report.out.write_text(report.out.read_text().replace("scene 0", "mended by hand"))
+    Image.fromarray(scene(9)).save(tmp_path / "in/new.png")
+    again = make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    assert again.made == 1
+    assert sorted(entry["prompt"] for entry in lines(again)) == ["", "mended by hand", "scene 1"]
+
+
+def test_other_settings_do_not_mix_in_one_folder(tmp_path):
+    write_pictures(tmp_path / "in", 2)
+    pictures = list_pictures([tmp_path / "in"])
+    make_pairs(pictures, tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    with pytest.raises(UserError, match="seed: 0 here, 3 now"):
+        make_pairs(pictures, tmp_path / "out", MakeSettings(conditions=("canny",), size=32, seed=3), workers=1)
+    with pytest.raises(UserError, match="shards"):
+        make_pairs(pictures, tmp_path / "out", CANNY_AND_NOISE, workers=1, shards=2)
+
+
+def test_torn_pictures_are_skipped_and_told(tmp_path):
+    paths = write_pictures(tmp_path / "in", 4)
+    paths[1].write_bytes(paths[1].read_bytes()[:60])
+    paths[2].write_bytes(b"")
+    for shards in (None, 2):
+        out = tmp_path / f"out{shards}"
+        report = make_pairs(list_pictures([tmp_path / "in"]), out, CANNY_AND_NOISE, workers=1, shards=shards)
+        assert (report.made, sorted(report.skipped)) == (2, ["picture1.png", "picture2.png"])
+        assert len(read_pairs(out, "canny")) == 2
+    for path in paths:
+        path.write_bytes(b"none")
+    with pytest.raises(UserError, match="none of 4 pictures can be read"):
+        make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "new", CANNY_AND_NOISE, workers=1)
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
+    write_pictures(tmp_path / "in", 6)
+    pictures = list_pictures([tmp_path / "in"])
+
+    class Killed(Exception):
+        pass
+
+    def kill(done, total):
+        if done >= 3:
+            raise Killed
+
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        make_pairs(pictures, out, CANNY_AND_NOISE, workers=1, tell=kill)
+    assert not (out / "pairs.jsonl").exists()
+    journal = out / ".controlkit/pairs/journal.jsonl"
+    journal.write_text(journal.read_text() + '{"key": "picture5", "na')  # as a killed process leaves it
+    stood = {path: path.stat().st_mtime_ns for path in out.glob("*/*.png")}
+    report = make_pairs(pictures, out, CANNY_AND_NOISE, workers=1)
+    assert report.kept == 3 and report.made == 3
+    assert all(path.stat().st_mtime_ns == before for path, before in stood.items())
+    make_pairs(pictures, tmp_path / "clean", CANNY_AND_NOISE, workers=1)
+    assert contents(out) == contents(tmp_path / "clean")
+
+
+def test_a_killed_process_of_the_pool_costs_nothing(tmp_path):
+    write_pictures(tmp_path / "in", 24)
+    pictures = list_pictures([tmp_path / "in"])
+    killed = threading.Event()
+
+    def kill_one():
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not killed.is_set():
+            children = multiprocessing.active_children()
+            if children and list((tmp_path / "out").glob("canny/*.png")):
+                os.kill(children[0].pid, signal.SIGKILL)
+                killed.set()
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    report = make_pairs(pictures, tmp_path / "out", CANNY_AND_NOISE, workers=2)
+    thread.join()
+    assert killed.is_set() and report.made == 24
+    make_pairs(pictures, tmp_path / "clean", CANNY_AND_NOISE, workers=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "clean")
+
+
+def test_shards_are_the_same_bytes_every_time_and_hold_the_same_pairs(tmp_path):
+    write_pictures(tmp_path / "in", 5)
+    pictures = list_pictures([tmp_path / "in"])
+    for name, workers in (("one", 1), ("two", 2)):
+        make_pairs(pictures, tmp_path / name, CANNY_AND_NOISE, workers=workers, shards=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert sorted(contents(tmp_path / "one")) == ["pairs-00000-of-00002.tar", "pairs-00001-of-00002.tar"]
+    names = [piece.name for piece in members(tmp_path / "one/pairs-00000-of-00002.tar")]
+    assert names[:5] == [f"picture0.{end}" for end in ("png", "canny.png", "noise.png", "txt", "json")]
+    make_pairs(pictures, tmp_path / "files", CANNY_AND_NOISE, workers=1)
+    both = (read_pairs(tmp_path / name, "noise") for name in ("one", "files"))
+    for mine, theirs in zip(*both, strict=True):
+        assert mine.prompt == theirs.prompt and mine.key() == theirs.key()
+    report = make_pairs(pictures, tmp_path / "one", CANNY_AND_NOISE, workers=1, shards=2)
+    assert (report.made, report.kept) == (0, 5)
+    # Shards are pictures to make pairs of, too.
+    again = make_pairs(list_pictures([tmp_path / "one"]), tmp_path / "again", CANNY_AND_NOISE, workers=1)
+    assert [entry["prompt"] for entry in lines(again)] == [f"scene {n}" for n in range(5)]
+
+
+def test_pictures_come_from_folders_globs_tars_and_coco(tmp_path):
+    paths = write_pictures(tmp_path / "in/deep", 3)
+    (tmp_path / "in/.hidden").mkdir()
+    write_pictures(tmp_path / "in/.hidden", 1)
+    assert [p.key for p in list_pictures([tmp_path / "in"])] == [f"deep/picture{n}" for n in range(3)]
+    assert len(list_pictures([tmp_path / "in/**/*.png"])) == 3
+    assert len(list_pictures([tmp_path / "in/deep", tmp_path / "in/deep/picture1.png"])) == 3
+    tar = write_archive(tmp_path / "a.tar", {"x/1.jpg": encoded(scene(1), "JPEG"), "x/1.txt": b"one", "note.md": b""})
+    (found,) = list_pictures([tar])
+    assert (found.key, found.caption()) == ("x/1", "one")
+    coco = {
+        "images": [{"id": n, "file_name": path.name, "width": 48, "height": 48} for n, path in enumerate(paths)],
+        "annotations": [{"id": 7, "image_id": 1, "caption": " two\n words "}, {"id": 9, "image_id": 1, "caption": "b"}],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(coco))
+    listed = list_pictures([tmp_path / "captions.json"], images=tmp_path / "in/deep")
+    assert [picture.caption() for picture in listed] == ["", "two words", ""]
+    assert Picture.from_json(json.loads(json.dumps(listed[1].to_json()))) == listed[1]
+    for missing in ("none", "none/*.png"):
+        with pytest.raises(UserError, match="there are no pictures at"):
+            list_pictures([tmp_path / missing])
+
+
+def test_annotations_are_drawn_before_the_crop(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(scene(0, 40, 80)).save(tmp_path / "in/a.png")
+    box = {"id": 1, "image_id": 0, "category_id": 1, "bbox": [0, 0, 40, 40]}
+    coco = {"images": [{"id": 0, "file_name": "a.png", "width": 80, "height": 40}], "annotations": [box]}
+    (tmp_path / "in/instances.json").write_text(json.dumps(coco))
+    pictures = list_pictures([tmp_path / "in/instances.json"])
+    made = make_pair(pictures[0], MakeSettings(conditions=("bbox",), size=20))
+    image = np.asarray(to_rgb(open_picture(made.conditions["bbox"], "bbox")))
+    assert image.shape == (20, 20, 3) and image[:, :10].any(axis=2).all() and not image[:, 10:].any()
+    with pytest.raises(UserError, match="instances"):
+        make_pairs(list_pictures([tmp_path / "in/a.png"]), tmp_path / "out", MakeSettings(conditions=("bbox",)))
+
+
+def test_names_that_meet_get_different_keys(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "a.jpg", "a b.png", "a.b.png"):
+        Image.fromarray(scene(len(name))).save(tmp_path / "in" / name)
+    keys = [picture.key for picture in list_pictures([tmp_path / "in"])]
+    assert len(set(keys)) == 4 and not any("." in key or " " in key for key in keys)
+
+
+MODES = ["RGB", "L", "P", "RGBA", "LA", "I;16", "1"]
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    mode=st.sampled_from(MODES),
+    width=st.integers(16, 90) | st.sampled_from([500, 2000]),
+    height=st.integers(16, 90),
+    turn=st.sampled_from([1, 3, 6, 8]),
+    size=st.sampled_from([None, 16, 64]),
+    buckets=st.booleans(),
+)
+def test_pictures_of_every_kind_become_pairs(tmp_path, mode, width, height, turn, size, buckets):
+    image = Image.fromarray(scene(width + height, height, width))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    elif mode != "RGB":
+        image = image.convert("L").convert(mode) if mode == "LA" else image.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    path = tmp_path / "x.png"
+    image.save(path, exif=exif)
+    wanted = read_image(path)
+    piece = next(members(write_archive(tmp_path / "x.tar", {"x.png": path.read_bytes()})))
+    assert np.array_equal(np.asarray(read_picture(piece)), np.asarray(wanted))
+    setting = MakeSettings(conditions=("canny", "palette"), size=size, buckets=buckets)
+    made = make_pair(Picture(key="x", name="x.png", source=path), setting)
+    assert tuple(made.entry["size"]) == setting.target_size(*wanted.size)
+    for data in made.conditions.values():
+        drawn = to_rgb(open_picture(data, "x"))
+        assert list(drawn.size) == made.entry["size"]
+    if size is None and not buckets:
+        kept = wanted if made.picture is None else to_rgb(open_picture(made.picture, "x"))
+        assert np.array_equal(np.asarray(kept), np.asarray(wanted))
+
+
+@given(number=st.integers(0, 1000), grey=st.booleans())
+def test_png_keeps_every_pixel(number, grey):
+    pixels = scene(number, 20, 30)
+    pixels = np.repeat(pixels[..., :1], 3, axis=2) if grey else pixels
+    image = open_picture(png(pixels), "x")
+    assert image.mode == ("L" if grey else "RGB")
+    assert np.array_equal(np.asarray(to_rgb(image)), pixels)

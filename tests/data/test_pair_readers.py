@@ -1,0 +1,268 @@
+"""Every layout of pairs gives the same pairs, and says what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from pair_files import encoded, scene, write_archive, write_pictures
+from PIL import Image
+
+from controlkit.conditions import find
+from controlkit.data.multigen import MultiGen
+from controlkit.data.pairs import Pair, pairs_folder, read_pairs, split_pairs, write_pairs
+from controlkit.errors import UserError
+
+COUNT = 5
+CANNY = find("canny")
+
+
+def truth(number: int) -> tuple[np.ndarray, np.ndarray, str]:
+    picture = scene(number)
+    return CANNY(picture), picture, f"scene {number}"
+
+
+def save(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+    return path
+
+
+def lay_out(layout, root):
+    """The five pairs of `truth` in a layout; returns the path that is to be read."""
+    root.mkdir(parents=True, exist_ok=True)
+    _LAYOUTS[layout](root, [truth(number) for number in range(COUNT)])
+    return root
+
+
+def lay_prompt_json(root, pairs):
+    assert write_pairs(root, pairs) == COUNT
+
+
+def lay_metadata(folder, pairs, kind="jsonl"):
+    rows = [("file_name", "conditioning_image", "text")]
+    for number, (source, target, prompt) in enumerate(pairs):
+        save(folder / f"images/{number}.png", target)
+        save(folder / f"conditioning_images/{number}.png", source)
+        rows.append((f"images/{number}.png", f"conditioning_images/{number}.png", prompt))
+    as_csv = [",".join(row) for row in rows]
+    as_json = [json.dumps(dict(zip(rows[0], row, strict=True))) for row in rows[1:]]
+    (folder / f"metadata.{kind}").write_text("\n".join(as_csv if kind == "csv" else as_json))
+
+
+def lay_twins(root, pairs, home="pictures"):
+    for number, (source, target, prompt) in enumerate(pairs):
+        save(root / home / f"{number}.png", target).with_suffix(".txt").write_text(prompt + "\n")
+        save(root / f"conditioning/{number}.png", source)
+
+
+def lay_tar(root, pairs):
+    for shard in range(2):
+        files = {}
+        for number in range(shard, COUNT, 2):
+            source, target, prompt = pairs[number]
+            key = f"{number:04d}"
+            files |= {f"{key}.png": encoded(target), f"{key}.cond.png": encoded(source)}
+            text = {f"{key}.txt": prompt.encode()}
+            files |= text if number % 3 else {f"{key}.json": json.dumps({"caption": prompt}).encode()}
+        write_archive(root / f"{shard}.tar", files)
+
+
+def lay_parquet(root, pairs):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {
+        "image": [{"bytes": encoded(target), "path": None} for _, target, _ in pairs],
+        "conditioning_image": [{"bytes": encoded(source), "path": "x.png"} for source, _, _ in pairs],
+        "text": [prompt for _, _, prompt in pairs],
+    }
+    (root / "data").mkdir()
+    parquet.write_table(arrow.table(columns), root / "data" / "train-00000-of-00001.parquet", row_group_size=2)
+
+
+def lay_multigen(root, pairs):
+    lines = []
+    for number, (source, target, prompt) in enumerate(pairs):
+        save(root / f"images/a/{number}.png", target)
+        save(root / f"conditions/c/{number}.png", source)
+        entry = {"source": f"./a/{number}.png", "control_canny": f"c/{number}.png", "prompt": prompt}
+        lines.append(json.dumps(entry))
+    (root / "json_files").mkdir()
+    (root / "json_files" / "aesthetics_plus_all_group_canny_all.json").write_text("\n".join(lines))
+
+
+def lay_coco(root, pairs):
+    images, annotations = [], []
+    for number, (_, target, prompt) in enumerate(pairs):
+        save(root / f"val2017/{number:012d}.png", target)
+        images.append({"id": number, "file_name": f"{number:012d}.png", "width": 48, "height": 48})
+        annotations += [{"id": 2 * number + 1, "image_id": number, "caption": "second"}]
+        annotations += [{"id": 2 * number, "image_id": number, "caption": prompt}]
+    (root / "annotations").mkdir()
+    (root / "annotations" / "captions_val2017.json").write_text(
+        json.dumps({"info": {}, "images": images, "annotations": annotations})
+    )
+
+
+_LAYOUTS = {
+    "prompt.json": lay_prompt_json,
+    "metadata.jsonl": lay_metadata,
+    "metadata.csv": lambda root, pairs: lay_metadata(root, pairs, "csv"),
+    "train/metadata.jsonl": lambda root, pairs: lay_metadata(root / "train", pairs),
+    "twins": lay_twins,
+    "twins beside": lambda root, pairs: lay_twins(root, pairs, "."),
+    "tar": lay_tar,
+    "parquet": lay_parquet,
+    "multigen": lay_multigen,
+    "coco": lay_coco,
+}
+
+
+@pytest.mark.parametrize("layout", _LAYOUTS)
+def test_every_layout_gives_the_same_pairs(layout, tmp_path):
+    path = lay_out(layout, tmp_path / "pairs")
+    for _ in range(2):
+        pairs = sorted(read_pairs(path, "canny"), key=lambda pair: pair.prompt)
+        assert [pair.prompt for pair in pairs] == [f"scene {number}" for number in range(COUNT)]
+        for number, pair in enumerate(pairs):
+            source, target = pair.images(48)
+            assert source.dtype == np.uint8 and source.shape == (48, 48, 3)
+            assert np.array_equal(target, truth(number)[1])
+            assert np.array_equal(source, truth(number)[0])
+    assert len({pair.key() for pair in pairs}) == COUNT
+    trained, held_out = split_pairs(pairs)
+    assert len(trained) == COUNT - 1 and len(held_out) == 1
+
+
+@pytest.mark.parametrize("layout", ["prompt.json", "metadata.jsonl", "metadata.csv", "tar", "parquet", "coco"])
+def test_a_single_file_is_read_as_its_folder_is(layout, tmp_path):
+    root = lay_out(layout, tmp_path / "pairs")
+    if layout == "tar":
+        files = [root / "*.tar"]
+        assert len(read_pairs(root / "0.tar")) == 3
+    else:
+        files = [path for path in root.rglob("*.*") if path.suffix in (".json", ".jsonl", ".csv", ".parquet")]
+    (path,) = files
+    assert len(read_pairs(path, "canny")) == COUNT
+    assert pairs_folder(path) == path.parent
+
+
+def test_the_plain_pair_is_as_it_was(tmp_path):
+    write_pairs(tmp_path, [truth(0)])
+    pair = Pair(source=tmp_path / "source/00000.png", target=tmp_path / "target/00000.png", prompt="scene 0")
+    assert read_pairs(tmp_path) == [pair]
+    assert pair.key() == read_pairs(tmp_path / "prompt.json")[0].key()
+
+
+def test_several_conditions_have_to_be_chosen_from(tmp_path):
+    lines = []
+    for number in range(3):
+        save(tmp_path / f"p/{number}.png", scene(number))
+        for name in ("canny", "palette"):
+            save(tmp_path / f"{name}/{number}.png", find(name)(scene(number)))
+        conditions = {name: f"{name}/{number}.png" for name in ("canny", "palette")}
+        lines.append(json.dumps({"picture": f"p/{number}.png", "conditions": conditions, "prompt": "x"}))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    for chosen in ("palette", "color_palette"):
+        source, _ = read_pairs(tmp_path, chosen)[1].images(48)
+        assert np.array_equal(source, find("palette")(scene(1)))
+    assert read_pairs(tmp_path / "palette") == read_pairs(tmp_path, "palette")
+    for asked, says in ((None, "canny, palette"), ("identity", "canny, palette"), ("cany", "did you mean canny")):
+        with pytest.raises(UserError, match=says):
+            read_pairs(tmp_path, asked)
+    with pytest.raises(UserError, match="there are no pairs at"):
+        read_pairs(tmp_path / "palete")
+
+
+def test_conditions_of_a_tar_are_chosen_by_path_too(tmp_path):
+    shard = {f"{n}.jpg": encoded(scene(n), "JPEG") for n in range(2)}
+    shard |= {f"{n}.{name}.png": encoded(find(name)(scene(n))) for n in range(2) for name in ("canny", "palette")}
+    write_archive(tmp_path / "shards" / "a.tar", shard)
+    pairs = read_pairs(tmp_path / "shards" / "canny")
+    assert np.array_equal(pairs[0].images(48)[0], CANNY(scene(0)))
+    assert pairs_folder(tmp_path / "shards" / "canny") == tmp_path / "shards"
+
+
+def test_coco_objects_become_condition_images(tmp_path):
+    root = lay_out("coco", tmp_path)
+    value = json.loads((root / "annotations/captions_val2017.json").read_text())
+    box = {"id": 1, "image_id": 2, "category_id": 3, "bbox": [4, 8, 16, 24], "segmentation": [[4, 8, 20, 8, 20, 32]]}
+    (root / "annotations/instances_val2017.json").write_text(json.dumps({**value, "annotations": [box]}))
+    pairs = read_pairs(root / "annotations/instances_val2017.json", "bbox")
+    assert pairs[2].prompt == "scene 2"
+    source, _ = pairs[2].images(48)
+    assert source[10:30, 6:18].any(axis=2).all() and not source[:8].any()
+    assert not pairs[0].images(48)[0].any()
+    assert read_pairs(root / "annotations/instances_val2017.json", "segments")[2].images(48)[0].any()
+
+
+def test_everything_that_is_wrong_is_listed_at_once(tmp_path):
+    lay_out("prompt.json", tmp_path)
+    (tmp_path / "source/00001.png").unlink()
+    (tmp_path / "target/00002.png").write_bytes((tmp_path / "target/00002.png").read_bytes()[:70])
+    save(tmp_path / "target/00003.png", scene(3, 20, 48))
+    with (tmp_path / "prompt.json").open("a") as stream:
+        stream.write('{"source": "source/00000.png"}\n[1]\n')
+    with pytest.raises(UserError) as error:
+        read_pairs(tmp_path)
+    told = str(error.value)
+    assert "5 problems" in told
+    for line in (2, 3, 4, 6, 7):
+        assert f"line {line}:" in told
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"1.tar/1.cond.png": b"x"}, "no picture|not a picture"),
+        ({"1.tar/a.png": b"x", "1.tar/a.cond.png": b""}, "not a picture"),
+        ({"metadata.jsonl": b'{"file_name": "a.png", "text": "x"}'}, "without condition images"),
+        ({"prompt.json": b""}, "lists no pairs"),
+        ({"pairs.jsonl": b'{"picture": 3}'}, "line 1: not an object with picture, conditions"),
+        ({"a/1.png": b"", "b/1.png": b""}, "cannot tell which"),
+        ({"1.png": b"", "2.png": b""}, "controlkit pairs"),
+        ({"x.txt": b"hello"}, "no other layout"),
+        ({"1.tar/": b""}, "torn|not a tar"),
+        ({"1.parquet": b"PAR1 and then nothing"}, "torn"),
+    ],
+)
+def test_what_is_no_layout_or_a_broken_one(files, says, tmp_path):
+    for name, data in files.items():
+        path = tmp_path / name
+        if ".tar/" in name and not name.endswith("/"):
+            inside = {key.partition("/")[2]: value for key, value in files.items()}
+            write_archive(path.parent, inside)
+            break
+        path = path if not name.endswith("/") else tmp_path / "1.tar"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data or (b"not a tar" if name.endswith("/") else b""))
+    with pytest.raises(UserError, match=says):
+        read_pairs(tmp_path)
+
+
+def test_twins_that_do_not_match_are_told(tmp_path):
+    root = lay_out("twins", tmp_path)
+    (root / "conditioning/0.png").unlink()
+    save(root / "conditioning/stray.png", scene(9))
+    with pytest.raises(UserError, match=r"(?s)2 problems.*stray.*no condition image"):
+        read_pairs(root)
+
+
+def test_a_shard_that_was_cut_off_is_refused(tmp_path):
+    files = {f"{n}.png": encoded(scene(n)) for n in range(3)} | {f"{n}.c.png": encoded(scene(n)) for n in range(3)}
+    path = write_archive(tmp_path / "a.tar", files)
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(UserError, match="torn"):
+        read_pairs(path)
+
+
+def test_multigen_still_reads_single_lines(tmp_path):
+    lines = MultiGen(lay_out("multigen", tmp_path), "canny")
+    source, target, prompt = lines.pair(3, 48)
+    assert np.array_equal(source, truth(3)[0]) and np.array_equal(target, truth(3)[1]) and prompt == "scene 3"
+
+
+def test_a_plain_folder_of_pictures_is_told_what_to_do(tmp_path):
+    write_pictures(tmp_path)
+    with pytest.raises(UserError, match=r"controlkit pairs .* --conditions canny"):
+        read_pairs(tmp_path)
