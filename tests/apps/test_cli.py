@@ -104,6 +104,25 @@ def test_evaluate_control_prints_baseline_and_ceiling(capsys, tmp_path):
     assert Image.open(sheet).width > 500
 
 
+def test_several_controls_are_judged_in_one_table(capsys, tmp_path, tiny_base, base_folder):
+    from controlkit.checkpoints.controls import save_control
+    from tiny import fresh_control, randomise_zero_convolutions
+
+    files = []
+    for name in ("canny", "grayscale"):
+        control = randomise_zero_convolutions(fresh_control(tiny_base, name))
+        files.append(save_control(tmp_path / f"{name}.safetensors", control, tiny_base))
+    words = ("evaluate", "control", *files, "--base", base_folder, "--pictures", 2, "--steps", 2)
+    assert run(*words, "--sets", "held-out", "seen", "--sheet", tmp_path / "sheet.png", "--json") == 0
+    (report,) = json.loads(capsys.readouterr().out)["reports"]
+    assert [row[1].partition(" (")[0] for row in report["rows"]] == ["edge F1", "edge F1", "PSNR, dB", "PSNR, dB"]
+    # The same prompts and seeds without control: judged alone, it has the same numbers.
+    alone = ("evaluate", "control", files[1], "--base", base_folder, "--pictures", 2, "--steps", 2, "--sets", "seen")
+    assert run(*alone, "--json") == 0
+    (single,) = json.loads(capsys.readouterr().out)["reports"]
+    assert single["rows"][0][1:] == pytest.approx(report["rows"][3][2:], abs=1e-4)
+
+
 def test_demo_does_the_main_job_in_time(tmp_path, capsys):
     start = time.perf_counter()
     assert run("demo", "--out", tmp_path / "demo") == 0

@@ -1,12 +1,14 @@
-"""measure a base or a control on held-out pictures
+"""measure a base or controls on held-out pictures
 
 controlkit evaluate base nano --sheet grid.png
 controlkit evaluate control canny --base nano --sheet canny.png
+controlkit evaluate control nano/canny nano/palette nano/blur --sheet adapters.png
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from controlkit.apps.show import add_json, print_json
 
@@ -14,7 +16,7 @@ from controlkit.apps.show import add_json, print_json
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("what", choices=("base", "control"), help="what is measured")
-    parser.add_argument("name", help="nano or a diffusers folder; a control's name or file")
+    parser.add_argument("names", nargs="+", metavar="name", help="a base; or controls, by name or file")
     parser.add_argument("--base", default="nano", help="the base that a control steers (default: nano)")
     parser.add_argument(
         "--sets",
@@ -48,18 +50,24 @@ def run(args: argparse.Namespace) -> None:
     if args.what == "base":
         from controlkit.evaluation.base import base_grid, evaluate_base
 
-        base = load_base(args.name, device=args.device)
+        if len(args.names) > 1:
+            raise UserError(f"one base at a time, not {len(args.names)}")
+        base = load_base(args.names[0], device=args.device)
         if args.sheet:
             write_png(args.sheet, base_grid(base, **settings))
         reports = evaluate_base(base, **settings)
     else:
         from controlkit.checkpoints.controls import load_control
-        from controlkit.evaluation.control import evaluate_control
+        from controlkit.evaluation.control import evaluate_control, evaluate_controls
 
         base = load_base(args.base, device=args.device)
-        control = load_control(args.name, base)
+        shared: dict[str, Any] = {}
+        controls = {name: load_control(name, base, shared=shared) for name in args.names}
         sets = [evaluation_set(name).first(args.pictures) for name in args.sets]
-        report, sheet = evaluate_control(base, control, sets, **settings)
+        if len(controls) == 1:
+            report, sheet = evaluate_control(base, next(iter(controls.values())), sets, **settings)
+        else:
+            report, sheet = evaluate_controls(base, controls, sets, **settings)
         if args.sheet:
             write_png(args.sheet, sheet)
         reports = [report]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,11 +17,13 @@ from controlkit.data.pairs import Pair
 from controlkit.errors import UserError
 from controlkit.evaluation.base import draw_prompts, reconstruct
 from controlkit.evaluation.pictures import EvaluationSet
-from controlkit.evaluation.report import Report, gap_closed
+from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.images import contact_sheet, to_images, to_tensor
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from controlkit.sampling.sampler import sample_prompts
+
+_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,21 @@ def judged_pairs(pairs: Sequence[Pair], size: int) -> Judged:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """What a control is compared with, whatever its condition: pictures of the same prompts and seeds."""
+
+    without: Sequence[np.ndarray]
+    """Drawn without any control: the baseline."""
+    mirrored: Sequence[np.ndarray]
+    """The true pictures through the autoencoder: the ceiling."""
+
+
+def draw_ends(base: Base, truths: Sequence[np.ndarray], prompts: Sequence[str], steps: int, guidance: float) -> Ends:
+    """Baseline and ceiling of pictures and their prompts."""
+    return Ends(without=draw_prompts(base, prompts, steps, guidance), mirrored=reconstruct(base, truths))
+
+
 def evaluate_control(
     base: Base,
     control: Control,
@@ -68,43 +86,136 @@ def evaluate_control(
     steps: int = DEFAULT_STEPS,
     guidance: float = DEFAULT_GUIDANCE,
     weight: float = 1.0,
+    ends: dict[str, Ends] | None = None,
 ) -> tuple[Report, Image.Image]:
     """Condition following on each set: no control (baseline), this control, the true picture (ceiling).
+
+    Args:
+        ends: of each set by its name, from other controls that were judged with the same settings; what is missing is
+            drawn and added.
 
     Returns:
         The table and a sheet of the first eight pictures of each set.
     """
-    if control.condition is None:
-        raise UserError("this control's file does not say which condition it follows; evaluation needs to know")
-    condition = conditions.find(control.condition)
-    rows: list[tuple[str | float | None, ...]] = []
+    ends = {} if ends is None else ends
+    judgements = [
+        _judge(base, control, pictures, ends, steps=steps, guidance=guidance, weight=weight) for pictures in sets
+    ]
     sheet: dict[str, Sequence[np.ndarray]] = {}
-    facts = {}
-    for pictures in sets:
-        judged = pictures if isinstance(pictures, Judged) else judged_drawings(condition, pictures)
-        without = draw_prompts(base, judged.prompts, steps, guidance)
-        use = Steer(control=control, given=judged.given, weight=weight)
-        steered = draw_controlled(base, [use], judged.prompts, steps=steps, guidance=guidance)
-        mirrored = reconstruct(base, judged.truths)
-        baseline, value, ceiling = (_score(condition, judged, results) for results in (without, steered, mirrored))
-        gap = gap_closed(baseline, value, ceiling)
-        rows.append((f"{judged.name} ({len(judged.truths)})", baseline, value, ceiling, gap))
-        facts[judged.name] = {"baseline": baseline, "control": value, "ceiling": ceiling, "gap_closed": gap}
-        columns = {"given": judged.given, "no control": without, "control": steered, "truth": judged.truths}
-        sheet |= {f"{judged.name}: {title}": group[:8] for title, group in columns.items()}
-    direction = "higher" if condition.fidelity.higher_is_better else "lower"
+    for made in judgements:
+        name = made.judged.name
+        columns = {
+            "given": made.judged.given,
+            "no control": ends[name].without,
+            "control": made.steered,
+            "truth": made.judged.truths,
+        }
+        sheet |= {f"{name}: {title}": group[:_SHOWN] for title, group in columns.items()}
     report = Report(
-        title=f"{condition.name}: {condition.fidelity.name} ({direction} is better)",
+        title=f"{judgements[0].condition.name}: {judgements[0].measure}",
         columns=("pictures", "no control", "control", "ceiling", "gap closed"),
-        rows=tuple(rows),
+        rows=tuple((made.pictures, *made.values) for made in judgements),
         notes=(
             "ceiling: the true picture through the autoencoder.",
             "gap closed = (control - no control) / (ceiling - no control).",
         ),
-        facts=facts,
+        facts={made.judged.name: made.facts for made in judgements},
     )
     cells = [[Image.fromarray(picture) for picture in group] for group in sheet.values()]
     return report, contact_sheet(cells, row_titles=list(sheet), cell=96)
+
+
+def evaluate_controls(
+    base: Base,
+    controls: Mapping[str, Control],
+    sets: Sequence[EvaluationSet],
+    *,
+    steps: int = DEFAULT_STEPS,
+    guidance: float = DEFAULT_GUIDANCE,
+) -> tuple[Report, Image.Image]:
+    """Condition following of several controls on the same pictures, in one table.
+
+    Args:
+        controls: by the name that the table gives them.
+
+    Returns:
+        The table, and a sheet of what was given and what came out for the first eight pictures of the first set.
+    """
+    ends: dict[str, Ends] = {}
+    rows: list[Row] = []
+    facts: dict[str, Any] = {}
+    strips: list[Sequence[Image.Image]] = []
+    titles: list[str] = []
+    for name, control in controls.items():
+        judgements = [_judge(base, control, pictures, ends, steps=steps, guidance=guidance) for pictures in sets]
+        rows += [(f"{name}, {made.pictures}", made.measure, *made.values) for made in judgements]
+        facts[name] = {made.judged.name: made.facts for made in judgements}
+        for title, group in ((name, judgements[0].judged.given), ("result", judgements[0].steered)):
+            strips.append([Image.fromarray(image) for image in group[:_SHOWN]])
+            titles.append(title)
+    strips.append([Image.fromarray(drawing.image) for drawing in sets[0].drawings[:_SHOWN]])
+    report = Report(
+        title="Condition following",
+        columns=("control, pictures", "measure", "no control", "control", "ceiling", "gap closed"),
+        rows=tuple(rows),
+        notes=("ceiling: the true picture through the autoencoder.",),
+        facts=facts,
+    )
+    return report, contact_sheet(strips, row_titles=[*titles, "truth"], cell=72)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judgement:
+    """One control on one set."""
+
+    condition: conditions.Condition
+    judged: Judged
+    steered: Sequence[np.ndarray]
+    baseline: float
+    value: float
+    ceiling: float
+
+    @property
+    def measure(self) -> str:
+        direction = "higher" if self.condition.fidelity.higher_is_better else "lower"
+        return f"{self.condition.fidelity.name} ({direction} is better)"
+
+    @property
+    def pictures(self) -> str:
+        return f"{self.judged.name} ({len(self.judged.truths)})"
+
+    @property
+    def values(self) -> tuple[float, float, float, float]:
+        return (self.baseline, self.value, self.ceiling, gap_closed(self.baseline, self.value, self.ceiling))
+
+    @property
+    def facts(self) -> dict[str, float]:
+        return dict(zip(("baseline", "control", "ceiling", "gap_closed"), self.values, strict=True))
+
+
+def _judge(
+    base: Base,
+    control: Control,
+    pictures: EvaluationSet | Judged,
+    ends: dict[str, Ends],
+    *,
+    steps: int,
+    guidance: float,
+    weight: float = 1.0,
+) -> _Judgement:
+    if control.condition is None:
+        raise UserError("this control's file does not say which condition it follows; evaluation needs to know")
+    condition = conditions.find(control.condition)
+    judged = pictures if isinstance(pictures, Judged) else judged_drawings(condition, pictures)
+    if judged.name not in ends:
+        ends[judged.name] = draw_ends(base, judged.truths, judged.prompts, steps, guidance)
+    use = Steer(control=control, given=judged.given, weight=weight)
+    steered = draw_controlled(base, [use], judged.prompts, steps=steps, guidance=guidance)
+    drawn = (ends[judged.name].without, steered, ends[judged.name].mirrored)
+    baseline, value, ceiling = (_score(condition, judged, results) for results in drawn)
+    return _Judgement(
+        condition=condition, judged=judged, steered=steered, baseline=baseline, value=value, ceiling=ceiling
+    )
 
 
 def _score(condition: conditions.Condition, judged: Judged, results: Sequence[np.ndarray]) -> float:
