@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from controlkit.bases.residuals import Residuals
 from controlkit.controls.control import Control, Reads, Site
 from controlkit.images import to_tensor
-from controlkit.sampling.plan import ROWS_AT_ONCE, ActiveControl
+from controlkit.sampling.plan import ROWS_AT_ONCE, ActiveControl, Plan
 from controlkit.sampling.sampler import sample, sample_prompts
 
 SHAPES = [(16, 16), (16, 16), (16, 8), (32, 8)]
@@ -116,6 +117,36 @@ def test_steps_outside_its_span_are_not_computed(tiny_base, hint_image):
     control = FakeControl(Reads.TIME)
     draw(tiny_base, control, hint_image, steps=10, start=0.2, end=0.5, guidance=1.0)
     assert sum(control.batches) == 3
+
+
+@pytest.mark.parametrize("megabytes", [0.0, 0.05, 100.0])
+def test_a_plan_that_may_keep_little_draws_the_same(tiny_base, hint_image, megabytes, monkeypatch):
+    control = FakeControl(Reads.TIME | Reads.TEXT)
+    settings = {"seeds": tuple(range(5)), "steps": 20, "batch_size": 2}
+    expected = draw(tiny_base, control, hint_image, **settings)
+    monkeypatch.setattr(Plan.__init__, "__kwdefaults__", {"megabytes": megabytes})
+    control.batches.clear()
+    assert torch.equal(draw(tiny_base, control, hint_image, **settings), expected)
+    # Three batches of pictures: what could not be kept is computed again for each.
+    assert (sum(control.batches) == 20 * 2) == (megabytes == 100.0)
+    assert sum(control.batches) <= 3 * 20 * 2
+
+
+def test_ten_controls_run_in_batches_of_a_bounded_size(tiny_base, hint_image):
+    controls = [FakeControl(Reads.TIME | Reads.TEXT) for _ in range(10)]
+    uses = [
+        ActiveControl(control, control.encode(hint_image, tiny_base), weight=0.1 * place, start=0.1 * (place % 3))
+        for place, control in enumerate(controls)
+    ]
+    settings = {"prompt": "red apple", "seeds": (1, 2), "steps": 10}
+    together = torch.cat(list(sample(tiny_base, uses=uses, **settings)))
+    every_step = [
+        dataclasses.replace(use, control=use.control.pretending_to_read(Reads.NOISE | Reads.TIME | Reads.TEXT))
+        for use in uses
+    ]
+    expected = torch.cat(list(sample(tiny_base, uses=every_step, **settings)))
+    assert (together - expected).abs().max() <= 1e-5
+    assert max(size for control in controls for size in control.batches) <= ROWS_AT_ONCE
 
 
 @pytest.mark.parametrize("reads", [Reads.TIME | Reads.TEXT, Reads.NOISE | Reads.TIME | Reads.TEXT])

@@ -35,6 +35,10 @@ class Residuals:
         mid = other.mid if self.mid is None else self.mid if other.mid is None else self.mid + other.mid
         return Residuals(tuple(a + b for a, b in zip(self.down, other.down, strict=True)), mid)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return self.down if self.mid is None else (*self.down, self.mid)
+
     def rows(self, first: int, last: int) -> Residuals:
         """Those of the batch's rows `first` to `last`, not included."""
         return self.map(lambda tensor: tensor[first:last])

@@ -46,8 +46,7 @@ class ResidualCache:
 
     def put(self, key: Hashable, control: Control, residuals: Residuals) -> None:
         """Keep `residuals` of `control`; more than the limit is not kept at all."""
-        tensors = [*residuals.down, *([] if residuals.mid is None else [residuals.mid])]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in residuals.tensors())
         if size > self.limit or key in self._kept:
             return
         # A slice of a larger batch would keep all of it in memory.

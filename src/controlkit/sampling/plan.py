@@ -1,14 +1,13 @@
 """When residuals are computed: what a control reads decides.
 
-A control that reads the noisy latent runs at every step for every picture. One that does not is run for all its
-steps before sampling, in batches over time, once for a (condition, prompt), and its residuals are shared by every
-picture, and by the next call if a cache is given. Controls that share a network run in one pass. A plan changes when
-work is done, never what comes out.
+A control that reads the noisy latent runs at every step for every picture. One that does not is run ahead, in batches
+over time, once for a (condition, prompt), and its residuals are shared by every picture, and by the next call if a
+cache is given. Controls that share a network run in one pass. A plan changes when work is done, never what comes out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -19,7 +18,11 @@ from controlkit.controls.control import Control, Reads
 from controlkit.sampling.cache import ResidualCache, digest, identity_of
 
 ROWS_AT_ONCE = 32
-"""Largest batch in which the residuals of several steps are computed ahead of sampling."""
+"""Largest batch in which residuals are computed ahead, if one step of one control is not larger by itself."""
+
+KEPT_MEGABYTES = 2048
+"""The most that a plan keeps of residuals for pictures to come (at SD1.5, 512 x 512, in fp16, 20 steps under guidance
+take 536); what is beyond is computed again for the next batch of pictures."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Plan:
         texts: the prompts of each part of the batch (one part, or negative and positive for guidance); batch 1
             for all pictures, or one for each picture.
         cache: where residuals that do not depend on the noise are kept and found.
+        megabytes: the most that the plan itself keeps.
     """
 
     def __init__(
@@ -59,21 +63,19 @@ class Plan:
         timesteps: Tensor,
         texts: Sequence[Text],
         cache: ResidualCache | None = None,
+        *,
+        megabytes: float = KEPT_MEGABYTES,
     ) -> None:
         self.uses = uses
         self.timesteps = timesteps
         self.texts = texts
-        self._ahead: dict[int, dict[int, Residuals]] = {}
-        steps = len(timesteps)
-        groups: dict[Hashable, list[int]] = {}
-        for position, use in enumerate(uses):
-            if Reads.NOISE not in use.control.reads:
-                wanted = tuple(index for index in range(steps) if use.acts_at(index, steps))
-                shared = use.control.shared_network
-                key = (wanted, position if shared is None else id(shared), use.hint.shape)
-                groups.setdefault(key, []).append(position)
-        for (wanted, *_), positions in groups.items():  # type: ignore[misc]
-            self._compute_ahead(positions, wanted, cache)
+        self.cache = cache
+        self._room = int(megabytes * 2**20)
+        self._kept: dict[int, Residuals] = {}
+        self._window: dict[int, Residuals] = {}
+        self._once: dict[int, Residuals] = {}
+        self._ahead = [place for place, use in enumerate(uses) if Reads.NOISE not in use.control.reads]
+        self._every = [place for place in range(len(uses)) if place not in self._ahead]
 
     def residuals(self, index: int, x_t: Tensor) -> Residuals | None:
         """The sum of all residuals at step `index`, or None if no control acts.
@@ -81,59 +83,98 @@ class Plan:
         Args:
             x_t: `[parts * B, C, h, w]`, the parts one after another.
         """
-        parts, steps = len(self.texts), len(self.timesteps)
-        batch = len(x_t) // parts
         total: Residuals | None = None
-        for position, use in enumerate(self.uses):
-            if not use.acts_at(index, steps):
-                continue
-            if position in self._ahead:
-                made = self._ahead[position][index].map(lambda r: _repeat(r, len(x_t)))
-            else:
-                (made,) = self._run([position], self.timesteps[index : index + 1], batch, x_t)
-            made = made.scaled(use.weight)
+        if self._acting(self._ahead, index):
+            total = self._sum_at(index).map(lambda tensor: _repeat(tensor, len(x_t)))
+        for place in self._acting(self._every, index):
+            (made,) = self._run([place], self.timesteps[index : index + 1], len(x_t) // len(self.texts), x_t)
+            made = made.scaled(self.uses[place].weight)
             total = made if total is None else total + made
         return total
 
-    def _compute_ahead(self, positions: list[int], wanted: Sequence[int], cache: ResidualCache | None) -> None:
-        """Fill `_ahead` for controls that share a network and act at the same steps, from the cache where it can."""
-        uses = [self.uses[position] for position in positions]
-        timed = Reads.TIME in uses[0].control.reads
-        batch = max(len(uses[0].hint), *(len(text) for text in self.texts))
-        rows = batch * len(self.texts)
-        keys = {}
-        for position, use in zip(positions, uses, strict=True):
-            found = self._ahead.setdefault(position, {})
-            if cache is None:
-                continue
-            keys[position] = self._key(use)
-            for index in wanted:
-                kept = cache.get((*keys[position], self._time(index, timed)))
-                if kept is not None:
-                    found[index] = kept
-        missing = [index for index in wanted if any(index not in self._ahead[position] for position in positions)]
-        if not timed:
-            missing = missing[:1]
-        chunk = max(1, ROWS_AT_ONCE // (rows * len(positions)))
-        for first in range(0, len(missing), chunk):
-            indices = missing[first : first + chunk]
-            for position, made in zip(
-                positions, self._run(positions, self.timesteps[indices], batch, None), strict=True
-            ):
-                for place, index in enumerate(indices):
-                    one = made.rows(place * rows, (place + 1) * rows)
-                    self._ahead[position].update(dict.fromkeys([index] if timed else wanted, one))
-                    if cache is not None:
-                        key = (*keys[position], self._time(index, timed))
-                        cache.put(key, self.uses[position].control, one)
+    def _acting(self, places: Sequence[int], index: int) -> list[int]:
+        return [place for place in places if self.uses[place].acts_at(index, len(self.timesteps))]
 
-    def _run(self, positions: Sequence[int], times: Tensor, batch: int, x_t: Tensor | None) -> list[Residuals]:
+    def _sum_at(self, index: int) -> Residuals:
+        """The weighted sum of the controls that do not read the noise; computed with those of the steps after it."""
+        if index in self._kept:
+            return self._kept[index]
+        if index not in self._window:
+            self._window = self._compute(index)
+            for step, made in self._window.items():
+                size = sum(tensor.numel() * tensor.element_size() for tensor in made.tensors())
+                if size <= self._room:
+                    self._room -= size
+                    self._kept[step] = made
+        return self._window[index]
+
+    def _compute(self, first: int) -> dict[int, Residuals]:
+        """Sums for `first` and the steps after it under the same controls, as many as fit into one batch."""
+        places = self._acting(self._ahead, first)
+        rows = len(self.texts) * max(self._batch(place) for place in places)
+        steps = [first]
+        for index in range(first + 1, len(self.timesteps)):
+            if (len(steps) + 1) * rows > ROWS_AT_ONCE or self._acting(self._ahead, index) != places:
+                break
+            steps.append(index)
+        groups: dict[Hashable, list[int]] = {}
+        for place in places:
+            use = self.uses[place]
+            shared = use.control.shared_network
+            groups.setdefault((place if shared is None else id(shared), use.hint.shape), []).append(place)
+        sums: dict[int, Residuals] = {}
+        for group in groups.values():
+            at_once = max(1, ROWS_AT_ONCE // (rows * len(steps)))
+            for start in range(0, len(group), at_once):
+                for index, made in self._group(group[start : start + at_once], steps):
+                    sums[index] = made if index not in sums else _add(sums[index], made)
+        return sums
+
+    def _group(self, places: Sequence[int], steps: Sequence[int]) -> Iterator[tuple[int, Residuals]]:
+        """Weighted residuals of controls that run in one pass, or were kept, for each control and step."""
+        timed = Reads.TIME in self.uses[places[0]].control.reads
+        found = {place: self._found(place, steps, timed) for place in places}
+        missing = [index for index in steps if any(index not in found[place] for place in places)]
+        if missing:
+            rows = len(self.texts) * self._batch(places[0])
+            indices = missing if timed else missing[:1]
+            made = self._run(places, self.timesteps[indices], self._batch(places[0]), None)
+            for place, together in zip(places, made, strict=True):
+                for number, index in enumerate(indices):
+                    one = together.rows(number * rows, (number + 1) * rows)
+                    self._keep(place, index, timed, one)
+                    found[place].update(dict.fromkeys([index] if timed else steps, one))
+        for place in places:
+            for index in steps:
+                yield index, found[place][index].scaled(self.uses[place].weight)
+
+    def _found(self, place: int, steps: Sequence[int], timed: bool) -> dict[int, Residuals]:
+        """What was computed before for these steps."""
+        if not timed and place in self._once:
+            return dict.fromkeys(steps, self._once[place])
+        if self.cache is None:
+            return {}
+        key = self._key(self.uses[place])
+        kept = {index: self.cache.get((*key, self._time(index, timed))) for index in steps}
+        return {index: made for index, made in kept.items() if made is not None}
+
+    def _keep(self, place: int, index: int, timed: bool, made: Residuals) -> None:
+        if not timed:
+            self._once[place] = made
+        if self.cache is not None:
+            self.cache.put((*self._key(self.uses[place]), self._time(index, timed)), self.uses[place].control, made)
+
+    def _batch(self, place: int) -> int:
+        """Pictures that one pass of a control is made for: one, if all have the same hint and prompts."""
+        return max(len(self.uses[place].hint), *(len(text) for text in self.texts))
+
+    def _run(self, places: Sequence[int], times: Tensor, batch: int, x_t: Tensor | None) -> list[Residuals]:
         """One pass of these controls: for each of `times`, every part, every picture."""
         rows = batch * len(self.texts)
         text = concatenate(*(text.expand(batch) for text in self.texts))
         text = concatenate(*[text] * len(times))
         t = times.repeat_interleave(rows)
-        uses = [self.uses[position] for position in positions]
+        uses = [self.uses[place] for place in places]
         hints = [
             _repeat(use.hint, batch).repeat(len(self.texts) * len(times), *[1] * (use.hint.ndim - 1)) for use in uses
         ]
@@ -148,6 +189,12 @@ class Plan:
 
     def _time(self, index: int, timed: bool) -> int | None:
         return int(self.timesteps[index]) if timed else None
+
+
+def _add(a: Residuals, b: Residuals) -> Residuals:
+    """The sum of residuals for one row a part and for one a picture."""
+    rows = max(len(a.down[0]), len(b.down[0]))
+    return a.map(lambda tensor: _repeat(tensor, rows)) + b.map(lambda tensor: _repeat(tensor, rows))
 
 
 def _repeat(rows: Tensor, count: int) -> Tensor:
