@@ -106,16 +106,16 @@ def test_torn_files(saved, keep):
     refused(saved, str(saved), "empty" if keep == 0 else "not a whole safetensors file")
 
 
-def test_what_is_not_safetensors(tmp_path):
-    torch.save({"a": torch.zeros(2)}, tmp_path / "control.pth")
-    refused(tmp_path / "control.pth", "not a whole safetensors file")
+def test_what_is_no_file_of_tensors(tmp_path):
+    (tmp_path / "control.safetensors").write_text("a note, by mistake")
+    refused(tmp_path / "control.safetensors", "not a whole safetensors file, nor one of torch.save")
 
 
 def test_tensors_of_something_else(tmp_path):
     save_file({"lora.up": torch.zeros(2)}, tmp_path / "a.safetensors")
-    refused(tmp_path / "a.safetensors", "no control.kind", "lora.up")
+    refused(tmp_path / "a.safetensors", "not a control", "seems to be a LoRA")
     save_file({}, tmp_path / "b.safetensors")
-    refused(tmp_path / "b.safetensors", "no control.kind")
+    refused(tmp_path / "b.safetensors", "not a control", "no tensors")
 
 
 def rewrite(path, change_tensors=lambda tensors: None, **metadata):

@@ -11,10 +11,23 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from controlkit._version import __version__
-from controlkit.apps import adapt, condition, demo, evaluate, generate, inspect, study, train
+from controlkit.apps import (
+    adapt,
+    condition,
+    convert,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    pairs,
+    push,
+    study,
+    train,
+    transfer,
+)
 from controlkit.errors import UserError
 
-VERBS = (demo, condition, generate, train, adapt, evaluate, study, inspect)
+VERBS = (demo, condition, generate, pairs, train, adapt, evaluate, study, convert, transfer, push, inspect)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,6 +7,7 @@
 new-condition: an adapter against a ControlNet on conditions that the base control does not know, the ablation, ranks
 and numbers of pairs; it needs the rendered icons of recipes/nano/README.md.
 several-conditions: adapters together and alone, and what they cost.
+community-model: a control on a model that was fine-tuned from its base, as it is and transferred.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from controlkit.apps.show import add_json, print_json, print_table
 
-STUDIES = ("new-condition", "several-conditions")
+STUDIES = ("new-condition", "several-conditions", "community-model")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,10 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     from controlkit.settings import build_settings, describe_settings, read_overrides
+    from controlkit.studies.community_model import CommunityModel, run_community_model
     from controlkit.studies.new_condition import NewCondition, run_new_condition
     from controlkit.studies.several_conditions import SeveralConditions, run_several_conditions
 
-    kind: type = NewCondition if args.name == "new-condition" else SeveralConditions
+    kinds: dict[str, type] = dict(zip(STUDIES, (NewCondition, SeveralConditions, CommunityModel), strict=True))
+    kind = kinds[args.name]
     if args.help_settings:
         rows = [(name, str(default), told) for name, default, told in describe_settings(kind)]
         print_table(f"Settings of {args.name}", ("setting", "default", "what it is"), rows)
@@ -54,20 +57,21 @@ def run(args: argparse.Namespace) -> None:
         values["given"] = tuple(args.given)
     settings: Any = build_settings(kind, values | read_overrides(args.settings), f"study {args.name}")
     result: dict[str, Any] = {}
+    made: Any
     if isinstance(settings, NewCondition):
         made = run_new_condition(settings)
-        reports, files = made.reports, made.files
         result["cells"] = [{**vars(cell), "gap_closed": cell.gap_closed} for cell in made.cells]
+    elif isinstance(settings, SeveralConditions):
+        made = run_several_conditions(settings)
     else:
-        mixed = run_several_conditions(settings)
-        reports, files = mixed.reports, mixed.files
+        made = run_community_model(settings)
     if args.json:
-        print_json({"reports": [report.to_json() for report in reports], "files": files, **result})
+        print_json({"reports": [report.to_json() for report in made.reports], "files": made.files, **result})
         return
 
     from rich import print as show
 
-    for report in reports:
+    for report in made.reports:
         show(report.table())
-    for what, path in files.items():
+    for what, path in made.files.items():
         print(f"{what}: {path}")

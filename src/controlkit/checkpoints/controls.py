@@ -1,12 +1,13 @@
 """Control files: what a name means, and loading any of them.
 
-A control of ours is one safetensors file, whose metadata says what it is (`files.py`); diffusers' folder of a
-ControlNet is read too.
+A control of ours is one safetensors file, whose metadata says what it is (`files.py`); those of other tools are
+recognised by what is in them (`recognise.py`) and read in their own layout (`layouts/`).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -16,14 +17,17 @@ import torch
 
 from controlkit import conditions
 from controlkit.bases.base import Base
+from controlkit.checkpoints.content import Content, Options, require_heads
 from controlkit.checkpoints.ctrlora import BASE_KIND, build_adapter, build_base
-from controlkit.checkpoints.files import control_metadata, read_tensors, short, write_tensors
+from controlkit.checkpoints.files import control_metadata, write_tensors
+from controlkit.checkpoints.layouts import read_content
+from controlkit.checkpoints.recognise import known, recognise
+from controlkit.checkpoints.tensors import as_float32
 from controlkit.controls.base_control import BaseControl
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet, build_controlnet
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.errors import UserError, nearest
-from controlkit.files import read_json
 
 
 def save_control(
@@ -55,7 +59,9 @@ def save_control(
 def load_control(
     name: str | Path, base: Base | None = None, *, shared: dict[str, BaseControl] | None = None
 ) -> Control:
-    """Load a control by the name of one that ships with nano (`canny`), from a file, or from a diffusers folder.
+    """Load a control by the name of one that ships with nano (`canny`), from a file or folder in any layout.
+
+    An adapter of CtrLoRA finds its base control beside it; `ADAPTER+BASE` names both files.
 
     Args:
         base: where it will be used; if given, the control must fit it, and moves to its device and dtype.
@@ -64,8 +70,14 @@ def load_control(
     Raises:
         UserError: it does not exist, is damaged, is something else, or does not fit the base.
     """
-    path = find_control(name)
-    control = _load_folder(path) if path.is_dir() else _load_file(path, {} if shared is None else shared)
+    adapter, base_file = _split_pair(name)
+    path = find_control(adapter)
+    found = known(recognise(path))
+    options = _options(base)
+    if found.kind not in _BUILDERS:
+        raise UserError(f"{path} is {found.says}; it can be inspected and converted, but not run yet")
+    content = read_content(found, options)
+    control = _BUILDERS[found.kind](path, content, {} if shared is None else shared, base_file, options)
     if base is not None:
         check_fits(control, base, str(name))
         control.to(device=base.device, dtype=base.dtype)
@@ -130,37 +142,43 @@ def check_fits(control: Control, base: Base, name: str) -> None:
             )
 
 
-def _load_file(path: Path, shared: dict[str, BaseControl]) -> Control:
-    metadata, tensors = read_tensors(path)
-    kind = metadata.get("control.kind")
-    if kind is None:
-        raise UserError(
-            f"{path} has no control.kind in its metadata: it is not one of controlkit's control files"
-            f" ({len(tensors)} tensors, such as {next(iter(sorted(tensors)), 'none')})"
-        )
-    if kind == CtrLoRA.kind:
-        return build_adapter(path, metadata, tensors, shared, shipped_controls().values())
-    if kind == BASE_KIND:
-        return build_base(path, metadata, tensors)
-    if kind != ControlNet.kind:
-        raise UserError(f"{path} is a control of kind {kind!r}, which this version does not know")
-    try:
-        config = json.loads(metadata["control.config"])
-        return build_controlnet(config, tensors, metadata.get("control.condition") or None)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold the {kind} that its metadata announces: {short(error)}") from error
+def _split_pair(name: str | Path) -> tuple[str | Path, Path | None]:
+    """`ADAPTER+BASE` as two, if it is that and no name of its own."""
+    adapter, plus, base_file = str(name).rpartition("+")
+    if not plus or Path(name).exists() or not Path(adapter).exists():
+        return name, None
+    return adapter, find_control(base_file)
 
 
-def _load_folder(path: Path) -> Control:
-    config_path, weights = path / "config.json", path / "diffusion_pytorch_model.safetensors"
-    if not config_path.is_file() or not weights.is_file():
-        raise UserError(f"{path} is not a diffusers folder of a ControlNet: config.json or its .safetensors is missing")
-    config = read_json(config_path)
-    if not isinstance(config, dict):
-        raise UserError(f"{config_path} is not the config of a network: expected a mapping")
-    if config.get("_class_name") != "ControlNetModel":
-        raise UserError(f"{path} holds a {config.get('_class_name', 'model of no class')}, not a ControlNetModel")
-    try:
-        return build_controlnet(config, read_tensors(weights)[1], None)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"{path} does not hold the ControlNet that its config announces: {short(error)}") from error
+def _options(base: Base | None) -> Options:
+    if base is None:
+        return Options()
+    return Options(unet_config=dict(base.unet.config), unet=base.unet.state_dict)
+
+
+def _build_controlnet(
+    path: Path, content: Content, shared: dict[str, BaseControl], base_file: Path | None, options: Options
+) -> Control:
+    require_heads(path, content.config)
+    return build_controlnet(content.config, as_float32(content.tensors), content.condition)
+
+
+def _build_base(
+    path: Path, content: Content, shared: dict[str, BaseControl], base_file: Path | None, options: Options
+) -> Control:
+    return build_base(path, content)
+
+
+def _build_adapter(
+    path: Path, content: Content, shared: dict[str, BaseControl], base_file: Path | None, options: Options
+) -> Control:
+    elsewhere = shipped_controls().values()
+    return build_adapter(path, content, shared, elsewhere, base_file=base_file, options=options)
+
+
+_BUILDERS: dict[str, Callable[[Path, Content, dict[str, BaseControl], Path | None, Options], Control]] = {
+    ControlNet.kind: _build_controlnet,
+    BASE_KIND: _build_base,
+    CtrLoRA.kind: _build_adapter,
+}
+"""Kind of a file -> the control of its content. The arguments are those of `build_adapter`."""

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from controlkit.bases.base import Base
-from controlkit.checkpoints.files import control_metadata, read_metadata, read_tensors, short, write_tensors
+from controlkit.checkpoints.content import CTRLORA_BASE, HEADS, Content, Options, require_heads
+from controlkit.checkpoints.files import control_metadata, read_metadata, write_tensors
+from controlkit.checkpoints.layouts import read_content
+from controlkit.checkpoints.recognise import recognise
+from controlkit.checkpoints.tensors import as_float32, on_one_line
 from controlkit.controls.base_control import BaseControl, build_base_control
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.errors import UserError
 
-BASE_KIND = "ctrlora-base"
+BASE_KIND = CTRLORA_BASE
 """`control.kind` of a base control's file; an adapter's is `ctrlora`."""
+
+_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+"""Of files that are looked at when a base control is sought. What they are, their content says."""
 
 
 def save_base_control(
@@ -72,57 +78,136 @@ def save_adapter(
     return write_tensors(path, control.base_control.adapter_state_dict(control.adapter), metadata, dtype)
 
 
-def build_base(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> BaseControl:
+def build_base(path: Path, content: Content) -> BaseControl:
     """The base control of a file that was read.
 
     Raises:
-        UserError: the file does not hold what its metadata announces.
+        UserError: the number of its attention heads is nowhere said.
     """
-    try:
-        control = build_base_control(json.loads(metadata["control.config"]), tensors)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold the base control that its metadata announces: {short(error)}") from error
-    control.condition = metadata.get("control.condition") or None
+    require_heads(path, content.config)
+    control = build_base_control(content.config, as_float32(content.tensors))
+    control.condition = content.condition
     return control.requires_grad_(False)
 
 
 def build_adapter(
     path: Path,
-    metadata: dict[str, str],
-    tensors: dict[str, Tensor],
+    content: Content,
     shared: dict[str, BaseControl],
     elsewhere: Iterable[Path],
+    *,
+    base_file: Path | None = None,
+    options: Options | None = None,
 ) -> CtrLoRA:
     """The adapter of a file that was read, on its base control.
 
     Args:
-        shared: fingerprint -> base controls that are loaded; the adapter's own is added.
-        elsewhere: files that may be its base control, besides the one of the name it gives beside it.
+        shared: loaded base controls, by fingerprint and by file; the adapter's own is added.
+        elsewhere: files that may be its base control, besides those beside it.
+        base_file: of its base control, if it was named.
+        options: what reading the base control's file may need.
 
     Raises:
         UserError: its base control is not to be found, or the adapter does not fit it.
     """
-    wanted = metadata.get("control.base_control_fingerprint", "")
-    if wanted not in shared:
-        shared[wanted] = _find_base(path, metadata, wanted, elsewhere)
-    base_control = shared[wanted]
+    base_control = _base_control(path, content, shared, elsewhere, base_file, options)
     name = path.stem
     while name in base_control.adapters:
         name += "'"
+    rank = content.metadata.get("control.rank")
     try:
-        base_control.load_adapter(name, tensors, rank=int(metadata["control.rank"]))
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path} cannot be used: {short(error)}") from error
-    return CtrLoRA(base_control, name, metadata.get("control.condition") or None)
+        base_control.load_adapter(name, as_float32(content.tensors), rank=None if rank is None else int(rank))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be used: {on_one_line(error)}") from error
+    return CtrLoRA(base_control, name, content.condition)
 
 
-def _find_base(path: Path, metadata: dict[str, str], wanted: str, elsewhere: Iterable[Path]) -> BaseControl:
-    name = metadata.get("control.base_control", "base")
+def find_base_control(path: Path, content: Content, elsewhere: Iterable[Path]) -> Path:
+    """The file of the base control that an adapter was made on.
+
+    A file of ours says which; its name is tried first, then every other file beside it. The reference's files say
+    nothing: then the one base control beside the adapter is taken.
+
+    Raises:
+        UserError: there is none, or more than one that it could be.
+    """
+    wanted = content.metadata.get("control.base_control_fingerprint")
+    if not wanted:
+        beside = list(_base_controls_beside(path))
+        if len(beside) == 1:
+            return beside[0]
+        found = (
+            f"beside it are {len(beside)}: {', '.join(one.name for one in beside)}" if beside else "none is beside it"
+        )
+        raise UserError(
+            f"{path} is an adapter of CtrLoRA and does not say on which base control it was made, and {found};"
+            " name it as ADAPTER+BASE (convert: --base-control)"
+        )
+    name = content.metadata.get("control.base_control", "base")
     for candidate in (path.with_name(f"{name}.safetensors"), *elsewhere):
         if candidate.is_file() and read_metadata(candidate).get("control.fingerprint") == wanted:
-            found, tensors = read_tensors(candidate)
-            return build_base(candidate, found, tensors)
+            return candidate
+    for candidate in _base_controls_beside(path):
+        if _fingerprint(candidate) == wanted:
+            return candidate
     raise UserError(
         f"{path} is an adapter of the base control {name!r} ({wanted}), which is neither beside it nor ships;"
         f" put {name}.safetensors into {path.parent}"
     )
+
+
+def read_base_control(path: Path, options: Options | None = None) -> Content:
+    """The content of a base control's file.
+
+    Raises:
+        UserError: it is something else.
+    """
+    found = recognise(path)
+    if found.kind != BASE_KIND:
+        raise UserError(f"{path} is no base control of CtrLoRA; it seems to be {found.says}")
+    return read_content(found, options)
+
+
+def _base_control(
+    path: Path,
+    content: Content,
+    shared: dict[str, BaseControl],
+    elsewhere: Iterable[Path],
+    base_file: Path | None,
+    options: Options | None,
+) -> BaseControl:
+    if content.base_control is not None:
+        return build_base(path, content.base_control)
+    wanted = content.metadata.get("control.base_control_fingerprint", "")
+    if wanted in shared:
+        return shared[wanted]
+    file = base_file or find_base_control(path, content, elsewhere)
+    # The reference's adapters do not say which base control is theirs; those of one file share what it holds.
+    key = wanted or f"file:{file.resolve()}"
+    if key not in shared:
+        loaded = build_base(file, read_base_control(file, options))
+        if base_file is not None and wanted and loaded.fingerprint() != wanted:
+            raise UserError(f"{path} was made on another base control ({wanted}) than {file} ({loaded.fingerprint()})")
+        shared[key] = loaded
+    return shared[key]
+
+
+def _base_controls_beside(path: Path) -> Iterator[Path]:
+    """Files of base controls in the folder of an adapter."""
+    folder = path if path.is_dir() else path.parent
+    for candidate in sorted(folder.iterdir()):
+        if candidate != path and candidate.suffix in _SUFFIXES and candidate.is_file():
+            with suppress(UserError):
+                if recognise(candidate).kind == BASE_KIND:
+                    yield candidate
+
+
+def _fingerprint(path: Path) -> str:
+    said = read_metadata(path).get("control.fingerprint")
+    return said if said is not None else fingerprint_of(read_base_control(path))
+
+
+def fingerprint_of(content: Content) -> str:
+    """The fingerprint of a base control that is not built."""
+    settings = {**content.config, HEADS: content.config.get(HEADS) or content.config["block_out_channels"][0]}
+    return build_base_control(settings, as_float32(content.tensors)).fingerprint()

@@ -13,8 +13,11 @@ from torch import nn
 
 from controlkit.bases.known import KNOWN_BASES
 from controlkit.bases.load import NANO, base_folder, load_base
-from controlkit.checkpoints.controls import find_control, load_control
-from controlkit.checkpoints.files import read_metadata
+from controlkit.checkpoints.content import CONTROLNET_XS
+from controlkit.checkpoints.controls import find_control
+from controlkit.checkpoints.ctrlora import BASE_KIND
+from controlkit.checkpoints.layouts import read_content
+from controlkit.checkpoints.recognise import known, recognise
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import HINT_CHANNELS, ControlNet
 from controlkit.controls.ctrlora import CtrLoRA, count_adapter, count_base_control
@@ -24,9 +27,13 @@ from controlkit.files import read_json
 SYSTEMS = (ControlNet.kind, CtrLoRA.kind)
 """Systems that `describe_system` knows."""
 
+_CONTROLS: dict[str, type[Control]] = {ControlNet.kind: ControlNet, CtrLoRA.kind: CtrLoRA, BASE_KIND: CtrLoRA}
+_NEED_A_BASE = ("difference", "control-lora")
+"""Layouts that hold only what differs from a base, so that their own tensors are counted."""
+
 
 def describe(name: str) -> dict[str, Any]:
-    """Facts about `nano`, a diffusers folder of a base, a control's name, or a control's file.
+    """Facts about `nano`, a diffusers folder of a base, a control's name, or a control's file in any layout.
 
     Raises:
         UserError: there is nothing of that name, or it is nothing that is known.
@@ -34,18 +41,29 @@ def describe(name: str) -> dict[str, Any]:
     if name == NANO or (Path(name) / "unet").is_dir():
         return _base(name)
     path = find_control(name)
-    control = load_control(path)
+    found = known(recognise(path))
+    content = None if found.kind == CONTROLNET_XS or found.layout in _NEED_A_BASE else read_content(found)
+    control = _CONTROLS.get(found.kind or "")
+    tensors = found.file.tensors if content is None else content.tensors
     facts: dict[str, Any] = {
-        "kind": control.kind,
+        "kind": found.kind,
+        "layout": found.layout,
+        "what": found.says,
         "path": str(path),
-        **_count(control),
-        "reads": _reads(control),
-        "enters at": control.site.value,
-        "condition": control.condition or "not said",
+        "tensors": len(tensors),
+        "parameters": sum(value.numel() for value in tensors.values()),
+        "dtypes": ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values()})),
     }
+    if control is not None:
+        facts |= {"reads": _reads(control), "enters at": control.site.value}
+    facts["condition"] = found.file.metadata.get("control.condition") or "not said"
+    if content is not None and content.rank is not None:
+        facts["rank"] = content.rank
+    if content is not None and content.notes:
+        facts["notes"] = "; ".join(content.notes)
     if path.is_file():
         facts["bytes"] = path.stat().st_size
-        facts["metadata"] = {key: _plain(value) for key, value in read_metadata(path).items()}
+    facts["metadata"] = {key: _plain(value) for key, value in found.file.metadata.items()}
     return facts
 
 

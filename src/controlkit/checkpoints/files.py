@@ -12,21 +12,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from controlkit.bases.base import Base
-from controlkit.errors import UserError
+from controlkit.checkpoints.tensors import as_float32, read_tensor_file
 from controlkit.files import write_atomically
 
 
 def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], dtype: torch.dtype = torch.float16
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str],
+    dtype: torch.dtype | None = torch.float16,
 ) -> Path:
-    """Write `tensors` in `dtype` with `metadata`, whole or not at all."""
+    """Write `tensors` with `metadata`, whole or not at all.
+
+    Args:
+        dtype: of every floating-point tensor in the file; each keeps its own if None.
+    """
     path = Path(path)
-    plain = {name: value.detach().to("cpu", dtype).contiguous() for name, value in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, value in tensors.items():
+        to = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        tensor = value.detach().to("cpu", to).contiguous()
+        # safetensors refuses tensors that share memory, as tied weights and views of one storage do.
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in taken or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        taken.add(tensor.untyped_storage().data_ptr())
+        plain[name] = tensor
     write_atomically(path, lambda temporary: save_file(plain, temporary, metadata))
     return path
 
@@ -62,35 +78,19 @@ def control_metadata(
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file.
+    """The metadata of a file of tensors; only safetensors has any.
 
     Raises:
-        UserError: it is not a whole safetensors file.
+        UserError: it is not a whole file of tensors.
     """
-    return _read(Path(path), tensors=False)[0]
+    return read_tensor_file(path).metadata
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file; floating-point ones as float32.
+    """Metadata and tensors of a file; floating-point ones as float32.
 
     Raises:
-        UserError: it is not a whole safetensors file.
+        UserError: it is not a whole file of tensors.
     """
-    metadata, tensors = _read(Path(path), tensors=True)
-    return metadata, {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-
-
-def short(error: Exception) -> str:
-    """An error's words on one line."""
-    return " ".join(str(error).split())[:300]
-
-
-def _read(path: Path, *, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty (0 bytes)")
-        with safe_open(path, framework="pt") as file:
-            names = file.keys() if tensors else []
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({short(error)})") from error
+    file = read_tensor_file(path)
+    return file.metadata, as_float32(file.tensors)

@@ -1,0 +1,184 @@
+"""From one layout of a control's file to another: what `controlkit convert` does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from controlkit.bases.known import KNOWN_BASES
+from controlkit.bases.load import SINGLE_FILES, base_folder, load_base
+from controlkit.checkpoints.content import CTRLORA, CTRLORA_BASE, KINDS, Content, Options
+from controlkit.checkpoints.controls import find_control, shipped_controls
+from controlkit.checkpoints.ctrlora import find_base_control, fingerprint_of, read_base_control
+from controlkit.checkpoints.layouts import LAYOUTS, read_content
+from controlkit.checkpoints.layouts.layout import Layout
+from controlkit.checkpoints.recognise import known, recognise
+from controlkit.errors import UserError, nearest
+from controlkit.files import read_json
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Name -> dtype that a file may have."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A file that was written, and what there is to say about it."""
+
+    path: Path
+    source: Path
+    kind: str
+    from_layout: str
+    to_layout: str
+    content: Content
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for reports."""
+        dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in self.content.tensors.values())
+        return {
+            "path": str(self.path),
+            "layout": self.to_layout,
+            "from": {"path": str(self.source), "layout": self.from_layout},
+            "kind": self.kind,
+            "condition": self.content.condition,
+            "tensors": len(self.content.tensors),
+            "parameters": self.content.parameters,
+            "dtypes": dict(dtypes),
+            "notes": list(self.notes),
+        }
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    base: str | None = None,
+    base_control: str | Path | None = None,
+    dtype: str | None = None,
+    rank: int | None = None,
+    condition: str | None = None,
+) -> Converted:
+    """Read a control in any layout and write it in another. Tensors keep their dtype, files their metadata.
+
+    Args:
+        source: file, folder, or the name of a control that ships.
+        out: file to write, or folder for the layouts that are folders.
+        to: name of a layout (`LAYOUTS`).
+        base: nano, a diffusers folder, a single file, an id on the hub, or a well-known base (`sd15`), whose settings
+            alone are known; for what a file leaves to its base.
+        base_control: file of an adapter's base control; looked for beside the adapter if None.
+        dtype: of the floating-point tensors that are written.
+        rank: of a low-rank layout.
+        condition: name of the condition that the control follows, written into the metadata.
+
+    Raises:
+        UserError: the source is no control or is damaged, the layout cannot carry it, something that it needs is
+            missing, or the path cannot be written.
+    """
+    if to not in LAYOUTS:
+        raise UserError(f"there is no layout called {to!r}{nearest(to, list(LAYOUTS))}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank {rank}: expected a whole number above 0")
+    layout = LAYOUTS[to]
+    target = _check_target(Path(out), layout)
+    path = find_control(source)
+    found = known(recognise(path))
+    _check_carries(path, found.kind or "", layout)
+    options = replace(_options(base), rank=rank)
+    content = read_content(found, options)
+    if condition is not None:
+        content.metadata["control.condition"] = condition
+    if content.kind == CTRLORA:
+        _settle_base_control(path, content, layout, base_control, options)
+    elif content.kind == CTRLORA_BASE and "control.fingerprint" not in content.metadata:
+        content.metadata["control.fingerprint"] = fingerprint_of(content)
+    if dtype is not None:
+        _cast(content, DTYPES[dtype])
+    assert layout.writes is not None
+    told = layout.writes(content, target, options)
+    notes = (*dict.fromkeys((*content.notes, *told)),)
+    return Converted(target, path, content.kind, found.layout or "", to, content, notes)
+
+
+def _options(base: str | None) -> Options:
+    """The base's UNet: its settings at once, its weights when a layout asks for them."""
+    if base is None:
+        return Options()
+    if base in KNOWN_BASES:
+        return Options(unet_config=KNOWN_BASES[base]["unet"])
+
+    if Path(base).suffix in SINGLE_FILES and not Path(base).is_dir():
+        unet = load_base(base).unet
+        return Options(unet_config=dict(unet.config), unet=unet.state_dict)
+
+    def weights() -> Mapping[str, Tensor]:
+        return load_base(base).unet.state_dict()
+
+    return Options(unet_config=read_json(base_folder(base) / "unet" / "config.json"), unet=weights)
+
+
+def _check_target(out: Path, layout: Layout) -> Path:
+    if layout.writes is None:
+        raise UserError(f"the layout {layout.name} is read, not written")
+    if layout.folder:
+        if out.is_file():
+            raise UserError(f"{out} is a file; the layout {layout.name} is a folder")
+        return out
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; the layout {layout.name} is one file, so give its name")
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out} must end in .safetensors: files are written as that alone, never as pickles")
+    return out
+
+
+def _check_carries(path: Path, kind: str, layout: Layout) -> None:
+    if kind in layout.kinds:
+        return
+    able = [other.name for other in LAYOUTS.values() if other.writes is not None and kind in other.kinds]
+    reason = ""
+    if kind in (CTRLORA, CTRLORA_BASE):
+        reason = (
+            "; CtrLoRA is conditioned on the latent of the condition image and never sees the noise, so it is no"
+            " plain ControlNet"
+        )
+    raise UserError(
+        f"{path} is {KINDS[kind]}, which the layout {layout.name} cannot carry; it can be written as"
+        f" {', '.join(able) or 'nothing else'}{reason}"
+    )
+
+
+def _settle_base_control(
+    path: Path, content: Content, layout: Layout, base_control: str | Path | None, options: Options
+) -> None:
+    """Find an adapter's base control, if it was named or merging needs it, and write down which it is."""
+    if base_control is not None:
+        file = find_control(base_control)
+    elif layout.name == "merged" and content.base_control is None:
+        file = find_base_control(path, content, shipped_controls().values())
+    else:
+        return
+    content.base_control = read_base_control(file, options)
+    fingerprint = fingerprint_of(content.base_control)
+    said = content.metadata.get("control.base_control_fingerprint", fingerprint)
+    if said != fingerprint:
+        raise UserError(f"{path} was made on another base control ({said}) than {file} ({fingerprint})")
+    content.metadata["control.base_control"] = file.stem
+    content.metadata["control.base_control_fingerprint"] = fingerprint
+
+
+def _cast(content: Content, dtype: torch.dtype) -> None:
+    for tensors in (content.tensors, content.leftover):
+        for name, value in tensors.items():
+            if value.is_floating_point():
+                tensors[name] = value.to(dtype)
+    if content.base_control is not None:
+        _cast(content.base_control, dtype)

@@ -1,0 +1,73 @@
+"""diffusers' folder: `config.json` and safetensors, which `from_pretrained` loads with no code of ours."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import ControlNetModel, T2IAdapter
+
+from controlkit.checkpoints.content import (
+    CONTROLNET,
+    CONTROLNET_XS,
+    KINDS,
+    T2I_ADAPTER,
+    Content,
+    Options,
+    check_names,
+    expected_shapes,
+    require_heads,
+)
+from controlkit.checkpoints.files import write_tensors
+from controlkit.checkpoints.layouts.layout import Layout
+from controlkit.checkpoints.recognise import Found
+from controlkit.checkpoints.tensors import on_one_line
+from controlkit.errors import UserError
+from controlkit.files import write_json
+
+_CLASSES: dict[str, Any] = {CONTROLNET: ControlNetModel, T2I_ADAPTER: T2IAdapter}
+
+
+def read(found: Found, options: Options) -> Content:
+    """A folder of a ControlNet or of a T2I-Adapter."""
+    kind = found.kind or ""
+    if kind == CONTROLNET_XS:
+        raise UserError(
+            f"{found.path} is a ControlNet-XS; it can be inspected, but not run or converted: no other layout of it"
+            " is known here"
+        )
+    what = f"the {_CLASSES[kind].__name__} that its config announces"
+    config = {key: value for key, value in found.config.items() if not key.startswith("_")}
+    try:
+        expected = expected_shapes(kind, config)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{found.path} does not hold {what}: {on_one_line(error)}") from error
+    check_names(found.path, KINDS[kind], expected, found.file.tensors, found.file.others)
+    return Content(kind, config, dict(found.file.tensors), dict(found.file.metadata))
+
+
+def write(content: Content, path: Path, options: Options) -> list[str]:
+    """A folder with config and weights."""
+    kind = _CLASSES[content.kind]
+    if content.kind == CONTROLNET:
+        require_heads(path, content.config)
+    known = inspect.signature(kind.__init__).parameters
+    config = {key: value for key, value in content.config.items() if key in known}
+    write_tensors(path / "diffusion_pytorch_model.safetensors", content.tensors, content.file_metadata(path), None)
+    write_json(
+        path / "config.json",
+        {"_class_name": kind.__name__, "_diffusers_version": diffusers.__version__, **config},
+    )
+    return []
+
+
+LAYOUT = Layout(
+    name="diffusers",
+    says="diffusers' folder (config.json and diffusion_pytorch_model.safetensors)",
+    reads=read,
+    writes=write,
+    kinds=(CONTROLNET, T2I_ADAPTER),
+    folder=True,
+)
