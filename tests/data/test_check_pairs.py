@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from pair_files import scene, write_pictures
+from pair_files import encoded, scene, write_archive, write_pictures
 from PIL import Image
 
 from controlkit.conditions import find
@@ -104,3 +104,23 @@ def test_one_condition_can_be_checked_alone(made):
     assert check_pairs(made, ["noise"]).counts == {"file": 1}
     with pytest.raises(UserError, match="it has canny, noise"):
         check_pairs(made, ["canny", "depth"])
+
+
+def test_shards_of_other_tools_may_say_anything_in_their_json(tmp_path):
+    for strange in ({"sha256": "ab", "parameters": 3}, {"sha256": {"conditions": []}}, {"parameters": {"canny": "x"}}):
+        files = {"1.png": encoded(scene(1)), "1.canny.png": encoded(find("canny")(scene(1)))}
+        write_archive(tmp_path / "a.tar", {**files, "1.json": json.dumps({"caption": "x", **strange}).encode()})
+        assert check_pairs(tmp_path / "a.tar").problems == []
+
+
+def test_shards_of_ours_are_checked_like_the_manifest(tmp_path):
+    write_pictures(tmp_path / "in", 4)
+    settings = MakeSettings(conditions=("canny",))
+    make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", settings, workers=1, shards=1)
+    assert check_pairs(tmp_path / "out").problems == []
+    (path,) = (tmp_path / "out").glob("*.tar")
+    data = path.read_bytes()
+    at = data.index(b"IDAT", data.index(b"picture2.canny.png")) + 20
+    path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+    (problem,) = check_pairs(tmp_path / "out").problems
+    assert "picture2" in problem.where and problem.kind in ("file", "changed")

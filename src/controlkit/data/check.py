@@ -37,6 +37,8 @@ KINDS = {
 _ALIKE = 12.0
 """Mean difference, of 255, below which two condition images pass as the same one. Versions of OpenCV differ by less,
 two pictures' by more."""
+_SIDE = 768
+"""Longer sides are reduced to so many pixels before sides are judged."""
 _SAMPLE = 48
 """Pairs of each condition that are looked at for exchanged sides where nothing says how they were made."""
 
@@ -154,8 +156,7 @@ def _entry_problem(text: str) -> Problem:
 def _look(record: Record, names: Sequence[str]) -> _Seen:
     seen = _Seen()
     seen.problems += [] if record.prompt.strip() else [Problem(kind="prompt", where=record.where, text="empty prompt")]
-    hashes = record.made.get("sha256") if isinstance(record.made.get("sha256"), Mapping) else {}
-    picture = _opened(record, record.picture, (hashes or {}).get("picture"), seen)
+    picture = _opened(record, record.picture, _told(record, "sha256", "picture"), seen)
     if picture is not None:
         seen.pixels = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
     for name in names:
@@ -165,7 +166,7 @@ def _look(record: Record, names: Sequence[str]) -> _Seen:
             continue
         if isinstance(source, Drawn):
             continue
-        image = _opened(record, source, (hashes or {}).get("conditions", {}).get(name), seen)
+        image = _opened(record, source, _told(record, "sha256", "conditions", name), seen)
         if image is None or picture is None:
             continue
         if image.size != picture.size:
@@ -179,7 +180,7 @@ def _look(record: Record, names: Sequence[str]) -> _Seen:
 
 def _compared(record: Record, name: str, image: Image.Image, picture: Image.Image, seen: _Seen) -> dict[str, bool]:
     """Whether the condition image is what its recorded parameters make of the picture; empty if none are recorded."""
-    parameters = record.made.get("parameters", {}).get(name)
+    parameters = _told(record, "parameters", name)
     if not isinstance(parameters, Mapping) or "objects" in parameters:
         return {}
     try:
@@ -198,6 +199,14 @@ def _compared(record: Record, name: str, image: Image.Image, picture: Image.Imag
         text = f"{name} is not what its parameters make of the picture (mean difference {forward:.0f} of 255)"
         seen.problems.append(_problem("not drawn", record, text))
     return {name: False}
+
+
+def _told(record: Record, *keys: str) -> Any:
+    """What a manifest says under these keys; None if it says nothing (files of other tools hold other things)."""
+    value: Any = record.made
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def _opened(record: Record, source: Source, digest: str | None, seen: _Seen) -> Image.Image | None:
@@ -231,10 +240,17 @@ def _exchanged(listing: Listing, name: str, seen: Sequence[_Seen]) -> Verdict | 
         source = record.conditions.get(name)
         if source is None or isinstance(source, Drawn) or any(p.kind in ("file", "size") for p in one.problems):
             continue
-        pairs.append((np.asarray(read_picture(source)), np.asarray(read_picture(record.picture))))
+        pairs.append((_reduced(source), _reduced(record.picture)))
         if len(pairs) == _SAMPLE:
             break
     return swapped(pairs, name)
+
+
+def _reduced(source: Source) -> np.ndarray:
+    image = read_picture(source)
+    scale = min(1.0, _SIDE / max(image.size))
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return np.asarray(image if size == image.size else image.resize(size, Image.Resampling.BOX))
 
 
 def _distance(made: np.ndarray, image: Image.Image) -> float:

@@ -11,8 +11,6 @@ from typing import Any
 from controlkit.data.jobs import Outcome, ShardJob
 from controlkit.errors import UserError
 
-_RETRIES = 5
-
 MakeShard = Callable[[ShardJob], list[Outcome]]
 
 
@@ -49,9 +47,7 @@ def run_with_ray(make: MakeShard, jobs: Sequence[ShardJob], workers: int) -> Ite
 
     try:
         rows = [{"job": job.to_json()} for job in jobs]
-        made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            make_row, num_cpus=1, ray_remote_args_fn=lambda: {"max_retries": _RETRIES}
-        )
+        made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make_row, num_cpus=1)
         for row in made.iter_rows():
             yield [Outcome(**outcome) for outcome in json.loads(row["outcomes"])]
     except ray.exceptions.RayError as error:

@@ -42,16 +42,14 @@ def read_metadata(path: Path, condition: str | None = None) -> Listing:
     the names of condition images (`conditioning_image`, `canny_file_name`, ...)."""
 
     def record(where: str, entry: Mapping[str, Any]) -> Record:
-        columns = [name for name in PICTURE_COLUMNS if name in entry]
-        picture = entry["file_name"] if "file_name" in entry else entry[columns[0] if columns else "file_name"]
-        used = "file_name" if "file_name" in entry else columns[0]
+        used = next((name for name in ("file_name", *PICTURE_COLUMNS) if name in entry), "file_name")
         conditions = {
             name: path.parent / value
             for name, value in entry.items()
             if name != used and isinstance(value, str) and is_picture_name(value) and name not in PROMPT_COLUMNS
         }
         prompt = next((str(entry[name] or "") for name in PROMPT_COLUMNS if name in entry), "")
-        return Record(where=where, picture=path.parent / picture, conditions=conditions, prompt=prompt)
+        return Record(where=where, picture=path.parent / entry[used], conditions=conditions, prompt=prompt)
 
     lines = _csv_lines(path) if path.suffix == ".csv" else _json_lines(path)
     return _listing(path, lines, record, "file_name, a text and a conditioning image")
