@@ -1,0 +1,53 @@
+"""What systems and bases are, against the figures of the papers' code at full size."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from controlkit.apps.cli import main
+from controlkit.checkpoints.systems import describe_base, describe_system
+from controlkit.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("base", "parameters", "tensors"),
+    [("sd15", 361_279_120, 340), ("sd21", 364_228_240, 340), ("sdxl", 1_251_014_160, 844)],
+)
+def test_a_controlnet_has_the_known_size(base, parameters, tensors):
+    facts = describe_system("controlnet", base, size=512)
+    assert (facts["parameters"], facts["tensors"]) == (parameters, tensors)
+    assert facts["trainable"] == parameters
+
+
+def test_operations_at_512_are_those_that_are_known():
+    """Within 2 % of 803 for the UNet, 283 for the ControlNet with its hint network, 1117 for the autoencoder."""
+    base = describe_base("sd15", 512)["GFLOP at 512 x 512"]
+    assert base["UNet call"] == pytest.approx(803, rel=0.02)
+    assert base["autoencoder, encoding"] == pytest.approx(1117, rel=0.02)
+    control = describe_system("controlnet", "sd15", size=512)["GFLOP at 512 x 512"]
+    assert control["control call"] + control["hint network, once for a condition"] == pytest.approx(283, rel=0.02)
+    assert describe_system("ctrlora", "sd15", size=512)["GFLOP at 512 x 512"]["control call"] == control["control call"]
+
+
+def test_ctrlora_has_the_known_size(capsys):
+    assert main(["inspect", "ctrlora", "--base", "sd15", "--rank", "128", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["base control"]["parameters"] == 360_192_640
+    adapter = facts["adapter of rank 128"]
+    assert (adapter["parameters"], adapter["tensors"]) == (36_945_536, 246)
+    assert (adapter["lora"], adapter["zero_convolutions"], adapter["norms"]) == (25_419_776, 11_479_680, 46_080)
+
+
+def test_known_bases_are_told_without_their_files(capsys):
+    assert main(["inspect", "sdxl", "--size", "1024", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["unet"]["parameters"] == 2_567_463_684
+    assert facts["text encoder 2"]["parameters"] == 694_659_840
+    assert facts["own size"] == "1024 x 1024"
+
+
+def test_a_size_that_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="multiple of 64"):
+        describe_base("sd15", 500)
