@@ -46,3 +46,13 @@ def test_links_and_pictures_of_the_documents_exist(document):
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (document.parent / target).exists(), target
+
+
+def test_the_page_of_conditions_names_every_one_and_shows_the_example_as_it_is():
+    from controlkit.conditions import registry
+
+    page = (ROOT / "docs" / "conditions.md").read_text(encoding="utf-8")
+    missing = [name for name in registry() if f"| `{name}` |" not in page]
+    assert missing == []
+    code = (ROOT / "examples" / "my_condition.py").read_text(encoding="utf-8").split('"""', 2)[2].strip()
+    assert code in page

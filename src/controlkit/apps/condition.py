@@ -2,6 +2,7 @@
 
 controlkit condition --list
 controlkit condition canny photo.jpg --out edges.png --set low=50 --set high=150
+controlkit condition all photo.jpg --out sheet.png
 controlkit condition depth photo.jpg --set model=weights/dpt-large
 
 Learned conditions fetch their weights from the Hugging Face hub when they are first used, unless they are in the folder
@@ -15,10 +16,14 @@ import argparse
 from controlkit.apps.show import add_json, print_json, print_table
 from controlkit.errors import UserError
 
+_COLUMNS, _TILE = 6, 168
+_GIVEN = ("identity", "lineart_given", "bbox", "segments")
+"""Conditions whose content is given beside the picture."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("name", nargs="?", default=None, help="which condition")
+    parser.add_argument("name", nargs="?", default=None, help="which condition, or all that need no weights")
     parser.add_argument("image", nargs="?", default=None, help="the picture")
     parser.add_argument("--out", default=None, metavar="FILE", help="PNG to write (default: NAME.png)")
     parser.add_argument(
@@ -42,6 +47,9 @@ def run(args: argparse.Namespace) -> None:
 
     from controlkit.images import read_image, write_png
 
+    if args.name == "all":
+        _sheet(args.image, args.out or "conditions.png", args.json)
+        return
     condition = conditions.find(args.name)
     parameters = _parse(args.settings)
     made = condition(np.asarray(read_image(args.image)), **parameters)
@@ -49,6 +57,32 @@ def run(args: argparse.Namespace) -> None:
     write_png(out, Image.fromarray(made), {"condition": condition.name, "parameters": repr(parameters)})
     if args.json:
         print_json({"condition": condition.name, "parameters": {**condition.defaults, **parameters}, "out": out})
+    else:
+        print(out)
+
+
+def _sheet(image: str, out: str, as_json: bool) -> None:
+    """Every condition that needs neither weights nor annotations, of one picture."""
+    import numpy as np
+    from PIL import Image
+
+    from controlkit import conditions
+    from controlkit.images import contact_sheet, read_image, write_png
+
+    picture = read_image(image)
+    drawn = {"picture": picture}
+    for condition in conditions.registry().values():
+        if condition.requires is None and condition.name not in _GIVEN:
+            drawn[condition.name] = Image.fromarray(condition(np.asarray(picture)))
+    tiles = [contact_sheet([[tile]], column_titles=[name], cell=_TILE) for name, tile in drawn.items()]
+    rows = [tiles[first : first + _COLUMNS] for first in range(0, len(tiles), _COLUMNS)]
+    width, height = tiles[0].size
+    sheet = Image.new("RGB", (width * _COLUMNS, height * len(rows)), "white")
+    for number, tile in enumerate(tiles):
+        sheet.paste(tile, (width * (number % _COLUMNS), height * (number // _COLUMNS)))
+    write_png(out, sheet)
+    if as_json:
+        print_json({"conditions": list(drawn)[1:], "out": out})
     else:
         print(out)
 

@@ -16,12 +16,8 @@ from controlkit.apps.show import add_json, print_json, print_table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("name", help="a base (nano, a folder, sd15, sd21, sdxl), a control's name or file, or a system")
-    parser.add_argument(
-        "--base", default="nano", help="the base of a system (default: nano)"
-    )
-    parser.add_argument(
-        "--size", type=int, default=None, help="count operations at this side (default: the base's)"
-    )
+    parser.add_argument("--base", default="nano", help="the base of a system (default: nano)")
+    parser.add_argument("--size", type=int, default=None, help="count operations at this side (default: the base's)")
     parser.add_argument("--rank", type=int, default=None, help="also count a CtrLoRA adapter of this rank")
     add_json(parser)
 

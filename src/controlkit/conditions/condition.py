@@ -21,13 +21,14 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 from controlkit.conditions.models import LearnedModel
+from controlkit.conditions.own import load_own
 from controlkit.errors import UserError, nearest
 
 Draw = Callable[[np.random.Generator], Any]
@@ -85,7 +86,7 @@ class Condition:
     """The learned model that it needs, or None. Where the weights are files, the condition has the parameter `model`:
     a folder that holds them, or another model of the hub."""
 
-    @property
+    @cached_property
     def defaults(self) -> dict[str, Any]:
         """Every parameter with its default."""
         parameters = inspect.signature(self.function).parameters.values()
@@ -154,6 +155,7 @@ def condition(name: str, **facts: Any) -> Callable[[Callable[..., np.ndarray]], 
 def _load() -> None:
     for file in _FILES:
         import_module(f"controlkit.conditions.{file}")
+    load_own()
 
 
 def registry() -> dict[str, Condition]:

@@ -22,7 +22,7 @@ def canny(picture: np.ndarray, *, low: int = 100, high: int = 200) -> np.ndarray
 
     Defaults: lllyasviel/ControlNet, annotator/canny. ControlNet 1.1 trains with random thresholds.
     """
-    return np.repeat(cv2.Canny(picture, low, high)[..., None], 3, axis=2)
+    return three_channels(cv2.Canny(picture, low, high))
 
 
 @condition(

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from controlkit.conditions.condition import Fidelity
-from controlkit.conditions.pixels import nearest_colour, packed
+from controlkit.conditions.pixels import nearest_colour, packed, three_channels
 
 
 def edge_f1(given: np.ndarray, produced: np.ndarray, tolerance: int = 1) -> float:
@@ -48,7 +48,7 @@ def dark_edge_f1(given: np.ndarray, produced: np.ndarray) -> float:
 
 def picture_edge_f1(truth: np.ndarray, produced: np.ndarray) -> float:
     """`edge_f1` of the Canny edges (thresholds 100 and 200) of two `uint8` pictures, in [0, 1]."""
-    edges = [np.repeat(cv2.Canny(image, 100, 200)[..., None], 3, axis=2) for image in (truth, produced)]
+    edges = [three_channels(cv2.Canny(image, 100, 200)) for image in (truth, produced)]
     return edge_f1(edges[0], edges[1])
 
 
