@@ -52,7 +52,7 @@ PARTS = {
 }
 
 RATES = dict.fromkeys(METHODS, 1e-3)
-"""The learning rate of each method: one for all, as in the paper, of which the part `rates` finds none better."""
+"""The learning rate of each method: one for all, as in the paper; the part `rates` compares others."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,9 +42,10 @@ class AutoencoderObjective(Objective):
         )
 
     def loss(self, step: int) -> Tensor:
-        x = pictures(self.icons, self.recipe.batch_size, self.numpy_generator(step)).to(self.device)
+        x = pictures(self.icons, self.whole, self.numpy_generator(step))[self.share].to(self.device)
         posterior = self.network.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=self.torch_generator(step)).to(self.device)
+        shape = (self.whole, *posterior.mean.shape[1:])
+        noise = torch.randn(shape, generator=self.torch_generator(step))[self.share].to(self.device)
         z = posterior.mean + posterior.std * noise
         error = self.network.decode(z).sample - x
         horizontal = (error[..., 1:] - error[..., :-1]).abs().mean()

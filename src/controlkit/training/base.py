@@ -81,10 +81,11 @@ class BaseObjective(Objective):
 
     def loss(self, step: int) -> Tensor:
         rng = self.numpy_generator(step)
-        chosen = rng.integers(len(self.drawings), size=self.recipe.batch_size)
-        z = self.drawings.latents[torch.from_numpy(chosen)].float().to(self.device)
-        text = self._text([self.drawings.prompt(int(index), rng, self.recipe.prompt_drop) for index in chosen])
-        drawn = noised(self.scheduler, z, self.torch_generator(step))
+        chosen = rng.integers(len(self.drawings), size=self.whole)
+        prompts = [self.drawings.prompt(int(index), rng, self.recipe.prompt_drop) for index in chosen]
+        z = self.drawings.latents[torch.from_numpy(chosen[self.share])].float().to(self.device)
+        text = self._text(prompts[self.share])
+        drawn = noised(self.scheduler, z, self.torch_generator(step), self.whole, self.share)
         return drawn.loss(self.trained["unet"](drawn.x_t, drawn.t, encoder_hidden_states=text).sample)
 
     def preview(self, step: int, folder: Path) -> dict[str, float]:

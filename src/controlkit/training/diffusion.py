@@ -24,10 +24,15 @@ class Noised(NamedTuple):
         return (prediction.float() - self.target).pow(2).mean()
 
 
-def noised(scheduler: DDIMScheduler, z: Tensor, generator: torch.Generator) -> Noised:
-    """Noise and times for latents `z` `[B, C, h, w]`, drawn on the CPU so that every device trains on the same."""
-    noise = torch.randn(z.shape, generator=generator).to(z.device)
-    t = torch.randint(0, scheduler.config.num_train_timesteps, (len(z),), generator=generator).to(z.device)
+def noised(scheduler: DDIMScheduler, z: Tensor, generator: torch.Generator, whole: int, share: slice) -> Noised:
+    """Noise and times for latents `z` `[B, C, h, w]`, drawn on the CPU so that every device trains on the same.
+
+    Args:
+        whole: samples of the step over all processes, whose numbers are drawn.
+        share: which of them `z` is.
+    """
+    noise = torch.randn((whole, *z.shape[1:]), generator=generator)[share].to(z.device)
+    t = torch.randint(0, scheduler.config.num_train_timesteps, (whole,), generator=generator)[share].to(z.device)
     targets = {"v_prediction": scheduler.get_velocity, "epsilon": lambda *_: noise, "sample": lambda *_: z}
     target = targets[scheduler.config.prediction_type](z, noise, t)
     return Noised(scheduler.add_noise(z, noise, t), t, target)

@@ -20,7 +20,10 @@ class Objective(ABC):
     recipe: Recipe
     """What it was made from."""
     process: int = 0
-    """Which of the processes that train together this is; each draws data and noise of its own."""
+    """Which of the processes that train together this is."""
+    processes: int = 1
+    """How many there are. All draw the same whole batch's random numbers, and each takes its share of it, so that any
+    number of processes trains on what one process with the whole batch would."""
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the optimiser changes, always in the same order."""
@@ -28,7 +31,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, step: int) -> Tensor:
-        """The loss of optimiser step `step`; the same step always draws the same data and noise (in each process)."""
+        """The loss of optimiser step `step`; the same step always draws the same data and noise."""
 
     @abstractmethod
     def preview(self, step: int, folder: Path) -> dict[str, float]:
@@ -39,17 +42,23 @@ class Objective(ABC):
         """Write the finished networks into `folder`; returns what was written."""
 
     def numpy_generator(self, step: int) -> np.random.Generator:
-        """What this process draws data with at a step."""
-        return numpy_generator(self.recipe.seed, step, self._purpose)
+        """What data is drawn with at a step."""
+        return numpy_generator(self.recipe.seed, step)
 
     def torch_generator(self, step: int) -> torch.Generator:
-        """What this process draws noise with at a step."""
-        return torch_generator(self.recipe.seed, step, self._purpose)
+        """What noise is drawn with at a step."""
+        return torch_generator(self.recipe.seed, step)
 
     @property
-    def _purpose(self) -> int:
-        # The first process draws what a run of one process draws; 1 is taken by the order of conditions.
-        return 0 if self.process == 0 else 1000 + self.process
+    def whole(self) -> int:
+        """Samples of a step, over all processes."""
+        return self.recipe.batch_size * self.processes
+
+    @property
+    def share(self) -> slice:
+        """Which of them are this process's."""
+        first = self.recipe.batch_size * self.process
+        return slice(first, first + self.recipe.batch_size)
 
 
 def numpy_generator(seed: int, step: int, purpose: int = 0) -> np.random.Generator:

@@ -60,12 +60,12 @@ class PairsObjective(Objective):
 
     def loss(self, step: int) -> Tensor:
         generator = self.torch_generator(step)
-        chosen = torch.from_numpy(self.numpy_generator(step).integers(len(self.latents), size=self.recipe.batch_size))
+        chosen = torch.from_numpy(self.numpy_generator(step).integers(len(self.latents), size=self.whole))[self.share]
         z = self.latents[chosen].float().to(self.device)
-        dropped = torch.rand(len(chosen), generator=generator) < self.recipe.prompt_drop
+        dropped = torch.rand(self.whole, generator=generator)[self.share] < self.recipe.prompt_drop
         prompts = torch.where(dropped, self.empty, self.prompt_of[chosen])
         text = self.texts.map(lambda part: part[prompts].to(self.device))
-        drawn = noised(self.scheduler, z, generator)
+        drawn = noised(self.scheduler, z, generator, self.whole, self.share)
         residuals = self.control(drawn.x_t, drawn.t, text, self.hints(chosen))
         return drawn.loss(self.base.predict(drawn.x_t, drawn.t, text, residuals))
 

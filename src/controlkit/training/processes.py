@@ -14,8 +14,8 @@ from controlkit.training.objective import Objective
 class Processes:
     """What the training loop needs to know of the other processes; with one process, everything is a no-op.
 
-    Every process draws data of its own and computes its own gradient; the gradients are averaged, so that all of them
-    hold the same weights. Only the first writes.
+    Every process takes its share of a step's batch and computes its own gradient; the gradients are averaged, so that
+    all of them hold the same weights. Only the first writes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class Processes:
 
     def wrap(self, objective: Objective) -> nn.Module:
         """The objective's loss as a module of `step`, whose backward pass averages gradients over all processes."""
-        objective.process = self.index
+        objective.process, objective.processes = self.index, self.count
         step = _Step(objective)
         return self._accelerator.prepare(step) if self.count > 1 else step
 

@@ -23,6 +23,7 @@ from controlkit.training.drawings import Drawings, weights_key
 
 _MOST_TORN = 100
 _READERS = 8
+_ALL = slice(None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,10 @@ class Source(ABC):
     """Pictures with prompts and condition images."""
 
     @abstractmethod
-    def batch(self, condition: str, rng: np.random.Generator, count: int, prompt_drop: float) -> Batch:
-        """`count` of them for one condition; the same `rng` gives the same."""
+    def batch(
+        self, condition: str, rng: np.random.Generator, count: int, prompt_drop: float, share: slice = _ALL
+    ) -> Batch:
+        """The `share` of `count` of them for one condition; the same `rng` gives the same."""
 
     @abstractmethod
     def held_out(self, condition: str) -> Held:
@@ -75,13 +78,17 @@ class IconSource(Source):
         kept = sets.select(styles=TRAINED_STYLES, held_out=True, drawable=True)
         self.test = [draw(kept[index], rng) for index in rng.permutation(len(kept))[:held_out]]
 
-    def batch(self, condition: str, rng: np.random.Generator, count: int, prompt_drop: float) -> Batch:
+    def batch(
+        self, condition: str, rng: np.random.Generator, count: int, prompt_drop: float, share: slice = _ALL
+    ) -> Batch:
         kind = conditions.find(condition)
         chosen = [int(index) for index in rng.integers(len(self.drawings), size=count)]
         prompts = [self.drawings.prompt(index, rng, prompt_drop) for index in chosen]
-        images = [kind(self.drawings.draw(index).image, **kind.random_parameters(rng)) for index in chosen]
-        latents = self.drawings.latents[torch.tensor(chosen)].float().to(self.base.device)
-        return Batch(latents=latents, images=to_tensor(images).to(self.base.device), prompts=prompts)
+        parameters = [kind.random_parameters(rng) for _ in chosen]
+        mine = list(zip(chosen, parameters, strict=True))[share]
+        images = [kind(self.drawings.draw(index).image, **values) for index, values in mine]
+        latents = self.drawings.latents[torch.tensor(chosen[share])].float().to(self.base.device)
+        return Batch(latents=latents, images=to_tensor(images).to(self.base.device), prompts=prompts[share])
 
     def held_out(self, condition: str) -> Held:
         kind = conditions.find(condition)
@@ -106,12 +113,14 @@ class MultiGenSource(Source):
         self.torn = 0
         self._readers = ThreadPoolExecutor(_READERS)
 
-    def batch(self, condition: str, rng: np.random.Generator, count: int, prompt_drop: float) -> Batch:
+    def batch(
+        self, condition: str, rng: np.random.Generator, count: int, prompt_drop: float, share: slice = _ALL
+    ) -> Batch:
         lines = self.tasks[condition]
-        chosen = rng.integers(self.kept, len(lines), size=count)
-        seeds = rng.integers(2**63, size=count)
-        dropped = rng.random(count) < prompt_drop
-        jobs = zip([condition] * count, chosen.tolist(), seeds.tolist(), strict=True)
+        chosen = rng.integers(self.kept, len(lines), size=count)[share]
+        seeds = rng.integers(2**63, size=count)[share]
+        dropped = rng.random(count)[share] < prompt_drop
+        jobs = zip([condition] * len(chosen), chosen.tolist(), seeds.tolist(), strict=True)
         read = list(self._readers.map(lambda job: self._read(*job), jobs))
         x = to_tensor([picture for _, picture, _ in read]).to(self.base.device) * 2 - 1
         return Batch(

@@ -63,9 +63,9 @@ class SteeringObjective(Objective):
     def loss(self, step: int) -> Tensor:
         condition = self.condition_at(step)
         rng = self.numpy_generator(step)
-        batch = self.source.batch(condition, rng, self.recipe.batch_size, self.recipe.prompt_drop)
+        batch = self.source.batch(condition, rng, self.whole, self.recipe.prompt_drop, self.share)
         z, text = batch.latents, self.base.encode_text(batch.prompts)
-        drawn = noised(self.scheduler, z, self.torch_generator(step))
+        drawn = noised(self.scheduler, z, self.torch_generator(step), self.whole, self.share)
         control = self.control_for(condition)
         residuals = control(drawn.x_t, drawn.t, text, control.encode(batch.images, self.base))
         return drawn.loss(self.base.predict(drawn.x_t, drawn.t, text, residuals))
