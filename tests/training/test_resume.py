@@ -190,3 +190,24 @@ def test_a_killed_process_goes_on_from_its_last_whole_state(tmp_path, how, left_
     assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, STEPS + 1))
     leftovers = {path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")}
     assert leftovers == set()
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    def second(loss):
+        with pytest.raises(UserError, match="another run is writing"):
+            run(tmp_path / "run")
+        return loss
+
+    toy, _ = run(tmp_path / "run", at={2: second})
+    assert toy.steps_seen == list(range(STEPS))
+    # The folder is free again afterwards.
+    run(tmp_path / "run", steps=STEPS + 1)
+
+
+def test_out_of_memory_says_which_setting_to_change(tmp_path):
+    full = raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    with pytest.raises(UserError, match=r"out of memory at step 5.*state.*batch_size=16 or --set precision=bf16"):
+        run(tmp_path / "run", at={4: full})
+    assert load_state(tmp_path / "run" / "state.safetensors").step == 3
+    with pytest.raises(UserError, match="too small"):
+        run(tmp_path / "other", at={0: full}, batch_size=1, precision="bf16")

@@ -23,6 +23,11 @@ class Processes:
         self._on_cpu = device.type == "cpu"
         self.index = self._accelerator.process_index if self.count > 1 else 0
 
+    @staticmethod
+    def is_first() -> bool:
+        """Whether this process is the first, before any of them has spoken to the others."""
+        return int(os.environ.get("RANK", "0")) == 0
+
     @property
     def first(self) -> bool:
         """Whether this one writes files and speaks."""

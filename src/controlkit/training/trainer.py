@@ -12,6 +12,7 @@ from types import FrameType
 
 import torch
 from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
 
 from controlkit.errors import UserError
 from controlkit.files import remove_leftovers, sha256_of, writable_folder, write_json
@@ -58,7 +59,8 @@ def train(objective: Objective, recipe: Recipe) -> Trained:
     Raises:
         UserError: the folder holds a run of another recipe, or the loss is not finite (the last good state stays).
     """
-    return _Loop(objective, recipe).run()
+    with _alone(writable_folder(recipe.out), Processes.is_first()):
+        return _Loop(objective, recipe).run()
 
 
 class _Loop:
@@ -119,14 +121,13 @@ class _Loop:
         """One optimiser step; returns its loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(self.recipe, step)
-        kind = self.parameters[0].device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            loss = self.loss_of(step)
+        try:
+            loss = self._gradients(step)
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(self.recipe, step + 1, self.path) from error
         value = self.processes.mean(loss)
         if not math.isfinite(value):
             raise _diverged(f"the loss is {value}", step + 1, self.path)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip).item()
         if not math.isfinite(norm):
             raise _diverged(f"the gradient's norm is {norm}", step + 1, self.path)
@@ -134,6 +135,14 @@ class _Loop:
         if self.average is not None:
             self.average.step(self.parameters)
         return value
+
+    def _gradients(self, step: int) -> torch.Tensor:
+        kind = self.parameters[0].device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            loss = self.loss_of(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        return loss.detach()
 
     def _report(self, done: int, loss: float, stop: bool) -> None:
         """Preview, log and save where it is time to."""
@@ -218,6 +227,36 @@ def _resume(
             mine.copy_(theirs)
         average.optimization_step = int(count)
     return state.step
+
+
+@contextmanager
+def _alone(folder: Path, first: bool) -> Iterator[None]:
+    """Hold the folder of a run for as long as it runs; a killed run lets it go.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    if not first:
+        yield
+        return
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"another run is writing into {folder}; wait for it, or give this run another out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _out_of_memory(recipe: Recipe, step: int, path: Path) -> UserError:
+    hints = ["precision=bf16"] if recipe.precision == "fp32" else []
+    if recipe.batch_size > 1:
+        hints.insert(0, f"batch_size={recipe.batch_size // 2}")
+    advice = f"try {' or '.join(f'--set {hint}' for hint in hints)}" if hints else "this device is too small for it"
+    kept = f"; the last state is kept in {path}" if path.exists() else ""
+    return UserError(f"out of memory at step {step}{kept}; {advice}")
 
 
 def _diverged(what: str, step: int, path: Path) -> UserError:
