@@ -6,6 +6,7 @@ condition images are tensors in [0, 1], both `[B, 3, H, W]`.
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,26 +38,42 @@ def read_image(path: str | Path, background: tuple[int, int, int] = (255, 255, 2
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no picture at {path}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty (0 bytes), not a picture")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+    return to_rgb(decode_image(data, str(path)), background)
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The picture in the bytes of a file, in whatever mode it has; `to_rgb` makes it upright and RGB.
+
+    Args:
+        name: what errors call it.
+
+    Raises:
+        UserError: the bytes are none, torn, not a picture, or of one larger than `MAX_PIXELS`.
+    """
+    if not data:
+        raise UserError(f"{name} is empty (0 bytes), not a picture")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
+            image: Image.Image = Image.open(io.BytesIO(data))
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise UserError(
-                f"{path} is {width} x {height}, more than the {MAX_PIXELS // 2**20} megapixels that are read;"
+                f"{name} is {width} x {height}, more than the {MAX_PIXELS // 2**20} megapixels that are read;"
                 " make it smaller"
             )
         image.load()
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not a picture in a format that is read (PNG, JPEG, WebP, ...)") from error
+        raise UserError(f"{name} is not a picture in a format that is read (PNG, JPEG, WebP, ...)") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path} is too large to be read (over 67 megapixels); make it smaller") from error
+        raise UserError(f"{name} is too large to be read (over 67 megapixels); make it smaller") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is torn or damaged and cannot be read ({error})") from error
-    return to_rgb(image, background)
+        raise UserError(f"{name} is torn or damaged and cannot be read ({error})") from error
+    return image
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:

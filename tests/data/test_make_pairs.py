@@ -22,9 +22,9 @@ from controlkit.data.engine import make_pairs
 from controlkit.data.making import MakeSettings, condition_seed, make_pair, png
 from controlkit.data.pairs import read_pairs
 from controlkit.data.pictures import Picture, list_pictures
-from controlkit.data.sources import members, open_picture, read_picture
+from controlkit.data.sources import members, read_picture
 from controlkit.errors import UserError
-from controlkit.images import read_image, to_rgb
+from controlkit.images import decode_image, read_image, to_rgb
 
 CANNY_AND_NOISE = MakeSettings(conditions=("canny", "noise"), size=32)
 
@@ -264,7 +264,7 @@ def test_annotations_are_drawn_before_the_crop(tmp_path):
     (tmp_path / "in/instances.json").write_text(json.dumps(coco))
     pictures = list_pictures([tmp_path / "in/instances.json"])
     made = make_pair(pictures[0], MakeSettings(conditions=("bbox",), size=20))
-    image = np.asarray(to_rgb(open_picture(made.conditions["bbox"], "bbox")))
+    image = np.asarray(to_rgb(decode_image(made.conditions["bbox"], "bbox")))
     assert image.shape == (20, 20, 3) and image[:, :10].any(axis=2).all() and not image[:, 10:].any()
     with pytest.raises(UserError, match="instances"):
         make_pairs(list_pictures([tmp_path / "in/a.png"]), tmp_path / "out", MakeSettings(conditions=("bbox",)))
@@ -307,10 +307,10 @@ def test_pictures_of_every_kind_become_pairs(tmp_path, mode, width, height, turn
     made = make_pair(Picture(key="x", name="x.png", source=path), setting)
     assert tuple(made.entry["size"]) == setting.target_size(*wanted.size)
     for data in made.conditions.values():
-        drawn = to_rgb(open_picture(data, "x"))
+        drawn = to_rgb(decode_image(data, "x"))
         assert list(drawn.size) == made.entry["size"]
     if size is None and not buckets:
-        kept = wanted if made.picture is None else to_rgb(open_picture(made.picture, "x"))
+        kept = wanted if made.picture is None else to_rgb(decode_image(made.picture, "x"))
         assert np.array_equal(np.asarray(kept), np.asarray(wanted))
 
 
@@ -318,6 +318,6 @@ def test_pictures_of_every_kind_become_pairs(tmp_path, mode, width, height, turn
 def test_png_keeps_every_pixel(number, grey):
     pixels = scene(number, 20, 30)
     pixels = np.repeat(pixels[..., :1], 3, axis=2) if grey else pixels
-    image = open_picture(png(pixels), "x")
+    image = decode_image(png(pixels), "x")
     assert image.mode == ("L" if grey else "RGB")
     assert np.array_equal(np.asarray(to_rgb(image)), pixels)

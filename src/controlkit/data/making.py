@@ -15,10 +15,9 @@ from PIL import Image
 from controlkit.conditions import Condition, find
 from controlkit.data.buckets import Buckets
 from controlkit.data.pictures import Picture
-from controlkit.data.sources import open_picture
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
-from controlkit.images import resize_cover, to_rgb
+from controlkit.images import decode_image, resize_cover, to_rgb
 
 _ORIENTATION = 0x0112
 
@@ -89,7 +88,7 @@ def make_pair(picture: Picture, settings: MakeSettings) -> MadePair:
         UserError: the picture is missing, torn or too small, or a condition cannot be drawn from it.
     """
     data = _read(picture)
-    decoded = open_picture(data, picture.name)
+    decoded = decode_image(data, picture.name)
     # What another tool may show otherwise (turned, transparent, 16 bits) is written anew, as it is seen here.
     plain = decoded.mode in ("RGB", "L") and "transparency" not in decoded.info
     plain = plain and decoded.getexif().get(_ORIENTATION, 1) == 1

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from controlkit.conditions import find
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
-from controlkit.images import MAX_PIXELS, read_image, to_rgb
+from controlkit.images import decode_image, read_image, to_rgb
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 """How names of pictures end, in lower case."""
@@ -85,38 +83,8 @@ def read_picture(source: Source) -> Image.Image:
     if isinstance(source, Drawn):
         return source.image()
     if isinstance(source, Piece):
-        return to_rgb(open_picture(source.read_bytes(), str(source)))
+        return to_rgb(decode_image(source.read_bytes(), str(source)))
     return read_image(source)
-
-
-def open_picture(data: bytes, name: str) -> Image.Image:
-    """The decoded picture in `data`, in whatever mode it has; `to_rgb` makes it upright and RGB.
-
-    Args:
-        name: what errors call it.
-
-    Raises:
-        UserError: as `images.read_image` does.
-    """
-    if not data:
-        raise UserError(f"{name} is empty (0 bytes), not a picture")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(data))
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise UserError(
-                f"{name} is {width} x {height}, more than the {MAX_PIXELS // 2**20} megapixels that are read"
-            )
-        image.load()
-    except UnidentifiedImageError as error:
-        raise UserError(f"{name} is not a picture in a format that is read (PNG, JPEG, WebP, ...)") from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{name} is too large to be read (over 67 megapixels)") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UserError(f"{name} is torn or damaged and cannot be read ({error})") from error
-    return image
 
 
 def members(path: Path) -> Iterator[Piece]:
