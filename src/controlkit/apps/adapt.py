@@ -1,6 +1,6 @@
 """make a new control from pairs: a CtrLoRA adapter on a base control
 
-    controlkit adapt pairs/ --control runs/nano/ctrlora-base/base.safetensors --name mine --steps 500
+    controlkit adapt pairs/ --control nano/base --name mine --steps 500
 
 `pairs/` may have any layout of docs/pairs.md, such as what `controlkit pairs` makes; `pairs/canny` is one of several
 conditions in it. Run again to resume.
@@ -9,9 +9,12 @@ conditions in it. Run again to resume.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from controlkit.apps.show import add_json, print_json
 
+_GIVEN = ("identity", "lineart_given")
+"""Conditions that cannot be drawn from a picture: what is given is the condition image."""
 _SETTINGS = ("steps", "base", "name", "condition", "rank", "batch_size", "learning_rate", "seed", "device")
 
 
@@ -21,11 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--control", required=True, help="the base control: a file or a name")
     parser.add_argument("--base", help="the base that it steers: nano or a diffusers folder")
     parser.add_argument("--name", help="name of the adapter")
-    parser.add_argument("--condition", help="scores by this condition (default: by the true picture)")
-    parser.add_argument("--rank", type=int, help="of every LoRA")
+    parser.add_argument(
+        "--condition", help="scores by this condition (default: the one that PAIRS/NAME names, or by the picture)"
+    )
+    parser.add_argument("--rank", type=int, help="of every LoRA (default: 8 for nano, 128 for others)")
     parser.add_argument("--steps", type=int, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, help="pairs a step")
-    parser.add_argument("--learning-rate", type=float, help="peak learning rate")
+    parser.add_argument("--batch-size", type=int, help="pairs a step (default: 16 for nano, 4 for others)")
+    parser.add_argument("--learning-rate", type=float, help="peak rate (default: 1e-3 for nano, 1e-5 for others)")
     parser.add_argument("--seed", type=int, help="everything random follows from it")
     parser.add_argument("--device", help="cpu, cuda, mps")
     parser.add_argument("--out", default=None, metavar="DIR", help="folder of the run (default: runs/NAME)")
@@ -34,16 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
-    from controlkit.training.recipe import build_recipe
+    from controlkit import conditions
+    from controlkit.training.recipe import adapter_settings, build_recipe
 
     values = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
     name = values.get("name", "adapter")
+    chosen = Path(args.pairs).name
+    if "condition" not in values and chosen in conditions.registry():
+        values["condition"] = chosen
     recipe = build_recipe(
         {
             "system": "ctrlora-adapter",
             "pairs": args.pairs,
             "control": args.control,
             "out": args.out or f"runs/{name}",
+            **adapter_settings(values.get("base", "nano")),
             **values,
         },
         origin="controlkit adapt",
@@ -60,4 +70,5 @@ def run(args: argparse.Namespace) -> None:
     show(made.report.table())
     print(f"adapter: {made.path}")
     print(f"sheet: {made.sheet}")
-    print(f'try next: controlkit generate "PROMPT" --control {made.path}=IMAGE --prepared --seeds 4')
+    prepared = " --prepared" if values.get("condition", "identity") in _GIVEN else ""
+    print(f'try next: controlkit generate "PROMPT" --control {made.path}=IMAGE{prepared} --seeds 4')

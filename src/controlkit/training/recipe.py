@@ -276,6 +276,18 @@ class AdaptRecipe(PairsRecipe):
     """Name of the adapter and of its file."""
     rank: int = 8
     """Of every LoRA."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW. This suits nano; see `adapter_settings` for larger bases."""
+
+
+def adapter_settings(base: str) -> dict[str, Any]:
+    """Settings of an adapter that depend on the size of its base, where none are given.
+
+    For nano those of docs/ctrlora.md; for Stable Diffusion those of Xu et al. 2025 (section 4.1), with batches of 4.
+    """
+    if base == "nano":
+        return {"rank": 8, "learning_rate": 1e-3, "batch_size": 16}
+    return {"rank": 128, "learning_rate": 1e-5, "batch_size": 4, "final_rate": 1.0, "warmup_steps": 0, "beta2": 0.999}
 
 
 @dataclass(frozen=True, kw_only=True)
