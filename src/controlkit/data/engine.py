@@ -161,7 +161,7 @@ def _files(
                 for outcome in outcomes:
                     found[outcome.key] = outcome
                     if outcome.entry is not None:
-                        stream.write(json.dumps(asdict(outcome), ensure_ascii=False) + "\n")
+                        stream.write(json.dumps(vars(outcome), ensure_ascii=False) + "\n")
                 stream.flush()
                 tell(len(found), len(pictures))
     ordered = [found[picture.key] for picture in pictures]
@@ -170,7 +170,7 @@ def _files(
         len(good) > kept or {outcome.key for outcome in good} != set(before) or not (out / MANIFEST).is_file()
     ):
         _write_lines(out / MANIFEST, (outcome.entry for outcome in good))
-        _write_lines(journal, (asdict(outcome) for outcome in good))
+        _write_lines(journal, (vars(outcome) for outcome in good))
     return ordered, len(good) - kept
 
 

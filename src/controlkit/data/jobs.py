@@ -143,7 +143,7 @@ def make_shard(job: ShardJob) -> list[Outcome]:
 
     write_tar(job.path, members())
     size = job.path.stat().st_size
-    write_json(job.record, {"key": job.key, "bytes": size, "outcomes": [asdict(outcome) for outcome in outcomes]})
+    write_json(job.record, {"key": job.key, "bytes": size, "outcomes": [vars(outcome) for outcome in outcomes]})
     return outcomes
 
 

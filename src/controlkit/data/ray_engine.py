@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from controlkit.data.jobs import Outcome, ShardJob
@@ -43,7 +42,7 @@ def run_with_ray(make: MakeShard, jobs: Sequence[ShardJob], workers: int) -> Ite
 
         cv2.setNumThreads(1)
         outcomes = make(ShardJob.from_json(row["job"]))
-        return {"outcomes": json.dumps([asdict(outcome) for outcome in outcomes])}
+        return {"outcomes": json.dumps([vars(outcome) for outcome in outcomes])}
 
     try:
         rows = [{"job": job.to_json()} for job in jobs]
