@@ -1,6 +1,7 @@
 """What a CtrLoRA condition costs while sampling: the plan against the control at every step, and against no control.
 
     python benchmarks/ctrlora_sampling.py --seeds 4 --out benchmarks/results/ctrlora_sampling.json
+    python benchmarks/ctrlora_sampling.py --base sd15 --random-weights --size 256 --steps 4 --rounds 3 --conditions 2
 
 Four ways to draw the same pictures from the same seeds, in turns, so that a busy machine disturbs all alike:
 
@@ -21,7 +22,6 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from controlkit.bases.base import Base, Text
 from controlkit.bases.load import load_base
 from controlkit.bases.residuals import Residuals
 from controlkit.checkpoints.controls import load_control
+from controlkit.controls.base_control import BaseControl
 from controlkit.controls.control import Reads
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.evaluation.pictures import evaluation_set
@@ -62,11 +63,44 @@ class EveryStep(CtrLoRA):
         return super().forward(x_t, t, text, super().encode(hint.expand(len(x_t), -1, -1, -1), self.base))
 
 
+def shipped(base: Base, names: Sequence[str] | None) -> tuple[list[CtrLoRA], list[Tensor], str]:
+    """Adapters by name, condition images of a held-out picture, and its caption."""
+    shared: dict[str, BaseControl] = {}
+    drawing = evaluation_set("held-out").drawings[0]
+    controls, images = [], []
+    for name in names or ["nano/palette"]:
+        control = load_control(name, base, shared=shared)
+        if not isinstance(control, CtrLoRA):
+            raise SystemExit(f"{name} is no CtrLoRA adapter")
+        kind = conditions.find(control.condition or "identity")
+        controls.append(control)
+        images.append(to_tensor([kind(drawing.image)]).to(base.device))
+    return controls, images, drawing.caption
+
+
+def made_up(base: Base, count: int, size: int) -> tuple[list[CtrLoRA], list[Tensor], str]:
+    """As many adapters of rank 128 with random weights, and random condition images."""
+    generator = torch.Generator().manual_seed(0)
+    shared = BaseControl.for_base(base)
+    controls, images = [], []
+    for number in range(count):
+        adapter = shared.add_adapter(str(number), 128, seed=number)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.01)
+        controls.append(CtrLoRA(shared, str(number)).eval())
+        images.append(torch.rand(1, 3, size, size, generator=generator).to(base.device))
+    return controls, images, "a red apple on a table"
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="nano")
+    parser.add_argument("--random-weights", action="store_true", help="of a known base, and of adapters of rank 128")
     parser.add_argument("--control", action="append", default=None, help="adapters (default: nano/palette)")
+    parser.add_argument("--conditions", type=int, default=1, help="how many, with random weights")
+    parser.add_argument("--size", type=int, default=None, help="side of the pictures in pixels")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=9)
@@ -74,23 +108,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="also write the figures as JSON")
     args = parser.parse_args()
 
-    base = load_base(args.base, device=args.device)
-    shared: dict[str, Any] = {}
-    controls = [load_control(name, base, shared=shared) for name in args.control or ["nano/palette"]]
-    drawing = evaluation_set("held-out").drawings[0]
-    images = [
-        to_tensor([conditions.find(control.condition or "identity")(drawing.image)]).to(base.device)
-        for control in controls
-    ]
+    base = load_base(args.base, device=args.device, random_weights=args.random_weights)
+    size = args.size or base.size
+    controls, images, prompt = (
+        made_up(base, args.conditions, size) if args.random_weights else shipped(base, args.control)
+    )
     cache = ResidualCache()
 
     def draw(uses: Sequence[ActiveControl], first: int, kept: ResidualCache | None = None) -> np.ndarray:
         seeds = range(first, first + args.seeds)
-        batches = sample(base, prompt=drawing.caption, seeds=seeds, uses=uses, steps=args.steps, cache=kept)
+        settings = {"width": size, "height": size, "steps": args.steps, "cache": kept}
+        batches = sample(base, prompt=prompt, seeds=seeds, uses=uses, **settings)
         return torch.cat(list(batches)).cpu().numpy()
 
     planned = [ActiveControl(c, c.encode(x, base)) for c, x in zip(controls, images, strict=True)]
-    stepwise = [EveryStep(c, base) for c in controls if isinstance(c, CtrLoRA)]
+    stepwise = [EveryStep(control, base) for control in controls]
     each = [ActiveControl(c, x) for c, x in zip(stepwise, images, strict=True)]
     draw(planned, 0, cache)
     ways: dict[str, Callable[[], np.ndarray]] = {
@@ -115,7 +147,8 @@ def main() -> None:
         },
         "setting": {
             "base": base.name,
-            "controls": args.control or ["nano/palette"],
+            "controls": len(controls),
+            "size": size,
             "seeds": args.seeds,
             "steps": args.steps,
             "rounds": args.rounds,
