@@ -185,7 +185,7 @@ class TestCtrLoRA:
             for mine, theirs in zip(residuals(control, tiny_base), residuals(loaded, tiny_base), strict=True):
                 assert torch.equal(mine, theirs)
         assert len(shared) == 1
-        torch.save(torch.load(folder / "base.ckpt"), folder / "another.ckpt")
+        torch.save(torch.load(folder / "base.ckpt", weights_only=True), folder / "another.ckpt")
         with pytest.raises(UserError, match=r"beside it are 2: another\.ckpt, base\.ckpt; name it as ADAPTER\+BASE"):
             load_control(folder / "lora.ckpt", tiny_base)
         (folder / "another.ckpt").unlink()

@@ -15,7 +15,8 @@ from controlkit.data.icons import IconSets, draw
 from controlkit.data.pairs import read_pairs, write_pairs
 from controlkit.errors import UserError
 from controlkit.studies.cells import Cell
-from controlkit.studies.new_condition import ADAPTER, CONTROLNET, NewCondition, claims, run_new_condition
+from controlkit.studies.new_condition import NewCondition, run_new_condition
+from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, claims
 
 
 @pytest.fixture
