@@ -7,10 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from controlkit.bases.load import load_base, nano_folder
-from controlkit.checkpoints.controls import load_control, shipped_controls
+from controlkit.checkpoints.controls import find_control, load_control, shipped_controls
+from controlkit.conditions import find
 from controlkit.controls.controlnet import ControlNet
+from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.evaluation.control import Steer, draw_controlled
 from controlkit.evaluation.metrics import background_colour
 from controlkit.evaluation.pictures import evaluation_set
 from controlkit.images import to_images, to_tensor
@@ -126,3 +130,47 @@ def test_sizes_other_than_the_trained_one_are_drawn(nano):
 def test_what_ships_is_small():
     files = [*nano_folder().rglob("*.safetensors"), *shipped_controls().values()]
     assert sum(Path(file).stat().st_size for file in files) <= 36e6
+
+
+def test_the_adapters_that_ship_share_one_base_control(nano):
+    shared: dict = {}
+    names = [name for name in shipped_controls() if name.startswith("nano/") and name != "nano/base"]
+    adapters = {name: load_control(name, nano, shared=shared) for name in names}
+    assert len(names) >= 13
+    assert all(isinstance(adapter, CtrLoRA) and adapter.condition for adapter in adapters.values())
+    assert len({id(adapter.shared_network) for adapter in adapters.values()}) == len(shared) == 1
+
+
+def test_names_of_controls_mean_adapters_where_no_control_is_called_so():
+    assert find_control("palette") == shipped_controls()["nano/palette"]
+    assert find_control("color-palette") == shipped_controls()["nano/palette"]
+    assert find_control("canny") == shipped_controls()["canny"]
+    assert find_control("nano/canny") == shipped_controls()["nano/canny"]
+
+
+@pytest.mark.parametrize("name", ["nano/blur", "nano/palette", "nano/pixel"])
+def test_an_adapter_that_ships_steers(nano, name):
+    adapter = load_control(name, nano)
+    condition = find(adapter.condition)
+    drawings = evaluation_set("held-out").drawings[:8]
+    given = [condition(drawing.image) for drawing in drawings]
+    prompts = [drawing.caption for drawing in drawings]
+    settings = {"steps": 8, "guidance": 3.0}
+    scores = []
+    for uses in ([], [Steer(control=adapter, given=given)]):
+        made = draw_controlled(nano, uses, prompts, **settings)
+        every = zip(given, made, drawings, strict=True)
+        scores.append(np.mean([condition.score(one, result, drawing.image) for one, result, drawing in every]))
+    better = scores[1] > scores[0] if condition.fidelity.higher_is_better else scores[1] < scores[0]
+    assert better and abs(scores[1] - scores[0]) > 0.1 * scores[0]
+
+
+def test_several_adapters_at_once_just_work(tmp_path, nano):
+    from controlkit.apps.cli import main
+
+    drawing = evaluation_set("held-out").drawings[0].image
+    Image.fromarray(drawing).save(tmp_path / "a.png")
+    words = ["generate", "red apple", "--steps", "4", "--out", str(tmp_path / "out")]
+    image = tmp_path / "a.png"
+    assert main([*words, "--control", f"palette={image}", "--control", f"nano/scribble={image}@0.7:0-0.8"]) == 0
+    assert (tmp_path / "out" / "seed0.png").is_file()
