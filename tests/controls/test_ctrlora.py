@@ -151,14 +151,9 @@ class TestNetwork:
         for position, one in enumerate(one_by_one):
             assert difference(many.map(lambda r, at=position: r[at : at + 1]), one) < 1e-5
 
-    def test_a_base_that_reads_more_is_refused(self):
-        base = tiny_base(
-            addition_embed_type="text_time",
-            addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=32,
-        )
-        with pytest.raises(ValueError, match="reads more than time and text"):
-            BaseControl.for_base(base)
+    def test_a_base_that_reads_a_class_is_refused(self):
+        with pytest.raises(ValueError, match="reads a class besides time and text"):
+            BaseControl.for_base(tiny_base(num_class_embeds=4))
 
 
 class TestHint:

@@ -60,7 +60,7 @@ class BaseControl(Control):
         Raises:
             ValueError: the base's UNet reads a class.
         """
-        if base.unet.config.get("class_embed_type"):
+        if base.unet.config.get("class_embed_type") or base.unet.config.get("num_class_embeds"):
             raise ValueError(f"the UNet of {base.name} reads a class besides time and text; CtrLoRA passes none")
         with torch.device("meta"):
             control = cls(network_of(dict(base.unet.config)))
