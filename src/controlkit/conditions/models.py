@@ -234,6 +234,12 @@ def load_transformers(
             network, report = getattr(transformers, architecture).from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
             )
+        except ImportError as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"{condition}: transformers needs one more package for it ({reason});"
+                " run: pip install 'controlkit[annotators]'"
+            ) from error
         except Exception as error:  # whatever its many loaders raise for settings and weights that do not fit
             raise UserError(
                 f"{condition}: the model in {folder} cannot be loaded ({_first_line(error)}); download it again"
