@@ -154,6 +154,20 @@ def test_drawn_parameters_are_parameters_within_limits_and_reproducible(name: st
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_how_parameters_are_drawn_is_told_and_true(name: str) -> None:
+    made = registry()[name]
+    for key, draw in made.draw.items():
+        text = str(draw)
+        values = [draw(np.random.default_rng(number)) for number in range(200)]
+        if "from" in text or "of" in text:
+            low, high = (float(word.rstrip(",")) for word in text.split() if word[0] in "-0123456789")
+            assert low <= min(values) < max(values) <= high, (key, text)
+            assert text.startswith("whole numbers") == all(isinstance(value, int) for value in values)
+        else:
+            assert text == "any seed" or text.startswith("true in "), (key, text)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_unknown_parameters_are_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"{name} has no parameter 'strenght'"):
         find(name)(draw_scene(), strenght=3)

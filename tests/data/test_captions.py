@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from pair_files import scene, write_pictures
 from PIL import Image
 
-from controlkit.data.captions import Captioner, with_captions
+from controlkit.data.captions import BLIP, Captioner, with_captions
 from controlkit.data.pictures import list_pictures
 from controlkit.errors import UserError
 
@@ -60,6 +62,24 @@ def test_the_same_picture_gets_the_same_caption_in_any_company(tiny_blip):
     assert captioner(images) == [captioner([image])[0] for image in images]
 
 
-def test_missing_weights_are_told_with_what_to_do(tmp_path):
-    with pytest.raises(UserError, match=r"hf download Salesforce.*--caption-model"):
+def test_missing_weights_are_told_with_what_to_do(tiny_blip, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"Salesforce.*\(BSD-3-Clause\).*hf download Salesforce.*--caption-model"):
+        Captioner()
+    with pytest.raises(UserError, match=r"holds no config.json with weights.*--caption-model"):
         Captioner(str(tmp_path))
+    torn = tmp_path / "torn"
+    shutil.copytree(tiny_blip, torn)
+    (torn / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"cannot be loaded.*hf download Salesforce"):
+        Captioner(str(torn))
+    with pytest.raises(UserError, match="--device nonsense"):
+        Captioner(tiny_blip, "nonsense")
+
+
+def test_weights_are_looked_for_on_the_shelf_of_models(tiny_blip, tmp_path, monkeypatch):
+    shutil.copytree(tiny_blip, tmp_path / BLIP)
+    monkeypatch.setenv("CONTROLKIT_MODELS", str(tmp_path))
+    assert Captioner()([Image.fromarray(scene(1))])[0]

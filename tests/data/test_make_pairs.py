@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import threading
 import time
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pair_files import contents, encoded, scene, write_archive, write_pictures
 from PIL import Image
@@ -22,7 +25,7 @@ from controlkit.data.engine import make_pairs
 from controlkit.data.making import MakeSettings, condition_seed, make_pair, png
 from controlkit.data.pairs import read_pairs
 from controlkit.data.pictures import Picture, list_pictures
-from controlkit.data.sources import members, read_picture
+from controlkit.data.sources import decode_pixels, members, read_picture
 from controlkit.errors import UserError
 from controlkit.images import decode_image, read_image, to_rgb
 
@@ -163,6 +166,10 @@ def test_torn_pictures_are_skipped_and_told(tmp_path):
         path.write_bytes(b"none")
     with pytest.raises(UserError, match="none of 4 pictures can be read"):
         make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "new", CANNY_AND_NOISE, workers=1)
+    # A run that made nothing stands in nobody's way.
+    write_pictures(tmp_path / "in", 4)
+    other = MakeSettings(conditions=("canny",), size=16)
+    assert make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "new", other, workers=1).made == 4
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
@@ -251,6 +258,8 @@ def test_pictures_come_from_folders_globs_tars_and_coco(tmp_path):
     listed = list_pictures([tmp_path / "captions.json"], images=tmp_path / "in/deep")
     assert [picture.caption() for picture in listed] == ["", "two words", ""]
     assert Picture.from_json(json.loads(json.dumps(listed[1].to_json()))) == listed[1]
+    with pytest.raises(UserError, match="where results go"):
+        list_pictures([tmp_path / "in"], without=tmp_path / "in")
     for missing in ("none", "none/*.png"):
         with pytest.raises(UserError, match="there are no pictures at"):
             list_pictures([tmp_path / missing])
@@ -312,6 +321,110 @@ def test_pictures_of_every_kind_become_pairs(tmp_path, mode, width, height, turn
     if size is None and not buckets:
         kept = wanted if made.picture is None else to_rgb(decode_image(made.picture, "x"))
         assert np.array_equal(np.asarray(kept), np.asarray(wanted))
+
+
+def jpeg(pixels, **options):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="JPEG", **options)
+    return stream.getvalue()
+
+
+@settings(max_examples=60)
+@given(
+    number=st.integers(0, 1000),
+    width=st.integers(16, 70),
+    height=st.integers(16, 70),
+    grey=st.booleans(),
+    quality=st.integers(5, 100),
+    subsampling=st.sampled_from([0, 1, 2]),
+    progressive=st.booleans(),
+    restart=st.integers(0, 3),
+    turn=st.sampled_from([None, 1, 6]),
+)
+def test_jpeg_files_have_the_same_pixels_as_everywhere_else(
+    number, width, height, grey, quality, subsampling, progressive, restart, turn
+):
+    pixels = scene(number, height, width)
+    noise = np.random.default_rng(number).integers(0, 40, pixels.shape, np.uint8)
+    pixels = np.maximum(pixels, noise)
+    exif = Image.Exif()
+    if turn:
+        exif[0x0112] = turn
+    options = {"quality": quality, "subsampling": subsampling, "progressive": progressive, "exif": exif}
+    data = jpeg(pixels[..., 0] if grey else pixels, restart_marker_blocks=restart, **options)
+    found, plain = decode_pixels(data, "x")
+    assert np.array_equal(found, np.asarray(to_rgb(decode_image(data, "x"))))
+    assert plain == (turn != 6) and not found.flags.writeable
+    # Torn files stay errors, wherever they are cut; OpenCV alone would make grey pixels of what is missing.
+    with pytest.raises(UserError, match=r"torn|not a picture"):
+        decode_pixels(data[: 2 + number * (len(data) - 40) // 1000], "x")
+
+
+@settings(max_examples=100)
+@given(
+    places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=3), number=st.integers(0, 9)
+)
+@example(places=[(0.9, 0xFF), (0.9, 0xDF)], number=0)
+def test_damaged_jpeg_files_are_errors_or_pixels_as_everywhere_else(places, number):
+    data = bytearray(jpeg(scene(number, 60, 80), quality=95))
+    for offset, (place, value) in enumerate(places):
+        data[2 + round(place * (len(data) - 10)) + offset] = value
+    try:
+        expected = np.asarray(to_rgb(decode_image(bytes(data), "x")))
+    except UserError as error:
+        with pytest.raises(UserError, match=re.escape(str(error))):
+            decode_pixels(bytes(data), "x")
+    else:
+        assert np.array_equal(decode_pixels(bytes(data), "x")[0], expected)
+
+
+def test_plain_jpeg_files_go_the_fast_way(monkeypatch):
+    monkeypatch.setattr("controlkit.data.sources.decode_image", lambda *_: pytest.fail("slow"))
+    for number in range(5):
+        decode_pixels(jpeg(scene(number, 60, 80), quality=90, subsampling=number % 3), "x")
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_jpeg_files_that_are_not_plain_are_read_as_everywhere_else():
+    cmyk = io.BytesIO()
+    Image.fromarray(scene(1)).convert("CMYK").save(cmyk, format="JPEG")
+    plain = jpeg(scene(1))
+    broken_exif = jpeg(scene(1), exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03")
+    no_exif = jpeg(scene(1), exif=b"Exif\0\0rubbish")
+    for data, is_plain in (
+        (cmyk.getvalue(), False),
+        (plain, True),
+        (plain + b"\0" * 30, True),
+        (broken_exif, True),
+        (no_exif, True),
+    ):
+        found, told = decode_pixels(data, "x")
+        assert told == is_plain
+        assert np.array_equal(found, np.asarray(to_rgb(decode_image(data, "x"))))
+    with pytest.raises(UserError, match="empty"):
+        decode_pixels(b"", "x")
+    with pytest.raises(UserError, match="x is"):
+        decode_pixels(b"\xff\xd8\xff\xe0" + b"\xff\xd9", "x")
+
+
+def test_files_go_where_they_belong_also_where_folders_vanish(tmp_path):
+    paths = write_pictures(tmp_path / "in", 3)
+    pictures = list_pictures([tmp_path / "in"])
+    (tmp_path / "link").symlink_to(tmp_path / "out", target_is_directory=True)
+    (tmp_path / "out").mkdir()
+
+    def remove(done, total):
+        shutil.rmtree(tmp_path / "out/canny", ignore_errors=True)
+        shutil.rmtree(tmp_path / "out/.controlkit/pairs/aside", ignore_errors=True)
+
+    report = make_pairs(pictures, tmp_path / "link", MakeSettings(conditions=("canny",)), workers=1, tell=remove)
+    assert [(tmp_path / "out" / entry["picture"]).resolve() for entry in lines(report)] == paths
+    report = make_pairs(pictures, tmp_path / "link", MakeSettings(conditions=("canny",)), workers=1)
+    assert len(read_pairs(tmp_path / "out")) == 3
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked/canny").write_text("a file in the way")
+    with pytest.raises(UserError, match=r"cannot write .*canny"):
+        make_pairs(pictures, tmp_path / "blocked", MakeSettings(conditions=("canny",)), workers=1)
 
 
 @given(number=st.integers(0, 1000), grey=st.booleans())

@@ -111,6 +111,9 @@ def _list(as_json: bool) -> None:
                     "aliases": list(c.aliases),
                     "summary": c.summary,
                     "parameters": c.defaults,
+                    "training": {name: str(draw) for name, draw in c.draw.items()},
+                    "limits": {name: list(limits) for name, limits in c.limits.items()},
+                    "mirrors": c.mirrors,
                     "fidelity": c.fidelity.name,
                     "needs": c.requires.as_json() if c.requires else None,
                 }

@@ -21,6 +21,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache, cached_property
 from importlib import import_module
 from typing import Any
@@ -33,6 +34,24 @@ from controlkit.errors import UserError, nearest
 
 Draw = Callable[[np.random.Generator], Any]
 """Draws a parameter's value for one training picture."""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A `Draw` that can say what it draws."""
+
+    text: str
+    """`uniform from 0.5 to 2`."""
+    function: Draw
+    """What draws."""
+
+    def __call__(self, rng: np.random.Generator) -> Any:
+        """One value."""
+        return self.function(rng)
+
+    def __str__(self) -> str:
+        return self.text
+
 
 _FILES = (
     *("edges", "lines", "colour", "degradations", "weather", "masks", "regions", "given"),
@@ -173,18 +192,19 @@ def find(name: str) -> Condition:
     _load()
     key = name.strip().lower().replace("-", "_")
     if key not in _REGISTRY:
-        raise UserError(f"there is no condition called {name!r}{nearest(key, list(_REGISTRY))}")
+        known = list(_REGISTRY) if get_close_matches(key, _REGISTRY, cutoff=0.5) else list(registry())
+        raise UserError(f"there is no condition called {name!r}{nearest(key, known)}")
     return _REGISTRY[key]
 
 
 def uniform(low: float, high: float) -> Draw:
     """A float between `low` and `high`."""
-    return lambda rng: float(rng.uniform(low, high))
+    return Distribution(f"uniform from {low} to {high}", lambda rng: float(rng.uniform(low, high)))
 
 
 def uniform_int(low: int, high: int) -> Draw:
     """A whole number from `low` to `high`, both included."""
-    return lambda rng: int(rng.integers(low, high + 1))
+    return Distribution(f"whole numbers, uniform from {low} to {high}", lambda rng: int(rng.integers(low, high + 1)))
 
 
 def clipped_normal(low: float, high: float) -> Draw:
@@ -193,20 +213,23 @@ def clipped_normal(low: float, high: float) -> Draw:
     CtrLoRA's `discrete_normal(low, high)` without its flaw that values beyond the ends (below zero, even)
     occur.
     """
-    return lambda rng: float(np.clip(rng.normal((low + high) / 2, (high - low) / 6), low, high))
+    return Distribution(
+        f"normal about the middle of {low} to {high}, clipped to them",
+        lambda rng: float(np.clip(rng.normal((low + high) / 2, (high - low) / 6), low, high)),
+    )
 
 
 def clipped_normal_int(low: int, high: int) -> Draw:
     """`clipped_normal`, as a whole number."""
     real = clipped_normal(low, high)
-    return lambda rng: round(real(rng))
+    return Distribution(f"whole numbers, {real}", lambda rng: round(real(rng)))
 
 
 def chance(probability: float) -> Draw:
     """True with `probability`."""
-    return lambda rng: bool(rng.random() < probability)
+    return Distribution(f"true in {probability:.0%}", lambda rng: bool(rng.random() < probability))
 
 
 def seed() -> Draw:
     """A seed for conditions that are random themselves."""
-    return lambda rng: int(rng.integers(2**31))
+    return Distribution("any seed", lambda rng: int(rng.integers(2**31)))

@@ -23,7 +23,7 @@ from controlkit.errors import UserError
 @condition(
     "identity",
     summary="the picture as it is: for given pairs, whose condition images are made elsewhere",
-    aliases=("given", "custom"),
+    aliases=("given", "custom", "ip2p", "instruct_pix2pix"),
     fidelity=RESTORED_PSNR,
 )
 def identity(picture: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from controlkit.conditions.models import LearnedModel, find_folder
 from controlkit.data.jobs import STATE
 from controlkit.data.pictures import Picture
 from controlkit.data.sources import read_picture
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 BLIP = "Salesforce/blip-image-captioning-base"
-"""BSD-3-Clause, 990 MB."""
+"""990 MB."""
+
+_MODEL = LearnedModel(hub=BLIP, licence="BSD-3-Clause", commercial=True)
 
 _BATCH = 8
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -34,20 +37,28 @@ class Captioner:
         model: a folder with the model, or its name on the hub.
 
     Raises:
-        UserError: its weights are not there.
+        UserError: its weights are not there or cannot be loaded, or there is no such device.
     """
 
     def __init__(self, model: str = BLIP, device: str = "cpu") -> None:
+        import torch
         from transformers import AutoTokenizer, BlipForConditionalGeneration
 
+        given = None if model == BLIP else model
+        folder = find_folder("--caption blip", _MODEL, given, parameter="--caption-model")
         try:
-            self.model = BlipForConditionalGeneration.from_pretrained(model).to(device).eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
+            # Both from the folder: asked for a name, they would go to the network again for every file.
+            self.model = BlipForConditionalGeneration.from_pretrained(folder, local_files_only=True).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # whatever transformers' loaders raise for settings and weights that do not fit
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"BLIP's weights are not at {model!r}; get them with: hf download {BLIP},"
-                " or name their folder with --caption-model, or put captions into .txt files beside the pictures"
+                f"the BLIP model in {folder} cannot be loaded ({reason}); get it again with: {_MODEL.download}"
             ) from error
+        try:
+            self.model.to(torch.device(device))
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {device} is no device of this machine; use cpu or cuda") from error
         self.name = model
         self.device = device
 

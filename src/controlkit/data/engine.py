@@ -83,6 +83,7 @@ def make_pairs(
     if workers is None:
         learned = any(find(name).requires for name in settings.conditions)
         workers = 1 if learned else cores()
+    new = not _settings_file(out).exists()
     settings = _agreed(writable_folder(out), settings, shards, origin)
     if shards is None:
         outcomes, made = _files(pictures, out, settings, workers, tell)
@@ -91,6 +92,8 @@ def make_pairs(
     good = [outcome for outcome in outcomes if outcome.entry is not None]
     skipped = {outcome.name: str(outcome.error) for outcome in outcomes if outcome.entry is None}
     if not good:
+        if new:  # nothing is there that another input or other settings could contradict
+            _settings_file(out).unlink(missing_ok=True)
         raise UserError(f"none of {len(pictures)} pictures can be read; the first: {next(iter(skipped.values()))}")
     return MakeReport(
         out=out / MANIFEST if shards is None else out,
@@ -114,15 +117,16 @@ def _refuse_what_cannot_be_drawn(pictures: Sequence[Picture], settings: MakeSett
 
 def _agreed(out: Path, settings: MakeSettings, shards: int | None, origin: Sequence[str]) -> MakeSettings:
     """The settings of this run with the conditions of earlier ones, which stay; recorded in `out`."""
-    path = out / STATE / "settings.json"
+    path = _settings_file(out)
     state: dict[str, Any] = {"settings": asdict(settings), "shards": shards, "origin": list(origin)}
     if path.is_file():
         before = read_json(path)
         earlier = MakeSettings(**{**before["settings"], "conditions": tuple(before["settings"]["conditions"])})
         different = earlier.differences(settings)
-        for name, now in (("shards", shards), ("origin", list(origin))):
-            if before[name] != now:
-                different.append(f"{name}: {before[name]} here, {now} now")
+        if before["shards"] != shards:
+            different.append(f"shards: {before['shards'] or 'none'} here, {shards or 'none'} now")
+        if before["origin"] != list(origin):
+            different.append(f"made from {', '.join(before['origin'])} here, {', '.join(origin)} now")
         if shards is not None and earlier.conditions != settings.conditions:
             different.append(f"conditions: {', '.join(earlier.conditions)} here, {', '.join(settings.conditions)} now")
         if different:
@@ -137,6 +141,10 @@ def _agreed(out: Path, settings: MakeSettings, shards: int | None, origin: Seque
         raise UserError(f"{out} has a {MANIFEST} that was not made here; give another --out")
     write_json(path, state)
     return settings
+
+
+def _settings_file(out: Path) -> Path:
+    return out / STATE / "settings.json"
 
 
 def _files(

@@ -99,12 +99,13 @@ def make_files(job: FilesJob) -> list[Outcome]:
         UserError: the folder cannot be written. (Pictures that cannot be read are skipped, and said so.)
     """
     outcomes = []
+    home = os.path.realpath(job.out)
     for picture in job.pictures:
         made = _made(picture, job.settings)
         if isinstance(made, Outcome):
             outcomes.append(made)
             continue
-        entry, files = _placed(made, picture, job.out)
+        entry, files = _placed(made, picture, job.out, home)
         for name, data in files.items():
             _write(job.out, name, data)
         sizes = {name: len(data) for name, data in files.items()}
@@ -154,13 +155,13 @@ def _made(picture: Picture, settings: MakeSettings) -> MadePair | Outcome:
         return Outcome(key=picture.key, name=picture.name, stamp=picture.stamp(), error=str(error))
 
 
-def _placed(pair: MadePair, picture: Picture, out: Path) -> tuple[dict[str, Any], Mapping[str, bytes]]:
-    """The manifest's entry of a pair in the folder `out`, and its files by their path below `out`."""
+def _placed(pair: MadePair, picture: Picture, out: Path, home: str) -> tuple[dict[str, Any], Mapping[str, bytes]]:
+    """The manifest's entry of a pair in the folder `out`, truly at `home`, and its files by their path below `out`."""
     places = {name: f"{name}/{picture.key}.png" for name in pair.conditions}
     files = {places[name]: data for name, data in pair.conditions.items()}
     if pair.picture is None:
         assert isinstance(picture.source, Path)
-        where = Path(os.path.relpath(os.path.realpath(picture.source), os.path.realpath(out))).as_posix()
+        where = os.path.relpath(os.path.realpath(picture.source), home).replace(os.sep, "/")
     else:
         where = f"pictures/{picture.key}.{pair.suffix}"
         files[where] = pair.picture
@@ -170,13 +171,24 @@ def _placed(pair: MadePair, picture: Picture, out: Path) -> tuple[dict[str, Any]
 def _write(out: Path, name: str, data: bytes) -> None:
     """Write a file so that its name never stands for a part of it. Not flushed to the disk one by one, which would take
     most of the time; hashes in the manifest tell what a power cut left."""
-    path, aside = out / name, out / STATE / "aside" / f"{os.getpid()}-{name.replace('/', '_')[-100:]}"
+    path = os.path.join(out, name)
+    aside = os.path.join(out, STATE, "aside", f"{os.getpid()}-{name.replace('/', '_')[-100:]}")
     try:
-        for folder in (path.parent, aside.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(data)
-        os.replace(aside, path)
+        try:
+            _write_and_rename(aside, path, data)
+        except FileNotFoundError:  # folders are there but for the first time, so they are not asked for each time
+            for folder in (os.path.dirname(path), os.path.dirname(aside)):
+                os.makedirs(folder, exist_ok=True)
+            _write_and_rename(aside, path, data)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; choose a folder that can be written"
         ) from error
+
+
+def _write_and_rename(aside: str, path: str, data: bytes) -> None:
+    with open(aside, "wb", buffering=0) as stream:
+        left = memoryview(data)
+        while left:
+            left = left[stream.write(left) :]
+    os.replace(aside, path)

@@ -15,11 +15,10 @@ from PIL import Image
 from controlkit.conditions import Condition, find
 from controlkit.data.buckets import Buckets
 from controlkit.data.pictures import Picture
+from controlkit.data.sources import decode_pixels
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
-from controlkit.images import decode_image, resize_cover, to_rgb
-
-_ORIENTATION = 0x0112
+from controlkit.images import resize_cover
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +87,14 @@ def make_pair(picture: Picture, settings: MakeSettings) -> MadePair:
         UserError: the picture is missing, torn or too small, or a condition cannot be drawn from it.
     """
     data = _read(picture)
-    decoded = decode_image(data, picture.name)
     # What another tool may show otherwise (turned, transparent, 16 bits) is written anew, as it is seen here.
-    plain = decoded.mode in ("RGB", "L") and "transparency" not in decoded.info
-    plain = plain and decoded.getexif().get(_ORIENTATION, 1) == 1
-    original = decoded if plain and decoded.mode == "RGB" else to_rgb(decoded)
-    size = settings.target_size(*original.size)
-    fitted = resize_cover(original, *size)
-    pixels = np.asarray(fitted)
+    original, plain = decode_pixels(data, picture.name)
+    height, width = original.shape[:2]
+    size = settings.target_size(width, height)
+    fits = size == (width, height)
+    pixels = original if fits else np.asarray(resize_cover(Image.fromarray(original), *size))
     digest = sha256(data)
-    kept = plain and size == original.size
+    kept = plain and fits
     file = (data if settings.copy or not isinstance(picture.source, Path) else None) if kept else png(pixels)
     images, parameters, seeds = {}, {}, {}
     for name in settings.conditions:
@@ -105,7 +102,7 @@ def make_pair(picture: Picture, settings: MakeSettings) -> MadePair:
         seed = condition_seed(settings.seed, digest, name)
         given = (picture.objects or {}).get(name)
         values = condition.defaults if settings.fixed else condition.random_parameters(np.random.default_rng(seed))
-        images[name] = png(_drawn(condition, original if given else fitted, {**values, **(given or {})}, size))
+        images[name] = png(_drawn(condition, original if given else pixels, {**values, **(given or {})}, size))
         parameters[name] = {"objects": len(next(iter(given.values())))} if given else values
         if not settings.fixed:
             seeds[name] = seed
@@ -141,24 +138,23 @@ def sha256(data: bytes) -> str:
 
 def png(pixels: np.ndarray) -> bytes:
     """`uint8 [H, W, 3]` RGB as a PNG file, in grey if all three channels agree, which is a third of the bytes."""
-    first = cv2.extractChannel(pixels, 0)
     # Most pictures in colour are told by a few pixels, without a look at all of them.
     few = pixels[::16, ::16]
-    grey = (few == few[..., :1]).all() and np.array_equal(cv2.cvtColor(first, cv2.COLOR_GRAY2RGB), pixels)
-    done, encoded = cv2.imencode(".png", first if grey else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+    first = cv2.extractChannel(pixels, 0) if (few == few[..., :1]).all() else None
+    if first is not None and cv2.norm(cv2.cvtColor(first, cv2.COLOR_GRAY2RGB), pixels, cv2.NORM_INF) > 0:
+        first = None
+    done, encoded = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if first is None else first)
     assert done
     return encoded.tobytes()
 
 
-def _drawn(
-    condition: Condition, image: Image.Image, parameters: Mapping[str, Any], size: tuple[int, int]
-) -> np.ndarray:
+def _drawn(condition: Condition, image: np.ndarray, parameters: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
     """The condition image at `size`. What is drawn from annotations is drawn on the whole picture and fitted after,
     colours kept, since annotations know nothing of the crop."""
     try:
-        made = condition(np.asarray(image), **parameters)
+        made = condition(image, **parameters)
     except (cv2.error, ValueError, ArithmeticError, IndexError) as error:
-        width, height = image.size
+        height, width = image.shape[:2]
         reason = " ".join(str(error).split())
         raise UserError(f"{condition.name} cannot be drawn of a picture of {width} x {height}: {reason}") from error
     if made.shape[1::-1] == size:

@@ -40,8 +40,9 @@ class Picture:
         """The caption, empty if there is none."""
         if self.prompt is not None:
             return self.prompt
+        sidecar = self.sidecar
         try:
-            return self.sidecar.read_text(encoding="utf-8", errors="replace").strip() if self.sidecar else ""
+            return sidecar.read_text(encoding="utf-8", errors="replace").strip() if sidecar else ""
         except OSError:
             return ""
 
@@ -49,7 +50,8 @@ class Picture:
         """Changes when the picture, its caption or its annotations do; nothing is read for it."""
         place = self.source if isinstance(self.source, Path) else self.source.path
         member = (self.source.start, self.source.length) if isinstance(self.source, Piece) else ()
-        about = [_state(place), member, _state(self.sidecar) if self.sidecar else None, self.prompt, self.objects]
+        sidecar = self.sidecar
+        about = [_state(place), member, _state(sidecar) if sidecar else None, self.prompt, self.objects]
         return sha256_of(repr(about))[:24]
 
     def to_json(self) -> dict[str, Any]:
@@ -98,6 +100,11 @@ def list_pictures(
     listed = list(_from_coco(annotations, Path(images) if images else None)) if annotations else []
     if kept:
         listed += _from_files(kept, Path(os.path.commonpath(roots)))
+    if not listed and unique:
+        raise UserError(
+            f"all pictures of {', '.join(map(str, inputs))} lie in {without}, where results go;"
+            " give --out another folder"
+        )
     if not listed:
         raise UserError(f"there are no pictures in {', '.join(map(str, inputs))}")
     return sorted(_with_unique_keys(listed), key=lambda picture: picture.key)

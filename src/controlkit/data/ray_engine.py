@@ -33,7 +33,11 @@ def run_with_ray(make: MakeShard, jobs: Sequence[ShardJob], workers: int) -> Ite
         raise UserError("--engine ray needs Ray Data: pip install 'controlkit[distributed]'") from error
     started = not ray.is_initialized()
     if started:
-        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # from a wrong RAY_ADDRESS to a machine too busy to start it in time, all its own
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"Ray does not start ({reason}); see to RAY_ADDRESS, or leave out --engine ray") from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
 

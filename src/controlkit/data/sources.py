@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import re
 import tarfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image
 
 from controlkit.conditions import find
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
-from controlkit.images import decode_image, read_image, to_rgb
+from controlkit.images import MAX_PIXELS, decode_image, read_image, to_rgb
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 """How names of pictures end, in lower case."""
+
+_ORIENTATION = 0x0112
+_MARKER = re.compile(rb"\xff[^\x00]")
+"""A marker inside a JPEG file's scan, where the value 255 is written as 255, 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +93,63 @@ def read_picture(source: Source) -> Image.Image:
     if isinstance(source, Piece):
         return to_rgb(decode_image(source.read_bytes(), str(source)))
     return read_image(source)
+
+
+def decode_pixels(data: bytes, name: str) -> tuple[np.ndarray, bool]:
+    """The picture in the bytes of a file, read-only `uint8 [H, W, 3]` RGB as `read_picture` shows it, and whether every
+    other tool shows it so too: False for what is turned by EXIF, transparent, or not 8 bits of RGB or grey.
+
+    Plain JPEG files, the most there are, are decoded by OpenCV, straight into the array; a test holds that Pillow gives
+    the same pixels.
+
+    Args:
+        name: what errors call it.
+
+    Raises:
+        UserError: the bytes are none, torn, not a picture, or of one larger than `images.MAX_PIXELS`.
+    """
+    if _is_plain_jpeg(data):
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        if pixels is not None:
+            pixels.flags.writeable = False  # as Pillow's are: no condition may paint on what the next one sees
+            return pixels, True
+    image = decode_image(data, name)
+    plain = image.mode in ("RGB", "L") and "transparency" not in image.info and _orientation(image) == 1
+    return np.asarray(image if plain and image.mode == "RGB" else to_rgb(image)), plain
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Whether the bytes are a JPEG file of one whole scan, upright and in RGB or grey.
+
+    Pillow refuses torn and many damaged files and OpenCV fills them up, so what is not one scan of entropy-coded data
+    up to the end-of-image marker, without another marker (such as those of progressive files), is left to Pillow.
+    """
+    if not (data.startswith(b"\xff\xd8\xff") and data.endswith(b"\xff\xd9")):
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            stream = io.BytesIO(data)
+            image = Image.open(stream)  # reads the header only, up to the scan
+            scan = stream.tell()
+    except Exception:  # whatever it is, decode_image says it
+        return False
+    if _MARKER.search(data, scan, len(data) - 2):
+        return False
+    width, height = image.size
+    plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+    return plain and width * height <= MAX_PIXELS and _orientation(image) == 1
+
+
+def _orientation(image: Image.Image) -> int:
+    """How EXIF says that the picture is turned; 1 is upright, as which a damaged block counts."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged blocks, too
+            return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow's parsers raise whatever a damaged block makes them stumble over
+        return 1
 
 
 def members(path: Path) -> Iterator[Piece]:

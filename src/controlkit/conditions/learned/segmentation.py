@@ -33,7 +33,7 @@ _TASK = "the task is semantic"
 @condition(
     "seg",
     summary="classes of ADE20K as colours (UperNet on ConvNeXt)",
-    aliases=("segmentation", "seg_ade20k", "seg_upernet", "seg_ufade20k"),
+    aliases=("segmentation", "segbase", "seg_ade20k", "seg_upernet", "seg_ufade20k"),
     fidelity=CLASS_IOU,
     requires=UPERNET,
 )
