@@ -45,7 +45,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"x")
-    refused(tmp_path / "model.bin", "no base at")
+    refused(tmp_path / "model.bin", "is not a base", ".safetensors or .ckpt")
 
 
 def test_an_empty_folder(tmp_path):

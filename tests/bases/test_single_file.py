@@ -108,7 +108,7 @@ class Runs:
 
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, capsys):
     torch.save({"state_dict": Runs()}, tmp_path / "model.ckpt")
-    with pytest.raises(UserError, match="could run code") as caught:
+    with pytest.raises(UserError, match="would run the program in it") as caught:
         load_base(tmp_path / "model.ckpt")
     assert "weights_only" not in str(caught.value)
     assert "this ran" not in capsys.readouterr().out

@@ -83,6 +83,25 @@ def test_a_control_without_a_card_gets_one(tiny_control, tiny_base, hub, tmp_pat
     assert "A ControlNet" in (tmp_path / "canny.md").read_text()
 
 
+def test_no_connection_is_one_sentence_too(adapter, hub, monkeypatch, capsys):
+    class Away(Exception):
+        """As the errors of libraries for HTTP, which are of no class that Python knows."""
+
+    def create_repo(self, *args, **kwargs):
+        raise Away("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(hub, "create_repo", create_repo)
+    assert main(["push", str(adapter), "me/mine"]) == 2
+    told = capsys.readouterr().err
+    assert "Name or service not known" in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "says"), [("", "is a folder"), ("missing.safetensors", "is not there")])
+def test_what_is_no_file_is_not_shared(adapter, hub, capsys, name, says):
+    assert main(["push", str(adapter.parent / name), "me/mine"]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_a_refusal_of_the_hub_is_one_sentence(adapter, hub, monkeypatch, capsys):
     monkeypatch.setattr(hub, "refuses", True)
     assert main(["push", str(adapter), "me/mine"]) == 2

@@ -149,10 +149,11 @@ class TestCtrLoRA:
     def pair(self, tiny_base, tmp_path):
         return trained_pair(tiny_base, tmp_path)
 
-    @pytest.mark.parametrize("layouts", [("original",), ("bare",), ("peft",), ("original", "peft", "bare")])
-    def test_an_adapter_comes_back(self, pair, tiny_base, tmp_path, layouts):
+    @pytest.mark.parametrize("between", ["controlkit", "original", "bare", "peft"])
+    @pytest.mark.parametrize("last", ["controlkit", "original", "bare", "peft"])
+    def test_an_adapter_comes_back_from_every_pair_of_layouts(self, pair, tiny_base, tmp_path, between, last):
         control, path, _ = pair
-        back = through(path, (*layouts, "controlkit"), tmp_path)
+        back = through(path, (between, last, "controlkit"), tmp_path)
         assert equal(weights_of(path), weights_of(back))
         old, new = read_metadata(path), read_metadata(back)
         assert {key for key in old if old[key] != new[key]} <= {"control.config"}
@@ -160,6 +161,14 @@ class TestCtrLoRA:
         loaded = load_control(back, tiny_base)
         for mine, theirs in zip(residuals(control, tiny_base), residuals(loaded, tiny_base), strict=True):
             assert torch.equal(mine, theirs)
+
+    @pytest.mark.parametrize("between", ["controlkit", "original", "bare"])
+    @pytest.mark.parametrize("last", ["controlkit", "original", "bare"])
+    def test_a_base_control_comes_back_from_every_pair_of_layouts(self, pair, tmp_path, between, last):
+        _, _, path = pair
+        back = through(path, (between, last, "controlkit"), tmp_path)
+        assert equal(weights_of(path), weights_of(back))
+        assert read_metadata(back) == read_metadata(path)
 
     @pytest.mark.parametrize("layouts", [("original",), ("bare", "original")])
     def test_a_base_control_comes_back_without_what_was_added(self, pair, tiny_base, tmp_path, layouts):
@@ -270,7 +279,18 @@ class TestCtrLoRA:
 
 
 @pytest.mark.parametrize("kind", ["full_adapter", "full_adapter_xl", "light_adapter"])
-def test_a_t2i_adapter_comes_back_from_every_layout(tmp_path, kind):
+@pytest.mark.parametrize("between", ["controlkit", "original", "diffusers"])
+@pytest.mark.parametrize("last", ["controlkit", "original", "diffusers"])
+def test_a_t2i_adapter_comes_back_from_every_pair_of_layouts(tmp_path, kind, between, last):
+    t2i_adapter(kind).save_pretrained(tmp_path / "first")
+    back = through(tmp_path / "first", (between, last, "diffusers"), tmp_path)
+    assert equal(weights_of(back), weights_of(tmp_path / "first"))
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (back, tmp_path / "first")]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("kind", ["full_adapter", "full_adapter_xl", "light_adapter"])
+def test_a_t2i_adapter_without_metadata_comes_back(tmp_path, kind):
     adapter = t2i_adapter(kind)
     adapter.save_pretrained(tmp_path / "first")
     state = adapter.state_dict()
@@ -286,8 +306,8 @@ def test_a_t2i_adapter_comes_back_from_every_layout(tmp_path, kind):
     torch.save(foreign, tmp_path / "t2iadapter.pth")
     made = convert(tmp_path / "t2iadapter.pth", tmp_path / "last", "diffusers")
     assert equal(weights_of(made.path), state)
-    with pytest.raises(UserError, match=r"T2I-Adapter.*not run yet"):
-        load_control(tmp_path / "t2iadapter.pth")
+    loaded = load_control(tmp_path / "t2iadapter.pth")
+    assert loaded.kind == "t2i-adapter" and equal(loaded.diffusers_state_dict(), state)
 
 
 class TestWithBase:

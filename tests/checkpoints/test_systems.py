@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from controlkit.apps.cli import main
-from controlkit.checkpoints.systems import describe_base, describe_system
+from controlkit.checkpoints.systems import describe_base, describe_system, is_base
 from controlkit.errors import UserError
 
 
@@ -29,6 +31,41 @@ def test_operations_at_512_are_those_that_are_known():
     control = describe_system("controlnet", "sd15", size=512)["GFLOP at 512 x 512"]
     assert control["control call"] + control["hint network, once for a condition"] == pytest.approx(283, rel=0.02)
     assert describe_system("ctrlora", "sd15", size=512)["GFLOP at 512 x 512"]["control call"] == control["control call"]
+
+
+@pytest.mark.parametrize(
+    ("base", "parameters", "grey", "network"),
+    [("sd15", 77_369_280, 77_000_640, "full_adapter"), ("sdxl", 79_028_160, 77_553_600, "full_adapter_xl")],
+)
+def test_a_t2i_adapter_has_the_known_size(base, parameters, grey, network):
+    """77.37M for colour, 77.0M for grey, 18.69M light, 79.0M for SDXL; 59.9 GFLOP once at 512 x 512."""
+    facts = describe_system("t2i-adapter", base, size=512)
+    assert (facts["parameters"], facts["trainable"], facts["network"]) == (parameters, parameters, network)
+    assert facts["for grey pictures"]["parameters"] == grey
+    assert (facts["reads"], facts["enters at"]) == ("nothing", "encoder stages")
+    if base == "sd15":
+        assert facts["light"]["parameters"] == 18_689_200
+        assert facts["GFLOP at 512 x 512"]["once for a condition"] == pytest.approx(59.9, rel=0.02)
+
+
+def test_every_base_that_verbs_take_can_be_inspected(tmp_path, monkeypatch):
+    """A single file is told by its names and shapes; a hub id by its form; no control is taken for one."""
+    names = ("model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.x", "cond_stage_model.transformer.x")
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    assert is_base(str(tmp_path / "model.safetensors"))
+    assert describe_system("controlnet", str(tmp_path / "model.safetensors"), size=512)["parameters"] == 361_279_120
+    with pytest.raises(UserError, match="lacks weights of a part"):
+        describe_base(str(tmp_path / "model.safetensors"))
+    save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "no.safetensors")
+    (tmp_path / "empty.safetensors").touch()
+    assert is_base("somebody/model") and is_base("nano") and is_base("sd21")
+    for name in (tmp_path / "no.safetensors", tmp_path / "empty.safetensors", "nano/base", "a/missing.safetensors"):
+        assert not is_base(str(name))
+
+
+def test_a_rank_that_is_none_is_refused():
+    with pytest.raises(UserError, match="rank is 0"):
+        describe_system("ctrlora", "nano", rank=0)
 
 
 def test_ctrlora_has_the_known_size(capsys):

@@ -88,8 +88,9 @@ def test_a_control_that_does_not_read_the_noise_draws_the_same_as_one_that_does(
     assert (result - expected).abs().max() <= 1e-5
     plain = torch.cat(list(sample(tiny_base, prompt="red apple", seeds=(1, 2, 3), steps=6, guidance=guidance)))
     assert (result - plain).abs().max() > 1e-2
-    assert every_step.batches == [3 * (2 if guidance > 1 else 1)] * 4
-    assert sum(ahead.batches) <= 4 * (2 if guidance > 1 else 1)
+    halves = 2 if guidance > 1 and Reads.TEXT in reads else 1
+    assert every_step.batches == [3 * halves] * 4
+    assert sum(ahead.batches) <= 4 * halves
 
 
 def test_it_is_run_once_a_step_and_prompt_whatever_the_number_of_seeds(tiny_base, hint_image):
@@ -100,10 +101,30 @@ def test_it_is_run_once_a_step_and_prompt_whatever_the_number_of_seeds(tiny_base
         assert len(control.batches) == math.ceil(20 * 2 / ROWS_AT_ONCE)
 
 
-def test_one_that_reads_no_time_is_run_once(tiny_base, hint_image):
-    control = FakeControl(Reads.TEXT)
+@pytest.mark.parametrize(("reads", "rows"), [(Reads.TEXT, 2), (Reads.NOTHING, 1)])
+def test_one_that_reads_no_time_is_run_once(tiny_base, hint_image, reads, rows):
+    """And for both halves of guidance only if it reads the prompt."""
+    control = FakeControl(reads)
     draw(tiny_base, control, hint_image, steps=20)
-    assert control.batches == [2]
+    assert control.batches == [rows]
+
+
+@pytest.mark.parametrize("reads", [Reads.NOTHING, Reads.TIME | Reads.TEXT, Reads.NOISE | Reads.TIME | Reads.TEXT])
+def test_on_the_conditional_half_alone_it_runs_for_that_half_and_adds_nothing_to_the_other(tiny_base, reads):
+    control = FakeControl(reads)
+    texts = [tiny_base.encode_text([prompt]) for prompt in ("", "red apple")]
+    hint = torch.full((1, 1), 0.3)
+    x_t = torch.randn(4, tiny_base.latent_channels, 16, 16)
+    both, half = (
+        Plan([ActiveControl(control, hint, conditional_only=only)], torch.tensor([700, 200]), texts).residuals(0, x_t)
+        for only in (False, True)
+    )
+    assert len(control.batches) == 2
+    assert control.batches[0] == control.batches[1] * (2 if Reads.TEXT in reads else 1)
+    for one, other in zip(both.tensors(), half.tensors(), strict=True):
+        assert len(one) == len(other) == 4
+        assert not other[:2].any()
+        assert torch.equal(one[2:], other[2:])
 
 
 def test_one_that_never_acts_is_not_run(tiny_base, hint_image):

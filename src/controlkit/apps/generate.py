@@ -14,7 +14,7 @@ from controlkit.apps.show import add_json, print_json, print_seconds
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb. Defaults are those of `GenerateRequest`."""
     parser.add_argument("prompt", help="what to draw")
-    parser.add_argument("--base", help="nano, or a diffusers folder")
+    parser.add_argument("--base", help="nano, a diffusers folder, a single file, or a hub id (default: nano)")
     parser.add_argument(
         "--control",
         action="append",

@@ -38,9 +38,8 @@ def run(args: argparse.Namespace) -> None:
     source, target = load_base(args.source), load_base(args.target)
     control = load_control(args.control, source)
     if not isinstance(control, (ControlNet, BaseControl)):
-        raise UserError(
-            f"{args.control} is a {control.kind} adapter, which has no copy of a base; transfer its base control"
-        )
+        instead = "transfer its base control" if control.shared_network is not None else "use it on the other as it is"
+        raise UserError(f"{args.control} ({control.kind}) has no copy of a base, which is what is moved; {instead}")
     made, offset = transfer(control, source, target)
     how = {"transferred": args.control, "from": source.name, "to": target.name}
     save = save_base_control if isinstance(made, BaseControl) else save_control

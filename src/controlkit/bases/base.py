@@ -5,7 +5,7 @@ Everything inside is a diffusers or transformers class, so what diffusers loads 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -138,6 +138,11 @@ class Base:
         return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
+    def encoder_stages(self) -> tuple[tuple[int, int], ...]:
+        """What its UNet takes at each stage of the encoder; see the function of this name."""
+        return encoder_stages(dict(self.unet.config), self.factor)
+
+    @property
     def prediction_type(self) -> str:
         """What the UNet predicts: `epsilon`, `v_prediction` or `sample`."""
         return self.scheduler_config.get("prediction_type", "epsilon")
@@ -167,8 +172,9 @@ class Base:
     @torch.no_grad()
     def encode_picture(self, x: Tensor) -> Tensor:
         """Pictures => scaled latents (the mode of the posterior)."""
-        z = self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
-        return z.to(self.dtype)
+        x = x.to(self.vae.device, self.vae.dtype)  # which may have been put aside while the UNet trains
+        z = self.vae.encode(x).latent_dist.mode() * self.vae.config.scaling_factor
+        return z.to(self.device, self.dtype)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -184,20 +190,7 @@ class Base:
             text: `[B, L, D]`.
             residuals: what controls add; gradients flow through them.
         """
-        down: tuple[Tensor, ...] | None = None
-        mid: Tensor | None = None
-        if residuals is not None:
-            down, mid = residuals.down, residuals.mid
-            if mid is None:
-                mid = torch.zeros((), device=x_t.device, dtype=x_t.dtype)
-        return self.unet(
-            x_t,
-            t,
-            **text.inputs(),
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=mid,
-            return_dict=False,
-        )[0]
+        return self.unet(x_t, t, **text.inputs(), **_additions(residuals, x_t), return_dict=False)[0]
 
     def check_size(self, width: int, height: int) -> None:
         """Refuse sizes that the UNet cannot halve.
@@ -221,6 +214,41 @@ def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
         truncation=True,
         return_tensors="pt",
     ).input_ids
+
+
+def encoder_stages(unet_config: Mapping[str, Any], factor: int) -> tuple[tuple[int, int], ...]:
+    """Where `Residuals.encoder` enters a UNet: for each stage its channels, and the pixels of a picture to one of it.
+
+    Features are added after a stage's layers: before it is halved where the stage has cross attention, after that
+    where it has none (diffusers' `down_intrablock_additional_residuals`). The last entry is the middle block's output,
+    which takes features only if they follow those of all stages.
+
+    Args:
+        factor: pixels of a picture to one of its latent, along each side.
+    """
+    channels, kinds = unet_config["block_out_channels"], unet_config["down_block_types"]
+    last = len(channels) - 1
+    stages = [
+        (wide, factor * 2 ** (place if "CrossAttn" in kind else min(place + 1, last)))
+        for place, (wide, kind) in enumerate(zip(channels, kinds, strict=True))
+    ]
+    return (*stages, (channels[last], factor * 2**last))
+
+
+def _additions(residuals: Residuals | None, x_t: Tensor) -> dict[str, Any]:
+    """Residuals as keyword arguments of diffusers' UNet for the noisy latents `x_t`."""
+    made: dict[str, Any] = {}
+    if residuals is None:
+        return made
+    if residuals.down or residuals.mid is not None:
+        made["down_block_additional_residuals"] = residuals.down
+        made["mid_block_additional_residual"] = x_t.new_zeros(()) if residuals.mid is None else residuals.mid
+    if residuals.encoder:
+        # The UNet takes them off the list one by one, and leaves out at its middle what has another batch than x_t.
+        made["down_intrablock_additional_residuals"] = [
+            tensor.expand(len(x_t), *tensor.shape[1:]) for tensor in residuals.encoder
+        ]
+    return made
 
 
 def needs_float32(vae: AutoencoderKL) -> bool:

@@ -22,7 +22,8 @@ NANO = "nano"
 SINGLE_FILES = (".safetensors", ".ckpt")
 """What a checkpoint of a whole model in one file is called."""
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+"""What a model on the Hugging Face hub is called."""
 _FOLDER_PARTS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
 _WANTED_FROM_HUB = ["*.json", "*.txt", "*.model", "*.safetensors"]
 _UNWANTED_FROM_HUB = ["*fp16*", "*non_ema*", "*ema_only*", "*.bin", "safety_checker/*", "*/onnx*", "v1-5-*", "sd_xl_*"]
@@ -84,7 +85,7 @@ def base_folder(name: str | Path) -> Path:
     """
     if str(name) == NANO:
         folder = nano_folder()
-    elif not Path(name).exists() and _HUB_ID.fullmatch(str(name)):
+    elif not Path(name).exists() and HUB_ID.fullmatch(str(name)):
         folder = _from_hub(str(name))
     else:
         folder = Path(name)
@@ -183,6 +184,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_folder(folder: Path, name: str) -> None:
+    if folder.is_file():
+        raise UserError(
+            f"{name} is not a base: the file of a whole model ends in {' or '.join(SINGLE_FILES)};"
+            f" `controlkit inspect {name}` says what it seems to be"
+        )
     if not folder.is_dir():
         known = f"; {name} is known by its shape alone: inspect and --random-weights take it"
         raise UserError(

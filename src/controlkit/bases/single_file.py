@@ -9,6 +9,7 @@ import json
 import pickle  # noqa: TID251, for the name of the error that torch raises
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import nn
 from controlkit.bases.base import Base
 from controlkit.bases.clip_tokenizer import clip_tokenizer
 from controlkit.bases.known import KNOWN_BASES
+from controlkit.bases.pickles import why_refused
 from controlkit.bases.sdxl import SDXLBase
 from controlkit.errors import UserError
 
@@ -49,6 +51,7 @@ def load_single_file(path: Path, dtype: torch.dtype, parts: Mapping[str, dict[st
         UserError: it is damaged, needs more than plain tensors, is not a whole model, or lacks weights.
     """
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     if not path.is_file():
         raise UserError(f"there is no base at {path}")
@@ -66,6 +69,10 @@ def load_single_file(path: Path, dtype: torch.dtype, parts: Mapping[str, dict[st
         options = {"config": folder, "local_files_only": True}
         try:
             made = pipeline.from_single_file(str(path), **options)
+        except SingleFileComponentError as error:
+            raise UserError(
+                f"{path} looks like {kind}, but lacks weights of a part: {' '.join(str(error).split())}"
+            ) from error
         except (pickle.UnpicklingError, EOFError) as error:
             raise UserError(f"{path} is damaged, or needs more than plain tensors to be read: {error}") from error
         except NotImplementedError as error:
@@ -89,6 +96,17 @@ def load_single_file(path: Path, dtype: torch.dtype, parts: Mapping[str, dict[st
     return base.to(dtype=dtype)
 
 
+def family_of_file(path: Path) -> str:
+    """Which of `KNOWN_BASES` a file is one of, going by the names and shapes in it; no weight is loaded.
+
+    Raises:
+        UserError: it is missing, damaged, or not a whole model.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no base at {path}")
+    return recognise(_shapes(path)[0], str(path))
+
+
 def recognise(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
     """Which of `KNOWN_BASES` the tensors of a file belong to, going by their names and shapes.
 
@@ -97,8 +115,9 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
     """
     if not any(key.startswith(_UNET) for key in shapes):
         raise UserError(
-            f"{name} is not a whole Stable Diffusion model in the original layout: none of its {len(shapes)} tensors is"
-            f" called {_UNET}..., such as {next(iter(sorted(shapes)), 'none')}"
+            f"{name} is not a whole Stable Diffusion model in the original layout: no name of its {len(shapes)} tensors"
+            f" begins with {_UNET} (they are called such as {next(iter(sorted(shapes)), 'nothing')});"
+            f" `controlkit inspect {name}` says what it seems to be"
         )
     if not any(key.startswith("first_stage_model.") for key in shapes):
         raise UserError(f"{name} has a UNet but no autoencoder (first_stage_model...): it is not a whole model")
@@ -135,19 +154,20 @@ def write_config(folder: Path, parts: Mapping[str, dict[str, Any]], pipeline: st
 
 def _shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Names and shapes of the tensors of a file, and its metadata, without loading the tensors."""
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty (0 bytes)")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())
                 return {name: tuple(file.get_slice(name).get_shape()) for name in names}, file.metadata() or {}
-        held = torch.load(path, map_location="meta", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            held = torch.load(path, map_location="meta", weights_only=True)
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error})") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        # torch's own message recommends to read the file as a program; this never does.
-        raise UserError(
-            f"{path} cannot be read as data: it is damaged, or holds more than plain tensors and could run code"
-        ) from error
+    except Exception as error:  # the reader's own error class lives in a module that is never imported here
+        raise UserError(why_refused(path, error)) from error
     held = held.get("state_dict", held) if isinstance(held, dict) else {}
     return {name: tuple(value.shape) for name, value in held.items() if isinstance(value, torch.Tensor)}, {}
 

@@ -11,11 +11,12 @@ from controlkit.checkpoints.files import read_metadata
 from controlkit.errors import UserError
 from controlkit.files import write_atomically
 
-_TAGS = {"controlnet": "controlnet", "ctrlora": "ctrlora", "ctrlora-base": "ctrlora"}
+_TAGS = {"controlnet": "controlnet", "ctrlora": "ctrlora", "ctrlora-base": "ctrlora", "t2i-adapter": "t2i-adapter"}
 _WHAT = {
     "controlnet": "A ControlNet",
     "ctrlora": "A CtrLoRA adapter",
     "ctrlora-base": "A CtrLoRA base control",
+    "t2i-adapter": "A T2I-Adapter",
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from diffusers import ControlNetModel, T2IAdapter
 from torch import Tensor
 
+from controlkit.checkpoints.files import FAMILIES
 from controlkit.controls.base_control import BaseControl, network_of
 from controlkit.errors import UserError
 
@@ -31,15 +32,16 @@ KINDS = {
 }
 """Kind, as `control.kind` has it -> what to call it."""
 
-_ARCHITECTURES = {
+ARCHITECTURES = {
     CONTROLNET: "control-net",
     CTRLORA_BASE: "ctrlora-base",
     CTRLORA: "ctrlora",
     T2I_ADAPTER: "t2i-adapter",
     CONTROLNET_XS: "control-net-xs",
 }
-_FAMILIES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2", 2048: "stable-diffusion-xl-v1-base"}
-"""By the width of the text that cross attention reads, under modelspec's names."""
+"""Kind -> the second half of modelspec's `architecture`."""
+CONFIG_ERRORS = (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, ZeroDivisionError)
+"""What building a network raises where a config is not one of such a network."""
 
 HEADS = "attention_head_dim"
 """The one setting of a network that the shapes of its tensors do not tell."""
@@ -82,11 +84,11 @@ class Content:
 
     def file_metadata(self, path: Path) -> dict[str, str]:
         """Metadata for a safetensors file of it, in whatever layout: what it came with, and what is always said."""
-        family = _FAMILIES.get(self.config.get("cross_attention_dim", 0), "unknown")
+        family = FAMILIES.get(self.config.get("cross_attention_dim", 0), "unknown")
         said = {
             "format": "pt",
             "modelspec.sai_model_spec": "1.0.1",
-            "modelspec.architecture": f"{family}/{_ARCHITECTURES[self.kind]}",
+            "modelspec.architecture": f"{family}/{ARCHITECTURES[self.kind]}",
             "modelspec.implementation": "controlkit",
             "modelspec.title": path.stem,
             "control.condition": "",
@@ -194,3 +196,12 @@ def require_heads(path: Path, config: Mapping[str, Any]) -> None:
             f"{path} does not say how many attention heads its network has, and its shapes are of no base that is"
             " known; give the base that it was made for (--base)"
         )
+
+
+def said_config(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The config that a file of ours in this layout carries; foreign files have none."""
+    try:
+        config = json.loads(metadata.get("control.config", "null"))
+    except ValueError:
+        return None
+    return config if isinstance(config, dict) else None

@@ -6,7 +6,6 @@ recognised by what is in them (`recognise.py`) and read in their own layout (`la
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.resources import files
@@ -17,7 +16,7 @@ import torch
 
 from controlkit import conditions
 from controlkit.bases.base import Base
-from controlkit.checkpoints.content import Content, Options, require_heads
+from controlkit.checkpoints.content import ARCHITECTURES, Content, Options, require_heads
 from controlkit.checkpoints.ctrlora import BASE_KIND, build_adapter, build_base
 from controlkit.checkpoints.files import control_metadata, write_tensors
 from controlkit.checkpoints.layouts import read_content
@@ -27,18 +26,19 @@ from controlkit.controls.base_control import BaseControl
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet, build_controlnet
 from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.controls.t2i_adapter import T2IAdapterControl, build_t2i_adapter
 from controlkit.errors import UserError, nearest
 
 
 def save_control(
     path: str | Path,
-    control: ControlNet,
+    control: ControlNet | T2IAdapterControl,
     base: Base,
     *,
     made: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """Write a ControlNet as one safetensors file, whole or not at all.
+    """Write a ControlNet or a T2I-Adapter as one safetensors file, whole or not at all.
 
     Args:
         made: how it came to be (steps, seed, recipe, ...), kept as `control.made`.
@@ -48,7 +48,7 @@ def save_control(
         path,
         base,
         kind=control.kind,
-        architecture="control-net",
+        architecture=ARCHITECTURES[control.kind],
         config=control.config(),
         condition=control.condition,
         made=made,
@@ -104,6 +104,8 @@ def find_control(name: str | Path) -> Path:
         UserError: there is none; the message names the nearest that ship.
     """
     path = Path(name)
+    if not str(name).strip():
+        raise UserError("no control was named; give a file, a folder, or the name of one that ships")
     if path.exists():
         return path
     shipped = shipped_controls()
@@ -117,29 +119,13 @@ def find_control(name: str | Path) -> Path:
 
 
 def check_fits(control: Control, base: Base, name: str) -> None:
-    """Refuse a control whose shapes are not the base's.
+    """Refuse a control that was made for a base of another shape.
 
     Raises:
-        UserError: says which shape differs.
+        UserError: says what differs.
     """
-    config, unet = control.config(), base.unet.config
-    for key, what in (
-        ("in_channels", "latent channels"),
-        ("block_out_channels", "channels"),
-        ("cross_attention_dim", "text width"),
-    ):
-        mine, theirs = config.get(key), unet.get(key)
-        if json.dumps(mine) != json.dumps(theirs):
-            raise UserError(
-                f"the control {name} does not fit the base {base.name}: its {what} are {mine}, not {theirs}"
-            )
-    if isinstance(control, ControlNet):
-        halvings = len(config["conditioning_embedding_out_channels"]) - 1
-        if 2**halvings != base.factor:
-            raise UserError(
-                f"the control {name} does not fit the base {base.name}: its hint network divides the picture by"
-                f" {2**halvings}, the base's autoencoder by {base.factor}"
-            )
+    if (reason := control.misfit(base)) is not None:
+        raise UserError(f"the control {name} does not fit the base {base.name}: {reason}")
 
 
 def _split_pair(name: str | Path) -> tuple[str | Path, Path | None]:
@@ -163,6 +149,12 @@ def _build_controlnet(
     return build_controlnet(content.config, as_float32(content.tensors), content.condition)
 
 
+def _build_t2i_adapter(
+    path: Path, content: Content, shared: dict[str, BaseControl], base_file: Path | None, options: Options
+) -> Control:
+    return build_t2i_adapter(content.config, as_float32(content.tensors), content.condition)
+
+
 def _build_base(
     path: Path, content: Content, shared: dict[str, BaseControl], base_file: Path | None, options: Options
 ) -> Control:
@@ -180,5 +172,6 @@ _BUILDERS: dict[str, Callable[[Path, Content, dict[str, BaseControl], Path | Non
     ControlNet.kind: _build_controlnet,
     BASE_KIND: _build_base,
     CtrLoRA.kind: _build_adapter,
+    T2IAdapterControl.kind: _build_t2i_adapter,
 }
 """Kind of a file -> the control of its content. The arguments are those of `build_adapter`."""

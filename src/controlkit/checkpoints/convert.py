@@ -93,7 +93,7 @@ def convert(
     path = find_control(source)
     found = known(recognise(path))
     _check_carries(path, found.kind or "", layout)
-    options = replace(_options(base), rank=rank)
+    options = replace(options_for(base), rank=rank)
     content = read_content(found, options)
     if condition is not None:
         content.metadata["control.condition"] = condition
@@ -109,8 +109,12 @@ def convert(
     return Converted(target, path, content.kind, found.layout or "", to, content, notes)
 
 
-def _options(base: str | None) -> Options:
-    """The base's UNet: its settings at once, its weights when a layout asks for them."""
+def options_for(base: str | None) -> Options:
+    """A base's UNet: its settings at once, its weights when a layout asks for them.
+
+    Raises:
+        UserError: there is no such base.
+    """
     if base is None:
         return Options()
     if base in KNOWN_BASES:

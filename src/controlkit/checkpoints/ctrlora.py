@@ -22,7 +22,7 @@ from controlkit.errors import UserError
 BASE_KIND = CTRLORA_BASE
 """`control.kind` of a base control's file; an adapter's is `ctrlora`."""
 
-_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 """Of files that are looked at when a base control is sought. What they are, their content says."""
 
 
@@ -196,7 +196,7 @@ def _base_controls_beside(path: Path) -> Iterator[Path]:
     """Files of base controls in the folder of an adapter."""
     folder = path if path.is_dir() else path.parent
     for candidate in sorted(folder.iterdir()):
-        if candidate != path and candidate.suffix in _SUFFIXES and candidate.is_file():
+        if candidate != path and candidate.suffix in SUFFIXES and candidate.is_file():
             with suppress(UserError):
                 if recognise(candidate).kind == BASE_KIND:
                     yield candidate

@@ -16,8 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from controlkit.bases.base import Base
+from controlkit.bases.load import NANO
 from controlkit.checkpoints.tensors import as_float32, read_tensor_file
 from controlkit.files import write_atomically
+
+FAMILIES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2", 2048: "stable-diffusion-xl-v1-base"}
+"""Width of the text that a base's cross attention reads -> the base's family, under modelspec's names."""
 
 
 def write_tensors(
@@ -58,7 +62,7 @@ def control_metadata(
     made: dict[str, Any] | None,
 ) -> dict[str, str]:
     """The metadata of a control's file; see the module's docstring."""
-    model = base.name if base.name == "nano" else "stable-diffusion-v1"
+    model = base.name if base.name == NANO else FAMILIES.get(base.unet.config.cross_attention_dim, "unknown")
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",

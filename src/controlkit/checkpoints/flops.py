@@ -5,15 +5,15 @@ A multiplication and an addition count as two, as torch's own counter has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, T2IAdapter, UNet2DConditionModel
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from torch.utils.flop_counter import FlopCounterMode
 
 from controlkit.controls.base_control import network_of
-from controlkit.controls.controlnet import HINT_CHANNELS
 
 _TOKENS = 77
 
@@ -26,23 +26,39 @@ def unet_flops(config: Mapping[str, Any], height: int, width: int) -> int:
     return _count(lambda: unet(x, 1, **inputs))
 
 
-def controlnet_flops(config: Mapping[str, Any], factor: int, height: int, width: int) -> dict[str, int]:
-    """Of the ControlNet of a UNet for one latent: `call` at every step, and `hint` once for a condition image.
+def call_flops(config: Mapping[str, Any], height: int, width: int) -> int:
+    """Of one call of a control that copies a UNet's encoder, for one latent, without its hint network.
 
     Args:
-        config: the UNet's.
-        factor: pixels of a picture to one of its latent.
+        config: the UNet's, or the control's own.
     """
-    channels = HINT_CHANNELS[factor]
     with torch.device("meta"):
-        control = network_of({**config, "conditioning_embedding_out_channels": channels})
-        whole = ControlNetModel(**{**_known(config), "conditioning_embedding_out_channels": channels})
-        x, inputs = _inputs(config, height, width)
+        control = network_of(config)
+        x, inputs = _inputs({"in_channels": 4, **config}, height, width)
         hint = torch.empty(1, config["block_out_channels"][0], height, width)
-        image = torch.empty(1, 3, height * factor, width * factor)
     control.controlnet_cond_embedding = torch.nn.Identity()
-    call = _count(lambda: control(x, 1, controlnet_cond=hint, **inputs))
-    return {"call": call, "hint": _count(lambda: whole.controlnet_cond_embedding(image))}
+    return _count(lambda: control(x, 1, controlnet_cond=hint, **inputs))
+
+
+def hint_flops(channels: Sequence[int], into: int, height: int, width: int) -> int:
+    """Of a ControlNet's hint network for one condition image of `height` x `width` pixels.
+
+    Args:
+        channels: of its convolutions, such as 16, 32, 96, 256.
+        into: channels of the latent that it is added to.
+    """
+    with torch.device("meta"):
+        network = ControlNetConditioningEmbedding(into, 3, tuple(channels))
+        image = torch.empty(1, 3, height, width)
+    return _count(lambda: network(image))
+
+
+def adapter_flops(config: Mapping[str, Any], height: int, width: int) -> int:
+    """Of diffusers' `T2IAdapter` of `config` for one condition image of `height` x `width` pixels."""
+    with torch.device("meta"):
+        network = T2IAdapter(**_plain(config))
+        image = torch.empty(1, config["in_channels"], height, width)
+    return _count(lambda: network(image))
 
 
 def encode_flops(config: Mapping[str, Any], height: int, width: int) -> int:
@@ -71,10 +87,3 @@ def _inputs(config: Mapping[str, Any], height: int, width: int) -> tuple[torch.T
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
-
-
-def _known(config: Mapping[str, Any]) -> dict[str, Any]:
-    import inspect
-
-    known = inspect.signature(ControlNetModel.__init__).parameters
-    return {key: value for key, value in config.items() if key in known}

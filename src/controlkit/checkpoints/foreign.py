@@ -96,7 +96,7 @@ _RULES = (
     _Rule("an image encoder (CLIP vision)", _has("(vision_model|visual)\\.")),
     _Rule(
         "a text encoder: part of a base, not a control",
-        _has("(cond_stage_model\\..*)?(text_model|transformer)\\.|encoder\\.block\\."),
+        _has("(cond_stage_model\\..*)?(text_model|transformer)\\.|encoder\\.block\\.|embeddings\\.token_embedding"),
     ),
     # Small things.
     _Rule(

@@ -21,9 +21,11 @@ def push(file: str | Path, repository: str, *, private: bool = False) -> str:
         UserError: the file is not a control of ours, or the hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     path = Path(file)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is not there"
+        raise UserError(f"{path} {what}; give the .safetensors file of a control (a folder: convert it first)")
     card = path.with_suffix(".md")
     if not card.is_file():
         card = write_card(path)
@@ -39,7 +41,10 @@ def push(file: str | Path, repository: str, *, private: bool = False) -> str:
         address = api.create_repo(repository, private=private, exist_ok=True)
         for name, source in wanted.items():
             api.upload_file(path_or_fileobj=str(source), path_in_repo=name, repo_id=repository)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # what the hub refuses, and whatever its library for HTTP raises without a connection
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"the hub did not take {path.name} for {repository}: {reason}; are you logged in?") from error
+        raise UserError(
+            f"the hub did not take {path.name} for {repository}: {reason}; are you logged in, and"
+            " is there a connection?"
+        ) from error
     return str(address)

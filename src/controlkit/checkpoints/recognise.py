@@ -169,7 +169,9 @@ def _recognise_folder(path: Path) -> Found:
     if (path / "model_index.json").is_file() or (path / "unet").is_dir():
         return Found(path, None, None, "diffusers' folder of a whole base, not of a control", nothing)
     if not (path / "config.json").is_file():
-        raise UserError(f"{path} is not a diffusers folder of a control, nor PEFT's: it has no config.json")
+        weights = next(path.glob("*.safetensors"), None)
+        instead = f"; {weights.name} in it may be a control by itself: give that file" if weights else ""
+        raise UserError(f"{path} is not a diffusers folder of a control, nor PEFT's: it has no config.json{instead}")
     config = _mapping(path / "config.json")
     name = str(config.get("_class_name", "model of no class"))
     kind = _CLASSES.get(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from controlkit.bases.pickles import why_refused
 from controlkit.errors import UserError
 
 _LARGEST_HEADER = 100_000_000
@@ -93,9 +94,11 @@ def _read_safetensors(path: Path) -> TensorFile:
 def _read_torch(path: Path) -> TensorFile:
     """A file of torch.save, by torch's own reader of nothing but tensors and plain containers."""
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on protocols of pickle; what is refused is said in a sentence
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # the reader's own error class lives in a module that is never imported here
-        raise UserError(_why_refused(path, error)) from error
+        raise UserError(why_refused(path, error)) from error
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping):
@@ -103,15 +106,3 @@ def _read_torch(path: Path) -> TensorFile:
     entries: dict[str, Any] = {str(name): value for name, value in loaded.items()}
     tensors = {name: value.detach() for name, value in entries.items() if isinstance(value, Tensor)}
     return TensorFile(path, tensors, others=tuple(name for name in entries if name not in tensors))
-
-
-def _why_refused(path: Path, error: Exception) -> str:
-    words = " ".join(str(error).split())
-    wanted = re.search(r"(?:GLOBAL|global|class|function) ([A-Za-z_][\w]*(?:\.\w+)+)", words)
-    if "weights_only" in words or "Weights only" in words or "WeightsUnpickler" in words:
-        what = f"it asks for {wanted[1]}" if wanted else "it holds more than tensors"
-        return (
-            f"{path} is refused: {what}, and a pickle is read for its tensors alone, because more would run the"
-            " program in it; look for a safetensors version, or have its maker save only the state dict"
-        )
-    return f"{path} is not a whole file of torch.save ({words[:120]})"

@@ -20,7 +20,8 @@ from controlkit.errors import UserError
 LIMITS = (
     "Transfer assumes that the control moved little from its base; after long training it may do worse than the"
     " control as it is. Try both: a control also runs on the other base unchanged. What a base draws differently"
-    " (its style) it draws differently under control too."
+    " (its style) it draws differently under control too. A text encoder that differs between the bases is not"
+    " corrected for, nor is a decoder that was trained along with the control (ControlNet 1.0)."
 )
 """Said whenever a control was transferred."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum, Flag, auto
 from typing import Any, ClassVar
 
@@ -36,7 +37,8 @@ class Site(Enum):
 class Control(nn.Module, ABC):
     """Condition image -> hint -> residuals for a base.
 
-    At initialisation every residual is exactly zero, so a new control changes nothing.
+    At initialisation every residual is exactly zero where the system has zero convolutions, so such a new control
+    changes nothing; one without them says how it starts.
     """
 
     kind: ClassVar[str]
@@ -79,6 +81,10 @@ class Control(nn.Module, ABC):
         """
         return [control(None, t, text, hint) for control, hint in zip(controls, hints, strict=True)]
 
+    def misfit(self, base: Base) -> str | None:
+        """Why it cannot steer `base`, in a few words such as "its channels: 3, the base's: 4"; None if it can."""
+        return None
+
     @abstractmethod
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What training changes."""
@@ -86,3 +92,16 @@ class Control(nn.Module, ABC):
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """Plain values from which `from_config` rebuilds the same network."""
+
+
+def copy_misfit(config: Mapping[str, Any], base: Base) -> str | None:
+    """`Control.misfit` of a network of `config` that copies the encoder of a UNet."""
+    for key, what in (
+        ("in_channels", "latent channels"),
+        ("block_out_channels", "channels"),
+        ("cross_attention_dim", "text width"),
+    ):
+        mine, theirs = config.get(key), base.unet.config.get(key)
+        if json.dumps(mine) != json.dumps(theirs):
+            return f"its {what}: {mine}, the base's: {theirs}"
+    return None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from controlkit.bases.base import Base, Text
 from controlkit.bases.residuals import Residuals
-from controlkit.controls.control import Control, Reads, Site
+from controlkit.controls.control import Control, Reads, Site, copy_misfit
 
 HINT_CHANNELS = {2: (16, 32), 4: (16, 32, 64), 8: (16, 32, 96, 256), 16: (16, 32, 96, 256, 256)}
 
@@ -68,6 +68,14 @@ class ControlNet(Control):
             return_dict=False,
         )
         return Residuals(tuple(down), mid)
+
+    def misfit(self, base: Base) -> str | None:
+        halvings = len(self.network.config["conditioning_embedding_out_channels"]) - 1
+        if 2**halvings != base.factor:
+            apart = f"its hint network divides the picture by {2**halvings}, the base's autoencoder by {base.factor}"
+        else:
+            apart = None
+        return copy_misfit(self.config(), base) or apart
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from controlkit.bases.base import Base, Text, concatenate
 from controlkit.bases.residuals import Residuals
 from controlkit.controls.base_control import BaseControl, network_of
-from controlkit.controls.control import Control, Reads, Site
+from controlkit.controls.control import Control, Reads, Site, copy_misfit
 from controlkit.controls.lora import AdaptedLinear, AdaptedZeroConv
 
 
@@ -94,6 +94,9 @@ class CtrLoRA(Control):
             adapters=[control.adapter for control in own],
         )
         return [made.rows(place * batch, (place + 1) * batch) for place in range(len(own))]
+
+    def misfit(self, base: Base) -> str | None:
+        return copy_misfit(self.config(), base)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.base_control.adapters[self.adapter].parameters() if p.requires_grad]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from controlkit.bases.base import Text, concatenate
@@ -32,9 +33,13 @@ class ActiveControl:
     control: Control
     hint: Tensor
     """From `Control.encode`: batch 1 for all pictures, or one for each picture."""
-    weight: float = 1.0
+    weight: float | tuple[float, ...] = 1.0
+    """Factor of its residuals, or one of each, as in `Residuals.scaled`."""
     start: float = 0.0
     end: float = 1.0
+    conditional_only: bool = False
+    """Whether, under guidance, it acts on the half that has the prompt alone (Zhang et al. 2023, section 3.4; with
+    weights from 0.1 to 1, diffusers' `guess_mode`); it does not run for the other half."""
 
     def acts_at(self, index: int, steps: int) -> bool:
         """Whether it acts at step `index` of `steps` (as in diffusers, a step counts if it lies wholly within)."""
@@ -88,7 +93,7 @@ class Plan:
             total = self._sum_at(index).map(lambda tensor: _repeat(tensor, len(x_t)))
         for place in self._acting(self._every, index):
             (made,) = self._run([place], self.timesteps[index : index + 1], len(x_t) // len(self.texts), x_t)
-            made = made.scaled(self.uses[place].weight)
+            made = self._all_parts(self.uses[place], made).scaled(self.uses[place].weight)
             total = made if total is None else total + made
         return total
 
@@ -121,7 +126,8 @@ class Plan:
         for place in places:
             use = self.uses[place]
             shared = use.control.shared_network
-            groups.setdefault((place if shared is None else id(shared), use.hint.shape), []).append(place)
+            key = (place if shared is None else id(shared), use.hint.shape, use.conditional_only)
+            groups.setdefault(key, []).append(place)
         sums: dict[int, Residuals] = {}
         for group in groups.values():
             at_once = max(1, ROWS_AT_ONCE // (rows * len(steps)))
@@ -136,7 +142,7 @@ class Plan:
         found = {place: self._found(place, steps, timed) for place in places}
         missing = [index for index in steps if any(index not in found[place] for place in places)]
         if missing:
-            rows = len(self.texts) * self._batch(places[0])
+            rows = len(self._texts(self.uses[places[0]])) * self._batch(places[0])
             indices = missing if timed else missing[:1]
             made = self._run(places, self.timesteps[indices], self._batch(places[0]), None)
             for place, together in zip(places, made, strict=True):
@@ -146,7 +152,8 @@ class Plan:
                     found[place].update(dict.fromkeys([index] if timed else steps, one))
         for place in places:
             for index in steps:
-                yield index, found[place][index].scaled(self.uses[place].weight)
+                use = self.uses[place]
+                yield index, self._all_parts(use, found[place][index]).scaled(use.weight)
 
     def _found(self, place: int, steps: Sequence[int], timed: bool) -> dict[int, Residuals]:
         """What was computed before for these steps."""
@@ -169,23 +176,37 @@ class Plan:
         return max(len(self.uses[place].hint), *(len(text) for text in self.texts))
 
     def _run(self, places: Sequence[int], times: Tensor, batch: int, x_t: Tensor | None) -> list[Residuals]:
-        """One pass of these controls: for each of `times`, every part, every picture."""
-        rows = batch * len(self.texts)
-        text = concatenate(*(text.expand(batch) for text in self.texts))
+        """One pass of these controls: for each of `times`, every part that they act on, every picture."""
+        parts = self._texts(self.uses[places[0]])
+        rows = batch * len(parts)
+        text = concatenate(*(text.expand(batch) for text in parts))
+        x_t = None if x_t is None else x_t[-rows:]
         text = concatenate(*[text] * len(times))
         t = times.repeat_interleave(rows)
         uses = [self.uses[place] for place in places]
-        hints = [
-            _repeat(use.hint, batch).repeat(len(self.texts) * len(times), *[1] * (use.hint.ndim - 1)) for use in uses
-        ]
+        hints = [_repeat(use.hint, batch).repeat(len(parts) * len(times), *[1] * (use.hint.ndim - 1)) for use in uses]
         if len(uses) == 1:
             return [uses[0].control(x_t, t, text, hints[0])]
         return uses[0].control.forward_together([use.control for use in uses], t, text, hints)
 
+    def _texts(self, use: ActiveControl) -> Sequence[Text]:
+        """The prompts of the parts that a control runs for: one, if it is for one alone, or does not read them."""
+        once = use.conditional_only or Reads.TEXT not in use.control.reads
+        return self.texts[-1:] if once else self.texts
+
+    def _all_parts(self, use: ActiveControl, made: Residuals) -> Residuals:
+        """Residuals of every part, from those that a control ran for; zeros where it does not act."""
+        others = len(self.texts) - len(self._texts(use))
+        if not others:
+            return made
+        fill = torch.zeros_like if use.conditional_only else torch.Tensor.clone
+        return made.map(lambda tensor: torch.cat([fill(tensor)] * others + [tensor]))
+
     def _key(self, use: ActiveControl) -> tuple[Hashable, ...]:
-        read = [part for text in self.texts for part in text.tensors()]
-        texts = tuple(digest(part) for part in read) if Reads.TEXT in use.control.reads else ()
-        return (identity_of(use.control), digest(use.hint), texts)
+        parts = self._texts(use)
+        read = [tensor for text in parts for tensor in text.tensors()]
+        texts = tuple(digest(tensor) for tensor in read) if Reads.TEXT in use.control.reads else ()
+        return (identity_of(use.control), digest(use.hint), len(parts), texts)
 
     def _time(self, index: int, timed: bool) -> int | None:
         return int(self.timesteps[index]) if timed else None
@@ -193,7 +214,7 @@ class Plan:
 
 def _add(a: Residuals, b: Residuals) -> Residuals:
     """The sum of residuals for one row a part and for one a picture."""
-    rows = max(len(a.down[0]), len(b.down[0]))
+    rows = max(len(a), len(b))
     return a.map(lambda tensor: _repeat(tensor, rows)) + b.map(lambda tensor: _repeat(tensor, rows))
 
 

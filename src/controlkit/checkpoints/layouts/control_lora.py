@@ -77,6 +77,8 @@ def write(content: Content, path: Path, options: Options) -> list[str]:
         worst = max(worst, (original, left), key=lambda pair: pair[1])
     made[_MARK] = torch.zeros(1)
     write_tensors(path, made, content.file_metadata(path), None)
+    if not worst[0]:
+        return []
     return [f"rank {options.rank} leaves out {worst[1]:.1%} of a change at the most (in {worst[0]})"]
 
 

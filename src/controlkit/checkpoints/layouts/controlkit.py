@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.checkpoints.content import (
+    CONFIG_ERRORS,
     CTRLORA,
     KINDS,
     T2I_ADAPTER,
@@ -38,7 +39,7 @@ def read(found: Found, options: Options) -> Content:
         try:
             content.config = _announced_config(file.metadata)
             expected = expected_shapes(kind, content.config, content.rank)
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        except CONFIG_ERRORS as error:
             raise UserError(f"{found.path} does not hold {announced}: {on_one_line(error)}") from error
         try:
             check_names(found.path, f"{KINDS[kind]}", expected, file.tensors, file.others)
@@ -51,7 +52,7 @@ def read(found: Found, options: Options) -> Content:
         read_config = t2i.config_of if kind == T2I_ADAPTER else config_of
         content.config = read_config(file.tensors, options.unet_config)
         expected = expected_shapes(kind, content.config, content.rank)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except CONFIG_ERRORS as error:
         raise UserError(f"{found.path} looks like {found.says}, but {on_one_line(error)}") from error
     check_names(found.path, found.says, expected, file.tensors, file.others)
     return content

@@ -10,6 +10,7 @@ import diffusers
 from diffusers import ControlNetModel, T2IAdapter
 
 from controlkit.checkpoints.content import (
+    CONFIG_ERRORS,
     CONTROLNET,
     CONTROLNET_XS,
     KINDS,
@@ -42,7 +43,7 @@ def read(found: Found, options: Options) -> Content:
     config = {key: value for key, value in found.config.items() if not key.startswith("_")}
     try:
         expected = expected_shapes(kind, config)
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except CONFIG_ERRORS as error:
         raise UserError(f"{found.path} does not hold {what}: {on_one_line(error)}") from error
     check_names(found.path, KINDS[kind], expected, found.file.tensors, found.file.others)
     return Content(kind, config, dict(found.file.tensors), dict(found.file.metadata))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from controlkit.checkpoints.content import Content, Options, check_names, expected_shapes
+from controlkit.checkpoints.content import CONFIG_ERRORS, Content, Options, check_names, expected_shapes, said_config
 from controlkit.checkpoints.structure import Structure, config_of
 from controlkit.checkpoints.tensors import on_one_line
 from controlkit.errors import UserError
@@ -42,10 +40,10 @@ def from_original(
         rename = structure.to_diffusers()
         renamed = {name: new for name in tensors if (new := rename(name)) is not None}
         content = Content(kind, {}, {new: tensors[name] for name, new in renamed.items()}, dict(metadata))
-        content.config = _said_config(metadata) or config_of(content.tensors, options.unet_config)
+        content.config = said_config(metadata) or config_of(content.tensors, options.unet_config)
         expected = expected_shapes(kind, content.config, content.rank)
         wanted = Structure.of_diffusers(expected).to_original()
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except CONFIG_ERRORS as error:
         raise UserError(f"{path} looks like {says}, but {on_one_line(error)}") from error
     in_file = {f"{prefix}{wanted(name) or name}": shape for name, shape in expected.items()}
     check_names(path, says, in_file, {f"{prefix}{name}": value for name, value in tensors.items()}, others)
@@ -65,12 +63,3 @@ def to_original(content: Content) -> dict[str, Tensor]:
     if lost := [name for name, new in renamed.items() if new is None]:
         raise UserError(f"the original code has no name for {len(lost)} tensors of this control, such as {lost[0]}")
     return {str(renamed[name]): value for name, value in content.tensors.items()}
-
-
-def _said_config(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The config that a file of ours in this layout carries; foreign files have none."""
-    try:
-        config = json.loads(metadata.get("control.config", "null"))
-    except ValueError:
-        return None
-    return config if isinstance(config, dict) else None

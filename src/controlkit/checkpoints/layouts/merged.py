@@ -33,7 +33,8 @@ def write(content: Content, path: Path, options: Options) -> list[str]:
     state = control.merged("merged").base_state_dict()
     tensors = {name: value.to(base.tensors[name].dtype) for name, value in state.items()}
     metadata = {**base.metadata, **{key: content.metadata[key] for key in content.metadata if key != "control.kind"}}
-    for key in ("control.base_control", "control.base_control_fingerprint", "control.rank"):
+    own = ("control.base_control", "control.base_control_fingerprint", "control.rank")
+    for key in (*own, "modelspec.architecture", "modelspec.title"):
         metadata.pop(key, None)
     metadata["control.merged"] = content.metadata.get("modelspec.title") or content.condition or "an adapter"
     made = Content(CTRLORA_BASE, control.config(), tensors, metadata)

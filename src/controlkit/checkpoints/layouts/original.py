@@ -9,7 +9,6 @@ Read as .pth, .ckpt or safetensors, written as safetensors: pickles are never wr
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def read(found: Found, options: Options) -> Content:
     """A file under the original's names, with or without the prefix."""
     kind, file = found.kind or "", found.file
     if kind == T2I_ADAPTER:
-        return t2i.from_original(found)
+        return t2i.from_original(found, options)
     prefix = CONTROL_PREFIX if any(name.startswith(CONTROL_PREFIX) for name in file.tensors) else ""
     inside: dict[str, Tensor] = {}
     leftover: dict[str, Tensor] = {}
@@ -86,10 +85,7 @@ def _write(content: Content, path: Path, prefix: str) -> list[str]:
                 " control without some"
             )
         tensors |= kept
-    metadata = content.file_metadata(path)
-    if content.kind == T2I_ADAPTER:
-        metadata["control.config"] = json.dumps(content.config)
-    write_tensors(path, tensors, metadata, None)
+    write_tensors(path, tensors, content.file_metadata(path), None)
     return notes
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from controlkit.checkpoints.content import CTRLORA, KINDS, Content, Options, check_names, expected_shapes
+from controlkit.checkpoints.content import CONFIG_ERRORS, CTRLORA, KINDS, Content, Options, check_names, expected_shapes
 from controlkit.checkpoints.files import write_tensors
 from controlkit.checkpoints.layouts.layout import Layout
 from controlkit.checkpoints.recognise import Found
@@ -42,7 +42,7 @@ def read(found: Found, options: Options) -> Content:
     try:
         content.config = content.config or config_of(tensors, options.unet_config)
         expected = expected_shapes(CTRLORA, content.config, content.rank)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except CONFIG_ERRORS as error:
         raise UserError(f"{path} looks like {what}, but {on_one_line(error)}") from error
     check_names(path, what, expected, tensors, found.file.others)
     content.tensors = {name: tensors[name] for name in expected}

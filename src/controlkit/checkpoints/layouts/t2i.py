@@ -12,7 +12,16 @@ from typing import Any
 
 from torch import Tensor
 
-from controlkit.checkpoints.content import KINDS, T2I_ADAPTER, Content, check_names, expected_shapes
+from controlkit.checkpoints.content import (
+    CONFIG_ERRORS,
+    KINDS,
+    T2I_ADAPTER,
+    Content,
+    Options,
+    check_names,
+    expected_shapes,
+    said_config,
+)
 from controlkit.checkpoints.recognise import Found
 from controlkit.checkpoints.tensors import on_one_line
 from controlkit.errors import UserError
@@ -20,8 +29,11 @@ from controlkit.errors import UserError
 _PREFIX = "adapter."
 
 
-def from_original(found: Found) -> Content:
+def from_original(found: Found, options: Options | None = None) -> Content:
     """The content of a file under the original's names.
+
+    Args:
+        options: the base's settings, where they are known.
 
     Raises:
         UserError: names or shapes are not those of an adapter.
@@ -31,9 +43,10 @@ def from_original(found: Found) -> Content:
     unknown = {name: value for name, value in found.file.tensors.items() if name not in names}
     tensors = {new: found.file.tensors[name] for name, new in names.items()}
     try:
-        config = config_of(tensors)
+        unet_config = None if options is None else options.unet_config
+        config = said_config(found.file.metadata) or config_of(tensors, unet_config)
         expected = expected_shapes(T2I_ADAPTER, config)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except CONFIG_ERRORS as error:
         raise UserError(f"{path} looks like {what}, but {on_one_line(error)}") from error
     check_names(path, what, expected, {**tensors, **unknown}, found.file.others)
     return Content(T2I_ADAPTER, config, {name: tensors[name] for name in expected}, dict(found.file.metadata))
@@ -59,6 +72,9 @@ def to_original(content: Content) -> dict[str, Tensor]:
 def config_of(tensors: Mapping[str, Tensor], unet_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The config of diffusers' `T2IAdapter` whose tensors these are.
 
+    Shapes do not tell the full network from the one of Stable Diffusion XL, whose features are as large at its second
+    stage as at its first: the base tells it, or the size of its patches.
+
     Raises:
         ValueError: they are of no such network.
     """
@@ -76,7 +92,9 @@ def config_of(tensors: Mapping[str, Tensor], unet_config: Mapping[str, Any] | No
             raise ValueError(f"its stage {stage} is missing")
         channels.append(weight.shape[0])
     colours, factor = _input(first.shape[1])
-    kind = "light_adapter" if light else "full_adapter_xl" if factor == 16 else "full_adapter"
+    first_stage = "" if unet_config is None else unet_config["down_block_types"][0]
+    halved = factor == 16 if unet_config is None else "CrossAttn" not in first_stage
+    kind = "light_adapter" if light else "full_adapter_xl" if halved else "full_adapter"
     return {
         "in_channels": colours,
         "channels": channels,
