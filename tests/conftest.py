@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,26 @@ import tiny
 # Tests share busy cores: a slow example is not a wrong one.
 settings.register_profile("controlkit", deadline=None)
 settings.load_profile("controlkit")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_at_home(tmp_path_factory):
+    """No test touches the cache of whoever runs the tests; each has one of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONTROLKIT_CACHE", str(tmp_path_factory.mktemp("cache") / "session"))
+        patch.delenv("CONTROLKIT_CACHE_MB", raising=False)
+        yield
+
+
+_caches = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def cache(_no_cache_at_home, tmp_path_factory, monkeypatch) -> Path:
+    """The test's own cache; the folder is there once something was kept."""
+    folder = tmp_path_factory.getbasetemp() / "caches" / str(next(_caches))
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from controlkit.checkpoints.controls import load_control, save_control
     from controlkit.checkpoints.describe import describe
     from controlkit.conditions import find as find_condition
+    from controlkit.data.cache_report import tend_cache
     from controlkit.evaluation.base import evaluate_base
     from controlkit.evaluation.control import evaluate_control
     from controlkit.sampling.generate import generate
@@ -40,6 +41,7 @@ _PLACES = {
     "load_control": "checkpoints.controls:load_control",
     "read_recipe": "training.recipe:read_recipe",
     "save_control": "checkpoints.controls:save_control",
+    "tend_cache": "data.cache_report:tend_cache",
     "train": "training.run:run",
 }
 
@@ -57,6 +59,7 @@ __all__ = [
     "load_control",
     "read_recipe",
     "save_control",
+    "tend_cache",
     "train",
 ]
 

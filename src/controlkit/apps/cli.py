@@ -13,6 +13,7 @@ from typing import NoReturn
 from controlkit._version import __version__
 from controlkit.apps import (
     adapt,
+    cache,
     condition,
     convert,
     demo,
@@ -27,7 +28,7 @@ from controlkit.apps import (
 )
 from controlkit.errors import UserError
 
-VERBS = (demo, condition, generate, pairs, train, adapt, evaluate, study, convert, transfer, push, inspect)
+VERBS = (demo, condition, generate, pairs, train, adapt, evaluate, study, convert, transfer, push, inspect, cache)
 
 
 class _Parser(argparse.ArgumentParser):

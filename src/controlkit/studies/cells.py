@@ -21,7 +21,7 @@ from controlkit.files import read_json, sha256_of, write_json
 from controlkit.images import contact_sheet, write_png
 from controlkit.sampling.request import DEFAULT_GUIDANCE
 from controlkit.training.pairs import PairsObjective
-from controlkit.training.recipe import PairsRecipe
+from controlkit.training.recipe import PairsRecipe, identifying
 from controlkit.training.run import objective_of
 from controlkit.training.trainer import train
 
@@ -84,7 +84,7 @@ class Bench:
 
     def cell(self, task: Task, method: str, recipe: PairsRecipe) -> Cell:
         """Train by `recipe` (going on from fewer steps where that was done) and judge on the task's pictures."""
-        identity = sha256_of(task.name, method, repr(sorted(dataclasses.asdict(recipe).items())))[:24]
+        identity = sha256_of(task.name, method, repr(sorted(identifying(recipe).items())))[:24]
         path = self.results / f"{identity}.json"
         if not path.exists():
             write_json(path, dataclasses.asdict(self._measure(task, method, recipe)))

@@ -15,11 +15,32 @@ from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
+from controlkit.training.pair_cache import SOURCE, side_of
 from controlkit.training.pairs import PairsObjective
 from controlkit.training.recipe import AdaptRecipe, ControlNetPairsRecipe, CtrLoRAFullRecipe
+from controlkit.training.savings import SetAside, checkpoint_activations, store_frozen
 
 
-class AdaptObjective(PairsObjective):
+class FrugalObjective(PairsObjective):
+    """What the device holds is what steps use: a class of its own calls `settle` when caches and control are there."""
+
+    set_aside: SetAside
+
+    def settle(self) -> None:
+        """Lay aside what is cached, and save memory as the recipe says."""
+        if self.recipe.gradient_checkpointing:
+            checkpoint_activations(self.base, self.control)
+        if self.recipe.precision == "bf16":
+            store_frozen(self.base, self.control)
+        self.set_aside = SetAside(self.base)
+
+    def preview(self, step: int, folder: Path) -> dict[str, float]:
+        bf16 = self.recipe.precision == "bf16"
+        with self.set_aside.at_hand(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            return super().preview(step, folder)
+
+
+class AdaptObjective(FrugalObjective):
     """Only the adapter trains (Xu et al. 2025, section 3.3); no frozen weight gets a gradient."""
 
     def __init__(self, recipe: AdaptRecipe, device: torch.device) -> None:
@@ -31,17 +52,18 @@ class AdaptObjective(PairsObjective):
         self.control: CtrLoRA = CtrLoRA(base_control, recipe.name, self.condition.name)
         self.trained = nn.ModuleDict({"adapter": adapter})
         self.encoded = self.cache.hints(self.control)
+        self.settle()
 
-    def hints(self, chosen: Tensor) -> Tensor:
-        return self.encoded[chosen].float().to(self.device)
+    def hints(self, chosen: Tensor, flipped: Tensor) -> Tensor:
+        return self.encoded.gather(chosen, flipped).float().to(self.device)
 
     def save(self, folder: Path) -> list[Path]:
         path = folder / f"{self.recipe.name}.safetensors"
-        made = {"pairs": len(self.latents), **self.recipe.summary()}
+        made = {"pairs": len(self.pairs), **self.recipe.summary()}
         return [save_adapter(path, self.control, self.base, self.base_control_name, made=made)]
 
 
-class CtrLoRAFullObjective(PairsObjective):
+class CtrLoRAFullObjective(FrugalObjective):
     """The whole latent-conditioned network trains: from the UNet's copy, or from a base control.
 
     (The second and third rows of the ablation in Xu et al. 2025, table 4.)
@@ -57,17 +79,18 @@ class CtrLoRAFullObjective(PairsObjective):
         self.control.train_base()
         self.trained = nn.ModuleDict({"control": self.control})
         self.encoded = self.cache.hints(self.control)
+        self.settle()
 
-    def hints(self, chosen: Tensor) -> Tensor:
-        return self.encoded[chosen].float().to(self.device)
+    def hints(self, chosen: Tensor, flipped: Tensor) -> Tensor:
+        return self.encoded.gather(chosen, flipped).float().to(self.device)
 
     def save(self, folder: Path) -> list[Path]:
         path = folder / f"{self.recipe.name}.safetensors"
-        made = {"pairs": len(self.latents), **self.recipe.summary()}
+        made = {"pairs": len(self.pairs), **self.recipe.summary()}
         return [save_base_control(path, self.control, self.base, made=made)]
 
 
-class ControlNetPairsObjective(PairsObjective):
+class ControlNetPairsObjective(FrugalObjective):
     """A ControlNet from scratch; its hint network trains too, so condition images are read at every step."""
 
     def __init__(self, recipe: ControlNetPairsRecipe, device: torch.device) -> None:
@@ -75,14 +98,18 @@ class ControlNetPairsObjective(PairsObjective):
         torch.manual_seed(recipe.seed)
         self.control: ControlNet = ControlNet.for_base(self.base, self.condition.name).train()
         self.trained = nn.ModuleDict({"control": self.control})
+        self.settle()
 
-    def hints(self, chosen: Tensor) -> Tensor:
-        sources = [self.pairs[int(index)].images(self.base.size)[0] for index in chosen]
+    def hints(self, chosen: Tensor, flipped: Tensor) -> Tensor:
+        sources = [
+            side_of(self.pairs[index], SOURCE, self.base.size, mirrored)
+            for index, mirrored in zip(chosen.tolist(), flipped.tolist(), strict=True)
+        ]
         return self.control.encode(to_tensor(sources).to(self.device), self.base)
 
     def save(self, folder: Path) -> list[Path]:
         path = folder / f"{self.recipe.name}.safetensors"
-        made = {"pairs": len(self.latents), **self.recipe.summary()}
+        made = {"pairs": len(self.pairs), **self.recipe.summary()}
         return [save_control(path, self.control, self.base, made=made)]
 
 

@@ -38,6 +38,9 @@ _LEAST = {
 }
 """The smallest value of settings that have one, in whichever recipe they stand."""
 
+_ADDED = {"flip": False, "gradient_checkpointing": False, "optimizer": "adamw"}
+"""Settings that came when there were recorded runs already, and the value with which a run is what those were."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -65,8 +68,11 @@ class Recipe:
     """Largest gradient norm."""
     ema: float | None = None
     """Decay of the exponential moving average of the weights, which is what is saved; None for none."""
+    optimizer: str = "adamw"
+    """`adamw`, or `adamw8bit`, whose moments take 8 bits each (needs bitsandbytes; pays where much is trained)."""
     precision: str = "fp32"
-    """`fp32`, or `bf16` for autocast (pays only where the processor has bf16 arithmetic)."""
+    """`fp32`, or `bf16` for autocast (pays only where the processor has bf16 arithmetic). In training from pairs,
+    frozen weights are stored in bf16, too."""
     device: str = "auto"
     """`auto` (CUDA, then MPS, then CPU) or a torch device."""
     seed: int = 0
@@ -93,6 +99,8 @@ class Recipe:
             raise UserError(f"beta2 is {self.beta2}; it must be from 0 to just below 1")
         if self.precision not in ("fp32", "bf16"):
             raise UserError(f"precision is {self.precision!r}; it must be fp32 or bf16")
+        if self.optimizer not in ("adamw", "adamw8bit"):
+            raise UserError(f"optimizer is {self.optimizer!r}; it must be adamw or adamw8bit")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema is {self.ema}; it must be between 0 and 1, or null for none")
 
@@ -170,6 +178,8 @@ class SteeringRecipe(Recipe, ABC):
     """Drawings of each icon whose latents are kept."""
     score_pictures: int = 32
     """Held-out pictures on which each preview scores condition following."""
+    gradient_checkpointing: bool = False
+    """Compute activations a second time in the backward pass: much less memory, about a third more time."""
     prompt_drop: float = 0.5
     """Share of prompts replaced by the empty prompt."""
 
@@ -249,8 +259,13 @@ class PairsRecipe(Recipe, ABC):
     """Share of the pairs that are not trained on, and judged by."""
     prompt_drop: float = 0.3
     """Share of prompts replaced by the empty prompt (0.3 in CtrLoRA's reference)."""
+    flip: bool = False
+    """Mirror half of the pairs at random, condition image and picture together. Not for pictures with writing, or
+    prompts that say left and right."""
     score_pictures: int = 16
     """Held-out pairs on which each preview scores condition following."""
+    gradient_checkpointing: bool = False
+    """Compute activations a second time in the backward pass: much less memory, about a third more time."""
 
     def summary(self) -> dict[str, Any]:
         """How a file came to be, for its metadata."""
@@ -308,6 +323,12 @@ class ControlNetPairsRecipe(PairsRecipe):
 
     prompt_drop: float = 0.5
     """Share of prompts replaced by the empty prompt."""
+
+
+def identifying(recipe: Recipe) -> dict[str, Any]:
+    """The settings by which one run is told from another; a setting of `_ADDED` counts where it changes something."""
+    settings = dataclasses.asdict(recipe)
+    return {name: value for name, value in settings.items() if name not in _ADDED or value != _ADDED[name]}
 
 
 def _summary(recipe: Recipe) -> dict[str, Any]:

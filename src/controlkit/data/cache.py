@@ -1,0 +1,418 @@
+"""The cache of what frozen networks make of training data: rows found by the content that they were made of.
+
+One folder for each kind of row, network and transform (a *store*), with segments (`segments.py`) that are only ever
+added and removed whole. So several processes add at once without waiting for each other: the same row made twice is
+harmless, and a row that is damaged is one that is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from controlkit.data.segments import (
+    DIGEST,
+    SUFFIX,
+    Part,
+    Rows,
+    Segment,
+    SegmentError,
+    in_use,
+    remove_unused,
+    segment_paths,
+    whole_rows,
+    write_segment,
+)
+from controlkit.errors import UserError
+from controlkit.files import read_json, sha256_of, writable_folder, write_json
+
+FOLDER_VARIABLE = "CONTROLKIT_CACHE"
+LIMIT_VARIABLE = "CONTROLKIT_CACHE_MB"
+_DEFAULT_MB = 50_000
+_FORMAT = "controlkit cache 1"
+_SPEC = "spec.json"
+_SEGMENT_BYTES = 256 * 10**6
+_SEGMENT_SECONDS = 60.0
+"""A segment is written when it has so many bytes or is so old: what a process that is killed loses."""
+_MOST_SMALL = 32
+"""From so many small segments on they are merged when the store is opened, as each takes a file descriptor."""
+_ATTEMPTS = 4
+
+Make = Callable[[Sequence[int]], tuple[dict[str, Part], Rows]]
+"""Makes the rows of these indices: their parts, and their bytes."""
+
+
+def cache_folder() -> Path:
+    """Where the cache is: `CONTROLKIT_CACHE`, or `controlkit` in `XDG_CACHE_HOME`, or `~/.cache/controlkit`."""
+    if os.environ.get(FOLDER_VARIABLE):
+        return Path(os.environ[FOLDER_VARIABLE]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "controlkit"
+
+
+def cache_limit() -> int:
+    """How many bytes the cache may take: `CONTROLKIT_CACHE_MB` (millions of bytes), or 50 GB.
+
+    Raises:
+        UserError: the variable is no number above 0.
+    """
+    text = os.environ.get(LIMIT_VARIABLE) or str(_DEFAULT_MB)
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = 0
+    if not 0 < limit < float("inf"):
+        raise UserError(f"{LIMIT_VARIABLE} is {text!r}; it must be a number of megabytes above 0, such as 50000")
+    return int(limit * 10**6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What the rows of a store are. Equal specs are one store."""
+
+    kind: str
+    """`latents`, `hints`, `texts`."""
+    model: str
+    """Hash of the networks that made them, and of whatever of their settings the rows depend on."""
+    transform: str
+    """What was done to the content before, in words."""
+
+    def folder(self, root: Path) -> Path:
+        """Where the store is."""
+        return root / f"{self.kind}-{sha256_of(self.model, self.transform)[:24]}"
+
+
+class Store:
+    """The rows of one spec in the cache, its index in memory.
+
+    Args:
+        note: who made them, for a person who looks at the cache.
+        root: the cache; default `cache_folder()`.
+    """
+
+    def __init__(self, spec: Spec, note: str = "", root: Path | None = None) -> None:
+        self.spec = spec
+        self.note = note
+        self.root = cache_folder() if root is None else root
+        self.folder = spec.folder(self.root)
+        self.limit = cache_limit()
+        # Far fewer segments than a process may have open files, and not so large that the limit drops all at once.
+        self.segment_bytes = max(self.limit // 512, min(_SEGMENT_BYTES, self.limit // 8))
+        self.parts: dict[str, Part] | None = None
+        self.segments: list[Segment] = []
+        self._passed_over: set[Path] = set()
+        self.refresh()
+        if self._merge():
+            self.refresh()
+
+    def __len__(self) -> int:
+        """Different rows."""
+        return len(np.unique(self._digests))
+
+    def refresh(self) -> None:
+        """Look for segments that others added or removed."""
+        known = {segment.path: segment for segment in self.segments}
+        found = [known.pop(path, None) or self._open(path) for path in segment_paths(self.folder)]
+        # What is held can be read although someone has unlinked it.
+        kept = [segment for segment in found if segment is not None] + [s for s in known.values() if s.held]
+        self.segments = sorted(kept, key=lambda segment: segment.path, reverse=True)
+        self._starts = np.cumsum([0, *map(len, self.segments)])
+        digests = [segment.digests for segment in self.segments] or [np.empty(0, f"S{DIGEST}")]
+        every = np.concatenate(digests)
+        # Stable: of equal digests the newest comes first, so that a row made again stands before the damaged one.
+        self._order = np.argsort(every, kind="stable")
+        self._digests = every[self._order]
+
+    def find(self, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Digests `S16 [N]` => number of their segment (-1: not here) and of their row in it, both `int64 [N]`."""
+        if not len(self._digests):
+            return np.full(len(digests), -1), np.zeros(len(digests), np.int64)
+        place = np.minimum(np.searchsorted(self._digests, digests), len(self._digests) - 1)
+        entry = self._order[place]
+        segment = np.searchsorted(self._starts, entry, side="right") - 1
+        return np.where(self._digests[place] == digests, segment, -1), entry - self._starts[segment]
+
+    def add(self, digests: np.ndarray, parts: dict[str, Part], rows: Rows) -> None:
+        """Add rows as one segment.
+
+        Raises:
+            UserError: the cache cannot be written, is full of what is in use, or the disk is full.
+        """
+        self.make_room(sum(array.nbytes for array in rows.values()))
+        with self._said():
+            if not (self.folder / _SPEC).exists():
+                made = time.strftime("%Y-%m-%d %H:%M:%S")
+                described = {name: asdict(part) for name, part in parts.items()}
+                facts = {"format": _FORMAT, **asdict(self.spec), "made by": self.note, "parts": described}
+                write_json(self.folder / _SPEC, {**facts, "created": made})
+            write_segment(self.folder, digests, parts, rows)
+        self.refresh()
+
+    def make_room(self, needed: int) -> None:
+        """Remove what was used longest ago and is not in use until `needed` bytes fit.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        files = []
+        for folder in store_folders(self.root):
+            for path in folder.glob(f"*{SUFFIX}"):
+                with contextlib.suppress(OSError):
+                    facts = path.stat()
+                    files.append((facts.st_mtime, facts.st_size, path))
+        used = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if used + needed <= self.limit:
+                return
+            if not path.name.startswith(".") and remove_unused(path):
+                used -= size
+        if used + needed > self.limit:
+            raise UserError(
+                f"{_megabytes(needed)} of {self.spec.kind} do not fit into the cache {self.root}: its limit is"
+                f" {_megabytes(self.limit)}, and {_megabytes(used)} are in use; set {LIMIT_VARIABLE} to"
+                f" {-(-(used + needed) // 10**6)} or more"
+            )
+
+    def check_writable(self) -> None:
+        """Say before any work is done that rows could not be kept.
+
+        Raises:
+            UserError: the folder cannot be made or written.
+        """
+        with self._said():
+            writable_folder(self.folder)
+
+    def tell(self, text: str) -> None:
+        """One line on standard error."""
+        print(f"cache: {text}", file=sys.stderr, flush=True)
+
+    def _open(self, path: Path) -> Segment | None:
+        if path in self._passed_over:
+            return None
+        try:
+            segment = Segment(path)
+            self.parts = self.parts or segment.parts
+            if segment.parts == self.parts:
+                return segment
+            reason = "its rows have another shape"
+        except FileNotFoundError:
+            return None
+        except SegmentError as error:
+            reason = str(error)
+            remove_unused(path)
+        except OSError as error:
+            reason = str(error.strerror or error)
+        self._passed_over.add(path)
+        self.tell(f"{path} is damaged ({reason}); its {self.spec.kind} are made again")
+        return None
+
+    def _merge(self) -> bool:
+        """Write small segments that nobody uses as few large ones, each row once; whether there were enough of them."""
+        small = [segment for segment in self.segments if _size(segment.path) < self.segment_bytes // 2]
+        if len(small) < _MOST_SMALL:
+            return False
+        with contextlib.suppress(Timeout, OSError, UserError), FileLock(self.folder / ".merge.lock", timeout=0):
+            group: list[Segment] = []
+            for segment in [*small, None]:
+                full = sum(_size(each.path) for each in group) > self.segment_bytes // 2
+                if group and (segment is None or full):
+                    self._merge_group(group)
+                    group = []
+                if segment is not None and not in_use(segment.path):
+                    group.append(segment)
+        return True
+
+    def _merge_group(self, group: Sequence[Segment]) -> None:
+        if len(group) == 1 or self.parts is None:
+            return
+        kept: dict[bytes, dict[str, np.ndarray]] = {}
+        for segment in group:  # newest first
+            for digest, row in whole_rows(segment):
+                kept.setdefault(digest, row)
+        if kept:
+            rows = {name: np.stack([row[name] for row in kept.values()]) for name in self.parts}
+            write_segment(self.folder, np.array(list(kept), f"S{DIGEST}"), self.parts, rows)
+        for segment in group:
+            remove_unused(segment.path)
+        self.segments = [segment for segment in self.segments if segment not in group]
+
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
+        """Say that a folder cannot be written so that a person knows which setting it is."""
+        try:
+            yield
+        except UserError as error:
+            reason = getattr(error.__cause__, "strerror", None) or error
+            raise UserError(
+                f"cannot write to the cache {self.root} ({reason}); free some space there, or name another folder in"
+                f" the environment variable {FOLDER_VARIABLE}"
+            ) from error
+
+
+class CachedRows:
+    """The rows of `digests`, in their order: those that the store lacks are made now, those that turn out to be
+    damaged when they are read.
+
+    Args:
+        store: where they are kept.
+        digests: `S16 [N]`, of the contents; equal ones share a row.
+        make: makes the rows of some indices.
+        what: what is made, for the line that says so, such as "encoding {count} pairs".
+        batch: how many rows are made at a time.
+        start: where in the list of missing rows to begin, from 0 to below 1. Processes that train together begin at
+            different places and skip what others have finished meanwhile: so they share the work without waiting for
+            each other, and none hangs when another dies.
+
+    Raises:
+        UserError: the cache cannot be written, or the rows do not fit into it.
+    """
+
+    def __init__(
+        self, store: Store, digests: np.ndarray, make: Make, *, what: str, batch: int = 32, start: float = 0.0
+    ) -> None:
+        self.store = store
+        self.digests = digests
+        self.batch = batch
+        self._make = make
+        self._start = start
+        self._locate()
+        attempts = 0
+        while (self._segment < 0).any():
+            if attempts == _ATTEMPTS:
+                raise self._vanishing()
+            self._fill(what)
+            attempts += 1
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What a row consists of."""
+        return self.store.parts or {}
+
+    def gather(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows of indices `chosen` `[B]`, by the name of the part, as bytes: `uint8 [B, nbytes]`, a copy.
+
+        Raises:
+            UserError: a damaged row cannot be replaced, since the cache cannot be written.
+        """
+        gathered = {name: np.empty((len(chosen), part.nbytes), np.uint8) for name, part in self.parts.items()}
+        damaged: list[tuple[int, int]] = []
+        for position, index in enumerate(chosen.tolist()):
+            row = self._read(index)
+            if row is None:
+                damaged.append((position, index))
+                continue
+            for name, part in row.items():
+                gathered[name][position] = part
+        if damaged:
+            indices = sorted({index for _, index in damaged})
+            again = self._again(indices)
+            for position, index in damaged:
+                for name, rows in again.items():
+                    gathered[name][position] = rows[indices.index(index)]
+        return gathered
+
+    def check(self) -> None:
+        """Read every row now, and make those that are damaged again.
+
+        Raises:
+            UserError: a damaged row cannot be replaced, since the cache cannot be written.
+        """
+        damaged = [index for index in range(len(self)) if self._read(index) is None]
+        for first in range(0, len(damaged), self.batch):
+            self._again(damaged[first : first + self.batch])
+
+    def _read(self, index: int) -> dict[str, np.ndarray] | None:
+        return self._held[self._segment[index]].row(int(self._row[index]))
+
+    def _again(self, indices: Sequence[int]) -> Rows:
+        self.store.tell(f"damaged rows in {self.store.folder}: {len(indices)}; made again")
+        parts, rows = self._make(indices)
+        self.store.add(self.digests[list(indices)], parts, rows)
+        self._locate()
+        return rows
+
+    def _locate(self) -> None:
+        """Find every row, and hold the segments that have them."""
+        for _ in range(_ATTEMPTS):
+            self._held = self.store.segments
+            self._segment, self._row = self.store.find(self.digests)
+            try:
+                for number in np.unique(self._segment[self._segment >= 0]):
+                    self._held[number].hold()
+                return
+            except FileNotFoundError:  # removed since it was listed
+                self.store.refresh()
+            except OSError as error:
+                raise UserError(f"cannot read the cache {self.store.folder}: {error.strerror or error}") from error
+        raise self._vanishing()
+
+    def _vanishing(self) -> UserError:
+        return UserError(
+            f"rows vanish from the cache {self.store.root} as fast as they are made; is another process clearing it?"
+            f" Name another folder in {FOLDER_VARIABLE}, or raise {LIMIT_VARIABLE}"
+        )
+
+    def _fill(self, what: str) -> None:
+        missing = np.flatnonzero(self._segment < 0)
+        missing = np.sort(missing[np.unique(self.digests[missing], return_index=True)[1]])
+        self.store.check_writable()
+        print(f"{what.format(count=len(missing))} once, kept in {self.store.folder}", file=sys.stderr, flush=True)
+        batches = [missing[at : at + self.batch] for at in range(0, len(missing), self.batch)]
+        first = int(self._start * len(batches))
+        waiting: list[tuple[np.ndarray, Rows]] = []
+        size, since, parts = 0, time.monotonic(), None
+        for batch in batches[first:] + batches[:first]:
+            lacking = batch[self._segment[batch] < 0]
+            if not len(lacking):
+                continue
+            before = parts
+            parts, rows = self._make(lacking.tolist())
+            made = sum(array.nbytes for array in rows.values())
+            if before is None:
+                self.store.make_room(made // len(lacking) * len(missing))
+            waiting.append((self.digests[lacking], rows))
+            size += made
+            if size >= self.store.segment_bytes or time.monotonic() - since > _SEGMENT_SECONDS:
+                self._write(parts, waiting)
+                waiting, size, since = [], 0, time.monotonic()
+                if left := int((self._segment[missing] < 0).sum()):
+                    print(f"{self.store.spec.kind}: {left} of {len(missing)} to go", file=sys.stderr, flush=True)
+        if parts is not None and waiting:
+            self._write(parts, waiting)
+
+    def _write(self, parts: dict[str, Part], waiting: Sequence[tuple[np.ndarray, Rows]]) -> None:
+        digests = np.concatenate([digests for digests, _ in waiting])
+        self.store.add(digests, parts, {name: np.concatenate([rows[name] for _, rows in waiting]) for name in parts})
+        self._locate()
+
+
+def store_folders(root: Path) -> list[Path]:
+    """The stores in a cache: folders whose `spec.json` is ours, so that nothing else is ever removed."""
+    found = []
+    for path in sorted(root.glob(f"*/{_SPEC}")):
+        with contextlib.suppress(UserError):
+            facts = read_json(path)
+            if isinstance(facts, dict) and facts.get("format") == _FORMAT:
+                found.append(path.parent)
+    return found
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 10**6:,.1f} MB"

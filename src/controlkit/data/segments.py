@@ -1,0 +1,272 @@
+"""Segments: files of many rows of one shape, found by a digest, checked when first read, never changed once written.
+
+A segment is a safetensors file: `digest` `uint8 [N, 16]` and `crc32` `uint32 [N]` are its index, every other tensor
+`[N, ...]` is one part of the rows. Rows are looked at through a memory map and never all loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import secrets
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from controlkit.files import write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is mapped cannot be removed anyway
+    fcntl = None  # type: ignore[assignment]
+
+SUFFIX = ".safetensors"
+DIGEST = 16
+"""Bytes of a row's digest."""
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "U8": 1}
+"""Bytes of one element, by safetensors' name of its type."""
+_INDEX = {"digest": "U8", "crc32": "U32"}
+_LONGEST_HEADER = 1 << 20
+_ABANDONED = 3600.0
+"""Seconds after which a temporary file is one of a process that was killed; writing one takes seconds."""
+
+
+class SegmentError(Exception):
+    """A file that is no whole segment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One tensor of every row."""
+
+    dtype: str
+    """By safetensors' name: F32, BF16, ..."""
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it in one row."""
+        return _BYTES[self.dtype] * math.prod(self.shape)
+
+
+Rows = Mapping[str, np.ndarray]
+"""Rows by the name of their part, as bytes: `uint8 [N, nbytes]`."""
+
+
+def digests_of(texts: Sequence[str]) -> np.ndarray:
+    """Hex hashes => digests `S16 [N]`; numpy compares these as bytes, so that they sort and search fast."""
+    return np.frombuffer(b"".join(bytes.fromhex(text[: 2 * DIGEST]) for text in texts), f"S{DIGEST}")
+
+
+class Segment:
+    """One segment: its index in memory, its rows through a map of the file once `hold` was called.
+
+    Raises:
+        SegmentError: the file is torn, or no segment.
+        OSError: it cannot be read, or is gone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as stream:
+            self._begin, entries = _header(stream)
+            count = entries["digest"][1][0]
+            self.parts = {
+                name: Part(dtype=kind, shape=tuple(shape[1:]))
+                for name, (kind, shape, _) in sorted(entries.items())
+                if name not in _INDEX
+            }
+            self._starts = {name: start for name, (_, _, start) in entries.items()}
+            self.digests = np.frombuffer(self._read(stream, "digest", DIGEST * count), f"S{DIGEST}")
+            self._checks = np.frombuffer(self._read(stream, "crc32", 4 * count), "<u4")
+        self._seen = np.zeros(count, bool)
+        self._views: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def hold(self) -> None:
+        """Map the file, and keep others from removing it for as long as this object lives; the file counts as used now.
+
+        Raises:
+            OSError: it is gone.
+        """
+        if self._views or not len(self):
+            return
+        with self.path.open("rb") as stream:
+            if fcntl is not None:
+                # The map has a duplicate of this descriptor, so the lock lasts as long as the map, and ends with the
+                # process however that ends. File systems without locks still keep what is mapped when it is unlinked.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(stream.fileno(), fcntl.LOCK_SH)
+            everything = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        for name, part in self.parts.items():
+            first = self._begin + self._starts[name]
+            self._views[name] = everything[first : first + len(self) * part.nbytes].reshape(len(self), part.nbytes)
+        with contextlib.suppress(OSError):  # a cache that others keep for us cannot be written
+            os.utime(self.path)
+
+    @property
+    def held(self) -> bool:
+        """Whether rows can be read."""
+        return bool(self._views)
+
+    def release(self) -> None:
+        """Let others remove the file; its rows cannot be read until it is held again."""
+        self._views = {}
+
+    def row(self, number: int) -> dict[str, np.ndarray] | None:
+        """The bytes of one row, part by part, as views of the map; None if it is damaged.
+
+        Each row is checked when this object reads it first: that costs less than reading it from a disk, but more than
+        copying it from memory.
+        """
+        row = {name: view[number] for name, view in self._views.items()}
+        if not self._seen[number]:
+            if _check(self.digests[number : number + 1].tobytes(), row) != self._checks[number]:
+                return None
+            self._seen[number] = True
+        return row
+
+    def _read(self, stream: IO[bytes], name: str, length: int) -> bytes:
+        stream.seek(self._begin + self._starts[name])
+        return stream.read(length)
+
+
+def whole_rows(segment: Segment) -> Iterator[tuple[bytes, dict[str, np.ndarray]]]:
+    """Digest and copy of every row that is not damaged; the segment is held meanwhile, and not afterwards."""
+    segment.hold()
+    for number, digest in enumerate(segment.digests.tolist()):
+        row = segment.row(number)
+        if row is not None:
+            yield digest, {name: part.copy() for name, part in row.items()}
+    row = None  # the last view would keep the map, and its lock
+    segment.release()
+
+
+def write_segment(folder: Path, digests: np.ndarray, parts: Mapping[str, Part], rows: Rows) -> Path:
+    """Write rows as one segment under a name of its own, whole or not at all; later names sort after earlier ones.
+
+    Args:
+        digests: `S16 [N]`.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
+    """
+    count = len(digests)
+    bytes_of = {name: np.ascontiguousarray(rows[name]).reshape(count, part.nbytes) for name, part in parts.items()}
+    raw = digests.tobytes()
+    keys = [raw[first : first + DIGEST] for first in range(0, len(raw), DIGEST)]
+    names = sorted(parts)
+    checks = [_check(key, {name: bytes_of[name][number] for name in names}) for number, key in enumerate(keys)]
+    tensors: list[tuple[str, str, list[int], Any]] = [
+        ("digest", "U8", [count, DIGEST], raw),
+        ("crc32", "U32", [count], np.array(checks, "<u4").data),
+        *((name, part.dtype, [count, *part.shape], bytes_of[name].data) for name, part in parts.items()),
+    ]
+    tensors.sort(key=lambda tensor: (-_BYTES[tensor[1]], tensor[0]))  # every tensor is aligned then
+    header: dict[str, Any] = {}
+    end = 0
+    for name, dtype, shape, _ in tensors:
+        start, end = end, end + _BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps({**header, "__metadata__": {"check": _check_of_header(header)}}).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for _, _, _, data in tensors:
+                stream.write(data)
+
+    path = folder / f"{time.time_ns():020d}-{secrets.token_hex(4)}{SUFFIX}"
+    write_atomically(path, write)
+    return path
+
+
+def segment_paths(folder: Path) -> list[Path]:
+    """The segments in a folder, newest first; temporary files that a killed process left are removed."""
+    found = []
+    for path in folder.glob(f"*{SUFFIX}"):
+        if not path.name.startswith("."):
+            found.append(path)
+            continue
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ABANDONED:
+                path.unlink()
+    return sorted(found, reverse=True)
+
+
+def remove_unused(path: Path) -> bool:
+    """Remove a segment, unless a process holds it; returns whether it is gone."""
+    try:
+        with path.open("rb") as stream:
+            if fcntl is not None:
+                fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        if fcntl is None:
+            path.unlink()
+    except FileNotFoundError:
+        return True
+    except OSError:  # it is locked, or mapped (Windows), or this folder is not ours
+        return False
+    return True
+
+
+def in_use(path: Path) -> bool:
+    """Whether a process holds a segment; always False where there are no locks on files."""
+    try:
+        with path.open("rb") as stream:
+            if fcntl is not None:
+                fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
+
+
+def _check(digest: bytes, row: Mapping[str, np.ndarray]) -> int:
+    """CRC-32 of a row and its digest, so that a damaged index is noticed as well."""
+    value = zlib.crc32(digest)
+    for name in sorted(row):
+        value = zlib.crc32(row[name].data, value)
+    return value
+
+
+def _check_of_header(tensors: Mapping[str, Any]) -> str:
+    """A flipped bit in a header may well leave a header; this tells."""
+    return f"{zlib.crc32(json.dumps(tensors).encode()):08x}"
+
+
+def _header(stream: IO[bytes]) -> tuple[int, dict[str, tuple[str, list[int], int]]]:
+    """Where the tensors begin, and type, shape and offset of each; the file must be exactly as long as they say."""
+    size = os.fstat(stream.fileno()).st_size
+    try:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+            raise SegmentError("no header")
+        entries = {}
+        end = 0
+        described = json.loads(stream.read(length))
+        if described.pop("__metadata__")["check"] != _check_of_header(described):
+            raise SegmentError("its header is damaged")
+        count = described["crc32"]["shape"][0]
+        for name, entry in sorted(described.items(), key=lambda item: item[1]["data_offsets"][0]):
+            dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if start != end or stop - start != _BYTES[dtype] * math.prod(shape) or shape[0] != count or min(shape) < 0:
+                raise SegmentError(f"{name} does not fit")
+            entries[name] = (dtype, shape, start)
+            end = stop
+        right = entries["digest"][:2] == ("U8", [count, DIGEST]) and entries["crc32"][:2] == ("U32", [count])
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise SegmentError(f"no header that can be read ({error})") from error
+    if not right or 8 + length + end != size:
+        raise SegmentError("it is torn")
+    return 8 + length, entries

@@ -1,0 +1,191 @@
+"""What frozen networks make of pairs, through the cache: latents, hints, embeddings of prompts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from controlkit.bases.base import Base, Text
+from controlkit.controls.control import Control
+from controlkit.data.cache import CachedRows, Make, Spec, Store
+from controlkit.data.pair import Pair
+from controlkit.data.segments import Part, Rows, digests_of
+from controlkit.data.sources import Source, read_picture
+from controlkit.data.transforms import View, show
+from controlkit.errors import UserError
+from controlkit.files import sha256_of
+from controlkit.images import resize_cover, to_tensor
+from controlkit.training.drawings import weights_key
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+SOURCE, TARGET = "source", "target"
+"""The sides of a pair: condition image and picture."""
+
+
+class PictureRows:
+    """What a network makes of one side of every pair, one tensor each: upright, and mirrored where that is wanted."""
+
+    def __init__(self, upright: CachedRows, mirrored: CachedRows | None = None) -> None:
+        self.upright = upright
+        self.mirrored = mirrored
+
+    def __len__(self) -> int:
+        return len(self.upright)
+
+    def gather(self, chosen: Tensor, flipped: Tensor | None = None) -> Tensor:
+        """Rows of the pairs `chosen` `[B]`, of the mirrored ones where `flipped` `[B]`; `[B, ...]` on the CPU."""
+        (made,) = _gather(self.upright, chosen).values()
+        if flipped is not None and flipped.any():
+            assert self.mirrored is not None
+            (turned,) = _gather(self.mirrored, chosen[flipped]).values()
+            made[flipped] = turned
+        return made
+
+
+class TextRows:
+    """Embeddings of prompts."""
+
+    def __init__(self, rows: CachedRows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def gather(self, chosen: Tensor) -> Text:
+        """Embeddings of the prompts whose indices are `chosen` `[B]`, on the CPU."""
+        return Text(**_gather(self.rows, chosen))
+
+
+class PairCache:
+    """What the frozen networks of a base make of pairs; latents and hints in fp16, embeddings as they are.
+
+    A row is found by the bytes of its picture, or by its prompt, so that pairs which several data sets share are
+    encoded once, and one picture that changed is one row that is made again.
+
+    Args:
+        flip: also keep latents and hints of the mirrored pairs.
+        check: read every row now and make damaged ones again, for a run that will store the frozen weights in another
+            type; otherwise each is checked when it is first read.
+    """
+
+    def __init__(self, base: Base, pairs: Sequence[Pair], *, flip: bool = False, check: bool = False) -> None:
+        self.base = base
+        self.pairs = pairs
+        self.flip = flip
+        self.check = check
+        vae = base.vae
+        settings = (str(next(vae.parameters()).dtype), str(base.dtype), vae.config.scaling_factor)
+        self._vae_key = sha256_of(weights_key(vae), repr(settings))
+
+    def latents(self) -> PictureRows:
+        """Scaled latents of the pictures `[N, C, h, w]`."""
+        return self._images("latents", TARGET, self._vae_key, lambda x: self.base.encode_picture(x * 2 - 1))
+
+    def hints(self, control: Control) -> PictureRows:
+        """Hints of a control whose `encode` has no weights but the base's autoencoder's."""
+        settings = (control.kind, getattr(control, "posterior_seed", None))
+        model = sha256_of(self._vae_key, repr(settings))
+        return self._images("hints", SOURCE, model, lambda x: control.encode(x, self.base))
+
+    def texts(self) -> tuple[TextRows, Tensor, int]:
+        """All distinct prompts, embedded; the index of each pair's `[N]`, and that of the empty prompt."""
+        prompts = sorted({pair.prompt for pair in self.pairs} | {""})
+        position = {prompt: index for index, prompt in enumerate(prompts)}
+        tokenizers = [_tokenizer_key(value) for value in vars(self.base).values() if hasattr(value, "get_vocab")]
+        settings = (str(self.base.dtype), self.base.size, getattr(self.base, "zero_empty", False))
+        model = sha256_of(*(weights_key(network) for network in self.base.text_encoders), *tokenizers, repr(settings))
+
+        def embed(indices: Sequence[int]) -> tuple[dict[str, Part], Rows]:
+            text = self.base.encode_text([prompts[index] for index in indices])
+            return _as_rows({name: part for name, part in vars(text).items() if part is not None})
+
+        digests = digests_of([sha256_of(prompt) for prompt in prompts])
+        rows = self._rows("texts", model, "prompts", digests, embed, "embedding {count} prompts")
+        return TextRows(rows), torch.tensor([position[pair.prompt] for pair in self.pairs]), position[""]
+
+    def _images(self, kind: str, side: str, model: str, encode: Callable[[Tensor], Tensor]) -> PictureRows:
+        size = self.base.size
+        sources = [getattr(pair, side) for pair in self.pairs]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            keys = list(pool.map(_key_of, sources))
+        digests = digests_of(keys)
+
+        def rows(mirrored: bool) -> CachedRows:
+            def make(indices: Sequence[int]) -> tuple[dict[str, Part], Rows]:
+                images = [side_of(self.pairs[index], side, size, mirrored) for index in indices]
+                for index in indices:
+                    if _key_of(sources[index]) != keys[index]:
+                        raise UserError(f"{sources[index]} has changed since training began; run the same again")
+                return _as_rows({kind: encode(to_tensor(images).to(self.base.device)).to("cpu", torch.float16)})
+
+            transform = f"{size} x {size}, centre" + (", mirrored" if mirrored else "")
+            return self._rows(kind, model, transform, digests, make, f"encoding {{count}} pairs ({kind})")
+
+        return PictureRows(rows(False), rows(True) if self.flip else None)
+
+    def _rows(self, kind: str, model: str, transform: str, digests: np.ndarray, make: Make, what: str) -> CachedRows:
+        store = Store(Spec(kind=kind, model=model, transform=transform), note=Path(self.base.name).name)
+        device = self.base.device.type
+
+        def frozen(indices: Sequence[int]) -> tuple[dict[str, Part], Rows]:
+            # A damaged row is made again in the middle of a step, which may run under autocast.
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                return make(indices)
+
+        # Processes of torchrun and accelerate; they have not spoken to each other yet when objectives are made.
+        start = int(os.environ.get("RANK", "0")) / int(os.environ.get("WORLD_SIZE", "1"))
+        rows = CachedRows(store, digests, frozen, what=what, start=start)
+        if self.check:
+            rows.check()
+        return rows
+
+
+def side_of(pair: Pair, side: str, size: int, mirrored: bool = False) -> np.ndarray:
+    """One side of a pair as `Pair.images` shows it, or its mirror image: `uint8 [size, size, 3]`.
+
+    A finished pair may be mirrored whatever its condition is (`transforms.show_pair`).
+    """
+    image = np.asarray(resize_cover(read_picture(getattr(pair, side)), size, size))
+    return show(image, View(flip=mirrored), size)
+
+
+def _key_of(source: Source) -> str:
+    return sha256_of(source.read_bytes())
+
+
+def _tokenizer_key(tokenizer: object) -> str:
+    """Hash of what a tokenizer makes of a prompt: its vocabulary, padding and length."""
+    vocabulary = sorted(tokenizer.get_vocab().items())  # type: ignore[attr-defined]
+    settings = (getattr(tokenizer, "model_max_length", None), str(getattr(tokenizer, "pad_token", None)))
+    return sha256_of(repr(vocabulary), repr(settings))
+
+
+def _as_rows(tensors: dict[str, Tensor]) -> tuple[dict[str, Part], Rows]:
+    """Tensors `[B, ...]` as parts of rows and their bytes, whatever their type."""
+    parts, rows = {}, {}
+    for name, tensor in tensors.items():
+        parts[name] = Part(dtype=_NAMES[tensor.dtype], shape=tuple(tensor.shape[1:]))
+        rows[name] = tensor.detach().cpu().contiguous().reshape(len(tensor), -1).view(torch.uint8).numpy()
+    return parts, rows
+
+
+def _gather(rows: CachedRows, chosen: Tensor) -> dict[str, Tensor]:
+    gathered = rows.gather(chosen.numpy())
+    return {
+        name: torch.from_numpy(gathered[name]).view(_DTYPES[part.dtype]).reshape(len(chosen), *part.shape)
+        for name, part in rows.parts.items()
+    }

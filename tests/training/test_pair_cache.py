@@ -1,0 +1,329 @@
+"""Training from pairs reads what frozen networks made of them from the cache, and is the same as without one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from controlkit.bases.load import load_base
+from controlkit.checkpoints.ctrlora import save_base_control
+from controlkit.controls.base_control import BaseControl
+from controlkit.data.pairs import read_pairs, write_pairs
+from controlkit.data.shards import write_tar
+from controlkit.errors import UserError
+from controlkit.images import to_tensor
+from controlkit.training.adapt import AdaptObjective, ControlNetPairsObjective
+from controlkit.training.diffusion import noised
+from controlkit.training.pair_cache import PairCache
+from controlkit.training.recipe import AdaptRecipe, ControlNetPairsRecipe, identifying
+from controlkit.training.run import run
+from controlkit.training.trainer import fingerprint
+
+CPU = torch.device("cpu")
+COUNT = 6
+
+
+def drawing(number: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """Another pair for every number, which is not its own mirror image."""
+    rng = np.random.default_rng(number)
+    picture = np.asarray(Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((64, 64)))
+    return 255 - picture, picture, f"thing {number % 4}"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_pairs(tmp_path / "pairs", [drawing(number) for number in range(COUNT)])
+    return tmp_path / "pairs"
+
+
+@pytest.fixture
+def recipe(folder, base_folder, tiny_base, tmp_path):
+    control = tmp_path / "base.safetensors"
+    save_base_control(control, BaseControl.for_base(tiny_base), tiny_base, dtype=torch.float32)
+    settings = {"out": str(tmp_path / "run"), "pairs": str(folder), "base": str(base_folder)}
+    return AdaptRecipe(**settings, control=str(control), rank=2, batch_size=4, device="cpu")
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """How many pictures (of both sides) and prompts went through a network, counted."""
+    from controlkit.bases.base import Base
+
+    counts = {"pictures": 0, "prompts": 0}
+    picture, text = Base.encode_picture, Base.encode_text
+
+    def encode_picture(self, x):
+        counts["pictures"] += len(x)
+        return picture(self, x)
+
+    def encode_text(self, prompts, *more):
+        counts["prompts"] += len(prompts)
+        return text(self, prompts, *more)
+
+    monkeypatch.setattr(Base, "encode_picture", encode_picture)
+    monkeypatch.setattr(Base, "encode_text", encode_text)
+    return counts
+
+
+def everything(rows):
+    return rows.gather(torch.arange(len(rows)))
+
+
+def damage_rows(cache, kind):
+    """Flip a bit in the last row of every segment of a kind."""
+    for path in cache.glob(f"{kind}-*/*.safetensors"):
+        data = bytearray(path.read_bytes())
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        name = next(name for name in ("tokens", kind) if name in header)
+        data[8 + length + header[name]["data_offsets"][1] - 1] ^= 1
+        path.write_bytes(bytes(data))
+
+
+def test_rows_are_what_the_networks_make_bit_for_bit(tiny_base, folder, encoded):
+    pairs = read_pairs(folder)
+    given, truths = zip(*(pair.images(64) for pair in pairs), strict=True)
+    control = BaseControl.for_base(tiny_base)
+    latents = tiny_base.encode_picture(to_tensor(truths) * 2 - 1).half()
+    hints = control.encode(to_tensor(given), tiny_base).half()
+    prompts = sorted({"", *(pair.prompt for pair in pairs)})
+    text = tiny_base.encode_text(prompts)
+    encoded.update(pictures=0, prompts=0)
+    for _ in range(2):
+        kept = PairCache(tiny_base, pairs)
+        assert torch.equal(everything(kept.latents()), latents)
+        assert torch.equal(everything(kept.hints(control)), hints)
+        rows, prompt_of, empty = kept.texts()
+        assert torch.equal(everything(rows).tokens, text.tokens)
+        assert [prompts[place] for place in prompt_of] == [pair.prompt for pair in pairs]
+        assert prompts[empty] == ""
+    assert encoded == {"pictures": 2 * COUNT, "prompts": 5}  # the second time nothing was encoded
+
+
+def test_a_picture_that_changes_and_a_part_of_the_pairs_are_found_by_content(tiny_base, folder, encoded):
+    pairs = read_pairs(folder)
+    before = everything(PairCache(tiny_base, pairs).latents())
+    assert encoded["pictures"] == COUNT
+    part = everything(PairCache(tiny_base, [pairs[4], pairs[1]]).latents())
+    assert torch.equal(part, before[[4, 1]])
+    assert encoded["pictures"] == COUNT
+    Image.fromarray(drawing(99)[1]).save(folder / "target/00002.png")
+    after = everything(PairCache(tiny_base, read_pairs(folder)).latents())
+    assert encoded["pictures"] == COUNT + 1
+    changed = [number for number in range(COUNT) if not torch.equal(before[number], after[number])]
+    assert changed == [2]
+
+
+def test_tar_shards_of_the_same_files_have_the_same_rows(tiny_base, folder, tmp_path, encoded):
+    pairs = read_pairs(folder)
+    before = everything(PairCache(tiny_base, pairs).latents())
+    files = []
+    for number, pair in enumerate(pairs):
+        files += [(f"{number}.png", pair.target.read_bytes()), (f"{number}.canny.png", pair.source.read_bytes())]
+        files.append((f"{number}.txt", pair.prompt.encode()))
+    write_tar(tmp_path / "shards" / "pairs.tar", files)
+    shards = read_pairs(tmp_path / "shards", "canny")
+    assert torch.equal(everything(PairCache(tiny_base, shards).latents()), before)
+    assert encoded["pictures"] == COUNT
+
+
+def test_a_picture_that_changes_under_the_run_is_not_kept_under_its_old_name(tiny_base, folder, cache):
+    pairs = read_pairs(folder)
+    kept = PairCache(tiny_base, pairs)
+    latents = kept.latents()
+    damage_rows(cache, "latents")
+    Image.fromarray(drawing(99)[1]).save(pairs[-1].target)
+    latents = PairCache(tiny_base, pairs[:-1] + read_pairs(folder)[-1:]).latents()
+    damage_rows(cache, "latents")
+    Image.fromarray(drawing(98)[1]).save(pairs[-1].target)
+    with pytest.raises(UserError, match="has changed since training began"):
+        everything(latents)
+
+
+def test_a_base_of_other_weights_or_type_has_rows_of_its_own(tiny_base, folder, base_folder, cache):
+    pairs = read_pairs(folder)
+    PairCache(tiny_base, pairs).latents()
+    other = load_base(base_folder)
+    with torch.no_grad():
+        next(other.vae.parameters()).add_(0.1)
+    latents = everything(PairCache(other, pairs).latents())
+    truths = to_tensor([pair.images(64)[1] for pair in pairs]) * 2 - 1
+    assert torch.equal(latents, other.encode_picture(truths).half())
+    PairCache(load_base(base_folder).to(dtype=torch.bfloat16), pairs).latents()
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_embeddings_of_several_parts_and_of_bfloat16_come_back(folder):
+    from tiny import build_tiny_sdxl
+
+    base = build_tiny_sdxl().to(dtype=torch.bfloat16)
+    pairs = read_pairs(folder)
+    for _ in range(2):
+        text = everything(PairCache(base, pairs).texts()[0])
+        truth = base.encode_text(sorted({"", *(pair.prompt for pair in pairs)}))
+        assert len(text.tensors()) == 3 and text.tokens.dtype == torch.bfloat16
+        for mine, theirs in zip(text.tensors(), truth.tensors(), strict=True):
+            assert torch.equal(mine.view(torch.int16), theirs.contiguous().view(torch.int16))
+
+
+def plain_loss(objective, step):
+    """The loss as it is without a cache and without flips."""
+    pairs, base = objective.pairs, objective.base
+    given, truths = zip(*(pair.images(64) for pair in pairs), strict=True)
+    z = base.encode_picture(to_tensor(truths) * 2 - 1).half()
+    hint = objective.control.encode(to_tensor(given), base).half()
+    generator = objective.torch_generator(step)
+    chosen = torch.from_numpy(objective.numpy_generator(step).integers(len(pairs), size=objective.whole))
+    dropped = torch.rand(objective.whole, generator=generator) < objective.recipe.prompt_drop
+    prompts = ["" if drop else pairs[index].prompt for index, drop in zip(chosen.tolist(), dropped, strict=True)]
+    text = base.encode_text(prompts)
+    drawn = noised(objective.scheduler, z[chosen].float(), generator, objective.whole, slice(None))
+    residuals = objective.control(drawn.x_t, drawn.t, text, hint[chosen].float())
+    return drawn.loss(base.predict(drawn.x_t, drawn.t, text, residuals))
+
+
+def moved(objective):
+    for parameter in objective.parameters():
+        parameter.data.add_(0.02)
+    return objective
+
+
+def test_a_step_draws_what_it_drew_before_there_was_a_cache(recipe):
+    objective = moved(AdaptObjective(recipe, CPU))
+    for step in (0, 7):
+        assert torch.allclose(objective.loss(step), plain_loss(objective, step), atol=1e-6)
+
+
+def test_prompts_are_dropped_at_random_in_every_step(recipe):
+    objective = AdaptObjective(dataclasses.replace(recipe, prompt_drop=0.5, batch_size=8), CPU)
+    asked = []
+    gather = objective.texts.gather
+    objective.texts.gather = lambda chosen: asked.append(chosen == objective.empty) or gather(chosen)
+    for step in range(12):
+        objective.loss(step)
+    dropped = torch.stack(asked).float()
+    assert 0.3 < dropped.mean() < 0.7 and len({tuple(row.tolist()) for row in dropped}) > 6
+
+
+def test_damaged_rows_are_made_again_in_the_middle_of_a_step_that_runs_under_autocast(recipe, cache, encoded, capsys):
+    truth = AdaptObjective(recipe, CPU)
+    for kind in ("latents", "hints", "texts"):
+        damage_rows(cache, kind)
+    encoded.update(pictures=0, prompts=0)
+    objective = AdaptObjective(recipe, CPU)
+    assert encoded == {"pictures": 0, "prompts": 0}
+    with torch.autocast("cpu", torch.bfloat16):
+        for step in range(6):
+            objective.loss(step).backward()
+    assert encoded == {"pictures": 2, "prompts": 1}
+    assert capsys.readouterr().err.count("damaged rows") == 3
+    for mine, theirs in ((objective.latents, truth.latents), (objective.encoded, truth.encoded)):
+        rebuilt = everything(mine)
+        # One picture at a time is rounded otherwise than a batch, at the last of fp16's bits.
+        assert torch.allclose(rebuilt.float(), everything(theirs).float(), atol=2e-3)
+
+
+def test_a_run_that_stores_frozen_weights_in_bf16_looks_at_every_row_before(recipe, cache, encoded):
+    truth = everything(AdaptObjective(recipe, CPU).latents)
+    for kind in ("latents", "hints", "texts"):
+        damage_rows(cache, kind)
+    encoded.update(pictures=0, prompts=0)
+    objective = AdaptObjective(dataclasses.replace(recipe, precision="bf16"), CPU)
+    assert encoded == {"pictures": 2, "prompts": 1}
+    with torch.autocast("cpu", torch.bfloat16):
+        for step in range(4):
+            objective.loss(step)
+    assert encoded == {"pictures": 2, "prompts": 1}
+    rebuilt = everything(objective.latents)
+    assert torch.allclose(rebuilt.float(), truth.float(), atol=2e-3)  # bf16 would be further away
+    assert torch.equal(everything(AdaptObjective(recipe, CPU).latents), rebuilt)
+
+
+def test_flipped_pairs_are_flipped_on_both_sides_half_of_the_time(recipe, encoded):
+    objective = AdaptObjective(dataclasses.replace(recipe, flip=True, batch_size=16), CPU)
+    assert encoded["pictures"] == 2 * 2 * len(objective.pairs)
+    flips = torch.stack([objective.flips(step) for step in range(20)])
+    assert 0.35 < flips.float().mean() < 0.65
+    assert torch.equal(objective.flips(3), objective.flips(3)) and not torch.equal(flips[3], flips[4])
+    chosen, flipped = torch.tensor([0, 1, 2, 1]), torch.tensor([True, False, True, True])
+    given, truths = zip(*(objective.pairs[index].images(64) for index in chosen.tolist()), strict=True)
+
+    def turned(images):
+        return to_tensor([image[:, ::-1] if flip else image for image, flip in zip(images, flipped, strict=True)])
+
+    latents = objective.base.encode_picture(turned(truths) * 2 - 1).half()
+    assert torch.allclose(objective.latents.gather(chosen, flipped).float(), latents.float(), atol=2e-3)
+    hints = objective.control.encode(turned(given), objective.base)
+    assert torch.allclose(objective.hints(chosen, flipped), hints, atol=2e-3)
+    settings = {**vars(recipe), "flip": True}
+    shared = {key: settings[key] for key in ("out", "pairs", "base", "flip")}
+    network = ControlNetPairsObjective(ControlNetPairsRecipe(**shared, device="cpu"), CPU)
+    with torch.no_grad():
+        expected = network.control.encode(turned(given), network.base)
+        assert torch.equal(network.hints(chosen, flipped), expected)
+    objective.loss(0)
+    network.loss(0)
+
+
+def test_flips_change_neither_what_else_a_step_draws_nor_runs_without_them(recipe):
+    without, flipping = AdaptObjective(recipe, CPU), AdaptObjective(dataclasses.replace(recipe, flip=True), CPU)
+    flipping.flips = without.flips
+    assert torch.equal(without.loss(5), flipping.loss(5))
+    # As it was before there was this setting.
+    counted = identifying(recipe)
+    assert "flip" not in counted
+    assert fingerprint(dataclasses.replace(recipe, flip=False)) == fingerprint(recipe)
+    assert identifying(dataclasses.replace(recipe, flip=True)) == {**counted, "flip": True}
+    assert fingerprint(dataclasses.replace(recipe, flip=True)) != fingerprint(recipe)
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_training(recipe, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="CONTROLKIT_CACHE"):
+        AdaptObjective(recipe, CPU)
+
+
+def test_a_whole_cache_that_cannot_be_written_is_read(recipe, cache):
+    AdaptObjective(recipe, CPU)
+    paths = [cache, *cache.rglob("*")]
+    for path in paths:
+        os.chmod(path, 0o555 if path.is_dir() else 0o444)
+    try:
+        AdaptObjective(recipe, CPU).loss(0)
+    finally:
+        for path in paths:
+            os.chmod(path, 0o755)
+
+
+@pytest.mark.slow
+def test_two_processes_that_train_together_make_rows_and_train_what_one_trains(recipe, tmp_path, cache):
+    whole = dataclasses.replace(recipe, steps=3, batch_size=4, log_every=1, flip=True, out=str(tmp_path / "whole"))
+    run(whole)
+    shutil.rmtree(cache)
+    halves = dataclasses.replace(whole, batch_size=2, out=str(tmp_path / "halves"))
+    (tmp_path / "recipe.json").write_text(json.dumps({"system": recipe.system, **dataclasses.asdict(halves)}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531"]
+    done = subprocess.run(
+        [*command, "-m", "controlkit", "train", str(tmp_path / "recipe.json")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+
+    def losses(out):
+        return [json.loads(line)["loss"] for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+    assert losses(halves.out) == pytest.approx(losses(whole.out), abs=1e-5)
