@@ -1,35 +1,36 @@
-"""What a CtrLoRA condition costs while sampling: the plan against the control at every step, and against no control.
+"""What CtrLoRA conditions cost while sampling: the plan, what the reference does, and no control at all.
 
-    python benchmarks/ctrlora_sampling.py --seeds 4 --out benchmarks/results/ctrlora_sampling.json
-    python benchmarks/ctrlora_sampling.py --base sd15 --random-weights --size 256 --steps 4 --rounds 3 --conditions 2
+    python benchmarks/ctrlora_sampling.py
+    python benchmarks/ctrlora_sampling.py --base sd15 --random-weights --size 256 --steps 2 --rounds 3
+    python benchmarks/ctrlora_sampling.py --base sd15 --random-weights --device cuda --steps 20 --rounds 5
 
-Four ways to draw the same pictures from the same seeds, in turns, so that a busy machine disturbs all alike:
+For one and two conditions, and one and four seeds, the same pictures in four ways, in turns:
 
 - base: no control at all;
-- every step: as the reference does (xyfJASON/ctrlora, cldm/cldm_ctrlora_inference.py), the condition image goes through
-  the autoencoder and the control runs at every step, for both halves of guidance and every picture;
-- plan: the control's residuals of all steps are computed before sampling, once for all pictures;
+- reference: as xyfJASON/ctrlora does (cldm/cldm_ctrlora_inference.py), every condition image goes through the
+  autoencoder, and the control runs, at every step, for both halves of guidance, for every picture and every condition;
+- plan: the residuals of all steps are computed before sampling, once for all pictures;
 - again: the plan a second time with other seeds, its residuals kept from the call before.
 
-Prints medians in seconds, ratios to the base, and the largest difference of the pictures.
+Timed is the denoising of `--steps` steps. Prompts, hints (once, in ours) and pictures (decoding) cost the same however
+many steps there are; they are timed by themselves, and the last columns count a whole picture of 20 steps from the
+parts. Outputs are latents, of about unit variance.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
-import numpy as np
+import measure
 import torch
 from torch import Tensor
 
 from controlkit import conditions
 from controlkit.bases.base import Base, Text
-from controlkit.bases.load import load_base
 from controlkit.bases.residuals import Residuals
 from controlkit.checkpoints.controls import load_control
 from controlkit.controls.base_control import BaseControl
@@ -40,6 +41,10 @@ from controlkit.images import to_tensor
 from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample
+
+SHIPPED = ("nano/palette", "nano/canny")
+WHOLE = 20
+"""Steps of a whole picture."""
 
 
 class EveryStep(CtrLoRA):
@@ -63,12 +68,12 @@ class EveryStep(CtrLoRA):
         return super().forward(x_t, t, text, super().encode(hint.expand(len(x_t), -1, -1, -1), self.base))
 
 
-def shipped(base: Base, names: Sequence[str] | None) -> tuple[list[CtrLoRA], list[Tensor], str]:
+def shipped(base: Base, names: Sequence[str]) -> tuple[list[CtrLoRA], list[Tensor], str]:
     """Adapters by name, condition images of a held-out picture, and its caption."""
     shared: dict[str, BaseControl] = {}
     drawing = evaluation_set("held-out").drawings[0]
     controls, images = [], []
-    for name in names or ["nano/palette"]:
+    for name in names:
         control = load_control(name, base, shared=shared)
         if not isinstance(control, CtrLoRA):
             raise SystemExit(f"{name} is no CtrLoRA adapter")
@@ -78,13 +83,13 @@ def shipped(base: Base, names: Sequence[str] | None) -> tuple[list[CtrLoRA], lis
     return controls, images, drawing.caption
 
 
-def made_up(base: Base, count: int, size: int) -> tuple[list[CtrLoRA], list[Tensor], str]:
-    """As many adapters of rank 128 with random weights, and random condition images."""
+def made_up(base: Base, count: int, size: int, rank: int) -> tuple[list[CtrLoRA], list[Tensor], str]:
+    """As many adapters with random weights, and random condition images."""
     generator = torch.Generator().manual_seed(0)
     shared = BaseControl.for_base(base)
     controls, images = [], []
     for number in range(count):
-        adapter = shared.add_adapter(str(number), 128, seed=number)
+        adapter = shared.add_adapter(str(number), rank, seed=number)
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.01)
@@ -93,75 +98,142 @@ def made_up(base: Base, count: int, size: int) -> tuple[list[CtrLoRA], list[Tens
     return controls, images, "a red apple on a table"
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="nano")
-    parser.add_argument("--random-weights", action="store_true", help="of a known base, and of adapters of rank 128")
-    parser.add_argument("--control", action="append", default=None, help="adapters (default: nano/palette)")
-    parser.add_argument("--conditions", type=int, default=1, help="how many, with random weights")
-    parser.add_argument("--size", type=int, default=None, help="side of the pictures in pixels")
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=None, help="also write the figures as JSON")
-    args = parser.parse_args()
+@contextmanager
+def prompts_once(base: Base) -> Iterator[None]:
+    """Every prompt is encoded once."""
+    encode = base.encode_text
+    kept = cache(lambda prompts, size: encode(prompts, size))
+    base.encode_text = lambda prompts, size=None: kept(tuple(prompts), size)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del base.encode_text
 
-    base = load_base(args.base, device=args.device, random_weights=args.random_weights)
-    size = args.size or base.size
-    controls, images, prompt = (
-        made_up(base, args.conditions, size) if args.random_weights else shipped(base, args.control)
+
+def measure_case(
+    base: Base,
+    controls: Sequence[CtrLoRA],
+    images: Sequence[Tensor],
+    prompt: str,
+    *,
+    seeds: int,
+    size: int,
+    steps: int,
+    rounds: int,
+    warm_up: int = 1,
+) -> dict[str, Any]:
+    """Seconds of the four ways, ratios, and how far their latents are apart."""
+    kept = ResidualCache(megabytes=4096)
+    hints = [control.encode(image, base) for control, image in zip(controls, images, strict=True)]
+    planned = [ActiveControl(control, hint) for control, hint in zip(controls, hints, strict=True)]
+    each = [ActiveControl(EveryStep(c, base), image) for c, image in zip(controls, images, strict=True)]
+
+    def draw(uses: Sequence[ActiveControl], number: int, cache: ResidualCache | None = None) -> Tensor:
+        wanted = range(1000 * number, 1000 * number + seeds)
+        batches = sample(
+            base, prompt=prompt, seeds=wanted, uses=uses, width=size, height=size, steps=steps, cache=cache
+        )
+        return torch.cat(list(batches)) * 2 - 1
+
+    ways = {
+        "base": lambda number: draw([], number),
+        "reference": lambda number: draw(each, number),
+        "plan": lambda number: draw(planned, number),
+        "again": lambda number: draw(planned, number, kept),
+    }
+    with prompts_once(base), measure.latents_alone(base):
+        draw(planned, rounds + warm_up, kept)
+        turns = measure.take_turns(ways, rounds, device=base.device, warm_up=warm_up)
+    latents = {way: made[-1] for way, made in turns.outputs.items()}
+    fixed = measure.take_turns(
+        {
+            "prompts": lambda _: [base.encode_text([text], (size, size)) for text in (prompt, "")],
+            "hints": lambda _: [c.encode(image, base) for c, image in zip(controls, images, strict=True)],
+            "decoding": lambda _: base.decode(latents["plan"]),
+        },
+        max(1, min(rounds, 3)),
+        device=base.device,
+        warm_up=min(warm_up, 1),
     )
-    cache = ResidualCache()
-
-    def draw(uses: Sequence[ActiveControl], first: int, kept: ResidualCache | None = None) -> np.ndarray:
-        seeds = range(first, first + args.seeds)
-        settings = {"width": size, "height": size, "steps": args.steps, "cache": kept}
-        batches = sample(base, prompt=prompt, seeds=seeds, uses=uses, **settings)
-        return torch.cat(list(batches)).cpu().numpy()
-
-    planned = [ActiveControl(c, c.encode(x, base)) for c, x in zip(controls, images, strict=True)]
-    stepwise = [EveryStep(control, base) for control in controls]
-    each = [ActiveControl(c, x) for c, x in zip(stepwise, images, strict=True)]
-    draw(planned, 0, cache)
-    ways: dict[str, Callable[[], np.ndarray]] = {
-        "base": lambda: draw([], 1000),
-        "every step": lambda: draw(each, 1000),
-        "plan": lambda: draw(planned, 1000),
-        "again": lambda: draw(planned, 1000, cache),
+    whole = {
+        "base": _whole(turns, fixed, "base", steps, ["prompts", "decoding"]),
+        "reference": _whole(turns, fixed, "reference", steps, ["prompts", "decoding"]),
+        "plan": _whole(turns, fixed, "plan", steps, ["prompts", "hints", "decoding"]),
+        "again": _whole(turns, fixed, "again", steps, ["prompts", "decoding"]),
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    pictures: dict[str, np.ndarray] = {}
-    for _ in range(args.rounds):
-        for name, run in ways.items():
-            started = time.perf_counter()
-            pictures[name] = run()
-            times[name].append(time.perf_counter() - started)
-    medians = {name: float(np.median(group)) for name, group in times.items()}
-    figures = {
-        "seconds": medians,
-        "ratio_to_base": {name: value / medians["base"] for name, value in medians.items()},
-        "largest_difference": {
-            name: float(np.abs(pictures[name] - pictures["plan"]).max()) for name in ("every step", "again")
+    return {
+        "conditions": len(controls),
+        "seeds": seeds,
+        "seconds": turns.times(),
+        "reference_to_plan": turns.ratio("reference", "plan"),
+        "reference_to_again": turns.ratio("reference", "again"),
+        "plan_to_base": turns.ratio("plan", "base"),
+        "again_to_base": turns.ratio("again", "base"),
+        "seconds_of_fixed_parts": fixed.times(),
+        f"counted_for_{WHOLE}_steps": {
+            "seconds": whole,
+            "reference_to_plan": whole["reference"] / whole["plan"],
+            "again_to_base": whole["again"] / whole["base"],
         },
-        "setting": {
-            "base": base.name,
-            "controls": len(controls),
-            "size": size,
-            "seeds": args.seeds,
-            "steps": args.steps,
-            "rounds": args.rounds,
-            "device": str(base.device),
-            "threads": torch.get_num_threads(),
-            "processor": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
+        "largest_difference_to_plan": {
+            way: measure.largest_difference(latents[way], latents["plan"]) for way in ("reference", "again")
         },
+        "largest_change_by_control": measure.largest_difference(latents["base"], latents["plan"]),
     }
-    print(json.dumps(figures, indent=2))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _whole(turns: measure.Turns, fixed: measure.Turns, way: str, steps: int, parts: Sequence[str]) -> float:
+    """Seconds of all pictures with `WHOLE` steps."""
+    return turns.median(way) / steps * WHOLE + sum(fixed.median(part) for part in parts)
+
+
+def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every case."""
+    base = measure.base_of(args)
+    args.size = args.size or base.size
+    most = max(args.conditions)
+    controls, images, prompt = (
+        made_up(base, most, args.size, args.rank) if args.random_weights else shipped(base, args.control or SHIPPED)
+    )
+    cases = []
+    for count in args.conditions:
+        for seeds in args.seeds:
+            print(f"{count} conditions, {seeds} seeds ...", flush=True)
+            settings = {"seeds": seeds, "size": args.size, "steps": args.steps, "rounds": args.rounds}
+            chosen = controls[:count], images[:count], prompt
+            cases.append(measure_case(base, *chosen, **settings, warm_up=args.warm_up))
+    return cases
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = measure.parser(__doc__, rounds=9)
+    parser.add_argument("--control", action="append", default=None, help="adapters (default: two that ship)")
+    parser.add_argument("--rank", type=int, default=128, help="of adapters with random weights")
+    parser.add_argument("--conditions", type=int, nargs="+", default=[1, 2], help="how many at once")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 4], help="pictures at once")
+    parser.add_argument("--steps", type=int, default=WHOLE)
+    args = parser.parse_args()
+    cases = measure_all(args)
+    rows = []
+    for case in cases:
+        counted = case[f"counted_for_{WHOLE}_steps"]
+        rows.append(
+            [
+                case["conditions"],
+                case["seeds"],
+                *(case["seconds"][way]["median"] for way in ("base", "reference", "plan", "again")),
+                case["reference_to_plan"],
+                case["again_to_base"],
+                counted["reference_to_plan"],
+                counted["again_to_base"],
+                max(case["largest_difference_to_plan"].values()),
+            ]
+        )
+    columns = ["conditions", "seeds", "base s", "reference s", "plan s", "again s", "reference / plan", "again / base"]
+    columns += [f"{WHOLE} steps: reference / plan", f"{WHOLE} steps: again / base", "difference"]
+    print(measure.table(columns, rows))
+    measure.finish("ctrlora_sampling", args, cases)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def recipe(tmp_path, base_folder, icons_file):
         variants=1,
         score_pictures=2,
         warmup_steps=0,
+        final_rate=1.0,
         learning_rate=0.01,
         preview_every=100,
         device="cpu",
@@ -163,27 +164,31 @@ def test_neither_or_both_sources_are_refused(recipe):
         CtrLoRABaseRecipe(**settings)
 
 
-def together(recipe, tmp_path, processes: int = 2):
+def together(recipe, tmp_path, processes: int = 2, **environment):
     """Train in several processes of this machine; returns what they said on standard error."""
     settings = {"system": "ctrlora-base", **vars(recipe)}
     (tmp_path / "recipe.json").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29517"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     made = subprocess.run(
         [*command, "-m", "controlkit", "train", str(tmp_path / "recipe.json")],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
     assert made.returncode == 0, made.stderr
     return made.stderr
 
 
-def test_two_processes_train_what_one_with_the_whole_batch_trains(recipe, tmp_path):
-    whole = dataclasses.replace(recipe, steps=4, batch_size=4, log_every=1, out=str(tmp_path / "whole"))
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP"])
+def test_two_processes_train_what_one_with_the_whole_batch_trains(recipe, tmp_path, sharded):
+    whole = dataclasses.replace(recipe, steps=4, batch_size=4, log_every=1, ema=0.9, out=str(tmp_path / "whole"))
     run(whole)
     halves = dataclasses.replace(whole, batch_size=2, out=str(tmp_path / "halves"))
-    said = together(halves, tmp_path)
+    environment = {"ACCELERATE_USE_FSDP": str(sharded).lower()}
+    if sharded:  # in two parts, so that what is split is saved and read again
+        together(dataclasses.replace(halves, steps=2), tmp_path, **environment)
+    said = together(halves, tmp_path, **environment)
     assert said.count("step 4/4") == 1
 
     def losses(out):

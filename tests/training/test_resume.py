@@ -7,13 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from toy_training import Toy, toy_recipe
 
 from controlkit.errors import UserError
+from controlkit.training.guards import LossWatch, Patience
 from controlkit.training.state import load_state
 from controlkit.training.trainer import train
 
@@ -103,11 +106,48 @@ def test_another_recipe_does_not_go_on_with_this_run(tmp_path):
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
 def test_a_damaged_state_is_refused_in_words(tmp_path, keep):
-    run(tmp_path)
+    run(tmp_path, steps=3)
     path = tmp_path / "state.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match="not a whole training state"):
         run(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_from_a_damaged_state_a_run_goes_back_to_the_one_before(tmp_path, keep, capsys):
+    whole, _ = run(tmp_path / "whole")
+    with pytest.raises(RuntimeError):
+        run(tmp_path / "torn", at={7: raises(RuntimeError("power cut"))})
+    path = tmp_path / "torn" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    continued, _ = run(tmp_path / "torn")
+    assert "of step 3" in capsys.readouterr().err
+    assert continued.steps_seen == list(range(3, STEPS))
+    assert_identical(whole.weights(), continued.weights())
+
+
+def test_a_full_disk_leaves_the_state_that_was_there(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"part of it")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RuntimeError):
+        run(tmp_path / "run", at={4: raises(RuntimeError("power cut"))})
+    with monkeypatch.context() as patch:
+        patch.setattr("controlkit.training.state.save_file", full)
+        with pytest.raises(UserError, match="No space left"):
+            run(tmp_path / "run")
+    assert load_state(tmp_path / "run" / "state.safetensors").step == 3
+    continued, _ = run(tmp_path / "run")
+    whole, _ = run(tmp_path / "whole")
+    assert continued.steps_seen == list(range(3, STEPS))
+    assert_identical(whole.weights(), continued.weights())
+
+
+def test_a_run_keeps_two_states_and_no_more(tmp_path):
+    run(tmp_path)
+    kept = {path.name: load_state(path).step for path in tmp_path.glob("*.safetensors")}
+    assert kept == {"state.safetensors": 9, "state.previous.safetensors": 6}
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_state(tmp_path):
@@ -128,6 +168,42 @@ def test_a_gradient_that_is_not_a_number_does_not_reach_the_state(tmp_path):
     assert all(value.isfinite().all() for value in state.weights.values())
 
 
+def test_the_batch_that_did_it_is_written_down(tmp_path):
+    with pytest.raises(UserError, match=r"diverged\.json"):
+        run(tmp_path, at={5: lambda loss: loss * float("nan")})
+    told = json.loads((tmp_path / "diverged.json").read_text())
+    assert told["step"] == 6
+    assert told["batch"] == ["numbers of step 5"]
+
+
+def test_an_exploding_loss_ends_the_run_with_a_state_from_before_it(tmp_path):
+    """The loss of single steps may be anything; here it rises and stays, and two states are saved meanwhile."""
+    rising = {step: lambda loss, by=1.06 ** (step - 149): loss + by for step in range(150, 400)}
+    flat = {step: lambda loss: loss * 0 + 0.2 * (1 + 3 * (torch.rand(1) > 0.9)) for step in range(150)}
+    with pytest.raises(UserError, match="the loss has exploded") as caught:
+        run(tmp_path, steps=400, at={**flat, **rising}, save_every=10, preview_every=500)
+    step = load_state(tmp_path / "state.safetensors").step
+    assert 130 <= step <= 155
+    assert f"of step {step}" in str(caught.value)
+
+
+def test_a_loss_that_only_varies_is_no_explosion():
+    rng = np.random.default_rng(0)
+    watch = LossWatch(0)
+    assert not any(watch.exploded(float(loss), step) for step, loss in enumerate(rng.exponential(0.1, 20_000)))
+
+
+def test_a_step_that_hangs_is_told_with_its_place():
+    said = []
+    patience = Patience(least=0.05, slower=1.0, say=said.append)
+    for number, seconds in enumerate((0.0, 0.3, 0.0), start=1):
+        with patience.step(number):
+            time.sleep(seconds)
+    assert len(said) == 1
+    assert "step 2 has taken" in said[0]
+    assert "test_resume.py" in said[0]
+
+
 def test_nothing_is_promised_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="no state") as caught:
         run(tmp_path, at={1: lambda loss: loss * float("inf")})
@@ -135,16 +211,17 @@ def test_nothing_is_promised_that_is_not_there(tmp_path):
     assert not (tmp_path / "state.safetensors").exists()
 
 
-def test_ctrl_c_saves_after_its_step_and_ends(tmp_path):
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_after_its_step_and_ends(tmp_path, number):
+    before = signal.getsignal(number)
 
     def ctrl_c(loss):
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         return loss
 
     with pytest.raises(UserError, match="interrupted after step 5"):
         run(tmp_path, at={4: ctrl_c})
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(number) == before
     assert load_state(tmp_path / "state.safetensors").step == 5
     whole, _ = run(tmp_path / "whole")
     continued, _ = run(tmp_path)
@@ -211,3 +288,26 @@ def test_out_of_memory_says_which_setting_to_change(tmp_path):
     assert load_state(tmp_path / "run" / "state.safetensors").step == 3
     with pytest.raises(UserError, match="too small"):
         run(tmp_path / "other", at={0: full}, batch_size=1, precision="bf16")
+
+
+def test_when_one_of_two_processes_is_killed_the_run_ends_and_can_go_on(tmp_path):
+    def together(how):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        return subprocess.run(
+            [*launch, str(Path(__file__).parent / "toy_training.py"), str(tmp_path / "run"), str(STEPS), how],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    broken = together("killed")
+    assert broken.returncode != 0
+    assert load_state(tmp_path / "run" / "state.safetensors").step == 6
+    assert "another process of this run has ended" in broken.stderr, broken.stderr
+    assert "the state of step 6 is kept" in broken.stderr
+    continued = together("whole")
+    assert continued.returncode == 0, continued.stderr
+    run(tmp_path / "whole", ema=0.9)  # both processes draw the same, so one alone has the same mean gradient
+    assert_identical(final_weights(tmp_path / "whole"), final_weights(tmp_path / "run"))
+    assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, STEPS + 1))

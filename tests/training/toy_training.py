@@ -1,13 +1,16 @@
 """An objective that trains in microseconds, and a program that trains it, to be killed by the tests.
 
-    python toy_training.py FOLDER STEPS [half|slow]
+    python toy_training.py FOLDER STEPS [half|slow|killed|whole]
 
 `slow` waits in every step from the seventh on; `half` stops half-way through writing the second state. Both say
-so on standard output and then wait to be killed.
+so on standard output and then wait to be killed. `killed` is for several processes: the second kills itself in the
+seventh step.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -45,6 +48,9 @@ class Toy(Objective):
         x = torch.randn(16, 4, generator=torch_generator(self.recipe.seed, step))
         loss = (self.network(x) - x[:, :2] * 3).pow(2).mean()
         return self.at.get(step, lambda value: value)(loss)
+
+    def seen(self, step):
+        return [f"numbers of step {step}"]
 
     def preview(self, step, folder):
         self.previews.append(step)
@@ -88,6 +94,8 @@ def main(folder: str, steps: str, how: str) -> None:
 
         state.save_file = half
     at = {7: lambda loss: wait_to_be_killed("slow") or loss} if how == "slow" else {}
+    if how == "killed" and os.environ["RANK"] == "1":
+        at = {7: lambda loss: os.kill(os.getpid(), signal.SIGKILL)}
     train(Toy(recipe, at), recipe)
 
 

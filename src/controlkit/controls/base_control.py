@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from controlkit.bases.base import Base, Text
 from controlkit.bases.residuals import Residuals
-from controlkit.controls.control import Control, Reads, Site
+from controlkit.controls.control import Control, Reads, Site, copy_misfit
 from controlkit.controls.lora import Adapted, AdaptedLinear, Adapter, LoRA, adapt_layers, check_state, rank_of
 from controlkit.files import sha256_of
 
@@ -52,6 +52,7 @@ class BaseControl(Control):
         """Path -> layer that adapters change, in the order of the network."""
         self._adapters = nn.ModuleDict()
         self._selected: tuple[str | None, ...] = (None,)
+        self._fingerprint: str | None = None
 
     @classmethod
     def for_base(cls, base: Base) -> BaseControl:
@@ -198,9 +199,19 @@ class BaseControl(Control):
 
     def fingerprint(self) -> str:
         """Hash of the network's weights (as float16), by which an adapter knows its base control."""
+        if self._fingerprint is not None:
+            return self._fingerprint
         weights = self.network.state_dict().values()
         halves = (value.detach().to("cpu", torch.float16).contiguous() for value in weights)
         return sha256_of(*(half.numpy().tobytes() for half in halves))[:16]
+
+    def store_network(self, dtype: torch.dtype) -> None:
+        """Store the frozen network in `dtype`, and leave adapters in theirs, which then run under autocast.
+
+        The fingerprint stays that of the weights as they were.
+        """
+        self._fingerprint = self.fingerprint()
+        nn.Module.to(self.network, dtype)  # diffusers' own method warns of what autocast sees to
 
     @torch.no_grad()
     def encode(self, condition_image: Tensor, base: Base, *, seed: int | None = None) -> Tensor:
@@ -290,6 +301,9 @@ class BaseControl(Control):
     def freeze(self) -> None:
         """Train nothing."""
         self.requires_grad_(False)
+
+    def misfit(self, base: Base) -> str | None:
+        return copy_misfit(self.config(), base)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]

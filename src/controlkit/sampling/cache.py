@@ -24,7 +24,7 @@ class ResidualCache:
             fp16).
     """
 
-    def __init__(self, megabytes: float = 512) -> None:
+    def __init__(self, megabytes: float = 1024) -> None:
         self.limit = int(megabytes * 2**20)
         self.bytes = 0
         self.hits = 0

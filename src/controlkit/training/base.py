@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
@@ -80,13 +81,20 @@ class BaseObjective(Objective):
         )
 
     def loss(self, step: int) -> Tensor:
-        rng = self.numpy_generator(step)
-        chosen = rng.integers(len(self.drawings), size=self.whole)
-        prompts = [self.drawings.prompt(int(index), rng, self.recipe.prompt_drop) for index in chosen]
+        chosen, prompts = self._draw(step)
         z = self.drawings.latents[torch.from_numpy(chosen[self.share])].float().to(self.device)
         text = self._text(prompts[self.share])
         drawn = noised(self.scheduler, z, self.torch_generator(step), self.whole, self.share)
         return drawn.loss(self.trained["unet"](drawn.x_t, drawn.t, encoder_hidden_states=text).sample)
+
+    def seen(self, step: int) -> list[str]:
+        return [f"drawing {index}: {prompt!r}" for index, prompt in zip(*self._draw(step), strict=True)]
+
+    def _draw(self, step: int) -> tuple[np.ndarray, list[str]]:
+        """Indices and prompts of the drawings of a step, over all processes."""
+        rng = self.numpy_generator(step)
+        chosen = rng.integers(len(self.drawings), size=self.whole)
+        return chosen, [self.drawings.prompt(int(index), rng, self.recipe.prompt_drop) for index in chosen]
 
     def preview(self, step: int, folder: Path) -> dict[str, float]:
         base = self._base()

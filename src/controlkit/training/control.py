@@ -14,6 +14,7 @@ from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.training.recipe import ControlNetRecipe, CtrLoRABaseRecipe
+from controlkit.training.savings import checkpoint_activations
 from controlkit.training.steering import SteeringObjective
 
 
@@ -24,6 +25,8 @@ class ControlNetObjective(SteeringObjective):
         super().__init__(recipe, device)
         torch.manual_seed(recipe.seed)
         self.control = ControlNet.for_base(self.base, recipe.condition).train()
+        if recipe.gradient_checkpointing:
+            checkpoint_activations(self.base, self.control)
         self.trained = nn.ModuleDict({"control": self.control})
 
     def control_for(self, condition: str) -> Control:
@@ -47,9 +50,13 @@ class CtrLoRABaseObjective(SteeringObjective):
             self.base_control.add_adapter(name, recipe.rank, shares_base=True, seed=recipe.seed + index)
         self.base_control.train_base()
         self.base_control.train()
+        if recipe.gradient_checkpointing:
+            checkpoint_activations(self.base, self.base_control)
         self.trained = nn.ModuleDict({"control": self.base_control})
 
     def control_for(self, condition: str) -> CtrLoRA:
+        # Selected for the backward pass, too, which runs the layers again under gradient checkpointing.
+        self.base_control.select(condition)
         return CtrLoRA(self.base_control, condition, condition)
 
     def save(self, folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,10 @@ class Objective(ABC):
     @abstractmethod
     def preview(self, step: int, folder: Path) -> dict[str, float]:
         """Write a strip of pictures of fixed seeds into `folder` and return named scores on held-out data."""
+
+    def seen(self, step: int) -> Sequence[str]:
+        """What the whole batch of step `step` was made of, for a person who looks for what went wrong in it."""
+        return ()
 
     @abstractmethod
     def save(self, folder: Path) -> list[Path]:

@@ -8,19 +8,22 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from controlkit.errors import UserError
 from controlkit.training.objective import Objective
 
 
 class Processes:
     """What the training loop needs to know of the other processes; with one process, everything is a no-op.
 
-    Every process takes its share of a step's batch and computes its own gradient; the gradients are averaged, so that
-    all of them hold the same weights. Only the first writes.
+    Every process takes its share of a step's batch and computes its own gradient; the gradients are averaged. With DDP
+    all hold the same weights; with FSDP (accelerate's `--use_fsdp`, or `ACCELERATE_USE_FSDP=true`) each holds a part of
+    weights, averages and optimiser, and they are whole only while a step needs them. Only the first writes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self._on_cpu = device.type == "cpu"
+        self._shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         self.index = self._accelerator.process_index if self.count > 1 else 0
 
     @staticmethod
@@ -37,7 +40,20 @@ class Processes:
         """The objective's loss as a module of `step`, whose backward pass averages gradients over all processes."""
         objective.process, objective.processes = self.index, self.count
         step = _Step(objective)
-        return self._accelerator.prepare(step) if self.count > 1 else step
+        if self.count == 1:
+            return step
+        return self._sharded(step) if self._shards else self._accelerator.prepare(step)
+
+    def _sharded(self, step: _Step) -> nn.Module:
+        """FSDP: weights, gradients and the optimiser's state split over processes; weights whole during a step."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        device = self._accelerator.device
+        step.to(device)
+        mesh = init_device_mesh(device.type, (self.count,))
+        fully_shard(step, mesh=mesh, reshard_after_forward=False)  # changes it in place
+        return step
 
     def mean(self, value: Tensor) -> float:
         """The mean of a number over all processes."""
@@ -53,6 +69,14 @@ class Processes:
         wished = torch.tensor(float(wish), device=self._accelerator.device)
         return self._accelerator.reduce(wished, reduction="sum").item() > 0
 
+    def lost_another(self, error: RuntimeError) -> bool:
+        """Whether an error means that another process is gone, or has not answered for too long."""
+        if self.count == 1:
+            return False
+        # gloo raises a plain RuntimeError, whose words are all that tells it from others.
+        words = str(error).lower()
+        return isinstance(error, torch.distributed.DistError) or "gloo" in words or "by peer" in words
+
     def wait(self) -> None:
         """Go on when all processes have come here."""
         if self.count > 1:
@@ -61,10 +85,19 @@ class Processes:
     @cached_property
     def _accelerator(self):  # type: ignore[no-untyped-def]  # noqa: ANN202
         from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.utils import DistributedType
 
         # A step of base training uses the LoRA of one condition; those of the others get no gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        return Accelerator(cpu=self._on_cpu, kwargs_handlers=[unused])
+        accelerator = Accelerator(cpu=self._on_cpu, kwargs_handlers=[unused])
+        kind = accelerator.distributed_type
+        if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise UserError(
+                f"accelerate is configured for {kind.value}; controlkit trains in several processes with DDP, or with"
+                " FSDP, which saves the same memory: run `accelerate config` again, or give `accelerate launch"
+                " --multi_gpu` or `--use_fsdp`"
+            )
+        return accelerator
 
 
 class _Step(nn.Module):

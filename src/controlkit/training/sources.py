@@ -56,6 +56,10 @@ class Source(ABC):
         """The `share` of `count` of them for one condition; the same `rng` gives the same."""
 
     @abstractmethod
+    def names(self, condition: str, rng: np.random.Generator, count: int) -> list[str]:
+        """What `batch` makes its `count` samples of with the same `rng`, for a person to find it."""
+
+    @abstractmethod
     def held_out(self, condition: str) -> Held:
         """Always the same few, never trained on."""
 
@@ -89,6 +93,10 @@ class IconSource(Source):
         images = [kind(self.drawings.draw(index).image, **values) for index, values in mine]
         latents = self.drawings.latents[torch.tensor(chosen[share])].float().to(self.base.device)
         return Batch(latents=latents, images=to_tensor(images).to(self.base.device), prompts=prompts[share])
+
+    def names(self, condition: str, rng: np.random.Generator, count: int) -> list[str]:
+        chosen = rng.integers(len(self.drawings), size=count)
+        return [f"drawing {index}: {self.drawings.draw(int(index)).caption}" for index in chosen]
 
     def held_out(self, condition: str) -> Held:
         kind = conditions.find(condition)
@@ -128,6 +136,11 @@ class MultiGenSource(Source):
             images=to_tensor([given for given, _, _ in read]).to(self.base.device),
             prompts=["" if drop else prompt for (_, _, prompt), drop in zip(read, dropped, strict=True)],
         )
+
+    def names(self, condition: str, rng: np.random.Generator, count: int) -> list[str]:
+        lines = self.tasks[condition]
+        chosen = rng.integers(self.kept, len(lines), size=count)
+        return [f"{lines.path}, line {index + 1}: {lines.entry(int(index))[1]}" for index in chosen]
 
     def held_out(self, condition: str) -> Held:
         read = [self._read(condition, index, None) for index in range(self.kept)]

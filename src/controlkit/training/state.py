@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from torch import Tensor, nn
 
 from controlkit.errors import UserError
 from controlkit.files import write_atomically
+from controlkit.training.sharding import copy_whole, split_like, whole
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class RunState:
 
 
 def save_state(
-    path: Path,
+    path: Path | None,
     *,
     step: int,
     module: nn.Module,
@@ -36,24 +41,91 @@ def save_state(
     average: list[Tensor] | None,
     fingerprint: str,
 ) -> None:
-    """Write the state atomically: a run killed during the write leaves the one before."""
-    tensors = {
-        f"weights/{name}": parameter.detach().contiguous()
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
+    """Write the state atomically: a run killed during the write leaves the one before.
+
+    Every process calls it, since each may hold a part of the weights; one has a path.
+    """
+    parts: dict[str, Tensor] = {
+        f"weights/{name}": value for name, value in module.named_parameters() if value.requires_grad
     }
     state = optimizer.state_dict()
+    numbers: dict[str, float] = {}
     for index, entries in state["state"].items():
-        for key, value in entries.items():
-            tensors[f"optimizer/{index}/{key}"] = value.detach().contiguous()
-    for index, value in enumerate(average or []):
-        tensors[f"average/{index:05d}"] = value.detach().contiguous()
+        for key, value in _entries(entries):
+            if isinstance(value, Tensor):
+                parts[f"optimizer/{index}/{key}"] = value
+            else:
+                numbers[f"{index}/{key}"] = value
+    parts |= {f"average/{index:05d}": value for index, value in enumerate(average or [])}
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in parts.items():
+        tensor = whole(value.detach())
+        if path is not None:
+            # The table of an 8-bit optimiser is one tensor for all parameters; the file wants one of each.
+            tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+            seen.add(tensor.data_ptr())
+    if path is None:
+        return
     metadata = {
         "step": str(step),
         "fingerprint": fingerprint,
         "groups": json.dumps(state["param_groups"]),
+        **({"numbers": json.dumps(numbers)} if numbers else {}),
     }
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _entries(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What an optimiser keeps of one parameter; bitsandbytes wraps a part of it once more, and reads both."""
+    for key, value in state.items():
+        if isinstance(value, dict):
+            yield from _entries(value)
+        else:
+            yield key, value
+
+
+def previous_state(path: Path) -> Path:
+    """Where the state before the one at `path` is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def keep_previous(path: Path) -> None:
+    """Call before `save_state`: what is at `path` stays as the previous state, under both names until then."""
+    if not path.exists():
+        return
+    aside = path.with_name(f".{path.name}.previous{path.suffix}")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(path, aside)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, aside)
+    os.replace(aside, previous_state(path))
+
+
+def load_latest(path: Path) -> RunState | None:
+    """The state at `path`; the previous one, said on standard error, if that is damaged; None if there is none.
+
+    Raises:
+        UserError: the state is damaged and there is no whole one before it.
+    """
+    if not path.exists():
+        return None
+    try:
+        return load_state(path)
+    except UserError as error:
+        try:
+            state = load_state(previous_state(path))
+        except UserError:
+            raise error from None
+        print(f"{error}\nGoing on from the state before it, of step {state.step}", file=sys.stderr, flush=True)
+        return state
+
+
+def step_of(path: Path) -> int:
+    """Steps that were done when the state at `path` was saved."""
+    with safe_open(path, framework="pt") as file:
+        return int((file.metadata() or {})["step"])
 
 
 def load_state(path: Path) -> RunState:
@@ -63,7 +135,7 @@ def load_state(path: Path) -> RunState:
         UserError: the file is damaged or not a state.
     """
     weights: dict[str, Tensor] = {}
-    entries: dict[int, dict[str, Tensor]] = {}
+    entries: dict[int, dict[str, Any]] = {}
     average: list[Tensor] = []
     try:
         with safe_open(path, framework="pt") as file:
@@ -77,6 +149,9 @@ def load_state(path: Path) -> RunState:
                 else:
                     index, _, key = rest.partition("/")
                     entries.setdefault(int(index), {})[key] = file.get_tensor(name)
+        for name, value in json.loads(metadata.get("numbers", "{}")).items():
+            index, _, key = name.partition("/")
+            entries.setdefault(int(index), {})[key] = value
         return RunState(
             step=int(metadata["step"]),
             weights=weights,
@@ -106,5 +181,14 @@ def restore(state: RunState, path: Path, module: nn.Module, optimizer: torch.opt
         )
     with torch.no_grad():
         for name, value in parameters.items():
-            value.copy_(state.weights[name])
-    optimizer.load_state_dict(state.optimizer)
+            copy_whole(value, state.weights[name])
+    # In the order of the optimiser's parameters, by which its state is numbered.
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = {
+        index: {
+            key: split_like(value, trained[index]) if getattr(value, "ndim", 0) else value
+            for key, value in of_one.items()
+        }
+        for index, of_one in state.optimizer["state"].items()
+    }
+    optimizer.load_state_dict({**state.optimizer, "state": entries})

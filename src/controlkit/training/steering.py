@@ -70,6 +70,11 @@ class SteeringObjective(Objective):
         residuals = control(drawn.x_t, drawn.t, text, control.encode(batch.images, self.base))
         return drawn.loss(self.base.predict(drawn.x_t, drawn.t, text, residuals))
 
+    def seen(self, step: int) -> list[str]:
+        condition = self.condition_at(step)
+        names = self.source.names(condition, self.numpy_generator(step), self.whole)
+        return [f"{condition}: {name}" for name in names]
+
     @torch.no_grad()
     def preview(self, step: int, folder: Path) -> dict[str, float]:
         self.trained.eval()

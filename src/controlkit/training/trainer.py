@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -16,11 +17,14 @@ from filelock import FileLock, Timeout
 
 from controlkit.errors import UserError
 from controlkit.files import remove_leftovers, sha256_of, writable_folder, write_json
+from controlkit.training.guards import LossWatch, Patience
 from controlkit.training.log import RunLog, SilentLog, spent
 from controlkit.training.objective import Objective
+from controlkit.training.optimizers import build_optimizer
 from controlkit.training.processes import Processes
-from controlkit.training.recipe import Recipe
-from controlkit.training.state import load_state, restore, save_state
+from controlkit.training.recipe import Recipe, identifying
+from controlkit.training.sharding import copy_whole, gathered, whole
+from controlkit.training.state import keep_previous, load_latest, previous_state, restore, save_state, step_of
 
 # What may differ between a run and its continuation.
 _MAY_CHANGE = {
@@ -29,6 +33,7 @@ _MAY_CHANGE = {
     "learning_rate",
     "final_rate",
     "device",
+    "gradient_checkpointing",
     "log_every",
     "save_every",
     "preview_every",
@@ -53,11 +58,12 @@ def train(objective: Objective, recipe: Recipe) -> Trained:
     """Train `objective` by `recipe`; a run that was interrupted, or has fewer steps, goes on where it was.
 
     Every step draws its data and noise from (seed, step), so an interrupted run ends with the weights of one that
-    was not. Ctrl-C saves the state and ends. Under `accelerate launch` or `torchrun`, every process draws a batch of
-    its own and the gradients are averaged.
+    was not. Ctrl-C and SIGTERM save the state and end. Under `accelerate launch` or `torchrun`, every process draws a
+    batch of its own and the gradients are averaged (`processes.py`).
 
     Raises:
-        UserError: the folder holds a run of another recipe, or the loss is not finite (the last good state stays).
+        UserError: the folder holds a run of another recipe, or the loss is not finite or explodes (the last good state
+            stays).
     """
     with _alone(writable_folder(recipe.out), Processes.is_first()):
         return _Loop(objective, recipe).run()
@@ -69,44 +75,48 @@ class _Loop:
         self.recipe = recipe
         self.folder = writable_folder(recipe.out)
         self.path = self.folder / "state.safetensors"
+        self.processes = Processes(objective.parameters()[0].device)
+        self.loss_of = self.processes.wrap(objective)
         self.parameters = objective.parameters()
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=recipe.learning_rate,
-            betas=(0.9, recipe.beta2),
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
+        self.optimizer = build_optimizer(self.parameters, recipe)
         self.average: EMAModel | None = None
         if recipe.ema:
             self.average = EMAModel(self.parameters, decay=recipe.ema, use_ema_warmup=True, power=0.75)
-        self.processes = Processes(self.parameters[0].device)
-        self.loss_of = self.processes.wrap(objective)
         if self.processes.first:
             remove_leftovers(self.path)
         self.first = _resume(self.path, recipe, objective, self.optimizer, self.average)
         if self.processes.first:
             write_json(self.folder / "recipe.json", {"system": recipe.system, **dataclasses.asdict(recipe)})
         self.log = RunLog(self.folder, self.first, recipe.steps) if self.processes.first else SilentLog()
+        self.watch = LossWatch(self.first)
         self.scores: dict[str, float] = {}
 
     def run(self) -> Trained:
         try:
+            patience = Patience()
             with _interruptible() as interrupted:
                 for step in range(self.first, self.recipe.steps):
-                    loss = self._step(step)
+                    with patience.step(step + 1):
+                        loss = self._step(step)
                     stop = self.processes.any(interrupted())
-                    if self.processes.first:
-                        self._report(step + 1, loss, stop)
+                    self._report(step + 1, loss, stop)
                     if stop:
                         raise UserError(f"interrupted after step {step + 1}; run the same command again to go on")
+        except RuntimeError as error:
+            if not self.processes.lost_another(error):
+                raise
+            kept = f"the state of step {step_of(self.path)} is kept" if self.path.exists() else "no state was saved yet"
+            raise UserError(
+                f"another process of this run has ended, so this one ends too; {kept}, and the same command goes on"
+                f" from it. Why it ended is in what it said, or in the system's log if it was killed ({error})"
+            ) from error
         finally:
             self.log.close()
         files: list[Path] = []
-        if self.processes.first:
-            if self.first >= self.recipe.steps:
-                self._preview(self.recipe.steps)
-            with averaged(self.average, self.parameters):
+        if self.first >= self.recipe.steps:
+            self._preview(self.recipe.steps)
+        with averaged(self.average, self.parameters), gathered(self.objective.trained):
+            if self.processes.first:
                 files = self.objective.save(self.folder)
         self.processes.wait()
         previews = sorted((self.folder / "previews").glob("*.png"))
@@ -127,10 +137,14 @@ class _Loop:
             raise _out_of_memory(self.recipe, step + 1, self.path) from error
         value = self.processes.mean(loss)
         if not math.isfinite(value):
-            raise _diverged(f"the loss is {value}", step + 1, self.path)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip).item()
+            raise self._diverged(f"the loss is {value}", step, value)
+        if self.watch.exploded(value, step):
+            self._back_to_calm()
+            means = f"{self.watch.mean:.3g} on average, {self.watch.lowest:.3g} at its best"
+            raise self._diverged(f"the loss has exploded ({means})", step, value)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)).item()
         if not math.isfinite(norm):
-            raise _diverged(f"the gradient's norm is {norm}", step + 1, self.path)
+            raise self._diverged(f"the gradient's norm is {norm}", step, value)
         self.optimizer.step()
         if self.average is not None:
             self.average.step(self.parameters)
@@ -145,7 +159,7 @@ class _Loop:
         return loss.detach()
 
     def _report(self, done: int, loss: float, stop: bool) -> None:
-        """Preview, log and save where it is time to."""
+        """Preview, log and save where it is time to; all processes come here, the first writes."""
         recipe, last = self.recipe, done == self.recipe.steps
         self.log.estimate(done)
         previewed = done % recipe.preview_every == 0 or last
@@ -159,13 +173,39 @@ class _Loop:
             self._save(done)
 
     def _preview(self, step: int) -> None:
-        with averaged(self.average, self.parameters):
-            self.scores = self.objective.preview(step, writable_folder(self.folder / "previews"))
+        with averaged(self.average, self.parameters), gathered(self.objective.trained):
+            if self.processes.first:
+                self.scores = self.objective.preview(step, writable_folder(self.folder / "previews"))
+
+    def _diverged(self, what: str, step: int, loss: float) -> UserError:
+        """What to say, once the batch that did it is written down."""
+        told = ""
+        if self.processes.first:
+            path = self.folder / "diverged.json"
+            rate = learning_rate_at(self.recipe, step)
+            seen = list(self.objective.seen(step))
+            write_json(path, {"step": step + 1, "loss": repr(loss), "learning_rate": rate, "batch": seen})
+            told = f" What the step was trained on is listed in {path}." if seen else ""
+        kept = "no state had been saved yet"
+        if self.path.exists():
+            kept = f"the last good state, of step {step_of(self.path)}, is kept in {self.path}"
+        advice = "Lower learning_rate, or look at the data of this step"
+        return UserError(f"{what} at step {step + 1}; {kept}.{told} {advice}")
+
+    def _back_to_calm(self) -> None:
+        """Drop a state that was saved when the loss had already risen, if there is one from before."""
+        previous = previous_state(self.path)
+        if not self.processes.first or not (self.path.exists() and previous.exists()):
+            return
+        if step_of(self.path) > self.watch.calm:
+            previous.replace(self.path)
 
     def _save(self, step: int) -> None:
+        if self.processes.first:
+            keep_previous(self.path)
         average = self.average
         save_state(
-            self.path,
+            self.path if self.processes.first else None,
             step=step,
             module=self.objective.trained,
             optimizer=self.optimizer,
@@ -186,7 +226,7 @@ def fingerprint(recipe: Recipe) -> str:
 
     Settings that are None do not count, so that runs go on when a later version has new optional ones.
     """
-    settings = dataclasses.asdict(recipe).items()
+    settings = identifying(recipe).items()
     fixed = {key: value for key, value in settings if key not in _MAY_CHANGE and value is not None}
     return sha256_of(recipe.system, repr(sorted(fixed.items())))
 
@@ -212,9 +252,9 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     average: EMAModel | None,
 ) -> int:
-    if not path.exists():
+    state = load_latest(path)
+    if state is None:
         return 0
-    state = load_state(path)
     if state.fingerprint != fingerprint(recipe):
         raise UserError(
             f"{path.parent} holds a run of another recipe (its settings are in {path.parent / 'recipe.json'});"
@@ -224,7 +264,7 @@ def _resume(
     if average is not None and state.average:
         *shadow, count = state.average
         for mine, theirs in zip(average.shadow_params, shadow, strict=True):
-            mine.copy_(theirs)
+            copy_whole(mine, theirs)
         average.optimization_step = int(count)
     return state.step
 
@@ -252,6 +292,8 @@ def _alone(folder: Path, first: bool) -> Iterator[None]:
 
 def _out_of_memory(recipe: Recipe, step: int, path: Path) -> UserError:
     hints = ["precision=bf16"] if recipe.precision == "fp32" else []
+    if not getattr(recipe, "gradient_checkpointing", True):
+        hints.append("gradient_checkpointing=true")
     if recipe.batch_size > 1:
         hints.insert(0, f"batch_size={recipe.batch_size // 2}")
     advice = f"try {' or '.join(f'--set {hint}' for hint in hints)}" if hints else "this device is too small for it"
@@ -259,28 +301,27 @@ def _out_of_memory(recipe: Recipe, step: int, path: Path) -> UserError:
     return UserError(f"out of memory at step {step}{kept}; {advice}")
 
 
-def _diverged(what: str, step: int, path: Path) -> UserError:
-    kept = f"the last good state is kept in {path}" if path.exists() else "no state had been saved yet"
-    return UserError(f"{what} at step {step}; {kept}. Lower learning_rate, or look at the data of this step")
-
-
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a wish that the loop sees after its step; the second ends at once."""
+    """Turn the first Ctrl-C, or the SIGTERM of a scheduler, into a wish that the loop sees after its step; a second
+    Ctrl-C ends at once."""
     wished = False
 
-    def wish(_signal: int, _frame: FrameType | None) -> None:
+    def wish(number: int, _frame: FrameType | None) -> None:
         nonlocal wished
-        if wished:
+        if wished and number == signal.SIGINT:
             raise KeyboardInterrupt
         wished = True
 
+    before: dict[int, Any] = {}
     try:
-        before = signal.signal(signal.SIGINT, wish)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, wish)
     except ValueError:  # not the main thread: whoever started us handles signals
         yield lambda: False
         return
     try:
         yield lambda: wished
     finally:
-        signal.signal(signal.SIGINT, before)
+        for changed, handler in before.items():
+            signal.signal(changed, handler)

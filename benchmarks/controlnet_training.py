@@ -1,0 +1,146 @@
+"""A step of training a ControlNet: ours against what diffusers' example script does at each step.
+
+    python benchmarks/controlnet_training.py
+    python benchmarks/controlnet_training.py --base sd15 --random-weights --size 256 --batch 1 --rounds 3
+    python benchmarks/controlnet_training.py --base sd15 --random-weights --device cuda --batch 4
+
+The script (huggingface/diffusers, examples/controlnet/train_controlnet.py) encodes pictures and prompts at each step,
+runs ControlNet and UNet, whose weights are frozen, takes the mean squared error, clips the gradient's norm, and steps
+AdamW. Ours does the same from latents and embeddings that were computed once, with a fused optimiser. Both start from
+the same weights and draw the same noise and times; the script's latents are here the mode of the posterior, not a
+sample of it, so that the losses can be compared, which they are, at every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import measure
+import torch
+from adapter_training import report
+from torch import Tensor, nn
+
+from controlkit.bases.base import Base, Text, token_ids
+from controlkit.controls.controlnet import ControlNet
+from controlkit.training.diffusion import noised
+from controlkit.training.objective import torch_generator
+
+RATE = 1e-5
+CLIP = 1.0
+
+
+class Ours:
+    """A step as `training/pairs.py` and the training loop take it."""
+
+    def __init__(self, base: Base, *, bf16: bool = False) -> None:
+        self.base = base
+        self.bf16 = bf16
+        self.control = fresh(base)
+        self.scheduler = base.schedule()
+        self.parameters = self.control.trainable_parameters()
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, fused=True)
+
+    def step(self, number: int, z: Tensor, images: Tensor, text: Text) -> float:
+        """One optimiser step from latents, condition images and embeddings; returns its loss."""
+        drawn = noised(self.scheduler, z, torch_generator(0, number), len(z), slice(None))
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
+            residuals = self.control(drawn.x_t, drawn.t, text, self.control.encode(images, self.base))
+            loss = drawn.loss(self.base.predict(drawn.x_t, drawn.t, text, residuals))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
+        self.optimizer.step()
+        return float(loss.detach())
+
+
+class Script:
+    """A step as diffusers' example script takes it, with diffusers' networks alone."""
+
+    def __init__(self, base: Base, *, bf16: bool = False) -> None:
+        self.base = base
+        self.bf16 = bf16
+        self.network = fresh(base).to_diffusers().train().requires_grad_(True)
+        self.scheduler = base.schedule()
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=RATE)
+
+    def step(self, number: int, pictures: Tensor, images: Tensor, ids: Tensor) -> float:
+        """One optimiser step from pictures in [-1, 1], condition images and token ids; returns its loss."""
+        vae, unet = self.base.vae, self.base.unet
+        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.bf16):
+            z = vae.encode(pictures).latent_dist.mode().float() * vae.config.scaling_factor
+            embedded = self.base.text_encoder(ids)[0]
+            drawn = noised(self.scheduler, z, torch_generator(0, number), len(z), slice(None))
+            down, mid = self.network(
+                drawn.x_t, drawn.t, encoder_hidden_states=embedded, controlnet_cond=images, return_dict=False
+            )
+            predicted = unet(
+                drawn.x_t,
+                drawn.t,
+                encoder_hidden_states=embedded,
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=mid,
+            ).sample
+            loss = nn.functional.mse_loss(predicted.float(), drawn.target.float())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+
+def fresh(base: Base) -> ControlNet:
+    """A new ControlNet, the same every time; its last zero convolutions are a little above zero, so that all of it
+    trains from the first step on."""
+    torch.manual_seed(0)
+    control = ControlNet.for_base(base).train().requires_grad_(True)
+    with torch.no_grad():
+        for module in (*control.network.controlnet_down_blocks, control.network.controlnet_mid_block):
+            for parameter in module.parameters():
+                parameter.copy_(torch.randn(parameter.shape) * 0.01)
+    return control
+
+
+def measure_steps(
+    base: Base, *, size: int, batch: int, rounds: int, warm_up: int, bf16: bool = False
+) -> dict[str, Any]:
+    """Seconds a step of both, their ratio, and how far their losses are apart."""
+    generator = torch.Generator().manual_seed(1)
+    pictures = torch.rand(batch, 3, size, size, generator=generator).to(base.device) * 2 - 1
+    images = torch.rand(batch, 3, size, size, generator=generator).to(base.device)
+    prompts = [f"thing {number}" for number in range(batch)]
+    ids = token_ids(base.tokenizer, prompts).to(base.device)
+    z, text = base.encode_picture(pictures), base.encode_text(prompts, (size, size))
+    mine, script = Ours(base, bf16=bf16), Script(base, bf16=bf16)
+    ways = {
+        "ours": lambda number: mine.step(number, z, images, text),
+        "reference": lambda number: script.step(number, pictures, images, ids),
+    }
+    turns = measure.take_turns(ways, rounds, device=base.device, warm_up=warm_up)
+    return {
+        "seconds_a_step": turns.times(),
+        "steps_a_second": {way: 1 / turns.median(way) for way in ways},
+        "reference_to_ours": turns.ratio("reference", "ours"),
+        "losses": turns.outputs,
+        "largest_difference_of_losses": measure.loss_difference(turns.outputs["ours"], turns.outputs["reference"]),
+    }
+
+
+def measure_all(args: argparse.Namespace) -> dict[str, Any]:
+    """The case that the arguments describe; weights are float32, bf16 is autocast over them, in both."""
+    base, bf16 = measure.base_in_float32(args)
+    args.size = args.size or base.size
+    settings = {"size": args.size, "batch": args.batch, "rounds": args.rounds, "warm_up": args.warm_up}
+    return measure_steps(base, **settings, bf16=bf16)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = measure.parser(__doc__, rounds=10)
+    parser.add_argument("--batch", type=int, default=16)
+    args = parser.parse_args()
+    report("controlnet_training", args, measure_all(args), "diffusers' script")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""What the benchmarks share: ways take turns, medians with their spread, outputs compared, one JSON file a run.
+
+A machine is never quite quiet, so the ways of one case are run in turns, in an order that changes from round to round,
+and a ratio is the median of the ratios of the rounds: what slows one round slows both sides of its ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from controlkit._version import __version__
+from controlkit.bases.base import Base
+from controlkit.bases.load import load_base
+from controlkit.files import write_json
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
+
+
+@dataclass
+class Turns:
+    """What came of ways that took turns."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    """Way -> seconds of each round."""
+    outputs: dict[str, list[Any]] = field(default_factory=dict)
+    """Way -> what it returned in each round, those of the warm-up first."""
+
+    def median(self, way: str) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds[way])
+
+    def times(self) -> dict[str, dict[str, float]]:
+        """Way -> median, lowest and highest seconds."""
+        return {way: spread(values) for way, values in self.seconds.items()}
+
+    def ratio(self, way: str, to: str) -> dict[str, float]:
+        """Seconds of `way` as multiples of those of `to`: median, lowest and highest of the rounds."""
+        return spread([a / b for a, b in zip(self.seconds[way], self.seconds[to], strict=True)])
+
+
+def take_turns(
+    ways: Mapping[str, Callable[[int], Any]], rounds: int, *, device: torch.device | str = "cpu", warm_up: int = 1
+) -> Turns:
+    """Run every way in each of `rounds` rounds, with the number of the round; those of the warm-up are not timed.
+
+    Args:
+        ways: name -> what is timed; work on an accelerator counts until it is done.
+    """
+    made = Turns({way: [] for way in ways}, {way: [] for way in ways})
+    names = list(ways)
+    gc.collect()
+    for number in range(warm_up + rounds):
+        shift = number % len(names)
+        for way in names[shift:] + names[:shift]:
+            synchronise(device)
+            started = time.perf_counter()
+            output = ways[way](number)
+            synchronise(device)
+            if number >= warm_up:
+                made.seconds[way].append(time.perf_counter() - started)
+            made.outputs[way].append(output)
+    return made
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def synchronise(device: torch.device | str) -> None:
+    """Wait for what was asked of an accelerator."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference of two tensors."""
+    return (a.detach().float() - b.detach().float()).abs().max().item()
+
+
+def loss_difference(a: Sequence[float], b: Sequence[float]) -> float:
+    """Largest difference of two curves."""
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Processor, cores, threads, accelerator and versions."""
+    facts: dict[str, Any] = {
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "controlkit": __version__,
+    }
+    if torch.device(device).type == "cuda":
+        facts["accelerator"] = torch.cuda.get_device_name(device)
+    for name in _PACKAGES:
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = None
+    return facts
+
+
+def processor() -> str:
+    """Its model, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def parser(description: str | None, *, rounds: int, dtype: bool = True) -> argparse.ArgumentParser:
+    """The arguments that every benchmark of a base has."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--base", default="nano", help="nano, a folder, or with --random-weights sd15, sd21, sdxl")
+    made.add_argument("--random-weights", action="store_true", help="of a known base, which costs the same")
+    made.add_argument("--size", type=int, default=None, help="side of the pictures in pixels (default: the base's)")
+    made.add_argument("--device", default="cpu")
+    if dtype:
+        made.add_argument("--dtype", choices=DTYPES, default=None, help="default: bf16 on CUDA, else fp32")
+    made.add_argument("--rounds", type=int, default=rounds, help="how often each way is timed")
+    made.add_argument("--warm-up", type=int, default=1, help="rounds before them that are not timed")
+    made.add_argument("--out", type=Path, default=None, help="the JSON file (default: in benchmarks/results)")
+    return made
+
+
+def base_of(args: argparse.Namespace) -> Base:
+    """The base that the arguments ask for, in the dtype that they ask for."""
+    args.dtype = args.dtype or ("bf16" if torch.device(args.device).type == "cuda" else "fp32")
+    return load_base(args.base, device=args.device, dtype=DTYPES[args.dtype], random_weights=args.random_weights)
+
+
+def base_in_float32(args: argparse.Namespace) -> tuple[Base, bool]:
+    """The base with float32 weights, for training, and whether the arithmetic is bf16."""
+    given = args.dtype or ("bf16" if torch.device(args.device).type == "cuda" else "fp32")
+    args.dtype = "fp32"
+    base = base_of(args)
+    args.dtype = given
+    return base, given == "bf16"
+
+
+@contextmanager
+def latents_alone(base: Base) -> Iterator[None]:
+    """What `base` draws stays a latent; the sampler's change of range, y = (z + 1) / 2, applies to it."""
+    base.decode = lambda z: z  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del base.decode
+
+
+def finish(name: str, args: argparse.Namespace, cases: Sequence[Mapping[str, Any]], **more: Any) -> Path:
+    """Write the cases with setting and machine as JSON; returns where.
+
+    Args:
+        name: of the benchmark, which its file starts with.
+        more: other parts of the file.
+    """
+    device = getattr(args, "device", "cpu")
+    setting = {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "out"
+    }
+    base = Path(str(getattr(args, "base", "nano"))).name
+    parts = [name, base, getattr(args, "size", None), torch.device(device).type]
+    path = args.out or RESULTS / ("-".join(str(part) for part in parts if part) + ".json")
+    write_json(path, {"benchmark": name, "setting": setting, "machine": machine(device), "cases": cases, **more})
+    print(f"\nwritten to {path}")
+    return path
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table that also reads well as it is."""
+    texts = [[cell(value) for value in row] for row in rows]
+    widths = [max(len(row[place]) for row in [list(columns), *texts]) for place in range(len(columns))]
+
+    def line(row: Sequence[str]) -> str:
+        return "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
+
+    ruler = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([line(columns), ruler, *map(line, texts)])
+
+
+def cell(value: Any) -> str:
+    """A value of a table; a median comes with its spread."""
+    if isinstance(value, Mapping):
+        return f"{value['median']:.3g} ({value['lowest']:.3g} to {value['highest']:.3g})"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

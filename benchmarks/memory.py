@@ -1,0 +1,345 @@
+"""Peak memory of a training step, and what each switch saves of it.
+
+    python benchmarks/memory.py --device cuda          # measured: torch.cuda.max_memory_allocated
+    python benchmarks/memory.py                        # counted, without running a step: minutes, under 2 GB
+    python benchmarks/memory.py --base sd15 --size 512 --batch 1 --only "ours, bf16" "all switches"
+
+One step each of: training a CtrLoRA adapter as the reference does (gradients for the base control and the UNet's
+decoder, autoencoder and text encoder in memory, float32), ours with one switch after another, and a whole ControlNet
+with and without all switches, for comparison. Weights are random and always of full size.
+
+*Counted* is not measured. Tensors without data (torch's FakeTensorMode) go through the same code, and every storage
+that is alive counts with its size; the peak is that of a second step, when the optimiser's state is there. Norms
+compute in float32 as autocast has it on CUDA. The allocator's fragments, the CUDA context (some hundred MB) and
+workspaces of libraries are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import measure
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from controlkit.bases.base import Base, Text
+from controlkit.bases.load import load_base
+from controlkit.controls.base_control import BaseControl
+from controlkit.controls.control import Control
+from controlkit.controls.controlnet import ControlNet
+from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.training.savings import checkpoint_activations
+
+MEBI = 2**20
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is taken."""
+
+    name: str
+    control: str = "adapter"
+    """`adapter` or `controlnet`."""
+    wasteful: bool = False
+    """Gradients for weights that do not train, as in the reference."""
+    bf16: bool = False
+    """Arithmetic in bf16 (autocast)."""
+    encoders_aside: bool = False
+    """Autoencoder and text encoder are not on the device."""
+    frozen_bf16: bool = False
+    """Frozen weights stored in bf16."""
+    checkpointing: bool = False
+    eight_bit: bool = False
+    """AdamW with moments of 8 bits."""
+
+
+REFERENCE = Way("as the reference does", wasteful=True)
+PLAIN = Way("ours, bf16", bf16=True, encoders_aside=True, frozen_bf16=True)
+ALL = replace(PLAIN, name="all switches", checkpointing=True, eight_bit=True)
+WAYS = (
+    REFERENCE,
+    Way("without gradients that no one uses"),
+    Way("+ text encoder and autoencoder aside", encoders_aside=True),
+    Way("+ bf16 arithmetic", encoders_aside=True, bf16=True),
+    replace(PLAIN, name="+ frozen weights in bf16"),
+    replace(ALL, name="+ gradient checkpointing", eight_bit=False),
+    replace(ALL, name="+ 8-bit optimiser"),
+    Way("ControlNet, float32, nothing saved", control="controlnet"),
+    replace(PLAIN, name="ControlNet, bf16", control="controlnet"),
+    replace(ALL, name="ControlNet, all switches", control="controlnet"),
+)
+"""Each of the adapter's has what the one above it has, and one thing more."""
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of every storage that is alive, from the operation that makes it on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._seen: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor) and value.device.type != "meta":
+                self._add(value.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.now -= size
+        del self._seen[key]
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """What bitsandbytes' AdamW8bit holds, and no arithmetic: two bytes a weight, and two scales for 256 of them.
+
+    Tensors of less than 4,096 values have moments in float32.
+    """
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Allocate what the first step allocates."""
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if self.state[parameter]:
+                continue
+            count = parameter.numel()
+            kind = torch.uint8 if count >= 4096 else torch.float32
+            moments = {name: torch.empty(count, dtype=kind, device=parameter.device) for name in ("state1", "state2")}
+            if kind == torch.uint8:
+                blocks = -(-count // 256)
+                for name in ("absmax1", "absmax2"):
+                    moments[name] = torch.empty(blocks, device=parameter.device)
+            self.state[parameter] = moments
+
+
+@dataclass
+class Built:
+    """A base and a control that trains on it."""
+
+    base: Base
+    control: Control
+    way: Way
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimiser changes."""
+        return self.control.trainable_parameters()
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All that is on the device in a step."""
+        yield self.base.unet
+        yield self.control
+        if not self.way.encoders_aside:
+            yield from (self.base.vae, *self.base.text_encoders)
+
+
+def build(base: Base, way: Way, rank: int) -> Built:
+    """Networks of one way, on the device and in the dtypes that it has in a step."""
+    control: Control
+    if way.control == "adapter":
+        shared = BaseControl.for_base(base)
+        shared.add_adapter("measured", rank)
+        shared.train_adapter("measured")
+        if way.wasteful:
+            shared.network.requires_grad_(True)
+            base.unet.up_blocks.requires_grad_(True)
+        if way.frozen_bf16:
+            nn.Module.to(shared.network, torch.bfloat16)
+        control = CtrLoRA(shared, "measured")
+    else:
+        control = ControlNet.for_base(base).train().requires_grad_(True)
+    if way.frozen_bf16:
+        for network in base.networks:
+            nn.Module.to(network, torch.bfloat16)
+    if way.checkpointing:
+        checkpoint_activations(base, control)
+    return Built(base, control, way)
+
+
+def take_step(built: Built, optimizer: torch.optim.Optimizer, latent: int, batch: int, autocast: Any) -> None:
+    """One step from a latent, a hint and an embedding; what the numbers are does not matter here."""
+    base, device = built.base, built.parameters[0].device
+
+    def empty(*shape: int) -> Tensor:
+        return torch.zeros(shape, device=device)
+
+    z, t = empty(batch, base.latent_channels, latent, latent), torch.ones(batch, dtype=torch.long, device=device)
+    text = Text(empty(batch, base.tokenizer.model_max_length, base.unet.config.cross_attention_dim))
+    with autocast():
+        if isinstance(built.control, ControlNet):
+            side = latent * base.factor
+            hint = built.control.encode(empty(batch, 3, side, side), base)
+        else:
+            hint = empty(batch, base.latent_channels, latent, latent)
+        residuals = built.control(z, t, text, hint)
+        loss = (base.predict(z, t, text, residuals).float() - z).pow(2).mean()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def counted(name: str, way: Way, *, size: int, batch: int, rank: int) -> dict[str, float]:
+    """Peak and parts in MiB, counted without running.
+
+    The parts are those at the end of a step; what is left of the peak is activations, and copies for autocast.
+    """
+    with torch.device("meta"):
+        built = build(load_base(name, device="meta", random_weights=True), way, rank)
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        live = stack.enter_context(Live())
+        stack.enter_context(norms_in_float32())
+        for module in built.modules():
+            _materialise(module)
+        _select_again(built.control)
+        weights = live.now
+        kind: Callable[..., torch.optim.Optimizer] = _eight_bit if way.eight_bit else _adamw
+        optimizer = kind(built.parameters)
+
+        def autocast() -> Any:
+            return torch.autocast("cpu", torch.bfloat16, enabled=way.bf16)
+
+        for _ in range(2):
+            live.peak = live.now
+            take_step(built, optimizer, size // built.base.factor, batch, autocast)
+        gradients = sum(p.grad.numel() * p.grad.element_size() for p in _with_gradients(built))
+        state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
+        peak = live.peak
+    rest = peak - weights - gradients - state
+    parts = {"peak": peak, "weights": weights, "gradients": gradients, "optimiser": state, "rest": rest}
+    return {part: value / MEBI for part, value in parts.items()}
+
+
+def measured(name: str, way: Way, *, size: int, batch: int, rank: int) -> dict[str, float]:
+    """Peak in MiB, as CUDA's allocator tells it."""
+    torch.cuda.empty_cache()
+    base = load_base(name, device="cuda", random_weights=True)
+    built = build(base, way, rank)
+    if way.encoders_aside:
+        for network in (base.vae, *base.text_encoders):
+            network.to("cpu")
+    if way.eight_bit:
+        from bitsandbytes.optim import AdamW8bit as Quantised
+
+        optimizer = Quantised(built.parameters)
+    else:
+        optimizer = torch.optim.AdamW(built.parameters, fused=True)
+
+    def autocast() -> Any:
+        return torch.autocast("cuda", torch.bfloat16, enabled=way.bf16)
+
+    torch.cuda.empty_cache()
+    for _ in range(3):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        take_step(built, optimizer, size // base.factor, batch, autocast)
+    torch.cuda.synchronize()
+    return {"peak": torch.cuda.max_memory_allocated() / MEBI}
+
+
+@contextmanager
+def norms_in_float32() -> Iterator[None]:
+    """Norms as autocast has them on CUDA; on the CPU it leaves their dtype alone."""
+    group, layer = F.group_norm, F.layer_norm
+
+    def whole(value: Tensor | None) -> Tensor | None:
+        return value.float() if value is not None and torch.is_autocast_enabled("cpu") else value
+
+    def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+        return group(whole(x), groups, whole(weight), whole(bias), eps)
+
+    def layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+        return layer(whole(x), shape, whole(weight), whole(bias), eps)
+
+    F.group_norm, F.layer_norm = group_norm, layer_norm
+    try:
+        yield
+    finally:
+        F.group_norm, F.layer_norm = group, layer
+
+
+def _materialise(module: nn.Module) -> None:
+    """Weights that are on no device, put on the (pretended) CPU."""
+    made: dict[int, Tensor] = {}
+
+    def real(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return made[id(tensor)]
+
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and parameter.device.type == "meta":
+                owner._parameters[name] = nn.Parameter(real(parameter), requires_grad=parameter.requires_grad)
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and buffer.device.type == "meta":
+                owner._buffers[name] = real(buffer)
+
+
+def _select_again(control: Control) -> None:
+    """An adapter's layers hold on to what is active in them."""
+    if isinstance(control, CtrLoRA):
+        control.base_control.select(None)
+        control.base_control.select(control.adapter)
+
+
+def _with_gradients(built: Built) -> list[nn.Parameter]:
+    return [p for module in built.modules() for p in module.parameters() if p.grad is not None]
+
+
+def _adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, fused=True)
+
+
+def _eight_bit(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return AdamW8bit(parameters, {"lr": 1e-5})
+
+
+def main() -> None:
+    """Measure or count, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="sd15", help="a known base, whose weights are random")
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--device", default="cpu", help="cuda measures, cpu counts")
+    parser.add_argument("--only", nargs="+", default=None, metavar="WAY", help="some of the ways, by name")
+    parser.add_argument("--out", default=None, help="the JSON file (default: in benchmarks/results)")
+    args = parser.parse_args()
+    chosen = [way for way in WAYS if args.only is None or way.name in args.only]
+    settings: dict[str, Any] = {"size": args.size, "batch": args.batch, "rank": args.rank}
+    cuda = torch.device(args.device).type == "cuda"
+    how = "measured" if cuda else "counted"
+    rows: list[list[Any]] = []
+    cases = []
+    for way in chosen:
+        print(f"{way.name} ...", flush=True)
+        parts = measured(args.base, way, **settings) if cuda else counted(args.base, way, **settings)
+        saved = cases[-1]["mebibytes"]["peak"] - parts["peak"] if cases and way.control == "adapter" else None
+        cases.append({"way": way.name, "how": how, "mebibytes": parts, "saved_by_this": saved})
+        rows.append([way.name, *(round(value) for value in parts.values()), "" if saved is None else round(saved)])
+    columns = ["way", *(f"{part}, MiB" for part in cases[0]["mebibytes"]), "this saves, MiB"]
+    print(f"\n{how}:\n\n{measure.table(columns, rows)}")
+    measure.finish("memory", args, cases, how=how)
+
+
+if __name__ == "__main__":
+    main()
