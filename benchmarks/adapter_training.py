@@ -5,9 +5,10 @@
     python benchmarks/adapter_training.py --base sd15 --random-weights --device cuda --batch 1 --rank 128
 
 The reference (xyfJASON/ctrlora, cldm/cldm_ctrlora_finetune.py) encodes the picture, the condition image and the prompts
-at every step, and every weight of the base control and of the UNet's decoder gets a gradient that no one uses. (It also
-computes activations a second time in the backward pass, which is left out here: it costs time and saves memory.) Ours
-reads latents and embeddings that were computed once, makes gradients for the adapter alone, and has a fused optimiser.
+at every step, every weight of the base control and of the UNet's decoder gets a gradient that no one uses, and
+activations are computed a second time in the backward pass (its configurations' `use_checkpoint: True`), which costs time
+and saves memory; `--no-checkpointing` leaves that out, so that only wasted work is compared. Ours reads latents and
+embeddings that were computed once, makes gradients for the adapter alone, and has a fused optimiser.
 The two take turns; their losses are compared at every step. On CUDA, with `--dtype bf16`, the arithmetic is bf16
 (autocast) over float32 weights in both. Peak memory is in benchmarks/memory.py.
 """
@@ -26,6 +27,7 @@ from controlkit.controls.base_control import BaseControl
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.training.diffusion import noised
 from controlkit.training.objective import torch_generator
+from controlkit.training.savings import checkpoint_activations
 
 ADAPTER = "measured"
 RATE = 1e-4
@@ -77,7 +79,15 @@ def as_the_reference(base: Base) -> Base:
 
 
 def measure_steps(
-    base: Base, *, size: int, batch: int, rank: int, rounds: int, warm_up: int, bf16: bool = False
+    base: Base,
+    *,
+    size: int,
+    batch: int,
+    rank: int,
+    rounds: int,
+    warm_up: int,
+    bf16: bool = False,
+    checkpointing: bool = True,
 ) -> dict[str, Any]:
     """Seconds a step of both, their ratio, and how far their losses are apart."""
     generator = torch.Generator().manual_seed(1)
@@ -90,6 +100,8 @@ def measure_steps(
     text = base.encode_text(prompts, (size, size))
     theirs = Side(as_the_reference(base), rank, fused=False, bf16=bf16)
     theirs.shared.network.requires_grad_(True)
+    if checkpointing:
+        checkpoint_activations(theirs.base, theirs.control)
 
     def reference(number: int) -> float:
         with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16):
@@ -114,7 +126,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     base, bf16 = measure.base_in_float32(args)
     args.size = args.size or base.size
     settings = {"size": args.size, "batch": args.batch, "rank": args.rank, "rounds": args.rounds}
-    return measure_steps(base, **settings, warm_up=args.warm_up, bf16=bf16)
+    return measure_steps(base, **settings, warm_up=args.warm_up, bf16=bf16, checkpointing=args.checkpointing)
 
 
 def report(name: str, args: argparse.Namespace, case: dict[str, Any], reference: str) -> None:
@@ -133,6 +145,7 @@ def main() -> None:
     parser = measure.parser(__doc__, rounds=10)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="of the reference")
     args = parser.parse_args()
     report("adapter_training", args, measure_all(args), "reference")
 

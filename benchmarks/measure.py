@@ -29,6 +29,8 @@ from controlkit.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SURROUNDINGS = ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_")
+"""Variables of the environment on which times on a CPU depend."""
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 
 
@@ -109,6 +111,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "controlkit": __version__,
     }
+    facts["environment"] = {name: os.environ[name] for name in _SURROUNDINGS if name in os.environ}
     if torch.device(device).type == "cuda":
         facts["accelerator"] = torch.cuda.get_device_name(device)
     for name in _PACKAGES:

@@ -215,7 +215,8 @@ def main() -> None:
     ways, control = sampling_ways(base, args)
     settings: dict[str, Any] = {"rounds": args.rounds, "rate": rate, "device": base.device}
     sampled = measure_ways(ways, {**networks, "control": control}, [], **settings)
-    base.to(dtype=torch.float32)  # training's bf16 is autocast
+    if base.dtype != torch.float32:
+        base.to(dtype=torch.float32)  # bf16 in training is autocast
     steps, trained_networks, optimizers = training_ways(base, args)
     trained = measure_ways(steps, {**networks, **trained_networks}, optimizers, **settings)
     work = {

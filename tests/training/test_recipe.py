@@ -64,7 +64,7 @@ def test_every_shipped_recipe_loads(path):
         ({"learning_rate": math.nan}, "above 0"),
         ({"learning_rate": math.inf}, "learning_rate"),
         ({"clip": -1}, "above 0"),
-        ({"precision": "fp8"}, "fp32 or bf16"),
+        ({"precision": "fp8"}, "fp32, bf16 or auto"),
         ({"ema": 1.0}, "between 0 and 1"),
         ({"prompt_drop": 2}, "between 0 and 1"),
         ({"final_rate": -0.1}, "final_rate"),
@@ -179,3 +179,12 @@ def test_reading_a_recipe_loads_neither_torch_nor_diffusers():
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", False), ("bf16", True), ("auto", False)])
+def test_without_a_word_arithmetic_on_a_processor_is_float32(precision, expected):
+    import torch
+
+    path = Path(__file__).parents[2] / "recipes/sd15/ctrlora-adapter.yaml"
+    recipe = read_recipe(path, [f"precision={precision}"])
+    assert recipe.uses_bf16(torch.device("cpu")) is expected

@@ -15,7 +15,10 @@ from controlkit.apps.show import add_json, print_json
 
 _GIVEN = ("identity", "lineart_given")
 """Conditions that cannot be drawn from a picture: what is given is the condition image."""
-_SETTINGS = ("steps", "base", "name", "condition", "rank", "batch_size", "learning_rate", "flip", "seed", "device")
+_SETTINGS = (
+    *("steps", "base", "name", "condition", "rank", "batch_size", "learning_rate", "flip"),
+    *("precision", "gradient_checkpointing", "optimizer", "seed", "device"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="pairs a step (default: 16 for nano, 4 for others)")
     parser.add_argument("--learning-rate", type=float, help="peak rate (default: 1e-3 for nano, 1e-5 for others)")
     parser.add_argument("--flip", action="store_true", help="mirror half of the pairs at random")
+    parser.add_argument("--precision", help="fp32, bf16 or auto (default: fp32 for nano, auto for others)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    parser.add_argument("--optimizer", help="adamw, or adamw8bit for less memory (needs bitsandbytes)")
     parser.add_argument("--seed", type=int, help="everything random follows from it")
     parser.add_argument("--device", help="cpu, cuda, mps")
     parser.add_argument("--out", default=None, metavar="DIR", help="folder of the run (default: runs/NAME)")

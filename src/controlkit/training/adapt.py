@@ -30,12 +30,12 @@ class FrugalObjective(PairsObjective):
         """Lay aside what is cached, and save memory as the recipe says."""
         if self.recipe.gradient_checkpointing:
             checkpoint_activations(self.base, self.control)
-        if self.recipe.precision == "bf16":
+        if self.recipe.uses_bf16(self.device):
             store_frozen(self.base, self.control)
         self.set_aside = SetAside(self.base)
 
     def preview(self, step: int, folder: Path) -> dict[str, float]:
-        bf16 = self.recipe.precision == "bf16"
+        bf16 = self.recipe.uses_bf16(self.device)
         with self.set_aside.at_hand(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             return super().preview(step, folder)
 

@@ -45,7 +45,7 @@ class PairsObjective(Objective):
         self.pairs, self.held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition), recipe.held_out)
         self.base = load_base(recipe.base, device=device)
         self.scheduler = self.base.schedule()
-        self.cache = PairCache(self.base, self.pairs, flip=recipe.flip, check=recipe.precision == "bf16")
+        self.cache = PairCache(self.base, self.pairs, flip=recipe.flip, check=recipe.uses_bf16(device))
         self.latents = self.cache.latents()
         self.texts, self.prompt_of, self.empty = self.cache.texts()
 

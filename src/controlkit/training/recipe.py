@@ -12,13 +12,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
 from controlkit.data.icons import TRAINED_STYLES
 from controlkit.errors import UserError, nearest
 from controlkit.settings import build_settings, read_overrides
+
+if TYPE_CHECKING:
+    import torch
 
 _LEAST = {
     "steps": 1,
@@ -71,8 +74,8 @@ class Recipe:
     optimizer: str = "adamw"
     """`adamw`, or `adamw8bit`, whose moments take 8 bits each (needs bitsandbytes; pays where much is trained)."""
     precision: str = "fp32"
-    """`fp32`, or `bf16` for autocast (pays only where the processor has bf16 arithmetic). In training from pairs,
-    frozen weights are stored in bf16, too."""
+    """`fp32`, or `bf16` for autocast (pays only where the processor has bf16 arithmetic), or `auto`: bf16 on a CUDA
+    device that has it. In training from pairs, frozen weights are stored in bf16, too."""
     device: str = "auto"
     """`auto` (CUDA, then MPS, then CPU) or a torch device."""
     seed: int = 0
@@ -97,12 +100,22 @@ class Recipe:
                 raise UserError(f"{name} is {values[name]}; it must be between 0 and 1")
         if not 0 <= self.beta2 < 1:
             raise UserError(f"beta2 is {self.beta2}; it must be from 0 to just below 1")
-        if self.precision not in ("fp32", "bf16"):
-            raise UserError(f"precision is {self.precision!r}; it must be fp32 or bf16")
+        if self.precision not in ("fp32", "bf16", "auto"):
+            raise UserError(f"precision is {self.precision!r}; it must be fp32, bf16 or auto")
         if self.optimizer not in ("adamw", "adamw8bit"):
             raise UserError(f"optimizer is {self.optimizer!r}; it must be adamw or adamw8bit")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema is {self.ema}; it must be between 0 and 1, or null for none")
+
+    def uses_bf16(self, device: torch.device) -> bool:
+        """Whether arithmetic on `device` is bf16."""
+        if self.precision != "auto":
+            return self.precision == "bf16"
+        if device.type != "cuda":
+            return False
+        import torch
+
+        return torch.cuda.is_bf16_supported()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +315,8 @@ def adapter_settings(base: str) -> dict[str, Any]:
     """
     if base == "nano":
         return {"rank": 8, "learning_rate": 1e-3, "batch_size": 16}
-    return {"rank": 128, "learning_rate": 1e-5, "batch_size": 4, "final_rate": 1.0, "warmup_steps": 0, "beta2": 0.999}
+    paper = {"rank": 128, "learning_rate": 1e-5, "batch_size": 4, "final_rate": 1.0, "warmup_steps": 0, "beta2": 0.999}
+    return {**paper, "precision": "auto"}
 
 
 @dataclass(frozen=True, kw_only=True)

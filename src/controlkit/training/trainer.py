@@ -151,8 +151,8 @@ class _Loop:
         return value
 
     def _gradients(self, step: int) -> torch.Tensor:
-        kind = self.parameters[0].device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+        device = self.parameters[0].device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.uses_bf16(device)):
             loss = self.loss_of(step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
