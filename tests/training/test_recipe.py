@@ -185,6 +185,8 @@ def test_reading_a_recipe_loads_neither_torch_nor_diffusers():
 def test_without_a_word_arithmetic_on_a_processor_is_float32(precision, expected):
     import torch
 
+    from controlkit.training.savings import uses_bf16
+
     path = Path(__file__).parents[2] / "recipes/sd15/ctrlora-adapter.yaml"
     recipe = read_recipe(path, [f"precision={precision}"])
-    assert recipe.uses_bf16(torch.device("cpu")) is expected
+    assert uses_bf16(recipe, torch.device("cpu")) is expected

@@ -18,7 +18,7 @@ from controlkit.images import to_tensor
 from controlkit.training.pair_cache import SOURCE, side_of
 from controlkit.training.pairs import PairsObjective
 from controlkit.training.recipe import AdaptRecipe, ControlNetPairsRecipe, CtrLoRAFullRecipe
-from controlkit.training.savings import SetAside, checkpoint_activations, store_frozen
+from controlkit.training.savings import SetAside, checkpoint_activations, store_frozen, uses_bf16
 
 
 class FrugalObjective(PairsObjective):
@@ -30,12 +30,12 @@ class FrugalObjective(PairsObjective):
         """Lay aside what is cached, and save memory as the recipe says."""
         if self.recipe.gradient_checkpointing:
             checkpoint_activations(self.base, self.control)
-        if self.recipe.uses_bf16(self.device):
+        if uses_bf16(self.recipe, self.device):
             store_frozen(self.base, self.control)
         self.set_aside = SetAside(self.base)
 
     def preview(self, step: int, folder: Path) -> dict[str, float]:
-        bf16 = self.recipe.uses_bf16(self.device)
+        bf16 = uses_bf16(self.recipe, self.device)
         with self.set_aside.at_hand(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             return super().preview(step, folder)
 

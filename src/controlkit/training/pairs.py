@@ -21,6 +21,7 @@ from controlkit.training.diffusion import noised
 from controlkit.training.objective import Objective, numpy_generator
 from controlkit.training.pair_cache import PairCache
 from controlkit.training.recipe import PairsRecipe
+from controlkit.training.savings import uses_bf16
 
 _STRIP = 8
 _FLIPS = 11
@@ -45,7 +46,7 @@ class PairsObjective(Objective):
         self.pairs, self.held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition), recipe.held_out)
         self.base = load_base(recipe.base, device=device)
         self.scheduler = self.base.schedule()
-        self.cache = PairCache(self.base, self.pairs, flip=recipe.flip, check=recipe.uses_bf16(device))
+        self.cache = PairCache(self.base, self.pairs, flip=recipe.flip, check=uses_bf16(recipe, device))
         self.latents = self.cache.latents()
         self.texts, self.prompt_of, self.empty = self.cache.texts()
 

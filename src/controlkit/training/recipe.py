@@ -12,16 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import yaml
 
 from controlkit.data.icons import TRAINED_STYLES
 from controlkit.errors import UserError, nearest
 from controlkit.settings import build_settings, read_overrides
-
-if TYPE_CHECKING:
-    import torch
 
 _LEAST = {
     "steps": 1,
@@ -106,16 +103,6 @@ class Recipe:
             raise UserError(f"optimizer is {self.optimizer!r}; it must be adamw or adamw8bit")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema is {self.ema}; it must be between 0 and 1, or null for none")
-
-    def uses_bf16(self, device: torch.device) -> bool:
-        """Whether arithmetic on `device` is bf16."""
-        if self.precision != "auto":
-            return self.precision == "bf16"
-        if device.type != "cuda":
-            return False
-        import torch
-
-        return torch.cuda.is_bf16_supported()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,14 @@ from torch import nn
 from controlkit.bases.base import Base
 from controlkit.controls.base_control import BaseControl
 from controlkit.controls.control import Control
+from controlkit.training.recipe import Recipe
+
+
+def uses_bf16(recipe: Recipe, device: torch.device) -> bool:
+    """Whether a recipe's arithmetic on `device` is bf16."""
+    if recipe.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return recipe.precision == "bf16"
 
 
 def checkpoint_activations(base: Base, control: Control) -> None:

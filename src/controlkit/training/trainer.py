@@ -23,6 +23,7 @@ from controlkit.training.objective import Objective
 from controlkit.training.optimizers import build_optimizer
 from controlkit.training.processes import Processes
 from controlkit.training.recipe import Recipe, identifying
+from controlkit.training.savings import uses_bf16
 from controlkit.training.sharding import copy_whole, gathered, whole
 from controlkit.training.state import keep_previous, load_latest, previous_state, restore, save_state, step_of
 
@@ -152,7 +153,7 @@ class _Loop:
 
     def _gradients(self, step: int) -> torch.Tensor:
         device = self.parameters[0].device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.uses_bf16(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(self.recipe, device)):
             loss = self.loss_of(step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
