@@ -6,8 +6,8 @@
 
 The reference (xyfJASON/ctrlora, cldm/cldm_ctrlora_finetune.py) encodes the picture, the condition image and the prompts
 at every step, every weight of the base control and of the UNet's decoder gets a gradient that no one uses, and
-activations are computed a second time in the backward pass (its configurations' `use_checkpoint: True`), which costs time
-and saves memory; `--no-checkpointing` leaves that out, so that only wasted work is compared. Ours reads latents and
+activations are computed a second time in the backward pass (its configurations' `use_checkpoint: True`), which costs
+time and saves memory; `--no-checkpointing` leaves that out, and compares wasted work alone. Ours reads latents and
 embeddings that were computed once, makes gradients for the adapter alone, and has a fused optimiser.
 The two take turns; their losses are compared at every step. On CUDA, with `--dtype bf16`, the arithmetic is bf16
 (autocast) over float32 weights in both. Peak memory is in benchmarks/memory.py.

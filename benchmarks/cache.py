@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from controlkit.data.cache import CachedRows, Spec, Store
+from controlkit.data.cache import Spec, Store
+from controlkit.data.cached_rows import CachedRows
 from controlkit.data.segments import Part, digests_of, write_segment
 from controlkit.files import sha256_of, write_json
 

@@ -12,8 +12,9 @@ import pytest
 
 import controlkit
 from controlkit.apps.cli import main
-from controlkit.data.cache import CachedRows, Spec, Store
+from controlkit.data.cache import Spec, Store
 from controlkit.data.cache_report import ago
+from controlkit.data.cached_rows import CachedRows
 from controlkit.data.segments import Part, digests_of
 from controlkit.files import sha256_of
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from controlkit.data.cache import CachedRows, Spec, Store
+from controlkit.data.cache import Spec, Store
+from controlkit.data.cached_rows import CachedRows
 from controlkit.data.segments import Part, digests_of
 from controlkit.files import sha256_of
 

@@ -17,8 +17,9 @@ from cached_rows import SPEC, Encoder, assert_right, cached, content, digests
 from hypothesis import given, settings, strategies
 from safetensors.torch import load_file
 
-from controlkit.data.cache import CachedRows, Spec, Store, cache_folder, cache_limit, store_folders
+from controlkit.data.cache import Spec, Store, cache_folder, cache_limit, store_folders
 from controlkit.data.cache_report import tend_cache
+from controlkit.data.cached_rows import CachedRows
 from controlkit.data.segments import Part, Segment, SegmentError, remove_unused, write_segment
 from controlkit.errors import UserError
 
@@ -139,7 +140,8 @@ PROGRAM = """
 import os, sys, time
 sys.path[:0] = [sys.argv[1]]
 import cached_rows
-from controlkit.data import segments, cache
+from controlkit.data import cache, segments
+from controlkit.data import cached_rows as wanted
 how = sys.argv[2]
 if how == "half":
     whole = segments.write_atomically
@@ -153,7 +155,7 @@ if how == "half":
         done.append(path)
     done = []
     segments.write_atomically = half
-    cache._SEGMENT_SECONDS = 0.0
+    wanted._SEGMENT_SECONDS = 0.0
 if how == "hold":
     rows, _ = cached_rows.cached(10)
     print("hold", flush=True)
@@ -162,13 +164,14 @@ if how == "hold":
 elif how == "together":
     print("ready", flush=True)
     sys.stdin.readline()
-    cache._SEGMENT_SECONDS = 0.0
+    wanted._SEGMENT_SECONDS = 0.0
     encoder = cached_rows.Encoder()
     def slow(indices):
         time.sleep(0.01)
         return encoder(indices)
     store = cache.Store(cached_rows.SPEC)
-    rows = cache.CachedRows(store, cached_rows.digests(0, 120), slow, what="{count}", batch=4, start=float(sys.argv[3]))
+    keys = cached_rows.digests(0, 120)
+    rows = wanted.CachedRows(store, keys, slow, what="{count}", batch=4, start=float(sys.argv[3]))
     cached_rows.assert_right(rows)
     print(len(encoder.made))
 else:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,14 +40,9 @@ _DEFAULT_MB = 50_000
 _FORMAT = "controlkit cache 1"
 _SPEC = "spec.json"
 _SEGMENT_BYTES = 256 * 10**6
-_SEGMENT_SECONDS = 60.0
-"""A segment is written when it has so many bytes or is so old: what a process that is killed loses."""
+"""The most that a segment has, about."""
 _MOST_SMALL = 32
 """From so many small segments on they are merged when the store is opened, as each takes a file descriptor."""
-_ATTEMPTS = 4
-
-Make = Callable[[Sequence[int]], tuple[dict[str, Part], Rows]]
-"""Makes the rows of these indices: their parts, and their bytes."""
 
 
 def cache_folder() -> Path:
@@ -254,146 +249,6 @@ class Store:
                 f"cannot write to the cache {self.root} ({reason}); free some space there, or name another folder in"
                 f" the environment variable {FOLDER_VARIABLE}"
             ) from error
-
-
-class CachedRows:
-    """The rows of `digests`, in their order: those that the store lacks are made now, those that turn out to be
-    damaged when they are read.
-
-    Args:
-        store: where they are kept.
-        digests: `S16 [N]`, of the contents; equal ones share a row.
-        make: makes the rows of some indices.
-        what: what is made, for the line that says so, such as "encoding {count} pairs".
-        batch: how many rows are made at a time.
-        start: where in the list of missing rows to begin, from 0 to below 1. Processes that train together begin at
-            different places and skip what others have finished meanwhile: so they share the work without waiting for
-            each other, and none hangs when another dies.
-
-    Raises:
-        UserError: the cache cannot be written, or the rows do not fit into it.
-    """
-
-    def __init__(
-        self, store: Store, digests: np.ndarray, make: Make, *, what: str, batch: int = 32, start: float = 0.0
-    ) -> None:
-        self.store = store
-        self.digests = digests
-        self.batch = batch
-        self._make = make
-        self._start = start
-        self._locate()
-        attempts = 0
-        while (self._segment < 0).any():
-            if attempts == _ATTEMPTS:
-                raise self._vanishing()
-            self._fill(what)
-            attempts += 1
-
-    def __len__(self) -> int:
-        return len(self.digests)
-
-    @property
-    def parts(self) -> dict[str, Part]:
-        """What a row consists of."""
-        return self.store.parts or {}
-
-    def gather(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows of indices `chosen` `[B]`, by the name of the part, as bytes: `uint8 [B, nbytes]`, a copy.
-
-        Raises:
-            UserError: a damaged row cannot be replaced, since the cache cannot be written.
-        """
-        gathered = {name: np.empty((len(chosen), part.nbytes), np.uint8) for name, part in self.parts.items()}
-        damaged: list[tuple[int, int]] = []
-        for position, index in enumerate(chosen.tolist()):
-            row = self._read(index)
-            if row is None:
-                damaged.append((position, index))
-                continue
-            for name, part in row.items():
-                gathered[name][position] = part
-        if damaged:
-            indices = sorted({index for _, index in damaged})
-            again = self._again(indices)
-            for position, index in damaged:
-                for name, rows in again.items():
-                    gathered[name][position] = rows[indices.index(index)]
-        return gathered
-
-    def check(self) -> None:
-        """Read every row now, and make those that are damaged again.
-
-        Raises:
-            UserError: a damaged row cannot be replaced, since the cache cannot be written.
-        """
-        damaged = [index for index in range(len(self)) if self._read(index) is None]
-        for first in range(0, len(damaged), self.batch):
-            self._again(damaged[first : first + self.batch])
-
-    def _read(self, index: int) -> dict[str, np.ndarray] | None:
-        return self._held[self._segment[index]].row(int(self._row[index]))
-
-    def _again(self, indices: Sequence[int]) -> Rows:
-        self.store.tell(f"damaged rows in {self.store.folder}: {len(indices)}; made again")
-        parts, rows = self._make(indices)
-        self.store.add(self.digests[list(indices)], parts, rows)
-        self._locate()
-        return rows
-
-    def _locate(self) -> None:
-        """Find every row, and hold the segments that have them."""
-        for _ in range(_ATTEMPTS):
-            self._held = self.store.segments
-            self._segment, self._row = self.store.find(self.digests)
-            try:
-                for number in np.unique(self._segment[self._segment >= 0]):
-                    self._held[number].hold()
-                return
-            except FileNotFoundError:  # removed since it was listed
-                self.store.refresh()
-            except OSError as error:
-                raise UserError(f"cannot read the cache {self.store.folder}: {error.strerror or error}") from error
-        raise self._vanishing()
-
-    def _vanishing(self) -> UserError:
-        return UserError(
-            f"rows vanish from the cache {self.store.root} as fast as they are made; is another process clearing it?"
-            f" Name another folder in {FOLDER_VARIABLE}, or raise {LIMIT_VARIABLE}"
-        )
-
-    def _fill(self, what: str) -> None:
-        missing = np.flatnonzero(self._segment < 0)
-        missing = np.sort(missing[np.unique(self.digests[missing], return_index=True)[1]])
-        self.store.check_writable()
-        print(f"{what.format(count=len(missing))} once, kept in {self.store.folder}", file=sys.stderr, flush=True)
-        batches = [missing[at : at + self.batch] for at in range(0, len(missing), self.batch)]
-        first = int(self._start * len(batches))
-        waiting: list[tuple[np.ndarray, Rows]] = []
-        size, since, parts = 0, time.monotonic(), None
-        for batch in batches[first:] + batches[:first]:
-            lacking = batch[self._segment[batch] < 0]
-            if not len(lacking):
-                continue
-            before = parts
-            parts, rows = self._make(lacking.tolist())
-            made = sum(array.nbytes for array in rows.values())
-            if before is None:
-                self.store.make_room(made // len(lacking) * len(missing))
-            waiting.append((self.digests[lacking], rows))
-            size += made
-            if size >= self.store.segment_bytes or time.monotonic() - since > _SEGMENT_SECONDS:
-                self._write(parts, waiting)
-                waiting, size, since = [], 0, time.monotonic()
-                if left := int((self._segment[missing] < 0).sum()):
-                    print(f"{self.store.spec.kind}: {left} of {len(missing)} to go", file=sys.stderr, flush=True)
-        if parts is not None and waiting:
-            self._write(parts, waiting)
-
-    def _write(self, parts: dict[str, Part], waiting: Sequence[tuple[np.ndarray, Rows]]) -> None:
-        digests = np.concatenate([digests for digests, _ in waiting])
-        self.store.add(digests, parts, {name: np.concatenate([rows[name] for _, rows in waiting]) for name in parts})
-        self._locate()
 
 
 def store_folders(root: Path) -> list[Path]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from controlkit.bases.base import Base, Text
 from controlkit.controls.control import Control
-from controlkit.data.cache import CachedRows, Make, Spec, Store
+from controlkit.data.cache import Spec, Store
+from controlkit.data.cached_rows import CachedRows, Make
 from controlkit.data.pair import Pair
 from controlkit.data.segments import Part, Rows, digests_of
 from controlkit.data.sources import Source, read_picture
