@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel, ControlNetXSAdapter, UNet2DConditionModel
 from layout_files import trained_pair, weights_of
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from controlkit.checkpoints.controls import load_control, save_control
 from controlkit.checkpoints.convert import convert
@@ -220,7 +220,8 @@ def test_folders(tmp_path, base_folder, tiny_control):
         assert all(torch.equal(value, tiny_control.state_dict()[key]) for key, value in state.items())
 
 
-def test_a_controlnet_xs_is_recognised_and_counted(tmp_path):
+@pytest.fixture
+def tiny_xs():
     unet = UNet2DConditionModel(
         block_out_channels=(32, 64),
         layers_per_block=1,
@@ -229,15 +230,47 @@ def test_a_controlnet_xs_is_recognised_and_counted(tmp_path):
         cross_attention_dim=16,
         attention_head_dim=4,
     )
-    adapter = ControlNetXSAdapter.from_unet(unet, block_out_channels=[32, 32], num_attention_heads=4)
-    adapter.save_pretrained(tmp_path / "xs")
+    return ControlNetXSAdapter.from_unet(unet, block_out_channels=[32, 32], num_attention_heads=4)
+
+
+def test_a_controlnet_xs_is_recognised_and_counted(tmp_path, tiny_xs):
+    tiny_xs.save_pretrained(tmp_path / "xs")
     facts = describe(str(tmp_path / "xs"))
     assert facts["kind"] == "controlnet-xs"
-    assert facts["parameters"] == sum(parameter.numel() for parameter in adapter.parameters())
+    assert facts["parameters"] == sum(parameter.numel() for parameter in tiny_xs.parameters())
     with pytest.raises(UserError, match="not run yet"):
         load_control(tmp_path / "xs")
     with pytest.raises(UserError, match="cannot carry"):
-        convert(tmp_path / "xs", tmp_path / "o.safetensors", "controlkit")
+        convert(tmp_path / "xs", tmp_path / "o.safetensors", "original")
+
+
+def test_a_controlnet_xs_goes_into_our_layout_and_comes_back_bit_for_bit(tmp_path, tiny_xs):
+    tiny_xs.save_pretrained(tmp_path / "xs")
+    convert(tmp_path / "xs", tmp_path / "ours.safetensors", "controlkit", condition="canny")
+    facts = describe(str(tmp_path / "ours.safetensors"))
+    assert (facts["kind"], facts["layout"], facts["condition"]) == ("controlnet-xs", "controlkit", "canny")
+    with pytest.raises(UserError, match="not run yet"):
+        load_control(tmp_path / "ours.safetensors")
+    convert(tmp_path / "ours.safetensors", tmp_path / "back", "diffusers")
+    back = ControlNetXSAdapter.from_pretrained(tmp_path / "back")
+    before, after = (
+        json.dumps({key: value for key, value in network.config.items() if key[0] != "_"}, sort_keys=True)
+        for network in (tiny_xs, back)
+    )
+    assert before == after
+    for (name, one), (other, two) in zip(tiny_xs.state_dict().items(), back.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(one, two), name
+
+
+def test_a_controlnet_xs_with_a_tensor_too_few_is_refused(tmp_path, tiny_xs):
+    tiny_xs.save_pretrained(tmp_path / "xs")
+    path = tmp_path / "xs" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, path)
+    with pytest.raises(UserError, match="1 of its"):
+        convert(tmp_path / "xs", tmp_path / "ours.safetensors", "controlkit")
 
 
 def test_describe_tells_every_kind(tiny_control, tiny_base, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, T2IAdapter
+from diffusers import ControlNetModel, ControlNetXSAdapter, T2IAdapter
 from torch import Tensor
 
 from controlkit.checkpoints.files import FAMILIES
@@ -171,12 +171,15 @@ def expected_shapes(kind: str, config: Mapping[str, Any], rank: int | None = Non
 def _shapes(kind: str, config: str, rank: int | None) -> tuple[tuple[str, torch.Size], ...]:
     """`expected_shapes`; several adapters of one base control are counted once."""
     settings = json.loads(config)
-    if kind != T2I_ADAPTER and settings.get(HEADS) is None and settings.get("num_attention_heads") is None:
+    told = settings.get(HEADS) is not None or settings.get("num_attention_heads") is not None
+    if kind not in (T2I_ADAPTER, CONTROLNET_XS) and not told:
         settings[HEADS] = settings["block_out_channels"][0]  # shapes do not depend on it
     network: Any
     with torch.device("meta"):
         if kind == T2I_ADAPTER:
             network = T2IAdapter.from_config(settings)
+        elif kind == CONTROLNET_XS:
+            network = ControlNetXSAdapter.from_config(settings)
         elif kind == CONTROLNET:
             network = ControlNetModel.from_config(settings)
         else:

@@ -65,7 +65,7 @@ def describe(name: str, base: str | None = None, size: int | None = None) -> dic
             **_end(found),
         }
     alone = base is None and found.layout in _NEED_A_BASE
-    content = None if found.kind == CONTROLNET_XS or alone else read_content(found, options_for(base))
+    content = None if alone else read_content(found, options_for(base))
     control = _CONTROLS.get(found.kind)
     counts = _counts(found.file.tensors if content is None else content.tensors)
     facts: dict[str, Any] = {

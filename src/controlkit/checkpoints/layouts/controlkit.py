@@ -12,6 +12,7 @@ from typing import Any
 
 from controlkit.checkpoints.content import (
     CONFIG_ERRORS,
+    CONTROLNET_XS,
     CTRLORA,
     KINDS,
     T2I_ADAPTER,
@@ -60,7 +61,7 @@ def read(found: Found, options: Options) -> Content:
 
 def write(content: Content, path: Path, options: Options) -> list[str]:
     """One safetensors file."""
-    if content.kind not in (CTRLORA, T2I_ADAPTER):
+    if content.kind not in (CTRLORA, T2I_ADAPTER, CONTROLNET_XS):
         require_heads(path, content.config)
     write_tensors(path, content.tensors, content.file_metadata(path), None)
     return []
@@ -81,5 +82,5 @@ LAYOUT = Layout(
     says="one safetensors file with metadata, ours",
     reads=read,
     writes=write,
-    kinds=("controlnet", "ctrlora-base", "ctrlora", "t2i-adapter"),
+    kinds=tuple(KINDS),
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import ControlNetModel, T2IAdapter
+from diffusers import ControlNetModel, ControlNetXSAdapter, T2IAdapter
 
 from controlkit.checkpoints.content import (
     CONFIG_ERRORS,
@@ -28,17 +28,16 @@ from controlkit.checkpoints.tensors import on_one_line
 from controlkit.errors import UserError
 from controlkit.files import write_json
 
-_CLASSES: dict[str, Any] = {CONTROLNET: ControlNetModel, T2I_ADAPTER: T2IAdapter}
+_CLASSES: dict[str, Any] = {
+    CONTROLNET: ControlNetModel,
+    T2I_ADAPTER: T2IAdapter,
+    CONTROLNET_XS: ControlNetXSAdapter,
+}
 
 
 def read(found: Found, options: Options) -> Content:
-    """A folder of a ControlNet or of a T2I-Adapter."""
+    """A folder of a ControlNet, a T2I-Adapter or a ControlNet-XS."""
     kind = found.kind or ""
-    if kind == CONTROLNET_XS:
-        raise UserError(
-            f"{found.path} is a ControlNet-XS; it can be inspected, but not run or converted: no other layout of it"
-            " is known here"
-        )
     what = f"the {_CLASSES[kind].__name__} that its config announces"
     config = {key: value for key, value in found.config.items() if not key.startswith("_")}
     try:
@@ -69,6 +68,6 @@ LAYOUT = Layout(
     says="diffusers' folder (config.json and diffusion_pytorch_model.safetensors)",
     reads=read,
     writes=write,
-    kinds=(CONTROLNET, T2I_ADAPTER),
+    kinds=(CONTROLNET, T2I_ADAPTER, CONTROLNET_XS),
     folder=True,
 )
