@@ -119,7 +119,7 @@ def test_a_run_that_is_killed_goes_on_where_it_stopped(photos, tmp_path):
         (("--check", "{out}", "--out", "{out}"), "alone"),
         (
             ("{photos}", "--conditions", "canny", "--out", "{out}", "--caption", "blip", "--caption-model", "{photos}"),
-            "hf",
+            "holds no config.json with weights",
         ),
     ],
 )
