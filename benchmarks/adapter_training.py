@@ -111,14 +111,7 @@ def measure_steps(
         return theirs.step(number, latents, hints, embedded)
 
     ways = {"ours": lambda number: mine.step(number, z, hint, text), "reference": reference}
-    turns = measure.take_turns(ways, rounds, device=base.device, warm_up=warm_up)
-    return {
-        "seconds_a_step": turns.times(),
-        "steps_a_second": {way: 1 / turns.median(way) for way in ways},
-        "reference_to_ours": turns.ratio("reference", "ours"),
-        "losses": turns.outputs,
-        "largest_difference_of_losses": measure.loss_difference(turns.outputs["ours"], turns.outputs["reference"]),
-    }
+    return measure.compared_steps(measure.take_turns(ways, rounds, device=base.device, warm_up=warm_up))
 
 
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:

@@ -116,14 +116,7 @@ def measure_steps(
         "ours": lambda number: mine.step(number, z, images, text),
         "reference": lambda number: script.step(number, pictures, images, ids),
     }
-    turns = measure.take_turns(ways, rounds, device=base.device, warm_up=warm_up)
-    return {
-        "seconds_a_step": turns.times(),
-        "steps_a_second": {way: 1 / turns.median(way) for way in ways},
-        "reference_to_ours": turns.ratio("reference", "ours"),
-        "losses": turns.outputs,
-        "largest_difference_of_losses": measure.loss_difference(turns.outputs["ours"], turns.outputs["reference"]),
-    }
+    return measure.compared_steps(measure.take_turns(ways, rounds, device=base.device, warm_up=warm_up))
 
 
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:

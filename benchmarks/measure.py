@@ -101,6 +101,17 @@ def loss_difference(a: Sequence[float], b: Sequence[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
+def compared_steps(turns: Turns) -> dict[str, Any]:
+    """Training steps of the ways `ours` and `reference`, which returned their losses: pace, ratio, losses compared."""
+    return {
+        "seconds_a_step": turns.times(),
+        "steps_a_second": {way: 1 / turns.median(way) for way in turns.seconds},
+        "reference_to_ours": turns.ratio("reference", "ours"),
+        "losses": turns.outputs,
+        "largest_difference_of_losses": loss_difference(turns.outputs["ours"], turns.outputs["reference"]),
+    }
+
+
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Processor, cores, threads, accelerator and versions."""
     facts: dict[str, Any] = {
