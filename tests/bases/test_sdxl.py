@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -15,13 +16,18 @@ from diffusers import (
 
 from controlkit.bases.known import KNOWN_BASES
 from controlkit.bases.load import load_base
+from controlkit.checkpoints.controls import load_control
+from controlkit.checkpoints.ctrlora import save_base_control
 from controlkit.controls.base_control import BaseControl
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.data.pairs import write_pairs
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample
+from controlkit.training.recipe import build_recipe
+from controlkit.training.run import run
 from tiny import build_tiny_sdxl, randomise_zero_convolutions
 
 PROMPT = "red apple on a blue table"
@@ -149,3 +155,20 @@ def test_known_names_say_what_they_are_for():
         load_base("sdxl")
     with pytest.raises(UserError, match="only known bases"):
         load_base("sd16", random_weights=True)
+
+
+@pytest.mark.parametrize("system", ["ctrlora-adapter", "controlnet-pairs"])
+def test_training_from_pairs_is_the_same_verb(base, tmp_path, system):
+    StableDiffusionXLPipeline(**parts(base)).save_pretrained(tmp_path / "xl")
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (base.size, base.size, 3), np.uint8) for _ in range(5)]
+    write_pairs(tmp_path / "pairs", ((255 - picture, picture, f"thing {n}") for n, picture in enumerate(pictures)))
+    (tmp_path / "run").mkdir()  # an adapter finds its base control beside it
+    save_base_control(tmp_path / "run" / "shared.safetensors", BaseControl.for_base(base), base, dtype=torch.float32)
+    own = {"control": str(tmp_path / "run" / "shared.safetensors"), "rank": 2} if system == "ctrlora-adapter" else {}
+    where = {"base": str(tmp_path / "xl"), "pairs": str(tmp_path / "pairs"), "out": str(tmp_path / "run")}
+    settings = {"name": "mine", "condition": "identity", "steps": 2, "batch_size": 2, "score_pictures": 1}
+    recipe = build_recipe({"system": system, **own, **where, **settings, "device": "cpu"})
+    assert run(recipe)
+    control = load_control(tmp_path / "run" / "mine.safetensors", load_base(tmp_path / "xl"))
+    assert any(parameter.abs().sum() > 0 for parameter in control.weights())
