@@ -99,11 +99,16 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def resize_cover(image: Image.Image, width: int, height: int) -> Image.Image:
-    """`image` scaled to cover `width` x `height` and cropped around its centre."""
+def resize_cover(image: Image.Image, width: int, height: int, *, nearest: bool = False) -> Image.Image:
+    """`image` scaled to cover `width` x `height` and cropped around its centre.
+
+    Args:
+        nearest: keep colours as they are, for maps whose colours are labels.
+    """
     if image.size == (width, height):
         return image
-    return ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
+    method = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
+    return ImageOps.fit(image, (width, height), method=method)
 
 
 def write_png(path: str | Path, image: Image.Image, text: dict[str, str] | None = None) -> None:

@@ -65,6 +65,17 @@ def test_condition_list_names_canny(capsys):
     assert "canny" in {entry["name"] for entry in json.loads(capsys.readouterr().out)}
 
 
+def test_condition_without_a_picture_tells_all_about_it(capsys):
+    assert main(["condition", "illusion"]) == 0
+    table = capsys.readouterr().out
+    assert "0, 127, 255" in table and "one, three times" in table and "nearest pixel" in table
+    assert main(["condition", "shuffle", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["cuts"] is False and facts["channels"] == 3 and facts["least_side"] == 16
+    assert main(["condition", "--list", "--json"]) == 0
+    assert facts in json.loads(capsys.readouterr().out)
+
+
 def test_generate_writes_pictures_that_say_how_to_draw_them_again(picture, tmp_path, capsys):
     out = tmp_path / "out"
     words = ("generate", "red apple", "--control", f"canny={picture}@0.8:0-0.9", "--seeds", 2, "--seed", 5)

@@ -208,15 +208,15 @@ def test_absent_or_wrong_annotations_are_said(name: str) -> None:
 
 
 def test_polygons_and_both_kinds_of_run_lengths_draw_the_same() -> None:
-    picture = np.zeros((9, 10, 3), np.uint8)
+    picture = np.zeros((36, 40, 3), np.uint8)  # Four times the size of the annotation.
     # Columns 2 to 5, rows 3 to 6: 23 zeros, then four times 4 ones with 5 zeros between.
     counts = [21, 4, 5, 4, 5, 4, 5, 4, 38]
     polygon = {"segmentation": [[2, 3, 6, 3, 6, 7, 2, 7]], "category_id": 4}
     plain = {"segmentation": {"size": [9, 10], "counts": counts}, "category_id": 4}
     packed = {"segmentation": {"size": [9, 10], "counts": pack(counts)}, "category_id": 4}
     images = [find("segments")(picture, segments=[entry]) for entry in (plain, packed)]
-    assert tuple(images[0][4, 3]) == category_colour(4)
-    assert images[0].any(axis=2).sum() == 16
+    assert tuple(images[0][18, 14]) == category_colour(4)
+    assert images[0].any(axis=2).sum() == 16 * 16
     np.testing.assert_array_equal(images[0], images[1])
     outline = find("segments")(np.zeros((90, 100, 3), np.uint8), segments=[polygon], size=[10, 9])
     enlarged = find("segments")(np.zeros((90, 100, 3), np.uint8), segments=[packed])

@@ -162,6 +162,9 @@ def test_controlnet_aux_gets_the_size_that_it_gives_back(tmp_path: Path, monkeyp
     assert shape == (128, 192, 3) and asked[0] == str(tmp_path)
     assert settings == {"detect_resolution": 128, "image_resolution": 128, "output_type": "np", "safe": True}
     assert np.all(find("mlsd")(picture, model=str(tmp_path)) == 255)
+    band = np.where(np.abs(np.subtract.outer(np.arange(100), np.arange(150))) < 8, np.uint8(0), np.uint8(255))
+    strokes = find("scribble_pidinet")(np.dstack([band] * 3), resolution=128, model=str(tmp_path))
+    assert strokes.shape == picture.shape and set(np.unique(strokes)) == {0, 255} and strokes[50, 50].all()
 
 
 SIZES = [(64, 64), (48, 80), (200, 120), (333, 500), (37, 41)]

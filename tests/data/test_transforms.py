@@ -52,6 +52,17 @@ def test_a_pair_that_is_drawn_turned_is_the_pair_turned(name, view):
         assert np.array_equal(source, straight[0][:, ::-1])
 
 
+def test_a_finished_pair_is_mirrored_as_its_condition_is():
+    source, target, flipped = scene(1), scene(2), View(flip=True)
+    normals, _ = show_pair(source, target, flipped, 48, find("normal"))
+    assert np.array_equal(normals[..., 0], 255 - source[:, ::-1, 0])
+    assert np.array_equal(show_pair(source, target, flipped, 48)[0], source[:, ::-1])
+    with pytest.raises(UserError, match="their colours tell left from right"):
+        show_pair(source, target, flipped, 48, find("openpose"))
+    labels, _ = show_pair(source, target, CENTRE, 31, find("seg"))
+    assert {tuple(c) for c in labels.reshape(-1, 3)} <= {tuple(c) for c in source.reshape(-1, 3)}
+
+
 def test_labels_keep_their_colours():
     labels = np.zeros((50, 50, 3), np.uint8)
     labels[:, 20:] = (200, 10, 90)

@@ -249,6 +249,24 @@ def test_a_run_that_stores_frozen_weights_in_bf16_looks_at_every_row_before(reci
     assert torch.equal(everything(AdaptObjective(recipe, CPU).latents), rebuilt)
 
 
+def test_pairs_are_scaled_and_mirrored_as_their_condition_is(recipe, encoded):
+    plain = AdaptObjective(dataclasses.replace(recipe, flip=True), CPU)
+    encoded.update(pictures=0)
+    normals = AdaptObjective(dataclasses.replace(recipe, flip=True, condition="normal"), CPU)
+    # The pictures are the same and their latents stay; the condition images are turned in another way.
+    assert encoded["pictures"] == 2 * len(normals.pairs)
+    assert torch.equal(everything(plain.latents), everything(normals.latents))
+    chosen, flipped = torch.tensor([0, 1]), torch.tensor([False, True])
+    given = [normals.pairs[index].images(64)[0] for index in (0, 1)]
+    given[1] = given[1][:, ::-1].copy()
+    given[1][..., 0] = 255 - given[1][..., 0]
+    hints = normals.control.encode(to_tensor(given), normals.base)
+    assert torch.allclose(normals.hints(chosen, flipped), hints, atol=2e-3)
+    with pytest.raises(UserError, match="finished images of openpose cannot be mirrored"):
+        AdaptObjective(dataclasses.replace(recipe, flip=True, condition="openpose"), CPU)
+    AdaptObjective(dataclasses.replace(recipe, condition="openpose"), CPU)
+
+
 def test_flipped_pairs_are_flipped_on_both_sides_half_of_the_time(recipe, encoded):
     objective = AdaptObjective(dataclasses.replace(recipe, flip=True, batch_size=16), CPU)
     assert encoded["pictures"] == 2 * 2 * len(objective.pairs)

@@ -1,6 +1,7 @@
-"""make one condition image from a picture, or list every condition
+"""make one condition image from a picture, or show what conditions there are
 
 controlkit condition --list
+controlkit condition canny
 controlkit condition canny photo.jpg --out edges.png --set low=50 --set high=150
 controlkit condition all photo.jpg --out sheet.png
 controlkit condition depth photo.jpg --set model=weights/dpt-large
@@ -12,9 +13,13 @@ that `model` names, in $CONTROLKIT_MODELS/OWNER/NAME or in the hub's cache. HF_H
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from controlkit.apps.show import add_json, print_json, print_table
+from controlkit.apps.show import add_json, print_facts, print_json, print_table
 from controlkit.errors import UserError
+
+if TYPE_CHECKING:
+    from controlkit.conditions import Condition
 
 _COLUMNS, _TILE = 6, 168
 _GIVEN = ("identity", "lineart_given", "bbox", "segments")
@@ -24,7 +29,9 @@ _GIVEN = ("identity", "lineart_given", "bbox", "segments")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("name", nargs="?", default=None, help="which condition, or all that need no weights")
-    parser.add_argument("image", nargs="?", default=None, help="the picture")
+    parser.add_argument(
+        "image", nargs="?", default=None, help="the picture; without one, everything about the condition is shown"
+    )
     parser.add_argument("--out", default=None, metavar="FILE", help="PNG to write (default: NAME.png)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="set a parameter"
@@ -40,8 +47,13 @@ def run(args: argparse.Namespace) -> None:
     if args.list:
         _list(args.json)
         return
-    if args.name is None or args.image is None:
+    if args.name is None:
         raise UserError("give the name of a condition and a picture, or --list")
+    if args.image is None:
+        if args.name == "all" or args.out or args.settings:
+            raise UserError(f"{args.name}: give the picture that the condition is to be made from")
+        _describe(conditions.find(args.name), args.json)
+        return
     import numpy as np
     from PIL import Image
 
@@ -104,25 +116,78 @@ def _list(as_json: bool) -> None:
 
     everything = conditions.registry().values()
     if as_json:
-        print_json(
-            [
-                {
-                    "name": c.name,
-                    "aliases": list(c.aliases),
-                    "summary": c.summary,
-                    "parameters": c.defaults,
-                    "training": {name: str(draw) for name, draw in c.draw.items()},
-                    "limits": {name: list(limits) for name, limits in c.limits.items()},
-                    "mirrors": c.mirrors,
-                    "fidelity": c.fidelity.name,
-                    "needs": c.requires.as_json() if c.requires else None,
-                }
-                for c in everything
-            ]
-        )
+        print_json([_facts(c) for c in everything])
         return
     rows = [
         (c.name, c.summary, ", ".join(c.defaults) or "-", c.fidelity.name, str(c.requires or "nothing"))
         for c in everything
     ]
     print_table("Conditions", ("name", "what it is", "parameters", "scored by", "needs"), rows)
+
+
+def _facts(c: Condition) -> dict[str, object]:
+    """Everything that a condition knows about itself, for programs."""
+    from controlkit.conditions.condition import LEAST_SIDE
+
+    return {
+        "name": c.name,
+        "aliases": list(c.aliases),
+        "summary": c.summary,
+        "parameters": c.defaults,
+        "training": {name: str(draw) for name, draw in c.draw.items()},
+        "limits": {name: list(limits) for name, limits in c.limits.items()},
+        "channels": c.channels,
+        "range": [0, 255],
+        "values": None if c.values is None else list(c.values),
+        "mirrors": c.mirrors,
+        "finished_mirrors": c.mirror is not None,
+        "cuts": c.cuts,
+        "resize": c.resize,
+        "least_side": LEAST_SIDE,
+        "seen": c.seen,
+        "fidelity": c.fidelity.name,
+        "needs": c.requires.as_json() if c.requires else None,
+    }
+
+
+def _describe(c: Condition, as_json: bool) -> None:
+    """One condition in full."""
+    from controlkit.conditions.condition import LEAST_SIDE
+
+    if as_json:
+        print_json(_facts(c))
+        return
+    facts = [("what it is", c.summary)]
+    if c.aliases:
+        facts.append(("also called", ", ".join(c.aliases)))
+    for name, default in c.defaults.items():
+        told = [f"{default!r} unless set"]
+        if name in c.limits:
+            told.append("from {} to {}".format(*c.limits[name]))
+        if name in c.draw:
+            told.append(f"in training {c.draw[name]}")
+        facts.append((f"parameter {name}", "; ".join(told)))
+    facts += [
+        ("channels", "one, three times" if c.channels == 1 else "red, green and blue"),
+        ("values", "0 to 255" if c.values is None else ", ".join(map(str, c.values))),
+        ("sizes", f"any from {LEAST_SIDE} x {LEAST_SIDE}, and the same back; the picture is looked at {c.seen}"),
+        ("a flip of the picture", _flip(c)),
+        ("a crop of a finished one", "is one of the cropped picture" if c.cuts else "is not: make it again"),
+        (
+            "scaling a finished one",
+            "by the nearest pixel: its colours are labels" if c.resize == "nearest" else "smooth",
+        ),
+        ("scored by", c.fidelity.name),
+        ("needs", str(c.requires or "nothing")),
+    ]
+    print_facts(c.name, facts)
+
+
+def _flip(c: Condition) -> str:
+    from controlkit.conditions.condition import left_right
+
+    if c.mirror is None:
+        return "changes its colours, which tell left from right: finished ones cannot be flipped"
+    if c.mirror is not left_right:
+        return "flips it and turns its vectors, in finished ones too"
+    return "flips it" if c.mirrors else "leaves what is random where it was; finished ones flip as a whole"

@@ -33,6 +33,17 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     Console().print(table)
 
 
+def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
+    """What is known about one thing, a line each, on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, told in facts:
+        table.add_row(name, told)
+    Console().print(table)
+
+
 def print_seconds(seconds: dict[str, float]) -> None:
     """Where the time went."""
     total = sum(seconds.values())

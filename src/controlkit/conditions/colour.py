@@ -15,6 +15,7 @@ from controlkit.conditions.pixels import (
     length,
     main_colours,
     nearest_colour,
+    reduced,
     short_side,
     smooth_field,
     three_channels,
@@ -26,6 +27,7 @@ from controlkit.conditions.pixels import (
     summary="the picture without colour",
     aliases=("greyscale", "gray", "grey", "colorization", "recolor"),
     fidelity=PSNR,
+    channels=1,
 )
 def grayscale(picture: np.ndarray) -> np.ndarray:
     """Luma (ITU-R BT.601, OpenCV) in all three channels; CtrLoRA's grayscale."""
@@ -47,7 +49,7 @@ def palette(picture: np.ndarray, *, cells: int = 8) -> np.ndarray:
     cell's mean does.
     """
     height, width = picture.shape[:2]
-    return enlarge(cv2.resize(picture, grid_size(picture, cells), interpolation=cv2.INTER_AREA), height, width)
+    return enlarge(reduced(picture, grid_size(picture, cells)), height, width)
 
 
 @condition(
@@ -66,7 +68,7 @@ def pixel(picture: np.ndarray, *, cells: int = 96, colours: int = 12) -> np.ndar
     """
     height, width = picture.shape[:2]
     size = grid_size(picture, max(1, min(cells, short_side(picture) // 2)))
-    small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    small = reduced(picture, size)
     chosen = main_colours(small, colours)
     return enlarge(chosen[nearest_colour(small, chosen)], height, width)
 
@@ -79,6 +81,7 @@ def pixel(picture: np.ndarray, *, cells: int = 96, colours: int = 12) -> np.ndar
     draw={"seed": seed()},
     limits={"scale": (0.02, 4)},
     mirrors=False,
+    cuts=False,
 )
 def shuffle(picture: np.ndarray, *, scale: float = 0.5, seed: int = 0) -> np.ndarray:
     """Each pixel comes from where a smooth random field points.
@@ -105,6 +108,9 @@ def shuffle(picture: np.ndarray, *, scale: float = 0.5, seed: int = 0) -> np.nda
     fidelity=MEAN_IOU,
     draw={"dark": uniform_int(70, 100), "bright": uniform_int(155, 185)},
     limits={"dark": (0, 255), "bright": (0, 255), "closing": (0, 0.5), "opening": (0, 0.5)},
+    channels=1,
+    values=(0, 127, 255),
+    resize="nearest",
 )
 def illusion(
     picture: np.ndarray,

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache, cached_property
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,6 +34,19 @@ from controlkit.errors import UserError, nearest
 
 Draw = Callable[[np.random.Generator], Any]
 """Draws a parameter's value for one training picture."""
+
+LEAST_SIDE = 16
+"""Every condition takes pictures of any height and width from so many pixels up, and gives the same size back."""
+
+Mirror = Callable[[np.ndarray], np.ndarray]
+"""Condition image => that of the flipped picture, both `uint8 [H, W, 3]`."""
+
+Resize = Literal["smooth", "nearest"]
+
+
+def left_right(image: np.ndarray) -> np.ndarray:
+    """Left and right exchanged, `[H, W, ...]`."""
+    return np.ascontiguousarray(image[:, ::-1])
 
 
 @dataclass(frozen=True)
@@ -96,11 +109,25 @@ class Condition:
     """How parameters are drawn at random for training; the others keep their defaults."""
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Least and greatest value of numeric parameters; calls with others are refused."""
+    channels: int = 3
+    """3, or 1 where the three channels of its images are always equal."""
+    values: tuple[int, ...] | None = None
+    """The only values that occur in its images; None for any from 0 to 255."""
     mirrors: bool = True
     """Whether flipping the picture flips the condition image and nothing else.
 
-    False for conditions that are random themselves: with the same seed the mask or noise stays where it is.
-    (A finished pair of theirs may still be flipped as a whole.)"""
+    False for conditions that are random themselves: with the same seed the mask or noise stays where it is."""
+    mirror: Mirror | None = left_right
+    """Makes a finished condition image that of the flipped picture: for most, what lies where in one still does in the
+    other. None where its colours tell left from right, so that no flip of it is true."""
+    cuts: bool = True
+    """Whether a part of a finished condition image is one of that part of the picture, up to its rim and to lengths
+    that are fractions of the short side. False where it speaks of the picture as a whole: a frame around it, a depth
+    from its farthest point to its nearest. After a crop these are best made again."""
+    resize: Resize = "smooth"
+    """How a finished condition image is scaled: `nearest` for maps whose colours are labels."""
+    seen: str = "as it is"
+    """The size at which the picture is looked at."""
     requires: LearnedModel | None = None
     """The learned model that it needs, or None. Where the weights are files, the condition has the parameter `model`:
     a folder that holds them, or another model of the hub."""
@@ -115,7 +142,7 @@ class Condition:
         """The condition image of `picture`, both `uint8 [H, W, 3]` RGB of the same height and width.
 
         Raises:
-            UserError: a parameter is unknown or out of its limits.
+            UserError: a parameter is unknown or out of its limits, or the picture is too small.
         """
         for key, value in parameters.items():
             if key not in self.defaults:
@@ -123,7 +150,13 @@ class Condition:
             self._check(key, value)
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise ValueError(f"expected uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
-        return self.function(np.ascontiguousarray(picture), **parameters)
+        if min(picture.shape[:2]) < LEAST_SIDE:
+            size = f"{picture.shape[1]} x {picture.shape[0]}"
+            raise UserError(f"{self.name}: the picture is {size}; conditions need {LEAST_SIDE} x {LEAST_SIDE} at least")
+        given = np.ascontiguousarray(picture)
+        made = self.function(given, **parameters)
+        # A function that has nothing to do (a blur by nothing) may give back what it got.
+        return made.copy() if np.may_share_memory(made, given) else made
 
     def _check(self, key: str, value: Any) -> None:
         """Refuse a number of the wrong kind or out of limits; parameters that are not numbers pass."""
@@ -141,6 +174,16 @@ class Condition:
     def random_parameters(self, rng: np.random.Generator) -> dict[str, Any]:
         """Every parameter, those of `draw` drawn for one training picture."""
         return {**self.defaults, **{name: draw(rng) for name, draw in self.draw.items()}}
+
+    def mirrored(self, image: np.ndarray) -> np.ndarray:
+        """A finished condition image as that of the flipped picture, both `uint8 [H, W, 3]`.
+
+        Raises:
+            UserError: its colours tell left from right.
+        """
+        if self.mirror is None:
+            raise no_mirror(self.name)
+        return self.mirror(image)
 
     def score(self, given: np.ndarray, result: np.ndarray, truth: np.ndarray | None = None, **parameters: Any) -> float:
         """Fidelity of the picture `result` to the condition image `given`, all `uint8 [H, W, 3]`.
@@ -168,6 +211,14 @@ def condition(name: str, **facts: Any) -> Callable[[Callable[..., np.ndarray]], 
         return made
 
     return register
+
+
+def no_mirror(name: str) -> UserError:
+    """The error for flips of finished images of the condition `name`."""
+    return UserError(
+        f"finished images of {name} cannot be mirrored, because their colours tell left from right: leave out flip, or"
+        " make pairs of mirrored pictures, too"
+    )
 
 
 @cache

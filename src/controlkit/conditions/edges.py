@@ -16,6 +16,8 @@ from controlkit.conditions.pixels import length, smoothed, three_channels, to_ui
     aliases=("canny_edges", "canny_edge"),
     fidelity=EDGE_F1,
     draw={"low": uniform_int(50, 150), "high": uniform_int(150, 250)},
+    channels=1,
+    values=(0, 255),
 )
 def canny(picture: np.ndarray, *, low: int = 100, high: int = 200) -> np.ndarray:
     """Canny edges with hysteresis thresholds `low` and `high` of 255.
@@ -32,6 +34,7 @@ def canny(picture: np.ndarray, *, low: int = 100, high: int = 200) -> np.ndarray
     fidelity=PSNR,
     draw={"scale": uniform(0.002, 0.008), "gain": uniform(1.5, 3.0), "safe": chance(0.75)},
     limits={"scale": (0, 0.2), "gain": (0, 100)},
+    channels=1,
 )
 def softedge_sobel(picture: np.ndarray, *, scale: float = 0.004, gain: float = 2.0, safe: bool = False) -> np.ndarray:
     """Strength of the colour gradient, the strongest channel's, white on black.
@@ -67,6 +70,8 @@ def _soft_edges(picture: np.ndarray, scale: float, gain: float) -> np.ndarray:
     fidelity=EDGE_F1,
     draw={"width": uniform(0.004, 0.047), "scale": uniform(0.008, 0.02), "shortest": uniform(0.05, 0.15)},
     limits={"width": (0, 0.2), "scale": (0, 0.2), "shortest": (0, 2)},
+    channels=1,
+    values=(0, 255),
 )
 def scribble(picture: np.ndarray, *, width: float = 0.012, scale: float = 0.012, shortest: float = 0.1) -> np.ndarray:
     """Strokes of one width, without detail. ControlNet's own come from HED or PiDiNet, with weights.
@@ -100,6 +105,7 @@ def scribble(picture: np.ndarray, *, width: float = 0.012, scale: float = 0.012,
     fidelity=DARK_EDGE_F1,
     draw={"threshold": uniform_int(110, 159)},
     limits={"threshold": (1, 255), "scale": (0, 0.2)},
+    channels=1,
 )
 def sketch(picture: np.ndarray, *, threshold: int = 134, scale: float = 0.005) -> np.ndarray:
     """Edges stronger than `threshold` of 255 in dark on white, softened.

@@ -48,6 +48,7 @@ def lineart_given(picture: np.ndarray) -> np.ndarray:
     aliases=("boxes", "bounding_boxes", "bounding_box"),
     fidelity=PICTURE_COLOUR_DISTANCE,
     mirrors=False,
+    resize="nearest",
 )
 def bbox(
     picture: np.ndarray,
@@ -93,6 +94,7 @@ def bbox(
     aliases=("coco_segments", "segmentation_given"),
     fidelity=PICTURE_COLOUR_DISTANCE,
     mirrors=False,
+    resize="nearest",
 )
 def segments(
     picture: np.ndarray,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from controlkit.conditions.condition import condition, seed, uniform
+from controlkit.conditions.condition import condition, seed, uniform, uniform_int
 from controlkit.conditions.fidelity import COLOUR_DISTANCE, EDGE_F1, PSNR
 from controlkit.conditions.pixels import grey, length, smoothed, three_channels, to_uint8
 
@@ -17,6 +17,7 @@ from controlkit.conditions.pixels import grey, length, smoothed, three_channels,
     fidelity=PSNR,
     draw={"scale": uniform(0.0012, 0.004), "sharpness": uniform(20, 60)},
     limits={"scale": (0, 0.2), "sharpness": (0, 1000), "level": (-1, 1)},
+    channels=1,
 )
 def lineart_xdog(
     picture: np.ndarray, *, scale: float = 0.0025, sharpness: float = 40.0, level: float = 0.01
@@ -34,6 +35,30 @@ def lineart_xdog(
     return three_channels(_xdog(picture, scale, sharpness, level))
 
 
+@condition(
+    "scribble_xdog",
+    summary="white strokes on black where the picture is darker than around (a difference of Gaussians, cut off)",
+    aliases=("fake_scribble_xdog",),
+    fidelity=EDGE_F1,
+    draw={"threshold": uniform_int(16, 48)},
+    limits={"threshold": (1, 254)},
+    channels=1,
+    values=(0, 255),
+)
+def scribble_xdog(picture: np.ndarray, *, threshold: int = 32) -> np.ndarray:
+    """White where all channels are darker than their surroundings, by half of `threshold` at least.
+
+    Mikubill/sd-webui-controlnet, annotator `scribble_xdog` for ControlNet 1.1: Gaussians of 0.5 and 5 pixels at 512;
+    here they are fractions of the short side.
+
+    Args:
+        threshold: of 255, of twice the difference.
+    """
+    values = picture.astype(np.float32)
+    fine, coarse = (smoothed(values, length(picture, sigma / 512, least=0.5)) for sigma in (0.5, 5.0))
+    return three_channels(np.where(2 * (coarse - fine).min(axis=2) > threshold, np.uint8(255), np.uint8(0)))
+
+
 def _xdog(picture: np.ndarray, scale: float, sharpness: float, level: float) -> np.ndarray:
     """White lines on black `uint8 [H, W]`."""
     sigma = length(picture, scale, least=0.6)
@@ -49,6 +74,8 @@ def _xdog(picture: np.ndarray, scale: float, sharpness: float, level: float) -> 
     fidelity=EDGE_F1,
     draw={"shortest": uniform(0.04, 0.15)},
     limits={"shortest": (0, 2), "detail": (0.1, 4)},
+    channels=1,
+    values=(0, 255),
 )
 def lines_lsd(picture: np.ndarray, *, shortest: float = 0.06, detail: float = 0.8) -> np.ndarray:
     """Line segments a pixel wide.

@@ -20,6 +20,7 @@ from controlkit.errors import UserError
     fidelity=RESTORED_PSNR,
     draw={"seed": seed()},
     mirrors=False,
+    cuts=False,
 )
 def inpaint(picture: np.ndarray, *, box: Sequence[float] | None = None, seed: int = 0) -> np.ndarray:
     """A rectangle somewhere around the middle made black.
@@ -67,6 +68,7 @@ def _span(rng: np.random.Generator) -> tuple[float, float]:
     fidelity=RESTORED_PSNR,
     draw={"seed": seed()},
     mirrors=False,
+    cuts=False,
 )
 def inpaint_brush(picture: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """Crooked brush strokes made black.
@@ -108,6 +110,7 @@ def inpaint_brush(picture: np.ndarray, *, seed: int = 0) -> np.ndarray:
     fidelity=RESTORED_PSNR,
     draw={"keep_width": uniform(0.2, 0.8), "keep_height": uniform(0.2, 0.8)},
     limits={"keep_width": (0, 1), "keep_height": (0, 1)},
+    cuts=False,
 )
 def outpaint(picture: np.ndarray, *, keep_width: float = 0.5, keep_height: float = 0.5) -> np.ndarray:
     """A centred rectangle of the picture on black.

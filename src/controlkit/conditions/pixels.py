@@ -22,6 +22,13 @@ def grey(picture: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
 
 
+def mirrored_normals(image: np.ndarray) -> np.ndarray:
+    """A map of normals as that of the flipped picture: the part along x, in red, points the other way."""
+    turned = np.ascontiguousarray(image[:, ::-1])
+    turned[..., 0] = 255 - turned[..., 0]
+    return turned
+
+
 def three_channels(values: np.ndarray) -> np.ndarray:
     """`uint8 [H, W]` => `uint8 [H, W, 3]`."""
     return cv2.cvtColor(values, cv2.COLOR_GRAY2RGB)
@@ -48,6 +55,18 @@ def grid_size(picture: np.ndarray, cells: int) -> tuple[int, int]:
     height, width = picture.shape[:2]
     side = short_side(picture) / cells
     return min(width, max(1, round(width / side))), min(height, max(1, round(height / side)))
+
+
+def reduced(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Means over the areas of `size` (columns, rows) cells, `uint8 [rows, columns, 3]`.
+
+    The mean of both directions, so that a flipped picture has exactly the flipped cells: OpenCV rounds from left to
+    right, and colours that are chosen by the cells can jump at a difference of one level.
+    """
+    straight, turned = (
+        cv2.resize(view, size, interpolation=cv2.INTER_AREA) for view in (picture, cv2.flip(picture, 1))
+    )
+    return ((straight.astype(np.uint16) + turned[:, ::-1] + 1) // 2).astype(np.uint8)
 
 
 def enlarge(cells: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -82,9 +101,11 @@ def main_colours(picture: np.ndarray, count: int) -> np.ndarray:
     Judged on a reduction to 96 pixels, which keeps every region that is larger than a speck.
     """
     height, width = picture.shape[:2]
-    small = cv2.resize(picture, (min(width, 96), min(height, 96)), interpolation=cv2.INTER_AREA)
-    reduced = Image.fromarray(small).quantize(count, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
-    return np.unique(np.asarray(reduced.convert("RGB")).reshape(-1, 3), axis=0)
+    small = reduced(picture, (min(width, 96), min(height, 96)))
+    order = np.argsort(packed(small), axis=None, kind="stable")
+    pixels = Image.fromarray(small.reshape(1, -1, 3)[:, order])
+    quantised = pixels.quantize(count, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
+    return np.unique(np.asarray(quantised.convert("RGB")).reshape(-1, 3), axis=0)
 
 
 def smooth_field(rng: np.random.Generator, height: int, width: int, cell: float) -> np.ndarray:

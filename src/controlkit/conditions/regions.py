@@ -17,6 +17,7 @@ from controlkit.conditions.pixels import disc, length, main_colours, nearest_col
     fidelity=MEAN_IOU,
     draw={"colours": uniform_int(4, 10)},
     limits={"colours": (2, 256), "smallest": (0, 0.2)},
+    resize="nearest",
 )
 def color_regions(picture: np.ndarray, *, colours: int = 6, smallest: float = 0.01) -> np.ndarray:
     """Every pixel in the nearest of the picture's main colours, detail cleared.
@@ -39,6 +40,9 @@ def color_regions(picture: np.ndarray, *, colours: int = 6, smallest: float = 0.
     aliases=("mask", "foreground"),
     fidelity=MEAN_IOU,
     limits={"threshold": (0, 400), "smallest": (0, 0.2)},
+    channels=1,
+    values=(0, 255),
+    resize="nearest",
 )
 def silhouette(
     picture: np.ndarray, *, threshold: float = 12.0, smallest: float = 0.01, fill_holes: bool = False

@@ -6,9 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from controlkit.conditions import find
+from controlkit.conditions.condition import left_right
 from controlkit.data.sources import Source, read_picture
 from controlkit.files import sha256_of
 from controlkit.images import resize_cover
+
+SOURCE, TARGET = "source", "target"
+"""The sides of a pair: condition image and picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +25,28 @@ class Pair:
     target: Source
     """The picture."""
     prompt: str
+    condition: str | None = None
+    """Which condition `source` is, where that is known; it decides how its images are scaled and mirrored."""
 
     def images(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Condition image and picture, both `uint8 [size, size, 3]`, cropped around their centres alike."""
-        source, target = (
-            np.asarray(resize_cover(read_picture(where), size, size)) for where in (self.source, self.target)
-        )
-        return source, target
+        return self.side(SOURCE, size), self.side(TARGET, size)
+
+    def side(self, side: str, size: int, mirrored: bool = False) -> np.ndarray:
+        """One side of the pair, `SOURCE` or `TARGET`, as `images` gives it: `uint8 [size, size, 3]`.
+
+        Args:
+            mirrored: as it is when the picture is flipped.
+
+        Raises:
+            UserError: it cannot be read, or images of its condition cannot be mirrored.
+        """
+        acts = find(self.condition) if side == SOURCE and self.condition is not None else None
+        nearest = acts is not None and acts.resize == "nearest"
+        image = np.asarray(resize_cover(read_picture(getattr(self, side)), size, size, nearest=nearest))
+        if not mirrored:
+            return image
+        return left_right(image) if acts is None else acts.mirrored(image)
 
     def key(self) -> str:
         """Hash of the bytes of both."""

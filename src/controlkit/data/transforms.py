@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from controlkit.conditions import Condition
+from controlkit.conditions.condition import left_right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +57,22 @@ def show(image: np.ndarray, view: View, size: int, *, nearest: bool = False) -> 
     return np.ascontiguousarray(part[:, ::-1] if view.flip else part)
 
 
-def show_pair(source: np.ndarray, target: np.ndarray, view: View, size: int) -> tuple[np.ndarray, np.ndarray]:
+def show_pair(
+    source: np.ndarray, target: np.ndarray, view: View, size: int, condition: Condition | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The same view of a finished condition image and its picture, both `uint8 [size, size, 3]`.
 
-    A finished pair may be mirrored whatever its condition is: what lies where in one still does in the other.
+    Args:
+        condition: which one it is, where that is known: label maps keep their colours, normals turn round.
+
+    Raises:
+        UserError: the view is mirrored, and images of this condition cannot be.
     """
-    return show(source, view, size), show(target, view, size)
+    upright = View(place=view.place)
+    shown = show(source, upright, size, nearest=condition is not None and condition.resize == "nearest")
+    if view.flip:
+        shown = left_right(shown) if condition is None else condition.mirrored(shown)
+    return shown, show(target, view, size)
 
 
 def draw_pair(
@@ -69,16 +80,16 @@ def draw_pair(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Condition image and picture of a view, both `uint8 [size, size, 3]`, the condition computed after the crop.
 
-    Where `condition.mirrors`, it is computed from what is shown. Elsewhere (a mask or noise of a fixed seed) that would
-    leave the mask where it was when the picture turns round; the pair is made upright and mirrored as a whole, so the
-    same view with and without the flip shows the same pair. Annotations (`bbox`, `segments`) are measured in the whole
-    picture: draw these first, then `show_pair`.
+    It is computed from what is shown, with one exception: a mask or noise of a fixed seed would stay where it was when
+    the picture turns round. Such a pair is made upright and mirrored as a whole, so the same view with and without the
+    flip shows the same pair. Annotations (`bbox`, `segments`) are measured in the whole picture: draw these first, then
+    `show_pair`.
     """
-    if condition.mirrors:
+    if condition.mirrors or condition.mirror is not left_right:
         target = show(picture, view, size)
         return condition(target, **(parameters or {})), target
     target = show(picture, View(place=view.place), size)
     source = condition(target, **(parameters or {}))
     if view.flip:
-        source, target = (np.ascontiguousarray(image[:, ::-1]) for image in (source, target))
+        source, target = left_right(source), left_right(target)
     return source, target

@@ -13,9 +13,9 @@ from controlkit.checkpoints.ctrlora import save_adapter, save_base_control
 from controlkit.controls.base_control import BaseControl
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.data.pair import SOURCE
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
-from controlkit.training.pair_cache import SOURCE, side_of
 from controlkit.training.pairs import PairsObjective
 from controlkit.training.recipe import AdaptRecipe, ControlNetPairsRecipe, CtrLoRAFullRecipe
 from controlkit.training.savings import SetAside, checkpoint_activations, store_frozen, uses_bf16
@@ -102,7 +102,7 @@ class ControlNetPairsObjective(FrugalObjective):
 
     def hints(self, chosen: Tensor, flipped: Tensor) -> Tensor:
         sources = [
-            side_of(self.pairs[index], SOURCE, self.base.size, mirrored)
+            self.pairs[index].side(SOURCE, self.base.size, mirrored)
             for index, mirrored in zip(chosen.tolist(), flipped.tolist(), strict=True)
         ]
         return self.control.encode(to_tensor(sources).to(self.device), self.base)

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from controlkit.bases.base import Base, Text
+from controlkit.conditions import find
+from controlkit.conditions.condition import left_right, no_mirror
 from controlkit.controls.control import Control
 from controlkit.data.cache import Spec, Store
 from controlkit.data.cached_rows import CachedRows, Make
-from controlkit.data.pair import Pair
+from controlkit.data.pair import SOURCE, TARGET, Pair
 from controlkit.data.segments import Part, Rows, digests_of
-from controlkit.data.sources import Source, read_picture
-from controlkit.data.transforms import View, show
+from controlkit.data.sources import Source
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
-from controlkit.images import resize_cover, to_tensor
+from controlkit.images import to_tensor
 from controlkit.training.drawings import weights_key
 
 _DTYPES = {
@@ -32,9 +33,6 @@ _DTYPES = {
     "I64": torch.int64,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-SOURCE, TARGET = "source", "target"
-"""The sides of a pair: condition image and picture."""
 
 
 class PictureRows:
@@ -81,6 +79,9 @@ class PairCache:
         flip: also keep latents and hints of the mirrored pairs.
         check: read every row now and make damaged ones again, for a run that will store the frozen weights in another
             type; otherwise each is checked when it is first read.
+
+    Raises:
+        UserError: `flip`, where images of the pairs' condition cannot be mirrored.
     """
 
     def __init__(self, base: Base, pairs: Sequence[Pair], *, flip: bool = False, check: bool = False) -> None:
@@ -88,6 +89,12 @@ class PairCache:
         self.pairs = pairs
         self.flip = flip
         self.check = check
+        acting = [find(name) for name in sorted({pair.condition for pair in pairs if pair.condition is not None})]
+        for condition in acting:
+            if flip and condition.mirror is None:
+                raise no_mirror(condition.name)
+        unusual = [one.name for one in acting if one.resize == "nearest" or one.mirror is not left_right]
+        self._acts = "".join(f", as {name}" for name in unusual)
         vae = base.vae
         settings = (str(next(vae.parameters()).dtype), str(base.dtype), vae.config.scaling_factor)
         self._vae_key = sha256_of(weights_key(vae), repr(settings))
@@ -120,6 +127,7 @@ class PairCache:
 
     def _images(self, kind: str, side: str, model: str, encode: Callable[[Tensor], Tensor]) -> PictureRows:
         size = self.base.size
+        acts = self._acts if side == SOURCE else ""
         sources = [getattr(pair, side) for pair in self.pairs]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             keys = list(pool.map(_key_of, sources))
@@ -127,13 +135,13 @@ class PairCache:
 
         def rows(mirrored: bool) -> CachedRows:
             def make(indices: Sequence[int]) -> tuple[dict[str, Part], Rows]:
-                images = [side_of(self.pairs[index], side, size, mirrored) for index in indices]
+                images = [self.pairs[index].side(side, size, mirrored) for index in indices]
                 for index in indices:
                     if _key_of(sources[index]) != keys[index]:
                         raise UserError(f"{sources[index]} has changed since training began; run the same again")
                 return _as_rows({kind: encode(to_tensor(images).to(self.base.device)).to("cpu", torch.float16)})
 
-            transform = f"{size} x {size}, centre" + (", mirrored" if mirrored else "")
+            transform = f"{size} x {size}, centre{acts}" + (", mirrored" if mirrored else "")
             return self._rows(kind, model, transform, digests, make, f"encoding {{count}} pairs ({kind})")
 
         return PictureRows(rows(False), rows(True) if self.flip else None)
@@ -153,15 +161,6 @@ class PairCache:
         if self.check:
             rows.check()
         return rows
-
-
-def side_of(pair: Pair, side: str, size: int, mirrored: bool = False) -> np.ndarray:
-    """One side of a pair as `Pair.images` shows it, or its mirror image: `uint8 [size, size, 3]`.
-
-    A finished pair may be mirrored whatever its condition is (`transforms.show_pair`).
-    """
-    image = np.asarray(resize_cover(read_picture(getattr(pair, side)), size, size))
-    return show(image, View(flip=mirrored), size)
 
 
 def _key_of(source: Source) -> str:

@@ -38,6 +38,9 @@ _PARTS = 24
     limits={"resolution": (64, 4096)},
     mirrors=False,
     requires=DENSEPOSE,
+    mirror=None,
+    resize="nearest",
+    seen="short side at `resolution`",
 )
 def densepose(picture: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """The 24 parts of DensePose (Gueler et al. 2018) in the colours of viridis, on its darkest.

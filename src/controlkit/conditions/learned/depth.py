@@ -12,7 +12,7 @@ from controlkit.conditions.condition import condition
 from controlkit.conditions.fidelity import DEPTH_RMSE, NORMAL_ANGLE
 from controlkit.conditions.learned.inputs import Inputs, network_size, normalised, pixels_of, prepare, read_inputs
 from controlkit.conditions.models import LearnedModel, find_folder, load_transformers
-from controlkit.conditions.pixels import three_channels, to_uint8
+from controlkit.conditions.pixels import mirrored_normals, three_channels, to_uint8
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,9 @@ _UNREAD = (r"fusion_stage\.layers\.0\.residual_layer1\.", r"pooler\.", r"auxilia
     aliases=("depth_midas", "depth_dpt", "midas"),
     fidelity=DEPTH_RMSE,
     requires=DPT,
+    channels=1,
+    cuts=False,
+    seen="as the settings beside the model's weights say",
 )
 def depth(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """Relative depth, from the farthest (0) to the nearest (255) of each picture.
@@ -51,6 +54,9 @@ def depth(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     aliases=("depth_anything_v2",),
     fidelity=DEPTH_RMSE,
     requires=DEPTH_ANYTHING,
+    channels=1,
+    cuts=False,
+    seen="as the settings beside the model's weights say",
 )
 def depth_anything(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """Relative depth, from the farthest (0) to the nearest (255) of each picture (Yang et al. 2024).
@@ -69,6 +75,9 @@ def depth_anything(picture: np.ndarray, *, model: str | None = None) -> np.ndarr
     aliases=("zoe", "depth_zoedepth"),
     fidelity=DEPTH_RMSE,
     requires=ZOE,
+    channels=1,
+    cuts=False,
+    seen="as the settings beside the model's weights say",
 )
 def depth_zoe(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """Metric depth (Bhat et al. 2023), inverted; its percentiles 2 and 85 become white and black.
@@ -97,6 +106,8 @@ def depth_zoe(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     limits={"a": (1e-3, 1e3), "background": (0, 1)},
     mirrors=False,
     requires=DPT,
+    mirror=mirrored_normals,
+    seen="as the settings beside the model's weights say",
 )
 def normal(
     picture: np.ndarray,

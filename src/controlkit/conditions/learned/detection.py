@@ -48,6 +48,8 @@ class Detection:
     fidelity=CLASS_IOU,
     limits={"score": (0, 1)},
     requires=RT_DETR,
+    resize="nearest",
+    seen="as the settings beside the model's weights say",
 )
 def bbox_detected(picture: np.ndarray, *, score: float = 0.4, model: str | None = None) -> np.ndarray:
     """Boxes of COCO's 80 classes in the colours of `bbox`, the largest first, on black.

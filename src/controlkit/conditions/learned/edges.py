@@ -24,6 +24,8 @@ HED_MODEL = LearnedModel(
     fidelity=PSNR,
     limits={"resolution": (64, 4096)},
     requires=HED_MODEL,
+    channels=1,
+    seen="short side at `resolution`, both sides multiples of 64",
 )
 def hed(picture: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """Edges of what a person would outline. lllyasviel/ControlNet, annotator/hed.
@@ -47,6 +49,8 @@ def hed(picture: np.ndarray, *, safe: bool = False, resolution: int = 512, model
     draw={"threshold": uniform_int(110, 159)},
     limits={"threshold": (1, 255), "resolution": (64, 4096)},
     requires=HED_MODEL,
+    channels=1,
+    seen="short side at `resolution`, both sides multiples of 64",
 )
 def hedsketch(
     picture: np.ndarray, *, threshold: int = 134, resolution: int = 512, model: str | None = None
@@ -73,6 +77,9 @@ def hedsketch(
     draw={"safe": chance(0.5)},
     limits={"resolution": (64, 4096)},
     requires=HED_MODEL,
+    channels=1,
+    values=(0, 255),
+    seen="short side at `resolution`, both sides multiples of 64",
 )
 def scribble_hed(
     picture: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None
@@ -90,8 +97,13 @@ def scribble_hed(
     edges = _edges("scribble_hed", picture, resolution, model)
     if safe:
         edges = np.minimum(np.floor(edges * 3) / 2, 1)
+    return strokes_along(edges, *picture.shape[:2])
+
+
+def strokes_along(edges: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Broad white strokes on black `uint8 [height, width, 3]` along the ridges of edges `[h, w]` in [0, 1]."""
     strokes = cv2.GaussianBlur(ridges(255 * edges), (0, 0), 3.0) > 4
-    back = back_to_size(np.where(strokes, np.uint8(255), np.uint8(0)), *picture.shape[:2])
+    back = back_to_size(np.where(strokes, np.uint8(255), np.uint8(0)), height, width)
     return three_channels(np.where(back > 127, np.uint8(255), np.uint8(0)))
 
 

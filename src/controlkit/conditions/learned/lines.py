@@ -7,6 +7,7 @@ import numpy as np
 from controlkit.conditions.condition import chance, condition, uniform
 from controlkit.conditions.fidelity import EDGE_F1, PSNR
 from controlkit.conditions.learned.controlnet_aux import annotate
+from controlkit.conditions.learned.edges import strokes_along
 from controlkit.conditions.learned.inputs import back_to_size, pixels_of, to_resolution
 from controlkit.conditions.models import LearnedModel, find_folder, load_network
 from controlkit.conditions.pixels import three_channels, to_uint8
@@ -41,6 +42,8 @@ PIDINET = LearnedModel(
     draw={"coarse": chance(0.5)},
     limits={"resolution": (64, 4096)},
     requires=LINEART,
+    channels=1,
+    seen="short side at `resolution`, both sides multiples of 64",
 )
 def lineart(
     picture: np.ndarray, *, coarse: bool = False, resolution: int = 512, model: str | None = None
@@ -73,6 +76,8 @@ def lineart(
     fidelity=PSNR,
     limits={"resolution": (64, 4096)},
     requires=LINEART_ANIME,
+    channels=1,
+    seen="short side at `resolution`, both sides multiples of 64",
 )
 def lineart_anime(picture: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """Anime2Sketch's drawing at sides that are multiples of 256, inverted to white on black.
@@ -92,6 +97,9 @@ def lineart_anime(picture: np.ndarray, *, resolution: int = 512, model: str | No
     draw={"score": uniform(0.1, 2.0), "distance": uniform(0.1, 20.0)},
     limits={"score": (0, 2), "distance": (0, 100), "resolution": (64, 4096)},
     requires=MLSD,
+    channels=1,
+    values=(0, 255),
+    seen="short side at `resolution`, both sides multiples of 64",
 )
 def mlsd(
     picture: np.ndarray,
@@ -124,6 +132,8 @@ def mlsd(
     draw={"safe": chance(0.75)},
     limits={"resolution": (64, 4096)},
     requires=PIDINET,
+    channels=1,
+    seen="short side at `resolution`, both sides multiples of 64",
 )
 def pidinet(picture: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """Edges by pixel difference networks (Su et al. 2021); ControlNet 1.1's first choice for soft edges.
@@ -134,3 +144,29 @@ def pidinet(picture: np.ndarray, *, safe: bool = False, resolution: int = 512, m
         model: a folder with `table5_pidinet.pth`, or another place of it on the hub.
     """
     return annotate("pidinet", PIDINET, "PidiNetDetector", picture, resolution, model, safe=safe)
+
+
+@condition(
+    "scribble_pidinet",
+    summary="broad white strokes on black (the ridges of PiDiNet's edges)",
+    aliases=("fake_scribble_pidinet", "scribble_pidi"),
+    fidelity=EDGE_F1,
+    draw={"safe": chance(0.5)},
+    limits={"resolution": (64, 4096)},
+    requires=PIDINET,
+    channels=1,
+    values=(0, 255),
+    seen="short side at `resolution`, both sides multiples of 64",
+)
+def scribble_pidinet(
+    picture: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None
+) -> np.ndarray:
+    """`pidinet`, made into strokes as `scribble_hed` makes HED's edges; ControlNet 1.1 has both.
+
+    Args:
+        safe: as for `pidinet`.
+        resolution: as for `pidinet`.
+        model: as for `pidinet`.
+    """
+    edges = annotate("scribble_pidinet", PIDINET, "PidiNetDetector", picture, resolution, model, safe=safe)
+    return strokes_along(edges[..., 0] / np.float32(255), *picture.shape[:2])

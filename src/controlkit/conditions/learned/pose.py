@@ -29,6 +29,8 @@ _MOST_PEOPLE = 32
     limits={"score": (0, 1), "person_score": (0, 1)},
     mirrors=False,
     requires=VITPOSE,
+    mirror=None,
+    seen="as the settings beside the model's weights say",
 )
 def openpose(
     picture: np.ndarray,

@@ -36,6 +36,8 @@ _TASK = "the task is semantic"
     aliases=("segmentation", "segbase", "seg_ade20k", "seg_upernet", "seg_ufade20k"),
     fidelity=CLASS_IOU,
     requires=UPERNET,
+    resize="nearest",
+    seen="as the settings beside the model's weights say",
 )
 def seg(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 150 classes of ADE20K in their usual colours.
@@ -54,6 +56,8 @@ def seg(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     aliases=("segformer",),
     fidelity=CLASS_IOU,
     requires=SEGFORMER,
+    resize="nearest",
+    seen="as the settings beside the model's weights say",
 )
 def seg_segformer(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 150 classes of ADE20K, by SegFormer (Xie et al. 2021), whose weights forbid commercial use.
@@ -70,6 +74,8 @@ def seg_segformer(picture: np.ndarray, *, model: str | None = None) -> np.ndarra
     aliases=("oneformer", "seg_ofade20k"),
     fidelity=CLASS_IOU,
     requires=ONEFORMER_ADE20K,
+    resize="nearest",
+    seen="as the settings beside the model's weights say",
 )
 def seg_oneformer(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 150 classes of ADE20K, by OneFormer (Jain et al. 2023) asked for semantic segmentation.
@@ -86,6 +92,8 @@ def seg_oneformer(picture: np.ndarray, *, model: str | None = None) -> np.ndarra
     aliases=("seg_ofcoco", "oneformer_coco"),
     fidelity=CLASS_IOU,
     requires=ONEFORMER_COCO,
+    resize="nearest",
+    seen="as the settings beside the model's weights say",
 )
 def seg_coco(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 133 classes of COCO panoptic, by OneFormer asked for semantic segmentation.

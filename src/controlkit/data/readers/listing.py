@@ -76,6 +76,8 @@ class Listing:
         if name is None and (self.records or not self.problems):
             raise self._ambiguous(condition)
         found, problems = [], list(self.problems)
+        asked = None if condition is None or _plain(condition) == "identity" else _registered(condition)
+        kind = asked or _registered(short_name(str(name)))
         for record in self.records:
             source = record.conditions.get(str(name))
             if source is None and self.draws and not isinstance(record.picture, Drawn):
@@ -83,7 +85,8 @@ class Listing:
             if source is None:
                 problems.append(f"{record.where}: there is no condition image {name!r}")
                 continue
-            found.append((record.where, Pair(source=source, target=record.picture, prompt=record.prompt)))
+            pair = Pair(source=source, target=record.picture, prompt=record.prompt, condition=kind)
+            found.append((record.where, pair))
         return found, problems
 
     def _ambiguous(self, condition: str | None) -> UserError:
