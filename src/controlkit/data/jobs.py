@@ -15,6 +15,7 @@ from typing import Any
 from controlkit.data.making import MadePair, MakeSettings, make_pair
 from controlkit.data.pictures import Picture
 from controlkit.data.shards import write_tar
+from controlkit.data.workers import sign_of_life
 from controlkit.errors import UserError
 from controlkit.files import read_json, sha256_of, write_json
 
@@ -48,6 +49,9 @@ class FilesJob:
     settings: MakeSettings
     out: Path
 
+    def __str__(self) -> str:
+        return _from_to(self.pictures)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
@@ -56,6 +60,9 @@ class ShardJob:
     pictures: Sequence[Picture]
     settings: MakeSettings
     path: Path
+
+    def __str__(self) -> str:
+        return _from_to(self.pictures)
 
     @property
     def key(self) -> str:
@@ -153,6 +160,13 @@ def _made(picture: Picture, settings: MakeSettings) -> MadePair | Outcome:
         return make_pair(picture, settings)
     except UserError as error:
         return Outcome(key=picture.key, name=picture.name, stamp=picture.stamp(), error=str(error))
+    finally:
+        sign_of_life()
+
+
+def _from_to(pictures: Sequence[Picture]) -> str:
+    names = [pictures[0].name] if len(pictures) == 1 else [pictures[0].name, pictures[-1].name]
+    return " to ".join(names)
 
 
 def _placed(pair: MadePair, picture: Picture, out: Path, home: str) -> tuple[dict[str, Any], Mapping[str, bytes]]:

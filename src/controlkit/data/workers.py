@@ -1,4 +1,4 @@
-"""Jobs on all cores: a pool of processes that survives the death of some of them."""
+"""Jobs on all cores: a pool of processes that survives the death of some of them, and ends those that hang."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
 
@@ -21,6 +23,10 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 _MOST_DEATHS = 3
+_PATIENCE = 600.0
+_TOLD = 4
+_LOOKS = 20
+"""How often in the time of patience the pool looks for signs of life."""
 _SURROUNDINGS = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -33,19 +39,36 @@ _SURROUNDINGS = {
 """Environment of the processes of a pool, where it says nothing else: one thread each, and memory that is kept."""
 
 
+_life: Any = None
+"""In a process of a pool: the number of signs of life that all of them have given, shared."""
+
+
+def sign_of_life() -> None:
+    """Tell the pool that this process has not stopped; jobs that take long call it now and then."""
+    if _life is not None:
+        with _life.get_lock():
+            _life.value += 1
+
+
 def cores() -> int:
     """How many processes can work at once."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_jobs(make: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
+def run_jobs(
+    make: Callable[[Job], Result], jobs: Sequence[Job], workers: int, patience: float = _PATIENCE
+) -> Iterator[Result]:
     """`make(job)` of every job, as they finish; in this process with one worker, else in as many others.
 
     When a process dies (killed, out of memory) its jobs are done again by a new one, so `make` must not mind being run
     twice for a job.
 
+    Args:
+        patience: seconds without a finished job or a `sign_of_life`, after which the processes are ended, which is told
+            on standard error, and their jobs given to new ones.
+
     Raises:
-        UserError: processes died again and again without a job being finished.
+        UserError: processes died or hung again and again without a job being finished.
     """
     if workers <= 1 or len(jobs) <= 1:
         with _one_thread():
@@ -56,36 +79,84 @@ def run_jobs(make: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -
     deaths = 0
     while waiting:
         running: dict[Future[Result], Job] = {}
-        with _surroundings(), _pool(min(workers, len(waiting))) as pool:
+        watch = _Watch(patience)
+        with _surroundings(), _pool(min(workers, len(waiting)), watch.life) as pool:
             try:
                 while waiting or running:
                     while waiting and len(running) < 2 * workers:
                         running[pool.submit(make, waiting[0])] = waiting[0]
                         waiting.popleft()
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    finished = wait(running, patience / _LOOKS, FIRST_COMPLETED).done
+                    for future in finished:
                         result = future.result()
                         del running[future]
                         deaths = 0
                         yield result
+                    watch.look(bool(finished), running.values())
             except BrokenProcessPool as error:
                 waiting.extendleft(running.values())
                 deaths += 1
                 if deaths > _MOST_DEATHS:
-                    raise UserError(
-                        f"processes were killed {deaths} times in a row, perhaps for want of memory;"
-                        " run again with fewer --workers, finished pictures are kept"
-                    ) from error
+                    raise watch.end(deaths, running.values()) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
+class _Watch:
+    """Whether the processes of a pool give signs of life; those that do not are ended, which breaks the pool."""
+
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
+        self.life = multiprocessing.get_context("spawn").Value("q", 0)
+        self.hung = False
+        self._seen = 0
+        self._alive = time.monotonic()
+        self._others = set(multiprocessing.active_children())
+
+    def look(self, finished: bool, jobs: Iterable[object]) -> None:
+        """Note whether something was `finished`; end the processes if nothing happened for too long."""
+        now, count = time.monotonic(), self.life.value
+        if finished or count != self._seen:
+            self._seen, self._alive = count, now
+        elif now - self._alive > self.patience:
+            print(
+                f"\nno process has finished anything for {self.patience:.0f} s, in {_few(jobs)}: they are ended and"
+                " started again",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.hung, self._alive = True, now
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.kill()
+
+    def end(self, deaths: int, jobs: Iterable[object]) -> UserError:
+        """What to say when it makes no sense to go on."""
+        why, cause, advice = (
+            ("hung", "a disk that does not answer", "without these files")
+            if self.hung
+            else ("were killed", "want of memory", "with fewer --workers")
+        )
+        return UserError(
+            f"processes {why} {deaths} times in a row, perhaps for {cause}, in {_few(jobs)}; run again {advice},"
+            " finished pictures are kept"
+        )
+
+
+def _few(jobs: Iterable[object]) -> str:
+    names = [str(job) for job in jobs]
+    return ", ".join(names[:_TOLD]) + (f" and {len(names) - _TOLD} more" if len(names) > _TOLD else "")
+
+
+def _pool(workers: int, life: object) -> ProcessPoolExecutor:
     # Forked copies of a process with threads (OpenCV, torch) can deadlock; spawned ones start clean.
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(life,))
 
 
-def _begin() -> None:
+def _begin(life: object) -> None:
+    global _life
+    _life = life
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
     parent = multiprocessing.parent_process()
