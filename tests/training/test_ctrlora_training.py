@@ -181,16 +181,24 @@ def together(recipe, tmp_path, processes: int = 2, **environment):
     return made.stderr
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP"])
-def test_two_processes_train_what_one_with_the_whole_batch_trains(recipe, tmp_path, sharded):
+HOW = {
+    "DDP": {"ACCELERATE_USE_FSDP": "false"},
+    "FSDP": {"ACCELERATE_USE_FSDP": "true"},
+    "ZeRO": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_two_processes_train_what_one_with_the_whole_batch_trains(recipe, tmp_path, how):
     whole = dataclasses.replace(recipe, steps=4, batch_size=4, log_every=1, ema=0.9, out=str(tmp_path / "whole"))
     run(whole)
     halves = dataclasses.replace(whole, batch_size=2, out=str(tmp_path / "halves"))
-    environment = {"ACCELERATE_USE_FSDP": str(sharded).lower()}
-    if sharded:  # in two parts, so that what is split is saved and read again
+    environment = HOW[how]
+    if how == "FSDP":  # in two parts, so that what is split is saved and read again
         together(dataclasses.replace(halves, steps=2), tmp_path, **environment)
     said = together(halves, tmp_path, **environment)
     assert said.count("step 4/4") == 1
+    assert said.count("ZeRO stage 3 runs as torch's FSDP") == (how == "ZeRO")
 
     def losses(out):
         return [json.loads(line)["loss"] for line in (Path(out) / "log.jsonl").read_text().splitlines()]

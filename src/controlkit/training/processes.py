@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from controlkit.errors import UserError
+from controlkit.training.launch import asked_for
 from controlkit.training.objective import Objective
 
 
@@ -16,14 +18,15 @@ class Processes:
     """What the training loop needs to know of the other processes; with one process, everything is a no-op.
 
     Every process takes its share of a step's batch and computes its own gradient; the gradients are averaged. With DDP
-    all hold the same weights; with FSDP (accelerate's `--use_fsdp`, or `ACCELERATE_USE_FSDP=true`) each holds a part of
-    weights, averages and optimiser, and they are whole only while a step needs them. Only the first writes.
+    all hold the same weights; with FSDP (accelerate's `--use_fsdp`, or its settings for DeepSpeed: `launch.py`) each
+    holds a part of weights, averages and optimiser, and they are whole only while a step needs them. Only the first
+    writes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self._on_cpu = device.type == "cpu"
-        self._shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        self._launch = asked_for()
         self.index = self._accelerator.process_index if self.count > 1 else 0
 
     @staticmethod
@@ -42,7 +45,7 @@ class Processes:
         step = _Step(objective)
         if self.count == 1:
             return step
-        return self._sharded(step) if self._shards else self._accelerator.prepare(step)
+        return self._sharded(step) if self._launch.shards else self._accelerator.prepare(step)
 
     def _sharded(self, step: _Step) -> nn.Module:
         """FSDP: weights, gradients and the optimiser's state split over processes; weights whole during a step."""
@@ -52,7 +55,7 @@ class Processes:
         device = self._accelerator.device
         step.to(device)
         mesh = init_device_mesh(device.type, (self.count,))
-        fully_shard(step, mesh=mesh, reshard_after_forward=False)  # changes it in place
+        fully_shard(step, mesh=mesh, reshard_after_forward=self._launch.reshard)  # changes it in place
         return step
 
     def mean(self, value: Tensor) -> float:
@@ -87,15 +90,21 @@ class Processes:
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.utils import DistributedType
 
+        if self._launch.zero_stage is not None:
+            # accelerate would start DeepSpeed's engine for it.
+            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+            if self.is_first():
+                how = "FSDP, which splits the same" if self._launch.shards else "DDP"
+                print(f"DeepSpeed's ZeRO stage {self._launch.zero_stage} runs as torch's {how}", file=sys.stderr)
         # A step of base training uses the LoRA of one condition; those of the others get no gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         accelerator = Accelerator(cpu=self._on_cpu, kwargs_handlers=[unused])
         kind = accelerator.distributed_type
-        if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        if kind == DistributedType.MEGATRON_LM:
             raise UserError(
-                f"accelerate is configured for {kind.value}; controlkit trains in several processes with DDP, or with"
-                " FSDP, which saves the same memory: run `accelerate config` again, or give `accelerate launch"
-                " --multi_gpu` or `--use_fsdp`"
+                f"accelerate is configured for {kind.value}; controlkit trains in several processes with DDP, FSDP or"
+                " what DeepSpeed calls ZeRO: run `accelerate config` again, or give `accelerate launch --multi_gpu` or"
+                " `--use_fsdp`"
             )
         return accelerator
 

@@ -1,0 +1,54 @@
+"""What accelerate's environment asks for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from controlkit.errors import UserError
+from controlkit.training.launch import Launch, asked_for
+
+DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
+FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Launch()),
+        ({"ACCELERATE_USE_FSDP": "true"}, Launch(shards=True)),
+        ({"ACCELERATE_USE_FSDP": "false", DEEPSPEED: "false"}, Launch()),
+        ({DEEPSPEED: "true"}, Launch(shards=True, zero_stage=2)),
+        ({DEEPSPEED: "true", STAGE: "0"}, Launch(zero_stage=0)),
+        ({DEEPSPEED: "true", STAGE: "1"}, Launch(shards=True, zero_stage=1)),
+        ({DEEPSPEED: "true", STAGE: "3"}, Launch(shards=True, reshard=True, zero_stage=3)),
+        ({DEEPSPEED: "true", FILE: "none", STAGE: "1"}, Launch(shards=True, zero_stage=1)),
+    ],
+)
+def test_what_is_asked_for(environment, expected):
+    assert asked_for(environment) == expected
+
+
+def test_a_file_of_deepspeed_is_read(tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": "auto"}))
+    assert asked_for({DEEPSPEED: "true", FILE: str(path)}) == Launch(shards=True, reshard=True, zero_stage=3)
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}))
+    with pytest.raises(UserError, match="offload to nvme, which controlkit does not"):
+        asked_for({DEEPSPEED: "true", FILE: str(path)})
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"zero\.json"):
+        asked_for({DEEPSPEED: "true", FILE: str(path)})
+
+
+@pytest.mark.parametrize("what", ["OPTIMIZER", "PARAM"])
+def test_offloading_is_refused(what):
+    with pytest.raises(UserError, match="offload to cpu"):
+        asked_for({DEEPSPEED: "true", f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE": "cpu"})
+
+
+def test_a_stage_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match="ZeRO stage is '7'"):
+        asked_for({DEEPSPEED: "true", STAGE: "7"})
