@@ -19,7 +19,7 @@ from controlkit.bases.residuals import Residuals
 from controlkit.controls.base_control import BaseControl, build_base_control
 from controlkit.controls.control import Reads, Site
 from controlkit.controls.ctrlora import CtrLoRA, count_adapter, count_base_control
-from controlkit.controls.lora import AdaptedLinear
+from controlkit.controls.lora import AdaptedLinear, LoRA
 from controlkit.errors import UserError
 
 WIDTH = 16
@@ -234,6 +234,28 @@ class TestAdapter:
         assert torch.allclose(layer(x), nn.functional.linear(x, weight, layer.bias), atol=1e-5)
 
     @torch.no_grad()
+    @settings(max_examples=20, deadline=None)
+    @given(
+        ranks=st.lists(st.sampled_from([None, 1, 3, 8]), min_size=1, max_size=3),
+        inputs=st.integers(1, 40),
+        bias=st.booleans(),
+    )
+    def test_folding_for_one_call_changes_nothing_but_the_time(self, ranks, inputs, bias):
+        torch.manual_seed(0)
+        layer = AdaptedLinear(12, 20, bias=bias)
+        layer.active = tuple(None if rank is None else LoRA(layer, rank) for rank in ranks)
+        for lora in layer.active:
+            if lora is not None:
+                nn.init.normal_(lora.up.weight)
+        x = torch.randn(2 * len(ranks), inputs, 12)
+        apart = layer(x)  # With gradients, the products are kept apart.
+        with torch.no_grad():
+            folds = layer._folds(x)
+            together = layer(x)
+            assert not layer.double()._folds(x.double())
+        assert folds == (any(layer.active) and 2 * inputs * (12 + 20) > 2 * 12 * 20)
+        torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+
     def test_merging_is_exact_and_leaves_the_original(self, base):
         control = trained_control(base, {"a": 3, "b": 2})
         before = copy.deepcopy(control.state_dict())
