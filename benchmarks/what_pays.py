@@ -8,7 +8,8 @@
 - bf16: the same call with weights and latents in bf16;
 - torch.compile: the same call compiled (with `--compiled`; compiling is not in the time);
 - guidance in one batch: both halves in one call, against one call for each;
-- LoRA folded: one CtrLoRA condition with W + up @ down in the place of W, against a pass that adds the LoRA;
+- LoRA folded: one CtrLoRA condition whose layers make W + up @ down for the call where that is less work, against
+  layers that always add the LoRA's product;
 - fused optimiser: AdamW's step on the weights of a ControlNet, against torch's default.
 
 "without / with" above 1 means that it pays.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 
 from controlkit.bases.base import Base, Text
+from controlkit.controls import lora
 from controlkit.controls.base_control import BaseControl
 from controlkit.controls.controlnet import ControlNet
 
@@ -68,21 +71,24 @@ def unet_switches(base: Base, size: int, batch: int, compiled: bool) -> dict[str
 
 
 def folded(base: Base, size: int, batch: int, rank: int) -> tuple[Any, Any]:
-    """A pass of one adapter, and of the base control that it was folded into."""
+    """A pass of one adapter that is added in every layer, and one that is folded where that is less work."""
     generator = torch.Generator().manual_seed(0)
     shared = BaseControl.for_base(base).eval()
     adapter = shared.add_adapter("one", rank, seed=0)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.01)
-    merged = shared.merged("one")
     shared.select("one")
     x, t, text = inputs(base, size, 2 * batch)
 
-    def of(control: BaseControl) -> Callable[[int], Tensor]:
-        return lambda _: torch.cat([tensor.flatten() for tensor in control(None, t, text, x).tensors()])
+    def of(folds_at: float) -> Callable[[int], Tensor]:
+        def call(_: int) -> Tensor:
+            lora._FOLDS_AT = folds_at
+            return torch.cat([tensor.flatten() for tensor in shared(None, t, text, x).tensors()])
 
-    return of(shared), of(merged)
+        return call
+
+    return of(math.inf), of(lora._FOLDS_AT)
 
 
 def optimisers(base: Base) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ import re
 import tarfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -56,6 +56,9 @@ COLOURS = {
     "black": (20, 20, 20),
 }
 """Background colours that captions name, in RGB."""
+
+LEAST_SCALE = 0.6
+"""Side of the smallest icon in a drawing, as a fraction of the drawing's."""
 
 _DRAWABLE_GROUPS = (
     "Animals & Nature",
@@ -151,9 +154,17 @@ class IconSets:
             raise UserError(f"{path} is not a file of rendered icons ({error})") from error
 
     def select(
-        self, *, styles: Sequence[str], held_out: bool | None = None, drawable: bool = False, sets: int = 1
+        self,
+        *,
+        styles: Sequence[str],
+        held_out: bool | None = None,
+        drawable: bool = False,
+        sets: int = 1,
+        concepts: Collection[str] | None = None,
     ) -> list[Icon]:
         """Icons of `styles`; `held_out` True, False or None for both; only concepts in at least `sets` of them.
+
+        `concepts` leaves out all others.
 
         `drawable` keeps things that can be recognised at 64 x 64 and that text can ask for (animals, food,
         objects, places, faces), and leaves out signs, clock faces and families.
@@ -162,6 +173,7 @@ class IconSets:
             icon
             for icon in self.icons
             if icon.style in styles
+            and (concepts is None or icon.concept in concepts)
             and (held_out is None or icon.held_out == held_out)
             and (not drawable or self.is_drawable(icon.concept))
         ]
@@ -188,6 +200,21 @@ class Drawing:
     colour: str
 
 
+def read_concepts(path: str | Path) -> frozenset[str]:
+    """The names of concepts in a text file, one a line.
+
+    Raises:
+        UserError: it cannot be read or is empty.
+    """
+    try:
+        names = frozenset(Path(path).read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the concepts in {path} cannot be read ({error})") from error
+    if not names:
+        raise UserError(f"{path} names no concepts")
+    return names
+
+
 def caption_of(concept: str, style: str | None = None, colour: str | None = None) -> str:
     """The caption of nano: `red apple, noto style, on a blue background`, without what is None."""
     words = concept.replace("-", " ")
@@ -198,14 +225,21 @@ def caption_of(concept: str, style: str | None = None, colour: str | None = None
     return words
 
 
-def draw(icon: Icon, rng: np.random.Generator, size: int = 64, colour: str | None = None, jitter: int = 12) -> Drawing:
-    """Lay `icon` at a random scale (0.6 to 1 of `size`) and place over a background of a named colour.
+def draw(
+    icon: Icon,
+    rng: np.random.Generator,
+    size: int = 64,
+    colour: str | None = None,
+    jitter: int = 12,
+    least_scale: float = LEAST_SCALE,
+) -> Drawing:
+    """Lay `icon` at a random scale (`least_scale` to 1 of `size`) and place over a background of a named colour.
 
     Args:
         colour: a key of `COLOURS`; drawn at random if None.
         jitter: how far each channel of the background may be from the named colour, of 255.
     """
-    scale = round(size * rng.uniform(0.6, 1.0))
+    scale = round(size * rng.uniform(least_scale, 1.0))
     left, top = rng.integers(0, size - scale + 1, 2)
     chosen = colour or list(COLOURS)[rng.integers(len(COLOURS))]
     background = np.clip(np.array(COLOURS[chosen]) + rng.integers(-jitter, jitter + 1, 3), 0, 255)

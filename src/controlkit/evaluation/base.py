@@ -26,7 +26,7 @@ from controlkit.images import contact_sheet, to_images, to_tensor
 from controlkit.sampling.request import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from controlkit.sampling.sampler import sample_prompts
 
-_GRID = (
+GRID = (
     ("cat face", "noto", "white"),
     ("red apple", "fluent", "teal"),
     ("sailboat", "twemoji", "yellow"),
@@ -36,6 +36,7 @@ _GRID = (
     ("hamburger", "twemoji", "blue"),
     ("house", "emojione", "gray"),
 )
+"""Concept, style and background of the rows of `base_grid`."""
 
 
 def evaluate_base(base: Base, steps: int = DEFAULT_STEPS, guidance: float = DEFAULT_GUIDANCE) -> list[Report]:
@@ -54,7 +55,7 @@ def evaluate_base(base: Base, steps: int = DEFAULT_STEPS, guidance: float = DEFA
 
 def base_grid(base: Base, steps: int = DEFAULT_STEPS, guidance: float = DEFAULT_GUIDANCE) -> Image.Image:
     """Eight fixed prompts (rows) with four fixed seeds (columns): not chosen."""
-    prompts = [caption_of(concept, style, colour) for concept, style, colour in _GRID]
+    prompts = [caption_of(concept, style, colour) for concept, style, colour in GRID]
     made = draw_prompts(
         base, [p for p in prompts for _ in range(4)], steps, guidance, seeds=[0, 1, 2, 3] * len(prompts)
     )

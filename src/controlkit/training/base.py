@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
-from controlkit.data.icons import COLOURS, STYLES, TRAINED_STYLES, IconSets, caption_of
+from controlkit.data.icons import COLOURS, STYLES, TRAINED_STYLES, IconSets, caption_of, read_concepts
 from controlkit.errors import UserError
 from controlkit.files import write_json
 from controlkit.images import contact_sheet, to_images, write_png
@@ -70,7 +70,10 @@ class BaseObjective(Objective):
         for network in (start.text_encoder, start.unet):
             network.requires_grad_(True).train()
         self.scheduler = DDIMScheduler.from_config(self.scheduler_config)
-        icons = sets.select(styles=TRAINED_STYLES, held_out=False, drawable=True, sets=3)
+        known = None if recipe.concepts is None else read_concepts(recipe.concepts)
+        icons = sets.select(styles=TRAINED_STYLES, held_out=False, drawable=True, sets=3, concepts=known)
+        if not icons:
+            raise UserError(f"none of the concepts in {recipe.concepts} is in three sets of {recipe.icons}")
         self.drawings = Drawings(
             [icon for icon in icons if icon.style in (recipe.styles or TRAINED_STYLES)],
             recipe.variants,
@@ -78,6 +81,7 @@ class BaseObjective(Objective):
             path=Path(recipe.out) / "latents.safetensors",
             encode=lambda x: self.vae.encode(x.to(device)).latent_dist.mode() * self.vae.config.scaling_factor,
             key=weights_key(self.vae),
+            least_scale=recipe.least_scale,
         )
 
     def loss(self, step: int) -> Tensor:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from controlkit.data.icons import Drawing, Icon, caption_of, draw
+from controlkit.data.icons import LEAST_SCALE, Drawing, Icon, caption_of, draw
 from controlkit.files import sha256_of, write_atomically
 from controlkit.images import to_tensor
 
@@ -28,6 +28,7 @@ class Drawings:
     Args:
         encode: pictures `[b, 3, 64, 64]` in [-1, 1] => scaled latents.
         key: names the autoencoder's weights.
+        least_scale: as in `data.icons.draw`.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class Drawings:
         path: Path,
         encode: Callable[[Tensor], Tensor],
         key: str,
+        least_scale: float = LEAST_SCALE,
     ) -> None:
         self.icons = icons
         self.variants = variants
         self.seed = seed
+        self.least_scale = least_scale
         contents = repr([(icon.style, icon.concept) for icon in icons])
-        full_key = sha256_of(contents, repr((variants, seed)), key)
+        full_key = sha256_of(contents, repr((variants, seed, least_scale)), key)
         self.latents, self.colours = self._read(path, full_key) or self._encode(path, full_key, encode)
 
     def __len__(self) -> int:
@@ -52,7 +55,8 @@ class Drawings:
 
     def draw(self, index: int) -> Drawing:
         """Drawing `index`, the same every time."""
-        return draw(self.icons[index // self.variants], np.random.default_rng((self.seed, index, 7)))
+        rng = np.random.default_rng((self.seed, index, 7))
+        return draw(self.icons[index // self.variants], rng, least_scale=self.least_scale)
 
     def prompt(self, index: int, rng: np.random.Generator, drop: float) -> str:
         """Its caption: dropped with probability `drop`, without style or colour one time in five each."""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from controlkit.data.icons import TRAINED_STYLES
+from controlkit.data.icons import LEAST_SCALE, TRAINED_STYLES
 from controlkit.errors import UserError, nearest
 from controlkit.settings import build_settings, read_overrides
 
@@ -38,7 +38,7 @@ _LEAST = {
 }
 """The smallest value of settings that have one, in whichever recipe they stand."""
 
-_ADDED = {"flip": False, "gradient_checkpointing": False, "optimizer": "adamw"}
+_ADDED = {"flip": False, "gradient_checkpointing": False, "optimizer": "adamw", "least_scale": LEAST_SCALE}
 """Settings that came when there were recorded runs already, and the value with which a run is what those were."""
 
 
@@ -141,6 +141,10 @@ class BaseRecipe(Recipe):
     """the base to start from, all of it: `nano` or a diffusers folder. Channels and text settings are its own then."""
     styles: tuple[str, ...] | None = None
     """Styles of icons to train on; None for all four. One alone makes a community model of a base."""
+    concepts: str | None = None
+    """Text file of the concepts to train on, one a line; None for all that can be drawn."""
+    least_scale: float = LEAST_SCALE
+    """Side of the smallest icon in a drawing, as a fraction of the drawing's."""
     channels: tuple[int, ...] = (48, 96, 160)
     """Channels of each resolution of the UNet."""
     attention: tuple[bool, ...] = (False, True, True)
@@ -158,6 +162,8 @@ class BaseRecipe(Recipe):
         super().__post_init__()
         if (self.autoencoder is None) == (self.start is None):
             raise UserError("give either autoencoder (to train from scratch) or start (to go on from a base)")
+        if not 0.1 <= self.least_scale <= 1:
+            raise UserError(f"least_scale is {self.least_scale}; it must lie from 0.1 to 1")
         if self.styles is not None and not set(self.styles) <= set(TRAINED_STYLES):
             raise UserError(f"styles are {list(self.styles)}; known: {', '.join(TRAINED_STYLES)}")
         if len(self.attention) != len(self.channels):

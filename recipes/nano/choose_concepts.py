@@ -1,0 +1,58 @@
+"""Choose the concepts that nano's text is trained on: those whose pictures in the four sets look alike.
+
+    python recipes/nano/choose_concepts.py data/nano/icons.npz recipes/nano/concepts.txt
+
+A concept that every set draws in another way (a hotel, a satellite) cannot be learned from four pictures, and the hours
+that go into it are taken from the others. For each picture of a concept, its own concept's picture in another set is
+looked for among all concepts there, by EfficientNet-Lite0 features; a concept is chosen if it is among the five nearest
+in half of these twelve searches. The concepts of the grid in the README are always chosen. Held-out concepts never are.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from controlkit.data.icons import TRAINED_STYLES, IconSets, draw
+from controlkit.errors import UserError
+from controlkit.evaluation.base import GRID
+from controlkit.evaluation.features import lite0_features
+
+NEAREST, SHARE = 5, 0.5
+
+
+def agreement(icons: str) -> dict[str, float]:
+    """Concept => share of the searches that find it."""
+    chosen = IconSets(icons).select(styles=TRAINED_STYLES, held_out=False, drawable=True, sets=len(TRAINED_STYLES))
+    pictures = [draw(icon, np.random.default_rng(1), colour="white").image for icon in chosen]
+    features = lite0_features(pictures)
+    features = torch.nn.functional.normalize((features - features.mean(0)) / features.std(0).clamp_min(1e-6), dim=1)
+    likeness = (features @ features.T).numpy()
+    concepts = np.array([icon.concept for icon in chosen])
+    styles = np.array([icon.style for icon in chosen])
+    found: dict[str, list[bool]] = {}
+    for index, icon in enumerate(chosen):
+        for style in TRAINED_STYLES:
+            if style == icon.style:
+                continue
+            there = np.flatnonzero(styles == style)
+            own = there[concepts[there] == icon.concept][0]
+            nearer = (likeness[index, there] > likeness[index, own]).sum()
+            found.setdefault(icon.concept, []).append(bool(nearer < NEAREST))
+    return {concept: float(np.mean(hits)) for concept, hits in found.items()}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    try:
+        shares = agreement(sys.argv[1])
+    except UserError as error:
+        sys.exit(str(error))
+    shown = {concept.replace(" ", "-") for concept, _, _ in GRID}
+    names = sorted(concept for concept, share in shares.items() if share >= SHARE or concept in shown)
+    Path(sys.argv[2]).write_text("\n".join(names) + "\n", encoding="utf-8")
+    print(f"{len(names)} of {len(shares)} concepts in {sys.argv[2]}")

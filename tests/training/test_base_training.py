@@ -1,0 +1,83 @@
+"""Training an embedded base's text encoder and UNet on icons."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from controlkit.bases.load import load_base
+from controlkit.data.icons import IconSets, read_concepts
+from controlkit.errors import UserError
+from controlkit.training.base import BaseObjective
+from controlkit.training.recipe import BaseRecipe
+from controlkit.training.run import run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def recipe(base_folder, icons_file, tmp_path):
+    return BaseRecipe(
+        out=str(tmp_path / "run"),
+        steps=2,
+        batch_size=2,
+        variants=2,
+        icons=str(icons_file),
+        start=str(base_folder),
+        device="cpu",
+        log_every=1,
+        save_every=100,
+        preview_every=100,
+    )
+
+
+def with_settings(recipe, **settings):
+    return BaseRecipe(**{**vars(recipe), **settings})
+
+
+def test_training_goes_on_from_a_base_and_leaves_one(recipe, tiny_base, tmp_path):
+    run(recipe)
+    made = load_base(tmp_path / "run" / "base")
+    assert made.fingerprint != tiny_base.fingerprint
+    assert made.scheduler_config["prediction_type"] == "v_prediction"
+
+
+def test_only_the_concepts_of_the_file_are_trained_on(recipe, tmp_path):
+    everything = {icon.concept for icon in BaseObjective(recipe, CPU).drawings.icons}
+    chosen = sorted(everything)[:2]
+    path = tmp_path / "concepts.txt"
+    path.write_text("\n".join((*chosen, "never-drawn")) + "\n")
+    objective = BaseObjective(with_settings(recipe, concepts=str(path)), CPU)
+    assert {icon.concept for icon in objective.drawings.icons} == set(chosen)
+    objective.loss(0)
+    for text, message in (("never-drawn", "none of the concepts"), (" \n", "names no concepts")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            BaseObjective(with_settings(recipe, concepts=str(path)), CPU)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_concepts(tmp_path / "nowhere.txt")
+
+
+def test_the_smallest_icon_is_as_large_as_is_said(recipe):
+    def largest_border(objective):
+        sizes = []
+        for index in range(len(objective.drawings)):
+            image = objective.drawings.draw(index).image.astype(int)
+            rows, columns = np.nonzero(np.abs(image - image[:1, :1]).max(axis=2) > 25)
+            sizes.append(max(np.ptp(rows), np.ptp(columns)) + 1)
+        return min(sizes)
+
+    small, large = (BaseObjective(with_settings(recipe, least_scale=s, variants=8), CPU) for s in (0.3, 0.9))
+    assert largest_border(small) < 30 < 42 < largest_border(large)
+    assert not torch.equal(small.drawings.latents, large.drawings.latents)
+    with pytest.raises(UserError, match="least_scale is 0"):
+        with_settings(recipe, least_scale=0)
+
+
+def test_selection_by_name(icons_file):
+    sets = IconSets(icons_file)
+    styles = ("noto", "twemoji")
+    one = sets.icons[0].concept
+    assert {icon.concept for icon in sets.select(styles=styles, concepts={one})} == {one}
+    assert sets.select(styles=styles, concepts=()) == []
