@@ -65,7 +65,8 @@ class EveryStep(CtrLoRA):
 
     def forward(self, x_t: Tensor | None, t: Tensor, text: Text | None, hint: Tensor) -> Residuals:
         assert x_t is not None
-        return super().forward(x_t, t, text, super().encode(hint.expand(len(x_t), -1, -1, -1), self.base))
+        with measure.unfolded():
+            return super().forward(x_t, t, text, super().encode(hint.expand(len(x_t), -1, -1, -1), self.base))
 
 
 def shipped(base: Base, names: Sequence[str]) -> tuple[list[CtrLoRA], list[Tensor], str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import platform
 import statistics
@@ -25,6 +26,7 @@ from torch import Tensor
 from controlkit._version import __version__
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
+from controlkit.controls import lora
 from controlkit.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -171,6 +173,16 @@ def base_in_float32(args: argparse.Namespace) -> tuple[Base, bool]:
     base = base_of(args)
     args.dtype = given
     return base, given == "bf16"
+
+
+@contextmanager
+def unfolded() -> Iterator[None]:
+    """A block in which layers add a LoRA's product, as the reference does, and never make W + up @ down."""
+    before, lora._FOLDS_AT = lora._FOLDS_AT, math.inf
+    try:
+        yield
+    finally:
+        lora._FOLDS_AT = before
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +27,6 @@ import torch
 from torch import Tensor
 
 from controlkit.bases.base import Base, Text
-from controlkit.controls import lora
 from controlkit.controls.base_control import BaseControl
 from controlkit.controls.controlnet import ControlNet
 
@@ -81,14 +79,14 @@ def folded(base: Base, size: int, batch: int, rank: int) -> tuple[Any, Any]:
     shared.select("one")
     x, t, text = inputs(base, size, 2 * batch)
 
-    def of(folds_at: float) -> Callable[[int], Tensor]:
-        def call(_: int) -> Tensor:
-            lora._FOLDS_AT = folds_at
-            return torch.cat([tensor.flatten() for tensor in shared(None, t, text, x).tensors()])
+    def call(_: int) -> Tensor:
+        return torch.cat([tensor.flatten() for tensor in shared(None, t, text, x).tensors()])
 
-        return call
+    def added(_: int) -> Tensor:
+        with measure.unfolded():
+            return call(_)
 
-    return of(math.inf), of(lora._FOLDS_AT)
+    return added, call
 
 
 def optimisers(base: Base) -> tuple[Any, Any]:
