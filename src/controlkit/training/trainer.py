@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -94,23 +94,8 @@ class _Loop:
 
     def run(self) -> Trained:
         try:
-            patience = Patience()
-            with _interruptible() as interrupted:
-                for step in range(self.first, self.recipe.steps):
-                    with patience.step(step + 1):
-                        loss = self._step(step)
-                    stop = self.processes.any(interrupted())
-                    self._report(step + 1, loss, stop)
-                    if stop:
-                        raise UserError(f"interrupted after step {step + 1}; run the same command again to go on")
-        except RuntimeError as error:
-            if not self.processes.lost_another(error):
-                raise
-            kept = f"the state of step {step_of(self.path)} is kept" if self.path.exists() else "no state was saved yet"
-            raise UserError(
-                f"another process of this run has ended, so this one ends too; {kept}, and the same command goes on"
-                f" from it. Why it ended is in what it said, or in the system's log if it was killed ({error})"
-            ) from error
+            with _interruptible() as signals:
+                self._steps(signals)
         finally:
             self.log.close()
         files: list[Path] = []
@@ -127,6 +112,26 @@ class _Loop:
             preview=previews[-1] if previews else None,
             seconds=spent(self.folder),
         )
+
+    def _steps(self, signals: _Signals) -> None:
+        patience = Patience()
+        try:
+            for step in range(self.first, self.recipe.steps):
+                with patience.step(step + 1):
+                    loss = self._step(step)
+                stop = self.processes.any(signals.wished)
+                self._report(step + 1, loss, stop)
+                if stop:
+                    raise UserError(f"interrupted after step {step + 1}; run the same command again to go on")
+        except RuntimeError as error:
+            if not self.processes.lost_another(error):
+                raise
+            signals.ending = True
+            kept = f"the state of step {step_of(self.path)} is kept" if self.path.exists() else "no state was saved yet"
+            raise UserError(
+                f"another process of this run has ended, so this one ends too; {kept}, and the same command goes on"
+                f" from it. Why it ended is in what it said, or in the system's log if it was killed ({error})"
+            ) from error
 
     def _step(self, step: int) -> float:
         """One optimiser step; returns its loss."""
@@ -302,27 +307,38 @@ def _out_of_memory(recipe: Recipe, step: int, path: Path) -> UserError:
     return UserError(f"out of memory at step {step}{kept}; {advice}")
 
 
+@dataclasses.dataclass
+class _Signals:
+    """What was asked of a run from outside."""
+
+    wished: bool = False
+    """Whether it is to save its state and end."""
+    ending: bool = False
+    """Whether it ends by itself. SIGTERM, which a launcher sends to all when one is gone, does not hurry it then, so
+    that it can say why."""
+
+
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
+def _interruptible() -> Iterator[_Signals]:
     """Turn the first Ctrl-C, or the SIGTERM of a scheduler, into a wish that the loop sees after its step; a second
     Ctrl-C ends at once."""
-    wished = False
+    signals = _Signals()
 
     def wish(number: int, _frame: FrameType | None) -> None:
-        nonlocal wished
-        if wished and number == signal.SIGINT:
+        if signals.wished and number == signal.SIGINT:
             raise KeyboardInterrupt
-        wished = True
+        signals.wished = True
 
     before: dict[int, Any] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, wish)
     except ValueError:  # not the main thread: whoever started us handles signals
-        yield lambda: False
+        yield _Signals()
         return
     try:
-        yield lambda: wished
+        yield signals
     finally:
         for changed, handler in before.items():
-            signal.signal(changed, handler)
+            ignored = signals.ending and changed == signal.SIGTERM
+            signal.signal(changed, signal.SIG_IGN if ignored else handler)
