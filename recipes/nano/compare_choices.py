@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.training_utils import EMAModel
+from diffusers.training_utils import EMAModel, compute_snr
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -99,8 +99,7 @@ class Trial(BaseObjective):
             config.update(sample_size=8, in_channels=self.latents.shape[1], out_channels=self.latents.shape[1])
             torch.manual_seed(recipe.seed)
             self.trained["unet"] = UNet2DConditionModel.from_config(config)
-        signal = self.scheduler.alphas_cumprod
-        self.snr = signal / (1 - signal)
+        self.snr = compute_snr(self.scheduler, torch.arange(self.scheduler.config.num_train_timesteps))
 
     def errors(self, z: Tensor, prompts: list[str], t: Tensor, noise: Tensor) -> Tensor:
         """The mean squared error of v of each sample, `[B]`."""

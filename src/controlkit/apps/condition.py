@@ -140,7 +140,7 @@ def _facts(c: Condition) -> dict[str, object]:
         "range": [0, 255],
         "values": None if c.values is None else list(c.values),
         "mirrors": c.mirrors,
-        "finished_mirrors": c.mirror is not None,
+        "finished_mirrors": c.mirror_finished is not None,
         "cuts": c.cuts,
         "resize": c.resize,
         "least_side": LEAST_SIDE,
@@ -186,8 +186,8 @@ def _describe(c: Condition, as_json: bool) -> None:
 def _flip(c: Condition) -> str:
     from controlkit.conditions.condition import left_right
 
-    if c.mirror is None:
+    if c.mirror_finished is None:
         return "changes its colours, which tell left from right: finished ones cannot be flipped"
-    if c.mirror is not left_right:
+    if c.mirror_finished is not left_right:
         return "flips it and turns its vectors, in finished ones too"
     return "flips it" if c.mirrors else "leaves what is random where it was; finished ones flip as a whole"

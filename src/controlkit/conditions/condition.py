@@ -117,7 +117,7 @@ class Condition:
     """Whether flipping the picture flips the condition image and nothing else.
 
     False for conditions that are random themselves: with the same seed the mask or noise stays where it is."""
-    mirror: Mirror | None = left_right
+    mirror_finished: Mirror | None = left_right
     """Makes a finished condition image that of the flipped picture: for most, what lies where in one still does in the
     other. None where its colours tell left from right, so that no flip of it is true."""
     cuts: bool = True
@@ -181,9 +181,9 @@ class Condition:
         Raises:
             UserError: its colours tell left from right.
         """
-        if self.mirror is None:
+        if self.mirror_finished is None:
             raise no_mirror(self.name)
-        return self.mirror(image)
+        return self.mirror_finished(image)
 
     def score(self, given: np.ndarray, result: np.ndarray, truth: np.ndarray | None = None, **parameters: Any) -> float:
         """Fidelity of the picture `result` to the condition image `given`, all `uint8 [H, W, 3]`.

@@ -41,12 +41,12 @@ class Pair:
         Raises:
             UserError: it cannot be read, or images of its condition cannot be mirrored.
         """
-        acts = find(self.condition) if side == SOURCE and self.condition is not None else None
-        nearest = acts is not None and acts.resize == "nearest"
+        condition = find(self.condition) if side == SOURCE and self.condition is not None else None
+        nearest = condition is not None and condition.resize == "nearest"
         image = np.asarray(resize_cover(read_picture(getattr(self, side)), size, size, nearest=nearest))
         if not mirrored:
             return image
-        return left_right(image) if acts is None else acts.mirrored(image)
+        return left_right(image) if condition is None else condition.mirrored(image)
 
     def key(self) -> str:
         """Hash of the bytes of both."""

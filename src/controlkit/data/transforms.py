@@ -85,7 +85,7 @@ def draw_pair(
     flip shows the same pair. Annotations (`bbox`, `segments`) are measured in the whole picture: draw these first, then
     `show_pair`.
     """
-    if condition.mirrors or condition.mirror is not left_right:
+    if condition.mirrors or condition.mirror_finished is not left_right:
         target = show(picture, view, size)
         return condition(target, **(parameters or {})), target
     target = show(picture, View(place=view.place), size)

@@ -89,11 +89,11 @@ class PairCache:
         self.pairs = pairs
         self.flip = flip
         self.check = check
-        acting = [find(name) for name in sorted({pair.condition for pair in pairs if pair.condition is not None})]
-        for condition in acting:
-            if flip and condition.mirror is None:
+        known = [find(name) for name in sorted({pair.condition for pair in pairs if pair.condition is not None})]
+        for condition in known:
+            if flip and condition.mirror_finished is None:
                 raise no_mirror(condition.name)
-        unusual = [one.name for one in acting if one.resize == "nearest" or one.mirror is not left_right]
+        unusual = [one.name for one in known if one.resize == "nearest" or one.mirror_finished is not left_right]
         self._acts = "".join(f", as {name}" for name in unusual)
         vae = base.vae
         settings = (str(next(vae.parameters()).dtype), str(base.dtype), vae.config.scaling_factor)

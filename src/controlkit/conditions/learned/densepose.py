@@ -38,7 +38,7 @@ _PARTS = 24
     limits={"resolution": (64, 4096)},
     mirrors=False,
     requires=DENSEPOSE,
-    mirror=None,
+    mirror_finished=None,
     resize="nearest",
     seen="short side at `resolution`",
 )

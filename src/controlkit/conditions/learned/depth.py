@@ -10,7 +10,15 @@ import numpy as np
 
 from controlkit.conditions.condition import condition
 from controlkit.conditions.fidelity import DEPTH_RMSE, NORMAL_ANGLE
-from controlkit.conditions.learned.inputs import Inputs, network_size, normalised, pixels_of, prepare, read_inputs
+from controlkit.conditions.learned.inputs import (
+    BY_SETTINGS,
+    Inputs,
+    network_size,
+    normalised,
+    pixels_of,
+    prepare,
+    read_inputs,
+)
 from controlkit.conditions.models import LearnedModel, find_folder, load_transformers
 from controlkit.conditions.pixels import mirrored_normals, three_channels, to_uint8
 
@@ -34,7 +42,7 @@ _UNREAD = (r"fusion_stage\.layers\.0\.residual_layer1\.", r"pooler\.", r"auxilia
     requires=DPT,
     channels=1,
     cuts=False,
-    seen="as the settings beside the model's weights say",
+    seen=BY_SETTINGS,
 )
 def depth(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """Relative depth, from the farthest (0) to the nearest (255) of each picture.
@@ -56,7 +64,7 @@ def depth(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     requires=DEPTH_ANYTHING,
     channels=1,
     cuts=False,
-    seen="as the settings beside the model's weights say",
+    seen=BY_SETTINGS,
 )
 def depth_anything(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """Relative depth, from the farthest (0) to the nearest (255) of each picture (Yang et al. 2024).
@@ -77,7 +85,7 @@ def depth_anything(picture: np.ndarray, *, model: str | None = None) -> np.ndarr
     requires=ZOE,
     channels=1,
     cuts=False,
-    seen="as the settings beside the model's weights say",
+    seen=BY_SETTINGS,
 )
 def depth_zoe(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """Metric depth (Bhat et al. 2023), inverted; its percentiles 2 and 85 become white and black.
@@ -106,8 +114,8 @@ def depth_zoe(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     limits={"a": (1e-3, 1e3), "background": (0, 1)},
     mirrors=False,
     requires=DPT,
-    mirror=mirrored_normals,
-    seen="as the settings beside the model's weights say",
+    mirror_finished=mirrored_normals,
+    seen=BY_SETTINGS,
 )
 def normal(
     picture: np.ndarray,

@@ -8,7 +8,7 @@ import numpy as np
 
 from controlkit.conditions.condition import condition, find
 from controlkit.conditions.fidelity import CLASS_IOU
-from controlkit.conditions.learned.inputs import prepare, read_inputs
+from controlkit.conditions.learned.inputs import BY_SETTINGS, prepare, read_inputs
 from controlkit.conditions.models import LearnedModel, find_folder, load_transformers
 from controlkit.errors import UserError
 
@@ -49,7 +49,7 @@ class Detection:
     limits={"score": (0, 1)},
     requires=RT_DETR,
     resize="nearest",
-    seen="as the settings beside the model's weights say",
+    seen=BY_SETTINGS,
 )
 def bbox_detected(picture: np.ndarray, *, score: float = 0.4, model: str | None = None) -> np.ndarray:
     """Boxes of COCO's 80 classes in the colours of `bbox`, the largest first, on black.

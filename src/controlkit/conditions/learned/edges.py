@@ -8,7 +8,7 @@ import numpy as np
 from controlkit.conditions.condition import chance, condition, uniform_int
 from controlkit.conditions.edges import dark_strokes
 from controlkit.conditions.fidelity import DARK_EDGE_F1, EDGE_F1, PSNR
-from controlkit.conditions.learned.inputs import back_to_size, pixels_of, to_resolution
+from controlkit.conditions.learned.inputs import AT_RESOLUTION, back_to_size, pixels_of, to_resolution
 from controlkit.conditions.models import LearnedModel, find_folder, load_network
 from controlkit.conditions.pixels import three_channels, to_uint8
 
@@ -25,7 +25,7 @@ HED_MODEL = LearnedModel(
     limits={"resolution": (64, 4096)},
     requires=HED_MODEL,
     channels=1,
-    seen="short side at `resolution`, both sides multiples of 64",
+    seen=AT_RESOLUTION,
 )
 def hed(picture: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """Edges of what a person would outline. lllyasviel/ControlNet, annotator/hed.
@@ -50,7 +50,7 @@ def hed(picture: np.ndarray, *, safe: bool = False, resolution: int = 512, model
     limits={"threshold": (1, 255), "resolution": (64, 4096)},
     requires=HED_MODEL,
     channels=1,
-    seen="short side at `resolution`, both sides multiples of 64",
+    seen=AT_RESOLUTION,
 )
 def hedsketch(
     picture: np.ndarray, *, threshold: int = 134, resolution: int = 512, model: str | None = None
@@ -79,7 +79,7 @@ def hedsketch(
     requires=HED_MODEL,
     channels=1,
     values=(0, 255),
-    seen="short side at `resolution`, both sides multiples of 64",
+    seen=AT_RESOLUTION,
 )
 def scribble_hed(
     picture: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None

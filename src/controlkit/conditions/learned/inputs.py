@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+AT_RESOLUTION = "short side at `resolution`, both sides multiples of 64"
+"""`Condition.seen` of what goes through `to_resolution`."""
+BY_SETTINGS = "as the settings beside the model's weights say"
+"""`Condition.seen` of what goes through `prepare`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """How a picture is scaled and normalised."""

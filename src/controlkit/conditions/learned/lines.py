@@ -8,7 +8,7 @@ from controlkit.conditions.condition import chance, condition, uniform
 from controlkit.conditions.fidelity import EDGE_F1, PSNR
 from controlkit.conditions.learned.controlnet_aux import annotate
 from controlkit.conditions.learned.edges import strokes_along
-from controlkit.conditions.learned.inputs import back_to_size, pixels_of, to_resolution
+from controlkit.conditions.learned.inputs import AT_RESOLUTION, back_to_size, pixels_of, to_resolution
 from controlkit.conditions.models import LearnedModel, find_folder, load_network
 from controlkit.conditions.pixels import three_channels, to_uint8
 
@@ -43,7 +43,7 @@ PIDINET = LearnedModel(
     limits={"resolution": (64, 4096)},
     requires=LINEART,
     channels=1,
-    seen="short side at `resolution`, both sides multiples of 64",
+    seen=AT_RESOLUTION,
 )
 def lineart(
     picture: np.ndarray, *, coarse: bool = False, resolution: int = 512, model: str | None = None
@@ -77,7 +77,7 @@ def lineart(
     limits={"resolution": (64, 4096)},
     requires=LINEART_ANIME,
     channels=1,
-    seen="short side at `resolution`, both sides multiples of 64",
+    seen=AT_RESOLUTION,
 )
 def lineart_anime(picture: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """Anime2Sketch's drawing at sides that are multiples of 256, inverted to white on black.
@@ -99,7 +99,7 @@ def lineart_anime(picture: np.ndarray, *, resolution: int = 512, model: str | No
     requires=MLSD,
     channels=1,
     values=(0, 255),
-    seen="short side at `resolution`, both sides multiples of 64",
+    seen=AT_RESOLUTION,
 )
 def mlsd(
     picture: np.ndarray,
@@ -133,7 +133,7 @@ def mlsd(
     limits={"resolution": (64, 4096)},
     requires=PIDINET,
     channels=1,
-    seen="short side at `resolution`, both sides multiples of 64",
+    seen=AT_RESOLUTION,
 )
 def pidinet(picture: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """Edges by pixel difference networks (Su et al. 2021); ControlNet 1.1's first choice for soft edges.
@@ -156,7 +156,7 @@ def pidinet(picture: np.ndarray, *, safe: bool = False, resolution: int = 512, m
     requires=PIDINET,
     channels=1,
     values=(0, 255),
-    seen="short side at `resolution`, both sides multiples of 64",
+    seen=AT_RESOLUTION,
 )
 def scribble_pidinet(
     picture: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None

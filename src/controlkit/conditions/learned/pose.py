@@ -9,7 +9,7 @@ import numpy as np
 
 from controlkit.conditions.condition import condition
 from controlkit.conditions.learned.detection import PERSON, RT_DETR, Detection, detect
-from controlkit.conditions.learned.inputs import normalised, read_inputs
+from controlkit.conditions.learned.inputs import BY_SETTINGS, normalised, read_inputs
 from controlkit.conditions.learned.skeleton import POSE_F1, Person, draw_people, from_coco
 from controlkit.conditions.models import LearnedModel, find_folder, load_transformers
 from controlkit.errors import UserError
@@ -29,8 +29,8 @@ _MOST_PEOPLE = 32
     limits={"score": (0, 1), "person_score": (0, 1)},
     mirrors=False,
     requires=VITPOSE,
-    mirror=None,
-    seen="as the settings beside the model's weights say",
+    mirror_finished=None,
+    seen=BY_SETTINGS,
 )
 def openpose(
     picture: np.ndarray,

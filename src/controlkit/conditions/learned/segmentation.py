@@ -9,7 +9,7 @@ import numpy as np
 
 from controlkit.conditions.condition import condition
 from controlkit.conditions.fidelity import CLASS_IOU
-from controlkit.conditions.learned.inputs import prepare, read_inputs
+from controlkit.conditions.learned.inputs import BY_SETTINGS, prepare, read_inputs
 from controlkit.conditions.learned.palettes import ADE20K, COCO_PANOPTIC
 from controlkit.conditions.models import LearnedModel, find_folder, load_once, load_transformers, model_type
 from controlkit.errors import UserError
@@ -37,7 +37,7 @@ _TASK = "the task is semantic"
     fidelity=CLASS_IOU,
     requires=UPERNET,
     resize="nearest",
-    seen="as the settings beside the model's weights say",
+    seen=BY_SETTINGS,
 )
 def seg(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 150 classes of ADE20K in their usual colours.
@@ -57,7 +57,7 @@ def seg(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     fidelity=CLASS_IOU,
     requires=SEGFORMER,
     resize="nearest",
-    seen="as the settings beside the model's weights say",
+    seen=BY_SETTINGS,
 )
 def seg_segformer(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 150 classes of ADE20K, by SegFormer (Xie et al. 2021), whose weights forbid commercial use.
@@ -75,7 +75,7 @@ def seg_segformer(picture: np.ndarray, *, model: str | None = None) -> np.ndarra
     fidelity=CLASS_IOU,
     requires=ONEFORMER_ADE20K,
     resize="nearest",
-    seen="as the settings beside the model's weights say",
+    seen=BY_SETTINGS,
 )
 def seg_oneformer(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 150 classes of ADE20K, by OneFormer (Jain et al. 2023) asked for semantic segmentation.
@@ -93,7 +93,7 @@ def seg_oneformer(picture: np.ndarray, *, model: str | None = None) -> np.ndarra
     fidelity=CLASS_IOU,
     requires=ONEFORMER_COCO,
     resize="nearest",
-    seen="as the settings beside the model's weights say",
+    seen=BY_SETTINGS,
 )
 def seg_coco(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 133 classes of COCO panoptic, by OneFormer asked for semantic segmentation.

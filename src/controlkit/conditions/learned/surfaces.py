@@ -7,6 +7,7 @@ import numpy as np
 from controlkit.conditions.condition import condition
 from controlkit.conditions.fidelity import NORMAL_ANGLE, PSNR
 from controlkit.conditions.learned.controlnet_aux import annotate, annotate_faces
+from controlkit.conditions.learned.inputs import AT_RESOLUTION
 from controlkit.conditions.models import LearnedModel
 from controlkit.conditions.pixels import mirrored_normals
 
@@ -25,8 +26,8 @@ FACE_MESH = LearnedModel(hub="mediapipe<0.10.15", licence="Apache-2.0", commerci
     limits={"resolution": (64, 4096)},
     mirrors=False,
     requires=BAE,
-    mirror=mirrored_normals,
-    seen="short side at `resolution`, both sides multiples of 64",
+    mirror_finished=mirrored_normals,
+    seen=AT_RESOLUTION,
 )
 def normal_bae(picture: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """Normals n as (n + 1) / 2 in red, green and blue; ControlNet 1.1's choice.
@@ -46,8 +47,8 @@ def normal_bae(picture: np.ndarray, *, resolution: int = 512, model: str | None 
     limits={"faces": (1, 100), "score": (0, 1), "resolution": (64, 4096)},
     mirrors=False,
     requires=FACE_MESH,
-    mirror=None,
-    seen="short side at `resolution`, both sides multiples of 64",
+    mirror_finished=None,
+    seen=AT_RESOLUTION,
 )
 def mediapipe_face(picture: np.ndarray, *, faces: int = 1, score: float = 0.5, resolution: int = 512) -> np.ndarray:
     """Outlines of faces on black (CrucibleAI/ControlNetMediaPipeFace). The weights are in the package mediapipe.

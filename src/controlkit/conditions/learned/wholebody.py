@@ -36,7 +36,7 @@ _MOST_PEOPLE = 32
     limits={"score": (0, 1), "person_score": (0, 1)},
     mirrors=False,
     requires=DWPOSE,
-    mirror=None,
+    mirror_finished=None,
     seen="fitted into 640 x 640, each person into 288 x 384",
 )
 def dwpose(

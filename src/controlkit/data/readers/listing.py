@@ -54,7 +54,7 @@ class Listing:
         `identity` asks for nothing in particular.
         """
         names = self.conditions
-        wanted = None if condition is None or _plain(condition) == "identity" else _plain(condition)
+        wanted = _wanted(condition)
         for name in names:
             if wanted is not None and wanted in (_plain(name), _plain(short_name(name))):
                 return name
@@ -76,8 +76,8 @@ class Listing:
         if name is None and (self.records or not self.problems):
             raise self._ambiguous(condition)
         found, problems = [], list(self.problems)
-        asked = None if condition is None or _plain(condition) == "identity" else _registered(condition)
-        kind = asked or _registered(short_name(str(name)))
+        asked = _wanted(condition)
+        kind = (asked and _registered(asked)) or _registered(short_name(str(name)))
         for record in self.records:
             source = record.conditions.get(str(name))
             if source is None and self.draws and not isinstance(record.picture, Drawn):
@@ -111,6 +111,11 @@ def short_name(column: str) -> str:
     """`canny` of `canny_file_name`, `conditioning_canny`, `canny_image`."""
     name = re.sub(r"_(file_name|path|image|images)$", "", column)
     return re.sub(r"^(control|conditioning|condition)_(?=.)", "", name)
+
+
+def _wanted(condition: str | None) -> str | None:
+    """What is asked for, in plain letters; None where it is nothing in particular."""
+    return None if condition is None or _plain(condition) == "identity" else _plain(condition)
 
 
 def _plain(name: str) -> str:
