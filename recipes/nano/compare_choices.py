@@ -12,6 +12,7 @@ After the autoencoder's recipe has run. One thread, so that several may run at o
 - min-snr: the loss weighted by min(SNR, 5) / (SNR + 1) (Hang et al. 2023, for v);
 - flow: times drawn as flow matching draws them (Lipman et al. 2023; the ratio of noise to signal is u / (1 - u));
 - contrastive: first a seventh of the time on matching captions with EfficientNet-Lite0's features of their pictures;
+- concepts-pooled: as concepts, the text also pooled into the embedding of the time, as diffusers' UNet can;
 - larger: icons of three quarters of the picture and more; concepts: the same, of `recipes/nano/concepts.txt` alone;
 - batch-16, rate-1.6e-3: as they say.
 
@@ -66,6 +67,8 @@ class Choice:
     """Latents of 8 x 8 x 16."""
     contrastive: bool = False
     """Captions are matched with pictures first."""
+    pooled: bool = False
+    """The text is pooled into the embedding of the time too."""
 
 
 CHOICES = {
@@ -78,6 +81,7 @@ CHOICES = {
     "contrastive": Choice(contrastive=True),
     "larger": Choice({"least_scale": 0.75}),
     "concepts": Choice({"least_scale": 0.75, "concepts": CONCEPTS}),
+    "concepts-pooled": Choice({"least_scale": 0.75, "concepts": CONCEPTS}, pooled=True),
     "concepts-flow": Choice({"least_scale": 0.75, "concepts": CONCEPTS}, times="flow"),
     "concepts-rate-1.6e-3": Choice({"least_scale": 0.75, "concepts": CONCEPTS, "learning_rate": 1.6e-3}),
     "concepts-batch-16": Choice({"least_scale": 0.75, "concepts": CONCEPTS, "batch_size": 16}),
@@ -99,6 +103,12 @@ class Trial(BaseObjective):
             config.update(sample_size=8, in_channels=self.latents.shape[1], out_channels=self.latents.shape[1])
             torch.manual_seed(recipe.seed)
             self.trained["unet"] = UNet2DConditionModel.from_config(config)
+        if choice.pooled:
+            config = dict(self.trained["unet"].config)
+            config.update(addition_embed_type="text", addition_embed_type_num_heads=8)
+            torch.manual_seed(recipe.seed)
+            self.trained["unet"] = unet = UNet2DConditionModel.from_config(config)
+            nn.init.constant_(unet.add_embedding.norm2.weight, 0.1)  # a UNet that knew the time alone goes on with it
         self.snr = compute_snr(self.scheduler, torch.arange(self.scheduler.config.num_train_timesteps))
 
     def errors(self, z: Tensor, prompts: list[str], t: Tensor, noise: Tensor) -> Tensor:
@@ -226,7 +236,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     if args.start:
         start = load_base(args.start)
         for part in ("text_encoder", "unet"):
-            trial.trained[part].load_state_dict(getattr(start, part).state_dict())
+            trial.trained[part].load_state_dict(getattr(start, part).state_dict(), strict=not choice.pooled)
     trial.trained.train().requires_grad_(True)
     steps = train(trial, args.seconds, falls=bool(args.start))
     trial.trained.eval()

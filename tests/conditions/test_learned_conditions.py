@@ -34,7 +34,7 @@ KINDS = {
 }
 EXPECTED = """
 hed hedsketch scribble_hed pidinet lineart lineart_anime mlsd openpose dwpose densepose depth depth_anything depth_zoe
-normal normal_bae seg seg_segformer seg_oneformer seg_coco mediapipe_face bbox_detected scribble_pidinet
+normal normal_bae seg seg_segformer seg_oneformer seg_coco mediapipe_face bbox_detected scribble_pidinet depth_leres
 """
 
 

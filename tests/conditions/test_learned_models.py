@@ -151,7 +151,7 @@ def test_controlnet_aux_gets_the_size_that_it_gives_back(tmp_path: Path, monkeyp
             return 255 - image
 
     package = types.ModuleType("controlnet_aux")
-    package.PidiNetDetector = package.MLSDdetector = Detector
+    package.PidiNetDetector = package.MLSDdetector = package.LeresDetector = Detector
     monkeypatch.setitem(sys.modules, "controlnet_aux", package)
     (tmp_path / "table5_pidinet.pth").touch()
     (tmp_path / "mlsd_large_512_fp32.pth").touch()
@@ -162,6 +162,13 @@ def test_controlnet_aux_gets_the_size_that_it_gives_back(tmp_path: Path, monkeyp
     assert shape == (128, 192, 3) and asked[0] == str(tmp_path)
     assert settings == {"detect_resolution": 128, "image_resolution": 128, "output_type": "np", "safe": True}
     assert np.all(find("mlsd")(picture, model=str(tmp_path)) == 255)
+    for name in ("res101.pth", "latest_net_G.pth"):
+        (tmp_path / name).touch()
+    image = find("depth_leres")(picture, boost=True, far=5, resolution=128, model=str(tmp_path))
+    assert image.shape == picture.shape and np.all(image == 200)
+    shape, settings = asked[-1]
+    assert shape == (128, 192, 3)
+    assert settings["boost"] is True and (settings["thr_a"], settings["thr_b"]) == (0, 5)
     band = np.where(np.abs(np.subtract.outer(np.arange(100), np.arange(150))) < 8, np.uint8(0), np.uint8(255))
     strokes = find("scribble_pidinet")(np.dstack([band] * 3), resolution=128, model=str(tmp_path))
     assert strokes.shape == picture.shape and set(np.unique(strokes)) == {0, 255} and strokes[50, 50].all()

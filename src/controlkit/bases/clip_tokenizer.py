@@ -21,10 +21,10 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>", **settings: Any) -> CLIPTok
     Args:
         pad_token: `!` for OpenCLIP's text encoders of Stable Diffusion 2 and XL.
     """
-    path = Path(str(files("controlkit") / "assets" / "clip" / "bpe_simple_vocab_16e6.txt.gz"))
+    path = Path(str(files("controlkit") / "assets" / "clip" / "bpe_merges.txt.gz"))
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     count = _VOCABULARY - 2 * _BYTES - _SPECIAL
-    merges = [tuple(line.split()) for line in lines[1 : 1 + count]]
+    merges = [tuple(line.split()) for line in lines[1 : 1 + count]]  # the first line is a version
     letters = _byte_letters()
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]

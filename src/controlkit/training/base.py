@@ -221,11 +221,12 @@ def build_networks(
 
 def save_base(base: Base, out: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write `base` as an ordinary diffusers folder for `StableDiffusionPipeline.from_pretrained`."""
-    for name, network in (("vae", base.vae), ("unet", base.unet)):
+    for name, network in (("vae", base.vae), ("unet", base.unet), ("text_encoder", base.text_encoder)):
         plain = nn.Module.to(copy.deepcopy(network), "cpu", dtype)
         plain.save_pretrained(out / name, safe_serialization=True)
-    # transformers loads a model in the dtype of its file, diffusers in float32: in one pipeline they have to agree.
-    base.text_encoder.save_pretrained(out / "text_encoder", safe_serialization=True)
+    # transformers loads in the dtype that is told here, diffusers in float32: in one pipeline they have to agree.
+    told = out / "text_encoder" / "config.json"
+    write_json(told, {**json.loads(told.read_text()), "dtype": "float32"})
     base.tokenizer.save_pretrained(out / "tokenizer")
     write_json(out / "scheduler" / "scheduler_config.json", base.scheduler_config)
     write_json(

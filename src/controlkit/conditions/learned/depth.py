@@ -10,7 +10,9 @@ import numpy as np
 
 from controlkit.conditions.condition import condition
 from controlkit.conditions.fidelity import DEPTH_RMSE, NORMAL_ANGLE
+from controlkit.conditions.learned.controlnet_aux import annotate
 from controlkit.conditions.learned.inputs import (
+    AT_RESOLUTION,
     BY_SETTINGS,
     Inputs,
     network_size,
@@ -28,6 +30,13 @@ if TYPE_CHECKING:
 DPT = LearnedModel(hub="Intel/dpt-large", licence="Apache-2.0", commercial=True)
 DEPTH_ANYTHING = LearnedModel(hub="depth-anything/Depth-Anything-V2-Small-hf", licence="Apache-2.0", commercial=True)
 ZOE = LearnedModel(hub="Intel/zoedepth-nyu-kitti", licence="MIT", commercial=True)
+LERES = LearnedModel(
+    hub="lllyasviel/Annotators",
+    licence="LeReS's own, from Adobe Research",
+    commercial=False,
+    extra="annotators",
+    files=("res101.pth", "latest_net_G.pth"),
+)
 
 _KINDS = ("dpt", "depth_anything", "prompt_depth_anything")
 # The deepest fusion layer has nothing to add, so half of it is never used, and published files leave that half out.
@@ -104,6 +113,39 @@ def depth_zoe(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     if far <= near:
         return np.zeros_like(picture)
     return three_channels(to_uint8(255 * (1 - (metres - near) / (far - near))))
+
+
+@condition(
+    "depth_leres",
+    summary="depth, near in white (LeReS, or LeReS++ with boost)",
+    aliases=("leres", "depth_leres++"),
+    fidelity=DEPTH_RMSE,
+    limits={"resolution": (64, 4096), "near": (0, 100), "far": (0, 100)},
+    requires=LERES,
+    channels=1,
+    cuts=False,
+    seen=AT_RESOLUTION,
+)
+def depth_leres(
+    picture: np.ndarray,
+    *,
+    boost: bool = False,
+    near: float = 0.0,
+    far: float = 0.0,
+    resolution: int = 512,
+    model: str | None = None,
+) -> np.ndarray:
+    """Relative depth, from the farthest (0) to the nearest (255) of each picture (Yin et al. 2021).
+
+    Args:
+        boost: merge what the network sees at several resolutions, for finer outlines (Miangoleh et al. 2021; LeReS++).
+        near: in percent of the range: what is nearer is as white as the nearest.
+        far: in percent of the range: what is farther becomes black.
+        resolution: length that the picture's short side is scaled to before the network sees it.
+        model: a folder with `res101.pth` and `latest_net_G.pth`, or another place of them on the hub.
+    """
+    settings = {"boost": boost, "thr_a": near, "thr_b": far}
+    return annotate("depth_leres", LERES, "LeresDetector", picture, resolution, model, **settings)
 
 
 @condition(
