@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import glob
 import hashlib
@@ -71,6 +72,16 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON file ({error})") from error
+
+
+def decode_text(data: bytes) -> str:
+    """Text as people's editors save it: UTF-8 with or without a byte order mark, or UTF-16 with one.
+
+    Raises:
+        UnicodeDecodeError: (a ValueError) it is neither.
+    """
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if utf16 else "utf-8-sig")
 
 
 def writable_folder(path: str | Path) -> Path:

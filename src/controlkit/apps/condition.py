@@ -13,6 +13,7 @@ that `model` names, in $CONTROLKIT_MODELS/OWNER/NAME or in the hub's cache. HF_H
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from controlkit.apps.show import add_json, print_facts, print_json, print_table
@@ -60,12 +61,14 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.images import read_image, write_png
 
     if args.name == "all":
+        _refuse_out(args.out or "conditions.png", args.image)
         _sheet(args.image, args.out or "conditions.png", args.json)
         return
     condition = conditions.find(args.name)
     parameters = _parse(args.settings)
-    made = condition(np.asarray(read_image(args.image)), **parameters)
     out = args.out or f"{condition.name}.png"
+    _refuse_out(out, args.image)
+    made = condition(np.asarray(read_image(args.image)), **parameters)
     write_png(out, Image.fromarray(made), {"condition": condition.name, "parameters": repr(parameters)})
     if args.json:
         print_json({"condition": condition.name, "parameters": {**condition.defaults, **parameters}, "out": out})
@@ -99,6 +102,17 @@ def _sheet(image: str, out: str, as_json: bool) -> None:
         print(out)
 
 
+def _refuse_out(out: str, image: str) -> None:
+    """Say before any work what must not be written to."""
+    from controlkit.data.sources import SUFFIXES
+
+    if os.path.exists(out) and os.path.exists(image) and os.path.samefile(out, image):
+        raise UserError(f"{out} is the picture itself; give --out another name")
+    ending = os.path.splitext(out)[1].lower()
+    if ending != ".png" and ending in SUFFIXES:
+        raise UserError(f"a condition image is written as PNG; give --out a name that ends in .png, not {out}")
+
+
 def _parse(settings: list[str]) -> dict[str, object]:
     import yaml
 
@@ -107,7 +121,10 @@ def _parse(settings: list[str]) -> dict[str, object]:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting}: expected key=value")
-        values[key] = yaml.safe_load(value)
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {setting}: {value!r} is not a YAML value ({error})") from error
     return values
 
 

@@ -106,6 +106,8 @@ def _tell(report: MakeReport, as_json: bool) -> None:
         print_json(vars(report))
         return
     print(f"made {report.made} pairs in {report.seconds:.1f} s, kept {report.kept}, skipped {len(report.skipped)}")
+    if report.gone:
+        print(f"{report.gone} pairs are not listed any more, because their pictures are no longer in the input")
     if report.empty_prompts:
         print(f"{report.empty_prompts} pairs have an empty prompt; put captions into .txt files, or use --caption blip")
     print(f"pairs: {report.out}")
@@ -119,10 +121,15 @@ def _check(args: argparse.Namespace) -> None:
     from controlkit.images import write_png
 
     report = check_pairs(args.check, [name for name in args.conditions.split(",") if name.strip()])
-    sheet = Path(args.sheet) if args.sheet else pairs_folder(args.check) / ".controlkit" / "check.png"
-    write_png(sheet, check_sheet(report))
+    sheet: Path | None = Path(args.sheet) if args.sheet else pairs_folder(args.check) / ".controlkit" / "check.png"
+    unwritable: UserError | None = None
+    try:
+        assert sheet is not None
+        write_png(sheet, check_sheet(report))
+    except UserError as error:  # what was found comes first, and pairs may lie where nothing can be written
+        sheet, unwritable = None, error
     if args.json:
-        print_json({**to_json(report), "sheet": str(sheet)})
+        print_json({**to_json(report), "sheet": sheet and str(sheet)})
     else:
         for problem in report.problems:
             print(problem)
@@ -133,7 +140,12 @@ def _check(args: argparse.Namespace) -> None:
             print_table(f"{report.origin}: {report.pairs} pairs", ("problem", "how often"), rows)
         else:
             print(f"{report.origin}: {report.pairs} pairs of {', '.join(report.conditions)}, nothing wrong")
-        print(f"sheet: {sheet}")
+        if sheet is not None:
+            print(f"sheet: {sheet}")
+    if unwritable is not None:
+        if args.sheet:
+            raise unwritable
+        print(f"no sheet: {unwritable}; name a place with --sheet", file=sys.stderr)
     if report.problems:
         raise UserError(f"{len(report.problems)} problems in {report.origin}")
 

@@ -76,8 +76,10 @@ def bbox(
             category, sides = entry.get("category_id", 0), entry.get("bbox")
         try:
             left, top, width, height = (float(side) for side in sides)
+            if not np.isfinite([left, top, width, height]).all():
+                raise ValueError("sides must be finite")
             found.append((width * height, left, top, left + width, top + height, int(category)))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"bbox: a box must be [left, top, width, height], not {entry!r}") from error
     across, down = _scale(picture, "bbox", size)
     canvas = np.zeros_like(picture)
@@ -122,7 +124,7 @@ def segments(
                 _run_lengths(picture, shape) if isinstance(shape, Mapping) else _polygons(picture, shape, across, down)
             )
             found.append((int(mask.sum()), mask, int(entry.get("category_id", 0))))
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, cv2.error) as error:
             text = repr(entry)
             raise UserError(
                 "segments: one must have a COCO `segmentation` (polygons or run lengths), not"

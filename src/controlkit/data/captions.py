@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from controlkit.conditions.models import LearnedModel, find_folder
-from controlkit.data.jobs import STATE
-from controlkit.data.pictures import Picture
+from controlkit.data.pictures import STATE, Picture
 from controlkit.data.sources import read_picture
 from controlkit.errors import UserError
 
@@ -89,10 +88,10 @@ def with_captions(
 
     A picture that cannot be read stays without; making its pair says why. The model is loaded only if it is needed.
     """
-    bare = [picture for picture in pictures if not picture.caption()]
+    bare = [picture for picture in pictures if _has_none(picture)]
     path = out / STATE / "captions.jsonl"
-    known = {stamp: text for name, stamp, text in _read(path) if name == model}
-    todo = [picture for picture in bare if picture.stamp() not in known]
+    known = {(key, stamp): text for name, key, stamp, text in _read(path) if name == model}
+    todo = [picture for picture in bare if (picture.key, picture.stamp()) not in known]
     if todo:
         captioner = load()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,12 +101,19 @@ def with_captions(
                 group = list(_readable(todo[first : first + _BATCH]))
                 texts = captioner([image for _, image in group]) if group else []
                 for (picture, _), text in zip(group, texts, strict=True):
-                    known[picture.stamp()] = text
-                    stream.write(json.dumps([model, picture.stamp(), text], ensure_ascii=False) + "\n")
+                    known[picture.key, picture.stamp()] = text
+                    stream.write(json.dumps([model, picture.key, picture.stamp(), text]) + "\n")
                 stream.flush()
                 tell(min(len(todo), first + _BATCH), len(todo))
-    texts_of = {picture.key: known.get(picture.stamp(), "") for picture in bare}
+    texts_of = {picture.key: known.get((picture.key, picture.stamp()), "") for picture in bare}
     return [replace(p, prompt=texts_of[p.key]) if texts_of.get(p.key) else p for p in pictures]
+
+
+def _has_none(picture: Picture) -> bool:
+    try:
+        return not picture.caption()
+    except UserError:
+        return False  # there is one, and making the pair says what is wrong with it
 
 
 def _readable(pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Any]]:
@@ -118,11 +124,11 @@ def _readable(pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Any]]:
             continue
 
 
-def _read(path: Path) -> Iterator[tuple[str, str, str]]:
+def _read(path: Path) -> Iterator[tuple[str, str, str, str]]:
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
-                name, stamp, text = json.loads(line)
+                name, key, stamp, text = json.loads(line)
             except (ValueError, TypeError):
                 continue  # the torn last line of a killed run
-            yield name, stamp, text
+            yield name, key, stamp, text

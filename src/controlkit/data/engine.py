@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,16 +13,24 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from controlkit.conditions import find
-from controlkit.data.jobs import STATE, FilesJob, Outcome, ShardJob, make_files, make_shard
+from controlkit.data.jobs import FilesJob, Outcome, ShardJob, make_files, make_shard
 from controlkit.data.making import MakeSettings
-from controlkit.data.pictures import Picture
+from controlkit.data.pictures import STATE, Picture
 from controlkit.data.readers.recognise import MANIFEST
 from controlkit.data.shards import shard_name
 from controlkit.data.workers import cores, run_jobs
 from controlkit.errors import UserError
-from controlkit.files import read_json, writable_folder, write_atomically, write_json
+from controlkit.files import (
+    decode_text,
+    read_json,
+    remove_leftovers,
+    writable_folder,
+    write_atomically,
+    write_json,
+)
 
 ENGINES = ("local", "ray")
 _MOST_IN_A_JOB = 32
@@ -40,6 +49,8 @@ class MakeReport:
     """Pairs that this run made."""
     kept: int
     """Pairs that were there."""
+    gone: int
+    """Pairs that were there and whose pictures are not in the input any more; the manifest does not list them now."""
     skipped: dict[str, str]
     """Picture -> why there is no pair of it."""
     empty_prompts: int
@@ -69,7 +80,8 @@ def make_pairs(
         origin: what the pictures were listed from, to refuse to mix inputs in one folder.
 
     Raises:
-        UserError: settings contradict what is in `out`, it cannot be written, or no picture can be read.
+        UserError: settings contradict what is in `out`, it cannot be written, another run writes to it, its manifest
+            was changed so that it cannot be read, or no picture can be read.
     """
     started = time.monotonic()
     out, pictures = Path(out), sorted(pictures, key=lambda picture: picture.key)
@@ -83,22 +95,29 @@ def make_pairs(
     if workers is None:
         learned = any(find(name).requires for name in settings.conditions)
         workers = 1 if learned else cores()
-    new = not _settings_file(out).exists()
-    settings = _agreed(writable_folder(out), settings, shards, origin)
-    if shards is None:
-        outcomes, made = _files(pictures, out, settings, workers, tell)
-    else:
-        outcomes, made = _shards(pictures, out, settings, shards, workers, engine, tell)
-    good = [outcome for outcome in outcomes if outcome.entry is not None]
-    skipped = {outcome.name: str(outcome.error) for outcome in outcomes if outcome.entry is None}
-    if not good:
-        if new:  # nothing is there that another input or other settings could contradict
-            _settings_file(out).unlink(missing_ok=True)
-        raise UserError(f"none of {len(pictures)} pictures can be read; the first: {next(iter(skipped.values()))}")
+    gone = 0
+    with _alone(writable_folder(out)):
+        new = not _settings_file(out).exists()
+        settings = _agreed(out, settings, shards, origin)
+        try:
+            if shards is None:
+                outcomes, made, gone = _files(pictures, out, settings, workers, tell)
+            else:
+                outcomes, made = _shards(pictures, out, settings, shards, workers, engine, tell)
+            good = [outcome for outcome in outcomes if outcome.entry is not None]
+            skipped = {outcome.name: str(outcome.error) for outcome in outcomes if outcome.entry is None}
+            if not good:
+                why = next(iter(skipped.values()))
+                raise UserError(f"none of {len(pictures)} pictures can be read; the first: {why}")
+        except BaseException:
+            if new and not _has_results(out):  # nothing is there that another input or other settings could contradict
+                _settings_file(out).unlink(missing_ok=True)
+            raise
     return MakeReport(
         out=out / MANIFEST if shards is None else out,
         made=made,
         kept=len(good) - made,
+        gone=gone,
         skipped=skipped,
         empty_prompts=sum(not outcome.entry["prompt"] for outcome in good if outcome.entry),
         seconds=time.monotonic() - started,
@@ -147,16 +166,47 @@ def _settings_file(out: Path) -> Path:
     return out / STATE / "settings.json"
 
 
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """A block in which no other run writes to `out`."""
+    (out / STATE).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / STATE / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"another run is writing to {out}; wait for it, or give another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _has_results(out: Path) -> bool:
+    """Whether a run has finished a pair or a shard here."""
+    journal = out / STATE / "journal.jsonl"
+    finished = journal.is_file() and journal.stat().st_size > 0
+    return finished or any(path.name != "settings.json" for path in (out / STATE).glob("*.json"))
+
+
 def _files(
     pictures: Sequence[Picture], out: Path, settings: MakeSettings, workers: int, tell: Tell
-) -> tuple[list[Outcome], int]:
-    """Outcomes of all pictures in their order, and how many pairs were made now."""
+) -> tuple[list[Outcome], int, int]:
+    """Outcomes of all pictures in their order, how many pairs were made now, and how many have lost their picture."""
+    edited = _edited_prompts(out / MANIFEST)
     shutil.rmtree(out / STATE / "aside", ignore_errors=True)
     journal = out / STATE / "journal.jsonl"
     before = {outcome.key: outcome for outcome in _read_journal(journal)}
-    found = {p.key: before[p.key] for p in pictures if p.key in before and _is_fresh(before[p.key], p, settings, out)}
+
+    def mended(outcome: Outcome) -> Outcome:
+        """The outcome with the prompt that stands in the manifest, if neither picture nor caption changed since."""
+        known = before.get(outcome.key)
+        if outcome.entry is None or outcome.key not in edited or known is None or known.stamp != outcome.stamp:
+            return outcome
+        return replace(outcome, entry={**outcome.entry, "prompt": edited[outcome.key]})
+
+    fresh = {p.key: before[p.key] for p in pictures if p.key in before and _is_fresh(before[p.key], p, settings, out)}
+    found = {key: mended(outcome) for key, outcome in fresh.items()}
     todo = [picture for picture in pictures if picture.key not in found]
-    found = _with_edited_prompts(found, out / MANIFEST)
     tell(len(found), len(pictures))
     count = max(1, min(_MOST_IN_A_JOB, len(todo) // (4 * workers)))
     groups = [todo[first : first + count] for first in range(0, len(todo), count)]
@@ -166,7 +216,7 @@ def _files(
         with journal.open("a", encoding="utf-8") as stream:
             _end_torn_line(journal, stream)
             for outcomes in run_jobs(make_files, jobs, workers):
-                for outcome in outcomes:
+                for outcome in map(mended, outcomes):
                     found[outcome.key] = outcome
                     if outcome.entry is not None:
                         stream.write(json.dumps(vars(outcome), ensure_ascii=False) + "\n")
@@ -179,7 +229,7 @@ def _files(
     ):
         _write_lines(out / MANIFEST, (outcome.entry for outcome in good))
         _write_lines(journal, (vars(outcome) for outcome in good))
-    return ordered, len(good) - kept
+    return ordered, len(good) - kept, len(set(before) - {picture.key for picture in pictures})
 
 
 def _shards(
@@ -204,6 +254,8 @@ def _shards(
     kept = sum(outcome.entry is not None for outcome in outcomes)
     todo = [job for job, done in zip(jobs, finished, strict=True) if done is None]
     tell(len(outcomes), len(pictures))
+    for job in todo:
+        remove_leftovers(job.path)
     for made in _run(todo, workers, engine):
         outcomes += made
         tell(len(outcomes), len(pictures))
@@ -233,7 +285,7 @@ def _is_fresh(outcome: Outcome, picture: Picture, settings: MakeSettings, out: P
 def _read_journal(path: Path) -> Iterator[Outcome]:
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             yield Outcome(**json.loads(line))
         except (json.JSONDecodeError, TypeError):
@@ -245,20 +297,30 @@ def _end_torn_line(path: Path, stream: TextIO) -> None:
         stream.write("\n")
 
 
-def _with_edited_prompts(found: dict[str, Outcome], manifest: Path) -> dict[str, Outcome]:
-    """Outcomes with the prompts that stand in the manifest: somebody may have mended them there."""
+def _edited_prompts(manifest: Path) -> dict[str, str]:
+    """Key -> the prompt that stands in the manifest: somebody may have mended it there.
+
+    Raises:
+        UserError: a line cannot be read. It is not written over.
+    """
     if not manifest.is_file():
-        return found
-    edited = dict(found)
-    for line in manifest.read_text(encoding="utf-8").splitlines():
+        return {}
+    prompts = {}
+    try:
+        lines = decode_text(manifest.read_bytes()).split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{manifest} is not UTF-8 text any more ({error}); save it as UTF-8") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
-            key, prompt = entry["key"], entry["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-        if key in found and isinstance(prompt, str):
-            edited[key] = replace(found[key], entry={**(found[key].entry or {}), "prompt": prompt})
-    return edited
+            prompts[str(entry["key"])] = str(entry["prompt"] or "")
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"line {number} of {manifest} cannot be read ({error!r}); mend it, or remove it to have it made again"
+            ) from error
+    return prompts
 
 
 def _write_lines(path: Path, values: Iterable[Any]) -> None:

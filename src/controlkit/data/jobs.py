@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.data.making import MadePair, MakeSettings, make_pair
-from controlkit.data.pictures import Picture
+from controlkit.data.pictures import STATE, Picture
 from controlkit.data.shards import write_tar
 from controlkit.data.workers import sign_of_life
 from controlkit.errors import UserError
 from controlkit.files import read_json, sha256_of, write_json
-
-STATE = Path(".controlkit") / "pairs"
-"""Where, below the folder of pairs, is kept what a later run needs to know."""
 
 _VERSION = "1"
 
@@ -186,7 +183,7 @@ def _write(out: Path, name: str, data: bytes) -> None:
     """Write a file so that its name never stands for a part of it. Not flushed to the disk one by one, which would take
     most of the time; hashes in the manifest tell what a power cut left."""
     path = os.path.join(out, name)
-    aside = os.path.join(out, STATE, "aside", f"{os.getpid()}-{name.replace('/', '_')[-100:]}")
+    aside = os.path.join(out, STATE, "aside", f"{os.getpid()}-{sha256_of(name)[:16]}")
     try:
         try:
             _write_and_rename(aside, path, data)

@@ -15,7 +15,7 @@ from PIL import Image
 from controlkit.conditions import Condition, find
 from controlkit.data.buckets import Buckets
 from controlkit.data.pictures import Picture
-from controlkit.data.sources import decode_pixels
+from controlkit.data.sources import SUFFIXES, decode_pixels
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
 from controlkit.images import resize_cover
@@ -87,8 +87,10 @@ def make_pair(picture: Picture, settings: MakeSettings) -> MadePair:
         UserError: the picture is missing, torn or too small, or a condition cannot be drawn from it.
     """
     data = _read(picture)
-    # What another tool may show otherwise (turned, transparent, 16 bits) is written anew, as it is seen here.
+    # What another tool may show otherwise (turned, transparent, 16 bits) or would not take for a picture, by its name,
+    # is written anew, as it is seen here.
     original, plain = decode_pixels(data, picture.name)
+    plain = plain and picture.name.lower().endswith(SUFFIXES)
     height, width = original.shape[:2]
     size = settings.target_size(width, height)
     fits = size == (width, height)
@@ -168,6 +170,11 @@ def _drawn(condition: Condition, image: np.ndarray, parameters: Mapping[str, Any
 
 
 def _read(picture: Picture) -> bytes:
+    place = picture.source if isinstance(picture.source, Path) else picture.source.path
+    try:
+        str(place).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the name of {picture.name} is not UTF-8; rename it") from error
     try:
         return picture.source.read_bytes()
     except OSError as error:

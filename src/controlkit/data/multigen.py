@@ -63,7 +63,7 @@ class MultiGen:
             return (
                 self.folder / "conditions" / control.removeprefix("./"),
                 self.folder / "images" / source.removeprefix("./"),
-                str(prompt),
+                str(prompt or ""),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(

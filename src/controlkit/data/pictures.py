@@ -12,9 +12,12 @@ from typing import Any
 
 from controlkit.data.readers.archives import picture_of, texts_of
 from controlkit.data.readers.coco import coco_pictures, object_parameters
-from controlkit.data.sources import Piece, is_picture_name, samples
+from controlkit.data.sources import Piece, is_picture_name, read_caption, samples
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
+
+STATE = Path(".controlkit") / "pairs"
+"""Where, below a folder of pairs, is kept what a later run needs to know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +40,14 @@ class Picture:
         return self.source.with_suffix(".txt") if isinstance(self.source, Path) and self.prompt is None else None
 
     def caption(self) -> str:
-        """The caption, empty if there is none."""
+        """The caption, empty if there is none.
+
+        Raises:
+            UserError: its file cannot be read as text.
+        """
         if self.prompt is not None:
             return self.prompt
-        sidecar = self.sidecar
-        try:
-            return sidecar.read_text(encoding="utf-8", errors="replace").strip() if sidecar else ""
-        except OSError:
-            return ""
+        return read_caption(self.sidecar) if self.sidecar else ""
 
     def stamp(self) -> str:
         """Changes when the picture, its caption or its annotations do; nothing is read for it."""
@@ -73,8 +76,8 @@ def list_pictures(
     """Every picture below the inputs, by key.
 
     Args:
-        inputs: folders (searched to their depths), pictures, globs, tar files, COCO annotation files. A folder in which
-            tar shards lie and no pictures is read as these shards.
+        inputs: folders (searched to their depths; pairs that were made below them are left out), pictures, globs, tar
+            files, COCO annotation files. A folder in which tar shards lie and no pictures is read as these shards.
         images: the folder of the pictures that COCO annotations list, if it is not near them.
         without: a folder that is left out, because it is where results go.
 
@@ -94,9 +97,9 @@ def list_pictures(
         files += [path for path in found if path.suffix != ".json" and not path.is_dir()]
         files += [file for path in found if path.is_dir() for file in _walk(path)]
         roots += [root] if any(path.suffix != ".json" for path in found) else []
-    left_out = os.path.abspath(without) + os.sep if without is not None else None
+    left_out = os.path.realpath(without) + os.sep if without is not None else None
     unique = dict.fromkeys(Path(os.path.abspath(path)) for path in files)
-    kept = [path for path in unique if left_out is None or not str(path).startswith(left_out)]
+    kept = [path for path in unique if left_out is None or not os.path.realpath(path).startswith(left_out)]
     listed = list(_from_coco(annotations, Path(images) if images else None)) if annotations else []
     if kept:
         listed += _from_files(kept, Path(os.path.commonpath(roots)))
@@ -116,15 +119,17 @@ def _found(given: str) -> tuple[list[Path], str]:
     if path.exists() or not re.search(r"[*?\[]", given):
         return [path], os.path.abspath(path if path.is_dir() else path.parent)
     before = re.split(r"[*?\[]", given)[0]
-    return sorted(Path(name) for name in glob.glob(given, recursive=True)), os.path.abspath(os.path.dirname(before))
+    names = sorted(name for name in glob.glob(given, recursive=True) if not name.lower().endswith(".txt"))  # captions
+    return [Path(name) for name in names], os.path.abspath(os.path.dirname(before))
 
 
 def _from_files(files: Iterable[Path], root: Path) -> Iterator[Picture]:
     for path in files:
-        if path.suffix == ".tar":
+        if path.name.lower().endswith((".tar", ".tar.gz", ".tgz")):
             yield from _from_tar(path)
             continue
-        name = path.relative_to(root).as_posix()
+        # A name that is not UTF-8 cannot be written into a manifest: its picture is skipped, under a name that can.
+        name = path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode()
         yield Picture(key=_key(name), name=name, source=path)
 
 
@@ -157,11 +162,18 @@ def _from_coco(annotations: Sequence[Path], images: Path | None) -> Iterator[Pic
 
 
 def _walk(folder: Path) -> list[Path]:
-    """Pictures below `folder`, or its tar shards if it has no pictures; hidden folders are left out."""
+    """Pictures below `folder`, or its tar shards if it has no pictures; hidden folders and pairs made are left out."""
     pictures: list[Path] = []
     shards: list[Path] = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    seen = {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        inner = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(folders)}
+        folders[:] = [
+            name
+            for name, real in inner.items()
+            if not name.startswith(".") and real not in seen and not os.path.exists(os.path.join(real, STATE))
+        ]
+        seen |= {inner[name] for name in folders}
         pictures += [Path(place, name) for name in sorted(names) if is_picture_name(name)]
         shards += [Path(place, name) for name in sorted(names) if name.endswith(".tar") and not name.startswith(".")]
     return pictures or shards

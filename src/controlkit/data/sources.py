@@ -16,10 +16,10 @@ from PIL import Image
 
 from controlkit.conditions import find
 from controlkit.errors import UserError
-from controlkit.files import sha256_of
+from controlkit.files import decode_text, sha256_of
 from controlkit.images import MAX_PIXELS, decode_image, read_image, to_rgb
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 """How names of pictures end, in lower case."""
 
 _ORIENTATION = 0x0112
@@ -193,3 +193,17 @@ def samples(path: Path) -> dict[str, dict[str, Piece]]:
 def is_picture_name(name: str) -> bool:
     """Whether a file's name ends as those of pictures do."""
     return name.lower().endswith(SUFFIXES) and not name.rpartition("/")[2].startswith(".")
+
+
+def read_caption(path: Path) -> str:
+    """The text of a caption's file, empty if there is none.
+
+    Raises:
+        UserError: it is no UTF-8 (or UTF-16) text.
+    """
+    try:
+        return decode_text(path.read_bytes()).strip()
+    except OSError:
+        return ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"its caption {path.name} is not UTF-8 text ({error}); save it as UTF-8") from error

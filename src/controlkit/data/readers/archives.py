@@ -12,7 +12,7 @@ from controlkit.data.readers.listing import Listing, Record, short_name
 from controlkit.data.shards import write_tar
 from controlkit.data.sources import Piece, is_picture_name, samples
 from controlkit.errors import UserError
-from controlkit.files import sha256_of
+from controlkit.files import decode_text, sha256_of
 
 _PICTURES = ("target", "image", "picture")
 _MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"BM": "bmp", b"GIF8": "gif", b"II*": "tif"}
@@ -70,11 +70,11 @@ def texts_of(parts: Mapping[str, Piece]) -> tuple[str | None, dict[str, Any]]:
     """
     made: dict[str, Any] = {}
     if "json" in parts:
-        value = json.loads(parts["json"].read_bytes())
+        value = json.loads(decode_text(parts["json"].read_bytes()))
         made = value if isinstance(value, dict) else {}
     for name in ("txt", "caption"):
         if name in parts:
-            return parts[name].read_bytes().decode("utf-8").strip(), made
+            return decode_text(parts[name].read_bytes()).strip(), made
     for name in PROMPT_COLUMNS:
         if isinstance(made.get(name), str):
             return made[name], made

@@ -56,15 +56,21 @@ def coco_pictures(annotations: Sequence[Path], images: Path | None = None) -> li
             raise UserError(f"{path} is not a COCO annotation file ({error!r})") from error
     if not listed:
         raise UserError(f"{', '.join(map(str, annotations))} lists no pictures")
+    try:
+        sizes = {
+            name: (float(entry.get("width") or 0), float(entry.get("height") or 0)) for name, entry in listed.items()
+        }
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the sizes of {annotations[0]} cannot be read ({error!r})") from error
     folder = images or _images_of(annotations[0], next(iter(listed)))
     return [
         CocoPicture(
             path=folder / name,
             caption=captions.get(name),
             objects=tuple(objects.get(name, ())) if with_objects else None,
-            size=(float(entry.get("width", 0)), float(entry.get("height", 0))),
+            size=sizes[name],
         )
-        for name, entry in sorted(listed.items())
+        for name in sorted(listed)
     ]
 
 
@@ -102,4 +108,7 @@ def _images_of(annotations: Path, first: str) -> Path:
     for folder in near:
         if (folder / first).is_file():
             return folder
-    raise UserError(f"{first}, listed in {annotations}, is not near it; name the folder of the pictures with --images")
+    raise UserError(
+        f"{first}, listed in {annotations}, is not near it; put the pictures into {home / 'images'}, or, to make pairs,"
+        " name their folder with --images-folder"
+    )

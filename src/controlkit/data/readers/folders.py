@@ -6,7 +6,7 @@ from pathlib import Path
 
 from controlkit.data.multigen import MultiGen
 from controlkit.data.readers.listing import Listing, Record
-from controlkit.data.sources import is_picture_name
+from controlkit.data.sources import is_picture_name, read_caption
 from controlkit.errors import UserError
 
 PICTURE_FOLDERS = ("target", "targets", "image", "images", "img", "picture", "pictures", "photo", "photos", "train")
@@ -38,8 +38,11 @@ def read_twins(folder: Path, condition: str | None = None) -> Listing:
     records, problems = [], []
     for stem, picture in _by_stem(home, folders[home]).items():
         twins = {name: stems.pop(stem) for name, stems in conditions.items() if stem in stems}
-        caption = picture.with_suffix(".txt")
-        prompt = caption.read_text(encoding="utf-8", errors="replace").strip() if caption.is_file() else ""
+        try:
+            prompt = read_caption(picture.with_suffix(".txt"))
+        except UserError as error:
+            problems.append(f"{picture.name}: {error}")
+            continue
         records.append(Record(where=picture.name, picture=picture, conditions=twins, prompt=prompt))
     for name, left in conditions.items():
         problems += [f"{name}/{path.name}: there is no picture {stem} in {home.name}" for stem, path in left.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from controlkit.data.readers.listing import Listing, Record
 from controlkit.data.sources import is_picture_name
 from controlkit.errors import UserError
+from controlkit.files import decode_text
 
 PROMPT_COLUMNS = ("text", "prompt", "caption")
 PICTURE_COLUMNS = ("image", "target", "picture", "jpg", "file_name", "image_file_name")
@@ -21,8 +23,8 @@ def read_manifest(path: Path, condition: str | None = None) -> Listing:
 
     def record(where: str, entry: Mapping[str, Any]) -> Record:
         conditions = {str(name): path.parent / file for name, file in entry["conditions"].items()}
-        picture = path.parent / entry["picture"]
-        return Record(where=where, picture=picture, conditions=conditions, prompt=str(entry["prompt"]), made=entry)
+        picture, prompt = path.parent / entry["picture"], str(entry["prompt"] or "")
+        return Record(where=where, picture=picture, conditions=conditions, prompt=prompt, made=entry)
 
     return _listing(path, _json_lines(path), record, "picture, conditions and prompt")
 
@@ -32,7 +34,7 @@ def read_prompt_json(path: Path, condition: str | None = None) -> Listing:
 
     def record(where: str, entry: Mapping[str, Any]) -> Record:
         source, target = path.parent / entry["source"], path.parent / entry["target"]
-        return Record(where=where, picture=target, conditions={"source": source}, prompt=str(entry["prompt"]))
+        return Record(where=where, picture=target, conditions={"source": source}, prompt=str(entry["prompt"] or ""))
 
     return _listing(path, _json_lines(path), record, "source, target and prompt")
 
@@ -46,7 +48,7 @@ def read_metadata(path: Path, condition: str | None = None) -> Listing:
         conditions = {
             name: path.parent / value
             for name, value in entry.items()
-            if name != used and isinstance(value, str) and is_picture_name(value) and name not in PROMPT_COLUMNS
+            if name != used and isinstance(value, str) and _is_file_name(value) and name not in PROMPT_COLUMNS
         }
         prompt = next((str(entry[name] or "") for name in PROMPT_COLUMNS if name in entry), "")
         return Record(where=where, picture=path.parent / entry[used], conditions=conditions, prompt=prompt)
@@ -72,7 +74,7 @@ def _listing(path: Path, lines: Lines, record: Callable[[str, Mapping[str, Any]]
 
 
 def _json_lines(path: Path) -> Lines:
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
@@ -81,13 +83,17 @@ def _json_lines(path: Path) -> Lines:
 
 
 def _csv_lines(path: Path) -> Lines:
-    reader = csv.DictReader(_text(path).splitlines())
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
     for row in reader:
         yield f"line {reader.line_num}", {str(name): value for name, value in row.items() if name is not None}
 
 
+def _is_file_name(value: str) -> bool:
+    return is_picture_name(value) and "://" not in value
+
+
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return decode_text(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} as UTF-8 text ({error})") from error

@@ -55,6 +55,8 @@ def read_listing(path: str | Path, condition: str | None = None) -> Listing:
 def pairs_folder(path: str | Path) -> Path:
     """The folder in which what is computed from the pairs at `path` may be kept."""
     path = Path(path)
+    while not path.exists() and glob.has_magic(str(path)):
+        path = path.parent
     return path if path.is_dir() else path.parent
 
 
@@ -92,7 +94,7 @@ def _folder_reader(folder: Path) -> Reader | None:
     if metadata:
         return _at(_only_split(folder, metadata), read_metadata)
     for pattern in ("*.tar", "*.parquet", "data/*.parquet", "*/*.parquet"):
-        found = sorted(folder.glob(pattern))
+        found = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
         splits = {path.name.split("-")[0] for path in found} if pattern != "*.tar" else set()
         if len(splits) > 1 and "train" in splits:
             raise UserError(
@@ -114,7 +116,7 @@ def _file_reader(path: Path) -> Reader | None:
     if path.suffix == ".csv":
         return read_metadata
     try:
-        entry = json.loads(head.lstrip(b"\xef\xbb\xbf").strip().splitlines()[0])
+        entry = json.loads(head.lstrip(b"\xef\xbb\xbf").strip().split(b"\n")[0])
     except (ValueError, IndexError):
         entry = None
     if not isinstance(entry, dict):
