@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from controlkit.apps.cli import main
+from controlkit.bases.load import load_base
 from controlkit.checkpoints.controls import load_control
 from controlkit.checkpoints.ctrlora import save_base_control
 from controlkit.checkpoints.files import read_metadata
@@ -64,7 +66,35 @@ def test_pairs_in_adapter_and_score_out(pairs, base_control, base_folder, tmp_pa
 
     # The second run finds the latents and the finished steps.
     assert adapt(pairs, base_control, base_folder, tmp_path / "again") == 0
-    assert "encoding" not in capsys.readouterr().err
+    printed, progress = capsys.readouterr()
+    assert "encoding" not in progress
+    (line,) = (line for line in printed.splitlines() if line.startswith("try next: controlkit "))
+    words = [word.replace("IMAGE", str(pairs / "target/0.png")) for word in shlex.split(line)[3:]]
+    assert main([*words, "--steps", "2", "--out", str(tmp_path / "drawn")]) == 0
+
+
+def test_an_adapter_never_takes_the_place_of_its_base_control(pairs, base_control, base_folder, capsys):
+    before = base_control.read_bytes()
+    assert adapt(pairs, base_control, base_folder, base_control.parent, "--name", "base") == 2
+    assert "is there already" in capsys.readouterr().err
+    assert base_control.read_bytes() == before
+    for name in ("state", "..", "a/b"):
+        assert adapt(pairs, base_control, base_folder, base_control.parent / "run", "--name", name) == 2
+        assert "name is" in capsys.readouterr().err
+
+
+def test_an_adapter_is_judged_on_the_device_of_the_recipe(pairs, base_control, base_folder, tmp_path, monkeypatch):
+    from controlkit.evaluation import adapt as judging
+
+    asked = []
+
+    def load(name, **settings):
+        asked.append(settings)
+        return load_base(name, **settings)
+
+    monkeypatch.setattr(judging, "load_base", load)
+    assert adapt(pairs, base_control, base_folder, tmp_path / "run", "--device", "cpu") == 0
+    assert asked == [{"device": torch.device("cpu")}]
 
 
 def test_only_the_adapter_changes_and_nothing_else_gets_a_gradient(pairs, base_control, base_folder, tmp_path):

@@ -248,6 +248,19 @@ def test_other_peoples_files_in_the_folder_are_left(cache, monkeypatch):
     assert theirs.exists()
 
 
+@pytest.mark.parametrize("damage", ["", '{"format": "controlkit cache 1"}'])
+def test_a_store_whose_spec_is_damaged_is_still_counted_and_cleared(cache, damage):
+    cached(4)
+    (spec,) = cache.glob("*/spec.json")
+    spec.write_text(damage)
+    assert sum(store.segments for store in tend_cache().stores) == 1
+    cached(8)
+    assert json.loads(spec.read_text())["kind"] == SPEC.kind
+    spec.write_text(damage)
+    tend_cache(clear=True)
+    assert not spec.parent.exists()
+
+
 def test_what_a_running_process_uses_stays(cache, monkeypatch):
     process = program("hold")
     assert process.stdout is not None

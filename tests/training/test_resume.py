@@ -16,6 +16,7 @@ import torch
 from toy_training import Toy, toy_recipe
 
 from controlkit.errors import UserError
+from controlkit.training import state
 from controlkit.training.guards import LossWatch, Patience
 from controlkit.training.state import load_state
 from controlkit.training.trainer import train
@@ -283,7 +284,9 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
 
 def test_out_of_memory_says_which_setting_to_change(tmp_path):
     full = raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
-    with pytest.raises(UserError, match=r"out of memory at step 5.*state.*batch_size=16 or --set precision=bf16"):
+    with pytest.raises(
+        UserError, match=r"out of memory at step 5.*state.*another out with batch_size 16 or precision bf16"
+    ):
         run(tmp_path / "run", at={4: full})
     assert load_state(tmp_path / "run" / "state.safetensors").step == 3
     with pytest.raises(UserError, match="too small"):
@@ -311,3 +314,71 @@ def test_when_one_of_two_processes_is_killed_the_run_ends_and_can_go_on(tmp_path
     run(tmp_path / "whole", ema=0.9)  # both processes draw the same, so one alone has the same mean gradient
     assert_identical(final_weights(tmp_path / "whole"), final_weights(tmp_path / "run"))
     assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, STEPS + 1))
+
+
+def test_a_torn_state_never_becomes_the_previous_one(tmp_path, monkeypatch, capsys):
+    """The disk that tore a state is often the one that is full at the next."""
+    run(tmp_path, steps=6)
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="no space"):
+        patched.setattr(state, "write_atomically", lambda *_: raises(UserError("no space"))(0))
+        run(tmp_path, steps=9)
+    assert "Going on from the state before it, of step 3" in capsys.readouterr().err
+    assert (tmp_path / "state.damaged.safetensors").stat().st_size == 200
+    toy, _ = run(tmp_path, steps=9)
+    assert toy.steps_seen == [3, 4, 5, 6, 7, 8]
+    assert load_state(path).step == 9
+
+
+def test_memory_that_does_not_suffice_for_a_preview_costs_no_step(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(Toy, "preview", lambda *_: raises(torch.OutOfMemoryError("CUDA out of memory"))(0))
+        with pytest.raises(UserError, match="preview_every"):
+            run(tmp_path, preview_every=2)
+    assert load_state(tmp_path / "state.safetensors").step == 2
+    toy, _ = run(tmp_path, preview_every=4)
+    assert toy.steps_seen[0] == 2 and toy.previews[0] == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")],
+    ids=["numpy", "torch on the CPU"],
+)
+def test_memory_of_every_kind(tmp_path, error, monkeypatch):
+    with pytest.raises(UserError, match="out of memory at step 1; set batch_size"):
+        run(tmp_path / "a", at={0: raises(error)}, batch_size=4)
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="out of memory at step 1"):
+        patched.setattr(torch.optim.AdamW, "step", lambda *_, **__: raises(error)(0))
+        run(tmp_path / "b")
+    with pytest.raises(RuntimeError, match="something else"):
+        run(tmp_path / "c", at={0: raises(RuntimeError("something else"))})
+
+
+def test_a_loss_that_explodes_at_once_is_noticed():
+    watch = LossWatch(0)
+    assert not any(watch.exploded(0.1, step) for step in range(10))
+    assert watch.exploded(1e6, 10)
+
+
+def test_fewer_steps_than_were_done_are_refused(tmp_path):
+    run(tmp_path, steps=6)
+    before = (tmp_path / "recipe.json").read_bytes()
+    with pytest.raises(UserError, match="has done 6 steps"):
+        run(tmp_path, steps=3)
+    assert (tmp_path / "recipe.json").read_bytes() == before
+
+
+def test_a_folder_that_is_refused_is_refused_before_anything_is_loaded(tmp_path):
+    run(tmp_path)
+    with pytest.raises(UserError, match=r"another recipe \(seed: 0 there, 1 now\)"):
+        train(lambda: pytest.fail("loaded"), toy_recipe(tmp_path, seed=1))
+
+
+def test_a_log_that_is_damaged_stops_no_run(tmp_path):
+    run(tmp_path, steps=3)
+    with (tmp_path / "log.jsonl").open("ab") as stream:
+        stream.write(b"null\n\xff\xfe\n")
+    run(tmp_path, steps=6)
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6]

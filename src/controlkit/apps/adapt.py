@@ -9,6 +9,7 @@ conditions in it. Run again to resume.
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from controlkit.apps.show import add_json, print_json
@@ -78,4 +79,10 @@ def run(args: argparse.Namespace) -> None:
     print(f"adapter: {made.path}")
     print(f"sheet: {made.sheet}")
     prepared = " --prepared" if values.get("condition", "identity") in _GIVEN else ""
-    print(f'try next: controlkit generate "PROMPT" --control {made.path}=IMAGE{prepared} --seeds 4')
+    file = str(made.path)
+    if Path(args.control).is_file() and Path(args.control).parent.resolve() != made.path.parent.resolve():
+        file += f"+{args.control}"  # a base control that does not ship has to be named, or lie beside the adapter
+    base = values.get("base", "nano")
+    steered = f" --base {shlex.quote(base)}" if base != "nano" else ""
+    control = shlex.quote(f"{file}=IMAGE")
+    print(f'try next: controlkit generate "PROMPT"{steered} --control {control}{prepared} --seeds 4')

@@ -206,7 +206,16 @@ class Base:
 
 
 def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """Prompts => token ids `[B, L]`, padded or cut to the tokenizer's length."""
+    """Prompts => token ids `[B, L]`, padded or cut to the tokenizer's length.
+
+    Raises:
+        UserError: a prompt holds half a character, as cut text does.
+    """
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the prompt {prompt!r} is not whole text ({error.reason}); remove what was cut") from error
     return tokenizer(
         list(prompts),
         padding="max_length",

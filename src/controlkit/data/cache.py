@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -142,7 +143,7 @@ class Store:
         """
         self.make_room(sum(array.nbytes for array in rows.values()))
         with self._said():
-            if not (self.folder / _SPEC).exists():
+            if not is_spec(self.folder / _SPEC):  # not there, or damaged
                 made = time.strftime("%Y-%m-%d %H:%M:%S")
                 described = {name: asdict(part) for name, part in parts.items()}
                 facts = {"format": _FORMAT, **asdict(self.spec), "made by": self.note, "parts": described}
@@ -252,14 +253,23 @@ class Store:
 
 
 def store_folders(root: Path) -> list[Path]:
-    """The stores in a cache: folders whose `spec.json` is ours, so that nothing else is ever removed."""
+    """The stores in a cache: folders whose `spec.json` is ours, so that nothing else is ever removed. One that is
+    damaged counts where the folder is called as a store and holds segments."""
     found = []
     for path in sorted(root.glob(f"*/{_SPEC}")):
-        with contextlib.suppress(UserError):
-            facts = read_json(path)
-            if isinstance(facts, dict) and facts.get("format") == _FORMAT:
-                found.append(path.parent)
+        called = re.fullmatch(r".+-[0-9a-f]{24}", path.parent.name) is not None
+        if is_spec(path) or (called and any(segment_paths(path.parent))):
+            found.append(path.parent)
     return found
+
+
+def is_spec(path: Path) -> bool:
+    """Whether a file says what a store of this format holds."""
+    try:
+        facts = read_json(path)
+    except UserError:
+        return False
+    return isinstance(facts, dict) and facts.get("format") == _FORMAT and {"kind", "model", "transform"} <= facts.keys()
 
 
 def _size(path: Path) -> int:

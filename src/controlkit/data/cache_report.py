@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from controlkit.data.cache import cache_folder, cache_limit, store_folders
+from controlkit.data.cache import cache_folder, cache_limit, is_spec, store_folders
 from controlkit.data.segments import (
     DIGEST,
     Segment,
@@ -114,7 +114,8 @@ def tend_cache(*, clear: bool | str = False, verify: bool = False) -> CacheRepor
 
 
 def _facts(folder: Path) -> StoreFacts:
-    spec = read_json(folder / "spec.json")
+    path = folder / "spec.json"
+    spec: dict[str, Any] = read_json(path) if is_spec(path) else {}
     digests, size, count, used = [], 0, 0, 0.0
     for path in segment_paths(folder):
         with contextlib.suppress(OSError):
@@ -125,10 +126,10 @@ def _facts(folder: Path) -> StoreFacts:
     parts = spec.get("parts", {})
     shapes = [f"{part['dtype']} {' x '.join(map(str, part['shape']))}" for part in parts.values()]
     return StoreFacts(
-        kind=str(spec["kind"]),
-        model=str(spec["model"]),
+        kind=str(spec.get("kind", "?")),
+        model=str(spec.get("model", "?")),
         made_by=str(spec.get("made by", "")),
-        transform=str(spec["transform"]),
+        transform=str(spec.get("transform", "?")),
         shape=", ".join(shapes),
         rows=len(np.unique(np.concatenate(digests))) if digests else 0,
         bytes=size,

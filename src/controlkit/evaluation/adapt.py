@@ -17,7 +17,7 @@ from controlkit.evaluation.report import Report
 from controlkit.images import write_png
 from controlkit.training.log import spent
 from controlkit.training.recipe import AdaptRecipe, Recipe
-from controlkit.training.run import run
+from controlkit.training.run import choose_device, run
 
 MOST_JUDGED = 64
 """At most so many held-out pairs are drawn."""
@@ -41,7 +41,7 @@ def adapt(recipe: Recipe) -> Adapted:
     run(recipe)
     trained = time.perf_counter()
     folder = Path(recipe.out)
-    base = load_base(recipe.base)
+    base = load_base(recipe.base, device=choose_device(recipe.device))
     path = folder / f"{recipe.name}.safetensors"
     base_control = load_control(recipe.control, base)
     assert isinstance(base_control, BaseControl)  # the run above would have refused another

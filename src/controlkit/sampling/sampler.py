@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from controlkit.bases.base import Base, Text, concatenate
+from controlkit.errors import UserError
 from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl, Plan
 from controlkit.sampling.request import DEFAULT_GUIDANCE, DEFAULT_STEPS
@@ -68,6 +69,11 @@ def sample_prompts(
         for index, t in enumerate(scheduler.timesteps):
             prediction = _predict(base, plan, index, x_t, t, text, guidance)
             x_t = scheduler.step(prediction, t, x_t, eta=0.0).prev_sample
+        if not torch.isfinite(x_t).all():
+            raise UserError(
+                f"the pictures of seeds {', '.join(map(str, seeds[group]))} came out as numbers that are not finite;"
+                " lower the weights of the controls or the guidance, or take another dtype than float16"
+            )
         yield (base.decode(x_t) + 1) / 2
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -71,11 +71,14 @@ class Drawings:
     def _read(path: Path, key: str) -> tuple[Tensor, list[str]] | None:
         if not path.exists():
             return None
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("key") != key:
-                return None
-            return file.get_tensor("latents"), metadata["colours"].split()
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("key") != key:
+                    return None
+                return file.get_tensor("latents"), metadata["colours"].split()
+        except (SafetensorError, KeyError):  # damaged: they are encoded again
+            return None
 
     def _encode(self, path: Path, key: str, encode: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[str]]:
         print(f"encoding {len(self)} drawings once, kept in {path}", file=sys.stderr, flush=True)

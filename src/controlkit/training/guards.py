@@ -16,6 +16,8 @@ _SMOOTH = 0.05
 """Weight of a new loss in the running mean: about the last forty steps count."""
 _SETTLE = 50
 """Steps before the running mean says anything."""
+_FEW, _EXPLODED_EARLY = 10, 20.0
+"""Until then, the mean of at least so many steps must rise by more to be told from chance."""
 _RISEN, _EXPLODED = 2.0, 5.0
 """Of the lowest running mean so far. The loss of single steps of a diffusion model varies by more than that (it depends
 on the times that were drawn), their running mean does not."""
@@ -33,6 +35,7 @@ class LossWatch:
         """Steps done when the mean was last near its lowest."""
         self.mean = 0.0
         self.lowest = float("inf")
+        self._early = float("inf")
         self._seen = 0
 
     def exploded(self, loss: float, done: int) -> bool:
@@ -42,7 +45,9 @@ class LossWatch:
         self.mean += weight * (loss - self.mean)
         if self._seen < _SETTLE:
             self.calm = done
-            return False
+            if self._seen >= _FEW:
+                self._early = min(self._early, self.mean)
+            return self.mean > _EXPLODED_EARLY * self._early
         self.lowest = min(self.lowest, self.mean)
         if self.mean <= _RISEN * self.lowest:
             self.calm = done

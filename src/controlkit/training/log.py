@@ -23,11 +23,11 @@ class RunLog:
         self._started = self._warm = time.monotonic()
         kept = []
         if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     if json.loads(line)["step"] <= first_step:
                         kept.append(line)
-                except (json.JSONDecodeError, KeyError):
+                except (json.JSONDecodeError, KeyError, TypeError):
                     continue  # the torn last line of a killed run
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._stream = self.path.open("a", encoding="utf-8", buffering=1)

@@ -42,6 +42,10 @@ _ADDED = {"flip": False, "gradient_checkpointing": False, "optimizer": "adamw", 
 """Settings that came when there were recorded runs already, and the value with which a run is what those were."""
 
 
+RESERVED_NAMES = ("state", "state.previous", "state.damaged", "latents")
+"""Files of a run, less their ending, which nothing that it makes may be called."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What every training run has."""
@@ -97,6 +101,8 @@ class Recipe:
                 raise UserError(f"{name} is {values[name]}; it must be between 0 and 1")
         if not 0 <= self.beta2 < 1:
             raise UserError(f"beta2 is {self.beta2}; it must be from 0 to just below 1")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}; it must be from 0 to below 2^63")
         if self.precision not in ("fp32", "bf16", "auto"):
             raise UserError(f"precision is {self.precision!r}; it must be fp32, bf16 or auto")
         if self.optimizer not in ("adamw", "adamw8bit"):
@@ -281,8 +287,10 @@ class PairsRecipe(Recipe, ABC):
         super().__post_init__()
         if not 0 <= self.held_out < 1:
             raise UserError(f"held_out is {self.held_out}; it must be from 0 to below 1")
-        if not self.name or "/" in self.name:
+        if not self.name or "/" in self.name or self.name.startswith("."):
             raise UserError(f"name is {self.name!r}; it must do as the name of a file")
+        if self.name in RESERVED_NAMES:
+            raise UserError(f"name is {self.name!r}, as files of the run itself are called; give another")
 
 
 @dataclass(frozen=True, kw_only=True)

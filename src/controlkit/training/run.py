@@ -26,7 +26,7 @@ def run(recipe: Recipe) -> dict[str, float]:
     Returns:
         The last preview's scores.
     """
-    trained = train(objective_of(recipe), recipe)
+    trained = train(lambda: objective_of(recipe), recipe)
     for path in trained.files:
         if path.suffix == ".safetensors":
             rows = [f"| {name} | {value:.4g} |" for name, value in trained.scores.items()]

@@ -103,6 +103,34 @@ def keep_previous(path: Path) -> None:
     os.replace(aside, previous_state(path))
 
 
+def put_aside_if_torn(path: Path) -> None:
+    """Put the previous state in the place of one that is torn, said on standard error; the torn one is kept aside.
+
+    Else the next state to be saved would make a previous one of the torn one, and nothing whole would be left.
+    """
+    previous = previous_state(path)
+    if not path.exists() or _is_whole(path) or not (previous.exists() and _is_whole(previous)):
+        return
+    damaged = path.with_name(f"{path.stem}.damaged{path.suffix}")
+    path.replace(damaged)
+    previous.replace(path)
+    print(
+        f"{path} is not a whole training state; it is kept as {damaged.name}\n"
+        f"Going on from the state before it, of step {step_of(path)}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a state's header is in order and says no more bytes than there are."""
+    try:
+        step_of(path)
+    except (SafetensorError, KeyError, ValueError, OSError):
+        return False
+    return True
+
+
 def load_latest(path: Path) -> RunState | None:
     """The state at `path`; the previous one, said on standard error, if that is damaged; None if there is none.
 
@@ -126,6 +154,12 @@ def step_of(path: Path) -> int:
     """Steps that were done when the state at `path` was saved."""
     with safe_open(path, framework="pt") as file:
         return int((file.metadata() or {})["step"])
+
+
+def fingerprint_of(path: Path) -> str:
+    """The fingerprint of the run whose state it is."""
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {})["fingerprint"]
 
 
 def load_state(path: Path) -> RunState:

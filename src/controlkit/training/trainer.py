@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from controlkit.errors import UserError
-from controlkit.files import remove_leftovers, sha256_of, writable_folder, write_json
+from controlkit.files import read_json, remove_leftovers, sha256_of, writable_folder, write_json
 from controlkit.training.guards import LossWatch, Patience
 from controlkit.training.log import RunLog, SilentLog, spent
 from controlkit.training.objective import Objective
@@ -25,7 +27,16 @@ from controlkit.training.processes import Processes
 from controlkit.training.recipe import Recipe, identifying
 from controlkit.training.savings import uses_bf16
 from controlkit.training.sharding import copy_whole, gathered, whole
-from controlkit.training.state import keep_previous, load_latest, previous_state, restore, save_state, step_of
+from controlkit.training.state import (
+    fingerprint_of,
+    keep_previous,
+    load_latest,
+    previous_state,
+    put_aside_if_torn,
+    restore,
+    save_state,
+    step_of,
+)
 
 # What may differ between a run and its continuation.
 _MAY_CHANGE = {
@@ -39,6 +50,8 @@ _MAY_CHANGE = {
     "save_every",
     "preview_every",
 }
+
+_LOCK = ".lock"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,9 +68,10 @@ class Trained:
     """That the run took, over all its parts."""
 
 
-def train(objective: Objective, recipe: Recipe) -> Trained:
-    """Train `objective` by `recipe`; a run that was interrupted, or has fewer steps, goes on where it was.
+def train(objective: Objective | Callable[[], Objective], recipe: Recipe) -> Trained:
+    """Train `objective`, or what it makes once the folder is this run's, by `recipe`.
 
+    A run that was interrupted, or has fewer steps, goes on where it was.
     Every step draws its data and noise from (seed, step), so an interrupted run ends with the weights of one that
     was not. Ctrl-C and SIGTERM save the state and end. Under `accelerate launch` or `torchrun`, every process draws a
     batch of its own and the gradients are averaged (`processes.py`).
@@ -66,8 +80,40 @@ def train(objective: Objective, recipe: Recipe) -> Trained:
         UserError: the folder holds a run of another recipe, or the loss is not finite or explodes (the last good state
             stays).
     """
-    with _alone(writable_folder(recipe.out), Processes.is_first()):
-        return _Loop(objective, recipe).run()
+    with _run_folder(recipe):
+        return _Loop(objective if isinstance(objective, Objective) else objective(), recipe).run()
+
+
+@contextmanager
+def _run_folder(recipe: Recipe) -> Iterator[None]:
+    """A block in which the folder of `recipe` is this run's; what forbids that is said before anything is loaded.
+
+    Raises:
+        UserError: the folder cannot be written, another run holds it, it holds a run of another recipe or one with more
+            steps behind it, or a file that this run will write is there already.
+    """
+    existed = Path(recipe.out).exists()
+    folder = writable_folder(recipe.out)
+    with _alone(folder, Processes.is_first()):
+        if Processes.is_first():
+            path = folder / "state.safetensors"
+            remove_leftovers(path)
+            put_aside_if_torn(path)
+            if path.exists():
+                with suppress(SafetensorError, KeyError, ValueError, OSError):  # damaged: said when it is read
+                    _refuse_another(recipe, path, fingerprint_of(path), step_of(path))
+            else:
+                _refuse_overwriting(recipe, folder)
+        try:
+            yield
+        except BaseException:
+            if (
+                Processes.is_first() and not existed and {path.name for path in folder.iterdir()} <= {_LOCK}
+            ):  # nothing has come of it
+                (folder / _LOCK).unlink(missing_ok=True)
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
 
 
 class _Loop:
@@ -83,8 +129,7 @@ class _Loop:
         self.average: EMAModel | None = None
         if recipe.ema:
             self.average = EMAModel(self.parameters, decay=recipe.ema, use_ema_warmup=True, power=0.75)
-        if self.processes.first:
-            remove_leftovers(self.path)
+        self.processes.wait()  # until the first has seen to the folder
         self.first = _resume(self.path, recipe, objective, self.optimizer, self.average)
         if self.processes.first:
             write_json(self.folder / "recipe.json", {"system": recipe.system, **dataclasses.asdict(recipe)})
@@ -137,12 +182,11 @@ class _Loop:
         """One optimiser step; returns its loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(self.recipe, step)
-        try:
+        with self._memory(step):
             loss = self._gradients(step)
-        except torch.OutOfMemoryError as error:
-            raise _out_of_memory(self.recipe, step + 1, self.path) from error
         value = self.processes.mean(loss)
         if not math.isfinite(value):
+            self._back_to_calm()
             raise self._diverged(f"the loss is {value}", step, value)
         if self.watch.exploded(value, step):
             self._back_to_calm()
@@ -151,10 +195,21 @@ class _Loop:
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)).item()
         if not math.isfinite(norm):
             raise self._diverged(f"the gradient's norm is {norm}", step, value)
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.step(self.parameters)
+        with self._memory(step):
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.step(self.parameters)
         return value
+
+    @contextmanager
+    def _memory(self, step: int) -> Iterator[None]:
+        """Say what to do where memory does not suffice."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _out_of_memory(self.recipe, step + 1, self.path) from error
 
     def _gradients(self, step: int) -> torch.Tensor:
         device = self.parameters[0].device
@@ -170,7 +225,17 @@ class _Loop:
         self.log.estimate(done)
         previewed = done % recipe.preview_every == 0 or last
         if previewed:
-            self._preview(done)
+            try:
+                self._preview(done)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._save(done)  # else the same command would come to the same preview again
+                raise UserError(
+                    f"out of memory while the preview after step {done} was drawn; the state of that step is kept in"
+                    f" {self.path}. The same command goes on from it; set preview_every to more than steps to draw none"
+                    " before the end"
+                ) from error
         if done % recipe.log_every == 0 or previewed:
             now = {"loss": loss, **(self.scores if previewed else {})}
             self.log.write(done, {**now, "learning_rate": learning_rate_at(recipe, done - 1)})
@@ -261,11 +326,7 @@ def _resume(
     state = load_latest(path)
     if state is None:
         return 0
-    if state.fingerprint != fingerprint(recipe):
-        raise UserError(
-            f"{path.parent} holds a run of another recipe (its settings are in {path.parent / 'recipe.json'});"
-            " give this run another out"
-        )
+    _refuse_another(recipe, path, state.fingerprint, state.step)
     restore(state, path, objective.trained, optimizer)
     if average is not None and state.average:
         *shadow, count = state.average
@@ -273,6 +334,51 @@ def _resume(
             copy_whole(mine, theirs)
         average.optimization_step = int(count)
     return state.step
+
+
+def _refuse_another(recipe: Recipe, path: Path, theirs: str, done: int) -> None:
+    """Refuse to go on from the state at `path` where that would not be the same run."""
+    if theirs != fingerprint(recipe):
+        different = "; ".join(_differences(recipe, path.parent / "recipe.json"))
+        raise UserError(
+            f"{path.parent} holds a run of another recipe ({different or 'its settings are in recipe.json'});"
+            " give this run another out"
+        )
+    if done > recipe.steps:
+        raise UserError(
+            f"the run in {path.parent} has done {done} steps, and steps is {recipe.steps}; give it {done} or more, or"
+            " another out"
+        )
+
+
+def _differences(recipe: Recipe, path: Path) -> list[str]:
+    """`setting: there, now` of all that a continuation must share and does not."""
+    try:
+        before = read_json(path)
+        mine = json.loads(json.dumps(dataclasses.asdict(recipe)))
+        return [
+            f"{name}: {before[name]!r} there, {value!r} now"
+            for name, value in mine.items()
+            if name not in _MAY_CHANGE and name in before and before[name] != value
+        ]
+    except (UserError, TypeError):
+        return []
+
+
+def _refuse_overwriting(recipe: Recipe, folder: Path) -> None:
+    """Refuse to begin a run that would end with writing over a file that it did not make."""
+    name = getattr(recipe, "name", None)
+    if isinstance(name, str) and (folder / f"{name}.safetensors").exists():
+        raise UserError(
+            f"{folder / name}.safetensors is there already, and no state of a run that made it; give this run another"
+            " name or another out"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice; on the CPU torch says so by a plain RuntimeError."""
+    told = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in told
 
 
 @contextmanager
@@ -285,7 +391,7 @@ def _alone(folder: Path, first: bool) -> Iterator[None]:
     if not first:
         yield
         return
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(folder / _LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
@@ -297,14 +403,16 @@ def _alone(folder: Path, first: bool) -> Iterator[None]:
 
 
 def _out_of_memory(recipe: Recipe, step: int, path: Path) -> UserError:
-    hints = ["precision=bf16"] if recipe.precision == "fp32" else []
-    if not getattr(recipe, "gradient_checkpointing", True):
-        hints.append("gradient_checkpointing=true")
-    if recipe.batch_size > 1:
-        hints.insert(0, f"batch_size={recipe.batch_size // 2}")
-    advice = f"try {' or '.join(f'--set {hint}' for hint in hints)}" if hints else "this device is too small for it"
-    kept = f"; the last state is kept in {path}" if path.exists() else ""
-    return UserError(f"out of memory at step {step}{kept}; {advice}")
+    hints = [] if getattr(recipe, "gradient_checkpointing", True) else ["gradient_checkpointing true"]
+    others = [f"batch_size {recipe.batch_size // 2}"] if recipe.batch_size > 1 else []
+    others += ["precision bf16"] if recipe.precision == "fp32" else []
+    if not path.exists():
+        told = f"set {' or '.join(hints + others)}" if hints or others else "this device is too small for it"
+        return UserError(f"out of memory at step {step}; {told}")
+    told = f"go on with {hints[0]}" if hints else ""
+    begin = f"begin again in another out with {' or '.join(others)}" if others else ""
+    advice = ", or ".join(filter(None, (told, begin))) or "this device is too small for it"
+    return UserError(f"out of memory at step {step}; the last state is kept in {path}; {advice}")
 
 
 @dataclasses.dataclass
