@@ -191,7 +191,7 @@ HOW = {
 @pytest.mark.parametrize("how", HOW)
 def test_two_processes_train_what_one_with_the_whole_batch_trains(recipe, tmp_path, how):
     whole = dataclasses.replace(recipe, steps=4, batch_size=4, log_every=1, ema=0.9, out=str(tmp_path / "whole"))
-    run(whole)
+    together(whole, tmp_path, processes=1)  # with as many threads as each of the two, in a process as fresh
     halves = dataclasses.replace(whole, batch_size=2, out=str(tmp_path / "halves"))
     environment = HOW[how]
     if how == "FSDP":  # in two parts, so that what is split is saved and read again

@@ -27,7 +27,7 @@ from controlkit.training.diffusion import noised
 from controlkit.training.pair_cache import PairCache
 from controlkit.training.recipe import AdaptRecipe, ControlNetPairsRecipe, identifying
 from controlkit.training.run import run
-from controlkit.training.trainer import fingerprint
+from controlkit.training.run_folder import fingerprint
 
 CPU = torch.device("cpu")
 COUNT = 6

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from controlkit.errors import UserError
 from controlkit.training.recipe import RECIPES, AutoencoderRecipe, ControlNetRecipe, build_recipe, read_recipe
-from controlkit.training.trainer import fingerprint, learning_rate_at
+from controlkit.training.run_folder import fingerprint
+from controlkit.training.trainer import learning_rate_at
 
 SHIPPED = sorted(path for path in Path(__file__).parents[2].glob("recipes/**/*.yaml"))
 MINIMAL = {"system": "controlnet", "out": "runs/x", "steps": 100, "icons": "icons.npz", "condition": "canny"}

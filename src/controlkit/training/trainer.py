@@ -3,55 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from controlkit.errors import UserError
-from controlkit.files import read_json, remove_leftovers, sha256_of, writable_folder, write_json
+from controlkit.files import writable_folder, write_json
 from controlkit.training.guards import LossWatch, Patience
 from controlkit.training.log import RunLog, SilentLog, spent
 from controlkit.training.objective import Objective
 from controlkit.training.optimizers import build_optimizer
 from controlkit.training.processes import Processes
-from controlkit.training.recipe import Recipe, identifying
+from controlkit.training.recipe import Recipe
+from controlkit.training.run_folder import fingerprint, refuse_another, run_folder
 from controlkit.training.savings import uses_bf16
 from controlkit.training.sharding import copy_whole, gathered, whole
 from controlkit.training.state import (
-    fingerprint_of,
     keep_previous,
     load_latest,
     previous_state,
-    put_aside_if_torn,
     restore,
     save_state,
     step_of,
 )
-
-# What may differ between a run and its continuation.
-_MAY_CHANGE = {
-    "out",
-    "steps",
-    "learning_rate",
-    "final_rate",
-    "device",
-    "gradient_checkpointing",
-    "log_every",
-    "save_every",
-    "preview_every",
-}
-
-_LOCK = ".lock"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,40 +61,8 @@ def train(objective: Objective | Callable[[], Objective], recipe: Recipe) -> Tra
         UserError: the folder holds a run of another recipe, or the loss is not finite or explodes (the last good state
             stays).
     """
-    with _run_folder(recipe):
+    with run_folder(recipe):
         return _Loop(objective if isinstance(objective, Objective) else objective(), recipe).run()
-
-
-@contextmanager
-def _run_folder(recipe: Recipe) -> Iterator[None]:
-    """A block in which the folder of `recipe` is this run's; what forbids that is said before anything is loaded.
-
-    Raises:
-        UserError: the folder cannot be written, another run holds it, it holds a run of another recipe or one with more
-            steps behind it, or a file that this run will write is there already.
-    """
-    existed = Path(recipe.out).exists()
-    folder = writable_folder(recipe.out)
-    with _alone(folder, Processes.is_first()):
-        if Processes.is_first():
-            path = folder / "state.safetensors"
-            remove_leftovers(path)
-            put_aside_if_torn(path)
-            if path.exists():
-                with suppress(SafetensorError, KeyError, ValueError, OSError):  # damaged: said when it is read
-                    _refuse_another(recipe, path, fingerprint_of(path), step_of(path))
-            else:
-                _refuse_overwriting(recipe, folder)
-        try:
-            yield
-        except BaseException:
-            if (
-                Processes.is_first() and not existed and {path.name for path in folder.iterdir()} <= {_LOCK}
-            ):  # nothing has come of it
-                (folder / _LOCK).unlink(missing_ok=True)
-                with suppress(OSError):
-                    folder.rmdir()
-            raise
 
 
 class _Loop:
@@ -292,16 +241,6 @@ def learning_rate_at(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * min(1.0, (step + 1) / max(1, recipe.warmup_steps)) * shape
 
 
-def fingerprint(recipe: Recipe) -> str:
-    """Hash of the settings that a continuation must share with the run that it continues.
-
-    Settings that are None do not count, so that runs go on when a later version has new optional ones.
-    """
-    settings = identifying(recipe).items()
-    fixed = {key: value for key, value in settings if key not in _MAY_CHANGE and value is not None}
-    return sha256_of(recipe.system, repr(sorted(fixed.items())))
-
-
 @contextmanager
 def averaged(average: EMAModel | None, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
     """Run a block with the averaged weights in place."""
@@ -326,7 +265,7 @@ def _resume(
     state = load_latest(path)
     if state is None:
         return 0
-    _refuse_another(recipe, path, state.fingerprint, state.step)
+    refuse_another(recipe, path, state.fingerprint, state.step)
     restore(state, path, objective.trained, optimizer)
     if average is not None and state.average:
         *shadow, count = state.average
@@ -336,70 +275,10 @@ def _resume(
     return state.step
 
 
-def _refuse_another(recipe: Recipe, path: Path, theirs: str, done: int) -> None:
-    """Refuse to go on from the state at `path` where that would not be the same run."""
-    if theirs != fingerprint(recipe):
-        different = "; ".join(_differences(recipe, path.parent / "recipe.json"))
-        raise UserError(
-            f"{path.parent} holds a run of another recipe ({different or 'its settings are in recipe.json'});"
-            " give this run another out"
-        )
-    if done > recipe.steps:
-        raise UserError(
-            f"the run in {path.parent} has done {done} steps, and steps is {recipe.steps}; give it {done} or more, or"
-            " another out"
-        )
-
-
-def _differences(recipe: Recipe, path: Path) -> list[str]:
-    """`setting: there, now` of all that a continuation must share and does not."""
-    try:
-        before = read_json(path)
-        mine = json.loads(json.dumps(dataclasses.asdict(recipe)))
-        return [
-            f"{name}: {before[name]!r} there, {value!r} now"
-            for name, value in mine.items()
-            if name not in _MAY_CHANGE and name in before and before[name] != value
-        ]
-    except (UserError, TypeError):
-        return []
-
-
-def _refuse_overwriting(recipe: Recipe, folder: Path) -> None:
-    """Refuse to begin a run that would end with writing over a file that it did not make."""
-    name = getattr(recipe, "name", None)
-    if isinstance(name, str) and (folder / f"{name}.safetensors").exists():
-        raise UserError(
-            f"{folder / name}.safetensors is there already, and no state of a run that made it; give this run another"
-            " name or another out"
-        )
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory did not suffice; on the CPU torch says so by a plain RuntimeError."""
     told = str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in told
-
-
-@contextmanager
-def _alone(folder: Path, first: bool) -> Iterator[None]:
-    """Hold the folder of a run for as long as it runs; a killed run lets it go.
-
-    Raises:
-        UserError: another run holds it.
-    """
-    if not first:
-        yield
-        return
-    lock = FileLock(folder / _LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"another run is writing into {folder}; wait for it, or give this run another out") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _out_of_memory(recipe: Recipe, step: int, path: Path) -> UserError:

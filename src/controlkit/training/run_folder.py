@@ -1,0 +1,135 @@
+"""The folder of a run: whose it is, and whether this run may go on in it; settled before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from controlkit.errors import UserError
+from controlkit.files import read_json, remove_leftovers, sha256_of, writable_folder
+from controlkit.training.processes import Processes
+from controlkit.training.recipe import Recipe, identifying
+from controlkit.training.state import fingerprint_of, put_aside_if_torn, step_of
+
+# What may differ between a run and its continuation.
+_MAY_CHANGE = {
+    "out",
+    "steps",
+    "learning_rate",
+    "final_rate",
+    "device",
+    "gradient_checkpointing",
+    "log_every",
+    "save_every",
+    "preview_every",
+}
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def run_folder(recipe: Recipe) -> Iterator[None]:
+    """A block in which the folder of `recipe` is this run's; what forbids that is said before anything is loaded.
+
+    Raises:
+        UserError: the folder cannot be written, another run holds it, it holds a run of another recipe or one with more
+            steps behind it, or a file that this run will write is there already.
+    """
+    existed = Path(recipe.out).exists()
+    folder = writable_folder(recipe.out)
+    with _alone(folder, Processes.is_first()):
+        if Processes.is_first():
+            path = folder / "state.safetensors"
+            remove_leftovers(path)
+            put_aside_if_torn(path)
+            if path.exists():
+                with suppress(SafetensorError, KeyError, ValueError, OSError):  # damaged: said when it is read
+                    refuse_another(recipe, path, fingerprint_of(path), step_of(path))
+            else:
+                _refuse_overwriting(recipe, folder)
+        try:
+            yield
+        except BaseException:
+            if (
+                Processes.is_first() and not existed and {path.name for path in folder.iterdir()} <= {_LOCK}
+            ):  # nothing has come of it
+                (folder / _LOCK).unlink(missing_ok=True)
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Hash of the settings that a continuation must share with the run that it continues.
+
+    Settings that are None do not count, so that runs go on when a later version has new optional ones.
+    """
+    settings = identifying(recipe).items()
+    fixed = {key: value for key, value in settings if key not in _MAY_CHANGE and value is not None}
+    return sha256_of(recipe.system, repr(sorted(fixed.items())))
+
+
+def refuse_another(recipe: Recipe, path: Path, theirs: str, done: int) -> None:
+    """Refuse to go on from the state at `path` where that would not be the same run."""
+    if theirs != fingerprint(recipe):
+        different = "; ".join(_differences(recipe, path.parent / "recipe.json"))
+        raise UserError(
+            f"{path.parent} holds a run of another recipe ({different or 'its settings are in recipe.json'});"
+            " give this run another out"
+        )
+    if done > recipe.steps:
+        raise UserError(
+            f"the run in {path.parent} has done {done} steps, and steps is {recipe.steps}; give it {done} or more, or"
+            " another out"
+        )
+
+
+def _differences(recipe: Recipe, path: Path) -> list[str]:
+    """`setting: there, now` of all that a continuation must share and does not."""
+    try:
+        before = read_json(path)
+        mine = json.loads(json.dumps(dataclasses.asdict(recipe)))
+        return [
+            f"{name}: {before[name]!r} there, {value!r} now"
+            for name, value in mine.items()
+            if name not in _MAY_CHANGE and name in before and before[name] != value
+        ]
+    except (UserError, TypeError):
+        return []
+
+
+def _refuse_overwriting(recipe: Recipe, folder: Path) -> None:
+    """Refuse to begin a run that would end with writing over a file that it did not make."""
+    name = getattr(recipe, "name", None)
+    if isinstance(name, str) and (folder / f"{name}.safetensors").exists():
+        raise UserError(
+            f"{folder / name}.safetensors is there already, and no state of a run that made it; give this run another"
+            " name or another out"
+        )
+
+
+@contextmanager
+def _alone(folder: Path, first: bool) -> Iterator[None]:
+    """Hold the folder of a run for as long as it runs; a killed run lets it go.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    if not first:
+        yield
+        return
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"another run is writing into {folder}; wait for it, or give this run another out") from error
+    try:
+        yield
+    finally:
+        lock.release()
