@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from controlkit.errors import UserError
@@ -119,6 +120,24 @@ def output_folder(path: str | Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def held(lock: Path, refusal: str) -> Iterator[None]:
+    """A block in which this process alone holds the file `lock`; a process that is killed lets it go.
+
+    Raises:
+        UserError: another process holds it; says `refusal`.
+    """
+    holding = FileLock(lock, timeout=0)
+    try:
+        holding.acquire()
+    except Timeout as error:
+        raise UserError(refusal) from error
+    try:
+        yield
+    finally:
+        holding.release()
 
 
 def sha256_of(*parts: bytes | str) -> str:

@@ -121,15 +121,14 @@ def _check(args: argparse.Namespace) -> None:
     from controlkit.images import write_png
 
     report = check_pairs(args.check, [name for name in args.conditions.split(",") if name.strip()])
-    sheet: Path | None = Path(args.sheet) if args.sheet else pairs_folder(args.check) / ".controlkit" / "check.png"
+    sheet = Path(args.sheet) if args.sheet else pairs_folder(args.check) / ".controlkit" / "check.png"
     unwritable: UserError | None = None
     try:
-        assert sheet is not None
         write_png(sheet, check_sheet(report))
     except UserError as error:  # what was found comes first, and pairs may lie where nothing can be written
-        sheet, unwritable = None, error
+        unwritable = error
     if args.json:
-        print_json({**to_json(report), "sheet": sheet and str(sheet)})
+        print_json({**to_json(report), "sheet": None if unwritable else str(sheet)})
     else:
         for problem in report.problems:
             print(problem)
@@ -140,7 +139,7 @@ def _check(args: argparse.Namespace) -> None:
             print_table(f"{report.origin}: {report.pairs} pairs", ("problem", "how often"), rows)
         else:
             print(f"{report.origin}: {report.pairs} pairs of {', '.join(report.conditions)}, nothing wrong")
-        if sheet is not None:
+        if unwritable is None:
             print(f"sheet: {sheet}")
     if unwritable is not None:
         if args.sheet:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from controlkit.conditions import find
 from controlkit.data.jobs import FilesJob, Outcome, ShardJob, make_files, make_shard
@@ -25,6 +23,7 @@ from controlkit.data.workers import cores, run_jobs
 from controlkit.errors import UserError
 from controlkit.files import (
     decode_text,
+    held,
     read_json,
     remove_leftovers,
     writable_folder,
@@ -96,7 +95,8 @@ def make_pairs(
         learned = any(find(name).requires for name in settings.conditions)
         workers = 1 if learned else cores()
     gone = 0
-    with _alone(writable_folder(out)):
+    (writable_folder(out) / STATE).mkdir(parents=True, exist_ok=True)
+    with held(out / STATE / "lock", f"another run is writing to {out}; wait for it, or give another --out"):
         new = not _settings_file(out).exists()
         settings = _agreed(out, settings, shards, origin)
         try:
@@ -164,21 +164,6 @@ def _agreed(out: Path, settings: MakeSettings, shards: int | None, origin: Seque
 
 def _settings_file(out: Path) -> Path:
     return out / STATE / "settings.json"
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """A block in which no other run writes to `out`."""
-    (out / STATE).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / STATE / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"another run is writing to {out}; wait for it, or give another --out") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _has_results(out: Path) -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from controlkit.errors import UserError
-from controlkit.files import read_json, remove_leftovers, sha256_of, writable_folder
+from controlkit.files import held, read_json, remove_leftovers, sha256_of, writable_folder
 from controlkit.training.processes import Processes
 from controlkit.training.recipe import Recipe, identifying
 from controlkit.training.state import fingerprint_of, put_aside_if_torn, step_of
@@ -43,7 +42,8 @@ def run_folder(recipe: Recipe) -> Iterator[None]:
     """
     existed = Path(recipe.out).exists()
     folder = writable_folder(recipe.out)
-    with _alone(folder, Processes.is_first()):
+    refusal = f"another run is writing into {folder}; wait for it, or give this run another out"
+    with held(folder / _LOCK, refusal) if Processes.is_first() else nullcontext():
         if Processes.is_first():
             path = folder / "state.safetensors"
             remove_leftovers(path)
@@ -56,9 +56,8 @@ def run_folder(recipe: Recipe) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if (
-                Processes.is_first() and not existed and {path.name for path in folder.iterdir()} <= {_LOCK}
-            ):  # nothing has come of it
+            nothing_came_of_it = not existed and {path.name for path in folder.iterdir()} <= {_LOCK}
+            if nothing_came_of_it and Processes.is_first():
                 (folder / _LOCK).unlink(missing_ok=True)
                 with suppress(OSError):
                     folder.rmdir()
@@ -112,24 +111,3 @@ def _refuse_overwriting(recipe: Recipe, folder: Path) -> None:
             f"{folder / name}.safetensors is there already, and no state of a run that made it; give this run another"
             " name or another out"
         )
-
-
-@contextmanager
-def _alone(folder: Path, first: bool) -> Iterator[None]:
-    """Hold the folder of a run for as long as it runs; a killed run lets it go.
-
-    Raises:
-        UserError: another run holds it.
-    """
-    if not first:
-        yield
-        return
-    lock = FileLock(folder / _LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"another run is writing into {folder}; wait for it, or give this run another out") from error
-    try:
-        yield
-    finally:
-        lock.release()
