@@ -73,6 +73,17 @@ def test_pairs_in_adapter_and_score_out(pairs, base_control, base_folder, tmp_pa
     assert main([*words, "--steps", "2", "--out", str(tmp_path / "drawn")]) == 0
 
 
+def test_a_run_that_goes_on_with_other_pairs_says_so(pairs, base_control, base_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert adapt(pairs, base_control, base_folder, out) == 0
+    assert adapt(pairs, base_control, base_folder, out, "--steps", "5") == 0
+    assert "the pairs are not those" not in capsys.readouterr().err
+    lines = (pairs / "prompt.json").read_text().splitlines()
+    (pairs / "prompt.json").write_text("\n".join(lines[:-1]))
+    assert adapt(pairs, base_control, base_folder, out, "--steps", "6") == 0
+    assert f"the pairs are not those that the run in {out} was at" in capsys.readouterr().err
+
+
 def test_an_adapter_never_takes_the_place_of_its_base_control(pairs, base_control, base_folder, capsys):
     before = base_control.read_bytes()
     assert adapt(pairs, base_control, base_folder, base_control.parent, "--name", "base") == 2

@@ -20,6 +20,8 @@ class Objective(ABC):
     """The networks whose weights change, by the name they have in the state."""
     recipe: Recipe
     """What it was made from."""
+    data: str = ""
+    """Hash of what it trains on, where that is something a person may change between a run and its continuation."""
     process: int = 0
     """Which of the processes that train together this is."""
     processes: int = 1

@@ -14,6 +14,7 @@ from controlkit import conditions
 from controlkit.bases.load import load_base
 from controlkit.controls.control import Control
 from controlkit.data.pairs import read_pairs, split_pairs
+from controlkit.files import sha256_of
 from controlkit.images import contact_sheet, to_images, to_tensor, write_png
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample_prompts
@@ -49,6 +50,8 @@ class PairsObjective(Objective):
         self.cache = PairCache(self.base, self.pairs, flip=recipe.flip, check=uses_bf16(recipe, device))
         self.latents = self.cache.latents()
         self.texts, self.prompt_of, self.empty = self.cache.texts()
+        prompts = [pair.prompt for pair in self.pairs]
+        self.data = sha256_of(np.sort(self.latents.upright.digests).tobytes(), *sorted(prompts))
 
     @abstractmethod
     def hints(self, chosen: Tensor, flipped: Tensor) -> Tensor:

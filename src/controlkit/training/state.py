@@ -30,6 +30,7 @@ class RunState:
     optimizer: dict[str, Any]
     average: list[Tensor] | None
     fingerprint: str
+    data: str
 
 
 def save_state(
@@ -40,6 +41,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     average: list[Tensor] | None,
     fingerprint: str,
+    data: str,
 ) -> None:
     """Write the state atomically: a run killed during the write leaves the one before.
 
@@ -70,6 +72,7 @@ def save_state(
     metadata = {
         "step": str(step),
         "fingerprint": fingerprint,
+        "data": data,
         "groups": json.dumps(state["param_groups"]),
         **({"numbers": json.dumps(numbers)} if numbers else {}),
     }
@@ -192,6 +195,7 @@ def load_state(path: Path) -> RunState:
             optimizer={"state": entries, "param_groups": json.loads(metadata["groups"])},
             average=average or None,
             fingerprint=metadata["fingerprint"],
+            data=metadata.get("data", ""),
         )
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,7 +186,7 @@ class _Loop:
                     f" {self.path}. The same command goes on from it; set preview_every to more than steps to draw none"
                     " before the end"
                 ) from error
-        if done % recipe.log_every == 0 or previewed:
+        if done % recipe.log_every == 0 or previewed or stop:
             now = {"loss": loss, **(self.scores if previewed else {})}
             self.log.write(done, {**now, "learning_rate": learning_rate_at(recipe, done - 1)})
             self.log.say(done, {"loss": loss, **self.scores})
@@ -231,6 +232,7 @@ class _Loop:
             optimizer=self.optimizer,
             average=[] if average is None else [*average.shadow_params, torch.tensor(average.optimization_step)],
             fingerprint=fingerprint(self.recipe),
+            data=self.objective.data,
         )
 
 
@@ -266,6 +268,13 @@ def _resume(
     if state is None:
         return 0
     refuse_another(recipe, path, state.fingerprint, state.step)
+    if state.data and state.data != objective.data and Processes.is_first():
+        print(
+            f"note: the pairs are not those that the run in {path.parent} was at when it stopped. It goes on with"
+            " these; some that are held out now may be ones that it was trained on, and then its scores say too much",
+            file=sys.stderr,
+            flush=True,
+        )
     restore(state, path, objective.trained, optimizer)
     if average is not None and state.average:
         *shadow, count = state.average
