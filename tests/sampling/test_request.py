@@ -78,16 +78,31 @@ def test_requests_that_cannot_be_drawn_are_refused(settings, says):
         GenerateRequest(prompt="x", **settings)
 
 
-share = st.floats(0, 1)
+def test_a_part_without_a_whole_step_is_refused_in_words():
+    settings = {"control": "canny", "image": "a.png", "start": 0.5}
+    with pytest.raises(UserError, match=r"canny acts from 0.5 to 0.54 .* none of 20 steps"):
+        GenerateRequest(prompt="x", controls=(ControlUse(**settings, end=0.54),))
+    GenerateRequest(prompt="x", controls=(ControlUse(**settings, end=0.55),))
+    GenerateRequest(prompt="x", controls=(ControlUse(**settings, end=0.54, weight=0),))
+
+
+def test_a_path_may_have_equals_signs(tmp_path):
+    control = tmp_path / "rate=1" / "canny.safetensors"
+    control.parent.mkdir()
+    control.touch()
+    use = ControlUse.parse(f"{control}=a=b.png@0.5")
+    assert (use.control, use.image, use.weight) == (str(control), "a=b.png", 0.5)
+    assert ControlUse.parse("canny=a=b.png").image == "a=b.png"
+
+
 uses = st.builds(
-    lambda control, image, weight, span, prepared: ControlUse(
-        control=control, image=image, weight=weight, start=min(span), end=max(span), prepared=prepared
-    ),
-    st.text(min_size=1),
-    st.text(min_size=1),
-    st.floats(-10, 10),
-    st.tuples(share, share),
-    st.booleans(),
+    ControlUse,
+    control=st.text(min_size=1),
+    image=st.text(min_size=1),
+    weight=st.floats(-10, 10),
+    start=st.floats(0, 0.25),
+    end=st.floats(0.75, 1),
+    prepared=st.booleans(),
 )
 requests = st.builds(
     GenerateRequest,
@@ -96,7 +111,7 @@ requests = st.builds(
     base=st.text(min_size=1),
     controls=st.lists(uses, max_size=3).map(tuple),
     seeds=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=4, unique=True).map(tuple),
-    steps=st.integers(1, 1000),
+    steps=st.integers(4, 1000),
     guidance=st.floats(1, 100),
     width=st.none() | st.integers(8, 4096),
     height=st.none() | st.integers(8, 4096),

@@ -17,6 +17,7 @@ from controlkit.bases.base import Text, concatenate
 from controlkit.bases.residuals import Residuals
 from controlkit.controls.control import Control, Reads
 from controlkit.sampling.cache import ResidualCache, digest, identity_of
+from controlkit.sampling.request import lies_within
 
 ROWS_AT_ONCE = 32
 """Largest batch in which residuals are computed ahead, if one step of one control is not larger by itself."""
@@ -42,8 +43,8 @@ class ActiveControl:
     weights from 0.1 to 1, diffusers' `guess_mode`); it does not run for the other half."""
 
     def acts_at(self, index: int, steps: int) -> bool:
-        """Whether it acts at step `index` of `steps` (as in diffusers, a step counts if it lies wholly within)."""
-        return self.weight != 0 and index / steps >= self.start and (index + 1) / steps <= self.end
+        """Whether it acts at step `index` of `steps`."""
+        return self.weight != 0 and lies_within(index, steps, self.start, self.end)
 
     def of_pictures(self, pictures: slice) -> ActiveControl:
         """The same for some of the pictures."""

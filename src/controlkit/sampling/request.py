@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass
 from types import NoneType
@@ -44,6 +45,10 @@ class ControlUse:
                 f"{self.control} starts at {self.start} and ends at {self.end}; expected 0 <= start <= end <= 1"
             )
 
+    def acts_at(self, index: int, steps: int) -> bool:
+        """Whether it acts at step `index` of `steps`."""
+        return lies_within(index, steps, self.start, self.end)
+
     @classmethod
     def parse(cls, text: str, prepared: bool = False) -> ControlUse:
         """From `NAME_OR_FILE=IMAGE[@weight[:start-end]]`, as the command line writes it.
@@ -52,8 +57,11 @@ class ControlUse:
             UserError: it is not of that form.
         """
         form = "expected NAME_OR_FILE=IMAGE[@weight[:start-end]], such as canny=drawing.png@0.8:0-0.6"
-        control, equals, rest = text.partition("=")
-        if not equals or not control or not rest:
+        cuts = [place for place, letter in enumerate(text) if letter == "="]
+        # A file's path may have equals signs of its own, as folders named by settings do.
+        cut = next((place for place in cuts if os.path.exists(text[:place])), cuts[0] if cuts else 0)
+        control, rest = text[:cut], text[cut + 1 :]
+        if not control or not rest:
             raise UserError(f"--control {text}: {form}")
         image, at, strength = rest.rpartition("@")
         if not at or "/" in strength or re.search(r"\.(png|jpe?g|webp|bmp|gif|tiff?)$", strength, re.IGNORECASE):
@@ -114,6 +122,12 @@ class GenerateRequest:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be a number of pixels above 0")
+        for use in self.controls:
+            if use.weight and not any(use.acts_at(index, self.steps) for index in range(self.steps)):
+                raise UserError(
+                    f"{use.control} acts from {use.start:g} to {use.end:g} of the way, and none of {self.steps} steps"
+                    " lies wholly within; give it a longer part, or a weight of 0 to switch it off"
+                )
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}; it must be at least 1")
 
@@ -134,6 +148,11 @@ class GenerateRequest:
                 ControlUse(**_checked(ControlUse, use, "each of controls")) for use in given["controls"]
             )
         return cls(**given)
+
+
+def lies_within(index: int, steps: int, start: float, end: float) -> bool:
+    """Whether step `index` of `steps` lies wholly within the part from `start` to `end` (as diffusers counts it)."""
+    return index / steps >= start and (index + 1) / steps <= end
 
 
 SAMPLERS = ["ddim"]
