@@ -84,6 +84,20 @@ def test_a_run_that_goes_on_with_other_pairs_says_so(pairs, base_control, base_f
     assert f"the pairs are not those that the run in {out} was at" in capsys.readouterr().err
 
 
+def test_a_run_does_not_go_on_with_another_base_control(pairs, base_control, base_folder, tmp_path, tiny_base, capsys):
+    out = tmp_path / "run"
+    assert adapt(pairs, base_control, base_folder, out) == 0
+    capsys.readouterr()
+    other = BaseControl.for_base(tiny_base)
+    with torch.no_grad():
+        other.network.conv_in.weight.mul_(2)
+    save_base_control(base_control, other, tiny_base, dtype=torch.float32)
+    before = (out / "mine.safetensors").read_bytes()
+    assert adapt(pairs, base_control, base_folder, out, "--steps", "6") == 2
+    assert "a base control, with other weights" in capsys.readouterr().err
+    assert (out / "mine.safetensors").read_bytes() == before
+
+
 def test_an_adapter_never_takes_the_place_of_its_base_control(pairs, base_control, base_folder, capsys):
     before = base_control.read_bytes()
     assert adapt(pairs, base_control, base_folder, base_control.parent, "--name", "base") == 2

@@ -15,6 +15,7 @@ from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.data.pair import SOURCE
 from controlkit.errors import UserError
+from controlkit.files import sha256_of
 from controlkit.images import to_tensor
 from controlkit.training.pairs import PairsObjective
 from controlkit.training.recipe import AdaptRecipe, ControlNetPairsRecipe, CtrLoRAFullRecipe
@@ -46,6 +47,7 @@ class AdaptObjective(FrugalObjective):
     def __init__(self, recipe: AdaptRecipe, device: torch.device) -> None:
         super().__init__(recipe, device)
         base_control = load_base_control(recipe.control, self.base)
+        self.frozen = sha256_of(self.frozen, base_control.fingerprint())
         adapter = base_control.add_adapter(recipe.name, recipe.rank, seed=recipe.seed)
         base_control.train_adapter(recipe.name)
         self.base_control_name = Path(recipe.control).stem

@@ -22,6 +22,8 @@ class Objective(ABC):
     """What it was made from."""
     data: str = ""
     """Hash of what it trains on, where that is something a person may change between a run and its continuation."""
+    frozen: str = ""
+    """Fingerprint of the weights that it trains on top of and leaves as they are; no others can take their place."""
     process: int = 0
     """Which of the processes that train together this is."""
     processes: int = 1

@@ -46,6 +46,7 @@ class PairsObjective(Objective):
         self.condition = conditions.find(recipe.condition)
         self.pairs, self.held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition), recipe.held_out)
         self.base = load_base(recipe.base, device=device)
+        self.frozen = self.base.fingerprint
         self.scheduler = self.base.schedule()
         self.cache = PairCache(self.base, self.pairs, flip=recipe.flip, check=uses_bf16(recipe, device))
         self.latents = self.cache.latents()

@@ -31,6 +31,7 @@ class RunState:
     average: list[Tensor] | None
     fingerprint: str
     data: str
+    frozen: str
 
 
 def save_state(
@@ -42,6 +43,7 @@ def save_state(
     average: list[Tensor] | None,
     fingerprint: str,
     data: str,
+    frozen: str,
 ) -> None:
     """Write the state atomically: a run killed during the write leaves the one before.
 
@@ -73,6 +75,7 @@ def save_state(
         "step": str(step),
         "fingerprint": fingerprint,
         "data": data,
+        "frozen": frozen,
         "groups": json.dumps(state["param_groups"]),
         **({"numbers": json.dumps(numbers)} if numbers else {}),
     }
@@ -196,6 +199,7 @@ def load_state(path: Path) -> RunState:
             average=average or None,
             fingerprint=metadata["fingerprint"],
             data=metadata.get("data", ""),
+            frozen=metadata.get("frozen", ""),
         )
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(

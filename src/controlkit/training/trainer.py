@@ -233,6 +233,7 @@ class _Loop:
             average=[] if average is None else [*average.shadow_params, torch.tensor(average.optimization_step)],
             fingerprint=fingerprint(self.recipe),
             data=self.objective.data,
+            frozen=self.objective.frozen,
         )
 
 
@@ -268,6 +269,11 @@ def _resume(
     if state is None:
         return 0
     refuse_another(recipe, path, state.fingerprint, state.step)
+    if state.frozen and state.frozen != objective.frozen:
+        raise UserError(
+            f"the run in {path.parent} is of a base, or a base control, with other weights than the one of that"
+            " name has now; give this run another out"
+        )
     if state.data and state.data != objective.data and Processes.is_first():
         print(
             f"note: the pairs are not those that the run in {path.parent} was at when it stopped. It goes on with"
