@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from controlkit.bases.load import load_base
-from controlkit.data.icons import IconSets, read_concepts
+from controlkit.data.icons import STYLES, IconSets, read_concepts
 from controlkit.errors import UserError
 from controlkit.training.base import BaseObjective
 from controlkit.training.recipe import BaseRecipe
@@ -81,3 +83,30 @@ def test_selection_by_name(icons_file):
     one = sets.icons[0].concept
     assert {icon.concept for icon in sets.select(styles=styles, concepts={one})} == {one}
     assert sets.select(styles=styles, concepts=()) == []
+
+
+def test_memory_that_is_short_in_a_preview_leaves_what_trains_as_it_is(recipe, tmp_path, monkeypatch):
+    objective = BaseObjective(recipe, CPU)
+    trained = [parameter for parameter in objective.trained.parameters() if parameter.requires_grad]
+
+    def full(*_args, **_kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("controlkit.training.base.sample_prompts", full)
+    with pytest.raises(MemoryError):
+        objective.preview(1, tmp_path)
+    assert trained and len(objective.parameters()) == len(trained)
+
+
+def test_icons_that_changed_are_drawn_and_encoded_again(recipe, icons_file, tmp_path):
+    recipe = with_settings(recipe, icons=str(tmp_path / "icons.npz"))
+    shutil.copyfile(icons_file, recipe.icons)
+    before = BaseObjective(recipe, CPU).drawings.latents
+    assert torch.equal(BaseObjective(recipe, CPU).drawings.latents, before)
+    with np.load(icons_file) as archive:
+        arrays = dict(archive)
+    for style in STYLES:
+        arrays[style] = arrays[style].copy()
+        arrays[style][..., :3] = 255 - arrays[style][..., :3]
+    np.savez_compressed(recipe.icons, **arrays)
+    assert not torch.equal(BaseObjective(recipe, CPU).drawings.latents, before)

@@ -182,7 +182,8 @@ def together(recipe, tmp_path, processes: int = 2, **environment):
 
 
 HOW = {
-    "DDP": {"ACCELERATE_USE_FSDP": "false"},
+    # A configuration of accelerate's with mixed precision changes nothing: the recipe says float32.
+    "DDP": {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_MIXED_PRECISION": "bf16"},
     "FSDP": {"ACCELERATE_USE_FSDP": "true"},
     "ZeRO": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
@@ -198,6 +199,7 @@ def test_two_processes_train_what_one_with_the_whole_batch_trains(recipe, tmp_pa
         together(dataclasses.replace(halves, steps=2), tmp_path, **environment)
     said = together(halves, tmp_path, **environment)
     assert said.count("step 4/4") == 1
+    assert said.count("mixed precision, bf16, is not used") == (how == "DDP")
     assert said.count("ZeRO stage 3 runs as torch's FSDP") == (how == "ZeRO")
 
     def losses(out):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from controlkit.errors import UserError
 from controlkit.training.launch import Launch, asked_for
+from controlkit.training.run import choose_device
 
 DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
@@ -52,3 +54,16 @@ def test_offloading_is_refused(what):
 def test_a_stage_that_does_not_exist_is_refused():
     with pytest.raises(UserError, match="ZeRO stage is '7'"):
         asked_for({DEEPSPEED: "true", STAGE: "7"})
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_of_several_processes_has_a_gpu_of_its_own(name, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert choose_device(name) == torch.device("cuda") and not taken
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert choose_device(name) == torch.device("cuda:1") == taken[0]
+    assert choose_device("cpu") == torch.device("cpu")

@@ -101,7 +101,14 @@ class BaseObjective(Objective):
         return chosen, [self.drawings.prompt(int(index), rng, self.recipe.prompt_drop) for index in chosen]
 
     def preview(self, step: int, folder: Path) -> dict[str, float]:
-        base = self._base()
+        try:
+            self._preview(self._base(), folder / f"{step:07d}.png")
+        finally:  # a base is frozen; what trains is not, whatever happens while it draws
+            for network in (self.trained["text_encoder"], self.trained["unet"]):
+                network.requires_grad_(True).train()
+        return {}
+
+    def _preview(self, base: Base, path: Path) -> None:
         seeds = range(_PREVIEW_SEEDS)
         batches = sample_prompts(
             base,
@@ -110,10 +117,7 @@ class BaseObjective(Objective):
         )
         pictures = [image for batch in batches for image in to_images(batch)]
         rows = [pictures[seed::_PREVIEW_SEEDS] for seed in seeds]
-        write_png(folder / f"{step:07d}.png", contact_sheet(rows, cell=96))
-        for network in (self.trained["text_encoder"], self.trained["unet"]):
-            network.requires_grad_(True).train()
-        return {}
+        write_png(path, contact_sheet(rows, cell=96))
 
     def save(self, folder: Path) -> list[Path]:
         """Write an ordinary diffusers folder into `folder/base`."""

@@ -46,8 +46,8 @@ class Drawings:
         self.variants = variants
         self.seed = seed
         self.least_scale = least_scale
-        contents = repr([(icon.style, icon.concept) for icon in icons])
-        full_key = sha256_of(contents, repr((variants, seed, least_scale)), key)
+        contents = [part for icon in icons for part in (icon.style, icon.concept, icon.rgba.tobytes())]
+        full_key = sha256_of(*contents, repr((variants, seed, least_scale)), key)
         self.latents, self.colours = self._read(path, full_key) or self._encode(path, full_key, encode)
 
     def __len__(self) -> int:

@@ -98,7 +98,10 @@ class Processes:
                 print(f"DeepSpeed's ZeRO stage {self._launch.zero_stage} runs as torch's {how}", file=sys.stderr)
         # A step of base training uses the LoRA of one condition; those of the others get no gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        accelerator = Accelerator(cpu=self._on_cpu, kwargs_handlers=[unused])
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if asked != "no" and self.is_first():
+            print(f"accelerate's mixed precision, {asked}, is not used: the recipe's precision is", file=sys.stderr)
+        accelerator = Accelerator(cpu=self._on_cpu, mixed_precision="no", kwargs_handlers=[unused])
         kind = accelerator.distributed_type
         if kind == DistributedType.MEGATRON_LM:
             raise UserError(

@@ -68,7 +68,7 @@ class Recipe:
     """AdamW's decoupled weight decay."""
     beta2: float = 0.99
     """AdamW's second-moment decay."""
-    clip: float = 1.0
+    clip: float | None = 1.0
     """Largest gradient norm."""
     ema: float | None = None
     """Decay of the exponential moving average of the weights, which is what is saved; None for none."""
@@ -94,7 +94,7 @@ class Recipe:
             if name in values and not (values[name] >= least and math.isfinite(values[name])):
                 raise UserError(f"{name} is {values[name]}; it must be at least {least}")
         for name in ("learning_rate", "clip"):
-            if not (values[name] > 0 and math.isfinite(values[name])):
+            if values[name] is not None and not (values[name] > 0 and math.isfinite(values[name])):
                 raise UserError(f"{name} is {values[name]}; it must be above 0")
         for name in ("final_rate", "prompt_drop"):
             if name in values and not 0 <= values[name] <= 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from controlkit.checkpoints.card import write_card
@@ -71,12 +73,23 @@ def objective_of(recipe: Recipe) -> Objective:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` => CUDA, then MPS, then the CPU; else the torch device of that name."""
+    """`auto` => CUDA, then MPS, then the CPU; else the torch device of that name.
+
+    Of several processes on a machine each has a GPU of its own, before anything is loaded onto one.
+    """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return _own_gpu()
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         return torch.device(name)
     except RuntimeError as error:
         raise UserError(f"device {name!r} is not one that torch knows (cpu, cuda, cuda:1, mps, auto)") from error
+
+
+def _own_gpu() -> torch.device:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return torch.device("cuda")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device

@@ -18,7 +18,7 @@ from controlkit.training.recipe import Recipe
 def uses_bf16(recipe: Recipe, device: torch.device) -> bool:
     """Whether a recipe's arithmetic on `device` is bf16."""
     if recipe.precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return recipe.precision == "bf16"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 
-from controlkit.errors import UserError
+from controlkit.errors import UserError, is_out_of_memory
 from controlkit.files import writable_folder, write_json
 from controlkit.training.guards import LossWatch, Patience
 from controlkit.training.log import RunLog, SilentLog, spent
@@ -142,7 +142,8 @@ class _Loop:
             self._back_to_calm()
             means = f"{self.watch.mean:.3g} on average, {self.watch.lowest:.3g} at its best"
             raise self._diverged(f"the loss has exploded ({means})", step, value)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)).item()
+        most = math.inf if self.recipe.clip is None else self.recipe.clip
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, most)).item()
         if not math.isfinite(norm):
             raise self._diverged(f"the gradient's norm is {norm}", step, value)
         with self._memory(step):
@@ -288,12 +289,6 @@ def _resume(
             copy_whole(mine, theirs)
         average.optimization_step = int(count)
     return state.step
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice; on the CPU torch says so by a plain RuntimeError."""
-    told = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in told
 
 
 def _out_of_memory(recipe: Recipe, step: int, path: Path) -> UserError:
