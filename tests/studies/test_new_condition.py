@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +88,8 @@ def test_wrong_settings_are_refused_before_anything_runs(settings):
         ({"detail": "canny"}, "one of the study's conditions"),
         ({"given": ("folder",)}, "NAME=FOLDER"),
         ({"budgets": ()}, "at least 1"),
+        ({"parts": ()}, "parts is empty"),
+        ({"given": ("palette=folder",)}, "palette is there twice"),
     ):
         with pytest.raises(UserError, match=told):
             NewCondition(**{**settings, **change})
@@ -117,3 +120,24 @@ def test_a_claim_that_fails_is_said_to_fail():
         "at most a tenth of the parameters": {"palette": True},
         "gap closed at least 0.5 after 500 steps": {"palette": False},
     }
+
+
+def test_other_pictures_are_other_numbers_and_a_budget_of_a_part_has_a_run_of_its_own(settings, capsys):
+    small = {**settings, "parts": ("budgets", "ranks"), "budgets": (2,), "detail_steps": 1, "ranks": (2,)}
+    first = run_new_condition(NewCondition(**small))
+    assert [cell.steps for cell in first.cells] == [2, 2, 1]
+    second = run_new_condition(NewCondition(**{**small, "pictures": 1}))
+    assert [cell.score for cell in first.cells] != [cell.score for cell in second.cells]
+    folder = next((Path(settings["out"]) / "pairs").iterdir())
+    write_pairs(folder, [(pair.images(64)[0], pair.images(64)[1], "other") for pair in read_pairs(folder)])
+    capsys.readouterr()
+    run_new_condition(NewCondition(**small))
+    assert "palette: adapter, 2 steps" in capsys.readouterr().err
+
+
+def test_nothing_is_claimed_of_budgets_that_were_not_run():
+    def cell(method):
+        numbers = {"steps": 500, "rate": 1e-3, "score": 0.5, "baseline": 0.0, "ceiling": 1.0, "seconds": 1.0}
+        return Cell(task="palette", method=method, rank=None, pairs=6, parameters=10, run="r", **numbers)
+
+    assert not [claim for claim in claims([cell(ADAPTER), cell(CONTROLNET)]) if "up to 250" in claim]

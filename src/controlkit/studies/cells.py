@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from controlkit import conditions
 from controlkit.bases.base import Base
+from controlkit.data.pairs import read_pairs
 from controlkit.evaluation.base import draw_prompts, reconstruct
 from controlkit.evaluation.control import Judged, Steer, draw_controlled
 from controlkit.evaluation.report import gap_closed
@@ -39,6 +41,14 @@ class Task:
     held_out: float
     """Share of the pairs that is not trained on."""
     judged: Judged
+
+    @cached_property
+    def content(self) -> str:
+        """Hash of what is learned from and judged by: files of the same name may have changed."""
+        shown = [np.ascontiguousarray(image).tobytes() for image in (*self.judged.given, *self.judged.truths)]
+        listed = read_pairs(self.pairs, self.condition.name)
+        sides = [side.read_bytes() for pair in listed for side in (pair.source, pair.target)]
+        return sha256_of(*shown, *self.judged.prompts, *sides, *(pair.prompt for pair in listed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +94,7 @@ class Bench:
 
     def cell(self, task: Task, method: str, recipe: PairsRecipe) -> Cell:
         """Train by `recipe` (going on from fewer steps where that was done) and judge on the task's pictures."""
-        identity = sha256_of(task.name, method, repr(sorted(identifying(recipe).items())))[:24]
+        identity = sha256_of(task.name, method, task.content, repr(sorted(identifying(recipe).items())))[:24]
         path = self.results / f"{identity}.json"
         if not path.exists():
             write_json(path, dataclasses.asdict(self._measure(task, method, recipe)))

@@ -58,6 +58,10 @@ class CommunityModel:
     sampling_steps: int = 20
     """DDIM steps."""
 
+    def __post_init__(self) -> None:
+        if min(self.pictures, self.sampling_steps, self.steps, self.batch_size) < 1:
+            raise UserError("pictures, sampling_steps, steps and batch_size must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,8 @@ class NewCondition:
     """DDIM steps of these."""
 
     def __post_init__(self) -> None:
+        if not self.parts:
+            raise UserError(f"parts is empty; give one or more of {', '.join(PARTS)}")
         for part in self.parts:
             if part not in PARTS:
                 raise UserError(f"there is no part called {part!r}{nearest(part, list(PARTS))}")
@@ -112,6 +115,8 @@ class NewCondition:
         if min(counts) < 1 or not self.budgets:
             raise UserError("steps, ranks and numbers of pairs and pictures must be at least 1")
         known = [*self.conditions, *(_parse_given(name)[0] for name in self.given)]
+        if twice := sorted({name for name in known if known.count(name) > 1}):
+            raise UserError(f"{', '.join(twice)} is there twice; every condition of the study needs a name of its own")
         if self.detail not in known:
             raise UserError(f"detail is {self.detail!r}; it must be one of the study's conditions: {', '.join(known)}")
 
@@ -142,7 +147,11 @@ class _Run:
         control = find_control(settings.control)
         fingerprint = read_metadata(control).get("control.fingerprint", "")
         self.bench = Bench(self.out, self.base, [fingerprint], sampling_steps=settings.sampling_steps)
-        self._sets: IconSets | None = None
+
+    @cached_property
+    def sets(self) -> IconSets:
+        """The icons."""
+        return IconSets(self.settings.icons)
 
     def study(self) -> Study:
         made = {part: list(getattr(self, part)()) for part in PARTS if part in self.settings.parts}
@@ -190,9 +199,11 @@ class _Run:
             own["rank"] = rank or self.settings.rank
         label = "-".join(
             [
+                *([] if task.pairs.name.startswith(task.name) else [task.name]),
                 task.pairs.name,
                 method.replace("+ ", "").replace(" ", "-"),
                 *([f"r{own['rank']}"] if "rank" in own else []),
+                *([] if steps in self.settings.budgets else [f"{steps}-steps"]),
             ]
         )
         recipe = build_recipe(
@@ -238,7 +249,7 @@ class _Run:
             condition=condition,
             pairs=self._first_pairs(condition, count),
             held_out=0.0,
-            judged=judged_drawings(condition, pictures),
+            judged=judged_drawings(condition, pictures, self.base.size),
         )
 
     def _first_pairs(self, condition: conditions.Condition, count: int) -> Path:
@@ -248,9 +259,7 @@ class _Run:
         )
         whole = self.out / "pairs" / f"{condition.name}-{most}"
         if not (whole / MANIFEST).is_file():
-            if self._sets is None:
-                self._sets = IconSets(self.settings.icons)
-            write_pairs(whole, icon_pairs(self._sets, condition, most))
+            write_pairs(whole, icon_pairs(self.sets, condition, most))
         folder = whole.with_name(f"{condition.name}-{count}")
         if folder != whole and not (folder / MANIFEST).is_file():
             lines = (whole / MANIFEST).read_text(encoding="utf-8").splitlines()[:count]

@@ -56,8 +56,10 @@ class SeveralConditions:
     def __post_init__(self) -> None:
         if self.pictures < 1 or self.sampling_steps < 1 or not self.timed or min(self.timed) < 1:
             raise UserError("pictures, sampling_steps and timed must be at least 1")
+        if not self.mixes:
+            raise UserError("mixes is empty; give one or more, such as palette+lineart")
         for mix in self.mixes:
-            if len(mix.split("+")) < 2:
+            if len(set(mix.split("+"))) < max(2, len(mix.split("+"))):
                 raise UserError(f"{mix!r} is not a mix; join two or more adapters by +, such as palette+lineart")
 
 
