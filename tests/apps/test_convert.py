@@ -9,7 +9,9 @@ import torch
 
 from controlkit.apps.cli import main
 from controlkit.checkpoints.controls import load_control, save_control
+from controlkit.checkpoints.ctrlora import save_base_control
 from controlkit.checkpoints.files import read_metadata
+from controlkit.controls.base_control import BaseControl
 
 
 def run(*words: object) -> int:
@@ -65,3 +67,27 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(file, tmp_path, monkeypa
     assert out == "" and err.startswith("controlkit: ") and err.count("\n") == 1
     assert says in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_base_control_in_another_type_says_its_own_fingerprint(tiny_base, tmp_path):
+    shared = BaseControl.for_base(tiny_base)
+    file = save_base_control(tmp_path / "base.safetensors", shared, tiny_base, dtype=torch.float32)
+    out = tmp_path / "half.safetensors"
+    assert run("convert", file, out, "--to", "controlkit", "--dtype", "bfloat16") == 0
+    said = read_metadata(out)["control.fingerprint"]
+    assert said == load_control(out, tiny_base).fingerprint() != read_metadata(file)["control.fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--to", "controlkit", "--condition", "cany"], "did you mean canny"),
+        (["--to", "diffusers", "--rank", "4"], "--to control-lora"),
+        (["--to", "controlkit", "--base-control", "nano/base"], "for an adapter of CtrLoRA"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(file, tmp_path, capsys, words, says):
+    assert run("convert", file, tmp_path / "new.safetensors", *words) == 2
+    assert says in capsys.readouterr().err
+    assert run("convert", file, file, "--to", "original") == 2
+    assert "is the control itself" in capsys.readouterr().err

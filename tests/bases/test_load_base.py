@@ -8,10 +8,12 @@ import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.errors import UserError
+from controlkit.sampling.sampler import sample
 
 
 def refused(folder, *says):
@@ -124,3 +126,44 @@ def test_pictures_and_latents_have_the_shapes_that_are_promised(tiny_base):
     z = tiny_base.encode_picture(x)
     assert z.shape == (2, 4, 16, 16)
     assert tiny_base.decode(z).shape == x.shape and tiny_base.decode(z * 100).abs().max() <= 1
+
+
+@pytest.mark.parametrize("said", [{}, {"clip_sample": True}])
+def test_latents_are_never_clipped(base_folder, said):
+    path = base_folder / "scheduler" / "scheduler_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("clip_sample")
+    path.write_text(json.dumps({**settings, **said}))
+    assert load_base(base_folder).schedule().config.clip_sample is False
+
+
+def test_a_base_for_inpainting_is_refused(base_folder, tiny_base):
+    UNet2DConditionModel.from_config({**tiny_base.unet.config, "in_channels": 9}).save_pretrained(base_folder / "unet")
+    refused(base_folder, "takes 9 channels", "have 4", "inpainting")
+
+
+def test_a_device_without_numbers_is_refused(base_folder):
+    with pytest.raises(UserError, match="the device meta cannot be used"):
+        load_base(base_folder, device="meta")
+
+
+def test_the_end_of_a_prompt_that_is_not_read_is_told(tiny_base):
+    assert tiny_base.cut_from("red apple") == ""
+    words = " ".join(["apple"] * 40)
+    cut = tiny_base.cut_from(words)
+    assert words.endswith(cut) and 0 < len(cut) < len(words)
+    kept = words.removesuffix(cut)
+    assert torch.equal(tiny_base.encode_text([words]).tokens, tiny_base.encode_text([kept + "red " + cut]).tokens)
+    assert not torch.equal(tiny_base.encode_text([words]).tokens, tiny_base.encode_text(["red " + words]).tokens)
+
+
+def test_a_thousand_steps_stay_within_the_schedule(sd1_scheduled_base, monkeypatch):
+    times = []
+
+    def predict(self, x_t, t, text, residuals=None):
+        times.append(int(t))
+        return torch.zeros_like(x_t)
+
+    monkeypatch.setattr(Base, "predict", predict)
+    (picture,) = sample(sd1_scheduled_base, prompt="red apple", seeds=[0], steps=1000)
+    assert max(times) == 999 and len(times) == 1000 and picture.shape == (1, 3, 64, 64)

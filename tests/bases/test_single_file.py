@@ -120,3 +120,19 @@ def test_a_torn_file_is_refused(tensors, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="not a whole safetensors file"):
         load_base(tmp_path / "model.safetensors")
+
+
+def test_an_empty_tensor_says_that_it_predicts_v(tensors, tmp_path):
+    save_file({**tensors, "v_pred": torch.zeros(0)}, tmp_path / "v.safetensors")
+    save_file({**tensors, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "z.safetensors")
+    plain, zero = (load_single_file(tmp_path / f"{name}.safetensors", torch.float32, PARTS) for name in "vz")
+    assert plain.prediction_type == zero.prediction_type == "v_prediction"
+    assert not plain.schedule().config.rescale_betas_zero_snr
+    assert zero.schedule().alphas_cumprod[-1] < 1e-6 and zero.schedule().config.timestep_spacing == "trailing"
+
+
+@pytest.mark.parametrize("held", [{"state_dict": torch.zeros(2)}, {0: torch.zeros(2)}])
+def test_a_file_that_holds_something_else_is_refused_in_words(tmp_path, held):
+    torch.save(held, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="not a whole Stable Diffusion model"):
+        load_base(tmp_path / "x.ckpt")

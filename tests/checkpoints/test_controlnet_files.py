@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from controlkit.checkpoints import controls as files
 from controlkit.checkpoints.controls import load_control, save_control
 from controlkit.checkpoints.files import read_metadata
+from controlkit.controls.controlnet import build_controlnet
 from controlkit.errors import UserError
+from controlkit.images import to_tensor
+from controlkit.sampling.plan import ActiveControl, Plan
 from tiny import build_tiny_base, fresh_control
 
 
@@ -169,3 +172,30 @@ def test_folders_that_are_not_a_controlnet(tmp_path, base_folder):
     refused(base_folder / "unet", "not a JSON file")
     config.write_text("[]")
     refused(base_folder / "unet", "config.json")
+
+
+def test_a_network_for_blue_green_red_sees_what_it_sees_in_diffusers(tiny_base, tiny_control, condition_image):
+    config = {**tiny_control.config(), "controlnet_conditioning_channel_order": "bgr"}
+    control = build_controlnet(config, tiny_control.diffusers_state_dict(), "canny")
+    image = to_tensor([condition_image]) * torch.tensor([1.0, 0.5, 0.1])[:, None, None]
+    x_t, t, text = torch.randn(1, 4, 16, 16), torch.tensor([500]), tiny_base.encode_text(["red apple"])
+    mine = control(x_t, t, text, control.encode(image, tiny_base))
+    network = control.to_diffusers()
+    assert network.config.controlnet_conditioning_channel_order == "bgr"
+    with torch.no_grad():
+        theirs = network(x_t, t, text.tokens, controlnet_cond=image, return_dict=False)
+        turned = tiny_control(x_t, t, text, tiny_control.encode(image, tiny_base))
+    assert torch.allclose(mine.mid, theirs[1], atol=1e-5)
+    assert not torch.allclose(mine.mid, turned.mid, atol=1e-3)
+    assert control.config() == config
+
+
+def test_a_network_that_pools_acts_on_the_half_with_the_prompt(tiny_base, tiny_control, condition_image):
+    config = {**tiny_control.config(), "global_pool_conditions": True}
+    control = build_controlnet(config, tiny_control.diffusers_state_dict(), "canny")
+    use = ActiveControl(control, control.encode(to_tensor([condition_image]), tiny_base))
+    assert use.conditional_only and not ActiveControl(tiny_control, use.hint).conditional_only
+    texts = [tiny_base.encode_text([prompt]) for prompt in ("", "red apple")]
+    made = Plan([use], torch.tensor([500]), texts).residuals(0, torch.randn(2, 4, 16, 16))
+    assert made.down[0].shape[2:] == (1, 1)
+    assert not made.mid[0].any() and made.mid[1].any()

@@ -344,11 +344,12 @@ class TestWithBase:
 
     @pytest.mark.parametrize("layout", ["difference", "control-lora"])
     def test_what_differs_from_a_base_needs_it(self, controlnet, base_folder, tmp_path, layout):
-        made = convert(controlnet, tmp_path / "d.safetensors", layout, base=str(base_folder), rank=2)
+        rank = {"rank": 2} if layout == "control-lora" else {}
+        made = convert(controlnet, tmp_path / "d.safetensors", layout, base=str(base_folder), **rank)
         with pytest.raises(UserError, match="--base"):
             load_control(made.path)
         with pytest.raises(UserError, match="--base"):
-            convert(controlnet, tmp_path / "e.safetensors", layout, rank=2)
+            convert(controlnet, tmp_path / "e.safetensors", layout, **rank)
         with pytest.raises(UserError, match="--base"):
             convert(made.path, tmp_path / "e.safetensors", "controlkit", base="sd15")
 

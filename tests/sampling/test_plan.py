@@ -12,6 +12,7 @@ from torch import nn
 from controlkit.bases.residuals import Residuals
 from controlkit.controls.control import Control, Reads, Site
 from controlkit.images import to_tensor
+from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ROWS_AT_ONCE, ActiveControl, Plan
 from controlkit.sampling.sampler import sample, sample_prompts
 
@@ -182,3 +183,17 @@ def test_a_prompt_and_a_hint_for_each_picture_equal_one_by_one(tiny_base, hint_i
         for i in range(3)
     ]
     assert (torch.cat(list(together)) - torch.cat(alone)).abs().max() <= 1e-4
+
+
+def test_what_does_not_read_prompts_runs_once_whatever_their_number(tiny_base, hint_image):
+    control, cache = FakeControl(Reads.TIME), ResidualCache()
+    use = ActiveControl(control, control.encode(hint_image, tiny_base))
+
+    def drawn(prompts, seeds, cache):
+        batches = sample_prompts(tiny_base, prompts=prompts, seeds=seeds, uses=[use], steps=3, cache=cache)
+        return torch.cat(list(batches))
+
+    three = drawn(["red apple", "cat face", "sailboat"], (1, 2, 3), cache)
+    assert control.batches == [3]  # one row a step
+    assert torch.equal(drawn(["red apple"], (1, 4), cache), drawn(["red apple"], (1, 4), None))
+    assert torch.allclose(three[:1], drawn(["red apple"], (1,), None), atol=1e-5)

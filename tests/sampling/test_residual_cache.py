@@ -10,7 +10,7 @@ from controlkit.bases.residuals import Residuals
 from controlkit.controls.base_control import BaseControl
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.images import to_tensor
-from controlkit.sampling.cache import ResidualCache
+from controlkit.sampling.cache import ResidualCache, digest
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample
 
@@ -121,3 +121,17 @@ def test_the_cache_stays_within_its_bound_and_drops_what_was_used_least_recently
     assert cache.get("too large") is None
     cache.clear()
     assert len(cache) == 0 == cache.bytes
+
+
+def test_an_adapter_in_the_place_of_another_is_another(tiny_base, uses):
+    cache, shared = ResidualCache(), uses[0].control.base_control
+    draw(tiny_base, uses[:1], cache=cache)
+    state = {name: value + 0.2 for name, value in shared.adapter_state_dict("palette").items()}
+    shared.remove_adapter("palette")
+    shared.load_adapter("palette", state)
+    assert torch.equal(draw(tiny_base, uses[:1], cache=cache), draw(tiny_base, uses[:1]))
+
+
+def test_hints_of_other_shapes_have_other_keys():
+    assert digest(torch.zeros(1, 3, 64, 128)) != digest(torch.zeros(1, 3, 128, 64))
+    assert digest(torch.zeros(4, dtype=torch.int32)) != digest(torch.zeros(4))

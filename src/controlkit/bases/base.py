@@ -156,8 +156,12 @@ class Base:
         return sha256_of(*parts)[:16]
 
     def schedule(self) -> DDIMScheduler:
-        """A fresh DDIM schedule with the base's betas."""
-        return DDIMScheduler.from_config(self.scheduler_config)
+        """A fresh DDIM schedule with the base's betas.
+
+        Latents are never clipped, whatever the configuration says or leaves out, and an offset that is left out is 1:
+        both as diffusers' StableDiffusionPipeline has it.
+        """
+        return DDIMScheduler.from_config({"steps_offset": 1, **self.scheduler_config, "clip_sample": False})
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Text:
@@ -191,6 +195,17 @@ class Base:
             residuals: what controls add; gradients flow through them.
         """
         return self.unet(x_t, t, **text.inputs(), **_additions(residuals, x_t), return_dict=False)[0]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The most tokens of a prompt that are read, with those that mark its begin and end."""
+        return self.tokenizer.model_max_length
+
+    def cut_from(self, prompt: str) -> str:
+        """The end of a prompt that is too long to be read; empty if none is."""
+        ids = self.tokenizer(prompt).input_ids
+        beyond = ids[self.prompt_tokens - 1 : -1]  # the last that is kept marks the end
+        return self.tokenizer.decode(beyond).strip() if len(ids) > self.prompt_tokens else ""
 
     def check_size(self, width: int, height: int) -> None:
         """Refuse sizes that the UNet cannot halve.

@@ -71,6 +71,12 @@ def load_base(
                 base = load_single_file(path, dtype)
             else:
                 base = _load_folder(base_folder(name), str(name), dtype)
+            taken, made = base.unet.config["in_channels"], base.vae.config["latent_channels"]
+            if taken != made:
+                raise UserError(
+                    f"the UNet of {name} takes {taken} channels and its latents have {made}: it is a model for"
+                    " inpainting or for editing, which is also given a picture; text-to-image models are run here"
+                )
             return base.to(device=device)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -111,7 +117,8 @@ def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Base:
         "scheduler_config": json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
     }
     if not (folder / "text_encoder_2").is_dir():
-        _check_unet(parts["unet"].config, name)
+        if parts["unet"].config.get("addition_embed_type") is not None:
+            raise UserError(f"the UNet of {name} reads a second text encoder, but there is no {name}/text_encoder_2")
         return Base(**parts)
     return SDXLBase(
         **parts,
@@ -119,12 +126,6 @@ def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Base:
         text_encoder_2=_whole(CLIPTextModelWithProjection, folder / "text_encoder_2", dtype=dtype),
         zero_empty=_zeros_for_empty(folder),
     )
-
-
-def _check_unet(config: Any, name: str) -> None:
-    """Refuse a UNet that is told more than its folder has encoders for."""
-    if config.get("addition_embed_type") is not None:
-        raise UserError(f"the UNet of {name} reads a second text encoder, but there is no {name}/text_encoder_2")
 
 
 def _zeros_for_empty(folder: Path) -> bool:
@@ -159,7 +160,8 @@ def _from_hub(name: str) -> Path:
 
 def _check_device(device: str | torch.device) -> None:
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).device.type == "meta":
+            raise RuntimeError("it holds shapes and no numbers")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the device {device} cannot be used here ({reason}); cpu always can") from error

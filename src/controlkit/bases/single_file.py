@@ -59,8 +59,14 @@ def load_single_file(path: Path, dtype: torch.dtype, parts: Mapping[str, dict[st
     kind = recognise(shapes, str(path))
     settings = dict(parts or KNOWN_BASES[kind])
     predicts = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
+    if predicts is None and "v_pred" in shapes:  # an empty tensor of this name is how files for ComfyUI say it
+        predicts = "v_prediction"
     if predicts is not None:
         settings["scheduler"] = {**settings["scheduler"], "prediction_type": predicts}
+        if "ztsnr" in shapes:
+            settings["scheduler"] |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if kind == "sd21" and predicts == "epsilon" and parts is None:  # the 512 x 512 models
+            settings["unet"] = {**settings["unet"], "sample_size": 64}
     elif kind == "sd21" and parts is None:
         print(f"{path} does not say what it predicts: taken for a 768 x 768 model, which predicts v", file=sys.stderr)
     pipeline = StableDiffusionXLPipeline if "text_encoder_2" in settings else StableDiffusionPipeline
@@ -169,7 +175,8 @@ def _shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     except Exception as error:  # the reader's own error class lives in a module that is never imported here
         raise UserError(why_refused(path, error)) from error
     held = held.get("state_dict", held) if isinstance(held, dict) else {}
-    return {name: tuple(value.shape) for name, value in held.items() if isinstance(value, torch.Tensor)}, {}
+    pairs = held.items() if isinstance(held, dict) else ()
+    return {str(name): tuple(value.shape) for name, value in pairs if isinstance(value, torch.Tensor)}, {}
 
 
 def _check_whole(path: Path, name: str, network: nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from controlkit import conditions
 from controlkit.bases.known import KNOWN_BASES
 from controlkit.bases.load import SINGLE_FILES, base_folder, load_base
 from controlkit.checkpoints.content import CTRLORA, CTRLORA_BASE, KINDS, Content, Options
@@ -91,18 +92,25 @@ def convert(
     layout = LAYOUTS[to]
     target = _check_target(Path(out), layout)
     path = find_control(source)
+    if target.exists() and target.samefile(path):
+        raise UserError(f"{out} is the control itself; write the other layout somewhere else")
+    if rank is not None and to != "control-lora":
+        raise UserError(f"--rank {rank} is of a Control-LoRA that is written (--to control-lora), not of {to}")
     found = known(recognise(path))
     _check_carries(path, found.kind or "", layout)
     options = replace(options_for(base), rank=rank)
     content = read_content(found, options)
+    if base_control is not None and content.kind != CTRLORA:
+        raise UserError(f"--base-control is for an adapter of CtrLoRA; {path} is {KINDS[content.kind]}")
     if condition is not None:
+        conditions.find(condition)
         content.metadata["control.condition"] = condition
     if content.kind == CTRLORA:
         _settle_base_control(path, content, layout, base_control, options)
-    elif content.kind == CTRLORA_BASE and "control.fingerprint" not in content.metadata:
-        content.metadata["control.fingerprint"] = fingerprint_of(content)
     if dtype is not None:
         _cast(content, DTYPES[dtype])
+    if content.kind == CTRLORA_BASE and (dtype is not None or "control.fingerprint" not in content.metadata):
+        content.metadata["control.fingerprint"] = fingerprint_of(content)
     assert layout.writes is not None
     told = layout.writes(content, target, options)
     notes = (*dict.fromkeys((*content.notes, *told)),)

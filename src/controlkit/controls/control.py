@@ -81,6 +81,11 @@ class Control(nn.Module, ABC):
         """
         return [control(None, t, text, hint) for control, hint in zip(controls, hints, strict=True)]
 
+    @property
+    def conditional_only(self) -> bool:
+        """Whether, under guidance, it is meant for the half that has the prompt alone."""
+        return False
+
     def misfit(self, base: Base) -> str | None:
         """Why it cannot steer `base`, in a few words such as "its channels: 3, the base's: 4"; None if it can."""
         return None

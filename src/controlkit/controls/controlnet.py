@@ -30,6 +30,8 @@ class ControlNet(Control):
         super().__init__()
         self.hint_network: nn.Module = network.controlnet_cond_embedding
         network.controlnet_cond_embedding = nn.Identity()
+        self.channel_order = network.config["controlnet_conditioning_channel_order"]
+        network.register_to_config(controlnet_conditioning_channel_order="rgb")  # the picture is turned, in `encode`
         self.network = network
         self.condition = condition
 
@@ -45,7 +47,7 @@ class ControlNet(Control):
 
     def to_diffusers(self) -> ControlNetModel:
         """diffusers' own network with the same weights, sharing memory; saving it writes diffusers' layout."""
-        network = ControlNetModel.from_config(self.network.config)
+        network = ControlNetModel.from_config(self.config())
         network.load_state_dict(self.diffusers_state_dict(), assign=True)
         return network.eval()
 
@@ -56,6 +58,8 @@ class ControlNet(Control):
 
     def encode(self, condition_image: Tensor, base: Base) -> Tensor:
         weight = next(self.hint_network.parameters())
+        if self.channel_order == "bgr":
+            condition_image = condition_image.flip(1)
         return self.hint_network(condition_image.to(weight.device, weight.dtype))
 
     def forward(self, x_t: Tensor | None, t: Tensor, text: Text | None, hint: Tensor) -> Residuals:
@@ -81,7 +85,13 @@ class ControlNet(Control):
         return list(self.parameters())
 
     def config(self) -> dict[str, Any]:
-        return {key: value for key, value in self.network.config.items() if not key.startswith("_")}
+        plain = {key: value for key, value in self.network.config.items() if not key.startswith("_")}
+        return {**plain, "controlnet_conditioning_channel_order": self.channel_order}
+
+    @property
+    def conditional_only(self) -> bool:
+        # diffusers' pipelines do so for a network that pools (shuffle): it is conditioned on no places.
+        return bool(self.network.config["global_pool_conditions"])
 
 
 def build_controlnet(config: dict[str, Any], state: dict[str, Tensor], condition: str | None) -> ControlNet:

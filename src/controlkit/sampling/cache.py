@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Hashable
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from controlkit.bases.residuals import Residuals
 from controlkit.controls.control import Control
+
+_MARKS = itertools.count()
 
 
 class ResidualCache:
@@ -64,11 +67,26 @@ class ResidualCache:
 
 
 def identity_of(control: Control) -> Hashable:
-    """What changes when another control is used or a weight of this one is changed in place."""
-    return id(control), sum(parameter._version for parameter in control.weights())
+    """What changes when another control is used, or a weight of this one is changed in place, replaced or moved.
+
+    What is written through `parameter.data` is not seen, as autograd does not see it: clear the cache after it.
+    """
+    weights = list(control.weights())
+    states = tuple((_mark(parameter), parameter._version) for parameter in weights)
+    return id(control), states, *((str(weights[0].device), weights[0].dtype) if weights else ())
+
+
+def _mark(parameter: Tensor) -> int:
+    """A number that no other parameter ever has; addresses are used again."""
+    mark: int | None = getattr(parameter, "_controlkit_mark", None)
+    if mark is None:
+        mark = parameter._controlkit_mark = next(_MARKS)  # type: ignore[attr-defined]
+    return mark
 
 
 def digest(tensor: Tensor) -> str:
-    """Hash of a tensor's values."""
+    """Hash of a tensor: its values, shape and type."""
     data = tensor.detach().to("cpu").contiguous()
-    return hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()
+    made = hashlib.sha256(f"{data.dtype} {tuple(data.shape)} ".encode())
+    made.update(data.view(torch.uint8).numpy().tobytes())
+    return made.hexdigest()

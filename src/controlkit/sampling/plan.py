@@ -42,6 +42,10 @@ class ActiveControl:
     """Whether, under guidance, it acts on the half that has the prompt alone (Zhang et al. 2023, section 3.4; with
     weights from 0.1 to 1, diffusers' `guess_mode`); it does not run for the other half."""
 
+    def __post_init__(self) -> None:
+        if self.control.conditional_only:
+            object.__setattr__(self, "conditional_only", True)
+
     def acts_at(self, index: int, steps: int) -> bool:
         """Whether it acts at step `index` of `steps`."""
         return self.weight != 0 and lies_within(index, steps, self.start, self.end)
@@ -173,21 +177,25 @@ class Plan:
             self.cache.put((*self._key(self.uses[place]), self._time(index, timed)), self.uses[place].control, made)
 
     def _batch(self, place: int) -> int:
-        """Pictures that one pass of a control is made for: one, if all have the same hint and prompts."""
-        return max(len(self.uses[place].hint), *(len(text) for text in self.texts))
+        """Pictures that one pass of a control is made for: one, if all have the same of what it reads."""
+        use = self.uses[place]
+        read = [len(text) for text in self.texts] if Reads.TEXT in use.control.reads else []
+        return max(len(use.hint), *read, 1)
 
     def _run(self, places: Sequence[int], times: Tensor, batch: int, x_t: Tensor | None) -> list[Residuals]:
         """One pass of these controls: for each of `times`, every part that they act on, every picture."""
         parts = self._texts(self.uses[places[0]])
         rows = batch * len(parts)
-        text = concatenate(*(text.expand(batch) for text in parts))
+        text = None
+        if Reads.TEXT in self.uses[places[0]].control.reads:
+            text = concatenate(*[part.expand(batch) for part in parts] * len(times))
         x_t = None if x_t is None else x_t[-rows:]
-        text = concatenate(*[text] * len(times))
         t = times.repeat_interleave(rows)
         uses = [self.uses[place] for place in places]
         hints = [_repeat(use.hint, batch).repeat(len(parts) * len(times), *[1] * (use.hint.ndim - 1)) for use in uses]
         if len(uses) == 1:
             return [uses[0].control(x_t, t, text, hints[0])]
+        assert text is not None  # what shares a network here reads the prompt
         return uses[0].control.forward_together([use.control for use in uses], t, text, hints)
 
     def _texts(self, use: ActiveControl) -> Sequence[Text]:

@@ -55,6 +55,7 @@ def sample_prompts(
     base.check_size(width, height)
     scheduler = base.schedule()
     scheduler.set_timesteps(steps, device=base.device)
+    scheduler.timesteps.clamp_(max=scheduler.config.num_train_timesteps - 1)  # 1,000 steps and an offset go past it
     plan: Plan | None = None
     for first in range(0, len(seeds), batch_size):
         group = slice(first, first + batch_size)
