@@ -147,3 +147,16 @@ def test_nearest_names():
     assert nearest("cany", ["canny", "hed"]) == "; did you mean canny?"
     assert nearest("zzz", ["canny", "hed"]) == "; known: canny, hed"
     assert nearest("zzz", []) == ""
+
+
+def test_what_is_no_ordinary_file_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, says in ((tmp_path / "pipe", "no ordinary file"), (tmp_path, "a folder")):
+        with pytest.raises(UserError, match=says):
+            write_atomically(path, lambda temporary: temporary.write_text("x"))
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_file_s_name_that_is_not_text_goes_into_json(tmp_path):
+    write_json(tmp_path / "a.json", {"image": "dr\udce9.png", "prompt": "\u732b"})
+    assert read_json(tmp_path / "a.json") == {"image": "dr\udce9.png", "prompt": "\u732b"}

@@ -200,3 +200,21 @@ def test_a_contact_sheet_has_a_cell_for_each_picture():
     assert sheet.getpixel((4 + 54 + 25, 4 + 54 + 25)) == (255, 255, 255)
     titled = contact_sheet([[red]], column_titles=["given"], row_titles=["a row"], cell=50)
     assert titled.width > 58 and titled.height > 58
+
+
+def test_fractions_are_scaled(tmp_path):
+    depth = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(depth).save(tmp_path / "depth.tiff")
+    read = np.asarray(read_image(tmp_path / "depth.tiff"))
+    assert read.min() == 0 and read.max() == 255
+    assert np.abs(read[..., 0] - depth * 255).max() <= 0.5
+
+
+def test_a_format_that_is_known_and_not_read_is_refused_in_words(tmp_path):
+    header = bytearray(128)
+    header[:8] = b"DDS " + (124).to_bytes(4, "little")
+    header[12:20] = (4).to_bytes(4, "little") * 2
+    header[76:80] = (32).to_bytes(4, "little")
+    (tmp_path / "x.dds").write_bytes(bytes(header))
+    with pytest.raises(UserError, match=r"torn or damaged|not a picture"):
+        read_image(tmp_path / "x.dds")

@@ -9,6 +9,13 @@ class UserError(Exception):
     """
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice; on the CPU torch says so by a plain RuntimeError."""
+    # By its name, since this is used where torch has not been imported.
+    accelerator = type(error).__name__ == "OutOfMemoryError"
+    return accelerator or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
     """``'; did you mean a, b?'`` for names close to `name`, else every known name."""
     from difflib import get_close_matches

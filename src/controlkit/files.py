@@ -28,6 +28,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         UserError: the folder cannot be written or the disk is full; nothing is left behind.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: {'it is a folder' if path.is_dir() else 'it is no ordinary file'}")
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,8 +59,10 @@ def remove_leftovers(path: str | Path) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if any(0xD800 <= ord(letter) < 0xE000 for letter in text):  # of a file's name that is not text
+        text = json.dumps(value, indent=2)
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 def read_json(path: str | Path) -> Any:

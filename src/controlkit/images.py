@@ -29,8 +29,8 @@ MAX_PIXELS = 8192 * 8192
 def read_image(path: str | Path, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """The picture in `path` as RGB, upright.
 
-    EXIF rotation is applied, transparent pixels are laid over `background`, 16-bit greyscale is scaled to
-    8 bits, palettes and greyscale are expanded.
+    EXIF rotation is applied, transparent pixels are laid over `background`, 16-bit greyscale and
+    fractions up to 1 are scaled to 8 bits, palettes and greyscale are expanded.
 
     Raises:
         UserError: the file is missing, empty, torn, not a picture, or larger than `MAX_PIXELS`.
@@ -71,7 +71,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         raise UserError(f"{name} is not a picture in a format that is read (PNG, JPEG, WebP, ...)") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} is too large to be read (over 67 megapixels); make it smaller") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, NotImplementedError) as error:
         raise UserError(f"{name} is torn or damaged and cannot be read ({error})") from error
     return image
 
@@ -83,6 +83,8 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255
         values = np.asarray(image, dtype=np.float64)
         if image.mode.startswith("I;16") or values.max(initial=0) > 255:
             values = values / 257.0
+        elif image.mode == "F" and values.max(initial=0) <= 1:  # as depth maps are
+            values = values * 255.0
         image = Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8), mode="L")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")

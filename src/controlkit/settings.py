@@ -30,7 +30,7 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--set {override}: expected key=value")
         try:
             values[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # a date that there is not is a ValueError
             raise UserError(f"--set {override}: {value!r} is not a YAML value") from error
     return values
 

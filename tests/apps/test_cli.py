@@ -13,7 +13,11 @@ import pytest
 from PIL import Image
 
 from controlkit.apps.cli import main
+from controlkit.apps.show import print_json, print_table
+from controlkit.bases.load import load_base
+from controlkit.checkpoints.controls import save_control
 from controlkit.sampling.request import GenerateRequest
+from tiny import fresh_control
 
 
 @pytest.fixture
@@ -213,3 +217,111 @@ def test_bad_input_gets_one_plain_sentence_and_leaves_nothing(case, picture, tmp
     assert "Traceback" not in err
     assert expected in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def labelled(tmp_path) -> Path:
+    """A map of two labels, 250 x 250."""
+    labels = np.zeros((250, 250, 3), np.uint8)
+    labels[:, 101:] = (255, 128, 0)
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    return tmp_path / "labels.png"
+
+
+def test_labels_that_are_given_are_not_mixed(tmp_path):
+    use = f"nano/color_regions={labelled(tmp_path)}"
+    assert run("generate", "house", "--control", use, "--prepared", "--steps", 1, "--out", tmp_path / "out") == 0
+    colours = np.asarray(Image.open(tmp_path / "out" / "condition0.png")).reshape(-1, 3)
+    assert {tuple(colour) for colour in colours.tolist()} == {(0, 0, 0), (255, 128, 0)}
+
+
+def test_pictures_never_take_the_place_of_what_they_are_drawn_from(picture, tmp_path, capsys):
+    given = tmp_path / "out" / "seed1.png"
+    given.parent.mkdir()
+    given.write_bytes(picture.read_bytes())
+    command = ["generate", "house", "--control", f"canny={given}", "--steps", 1, "--out", given.parent]
+    assert run(*command, "--seeds", 2) == 2
+    assert "would be written over" in capsys.readouterr().err
+    assert given.read_bytes() == picture.read_bytes()
+    assert run(*command, "--seeds", 1) == 0
+
+
+def test_what_a_base_does_not_read_of_a_prompt_is_told(tmp_path, capsys):
+    words = " ".join(["apple"] * 60)
+    assert run("generate", words, "--steps", 1, "--out", tmp_path / "out", "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["request"]["prompt"] == words
+    assert "note: the base reads 24 tokens" in err and "apple apple'" in err
+
+
+def test_controls_of_a_base_of_another_size_are_judged_at_that_size(base_folder, tmp_path, capsys):
+    path = base_folder / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": 8}))
+    base = load_base(base_folder)
+    assert base.size == 32
+    save_control(tmp_path / "canny.safetensors", fresh_control(base), base)
+    command = ["evaluate", "control", tmp_path / "canny.safetensors", "--base", base_folder, "--pictures", 2]
+    assert run(*command, "--steps", 2, "--json") == 0
+    (report,) = json.loads(capsys.readouterr().out)["reports"]
+    assert report["facts"]["held-out"]["ceiling"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["control", "canny", "--steps", "0"], "steps is 0"),
+        (["control", "canny", "--steps", "1001"], "steps is 1001"),
+        (["control", "canny", "--guidance", "nan"], "guidance is nan"),
+        (["control", "canny", "--guidance", "0.5"], "guidance is 0.5"),
+        (["control", "canny", "--sheet", "."], "is a folder"),
+        (["base", "nano", "--pictures", "3"], "--pictures is for controls"),
+        (["base", "nano", "nano"], "one base at a time"),
+    ],
+)
+def test_evaluate_says_what_it_cannot_do_before_it_draws(words, says, capsys):
+    assert run("evaluate", *words) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["generate", "x", "--width", str(2**40)], "from 1 to 16384"),
+        (["inspect", "canny", "--size", str(2**40)], "from 1 to 16384"),
+        (["inspect", "canny", "--rank", "4"], "--rank is for a system"),
+        (["condition", "canny", "{picture}", "--set", "low=2024-13-01"], "is not a YAML value"),
+        (["condition", "canny", "{picture}", "--set", f"low={'9' * 400}"], "low must lie from"),
+        (["condition", "all", "{picture}", "--set", "low=3"], "name one to set its parameters"),
+        (["condition", "canny", "{picture}", "--out", "notes.txt"], "ends in .png"),
+        (["study", "several-conditions", "--set", "mixes=[palette+palette]"], "is not a mix"),
+        (["study", "several-conditions", "--set", "mixes=[]"], "mixes is empty"),
+        (["study", "community-model", "--set", "pictures=0"], "at least 1"),
+    ],
+)
+def test_what_would_fail_later_is_refused_at_once(words, says, picture, capsys):
+    assert run(*(word.format(picture=picture) if "{picture}" in word else word for word in words)) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_out_of_memory_is_one_sentence(picture, tmp_path, capsys, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    monkeypatch.setattr("controlkit.sampling.generate.sample", full)
+    assert run("generate", "x", "--out", tmp_path / "new") == 2
+    assert capsys.readouterr().err.startswith("controlkit: out of memory; draw fewer")
+    assert not (tmp_path / "new").exists()
+
+
+def test_text_in_brackets_is_shown_as_it_is(capsys):
+    print_table("model [fp16]", ("fact", "value"), [("tags", "[/b] end")])
+    out = capsys.readouterr().out
+    assert "model [fp16]" in out and "[/b] end" in out
+
+
+def test_json_has_null_for_what_is_no_number(capsys):
+    print_json({"a": float("nan"), "b": [1.5, {"c": float("inf")}], "prompt": "\u732b"})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [1.5, {"c": None}],
+        "prompt": "\u732b",
+    }

@@ -107,3 +107,15 @@ def test_a_refusal_of_the_hub_is_one_sentence(adapter, hub, monkeypatch, capsys)
     assert main(["push", str(adapter), "me/mine"]) == 2
     told = capsys.readouterr().err
     assert "are you logged in" in told and "Traceback" not in told
+
+
+def test_a_card_does_not_pick_files_of_this_machine(adapter, hub, tmp_path):
+    outside = tmp_path.parent / "outside.png"
+    Image.new("RGB", (8, 8)).save(outside)
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    shown = (outside, "../outside.png", "secret.txt", "pictures/a.png")
+    adapter.with_suffix(".md").write_text("\n".join(f"![x]({path})" for path in shown))
+    assert main(["push", str(adapter), "me/mine"]) == 0
+    assert hub.told[1:] == ["mine.safetensors", "README.md", "base.safetensors", "pictures/a.png"]

@@ -88,3 +88,9 @@ def test_known_bases_are_told_without_their_files(capsys):
 def test_a_size_that_does_not_fit_is_refused():
     with pytest.raises(UserError, match="multiple of 64"):
         describe_base("sd15", 500)
+
+
+def test_a_base_whose_settings_are_not_whole_is_refused(base_folder):
+    (base_folder / "unet" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="does not say block_out_channels, in_channels"):
+        describe_system("controlnet", str(base_folder))

@@ -81,3 +81,13 @@ def test_the_verb_writes_a_control_of_the_other_base(tiny_base, other, base_fold
     assert load_control(tmp_path / "moved.safetensors", other).condition == "canny"
     assert main([*command, "--out", str(tmp_path / "moved.pt")]) == 2
     assert ".safetensors" in capsys.readouterr().err
+
+
+def test_a_control_of_another_base_is_not_moved_from_this_one(tiny_base, other, base_folder, tmp_path, capsys):
+    save_base(other, tmp_path / "other")
+    save_control(tmp_path / "canny.safetensors", fresh_control(tiny_base), tiny_base)
+    swapped = ["--from", str(tmp_path / "other"), "--to", str(base_folder)]
+    out = tmp_path / "moved.safetensors"
+    assert main(["transfer", str(tmp_path / "canny.safetensors"), *swapped, "--out", str(out)]) == 2
+    assert f"was trained on the base tiny ({tiny_base.fingerprint})" in capsys.readouterr().err
+    assert not out.exists()

@@ -26,7 +26,7 @@ from controlkit.apps import (
     train,
     transfer,
 )
-from controlkit.errors import UserError
+from controlkit.errors import UserError, is_out_of_memory
 
 VERBS = (demo, condition, generate, pairs, train, adapt, evaluate, study, convert, transfer, push, inspect, cache)
 
@@ -71,6 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(f"controlkit: {error.strerror or error}{where}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            "controlkit: out of memory; draw fewer pictures at once (generate: --batch-size) or smaller ones, or take"
+            " another --device",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("controlkit: interrupted", file=sys.stderr)

@@ -59,13 +59,16 @@ def run(args: argparse.Namespace) -> None:
     from PIL import Image
 
     from controlkit.images import read_image, write_png
+    from controlkit.settings import read_overrides
 
     if args.name == "all":
+        if args.settings:
+            raise UserError("all draws every condition as it is without --set; name one to set its parameters")
         _refuse_out(args.out or "conditions.png", args.image)
         _sheet(args.image, args.out or "conditions.png", args.json)
         return
     condition = conditions.find(args.name)
-    parameters = _parse(args.settings)
+    parameters = read_overrides(args.settings)
     out = args.out or f"{condition.name}.png"
     _refuse_out(out, args.image)
     made = condition(np.asarray(read_image(args.image)), **parameters)
@@ -104,28 +107,10 @@ def _sheet(image: str, out: str, as_json: bool) -> None:
 
 def _refuse_out(out: str, image: str) -> None:
     """Say before any work what must not be written to."""
-    from controlkit.data.sources import SUFFIXES
-
     if os.path.exists(out) and os.path.exists(image) and os.path.samefile(out, image):
         raise UserError(f"{out} is the picture itself; give --out another name")
-    ending = os.path.splitext(out)[1].lower()
-    if ending != ".png" and ending in SUFFIXES:
+    if os.path.splitext(out)[1].lower() not in ("", ".png"):
         raise UserError(f"a condition image is written as PNG; give --out a name that ends in .png, not {out}")
-
-
-def _parse(settings: list[str]) -> dict[str, object]:
-    import yaml
-
-    values: dict[str, object] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f"--set {setting}: expected key=value")
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {setting}: {value!r} is not a YAML value ({error})") from error
-    return values
 
 
 def _list(as_json: bool) -> None:

@@ -8,23 +8,26 @@ controlkit evaluate control nano/canny nano/palette nano/blur --sheet adapters.p
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from controlkit.apps.show import add_json, print_json
+
+if TYPE_CHECKING:
+    from controlkit.evaluation.report import Report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("what", choices=("base", "control"), help="what is measured")
     parser.add_argument("names", nargs="+", metavar="name", help="a base; or controls, by name or file")
-    parser.add_argument("--base", default="nano", help="the base that a control steers (default: nano)")
+    parser.add_argument("--base", help="the base that a control steers (default: nano)")
     parser.add_argument(
         "--sets",
         nargs="+",
-        default=["held-out", "openmoji"],
-        help="pictures for a control (held-out openmoji seen)",
+        help="pictures for a control, of held-out, openmoji and seen (default: held-out openmoji)",
     )
-    parser.add_argument("--pictures", type=int, default=96, help="pictures of each set for a control (default: 96)")
+    parser.add_argument("--pictures", type=int, help="pictures of each set for a control (default: 96)")
     parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument("--guidance", type=float, help="guidance scale")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
@@ -36,43 +39,64 @@ def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     from rich import print as show
 
-    from controlkit.bases.load import load_base
-    from controlkit.errors import UserError, nearest
-    from controlkit.evaluation.pictures import SETS, evaluation_set
-    from controlkit.images import write_png
+    from controlkit.errors import UserError
+    from controlkit.files import writable_folder
+    from controlkit.sampling.request import DEFAULT_GUIDANCE, DEFAULT_STEPS, check_sampling
 
     settings = {name: getattr(args, name) for name in ("steps", "guidance") if hasattr(args, name)}
-    for name in args.sets:
-        if name not in SETS:
-            raise UserError(f"there is no set of pictures called {name!r}{nearest(name, list(SETS))}")
-    if args.pictures < 1:
-        raise UserError(f"--pictures {args.pictures}: at least one is needed")
-    if args.what == "base":
-        from controlkit.evaluation.base import base_grid, evaluate_base
-
-        if len(args.names) > 1:
-            raise UserError(f"one base at a time, not {len(args.names)}")
-        base = load_base(args.names[0], device=args.device)
-        if args.sheet:
-            write_png(args.sheet, base_grid(base, **settings))
-        reports = evaluate_base(base, **settings)
-    else:
-        from controlkit.checkpoints.controls import load_control
-        from controlkit.evaluation.control import evaluate_control, evaluate_controls
-
-        base = load_base(args.base, device=args.device)
-        shared: dict[str, Any] = {}
-        controls = {name: load_control(name, base, shared=shared) for name in args.names}
-        sets = [evaluation_set(name).first(args.pictures) for name in args.sets]
-        if len(controls) == 1:
-            report, sheet = evaluate_control(base, next(iter(controls.values())), sets, **settings)
-        else:
-            report, sheet = evaluate_controls(base, controls, sets, **settings)
-        if args.sheet:
-            write_png(args.sheet, sheet)
-        reports = [report]
+    check_sampling(settings.get("steps", DEFAULT_STEPS), settings.get("guidance", DEFAULT_GUIDANCE))
+    if args.sheet:
+        # Before minutes of drawing.
+        writable_folder(Path(args.sheet).parent)
+        if Path(args.sheet).is_dir():
+            raise UserError(f"--sheet {args.sheet} is a folder; give the name of a PNG")
+    reports = _of_base(args, settings) if args.what == "base" else _of_controls(args, settings)
     if args.json:
         print_json({"reports": [report.to_json() for report in reports]})
         return
     for report in reports:
         show(report.table())
+
+
+def _of_base(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]:
+    from controlkit.bases.load import load_base
+    from controlkit.errors import UserError
+    from controlkit.evaluation.base import base_grid, evaluate_base
+    from controlkit.images import write_png
+
+    for name in ("base", "sets", "pictures"):
+        if hasattr(args, name):
+            raise UserError(f"--{name} is for controls; a base is named, and judged on pictures of its own")
+    if len(args.names) > 1:
+        raise UserError(f"one base at a time, not {len(args.names)}")
+    base = load_base(args.names[0], device=args.device)
+    if args.sheet:
+        write_png(args.sheet, base_grid(base, **settings))
+    return evaluate_base(base, **settings)
+
+
+def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]:
+    from controlkit.bases.load import load_base
+    from controlkit.checkpoints.controls import load_control
+    from controlkit.errors import UserError, nearest
+    from controlkit.evaluation.control import evaluate_control, evaluate_controls
+    from controlkit.evaluation.pictures import SETS, evaluation_set
+    from controlkit.images import write_png
+
+    chosen, count = getattr(args, "sets", ["held-out", "openmoji"]), getattr(args, "pictures", 96)
+    for name in chosen:
+        if name not in SETS:
+            raise UserError(f"there is no set of pictures called {name!r}{nearest(name, list(SETS))}")
+    if count < 1:
+        raise UserError(f"--pictures {count}: at least one is needed")
+    base = load_base(getattr(args, "base", "nano"), device=args.device)
+    shared: dict[str, Any] = {}
+    controls = {name: load_control(name, base, shared=shared) for name in args.names}
+    sets = [evaluation_set(name).first(count) for name in chosen]
+    if len(controls) == 1:
+        report, sheet = evaluate_control(base, next(iter(controls.values())), sets, **settings)
+    else:
+        report, sheet = evaluate_controls(base, controls, sets, **settings)
+    if args.sheet:
+        write_png(args.sheet, sheet)
+    return [report]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from controlkit.apps.show import add_json, print_json, print_seconds
 
@@ -69,10 +70,13 @@ def run(args: argparse.Namespace) -> None:
         **given,
     )
     with output_folder(args.out) as out:
-        from controlkit.sampling.generate import generate
+        from controlkit.sampling.generate import generate, refuse_overwriting
 
+        refuse_overwriting(request, out)
         made = generate(request)
         paths = made.save(out)
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
     if args.json:
         print_json({"pictures": paths, "seconds": made.seconds, "request": request.to_json()})
         return

@@ -33,8 +33,15 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.bases.load import NANO
     from controlkit.checkpoints.describe import describe
     from controlkit.checkpoints.systems import SYSTEMS, describe_base, describe_system, is_base
+    from controlkit.controls.ctrlora import CtrLoRA
+    from controlkit.errors import UserError
+    from controlkit.sampling.request import MOST_PIXELS
 
     base: str | None = getattr(args, "base", None)
+    if args.size is not None and not 1 <= args.size <= MOST_PIXELS:
+        raise UserError(f"--size {args.size}: expected a side from 1 to {MOST_PIXELS} pixels")
+    if args.rank is not None and args.name not in SYSTEMS:
+        raise UserError(f"--rank is for a system that has one ({CtrLoRA.kind}), not for {args.name}")
     if args.name in SYSTEMS:
         facts = describe_system(args.name, base or NANO, args.rank, args.size)
     elif is_base(args.name):

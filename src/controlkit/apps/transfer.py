@@ -26,8 +26,9 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from controlkit.bases.load import load_base
-    from controlkit.checkpoints.controls import load_control, save_control
+    from controlkit.checkpoints.controls import find_control, load_control, save_control
     from controlkit.checkpoints.ctrlora import save_base_control
+    from controlkit.checkpoints.files import made_of, read_metadata
     from controlkit.checkpoints.transfer import LIMITS, transfer
     from controlkit.controls.base_control import BaseControl
     from controlkit.controls.controlnet import ControlNet
@@ -40,8 +41,15 @@ def run(args: argparse.Namespace) -> None:
     if not isinstance(control, (ControlNet, BaseControl)):
         instead = "transfer its base control" if control.shared_network is not None else "use it on the other as it is"
         raise UserError(f"{args.control} ({control.kind}) has no copy of a base, which is what is moved; {instead}")
+    said = read_metadata(find_control(args.control)) if find_control(args.control).is_file() else {}
+    mark = said.get("control.base_fingerprint", source.fingerprint)
+    if mark != source.fingerprint:
+        raise UserError(
+            f"{args.control} was trained on the base {said.get('control.base', '')} ({mark}), not on {args.source}"
+            f" ({source.fingerprint}); give that as --from"
+        )
     made, offset = transfer(control, source, target)
-    how = {"transferred": args.control, "from": source.name, "to": target.name}
+    how = {**made_of(said), "transferred": args.control, "from": source.name, "to": target.name}
     save = save_base_control if isinstance(made, BaseControl) else save_control
     path = save(args.out, made, target, made=how)  # type: ignore[arg-type]
     if args.json:

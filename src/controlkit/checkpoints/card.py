@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from controlkit.checkpoints.files import read_metadata
+from controlkit.checkpoints.files import made_of, read_metadata
 from controlkit.errors import UserError
 from controlkit.files import write_atomically
 
@@ -44,7 +44,7 @@ def card_of(
     kind = facts.get("control.kind", "")
     if kind not in _WHAT:
         raise UserError(f"{path} does not say what it is (control.kind), so no card can be written for it")
-    made = json.loads(facts.get("control.made") or "{}")
+    made = made_of(facts)
     condition = facts.get("control.condition") or "not said"
     head = {
         "library_name": "controlkit",

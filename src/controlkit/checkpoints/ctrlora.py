@@ -144,7 +144,8 @@ def find_base_control(path: Path, content: Content, elsewhere: Iterable[Path]) -
             " name it as ADAPTER+BASE (convert: --base-control)"
         )
     name = content.metadata.get("control.base_control", "base")
-    for candidate in (path.with_name(f"{name}.safetensors"), *elsewhere):
+    beside_it = [path.with_name(f"{name}.safetensors")] if name and name == Path(name).name else []
+    for candidate in (*beside_it, *elsewhere):
         if candidate.is_file() and read_metadata(candidate).get("control.fingerprint") == wanted:
             return candidate
     for candidate in _base_controls_beside(path):

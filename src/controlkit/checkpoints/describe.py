@@ -180,5 +180,5 @@ def _needs(found: Found, content: Content | None) -> str:
 def _plain(value: str) -> Any:
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return value

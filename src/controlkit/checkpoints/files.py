@@ -90,6 +90,15 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return read_tensor_file(path).metadata
 
 
+def made_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """How a control came to be, as its file says; empty if it says nothing that can be read."""
+    try:
+        made = json.loads(metadata.get("control.made") or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return made if isinstance(made, dict) else {}
+
+
 def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a file; floating-point ones as float32.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from controlkit.checkpoints.card import write_card
 from controlkit.checkpoints.files import read_metadata
+from controlkit.data.sources import SUFFIXES
 from controlkit.errors import UserError
 
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
@@ -30,12 +31,14 @@ def push(file: str | Path, repository: str, *, private: bool = False) -> str:
     if not card.is_file():
         card = write_card(path)
     wanted = {path.name: path, "README.md": card}
-    base_control = read_metadata(path).get("control.base_control")
-    if base_control and (beside := path.with_name(f"{base_control}.safetensors")).is_file():
+    base_control = read_metadata(path).get("control.base_control", "")
+    if base_control == Path(base_control).name and (beside := path.with_name(f"{base_control}.safetensors")).is_file():
         wanted[beside.name] = beside
     for shown in _PICTURE.findall(card.read_text(encoding="utf-8")):
-        if (path.parent / shown).is_file():
-            wanted[shown] = path.parent / shown
+        picture = (path.parent / shown).resolve()
+        # A card may come from anyone, and must not be what picks files of this machine for the hub.
+        if picture.is_relative_to(path.parent.resolve()) and picture.suffix in SUFFIXES and picture.is_file():
+            wanted[picture.relative_to(path.parent.resolve()).as_posix()] = picture
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)

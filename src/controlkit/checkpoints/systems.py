@@ -144,6 +144,9 @@ _SYSTEMS: dict[str, Callable[..., _Told]] = {
 """System -> its facts, its operations in GFLOP, and its class."""
 
 
+_UNET_KEYS = ("block_out_channels", "in_channels", "cross_attention_dim", "sample_size")
+
+
 def _configuration(base: str) -> tuple[dict[str, Any], dict[str, Any], int]:
     """The configurations of UNet and autoencoder, and the autoencoder's factor."""
     if Path(base).suffix in SINGLE_FILES and not Path(base).is_dir():
@@ -153,6 +156,10 @@ def _configuration(base: str) -> tuple[dict[str, Any], dict[str, Any], int]:
     else:
         folder = base_folder(base)
         unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
+        for part, config, wanted in (("unet", unet, _UNET_KEYS), ("vae", vae, ("block_out_channels",))):
+            lacks = [key for key in wanted if not isinstance(config, dict) or key not in config]
+            if lacks:
+                raise UserError(f"{folder / part / 'config.json'} does not say {', '.join(lacks)}; it is not whole")
     return unet, vae, 2 ** (len(vae["block_out_channels"]) - 1)
 
 

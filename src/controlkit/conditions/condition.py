@@ -167,8 +167,10 @@ class Condition:
         if isinstance(value, bool) or not isinstance(value, kind):
             wanted = "a whole number" if isinstance(default, int) else "a number"
             raise UserError(f"{self.name}: {key} must be {wanted} (such as {default}), not {value!r}")
-        low, high = self.limits.get(key, (0, 2**63 - 1) if key == "seed" else (-math.inf, math.inf))
-        if not low <= float(value) <= high:
+        widest = (0 if key == "seed" else -(2**63), 2**63 - 1)
+        low, high = self.limits.get(key, widest if isinstance(value, numbers.Integral) else (-math.inf, math.inf))
+        number = value if isinstance(value, int) else float(value)
+        if not low <= number <= high:
             raise UserError(f"{self.name}: {key} must lie from {low} to {high}, not {value!r}")
 
     def random_parameters(self, rng: np.random.Generator) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from controlkit.errors import UserError
 from controlkit.evaluation.base import draw_prompts, reconstruct
 from controlkit.evaluation.pictures import EvaluationSet
 from controlkit.evaluation.report import Report, Row, gap_closed
-from controlkit.images import contact_sheet, to_images, to_tensor
+from controlkit.images import contact_sheet, resize_cover, to_images, to_tensor
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from controlkit.sampling.sampler import sample_prompts
@@ -45,9 +45,9 @@ class Steer:
     weight: float = 1.0
 
 
-def judged_drawings(condition: conditions.Condition, pictures: EvaluationSet) -> Judged:
-    """The condition images of pictures that ship."""
-    truths = [drawing.image for drawing in pictures.drawings]
+def judged_drawings(condition: conditions.Condition, pictures: EvaluationSet, size: int) -> Judged:
+    """The condition images of pictures that ship, which are 64 x 64 and are scaled to `size` x `size` first."""
+    truths = [np.asarray(resize_cover(Image.fromarray(drawing.image), size, size)) for drawing in pictures.drawings]
     prompts = [drawing.caption for drawing in pictures.drawings]
     return Judged(name=pictures.name, given=[condition(truth) for truth in truths], truths=truths, prompts=prompts)
 
@@ -206,7 +206,7 @@ def _judge(
     if control.condition is None:
         raise UserError("this control's file does not say which condition it follows; evaluation needs to know")
     condition = conditions.find(control.condition)
-    judged = pictures if isinstance(pictures, Judged) else judged_drawings(condition, pictures)
+    judged = pictures if isinstance(pictures, Judged) else judged_drawings(condition, pictures, base.size)
     if judged.name not in ends:
         ends[judged.name] = draw_ends(base, judged.truths, judged.prompts, steps, guidance)
     use = Steer(control=control, given=judged.given, weight=weight)

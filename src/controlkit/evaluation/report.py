@@ -38,13 +38,14 @@ class Report:
 
     def table(self) -> Table:
         """For `rich.print`."""
+        from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=self.title, caption="\n".join(self.notes) or None, title_justify="left")
+        table = Table(title=escape(self.title), caption=escape("\n".join(self.notes)) or None, title_justify="left")
         for index, column in enumerate(self.columns):
             table.add_column(column, justify="left" if index == 0 else "right")
         for row in self.rows:
-            table.add_row(*(_show(value) for value in row))
+            table.add_row(*(escape(_show(value)) for value in row))
         return table
 
 

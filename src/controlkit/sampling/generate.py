@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ class Generation:
     """The condition image of each control, in the order of the request."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Where the time went."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know about it."""
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write the pictures, the condition images and the settings into `folder`; returns the pictures' paths.
@@ -96,10 +99,14 @@ def generate(
         if controls is None:
             shared: dict[str, BaseControl] = {}
             controls = [load_control(use.control, base, shared=shared) for use in request.controls]
+    for prompt in filter(None, (request.prompt, request.negative_prompt)):
+        if cut := base.cut_from(prompt):
+            made.notes.append(f"the base reads {base.prompt_tokens} tokens of a prompt; it does not see {cut!r}")
     with _timed(made, "condition"):
         uses = []
         for use, control, image in zip(request.controls, controls, images, strict=True):
-            condition_image = prepare_condition(use, control, resize_cover(image, width, height))
+            labels = use.prepared and _is_of_labels(control)
+            condition_image = prepare_condition(use, control, resize_cover(image, width, height, nearest=labels))
             made.conditions.append(condition_image)
             hint = control.encode(to_tensor([condition_image]).to(base.device), base)
             uses.append(ActiveControl(control, hint, use.weight, use.start, use.end))
@@ -136,6 +143,27 @@ def prepare_condition(use: ControlUse, control: Control, image: Image.Image) -> 
             " `controlkit condition` and give it with --prepared"
         )
     return Image.fromarray(conditions.find(control.condition)(np.asarray(image)))
+
+
+def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
+    """Refuse a folder in which the pictures of `request` would take the place of one that it is given.
+
+    Raises:
+        UserError: they would.
+    """
+    names = [f"seed{seed}.png" for seed in request.seeds]
+    names += [f"condition{index}.png" for index in range(len(request.controls))]
+    for path in (Path(folder) / name for name in names):
+        for use in request.controls:
+            if path.exists() and os.path.exists(use.image) and path.samefile(use.image):
+                raise UserError(
+                    f"{path} would be written over, and it is the picture given to {use.control}; give another folder"
+                )
+
+
+def _is_of_labels(control: Control) -> bool:
+    """Whether the colours of its condition's images are labels, which must not be mixed."""
+    return control.condition in conditions.registry() and conditions.find(control.condition).resize == "nearest"
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from typing import Any, get_type_hints
 
 from controlkit.errors import UserError, nearest
 
+MOST_PIXELS = 16384
+"""The longest side of a picture."""
 DEFAULT_STEPS = 20
 DEFAULT_GUIDANCE = 3.0
 """On nano, condition following falls as guidance rises: docs/nano.md has the figures."""
@@ -112,16 +114,13 @@ class GenerateRequest:
             raise UserError(f"seeds must differ from each other, got {list(self.seeds)}")
         if any(not 0 <= seed < 2**63 for seed in self.seeds):
             raise UserError(f"seeds must be whole numbers from 0 to 2^63 - 1, got {list(self.seeds)}")
-        if not 1 <= self.steps <= 1000:
-            raise UserError(f"steps is {self.steps}; it must be from 1 to 1000")
-        if not (math.isfinite(self.guidance) and self.guidance >= 1):
-            raise UserError(f"guidance is {self.guidance}; it must be 1 (off) or more")
+        check_sampling(self.steps, self.guidance)
         if self.sampler not in SAMPLERS:
             raise UserError(f"there is no sampler called {self.sampler!r}{nearest(self.sampler, SAMPLERS)}")
         for name in ("width", "height"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; it must be a number of pixels above 0")
+            if value is not None and not 1 <= value <= MOST_PIXELS:
+                raise UserError(f"{name} is {value}; it must be a number of pixels from 1 to {MOST_PIXELS}")
         for use in self.controls:
             if use.weight and not any(use.acts_at(index, self.steps) for index in range(self.steps)):
                 raise UserError(
@@ -148,6 +147,18 @@ class GenerateRequest:
                 ControlUse(**_checked(ControlUse, use, "each of controls")) for use in given["controls"]
             )
         return cls(**given)
+
+
+def check_sampling(steps: int, guidance: float) -> None:
+    """Refuse what no picture can be drawn with.
+
+    Raises:
+        UserError: `steps` is not from 1 to 1000, or `guidance` is not a number of at least 1.
+    """
+    if not 1 <= steps <= 1000:
+        raise UserError(f"steps is {steps}; it must be from 1 to 1000")
+    if not (math.isfinite(guidance) and guidance >= 1):
+        raise UserError(f"guidance is {guidance}; it must be 1 (off) or more")
 
 
 def lies_within(index: int, steps: int, start: float, end: float) -> bool:

@@ -37,7 +37,10 @@ def read(found: Found, options: Options) -> Content:
             if mine.endswith(f".{theirs}"):
                 mine = f"{mine.removesuffix(theirs)}{suffix}"
         tensors[mine] = value * scale if scale != 1 and mine.endswith(".up.weight") else value
-    said = json.loads(found.file.metadata.get("control.config", "null"))
+    try:
+        said = json.loads(found.file.metadata.get("control.config", "null"))
+    except (ValueError, RecursionError):
+        said = None
     content = Content(CTRLORA, said if isinstance(said, dict) else {}, tensors, dict(found.file.metadata))
     try:
         content.config = content.config or config_of(tensors, options.unet_config)
@@ -93,7 +96,8 @@ def _scale(found: Found) -> float:
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("rank_pattern"):
         raise UserError(f"{path} holds another kind of PEFT adapter than plain LoRA of one rank, which CtrLoRA has")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or config.get("alpha_pattern"):
+    of_one = not config.get("alpha_pattern")
+    if not of_one or not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise UserError(f"{path}/adapter_config.json does not say one rank and one alpha for all layers")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
