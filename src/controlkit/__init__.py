@@ -19,9 +19,13 @@ from controlkit.errors import UserError
 if TYPE_CHECKING:
     from controlkit.bases.load import load_base
     from controlkit.checkpoints.controls import load_control, save_control
+    from controlkit.checkpoints.convert import convert
     from controlkit.checkpoints.describe import describe
     from controlkit.conditions import find as find_condition
     from controlkit.data.cache_report import tend_cache
+    from controlkit.data.engine import make_pairs
+    from controlkit.data.pairs import read_pairs
+    from controlkit.evaluation.adapt import adapt
     from controlkit.evaluation.base import evaluate_base
     from controlkit.evaluation.control import evaluate_control
     from controlkit.sampling.generate import generate
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
 _PLACES = {
     "ControlUse": "sampling.request:ControlUse",
     "GenerateRequest": "sampling.request:GenerateRequest",
+    "adapt": "evaluation.adapt:adapt",
+    "convert": "checkpoints.convert:convert",
     "describe": "checkpoints.describe:describe",
     "evaluate_base": "evaluation.base:evaluate_base",
     "evaluate_control": "evaluation.control:evaluate_control",
@@ -39,6 +45,8 @@ _PLACES = {
     "generate": "sampling.generate:generate",
     "load_base": "bases.load:load_base",
     "load_control": "checkpoints.controls:load_control",
+    "make_pairs": "data.engine:make_pairs",
+    "read_pairs": "data.pairs:read_pairs",
     "read_recipe": "training.recipe:read_recipe",
     "save_control": "checkpoints.controls:save_control",
     "tend_cache": "data.cache_report:tend_cache",
@@ -50,6 +58,8 @@ __all__ = [
     "GenerateRequest",
     "UserError",
     "__version__",
+    "adapt",
+    "convert",
     "describe",
     "evaluate_base",
     "evaluate_control",
@@ -57,6 +67,8 @@ __all__ = [
     "generate",
     "load_base",
     "load_control",
+    "make_pairs",
+    "read_pairs",
     "read_recipe",
     "save_control",
     "tend_cache",

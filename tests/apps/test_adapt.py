@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from controlkit.apps.cli import main
@@ -19,6 +21,7 @@ from controlkit.conditions import find
 from controlkit.controls.base_control import BaseControl
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.data.icons import IconSets, draw
+from controlkit.training.recipe import adapter_settings
 
 
 @pytest.fixture
@@ -161,3 +164,49 @@ def test_a_controlnet_is_not_taken_for_a_base_control(pairs, base_folder, tiny_c
     save_control(tmp_path / "canny.safetensors", tiny_control, tiny_base)
     assert adapt(pairs, tmp_path / "canny.safetensors", base_folder, tmp_path / "run") == 2
     assert "not a base control" in capsys.readouterr().err
+
+
+def test_any_setting_of_the_recipe_can_be_given(pairs, base_control, base_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert adapt(pairs, base_control, base_folder, out, "--set", "preview_every=2", "--set", "held_out=0.25") == 0
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert (recipe["preview_every"], recipe["held_out"]) == (2, 0.25)
+    assert sorted(path.stem for path in (out / "previews").glob("*.png")) == ["0000002", "0000004"]
+    assert adapt(pairs, base_control, base_folder, tmp_path / "other", "--set", "preview_evry=2") == 2
+    assert "did you mean preview_every" in capsys.readouterr().err
+
+
+def test_an_adapter_can_be_judged_on_its_held_out_pairs_later(pairs, base_control, base_folder, tmp_path, capsys):
+    assert adapt(pairs, base_control, base_folder, tmp_path / "run", "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    command = ["evaluate", "control", f"{made['adapter']}+{base_control}", "--base", str(base_folder), "--json"]
+    assert main([*command, "--pairs", str(pairs)]) == 0
+    (report,) = json.loads(capsys.readouterr().out)["reports"]
+    assert report["rows"] == made["report"]["rows"]
+    assert main([*command, "--pairs", str(pairs), "--share", "1", "--pictures", "5"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)["reports"]
+    assert report["rows"][0][0] == "held-out pairs (5)"
+    for words, says in (
+        (["--share", "0.5"], "--share is of --pairs"),
+        (["--pairs", str(pairs), "--share", "2"], "2.0"),
+    ):
+        assert main([*command, *words]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_pairs_of_another_size_than_they_are_drawn_at_are_told_of(pairs, base_control, base_folder, tmp_path, capsys):
+    assert adapt(pairs, base_control, base_folder, tmp_path / "run") == 0
+    assert "note: condition images" not in capsys.readouterr().err
+    for path in pairs.rglob("*.png"):
+        Image.open(path).resize((96, 96)).save(path)
+    assert adapt(pairs, base_control, base_folder, tmp_path / "larger") == 0
+    assert "are scaled from 96 pixels to 64" in capsys.readouterr().err
+
+
+def test_what_is_not_given_suits_the_size_of_the_base(base_folder):
+    assert adapter_settings("nano") == adapter_settings(str(base_folder))
+    recipe = yaml.safe_load(Path("recipes/sd15/ctrlora-adapter.yaml").read_text())
+    settings = adapter_settings("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert {key: settings[key] for key in recipe.keys() & settings.keys()} == {
+        key: recipe[key] for key in recipe.keys() & settings.keys()
+    }

@@ -325,3 +325,12 @@ def test_json_has_null_for_what_is_no_number(capsys):
         "b": [1.5, {"c": None}],
         "prompt": "\u732b",
     }
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_draws_nearly_the_same(precision, picture, tmp_path):
+    command = ["generate", "house", "--control", f"canny={picture}", "--control", f"nano/palette={picture}"]
+    for name in ("fp32", precision):
+        assert run(*command, "--steps", 2, "--precision", name, "--out", tmp_path / name) == 0
+    one, two = (np.asarray(Image.open(tmp_path / name / "seed0.png"), float) for name in ("fp32", precision))
+    assert 0 < np.abs(one - two).mean() < (2 if precision == "fp16" else 12)

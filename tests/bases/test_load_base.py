@@ -10,10 +10,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+import tiny
 from controlkit.bases.base import Base
-from controlkit.bases.load import load_base
+from controlkit.bases.load import choose_dtype, load_base
 from controlkit.errors import UserError
-from controlkit.sampling.sampler import sample
+from controlkit.sampling.sampler import pictures_at_once, sample
 
 
 def refused(folder, *says):
@@ -167,3 +168,43 @@ def test_a_thousand_steps_stay_within_the_schedule(sd1_scheduled_base, monkeypat
     monkeypatch.setattr(Base, "predict", predict)
     (picture,) = sample(sd1_scheduled_base, prompt="red apple", seeds=[0], steps=1000)
     assert max(times) == 999 and len(times) == 1000 and picture.shape == (1, 3, 64, 64)
+
+
+def test_large_pictures_go_through_the_autoencoder_a_few_at_a_time(tiny_base, monkeypatch):
+    x = torch.rand(3, 3, 64, 64) * 2 - 1
+    z, y = tiny_base.encode_picture(x), tiny_base.decode(tiny_base.encode_picture(x))
+    seen = []
+    for network in (tiny_base.vae.encoder, tiny_base.vae.decoder):
+        monkeypatch.setattr(network, "forward", counted(network.forward, seen))
+    monkeypatch.setattr("controlkit.bases.base.PIXELS_AT_ONCE", 2 * 64 * 64)
+    assert torch.allclose(tiny_base.encode_picture(x), z, atol=1e-6)
+    assert torch.allclose(tiny_base.decode(z), y, atol=1e-6)
+    assert seen == [2, 1, 2, 1]
+
+
+def counted(function, seen):
+    def call(x, *args, **kwargs):
+        seen.append(len(x))
+        return function(x, *args, **kwargs)
+
+    return call
+
+
+def test_guidance_is_what_suits_the_base_where_none_is_asked_for(tiny_base):
+    assert tiny_base.default_guidance == 3
+    assert tiny.build_tiny_base(text_width=768).default_guidance == 7.5
+    drawn = [torch.cat(list(sample(tiny_base, prompt="red apple", seeds=[0], steps=2, guidance=g))) for g in (None, 3)]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(("width", "count"), [(64, 16), (256, 16), (512, 4), (1024, 1), (4096, 1)])
+def test_fewer_large_pictures_are_drawn_at_once(width, count):
+    assert pictures_at_once(width, width) == count
+
+
+def test_what_weights_are_stored_in():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_dtype("auto", cpu) == torch.float32 and choose_dtype("auto", cuda) == torch.float16
+    assert choose_dtype("bf16", cpu) == torch.bfloat16
+    with pytest.raises(UserError, match="must be one of auto, fp32"):
+        choose_dtype("fp8", cpu)

@@ -35,7 +35,7 @@ def test_a_card_tells_what_the_file_tells(adapter, tiny_base):
     for told in ("A CtrLoRA adapter", "| rank | 2 |", "| steps | 7 |", "| gap | 0.5 |", "2.0 minutes", "held-out.png"):
         assert told in card
     assert tiny_base.fingerprint in card
-    assert "base.safetensors`, its base control" in card
+    assert "Its base control, `base`, must lie beside it" in card and "mine.safetensors+BASE_CONTROL=IMAGE" in card
 
 
 def test_a_card_of_what_is_no_control_is_refused(tmp_path):

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from controlkit.apps.show import add_json, print_json
 
-_GIVEN = ("identity", "lineart_given")
-"""Conditions that cannot be drawn from a picture: what is given is the condition image."""
 _SETTINGS = (
     *("steps", "base", "name", "condition", "rank", "batch_size", "learning_rate", "flip"),
     *("precision", "gradient_checkpointing", "optimizer", "seed", "device"),
@@ -26,13 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb. Other defaults are those of `AdaptRecipe`."""
     parser.add_argument("pairs", help="pairs in any layout of docs/pairs.md")
     parser.add_argument("--control", required=True, help="the base control: a file or a name")
-    parser.add_argument("--base", help="the base that it steers: nano or a diffusers folder")
+    parser.add_argument("--base", help="the base that it steers: nano, a diffusers folder, a single file, or a hub id")
     parser.add_argument("--name", help="name of the adapter")
     parser.add_argument(
         "--condition", help="scores by this condition (default: the one that PAIRS/NAME names, or by the picture)"
     )
     parser.add_argument("--rank", type=int, help="of every LoRA (default: 8 for nano, 128 for others)")
-    parser.add_argument("--steps", type=int, help="optimiser steps")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: 500 for nano, 1000 for others)")
     parser.add_argument("--batch-size", type=int, help="pairs a step (default: 16 for nano, 4 for others)")
     parser.add_argument("--learning-rate", type=float, help="peak rate (default: 1e-3 for nano, 1e-5 for others)")
     parser.add_argument("--flip", action="store_true", help="mirror half of the pairs at random")
@@ -40,7 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--optimizer", help="adamw, or adamw8bit for less memory (needs bitsandbytes)")
     parser.add_argument("--seed", type=int, help="everything random follows from it")
-    parser.add_argument("--device", help="cpu, cuda, mps")
+    parser.add_argument("--device", help="cpu, cuda, mps or auto (default: auto)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="any other setting of the recipe, such as preview_every=1000 (docs/training.md)",
+    )
     parser.add_argument("--out", default=None, metavar="DIR", help="folder of the run (default: runs/NAME)")
     add_json(parser)
 
@@ -48,9 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     from controlkit import conditions
+    from controlkit.settings import read_overrides
     from controlkit.training.recipe import adapter_settings, build_recipe
 
     values = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
+    values |= read_overrides(args.overrides)
     name = values.get("name", "adapter")
     chosen = Path(args.pairs).name
     if "condition" not in values and chosen in conditions.registry():
@@ -78,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     show(made.report.table())
     print(f"adapter: {made.path}")
     print(f"sheet: {made.sheet}")
-    prepared = " --prepared" if values.get("condition", "identity") in _GIVEN else ""
+    prepared = " --prepared" if conditions.find(values.get("condition", "identity")).given else ""
     file = str(made.path)
     if Path(args.control).is_file() and Path(args.control).parent.resolve() != made.path.parent.resolve():
         file += f"+{args.control}"  # a base control that does not ship has to be named, or lie beside the adapter

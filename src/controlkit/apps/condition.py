@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from controlkit.conditions import Condition
 
 _COLUMNS, _TILE = 6, 168
-_GIVEN = ("identity", "lineart_given", "bbox", "segments")
-"""Conditions whose content is given beside the picture."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +88,7 @@ def _sheet(image: str, out: str, as_json: bool) -> None:
     picture = read_image(image)
     drawn = {"picture": picture}
     for condition in conditions.registry().values():
-        if condition.requires is None and condition.name not in _GIVEN:
+        if condition.requires is None and not condition.given:
             drawn[condition.name] = Image.fromarray(condition(np.asarray(picture)))
     tiles = [contact_sheet([[tile]], column_titles=[name], cell=_TILE) for name, tile in drawn.items()]
     rows = [tiles[first : first + _COLUMNS] for first in range(0, len(tiles), _COLUMNS)]

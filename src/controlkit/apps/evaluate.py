@@ -3,6 +3,7 @@
 controlkit evaluate base nano --sheet grid.png
 controlkit evaluate control canny --base nano --sheet canny.png
 controlkit evaluate control nano/canny nano/palette nano/blur --sheet adapters.png
+controlkit evaluate control runs/mine/mine.safetensors --pairs pairs/palette
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from controlkit.apps.show import add_json, print_json
 
 if TYPE_CHECKING:
+    from controlkit.data.pair import Pair
     from controlkit.evaluation.report import Report
 
 
@@ -27,10 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="pictures for a control, of held-out, openmoji and seen (default: held-out openmoji)",
     )
+    parser.add_argument(
+        "--pairs", metavar="PATH", help="in place of sets: the tenth of these pairs that training holds out"
+    )
+    parser.add_argument(
+        "--share",
+        type=float,
+        help="with --pairs: judge on such a share, as training holds it out (default: 0.1; 1: all)",
+    )
     parser.add_argument("--pictures", type=int, help="pictures of each set for a control (default: 96)")
-    parser.add_argument("--steps", type=int, help="denoising steps")
-    parser.add_argument("--guidance", type=float, help="guidance scale")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: 20)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: 3 for nano, 7.5 for Stable Diffusion)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default: auto)")
     parser.add_argument("--sheet", default=None, metavar="FILE", help="also write a contact sheet as PNG")
     add_json(parser)
 
@@ -41,10 +51,10 @@ def run(args: argparse.Namespace) -> None:
 
     from controlkit.errors import UserError
     from controlkit.files import writable_folder
-    from controlkit.sampling.request import DEFAULT_GUIDANCE, DEFAULT_STEPS, check_sampling
+    from controlkit.sampling.request import DEFAULT_STEPS, check_sampling
 
     settings = {name: getattr(args, name) for name in ("steps", "guidance") if hasattr(args, name)}
-    check_sampling(settings.get("steps", DEFAULT_STEPS), settings.get("guidance", DEFAULT_GUIDANCE))
+    check_sampling(settings.get("steps", DEFAULT_STEPS), settings.get("guidance"))
     if args.sheet:
         # Before minutes of drawing.
         writable_folder(Path(args.sheet).parent)
@@ -64,7 +74,7 @@ def _of_base(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]
     from controlkit.evaluation.base import base_grid, evaluate_base
     from controlkit.images import write_png
 
-    for name in ("base", "sets", "pictures"):
+    for name in ("base", "sets", "pairs", "share", "pictures"):
         if hasattr(args, name):
             raise UserError(f"--{name} is for controls; a base is named, and judged on pictures of its own")
     if len(args.names) > 1:
@@ -79,7 +89,7 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
     from controlkit.bases.load import load_base
     from controlkit.checkpoints.controls import load_control
     from controlkit.errors import UserError, nearest
-    from controlkit.evaluation.control import evaluate_control, evaluate_controls
+    from controlkit.evaluation.control import evaluate_control, evaluate_controls, judged_pairs
     from controlkit.evaluation.pictures import SETS, evaluation_set
     from controlkit.images import write_png
 
@@ -89,14 +99,38 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
             raise UserError(f"there is no set of pictures called {name!r}{nearest(name, list(SETS))}")
     if count < 1:
         raise UserError(f"--pictures {count}: at least one is needed")
+    pairs = _held_out(args, count)
     base = load_base(getattr(args, "base", "nano"), device=args.device)
     shared: dict[str, Any] = {}
     controls = {name: load_control(name, base, shared=shared) for name in args.names}
     sets = [evaluation_set(name).first(count) for name in chosen]
-    if len(controls) == 1:
+    if pairs:
+        if len(controls) > 1:
+            raise UserError(f"--pairs are of one condition: judge one control by them, not {len(controls)}")
+        judged = [judged_pairs(pairs, base.size)]
+        report, sheet = evaluate_control(base, next(iter(controls.values())), judged, **settings)
+    elif len(controls) == 1:
         report, sheet = evaluate_control(base, next(iter(controls.values())), sets, **settings)
     else:
         report, sheet = evaluate_controls(base, controls, sets, **settings)
     if args.sheet:
         write_png(args.sheet, sheet)
     return [report]
+
+
+def _held_out(args: argparse.Namespace, count: int) -> list[Pair]:
+    """The pairs that are asked for, those that training on the same folder holds out."""
+    from controlkit.data.pairs import read_pairs, split_pairs
+    from controlkit.errors import UserError
+
+    share = getattr(args, "share", 0.1)
+    if not hasattr(args, "pairs"):
+        if hasattr(args, "share"):
+            raise UserError("--share is of --pairs, and none are given")
+        return []
+    if hasattr(args, "sets"):
+        raise UserError("give --sets or --pairs, not both")
+    if not 0 < share <= 1:
+        raise UserError(f"--share {share}: expected a part of the pairs, above 0 and up to 1")
+    pairs = read_pairs(args.pairs)
+    return (pairs if share == 1 else split_pairs(pairs, share)[1])[:count]

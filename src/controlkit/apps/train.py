@@ -1,18 +1,22 @@
 """train any system from a YAML recipe; run again to resume
 
-controlkit train recipes/nano/controlnet-canny.yaml --set steps=3000
+    controlkit train recipes/nano/controlnet-canny.yaml --set steps=3000
+    controlkit train ctrlora-adapter        # lists the settings of a system
+
+Systems: controlnet, controlnet-pairs, ctrlora-base, ctrlora-adapter, ctrlora-full, base, autoencoder
+(docs/training.md).
 """
 
 from __future__ import annotations
 
 import argparse
 
-from controlkit.apps.show import add_json, print_json
+from controlkit.apps.show import add_json, print_json, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("recipe", help="YAML file; or the name of a system, whose settings are listed then")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="override a setting"
     )
@@ -21,8 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
-    from controlkit.training.recipe import read_recipe
+    from controlkit.training.recipe import RECIPES, read_recipe
 
+    if args.recipe in RECIPES:
+        _list(RECIPES[args.recipe], args.json)
+        return
     recipe = read_recipe(args.recipe, args.settings)
 
     from controlkit.training.run import run as train
@@ -34,3 +41,13 @@ def run(args: argparse.Namespace) -> None:
     print(f"finished: {recipe.out}")
     for name, value in scores.items():
         print(f"{name}: {value:.4g}")
+
+
+def _list(kind: type, as_json: bool) -> None:
+    from controlkit.settings import describe_settings
+
+    told = describe_settings(kind)
+    if as_json:
+        print_json([{"name": name, "default": default, "what": what} for name, default, what in told])
+        return
+    print_table(kind.__doc__ or "", ("setting", "default", "what it is"), [(n, str(d), w) for n, d, w in told])

@@ -177,13 +177,15 @@ class Base:
     def encode_picture(self, x: Tensor) -> Tensor:
         """Pictures => scaled latents (the mode of the posterior)."""
         x = x.to(self.vae.device, self.vae.dtype)  # which may have been put aside while the UNet trains
-        z = self.vae.encode(x).latent_dist.mode() * self.vae.config.scaling_factor
-        return z.to(self.device, self.dtype)
+        parts = [self.vae.encode(part).latent_dist.mode() for part in x.split(_at_once(x.shape[2] * x.shape[3]))]
+        return (torch.cat(parts) * self.vae.config.scaling_factor).to(self.device, self.dtype)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents => pictures, clamped to [-1, 1]."""
-        return self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.clamp(-1, 1)
+        z = z.to(self.vae.dtype) / self.vae.config.scaling_factor
+        pixels = z.shape[2] * z.shape[3] * self.factor**2
+        return torch.cat([self.vae.decode(part).sample for part in z.split(_at_once(pixels))]).clamp(-1, 1)
 
     def predict(self, x_t: Tensor, t: Tensor, text: Text, residuals: Residuals | None = None) -> Tensor:
         """The UNet's prediction (see `prediction_type`) for noisy latents `x_t` at times `t` of 0..999.
@@ -191,10 +193,19 @@ class Base:
         Args:
             x_t: `[B, latent_channels, h, w]`.
             t: `[B]` or a scalar.
-            text: `[B, L, D]`.
+            text: of batch `B`.
             residuals: what controls add; gradients flow through them.
+
+        Returns:
+            `[B, latent_channels, h, w]`.
         """
         return self.unet(x_t, t, **text.inputs(), **_additions(residuals, x_t), return_dict=False)[0]
+
+    @property
+    def default_guidance(self) -> float:
+        """The scale of guidance where none is asked for: 7.5 for Stable Diffusion's family, as diffusers has it, and 3
+        for nano, whose condition following falls as guidance rises (docs/nano.md)."""
+        return 7.5 if self.unet.config["cross_attention_dim"] >= 768 else 3.0
 
     @property
     def prompt_tokens(self) -> int:
@@ -218,6 +229,16 @@ class Base:
             if value < step or value % step:
                 near = max(step, round(value / step) * step)
                 raise UserError(f"{name} {value} does not fit {self.name}: it must be a multiple of {step}; try {near}")
+
+
+PIXELS_AT_ONCE = 2**19
+"""What an autoencoder takes at once: two pictures of 512 x 512, whose largest activations in float32 take 256 MiB, and
+whole batches of small ones."""
+
+
+def _at_once(pixels: int) -> int:
+    """How many pictures of so many pixels that is."""
+    return max(1, PIXELS_AT_ONCE // pixels)
 
 
 def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:

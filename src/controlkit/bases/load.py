@@ -22,6 +22,9 @@ NANO = "nano"
 SINGLE_FILES = (".safetensors", ".ckpt")
 """What a checkpoint of a whole model in one file is called."""
 
+PRECISIONS = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Names of what weights can be stored in while pictures are drawn."""
+
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """What a model on the Hugging Face hub is called."""
 _FOLDER_PARTS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
@@ -50,6 +53,7 @@ def load_base(
     Args:
         name: `nano`; a diffusers folder; a single `.safetensors` or `.ckpt` file; an id on the Hugging Face hub; or,
             with `random_weights`, `sd15`, `sd21` or `sdxl`.
+        device: a torch device, or `auto` for the best that is there.
         dtype: float32 by default, whatever the files hold.
         random_weights: of a known model without its files, for measuring speed and memory.
 
@@ -57,6 +61,7 @@ def load_base(
         UserError: it is missing, incomplete, or another kind of model, or there is no such device.
     """
     dtype = dtype or torch.float32
+    device = choose_device(device) if isinstance(device, str) else device
     _check_device(device)
     path = Path(name)
     try:
@@ -97,6 +102,43 @@ def base_folder(name: str | Path) -> Path:
         folder = Path(name)
     _check_folder(folder, str(name))
     return folder
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` => CUDA, then MPS, then the CPU; else the torch device of that name.
+
+    Of several processes on a machine each has a GPU of its own, before anything is loaded onto one.
+
+    Raises:
+        UserError: torch knows no such device.
+    """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return _own_gpu()
+    if name == "auto":
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r} is not one that torch knows (cpu, cuda, cuda:1, mps, auto)") from error
+
+
+def _own_gpu() -> torch.device:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return torch.device("cuda")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of weights that only draw: `auto` => float16 on CUDA, float32 elsewhere.
+
+    Raises:
+        UserError: it is none of `PRECISIONS`.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision] or (torch.float16 if device.type == "cuda" else torch.float32)
 
 
 def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Base:

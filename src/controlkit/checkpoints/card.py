@@ -98,5 +98,6 @@ def _use(path: Path, kind: str, facts: Mapping[str, str]) -> list[str]:
         return [f"    controlkit adapt PAIRS --base {base} --control {path.name} --name mine"]
     lines = [f'    controlkit generate "PROMPT" --base {base} --control {path.name}=IMAGE --seeds 4']
     if kind == "ctrlora":
-        lines += ["", f"`{facts.get('control.base_control')}.safetensors`, its base control, must lie beside it."]
+        lines += ["", f"Its base control, `{facts.get('control.base_control')}`, must lie beside it, or be named:"]
+        lines += [f"`--control {path.name}+BASE_CONTROL=IMAGE`."]
     return lines

@@ -153,7 +153,7 @@ def find_base_control(path: Path, content: Content, elsewhere: Iterable[Path]) -
             return candidate
     raise UserError(
         f"{path} is an adapter of the base control {name!r} ({wanted}), which is neither beside it nor ships;"
-        f" put {name}.safetensors into {path.parent}"
+        f" put its file into {path.parent}, or name both files as ADAPTER+BASE (convert: --base-control)"
     )
 
 

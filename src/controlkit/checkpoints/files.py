@@ -17,7 +17,7 @@ from torch import Tensor
 
 from controlkit.bases.base import Base
 from controlkit.bases.load import NANO
-from controlkit.checkpoints.tensors import as_float32, read_tensor_file
+from controlkit.checkpoints.tensors import read_tensor_file
 from controlkit.files import write_atomically
 
 FAMILIES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2", 2048: "stable-diffusion-xl-v1-base"}
@@ -97,13 +97,3 @@ def made_of(metadata: Mapping[str, str]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return made if isinstance(made, dict) else {}
-
-
-def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file; floating-point ones as float32.
-
-    Raises:
-        UserError: it is not a whole file of tensors.
-    """
-    file = read_tensor_file(path)
-    return file.metadata, as_float32(file.tensors)

@@ -10,6 +10,8 @@ from controlkit.checkpoints.files import read_metadata
 from controlkit.data.sources import SUFFIXES
 from controlkit.errors import UserError
 
+_FILES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+"""What the file of a base control may be called."""
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
 
 
@@ -32,8 +34,9 @@ def push(file: str | Path, repository: str, *, private: bool = False) -> str:
         card = write_card(path)
     wanted = {path.name: path, "README.md": card}
     base_control = read_metadata(path).get("control.base_control", "")
-    if base_control == Path(base_control).name and (beside := path.with_name(f"{base_control}.safetensors")).is_file():
-        wanted[beside.name] = beside
+    if base_control == Path(base_control).name:
+        beside = [path.with_name(f"{base_control}{suffix}") for suffix in _FILES]
+        wanted |= {one.name: one for one in beside if one.is_file()}
     for shown in _PICTURE.findall(card.read_text(encoding="utf-8")):
         picture = (path.parent / shown).resolve()
         # A card may come from anyone, and must not be what picks files of this machine for the hub.

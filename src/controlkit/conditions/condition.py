@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache, cached_property
@@ -126,6 +126,8 @@ class Condition:
     from its farthest point to its nearest. After a crop these are best made again."""
     resize: Resize = "smooth"
     """How a finished condition image is scaled: `nearest` for maps whose colours are labels."""
+    given: bool = False
+    """Whether it is drawn from annotations, or is the image itself: no picture alone gives one."""
     seen: str = "as it is"
     """The size at which the picture is looked at."""
     requires: LearnedModel | None = None
@@ -199,6 +201,13 @@ class Condition:
                 raise ValueError(f"fidelity to {self.name} compares with the true picture, which was not given")
             return self.fidelity.compare(truth, result)
         return self.fidelity.compare(given, self(result, **parameters))
+
+    def mean_score(
+        self, given: Sequence[np.ndarray], results: Sequence[np.ndarray], truths: Sequence[np.ndarray]
+    ) -> float:
+        """The mean of `score` over pictures, all `uint8 [H, W, 3]`."""
+        every = zip(given, results, truths, strict=True)
+        return float(np.mean([self.score(one, result, truth) for one, result, truth in every]))
 
 
 def condition(name: str, **facts: Any) -> Callable[[Callable[..., np.ndarray]], Condition]:

@@ -25,6 +25,7 @@ from controlkit.errors import UserError
     summary="the picture as it is: for given pairs, whose condition images are made elsewhere",
     aliases=("given", "custom", "ip2p", "instruct_pix2pix"),
     fidelity=RESTORED_PSNR,
+    given=True,
 )
 def identity(picture: np.ndarray) -> np.ndarray:
     """A copy of `picture`. Fidelity compares the result with the true picture of the pair."""
@@ -36,6 +37,7 @@ def identity(picture: np.ndarray) -> np.ndarray:
     summary="line art drawn by hand, for given pairs: their results are judged by their edges",
     aliases=("drawing", "hand_drawn"),
     fidelity=PICTURE_EDGE_F1,
+    given=True,
 )
 def lineart_given(picture: np.ndarray) -> np.ndarray:
     """A copy of `picture`. Fidelity compares the edges of the result with those of the true picture of the pair."""
@@ -49,6 +51,7 @@ def lineart_given(picture: np.ndarray) -> np.ndarray:
     fidelity=PICTURE_COLOUR_DISTANCE,
     mirrors=False,
     resize="nearest",
+    given=True,
 )
 def bbox(
     picture: np.ndarray,
@@ -97,6 +100,7 @@ def bbox(
     fidelity=PICTURE_COLOUR_DISTANCE,
     mirrors=False,
     resize="nearest",
+    given=True,
 )
 def segments(
     picture: np.ndarray,

@@ -76,7 +76,7 @@ class Control(nn.Module, ABC):
 
         Args:
             t: `[B]`.
-            text: `[B, L, D]`.
+            text: of batch `B`.
             hints: one for each control, `[B, ...]`.
         """
         return [control(None, t, text, hint) for control, hint in zip(controls, hints, strict=True)]

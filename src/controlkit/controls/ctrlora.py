@@ -69,7 +69,7 @@ class CtrLoRA(Control):
         Args:
             controls: of this class, all of the same base control.
             t: `[B]` or a scalar, the same for all.
-            text: `[B, L, D]` or `[1, L, D]`, the same for all.
+            text: of batch `B` or 1, the same for all.
             hints: one for each control, `[B, ...]` or `[1, ...]`, all of one size.
 
         Returns:

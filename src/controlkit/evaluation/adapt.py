@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from controlkit.bases.load import load_base
+from controlkit.bases.load import choose_device, load_base
 from controlkit.checkpoints.card import write_card
 from controlkit.checkpoints.controls import load_control
 from controlkit.controls.base_control import BaseControl
@@ -17,7 +17,7 @@ from controlkit.evaluation.report import Report
 from controlkit.images import write_png
 from controlkit.training.log import spent
 from controlkit.training.recipe import AdaptRecipe, Recipe
-from controlkit.training.run import choose_device, run
+from controlkit.training.run import run
 
 MOST_JUDGED = 64
 """At most so many held-out pairs are drawn."""

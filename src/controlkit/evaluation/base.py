@@ -23,7 +23,7 @@ from controlkit.evaluation.metrics import (
 from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
 from controlkit.evaluation.report import Report
 from controlkit.images import contact_sheet, to_images, to_tensor
-from controlkit.sampling.request import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.sampler import sample_prompts
 
 GRID = (
@@ -39,7 +39,7 @@ GRID = (
 """Concept, style and background of the rows of `base_grid`."""
 
 
-def evaluate_base(base: Base, steps: int = DEFAULT_STEPS, guidance: float = DEFAULT_GUIDANCE) -> list[Report]:
+def evaluate_base(base: Base, steps: int = DEFAULT_STEPS, guidance: float | None = None) -> list[Report]:
     """Autoencoder, background colour, distribution and retrieval, each with its baseline and ceiling.
 
     Takes a few minutes on two cores: 668 pictures are drawn.
@@ -53,7 +53,7 @@ def evaluate_base(base: Base, steps: int = DEFAULT_STEPS, guidance: float = DEFA
     ]
 
 
-def base_grid(base: Base, steps: int = DEFAULT_STEPS, guidance: float = DEFAULT_GUIDANCE) -> Image.Image:
+def base_grid(base: Base, steps: int = DEFAULT_STEPS, guidance: float | None = None) -> Image.Image:
     """Eight fixed prompts (rows) with four fixed seeds (columns): not chosen."""
     prompts = [caption_of(concept, style, colour) for concept, style, colour in GRID]
     made = draw_prompts(
@@ -65,7 +65,7 @@ def base_grid(base: Base, steps: int = DEFAULT_STEPS, guidance: float = DEFAULT_
 
 
 def draw_prompts(
-    base: Base, prompts: Sequence[str], steps: int, guidance: float, seeds: Sequence[int] | None = None
+    base: Base, prompts: Sequence[str], steps: int, guidance: float | None = None, seeds: Sequence[int] | None = None
 ) -> list[np.ndarray]:
     """One `uint8` picture for each prompt; picture i has seed i unless `seeds` says otherwise."""
     seeds = list(range(len(prompts))) if seeds is None else seeds
@@ -102,7 +102,7 @@ def _autoencoder(base: Base, pictures: EvaluationSet) -> Report:
     )
 
 
-def _colour(base: Base, pictures: EvaluationSet, steps: int, guidance: float) -> Report:
+def _colour(base: Base, pictures: EvaluationSet, steps: int, guidance: float | None) -> Report:
     concepts = sorted({drawing.concept for drawing in pictures.drawings})[:20]
     asked = list(product(concepts, COLOURS))
     prompts = [caption_of(concept, TRAINED_STYLES[i % 4], colour) for i, (concept, colour) in enumerate(asked)]
@@ -125,7 +125,7 @@ def _colour(base: Base, pictures: EvaluationSet, steps: int, guidance: float) ->
     )
 
 
-def _distribution(base: Base, pictures: EvaluationSet, steps: int, guidance: float) -> Report:
+def _distribution(base: Base, pictures: EvaluationSet, steps: int, guidance: float | None) -> Report:
     drawings = pictures.drawings
     truths = [drawing.image for drawing in drawings]
     order = np.random.default_rng(0).permutation(len(drawings))
@@ -157,7 +157,7 @@ def _distribution(base: Base, pictures: EvaluationSet, steps: int, guidance: flo
     )
 
 
-def _retrieval(base: Base, pictures: EvaluationSet, steps: int, guidance: float) -> Report:
+def _retrieval(base: Base, pictures: EvaluationSet, steps: int, guidance: float | None) -> Report:
     drawings = pictures.drawings
     truths = [drawing.image for drawing in drawings]
     concepts = [drawing.concept for drawing in drawings]

@@ -20,8 +20,8 @@ from controlkit.evaluation.pictures import EvaluationSet
 from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.images import contact_sheet, resize_cover, to_images, to_tensor
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import DEFAULT_GUIDANCE, DEFAULT_STEPS
-from controlkit.sampling.sampler import sample_prompts
+from controlkit.sampling.request import DEFAULT_STEPS
+from controlkit.sampling.sampler import pictures_at_once, sample_prompts
 
 _SHOWN = 8
 
@@ -73,7 +73,9 @@ class Ends:
     """The true pictures through the autoencoder: the ceiling."""
 
 
-def draw_ends(base: Base, truths: Sequence[np.ndarray], prompts: Sequence[str], steps: int, guidance: float) -> Ends:
+def draw_ends(
+    base: Base, truths: Sequence[np.ndarray], prompts: Sequence[str], steps: int, guidance: float | None
+) -> Ends:
     """Baseline and ceiling of pictures and their prompts."""
     return Ends(without=draw_prompts(base, prompts, steps, guidance), mirrored=reconstruct(base, truths))
 
@@ -84,7 +86,7 @@ def evaluate_control(
     sets: Sequence[EvaluationSet | Judged],
     *,
     steps: int = DEFAULT_STEPS,
-    guidance: float = DEFAULT_GUIDANCE,
+    guidance: float | None = None,
     weight: float = 1.0,
     ends: dict[str, Ends] | None = None,
 ) -> tuple[Report, Image.Image]:
@@ -131,7 +133,7 @@ def evaluate_controls(
     sets: Sequence[EvaluationSet],
     *,
     steps: int = DEFAULT_STEPS,
-    guidance: float = DEFAULT_GUIDANCE,
+    guidance: float | None = None,
 ) -> tuple[Report, Image.Image]:
     """Condition following of several controls on the same pictures, in one table.
 
@@ -200,7 +202,7 @@ def _judge(
     ends: dict[str, Ends],
     *,
     steps: int,
-    guidance: float,
+    guidance: float | None,
     weight: float = 1.0,
 ) -> _Judgement:
     if control.condition is None:
@@ -212,15 +214,10 @@ def _judge(
     use = Steer(control=control, given=judged.given, weight=weight)
     steered = draw_controlled(base, [use], judged.prompts, steps=steps, guidance=guidance)
     drawn = (ends[judged.name].without, steered, ends[judged.name].mirrored)
-    baseline, value, ceiling = (_score(condition, judged, results) for results in drawn)
+    baseline, value, ceiling = (condition.mean_score(judged.given, results, judged.truths) for results in drawn)
     return _Judgement(
         condition=condition, judged=judged, steered=steered, baseline=baseline, value=value, ceiling=ceiling
     )
-
-
-def _score(condition: conditions.Condition, judged: Judged, results: Sequence[np.ndarray]) -> float:
-    every = zip(judged.given, results, judged.truths, strict=True)
-    return float(np.mean([condition.score(given, result, truth) for given, result, truth in every]))
 
 
 def draw_controlled(
@@ -229,12 +226,13 @@ def draw_controlled(
     prompts: Sequence[str],
     *,
     steps: int,
-    guidance: float,
-    batch_size: int = 16,
+    guidance: float | None = None,
+    batch_size: int | None = None,
 ) -> list[np.ndarray]:
     """One `uint8` picture for each prompt, under all of `uses`; picture i has seed i."""
     made: list[np.ndarray] = []
     count = len(prompts)
+    batch_size = batch_size or pictures_at_once(base.size, base.size)
     for first in range(0, count, batch_size):
         group = slice(first, min(first + batch_size, count))
         active = [

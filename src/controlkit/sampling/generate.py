@@ -17,7 +17,7 @@ from PIL import Image
 from controlkit import conditions
 from controlkit._version import __version__
 from controlkit.bases.base import Base
-from controlkit.bases.load import load_base
+from controlkit.bases.load import choose_device, choose_dtype, load_base
 from controlkit.checkpoints.controls import load_control
 from controlkit.controls.base_control import BaseControl
 from controlkit.controls.control import Control
@@ -93,7 +93,9 @@ def generate(
     with _timed(made, "load"):
         # Pictures first: a wrong path should not cost the loading of a model.
         images = [read_image(use.image) for use in request.controls]
-        base = base or load_base(request.base, device=request.device)
+        if base is None:
+            device = choose_device(request.device)
+            base = load_base(request.base, device=device, dtype=choose_dtype(request.precision, device))
         width, height = request.width or base.size, request.height or base.size
         base.check_size(width, height)
         if controls is None:

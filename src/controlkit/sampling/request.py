@@ -18,8 +18,6 @@ from controlkit.errors import UserError, nearest
 MOST_PIXELS = 16384
 """The longest side of a picture."""
 DEFAULT_STEPS = 20
-DEFAULT_GUIDANCE = 3.0
-"""On nano, condition following falls as guidance rises: docs/nano.md has the figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +85,16 @@ class GenerateRequest:
     negative_prompt: str = ""
     """What to draw less of."""
     base: str = "nano"
-    """`nano` or the path of a diffusers folder."""
+    """`nano`, a diffusers folder, a single file, or an id on the Hugging Face hub."""
     controls: tuple[ControlUse, ...] = ()
     """Controls, whose residuals are added."""
     seeds: tuple[int, ...] = (0,)
     """One picture for each; a picture depends on its own seed alone."""
     steps: int = DEFAULT_STEPS
     """Denoising steps."""
-    guidance: float = DEFAULT_GUIDANCE
-    """Classifier-free guidance scale; 1 switches it off (Ho and Salimans 2022, as in eq. 6 with w = scale - 1)."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 switches it off (Ho and Salimans 2022, as in eq. 6 with w = scale - 1). By
+    default the base's own: 3 for nano, 7.5 for Stable Diffusion."""
     width: int | None = None
     """In pixels; the base's own size by default."""
     height: int | None = None
@@ -104,8 +103,10 @@ class GenerateRequest:
     """How the noise is removed."""
     batch_size: int = 8
     """Pictures drawn at once; changes the memory needed, not the pictures."""
-    device: str = "cpu"
-    """A torch device."""
+    device: str = "auto"
+    """A torch device; `auto` is CUDA, then MPS, then the CPU."""
+    precision: str = "auto"
+    """What weights are stored in: `fp32`, `fp16` or `bf16`; `auto` is fp16 on CUDA and fp32 elsewhere."""
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -149,7 +150,7 @@ class GenerateRequest:
         return cls(**given)
 
 
-def check_sampling(steps: int, guidance: float) -> None:
+def check_sampling(steps: int, guidance: float | None) -> None:
     """Refuse what no picture can be drawn with.
 
     Raises:
@@ -157,7 +158,7 @@ def check_sampling(steps: int, guidance: float) -> None:
     """
     if not 1 <= steps <= 1000:
         raise UserError(f"steps is {steps}; it must be from 1 to 1000")
-    if not (math.isfinite(guidance) and guidance >= 1):
+    if guidance is not None and not (math.isfinite(guidance) and guidance >= 1):
         raise UserError(f"guidance is {guidance}; it must be 1 (off) or more")
 
 

@@ -12,7 +12,7 @@ from controlkit.bases.base import Base, Text, concatenate
 from controlkit.errors import UserError
 from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl, Plan
-from controlkit.sampling.request import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from controlkit.sampling.request import DEFAULT_STEPS
 
 
 def sample(base: Base, *, prompt: str, seeds: Sequence[int], **settings: Any) -> Iterator[Tensor]:
@@ -29,10 +29,10 @@ def sample_prompts(
     negative_prompt: str = "",
     uses: Sequence[ActiveControl] = (),
     steps: int = DEFAULT_STEPS,
-    guidance: float = DEFAULT_GUIDANCE,
+    guidance: float | None = None,
     width: int | None = None,
     height: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     cache: ResidualCache | None = None,
 ) -> Iterator[Tensor]:
     """Draw one picture for each seed with DDIM (Song et al. 2021, eta 0) and classifier-free guidance.
@@ -40,9 +40,9 @@ def sample_prompts(
     Args:
         prompts: one for all pictures, or one for each.
         uses: controls, whose hints are for all pictures or for each.
-        guidance: scale of classifier-free guidance; 1 switches it off.
+        guidance: scale of classifier-free guidance; 1 switches it off. Default: the base's own.
         width: in pixels; by default the base's own size, as `height`.
-        batch_size: pictures drawn at once.
+        batch_size: pictures drawn at once; 16 up to 256 x 256, and fewer the larger they are.
         cache: keeps residuals that do not depend on the noise, for the next call under the same condition.
 
     Yields:
@@ -52,6 +52,8 @@ def sample_prompts(
         UserError: the base cannot draw this size.
     """
     width, height = width or base.size, height or base.size
+    guidance = base.default_guidance if guidance is None else guidance
+    batch_size = batch_size or pictures_at_once(width, height)
     base.check_size(width, height)
     scheduler = base.schedule()
     scheduler.set_timesteps(steps, device=base.device)
@@ -76,6 +78,11 @@ def sample_prompts(
                 " lower the weights of the controls or the guidance, or take another dtype than float16"
             )
         yield (base.decode(x_t) + 1) / 2
+
+
+def pictures_at_once(width: int, height: int) -> int:
+    """How many pictures are drawn at once where nothing else is asked for: 16 small ones, 4 of 512 x 512."""
+    return max(1, min(16, 2**20 // (width * height)))
 
 
 def initial_noise(base: Base, seeds: Sequence[int], width: int, height: int) -> Tensor:

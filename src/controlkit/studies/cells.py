@@ -21,7 +21,6 @@ from controlkit.evaluation.control import Judged, Steer, draw_controlled
 from controlkit.evaluation.report import gap_closed
 from controlkit.files import read_json, sha256_of, write_json
 from controlkit.images import contact_sheet, write_png
-from controlkit.sampling.request import DEFAULT_GUIDANCE
 from controlkit.training.pairs import PairsObjective
 from controlkit.training.recipe import PairsRecipe, identifying
 from controlkit.training.run import objective_of
@@ -114,7 +113,7 @@ class Bench:
         control = objective.control.eval()
         use = Steer(control=control, given=task.judged.given)
         prompts = task.judged.prompts
-        results = draw_controlled(self.base, [use], prompts, steps=self.sampling_steps, guidance=DEFAULT_GUIDANCE)
+        results = draw_controlled(self.base, [use], prompts, steps=self.sampling_steps)
         baseline, ceiling = self._ends_of(task)
         score = _score(task, results)
         rows = [[Image.fromarray(image) for image in results[:_SHOWN]]]
@@ -145,11 +144,10 @@ class Bench:
     def _ends_of(self, task: Task) -> tuple[float, float]:
         """Baseline (no control, same prompts and seeds) and ceiling (the truth through the autoencoder)."""
         if task.name not in self._ends:
-            without = draw_prompts(self.base, task.judged.prompts, self.sampling_steps, DEFAULT_GUIDANCE)
+            without = draw_prompts(self.base, task.judged.prompts, self.sampling_steps)
             self._ends[task.name] = (_score(task, without), _score(task, reconstruct(self.base, task.judged.truths)))
         return self._ends[task.name]
 
 
 def _score(task: Task, results: Sequence[np.ndarray]) -> float:
-    every = zip(task.judged.given, results, task.judged.truths, strict=True)
-    return float(np.mean([task.condition.score(given, result, truth) for given, result, truth in every]))
+    return task.condition.mean_score(task.judged.given, results, task.judged.truths)

@@ -26,7 +26,6 @@ from controlkit.evaluation.control import Steer, draw_controlled
 from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
 from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.images import contact_sheet, write_png
-from controlkit.sampling.request import DEFAULT_GUIDANCE
 from controlkit.training.recipe import build_recipe
 from controlkit.training.run import run
 
@@ -135,19 +134,16 @@ def _compare(
     steps = settings.sampling_steps
 
     def score(made: Sequence[np.ndarray]) -> float:
-        every = zip(given, made, truths, strict=True)
-        return float(np.mean([kind.score(one, result, truth) for one, result, truth in every]))
+        return kind.mean_score(given, made, truths)
 
     rows: list[Row] = []
     strips: list[Sequence[np.ndarray]] = [given[:_SHOWN]]
     without: dict[int, list[np.ndarray]] = {}
     for name, base, control in ways:
         if id(base) not in without:
-            without[id(base)] = draw_prompts(base, prompts, steps, DEFAULT_GUIDANCE)
+            without[id(base)] = draw_prompts(base, prompts, steps)
             strips.append(without[id(base)][:_SHOWN])
-        made = draw_controlled(
-            base, [Steer(control=control, given=given)], prompts, steps=steps, guidance=DEFAULT_GUIDANCE
-        )
+        made = draw_controlled(base, [Steer(control=control, given=given)], prompts, steps=steps)
         low, value, high = score(without[id(base)]), score(made), score(reconstruct(base, truths))
         rows.append((name, low, value, high, gap_closed(low, value, high)))
         strips.append(made[:_SHOWN])

@@ -28,7 +28,7 @@ from controlkit.evaluation.control import Steer, draw_controlled
 from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
 from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.images import contact_sheet, to_tensor, write_png
-from controlkit.sampling.request import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from controlkit.sampling.request import DEFAULT_STEPS
 
 _ROUNDS = 7
 _SHOWN = 8
@@ -106,17 +106,16 @@ def _fidelity(
     prompts = [drawing.caption for drawing in pictures.drawings]
     kinds = {name: conditions.find(control.condition or "") for name, control in controls.items()}
     given = {name: [kind(truth) for truth in truths] for name, kind in kinds.items()}
-    without = draw_prompts(base, prompts, settings.sampling_steps, DEFAULT_GUIDANCE)
+    without = draw_prompts(base, prompts, settings.sampling_steps)
     ceiling = reconstruct(base, truths)
 
     def draw(names: Sequence[str]) -> list[np.ndarray]:
         uses = [Steer(control=controls[name], given=given[name], weight=settings.weight) for name in names]
-        return draw_controlled(base, uses, prompts, steps=settings.sampling_steps, guidance=DEFAULT_GUIDANCE)
+        return draw_controlled(base, uses, prompts, steps=settings.sampling_steps)
 
     def closed(name: str, results: Sequence[np.ndarray]) -> float:
         def score(made: Sequence[np.ndarray]) -> float:
-            every = zip(given[name], made, truths, strict=True)
-            return float(np.mean([kinds[name].score(one, result, truth) for one, result, truth in every]))
+            return kinds[name].mean_score(given[name], made, truths)
 
         return gap_closed(score(without), score(results), score(ceiling))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from controlkit import conditions
 from controlkit.bases.load import load_base
 from controlkit.controls.control import Control
 from controlkit.data.pairs import read_pairs, split_pairs
+from controlkit.data.sources import read_picture
 from controlkit.files import sha256_of
 from controlkit.images import contact_sheet, to_images, to_tensor, write_png
 from controlkit.sampling.plan import ActiveControl
@@ -21,6 +23,7 @@ from controlkit.sampling.sampler import sample_prompts
 from controlkit.training.diffusion import noised
 from controlkit.training.objective import Objective, numpy_generator
 from controlkit.training.pair_cache import PairCache
+from controlkit.training.processes import Processes
 from controlkit.training.recipe import PairsRecipe
 from controlkit.training.savings import uses_bf16
 
@@ -48,11 +51,22 @@ class PairsObjective(Objective):
         self.base = load_base(recipe.base, device=device)
         self.frozen = self.base.fingerprint
         self.scheduler = self.base.schedule()
+        self._tell_of_scaling()
         self.cache = PairCache(self.base, self.pairs, flip=recipe.flip, check=uses_bf16(recipe, device))
         self.latents = self.cache.latents()
         self.texts, self.prompt_of, self.empty = self.cache.texts()
         prompts = [pair.prompt for pair in self.pairs]
         self.data = sha256_of(np.sort(self.latents.upright.digests).tobytes(), *sorted(prompts))
+
+    def _tell_of_scaling(self) -> None:
+        """Say where condition images were made at another size than they will be made at for drawing."""
+        side, size = min(read_picture(self.pairs[0].source).size), self.base.size
+        if side != size and not self.condition.given and Processes.is_first():
+            print(
+                f"note: condition images of these pairs are scaled from {side} pixels to {size}; to draw, they are made"
+                f" at {size}, where {self.condition.name} may look different; make the pairs with --size {size}",
+                file=sys.stderr,
+            )
 
     @abstractmethod
     def hints(self, chosen: Tensor, flipped: Tensor) -> Tensor:
@@ -98,11 +112,11 @@ class PairsObjective(Objective):
             steps=10,
         )
         results = [image for batch in batches for image in to_images(batch)]
-        scores = [self.condition.score(g, np.asarray(r), t) for g, r, t in zip(given, results, truths, strict=True)]
+        score = self.condition.mean_score(given, [np.asarray(result) for result in results], truths)
         rows = [
             [Image.fromarray(image) for image in given[:_STRIP]],
             results[:_STRIP],
             [Image.fromarray(image) for image in truths[:_STRIP]],
         ]
         write_png(folder / f"{step:07d}.png", contact_sheet(rows, row_titles=("given", "result", "truth"), cell=96))
-        return {self.condition.fidelity.name: float(np.mean(scores))}
+        return {self.condition.fidelity.name: score}

@@ -7,6 +7,7 @@ contradictions are errors before anything is loaded. This module imports neither
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -142,9 +143,9 @@ class BaseRecipe(Recipe):
     icons: str
     """File of rendered icons."""
     autoencoder: str | None = None
-    """Folder of the run that trained the autoencoder; or else"""
+    """Folder of the run that trained the autoencoder; this or `start`."""
     start: str | None = None
-    """the base to start from, all of it: `nano` or a diffusers folder. Channels and text settings are its own then."""
+    """The base to start from, all of it: `nano` or a diffusers folder. Channels and text settings are its own then."""
     styles: tuple[str, ...] | None = None
     """Styles of icons to train on; None for all four. One alone makes a community model of a base."""
     concepts: str | None = None
@@ -181,9 +182,9 @@ class SteeringRecipe(Recipe, ABC):
     """What training a control on a frozen base, on millions of pictures, has in common."""
 
     icons: str | None = None
-    """File of rendered icons; or else"""
+    """File of rendered icons; this or `multigen`."""
     multigen: str | None = None
-    """folder of MultiGen-20M (`json_files`, `images`, `conditions`), whose tasks are the conditions."""
+    """Folder of MultiGen-20M (`json_files`, `images`, `conditions`), whose tasks are the conditions."""
     base: str = "nano"
     """The base that it will steer."""
     variants: int = 4
@@ -252,7 +253,7 @@ class PairsRecipe(Recipe, ABC):
     """What training a control from a folder of pairs has in common."""
 
     pairs: str
-    """Folder with `prompt.json` (JSON lines of source, target, prompt) and its files."""
+    """Pairs in any layout of docs/pairs.md."""
     base: str = "nano"
     """The base that it steers."""
     name: str = "control"
@@ -312,12 +313,21 @@ class AdaptRecipe(PairsRecipe):
 def adapter_settings(base: str) -> dict[str, Any]:
     """Settings of an adapter that depend on the size of its base, where none are given.
 
-    For nano those of docs/ctrlora.md; for Stable Diffusion those of Xu et al. 2025 (section 4.1), with batches of 4.
+    For nano, and a folder of a model as small, those of docs/ctrlora.md; for Stable Diffusion those of Xu et al. 2025
+    (section 4.1), with batches of 4.
     """
-    if base == "nano":
+    if base == "nano" or _is_small(Path(base)):
         return {"rank": 8, "learning_rate": 1e-3, "batch_size": 16}
     paper = {"rank": 128, "learning_rate": 1e-5, "batch_size": 4, "final_rate": 1.0, "warmup_steps": 0, "beta2": 0.999}
-    return {**paper, "precision": "auto"}
+    return {**paper, "steps": 1000, "preview_every": 500, "precision": "auto"}
+
+
+def _is_small(folder: Path) -> bool:
+    """Whether a diffusers folder holds a UNet with the widths of an embedded base, not of Stable Diffusion."""
+    try:
+        return max(json.loads((folder / "unet" / "config.json").read_text())["block_out_channels"]) < 320
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

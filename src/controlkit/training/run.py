@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
+from importlib import import_module
 
-import torch
-
+from controlkit.bases.load import choose_device
 from controlkit.checkpoints.card import write_card
 from controlkit.errors import UserError
 from controlkit.training.objective import Objective
@@ -20,6 +19,17 @@ from controlkit.training.recipe import (
     Recipe,
 )
 from controlkit.training.trainer import train
+
+OBJECTIVES: dict[type[Recipe], str] = {
+    AutoencoderRecipe: "autoencoder:AutoencoderObjective",
+    BaseRecipe: "base:BaseObjective",
+    ControlNetRecipe: "control:ControlNetObjective",
+    CtrLoRABaseRecipe: "control:CtrLoRABaseObjective",
+    AdaptRecipe: "adapt:AdaptObjective",
+    CtrLoRAFullRecipe: "adapt:CtrLoRAFullObjective",
+    ControlNetPairsRecipe: "adapt:ControlNetPairsObjective",
+}
+"""Recipe -> module and class of what it trains, imported when it is needed."""
 
 
 def run(recipe: Recipe) -> dict[str, float]:
@@ -40,56 +50,11 @@ def run(recipe: Recipe) -> dict[str, float]:
 
 def objective_of(recipe: Recipe) -> Objective:
     """The objective that `recipe` describes, on its device."""
-    device = choose_device(recipe.device)
-    if isinstance(recipe, AutoencoderRecipe):
-        from controlkit.training.autoencoder import AutoencoderObjective
-
-        return AutoencoderObjective(recipe, device)
-    if isinstance(recipe, BaseRecipe):
-        from controlkit.training.base import BaseObjective
-
-        return BaseObjective(recipe, device)
-    if isinstance(recipe, ControlNetRecipe):
-        from controlkit.training.control import ControlNetObjective
-
-        return ControlNetObjective(recipe, device)
-    if isinstance(recipe, CtrLoRABaseRecipe):
-        from controlkit.training.control import CtrLoRABaseObjective
-
-        return CtrLoRABaseObjective(recipe, device)
-    if isinstance(recipe, AdaptRecipe):
-        from controlkit.training.adapt import AdaptObjective
-
-        return AdaptObjective(recipe, device)
-    if isinstance(recipe, CtrLoRAFullRecipe):
-        from controlkit.training.adapt import CtrLoRAFullObjective
-
-        return CtrLoRAFullObjective(recipe, device)
-    if isinstance(recipe, ControlNetPairsRecipe):
-        from controlkit.training.adapt import ControlNetPairsObjective
-
-        return ControlNetPairsObjective(recipe, device)
-    raise UserError(f"no objective for system {recipe.system}")
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` => CUDA, then MPS, then the CPU; else the torch device of that name.
-
-    Of several processes on a machine each has a GPU of its own, before anything is loaded onto one.
-    """
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        return _own_gpu()
-    if name == "auto":
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device {name!r} is not one that torch knows (cpu, cuda, cuda:1, mps, auto)") from error
-
-
-def _own_gpu() -> torch.device:
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return torch.device("cuda")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
+    place = OBJECTIVES.get(type(recipe))
+    if place is None:
+        raise UserError(f"no objective for system {recipe.system}")
+    module, _, name = place.partition(":")
+    objective: Objective = getattr(import_module(f"controlkit.training.{module}"), name)(
+        recipe, choose_device(recipe.device)
+    )
+    return objective

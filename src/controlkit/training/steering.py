@@ -132,5 +132,4 @@ def _score(name: str, held: Held, results: list[Image.Image]) -> float | None:
         return None
     if kind.requires is not None:
         return None
-    every = zip(held.given, results, held.truths, strict=True)
-    return float(np.mean([kind.score(given, np.asarray(result), truth) for given, result, truth in every]))
+    return kind.mean_score(held.given, [np.asarray(result) for result in results], held.truths)
