@@ -144,7 +144,8 @@ def test_any_text_is_a_control_or_refused_in_words(text):
         ({"prompt": "x", "seeds": ["a"]}, "seeds"),
         ({"prompt": "x", "steps": "many"}, "steps"),
         ({"prompt": "x", "steps": True}, "steps"),
-        ({"prompt": "x", "guidance": None}, "guidance"),
+        ({"prompt": "x", "guidance": "much"}, "guidance"),
+        ({"prompt": "x", "steps": None}, "steps"),
         ({"prompt": "x", "controls": {"control": "canny"}}, "controls"),
         (
             {"prompt": "x", "controls": [{"control": "canny", "image": "a.png", "wieght": 1}]},
