@@ -178,6 +178,7 @@ _SHAPES: dict[Any, tuple[type | tuple[type, ...], str]] = {
     int | None: ((int, NoneType), "a whole number or null"),
     tuple[int, ...]: ((list, tuple), "a list of whole numbers"),
     tuple[ControlUse, ...]: ((list, tuple), "a list of controls"),
+    float | None: ((int, float, NoneType), "a number or null"),
 }
 """Type of a field -> what JSON gives for it, and how to say that."""
 
