@@ -177,8 +177,8 @@ def test_large_pictures_go_through_the_autoencoder_a_few_at_a_time(tiny_base, mo
     for network in (tiny_base.vae.encoder, tiny_base.vae.decoder):
         monkeypatch.setattr(network, "forward", counted(network.forward, seen))
     monkeypatch.setattr("controlkit.bases.base.PIXELS_AT_ONCE", 2 * 64 * 64)
-    assert torch.allclose(tiny_base.encode_picture(x), z, atol=1e-6)
-    assert torch.allclose(tiny_base.decode(z), y, atol=1e-6)
+    assert torch.allclose(tiny_base.encode_picture(x), z, atol=1e-5)
+    assert torch.allclose(tiny_base.decode(z), y, atol=1e-5)
     assert seen == [2, 1, 2, 1]
 
 

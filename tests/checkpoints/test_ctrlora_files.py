@@ -65,7 +65,7 @@ def test_an_adapter_without_its_base_control_names_it(saved, tiny_base, tmp_path
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(saved[0] / "palette.safetensors", alone)
-    with pytest.raises(UserError, match=r"adapter of the base control 'base'.*put base.safetensors into"):
+    with pytest.raises(UserError, match=r"adapter of the base control 'base'.*put its file into"):
         load_control(alone / "palette.safetensors", tiny_base)
 
 
