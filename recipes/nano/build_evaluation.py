@@ -1,6 +1,7 @@
-"""Draw the pictures that nano is judged on, from rendered icons, into the package.
+r"""Draw the pictures that nano is judged on, from rendered icons, into the package.
 
-python recipes/nano/build_evaluation.py data/nano/icons.npz src/controlkit/assets/evaluation/nano.npz
+python recipes/nano/build_evaluation.py data/nano/icons.npz recipes/nano/concepts.txt \
+    src/controlkit/assets/evaluation/nano.npz
 """
 
 import sys
@@ -9,10 +10,10 @@ from controlkit.errors import UserError
 from controlkit.evaluation.pictures import build_evaluation_sets
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 4:
         sys.exit(__doc__)
     try:
-        for name, count in build_evaluation_sets(sys.argv[1], sys.argv[2]).items():
+        for name, count in build_evaluation_sets(*sys.argv[1:]).items():
             print(f"{name}: {count} pictures")
     except UserError as error:
         sys.exit(str(error))

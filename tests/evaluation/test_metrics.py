@@ -12,6 +12,7 @@ from controlkit.data.icons import COLOURS, is_held_out
 from controlkit.evaluation.metrics import (
     background_colour,
     frechet_distance,
+    joint_frechet_distance,
     psnr_and_ssim,
     retrieval_accuracy,
 )
@@ -34,6 +35,18 @@ def test_frechet_distance_agrees_with_the_matrix_square_root():
     root = torch.linalg.eigvals(covariance_a @ covariance_b).real.sqrt().sum()
     expected = (a.mean(0) - b.mean(0)).pow(2).sum() + covariance_a.trace() + covariance_b.trace() - 2 * root
     assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_joint_frechet_distance_sees_whose_picture_is_whose():
+    generator = torch.Generator().manual_seed(2)
+    given_ones = torch.eye(6).repeat(50, 1)
+    features = given_ones @ torch.randn(6, 8, generator=generator) + 0.1 * torch.randn(300, 8, generator=generator)
+    others = features[torch.randperm(300, generator=generator)]
+    assert frechet_distance(others, features) == pytest.approx(0, abs=1e-6)
+    assert joint_frechet_distance(features, given_ones, features, given_ones) == pytest.approx(0, abs=1e-6)
+    spread = float(features.var(0).sum())
+    # The more what they were made from weighs, the nearer the mean squared distance to their own: twice the spread.
+    assert 0.5 * spread < joint_frechet_distance(others, given_ones, features, given_ones) < 2 * spread
 
 
 @given(st.sampled_from(sorted(COLOURS)), st.integers(0, 2**16))
@@ -80,3 +93,9 @@ def test_evaluation_pictures_are_what_they_say(name):
             assert is_held_out(drawing.concept) == (name == "held-out")
     colours = [background_colour(drawing.image) == drawing.colour for drawing in drawings]
     assert np.mean(colours) > 0.97
+
+
+def test_pictures_drawn_again_have_the_same_captions_and_other_places():
+    once, again = evaluation_set("seen").drawings, evaluation_set("seen-again").drawings
+    assert [drawing.caption for drawing in once] == [drawing.caption for drawing in again]
+    assert not any(np.array_equal(a.image, b.image) for a, b in zip(once, again, strict=True))

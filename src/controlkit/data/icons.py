@@ -57,7 +57,7 @@ COLOURS = {
 }
 """Background colours that captions name, in RGB."""
 
-LEAST_SCALE = 0.6
+LEAST_SCALE = 0.75
 """Side of the smallest icon in a drawing, as a fraction of the drawing's."""
 
 _DRAWABLE_GROUPS = (

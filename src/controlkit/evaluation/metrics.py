@@ -40,6 +40,16 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return float(difference @ difference + x.pow(2).sum() + y.pow(2).sum() - 2 * cross)
 
 
+def joint_frechet_distance(a: Tensor, a_given: Tensor, b: Tensor, b_given: Tensor) -> float:
+    """Frechet distance of features `[N, D]` joined with those of what they were made from `[N, E]`.
+
+    The second kind is scaled to the first's mean norm, that of `b` (DeVries et al. 2019, section 3.3), so that pictures
+    which do not follow what they were made from are far although as a set they look right.
+    """
+    scale = b.norm(dim=1).mean() / b_given.norm(dim=1).mean()
+    return frechet_distance(torch.cat([a, scale * a_given], 1), torch.cat([b, scale * b_given], 1))
+
+
 def background_colour(picture: np.ndarray) -> str:
     """The named colour nearest (in L*a*b*) to the median of the picture's outer frame, two pixels wide."""
     frame = np.concatenate(

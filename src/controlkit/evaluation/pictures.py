@@ -10,7 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from controlkit.data.icons import TRAINED_STYLES, UNSEEN_STYLE, Drawing, Icon, IconSets, draw
+from controlkit.data.icons import (
+    TRAINED_STYLES,
+    UNSEEN_STYLE,
+    Drawing,
+    Icon,
+    IconSets,
+    draw,
+    read_concepts,
+)
 from controlkit.errors import UserError
 from controlkit.files import write_atomically
 
@@ -18,6 +26,7 @@ SETS = {
     "held-out": "concepts that were never trained on, in the four trained styles",
     "openmoji": "OpenMoji, a style that was never trained on",
     "seen": "concepts that were trained on",
+    "seen-again": "the captions of `seen`, drawn again at other scales and places",
 }
 """Name of each set -> what it is."""
 
@@ -48,16 +57,25 @@ def evaluation_set(name: str) -> EvaluationSet:
     return EvaluationSet(name, tuple(Drawing(image=image, **facts) for image, facts in zip(images, index, strict=True)))
 
 
-def build_evaluation_sets(icons: str | Path, out: str | Path) -> dict[str, int]:
-    """Draw the sets from rendered icons (`data.icons.render_sets`) into the file `out`; returns their sizes."""
-    sets = IconSets(icons)
+def build_evaluation_sets(icons: str | Path, concepts: str | Path, out: str | Path) -> dict[str, int]:
+    """Draw the sets into the file `out`; returns their sizes.
+
+    Args:
+        icons: what `data.icons.render_sets` wrote.
+        concepts: a file of the concepts that the base was trained on, for those of `seen`.
+    """
+    sets, trained_on = IconSets(icons), read_concepts(concepts)
     rng = np.random.default_rng(20)
+    seen = sets.select(styles=TRAINED_STYLES, held_out=False, sets=4, concepts=trained_on)
     chosen = {
         "held-out": _whole_concepts(sets.select(styles=TRAINED_STYLES, held_out=True, drawable=True, sets=4), 57, rng),
         "openmoji": _whole_concepts(sets.select(styles=(UNSEEN_STYLE,), drawable=True), 96, rng),
-        "seen": _whole_concepts(sets.select(styles=TRAINED_STYLES, held_out=False, drawable=True, sets=4), 50, rng),
+        "seen": _whole_concepts(seen, 50, rng),
     }
     drawings = {name: [draw(icon, rng) for icon in group] for name, group in chosen.items()}
+    drawings["seen-again"] = [
+        draw(icon, rng, colour=drawing.colour) for icon, drawing in zip(chosen["seen"], drawings["seen"], strict=True)
+    ]
     index = {
         name: [{"caption": d.caption, "concept": d.concept, "style": d.style, "colour": d.colour} for d in group]
         for name, group in drawings.items()

@@ -80,7 +80,7 @@ class NewCondition:
     """Pairs to learn from."""
     batch_size: int = 16
     """Pairs a step."""
-    rank: int = 8
+    rank: int = 4
     """Of the adapters, where ranks are not compared."""
     detail: str = "lineart_color_hints"
     """The condition of the ablation, the ranks and the numbers of pairs."""

@@ -39,7 +39,7 @@ _LEAST = {
 }
 """The smallest value of settings that have one, in whichever recipe they stand."""
 
-_ADDED = {"flip": False, "gradient_checkpointing": False, "optimizer": "adamw", "least_scale": LEAST_SCALE}
+_ADDED = {"flip": False, "gradient_checkpointing": False, "optimizer": "adamw", "least_scale": 0.6}
 """Settings that came when there were recorded runs already, and the value with which a run is what those were."""
 
 
@@ -304,7 +304,7 @@ class AdaptRecipe(PairsRecipe):
     """The base control: a file, or the name of one that ships."""
     name: str = "adapter"
     """Name of the adapter and of its file."""
-    rank: int = 8
+    rank: int = 4
     """Of every LoRA."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW. This suits nano; see `adapter_settings` for larger bases."""
@@ -317,7 +317,7 @@ def adapter_settings(base: str) -> dict[str, Any]:
     (section 4.1), with batches of 4.
     """
     if base == "nano" or _is_small(Path(base)):
-        return {"rank": 8, "learning_rate": 1e-3, "batch_size": 16}
+        return {"rank": 4, "learning_rate": 1e-3, "batch_size": 16}
     paper = {"rank": 128, "learning_rate": 1e-5, "batch_size": 4, "final_rate": 1.0, "warmup_steps": 0, "beta2": 0.999}
     return {**paper, "steps": 1000, "preview_every": 500, "precision": "auto"}
 
