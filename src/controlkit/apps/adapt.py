@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--condition", help="scores by this condition (default: the one that PAIRS/NAME names, or by the picture)"
     )
-    parser.add_argument("--rank", type=int, help="of every LoRA (default: 8 for nano, 128 for others)")
+    parser.add_argument("--rank", type=int, help="of every LoRA (default: 4 for nano, 128 for others)")
     parser.add_argument("--steps", type=int, help="optimiser steps (default: 500 for nano, 1000 for others)")
     parser.add_argument("--batch-size", type=int, help="pairs a step (default: 16 for nano, 4 for others)")
     parser.add_argument("--learning-rate", type=float, help="peak rate (default: 1e-3 for nano, 1e-5 for others)")
