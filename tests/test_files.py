@@ -10,7 +10,16 @@ import sys
 import pytest
 
 from controlkit.errors import UserError, nearest
-from controlkit.files import read_json, remove_leftovers, sha256_of, writable_folder, write_atomically, write_json
+from controlkit.files import (
+    numbered_folder,
+    output_folder,
+    read_json,
+    remove_leftovers,
+    sha256_of,
+    writable_folder,
+    write_atomically,
+    write_json,
+)
 
 
 def names(folder):
@@ -63,6 +72,23 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 def test_a_folder_is_made_and_left_empty(tmp_path):
     assert names(writable_folder(tmp_path / "new" / "er")) == []
+
+
+def test_folders_are_numbered_after_the_largest(tmp_path):
+    assert [numbered_folder(tmp_path / "new").name for _ in range(2)] == ["001", "002"]
+    (tmp_path / "new" / "041").write_text("a file, too")
+    (tmp_path / "new" / "notes").mkdir()
+    (tmp_path / "new" / "001").rmdir()
+    assert numbered_folder(tmp_path / "new").name == "042"
+
+
+def test_a_numbered_folder_of_a_block_that_fails_is_removed(tmp_path):
+    with pytest.raises(ZeroDivisionError), output_folder(None, numbered_in=tmp_path) as out:
+        raise ZeroDivisionError(out.name)
+    assert names(tmp_path) == []
+    with output_folder(None, numbered_in=tmp_path) as out:
+        assert out.name == "001"
+    assert names(tmp_path) == ["001"]
 
 
 KILLED = """

@@ -107,16 +107,38 @@ def writable_folder(path: str | Path) -> Path:
     return path
 
 
+def numbered_folder(parent: str | Path) -> Path:
+    """Make a folder in `parent` that is called by the number after the largest one there, from `001` on.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    parent = writable_folder(parent)
+    number = max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=0)
+    while True:
+        number += 1
+        path = parent / f"{number:03d}"
+        try:
+            path.mkdir()
+        except FileExistsError:  # of a process that began at the same moment
+            continue
+        except OSError as error:
+            raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from error
+        return path
+
+
 @contextlib.contextmanager
-def output_folder(path: str | Path) -> Iterator[Path]:
+def output_folder(path: str | Path | None, numbered_in: str | Path = ".") -> Iterator[Path]:
     """A block that writes into the folder `path`; if it fails, a folder that it made and left empty is removed.
+
+    Args:
+        path: the folder; None for a new one in `numbered_in`, called by the next number.
 
     Raises:
         UserError: the folder cannot be written, said before the block begins.
     """
-    path = Path(path)
-    existed = path.exists()
-    writable_folder(path)
+    existed = path is not None and Path(path).exists()
+    path = numbered_folder(numbered_in) if path is None else writable_folder(path)
     try:
         yield path
     except BaseException:

@@ -245,6 +245,14 @@ def test_pictures_never_take_the_place_of_what_they_are_drawn_from(picture, tmp_
     assert run(*command, "--seeds", 1) == 0
 
 
+def test_pictures_that_were_drawn_before_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for prompt in ("red apple", "green pear"):
+        assert run("generate", prompt, "--steps", 1) == 0
+    kept = [Image.open(path).text["prompt"] for path in sorted((tmp_path / "pictures").glob("*/seed0.png"))]
+    assert kept == ["red apple", "green pear"]
+
+
 def test_what_a_base_does_not_read_of_a_prompt_is_told(tmp_path, capsys):
     words = " ".join(["apple"] * 60)
     assert run("generate", words, "--steps", 1, "--out", tmp_path / "out", "--json") == 0

@@ -41,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="pictures drawn at once (default: 8)")
     parser.add_argument("--device", help="cpu, cuda, mps or auto (default: auto, the best that is there)")
     parser.add_argument("--precision", help="fp32, fp16, bf16 or auto (default: auto, fp16 on CUDA, else fp32)")
-    parser.add_argument("--out", default="pictures", metavar="DIR", help="folder for the pictures (default: pictures)")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder for the pictures; what has the same names there is replaced "
+        "(default: a new one each time, pictures/001, pictures/002, ...)",
+    )
     add_json(parser)
 
 
@@ -75,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         seeds=tuple(range(args.seed, args.seed + args.seeds)),
         **given,
     )
-    with output_folder(args.out) as out:
+    with output_folder(getattr(args, "out", None), numbered_in="pictures") as out:
         from controlkit.sampling.generate import generate, refuse_overwriting
 
         refuse_overwriting(request, out)
