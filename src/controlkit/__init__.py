@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from controlkit.checkpoints.convert import convert
     from controlkit.checkpoints.describe import describe
     from controlkit.conditions import find as find_condition
-    from controlkit.data.cache_report import tend_cache
+    from controlkit.data.cache_report import manage_cache
     from controlkit.data.engine import make_pairs
     from controlkit.data.pairs import read_pairs
     from controlkit.evaluation.adapt import adapt
@@ -49,7 +49,7 @@ _PLACES = {
     "read_pairs": "data.pairs:read_pairs",
     "read_recipe": "training.recipe:read_recipe",
     "save_control": "checkpoints.controls:save_control",
-    "tend_cache": "data.cache_report:tend_cache",
+    "manage_cache": "data.cache_report:manage_cache",
     "train": "training.run:run",
 }
 
@@ -68,10 +68,10 @@ __all__ = [
     "load_base",
     "load_control",
     "make_pairs",
+    "manage_cache",
     "read_pairs",
     "read_recipe",
     "save_control",
-    "tend_cache",
     "train",
 ]
 

@@ -65,7 +65,7 @@ def test_stores_are_told_with_what_they_hold(cache, capsys, monkeypatch):
     told = capsys.readouterr().out
     for word in ("latents", "tiny abcdef12", "64 x 64", "F16 2 x 4", "just now", str(cache)):
         assert word in told
-    assert list(controlkit.tend_cache().to_json()["stores"]) == facts["stores"]
+    assert list(controlkit.manage_cache().to_json()["stores"]) == facts["stores"]
 
 
 def test_one_kind_or_everything_is_removed(cache, capsys):

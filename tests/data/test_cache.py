@@ -18,7 +18,7 @@ from hypothesis import given, settings, strategies
 from safetensors.torch import load_file
 
 from controlkit.data.cache import Spec, Store, cache_folder, cache_limit, store_folders
-from controlkit.data.cache_report import tend_cache
+from controlkit.data.cache_report import manage_cache
 from controlkit.data.cached_rows import CachedRows
 from controlkit.data.segments import Part, Segment, SegmentError, remove_unused, write_segment
 from controlkit.errors import UserError
@@ -244,7 +244,7 @@ def test_other_peoples_files_in_the_folder_are_left(cache, monkeypatch):
     (cache / "models" / "spec.json").write_text('{"format": "something else"}')
     monkeypatch.setenv("CONTROLKIT_CACHE_MB", "0.006")
     cached(40)
-    tend_cache(clear=True)
+    manage_cache(clear=True)
     assert theirs.exists()
 
 
@@ -253,11 +253,11 @@ def test_a_store_whose_spec_is_damaged_is_still_counted_and_cleared(cache, damag
     cached(4)
     (spec,) = cache.glob("*/spec.json")
     spec.write_text(damage)
-    assert sum(store.segments for store in tend_cache().stores) == 1
+    assert sum(store.segments for store in manage_cache().stores) == 1
     cached(8)
     assert json.loads(spec.read_text())["kind"] == SPEC.kind
     spec.write_text(damage)
-    tend_cache(clear=True)
+    manage_cache(clear=True)
     assert not spec.parent.exists()
 
 
@@ -268,7 +268,7 @@ def test_what_a_running_process_uses_stays(cache, monkeypatch):
     (path,) = segments(cache)
     os.utime(path, (1000, 1000))
     assert not remove_unused(path)
-    report = tend_cache(clear=True)
+    report = manage_cache(clear=True)
     assert (report.removed, report.in_use) == (0, 1)
     monkeypatch.setenv("CONTROLKIT_CACHE_MB", "0.0015")
     with pytest.raises(UserError, match=r"do not fit into the cache.*in use; set CONTROLKIT_CACHE_MB to 1 or more"):
@@ -408,4 +408,4 @@ def test_a_digest_that_ends_in_zeros_is_a_digest(cache):
     again = CachedRows(Store(SPEC), keys, encoder := Encoder(), what="")
     assert encoder.made == []
     assert_right(again)
-    assert tend_cache(verify=True).damaged == ()
+    assert manage_cache(verify=True).damaged == ()

@@ -111,7 +111,7 @@ def test_a_run_ends_with_a_file_that_loads_on_its_base(recipe, tmp_path, base_fo
 
 
 def test_a_continued_run_equals_one_in_one_go(recipe, tmp_path):
-    settings = {"final_rate": 1.0, "preview_every": 100}
+    settings = {"min_lr_rate": 1.0, "preview_every": 100}
     whole = dataclasses.replace(recipe, **settings)
     train_recipe(whole)
     broken = dataclasses.replace(recipe, out=str(tmp_path / "broken"), **settings)
@@ -128,7 +128,7 @@ def test_an_autoencoder_continued_equals_one_in_one_go(tmp_path, icons_file):
     def recipe(out, steps):
         return AutoencoderRecipe(
             out=str(tmp_path / out), icons=str(icons_file), steps=steps, channels=(8, 8), batch_size=2, ema=0.9,
-            final_rate=1.0, warmup_steps=0, preview_every=100, log_every=1, device="cpu",
+            min_lr_rate=1.0, warmup_steps=0, preview_every=100, log_every=1, device="cpu",
         )  # fmt: skip
 
     scores = train_recipe(recipe("whole", 6))

@@ -44,7 +44,7 @@ def recipe(tmp_path, base_folder, icons_file):
         variants=1,
         score_pictures=2,
         warmup_steps=0,
-        final_rate=1.0,
+        min_lr_rate=1.0,
         learning_rate=0.01,
         preview_every=100,
         device="cpu",

@@ -64,11 +64,11 @@ def test_every_shipped_recipe_loads(path):
         ({"learning_rate": 0}, "above 0"),
         ({"learning_rate": math.nan}, "above 0"),
         ({"learning_rate": math.inf}, "learning_rate"),
-        ({"clip": -1}, "above 0"),
+        ({"max_grad_norm": -1}, "above 0"),
         ({"precision": "fp8"}, "fp32, bf16 or auto"),
         ({"ema": 1.0}, "between 0 and 1"),
         ({"prompt_drop": 2}, "between 0 and 1"),
-        ({"final_rate": -0.1}, "final_rate"),
+        ({"min_lr_rate": -0.1}, "min_lr_rate"),
         ({"beta2": 1.0}, "beta2"),
         ({"weight_decay": -1}, "weight_decay"),
         ({"seed": -1}, "seed"),
@@ -151,7 +151,7 @@ def rates(**settings):
 
 
 def test_the_learning_rate_rises_then_falls_to_its_end():
-    values = rates(steps=200, warmup_steps=10, learning_rate=1.0, final_rate=0.1)
+    values = rates(steps=200, warmup_steps=10, learning_rate=1.0, min_lr_rate=0.1)
     top = values.index(max(values))
     assert top == 9
     assert values[: top + 1] == sorted(values[: top + 1])
@@ -163,7 +163,7 @@ def test_the_learning_rate_rises_then_falls_to_its_end():
 
 @given(st.integers(1, 300), st.integers(0, 400), st.floats(1e-6, 10), st.floats(0, 1))
 def test_the_learning_rate_is_always_between_nothing_and_its_peak(steps, warmup, peak, final):
-    values = rates(steps=steps, warmup_steps=warmup, learning_rate=peak, final_rate=final)
+    values = rates(steps=steps, warmup_steps=warmup, learning_rate=peak, min_lr_rate=final)
     assert all(0 < value <= peak * (1 + 1e-9) for value in values)
     if warmup == 0 and final == 1:
         assert values == pytest.approx([peak] * steps)

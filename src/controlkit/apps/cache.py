@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
-    from controlkit.data.cache_report import ago, tend_cache
+    from controlkit.data.cache_report import ago, manage_cache
 
-    report = tend_cache(clear=args.clear, verify=args.verify)
+    report = manage_cache(clear=args.clear, verify=args.verify)
     if args.json:
         print_json(report.to_json())
         return

@@ -70,7 +70,7 @@ class CacheReport:
         return asdict(self)
 
 
-def tend_cache(*, clear: bool | str = False, verify: bool = False) -> CacheReport:
+def manage_cache(*, clear: bool | str = False, verify: bool = False) -> CacheReport:
     """What the cache holds, after clearing or verifying it.
 
     Args:

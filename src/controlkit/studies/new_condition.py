@@ -218,7 +218,7 @@ class _Run:
                 "steps": steps,
                 "batch_size": self.settings.batch_size,
                 "learning_rate": rate,
-                "final_rate": 1.0,
+                "min_lr_rate": 1.0,
                 "warmup_steps": 10,
                 "save_every": 100,
                 "preview_every": 1_000_000,

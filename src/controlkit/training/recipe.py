@@ -63,13 +63,13 @@ class Recipe:
     """Peak learning rate of AdamW."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises from zero."""
-    final_rate: float = 0.02
+    min_lr_rate: float = 0.02
     """Where the cosine schedule ends, as a fraction of `learning_rate`. 1 keeps the rate constant."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     beta2: float = 0.99
     """AdamW's second-moment decay."""
-    clip: float | None = 1.0
+    max_grad_norm: float | None = 1.0
     """Largest gradient norm."""
     ema: float | None = None
     """Decay of the exponential moving average of the weights, which is what is saved; None for none."""
@@ -94,10 +94,10 @@ class Recipe:
         for name, least in _LEAST.items():
             if name in values and not (values[name] >= least and math.isfinite(values[name])):
                 raise UserError(f"{name} is {values[name]}; it must be at least {least}")
-        for name in ("learning_rate", "clip"):
+        for name in ("learning_rate", "max_grad_norm"):
             if values[name] is not None and not (values[name] > 0 and math.isfinite(values[name])):
                 raise UserError(f"{name} is {values[name]}; it must be above 0")
-        for name in ("final_rate", "prompt_drop"):
+        for name in ("min_lr_rate", "prompt_drop"):
             if name in values and not 0 <= values[name] <= 1:
                 raise UserError(f"{name} is {values[name]}; it must be between 0 and 1")
         if not 0 <= self.beta2 < 1:
@@ -318,7 +318,7 @@ def adapter_settings(base: str) -> dict[str, Any]:
     """
     if base == "nano" or _is_small(Path(base)):
         return {"rank": 4, "learning_rate": 1e-3, "batch_size": 16}
-    paper = {"rank": 128, "learning_rate": 1e-5, "batch_size": 4, "final_rate": 1.0, "warmup_steps": 0, "beta2": 0.999}
+    paper = {"rank": 128, "learning_rate": 1e-5, "batch_size": 4, "min_lr_rate": 1.0, "warmup_steps": 0, "beta2": 0.999}
     return {**paper, "steps": 1000, "preview_every": 500, "precision": "auto"}
 
 

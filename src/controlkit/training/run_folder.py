@@ -21,7 +21,7 @@ _MAY_CHANGE = {
     "out",
     "steps",
     "learning_rate",
-    "final_rate",
+    "min_lr_rate",
     "device",
     "gradient_checkpointing",
     "log_every",

@@ -142,7 +142,7 @@ class _Loop:
             self._back_to_calm()
             means = f"{self.watch.mean:.3g} on average, {self.watch.lowest:.3g} at its best"
             raise self._diverged(f"the loss has exploded ({means})", step, value)
-        most = math.inf if self.recipe.clip is None else self.recipe.clip
+        most = math.inf if self.recipe.max_grad_norm is None else self.recipe.max_grad_norm
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, most)).item()
         if not math.isfinite(norm):
             raise self._diverged(f"the gradient's norm is {norm}", step, value)
@@ -239,9 +239,9 @@ class _Loop:
 
 
 def learning_rate_at(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then a cosine from the peak to `final_rate` of it at the last step."""
+    """Linear warm-up, then a cosine from the peak to `min_lr_rate` of it at the last step."""
     progress = step / recipe.steps
-    shape = recipe.final_rate + (1 - recipe.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+    shape = recipe.min_lr_rate + (1 - recipe.min_lr_rate) * 0.5 * (1 + math.cos(math.pi * progress))
     return recipe.learning_rate * min(1.0, (step + 1) / max(1, recipe.warmup_steps)) * shape
 
 
