@@ -89,6 +89,22 @@ def decode_text(data: bytes) -> str:
     return data.decode("utf-16" if utf16 else "utf-8-sig")
 
 
+def whole_text(text: str, what: str) -> str:
+    """`text`, if it can be written.
+
+    Args:
+        what: what the error calls it.
+
+    Raises:
+        UserError: it holds half a character, as cut text does.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} {text!r} is not whole text ({error.reason}); remove what was cut") from error
+    return text
+
+
 def writable_folder(path: str | Path) -> Path:
     """`path` as a folder that exists and takes files.
 

@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="the base that it steers: nano, a diffusers folder, a single file, or a hub id")
     parser.add_argument("--name", help="name of the adapter")
     parser.add_argument(
-        "--condition", help="scores by this condition (default: the one that PAIRS/NAME names, or by the picture)"
+        "--condition",
+        help="what the condition images are (default: what the pairs say, or PAIRS/NAME; else judged by the picture)",
     )
     parser.add_argument("--rank", type=int, help="of every LoRA (default: 4 for nano, 128 for others)")
     parser.add_argument("--steps", type=int, help="optimiser steps (default: 500 for nano, 1000 for others)")
@@ -60,16 +61,15 @@ def run(args: argparse.Namespace) -> None:
     values = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
     values |= read_overrides(args.overrides)
     name = values.get("name", "adapter")
-    chosen = Path(args.pairs).name
-    if "condition" not in values and chosen in conditions.registry():
-        values["condition"] = chosen
+    if "condition" not in values and (told := _told_condition(args.pairs)) is not None:
+        values["condition"] = told
     recipe = build_recipe(
         {
             "system": "ctrlora-adapter",
             "pairs": args.pairs,
             "control": args.control,
             "out": args.out or f"runs/{name}",
-            **adapter_settings(values.get("base", "nano")),
+            **adapter_settings(str(values.get("base", "nano"))),
             **values,
         },
         origin="controlkit adapt",
@@ -94,3 +94,15 @@ def run(args: argparse.Namespace) -> None:
     steered = f" --base {shlex.quote(base)}" if base != "nano" else ""
     control = shlex.quote(f"{file}=IMAGE")
     print(f'try next: controlkit generate "PROMPT"{steered} --control {control}{prepared} --seeds 4')
+
+
+def _told_condition(pairs: str) -> str | None:
+    """The condition that PAIRS/NAME names, or the only one that pairs tell of; None if they do not say."""
+    from controlkit import conditions
+    from controlkit.data.readers.listing import short_name
+    from controlkit.data.readers.recognise import read_listing
+
+    if Path(pairs).name in conditions.registry():
+        return Path(pairs).name
+    names = {short_name(name) for name in read_listing(pairs).conditions}
+    return names.pop() if len(names) == 1 and names <= set(conditions.registry()) else None

@@ -5,6 +5,7 @@ Everything inside is a diffusers or transformers class, so what diffusers loads 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from controlkit.bases.residuals import Residuals
 from controlkit.errors import UserError
-from controlkit.files import sha256_of
+from controlkit.files import sha256_of, whole_text
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,13 @@ class Base:
             parts.append(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
         return sha256_of(*parts)[:16]
 
+    @cached_property
+    def content(self) -> str:
+        """Hash of all that decides what it draws: every network's weights and settings, and the noise schedule."""
+        others = [network_key(network) for network in self.networks if network is not self.unet]
+        schedule = _settings_of(self.scheduler_config)
+        return sha256_of(self.fingerprint, _settings_of(dict(self.unet.config)), *others, schedule)[:16]
+
     def schedule(self) -> DDIMScheduler:
         """A fresh DDIM schedule with the base's betas.
 
@@ -231,6 +239,21 @@ class Base:
                 raise UserError(f"{name} {value} does not fit {self.name}: it must be a multiple of {step}; try {near}")
 
 
+def network_key(network: nn.Module) -> str:
+    """Hash of the weights and the settings of a network of diffusers or transformers."""
+    config: Any = network.config
+    settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    weights = (p.detach().cpu().float().contiguous().numpy().tobytes() for p in network.parameters())
+    return sha256_of(_settings_of(settings), *weights)
+
+
+def _settings_of(config: Mapping[str, Any]) -> str:
+    """A configuration without what says only where it came from, or with which version and type it was written."""
+    apart = ("transformers_version", "dtype", "torch_dtype")
+    kept = {name: value for name, value in config.items() if not name.startswith("_") and name not in apart}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
 PIXELS_AT_ONCE = 2**19
 """What an autoencoder takes at once: two pictures of 512 x 512, whose largest activations in float32 take 256 MiB, and
 whole batches of small ones."""
@@ -247,13 +270,8 @@ def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     Raises:
         UserError: a prompt holds half a character, as cut text does.
     """
-    for prompt in prompts:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"the prompt {prompt!r} is not whole text ({error.reason}); remove what was cut") from error
     return tokenizer(
-        list(prompts),
+        [whole_text(prompt, "the prompt") for prompt in prompts],
         padding="max_length",
         max_length=tokenizer.model_max_length,
         truncation=True,

@@ -24,13 +24,16 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache, cached_property
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from controlkit._version import __version__
 from controlkit.conditions.models import LearnedModel
 from controlkit.conditions.own import load_own
 from controlkit.errors import UserError, nearest
+from controlkit.files import sha256_of
 
 Draw = Callable[[np.random.Generator], Any]
 """Draws a parameter's value for one training picture."""
@@ -140,6 +143,13 @@ class Condition:
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
+    @cached_property
+    def content(self) -> str:
+        """Hash of what decides what it draws: the file that it stands in, its defaults and its learned model."""
+        source = inspect.getsourcefile(self.function)
+        code = Path(source).read_bytes() if source is not None and Path(source).is_file() else b""
+        return sha256_of(self.name, code, repr(self.defaults), repr(self.requires), __version__)
+
     def __call__(self, picture: np.ndarray, **parameters: Any) -> np.ndarray:
         """The condition image of `picture`, both `uint8 [H, W, 3]` RGB of the same height and width.
 
@@ -203,11 +213,20 @@ class Condition:
         return self.fidelity.compare(given, self(result, **parameters))
 
     def mean_score(
-        self, given: Sequence[np.ndarray], results: Sequence[np.ndarray], truths: Sequence[np.ndarray]
+        self,
+        given: Sequence[np.ndarray],
+        results: Sequence[np.ndarray],
+        truths: Sequence[np.ndarray],
+        parameters: Sequence[Mapping[str, Any]] | None = None,
     ) -> float:
-        """The mean of `score` over pictures, all `uint8 [H, W, 3]`."""
-        every = zip(given, results, truths, strict=True)
-        return float(np.mean([self.score(one, result, truth) for one, result, truth in every]))
+        """The mean of `score` over pictures, all `uint8 [H, W, 3]`.
+
+        Args:
+            parameters: of each condition image, those that it was made with; None if all were made with the defaults.
+        """
+        made_with = [{}] * len(given) if parameters is None else parameters
+        every = zip(given, results, truths, made_with, strict=True)
+        return float(np.mean([self.score(one, result, truth, **values) for one, result, truth, values in every]))
 
 
 def condition(name: str, **facts: Any) -> Callable[[Callable[..., np.ndarray]], Condition]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 
-from controlkit.conditions.condition import Fidelity
+from controlkit.conditions.condition import Condition, Fidelity
 from controlkit.conditions.pixels import nearest_colour, packed, three_channels
 
 
@@ -134,3 +136,8 @@ PICTURE_COLOUR_DISTANCE = Fidelity(
 )
 PICTURE_EDGE_F1 = Fidelity(name="edge F1 to the picture", compare=picture_edge_f1, against="picture")
 RESTORED_PSNR = Fidelity(name="PSNR to the picture, dB", compare=psnr, against="picture")
+
+
+def by_the_picture(condition: Condition) -> Condition:
+    """`condition`, scored by the true picture: where the model that would draw it of a result is not to be had."""
+    return replace(condition, fidelity=RESTORED_PSNR)

@@ -135,9 +135,9 @@ def check_sheet(report: CheckReport, cell: int = 128) -> Image.Image:
     titles: list[str] = []
     for first in range(0, len(report.shown), 6):
         group = report.shown[first : first + 6]
-        rows += [[_shown(source) for source, _ in group], [_shown(target) for _, target in group]]
+        rows += [[_shown(source, cell) for source, _ in group], [_shown(target, cell) for _, target in group]]
         titles += ["condition", "picture"]
-    return contact_sheet(rows or [[_shown(None)]], row_titles=titles or ["nothing"], cell=cell)
+    return contact_sheet(rows or [[_shown(None, cell)]], row_titles=titles or ["nothing"], cell=cell)
 
 
 def _chosen(listing: Listing, name: str) -> str:
@@ -156,7 +156,7 @@ def _entry_problem(text: str) -> Problem:
 def _look(record: Record, names: Sequence[str]) -> _Seen:
     seen = _Seen()
     seen.problems += [] if record.prompt.strip() else [Problem(kind="prompt", where=record.where, text="empty prompt")]
-    picture = _opened(record, record.picture, _told(record, "sha256", "picture"), seen)
+    picture = _opened(record, record.picture, record.told("sha256", "picture"), seen)
     if picture is not None:
         seen.pixels = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
     for name in names:
@@ -166,7 +166,7 @@ def _look(record: Record, names: Sequence[str]) -> _Seen:
             continue
         if isinstance(source, Drawn):
             continue
-        image = _opened(record, source, _told(record, "sha256", "conditions", name), seen)
+        image = _opened(record, source, record.told("sha256", "conditions", name), seen)
         if image is None or picture is None:
             continue
         if image.size != picture.size:
@@ -180,7 +180,7 @@ def _look(record: Record, names: Sequence[str]) -> _Seen:
 
 def _compared(record: Record, name: str, image: Image.Image, picture: Image.Image, seen: _Seen) -> dict[str, bool]:
     """Whether the condition image is what its recorded parameters make of the picture; empty if none are recorded."""
-    parameters = _told(record, "parameters", name)
+    parameters = record.told("parameters", name)
     if not isinstance(parameters, Mapping) or "objects" in parameters:
         return {}
     try:
@@ -199,14 +199,6 @@ def _compared(record: Record, name: str, image: Image.Image, picture: Image.Imag
         text = f"{name} is not what its parameters make of the picture (mean difference {forward:.0f} of 255)"
         seen.problems.append(_problem("not drawn", record, text))
     return {name: False}
-
-
-def _told(record: Record, *keys: str) -> Any:
-    """What a manifest says under these keys; None if it says nothing (files of other tools hold other things)."""
-    value: Any = record.made
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
 
 
 def _opened(record: Record, source: Source, digest: str | None, seen: _Seen) -> Image.Image | None:
@@ -261,11 +253,14 @@ def _problem(kind: str, record: Record, text: str) -> Problem:
     return Problem(kind=kind, where=record.where, text=text)
 
 
-def _shown(source: Source | None) -> Image.Image:
+def _shown(source: Source | None, cell: int) -> Image.Image:
+    """The picture, reduced to about what a cell shows, so that a sheet of large ones fits into memory."""
     try:
-        return read_picture(source) if source is not None else Image.new("RGB", (64, 64), "red")
+        image = read_picture(source) if source is not None else Image.new("RGB", (64, 64), "red")
     except UserError:
         return Image.new("RGB", (64, 64), "red")
+    image.thumbnail((2 * cell, 2 * cell))
+    return image
 
 
 def to_json(report: CheckReport) -> dict[str, Any]:

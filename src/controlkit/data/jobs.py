@@ -172,7 +172,12 @@ def _placed(pair: MadePair, picture: Picture, out: Path, home: str) -> tuple[dic
     files = {places[name]: data for name, data in pair.conditions.items()}
     if pair.picture is None:
         assert isinstance(picture.source, Path)
-        where = os.path.relpath(os.path.realpath(picture.source), home).replace(os.sep, "/")
+        real = os.path.realpath(picture.source)
+        try:
+            where = os.path.relpath(real, home)
+        except ValueError:  # on another drive of Windows
+            where = real
+        where = where.replace(os.sep, "/")
     else:
         where = f"pictures/{picture.key}.{pair.suffix}"
         files[where] = pair.picture

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from controlkit.errors import UserError, nearest
+from controlkit.files import whole_text
 from controlkit.images import read_image
 
 _CONTROL_KEYS = {"segbase": "control_seg"}
@@ -63,7 +64,7 @@ class MultiGen:
             return (
                 self.folder / "conditions" / control.removeprefix("./"),
                 self.folder / "images" / source.removeprefix("./"),
-                str(prompt or ""),
+                whole_text(str(prompt or ""), "the prompt"),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +29,8 @@ class Pair:
     prompt: str
     condition: str | None = None
     """Which condition `source` is, where that is known; it decides how its images are scaled and mirrored."""
+    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Those that `source` was made with, where that is known; scores of a result make its condition image with them."""
 
     def images(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Condition image and picture, both `uint8 [size, size, 3]`, cropped around their centres alike."""

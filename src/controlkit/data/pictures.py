@@ -14,7 +14,7 @@ from controlkit.data.readers.archives import picture_of, texts_of
 from controlkit.data.readers.coco import coco_pictures, object_parameters
 from controlkit.data.sources import Piece, is_picture_name, read_caption, samples
 from controlkit.errors import UserError
-from controlkit.files import sha256_of
+from controlkit.files import sha256_of, whole_text
 
 STATE = Path(".controlkit") / "pairs"
 """Where, below a folder of pairs, is kept what a later run needs to know."""
@@ -43,10 +43,10 @@ class Picture:
         """The caption, empty if there is none.
 
         Raises:
-            UserError: its file cannot be read as text.
+            UserError: its file cannot be read as text, or it holds half a character.
         """
         if self.prompt is not None:
-            return self.prompt
+            return whole_text(self.prompt, "its caption")
         return read_caption(self.sidecar) if self.sidecar else ""
 
     def stamp(self) -> str:
@@ -180,19 +180,20 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _key(name: str) -> str:
-    """`a/apple` of `a/apple.jpg`; no dots, at which tar shards part key and ending."""
-    return re.sub(r"[.\\\s:]+", "_", name.rpartition(".")[0]) or "_"
+    """`a/apple` of `a/apple.jpg`; no dots, at which tar shards part key and ending, nor what no file of Windows has."""
+    return re.sub(r"[.\\\s:*?\"<>|]+", "_", name.rpartition(".")[0]) or "_"
 
 
 def _with_unique_keys(pictures: Sequence[Picture]) -> Iterator[Picture]:
     taken: set[str] = set()
     for picture in sorted(pictures, key=lambda picture: (picture.name, str(picture.source))):
         key, number = picture.key, 2
-        if key in taken:
+        # Some file systems do not tell capital letters from small ones.
+        if key.casefold() in taken:
             key = f"{picture.key}_{picture.name.rpartition('.')[2].lower()}"
-        while key in taken:
+        while key.casefold() in taken:
             key, number = f"{picture.key}_{number}", number + 1
-        taken.add(key)
+        taken.add(key.casefold())
         yield picture if key == picture.key else replace(picture, key=key)
 
 

@@ -72,7 +72,7 @@ class Drawn:
 
     def read_bytes(self) -> bytes:
         """What the image follows from, hashed; not a picture's bytes."""
-        return sha256_of(self.picture.read_bytes(), self.condition, repr(self.parameters)).encode()
+        return sha256_of(self.picture.read_bytes(), find(self.condition).content, repr(self.parameters)).encode()
 
     def __str__(self) -> str:
         return f"{self.condition} of {self.picture}"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from controlkit import conditions
 from controlkit.bases.base import Base
+from controlkit.conditions.fidelity import by_the_picture
 from controlkit.controls.control import Control
 from controlkit.data.pairs import Pair
 from controlkit.errors import UserError
@@ -34,6 +35,8 @@ class Judged:
     given: Sequence[np.ndarray]
     truths: Sequence[np.ndarray]
     prompts: Sequence[str]
+    parameters: Sequence[Mapping[str, Any]] | None = None
+    """Those that each condition image was made with; None if all were made with the defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,7 @@ def judged_pairs(pairs: Sequence[Pair], size: int) -> Judged:
         given=[source for source, _ in images],
         truths=[target for _, target in images],
         prompts=[pair.prompt for pair in pairs],
+        parameters=[pair.parameters for pair in pairs],
     )
 
 
@@ -120,6 +124,7 @@ def evaluate_control(
         notes=(
             "ceiling: the true picture through the autoencoder.",
             "gap closed = (control - no control) / (ceiling - no control).",
+            *_notes(judgements),
         ),
         facts={made.judged.name: made.facts for made in judgements},
     )
@@ -144,12 +149,14 @@ def evaluate_controls(
         The table, and a sheet of what was given and what came out for the first eight pictures of the first set.
     """
     ends: dict[str, Ends] = {}
+    every: list[_Judgement] = []
     rows: list[Row] = []
     facts: dict[str, Any] = {}
     strips: list[Sequence[Image.Image]] = []
     titles: list[str] = []
     for name, control in controls.items():
         judgements = [_judge(base, control, pictures, ends, steps=steps, guidance=guidance) for pictures in sets]
+        every += judgements
         rows += [(f"{name}, {made.pictures}", made.measure, *made.values) for made in judgements]
         facts[name] = {made.judged.name: made.facts for made in judgements}
         for title, group in ((name, judgements[0].judged.given), ("result", judgements[0].steered)):
@@ -160,7 +167,7 @@ def evaluate_controls(
         title="Condition following",
         columns=("control, pictures", "measure", "no control", "control", "ceiling", "gap closed"),
         rows=tuple(rows),
-        notes=("ceiling: the true picture through the autoencoder.",),
+        notes=("ceiling: the true picture through the autoencoder.", *_notes(every)),
         facts=facts,
     )
     return report, contact_sheet(strips, row_titles=[*titles, "truth"], cell=72)
@@ -176,6 +183,8 @@ class _Judgement:
     baseline: float
     value: float
     ceiling: float
+    notes: tuple[str, ...]
+    """What a reader of the figures has to know beside them."""
 
     @property
     def measure(self) -> str:
@@ -207,17 +216,49 @@ def _judge(
 ) -> _Judgement:
     if control.condition is None:
         raise UserError("this control's file does not say which condition it follows; evaluation needs to know")
-    condition = conditions.find(control.condition)
+    condition, notes = _measured(conditions.find(control.condition))
     judged = pictures if isinstance(pictures, Judged) else judged_drawings(condition, pictures, base.size)
     if judged.name not in ends:
         ends[judged.name] = draw_ends(base, judged.truths, judged.prompts, steps, guidance)
     use = Steer(control=control, given=judged.given, weight=weight)
     steered = draw_controlled(base, [use], judged.prompts, steps=steps, guidance=guidance)
     drawn = (ends[judged.name].without, steered, ends[judged.name].mirrored)
-    baseline, value, ceiling = (condition.mean_score(judged.given, results, judged.truths) for results in drawn)
-    return _Judgement(
-        condition=condition, judged=judged, steered=steered, baseline=baseline, value=value, ceiling=ceiling
+    baseline, value, ceiling = (
+        condition.mean_score(judged.given, results, judged.truths, judged.parameters) for results in drawn
     )
+    if condition.draw and judged.parameters is not None and not all(judged.parameters):
+        notes += (
+            f"nothing tells how {condition.name} of {judged.name} was drawn; that of a result is drawn with the"
+            " default parameters, so the figures say too little where others were used.",
+        )
+    return _Judgement(
+        condition=condition,
+        judged=judged,
+        steered=steered,
+        baseline=baseline,
+        value=value,
+        ceiling=ceiling,
+        notes=notes,
+    )
+
+
+def _measured(condition: conditions.Condition) -> tuple[conditions.Condition, tuple[str, ...]]:
+    """The condition with a measure that can be taken here, and what there is to say about it.
+
+    A result's own condition image may need a learned model that is not to be had; the true picture always is.
+    """
+    if condition.requires is None or condition.fidelity.against == "picture":
+        return condition, ()
+    try:
+        condition(np.zeros((64, 64, 3), np.uint8))
+    except UserError as error:
+        told = f"{condition.name} of a result cannot be drawn, so results are compared with the true picture ({error})."
+        return by_the_picture(condition), (told,)
+    return condition, ()
+
+
+def _notes(judgements: Sequence[_Judgement]) -> list[str]:
+    return list(dict.fromkeys(note for made in judgements for note in made.notes))
 
 
 def draw_controlled(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError
 
 from controlkit import conditions
 from controlkit.bases.base import Base
@@ -24,6 +25,7 @@ from controlkit.images import contact_sheet, write_png
 from controlkit.training.pairs import PairsObjective
 from controlkit.training.recipe import PairsRecipe, identifying
 from controlkit.training.run import objective_of
+from controlkit.training.state import step_of
 from controlkit.training.trainer import train
 
 _SHOWN = 10
@@ -76,8 +78,17 @@ class Cell:
         return gap_closed(self.baseline, self.score, self.ceiling)
 
 
+def _steps_done(folder: Path) -> int:
+    """Steps of the run in `folder`; 0 where none is, or its state cannot be read (training says so)."""
+    try:
+        return step_of(folder / "state.safetensors")
+    except (SafetensorError, KeyError, ValueError, OSError):
+        return 0
+
+
 class Bench:
-    """Trains and judges cells once. Each has a file of its own, so that several processes can share the work.
+    """Trains and judges cells once. Each has a file of its own, so that several processes can share the work, each on
+    conditions of its own.
 
     Args:
         setting: whatever else the numbers depend on (base, base control, ...); others get files of their own.
@@ -93,9 +104,15 @@ class Bench:
 
     def cell(self, task: Task, method: str, recipe: PairsRecipe) -> Cell:
         """Train by `recipe` (going on from fewer steps where that was done) and judge on the task's pictures."""
-        identity = sha256_of(task.name, method, task.content, repr(sorted(identifying(recipe).items())))[:24]
+        settings = {name: value for name, value in identifying(recipe).items() if name != "out"}
+        identity = sha256_of(task.name, method, task.content, repr(sorted(settings.items())))[:24]
         path = self.results / f"{identity}.json"
         if not path.exists():
+            # Pairs of the same name may have changed: weights that were trained on others must not be gone on from.
+            out = f"{recipe.out}-{task.content[:8]}"
+            if _steps_done(Path(out)) > recipe.steps:
+                out += f"-{recipe.steps}-steps"
+            recipe = dataclasses.replace(recipe, out=out)
             write_json(path, dataclasses.asdict(self._measure(task, method, recipe)))
         return Cell(**read_json(path))
 

@@ -27,7 +27,7 @@ from controlkit.errors import UserError, nearest
 from controlkit.evaluation.control import judged_drawings, judged_pairs
 from controlkit.evaluation.pictures import evaluation_set
 from controlkit.evaluation.report import Report
-from controlkit.files import write_atomically
+from controlkit.files import read_json, sha256_of, write_atomically, write_json
 from controlkit.studies.cells import Bench, Cell, Task
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, REPORTS
 from controlkit.training.recipe import PairsRecipe, build_recipe
@@ -51,6 +51,8 @@ PARTS = {
     "ranks": "the adapter at growing ranks",
     "pairs": "the adapter with growing numbers of pairs",
 }
+
+_ORIGIN = "drawn-from.json"
 
 RATES = dict.fromkeys(METHODS, 1e-3)
 """The learning rate of each method: one for all, as in the paper; the part `rates` compares others."""
@@ -258,8 +260,16 @@ class _Run:
             max(self.settings.pairs, *self.settings.pair_counts) if self._detailed(condition) else self.settings.pairs
         )
         whole = self.out / "pairs" / f"{condition.name}-{most}"
+        icons = Path(self.settings.icons)
+        drawn_from = {"icons": sha256_of(icons.read_bytes())} if icons.is_file() else {}
         if not (whole / MANIFEST).is_file():
             write_pairs(whole, icon_pairs(self.sets, condition, most))
+            write_json(whole / _ORIGIN, drawn_from)
+        elif drawn_from and (whole / _ORIGIN).is_file() and read_json(whole / _ORIGIN) != drawn_from:
+            raise UserError(
+                f"the pairs in {whole} were drawn from other icons than {self.settings.icons}; give the study another"
+                " out, or remove its folder of pairs"
+            )
         folder = whole.with_name(f"{condition.name}-{count}")
         if folder != whole and not (folder / MANIFEST).is_file():
             lines = (whole / MANIFEST).read_text(encoding="utf-8").splitlines()[:count]
@@ -273,10 +283,12 @@ class _Run:
     def _write(self, made: Mapping[str, Sequence[Cell]], reports: Sequence[Report]) -> dict[str, Path]:
         from controlkit.studies.figure import plot, sheet_of
 
-        files = {"table": self.out / f"new-condition-{self.bench.key}.md"}
+        # A part alone does not write over what all of them told.
+        name = "-".join(["new-condition", self.bench.key, *([] if tuple(made) == NewCondition.parts else made)])
+        files = {"table": self.out / f"{name}.md"}
         text = "\n\n".join(report.to_markdown() for report in reports) + "\n"
         write_atomically(files["table"], lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        files["figure"] = plot(made, self.out / f"new-condition-{self.bench.key}.png")
+        files["figure"] = plot(made, self.out / f"{name}.png")
         if "budgets" in made:
             tasks = {name: self.task(name, self.settings.pairs) for name in self.names()}
             files["pictures"] = sheet_of(made["budgets"], tasks, self.bench, self.settings.detail_steps)

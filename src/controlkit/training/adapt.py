@@ -44,17 +44,23 @@ class FrugalObjective(PairsObjective):
 class AdaptObjective(FrugalObjective):
     """Only the adapter trains (Xu et al. 2025, section 3.3); no frozen weight gets a gradient."""
 
+    recipe: AdaptRecipe
+    control: CtrLoRA
+
     def __init__(self, recipe: AdaptRecipe, device: torch.device) -> None:
         super().__init__(recipe, device)
+        self.encoded = self.cache.hints(self.control)
+        self.settle()
+
+    def build_control(self) -> CtrLoRA:
+        recipe = self.recipe
         base_control = load_base_control(recipe.control, self.base)
         self.frozen = sha256_of(self.frozen, base_control.fingerprint())
         adapter = base_control.add_adapter(recipe.name, recipe.rank, seed=recipe.seed)
         base_control.train_adapter(recipe.name)
         self.base_control_name = Path(recipe.control).stem
-        self.control: CtrLoRA = CtrLoRA(base_control, recipe.name, self.condition.name)
         self.trained = nn.ModuleDict({"adapter": adapter})
-        self.encoded = self.cache.hints(self.control)
-        self.settle()
+        return CtrLoRA(base_control, recipe.name, self.condition.name)
 
     def hints(self, chosen: Tensor, flipped: Tensor) -> Tensor:
         return self.encoded.gather(chosen, flipped).float().to(self.device)
@@ -71,17 +77,21 @@ class CtrLoRAFullObjective(FrugalObjective):
     (The second and third rows of the ablation in Xu et al. 2025, table 4.)
     """
 
+    recipe: CtrLoRAFullRecipe
+    control: BaseControl
+
     def __init__(self, recipe: CtrLoRAFullRecipe, device: torch.device) -> None:
         super().__init__(recipe, device)
-        if recipe.control is None:
-            self.control: BaseControl = BaseControl.for_base(self.base)
-        else:
-            self.control = load_base_control(recipe.control, self.base)
-        self.control.condition = self.condition.name
-        self.control.train_base()
-        self.trained = nn.ModuleDict({"control": self.control})
         self.encoded = self.cache.hints(self.control)
         self.settle()
+
+    def build_control(self) -> BaseControl:
+        start = self.recipe.control
+        control = BaseControl.for_base(self.base) if start is None else load_base_control(start, self.base)
+        control.condition = self.condition.name
+        control.train_base()
+        self.trained = nn.ModuleDict({"control": control})
+        return control
 
     def hints(self, chosen: Tensor, flipped: Tensor) -> Tensor:
         return self.encoded.gather(chosen, flipped).float().to(self.device)
@@ -95,12 +105,18 @@ class CtrLoRAFullObjective(FrugalObjective):
 class ControlNetPairsObjective(FrugalObjective):
     """A ControlNet from scratch; its hint network trains too, so condition images are read at every step."""
 
+    recipe: ControlNetPairsRecipe
+    control: ControlNet
+
     def __init__(self, recipe: ControlNetPairsRecipe, device: torch.device) -> None:
         super().__init__(recipe, device)
-        torch.manual_seed(recipe.seed)
-        self.control: ControlNet = ControlNet.for_base(self.base, self.condition.name).train()
-        self.trained = nn.ModuleDict({"control": self.control})
         self.settle()
+
+    def build_control(self) -> ControlNet:
+        torch.manual_seed(self.recipe.seed)
+        control = ControlNet.for_base(self.base, self.condition.name).train()
+        self.trained = nn.ModuleDict({"control": control})
+        return control
 
     def hints(self, chosen: Tensor, flipped: Tensor) -> Tensor:
         sources = [
@@ -123,5 +139,7 @@ def load_base_control(name: str | Path, base: Base) -> BaseControl:
     """
     control = load_control(name, base)
     if not isinstance(control, BaseControl):
-        raise UserError(f"{name} is a {control.kind}, not a base control that adapters are made on")
+        raise UserError(
+            f"{name} is a {control.kind}, not a base control that adapters are made on; nano's is called nano/base"
+        )
     return control

@@ -31,12 +31,6 @@ class AutoencoderObjective(Objective):
         torch.manual_seed(recipe.seed)
         self.network = build_autoencoder(recipe.channels, recipe.latent_channels).to(device)
         self.trained = nn.ModuleDict({"autoencoder": self.network})
-        if recipe.decoder_only:
-            start = AutoencoderKL.from_pretrained(Path(recipe.out) / "vae")
-            self.network.load_state_dict(start.state_dict())
-            self.network.register_to_config(scaling_factor=start.config.scaling_factor)
-            self.network.encoder.requires_grad_(False)
-            self.network.quant_conv.requires_grad_(False)
         self.test = pictures(sets.select(styles=TRAINED_STYLES, held_out=True), 192, numpy_generator(0, 0, 9)).to(
             device
         )
@@ -71,10 +65,9 @@ class AutoencoderObjective(Objective):
 
     @torch.no_grad()
     def save(self, folder: Path) -> list[Path]:
-        if not self.recipe.decoder_only:
-            latents = self.network.encode(self.test).latent_dist.mode()
-            # SD's convention (Rombach et al. 2022, appendix G): latents times this have unit variance.
-            self.network.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+        latents = self.network.encode(self.test).latent_dist.mode()
+        # SD's convention (Rombach et al. 2022, appendix G): latents times this have unit variance.
+        self.network.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
         self.network.save_pretrained(folder / "vae", safe_serialization=True)
         return [folder / "vae"]
 

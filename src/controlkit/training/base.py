@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from controlkit.bases.base import Base
+from controlkit.bases.base import Base, network_key
 from controlkit.bases.load import load_base
 from controlkit.data.icons import COLOURS, STYLES, TRAINED_STYLES, IconSets, caption_of, read_concepts
 from controlkit.errors import UserError
@@ -21,7 +21,7 @@ from controlkit.files import write_json
 from controlkit.images import contact_sheet, to_images, write_png
 from controlkit.sampling.sampler import sample_prompts
 from controlkit.training.diffusion import noised
-from controlkit.training.drawings import Drawings, weights_key
+from controlkit.training.drawings import Drawings
 from controlkit.training.objective import Objective
 from controlkit.training.recipe import BaseRecipe
 
@@ -64,6 +64,7 @@ class BaseObjective(Objective):
         sets = IconSets(recipe.icons)
         start = self._start(sets)
         self.vae = start.vae.to(device)
+        self.frozen = network_key(self.vae)
         self.tokenizer = start.tokenizer
         self.scheduler_config = start.scheduler_config
         self.trained = nn.ModuleDict({"text_encoder": start.text_encoder, "unet": start.unet}).to(device)
@@ -80,7 +81,7 @@ class BaseObjective(Objective):
             recipe.seed,
             path=Path(recipe.out) / "latents.safetensors",
             encode=lambda x: self.vae.encode(x.to(device)).latent_dist.mode() * self.vae.config.scaling_factor,
-            key=weights_key(self.vae),
+            key=self.frozen,
             least_scale=recipe.least_scale,
         )
 

@@ -27,7 +27,7 @@ class Drawings:
 
     Args:
         encode: pictures `[b, 3, 64, 64]` in [-1, 1] => scaled latents.
-        key: names the autoencoder's weights.
+        key: names the autoencoder's weights and settings.
         least_scale: as in `data.icons.draw`.
     """
 
@@ -93,8 +93,3 @@ class Drawings:
         metadata = {"key": key, "colours": " ".join(colours)}
         write_atomically(path, lambda temporary: save_file({"latents": latents}, temporary, metadata))
         return latents, colours
-
-
-def weights_key(module: torch.nn.Module) -> str:
-    """Hash of a network's weights."""
-    return sha256_of(*(p.detach().cpu().float().contiguous().numpy().tobytes() for p in module.parameters()))

@@ -11,6 +11,11 @@ from typing import Any
 from controlkit.errors import UserError
 from controlkit.files import read_json
 
+_NO_OFFLOAD = (
+    "which controlkit does not: set it to {} in `accelerate config`, and use gradient_checkpointing,"
+    " optimizer: adamw8bit or a smaller batch_size if memory is short"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -31,11 +36,17 @@ def asked_for(environment: Mapping[str, str] = os.environ) -> Launch:
     what torch's FSDP does, so its stages become that.
 
     Raises:
-        UserError: DeepSpeed's configuration cannot be read, or offloads, which FSDP is not made to do here.
+        UserError: DeepSpeed's configuration cannot be read, or it or FSDP's offloads, which is not done here.
     """
     if _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
         return _zero(environment)
-    return Launch(shards=_is_true(environment, "ACCELERATE_USE_FSDP"))
+    if not _is_true(environment, "ACCELERATE_USE_FSDP"):
+        return Launch()
+    if _is_true(environment, "FSDP_OFFLOAD_PARAMS"):
+        raise UserError(f"FSDP is configured to offload parameters, {_NO_OFFLOAD.format('false')}")
+    # The second version of FSDP says true or false, the first the name of a strategy.
+    strategy = environment.get("FSDP_RESHARD_AFTER_FORWARD", environment.get("FSDP_SHARDING_STRATEGY", "false"))
+    return Launch(shards=True, reshard=strategy.lower() in ("true", "1", "full_shard"))
 
 
 def _zero(environment: Mapping[str, str]) -> Launch:
@@ -50,11 +61,8 @@ def _zero(environment: Mapping[str, str]) -> Launch:
         parts = [zero.get(name) or {} for name in ("offload_optimizer", "offload_param")]
         offload = {str(part.get("device", "none")) for part in parts}
     if offload - {"none"}:
-        raise UserError(
-            f"DeepSpeed is configured to offload to {', '.join(sorted(offload - {'none'}))}, which controlkit does not:"
-            " set it to none in `accelerate config`, and use gradient_checkpointing, optimizer: adamw8bit or a smaller"
-            " batch_size if memory is short"
-        )
+        where = ", ".join(sorted(offload - {"none"}))
+        raise UserError(f"DeepSpeed is configured to offload to {where}, {_NO_OFFLOAD.format('none')}")
     if str(stage) not in ("0", "1", "2", "3"):
         raise UserError(f"DeepSpeed's ZeRO stage is {stage!r}; it must be 0, 1, 2 or 3")
     stage = int(stage)

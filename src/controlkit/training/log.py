@@ -20,22 +20,25 @@ class RunLog:
         self.path = folder / "log.jsonl"
         self.steps = steps
         self._first = first_step
+        self._before = 0.0
         self._started = self._warm = time.monotonic()
         kept = []
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
-                    if json.loads(line)["step"] <= first_step:
+                    told = json.loads(line)
+                    if told["step"] <= first_step:
+                        self._before = float(told["seconds"])
                         kept.append(line)
-                except (json.JSONDecodeError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError):
                     continue  # the torn last line of a killed run
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._stream = self.path.open("a", encoding="utf-8", buffering=1)
         self._board = _tensorboard(folder)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line: `step`, `seconds` since this process began, and `values`."""
-        seconds = round(time.monotonic() - self._started, 3)
+        """One line: `step`, `seconds` that the steps so far took, before an interruption too, and `values`."""
+        seconds = round(self._before + time.monotonic() - self._started, 3)
         self._stream.write(json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
         if self._board is not None:
             for key, value in values.items():
@@ -84,7 +87,10 @@ class SilentLog:
 
 
 def spent(folder: Path) -> float:
-    """Seconds that the steps in a folder's `log.jsonl` took, over every time that the run was continued."""
+    """Seconds that the steps in a folder's `log.jsonl` took, over every time that the run was continued.
+
+    In old logs each continuation begins at 0 again.
+    """
     total = before = 0.0
     path = folder / "log.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:

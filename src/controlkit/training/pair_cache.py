@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlkit.bases.base import Base, Text
+from controlkit.bases.base import Base, Text, network_key
 from controlkit.conditions import find
 from controlkit.conditions.condition import left_right, no_mirror
 from controlkit.controls.control import Control
@@ -23,7 +23,6 @@ from controlkit.data.sources import Source
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
 from controlkit.images import to_tensor
-from controlkit.training.drawings import weights_key
 
 _DTYPES = {
     "F64": torch.float64,
@@ -89,6 +88,7 @@ class PairCache:
         self.pairs = pairs
         self.flip = flip
         self.check = check
+        self._known_keys: dict[str, list[str]] = {}
         known = [find(name) for name in sorted({pair.condition for pair in pairs if pair.condition is not None})]
         for condition in known:
             if flip and condition.mirror_finished is None:
@@ -96,8 +96,13 @@ class PairCache:
         unusual = [one.name for one in known if one.resize == "nearest" or one.mirror_finished is not left_right]
         self._acts = "".join(f", as {name}" for name in unusual)
         vae = base.vae
-        settings = (str(next(vae.parameters()).dtype), str(base.dtype), vae.config.scaling_factor)
-        self._vae_key = sha256_of(weights_key(vae), repr(settings))
+        settings = (str(next(vae.parameters()).dtype), str(base.dtype))
+        self._vae_key = sha256_of(network_key(vae), repr(settings))
+
+    def content(self) -> str:
+        """Hash of the pairs, whatever their order: of every condition image with its picture and prompt."""
+        sides = zip(self._keys(SOURCE), self._keys(TARGET), self.pairs, strict=True)
+        return sha256_of(*sorted(sha256_of(source, target, pair.prompt) for source, target, pair in sides))
 
     def latents(self) -> PictureRows:
         """Scaled latents of the pictures `[N, C, h, w]`."""
@@ -115,7 +120,7 @@ class PairCache:
         position = {prompt: index for index, prompt in enumerate(prompts)}
         tokenizers = [_tokenizer_key(value) for value in vars(self.base).values() if hasattr(value, "get_vocab")]
         settings = (str(self.base.dtype), self.base.size, getattr(self.base, "zero_empty", False))
-        model = sha256_of(*(weights_key(network) for network in self.base.text_encoders), *tokenizers, repr(settings))
+        model = sha256_of(*(network_key(network) for network in self.base.text_encoders), *tokenizers, repr(settings))
 
         def embed(indices: Sequence[int]) -> tuple[dict[str, Part], Rows]:
             text = self.base.encode_text([prompts[index] for index in indices])
@@ -128,9 +133,7 @@ class PairCache:
     def _images(self, kind: str, side: str, model: str, encode: Callable[[Tensor], Tensor]) -> PictureRows:
         size = self.base.size
         acts = self._acts if side == SOURCE else ""
-        sources = [getattr(pair, side) for pair in self.pairs]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            keys = list(pool.map(_key_of, sources))
+        sources, keys = [getattr(pair, side) for pair in self.pairs], self._keys(side)
         digests = digests_of(keys)
 
         def rows(mirrored: bool) -> CachedRows:
@@ -145,6 +148,13 @@ class PairCache:
             return self._rows(kind, model, transform, digests, make, f"encoding {{count}} pairs ({kind})")
 
         return PictureRows(rows(False), rows(True) if self.flip else None)
+
+    def _keys(self, side: str) -> list[str]:
+        """Hash of that side of every pair; files are read once."""
+        if side not in self._known_keys:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                self._known_keys[side] = list(pool.map(_key_of, [getattr(pair, side) for pair in self.pairs]))
+        return self._known_keys[side]
 
     def _rows(self, kind: str, model: str, transform: str, digests: np.ndarray, make: Make, what: str) -> CachedRows:
         store = Store(Spec(kind=kind, model=model, transform=transform), note=Path(self.base.name).name)

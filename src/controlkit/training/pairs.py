@@ -13,10 +13,10 @@ from torch import Tensor
 
 from controlkit import conditions
 from controlkit.bases.load import load_base
+from controlkit.conditions.fidelity import by_the_picture
 from controlkit.controls.control import Control
 from controlkit.data.pairs import read_pairs, split_pairs
 from controlkit.data.sources import read_picture
-from controlkit.files import sha256_of
 from controlkit.images import contact_sheet, to_images, to_tensor, write_png
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample_prompts
@@ -47,16 +47,19 @@ class PairsObjective(Objective):
         self.recipe = recipe
         self.device = device
         self.condition = conditions.find(recipe.condition)
+        if self.condition.requires is not None:
+            # Its model would have to be loaded beside what trains, if it is to be had at all.
+            self.condition = by_the_picture(self.condition)
         self.pairs, self.held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition), recipe.held_out)
         self.base = load_base(recipe.base, device=device)
-        self.frozen = self.base.fingerprint
+        self.frozen = self.base.content
         self.scheduler = self.base.schedule()
+        self.control = self.build_control()
         self._tell_of_scaling()
         self.cache = PairCache(self.base, self.pairs, flip=recipe.flip, check=uses_bf16(recipe, device))
         self.latents = self.cache.latents()
         self.texts, self.prompt_of, self.empty = self.cache.texts()
-        prompts = [pair.prompt for pair in self.pairs]
-        self.data = sha256_of(np.sort(self.latents.upright.digests).tobytes(), *sorted(prompts))
+        self.data = self.cache.content()
 
     def _tell_of_scaling(self) -> None:
         """Say where condition images were made at another size than they will be made at for drawing."""
@@ -67,6 +70,10 @@ class PairsObjective(Objective):
                 f" at {size}, where {self.condition.name} may look different; make the pairs with --size {size}",
                 file=sys.stderr,
             )
+
+    @abstractmethod
+    def build_control(self) -> Control:
+        """What `control` is, made before anything is encoded, so that a file that does not do is told of at once."""
 
     @abstractmethod
     def hints(self, chosen: Tensor, flipped: Tensor) -> Tensor:
@@ -112,7 +119,9 @@ class PairsObjective(Objective):
             steps=10,
         )
         results = [image for batch in batches for image in to_images(batch)]
-        score = self.condition.mean_score(given, [np.asarray(result) for result in results], truths)
+        score = self.condition.mean_score(
+            given, [np.asarray(result) for result in results], truths, [pair.parameters for pair in pairs]
+        )
         rows = [
             [Image.fromarray(image) for image in given[:_STRIP]],
             results[:_STRIP],

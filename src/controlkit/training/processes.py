@@ -39,13 +39,18 @@ class Processes:
         """Whether this one writes files and speaks."""
         return self.index == 0
 
+    @property
+    def shard(self) -> bool:
+        """Whether each holds a part of what is trained only, so that a state takes all of them."""
+        return self.count > 1 and self._launch.shards
+
     def wrap(self, objective: Objective) -> nn.Module:
         """The objective's loss as a module of `step`, whose backward pass averages gradients over all processes."""
         objective.process, objective.processes = self.index, self.count
         step = _Step(objective)
         if self.count == 1:
             return step
-        return self._sharded(step) if self._launch.shards else self._accelerator.prepare(step)
+        return self._sharded(step) if self.shard else self._accelerator.prepare(step)
 
     def _sharded(self, step: _Step) -> nn.Module:
         """FSDP: weights, gradients and the optimiser's state split over processes; weights whole during a step."""

@@ -111,6 +111,11 @@ class Recipe:
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema is {self.ema}; it must be between 0 and 1, or null for none")
 
+    @property
+    def results(self) -> tuple[str, ...]:
+        """Files and folders in `out` that the finished run writes."""
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderRecipe(Recipe):
@@ -130,8 +135,16 @@ class AutoencoderRecipe(Recipe):
     """Weight of the L1 distance of horizontal and vertical differences, which keeps edges sharp."""
     square_weight: float = 1.0
     """Weight of the squared error."""
-    decoder_only: bool = False
-    """Train the decoder alone, on the latents of the encoder as it is, which leaves every other network valid."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_channels(self.channels)
+        if self.latent_channels < 1:
+            raise UserError(f"latent_channels is {self.latent_channels}; it must be 1 at least")
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return ("vae",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +184,13 @@ class BaseRecipe(Recipe):
             raise UserError("give either autoencoder (to train from scratch) or start (to go on from a base)")
         if not 0.1 <= self.least_scale <= 1:
             raise UserError(f"least_scale is {self.least_scale}; it must lie from 0.1 to 1")
+        _check_channels(self.channels)
         if self.styles is not None and not set(self.styles) <= set(TRAINED_STYLES):
             raise UserError(f"styles are {list(self.styles)}; known: {', '.join(TRAINED_STYLES)}")
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return ("base",)
         if len(self.attention) != len(self.channels):
             raise UserError(f"attention has {len(self.attention)} entries and channels {len(self.channels)}")
 
@@ -224,6 +242,10 @@ class ControlNetRecipe(SteeringRecipe):
     def condition_names(self) -> tuple[str, ...]:
         return (self.condition,)
 
+    @property
+    def results(self) -> tuple[str, ...]:
+        return (f"{self.condition}.safetensors",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CtrLoRABaseRecipe(SteeringRecipe):
@@ -241,6 +263,10 @@ class CtrLoRABaseRecipe(SteeringRecipe):
     @property
     def condition_names(self) -> tuple[str, ...]:
         return self.conditions
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return ("base.safetensors", *(f"{name}.safetensors" for name in self.conditions))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -283,6 +309,10 @@ class PairsRecipe(Recipe, ABC):
     def summary(self) -> dict[str, Any]:
         """How a file came to be, for its metadata."""
         return _summary(self)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return (f"{self.name}.safetensors",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -350,6 +380,11 @@ class ControlNetPairsRecipe(PairsRecipe):
     """Share of prompts replaced by the empty prompt."""
 
 
+def _check_channels(channels: Sequence[int]) -> None:
+    if not channels or any(width < 8 or width % 8 for width in channels):
+        raise UserError(f"channels are {list(channels)}; they must be multiples of 8, one for each resolution")
+
+
 def identifying(recipe: Recipe) -> dict[str, Any]:
     """The settings by which one run is told from another; a setting of `_ADDED` counts where it changes something."""
     settings = dataclasses.asdict(recipe)
@@ -387,7 +422,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         values = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that there is not is a ValueError
         raise UserError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"the recipe {path} must be a mapping of settings, not {type(values).__name__}")
@@ -399,6 +434,6 @@ def build_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
     """A `Recipe` of the class that `values["system"]` names, from plain values; `origin` stands in errors."""
     values = dict(values)
     system = values.pop("system", None)
-    if system not in RECIPES:
+    if not isinstance(system, str) or system not in RECIPES:
         raise UserError(f"{origin}: system is {system!r}{nearest(str(system), list(RECIPES))}")
     return build_settings(RECIPES[system], values, f"{origin}: system {system}")

@@ -105,9 +105,9 @@ def _differences(recipe: Recipe, path: Path) -> list[str]:
 
 def _refuse_overwriting(recipe: Recipe, folder: Path) -> None:
     """Refuse to begin a run that would end with writing over a file that it did not make."""
-    name = getattr(recipe, "name", None)
-    if isinstance(name, str) and (folder / f"{name}.safetensors").exists():
-        raise UserError(
-            f"{folder / name}.safetensors is there already, and no state of a run that made it; give this run another"
-            " name or another out"
-        )
+    for name in recipe.results:
+        if (folder / name).exists():
+            another = "another name or another out" if hasattr(recipe, "name") else "another out"
+            raise UserError(
+                f"{folder / name} is there already, and no state of a run that made it; give this run {another}"
+            )

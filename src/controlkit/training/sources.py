@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from controlkit import conditions
-from controlkit.bases.base import Base
+from controlkit.bases.base import Base, network_key
 from controlkit.data.icons import TRAINED_STYLES, IconSets, draw
 from controlkit.data.multigen import MultiGen
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
-from controlkit.training.drawings import Drawings, weights_key
+from controlkit.training.drawings import Drawings
 
 _MOST_TORN = 100
 _READERS = 8
@@ -76,7 +76,7 @@ class IconSource(Source):
             seed,
             path=folder / "latents.safetensors",
             encode=lambda x: base.encode_picture(x.to(base.device)),
-            key=weights_key(base.vae),
+            key=network_key(base.vae),
         )
         rng = np.random.default_rng(0)
         kept = sets.select(styles=TRAINED_STYLES, held_out=True, drawable=True)

@@ -66,6 +66,7 @@ def save_state(
     for name, value in parts.items():
         tensor = whole(value.detach())
         if path is not None:
+            tensor = tensor.cpu()  # at once, or the device would hold all that FSDP has split
             # The table of an 8-bit optimiser is one tensor for all parameters; the file wants one of each.
             tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
             seen.add(tensor.data_ptr())

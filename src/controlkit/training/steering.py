@@ -44,7 +44,7 @@ class SteeringObjective(Objective):
             for name in self.names:
                 conditions.find(name)
         self.base = load_base(recipe.base, device=device)
-        self.frozen = self.base.fingerprint
+        self.frozen = self.base.content
         self.scheduler = self.base.schedule()
         self.source = _source(recipe, self.base)
 

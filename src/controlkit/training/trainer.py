@@ -171,28 +171,31 @@ class _Loop:
         return loss.detach()
 
     def _report(self, done: int, loss: float, stop: bool) -> None:
-        """Preview, log and save where it is time to; all processes come here, the first writes."""
+        """Save, preview and log where it is time to; all processes come here, the first writes."""
         recipe, last = self.recipe, done == self.recipe.steps
         self.log.estimate(done)
+        saved = done % recipe.save_every == 0 or last or stop
+        if saved:
+            self._save(done)
         previewed = done % recipe.preview_every == 0 or last
         if previewed:
             try:
                 self._preview(done)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            except Exception as error:
+                # Else the same command would come to the same preview again, from steps before.
+                if not saved and not self.processes.shard:
+                    self._save(done)
                 if not is_out_of_memory(error):
                     raise
-                self._save(done)  # else the same command would come to the same preview again
                 raise UserError(
-                    f"out of memory while the preview after step {done} was drawn; the state of that step is kept in"
-                    f" {self.path}. The same command goes on from it; set preview_every to more than steps to draw none"
-                    " before the end"
+                    f"out of memory while the preview after step {done} was drawn; the state of step"
+                    f" {step_of(self.path)} is kept in {self.path}. The same command goes on from it; set preview_every"
+                    " to more than steps to draw none before the end"
                 ) from error
         if done % recipe.log_every == 0 or previewed or stop:
             now = {"loss": loss, **(self.scores if previewed else {})}
             self.log.write(done, {**now, "learning_rate": learning_rate_at(recipe, done - 1)})
             self.log.say(done, {"loss": loss, **self.scores})
-        if done % recipe.save_every == 0 or last or stop:
-            self._save(done)
 
     def _preview(self, step: int) -> None:
         with averaged(self.average, self.parameters), gathered(self.objective.trained):
@@ -210,7 +213,9 @@ class _Loop:
             told = f" What the step was trained on is listed in {path}." if seen else ""
         kept = "no state had been saved yet"
         if self.path.exists():
-            kept = f"the last good state, of step {step_of(self.path)}, is kept in {self.path}"
+            done = step_of(self.path)
+            good = " good" if done <= self.watch.calm else ""
+            kept = f"the last{good} state, of step {done}, is kept in {self.path}"
         advice = "Lower learning_rate, or look at the data of this step"
         return UserError(f"{what} at step {step + 1}; {kept}.{told} {advice}")
 
@@ -223,7 +228,8 @@ class _Loop:
             previous.replace(self.path)
 
     def _save(self, step: int) -> None:
-        if self.processes.first:
+        if self.processes.first and self.path.exists() and step_of(self.path) <= self.watch.calm:
+            # One that was saved when the loss had risen does not take the place of one from before.
             keep_previous(self.path)
         average = self.average
         save_state(

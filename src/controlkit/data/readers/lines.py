@@ -84,8 +84,11 @@ def _json_lines(path: Path) -> Lines:
 
 def _csv_lines(path: Path) -> Lines:
     reader = csv.DictReader(io.StringIO(_text(path), newline=""))
-    for row in reader:
-        yield f"line {reader.line_num}", {str(name): value for name, value in row.items() if name is not None}
+    try:
+        for row in reader:
+            yield f"line {reader.line_num}", {str(name): value for name, value in row.items() if name is not None}
+    except csv.Error as error:  # a stray quote swallows what follows, up to a limit; the reader cannot go on
+        yield f"line {reader.line_num + 1}", ValueError(str(error))
 
 
 def _is_file_name(value: str) -> bool:

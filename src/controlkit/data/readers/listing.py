@@ -12,6 +12,7 @@ from controlkit.conditions import find
 from controlkit.data.pair import Pair
 from controlkit.data.sources import Drawn, Source
 from controlkit.errors import UserError, nearest
+from controlkit.files import whole_text
 
 _SHOWN = 20
 
@@ -28,6 +29,13 @@ class Record:
     prompt: str
     made: Mapping[str, Any] = field(default_factory=dict)
     """What a manifest of ours tells about how it came to be; empty in other layouts."""
+
+    def told(self, *keys: str) -> Any:
+        """What the manifest says under these keys; None if it says nothing (files of other tools hold other things)."""
+        value: Any = self.made
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +93,18 @@ class Listing:
             if source is None:
                 problems.append(f"{record.where}: there is no condition image {name!r}")
                 continue
-            pair = Pair(source=source, target=record.picture, prompt=record.prompt, condition=kind)
+            try:
+                whole_text(record.prompt, "the prompt")
+            except UserError as error:
+                problems.append(f"{record.where}: {error}")
+                continue
+            pair = Pair(
+                source=source,
+                target=record.picture,
+                prompt=record.prompt,
+                condition=kind,
+                parameters=_made_with(record, str(name), source, kind),
+            )
             found.append((record.where, pair))
         return found, problems
 
@@ -95,7 +114,9 @@ class Listing:
             return UserError(f"{self.origin} lists no pairs")
         if not names:
             return UserError(f"{self.origin} has pictures without condition images; make them with controlkit pairs")
-        asked = "" if condition is None else f" and none is called {condition!r}{nearest(condition, names)}"
+        asked = ""
+        if condition is not None and _wanted(condition) is not None:
+            asked = f" and none is called {condition!r}{nearest(condition, names)}"
         choose = f"name one: {self.origin.parent if self.origin.is_file() else self.origin}/{names[0]}"
         return UserError(f"{self.origin} has the conditions {', '.join(names)}{asked}; {choose}")
 
@@ -111,6 +132,16 @@ def short_name(column: str) -> str:
     """`canny` of `canny_file_name`, `conditioning_canny`, `canny_image`."""
     name = re.sub(r"_(file_name|path|image|images)$", "", column)
     return re.sub(r"^(control|conditioning|condition)_(?=.)", "", name)
+
+
+def _made_with(record: Record, name: str, source: Source, kind: str | None) -> Mapping[str, Any]:
+    """The parameters of the condition `kind` that its image was made with, as far as that is told."""
+    if isinstance(source, Drawn):
+        return {**find(source.condition).defaults, **dict(source.parameters)}
+    told = record.told("parameters", name)
+    if kind is None or not isinstance(told, Mapping):
+        return {}
+    return {key: value for key, value in told.items() if key in find(kind).defaults}
 
 
 def _wanted(condition: str | None) -> str | None:
