@@ -11,16 +11,19 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from controlkit.apps.cli import main
 from controlkit.bases.load import load_base
-from controlkit.checkpoints.controls import load_control
+from controlkit.checkpoints.controls import load_control, save_control
 from controlkit.checkpoints.ctrlora import save_base_control
 from controlkit.checkpoints.files import read_metadata
 from controlkit.conditions import find
 from controlkit.controls.base_control import BaseControl
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.data.icons import IconSets, draw
+from controlkit.data.pairs import read_pairs
+from controlkit.evaluation.control import judged_pairs
 from controlkit.training.recipe import adapter_settings
 
 
@@ -210,3 +213,58 @@ def test_what_is_not_given_suits_the_size_of_the_base(base_folder):
     assert {key: settings[key] for key in recipe.keys() & settings.keys()} == {
         key: recipe[key] for key in recipe.keys() & settings.keys()
     }
+
+
+def test_condition_images_and_networks_count_as_what_a_run_is_of(pairs, base_control, base_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert adapt(pairs, base_control, base_folder, out) == 0
+    for path in (pairs / "source").iterdir():
+        Image.new("RGB", (64, 64), "red").save(path)
+    assert adapt(pairs, base_control, base_folder, out, "--steps", "5") == 0
+    assert "the pairs are not those" in capsys.readouterr().err
+    weights = base_folder / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.3 * value for name, value in load_file(weights).items()}, weights)
+    assert adapt(pairs, base_control, base_folder, out, "--steps", "6") == 2
+    assert "is of a base, or a base control, with other weights" in capsys.readouterr().err
+
+
+def test_what_is_no_base_control_is_told_before_anything_is_encoded(
+    pairs, base_folder, tiny_control, tmp_path, tiny_base, capsys
+):
+    save_control(tmp_path / "canny.safetensors", tiny_control, tiny_base)
+    assert adapt(pairs, tmp_path / "canny.safetensors", base_folder, tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "not a base control that adapters are made on" in said
+    assert "encoding" not in said
+
+
+def made_pairs(folder, tmp_path, *conditions):
+    assert main(["pairs", str(folder / "target"), "--conditions", *conditions, "--out", str(tmp_path / "made")]) == 0
+    return tmp_path / "made"
+
+
+def test_pairs_of_one_condition_need_no_name_of_it(pairs, base_control, base_folder, tmp_path):
+    words = ["adapt", made_pairs(pairs, tmp_path, "blur"), "--base", base_folder, "--control", base_control]
+    words += ["--rank", 2, "--steps", 2, "--out", tmp_path / "run"]
+    assert main([str(word) for word in words]) == 0
+    assert read_metadata(tmp_path / "run" / "adapter.safetensors")["control.condition"] == "blur"
+
+
+def test_scores_draw_a_result_s_condition_with_the_parameters_of_the_given_one(pairs, tmp_path):
+    """Pairs are made with random parameters: the true picture is a perfect result all the same."""
+    judged = judged_pairs(read_pairs(made_pairs(pairs, tmp_path, "color_regions"), "color_regions"), 64)
+    condition = find("color_regions")
+    assert len({repr(parameters) for parameters in judged.parameters}) > 1
+    assert condition.mean_score(judged.given, judged.truths, judged.truths, judged.parameters) == pytest.approx(1)
+    assert condition.mean_score(judged.given, judged.truths, judged.truths) < 0.99
+
+
+def test_a_condition_whose_model_is_not_there_is_learned_and_judged_by_the_picture(
+    pairs, base_control, base_folder, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    assert adapt(pairs, base_control, base_folder, out, "--condition", "depth", "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert read_metadata(made["adapter"])["control.condition"] == "depth"
+    assert "PSNR to the picture" in made["report"]["title"]
+    assert any("depth of a result cannot be drawn" in note for note in made["report"]["notes"])

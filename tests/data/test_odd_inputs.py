@@ -16,8 +16,8 @@ from controlkit.data.captions import with_captions
 from controlkit.data.check import check_pairs
 from controlkit.data.engine import make_pairs
 from controlkit.data.making import MakeSettings
-from controlkit.data.pairs import pairs_folder, read_pairs
-from controlkit.data.pictures import list_pictures
+from controlkit.data.pairs import pairs_folder, read_pairs, write_pairs
+from controlkit.data.pictures import Picture, list_pictures
 from controlkit.data.readers.recognise import read_listing
 from controlkit.errors import UserError
 from controlkit.files import decode_text
@@ -264,3 +264,27 @@ def test_a_condition_refuses_in_words_and_loses_nothing(tmp_path, monkeypatch, a
     assert main(["condition", *arguments]) == 2
     assert says in capsys.readouterr().err
     assert (tmp_path / "mine.png").read_bytes() == before
+
+
+def test_half_a_character_in_a_caption_is_told_and_costs_only_its_picture(tmp_path):
+    folder = tmp_path / "pairs"
+    image = np.zeros((64, 64, 3), np.uint8)
+    write_pairs(folder, [(image, image, "whole"), (image, image, "other")])
+    listed = folder / "prompt.json"
+    listed.write_text(listed.read_text().replace("other", "half \\ud83d"))
+    with pytest.raises(UserError, match=r"line 2: the prompt .* is not whole text"):
+        read_pairs(folder)
+    pictures = [
+        Picture(key=str(number), name=f"{number}.png", source=folder / f"target/0000{number}.png", prompt=prompt)
+        for number, prompt in enumerate(("whole", "half \ud83d"))
+    ]
+    assert pictures[0].caption() == "whole"
+    with pytest.raises(UserError, match=r"its caption .* is not whole text"):
+        pictures[1].caption()
+
+
+def test_a_stray_quote_in_a_large_table_is_told_with_its_line(tmp_path):
+    rows = "".join(f"{number}.png,{number}.png,thing\n" for number in range(12_000))
+    (tmp_path / "metadata.csv").write_text('file_name,conditioning_image,text\n0.png,0.png,"open\n' + rows)
+    with pytest.raises(UserError, match="field larger than field limit"):
+        read_pairs(tmp_path)

@@ -141,3 +141,39 @@ def test_nothing_is_claimed_of_budgets_that_were_not_run():
         return Cell(task="palette", method=method, rank=None, pairs=6, parameters=10, run="r", **numbers)
 
     assert not [claim for claim in claims([cell(ADAPTER), cell(CONTROLNET)]) if "up to 250" in claim]
+
+
+def test_pairs_that_changed_are_learned_from_the_beginning(settings):
+    small = {**settings, "parts": ("ranks",), "detail_steps": 2, "ranks": (2,)}
+    run_new_condition(NewCondition(**small))
+    folder = next((Path(settings["out"]) / "pairs").iterdir())
+    write_pairs(folder, [(255 - pair.images(64)[0], pair.images(64)[1], pair.prompt) for pair in read_pairs(folder)])
+    run_new_condition(NewCondition(**small))
+    first, second = (path for path in (Path(settings["out"]) / "runs").glob("*/*"))
+    assert (first / "state.safetensors").read_bytes() != (second / "state.safetensors").read_bytes()
+
+
+def test_a_budget_between_two_that_were_run_is_run_too(settings):
+    small = {**settings, "parts": ("budgets",), "detail_steps": 3}
+    run_new_condition(NewCondition(**{**small, "budgets": (1, 3)}))
+    cells = run_new_condition(NewCondition(**{**small, "budgets": (1, 2, 3)})).cells
+    assert [cell.steps for cell in cells if cell.method == ADAPTER] == [1, 2, 3]
+
+
+def test_pairs_of_other_icons_are_not_taken_for_these(settings, icons_file, tmp_path):
+    small = {**settings, "parts": ("ranks",), "ranks": (2,)}
+    run_new_condition(NewCondition(**small))
+    other = tmp_path / "other.npz"
+    with np.load(icons_file) as arrays:
+        np.savez(other, **arrays)
+    with pytest.raises(UserError, match="were drawn from other icons"):
+        run_new_condition(NewCondition(**{**small, "icons": str(other)}))
+
+
+def test_a_part_alone_leaves_the_tables_of_all_parts(settings):
+    whole = {**settings, "parts": NewCondition.parts, "budgets": (1,), "ranks": (2,), "pair_counts": (4,)}
+    told = run_new_condition(NewCondition(**whole)).files["table"]
+    before = told.read_text()
+    alone = run_new_condition(NewCondition(**{**whole, "parts": ("ranks",)})).files["table"]
+    assert alone != told
+    assert told.read_text() == before

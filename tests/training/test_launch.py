@@ -67,3 +67,11 @@ def test_each_of_several_processes_has_a_gpu_of_its_own(name, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert choose_device(name) == torch.device("cuda:1") == taken[0]
     assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_fsdp_is_asked_for_as_accelerate_says_it():
+    fsdp = {"ACCELERATE_USE_FSDP": "true"}
+    assert asked_for({**fsdp, "FSDP_RESHARD_AFTER_FORWARD": "true"}) == Launch(shards=True, reshard=True)
+    assert asked_for({**fsdp, "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"}) == Launch(shards=True)
+    with pytest.raises(UserError, match="offload parameters, which controlkit does not: set it to false"):
+        asked_for({**fsdp, "FSDP_OFFLOAD_PARAMS": "true"})

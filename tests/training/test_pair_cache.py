@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from controlkit.checkpoints.ctrlora import save_base_control
 from controlkit.controls.base_control import BaseControl
 from controlkit.data.pairs import read_pairs, write_pairs
 from controlkit.data.shards import write_tar
+from controlkit.data.sources import Drawn
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
 from controlkit.training.adapt import AdaptObjective, ControlNetPairsObjective
@@ -345,3 +347,41 @@ def test_two_processes_that_train_together_make_rows_and_train_what_one_trains(r
         return [json.loads(line)["loss"] for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
     assert losses(halves.out) == pytest.approx(losses(whole.out), abs=1e-5)
+
+
+def test_settings_of_a_network_count_as_its_weights_do(folder, base_folder, encoded):
+    pairs = read_pairs(folder)
+    before = everything(PairCache(load_base(base_folder), pairs).texts()[0]).tokens
+    config = base_folder / "text_encoder" / "config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps({**told, "hidden_act": "relu"}))
+    changed = load_base(base_folder)
+    after = everything(PairCache(changed, pairs).texts()[0]).tokens
+    assert torch.equal(after, changed.encode_text(sorted({"", *(pair.prompt for pair in pairs)})).tokens)
+    assert not torch.equal(before, after)
+
+
+def test_a_condition_s_code_counts_where_its_images_are_computed(tmp_path, monkeypatch):
+    from controlkit.conditions import condition
+
+    def drawn(number):
+        path = tmp_path / "own.py"
+        path.write_text(f"""
+import numpy as np
+from controlkit.conditions.condition import Condition
+from controlkit.conditions.fidelity import PSNR
+
+def flat(picture):
+    return np.full_like(picture, {number})
+
+made = Condition(name="flat", summary="one grey", fidelity=PSNR, function=flat)
+""")
+        spec = importlib.util.spec_from_file_location("own", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setitem(condition._REGISTRY, "flat", module.made)
+        return Drawn(picture=tmp_path / "a.png", condition="flat").read_bytes()
+
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    assert drawn(10) == drawn(10)
+    assert drawn(10) != drawn(20)

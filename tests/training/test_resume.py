@@ -18,6 +18,7 @@ from toy_training import Toy, toy_recipe
 from controlkit.errors import UserError
 from controlkit.training import state
 from controlkit.training.guards import LossWatch, Patience
+from controlkit.training.log import spent
 from controlkit.training.state import load_state
 from controlkit.training.trainer import train
 
@@ -382,3 +383,37 @@ def test_a_log_that_is_damaged_stops_no_run(tmp_path):
         stream.write(b"null\n\xff\xfe\n")
     run(tmp_path, steps=6)
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_slow_explosion_ends_with_a_state_from_before_it_however_often_it_was_saved(tmp_path):
+    rising = {step: lambda loss, by=1.012 ** (step - 99): loss * 0 + by for step in range(100, 400)}
+    flat = {step: lambda loss: loss * 0 + 1.0 for step in range(100)}
+    with pytest.raises(UserError, match="the last good state, of step"):
+        run(tmp_path, steps=400, at={**flat, **rising}, save_every=20, preview_every=500)
+    assert load_state(tmp_path / "state.safetensors").step <= 180  # where the mean was below twice its lowest
+
+
+def test_a_preview_that_fails_costs_no_step(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(Toy, "preview", lambda *_: raises(UserError("no weights"))(0))
+        with pytest.raises(UserError, match="no weights"):
+            run(tmp_path, save_every=100, preview_every=4)
+    assert load_state(tmp_path / "state.safetensors").step == 4
+    continued, _ = run(tmp_path, save_every=100, preview_every=4)
+    assert continued.steps_seen == list(range(4, STEPS))
+
+
+def test_the_log_counts_the_time_of_all_parts(tmp_path):
+    def slow(loss):
+        time.sleep(0.05)
+        return loss
+
+    with pytest.raises(RuntimeError):
+        run(tmp_path, at={0: slow, 1: slow, 2: slow, 3: raises(RuntimeError("power cut"))})
+    before = spent(tmp_path)
+    run(tmp_path, at=dict.fromkeys(range(3, STEPS), slow))
+    seconds = [line["seconds"] for line in log_of(tmp_path)]
+    assert seconds == sorted(seconds)
+    assert before >= 0.15
+    assert spent(tmp_path) == pytest.approx(seconds[-1])
+    assert spent(tmp_path) >= before + 0.3
