@@ -14,7 +14,7 @@ import re
 import tarfile
 import zlib
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -259,11 +259,6 @@ def draw(
         style=icon.style,
         colour=chosen,
     )
-
-
-def draw_many(icons: Sequence[Icon], indices: Iterable[int], rng: np.random.Generator, size: int = 64) -> list[Drawing]:
-    """Draw the icons at `indices`, one after another from one random generator."""
-    return [draw(icons[index], rng, size) for index in indices]
 
 
 def _read_member(package: Path, member: str) -> dict:

@@ -61,7 +61,7 @@ class Source(ABC):
 
     @abstractmethod
     def held_out(self, condition: str) -> Held:
-        """Always the same few, never trained on."""
+        """Always the same few, that this condition is never trained on."""
 
 
 class IconSource(Source):
