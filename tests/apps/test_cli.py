@@ -16,6 +16,7 @@ from controlkit.apps.cli import main
 from controlkit.apps.show import print_json, print_table
 from controlkit.bases.load import load_base
 from controlkit.checkpoints.controls import save_control
+from controlkit.conditions import registry
 from controlkit.sampling.request import GenerateRequest
 from tiny import fresh_control
 
@@ -67,6 +68,22 @@ def test_condition_writes_a_condition_image(picture, tmp_path, capsys):
 def test_condition_list_names_canny(capsys):
     assert run("condition", "--list", "--json") == 0
     assert "canny" in {entry["name"] for entry in json.loads(capsys.readouterr().out)}
+
+
+def test_the_list_of_conditions_has_a_line_for_each(capsys, monkeypatch):
+    known = registry()
+    assert run("condition", "--list") == 0
+    whole = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in whole] == list(known)
+    assert all(line.endswith(made.summary) for line, made in zip(whole, known.values(), strict=True))
+    assert all(("  a model  " in line) == (known[line.split()[0]].requires is not None) for line in whole)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    for columns in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert run("condition", "--list") == 0
+        shown = capsys.readouterr().out.splitlines()[1:]
+        assert [line.split()[0] for line in shown] == list(known) and max(map(len, shown)) <= columns
+        assert any(line.endswith("…") for line in shown)
 
 
 def test_condition_without_a_picture_tells_all_about_it(capsys):
@@ -300,6 +317,13 @@ def test_evaluate_says_what_it_cannot_do_before_it_draws(words, says, capsys):
         (["condition", "canny", "{picture}", "--set", f"low={'9' * 400}"], "low must lie from"),
         (["condition", "all", "{picture}", "--set", "low=3"], "name one to set its parameters"),
         (["condition", "canny", "{picture}", "--out", "notes.txt"], "ends in .png"),
+        (["condition", "canny", "{picture}", "--set", "low=1000000"], "low must lie from 0 to 1530"),
+        (["condition", "canny", "{picture}", "--set", "low=250"], "low must not be above high"),
+        (["condition", "canny", "."], "controlkit pairs . --conditions canny"),
+        (["condition", "{picture}", "canny"], "the name comes first: controlkit condition canny"),
+        (["condition", "{picture}"], "the name comes first: controlkit condition NAME"),
+        (["condition", "--list", "canny"], "for all about one: controlkit condition canny"),
+        (["generate", "x", "--control", "canny=."], "is a folder; give the name of one picture"),
         (["study", "several-conditions", "--set", "mixes=[palette+palette]"], "is not a mix"),
         (["study", "several-conditions", "--set", "mixes=[]"], "mixes is empty"),
         (["study", "community-model", "--set", "pictures=0"], "at least 1"),

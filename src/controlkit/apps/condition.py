@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import sys
 from typing import TYPE_CHECKING
 
-from controlkit.apps.show import add_json, print_facts, print_json, print_table
+from controlkit.apps.show import add_json, print_facts, print_json
 from controlkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,10 +46,13 @@ def run(args: argparse.Namespace) -> None:
     from controlkit import conditions
 
     if args.list:
+        if args.name is not None:
+            raise UserError(f"--list names every condition; for all about one: controlkit condition {args.name}")
         _list(args.json)
         return
     if args.name is None:
         raise UserError("give the name of a condition and a picture, or --list")
+    _refuse_exchanged(args.name, args.image)
     if args.image is None:
         if args.name == "all" or args.out or args.settings:
             raise UserError(f"{args.name}: give the picture that the condition is to be made from")
@@ -111,6 +116,20 @@ def _refuse_out(out: str, image: str) -> None:
         raise UserError(f"a condition image is written as PNG; give --out a name that ends in .png, not {out}")
 
 
+def _refuse_exchanged(name: str, image: str | None) -> None:
+    """Say what is wrong with a picture in the condition's place, or a folder in the picture's."""
+    from controlkit import conditions
+
+    if os.path.isfile(name) and name not in conditions.registry() and not (image and os.path.exists(image)):
+        first = image or "NAME"
+        raise UserError(f"{name} is a file, not a condition; the name comes first: controlkit condition {first} {name}")
+    if image and os.path.isdir(image):
+        raise UserError(
+            f"{image} is a folder; give one picture, or take controlkit pairs {image} --conditions {name} --out DIR"
+            " for all that are in it"
+        )
+
+
 def _list(as_json: bool) -> None:
     from controlkit import conditions
 
@@ -118,11 +137,14 @@ def _list(as_json: bool) -> None:
     if as_json:
         print_json([_facts(c) for c in everything])
         return
-    rows = [
-        (c.name, c.summary, ", ".join(c.defaults) or "-", c.fidelity.name, str(c.requires or "nothing"))
-        for c in everything
-    ]
-    print_table("Conditions", ("name", "what it is", "parameters", "scored by", "needs"), rows)
+    rows = [("name", "needs", "what it is")]
+    rows += [(c.name, "a model" if c.requires else "nothing", c.summary) for c in everything]
+    first, second = (max(len(row[place]) for row in rows) + 2 for place in (0, 1))
+    # Whole lines where a program reads them, so that grep finds every word.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for name, needed, summary in rows:
+        line = f"{name:<{first}}{needed:<{second}}{summary}"
+        print(line if width is None or len(line) <= width else f"{line[: max(first, width - 1)].rstrip()}…")
 
 
 def _facts(c: Condition) -> dict[str, object]:

@@ -8,6 +8,10 @@ import numpy as np
 from controlkit.conditions.condition import chance, condition, uniform, uniform_int
 from controlkit.conditions.fidelity import DARK_EDGE_F1, EDGE_F1, PSNR
 from controlkit.conditions.pixels import length, smoothed, three_channels, to_uint8
+from controlkit.errors import UserError
+
+_STRONGEST = 6 * 255
+"""The largest |dx| + |dy| of a 3 x 3 Sobel gradient of 8 bits, which is what Canny compares with its thresholds."""
 
 
 @condition(
@@ -16,14 +20,20 @@ from controlkit.conditions.pixels import length, smoothed, three_channels, to_ui
     aliases=("canny_edges", "canny_edge"),
     fidelity=EDGE_F1,
     draw={"low": uniform_int(50, 150), "high": uniform_int(150, 250)},
+    limits={"low": (0, _STRONGEST), "high": (0, _STRONGEST)},
     channels=1,
     values=(0, 255),
 )
 def canny(picture: np.ndarray, *, low: int = 100, high: int = 200) -> np.ndarray:
-    """Canny edges with hysteresis thresholds `low` and `high` of 255.
+    """Canny edges with hysteresis thresholds `low` and `high`, of a gradient whose strongest is 1530.
 
     Defaults: lllyasviel/ControlNet, annotator/canny. ControlNet 1.1 trains with random thresholds.
+
+    Raises:
+        UserError: `low` is above `high`.
     """
+    if low > high:
+        raise UserError(f"canny: low is {low} and high is {high}; low must not be above high")
     return three_channels(cv2.Canny(picture, low, high))
 
 
