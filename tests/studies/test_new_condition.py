@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,13 @@ def settings(tiny_base, base_folder, icons_file, tmp_path):
         "pictures": 2,
         "sampling_steps": 2,
     }
+
+
+def test_a_study_does_not_begin_when_its_figure_cannot_be_drawn(settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"controlkit\[studies\]"):
+        run_new_condition(NewCondition(**settings))
+    assert not Path(settings["out"]).exists()
 
 
 def test_every_part_runs_once_and_resumes(settings, tmp_path, capsys):

@@ -5,9 +5,11 @@
     controlkit study several-conditions
 
 new-condition: an adapter against a ControlNet on conditions that the base control does not know, the ablation, ranks
-and numbers of pairs; it needs the rendered icons of recipes/nano/README.md.
+and numbers of pairs; it needs data/nano/icons.npz (step 1 of recipes/nano/README.md) and matplotlib
+(pip install 'controlkit[studies]').
 several-conditions: adapters together and alone, and what they cost.
-community-model: a control on a model that was fine-tuned from its base, as it is and transferred.
+community-model: a control on a model that was fine-tuned from its base, as it is and transferred; it needs the icons
+too.
 """
 
 from __future__ import annotations

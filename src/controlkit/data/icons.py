@@ -149,7 +149,9 @@ class IconSets:
                 ]
                 self.groups: dict[str, str] = index["groups"]
         except FileNotFoundError as error:
-            raise UserError(f"no rendered icons at {path}; make them with recipes/nano/build_pictures.py") from error
+            raise UserError(
+                f"there are no rendered icons at {path}; step 1 of recipes/nano/README.md makes them"
+            ) from error
         except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile, zlib.error) as error:
             raise UserError(f"{path} is not a file of rendered icons ({error})") from error
 

@@ -25,16 +25,27 @@ _DETAILS = {
 """Part -> (field along the axis, field that separates lines, label of the axis)."""
 
 
+def require_matplotlib() -> None:
+    """Refuse to begin what will end with a figure that cannot be drawn.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise UserError("drawing the figure needs matplotlib; run: pip install 'controlkit[studies]'") from error
+
+
 def plot(made: Mapping[str, Sequence[Cell]], path: Path) -> Path:
     """Draw the gap closed of every part's cells into the PNG `path`: one panel for each condition and part.
 
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("drawing the figure needs matplotlib; run: pip install 'controlkit[studies]'") from error
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     panels: list[tuple[str, Sequence[Cell], str, str | None, str]] = []
     budgets = made.get("budgets", ())
     for task in dict.fromkeys(cell.task for cell in budgets):

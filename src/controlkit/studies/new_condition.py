@@ -29,6 +29,7 @@ from controlkit.evaluation.pictures import evaluation_set
 from controlkit.evaluation.report import Report
 from controlkit.files import read_json, sha256_of, write_atomically, write_json
 from controlkit.studies.cells import Bench, Cell, Task
+from controlkit.studies.figure import plot, require_matplotlib, sheet_of
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, REPORTS
 from controlkit.training.recipe import PairsRecipe, build_recipe
 
@@ -136,8 +137,9 @@ def run_new_condition(settings: NewCondition) -> Study:
     """Run what is missing, and tell everything that was measured.
 
     Raises:
-        UserError: icons, pairs or the base control are missing.
+        UserError: icons, pairs, the base control or matplotlib are missing.
     """
+    require_matplotlib()  # the figure comes last, hours after the beginning
     return _Run(settings).study()
 
 
@@ -281,8 +283,6 @@ class _Run:
         return condition.name == self.settings.detail and "pairs" in self.settings.parts
 
     def _write(self, made: Mapping[str, Sequence[Cell]], reports: Sequence[Report]) -> dict[str, Path]:
-        from controlkit.studies.figure import plot, sheet_of
-
         # A part alone does not write over what all of them told.
         name = "-".join(["new-condition", self.bench.key, *([] if tuple(made) == NewCondition.parts else made)])
         files = {"table": self.out / f"{name}.md"}
