@@ -114,6 +114,53 @@ def test_generate_writes_pictures_that_say_how_to_draw_them_again(picture, tmp_p
     assert (out / "condition0.png").exists()
 
 
+def test_generate_from_settings_draws_the_same_pictures_bit_for_bit(picture, tmp_path, capsys):
+    first, second, third, one = (tmp_path / name for name in ("first", "second", "third", "one"))
+    words = ("generate", "red apple", "--control", f"canny={picture}@0.8", "--seeds", 2, "--seed", 5, "--steps", 3)
+    assert run(*words, "--out", first) == 0
+    used = json.loads((first / "settings.json").read_text())["used"]
+    assert used == {"device": "cpu", "precision": "fp32", "width": 64, "height": 64, "guidance": 3.0}
+    assert run("generate", "--from", first / "settings.json", "--out", second) == 0
+    for name in ("seed5.png", "seed6.png", "condition0.png"):
+        assert (np.asarray(Image.open(first / name)) == np.asarray(Image.open(second / name))).all()
+    # What is given besides counts, and nothing else changes.
+    words = ("generate", "--from", first / "settings.json", "--steps", 2, "--seeds", 1, "--guidance", 2)
+    assert run(*words, "--out", third) == 0
+    before, after = (json.loads((folder / "settings.json").read_text()) for folder in (second, third))
+    changed = {key for key, value in after["request"].items() if value != before["request"][key]}
+    assert changed == {"steps", "seeds", "guidance"} and after["request"]["seeds"] == [5]
+    assert run("generate", "--from", first / "seed6.png", "--out", one) == 0
+    assert [path.name for path in one.glob("seed*")] == ["seed6.png"]
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "give a prompt, or --from FILE"),
+        (["--from", "none.json"], "cannot read none.json"),
+        (["--from", "{picture}"], "does not say how a picture was drawn"),
+        (["--from", "{tmp}/old.json", "--steps", "0"], "steps is 0"),
+        (["--from", "{tmp}/odd.json"], "odd.json: unknown setting 'promt'; did you mean prompt"),
+        (["x", "--prepared"], "--prepared is about the images of --control"),
+    ],
+)
+def test_generate_says_what_it_cannot_draw_again(words, says, picture, tmp_path, capsys):
+    (tmp_path / "old.json").write_text(json.dumps({"request": {"prompt": "x"}}))
+    (tmp_path / "odd.json").write_text(json.dumps({"request": {"promt": "x"}}))
+    assert run("generate", *(word.format(picture=picture, tmp=tmp_path) for word in words)) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_what_is_cut_from_a_picture_is_told(picture, tmp_path, capsys):
+    wide = tmp_path / "wide.png"
+    Image.open(picture).resize((160, 80)).save(wide)
+    for given, said in ((picture, ""), (wide, "160 x 80: scaled to cover 64 x 64, it is cut at the sides")):
+        assert run("generate", "x", "--control", f"canny={given}", "--steps", 1, "--out", tmp_path / "out") == 0
+        err = capsys.readouterr().err
+        assert said in err and ("note:" in err) == bool(said)
+
+
 def test_inspect_tells_what_the_shipped_control_is(capsys):
     assert run("inspect", "canny", "--json") == 0
     facts = json.loads(capsys.readouterr().out)

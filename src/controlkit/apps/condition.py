@@ -31,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("name", nargs="?", default=None, help="which condition, or all that need no weights")
     parser.add_argument(
-        "image", nargs="?", default=None, help="the picture; without one, everything about the condition is shown"
+        "image",
+        nargs="?",
+        default=None,
+        help="the picture, of 16 x 16 pixels or more; without one, everything about the condition is shown",
     )
     parser.add_argument("--out", default=None, metavar="FILE", help="PNG to write (default: NAME.png)")
     parser.add_argument(

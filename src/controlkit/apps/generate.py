@@ -2,33 +2,46 @@
 
     controlkit generate "red apple, noto style, on a blue background" \\
         --control canny=drawing.png@0.9:0-0.8 --seeds 4 --out pictures
+    controlkit generate --from pictures/settings.json --steps 50
+
+A control's picture may have any size: it is scaled to cover the result and cut to it around its centre. --from draws
+again what a settings.json or one of its PNGs says; the other options override it, and --control replaces all of its
+controls. On the same machine's CPU a settings.json gives the same pictures, bit for bit.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from controlkit.apps.show import add_json, print_json, print_seconds
+
+if TYPE_CHECKING:
+    from controlkit.sampling.request import GenerateRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb. Defaults are those of `GenerateRequest`."""
-    parser.add_argument("prompt", help="what to draw")
+    parser.add_argument("prompt", nargs="?", help="what to draw")
+    parser.add_argument(
+        "--from", dest="drawn", metavar="FILE", help="draw again what a settings.json, or a PNG of ours, says"
+    )
     parser.add_argument("--base", help="nano, a diffusers folder, a single file, or a hub id (default: nano)")
     parser.add_argument(
         "--control",
         action="append",
         default=[],
         metavar="NAME_OR_FILE=IMAGE[@weight[:start-end]]",
-        help="steer by this picture; may be given several times",
+        help="steer by this picture, which is scaled to cover the result and cut around its centre; may be given"
+        " several times",
     )
     parser.add_argument(
         "--prepared", action="store_true", default=False, help="the images are condition images already"
     )
     parser.add_argument("--negative-prompt", help="what to draw less of")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="how many pictures (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first (default: 0)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="how many pictures (default: 1)")
+    parser.add_argument("--seed", type=int, help="seed of the first (default: 0)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20)")
     parser.add_argument(
         "--guidance",
@@ -52,34 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
-    from controlkit.errors import UserError
     from controlkit.files import output_folder
-    from controlkit.sampling.request import ControlUse, GenerateRequest
 
-    if args.seeds < 1:
-        raise UserError(f"--seeds {args.seeds}: at least one picture has to be drawn")
-    given = {
-        name: getattr(args, name)
-        for name in (
-            "base",
-            "negative_prompt",
-            "steps",
-            "guidance",
-            "width",
-            "height",
-            "sampler",
-            "batch_size",
-            "device",
-            "precision",
-        )
-        if hasattr(args, name)
-    }
-    request = GenerateRequest(
-        prompt=args.prompt,
-        controls=tuple(ControlUse.parse(text, prepared=args.prepared) for text in args.control),
-        seeds=tuple(range(args.seed, args.seed + args.seeds)),
-        **given,
-    )
+    request = _request(args)
     with output_folder(getattr(args, "out", None), numbered_in="pictures") as out:
         from controlkit.sampling.generate import generate, refuse_overwriting
 
@@ -89,8 +77,39 @@ def run(args: argparse.Namespace) -> None:
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     if args.json:
-        print_json({"pictures": paths, "seconds": made.seconds, "request": request.to_json()})
+        print_json({"pictures": paths, "seconds": made.seconds, "request": request.to_json(), "used": made.used})
         return
     for path in paths:
         print(path)
     print_seconds(made.seconds)
+
+
+_GIVEN = (
+    *("prompt", "base", "negative_prompt", "steps", "guidance", "width", "height"),
+    *("sampler", "batch_size", "device", "precision"),
+)
+
+
+def _request(args: argparse.Namespace) -> GenerateRequest:
+    from controlkit.errors import UserError
+    from controlkit.sampling.drawn import read_drawn
+    from controlkit.sampling.request import ControlUse, GenerateRequest
+
+    if hasattr(args, "seeds") and args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds}: at least one picture has to be drawn")
+    if args.prepared and not args.control:
+        raise UserError("--prepared is about the images of --control, and none is given")
+    given = {name: getattr(args, name) for name in _GIVEN if hasattr(args, name)}
+    uses = tuple(ControlUse.parse(text, prepared=args.prepared) for text in args.control)
+    drawn = read_drawn(args.drawn) if hasattr(args, "drawn") else None
+    if drawn is None and given.get("prompt") is None:
+        raise UserError("give a prompt, or --from FILE to draw again what it says")
+    before = (0,) if drawn is None else drawn.asked.seeds
+    if hasattr(args, "seed") or hasattr(args, "seeds"):
+        first = getattr(args, "seed", before[0])
+        given["seeds"] = tuple(range(first, first + getattr(args, "seeds", len(before))))
+    if drawn is None:
+        return GenerateRequest(controls=uses, **given)
+    if uses:
+        given["controls"] = [vars(use) for use in uses]
+    return drawn.again(**given)

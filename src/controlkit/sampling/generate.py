@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,7 @@ from PIL import Image
 from controlkit import conditions
 from controlkit._version import __version__
 from controlkit.bases.base import Base
-from controlkit.bases.load import choose_device, choose_dtype, load_base
+from controlkit.bases.load import PRECISIONS, choose_device, choose_dtype, load_base
 from controlkit.checkpoints.controls import load_control
 from controlkit.controls.base_control import BaseControl
 from controlkit.controls.control import Control
@@ -48,17 +49,18 @@ class Generation:
     """The condition image of each control, in the order of the request."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Where the time went."""
+    used: dict[str, Any] = field(default_factory=dict)
+    """What the request leaves open, as it was: `device`, `precision`, `width` and `height` in pixels, `guidance`."""
     notes: list[str] = field(default_factory=list)
     """What a person should know about it."""
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write the pictures, the condition images and the settings into `folder`; returns the pictures' paths.
 
-        Each PNG carries the request that draws it again (`GenerateRequest.from_json`), in its text chunk
-        `controlkit`.
+        Each PNG carries what draws it again (`sampling.drawn.read_drawn`), in its text chunk `controlkit`.
         """
         folder = writable_folder(folder)
-        settings = {"controlkit": __version__, "request": self.request.to_json()}
+        settings = {"controlkit": __version__, "request": self.request.to_json(), "used": self.used}
         paths = []
         for picture in self.pictures:
             path = folder / f"seed{picture.seed}.png"
@@ -98,12 +100,21 @@ def generate(
             base = load_base(request.base, device=device, dtype=choose_dtype(request.precision, device))
         width, height = request.width or base.size, request.height or base.size
         base.check_size(width, height)
+        made.used = {
+            "device": str(base.device),
+            "precision": next((name for name, dtype in PRECISIONS.items() if dtype == base.dtype), str(base.dtype)),
+            "width": width,
+            "height": height,
+            "guidance": base.default_guidance if request.guidance is None else request.guidance,
+        }
         if controls is None:
             shared: dict[str, BaseControl] = {}
             controls = [load_control(use.control, base, shared=shared) for use in request.controls]
     for prompt in filter(None, (request.prompt, request.negative_prompt)):
         if cut := base.cut_from(prompt):
             made.notes.append(f"the base reads {base.prompt_tokens} tokens of a prompt; it does not see {cut!r}")
+    for use, image in zip(request.controls, images, strict=True):
+        made.notes += _cut_from(use, image, width, height)
     with _timed(made, "condition"):
         uses = []
         for use, control, image in zip(request.controls, controls, images, strict=True):
@@ -129,6 +140,19 @@ def generate(
         images_made = [image for batch in batches for image in to_images(batch)]
     made.pictures = [Picture(image, seed) for image, seed in zip(images_made, request.seeds, strict=True)]
     return made
+
+
+def _cut_from(use: ControlUse, image: Image.Image, width: int, height: int) -> list[str]:
+    """A note on what of a control's picture lies outside the result, if a pixel or more does."""
+    factor = max(width / image.width, height / image.height)
+    across, down = image.width * factor - width, image.height * factor - height
+    if max(across, down) < 1:
+        return []
+    where = "at the sides" if across > down else "above and below"
+    return [
+        f"{use.image} is {image.width} x {image.height}: scaled to cover {width} x {height}, it is cut {where}; give"
+        " the result its shape with --width and --height, or cut the picture yourself"
+    ]
 
 
 def prepare_condition(use: ControlUse, control: Control, image: Image.Image) -> Image.Image:
