@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from controlkit.apps.cli import build_parser
 from controlkit.training.recipe import RECIPES
@@ -41,6 +42,36 @@ def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
     assert len(list((tmp_path / "pictures").glob("seed*.png"))) == 4
+
+
+def test_the_examples_of_the_page_for_python_run_one_after_another(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 7
+    drawing = Image.open(str(files("controlkit") / "assets" / "demo" / "sailboat.png")).convert("RGB")
+    (tmp_path / "photos").mkdir()
+    drawing.save(tmp_path / "photo.png")
+    for number in range(12):
+        drawing.rotate(30 * number).save(tmp_path / "photos" / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("controlkit.data.engine.cores", lambda: 1)
+    few = {"steps=20": "steps=2", '"steps": 500': '"steps": 1, "batch_size": 2', ".first(32)": ".first(2)"}
+    for block in blocks:
+        for many, fewer in few.items():
+            block = block.replace(many, fewer)
+        # These take minutes or the rendered icons; their parts are tested elsewhere.
+        if "ck.train(" not in block and "ck.evaluate_base(" not in block:
+            exec(compile(block, "python.md", "exec"), {"__name__": "__main__"})
+    assert (tmp_path / "pictures" / "seed1.png").is_file() and (tmp_path / "runs/mine/mine.safetensors").is_file()
+
+
+def test_every_name_of_the_package_is_there_and_one_that_the_page_uses():
+    import controlkit
+
+    assert all(getattr(controlkit, name) is not None for name in controlkit.__all__)
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\bck\.(\w+)", page)) == set(controlkit.__all__) - {"__version__"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -21,57 +21,83 @@ if TYPE_CHECKING:
     from controlkit.checkpoints.controls import load_control, save_control
     from controlkit.checkpoints.convert import convert
     from controlkit.checkpoints.describe import describe
+    from controlkit.checkpoints.systems import describe_base, describe_system
     from controlkit.conditions import find as find_condition
     from controlkit.data.cache_report import manage_cache
+    from controlkit.data.check import check_pairs
     from controlkit.data.engine import make_pairs
-    from controlkit.data.pairs import read_pairs
+    from controlkit.data.making import MakeSettings
+    from controlkit.data.pairs import read_pairs, split_pairs
+    from controlkit.data.pictures import list_pictures
     from controlkit.evaluation.adapt import adapt
     from controlkit.evaluation.base import evaluate_base
-    from controlkit.evaluation.control import evaluate_control
+    from controlkit.evaluation.control import evaluate_control, judged_pairs
+    from controlkit.evaluation.pictures import evaluation_set
+    from controlkit.sampling.drawn import read_drawn
     from controlkit.sampling.generate import generate
     from controlkit.sampling.request import ControlUse, GenerateRequest
-    from controlkit.training.recipe import read_recipe
+    from controlkit.training.recipe import build_recipe, read_recipe
     from controlkit.training.run import run as train
 
 _PLACES = {
     "ControlUse": "sampling.request:ControlUse",
     "GenerateRequest": "sampling.request:GenerateRequest",
+    "MakeSettings": "data.making:MakeSettings",
     "adapt": "evaluation.adapt:adapt",
+    "build_recipe": "training.recipe:build_recipe",
+    "check_pairs": "data.check:check_pairs",
     "convert": "checkpoints.convert:convert",
     "describe": "checkpoints.describe:describe",
+    "describe_base": "checkpoints.systems:describe_base",
+    "describe_system": "checkpoints.systems:describe_system",
     "evaluate_base": "evaluation.base:evaluate_base",
     "evaluate_control": "evaluation.control:evaluate_control",
+    "evaluation_set": "evaluation.pictures:evaluation_set",
     "find_condition": "conditions:find",
     "generate": "sampling.generate:generate",
+    "judged_pairs": "evaluation.control:judged_pairs",
+    "list_pictures": "data.pictures:list_pictures",
     "load_base": "bases.load:load_base",
     "load_control": "checkpoints.controls:load_control",
     "make_pairs": "data.engine:make_pairs",
+    "manage_cache": "data.cache_report:manage_cache",
+    "read_drawn": "sampling.drawn:read_drawn",
     "read_pairs": "data.pairs:read_pairs",
     "read_recipe": "training.recipe:read_recipe",
     "save_control": "checkpoints.controls:save_control",
-    "manage_cache": "data.cache_report:manage_cache",
+    "split_pairs": "data.pairs:split_pairs",
     "train": "training.run:run",
 }
 
 __all__ = [
     "ControlUse",
     "GenerateRequest",
+    "MakeSettings",
     "UserError",
     "__version__",
     "adapt",
+    "build_recipe",
+    "check_pairs",
     "convert",
     "describe",
+    "describe_base",
+    "describe_system",
     "evaluate_base",
     "evaluate_control",
+    "evaluation_set",
     "find_condition",
     "generate",
+    "judged_pairs",
+    "list_pictures",
     "load_base",
     "load_control",
     "make_pairs",
     "manage_cache",
+    "read_drawn",
     "read_pairs",
     "read_recipe",
     "save_control",
+    "split_pairs",
     "train",
 ]
 

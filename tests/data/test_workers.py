@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from controlkit.data.workers import run_jobs, sign_of_life
 from controlkit.errors import UserError
@@ -66,3 +70,17 @@ def test_a_job_that_says_it_lives_may_take_as_long_as_it_likes(capsys):
 def test_a_job_that_kills_its_process_every_time_ends_in_words():
     with pytest.raises(UserError, match="processes were killed 4 times in a row, perhaps for want of memory"):
         list(run_jobs(die, [1, 2], workers=2))
+
+
+def test_a_script_without_a_guard_is_told_so_once(tmp_path):
+    for number in range(8):
+        Image.fromarray(np.full((32, 32, 3), 20 * number, np.uint8)).save(tmp_path / f"{number}.png")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import controlkit as ck\n"
+        f"settings = ck.MakeSettings(conditions=('canny',))\n"
+        f"ck.make_pairs(ck.list_pictures([{str(tmp_path)!r}]), {str(tmp_path / 'out')!r}, settings, workers=2)\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and ended.stderr.count("Traceback") == 1
+    assert 'put what it does under `if __name__ == "__main__":`' in ended.stderr.splitlines()[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Converted:
     kind: str
     from_layout: str
     to_layout: str
-    content: Content
+    content: Content = field(repr=False)
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from controlkit.data.making import MakeSettings
 from controlkit.data.pictures import STATE, Picture
 from controlkit.data.readers.recognise import MANIFEST
 from controlkit.data.shards import shard_name
-from controlkit.data.workers import cores, run_jobs
+from controlkit.data.workers import cores, refuse_to_run_again, run_jobs
 from controlkit.errors import UserError
 from controlkit.files import (
     decode_text,
@@ -80,8 +80,10 @@ def make_pairs(
 
     Raises:
         UserError: settings contradict what is in `out`, it cannot be written, another run writes to it, its manifest
-            was changed so that it cannot be read, or no picture can be read.
+            was changed so that it cannot be read, no picture can be read, or the calling script has no
+            `if __name__ == "__main__":` and so would run again in every process.
     """
+    refuse_to_run_again()
     started = time.monotonic()
     out, pictures = Path(out), sorted(pictures, key=lambda picture: picture.key)
     if engine not in ENGINES:

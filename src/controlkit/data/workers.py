@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import cv2
@@ -35,9 +36,13 @@ _SURROUNDINGS = {
     # time of drawing edges. So large blocks stay with the process (32 MiB is the most that it takes for the first).
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**28),
+    "CONTROLKIT_POOL": "1",
 }
 """Environment of the processes of a pool, where it says nothing else: one thread each, and memory that is kept."""
 
+
+_RUN_AGAIN = 113
+"""Exit code of a process of a pool in which the script that made the pool began to run from its start."""
 
 _life: Any = None
 """In a process of a pool: the number of signs of life that all of them have given, shared."""
@@ -48,6 +53,28 @@ def sign_of_life() -> None:
     if _life is not None:
         with _life.get_lock():
             _life.value += 1
+
+
+def refuse_to_run_again() -> None:
+    """Refuse to work in a process that has just been spawned and is still importing the main script.
+
+    There a script without `if __name__ == "__main__":` comes to the same call again. In a pool of ours the process ends
+    without a word, and the pool says why.
+
+    Raises:
+        UserError: it is so, in a process that something else started.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        if "CONTROLKIT_POOL" in os.environ:
+            raise SystemExit(_RUN_AGAIN)
+        raise _unguarded()
+
+
+def _unguarded() -> UserError:
+    return UserError(
+        "the processes that make pairs import the script that asks for them, which thereby runs again from its start;"
+        ' put what it does under `if __name__ == "__main__":`, or give workers=1'
+    )
 
 
 def cores() -> int:
@@ -68,7 +95,8 @@ def run_jobs(
             on standard error, and their jobs given to new ones.
 
     Raises:
-        UserError: processes died or hung again and again without a job being finished.
+        UserError: processes died or hung again and again without a job being finished, or run the script that called
+            this from its start.
     """
     if workers <= 1 or len(jobs) <= 1:
         with _one_thread():
@@ -86,6 +114,7 @@ def run_jobs(
                     while waiting and len(running) < 2 * workers:
                         running[pool.submit(make, waiting[0])] = waiting[0]
                         waiting.popleft()
+                    watch.processes |= set(multiprocessing.active_children()) - watch.others
                     finished = wait(running, patience / _LOOKS, FIRST_COMPLETED).done
                     for future in finished:
                         result = future.result()
@@ -94,6 +123,8 @@ def run_jobs(
                         yield result
                     watch.look(bool(finished), running.values())
             except BrokenProcessPool as error:
+                if any(process.exitcode == _RUN_AGAIN for process in watch.processes):
+                    raise _unguarded() from None
                 waiting.extendleft(running.values())
                 deaths += 1
                 if deaths > _MOST_DEATHS:
@@ -112,7 +143,9 @@ class _Watch:
         self.hung = False
         self._seen = 0
         self._alive = time.monotonic()
-        self._others = set(multiprocessing.active_children())
+        self.processes: set[BaseProcess] = set()
+        """Those of the pool that were seen."""
+        self.others = set(multiprocessing.active_children())
 
     def look(self, finished: bool, jobs: Iterable[object]) -> None:
         """Note whether something was `finished`; end the processes if nothing happened for too long."""
@@ -127,7 +160,7 @@ class _Watch:
                 flush=True,
             )
             self.hung, self._alive = True, now
-            for process in set(multiprocessing.active_children()) - self._others:
+            for process in set(multiprocessing.active_children()) - self.others:
                 process.kill()
 
     def end(self, deaths: int, jobs: Iterable[object]) -> UserError:
