@@ -105,8 +105,11 @@ def whole_text(text: str, what: str) -> str:
     return text
 
 
-def writable_folder(path: str | Path) -> Path:
+def writable_folder(path: str | Path, advice: str = "give --out another folder") -> Path:
     """`path` as a folder that exists and takes files.
+
+    Args:
+        advice: what the error tells to do.
 
     Raises:
         UserError: it cannot be made or written, said before any work is done for it.
@@ -117,9 +120,7 @@ def writable_folder(path: str | Path) -> Path:
         with tempfile.NamedTemporaryFile(dir=path, prefix=".controlkit-"):
             pass
     except OSError as error:
-        raise UserError(
-            f"cannot write to the folder {path}: {error.strerror or error}; give --out another folder"
-        ) from error
+        raise UserError(f"cannot write to the folder {path}: {error.strerror or error}; {advice}") from error
     return path
 
 

@@ -6,9 +6,11 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 import textwrap
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -48,8 +50,21 @@ def build_settings(kind: type[Settings], values: dict[str, Any], origin: str) ->
     return _typed(kind, values, origin)
 
 
-def describe_settings(kind: type) -> list[tuple[str, Any, str]]:
-    """(name, default, first line of its docstring) of every field of a settings class."""
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One field of a settings class, for a list of them."""
+
+    name: str
+    default: Any
+    """None, too, where there is none."""
+    required: bool
+    """Whether it has to be given."""
+    what: str
+    """Its docstring on one line."""
+
+
+def describe_settings(kind: type) -> list[Setting]:
+    """Every field of a settings class."""
     told: dict[str, str] = {}
     for owner in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(owner):
@@ -60,9 +75,19 @@ def describe_settings(kind: type) -> list[tuple[str, Any, str]]:
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 told[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
     return [
-        (field.name, None if field.default is dataclasses.MISSING else field.default, told.get(field.name, ""))
+        Setting(field.name, _default(field), _is_required(field), told.get(field.name, ""))
         for field in dataclasses.fields(kind)
     ]
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def _typed(kind: type[Settings], values: dict[str, Any], origin: str) -> Settings:
@@ -76,4 +101,31 @@ def _typed(kind: type[Settings], values: dict[str, Any], origin: str) -> Setting
         return kind(**parser.parse_object(given).as_dict())
     except ArgumentError as error:
         reason = " ".join(str(error).split())
+        wrong = re.search(r'Parser key "(\w+)"', reason)
+        field = next((field for field in dataclasses.fields(kind) if wrong and field.name == wrong[1]), None)  # type: ignore[arg-type]
+        if field is not None and field.name in values:
+            reason = f"{field.name} is {values[field.name]!r}; expected {_expected(field, get_type_hints(kind))}"
         raise UserError(f"{origin}: {reason}") from error
+
+
+_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+_MANY = {str: "texts", int: "whole numbers", float: "numbers", bool: "trues and falses"}
+
+
+def _expected(field: dataclasses.Field[Any], hints: dict[str, Any]) -> str:
+    """The type of a field in words, with its default as an example."""
+
+    def told(hint: Any) -> str:
+        if get_origin(hint) is tuple:
+            return f"a list of {_MANY.get(get_args(hint)[0], 'values')}"
+        if get_args(hint):
+            return " or ".join(map(told, get_args(hint)))
+        return _WORDS.get(hint, str(hint))
+
+    default = _default(field)
+    if default is None or default == ():
+        return told(hints[field.name])
+    example = yaml.safe_dump(
+        list(default) if isinstance(default, tuple) else default, default_flow_style=True, width=1e6
+    )
+    return f"{told(hints[field.name])}, such as {example.splitlines()[0]}"

@@ -181,6 +181,8 @@ def test_evaluate_control_prints_baseline_and_ceiling(capsys, tmp_path):
     facts = report["facts"]["held-out"]
     assert facts["baseline"] < facts["control"] < facts["ceiling"]
     assert Image.open(sheet).width > 500
+    assert run(*words[:3], "--sets", "seen-again", "--pictures", 2, "--steps", 1, "--sheet", sheet) == 0
+    assert f"sheet: {sheet}" in capsys.readouterr().out
 
 
 def test_several_controls_are_judged_in_one_table(capsys, tmp_path, tiny_base, base_folder):
@@ -374,11 +376,26 @@ def test_evaluate_says_what_it_cannot_do_before_it_draws(words, says, capsys):
         (["study", "several-conditions", "--set", "mixes=[palette+palette]"], "is not a mix"),
         (["study", "several-conditions", "--set", "mixes=[]"], "mixes is empty"),
         (["study", "community-model", "--set", "pictures=0"], "at least 1"),
+        (["study", "new-condition", "--set", "budgets=25"], "expected a list of whole numbers, such as [25, 50, 100"),
+        (["study", "new-condition", "--set", "rank=[a]"], "rank is ['a']; expected a whole number, such as 4"),
+        (["evaluate", "control", "canny", "--sheet", "{picture}/x.png"], "name another place with --sheet"),
+        (["train", "controlnett"], "there is no such file; did you mean controlnet"),
+        (["train", "recipes/nano/controlnet.yaml"], "did you mean recipes/"),
+        (["train", "controlnet", "--set", "steps=1"], "controlnet is a system"),
+        (["transfer", "canny", "--from", "nano", "--to", "sd15", "--out", "x.safetensors"], "and no weights"),
     ],
 )
 def test_what_would_fail_later_is_refused_at_once(words, says, picture, capsys):
     assert run(*(word.format(picture=picture) if "{picture}" in word else word for word in words)) == 2
     assert says in capsys.readouterr().err
+
+
+def test_settings_without_a_default_are_required(capsys):
+    assert run("train", "ctrlora-adapter", "--json") == 0
+    required = {one["name"] for one in json.loads(capsys.readouterr().out) if one["required"]}
+    assert required == {"out", "pairs", "control"}
+    assert run("train", "ctrlora-adapter") == 0
+    assert capsys.readouterr().out.count("required") == 3
 
 
 def test_out_of_memory_is_one_sentence(picture, tmp_path, capsys, monkeypatch):

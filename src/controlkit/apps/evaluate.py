@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sets",
         nargs="+",
-        help="pictures for a control, of held-out, openmoji and seen (default: held-out openmoji)",
+        help="pictures for a control: held-out and openmoji (the default), seen, seen-again (seen, drawn once more)",
     )
     parser.add_argument(
         "--pairs", metavar="PATH", help="in place of sets: the tenth of these pairs that training holds out"
@@ -57,15 +57,17 @@ def run(args: argparse.Namespace) -> None:
     check_sampling(settings.get("steps", DEFAULT_STEPS), settings.get("guidance"))
     if args.sheet:
         # Before minutes of drawing.
-        writable_folder(Path(args.sheet).parent)
+        writable_folder(Path(args.sheet).parent, "name another place with --sheet")
         if Path(args.sheet).is_dir():
             raise UserError(f"--sheet {args.sheet} is a folder; give the name of a PNG")
     reports = _of_base(args, settings) if args.what == "base" else _of_controls(args, settings)
     if args.json:
-        print_json({"reports": [report.to_json() for report in reports]})
+        print_json({"reports": [report.to_json() for report in reports], "sheet": args.sheet})
         return
     for report in reports:
         show(report.table())
+    if args.sheet:
+        print(f"sheet: {args.sheet}")
 
 
 def _of_base(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]:

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     kinds: dict[str, type] = dict(zip(STUDIES, (NewCondition, SeveralConditions, CommunityModel), strict=True))
     kind = kinds[args.name]
     if args.help_settings:
-        rows = [(name, str(default), told) for name, default, told in describe_settings(kind)]
+        rows = [(told.name, str(told.default), told.what) for told in describe_settings(kind)]
         print_table(f"Settings of {args.name}", ("setting", "default", "what it is"), rows)
         return
     values = {name: getattr(args, name) for name in ("control", "out") if hasattr(args, name)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 from controlkit.apps.show import add_json, print_json, print_table
+from controlkit.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,8 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.training.recipe import RECIPES, read_recipe
 
     if args.recipe in RECIPES:
+        if args.settings:
+            raise UserError(f"{args.recipe} is a system, whose settings are listed; --set is for a recipe's YAML file")
         _list(RECIPES[args.recipe], args.json)
         return
     recipe = read_recipe(args.recipe, args.settings)
@@ -48,6 +51,7 @@ def _list(kind: type, as_json: bool) -> None:
 
     told = describe_settings(kind)
     if as_json:
-        print_json([{"name": name, "default": default, "what": what} for name, default, what in told])
+        print_json([vars(setting) for setting in told])
         return
-    print_table(kind.__doc__ or "", ("setting", "default", "what it is"), [(n, str(d), w) for n, d, w in told])
+    rows = [(one.name, "required" if one.required else str(one.default), one.what) for one in told]
+    print_table(kind.__doc__ or "", ("setting", "default", "what it is"), rows)

@@ -234,7 +234,7 @@ def _check_folder(folder: Path, name: str) -> None:
             f" `controlkit inspect {name}` says what it seems to be"
         )
     if not folder.is_dir():
-        known = f"; {name} is known by its shape alone: inspect and --random-weights take it"
+        known = f"; of {name} only the shape is known here, which `controlkit inspect {name}` tells, and no weights"
         raise UserError(
             f"there is no base at {name}; give `nano`, the path of a diffusers folder or of a single file, or a hub id"
             f"{known if name in KNOWN_BASES else ''}"

@@ -76,7 +76,7 @@ class NewCondition:
     given: tuple[str, ...] = ()
     """More conditions from folders of pairs, each as NAME=FOLDER or NAME=FOLDER@CONDITION, scored by CONDITION."""
     parts: tuple[str, ...] = ("budgets", "ablation", "ranks", "pairs")
-    """What is run, of `PARTS`."""
+    """What is run, of rates, budgets, ablation, ranks and pairs."""
     budgets: tuple[int, ...] = (25, 50, 100, 250, 500, 1000)
     """Optimiser steps."""
     pairs: int = 1000

@@ -420,6 +420,10 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = Path(path).read_text(encoding="utf-8")
         values = yaml.safe_load(text)
+    except FileNotFoundError as error:
+        files = [*Path(path).parent.glob("*.yaml"), *Path("recipes").rglob("*.yaml")]
+        known = [*RECIPES, *dict.fromkeys(map(str, sorted(files)))]
+        raise UserError(f"cannot read the recipe {path}: there is no such file{nearest(str(path), known)}") from error
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:  # a date that there is not is a ValueError
