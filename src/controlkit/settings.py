@@ -125,7 +125,6 @@ def _expected(field: dataclasses.Field[Any], hints: dict[str, Any]) -> str:
     default = _default(field)
     if default is None or default == ():
         return told(hints[field.name])
-    example = yaml.safe_dump(
-        list(default) if isinstance(default, tuple) else default, default_flow_style=True, width=1e6
-    )
+    plain = list(default) if isinstance(default, tuple) else default
+    example = yaml.safe_dump(plain, default_flow_style=True, width=1000)
     return f"{told(hints[field.name])}, such as {example.splitlines()[0]}"

@@ -371,6 +371,7 @@ def test_evaluate_says_what_it_cannot_do_before_it_draws(words, says, capsys):
         (["condition", "canny", "."], "controlkit pairs . --conditions canny"),
         (["condition", "{picture}", "canny"], "the name comes first: controlkit condition canny"),
         (["condition", "{picture}"], "the name comes first: controlkit condition NAME"),
+        (["pairs", "photos", "--conditions", "canny", "--out", "p", "--sheet", "s.png"], "controlkit pairs --check p"),
         (["condition", "--list", "canny"], "for all about one: controlkit condition canny"),
         (["generate", "x", "--control", "canny=."], "is a folder; give the name of one picture"),
         (["study", "several-conditions", "--set", "mixes=[palette+palette]"], "is not a mix"),
@@ -380,7 +381,6 @@ def test_evaluate_says_what_it_cannot_do_before_it_draws(words, says, capsys):
         (["study", "new-condition", "--set", "rank=[a]"], "rank is ['a']; expected a whole number, such as 4"),
         (["evaluate", "control", "canny", "--sheet", "{picture}/x.png"], "name another place with --sheet"),
         (["train", "controlnett"], "there is no such file; did you mean controlnet"),
-        (["train", "recipes/nano/controlnet.yaml"], "did you mean recipes/"),
         (["train", "controlnet", "--set", "steps=1"], "controlnet is a system"),
         (["transfer", "canny", "--from", "nano", "--to", "sd15", "--out", "x.safetensors"], "and no weights"),
     ],
@@ -388,6 +388,24 @@ def test_evaluate_says_what_it_cannot_do_before_it_draws(words, says, capsys):
 def test_what_would_fail_later_is_refused_at_once(words, says, picture, capsys):
     assert run(*(word.format(picture=picture) if "{picture}" in word else word for word in words)) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_recipe_that_is_not_there_names_the_nearest_beside_it(tmp_path, capsys):
+    (tmp_path / "controlnet-canny.yaml").write_text("system: controlnet")
+    assert run("train", tmp_path / "controlnet-cany.yaml") == 2
+    assert f"did you mean {tmp_path / 'controlnet-canny.yaml'}" in capsys.readouterr().err
+
+
+def test_what_ships_is_listed_a_line_each(capsys):
+    assert run("inspect", "--json") == 0
+    shipped = json.loads(capsys.readouterr().out)
+    kinds = {one["name"]: (one["kind"], one["condition"]) for one in shipped}
+    assert kinds["nano"] == ("base", None) and kinds["canny"] == ("controlnet", "canny")
+    assert kinds["nano/base"] == ("ctrlora-base", None) and kinds["nano/palette"] == ("ctrlora", "palette")
+    assert run("inspect") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [one["name"] for one in shipped]
+    assert run("inspect", "--size", 64) == 2
+    assert "controlkit inspect NAME" in capsys.readouterr().err
 
 
 def test_settings_without_a_default_are_required(capsys):

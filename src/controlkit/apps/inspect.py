@@ -1,16 +1,20 @@
 """say what a file, a control, a base or a system is: kind, tensors, parameters, operations, metadata
 
+controlkit inspect
 controlkit inspect canny
 controlkit inspect nano --json
 controlkit inspect sdxl --size 1024
 controlkit inspect ctrlora --base sd15 --rank 128
 controlkit inspect t2i-adapter --base sdxl --json
 controlkit inspect somebody-s.safetensors
+
+Without a name it lists the base and the controls that ship.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from controlkit.apps.show import add_json, print_json, print_table
 
@@ -19,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument(
         "name",
+        nargs="?",
+        default=None,
         help="a base (nano, a folder, a file, a hub id, sd15, sd21, sdxl), a control's name or file, any other file of"
         " tensors, or a system (controlnet, ctrlora, t2i-adapter)",
     )
@@ -38,6 +44,11 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.sampling.request import MOST_PIXELS
 
     base: str | None = getattr(args, "base", None)
+    if args.name is None:
+        if (base, args.size, args.rank) != (None, None, None):
+            raise UserError("--base, --size and --rank are about one thing; give its name: controlkit inspect NAME")
+        _list(args.json)
+        return
     if args.size is not None and not 1 <= args.size <= MOST_PIXELS:
         raise UserError(f"--size {args.size}: expected a side from 1 to {MOST_PIXELS} pixels")
     if args.rank is not None and args.name not in SYSTEMS:
@@ -58,6 +69,26 @@ def run(args: argparse.Namespace) -> None:
         else:
             rows.append((key, _words(value)))
     print_table(args.name, ("fact", "value"), rows)
+
+
+def _list(as_json: bool) -> None:
+    """What ships, a line each."""
+    from controlkit.bases.load import NANO, nano_folder
+    from controlkit.checkpoints.controls import shipped_controls
+    from controlkit.checkpoints.files import read_metadata
+
+    shipped: list[dict[str, Any]] = [{"name": NANO, "kind": "base", "condition": None, "path": str(nano_folder())}]
+    for name, path in shipped_controls().items():
+        said = read_metadata(path)
+        condition = said.get("control.condition") or None
+        shipped.append({"name": name, "kind": said["control.kind"], "condition": condition, "path": str(path)})
+    if as_json:
+        print_json(shipped)
+        return
+    rows = [("name", "kind", "condition"), *((one["name"], one["kind"], one["condition"] or "-") for one in shipped)]
+    widths = [max(len(row[place]) for row in rows) + 2 for place in (0, 1)]
+    for row in rows:
+        print(f"{row[0]:<{widths[0]}}{row[1]:<{widths[1]}}{row[2]}")
 
 
 def _words(value: object) -> str:

@@ -64,6 +64,11 @@ def run(args: argparse.Namespace) -> None:
         return
     if not args.images or not args.conditions or not args.out:
         raise UserError("give pictures, --conditions NAME,NAME and --out DIR; or --check PAIRS")
+    if args.sheet:
+        raise UserError(
+            f"--sheet {args.sheet} is of --check; when the pairs are made: controlkit pairs --check {args.out} --sheet"
+            f" {args.sheet}"
+        )
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least one is needed")
     _make(args)

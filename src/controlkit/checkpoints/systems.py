@@ -68,7 +68,7 @@ def describe_base(name: str, size: int | None = None) -> dict[str, Any]:
     facts |= {"trainable": 0, "memory": memory_of(facts["parameters"])}
     facts["latent"] = f"{unet['in_channels']} channels, {factor} pixels to one"
     facts["own size"] = f"{unet['sample_size'] * factor} x {unet['sample_size'] * factor}"
-    facts["encoder"] = listed_stages(encoder_stages(unet, factor)[:-1])
+    facts["where features of a T2I-Adapter enter"] = listed_stages(encoder_stages(unet, factor)[:-1])
     facts[f"GFLOP at {height * factor} x {height * factor}"] = {
         "UNet call": giga(unet_flops(unet, height, height)),
         "autoencoder, encoding": giga(encode_flops(vae, height * factor, height * factor)),
