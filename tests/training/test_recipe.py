@@ -191,3 +191,10 @@ def test_without_a_word_arithmetic_on_a_processor_is_float32(precision, expected
     path = Path(__file__).parents[2] / "recipes/sd15/ctrlora-adapter.yaml"
     recipe = read_recipe(path, [f"precision={precision}"])
     assert uses_bf16(recipe, torch.device("cpu")) is expected
+
+
+def test_a_base_has_attention_for_each_of_its_channels():
+    with pytest.raises(UserError, match="attention has 2 entries and channels 3"):
+        build_recipe(
+            {"system": "base", "out": "x", "steps": 1, "icons": "y", "start": "nano", "attention": [False, True]}
+        )

@@ -187,12 +187,14 @@ class BaseRecipe(Recipe):
         _check_channels(self.channels)
         if self.styles is not None and not set(self.styles) <= set(TRAINED_STYLES):
             raise UserError(f"styles are {list(self.styles)}; known: {', '.join(TRAINED_STYLES)}")
+        if len(self.attention) != len(self.channels):
+            raise UserError(
+                f"attention has {len(self.attention)} entries and channels {len(self.channels)}; give one for each"
+            )
 
     @property
     def results(self) -> tuple[str, ...]:
         return ("base",)
-        if len(self.attention) != len(self.channels):
-            raise UserError(f"attention has {len(self.attention)} entries and channels {len(self.channels)}")
 
 
 @dataclass(frozen=True, kw_only=True)
