@@ -37,7 +37,7 @@ def read_image(path: str | Path, background: tuple[int, int, int] = (255, 255, 2
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path} is a folder; give the name of one picture")
+        raise UserError(f"there is no picture at {path}: it is a folder; give the name of one picture")
     if not path.is_file():
         raise UserError(f"there is no picture at {path}")
     try:

@@ -41,7 +41,7 @@ def run_folder(recipe: Recipe) -> Iterator[None]:
             steps behind it, or a file that this run will write is there already.
     """
     existed = Path(recipe.out).exists()
-    folder = writable_folder(recipe.out)
+    folder = writable_folder(recipe.out, "give this run another out")
     refusal = f"another run is writing into {folder}; wait for it, or give this run another out"
     with held(folder / _LOCK, refusal) if Processes.is_first() else nullcontext():
         if Processes.is_first():
