@@ -9,6 +9,7 @@ controlkit evaluate control runs/mine/mine.safetensors --pairs pairs/palette
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=int, help="pictures of each set for a control (default: 96)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: 3 for nano, 7.5 for Stable Diffusion)")
+    parser.add_argument("--weight", type=float, help="weight of the controls (default: 1)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default: auto)")
     parser.add_argument("--sheet", default=None, metavar="FILE", help="also write a contact sheet as PNG")
     add_json(parser)
@@ -53,8 +55,10 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.files import writable_folder
     from controlkit.sampling.request import DEFAULT_STEPS, check_sampling
 
-    settings = {name: getattr(args, name) for name in ("steps", "guidance") if hasattr(args, name)}
+    settings = {name: getattr(args, name) for name in ("steps", "guidance", "weight") if hasattr(args, name)}
     check_sampling(settings.get("steps", DEFAULT_STEPS), settings.get("guidance"))
+    if not math.isfinite(settings.get("weight", 1.0)):
+        raise UserError(f"--weight {settings['weight']}: expected a number, such as 1.25")
     if args.sheet:
         # Before minutes of drawing.
         writable_folder(Path(args.sheet).parent, "name another place with --sheet")
@@ -76,7 +80,7 @@ def _of_base(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]
     from controlkit.evaluation.base import base_grid, evaluate_base
     from controlkit.images import write_png
 
-    for name in ("base", "sets", "pairs", "share", "pictures"):
+    for name in ("base", "sets", "pairs", "share", "pictures", "weight"):
         if hasattr(args, name):
             raise UserError(f"--{name} is for controls; a base is named, and judged on pictures of its own")
     if len(args.names) > 1:

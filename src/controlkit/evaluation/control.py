@@ -139,6 +139,7 @@ def evaluate_controls(
     *,
     steps: int = DEFAULT_STEPS,
     guidance: float | None = None,
+    weight: float = 1.0,
 ) -> tuple[Report, Image.Image]:
     """Condition following of several controls on the same pictures, in one table.
 
@@ -155,7 +156,9 @@ def evaluate_controls(
     strips: list[Sequence[Image.Image]] = []
     titles: list[str] = []
     for name, control in controls.items():
-        judgements = [_judge(base, control, pictures, ends, steps=steps, guidance=guidance) for pictures in sets]
+        judgements = [
+            _judge(base, control, pictures, ends, steps=steps, guidance=guidance, weight=weight) for pictures in sets
+        ]
         every += judgements
         rows += [(f"{name}, {made.pictures}", made.measure, *made.values) for made in judgements]
         facts[name] = {made.judged.name: made.facts for made in judgements}
