@@ -11,6 +11,7 @@ from torch import Tensor
 from controlkit.bases.base import Base, Text, concatenate
 from controlkit.errors import UserError
 from controlkit.sampling.cache import ResidualCache
+from controlkit.sampling.ddim import ddim_step, times_of
 from controlkit.sampling.plan import ActiveControl, Plan
 from controlkit.sampling.request import DEFAULT_STEPS
 
@@ -49,15 +50,15 @@ def sample_prompts(
         Batches of pictures `[b, 3, height, width]` in [0, 1], in the order of `seeds`.
 
     Raises:
-        UserError: the base cannot draw this size.
+        UserError: the base cannot draw this size, or not in so few steps.
     """
     width, height = width or base.size, height or base.size
     guidance = base.default_guidance if guidance is None else guidance
     batch_size = batch_size or pictures_at_once(width, height)
     base.check_size(width, height)
     scheduler = base.schedule()
-    scheduler.set_timesteps(steps, device=base.device)
-    scheduler.timesteps.clamp_(max=scheduler.config.num_train_timesteps - 1)  # 1,000 steps and an offset go past it
+    timesteps = times_of(scheduler, steps, base.device)
+    times = [*timesteps.tolist(), None]
     plan: Plan | None = None
     for first in range(0, len(seeds), batch_size):
         group = slice(first, first + batch_size)
@@ -66,12 +67,12 @@ def sample_prompts(
             texts = [base.encode_text(prompts if len(prompts) == 1 else prompts[group], size)]
             if guidance > 1:
                 texts.insert(0, base.encode_text([negative_prompt], size))
-            plan = Plan([use.of_pictures(group) for use in uses], scheduler.timesteps, texts, cache)
+            plan = Plan([use.of_pictures(group) for use in uses], timesteps, texts, cache)
         x_t = initial_noise(base, seeds[group], width, height) * scheduler.init_noise_sigma
         text = concatenate(*(part.expand(len(x_t)) for part in plan.texts))
-        for index, t in enumerate(scheduler.timesteps):
+        for index, t in enumerate(timesteps):
             prediction = _predict(base, plan, index, x_t, t, text, guidance)
-            x_t = scheduler.step(prediction, t, x_t, eta=0.0).prev_sample
+            x_t = ddim_step(scheduler, prediction, x_t, times[index], times[index + 1])
         if not torch.isfinite(x_t).all():
             raise UserError(
                 f"the pictures of seeds {', '.join(map(str, seeds[group]))} came out as numbers that are not finite;"
