@@ -132,6 +132,17 @@ def test_an_adapter_in_the_place_of_another_is_another(tiny_base, uses):
     assert torch.equal(draw(tiny_base, uses[:1], cache=cache), draw(tiny_base, uses[:1]))
 
 
+def test_a_base_control_that_another_adapter_is_selected_on_is_another(tiny_base, uses):
+    cache, shared = ResidualCache(), uses[0].control.base_control
+    use = ActiveControl(shared, uses[0].hint)
+    drawn = []
+    for selected in ("palette", "lineart", None):
+        shared.select(selected)
+        drawn.append(draw(tiny_base, [use], cache=cache))
+        assert torch.equal(drawn[-1], draw(tiny_base, [use]))
+    assert not torch.equal(drawn[0], drawn[1])
+
+
 def test_hints_of_other_shapes_have_other_keys():
     assert digest(torch.zeros(1, 3, 64, 128)) != digest(torch.zeros(1, 3, 128, 64))
     assert digest(torch.zeros(4, dtype=torch.int32)) != digest(torch.zeros(4))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
@@ -277,6 +277,9 @@ class BaseControl(Control):
                 return_dict=False,
             )
         return Residuals(tuple(down), mid)
+
+    def state(self) -> Hashable:
+        return self._selected
 
     def train_base(self) -> None:
         """Base training: the network, and the LoRA of every adapter that shares its other layers."""

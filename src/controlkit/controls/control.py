@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from enum import Enum, Flag, auto
 from typing import Any, ClassVar
 
@@ -62,6 +62,10 @@ class Control(nn.Module, ABC):
     def weights(self) -> Iterable[nn.Parameter]:
         """Every parameter that its residuals depend on."""
         return self.parameters()
+
+    def state(self) -> Hashable:
+        """What its residuals depend on besides its weights, its hint and what it reads, such as a choice among them."""
+        return None
 
     @property
     def shared_network(self) -> nn.Module | None:

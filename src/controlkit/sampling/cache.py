@@ -67,13 +67,13 @@ class ResidualCache:
 
 
 def identity_of(control: Control) -> Hashable:
-    """What changes when another control is used, or a weight of this one is changed in place, replaced or moved.
+    """What changes when another control is used, or this one's state, or a weight of it in place, by another or moved.
 
     What is written through `parameter.data` is not seen, as autograd does not see it: clear the cache after it.
     """
     weights = list(control.weights())
     states = tuple((_mark(parameter), parameter._version) for parameter in weights)
-    return id(control), states, *((str(weights[0].device), weights[0].dtype) if weights else ())
+    return id(control), control.state(), states, *((str(weights[0].device), weights[0].dtype) if weights else ())
 
 
 def _mark(parameter: Tensor) -> int:
