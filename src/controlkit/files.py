@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,31 @@ def whole_text(text: str, what: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError(f"{what} {text!r} is not whole text ({error.reason}); remove what was cut") from error
     return text
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """The file itself, or every file of a folder."""
+    path = Path(path)
+    return [one for one in path.rglob("*") if one.is_file()] if path.is_dir() else [path]
+
+
+def refuse_replacing(written: Iterable[Path], read: Iterable[Path], *, force: bool) -> None:
+    """Refuse to write over a file that is read for it, and over any other unless `force`.
+
+    Args:
+        written: files that are going to be written.
+        read: files that what is written is made from.
+
+    Raises:
+        UserError: names the file.
+    """
+    there = [path for path in written if path.exists()]
+    for given in filter(Path.exists, read):
+        for path in there:
+            if path.samefile(given):
+                raise UserError(f"{path} would be written over, and it is read for this; write somewhere else")
+    if there and not force:
+        raise UserError(f"{there[0]} is there already; write somewhere else, or give --force to replace it")
 
 
 def writable_folder(path: str | Path, advice: str = "give --out another folder") -> Path:

@@ -9,9 +9,10 @@ import torch
 
 from controlkit.apps.cli import main
 from controlkit.checkpoints.controls import load_control, save_control
-from controlkit.checkpoints.ctrlora import save_base_control
+from controlkit.checkpoints.ctrlora import save_adapter, save_base_control
 from controlkit.checkpoints.files import read_metadata
 from controlkit.controls.base_control import BaseControl
+from controlkit.controls.ctrlora import CtrLoRA
 
 
 def run(*words: object) -> int:
@@ -91,3 +92,57 @@ def test_options_that_would_do_nothing_are_refused(file, tmp_path, capsys, words
     assert says in capsys.readouterr().err
     assert run("convert", file, file, "--to", "original") == 2
     assert "is the control itself" in capsys.readouterr().err
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_base_control_is_not_written_over_by_what_is_made_of_it(tiny_base, tmp_path, capsys, force, named):
+    shared = BaseControl.for_base(tiny_base)
+    shared.add_adapter("palette", 2, seed=0)
+    base = save_base_control(tmp_path / "base.safetensors", shared, tiny_base)
+    adapter = save_adapter(
+        tmp_path / "palette.safetensors", CtrLoRA(shared, "palette", "palette"), tiny_base, "base", dtype=torch.float32
+    )
+    before = contents(tmp_path)
+    words = ["--base-control", base] if named else []
+    assert run("convert", adapter, base, "--to", "merged", *words, *force) == 2
+    assert "base.safetensors would be written over, and it is read for this" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_the_weights_of_a_folder_are_not_written_over_by_themselves(file, tmp_path, capsys, force):
+    assert run("convert", file, tmp_path / "cn", "--to", "diffusers") == 0
+    before = contents(tmp_path)
+    weights = tmp_path / "cn" / "diffusion_pytorch_model.safetensors"
+    assert run("convert", weights, tmp_path / "cn", "--to", "diffusers", "--dtype", "float16", *force) == 2
+    assert "would be written over, and it is read for this" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_a_base_is_not_written_over(file, base_folder, tmp_path, capsys):
+    before = contents(base_folder)
+    words = ("--to", "diffusers", "--base", base_folder, "--force")
+    assert run("convert", file, base_folder / "unet", *words) == 2
+    assert "would be written over, and it is read for this" in capsys.readouterr().err
+    assert contents(base_folder) == before
+
+
+def test_what_is_there_is_replaced_only_if_that_is_asked_for(file, tmp_path, capsys):
+    out, folder = tmp_path / "out.safetensors", tmp_path / "cn"
+    out.write_text("mine")
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    before = contents(tmp_path)
+    assert run("convert", file, out, "--to", "original") == 2
+    assert f"{out} is there already" in capsys.readouterr().err
+    assert run("convert", file, folder, "--to", "diffusers") == 2
+    assert "has files in it" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    assert run("convert", file, out, "--to", "original", "--force") == 0
+    assert run("convert", file, folder, "--to", "diffusers", "--force") == 0
+    assert (folder / "thesis.txt").read_text() == "mine"

@@ -79,6 +79,11 @@ def test_the_verb_writes_a_control_of_the_other_base(tiny_base, other, base_fold
     told = json.loads(capsys.readouterr().out)
     assert told["moved"] > 0 and "unchanged" in told["limits"]
     assert load_control(tmp_path / "moved.safetensors", other).condition == "canny"
+    assert main([*command, "--out", str(tmp_path / "moved.safetensors")]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main([*command, "--out", str(tmp_path / "canny.safetensors"), "--force"]) == 2
+    assert "it is read for this" in capsys.readouterr().err
+    assert load_control(tmp_path / "canny.safetensors", tiny_base).condition == "canny"
     assert main([*command, "--out", str(tmp_path / "moved.pt")]) == 2
     assert ".safetensors" in capsys.readouterr().err
 

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", required=True, metavar="BASE", help="the base it was trained on")
     parser.add_argument("--to", dest="target", required=True, metavar="BASE", help="the base it should steer")
     parser.add_argument("--out", required=True, metavar="FILE", help="where the new control is written")
+    parser.add_argument("--force", action="store_true", default=False, help="replace a file that is there")
     add_json(parser)
 
 
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     from pathlib import Path
 
-    from controlkit.bases.load import load_base
+    from controlkit.bases.load import base_path, load_base
     from controlkit.checkpoints.controls import find_control, load_control, save_control
     from controlkit.checkpoints.ctrlora import save_base_control
     from controlkit.checkpoints.files import made_of, read_metadata
@@ -33,9 +34,12 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.controls.base_control import BaseControl
     from controlkit.controls.controlnet import ControlNet
     from controlkit.errors import UserError
+    from controlkit.files import files_of, refuse_replacing
 
     if Path(args.out).suffix != ".safetensors":
         raise UserError(f"--out {args.out}: the new control is a .safetensors file")
+    read = [find_control(args.control), base_path(args.source), base_path(args.target)]
+    refuse_replacing([Path(args.out)], [one for path in read for one in files_of(path)], force=args.force)
     source, target = load_base(args.source), load_base(args.target)
     control = load_control(args.control, source)
     if not isinstance(control, (ControlNet, BaseControl)):

@@ -104,6 +104,16 @@ def base_folder(name: str | Path) -> Path:
     return folder
 
 
+def base_path(name: str | Path) -> Path:
+    """The file or folder that `load_base` reads for `name`; one on the hub as in `base_folder`.
+
+    Raises:
+        UserError: it is missing or incomplete.
+    """
+    path = Path(name)
+    return path if path.suffix in SINGLE_FILES and not path.is_dir() else base_folder(name)
+
+
 def choose_device(name: str) -> torch.device:
     """`auto` => CUDA, then MPS, then the CPU; else the torch device of that name.
 

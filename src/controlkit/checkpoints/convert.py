@@ -13,7 +13,7 @@ from torch import Tensor
 
 from controlkit import conditions
 from controlkit.bases.known import KNOWN_BASES
-from controlkit.bases.load import SINGLE_FILES, base_folder, load_base
+from controlkit.bases.load import SINGLE_FILES, base_folder, base_path, load_base
 from controlkit.checkpoints.content import CTRLORA, CTRLORA_BASE, KINDS, Content, Options
 from controlkit.checkpoints.controls import find_control, shipped_controls
 from controlkit.checkpoints.ctrlora import find_base_control, fingerprint_of, read_base_control
@@ -21,7 +21,7 @@ from controlkit.checkpoints.layouts import LAYOUTS, read_content
 from controlkit.checkpoints.layouts.layout import Layout
 from controlkit.checkpoints.recognise import known, recognise
 from controlkit.errors import UserError, nearest
-from controlkit.files import read_json
+from controlkit.files import files_of, read_json, refuse_replacing
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """Name -> dtype that a file may have."""
@@ -65,8 +65,11 @@ def convert(
     dtype: str | None = None,
     rank: int | None = None,
     condition: str | None = None,
+    force: bool = False,
 ) -> Converted:
     """Read a control in any layout and write it in another. Tensors keep their dtype, files their metadata.
+
+    What it reads (the source, a base control, a base) is never written over.
 
     Args:
         source: file, folder, or the name of a control that ships.
@@ -78,10 +81,11 @@ def convert(
         dtype: of the floating-point tensors that are written.
         rank: of a low-rank layout.
         condition: name of the condition that the control follows, written into the metadata.
+        force: replace a file that is there already, or write into a folder that has files.
 
     Raises:
         UserError: the source is no control or is damaged, the layout cannot carry it, something that it needs is
-            missing, or the path cannot be written.
+            missing, or the path cannot be written or would be written over.
     """
     if to not in LAYOUTS:
         raise UserError(f"there is no layout called {to!r}{nearest(to, list(LAYOUTS))}")
@@ -105,8 +109,12 @@ def convert(
     if condition is not None:
         conditions.find(condition)
         content.metadata["control.condition"] = condition
+    read = [*files_of(path), *_files_of_base(base)]
     if content.kind == CTRLORA:
-        _settle_base_control(path, content, layout, base_control, options)
+        read += _settle_base_control(path, content, layout, base_control, options)
+    refuse_replacing(layout.written(target), read, force=force)
+    if layout.folder and target.is_dir() and any(target.iterdir()) and not force:
+        raise UserError(f"the folder {out} has files in it; give a new one, or --force to write among them")
     if dtype is not None:
         _cast(content, DTYPES[dtype])
     if content.kind == CTRLORA_BASE and (dtype is not None or "control.fingerprint" not in content.metadata):
@@ -136,6 +144,12 @@ def options_for(base: str | None) -> Options:
         return load_base(base).unet.state_dict()
 
     return Options(unet_config=read_json(base_folder(base) / "unet" / "config.json"), unet=weights)
+
+
+def _files_of_base(base: str | None) -> list[Path]:
+    if base is None or base in KNOWN_BASES:
+        return []
+    return files_of(base_path(base))
 
 
 def _check_target(out: Path, layout: Layout) -> Path:
@@ -170,14 +184,14 @@ def _check_carries(path: Path, kind: str, layout: Layout) -> None:
 
 def _settle_base_control(
     path: Path, content: Content, layout: Layout, base_control: str | Path | None, options: Options
-) -> None:
-    """Find an adapter's base control, if it was named or merging needs it, and write down which it is."""
+) -> list[Path]:
+    """Find an adapter's base control, if it was named or merging needs it, and write down which it is; its files."""
     if base_control is not None:
         file = find_control(base_control)
     elif layout.name == "merged" and content.base_control is None:
         file = find_base_control(path, content, shipped_controls().values())
     else:
-        return
+        return []
     content.base_control = read_base_control(file, options)
     fingerprint = fingerprint_of(content.base_control)
     said = content.metadata.get("control.base_control_fingerprint", fingerprint)
@@ -185,6 +199,7 @@ def _settle_base_control(
         raise UserError(f"{path} was made on another base control ({said}) than {file} ({fingerprint})")
     content.metadata["control.base_control"] = file.stem
     content.metadata["control.base_control_fingerprint"] = fingerprint
+    return files_of(file)
 
 
 def _cast(content: Content, dtype: torch.dtype) -> None:

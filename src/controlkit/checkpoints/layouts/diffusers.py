@@ -28,6 +28,8 @@ from controlkit.checkpoints.tensors import on_one_line
 from controlkit.errors import UserError
 from controlkit.files import write_json
 
+_CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+
 _CLASSES: dict[str, Any] = {
     CONTROLNET: ControlNetModel,
     T2I_ADAPTER: T2IAdapter,
@@ -55,9 +57,9 @@ def write(content: Content, path: Path, options: Options) -> list[str]:
         require_heads(path, content.config)
     known = inspect.signature(kind.__init__).parameters
     config = {key: value for key, value in content.config.items() if key in known}
-    write_tensors(path / "diffusion_pytorch_model.safetensors", content.tensors, content.file_metadata(path), None)
+    write_tensors(path / _WEIGHTS, content.tensors, content.file_metadata(path), None)
     write_json(
-        path / "config.json",
+        path / _CONFIG,
         {"_class_name": kind.__name__, "_diffusers_version": diffusers.__version__, **config},
     )
     return []
@@ -69,5 +71,5 @@ LAYOUT = Layout(
     reads=read,
     writes=write,
     kinds=(CONTROLNET, T2I_ADAPTER, CONTROLNET_XS),
-    folder=True,
+    files=(_CONFIG, _WEIGHTS),
 )

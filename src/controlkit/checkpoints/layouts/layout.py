@@ -23,5 +23,14 @@ class Layout:
     """Write a content to a path; returns notes on what had no place. Raises `UserError` where it cannot."""
     kinds: tuple[str, ...] = ()
     """Kinds of content that it can be written from."""
-    folder: bool = False
-    """Whether it is a folder instead of a file."""
+    files: tuple[str, ...] = ()
+    """Names of the files that are written into its folder; none if it is one file."""
+
+    @property
+    def folder(self) -> bool:
+        """Whether it is a folder instead of a file."""
+        return bool(self.files)
+
+    def written(self, out: Path) -> list[Path]:
+        """The files that writing to `out` makes."""
+        return [out / name for name in self.files] or [out]

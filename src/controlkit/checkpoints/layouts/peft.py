@@ -22,6 +22,7 @@ from controlkit.checkpoints.tensors import on_one_line
 from controlkit.errors import UserError
 from controlkit.files import write_json
 
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SUFFIXES = {"lora_layer.down.weight": "lora_A.weight", "lora_layer.up.weight": "lora_B.weight"}
 
@@ -66,7 +67,7 @@ def write(content: Content, path: Path, options: Options) -> list[str]:
         else:
             tensors[f"{_PREFIX}{name}"] = value
             whole[name.rpartition(".")[0]] = None
-    write_tensors(path / "adapter_model.safetensors", tensors, content.file_metadata(path), None)
+    write_tensors(path / _WEIGHTS, tensors, content.file_metadata(path), None)
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -82,7 +83,7 @@ def write(content: Content, path: Path, options: Options) -> list[str]:
         "target_modules": linear,
         "modules_to_save": list(whole),
     }
-    write_json(path / "adapter_config.json", config)
+    write_json(path / _CONFIG, config)
     return []
 
 
@@ -108,5 +109,5 @@ LAYOUT = Layout(
     reads=read,
     writes=write,
     kinds=(CTRLORA,),
-    folder=True,
+    files=(_CONFIG, _WEIGHTS),
 )
