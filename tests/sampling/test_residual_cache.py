@@ -146,3 +146,13 @@ def test_a_base_control_that_another_adapter_is_selected_on_is_another(tiny_base
 def test_hints_of_other_shapes_have_other_keys():
     assert digest(torch.zeros(1, 3, 64, 128)) != digest(torch.zeros(1, 3, 128, 64))
     assert digest(torch.zeros(4, dtype=torch.int32)) != digest(torch.zeros(4))
+
+
+def test_two_adapters_in_one_pass_run_under_autocast(tiny_base, uses):
+    control, text = uses[0].control.base_control, tiny_base.encode_text(["red apple"])
+    hint = torch.cat([use.hint for use in uses])
+    apart = control(None, torch.tensor([500]), text, hint, adapters=("palette", "lineart"))
+    with torch.autocast("cpu", torch.bfloat16):
+        made = control(None, torch.tensor([500]), text, hint, adapters=("palette", "lineart"))
+    for mine, theirs in zip(made.tensors(), apart.tensors(), strict=True):
+        assert (mine.float() - theirs).norm() < 0.1 * theirs.norm()

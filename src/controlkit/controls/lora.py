@@ -84,9 +84,9 @@ class AdaptedLinear(nn.Linear):
         down, up = self._stacked()
         groups = len(self.active)
         x = input.reshape(groups, -1, self.in_features)
-        y = y.contiguous()
-        y.view(groups, -1, self.out_features).baddbmm_(torch.bmm(x, down.mT), up.mT)
-        return y
+        # Not in place: that is not cast under autocast.
+        changed = torch.baddbmm(y.reshape(groups, -1, self.out_features), torch.bmm(x, down.mT), up.mT)
+        return changed.view(y.shape)
 
     def _folds(self, input: Tensor) -> bool:
         """Whether W + up @ down, made anew for this call, costs less than the two products with the input.
