@@ -210,6 +210,11 @@ def held(lock: Path, refusal: str) -> Iterator[None]:
 
 def sha256_of(*parts: bytes | str) -> str:
     """Hex SHA-256 of the parts, each preceded by its length so that boundaries count."""
+    return sha256_of_all(parts)
+
+
+def sha256_of_all(parts: Iterable[bytes | str]) -> str:
+    """`sha256_of`, taking one part after another, so that they need not fit into memory together."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part

@@ -208,3 +208,16 @@ def test_what_weights_are_stored_in():
     assert choose_dtype("bf16", cpu) == torch.bfloat16
     with pytest.raises(UserError, match="must be one of auto, fp32"):
         choose_dtype("fp8", cpu)
+
+
+def test_what_a_base_is_known_by_does_not_depend_on_the_type_it_is_held_in(tiny_base, base_folder):
+    halves = load_base(base_folder, dtype=torch.bfloat16)
+    assert halves.dtype == halves.vae.dtype == torch.bfloat16
+    whole = load_base(base_folder)
+    assert (halves.fingerprint, halves.content) == (whole.fingerprint, whole.content)
+    assert load_base(base_folder, dtype=torch.float16).fingerprint == tiny_base.fingerprint == whole.fingerprint
+
+
+def test_the_end_of_a_prompt_with_a_cut_character_is_not_looked_for(tiny_base):
+    with pytest.raises(UserError, match=r"the prompt 'red .udcff apple' is not whole text"):
+        tiny_base.cut_from("red \udcff apple")

@@ -119,3 +119,13 @@ def test_a_card_does_not_pick_files_of_this_machine(adapter, hub, tmp_path):
     adapter.with_suffix(".md").write_text("\n".join(f"![x]({path})" for path in shown))
     assert main(["push", str(adapter), "me/mine"]) == 0
     assert hub.told[1:] == ["mine.safetensors", "README.md", "base.safetensors", "pictures/a.png"]
+
+
+def test_the_base_control_that_goes_along_is_the_one_of_the_fingerprint(adapter, hub, tiny_base, tmp_path):
+    (tmp_path / "base.safetensors").rename(tmp_path / "moved.safetensors")
+    another = BaseControl.for_base(tiny_base)
+    with torch.no_grad():
+        another.network.conv_in.weight.add_(1)
+    save_base_control(tmp_path / "base.safetensors", another, tiny_base)
+    assert main(["push", str(adapter), "me/mine"]) == 0
+    assert hub.told[1:] == ["mine.safetensors", "README.md", "moved.safetensors"]

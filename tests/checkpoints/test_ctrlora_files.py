@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from controlkit.checkpoints.controls import load_control
 from controlkit.checkpoints.ctrlora import save_adapter, save_base_control
@@ -83,3 +85,36 @@ def test_a_base_control_of_another_base_is_refused(saved):
     wide = tiny.build_tiny_base(text_width=24)
     with pytest.raises(UserError, match="does not fit the base tiny: its text width"):
         load_control(saved[0] / "palette.safetensors", wide)
+
+
+def test_a_base_control_held_in_bfloat16_is_the_one_that_its_adapters_were_made_on(saved, tiny_base):
+    folder, controls = saved
+    said = read_metadata(folder / "base.safetensors")["control.fingerprint"]
+    base = copy.deepcopy(tiny_base).to(dtype=torch.bfloat16)
+    assert base.fingerprint == tiny_base.fingerprint
+    loaded = load_control(folder / "palette.safetensors", base)
+    assert loaded.base_control.network.dtype == torch.bfloat16
+    assert loaded.base_control.fingerprint() == said == controls[0].base_control.fingerprint()
+    loaded.base_control.train_base()
+    assert loaded.base_control.fingerprint() != said  # of weights that may change from here on
+
+
+def test_a_base_control_written_in_bfloat16_says_the_fingerprint_of_what_it_holds(saved, tiny_base, tmp_path):
+    control = saved[1][0].base_control
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        path = save_base_control(tmp_path / f"{dtype}.safetensors", control, tiny_base, dtype=dtype)
+        said = read_metadata(path)["control.fingerprint"]
+        assert said == load_control(path).fingerprint()
+        assert (said == control.fingerprint()) == (dtype != torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["a-broken", "base"])
+def test_a_broken_base_control_beside_an_adapter_does_not_hide_the_right_one(saved, tiny_base, name):
+    folder, _ = saved
+    (folder / "base.safetensors").rename(folder / "moved.safetensors")
+    whole = load_file(folder / "moved.safetensors")
+    del whole["mid_block.resnets.0.norm1.weight"]
+    save_file(whole, folder / f"{name}.safetensors")
+    assert load_control(folder / "palette.safetensors", tiny_base).condition == "palette"
+    (folder / f"{name}.safetensors").write_bytes((folder / "moved.safetensors").read_bytes()[:-1000])
+    assert load_control(folder / "palette.safetensors", tiny_base).condition == "palette"

@@ -6,9 +6,10 @@ Everything inside is a diffusers or transformers class, so what diffusers loads 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from controlkit.bases.residuals import Residuals
 from controlkit.errors import UserError
-from controlkit.files import sha256_of, whole_text
+from controlkit.files import sha256_of, sha256_of_all, whole_text
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,12 @@ class Base:
         return self.unet.dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Base:
-        """Move all networks; returns itself."""
+        """Move all networks; returns itself.
+
+        What it is known by (`fingerprint`, `content`) stays that of the weights as they were: bfloat16 would change it.
+        """
+        if dtype == torch.bfloat16 and self.dtype != dtype:
+            assert self.fingerprint and self.content  # kept from now on
         for network in self.networks:
             if device is not None:
                 network.to(device)
@@ -150,11 +156,8 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the UNet's weights, by which a control knows the base that it was trained on."""
-        parts: list[bytes] = []
-        for tensor in self.unet.state_dict().values():
-            parts.append(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
-        return sha256_of(*parts)[:16]
+        """Hash of the UNet's weights (as float16), by which a control knows the base that it was trained on."""
+        return hash_of_halves(self.unet.state_dict().values())
 
     @cached_property
     def content(self) -> str:
@@ -211,8 +214,8 @@ class Base:
 
     @property
     def default_guidance(self) -> float:
-        """The scale of guidance where none is asked for: 7.5 for Stable Diffusion's family, as diffusers has it, and 3
-        for nano, whose condition following falls as guidance rises (docs/nano.md)."""
+        """The scale of guidance where none is asked for: 7.5 for Stable Diffusion 1 and 2 and 5 for XL, as diffusers
+        has them, and 3 for nano, whose condition following falls as guidance rises (docs/nano.md)."""
         return 7.5 if self.unet.config["cross_attention_dim"] >= 768 else 3.0
 
     @property
@@ -221,8 +224,12 @@ class Base:
         return self.tokenizer.model_max_length
 
     def cut_from(self, prompt: str) -> str:
-        """The end of a prompt that is too long to be read; empty if none is."""
-        ids = self.tokenizer(prompt).input_ids
+        """The end of a prompt that is too long to be read; empty if none is.
+
+        Raises:
+            UserError: the prompt holds half a character, as cut text does.
+        """
+        ids = self.tokenizer(whole_text(prompt, "the prompt")).input_ids
         beyond = ids[self.prompt_tokens - 1 : -1]  # the last that is kept marks the end
         return self.tokenizer.decode(beyond).strip() if len(ids) > self.prompt_tokens else ""
 
@@ -244,7 +251,13 @@ def network_key(network: nn.Module) -> str:
     config: Any = network.config
     settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     weights = (p.detach().cpu().float().contiguous().numpy().tobytes() for p in network.parameters())
-    return sha256_of(_settings_of(settings), *weights)
+    return sha256_of_all(chain([_settings_of(settings)], weights))
+
+
+def hash_of_halves(weights: Iterable[Tensor]) -> str:
+    """Hash of weights as float16: the same for a network held in float32 and in float16, another in bfloat16."""
+    halves = (value.detach().to("cpu", torch.float16).contiguous() for value in weights)
+    return sha256_of_all(half.numpy().tobytes() for half in halves)[:16]
 
 
 def _settings_of(config: Mapping[str, Any]) -> str:

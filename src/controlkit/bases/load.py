@@ -75,7 +75,9 @@ def load_base(
 
                 base = load_single_file(path, dtype)
             else:
-                base = _load_folder(base_folder(name), str(name), dtype)
+                # bfloat16 would change what the base is known by, which is taken before it is cast.
+                read_as = torch.float32 if dtype == torch.bfloat16 else dtype
+                base = _load_folder(base_folder(name), str(name), read_as).to(dtype=dtype)
             taken, made = base.unet.config["in_channels"], base.vae.config["latent_channels"]
             if taken != made:
                 raise UserError(

@@ -80,6 +80,10 @@ def load_control(
     control = _BUILDERS[found.kind](path, content, {} if shared is None else shared, base_file, options)
     if base is not None:
         check_fits(control, base, str(name))
+        if base.dtype == torch.bfloat16:  # which would change what adapters know it by
+            for module in control.modules():
+                if isinstance(module, BaseControl):
+                    module.keep_fingerprint()
         control.to(device=base.device, dtype=base.dtype)
     control.eval().requires_grad_(False)
     return control
@@ -139,7 +143,12 @@ def _split_pair(name: str | Path) -> tuple[str | Path, Path | None]:
 def _options(base: Base | None) -> Options:
     if base is None:
         return Options()
-    return Options(unet_config=dict(base.unet.config), unet=base.unet.state_dict)
+
+    def weights() -> dict[str, torch.Tensor]:
+        # Files are read on the CPU, and what they hold is added to these.
+        return {name: value.cpu() for name, value in base.unet.state_dict().items()}
+
+    return Options(unet_config=dict(base.unet.config), unet=weights)
 
 
 def _build_controlnet(

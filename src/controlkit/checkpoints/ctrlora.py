@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from controlkit.bases.base import Base
+from controlkit.bases.base import Base, hash_of_halves
 from controlkit.checkpoints.content import CTRLORA_BASE, HEADS, Content, Options, require_heads
 from controlkit.checkpoints.files import control_metadata, read_metadata, write_tensors
 from controlkit.checkpoints.layouts import read_content
@@ -34,7 +34,7 @@ def save_base_control(
     made: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """Write the shared network, without adapters."""
+    """Write the shared network, without adapters; its fingerprint is that of the weights in the file."""
     metadata = control_metadata(
         path,
         base,
@@ -44,8 +44,9 @@ def save_base_control(
         condition=control.condition,
         made=made,
     )
-    metadata["control.fingerprint"] = control.fingerprint()
-    return write_tensors(path, control.base_state_dict(), metadata, dtype)
+    state = control.base_state_dict()
+    metadata["control.fingerprint"] = hash_of_halves(value.to(dtype) for value in state.values())
+    return write_tensors(path, state, metadata, dtype)
 
 
 def save_adapter(
@@ -133,7 +134,7 @@ def find_base_control(path: Path, content: Content, elsewhere: Iterable[Path]) -
     """
     wanted = content.metadata.get("control.base_control_fingerprint")
     if not wanted:
-        beside = list(_base_controls_beside(path))
+        beside = list(base_controls_beside(path))
         if len(beside) == 1:
             return beside[0]
         found = (
@@ -146,11 +147,14 @@ def find_base_control(path: Path, content: Content, elsewhere: Iterable[Path]) -
     name = content.metadata.get("control.base_control", "base")
     beside_it = [path.with_name(f"{name}.safetensors")] if name and name == Path(name).name else []
     for candidate in (*beside_it, *elsewhere):
-        if candidate.is_file() and read_metadata(candidate).get("control.fingerprint") == wanted:
-            return candidate
-    for candidate in _base_controls_beside(path):
-        if _fingerprint(candidate) == wanted:
-            return candidate
+        # A file that cannot be read is none that was made on; the one that is may lie beside it.
+        with suppress(UserError):
+            if candidate.is_file() and read_metadata(candidate).get("control.fingerprint") == wanted:
+                return candidate
+    for candidate in base_controls_beside(path):
+        with suppress(UserError):
+            if fingerprint_in(candidate) == wanted:
+                return candidate
     raise UserError(
         f"{path} is an adapter of the base control {name!r} ({wanted}), which is neither beside it nor ships;"
         f" put its file into {path.parent}, or name both files as ADAPTER+BASE (convert: --base-control)"
@@ -193,7 +197,7 @@ def _base_control(
     return shared[key]
 
 
-def _base_controls_beside(path: Path) -> Iterator[Path]:
+def base_controls_beside(path: Path) -> Iterator[Path]:
     """Files of base controls in the folder of an adapter."""
     folder = path if path.is_dir() else path.parent
     for candidate in sorted(folder.iterdir()):
@@ -203,7 +207,12 @@ def _base_controls_beside(path: Path) -> Iterator[Path]:
                     yield candidate
 
 
-def _fingerprint(path: Path) -> str:
+def fingerprint_in(path: Path) -> str:
+    """The fingerprint of the base control in a file: what it says, or else what its weights give.
+
+    Raises:
+        UserError: the file is damaged or holds something else.
+    """
     said = read_metadata(path).get("control.fingerprint")
     return said if said is not None else fingerprint_of(read_base_control(path))
 

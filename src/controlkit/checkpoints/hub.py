@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from controlkit.checkpoints.card import write_card
+from controlkit.checkpoints.ctrlora import base_controls_beside, fingerprint_in
 from controlkit.checkpoints.files import read_metadata
 from controlkit.data.sources import SUFFIXES
 from controlkit.errors import UserError
 
-_FILES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
-"""What the file of a base control may be called."""
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
 
 
 def push(file: str | Path, repository: str, *, private: bool = False) -> str:
     """Upload a control, its card as README.md, and the pictures that the card shows; returns the address.
 
-    An adapter's base control goes with it if it lies beside it: the adapter is nothing without.
+    An adapter's base control goes with it if it lies beside it, by its fingerprint: the adapter is nothing without.
 
     Raises:
         UserError: the file is not a control of ours, or the hub refuses.
@@ -33,10 +33,8 @@ def push(file: str | Path, repository: str, *, private: bool = False) -> str:
     if not card.is_file():
         card = write_card(path)
     wanted = {path.name: path, "README.md": card}
-    base_control = read_metadata(path).get("control.base_control", "")
-    if base_control == Path(base_control).name:
-        beside = [path.with_name(f"{base_control}{suffix}") for suffix in _FILES]
-        wanted |= {one.name: one for one in beside if one.is_file()}
+    if (base_control := _base_control_of(path)) is not None:
+        wanted[base_control.name] = base_control
     for shown in _PICTURE.findall(card.read_text(encoding="utf-8")):
         picture = (path.parent / shown).resolve()
         # A card may come from anyone, and must not be what picks files of this machine for the hub.
@@ -54,3 +52,16 @@ def push(file: str | Path, repository: str, *, private: bool = False) -> str:
             " is there a connection?"
         ) from error
     return str(address)
+
+
+def _base_control_of(path: Path) -> Path | None:
+    """The file beside an adapter of ours that holds its base control; one of the name that it gives comes first."""
+    said = read_metadata(path)
+    name, wanted = said.get("control.base_control", ""), said.get("control.base_control_fingerprint")
+    if not wanted:
+        return None
+    for candidate in sorted(base_controls_beside(path), key=lambda one: one.stem != name):
+        with suppress(UserError):
+            if fingerprint_in(candidate) == wanted:
+                return candidate
+    return None

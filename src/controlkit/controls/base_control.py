@@ -12,11 +12,10 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor, nn
 
-from controlkit.bases.base import Base, Text
+from controlkit.bases.base import Base, Text, hash_of_halves
 from controlkit.bases.residuals import Residuals
 from controlkit.controls.control import Control, Reads, Site, copy_misfit
 from controlkit.controls.lora import Adapted, AdaptedLinear, Adapter, LoRA, adapt_layers, check_state, rank_of
-from controlkit.files import sha256_of
 
 _ZERO_CONVOLUTIONS = ("controlnet_down_blocks", "controlnet_mid_block")
 _HINT_SETTINGS = (
@@ -199,18 +198,21 @@ class BaseControl(Control):
 
     def fingerprint(self) -> str:
         """Hash of the network's weights (as float16), by which an adapter knows its base control."""
-        if self._fingerprint is not None:
-            return self._fingerprint
-        weights = self.network.state_dict().values()
-        halves = (value.detach().to("cpu", torch.float16).contiguous() for value in weights)
-        return sha256_of(*(half.numpy().tobytes() for half in halves))[:16]
+        return self._fingerprint or hash_of_halves(self.network.state_dict().values())
+
+    def keep_fingerprint(self) -> None:
+        """Stay with the fingerprint that it has now when the weights are cast to another dtype.
+
+        It is let go of where the network trains (`train_base`).
+        """
+        self._fingerprint = self.fingerprint()
 
     def store_network(self, dtype: torch.dtype) -> None:
         """Store the frozen network in `dtype`, and leave adapters in theirs, which then run under autocast.
 
         The fingerprint stays that of the weights as they were.
         """
-        self._fingerprint = self.fingerprint()
+        self.keep_fingerprint()
         nn.Module.to(self.network, dtype)  # diffusers' own method warns of what autocast sees to
 
     @torch.no_grad()
@@ -283,6 +285,7 @@ class BaseControl(Control):
 
     def train_base(self) -> None:
         """Base training: the network, and the LoRA of every adapter that shares its other layers."""
+        self._fingerprint = None
         self.requires_grad_(False)
         self.network.requires_grad_(True)
         for adapter in self.adapters.values():
