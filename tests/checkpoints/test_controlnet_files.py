@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from controlkit.checkpoints import controls as files
 from controlkit.checkpoints.controls import load_control, save_control
 from controlkit.checkpoints.files import read_metadata
-from controlkit.controls.controlnet import build_controlnet
+from controlkit.controls.controlnet import ControlNet, build_controlnet
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
 from controlkit.sampling.plan import ActiveControl, Plan
@@ -199,3 +200,31 @@ def test_a_network_that_pools_acts_on_the_half_with_the_prompt(tiny_base, tiny_c
     made = Plan([use], torch.tensor([500]), texts).residuals(0, torch.randn(2, 4, 16, 16))
     assert made.down[0].shape[2:] == (1, 1)
     assert not made.mid[0].any() and made.mid[1].any()
+
+
+def test_a_control_of_other_blocks_or_colours_is_refused_before_it_runs(tiny_base):
+    config = fresh_control(tiny_base).config()
+    for change, says in (
+        ({"layers_per_block": 2}, r"its layers of each block: \[2, 2\], the base's: \[1, 1\]"),
+        ({"conditioning_channels": 4}, r"condition images of 4 channels, not of 3"),
+    ):
+        odd = ControlNet(ControlNetModel.from_config({**config, **change}))
+        with pytest.raises(UserError, match=says):
+            files.check_fits(odd, tiny_base, "odd")
+
+
+def test_files_get_the_weights_of_a_base_on_the_cpu(tiny_base):
+    class OnAnotherDevice:
+        def cpu(self):
+            return "on the CPU"
+
+    unet = SimpleNamespace(config=tiny_base.unet.config, state_dict=lambda: {"conv_in.weight": OnAnotherDevice()})
+    assert files._options(SimpleNamespace(unet=unet)).unet_weights == {"conv_in.weight": "on the CPU"}
+
+
+def test_a_file_that_does_not_hold_what_it_announces_is_told_in_a_whole_sentence(saved):
+    tensors, metadata = load_file(saved), read_metadata(saved)
+    del tensors["conv_in.bias"]
+    save_file(tensors, saved, metadata)
+    with pytest.raises(UserError, match=r"announces: it looks like a ControlNet, but 1 of its"):
+        load_control(saved)

@@ -113,4 +113,12 @@ def copy_misfit(config: Mapping[str, Any], base: Base) -> str | None:
         mine, theirs = config.get(key), base.unet.config.get(key)
         if json.dumps(mine) != json.dumps(theirs):
             return f"its {what}: {mine}, the base's: {theirs}"
+    mine, theirs = (_each(one.get("layers_per_block"), one) for one in (config, base.unet.config))
+    if mine != theirs:
+        return f"its layers of each block: {mine}, the base's: {theirs}"
     return None
+
+
+def _each(layers: Any, config: Mapping[str, Any]) -> list[Any]:
+    """A setting that may be one number for all blocks, for each of them."""
+    return list(layers) if isinstance(layers, list | tuple) else [layers] * len(config["block_out_channels"])

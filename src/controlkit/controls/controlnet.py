@@ -74,6 +74,8 @@ class ControlNet(Control):
         return Residuals(tuple(down), mid)
 
     def misfit(self, base: Base) -> str | None:
+        if (colours := self.network.config["conditioning_channels"]) != 3:
+            return f"it takes condition images of {colours} channels, not of 3 (RGB)"
         halvings = len(self.network.config["conditioning_embedding_out_channels"]) - 1
         if 2**halvings != base.factor:
             apart = f"its hint network divides the picture by {2**halvings}, the base's autoencoder by {base.factor}"

@@ -46,7 +46,7 @@ def read(found: Found, options: Options) -> Content:
             check_names(found.path, f"{KINDS[kind]}", expected, file.tensors, file.others)
         except UserError as error:
             raise UserError(
-                f"{found.path} does not hold {announced}: it {str(error).partition(' looks ')[2]}"
+                f"{found.path} does not hold {announced}: it looks {str(error).partition(' looks ')[2]}"
             ) from error
         return content
     try:
