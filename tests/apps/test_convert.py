@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 
+from controlkit import conditions
 from controlkit.apps.cli import main
 from controlkit.checkpoints.controls import load_control, save_control
 from controlkit.checkpoints.ctrlora import save_adapter, save_base_control
 from controlkit.checkpoints.files import read_metadata
 from controlkit.controls.base_control import BaseControl
 from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.sampling.generate import _is_of_labels
 
 
 def run(*words: object) -> int:
@@ -146,3 +149,16 @@ def test_what_is_there_is_replaced_only_if_that_is_asked_for(file, tmp_path, cap
     assert run("convert", file, out, "--to", "original", "--force") == 0
     assert run("convert", file, folder, "--to", "diffusers", "--force") == 0
     assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_a_condition_s_other_name_is_stored_as_its_own(file, tmp_path):
+    out = tmp_path / "out.safetensors"
+    assert run("convert", file, out, "--to", "original", "--condition", "segmentation") == 0
+    assert read_metadata(out)["control.condition"] == conditions.find("segmentation").name != "segmentation"
+
+
+def test_labels_are_not_mixed_whatever_name_a_file_gives_to_its_condition(tiny_control):
+    control = copy.copy(tiny_control)
+    for name, labels in (("segmentation", True), ("canny", False), ("somebody's own", False), (None, False)):
+        control.condition = name
+        assert _is_of_labels(control) == labels

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from controlkit.apps.cli import main
+from controlkit.checkpoints.convert import options_for
 from controlkit.checkpoints.systems import describe_base, describe_system, is_base
 from controlkit.errors import UserError
 
@@ -94,3 +95,11 @@ def test_a_base_whose_settings_are_not_whole_is_refused(base_folder):
     (base_folder / "unet" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="does not say block_out_channels, in_channels"):
         describe_system("controlnet", str(base_folder))
+
+
+def test_a_folder_that_is_called_as_a_known_base_is_the_base(base_folder, monkeypatch):
+    base_folder.rename(base_folder.with_name("sd15"))
+    assert describe_base("sd15")["parameters"] > 100_000_000
+    monkeypatch.chdir(base_folder.parent)
+    assert is_base("sd15") and describe_base("sd15")["parameters"] < 1_000_000
+    assert options_for("sd15").unet_weights is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 SD15_UNET: dict[str, Any] = {
@@ -156,3 +157,8 @@ KNOWN_BASES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Name -> the configuration of each part, under the names of a diffusers folder."""
+
+
+def known_by_shape(name: str) -> bool:
+    """Whether `name` means one of `KNOWN_BASES`, and no folder here that is called so."""
+    return name in KNOWN_BASES and not Path(name).is_dir()

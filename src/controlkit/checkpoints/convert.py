@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from controlkit import conditions
-from controlkit.bases.known import KNOWN_BASES
+from controlkit.bases.known import KNOWN_BASES, known_by_shape
 from controlkit.bases.load import SINGLE_FILES, base_folder, base_path, load_base
 from controlkit.checkpoints.content import CTRLORA, CTRLORA_BASE, KINDS, Content, Options
 from controlkit.checkpoints.controls import find_control, shipped_controls
@@ -107,8 +107,7 @@ def convert(
     if base_control is not None and content.kind != CTRLORA:
         raise UserError(f"--base-control is for an adapter of CtrLoRA; {path} is {KINDS[content.kind]}")
     if condition is not None:
-        conditions.find(condition)
-        content.metadata["control.condition"] = condition
+        content.metadata["control.condition"] = conditions.find(condition).name
     read = [*files_of(path), *_files_of_base(base)]
     if content.kind == CTRLORA:
         read += _settle_base_control(path, content, layout, base_control, options)
@@ -133,7 +132,7 @@ def options_for(base: str | None) -> Options:
     """
     if base is None:
         return Options()
-    if base in KNOWN_BASES:
+    if known_by_shape(base):
         return Options(unet_config=KNOWN_BASES[base]["unet"])
 
     if Path(base).suffix in SINGLE_FILES and not Path(base).is_dir():
@@ -147,7 +146,7 @@ def options_for(base: str | None) -> Options:
 
 
 def _files_of_base(base: str | None) -> list[Path]:
-    if base is None or base in KNOWN_BASES:
+    if base is None or known_by_shape(base):
         return []
     return files_of(base_path(base))
 

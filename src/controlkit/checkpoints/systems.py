@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from controlkit.bases.base import encoder_stages
-from controlkit.bases.known import KNOWN_BASES
+from controlkit.bases.known import KNOWN_BASES, known_by_shape
 from controlkit.bases.load import HUB_ID, NANO, SINGLE_FILES, base_folder, load_base
 from controlkit.bases.single_file import family_of_file
 from controlkit.checkpoints.controls import shipped_controls
@@ -36,7 +36,7 @@ SYSTEMS = (ControlNet.kind, CtrLoRA.kind, T2IAdapterControl.kind)
 def is_base(name: str) -> bool:
     """Whether `name` means a base that `describe_base` can tell about, and no control."""
     path = Path(name)
-    if name == NANO or name in KNOWN_BASES or (path / "unet").is_dir():
+    if name == NANO or known_by_shape(name) or (path / "unet").is_dir():
         return True
     if not path.exists():
         return bool(HUB_ID.fullmatch(name)) and path.suffix not in SUFFIXES and name not in shipped_controls()
@@ -60,7 +60,7 @@ def describe_base(name: str, size: int | None = None) -> dict[str, Any]:
     """
     unet, vae, factor = _configuration(name)
     height = _latent_side(unet, factor, size)
-    if name in KNOWN_BASES:
+    if known_by_shape(name):
         facts: dict[str, Any] = {"kind": "base", "weights": "none: known by its shape", **_parts(KNOWN_BASES[name])}
         facts["prediction"] = KNOWN_BASES[name]["scheduler"]["prediction_type"]
     else:
@@ -149,10 +149,10 @@ _UNET_KEYS = ("block_out_channels", "in_channels", "cross_attention_dim", "sampl
 
 def _configuration(base: str) -> tuple[dict[str, Any], dict[str, Any], int]:
     """The configurations of UNet and autoencoder, and the autoencoder's factor."""
-    if Path(base).suffix in SINGLE_FILES and not Path(base).is_dir():
-        base = family_of_file(Path(base))
-    if base in KNOWN_BASES:
-        unet, vae = (KNOWN_BASES[base][part] for part in ("unet", "vae"))
+    of_file = Path(base).suffix in SINGLE_FILES and not Path(base).is_dir()
+    if of_file or known_by_shape(base):
+        known = KNOWN_BASES[family_of_file(Path(base)) if of_file else base]
+        unet, vae = known["unet"], known["vae"]
     else:
         folder = base_folder(base)
         unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))

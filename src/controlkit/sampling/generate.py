@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,9 @@ def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
 
 def _is_of_labels(control: Control) -> bool:
     """Whether the colours of its condition's images are labels, which must not be mixed."""
-    return control.condition in conditions.registry() and conditions.find(control.condition).resize == "nearest"
+    with suppress(UserError):  # files of others may name a condition that is not known here
+        return control.condition is not None and conditions.find(control.condition).resize == "nearest"
+    return False
 
 
 @contextmanager
