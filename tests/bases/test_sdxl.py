@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 
 import numpy as np
@@ -172,3 +173,8 @@ def test_training_from_pairs_is_the_same_verb(base, tmp_path, system):
     assert run(recipe)
     control = load_control(tmp_path / "run" / "mine.safetensors", load_base(tmp_path / "xl"))
     assert any(parameter.abs().sum() > 0 for parameter in control.weights())
+
+
+def test_guidance_is_diffusers_own_where_none_is_asked_for(base):
+    own = inspect.signature(StableDiffusionXLPipeline.__call__).parameters["guidance_scale"].default
+    assert base.default_guidance == own == 5.0

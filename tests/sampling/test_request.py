@@ -160,3 +160,10 @@ def test_any_text_is_a_control_or_refused_in_words(text):
 def test_wrong_json_is_refused_in_words(values, says):
     with pytest.raises(UserError, match=says):
         GenerateRequest.from_json(values)
+
+
+def test_numbers_that_no_float_holds_are_refused():
+    with pytest.raises(UserError, match="guidance is 1000"):
+        GenerateRequest(prompt="x", guidance=10**400)
+    with pytest.raises(UserError, match="the weight of canny is 1000"):
+        ControlUse(control="canny", image="x.png", weight=10**400)

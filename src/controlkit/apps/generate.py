@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance",
         type=float,
-        help="scale of classifier-free guidance; 1 is off (default: 3 for nano, 7.5 for Stable Diffusion)",
+        help="scale of classifier-free guidance; 1 is off (default: 3 for nano, 7.5 for Stable Diffusion, 5 for XL)",
     )
     parser.add_argument("--width", type=int, help="in pixels (default: the base's own)")
     parser.add_argument("--height", type=int, help="in pixels (default: the base's own)")

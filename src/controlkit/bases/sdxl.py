@@ -54,6 +54,10 @@ class SDXLBase(Base):
     def networks(self) -> tuple[nn.Module, ...]:
         return (self.text_encoder, self.text_encoder_2, self.vae, self.unet)
 
+    @property
+    def default_guidance(self) -> float:
+        return 5.0
+
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Text:
         """Prompts => the encoders' last hidden states but one, side by side, the pooled vector, and the size.

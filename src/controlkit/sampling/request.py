@@ -38,7 +38,7 @@ class ControlUse:
     """Whether `image` is a condition image already; if not, the control's own condition is drawn from it."""
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
+        if not _is_finite(self.weight):
             raise UserError(f"the weight of {self.control} is {self.weight}; it must be a number")
         if not 0 <= self.start <= self.end <= 1:
             raise UserError(
@@ -94,7 +94,7 @@ class GenerateRequest:
     """Denoising steps."""
     guidance: float | None = None
     """Classifier-free guidance scale; 1 switches it off (Ho and Salimans 2022, as in eq. 6 with w = scale - 1). By
-    default the base's own: 3 for nano, 7.5 for Stable Diffusion."""
+    default the base's own: 3 for nano, 7.5 for Stable Diffusion 1 and 2, 5 for XL."""
     width: int | None = None
     """In pixels; the base's own size by default."""
     height: int | None = None
@@ -158,8 +158,16 @@ def check_sampling(steps: int, guidance: float | None) -> None:
     """
     if not 1 <= steps <= 1000:
         raise UserError(f"steps is {steps}; it must be from 1 to 1000")
-    if guidance is not None and not (math.isfinite(guidance) and guidance >= 1):
+    if guidance is not None and not (_is_finite(guidance) and guidance >= 1):
         raise UserError(f"guidance is {guidance}; it must be 1 (off) or more")
+
+
+def _is_finite(value: float) -> bool:
+    """Whether it is a number that a float can hold; whole numbers of JSON and of Python may be larger."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def lies_within(index: int, steps: int, start: float, end: float) -> bool:
