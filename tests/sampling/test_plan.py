@@ -13,7 +13,7 @@ from controlkit.bases.residuals import Residuals
 from controlkit.controls.control import Control, Reads, Site
 from controlkit.images import to_tensor
 from controlkit.sampling.cache import ResidualCache
-from controlkit.sampling.plan import ROWS_AT_ONCE, ActiveControl, Plan
+from controlkit.sampling.plan import ROWS_AT_ONCE, ActiveControl, Plan, rows_at_once
 from controlkit.sampling.sampler import sample, sample_prompts
 
 SHAPES = [(16, 16), (16, 16), (16, 8), (32, 8)]
@@ -197,3 +197,19 @@ def test_what_does_not_read_prompts_runs_once_whatever_their_number(tiny_base, h
     assert control.batches == [3]  # one row a step
     assert torch.equal(drawn(["red apple"], (1, 4), cache), drawn(["red apple"], (1, 4), None))
     assert torch.allclose(three[:1], drawn(["red apple"], (1,), None), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "rows"), [(64, 64, 32), (512, 512, 32), (1024, 1024, 8), (2048, 1024, 4), (8192, 8192, 1)]
+)
+def test_fewer_residuals_of_large_pictures_are_computed_ahead_at_once(width, height, rows):
+    assert rows_at_once(width, height) == rows
+
+
+def test_a_smaller_batch_ahead_draws_the_same(tiny_base, hint_image, monkeypatch):
+    control = FakeControl(Reads.TIME | Reads.TEXT)
+    expected = draw(tiny_base, control, hint_image, steps=10)
+    control.batches.clear()
+    monkeypatch.setattr("controlkit.sampling.plan.PIXELS_AT_ONCE", 3 * tiny_base.size**2)
+    assert torch.allclose(draw(tiny_base, control, hint_image, steps=10), expected, atol=1e-6)
+    assert set(control.batches) == {2}  # both halves of guidance, which are the least

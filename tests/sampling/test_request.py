@@ -167,3 +167,12 @@ def test_numbers_that_no_float_holds_are_refused():
         GenerateRequest(prompt="x", guidance=10**400)
     with pytest.raises(UserError, match="the weight of canny is 1000"):
         ControlUse(control="canny", image="x.png", weight=10**400)
+
+
+def test_how_many_pictures_are_drawn_at_once_is_left_to_the_sampler():
+    request = GenerateRequest(prompt="x")
+    assert request.batch_size is None
+    assert GenerateRequest.from_json(json.loads(json.dumps(request.to_json()))) == request
+    assert GenerateRequest.from_json({"prompt": "x", "batch_size": 8}).batch_size == 8
+    with pytest.raises(UserError, match="batch_size is 0"):
+        GenerateRequest(prompt="x", batch_size=0)

@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help="in pixels (default: the base's own)")
     parser.add_argument("--height", type=int, help="in pixels (default: the base's own)")
     parser.add_argument("--sampler", help="ddim, the only one so far")
-    parser.add_argument("--batch-size", type=int, help="pictures drawn at once (default: 8)")
+    parser.add_argument(
+        "--batch-size", type=int, help="pictures drawn at once (default: 16 small ones, 4 of 512 x 512)"
+    )
     parser.add_argument("--device", help="cpu, cuda, mps or auto (default: auto, the best that is there)")
     parser.add_argument("--precision", help="fp32, fp16, bf16 or auto (default: auto, fp16 on CUDA, else fp32)")
     parser.add_argument(

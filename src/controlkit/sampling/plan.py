@@ -21,6 +21,8 @@ from controlkit.sampling.request import lies_within
 
 ROWS_AT_ONCE = 32
 """Largest batch in which residuals are computed ahead, if one step of one control is not larger by itself."""
+PIXELS_AT_ONCE = 2**23
+"""And the most pixels of pictures in it: 32 of 512 x 512, 8 of 1024 x 1024; a batch's activations grow with them."""
 
 KEPT_MEGABYTES = 2048
 """The most that a plan keeps of residuals for pictures to come (at SD1.5, 512 x 512, in fp16, 20 steps under guidance
@@ -64,6 +66,7 @@ class Plan:
         texts: the prompts of each part of the batch (one part, or negative and positive for guidance); batch 1
             for all pictures, or one for each picture.
         cache: where residuals that do not depend on the noise are kept and found.
+        rows_at_once: the largest batch in which residuals are computed ahead.
         megabytes: the most that the plan itself keeps.
     """
 
@@ -74,12 +77,14 @@ class Plan:
         texts: Sequence[Text],
         cache: ResidualCache | None = None,
         *,
+        rows_at_once: int = ROWS_AT_ONCE,
         megabytes: float = KEPT_MEGABYTES,
     ) -> None:
         self.uses = uses
         self.timesteps = timesteps
         self.texts = texts
         self.cache = cache
+        self.rows_at_once = rows_at_once
         self._room = int(megabytes * 2**20)
         self._kept: dict[int, Residuals] = {}
         self._window: dict[int, Residuals] = {}
@@ -124,7 +129,7 @@ class Plan:
         rows = len(self.texts) * max(self._batch(place) for place in places)
         steps = [first]
         for index in range(first + 1, len(self.timesteps)):
-            if (len(steps) + 1) * rows > ROWS_AT_ONCE or self._acting(self._ahead, index) != places:
+            if (len(steps) + 1) * rows > self.rows_at_once or self._acting(self._ahead, index) != places:
                 break
             steps.append(index)
         groups: dict[Hashable, list[int]] = {}
@@ -135,7 +140,7 @@ class Plan:
             groups.setdefault(key, []).append(place)
         sums: dict[int, Residuals] = {}
         for group in groups.values():
-            at_once = max(1, ROWS_AT_ONCE // (rows * len(steps)))
+            at_once = max(1, self.rows_at_once // (rows * len(steps)))
             for start in range(0, len(group), at_once):
                 for index, made in self._group(group[start : start + at_once], steps):
                     sums[index] = made if index not in sums else _add(sums[index], made)
@@ -219,6 +224,11 @@ class Plan:
 
     def _time(self, index: int, timed: bool) -> int | None:
         return int(self.timesteps[index]) if timed else None
+
+
+def rows_at_once(width: int, height: int) -> int:
+    """The largest batch of residuals that are computed ahead, for pictures of so many pixels."""
+    return max(1, min(ROWS_AT_ONCE, PIXELS_AT_ONCE // (width * height)))
 
 
 def _add(a: Residuals, b: Residuals) -> Residuals:

@@ -101,8 +101,9 @@ class GenerateRequest:
     """In pixels; the base's own size by default."""
     sampler: str = "ddim"
     """How the noise is removed."""
-    batch_size: int = 8
-    """Pictures drawn at once; changes the memory needed, not the pictures."""
+    batch_size: int | None = None
+    """Pictures drawn at once; changes the memory needed, not the pictures. By default 16 up to 256 x 256, and fewer the
+    larger they are: 4 of 512 x 512."""
     device: str = "auto"
     """A torch device; `auto` is CUDA, then MPS, then the CPU."""
     precision: str = "auto"
@@ -128,7 +129,7 @@ class GenerateRequest:
                     f"{use.control} acts from {use.start:g} to {use.end:g} of the way, and none of {self.steps} steps"
                     " lies wholly within; give it a longer part, or a weight of 0 to switch it off"
                 )
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}; it must be at least 1")
 
     def to_json(self) -> dict[str, Any]:

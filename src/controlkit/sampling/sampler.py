@@ -12,7 +12,7 @@ from controlkit.bases.base import Base, Text, concatenate
 from controlkit.errors import UserError
 from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.ddim import ddim_step, times_of
-from controlkit.sampling.plan import ActiveControl, Plan
+from controlkit.sampling.plan import ActiveControl, Plan, rows_at_once
 from controlkit.sampling.request import DEFAULT_STEPS
 
 
@@ -67,7 +67,8 @@ def sample_prompts(
             texts = [base.encode_text(prompts if len(prompts) == 1 else prompts[group], size)]
             if guidance > 1:
                 texts.insert(0, base.encode_text([negative_prompt], size))
-            plan = Plan([use.of_pictures(group) for use in uses], timesteps, texts, cache)
+            active = [use.of_pictures(group) for use in uses]
+            plan = Plan(active, timesteps, texts, cache, rows_at_once=rows_at_once(width, height))
         x_t = initial_noise(base, seeds[group], width, height) * scheduler.init_noise_sigma
         text = concatenate(*(part.expand(len(x_t)) for part in plan.texts))
         for index, t in enumerate(timesteps):
