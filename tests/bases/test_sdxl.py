@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub.utils import filter_repo_objects
 
 from controlkit.bases.known import KNOWN_BASES
-from controlkit.bases.load import load_base
+from controlkit.bases.load import _UNWANTED_FROM_HUB, _WANTED_FROM_HUB, load_base
 from controlkit.checkpoints.controls import load_control
 from controlkit.checkpoints.ctrlora import save_base_control
 from controlkit.controls.base_control import BaseControl
@@ -178,3 +182,44 @@ def test_training_from_pairs_is_the_same_verb(base, tmp_path, system):
 def test_guidance_is_diffusers_own_where_none_is_asked_for(base):
     own = inspect.signature(StableDiffusionXLPipeline.__call__).parameters["guidance_scale"].default
     assert base.default_guidance == own == 5.0
+
+
+def test_the_autoencoder_stays_in_float32_where_it_is_xl_s_or_its_config_says_so(base, tiny_base):
+    def held(given, **said):
+        made = copy.deepcopy(given)
+        settings = {
+            key: value for key, value in given.vae.config.items() if key not in ("force_upcast",) and key[0] != "_"
+        }
+        made.vae = AutoencoderKL(**settings, **said)
+        return made.to(dtype=torch.float16).vae.dtype
+
+    assert held(tiny_base) == held(tiny_base, force_upcast=False) == torch.float16
+    assert held(tiny_base, force_upcast=True) == torch.float32
+    assert held(base) == held(base, force_upcast=True) == torch.float32
+    assert held(base, force_upcast=False) == torch.float16
+
+
+def test_a_folder_s_autoencoder_is_held_likewise(base_folder):
+    file = base_folder / "vae" / "config.json"
+    config = json.loads(file.read_text())
+    config.pop("force_upcast")
+    file.write_text(json.dumps(config))
+    loaded = load_base(base_folder, dtype=torch.float16)
+    assert (loaded.vae.dtype, loaded.unet.dtype) == (torch.float16, torch.float16)
+    file.write_text(json.dumps({**config, "force_upcast": True}))
+    assert load_base(base_folder, dtype=torch.float16).vae.dtype == torch.float32
+
+
+def test_of_a_repository_on_the_hub_only_the_folders_of_a_base_are_fetched():
+    names = [
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "tokenizer_2/vocab.json",
+    ]
+    names += ["text_encoder/model.safetensors", "scheduler/scheduler_config.json", "tokenizer/merges.txt"]
+    others = ["realistic-v6.safetensors", "v1-5-pruned.ckpt", "sd_xl_base_1.0.safetensors", "README.md"]
+    others += ["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors"]
+    others += ["vae_1_0/diffusion_pytorch_model.safetensors", "safety_checker/model.safetensors", "lora/a.safetensors"]
+    rules = {"allow_patterns": _WANTED_FROM_HUB, "ignore_patterns": _UNWANTED_FROM_HUB}
+    assert list(filter_repo_objects([*names, *others], **rules)) == names

@@ -120,9 +120,11 @@ class Base:
             if device is not None:
                 network.to(device)
             if dtype is not None:
-                upcast = network is self.vae and dtype == torch.float16 and needs_float32(self.vae)
-                network.to(torch.float32 if upcast else dtype)
+                network.to(torch.float32 if network is self.vae and self._upcasts(dtype) else dtype)
         return self
+
+    def _upcasts(self, dtype: torch.dtype) -> bool:
+        return dtype == torch.float16 and needs_float32(self.vae, xl=len(self.text_encoders) > 1)
 
     @property
     def latent_channels(self) -> int:
@@ -327,6 +329,13 @@ def _additions(residuals: Residuals | None, x_t: Tensor) -> dict[str, Any]:
     return made
 
 
-def needs_float32(vae: AutoencoderKL) -> bool:
-    """Whether an autoencoder's activations overflow float16 (Stable Diffusion XL's)."""
-    return bool(dict(vae.config).get("force_upcast", False))
+def needs_float32(vae: AutoencoderKL, *, xl: bool) -> bool:
+    """Whether an autoencoder's activations overflow float16: what its config says, or else if it is XL's.
+
+    Args:
+        xl: whether it belongs to a base of Stable Diffusion XL's shape, with two text encoders.
+    """
+    config = dict(vae.config)
+    # diffusers fills in True where a config says nothing, as Stable Diffusion 1's does, whose autoencoder needs none.
+    said = "force_upcast" in config and "force_upcast" not in config.get("_use_default_values", ())
+    return bool(config["force_upcast"]) if said else xl

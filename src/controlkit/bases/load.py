@@ -28,8 +28,12 @@ PRECISIONS = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """What a model on the Hugging Face hub is called."""
 _FOLDER_PARTS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
-_WANTED_FROM_HUB = ["*.json", "*.txt", "*.model", "*.safetensors"]
-_UNWANTED_FROM_HUB = ["*fp16*", "*non_ema*", "*ema_only*", "*.bin", "safety_checker/*", "*/onnx*", "v1-5-*", "sd_xl_*"]
+_HUB_FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+_WANTED_FROM_HUB = ["model_index.json"] + [
+    f"{folder}/*.{suffix}" for folder in _HUB_FOLDERS for suffix in ("json", "txt", "safetensors")
+]
+"""Nothing of the root, where many repositories keep the whole model once more in one file."""
+_UNWANTED_FROM_HUB = ["*fp16*", "*non_ema*", "*ema_only*", "*/onnx*"]
 
 
 def nano_folder() -> Path:
@@ -160,7 +164,7 @@ def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Base:
     from controlkit.bases.sdxl import SDXLBase
 
     vae = _whole(AutoencoderKL, folder / "vae", torch_dtype=dtype)
-    if dtype == torch.float16 and needs_float32(vae):
+    if dtype == torch.float16 and needs_float32(vae, xl=(folder / "text_encoder_2").is_dir()):
         vae.to(torch.float32)
     parts: dict[str, Any] = {
         "name": name,

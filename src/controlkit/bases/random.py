@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from controlkit.bases.base import Base
+from controlkit.bases.base import Base, needs_float32
 from controlkit.bases.clip_tokenizer import clip_tokenizer
 from controlkit.bases.known import KNOWN_BASES
 from controlkit.bases.sdxl import SDXLBase
@@ -36,6 +36,8 @@ def random_base(name: str, dtype: torch.dtype) -> Base:
             "unet": UNet2DConditionModel(**known["unet"]),
             "scheduler_config": known["scheduler"],
         }
+        if dtype == torch.float16 and needs_float32(parts["vae"], xl="text_encoder_2" in known):
+            parts["vae"].to(torch.float32)
         if "text_encoder_2" not in known:
             return Base(**parts)
         second = CLIPTextModelWithProjection(CLIPTextConfig(**known["text_encoder_2"]))
