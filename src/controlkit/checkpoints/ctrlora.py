@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from controlkit.errors import UserError
 
 BASE_KIND = CTRLORA_BASE
 """`control.kind` of a base control's file; an adapter's is `ctrlora`."""
+
+_TRANSFERRED = "control.transferred_from"
+"""Key of the fingerprints, with commas between them, that a base control had before it was moved to another base."""
 
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 """Of files that are looked at when a base control is sought. What they are, their content says."""
@@ -44,6 +47,8 @@ def save_base_control(
         condition=control.condition,
         made=made,
     )
+    if control.transferred_from:
+        metadata[_TRANSFERRED] = ",".join(control.transferred_from)
     state = control.base_state_dict()
     metadata["control.fingerprint"] = hash_of_halves(value.to(dtype) for value in state.values())
     return write_tensors(path, state, metadata, dtype)
@@ -88,6 +93,7 @@ def build_base(path: Path, content: Content) -> BaseControl:
     require_heads(path, content.config)
     control = build_base_control(content.config, as_float32(content.tensors))
     control.condition = content.condition
+    control.transferred_from = transferred_from(content.metadata)
     return control.requires_grad_(False)
 
 
@@ -126,8 +132,9 @@ def build_adapter(
 def find_base_control(path: Path, content: Content, elsewhere: Iterable[Path]) -> Path:
     """The file of the base control that an adapter was made on.
 
-    A file of ours says which; its name is tried first, then every other file beside it. The reference's files say
-    nothing: then the one base control beside the adapter is taken.
+    A file of ours says which; its name is tried first, then every other file beside it, then one that was moved from it
+    to another base (`transfer`). The reference's files say nothing: then the one base control beside the adapter is
+    taken.
 
     Raises:
         UserError: there is none, or more than one that it could be.
@@ -155,6 +162,9 @@ def find_base_control(path: Path, content: Content, elsewhere: Iterable[Path]) -
         with suppress(UserError):
             if fingerprint_in(candidate) == wanted:
                 return candidate
+    for candidate in base_controls_beside(path):
+        if wanted in transferred_from(read_metadata(candidate)):
+            return candidate
     raise UserError(
         f"{path} is an adapter of the base control {name!r} ({wanted}), which is neither beside it nor ships;"
         f" put its file into {path.parent}, or name both files as ADAPTER+BASE (convert: --base-control)"
@@ -184,16 +194,18 @@ def _base_control(
     if content.base_control is not None:
         return build_base(path, content.base_control)
     wanted = content.metadata.get("control.base_control_fingerprint", "")
-    if wanted in shared:
+    if base_file is None and wanted in shared:
         return shared[wanted]
     file = base_file or find_base_control(path, content, elsewhere)
     # The reference's adapters do not say which base control is theirs; those of one file share what it holds.
-    key = wanted or f"file:{file.resolve()}"
+    key = f"file:{file.resolve()}"
+    if wanted:
+        read = read_base_control(file, options)
+        key = said_fingerprint(read)
+        if wanted not in (key, *transferred_from(read.metadata)):
+            raise UserError(f"{path} was made on another base control ({wanted}) than {file} ({key})")
     if key not in shared:
-        loaded = build_base(file, read_base_control(file, options))
-        if base_file is not None and wanted and loaded.fingerprint() != wanted:
-            raise UserError(f"{path} was made on another base control ({wanted}) than {file} ({loaded.fingerprint()})")
-        shared[key] = loaded
+        shared[key] = build_base(file, read_base_control(file, options))
     return shared[key]
 
 
@@ -215,6 +227,16 @@ def fingerprint_in(path: Path) -> str:
     """
     said = read_metadata(path).get("control.fingerprint")
     return said if said is not None else fingerprint_of(read_base_control(path))
+
+
+def said_fingerprint(content: Content) -> str:
+    """The fingerprint of a base control that was read: what its file says, or else what its weights give."""
+    return content.metadata.get("control.fingerprint") or fingerprint_of(content)
+
+
+def transferred_from(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The fingerprints that a base control had before it was moved to another base; none if it was not."""
+    return tuple(filter(None, metadata.get(_TRANSFERRED, "").split(",")))
 
 
 def fingerprint_of(content: Content) -> str:

@@ -44,11 +44,17 @@ class Offset:
 def transfer(control: Transferable, source: Base, target: Base) -> tuple[Transferable, Offset]:
     """A copy of `control`, which was trained on `source`, for `target`.
 
+    A base control's adapters go along unchanged: they are taken on the copy too, though its fingerprint is another.
+    That what training changed does the same on the other base is the assumption of the offset itself, for the adapters
+    as for the control; it is not a fact, so look at the pictures.
+
     Raises:
         UserError: the two bases have different shapes, or the control does not fit them.
     """
     a, b = source.unet.state_dict(), target.unet.state_dict()
     made = copy.deepcopy(control)
+    if isinstance(made, BaseControl):
+        made.mark_transferred()
     moved = kept = 0
     change = size = 0.0
     for name, value in made.network.state_dict().items():

@@ -52,6 +52,8 @@ class BaseControl(Control):
         self._adapters = nn.ModuleDict()
         self._selected: tuple[str | None, ...] = (None,)
         self._fingerprint: str | None = None
+        self.transferred_from: tuple[str, ...] = ()
+        """Fingerprints of the base controls that it was moved from to another base; adapters made on them are taken."""
 
     @classmethod
     def for_base(cls, base: Base) -> BaseControl:
@@ -203,9 +205,14 @@ class BaseControl(Control):
     def keep_fingerprint(self) -> None:
         """Stay with the fingerprint that it has now when the weights are cast to another dtype.
 
-        It is let go of where the network trains (`train_base`).
+        It is let go of where the weights change: where the network trains (`train_base`) or is moved to another base.
         """
         self._fingerprint = self.fingerprint()
+
+    def mark_transferred(self) -> None:
+        """Note that the weights are about to be moved to another base, from the fingerprint that it has now."""
+        self.transferred_from = (*self.transferred_from, self.fingerprint())
+        self._fingerprint = None
 
     def store_network(self, dtype: torch.dtype) -> None:
         """Store the frozen network in `dtype`, and leave adapters in theirs, which then run under autocast.
@@ -285,7 +292,7 @@ class BaseControl(Control):
 
     def train_base(self) -> None:
         """Base training: the network, and the LoRA of every adapter that shares its other layers."""
-        self._fingerprint = None
+        self._fingerprint, self.transferred_from = None, ()
         self.requires_grad_(False)
         self.network.requires_grad_(True)
         for adapter in self.adapters.values():

@@ -34,7 +34,7 @@ def write(content: Content, path: Path, options: Options) -> list[str]:
     tensors = {name: value.to(base.tensors[name].dtype) for name, value in state.items()}
     metadata = {**base.metadata, **{key: content.metadata[key] for key in content.metadata if key != "control.kind"}}
     own = ("control.base_control", "control.base_control_fingerprint", "control.rank")
-    for key in (*own, "modelspec.architecture", "modelspec.title"):
+    for key in (*own, "control.transferred_from", "modelspec.architecture", "modelspec.title"):
         metadata.pop(key, None)
     metadata["control.merged"] = content.metadata.get("modelspec.title") or content.condition or "an adapter"
     made = Content(CTRLORA_BASE, control.config(), tensors, metadata)
