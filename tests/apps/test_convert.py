@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from controlkit import conditions
 from controlkit.apps.cli import main
@@ -162,3 +163,28 @@ def test_labels_are_not_mixed_whatever_name_a_file_gives_to_its_condition(tiny_c
     for name, labels in (("segmentation", True), ("canny", False), ("somebody's own", False), (None, False)):
         control.condition = name
         assert _is_of_labels(control) == labels
+
+
+def test_a_shuffle_whose_file_says_nothing_pools(file, tmp_path, tiny_base, base_folder, capsys):
+    plain, bare = tmp_path / "plain.safetensors", tmp_path / "control.pth"
+    assert run("convert", file, plain, "--to", "original") == 0
+    torch.save(load_file(plain), bare)
+    for number, (words, pools) in enumerate(
+        ((["--condition", "shuffle"], True), (["--condition", "canny"], False), (["--pooled"], True))
+    ):
+        out = tmp_path / f"{number}.safetensors"
+        assert run("convert", bare, out, "--to", "original", "--base", base_folder, *words) == 0
+        assert load_control(out, tiny_base).conditional_only == pools
+        assert run("convert", out, tmp_path / str(number), "--to", "diffusers") == 0
+        config = json.loads((tmp_path / str(number) / "config.json").read_text())
+        assert config.get("global_pool_conditions", False) == pools
+    assert "pools its residuals" in capsys.readouterr().out
+    # A file that says that it does not pool is believed.
+    assert run("convert", plain, tmp_path / "ours.safetensors", "--to", "controlkit", "--condition", "shuffle") == 0
+    assert not load_control(tmp_path / "ours.safetensors", tiny_base).conditional_only
+
+
+def test_what_cannot_pool_is_refused(tiny_base, tmp_path, capsys):
+    base = save_base_control(tmp_path / "base.safetensors", BaseControl.for_base(tiny_base), tiny_base)
+    assert run("convert", base, tmp_path / "out.safetensors", "--to", "original", "--pooled") == 2
+    assert "--pooled is for a ControlNet" in capsys.readouterr().err

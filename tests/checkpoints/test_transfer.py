@@ -9,8 +9,12 @@ import torch
 
 from controlkit.apps.cli import main
 from controlkit.checkpoints.controls import load_control, save_control
+from controlkit.checkpoints.convert import convert
+from controlkit.checkpoints.ctrlora import save_adapter, save_base_control
+from controlkit.checkpoints.files import read_metadata
 from controlkit.checkpoints.transfer import transfer
 from controlkit.controls.base_control import BaseControl
+from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.errors import UserError
 from controlkit.training.base import save_base
 from tiny import build_tiny_base, fresh_control, randomise_zero_convolutions
@@ -96,3 +100,35 @@ def test_a_control_of_another_base_is_not_moved_from_this_one(tiny_base, other, 
     assert main(["transfer", str(tmp_path / "canny.safetensors"), *swapped, "--out", str(out)]) == 2
     assert f"was trained on the base tiny ({tiny_base.fingerprint})" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_adapters_go_along_with_their_base_control(tiny_base, other, base_folder, tmp_path, capsys):
+    save_base(other, tmp_path / "other")
+    shared = BaseControl.for_base(tiny_base)
+    shared.add_adapter("palette", 2, seed=0)
+    base = save_base_control(tmp_path / "base.safetensors", shared, tiny_base)
+    adapter = save_adapter(tmp_path / "palette.safetensors", CtrLoRA(shared, "palette", "palette"), tiny_base, "base")
+    there, back = tmp_path / "there.safetensors", tmp_path / "elsewhere" / "back.safetensors"
+    bases = [str(base_folder), str(tmp_path / "other")]
+    assert main(["transfer", str(base), "--from", bases[0], "--to", bases[1], "--out", str(there)]) == 0
+    assert main(["transfer", str(there), "--from", bases[1], "--to", bases[0], "--out", str(back)]) == 0
+    old, new = (read_metadata(path)["control.fingerprint"] for path in (base, there))
+    assert old != new and read_metadata(there)["control.transferred_from"] == old
+    assert read_metadata(back)["control.transferred_from"] == f"{old},{new}"
+
+    held: dict = {}
+    mine = load_control(adapter, tiny_base, shared=held)
+    moved = load_control(f"{adapter}+{there}", other, shared=held)
+    assert (mine.base_control.fingerprint(), moved.base_control.fingerprint()) == (old, new) == tuple(held)
+    assert load_control(f"{adapter}+{back}", tiny_base).base_control.transferred_from == (old, new)
+    base.rename(tmp_path / "elsewhere" / "base.safetensors")
+    assert load_control(adapter, other).base_control.fingerprint() == new
+
+    # An adapter that is baked in is part of what it was made for no longer.
+    merged = convert(adapter, tmp_path / "merged.safetensors", "merged", base_control=there).path
+    assert "control.transferred_from" not in read_metadata(merged)
+    stranger = BaseControl.for_base(other)
+    stranger.network.conv_in.weight.data.add_(1)
+    save_base_control(tmp_path / "stranger.safetensors", stranger, other)
+    with pytest.raises(UserError, match="was made on another base control"):
+        load_control(f"{adapter}+{tmp_path / 'stranger.safetensors'}", other)

@@ -14,7 +14,7 @@ import argparse
 
 from controlkit.apps.show import add_json, print_json
 
-_OPTIONS = ("base", "base_control", "dtype", "rank", "condition", "force")
+_OPTIONS = ("base", "base_control", "dtype", "rank", "condition", "pooled", "force")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: as the file has it)")
     parser.add_argument("--rank", type=int, help="of a Control-LoRA that is written")
     parser.add_argument("--condition", help="name of the condition that it follows, for the metadata")
+    parser.add_argument(
+        "--pooled",
+        action="store_true",
+        default=False,
+        help="the ControlNet pools its residuals, as version 1.1's shuffle (implied by --condition shuffle, where the"
+        " file does not say)",
+    )
     parser.add_argument(
         "--force", action="store_true", default=False, help="replace a file that is there, or write into a full folder"
     )

@@ -14,9 +14,9 @@ from torch import Tensor
 from controlkit import conditions
 from controlkit.bases.known import KNOWN_BASES, known_by_shape
 from controlkit.bases.load import SINGLE_FILES, base_folder, base_path, load_base
-from controlkit.checkpoints.content import CTRLORA, CTRLORA_BASE, KINDS, Content, Options
+from controlkit.checkpoints.content import CONTROLNET, CTRLORA, CTRLORA_BASE, KINDS, Content, Options
 from controlkit.checkpoints.controls import find_control, shipped_controls
-from controlkit.checkpoints.ctrlora import find_base_control, fingerprint_of, read_base_control
+from controlkit.checkpoints.ctrlora import find_base_control, fingerprint_of, read_base_control, transferred_from
 from controlkit.checkpoints.layouts import LAYOUTS, read_content
 from controlkit.checkpoints.layouts.layout import Layout
 from controlkit.checkpoints.recognise import known, recognise
@@ -25,6 +25,8 @@ from controlkit.files import files_of, read_json, refuse_replacing
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """Name -> dtype that a file may have."""
+
+_POOLS = "global_pool_conditions"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def convert(
     dtype: str | None = None,
     rank: int | None = None,
     condition: str | None = None,
+    pooled: bool = False,
     force: bool = False,
 ) -> Converted:
     """Read a control in any layout and write it in another. Tensors keep their dtype, files their metadata.
@@ -81,6 +84,8 @@ def convert(
         dtype: of the floating-point tensors that are written.
         rank: of a low-rank layout.
         condition: name of the condition that the control follows, written into the metadata.
+        pooled: the ControlNet takes the mean of its residuals over the picture, as ControlNet 1.1's shuffle does; its
+            original file does not say so. Where a file says nothing, the condition `shuffle` implies it.
         force: replace a file that is there already, or write into a folder that has files.
 
     Raises:
@@ -108,6 +113,7 @@ def convert(
         raise UserError(f"--base-control is for an adapter of CtrLoRA; {path} is {KINDS[content.kind]}")
     if condition is not None:
         content.metadata["control.condition"] = conditions.find(condition).name
+    _settle_pooling(path, content, pooled)
     read = [*files_of(path), *_files_of_base(base)]
     if content.kind == CTRLORA:
         read += _settle_base_control(path, content, layout, base_control, options)
@@ -181,6 +187,18 @@ def _check_carries(path: Path, kind: str, layout: Layout) -> None:
     )
 
 
+def _settle_pooling(path: Path, content: Content, pooled: bool) -> None:
+    """Write down that a ControlNet pools its residuals, which no tensor of it tells."""
+    if pooled and content.kind != CONTROLNET:
+        raise UserError(f"--pooled is for a ControlNet; {path} is {KINDS[content.kind]}")
+    silent = content.kind == CONTROLNET and _POOLS not in content.config
+    if not pooled and content.condition == "shuffle" and silent:
+        content.notes.append("it is written as one that pools its residuals, as ControlNet 1.1's shuffle does")
+        pooled = True
+    if pooled:
+        content.config[_POOLS] = True
+
+
 def _settle_base_control(
     path: Path, content: Content, layout: Layout, base_control: str | Path | None, options: Options
 ) -> list[Path]:
@@ -194,7 +212,7 @@ def _settle_base_control(
     content.base_control = read_base_control(file, options)
     fingerprint = fingerprint_of(content.base_control)
     said = content.metadata.get("control.base_control_fingerprint", fingerprint)
-    if said != fingerprint:
+    if said not in (fingerprint, *transferred_from(content.base_control.metadata)):
         raise UserError(f"{path} was made on another base control ({said}) than {file} ({fingerprint})")
     content.metadata["control.base_control"] = file.stem
     content.metadata["control.base_control_fingerprint"] = fingerprint
