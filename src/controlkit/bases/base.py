@@ -115,7 +115,7 @@ class Base:
         What it is known by (`fingerprint`, `content`) stays that of the weights as they were: bfloat16 would change it.
         """
         if dtype == torch.bfloat16 and self.dtype != dtype:
-            assert self.fingerprint and self.content  # kept from now on
+            _ = self.fingerprint, self.content  # kept from now on
         for network in self.networks:
             if device is not None:
                 network.to(device)

@@ -37,7 +37,7 @@ def store_frozen(base: Base, control: Control, dtype: torch.dtype = torch.bfloat
 
     Fingerprints stay those of the weights as they were loaded, which a finished control is known by.
     """
-    assert base.fingerprint  # kept from now on
+    _ = base.fingerprint  # kept from now on
     for network in base.networks:
         nn.Module.to(network, dtype)  # diffusers' own method warns of what autocast sees to
     for module in control.modules():
