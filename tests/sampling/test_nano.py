@@ -48,12 +48,12 @@ def test_diffusers_draws_with_nano_and_no_code_of_ours(nano):
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline(
         PROMPT,
-        num_inference_steps=12,
+        num_inference_steps=10,
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(3),
         output_type="np",
     ).images[0]
-    (ours,) = sample(nano, prompt=PROMPT, seeds=[3], steps=12, guidance=4.0)
+    (ours,) = sample(nano, prompt=PROMPT, seeds=[3], steps=10, guidance=4.0)
     assert np.abs(made - ours[0].permute(1, 2, 0).numpy()).max() < 1e-3
     assert background_colour((made * 255).astype(np.uint8)) == "blue"
 
@@ -79,7 +79,7 @@ def test_the_canny_control_draws_what_diffusers_draws_with_it(nano, canny, edges
         image=edges,
         width=64,
         height=64,
-        num_inference_steps=12,
+        num_inference_steps=10,
         guidance_scale=4.0,
         controlnet_conditioning_scale=0.9,
         control_guidance_end=0.8,
@@ -87,7 +87,7 @@ def test_the_canny_control_draws_what_diffusers_draws_with_it(nano, canny, edges
         output_type="pt",
     ).images
     use = ActiveControl(canny, canny.encode(edges, nano), weight=0.9, end=0.8)
-    (ours,) = sample(nano, prompt=PROMPT, seeds=[5], uses=[use], steps=12, guidance=4.0)
+    (ours,) = sample(nano, prompt=PROMPT, seeds=[5], uses=[use], steps=10, guidance=4.0)
     assert (made - ours).abs().max() < 1e-3
 
 
