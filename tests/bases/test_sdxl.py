@@ -156,7 +156,7 @@ def test_a_hub_id_is_a_folder_once_it_is_there(base, tmp_path, monkeypatch):
 
 
 def test_known_names_say_what_they_are_for():
-    with pytest.raises(UserError, match="known by its shape alone"):
+    with pytest.raises(UserError, match="only the shape is known here, which `controlkit inspect"):
         load_base("sdxl")
     with pytest.raises(UserError, match="only known bases"):
         load_base("sd16", random_weights=True)

@@ -137,7 +137,7 @@ def test_pickles_are_not_read(tmp_path):
 
 
 def test_a_missing_file_of_icons_says_how_to_make_it(tmp_path):
-    with pytest.raises(UserError, match="build_pictures"):
+    with pytest.raises(UserError, match=r"step 1 of recipes/nano/README\.md"):
         IconSets(tmp_path / "icons.npz")
 
 

@@ -143,7 +143,7 @@ def test_an_autoencoder_continued_equals_one_in_one_go(tmp_path, icons_file):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"icons": "nothing.npz"}, "build_pictures"),
+        ({"icons": "nothing.npz"}, "step 1 of recipes/nano/README.md makes them"),
         ({"base": "nothing"}, "no base at nothing"),
         ({"condition": "cany"}, "did you mean canny"),
         ({"device": "gpu9"}, "gpu9"),
