@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from controlkit.apps.cli import build_parser
-from controlkit.training.recipe import RECIPES
+from controlkit.training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "recipes/nano/README.md", *sorted((ROOT / "docs").glob("*.md"))]

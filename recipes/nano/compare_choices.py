@@ -45,7 +45,7 @@ from controlkit.evaluation.features import lite0_features
 from controlkit.evaluation.metrics import retrieval_accuracy
 from controlkit.files import write_json
 from controlkit.training.base import BaseObjective
-from controlkit.training.recipe import BaseRecipe, read_recipe
+from controlkit.training.recipes import BaseRecipe, read_recipe
 
 CONCEPTS = "recipes/nano/concepts.txt"
 TIMES = (400, 600, 750, 900)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from controlkit.sampling.drawn import read_drawn
     from controlkit.sampling.generate import generate
     from controlkit.sampling.request import ControlUse, GenerateRequest
-    from controlkit.training.recipe import build_recipe, read_recipe
+    from controlkit.training.recipes import build_recipe, read_recipe
     from controlkit.training.run import run as train
 
 _PLACES = {
@@ -44,7 +44,7 @@ _PLACES = {
     "GenerateRequest": "sampling.request:GenerateRequest",
     "MakeSettings": "data.making:MakeSettings",
     "adapt": "evaluation.adapt:adapt",
-    "build_recipe": "training.recipe:build_recipe",
+    "build_recipe": "training.recipes:build_recipe",
     "check_pairs": "data.check:check_pairs",
     "convert": "checkpoints.convert:convert",
     "describe": "checkpoints.describe:describe",
@@ -63,7 +63,7 @@ _PLACES = {
     "manage_cache": "data.cache_report:manage_cache",
     "read_drawn": "sampling.drawn:read_drawn",
     "read_pairs": "data.pairs:read_pairs",
-    "read_recipe": "training.recipe:read_recipe",
+    "read_recipe": "training.recipes:read_recipe",
     "save_control": "checkpoints.controls:save_control",
     "split_pairs": "data.pairs:split_pairs",
     "train": "training.run:run",

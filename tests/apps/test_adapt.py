@@ -24,7 +24,7 @@ from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.data.icons import IconSets, draw
 from controlkit.data.pairs import read_pairs
 from controlkit.evaluation.control import judged_pairs
-from controlkit.training.recipe import adapter_settings
+from controlkit.training.recipes import adapter_settings
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_an_adapter_is_judged_on_the_device_of_the_recipe(pairs, base_control, b
 
 def test_only_the_adapter_changes_and_nothing_else_gets_a_gradient(pairs, base_control, base_folder, tmp_path):
     from controlkit.training.adapt import AdaptObjective
-    from controlkit.training.recipe import AdaptRecipe
+    from controlkit.training.recipes import AdaptRecipe
 
     recipe = AdaptRecipe(
         out=str(tmp_path / "run"), pairs=str(pairs), control=str(base_control), base=str(base_folder), rank=2

@@ -31,7 +31,7 @@ from controlkit.errors import UserError
 from controlkit.images import to_tensor
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample
-from controlkit.training.recipe import build_recipe
+from controlkit.training.recipes import build_recipe
 from controlkit.training.run import run
 from tiny import build_tiny_sdxl, randomise_zero_convolutions
 

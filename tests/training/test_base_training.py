@@ -12,7 +12,7 @@ from controlkit.bases.load import load_base
 from controlkit.data.icons import STYLES, IconSets, read_concepts
 from controlkit.errors import UserError
 from controlkit.training.base import BaseObjective
-from controlkit.training.recipe import BaseRecipe
+from controlkit.training.recipes import BaseRecipe
 from controlkit.training.run import run
 
 CPU = torch.device("cpu")

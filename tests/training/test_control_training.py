@@ -13,7 +13,7 @@ from controlkit.checkpoints.controls import load_control
 from controlkit.checkpoints.files import read_metadata
 from controlkit.errors import UserError
 from controlkit.training.control import ControlNetObjective
-from controlkit.training.recipe import AutoencoderRecipe, ControlNetRecipe
+from controlkit.training.recipes import AutoencoderRecipe, ControlNetRecipe
 from controlkit.training.run import choose_device, objective_of
 from controlkit.training.run import run as train_recipe
 

@@ -22,7 +22,7 @@ from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.data.multigen import MultiGen
 from controlkit.errors import UserError
 from controlkit.training.control import CtrLoRABaseObjective
-from controlkit.training.recipe import CtrLoRABaseRecipe, read_recipe
+from controlkit.training.recipes import CtrLoRABaseRecipe, read_recipe
 from controlkit.training.run import run
 from controlkit.training.sources import MultiGenSource
 from controlkit.training.trainer import train

@@ -22,7 +22,7 @@ from controlkit.data.pairs import write_pairs
 from controlkit.errors import UserError
 from controlkit.training.adapt import AdaptObjective, ControlNetPairsObjective, CtrLoRAFullObjective
 from controlkit.training.control import CtrLoRABaseObjective
-from controlkit.training.recipe import AdaptRecipe, ControlNetPairsRecipe, CtrLoRABaseRecipe, CtrLoRAFullRecipe
+from controlkit.training.recipes import AdaptRecipe, ControlNetPairsRecipe, CtrLoRABaseRecipe, CtrLoRAFullRecipe
 from controlkit.training.run_folder import fingerprint
 from controlkit.training.savings import SetAside
 from controlkit.training.trainer import train

@@ -27,7 +27,8 @@ from controlkit.images import to_tensor
 from controlkit.training.adapt import AdaptObjective, ControlNetPairsObjective
 from controlkit.training.diffusion import noised
 from controlkit.training.pair_cache import PairCache
-from controlkit.training.recipe import AdaptRecipe, ControlNetPairsRecipe, identifying
+from controlkit.training.recipe import identifying
+from controlkit.training.recipes import AdaptRecipe, ControlNetPairsRecipe
 from controlkit.training.run import run
 from controlkit.training.run_folder import fingerprint
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controlkit.errors import UserError
-from controlkit.training.recipe import RECIPES, AutoencoderRecipe, ControlNetRecipe, build_recipe, read_recipe
+from controlkit.training.recipes import RECIPES, AutoencoderRecipe, ControlNetRecipe, build_recipe, read_recipe
 from controlkit.training.run_folder import fingerprint
 from controlkit.training.trainer import learning_rate_at
 
@@ -172,7 +172,7 @@ def test_the_learning_rate_is_always_between_nothing_and_its_peak(steps, warmup,
 def test_reading_a_recipe_loads_neither_torch_nor_diffusers():
     code = (
         "import sys\n"
-        "from controlkit.training.recipe import read_recipe\n"
+        "from controlkit.training.recipes import read_recipe\n"
         "from controlkit.sampling.request import GenerateRequest\n"
         f"read_recipe({str(SHIPPED[0])!r})\n"
         "GenerateRequest(prompt='x')\n"

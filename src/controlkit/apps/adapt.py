@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     from controlkit import conditions
     from controlkit.settings import read_overrides
-    from controlkit.training.recipe import adapter_settings, build_recipe
+    from controlkit.training.recipes import adapter_settings, build_recipe
 
     values = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
     values |= read_overrides(args.overrides)

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
-    from controlkit.training.recipe import RECIPES, read_recipe
+    from controlkit.training.recipes import RECIPES, read_recipe
 
     if args.recipe in RECIPES:
         if args.settings:

@@ -16,7 +16,8 @@ from controlkit.evaluation.control import evaluate_control, judged_pairs
 from controlkit.evaluation.report import Report
 from controlkit.images import write_png
 from controlkit.training.log import spent
-from controlkit.training.recipe import AdaptRecipe, Recipe
+from controlkit.training.recipe import Recipe
+from controlkit.training.recipes import AdaptRecipe
 from controlkit.training.run import run
 
 MOST_JUDGED = 64

@@ -26,7 +26,7 @@ from controlkit.evaluation.control import Steer, draw_controlled
 from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
 from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.images import contact_sheet, write_png
-from controlkit.training.recipe import build_recipe
+from controlkit.training.recipes import build_recipe
 from controlkit.training.run import run
 
 _SHOWN = 8

@@ -31,7 +31,7 @@ from controlkit.files import read_json, sha256_of, write_atomically, write_json
 from controlkit.studies.cells import Bench, Cell, Task
 from controlkit.studies.figure import plot, require_matplotlib, sheet_of
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, REPORTS
-from controlkit.training.recipe import PairsRecipe, build_recipe
+from controlkit.training.recipes import PairsRecipe, build_recipe
 
 LATENT_INPUT, FULL_TUNING = "+ VAE embedding", "+ base initialisation"
 

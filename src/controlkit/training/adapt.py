@@ -18,7 +18,7 @@ from controlkit.errors import UserError
 from controlkit.files import sha256_of
 from controlkit.images import to_tensor
 from controlkit.training.pairs import PairsObjective
-from controlkit.training.recipe import AdaptRecipe, ControlNetPairsRecipe, CtrLoRAFullRecipe
+from controlkit.training.recipes import AdaptRecipe, ControlNetPairsRecipe, CtrLoRAFullRecipe
 from controlkit.training.savings import SetAside, checkpoint_activations, store_frozen, uses_bf16
 
 

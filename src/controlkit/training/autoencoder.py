@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from controlkit.data.icons import TRAINED_STYLES, Icon, IconSets, draw
 from controlkit.images import contact_sheet, to_images, to_tensor, write_png
 from controlkit.training.objective import Objective, numpy_generator
-from controlkit.training.recipe import AutoencoderRecipe
+from controlkit.training.recipes import AutoencoderRecipe
 
 SIZE = 64
 

@@ -23,7 +23,7 @@ from controlkit.sampling.sampler import sample_prompts
 from controlkit.training.diffusion import noised
 from controlkit.training.drawings import Drawings
 from controlkit.training.objective import Objective
-from controlkit.training.recipe import BaseRecipe
+from controlkit.training.recipes import BaseRecipe
 
 MAX_TOKENS = 24
 _PREVIEW_SEEDS = 3

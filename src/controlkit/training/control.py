@@ -13,7 +13,7 @@ from controlkit.controls.base_control import BaseControl
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import CtrLoRA
-from controlkit.training.recipe import ControlNetRecipe, CtrLoRABaseRecipe
+from controlkit.training.recipes import ControlNetRecipe, CtrLoRABaseRecipe
 from controlkit.training.savings import checkpoint_activations
 from controlkit.training.steering import SteeringObjective
 

@@ -24,7 +24,7 @@ from controlkit.training.diffusion import noised
 from controlkit.training.objective import Objective, numpy_generator
 from controlkit.training.pair_cache import PairCache
 from controlkit.training.processes import Processes
-from controlkit.training.recipe import PairsRecipe
+from controlkit.training.recipes import PairsRecipe
 from controlkit.training.savings import uses_bf16
 
 _STRIP = 8

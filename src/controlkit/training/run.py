@@ -8,7 +8,8 @@ from controlkit.bases.load import choose_device
 from controlkit.checkpoints.card import write_card
 from controlkit.errors import UserError
 from controlkit.training.objective import Objective
-from controlkit.training.recipe import (
+from controlkit.training.recipe import Recipe
+from controlkit.training.recipes import (
     AdaptRecipe,
     AutoencoderRecipe,
     BaseRecipe,
@@ -16,7 +17,6 @@ from controlkit.training.recipe import (
     ControlNetRecipe,
     CtrLoRABaseRecipe,
     CtrLoRAFullRecipe,
-    Recipe,
 )
 from controlkit.training.trainer import train
 

@@ -20,7 +20,7 @@ from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample_prompts
 from controlkit.training.diffusion import noised
 from controlkit.training.objective import Objective, numpy_generator
-from controlkit.training.recipe import SteeringRecipe
+from controlkit.training.recipes import SteeringRecipe
 from controlkit.training.sources import Held, IconSource, MultiGenSource, Source
 
 _STRIP = 8

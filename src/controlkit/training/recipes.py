@@ -1,0 +1,344 @@
+"""Recipes: every setting of a training run, typed, read from YAML.
+
+A recipe file names its `system` and sets fields of that system's class below. Unknown keys, wrong types and
+contradictions are errors before anything is loaded. This module imports neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from controlkit.data.icons import LEAST_SCALE, TRAINED_STYLES
+from controlkit.errors import UserError, nearest
+from controlkit.settings import build_settings, read_overrides
+from controlkit.training.recipe import Recipe
+
+RESERVED_NAMES = ("state", "state.previous", "state.damaged", "latents")
+"""Files of a run, less their ending, which nothing that it makes may be called."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderRecipe(Recipe):
+    """The autoencoder of an embedded base, from scratch, on icons."""
+
+    system: ClassVar[str] = "autoencoder"
+
+    icons: str
+    """File of rendered icons (`recipes/nano/build_pictures.py`)."""
+    channels: tuple[int, ...] = (16, 32, 64)
+    """Channels of each resolution; one fewer halvings than entries."""
+    latent_channels: int = 4
+    """Channels of the latent."""
+    kl_weight: float = 2e-5
+    """Weight of the mean KL divergence of a latent element to a unit normal."""
+    gradient_weight: float = 0.5
+    """Weight of the L1 distance of horizontal and vertical differences, which keeps edges sharp."""
+    square_weight: float = 1.0
+    """Weight of the squared error."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_channels(self.channels)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return ("vae",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseRecipe(Recipe):
+    """The text encoder and UNet of an embedded base, together, on icons: from scratch, or from a base that there is."""
+
+    system: ClassVar[str] = "base"
+
+    icons: str
+    """File of rendered icons."""
+    autoencoder: str | None = None
+    """Folder of the run that trained the autoencoder; this or `start`."""
+    start: str | None = None
+    """The base to start from, all of it: `nano` or a diffusers folder. Channels and text settings are its own then."""
+    styles: tuple[str, ...] | None = None
+    """Styles of icons to train on; None for all four. One alone makes a community model of a base."""
+    concepts: str | None = None
+    """Text file of the concepts to train on, one a line; None for all that can be drawn."""
+    least_scale: float = LEAST_SCALE
+    """Side of the smallest icon in a drawing, as a fraction of the drawing's."""
+    channels: tuple[int, ...] = (48, 96, 160)
+    """Channels of each resolution of the UNet."""
+    attention: tuple[bool, ...] = (False, True, True)
+    """Which resolutions have transformer blocks."""
+    text_width: int = 128
+    """Width of the text encoder and of cross attention."""
+    text_layers: int = 2
+    """Layers of the text encoder."""
+    prompt_drop: float = 0.1
+    """Share of prompts replaced by the empty prompt."""
+    variants: int = 6
+    """Drawings of each icon (background, scale, place) whose latents are kept."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.autoencoder is None) == (self.start is None):
+            raise UserError("give either autoencoder (to train from scratch) or start (to go on from a base)")
+        if not 0.1 <= self.least_scale <= 1:
+            raise UserError(f"least_scale is {self.least_scale}; it must lie from 0.1 to 1")
+        _check_channels(self.channels)
+        if self.styles is not None and not set(self.styles) <= set(TRAINED_STYLES):
+            raise UserError(f"styles are {list(self.styles)}; known: {', '.join(TRAINED_STYLES)}")
+        if len(self.attention) != len(self.channels):
+            raise UserError(
+                f"attention has {len(self.attention)} entries and channels {len(self.channels)}; give one for each"
+            )
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return ("base",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringRecipe(Recipe, ABC):
+    """What training a control on a frozen base, on millions of pictures, has in common."""
+
+    icons: str | None = None
+    """File of rendered icons; this or `multigen`."""
+    multigen: str | None = None
+    """Folder of MultiGen-20M (`json_files`, `images`, `conditions`), whose tasks are the conditions."""
+    base: str = "nano"
+    """The base that it will steer."""
+    variants: int = 4
+    """Drawings of each icon whose latents are kept."""
+    score_pictures: int = 32
+    """Held-out pictures on which each preview scores condition following."""
+    gradient_checkpointing: bool = False
+    """Compute activations a second time in the backward pass: much less memory, about a third more time."""
+    prompt_drop: float = 0.5
+    """Share of prompts replaced by the empty prompt."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.icons is None) == (self.multigen is None):
+            raise UserError("give either icons or multigen: where the pictures come from")
+
+    @property
+    @abstractmethod
+    def condition_names(self) -> tuple[str, ...]:
+        """The conditions that it trains."""
+
+    def summary(self) -> dict[str, Any]:
+        """How a file came to be, for its metadata."""
+        return _summary(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetRecipe(SteeringRecipe):
+    """A ControlNet, one condition. Half the prompts are dropped (Zhang et al. 2023, section 3.3)."""
+
+    system: ClassVar[str] = "controlnet"
+
+    condition: str
+    """Name of the condition (`controlkit condition --list`)."""
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        return (self.condition,)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return (f"{self.condition}.safetensors",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CtrLoRABaseRecipe(SteeringRecipe):
+    """CtrLoRA's base control: one shared network and one LoRA for each condition, together."""
+
+    system: ClassVar[str] = "ctrlora-base"
+
+    conditions: tuple[str, ...]
+    """Names of the base conditions; each step trains one of them, all equally often."""
+    rank: int = 128
+    """Of every LoRA."""
+    prompt_drop: float = 0.3
+    """Share of prompts replaced by the empty prompt (Xu et al. 2025; 0.3 in the reference)."""
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        return self.conditions
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return ("base.safetensors", *(f"{name}.safetensors" for name in self.conditions))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.conditions or len(set(self.conditions)) != len(self.conditions):
+            raise UserError(f"conditions must be a list of different names, got {list(self.conditions)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsRecipe(Recipe, ABC):
+    """What training a control from a folder of pairs has in common."""
+
+    pairs: str
+    """Pairs in any layout of docs/pairs.md."""
+    base: str = "nano"
+    """The base that it steers."""
+    name: str = "control"
+    """Name of the control and of its file."""
+    condition: str = "identity"
+    """Condition by which fidelity is scored; `identity` compares the result with the true picture."""
+    steps: int = 500
+    """Optimiser steps in all."""
+    batch_size: int = 16
+    """Pairs a step."""
+    save_every: int = 100
+    """Steps between checkpoints of the state."""
+    preview_every: int = 100
+    """Steps between previews with their scores."""
+    held_out: float = 0.1
+    """Share of the pairs that are not trained on, and judged by."""
+    prompt_drop: float = 0.3
+    """Share of prompts replaced by the empty prompt (0.3 in CtrLoRA's reference)."""
+    flip: bool = False
+    """Mirror half of the pairs at random, condition image and picture together. Not for pictures with writing, or
+    prompts that say left and right."""
+    score_pictures: int = 16
+    """Held-out pairs on which each preview scores condition following."""
+    gradient_checkpointing: bool = False
+    """Compute activations a second time in the backward pass: much less memory, about a third more time."""
+
+    def summary(self) -> dict[str, Any]:
+        """How a file came to be, for its metadata."""
+        return _summary(self)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return (f"{self.name}.safetensors",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"held_out is {self.held_out}; it must be from 0 to below 1")
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise UserError(f"name is {self.name!r}; it must do as the name of a file")
+        if self.name in RESERVED_NAMES:
+            raise UserError(f"name is {self.name!r}, as files of the run itself are called; give another")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptRecipe(PairsRecipe):
+    """A CtrLoRA adapter for a new condition, from a folder of pairs."""
+
+    system: ClassVar[str] = "ctrlora-adapter"
+
+    control: str
+    """The base control: a file, or the name of one that ships."""
+    name: str = "adapter"
+    """Name of the adapter and of its file."""
+    rank: int = 4
+    """Of every LoRA."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW. This suits nano; see `adapter_settings` for larger bases."""
+
+
+def adapter_settings(base: str) -> dict[str, Any]:
+    """Settings of an adapter that depend on the size of its base, where none are given.
+
+    For nano, and a folder of a model as small, those of docs/ctrlora.md; for Stable Diffusion those of Xu et al. 2025
+    (section 4.1), with batches of 4.
+    """
+    if base == "nano" or _is_small(Path(base)):
+        return {"rank": 4, "learning_rate": 1e-3, "batch_size": 16}
+    paper = {"rank": 128, "learning_rate": 1e-5, "batch_size": 4, "min_lr_rate": 1.0, "warmup_steps": 0, "beta2": 0.999}
+    return {**paper, "steps": 1000, "preview_every": 500, "precision": "auto"}
+
+
+def _is_small(folder: Path) -> bool:
+    """Whether a diffusers folder holds a UNet with the widths of an embedded base, not of Stable Diffusion."""
+    try:
+        return max(json.loads((folder / "unet" / "config.json").read_text())["block_out_channels"]) < 320
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CtrLoRAFullRecipe(PairsRecipe):
+    """CtrLoRA's network, all of it trained for one condition, from a folder of pairs."""
+
+    system: ClassVar[str] = "ctrlora-full"
+
+    control: str | None = None
+    """The base control to start from; None starts from a copy of the base's encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetPairsRecipe(PairsRecipe):
+    """A ControlNet from a folder of pairs. Half the prompts are dropped (Zhang et al. 2023, section 3.3)."""
+
+    system: ClassVar[str] = "controlnet-pairs"
+
+    prompt_drop: float = 0.5
+    """Share of prompts replaced by the empty prompt."""
+
+
+def _check_channels(channels: Sequence[int]) -> None:
+    if not channels or any(width < 8 or width % 8 for width in channels):
+        raise UserError(f"channels are {list(channels)}; they must be multiples of 8, one for each resolution")
+
+
+def _summary(recipe: Recipe) -> dict[str, Any]:
+    return {key: getattr(recipe, key) for key in ("steps", "batch_size", "learning_rate", "prompt_drop", "seed")}
+
+
+RECIPES: dict[str, type[Recipe]] = {
+    kind.system: kind
+    for kind in (
+        AutoencoderRecipe,
+        BaseRecipe,
+        ControlNetRecipe,
+        ControlNetPairsRecipe,
+        CtrLoRABaseRecipe,
+        CtrLoRAFullRecipe,
+        AdaptRecipe,
+    )
+}
+"""Every system that `controlkit train` trains."""
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the YAML file `path`, with `key=value` overrides laid over it.
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown (with the nearest known ones), a value has
+            the wrong type, or two settings contradict each other.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except FileNotFoundError as error:
+        files = [*Path(path).parent.glob("*.yaml"), *Path("recipes").rglob("*.yaml")]
+        known = [*RECIPES, *dict.fromkeys(map(str, sorted(files)))]
+        raise UserError(f"cannot read the recipe {path}: there is no such file{nearest(str(path), known)}") from error
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:  # a date that there is not is a ValueError
+        raise UserError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"the recipe {path} must be a mapping of settings, not {type(values).__name__}")
+    values.update(read_overrides(overrides))
+    return build_recipe(values, origin=str(path))
+
+
+def build_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """A `Recipe` of the class that `values["system"]` names, from plain values; `origin` stands in errors."""
+    values = dict(values)
+    system = values.pop("system", None)
+    if not isinstance(system, str) or system not in RECIPES:
+        raise UserError(f"{origin}: system is {system!r}{nearest(str(system), list(RECIPES))}")
+    return build_settings(RECIPES[system], values, f"{origin}: system {system}")
