@@ -159,3 +159,32 @@ def test_devices_by_name():
     assert choose_device("cpu") == CPU
     with pytest.raises(UserError, match="auto"):
         choose_device("tpu-7")
+
+
+def test_a_control_goes_on_from_one_that_there_is(recipe, tmp_path):
+    train_recipe(recipe)
+    first = f"{recipe.out}/canny.safetensors"
+    made = load_control(first, load_base(recipe.base)).state_dict()
+    again = dataclasses.replace(recipe, out=str(tmp_path / "again"), start=first)
+    begun = ControlNetObjective(again, CPU)
+    assert {
+        name: value for name, value in begun.control.state_dict().items() if not torch.equal(value, made[name])
+    } == {}
+    assert all(parameter.requires_grad for parameter in begun.parameters())
+    train_recipe(again)
+    later = f"{again.out}/canny.safetensors"
+    assert changed(made, load_control(later, load_base(recipe.base)))
+    assert json.loads(read_metadata(later)["control.made"])["start"] == first
+    assert "start" not in json.loads(read_metadata(first)["control.made"])
+
+
+def test_what_a_controlnet_cannot_go_on_from_is_said(recipe, base_folder, tmp_path):
+    from controlkit.checkpoints.ctrlora import save_base_control
+    from controlkit.controls.base_control import BaseControl
+
+    base = load_base(base_folder)
+    other = save_base_control(tmp_path / "shared.safetensors", BaseControl.for_base(base), base)
+    with pytest.raises(UserError, match=r"shared.*a ControlNet goes on from a ControlNet alone"):
+        ControlNetObjective(dataclasses.replace(recipe, start=str(other)), CPU)
+    with pytest.raises(UserError, match=r"nothing\.safetensors"):
+        ControlNetObjective(dataclasses.replace(recipe, start=str(tmp_path / "nothing.safetensors")), CPU)

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--width", type=int, help="in pixels (default: the base's own)")
     parser.add_argument("--height", type=int, help="in pixels (default: the base's own)")
-    parser.add_argument("--sampler", help="ddim, the only one so far")
+    parser.add_argument("--sampler", help="ddim, dpm++, dpm++-karras, unipc or euler (default: ddim)")
     parser.add_argument(
         "--batch-size", type=int, help="pictures drawn at once (default: 16 small ones, 4 of 512 x 512)"
     )

@@ -24,7 +24,7 @@ from controlkit.evaluation.metrics import (
 from controlkit.evaluation.pictures import SETS, EvaluationSet, evaluation_set
 from controlkit.evaluation.report import Report, gap_closed
 from controlkit.images import contact_sheet, to_images, to_tensor
-from controlkit.sampling.request import DEFAULT_STEPS
+from controlkit.sampling.request import DEFAULT_SAMPLER, DEFAULT_STEPS
 from controlkit.sampling.sampler import sample_prompts
 
 Named = tuple[str, Sequence[np.ndarray]]
@@ -43,7 +43,9 @@ GRID = (
 """Concept, style and background of the rows of `base_grid`."""
 
 
-def evaluate_base(base: Base, steps: int = DEFAULT_STEPS, guidance: float | None = None) -> list[Report]:
+def evaluate_base(
+    base: Base, steps: int = DEFAULT_STEPS, guidance: float | None = None, sampler: str = DEFAULT_SAMPLER
+) -> list[Report]:
     """Autoencoder, background colour, distribution and retrieval, each with its baseline and ceiling.
 
     Takes a few minutes on two cores: 1,096 pictures are drawn.
@@ -53,7 +55,7 @@ def evaluate_base(base: Base, steps: int = DEFAULT_STEPS, guidance: float | None
     def drawn(pictures: EvaluationSet, shuffled: bool = False) -> list[np.ndarray]:
         captions = [drawing.caption for drawing in pictures.drawings]
         order = np.random.default_rng(0).permutation(len(captions)) if shuffled else range(len(captions))
-        return draw_prompts(base, [captions[index] for index in order], steps, guidance)
+        return draw_prompts(base, [captions[index] for index in order], steps, guidance, sampler=sampler)
 
     def through(name: str) -> list[np.ndarray]:
         return reconstruct(base, [drawing.image for drawing in evaluation_set(name).drawings])
@@ -63,18 +65,20 @@ def evaluate_base(base: Base, steps: int = DEFAULT_STEPS, guidance: float | None
     of_seen = drawn(seen)
     return [
         _autoencoder(base, held_out),
-        _colour(base, held_out, steps, guidance),
+        _colour(base, held_out, steps, guidance, sampler),
         _distribution(held_out, drawn(held_out), drawn(held_out, shuffled=True), (ceiling, through("held-out"))),
         _distribution(seen, of_seen, drawn(seen, shuffled=True), again),
         _retrieval(seen, of_seen, (ceiling, through("seen"))),
     ]
 
 
-def base_grid(base: Base, steps: int = DEFAULT_STEPS, guidance: float | None = None) -> Image.Image:
+def base_grid(
+    base: Base, steps: int = DEFAULT_STEPS, guidance: float | None = None, sampler: str = DEFAULT_SAMPLER
+) -> Image.Image:
     """Eight fixed prompts (rows) with four fixed seeds (columns): not chosen."""
     prompts = [caption_of(concept, style, colour) for concept, style, colour in GRID]
     made = draw_prompts(
-        base, [p for p in prompts for _ in range(4)], steps, guidance, seeds=[0, 1, 2, 3] * len(prompts)
+        base, [p for p in prompts for _ in range(4)], steps, guidance, [0, 1, 2, 3] * len(prompts), sampler
     )
     pictures = [Image.fromarray(picture) for picture in made]
     rows = [pictures[first : first + 4] for first in range(0, len(pictures), 4)]
@@ -82,12 +86,17 @@ def base_grid(base: Base, steps: int = DEFAULT_STEPS, guidance: float | None = N
 
 
 def draw_prompts(
-    base: Base, prompts: Sequence[str], steps: int, guidance: float | None = None, seeds: Sequence[int] | None = None
+    base: Base,
+    prompts: Sequence[str],
+    steps: int,
+    guidance: float | None = None,
+    seeds: Sequence[int] | None = None,
+    sampler: str = DEFAULT_SAMPLER,
 ) -> list[np.ndarray]:
     """One `uint8` picture for each prompt; picture i has seed i unless `seeds` says otherwise."""
     seeds = list(range(len(prompts))) if seeds is None else seeds
     pictures: list[np.ndarray] = []
-    for batch in sample_prompts(base, prompts=prompts, seeds=seeds, steps=steps, guidance=guidance):
+    for batch in sample_prompts(base, prompts=prompts, seeds=seeds, steps=steps, guidance=guidance, sampler=sampler):
         pictures += [np.asarray(image) for image in to_images(batch)]
         print(f"\rdrawn {len(pictures)} of {len(prompts)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
@@ -119,11 +128,11 @@ def _autoencoder(base: Base, pictures: EvaluationSet) -> Report:
     )
 
 
-def _colour(base: Base, pictures: EvaluationSet, steps: int, guidance: float | None) -> Report:
+def _colour(base: Base, pictures: EvaluationSet, steps: int, guidance: float | None, sampler: str) -> Report:
     concepts = sorted({drawing.concept for drawing in pictures.drawings})[:20]
     asked = list(product(concepts, COLOURS))
     prompts = [caption_of(concept, TRAINED_STYLES[i % 4], colour) for i, (concept, colour) in enumerate(asked)]
-    made = [background_colour(picture) for picture in draw_prompts(base, prompts, steps, guidance)]
+    made = [background_colour(picture) for picture in draw_prompts(base, prompts, steps, guidance, sampler=sampler)]
     right = float(np.mean([colour == found for (_, colour), found in zip(asked, made, strict=True)]))
     truths = [drawing.image for drawing in pictures.drawings]
     ceiling = [

@@ -21,7 +21,7 @@ from controlkit.evaluation.pictures import EvaluationSet
 from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.images import contact_sheet, resize_cover, to_images, to_tensor
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import DEFAULT_STEPS
+from controlkit.sampling.request import DEFAULT_SAMPLER, DEFAULT_STEPS
 from controlkit.sampling.sampler import pictures_at_once, sample_prompts
 
 _SHOWN = 8
@@ -78,10 +78,17 @@ class Ends:
 
 
 def draw_ends(
-    base: Base, truths: Sequence[np.ndarray], prompts: Sequence[str], steps: int, guidance: float | None
+    base: Base,
+    truths: Sequence[np.ndarray],
+    prompts: Sequence[str],
+    steps: int,
+    guidance: float | None,
+    sampler: str = DEFAULT_SAMPLER,
 ) -> Ends:
     """Baseline and ceiling of pictures and their prompts."""
-    return Ends(without=draw_prompts(base, prompts, steps, guidance), mirrored=reconstruct(base, truths))
+    return Ends(
+        without=draw_prompts(base, prompts, steps, guidance, sampler=sampler), mirrored=reconstruct(base, truths)
+    )
 
 
 def evaluate_control(
@@ -91,6 +98,7 @@ def evaluate_control(
     *,
     steps: int = DEFAULT_STEPS,
     guidance: float | None = None,
+    sampler: str = DEFAULT_SAMPLER,
     weight: float = 1.0,
     ends: dict[str, Ends] | None = None,
 ) -> tuple[Report, Image.Image]:
@@ -105,7 +113,8 @@ def evaluate_control(
     """
     ends = {} if ends is None else ends
     judgements = [
-        _judge(base, control, pictures, ends, steps=steps, guidance=guidance, weight=weight) for pictures in sets
+        _judge(base, control, pictures, ends, steps=steps, guidance=guidance, sampler=sampler, weight=weight)
+        for pictures in sets
     ]
     sheet: dict[str, Sequence[np.ndarray]] = {}
     for made in judgements:
@@ -139,6 +148,7 @@ def evaluate_controls(
     *,
     steps: int = DEFAULT_STEPS,
     guidance: float | None = None,
+    sampler: str = DEFAULT_SAMPLER,
     weight: float = 1.0,
 ) -> tuple[Report, Image.Image]:
     """Condition following of several controls on the same pictures, in one table.
@@ -157,7 +167,8 @@ def evaluate_controls(
     titles: list[str] = []
     for name, control in controls.items():
         judgements = [
-            _judge(base, control, pictures, ends, steps=steps, guidance=guidance, weight=weight) for pictures in sets
+            _judge(base, control, pictures, ends, steps=steps, guidance=guidance, sampler=sampler, weight=weight)
+            for pictures in sets
         ]
         every += judgements
         rows += [(f"{name}, {made.pictures}", made.measure, *made.values) for made in judgements]
@@ -215,16 +226,17 @@ def _judge(
     *,
     steps: int,
     guidance: float | None,
-    weight: float = 1.0,
+    sampler: str,
+    weight: float,
 ) -> _Judgement:
     if control.condition is None:
         raise UserError("this control's file does not say which condition it follows; evaluation needs to know")
     condition, notes = _measured(conditions.find(control.condition))
     judged = pictures if isinstance(pictures, Judged) else judged_drawings(condition, pictures, base.size)
     if judged.name not in ends:
-        ends[judged.name] = draw_ends(base, judged.truths, judged.prompts, steps, guidance)
+        ends[judged.name] = draw_ends(base, judged.truths, judged.prompts, steps, guidance, sampler)
     use = Steer(control=control, given=judged.given, weight=weight)
-    steered = draw_controlled(base, [use], judged.prompts, steps=steps, guidance=guidance)
+    steered = draw_controlled(base, [use], judged.prompts, steps=steps, guidance=guidance, sampler=sampler)
     drawn = (ends[judged.name].without, steered, ends[judged.name].mirrored)
     baseline, value, ceiling = (
         condition.mean_score(judged.given, results, judged.truths, judged.parameters) for results in drawn
@@ -271,6 +283,7 @@ def draw_controlled(
     *,
     steps: int,
     guidance: float | None = None,
+    sampler: str = DEFAULT_SAMPLER,
     batch_size: int | None = None,
 ) -> list[np.ndarray]:
     """One `uint8` picture for each prompt, under all of `uses`; picture i has seed i."""
@@ -292,6 +305,7 @@ def draw_controlled(
             uses=active,
             steps=steps,
             guidance=guidance,
+            sampler=sampler,
             batch_size=batch_size,
         ):
             made += [np.asarray(image) for image in to_images(batch)]

@@ -132,6 +132,7 @@ def generate(
             seeds=request.seeds,
             steps=request.steps,
             guidance=request.guidance,
+            sampler=request.sampler,
             width=width,
             height=height,
             batch_size=request.batch_size,

@@ -222,8 +222,8 @@ class Plan:
         texts = tuple(digest(tensor) for tensor in read) if Reads.TEXT in use.control.reads else ()
         return (identity_of(use.control), digest(use.hint), len(parts), texts)
 
-    def _time(self, index: int, timed: bool) -> int | None:
-        return int(self.timesteps[index]) if timed else None
+    def _time(self, index: int, timed: bool) -> float | None:
+        return float(self.timesteps[index]) if timed else None
 
 
 def rows_at_once(width: int, height: int) -> int:

@@ -18,6 +18,9 @@ from controlkit.errors import UserError, nearest
 MOST_PIXELS = 16384
 """The longest side of a picture."""
 DEFAULT_STEPS = 20
+DEFAULT_SAMPLER = "ddim"
+SAMPLERS = ("ddim", "dpm++", "dpm++-karras", "unipc", "euler")
+"""Names of samplers (`sampling/samplers.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +102,9 @@ class GenerateRequest:
     """In pixels; the base's own size by default."""
     height: int | None = None
     """In pixels; the base's own size by default."""
-    sampler: str = "ddim"
-    """How the noise is removed."""
+    sampler: str = DEFAULT_SAMPLER
+    """How the noise is removed: `ddim`, `dpm++` (2M), `dpm++-karras`, `unipc` or `euler`. The last and Karras' times
+    are for schedules that leave some signal at their end, as Stable Diffusion's do and nano's does not."""
     batch_size: int | None = None
     """Pictures drawn at once; changes the memory needed, not the pictures. By default 16 up to 256 x 256, and fewer the
     larger they are: 4 of 512 x 512."""
@@ -116,9 +120,7 @@ class GenerateRequest:
             raise UserError(f"seeds must differ from each other, got {list(self.seeds)}")
         if any(not 0 <= seed < 2**63 for seed in self.seeds):
             raise UserError(f"seeds must be whole numbers from 0 to 2^63 - 1, got {list(self.seeds)}")
-        check_sampling(self.steps, self.guidance)
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"there is no sampler called {self.sampler!r}{nearest(self.sampler, SAMPLERS)}")
+        check_sampling(self.steps, self.guidance, self.sampler)
         for name in ("width", "height"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MOST_PIXELS:
@@ -151,12 +153,14 @@ class GenerateRequest:
         return cls(**given)
 
 
-def check_sampling(steps: int, guidance: float | None) -> None:
+def check_sampling(steps: int, guidance: float | None, sampler: str = DEFAULT_SAMPLER) -> None:
     """Refuse what no picture can be drawn with.
 
     Raises:
-        UserError: `steps` is not from 1 to 1000, or `guidance` is not a number of at least 1.
+        UserError: `steps` is not from 1 to 1000, `guidance` is not a number of at least 1, or there is no such sampler.
     """
+    if sampler not in SAMPLERS:
+        raise UserError(f"there is no sampler called {sampler!r}{nearest(sampler, SAMPLERS)}")
     if not 1 <= steps <= 1000:
         raise UserError(f"steps is {steps}; it must be from 1 to 1000")
     if guidance is not None and not (_is_finite(guidance) and guidance >= 1):
@@ -175,9 +179,6 @@ def lies_within(index: int, steps: int, start: float, end: float) -> bool:
     """Whether step `index` of `steps` lies wholly within the part from `start` to `end` (as diffusers counts it)."""
     return index / steps >= start and (index + 1) / steps <= end
 
-
-SAMPLERS = ["ddim"]
-"""Names of samplers."""
 
 _SHAPES: dict[Any, tuple[type | tuple[type, ...], str]] = {
     str: (str, "text"),

@@ -11,9 +11,9 @@ from torch import Tensor
 from controlkit.bases.base import Base, Text, concatenate
 from controlkit.errors import UserError
 from controlkit.sampling.cache import ResidualCache
-from controlkit.sampling.ddim import ddim_step, times_of
 from controlkit.sampling.plan import ActiveControl, Plan, rows_at_once
-from controlkit.sampling.request import DEFAULT_STEPS
+from controlkit.sampling.request import DEFAULT_SAMPLER, DEFAULT_STEPS
+from controlkit.sampling.samplers import build_sampler
 
 
 def sample(base: Base, *, prompt: str, seeds: Sequence[int], **settings: Any) -> Iterator[Tensor]:
@@ -31,17 +31,19 @@ def sample_prompts(
     uses: Sequence[ActiveControl] = (),
     steps: int = DEFAULT_STEPS,
     guidance: float | None = None,
+    sampler: str = DEFAULT_SAMPLER,
     width: int | None = None,
     height: int | None = None,
     batch_size: int | None = None,
     cache: ResidualCache | None = None,
 ) -> Iterator[Tensor]:
-    """Draw one picture for each seed with DDIM (Song et al. 2021, eta 0) and classifier-free guidance.
+    """Draw one picture for each seed, with classifier-free guidance.
 
     Args:
         prompts: one for all pictures, or one for each.
         uses: controls, whose hints are for all pictures or for each.
         guidance: scale of classifier-free guidance; 1 switches it off. Default: the base's own.
+        sampler: one of `request.SAMPLERS`.
         width: in pixels; by default the base's own size, as `height`.
         batch_size: pictures drawn at once; 16 up to 256 x 256, and fewer the larger they are.
         cache: keeps residuals that do not depend on the noise, for the next call under the same condition.
@@ -50,15 +52,13 @@ def sample_prompts(
         Batches of pictures `[b, 3, height, width]` in [0, 1], in the order of `seeds`.
 
     Raises:
-        UserError: the base cannot draw this size, or not in so few steps.
+        UserError: the base cannot draw this size, or not in so few steps or with this sampler.
     """
     width, height = width or base.size, height or base.size
     guidance = base.default_guidance if guidance is None else guidance
     batch_size = batch_size or pictures_at_once(width, height)
     base.check_size(width, height)
-    scheduler = base.schedule()
-    timesteps = times_of(scheduler, steps, base.device)
-    times = [*timesteps.tolist(), None]
+    solver = build_sampler(sampler, base, steps)
     plan: Plan | None = None
     for first in range(0, len(seeds), batch_size):
         group = slice(first, first + batch_size)
@@ -68,12 +68,13 @@ def sample_prompts(
             if guidance > 1:
                 texts.insert(0, base.encode_text([negative_prompt], size))
             active = [use.of_pictures(group) for use in uses]
-            plan = Plan(active, timesteps, texts, cache, rows_at_once=rows_at_once(width, height))
-        x_t = initial_noise(base, seeds[group], width, height) * scheduler.init_noise_sigma
+            plan = Plan(active, solver.timesteps, texts, cache, rows_at_once=rows_at_once(width, height))
+        x_t = initial_noise(base, seeds[group], width, height) * solver.initial
         text = concatenate(*(part.expand(len(x_t)) for part in plan.texts))
-        for index, t in enumerate(timesteps):
-            prediction = _predict(base, plan, index, x_t, t, text, guidance)
-            x_t = ddim_step(scheduler, prediction, x_t, times[index], times[index + 1])
+        solver.begin()
+        for index, t in enumerate(solver.timesteps):
+            prediction = _predict(base, plan, index, solver.input(x_t, index), t, text, guidance)
+            x_t = solver.step(prediction, x_t, index)
         if not torch.isfinite(x_t).all():
             raise UserError(
                 f"the pictures of seeds {', '.join(map(str, seeds[group]))} came out as numbers that are not finite;"

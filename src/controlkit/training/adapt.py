@@ -7,19 +7,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from controlkit.bases.base import Base
-from controlkit.checkpoints.controls import load_control, save_control
+from controlkit.checkpoints.controls import save_control
 from controlkit.checkpoints.ctrlora import save_adapter, save_base_control
 from controlkit.controls.base_control import BaseControl
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.data.pair import SOURCE
-from controlkit.errors import UserError
 from controlkit.files import sha256_of
 from controlkit.images import to_tensor
 from controlkit.training.pairs import PairsObjective
 from controlkit.training.recipes import AdaptRecipe, ControlNetPairsRecipe, CtrLoRAFullRecipe
 from controlkit.training.savings import SetAside, checkpoint_activations, store_frozen, uses_bf16
+from controlkit.training.starts import controlnet_from, load_base_control
 
 
 class FrugalObjective(PairsObjective):
@@ -103,7 +102,7 @@ class CtrLoRAFullObjective(FrugalObjective):
 
 
 class ControlNetPairsObjective(FrugalObjective):
-    """A ControlNet from scratch; its hint network trains too, so condition images are read at every step."""
+    """A ControlNet; its hint network trains too, so condition images are read at every step."""
 
     recipe: ControlNetPairsRecipe
     control: ControlNet
@@ -113,8 +112,7 @@ class ControlNetPairsObjective(FrugalObjective):
         self.settle()
 
     def build_control(self) -> ControlNet:
-        torch.manual_seed(self.recipe.seed)
-        control = ControlNet.for_base(self.base, self.condition.name).train()
+        control = controlnet_from(self.recipe.start, self.base, self.condition.name, self.recipe.seed)
         self.trained = nn.ModuleDict({"control": control})
         return control
 
@@ -129,17 +127,3 @@ class ControlNetPairsObjective(FrugalObjective):
         path = folder / f"{self.recipe.name}.safetensors"
         made = {"pairs": len(self.pairs), **self.recipe.summary()}
         return [save_control(path, self.control, self.base, made=made)]
-
-
-def load_base_control(name: str | Path, base: Base) -> BaseControl:
-    """The base control called `name`.
-
-    Raises:
-        UserError: it is another kind of control, or does not fit the base.
-    """
-    control = load_control(name, base)
-    if not isinstance(control, BaseControl):
-        raise UserError(
-            f"{name} is a {control.kind}, not a base control that adapters are made on; nano's is called nano/base"
-        )
-    return control

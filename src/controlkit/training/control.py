@@ -11,10 +11,10 @@ from controlkit.checkpoints.controls import save_control
 from controlkit.checkpoints.ctrlora import save_adapter, save_base_control
 from controlkit.controls.base_control import BaseControl
 from controlkit.controls.control import Control
-from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.training.recipes import ControlNetRecipe, CtrLoRABaseRecipe
 from controlkit.training.savings import checkpoint_activations
+from controlkit.training.starts import controlnet_from
 from controlkit.training.steering import SteeringObjective
 
 
@@ -23,8 +23,7 @@ class ControlNetObjective(SteeringObjective):
 
     def __init__(self, recipe: ControlNetRecipe, device: torch.device) -> None:
         super().__init__(recipe, device)
-        torch.manual_seed(recipe.seed)
-        self.control = ControlNet.for_base(self.base, recipe.condition).train()
+        self.control = controlnet_from(recipe.start, self.base, recipe.condition, recipe.seed)
         if recipe.gradient_checkpointing:
             checkpoint_activations(self.base, self.control)
         self.trained = nn.ModuleDict({"control": self.control})

@@ -144,6 +144,9 @@ class ControlNetRecipe(SteeringRecipe):
 
     condition: str
     """Name of the condition (`controlkit condition --list`)."""
+    start: str | None = None
+    """The ControlNet to go on from: a file or folder in any layout, or the name of one that ships. None starts from a
+    copy of the base's encoder."""
 
     @property
     def condition_names(self) -> tuple[str, ...]:
@@ -283,6 +286,9 @@ class ControlNetPairsRecipe(PairsRecipe):
 
     system: ClassVar[str] = "controlnet-pairs"
 
+    start: str | None = None
+    """The ControlNet to go on from: a file or folder in any layout, or the name of one that ships. None starts from a
+    copy of the base's encoder."""
     prompt_drop: float = 0.5
     """Share of prompts replaced by the empty prompt."""
 
@@ -293,7 +299,9 @@ def _check_channels(channels: Sequence[int]) -> None:
 
 
 def _summary(recipe: Recipe) -> dict[str, Any]:
-    return {key: getattr(recipe, key) for key in ("steps", "batch_size", "learning_rate", "prompt_drop", "seed")}
+    told = {key: getattr(recipe, key) for key in ("steps", "batch_size", "learning_rate", "prompt_drop", "seed")}
+    start = getattr(recipe, "start", None)
+    return told if start is None else {**told, "start": start}
 
 
 RECIPES: dict[str, type[Recipe]] = {
