@@ -129,6 +129,10 @@ def test_generate_from_settings_draws_the_same_pictures_bit_for_bit(picture, tmp
     before, after = (json.loads((folder / "settings.json").read_text()) for folder in (second, third))
     changed = {key for key, value in after["request"].items() if value != before["request"][key]}
     assert changed == {"steps", "seeds", "guidance"} and after["request"]["seeds"] == [5]
+    assert run("generate", "--from", first / "settings.json", "--sampler", "unipc", "--out", third) == 0
+    other = json.loads((third / "settings.json").read_text())["request"]
+    assert other == {**before["request"], "sampler": "unipc"}
+    assert (np.asarray(Image.open(first / "seed5.png")) != np.asarray(Image.open(third / "seed5.png"))).any()
     assert run("generate", "--from", first / "seed6.png", "--out", one) == 0
     assert [path.name for path in one.glob("seed*")] == ["seed6.png"]
     capsys.readouterr()
@@ -183,6 +187,19 @@ def test_evaluate_control_prints_baseline_and_ceiling(capsys, tmp_path):
     assert Image.open(sheet).width > 500
     assert run(*words[:3], "--sets", "seen-again", "--pictures", 2, "--steps", 1, "--sheet", sheet) == 0
     assert f"sheet: {sheet}" in capsys.readouterr().out
+
+
+def test_a_control_is_judged_with_the_sampler_that_is_asked_for(capsys):
+    words = ("evaluate", "control", "canny", "--sets", "held-out", "--pictures", 2, "--steps", 3)
+    scores = []
+    for sampler in ((), ("--sampler", "ddim"), ("--sampler", "dpm++")):
+        assert run(*words, *sampler, "--json") == 0
+        (report,) = json.loads(capsys.readouterr().out)["reports"]
+        scores.append([report["facts"]["held-out"][name] for name in ("baseline", "control", "ceiling")])
+    assert scores[0] == scores[1]
+    assert scores[0][:2] != scores[2][:2] and scores[0][2] == scores[2][2]
+    assert run(*words, "--sampler", "dpm") == 2
+    assert "did you mean dpm++" in capsys.readouterr().err
 
 
 def test_several_controls_are_judged_in_one_table(capsys, tmp_path, tiny_base, base_folder):
