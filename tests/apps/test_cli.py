@@ -119,7 +119,7 @@ def test_generate_from_settings_draws_the_same_pictures_bit_for_bit(picture, tmp
     words = ("generate", "red apple", "--control", f"canny={picture}@0.8", "--seeds", 2, "--seed", 5, "--steps", 3)
     assert run(*words, "--out", first) == 0
     used = json.loads((first / "settings.json").read_text())["used"]
-    assert used == {"device": "cpu", "precision": "fp32", "width": 64, "height": 64, "guidance": 3.0}
+    assert used == {"device": "cpu", "precision": "fp32", "width": 64, "height": 64, "guidance": 3.0, "mode": "control"}
     assert run("generate", "--from", first / "settings.json", "--out", second) == 0
     for name in ("seed5.png", "seed6.png", "condition0.png"):
         assert (np.asarray(Image.open(first / name)) == np.asarray(Image.open(second / name))).all()
@@ -131,7 +131,7 @@ def test_generate_from_settings_draws_the_same_pictures_bit_for_bit(picture, tmp
     assert changed == {"steps", "seeds", "guidance"} and after["request"]["seeds"] == [5]
     assert run("generate", "--from", first / "settings.json", "--sampler", "unipc", "--out", third) == 0
     other = json.loads((third / "settings.json").read_text())["request"]
-    assert other == {**before["request"], "sampler": "unipc"}
+    assert other == {**before["request"], "sampler": "unipc"} and other["controls"][0]["mode"] == "control"
     assert (np.asarray(Image.open(first / "seed5.png")) != np.asarray(Image.open(third / "seed5.png"))).any()
     assert run("generate", "--from", first / "seed6.png", "--out", one) == 0
     assert [path.name for path in one.glob("seed*")] == ["seed6.png"]
@@ -146,7 +146,9 @@ def test_generate_from_settings_draws_the_same_pictures_bit_for_bit(picture, tmp
         (["--from", "{picture}"], "does not say how a picture was drawn"),
         (["--from", "{tmp}/old.json", "--steps", "0"], "steps is 0"),
         (["--from", "{tmp}/odd.json"], "odd.json: unknown setting 'promt'; did you mean prompt"),
-        (["x", "--prepared"], "--prepared is about the images of --control"),
+        (["x", "--prepared"], "--prepared is about --control, and none is given"),
+        (["x", "--mode", "control"], "--mode is about --control, and none is given"),
+        (["x", "--control", "canny={picture}", "--mode", "prompt"], "there is no mode called 'prompt'"),
     ],
 )
 def test_generate_says_what_it_cannot_draw_again(words, says, picture, tmp_path, capsys):
@@ -192,12 +194,18 @@ def test_evaluate_control_prints_baseline_and_ceiling(capsys, tmp_path):
 def test_a_control_is_judged_with_the_sampler_that_is_asked_for(capsys):
     words = ("evaluate", "control", "canny", "--sets", "held-out", "--pictures", 2, "--steps", 3)
     scores = []
-    for sampler in ((), ("--sampler", "ddim"), ("--sampler", "dpm++")):
+    for sampler in ((), ("--sampler", "ddim", "--mode", "control"), ("--sampler", "dpm++")):
         assert run(*words, *sampler, "--json") == 0
         (report,) = json.loads(capsys.readouterr().out)["reports"]
         scores.append([report["facts"]["held-out"][name] for name in ("baseline", "control", "ceiling")])
     assert scores[0] == scores[1]
     assert scores[0][:2] != scores[2][:2] and scores[0][2] == scores[2][2]
+    assert run(*words, "--mode", "balanced", "--json") == 0
+    (report,) = json.loads(capsys.readouterr().out)["reports"]
+    balanced = report["facts"]["held-out"]
+    assert balanced["baseline"] == scores[0][0] and balanced["control"] != scores[0][1]
+    assert run(*words, "--mode", "balance") == 2
+    assert "did you mean balanced" in capsys.readouterr().err
     assert run(*words, "--sampler", "dpm") == 2
     assert "did you mean dpm++" in capsys.readouterr().err
 

@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale (default: 3 for nano, 7.5 for Stable Diffusion)")
     parser.add_argument("--sampler", help="ddim, dpm++, dpm++-karras, unipc or euler (default: ddim)")
     parser.add_argument("--weight", type=float, help="weight of the controls (default: 1)")
+    parser.add_argument(
+        "--mode", help="of the controls: balanced or control (default: control for nano, else balanced)"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default: auto)")
     parser.add_argument("--sheet", default=None, metavar="FILE", help="also write a contact sheet as PNG")
     add_json(parser)
@@ -54,12 +57,15 @@ def run(args: argparse.Namespace) -> None:
 
     from controlkit.errors import UserError
     from controlkit.files import writable_folder
-    from controlkit.sampling.request import DEFAULT_SAMPLER, DEFAULT_STEPS, check_sampling
+    from controlkit.sampling.request import DEFAULT_SAMPLER, DEFAULT_STEPS, check_mode, check_sampling
 
-    settings = {name: getattr(args, name) for name in ("steps", "guidance", "sampler", "weight") if hasattr(args, name)}
+    settings = {
+        name: getattr(args, name) for name in ("steps", "guidance", "sampler", "weight", "mode") if hasattr(args, name)
+    }
     check_sampling(
         settings.get("steps", DEFAULT_STEPS), settings.get("guidance"), settings.get("sampler", DEFAULT_SAMPLER)
     )
+    check_mode(settings.get("mode"))
     if not math.isfinite(settings.get("weight", 1.0)):
         raise UserError(f"--weight {settings['weight']}: expected a number, such as 1.25")
     if args.sheet:
@@ -83,7 +89,7 @@ def _of_base(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]
     from controlkit.evaluation.base import base_grid, evaluate_base
     from controlkit.images import write_png
 
-    for name in ("base", "sets", "pairs", "share", "pictures", "weight"):
+    for name in ("base", "sets", "pairs", "share", "pictures", "weight", "mode"):
         if hasattr(args, name):
             raise UserError(f"--{name} is for controls; a base is named, and judged on pictures of its own")
     if len(args.names) > 1:

@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prepared", action="store_true", default=False, help="the images are condition images already"
     )
+    parser.add_argument(
+        "--mode",
+        default=None,
+        help="of the controls: balanced acts on both halves of guidance, control on the one with the prompt alone,"
+        " which makes it stronger (default: control for nano, else balanced)",
+    )
     parser.add_argument("--negative-prompt", help="what to draw less of")
     parser.add_argument("--seeds", type=int, metavar="N", help="how many pictures (default: 1)")
     parser.add_argument("--seed", type=int, help="seed of the first (default: 0)")
@@ -99,10 +105,11 @@ def _request(args: argparse.Namespace) -> GenerateRequest:
 
     if hasattr(args, "seeds") and args.seeds < 1:
         raise UserError(f"--seeds {args.seeds}: at least one picture has to be drawn")
-    if args.prepared and not args.control:
-        raise UserError("--prepared is about the images of --control, and none is given")
+    for option in ("prepared", "mode"):
+        if getattr(args, option) and not args.control:
+            raise UserError(f"--{option} is about --control, and none is given")
     given = {name: getattr(args, name) for name in _GIVEN if hasattr(args, name)}
-    uses = tuple(ControlUse.parse(text, prepared=args.prepared) for text in args.control)
+    uses = tuple(ControlUse.parse(text, prepared=args.prepared, mode=args.mode) for text in args.control)
     drawn = read_drawn(args.drawn) if hasattr(args, "drawn") else None
     if drawn is None and given.get("prompt") is None:
         raise UserError("give a prompt, or --from FILE to draw again what it says")

@@ -217,8 +217,19 @@ class Base:
     @property
     def default_guidance(self) -> float:
         """The scale of guidance where none is asked for: 7.5 for Stable Diffusion 1 and 2 and 5 for XL, as diffusers
-        has them, and 3 for nano, whose condition following falls as guidance rises (docs/nano.md)."""
-        return 7.5 if self.unet.config["cross_attention_dim"] >= 768 else 3.0
+        has them, and 3 for nano (docs/nano.md)."""
+        return 3.0 if self._is_small else 7.5
+
+    @property
+    def default_mode(self) -> str:
+        """On which halves of guidance a control acts where nothing is said (`ControlUse.mode`): on both, as in
+        diffusers, for Stable Diffusion, and for nano on the one that has the prompt, where pictures both follow more
+        closely and are sharper (docs/nano.md)."""
+        return "control" if self._is_small else "balanced"
+
+    @property
+    def _is_small(self) -> bool:
+        return int(self.unet.config["cross_attention_dim"]) < 768
 
     @property
     def prompt_tokens(self) -> int:

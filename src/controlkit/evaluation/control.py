@@ -46,6 +46,8 @@ class Steer:
     control: Control
     given: Sequence[np.ndarray]
     weight: float = 1.0
+    mode: str | None = None
+    """Of `request.MODES`; None is the base's own."""
 
 
 def judged_drawings(condition: conditions.Condition, pictures: EvaluationSet, size: int) -> Judged:
@@ -100,6 +102,7 @@ def evaluate_control(
     guidance: float | None = None,
     sampler: str = DEFAULT_SAMPLER,
     weight: float = 1.0,
+    mode: str | None = None,
     ends: dict[str, Ends] | None = None,
 ) -> tuple[Report, Image.Image]:
     """Condition following on each set: no control (baseline), this control, the true picture (ceiling).
@@ -113,7 +116,7 @@ def evaluate_control(
     """
     ends = {} if ends is None else ends
     judgements = [
-        _judge(base, control, pictures, ends, steps=steps, guidance=guidance, sampler=sampler, weight=weight)
+        _judge(base, control, pictures, ends, steps=steps, guidance=guidance, sampler=sampler, weight=weight, mode=mode)
         for pictures in sets
     ]
     sheet: dict[str, Sequence[np.ndarray]] = {}
@@ -150,6 +153,7 @@ def evaluate_controls(
     guidance: float | None = None,
     sampler: str = DEFAULT_SAMPLER,
     weight: float = 1.0,
+    mode: str | None = None,
 ) -> tuple[Report, Image.Image]:
     """Condition following of several controls on the same pictures, in one table.
 
@@ -167,7 +171,9 @@ def evaluate_controls(
     titles: list[str] = []
     for name, control in controls.items():
         judgements = [
-            _judge(base, control, pictures, ends, steps=steps, guidance=guidance, sampler=sampler, weight=weight)
+            _judge(
+                base, control, pictures, ends, steps=steps, guidance=guidance, sampler=sampler, weight=weight, mode=mode
+            )
             for pictures in sets
         ]
         every += judgements
@@ -228,6 +234,7 @@ def _judge(
     guidance: float | None,
     sampler: str,
     weight: float,
+    mode: str | None,
 ) -> _Judgement:
     if control.condition is None:
         raise UserError("this control's file does not say which condition it follows; evaluation needs to know")
@@ -235,7 +242,7 @@ def _judge(
     judged = pictures if isinstance(pictures, Judged) else judged_drawings(condition, pictures, base.size)
     if judged.name not in ends:
         ends[judged.name] = draw_ends(base, judged.truths, judged.prompts, steps, guidance, sampler)
-    use = Steer(control=control, given=judged.given, weight=weight)
+    use = Steer(control=control, given=judged.given, weight=weight, mode=mode)
     steered = draw_controlled(base, [use], judged.prompts, steps=steps, guidance=guidance, sampler=sampler)
     drawn = (ends[judged.name].without, steered, ends[judged.name].mirrored)
     baseline, value, ceiling = (
@@ -293,8 +300,12 @@ def draw_controlled(
     for first in range(0, count, batch_size):
         group = slice(first, min(first + batch_size, count))
         active = [
-            ActiveControl(
-                use.control, use.control.encode(to_tensor(use.given[group]).to(base.device), base), use.weight
+            ActiveControl.in_mode(
+                use.mode,
+                base,
+                control=use.control,
+                hint=use.control.encode(to_tensor(use.given[group]).to(base.device), base),
+                weight=use.weight,
             )
             for use in uses
         ]

@@ -24,7 +24,8 @@ class Drawn:
     asked: GenerateRequest
     """The request, with what it left open."""
     used: dict[str, Any]
-    """`device`, `precision`, `width`, `height` and `guidance` as they were; empty in files of earlier versions."""
+    """`device`, `precision`, `width`, `height` and `guidance` as they were, and the `mode` of controls that name none;
+    empty in files of earlier versions."""
 
     def again(self, **changes: Any) -> GenerateRequest:
         """The request that draws the same, with `changes` to it.
@@ -36,7 +37,10 @@ class Drawn:
         """
         kept = self.used if changes.get("base", self.asked.base) == self.asked.base else {}
         settled = {name: kept[name] for name in _RESOLVED if name in kept}
-        return GenerateRequest.from_json({**self.asked.to_json(), **settled, **changes})
+        before = self.asked.to_json()
+        for use in before["controls"]:
+            use["mode"] = use["mode"] or kept.get("mode")
+        return GenerateRequest.from_json({**before, **settled, **changes})
 
 
 def read_drawn(path: str | Path) -> Drawn:

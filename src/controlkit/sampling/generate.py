@@ -106,6 +106,7 @@ def generate(
             "width": width,
             "height": height,
             "guidance": base.default_guidance if request.guidance is None else request.guidance,
+            "mode": base.default_mode,
         }
         if controls is None:
             shared: dict[str, BaseControl] = {}
@@ -122,7 +123,11 @@ def generate(
             condition_image = prepare_condition(use, control, resize_cover(image, width, height, nearest=labels))
             made.conditions.append(condition_image)
             hint = control.encode(to_tensor([condition_image]).to(base.device), base)
-            uses.append(ActiveControl(control, hint, use.weight, use.start, use.end))
+            uses.append(
+                ActiveControl.in_mode(
+                    use.mode, base, control=control, hint=hint, weight=use.weight, start=use.start, end=use.end
+                )
+            )
     with _timed(made, "sample"):
         batches = sample(
             base,

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from controlkit.bases.base import Text, concatenate
+from controlkit.bases.base import Base, Text, concatenate
 from controlkit.bases.residuals import Residuals
 from controlkit.controls.control import Control, Reads
 from controlkit.sampling.cache import ResidualCache, digest, identity_of
@@ -51,6 +52,11 @@ class ActiveControl:
     def acts_at(self, index: int, steps: int) -> bool:
         """Whether it acts at step `index` of `steps`."""
         return self.weight != 0 and lies_within(index, steps, self.start, self.end)
+
+    @classmethod
+    def in_mode(cls, mode: str | None, base: Base, **settings: Any) -> ActiveControl:
+        """One that acts in `mode` (of `request.MODES`); None is the base's own."""
+        return cls(**settings, conditional_only=(mode or base.default_mode) == "control")
 
     def of_pictures(self, pictures: slice) -> ActiveControl:
         """The same for some of the pictures."""

@@ -21,6 +21,8 @@ DEFAULT_STEPS = 20
 DEFAULT_SAMPLER = "ddim"
 SAMPLERS = ("ddim", "dpm++", "dpm++-karras", "unipc", "euler")
 """Names of samplers (`sampling/samplers.py`)."""
+MODES = ("balanced", "control")
+"""On which halves of classifier-free guidance a control acts: on both, or on the one that has the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,10 @@ class ControlUse:
     """Share of the steps after which it ends, of [0, 1]."""
     prepared: bool = False
     """Whether `image` is a condition image already; if not, the control's own condition is drawn from it."""
+    mode: str | None = None
+    """`balanced` acts on both halves of guidance, as in diffusers; `control` on the half that has the prompt alone, so
+    that guidance makes the control stronger too (Zhang et al. 2023, section 3.4; elsewhere "ControlNet is more
+    important"), and it runs half as often. By default the base's own: `control` for nano, else `balanced`."""
 
     def __post_init__(self) -> None:
         if not _is_finite(self.weight):
@@ -47,14 +53,18 @@ class ControlUse:
             raise UserError(
                 f"{self.control} starts at {self.start} and ends at {self.end}; expected 0 <= start <= end <= 1"
             )
+        check_mode(self.mode)
 
     def acts_at(self, index: int, steps: int) -> bool:
         """Whether it acts at step `index` of `steps`."""
         return lies_within(index, steps, self.start, self.end)
 
     @classmethod
-    def parse(cls, text: str, prepared: bool = False) -> ControlUse:
+    def parse(cls, text: str, **settings: Any) -> ControlUse:
         """From `NAME_OR_FILE=IMAGE[@weight[:start-end]]`, as the command line writes it.
+
+        Args:
+            settings: `prepared` and `mode`.
 
         Raises:
             UserError: it is not of that form.
@@ -68,13 +78,13 @@ class ControlUse:
             raise UserError(f"--control {text}: {form}")
         image, at, strength = rest.rpartition("@")
         if not at or "/" in strength or re.search(r"\.(png|jpe?g|webp|bmp|gif|tiff?)$", strength, re.IGNORECASE):
-            return cls(control=control, image=rest, prepared=prepared)
+            return cls(control=control, image=rest, **settings)
         if not image:
             raise UserError(f"--control {text}: {form}")
         weight, colon, span = strength.partition(":")
         try:
             start, end = map(float, span.split("-")) if colon else (0.0, 1.0)
-            return cls(control=control, image=image, weight=float(weight), start=start, end=end, prepared=prepared)
+            return cls(control=control, image=image, weight=float(weight), start=start, end=end, **settings)
         except ValueError as error:
             raise UserError(f"--control {text}: {strength!r} is not weight[:start-end]; {form}") from error
 
@@ -167,6 +177,16 @@ def check_sampling(steps: int, guidance: float | None, sampler: str = DEFAULT_SA
         raise UserError(f"guidance is {guidance}; it must be 1 (off) or more")
 
 
+def check_mode(mode: str | None) -> None:
+    """Refuse a mode that there is not; None leaves it to the base.
+
+    Raises:
+        UserError: it is none of `MODES`.
+    """
+    if mode is not None and mode not in MODES:
+        raise UserError(f"there is no mode called {mode!r}{nearest(mode, MODES)}")
+
+
 def _is_finite(value: float) -> bool:
     """Whether it is a number that a float can hold; whole numbers of JSON and of Python may be larger."""
     try:
@@ -182,6 +202,7 @@ def lies_within(index: int, steps: int, start: float, end: float) -> bool:
 
 _SHAPES: dict[Any, tuple[type | tuple[type, ...], str]] = {
     str: (str, "text"),
+    str | None: ((str, NoneType), "text or null"),
     bool: (bool, "true or false"),
     int: (int, "a whole number"),
     float: ((int, float), "a number"),

@@ -129,7 +129,7 @@ class Bench:
         train(objective, recipe)
         seconds = time.perf_counter() - started
         control = objective.control.eval()
-        use = Steer(control=control, given=task.judged.given)
+        use = Steer(control=control, given=task.judged.given, mode="balanced")
         prompts = task.judged.prompts
         results = draw_controlled(self.base, [use], prompts, steps=self.sampling_steps)
         baseline, ceiling = self._ends_of(task)

@@ -143,7 +143,7 @@ def _compare(
         if id(base) not in without:
             without[id(base)] = draw_prompts(base, prompts, steps)
             strips.append(without[id(base)][:_SHOWN])
-        made = draw_controlled(base, [Steer(control=control, given=given)], prompts, steps=steps)
+        made = draw_controlled(base, [Steer(control=control, given=given, mode="balanced")], prompts, steps=steps)
         low, value, high = score(without[id(base)]), score(made), score(reconstruct(base, truths))
         rows.append((name, low, value, high, gap_closed(low, value, high)))
         strips.append(made[:_SHOWN])

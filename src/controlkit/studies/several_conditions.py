@@ -110,7 +110,9 @@ def _fidelity(
     ceiling = reconstruct(base, truths)
 
     def draw(names: Sequence[str]) -> list[np.ndarray]:
-        uses = [Steer(control=controls[name], given=given[name], weight=settings.weight) for name in names]
+        uses = [
+            Steer(control=controls[name], given=given[name], weight=settings.weight, mode="balanced") for name in names
+        ]
         return draw_controlled(base, uses, prompts, steps=settings.sampling_steps)
 
     def closed(name: str, results: Sequence[np.ndarray]) -> float:
