@@ -76,6 +76,17 @@ def test_every_part_runs_once_and_resumes(settings, tmp_path, capsys):
     assert "steps" not in capsys.readouterr().err
 
 
+def test_every_mode_has_numbers_of_its_own_from_the_same_training(settings, capsys):
+    settings = {**settings, "parts": ("budgets",), "budgets": (3,), "pictures": 4}
+    balanced = run_new_condition(NewCondition(**settings)).cells
+    capsys.readouterr()
+    control = run_new_condition(NewCondition(**settings, mode="control")).cells
+    assert "step 1/3" not in capsys.readouterr().err
+    assert [cell.run for cell in control] == [cell.run for cell in balanced]
+    assert [cell.baseline for cell in control] == [cell.baseline for cell in balanced]
+    assert [cell.score for cell in control] != [cell.score for cell in balanced]
+
+
 def test_pairs_of_ones_own_are_studied_and_judged_on_their_held_out_tenth(settings, icons_file, tmp_path, capsys):
     folder = tmp_path / "mine"
     drawings = [draw(icon, np.random.default_rng(0)) for icon in IconSets(icons_file).icons[:10]]
@@ -98,6 +109,7 @@ def test_wrong_settings_are_refused_before_anything_runs(settings):
         ({"budgets": ()}, "at least 1"),
         ({"parts": ()}, "parts is empty"),
         ({"given": ("palette=folder",)}, "palette is there twice"),
+        ({"mode": "control-net"}, "did you mean control"),
     ):
         with pytest.raises(UserError, match=told):
             NewCondition(**{**settings, **change})

@@ -47,6 +47,11 @@ def test_a_mix_is_judged_by_each_of_its_conditions_and_timed(adapters, base_fold
     assert made.files["pictures"].is_file()
 
 
+def test_a_mode_that_there_is_not_is_no_setting():
+    with pytest.raises(UserError, match="did you mean balanced"):
+        SeveralConditions(mode="balance")
+
+
 def test_one_adapter_is_no_mix(adapters):
     with pytest.raises(UserError, match="join two or more"):
         SeveralConditions(mixes=(adapters[0],))

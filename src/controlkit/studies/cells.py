@@ -93,12 +93,18 @@ class Bench:
 
     Args:
         setting: whatever else the numbers depend on (base, base control, ...); others get files of their own.
+        mode: in which controls act, of `request.MODES`.
     """
 
-    def __init__(self, folder: Path, base: Base, setting: Sequence[str], *, sampling_steps: int) -> None:
+    def __init__(
+        self, folder: Path, base: Base, setting: Sequence[str], *, sampling_steps: int, mode: str = "balanced"
+    ) -> None:
         self.folder = folder
         self.base = base
-        self.key = sha256_of(base.fingerprint, str(sampling_steps), *setting)[:12]
+        # What was measured before there were modes was measured in this one.
+        modes = [] if mode == "balanced" else [mode]
+        self.key = sha256_of(base.fingerprint, str(sampling_steps), *setting, *modes)[:12]
+        self.mode = mode
         self.sampling_steps = sampling_steps
         self.results = folder / f"results-{self.key}"
         self._ends: dict[str, tuple[float, float]] = {}
@@ -129,7 +135,7 @@ class Bench:
         train(objective, recipe)
         seconds = time.perf_counter() - started
         control = objective.control.eval()
-        use = Steer(control=control, given=task.judged.given, mode="balanced")
+        use = Steer(control=control, given=task.judged.given, mode=self.mode)
         prompts = task.judged.prompts
         results = draw_controlled(self.base, [use], prompts, steps=self.sampling_steps)
         baseline, ceiling = self._ends_of(task)

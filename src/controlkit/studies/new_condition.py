@@ -28,6 +28,7 @@ from controlkit.evaluation.control import judged_drawings, judged_pairs
 from controlkit.evaluation.pictures import evaluation_set
 from controlkit.evaluation.report import Report
 from controlkit.files import read_json, sha256_of, write_atomically, write_json
+from controlkit.sampling.request import check_mode
 from controlkit.studies.cells import Bench, Cell, Task
 from controlkit.studies.figure import plot, require_matplotlib, sheet_of
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, REPORTS
@@ -103,6 +104,8 @@ class NewCondition:
     """Held-out pictures that each control draws."""
     sampling_steps: int = 10
     """DDIM steps of these."""
+    mode: str = "balanced"
+    """In which the controls act (`ControlUse.mode`); `balanced` is that of the tables, and of the paper."""
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -114,6 +117,7 @@ class NewCondition:
             conditions.find(name)
         for name in self.given:
             _parse_given(name)
+        check_mode(self.mode)
         counts = (*self.budgets, *self.ranks, *self.pair_counts, self.pairs, self.pictures, self.sampling_steps)
         if min(counts) < 1 or not self.budgets:
             raise UserError("steps, ranks and numbers of pairs and pictures must be at least 1")
@@ -150,7 +154,9 @@ class _Run:
         self.base: Base = load_base(settings.base)
         control = find_control(settings.control)
         fingerprint = read_metadata(control).get("control.fingerprint", "")
-        self.bench = Bench(self.out, self.base, [fingerprint], sampling_steps=settings.sampling_steps)
+        self.bench = Bench(
+            self.out, self.base, [fingerprint], sampling_steps=settings.sampling_steps, mode=settings.mode
+        )
 
     @cached_property
     def sets(self) -> IconSets:

@@ -28,7 +28,7 @@ from controlkit.evaluation.control import Steer, draw_controlled
 from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
 from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.images import contact_sheet, to_tensor, write_png
-from controlkit.sampling.request import DEFAULT_STEPS
+from controlkit.sampling.request import DEFAULT_STEPS, check_mode
 
 _ROUNDS = 7
 _SHOWN = 8
@@ -46,6 +46,8 @@ class SeveralConditions:
     """Which adapters act together, their names or files joined by `+`; names mean `nano/NAME` first."""
     weight: float = 1.0
     """Of every adapter, alone and together."""
+    mode: str | None = None
+    """In which adapters act (`ControlUse.mode`); None is the base's own."""
     pictures: int = 48
     """Held-out pictures."""
     sampling_steps: int = DEFAULT_STEPS
@@ -56,6 +58,7 @@ class SeveralConditions:
     def __post_init__(self) -> None:
         if self.pictures < 1 or self.sampling_steps < 1 or not self.timed or min(self.timed) < 1:
             raise UserError("pictures, sampling_steps and timed must be at least 1")
+        check_mode(self.mode)
         if not self.mixes:
             raise UserError("mixes is empty; give one or more, such as palette+lineart")
         for mix in self.mixes:
@@ -111,7 +114,8 @@ def _fidelity(
 
     def draw(names: Sequence[str]) -> list[np.ndarray]:
         uses = [
-            Steer(control=controls[name], given=given[name], weight=settings.weight, mode="balanced") for name in names
+            Steer(control=controls[name], given=given[name], weight=settings.weight, mode=settings.mode)
+            for name in names
         ]
         return draw_controlled(base, uses, prompts, steps=settings.sampling_steps)
 
