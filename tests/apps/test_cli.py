@@ -133,6 +133,10 @@ def test_generate_from_settings_draws_the_same_pictures_bit_for_bit(picture, tmp
     other = json.loads((third / "settings.json").read_text())["request"]
     assert other == {**before["request"], "sampler": "unipc"} and other["controls"][0]["mode"] == "control"
     assert (np.asarray(Image.open(first / "seed5.png")) != np.asarray(Image.open(third / "seed5.png"))).any()
+    assert run("generate", "--from", first / "settings.json", "--mode", "balanced", "--out", third) == 0
+    other = json.loads((third / "settings.json").read_text())["request"]["controls"]
+    assert other == [{**before["request"]["controls"][0], "mode": "balanced"}]
+    assert (np.asarray(Image.open(first / "seed5.png")) != np.asarray(Image.open(third / "seed5.png"))).any()
     assert run("generate", "--from", first / "seed6.png", "--out", one) == 0
     assert [path.name for path in one.glob("seed*")] == ["seed6.png"]
     capsys.readouterr()
@@ -146,8 +150,8 @@ def test_generate_from_settings_draws_the_same_pictures_bit_for_bit(picture, tmp
         (["--from", "{picture}"], "does not say how a picture was drawn"),
         (["--from", "{tmp}/old.json", "--steps", "0"], "steps is 0"),
         (["--from", "{tmp}/odd.json"], "odd.json: unknown setting 'promt'; did you mean prompt"),
-        (["x", "--prepared"], "--prepared is about --control, and none is given"),
-        (["x", "--mode", "control"], "--mode is about --control, and none is given"),
+        (["x", "--prepared"], "--prepared is about the images of --control"),
+        (["x", "--mode", "control"], "--mode is about controls, and there is none"),
         (["x", "--control", "canny={picture}", "--mode", "prompt"], "there is no mode called 'prompt'"),
     ],
 )

@@ -8,6 +8,7 @@ from PIL import Image
 
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
+from controlkit.sampling.drawn import Drawn
 from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import MODES, ControlUse, GenerateRequest
@@ -67,6 +68,13 @@ def test_bases_of_stable_diffusions_size_act_as_diffusers_does(tiny_base, monkey
     config = {**tiny_base.unet.config, "cross_attention_dim": 768}
     monkeypatch.setattr(tiny_base.unet, "_internal_dict", type(tiny_base.unet.config)(config))
     assert tiny_base.default_mode == "balanced" and tiny_base.default_guidance == 7.5
+
+
+def test_a_picture_is_drawn_again_in_the_mode_that_it_was_drawn_in(drawing):
+    asked = GenerateRequest(prompt="red apple", controls=(ControlUse(control="canny", image=drawing),))
+    for used, mode in (({"mode": "control"}, "control"), ({"mode": "balanced"}, "balanced"), ({}, "balanced")):
+        assert [use.mode for use in Drawn(asked, used).again().controls] == [mode]
+    assert [use.mode for use in Drawn(asked, {"mode": "control"}).again(base="another").controls] == [None]
 
 
 def test_a_mode_that_there_is_not_is_refused():

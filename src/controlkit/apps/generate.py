@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from controlkit.apps.show import add_json, print_json, print_seconds
@@ -105,14 +106,17 @@ def _request(args: argparse.Namespace) -> GenerateRequest:
 
     if hasattr(args, "seeds") and args.seeds < 1:
         raise UserError(f"--seeds {args.seeds}: at least one picture has to be drawn")
-    for option in ("prepared", "mode"):
-        if getattr(args, option) and not args.control:
-            raise UserError(f"--{option} is about --control, and none is given")
+    if args.prepared and not args.control:
+        raise UserError("--prepared is about the images of --control, and none is given")
     given = {name: getattr(args, name) for name in _GIVEN if hasattr(args, name)}
     uses = tuple(ControlUse.parse(text, prepared=args.prepared, mode=args.mode) for text in args.control)
     drawn = read_drawn(args.drawn) if hasattr(args, "drawn") else None
     if drawn is None and given.get("prompt") is None:
         raise UserError("give a prompt, or --from FILE to draw again what it says")
+    if drawn is not None and not uses and args.mode:
+        uses = tuple(replace(use, mode=args.mode) for use in drawn.asked.controls)
+    if args.mode and not uses:
+        raise UserError("--mode is about controls, and there is none")
     before = (0,) if drawn is None else drawn.asked.seeds
     if hasattr(args, "seed") or hasattr(args, "seeds"):
         first = getattr(args, "seed", before[0])

@@ -35,11 +35,13 @@ class Drawn:
         Raises:
             UserError: the changes contradict the rest.
         """
-        kept = self.used if changes.get("base", self.asked.base) == self.asked.base else {}
+        same = changes.get("base", self.asked.base) == self.asked.base
+        kept = self.used if same else {}
         settled = {name: kept[name] for name in _RESOLVED if name in kept}
         before = self.asked.to_json()
         for use in before["controls"]:
-            use["mode"] = use["mode"] or kept.get("mode")
+            # Pictures from before there were modes were drawn in this one.
+            use["mode"] = use["mode"] or (kept.get("mode", "balanced") if same else None)
         return GenerateRequest.from_json({**before, **settled, **changes})
 
 
