@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from controlkit.bases.base import Base, Text
-from controlkit.controls.base_control import BaseControl
-from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.training.diffusion import noised
+from controlkit.training.memory import checkpoint_activations
 from controlkit.training.objective import torch_generator
-from controlkit.training.savings import checkpoint_activations
 
 ADAPTER = "measured"
 RATE = 1e-4
@@ -39,7 +38,7 @@ class Side:
     def __init__(self, base: Base, rank: int, *, fused: bool, bf16: bool = False) -> None:
         self.base = base
         self.bf16 = bf16
-        self.shared = BaseControl.for_base(base)
+        self.shared = BaseControlNet.for_base(base)
         generator = torch.Generator().manual_seed(0)
         adapter = self.shared.add_adapter(ADAPTER, rank, seed=0)
         with torch.no_grad():

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from controlkit import conditions
 from controlkit.bases.base import Base
-from controlkit.checkpoints.controls import load_control
 from controlkit.controls.controlnet import ControlNet
 from controlkit.evaluation.pictures import evaluation_set
+from controlkit.formats.load import load_control
 from controlkit.images import to_tensor
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample

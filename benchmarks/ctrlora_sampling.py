@@ -32,11 +32,10 @@ from torch import Tensor
 from controlkit import conditions
 from controlkit.bases.base import Base, Text
 from controlkit.bases.residuals import Residuals
-from controlkit.checkpoints.controls import load_control
-from controlkit.controls.base_control import BaseControl
 from controlkit.controls.control import Reads
-from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.evaluation.pictures import evaluation_set
+from controlkit.formats.load import load_control
 from controlkit.images import to_tensor
 from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl
@@ -71,7 +70,7 @@ class EveryStep(CtrLoRA):
 
 def shipped(base: Base, names: Sequence[str]) -> tuple[list[CtrLoRA], list[Tensor], str]:
     """Adapters by name, condition images of a held-out picture, and its caption."""
-    shared: dict[str, BaseControl] = {}
+    shared: dict[str, BaseControlNet] = {}
     drawing = evaluation_set("held-out").drawings[0]
     controls, images = [], []
     for name in names:
@@ -87,7 +86,7 @@ def shipped(base: Base, names: Sequence[str]) -> tuple[list[CtrLoRA], list[Tenso
 def made_up(base: Base, count: int, size: int, rank: int) -> tuple[list[CtrLoRA], list[Tensor], str]:
     """As many adapters with random weights, and random condition images."""
     generator = torch.Generator().manual_seed(0)
-    shared = BaseControl.for_base(base)
+    shared = BaseControlNet.for_base(base)
     controls, images = [], []
     for number in range(count):
         adapter = shared.add_adapter(str(number), rank, seed=number)

@@ -26,7 +26,7 @@ from torch import Tensor
 from controlkit._version import __version__
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
-from controlkit.controls import lora
+from controlkit.controls.ctrlora import lora
 from controlkit.files import write_json
 
 RESULTS = Path(__file__).parent / "results"

@@ -33,11 +33,10 @@ from torch.utils._pytree import tree_leaves
 
 from controlkit.bases.base import Base, Text
 from controlkit.bases.load import load_base
-from controlkit.controls.base_control import BaseControl
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet
-from controlkit.controls.ctrlora import CtrLoRA
-from controlkit.training.savings import checkpoint_activations
+from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.training.memory import checkpoint_activations
 
 MEBI = 2**20
 
@@ -155,7 +154,7 @@ def build(base: Base, way: Way, rank: int) -> Built:
     """Networks of one way, on the device and in the dtypes that it has in a step."""
     control: Control
     if way.control == "adapter":
-        shared = BaseControl.for_base(base)
+        shared = BaseControlNet.for_base(base)
         shared.add_adapter("measured", rank)
         shared.train_adapter("measured")
         if way.wasteful:

@@ -51,12 +51,11 @@ from torch import Tensor, nn
 
 from controlkit import __version__
 from controlkit.bases.base import Text
-from controlkit.checkpoints.controls import load_control
-from controlkit.checkpoints.convert import convert
-from controlkit.controls.base_control import BaseControl
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet
-from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.formats.convert import convert
+from controlkit.formats.load import load_control
 
 SIZES = ((32, 32), (32, 24))
 """Heights and widths of the latents."""
@@ -406,11 +405,11 @@ def _our_cases(files: Mapping[str, Path], folder: Path) -> dict[str, dict[str, l
 
 
 def _our_adapters(files: Mapping[str, Path]) -> dict[str, dict[str, list[Tensor]]]:
-    shared: dict[str, BaseControl] = {}
+    shared: dict[str, BaseControlNet] = {}
     controls = [load_control(f"{files[name]}+{files['base']}", shared=shared) for name in ("first", "second")]
 
     def together(x: Inputs) -> Sequence[Tensor]:
-        each = CtrLoRA.forward_together(controls, x.time, Text(x.text), [x.hint, x.hint])
+        each = CtrLoRA.forward_together(controls, None, x.time, Text(x.text), [x.hint, x.hint])
         first, second = (one.scaled(weight) for one, weight in zip(each, WEIGHTS, strict=True))
         return (first + second).tensors()
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from controlkit.bases.base import Base, Text
-from controlkit.controls.base_control import BaseControl
 from controlkit.controls.controlnet import ControlNet
+from controlkit.controls.ctrlora import BaseControlNet
 
 
 def inputs(base: Base, size: int, rows: int) -> tuple[Tensor, Tensor, Text]:
@@ -71,7 +71,7 @@ def unet_switches(base: Base, size: int, batch: int, compiled: bool) -> dict[str
 def folded(base: Base, size: int, batch: int, rank: int) -> tuple[Any, Any]:
     """A pass of one adapter that is added in every layer, and one that is folded where that is less work."""
     generator = torch.Generator().manual_seed(0)
-    shared = BaseControl.for_base(base).eval()
+    shared = BaseControlNet.for_base(base).eval()
     adapter = shared.add_adapter("one", rank, seed=0)
     with torch.no_grad():
         for parameter in adapter.parameters():

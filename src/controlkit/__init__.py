@@ -18,10 +18,6 @@ from controlkit.errors import UserError
 
 if TYPE_CHECKING:
     from controlkit.bases.load import load_base
-    from controlkit.checkpoints.controls import load_control, save_control
-    from controlkit.checkpoints.convert import convert
-    from controlkit.checkpoints.describe import describe
-    from controlkit.checkpoints.systems import describe_base, describe_system
     from controlkit.conditions import find as find_condition
     from controlkit.data.cache_report import manage_cache
     from controlkit.data.check import check_pairs
@@ -33,6 +29,9 @@ if TYPE_CHECKING:
     from controlkit.evaluation.base import evaluate_base
     from controlkit.evaluation.control import evaluate_control, judged_pairs
     from controlkit.evaluation.pictures import evaluation_set
+    from controlkit.formats.convert import convert
+    from controlkit.formats.describe import describe, describe_base, describe_system
+    from controlkit.formats.load import load_control, save_control
     from controlkit.sampling.drawn import read_drawn
     from controlkit.sampling.generate import generate
     from controlkit.sampling.request import ControlUse, GenerateRequest
@@ -46,10 +45,10 @@ _PLACES = {
     "adapt": "evaluation.adapt:adapt",
     "build_recipe": "training.recipes:build_recipe",
     "check_pairs": "data.check:check_pairs",
-    "convert": "checkpoints.convert:convert",
-    "describe": "checkpoints.describe:describe",
-    "describe_base": "checkpoints.systems:describe_base",
-    "describe_system": "checkpoints.systems:describe_system",
+    "convert": "formats.convert:convert",
+    "describe": "formats.describe:describe",
+    "describe_base": "formats.describe:describe_base",
+    "describe_system": "formats.describe:describe_system",
     "evaluate_base": "evaluation.base:evaluate_base",
     "evaluate_control": "evaluation.control:evaluate_control",
     "evaluation_set": "evaluation.pictures:evaluation_set",
@@ -58,13 +57,13 @@ _PLACES = {
     "judged_pairs": "evaluation.control:judged_pairs",
     "list_pictures": "data.pictures:list_pictures",
     "load_base": "bases.load:load_base",
-    "load_control": "checkpoints.controls:load_control",
+    "load_control": "formats.load:load_control",
     "make_pairs": "data.engine:make_pairs",
     "manage_cache": "data.cache_report:manage_cache",
     "read_drawn": "sampling.drawn:read_drawn",
     "read_pairs": "data.pairs:read_pairs",
     "read_recipe": "training.recipes:read_recipe",
-    "save_control": "checkpoints.controls:save_control",
+    "save_control": "formats.load:save_control",
     "split_pairs": "data.pairs:split_pairs",
     "train": "training.run:run",
 }

@@ -67,7 +67,7 @@ def describe_settings(kind: type) -> list[Setting]:
     """Every field of a settings class."""
     told: dict[str, str] = {}
     for owner in reversed(kind.__mro__):
-        if not dataclasses.is_dataclass(owner):
+        if not dataclasses.is_dataclass(owner) or not inspect.get_annotations(owner):
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
         assert isinstance(body, ast.ClassDef)

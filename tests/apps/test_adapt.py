@@ -15,22 +15,20 @@ from safetensors.torch import load_file, save_file
 
 from controlkit.apps.cli import main
 from controlkit.bases.load import load_base
-from controlkit.checkpoints.controls import load_control, save_control
-from controlkit.checkpoints.ctrlora import save_base_control
-from controlkit.checkpoints.files import read_metadata
 from controlkit.conditions import find
-from controlkit.controls.base_control import BaseControl
-from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.data.icons import IconSets, draw
 from controlkit.data.pairs import read_pairs
 from controlkit.evaluation.control import judged_pairs
+from controlkit.formats.load import load_control, save_control
+from controlkit.formats.metadata import read_metadata
 from controlkit.training.recipes import adapter_settings
 
 
 @pytest.fixture
 def base_control(tiny_base, tmp_path):
     path = tmp_path / "base.safetensors"
-    save_base_control(path, BaseControl.for_base(tiny_base), tiny_base, dtype=torch.float32)
+    save_control(path, BaseControlNet.for_base(tiny_base), tiny_base, dtype=torch.float32)
     return path
 
 
@@ -94,10 +92,10 @@ def test_a_run_does_not_go_on_with_another_base_control(pairs, base_control, bas
     out = tmp_path / "run"
     assert adapt(pairs, base_control, base_folder, out) == 0
     capsys.readouterr()
-    other = BaseControl.for_base(tiny_base)
+    other = BaseControlNet.for_base(tiny_base)
     with torch.no_grad():
         other.network.conv_in.weight.mul_(2)
-    save_base_control(base_control, other, tiny_base, dtype=torch.float32)
+    save_control(base_control, other, tiny_base, dtype=torch.float32)
     before = (out / "mine.safetensors").read_bytes()
     assert adapt(pairs, base_control, base_folder, out, "--steps", "6") == 2
     assert "a base control, with other weights" in capsys.readouterr().err
@@ -129,13 +127,13 @@ def test_an_adapter_is_judged_on_the_device_of_the_recipe(pairs, base_control, b
 
 
 def test_only_the_adapter_changes_and_nothing_else_gets_a_gradient(pairs, base_control, base_folder, tmp_path):
-    from controlkit.training.adapt import AdaptObjective
-    from controlkit.training.recipes import AdaptRecipe
+    from controlkit.training.pairs_objective import PairsObjective
+    from controlkit.training.recipes import recipes
 
-    recipe = AdaptRecipe(
+    recipe = recipes()["ctrlora-adapter"](
         out=str(tmp_path / "run"), pairs=str(pairs), control=str(base_control), base=str(base_folder), rank=2
     )
-    objective = AdaptObjective(recipe, torch.device("cpu"))
+    objective = PairsObjective(recipe, torch.device("cpu"))
     for parameter in objective.parameters():
         parameter.data.add_(0.01)
     objective.loss(0).backward()
@@ -162,7 +160,7 @@ def test_every_bad_pair_is_listed_before_anything_is_trained(pairs, base_control
 
 
 def test_a_controlnet_is_not_taken_for_a_base_control(pairs, base_folder, tiny_control, tiny_base, tmp_path, capsys):
-    from controlkit.checkpoints.controls import save_control
+    from controlkit.formats.load import save_control
 
     save_control(tmp_path / "canny.safetensors", tiny_control, tiny_base)
     assert adapt(pairs, tmp_path / "canny.safetensors", base_folder, tmp_path / "run") == 2
@@ -234,7 +232,7 @@ def test_what_is_no_base_control_is_told_before_anything_is_encoded(
     save_control(tmp_path / "canny.safetensors", tiny_control, tiny_base)
     assert adapt(pairs, tmp_path / "canny.safetensors", base_folder, tmp_path / "run") == 2
     said = capsys.readouterr().err
-    assert "not a base control that adapters are made on" in said
+    assert "not a base control of CtrLoRA, which an adapter of CtrLoRA starts from" in said
     assert "encoding" not in said
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 from controlkit.apps.cli import main
 from controlkit.apps.show import print_json, print_table
 from controlkit.bases.load import load_base
-from controlkit.checkpoints.controls import save_control
 from controlkit.conditions import registry
+from controlkit.formats.load import save_control
 from controlkit.sampling.request import GenerateRequest
 from tiny import fresh_control
 
@@ -215,7 +215,7 @@ def test_a_control_is_judged_with_the_sampler_that_is_asked_for(capsys):
 
 
 def test_several_controls_are_judged_in_one_table(capsys, tmp_path, tiny_base, base_folder):
-    from controlkit.checkpoints.controls import save_control
+    from controlkit.formats.load import save_control
     from tiny import fresh_control, randomise_zero_convolutions
 
     files = []

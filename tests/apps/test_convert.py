@@ -11,11 +11,9 @@ from safetensors.torch import load_file
 
 from controlkit import conditions
 from controlkit.apps.cli import main
-from controlkit.checkpoints.controls import load_control, save_control
-from controlkit.checkpoints.ctrlora import save_adapter, save_base_control
-from controlkit.checkpoints.files import read_metadata
-from controlkit.controls.base_control import BaseControl
-from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.formats.load import load_control, save_control
+from controlkit.formats.metadata import read_metadata
 from controlkit.sampling.generate import _is_of_labels
 
 
@@ -75,8 +73,8 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(file, tmp_path, monkeypa
 
 
 def test_a_base_control_in_another_type_says_its_own_fingerprint(tiny_base, tmp_path):
-    shared = BaseControl.for_base(tiny_base)
-    file = save_base_control(tmp_path / "base.safetensors", shared, tiny_base, dtype=torch.float32)
+    shared = BaseControlNet.for_base(tiny_base)
+    file = save_control(tmp_path / "base.safetensors", shared, tiny_base, dtype=torch.float32)
     out = tmp_path / "half.safetensors"
     assert run("convert", file, out, "--to", "controlkit", "--dtype", "bfloat16") == 0
     said = read_metadata(out)["control.fingerprint"]
@@ -105,11 +103,15 @@ def contents(folder):
 @pytest.mark.parametrize("force", [[], ["--force"]])
 @pytest.mark.parametrize("named", [True, False])
 def test_a_base_control_is_not_written_over_by_what_is_made_of_it(tiny_base, tmp_path, capsys, force, named):
-    shared = BaseControl.for_base(tiny_base)
+    shared = BaseControlNet.for_base(tiny_base)
     shared.add_adapter("palette", 2, seed=0)
-    base = save_base_control(tmp_path / "base.safetensors", shared, tiny_base)
-    adapter = save_adapter(
-        tmp_path / "palette.safetensors", CtrLoRA(shared, "palette", "palette"), tiny_base, "base", dtype=torch.float32
+    base = save_control(tmp_path / "base.safetensors", shared, tiny_base)
+    adapter = save_control(
+        tmp_path / "palette.safetensors",
+        CtrLoRA(shared, "palette", "palette"),
+        tiny_base,
+        companion="base",
+        dtype=torch.float32,
     )
     before = contents(tmp_path)
     words = ["--base-control", base] if named else []
@@ -185,6 +187,6 @@ def test_a_shuffle_whose_file_says_nothing_pools(file, tmp_path, tiny_base, base
 
 
 def test_what_cannot_pool_is_refused(tiny_base, tmp_path, capsys):
-    base = save_base_control(tmp_path / "base.safetensors", BaseControl.for_base(tiny_base), tiny_base)
+    base = save_control(tmp_path / "base.safetensors", BaseControlNet.for_base(tiny_base), tiny_base)
     assert run("convert", base, tmp_path / "out.safetensors", "--to", "original", "--pooled") == 2
     assert "--pooled is for a ControlNet" in capsys.readouterr().err

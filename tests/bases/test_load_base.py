@@ -161,7 +161,7 @@ def test_the_end_of_a_prompt_that_is_not_read_is_told(tiny_base):
 def test_a_thousand_steps_stay_within_the_schedule(sd1_scheduled_base, monkeypatch):
     times = []
 
-    def predict(self, x_t, t, text, residuals=None):
+    def predict(self, x_t, t, text, residuals=None, taps=None):
         times.append(int(t))
         return torch.zeros_like(x_t)
 

@@ -21,13 +21,11 @@ from huggingface_hub.utils import filter_repo_objects
 
 from controlkit.bases.known import KNOWN_BASES
 from controlkit.bases.load import _UNWANTED_FROM_HUB, _WANTED_FROM_HUB, load_base
-from controlkit.checkpoints.controls import load_control
-from controlkit.checkpoints.ctrlora import save_base_control
-from controlkit.controls.base_control import BaseControl
 from controlkit.controls.controlnet import ControlNet
-from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.data.pairs import write_pairs
 from controlkit.errors import UserError
+from controlkit.formats.load import load_control, save_control
 from controlkit.images import to_tensor
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample
@@ -93,7 +91,7 @@ def test_a_controlnet_steers_as_in_diffusers(base, condition_image):
 
 
 def test_ctrlora_starts_from_zero_and_its_plan_changes_nothing(base, condition_image):
-    shared = BaseControl.for_base(base)
+    shared = BaseControlNet.for_base(base)
     shared.add_adapter("mine", 2, seed=0)
     control = CtrLoRA(shared, "mine", "canny").eval().requires_grad_(False)
     hint = control.encode(to_tensor([condition_image]), base)
@@ -104,8 +102,8 @@ def test_ctrlora_starts_from_zero_and_its_plan_changes_nothing(base, condition_i
     text = base.encode_text(["", PROMPT])
     t = torch.tensor([500, 500])
     alone = control(None, t, text, hint)
-    twice = CtrLoRA.forward_together([control, control], t, text, [hint, hint])
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone.down, twice[1].down, strict=True))
+    twice = CtrLoRA.forward_together([control, control], None, t, text, [hint, hint])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone.tensors(), twice[1].tensors(), strict=True))
     assert (ours(base, uses=[ActiveControl(control, hint)]) - ours(base)).abs().max() > 1e-3
 
 
@@ -169,7 +167,7 @@ def test_training_from_pairs_is_the_same_verb(base, tmp_path, system):
     pictures = [rng.integers(0, 256, (base.size, base.size, 3), np.uint8) for _ in range(5)]
     write_pairs(tmp_path / "pairs", ((255 - picture, picture, f"thing {n}") for n, picture in enumerate(pictures)))
     (tmp_path / "run").mkdir()  # an adapter finds its base control beside it
-    save_base_control(tmp_path / "run" / "shared.safetensors", BaseControl.for_base(base), base, dtype=torch.float32)
+    save_control(tmp_path / "run" / "shared.safetensors", BaseControlNet.for_base(base), base, dtype=torch.float32)
     own = {"control": str(tmp_path / "run" / "shared.safetensors"), "rank": 2} if system == "ctrlora-adapter" else {}
     where = {"base": str(tmp_path / "xl"), "pairs": str(tmp_path / "pairs"), "out": str(tmp_path / "run")}
     settings = {"name": "mine", "condition": "identity", "steps": 2, "batch_size": 2, "score_pictures": 1}

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from controlkit.bases.load import load_base
-from controlkit.bases.single_file import load_single_file, recognise
+from controlkit.bases.single_file import detect, load_single_file
 from controlkit.errors import UserError
 from tiny import _TINY_TEXT, SD1_SCHEDULE, SDXL_PARTS
 
@@ -83,20 +83,20 @@ def test_what_is_not_a_whole_model_is_said(tensors):
     def without(prefix):
         return {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
 
-    assert recognise(shapes, "file") == "sd15"
+    assert detect(shapes, "file") == "sd15"
     for prefix, told in (
         ("model.diffusion_model.", "not a whole Stable Diffusion model"),
         ("first_stage_model.", "no autoencoder"),
         ("cond_stage_model.", "no text encoder"),
     ):
         with pytest.raises(UserError, match=told):
-            recognise(without(prefix), "file")
+            detect(without(prefix), "file")
     second = {**without("cond_stage_model."), "cond_stage_model.model.ln_final.weight": (1024,)}
-    assert recognise(second, "file") == "sd21"
+    assert detect(second, "file") == "sd21"
     third = {**without("cond_stage_model."), "model.diffusion_model.label_emb.0.0.weight": (1280, 2816)}
     with pytest.raises(UserError, match="refiner"):
-        recognise(third, "file")
-    assert recognise({**third, "conditioner.embedders.1.model.ln_final.weight": (1280,)}, "file") == "sdxl"
+        detect(third, "file")
+    assert detect({**third, "conditioner.embedders.1.model.ln_final.weight": (1280,)}, "file") == "sdxl"
 
 
 class Runs:

@@ -16,10 +16,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from controlkit.bases.base import Base, Text
 from controlkit.bases.known import SD15_SCHEDULER, SD15_TEXT_ENCODER, SD15_UNET, SD15_VAE
 from controlkit.bases.residuals import Residuals
-from controlkit.controls.base_control import BaseControl, build_base_control
-from controlkit.controls.control import Reads, Site
-from controlkit.controls.ctrlora import CtrLoRA, count_adapter, count_base_control
-from controlkit.controls.lora import AdaptedLinear, LoRA
+from controlkit.controls.control import Acts, Reads
+from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.controls.ctrlora.base_controlnet import built
+from controlkit.controls.ctrlora.lora import AdaptedLinear, LoRA
 from controlkit.errors import UserError
 
 WIDTH = 16
@@ -71,9 +71,9 @@ def shaken(module: nn.Module, seed: int = 1, size: float = 0.3) -> None:
             parameter += size * torch.randn(parameter.shape, generator=generator)
 
 
-def trained_control(base: Base, ranks: dict[str, int], *, shares_base: bool = False) -> BaseControl:
+def trained_control(base: Base, ranks: dict[str, int], *, shares_base: bool = False) -> BaseControlNet:
     """A base control and adapters as after a training: no tensor of them is at its first value."""
-    control = BaseControl.for_base(base)
+    control = BaseControlNet.for_base(base)
     shaken(control, size=0.05)
     for seed, (name, rank) in enumerate(ranks.items()):
         shaken(control.add_adapter(name, rank, shares_base=shares_base, seed=seed), seed, size=0.1)
@@ -88,8 +88,8 @@ def inputs(batch: int = 2, seed: int = 0) -> tuple[Tensor, Text, Tensor]:
 
 
 def tensors(residuals: Residuals) -> list[Tensor]:
-    assert residuals.mid is not None
-    return [*residuals.down, residuals.mid]
+    assert "middle" in residuals
+    return list(residuals.tensors())
 
 
 def difference(a: Residuals, b: Residuals) -> float:
@@ -101,7 +101,7 @@ def difference(a: Residuals, b: Residuals) -> float:
 
 class TestNetwork:
     def test_a_new_control_changes_nothing(self, base):
-        control = BaseControl.for_base(base)
+        control = BaseControlNet.for_base(base)
         control.add_adapter("mine", 4)
         for names in (None, ("mine",), ("mine", None)):
             made = control(None, *inputs(), adapters=names)
@@ -114,14 +114,14 @@ class TestNetwork:
         x_t = torch.randn(2, 4, 8, 8)
         plain = base.predict(x_t, t, text)
         assert base.predict(x_t, t, text, made).shape == plain.shape
-        assert len(made.down) == len(control.network.controlnet_down_blocks)
+        assert len(made.family("skip")) == len(control.network.controlnet_down_blocks)
         assert not torch.allclose(base.predict(x_t, t, text, made), plain)
 
     def test_it_declares_and_keeps_that_it_never_reads_the_noise(self, base):
         control = trained_control(base, {"a": 2})
-        assert control.kind == CtrLoRA.kind == "ctrlora"
+        assert (control.kind, CtrLoRA.kind) == ("ctrlora-base", "ctrlora")
         assert control.reads == CtrLoRA.reads == Reads.TIME | Reads.TEXT
-        assert control.site == CtrLoRA.site == Site.DECODER_SKIPS
+        assert control.acts == CtrLoRA.acts == Acts.RESIDUALS
         made = [control(x, *inputs()) for x in (None, torch.randn(2, 4, 8, 8), torch.full((1,), torch.nan))]
         assert difference(made[1], made[0]) == difference(made[2], made[0]) == 0
 
@@ -134,8 +134,8 @@ class TestNetwork:
         assert difference(control(None, **changed), control(None, t, text, hint)) > 1e-4
 
     def test_encoder_and_middle_are_copies_of_the_base_s(self, base):
-        control = BaseControl.for_base(base)
-        own, given_state = control.base_state_dict(), base.unet.state_dict()
+        control = BaseControlNet.for_base(base)
+        own, given_state = control.file_state(), base.unet.state_dict()
         copied = [name for name in own if not name.startswith("controlnet_")]
         assert all(torch.equal(own[name], given_state[name]) for name in copied)
         assert {n for n in given_state if not n.startswith(("up_blocks", "conv_norm_out", "conv_out"))} == set(copied)
@@ -152,13 +152,13 @@ class TestNetwork:
             assert difference(many.map(lambda r, at=position: r[at : at + 1]), one) < 1e-5
 
     def test_a_base_that_reads_a_class_is_refused(self):
-        with pytest.raises(ValueError, match="reads a class besides time and text"):
-            BaseControl.for_base(tiny_base(num_class_embeds=4))
+        with pytest.raises(UserError, match="reads a class besides time and text"):
+            BaseControlNet.for_base(tiny_base(num_class_embeds=4))
 
 
 class TestHint:
     def test_the_image_reaches_the_autoencoder_in_0_to_1(self, base, monkeypatch):
-        control = BaseControl.for_base(base)
+        control = BaseControlNet.for_base(base)
         image = torch.rand(2, 3, 16, 16)
         seen = []
         encode = base.vae.encode
@@ -168,7 +168,7 @@ class TestHint:
         assert torch.equal(hint, encode(image).latent_dist.mode() * 0.5)
 
     def test_a_posterior_sample_depends_on_its_seed_alone(self, base):
-        control = BaseControl.for_base(base)
+        control = BaseControlNet.for_base(base)
         image = torch.rand(3, 3, 16, 16)
         drawn = control.encode(image, base, seed=7)
         assert torch.equal(drawn, control.encode(image, base, seed=7))
@@ -181,7 +181,7 @@ class TestHint:
         assert torch.equal(CtrLoRA(control, "a", posterior_seed=7).encode(image, base), drawn)
 
     def test_another_range_or_size_is_refused(self, base):
-        control = BaseControl.for_base(base)
+        control = BaseControlNet.for_base(base)
         with pytest.raises(ValueError, match=r"must be in \[0, 1\]; this one has -1 to"):
             control.encode(2 * torch.eye(16).expand(1, 3, 16, 16) - 1, base)
         with pytest.raises(UserError, match="height 18"):
@@ -190,7 +190,7 @@ class TestHint:
 
 class TestAdapter:
     def test_what_it_holds_is_chosen_by_where_a_layer_stands(self, base):
-        control = BaseControl.for_base(base)
+        control = BaseControlNet.for_base(base)
         adapter = control.add_adapter("mine", 4)
         network = control.network
         linears = {path for path, module in network.named_modules() if isinstance(module, nn.Linear)}
@@ -213,7 +213,7 @@ class TestAdapter:
         alone = control(None, *inputs())
         adapter = control.add_adapter("mine", 4, seed=3)
         assert difference(control(None, *inputs(), adapters=["mine"]), alone) == 0
-        own, shared = adapter.state_dict(), control.base_state_dict()
+        own, shared = adapter.state_dict(), control.file_state()
         assert all(torch.equal(value, shared[name]) for name, value in own.items() if name in shared)
         ups = [value for name, value in own.items() if name.endswith("up.weight")]
         downs = [value for name, value in own.items() if name.endswith("down.weight")]
@@ -304,17 +304,17 @@ class TestAdapter:
 class TestState:
     def test_round_trip(self, base):
         control = trained_control(base, {"a": 3})
-        built = build_base_control(control.config(), copy.deepcopy(control.base_state_dict()))
-        built.load_adapter("copied", control.adapter_state_dict("a"), rank=3)
-        assert built.config() == control.config()
-        assert built.fingerprint() == control.fingerprint()
-        assert built.adapters["copied"].rank == CtrLoRA(built, "copied").config()["rank"] == 3
-        assert not any(parameter.requires_grad for parameter in built.adapters["copied"].parameters())
+        again = built(control.config(), copy.deepcopy(control.file_state()))
+        again.load_adapter("copied", control.adapter_state_dict("a"), rank=3)
+        assert again.config() == control.config()
+        assert again.fingerprint() == control.fingerprint()
+        assert again.adapters["copied"].rank == CtrLoRA(again, "copied").config()["rank"] == 3
+        assert not any(parameter.requires_grad for parameter in again.adapters["copied"].parameters())
         for names in (("copied", "a"), (None, None)):
             mine, theirs = (names[0] and [names[0]]), (names[1] and [names[1]])
-            assert difference(built(None, *inputs(), adapters=mine), control(None, *inputs(), adapters=theirs)) == 0
-        shaken(built.adapters["copied"])
-        assert difference(built(None, *inputs(), adapters=["copied"]), control(None, *inputs())) > 1e-3
+            assert difference(again(None, *inputs(), adapters=mine), control(None, *inputs(), adapters=theirs)) == 0
+        shaken(again.adapters["copied"])
+        assert difference(again(None, *inputs(), adapters=["copied"]), control(None, *inputs())) > 1e-3
 
     def test_an_adapter_that_shares_the_base_is_written_whole(self, base):
         control = trained_control(base, {"a": 3}, shares_base=True)
@@ -337,7 +337,7 @@ class TestState:
         with pytest.raises(ValueError, match="has rank 3, not 4"):
             control.load_adapter("b", state, rank=4)
         with pytest.raises(ValueError, match="holds no LoRA"):
-            control.load_adapter("b", control.base_state_dict())
+            control.load_adapter("b", control.file_state())
         name = next(name for name in state if name.endswith("down.weight"))
         with pytest.raises(ValueError, match="ranks 2, 3"):
             control.load_adapter("b", {**state, name: state[name][:2]})
@@ -353,7 +353,7 @@ class TestState:
         assert list(control.adapters) == ["a"] and not wider.adapters
         assert wider.fingerprint() != control.fingerprint()
         with pytest.raises(RuntimeError, match="Missing key"):
-            build_base_control(control.config(), {})
+            built(control.config(), {})
 
 
 class TestTogether:
@@ -392,7 +392,7 @@ class TestTogether:
         t, text, _ = inputs(4)
         hints = [torch.randn(1, 4, 8, 8), torch.randn(4, 4, 8, 8), torch.randn(1, 4, 8, 8)]
         assert len({id(one.shared_network) for one in controls}) == 1
-        made = CtrLoRA.forward_together(controls, t, text, hints)
+        made = CtrLoRA.forward_together(controls, None, t, text, hints)
         for one, hint, residuals in zip(controls, hints, made, strict=True):
             assert difference(residuals, one(None, t, text, hint)) < 1e-5
 
@@ -401,11 +401,11 @@ class TestTogether:
         second = CtrLoRA(trained_control(base, {"a": 2}), "a")
         t, text, hint = inputs(1)
         with pytest.raises(ValueError, match="2 base controls"):
-            CtrLoRA.forward_together([first, second], t, text, [hint, hint])
+            CtrLoRA.forward_together([first, second], None, t, text, [hint, hint])
         with pytest.raises(ValueError, match="one size"):
-            CtrLoRA.forward_together([first, first], t, text, [hint, hint[..., :4]])
+            CtrLoRA.forward_together([first, first], None, t, text, [hint, hint[..., :4]])
         with pytest.raises(ValueError, match="1 controls of 1 base controls got 2 hints"):
-            CtrLoRA.forward_together([first], t, text, [hint, hint])
+            CtrLoRA.forward_together([first], None, t, text, [hint, hint])
 
     def test_gradients_of_one_pass_equal_those_of_each(self, base):
         control = trained_control(base, {"a": 3, "b": 2})
@@ -425,7 +425,7 @@ class TestTogether:
 
 
 class TestTraining:
-    def backward(self, control: BaseControl) -> set[str]:
+    def backward(self, control: BaseControlNet) -> set[str]:
         """Names of the parameters that get a gradient from a loss on a base's prediction."""
         made = control(None, *inputs())
         sum(r.pow(2).sum() for r in tensors(made)).backward()
@@ -441,9 +441,9 @@ class TestTraining:
         touched = self.backward(control)
         assert touched == {name for name in touched if name.startswith("_adapters.adapter:b.")}
         assert len(touched) == len(list(own.parameters()))
-        before = copy.deepcopy(control.base_state_dict())
+        before = copy.deepcopy(control.file_state())
         torch.optim.SGD(control.trainable_parameters(), lr=0.1).step()
-        assert all(torch.equal(value, before[name]) for name, value in control.base_state_dict().items())
+        assert all(torch.equal(value, before[name]) for name, value in control.file_state().items())
         control.add_adapter("c", 1)
         assert len(control.trainable_parameters()) == len(list(own.parameters()))
         control.freeze()
@@ -453,7 +453,7 @@ class TestTraining:
         control = trained_control(base, {"a": 3, "b": 3}, shares_base=True)
         control.add_adapter("of its own", 2)
         control.train_base()
-        expected = {f"network.{name}" for name in control.base_state_dict()}
+        expected = {f"network.{name}" for name in control.file_state()}
         loras = {f"_adapters.adapter:{n}.{key}" for n in "ab" for key in control.adapters[n].state_dict()}
         trainable = {name for name, parameter in control.named_parameters() if parameter.requires_grad}
         assert trainable == expected | loras
@@ -495,23 +495,31 @@ class TestTraining:
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
 
 
+def adapter_of_sd15(rank: int) -> CtrLoRA:
+    with torch.device("meta"):
+        return CtrLoRA.from_config({**SD15_UNET, "rank": rank})
+
+
 class TestCounting:
     def test_the_base_control_of_sd15(self):
-        counts = count_base_control(SD15_UNET)
-        assert counts == {"parameters": 360_192_640, "zero_convolutions": 11_479_680, "tensors": 324}
+        with torch.device("meta"):
+            control = BaseControlNet.from_config(SD15_UNET)
+        assert control.parameter_counts() == {"parameters": 360_192_640, "zero_convolutions": 11_479_680}
+        assert len(control.file_state()) == 324
 
     def test_an_adapter_of_rank_128_for_sd15(self):
-        assert count_adapter(SD15_UNET, 128) == {
+        control = adapter_of_sd15(128)
+        assert control.parameter_counts() == {
             "parameters": 36_945_536,
             "lora": 25_419_776,
             "zero_convolutions": 11_479_680,
             "norms": 46_080,
-            "tensors": 246,
         }
+        assert len(control.file_state()) == 246
 
     @pytest.mark.parametrize(("rank", "millions"), [(32, 17.88), (64, 24.24), (256, 62.37), (512, 113.20)])
     def test_other_ranks(self, rank, millions):
-        assert round(count_adapter(SD15_UNET, rank)["parameters"] / 1e6, 2) == millions
+        assert round(adapter_of_sd15(rank).parameter_counts()["parameters"] / 1e6, 2) == millions
 
     def test_the_known_configurations_are_stable_diffusion_s(self):
         with torch.device("meta"):
@@ -525,8 +533,7 @@ class TestCounting:
 
     def test_counting_agrees_with_the_network(self, base):
         control = trained_control(base, {"a": 3})
-        counts = count_adapter(dict(base.unet.config), 3)
-        assert counts["parameters"] == sum(v.numel() for v in control.adapter_state_dict("a").values())
-        assert counts["tensors"] == len(control.adapter_state_dict("a"))
-        counted = count_base_control(control.config())["parameters"]
-        assert counted == sum(value.numel() for value in control.base_state_dict().values())
+        adapter = CtrLoRA.shapes({**dict(base.unet.config), "rank": 3})
+        assert adapter == {name: value.shape for name, value in control.adapter_state_dict("a").items()}
+        counted = BaseControlNet.shapes(control.config())
+        assert counted == {name: value.shape for name, value in control.file_state().items()}

@@ -20,14 +20,14 @@ from controlkit.apps.cli import main
 from controlkit.bases.base import Base, encoder_stages
 from controlkit.bases.known import KNOWN_BASES
 from controlkit.bases.residuals import Residuals
-from controlkit.checkpoints.card import card_of
-from controlkit.checkpoints.controls import load_control, save_control
-from controlkit.checkpoints.convert import convert
-from controlkit.checkpoints.describe import describe
-from controlkit.checkpoints.files import read_metadata
-from controlkit.controls.control import Reads, Site
+from controlkit.controls.control import Acts, Reads
 from controlkit.controls.t2i_adapter import T2IAdapterControl, config_for, feature_stages
 from controlkit.errors import UserError
+from controlkit.formats.card import card_of
+from controlkit.formats.convert import convert
+from controlkit.formats.describe import describe
+from controlkit.formats.load import load_control, save_control
+from controlkit.formats.metadata import read_metadata
 from controlkit.images import to_tensor
 from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl
@@ -155,7 +155,7 @@ class TestPictures:
         """Its features enter after halvings, as at SDXL."""
         base = build_tiny_sdxl()
         control = T2IAdapterControl(T2IAdapter(3, [16, 32], 2, 8, "full_adapter_xl").eval())
-        assert control.misfit(base) is None
+        assert control.incompatibility(base) is None
         pipeline = StableDiffusionXLAdapterPipeline(
             vae=base.vae,
             text_encoder=base.text_encoder,
@@ -187,7 +187,7 @@ class TestPictures:
         base = build_tiny_sdxl()
         x_t, text = torch.randn(2, 4, 16, 16), base.encode_text(["a", "b"])
         features = [torch.randn(1, wide, 64 // pixels, 64 // pixels) for wide, pixels in base.encoder_stages]
-        one, none = Residuals(encoder=tuple(features)), Residuals(encoder=tuple(features[:-1]))
+        one, none = Residuals.numbered("stage", features), Residuals.numbered("stage", features[:-1])
         two = one.map(lambda tensor: tensor.expand(2, -1, -1, -1))
         t = torch.tensor([10, 900])
         made = base.predict(x_t, t, text, one)
@@ -208,7 +208,7 @@ class TestPlan:
     @pytest.mark.parametrize("order", [1, -1])
     def test_it_acts_together_with_a_controlnet(self, tiny_base, tiny_control, hint_image, order):
         adapter = fresh(tiny_base)
-        assert (adapter.reads, adapter.site) == (Reads.NOTHING, Site.ENCODER_STAGES)
+        assert (adapter.reads, adapter.acts) == (Reads.NOTHING, Acts.RESIDUALS)
         uses = [use(adapter, hint_image, tiny_base, weight=0.8), use(tiny_control, hint_image, tiny_base, end=0.5)]
         made = ours(tiny_base, uses[::order])
         for alone in uses:
@@ -218,7 +218,8 @@ class TestPlan:
         x_t, t = torch.randn(2, 4, 16, 16), torch.tensor([500, 500])
         both = [one.control(x_t, t, text, one.hint.expand(2, *one.hint.shape[1:])) for one in uses]
         summed = both[0] + both[1]
-        assert (len(summed.down), len(summed.encoder)) == (len(both[1].down), 2) and summed.mid is not None
+        assert (len(summed.family("skip")), len(summed.family("stage"))) == (len(both[1].family("skip")), 2)
+        assert "middle" in summed
         assert furthest(tiny_base.predict(x_t, t, text, summed), tiny_base.predict(x_t, t, text, both[1])) > 1e-3
 
     def test_a_cache_keeps_its_features(self, sd_base, hint_image):
@@ -230,23 +231,22 @@ class TestPlan:
 
 
 class TestResiduals:
-    a = Residuals((torch.ones(1, 2, 4, 4),), torch.ones(1, 2, 2, 2))
-    b = Residuals(encoder=(torch.ones(3, 2, 4, 4), torch.ones(3, 2, 2, 2)))
+    a = Residuals.numbered("skip", [torch.ones(1, 2, 4, 4)], middle=torch.ones(1, 2, 2, 2))
+    b = Residuals.numbered("stage", [torch.ones(3, 2, 4, 4), torch.ones(3, 2, 2, 2)])
 
     def test_sums_of_different_sites_have_both(self):
         for total in (self.a + self.b, self.b + self.a):
-            assert len(total.tensors()) == 4 and len(total) == 3
-        assert len(self.b + self.b + Residuals(encoder=self.b.encoder[:1])) == 3
-        longer = self.b + Residuals(encoder=self.b.encoder[:1])
-        assert longer.encoder[0].max() == 2 and longer.encoder[1].max() == 1
+            assert len(total.tensors()) == len(total) == 4 and total.batch == 3
+        longer = self.b + Residuals.numbered("stage", self.b.family("stage")[:1])
+        assert longer.batch == 3 and longer["stage.0"].max() == 2 and longer["stage.1"].max() == 1
 
     def test_weights_for_each_layer(self):
         half = (self.a + self.b).scaled([1.0, 2.0, 3.0, 4.0])
         assert [tensor.max() for tensor in half.tensors()] == [1, 2, 3, 4]
         assert [tensor.max() for tensor in self.b.scaled([0.25, 1.0]).tensors()] == [0.25, 1]
-        with pytest.raises(ValueError, match="got 1 weights for 2 stages"):
+        with pytest.raises(ValueError, match=r"got 1 weights for 2 residuals: stage\.0, stage\.1"):
             self.b.scaled([1.0])
-        with pytest.raises(ValueError, match="1 skips and the middle"):
+        with pytest.raises(ValueError, match=r"2 residuals: skip\.0, middle"):
             self.a.scaled([1.0])
         assert [len(tensor) for tensor in self.b.rows(1, 2).tensors()] == [1, 1]
 
@@ -282,7 +282,7 @@ class TestFiles:
         loaded = load_control(out, sd_base)
         assert (loaded.kind, loaded.condition) == ("t2i-adapter", "lineart")
         mine, back = (c(None, torch.tensor([1]), None, c.encode(hint_image, sd_base)) for c in (control, loaded))
-        assert all(torch.equal(a, b) for a, b in zip(mine.encoder, back.encoder, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(mine.tensors(), back.tensors(), strict=True))
 
     def test_its_file_says_what_it_is(self, sd_base, tmp_path):
         path = save_control(tmp_path / "a.safetensors", fresh(sd_base), sd_base, made={"steps": 7})
@@ -300,7 +300,7 @@ class TestFiles:
         with pytest.raises(UserError, match=r"does not fit the base tiny: its features are 16 channels at 1/4, 32"):
             load_control(path, tiny_base)
         odd = T2IAdapterControl(T2IAdapter(4, [16, 32, 32], 2, 4))
-        assert "4 colours" in str(odd.misfit(sd_base))
+        assert "4 colours" in str(odd.incompatibility(sd_base))
 
     def test_the_base_tells_the_xl_network_from_the_other(self, tiny_base, tmp_path):
         """Their tensors are the same; without metadata only the base knows where its stages halve."""

@@ -36,7 +36,7 @@ def test_guidance_makes_a_control_stronger_that_acts_on_the_prompts_half_alone(
     asked = []
     predict = tiny_base.predict
 
-    def watched(x_t, t, text, residuals):
+    def watched(x_t, t, text, residuals, taps):
         asked.append((predict(x_t, t, text, None), residuals))
         return predict(x_t, t, text, residuals)
 
@@ -47,7 +47,7 @@ def test_guidance_makes_a_control_stronger_that_acts_on_the_prompts_half_alone(
     finally:
         del tiny_base.predict
     for _, residuals in asked:
-        assert all(not half[0].any() and half[1].any() for half in (*residuals.down, residuals.mid))
+        assert all(not half[0].any() and half[1].any() for half in residuals.tensors())
 
 
 def test_a_base_has_a_mode_of_its_own_and_a_use_may_name_another(tiny_base, tiny_control, drawing):

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from controlkit.bases.load import load_base, nano_folder
-from controlkit.checkpoints.controls import find_control, load_control, shipped_controls
 from controlkit.conditions import find
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.evaluation.control import Steer, draw_controlled
 from controlkit.evaluation.metrics import background_colour
 from controlkit.evaluation.pictures import evaluation_set
+from controlkit.formats.load import find_control, load_control, shipped_controls
 from controlkit.images import to_images, to_tensor
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample

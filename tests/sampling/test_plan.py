@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from controlkit.bases.residuals import Residuals
-from controlkit.controls.control import Control, Reads, Site
+from controlkit.controls.control import Control, Reads
 from controlkit.images import to_tensor
 from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ROWS_AT_ONCE, ActiveControl, Plan, rows_at_once
@@ -24,7 +24,8 @@ class FakeControl(Control):
     """Residuals from time, text and hint by a sine; writes down the size of each of its batches."""
 
     kind = "fake"
-    site = Site.DECODER_SKIPS
+    title = "a fake control"
+    enters = "decoder skips and middle"
     condition = None
 
     def __init__(self, reads: Reads) -> None:
@@ -54,13 +55,21 @@ class FakeControl(Control):
             value = value + text.tokens.abs().mean((1, 2))
         value = value[:, None, None, None] * 2
         down = tuple(value * self.weight[:c, None, None].expand(c, side, side) for c, side in SHAPES)
-        return Residuals(down, value * self.weight[:, None, None].expand(32, 8, 8))
+        return Residuals.numbered("skip", down, middle=value * self.weight[:, None, None].expand(32, 8, 8))
 
     def trainable_parameters(self):
         return list(self.parameters())
 
     def config(self):
         return {}
+
+    @classmethod
+    def from_config(cls, config, condition=None):
+        return cls(Reads.NOTHING)
+
+    @classmethod
+    def for_base(cls, base, condition=None, **options):
+        return cls(Reads.NOTHING)
 
 
 @pytest.fixture

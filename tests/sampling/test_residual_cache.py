@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from controlkit.bases.residuals import Residuals
-from controlkit.controls.base_control import BaseControl
-from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.images import to_tensor
 from controlkit.sampling.cache import ResidualCache, digest
 from controlkit.sampling.plan import ActiveControl
@@ -31,7 +30,7 @@ class Counted:
 def controls(tiny_base):
     """Two adapters of one base control, steering strongly."""
     torch.manual_seed(0)
-    shared = BaseControl.for_base(tiny_base)
+    shared = BaseControlNet.for_base(tiny_base)
     for seed, name in enumerate(("palette", "lineart")):
         adapter = shared.add_adapter(name, rank=2 + seed, seed=seed)
         generator = torch.Generator().manual_seed(seed)
@@ -108,7 +107,7 @@ def test_the_strength_of_a_control_can_change_without_running_it_again(tiny_base
 
 def test_the_cache_stays_within_its_bound_and_drops_what_was_used_least_recently(controls):
     cache = ResidualCache(3 * 4 * 1000 / 2**20)
-    residuals = [Residuals((torch.zeros(1, 1000) + i,), None) for i in range(4)]
+    residuals = [Residuals({"skip.0": torch.zeros(1, 1000) + i}) for i in range(4)]
     for i in range(3):
         cache.put(i, controls[0], residuals[i])
     assert cache.get(0) is not None
@@ -117,7 +116,7 @@ def test_the_cache_stays_within_its_bound_and_drops_what_was_used_least_recently
     assert cache.bytes <= cache.limit
     assert cache.get(1) is None
     assert cache.get(0) is not None
-    cache.put("too large", controls[0], Residuals((torch.zeros(1, 100_000),), None))
+    cache.put("too large", controls[0], Residuals({"skip.0": torch.zeros(1, 100_000)}))
     assert cache.get("too large") is None
     cache.clear()
     assert len(cache) == 0 == cache.bytes

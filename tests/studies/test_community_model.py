@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from controlkit.bases.load import load_base
-from controlkit.checkpoints.controls import save_control
+from controlkit.formats.load import save_control
 from controlkit.studies.community_model import CommunityModel, run_community_model
 
 

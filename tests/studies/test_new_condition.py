@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from controlkit.apps.cli import main
-from controlkit.checkpoints.ctrlora import save_base_control
-from controlkit.controls.base_control import BaseControl
+from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.data.icons import IconSets, draw
 from controlkit.data.pairs import read_pairs, write_pairs
 from controlkit.errors import UserError
+from controlkit.formats.load import save_control
 from controlkit.studies.cells import Cell
 from controlkit.studies.new_condition import NewCondition, run_new_condition
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, claims
@@ -24,7 +24,7 @@ from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, claims
 @pytest.fixture
 def settings(tiny_base, base_folder, icons_file, tmp_path):
     control = tmp_path / "base.safetensors"
-    save_base_control(control, BaseControl.for_base(tiny_base), tiny_base, dtype=torch.float32)
+    save_control(control, BaseControlNet.for_base(tiny_base), tiny_base, dtype=torch.float32)
     return {
         "out": str(tmp_path / "study"),
         "base": str(base_folder),

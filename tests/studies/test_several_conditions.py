@@ -5,19 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from controlkit.checkpoints.ctrlora import save_adapter, save_base_control
-from controlkit.controls.base_control import BaseControl
-from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.errors import UserError
+from controlkit.formats.load import save_control
 from controlkit.studies.several_conditions import SeveralConditions, run_several_conditions
 
 
 @pytest.fixture
 def adapters(tiny_base, tmp_path):
     """Files of two adapters that steer, on one base control."""
-    shared = BaseControl.for_base(tiny_base)
+    shared = BaseControlNet.for_base(tiny_base)
     generator = torch.Generator().manual_seed(0)
-    save_base_control(tmp_path / "base.safetensors", shared, tiny_base)
+    save_control(tmp_path / "base.safetensors", shared, tiny_base)
     files = []
     for name in ("palette", "canny"):
         adapter = shared.add_adapter(name, 2, seed=1)
@@ -25,7 +24,7 @@ def adapters(tiny_base, tmp_path):
             for parameter in adapter.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
         control = CtrLoRA(shared, name, name)
-        files.append(save_adapter(tmp_path / f"{name}.safetensors", control, tiny_base, "base"))
+        files.append(save_control(tmp_path / f"{name}.safetensors", control, tiny_base, companion="base"))
     return [str(path) for path in files]
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from controlkit.bases.load import load_base
-from controlkit.checkpoints.controls import load_control
-from controlkit.checkpoints.files import read_metadata
 from controlkit.errors import UserError
-from controlkit.training.control import ControlNetObjective
-from controlkit.training.recipes import AutoencoderRecipe, ControlNetRecipe
+from controlkit.formats.load import load_control
+from controlkit.formats.metadata import read_metadata
+from controlkit.training.conditions_objective import ConditionsObjective
+from controlkit.training.recipes import AutoencoderRecipe, recipes
 from controlkit.training.run import choose_device, objective_of
 from controlkit.training.run import run as train_recipe
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def recipe(tmp_path, base_folder, icons_file):
-    return ControlNetRecipe(
+    return recipes()["controlnet"](
         out=str(tmp_path / "run"),
         icons=str(icons_file),
         base=str(base_folder),
@@ -49,7 +49,7 @@ def changed(before, module):
 
 
 def test_no_gradient_is_ever_made_for_the_base(recipe):
-    objective = ControlNetObjective(recipe, CPU)
+    objective = ConditionsObjective(recipe, CPU)
     frozen = [parameter for network in objective.base.networks for parameter in network.parameters()]
     assert not any(parameter.requires_grad for parameter in frozen)
     objective.loss(0).backward()
@@ -60,7 +60,7 @@ def test_no_gradient_is_ever_made_for_the_base(recipe):
 
 
 def test_the_first_gradient_reaches_the_zero_convolutions_and_nothing_behind_them(recipe):
-    objective = ControlNetObjective(recipe, CPU)
+    objective = ConditionsObjective(recipe, CPU)
     objective.loss(0).backward()
     moved = {
         name
@@ -72,7 +72,7 @@ def test_the_first_gradient_reaches_the_zero_convolutions_and_nothing_behind_the
 
 
 def test_training_changes_the_control_and_only_the_control(recipe):
-    objective = ControlNetObjective(recipe, CPU)
+    objective = ConditionsObjective(recipe, CPU)
     bases = [copies(network) for network in objective.base.networks]
     before = copies(objective.control)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=0.01)
@@ -89,7 +89,7 @@ def test_training_changes_the_control_and_only_the_control(recipe):
 
 
 def test_a_step_always_draws_the_same(recipe):
-    one, two = ControlNetObjective(recipe, CPU), ControlNetObjective(recipe, CPU)
+    one, two = ConditionsObjective(recipe, CPU), ConditionsObjective(recipe, CPU)
     assert one.loss(4).item() == two.loss(4).item() == one.loss(4).item()
     assert one.loss(4).item() != one.loss(5).item()
 
@@ -166,7 +166,7 @@ def test_a_control_goes_on_from_one_that_there_is(recipe, tmp_path):
     first = f"{recipe.out}/canny.safetensors"
     made = load_control(first, load_base(recipe.base)).state_dict()
     again = dataclasses.replace(recipe, out=str(tmp_path / "again"), start=first)
-    begun = ControlNetObjective(again, CPU)
+    begun = ConditionsObjective(again, CPU)
     assert {
         name: value for name, value in begun.control.state_dict().items() if not torch.equal(value, made[name])
     } == {}
@@ -179,12 +179,12 @@ def test_a_control_goes_on_from_one_that_there_is(recipe, tmp_path):
 
 
 def test_what_a_controlnet_cannot_go_on_from_is_said(recipe, base_folder, tmp_path):
-    from controlkit.checkpoints.ctrlora import save_base_control
-    from controlkit.controls.base_control import BaseControl
+    from controlkit.controls.ctrlora import BaseControlNet
+    from controlkit.formats.load import save_control
 
     base = load_base(base_folder)
-    other = save_base_control(tmp_path / "shared.safetensors", BaseControl.for_base(base), base)
-    with pytest.raises(UserError, match=r"shared.*a ControlNet goes on from a ControlNet alone"):
-        ControlNetObjective(dataclasses.replace(recipe, start=str(other)), CPU)
+    other = save_control(tmp_path / "shared.safetensors", BaseControlNet.for_base(base), base)
+    with pytest.raises(UserError, match=r"shared.*not a ControlNet, which a ControlNet starts from"):
+        ConditionsObjective(dataclasses.replace(recipe, start=str(other)), CPU)
     with pytest.raises(UserError, match=r"nothing\.safetensors"):
-        ControlNetObjective(dataclasses.replace(recipe, start=str(tmp_path / "nothing.safetensors")), CPU)
+        ConditionsObjective(dataclasses.replace(recipe, start=str(tmp_path / "nothing.safetensors")), CPU)

@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from controlkit.bases.load import load_base
-from controlkit.checkpoints.controls import load_control
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.data.multigen import MultiGen
 from controlkit.errors import UserError
-from controlkit.training.control import CtrLoRABaseObjective
-from controlkit.training.recipes import CtrLoRABaseRecipe, read_recipe
+from controlkit.formats.load import load_control
+from controlkit.training.conditions_objective import ConditionsObjective
+from controlkit.training.recipes import read_recipe, recipes
 from controlkit.training.run import run
 from controlkit.training.sources import MultiGenSource
 from controlkit.training.trainer import train
@@ -33,7 +33,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 @pytest.fixture
 def recipe(tmp_path, base_folder, icons_file):
-    return CtrLoRABaseRecipe(
+    return recipes()["ctrlora-base"](
         out=str(tmp_path / "run"),
         icons=str(icons_file),
         base=str(base_folder),
@@ -72,7 +72,7 @@ def multigen(tmp_path):
 
 
 def test_every_condition_gets_the_same_number_of_optimiser_steps(recipe):
-    objective = CtrLoRABaseObjective(recipe, CPU)
+    objective = ConditionsObjective(recipe, CPU)
     counts = collections.Counter(objective.condition_at(step) for step in range(30))
     assert set(counts.values()) == {10}
     optimizers = []
@@ -90,7 +90,7 @@ def test_every_condition_gets_the_same_number_of_optimiser_steps(recipe):
         torch.optim.AdamW = original
     steps = {name: set() for name in recipe.conditions}
     for name in recipe.conditions:
-        for parameter in objective.base_control.adapters[name].parameters():
+        for parameter in objective.control.adapters[name].parameters():
             steps[name].add(int(optimizers[0].state[parameter]["step"]))
     assert steps == {name: {2} for name in recipe.conditions}
 
@@ -162,7 +162,7 @@ def test_the_recipe_for_stable_diffusion_trains_on_multigen(multigen, base_folde
 def test_neither_or_both_sources_are_refused(recipe):
     settings = {**vars(recipe), "icons": None}
     with pytest.raises(UserError, match="either icons or multigen"):
-        CtrLoRABaseRecipe(**settings)
+        recipes()["ctrlora-base"](**settings)
 
 
 def together(recipe, tmp_path, processes: int = 2, **environment):
@@ -217,7 +217,7 @@ def test_two_processes_train_what_one_with_the_whole_batch_trains(recipe, tmp_pa
         assert named and apart < 1e-3 * size, (moment, apart / size)
     # Adam moves a weight whose gradient is rounding alone by a whole step, up or down: nearly all weights agree.
     start = tmp_path / "start"
-    CtrLoRABaseObjective(whole, CPU).save(start)
+    ConditionsObjective(whole, CPU).save(start)
     for name in ("base", *recipe.conditions):
         before, one, two = (load_file(Path(out) / f"{name}.safetensors") for out in (start, whole.out, halves.out))
         assert before.keys() == one.keys() == two.keys()

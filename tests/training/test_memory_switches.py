@@ -13,18 +13,16 @@ from toy_training import Toy, toy_recipe
 
 import tiny
 from controlkit.bases.load import load_base
-from controlkit.checkpoints.controls import load_control
-from controlkit.checkpoints.ctrlora import save_base_control
-from controlkit.checkpoints.files import read_metadata
-from controlkit.controls.base_control import BaseControl
-from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.data.pairs import write_pairs
 from controlkit.errors import UserError
-from controlkit.training.adapt import AdaptObjective, ControlNetPairsObjective, CtrLoRAFullObjective
-from controlkit.training.control import CtrLoRABaseObjective
-from controlkit.training.recipes import AdaptRecipe, ControlNetPairsRecipe, CtrLoRABaseRecipe, CtrLoRAFullRecipe
+from controlkit.formats.load import load_control, save_control
+from controlkit.formats.metadata import read_metadata
+from controlkit.training.conditions_objective import ConditionsObjective
+from controlkit.training.memory import CPUOffload
+from controlkit.training.pairs_objective import PairsObjective
+from controlkit.training.recipes import recipes
 from controlkit.training.run_folder import fingerprint
-from controlkit.training.savings import SetAside
 from controlkit.training.trainer import train
 
 CPU = torch.device("cpu")
@@ -55,11 +53,11 @@ def settings(tmp_path, base_folder):
 @pytest.fixture
 def base_control(tmp_path, tiny_base):
     """One whose residuals are not zero."""
-    control = BaseControl.for_base(tiny_base)
+    control = BaseControlNet.for_base(tiny_base)
     tiny_weights(control.network.controlnet_down_blocks)
     tiny_weights(control.network.controlnet_mid_block)
     path = tmp_path / "base.safetensors"
-    save_base_control(path, control, tiny_base, dtype=torch.float32)
+    save_control(path, control, tiny_base, dtype=torch.float32)
     return str(path)
 
 
@@ -71,31 +69,31 @@ def tiny_weights(module: torch.nn.Module) -> None:
 
 
 def adapter_recipe(settings, base_control, **changes):
-    return AdaptRecipe(**{**settings, "control": base_control, "rank": 2, **changes})
+    return recipes()["ctrlora-adapter"](**{**settings, "control": base_control, "rank": 2, **changes})
 
 
 def objective_of(system, settings, base_control, icons_file, **changes):
     if system == "adapter":
-        objective = AdaptObjective(adapter_recipe(settings, base_control, **changes), CPU)
+        objective = PairsObjective(adapter_recipe(settings, base_control, **changes), CPU)
         for name, parameter in objective.trained.named_parameters():
             if "lora_layer.up" in name:  # zero at first, which hides the other half
                 tiny_weights(torch.nn.ParameterList([parameter]))
         return objective
     if system == "full":
-        return CtrLoRAFullObjective(CtrLoRAFullRecipe(**settings, control=base_control, **changes), CPU)
+        return PairsObjective(recipes()["ctrlora-full"](**settings, control=base_control, **changes), CPU)
     if system == "controlnet":
-        objective = ControlNetPairsObjective(ControlNetPairsRecipe(**settings, **changes), CPU)
+        objective = PairsObjective(recipes()["controlnet-pairs"](**settings, **changes), CPU)
         tiny.randomise_zero_convolutions(objective.control)
         return objective
     kept = {key: value for key, value in settings.items() if key != "pairs"}
-    recipe = CtrLoRABaseRecipe(
+    recipe = recipes()["ctrlora-base"](
         **kept, icons=str(icons_file), conditions=("canny", "palette"), rank=2, variants=1, **changes
     )
-    objective = CtrLoRABaseObjective(recipe, CPU)
+    objective = ConditionsObjective(recipe, CPU)
     for module in objective.trained.modules():
         if isinstance(module, torch.nn.Module) and hasattr(module, "up") and isinstance(module.up, torch.nn.Linear):
             tiny_weights(module.up)
-    tiny_weights(objective.base_control.network.controlnet_down_blocks)
+    tiny_weights(objective.control.network.controlnet_down_blocks)
     return objective
 
 
@@ -144,25 +142,25 @@ def test_bf16_stores_what_is_frozen_in_bf16_and_trains_in_float32(system, settin
 
 def test_an_adapter_trained_over_bf16_fits_the_base_control_it_came_from(settings, base_control):
     recipe = adapter_recipe(settings, base_control, precision="bf16", gradient_checkpointing=True)
-    (path,) = train(AdaptObjective(recipe, CPU), recipe).files
+    (path,) = train(PairsObjective(recipe, CPU), recipe).files
     told = read_metadata(path)
     assert told["control.base_control_fingerprint"] == read_metadata(base_control)["control.fingerprint"]
     base = load_base(recipe.base)
     shared = load_control(base_control, base)
-    assert isinstance(shared, BaseControl)
+    assert isinstance(shared, BaseControlNet)
     assert isinstance(load_control(path, base, shared={shared.fingerprint(): shared}), CtrLoRA)
     assert told["control.base_fingerprint"] == base.fingerprint
 
 
 def test_what_is_cached_waits_on_the_cpu_and_comes_back_for_previews(settings, base_control, tmp_path, monkeypatch):
     moves = []
-    monkeypatch.setattr(SetAside, "_move", lambda self, device: moves.append(device))
-    objective = AdaptObjective(adapter_recipe(settings, base_control), CPU)
-    objective.set_aside.device = torch.device("cuda")
+    monkeypatch.setattr(CPUOffload, "_move", lambda self, device: moves.append(device))
+    objective = PairsObjective(adapter_recipe(settings, base_control), CPU)
+    objective.offload.device = torch.device("cuda")
     assert moves == [CPU]
     objective.preview(1, tmp_path)
     assert moves == [CPU, torch.device("cuda"), CPU]
-    assert {id(n) for n in objective.set_aside.networks} == {id(objective.base.vae), id(objective.base.text_encoder)}
+    assert {id(n) for n in objective.offload.networks} == {id(objective.base.vae), id(objective.base.text_encoder)}
 
 
 def test_the_switches_are_not_what_tells_runs_apart_where_they_change_nothing(tmp_path):
@@ -170,7 +168,7 @@ def test_the_switches_are_not_what_tells_runs_apart_where_they_change_nothing(tm
     assert fingerprint(recipe) == fingerprint(dataclasses.replace(recipe, optimizer="adamw"))
     assert fingerprint(recipe) != fingerprint(dataclasses.replace(recipe, optimizer="adamw8bit"))
     pairs = {"out": "a", "pairs": "b", "control": "c"}
-    on, off = AdaptRecipe(**pairs, gradient_checkpointing=True), AdaptRecipe(**pairs)
+    on, off = recipes()["ctrlora-adapter"](**pairs, gradient_checkpointing=True), recipes()["ctrlora-adapter"](**pairs)
     assert fingerprint(on) == fingerprint(off)
 
 

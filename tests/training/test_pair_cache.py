@@ -17,18 +17,18 @@ import torch
 from PIL import Image
 
 from controlkit.bases.load import load_base
-from controlkit.checkpoints.ctrlora import save_base_control
-from controlkit.controls.base_control import BaseControl
+from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.data.pairs import read_pairs, write_pairs
 from controlkit.data.shards import write_tar
 from controlkit.data.sources import Drawn
 from controlkit.errors import UserError
+from controlkit.formats.load import save_control
 from controlkit.images import to_tensor
-from controlkit.training.adapt import AdaptObjective, ControlNetPairsObjective
 from controlkit.training.diffusion import noised
 from controlkit.training.pair_cache import PairCache
+from controlkit.training.pairs_objective import PairsObjective
 from controlkit.training.recipe import identifying
-from controlkit.training.recipes import AdaptRecipe, ControlNetPairsRecipe
+from controlkit.training.recipes import recipes
 from controlkit.training.run import run
 from controlkit.training.run_folder import fingerprint
 
@@ -52,9 +52,9 @@ def folder(tmp_path):
 @pytest.fixture
 def recipe(folder, base_folder, tiny_base, tmp_path):
     control = tmp_path / "base.safetensors"
-    save_base_control(control, BaseControl.for_base(tiny_base), tiny_base, dtype=torch.float32)
+    save_control(control, BaseControlNet.for_base(tiny_base), tiny_base, dtype=torch.float32)
     settings = {"out": str(tmp_path / "run"), "pairs": str(folder), "base": str(base_folder)}
-    return AdaptRecipe(**settings, control=str(control), rank=2, batch_size=4, device="cpu")
+    return recipes()["ctrlora-adapter"](**settings, control=str(control), rank=2, batch_size=4, device="cpu")
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def damage_rows(cache, kind):
 def test_rows_are_what_the_networks_make_bit_for_bit(tiny_base, folder, encoded):
     pairs = read_pairs(folder)
     given, truths = zip(*(pair.images(64) for pair in pairs), strict=True)
-    control = BaseControl.for_base(tiny_base)
+    control = BaseControlNet.for_base(tiny_base)
     latents = tiny_base.encode_picture(to_tensor(truths) * 2 - 1).half()
     hints = control.encode(to_tensor(given), tiny_base).half()
     prompts = sorted({"", *(pair.prompt for pair in pairs)})
@@ -202,13 +202,13 @@ def moved(objective):
 
 
 def test_a_step_draws_what_it_drew_before_there_was_a_cache(recipe):
-    objective = moved(AdaptObjective(recipe, CPU))
+    objective = moved(PairsObjective(recipe, CPU))
     for step in (0, 7):
         assert torch.allclose(objective.loss(step), plain_loss(objective, step), atol=1e-6)
 
 
 def test_prompts_are_dropped_at_random_in_every_step(recipe):
-    objective = AdaptObjective(dataclasses.replace(recipe, prompt_drop=0.5, batch_size=8), CPU)
+    objective = PairsObjective(dataclasses.replace(recipe, prompt_drop=0.5, batch_size=8), CPU)
     asked = []
     gather = objective.texts.gather
     objective.texts.gather = lambda chosen: asked.append(chosen == objective.empty) or gather(chosen)
@@ -219,11 +219,11 @@ def test_prompts_are_dropped_at_random_in_every_step(recipe):
 
 
 def test_damaged_rows_are_made_again_in_the_middle_of_a_step_that_runs_under_autocast(recipe, cache, encoded, capsys):
-    truth = AdaptObjective(recipe, CPU)
+    truth = PairsObjective(recipe, CPU)
     for kind in ("latents", "hints", "texts"):
         damage_rows(cache, kind)
     encoded.update(pictures=0, prompts=0)
-    objective = AdaptObjective(recipe, CPU)
+    objective = PairsObjective(recipe, CPU)
     assert encoded == {"pictures": 0, "prompts": 0}
     with torch.autocast("cpu", torch.bfloat16):
         for step in range(6):
@@ -237,11 +237,11 @@ def test_damaged_rows_are_made_again_in_the_middle_of_a_step_that_runs_under_aut
 
 
 def test_a_run_that_stores_frozen_weights_in_bf16_looks_at_every_row_before(recipe, cache, encoded):
-    truth = everything(AdaptObjective(recipe, CPU).latents)
+    truth = everything(PairsObjective(recipe, CPU).latents)
     for kind in ("latents", "hints", "texts"):
         damage_rows(cache, kind)
     encoded.update(pictures=0, prompts=0)
-    objective = AdaptObjective(dataclasses.replace(recipe, precision="bf16"), CPU)
+    objective = PairsObjective(dataclasses.replace(recipe, precision="bf16"), CPU)
     assert encoded == {"pictures": 2, "prompts": 1}
     with torch.autocast("cpu", torch.bfloat16):
         for step in range(4):
@@ -249,13 +249,13 @@ def test_a_run_that_stores_frozen_weights_in_bf16_looks_at_every_row_before(reci
     assert encoded == {"pictures": 2, "prompts": 1}
     rebuilt = everything(objective.latents)
     assert torch.allclose(rebuilt.float(), truth.float(), atol=2e-3)  # bf16 would be further away
-    assert torch.equal(everything(AdaptObjective(recipe, CPU).latents), rebuilt)
+    assert torch.equal(everything(PairsObjective(recipe, CPU).latents), rebuilt)
 
 
 def test_pairs_are_scaled_and_mirrored_as_their_condition_is(recipe, encoded):
-    plain = AdaptObjective(dataclasses.replace(recipe, flip=True), CPU)
+    plain = PairsObjective(dataclasses.replace(recipe, flip=True), CPU)
     encoded.update(pictures=0)
-    normals = AdaptObjective(dataclasses.replace(recipe, flip=True, condition="normal"), CPU)
+    normals = PairsObjective(dataclasses.replace(recipe, flip=True, condition="normal"), CPU)
     # The pictures are the same and their latents stay; the condition images are turned in another way.
     assert encoded["pictures"] == 2 * len(normals.pairs)
     assert torch.equal(everything(plain.latents), everything(normals.latents))
@@ -266,12 +266,12 @@ def test_pairs_are_scaled_and_mirrored_as_their_condition_is(recipe, encoded):
     hints = normals.control.encode(to_tensor(given), normals.base)
     assert torch.allclose(normals.hints(chosen, flipped), hints, atol=2e-3)
     with pytest.raises(UserError, match="finished images of openpose cannot be mirrored"):
-        AdaptObjective(dataclasses.replace(recipe, flip=True, condition="openpose"), CPU)
-    AdaptObjective(dataclasses.replace(recipe, condition="openpose"), CPU)
+        PairsObjective(dataclasses.replace(recipe, flip=True, condition="openpose"), CPU)
+    PairsObjective(dataclasses.replace(recipe, condition="openpose"), CPU)
 
 
 def test_flipped_pairs_are_flipped_on_both_sides_half_of_the_time(recipe, encoded):
-    objective = AdaptObjective(dataclasses.replace(recipe, flip=True, batch_size=16), CPU)
+    objective = PairsObjective(dataclasses.replace(recipe, flip=True, batch_size=16), CPU)
     assert encoded["pictures"] == 2 * 2 * len(objective.pairs)
     flips = torch.stack([objective.flips(step) for step in range(20)])
     assert 0.35 < flips.float().mean() < 0.65
@@ -288,7 +288,7 @@ def test_flipped_pairs_are_flipped_on_both_sides_half_of_the_time(recipe, encode
     assert torch.allclose(objective.hints(chosen, flipped), hints, atol=2e-3)
     settings = {**vars(recipe), "flip": True}
     shared = {key: settings[key] for key in ("out", "pairs", "base", "flip")}
-    network = ControlNetPairsObjective(ControlNetPairsRecipe(**shared, device="cpu"), CPU)
+    network = PairsObjective(recipes()["controlnet-pairs"](**shared, device="cpu"), CPU)
     with torch.no_grad():
         expected = network.control.encode(turned(given), network.base)
         assert torch.equal(network.hints(chosen, flipped), expected)
@@ -297,7 +297,7 @@ def test_flipped_pairs_are_flipped_on_both_sides_half_of_the_time(recipe, encode
 
 
 def test_flips_change_neither_what_else_a_step_draws_nor_runs_without_them(recipe):
-    without, flipping = AdaptObjective(recipe, CPU), AdaptObjective(dataclasses.replace(recipe, flip=True), CPU)
+    without, flipping = PairsObjective(recipe, CPU), PairsObjective(dataclasses.replace(recipe, flip=True), CPU)
     flipping.flips = without.flips
     assert torch.equal(without.loss(5), flipping.loss(5))
     # As it was before there was this setting.
@@ -312,16 +312,16 @@ def test_a_cache_that_cannot_be_written_is_named_before_training(recipe, tmp_pat
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="CONTROLKIT_CACHE"):
-        AdaptObjective(recipe, CPU)
+        PairsObjective(recipe, CPU)
 
 
 def test_a_whole_cache_that_cannot_be_written_is_read(recipe, cache):
-    AdaptObjective(recipe, CPU)
+    PairsObjective(recipe, CPU)
     paths = [cache, *cache.rglob("*")]
     for path in paths:
         os.chmod(path, 0o555 if path.is_dir() else 0o444)
     try:
-        AdaptObjective(recipe, CPU).loss(0)
+        PairsObjective(recipe, CPU).loss(0)
     finally:
         for path in paths:
             os.chmod(path, 0o755)

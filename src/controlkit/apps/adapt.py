@@ -21,7 +21,7 @@ _SETTINGS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb. Other defaults are those of `AdaptRecipe`."""
+    """Arguments of the verb. Other defaults are those of the recipe."""
     parser.add_argument("pairs", help="pairs in any layout of docs/pairs.md")
     parser.add_argument("--control", required=True, help="the base control: a file or a name")
     parser.add_argument("--base", help="the base that it steers: nano, a diffusers folder, a single file, or a hub id")

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
-    from controlkit.checkpoints.convert import convert
+    from controlkit.formats.convert import convert
 
     options = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
     made = convert(args.source, args.out, args.to, **options)

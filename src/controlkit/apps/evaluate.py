@@ -102,10 +102,10 @@ def _of_base(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]
 
 def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]:
     from controlkit.bases.load import load_base
-    from controlkit.checkpoints.controls import load_control
     from controlkit.errors import UserError, nearest
     from controlkit.evaluation.control import evaluate_control, evaluate_controls, judged_pairs
     from controlkit.evaluation.pictures import SETS, evaluation_set
+    from controlkit.formats.load import load_control
     from controlkit.images import write_png
 
     chosen, count = getattr(args, "sets", ["held-out", "openmoji"]), getattr(args, "pictures", 96)

@@ -37,10 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     from controlkit.bases.load import NANO
-    from controlkit.checkpoints.describe import describe
-    from controlkit.checkpoints.systems import SYSTEMS, describe_base, describe_system, is_base
-    from controlkit.controls.ctrlora import CtrLoRA
+    from controlkit.controls.registry import registry
     from controlkit.errors import UserError
+    from controlkit.formats.describe import describe, describe_base, describe_system, is_base
     from controlkit.sampling.request import MOST_PIXELS
 
     base: str | None = getattr(args, "base", None)
@@ -51,9 +50,11 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.size is not None and not 1 <= args.size <= MOST_PIXELS:
         raise UserError(f"--size {args.size}: expected a side from 1 to {MOST_PIXELS} pixels")
-    if args.rank is not None and args.name not in SYSTEMS:
-        raise UserError(f"--rank is for a system that has one ({CtrLoRA.kind}), not for {args.name}")
-    if args.name in SYSTEMS:
+    systems = registry()
+    if args.rank is not None and (args.name not in systems or systems[args.name].companion is None):
+        ranked = ", ".join(name for name, kind in systems.items() if kind.companion is not None)
+        raise UserError(f"--rank is for a system that has one ({ranked}), not for {args.name}")
+    if args.name in systems:
         facts = describe_system(args.name, base or NANO, args.rank, args.size)
     elif is_base(args.name):
         facts = describe_base(args.name, args.size)
@@ -74,8 +75,8 @@ def run(args: argparse.Namespace) -> None:
 def _list(as_json: bool) -> None:
     """What ships, a line each."""
     from controlkit.bases.load import NANO, nano_folder
-    from controlkit.checkpoints.controls import shipped_controls
-    from controlkit.checkpoints.files import read_metadata
+    from controlkit.formats.load import shipped_controls
+    from controlkit.formats.metadata import read_metadata
 
     shipped: list[dict[str, Any]] = [{"name": NANO, "kind": "base", "condition": None, "path": str(nano_folder())}]
     for name, path in shipped_controls().items():

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
-    from controlkit.checkpoints.hub import push
+    from controlkit.formats.hub import push
 
     address = push(args.file, args.repository, private=args.private)
     if args.json:

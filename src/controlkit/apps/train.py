@@ -10,6 +10,7 @@ Systems: controlnet, controlnet-pairs, ctrlora-base, ctrlora-adapter, ctrlora-fu
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from controlkit.apps.show import add_json, print_json, print_table
 from controlkit.errors import UserError
@@ -26,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
-    from controlkit.training.recipes import RECIPES, read_recipe
+    from controlkit.training.recipes import read_recipe, recipes
 
-    if args.recipe in RECIPES:
+    if not Path(args.recipe).is_file() and args.recipe in recipes():
         if args.settings:
             raise UserError(f"{args.recipe} is a system, whose settings are listed; --set is for a recipe's YAML file")
-        _list(RECIPES[args.recipe], args.json)
+        _list(recipes()[args.recipe], args.json)
         return
     recipe = read_recipe(args.recipe, args.settings)
 

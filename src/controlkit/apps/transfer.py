@@ -27,14 +27,12 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from controlkit.bases.load import base_path, load_base
-    from controlkit.checkpoints.controls import find_control, load_control, save_control
-    from controlkit.checkpoints.ctrlora import save_base_control
-    from controlkit.checkpoints.files import made_of, read_metadata
-    from controlkit.checkpoints.transfer import LIMITS, transfer
-    from controlkit.controls.base_control import BaseControl
-    from controlkit.controls.controlnet import ControlNet
+    from controlkit.controls.registry import companion_role
     from controlkit.errors import UserError
     from controlkit.files import files_of, refuse_replacing
+    from controlkit.formats.load import find_control, load_control, save_control
+    from controlkit.formats.metadata import made_of, read_metadata
+    from controlkit.formats.transfer import LIMITS, transfer
 
     if Path(args.out).suffix != ".safetensors":
         raise UserError(f"--out {args.out}: the new control is a .safetensors file")
@@ -42,8 +40,9 @@ def run(args: argparse.Namespace) -> None:
     refuse_replacing([Path(args.out)], [one for path in read for one in files_of(path)], force=args.force)
     source, target = load_base(args.source), load_base(args.target)
     control = load_control(args.control, source)
-    if not isinstance(control, (ControlNet, BaseControl)):
-        instead = "transfer its base control" if control.shared_network is not None else "use it on the other as it is"
+    if control.copied_network() is None:
+        companion = control.companion is not None
+        instead = f"transfer its {companion_role(type(control))}" if companion else "use it on the other as it is"
         raise UserError(f"{args.control} ({control.kind}) has no copy of a base, which is what is moved; {instead}")
     said = read_metadata(find_control(args.control)) if find_control(args.control).is_file() else {}
     mark = said.get("control.base_fingerprint", source.fingerprint)
@@ -54,8 +53,7 @@ def run(args: argparse.Namespace) -> None:
         )
     made, offset = transfer(control, source, target)
     how = {**made_of(said), "transferred": args.control, "from": source.name, "to": target.name}
-    save = save_base_control if isinstance(made, BaseControl) else save_control
-    path = save(args.out, made, target, made=how)  # type: ignore[arg-type]
+    path = save_control(args.out, made, target, made=how)
     if args.json:
         print_json({"control": str(path), **vars(offset), "limits": LIMITS})
         return

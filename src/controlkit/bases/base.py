@@ -6,8 +6,9 @@ Everything inside is a diffusers or transformers class, so what diffusers loads 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from controlkit.bases.residuals import Residuals
+from controlkit.bases.taps import Point, Taps, checkpoint_with_taps, tapped
+from controlkit.bases.unet import encoder_stages, points_of, sites_of, stage_points
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, sha256_of_all, whole_text
 
@@ -48,6 +51,10 @@ class Text:
     def tensors(self) -> tuple[Tensor, ...]:
         """Those that there are."""
         return tuple(part for part in (self.tokens, self.pooled, self.time_ids) if part is not None)
+
+    def extended(self, tokens: Tensor) -> Text:
+        """The same with more tokens `[B, n, D]` after those of the prompt."""
+        return replace(self, tokens=torch.cat([self.tokens, tokens.to(self.tokens)], 1))
 
     def inputs(self) -> dict[str, Any]:
         """As keyword arguments of diffusers' UNets and ControlNets."""
@@ -86,6 +93,7 @@ class Base:
         self.vae = vae
         self.unet = unet
         self.scheduler_config = scheduler_config
+        self._hung: tuple[Mapping[str, Tensor], Taps] | None = None
         for network in self.networks:
             network.eval().requires_grad_(False)
 
@@ -200,7 +208,28 @@ class Base:
         pixels = z.shape[2] * z.shape[3] * self.factor**2
         return torch.cat([self.vae.decode(part).sample for part in z.split(_at_once(pixels))]).clamp(-1, 1)
 
-    def predict(self, x_t: Tensor, t: Tensor, text: Text, residuals: Residuals | None = None) -> Tensor:
+    @cached_property
+    def sites(self) -> dict[str, tuple[int, int]]:
+        """Where residuals may enter: site -> its channels, and the pixels of an image to one of it, along a side.
+
+        `skip.N` are the decoder's skip connections, `middle` is the middle's output, `stage.N` are the encoder's stages
+        where T2I-Adapters enter, and `encoder.N` is what follows the Nth block of the encoder (numbered as the original
+        code's `input_blocks`); what comes after in the encoder, its skips too, sees the last two.
+        """
+        return sites_of(dict(self.unet.config), self.factor)
+
+    @cached_property
+    def points(self) -> dict[str, Point]:
+        """Where taps may hang, on the stream of hidden states.
+
+        `encoder.N.in` and `encoder.N` are before and after the Nth block of the encoder, `middle.in` and `middle` are
+        before and after the middle, and `decoder.N` is before the Nth block of the decoder takes its skip connection.
+        """
+        return points_of(dict(self.unet.config))
+
+    def predict(
+        self, x_t: Tensor, t: Tensor, text: Text, residuals: Residuals | None = None, taps: Taps | None = None
+    ) -> Tensor:
         """The UNet's prediction (see `prediction_type`) for noisy latents `x_t` at times `t` of 0..999.
 
         Args:
@@ -208,11 +237,53 @@ class Base:
             t: `[B]` or a scalar.
             text: of batch `B`.
             residuals: what controls add; gradients flow through them.
+            taps: what controls do inside of this call.
 
         Returns:
             `[B, latent_channels, h, w]`.
+
+        Raises:
+            ValueError: a site or a point is not one of this base's.
         """
-        return self.unet(x_t, t, **text.inputs(), **_additions(residuals, x_t), return_dict=False)[0]
+        given = Residuals() if residuals is None else residuals
+        if unknown := [site for site in given if site not in self.sites]:
+            raise ValueError(f"{self.name} has no site called {unknown[0]!r}; it has: {', '.join(self.sites)}")
+        hooked = _hooked(given, taps or {}, stage_points(dict(self.unet.config)))
+        left = Residuals({site: tensor for site, tensor in given.items() if site not in hooked})
+        streams = _streams(given, hooked)
+        with self._tapping(streams, taps or {}) if streams or taps else nullcontext():
+            return self.unet(x_t, t, **text.inputs(), **_additions(left, x_t), return_dict=False)[0]
+
+    @contextmanager
+    def _tapping(self, residuals: Mapping[str, Tensor], taps: Taps) -> Iterator[None]:
+        before, self._hung = self._hung, (residuals, taps)
+        try:
+            with tapped(self.unet, self.points, residuals, taps):
+                yield
+        finally:
+            self._hung = before
+
+    def checkpoint_activations(self) -> None:
+        """Keep the inputs of the UNet's blocks only, and compute what is inside of them again in the backward pass.
+
+        Taps are hung again for that, and stay what they were in the call that hung them.
+        """
+
+        def active() -> AbstractContextManager[Any] | None:
+            return None if self._hung is None else self._tapping(*self._hung)
+
+        self.unet.enable_gradient_checkpointing(checkpoint_with_taps(active))
+
+    def embed_time(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+        """The UNet's embedding of times `t` `[B]` (and of what else it is told beside the prompt), `[B, D]`."""
+        embedded = self.unet.time_embedding(self.unet.get_time_embed(sample=x_t, timestep=t))
+        inputs = text.inputs()
+        told = self.unet.get_aug_embed(
+            emb=embedded,
+            encoder_hidden_states=text.tokens,
+            added_cond_kwargs=inputs.get("added_cond_kwargs", {}),
+        )
+        return embedded if told is None else embedded + told
 
     @property
     def default_guidance(self) -> float:
@@ -305,38 +376,35 @@ def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     ).input_ids
 
 
-def encoder_stages(unet_config: Mapping[str, Any], factor: int) -> tuple[tuple[int, int], ...]:
-    """Where `Residuals.encoder` enters a UNet: for each stage its channels, and the pixels of a picture to one of it.
-
-    Features are added after a stage's layers: before it is halved where the stage has cross attention, after that
-    where it has none (diffusers' `down_intrablock_additional_residuals`). The last entry is the middle block's output,
-    which takes features only if they follow those of all stages.
-
-    Args:
-        factor: pixels of a picture to one of its latent, along each side.
-    """
-    channels, kinds = unet_config["block_out_channels"], unet_config["down_block_types"]
-    last = len(channels) - 1
-    stages = [
-        (wide, factor * 2 ** (place if "CrossAttn" in kind else min(place + 1, last)))
-        for place, (wide, kind) in enumerate(zip(channels, kinds, strict=True))
-    ]
-    return (*stages, (channels[last], factor * 2**last))
+def _hooked(residuals: Residuals, taps: Taps, stages: Mapping[str, str]) -> dict[str, str]:
+    """Site -> point of the residuals that enter by a hook: those the UNet has no argument for, and those that meet a
+    tap, which is to see them."""
+    hooked = {site: site for site in residuals if site.startswith("encoder.")}
+    if taps or hooked:
+        hooked |= {site: stages.get(site, site) for site in residuals if site == "middle" or site.startswith("stage.")}
+    return hooked
 
 
-def _additions(residuals: Residuals | None, x_t: Tensor) -> dict[str, Any]:
+def _streams(residuals: Residuals, hooked: Mapping[str, str]) -> dict[str, Tensor]:
+    """Point -> the sum of the residuals that enter there by a hook."""
+    made: dict[str, Tensor] = {}
+    for site, point in hooked.items():
+        made[point] = made[point] + residuals[site] if point in made else residuals[site]
+    return made
+
+
+def _additions(residuals: Residuals, x_t: Tensor) -> dict[str, Any]:
     """Residuals as keyword arguments of diffusers' UNet for the noisy latents `x_t`."""
     made: dict[str, Any] = {}
-    if residuals is None:
-        return made
-    if residuals.down or residuals.mid is not None:
-        made["down_block_additional_residuals"] = residuals.down
-        made["mid_block_additional_residual"] = x_t.new_zeros(()) if residuals.mid is None else residuals.mid
-    if residuals.encoder:
+    skips = [site for site in residuals if site.startswith("skip.")]
+    if skips or "middle" in residuals:
+        zero = x_t.new_zeros(())
+        count = 1 + max((int(site.rpartition(".")[2]) for site in skips), default=-1)
+        made["down_block_additional_residuals"] = tuple(residuals.get(f"skip.{place}", zero) for place in range(count))
+        made["mid_block_additional_residual"] = residuals.get("middle", zero)
+    if stages := residuals.family("stage"):
         # The UNet takes them off the list one by one, and leaves out at its middle what has another batch than x_t.
-        made["down_intrablock_additional_residuals"] = [
-            tensor.expand(len(x_t), *tensor.shape[1:]) for tensor in residuals.encoder
-        ]
+        made["down_intrablock_additional_residuals"] = [tensor.expand(len(x_t), *tensor.shape[1:]) for tensor in stages]
     return made
 
 

@@ -162,3 +162,7 @@ KNOWN_BASES: dict[str, dict[str, dict[str, Any]]] = {
 def known_by_shape(name: str) -> bool:
     """Whether `name` means one of `KNOWN_BASES`, and no folder here that is called so."""
     return name in KNOWN_BASES and not Path(name).is_dir()
+
+
+FAMILIES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2", 2048: "stable-diffusion-xl-v1-base"}
+"""Width of the text that a base's cross attention reads -> the base's family, under modelspec's names."""

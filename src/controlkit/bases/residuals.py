@@ -1,63 +1,75 @@
-"""What a control adds to a base."""
+"""What controls add to a base, ready made: residuals at sites that the base names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Residuals:
-    """Additions to a UNet, at two sites: the decoder's skip connections with the middle, and the encoder's stages.
+class Residuals(Mapping[str, Tensor]):
+    """Additions to a base, by the name of the site where each enters (`Base.sites`).
 
-    Shapes are those of what they are added to, `[B, C_i, H_i, W_i]`, from the outermost in; `B` may be 1, which
-    means the same for every picture of a batch. A control fills the site where it steers and leaves the other empty,
-    which adds nothing there; the sum of two controls of different sites has both.
+    Shapes are those of what they are added to, `[B, C, H, W]`; `B` may be 1, which means the same for every image of a
+    batch. A site that is not named gets nothing. Sites of one family are numbered from the outermost in: `skip.0`,
+    `skip.1`, ...
+
+    Args:
+        tensors: site -> residual.
     """
 
-    down: tuple[Tensor, ...] = ()
-    """One for each skip connection."""
-    mid: Tensor | None = None
-    """For the output of the middle block; None adds nothing there."""
-    encoder: tuple[Tensor, ...] = ()
-    """One for each stage of the encoder, of the shapes of `bases.base.encoder_stages`; what follows in the encoder, its
-    skip connections too, sees the sum."""
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+        self._tensors = dict(tensors or {})
+
+    @classmethod
+    def numbered(cls, family: str, tensors: Sequence[Tensor], **others: Tensor) -> Residuals:
+        """`FAMILY.0`, `FAMILY.1`, ... and others by their names."""
+        return cls({**{f"{family}.{place}": tensor for place, tensor in enumerate(tensors)}, **others})
+
+    def __getitem__(self, site: str) -> Tensor:
+        return self._tensors[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        """Number of sites."""
+        return len(self._tensors)
+
+    @property
+    def batch(self) -> int:
+        """As many rows as the residual with the most; 0 without residuals."""
+        return max((len(tensor) for tensor in self._tensors.values()), default=0)
+
+    def family(self, name: str) -> tuple[Tensor, ...]:
+        """The residuals of a numbered family, in order; it may end early, but has no gaps."""
+        found: list[Tensor] = []
+        while (site := f"{name}.{len(found)}") in self._tensors:
+            found.append(self._tensors[site])
+        return tuple(found)
 
     def scaled(self, weight: float | Sequence[float]) -> Residuals:
-        """All of them times a number, or each times its own: the skips in order, the middle, then the stages."""
+        """All of them times a number, or each times its own, in their order.
+
+        Raises:
+            ValueError: there are more or fewer weights than residuals.
+        """
         if isinstance(weight, (int, float)):
             return self.map(lambda tensor: tensor * weight)
-        skips = len(self.down) + 1 if self.down or self.mid is not None else 0
         weights = list(weight)
-        if len(weights) != skips + len(self.encoder):
-            places = [f"{len(self.down)} skips and the middle"] if skips else []
-            places += [f"{len(self.encoder)} stages"] if self.encoder else []
-            raise ValueError(f"got {len(weights)} weights for {' and '.join(places)}")
-        return Residuals(
-            tuple(tensor * w for tensor, w in zip(self.down, weights, strict=False)),
-            None if self.mid is None else self.mid * weights[skips - 1],
-            tuple(tensor * w for tensor, w in zip(self.encoder, weights[skips:], strict=True)),
-        )
+        if len(weights) != len(self):
+            raise ValueError(f"got {len(weights)} weights for {len(self)} residuals: {', '.join(self)}")
+        return Residuals({site: self[site] * one for site, one in zip(self, weights, strict=True)})
 
     def __add__(self, other: Residuals) -> Residuals:
-        mid = other.mid if self.mid is None else self.mid if other.mid is None else self.mid + other.mid
-        # One adapter may reach a stage further in than another; there, nothing is added to it.
-        stages = zip_longest(self.encoder, other.encoder)
-        encoder = tuple(b if a is None else a if b is None else a + b for a, b in stages)
-        if not (self.down and other.down):
-            return Residuals(self.down or other.down, mid, encoder)
-        return Residuals(tuple(a + b for a, b in zip(self.down, other.down, strict=True)), mid, encoder)
+        total = dict(self._tensors)
+        for site, tensor in other.items():
+            total[site] = total[site] + tensor if site in total else tensor
+        return Residuals(total)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them."""
-        return (*self.down, *(() if self.mid is None else (self.mid,)), *self.encoder)
-
-    def __len__(self) -> int:
-        """The batch: as many rows as the tensor with the most."""
-        return max((len(tensor) for tensor in self.tensors()), default=0)
+        return tuple(self._tensors.values())
 
     def rows(self, first: int, last: int) -> Residuals:
         """Those of the batch's rows `first` to `last`, not included."""
@@ -65,5 +77,4 @@ class Residuals:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Residuals:
         """Each tensor replaced by `change(tensor)`."""
-        mid = None if self.mid is None else change(self.mid)
-        return Residuals(tuple(map(change, self.down)), mid, tuple(map(change, self.encoder)))
+        return Residuals({site: change(tensor) for site, tensor in self._tensors.items()})

@@ -56,7 +56,7 @@ def load_single_file(path: Path, dtype: torch.dtype, parts: Mapping[str, dict[st
     if not path.is_file():
         raise UserError(f"there is no base at {path}")
     shapes, metadata = _shapes(path)
-    kind = recognise(shapes, str(path))
+    kind = detect(shapes, str(path))
     settings = dict(parts or KNOWN_BASES[kind])
     predicts = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
     if predicts is None and "v_pred" in shapes:  # an empty tensor of this name is how files for ComfyUI say it
@@ -110,10 +110,10 @@ def family_of_file(path: Path) -> str:
     """
     if not path.is_file():
         raise UserError(f"there is no base at {path}")
-    return recognise(_shapes(path)[0], str(path))
+    return detect(_shapes(path)[0], str(path))
 
 
-def recognise(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
+def detect(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
     """Which of `KNOWN_BASES` the tensors of a file belong to, going by their names and shapes.
 
     Raises:

@@ -1,1 +1,1 @@
-"""The networks that steer: `control.py` is the contract, then one file for each system."""
+"""The systems of control: `control.py` is the contract, `registry.py` collects them, then one file for each."""

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from controlkit.bases.load import choose_device, load_base
-from controlkit.checkpoints.card import write_card
-from controlkit.checkpoints.controls import load_control
-from controlkit.controls.base_control import BaseControl
 from controlkit.data.pairs import read_pairs, split_pairs
 from controlkit.errors import UserError
 from controlkit.evaluation.control import evaluate_control, judged_pairs
 from controlkit.evaluation.report import Report
+from controlkit.formats.card import write_card
+from controlkit.formats.load import load_control
 from controlkit.images import write_png
 from controlkit.training.log import spent
 from controlkit.training.recipe import Recipe
-from controlkit.training.recipes import AdaptRecipe
+from controlkit.training.recipes import PairsRecipe
 from controlkit.training.run import run
 
 MOST_JUDGED = 64
@@ -35,18 +34,20 @@ class Adapted:
 
 
 def adapt(recipe: Recipe) -> Adapted:
-    """Train the adapter of an `AdaptRecipe` and score it on its held-out pairs, with baseline and ceiling."""
-    if not isinstance(recipe, AdaptRecipe):
-        raise UserError(f"adapt needs a recipe of system {AdaptRecipe.system}, not {recipe.system}")
+    """Train the control of a recipe from pairs and score it on its held-out pairs, with baseline and ceiling."""
+    if not isinstance(recipe, PairsRecipe):
+        raise UserError(f"adapt needs a recipe that trains a control from pairs, and system {recipe.system} does not")
     started = time.perf_counter()
     run(recipe)
     trained = time.perf_counter()
     folder = Path(recipe.out)
     base = load_base(recipe.base, device=choose_device(recipe.device))
     path = folder / f"{recipe.name}.safetensors"
-    base_control = load_control(recipe.control, base)
-    assert isinstance(base_control, BaseControl)  # the run above would have refused another
-    control = load_control(path, base, shared={base_control.fingerprint(): base_control})
+    shared = {}
+    if recipe.control_class.companion is not None and recipe.started_from is not None:
+        companion = load_control(recipe.started_from, base)
+        shared[companion.fingerprint()] = companion
+    control = load_control(path, base, shared=shared)
     _, held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition), recipe.held_out)
     report, sheet = evaluate_control(base, control, [judged_pairs(held_out[:MOST_JUDGED], base.size)])
     write_png(folder / "held-out.png", sheet)

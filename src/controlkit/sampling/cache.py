@@ -12,6 +12,7 @@ from torch import Tensor
 
 from controlkit.bases.residuals import Residuals
 from controlkit.controls.control import Control
+from controlkit.controls.hints import Hint, named
 
 _MARKS = itertools.count()
 
@@ -84,9 +85,11 @@ def _mark(parameter: Tensor) -> int:
     return mark
 
 
-def digest(tensor: Tensor) -> str:
-    """Hash of a tensor: its values, shape and type."""
-    data = tensor.detach().to("cpu").contiguous()
-    made = hashlib.sha256(f"{data.dtype} {tuple(data.shape)} ".encode())
-    made.update(data.view(torch.uint8).numpy().tobytes())
+def digest(hint: Hint) -> str:
+    """Hash of a tensor, or of named ones: their names, values, shapes and types."""
+    made = hashlib.sha256()
+    for name, tensor in named(hint).items():
+        data = tensor.detach().to("cpu").contiguous()
+        made.update(f"{name} {data.dtype} {tuple(data.shape)} ".encode())
+        made.update(data.view(torch.uint8).numpy().tobytes())
     return made.hexdigest()

@@ -19,11 +19,10 @@ from controlkit import conditions
 from controlkit._version import __version__
 from controlkit.bases.base import Base
 from controlkit.bases.load import PRECISIONS, choose_device, choose_dtype, load_base
-from controlkit.checkpoints.controls import load_control
-from controlkit.controls.base_control import BaseControl
 from controlkit.controls.control import Control
 from controlkit.errors import UserError
 from controlkit.files import writable_folder, write_json
+from controlkit.formats.load import load_control
 from controlkit.images import read_image, resize_cover, to_images, to_tensor, write_png
 from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl
@@ -109,7 +108,7 @@ def generate(
             "mode": base.default_mode,
         }
         if controls is None:
-            shared: dict[str, BaseControl] = {}
+            shared: dict[str, Control] = {}
             controls = [load_control(use.control, base, shared=shared) for use in request.controls]
     for prompt in filter(None, (request.prompt, request.negative_prompt)):
         if cut := base.cut_from(prompt):

@@ -1,8 +1,10 @@
-"""When residuals are computed: what a control reads decides.
+"""What controls do at each step, and when it is computed: what a control reads decides.
 
 A control that reads the noisy latent runs at every step for every picture. One that does not is run ahead, in batches
 over time, once for a (condition, prompt), and its residuals are shared by every picture, and by the next call if a
-cache is given. Controls that share a network run in one pass. A plan changes when work is done, never what comes out.
+cache is given. Controls that share a network run in one pass. Taps act at every step, inside of the base's own pass,
+each on the rows of its control alone; tokens follow those of the prompt, zeros where a control does not act. A plan
+changes when work is done, never what comes out.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from torch import Tensor
 
 from controlkit.bases.base import Base, Text, concatenate
 from controlkit.bases.residuals import Residuals
-from controlkit.controls.control import Control, Reads
+from controlkit.bases.taps import Tap, TapFunction
+from controlkit.controls.control import Acts, Control, Reads
+from controlkit.controls.hints import Hint, expand, map_hint, rows_of, shapes_of
 from controlkit.sampling.cache import ResidualCache, digest, identity_of
 from controlkit.sampling.request import lies_within
 
@@ -35,10 +39,10 @@ class ActiveControl:
     """A control with its hint, ready to run."""
 
     control: Control
-    hint: Tensor
+    hint: Hint
     """From `Control.encode`: batch 1 for all pictures, or one for each picture."""
     weight: float | tuple[float, ...] = 1.0
-    """Factor of its residuals, or one of each, as in `Residuals.scaled`."""
+    """Factor of all that it adds; or one of each of its residuals, as in `Residuals.scaled`."""
     start: float = 0.0
     end: float = 1.0
     conditional_only: bool = False
@@ -60,7 +64,9 @@ class ActiveControl:
 
     def of_pictures(self, pictures: slice) -> ActiveControl:
         """The same for some of the pictures."""
-        return self if len(self.hint) == 1 else replace(self, hint=self.hint[pictures])
+        if rows_of(self.hint) == 1:
+            return self
+        return replace(self, hint=map_hint(self.hint, lambda one: one if len(one) == 1 else one[pictures]))
 
 
 class Plan:
@@ -92,11 +98,17 @@ class Plan:
         self.cache = cache
         self.rows_at_once = rows_at_once
         self._room = int(megabytes * 2**20)
+        self._texts_of: dict[frozenset[int], Sequence[Text]] = {}
         self._kept: dict[int, Residuals] = {}
         self._window: dict[int, Residuals] = {}
         self._once: dict[int, Residuals] = {}
-        self._ahead = [place for place, use in enumerate(uses) if Reads.NOISE not in use.control.reads]
-        self._every = [place for place in range(len(uses)) if place not in self._ahead]
+        adding = [place for place, use in enumerate(uses) if Acts.RESIDUALS in use.control.acts]
+        self._ahead = [place for place in adding if Reads.NOISE not in uses[place].control.reads]
+        self._every = [place for place in adding if place not in self._ahead]
+        self._tokens = {
+            place: use.control.tokens(use.hint) for place, use in enumerate(uses) if Acts.TOKENS in use.control.acts
+        }
+        self._tapping = [place for place, use in enumerate(uses) if Acts.TAPS in use.control.acts]
 
     def residuals(self, index: int, x_t: Tensor) -> Residuals | None:
         """The sum of all residuals at step `index`, or None if no control acts.
@@ -107,11 +119,52 @@ class Plan:
         total: Residuals | None = None
         if self._acting(self._ahead, index):
             total = self._sum_at(index).map(lambda tensor: _repeat(tensor, len(x_t)))
-        for place in self._acting(self._every, index):
-            (made,) = self._run([place], self.timesteps[index : index + 1], len(x_t) // len(self.texts), x_t)
-            made = self._all_parts(self.uses[place], made).scaled(self.uses[place].weight)
-            total = made if total is None else total + made
+        for group in self._groups(self._acting(self._every, index)).values():
+            made = self._run(group, [index], len(x_t) // len(self.texts), x_t)
+            for place, residuals in zip(group, made, strict=True):
+                weighted = self._all_parts(self.uses[place], residuals).scaled(self.uses[place].weight)
+                total = weighted if total is None else total + weighted
         return total
+
+    def taps(self, index: int, x_t: Tensor, base: Base) -> dict[str, list[Tap]]:
+        """What controls do inside of the base's pass at step `index`, in the order of the request.
+
+        Args:
+            x_t: `[parts * B, C, h, w]`, the parts one after another.
+
+        Raises:
+            ValueError: a control that acts by taps has a weight for each residual.
+        """
+        taps: dict[str, list[Tap]] = {}
+        for place in self._acting(self._tapping, index):
+            use = self.uses[place]
+            first = len(x_t) - len(x_t) // len(self.texts) if use.conditional_only else 0
+            own = x_t[first:]
+            parts = self.texts[-1:] if use.conditional_only else self.texts
+            batch = len(own) // len(parts)
+            text = concatenate(*(part.expand(batch) for part in parts))
+            hint = _tiled(expand(use.hint, batch), len(parts))
+            functions = use.control.taps(base, own, self.timesteps[index].expand(len(own)), text, hint)
+            for point, function in functions.items():
+                taps.setdefault(point, []).append(_tap(function, use, (first, len(x_t))))
+        return taps
+
+    def text(self, index: int) -> Sequence[Text]:
+        """The prompts of each part at step `index`, with the tokens of controls; of one length at every step."""
+        return self._extended(frozenset(self._acting(list(self._tokens), index))) if self._tokens else self.texts
+
+    def _extended(self, acting: frozenset[int]) -> Sequence[Text]:
+        if acting not in self._texts_of:
+            made = list(self.texts)
+            for place, tokens in self._tokens.items():
+                use = self.uses[place]
+                for number in range(len(made)):
+                    acts = place in acting and not (use.conditional_only and number + 1 < len(made))
+                    own = tokens * _one_weight(use) if acts else torch.zeros_like(tokens)
+                    rows = max(len(own), len(made[number]))
+                    made[number] = made[number].expand(rows).extended(own.expand(rows, *own.shape[1:]))
+            self._texts_of[acting] = made
+        return self._texts_of[acting]
 
     def _acting(self, places: Sequence[int], index: int) -> list[int]:
         return [place for place in places if self.uses[place].acts_at(index, len(self.timesteps))]
@@ -138,29 +191,33 @@ class Plan:
             if (len(steps) + 1) * rows > self.rows_at_once or self._acting(self._ahead, index) != places:
                 break
             steps.append(index)
-        groups: dict[Hashable, list[int]] = {}
-        for place in places:
-            use = self.uses[place]
-            shared = use.control.shared_network
-            key = (place if shared is None else id(shared), use.hint.shape, use.conditional_only)
-            groups.setdefault(key, []).append(place)
         sums: dict[int, Residuals] = {}
-        for group in groups.values():
+        for group in self._groups(places).values():
             at_once = max(1, self.rows_at_once // (rows * len(steps)))
             for start in range(0, len(group), at_once):
                 for index, made in self._group(group[start : start + at_once], steps):
                     sums[index] = made if index not in sums else _add(sums[index], made)
         return sums
 
+    def _groups(self, places: Sequence[int]) -> dict[Hashable, list[int]]:
+        """Controls that run in one pass: those of one shared network, with hints of one shape, for the same parts."""
+        groups: dict[Hashable, list[int]] = {}
+        for place in places:
+            use = self.uses[place]
+            shared = use.control.shared_network
+            key = (place if shared is None else id(shared), shapes_of(use.hint), use.conditional_only)
+            groups.setdefault(key, []).append(place)
+        return groups
+
     def _group(self, places: Sequence[int], steps: Sequence[int]) -> Iterator[tuple[int, Residuals]]:
         """Weighted residuals of controls that run in one pass, or were kept, for each control and step."""
-        timed = Reads.TIME in self.uses[places[0]].control.reads
+        timed = _is_timed(self.uses[places[0]].control)
         found = {place: self._found(place, steps, timed) for place in places}
         missing = [index for index in steps if any(index not in found[place] for place in places)]
         if missing:
-            rows = len(self._texts(self.uses[places[0]])) * self._batch(places[0])
+            rows = len(self._texts(self.uses[places[0]], index=0)) * self._batch(places[0])
             indices = missing if timed else missing[:1]
-            made = self._run(places, self.timesteps[indices], self._batch(places[0]), None)
+            made = self._run(places, indices, self._batch(places[0]), None)
             for place, together in zip(places, made, strict=True):
                 for number, index in enumerate(indices):
                     one = together.rows(number * rows, (number + 1) * rows)
@@ -177,53 +234,59 @@ class Plan:
             return dict.fromkeys(steps, self._once[place])
         if self.cache is None:
             return {}
-        key = self._key(self.uses[place])
-        kept = {index: self.cache.get((*key, self._time(index, timed))) for index in steps}
+        use = self.uses[place]
+        kept = {index: self.cache.get((*self._key(use, index), self._time(index, timed))) for index in steps}
         return {index: made for index, made in kept.items() if made is not None}
 
     def _keep(self, place: int, index: int, timed: bool, made: Residuals) -> None:
         if not timed:
             self._once[place] = made
         if self.cache is not None:
-            self.cache.put((*self._key(self.uses[place]), self._time(index, timed)), self.uses[place].control, made)
+            use = self.uses[place]
+            self.cache.put((*self._key(use, index), self._time(index, timed)), use.control, made)
 
     def _batch(self, place: int) -> int:
         """Pictures that one pass of a control is made for: one, if all have the same of what it reads."""
         use = self.uses[place]
-        read = [len(text) for text in self.texts] if Reads.TEXT in use.control.reads else []
-        return max(len(use.hint), *read, 1)
+        read = [len(text) for text in self._texts(use, index=0)] if Reads.TEXT in use.control.reads else []
+        return max(rows_of(use.hint), *read, 1)
 
-    def _run(self, places: Sequence[int], times: Tensor, batch: int, x_t: Tensor | None) -> list[Residuals]:
-        """One pass of these controls: for each of `times`, every part that they act on, every picture."""
-        parts = self._texts(self.uses[places[0]])
-        rows = batch * len(parts)
+    def _run(self, places: Sequence[int], indices: Sequence[int], batch: int, x_t: Tensor | None) -> list[Residuals]:
+        """One pass of these controls: for each step of `indices`, every part that they act on, every picture."""
+        first = self.uses[places[0]]
+        parts = len(self._texts(first, index=0))
+        rows = batch * parts
         text = None
-        if Reads.TEXT in self.uses[places[0]].control.reads:
-            text = concatenate(*[part.expand(batch) for part in parts] * len(times))
+        if Reads.TEXT in first.control.reads:
+            read = [part.expand(batch) for index in indices for part in self._texts(first, index=index)]
+            text = concatenate(*read)
         x_t = None if x_t is None else x_t[-rows:]
-        t = times.repeat_interleave(rows)
+        t = self.timesteps[list(indices)].repeat_interleave(rows)
         uses = [self.uses[place] for place in places]
-        hints = [_repeat(use.hint, batch).repeat(len(parts) * len(times), *[1] * (use.hint.ndim - 1)) for use in uses]
+        hints = [_tiled(expand(use.hint, batch), parts * len(indices)) for use in uses]
         if len(uses) == 1:
-            return [uses[0].control(x_t, t, text, hints[0])]
-        assert text is not None  # what shares a network here reads the prompt
-        return uses[0].control.forward_together([use.control for use in uses], t, text, hints)
+            return [first.control(x_t, t, text, hints[0])]
+        return first.control.forward_together([use.control for use in uses], x_t, t, text, hints)
 
-    def _texts(self, use: ActiveControl) -> Sequence[Text]:
-        """The prompts of the parts that a control runs for: one, if it is for one alone, or does not read them."""
+    def _texts(self, use: ActiveControl, index: int) -> Sequence[Text]:
+        """The prompts of the parts that a control runs for: one, if it is for one alone, or does not read them.
+
+        With the tokens of controls at step `index`, if it reads them.
+        """
+        texts = self.text(index) if use.control.reads_tokens else self.texts
         once = use.conditional_only or Reads.TEXT not in use.control.reads
-        return self.texts[-1:] if once else self.texts
+        return texts[-1:] if once else texts
 
     def _all_parts(self, use: ActiveControl, made: Residuals) -> Residuals:
         """Residuals of every part, from those that a control ran for; zeros where it does not act."""
-        others = len(self.texts) - len(self._texts(use))
+        others = len(self.texts) - len(self._texts(use, index=0))
         if not others:
             return made
         fill = torch.zeros_like if use.conditional_only else torch.Tensor.clone
         return made.map(lambda tensor: torch.cat([fill(tensor)] * others + [tensor]))
 
-    def _key(self, use: ActiveControl) -> tuple[Hashable, ...]:
-        parts = self._texts(use)
+    def _key(self, use: ActiveControl, index: int) -> tuple[Hashable, ...]:
+        parts = self._texts(use, index)
         read = [tensor for text in parts for tensor in text.tensors()]
         texts = tuple(digest(tensor) for tensor in read) if Reads.TEXT in use.control.reads else ()
         return (identity_of(use.control), digest(use.hint), len(parts), texts)
@@ -239,10 +302,44 @@ def rows_at_once(width: int, height: int) -> int:
 
 def _add(a: Residuals, b: Residuals) -> Residuals:
     """The sum of residuals for one row a part and for one a picture."""
-    rows = max(len(a), len(b))
+    rows = max(a.batch, b.batch)
     return a.map(lambda tensor: _repeat(tensor, rows)) + b.map(lambda tensor: _repeat(tensor, rows))
 
 
 def _repeat(rows: Tensor, count: int) -> Tensor:
     """Each row as often as makes `count` rows."""
     return rows if len(rows) == count else rows.repeat_interleave(count // len(rows), 0)
+
+
+def _tiled(hint: Hint, times: int) -> Hint:
+    """All rows, and all of them again, `times` times in all."""
+    return map_hint(hint, lambda rows: rows.repeat(times, *[1] * (rows.ndim - 1)))
+
+
+def _is_timed(control: Control) -> bool:
+    """Whether its residuals differ from step to step; so do those that read the tokens of controls with a span."""
+    return Reads.TIME in control.reads or (control.reads_tokens and Reads.TEXT in control.reads)
+
+
+def _one_weight(use: ActiveControl) -> float:
+    """The weight of a control that adds no residuals, of which there could be one each."""
+    if isinstance(use.weight, (int, float)):
+        return use.weight
+    raise ValueError(f"{use.control.title} adds no residuals, so it takes one weight and not {len(use.weight)}")
+
+
+def _tap(given: TapFunction | Tap, use: ActiveControl, rows: tuple[int, int]) -> Tap:
+    """What a control hangs on a point, times its weight, on its own rows."""
+    weight = _one_weight(use)
+    replaces = isinstance(given, Tap) and given.replaces
+    function = given.function if isinstance(given, Tap) else given
+    if weight == 1:
+        return Tap(function=function, rows=rows, replaces=replaces)
+
+    def weighted(stream: Tensor) -> Tensor | None:
+        made = function(stream)
+        if made is None:
+            return None
+        return stream + (made - stream) * weight if replaces else made * weight
+
+    return Tap(function=weighted, rows=rows, replaces=replaces)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controlkit.bases.base import Base, Text, concatenate
+from controlkit.bases.base import Base, concatenate
+from controlkit.controls.hints import rows_of
 from controlkit.errors import UserError
 from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl, Plan, rows_at_once
@@ -62,7 +63,7 @@ def sample_prompts(
     plan: Plan | None = None
     for first in range(0, len(seeds), batch_size):
         group = slice(first, first + batch_size)
-        if plan is None or len(prompts) > 1 or any(len(use.hint) > 1 for use in uses):
+        if plan is None or len(prompts) > 1 or any(rows_of(use.hint) > 1 for use in uses):
             size = (width, height)
             texts = [base.encode_text(prompts if len(prompts) == 1 else prompts[group], size)]
             if guidance > 1:
@@ -70,10 +71,9 @@ def sample_prompts(
             active = [use.of_pictures(group) for use in uses]
             plan = Plan(active, solver.timesteps, texts, cache, rows_at_once=rows_at_once(width, height))
         x_t = initial_noise(base, seeds[group], width, height) * solver.initial
-        text = concatenate(*(part.expand(len(x_t)) for part in plan.texts))
         solver.begin()
         for index, t in enumerate(solver.timesteps):
-            prediction = _predict(base, plan, index, solver.input(x_t, index), t, text, guidance)
+            prediction = _predict(base, plan, index, solver.input(x_t, index), t, guidance)
             x_t = solver.step(prediction, x_t, index)
         if not torch.isfinite(x_t).all():
             raise UserError(
@@ -95,10 +95,11 @@ def initial_noise(base: Base, seeds: Sequence[int], width: int, height: int) -> 
     return torch.stack(noise).to(base.device, base.dtype)
 
 
-def _predict(base: Base, plan: Plan, index: int, x_t: Tensor, t: Tensor, text: Text, guidance: float) -> Tensor:
+def _predict(base: Base, plan: Plan, index: int, x_t: Tensor, t: Tensor, guidance: float) -> Tensor:
     parts = len(plan.texts)
     stacked = torch.cat([x_t] * parts)
-    prediction = base.predict(stacked, t, text, plan.residuals(index, stacked))
+    text = concatenate(*(part.expand(len(x_t)) for part in plan.text(index)))
+    prediction = base.predict(stacked, t, text, plan.residuals(index, stacked), plan.taps(index, stacked, base))
     if parts == 1:
         return prediction
     without, with_text = prediction.chunk(2)

@@ -22,7 +22,7 @@ from controlkit.evaluation.control import Judged, Steer, draw_controlled
 from controlkit.evaluation.report import gap_closed
 from controlkit.files import read_json, sha256_of, write_json
 from controlkit.images import contact_sheet, write_png
-from controlkit.training.pairs import PairsObjective
+from controlkit.training.pairs_objective import PairsObjective
 from controlkit.training.recipe import identifying
 from controlkit.training.recipes import PairsRecipe
 from controlkit.training.run import objective_of

@@ -1,7 +1,7 @@
 """`controlkit study community-model`: a control on a model that was fine-tuned from its base, as it is and transferred.
 
 nano is fine-tuned on one of its styles, as communities fine-tune Stable Diffusion; then the control that was trained on
-nano steers the result directly, and by offset (`checkpoints/transfer.py`).
+nano steers the result directly, and by offset (`formats/transfer.py`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from PIL import Image
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
-from controlkit.checkpoints.controls import load_control
-from controlkit.checkpoints.transfer import LIMITS, transfer
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet
 from controlkit.errors import UserError
@@ -25,6 +23,8 @@ from controlkit.evaluation.base import draw_prompts, reconstruct
 from controlkit.evaluation.control import Steer, draw_controlled
 from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
 from controlkit.evaluation.report import Report, Row, gap_closed
+from controlkit.formats.load import load_control
+from controlkit.formats.transfer import LIMITS, transfer
 from controlkit.images import contact_sheet, write_png
 from controlkit.training.recipes import build_recipe
 from controlkit.training.run import run

@@ -19,8 +19,6 @@ import numpy as np
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
-from controlkit.checkpoints.controls import find_control
-from controlkit.checkpoints.files import read_metadata
 from controlkit.data.icons import TRAINED_STYLES, IconSets, draw
 from controlkit.data.pairs import MANIFEST, read_pairs, split_pairs, write_pairs
 from controlkit.errors import UserError, nearest
@@ -28,6 +26,8 @@ from controlkit.evaluation.control import judged_drawings, judged_pairs
 from controlkit.evaluation.pictures import evaluation_set
 from controlkit.evaluation.report import Report
 from controlkit.files import read_json, sha256_of, write_atomically, write_json
+from controlkit.formats.load import find_control
+from controlkit.formats.metadata import read_metadata
 from controlkit.sampling.request import check_mode
 from controlkit.studies.cells import Bench, Cell, Task
 from controlkit.studies.figure import plot, require_matplotlib, sheet_of

@@ -19,14 +19,14 @@ from torch import Tensor
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
-from controlkit.checkpoints.controls import load_control
-from controlkit.controls.base_control import BaseControl
+from controlkit.controls.control import Control
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.errors import UserError
 from controlkit.evaluation.base import draw_prompts, reconstruct
 from controlkit.evaluation.control import Steer, draw_controlled
 from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
 from controlkit.evaluation.report import Report, Row, gap_closed
+from controlkit.formats.load import load_control
 from controlkit.images import contact_sheet, to_tensor, write_png
 from controlkit.sampling.request import DEFAULT_STEPS, check_mode
 
@@ -81,7 +81,7 @@ def run_several_conditions(settings: SeveralConditions) -> Mixed:
         UserError: a control is missing, is no adapter, or does not say which condition it follows.
     """
     base = load_base(settings.base)
-    shared: dict[str, BaseControl] = {}
+    shared: dict[str, Control] = {}
     names = list(dict.fromkeys(name for mix in settings.mixes for name in mix.split("+")))
     controls = {name: _adapter(name, base, shared) for name in names}
     pictures = evaluation_set("held-out").first(settings.pictures)
@@ -92,7 +92,7 @@ def run_several_conditions(settings: SeveralConditions) -> Mixed:
     return Mixed(reports=(fidelity, speed), files={"pictures": path})
 
 
-def _adapter(name: str, base: Base, shared: dict[str, BaseControl]) -> CtrLoRA:
+def _adapter(name: str, base: Base, shared: dict[str, Control]) -> CtrLoRA:
     try:
         control = load_control(f"nano/{name}", base, shared=shared)
     except UserError:
@@ -164,10 +164,11 @@ def _speed(base: Base, controls: list[CtrLoRA], pictures: EvaluationSet, setting
         ]
 
         def together(group: list[CtrLoRA] = group, hints: list[Tensor] = hints) -> list[Tensor]:
-            return [made.down[-1] for made in CtrLoRA.forward_together(group, t, text, hints)]
+            made = CtrLoRA.forward_together(group, None, t, text, hints)
+            return [one["middle"] for one in made]
 
         def apart(group: list[CtrLoRA] = group, hints: list[Tensor] = hints) -> list[Tensor]:
-            return [c(None, t, text, hint).down[-1] for c, hint in zip(group, hints, strict=True)]
+            return [c(None, t, text, hint)["middle"] for c, hint in zip(group, hints, strict=True)]
 
         off = max(float((a - b).abs().max()) for a, b in zip(together(), apart(), strict=True))
         times: dict[str, list[float]] = {"together": [], "apart": []}

@@ -15,6 +15,7 @@ from controlkit.bases.base import Base, Text, network_key
 from controlkit.conditions import find
 from controlkit.conditions.condition import left_right, no_mirror
 from controlkit.controls.control import Control
+from controlkit.controls.hints import Hint
 from controlkit.data.cache import Spec, Store
 from controlkit.data.cached_rows import CachedRows, Make
 from controlkit.data.pair import SOURCE, TARGET, Pair
@@ -44,14 +45,17 @@ class PictureRows:
     def __len__(self) -> int:
         return len(self.upright)
 
-    def gather(self, chosen: Tensor, flipped: Tensor | None = None) -> Tensor:
-        """Rows of the pairs `chosen` `[B]`, of the mirrored ones where `flipped` `[B]`; `[B, ...]` on the CPU."""
-        (made,) = _gather(self.upright, chosen).values()
+    def gather(self, chosen: Tensor, flipped: Tensor | None = None) -> Hint:
+        """Rows of the pairs `chosen` `[B]`, of the mirrored ones where `flipped` `[B]`; `[B, ...]` on the CPU.
+
+        Named, if the network makes several tensors of each.
+        """
+        made = _gather(self.upright, chosen)
         if flipped is not None and flipped.any():
             assert self.mirrored is not None
-            (turned,) = _gather(self.mirrored, chosen[flipped]).values()
-            made[flipped] = turned
-        return made
+            for name, turned in _gather(self.mirrored, chosen[flipped]).items():
+                made[name][flipped] = turned
+        return made if len(made) > 1 else next(iter(made.values()))
 
 
 class TextRows:
@@ -130,7 +134,7 @@ class PairCache:
         rows = self._rows("texts", model, "prompts", digests, embed, "embedding {count} prompts")
         return TextRows(rows), torch.tensor([position[pair.prompt] for pair in self.pairs]), position[""]
 
-    def _images(self, kind: str, side: str, model: str, encode: Callable[[Tensor], Tensor]) -> PictureRows:
+    def _images(self, kind: str, side: str, model: str, encode: Callable[[Tensor], Hint]) -> PictureRows:
         size = self.base.size
         acts = self._acts if side == SOURCE else ""
         sources, keys = [getattr(pair, side) for pair in self.pairs], self._keys(side)
@@ -142,7 +146,9 @@ class PairCache:
                 for index in indices:
                     if _key_of(sources[index]) != keys[index]:
                         raise UserError(f"{sources[index]} has changed since training began; run the same again")
-                return _as_rows({kind: encode(to_tensor(images).to(self.base.device)).to("cpu", torch.float16)})
+                made = encode(to_tensor(images).to(self.base.device))
+                tensors = {kind: made} if isinstance(made, Tensor) else made
+                return _as_rows({name: tensor.to("cpu", torch.float16) for name, tensor in tensors.items()})
 
             transform = f"{size} x {size}, centre{acts}" + (", mirrored" if mirrored else "")
             return self._rows(kind, model, transform, digests, make, f"encoding {{count}} pairs ({kind})")

@@ -1,15 +1,18 @@
 """Recipes: every setting of a training run, typed, read from YAML.
 
 A recipe file names its `system` and sets fields of that system's class below. Unknown keys, wrong types and
-contradictions are errors before anything is loaded. This module imports neither torch nor diffusers.
+contradictions are errors before anything is loaded. Recipes of controls are made of two parts: where the data comes
+from, which stands here, and the settings of the system, which stand with it (`Control.trainings`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -103,50 +106,69 @@ class BaseRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteeringRecipe(Recipe, ABC):
-    """What training a control on a frozen base, on millions of pictures, has in common."""
+class ControlRecipe(Recipe, ABC):
+    """What training a control on a frozen base has in common, wherever its data comes from."""
 
-    icons: str | None = None
-    """File of rendered icons; this or `multigen`."""
-    multigen: str | None = None
-    """Folder of MultiGen-20M (`json_files`, `images`, `conditions`), whose tasks are the conditions."""
+    training: ClassVar[Any]
+    """The `Training` of its system."""
+    control_class: ClassVar[Any]
+    """The class of its system."""
+
     base: str = "nano"
-    """The base that it will steer."""
-    variants: int = 4
-    """Drawings of each icon whose latents are kept."""
-    score_pictures: int = 32
-    """Held-out pictures on which each preview scores condition following."""
+    """The base that it steers."""
     gradient_checkpointing: bool = False
     """Compute activations a second time in the backward pass: much less memory, about a third more time."""
     prompt_drop: float = 0.5
     """Share of prompts replaced by the empty prompt."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.icons is None) == (self.multigen is None):
-            raise UserError("give either icons or multigen: where the pictures come from")
 
     @property
     @abstractmethod
     def condition_names(self) -> tuple[str, ...]:
         """The conditions that it trains."""
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings that are the system's own."""
+        kind = self.training.options
+        return {} if kind is None else {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
+
+    @property
+    def started_from(self) -> str | None:
+        """The control to go on from, or the one that its system is nothing without."""
+        return self.options.get("start") or self.options.get("control")
+
     def summary(self) -> dict[str, Any]:
         """How a file came to be, for its metadata."""
-        return _summary(self)
+        told = {key: getattr(self, key) for key in ("steps", "batch_size", "learning_rate", "prompt_drop", "seed")}
+        start = getattr(self, "start", None)
+        return told if start is None else {**told, "start": start}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlNetRecipe(SteeringRecipe):
-    """A ControlNet, one condition. Half the prompts are dropped (Zhang et al. 2023, section 3.3)."""
+class SteeringRecipe(ControlRecipe, ABC):
+    """What training a control on a frozen base, on millions of pictures, has in common."""
 
-    system: ClassVar[str] = "controlnet"
+    icons: str | None = None
+    """File of rendered icons; this or `multigen`."""
+    multigen: str | None = None
+    """Folder of MultiGen-20M (`json_files`, `images`, `conditions`), whose tasks are the conditions."""
+    variants: int = 4
+    """Drawings of each icon whose latents are kept."""
+    score_pictures: int = 32
+    """Held-out pictures on which each preview scores condition following."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.icons is None) == (self.multigen is None):
+            raise UserError("give either icons or multigen: where the pictures come from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionRecipe(SteeringRecipe):
+    """A control of one condition, on pictures whose condition images are made or listed."""
 
     condition: str
     """Name of the condition (`controlkit condition --list`)."""
-    start: str | None = None
-    """The ControlNet to go on from: a file or folder in any layout, or the name of one that ships. None starts from a
-    copy of the base's encoder."""
 
     @property
     def condition_names(self) -> tuple[str, ...]:
@@ -158,17 +180,11 @@ class ControlNetRecipe(SteeringRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CtrLoRABaseRecipe(SteeringRecipe):
-    """CtrLoRA's base control: one shared network and one LoRA for each condition, together."""
-
-    system: ClassVar[str] = "ctrlora-base"
+class ConditionsRecipe(SteeringRecipe):
+    """A control of several conditions together."""
 
     conditions: tuple[str, ...]
     """Names of the base conditions; each step trains one of them, all equally often."""
-    rank: int = 128
-    """Of every LoRA."""
-    prompt_drop: float = 0.3
-    """Share of prompts replaced by the empty prompt (Xu et al. 2025; 0.3 in the reference)."""
 
     @property
     def condition_names(self) -> tuple[str, ...]:
@@ -185,13 +201,11 @@ class CtrLoRABaseRecipe(SteeringRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsRecipe(Recipe, ABC):
+class PairsRecipe(ControlRecipe):
     """What training a control from a folder of pairs has in common."""
 
     pairs: str
     """Pairs in any layout of docs/pairs.md."""
-    base: str = "nano"
-    """The base that it steers."""
     name: str = "control"
     """Name of the control and of its file."""
     condition: str = "identity"
@@ -213,12 +227,10 @@ class PairsRecipe(Recipe, ABC):
     prompts that say left and right."""
     score_pictures: int = 16
     """Held-out pairs on which each preview scores condition following."""
-    gradient_checkpointing: bool = False
-    """Compute activations a second time in the backward pass: much less memory, about a third more time."""
 
-    def summary(self) -> dict[str, Any]:
-        """How a file came to be, for its metadata."""
-        return _summary(self)
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        return (self.condition,)
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -232,22 +244,6 @@ class PairsRecipe(Recipe, ABC):
             raise UserError(f"name is {self.name!r}; it must do as the name of a file")
         if self.name in RESERVED_NAMES:
             raise UserError(f"name is {self.name!r}, as files of the run itself are called; give another")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptRecipe(PairsRecipe):
-    """A CtrLoRA adapter for a new condition, from a folder of pairs."""
-
-    system: ClassVar[str] = "ctrlora-adapter"
-
-    control: str
-    """The base control: a file, or the name of one that ships."""
-    name: str = "adapter"
-    """Name of the adapter and of its file."""
-    rank: int = 4
-    """Of every LoRA."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW. This suits nano; see `adapter_settings` for larger bases."""
 
 
 def adapter_settings(base: str) -> dict[str, Any]:
@@ -270,53 +266,57 @@ def _is_small(folder: Path) -> bool:
         return False
 
 
-@dataclass(frozen=True, kw_only=True)
-class CtrLoRAFullRecipe(PairsRecipe):
-    """CtrLoRA's network, all of it trained for one condition, from a folder of pairs."""
-
-    system: ClassVar[str] = "ctrlora-full"
-
-    control: str | None = None
-    """The base control to start from; None starts from a copy of the base's encoder."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlNetPairsRecipe(PairsRecipe):
-    """A ControlNet from a folder of pairs. Half the prompts are dropped (Zhang et al. 2023, section 3.3)."""
-
-    system: ClassVar[str] = "controlnet-pairs"
-
-    start: str | None = None
-    """The ControlNet to go on from: a file or folder in any layout, or the name of one that ships. None starts from a
-    copy of the base's encoder."""
-    prompt_drop: float = 0.5
-    """Share of prompts replaced by the empty prompt."""
-
-
 def _check_channels(channels: Sequence[int]) -> None:
     if not channels or any(width < 8 or width % 8 for width in channels):
         raise UserError(f"channels are {list(channels)}; they must be multiples of 8, one for each resolution")
 
 
-def _summary(recipe: Recipe) -> dict[str, Any]:
-    told = {key: getattr(recipe, key) for key in ("steps", "batch_size", "learning_rate", "prompt_drop", "seed")}
-    start = getattr(recipe, "start", None)
-    return told if start is None else {**told, "start": start}
+def _recipe_of(kind: Any, training: Any) -> type[Recipe]:
+    """The recipe of one `Training` of a system: that of its data, with the system's own settings."""
+    data: type[Recipe] = PairsRecipe
+    if training.data == "conditions":
+        data = ConditionsRecipe if training.several else ConditionRecipe
+    own = (training.options,) if training.options is not None else ()
+    facts = {
+        "__doc__": training.doc or f"{kind.title}.",
+        "__module__": __name__,
+        "__annotations__": {},
+        "system": training.system,
+        "training": training,
+        "control_class": kind,
+    }
+    name = "".join(part.title() for part in training.system.split("-"))
+    return dataclass(frozen=True, kw_only=True)(type(f"{name}Recipe", (*own, data), facts))
 
 
-RECIPES: dict[str, type[Recipe]] = {
-    kind.system: kind
-    for kind in (
-        AutoencoderRecipe,
-        BaseRecipe,
-        ControlNetRecipe,
-        ControlNetPairsRecipe,
-        CtrLoRABaseRecipe,
-        CtrLoRAFullRecipe,
-        AdaptRecipe,
-    )
-}
-"""Every system that `controlkit train` trains."""
+_OF_BASES: dict[str, type[Recipe]] = {kind.system: kind for kind in (AutoencoderRecipe, BaseRecipe)}
+
+
+@cache
+def recipes() -> dict[str, type[Recipe]]:
+    """Every `system` that `controlkit train` trains -> the class of its recipes."""
+    from controlkit.controls.registry import registry, trainings_of
+
+    made = dict(_OF_BASES)
+    for kind in registry().values():
+        for training in trainings_of(kind):
+            if training.system in made:
+                raise UserError(f"{kind.title} trains as {training.system!r}, which another system does already")
+            made[training.system] = _recipe_of(kind, training)
+    return made
+
+
+def recipe_class(system: str) -> type[Recipe]:
+    """The class of the recipes of a system; systems of controls are loaded only if it is not one of a base's.
+
+    Raises:
+        UserError: there is no such system.
+    """
+    if system in _OF_BASES:
+        return _OF_BASES[system]
+    if system not in recipes():
+        raise UserError(f"system is {system!r}{nearest(system, list(recipes()))}")
+    return recipes()[system]
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -331,7 +331,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         values = yaml.safe_load(text)
     except FileNotFoundError as error:
         files = [*Path(path).parent.glob("*.yaml"), *Path("recipes").rglob("*.yaml")]
-        known = [*RECIPES, *dict.fromkeys(map(str, sorted(files)))]
+        known = [*recipes(), *dict.fromkeys(map(str, sorted(files)))]
         raise UserError(f"cannot read the recipe {path}: there is no such file{nearest(str(path), known)}") from error
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
@@ -347,6 +347,10 @@ def build_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
     """A `Recipe` of the class that `values["system"]` names, from plain values; `origin` stands in errors."""
     values = dict(values)
     system = values.pop("system", None)
-    if not isinstance(system, str) or system not in RECIPES:
-        raise UserError(f"{origin}: system is {system!r}{nearest(str(system), list(RECIPES))}")
-    return build_settings(RECIPES[system], values, f"{origin}: system {system}")
+    if not isinstance(system, str):
+        raise UserError(f"{origin}: system is {system!r}{nearest(str(system), list(recipes()))}")
+    try:
+        kind = recipe_class(system)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
+    return build_settings(kind, values, f"{origin}: system {system}")

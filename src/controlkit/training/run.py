@@ -5,31 +5,20 @@ from __future__ import annotations
 from importlib import import_module
 
 from controlkit.bases.load import choose_device
-from controlkit.checkpoints.card import write_card
 from controlkit.errors import UserError
+from controlkit.formats.card import write_card
 from controlkit.training.objective import Objective
 from controlkit.training.recipe import Recipe
-from controlkit.training.recipes import (
-    AdaptRecipe,
-    AutoencoderRecipe,
-    BaseRecipe,
-    ControlNetPairsRecipe,
-    ControlNetRecipe,
-    CtrLoRABaseRecipe,
-    CtrLoRAFullRecipe,
-)
+from controlkit.training.recipes import AutoencoderRecipe, BaseRecipe, PairsRecipe, SteeringRecipe
 from controlkit.training.trainer import train
 
 OBJECTIVES: dict[type[Recipe], str] = {
     AutoencoderRecipe: "autoencoder:AutoencoderObjective",
     BaseRecipe: "base:BaseObjective",
-    ControlNetRecipe: "control:ControlNetObjective",
-    CtrLoRABaseRecipe: "control:CtrLoRABaseObjective",
-    AdaptRecipe: "adapt:AdaptObjective",
-    CtrLoRAFullRecipe: "adapt:CtrLoRAFullObjective",
-    ControlNetPairsRecipe: "adapt:ControlNetPairsObjective",
+    SteeringRecipe: "conditions_objective:ConditionsObjective",
+    PairsRecipe: "pairs_objective:PairsObjective",
 }
-"""Recipe -> module and class of what it trains, imported when it is needed."""
+"""Recipe, or what it inherits from -> module and class of what it trains, imported when it is needed."""
 
 
 def run(recipe: Recipe) -> dict[str, float]:
@@ -50,7 +39,7 @@ def run(recipe: Recipe) -> dict[str, float]:
 
 def objective_of(recipe: Recipe) -> Objective:
     """The objective that `recipe` describes, on its device."""
-    place = OBJECTIVES.get(type(recipe))
+    place = next((place for kind, place in OBJECTIVES.items() if isinstance(recipe, kind)), None)
     if place is None:
         raise UserError(f"no objective for system {recipe.system}")
     module, _, name = place.partition(":")

@@ -19,12 +19,12 @@ from controlkit.errors import UserError, is_out_of_memory
 from controlkit.files import writable_folder, write_json
 from controlkit.training.guards import LossWatch, Patience
 from controlkit.training.log import RunLog, SilentLog, spent
+from controlkit.training.memory import uses_bf16
 from controlkit.training.objective import Objective
 from controlkit.training.optimizers import build_optimizer
 from controlkit.training.processes import Processes
 from controlkit.training.recipe import Recipe
 from controlkit.training.run_folder import fingerprint, refuse_another, run_folder
-from controlkit.training.savings import uses_bf16
 from controlkit.training.sharding import copy_whole, gathered, whole
 from controlkit.training.state import (
     keep_previous,

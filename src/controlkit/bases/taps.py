@@ -1,0 +1,140 @@
+"""Taps: functions that a control hangs on named points of a base for the length of one call.
+
+A point lies on the base's residual stream. At each, in this order: residuals are added; every tap sees the same value,
+the one before any tap; what they return is summed up, or takes the value's place. Hooks are gone when the call ends,
+and are put back for the length of a block that gradient checkpointing runs again (`checkpoint_with_taps`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+TapFunction = Callable[[Tensor], Tensor | None]
+"""The stream at a point, `[B, C, h, w]`, own rows alone => what is added to it, of the same shape; None is nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tap:
+    """One function at one point."""
+
+    function: TapFunction
+    rows: tuple[int, int] | None = None
+    """First and last row (not included) of the batch that it sees and changes; the others stay exactly as they are.
+    None is all of them."""
+    replaces: bool = False
+    """Whether what it returns takes the value's place. Then no other tap may act at this point."""
+
+
+Taps = Mapping[str, Sequence[Tap]]
+"""Point -> its taps, in the order of the request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Where a point lies in a network."""
+
+    module: str
+    """Path of the module whose input or output it is."""
+    side: Literal["input", "output"] = "output"
+    channels: int | None = None
+    """How many channels, from the first, belong to the stream, where the module's input has others beside them."""
+
+
+@contextmanager
+def tapped(
+    network: nn.Module, points: Mapping[str, Point], residuals: Mapping[str, Tensor], taps: Taps
+) -> Iterator[None]:
+    """A block in which calls of `network` get residuals and taps at its points.
+
+    Args:
+        residuals: point -> addition, `[B, C, h, w]` or `[1, C, h, w]`.
+
+    Raises:
+        ValueError: a point is not one of `points`, or a replacing tap has company.
+    """
+    names = [*residuals, *(name for name in taps if name not in residuals)]
+    for name in names:
+        if name not in points:
+            raise ValueError(f"this base has no point called {name!r}; it has: {', '.join(points)}")
+        if len(taps.get(name, ())) > 1 and any(tap.replaces for tap in taps[name]):
+            raise ValueError(f"a control replaces the base's value at {name}, so no other control may act there")
+    handles = []
+    try:
+        for name in names:
+            handles.append(_hook(network, points[name], residuals.get(name), taps.get(name, ())))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def checkpoint_with_taps(
+    active: Callable[[], AbstractContextManager[Any] | None],
+) -> Callable[..., Any]:
+    """A function for diffusers' `enable_gradient_checkpointing` that knows about taps.
+
+    A checkpointed block runs again in the backward pass, when the call that hung the taps has long ended; they are
+    hung again for that block, with the state that their control had for the call.
+
+    Args:
+        active: what hangs the taps of the call that is running, at the time of the forward pass; None if it has none.
+    """
+
+    def run(module: nn.Module, *inputs: Any, **named: Any) -> Any:
+        again = active()
+        return checkpoint(
+            module.__call__,
+            *inputs,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), again or nullcontext()),
+            **named,
+        )
+
+    return run
+
+
+def _hook(network: nn.Module, point: Point, residual: Tensor | None, taps: Sequence[Tap]) -> Any:
+    module = network.get_submodule(point.module)
+
+    def change(stream: Tensor) -> Tensor:
+        if point.channels is None or point.channels == stream.shape[1]:
+            return _changed(stream, residual, taps)
+        own, others = stream[:, : point.channels], stream[:, point.channels :]
+        made = _changed(own, residual, taps)
+        return stream if made is own else torch.cat([made, others], 1)
+
+    def before(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if inputs:
+            return (change(inputs[0]), *inputs[1:]), named
+        return inputs, {**named, "hidden_states": change(named["hidden_states"])}
+
+    def after(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    if point.side == "input":
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_hook(after)
+
+
+def _changed(stream: Tensor, residual: Tensor | None, taps: Sequence[Tap]) -> Tensor:
+    if residual is not None:
+        stream = stream + residual
+    made = []
+    for tap in taps:
+        first, last = tap.rows or (0, len(stream))
+        made.append((first, last, tap, tap.function(stream[first:last])))
+    for first, last, tap, value in made:
+        if value is not None:
+            stream = _with_rows(stream, first, last, value if tap.replaces else stream[first:last] + value)
+    return stream
+
+
+def _with_rows(stream: Tensor, first: int, last: int, own: Tensor) -> Tensor:
+    return own if (first, last) == (0, len(stream)) else torch.cat([stream[:first], own, stream[last:]])

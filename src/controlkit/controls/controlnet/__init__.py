@@ -1,0 +1,5 @@
+"""ControlNet (Zhang, Rao and Agrawala, ICCV 2023, arXiv 2302.05543), and the formats that its files have."""
+
+from controlkit.controls.controlnet.network import ControlNet
+
+__all__ = ["ControlNet"]

@@ -1,0 +1,84 @@
+"""A ControlNet as its difference from the base's UNet, with a scalar `difference` as its mark.
+
+(Mikubill/sd-webui-controlnet, extract_controlnet_diff.py; kohya-ss/ControlNet-diff-modules.) A tool that reads it
+adds the UNet of the checkpoint in use to every tensor that both have, so one file serves a family of checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from controlkit.controls.control import Control
+from controlkit.controls.encoder_copy.original import PREFIX, from_original, to_original
+from controlkit.controls.file_format import Checkpoint, Reference, TensorFile, Written
+from controlkit.errors import UserError
+
+MARK = "difference"
+"""Name of the scalar that marks such a file."""
+
+
+def read(kind: type[Control], file: TensorFile, reference: Reference, says: str) -> Checkpoint:
+    """The ControlNet: the difference plus the base's UNet."""
+    if reference.unet_weights is None:
+        raise UserError(
+            f"{file.path} holds only the difference of a ControlNet from a base's UNet; give that base, with its"
+            " weights (--base)"
+        )
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in file.tensors) else ""
+    others = [*file.others]
+    inside: dict[str, Tensor] = {}
+    for name, value in file.tensors.items():
+        if name.startswith(prefix) and name != MARK:
+            inside[name.removeprefix(prefix)] = value
+        elif name != MARK:
+            others.append(name)
+    checkpoint = from_original(kind, file, says, inside, reference, others=tuple(others), prefix=prefix)
+    check_base(file.path, checkpoint, reference.unet_weights)
+    checkpoint.tensors = {
+        name: value if name not in reference.unet_weights else _sum(value, reference.unet_weights[name])
+        for name, value in checkpoint.tensors.items()
+    }
+    return checkpoint
+
+
+def write(checkpoint: Checkpoint, reference: Reference) -> Written:
+    """The difference from the UNet of the base that was given."""
+    if reference.unet_weights is None:
+        raise UserError("a difference file needs the base whose UNet is subtracted; give it, with its weights (--base)")
+    unet = reference.unet_weights
+    check_base("the control", checkpoint, unet)
+    taken = {name: _sum(value, -unet[name]) for name, value in checkpoint.tensors.items() if name in unet}
+    changed = [not torch.equal(_sum(value, unet[name]), checkpoint.tensors[name]) for name, value in taken.items()]
+    reduced = Checkpoint(checkpoint.kind, checkpoint.config, {**checkpoint.tensors, **taken}, checkpoint.metadata)
+    tensors = {**to_original(reduced, PREFIX), MARK: torch.tensor(1.0)}
+    notes = (
+        f"differences are rounded: {sum(changed)} of {len(taken)} tensors come back with an error in the last digits"
+        " when the base is added again",
+    )
+    return Written(tensors=tensors, notes=notes if any(changed) else ())
+
+
+def check_base(path: Path | str, checkpoint: Checkpoint, unet: Mapping[str, Tensor]) -> None:
+    """Refuse a base whose UNet has other shapes.
+
+    Raises:
+        UserError: says which tensor differs.
+    """
+    shared = [name for name in checkpoint.tensors if name in unet]
+    if "conv_in.weight" not in shared:
+        raise UserError(f"{path}: the base that was given has no UNet of Stable Diffusion's shape")
+    for name in shared:
+        if checkpoint.tensors[name].shape != unet[name].shape:
+            raise UserError(
+                f"{path} was not made for the base that was given: {name} is {tuple(checkpoint.tensors[name].shape)}"
+                f" here and {tuple(unet[name].shape)} there"
+            )
+
+
+def _sum(value: Tensor, other: Tensor) -> Tensor:
+    """value + other, rounded once, in the dtype of `value`."""
+    return (value.double() + other.to(value.device).double()).to(value.dtype)

@@ -1,0 +1,533 @@
+"""The Base ControlNet: the shared network of CtrLoRA, and its adapters by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers import ControlNetModel
+from torch import Tensor, nn
+
+from controlkit.bases.base import Base, Text, hash_of_halves
+from controlkit.bases.residuals import Residuals
+from controlkit.controls.control import Control, OneImage, Reads, Training
+from controlkit.controls.ctrlora.formats import BASE_FORMATS
+from controlkit.controls.ctrlora.lora import (
+    Adapted,
+    AdaptedLinear,
+    AdaptedZeroConv,
+    Adapter,
+    LoRA,
+    adapt_layers,
+    check_state,
+    rank_of,
+)
+from controlkit.controls.encoder_copy.names import config_of
+from controlkit.controls.encoder_copy.network import (
+    HINT_SETTINGS,
+    base_needed,
+    checked_config,
+    copy_incompatibility,
+    missing_heads,
+    network_of,
+    with_heads,
+)
+from controlkit.controls.file_format import Checkpoint
+from controlkit.controls.hints import Hint
+from controlkit.controls.registry import control
+from controlkit.errors import UserError
+
+_ZERO_CONVOLUTIONS = ("controlnet_down_blocks", "controlnet_mid_block")
+_TRANSFERRED = "control.transferred_from"
+"""Key of the fingerprints, with commas between them, that a base control had before it was moved to another base."""
+_ROUNDING = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """Settings of base training."""
+
+    rank: int = 128
+    """Of every LoRA."""
+    prompt_drop: float = 0.3
+    """Share of prompts replaced by the empty prompt (Xu et al. 2025; 0.3 in the reference)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """Settings of training all of it for one condition."""
+
+    control: str | None = None
+    """The base control to start from; None starts from a copy of the base's encoder."""
+
+
+@control
+class BaseControlNet(OneImage):
+    """Encoder and middle of the base; its input is the VAE latent of the condition image, not the noisy one.
+
+    The network is diffusers' `ControlNetModel` without its hint network; it never sees x_t. Adapters
+    (`Adapter`) are added by name and selected: none (the network alone), one, or one for each group of a
+    batch.
+
+    Three states of training: `train_base` (the network and the LoRA of every adapter that shares its zero
+    convolutions and norms), `train_adapter` (one adapter, nothing else), `freeze`. New adapters are frozen.
+    """
+
+    kind: ClassVar[str] = "ctrlora-base"
+    title: ClassVar[str] = "a base control of CtrLoRA"
+    paper: ClassVar[str] = "Xu et al. 2025, arXiv 2410.09400"
+    tag: ClassVar[str | None] = "ctrlora"
+    reads: ClassVar[Reads] = Reads.TIME | Reads.TEXT
+    enters: ClassVar[str] = "decoder skips and middle"
+    hint_is_frozen: ClassVar[bool] = True
+    not_elsewhere: ClassVar[str] = (
+        "CtrLoRA is conditioned on the latent of the condition image and never sees the noise, so it is no plain"
+        " ControlNet"
+    )
+    formats = BASE_FORMATS
+    trainings = (
+        Training(
+            system="ctrlora-base",
+            data="conditions",
+            several=True,
+            options=Shared,
+            doc="CtrLoRA's base control: one shared network and one LoRA for each condition, together.",
+        ),
+        Training(
+            system="ctrlora-full",
+            data="pairs",
+            options=Full,
+            doc="CtrLoRA's network, all of it trained for one condition, from a folder of pairs.",
+        ),
+    )
+
+    def __init__(self, network: ControlNetModel) -> None:
+        super().__init__()
+        network.controlnet_cond_embedding = nn.Identity()
+        self.network = network
+        self.condition = None
+        self.layers: dict[str, Adapted] = adapt_layers(network, _ZERO_CONVOLUTIONS)
+        """Path -> layer that adapters change, in the order of the network."""
+        self._adapters = nn.ModuleDict()
+        self._selected: tuple[str | None, ...] = (None,)
+        self._fingerprint: str | None = None
+        self.transferred_from: tuple[str, ...] = ()
+        """Fingerprints of the base controls that it was moved from to another base; adapters made on them are taken."""
+
+    @classmethod
+    def for_base(cls, base: Base, condition: str | None = None, **options: Any) -> BaseControlNet:
+        """A new one: encoder and middle copied from `base`, zero convolutions; all of it trainable.
+
+        Raises:
+            UserError: the base's UNet reads a class.
+        """
+        if base.unet.config.get("class_embed_type") or base.unet.config.get("num_class_embeds"):
+            raise UserError(f"the UNet of {base.name} reads a class besides time and text; CtrLoRA passes none")
+        with torch.device("meta"):
+            made = cls(network_of(dict(base.unet.config)))
+        given = base.unet.state_dict()
+        state = {}
+        for name, value in made.network.state_dict().items():
+            if name.startswith(_ZERO_CONVOLUTIONS):
+                state[name] = torch.zeros(value.shape, device=base.device, dtype=base.dtype)
+            else:
+                state[name] = given[name].clone()
+        made.network.load_state_dict(state, strict=True, assign=True)
+        made.condition = condition
+        return made
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], condition: str | None = None) -> BaseControlNet:
+        made = cls(network_of(with_heads(checked_config(config)))).eval()
+        made.condition = condition
+        return made
+
+    @classmethod
+    def config_of(cls, tensors: Mapping[str, Tensor], unet_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        return config_of(tensors, unet_config)
+
+    @classmethod
+    def is_native(cls, tensors: Mapping[str, Tensor]) -> bool:
+        families = {name.partition(".")[0] for name in tensors}
+        lora = any(".lora_layer." in name for name in tensors)
+        return "controlnet_down_blocks" in families and "controlnet_cond_embedding" not in families and not lora
+
+    @classmethod
+    def missing_setting(cls, config: Mapping[str, Any]) -> str | None:
+        return missing_heads(config)
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """Name -> adapter, in the order in which they were added."""
+        added = cast(Iterable[Adapter], self._adapters.values())
+        return {adapter.name: adapter for adapter in added}
+
+    @property
+    def selected(self) -> tuple[str | None, ...]:
+        """The active adapter of each group of the batch; `(None,)` is the network alone."""
+        return self._selected
+
+    def add_adapter(self, name: str, rank: int, *, shares_base: bool = False, seed: int | None = None) -> Adapter:
+        """Add a frozen adapter: fresh LoRA; zero convolutions and norms start from the network's.
+
+        (As xyfJASON/ctrlora, cldm/cldm_ctrlora_finetune.py:96-104.)
+
+        Args:
+            rank: of every LoRA.
+            shares_base: LoRA only, for base training: the network's zero convolutions and norms serve all.
+            seed: of the fresh LoRA; torch's global generator if None.
+
+        Raises:
+            ValueError: the name is taken or the rank is not a positive whole number.
+        """
+        self._check_free(name)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        adapter = Adapter(name, self.layers, rank, shares_base=shares_base, generator=generator)
+        self._adapters[_key(name)] = adapter.train(self.training)
+        return adapter
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; if it was selected, the network alone is selected.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        self._find(name)
+        del self._adapters[_key(name)]
+        if name in self._selected:
+            self.select(None)
+
+    def select(self, names: str | Sequence[str | None] | None) -> None:
+        """Make one adapter active, or none, or one for each of as many equal, consecutive groups of a batch.
+
+        Raises:
+            ValueError: an adapter is not there, or the sequence is empty.
+        """
+        wanted = (names,) if names is None or isinstance(names, str) else tuple(names)
+        if not wanted:
+            raise ValueError("no adapter was named; give one for each group of the batch, or None")
+        distinct = wanted[:1] if len(set(wanted)) == 1 else wanted
+        chosen = [None if name is None else self._find(name) for name in distinct]
+        for path, layer in self.layers.items():
+            parts = tuple(None if adapter is None else adapter.part(path, layer) for adapter in chosen)
+            layer.active = parts  # type: ignore[assignment]
+        self._selected = wanted
+
+    def adapter_state_dict(self, name: str) -> dict[str, Tensor]:
+        """The flat state of one adapter, always whole.
+
+        An adapter that shares the base's zero convolutions and norms gets them written out, so that every
+        adapter file has the same names.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        adapter = self._find(name)
+        own = adapter.state_dict()
+        if not adapter.shares_base:
+            return own
+        state = {}
+        for path, layer in self.layers.items():
+            parts = ("lora_layer.down.weight", "lora_layer.up.weight")
+            if isinstance(layer, AdaptedLinear):
+                state.update({f"{path}.{part}": own[f"{path}.{part}"] for part in parts})
+            else:
+                state.update({f"{path}.{key}": value for key, value in layer.state_dict().items()})
+        return state
+
+    def load_adapter(self, name: str, state: Mapping[str, Tensor], *, rank: int | None = None) -> Adapter:
+        """Add a frozen adapter from its flat state; it has its own zero convolutions and norms.
+
+        Args:
+            rank: what the file announces, if it does; the shapes must agree.
+
+        Raises:
+            ValueError: the state is not one adapter's, or was made for another base or rank.
+        """
+        found = rank_of(state)
+        if rank is not None and rank != found:
+            raise ValueError(f"the adapter {name!r} has rank {found}, not {rank}")
+        self._check_free(name)
+        adapter = Adapter(name, self.layers, found, device="meta")
+        check_state(name, adapter.state_dict(), state)
+        weight = self.network.conv_in.weight
+        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype, "copy": True}
+        moved = {key: value.detach().to(**like) for key, value in state.items()}
+        adapter.load_state_dict(moved, strict=True, assign=True)
+        self._adapters[_key(name)] = adapter.requires_grad_(False).train(self.training)
+        return adapter
+
+    @torch.no_grad()
+    def merged(self, name: str) -> BaseControlNet:
+        """A new base control, with no adapters, that computes what this one does under the adapter `name`.
+
+        Its linear layers are W + up @ down, its zero convolutions and norms the adapter's. What the adapter
+        does not change shares memory with this one, so it is frozen.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        adapter = self._find(name)
+        state = dict(self.network.state_dict())
+        for path, layer in self.layers.items():
+            part = adapter.part(path, layer)
+            if isinstance(part, LoRA):
+                weight = layer.weight
+                state[f"{path}.weight"] = (weight.float() + part.change()).to(weight.dtype)
+            elif part is not None:
+                state.update({f"{path}.{key}": value.clone() for key, value in part.state_dict().items()})
+        return built(self.config(), state).requires_grad_(False).train(self.training)
+
+    def fingerprint(self) -> str:
+        """Hash of the network's weights (as float16), by which an adapter knows its base control."""
+        return self._fingerprint or hash_of_halves(self.network.state_dict().values())
+
+    @classmethod
+    def fingerprint_of(cls, checkpoint: Checkpoint) -> str:
+        return built(with_heads(checkpoint.config), checkpoint.float_tensors()).fingerprint()
+
+    def saved_fingerprint(self, dtype: torch.dtype) -> str:
+        return hash_of_halves(value.to(dtype) for value in self.file_state().values())
+
+    def keep_identity(self) -> None:
+        """Stay with the fingerprint that it has now when the weights are cast to another dtype.
+
+        It is let go of where the weights change: where the network trains (`train_base`) or is moved to another base.
+        """
+        self._fingerprint = self.fingerprint()
+
+    def mark_transferred(self) -> None:
+        """Note that the weights are about to be moved to another base, from the fingerprint that it has now."""
+        self.transferred_from = (*self.transferred_from, self.fingerprint())
+        self._fingerprint = None
+
+    def store_frozen(self, dtype: torch.dtype) -> None:
+        """Store the network in `dtype` if it does not train, and leave adapters in theirs.
+
+        The fingerprint stays that of the weights as they were.
+        """
+        if not any(parameter.requires_grad for parameter in self.network.parameters()):
+            self.keep_identity()
+            nn.Module.to(self.network, dtype)  # diffusers' own method warns of what autocast sees to
+
+    @torch.no_grad()
+    def encode(self, condition_image: Tensor, base: Base, *, seed: int | None = None) -> Tensor:
+        """Condition images `[B, 3, H, W]` in [0, 1] => scaled latents `[B, latent_channels, h, w]`.
+
+        The autoencoder gets the range [0, 1] as it is, unlike pictures: the reference trains so
+        (xyfJASON/ctrlora, datasets/custom_dataset.py:75).
+
+        Args:
+            seed: draw a sample of the posterior, as the reference does, instead of its mode; every image of
+                the batch gets the same noise, so that none depends on its neighbours.
+
+        Raises:
+            ValueError: a value lies outside of [0, 1].
+            UserError: the size does not fit the base.
+        """
+        base.check_size(condition_image.shape[-1], condition_image.shape[-2])
+        if not condition_image.is_meta:
+            low, high = condition_image.aminmax()
+            if low < -_ROUNDING or high > 1 + _ROUNDING:
+                raise ValueError(f"a condition image must be in [0, 1]; this one has {low:.3g} to {high:.3g}")
+        if seed is None:
+            hint = base.encode_picture(condition_image)
+        else:
+            weight = base.vae.encoder.conv_in.weight
+            posterior = base.vae.encode(condition_image.to(weight.device, weight.dtype)).latent_dist
+            noise = torch.randn(posterior.mean.shape[1:], generator=torch.Generator().manual_seed(seed))
+            sample = posterior.mean + posterior.std * noise.to(posterior.mean)
+            hint = sample * base.vae.config.scaling_factor
+        return hint.to(self.network.conv_in.weight)
+
+    def forward(
+        self,
+        x_t: Tensor | None,
+        t: Tensor,
+        text: Text | None,
+        hint: Hint,
+        *,
+        adapters: Sequence[str | None] | None = None,
+    ) -> Residuals:
+        """Residuals for `hint` `[B, latent_channels, h, w]` at times `t` `[B]` under `text` `[B, L, D]`.
+
+        A batch of 1 in one of them is repeated to the batch of the others.
+
+        Args:
+            x_t: never looked at.
+            adapters: for this pass alone, in the place of what is selected: one name for each of as many
+                equal, consecutive groups of the batch. All of them run in one pass.
+
+        Raises:
+            ValueError: an adapter is not there, or the batch does not divide into the groups.
+        """
+        assert text is not None and isinstance(hint, Tensor)
+        batch = max(len(hint), len(text), t.numel())
+        groups = len(self._selected if adapters is None else adapters)
+        if groups > 1 and batch % groups:
+            raise ValueError(f"a batch of {batch} does not divide into {groups} groups, one for each adapter")
+        with self._selecting(adapters):
+            down, middle = self.network(
+                hint.expand(batch, *hint.shape[1:]),
+                t.expand(batch),
+                **text.expand(batch).inputs(),
+                controlnet_cond=hint.new_zeros(()),
+                return_dict=False,
+            )
+        return Residuals.numbered("skip", down, middle=middle)
+
+    def state(self) -> Hashable:
+        return self._selected
+
+    def train_base(self) -> None:
+        """Base training: the network, and the LoRA of every adapter that shares its other layers."""
+        self._fingerprint, self.transferred_from = None, ()
+        self.requires_grad_(False)
+        self.network.requires_grad_(True)
+        for adapter in self.adapters.values():
+            adapter.requires_grad_(adapter.shares_base)
+
+    def train_adapter(self, name: str) -> None:
+        """Adapter training: select this adapter and train its tensors, and nothing else.
+
+        Raises:
+            ValueError: there is none of this name, or it has no zero convolutions and norms of its own.
+        """
+        adapter = self._find(name)
+        if adapter.shares_base:
+            raise ValueError(f"the adapter {name!r} shares the base's zero convolutions; train the base instead")
+        self.freeze()
+        adapter.requires_grad_(True)
+        self.select(name)
+
+    def freeze(self) -> None:
+        """Train nothing."""
+        self.requires_grad_(False)
+
+    def incompatibility(self, base: Base) -> str | None:
+        return copy_incompatibility(self.config(), base)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def config(self) -> dict[str, Any]:
+        kept = self.network.config.items()
+        return {key: value for key, value in kept if not key.startswith("_") and key not in HINT_SETTINGS}
+
+    def file_state(self) -> dict[str, Tensor]:
+        """The network's weights, without adapters, under diffusers' names."""
+        return dict(self.network.state_dict())
+
+    def load_file_state(self, state: Mapping[str, Tensor]) -> None:
+        self.network.load_state_dict(dict(state), strict=True, assign=True)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, companion: Control | None = None) -> BaseControlNet:
+        made = built(checkpoint.config, checkpoint.float_tensors())
+        made.condition = checkpoint.condition
+        made.transferred_from = earlier_fingerprints(checkpoint.metadata)
+        return made.requires_grad_(False)
+
+    def file_metadata(self) -> dict[str, str]:
+        return {_TRANSFERRED: ",".join(self.transferred_from)} if self.transferred_from else {}
+
+    @classmethod
+    def usage(cls, file: str, base: str) -> list[str]:
+        return [f"    controlkit adapt PAIRS --base {base} --control {file} --name mine"]
+
+    @classmethod
+    def for_training(
+        cls,
+        base: Base,
+        conditions: Sequence[str],
+        options: Mapping[str, Any],
+        *,
+        name: str,
+        seed: int,
+        start: Control | None = None,
+        companion: Control | None = None,
+    ) -> BaseControlNet:
+        """`start`, or a new one; with a LoRA of `rank` for each condition where the options give a rank."""
+        made = cls.for_base(base) if start is None else cast(BaseControlNet, start)
+        if "rank" in options:
+            for index, condition in enumerate(conditions):
+                made.add_adapter(condition, options["rank"], shares_base=True, seed=seed + index)
+        else:
+            (made.condition,) = conditions
+        made.train_base()
+        return made.train()
+
+    def for_condition(self, condition: str) -> Control:
+        """The base control under this condition's adapter; itself if it has none.
+
+        The adapter stays selected for the backward pass, which runs the layers again under gradient checkpointing.
+        """
+        from controlkit.controls.ctrlora.adapter import CtrLoRA
+
+        if not self.adapters:
+            return self
+        self.select(condition)
+        return CtrLoRA(self, condition, condition)
+
+    def finished(self, name: str) -> dict[str, Control]:
+        if not self.adapters:
+            return {name: self}
+        return {"base": self, **{adapter: self.for_condition(adapter) for adapter in self.adapters}}
+
+    def parameter_counts(self) -> dict[str, int]:
+        zero = [layer for layer in self.layers.values() if isinstance(layer, AdaptedZeroConv)]
+        own = {"zero_convolutions": sum(p.numel() for layer in zero for p in layer.parameters())}
+        return {**super().parameter_counts(), **own}
+
+    def copied_network(self) -> nn.Module:
+        return self.network
+
+    @classmethod
+    def needs(cls, config: Mapping[str, Any]) -> str:
+        return base_needed(config)
+
+    def _check_free(self, name: str) -> None:
+        if _key(name) in self._adapters:
+            raise ValueError(f"there is an adapter called {name!r} already; remove it or take another name")
+
+    def _find(self, name: str) -> Adapter:
+        if _key(name) not in self._adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise ValueError(f"there is no adapter called {name!r}; there are: {known}")
+        return cast(Adapter, self._adapters[_key(name)])
+
+    @contextmanager
+    def _selecting(self, names: Sequence[str | None] | None) -> Iterator[None]:
+        before = self._selected
+        if names is None or tuple(names) == before:
+            yield
+            return
+        if torch.is_grad_enabled() and self.network.is_gradient_checkpointing:
+            raise ValueError("with gradient checkpointing, use select(): the backward pass runs the layers again")
+        self.select(names)
+        try:
+            yield
+        finally:
+            self.select(before)
+
+
+def built(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> BaseControlNet:
+    """A `BaseControlNet` from `config()` and `file_state()`; a missing or unknown name is an error."""
+    with torch.device("meta"):
+        made = BaseControlNet.from_config(config)
+    made.load_file_state(state)
+    return made.eval()
+
+
+def earlier_fingerprints(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The fingerprints that a base control had before it was moved to another base; none if it was not."""
+    return tuple(filter(None, metadata.get(_TRANSFERRED, "").split(",")))
+
+
+def _key(name: str) -> str:
+    """`name` as a key of a ModuleDict, which refuses dots and the names of its own methods."""
+    return "adapter:" + re.sub(r"[.%]", lambda match: f"%{ord(match[0]):02X}", name)

@@ -1,0 +1,113 @@
+"""safetensors files with metadata that says what they are.
+
+Metadata (strings, as safetensors wants): the fields of modelspec 1.0.1 that other tools show, and ours under
+`control.*`: `kind`, `config`, `condition`, `base` and `base_fingerprint`, `hint_range`, and how it was `made`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from controlkit.bases.base import Base
+from controlkit.bases.known import FAMILIES
+from controlkit.bases.load import NANO
+from controlkit.controls.control import Control
+from controlkit.controls.file_format import Checkpoint
+from controlkit.controls.registry import find
+from controlkit.files import write_atomically
+from controlkit.formats.tensors import read_tensor_file
+
+
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str],
+    dtype: torch.dtype | None = torch.float16,
+) -> Path:
+    """Write `tensors` with `metadata`, whole or not at all.
+
+    Args:
+        dtype: of every floating-point tensor in the file; each keeps its own if None.
+    """
+    path = Path(path)
+    plain: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, value in tensors.items():
+        to = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        tensor = value.detach().to("cpu", to).contiguous()
+        # safetensors refuses tensors that share memory, as tied weights and views of one storage do.
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in taken or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        taken.add(tensor.untyped_storage().data_ptr())
+        plain[name] = tensor
+    write_atomically(path, lambda temporary: save_file(plain, temporary, metadata))
+    return path
+
+
+def control_metadata(path: str | Path, control: Control, base: Base, made: dict[str, Any] | None) -> dict[str, str]:
+    """The metadata of a control's file; see the module's docstring."""
+    model = base.name if base.name == NANO else FAMILIES.get(base.unet.config.cross_attention_dim, "unknown")
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{model}/{control.architecture or control.kind}",
+        "modelspec.implementation": "controlkit",
+        "modelspec.title": Path(path).stem,
+        "modelspec.resolution": f"{base.size}x{base.size}",
+        "modelspec.prediction_type": base.prediction_type,
+        "control.kind": control.kind,
+        "control.config": json.dumps(control.config()),
+        "control.condition": control.condition or "",
+        "control.base": base.name,
+        "control.base_fingerprint": base.fingerprint,
+        "control.hint_range": "[0, 1]",
+        "control.made": json.dumps(made or {}),
+        **control.file_metadata(),
+    }
+
+
+def converted_metadata(checkpoint: Checkpoint, title: str) -> dict[str, str]:
+    """Metadata for a file of a checkpoint in whatever format: what it came with, and what is always said."""
+    family = FAMILIES.get(checkpoint.config.get("cross_attention_dim", 0), "unknown")
+    kind = find(checkpoint.kind)
+    said = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{family}/{kind.architecture or kind.kind}",
+        "modelspec.implementation": "controlkit",
+        "modelspec.title": title,
+        "control.condition": "",
+        "control.hint_range": "[0, 1]",
+        **checkpoint.metadata,
+        "control.kind": checkpoint.kind,
+        "control.config": json.dumps(checkpoint.config),
+    }
+    if "rank" in checkpoint.config:
+        said["control.rank"] = str(checkpoint.config["rank"])
+    return said
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a file of tensors; only safetensors has any.
+
+    Raises:
+        UserError: it is not a whole file of tensors.
+    """
+    return read_tensor_file(path).metadata
+
+
+def made_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """How a control came to be, as its file says; empty if it says nothing that can be read."""
+    try:
+        made = json.loads(metadata.get("control.made") or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return made if isinstance(made, dict) else {}

@@ -1,0 +1,138 @@
+"""A card beside every trained control, and sharing both."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
+
+from controlkit.apps.cli import main
+from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.errors import UserError
+from controlkit.formats.card import card_of, write_card
+from controlkit.formats.load import save_control
+
+
+@pytest.fixture
+def adapter(tiny_base, tmp_path):
+    shared = BaseControlNet.for_base(tiny_base)
+    save_control(tmp_path / "base.safetensors", shared, tiny_base)
+    shared.add_adapter("mine", 2, seed=0)
+    control = CtrLoRA(shared, "mine", "palette")
+    return save_control(
+        tmp_path / "mine.safetensors", control, tiny_base, companion="base", made={"steps": 7, "pairs": 12}
+    )
+
+
+def test_a_card_tells_what_the_file_tells(adapter, tiny_base):
+    card = card_of(adapter, scores="| gap | 0.5 |", picture="held-out.png", seconds=120, licence="apache-2.0")
+    head = card.split("---")[1]
+    assert "library_name: controlkit" in head and "license: apache-2.0" in head and '"palette"' in head
+    for told in (
+        "An adapter of CtrLoRA",
+        "| rank | 2 |",
+        "| steps | 7 |",
+        "| gap | 0.5 |",
+        "2.0 minutes",
+        "held-out.png",
+    ):
+        assert told in card
+    assert tiny_base.fingerprint in card
+    assert "Its base control, `base`, must lie beside it" in card and "mine.safetensors+BASE_CONTROL=IMAGE" in card
+
+
+def test_a_card_of_what_is_no_control_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="does not say what it is"):
+        card_of(tmp_path / "other.safetensors")
+
+
+class Hub:
+    """Stands for the hub's API and remembers what it is told."""
+
+    told: ClassVar[list] = []
+    refuses = False
+
+    def create_repo(self, repository, private, exist_ok):
+        if Hub.refuses:
+            raise HfHubHTTPError("401 Unauthorized", response=type("R", (), {"headers": {}, "request": None})())
+        Hub.told = [(repository, private)]
+        return f"https://hub/{repository}"
+
+    def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
+        Hub.told.append(path_in_repo)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "refuses", False)
+    return Hub
+
+
+def test_an_adapter_is_shared_with_its_base_control_its_card_and_its_pictures(adapter, hub, tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "held-out.png")
+    write_card(adapter, picture="held-out.png")
+    assert main(["push", str(adapter), "me/mine", "--private"]) == 0
+    assert capsys.readouterr().out.strip() == "https://hub/me/mine"
+    assert hub.told == [("me/mine", True), "mine.safetensors", "README.md", "base.safetensors", "held-out.png"]
+
+
+def test_a_control_without_a_card_gets_one(tiny_control, tiny_base, hub, tmp_path):
+    path = save_control(tmp_path / "canny.safetensors", tiny_control, tiny_base)
+    assert main(["push", str(path), "me/canny"]) == 0
+    assert "A ControlNet" in (tmp_path / "canny.md").read_text()
+
+
+def test_no_connection_is_one_sentence_too(adapter, hub, monkeypatch, capsys):
+    class Away(Exception):
+        """As the errors of libraries for HTTP, which are of no class that Python knows."""
+
+    def create_repo(self, *args, **kwargs):
+        raise Away("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(hub, "create_repo", create_repo)
+    assert main(["push", str(adapter), "me/mine"]) == 2
+    told = capsys.readouterr().err
+    assert "Name or service not known" in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "says"), [("", "is a folder"), ("missing.safetensors", "is not there")])
+def test_what_is_no_file_is_not_shared(adapter, hub, capsys, name, says):
+    assert main(["push", str(adapter.parent / name), "me/mine"]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_refusal_of_the_hub_is_one_sentence(adapter, hub, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "refuses", True)
+    assert main(["push", str(adapter), "me/mine"]) == 2
+    told = capsys.readouterr().err
+    assert "are you logged in" in told and "Traceback" not in told
+
+
+def test_a_card_does_not_pick_files_of_this_machine(adapter, hub, tmp_path):
+    outside = tmp_path.parent / "outside.png"
+    Image.new("RGB", (8, 8)).save(outside)
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    shown = (outside, "../outside.png", "secret.txt", "pictures/a.png")
+    adapter.with_suffix(".md").write_text("\n".join(f"![x]({path})" for path in shown))
+    assert main(["push", str(adapter), "me/mine"]) == 0
+    assert hub.told[1:] == ["mine.safetensors", "README.md", "base.safetensors", "pictures/a.png"]
+
+
+def test_the_base_control_that_goes_along_is_the_one_of_the_fingerprint(adapter, hub, tiny_base, tmp_path):
+    (tmp_path / "base.safetensors").rename(tmp_path / "moved.safetensors")
+    another = BaseControlNet.for_base(tiny_base)
+    with torch.no_grad():
+        another.network.conv_in.weight.add_(1)
+    save_control(tmp_path / "base.safetensors", another, tiny_base)
+    assert main(["push", str(adapter), "me/mine"]) == 0
+    assert hub.told[1:] == ["mine.safetensors", "README.md", "moved.safetensors"]

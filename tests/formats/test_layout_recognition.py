@@ -1,0 +1,245 @@
+"""What a file is said to be: by what is in it, never by its name; and what is refused, in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from diffusers import ControlNetModel
+from layout_files import trained_pair, weights_of
+from safetensors.torch import save_file
+
+from controlkit.errors import UserError
+from controlkit.formats.convert import convert
+from controlkit.formats.describe import describe
+from controlkit.formats.detect import detect
+from controlkit.formats.load import load_control, save_control
+
+
+def refused(path, *says):
+    """The one sentence that loading, inspecting and converting all answer; but what is whole, and no control, can be
+    inspected, and is called the same."""
+    told = set()
+    for reads in (load_control, describe, lambda p: convert(p, path.parent / "o.safetensors", "controlkit")):
+        if reads is describe and any("is not a control" in sentence for sentence in told):
+            facts = describe(str(path))
+            assert facts["kind"].startswith("none") and all(facts["what"] in sentence for sentence in told)
+            continue
+        with pytest.raises(UserError) as caught:
+            reads(str(path))
+        told.add(str(caught.value))
+    (sentence,) = told
+    assert "\n" not in sentence and str(path) in sentence
+    for word in says:
+        assert word in sentence
+    assert not (path.parent / "o.safetensors").exists()
+
+
+FOREIGN = {
+    "LoRA for the UNet": ["lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight", "lora_te_x.alpha"],
+    "LoRA for the UNet.": ["unet.down_blocks.0.attentions.0.attn1.to_q.lora_A.weight"],
+    "LoRA for a diffusion transformer": ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"],
+    "a whole Stable Diffusion checkpoint": [
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "model.diffusion_model.output_blocks.0.0.in_layers.0.weight",
+        "first_stage_model.encoder.conv_in.weight",
+        "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+    ],
+    "a whole Stable Diffusion XL checkpoint": [
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight",
+    ],
+    "a Stable Diffusion UNet": ["input_blocks.0.0.weight", "output_blocks.0.0.in_layers.0.weight"],
+    "an autoencoder": ["encoder.conv_in.weight", "decoder.conv_in.weight", "quant_conv.weight"],
+    "a text encoder:": ["embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight"],
+    "a text encoder": ["text_model.encoder.layers.0.mlp.fc1.weight"],
+    "an image encoder": ["vision_model.encoder.layers.0.mlp.fc1.weight", "text_model.embeddings.x"],
+    "an IP-Adapter": ["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"],
+    "a textual inversion": ["emb_params"],
+    "a ControlNet-LLLite": ["lllite_unet_input_blocks_4_1_attn1_to_k.down.0.weight"],
+    "a ControlNet Union": ["task_embedding", "zero_convs.0.0.weight", "input_hint_block.0.weight"],
+    "a ControlNet-XS in its original layout": ["control_model.enc_zero_convs_in.0.0.weight"],
+    "a UniControl": ["control_model.task_id_hypernet.0.weight", "control_model.zero_convs.0.0.weight"],
+    "a ControlNet of a diffusion transformer": ["controlnet_blocks.0.weight", "x_embedder.weight"],
+    "a motion module": ["down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"],
+    "the state of an optimizer": ["optimizer.state.0.exp_avg"],
+    "nothing that is known here (2 tensors, such as a)": ["a", "b.weight"],
+}
+
+
+@pytest.mark.parametrize("says", FOREIGN)
+def test_what_is_no_control_is_called_by_its_name(tmp_path, says):
+    save_file({name: torch.zeros(2, 2) for name in FOREIGN[says]}, tmp_path / "control_sd15_canny.safetensors")
+    refused(tmp_path / "control_sd15_canny.safetensors", "seems to be", says.rstrip("."))
+
+
+def test_a_textual_inversion_of_the_old_kind(tmp_path):
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(1, 768)}}, tmp_path / "a.pt")
+    refused(tmp_path / "a.pt", "a textual inversion")
+
+
+def test_unets_of_diffusers_are_bases(tmp_path, tiny_base):
+    save_file(tiny_base.unet.state_dict(), tmp_path / "a.safetensors")
+    refused(tmp_path / "a.safetensors", "a UNet in diffusers' names")
+    tiny_base.vae.save_pretrained(tmp_path / "vae")
+    save_file(tiny_base.vae.state_dict(), tmp_path / "b.safetensors")
+    refused(tmp_path / "b.safetensors", "an autoencoder")
+    refused(tmp_path / "vae", "an autoencoder")
+
+
+class Evil:
+    """A pickle that makes a folder when it is read as a program."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize("wrap", [lambda evil: evil, lambda evil: {"state_dict": {"a": torch.zeros(1)}, "x": evil}])
+def test_a_pickle_that_would_run_a_program_is_refused_and_does_not(tmp_path, new, wrap):
+    path = tmp_path / "control_v11p_sd15_canny.pth"
+    torch.save(wrap(Evil(tmp_path / "made")), path, _use_new_zipfile_serialization=new)
+    refused(path, "is refused", "mkdir", "safetensors")
+    assert not (tmp_path / "made").exists()
+
+
+class Harmless:
+    pass
+
+
+def test_a_pickle_of_other_objects_is_refused_with_their_name(tmp_path):
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "callbacks": Harmless()}, tmp_path / "a.ckpt")
+    refused(tmp_path / "a.ckpt", "is refused", "Harmless")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1", "pointer of Git LFS"),
+        (b"<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
+        (b"\x89PNG\r\n\x1a\n" + b"0" * 60, "picture"),
+        (b"GGUF" + b"0" * 60, "GGUF"),
+        (b"PK\x03\x04" + b"0" * 60, "not a whole file of torch.save"),
+        (b"\x80\x02" + b"0" * 60, "seems"),
+    ],
+)
+def test_what_is_no_file_of_tensors(tmp_path, content, says):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    if says == "seems":
+        refused(tmp_path / "model.safetensors")
+    else:
+        refused(tmp_path / "model.safetensors", says)
+
+
+def test_a_torn_file_of_torch_save(tmp_path):
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "a.pth")
+    whole = (tmp_path / "a.pth").read_bytes()
+    for keep in (100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "a.pth").write_bytes(whole[:keep])
+        refused(tmp_path / "a.pth")
+    torch.save(torch.zeros(3), tmp_path / "b.pth")
+    refused(tmp_path / "b.pth", "Tensor")
+
+
+@pytest.fixture
+def original(tiny_control, tiny_base, tmp_path):
+    path = save_control(tmp_path / "ours.safetensors", tiny_control, tiny_base)
+    return weights_of(convert(path, tmp_path / "original.safetensors", "original").path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda state: state.pop("control_model.input_blocks.0.0.bias"),
+            "1 of its 88 tensors are missing: control_model.",
+        ),
+        (lambda state: [state.pop(n) for n in list(state) if "zero_convs" in n], "8 of its 88 tensors are missing"),
+        (lambda state: state.update(stray=torch.zeros(2)), "1 tensors do not belong to it: stray"),
+        (
+            lambda state: state.update({f"control_model.hint_block.{n}": torch.zeros(2) for n in range(5)}),
+            "hint_block.0, control_model.hint_block.1, control_model.hint_block.2 and 2 more",
+        ),
+        (
+            lambda state: state.update({"control_model.zero_convs.0.0.weight": torch.zeros(3, 3)}),
+            "zero_convs.0.0.weight has the shape (3, 3), not (16, 16, 1, 1)",
+        ),
+    ],
+)
+def test_every_missing_unused_or_misshapen_tensor_is_named(original, tmp_path, change, says):
+    path = tmp_path / "changed.pth"
+    expected = f"of its {len(original)} tensors"
+    change(original)
+    torch.save(original, path)
+    refused(path, "looks like a ControlNet", says.replace("of its 88 tensors", expected))
+
+
+def test_a_mixed_up_file_names_what_does_not_belong(original, tmp_path):
+    original |= {f"lora_unet_{number}.lora_up.weight": torch.zeros(2, 2) for number in range(4)}
+    save_file(original, tmp_path / "mixed.safetensors")
+    refused(tmp_path / "mixed.safetensors", "looks like a ControlNet", "4 tensors do not belong", "lora_unet_0")
+
+
+def test_names_mean_nothing(tiny_control, tiny_base, tmp_path):
+    path = save_control(tmp_path / "vae-ft-mse.ckpt.safetensors", tiny_control, tiny_base)
+    assert detect(path).kind == "controlnet"
+    _, adapter, shared = trained_pair(tiny_base, tmp_path)
+    assert [detect(p).kind for p in (adapter, shared)] == ["ctrlora", "ctrlora-base"]
+    swapped = tmp_path / "swapped"
+    swapped.mkdir()
+    shutil.copy(adapter, swapped / "base.safetensors")
+    shutil.copy(shared, swapped / "palette.safetensors")
+    assert load_control(swapped / "base.safetensors", tiny_base).condition == "palette"
+
+
+def test_folders(tmp_path, base_folder, tiny_control):
+    with pytest.raises(UserError, match="whole base"):
+        load_control(base_folder)
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "not a diffusers folder")
+    folder = tmp_path / "no-weights"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_class_name": "ControlNetModel"}))
+    refused(folder, "diffusion_pytorch_model.safetensors is missing")
+    (folder / "config.json").write_text(json.dumps({"_class_name": "SomethingElse"}))
+    refused(folder, "SomethingElse")
+    tiny_control.to_diffusers().save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    assert (tmp_path / "pickled" / "diffusion_pytorch_model.bin").is_file()
+    assert load_control(tmp_path / "pickled").kind == "controlnet"
+    tiny_control.to_diffusers().save_pretrained(tmp_path / "half", variant="fp16")
+    tiny_control.to_diffusers().save_pretrained(tmp_path / "parts", max_shard_size="40KB")
+    assert (tmp_path / "parts" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    for name in ("half", "parts"):
+        state = load_control(tmp_path / name).state_dict()
+        assert all(torch.equal(value, tiny_control.state_dict()[key]) for key, value in state.items())
+
+
+def test_describe_tells_every_kind(tiny_control, tiny_base, tmp_path):
+    _, adapter, shared = trained_pair(tiny_base, tmp_path)
+    facts = describe(str(adapter))
+    assert (facts["kind"], facts["layout"], facts["rank"], facts["condition"]) == (
+        "ctrlora",
+        "controlkit",
+        3,
+        "palette",
+    )
+    assert facts["reads"] == "time, text"
+    assert describe(str(shared))["tensors"] == len(weights_of(shared))
+    made = convert(adapter, tmp_path / "o.safetensors", "original").path
+    assert describe(str(made))["parameters"] == facts["parameters"]
+    torch.save(weights_of(made), tmp_path / "lora.ckpt")
+    foreign = describe(str(tmp_path / "lora.ckpt"))
+    assert foreign["layout"] == "original" and foreign["metadata"] == {} and foreign["condition"] == "not said"
+
+
+def test_loading_a_controlnet_keeps_to_its_class(tiny_control, tmp_path):
+    network = tiny_control.to_diffusers()
+    assert isinstance(network, ControlNetModel)
+    network.save_pretrained(tmp_path / "n")
+    assert describe(str(tmp_path / "n"))["layout"] == "diffusers"

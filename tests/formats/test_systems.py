@@ -1,0 +1,107 @@
+"""What systems and bases are, against the figures of the papers' code at full size."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from controlkit.apps.cli import main
+from controlkit.errors import UserError
+from controlkit.formats.convert import reference_for
+from controlkit.formats.describe import describe_base, describe_system, is_base
+
+
+@pytest.mark.parametrize(
+    ("base", "parameters", "tensors"),
+    [("sd15", 361_279_120, 340), ("sd21", 364_228_240, 340), ("sdxl", 1_251_014_160, 844)],
+)
+def test_a_controlnet_has_the_known_size(base, parameters, tensors):
+    facts = describe_system("controlnet", base, size=512)
+    assert (facts["parameters"], facts["tensors"]) == (parameters, tensors)
+    assert facts["trainable"] == parameters
+
+
+def test_operations_at_512_are_those_that_are_known():
+    """Within 2 % of 803 for the UNet, 283 for the ControlNet with its hint network, 1117 for the autoencoder."""
+    base = describe_base("sd15", 512)["GFLOP at 512 x 512"]
+    assert base["UNet call"] == pytest.approx(803, rel=0.02)
+    assert base["autoencoder, encoding"] == pytest.approx(1117, rel=0.02)
+    control = describe_system("controlnet", "sd15", size=512)["GFLOP at 512 x 512"]
+    assert control["each step of each image"] + control["once for a condition"] == pytest.approx(283, rel=0.02)
+    ctrlora = describe_system("ctrlora", "sd15", size=512)["GFLOP at 512 x 512"]
+    assert ctrlora["once a step"] == control["each step of each image"]
+    assert ctrlora["once for a condition"] == base["autoencoder, encoding"]
+
+
+@pytest.mark.parametrize(
+    ("base", "parameters", "grey", "network"),
+    [("sd15", 77_369_280, 77_000_640, "full_adapter"), ("sdxl", 79_028_160, 77_553_600, "full_adapter_xl")],
+)
+def test_a_t2i_adapter_has_the_known_size(base, parameters, grey, network):
+    """77.37M for colour, 77.0M for grey, 18.69M light, 79.0M for SDXL; 59.9 GFLOP once at 512 x 512."""
+    facts = describe_system("t2i-adapter", base, size=512)
+    assert (facts["parameters"], facts["trainable"], facts["network"]) == (parameters, parameters, network)
+    assert facts["for grey pictures"]["parameters"] == grey
+    assert (facts["reads"], facts["enters at"]) == ("nothing", "encoder stages")
+    if base == "sd15":
+        assert facts["light"]["parameters"] == 18_689_200
+        assert facts["GFLOP at 512 x 512"]["once for a condition"] == pytest.approx(59.9, rel=0.02)
+
+
+def test_every_base_that_verbs_take_can_be_inspected(tmp_path, monkeypatch):
+    """A single file is told by its names and shapes; a hub id by its form; no control is taken for one."""
+    names = ("model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.x", "cond_stage_model.transformer.x")
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    assert is_base(str(tmp_path / "model.safetensors"))
+    assert describe_system("controlnet", str(tmp_path / "model.safetensors"), size=512)["parameters"] == 361_279_120
+    with pytest.raises(UserError, match="lacks weights of a part"):
+        describe_base(str(tmp_path / "model.safetensors"))
+    save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "no.safetensors")
+    (tmp_path / "empty.safetensors").touch()
+    assert is_base("somebody/model") and is_base("nano") and is_base("sd21")
+    for name in (tmp_path / "no.safetensors", tmp_path / "empty.safetensors", "nano/base", "a/missing.safetensors"):
+        assert not is_base(str(name))
+
+
+def test_a_rank_that_is_none_is_refused():
+    with pytest.raises(UserError, match="rank is 0"):
+        describe_system("ctrlora", "nano", rank=0)
+
+
+def test_ctrlora_has_the_known_size(capsys):
+    assert main(["inspect", "ctrlora", "--base", "sd15", "--rank", "128", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["base control"]["parameters"] == 360_192_640
+    adapter = facts["adapter of rank 128"]
+    assert (adapter["parameters"], adapter["tensors"]) == (36_945_536, 246)
+    assert (adapter["lora"], adapter["zero_convolutions"], adapter["norms"]) == (25_419_776, 11_479_680, 46_080)
+
+
+def test_known_bases_are_told_without_their_files(capsys):
+    assert main(["inspect", "sdxl", "--size", "1024", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["unet"]["parameters"] == 2_567_463_684
+    assert facts["text encoder 2"]["parameters"] == 694_659_840
+    assert facts["own size"] == "1024 x 1024"
+
+
+def test_a_size_that_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="multiple of 64"):
+        describe_base("sd15", 500)
+
+
+def test_a_base_whose_settings_are_not_whole_is_refused(base_folder):
+    (base_folder / "unet" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="does not say block_out_channels, in_channels"):
+        describe_system("controlnet", str(base_folder))
+
+
+def test_a_folder_that_is_called_as_a_known_base_is_the_base(base_folder, monkeypatch):
+    base_folder.rename(base_folder.with_name("sd15"))
+    assert describe_base("sd15")["parameters"] > 100_000_000
+    monkeypatch.chdir(base_folder.parent)
+    assert is_base("sd15") and describe_base("sd15")["parameters"] < 1_000_000
+    assert reference_for("sd15").unet_weights is not None
