@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import yaml
 
 from controlkit.data.icons import LEAST_SCALE, TRAINED_STYLES
+from controlkit.data.readers.columns import Columns
 from controlkit.errors import UserError, nearest
 from controlkit.settings import build_settings, read_overrides
 from controlkit.training.recipe import Recipe
@@ -190,6 +191,12 @@ class PairsRecipe(Recipe, ABC):
 
     pairs: str
     """Pairs in any layout of docs/pairs.md."""
+    image_column: str | None = None
+    """The column of images, where `pairs` is a table (JSON lines, CSV, Parquet); None finds it by its name."""
+    conditioning_image_column: str | None = None
+    """The same of condition images."""
+    caption_column: str | None = None
+    """The same of captions."""
     base: str = "nano"
     """The base that it steers."""
     name: str = "control"
@@ -215,6 +222,13 @@ class PairsRecipe(Recipe, ABC):
     """Held-out pairs on which each preview scores condition following."""
     gradient_checkpointing: bool = False
     """Compute activations a second time in the backward pass: much less memory, about a third more time."""
+
+    @property
+    def columns(self) -> Columns:
+        """The columns of a table that are named."""
+        return Columns(
+            image=self.image_column, conditioning_image=self.conditioning_image_column, caption=self.caption_column
+        )
 
     def summary(self) -> dict[str, Any]:
         """How a file came to be, for its metadata."""

@@ -20,6 +20,7 @@ from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample_prompts
 from controlkit.training.diffusion import noised
 from controlkit.training.objective import Objective, numpy_generator
+from controlkit.training.processes import tell
 from controlkit.training.recipes import SteeringRecipe
 from controlkit.training.sources import Held, IconSource, MultiGenSource, Source
 
@@ -47,6 +48,7 @@ class SteeringObjective(Objective):
         self.frozen = self.base.content
         self.scheduler = self.base.schedule()
         self.source = _source(recipe, self.base)
+        tell(self.source.notes())
 
     @abstractmethod
     def control_for(self, condition: str) -> Control:
