@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from controlkit.data.making import MakeSettings
     from controlkit.data.pairs import read_pairs, split_pairs
     from controlkit.data.pictures import list_pictures
+    from controlkit.data.readers.columns import Columns
     from controlkit.evaluation.adapt import adapt
     from controlkit.evaluation.base import evaluate_base
     from controlkit.evaluation.control import evaluate_control, judged_pairs
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from controlkit.training.run import run as train
 
 _PLACES = {
+    "Columns": "data.readers.columns:Columns",
     "ControlUse": "sampling.request:ControlUse",
     "GenerateRequest": "sampling.request:GenerateRequest",
     "MakeSettings": "data.making:MakeSettings",
@@ -69,6 +71,7 @@ _PLACES = {
 }
 
 __all__ = [
+    "Columns",
     "ControlUse",
     "GenerateRequest",
     "MakeSettings",

@@ -266,3 +266,25 @@ def test_a_condition_whose_model_is_not_there_is_learned_and_judged_by_the_pictu
     assert read_metadata(made["adapter"])["control.condition"] == "depth"
     assert "PSNR to the picture" in made["report"]["title"]
     assert any("depth of a result cannot be drawn" in note for note in made["report"]["notes"])
+
+
+def test_captions_of_a_table_reach_training_or_are_missed_aloud(pairs, base_control, base_folder, tmp_path, capsys):
+    lines = [json.loads(line) for line in (pairs / "prompt.json").read_text().splitlines()]
+    (pairs / "prompt.json").unlink()
+    rows = [{"image": e["target"], "conditioning_image": e["source"], "words": e["prompt"]} for e in lines]
+    (pairs / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = (pairs, base_control, base_folder)
+    assert adapt(*words, tmp_path / "empty", "--steps", 1) == 0
+    told = capsys.readouterr().err
+    assert "note: 12 of 12 prompts are empty" in told and "--caption-column" in told
+    assert adapt(*words, tmp_path / "run", "--steps", 1, "--caption-column", "words") == 0
+    assert "prompts are empty" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/recipe.json").read_text())["caption_column"] == "words"
+    assert adapt(*words, tmp_path / "no", "--steps", 1, "--caption-column", "word") == 2
+    assert "its columns are image, conditioning_image, words; did you mean words?" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_evaluate_reads_named_columns(capsys):
+    assert main(["evaluate", "control", "canny", "--caption-column", "words"]) == 2
+    assert "--caption-column is of --pairs" in capsys.readouterr().err

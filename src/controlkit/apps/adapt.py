@@ -10,9 +10,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from controlkit.apps.show import add_json, print_json
+from controlkit.apps.show import add_columns, add_json, named_columns, print_json
+
+if TYPE_CHECKING:
+    from controlkit.data.readers.columns import Columns
 
 _SETTINGS = (
     *("steps", "base", "name", "condition", "rank", "batch_size", "learning_rate", "flip"),
@@ -30,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--condition",
         help="what the condition images are (default: what the pairs say, or PAIRS/NAME; else judged by the picture)",
     )
+    add_columns(parser)
     parser.add_argument("--rank", type=int, help="of every LoRA (default: 4 for nano, 128 for others)")
     parser.add_argument("--steps", type=int, help="optimiser steps (default: 500 for nano, 1000 for others)")
     parser.add_argument("--batch-size", type=int, help="pairs a step (default: 16 for nano, 4 for others)")
@@ -59,9 +65,9 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.training.recipes import adapter_settings, build_recipe
 
     values = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
-    values |= read_overrides(args.overrides)
+    values |= named_columns(args) | read_overrides(args.overrides)
     name = values.get("name", "adapter")
-    if "condition" not in values and (told := _told_condition(args.pairs)) is not None:
+    if "condition" not in values and (told := _told_condition(args.pairs, _columns(values))) is not None:
         values["condition"] = told
     recipe = build_recipe(
         {
@@ -96,7 +102,14 @@ def run(args: argparse.Namespace) -> None:
     print(f'try next: controlkit generate "PROMPT"{steered} --control {control}{prepared} --seeds 4')
 
 
-def _told_condition(pairs: str) -> str | None:
+def _columns(values: Mapping[str, Any]) -> Columns:
+    from controlkit.data.readers.columns import Columns
+
+    names = ("image", "conditioning_image", "caption")
+    return Columns(**{name: values.get(f"{name}_column") for name in names})
+
+
+def _told_condition(pairs: str, columns: Columns) -> str | None:
     """The condition that PAIRS/NAME names, or the only one that pairs tell of; None if they do not say."""
     from controlkit import conditions
     from controlkit.data.readers.listing import short_name
@@ -104,5 +117,5 @@ def _told_condition(pairs: str) -> str | None:
 
     if Path(pairs).name in conditions.registry():
         return Path(pairs).name
-    names = {short_name(name) for name in read_listing(pairs).conditions}
+    names = {short_name(name) for name in read_listing(pairs, columns=columns).conditions}
     return names.pop() if len(names) == 1 and names <= set(conditions.registry()) else None

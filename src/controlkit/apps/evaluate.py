@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from controlkit.apps.show import add_json, print_json
+from controlkit.apps.show import add_columns, add_json, columns_of, named_columns, print_json
 
 if TYPE_CHECKING:
     from controlkit.data.pair import Pair
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="with --pairs: judge on such a share, as training holds it out (default: 0.1; 1: all)",
     )
+    add_columns(parser)
     parser.add_argument("--pictures", type=int, help="pictures of each set for a control (default: 96)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: 3 for nano, 7.5 for Stable Diffusion)")
@@ -142,10 +143,12 @@ def _held_out(args: argparse.Namespace, count: int) -> list[Pair]:
     if not hasattr(args, "pairs"):
         if hasattr(args, "share"):
             raise UserError("--share is of --pairs, and none are given")
+        for option in named_columns(args):
+            raise UserError(f"--{option.replace('_', '-')} is of --pairs, and none are given")
         return []
     if hasattr(args, "sets"):
         raise UserError("give --sets or --pairs, not both")
     if not 0 < share <= 1:
         raise UserError(f"--share {share}: expected a part of the pairs, above 0 and up to 1")
-    pairs = read_pairs(args.pairs)
+    pairs = read_pairs(args.pairs, columns=columns_of(args))
     return (pairs if share == 1 else split_pairs(pairs, share)[1])[:count]

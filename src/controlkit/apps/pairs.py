@@ -17,11 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from controlkit.apps.show import add_json, print_json, print_table
+from controlkit.apps.show import add_columns, add_json, columns_of, named_columns, print_json, print_table
 from controlkit.errors import UserError
 
 if TYPE_CHECKING:
     from controlkit.data.engine import MakeReport
+    from controlkit.data.pictures import Picture
+    from controlkit.data.prompts import PromptLimit
 
 _SHOWN = 20
 
@@ -35,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default=None, metavar="DIR", help="folder for the pairs")
     parser.add_argument("--check", default=None, metavar="PAIRS", help="look for everything that is wrong with pairs")
     parser.add_argument("--sheet", default=None, metavar="FILE", help="with --check: PNG of some pairs, bad ones first")
+    parser.add_argument(
+        "--base",
+        metavar="BASE",
+        help="with --check: count prompts that this base cuts (default: by the 77 tokens of Stable Diffusion)",
+    )
+    add_columns(parser)
     parser.add_argument("--images-folder", default=None, metavar="DIR", help="where COCO's pictures lie")
     parser.add_argument("--size", type=int, help="scale and crop to a square of so many pixels (default: keep)")
     parser.add_argument("--buckets", action="store_true", help="scale and crop to the nearest aspect-ratio bucket")
@@ -45,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--caption",
         choices=("found", "blip"),
         default="found",
-        help="found: .txt files, COCO, tar shards; blip: a model's for pictures without one",
+        help="found: .txt and .caption files, COCO, tar shards; blip: a model's for pictures without one",
     )
     parser.add_argument("--caption-model", default=None, metavar="FOLDER", help="BLIP: a folder or a name on the hub")
     parser.add_argument("--device", default="cpu", help="of the caption model: cpu, cuda, mps")
@@ -69,6 +77,8 @@ def run(args: argparse.Namespace) -> None:
             f"--sheet {args.sheet} is of --check; when the pairs are made: controlkit pairs --check {args.out} --sheet"
             f" {args.sheet}"
         )
+    for option in (*named_columns(args), *(["base"] if hasattr(args, "base") else [])):
+        raise UserError(f"--{option.replace('_', '-')} is of --check; pictures are read without it")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least one is needed")
     _make(args)
@@ -78,10 +88,14 @@ def _make(args: argparse.Namespace) -> None:
     from controlkit.data.engine import make_pairs
     from controlkit.data.making import MakeSettings
     from controlkit.data.pictures import list_pictures
+    from controlkit.data.readers.folders import doubled_note
 
     values = {name: getattr(args, name) for name in ("size", "buckets", "copy", "seed", "fixed") if hasattr(args, name)}
     settings = MakeSettings(conditions=tuple(name for name in args.conditions.split(",") if name.strip()), **values)
     pictures = list_pictures(args.images, args.images_folder, without=args.out)
+    doubled = [picture.source for picture in pictures if isinstance(picture.source, Path) and _differ(picture)]
+    if doubled:
+        print(f"note: {doubled_note(doubled)}", file=sys.stderr)
     if args.caption == "blip":
         from controlkit.data.captions import BLIP, Captioner, with_captions
 
@@ -100,6 +114,16 @@ def _make(args: argparse.Namespace) -> None:
         tell=progress("pictures"),
     )
     _tell(report, args.json)
+
+
+def _differ(picture: Picture) -> bool:
+    """Whether a picture's .txt and .caption files hold different captions."""
+    from controlkit.data.sources import captions_differ
+
+    try:
+        return bool(picture.sidecars) and captions_differ(picture.sidecars[0])
+    except UserError:  # no text, which making its pair says
+        return False
 
 
 def _tell(report: MakeReport, as_json: bool) -> None:
@@ -125,7 +149,9 @@ def _check(args: argparse.Namespace) -> None:
     from controlkit.data.pairs import pairs_folder
     from controlkit.images import write_png
 
-    report = check_pairs(args.check, [name for name in args.conditions.split(",") if name.strip()])
+    names = [name for name in args.conditions.split(",") if name.strip()]
+    limit = _prompt_limit(getattr(args, "base", None))
+    report = check_pairs(args.check, names, columns=columns_of(args), limit=limit)
     sheet = Path(args.sheet) if args.sheet else pairs_folder(args.check) / ".controlkit" / "check.png"
     unwritable: UserError | None = None
     try:
@@ -152,6 +178,21 @@ def _check(args: argparse.Namespace) -> None:
         print(f"no sheet: {unwritable}; name a place with --sheet", file=sys.stderr)
     if report.problems:
         raise UserError(f"{len(report.problems)} problems in {report.origin}")
+
+
+def _prompt_limit(base: str | None) -> PromptLimit:
+    """How much of a prompt `base` reads; every base of Stable Diffusion's size where none is named."""
+    from controlkit.bases.base import cut_from
+    from controlkit.bases.clip_tokenizer import clip_tokenizer
+    from controlkit.bases.load import load_tokenizer
+    from controlkit.data.prompts import PromptLimit
+
+    tokenizer = clip_tokenizer() if base is None else load_tokenizer(base)
+    return PromptLimit(
+        reader=base or "Stable Diffusion",
+        tokens=tokenizer.model_max_length,
+        cut_from=lambda prompt: cut_from(tokenizer, prompt),
+    )
 
 
 def progress(what: str) -> Callable[[int, int], None]:

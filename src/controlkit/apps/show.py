@@ -10,10 +10,37 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import argparse
 
+    from controlkit.data.readers.columns import Columns
+
+_COLUMNS = {
+    "image_column": "images",
+    "conditioning_image_column": "condition images",
+    "caption_column": "captions",
+}
+
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """The `--json` switch."""
     parser.add_argument("--json", action="store_true", default=False, help="print one JSON object on standard output")
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """The columns of pairs that are a table; they are found by name where none are named."""
+    for option, what in _COLUMNS.items():
+        name = f"--{option.replace('_', '-')}"
+        parser.add_argument(name, metavar="NAME", help=f"column of {what}, in JSON lines, CSV or Parquet")
+
+
+def named_columns(args: argparse.Namespace) -> dict[str, str]:
+    """Option -> column, of those that are named."""
+    return {option: getattr(args, option) for option in _COLUMNS if hasattr(args, option)}
+
+
+def columns_of(args: argparse.Namespace) -> Columns:
+    """The columns that are named, as readers of pairs take them."""
+    from controlkit.data.readers.columns import Columns
+
+    return Columns(**{option.removesuffix("_column"): name for option, name in named_columns(args).items()})
 
 
 def print_json(value: Any) -> None:

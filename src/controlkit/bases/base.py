@@ -313,9 +313,7 @@ class Base:
         Raises:
             UserError: the prompt holds half a character, as cut text does.
         """
-        ids = self.tokenizer(whole_text(prompt, "the prompt")).input_ids
-        beyond = ids[self.prompt_tokens - 1 : -1]  # the last that is kept marks the end
-        return self.tokenizer.decode(beyond).strip() if len(ids) > self.prompt_tokens else ""
+        return cut_from(self.tokenizer, prompt)
 
     def check_size(self, width: int, height: int) -> None:
         """Refuse sizes that the UNet cannot halve.
@@ -359,6 +357,18 @@ whole batches of small ones."""
 def _at_once(pixels: int) -> int:
     """How many pictures of so many pixels that is."""
     return max(1, PIXELS_AT_ONCE // pixels)
+
+
+def cut_from(tokenizer: CLIPTokenizer, prompt: str) -> str:
+    """The end of a prompt beyond the tokenizer's length; empty if there is none.
+
+    Raises:
+        UserError: the prompt holds half a character, as cut text does.
+    """
+    most = tokenizer.model_max_length
+    ids = tokenizer(whole_text(prompt, "the prompt"), verbose=False).input_ids
+    beyond = ids[most - 1 : -1]  # the last that is kept marks the end
+    return tokenizer.decode(beyond).strip() if len(ids) > most else ""
 
 
 def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,9 @@ from safetensors import SafetensorError
 from controlkit.bases.base import Base, needs_float32
 from controlkit.bases.known import KNOWN_BASES
 from controlkit.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 NANO = "nano"
 SINGLE_FILES = (".safetensors", ".ckpt")
@@ -92,6 +95,34 @@ def load_base(
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the base {name} cannot be loaded: {reason}") from error
+
+
+def load_tokenizer(name: str | Path) -> CLIPTokenizer:
+    """The tokenizer of a base alone, by the names that `load_base` takes; none of its weights are read.
+
+    Raises:
+        UserError: it is missing.
+    """
+    from transformers import CLIPTokenizer
+
+    from controlkit.bases.clip_tokenizer import clip_tokenizer
+
+    path = Path(name)
+    if path.suffix in SINGLE_FILES and not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"there is no base at {name}")
+        return clip_tokenizer()  # single files hold none, and are all read with this one
+    folder = nano_folder() if str(name) == NANO else path
+    try:
+        if not folder.exists() and HUB_ID.fullmatch(str(name)):
+            return CLIPTokenizer.from_pretrained(str(name), subfolder="tokenizer")
+        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"there is no tokenizer of a base at {name} ({reason}); give `nano`, the path of a diffusers folder or of a"
+            " single file, or a hub id"
+        ) from error
 
 
 def base_folder(name: str | Path) -> Path:

@@ -16,6 +16,8 @@ from PIL import Image
 
 from controlkit.conditions import find
 from controlkit.data.pairs import shapes_differ
+from controlkit.data.prompts import PromptLimit, count_note, empty_note, is_empty
+from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.listing import Listing, Record
 from controlkit.data.readers.recognise import read_listing
 from controlkit.data.sources import Drawn, Source, read_picture
@@ -29,6 +31,7 @@ KINDS = {
     "size": "condition images of another shape or size than their picture",
     "duplicate": "pictures that occur more than once",
     "prompt": "empty prompts",
+    "flat": "condition images of one flat colour",
     "swapped": "condition image and picture exchanged",
     "not drawn": "condition images that are not what the manifest says",
 }
@@ -37,6 +40,8 @@ KINDS = {
 _ALIKE = 12.0
 """Mean difference, of 255, below which two condition images pass as the same one. Versions of OpenCV differ by less,
 two pictures' by more."""
+_FLAT = 2
+"""Range of values, of 255, within which an image is one flat colour."""
 _SIDE = 768
 """Longer sides are reduced to so many pixels before sides are judged."""
 _SAMPLE = 48
@@ -85,7 +90,14 @@ class _Seen:
     forward: dict[str, bool] = field(default_factory=dict)
 
 
-def check_pairs(path: str | Path, conditions: Sequence[str] = (), sheet: int = 12) -> CheckReport:
+def check_pairs(
+    path: str | Path,
+    conditions: Sequence[str] = (),
+    sheet: int = 12,
+    *,
+    columns: Columns = ANY_COLUMNS,
+    limit: PromptLimit | None = None,
+) -> CheckReport:
     """Look at every file of the pairs at `path`.
 
     Where a manifest says how a condition image was made it is made again and compared, so that exchanged sides are
@@ -94,11 +106,13 @@ def check_pairs(path: str | Path, conditions: Sequence[str] = (), sheet: int = 1
     Args:
         conditions: look at these alone.
         sheet: how many pairs to show.
+        columns: names of columns, where a table (JSON lines, CSV, Parquet) has uncommon ones.
+        limit: of the prompts; longer ones are counted in a note.
 
     Raises:
-        UserError: there are no pairs at all.
+        UserError: there are no pairs at all, or a named column is not there.
     """
-    listing = read_listing(path, conditions[0] if len(conditions) == 1 else None)
+    listing = read_listing(path, conditions[0] if len(conditions) == 1 else None, columns)
     names = [_chosen(listing, name) for name in conditions] or listing.conditions
     if not names and not listing.problems:
         raise UserError(f"{listing.origin} lists no condition images")
@@ -107,7 +121,7 @@ def check_pairs(path: str | Path, conditions: Sequence[str] = (), sheet: int = 1
         seen = list(pool.map(lambda record: _look(record, names), listing.records))
     problems += [problem for one in seen for problem in one.problems]
     problems += _duplicates(listing.records, seen)
-    notes: list[str] = []
+    notes = [*listing.notes, *listing.outside(), *_prompt_notes(listing, limit)]
     for name in names:
         verdict = _exchanged(listing, name, seen)
         if verdict is not None and verdict.certainty == "possible":
@@ -153,9 +167,16 @@ def _entry_problem(text: str) -> Problem:
     return Problem(kind="entry", where=where if rest else "list", text=rest or text)
 
 
+def _prompt_notes(listing: Listing, limit: PromptLimit | None) -> list[str]:
+    told = [(record.where, text) for record in listing.records for text in record.captions]
+    empty = empty_note(sum(is_empty(text) for _, text in told), len(told))
+    return empty + (count_note(told, limit) if limit is not None else [])
+
+
 def _look(record: Record, names: Sequence[str]) -> _Seen:
     seen = _Seen()
-    seen.problems += [] if record.prompt.strip() else [Problem(kind="prompt", where=record.where, text="empty prompt")]
+    if any(map(is_empty, record.captions)):
+        seen.problems.append(_problem("prompt", record, "empty prompt"))
     picture = _opened(record, record.picture, record.told("sha256", "picture"), seen)
     if picture is not None:
         seen.pixels = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
@@ -164,10 +185,13 @@ def _look(record: Record, names: Sequence[str]) -> _Seen:
         if source is None:
             seen.problems.append(_problem("file", record, f"there is no condition image {name!r}"))
             continue
-        if isinstance(source, Drawn):
-            continue
+        if isinstance(source, Drawn) and (picture is None or find(source.condition).requires is not None):
+            continue  # a learned one takes too long to draw it for this alone
         image = _opened(record, source, record.told("sha256", "conditions", name), seen)
-        if image is None or picture is None:
+        colour = None if image is None else _flat_colour(image)
+        if colour is not None:
+            seen.problems.append(_problem("flat", record, f"{name} is one flat colour, {colour}: it tells nothing"))
+        if image is None or picture is None or isinstance(source, Drawn):
             continue
         if image.size != picture.size:
             worse = "shape" if shapes_differ(image.size, picture.size) else "size"
@@ -199,6 +223,12 @@ def _compared(record: Record, name: str, image: Image.Image, picture: Image.Imag
         text = f"{name} is not what its parameters make of the picture (mean difference {forward:.0f} of 255)"
         seen.problems.append(_problem("not drawn", record, text))
     return {name: False}
+
+
+def _flat_colour(image: Image.Image) -> tuple[int, ...] | None:
+    """The colour of an image that has no other, but for what JPEG leaves of it; None for all others."""
+    ranges = np.array(image.getextrema()).reshape(-1, 2)
+    return tuple(int(low) for low, _ in ranges) if (np.ptp(ranges, axis=1) <= _FLAT).all() else None
 
 
 def _opened(record: Record, source: Source, digest: str | None, seen: _Seen) -> Image.Image | None:

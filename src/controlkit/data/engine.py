@@ -17,6 +17,7 @@ from controlkit.conditions import find
 from controlkit.data.jobs import FilesJob, Outcome, ShardJob, make_files, make_shard
 from controlkit.data.making import MakeSettings
 from controlkit.data.pictures import STATE, Picture
+from controlkit.data.readers.columns import captions_of
 from controlkit.data.readers.recognise import MANIFEST
 from controlkit.data.shards import shard_name
 from controlkit.data.workers import cores, refuse_to_run_again, run_jobs
@@ -284,15 +285,15 @@ def _end_torn_line(path: Path, stream: TextIO) -> None:
         stream.write("\n")
 
 
-def _edited_prompts(manifest: Path) -> dict[str, str]:
-    """Key -> the prompt that stands in the manifest: somebody may have mended it there.
+def _edited_prompts(manifest: Path) -> dict[str, str | list[str]]:
+    """Key -> the prompt (or the list of them) that stands in the manifest: somebody may have mended it there.
 
     Raises:
         UserError: a line cannot be read. It is not written over.
     """
     if not manifest.is_file():
         return {}
-    prompts = {}
+    prompts: dict[str, str | list[str]] = {}
     try:
         lines = decode_text(manifest.read_bytes()).split("\n")
     except UnicodeDecodeError as error:
@@ -302,8 +303,9 @@ def _edited_prompts(manifest: Path) -> dict[str, str]:
             continue
         try:
             entry = json.loads(line)
-            prompts[str(entry["key"])] = str(entry["prompt"] or "")
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            captions = captions_of(entry["prompt"])
+            prompts[str(entry["key"])] = captions[0] if len(captions) == 1 else list(captions)
+        except (json.JSONDecodeError, KeyError, TypeError, UserError) as error:
             raise UserError(
                 f"line {number} of {manifest} cannot be read ({error!r}); mend it, or remove it to have it made again"
             ) from error

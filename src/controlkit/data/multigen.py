@@ -7,6 +7,8 @@ Its folder holds `json_files/aesthetics_plus_all_group_TASK_all.json`, JSON line
 from __future__ import annotations
 
 import json
+import mmap
+import re
 from pathlib import Path
 
 import cv2
@@ -16,6 +18,8 @@ from controlkit.errors import UserError, nearest
 from controlkit.files import whole_text
 from controlkit.images import read_image
 
+_EMPTY = re.compile(rb'"prompt"\s*:\s*(?:null|"(?:\s|\\[tnr])*")')
+"""In JSON a text's own quotation marks are escaped, so this is found nowhere but where it is meant."""
 _CONTROL_KEYS = {"segbase": "control_seg"}
 _BLOCK = 1 << 24
 
@@ -64,12 +68,17 @@ class MultiGen:
             return (
                 self.folder / "conditions" / control.removeprefix("./"),
                 self.folder / "images" / source.removeprefix("./"),
-                whole_text(str(prompt or ""), "the prompt"),
+                whole_text(_text(prompt), "the prompt"),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.path}, line {index + 1}: not an entry of the task {self.task} ({error!r})"
             ) from error
+
+    def empty_prompts(self) -> int:
+        """How many lines have an empty prompt, by a search through the file, which takes seconds for millions."""
+        with self.path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return sum(1 for _ in _EMPTY.finditer(data))
 
     def pair(self, index: int, size: int, rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray, str]:
         """Condition image and picture, both `uint8 [size, size, 3]`, and the prompt, of line `index`.
@@ -84,6 +93,12 @@ class MultiGen:
         condition, picture = (np.asarray(read_image(path)) for path in (condition_path, picture_path))
         place = 0.5 if rng is None else float(rng.random())
         return _square(condition, place, size), _square(picture, place, size), prompt
+
+
+def _text(prompt: object) -> str:
+    if prompt is not None and not isinstance(prompt, str):
+        raise TypeError(f"its prompt is {prompt!r}; expected text")
+    return prompt or ""
 
 
 def _square(image: np.ndarray, place: float, size: int) -> np.ndarray:

@@ -27,10 +27,18 @@ class Pair:
     target: Source
     """The picture."""
     prompt: str
+    """Its caption; the first, where there are several. Evaluation and previews use this one."""
+    more_prompts: tuple[str, ...] = ()
+    """Further captions of the same picture. Training draws one of all of them in each step."""
     condition: str | None = None
     """Which condition `source` is, where that is known; it decides how its images are scaled and mirrored."""
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Those that `source` was made with, where that is known; scores of a result make its condition image with them."""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions; one at least, which may be empty."""
+        return (self.prompt, *self.more_prompts)
 
     def images(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Condition image and picture, both `uint8 [size, size, 3]`, cropped around their centres alike."""

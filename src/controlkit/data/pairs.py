@@ -6,12 +6,15 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from controlkit.data.pair import Pair
+from controlkit.data.prompts import PromptLimit, count_note, empty_note, is_empty
+from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.listing import refuse
 from controlkit.data.readers.recognise import PROMPT_JSON, pairs_folder, read_listing
 from controlkit.data.sources import Drawn, Source, read_picture
@@ -19,32 +22,73 @@ from controlkit.errors import UserError
 from controlkit.files import sha256_of, write_atomically
 from controlkit.images import write_png
 
-__all__ = ["MANIFEST", "Pair", "pairs_folder", "read_pairs", "shapes_differ", "split_pairs", "write_pairs"]
+__all__ = [
+    "MANIFEST",
+    "Columns",
+    "Pair",
+    "PairSet",
+    "load_pairs",
+    "pairs_folder",
+    "read_pairs",
+    "shapes_differ",
+    "split_pairs",
+    "write_pairs",
+]
 
 MANIFEST = PROMPT_JSON
 """JSON lines, one pair each: `{"source": condition image, "target": picture, "prompt": text}`, paths relative to
 the folder (as lllyasviel/ControlNet and xyfJASON/ctrlora read it). `write_pairs` writes it."""
 
 
-def read_pairs(path: str | Path, condition: str | None = None) -> list[Pair]:
+@dataclass(frozen=True, kw_only=True)
+class PairSet:
+    """Pairs whose files have been looked at."""
+
+    pairs: list[Pair]
+    where: list[str]
+    """Where each is listed."""
+    notes: list[str]
+    """What is no problem, but should not pass in silence."""
+
+    def prompt_notes(self, limit: PromptLimit) -> list[str]:
+        """How many prompts are empty, and how many are longer than a base reads."""
+        told = [(where, text) for where, pair in zip(self.where, self.pairs, strict=True) for text in pair.captions]
+        return empty_note(sum(is_empty(text) for _, text in told), len(told)) + count_note(told, limit)
+
+
+def read_pairs(path: str | Path, condition: str | None = None, columns: Columns = ANY_COLUMNS) -> list[Pair]:
     """The pairs at `path`, every file looked at. What the layouts are: docs/pairs.md.
 
     Args:
         path: a folder, a file or a glob; `PATH/NAME` is the condition NAME of the pairs at PATH.
         condition: which condition, where there are several.
+        columns: names of columns, where a table (JSON lines, CSV, Parquet) has uncommon ones.
 
     Raises:
-        UserError: no layout is recognised, the condition has to be named, or pairs have missing, torn or mismatched
-            files; all of these are listed at once.
+        UserError: no layout is recognised, the condition has to be named, a named column is not there, or pairs have
+            missing, torn or mismatched files; all of these are listed at once.
     """
-    listing = read_listing(path, condition)
+    return load_pairs(path, condition, columns).pairs
+
+
+def load_pairs(path: str | Path, condition: str | None = None, columns: Columns = ANY_COLUMNS) -> PairSet:
+    """What `read_pairs` reads, with notes on it.
+
+    Raises:
+        UserError: as `read_pairs`.
+    """
+    listing = read_listing(path, condition, columns)
     listed, problems = listing.pairs(condition)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for (where, _), found in zip(listed, pool.map(lambda entry: _problems(entry[1]), listed), strict=True):
             problems += [f"{where}: {problem}" for problem in found]
     if problems:
         raise refuse(listing.origin, problems, "mend or remove these lines")
-    return [pair for _, pair in listed]
+    return PairSet(
+        pairs=[pair for _, pair in listed],
+        where=[where for where, _ in listed],
+        notes=[*listing.notes, *listing.outside()],
+    )
 
 
 def write_pairs(folder: str | Path, pairs: Iterable[tuple[np.ndarray, np.ndarray, str]]) -> int:

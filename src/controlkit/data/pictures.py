@@ -12,7 +12,7 @@ from typing import Any
 
 from controlkit.data.readers.archives import picture_of, texts_of
 from controlkit.data.readers.coco import coco_pictures, object_parameters
-from controlkit.data.sources import Piece, is_picture_name, read_caption, samples
+from controlkit.data.sources import CAPTION_SUFFIXES, Piece, caption_beside, is_picture_name, samples
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, whole_text
 
@@ -30,14 +30,16 @@ class Picture:
     """Its path below the input."""
     source: Path | Piece
     prompt: str | None = None
-    """Its caption where that is known; None: look for a .txt file beside it."""
+    """Its caption where that is known; None: look for a .txt or .caption file beside it."""
     objects: Mapping[str, Mapping[str, Any]] | None = None
     """Parameters for conditions that draw given annotations."""
 
     @property
-    def sidecar(self) -> Path | None:
-        """The .txt file with its caption, which need not exist."""
-        return self.source.with_suffix(".txt") if isinstance(self.source, Path) and self.prompt is None else None
+    def sidecars(self) -> list[Path]:
+        """The files that may hold its caption, which need not exist."""
+        if not isinstance(self.source, Path) or self.prompt is not None:
+            return []
+        return [self.source.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
 
     def caption(self) -> str:
         """The caption, empty if there is none.
@@ -47,14 +49,14 @@ class Picture:
         """
         if self.prompt is not None:
             return whole_text(self.prompt, "its caption")
-        return read_caption(self.sidecar) if self.sidecar else ""
+        return caption_beside(self.source) if isinstance(self.source, Path) else ""
 
     def stamp(self) -> str:
         """Changes when the picture, its caption or its annotations do; nothing is read for it."""
         place = self.source if isinstance(self.source, Path) else self.source.path
         member = (self.source.start, self.source.length) if isinstance(self.source, Piece) else ()
-        sidecar = self.sidecar
-        about = [_state(place), member, _state(sidecar) if sidecar else None, self.prompt, self.objects]
+        first, *others = [_state(path) for path in self.sidecars] or [None]
+        about = [_state(place), member, first, self.prompt, self.objects, *filter(None, others)]
         return sha256_of(repr(about))[:24]
 
     def to_json(self) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def _found(given: str) -> tuple[list[Path], str]:
     if path.exists() or not re.search(r"[*?\[]", given):
         return [path], os.path.abspath(path if path.is_dir() else path.parent)
     before = re.split(r"[*?\[]", given)[0]
-    names = sorted(name for name in glob.glob(given, recursive=True) if not name.lower().endswith(".txt"))  # captions
+    names = sorted(name for name in glob.glob(given, recursive=True) if not name.lower().endswith(CAPTION_SUFFIXES))
     return [Path(name) for name in names], os.path.abspath(os.path.dirname(before))
 
 
@@ -142,10 +144,10 @@ def _from_tar(path: Path) -> Iterator[Picture]:
                 raise UserError(f"{path}: no picture of {key} is called KEY.jpg or KEY.png among {listed}")
             continue
         try:
-            prompt, _ = texts_of(parts)
-        except ValueError as error:
+            captions, _ = texts_of(parts)
+        except (ValueError, RecursionError, UserError) as error:
             raise UserError(f"{path}: the text of {key} cannot be read ({error})") from error
-        yield Picture(key=_key(f"{key}.x"), name=picture.name, source=picture, prompt=prompt or "")
+        yield Picture(key=_key(f"{key}.x"), name=picture.name, source=picture, prompt=captions[0])
 
 
 def _from_coco(annotations: Sequence[Path], images: Path | None) -> Iterator[Picture]:
@@ -181,7 +183,8 @@ def _walk(folder: Path) -> list[Path]:
 
 def _key(name: str) -> str:
     """`a/apple` of `a/apple.jpg`; no dots, at which tar shards part key and ending, nor what no file of Windows has."""
-    return re.sub(r"[.\\\s:*?\"<>|]+", "_", name.rpartition(".")[0]) or "_"
+    key = re.sub(r"[.\\\s:*?\"<>|]+", "_", name.rpartition(".")[0])
+    return "/".join(filter(None, key.split("/"))) or "_"  # of an absolute path, which a list may hold, no root
 
 
 def _with_unique_keys(pictures: Sequence[Picture]) -> Iterator[Picture]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import re
 import tarfile
 import warnings
@@ -153,7 +155,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def members(path: Path) -> Iterator[Piece]:
-    """The files in a tar archive, in their order; only headers are read.
+    """The files in a tar archive, in their order, by names without absolute or parent parts; only headers are read.
 
     Raises:
         UserError: it is missing, not a plain tar archive, or torn.
@@ -163,7 +165,8 @@ def members(path: Path) -> Iterator[Piece]:
             end = 0
             for member in archive:
                 if member.isfile():
-                    yield Piece(path=path, start=member.offset_data, length=member.size, name=member.name)
+                    name = inside_name(member.name)
+                    yield Piece(path=path, start=member.offset_data, length=member.size, name=name)
                 end = member.offset_data + (-(-member.size // 512) * 512 if member.isfile() else 0)
             # tarfile takes a cut archive for a finished one; a finished one ends with empty blocks.
             stream.seek(end)
@@ -176,17 +179,35 @@ def members(path: Path) -> Iterator[Piece]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def samples(path: Path) -> dict[str, dict[str, Piece]]:
+def inside_name(name: str) -> str:
+    """The name of an archive's member without what leads out of a folder: a root, a drive, `.` and `..`."""
+    parts = re.sub(r"^[A-Za-z]:(?=[\\/])", "", name).replace("\\", "/").split("/")
+    return "/".join(part for part in parts if part not in ("", ".", ".."))
+
+
+def samples(path: Path, problems: list[str] | None = None) -> dict[str, dict[str, Piece]]:
     """The members of a tar archive by webdataset's rule: key -> extension (in lower case) -> member.
 
     The key goes up to the first dot of the name's last part; the extension is what follows that dot.
+
+    Args:
+        problems: takes what is wrong with the rest: members of one name.
+
+    Raises:
+        UserError: as `members`; also for two members of one name, if `problems` is not given.
     """
     found: dict[str, dict[str, Piece]] = {}
     for piece in members(path):
         folder, slash, name = piece.name.rpartition("/")
         stem, _, extension = name.partition(".")
-        if stem:  # names such as .DS_Store have no key
-            found.setdefault(f"{folder}{slash}{stem}", {})[extension.lower()] = piece
+        if not stem:  # names such as .DS_Store have no key
+            continue
+        parts = found.setdefault(f"{folder}{slash}{stem}", {})
+        if parts.setdefault(extension.lower(), piece) is not piece:
+            problem = f"{path.name}:{piece.name}: the name occurs twice; rename one of them"
+            if problems is None:
+                raise UserError(problem)
+            problems.append(problem)
     return found
 
 
@@ -195,15 +216,41 @@ def is_picture_name(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.rpartition("/")[2].startswith(".")
 
 
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""Of the files beside images that hold their captions; `.caption` is what kohya's trainers look for by default."""
+
+
+def caption_beside(image: Path) -> str:
+    """The caption in the file beside an image: the first of `CAPTION_SUFFIXES` that has text; empty if none has.
+
+    Raises:
+        UserError: a file is no UTF-8 (or UTF-16) text.
+    """
+    texts = (read_caption(image.with_suffix(suffix)) for suffix in CAPTION_SUFFIXES)
+    return next(filter(None, texts), "")
+
+
+def captions_differ(image: Path) -> bool:
+    """Whether two files beside an image hold different captions, so that one of them is not read.
+
+    Raises:
+        UserError: a file is no UTF-8 (or UTF-16) text.
+    """
+    files = [image.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+    return all(map(os.path.isfile, files)) and len(set(filter(None, map(read_caption, files)))) > 1
+
+
 def read_caption(path: Path) -> str:
     """The text of a caption's file, empty if there is none.
 
     Raises:
-        UserError: it is no UTF-8 (or UTF-16) text.
+        UserError: it cannot be read, or is no UTF-8 (or UTF-16) text.
     """
     try:
         return decode_text(path.read_bytes()).strip()
-    except OSError:
-        return ""
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return ""
+        raise UserError(f"its caption {path.name} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"its caption {path.name} is not UTF-8 text ({error}); save it as UTF-8") from error

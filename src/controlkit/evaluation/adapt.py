@@ -48,7 +48,7 @@ def adapt(recipe: Recipe) -> Adapted:
         companion = load_control(recipe.started_from, base)
         shared[companion.fingerprint()] = companion
     control = load_control(path, base, shared=shared)
-    _, held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition), recipe.held_out)
+    _, held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition, recipe.columns), recipe.held_out)
     report, sheet = evaluate_control(base, control, [judged_pairs(held_out[:MOST_JUDGED], base.size)])
     write_png(folder / "held-out.png", sheet)
     write_card(path, scores=report.to_markdown(), picture="held-out.png", seconds=spent(folder))

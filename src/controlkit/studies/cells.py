@@ -50,7 +50,7 @@ class Task:
         shown = [np.ascontiguousarray(image).tobytes() for image in (*self.judged.given, *self.judged.truths)]
         listed = read_pairs(self.pairs, self.condition.name)
         sides = [side.read_bytes() for pair in listed for side in (pair.source, pair.target)]
-        return sha256_of(*shown, *self.judged.prompts, *sides, *(pair.prompt for pair in listed))
+        return sha256_of(*shown, *self.judged.prompts, *sides, *(text for pair in listed for text in pair.captions))
 
 
 @dataclass(frozen=True, kw_only=True)

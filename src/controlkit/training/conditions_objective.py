@@ -17,6 +17,7 @@ from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample_prompts
 from controlkit.training.control_objective import ControlObjective
 from controlkit.training.objective import numpy_generator
+from controlkit.training.processes import tell
 from controlkit.training.recipes import SteeringRecipe
 from controlkit.training.sources import Held, IconSource, MultiGenSource, Source
 
@@ -36,6 +37,7 @@ class ConditionsObjective(ControlObjective):
                 conditions.find(name)
         super().__init__(recipe, device)
         self.source = _source(recipe, self.base)
+        tell(self.source.notes())
         self.checkpoint()
 
     def condition_at(self, step: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -104,9 +105,15 @@ class PairCache:
         self._vae_key = sha256_of(network_key(vae), repr(settings))
 
     def content(self) -> str:
-        """Hash of the pairs, whatever their order: of every condition image with its picture and prompt."""
+        """Hash of the pairs, whatever their order: of every condition image with its picture and captions."""
         sides = zip(self._keys(SOURCE), self._keys(TARGET), self.pairs, strict=True)
-        return sha256_of(*sorted(sha256_of(source, target, pair.prompt) for source, target, pair in sides))
+        return sha256_of(*sorted(sha256_of(source, target, *pair.captions) for source, target, pair in sides))
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """Caption -> its row in `texts`: those of all pairs, and the empty prompt."""
+        distinct = sorted({caption for pair in self.pairs for caption in pair.captions} | {""})
+        return {caption: index for index, caption in enumerate(distinct)}
 
     def latents(self) -> PictureRows:
         """Scaled latents of the pictures `[N, C, h, w]`."""
@@ -119,9 +126,11 @@ class PairCache:
         return self._images("hints", SOURCE, model, lambda x: control.encode(x, self.base))
 
     def texts(self) -> tuple[TextRows, Tensor, int]:
-        """All distinct prompts, embedded; the index of each pair's `[N]`, and that of the empty prompt."""
-        prompts = sorted({pair.prompt for pair in self.pairs} | {""})
-        position = {prompt: index for index, prompt in enumerate(prompts)}
+        """All distinct captions, embedded; the index of each pair's first one `[N]`, and that of the empty prompt.
+
+        `positions` has the index of every caption.
+        """
+        position, prompts = self.positions, list(self.positions)
         tokenizers = [_tokenizer_key(value) for value in vars(self.base).values() if hasattr(value, "get_vocab")]
         settings = (str(self.base.dtype), self.base.size, getattr(self.base, "zero_empty", False))
         model = sha256_of(*(network_key(network) for network in self.base.text_encoders), *tokenizers, repr(settings))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +14,8 @@ from controlkit import conditions
 from controlkit.conditions.fidelity import by_the_picture
 from controlkit.controls.hints import Hint, map_hint
 from controlkit.data.pair import SOURCE
-from controlkit.data.pairs import read_pairs, split_pairs
+from controlkit.data.pairs import load_pairs, split_pairs
+from controlkit.data.prompts import PromptLimit
 from controlkit.data.sources import read_picture
 from controlkit.images import contact_sheet, to_images, to_tensor, write_png
 from controlkit.sampling.plan import ActiveControl
@@ -24,12 +24,13 @@ from controlkit.training.control_objective import ControlObjective
 from controlkit.training.memory import CPUOffload, store_frozen, uses_bf16
 from controlkit.training.objective import numpy_generator
 from controlkit.training.pair_cache import PairCache
-from controlkit.training.processes import Processes
+from controlkit.training.processes import tell
 from controlkit.training.recipes import PairsRecipe
 
 _STRIP = 8
-_FLIPS = 11
-"""Flips are drawn from numbers of their own, so that a run without them draws what it would without this setting."""
+_FLIPS, _CAPTIONS = 11, 12
+"""Flips, and which of several captions is taken, are drawn from numbers of their own, so that other runs draw what they
+would without them."""
 
 
 class PairsObjective(ControlObjective):
@@ -47,12 +48,15 @@ class PairsObjective(ControlObjective):
         if self.condition.requires is not None:
             # Its model would have to be loaded beside what trains, if it is to be had at all.
             self.condition = by_the_picture(self.condition)
-        self.pairs, self.held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition), recipe.held_out)
+        found = load_pairs(recipe.pairs, recipe.condition, recipe.columns)
+        self.pairs, self.held_out = split_pairs(found.pairs, recipe.held_out)
         super().__init__(recipe, device)
+        limit = PromptLimit(reader="this base", tokens=self.base.prompt_tokens, cut_from=self.base.cut_from)
+        tell([*found.notes, *found.prompt_notes(limit)])
         self._tell_of_scaling()
         self.cache = PairCache(self.base, self.pairs, flip=recipe.flip, check=uses_bf16(recipe, device))
         self.latents = self.cache.latents()
-        self.texts, self.prompt_of, self.empty = self.cache.texts()
+        self.texts, _, self.empty = self.cache.texts()
         self.data = self.cache.content()
         self.encoded = self.cache.hints(self.control) if self.control.hint_is_frozen else None
         self.checkpoint()
@@ -63,11 +67,12 @@ class PairsObjective(ControlObjective):
     def _tell_of_scaling(self) -> None:
         """Say where condition images were made at another size than they will be made at for drawing."""
         side, size = min(read_picture(self.pairs[0].source).size), self.base.size
-        if side != size and not self.condition.given and Processes.is_first():
-            print(
-                f"note: condition images of these pairs are scaled from {side} pixels to {size}; to draw, they are made"
-                f" at {size}, where {self.condition.name} may look different; make the pairs with --size {size}",
-                file=sys.stderr,
+        if side != size and not self.condition.given:
+            tell(
+                [
+                    f"condition images of these pairs are scaled from {side} pixels to {size}; to draw, they are made"
+                    f" at {size}, where {self.condition.name} may look different; make the pairs with --size {size}"
+                ]
             )
 
     def hints(self, chosen: Tensor, flipped: Tensor) -> Hint:
@@ -86,17 +91,26 @@ class PairsObjective(ControlObjective):
         flipped = self.flips(step)[self.share]
         z = cast(Tensor, self.latents.gather(chosen, flipped)).float().to(self.device)
         dropped = torch.rand(self.whole, generator=generator)[self.share] < self.recipe.prompt_drop
-        prompts = torch.where(dropped, self.empty, self.prompt_of[chosen])
+        rows = [self.cache.positions[caption] for caption in self._captions(step)[self.share]]
+        prompts = torch.where(dropped, self.empty, torch.tensor(rows))
         text = self.texts.gather(prompts).map(lambda part: part.to(self.device))
         return self.diffusion_loss(self.control, z, text, self.hints(chosen, flipped), generator)
 
     def seen(self, step: int) -> list[str]:
         pairs = [self.pairs[index] for index in self._chosen(step)]
-        return [f"{pair.source} -> {pair.target}: {pair.prompt!r}" for pair in pairs]
+        told = zip(pairs, self._captions(step), strict=True)
+        return [f"{pair.source} -> {pair.target}: {caption!r}" for pair, caption in told]
 
     def _chosen(self, step: int) -> np.ndarray:
         """Indices of the whole batch's pairs."""
         return self.numpy_generator(step).integers(len(self.pairs), size=self.whole)
+
+    def _captions(self, step: int) -> list[str]:
+        """A caption of each of the whole batch's pairs, at random where there are several."""
+        numbers = numpy_generator(self.recipe.seed, step, _CAPTIONS).random(self.whole)
+        drawn = zip(self._chosen(step), numbers, strict=True)
+        several = ((self.pairs[index].captions, number) for index, number in drawn)
+        return [captions[int(number * len(captions))] for captions, number in several]
 
     def flips(self, step: int) -> Tensor:
         """Which of the whole batch of step `step` are mirrored, `bool [whole]`."""

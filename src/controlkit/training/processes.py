@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -115,6 +116,13 @@ class Processes:
                 " `--use_fsdp`"
             )
         return accelerator
+
+
+def tell(notes: Sequence[str]) -> None:
+    """Notes on standard error, by the first process."""
+    if Processes.is_first():
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 class _Step(nn.Module):

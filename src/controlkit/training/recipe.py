@@ -28,6 +28,7 @@ _LEAST = {
 """The smallest value of settings that have one, in whichever recipe they stand."""
 
 _ADDED = {"flip": False, "gradient_checkpointing": False, "optimizer": "adamw", "least_scale": 0.6}
+_ADDED |= {"image_column": None, "conditioning_image_column": None, "caption_column": None}
 """Settings that came when there were recorded runs already, and the value with which a run is what those were."""
 
 

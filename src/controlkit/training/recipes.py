@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import yaml
 
 from controlkit.data.icons import LEAST_SCALE, TRAINED_STYLES
+from controlkit.data.readers.columns import Columns
 from controlkit.errors import UserError, nearest
 from controlkit.settings import build_settings, read_overrides
 from controlkit.training.recipe import Recipe
@@ -206,6 +207,12 @@ class PairsRecipe(ControlRecipe):
 
     pairs: str
     """Pairs in any layout of docs/pairs.md."""
+    image_column: str | None = None
+    """The column of images, where `pairs` is a table (JSON lines, CSV, Parquet); None finds it by its name."""
+    conditioning_image_column: str | None = None
+    """The same of condition images."""
+    caption_column: str | None = None
+    """The same of captions."""
     name: str = "control"
     """Name of the control and of its file."""
     condition: str = "identity"
@@ -227,6 +234,13 @@ class PairsRecipe(ControlRecipe):
     prompts that say left and right."""
     score_pictures: int = 16
     """Held-out pairs on which each preview scores condition following."""
+
+    @property
+    def columns(self) -> Columns:
+        """The columns of a table that are named."""
+        return Columns(
+            image=self.image_column, conditioning_image=self.conditioning_image_column, caption=self.caption_column
+        )
 
     @property
     def condition_names(self) -> tuple[str, ...]:

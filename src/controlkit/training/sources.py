@@ -17,12 +17,14 @@ from controlkit import conditions
 from controlkit.bases.base import Base, network_key
 from controlkit.data.icons import TRAINED_STYLES, IconSets, draw
 from controlkit.data.multigen import MultiGen
+from controlkit.data.prompts import PromptLimit, count_note, empty_note
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
 from controlkit.training.drawings import Drawings
 
 _MOST_TORN = 100
 _READERS = 8
+_LOOKED_AT = 1000
 _ALL = slice(None)
 
 
@@ -58,6 +60,10 @@ class Source(ABC):
     @abstractmethod
     def names(self, condition: str, rng: np.random.Generator, count: int) -> list[str]:
         """What `batch` makes its `count` samples of with the same `rng`, for a person to find it."""
+
+    def notes(self) -> list[str]:
+        """What to tell of the data before training."""
+        return []
 
     @abstractmethod
     def held_out(self, condition: str) -> Held:
@@ -137,6 +143,19 @@ class MultiGenSource(Source):
             prompts=["" if drop else prompt for (_, _, prompt), drop in zip(read, dropped, strict=True)],
         )
 
+    def notes(self) -> list[str]:
+        """Empty prompts of every task, and how many of some lines' prompts are longer than the base reads."""
+        limit = PromptLimit(reader="this base", tokens=self.base.prompt_tokens, cut_from=self.base.cut_from)
+        told = []
+        for task, lines in self.tasks.items():
+            some = np.linspace(0, len(lines) - 1, min(_LOOKED_AT, len(lines))).astype(int)
+            prompts = [("", text) for index in some if (text := _prompt(lines, int(index))) is not None]
+            sample = "" if len(prompts) == len(lines) else f", of {len(prompts)} lines that were looked at"
+            notes = empty_note(lines.empty_prompts(), len(lines))
+            notes += [f"{note}{sample}" for note in count_note(prompts, limit)]
+            told += [f"{task}: {note}" for note in notes]
+        return told
+
     def names(self, condition: str, rng: np.random.Generator, count: int) -> list[str]:
         lines = self.tasks[condition]
         chosen = rng.integers(self.kept, len(lines), size=count)
@@ -159,3 +178,11 @@ class MultiGenSource(Source):
                 self.torn += 1
                 print(f"passed over ({self.torn} so far): {error}", file=sys.stderr, flush=True)
         raise UserError(f"{_MOST_TORN} pairs of {condition} in a row cannot be read; the last: {reason}") from reason
+
+
+def _prompt(lines: MultiGen, index: int) -> str | None:
+    """The prompt of a line; None where it cannot be read, which training says when it comes to it."""
+    try:
+        return lines.entry(index)[2]
+    except UserError:
+        return None

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from controlkit.data.readers.lines import PICTURE_COLUMNS, PROMPT_COLUMNS
-from controlkit.data.readers.listing import Listing, Record, short_name
+from controlkit.data.readers.columns import (
+    ANY_COLUMNS,
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    Columns,
+    all_of,
+    captions_in,
+    captions_of,
+    first_of,
+)
+from controlkit.data.readers.listing import Listing, Record, outside_note, short_name
 from controlkit.data.shards import write_tar
-from controlkit.data.sources import Piece, is_picture_name, samples
+from controlkit.data.sources import Piece, is_picture_name, members, samples
 from controlkit.errors import UserError
 from controlkit.files import decode_text, sha256_of
 
+_VERSION = "2"
+"""Of what is unpacked of a parquet file."""
 _PICTURES = ("target", "image", "picture")
+_NOTES = ".notes.json"
+"""Member of a shard of ours with what there was to tell of where its images come from. It has no key: no sample."""
 _MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"BM": "bmp", b"GIF8": "gif", b"II*": "tif"}
 
 
 def read_tars(paths: Sequence[Path], origin: Path) -> Listing:
-    """`KEY.jpg`, `KEY.NAME.png` for each condition, `KEY.txt` or `KEY.json` (prompt, text or caption).
+    """`KEY.jpg`, `KEY.NAME.png` for each condition, the caption in `KEY.txt`, `KEY.caption` or `KEY.json`.
 
     Nothing is unpacked. A key may occur once in all shards.
     """
@@ -27,7 +42,7 @@ def read_tars(paths: Sequence[Path], origin: Path) -> Listing:
     problems: list[str] = []
     seen: dict[str, Path] = {}
     for path in paths:
-        for key, parts in samples(path).items():
+        for key, parts in samples(path, problems).items():
             where = f"{path.name}:{key}"
             if key in seen:
                 problems.append(f"{where}: the key occurs in {seen[key].name} too")
@@ -38,8 +53,11 @@ def read_tars(paths: Sequence[Path], origin: Path) -> Listing:
                 problems.append(f"{where}: there is no picture (KEY.jpg, KEY.png) among {', '.join(sorted(parts))}")
                 continue
             try:
-                prompt, made = texts_of(parts)
-            except (ValueError, UserError) as error:
+                captions, made = texts_of(parts)
+            except UserError as error:
+                problems.append(f"{where}: {error}")
+                continue
+            except (ValueError, RecursionError) as error:
                 problems.append(f"{where}: its text cannot be read ({error})")
                 continue
             conditions = {
@@ -47,7 +65,7 @@ def read_tars(paths: Sequence[Path], origin: Path) -> Listing:
                 for name, part in sorted(parts.items())
                 if part is not picture and is_picture_name(f"x.{name}")
             }
-            records.append(Record(where=where, picture=picture, conditions=conditions, prompt=prompt or "", made=made))
+            records.append(Record(where=where, picture=picture, conditions=conditions, captions=captions, made=made))
     return Listing(origin=origin, records=records, problems=problems)
 
 
@@ -62,11 +80,12 @@ def picture_of(parts: Mapping[str, Piece]) -> Piece | None:
     return None
 
 
-def texts_of(parts: Mapping[str, Piece]) -> tuple[str | None, dict[str, Any]]:
-    """The prompt of a key, None if there is none, and what its JSON file says.
+def texts_of(parts: Mapping[str, Piece]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The captions of a key, one empty one if there is none, and what its JSON file says.
 
     Raises:
         ValueError: they are not UTF-8 or not JSON.
+        UserError: the JSON file's caption is neither text nor a list of texts.
     """
     made: dict[str, Any] = {}
     if "json" in parts:
@@ -74,61 +93,113 @@ def texts_of(parts: Mapping[str, Piece]) -> tuple[str | None, dict[str, Any]]:
         made = value if isinstance(value, dict) else {}
     for name in ("txt", "caption"):
         if name in parts:
-            return decode_text(parts[name].read_bytes()).strip(), made
-    for name in PROMPT_COLUMNS:
-        if isinstance(made.get(name), str):
-            return made[name], made
-    return None, made
+            text = decode_text(parts[name].read_bytes()).strip()
+            if text:
+                return (text,), made
+    return captions_of(captions_in(made)), made
 
 
-def read_parquet(paths: Sequence[Path], origin: Path) -> Listing:
+def read_parquet(paths: Sequence[Path], origin: Path, columns: Columns = ANY_COLUMNS) -> Listing:
     """Parquet files of `datasets`: columns of images (`{bytes, path}` or plain bytes) and a text column.
 
     A row cannot be read without its neighbours, so the images are copied once into a tar shard in `.controlkit` beside
     the files, and read from there.
 
     Raises:
-        UserError: pyarrow is missing, a file is torn, or it has no column of pictures.
+        UserError: pyarrow is missing, a file is torn, it has no column of pictures, or a named column is not there.
     """
-    home = paths[0].parent
-    stamp = sha256_of(*(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths))
-    unpacked = home / ".controlkit" / f"parquet-{stamp[:16]}.tar"
+    home = paths[0].parent / ".controlkit"
+    files = [f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths]
+    unpacked = home / f"parquet-{sha256_of(_VERSION, repr(columns), *files)[:16]}.tar"
     if not unpacked.is_file():
-        write_tar(unpacked, _rows(paths))
+        write_tar(unpacked, _rows(paths, columns))
+        # What earlier versions unpacked of the same files, which lacks captions of other names and lists of them.
+        (home / f"parquet-{sha256_of(*files)[:16]}.tar").unlink(missing_ok=True)
     listing = read_tars([unpacked], origin)
-    records = [Record(**{**vars(r), "where": f"row {int(r.where.rpartition(':')[2])}"}) for r in listing.records]
-    return Listing(origin=origin, records=records, problems=listing.problems)
+    shard = f"{unpacked.name}:"
+    records = [replace(record, where=_row(record.where.removeprefix(shard))) for record in listing.records]
+    problems = [_row(text.removeprefix(shard)) for text in listing.problems]
+    told = next((piece for piece in members(unpacked) if piece.name == _NOTES), None)
+    return Listing(
+        origin=origin, records=records, problems=problems, notes=json.loads(told.read_bytes()) if told else []
+    )
 
 
-def _rows(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
-    """Members of the tar shard, the images of a row and its text."""
+def _row(text: str) -> str:
+    """`row 7: ...` of `000000007: ...`."""
+    number, colon, rest = text.partition(":")
+    return f"row {int(number)}{colon}{rest}" if number.isdecimal() else text
+
+
+def _rows(paths: Sequence[Path], chosen: Columns) -> Iterator[tuple[str, bytes]]:
+    """Members of the tar shard, the images of a row and its text; at the end, what there is to tell."""
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise UserError("reading parquet needs pyarrow: pip install 'controlkit[parquet]'") from error
     number = 0
+    notes: list[str] = []
+    linked = _Linked()
     for path in paths:
         try:
             file = parquet.ParquetFile(path)
-            columns = [field.name for field in file.schema_arrow if _holds_images(arrow, field.type)]
-            text = next((name for name in PROMPT_COLUMNS if name in file.schema_arrow.names), None)
-            picture = next((name for name in PICTURE_COLUMNS if name in columns), None)
-            if picture is None:
-                raise UserError(
-                    f"{path} has no column of pictures called {', '.join(PICTURE_COLUMNS[:4])}; see docs/pairs.md"
-                )
-            for batch in file.iter_batches(batch_size=16, columns=[*columns, *([text] if text else [])]):
+            known = list(file.schema_arrow.names)
+            images = [field.name for field in file.schema_arrow if _holds_images(arrow, field.type)]
+            picture, given, texts = _columns_of(path, known, images, chosen)
+            notes += chosen.caption_notes(path if len(paths) == 1 else path.parent, known)
+            names = _middle_names(given)
+            for batch in file.iter_batches(batch_size=16, columns=[picture, *given, *texts]):
                 for row in batch.to_pylist():
-                    for name in columns:
-                        data = _bytes_of(row[name], path.parent)
+                    for name in (picture, *given):
+                        data = linked.bytes_of(row[name], path.parent)
                         if data is not None:
-                            middle = "" if name == picture else f"{short_name(name)}."
+                            middle = "" if name == picture else f"{names[name]}."
                             yield f"{number:09d}.{middle}{_kind(data)}", data
-                    yield f"{number:09d}.txt", str((row[text] if text else None) or "").encode()
+                    yield _text_member(number, row[chosen.caption] if chosen.caption else captions_in(row))
                     number += 1
         except (arrow.ArrowException, OSError) as error:
             raise UserError(f"{path} is not a parquet file, or a torn one ({error})") from error
+    if linked.outside:
+        notes.append(outside_note(paths[0].parent, len(linked.outside), linked.count, linked.outside[0]))
+    if notes:
+        yield _NOTES, json.dumps(list(dict.fromkeys(notes))).encode()
+
+
+def _columns_of(
+    path: Path, known: Sequence[str], images: Sequence[str], chosen: Columns
+) -> tuple[str, list[str], list[str]]:
+    """The columns of pictures, of condition images, and of captions.
+
+    Raises:
+        UserError: there is none of pictures, or a named one is not there or holds no images.
+    """
+    chosen.check(path, known)
+    for name in (chosen.image, chosen.conditioning_image):
+        if name is not None and name not in images:
+            raise UserError(f"the column {name!r} of {path} holds no images; those with images: {', '.join(images)}")
+    picture = chosen.image or first_of(IMAGE_COLUMNS, images)
+    if picture is None:
+        raise UserError(
+            f"{path} has no column of pictures called {', '.join(IMAGE_COLUMNS[:4])}; name it with --image-column (its"
+            f" columns are {', '.join(known)})"
+        )
+    given = [chosen.conditioning_image] if chosen.conditioning_image else [name for name in images if name != picture]
+    texts = [chosen.caption] if chosen.caption else all_of(CAPTION_COLUMNS, known)
+    return picture, given, [name for name in texts if name not in images]
+
+
+def _middle_names(given: Sequence[str]) -> dict[str, str]:
+    """What columns of condition images are called in the shard: short, unless two of them would be one then."""
+    short = {name: short_name(name).lower() for name in given}
+    return {name: own if list(short.values()).count(own) == 1 else name for name, own in short.items()}
+
+
+def _text_member(number: int, value: Any) -> tuple[str, bytes]:
+    """The member with a row's caption; whatever is no plain text goes through JSON, where it is read or refused."""
+    if value is None or isinstance(value, str):
+        return f"{number:09d}.txt", (value or "").encode()
+    return f"{number:09d}.json", json.dumps({CAPTION_COLUMNS[0]: value}, default=repr).encode()
 
 
 def _holds_images(arrow: Any, kind: Any) -> bool:
@@ -136,14 +207,25 @@ def _holds_images(arrow: Any, kind: Any) -> bool:
     return binary or (arrow.types.is_struct(kind) and "bytes" in {field.name for field in kind})
 
 
-def _bytes_of(value: Any, folder: Path) -> bytes | None:
-    if isinstance(value, Mapping):
+@dataclass
+class _Linked:
+    """Images that a parquet file names and does not hold."""
+
+    count: int = 0
+    outside: list[Path] = field(default_factory=list)
+    """Those outside of its folder."""
+
+    def bytes_of(self, value: Any, folder: Path) -> bytes | None:
+        if not isinstance(value, Mapping):
+            return value
         data, path = value.get("bytes"), value.get("path")
-        if data is None and path:
-            file = folder / path
-            return file.read_bytes() if file.is_file() else b""
-        return data
-    return value
+        if data is not None or not path:
+            return data
+        file = folder / path
+        self.count += 1
+        if not os.path.abspath(file).startswith(os.path.join(os.path.abspath(folder), "")):
+            self.outside.append(file)
+        return file.read_bytes() if file.is_file() else b""
 
 
 def _kind(data: bytes) -> str:

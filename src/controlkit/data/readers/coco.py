@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from controlkit.data.readers.columns import captions_of
 from controlkit.data.readers.listing import Listing, Record
 from controlkit.data.sources import Drawn, Source
 from controlkit.errors import UserError
@@ -18,8 +19,10 @@ class CocoPicture:
     """One picture of COCO with what is known about it."""
 
     path: Path
+    folder: Path
+    """Where all of them should lie."""
     caption: str | None
-    """The first one given for it; None if there is none."""
+    """The first one given for it that is not empty; None if none is given."""
     objects: tuple[Mapping[str, Any], ...] | None
     """Its annotated objects; None if the files annotate none of any picture."""
     size: tuple[float, float]
@@ -40,18 +43,21 @@ def coco_pictures(annotations: Sequence[Path], images: Path | None = None) -> li
     objects: dict[str, list[Mapping[str, Any]]] = {}
     with_objects = False
     for path in annotations:
+        value = read_json(path)
         try:
-            value = read_json(path)
             names = {entry["id"]: str(entry["file_name"]) for entry in value["images"]}
             listed |= {str(entry["file_name"]): entry for entry in value["images"]}
             for entry in sorted(value["annotations"], key=lambda entry: entry["id"]):
                 name = names[entry["image_id"]]
                 if "caption" in entry:
-                    captions.setdefault(name, " ".join(str(entry["caption"]).split()))
+                    text = next(filter(str.strip, captions_of(entry["caption"])), "")
+                    captions[name] = captions.get(name) or " ".join(text.split())
                 else:
                     with_objects = True
                     kept = ("category_id", "bbox", "segmentation")
                     objects.setdefault(name, []).append({key: entry[key] for key in kept if key in entry})
+        except UserError as error:
+            raise UserError(f"{path}: a picture's caption is not read: {error}") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a COCO annotation file ({error!r})") from error
     if not listed:
@@ -66,6 +72,7 @@ def coco_pictures(annotations: Sequence[Path], images: Path | None = None) -> li
     return [
         CocoPicture(
             path=folder / name,
+            folder=folder,
             caption=captions.get(name),
             objects=tuple(objects.get(name, ())) if with_objects else None,
             size=sizes[name],
@@ -80,13 +87,15 @@ def read_coco(path: Path, condition: str | None = None) -> Listing:
     beside = path.with_name(path.name.replace("instances_", "captions_", 1))
     files = [path, beside] if beside != path and beside.is_file() else [path]
     records = []
+    folder = None
     for picture in coco_pictures(files):
+        folder = picture.folder
         conditions: dict[str, Source] = {}
         for name, parameters in object_parameters(picture).items():
             conditions[name] = Drawn(picture=picture.path, condition=name, parameters=tuple(parameters.items()))
-        prompt = picture.caption or ""
-        records.append(Record(where=picture.path.name, picture=picture.path, conditions=conditions, prompt=prompt))
-    return Listing(origin=path, records=records, draws=True)
+        captions = (picture.caption or "",)
+        records.append(Record(where=picture.path.name, picture=picture.path, conditions=conditions, captions=captions))
+    return Listing(origin=path, records=records, draws=True, folder=folder)
 
 
 def object_parameters(picture: CocoPicture) -> dict[str, dict[str, Any]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from controlkit.data.multigen import MultiGen
 from controlkit.data.readers.listing import Listing, Record
-from controlkit.data.sources import is_picture_name, read_caption
+from controlkit.data.sources import CAPTION_SUFFIXES, caption_beside, captions_differ, is_picture_name
 from controlkit.errors import UserError
 
 PICTURE_FOLDERS = ("target", "targets", "image", "images", "img", "picture", "pictures", "photo", "photos", "train")
@@ -22,7 +23,8 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def read_twins(folder: Path, condition: str | None = None) -> Listing:
-    """Pictures with captions beside them (`apple.png`, `apple.txt`) and folders of condition images of the same stems.
+    """Pictures with captions beside them (`apple.png`, `apple.txt` or `apple.caption`) and folders of condition images
+    of the same stems.
 
     This is how kohya's trainers read a ControlNet's data. The pictures lie in `folder` itself or in one folder below;
     every other folder below it with pictures is a condition, called as the folder is.
@@ -35,18 +37,26 @@ def read_twins(folder: Path, condition: str | None = None) -> Listing:
     home = _home(folder, list(folders))
     by_name = {path.name: _by_stem(path, files) for path, files in folders.items() if path != home}
     conditions = {name: stems for name, stems in by_name.items() if stems}
-    records, problems = [], []
+    records, problems, doubled = [], [], []
     for stem, picture in _by_stem(home, folders[home]).items():
         twins = {name: stems.pop(stem) for name, stems in conditions.items() if stem in stems}
         try:
-            prompt = read_caption(picture.with_suffix(".txt"))
+            prompt = caption_beside(picture)
+            doubled += [picture] if captions_differ(picture) else []
         except UserError as error:
             problems.append(f"{picture.name}: {error}")
             continue
-        records.append(Record(where=picture.name, picture=picture, conditions=twins, prompt=prompt))
+        records.append(Record(where=picture.name, picture=picture, conditions=twins, captions=(prompt,)))
     for name, left in conditions.items():
         problems += [f"{name}/{path.name}: there is no picture {stem} in {home.name}" for stem, path in left.items()]
-    return Listing(origin=folder, records=records, problems=problems)
+    notes = [doubled_note(doubled)] if doubled else []
+    return Listing(origin=folder, records=records, problems=problems, notes=notes)
+
+
+def doubled_note(images: Sequence[Path]) -> str:
+    """What to say of images with two files of captions that differ."""
+    first, second = CAPTION_SUFFIXES
+    return f"{len(images)} images have captions in {first} and others in {second}, such as {images[0]}; {first} is read"
 
 
 def has_twins(folder: Path) -> bool:
@@ -81,8 +91,10 @@ def read_multigen(folder: Path, condition: str | None = None) -> Listing:
         except UserError as error:
             problems.append(str(error))
             continue
-        records.append(Record(where=f"line {index + 1}", picture=picture, conditions={task: source}, prompt=prompt))
-    return Listing(origin=lines.path, records=records, problems=problems)
+        records.append(
+            Record(where=f"line {index + 1}", picture=picture, conditions={task: source}, captions=(prompt,))
+        )
+    return Listing(origin=lines.path, records=records, problems=problems, folder=folder)
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -93,7 +105,7 @@ def _home(folder: Path, folders: list[Path]) -> Path:
     """Which of the folders holds the pictures, not their conditions."""
     if folder in folders:
         return folder
-    captioned = [path for path in folders if any(path.glob("*.txt"))]
+    captioned = [path for path in folders if any(next(path.glob(f"*{suffix}"), None) for suffix in CAPTION_SUFFIXES)]
     named = [path for path in folders if path.name.lower() in PICTURE_FOLDERS]
     for found in (captioned, named):
         if len(found) == 1:
@@ -101,7 +113,7 @@ def _home(folder: Path, folders: list[Path]) -> Path:
     names = ", ".join(path.name for path in folders)
     raise UserError(
         f"cannot tell which of {names} in {folder} holds the pictures;"
-        " put their captions (.txt) beside them, or call that folder images"
+        " put their captions (.txt, .caption) beside them, or call that folder images"
     )
 
 

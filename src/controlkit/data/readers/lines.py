@@ -1,7 +1,8 @@
-"""Layouts with a line for each pair: our manifest, the reference's prompt.json, metadata of image folders."""
+"""Layouts with a line for each pair: our manifest, the reference's prompt.json, tables of image folders."""
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
@@ -9,58 +10,125 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from controlkit.data.readers.columns import (
+    ANY_COLUMNS,
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    Columns,
+    all_of,
+    captions_in,
+    captions_of,
+    first_of,
+)
 from controlkit.data.readers.listing import Listing, Record
 from controlkit.data.sources import is_picture_name
 from controlkit.errors import UserError
 from controlkit.files import decode_text
 
-PROMPT_COLUMNS = ("text", "prompt", "caption")
-PICTURE_COLUMNS = ("image", "target", "picture", "jpg", "file_name", "image_file_name")
+_HEAD = 1 << 20
 
 
-def read_manifest(path: Path, condition: str | None = None) -> Listing:
+def read_manifest(path: Path, condition: str | None = None, columns: Columns = ANY_COLUMNS) -> Listing:
     """`pairs.jsonl`, as `controlkit pairs` writes it."""
+    columns.refuse(path, "the manifest of controlkit pairs")
 
     def record(where: str, entry: Mapping[str, Any]) -> Record:
         conditions = {str(name): path.parent / file for name, file in entry["conditions"].items()}
-        picture, prompt = path.parent / entry["picture"], str(entry["prompt"] or "")
-        return Record(where=where, picture=picture, conditions=conditions, prompt=prompt, made=entry)
+        picture, captions = path.parent / entry["picture"], captions_of(entry["prompt"])
+        return Record(where=where, picture=picture, conditions=conditions, captions=captions, made=entry)
 
-    return _listing(path, _json_lines(path), record, "picture, conditions and prompt")
+    return _listing(path, list(_json_lines(path)), record, "picture, conditions and prompt")
 
 
-def read_prompt_json(path: Path, condition: str | None = None) -> Listing:
+def read_prompt_json(path: Path, condition: str | None = None, columns: Columns = ANY_COLUMNS) -> Listing:
     """`prompt.json` of lllyasviel/ControlNet and xyfJASON/ctrlora: source, target, prompt."""
+    lines = list(_json_lines(path))
+    known = _names(lines)
+    columns.check(path, known)
+    # `source` and `target` say that it is one; its captions may be called as in any table.
+    own = "prompt" if "prompt" in known else first_of(CAPTION_COLUMNS, known) or "prompt"
+    image, given = columns.image or "target", columns.conditioning_image or "source"
+    caption = columns.caption or own
 
     def record(where: str, entry: Mapping[str, Any]) -> Record:
-        source, target = path.parent / entry["source"], path.parent / entry["target"]
-        return Record(where=where, picture=target, conditions={"source": source}, prompt=str(entry["prompt"] or ""))
+        source, target = path.parent / entry[given], path.parent / entry[image]
+        captions = captions_of(entry[caption])
+        return Record(where=where, picture=target, conditions={given: source}, captions=captions)
 
-    return _listing(path, _json_lines(path), record, "source, target and prompt")
+    return _listing(path, lines, record, f"{given}, {image} and {caption}")
 
 
-def read_metadata(path: Path, condition: str | None = None) -> Listing:
-    """`metadata.jsonl` or `metadata.csv` of an image folder of `datasets`: file_name, a text column, and columns with
-    the names of condition images (`conditioning_image`, `canny_file_name`, ...)."""
+def read_metadata(path: Path, condition: str | None = None, columns: Columns = ANY_COLUMNS) -> Listing:
+    """A table of images in JSON lines or CSV: `metadata.jsonl` of an image folder of `datasets` (`file_name`, `text`),
+    `train.jsonl` of `image`, `conditioning_image`, `text`, and the like.
+
+    What the user names in `columns` is taken; the rest is found by name (`columns.py`), and condition images are all
+    other columns with names of images (`conditioning_image`, `canny_file_name`, ...).
+
+    Raises:
+        UserError: a named column is not there.
+    """
+    as_csv = path.suffix == ".csv"
+    lines = list(_csv_lines(path) if as_csv else _json_lines(path))
+    known = _names(lines)
+    columns.check(path, known)
 
     def record(where: str, entry: Mapping[str, Any]) -> Record:
-        used = next((name for name in ("file_name", *PICTURE_COLUMNS) if name in entry), "file_name")
-        conditions = {
-            name: path.parent / value
-            for name, value in entry.items()
-            if name != used and isinstance(value, str) and _is_file_name(value) and name not in PROMPT_COLUMNS
-        }
-        prompt = next((str(entry[name] or "") for name in PROMPT_COLUMNS if name in entry), "")
-        return Record(where=where, picture=path.parent / entry[used], conditions=conditions, prompt=prompt)
+        for name in columns.named.values():
+            if name not in entry:
+                raise UserError(f"there is no {name!r}")
+        image = columns.image or _image_column(entry)
+        value = entry[columns.caption] if columns.caption else captions_in(entry)
+        given = [columns.conditioning_image] if columns.conditioning_image else _condition_columns(entry, image)
+        return Record(
+            where=where,
+            picture=path.parent / entry[image],
+            conditions={name: path.parent / entry[name] for name in given if name != columns.caption},
+            captions=captions_of(_listed(value) if as_csv else value),
+        )
 
-    lines = _csv_lines(path) if path.suffix == ".csv" else _json_lines(path)
-    return _listing(path, lines, record, "file_name, a text and a conditioning image")
+    notes = columns.caption_notes(path, known)
+    return _listing(path, lines, record, "file_name, a text and a conditioning image", notes)
 
 
-Lines = Iterator[tuple[str, Mapping[str, Any] | Exception]]
+def lists_images(path: Path, columns: Columns = ANY_COLUMNS) -> bool:
+    """Whether the first entry of a table in JSON lines or CSV names an image and a condition image, or has a column
+    that is named."""
+    try:
+        if path.suffix == ".csv":
+            first: Any = next(_csv_lines(path))[1]
+        else:
+            with path.open("rb") as stream:
+                first = json.loads(decode_text(stream.readline(_HEAD)))
+    except (OSError, ValueError, StopIteration, UserError, RecursionError):
+        return False
+    if not isinstance(first, Mapping):
+        return False
+    if any(name in first for name in columns.named.values()):
+        return True
+    image = first_of(IMAGE_COLUMNS, first)
+    return image is not None and _names_image(first[image]) and bool(_condition_columns(first, image))
 
 
-def _listing(path: Path, lines: Lines, record: Callable[[str, Mapping[str, Any]], Record], wanted: str) -> Listing:
+def _image_column(entry: Mapping[str, Any]) -> str:
+    return first_of(("file_name", *IMAGE_COLUMNS), entry) or "file_name"
+
+
+def _condition_columns(entry: Mapping[str, Any], image: str) -> list[str]:
+    apart = {image, *all_of(CAPTION_COLUMNS, entry)}
+    return [name for name, value in entry.items() if name not in apart and _names_image(value)]
+
+
+Line = tuple[str, Mapping[str, Any] | Exception]
+
+
+def _listing(
+    path: Path,
+    lines: list[Line],
+    record: Callable[[str, Mapping[str, Any]], Record],
+    wanted: str,
+    notes: list[str] | None = None,
+) -> Listing:
     records: list[Record] = []
     problems: list[str] = []
     for where, entry in lines:
@@ -68,12 +136,34 @@ def _listing(path: Path, lines: Lines, record: Callable[[str, Mapping[str, Any]]
             if isinstance(entry, Exception):
                 raise entry
             records.append(record(where, entry))
+        except UserError as error:
+            problems.append(f"{where}: {error}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{where}: not an object with {wanted} ({error!r})")
-    return Listing(origin=path, records=records, problems=problems)
+    return Listing(origin=path, records=records, problems=problems, notes=notes or [], folder=path.parent)
 
 
-def _json_lines(path: Path) -> Lines:
+def _names(lines: list[Line]) -> list[str]:
+    """Every column that occurs."""
+    entries = (entry for _, entry in lines if isinstance(entry, Mapping))
+    return list(dict.fromkeys(name for entry in entries for name in entry))
+
+
+def _listed(value: Any) -> Any:
+    """The list that a cell of a CSV holds, written as JSON or as Python writes it; other cells as they are."""
+    if not isinstance(value, str) or not (value.startswith("[") and value.endswith("]")):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list) and found and all(isinstance(one, str) for one in found):
+            return found
+    return value
+
+
+def _json_lines(path: Path) -> Iterator[Line]:
     for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
             try:
@@ -82,7 +172,7 @@ def _json_lines(path: Path) -> Lines:
                 yield f"line {number}", ValueError(str(error))
 
 
-def _csv_lines(path: Path) -> Lines:
+def _csv_lines(path: Path) -> Iterator[Line]:
     reader = csv.DictReader(io.StringIO(_text(path), newline=""))
     try:
         for row in reader:
@@ -91,8 +181,8 @@ def _csv_lines(path: Path) -> Lines:
         yield f"line {reader.line_num + 1}", ValueError(str(error))
 
 
-def _is_file_name(value: str) -> bool:
-    return is_picture_name(value) and "://" not in value
+def _names_image(value: Any) -> bool:
+    return isinstance(value, str) and is_picture_name(value) and "://" not in value
 
 
 def _text(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,9 +27,15 @@ class Record:
     picture: Source
     conditions: Mapping[str, Source]
     """Name of the condition -> condition image."""
-    prompt: str
+    captions: tuple[str, ...] = ("",)
+    """One at least, which is empty where there is none. Training draws one of them in each step."""
     made: Mapping[str, Any] = field(default_factory=dict)
     """What a manifest of ours tells about how it came to be; empty in other layouts."""
+
+    @property
+    def prompt(self) -> str:
+        """The first caption, which is the one wherever there has to be one."""
+        return self.captions[0]
 
     def told(self, *keys: str) -> Any:
         """What the manifest says under these keys; None if it says nothing (files of other tools hold other things)."""
@@ -49,6 +56,21 @@ class Listing:
     """Entries that cannot be understood, in words."""
     draws: bool = False
     """Whether conditions that are not listed can be computed from the pictures."""
+    notes: Sequence[str] = ()
+    """What is no problem, but should not pass in silence."""
+    folder: Path | None = None
+    """Where the listed files should lie; None where they are not listed by their paths."""
+
+    def outside(self) -> list[str]:
+        """A note on files that are listed outside of their folder, by absolute paths or `..`; empty if none are."""
+        if self.folder is None:
+            return []
+        home = os.path.join(os.path.abspath(self.folder), "")
+        files = [file for record in self.records for file in (record.picture, *record.conditions.values())]
+        listed = dict.fromkeys(file.picture if isinstance(file, Drawn) else file for file in files)
+        paths = [file for file in listed if isinstance(file, Path)]
+        away = [path for path in paths if not os.path.abspath(path).startswith(home)]
+        return [outside_note(self.origin, len(away), len(paths), away[0])] if away else []
 
     @property
     def conditions(self) -> list[str]:
@@ -94,7 +116,8 @@ class Listing:
                 problems.append(f"{record.where}: there is no condition image {name!r}")
                 continue
             try:
-                whole_text(record.prompt, "the prompt")
+                for caption in record.captions:
+                    whole_text(caption, "the prompt")
             except UserError as error:
                 problems.append(f"{record.where}: {error}")
                 continue
@@ -102,6 +125,7 @@ class Listing:
                 source=source,
                 target=record.picture,
                 prompt=record.prompt,
+                more_prompts=record.captions[1:],
                 condition=kind,
                 parameters=_made_with(record, str(name), source, kind),
             )
@@ -126,6 +150,11 @@ def refuse(origin: object, problems: Sequence[str], advice: str = "mend or remov
     more = f"\n... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     listed = "\n".join(problems[:_SHOWN])
     return UserError(f"{len(problems)} problems in {origin}; {advice}:\n{listed}{more}")
+
+
+def outside_note(origin: object, count: int, total: int, first: object) -> str:
+    """What to say of files that a list finds outside of its folder."""
+    return f"{count} of the {total} files that {origin} lists lie outside of its folder, such as {first}"
 
 
 def short_name(column: str) -> str:

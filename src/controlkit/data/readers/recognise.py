@@ -11,8 +11,9 @@ from pathlib import Path
 from controlkit.conditions import find
 from controlkit.data.readers.archives import read_parquet, read_tars
 from controlkit.data.readers.coco import read_coco
+from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.folders import has_twins, pictures_in, read_multigen, read_twins
-from controlkit.data.readers.lines import read_manifest, read_metadata, read_prompt_json
+from controlkit.data.readers.lines import lists_images, read_manifest, read_metadata, read_prompt_json
 from controlkit.data.readers.listing import Listing, short_name
 from controlkit.data.sources import Source
 from controlkit.errors import UserError
@@ -22,31 +23,33 @@ PROMPT_JSON = "prompt.json"
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _HEAD = 1 << 20
 
-LAYOUTS = f"""{MANIFEST} (controlkit pairs), {PROMPT_JSON} (source, target, prompt), metadata.jsonl or metadata.csv
-(datasets), parquet files, tar shards, pictures beside folders of condition images, MultiGen-20M, COCO annotations"""
+LAYOUTS = f"""{MANIFEST} (controlkit pairs), {PROMPT_JSON} (source, target, prompt), metadata.jsonl,
+metadata.csv and other tables of images (datasets), parquet files, tar shards, pictures beside folders of condition
+images, MultiGen-20M, COCO annotations"""
 
-Reader = Callable[[Path, str | None], Listing]
+Reader = Callable[[Path, str | None, Columns], Listing]
 
 
-def read_listing(path: str | Path, condition: str | None = None) -> Listing:
+def read_listing(path: str | Path, condition: str | None = None, columns: Columns = ANY_COLUMNS) -> Listing:
     """All pairs of the file, folder or glob `path`, whatever its layout, not looked at yet.
 
     `PATH/NAME` means the condition NAME of the pairs at PATH, unless pairs of their own lie there.
 
     Args:
         condition: for layouts that keep conditions apart: which one to read.
+        columns: those of a table that the user names.
 
     Raises:
-        UserError: nothing there, or nothing that is recognised.
+        UserError: nothing there, or nothing that is recognised, or a named column is not there.
     """
     path = Path(path)
-    within = _one_condition(path) if (path.parent / MANIFEST).is_file() else None
+    within = _one_condition(path, columns) if (path.parent / MANIFEST).is_file() else None
     if within is not None:
         return within
-    reader = _reader(path)
+    reader = _reader(path, columns)
     if reader is not None:
-        return reader(path, condition)
-    within = _one_condition(path)
+        return reader(path, condition, columns)
+    within = _one_condition(path, columns)
     if within is not None:
         return within
     raise _unknown(path)
@@ -60,11 +63,11 @@ def pairs_folder(path: str | Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _one_condition(path: Path) -> Listing | None:
+def _one_condition(path: Path, columns: Columns) -> Listing | None:
     """The condition `path.name` of the pairs at `path.parent`; None if there is nothing of the kind."""
     try:
-        outer = None if path.is_file() or path.parent == path else _reader(path.parent)
-        listing = outer(path.parent, path.name) if outer is not None else None
+        outer = None if path.is_file() or path.parent == path else _reader(path.parent, columns)
+        listing = outer(path.parent, path.name, columns) if outer is not None else None
     except UserError:
         return None  # what lies around a path that does not exist is not what was asked for
     name = listing.chosen(path.name) if listing is not None else None
@@ -74,21 +77,21 @@ def _one_condition(path: Path) -> Listing | None:
     return replace(listing, records=records)
 
 
-def _reader(path: Path) -> Reader | None:
+def _reader(path: Path, columns: Columns) -> Reader | None:
     if path.is_dir():
-        return _folder_reader(path)
+        return _folder_reader(path, columns)
     if path.is_file():
-        return _file_reader(path)
+        return _file_reader(path, columns)
     found = sorted(Path(name) for name in glob.glob(str(path)))
     return _archive_reader(found)
 
 
-def _folder_reader(folder: Path) -> Reader | None:
+def _folder_reader(folder: Path, columns: Columns) -> Reader | None:
     for name, reader in ((MANIFEST, read_manifest), (PROMPT_JSON, read_prompt_json)):
         if (folder / name).is_file():
             return _at(folder / name, reader)
     if (folder / "json_files").is_dir():
-        return read_multigen
+        return _without_columns(read_multigen, "MultiGen-20M")
     metadata = [folder / name for name in _METADATA if (folder / name).is_file()]
     metadata = metadata or sorted(file for name in _METADATA for file in folder.glob(f"*/{name}"))
     if metadata:
@@ -102,13 +105,27 @@ def _folder_reader(folder: Path) -> Reader | None:
             )
         if found:
             return _archive_reader(found)
+    tables = _tables(folder, columns)
+    if tables:
+        return _at(_only_split(folder, tables), _file_reader(tables[0], columns) or read_metadata)
     annotations = sorted(folder.glob("annotations/captions_*.json")) or sorted(folder.glob("annotations/*.json"))
     if annotations:
-        return _at(_only_split(folder, annotations), read_coco)
-    return read_twins if has_twins(folder) else None
+        return _at(_only_split(folder, annotations), _without_columns(read_coco, "COCO annotations"))
+    return _without_columns(read_twins, "folders of images of the same names") if has_twins(folder) else None
 
 
-def _file_reader(path: Path) -> Reader | None:
+def _tables(folder: Path, columns: Columns) -> list[Path]:
+    """Tables in the folder, or in those below it, that list images; with `columns`, every table if none does."""
+    for pattern in ("*", "*/*"):
+        files = [path for path in folder.glob(pattern) if path.suffix in (".jsonl", ".csv") and path.is_file()]
+        files = sorted(file for file in files if not any(part.startswith(".") for part in file.parts[-2:]))
+        found = [file for file in files if lists_images(file, columns)]
+        if found or (files and columns.named):
+            return found or files
+    return []
+
+
+def _file_reader(path: Path, columns: Columns) -> Reader | None:
     with path.open("rb") as stream:
         head = stream.read(_HEAD)
     if head[257:262] == b"ustar" or path.suffix == ".tar" or head.startswith(b"PAR1"):
@@ -121,23 +138,35 @@ def _file_reader(path: Path) -> Reader | None:
         entry = None
     if not isinstance(entry, dict):
         # A JSON document over several lines, or with a first line longer than what was read.
-        return read_coco if head.lstrip().startswith(b"{") and b'"images"' in head else None
+        coco = head.lstrip().startswith(b"{") and b'"images"' in head
+        return _without_columns(read_coco, "COCO annotations") if coco else None
     for keys, reader in (
         ({"picture", "conditions"}, read_manifest),
         ({"source", "target"}, read_prompt_json),
         ({"file_name"}, read_metadata),
-        ({"images", "annotations"}, read_coco),
+        ({"images", "annotations"}, _without_columns(read_coco, "COCO annotations")),
     ):
         if keys <= set(entry):
             return reader
-    return None
+    return read_metadata if columns.named or lists_images(path, columns) else None
 
 
 def _archive_reader(paths: Sequence[Path]) -> Reader | None:
     if not paths or not all(path.is_file() for path in paths):
         return None
-    kind = read_parquet if all(path.suffix == ".parquet" or _is_parquet(path) for path in paths) else read_tars
-    return lambda path, condition: kind(paths, path)
+    if all(path.suffix == ".parquet" or _is_parquet(path) for path in paths):
+        return lambda path, condition, columns: read_parquet(paths, path, columns)
+    return _without_columns(lambda path, condition: read_tars(paths, path), "tar shards")
+
+
+def _without_columns(reader: Callable[[Path, str | None], Listing], what: str) -> Reader:
+    """The reader of a layout that has no columns, which refuses named ones."""
+
+    def read(path: Path, condition: str | None, columns: Columns) -> Listing:
+        columns.refuse(path, what)
+        return reader(path, condition)
+
+    return read
 
 
 def _is_parquet(path: Path) -> bool:
@@ -146,7 +175,7 @@ def _is_parquet(path: Path) -> bool:
 
 
 def _at(path: Path, reader: Reader) -> Reader:
-    return lambda _, condition: reader(path, condition)
+    return lambda _, condition, columns: reader(path, condition, columns)
 
 
 def _only_split(folder: Path, files: Sequence[Path]) -> Path:

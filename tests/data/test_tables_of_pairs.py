@@ -1,0 +1,355 @@
+"""Captions reach training whatever a table calls them, several of them too, and what is missing is told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pair_files import encoded, scene, write_archive, write_pictures
+from PIL import Image
+
+from controlkit.apps.cli import main
+from controlkit.conditions import find
+from controlkit.data.check import check_pairs
+from controlkit.data.engine import make_pairs
+from controlkit.data.making import MakeSettings
+from controlkit.data.pairs import load_pairs, read_pairs
+from controlkit.data.pictures import list_pictures
+from controlkit.data.prompts import PromptLimit
+from controlkit.data.readers.columns import CAPTION_COLUMNS, Columns
+from controlkit.data.sources import members
+from controlkit.errors import UserError
+
+COUNT = 3
+CANNY = find("canny")
+
+
+def draw_images(folder, count=COUNT):
+    """`images/N.png` and `conditioning_images/N.png`."""
+    for number in range(count):
+        for name, image in (("images", scene(number)), ("conditioning_images", CANNY(scene(number)))):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / name / f"{number}.png")
+
+
+def write_table(path, captions, image="image", given="conditioning_image", caption="text"):
+    """A table of the images of `draw_images`: JSON lines, CSV or Parquet, by the ending."""
+    draw_images(path.parent, len(captions))
+    rows = [
+        {image: f"images/{number}.png", given: f"conditioning_images/{number}.png", caption: text}
+        for number, text in enumerate(captions)
+    ]
+    if path.suffix == ".parquet":
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        columns = {
+            image: [{"bytes": None, "path": row[image]} for row in rows],
+            given: [{"bytes": None, "path": row[given]} for row in rows],
+            caption: list(captions),
+        }
+        parquet.write_table(arrow.table(columns), path)
+    elif path.suffix == ".csv":
+        texts = ['"' + str(text).replace('"', '""') + '"' for text in captions]
+        lines = [f"{row[image]},{row[given]},{text}" for row, text in zip(rows, texts, strict=True)]
+        path.write_text("\n".join([f"{image},{given},{caption}", *lines]))
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+KINDS = ("train.jsonl", "train.csv", "train.parquet")
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize("name", ["train.jsonl", "metadata.jsonl", "data.csv", "part/train.jsonl", "train.parquet"])
+def test_a_table_of_images_beside_its_folders_is_read_with_its_captions(name, as_file, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    path = write_table(tmp_path / name, ["one", "two", "three"])
+    pairs = load_pairs(path if as_file else tmp_path)
+    assert [pair.prompt for pair in pairs.pairs] == ["one", "two", "three"]
+    assert pairs.notes == []
+    source, target = pairs.pairs[1].images(48)
+    assert (target == scene(1)).all() and (source == CANNY(scene(1))).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("caption", [*CAPTION_COLUMNS, "TEXT", "Caption"])
+def test_captions_of_every_common_name_are_read(kind, caption, tmp_path):
+    write_table(tmp_path / kind, ["one"], caption=caption)
+    assert [pair.prompt for pair in read_pairs(tmp_path)] == ["one"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_of_any_name_are_read_where_they_are_named(kind, tmp_path):
+    write_table(tmp_path / kind, ["one", "two"], image="rgb", given="edges", caption="words")
+    named = Columns(image="rgb", conditioning_image="edges", caption="words")
+    for path in (tmp_path, tmp_path / kind):
+        pairs = load_pairs(path, columns=named)
+        assert [pair.prompt for pair in pairs.pairs] == ["one", "two"] and pairs.notes == []
+        assert (pairs.pairs[0].images(48)[1] == scene(0)).all()
+    for wrong in ({"image": "rbg"}, {"conditioning_image": "edge"}, {"caption": "word"}):
+        with pytest.raises(UserError, match=r"no such column; its columns are rgb, edges, words; did you mean"):
+            read_pairs(tmp_path, columns=Columns(**{**vars(named), **wrong}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_without_a_column_of_captions_says_so(kind, tmp_path):
+    write_table(tmp_path / kind, ["one", "two"], caption="words")
+    pairs = load_pairs(tmp_path)
+    assert [pair.prompt for pair in pairs.pairs] == ["", ""]
+    (note,) = pairs.notes
+    assert "no column called text" in note and "words" in note and "--caption-column" in note
+    report = check_pairs(tmp_path)
+    assert note in report.notes and "2 of 2 prompts are empty" in report.notes and report.counts["prompt"] == 2
+    assert [pair.prompt for pair in read_pairs(tmp_path, columns=Columns(caption="words"))] == ["one", "two"]
+
+
+def test_which_of_several_columns_of_captions_is_read_is_told(tmp_path):
+    path = write_table(tmp_path / "train.jsonl", ["one", ""])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(json.dumps({**line, "caption": "other"}) for line in lines))
+    pairs = load_pairs(tmp_path)
+    assert [pair.prompt for pair in pairs.pairs] == ["one", "other"]
+    assert "from 'text', where it is empty from 'caption'" in pairs.notes[0]
+    assert read_pairs(tmp_path, columns=Columns(caption="caption"))[0].prompt == "other"
+
+
+def test_a_prompt_json_may_call_its_captions_otherwise(tmp_path):
+    draw_images(tmp_path, 1)
+    entry = {"source": "conditioning_images/0.png", "target": "images/0.png"}
+    (tmp_path / "prompt.json").write_text(json.dumps({**entry, "caption": "one", "words": "two"}))
+    assert read_pairs(tmp_path)[0].prompt == "one"
+    assert read_pairs(tmp_path, columns=Columns(caption="words"))[0].prompt == "two"
+
+
+def test_layouts_without_columns_refuse_them(tmp_path):
+    write_archive(tmp_path / "a.tar", {"1.png": encoded(scene(1)), "1.c.png": encoded(scene(2)), "1.txt": b"x"})
+    with pytest.raises(UserError, match=r"caption_column is 'words', but .* is read as tar shards"):
+        read_pairs(tmp_path, columns=Columns(caption="words"))
+    (tmp_path / "a.tar").unlink()
+    draw_images(tmp_path)
+    with pytest.raises(UserError, match="folders of images"):
+        read_pairs(tmp_path, columns=Columns(caption="words"))
+
+
+@pytest.mark.parametrize("home", ["images", "."])
+def test_kohyas_caption_files_are_read(home, tmp_path):
+    for number in range(2):
+        for name, image in ((home, scene(number)), ("conditioning", CANNY(scene(number)))):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(image).save(tmp_path / name / f"{number}.png")
+    (tmp_path / home / "0.caption").write_text("a scene\n")
+    (tmp_path / home / "1.caption").write_text("in one file")
+    (tmp_path / home / "1.txt").write_text("in the other")
+    pairs = load_pairs(tmp_path)
+    assert [pair.prompt for pair in pairs.pairs] == ["a scene", "in the other"]
+    assert "1 images have captions in .txt and others in .caption" in pairs.notes[0]
+
+
+def test_pairs_are_made_with_captions_of_caption_files(tmp_path, capsys):
+    photos = tmp_path / "in"
+    for path in write_pictures(photos, 3, captions=False):
+        path.with_suffix(".caption").write_text(f"caption of {path.stem}")
+    (photos / "picture1.txt").write_text("")
+    (photos / "picture2.txt").write_text("another")
+    words = ["pairs", str(photos), "--conditions", "canny", "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main(words) == 0
+    assert "1 images have captions in .txt and others in .caption" in capsys.readouterr().err
+    prompts = [pair.prompt for pair in read_pairs(tmp_path / "out")]
+    assert prompts == ["caption of picture0", "caption of picture1", "another"]
+    stamps = [picture.stamp() for picture in list_pictures([photos])]
+    (photos / "picture0.caption").write_text("a new one")
+    assert [a == b.stamp() for a, b in zip(stamps, list_pictures([photos]), strict=True)] == [False, True, True]
+    assert [picture.name for picture in list_pictures([photos / "*"])] == [
+        f"picture{number}.png" for number in range(3)
+    ]
+
+
+def test_captions_of_tars_are_read_from_caption_files_and_by_common_names(tmp_path):
+    files = {f"{n}.png": encoded(scene(n)) for n in range(3)} | {f"{n}.c.png": encoded(scene(9)) for n in range(3)}
+    files |= {
+        "0.caption": b"one",
+        "1.json": b'{"text": null, "blip_caption": "two"}',
+        "2.json": b'{"captions": ["a", "b"]}',
+    }
+    write_archive(tmp_path / "a.tar", files)
+    assert [pair.captions for pair in read_pairs(tmp_path)] == [("one",), ("two",), ("a", "b")]
+    assert [picture.prompt for picture in list_pictures([write_archive(tmp_path / "b/b.tar", files)])] == [
+        "one",
+        "two",
+        "a",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["train.jsonl", "train.parquet", "prompt.json", "pairs.jsonl"])
+def test_a_list_of_captions_stays_a_list(kind, tmp_path):
+    captions = [["a", "b"], ["c"], [], None]
+    if kind.startswith("train"):
+        write_table(tmp_path / kind, captions)
+    else:
+        draw_images(tmp_path, 4)
+        sides = [(f"conditioning_images/{number}.png", f"images/{number}.png") for number in range(4)]
+        if kind == "prompt.json":
+            lines = [{"source": a, "target": b, "prompt": text} for (a, b), text in zip(sides, captions, strict=True)]
+        else:
+            lines = [
+                {"conditions": {"canny": a}, "picture": b, "prompt": text}
+                for (a, b), text in zip(sides, captions, strict=True)
+            ]
+        (tmp_path / kind).write_text("\n".join(map(json.dumps, lines)))
+    pairs = read_pairs(tmp_path)
+    assert [pair.captions for pair in pairs] == [("a", "b"), ("c",), ("",), ("",)]
+    assert [pair.prompt for pair in pairs] == ["a", "c", "", ""]
+    assert "2 of 5 prompts are empty" in check_pairs(tmp_path).notes
+
+
+@pytest.mark.parametrize("text", ['["a", "b"]', "['a', 'b']"])
+def test_a_list_in_a_cell_of_a_csv_is_a_list(text, tmp_path):
+    write_table(tmp_path / "train.csv", [text, "[a] b", "[x, y]"])
+    assert [pair.captions for pair in read_pairs(tmp_path)] == [("a", "b"), ("[a] b",), ("[x, y]",)]
+
+
+@pytest.mark.parametrize("caption", [7, ["a", 7], {"en": "a"}, [["a"]], True])
+@pytest.mark.parametrize("kind", ["train.jsonl", "train.parquet", "1.tar"])
+def test_captions_that_are_no_text_are_listed(kind, caption, tmp_path):
+    if kind == "1.tar":
+        text = json.dumps({"text": caption}).encode()
+        write_archive(tmp_path / kind, {"1.png": encoded(scene(1)), "1.c.png": encoded(scene(2)), "1.json": text})
+    elif kind == "train.parquet" and caption == ["a", 7]:
+        pytest.skip("parquet has no such lists")
+    else:
+        write_table(tmp_path / kind, [caption])
+    with pytest.raises(
+        UserError, match=r"1 problems in .*\n(line 1|row 0|1.tar:1): its caption is .*; expected text, or a"
+    ):
+        read_pairs(tmp_path)
+
+
+def test_a_list_of_prompts_in_our_manifest_survives_another_run(tmp_path):
+    write_pictures(tmp_path / "in", 1)
+    settings, out = MakeSettings(conditions=("canny",), size=32), tmp_path / "out"
+    make_pairs(list_pictures([tmp_path / "in"]), out, settings, workers=1)
+    (out / "pairs.jsonl").write_text((out / "pairs.jsonl").read_text().replace('"scene 0"', '["a", "b"]'))
+    (out / "canny/picture0.png").unlink()
+    make_pairs(list_pictures([tmp_path / "in"]), out, settings, workers=1)
+    assert read_pairs(out)[0].captions == ("a", "b")
+
+
+LIMIT = PromptLimit(reader="this base", tokens=4, cut_from=lambda prompt: " ".join(prompt.split()[2:]))
+
+
+def test_prompts_that_are_too_long_are_counted(tmp_path):
+    write_table(tmp_path / "train.jsonl", [["a b", "one two three"], "x" * 9, "four five six"])
+    report = check_pairs(tmp_path, limit=LIMIT)
+    told = "2 of 4 prompts are longer than the 4 tokens that this base reads; the rest is cut (line 1, line 3)"
+    assert told in report.notes and report.problems == []
+    assert load_pairs(tmp_path).prompt_notes(LIMIT) == [told]
+
+
+def test_the_check_counts_what_stable_diffusion_or_a_named_base_cuts(tmp_path, capsys):
+    write_table(tmp_path / "train.jsonl", ["apple " * 30, "apple " * 76, "apple " * 75])
+    words = ["pairs", "--check", str(tmp_path)]
+    assert main(words) == 0
+    assert "1 of 3 prompts are longer than the 77 tokens that Stable Diffusion reads" in capsys.readouterr().out
+    assert main([*words, "--base", "nano", "--caption-column", "text"]) == 0
+    assert "3 of 3 prompts are longer than the 24 tokens that nano reads" in capsys.readouterr().out
+    assert main([*words, "--base", str(tmp_path / "nothing")]) == 2
+    assert "there is no tokenizer" in capsys.readouterr().err
+    assert main([*words, "--caption-column", "words"]) == 2
+    assert "its columns are image, conditioning_image, text" in capsys.readouterr().err
+    assert main(["pairs", str(tmp_path), "--conditions", "canny", "--out", "x", "--caption-column", "text"]) == 2
+    assert "--caption-column is of --check" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_files_outside_of_the_folder_of_their_list_are_counted(absolute, tmp_path):
+    draw_images(tmp_path / "secret", 2)
+    inside = tmp_path / "pairs"
+    draw_images(inside, 2)
+    away = str(tmp_path / "secret") if absolute else "../secret"
+    entries = [
+        {"source": f"{away}/conditioning_images/0.png", "target": "images/0.png", "prompt": "a"},
+        {"source": str(inside / "conditioning_images/1.png"), "target": "images/../images/1.png", "prompt": "b"},
+    ]
+    (inside / "prompt.json").write_text("\n".join(map(json.dumps, entries)))
+    pairs = load_pairs(inside)
+    assert (pairs.pairs[0].images(48)[0] == CANNY(scene(0))).all()
+    (note,) = pairs.notes
+    assert "1 of the 4 files" in note and "lie outside of its folder" in note and "secret" in note
+    assert check_pairs(inside).notes == [note]
+
+
+def test_images_outside_that_a_parquet_file_names_are_counted(tmp_path):
+    path = write_table(tmp_path / "train.parquet", ["one", "two"])
+    (tmp_path / "in").mkdir()
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = parquet.read_table(path).to_pydict()
+    rows["image"] = [{"bytes": None, "path": f"../{cell['path']}"} for cell in rows["image"]]
+    rows["conditioning_image"] = [{"bytes": encoded(CANNY(scene(n))), "path": "/x.png"} for n in range(2)]
+    parquet.write_table(arrow.table(rows), tmp_path / "in/train.parquet")
+    for _ in range(2):  # also when it has been unpacked before
+        pairs = load_pairs(tmp_path / "in")
+        assert (pairs.pairs[1].images(48)[1] == scene(1)).all()
+        assert "2 of the 2 files" in pairs.notes[0] and "outside" in pairs.notes[0]
+
+
+def test_names_in_shards_never_lead_out_of_a_folder(tmp_path):
+    names = {"/etc/a": 0, "../../b": 1, "C:\\x\\c": 2, "./d": 3}
+    write_archive(tmp_path / "in/odd.tar", {f"{name}.png": encoded(scene(number)) for name, number in names.items()})
+    settings = MakeSettings(conditions=("canny",))
+    make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", settings, workers=1, shards=1)
+    (shard,) = (tmp_path / "out").glob("*.tar")
+    import tarfile
+
+    with tarfile.open(shard) as archive:
+        written = archive.getnames()
+    assert {name.partition(".")[0] for name in written} == {"etc/a", "b", "x/c", "d"}
+    assert b"../" not in shard.read_bytes() and b"/etc" not in shard.read_bytes()
+    assert {piece.name.partition(".")[0] for piece in members(tmp_path / "in/odd.tar")} == {"etc/a", "b", "x/c", "d"}
+
+
+def test_two_members_of_one_name_are_told(tmp_path):
+    files = {"a.png": encoded(scene(0)), "/a.png": encoded(scene(1)), "a.c.png": encoded(scene(2)), "a.txt": b"x"}
+    path = write_archive(tmp_path / "a.tar", files)
+    with pytest.raises(UserError, match=r"a.tar:a.png: the name occurs twice"):
+        read_pairs(path)
+    with pytest.raises(UserError, match="occurs twice"):
+        list_pictures([path])
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (20, 30, 40)])
+def test_condition_images_of_one_flat_colour_are_listed(colour, tmp_path):
+    write_table(tmp_path / "train.jsonl", ["one", "two", "three"])
+    Image.new("RGB", (48, 48), colour).save(tmp_path / "conditioning_images/1.png")
+    report = check_pairs(tmp_path)
+    assert [(problem.kind, problem.where) for problem in report.problems] == [("flat", "line 2")]
+    assert f"one flat colour, {colour}" in report.problems[0].text
+
+
+def test_flat_conditions_that_are_drawn_as_they_are_read_are_listed_too(tmp_path):
+    write_pictures(tmp_path / "images", 2)
+    images = [{"id": n, "file_name": f"picture{n}.png", "width": 48, "height": 48} for n in range(2)]
+    box = {"id": 1, "image_id": 0, "category_id": 3, "bbox": [4, 8, 16, 24]}
+    (tmp_path / "instances.json").write_text(json.dumps({"images": images, "annotations": [box]}))
+    report = check_pairs(tmp_path / "instances.json", ["bbox"])
+    assert [problem.where for problem in report.problems if problem.kind == "flat"] == ["picture1.png"]
+
+
+def test_a_caption_file_that_cannot_be_read_is_told(tmp_path):
+    draw_images(tmp_path, 2)
+    (tmp_path / "images/0.txt").write_text("a scene")
+    (tmp_path / "images/1.caption").mkdir()
+    with pytest.raises(UserError, match=r"1.png: its caption 1.caption cannot be read"):
+        read_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(("caption", "prompt"), [(None, "second"), (" ", "second"), (["", "a  b"], "a b"), (7, None)])
+def test_captions_of_coco_are_texts(caption, prompt, tmp_path):
+    write_pictures(tmp_path, 1)
+    texts = [{"id": n, "image_id": 0, "caption": text} for n, text in enumerate((caption, "second"))]
+    listed = {"images": [{"id": 0, "file_name": "picture0.png"}], "annotations": texts}
+    (tmp_path / "captions.json").write_text(json.dumps(listed))
+    if prompt is None:
+        with pytest.raises(UserError, match="its caption is 7; expected text"):
+            read_pairs(tmp_path / "captions.json", "canny")
+    else:
+        assert read_pairs(tmp_path / "captions.json", "canny")[0].prompt == prompt
