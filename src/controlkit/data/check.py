@@ -18,7 +18,7 @@ from controlkit.conditions import find
 from controlkit.data.pairs import shapes_differ
 from controlkit.data.readers.listing import Listing, Record
 from controlkit.data.readers.recognise import read_listing
-from controlkit.data.sources import Drawn, Source, read_picture
+from controlkit.data.sources import Drawn, Source, read_condition_image, read_picture
 from controlkit.data.swapped import Verdict, swapped
 from controlkit.errors import UserError
 
@@ -166,7 +166,7 @@ def _look(record: Record, names: Sequence[str]) -> _Seen:
             continue
         if isinstance(source, Drawn):
             continue
-        image = _opened(record, source, record.told("sha256", "conditions", name), seen)
+        image = _opened(record, source, record.told("sha256", "conditions", name), seen, condition=name)
         if image is None or picture is None:
             continue
         if image.size != picture.size:
@@ -201,9 +201,11 @@ def _compared(record: Record, name: str, image: Image.Image, picture: Image.Imag
     return {name: False}
 
 
-def _opened(record: Record, source: Source, digest: str | None, seen: _Seen) -> Image.Image | None:
+def _opened(
+    record: Record, source: Source, digest: str | None, seen: _Seen, condition: str | None = None
+) -> Image.Image | None:
     try:
-        image = read_picture(source)
+        image = read_condition_image(source, condition)
         if digest is not None and hashlib.sha256(source.read_bytes()).hexdigest() != digest:
             seen.problems.append(_problem("changed", record, f"{source} is not the file that was listed (SHA-256)"))
         return image
@@ -232,14 +234,14 @@ def _exchanged(listing: Listing, name: str, seen: Sequence[_Seen]) -> Verdict | 
         source = record.conditions.get(name)
         if source is None or isinstance(source, Drawn) or any(p.kind in ("file", "size") for p in one.problems):
             continue
-        pairs.append((_reduced(source), _reduced(record.picture)))
+        pairs.append((_reduced(source, name), _reduced(record.picture)))
         if len(pairs) == _SAMPLE:
             break
     return swapped(pairs, name)
 
 
-def _reduced(source: Source) -> np.ndarray:
-    image = read_picture(source)
+def _reduced(source: Source, condition: str | None = None) -> np.ndarray:
+    image = read_condition_image(source, condition)
     scale = min(1.0, _SIDE / max(image.size))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return np.asarray(image if size == image.size else image.resize(size, Image.Resampling.BOX))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from controlkit.bases.base import Base, Text, network_key
 from controlkit.conditions import find
-from controlkit.conditions.condition import left_right, no_mirror
+from controlkit.conditions.condition import Condition, left_right, no_mirror
 from controlkit.controls.control import Control
 from controlkit.data.cache import Spec, Store
 from controlkit.data.cached_rows import CachedRows, Make
@@ -93,7 +93,7 @@ class PairCache:
         for condition in known:
             if flip and condition.mirror_finished is None:
                 raise no_mirror(condition.name)
-        unusual = [one.name for one in known if one.resize == "nearest" or one.mirror_finished is not left_right]
+        unusual = [one.name for one in known if _is_unusual(one)]
         self._acts = "".join(f", as {name}" for name in unusual)
         vae = base.vae
         settings = (str(next(vae.parameters()).dtype), str(base.dtype))
@@ -144,7 +144,7 @@ class PairCache:
                         raise UserError(f"{sources[index]} has changed since training began; run the same again")
                 return _as_rows({kind: encode(to_tensor(images).to(self.base.device)).to("cpu", torch.float16)})
 
-            transform = f"{size} x {size}, centre{acts}" + (", mirrored" if mirrored else "")
+            transform = f"{size} x {size}, centre, sRGB{acts}" + (", mirrored" if mirrored else "")
             return self._rows(kind, model, transform, digests, make, f"encoding {{count}} pairs ({kind})")
 
         return PictureRows(rows(False), rows(True) if self.flip else None)
@@ -171,6 +171,12 @@ class PairCache:
         if self.check:
             rows.check()
         return rows
+
+
+def _is_unusual(condition: Condition) -> bool:
+    """Whether its finished images are scaled, mirrored or laid over a background as only its name tells."""
+    plain = condition.resize == "smooth" and condition.background == Condition.background
+    return not plain or condition.mirror_finished is not left_right
 
 
 def _key_of(source: Source) -> str:
