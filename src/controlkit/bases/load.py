@@ -120,6 +120,19 @@ def base_path(name: str | Path) -> Path:
     return path if path.suffix in SINGLE_FILES and not path.is_dir() else base_folder(name)
 
 
+def base_files(name: str | Path) -> list[Path]:
+    """The files that `load_base` reads for `name`, in order: the single file, or those of its folder.
+
+    Raises:
+        UserError: it is missing or incomplete.
+    """
+    path = base_path(name)
+    if not path.is_dir():
+        return [path]
+    files = {file for pattern in _WANTED_FROM_HUB for file in path.glob(pattern)}
+    return sorted(file for file in files if not any(file.match(pattern) for pattern in _UNWANTED_FROM_HUB))
+
+
 def choose_device(name: str) -> torch.device:
     """`auto` => CUDA, then MPS, then the CPU; else the torch device of that name.
 

@@ -28,6 +28,7 @@ from controlkit.controls.controlnet import ControlNet, build_controlnet
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.controls.t2i_adapter import T2IAdapterControl, build_t2i_adapter
 from controlkit.errors import UserError, nearest
+from controlkit.files import files_of
 
 
 def save_control(
@@ -120,6 +121,16 @@ def find_control(name: str | Path) -> Path:
         if candidate in shipped:
             return shipped[candidate]
     raise UserError(f"there is no control called {str(name)!r} and no such file{nearest(str(name), list(shipped))}")
+
+
+def control_files(name: str | Path) -> list[Path]:
+    """The files that `name` means for `load_control`, in order: one, those of a folder, or of `ADAPTER+BASE` both.
+
+    Raises:
+        UserError: there is no such control.
+    """
+    adapter, base_file = _split_pair(name)
+    return sorted(files_of(find_control(adapter))) + ([] if base_file is None else sorted(files_of(base_file)))
 
 
 def check_fits(control: Control, base: Base, name: str) -> None:
