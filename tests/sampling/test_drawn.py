@@ -190,6 +190,15 @@ def test_the_hub_s_own_hash_is_taken(tmp_path):
     assert identity.file_sha256(tmp_path / "model.safetensors") == "ab" * 32
 
 
+def test_the_hub_is_not_asked_again_for_what_was_loaded(base_folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **options: asked.append(options) or str(base_folder)
+    )
+    assert identity.base_sha256("someone/model") == identity.base_sha256(str(base_folder))
+    assert [options.get("local_files_only") for options in asked] == [True]
+
+
 def test_every_weight_and_setting_of_a_folder_counts(base_folder):
     before = identity.base_sha256(str(base_folder))
     (base_folder / "README.md").write_text("not read")
