@@ -11,10 +11,22 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from controlkit.errors import UserError
-from controlkit.images import contact_sheet, read_image, resize_cover, to_images, to_rgb, to_tensor, write_png
+from controlkit.images import (
+    contact_sheet,
+    decode_rgb,
+    is_flat,
+    read_image,
+    resize_cover,
+    sequence_note,
+    to_images,
+    to_rgb,
+    to_tensor,
+    write_png,
+)
+from icc import ADOBE_RGB, CMYK_TABLE, GREY_LINEAR, SRGB
 
 GRADIENT = np.stack(np.broadcast_arrays(*np.ogrid[:48, :32], 90), -1).astype(np.uint8) * np.uint8(1)
 
@@ -218,3 +230,129 @@ def test_a_format_that_is_known_and_not_read_is_refused_in_words(tmp_path):
     (tmp_path / "x.dds").write_bytes(bytes(header))
     with pytest.raises(UserError, match=r"torn or damaged|not a picture"):
         read_image(tmp_path / "x.dds")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_colours_of_another_space_become_srgb(tmp_path, kind):
+    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    Image.new("RGB", (8, 8), (60, 180, 60)).save(tmp_path / "a", format=kind, icc_profile=ADOBE_RGB, **options)
+    assert read_image(tmp_path / "a").getpixel((4, 4)) == pytest.approx((0, 181, 42), abs=2)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "L", "RGB"])
+def test_profiles_count_in_every_mode(tmp_path, mode):
+    green = Image.new("RGBA", (4, 4), (60, 180, 60, 255))
+    green.putpixel((0, 0), (60, 180, 60, 0))
+    image = {"RGBA": green, "P": green.convert("RGB").quantize(4), "RGB": green.convert("RGB")}.get(mode)
+    image = Image.new("L", (4, 4), 60) if image is None else image
+    image.save(tmp_path / "a.png", icc_profile=ADOBE_RGB, **({"transparency": (1, 2, 3)} if mode == "RGB" else {}))
+    read = read_image(tmp_path / "a.png")
+    wanted = (58, 58, 58) if mode == "L" else (0, 181, 42)
+    assert read.getpixel((3, 3)) == pytest.approx(wanted, abs=3)
+    assert read.getpixel((0, 0)) == ((255, 255, 255) if mode == "RGBA" else read.getpixel((3, 3)))
+
+
+def test_profiles_of_grey(tmp_path):
+    for mode, value in (("L", 55), ("LA", (55, 255)), ("I;16", 55 * 257)):
+        image = Image.fromarray(np.full((4, 4), value, np.uint16)) if mode == "I;16" else Image.new(mode, (4, 4), value)
+        image.save(tmp_path / "grey.png", icc_profile=GREY_LINEAR)
+        assert read_image(tmp_path / "grey.png").getpixel((2, 2)) == pytest.approx((128, 128, 128), abs=1)
+    # A profile of another kind of image says nothing about this one.
+    Image.new("RGB", (4, 4), (55, 60, 65)).save(tmp_path / "rgb.png", icc_profile=GREY_LINEAR)
+    Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "cmyk.tiff", icc_profile=ADOBE_RGB)
+    assert read_image(tmp_path / "rgb.png").getpixel((2, 2)) == (55, 60, 65)
+    assert read_image(tmp_path / "cmyk.tiff").getpixel((2, 2)) == (255, 0, 0)
+
+
+def test_colours_of_cmyk_and_lab_are_converted(tmp_path):
+    for kind in ("JPEG", "TIFF"):
+        for inks, wanted in (((0, 0, 0, 0), (255,) * 3), ((0, 255, 255, 0), (255, 0, 0)), ((0, 0, 0, 255), (0,) * 3)):
+            image = Image.new("CMYK", (8, 8), inks)
+            image.save(tmp_path / "a", format=kind, icc_profile=CMYK_TABLE)
+            assert read_image(tmp_path / "a").getpixel((4, 4)) == pytest.approx(wanted, abs=6)
+    # Half of each is darker than Pillow's own arithmetic has it: Lab is not linear in RGB.
+    half = Image.new("CMYK", (8, 8), (0, 0, 0, 128))
+    assert to_rgb(half).getpixel((0, 0)) == (127, 127, 127)
+    half.info["icc_profile"] = CMYK_TABLE
+    assert to_rgb(half).getpixel((0, 0)) == pytest.approx((119, 119, 119), abs=3)
+    red = ImageCms.profileToProfile(
+        Image.new("RGB", (4, 4), (200, 30, 30)),
+        ImageCms.createProfile("sRGB"),
+        ImageCms.createProfile("LAB"),
+        outputMode="LAB",
+    )
+    assert red is not None
+    red.info.clear()
+    red.save(tmp_path / "lab.tiff")
+    assert read_image(tmp_path / "lab.tiff").getpixel((1, 1)) == pytest.approx((200, 30, 30), abs=4)
+
+
+def test_an_srgb_profile_changes_no_pixel(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png", icc_profile=SRGB)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.png")), noise)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8), keep=st.floats(0, 1))
+def test_a_damaged_profile_says_nothing_and_breaks_nothing(places, keep):
+    data = bytearray(ADOBE_RGB)
+    for place, value in places:
+        data[int(place * (len(data) - 1))] = value
+    image = Image.new("RGB", (4, 4), (60, 180, 60))
+    for damaged in (bytes(data), bytes(data[: int(keep * len(data))])):
+        image.info["icc_profile"] = damaged
+        assert to_rgb(image).mode == "RGB"
+    image.info["icc_profile"] = ADOBE_RGB[:200]
+    assert to_rgb(image).getpixel((0, 0)) == (60, 180, 60)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_several_frames_the_first_is_taken_and_that_is_noted(kind):
+    red, blue = Image.new("RGB", (16, 16), (255, 0, 0)), Image.new("RGB", (16, 16), (0, 0, 255))
+    several = encoded(red, kind, save_all=True, append_images=[blue], **({"lossless": True} if kind == "WEBP" else {}))
+    assert decode_rgb(several, "x").getpixel((3, 3)) == (255, 0, 0)
+    assert sequence_note(several, "x") == ["x has several frames; only the first is used"]
+    assert sequence_note(encoded(red, kind), "x") == [] == sequence_note(b"hello", "x")
+
+
+def test_a_photo_with_a_second_image_in_it_is_one_image():
+    photo, extra = Image.new("RGB", (16, 16)), Image.new("RGB", (8, 8))
+    assert sequence_note(encoded(photo, "MPO", save_all=True, append_images=[extra]), "x") == []
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 200]], np.int32), (0, 200)),
+        (np.array([[0, 257 * 9]], np.int32), (0, 9)),
+        (np.array([[0, 0.5]], np.float32), (0, 128)),
+        (np.array([[0, 200]], np.float32), (0, 200)),
+        (np.array([[0, 65536]], np.int32), "integers from 0 to 65536"),
+        (np.array([[-3, 200]], np.int32), "integers from -3 to 200"),
+        (np.array([[0, 3.75]], np.float32), "fractions from 0 to 3.75"),
+        (np.array([[-0.5, 0.5]], np.float32), "fractions from -0.5 to 0.5"),
+        (np.array([[0, 1000]], np.float32), "fractions from 0 to 1000"),
+        (np.array([[0, np.nan]], np.float32), "NaN or infinite"),
+        (np.array([[0, np.inf]], np.float32), "NaN or infinite"),
+    ],
+)
+def test_numbers_are_scaled_as_documented_or_refused_in_words(tmp_path, values, expected):
+    Image.fromarray(values).save(tmp_path / "deep.tiff")
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=rf"deep\.tiff holds .*{expected}"):
+            read_image(tmp_path / "deep.tiff")
+    else:
+        assert np.asarray(read_image(tmp_path / "deep.tiff"))[0, :, 0].tolist() == list(expected)
+
+
+def test_a_transparent_level_of_sixteen_bit_grey(tmp_path):
+    Image.fromarray(np.array([[0, 65535]], np.uint16)).save(tmp_path / "a.png", transparency=0)
+    assert np.asarray(read_image(tmp_path / "a.png", (0, 0, 255)))[0].tolist() == [[0, 0, 255], [255, 255, 255]]
+
+
+def test_one_flat_colour_is_told_from_the_faintest_line():
+    flat = np.full((20, 20, 3), (10, 20, 30), np.uint8)
+    assert is_flat(flat) and is_flat(flat + np.indices((20, 20)).sum(0)[..., None].astype(np.uint8) % 2)
+    flat[3, 4, 1] = 30
+    assert not is_flat(flat)

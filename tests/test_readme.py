@@ -8,10 +8,13 @@ import shutil
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from controlkit.apps.cli import build_parser
+from controlkit.apps.cli import build_parser, main
+from controlkit.conditions import find
+from controlkit.images import read_image, resize_cover
 from controlkit.training.recipes import recipes
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +37,25 @@ def test_every_command_in_the_documents_is_one_that_the_command_line_takes(docum
     args = build_parser().parse_args(shlex.split(command))
     for word in (getattr(args, "recipe", None),):
         assert word is None or word in recipes() or (ROOT / word).is_file()
+
+
+def test_the_example_of_two_controls_follows_both(tmp_path, monkeypatch):
+    (command,) = [line for name, line in commands() if name == "README.md" and line.count("--control ") == 2]
+    drawing = str(files("controlkit") / "assets" / "demo" / "sailboat.png")
+    shutil.copy(drawing, tmp_path / "drawing.png")
+    monkeypatch.chdir(tmp_path)
+    words = [*shlex.split(command), "--seeds", "2", "--steps", "6"]
+    assert main([*words, "--out", "both"]) == 0
+    assert main(["generate", words[1], *words[-4:], "--out", "none"]) == 0
+    wanted = np.asarray(resize_cover(read_image(drawing), 64, 64))
+    scores = {}
+    for name in ("canny", "palette"):
+        given = find(name)(wanted)
+        for folder in ("both", "none"):
+            made = [np.asarray(read_image(tmp_path / folder / f"seed{seed}.png")) for seed in (0, 1)]
+            scores[name, folder] = np.mean([find(name).score(given, one) for one in made])
+    assert scores["canny", "both"] > scores["canny", "none"] + 0.3
+    assert scores["palette", "both"] < 0.5 * scores["palette", "none"]
 
 
 def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):

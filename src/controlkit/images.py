@@ -9,11 +9,12 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from controlkit.errors import UserError
@@ -29,11 +30,22 @@ MAX_PIXELS = 8192 * 8192
 def read_image(path: str | Path, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """The picture in `path` as RGB, upright.
 
-    EXIF rotation is applied, transparent pixels are laid over `background`, 16-bit greyscale and
-    fractions up to 1 are scaled to 8 bits, palettes and greyscale are expanded.
+    EXIF rotation is applied, an embedded ICC profile is converted to sRGB, transparent pixels are laid over
+    `background`, palettes and greyscale are expanded. Of several frames the first is taken. 16-bit greyscale and
+    fractions from 0 to 1 are scaled to 8 bits; whole numbers up to 255 stay as they are.
 
     Raises:
-        UserError: the file is missing, empty, torn, not a picture, or larger than `MAX_PIXELS`.
+        UserError: the file is missing, empty, torn, not a picture, larger than `MAX_PIXELS`, or its numbers have no one
+            meaning as an image (`to_rgb`).
+    """
+    return decode_rgb(read_bytes(path), str(path), background)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of the image file `path`.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
     """
     path = Path(path)
     if path.is_dir():
@@ -41,10 +53,21 @@ def read_image(path: str | Path, background: tuple[int, int, int] = (255, 255, 2
     if not path.is_file():
         raise UserError(f"there is no picture at {path}")
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
-    return to_rgb(decode_image(data, str(path)), background)
+
+
+def decode_rgb(data: bytes, name: str, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """The image in the bytes of a file as `read_image` gives it.
+
+    Args:
+        name: what errors call it.
+
+    Raises:
+        UserError: as `read_image`.
+    """
+    return to_rgb(decode_image(data, name), background, name)
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
@@ -78,21 +101,137 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     return image
 
 
-def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """`image` upright and in RGB; see `read_image` for how other modes are turned."""
+def to_rgb(
+    image: Image.Image, background: tuple[int, int, int] = (255, 255, 255), name: str = "the image"
+) -> Image.Image:
+    """`image` upright and in sRGB; see `read_image` for how other modes are converted.
+
+    Args:
+        name: what errors call it.
+
+    Raises:
+        UserError: its numbers have no one meaning as an image: fractions outside [0, 1], whole numbers below 0 or above
+            65535, NaN.
+    """
     image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        if image.mode.startswith("I;16") or values.max(initial=0) > 255:
-            values = values / 257.0
-        elif image.mode == "F" and values.max(initial=0) <= 1:  # as depth maps are
-            values = values * 255.0
-        image = Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8), mode="L")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        canvas = Image.new("RGBA", rgba.size, (*background, 255))
-        return Image.alpha_composite(canvas, rgba).convert("RGB")
-    return image.convert("RGB")
+        image = _eight_bits(image, name)
+    alpha = None
+    if image.has_transparency_data:
+        # Colours are converted without their alpha, which is no colour.
+        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
+        alpha = image.getchannel("A")
+        image = image.getchannel("L") if image.mode == "LA" else image.convert("RGB")
+    rgb = _to_srgb(image)
+    if alpha is None:
+        return rgb
+    rgb.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", rgb.size, (*background, 255)), rgb).convert("RGB")
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """An image of 16 or 32 bits a pixel (`I;16`, `I`, `F`) as `L`, or `LA` if one grey level is transparent."""
+    values = np.asarray(image, dtype=np.float64)
+    low, high = values.min(initial=0), values.max(initial=0)
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise UserError(f"{name} holds NaN or infinite values; replace them before it is used as an image")
+    whole = image.mode != "F"
+    if low < 0 or high > (65535 if whole else 255) or not (whole or high <= 1 or (values == values.round()).all()):
+        kind = "32-bit integers" if whole else "fractions"
+        read = "0 to 255, or 0 to 65535 for 16 bits," if whole else "0 to 1, or whole numbers up to 255,"
+        raise UserError(f"{name} holds {kind} from {low:g} to {high:g}; {read} are read: scale it to 8 bits first")
+    # Fractions up to 1 are as in depth maps.
+    white = 65535 if image.mode.startswith("I;16") or high > 255 else 255 if whole or high > 1 else 1
+    grey = Image.fromarray((values / (white / 255) + 0.5).astype(np.uint8), mode="L")
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8), mode="L"))
+    grey.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    return grey
+
+
+def keeps_colours(image: Image.Image) -> bool:
+    """Whether an image's numbers are sRGB as they are: it has no ICC profile, or one of sRGB itself."""
+    return _conversion(image) is None
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """`image`, without alpha, as RGB in sRGB, by its embedded ICC profile."""
+    conversion = _conversion(image)
+    if conversion is None:
+        return image.convert("RGB")
+    mode, transform = conversion
+    made = ImageCms.applyTransform(image if image.mode == mode else image.convert(mode), transform)
+    assert made is not None
+    return made
+
+
+_PROFILE_MODES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK", b"Lab ": "LAB"}
+"""Colour space in the header of an ICC profile -> mode of the images that it is for."""
+_NEAR = 2
+"""Of 255: a profile that changes no colour more is one of sRGB, of which there are several; pixels are then kept."""
+
+
+def _conversion(image: Image.Image) -> tuple[str, ImageCms.ImageCmsTransform] | None:
+    """The mode and the transform by which `image` becomes sRGB; None where its numbers are sRGB already, or its profile
+    is damaged or of another kind of image."""
+    profile = image.info.get("icc_profile") if isinstance(image.info, dict) else None
+    mode = _PROFILE_MODES.get(profile[16:20]) if isinstance(profile, bytes) else None
+    if image.mode == "LAB" and mode != "LAB":  # which is not RGB, whatever its profile says
+        mode, profile = "LAB", _lab_profile()
+    # An RGB profile holds for grey, too: its tone curve. A palette is one of RGB.
+    fits = {"RGB": image.mode not in ("CMYK", "LAB"), "L": image.mode in ("1", "L", "LA", "La")}
+    if mode is None or not isinstance(profile, bytes) or not fits.get(mode, image.mode == mode):
+        return None
+    transform = _transform(profile, mode)
+    return None if transform is None else (mode, transform)
+
+
+@lru_cache(maxsize=64)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From the colours of an ICC profile to sRGB; None if that changes nothing, or the profile is damaged."""
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), mode, "RGB"
+        )
+        if mode not in ("RGB", "L"):
+            return transform
+        levels = np.arange(0, 256, 51 if mode == "RGB" else 1, dtype=np.uint8)
+        grid = np.stack(np.meshgrid(*[levels] * len(mode)), axis=-1).reshape(1, -1, len(mode))
+        colours = Image.fromarray(grid if mode == "RGB" else grid[..., 0])
+        made = ImageCms.applyTransform(colours, transform)
+        assert made is not None
+        change = np.abs(np.asarray(made, np.int16) - np.asarray(colours.convert("RGB"), np.int16)).max()
+        return None if change <= _NEAR else transform
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+
+
+@lru_cache(maxsize=1)
+def _lab_profile() -> bytes:
+    """Of CIE L*a*b*, which TIFF files in Lab need not embed."""
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+
+
+_SEQUENCES = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
+"""Formats whose frames are images of their own. (Those of MPO are a photo's gain map, those of PSD its layers.)"""
+
+
+def sequence_note(data: bytes, name: str) -> list[str]:
+    """A note if the bytes of an image's file hold several frames or pages, of which only the first is read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            several = image.format in _SEQUENCES and getattr(image, "is_animated", False)
+    except Exception:  # whatever it is, decode_image says it
+        return []
+    return [f"{name} has several frames; only the first is used"] if several else []
+
+
+def is_flat(image: np.ndarray) -> bool:
+    """Whether an image `uint8 [H, W, 3]` is one colour all over, give or take 2 of 255 (as JPEG leaves it)."""
+    return bool(np.ptp(image, axis=(0, 1)).max(initial=0) <= _NEAR)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -138,3 +138,14 @@ def test_help_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert "controlkit pairs photos" in done.stdout and done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("shards", [(), ("--shards", 1)])
+def test_frames_that_are_left_out_are_told(photos, tmp_path, capsys, shards):
+    frames = [Image.fromarray(scene(number)) for number in range(3)]
+    frames[0].save(photos / "moving.gif", save_all=True, append_images=frames[1:])
+    words = (photos, "--conditions", "canny", "--out", tmp_path / "pairs", "--workers", 1, *shards)
+    assert run("pairs", *words, "--json") == 0
+    out, err = capsys.readouterr()
+    assert "note: moving.gif has several frames; only the first is used" in err
+    assert len(json.loads(out)["notes"]) == 1

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from controlkit.conditions import Condition, find, registry
-from controlkit.conditions.condition import _REGISTRY
+from controlkit.conditions.condition import _REGISTRY, background_of
 from controlkit.conditions.fidelity import edge_f1, psnr
+from controlkit.conditions.learned.densepose import viridis
 from controlkit.errors import UserError
 
 NAMES = [name for name, made in registry().items() if made.requires is None]
@@ -300,3 +301,18 @@ def test_an_unknown_condition_names_the_nearest() -> None:
         find("cany")
     with pytest.raises(UserError, match="there is no condition called 'xyzzy'"):
         find("xyzzy")
+
+
+def test_the_background_of_a_condition_is_what_it_draws_where_there_is_nothing():
+    told = {name: condition.background for name, condition in registry().items()}
+    for name, condition in registry().items():
+        if condition.requires is None and name not in ("bbox", "segments"):
+            made = condition(np.full((64, 64, 3), (250, 250, 250), np.uint8))
+            if len(np.unique(made.reshape(-1, 3), axis=0)) == 1 and made.min() in (0, 255):
+                assert told[name] == tuple(made[0, 0].tolist()), name
+    for name in ("openpose", "dwpose", "depth", "seg", "hed", "lineart", "bbox", "inpaint", "outpaint", "mlsd"):
+        assert told[name] == (0, 0, 0)
+    assert told["densepose"] == tuple(viridis()[0].tolist())
+    for name in ("sketch", "hedsketch", "palette", "identity", "blur"):
+        assert told[name] == (255, 255, 255)
+    assert background_of("Canny") == (0, 0, 0) and background_of(None) == background_of("none") == (255, 255, 255)

@@ -28,6 +28,7 @@ from controlkit.data.pictures import Picture, list_pictures
 from controlkit.data.sources import decode_pixels, members, read_picture
 from controlkit.errors import UserError
 from controlkit.images import decode_image, read_image, to_rgb
+from icc import ADOBE_RGB, SRGB
 
 CANNY_AND_NOISE = MakeSettings(conditions=("canny", "noise"), size=32)
 
@@ -405,6 +406,23 @@ def test_jpeg_files_that_are_not_plain_are_read_as_everywhere_else():
         decode_pixels(b"", "x")
     with pytest.raises(UserError, match="x is"):
         decode_pixels(b"\xff\xd8\xff\xe0" + b"\xff\xd9", "x")
+
+
+def test_pictures_of_another_colour_space_are_made_srgb_and_those_of_srgb_kept(tmp_path, monkeypatch):
+    for name, profile in (("adobe.jpg", ADOBE_RGB), ("srgb.jpg", SRGB)):
+        Image.new("RGB", (32, 32), (60, 180, 60)).save(tmp_path / name, quality=100, subsampling=0, icc_profile=profile)
+        data = (tmp_path / name).read_bytes()
+        found, plain = decode_pixels(data, "x")
+        assert np.array_equal(found, np.asarray(to_rgb(decode_image(data, "x")))) and plain == (profile == SRGB)
+        piece = next(members(write_archive(tmp_path / "x.tar", {"x.jpg": data})))
+        assert np.array_equal(np.asarray(read_picture(piece)), found)
+        made = make_pair(Picture(key="x", name=name, source=tmp_path / name), MakeSettings(conditions=("palette",)))
+        assert (made.picture is None) == (profile == SRGB)
+        wanted = (0, 181, 42) if profile == ADOBE_RGB else (60, 180, 60)
+        for image in filter(None, (made.picture, made.conditions["palette"])):
+            assert to_rgb(decode_image(image, "x")).getpixel((9, 9)) == pytest.approx(wanted, abs=2)
+    monkeypatch.setattr("controlkit.data.sources.decode_image", lambda *_: pytest.fail("slow"))
+    decode_pixels((tmp_path / "srgb.jpg").read_bytes(), "x")
 
 
 def test_files_go_where_they_belong_also_where_folders_vanish(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from pair_files import encoded, scene, write_archive, write_pictures
 from PIL import Image
 
 from controlkit.conditions import find
+from controlkit.data.check import check_pairs
 from controlkit.data.multigen import MultiGen
 from controlkit.data.pairs import Pair, pairs_folder, read_pairs, split_pairs, write_pairs
+from controlkit.data.sources import members, read_condition_image
 from controlkit.errors import UserError
 
 COUNT = 5
@@ -260,6 +263,26 @@ def test_multigen_still_reads_single_lines(tmp_path):
     lines = MultiGen(lay_out("multigen", tmp_path), "canny")
     source, target, prompt = lines.pair(3, 48)
     assert np.array_equal(source, truth(3)[0]) and np.array_equal(target, truth(3)[1]) and prompt == "scene 3"
+
+
+def test_transparent_condition_images_lie_over_the_background_of_their_condition(tmp_path):
+    for number in range(2):
+        edges, picture = find("canny")(scene(number)), scene(number)
+        white = np.dstack([np.full_like(edges, 255), edges[..., 0]])  # white lines on transparency
+        for name, image in (("source", white), ("target", picture)):
+            save(tmp_path / f"{name}/{number}.png", image)
+    pairs = read_pairs(tmp_path, "canny")
+    assert all(np.array_equal(pair.images(48)[0], find("canny")(pair.images(48)[1])) for pair in pairs)
+    assert not [problem for problem in check_pairs(tmp_path, ["canny"]).problems if problem.kind != "prompt"]
+    # Where the condition draws on white, or is not known, the lines vanish.
+    for name in ("sketch", None):
+        assert all(replace(pair, condition=name).images(48)[0].min() == 255 for pair in pairs)
+    archive = write_archive(tmp_path / "a.tar", {"a.png": encoded(white)})
+    piece = next(members(archive))
+    assert np.array_equal(np.asarray(read_condition_image(piece, "canny")), edges)
+    multigen = lay_out("multigen", tmp_path / "multigen")
+    save(multigen / "conditions/c/0.png", white)
+    assert np.array_equal(MultiGen(multigen, "canny").pair(0, 48)[0], edges)
 
 
 def test_a_plain_folder_of_pictures_is_told_what_to_do(tmp_path):

@@ -18,7 +18,7 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
-from controlkit.apps.show import add_json, print_facts, print_json
+from controlkit.apps.show import add_json, print_facts, print_json, print_notes
 from controlkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
     from PIL import Image
 
-    from controlkit.images import read_image, write_png
+    from controlkit.images import decode_rgb, is_flat, read_bytes, sequence_note, write_png
     from controlkit.settings import read_overrides
 
     if args.name == "all":
@@ -77,10 +77,16 @@ def run(args: argparse.Namespace) -> None:
     parameters = read_overrides(args.settings)
     out = args.out or f"{condition.name}.png"
     _refuse_out(out, args.image)
-    made = condition(np.asarray(read_image(args.image)), **parameters)
+    data = read_bytes(args.image)
+    made = condition(np.asarray(decode_rgb(data, args.image)), **parameters)
+    notes = sequence_note(data, args.image)
+    if is_flat(made):
+        notes.append(f"{condition.name} of {args.image} is one flat colour: nothing was found in the image")
     write_png(out, Image.fromarray(made), {"condition": condition.name, "parameters": repr(parameters)})
+    print_notes(notes)
     if args.json:
-        print_json({"condition": condition.name, "parameters": {**condition.defaults, **parameters}, "out": out})
+        values = {**condition.defaults, **parameters}
+        print_json({"condition": condition.name, "parameters": values, "out": out, "notes": notes})
     else:
         print(out)
 
@@ -91,13 +97,16 @@ def _sheet(image: str, out: str, as_json: bool) -> None:
     from PIL import Image
 
     from controlkit import conditions
-    from controlkit.images import contact_sheet, read_image, write_png
+    from controlkit.images import contact_sheet, decode_rgb, is_flat, read_bytes, sequence_note, write_png
 
-    picture = read_image(image)
-    drawn = {"picture": picture}
+    data = read_bytes(image)
+    picture = decode_rgb(data, image)
+    drawn, flat = {"picture": picture}, []
     for condition in conditions.registry().values():
         if condition.requires is None and not condition.given:
-            drawn[condition.name] = Image.fromarray(condition(np.asarray(picture)))
+            made = condition(np.asarray(picture))
+            drawn[condition.name] = Image.fromarray(made)
+            flat += [condition.name] if is_flat(made) else []
     tiles = [contact_sheet([[tile]], column_titles=[name], cell=_TILE) for name, tile in drawn.items()]
     rows = [tiles[first : first + _COLUMNS] for first in range(0, len(tiles), _COLUMNS)]
     width, height = tiles[0].size
@@ -105,8 +114,12 @@ def _sheet(image: str, out: str, as_json: bool) -> None:
     for number, tile in enumerate(tiles):
         sheet.paste(tile, (width * (number % _COLUMNS), height * (number // _COLUMNS)))
     write_png(out, sheet)
+    notes = sequence_note(data, image)
+    if flat:
+        notes.append(f"one flat colour, because nothing was found in {image}: {', '.join(flat)}")
+    print_notes(notes)
     if as_json:
-        print_json({"conditions": list(drawn)[1:], "out": out})
+        print_json({"conditions": list(drawn)[1:], "out": out, "notes": notes})
     else:
         print(out)
 
@@ -168,6 +181,7 @@ def _facts(c: Condition) -> dict[str, object]:
         "finished_mirrors": c.mirror_finished is not None,
         "cuts": c.cuts,
         "resize": c.resize,
+        "background": list(c.background),
         "least_side": LEAST_SIDE,
         "seen": c.seen,
         "fidelity": c.fidelity.name,
@@ -202,10 +216,15 @@ def _describe(c: Condition, as_json: bool) -> None:
             "scaling a finished one",
             "by the nearest pixel: its colours are labels" if c.resize == "nearest" else "smooth",
         ),
+        ("transparent parts of a finished one", f"are laid over {_colour(c.background)}"),
         ("scored by", c.fidelity.name),
         ("needs", str(c.requires or "nothing")),
     ]
     print_facts(c.name, facts)
+
+
+def _colour(colour: tuple[int, int, int]) -> str:
+    return {(0, 0, 0): "black", (255, 255, 255): "white"}.get(colour, "red {}, green {}, blue {}".format(*colour))
 
 
 def _flip(c: Condition) -> str:

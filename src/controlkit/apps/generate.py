@@ -5,20 +5,21 @@
     controlkit generate --from pictures/settings.json --steps 50
 
 A control's picture may have any size: it is scaled to cover the result and cut to it around its centre. --from draws
-again what a settings.json or one of its PNGs says; the other options override it, and --control replaces all of its
-controls. On the same machine's CPU a settings.json gives the same pictures, bit for bit.
+again what a settings.json (or its folder, or one of its PNGs) says; the other options override it, and --control
+replaces all of its controls. Paths are tried as they are and from the folder of the settings. In place of a control's
+image that is gone or has changed its saved condition image is taken; a note says so, and names a control or a base that
+has changed. On the same machine's CPU a settings.json gives the same pictures, bit for bit.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from controlkit.apps.show import add_json, print_json, print_seconds
+from controlkit.apps.show import add_json, print_json, print_notes, print_seconds
 
 if TYPE_CHECKING:
+    from controlkit.sampling.drawn import Drawn
     from controlkit.sampling.request import GenerateRequest
 
 
@@ -26,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb. Defaults are those of `GenerateRequest`."""
     parser.add_argument("prompt", nargs="?", help="what to draw")
     parser.add_argument(
-        "--from", dest="drawn", metavar="FILE", help="draw again what a settings.json, or a PNG of ours, says"
+        "--from",
+        dest="drawn",
+        metavar="FILE",
+        help="draw again what a settings.json, the folder that it lies in, or a PNG of ours says",
     )
     parser.add_argument("--base", help="nano, a diffusers folder, a single file, or a hub id (default: nano)")
     parser.add_argument(
@@ -76,17 +80,19 @@ def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     from controlkit.files import output_folder
 
-    request = _request(args)
+    request, drawn = _request(args)
     with output_folder(getattr(args, "out", None), numbered_in="pictures") as out:
         from controlkit.sampling.generate import generate, refuse_overwriting
 
         refuse_overwriting(request, out)
         made = generate(request)
+        if drawn is not None:
+            made.notes += drawn.differences(made)
         paths = made.save(out)
-    for note in made.notes:
-        print(f"note: {note}", file=sys.stderr)
+    print_notes(made.notes)
     if args.json:
-        print_json({"pictures": paths, "seconds": made.seconds, "request": request.to_json(), "used": made.used})
+        report = {"seconds": made.seconds, "request": request.to_json(), "used": made.used, "notes": made.notes}
+        print_json({"pictures": paths, **report})
         return
     for path in paths:
         print(path)
@@ -99,7 +105,8 @@ _GIVEN = (
 )
 
 
-def _request(args: argparse.Namespace) -> GenerateRequest:
+def _request(args: argparse.Namespace) -> tuple[GenerateRequest, Drawn | None]:
+    """The request, and what it was restored from."""
     from controlkit.errors import UserError
     from controlkit.sampling.drawn import read_drawn
     from controlkit.sampling.request import ControlUse, GenerateRequest
@@ -113,16 +120,16 @@ def _request(args: argparse.Namespace) -> GenerateRequest:
     drawn = read_drawn(args.drawn) if hasattr(args, "drawn") else None
     if drawn is None and given.get("prompt") is None:
         raise UserError("give a prompt, or --from FILE to draw again what it says")
-    if drawn is not None and not uses and args.mode:
-        uses = tuple(replace(use, mode=args.mode) for use in drawn.asked.controls)
-    if args.mode and not uses:
+    if drawn is not None and args.mode:
+        drawn = drawn.in_mode(args.mode)
+    if args.mode and not uses and not (drawn is not None and drawn.asked.controls):
         raise UserError("--mode is about controls, and there is none")
     before = (0,) if drawn is None else drawn.asked.seeds
     if hasattr(args, "seed") or hasattr(args, "seeds"):
         first = getattr(args, "seed", before[0])
         given["seeds"] = tuple(range(first, first + getattr(args, "seeds", len(before))))
     if drawn is None:
-        return GenerateRequest(controls=uses, **given)
+        return GenerateRequest(controls=uses, **given), None
     if uses:
         given["controls"] = [vars(use) for use in uses]
-    return drawn.again(**given)
+    return drawn.again(**given), drawn

@@ -131,6 +131,10 @@ def _tell(report: MakeReport, as_json: bool) -> None:
         print(f"skipped {name}: {reason}", file=sys.stderr)
     if len(report.skipped) > _SHOWN:
         print(f"... and {len(report.skipped) - _SHOWN} more", file=sys.stderr)
+    for note in report.notes[:_SHOWN]:
+        print(f"note: {note}", file=sys.stderr)
+    if len(report.notes) > _SHOWN:
+        print(f"... and {len(report.notes) - _SHOWN} more such notes", file=sys.stderr)
     if as_json:
         print_json(vars(report))
         return

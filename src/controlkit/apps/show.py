@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,12 @@ def _with_null(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _with_null(inner) for key, inner in value.items()}
     return [_with_null(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """What a person should know about a result, on standard error."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -151,6 +151,22 @@ def base_path(name: str | Path) -> Path:
     return path if path.suffix in SINGLE_FILES and not path.is_dir() else base_folder(name)
 
 
+def base_files(name: str | Path) -> list[Path]:
+    """The files that `load_base` read for `name`, in order: the single file, or those of its folder.
+
+    The hub is not asked: what was loaded is in its cache.
+
+    Raises:
+        UserError: it is missing or incomplete.
+    """
+    on_hub = str(name) != NANO and not Path(name).exists() and HUB_ID.fullmatch(str(name))
+    path = _from_hub(str(name), local_files_only=True) if on_hub else base_path(name)
+    if not path.is_dir():
+        return [path]
+    files = {file for pattern in _WANTED_FROM_HUB for file in path.glob(pattern)}
+    return sorted(file for file in files if not any(file.match(pattern) for pattern in _UNWANTED_FROM_HUB))
+
+
 def choose_device(name: str) -> torch.device:
     """`auto` => CUDA, then MPS, then the CPU; else the torch device of that name.
 
@@ -232,12 +248,13 @@ def _whole(kind: Any, folder: Path, **options: Any) -> Any:
     return network
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        kept = snapshot_download(name, allow_patterns=_WANTED_FROM_HUB, ignore_patterns=_UNWANTED_FROM_HUB)
+        wanted: dict[str, Any] = {"allow_patterns": _WANTED_FROM_HUB, "ignore_patterns": _UNWANTED_FROM_HUB}
+        kept = snapshot_download(name, **wanted, **options)
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

@@ -20,6 +20,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache, cached_property
@@ -45,6 +46,8 @@ Mirror = Callable[[np.ndarray], np.ndarray]
 """Condition image => that of the flipped picture, both `uint8 [H, W, 3]`."""
 
 Resize = Literal["smooth", "nearest"]
+
+BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
 
 def left_right(image: np.ndarray) -> np.ndarray:
@@ -129,6 +132,9 @@ class Condition:
     from its farthest point to its nearest. After a crop these are best made again."""
     resize: Resize = "smooth"
     """How a finished condition image is scaled: `nearest` for maps whose colours are labels."""
+    background: tuple[int, int, int] = WHITE
+    """What its images show where there is nothing, and what transparent parts of finished ones are laid over: black
+    for white lines on black, for skeletons, masks, labels and depth; white for dark lines on white and for photos."""
     given: bool = False
     """Whether it is drawn from annotations, or is the image itself: no picture alone gives one."""
     seen: str = "as it is"
@@ -276,6 +282,14 @@ def find(name: str) -> Condition:
         known = list(_REGISTRY) if get_close_matches(key, _REGISTRY, cutoff=0.5) else list(registry())
         raise UserError(f"there is no condition called {name!r}{nearest(key, known)}")
     return _REGISTRY[key]
+
+
+def background_of(name: str | None) -> tuple[int, int, int]:
+    """The background of images of the condition called `name`; white where it is None or not known here."""
+    if name is not None:
+        with suppress(UserError):
+            return find(name).background
+    return Condition.background
 
 
 def uniform(low: float, high: float) -> Draw:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from controlkit.conditions.condition import chance, condition, uniform, uniform_int
+from controlkit.conditions.condition import BLACK, chance, condition, uniform, uniform_int
 from controlkit.conditions.fidelity import DARK_EDGE_F1, EDGE_F1, PSNR
 from controlkit.conditions.pixels import length, smoothed, three_channels, to_uint8
 from controlkit.errors import UserError
@@ -17,6 +17,7 @@ _STRONGEST = 6 * 255
 @condition(
     "canny",
     summary="thin white edges on black (OpenCV's Canny detector)",
+    background=BLACK,
     aliases=("canny_edges", "canny_edge"),
     fidelity=EDGE_F1,
     draw={"low": uniform_int(50, 150), "high": uniform_int(150, 250)},
@@ -40,6 +41,7 @@ def canny(picture: np.ndarray, *, low: int = 100, high: int = 200) -> np.ndarray
 @condition(
     "softedge_sobel",
     summary="soft white edges on black (Sobel gradient; HED and PiDiNet need weights)",
+    background=BLACK,
     aliases=("sobel", "soft_edge_sobel"),
     fidelity=PSNR,
     draw={"scale": uniform(0.002, 0.008), "gain": uniform(1.5, 3.0), "safe": chance(0.75)},
@@ -76,6 +78,7 @@ def _soft_edges(picture: np.ndarray, scale: float, gain: float) -> np.ndarray:
 @condition(
     "scribble",
     summary="broad white strokes along the main edges (Canny on a blurred picture; a fake hand scribble)",
+    background=BLACK,
     aliases=("scribble_edges", "fake_scribble"),
     fidelity=EDGE_F1,
     draw={"width": uniform(0.004, 0.047), "scale": uniform(0.008, 0.02), "shortest": uniform(0.05, 0.15)},

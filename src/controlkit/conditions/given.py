@@ -15,7 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from controlkit.conditions.condition import condition
+from controlkit.conditions.condition import BLACK, condition
 from controlkit.conditions.fidelity import PICTURE_COLOUR_DISTANCE, PICTURE_EDGE_F1, RESTORED_PSNR
 from controlkit.errors import UserError
 
@@ -47,6 +47,7 @@ def lineart_given(picture: np.ndarray) -> np.ndarray:
 @condition(
     "bbox",
     summary="filled boxes coloured by class, from given annotations (COCO)",
+    background=BLACK,
     aliases=("boxes", "bounding_boxes", "bounding_box"),
     fidelity=PICTURE_COLOUR_DISTANCE,
     mirrors=False,
@@ -96,6 +97,7 @@ def bbox(
 @condition(
     "segments",
     summary="regions coloured by class, from given annotations (COCO polygons and run lengths)",
+    background=BLACK,
     aliases=("coco_segments", "segmentation_given"),
     fidelity=PICTURE_COLOUR_DISTANCE,
     mirrors=False,

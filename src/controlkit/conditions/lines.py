@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from controlkit.conditions.condition import condition, seed, uniform, uniform_int
+from controlkit.conditions.condition import BLACK, condition, seed, uniform, uniform_int
 from controlkit.conditions.fidelity import COLOUR_DISTANCE, EDGE_F1, PSNR
 from controlkit.conditions.pixels import grey, length, smoothed, three_channels, to_uint8
 
@@ -13,6 +13,7 @@ from controlkit.conditions.pixels import grey, length, smoothed, three_channels,
 @condition(
     "lineart_xdog",
     summary="white line art on black (XDoG filter; the learned lineart needs weights)",
+    background=BLACK,
     aliases=("xdog",),
     fidelity=PSNR,
     draw={"scale": uniform(0.0012, 0.004), "sharpness": uniform(20, 60)},
@@ -38,6 +39,7 @@ def lineart_xdog(
 @condition(
     "scribble_xdog",
     summary="white strokes on black where the picture is darker than around (a difference of Gaussians, cut off)",
+    background=BLACK,
     aliases=("fake_scribble_xdog",),
     fidelity=EDGE_F1,
     draw={"threshold": uniform_int(16, 48)},
@@ -70,6 +72,7 @@ def _xdog(picture: np.ndarray, scale: float, sharpness: float, level: float) -> 
 @condition(
     "lines_lsd",
     summary="straight white lines on black (OpenCV's line segment detector; M-LSD needs weights)",
+    background=BLACK,
     aliases=("lsd", "straight_lines"),
     fidelity=EDGE_F1,
     draw={"shortest": uniform(0.04, 0.15)},
@@ -108,6 +111,7 @@ def lines_lsd(picture: np.ndarray, *, shortest: float = 0.06, detail: float = 0.
 @condition(
     "lineart_color_hints",
     summary="white line art on black with discs in the picture's colours (XDoG lines)",
+    background=BLACK,
     aliases=("lineart_colour_hints", "color_hints", "lineart_with_color_prompt"),
     fidelity=COLOUR_DISTANCE,
     draw={"scale": uniform(0.0012, 0.004), "seed": seed()},

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from controlkit.conditions.condition import clipped_normal, condition, seed, uniform
+from controlkit.conditions.condition import BLACK, clipped_normal, condition, seed, uniform
 from controlkit.conditions.fidelity import RESTORED_PSNR
 from controlkit.conditions.pixels import length
 from controlkit.errors import UserError
@@ -16,6 +16,7 @@ from controlkit.errors import UserError
 @condition(
     "inpaint",
     summary="the picture with a black rectangle to fill in",
+    background=BLACK,
     aliases=("inpainting", "inpaint_box"),
     fidelity=RESTORED_PSNR,
     draw={"seed": seed()},
@@ -64,6 +65,7 @@ def _span(rng: np.random.Generator) -> tuple[float, float]:
 @condition(
     "inpaint_brush",
     summary="the picture with black brush strokes to fill in",
+    background=BLACK,
     aliases=("inpainting_brush", "free_form_inpaint"),
     fidelity=RESTORED_PSNR,
     draw={"seed": seed()},
@@ -106,6 +108,7 @@ def inpaint_brush(picture: np.ndarray, *, seed: int = 0) -> np.ndarray:
 @condition(
     "outpaint",
     summary="the middle of the picture; what is around it, black, is to be drawn",
+    background=BLACK,
     aliases=("outpainting", "pad", "uncrop"),
     fidelity=RESTORED_PSNR,
     draw={"keep_width": uniform(0.2, 0.8), "keep_height": uniform(0.2, 0.8)},

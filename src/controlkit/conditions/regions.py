@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from controlkit.conditions.condition import condition, uniform_int
+from controlkit.conditions.condition import BLACK, condition, uniform_int
 from controlkit.conditions.fidelity import MEAN_IOU
 from controlkit.conditions.pixels import disc, length, main_colours, nearest_colour, three_channels
 
@@ -37,6 +37,7 @@ def color_regions(picture: np.ndarray, *, colours: int = 6, smallest: float = 0.
 @condition(
     "silhouette",
     summary="white foreground on black, for pictures with a plain background (by colour; no learned matting)",
+    background=BLACK,
     aliases=("mask", "foreground"),
     fidelity=MEAN_IOU,
     limits={"threshold": (0, 400), "smallest": (0, 0.2)},

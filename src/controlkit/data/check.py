@@ -20,7 +20,7 @@ from controlkit.data.prompts import PromptLimit, count_note, empty_note, is_empt
 from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.listing import Listing, Record
 from controlkit.data.readers.recognise import read_listing
-from controlkit.data.sources import Drawn, Source, read_picture
+from controlkit.data.sources import Drawn, Source, read_condition_image, read_picture
 from controlkit.data.swapped import Verdict, swapped
 from controlkit.errors import UserError
 
@@ -114,11 +114,13 @@ def check_pairs(
     """
     listing = read_listing(path, conditions[0] if len(conditions) == 1 else None, columns)
     names = [_chosen(listing, name) for name in conditions] or listing.conditions
+    # What the images of a name are: the condition that was asked for, or what the name says.
+    kinds = dict(zip(names, conditions or names, strict=True))
     if not names and not listing.problems:
         raise UserError(f"{listing.origin} lists no condition images")
     problems = [_entry_problem(text) for text in listing.problems]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        seen = list(pool.map(lambda record: _look(record, names), listing.records))
+        seen = list(pool.map(lambda record: _look(record, kinds), listing.records))
     problems += [problem for one in seen for problem in one.problems]
     problems += _duplicates(listing.records, seen)
     notes = [*listing.notes, *listing.outside(), *_prompt_notes(listing, limit)]
@@ -173,21 +175,21 @@ def _prompt_notes(listing: Listing, limit: PromptLimit | None) -> list[str]:
     return empty + (count_note(told, limit) if limit is not None else [])
 
 
-def _look(record: Record, names: Sequence[str]) -> _Seen:
+def _look(record: Record, kinds: Mapping[str, str]) -> _Seen:
     seen = _Seen()
     if any(map(is_empty, record.captions)):
         seen.problems.append(_problem("prompt", record, "empty prompt"))
     picture = _opened(record, record.picture, record.told("sha256", "picture"), seen)
     if picture is not None:
         seen.pixels = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
-    for name in names:
+    for name, kind in kinds.items():
         source = record.conditions.get(name)
         if source is None:
             seen.problems.append(_problem("file", record, f"there is no condition image {name!r}"))
             continue
         if isinstance(source, Drawn) and (picture is None or find(source.condition).requires is not None):
             continue  # a learned one takes too long to draw it for this alone
-        image = _opened(record, source, record.told("sha256", "conditions", name), seen)
+        image = _opened(record, source, record.told("sha256", "conditions", name), seen, condition=kind)
         colour = None if image is None else _flat_colour(image)
         if colour is not None:
             seen.problems.append(_problem("flat", record, f"{name} is one flat colour, {colour}: it tells nothing"))
@@ -231,9 +233,11 @@ def _flat_colour(image: Image.Image) -> tuple[int, ...] | None:
     return tuple(int(low) for low, _ in ranges) if (np.ptp(ranges, axis=1) <= _FLAT).all() else None
 
 
-def _opened(record: Record, source: Source, digest: str | None, seen: _Seen) -> Image.Image | None:
+def _opened(
+    record: Record, source: Source, digest: str | None, seen: _Seen, condition: str | None = None
+) -> Image.Image | None:
     try:
-        image = read_picture(source)
+        image = read_condition_image(source, condition)
         if digest is not None and hashlib.sha256(source.read_bytes()).hexdigest() != digest:
             seen.problems.append(_problem("changed", record, f"{source} is not the file that was listed (SHA-256)"))
         return image
@@ -262,14 +266,14 @@ def _exchanged(listing: Listing, name: str, seen: Sequence[_Seen]) -> Verdict | 
         source = record.conditions.get(name)
         if source is None or isinstance(source, Drawn) or any(p.kind in ("file", "size") for p in one.problems):
             continue
-        pairs.append((_reduced(source), _reduced(record.picture)))
+        pairs.append((_reduced(source, name), _reduced(record.picture)))
         if len(pairs) == _SAMPLE:
             break
     return swapped(pairs, name)
 
 
-def _reduced(source: Source) -> np.ndarray:
-    image = read_picture(source)
+def _reduced(source: Source, condition: str | None = None) -> np.ndarray:
+    image = read_condition_image(source, condition)
     scale = min(1.0, _SIDE / max(image.size))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return np.asarray(image if size == image.size else image.resize(size, Image.Resampling.BOX))

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -56,6 +56,8 @@ class MakeReport:
     empty_prompts: int
     """Pairs without a caption."""
     seconds: float
+    notes: list[str] = field(default_factory=list)
+    """What of the pictures' files was not used: all frames but the first."""
 
 
 def make_pairs(
@@ -124,6 +126,7 @@ def make_pairs(
         skipped=skipped,
         empty_prompts=sum(not outcome.entry["prompt"] for outcome in good if outcome.entry),
         seconds=time.monotonic() - started,
+        notes=[outcome.note for outcome in good if outcome.note],
     )
 
 

@@ -36,6 +36,8 @@ class Outcome:
     """Path below the folder -> bytes."""
     error: str | None = None
     """Why it was skipped."""
+    note: str | None = None
+    """What of its file was not used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,8 @@ def make_files(job: FilesJob) -> list[Outcome]:
         for name, data in files.items():
             _write(job.out, name, data)
         sizes = {name: len(data) for name, data in files.items()}
-        outcomes.append(Outcome(key=picture.key, name=picture.name, stamp=picture.stamp(), entry=entry, files=sizes))
+        outcome = Outcome(key=picture.key, name=picture.name, stamp=picture.stamp(), entry=entry, files=sizes)
+        outcomes.append(replace(outcome, note=made.note))
     return outcomes
 
 
@@ -144,7 +147,8 @@ def make_shard(job: ShardJob) -> list[Outcome]:
                 yield f"{picture.key}.{name}.png", data
             yield f"{picture.key}.txt", made.entry["prompt"].encode()
             yield f"{picture.key}.json", json.dumps(made.entry, ensure_ascii=False, sort_keys=True).encode()
-            outcomes.append(Outcome(key=picture.key, name=picture.name, stamp=picture.stamp(), entry=made.entry))
+            outcome = Outcome(key=picture.key, name=picture.name, stamp=picture.stamp(), entry=made.entry)
+            outcomes.append(replace(outcome, note=made.note))
 
     write_tar(job.path, members())
     size = job.path.stat().st_size

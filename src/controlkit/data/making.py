@@ -18,7 +18,7 @@ from controlkit.data.pictures import Picture
 from controlkit.data.sources import SUFFIXES, decode_pixels
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
-from controlkit.images import resize_cover
+from controlkit.images import resize_cover, sequence_note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,8 @@ class MadePair:
     """How that file is called: `png`, or the original's ending."""
     conditions: Mapping[str, bytes] = field(default_factory=dict)
     """Name -> PNG."""
+    note: str | None = None
+    """What of the picture's file was not used."""
 
 
 def make_pair(picture: Picture, settings: MakeSettings) -> MadePair:
@@ -121,7 +123,8 @@ def make_pair(picture: Picture, settings: MakeSettings) -> MadePair:
         "original": {"name": picture.name, "sha256": digest},
     }
     suffix = picture.name.rpartition(".")[2].lower() if kept else "png"
-    return MadePair(entry=entry, picture=file, suffix=suffix, conditions=images)
+    note = next(iter(sequence_note(data, picture.name)), None)
+    return MadePair(entry=entry, picture=file, suffix=suffix, conditions=images, note=note)
 
 
 def condition_seed(seed: int, content: str, condition: str) -> int:

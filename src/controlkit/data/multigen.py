@@ -14,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from controlkit.conditions.condition import background_of
 from controlkit.errors import UserError, nearest
 from controlkit.files import whole_text
 from controlkit.images import read_image
@@ -90,7 +91,8 @@ class MultiGen:
             UserError: a file is missing or torn.
         """
         condition_path, picture_path, prompt = self.entry(index)
-        condition, picture = (np.asarray(read_image(path)) for path in (condition_path, picture_path))
+        condition = np.asarray(read_image(condition_path, background_of(self.task)))
+        picture = np.asarray(read_image(picture_path))
         place = 0.5 if rng is None else float(rng.random())
         return _square(condition, place, size), _square(picture, place, size), prompt
 

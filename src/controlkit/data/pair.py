@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from controlkit.conditions import find
-from controlkit.conditions.condition import left_right
+from controlkit.conditions.condition import Condition, left_right
 from controlkit.data.sources import Source, read_picture
 from controlkit.files import sha256_of
 from controlkit.images import resize_cover
@@ -55,7 +55,8 @@ class Pair:
         """
         condition = find(self.condition) if side == SOURCE and self.condition is not None else None
         nearest = condition is not None and condition.resize == "nearest"
-        image = np.asarray(resize_cover(read_picture(getattr(self, side)), size, size, nearest=nearest))
+        background = Condition.background if condition is None else condition.background
+        image = np.asarray(resize_cover(read_picture(getattr(self, side), background), size, size, nearest=nearest))
         if not mirrored:
             return image
         return left_right(image) if condition is None else condition.mirrored(image)

@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from controlkit.conditions import find
+from controlkit.conditions.condition import background_of
 from controlkit.errors import UserError
 from controlkit.files import decode_text, sha256_of
-from controlkit.images import MAX_PIXELS, decode_image, read_image, to_rgb
+from controlkit.images import MAX_PIXELS, decode_image, decode_rgb, keeps_colours, read_image, to_rgb
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 """How names of pictures end, in lower case."""
@@ -84,8 +85,8 @@ Source = Path | Piece | Drawn
 """What a picture or a condition image is read from; all have `read_bytes()`."""
 
 
-def read_picture(source: Source) -> Image.Image:
-    """The picture as `images.read_image` gives it: RGB, upright.
+def read_picture(source: Source, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """The picture as `images.read_image` gives it: sRGB, upright, transparent parts over `background`.
 
     Raises:
         UserError: it is missing, empty, torn, not a picture, or too large.
@@ -93,13 +94,25 @@ def read_picture(source: Source) -> Image.Image:
     if isinstance(source, Drawn):
         return source.image()
     if isinstance(source, Piece):
-        return to_rgb(decode_image(source.read_bytes(), str(source)))
-    return read_image(source)
+        return decode_rgb(source.read_bytes(), str(source), background)
+    return read_image(source, background)
+
+
+def read_condition_image(source: Source, condition: str | None) -> Image.Image:
+    """A condition image as `read_picture` gives it, transparent parts over the background of its condition.
+
+    Args:
+        condition: its name; None, or one that is not known here, has a white background.
+
+    Raises:
+        UserError: it is missing, empty, torn, not a picture, or too large.
+    """
+    return read_picture(source, background_of(condition))
 
 
 def decode_pixels(data: bytes, name: str) -> tuple[np.ndarray, bool]:
     """The picture in the bytes of a file, read-only `uint8 [H, W, 3]` RGB as `read_picture` shows it, and whether every
-    other tool shows it so too: False for what is turned by EXIF, transparent, or not 8 bits of RGB or grey.
+    other tool shows it so too: False for what is turned by EXIF, transparent, not 8 bits of RGB or grey, or not sRGB.
 
     Plain JPEG files, the most there are, are decoded by OpenCV, straight into the array; a test holds that Pillow gives
     the same pixels.
@@ -117,12 +130,13 @@ def decode_pixels(data: bytes, name: str) -> tuple[np.ndarray, bool]:
             pixels.flags.writeable = False  # as Pillow's are: no condition may paint on what the next one sees
             return pixels, True
     image = decode_image(data, name)
-    plain = image.mode in ("RGB", "L") and "transparency" not in image.info and _orientation(image) == 1
-    return np.asarray(image if plain and image.mode == "RGB" else to_rgb(image)), plain
+    upright = image.mode in ("RGB", "L") and "transparency" not in image.info and _orientation(image) == 1
+    plain = upright and keeps_colours(image)
+    return np.asarray(image if plain and image.mode == "RGB" else to_rgb(image, name=name)), plain
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether the bytes are a JPEG file of one whole scan, upright and in RGB or grey.
+    """Whether the bytes are a JPEG file of one whole scan, upright and in grey or RGB that is sRGB.
 
     Pillow refuses torn and many damaged files and OpenCV fills them up, so what is not one scan of entropy-coded data
     up to the end-of-image marker, without another marker (such as those of progressive files), is left to Pillow.
@@ -140,7 +154,7 @@ def _is_plain_jpeg(data: bytes) -> bool:
     if _MARKER.search(data, scan, len(data) - 2):
         return False
     width, height = image.size
-    plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+    plain = image.format == "JPEG" and image.mode in ("RGB", "L") and keeps_colours(image)
     return plain and width * height <= MAX_PIXELS and _orientation(image) == 1
 
 

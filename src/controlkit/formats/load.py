@@ -19,6 +19,7 @@ from controlkit.controls.control import Control
 from controlkit.controls.file_format import Reference
 from controlkit.controls.registry import find
 from controlkit.errors import UserError, nearest
+from controlkit.files import files_of
 from controlkit.formats.companions import load_companion, read_checkpoint
 from controlkit.formats.metadata import control_metadata, write_tensors
 from controlkit.formats.native import require_settings
@@ -116,6 +117,16 @@ def find_control(name: str | Path) -> Path:
         if candidate in shipped:
             return shipped[candidate]
     raise UserError(f"there is no control called {str(name)!r} and no such file{nearest(str(name), list(shipped))}")
+
+
+def control_files(name: str | Path) -> list[Path]:
+    """The files that `name` means for `load_control`, in order: one, those of a folder, or of `ADAPTER+BASE` both.
+
+    Raises:
+        UserError: there is no such control.
+    """
+    own, companion = _split_pair(name)
+    return sorted(files_of(find_control(own))) + ([] if companion is None else sorted(files_of(companion)))
 
 
 def check_fits(control: Control, base: Base, name: str) -> None:

@@ -1,17 +1,23 @@
-"""What a picture of ours says about itself, turned back into the request that draws it again."""
+"""Restore a `GenerateRequest` from the settings stored in a PNG or settings.json, and notice what has changed since."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 
 from controlkit.errors import UserError
 from controlkit.files import read_json
+from controlkit.images import read_bytes, read_image
 from controlkit.sampling.request import GenerateRequest
+
+if TYPE_CHECKING:
+    from controlkit.sampling.generate import Generation
 
 _RESOLVED = ("precision", "width", "height", "guidance")
 """What was left to the base or the machine and has to be the same for the same picture; the device is only told."""
@@ -19,47 +25,146 @@ _RESOLVED = ("precision", "width", "height", "guidance")
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What was drawn before."""
+    """Settings that were stored with a picture."""
 
     asked: GenerateRequest
     """The request, with what it left open."""
     used: dict[str, Any]
     """`device`, `precision`, `width`, `height` and `guidance` as they were, and the `mode` of controls that name none;
     empty in files of earlier versions."""
+    sha256: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of the files that were read (`Generation.sha256`); empty in files of earlier versions."""
+    folder: Path = Path()
+    """Where the settings lie, with the condition images (`condition0.png`, ...); relative paths are tried from here
+    where they lead nowhere."""
 
     def again(self, **changes: Any) -> GenerateRequest:
         """The request that draws the same, with `changes` to it.
 
-        What was settled for one base is settled anew for another.
+        What was settled for one base is settled anew for another. In place of a control's image that is gone or has
+        changed, its saved condition image is taken; `differences` tells so.
 
         Raises:
-            UserError: the changes contradict the rest.
+            UserError: the changes contradict the rest, or there is neither a control's image nor its condition image.
         """
         same = changes.get("base", self.asked.base) == self.asked.base
         kept = self.used if same else {}
         settled = {name: kept[name] for name in _RESOLVED if name in kept}
         before = self.asked.to_json()
-        for use in before["controls"]:
+        before["base"] = self._near(self.asked.base)
+        for index, use in enumerate(before["controls"]):
             # Pictures from before there were modes were drawn in this one.
             use["mode"] = use["mode"] or (kept.get("mode", "balanced") if same else None)
+            if "controls" not in changes:
+                use |= {"control": self._control(use["control"]), **self._image(index)}
         return GenerateRequest.from_json({**before, **settled, **changes})
+
+    def in_mode(self, mode: str) -> Drawn:
+        """The same with all controls in `mode`."""
+        uses = tuple(dataclasses.replace(use, mode=mode) for use in self.asked.controls)
+        return dataclasses.replace(self, asked=dataclasses.replace(self.asked, controls=uses))
+
+    def differences(self, made: Generation) -> list[str]:
+        """Notes on what is not as it was when `made` was drawn from `again`: other images, controls, base, conditions.
+
+        Nothing is said of what the settings do not record, or what `made` was given loaded.
+        """
+        notes = []
+        recorded, found = self.sha256, made.sha256
+        if made.request.base == self._near(self.asked.base) and _differ(recorded, found, "base"):
+            notes.append(f"the base {made.request.base} has changed since (SHA-256), and so may the images")
+        same_size = all(self.used.get(side) == made.used.get(side) for side in ("width", "height"))
+        uses = zip(self.asked.controls, made.request.controls, found.get("controls", ()), strict=False)
+        for index, (old, new, after) in enumerate(uses):
+            before, saved = self._recorded(index), str(self._saved(index))
+            if new.control != self._control(old.control):
+                continue
+            for name, what in (("control", "control"), ("companion", "base control of the control")):
+                if _differ(before, after, name):
+                    notes.append(f"the {what} {new.control} has changed since (SHA-256), and so may the images")
+            if new.image == saved != old.image:
+                gone = "has changed since (SHA-256)" if self._places(index) else "is not there"
+                notes.append(f"{old.image} {gone}; its saved condition image {saved} is used")
+            elif same_size and before.get("image") == after["image"] and _differ(before, after, "condition"):
+                notes.append(
+                    f"the condition image that {new.control} makes of {new.image} is not as it was: another version"
+                    f" of controlkit, of a library or of a model; for the old one: --control {new.control}={saved}"
+                    " --prepared"
+                )
+        return notes
+
+    def _recorded(self, index: int) -> Mapping[str, Any]:
+        controls = self.sha256.get("controls")
+        one = controls[index] if isinstance(controls, list) and index < len(controls) else {}
+        return one if isinstance(one, Mapping) else {}
+
+    def _near(self, name: str) -> str:
+        """A path as it is if it leads somewhere; else from the folder of the settings if it does there."""
+        return name if Path(name).exists() or not (self.folder / name).exists() else str(self.folder / name)
+
+    def _control(self, name: str) -> str:
+        """Where a control lies: one that ships, a path, or the two of ADAPTER+BASE."""
+        from controlkit.formats.load import find_control
+
+        try:
+            find_control(name)
+            return name
+        except UserError:
+            near = self._near(name)
+        adapter, plus, base = name.rpartition("+")
+        return near if near != name or not plus else f"{self._near(adapter)}+{self._near(base)}"
+
+    def _places(self, index: int) -> list[str]:
+        """Where a control's image may lie, of those places where there is a file."""
+        given = self.asked.controls[index].image
+        return [place for place in dict.fromkeys((given, str(self.folder / given))) if Path(place).is_file()]
+
+    def _saved(self, index: int) -> Path:
+        return self.folder / f"condition{index}.png"
+
+    def _image(self, index: int) -> dict[str, Any]:
+        """The image of a control: the one that was given, or its saved condition image."""
+        from controlkit.sampling.identity import pixels_sha256
+
+        use, recorded, saved = self.asked.controls[index], self._recorded(index), self._saved(index)
+        wanted, places = recorded.get("image"), self._places(index)
+        for place in places:
+            if wanted is None or hashlib.sha256(read_bytes(place)).hexdigest() == wanted:
+                return {"image": place}
+        if saved.is_file() and recorded.get("condition") in (None, pixels_sha256(read_image(saved))):
+            return {"image": str(saved), "prepared": True}
+        what = f"{use.image}, the image of {use.control}, " + ("has changed (SHA-256)" if places else "is not there")
+        state = "is not the one of then either" if saved.is_file() else "is not there either"
+        raise UserError(f"{what}, and its condition image {saved} {state}; give --control {use.control}=IMAGE")
+
+
+def _differ(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> bool:
+    """Whether two hashes are both known and not the same."""
+    return None not in (before.get(name), after.get(name)) and before[name] != after[name]
 
 
 def read_drawn(path: str | Path) -> Drawn:
     """What a `settings.json`, or a PNG beside it, says about the pictures that it belongs to.
 
+    Args:
+        path: one of these, or the folder of a `settings.json`.
+
     Raises:
         UserError: it is missing, or says nothing that is understood.
     """
     path = Path(path)
+    if path.is_dir():
+        path = path / "settings.json"
     values = _of_png(path) if path.suffix.lower() == ".png" else read_json(path)
     if not isinstance(values, dict) or not isinstance(values.get("request"), dict):
         raise UserError(f"{path} does not say how a picture was drawn; give a settings.json or a PNG of generate")
-    used = values.get("used", {})
+    used, sha256 = (values.get(name, {}) for name in ("used", "sha256"))
     try:
-        return Drawn(GenerateRequest.from_json(values["request"]), used if isinstance(used, dict) else {})
+        request = GenerateRequest.from_json(values["request"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    kept, hashes = (value if isinstance(value, dict) else {} for value in (used, sha256))
+    return Drawn(request, kept, hashes, folder=path.parent)
 
 
 def _of_png(path: Path) -> Any:

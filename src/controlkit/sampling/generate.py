@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import time
@@ -19,12 +20,15 @@ from controlkit import conditions
 from controlkit._version import __version__
 from controlkit.bases.base import Base
 from controlkit.bases.load import PRECISIONS, choose_device, choose_dtype, load_base
+from controlkit.conditions.condition import Condition, background_of
 from controlkit.controls.control import Control
 from controlkit.errors import UserError
 from controlkit.files import writable_folder, write_json
 from controlkit.formats.load import load_control
-from controlkit.images import read_image, resize_cover, to_images, to_tensor, write_png
+from controlkit.images import decode_rgb, read_bytes, resize_cover, sequence_note, to_images, to_tensor, write_png
 from controlkit.sampling.cache import ResidualCache
+from controlkit.sampling.identity import base_sha256, companion_sha256, control_sha256, pixels_sha256
+from controlkit.sampling.notes import crop_note, flat_note, request_notes
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import ControlUse, GenerateRequest
 from controlkit.sampling.sampler import sample
@@ -50,6 +54,10 @@ class Generation:
     """Where the time went."""
     used: dict[str, Any] = field(default_factory=dict)
     """What the request leaves open, as it was: `device`, `precision`, `width` and `height` in pixels, `guidance`."""
+    sha256: dict[str, Any] = field(default_factory=dict)
+    """Of the files that were read, in hex: `base`, and for each of `controls` its `image`, `control`, `companion`
+    (what an adapter of CtrLoRA found) and `condition` (the pixels of the condition image). None for a base, and left
+    out for controls, that were loaded by the caller."""
     notes: list[str] = field(default_factory=list)
     """What a person should know about it."""
 
@@ -59,7 +67,12 @@ class Generation:
         Each PNG carries what draws it again (`sampling.drawn.read_drawn`), in its text chunk `controlkit`.
         """
         folder = writable_folder(folder)
-        settings = {"controlkit": __version__, "request": self.request.to_json(), "used": self.used}
+        settings = {
+            "controlkit": __version__,
+            "request": self.request.to_json(),
+            "used": self.used,
+            "sha256": self.sha256,
+        }
         paths = []
         for picture in self.pictures:
             path = folder / f"seed{picture.seed}.png"
@@ -93,10 +106,13 @@ def generate(
     made = Generation(request)
     with _timed(made, "load"):
         # Pictures first: a wrong path should not cost the loading of a model.
-        images = [read_image(use.image) for use in request.controls]
+        files = [read_bytes(use.image) for use in request.controls]
+        images = [decode_rgb(data, use.image) for use, data in zip(request.controls, files, strict=True)]
+        made.sha256 = {"base": None, "controls": [{"image": hashlib.sha256(data).hexdigest()} for data in files]}
         if base is None:
             device = choose_device(request.device)
             base = load_base(request.base, device=device, dtype=choose_dtype(request.precision, device))
+            made.sha256["base"] = base_sha256(request.base)
         width, height = request.width or base.size, request.height or base.size
         base.check_size(width, height)
         made.used = {
@@ -110,17 +126,23 @@ def generate(
         if controls is None:
             shared: dict[str, Control] = {}
             controls = [load_control(use.control, base, shared=shared) for use in request.controls]
-    for prompt in filter(None, (request.prompt, request.negative_prompt)):
-        if cut := base.cut_from(prompt):
-            made.notes.append(f"the base reads {base.prompt_tokens} tokens of a prompt; it does not see {cut!r}")
-    for use, image in zip(request.controls, images, strict=True):
-        made.notes += _cut_from(use, image, width, height)
+            for use, control, told in zip(request.controls, controls, made.sha256["controls"], strict=True):
+                told["control"] = control_sha256(use.control)
+                told["companion"] = companion_sha256(control, shared)
+    made.notes += request_notes(request, base, width, height)
+    for use, image, data in zip(request.controls, images, files, strict=True):
+        made.notes += [*sequence_note(data, use.image), *crop_note(use, image, width, height)]
     with _timed(made, "condition"):
         uses = []
-        for use, control, image in zip(request.controls, controls, images, strict=True):
+        for index, (use, control, image) in enumerate(zip(request.controls, controls, images, strict=True)):
             labels = use.prepared and _is_of_labels(control)
+            background = background_of(control.condition)
+            if use.prepared and background != Condition.background:
+                image = decode_rgb(files[index], use.image, background)
             condition_image = prepare_condition(use, control, resize_cover(image, width, height, nearest=labels))
             made.conditions.append(condition_image)
+            made.sha256["controls"][index]["condition"] = pixels_sha256(condition_image)
+            made.notes += flat_note(use, control, condition_image)
             hint = control.encode(to_tensor([condition_image]).to(base.device), base)
             uses.append(
                 ActiveControl.in_mode(
@@ -145,19 +167,6 @@ def generate(
         images_made = [image for batch in batches for image in to_images(batch)]
     made.pictures = [Picture(image, seed) for image, seed in zip(images_made, request.seeds, strict=True)]
     return made
-
-
-def _cut_from(use: ControlUse, image: Image.Image, width: int, height: int) -> list[str]:
-    """A note on what of a control's picture lies outside the result, if a pixel or more does."""
-    factor = max(width / image.width, height / image.height)
-    across, down = image.width * factor - width, image.height * factor - height
-    if max(across, down) < 1:
-        return []
-    where = "at the sides" if across > down else "above and below"
-    return [
-        f"{use.image} is {image.width} x {image.height}: scaled to cover {width} x {height}, it is cut {where}; give"
-        " the result its shape with --width and --height, or cut the picture yourself"
-    ]
 
 
 def prepare_condition(use: ControlUse, control: Control, image: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from controlkit.bases.base import Base, Text, network_key
 from controlkit.conditions import find
-from controlkit.conditions.condition import left_right, no_mirror
+from controlkit.conditions.condition import Condition, left_right, no_mirror
 from controlkit.controls.control import Control
 from controlkit.controls.hints import Hint
 from controlkit.data.cache import Spec, Store
@@ -98,7 +98,7 @@ class PairCache:
         for condition in known:
             if flip and condition.mirror_finished is None:
                 raise no_mirror(condition.name)
-        unusual = [one.name for one in known if one.resize == "nearest" or one.mirror_finished is not left_right]
+        unusual = [one.name for one in known if _is_unusual(one)]
         self._acts = "".join(f", as {name}" for name in unusual)
         vae = base.vae
         settings = (str(next(vae.parameters()).dtype), str(base.dtype))
@@ -159,7 +159,7 @@ class PairCache:
                 tensors = {kind: made} if isinstance(made, Tensor) else made
                 return _as_rows({name: tensor.to("cpu", torch.float16) for name, tensor in tensors.items()})
 
-            transform = f"{size} x {size}, centre{acts}" + (", mirrored" if mirrored else "")
+            transform = f"{size} x {size}, centre, sRGB{acts}" + (", mirrored" if mirrored else "")
             return self._rows(kind, model, transform, digests, make, f"encoding {{count}} pairs ({kind})")
 
         return PictureRows(rows(False), rows(True) if self.flip else None)
@@ -186,6 +186,12 @@ class PairCache:
         if self.check:
             rows.check()
         return rows
+
+
+def _is_unusual(condition: Condition) -> bool:
+    """Whether its finished images are scaled, mirrored or laid over a background as only its name tells."""
+    plain = condition.resize == "smooth" and condition.background == Condition.background
+    return not plain or condition.mirror_finished is not left_right
 
 
 def _key_of(source: Source) -> str:

@@ -33,6 +33,7 @@ _PARTS = 24
 @condition(
     "densepose",
     summary="body parts of people as colours (DensePose, viridis)",
+    background=(68, 1, 84),
     aliases=("dense_pose",),
     fidelity=CLASS_IOU,
     limits={"resolution": (64, 4096)},

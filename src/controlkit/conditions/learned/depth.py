@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
-from controlkit.conditions.condition import condition
+from controlkit.conditions.condition import BLACK, condition
 from controlkit.conditions.fidelity import DEPTH_RMSE, NORMAL_ANGLE
 from controlkit.conditions.learned.controlnet_aux import annotate
 from controlkit.conditions.learned.inputs import (
@@ -46,6 +46,7 @@ _UNREAD = (r"fusion_stage\.layers\.0\.residual_layer1\.", r"pooler\.", r"auxilia
 @condition(
     "depth",
     summary="depth, near in white (MiDaS DPT-Large)",
+    background=BLACK,
     aliases=("depth_midas", "depth_dpt", "midas"),
     fidelity=DEPTH_RMSE,
     requires=DPT,
@@ -68,6 +69,7 @@ def depth(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
 @condition(
     "depth_anything",
     summary="depth, near in white (Depth Anything V2, small)",
+    background=BLACK,
     aliases=("depth_anything_v2",),
     fidelity=DEPTH_RMSE,
     requires=DEPTH_ANYTHING,
@@ -89,6 +91,7 @@ def depth_anything(picture: np.ndarray, *, model: str | None = None) -> np.ndarr
 @condition(
     "depth_zoe",
     summary="depth, near in white (ZoeDepth, indoors and outdoors)",
+    background=BLACK,
     aliases=("zoe", "depth_zoedepth"),
     fidelity=DEPTH_RMSE,
     requires=ZOE,
@@ -118,6 +121,7 @@ def depth_zoe(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
 @condition(
     "depth_leres",
     summary="depth, near in white (LeReS, or LeReS++ with boost)",
+    background=BLACK,
     aliases=("leres", "depth_leres++"),
     fidelity=DEPTH_RMSE,
     limits={"resolution": (64, 4096), "near": (0, 100), "far": (0, 100)},
@@ -151,6 +155,7 @@ def depth_leres(
 @condition(
     "normal",
     summary="surface normals as colours, from depth (MiDaS DPT-Large and Sobel)",
+    background=(128, 128, 255),
     aliases=("normal_midas", "normal_depth", "normalmap"),
     fidelity=NORMAL_ANGLE,
     limits={"a": (1e-3, 1e3), "background": (0, 1)},

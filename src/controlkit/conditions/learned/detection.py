@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from controlkit.conditions.condition import condition, find
+from controlkit.conditions.condition import BLACK, condition, find
 from controlkit.conditions.fidelity import CLASS_IOU
 from controlkit.conditions.learned.inputs import BY_SETTINGS, prepare, read_inputs
 from controlkit.conditions.models import LearnedModel, find_folder, load_transformers
@@ -44,6 +44,7 @@ class Detection:
 @condition(
     "bbox_detected",
     summary="filled boxes coloured by class, of objects found in the picture (RT-DETR)",
+    background=BLACK,
     aliases=("bbox_rtdetr", "detected_boxes"),
     fidelity=CLASS_IOU,
     limits={"score": (0, 1)},

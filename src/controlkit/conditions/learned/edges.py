@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from controlkit.conditions.condition import chance, condition, uniform_int
+from controlkit.conditions.condition import BLACK, chance, condition, uniform_int
 from controlkit.conditions.edges import dark_strokes
 from controlkit.conditions.fidelity import DARK_EDGE_F1, EDGE_F1, PSNR
 from controlkit.conditions.learned.inputs import AT_RESOLUTION, back_to_size, pixels_of, to_resolution
@@ -20,6 +20,7 @@ HED_MODEL = LearnedModel(
 @condition(
     "hed",
     summary="soft white edges on black (HED, retrained for ControlNet)",
+    background=BLACK,
     aliases=("softedge_hed", "softedge", "soft_edge"),
     fidelity=PSNR,
     limits={"resolution": (64, 4096)},
@@ -72,6 +73,7 @@ def hedsketch(
 @condition(
     "scribble_hed",
     summary="broad white strokes on black (the ridges of HED; ControlNet's fake scribble)",
+    background=BLACK,
     aliases=("fake_scribble_hed",),
     fidelity=EDGE_F1,
     draw={"safe": chance(0.5)},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from controlkit.conditions.condition import chance, condition, uniform
+from controlkit.conditions.condition import BLACK, chance, condition, uniform
 from controlkit.conditions.fidelity import EDGE_F1, PSNR
 from controlkit.conditions.learned.controlnet_aux import annotate
 from controlkit.conditions.learned.edges import strokes_along
@@ -37,6 +37,7 @@ PIDINET = LearnedModel(
 @condition(
     "lineart",
     summary="white line art on black (informative drawings, fine or coarse)",
+    background=BLACK,
     aliases=("lineart_realistic", "lineart_drawing"),
     fidelity=PSNR,
     draw={"coarse": chance(0.5)},
@@ -72,6 +73,7 @@ def lineart(
 @condition(
     "lineart_anime",
     summary="white line art on black, for anime (Anime2Sketch)",
+    background=BLACK,
     aliases=("anime2sketch",),
     fidelity=PSNR,
     limits={"resolution": (64, 4096)},
@@ -92,6 +94,7 @@ def lineart_anime(picture: np.ndarray, *, resolution: int = 512, model: str | No
 @condition(
     "mlsd",
     summary="straight white lines on black (M-LSD large)",
+    background=BLACK,
     aliases=("hough", "m_lsd"),
     fidelity=EDGE_F1,
     draw={"score": uniform(0.1, 2.0), "distance": uniform(0.1, 20.0)},
@@ -127,6 +130,7 @@ def mlsd(
 @condition(
     "pidinet",
     summary="soft white edges on black (PiDiNet)",
+    background=BLACK,
     aliases=("softedge_pidinet", "softedge_pidi", "pidi"),
     fidelity=PSNR,
     draw={"safe": chance(0.75)},
@@ -149,6 +153,7 @@ def pidinet(picture: np.ndarray, *, safe: bool = False, resolution: int = 512, m
 @condition(
     "scribble_pidinet",
     summary="broad white strokes on black (the ridges of PiDiNet's edges)",
+    background=BLACK,
     aliases=("fake_scribble_pidinet", "scribble_pidi"),
     fidelity=EDGE_F1,
     draw={"safe": chance(0.5)},

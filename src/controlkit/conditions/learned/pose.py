@@ -7,7 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from controlkit.conditions.condition import condition
+from controlkit.conditions.condition import BLACK, condition
 from controlkit.conditions.learned.detection import PERSON, RT_DETR, Detection, detect
 from controlkit.conditions.learned.inputs import BY_SETTINGS, normalised, read_inputs
 from controlkit.conditions.learned.skeleton import POSE_F1, Person, draw_people, from_coco
@@ -24,6 +24,7 @@ _MOST_PEOPLE = 32
 @condition(
     "openpose",
     summary="people as coloured skeletons (ViTPose, drawn as OpenPose does; the body)",
+    background=BLACK,
     aliases=("pose", "openpose_body", "vitpose"),
     fidelity=POSE_F1,
     limits={"score": (0, 1), "person_score": (0, 1)},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from controlkit.conditions.condition import condition
+from controlkit.conditions.condition import BLACK, condition
 from controlkit.conditions.fidelity import CLASS_IOU
 from controlkit.conditions.learned.inputs import BY_SETTINGS, prepare, read_inputs
 from controlkit.conditions.learned.palettes import ADE20K, COCO_PANOPTIC
@@ -33,6 +33,7 @@ _TASK = "the task is semantic"
 @condition(
     "seg",
     summary="classes of ADE20K as colours (UperNet on ConvNeXt)",
+    background=BLACK,
     aliases=("segmentation", "segbase", "seg_ade20k", "seg_upernet", "seg_ufade20k"),
     fidelity=CLASS_IOU,
     requires=UPERNET,
@@ -53,6 +54,7 @@ def seg(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
 @condition(
     "seg_segformer",
     summary="classes of ADE20K as colours (SegFormer B5)",
+    background=BLACK,
     aliases=("segformer",),
     fidelity=CLASS_IOU,
     requires=SEGFORMER,
@@ -71,6 +73,7 @@ def seg_segformer(picture: np.ndarray, *, model: str | None = None) -> np.ndarra
 @condition(
     "seg_oneformer",
     summary="classes of ADE20K as colours (OneFormer Swin-L; ControlNet 1.1's choice)",
+    background=BLACK,
     aliases=("oneformer", "seg_ofade20k"),
     fidelity=CLASS_IOU,
     requires=ONEFORMER_ADE20K,
@@ -89,6 +92,7 @@ def seg_oneformer(picture: np.ndarray, *, model: str | None = None) -> np.ndarra
 @condition(
     "seg_coco",
     summary="classes of COCO as colours (OneFormer Swin-L)",
+    background=BLACK,
     aliases=("seg_ofcoco", "oneformer_coco"),
     fidelity=CLASS_IOU,
     requires=ONEFORMER_COCO,

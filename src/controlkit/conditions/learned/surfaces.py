@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from controlkit.conditions.condition import condition
+from controlkit.conditions.condition import BLACK, condition
 from controlkit.conditions.fidelity import NORMAL_ANGLE, PSNR
 from controlkit.conditions.learned.controlnet_aux import annotate, annotate_faces
 from controlkit.conditions.learned.inputs import AT_RESOLUTION
@@ -21,6 +21,7 @@ FACE_MESH = LearnedModel(hub="mediapipe<0.10.15", licence="Apache-2.0", commerci
 @condition(
     "normal_bae",
     summary="surface normals as colours (Bae et al. 2021, ScanNet)",
+    background=(128, 128, 255),
     aliases=("normalbae",),
     fidelity=NORMAL_ANGLE,
     limits={"resolution": (64, 4096)},
@@ -42,6 +43,7 @@ def normal_bae(picture: np.ndarray, *, resolution: int = 512, model: str | None 
 @condition(
     "mediapipe_face",
     summary="faces as coloured outlines of eyes, brows, mouth and face (MediaPipe)",
+    background=BLACK,
     aliases=("face_mesh", "mediapipe"),
     fidelity=PSNR,
     limits={"faces": (1, 100), "score": (0, 1), "resolution": (64, 4096)},

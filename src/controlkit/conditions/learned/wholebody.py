@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from controlkit.conditions.condition import condition
+from controlkit.conditions.condition import BLACK, condition
 from controlkit.conditions.learned.pose import frame
 from controlkit.conditions.learned.skeleton import POSE_F1, Person, draw_people, from_coco
 from controlkit.conditions.models import LearnedModel, find_folder, load_once
@@ -31,6 +31,7 @@ _MOST_PEOPLE = 32
 @condition(
     "dwpose",
     summary="people as coloured skeletons with hands and face (DWPose)",
+    background=BLACK,
     aliases=("openpose_full", "dw_openpose", "dw_openpose_full"),
     fidelity=POSE_F1,
     limits={"score": (0, 1), "person_score": (0, 1)},

@@ -1,0 +1,217 @@
+"""`generate --from`: the same pictures, or a word on what has changed behind a path."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from controlkit.apps.cli import main
+from controlkit.conditions import find
+from controlkit.errors import UserError
+from controlkit.formats.load import find_control, shipped_controls
+from controlkit.images import write_png
+from controlkit.sampling import identity
+from controlkit.sampling.drawn import read_drawn
+
+DRAWING = np.full((80, 64, 3), 200, np.uint8)
+DRAWING[20:60, 14:46] = (180, 30, 30)
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).tolist()
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch, capsys):
+    """The folder of a picture, drawn in a folder beside it from `drawing.png` there."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    write_png(home / "drawing.png", Image.fromarray(DRAWING))
+    assert run("generate", "red apple", "--control", "canny=drawing.png@0.8", "--steps", 1, "--out", "../first") == 0
+    capsys.readouterr()
+    return tmp_path / "first"
+
+
+def notes_of(capsys, *words):
+    assert run("generate", "--out", "out", *words) == 0
+    return [line.removeprefix("note: ") for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+
+
+def test_settings_hold_hashes_and_a_folder_is_taken_for_the_settings_in_it(drawn, capsys):
+    settings = json.loads((drawn / "settings.json").read_text())
+    assert json.loads(Image.open(drawn / "seed0.png").text["controlkit"]) == settings
+    (one,) = settings["sha256"]["controls"]
+    assert one["control"] == identity.file_sha256(find_control("canny")) and one["companion"] is None
+    assert all(len(one[name]) == 64 for name in ("image", "control", "condition"))
+    assert len(settings["sha256"]["base"]) == 64
+    assert not [note for note in notes_of(capsys, "--from", drawn) if "cut" not in note]
+    assert pixels("out/seed0.png") == pixels(drawn / "seed0.png")
+    assert json.loads((drawn.parent / "home/out/settings.json").read_text())["sha256"] == settings["sha256"]
+    (drawn / "settings.json").unlink()
+    assert run("generate", "--from", drawn) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("change", "file"), [("removed", "settings.json"), ("changed", "seed0.png")])
+def test_the_saved_condition_image_takes_the_place_of_an_image_that_is_gone_or_changed(drawn, change, file, capsys):
+    path = drawn.parent / "home" / "drawing.png"
+    path.unlink() if change == "removed" else write_png(path, Image.new("RGB", (64, 64), "red"))
+    (note,) = notes_of(capsys, "--from", drawn / file)
+    told = "drawing.png is not there" if change == "removed" else "drawing.png has changed since (SHA-256)"
+    assert note == f"{told}; its saved condition image {drawn / 'condition0.png'} is used"
+    assert pixels("out/seed0.png") == pixels(drawn / "seed0.png")
+    # From there on it is drawn without a word: the condition image is what is given.
+    again = json.loads((drawn.parent / "home/out/settings.json").read_text())["request"]["controls"][0]
+    assert again["prepared"] and again["image"] == str(drawn / "condition0.png")
+    write_png(drawn / "condition0.png", Image.new("RGB", (64, 64), "red"))
+    assert run("generate", "--from", drawn / file, "--out", "other") == 2
+    assert "is not the one of then either; give --control canny=IMAGE" in capsys.readouterr().err
+    (drawn / "condition0.png").unlink()
+    assert run("generate", "--from", drawn / file, "--out", "other") == 2
+    assert "is not there either; give --control canny=IMAGE" in capsys.readouterr().err
+    assert run("generate", "--from", drawn / file, "--control", f"canny={drawn / 'seed0.png'}", "--out", "other") == 0
+
+
+def test_paths_are_tried_from_the_folder_of_the_settings(drawn, tmp_path, monkeypatch, capsys):
+    shutil.copy("drawing.png", drawn / "drawing.png")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert read_drawn(drawn).again().controls[0].image == str(drawn / "drawing.png")
+    # Another image of the same name in the way does not count.
+    write_png("drawing.png", Image.new("RGB", (64, 64), "red"))
+    assert read_drawn(drawn).again().controls[0].image == str(drawn / "drawing.png")
+    assert not [note for note in notes_of(capsys, "--from", drawn) if "cut" not in note]
+    assert pixels("out/seed0.png") == pixels(drawn / "seed0.png")
+    # Controls and bases are found there, too.
+    settings = json.loads((drawn / "settings.json").read_text())
+    settings["request"]["controls"][0]["control"], settings["request"]["base"] = "mine.safetensors", "model"
+    (drawn / "settings.json").write_text(json.dumps(settings))
+    (drawn / "model").mkdir()
+    shutil.copy(find_control("canny"), drawn / "mine.safetensors")
+    again = read_drawn(drawn).again()
+    assert (again.controls[0].control, again.base) == (str(drawn / "mine.safetensors"), str(drawn / "model"))
+    shutil.copy(find_control("canny"), drawn / "base.safetensors")
+    settings["request"]["controls"][0]["control"] = "mine.safetensors+base.safetensors"
+    (drawn / "settings.json").write_text(json.dumps(settings))
+    both = f"{drawn / 'mine.safetensors'}+{drawn / 'base.safetensors'}"
+    assert read_drawn(drawn).again().controls[0].control == both
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ("control", "the control canny has changed since (SHA-256)"),
+        ("base", "the base nano has changed since (SHA-256)"),
+        ("condition", "the condition image that canny makes of drawing.png is not as it was"),
+    ],
+)
+def test_a_control_a_base_or_a_condition_that_has_changed_is_named(drawn, part, says, capsys):
+    settings = json.loads((drawn / "settings.json").read_text())
+    hashes = settings["sha256"]
+    (hashes if part == "base" else hashes["controls"][0])[part] = "0" * 64
+    (drawn / "settings.json").write_text(json.dumps(settings))
+    told = [note for note in notes_of(capsys, "--from", drawn) if "cut" not in note]
+    assert len(told) == 1 and told[0].startswith(says)
+    # What is replaced on purpose has not changed.
+    others = {"base": [], "control": ["--control", "nano/canny=drawing.png"], "condition": ["--width", "80"]}[part]
+    if others:
+        assert not [note for note in notes_of(capsys, "--from", drawn, *others) if "since" in note or "was," in note]
+
+
+def test_the_base_control_that_an_adapter_finds_is_part_of_it(drawn, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    adapter = tmp_path / "mine" / "palette.safetensors"
+    shutil.copy(shipped_controls()["nano/palette"], adapter)
+    words = ("--control", f"{adapter}=drawing.png", "--steps", 1)
+    assert run("generate", "apple", *words, "--out", tmp_path / "second") == 0
+    path = tmp_path / "second" / "settings.json"
+    settings = json.loads(path.read_text())
+    assert settings["sha256"]["controls"][0]["companion"]
+    settings["sha256"]["controls"][0]["companion"] = "another"
+    path.write_text(json.dumps(settings))
+    capsys.readouterr()
+    told = [note for note in notes_of(capsys, "--from", path) if "cut" not in note]
+    assert told == [f"the base control of the control {adapter} has changed since (SHA-256), and so may the images"]
+
+
+def test_settings_of_earlier_versions_have_no_hashes(drawn, capsys):
+    settings = json.loads((drawn / "settings.json").read_text())
+    del settings["sha256"]
+    (drawn / "settings.json").write_text(json.dumps(settings))
+    assert not [note for note in notes_of(capsys, "--from", drawn) if "cut" not in note]
+    assert pixels("out/seed0.png") == pixels(drawn / "seed0.png")
+    (drawn.parent / "home" / "drawing.png").unlink()
+    (note,) = notes_of(capsys, "--from", drawn)
+    assert "drawing.png is not there; its saved condition image" in note
+    assert pixels("out/seed0.png") == pixels(drawn / "seed0.png")
+    for odd in ([], {"controls": 3}, {"controls": [None]}):
+        (drawn / "settings.json").write_text(json.dumps({**settings, "sha256": odd}))
+        assert read_drawn(drawn).again().controls[0].prepared
+
+
+def test_hashes_of_large_files_are_kept_until_the_file_changes(tmp_path, monkeypatch, cache):
+    path = tmp_path / "large.bin"
+    path.write_bytes(b"one")
+    one = "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
+    assert identity.file_sha256(path) == one and not (cache / "sha256").exists()
+    monkeypatch.setattr(identity, "_LARGE", 1)
+    monkeypatch.setattr(identity, "_SETTLED", -1e9)
+    assert identity.file_sha256(path) == one
+    (record,) = (cache / "sha256").iterdir()
+    record.write_text(record.read_text().replace(one, "kept"))
+    assert identity.file_sha256(path) == "kept"
+    path.write_bytes(b"other")
+    assert identity.file_sha256(path) not in ("kept", one)
+    record.write_text("{")
+    path.write_bytes(b"one")
+    assert identity.file_sha256(path) == one
+    # A file that changed just now may change again within the clock's tick.
+    monkeypatch.setattr(identity, "_SETTLED", 1e9)
+    record.unlink()
+    assert identity.file_sha256(path) == one and not record.exists()
+    with pytest.raises(UserError, match="cannot read"):
+        identity.file_sha256(tmp_path / "none")
+
+
+def test_the_hub_s_own_hash_is_taken(tmp_path):
+    blob = tmp_path / "blobs" / ("ab" * 32)
+    blob.parent.mkdir()
+    blob.write_bytes(b"weights")
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    assert identity.file_sha256(tmp_path / "model.safetensors") == "ab" * 32
+
+
+def test_the_hub_is_not_asked_again_for_what_was_loaded(base_folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **options: asked.append(options) or str(base_folder)
+    )
+    assert identity.base_sha256("someone/model") == identity.base_sha256(str(base_folder))
+    assert [options.get("local_files_only") for options in asked] == [True]
+
+
+def test_every_weight_and_setting_of_a_folder_counts(base_folder):
+    before = identity.base_sha256(str(base_folder))
+    (base_folder / "README.md").write_text("not read")
+    (base_folder / "unet" / "model.fp16.safetensors").write_bytes(b"not read either")
+    assert identity.base_sha256(str(base_folder)) == before
+    for name in ("unet/config.json", "scheduler/scheduler_config.json"):
+        (base_folder / name).write_text((base_folder / name).read_text() + " ")
+        now = identity.base_sha256(str(base_folder))
+        assert now != before
+        before = now
+
+
+def test_a_condition_image_s_hash_is_of_its_pixels():
+    edges = Image.fromarray(find("canny")(DRAWING))
+    assert identity.pixels_sha256(edges) == identity.pixels_sha256(edges.copy())
+    assert identity.pixels_sha256(edges) != identity.pixels_sha256(edges.transpose(Image.Transpose.TRANSPOSE))
