@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from controlkit.errors import UserError
 from controlkit.training.recipes import RECIPES, AutoencoderRecipe, ControlNetRecipe, build_recipe, read_recipe
 from controlkit.training.run_folder import fingerprint
-from controlkit.training.trainer import learning_rate_at
+from controlkit.training.schedule import Schedule
 
 SHIPPED = sorted(path for path in Path(__file__).parents[2].glob("recipes/**/*.yaml"))
 MINIMAL = {"system": "controlnet", "out": "runs/x", "steps": 100, "icons": "icons.npz", "condition": "canny"}
@@ -147,7 +147,7 @@ def test_the_fingerprint_tells_runs_apart_that_cannot_go_on_from_each_other():
 
 def rates(**settings):
     recipe = AutoencoderRecipe(out="x", icons="i", **settings)
-    return [learning_rate_at(recipe, step) for step in range(recipe.steps)]
+    return [Schedule.of(recipe).at(step) for step in range(recipe.steps)]
 
 
 def test_the_learning_rate_rises_then_falls_to_its_end():

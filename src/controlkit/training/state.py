@@ -33,6 +33,11 @@ class RunState:
     data: str
     frozen: str
 
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the last step that was done."""
+        return float(self.optimizer["param_groups"][0]["lr"])
+
 
 def save_state(
     path: Path | None,
