@@ -90,7 +90,7 @@ class BaseObjective(Objective):
         z = self.drawings.latents[torch.from_numpy(chosen[self.share])].float().to(self.device)
         text = self._text(prompts[self.share])
         drawn = noised(self.scheduler, z, self.torch_generator(step), self.whole, self.share)
-        return drawn.loss(self.trained["unet"](drawn.x_t, drawn.t, encoder_hidden_states=text).sample)
+        return self.diffusion_loss(drawn, self.trained["unet"](drawn.x_t, drawn.t, encoder_hidden_states=text).sample)
 
     def seen(self, step: int) -> list[str]:
         return [f"drawing {index}: {prompt!r}" for index, prompt in zip(*self._draw(step), strict=True)]

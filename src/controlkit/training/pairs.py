@@ -89,7 +89,7 @@ class PairsObjective(Objective):
         text = self.texts.gather(prompts).map(lambda part: part.to(self.device))
         drawn = noised(self.scheduler, z, generator, self.whole, self.share)
         residuals = self.control(drawn.x_t, drawn.t, text, self.hints(chosen, flipped))
-        return drawn.loss(self.base.predict(drawn.x_t, drawn.t, text, residuals))
+        return self.diffusion_loss(drawn, self.base.predict(drawn.x_t, drawn.t, text, residuals))
 
     def seen(self, step: int) -> list[str]:
         pairs = [self.pairs[index] for index in self._chosen(step)]

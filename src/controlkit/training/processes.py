@@ -70,6 +70,13 @@ class Processes:
             value = self._accelerator.reduce(value, reduction="mean")
         return value.item()
 
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, on the CPU."""
+        value = value.detach().float()
+        if self.count > 1:
+            value = self._accelerator.reduce(value, reduction="sum")
+        return value.cpu()
+
     def any(self, wish: bool) -> bool:
         """Whether any process wishes it."""
         if self.count == 1:

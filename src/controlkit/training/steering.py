@@ -69,7 +69,7 @@ class SteeringObjective(Objective):
         drawn = noised(self.scheduler, z, self.torch_generator(step), self.whole, self.share)
         control = self.control_for(condition)
         residuals = control(drawn.x_t, drawn.t, text, control.encode(batch.images, self.base))
-        return drawn.loss(self.base.predict(drawn.x_t, drawn.t, text, residuals))
+        return self.diffusion_loss(drawn, self.base.predict(drawn.x_t, drawn.t, text, residuals))
 
     def seen(self, step: int) -> list[str]:
         condition = self.condition_at(step)

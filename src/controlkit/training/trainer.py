@@ -94,6 +94,8 @@ class _Loop:
             write_json(self.folder / "recipe.json", {"system": recipe.system, **dataclasses.asdict(recipe)})
         self.log = RunLog(self.folder, self.first, recipe.steps) if self.processes.first else SilentLog()
         self.watch = LossWatch(self.first)
+        if state is not None and state.watch is not None and state.data == objective.data:  # other data, other losses
+            self.watch.restore(state.watch, state.step)
         self.scores: dict[str, float] = {}
 
     def run(self) -> Trained:
@@ -147,10 +149,12 @@ class _Loop:
         if not math.isfinite(value):
             self._back_to_calm()
             raise self._diverged(f"the loss is {value}", step, value)
-        if self.watch.exploded(value, step):
+        by_time = self.objective.by_time
+        if self.watch.exploded(value, step, None if by_time is None else self.processes.sum(by_time).tolist()):
             self._back_to_calm()
-            means = f"{self.watch.mean:.3g} on average, {self.watch.lowest:.3g} at its best"
-            raise self._diverged(f"the loss has exploded ({means})", step, value)
+            times = f"{self.watch.excess:.3g} times what they were at their best"
+            alike = "" if by_time is None else ", compared at like times t"
+            raise self._diverged(f"the loss has exploded (recent losses are {times}{alike})", step, value)
         most = math.inf if self.recipe.max_grad_norm is None else self.recipe.max_grad_norm
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, most)).item()
         if not math.isfinite(norm):
@@ -250,6 +254,7 @@ class _Loop:
             fingerprint=fingerprint(self.recipe),
             data=self.objective.data,
             frozen=self.objective.frozen,
+            watch=self.watch.state(),
         )
 
 
