@@ -381,7 +381,9 @@ def test_damaged_jpeg_files_are_errors_or_pixels_as_everywhere_else(places, numb
 def test_plain_jpeg_files_go_the_fast_way(monkeypatch):
     monkeypatch.setattr("controlkit.data.sources.decode_image", lambda *_: pytest.fail("slow"))
     for number in range(5):
-        decode_pixels(jpeg(scene(number, 60, 80), quality=90, subsampling=number % 3), "x")
+        data = jpeg(scene(number, 60, 80), quality=90, subsampling=number % 3)
+        pixels, plain = decode_pixels(data, "x")
+        assert plain and np.array_equal(pixels, np.asarray(to_rgb(decode_image(data, "x"))))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

@@ -95,7 +95,8 @@ def test_memory_that_is_short_in_a_preview_leaves_what_trains_as_it_is(recipe, t
     monkeypatch.setattr("controlkit.training.base.sample_prompts", full)
     with pytest.raises(MemoryError):
         objective.preview(1, tmp_path)
-    assert trained and len(objective.parameters()) == len(trained)
+    assert trained and [*map(id, objective.parameters())] == [*map(id, trained)]
+    assert all(network.training for network in objective.trained.values())
 
 
 def test_icons_that_changed_are_drawn_and_encoded_again(recipe, icons_file, tmp_path):

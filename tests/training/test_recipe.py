@@ -80,7 +80,7 @@ def test_wrong_recipes_are_refused_in_words(file, change, says):
     path = file({**MINIMAL, **change})
     with pytest.raises(UserError, match=says) as caught:
         read_recipe(path)
-    assert str(path) in str(caught.value) or "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("missing", ["out", "steps", "condition"])
@@ -91,7 +91,7 @@ def test_what_has_no_default_must_be_said(file, missing):
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "a: [1, 2\n", "\tx: 1", "\x00"])
 def test_what_is_not_a_recipe_is_refused_in_words(file, text):
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"the recipe .*recipe\.yaml (is not YAML|must be a mapping of settings)"):
         read_recipe(file(text))
 
 

@@ -72,7 +72,7 @@ def test_a_run_that_goes_on_unchanged_says_nothing(tmp_path, capsys):
     for settings in ({"warmup_steps": None}, {"warmup_steps": 2}, {"min_lr_rate": 1.0}):
         out = tmp_path / str(settings)
         for stop in (7, 15):
-            with pytest.raises(RuntimeError):
+            with pytest.raises(RuntimeError, match="power cut"):
                 run(out, 20, {stop: power_cut}, **settings)
         capsys.readouterr()
         run(out, 20, **settings)
@@ -86,7 +86,7 @@ def test_a_run_from_before_warm_up_was_bounded_goes_on_bit_for_bit(tmp_path, cap
     before, now = {"warmup_steps": 100}, {"warmup_steps": None}
     assert fingerprint(toy_recipe(tmp_path, **before)) == fingerprint(toy_recipe(tmp_path, **now))
     whole = run(tmp_path / "whole", 9, **before)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path / "broken", 9, {5: power_cut}, **before)
     capsys.readouterr()
     continued = run(tmp_path / "broken", 9, **now)
@@ -130,7 +130,7 @@ def test_a_finished_run_goes_on_at_its_last_rate_as_the_note_says(tmp_path, caps
 
 
 def test_another_rate_in_the_middle_of_a_run_is_said(tmp_path, capsys):
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path, 9, {5: power_cut})
     capsys.readouterr()
     run(tmp_path, 9, learning_rate=0.01)
