@@ -143,6 +143,19 @@ def test_a_prompt_mended_in_the_manifest_stays(tmp_path):
     assert sorted(entry["prompt"] for entry in lines(again)) == ["", "mended by hand", "scene 1"]
 
 
+def test_a_mended_prompt_that_a_changed_picture_undoes_is_told(tmp_path, capsys):
+    write_pictures(tmp_path / "in", 3)
+    report = make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    first, second = (entry["key"] for entry in lines(report)[:2])
+    report.out.write_text(report.out.read_text().replace("scene 0", "mended by hand").replace("scene 1", "mended, too"))
+    Image.fromarray(scene(9)).save(tmp_path / "in" / f"{first}.png")
+    again = make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    assert [entry["prompt"] for entry in lines(again)] == ["scene 0", "mended, too", "scene 2"]
+    told = capsys.readouterr().err
+    assert "1 prompts that were edited in pairs.jsonl are replaced" in told
+    assert told.rstrip().endswith(f": {first}") and second not in told
+
+
 def test_other_settings_do_not_mix_in_one_folder(tmp_path):
     write_pictures(tmp_path / "in", 2)
     pictures = list_pictures([tmp_path / "in"])

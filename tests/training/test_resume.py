@@ -377,11 +377,12 @@ def test_a_folder_that_is_refused_is_refused_before_anything_is_loaded(tmp_path)
         train(lambda: pytest.fail("loaded"), toy_recipe(tmp_path, seed=1))
 
 
-def test_a_log_that_is_damaged_stops_no_run(tmp_path):
+def test_a_log_that_is_damaged_stops_no_run_and_is_told_of(tmp_path, capsys):
     run(tmp_path, steps=3)
     with (tmp_path / "log.jsonl").open("ab") as stream:
         stream.write(b"null\n\xff\xfe\n")
     run(tmp_path, steps=6)
+    assert "note: 2 lines of" in capsys.readouterr().err
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from controlkit.errors import UserError
-from controlkit.training.launch import asked_for
+from controlkit.training.launch import asked_for, unused_settings
 from controlkit.training.objective import Objective
 
 
@@ -110,9 +110,9 @@ class Processes:
                 print(f"DeepSpeed's ZeRO stage {self._launch.zero_stage} runs as torch's {how}", file=sys.stderr)
         # A step of base training uses the LoRA of one condition; those of the others get no gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if asked != "no" and self.is_first():
-            print(f"accelerate's mixed precision, {asked}, is not used: the recipe's precision is", file=sys.stderr)
+        if self.is_first():
+            for told in unused_settings():
+                print(f"accelerate's {told}", file=sys.stderr)
         accelerator = Accelerator(cpu=self._on_cpu, mixed_precision="no", kwargs_handlers=[unused])
         kind = accelerator.distributed_type
         if kind == DistributedType.MEGATRON_LM:
