@@ -108,6 +108,8 @@ class Processes:
             if self.is_first():
                 how = "FSDP, which splits the same" if self._launch.shards else "DDP"
                 print(f"DeepSpeed's ZeRO stage {self._launch.zero_stage} runs as torch's {how}", file=sys.stderr)
+        if not self._launch.shards:
+            os.environ.pop("ACCELERATE_USE_FSDP", None)  # FSDP that shards nothing is DDP
         # A step of base training uses the LoRA of one condition; those of the others get no gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         if self.is_first():
