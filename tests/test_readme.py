@@ -32,6 +32,20 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
+def links() -> list[tuple[str, str]]:
+    """Targets in this repository, with the document that names them."""
+    found = []
+    for document in DOCUMENTS:
+        targets = re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8"))
+        found += [(str(document.relative_to(ROOT)), target) for target in targets if "://" not in target]
+    return found
+
+
+def test_there_are_commands_and_links_to_look_at():
+    assert len(commands()) > 20 and len(links()) > 20
+    assert {"README.md", "docs/training.md"} <= {document for document, _ in links()}
+
+
 @pytest.mark.parametrize(("document", "command"), commands())
 def test_every_command_in_the_documents_is_one_that_the_command_line_takes(document, command):
     args = build_parser().parse_args(shlex.split(command))
@@ -96,11 +110,9 @@ def test_every_name_of_the_package_is_there_and_one_that_the_page_uses():
     assert set(re.findall(r"\bck\.(\w+)", page)) == set(controlkit.__all__) - {"__version__"}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_and_pictures_of_the_documents_exist(document):
-    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (document.parent / target).exists(), target
+@pytest.mark.parametrize(("document", "target"), links())
+def test_links_and_pictures_of_the_documents_exist(document, target):
+    assert ((ROOT / document).parent / target).exists()
 
 
 def test_the_page_of_conditions_names_every_one_and_shows_the_example_as_it_is():

@@ -48,7 +48,7 @@ def test_ways_take_turns_and_ratios_are_those_of_the_rounds(monkeypatch):
 def test_a_result_names_setting_machine_and_versions(tmp_path, toy, capsys):
     path = measure.finish("toy", toy(out=tmp_path / "a.json"), [{"seconds": 1.0}], how="counted")
     made = json.loads(path.read_text())
-    assert made["machine"]["torch"] == torch.__version__ or made["machine"]["torch"] in torch.__version__
+    assert made["machine"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert made["machine"]["processor"] and made["machine"]["threads"] == torch.get_num_threads()
     assert (made["how"], made["setting"]["size"], made["cases"]) == ("counted", 64, [{"seconds": 1.0}])
 
@@ -126,6 +126,7 @@ def test_switches_save_memory(tiny_base, monkeypatch):
 def test_help_starts(capsys):
     case = startup.measure_all(1, 0, only=["--help"])
     assert set(case["seconds"]) == {"--help"}
+    assert case["seconds"]["--help"]["median"] > 0
 
 
 def test_what_pays_compares_outputs(toy):

@@ -144,6 +144,19 @@ def test_a_prompt_mended_in_the_manifest_stays(tmp_path):
     assert sorted(entry["prompt"] for entry in lines(again)) == ["", "mended by hand", "scene 1"]
 
 
+def test_a_mended_prompt_that_a_changed_picture_undoes_is_told(tmp_path, capsys):
+    write_pictures(tmp_path / "in", 3)
+    report = make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    first, second = (entry["key"] for entry in lines(report)[:2])
+    report.out.write_text(report.out.read_text().replace("scene 0", "mended by hand").replace("scene 1", "mended, too"))
+    Image.fromarray(scene(9)).save(tmp_path / "in" / f"{first}.png")
+    again = make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    assert [entry["prompt"] for entry in lines(again)] == ["scene 0", "mended, too", "scene 2"]
+    told = capsys.readouterr().err
+    assert "1 prompts that were edited in pairs.jsonl are replaced" in told
+    assert told.rstrip().endswith(f": {first}") and second not in told
+
+
 def test_other_settings_do_not_mix_in_one_folder(tmp_path):
     write_pictures(tmp_path / "in", 2)
     pictures = list_pictures([tmp_path / "in"])
@@ -382,7 +395,9 @@ def test_damaged_jpeg_files_are_errors_or_pixels_as_everywhere_else(places, numb
 def test_plain_jpeg_files_go_the_fast_way(monkeypatch):
     monkeypatch.setattr("controlkit.data.sources.decode_image", lambda *_: pytest.fail("slow"))
     for number in range(5):
-        decode_pixels(jpeg(scene(number, 60, 80), quality=90, subsampling=number % 3), "x")
+        data = jpeg(scene(number, 60, 80), quality=90, subsampling=number % 3)
+        pixels, plain = decode_pixels(data, "x")
+        assert plain and np.array_equal(pixels, np.asarray(to_rgb(decode_image(data, "x"))))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

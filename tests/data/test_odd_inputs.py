@@ -214,7 +214,8 @@ def test_coco_without_sizes_and_far_from_its_pictures(tmp_path):
     with pytest.raises(UserError, match="--images-folder"):
         list_pictures([tmp_path / "captions.json"])
     Image.fromarray(scene(0)).save(tmp_path / "a.png")
-    assert len(list_pictures([tmp_path / "captions.json"])) == 1
+    (picture,) = list_pictures([tmp_path / "captions.json"])
+    assert picture.source == tmp_path / "a.png"
 
 
 def test_the_folder_of_a_glob_has_no_stars(tmp_path):

@@ -78,7 +78,7 @@ def test_views_are_drawn_alike_whatever_is_asked_for():
             assert len({view.place for view in views}) == (20 if crop else 1)
             assert len({view.flip for view in views}) == (2 if flip else 1)
     assert rng.random() == np.random.default_rng(5).random(41)[40]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"place is 1\.1, not from 0 to 1"):
         View(place=1.1)
 
 

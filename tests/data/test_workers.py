@@ -41,6 +41,14 @@ def slow(job: int) -> int:
     return job
 
 
+def die_once(marker: Path, job: int) -> int:
+    """End the process in the middle of the third job, the first time."""
+    if job == 3 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return job
+
+
 def die(job: int) -> int:
     """End the process in the middle of the second job."""
     if job == 2:
@@ -65,6 +73,12 @@ def test_a_job_that_hangs_every_time_ends_in_words():
 def test_a_job_that_says_it_lives_may_take_as_long_as_it_likes(capsys):
     assert sorted(run_jobs(slow, [1, 2], workers=2, patience=2)) == [1, 2]
     assert capsys.readouterr().err == ""
+
+
+def test_a_process_that_is_killed_is_told_of(tmp_path, capsys):
+    assert sorted(run_jobs(partial(die_once, tmp_path / "marker"), range(5), workers=2)) == [0, 1, 2, 3, 4]
+    told = capsys.readouterr().err
+    assert told.count("a process was killed") == 1 and "3" in told.split(", in ")[1]
 
 
 def test_a_job_that_kills_its_process_every_time_ends_in_words():

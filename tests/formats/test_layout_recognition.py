@@ -126,15 +126,12 @@ def test_a_pickle_of_other_objects_is_refused_with_their_name(tmp_path):
         (b"\x89PNG\r\n\x1a\n" + b"0" * 60, "picture"),
         (b"GGUF" + b"0" * 60, "GGUF"),
         (b"PK\x03\x04" + b"0" * 60, "not a whole file of torch.save"),
-        (b"\x80\x02" + b"0" * 60, "seems"),
+        (b"\x80\x02" + b"0" * 60, "not a whole file of torch.save"),
     ],
 )
 def test_what_is_no_file_of_tensors(tmp_path, content, says):
     (tmp_path / "model.safetensors").write_bytes(content)
-    if says == "seems":
-        refused(tmp_path / "model.safetensors")
-    else:
-        refused(tmp_path / "model.safetensors", says)
+    refused(tmp_path / "model.safetensors", says)
 
 
 def test_a_torn_file_of_torch_save(tmp_path):
@@ -142,7 +139,7 @@ def test_a_torn_file_of_torch_save(tmp_path):
     whole = (tmp_path / "a.pth").read_bytes()
     for keep in (100, len(whole) // 2, len(whole) - 1):
         (tmp_path / "a.pth").write_bytes(whole[:keep])
-        refused(tmp_path / "a.pth")
+        refused(tmp_path / "a.pth", "not a whole file of torch.save")
     torch.save(torch.zeros(3), tmp_path / "b.pth")
     refused(tmp_path / "b.pth", "Tensor")
 

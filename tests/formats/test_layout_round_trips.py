@@ -275,7 +275,7 @@ class TestCtrLoRA:
         (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 2 * config["r"]}))
         made = weights_of(through(folder, ("controlkit",), tmp_path / "back"))
         ups = [name for name in made if name.endswith(".up.weight")]
-        assert all(torch.equal(made[name], 2 * weights_of(path)[name]) for name in ups)
+        assert ups and all(torch.equal(made[name], 2 * weights_of(path)[name]) for name in ups)
 
 
 @pytest.mark.parametrize("kind", ["full_adapter", "full_adapter_xl", "light_adapter"])

@@ -46,6 +46,7 @@ def test_guidance_makes_a_control_stronger_that_acts_on_the_prompts_half_alone(
         next(sample(tiny_base, prompt="red apple", seeds=[1], uses=[use], steps=2, guidance=3.0))
     finally:
         del tiny_base.predict
+    assert len(asked) == 2
     for _, residuals in asked:
         assert all(not half[0].any() and half[1].any() for half in residuals.tensors())
 

@@ -163,6 +163,79 @@ def test_a_plan_that_may_keep_little_draws_the_same(tiny_base, hint_image, megab
     assert sum(control.batches) <= 3 * 20 * 2
 
 
+def bytes_held(plan):
+    """Of all tensors that a plan refers to beside its arguments, wherever it keeps them."""
+
+    def tensors(value):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, Residuals):
+            yield from value.tensors()
+        elif isinstance(value, dict | list | tuple):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from tensors(item)
+
+    own = {name: value for name, value in vars(plan).items() if name not in ("uses", "timesteps", "texts", "cache")}
+    storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors(own)}
+    return sum(storages.values())
+
+
+@pytest.fixture
+def plans(monkeypatch, tiny_base):
+    """The plans that are made, and the most bytes that each held while the base predicted."""
+    made, most = [], []
+
+    class Recorded(Plan):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            made.append(self)
+            most.append(0)
+
+    predict = tiny_base.predict
+
+    def measured(*args):
+        most[:] = [max(peak, bytes_held(plan)) for peak, plan in zip(most, made, strict=True)]
+        return predict(*args)
+
+    monkeypatch.setattr("controlkit.sampling.sampler.Plan", Recorded)
+    monkeypatch.setattr(tiny_base, "predict", measured, raising=False)
+    return made, most
+
+
+@pytest.mark.parametrize("reads", READS_NO_NOISE)
+@pytest.mark.parametrize("several", ["prompts", "hints", "nothing"])
+def test_a_plan_keeps_nothing_that_no_later_batch_reads(tiny_base, hint_image, reads, several, plans):
+    """A plan for one batch holds one window of steps at most while it samples, and nothing afterwards."""
+    images = torch.cat([hint_image, 1 - hint_image]) if several == "hints" else hint_image
+    prompts = ["red apple", "cat face"] if several == "prompts" else ["red apple"]
+    control = FakeControl(reads)
+    use = ActiveControl(control, control.encode(images, tiny_base))
+    size = 2 if several == "nothing" else 1
+    batches = sample_prompts(
+        tiny_base, prompts=prompts, seeds=(1, 2), uses=[use], steps=40, guidance=4.0, batch_size=size
+    )
+    made, most = plans
+    for number, _ in enumerate(batches, 1):
+        assert len(made) == number
+        assert [bytes_held(plan) for plan in made] == [0] * number
+    prompt = tiny_base.encode_text(["red apple"])
+    one_row = control(None, torch.tensor([5.0]), prompt, use.hint[:1])
+    row = sum(tensor.numel() * tensor.element_size() for tensor in one_row.tensors())
+    assert 0 < max(most) <= (ROWS_AT_ONCE + 2) * row < 40 * 2 * row
+
+
+def test_a_plan_for_several_batches_lets_go_after_the_last(tiny_base, hint_image, plans):
+    control = FakeControl(Reads.TIME | Reads.TEXT)
+    use = ActiveControl(control, control.encode(hint_image, tiny_base))
+    held = []
+    for _ in sample(tiny_base, prompt="red apple", seeds=range(5), uses=[use], steps=20, batch_size=2):
+        ((plan,), _) = plans
+        held.append(bytes_held(plan))
+    assert held[0] == held[1] > 0
+    assert held[2] == 0
+    assert sum(control.batches) == 20 * 2  # computed once for all batches
+
+
 def test_ten_controls_run_in_batches_of_a_bounded_size(tiny_base, hint_image):
     controls = [FakeControl(Reads.TIME | Reads.TEXT) for _ in range(10)]
     uses = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -40,7 +42,7 @@ def test_a_mix_is_judged_by_each_of_its_conditions_and_timed(adapters, base_fold
     made = run_several_conditions(settings)
     fidelity, speed = made.reports
     assert [row[1] for row in fidelity.rows] == adapters
-    assert all(isinstance(value, float) for row in fidelity.rows for value in row[2:])
+    assert all(isinstance(value, float) and math.isfinite(value) for row in fidelity.rows for value in row[2:])
     assert [row[0] for row in speed.rows] == ["1", "3"]
     assert all(float(str(row[-1])) < 1e-4 for row in speed.rows)
     assert made.files["pictures"].is_file()

@@ -45,13 +45,22 @@ def test_training_goes_on_from_a_base_and_leaves_one(recipe, tiny_base, tmp_path
     assert made.scheduler_config["prediction_type"] == "v_prediction"
 
 
-def test_only_the_concepts_of_the_file_are_trained_on(recipe, tmp_path):
+def test_settings_that_a_start_overrides_are_told(recipe, capsys):
+    BaseObjective(recipe, CPU)
+    assert "not used" not in capsys.readouterr().err
+    BaseObjective(with_settings(recipe, text_layers=3, channels=(8, 16, 16)), CPU)
+    assert f"channels, text_layers of the recipe are not used: those of {recipe.start} are" in capsys.readouterr().err
+
+
+def test_only_the_concepts_of_the_file_are_trained_on(recipe, tmp_path, capsys):
     everything = {icon.concept for icon in BaseObjective(recipe, CPU).drawings.icons}
     chosen = sorted(everything)[:2]
     path = tmp_path / "concepts.txt"
     path.write_text("\n".join((*chosen, "never-drawn")) + "\n")
     objective = BaseObjective(with_settings(recipe, concepts=str(path)), CPU)
     assert {icon.concept for icon in objective.drawings.icons} == set(chosen)
+    told = capsys.readouterr().err
+    assert f"1 concepts in {path} are not trained on" in told and told.count("never-drawn") == 1
     objective.loss(0)
     for text, message in (("never-drawn", "none of the concepts"), (" \n", "names no concepts")):
         path.write_text(text)
@@ -95,7 +104,8 @@ def test_memory_that_is_short_in_a_preview_leaves_what_trains_as_it_is(recipe, t
     monkeypatch.setattr("controlkit.training.base.sample_prompts", full)
     with pytest.raises(MemoryError):
         objective.preview(1, tmp_path)
-    assert trained and len(objective.parameters()) == len(trained)
+    assert trained and [*map(id, objective.parameters())] == [*map(id, trained)]
+    assert all(network.training for network in objective.trained.values())
 
 
 def test_icons_that_changed_are_drawn_and_encoded_again(recipe, icons_file, tmp_path):

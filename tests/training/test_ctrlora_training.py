@@ -25,6 +25,7 @@ from controlkit.training.conditions_objective import ConditionsObjective
 from controlkit.training.recipes import read_recipe, recipes
 from controlkit.training.run import run
 from controlkit.training.sources import MultiGenSource
+from controlkit.training.state import load_state
 from controlkit.training.trainer import train
 
 CPU = torch.device("cpu")
@@ -206,6 +207,11 @@ def test_two_processes_train_what_one_with_the_whole_batch_trains(recipe, tmp_pa
         return [json.loads(line)["loss"] for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
     assert losses(halves.out) == pytest.approx(losses(whole.out), abs=1e-5)
+    # The watch over the loss has seen the samples of all processes.
+    mine, theirs = (load_state(Path(out) / "state.safetensors").watch for out in (halves.out, whole.out))
+    assert sum(seen for seen, _, _ in theirs["times"]) == 4 * 4
+    for some, same in zip(mine["times"], theirs["times"], strict=True):
+        assert some[:2] == pytest.approx(same[:2], rel=1e-3)
     # The moments are means of gradients and of their squares: what one batch and its two halves must agree on.
     one, two = (load_file(Path(out) / "state.safetensors") for out in (whole.out, halves.out))
     assert one.keys() == two.keys()

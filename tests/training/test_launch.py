@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from controlkit.errors import UserError
-from controlkit.training.launch import Launch, asked_for
+from controlkit.training.launch import Launch, asked_for, unused_settings
 from controlkit.training.run import choose_device
 
 DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
@@ -22,6 +22,7 @@ FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
         ({}, Launch()),
         ({"ACCELERATE_USE_FSDP": "true"}, Launch(shards=True)),
         ({"ACCELERATE_USE_FSDP": "false", DEEPSPEED: "false"}, Launch()),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "NO_SHARD"}, Launch()),
         ({DEEPSPEED: "true"}, Launch(shards=True, zero_stage=2)),
         ({DEEPSPEED: "true", STAGE: "0"}, Launch(zero_stage=0)),
         ({DEEPSPEED: "true", STAGE: "1"}, Launch(shards=True, zero_stage=1)),
@@ -75,3 +76,46 @@ def test_fsdp_is_asked_for_as_accelerate_says_it():
     assert asked_for({**fsdp, "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"}) == Launch(shards=True)
     with pytest.raises(UserError, match="offload parameters, which controlkit does not: set it to false"):
         asked_for({**fsdp, "FSDP_OFFLOAD_PARAMS": "true"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed precision, bf16, is not used: the recipe's precision is"),
+        (
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            "gradient accumulation over 4 steps is not used: raise batch_size",
+        ),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "gradient clipping is not used: the recipe's max_grad_norm is"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "torch.compile is not used"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "activation checkpointing is not used: the recipe's gradient_checkpointing is",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"},
+            "hybrid sharding is not used: all processes share one copy",
+        ),
+    ],
+)
+def test_what_accelerate_asks_for_and_does_not_get_is_told(environment, says):
+    plain = {
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_DYNAMO_BACKEND": "no",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+        "ACCELERATE_GRADIENT_CLIPPING": "none",
+        "FSDP_ACTIVATION_CHECKPOINTING": "false",
+    }
+    assert unused_settings({}) == unused_settings(plain) == []
+    assert unused_settings({**plain, **environment}) == [says]
+
+
+def test_settings_of_deepspeeds_file_that_are_not_used_are_told(tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text(
+        json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": "auto", "fp16": {}, "optimizer": {}})
+    )
+    assert unused_settings({DEEPSPEED: "true", FILE: str(path)}) == [
+        f"fp16, optimizer of {path}: not used, the recipe's settings are"
+    ]
+    assert unused_settings({DEEPSPEED: "false", FILE: str(path)}) == []

@@ -292,8 +292,13 @@ def test_flipped_pairs_are_flipped_on_both_sides_half_of_the_time(recipe, encode
     with torch.no_grad():
         expected = network.control.encode(turned(given), network.base)
         assert torch.equal(network.hints(chosen, flipped), expected)
-    objective.loss(0)
-    network.loss(0)
+    # A step that mirrors some of its pairs trains on them mirrored.
+    assert objective.flips(0).any() and network.flips(0).any()
+    for one in (objective, network):
+        moved(one)
+        mirrored = one.loss(0)
+        one.flips = lambda _, one=one: torch.zeros(one.whole, dtype=torch.bool)
+        assert mirrored.isfinite() and not torch.equal(one.loss(0), mirrored)
 
 
 def test_flips_change_neither_what_else_a_step_draws_nor_runs_without_them(recipe):
@@ -315,16 +320,23 @@ def test_a_cache_that_cannot_be_written_is_named_before_training(recipe, tmp_pat
         PairsObjective(recipe, CPU)
 
 
-def test_a_whole_cache_that_cannot_be_written_is_read(recipe, cache):
-    PairsObjective(recipe, CPU)
+def test_a_whole_cache_that_cannot_be_written_is_read(recipe, cache, encoded):
+    expected = PairsObjective(recipe, CPU).loss(0)
+    assert encoded["pictures"] > 0 and encoded["prompts"] > 0
+    encoded.update(pictures=0, prompts=0)
     paths = [cache, *cache.rglob("*")]
+    before = {path: path.read_bytes() for path in paths if path.is_file()}
     for path in paths:
         os.chmod(path, 0o555 if path.is_dir() else 0o444)
     try:
-        PairsObjective(recipe, CPU).loss(0)
+        loss = PairsObjective(recipe, CPU).loss(0)
     finally:
         for path in paths:
             os.chmod(path, 0o755)
+    assert torch.equal(loss, expected)
+    assert encoded == {"pictures": 0, "prompts": 0}
+    # Whoever may write everywhere, as the administrator may, has nothing to write either.
+    assert before and {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow

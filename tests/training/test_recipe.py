@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from controlkit.errors import UserError
 from controlkit.training.recipes import AutoencoderRecipe, build_recipe, read_recipe, recipes
 from controlkit.training.run_folder import fingerprint
-from controlkit.training.trainer import learning_rate_at
+from controlkit.training.schedule import Schedule
 
 SHIPPED = sorted(path for path in Path(__file__).parents[2].glob("recipes/**/*.yaml"))
 MINIMAL = {"system": "controlnet", "out": "runs/x", "steps": 100, "icons": "icons.npz", "condition": "canny"}
@@ -80,7 +80,7 @@ def test_wrong_recipes_are_refused_in_words(file, change, says):
     path = file({**MINIMAL, **change})
     with pytest.raises(UserError, match=says) as caught:
         read_recipe(path)
-    assert str(path) in str(caught.value) or "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("missing", ["out", "steps", "condition"])
@@ -91,7 +91,7 @@ def test_what_has_no_default_must_be_said(file, missing):
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "a: [1, 2\n", "\tx: 1", "\x00"])
 def test_what_is_not_a_recipe_is_refused_in_words(file, text):
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"the recipe .*recipe\.yaml (is not YAML|must be a mapping of settings)"):
         read_recipe(file(text))
 
 
@@ -147,7 +147,7 @@ def test_the_fingerprint_tells_runs_apart_that_cannot_go_on_from_each_other():
 
 def rates(**settings):
     recipe = AutoencoderRecipe(out="x", icons="i", **settings)
-    return [learning_rate_at(recipe, step) for step in range(recipe.steps)]
+    return [Schedule.of(recipe).at(step) for step in range(recipe.steps)]
 
 
 def test_the_learning_rate_rises_then_falls_to_its_end():

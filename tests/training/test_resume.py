@@ -67,7 +67,7 @@ def test_a_run_that_died_goes_on_to_the_same_weights_bit_by_bit(tmp_path, ema, d
 
 
 def test_the_log_has_every_step_once_after_a_resume(tmp_path):
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path, at={5: raises(RuntimeError("power cut"))})
     with (tmp_path / "log.jsonl").open("a") as stream:
         stream.write('{"step": 6, "lo')  # torn by the cut
@@ -118,7 +118,7 @@ def test_a_damaged_state_is_refused_in_words(tmp_path, keep):
 @pytest.mark.parametrize("keep", [0, 100, -1])
 def test_from_a_damaged_state_a_run_goes_back_to_the_one_before(tmp_path, keep, capsys):
     whole, _ = run(tmp_path / "whole")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path / "torn", at={7: raises(RuntimeError("power cut"))})
     path = tmp_path / "torn" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
@@ -133,7 +133,7 @@ def test_a_full_disk_leaves_the_state_that_was_there(tmp_path, monkeypatch):
         Path(path).write_bytes(b"part of it")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path / "run", at={4: raises(RuntimeError("power cut"))})
     with monkeypatch.context() as patch:
         patch.setattr("controlkit.training.state.save_file", full)
@@ -377,11 +377,12 @@ def test_a_folder_that_is_refused_is_refused_before_anything_is_loaded(tmp_path)
         train(lambda: pytest.fail("loaded"), toy_recipe(tmp_path, seed=1))
 
 
-def test_a_log_that_is_damaged_stops_no_run(tmp_path):
+def test_a_log_that_is_damaged_stops_no_run_and_is_told_of(tmp_path, capsys):
     run(tmp_path, steps=3)
     with (tmp_path / "log.jsonl").open("ab") as stream:
         stream.write(b"null\n\xff\xfe\n")
     run(tmp_path, steps=6)
+    assert "note: 2 lines of" in capsys.readouterr().err
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -408,7 +409,7 @@ def test_the_log_counts_the_time_of_all_parts(tmp_path):
         time.sleep(0.05)
         return loss
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path, at={0: slow, 1: slow, 2: slow, 3: raises(RuntimeError("power cut"))})
     before = spent(tmp_path)
     run(tmp_path, at=dict.fromkeys(range(3, STEPS), slow))

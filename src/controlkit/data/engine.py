@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -34,6 +35,8 @@ from controlkit.files import (
 
 ENGINES = ("local", "ray")
 _MOST_IN_A_JOB = 32
+_NAMED = 4
+"""Keys that a note names."""
 
 Tell = Callable[[int, int], None]
 """Called with (pictures done, pictures in all)."""
@@ -213,6 +216,7 @@ def _files(
                         stream.write(json.dumps(vars(outcome), ensure_ascii=False) + "\n")
                 stream.flush()
                 tell(len(found), len(pictures))
+    _tell_of_lost_edits(edited, before, found)
     ordered = [found[picture.key] for picture in pictures]
     good = [outcome for outcome in ordered if outcome.entry is not None]
     if good and (
@@ -221,6 +225,25 @@ def _files(
         _write_lines(out / MANIFEST, (outcome.entry for outcome in good))
         _write_lines(journal, (vars(outcome) for outcome in good))
     return ordered, len(good) - kept, len(set(before) - {picture.key for picture in pictures})
+
+
+def _tell_of_lost_edits(
+    edited: dict[str, str | list[str]], before: dict[str, Outcome], found: dict[str, Outcome]
+) -> None:
+    """Say which prompts of the manifest give way to captions, since the picture or its caption changed as well."""
+    lost = []
+    for key, outcome in found.items():
+        entries = [each.entry for each in (before.get(key), outcome) if each is not None and each.entry is not None]
+        if key in edited and entries and edited[key] not in [entry["prompt"] or "" for entry in entries]:
+            lost.append(key)
+    if lost:
+        named = ", ".join(lost[:_NAMED]) + (f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else "")
+        print(
+            f"note: {len(lost)} prompts that were edited in {MANIFEST} are replaced, since their pictures or captions"
+            f" changed, too: {named}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _shards(

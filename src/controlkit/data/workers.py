@@ -87,8 +87,8 @@ def run_jobs(
 ) -> Iterator[Result]:
     """`make(job)` of every job, as they finish; in this process with one worker, else in as many others.
 
-    When a process dies (killed, out of memory) its jobs are done again by a new one, so `make` must not mind being run
-    twice for a job.
+    When a process dies (killed, out of memory) its jobs are done again by a new one, which is told on standard error;
+    so `make` must not mind being run twice for a job.
 
     Args:
         patience: seconds without a finished job or a `sign_of_life`, after which the processes are ended, which is told
@@ -129,6 +129,13 @@ def run_jobs(
                 deaths += 1
                 if deaths > _MOST_DEATHS:
                     raise watch.end(deaths, running.values()) from error
+                if not watch.hung:
+                    print(
+                        f"\na process was killed, perhaps for want of memory, in {_few(running.values())}: these are"
+                        " done again by new processes",
+                        file=sys.stderr,
+                        flush=True,
+                    )
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -30,8 +30,8 @@ PIXELS_AT_ONCE = 2**23
 """And the most pixels of pictures in it: 32 of 512 x 512, 8 of 1024 x 1024; a batch's activations grow with them."""
 
 KEPT_MEGABYTES = 2048
-"""The most that a plan keeps of residuals for pictures to come (at SD1.5, 512 x 512, in fp16, 20 steps under guidance
-take 536); what is beyond is computed again for the next batch of pictures."""
+"""The most that a plan keeps of residuals for batches to come (at SD1.5, 512 x 512, in fp16, 20 steps under guidance
+take 536), where batches are to come; what is beyond is computed again for the next batch."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,9 @@ class Plan:
         self.texts = texts
         self.cache = cache
         self.rows_at_once = rows_at_once
+        self.reused = False
+        """Whether another batch of pictures will be sampled with this plan. If not, residuals are let go as soon as
+        their step has read them. The sampler sets it before each batch."""
         self._room = int(megabytes * 2**20)
         self._texts_of: dict[frozenset[int], Sequence[Text]] = {}
         self._kept: dict[int, Residuals] = {}
@@ -166,21 +169,33 @@ class Plan:
             self._texts_of[acting] = made
         return self._texts_of[acting]
 
+    def release(self) -> None:
+        """Let go of all residuals; call it when no batch is to come. The plan can still compute them again."""
+        for residuals in (self._kept, self._window, self._once):
+            residuals.clear()
+
     def _acting(self, places: Sequence[int], index: int) -> list[int]:
         return [place for place in places if self.uses[place].acts_at(index, len(self.timesteps))]
 
     def _sum_at(self, index: int) -> Residuals:
         """The weighted sum of the controls that do not read the noise; computed with those of the steps after it."""
-        if index in self._kept:
-            return self._kept[index]
-        if index not in self._window:
+        if index not in self._kept and index not in self._window:
             self._window = self._compute(index)
-            for step, made in self._window.items():
-                size = sum(tensor.numel() * tensor.element_size() for tensor in made.tensors())
-                if size <= self._room:
-                    self._room -= size
-                    self._kept[step] = made
-        return self._window[index]
+            if self.reused:
+                self._keep_for_later(self._window)
+        made = self._kept[index] if index in self._kept else self._window[index]
+        if not self.reused:
+            self._kept.pop(index, None)
+            self._window.pop(index, None)
+        return made
+
+    def _keep_for_later(self, sums: dict[int, Residuals]) -> None:
+        """Keep as many of these steps as there is room for."""
+        for step, made in sums.items():
+            size = sum(tensor.numel() * tensor.element_size() for tensor in made.tensors())
+            if size <= self._room:
+                self._room -= size
+                self._kept[step] = made
 
     def _compute(self, first: int) -> dict[int, Residuals]:
         """Sums for `first` and the steps after it under the same controls, as many as fit into one batch."""

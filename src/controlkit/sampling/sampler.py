@@ -61,20 +61,25 @@ def sample_prompts(
     base.check_size(width, height)
     solver = build_sampler(sampler, base, steps)
     plan: Plan | None = None
+    one_for_all = len(prompts) == 1 and all(rows_of(use.hint) == 1 for use in uses)
     for first in range(0, len(seeds), batch_size):
         group = slice(first, first + batch_size)
-        if plan is None or len(prompts) > 1 or any(rows_of(use.hint) > 1 for use in uses):
+        last = first + batch_size >= len(seeds)
+        if plan is None or not one_for_all:
             size = (width, height)
             texts = [base.encode_text(prompts if len(prompts) == 1 else prompts[group], size)]
             if guidance > 1:
                 texts.insert(0, base.encode_text([negative_prompt], size))
             active = [use.of_pictures(group) for use in uses]
             plan = Plan(active, solver.timesteps, texts, cache, rows_at_once=rows_at_once(width, height))
+        plan.reused = one_for_all and not last
         x_t = initial_noise(base, seeds[group], width, height) * solver.initial
         solver.begin()
         for index, t in enumerate(solver.timesteps):
             prediction = _predict(base, plan, index, solver.input(x_t, index), t, guidance)
             x_t = solver.step(prediction, x_t, index)
+        if not plan.reused:
+            plan.release()  # else its residuals would take memory while the latents are decoded
         if not torch.isfinite(x_t).all():
             raise UserError(
                 f"the pictures of seeds {', '.join(map(str, seeds[group]))} came out as numbers that are not finite;"

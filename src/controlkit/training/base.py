@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,10 +25,13 @@ from controlkit.sampling.sampler import sample_prompts
 from controlkit.training.diffusion import noised
 from controlkit.training.drawings import Drawings
 from controlkit.training.objective import Objective
+from controlkit.training.processes import Processes
 from controlkit.training.recipes import BaseRecipe
 
 MAX_TOKENS = 24
 _PREVIEW_SEEDS = 3
+_NAMED = 4
+"""Concepts that a note names."""
 VOCABULARY = 1200
 
 SCHEDULER = {
@@ -75,6 +80,8 @@ class BaseObjective(Objective):
         icons = sets.select(styles=TRAINED_STYLES, held_out=False, drawable=True, sets=3, concepts=known)
         if not icons:
             raise UserError(f"none of the concepts in {recipe.concepts} is in three sets of {recipe.icons}")
+        if known is not None:
+            _tell_of_missing(sorted(set(known) - {icon.concept for icon in icons}), recipe.concepts)
         self.drawings = Drawings(
             [icon for icon in icons if icon.style in (recipe.styles or TRAINED_STYLES)],
             recipe.variants,
@@ -90,7 +97,7 @@ class BaseObjective(Objective):
         z = self.drawings.latents[torch.from_numpy(chosen[self.share])].float().to(self.device)
         text = self._text(prompts[self.share])
         drawn = noised(self.scheduler, z, self.torch_generator(step), self.whole, self.share)
-        return drawn.loss(self.trained["unet"](drawn.x_t, drawn.t, encoder_hidden_states=text).sample)
+        return self.diffusion_loss(drawn, self.trained["unet"](drawn.x_t, drawn.t, encoder_hidden_states=text).sample)
 
     def seen(self, step: int) -> list[str]:
         return [f"drawing {index}: {prompt!r}" for index, prompt in zip(*self._draw(step), strict=True)]
@@ -130,6 +137,7 @@ class BaseObjective(Objective):
     def _start(self, sets: IconSets) -> Base:
         """What training starts from: the recipe's base, or fresh networks beside the trained autoencoder."""
         if self.recipe.start is not None:
+            self._tell_of_unused()
             return load_base(self.recipe.start)
         assert self.recipe.autoencoder is not None  # the recipe refuses neither
         vae = _trained_autoencoder(self.recipe.autoencoder)
@@ -144,6 +152,18 @@ class BaseObjective(Objective):
             unet=unet,
             scheduler_config=SCHEDULER,
         )
+
+    def _tell_of_unused(self) -> None:
+        """Say which settings are the base's own, where the recipe sets them and starts from a base."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self.recipe)}
+        own = ("channels", "attention", "text_width", "text_layers")
+        named = [name for name in own if getattr(self.recipe, name) != defaults[name]]
+        if named and Processes.is_first():
+            print(
+                f"note: {', '.join(named)} of the recipe are not used: those of {self.recipe.start} are",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _base(self) -> Base:
         return Base(
@@ -160,6 +180,18 @@ class BaseObjective(Objective):
             list(prompts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
         ).input_ids
         return self.trained["text_encoder"](ids.to(self.device))[0]
+
+
+def _tell_of_missing(concepts: Sequence[str], path: str | None) -> None:
+    """Say which concepts of a file are not trained on."""
+    if concepts and Processes.is_first():
+        more = f" and {len(concepts) - _NAMED} more" if len(concepts) > _NAMED else ""
+        print(
+            f"note: {len(concepts)} concepts in {path} are not trained on, since they are held out, in fewer than three"
+            f" sets of icons, or of a kind that is not drawn: {', '.join(concepts[:_NAMED])}{more}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def train_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:

@@ -56,7 +56,7 @@ class ConditionsObjective(ControlObjective):
         control = self.control.for_condition(condition)
         text = self.base.encode_text(batch.prompts)
         hint = control.encode(batch.images, self.base)
-        return self.diffusion_loss(control, batch.latents, text, hint, self.torch_generator(step))
+        return self.control_loss(control, batch.latents, text, hint, self.torch_generator(step))
 
     def seen(self, step: int) -> list[str]:
         condition = self.condition_at(step)

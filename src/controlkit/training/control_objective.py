@@ -77,7 +77,7 @@ class ControlObjective(Objective):
         if self.recipe.gradient_checkpointing:
             checkpoint_activations(self.base, self.control)
 
-    def diffusion_loss(
+    def control_loss(
         self, control: Control, latents: Tensor, text: Text, hint: Hint, generator: torch.Generator
     ) -> Tensor:
         """The loss of this process's share of a step.
@@ -89,7 +89,7 @@ class ControlObjective(Objective):
             generator: of the noise and times of the whole batch.
         """
         drawn = noised(self.scheduler, latents, generator, self.whole, self.share)
-        return drawn.loss(predict_under(control, self.base, drawn.x_t, drawn.t, text, hint))
+        return self.diffusion_loss(drawn, predict_under(control, self.base, drawn.x_t, drawn.t, text, hint))
 
     def save(self, folder: Path) -> list[Path]:
         recipe = self.recipe

@@ -16,6 +16,9 @@ _NO_OFFLOAD = (
     " optimizer: adamw8bit or a smaller batch_size if memory is short"
 )
 
+_NO_SHARD, _HYBRID = ("no_shard", "3"), ("hybrid_shard", "hybrid_shard_zero2", "4", "5")
+"""FSDP's strategies, by name and as accelerate numbers them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -44,9 +47,45 @@ def asked_for(environment: Mapping[str, str] = os.environ) -> Launch:
         return Launch()
     if _is_true(environment, "FSDP_OFFLOAD_PARAMS"):
         raise UserError(f"FSDP is configured to offload parameters, {_NO_OFFLOAD.format('false')}")
+    if environment.get("FSDP_SHARDING_STRATEGY", "").lower() in _NO_SHARD:
+        return Launch()
     # The second version of FSDP says true or false, the first the name of a strategy.
     strategy = environment.get("FSDP_RESHARD_AFTER_FORWARD", environment.get("FSDP_SHARDING_STRATEGY", "false"))
     return Launch(shards=True, reshard=strategy.lower() in ("true", "1", "full_shard"))
+
+
+def unused_settings(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """What the environment asks for beside that and does not get, a sentence each, to follow "accelerate's"."""
+
+    def given(name: str) -> str | None:
+        value = environment.get(name, "none")
+        return None if value.lower() in ("none", "no", "false", "auto", "") else value
+
+    found = []
+    asked = given("ACCELERATE_MIXED_PRECISION")
+    if asked is not None:
+        found.append(f"mixed precision, {asked}, is not used: the recipe's precision is")
+    steps = given("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    if steps not in (None, "1"):
+        found.append(f"gradient accumulation over {steps} steps is not used: raise batch_size")
+    if given("ACCELERATE_GRADIENT_CLIPPING") is not None:
+        found.append("gradient clipping is not used: the recipe's max_grad_norm is")
+    if given("ACCELERATE_DYNAMO_BACKEND") is not None:
+        found.append("torch.compile is not used")
+    if given("ACCELERATE_USE_FSDP") is not None:
+        if given("FSDP_ACTIVATION_CHECKPOINTING") is not None:
+            found.append("activation checkpointing is not used: the recipe's gradient_checkpointing is")
+        if environment.get("FSDP_SHARDING_STRATEGY", "").lower() in _HYBRID:
+            found.append("hybrid sharding is not used: all processes share one copy")
+    return found + _unused_of_deepspeed(environment)
+
+
+def _unused_of_deepspeed(environment: Mapping[str, str]) -> list[str]:
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if not _is_true(environment, "ACCELERATE_USE_DEEPSPEED") or file == "none":
+        return []
+    names = [name for name, value in read_json(Path(file)).items() if name != "zero_optimization" and value != "auto"]
+    return [f"{', '.join(names)} of {file}: not used, the recipe's settings are"] if names else []
 
 
 def _zero(environment: Mapping[str, str]) -> Launch:

@@ -23,15 +23,18 @@ class RunLog:
         self._before = 0.0
         self._started = self._warm = time.monotonic()
         kept = []
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
-                try:
-                    told = json.loads(line)
-                    if told["step"] <= first_step:
-                        self._before = float(told["seconds"])
-                        kept.append(line)
-                except (ValueError, KeyError, TypeError):
-                    continue  # the torn last line of a killed run
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n") if self.path.exists() else []
+        torn = 0
+        for number, line in enumerate(lines, 1):
+            try:
+                told = json.loads(line)
+                if told["step"] <= first_step:
+                    self._before = float(told["seconds"])
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                torn += bool(line) and number < len(lines)  # the last line of a killed run may be torn
+        if torn:
+            print(f"note: {torn} lines of {self.path} cannot be read and are left out", file=sys.stderr, flush=True)
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._stream = self.path.open("a", encoding="utf-8", buffering=1)
         self._board = _tensorboard(folder)

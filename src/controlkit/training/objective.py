@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from controlkit.training.diffusion import Noised
 from controlkit.training.recipe import Recipe
 
 
@@ -30,6 +31,9 @@ class Objective(ABC):
     """How many there are. All draw the same whole batch's random numbers, and each takes its share of it, so that any
     number of processes trains on what one process with the whole batch would."""
 
+    by_time: Tensor | None = None
+    """Of this process's share of the last step, `Noised.by_time`; None where the loss has no time."""
+
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the optimiser changes, always in the same order."""
         return [parameter for parameter in self.trained.parameters() if parameter.requires_grad]
@@ -37,6 +41,12 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, step: int) -> Tensor:
         """The loss of optimiser step `step`; the same step always draws the same data and noise."""
+
+    def diffusion_loss(self, drawn: Noised, prediction: Tensor) -> Tensor:
+        """Mean squared error of a prediction; `by_time` becomes what it was at each time."""
+        squared = drawn.squared_error(prediction)
+        self.by_time = drawn.by_time(squared)
+        return squared.mean()
 
     @abstractmethod
     def preview(self, step: int, folder: Path) -> dict[str, float]:

@@ -94,7 +94,7 @@ class PairsObjective(ControlObjective):
         rows = [self.cache.positions[caption] for caption in self._captions(step)[self.share]]
         prompts = torch.where(dropped, self.empty, torch.tensor(rows))
         text = self.texts.gather(prompts).map(lambda part: part.to(self.device))
-        return self.diffusion_loss(self.control, z, text, self.hints(chosen, flipped), generator)
+        return self.control_loss(self.control, z, text, self.hints(chosen, flipped), generator)
 
     def seen(self, step: int) -> list[str]:
         pairs = [self.pairs[index] for index in self._chosen(step)]

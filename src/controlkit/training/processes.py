@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from controlkit.errors import UserError
-from controlkit.training.launch import asked_for
+from controlkit.training.launch import asked_for, unused_settings
 from controlkit.training.objective import Objective
 
 
@@ -71,6 +71,13 @@ class Processes:
             value = self._accelerator.reduce(value, reduction="mean")
         return value.item()
 
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, on the CPU."""
+        value = value.detach().float()
+        if self.count > 1:
+            value = self._accelerator.reduce(value, reduction="sum")
+        return value.cpu()
+
     def any(self, wish: bool) -> bool:
         """Whether any process wishes it."""
         if self.count == 1:
@@ -102,11 +109,13 @@ class Processes:
             if self.is_first():
                 how = "FSDP, which splits the same" if self._launch.shards else "DDP"
                 print(f"DeepSpeed's ZeRO stage {self._launch.zero_stage} runs as torch's {how}", file=sys.stderr)
+        if not self._launch.shards:
+            os.environ.pop("ACCELERATE_USE_FSDP", None)  # FSDP that shards nothing is DDP
         # A step of base training uses the LoRA of one condition; those of the others get no gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if asked != "no" and self.is_first():
-            print(f"accelerate's mixed precision, {asked}, is not used: the recipe's precision is", file=sys.stderr)
+        if self.is_first():
+            for told in unused_settings():
+                print(f"accelerate's {told}", file=sys.stderr)
         accelerator = Accelerator(cpu=self._on_cpu, mixed_precision="no", kwargs_handlers=[unused])
         kind = accelerator.distributed_type
         if kind == DistributedType.MEGATRON_LM:

@@ -31,6 +31,10 @@ _ADDED = {"flip": False, "gradient_checkpointing": False, "optimizer": "adamw", 
 _ADDED |= {"image_column": None, "conditioning_image_column": None, "caption_column": None}
 """Settings that came when there were recorded runs already, and the value with which a run is what those were."""
 
+FORMER = {"warmup_steps": 100}
+"""Settings that were numbers before they could be None, and the number that recorded runs have where None stands now;
+they count as that number in what identifies a run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -46,8 +50,8 @@ class Recipe:
     """Pictures a step."""
     learning_rate: float = 3e-4
     """Peak learning rate of AdamW."""
-    warmup_steps: int = 100
-    """Steps over which the learning rate rises from zero."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises from zero; null for 100, or a fifth of `steps` if that is less."""
     min_lr_rate: float = 0.02
     """Where the cosine schedule ends, as a fraction of `learning_rate`. 1 keeps the rate constant."""
     weight_decay: float = 0.01
@@ -77,7 +81,8 @@ class Recipe:
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name, least in _LEAST.items():
-            if name in values and not (values[name] >= least and math.isfinite(values[name])):
+            value = values.get(name)
+            if value is not None and not (value >= least and math.isfinite(value)):
                 raise UserError(f"{name} is {values[name]}; it must be at least {least}")
         for name in ("learning_rate", "max_grad_norm"):
             if values[name] is not None and not (values[name] > 0 and math.isfinite(values[name])):
@@ -105,4 +110,5 @@ class Recipe:
 def identifying(recipe: Recipe) -> dict[str, Any]:
     """The settings by which one run is told from another; a setting of `_ADDED` counts where it changes something."""
     settings = dataclasses.asdict(recipe)
+    settings |= {name: value for name, value in FORMER.items() if settings[name] is None}
     return {name: value for name, value in settings.items() if name not in _ADDED or value != _ADDED[name]}

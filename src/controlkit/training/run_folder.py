@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from controlkit.errors import UserError
 from controlkit.files import held, read_json, remove_leftovers, sha256_of, writable_folder
 from controlkit.training.processes import Processes
-from controlkit.training.recipe import Recipe, identifying
+from controlkit.training.recipe import FORMER, Recipe, identifying
 from controlkit.training.state import fingerprint_of, put_aside_if_torn, step_of
 
 # What may differ between a run and its continuation.
@@ -28,6 +28,8 @@ _MAY_CHANGE = {
     "save_every",
     "preview_every",
 }
+
+_SCHEDULE = ("steps", "learning_rate", "min_lr_rate", "warmup_steps")
 
 _LOCK = ".lock"
 
@@ -89,16 +91,25 @@ def refuse_another(recipe: Recipe, path: Path, theirs: str, done: int) -> None:
         )
 
 
-def _differences(recipe: Recipe, path: Path) -> list[str]:
-    """`setting: there, now` of all that a continuation must share and does not."""
+def changed_schedule(recipe: Recipe) -> str:
+    """`setting: there, now` of what the learning rate follows from and differs from the run that is in its folder."""
+    path = Path(recipe.out) / "recipe.json"
+    return "; ".join(_differences(recipe, path, lambda name: name in _SCHEDULE))
+
+
+def _differences(
+    recipe: Recipe, path: Path, counts: Callable[[str], bool] = lambda name: name not in _MAY_CHANGE
+) -> list[str]:
+    """`setting: there, now` of all that differ and count; by default those that a continuation must share."""
     try:
         before = read_json(path)
         mine = json.loads(json.dumps(dataclasses.asdict(recipe)))
-        return [
-            f"{name}: {before[name]!r} there, {value!r} now"
+        pairs = [
+            (name, *(FORMER.get(name) if v is None else v for v in (before[name], value)))
             for name, value in mine.items()
-            if name not in _MAY_CHANGE and name in before and before[name] != value
+            if counts(name) and name in before
         ]
+        return [f"{name}: {there!r} there, {now!r} now" for name, there, now in pairs if there != now]
     except (UserError, TypeError):
         return []
 

@@ -32,6 +32,13 @@ class RunState:
     fingerprint: str
     data: str
     frozen: str
+    watch: dict[str, Any] | None = None
+    """`LossWatch.state`, which states of earlier versions do not have."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the last step that was done."""
+        return float(self.optimizer["param_groups"][0]["lr"])
 
 
 def save_state(
@@ -44,6 +51,7 @@ def save_state(
     fingerprint: str,
     data: str,
     frozen: str,
+    watch: dict[str, Any],
 ) -> None:
     """Write the state atomically: a run killed during the write leaves the one before.
 
@@ -78,6 +86,7 @@ def save_state(
         "data": data,
         "frozen": frozen,
         "groups": json.dumps(state["param_groups"]),
+        "watch": json.dumps(watch),
         **({"numbers": json.dumps(numbers)} if numbers else {}),
     }
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
@@ -201,6 +210,7 @@ def load_state(path: Path) -> RunState:
             fingerprint=metadata["fingerprint"],
             data=metadata.get("data", ""),
             frozen=metadata.get("frozen", ""),
+            watch=json.loads(metadata.get("watch", "null")),
         )
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(

@@ -24,9 +24,11 @@ from controlkit.training.objective import Objective
 from controlkit.training.optimizers import build_optimizer
 from controlkit.training.processes import Processes
 from controlkit.training.recipe import Recipe
-from controlkit.training.run_folder import fingerprint, refuse_another, run_folder
+from controlkit.training.run_folder import changed_schedule, fingerprint, refuse_another, run_folder
+from controlkit.training.schedule import begun, continued
 from controlkit.training.sharding import copy_whole, gathered, whole
 from controlkit.training.state import (
+    RunState,
     keep_previous,
     load_latest,
     previous_state,
@@ -80,11 +82,20 @@ class _Loop:
         if recipe.ema:
             self.average = EMAModel(self.parameters, decay=recipe.ema, use_ema_warmup=True, power=0.75)
         self.processes.wait()  # until the first has seen to the folder
-        self.first = _resume(self.path, recipe, objective, self.optimizer, self.average)
+        state = _resume(self.path, recipe, objective, self.optimizer, self.average)
+        self.first = 0 if state is None else state.step
+        if state is None:
+            self.schedule, note = begun(recipe)
+        else:
+            self.schedule, note = continued(recipe, state.step, state.learning_rate, changed_schedule(recipe))
         if self.processes.first:
+            if note:
+                print(note, file=sys.stderr, flush=True)
             write_json(self.folder / "recipe.json", {"system": recipe.system, **dataclasses.asdict(recipe)})
         self.log = RunLog(self.folder, self.first, recipe.steps) if self.processes.first else SilentLog()
         self.watch = LossWatch(self.first)
+        if state is not None and state.watch is not None and state.data == objective.data:  # other data, other losses
+            self.watch.restore(state.watch, state.step)
         self.scores: dict[str, float] = {}
 
     def run(self) -> Trained:
@@ -131,17 +142,19 @@ class _Loop:
     def _step(self, step: int) -> float:
         """One optimiser step; returns its loss."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.recipe, step)
+            group["lr"] = self.schedule.at(step)
         with self._memory(step):
             loss = self._gradients(step)
         value = self.processes.mean(loss)
         if not math.isfinite(value):
             self._back_to_calm()
             raise self._diverged(f"the loss is {value}", step, value)
-        if self.watch.exploded(value, step):
+        by_time = self.objective.by_time
+        if self.watch.exploded(value, step, None if by_time is None else self.processes.sum(by_time).tolist()):
             self._back_to_calm()
-            means = f"{self.watch.mean:.3g} on average, {self.watch.lowest:.3g} at its best"
-            raise self._diverged(f"the loss has exploded ({means})", step, value)
+            times = f"{self.watch.excess:.3g} times what they were at their best"
+            alike = "" if by_time is None else ", compared at like times t"
+            raise self._diverged(f"the loss has exploded (recent losses are {times}{alike})", step, value)
         most = math.inf if self.recipe.max_grad_norm is None else self.recipe.max_grad_norm
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, most)).item()
         if not math.isfinite(norm):
@@ -194,7 +207,7 @@ class _Loop:
                 ) from error
         if done % recipe.log_every == 0 or previewed or stop:
             now = {"loss": loss, **(self.scores if previewed else {})}
-            self.log.write(done, {**now, "learning_rate": learning_rate_at(recipe, done - 1)})
+            self.log.write(done, {**now, "learning_rate": self.schedule.at(done - 1)})
             self.log.say(done, {"loss": loss, **self.scores})
 
     def _preview(self, step: int) -> None:
@@ -207,7 +220,7 @@ class _Loop:
         told = ""
         if self.processes.first:
             path = self.folder / "diverged.json"
-            rate = learning_rate_at(self.recipe, step)
+            rate = self.schedule.at(step)
             seen = list(self.objective.seen(step))
             write_json(path, {"step": step + 1, "loss": repr(loss), "learning_rate": rate, "batch": seen})
             told = f" What the step was trained on is listed in {path}." if seen else ""
@@ -241,14 +254,8 @@ class _Loop:
             fingerprint=fingerprint(self.recipe),
             data=self.objective.data,
             frozen=self.objective.frozen,
+            watch=self.watch.state(),
         )
-
-
-def learning_rate_at(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then a cosine from the peak to `min_lr_rate` of it at the last step."""
-    progress = step / recipe.steps
-    shape = recipe.min_lr_rate + (1 - recipe.min_lr_rate) * 0.5 * (1 + math.cos(math.pi * progress))
-    return recipe.learning_rate * min(1.0, (step + 1) / max(1, recipe.warmup_steps)) * shape
 
 
 @contextmanager
@@ -271,10 +278,10 @@ def _resume(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     average: EMAModel | None,
-) -> int:
+) -> RunState | None:
     state = load_latest(path)
     if state is None:
-        return 0
+        return None
     refuse_another(recipe, path, state.fingerprint, state.step)
     if state.frozen and state.frozen != objective.frozen:
         raise UserError(
@@ -294,7 +301,7 @@ def _resume(
         for mine, theirs in zip(average.shadow_params, shadow, strict=True):
             copy_whole(mine, theirs)
         average.optimization_step = int(count)
-    return state.step
+    return state
 
 
 def _out_of_memory(recipe: Recipe, step: int, path: Path) -> UserError:
