@@ -15,12 +15,14 @@ from controlkit.images import to_tensor
 
 MEAN, DEVIATION = 127.0, 128.0
 """Of pixel values in 0-255, in every channel: the input that TensorFlow's Lite weights were trained with (MEAN_RGB and
-STDDEV_RGB of tensorflow/tpu, models/official/efficientnet/lite/efficientnet_lite_builder.py). On 20 labelled photographs
-at this side the network has 15 right with them, and 10 with ImageNet's mean and deviation (`benchmarks/lite0_input.py`).
-"""
+STDDEV_RGB of tensorflow/tpu, models/official/efficientnet/lite/efficientnet_lite_builder.py). Of 20 labelled
+photographs at this side the network classifies 15 correctly with them, and 10 with ImageNet's mean and deviation
+(`benchmarks/lite0_input.py`)."""
 _SIDE = 128
 """Pictures are scaled to this side: twice nano's, where the features still tell icons apart at a third of the
 cost of the network's own 224."""
+LITE0 = {"network": "EfficientNet-Lite0", "side": _SIDE, "mean": MEAN, "deviation": DEVIATION}
+"""What the features are made by: numbers compare only where all of it is the same."""
 
 
 @torch.inference_mode()
