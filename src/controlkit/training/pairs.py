@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from abc import abstractmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +18,11 @@ from controlkit.conditions.fidelity import by_the_picture
 from controlkit.controls.control import Control
 from controlkit.data.pairs import read_pairs, split_pairs
 from controlkit.data.sources import read_picture
-from controlkit.images import contact_sheet, to_images, to_tensor, write_png
-from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.sampler import sample_prompts
+from controlkit.images import to_tensor
 from controlkit.training.diffusion import noised
 from controlkit.training.objective import Objective, numpy_generator
 from controlkit.training.pair_cache import PairCache
+from controlkit.training.previews import preview_images, preview_settings, write_preview
 from controlkit.training.processes import Processes
 from controlkit.training.recipes import PairsRecipe
 from controlkit.training.savings import uses_bf16
@@ -111,14 +111,7 @@ class PairsObjective(Objective):
         images = [pair.images(self.base.size) for pair in pairs]
         given, truths = [source for source, _ in images], [target for _, target in images]
         hint = self.control.encode(to_tensor(given).to(self.device), self.base)
-        batches = sample_prompts(
-            self.base,
-            prompts=[pair.prompt for pair in pairs],
-            seeds=range(len(pairs)),
-            uses=[ActiveControl(self.control, hint)],
-            steps=10,
-        )
-        results = [image for batch in batches for image in to_images(batch)]
+        results = preview_images(self.base, self.control, hint, [pair.prompt for pair in pairs])
         score = self.condition.mean_score(
             given, [np.asarray(result) for result in results], truths, [pair.parameters for pair in pairs]
         )
@@ -127,5 +120,11 @@ class PairsObjective(Objective):
             results[:_STRIP],
             [Image.fromarray(image) for image in truths[:_STRIP]],
         ]
-        write_png(folder / f"{step:07d}.png", contact_sheet(rows, row_titles=("given", "result", "truth"), cell=96))
-        return {self.condition.fidelity.name: score}
+        scores = {self.condition.fidelity.name: score}
+        result = f"result, {self.preview_settings['mode']}"
+        write_preview(folder, step, rows, ("given", result, "truth"), scores, self.preview_settings)
+        return scores
+
+    @property
+    def preview_settings(self) -> dict[str, Any]:
+        return preview_settings(self.base, self.control)

@@ -7,6 +7,7 @@ from importlib import import_module
 from controlkit.bases.load import choose_device
 from controlkit.checkpoints.card import write_card
 from controlkit.errors import UserError
+from controlkit.sampling.settings import in_words
 from controlkit.training.objective import Objective
 from controlkit.training.recipe import Recipe
 from controlkit.training.recipes import (
@@ -42,7 +43,10 @@ def run(recipe: Recipe) -> dict[str, float]:
     for path in trained.files:
         if path.suffix == ".safetensors":
             rows = [f"| {name} | {value:.4g} |" for name, value in trained.scores.items()]
-            told = "\n".join(["On a few held-out pictures, after the last step:", "", "| | |", "|---|---|", *rows])
+            how = f" ({in_words(trained.scored)})" if trained.scored else ""
+            told = "\n".join(
+                [f"On a few held-out pictures, after the last step{how}:", "", "| | |", "|---|---|", *rows]
+            )
             picture = None if trained.preview is None else trained.preview.relative_to(path.parent)
             write_card(path, scores=told if rows else "", picture=picture, seconds=trained.seconds)
     return trained.scores
