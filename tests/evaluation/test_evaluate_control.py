@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -122,6 +123,21 @@ def test_other_weights_images_or_parameters_are_other_settings(tiny_base, tiny_c
     ours, theirs = (told(control=adapter)["control"] for adapter in adapters)
     assert ours["fingerprint"] != theirs["fingerprint"]
     assert ours["base_control"] == theirs["base_control"] == shared.fingerprint()
+
+
+def test_controls_in_different_modes_are_named_with_theirs(tiny_base, tiny_control):
+    class HalfAlone(type(tiny_control)):
+        conditional_only = True
+
+    half = copy.copy(tiny_control)
+    half.__class__ = HalfAlone
+    pictures = [evaluation_set("seen").first(1)]
+    both = {"one": tiny_control, "two": half}
+    same, _ = evaluate_controls(tiny_base, both, pictures, steps=1, mode="control")
+    assert "mode control, weight 1, guidance 3, 1 ddim steps." in same.notes
+    apart, _ = evaluate_controls(tiny_base, both, pictures, steps=1, mode="balanced")
+    assert "one: mode balanced, weight 1, guidance 3, 1 ddim steps." in apart.notes
+    assert "two: mode control, weight 1, guidance 3, 1 ddim steps." in apart.notes
 
 
 def test_the_mode_stands_beside_the_numbers(tiny_base, tiny_control):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
+from controlkit.apps.cli import main
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.checkpoints.controls import load_control
@@ -122,6 +125,15 @@ def test_every_place_that_has_a_score_names_its_mode(recipe, tmp_path, capsys):
         told = json.loads(image.text["preview"])
     assert told["settings"]["mode"] == "control"
     assert told["scores"] == {"canny: edge F1": lines[-1]["canny: edge F1"]}
+
+
+def test_the_verb_names_the_mode_of_its_scores(recipe, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"system": "controlnet", **dataclasses.asdict(recipe)}))
+    assert main(["train", str(path)]) == 0
+    assert f"({WORDS})" in capsys.readouterr().out
+    assert main(["train", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["preview"]["mode"] == "control"
 
 
 def test_an_adapters_card_and_report_are_in_the_base_s_own_mode(adapt_recipe):

@@ -143,7 +143,7 @@ def evaluate_control(
         notes=(
             "ceiling: the true picture through the autoencoder.",
             "gap closed = (control - no control) / (ceiling - no control).",
-            _acting(judgements),
+            f"{judgements[0].in_words}.",
             *_notes(judgements),
         ),
         facts={made.judged.name: made.facts for made in judgements},
@@ -180,6 +180,7 @@ def evaluate_controls(
     """
     ends: dict[str, Ends] = {}
     every: list[_Judgement] = []
+    named: dict[str, _Judgement] = {}
     rows: list[Row] = []
     facts: dict[str, Any] = {}
     acting: dict[str, Any] = {}
@@ -191,6 +192,7 @@ def evaluate_controls(
             for one in _numbered(sets)
         ]
         every += judgements
+        named[name] = judgements[0]
         rows += [(f"{name}, {made.pictures}", made.measure, *made.values) for made in judgements]
         facts[name] = {made.judged.name: made.facts for made in judgements}
         acting[name] = {
@@ -206,7 +208,7 @@ def evaluate_controls(
         title="Condition following",
         columns=("control, pictures", "measure", "no control", "control", "ceiling", "gap closed"),
         rows=tuple(rows),
-        notes=("ceiling: the true picture through the autoencoder.", _acting(every), *_notes(every)),
+        notes=("ceiling: the true picture through the autoencoder.", *_each_acting(named), *_notes(every)),
         facts=facts,
         settings={
             **base_settings(base),
@@ -239,6 +241,10 @@ class _Judgement:
     def measure(self) -> str:
         direction = "higher" if self.condition.fidelity.higher_is_better else "lower"
         return f"{self.condition.fidelity.name} ({direction} is better)"
+
+    @property
+    def in_words(self) -> str:
+        return in_words(self.acting | self.sampling)
 
     @property
     def pictures(self) -> str:
@@ -331,9 +337,14 @@ def _numbered(sets: Sequence[AnySet]) -> list[AnySet]:
     return named
 
 
-def _acting(judgements: Sequence[_Judgement]) -> str:
-    """Mode and sampling of all judgements, beside whose numbers they stand."""
-    return "; ".join(dict.fromkeys(in_words(made.acting | made.sampling) for made in judgements)) + "."
+def _each_acting(judgements: Mapping[str, _Judgement]) -> list[str]:
+    """Mode, weight and sampling of the controls: once if they are the same, else by the controls' names."""
+    by_words: dict[str, list[str]] = {}
+    for name, made in judgements.items():
+        by_words.setdefault(made.in_words, []).append(name)
+    if len(by_words) == 1:
+        return [f"{words}." for words in by_words]
+    return [f"{', '.join(names)}: {words}." for words, names in by_words.items()]
 
 
 def _notes(judgements: Sequence[_Judgement]) -> list[str]:

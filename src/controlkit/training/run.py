@@ -19,7 +19,7 @@ from controlkit.training.recipes import (
     CtrLoRABaseRecipe,
     CtrLoRAFullRecipe,
 )
-from controlkit.training.trainer import train
+from controlkit.training.trainer import Trained, train
 
 OBJECTIVES: dict[type[Recipe], str] = {
     AutoencoderRecipe: "autoencoder:AutoencoderObjective",
@@ -39,6 +39,11 @@ def run(recipe: Recipe) -> dict[str, float]:
     Returns:
         The last preview's scores.
     """
+    return run_whole(recipe).scores
+
+
+def run_whole(recipe: Recipe) -> Trained:
+    """`run`, with all that is known of the finished run."""
     trained = train(lambda: objective_of(recipe), recipe)
     for path in trained.files:
         if path.suffix == ".safetensors":
@@ -49,7 +54,7 @@ def run(recipe: Recipe) -> dict[str, float]:
             )
             picture = None if trained.preview is None else trained.preview.relative_to(path.parent)
             write_card(path, scores=told if rows else "", picture=picture, seconds=trained.seconds)
-    return trained.scores
+    return trained
 
 
 def objective_of(recipe: Recipe) -> Objective:
