@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -110,11 +110,11 @@ class Trial(BaseObjective):
             torch.manual_seed(recipe.seed)
             self.trained["unet"] = unet = UNet2DConditionModel.from_config(config)
             nn.init.constant_(unet.add_embedding.norm2.weight, 0.1)  # a UNet that knew the time alone goes on with it
-        self.snr = compute_snr(self.scheduler, torch.arange(self.scheduler.config.num_train_timesteps))
+        self.snr = self.schedule.snr(torch.arange(self.schedule.length))
 
     def errors(self, z: Tensor, prompts: list[str], t: Tensor, noise: Tensor) -> Tensor:
         """The mean squared error of v of each sample, `[B]`."""
-        x_t, v = self.scheduler.add_noise(z, noise, t), self.scheduler.get_velocity(z, noise, t)
+        x_t, v = self.schedule.add_noise(z, noise, t), self.schedule.target(z, noise, t)
         made = self.trained["unet"](x_t, t, encoder_hidden_states=self._text(prompts)).sample
         return (made - v).pow(2).mean((1, 2, 3))
 

@@ -44,10 +44,10 @@ class Objective(ABC):
         """The loss of optimiser step `step`; the same step always draws the same data and noise."""
 
     def diffusion_loss(self, drawn: Noised, prediction: Tensor) -> Tensor:
-        """Mean squared error of a prediction; `by_time` becomes what it was at each time."""
+        """The weighted mean squared error of a prediction; `by_time` becomes what it was at each time, unweighted."""
         squared = drawn.squared_error(prediction)
         self.by_time = drawn.by_time(squared)
-        return squared.mean()
+        return drawn.mean(squared)
 
     @abstractmethod
     def preview(self, step: int, folder: Path) -> dict[str, float]:
