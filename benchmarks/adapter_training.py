@@ -46,12 +46,12 @@ class Side:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.01)
         self.shared.train_adapter(ADAPTER)
         self.control = CtrLoRA(self.shared, ADAPTER)
-        self.scheduler = base.schedule()
+        self.schedule = base.schedule
         self.optimizer = torch.optim.AdamW(adapter.parameters(), lr=RATE, fused=fused)
 
     def step(self, number: int, z: Tensor, hint: Tensor, text: Text) -> float:
         """One optimiser step from latents, hints and embeddings; returns its loss."""
-        drawn = noised(self.scheduler, z, torch_generator(0, number), len(z), slice(None))
+        drawn = noised(self.schedule, z, torch_generator(0, number), len(z), slice(None))
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
             residuals = self.control(None, drawn.t, text, hint)
             loss = drawn.loss(self.base.predict(drawn.x_t, drawn.t, text, residuals))

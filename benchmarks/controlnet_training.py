@@ -37,13 +37,13 @@ class Ours:
         self.base = base
         self.bf16 = bf16
         self.control = fresh(base)
-        self.scheduler = base.schedule()
+        self.schedule = base.schedule
         self.parameters = self.control.trainable_parameters()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, fused=True)
 
     def step(self, number: int, z: Tensor, images: Tensor, text: Text) -> float:
         """One optimiser step from latents, condition images and embeddings; returns its loss."""
-        drawn = noised(self.scheduler, z, torch_generator(0, number), len(z), slice(None))
+        drawn = noised(self.schedule, z, torch_generator(0, number), len(z), slice(None))
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
             residuals = self.control(drawn.x_t, drawn.t, text, self.control.encode(images, self.base))
             loss = drawn.loss(self.base.predict(drawn.x_t, drawn.t, text, residuals))
@@ -61,7 +61,7 @@ class Script:
         self.base = base
         self.bf16 = bf16
         self.network = fresh(base).to_diffusers().train().requires_grad_(True)
-        self.scheduler = base.schedule()
+        self.schedule = base.schedule
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=RATE)
 
     def step(self, number: int, pictures: Tensor, images: Tensor, ids: Tensor) -> float:
@@ -70,7 +70,7 @@ class Script:
         with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.bf16):
             z = vae.encode(pictures).latent_dist.mode().float() * vae.config.scaling_factor
             embedded = self.base.text_encoder(ids)[0]
-            drawn = noised(self.scheduler, z, torch_generator(0, number), len(z), slice(None))
+            drawn = noised(self.schedule, z, torch_generator(0, number), len(z), slice(None))
             down, mid = self.network(
                 drawn.x_t, drawn.t, encoder_hidden_states=embedded, controlnet_cond=images, return_dict=False
             )

@@ -32,7 +32,7 @@ from torch import Tensor
 from controlkit import conditions
 from controlkit.bases.base import Base, Text
 from controlkit.bases.residuals import Residuals
-from controlkit.controls.control import Reads
+from controlkit.controls.control import Control, Reads
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.evaluation.pictures import evaluation_set
 from controlkit.formats.load import load_control
@@ -70,7 +70,7 @@ class EveryStep(CtrLoRA):
 
 def shipped(base: Base, names: Sequence[str]) -> tuple[list[CtrLoRA], list[Tensor], str]:
     """Adapters by name, condition images of a held-out picture, and its caption."""
-    shared: dict[str, BaseControlNet] = {}
+    shared: dict[str, Control] = {}
     drawing = evaluation_set("held-out").drawings[0]
     controls, images = [], []
     for name in names:

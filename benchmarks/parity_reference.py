@@ -53,7 +53,7 @@ from controlkit import __version__
 from controlkit.bases.base import Text
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet
-from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.formats.convert import convert
 from controlkit.formats.load import load_control
 
@@ -405,7 +405,7 @@ def _our_cases(files: Mapping[str, Path], folder: Path) -> dict[str, dict[str, l
 
 
 def _our_adapters(files: Mapping[str, Path]) -> dict[str, dict[str, list[Tensor]]]:
-    shared: dict[str, BaseControlNet] = {}
+    shared: dict[str, Control] = {}
     controls = [load_control(f"{files[name]}+{files['base']}", shared=shared) for name in ("first", "second")]
 
     def together(x: Inputs) -> Sequence[Tensor]:

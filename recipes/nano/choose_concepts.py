@@ -6,6 +6,9 @@ A concept that every set draws in another way (a hotel, a satellite) cannot be l
 that go into it are taken from the others. For each picture of a concept, its own concept's picture in another set is
 looked for among all concepts there, by EfficientNet-Lite0 features; a concept is chosen if it is among the five nearest
 in half of these twelve searches. The concepts of the grid in the README are always chosen. Held-out concepts never are.
+
+`recipes/nano/concepts.txt`, on which nano was trained, was chosen when the features were made with ImageNet's mean and
+deviation as input (docs/nano.md); this script may choose others now.
 """
 
 from __future__ import annotations

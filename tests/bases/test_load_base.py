@@ -135,7 +135,7 @@ def test_latents_are_never_clipped(base_folder, said):
     settings = json.loads(path.read_text())
     settings.pop("clip_sample")
     path.write_text(json.dumps({**settings, **said}))
-    assert load_base(base_folder).schedule().config.clip_sample is False
+    assert load_base(base_folder).schedule.config["clip_sample"] is False
 
 
 def test_a_base_for_inpainting_is_refused(base_folder, tiny_base):

@@ -127,8 +127,8 @@ def test_an_empty_tensor_says_that_it_predicts_v(tensors, tmp_path):
     save_file({**tensors, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "z.safetensors")
     plain, zero = (load_single_file(tmp_path / f"{name}.safetensors", torch.float32, PARTS) for name in "vz")
     assert plain.prediction_type == zero.prediction_type == "v_prediction"
-    assert not plain.schedule().config.rescale_betas_zero_snr
-    assert zero.schedule().alphas_cumprod[-1] < 1e-6 and zero.schedule().config.timestep_spacing == "trailing"
+    assert not plain.schedule.config["rescale_betas_zero_snr"]
+    assert zero.schedule.ends_in_pure_noise and zero.schedule.config["timestep_spacing"] == "trailing"
 
 
 @pytest.mark.parametrize("held", [{"state_dict": torch.zeros(2)}, {0: torch.zeros(2)}])

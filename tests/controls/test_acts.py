@@ -22,7 +22,6 @@ from controlkit.images import to_tensor
 from controlkit.sampling.cache import ResidualCache, digest
 from controlkit.sampling.plan import ActiveControl, Plan
 from controlkit.sampling.sampler import initial_noise, sample, sample_prompts
-from controlkit.sampling.samplers import build_sampler
 
 STEPS = 4
 SETTINGS = {"prompt": "red apple", "seeds": (1, 2, 3), "steps": STEPS, "guidance": 4.0}
@@ -355,7 +354,7 @@ def naive(base, uses, prompts, seeds, steps=STEPS, guidance=4.0):
     """Image by image, half by half and step by step, without a plan."""
     images = []
     for number, seed in enumerate(seeds):
-        solver = build_sampler("ddim", base, steps)
+        solver = base.schedule.solver("ddim", steps, base.device, base.name)
         x_t = initial_noise(base, [seed], base.size, base.size) * solver.initial
         own = [use.of_pictures(slice(number, number + 1)) for use in uses]
         for index, t in enumerate(solver.timesteps):

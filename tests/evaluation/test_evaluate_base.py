@@ -13,6 +13,9 @@ def test_nano_is_as_good_as_its_documents_say():
     autoencoder, colour, held_out, seen, retrieval = evaluate_base(load_base())
     assert autoencoder.facts["psnr"] >= 27
     assert colour.facts["colour_accuracy"] >= 0.95
-    assert held_out.facts["joint_share_left"] < 1
+    # By joint FD-lite0, concepts that were never trained on are no nearer than with captions shuffled (docs/nano.md).
+    assert held_out.facts["paired_share_left"] < 1
+    assert seen.facts["joint_share_left"] < 0.9
+    assert seen.facts["paired_share_left"] < 0.7
     assert seen.facts["joint_share_left"] < held_out.facts["joint_share_left"]
     assert retrieval.facts["retrieval_share_of_ceiling"] >= 0.6

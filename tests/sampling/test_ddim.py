@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from controlkit.bases.schedules.ddim import ddim_step, times_of
 from controlkit.errors import UserError
-from controlkit.sampling.ddim import ddim_step, times_of
 from controlkit.sampling.sampler import initial_noise, sample
 from tiny import SD1_SCHEDULE
 

@@ -17,7 +17,6 @@ from controlkit.images import to_tensor
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import SAMPLERS
 from controlkit.sampling.sampler import sample
-from controlkit.sampling.samplers import build_sampler
 from tiny import SD1_SCHEDULE
 
 PROMPT = "red apple, noto style, on a blue background"
@@ -86,7 +85,7 @@ def test_pictures_are_those_of_diffusers_with_the_same_sampler(
 def test_a_network_that_knows_the_picture_draws_it(sampler, steps, sd1_scheduled_base):
     base = with_schedule(sd1_scheduled_base, prediction_type="sample", timestep_spacing="trailing")
     clean, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(steps))
-    solver = build_sampler(sampler, base, steps)
+    solver = base.schedule.solver(sampler, steps, "cpu", base.name)
     assert solver.timesteps.shape == (steps,) and solver.timesteps.min() >= 0
     assert (solver.timesteps.diff() <= 0).all()
     for _ in range(2):  # the second batch begins anew

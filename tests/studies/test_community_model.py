@@ -6,11 +6,16 @@ import numpy as np
 
 from controlkit.bases.load import load_base
 from controlkit.formats.load import save_control
+from controlkit.studies import community_model
 from controlkit.studies.community_model import CommunityModel, run_community_model
 
 
+def samples(*args, **more):
+    raise AssertionError("a second run has nothing to sample")
+
+
 def test_a_control_on_a_fine_tuned_base_directly_and_by_offset(
-    tiny_base, tiny_control, base_folder, icons_file, tmp_path
+    tiny_base, tiny_control, base_folder, icons_file, tmp_path, monkeypatch
 ):
     save_control(tmp_path / "canny.safetensors", tiny_control, tiny_base)
     settings = CommunityModel(
@@ -26,6 +31,12 @@ def test_a_control_on_a_fine_tuned_base_directly_and_by_offset(
     )
     made = run_community_model(settings)
     (report,) = made.reports
+    assert report.settings["mode"] == "balanced" and "mode balanced" in report.notes[-1]
+    first, _, moved = report.settings["controls"].values()
+    assert first["fingerprint"] != moved["fingerprint"] and first["base"] != moved["base"]
+    monkeypatch.setattr(community_model, "draw_controlled", samples)
+    monkeypatch.setattr(community_model, "draw_prompts", samples)
+    assert run_community_model(settings).reports == made.reports
     assert [row[0] for row in report.rows] == [
         "the base, its control",
         "community model, control as it is",

@@ -69,11 +69,33 @@ def test_every_part_runs_once_and_resumes(settings, tmp_path, capsys):
     assert adapter.parameters < controlnet.parameters
     assert all(path.is_file() for path in study.files.values())
     assert "| palette: adapter |" in study.files["table"].read_text()
+    assert "mode balanced, weight 1, guidance 3, 2 ddim steps" in study.files["table"].read_text()
 
     capsys.readouterr()
     again = run_new_condition(NewCondition(**settings))
     assert again.cells == study.cells
     assert "steps" not in capsys.readouterr().err
+
+
+def test_tables_hold_numbers_and_what_they_depend_on(settings, tiny_base):
+    parts = ("rates", "ablation", "ranks", "pairs")
+    settings = {**settings, "parts": parts, "budgets": (1,), "detail_steps": 1, "ranks": (2,), "pair_counts": (4,)}
+    made = run_new_condition(NewCondition(**settings, mode="control"))
+    for report in made.reports:
+        kept = report.to_json()["settings"]
+        assert kept["mode"] == "control" and kept["steps"] == 2 and kept["sampler"] == "ddim"
+        assert kept["base"]["fingerprint"] == tiny_base.fingerprint
+        assert kept["base_control"]["fingerprint"]
+        assert kept["study"]["budgets"] == (1,)
+        assert kept["tasks"]["palette, 6 pairs"]["sets"][0]["images"] == 2
+        assert kept["tasks"]["palette, 6 pairs"]["condition"]["parameters"]
+        json.dumps(kept, default=str)
+    rows = {report.title.split(":")[0].split(",")[0]: report.rows for report in made.reports}
+    for title in ("Rank", "Pairs", "Learning rates", "Ablation on palette"):
+        words = [cell for row in rows[title] for cell in row if isinstance(cell, str)]
+        assert not any(character.isdigit() for word in words for character in word), words
+    kept = json.loads(next(Path(settings["out"]).glob("results-*/*.json")).read_text())
+    assert kept["settings"]["mode"] == "control" and kept["settings"]["recipe"]["system"]
 
 
 def test_every_mode_has_numbers_of_its_own_from_the_same_training(settings, capsys):

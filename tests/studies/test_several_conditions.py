@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.errors import UserError
 from controlkit.formats.load import save_control
+from controlkit.studies import several_conditions as study
 from controlkit.studies.several_conditions import SeveralConditions, run_several_conditions
 
 
@@ -30,8 +35,9 @@ def adapters(tiny_base, tmp_path):
     return [str(path) for path in files]
 
 
-def test_a_mix_is_judged_by_each_of_its_conditions_and_timed(adapters, base_folder, tmp_path):
-    settings = SeveralConditions(
+@pytest.fixture
+def settings(adapters, base_folder, tmp_path):
+    return SeveralConditions(
         out=str(tmp_path / "study"),
         base=str(base_folder),
         mixes=("+".join(adapters),),
@@ -39,13 +45,100 @@ def test_a_mix_is_judged_by_each_of_its_conditions_and_timed(adapters, base_fold
         sampling_steps=2,
         timed=(1, 3),
     )
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """How many controls acted each time that images were sampled, and a list of what timed them."""
+    calls = {"sampled": [], "timed": []}
+    draw_prompts, draw_controlled, times = study.draw_prompts, study.draw_controlled, study._times
+
+    def without(*args, **more):
+        calls["sampled"].append(0)
+        return draw_prompts(*args, **more)
+
+    def under(base, uses, *args, **more):
+        calls["sampled"].append(len(uses))
+        return draw_controlled(base, uses, *args, **more)
+
+    def timed(base, group, drawing):
+        calls["timed"].append(len(group))
+        return times(base, group, drawing)
+
+    monkeypatch.setattr(study, "draw_prompts", without)
+    monkeypatch.setattr(study, "draw_controlled", under)
+    monkeypatch.setattr(study, "_times", timed)
+    return calls
+
+
+def test_a_mix_is_judged_by_each_of_its_conditions_and_timed(settings, adapters, tiny_base):
     made = run_several_conditions(settings)
     fidelity, speed = made.reports
     assert [row[1] for row in fidelity.rows] == adapters
     assert all(isinstance(value, float) and math.isfinite(value) for row in fidelity.rows for value in row[2:])
-    assert [row[0] for row in speed.rows] == ["1", "3"]
-    assert all(float(str(row[-1])) < 1e-4 for row in speed.rows)
+    assert [row[0] for row in speed.rows] == [1, 3]
+    assert all(isinstance(value, float) for row in speed.rows for value in row[1:])
+    assert all(row[-1] < 1e-4 for row in speed.rows)
     assert made.files["pictures"].is_file()
+    assert fidelity.settings["mode"] == tiny_base.default_mode
+    assert fidelity.settings["base"]["fingerprint"] == tiny_base.fingerprint
+    assert fidelity.settings["study"]["pictures"] == fidelity.settings["sets"][0]["images"] == 3
+    assert len({control["fingerprint"] for control in fidelity.settings["controls"].values()}) == 2
+    assert fidelity.settings["controls"][adapters[1]]["condition"]["parameters"] == {"low": 100, "high": 200}
+    assert f"mode {tiny_base.default_mode}, weight 1, guidance 3, 2 ddim steps." in fidelity.notes
+
+
+def test_a_study_that_ran_resumes(settings, sampled):
+    first = run_several_conditions(settings)
+    assert sampled == {"sampled": [0, 1, 1, 2], "timed": [1, 3]}
+    again = run_several_conditions(settings)
+    assert sampled == {"sampled": [0, 1, 1, 2], "timed": [1, 3]}
+    assert again.reports == first.reports
+
+
+def test_a_study_that_was_stopped_goes_on_with_what_is_missing(settings, sampled, monkeypatch):
+    draw_controlled = study.draw_controlled
+
+    def stops(base, uses, *args, **more):
+        if len(uses) == 2:
+            raise KeyboardInterrupt
+        return draw_controlled(base, uses, *args, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(study, "draw_controlled", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run_several_conditions(settings)
+    assert sampled["sampled"] == [0, 1, 1]
+    run_several_conditions(settings)
+    assert sampled["sampled"] == [0, 1, 1, 2]
+
+
+def test_other_settings_and_other_adapters_are_sampled_anew(settings, sampled, adapters, tmp_path, tiny_base):
+    run_several_conditions(settings)
+    before = len(sampled["sampled"])
+    run_several_conditions(replace(settings, weight=0.5))
+    assert sampled["sampled"][before:] == [1, 1, 2]  # what is without control stays
+    before = len(sampled["sampled"])
+    run_several_conditions(replace(settings, sampling_steps=3))
+    assert sampled["sampled"][before:] == [0, 1, 1, 2]
+    before = len(sampled["sampled"])
+    tensors = load_file(adapters[0])
+    name = next(iter(tensors))
+    with safe_open(adapters[0], framework="pt") as file:
+        metadata = file.metadata()
+    save_file({**tensors, name: tensors[name] + 0.5}, adapters[0], metadata)
+    run_several_conditions(settings)
+    assert sampled["sampled"][before:] == [1, 2]
+
+
+def test_kept_images_that_are_damaged_are_sampled_again(settings, sampled):
+    run_several_conditions(settings)
+    kept = [path for path in (Path(settings.out) / "kept").rglob("*") if path.is_file()]
+    assert len(kept) == 6
+    for path in kept:
+        path.write_bytes(b"torn")
+    run_several_conditions(settings)
+    assert sampled == {"sampled": [0, 1, 1, 2] * 2, "timed": [1, 3] * 2}
 
 
 def test_a_mode_that_there_is_not_is_no_setting():

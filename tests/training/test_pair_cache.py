@@ -190,7 +190,7 @@ def plain_loss(objective, step):
     dropped = torch.rand(objective.whole, generator=generator) < objective.recipe.prompt_drop
     prompts = ["" if drop else pairs[index].prompt for index, drop in zip(chosen.tolist(), dropped, strict=True)]
     text = base.encode_text(prompts)
-    drawn = noised(objective.scheduler, z[chosen].float(), generator, objective.whole, slice(None))
+    drawn = noised(objective.base.schedule, z[chosen].float(), generator, objective.whole, slice(None))
     residuals = objective.control(drawn.x_t, drawn.t, text, hint[chosen].float())
     return drawn.loss(base.predict(drawn.x_t, drawn.t, text, residuals))
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from controlkit.evaluation.report import Report
 
 
+_CHOICES = ("base", "sets", "pairs", "share", "pictures")
+"""Arguments that say what is measured on what; how images are sampled is in the reports' settings."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("what", choices=("base", "control"), help="what is measured")
@@ -76,7 +80,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--sheet {args.sheet} is a folder; give the name of a PNG")
     reports = _of_base(args, settings) if args.what == "base" else _of_controls(args, settings)
     if args.json:
-        print_json({"reports": [report.to_json() for report in reports], "sheet": args.sheet})
+        asked = {name: getattr(args, name) for name in ("what", "names", *_CHOICES) if hasattr(args, name)}
+        print_json({"asked": asked, "reports": [report.to_json() for report in reports], "sheet": args.sheet})
         return
     for report in reports:
         show(report.table())
@@ -115,6 +120,9 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
             raise UserError(f"there is no set of pictures called {name!r}{nearest(name, list(SETS))}")
     if count < 1:
         raise UserError(f"--pictures {count}: at least one is needed")
+    for option, names in (("--sets", chosen), ("evaluate control", args.names)):
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"{option}: {twice} is there twice; name each once")
     pairs = _held_out(args, count)
     base = load_base(getattr(args, "base", "nano"), device=args.device)
     shared: dict[str, Any] = {}

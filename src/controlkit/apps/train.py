@@ -36,15 +36,17 @@ def run(args: argparse.Namespace) -> None:
         return
     recipe = read_recipe(args.recipe, args.settings)
 
-    from controlkit.training.run import run as train
+    from controlkit.sampling.settings import in_words
+    from controlkit.training.run import run_whole
 
-    scores = train(recipe)
+    trained = run_whole(recipe)
     if args.json:
-        print_json({"out": recipe.out, "scores": scores})
+        print_json({"out": recipe.out, "scores": trained.scores, "preview": trained.scored})
         return
     print(f"finished: {recipe.out}")
-    for name, value in scores.items():
-        print(f"{name}: {value:.4g}")
+    how = f" ({in_words(trained.scored)})" if trained.scored else ""
+    for name, value in trained.scores.items():
+        print(f"{name}: {value:.4g}{how}")
 
 
 def _list(kind: type, as_json: bool) -> None:

@@ -14,11 +14,12 @@ from itertools import chain
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from controlkit.bases.residuals import Residuals
+from controlkit.bases.schedules import Schedule, VariancePreserving
 from controlkit.bases.taps import Point, Taps, checkpoint_with_taps, tapped
 from controlkit.bases.unet import encoder_stages, points_of, sites_of, stage_points
 from controlkit.errors import UserError
@@ -161,8 +162,8 @@ class Base:
 
     @property
     def prediction_type(self) -> str:
-        """What the UNet predicts: `epsilon`, `v_prediction` or `sample`."""
-        return self.scheduler_config.get("prediction_type", "epsilon")
+        """What the network predicts: `Schedule.prediction`."""
+        return self.schedule.prediction
 
     @cached_property
     def fingerprint(self) -> str:
@@ -176,13 +177,10 @@ class Base:
         schedule = _settings_of(self.scheduler_config)
         return sha256_of(self.fingerprint, _settings_of(dict(self.unet.config)), *others, schedule)[:16]
 
-    def schedule(self) -> DDIMScheduler:
-        """A fresh DDIM schedule with the base's betas.
-
-        Latents are never clipped, whatever the configuration says or leaves out, and an offset that is left out is 1:
-        both as diffusers' StableDiffusionPipeline has it.
-        """
-        return DDIMScheduler.from_config({"steps_offset": 1, **self.scheduler_config, "clip_sample": False})
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The noise schedule that it was trained with."""
+        return VariancePreserving(self.scheduler_config)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Text:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from controlkit.bases.base import Base
 from controlkit.data.icons import COLOURS, TRAINED_STYLES, Drawing, caption_of
-from controlkit.evaluation.features import lite0_features
+from controlkit.evaluation.features import LITE0, lite0_features
 from controlkit.evaluation.metrics import (
     background_colour,
     frechet_distance,
@@ -23,9 +25,11 @@ from controlkit.evaluation.metrics import (
 )
 from controlkit.evaluation.pictures import SETS, EvaluationSet, evaluation_set
 from controlkit.evaluation.report import Report, gap_closed
+from controlkit.evaluation.settings import content_of, seeds_of, set_settings
 from controlkit.images import contact_sheet, to_images, to_tensor
 from controlkit.sampling.request import DEFAULT_SAMPLER, DEFAULT_STEPS
 from controlkit.sampling.sampler import sample_prompts
+from controlkit.sampling.settings import base_settings, sampling_settings
 
 Named = tuple[str, Sequence[np.ndarray]]
 """What pictures are, and the pictures."""
@@ -63,13 +67,17 @@ def evaluate_base(
     ceiling = "true pictures through the autoencoder (ceiling)"
     again = ("true pictures at another scale and place, through the autoencoder (ceiling)", through("seen-again"))
     of_seen = drawn(seen)
-    return [
+    reports = [
         _autoencoder(base, held_out),
         _colour(base, held_out, steps, guidance, sampler),
         _distribution(held_out, drawn(held_out), drawn(held_out, shuffled=True), (ceiling, through("held-out"))),
         _distribution(seen, of_seen, drawn(seen, shuffled=True), again),
         _retrieval(seen, of_seen, (ceiling, through("seen"))),
     ]
+    told = sampling_settings(base, steps=steps, guidance=guidance, sampler=sampler)
+    # The first samples nothing: true images go through the autoencoder.
+    shared = [base_settings(base), *[base_settings(base) | told] * (len(reports) - 1)]
+    return [replace(report, settings=all_of | report.settings) for all_of, report in zip(shared, reports, strict=True)]
 
 
 def base_grid(
@@ -125,6 +133,7 @@ def _autoencoder(base: Base, pictures: EvaluationSet) -> Report:
         columns=("pictures", "PSNR, dB", "SSIM"),
         rows=tuple(rows),
         facts={"psnr": rows[0][1], "ssim": rows[0][2]},
+        settings={"sets": [_set_settings(pictures), _set_settings(evaluation_set("openmoji"))]},
     )
 
 
@@ -148,6 +157,11 @@ def _colour(base: Base, pictures: EvaluationSet, steps: int, guidance: float | N
             ("true pictures through the autoencoder (ceiling)", float(np.mean(ceiling))),
         ),
         facts={"colour_accuracy": right},
+        settings={
+            "sets": [_set_settings(pictures)],
+            "prompts": {"count": len(prompts), "content": content_of((), prompts)},
+            "seeds": seeds_of(len(prompts)),
+        },
     )
 
 
@@ -180,6 +194,7 @@ def _distribution(
             "(DeVries et al. 2019) is of features beside what captions say; paired: from the caption's own picture.",
         ),
         facts={"fd_lite0": rows[1][1], "joint_share_left": left[1], "paired_share_left": left[2]},
+        settings={"sets": [_set_settings(pictures)], "seeds": seeds_of(len(truths)), "features": LITE0},
     )
 
 
@@ -195,7 +210,13 @@ def _retrieval(pictures: EvaluationSet, generated: Sequence[np.ndarray], ceiling
         columns=("", "top-5"),
         rows=(("chance (baseline)", 5 / count), ("generated", found), (ceiling[0], best)),
         facts={"retrieval_top5": found, "retrieval_share_of_ceiling": found / best},
+        settings={"sets": [_set_settings(pictures)], "seeds": seeds_of(len(concepts)), "features": LITE0},
     )
+
+
+def _set_settings(pictures: EvaluationSet) -> dict[str, Any]:
+    drawings = pictures.drawings
+    return set_settings(pictures.name, [one.image for one in drawings], [one.caption for one in drawings])
 
 
 def _caption_features(drawings: Sequence[Drawing]) -> Tensor:

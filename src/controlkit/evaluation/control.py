@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -19,10 +19,13 @@ from controlkit.errors import UserError
 from controlkit.evaluation.base import draw_prompts, reconstruct
 from controlkit.evaluation.pictures import EvaluationSet
 from controlkit.evaluation.report import Report, Row, gap_closed
+from controlkit.evaluation.settings import condition_settings, content_of, control_settings, seeds_of, set_settings
+from controlkit.files import sha256_of
 from controlkit.images import contact_sheet, resize_cover, to_images, to_tensor
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import DEFAULT_SAMPLER, DEFAULT_STEPS
 from controlkit.sampling.sampler import pictures_at_once, sample_prompts
+from controlkit.sampling.settings import base_settings, in_words, sampling_settings
 
 _SHOWN = 8
 
@@ -37,6 +40,9 @@ class Judged:
     prompts: Sequence[str]
     parameters: Sequence[Mapping[str, Any]] | None = None
     """Those that each condition image was made with; None if all were made with the defaults."""
+
+
+AnySet = TypeVar("AnySet", EvaluationSet, Judged, EvaluationSet | Judged)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,23 +114,24 @@ def evaluate_control(
     """Condition following on each set: no control (baseline), this control, the true picture (ceiling).
 
     Args:
-        ends: of each set by its name, from other controls that were judged with the same settings; what is missing is
-            drawn and added.
+        sets: those of one name are numbered, `held-out pairs`, `held-out pairs 2`.
+        ends: baselines and ceilings that earlier calls drew and kept in this dict, by a hash of what they depend on;
+            what is missing is drawn and added.
 
     Returns:
         The table and a sheet of the first eight pictures of each set.
     """
     ends = {} if ends is None else ends
     judgements = [
-        _judge(base, control, pictures, ends, steps=steps, guidance=guidance, sampler=sampler, weight=weight, mode=mode)
-        for pictures in sets
+        _judge(base, control, one, ends, steps=steps, guidance=guidance, sampler=sampler, weight=weight, mode=mode)
+        for one in _numbered(sets)
     ]
     sheet: dict[str, Sequence[np.ndarray]] = {}
     for made in judgements:
         name = made.judged.name
         columns = {
             "given": made.judged.given,
-            "no control": ends[name].without,
+            "no control": made.ends.without,
             "control": made.steered,
             "truth": made.judged.truths,
         }
@@ -136,9 +143,17 @@ def evaluate_control(
         notes=(
             "ceiling: the true picture through the autoencoder.",
             "gap closed = (control - no control) / (ceiling - no control).",
+            f"{judgements[0].in_words}.",
             *_notes(judgements),
         ),
         facts={made.judged.name: made.facts for made in judgements},
+        settings={
+            **base_settings(base),
+            **sampling_settings(base, steps=steps, guidance=guidance, sampler=sampler),
+            "control": judgements[0].acting,
+            "condition": condition_settings(judgements[0].condition),
+            "sets": [made.set_settings for made in judgements],
+        },
     )
     cells = [[Image.fromarray(picture) for picture in group] for group in sheet.values()]
     return report, contact_sheet(cells, row_titles=list(sheet), cell=96)
@@ -165,20 +180,26 @@ def evaluate_controls(
     """
     ends: dict[str, Ends] = {}
     every: list[_Judgement] = []
+    named: dict[str, _Judgement] = {}
     rows: list[Row] = []
     facts: dict[str, Any] = {}
+    acting: dict[str, Any] = {}
     strips: list[Sequence[Image.Image]] = []
     titles: list[str] = []
     for name, control in controls.items():
         judgements = [
-            _judge(
-                base, control, pictures, ends, steps=steps, guidance=guidance, sampler=sampler, weight=weight, mode=mode
-            )
-            for pictures in sets
+            _judge(base, control, one, ends, steps=steps, guidance=guidance, sampler=sampler, weight=weight, mode=mode)
+            for one in _numbered(sets)
         ]
         every += judgements
+        named[name] = judgements[0]
         rows += [(f"{name}, {made.pictures}", made.measure, *made.values) for made in judgements]
         facts[name] = {made.judged.name: made.facts for made in judgements}
+        acting[name] = {
+            **judgements[0].acting,
+            "condition": condition_settings(judgements[0].condition),
+            "sets": [made.set_settings for made in judgements],
+        }
         for title, group in ((name, judgements[0].judged.given), ("result", judgements[0].steered)):
             strips.append([Image.fromarray(image) for image in group[:_SHOWN]])
             titles.append(title)
@@ -187,8 +208,13 @@ def evaluate_controls(
         title="Condition following",
         columns=("control, pictures", "measure", "no control", "control", "ceiling", "gap closed"),
         rows=tuple(rows),
-        notes=("ceiling: the true picture through the autoencoder.", *_notes(every)),
+        notes=("ceiling: the true picture through the autoencoder.", *_each_acting(named), *_notes(every)),
         facts=facts,
+        settings={
+            **base_settings(base),
+            **sampling_settings(base, steps=steps, guidance=guidance, sampler=sampler),
+            "controls": acting,
+        },
     )
     return report, contact_sheet(strips, row_titles=[*titles, "truth"], cell=72)
 
@@ -199,7 +225,12 @@ class _Judgement:
 
     condition: conditions.Condition
     judged: Judged
+    ends: Ends
     steered: Sequence[np.ndarray]
+    acting: dict[str, Any]
+    """The control, its weight and its mode, as `control_settings` tells them."""
+    sampling: dict[str, Any]
+    """Steps, guidance and sampler."""
     baseline: float
     value: float
     ceiling: float
@@ -212,6 +243,10 @@ class _Judgement:
         return f"{self.condition.fidelity.name} ({direction} is better)"
 
     @property
+    def in_words(self) -> str:
+        return in_words(self.acting | self.sampling)
+
+    @property
     def pictures(self) -> str:
         return f"{self.judged.name} ({len(self.judged.truths)})"
 
@@ -222,6 +257,12 @@ class _Judgement:
     @property
     def facts(self) -> dict[str, float]:
         return dict(zip(("baseline", "control", "ceiling", "gap_closed"), self.values, strict=True))
+
+    @property
+    def set_settings(self) -> dict[str, Any]:
+        made = self.judged
+        told = set_settings(made.name, made.truths, made.prompts, given=made.given, parameters=made.parameters)
+        return told | {"seeds": seeds_of(len(made.truths))}
 
 
 def _judge(
@@ -242,11 +283,13 @@ def _judge(
         raise UserError(f"{control.title} takes {words_of_inputs(control)}; evaluation gives one condition image alone")
     condition, notes = _measured(conditions.find(control.condition))
     judged = pictures if isinstance(pictures, Judged) else judged_drawings(condition, pictures, base.size)
-    if judged.name not in ends:
-        ends[judged.name] = draw_ends(base, judged.truths, judged.prompts, steps, guidance, sampler)
+    sampling = sampling_settings(base, steps=steps, guidance=guidance, sampler=sampler)
+    key = sha256_of(base.content, content_of(judged.truths, judged.prompts), repr(sampling))
+    if key not in ends:
+        ends[key] = draw_ends(base, judged.truths, judged.prompts, steps, guidance, sampler)
     use = Steer(control=control, given=judged.given, weight=weight, mode=mode)
     steered = draw_controlled(base, [use], judged.prompts, steps=steps, guidance=guidance, sampler=sampler)
-    drawn = (ends[judged.name].without, steered, ends[judged.name].mirrored)
+    drawn = (ends[key].without, steered, ends[key].mirrored)
     baseline, value, ceiling = (
         condition.mean_score(judged.given, results, judged.truths, judged.parameters) for results in drawn
     )
@@ -258,7 +301,10 @@ def _judge(
     return _Judgement(
         condition=condition,
         judged=judged,
+        ends=ends[key],
         steered=steered,
+        acting=control_settings(base, control, weight=weight, mode=mode),
+        sampling=sampling,
         baseline=baseline,
         value=value,
         ceiling=ceiling,
@@ -279,6 +325,28 @@ def _measured(condition: conditions.Condition) -> tuple[conditions.Condition, tu
         told = f"{condition.name} of a result cannot be drawn, so results are compared with the true picture ({error})."
         return by_the_picture(condition), (told,)
     return condition, ()
+
+
+def _numbered(sets: Sequence[AnySet]) -> list[AnySet]:
+    """`sets` with names of their own: another of a name has its number behind it."""
+    named: list[AnySet] = []
+    for one in sets:
+        taken, name, number = {other.name for other in named}, one.name, 1
+        while name in taken:
+            number += 1
+            name = f"{one.name} {number}"
+        named.append(replace(one, name=name))
+    return named
+
+
+def _each_acting(judgements: Mapping[str, _Judgement]) -> list[str]:
+    """Mode, weight and sampling of the controls: once if they are the same, else by the controls' names."""
+    by_words: dict[str, list[str]] = {}
+    for name, made in judgements.items():
+        by_words.setdefault(made.in_words, []).append(name)
+    if len(by_words) == 1:
+        return [f"{words}." for words in by_words]
+    return [f"{', '.join(names)}: {words}." for words, names in by_words.items()]
 
 
 def _notes(judgements: Sequence[_Judgement]) -> list[str]:

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-Row = tuple[str | float | None, ...]
-"""First entry: the row's name; None where a number does not exist."""
+Row = tuple[str | int | float | None, ...]
+"""First entry: the row's name, or the number that it is about; None where a number does not exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,8 @@ class Report:
     """What has to be said beside the numbers."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Numbers that follow from the table, by name."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the numbers depend on, as plain values: base, control, sets, sampling, device, versions."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -57,9 +59,13 @@ def gap_closed(baseline: float, value: float, ceiling: float) -> float:
     return (value - baseline) / (ceiling - baseline) if ceiling != baseline else float("nan")
 
 
-def _show(value: str | float | None) -> str:
+def _show(value: str | int | float | None) -> str:
     if value is None:
         return "-"
     if isinstance(value, str):
         return value
+    if isinstance(value, int):
+        return f"{value:,}"
+    if 0 < abs(value) < 0.001:
+        return f"{value:.2g}"  # a learning rate, or a difference of rounding
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"

@@ -62,6 +62,14 @@ class ActiveControl:
         """One that acts in `mode` (of `request.MODES`); None is the base's own."""
         return cls(**settings, conditional_only=(mode or base.default_mode) == "control")
 
+    @staticmethod
+    def mode_in(mode: str | None, base: Base, control: Control) -> str:
+        """The mode in which `control` acts when `mode` is asked for; None is the base's own.
+
+        A control that is meant for the half with the prompt alone acts in no other.
+        """
+        return "control" if control.conditional_only else mode or base.default_mode
+
     def of_pictures(self, pictures: slice) -> ActiveControl:
         """The same for some of the pictures."""
         if rows_of(self.hint) == 1:

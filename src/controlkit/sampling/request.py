@@ -20,7 +20,7 @@ MOST_PIXELS = 16384
 DEFAULT_STEPS = 20
 DEFAULT_SAMPLER = "ddim"
 SAMPLERS = ("ddim", "dpm++", "dpm++-karras", "unipc", "euler")
-"""Names of samplers (`sampling/samplers.py`)."""
+"""Names of samplers (`bases/schedules/solvers.py`)."""
 MODES = ("balanced", "control")
 """On which halves of classifier-free guidance a control acts: on both, or on the one that has the prompt."""
 

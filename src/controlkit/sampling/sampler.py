@@ -14,7 +14,6 @@ from controlkit.errors import UserError
 from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl, Plan, rows_at_once
 from controlkit.sampling.request import DEFAULT_SAMPLER, DEFAULT_STEPS
-from controlkit.sampling.samplers import build_sampler
 
 
 def sample(base: Base, *, prompt: str, seeds: Sequence[int], **settings: Any) -> Iterator[Tensor]:
@@ -59,7 +58,7 @@ def sample_prompts(
     guidance = base.default_guidance if guidance is None else guidance
     batch_size = batch_size or pictures_at_once(width, height)
     base.check_size(width, height)
-    solver = build_sampler(sampler, base, steps)
+    solver = base.schedule.solver(sampler, steps, base.device, base.name)
     plan: Plan | None = None
     one_for_all = len(prompts) == 1 and all(rows_of(use.hint) == 1 for use in uses)
     for first in range(0, len(seeds), batch_size):

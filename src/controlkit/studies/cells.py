@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,8 +21,10 @@ from controlkit.data.pairs import read_pairs
 from controlkit.evaluation.base import draw_prompts, reconstruct
 from controlkit.evaluation.control import Judged, Steer, draw_controlled
 from controlkit.evaluation.report import gap_closed
+from controlkit.evaluation.settings import condition_settings, content_of, seeds_of, set_settings
 from controlkit.files import read_json, sha256_of, write_json
 from controlkit.images import contact_sheet, write_png
+from controlkit.sampling.settings import base_settings, sampling_settings
 from controlkit.training.pairs_objective import PairsObjective
 from controlkit.training.recipe import identifying
 from controlkit.training.recipes import PairsRecipe
@@ -43,6 +46,20 @@ class Task:
     held_out: float
     """Share of the pairs that is not trained on."""
     judged: Judged
+
+    def settings(self) -> dict[str, Any]:
+        """What its numbers depend on besides the control, as plain values."""
+        judged = self.judged
+        return {
+            "condition": condition_settings(self.condition),
+            "pairs": {"folder": str(self.pairs), "held_out": self.held_out, "content": self.content[:16]},
+            "sets": [
+                set_settings(
+                    judged.name, judged.truths, judged.prompts, given=judged.given, parameters=judged.parameters
+                )
+            ],
+            "seeds": seeds_of(len(judged.truths)),
+        }
 
     @cached_property
     def content(self) -> str:
@@ -107,7 +124,7 @@ class Bench:
         self.mode = mode
         self.sampling_steps = sampling_steps
         self.results = folder / f"results-{self.key}"
-        self._ends: dict[str, tuple[float, float]] = {}
+        self._ends: dict[tuple[str, str], tuple[float, float]] = {}
 
     def cell(self, task: Task, method: str, recipe: PairsRecipe) -> Cell:
         """Train by `recipe` (going on from fewer steps where that was done) and judge on the task's pictures."""
@@ -120,8 +137,21 @@ class Bench:
             if _steps_done(Path(out)) > recipe.steps:
                 out += f"-{recipe.steps}-steps"
             recipe = dataclasses.replace(recipe, out=out)
-            write_json(path, dataclasses.asdict(self._measure(task, method, recipe)))
-        return Cell(**read_json(path))
+            measured = dataclasses.asdict(self._measure(task, method, recipe))
+            write_json(path, {**measured, "settings": self._settings(task, recipe)})
+        kept = read_json(path)
+        return Cell(**{field.name: kept[field.name] for field in dataclasses.fields(Cell)})
+
+    def _settings(self, task: Task, recipe: PairsRecipe) -> dict[str, Any]:
+        """What a cell's numbers depend on, as plain values, for whoever reads its file."""
+        return {
+            **base_settings(self.base),
+            **sampling_settings(self.base, steps=self.sampling_steps),
+            "mode": self.mode,
+            "weight": 1.0,
+            **task.settings(),
+            "recipe": {"system": recipe.system, **identifying(recipe)},
+        }
 
     def sheet_path(self, run: str, steps: int) -> Path:
         """The first pictures that a cell drew, in a row."""
@@ -167,10 +197,12 @@ class Bench:
 
     def _ends_of(self, task: Task) -> tuple[float, float]:
         """Baseline (no control, same prompts and seeds) and ceiling (the truth through the autoencoder)."""
-        if task.name not in self._ends:
-            without = draw_prompts(self.base, task.judged.prompts, self.sampling_steps)
-            self._ends[task.name] = (_score(task, without), _score(task, reconstruct(self.base, task.judged.truths)))
-        return self._ends[task.name]
+        judged = task.judged
+        key = (task.condition.name, content_of(judged.truths, judged.prompts, judged.given))
+        if key not in self._ends:
+            without = draw_prompts(self.base, judged.prompts, self.sampling_steps)
+            self._ends[key] = (_score(task, without), _score(task, reconstruct(self.base, judged.truths)))
+        return self._ends[key]
 
 
 def _score(task: Task, results: Sequence[np.ndarray]) -> float:

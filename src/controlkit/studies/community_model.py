@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,9 +25,14 @@ from controlkit.evaluation.base import draw_prompts, reconstruct
 from controlkit.evaluation.control import Steer, draw_controlled
 from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
 from controlkit.evaluation.report import Report, Row, gap_closed
+from controlkit.evaluation.settings import condition_settings, content_of, control_settings, seeds_of, set_settings
 from controlkit.formats.load import load_control
 from controlkit.formats.transfer import LIMITS, transfer
 from controlkit.images import contact_sheet, write_png
+from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.request import check_mode
+from controlkit.sampling.settings import sampling_settings
+from controlkit.studies.kept import Kept, study_settings, with_settings
 from controlkit.training.recipes import build_recipe
 from controlkit.training.run import run
 
@@ -37,7 +44,7 @@ class CommunityModel:
     """Settings of the study."""
 
     out: str = "runs/study/community-model"
-    """Folder for the fine-tuned model and the sheet."""
+    """Folder for the fine-tuned model, the sheet and the images that are kept (`kept/`)."""
     base: str = "nano"
     """The base to fine-tune."""
     control: str = "canny"
@@ -56,8 +63,11 @@ class CommunityModel:
     """Held-out pictures."""
     sampling_steps: int = 20
     """DDIM steps."""
+    mode: str = "balanced"
+    """In which the control acts (`ControlUse.mode`); `balanced` is that of the table in docs/files.md."""
 
     def __post_init__(self) -> None:
+        check_mode(self.mode)
         if min(self.pictures, self.sampling_steps, self.steps, self.batch_size) < 1:
             raise UserError("pictures, sampling_steps, steps and batch_size must be at least 1")
 
@@ -95,7 +105,9 @@ def run_community_model(settings: CommunityModel) -> Compared:
     report, sheet = _compare(settings, control.condition, judged, ways, offset.distance)
     path = Path(settings.out) / "community-model.png"
     write_png(path, sheet)
-    return Compared(reports=(report,), files={"pictures": path})
+    mode = ActiveControl.mode_in(settings.mode, original, control)
+    told = study_settings(settings, original, mode=mode)
+    return Compared(reports=with_settings([report], told), files={"pictures": path})
 
 
 def _fine_tuned(settings: CommunityModel) -> Base:
@@ -139,11 +151,19 @@ def _compare(
     rows: list[Row] = []
     strips: list[Sequence[np.ndarray]] = [given[:_SHOWN]]
     without: dict[int, list[np.ndarray]] = {}
+    kept = Kept(Path(settings.out), {"set": content_of(truths, prompts), "given": content_of(given, ())})
+    controls: dict[str, Any] = {}
     for name, base, control in ways:
+        own = {"base": base.content, **sampling_settings(base, steps=steps)}
         if id(base) not in without:
-            without[id(base)] = draw_prompts(base, prompts, steps)
+            plain = partial(draw_prompts, base, prompts, steps)
+            without[id(base)] = kept.images("without control", own, plain)
             strips.append(without[id(base)][:_SHOWN])
-        made = draw_controlled(base, [Steer(control=control, given=given, mode="balanced")], prompts, steps=steps)
+        acting = control_settings(base, control, weight=1.0, mode=settings.mode)
+        use = Steer(control=control, given=given, mode=settings.mode)
+        steered = partial(draw_controlled, base, [use], prompts, steps=steps)
+        made = kept.images(name, {**own, "control": acting}, steered)
+        controls[name] = {**acting, "base": {"fingerprint": base.fingerprint, "content": base.content}}
         low, value, high = score(without[id(base)]), score(made), score(reconstruct(base, truths))
         rows.append((name, low, value, high, gap_closed(low, value, high)))
         strips.append(made[:_SHOWN])
@@ -159,6 +179,13 @@ def _compare(
             f" its UNet is {distance:.1%} away where the control copied it.",
             LIMITS,
         ),
+        facts={"distance": distance},
+        settings={
+            "controls": controls,
+            "condition": condition_settings(kind),
+            "sets": [set_settings(f"held-out, {settings.style}", truths, prompts, given=given)],
+            "seeds": seeds_of(len(truths)),
+        },
     )
     cells = [[Image.fromarray(image) for image in strip] for strip in strips]
     return report, contact_sheet(cells, row_titles=titles, cell=80)

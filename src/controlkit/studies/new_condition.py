@@ -31,6 +31,7 @@ from controlkit.formats.metadata import read_metadata
 from controlkit.sampling.request import check_mode
 from controlkit.studies.cells import Bench, Cell, Task
 from controlkit.studies.figure import plot, require_matplotlib, sheet_of
+from controlkit.studies.kept import study_settings, with_settings
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, REPORTS
 from controlkit.training.recipes import PairsRecipe, build_recipe
 
@@ -153,10 +154,11 @@ class _Run:
         self.out = Path(settings.out)
         self.base: Base = load_base(settings.base)
         control = find_control(settings.control)
-        fingerprint = read_metadata(control).get("control.fingerprint", "")
+        self.fingerprint = read_metadata(control).get("control.fingerprint", "")
         self.bench = Bench(
-            self.out, self.base, [fingerprint], sampling_steps=settings.sampling_steps, mode=settings.mode
+            self.out, self.base, [self.fingerprint], sampling_steps=settings.sampling_steps, mode=settings.mode
         )
+        self.tasks: dict[tuple[str, int], Task] = {}
 
     @cached_property
     def sets(self) -> IconSets:
@@ -165,9 +167,15 @@ class _Run:
 
     def study(self) -> Study:
         made = {part: list(getattr(self, part)()) for part in PARTS if part in self.settings.parts}
-        reports = [report for part, cells in made.items() for report in REPORTS[part](cells)]
+        reports = self._with_settings([report for part, cells in made.items() for report in REPORTS[part](cells)])
         cells = tuple(cell for group in made.values() for cell in group)
-        return Study(reports=tuple(reports), cells=cells, files=self._write(made, reports))
+        return Study(reports=reports, cells=cells, files=self._write(made, reports))
+
+    def _with_settings(self, reports: Sequence[Report]) -> tuple[Report, ...]:
+        told = study_settings(self.settings, self.base, mode=self.settings.mode)
+        tasks = {f"{name}, {count} pairs": task.settings() for (name, count), task in self.tasks.items()}
+        control = {"name": self.settings.control, "fingerprint": self.fingerprint}
+        return with_settings(reports, {**told, "base_control": control, "tasks": tasks})
 
     def rates(self) -> Iterator[Cell]:
         task = self.task(self.settings.rate_condition, self.settings.pairs)
@@ -241,6 +249,12 @@ class _Run:
         return self.bench.cell(task, method, recipe)
 
     def task(self, name: str, count: int) -> Task:
+        """The condition `name` with `count` pairs, read and made once."""
+        if (name, count) not in self.tasks:
+            self.tasks[name, count] = self._task(name, count)
+        return self.tasks[name, count]
+
+    def _task(self, name: str, count: int) -> Task:
         for text in self.settings.given:
             called, folder, scored_by = _parse_given(text)
             if called == name:

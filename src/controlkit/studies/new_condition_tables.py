@@ -12,7 +12,7 @@ ADAPTER, CONTROLNET = "adapter", "ControlNet"
 
 
 def rates_report(cells: Iterable[Cell]) -> list[Report]:
-    rows = [(cell.method, f"{cell.rate:g}", cell.score, cell.gap_closed) for cell in cells]
+    rows = [(cell.method, cell.rate, cell.score, cell.gap_closed) for cell in cells]
     return [
         Report(
             title="Learning rates: gap closed",
@@ -91,7 +91,7 @@ def ablation_report(cells: Sequence[Cell]) -> list[Report]:
     for method in methods:
         shown = "+ LoRA (the adapter)" if method == ADAPTER else method
         parameters = at[method, budgets[0]].parameters
-        rows.append((shown, f"{parameters:,}", *(at[method, steps].gap_closed for steps in budgets)))
+        rows.append((shown, parameters, *(at[method, steps].gap_closed for steps in budgets)))
     return [
         Report(
             title=f"Ablation on {cells[0].task}: gap closed after so many steps",
@@ -102,7 +102,7 @@ def ablation_report(cells: Sequence[Cell]) -> list[Report]:
 
 
 def ranks_report(cells: Sequence[Cell]) -> list[Report]:
-    rows = [(str(cell.rank), f"{cell.parameters:,}", cell.score, cell.gap_closed) for cell in cells]
+    rows = [(cell.rank, cell.parameters, cell.score, cell.gap_closed) for cell in cells]
     return [
         Report(
             title=f"Rank, on {cells[0].task}, {cells[0].steps} steps",
@@ -113,7 +113,7 @@ def ranks_report(cells: Sequence[Cell]) -> list[Report]:
 
 
 def pairs_report(cells: Sequence[Cell]) -> list[Report]:
-    rows = [(f"{cell.pairs}", cell.score, cell.gap_closed) for cell in cells]
+    rows = [(cell.pairs, cell.score, cell.gap_closed) for cell in cells]
     return [
         Report(
             title=f"Pairs, on {cells[0].task}, {cells[0].steps} steps",

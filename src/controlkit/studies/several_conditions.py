@@ -2,14 +2,17 @@
 
 CtrLoRA adds the residuals of several conditions (Xu et al. 2025, section 3.4). Here the adapters run in one batched
 pass; the study compares fidelity to each condition with that of each alone, and the time with one pass after another.
+What was sampled and timed is kept in the study's folder, so that running it again resumes.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +24,18 @@ from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.controls.control import Control
 from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.data.icons import Drawing
 from controlkit.errors import UserError
 from controlkit.evaluation.base import draw_prompts, reconstruct
 from controlkit.evaluation.control import Steer, draw_controlled
 from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
 from controlkit.evaluation.report import Report, Row, gap_closed
+from controlkit.evaluation.settings import condition_settings, content_of, control_settings, seeds_of, set_settings
 from controlkit.formats.load import load_control
 from controlkit.images import contact_sheet, to_tensor, write_png
 from controlkit.sampling.request import DEFAULT_STEPS, check_mode
+from controlkit.sampling.settings import base_settings, sampling_settings, versions
+from controlkit.studies.kept import Kept, study_settings, with_settings
 
 _ROUNDS = 7
 _SHOWN = 8
@@ -39,7 +46,7 @@ class SeveralConditions:
     """Settings of the study."""
 
     out: str = "runs/study/several-conditions"
-    """Folder for the sheet."""
+    """Folder for the sheet and for what is kept (`kept/`; without it, all is sampled and timed anew)."""
     base: str = "nano"
     """The base."""
     mixes: tuple[str, ...] = ("palette+lineart", "palette+canny", "lineart+silhouette")
@@ -85,10 +92,30 @@ def run_several_conditions(settings: SeveralConditions) -> Mixed:
     names = list(dict.fromkeys(name for mix in settings.mixes for name in mix.split("+")))
     controls = {name: _adapter(name, base, shared) for name in names}
     pictures = evaluation_set("held-out").first(settings.pictures)
-    fidelity, sheet = _fidelity(settings, base, controls, pictures)
+    mode = settings.mode or base.default_mode
+    acting = {
+        name: control_settings(base, control, weight=settings.weight, mode=mode) for name, control in controls.items()
+    }
+    kept = Kept(
+        Path(settings.out),
+        {"base": base.content, **sampling_settings(base, steps=settings.sampling_steps)},
+    )
+    fidelity, sheet = _fidelity(settings, base, controls, acting, pictures, kept)
     path = Path(settings.out) / "several-conditions.png"
     write_png(path, sheet)
-    speed = _speed(base, list(controls.values()), pictures, settings)
+    speed = _speed(base, controls, acting, pictures, settings, kept)
+    told = study_settings(settings, base, mode=mode, weight=settings.weight)
+    conditions_of = {
+        name: condition_settings(conditions.find(control.condition or "")) for name, control in controls.items()
+    }
+    more = {
+        "controls": {name: {**acting[name], "condition": conditions_of[name]} for name in controls},
+        "sets": [_set_settings(pictures)],
+        "seeds": seeds_of(len(pictures.drawings)),
+    }
+    (fidelity,) = with_settings([fidelity], told | more)
+    # Nothing is sampled for the times, so no mode stands under them.
+    speed = replace(speed, settings={**base_settings(base), "study": told["study"], "controls": more["controls"]})
     return Mixed(reports=(fidelity, speed), files={"pictures": path})
 
 
@@ -102,14 +129,25 @@ def _adapter(name: str, base: Base, shared: dict[str, Control]) -> CtrLoRA:
     return control
 
 
+def _set_settings(pictures: EvaluationSet) -> dict[str, Any]:
+    drawings = pictures.drawings
+    return set_settings(pictures.name, [one.image for one in drawings], [one.caption for one in drawings])
+
+
 def _fidelity(
-    settings: SeveralConditions, base: Base, controls: dict[str, CtrLoRA], pictures: EvaluationSet
+    settings: SeveralConditions,
+    base: Base,
+    controls: dict[str, CtrLoRA],
+    acting: dict[str, dict[str, Any]],
+    pictures: EvaluationSet,
+    kept: Kept,
 ) -> tuple[Report, Image.Image]:
     truths = [drawing.image for drawing in pictures.drawings]
     prompts = [drawing.caption for drawing in pictures.drawings]
     kinds = {name: conditions.find(control.condition or "") for name, control in controls.items()}
     given = {name: [kind(truth) for truth in truths] for name, kind in kinds.items()}
-    without = draw_prompts(base, prompts, settings.sampling_steps)
+    shown = {"set": content_of(truths, prompts)}
+    without = kept.images("without control", shown, lambda: draw_prompts(base, prompts, settings.sampling_steps))
     ceiling = reconstruct(base, truths)
 
     def draw(names: Sequence[str]) -> list[np.ndarray]:
@@ -117,7 +155,12 @@ def _fidelity(
             Steer(control=controls[name], given=given[name], weight=settings.weight, mode=settings.mode)
             for name in names
         ]
-        return draw_controlled(base, uses, prompts, steps=settings.sampling_steps)
+        own = [{**acting[name], "given": content_of(given[name], ())} for name in names]
+        return kept.images(
+            "+".join(names),
+            {**shown, "controls": own},
+            lambda: draw_controlled(base, uses, prompts, steps=settings.sampling_steps),
+        )
 
     def closed(name: str, results: Sequence[np.ndarray]) -> float:
         def score(made: Sequence[np.ndarray]) -> float:
@@ -150,38 +193,59 @@ def _fidelity(
     return report, contact_sheet(cells, row_titles=[*titles, "truth"], cell=80)
 
 
-@torch.inference_mode()
-def _speed(base: Base, controls: list[CtrLoRA], pictures: EvaluationSet, settings: SeveralConditions) -> Report:
+def _speed(
+    base: Base,
+    controls: dict[str, CtrLoRA],
+    acting: dict[str, dict[str, Any]],
+    pictures: EvaluationSet,
+    settings: SeveralConditions,
+    kept: Kept,
+) -> Report:
     """One batched pass against one pass after another, for one step of one picture with guidance."""
-    truth = pictures.drawings[0].image
-    text = base.encode_text(["", pictures.drawings[0].caption])
-    t = torch.tensor([500, 500])
+    names = list(controls)
+    drawing = pictures.drawings[0]
+    machine = {"device": str(base.device), "threads": torch.get_num_threads(), "versions": versions()}
     rows: list[Row] = []
     for count in settings.timed:
-        group = [controls[index % len(controls)] for index in range(count)]
-        hints = [
-            control.encode(to_tensor([conditions.find(control.condition or "")(truth)]), base) for control in group
-        ]
-
-        def together(group: list[CtrLoRA] = group, hints: list[Tensor] = hints) -> list[Tensor]:
-            made = CtrLoRA.forward_together(group, None, t, text, hints)
-            return [one["middle"] for one in made]
-
-        def apart(group: list[CtrLoRA] = group, hints: list[Tensor] = hints) -> list[Tensor]:
-            return [c(None, t, text, hint)["middle"] for c, hint in zip(group, hints, strict=True)]
-
-        off = max(float((a - b).abs().max()) for a, b in zip(together(), apart(), strict=True))
-        times: dict[str, list[float]] = {"together": [], "apart": []}
-        for _ in range(_ROUNDS):
-            for name, run in (("together", together), ("apart", apart)):
-                started = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - started)
-        one, each = (1000 * float(np.median(times[name])) for name in ("together", "apart"))
-        rows.append((str(count), f"{one:.1f}", f"{each:.1f}", f"{each / one:.2f}", f"{off:.0e}"))
+        chosen = [names[index % len(names)] for index in range(count)]
+        own = {
+            **machine,
+            "set": content_of([drawing.image], [drawing.caption]),
+            "controls": [acting[name]["fingerprint"] for name in chosen],
+        }
+        group = [controls[name] for name in chosen]
+        made = kept.numbers(f"timing {count}", own, partial(_times, base, group, drawing))
+        rows.append((count, *(made[name] for name in ("together", "apart", "ratio", "difference"))))
     return Report(
         title="The control's own cost at one step, milliseconds",
         columns=("conditions", "one pass", "one after another", "ratio", "largest difference"),
         rows=tuple(rows),
         notes=(f"medians of {_ROUNDS} rounds, the two in turns; {torch.get_num_threads()} threads, {base.device}.",),
     )
+
+
+@torch.inference_mode()
+def _times(base: Base, group: Sequence[CtrLoRA], drawing: Drawing) -> dict[str, float]:
+    """Milliseconds of one pass for all of `group` and of one after another, their ratio, and how far the two are
+    apart."""
+    text = base.encode_text(["", drawing.caption])
+    t = torch.tensor([500, 500])
+    hints = [
+        control.encode(to_tensor([conditions.find(control.condition or "")(drawing.image)]), base) for control in group
+    ]
+
+    def together() -> list[Tensor]:
+        return [made["middle"] for made in CtrLoRA.forward_together(group, None, t, text, hints)]
+
+    def apart() -> list[Tensor]:
+        return [c(None, t, text, hint)["middle"] for c, hint in zip(group, hints, strict=True)]
+
+    off = max(float((a - b).abs().max()) for a, b in zip(together(), apart(), strict=True))
+    times: dict[str, list[float]] = {"together": [], "apart": []}
+    for _ in range(_ROUNDS):
+        for name, run in (("together", together), ("apart", apart)):
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    one, each = (1000 * float(np.median(times[name])) for name in ("together", "apart"))
+    return {"together": one, "apart": each, "ratio": each / one, "difference": off}

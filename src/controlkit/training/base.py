@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from controlkit.bases.base import Base, network_key
 from controlkit.bases.load import load_base
+from controlkit.bases.schedules import VariancePreserving
 from controlkit.data.icons import COLOURS, STYLES, TRAINED_STYLES, IconSets, caption_of, read_concepts
 from controlkit.errors import UserError
 from controlkit.files import write_json
@@ -75,7 +76,7 @@ class BaseObjective(Objective):
         self.trained = nn.ModuleDict({"text_encoder": start.text_encoder, "unet": start.unet}).to(device)
         for network in (start.text_encoder, start.unet):
             network.requires_grad_(True).train()
-        self.scheduler = DDIMScheduler.from_config(self.scheduler_config)
+        self.schedule = VariancePreserving(self.scheduler_config)
         known = None if recipe.concepts is None else read_concepts(recipe.concepts)
         icons = sets.select(styles=TRAINED_STYLES, held_out=False, drawable=True, sets=3, concepts=known)
         if not icons:
@@ -96,7 +97,7 @@ class BaseObjective(Objective):
         chosen, prompts = self._draw(step)
         z = self.drawings.latents[torch.from_numpy(chosen[self.share])].float().to(self.device)
         text = self._text(prompts[self.share])
-        drawn = noised(self.scheduler, z, self.torch_generator(step), self.whole, self.share)
+        drawn = noised(self.schedule, z, self.torch_generator(step), self.whole, self.share)
         return self.diffusion_loss(drawn, self.trained["unet"](drawn.x_t, drawn.t, encoder_hidden_states=text).sample)
 
     def seen(self, step: int) -> list[str]:

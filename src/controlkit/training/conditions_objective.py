@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,17 +14,15 @@ from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.controls.control import encode_images
 from controlkit.errors import UserError
-from controlkit.images import contact_sheet, to_images, to_tensor, write_png
-from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.sampler import sample_prompts
+from controlkit.images import to_tensor
 from controlkit.training.control_objective import ControlObjective
 from controlkit.training.objective import numpy_generator
+from controlkit.training.previews import preview_images, preview_settings, write_preview
 from controlkit.training.processes import tell
 from controlkit.training.recipes import SteeringRecipe
 from controlkit.training.sources import Held, IconSource, MultiGenSource, Source
 
 _STRIP = 8
-_PREVIEW_STEPS = 10
 
 
 class ConditionsObjective(ControlObjective):
@@ -76,11 +75,11 @@ class ConditionsObjective(ControlObjective):
             if score is not None:
                 scores[f"{name}: {conditions.find(name).fidelity.name}"] = score
             rows += [[Image.fromarray(image) for image in held.given[:_STRIP]], results[:_STRIP]]
-            titles += [name, "result"]
+            titles += [name, f"result, {self.preview_settings['mode']}"]
         if isinstance(self.source, IconSource):
             rows.append([Image.fromarray(image) for image in held.truths[:_STRIP]])
             titles.append("truth")
-        write_png(folder / f"{step:07d}.png", contact_sheet(rows, row_titles=titles, cell=96))
+        write_preview(folder, step, rows, titles, scores, self.preview_settings)
         self.trained.train()
         return scores
 
@@ -88,14 +87,11 @@ class ConditionsObjective(ControlObjective):
         """Pictures under control of held-out condition images, from fixed seeds."""
         control = self.control.for_condition(name)
         hint = encode_images(control, to_tensor(held.given).to(self.device), self.base)
-        batches = sample_prompts(
-            self.base,
-            prompts=held.prompts,
-            seeds=range(len(held.prompts)),
-            uses=[ActiveControl(control, hint)],
-            steps=_PREVIEW_STEPS,
-        )
-        return [image for batch in batches for image in to_images(batch)]
+        return preview_images(self.base, control, hint, held.prompts)
+
+    @property
+    def preview_settings(self) -> dict[str, Any]:
+        return preview_settings(self.base, self.control.for_condition(self.names[0]))
 
 
 def _source(recipe: SteeringRecipe, base: Base) -> Source:

@@ -44,7 +44,6 @@ class ControlObjective(Objective):
             )
         self.base = load_base(recipe.base, device=device)
         self.frozen = self.base.content
-        self.scheduler = self.base.schedule()
         self.control = self._build(kind)
         self.trained = nn.ModuleDict(self.control.trained_modules())
 
@@ -90,7 +89,7 @@ class ControlObjective(Objective):
             hint: of batch `B`.
             generator: of the noise and times of the whole batch.
         """
-        drawn = noised(self.scheduler, latents, generator, self.whole, self.share)
+        drawn = noised(self.base.schedule, latents, generator, self.whole, self.share)
         return self.diffusion_loss(drawn, predict_under(control, self.base, drawn.x_t, drawn.t, text, hint))
 
     def save(self, folder: Path) -> list[Path]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.nn.functional import one_hot
+
+from controlkit.bases.schedules import Schedule
 
 TIMES = 10
 """Parts of the schedule by which losses are compared (`guards.LossWatch`)."""
@@ -19,19 +20,27 @@ class Noised(NamedTuple):
     x_t: Tensor
     """`[B, C, h, w]`."""
     t: Tensor
-    """`[B]`, whole numbers below the schedule's length."""
+    """`[B]`, in the schedule's units."""
     target: Tensor
     """What the base was trained to predict, `[B, C, h, w]`."""
     part: Tensor
     """`[B]`, which of the `TIMES` parts of the schedule each `t` is in, from 0."""
+    weight: Tensor | None = None
+    """`[B]`, of each sample's error; None is 1."""
 
     def squared_error(self, prediction: Tensor) -> Tensor:
-        """Of every element of a prediction, `[B, C, h, w]`."""
+        """Of every element of a prediction, `[B, C, h, w]`, without weights."""
         return (prediction.float() - self.target).pow(2)
 
     def loss(self, prediction: Tensor) -> Tensor:
-        """Mean squared error of a prediction."""
-        return self.squared_error(prediction).mean()
+        """The weighted mean squared error of a prediction."""
+        return self.mean(self.squared_error(prediction))
+
+    def mean(self, squared_error: Tensor) -> Tensor:
+        """The weighted mean of `squared_error`."""
+        if self.weight is None:
+            return squared_error.mean()
+        return (squared_error.flatten(1).mean(1) * self.weight).mean()
 
     @torch.no_grad()
     def by_time(self, squared_error: Tensor) -> Tensor:
@@ -42,16 +51,26 @@ class Noised(NamedTuple):
         return (rows[:, :, None] * one_hot(self.part, TIMES)).sum(1)
 
 
-def noised(scheduler: DDIMScheduler, z: Tensor, generator: torch.Generator, whole: int, share: slice) -> Noised:
+def noised(
+    schedule: Schedule,
+    z: Tensor,
+    generator: torch.Generator,
+    whole: int,
+    share: slice,
+    *,
+    time_sampling: str | None = None,
+    snr_gamma: float | None = None,
+) -> Noised:
     """Noise and times for latents `z` `[B, C, h, w]`, drawn on the CPU so that every device trains on the same.
 
     Args:
         whole: samples of the step over all processes, whose numbers are drawn.
         share: which of them `z` is.
+        time_sampling: how times are drawn (`Schedule.draw_times`).
+        snr_gamma: weights the loss by min-SNR (`Schedule.loss_weight`); None weights all times alike.
     """
     noise = torch.randn((whole, *z.shape[1:]), generator=generator)[share].to(z.device)
-    length = scheduler.config.num_train_timesteps
-    t = torch.randint(0, length, (whole,), generator=generator)[share].to(z.device)
-    targets = {"v_prediction": scheduler.get_velocity, "epsilon": lambda *_: noise, "sample": lambda *_: z}
-    target = targets[scheduler.config.prediction_type](z, noise, t)
-    return Noised(scheduler.add_noise(z, noise, t), t, target, t * TIMES // length)
+    t = schedule.draw_times(whole, generator, time_sampling)[share].to(z.device)
+    weight = None if snr_gamma is None else schedule.loss_weight(t, snr_gamma)
+    target = schedule.target(z, noise, t)
+    return Noised(schedule.add_noise(z, noise, t), t, target, schedule.part(t, TIMES), weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,14 @@ class RunLog:
         self._stream = self.path.open("a", encoding="utf-8", buffering=1)
         self._board = _tensorboard(folder)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """One line: `step`, `seconds` that the steps so far took, before an interruption too, and `values`."""
+    def write(self, step: int, values: dict[str, float], settings: Mapping[str, Any] | None = None) -> None:
+        """One line: `step`, `seconds` that the steps so far took, before an interruption too, and `values`.
+
+        Args:
+            settings: what the values depend on; they stand in the line alone.
+        """
         seconds = round(self._before + time.monotonic() - self._started, 3)
-        self._stream.write(json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
+        self._stream.write(json.dumps({"step": step, "seconds": seconds, **values, **(settings or {})}) + "\n")
         if self._board is not None:
             for key, value in values.items():
                 self._board.add_scalar(key, value, step)
@@ -59,12 +64,17 @@ class RunLog:
                 f"{self.steps - step} steps will take about {left}, previews not counted", file=sys.stderr, flush=True
             )
 
-    def say(self, step: int, values: dict[str, float]) -> None:
-        """Progress on standard error, with the time that is left at the pace so far."""
+    def say(self, step: int, values: dict[str, float], scored: str = "") -> None:
+        """Progress on standard error, with the time that is left at the pace so far.
+
+        Args:
+            scored: how scores among the values were sampled.
+        """
         seconds = time.monotonic() - self._started
         left = seconds / max(1, step - self._first) * (self.steps - step)
         shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
-        print(f"step {step}/{self.steps}  {shown}  {clock(left)} left", file=sys.stderr, flush=True)
+        beside = f" ({scored})" if scored else ""
+        print(f"step {step}/{self.steps}  {shown}{beside}  {clock(left)} left", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Flush and close."""
@@ -76,13 +86,13 @@ class RunLog:
 class SilentLog:
     """The log of a process that is not the first."""
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float], settings: Mapping[str, Any] | None = None) -> None:
         """Nothing."""
 
     def estimate(self, step: int) -> None:
         """Nothing."""
 
-    def say(self, step: int, values: dict[str, float]) -> None:
+    def say(self, step: int, values: dict[str, float], scored: str = "") -> None:
         """Nothing."""
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,14 +44,19 @@ class Objective(ABC):
         """The loss of optimiser step `step`; the same step always draws the same data and noise."""
 
     def diffusion_loss(self, drawn: Noised, prediction: Tensor) -> Tensor:
-        """Mean squared error of a prediction; `by_time` becomes what it was at each time."""
+        """The weighted mean squared error of a prediction; `by_time` becomes what it was at each time, unweighted."""
         squared = drawn.squared_error(prediction)
         self.by_time = drawn.by_time(squared)
-        return squared.mean()
+        return drawn.mean(squared)
 
     @abstractmethod
     def preview(self, step: int, folder: Path) -> dict[str, float]:
         """Write a strip of pictures of fixed seeds into `folder` and return named scores on held-out data."""
+
+    @property
+    def preview_settings(self) -> dict[str, Any]:
+        """What the scores of `preview` depend on, as plain values: the control's mode, guidance, steps, sampler."""
+        return {}
 
     def seen(self, step: int) -> Sequence[str]:
         """What the whole batch of step `step` was made of, for a person who looks for what went wrong in it."""

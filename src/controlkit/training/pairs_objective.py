@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,13 +18,12 @@ from controlkit.data.pair import SOURCE
 from controlkit.data.pairs import load_pairs, split_pairs
 from controlkit.data.prompts import PromptLimit
 from controlkit.data.sources import read_picture
-from controlkit.images import contact_sheet, to_images, to_tensor, write_png
-from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.sampler import sample_prompts
+from controlkit.images import to_tensor
 from controlkit.training.control_objective import ControlObjective
 from controlkit.training.memory import CPUOffload, store_frozen, uses_bf16
 from controlkit.training.objective import numpy_generator
 from controlkit.training.pair_cache import PairCache
+from controlkit.training.previews import preview_images, preview_settings, write_preview
 from controlkit.training.processes import tell
 from controlkit.training.recipes import PairsRecipe
 
@@ -136,14 +135,7 @@ class PairsObjective(ControlObjective):
         images = [pair.images(self.base.size) for pair in pairs]
         given, truths = [source for source, _ in images], [target for _, target in images]
         hint = encode_images(self.control, to_tensor(given).to(self.device), self.base)
-        batches = sample_prompts(
-            self.base,
-            prompts=[pair.prompt for pair in pairs],
-            seeds=range(len(pairs)),
-            uses=[ActiveControl(self.control, hint)],
-            steps=10,
-        )
-        results = [image for batch in batches for image in to_images(batch)]
+        results = preview_images(self.base, self.control, hint, [pair.prompt for pair in pairs])
         score = self.condition.mean_score(
             given, [np.asarray(result) for result in results], truths, [pair.parameters for pair in pairs]
         )
@@ -152,5 +144,11 @@ class PairsObjective(ControlObjective):
             results[:_STRIP],
             [Image.fromarray(image) for image in truths[:_STRIP]],
         ]
-        write_png(folder / f"{step:07d}.png", contact_sheet(rows, row_titles=("given", "result", "truth"), cell=96))
-        return {self.condition.fidelity.name: score}
+        scores = {self.condition.fidelity.name: score}
+        result = f"result, {self.preview_settings['mode']}"
+        write_preview(folder, step, rows, ("given", result, "truth"), scores, self.preview_settings)
+        return scores
+
+    @property
+    def preview_settings(self) -> dict[str, Any]:
+        return preview_settings(self.base, self.control)

@@ -7,10 +7,11 @@ from importlib import import_module
 from controlkit.bases.load import choose_device
 from controlkit.errors import UserError
 from controlkit.formats.card import write_card
+from controlkit.sampling.settings import in_words
 from controlkit.training.objective import Objective
 from controlkit.training.recipe import Recipe
 from controlkit.training.recipes import AutoencoderRecipe, BaseRecipe, PairsRecipe, SteeringRecipe
-from controlkit.training.trainer import train
+from controlkit.training.trainer import Trained, train
 
 OBJECTIVES: dict[type[Recipe], str] = {
     AutoencoderRecipe: "autoencoder:AutoencoderObjective",
@@ -27,14 +28,22 @@ def run(recipe: Recipe) -> dict[str, float]:
     Returns:
         The last preview's scores.
     """
+    return run_whole(recipe).scores
+
+
+def run_whole(recipe: Recipe) -> Trained:
+    """`run`, with all that is known of the finished run."""
     trained = train(lambda: objective_of(recipe), recipe)
     for path in trained.files:
         if path.suffix == ".safetensors":
             rows = [f"| {name} | {value:.4g} |" for name, value in trained.scores.items()]
-            told = "\n".join(["On a few held-out pictures, after the last step:", "", "| | |", "|---|---|", *rows])
+            how = f" ({in_words(trained.scored)})" if trained.scored else ""
+            told = "\n".join(
+                [f"On a few held-out pictures, after the last step{how}:", "", "| | |", "|---|---|", *rows]
+            )
             picture = None if trained.preview is None else trained.preview.relative_to(path.parent)
             write_card(path, scores=told if rows else "", picture=picture, seconds=trained.seconds)
-    return trained.scores
+    return trained
 
 
 def objective_of(recipe: Recipe) -> Objective:

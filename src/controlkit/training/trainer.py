@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel
 
 from controlkit.errors import UserError, is_out_of_memory
 from controlkit.files import writable_folder, write_json
+from controlkit.sampling.settings import in_words
 from controlkit.training.guards import LossWatch, Patience
 from controlkit.training.log import RunLog, SilentLog, spent
 from controlkit.training.memory import uses_bf16
@@ -44,6 +45,8 @@ class Trained:
 
     scores: dict[str, float]
     """Of the last preview."""
+    scored: dict[str, Any]
+    """How that was sampled: `Objective.preview_settings`."""
     files: tuple[Path, ...]
     """The finished networks; empty in all processes but the first."""
     preview: Path | None
@@ -114,6 +117,7 @@ class _Loop:
         previews = sorted((self.folder / "previews").glob("*.png"))
         return Trained(
             scores=self.scores,
+            scored=self.objective.preview_settings,
             files=tuple(files),
             preview=previews[-1] if previews else None,
             seconds=spent(self.folder),
@@ -206,9 +210,14 @@ class _Loop:
                     " to more than steps to draw none before the end"
                 ) from error
         if done % recipe.log_every == 0 or previewed or stop:
+            scored = self.objective.preview_settings if self.scores else {}
             now = {"loss": loss, **(self.scores if previewed else {})}
-            self.log.write(done, {**now, "learning_rate": self.schedule.at(done - 1)})
-            self.log.say(done, {"loss": loss, **self.scores})
+            self.log.write(
+                done,
+                {**now, "learning_rate": self.schedule.at(done - 1)},
+                {"preview": scored} if previewed and scored else {},
+            )
+            self.log.say(done, {"loss": loss, **self.scores}, in_words(scored) if scored else "")
 
     def _preview(self, step: int) -> None:
         with averaged(self.average, self.parameters), gathered(self.objective.trained):

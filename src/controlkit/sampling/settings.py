@@ -1,0 +1,54 @@
+"""The settings that images depend on, resolved, as plain values for JSON and in words for tables."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from controlkit._version import __version__
+from controlkit.bases.base import Base
+from controlkit.bases.load import PRECISIONS
+from controlkit.sampling.request import DEFAULT_SAMPLER
+
+_PACKAGES = ("torch", "diffusers", "transformers")
+
+
+def base_settings(base: Base) -> dict[str, Any]:
+    """The base, where and in what precision it runs, and the versions of the code."""
+    return {
+        "base": {"name": base.name, "fingerprint": base.fingerprint, "content": base.content, "size": base.size},
+        "device": str(base.device),
+        "precision": next((name for name, dtype in PRECISIONS.items() if dtype == base.dtype), str(base.dtype)),
+        "versions": versions(),
+    }
+
+
+def sampling_settings(
+    base: Base, *, steps: int, guidance: float | None = None, sampler: str = DEFAULT_SAMPLER
+) -> dict[str, Any]:
+    """`steps`, `guidance` (the base's own scale where it is None) and `sampler`."""
+    scale = base.default_guidance if guidance is None else guidance
+    return {"steps": steps, "guidance": float(scale), "sampler": sampler}
+
+
+def in_words(settings: dict[str, Any]) -> str:
+    """Sampling settings for a table: `mode control, weight 1, guidance 3, 20 ddim steps`.
+
+    Args:
+        settings: of `sampling_settings`, and of a control `mode` and `weight`.
+    """
+    parts = [f"mode {settings['mode']}"] if "mode" in settings else []
+    parts += [f"weight {settings['weight']:g}"] if "weight" in settings else []
+    parts += [f"guidance {settings['guidance']:g}", f"{settings['steps']} {settings['sampler']} steps"]
+    return ", ".join(parts)
+
+
+def versions() -> dict[str, str]:
+    """Versions of controlkit and of the packages that compute."""
+    found = {"controlkit": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,51 @@
+"""Previews of training a control: how they are sampled, and what is written with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from controlkit.bases.base import Base
+from controlkit.controls.control import Control
+from controlkit.controls.hints import Hint
+from controlkit.images import contact_sheet, to_images, write_png
+from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.sampler import sample_prompts
+from controlkit.sampling.settings import sampling_settings
+
+_STEPS = 10
+
+
+def preview_settings(base: Base, control: Control) -> dict[str, Any]:
+    """How `preview_images` are sampled: the base's own mode and guidance, as `evaluate` has them, in fewer steps."""
+    mode = ActiveControl.mode_in(None, base, control)
+    return {"mode": mode, "weight": 1.0, **sampling_settings(base, steps=_STEPS)}
+
+
+def preview_images(base: Base, control: Control, hint: Hint, prompts: Sequence[str]) -> list[Image.Image]:
+    """One image for each prompt and row of `hint`; image i has seed i."""
+    batches = sample_prompts(
+        base,
+        prompts=prompts,
+        seeds=range(len(prompts)),
+        uses=[ActiveControl.in_mode(None, base, control=control, hint=hint)],
+        steps=_STEPS,
+    )
+    return [image for batch in batches for image in to_images(batch)]
+
+
+def write_preview(
+    folder: Path,
+    step: int,
+    rows: Sequence[Sequence[Image.Image]],
+    titles: Sequence[str],
+    scores: Mapping[str, float],
+    settings: Mapping[str, Any],
+) -> None:
+    """Write the sheet `STEP.png`, with its scores and how they were sampled in the PNG's text chunk `preview`."""
+    text = json.dumps({"step": step, "scores": dict(scores), "settings": dict(settings)})
+    write_png(folder / f"{step:07d}.png", contact_sheet(rows, row_titles=titles, cell=96), {"preview": text})

@@ -1,0 +1,177 @@
+"""Judging controls at toy size: whose numbers are whose, and what they depend on."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import controlkit
+from controlkit.apps.cli import main
+from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.evaluation.control import Judged, evaluate_control, evaluate_controls
+from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
+from controlkit.evaluation.report import Report
+from controlkit.formats.load import save_control
+
+
+def judged_from(first, count):
+    """`count` images of those that ship, from number `first` on."""
+    drawings = evaluation_set("held-out").drawings[first : first + count]
+    truths = [drawing.image for drawing in drawings]
+    given = [controlkit.find_condition("canny")(truth) for truth in truths]
+    return Judged(name="held-out pairs", given=given, truths=truths, prompts=[one.caption for one in drawings])
+
+
+def test_two_sets_of_one_name_have_baselines_and_ceilings_of_their_own(tiny_base, tiny_control):
+    sets = [judged_from(0, 2), judged_from(2, 3)]
+    together, sheet = evaluate_control(tiny_base, tiny_control, sets, steps=2)
+    alone = [evaluate_control(tiny_base, tiny_control, [one], steps=2) for one in sets]
+    assert [row[1:] for row in together.rows] == [report.rows[0][1:] for report, _ in alone]
+    assert [row[0] for row in together.rows] == ["held-out pairs (2)", "held-out pairs 2 (3)"]
+    assert list(together.facts) == ["held-out pairs", "held-out pairs 2"]
+    # Every set has its four strips in the sheet.
+    assert sheet.height > 1.8 * alone[0][1].height
+
+
+def test_sets_of_one_name_are_told_apart_for_several_controls_too(tiny_base, tiny_control):
+    drawings = evaluation_set("seen").drawings
+    sets = [EvaluationSet("seen", drawings[:2]), EvaluationSet("seen", drawings[2:4])]
+    report, _ = evaluate_controls(tiny_base, {"one": tiny_control}, sets, steps=2)
+    alone = [evaluate_control(tiny_base, tiny_control, [one], steps=2)[0].rows[0][1:] for one in sets]
+    assert [row[2:] for row in report.rows] == alone
+    assert list(report.facts["one"]) == ["seen", "seen 2"]
+
+
+def test_ends_are_shared_by_content_and_settings_not_by_name(tiny_base, tiny_control):
+    ends = {}
+    first = judged_from(0, 2)
+    evaluate_control(tiny_base, tiny_control, [first], steps=2, ends=ends)
+    assert len(ends) == 1
+    evaluate_control(tiny_base, tiny_control, [replace(first, name="other")], steps=2, ends=ends)
+    assert len(ends) == 1
+    kept, _ = evaluate_control(tiny_base, tiny_control, [first], steps=3, ends=ends)
+    assert len(ends) == 2
+    assert kept.rows == evaluate_control(tiny_base, tiny_control, [first], steps=3)[0].rows
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("canny", "canny"), "canny is there twice"),
+        (("canny", "--sets", "seen", "seen"), "seen is there twice"),
+    ],
+)
+def test_a_name_that_is_there_twice_is_refused(words, told, capsys):
+    assert main(["evaluate", "control", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_report_holds_the_settings_that_its_numbers_depend_on(tiny_base, tiny_control, base_folder, tmp_path, capsys):
+    file = save_control(tmp_path / "canny.safetensors", tiny_control, tiny_base)
+    words = ["evaluate", "control", str(file), "--base", str(base_folder), "--pictures", "2", "--sets", "held-out"]
+    assert main([*words, "--steps", "2", "--weight", "0.5", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["asked"] == {
+        "what": "control",
+        "names": [str(file)],
+        "base": str(base_folder),
+        "sets": ["held-out"],
+        "pictures": 2,
+    }
+    settings = made["reports"][0]["settings"]
+    assert settings["steps"] == 2 and settings["sampler"] == "ddim"
+    assert settings["guidance"] == tiny_base.default_guidance
+    assert settings["device"] == "cpu" and settings["precision"] == "fp32"
+    assert settings["base"]["fingerprint"] == tiny_base.fingerprint
+    assert settings["control"]["mode"] == tiny_base.default_mode
+    assert settings["control"]["weight"] == 0.5
+    assert settings["condition"]["name"] == "canny"
+    assert settings["condition"]["parameters"] == {"low": 100, "high": 200}
+    assert settings["versions"]["controlkit"] == controlkit.__version__
+    assert settings["versions"]["torch"] == torch.__version__
+    (pictures,) = settings["sets"]
+    assert pictures["name"] == "held-out" and pictures["images"] == 2 and pictures["seeds"] == [0, 1]
+
+
+def test_other_weights_images_or_parameters_are_other_settings(tiny_base, tiny_control):
+    first = judged_from(0, 2)
+
+    def told(control=tiny_control, judged=first, **how):
+        return evaluate_control(tiny_base, control, [judged], steps=1, **how)[0].settings
+
+    same = told()
+    assert told() == same
+    json.dumps(same, allow_nan=False)
+    darker = replace(first, truths=[truth // 2 for truth in first.truths])
+    assert told(judged=darker)["sets"] != same["sets"]
+    inverted = replace(first, given=[255 - given for given in first.given])
+    assert told(judged=inverted)["sets"] != same["sets"]
+    low = replace(first, parameters=[{"low": 20}, {"low": 30}])
+    assert told(judged=low)["sets"][0]["condition_parameters"] == [{"low": 20}, {"low": 30}]
+    assert told(mode="balanced")["control"]["mode"] == "balanced"
+
+    shared = BaseControlNet.for_base(tiny_base)
+    adapters = [CtrLoRA(shared, name, "canny") for name in ("a", "b") if shared.add_adapter(name, 2, seed=ord(name))]
+    with torch.no_grad():
+        next(iter(shared.adapters["b"].parameters())).add_(1)
+    ours, theirs = (told(control=adapter)["control"] for adapter in adapters)
+    assert ours["fingerprint"] != theirs["fingerprint"]
+    assert ours["companion"] == theirs["companion"] == shared.fingerprint()
+
+
+def test_controls_in_different_modes_are_named_with_theirs(tiny_base, tiny_control):
+    class HalfAlone(type(tiny_control)):
+        conditional_only = True
+
+    half = copy.copy(tiny_control)
+    half.__class__ = HalfAlone
+    pictures = [evaluation_set("seen").first(1)]
+    both = {"one": tiny_control, "two": half}
+    same, _ = evaluate_controls(tiny_base, both, pictures, steps=1, mode="control")
+    assert "mode control, weight 1, guidance 3, 1 ddim steps." in same.notes
+    apart, _ = evaluate_controls(tiny_base, both, pictures, steps=1, mode="balanced")
+    assert "one: mode balanced, weight 1, guidance 3, 1 ddim steps." in apart.notes
+    assert "two: mode control, weight 1, guidance 3, 1 ddim steps." in apart.notes
+
+
+def test_the_mode_stands_beside_the_numbers(tiny_base, tiny_control):
+    report, _ = evaluate_control(tiny_base, tiny_control, [judged_from(0, 2)], steps=2)
+    assert any(note.startswith("mode control, weight 1, guidance 3, 2 ddim steps") for note in report.notes)
+
+
+def test_a_base_is_judged_with_its_settings(tiny_base, monkeypatch):
+    from controlkit.evaluation import base as module
+
+    def few(name):
+        return evaluation_set(name).first(6)
+
+    def small_features(images):
+        return torch.from_numpy(np.stack([image[::8, ::8].ravel() for image in images])).float()
+
+    monkeypatch.setattr(module, "evaluation_set", few)
+    monkeypatch.setattr(module, "COLOURS", ("white",))
+    monkeypatch.setattr(module, "lite0_features", small_features)
+    reports = module.evaluate_base(tiny_base, steps=1)
+    assert "steps" not in reports[0].settings  # nothing is sampled for the autoencoder
+    assert [report.settings["steps"] for report in reports[1:]] == [1] * 4
+    assert {report.settings["base"]["content"] for report in reports} == {tiny_base.content}
+    assert [one["name"] for one in reports[0].settings["sets"]] == ["held-out", "openmoji"]
+    assert reports[4].settings["features"] == {
+        "network": "EfficientNet-Lite0",
+        "side": 128,
+        "mean": 127.0,
+        "deviation": 128.0,
+    }
+    json.dumps([report.settings for report in reports], allow_nan=False)
+
+
+def test_tables_show_whole_numbers_and_small_ones_readably():
+    report = Report(title="t", columns=("a", "b", "c"), rows=((1234567, 3e-4, 0.25), (2, 1e-3, np.nan)))
+    assert "| 1,234,567 | 0.0003 | 0.250 |" in report.to_markdown()
+    assert "| 2 | 0.001 | nan |" in report.to_markdown()
+    assert report.to_json()["rows"][0] == (1234567, 3e-4, 0.25)

@@ -1,0 +1,159 @@
+"""A preview's score in training and `evaluate` are one number, in one mode, and each names its mode."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from controlkit.apps.cli import main
+from controlkit.bases.base import Base
+from controlkit.bases.load import load_base
+from controlkit.conditions import find
+from controlkit.controls.ctrlora import BaseControlNet
+from controlkit.data.icons import IconSets, draw
+from controlkit.data.pairs import write_pairs
+from controlkit.evaluation.adapt import adapt
+from controlkit.evaluation.control import Judged, evaluate_control, judged_pairs
+from controlkit.formats.load import load_control, save_control
+from controlkit.training.conditions_objective import ConditionsObjective
+from controlkit.training.pairs_objective import PairsObjective
+from controlkit.training.recipes import recipes
+from controlkit.training.run import run
+from tiny import randomise_zero_convolutions
+
+CPU = torch.device("cpu")
+WORDS = "mode control, weight 1, guidance 3, 10 ddim steps"
+
+
+@pytest.fixture
+def recipe(tmp_path, base_folder, icons_file):
+    """A ControlNet from icons."""
+    return recipes()["controlnet"](
+        out=str(tmp_path / "run"),
+        icons=str(icons_file),
+        base=str(base_folder),
+        condition="canny",
+        steps=2,
+        batch_size=2,
+        variants=2,
+        score_pictures=2,
+        warmup_steps=0,
+        log_every=1,
+        preview_every=2,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def adapt_recipe(tmp_path, tiny_base, base_folder, icons_file):
+    """An adapter from ten pairs, two of which are held out."""
+    base_control = tmp_path / "base.safetensors"
+    save_control(base_control, BaseControlNet.for_base(tiny_base), tiny_base, dtype=torch.float32)
+    drawings = [draw(icon, np.random.default_rng(0)).image for icon in IconSets(icons_file).icons[:10]]
+    write_pairs(tmp_path / "pairs", [(find("palette")(image), image, "a shape") for image in drawings])
+    return recipes()["ctrlora-adapter"](
+        out=str(tmp_path / "run"),
+        pairs=str(tmp_path / "pairs"),
+        base=str(base_folder),
+        control=str(base_control),
+        name="mine",
+        condition="palette",
+        rank=2,
+        steps=2,
+        batch_size=2,
+        held_out=0.2,
+        log_every=1,
+        preview_every=2,
+        device="cpu",
+    )
+
+
+def acting(control):
+    """The same control with weights that change images."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in control.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return control
+
+
+def test_a_preview_of_pairs_scores_as_evaluate_does(adapt_recipe, tmp_path):
+    objective = PairsObjective(adapt_recipe, CPU)
+    acting(objective.control)
+    objective.control.eval()
+    (score,) = objective.preview(1, tmp_path).values()
+    judged = judged_pairs(objective.held_out, objective.base.size)
+    scores = {
+        mode: evaluate_control(objective.base, objective.control, [judged], steps=10, mode=mode)[0]
+        for mode in (None, "balanced")
+    }
+    assert score == pytest.approx(scores[None].facts[judged.name]["control"], abs=1e-6)
+    assert score != pytest.approx(scores["balanced"].facts[judged.name]["control"], abs=1e-6)
+    assert scores[None].settings["control"]["mode"] == objective.preview_settings["mode"] == "control"
+
+
+def test_a_preview_of_icons_scores_as_evaluate_does(recipe, tmp_path):
+    objective = ConditionsObjective(recipe, CPU)
+    randomise_zero_convolutions(objective.control)
+    (score,) = objective.preview(1, tmp_path).values()
+    held = objective.source.held_out("canny")
+    judged = Judged(name="held", given=held.given, truths=held.truths, prompts=held.prompts)
+    objective.control.eval()
+    same, other = (
+        evaluate_control(objective.base, objective.control, [judged], steps=10, mode=mode)[0].facts["held"]["control"]
+        for mode in (None, "balanced")
+    )
+    assert score == pytest.approx(same, abs=1e-6)
+    assert score != pytest.approx(other, abs=1e-6)
+
+
+def test_every_place_that_has_a_score_names_its_mode(recipe, tmp_path, capsys):
+    run(recipe)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert "preview" not in lines[0]
+    assert lines[-1]["preview"] == {"mode": "control", "weight": 1.0, "guidance": 3.0, "steps": 10, "sampler": "ddim"}
+    assert WORDS in (tmp_path / "run" / "canny.md").read_text()
+    assert f"({WORDS})" in capsys.readouterr().err
+    with Image.open(tmp_path / "run" / "previews" / "0000002.png") as image:
+        told = json.loads(image.text["preview"])
+    assert told["settings"]["mode"] == "control"
+    assert told["scores"] == {"canny: edge F1": lines[-1]["canny: edge F1"]}
+
+
+def test_the_verb_names_the_mode_of_its_scores(recipe, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"system": "controlnet", **dataclasses.asdict(recipe)}))
+    assert main(["train", str(path)]) == 0
+    assert f"({WORDS})" in capsys.readouterr().out
+    assert main(["train", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["preview"]["mode"] == "control"
+
+
+def test_an_adapters_card_and_report_are_in_the_base_s_own_mode(adapt_recipe):
+    made = adapt(adapt_recipe)
+    own = load_base(adapt_recipe.base).default_mode
+    assert made.report.settings["control"]["mode"] == own == "control"
+    assert f"mode {own}, weight 1, guidance 3, 20 ddim steps" in made.path.with_suffix(".md").read_text()
+
+
+def test_the_mode_is_the_base_s(adapt_recipe, monkeypatch):
+    monkeypatch.setattr(Base, "default_mode", "balanced")
+    assert PairsObjective(adapt_recipe, CPU).preview_settings["mode"] == "balanced"
+
+
+def test_a_control_that_acts_on_one_half_alone_is_in_that_mode(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(Base, "default_mode", "balanced")
+    run(recipe)
+    control = load_control(tmp_path / "run" / "canny.safetensors", load_base(recipe.base))
+    monkeypatch.setattr(type(control), "conditional_only", True)
+    drawings = IconSets(recipe.icons).icons[:2]
+    truths = [draw(icon, np.random.default_rng(0)).image for icon in drawings]
+    judged = Judged(name="x", given=[find("canny")(one) for one in truths], truths=truths, prompts=["a", "b"])
+    report, _ = evaluate_control(load_base(recipe.base), control, [judged], steps=1)
+    assert report.settings["control"]["mode"] == "control"
