@@ -121,7 +121,7 @@ def test_other_weights_images_or_parameters_are_other_settings(tiny_base, tiny_c
         next(iter(shared.adapters["b"].parameters())).add_(1)
     ours, theirs = (told(control=adapter)["control"] for adapter in adapters)
     assert ours["fingerprint"] != theirs["fingerprint"]
-    assert ours["base_control"] == theirs["base_control"] == shared.fingerprint()
+    assert ours["companion"] == theirs["companion"] == shared.fingerprint()
 
 
 def test_controls_in_different_modes_are_named_with_theirs(tiny_base, tiny_control):

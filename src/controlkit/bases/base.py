@@ -241,16 +241,21 @@ class Base:
             `[B, latent_channels, h, w]`.
 
         Raises:
-            ValueError: a site or a point is not one of this base's.
+            UserError: a site or a point is not one of this base's, or a tap that replaces has company.
         """
         given = Residuals() if residuals is None else residuals
         if unknown := [site for site in given if site not in self.sites]:
-            raise ValueError(f"{self.name} has no site called {unknown[0]!r}; it has: {', '.join(self.sites)}")
+            raise UserError(f"{self.name} has no site called {unknown[0]!r}; it has: {', '.join(self.sites)}")
         hooked = _hooked(given, taps or {}, stage_points(dict(self.unet.config)))
         left = Residuals({site: tensor for site, tensor in given.items() if site not in hooked})
         streams = _streams(given, hooked)
         with self._tapping(streams, taps or {}) if streams or taps else nullcontext():
-            return self.unet(x_t, t, **text.inputs(), **_additions(left, x_t), return_dict=False)[0]
+            return self.unet(x_t, t, **text.inputs(), **_additions(left, x_t, self._skips), return_dict=False)[0]
+
+    @cached_property
+    def _skips(self) -> int:
+        """How many skip connections the decoder has."""
+        return sum(site.startswith("skip.") for site in self.sites)
 
     @contextmanager
     def _tapping(self, residuals: Mapping[str, Tensor], taps: Taps) -> Iterator[None]:
@@ -267,8 +272,9 @@ class Base:
         Taps are hung again for that, and stay what they were in the call that hung them.
         """
 
-        def active() -> AbstractContextManager[Any] | None:
-            return None if self._hung is None else self._tapping(*self._hung)
+        def active() -> Callable[[], AbstractContextManager[Any]] | None:
+            hung = self._hung
+            return None if hung is None else lambda: self._tapping(*hung)
 
         self.unet.enable_gradient_checkpointing(checkpoint_with_taps(active))
 
@@ -386,10 +392,11 @@ def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 
 def _hooked(residuals: Residuals, taps: Taps, stages: Mapping[str, str]) -> dict[str, str]:
     """Site -> point of the residuals that enter by a hook: those the UNet has no argument for, and those that meet a
-    tap, which is to see them."""
+    tap, which is to see them. It takes stages by their order alone, so not if one before them has nothing."""
     hooked = {site: site for site in residuals if site.startswith("encoder.")}
-    if taps or hooked:
-        hooked |= {site: stages.get(site, site) for site in residuals if site == "middle" or site.startswith("stage.")}
+    staged = [site for site in residuals if site in stages]
+    if taps or hooked or len(staged) > len(residuals.family("stage")):
+        hooked |= {site: stages.get(site, site) for site in residuals if site == "middle" or site in staged}
     return hooked
 
 
@@ -401,14 +408,12 @@ def _streams(residuals: Residuals, hooked: Mapping[str, str]) -> dict[str, Tenso
     return made
 
 
-def _additions(residuals: Residuals, x_t: Tensor) -> dict[str, Any]:
-    """Residuals as keyword arguments of diffusers' UNet for the noisy latents `x_t`."""
+def _additions(residuals: Residuals, x_t: Tensor, skips: int) -> dict[str, Any]:
+    """Residuals as keyword arguments of diffusers' UNet for the noisy latents `x_t`; it has so many `skips`."""
     made: dict[str, Any] = {}
-    skips = [site for site in residuals if site.startswith("skip.")]
-    if skips or "middle" in residuals:
+    if "middle" in residuals or any(site.startswith("skip.") for site in residuals):
         zero = x_t.new_zeros(())
-        count = 1 + max((int(site.rpartition(".")[2]) for site in skips), default=-1)
-        made["down_block_additional_residuals"] = tuple(residuals.get(f"skip.{place}", zero) for place in range(count))
+        made["down_block_additional_residuals"] = tuple(residuals.get(f"skip.{place}", zero) for place in range(skips))
         made["mid_block_additional_residual"] = residuals.get("middle", zero)
     if stages := residuals.family("stage"):
         # The UNet takes them off the list one by one, and leaves out at its middle what has another batch than x_t.

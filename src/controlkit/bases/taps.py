@@ -8,13 +8,15 @@ and are put back for the length of a block that gradient checkpointing runs agai
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from controlkit.errors import UserError
 
 TapFunction = Callable[[Tensor], Tensor | None]
 """The stream at a point, `[B, C, h, w]`, own rows alone => what is added to it, of the same shape; None is nothing."""
@@ -57,18 +59,20 @@ def tapped(
         residuals: point -> addition, `[B, C, h, w]` or `[1, C, h, w]`.
 
     Raises:
-        ValueError: a point is not one of `points`, or a replacing tap has company.
+        UserError: a point is not one of `points`, or a replacing tap has company.
     """
     names = [*residuals, *(name for name in taps if name not in residuals)]
     for name in names:
         if name not in points:
-            raise ValueError(f"this base has no point called {name!r}; it has: {', '.join(points)}")
+            raise UserError(f"this base has no point called {name!r}; it has: {', '.join(points)}")
         if len(taps.get(name, ())) > 1 and any(tap.replaces for tap in taps[name]):
-            raise ValueError(f"a control replaces the base's value at {name}, so no other control may act there")
+            raise UserError(
+                f"a control replaces the base's hidden states at {name}, so no other may act there; leave one out"
+            )
     handles = []
     try:
         for name in names:
-            handles.append(_hook(network, points[name], residuals.get(name), taps.get(name, ())))
+            handles.append(_hook(network, name, points[name], residuals.get(name), taps.get(name, ())))
         yield
     finally:
         for handle in handles:
@@ -76,7 +80,7 @@ def tapped(
 
 
 def checkpoint_with_taps(
-    active: Callable[[], AbstractContextManager[Any] | None],
+    active: Callable[[], Callable[[], AbstractContextManager[Any]] | None],
 ) -> Callable[..., Any]:
     """A function for diffusers' `enable_gradient_checkpointing` that knows about taps.
 
@@ -84,7 +88,7 @@ def checkpoint_with_taps(
     hung again for that block, with the state that their control had for the call.
 
     Args:
-        active: what hangs the taps of the call that is running, at the time of the forward pass; None if it has none.
+        active: gives, during the forward pass, what hangs the taps of the call that is running; None if it has none.
     """
 
     def run(module: nn.Module, *inputs: Any, **named: Any) -> Any:
@@ -93,21 +97,35 @@ def checkpoint_with_taps(
             module.__call__,
             *inputs,
             use_reentrant=False,
-            context_fn=lambda: (nullcontext(), again or nullcontext()),
+            context_fn=lambda: (nullcontext(), nullcontext() if again is None else _Anew(again)),
             **named,
         )
 
     return run
 
 
-def _hook(network: nn.Module, point: Point, residual: Tensor | None, taps: Sequence[Tap]) -> Any:
+class _Anew(AbstractContextManager[None]):
+    """A context that can be entered again: a graph that is kept goes through its blocks once for each backward pass."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make = make
+        self._entered = ExitStack()
+
+    def __enter__(self) -> None:
+        self._entered.enter_context(self._make())
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.close()
+
+
+def _hook(network: nn.Module, name: str, point: Point, residual: Tensor | None, taps: Sequence[Tap]) -> Any:
     module = network.get_submodule(point.module)
 
     def change(stream: Tensor) -> Tensor:
         if point.channels is None or point.channels == stream.shape[1]:
-            return _changed(stream, residual, taps)
+            return _changed(name, stream, residual, taps)
         own, others = stream[:, : point.channels], stream[:, point.channels :]
-        made = _changed(own, residual, taps)
+        made = _changed(name, own, residual, taps)
         return stream if made is own else torch.cat([made, others], 1)
 
     def before(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -123,13 +141,17 @@ def _hook(network: nn.Module, point: Point, residual: Tensor | None, taps: Seque
     return module.register_forward_hook(after)
 
 
-def _changed(stream: Tensor, residual: Tensor | None, taps: Sequence[Tap]) -> Tensor:
+def _changed(name: str, stream: Tensor, residual: Tensor | None, taps: Sequence[Tap]) -> Tensor:
     if residual is not None:
         stream = stream + residual
     made = []
     for tap in taps:
         first, last = tap.rows or (0, len(stream))
-        made.append((first, last, tap, tap.function(stream[first:last])))
+        own = stream[first:last]
+        value = tap.function(own)
+        if value is not None and value.shape != own.shape:
+            raise ValueError(f"a tap at {name} got {tuple(own.shape)} and returned another shape, {tuple(value.shape)}")
+        made.append((first, last, tap, value))
     for first, last, tap, value in made:
         if value is not None:
             stream = _with_rows(stream, first, last, value if tap.replaces else stream[first:last] + value)

@@ -21,11 +21,12 @@ def predict_under(control: Control, base: Base, x_t: Tensor, t: Tensor, text: Te
         hint: of batch `B`.
     """
     told = text.extended(control.tokens(hint)) if Acts.TOKENS in control.acts else text
+    read = told if control.reads_tokens else text
     residuals: Residuals | None = None
     if Acts.RESIDUALS in control.acts:
-        residuals = control(x_t, t, told if control.reads_tokens else text, hint)
+        residuals = control(x_t, t, read, hint)
     taps: dict[str, list[Tap]] = {}
     if Acts.TAPS in control.acts:
-        for point, given in control.taps(base, x_t, t, text, hint).items():
+        for point, given in control.taps(base, x_t, t, read, hint).items():
             taps[point] = [given if isinstance(given, Tap) else Tap(function=given)]
     return base.predict(x_t, t, told, residuals, taps)

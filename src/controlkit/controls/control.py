@@ -113,7 +113,8 @@ class Control(nn.Module, ABC):
     trainings: ClassVar[tuple[Training, ...] | None] = None
     """Ways to train it; None is KIND on images whose condition images are made, and KIND-pairs from pairs."""
     hint_is_frozen: ClassVar[bool] = False
-    """Whether `encode` depends on no weight that is trained, so that hints are made once and cached."""
+    """Whether `encode` depends on no weight but the base's autoencoder's, so that training makes hints once and caches
+    them."""
     formats: ClassVar[tuple[FileFormat, ...]] = ()
     """Files of other tools that hold one. The native one, `config` and `file_state` in safetensors, needs no entry."""
     diffusers_class: ClassVar[str | None] = None
@@ -137,8 +138,8 @@ class Control(nn.Module, ABC):
         """What depends on the condition alone, computed once.
 
         Args:
-            inputs: the condition images `[B, 3, H, W]` in [0, 1]; a control that takes anything else than one image
-                gets a mapping from the names of its `inputs`.
+            inputs: the condition images `[B, 3, H, W]` in [0, 1] if `inputs` has one entry, an image. Else a mapping
+                from the names of those that were given to such images, and to plain values.
 
         Returns:
             A tensor `[B, ...]`, or a mapping of named ones.
@@ -197,6 +198,10 @@ class Control(nn.Module, ABC):
     def weights(self) -> Iterable[nn.Parameter]:
         """Every parameter that its residuals depend on."""
         return self.parameters()
+
+    def hint_settings(self) -> Hashable:
+        """What a frozen hint depends on besides the inputs and the base's autoencoder, for its key in the cache."""
+        return json.dumps(self.config(), sort_keys=True)
 
     def state(self) -> Hashable:
         """What its residuals depend on besides its weights, its hint and what it reads, such as a choice among them."""
@@ -395,8 +400,21 @@ class OneImage(Control):
 
 
 def takes_one_image(control: type[Control] | Control) -> bool:
-    """Whether a control is given one condition image and nothing else."""
-    return len(control.inputs) == 1 and control.inputs[0].kind == "image"
+    """Whether one condition image is all that a control has to be given."""
+    needed = [one for one in control.inputs if one.required]
+    return len(needed) == 1 and needed[0].kind == "image"
+
+
+def words_of_inputs(control: type[Control] | Control) -> str:
+    """What a control is given, in words: `canny (image), boxes (value, optional)`."""
+    told = (f"{one.name} ({one.kind}{'' if one.required else ', optional'})" for one in control.inputs)
+    return ", ".join(told)
+
+
+def encode_images(control: Control, images: Tensor, base: Base) -> Hint:
+    """The hint of condition images `[B, 3, H, W]` in [0, 1], for a control of which `takes_one_image` holds."""
+    (name,) = (one.name for one in control.inputs if one.required)
+    return control.encode(images if len(control.inputs) == 1 else {name: images}, base)
 
 
 def words_of_reads(control: Control | type[Control]) -> str:

@@ -131,6 +131,43 @@ class FileFormat:
     """Whether writing it needs the companion's weights."""
 
 
+def renaming(*, name: str, says: str, title: str, prefixes: Mapping[str, str]) -> FileFormat:
+    """A format whose names differ from the system's own by how they begin, and by nothing else.
+
+    A file is of it if every name begins with one of its prefixes, and each of these occurs. What its metadata does not
+    say of the config, `Control.config_of` has to tell.
+
+    Args:
+        title: of what such a file holds: `a ControlNet`.
+        prefixes: how the system's own names begin -> how those of the file do.
+    """
+
+    def detect(file: TensorFile) -> str | None:
+        begun = [next((theirs for theirs in prefixes.values() if key.startswith(theirs)), None) for key in file.tensors]
+        return f"{title} under {says}" if set(begun) == set(prefixes.values()) else None
+
+    def read(kind: type[Control], file: TensorFile, reference: Reference, words: str) -> Checkpoint:
+        back = {theirs: own for own, theirs in prefixes.items()}
+        tensors = {_renamed(key, back): value for key, value in file.tensors.items()}
+        try:
+            config = announced_config(file.metadata) or kind.config_of(tensors, reference.unet_config)
+            expected = kind.shapes(config)
+        except CONFIG_ERRORS as error:
+            raise UserError(f"{file.path} looks like {words}, but {on_one_line(error)}") from error
+        check_names(file.path, words, expected, tensors, file.others)
+        return Checkpoint(kind.kind, config, tensors, dict(file.metadata), path=file.path)
+
+    def write(checkpoint: Checkpoint, reference: Reference) -> Written:
+        return Written(tensors={_renamed(key, prefixes): value for key, value in checkpoint.tensors.items()})
+
+    return FileFormat(name=name, says=says, detect=detect, read=read, write=write)
+
+
+def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    found = next(before for before in prefixes if name.startswith(before))
+    return prefixes[found] + name.removeprefix(found)
+
+
 def as_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors; floating-point ones as float32."""
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}

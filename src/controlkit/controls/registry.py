@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import pkgutil
-from collections.abc import Mapping
-from functools import cache
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import TypeVar
 
 from controlkit import controls
 from controlkit.controls.control import Control, Training
+from controlkit.controls.file_format import on_one_line
 from controlkit.errors import UserError, nearest
+from controlkit.files import sha256_of
 
 VARIABLE = "CONTROLKIT_CONTROLS"
 """Environment variable: import paths or Python files that register systems, separated as in PATH."""
@@ -22,6 +25,8 @@ ENTRY_POINTS = "controlkit.controls"
 """Group of entry points by which packages name modules that register systems."""
 
 _REGISTRY: dict[str, type[Control]] = {}
+_FACTS = ("kind", "title", "reads", "enters")
+"""What a class has to say of itself; the rest has defaults."""
 
 Registered = TypeVar("Registered", bound=type[Control])
 
@@ -30,8 +35,11 @@ def control(kind: Registered) -> Registered:
     """Register a system; a decorator of its class.
 
     Raises:
-        ValueError: another class has that kind, or it trains by a name that is taken.
+        ValueError: it lacks a fact or a method that every system has, or another class has its kind.
     """
+    lacks = [name for name in _FACTS if not hasattr(kind, name)] + sorted(kind.__abstractmethods__)
+    if lacks:
+        raise ValueError(f"{kind.__qualname__} lacks {', '.join(lacks)}")
     other = _REGISTRY.get(kind.kind)
     if other is not None and (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
         raise ValueError(f"{kind.__qualname__}: the kind {kind.kind!r} is that of {other.__qualname__} already")
@@ -85,25 +93,36 @@ def _load() -> None:
     for module in pkgutil.iter_modules(controls.__path__):
         import_module(f"{controls.__name__}.{module.name}")
     for point in entry_points(group=ENTRY_POINTS):
-        try:
-            point.load()
-        except Exception as error:
-            raise UserError(f"the package that adds {point.name} to {ENTRY_POINTS} fails: {error}") from error
+        _load_own(f"the module {point.value} of the entry point {point.name}", point.load)
     for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
-        _load_own(name)
+        _load_own(f"{name}, named by {VARIABLE},", partial(_import, name))
 
 
-def _load_own(name: str) -> None:
+def _load_own(what: str, load: Callable[[], object]) -> None:
     try:
-        if not name.endswith(".py"):
-            import_module(name)
-            return
-        if not Path(name).is_file():
-            raise UserError(f"{VARIABLE} names {name}, which is not there")
-        spec = importlib.util.spec_from_file_location(f"controlkit_own_{Path(name).stem}", name)
-        assert spec is not None and spec.loader is not None  # as it ends in .py
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        load()
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{name}, named by {VARIABLE}, fails: {type(error).__name__}: {error}") from error
+        words = on_one_line(error) or "no words"
+        raise UserError(f"{what} cannot be loaded: {type(error).__name__}: {words}") from error
+
+
+def _import(name: str) -> None:
+    """A module by its import path, or a file, which becomes a module as well: dataclasses look for theirs."""
+    if not name.endswith(".py"):
+        import_module(name)
+        return
+    path = Path(name).resolve()
+    if not path.is_file():
+        raise UserError(f"{VARIABLE} names {name}, which is not there")
+    module_name = f"controlkit_own_{sha256_of(str(path))[:8]}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None  # as it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise

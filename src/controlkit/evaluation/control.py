@@ -13,7 +13,7 @@ from PIL import Image
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.conditions.fidelity import by_the_picture
-from controlkit.controls.control import Control
+from controlkit.controls.control import Control, encode_images, takes_one_image, words_of_inputs
 from controlkit.data.pairs import Pair
 from controlkit.errors import UserError
 from controlkit.evaluation.base import draw_prompts, reconstruct
@@ -279,6 +279,8 @@ def _judge(
 ) -> _Judgement:
     if control.condition is None:
         raise UserError("this control's file does not say which condition it follows; evaluation needs to know")
+    if not takes_one_image(control):
+        raise UserError(f"{control.title} takes {words_of_inputs(control)}; evaluation gives one condition image alone")
     condition, notes = _measured(conditions.find(control.condition))
     judged = pictures if isinstance(pictures, Judged) else judged_drawings(condition, pictures, base.size)
     sampling = sampling_settings(base, steps=steps, guidance=guidance, sampler=sampler)
@@ -372,7 +374,7 @@ def draw_controlled(
                 use.mode,
                 base,
                 control=use.control,
-                hint=use.control.encode(to_tensor(use.given[group]).to(base.device), base),
+                hint=encode_images(use.control, to_tensor(use.given[group]).to(base.device), base),
                 weight=use.weight,
             )
             for use in uses

@@ -10,7 +10,6 @@ import numpy as np
 from controlkit.bases.base import Base, hash_of_halves
 from controlkit.conditions import Condition
 from controlkit.controls.control import Control
-from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.files import sha256_of_all
 from controlkit.sampling.plan import ActiveControl
 
@@ -74,6 +73,6 @@ def control_settings(base: Base, control: Control, *, weight: float, mode: str |
         "weight": float(weight),
         "mode": ActiveControl.mode_in(mode, base, control),
     }
-    if isinstance(control, CtrLoRA):
-        settings["base_control"] = control.base_control.fingerprint()
+    if isinstance(companion := control.shared_network, Control):
+        settings["companion"] = companion.fingerprint()
     return settings

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from controlkit.bases.base import Base
 from controlkit.bases.meta import meta_text
 from controlkit.controls.apply import predict_under
-from controlkit.controls.control import Acts, Control, Reads
+from controlkit.controls.control import Acts, Control, Reads, encode_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,21 +37,22 @@ class Cost:
         return {name: giga(count) for name, count in named.items() if count} or {"once for a condition": 0.0}
 
 
+def is_countable(control: Control | type[Control]) -> bool:
+    """Whether a control needs images alone; what another costs depends on what it is given."""
+    needed = [one for one in control.inputs if one.required]
+    return bool(needed) and all(one.kind == "image" for one in needed)
+
+
 @torch.no_grad()
 def cost_of(control: Control, base: Base, side: int) -> Cost:
     """The cost of a control, for images of `side` x `side` pixels.
 
     Args:
-        control: on the meta device, as `base`. It takes images only; other inputs cannot be counted.
-
-    Raises:
-        ValueError: it takes something else than images.
+        control: on the meta device, as `base`; `is_countable` holds of it. It is given what it needs, nothing optional.
     """
     x_t, t, text = _inputs(base, side)
-    images = {one.name: torch.empty(1, 3, side, side, device="meta") for one in control.inputs if one.kind == "image"}
-    if len(images) < len(control.inputs):
-        raise ValueError(f"{control.title} takes more than images, so its operations depend on what it is given")
-    inputs: Any = next(iter(images.values())) if len(images) == 1 else images
+    images = {one.name: torch.empty(1, 3, side, side, device="meta") for one in control.inputs if one.required}
+    inputs: Any = next(iter(images.values())) if len(control.inputs) == 1 else images
     once = _count(lambda: control.encode(inputs, base))
     hint = control.encode(inputs, base)
     alone = _count(lambda: base.predict(x_t, t, text))
@@ -71,7 +72,7 @@ def cost_without_base(control: Control, side: int) -> Cost:
     image = torch.empty(1, 3, side, side, device="meta")
     base: Any = None  # which it does not look at
     t = torch.ones(1, device="meta")
-    return Cost(once=_count(lambda: control(None, t, None, control.encode(image, base))), step=0, image=0)
+    return Cost(once=_count(lambda: control(None, t, None, encode_images(control, image, base))), step=0, image=0)
 
 
 @torch.no_grad()

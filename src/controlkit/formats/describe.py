@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,22 @@ from controlkit.bases.load import HUB_ID, NANO, SINGLE_FILES, load_base
 from controlkit.bases.meta import build_meta_base, configurations, meta_base
 from controlkit.bases.single_file import family_of_file
 from controlkit.bases.unet import encoder_stages
-from controlkit.controls.control import Acts, Control, Reads, takes_one_image, words_of_reads
+from controlkit.controls.control import (
+    Acts,
+    Control,
+    Input,
+    Reads,
+    takes_one_image,
+    words_of_inputs,
+    words_of_reads,
+)
 from controlkit.controls.file_format import Checkpoint
 from controlkit.controls.registry import companion_role, find, registry, role_of
 from controlkit.controls.t2i_adapter import listed_stages
 from controlkit.errors import UserError, nearest
 from controlkit.formats.companions import SUFFIXES
 from controlkit.formats.convert import reference_for
-from controlkit.formats.cost import base_flops, cost_of, cost_without_base
+from controlkit.formats.cost import base_flops, cost_of, cost_without_base, is_countable
 from controlkit.formats.detect import Detected, detect
 from controlkit.formats.load import find_control, shipped_controls
 
@@ -62,6 +71,7 @@ def describe(name: str, base: str | None = None, size: int | None = None) -> dic
         "path": str(path),
         **counts,
         "trainable": counts["parameters"],
+        **_inputs(found.control),
         "reads": words_of_reads(found.control),
         "enters at": found.control.enters,
     }
@@ -151,7 +161,9 @@ def describe_system(system: str, base: str, rank: int | None = None, size: int |
     if kind.companion is not None:
         needs = f"{role_of(kind)}: its {companion_role(kind)}; both: {needs}"
     facts["needs"] = needs
-    facts[f"GFLOP at {side} x {side}"] = cost_of(first, on_meta, side).to_json()
+    if is_countable(first):
+        facts[f"GFLOP at {side} x {side}"] = cost_of(first, on_meta, side).to_json()
+    facts |= _inputs(kind)
     return {**facts, "reads": words_of_reads(kind), "enters at": kind.enters}
 
 
@@ -204,6 +216,8 @@ def _end(found: Detected) -> dict[str, Any]:
 
 def _operations(kind: type[Control], read: Checkpoint, base: str | None, size: int | None) -> dict[str, Any]:
     """Operations at a size, under a key that names the size; none where no base is known that it fits."""
+    if not is_countable(kind):
+        return {}
     on_meta = _base_of(kind, read, base)
     said = read.metadata.get("modelspec.resolution", "").partition("x")[0]
     known = int(said) if said.isdigit() else _SIZES.get(read.config.get("cross_attention_dim", 0))
@@ -215,7 +229,14 @@ def _operations(kind: type[Control], read: Checkpoint, base: str | None, size: i
     side = size or known or 512
     if kind.acts is not Acts.RESIDUALS or kind.reads is not Reads.NOTHING or not takes_one_image(kind):
         return {}
-    return {f"GFLOP at {side} x {side}": cost_without_base(control, side).to_json()}
+    with suppress(AttributeError):  # it looks at the base, of which nothing is known
+        return {f"GFLOP at {side} x {side}": cost_without_base(control, side).to_json()}
+    return {}
+
+
+def _inputs(kind: type[Control]) -> dict[str, str]:
+    """What it is given, where that is not one condition image."""
+    return {} if kind.inputs == (Input(),) else {"inputs": words_of_inputs(kind)}
 
 
 def _base_of(kind: type[Control], read: Checkpoint, base: str | None) -> Base | None:

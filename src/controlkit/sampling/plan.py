@@ -3,13 +3,13 @@
 A control that reads the noisy latent runs at every step for every picture. One that does not is run ahead, in batches
 over time, once for a (condition, prompt), and its residuals are shared by every picture, and by the next call if a
 cache is given. Controls that share a network run in one pass. Taps act at every step, inside of the base's own pass,
-each on the rows of its control alone; tokens follow those of the prompt, zeros where a control does not act. A plan
-changes when work is done, never what comes out.
+each on the rows of its control alone. Tokens follow those of the prompt at the steps where their control acts, zeros on
+the half where it does not. A plan changes when work is done, never what comes out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,10 +131,11 @@ class Plan:
         if self._acting(self._ahead, index):
             total = self._sum_at(index).map(lambda tensor: _repeat(tensor, len(x_t)))
         for group in self._groups(self._acting(self._every, index)).values():
-            made = self._run(group, [index], len(x_t) // len(self.texts), x_t)
-            for place, residuals in zip(group, made, strict=True):
-                weighted = self._all_parts(self.uses[place], residuals).scaled(self.uses[place].weight)
-                total = weighted if total is None else total + weighted
+            for together in _chunks(group, self.rows_at_once // len(x_t)):
+                made = self._run(together, [index], len(x_t) // len(self.texts), x_t)
+                for place, residuals in zip(together, made, strict=True):
+                    weighted = self._all_parts(self.uses[place], residuals).scaled(self.uses[place].weight)
+                    total = weighted if total is None else total + weighted
         return total
 
     def taps(self, index: int, x_t: Tensor, base: Base) -> dict[str, list[Tap]]:
@@ -151,7 +152,8 @@ class Plan:
             use = self.uses[place]
             first = len(x_t) - len(x_t) // len(self.texts) if use.conditional_only else 0
             own = x_t[first:]
-            parts = self.texts[-1:] if use.conditional_only else self.texts
+            parts = self.text(index) if use.control.reads_tokens else self.texts
+            parts = parts[-1:] if use.conditional_only else parts
             batch = len(own) // len(parts)
             text = concatenate(*(part.expand(batch) for part in parts))
             hint = _tiled(expand(use.hint, batch), len(parts))
@@ -161,16 +163,16 @@ class Plan:
         return taps
 
     def text(self, index: int) -> Sequence[Text]:
-        """The prompts of each part at step `index`, with the tokens of controls; of one length at every step."""
-        return self._extended(frozenset(self._acting(list(self._tokens), index))) if self._tokens else self.texts
+        """The prompts of each part at step `index`, of one length, with the tokens of the controls that act there."""
+        return self._extended(frozenset(self._acting(list(self._tokens), index)))
 
     def _extended(self, acting: frozenset[int]) -> Sequence[Text]:
         if acting not in self._texts_of:
             made = list(self.texts)
-            for place, tokens in self._tokens.items():
-                use = self.uses[place]
+            for place in sorted(acting):
+                use, tokens = self.uses[place], self._tokens[place]
                 for number in range(len(made)):
-                    acts = place in acting and not (use.conditional_only and number + 1 < len(made))
+                    acts = not use.conditional_only or number + 1 == len(made)
                     own = tokens * _one_weight(use) if acts else torch.zeros_like(tokens)
                     rows = max(len(own), len(made[number]))
                     made[number] = made[number].expand(rows).extended(own.expand(rows, *own.shape[1:]))
@@ -182,7 +184,7 @@ class Plan:
         for residuals in (self._kept, self._window, self._once):
             residuals.clear()
 
-    def _acting(self, places: Sequence[int], index: int) -> list[int]:
+    def _acting(self, places: Iterable[int], index: int) -> list[int]:
         return [place for place in places if self.uses[place].acts_at(index, len(self.timesteps))]
 
     def _sum_at(self, index: int) -> Residuals:
@@ -207,28 +209,30 @@ class Plan:
 
     def _compute(self, first: int) -> dict[int, Residuals]:
         """Sums for `first` and the steps after it under the same controls, as many as fit into one batch."""
-        places = self._acting(self._ahead, first)
-        rows = len(self.texts) * max(self._batch(place) for place in places)
+        places, tokens = (self._acting(every, first) for every in (self._ahead, self._tokens))
+        rows = len(self.texts) * max(self._batch(place, first) for place in places)
         steps = [first]
         for index in range(first + 1, len(self.timesteps)):
-            if (len(steps) + 1) * rows > self.rows_at_once or self._acting(self._ahead, index) != places:
+            same = self._acting(self._ahead, index) == places and self._acting(self._tokens, index) == tokens
+            if (len(steps) + 1) * rows > self.rows_at_once or not same:
                 break
             steps.append(index)
         sums: dict[int, Residuals] = {}
         for group in self._groups(places).values():
-            at_once = max(1, self.rows_at_once // (rows * len(steps)))
-            for start in range(0, len(group), at_once):
-                for index, made in self._group(group[start : start + at_once], steps):
+            for together in _chunks(group, self.rows_at_once // (rows * len(steps))):
+                for index, made in self._group(together, steps):
                     sums[index] = made if index not in sums else _add(sums[index], made)
         return sums
 
     def _groups(self, places: Sequence[int]) -> dict[Hashable, list[int]]:
-        """Controls that run in one pass: those of one shared network, with hints of one shape, for the same parts."""
+        """Controls that run in one pass: those of one shared network that read the same, with hints of one shape, for
+        the same parts."""
         groups: dict[Hashable, list[int]] = {}
         for place in places:
             use = self.uses[place]
-            shared = use.control.shared_network
-            key = (place if shared is None else id(shared), shapes_of(use.hint), use.conditional_only)
+            shared, reads = use.control.shared_network, (use.control.reads, use.control.reads_tokens)
+            network = place if shared is None else id(shared)
+            key = (network, type(use.control), reads, shapes_of(use.hint), use.conditional_only)
             groups.setdefault(key, []).append(place)
         return groups
 
@@ -238,9 +242,10 @@ class Plan:
         found = {place: self._found(place, steps, timed) for place in places}
         missing = [index for index in steps if any(index not in found[place] for place in places)]
         if missing:
-            rows = len(self._texts(self.uses[places[0]], index=0)) * self._batch(places[0])
+            batch = self._batch(places[0], steps[0])
+            rows = batch * self._parts(self.uses[places[0]])
             indices = missing if timed else missing[:1]
-            made = self._run(places, indices, self._batch(places[0]), None)
+            made = self._run(places, indices, batch, None)
             for place, together in zip(places, made, strict=True):
                 for number, index in enumerate(indices):
                     one = together.rows(number * rows, (number + 1) * rows)
@@ -268,16 +273,16 @@ class Plan:
             use = self.uses[place]
             self.cache.put((*self._key(use, index), self._time(index, timed)), use.control, made)
 
-    def _batch(self, place: int) -> int:
-        """Pictures that one pass of a control is made for: one, if all have the same of what it reads."""
+    def _batch(self, place: int, index: int) -> int:
+        """Pictures that one pass of a control is made for: one, if all have the same of what it reads at a step."""
         use = self.uses[place]
-        read = [len(text) for text in self._texts(use, index=0)] if Reads.TEXT in use.control.reads else []
+        read = [len(text) for text in self._texts(use, index)] if Reads.TEXT in use.control.reads else []
         return max(rows_of(use.hint), *read, 1)
 
     def _run(self, places: Sequence[int], indices: Sequence[int], batch: int, x_t: Tensor | None) -> list[Residuals]:
         """One pass of these controls: for each step of `indices`, every part that they act on, every picture."""
         first = self.uses[places[0]]
-        parts = len(self._texts(first, index=0))
+        parts = self._parts(first)
         rows = batch * parts
         text = None
         if Reads.TEXT in first.control.reads:
@@ -288,21 +293,23 @@ class Plan:
         uses = [self.uses[place] for place in places]
         hints = [_tiled(expand(use.hint, batch), parts * len(indices)) for use in uses]
         if len(uses) == 1:
-            return [first.control(x_t, t, text, hints[0])]
-        return first.control.forward_together([use.control for use in uses], x_t, t, text, hints)
+            made = [first.control(x_t, t, text, hints[0])]
+        else:
+            made = first.control.forward_together([use.control for use in uses], x_t, t, text, hints)
+        return [one.map(lambda tensor: tensor.expand(len(t), *tensor.shape[1:])) for one in made]
 
     def _texts(self, use: ActiveControl, index: int) -> Sequence[Text]:
-        """The prompts of the parts that a control runs for: one, if it is for one alone, or does not read them.
-
-        With the tokens of controls at step `index`, if it reads them.
-        """
+        """The prompts of the parts that a control runs for, with the tokens of controls at a step if it reads them."""
         texts = self.text(index) if use.control.reads_tokens else self.texts
-        once = use.conditional_only or Reads.TEXT not in use.control.reads
-        return texts[-1:] if once else texts
+        return texts[-self._parts(use) :]
+
+    def _parts(self, use: ActiveControl) -> int:
+        """How many parts a control runs for: one, if it is for one alone, or does not read the prompts."""
+        return 1 if use.conditional_only or Reads.TEXT not in use.control.reads else len(self.texts)
 
     def _all_parts(self, use: ActiveControl, made: Residuals) -> Residuals:
         """Residuals of every part, from those that a control ran for; zeros where it does not act."""
-        others = len(self.texts) - len(self._texts(use, index=0))
+        others = len(self.texts) - self._parts(use)
         if not others:
             return made
         fill = torch.zeros_like if use.conditional_only else torch.Tensor.clone
@@ -321,6 +328,13 @@ class Plan:
 def rows_at_once(width: int, height: int) -> int:
     """The largest batch of residuals that are computed ahead, for pictures of so many pixels."""
     return max(1, min(ROWS_AT_ONCE, PIXELS_AT_ONCE // (width * height)))
+
+
+def _chunks(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Consecutive parts of `size` at the most, and at least one."""
+    size = max(1, size)
+    for first in range(0, len(places), size):
+        yield places[first : first + size]
 
 
 def _add(a: Residuals, b: Residuals) -> Residuals:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from controlkit import conditions
 from controlkit.bases.base import Base
+from controlkit.controls.control import encode_images
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
 from controlkit.training.control_objective import ControlObjective
@@ -54,7 +55,7 @@ class ConditionsObjective(ControlObjective):
         batch = self.source.batch(condition, rng, self.whole, self.recipe.prompt_drop, self.share)
         control = self.control.for_condition(condition)
         text = self.base.encode_text(batch.prompts)
-        hint = control.encode(batch.images, self.base)
+        hint = encode_images(control, batch.images, self.base)
         return self.control_loss(control, batch.latents, text, hint, self.torch_generator(step))
 
     def seen(self, step: int) -> list[str]:
@@ -85,7 +86,7 @@ class ConditionsObjective(ControlObjective):
     def _follow(self, name: str, held: Held) -> list[Image.Image]:
         """Pictures under control of held-out condition images, from fixed seeds."""
         control = self.control.for_condition(name)
-        hint = control.encode(to_tensor(held.given).to(self.device), self.base)
+        hint = encode_images(control, to_tensor(held.given).to(self.device), self.base)
         return preview_images(self.base, control, hint, held.prompts)
 
     @property

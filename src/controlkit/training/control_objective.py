@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from controlkit.bases.base import Text
 from controlkit.bases.load import load_base
 from controlkit.controls.apply import predict_under
-from controlkit.controls.control import Control, takes_one_image
+from controlkit.controls.control import Control, takes_one_image, words_of_inputs
 from controlkit.controls.hints import Hint
 from controlkit.controls.registry import find
 from controlkit.errors import UserError
@@ -38,8 +38,10 @@ class ControlObjective(Objective):
         self.device = device
         kind = recipe.control_class
         if not takes_one_image(kind):
-            names = ", ".join(one.name for one in kind.inputs)
-            raise UserError(f"{kind.title} is given more than one image ({names}), which no data set here has")
+            raise UserError(
+                f"{kind.title} takes {words_of_inputs(kind)}; training from data of one condition image needs a control"
+                " that takes one"
+            )
         self.base = load_base(recipe.base, device=device)
         self.frozen = self.base.content
         self.control = self._build(kind)

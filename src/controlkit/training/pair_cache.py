@@ -15,8 +15,8 @@ from torch import Tensor
 from controlkit.bases.base import Base, Text, network_key
 from controlkit.conditions import find
 from controlkit.conditions.condition import Condition, left_right, no_mirror
-from controlkit.controls.control import Control
-from controlkit.controls.hints import Hint
+from controlkit.controls.control import Control, encode_images
+from controlkit.controls.hints import Hint, expand, named
 from controlkit.data.cache import Spec, Store
 from controlkit.data.cached_rows import CachedRows, Make
 from controlkit.data.pair import SOURCE, TARGET, Pair
@@ -32,6 +32,9 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -39,9 +42,11 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 class PictureRows:
     """What a network makes of one side of every pair, one tensor each: upright, and mirrored where that is wanted."""
 
-    def __init__(self, upright: CachedRows, mirrored: CachedRows | None = None) -> None:
+    def __init__(self, upright: CachedRows, mirrored: CachedRows | None = None, *, alone: str | None = None) -> None:
         self.upright = upright
         self.mirrored = mirrored
+        self.alone = alone
+        """What a tensor is called that is one alone, not one of a mapping."""
 
     def __len__(self) -> int:
         return len(self.upright)
@@ -49,14 +54,16 @@ class PictureRows:
     def gather(self, chosen: Tensor, flipped: Tensor | None = None) -> Hint:
         """Rows of the pairs `chosen` `[B]`, of the mirrored ones where `flipped` `[B]`; `[B, ...]` on the CPU.
 
-        Named, if the network makes several tensors of each.
+        Named, if that is what the network makes.
         """
         made = _gather(self.upright, chosen)
         if flipped is not None and flipped.any():
             assert self.mirrored is not None
             for name, turned in _gather(self.mirrored, chosen[flipped]).items():
                 made[name][flipped] = turned
-        return made if len(made) > 1 else next(iter(made.values()))
+        if self.alone is None or self.alone not in made:
+            return made
+        return made[self.alone]
 
 
 class TextRows:
@@ -120,10 +127,9 @@ class PairCache:
         return self._images("latents", TARGET, self._vae_key, lambda x: self.base.encode_picture(x * 2 - 1))
 
     def hints(self, control: Control) -> PictureRows:
-        """Hints of a control whose `encode` has no weights but the base's autoencoder's."""
-        settings = (control.kind, getattr(control, "posterior_seed", None))
-        model = sha256_of(self._vae_key, repr(settings))
-        return self._images("hints", SOURCE, model, lambda x: control.encode(x, self.base))
+        """Hints of a control of which `hint_is_frozen` holds."""
+        model = sha256_of(self._vae_key, repr((control.kind, control.hint_settings())))
+        return self._images("hints", SOURCE, model, lambda x: encode_images(control, x, self.base))
 
     def texts(self) -> tuple[TextRows, Tensor, int]:
         """All distinct captions, embedded; the index of each pair's first one `[N]`, and that of the empty prompt.
@@ -156,13 +162,13 @@ class PairCache:
                     if _key_of(sources[index]) != keys[index]:
                         raise UserError(f"{sources[index]} has changed since training began; run the same again")
                 made = encode(to_tensor(images).to(self.base.device))
-                tensors = {kind: made} if isinstance(made, Tensor) else made
-                return _as_rows({name: tensor.to("cpu", torch.float16) for name, tensor in tensors.items()})
+                tensors = {kind: made} if isinstance(made, Tensor) else named(expand(made, len(images)))
+                return _as_rows({name: _stored(tensor) for name, tensor in tensors.items()})
 
             transform = f"{size} x {size}, centre, sRGB{acts}" + (", mirrored" if mirrored else "")
             return self._rows(kind, model, transform, digests, make, f"encoding {{count}} pairs ({kind})")
 
-        return PictureRows(rows(False), rows(True) if self.flip else None)
+        return PictureRows(rows(False), rows(True) if self.flip else None, alone=kind)
 
     def _keys(self, side: str) -> list[str]:
         """Hash of that side of every pair; files are read once."""
@@ -192,6 +198,11 @@ def _is_unusual(condition: Condition) -> bool:
     """Whether its finished images are scaled, mirrored or laid over a background as only its name tells."""
     plain = condition.resize == "smooth" and condition.background == Condition.background
     return not plain or condition.mirror_finished is not left_right
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """On the CPU, floating-point numbers in fp16."""
+    return tensor.to("cpu", torch.float16 if tensor.is_floating_point() else tensor.dtype)
 
 
 def _key_of(source: Source) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from controlkit import conditions
 from controlkit.conditions.fidelity import by_the_picture
+from controlkit.controls.control import encode_images
 from controlkit.controls.hints import Hint, map_hint
 from controlkit.data.pair import SOURCE
 from controlkit.data.pairs import load_pairs, split_pairs
@@ -77,12 +78,15 @@ class PairsObjective(ControlObjective):
     def hints(self, chosen: Tensor, flipped: Tensor) -> Hint:
         """Hints of the pairs whose indices are `chosen` `[B]`, mirrored where `flipped` `[B]`, on the device."""
         if self.encoded is not None:
-            return map_hint(self.encoded.gather(chosen, flipped), lambda rows: rows.float().to(self.device))
+            return map_hint(self.encoded.gather(chosen, flipped), self._on_device)
         sources = [
             self.pairs[index].side(SOURCE, self.base.size, mirrored)
             for index, mirrored in zip(chosen.tolist(), flipped.tolist(), strict=True)
         ]
-        return self.control.encode(to_tensor(sources).to(self.device), self.base)
+        return encode_images(self.control, to_tensor(sources).to(self.device), self.base)
+
+    def _on_device(self, rows: Tensor) -> Tensor:
+        return (rows.float() if rows.is_floating_point() else rows).to(self.device)
 
     def loss(self, step: int) -> Tensor:
         generator = self.torch_generator(step)
@@ -130,7 +134,7 @@ class PairsObjective(ControlObjective):
         pairs = self.held_out[: self.recipe.score_pictures]
         images = [pair.images(self.base.size) for pair in pairs]
         given, truths = [source for source, _ in images], [target for _, target in images]
-        hint = self.control.encode(to_tensor(given).to(self.device), self.base)
+        hint = encode_images(self.control, to_tensor(given).to(self.device), self.base)
         results = preview_images(self.base, self.control, hint, [pair.prompt for pair in pairs])
         score = self.condition.mean_score(
             given, [np.asarray(result) for result in results], truths, [pair.parameters for pair in pairs]

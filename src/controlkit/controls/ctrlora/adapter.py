@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -89,6 +89,9 @@ class CtrLoRA(OneImage):
 
     def forward(self, x_t: Tensor | None, t: Tensor, text: Text | None, hint: Hint) -> Residuals:
         return self.base_control(None, t, text, hint, adapters=(self.adapter,))
+
+    def hint_settings(self) -> Hashable:
+        return self.posterior_seed
 
     def weights(self) -> Iterable[nn.Parameter]:
         own = self.base_control.adapters[self.adapter].parameters()

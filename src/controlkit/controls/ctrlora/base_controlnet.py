@@ -408,6 +408,9 @@ class BaseControlNet(OneImage):
         """Train nothing."""
         self.requires_grad_(False)
 
+    def hint_settings(self) -> Hashable:
+        return None
+
     def incompatibility(self, base: Base) -> str | None:
         return copy_incompatibility(self.config(), base)
 
