@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -220,10 +220,12 @@ class Base:
 
     @cached_property
     def points(self) -> dict[str, Point]:
-        """Where taps may hang, on the stream of hidden states.
+        """Where taps may hang: on the stream of hidden states, and on the embedding of the time.
 
         `encoder.N.in` and `encoder.N` are before and after the Nth block of the encoder, `middle.in` and `middle` are
         before and after the middle, and `decoder.N` is before the Nth block of the decoder takes its skip connection.
+        `time` is the embedding of the time, `[B, D]`, before that of what else the UNet is told is added to it; all
+        blocks see what taps make of it.
         """
         return points_of(dict(self.unet.config))
 
@@ -269,8 +271,8 @@ class Base:
         Taps are hung again for that, and stay what they were in the call that hung them.
         """
 
-        def active() -> AbstractContextManager[Any] | None:
-            return None if self._hung is None else self._tapping(*self._hung)
+        def active() -> Callable[[], AbstractContextManager[Any]] | None:
+            return None if self._hung is None else partial(self._tapping, *self._hung)
 
         self.unet.enable_gradient_checkpointing(checkpoint_with_taps(active))
 

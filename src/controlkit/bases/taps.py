@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 TapFunction = Callable[[Tensor], Tensor | None]
-"""The stream at a point, `[B, C, h, w]`, own rows alone => what is added to it, of the same shape; None is nothing."""
+"""The stream at a point, `[B, C, h, w]` (`[B, D]` at `time`), own rows alone => what is added to it, of the same shape;
+None is nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,9 @@ class Tap:
     None is all of them."""
     replaces: bool = False
     """Whether what it returns takes the value's place. Then no other tap may act at this point."""
+    weighted: bool = True
+    """Whether the weight of the control's use scales it. A control whose published form has parts that no weight scales
+    says so here."""
 
 
 Taps = Mapping[str, Sequence[Tap]]
@@ -76,7 +80,7 @@ def tapped(
 
 
 def checkpoint_with_taps(
-    active: Callable[[], AbstractContextManager[Any] | None],
+    active: Callable[[], Callable[[], AbstractContextManager[Any]] | None],
 ) -> Callable[..., Any]:
     """A function for diffusers' `enable_gradient_checkpointing` that knows about taps.
 
@@ -84,7 +88,8 @@ def checkpoint_with_taps(
     hung again for that block, with the state that their control had for the call.
 
     Args:
-        active: what hangs the taps of the call that is running, at the time of the forward pass; None if it has none.
+        active: a function that hangs the taps of the call that is running, at the time of the forward pass; None if it
+            has none.
     """
 
     def run(module: nn.Module, *inputs: Any, **named: Any) -> Any:
@@ -93,11 +98,25 @@ def checkpoint_with_taps(
             module.__call__,
             *inputs,
             use_reentrant=False,
-            context_fn=lambda: (nullcontext(), again or nullcontext()),
+            context_fn=lambda: (nullcontext(), nullcontext() if again is None else _Anew(again)),
             **named,
         )
 
     return run
+
+
+class _Anew(AbstractContextManager[Any]):
+    """A context that is made anew each time it is entered: there may be several backward passes over one graph."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make = make
+
+    def __enter__(self) -> Any:
+        self._entered = self._make()
+        return self._entered.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.__exit__(*error)
 
 
 def _hook(network: nn.Module, point: Point, residual: Tensor | None, taps: Sequence[Tap]) -> Any:
