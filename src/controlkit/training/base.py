@@ -23,7 +23,6 @@ from controlkit.errors import UserError
 from controlkit.files import write_json
 from controlkit.images import contact_sheet, to_images, write_png
 from controlkit.sampling.sampler import sample_prompts
-from controlkit.training.diffusion import noised
 from controlkit.training.drawings import Drawings
 from controlkit.training.objective import Objective
 from controlkit.training.processes import Processes
@@ -97,7 +96,7 @@ class BaseObjective(Objective):
         chosen, prompts = self._draw(step)
         z = self.drawings.latents[torch.from_numpy(chosen[self.share])].float().to(self.device)
         text = self._text(prompts[self.share])
-        drawn = noised(self.schedule, z, self.torch_generator(step), self.whole, self.share)
+        drawn = self.noised(self.schedule, z, self.torch_generator(step))
         return self.diffusion_loss(drawn, self.trained["unet"](drawn.x_t, drawn.t, encoder_hidden_states=text).sample)
 
     def seen(self, step: int) -> list[str]:

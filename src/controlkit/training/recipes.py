@@ -74,6 +74,11 @@ class BaseRecipe(Recipe):
     """Text file of the concepts to train on, one a line; None for all that can be drawn."""
     least_scale: float = LEAST_SCALE
     """Side of the smallest icon in a drawing, as a fraction of the drawing's."""
+    time_sampling: str | None = None
+    """How times of the noise schedule are drawn: `uniform`, `cubic` (more of the noisy ones) or `logit-normal` (more of
+    those in the middle). None is the base's own: uniform for Stable Diffusion and nano."""
+    snr_gamma: float | None = None
+    """Weights the loss by min-SNR with this gamma (Hang et al. 2023 take 5); None weights all times alike."""
     channels: tuple[int, ...] = (48, 96, 160)
     """Channels of each resolution of the UNet."""
     attention: tuple[bool, ...] = (False, True, True)
@@ -119,6 +124,11 @@ class ControlRecipe(Recipe, ABC):
     """The base that it steers."""
     gradient_checkpointing: bool = False
     """Compute activations a second time in the backward pass: much less memory, about a third more time."""
+    time_sampling: str | None = None
+    """How times of the noise schedule are drawn: `uniform`, `cubic` (more of the noisy ones) or `logit-normal` (more of
+    those in the middle). None is the base's own: uniform for Stable Diffusion and nano."""
+    snr_gamma: float | None = None
+    """Weights the loss by min-SNR with this gamma (Hang et al. 2023 take 5); None weights all times alike."""
     prompt_drop: float = 0.5
     """Share of prompts replaced by the empty prompt."""
 
