@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 
 import tiny
 from controlkit.bases.base import Base
@@ -66,10 +67,34 @@ def test_a_part_is_missing(base_folder, part):
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_weights_that_are_not_safetensors_are_not_read(base_folder, part):
+def test_weights_under_another_name_are_not_taken(base_folder, part):
     (weights,) = (base_folder / part).glob("*.safetensors")
-    weights.rename(weights.with_suffix(".bin"))
-    refused(base_folder, f"{part} has no .safetensors file")
+    weights.rename(weights.with_name("weights.safetensors"))
+    refused(base_folder, f"{part} has no weights: expected")
+
+
+class Malice:
+    """What would make a file if it were unpickled as a program."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_files_of_torch_are_read_as_data_alone(base_folder, part, tmp_path):
+    before = load_base(base_folder)
+    (weights,) = (base_folder / part).glob("*.safetensors")
+    name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+    tensors = load_file(weights)
+    weights.unlink()
+    torch.save(tensors, base_folder / part / name)
+    assert load_base(base_folder).content == before.content
+    torch.save({**tensors, "more": Malice(tmp_path / "made")}, base_folder / part / name)
+    refused(base_folder, "cannot be loaded")
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])

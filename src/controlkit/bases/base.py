@@ -218,10 +218,12 @@ class Base:
 
     @cached_property
     def points(self) -> dict[str, Point]:
-        """Where taps may hang, on the stream of hidden states.
+        """Where taps may hang: on the stream of hidden states, and on the embedding of the time.
 
         `encoder.N.in` and `encoder.N` are before and after the Nth block of the encoder, `middle.in` and `middle` are
         before and after the middle, and `decoder.N` is before the Nth block of the decoder takes its skip connection.
+        `time` is the embedding of the time, `[B, D]`, before that of what else the UNet is told is added to it; all
+        blocks see what taps make of it.
         """
         return points_of(dict(self.unet.config))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle  # noqa: TID251, for the name of the error that torch raises
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from safetensors import SafetensorError
 
 from controlkit.bases.base import Base, needs_float32
 from controlkit.bases.known import KNOWN_BASES
+from controlkit.bases.pickles import why_refused
+from controlkit.bases.weight_files import weight_files
 from controlkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +39,8 @@ _WANTED_FROM_HUB = ["model_index.json"] + [
     f"{folder}/*.{suffix}" for folder in _HUB_FOLDERS for suffix in ("json", "txt", "safetensors")
 ]
 """Nothing of the root, where many repositories keep the whole model once more in one file."""
-_UNWANTED_FROM_HUB = ["*fp16*", "*non_ema*", "*ema_only*", "*/onnx*"]
+_HALVES = ["*fp16*", "*bf16*"]
+_UNWANTED_FROM_HUB = [*_HALVES, "*non_ema*", "*ema_only*", "*/onnx*"]
 
 
 def nano_folder() -> Path:
@@ -92,6 +96,8 @@ def load_base(
                     " inpainting or for editing, which is also given a picture; text-to-image models are run here"
                 )
             return base.to(device=device)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"the base {name} cannot be loaded: {why_refused(path, error)}") from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the base {name} cannot be loaded: {reason}") from error
@@ -242,7 +248,12 @@ def _zeros_for_empty(folder: Path) -> bool:
 
 def _whole(kind: Any, folder: Path, **options: Any) -> Any:
     """A network of diffusers or transformers with every weight from its file, none filled in at random."""
-    network, told = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    files = weight_files(folder)
+    if files is None:
+        raise ValueError(f"{folder.name} has no weights")
+    # Both libraries read files of torch as data alone (weights_only).
+    which = {"variant": files.variant, "use_safetensors": files.safetensors}
+    network, told = kind.from_pretrained(folder, output_loading_info=True, **which, **options)
     if missing := sorted(told["missing_keys"]):
         raise ValueError(f"{folder.name} lacks {len(missing)} of its weights, such as {missing[0]}")
     return network
@@ -254,14 +265,26 @@ def _from_hub(name: str, **options: Any) -> Path:
 
     try:
         wanted: dict[str, Any] = {"allow_patterns": _WANTED_FROM_HUB, "ignore_patterns": _UNWANTED_FROM_HUB}
-        kept = snapshot_download(name, **wanted, **options)
+        kept = Path(snapshot_download(name, **wanted, **options))
+        if bare := [
+            part for part in _HUB_FOLDERS if (kept / part / "config.json").is_file() and not _has_any(kept / part)
+        ]:
+            # A repository that has these in half precision only, or as files of torch.
+            also = [f"{part}/*.{suffix}" for part in bare for suffix in ("json", "safetensors", "bin")]
+            unwanted = [pattern for pattern in _UNWANTED_FROM_HUB if pattern not in _HALVES]
+            snapshot_download(name, allow_patterns=also, ignore_patterns=unwanted, **options)
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"there is no folder {name}, and no model {name} came from the Hugging Face hub ({reason});"
             " check the name and the connection, log in if it is gated, or give the path of a diffusers folder"
         ) from error
-    return Path(kept)
+    return kept
+
+
+def _has_any(folder: Path) -> bool:
+    """Whether there are weights, or an index of some."""
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
 def _check_device(device: str | torch.device) -> None:
@@ -311,5 +334,8 @@ def _check_folder(folder: Path, name: str) -> None:
         )
     encoders = ("text_encoder", "text_encoder_2") if (folder / "text_encoder_2").is_dir() else ("text_encoder",)
     for part in ("unet", "vae", *encoders):
-        if not list((folder / part).glob("*.safetensors")):
-            raise UserError(f"{name}/{part} has no .safetensors file; other formats are not read")
+        if weight_files(folder / part) is None:
+            raise UserError(
+                f"{name}/{part} has no weights: expected diffusion_pytorch_model or model, as .safetensors or .bin,"
+                " whole or of a variant (.fp16, .bf16), or an index of such files"
+            )

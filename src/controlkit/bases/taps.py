@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from controlkit.errors import UserError
 
 TapFunction = Callable[[Tensor], Tensor | None]
-"""The stream at a point, `[B, C, h, w]`, own rows alone => what is added to it, of the same shape; None is nothing."""
+"""The stream at a point, `[B, C, h, w]` (`[B, D]` at `time`), own rows alone => what is added to it, of the same shape;
+None is nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,9 @@ class Tap:
     None is all of them."""
     replaces: bool = False
     """Whether what it returns takes the value's place. Then no other tap may act at this point."""
+    weighted: bool = True
+    """Whether the weight of the control's use scales it. A control whose published form has parts that no weight scales
+    says so here."""
 
 
 Taps = Mapping[str, Sequence[Tap]]

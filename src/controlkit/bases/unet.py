@@ -50,7 +50,7 @@ def layers_of(config: Mapping[str, Any]) -> list[int]:
 
 def points_of(config: Mapping[str, Any]) -> dict[str, Point]:
     """`Base.points` of the UNet of `config`."""
-    points: dict[str, Point] = {}
+    points = {"time": Point(module="time_embedding")}
     for place, block in enumerate(encoder_blocks(config)):
         points[f"encoder.{place}.in"] = Point(module=block.first, side="input")
         points[f"encoder.{place}"] = Point(module=block.last)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from controlkit.bases.weight_files import weight_files
 from controlkit.controls.control import Control
 from controlkit.controls.file_format import FileFormat, TensorFile
 from controlkit.controls.registry import registry
@@ -128,19 +129,15 @@ def _detect_folder(path: Path) -> Detected:
 
 
 def _weights(folder: Path, stem: str) -> TensorFile:
-    """The weights of a folder, in one file or in several of an index."""
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{stem}.bin", f"{stem}.fp16.bin"):
-        if (folder / name).is_file():
-            return replace(read_tensor_file(folder / name), path=folder)
-    index = folder / f"{stem}.safetensors.index.json"
-    if not index.is_file():
+    """The weights of a folder, in one file or in several of an index, of whatever precision."""
+    found = weight_files(folder, stem)
+    if found is None:
         raise UserError(f"{folder} has a config, but no weights: {stem}.safetensors is missing")
-    parts = sorted(set(_mapping(index).get("weight_map", {}).values()))
+    if len(found.files) == 1:
+        return replace(read_tensor_file(found.files[0]), path=folder)
     tensors: dict[str, Tensor] = {}
-    for part in parts:
-        if Path(part).name != part:
-            raise UserError(f"{index} names {part!r}, which is not a file of the folder")
-        tensors |= read_tensor_file(folder / part).tensors
+    for part in found.files:
+        tensors |= read_tensor_file(part).tensors
     return TensorFile(folder, tensors)
 
 

@@ -82,8 +82,25 @@ def _write_diffusers(checkpoint: Checkpoint, reference: Reference) -> Written:
     network = getattr(diffusers, kind.diffusers_class or "")
     taken = inspect.signature(network.__init__).parameters
     config = {key: value for key, value in checkpoint.config.items() if key in taken}
+    if own := sorted(set(checkpoint.config) - set(config)):
+        _require_shapes(kind, checkpoint, config, own)
     head = {"_class_name": network.__name__, "_diffusers_version": diffusers.__version__}
     return Written(tensors=checkpoint.tensors, configs={_CONFIG: {**head, **config}})
+
+
+def _require_shapes(kind: type[Control], checkpoint: Checkpoint, config: dict[str, Any], own: list[str]) -> None:
+    """Refuse a network that diffusers' class would build in another shape, as it knows no such settings.
+
+    Args:
+        config: what of the checkpoint's config diffusers' class takes.
+        own: the names of the other settings.
+    """
+    if kind.shapes(config) != kind.shapes(checkpoint.config):
+        said = ", ".join(f"{name} {checkpoint.config[name]}" for name in own)
+        raise UserError(
+            f"{checkpoint.path} cannot be written as diffusers' folder: its network differs from those of diffusers'"
+            f" {kind.diffusers_class} by a setting that it does not have ({said}); write it as {NATIVE.name}"
+        )
 
 
 NATIVE = FileFormat(name="controlkit", says="one safetensors file with metadata, ours", read=_read, write=_write)

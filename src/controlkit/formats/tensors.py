@@ -59,11 +59,32 @@ def read_tensor_file(path: str | Path) -> TensorFile:
     raise UserError(f"{path} is not a whole safetensors file, nor one of torch.save")
 
 
+def unscaled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in float8 with a scale of their own (`X.scale_weight`, as ComfyUI writes them) => float32; others stay.
+
+    The marks of such a file (`scaled_fp8`), and scales of what goes into a layer, are no part of the weights.
+    """
+    scaled = {name.removesuffix(".scale_weight") for name in tensors if name.endswith(".scale_weight")}
+    if not scaled and "scaled_fp8" not in tensors:
+        return tensors
+    made: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        layer, _, last = name.rpartition(".")
+        if last in ("scale_weight", "scale_input") or name == "scaled_fp8":
+            continue
+        made[name] = (
+            value.float() * tensors[f"{layer}.scale_weight"].float()
+            if (last == "weight" and layer in scaled)
+            else value
+        )
+    return made
+
+
 def _read_safetensors(path: Path) -> TensorFile:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return TensorFile(path, tensors, file.metadata() or {})
+            return TensorFile(path, unscaled(tensors), file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({on_one_line(error)})") from error
 

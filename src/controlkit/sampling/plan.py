@@ -366,12 +366,12 @@ def _one_weight(use: ActiveControl) -> float:
 
 
 def _tap(given: TapFunction | Tap, use: ActiveControl, rows: tuple[int, int]) -> Tap:
-    """What a control hangs on a point, times its weight, on its own rows."""
+    """What a control hangs on a point, times its weight unless none scales it, on its own rows."""
     weight = _one_weight(use)
-    replaces = isinstance(given, Tap) and given.replaces
-    function = given.function if isinstance(given, Tap) else given
-    if weight == 1:
-        return Tap(function=function, rows=rows, replaces=replaces)
+    tap = given if isinstance(given, Tap) else Tap(function=given)
+    function, replaces = tap.function, tap.replaces
+    if weight == 1 or not tap.weighted:
+        return replace(tap, rows=rows)
 
     def weighted(stream: Tensor) -> Tensor | None:
         made = function(stream)
@@ -379,4 +379,4 @@ def _tap(given: TapFunction | Tap, use: ActiveControl, rows: tuple[int, int]) ->
             return None
         return stream + (made - stream) * weight if replaces else made * weight
 
-    return Tap(function=weighted, rows=rows, replaces=replaces)
+    return replace(tap, function=weighted, rows=rows)

@@ -164,14 +164,8 @@ def config_of(tensors: Mapping[str, Tensor], unet_config: Mapping[str, Any] | No
     channels = [_out(tensors, f"down_blocks.{b}.resnets.0.time_emb_proj") for b in range(len(types))]
     attentions = [path for path in (_attention(b, t) for b, t in enumerate(types)) if path]
     attentions += ["mid_block.attentions.0"] if structure.mid else []
-    if not attentions:
-        raise ValueError("it has no cross attention")
     depths = [_depth(tensors, f"down_blocks.{b}.attentions.0") or 1 for b in range(len(types))]
-    width = _in(tensors, f"{attentions[0]}.transformer_blocks.0.attn2.to_k")
-    projection = tensors.get(f"{attentions[0]}.proj_in.weight")
-    linear = f"{attentions[0]}.proj_in.lora_layer.down.weight" in tensors or (
-        projection is not None and projection.ndim == 2
-    )
+    width, linear = _text(tensors, attentions, unet_config)
     config: dict[str, Any] = {
         "block_out_channels": channels,
         "layers_per_block": layers.pop(),
@@ -186,9 +180,30 @@ def config_of(tensors: Mapping[str, Tensor], unet_config: Mapping[str, Any] | No
     if "conv_in.weight" in tensors:
         config["in_channels"] = tensors["conv_in.weight"].shape[1]
     config |= _hint_config(tensors)
-    if unet_config is not None and all(_same(config[key], unet_config.get(key)) for key in _MADE_FOR):
+    agree = _MADE_FOR if attentions else tuple(key for key in _MADE_FOR if key != "down_block_types")
+    if unet_config is not None and all(_same(config[key], unet_config.get(key)) for key in agree):
         config |= {key: unet_config[key] for key in _UNTOLD if key in unet_config}
     return config
+
+
+def _text(
+    tensors: Mapping[str, Tensor], attentions: list[str], unet_config: Mapping[str, Any] | None
+) -> tuple[int, bool]:
+    """The width of the text that it reads, and whether its transformers project by linear layers.
+
+    Raises:
+        ValueError: it has no cross attention and no base tells them.
+    """
+    if not attentions:
+        if unet_config is None:
+            raise ValueError(
+                "it has no cross attention, so nothing in it tells the width of the base's text; give the base (--base)"
+            )
+        return unet_config["cross_attention_dim"], bool(unet_config.get("use_linear_projection"))
+    width = _in(tensors, f"{attentions[0]}.transformer_blocks.0.attn2.to_k")
+    projection = tensors.get(f"{attentions[0]}.proj_in.weight")
+    lora = f"{attentions[0]}.proj_in.lora_layer.down.weight" in tensors
+    return width, lora or (projection is not None and projection.ndim == 2)
 
 
 def _resnet(mine: str, theirs: str) -> dict[str, str]:
