@@ -92,6 +92,12 @@ def encoder_stages(config: Mapping[str, Any], factor: int) -> tuple[tuple[int, i
     return (*stages, (channels[last], factor * 2**last))
 
 
+def listed_stages(stages: tuple[tuple[int, int], ...]) -> str:
+    """Stages in words: `320 channels at 1/8, 640 at 1/16`."""
+    first, *rest = (f"{wide}{{}} at 1/{pixels}" for wide, pixels in stages)
+    return ", ".join([first.format(" channels"), *(one.format("") for one in rest)])
+
+
 def stage_points(config: Mapping[str, Any]) -> dict[str, str]:
     """Site `stage.N` -> the point where it enters."""
     made: dict[str, str] = {}

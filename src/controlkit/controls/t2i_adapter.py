@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from controlkit.bases.base import Base, Text
 from controlkit.bases.residuals import Residuals
-from controlkit.bases.unet import encoder_stages
+from controlkit.bases.unet import encoder_stages, listed_stages
 from controlkit.controls.control import Control, OneImage, Reads
 from controlkit.controls.encoder_copy.network import checked_config, plain_config
 from controlkit.controls.file_format import (
@@ -203,12 +203,6 @@ def config_for(unet_config: Mapping[str, Any], factor: int, *, colours: int = 3,
     raise UserError(
         f"no {'light ' if light else ''}T2I-Adapter has the shape of this base's encoder: {listed_stages(stages[:-1])}"
     )
-
-
-def listed_stages(stages: tuple[tuple[int, int], ...]) -> str:
-    """Stages in words: `320 channels at 1/8, 640 at 1/16`."""
-    first, *rest = (f"{wide}{{}} at 1/{pixels}" for wide, pixels in stages)
-    return ", ".join([first.format(" channels"), *(one.format("") for one in rest)])
 
 
 def _detect_original(file: TensorFile) -> str | None:

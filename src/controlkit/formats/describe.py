@@ -16,7 +16,7 @@ from controlkit.bases.known import KNOWN_BASES, known_by_shape
 from controlkit.bases.load import HUB_ID, NANO, SINGLE_FILES, load_base
 from controlkit.bases.meta import build_meta_base, configurations, meta_base
 from controlkit.bases.single_file import family_of_file
-from controlkit.bases.unet import encoder_stages
+from controlkit.bases.unet import encoder_stages, listed_stages
 from controlkit.controls.control import (
     Acts,
     Control,
@@ -28,7 +28,6 @@ from controlkit.controls.control import (
 )
 from controlkit.controls.file_format import Checkpoint
 from controlkit.controls.registry import companion_role, find, registry, role_of
-from controlkit.controls.t2i_adapter import listed_stages
 from controlkit.errors import UserError, nearest
 from controlkit.formats.companions import SUFFIXES
 from controlkit.formats.convert import reference_for
