@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from diffusers import ControlNetModel
 from layout_files import trained_pair, weights_of
 from safetensors.torch import save_file
 
+from controlkit.controls.controlnet import ControlNet
+from controlkit.controls.file_format import TensorFile
 from controlkit.errors import UserError
 from controlkit.formats.convert import convert
 from controlkit.formats.describe import describe
@@ -175,6 +178,16 @@ def test_every_missing_unused_or_misshapen_tensor_is_named(original, tmp_path, c
     change(original)
     torch.save(original, path)
     refused(path, "looks like a ControlNet", says.replace("of its 88 tensors", expected))
+
+
+def test_a_controlnet_is_told_by_its_resnet_blocks_whatever_one_tensor_it_lost(original):
+    (of_original,) = (one for one in ControlNet.formats if one.name == "original")
+    for lost in original:
+        rest = {name: value for name, value in original.items() if name != lost}
+        assert of_original.detect(TensorFile(Path("a.pth"), rest)), lost
+    others = {name: value for name, value in original.items() if "_layers." not in name}
+    assert "control_model.zero_convs.0.0.weight" in others and "control_model.input_hint_block.0.weight" in others
+    assert of_original.detect(TensorFile(Path("a.pth"), others)) is None
 
 
 def test_a_mixed_up_file_names_what_does_not_belong(original, tmp_path):

@@ -386,6 +386,11 @@ class Control(nn.Module, ABC):
         """What it needs, in words, such as "a base whose UNet has ..."."""
         return "a base"
 
+    @classmethod
+    def facts(cls, config: Mapping[str, Any]) -> dict[str, str]:
+        """What `inspect` says of a network of `config` besides what it says of every system."""
+        return {}
+
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of its file, in all and by what they are."""
         return {"parameters": sum(tensor.numel() for tensor in self.file_state().values())}

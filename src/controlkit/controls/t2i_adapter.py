@@ -156,6 +156,10 @@ class T2IAdapterControl(OneImage):
         return f"a base whose encoder has, up to a last one that goes to the middle, {stages}"
 
     @classmethod
+    def facts(cls, config: Mapping[str, Any]) -> dict[str, str]:
+        return {"network": config["adapter_type"]}
+
+    @classmethod
     def variants(cls, base: Base, **options: Any) -> dict[str, Control]:
         made: dict[str, Control] = {"": cls.for_base(base), "for grey pictures": cls.for_base(base, colours=1)}
         with suppress(UserError):

@@ -75,6 +75,7 @@ def describe(name: str, base: str | None = None, size: int | None = None) -> dic
         "enters at": found.control.enters,
     }
     if read is not None:
+        facts["trainable"] = _trainable(_on_meta(found.control, read).requires_grad_(True))
         facts |= _operations(found.control, read, base, size)
     facts["needs"] = _needs(found.control, read)
     facts["condition"] = found.file.metadata.get("control.condition") or "not said"
@@ -154,8 +155,8 @@ def describe_system(system: str, base: str, rank: int | None = None, size: int |
         else:
             facts |= _trained(control)
     first = next(iter(variants.values()))
-    if "adapter_type" in (config := first.config()):
-        facts["network"] = config["adapter_type"]
+    config = first.config()
+    facts |= kind.facts(config)
     needs = kind.needs(config)
     if kind.companion is not None:
         needs = f"{role_of(kind)}: its {companion_role(kind)}; both: {needs}"
@@ -192,14 +193,23 @@ def _count(network: nn.Module) -> dict[str, int]:
 
 
 def _trained(control: Control) -> dict[str, Any]:
-    """Counts of a control all of which is trained, and its memory."""
+    """Counts of a control, of what training changes of it, and its memory."""
     counts = control.parameter_counts()
     return {
         "tensors": len(control.file_state()),
         **counts,
-        "trainable": counts["parameters"],
+        "trainable": _trainable(control),
         "memory": memory_of(counts["parameters"]),
     }
+
+
+def _trainable(control: Control) -> int:
+    return sum(parameter.numel() for parameter in control.trainable_parameters())
+
+
+def _on_meta(kind: type[Control], read: Checkpoint) -> Control:
+    with torch.device("meta"):
+        return kind.from_config(read.config)
 
 
 def _counts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -220,8 +230,7 @@ def _operations(kind: type[Control], read: Checkpoint, base: str | None, size: i
     on_meta = _base_of(kind, read, base)
     said = read.metadata.get("modelspec.resolution", "").partition("x")[0]
     known = int(said) if said.isdigit() else _SIZES.get(read.config.get("cross_attention_dim", 0))
-    with torch.device("meta"):
-        control = kind.from_config(read.config)
+    control = _on_meta(kind, read)
     if on_meta is not None:
         side = _side(on_meta, size or known or on_meta.size)
         return {f"GFLOP at {side} x {side}": cost_of(control, on_meta, side).to_json()}
@@ -245,9 +254,8 @@ def _base_of(kind: type[Control], read: Checkpoint, base: str | None) -> Base | 
     for name in filter(None, (base, *told, *KNOWN_BASES)):
         try:
             on_meta = build_meta_base(name, configurations(name))
-            with torch.device("meta"):
-                if kind.from_config(read.config).incompatibility(on_meta) is None:
-                    return on_meta
+            if _on_meta(kind, read).incompatibility(on_meta) is None:
+                return on_meta
         except UserError:
             continue
     return None

@@ -84,7 +84,7 @@ def _classify(file: TensorFile) -> tuple[type[Control] | None, FileFormat | None
     if said is None:
         for control in candidates:
             if control.is_native(file.tensors):
-                return control, NATIVE, f"{control.title} under diffusers' names"
+                return control, NATIVE, f"{control.title} under its own names"
         return None, None, seems(file.tensors, file.others)
     control = systems[said]
     return (

@@ -299,11 +299,24 @@ def _recipe_of(kind: Any, training: Any) -> type[Recipe]:
         "training": training,
         "control_class": kind,
     }
+    _refuse_clashes(kind, own, data)
     name = "".join(part.title() for part in training.system.split("-"))
     return dataclass(frozen=True, kw_only=True)(type(f"{name}Recipe", (*own, data), facts))
 
 
 _OF_BASES: dict[str, type[Recipe]] = {kind.system: kind for kind in (AutoencoderRecipe, BaseRecipe)}
+
+
+def _refuse_clashes(kind: Any, own: tuple[type, ...], data: type[Recipe]) -> None:
+    """A setting of a system may give one of every recipe another default, and mean nothing else by it."""
+    common = {field.name: str(field.type) for field in dataclasses.fields(data)}
+    for options in own:
+        for field in dataclasses.fields(options):
+            if str(field.type) != common.get(field.name, str(field.type)):
+                raise UserError(
+                    f"{kind.title} has a setting {field.name} ({field.type}), which means something else in every"
+                    f" recipe ({common[field.name]}); call it otherwise"
+                )
 
 
 @cache

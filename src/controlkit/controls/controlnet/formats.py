@@ -50,7 +50,7 @@ def _detect_control_lora(file: TensorFile) -> str | None:
 
 def _is_controlnet(file: TensorFile, names: Names) -> bool:
     marked = difference.MARK in file.tensors or control_lora.MARK in file.tensors
-    return names.hint and names.is_copy and not marked
+    return names.hint and names.resnets and not marked
 
 
 def _read(kind: type[Control], file: TensorFile, reference: Reference, says: str) -> Checkpoint:

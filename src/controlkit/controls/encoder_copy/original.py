@@ -77,6 +77,12 @@ class Names:
         return any(name in self.inside for name in ("input_blocks.0.0.weight", "input_blocks.1.0.in_layers.2.weight"))
 
     @property
+    def resnets(self) -> bool:
+        """Whether its blocks are ResNet blocks that are told the time, as a UNet's are; networks of another structure
+        share all other names."""
+        return any(".in_layers." in name or ".emb_layers." in name for name in self.inside)
+
+    @property
     def hint(self) -> bool:
         """Whether it has a hint network."""
         return any(name.startswith("input_hint_block.") for name in self.inside)

@@ -1,0 +1,461 @@
+"""ControlNet-lite: one convolution in the place of each block of ControlNet's copy of the encoder, from scratch.
+
+Two published designs:
+
+- `paper`, the ablation of Zhang et al. 2023 (arXiv 2302.05543, section 4.2): each block of the trainable copy is one
+  convolution layer; hint network, zero convolutions and injection sites are ControlNet's. So is the input, the noisy
+  latent plus the hint: the ablation replaces blocks and not what they are given. Nothing is left in them that could
+  read time or text.
+- `ctrlora`, the baseline of Xu et al. 2025 (arXiv 2410.09400; xyfJASON/ctrlora, cldm/cldm_lite.py): a group norm, SiLU
+  and a convolution in the place of a layer, a bare convolution in the place of a halving; residuals enter the encoder
+  after each of its blocks, not the decoder's skips.
+
+Files of the second have the names of its repository, `control_model.*`, bare, or inside of a training checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding, zero_module
+from torch import Tensor, nn
+
+from controlkit.bases.base import Base, Text
+from controlkit.bases.residuals import Residuals
+from controlkit.controls.control import Control, OneImage, Reads
+from controlkit.controls.encoder_copy.network import HINT_CHANNELS, checked_config
+from controlkit.controls.encoder_copy.original import BARE_SAYS, FULL_SAYS, ORIGINAL_SAYS, PREFIX, Names, Parted
+from controlkit.controls.file_format import (
+    CONFIG_ERRORS,
+    Checkpoint,
+    FileFormat,
+    Reference,
+    TensorFile,
+    Written,
+    announced_config,
+    check_names,
+    on_one_line,
+)
+from controlkit.controls.hints import Hint
+from controlkit.controls.registry import control
+from controlkit.errors import UserError
+
+Design = Literal["paper", "ctrlora"]
+
+SITES: dict[str, str] = {"paper": "skip", "ctrlora": "encoder"}
+"""Design -> the family of sites where its residuals enter, besides the middle."""
+
+Blocks = Sequence[Sequence[int]]
+"""For each block of an encoder, from the outermost in: its channels, and how often the latent was halved at its output.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of a ControlNet-lite."""
+
+    design: Design = "paper"
+    """`paper`: the ablation of Zhang et al. 2023, into the decoder; `ctrlora`: the CtrLoRA repository's, with group
+    norms, into the encoder."""
+
+
+@control
+class ControlNetLite(OneImage):
+    """A pyramid of convolutions from the noisy latent and the hint, joined to the base by zero convolutions.
+
+    Args:
+        in_channels: of the latent.
+        blocks: of the base's encoder; the first takes the latent, and the hint is added to its output.
+        hint_channels: of the hint network's stages, one more than it has halvings.
+    """
+
+    kind: ClassVar[str] = "controlnet-lite"
+    title: ClassVar[str] = "a ControlNet-lite"
+    paper: ClassVar[str] = "Zhang, Rao and Agrawala 2023, arXiv 2302.05543, section 4.2"
+    reads: ClassVar[Reads] = Reads.NOISE
+    enters: ClassVar[str] = "decoder skips (design ctrlora: encoder blocks) and middle"
+    Options = Options
+    not_elsewhere: ClassVar[str] = "only the repository of CtrLoRA has such a network, of the design ctrlora"
+    formats = (
+        FileFormat(
+            name="original",
+            says=ORIGINAL_SAYS,
+            detect=lambda file: _detect(file, prefix=PREFIX, whole=False),
+            read=lambda *given: read_original(*given),
+            write=lambda checkpoint, reference: write_original(checkpoint, PREFIX),
+        ),
+        FileFormat(
+            name="bare",
+            says=BARE_SAYS,
+            detect=lambda file: _detect(file, prefix="", whole=False),
+            read=lambda *given: read_original(*given),
+            write=lambda checkpoint, reference: write_original(checkpoint, ""),
+        ),
+        FileFormat(
+            name="full",
+            says=FULL_SAYS,
+            detect=lambda file: _detect(file, prefix=PREFIX, whole=True),
+            read=lambda *given: read_full(*given),
+        ),
+    )
+
+    def __init__(
+        self,
+        *,
+        design: str,
+        in_channels: int,
+        blocks: Blocks,
+        hint_channels: Sequence[int],
+        condition: str | None = None,
+    ) -> None:
+        super().__init__()
+        if design not in SITES:
+            raise ValueError(f"design is {design!r}; expected one of {', '.join(SITES)}")
+        self.design, self.in_channels = design, in_channels
+        self.encoder_blocks, self.hint_channels = checked_blocks(blocks), list(hint_channels)
+        self.condition = condition
+        first, last = self.encoder_blocks[0][0], self.encoder_blocks[-1][0]
+        self.hint_network = ControlNetConditioningEmbedding(first, block_out_channels=tuple(hint_channels))
+        layers = [nn.Sequential(OrderedDict(conv=_convolution(in_channels, first)))]
+        groups = math.gcd(32, *(channels for channels, _ in self.encoder_blocks))  # 32 in Stable Diffusion's widths
+        layer = _layer if design == "paper" else _normalised_layer
+        for (wide, before), (out, after) in pairwise(self.encoder_blocks):
+            layers.append(layer(wide, out, halving=after > before, groups=groups))
+        self.blocks = nn.ModuleList(layers)
+        self.middle = layer(last, last, halving=False, groups=groups)
+        if design == "paper":
+            initialise_for_relu([*self.blocks, self.middle])
+        self.zero_convs = nn.ModuleList(zero_convolution(channels) for channels, _ in self.encoder_blocks)
+        self.middle_zero_conv = zero_convolution(last)
+        if design == "ctrlora":
+            wide = 4 * first
+            self.time_embed = nn.ModuleDict({"0": UnusedLinear(first, wide), "2": UnusedLinear(wide, wide)})
+
+    @classmethod
+    def for_base(
+        cls, base: Base, condition: str | None = None, *, design: str = "paper", **options: Any
+    ) -> ControlNetLite:
+        """A new one, of random weights and zero convolutions.
+
+        Args:
+            design: as in `Options`.
+
+        Raises:
+            UserError: there is no such design, or the base has no encoder that it fits.
+        """
+        if design not in SITES:
+            raise UserError(f"design is {design!r}; expected one of {', '.join(SITES)}")
+        made = cls(
+            design=design,
+            in_channels=base.latent_channels,
+            blocks=blocks_of(base, SITES[design], cls.title),
+            hint_channels=hint_channels_for(base, cls.title),
+            condition=condition,
+        )
+        return made.to(base.device, base.dtype)
+
+    def encode(self, condition_image: Tensor, base: Base) -> Tensor:
+        weight = self.hint_network.conv_in.weight
+        return self.hint_network(condition_image.to(weight.device, weight.dtype))
+
+    def forward(self, x_t: Tensor | None, t: Tensor, text: Text | None, hint: Hint) -> Residuals:
+        assert x_t is not None and isinstance(hint, Tensor)
+        made = []
+        stream = x_t
+        for number, (layer, zero_conv) in enumerate(zip(self.blocks, self.zero_convs, strict=True)):
+            stream = layer(stream) if number else layer(stream) + hint
+            made.append(zero_conv(stream))
+        middle = self.middle_zero_conv(self.middle(stream))
+        return Residuals.numbered(SITES[self.design], made, middle=middle)
+
+    def incompatibility(self, base: Base) -> str | None:
+        if self.in_channels != base.latent_channels:
+            return f"its latent channels: {self.in_channels}, the base's: {base.latent_channels}"
+        return block_incompatibility(self.encoder_blocks, self.hint_channels, base, SITES[self.design])
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return list(self.parameters())
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "design": self.design,
+            "in_channels": self.in_channels,
+            "blocks": [list(block) for block in self.encoder_blocks],
+            "hint_channels": self.hint_channels,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], condition: str | None = None) -> ControlNetLite:
+        return cls(**checked_config(config), condition=condition).eval()
+
+    @classmethod
+    def needs(cls, config: Mapping[str, Any]) -> str:
+        listed = listed_blocks(config["blocks"], config["hint_channels"])
+        return f"a base of {config['in_channels']} latent channels whose encoder has blocks of {listed}"
+
+    def parameter_counts(self) -> dict[str, int]:
+        unused = sum(tensor.numel() for tensor in self.buffers())
+        return {**super().parameter_counts(), **({"unused": unused} if unused else {})}
+
+    @classmethod
+    def variants(cls, base: Base, **options: Any) -> dict[str, Control]:
+        return {"": cls.for_base(base), "design ctrlora": cls.for_base(base, design="ctrlora")}
+
+
+class UnusedLinear(nn.Module):
+    """A linear layer that files have and nothing computes with: kept as it is, no parameter, never trained.
+
+    The repository of CtrLoRA makes an embedding of the time and gives it to modules that take none.
+    """
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(out, channels))
+        self.register_buffer("bias", torch.zeros(out))
+
+
+# The structure of the base's encoder
+
+
+def blocks_of(base: Base, family: str, title: str) -> list[tuple[int, int]]:
+    """The blocks of the base's encoder, from its sites of one family (`skip`, `encoder`).
+
+    Args:
+        title: of the control, for the error.
+
+    Raises:
+        UserError: it names no such sites.
+    """
+    sites = [shape for site, shape in base.sites.items() if site.rpartition(".")[0] == family]
+    if not sites or "middle" not in base.sites:
+        raise UserError(f"{base.name} has no sites {family}.N and middle, where {title} enters; take another base")
+    return [(channels, round(math.log2(pixels / base.factor))) for channels, pixels in sites]
+
+
+def hint_channels_for(base: Base, title: str) -> tuple[int, ...]:
+    """Channels of a hint network that divides sides by as much as the base's autoencoder does.
+
+    Raises:
+        UserError: none is known.
+    """
+    if base.factor not in HINT_CHANNELS:
+        known = ", ".join(map(str, HINT_CHANNELS))
+        raise UserError(
+            f"the autoencoder of {base.name} divides sides by {base.factor}; {title} has a hint network for {known}"
+        )
+    return HINT_CHANNELS[base.factor]
+
+
+def checked_blocks(blocks: Blocks) -> list[tuple[int, int]]:
+    """The same, if it is an encoder that begins at the latent's size.
+
+    Raises:
+        ValueError: it is not.
+    """
+    made = [(int(channels), int(halvings)) for channels, halvings in blocks]
+    depths = [halvings for _, halvings in made]
+    if not made or depths[0] != 0 or any(b - a not in (0, 1) for a, b in pairwise(depths)):
+        raise ValueError(f"blocks are {list(blocks)}; expected [channels, halvings] of each, from 0 halvings on")
+    return made
+
+
+def block_incompatibility(blocks: Blocks, hint_channels: Sequence[int], base: Base, family: str) -> str | None:
+    """Why a control of these blocks, with residuals for sites of one family, cannot act on a base; None if it can."""
+    factor = 2 ** (len(hint_channels) - 1)
+    if factor != base.factor:
+        return f"its hint network divides the image by {factor}, the base's autoencoder by {base.factor}"
+    try:
+        theirs = blocks_of(base, family, "it")
+    except UserError as error:
+        return str(error)
+    if list(map(tuple, blocks)) != theirs:
+        return (
+            f"the channels of its blocks: {listed_blocks(blocks, hint_channels)},"
+            f" the base's: {listed_blocks(theirs, hint_channels)}"
+        )
+    return None
+
+
+def listed_blocks(blocks: Blocks, hint_channels: Sequence[int]) -> str:
+    """Blocks in words: `320 320 320 at 1/8, 320 640 640 at 1/16`."""
+    factor = 2 ** (len(hint_channels) - 1)
+    parts = groupby(blocks, key=lambda block: block[1])
+    return ", ".join(f"{' '.join(str(one[0]) for one in part)} at 1/{factor * 2**depth}" for depth, part in parts)
+
+
+# Layers
+
+
+def zero_convolution(channels: int) -> nn.Conv2d:
+    """A 1 x 1 convolution of zeros (Zhang et al. 2023, section 3.1)."""
+    return zero_module(nn.Conv2d(channels, channels, 1))
+
+
+def initialise_for_relu(modules: Sequence[nn.Module]) -> None:
+    """Gaussian weights under which a ReLU network keeps the size of its signal (He et al. 2015, arXiv 1502.01852).
+
+    Without a norm between layers, torch's own would make it smaller by two thirds in each.
+    """
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
+                assert part.bias is not None
+                nn.init.zeros_(part.bias)
+
+
+def _convolution(channels: int, out: int, *, halving: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(channels, out, 3, stride=2 if halving else 1, padding=1)
+
+
+def _layer(channels: int, out: int, *, halving: bool, groups: int) -> nn.Sequential:
+    """One convolution layer of the paper; it names no activation, and has ReLU and Gaussian weights elsewhere (the
+    hint network of section 3.2)."""
+    return nn.Sequential(OrderedDict(act=nn.ReLU(), conv=_convolution(channels, out, halving=halving)))
+
+
+def _normalised_layer(channels: int, out: int, *, halving: bool, groups: int) -> nn.Sequential:
+    """The same in the repository of CtrLoRA."""
+    conv = _convolution(channels, out, halving=halving)
+    if halving:
+        return nn.Sequential(OrderedDict(conv=conv))
+    return nn.Sequential(OrderedDict(norm=nn.GroupNorm(groups, channels), act=nn.SiLU(), conv=conv))
+
+
+# Files of the repository of CtrLoRA
+
+
+def original_paths(config: Mapping[str, Any]) -> dict[str, str]:
+    """Path of a layer here -> in the names of xyfJASON/ctrlora, cldm/cldm_lite.py.
+
+    Raises:
+        ValueError: the config is of the design `paper`, which that code has not.
+    """
+    if config["design"] != "ctrlora":
+        raise ValueError(f"the repository of CtrLoRA has no ControlNet-lite of the design {config['design']}")
+    paths = {
+        "middle.norm": "middle_block.0",
+        "middle.conv": "middle_block.2",
+        "middle_zero_conv": "middle_block_out.0",
+        "time_embed.0": "time_embed.0",
+        "time_embed.2": "time_embed.2",
+        "blocks.0.conv": "input_blocks.0.0",
+    }
+    blocks = config["blocks"]
+    for number in range(1, len(blocks)):
+        here, there = f"blocks.{number}", f"input_blocks.{number}"
+        if blocks[number][1] > blocks[number - 1][1]:
+            paths[f"{here}.conv"] = f"{there}.0.op"
+        else:
+            paths |= {f"{here}.norm": f"{there}.0", f"{here}.conv": f"{there}.2"}
+    paths |= {f"zero_convs.{number}": f"zero_convs.{number}.0" for number in range(len(blocks))}
+    hints = ["conv_in", *(f"blocks.{place}" for place in range(2 * len(config["hint_channels"]) - 2)), "conv_out"]
+    return paths | {f"hint_network.{name}": f"input_hint_block.{2 * place}" for place, name in enumerate(hints)}
+
+
+def original_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The config of the network whose tensors have the names of that code, without prefix.
+
+    Raises:
+        ValueError: they are of no such network.
+    """
+    numbers = [int(match[1]) for name in tensors if (match := re.match(r"input_blocks\.(\d+)\.", name))]
+    blocks: list[tuple[int, int]] = []
+    for number in range(max(numbers, default=-1) + 1):
+        here = f"input_blocks.{number}"
+        halving = number > 0 and any(name.startswith(f"{here}.0.op.") for name in tensors)
+        channels = _out(tensors, f"{here}.0" if number == 0 else f"{here}.0.op" if halving else f"{here}.2")
+        blocks.append((channels, halving + (blocks[-1][1] if blocks else 0)))
+    hints = [int(match[1]) for name in tensors if (match := re.match(r"input_hint_block\.(\d+)\.", name))]
+    # Two convolutions of each stage, with an activation behind each; the second makes the next stage's channels.
+    stages = [_out(tensors, f"input_hint_block.{place}") for place in range(0, max(hints, default=0), 4)]
+    first = tensors.get("input_blocks.0.0.weight")
+    return {
+        "design": "ctrlora",
+        "in_channels": 4 if first is None or first.ndim != 4 else first.shape[1],
+        "blocks": checked_blocks(blocks),
+        "hint_channels": stages,
+    }
+
+
+def read_original(kind: type[Control], file: TensorFile, reference: Reference, says: str) -> Checkpoint:
+    """A file that holds one alone, with the prefix or without.
+
+    Raises:
+        UserError: names or shapes are not those of such a network.
+    """
+    prefix = Names.of(file.tensors).prefix
+    inside = {name.removeprefix(prefix): value for name, value in file.tensors.items() if name.startswith(prefix)}
+    outside = [name for name in file.tensors if not name.startswith(prefix)]
+    return _checkpoint(kind, file, inside, (*file.others, *outside), prefix)
+
+
+def read_full(kind: type[Control], file: TensorFile, reference: Reference, says: str) -> Checkpoint:
+    """The one of a training checkpoint, which has a whole Stable Diffusion beside it.
+
+    Raises:
+        UserError: names or shapes are not those of such a network.
+    """
+    parted = Parted.of(file)
+    checkpoint = _checkpoint(kind, file, parted.inside, parted.unknown, PREFIX)
+    checkpoint.notes.append(parted.note())
+    return checkpoint
+
+
+def write_original(checkpoint: Checkpoint, prefix: str) -> Written:
+    """Its tensors under the names of that code.
+
+    Raises:
+        UserError: it is of the design `paper`.
+    """
+    try:
+        paths = original_paths(checkpoint.config)
+    except ValueError as error:
+        raise UserError(f"{error}; it can be written as controlkit alone") from error
+    return Written(tensors={f"{prefix}{_renamed(name, paths)}": value for name, value in checkpoint.tensors.items()})
+
+
+def _detect(file: TensorFile, *, prefix: str, whole: bool) -> str | None:
+    names = Names.of(file.tensors)
+    # Norm, activation and convolution are parts 0, 1 and 2 of a block; a UNet's blocks have no weights of a part 2.
+    found = names.is_copy and any(re.fullmatch(r"input_blocks\.\d+\.2\.(weight|bias)", name) for name in names.inside)
+    fits = (names.prefix, names.whole) == (prefix, whole)
+    return "a ControlNet-lite under the names of the repository of CtrLoRA" if found and fits else None
+
+
+def _checkpoint(
+    kind: type[Control], file: TensorFile, tensors: Mapping[str, Tensor], others: Sequence[str], prefix: str
+) -> Checkpoint:
+    """The checkpoint of tensors under the names of that code, each of them accounted for."""
+    try:
+        config = announced_config(file.metadata) or original_config(tensors)
+        paths = original_paths(config)
+        expected = kind.shapes(config)
+        theirs = {name: _renamed(name, paths) for name in expected}
+    except CONFIG_ERRORS as error:
+        raise UserError(f"{file.path} looks like {kind.title}, but {on_one_line(error)}") from error
+    in_file = {f"{prefix}{theirs[name]}": shape for name, shape in expected.items()}
+    check_names(file.path, kind.title, in_file, {f"{prefix}{name}": value for name, value in tensors.items()}, others)
+    return Checkpoint(
+        kind.kind, config, {name: tensors[theirs[name]] for name in expected}, dict(file.metadata), path=file.path
+    )
+
+
+def _renamed(name: str, paths: Mapping[str, str]) -> str:
+    path, _, last = name.rpartition(".")
+    return f"{paths[path]}.{last}"
+
+
+def _out(tensors: Mapping[str, Tensor], path: str) -> int:
+    """Output channels of a layer; one of its tensors may be lost."""
+    for name in (f"{path}.weight", f"{path}.bias"):
+        if name in tensors and tensors[name].ndim:
+            return tensors[name].shape[0]
+    raise ValueError(f"its layer {path} is missing")
