@@ -14,7 +14,7 @@ from controlkit.apps.cli import main
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
-from controlkit.sampling.generate import _is_of_labels
+from controlkit.sampling.inputs import _is_of_labels
 
 
 def run(*words: object) -> int:
@@ -164,7 +164,7 @@ def test_labels_are_not_mixed_whatever_name_a_file_gives_to_its_condition(tiny_c
     control = copy.copy(tiny_control)
     for name, labels in (("segmentation", True), ("canny", False), ("somebody's own", False), (None, False)):
         control.condition = name
-        assert _is_of_labels(control) == labels
+        assert _is_of_labels(control.condition) == labels
 
 
 def test_a_shuffle_whose_file_says_nothing_pools(file, tmp_path, tiny_base, base_folder, capsys):

@@ -44,19 +44,6 @@ SHIFT = Path(__file__).parent / "my_shift.py"
 
 
 @pytest.fixture
-def fresh_registry(monkeypatch):
-    """The registry as it is when nothing was looked up yet, and afterwards as it was."""
-    known = dict(registry._REGISTRY)
-    for cached in (registry._load, recipes):
-        cached.cache_clear()
-    yield
-    registry._REGISTRY.clear()
-    registry._REGISTRY.update(known)
-    for cached in (registry._load, recipes):
-        cached.cache_clear()
-
-
-@pytest.fixture
 def own(fresh_registry, monkeypatch):
     monkeypatch.setenv(registry.VARIABLE, os.pathsep.join(map(str, (EXAMPLE, SHIFT))))
     return registry.registry()

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     titles = ["drawing", "condition", "no control", *(f"seed {picture.seed}" for picture in steered.pictures)]
     images = [
         read_image(drawing),
-        *steered.conditions,
+        *steered.conditions.values(),
         *(p.image for p in (*free.pictures, *steered.pictures)),
     ]
     sheet = out / "sheet.png"

@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME_OR_FILE=IMAGE[@weight[:start-end]]",
-        help="steer by this picture, which is scaled to cover the result and cut around its centre; may be given"
-        " several times",
+        help="steer by this picture, which is scaled to cover the result and cut around its centre, or by the inputs"
+        " that a .json file names, for controls that take others than one picture; may be given several times",
     )
     parser.add_argument(
         "--prepared", action="store_true", default=False, help="the images are condition images already"
@@ -83,7 +83,9 @@ def run(args: argparse.Namespace) -> None:
     request, drawn = _request(args)
     with output_folder(getattr(args, "out", None), numbered_in="pictures") as out:
         from controlkit.sampling.generate import generate, refuse_overwriting
+        from controlkit.sampling.inputs import with_named_inputs
 
+        request = with_named_inputs(request)
         refuse_overwriting(request, out)
         made = generate(request)
         if drawn is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
 from functools import lru_cache
@@ -61,6 +61,9 @@ class Input:
     """Of an image: the condition that makes it of a photo; None is the control's own."""
     required: bool = True
     """Whether a control cannot do without."""
+    check: Callable[[Any], str | None] | None = None
+    """What is wrong with a value, in words that follow its name, such as "must be a list of boxes"; None if nothing is.
+    It is asked before anything is loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,7 +324,9 @@ class Control(nn.Module, ABC):
     @classmethod
     def usage(cls, file: str, base: str) -> list[str]:
         """Lines of its model card that show how to use the file."""
-        return [f'    controlkit generate "PROMPT" --base {base} --control {file}=IMAGE --seeds 4']
+        given = "IMAGE" if takes_one_image(cls) else "INPUTS.json"
+        named = [] if takes_one_image(cls) else ["", f"`INPUTS.json` names its inputs: {words_of_inputs(cls)}."]
+        return [f'    controlkit generate "PROMPT" --base {base} --control {file}={given} --seeds 4', *named]
 
     # Training
 

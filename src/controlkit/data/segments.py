@@ -31,7 +31,7 @@ except ImportError:  # Windows, where a file that is mapped cannot be removed an
 SUFFIX = ".safetensors"
 DIGEST = 16
 """Bytes of a row's digest."""
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "U8": 1}
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}
 """Bytes of one element, by safetensors' name of its type."""
 _INDEX = {"digest": "U8", "crc32": "U32"}
 _LONGEST_HEADER = 1 << 20

@@ -21,6 +21,7 @@ from controlkit.controls.registry import find
 from controlkit.errors import UserError, nearest
 from controlkit.files import files_of
 from controlkit.formats.companions import load_companion, read_checkpoint
+from controlkit.formats.detect import detect, known
 from controlkit.formats.metadata import control_metadata, write_tensors
 from controlkit.formats.native import require_settings
 
@@ -71,8 +72,8 @@ def load_control(name: str | Path, base: Base | None = None, *, shared: dict[str
     companion = None
     if kind.companion is not None:
         ship = shipped_controls().values()
-        known = {} if shared is None else shared
-        companion = load_companion(path, checkpoint, known, ship, file=companion_file, reference=reference)
+        loaded = {} if shared is None else shared
+        companion = load_companion(path, checkpoint, loaded, ship, file=companion_file, reference=reference)
     else:
         require_settings(checkpoint)
     control = kind.from_checkpoint(checkpoint, companion)
@@ -117,6 +118,18 @@ def find_control(name: str | Path) -> Path:
         if candidate in shipped:
             return shipped[candidate]
     raise UserError(f"there is no control called {str(name)!r} and no such file{nearest(str(name), list(shipped))}")
+
+
+def control_class(name: str | Path) -> type[Control]:
+    """The system of the control that `name` means for `load_control`, of whose file only names and shapes are read.
+
+    Raises:
+        UserError: there is no such control, or it is something else.
+    """
+    own, _ = _split_pair(name)
+    kind = known(detect(find_control(own))).control
+    assert kind is not None
+    return kind
 
 
 def control_files(name: str | Path) -> list[Path]:

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from controlkit.errors import UserError
 from controlkit.files import read_json
 from controlkit.images import read_bytes, read_image
-from controlkit.sampling.request import GenerateRequest
+from controlkit.sampling.request import ControlUse, GenerateRequest, condition_name
 
 if TYPE_CHECKING:
     from controlkit.sampling.generate import Generation
@@ -56,7 +56,7 @@ class Drawn:
             # Pictures from before there were modes were drawn in this one.
             use["mode"] = use["mode"] or (kept.get("mode", "balanced") if same else None)
             if "controls" not in changes:
-                use |= {"control": self._control(use["control"]), **self._image(index)}
+                use |= {"control": self._control(use["control"]), **self._given(index)}
         return GenerateRequest.from_json({**before, **settled, **changes})
 
     def in_mode(self, mode: str) -> Drawn:
@@ -76,22 +76,33 @@ class Drawn:
         same_size = all(self.used.get(side) == made.used.get(side) for side in ("width", "height"))
         uses = zip(self.asked.controls, made.request.controls, found.get("controls", ()), strict=False)
         for index, (old, new, after) in enumerate(uses):
-            before, saved = self._recorded(index), str(self._saved(index))
+            before = self._recorded(index)
             if new.control != self._control(old.control):
                 continue
-            for name, what in (("control", "control"), ("companion", "base control of the control")):
-                if _differ(before, after, name):
+            for part, what in (("control", "control"), ("companion", "base control of the control")):
+                if _differ(before, after, part):
                     notes.append(f"the {what} {new.control} has changed since (SHA-256), and so may the images")
-            if new.image == saved != old.image:
-                gone = "has changed since (SHA-256)" if self._places(index) else "is not there"
-                notes.append(f"{old.image} {gone}; its saved condition image {saved} is used")
-            elif same_size and before.get("image") == after["image"] and _differ(before, after, "condition"):
-                notes.append(
-                    f"the condition image that {new.control} makes of {new.image} is not as it was: another version"
-                    f" of controlkit, of a library or of a model; for the old one: --control {new.control}={saved}"
-                    " --prepared"
-                )
+            for name, given in self._images(index).items():
+                notes += self._image_notes(index, name, given, new, _part(after, name), same_size=same_size)
         return notes
+
+    def _image_notes(
+        self, index: int, name: str | None, given: str, new: ControlUse, after: Mapping[str, Any], *, same_size: bool
+    ) -> list[str]:
+        """What is not as it was of one image of a control, which was `given`."""
+        before, path, saved = _part(self._recorded(index), name), _path(new, name), str(self._saved(index, name))
+        if path == saved != given:
+            if self._unchanged(index, name, given) is not None:
+                return []  # another image of this control is not as it was, so that all are taken as prepared
+            gone = "has changed since (SHA-256)" if self._places(given) else "is not there"
+            return [f"{given} {gone}; its saved condition image {saved} is used"]
+        if same_size and before.get("image") == after.get("image") and _differ(before, after, "condition"):
+            instead = f"--control {new.control}={saved} --prepared" if name is None else saved
+            return [
+                f"the condition image that {new.control} makes of {path} is not as it was: another version of"
+                f" controlkit, of a library or of a model; for the old one: {instead}"
+            ]
+        return []
 
     def _recorded(self, index: int) -> Mapping[str, Any]:
         controls = self.sha256.get("controls")
@@ -114,28 +125,71 @@ class Drawn:
         adapter, plus, base = name.rpartition("+")
         return near if near != name or not plus else f"{self._near(adapter)}+{self._near(base)}"
 
-    def _places(self, index: int) -> list[str]:
-        """Where a control's image may lie, of those places where there is a file."""
-        given = self.asked.controls[index].image
+    def _images(self, index: int) -> dict[str | None, str]:
+        """Input -> path as it was given, of the images of a control; None is the input of one that takes one."""
+        use, recorded = self.asked.controls[index], self._recorded(index).get("inputs")
+        if use.inputs is None:
+            return {None: use.image or ""}
+        names = recorded if isinstance(recorded, Mapping) else ()
+        return {name: use.inputs[name] for name in names if isinstance(use.inputs.get(name), str)}
+
+    def _places(self, given: str) -> list[str]:
+        """Where an image may lie, of those places where there is a file."""
         return [place for place in dict.fromkeys((given, str(self.folder / given))) if Path(place).is_file()]
 
-    def _saved(self, index: int) -> Path:
-        return self.folder / f"condition{index}.png"
+    def _saved(self, index: int, name: str | None) -> Path:
+        return self.folder / f"{condition_name(index, name)}.png"
 
-    def _image(self, index: int) -> dict[str, Any]:
-        """The image of a control: the one that was given, or its saved condition image."""
+    def _given(self, index: int) -> dict[str, Any]:
+        """The images of a control as they were given, or those that were saved of all, if one is not as it was."""
+        use, images = self.asked.controls[index], self._images(index)
+        found = {name: self._unchanged(index, name, path) for name, path in images.items()}
+        prepared = {}
+        if None in found.values():
+            found = {name: self._saved_unchanged(index, name, path) for name, path in images.items()}
+            prepared = {"prepared": True}
+        if use.inputs is None:
+            return {"image": found[None], **prepared}
+        return {"inputs": {**use.inputs, **{str(name): path for name, path in found.items()}}, **prepared}
+
+    def _unchanged(self, index: int, name: str | None, path: str) -> str | None:
+        """Where an image lies that is the one of then."""
+        wanted = _part(self._recorded(index), name).get("image")
+        for place in self._places(path):
+            if wanted is None or hashlib.sha256(read_bytes(place)).hexdigest() == wanted:
+                return place
+        return None
+
+    def _saved_unchanged(self, index: int, name: str | None, path: str) -> str:
+        """The condition image that was made of an image.
+
+        Raises:
+            UserError: it is not there, or not the one of then.
+        """
         from controlkit.sampling.identity import pixels_sha256
 
-        use, recorded, saved = self.asked.controls[index], self._recorded(index), self._saved(index)
-        wanted, places = recorded.get("image"), self._places(index)
-        for place in places:
-            if wanted is None or hashlib.sha256(read_bytes(place)).hexdigest() == wanted:
-                return {"image": place}
-        if saved.is_file() and recorded.get("condition") in (None, pixels_sha256(read_image(saved))):
-            return {"image": str(saved), "prepared": True}
-        what = f"{use.image}, the image of {use.control}, " + ("has changed (SHA-256)" if places else "is not there")
+        use, saved = self.asked.controls[index], self._saved(index, name)
+        recorded = _part(self._recorded(index), name).get("condition")
+        if saved.is_file() and recorded in (None, pixels_sha256(read_image(saved))):
+            return str(saved)
         state = "is not the one of then either" if saved.is_file() else "is not there either"
-        raise UserError(f"{what}, and its condition image {saved} {state}; give --control {use.control}=IMAGE")
+        role, form = ("image", "IMAGE") if name is None else (f"input {name!r}", "INPUTS.json")
+        what = f"{path}, the {role} of {use.control}, " + (
+            "has changed (SHA-256)" if self._places(path) else "is not there"
+        )
+        raise UserError(f"{what}, and its condition image {saved} {state}; give --control {use.control}={form}")
+
+
+def _part(recorded: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
+    """What is recorded of one image of a control."""
+    named = recorded.get("inputs")
+    found = recorded if name is None else named.get(name) if isinstance(named, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _path(use: ControlUse, name: str | None) -> Any:
+    """The path of one image of a control."""
+    return use.image if name is None else (use.inputs or {}).get(name)
 
 
 def _differ(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> bool:

@@ -8,29 +8,29 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from controlkit import conditions
 from controlkit._version import __version__
 from controlkit.bases.base import Base
 from controlkit.bases.load import PRECISIONS, choose_device, choose_dtype, load_base
-from controlkit.conditions.condition import Condition, background_of
 from controlkit.controls.control import Control
+from controlkit.controls.hints import Hint
 from controlkit.errors import UserError
 from controlkit.files import writable_folder, write_json
-from controlkit.formats.load import load_control
-from controlkit.images import decode_rgb, read_bytes, resize_cover, sequence_note, to_images, to_tensor, write_png
+from controlkit.formats.load import control_class, load_control
+from controlkit.images import sequence_note, to_images, to_tensor, write_png
 from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.identity import base_sha256, companion_sha256, control_sha256, pixels_sha256
+from controlkit.sampling.inputs import Kind, ReadImage, values_of, with_named_inputs
 from controlkit.sampling.notes import crop_note, flat_note, request_notes
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import ControlUse, GenerateRequest, condition_name
 from controlkit.sampling.sampler import sample
 
 
@@ -48,16 +48,18 @@ class Generation:
 
     request: GenerateRequest
     pictures: list[Picture] = field(default_factory=list)
-    conditions: list[Image.Image] = field(default_factory=list)
-    """The condition image of each control, in the order of the request."""
+    conditions: dict[str, Image.Image] = field(default_factory=dict)
+    """The condition images of each control, in the order of the request, by the names that `save` gives their files:
+    `condition0`, or `condition1-canny` for the input `canny` of a control with inputs by name."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Where the time went."""
     used: dict[str, Any] = field(default_factory=dict)
     """What the request leaves open, as it was: `device`, `precision`, `width` and `height` in pixels, `guidance`."""
     sha256: dict[str, Any] = field(default_factory=dict)
     """Of the files that were read, in hex: `base`, and for each of `controls` its `image`, `control`, `companion`
-    (what an adapter of CtrLoRA found) and `condition` (the pixels of the condition image). None for a base, and left
-    out for controls, that were loaded by the caller."""
+    (the control that it found beside it) and `condition` (the pixels of the condition image). None for a base, and left
+    out for controls, that were loaded by the caller. Where inputs have names, `image` and `condition` stand under
+    `inputs` and their names."""
     notes: list[str] = field(default_factory=list)
     """What a person should know about it."""
 
@@ -80,8 +82,8 @@ class Generation:
             text = json.dumps({**settings, "request": own})
             write_png(path, picture.image, {"controlkit": text, "prompt": self.request.prompt})
             paths.append(path)
-        for index, image in enumerate(self.conditions):
-            write_png(folder / f"condition{index}.png", image)
+        for name, image in self.conditions.items():
+            write_png(folder / f"{name}.png", image)
         write_json(folder / "settings.json", settings)
         return paths
 
@@ -105,10 +107,12 @@ def generate(
     """
     made = Generation(request)
     with _timed(made, "load"):
-        # Pictures first: a wrong path should not cost the loading of a model.
-        files = [read_bytes(use.image) for use in request.controls]
-        images = [decode_rgb(data, use.image) for use, data in zip(request.controls, files, strict=True)]
-        made.sha256 = {"base": None, "controls": [{"image": hashlib.sha256(data).hexdigest()} for data in files]}
+        # Inputs first: a wrong path should not cost the loading of a model.
+        kinds: Sequence[Kind] = controls or [control_class(use.control) for use in request.controls]
+        made.request = request = with_named_inputs(request, kinds)
+        images = [ReadImage.read(use, kind) for use, kind in zip(request.controls, kinds, strict=True)]
+        hashes = [_hashes(use, own) for use, own in zip(request.controls, images, strict=True)]
+        made.sha256 = {"base": None, "controls": hashes}
         if base is None:
             device = choose_device(request.device)
             base = load_base(request.base, device=device, dtype=choose_dtype(request.precision, device))
@@ -130,25 +134,24 @@ def generate(
                 told["control"] = control_sha256(use.control)
                 told["companion"] = companion_sha256(control, shared)
     made.notes += request_notes(request, base, width, height)
-    for use, image, data in zip(request.controls, images, files, strict=True):
-        made.notes += [*sequence_note(data, use.image), *crop_note(use, image, width, height)]
+    made.notes += [
+        note
+        for image in chain(*images)
+        for note in (*sequence_note(image.data, image.path), *crop_note(image.path, image.image, width, height))
+    ]
     with _timed(made, "condition"):
-        uses = []
-        for index, (use, control, image) in enumerate(zip(request.controls, controls, images, strict=True)):
-            labels = use.prepared and _is_of_labels(control)
-            background = background_of(control.condition)
-            if use.prepared and background != Condition.background:
-                image = decode_rgb(files[index], use.image, background)
-            condition_image = prepare_condition(use, control, resize_cover(image, width, height, nearest=labels))
-            made.conditions.append(condition_image)
-            made.sha256["controls"][index]["condition"] = pixels_sha256(condition_image)
-            made.notes += flat_note(use, control, condition_image)
-            hint = control.encode(to_tensor([condition_image]).to(base.device), base)
-            uses.append(
-                ActiveControl.in_mode(
-                    use.mode, base, control=control, hint=hint, weight=use.weight, start=use.start, end=use.end
-                )
+        uses = [
+            ActiveControl.in_mode(
+                use.mode,
+                base,
+                control=control,
+                hint=_hint(made, index, control, images[index], base),
+                weight=use.weight,
+                start=use.start,
+                end=use.end,
             )
+            for index, (use, control) in enumerate(zip(request.controls, controls, strict=True))
+        ]
     with _timed(made, "sample"):
         batches = sample(
             base,
@@ -169,43 +172,49 @@ def generate(
     return made
 
 
-def prepare_condition(use: ControlUse, control: Control, image: Image.Image) -> Image.Image:
-    """`image` as the condition image that `control` expects.
+def _hashes(use: ControlUse, images: Sequence[ReadImage]) -> dict[str, Any]:
+    """SHA-256 of the images of a use."""
+    made = {one.input.name: {"image": hashlib.sha256(one.data).hexdigest()} for one in images}
+    return next(iter(made.values())) if use.inputs is None else {"inputs": made}
 
-    Raises:
-        UserError: the control's file does not say which condition it follows, and the image is not prepared.
-    """
-    if use.prepared:
-        return image
-    if control.condition is None:
-        raise UserError(
-            f"the file {use.control} does not say which condition it follows; make the condition image with"
-            " `controlkit condition` and give it with --prepared"
-        )
-    return Image.fromarray(conditions.find(control.condition)(np.asarray(image)))
+
+def _hint(made: Generation, index: int, control: Control, images: Sequence[ReadImage], base: Base) -> Hint:
+    """What a control encodes of its inputs; its condition images and what there is to say of them go into `made`."""
+    use, told = made.request.controls[index], made.sha256["controls"][index]
+    inputs = values_of(use, control)
+    for one in images:
+        name = None if use.inputs is None else one.input.name
+        image = one.condition_image(control, made.used["width"], made.used["height"])
+        made.conditions[condition_name(index, name)] = image
+        (told if name is None else told["inputs"][name])["condition"] = pixels_sha256(image)
+        made.notes += flat_note(one, control, image)
+        inputs[one.input.name] = to_tensor([image]).to(base.device)
+    if len(control.inputs) == 1 and images:
+        return control.encode(inputs[images[0].input.name], base)
+    return control.encode(inputs, base)
 
 
 def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
     """Refuse a folder in which the pictures of `request` would take the place of one that it is given.
 
+    Args:
+        request: of `with_named_inputs`.
+
     Raises:
         UserError: they would.
     """
-    names = [f"seed{seed}.png" for seed in request.seeds]
-    names += [f"condition{index}.png" for index in range(len(request.controls))]
-    for path in (Path(folder) / name for name in names):
-        for use in request.controls:
-            if path.exists() and os.path.exists(use.image) and path.samefile(use.image):
+    written = [f"seed{seed}" for seed in request.seeds]
+    given = []
+    for index, use in enumerate(request.controls):
+        named = {None: use.image} if use.inputs is None else use.inputs
+        written += [condition_name(index, name) for name in named]
+        given += [(use.control, value) for value in named.values() if isinstance(value, str) and os.path.exists(value)]
+    for path in (Path(folder) / f"{name}.png" for name in written):
+        for control, image in given:
+            if path.exists() and path.samefile(image):
                 raise UserError(
-                    f"{path} would be written over, and it is the picture given to {use.control}; give another folder"
+                    f"{path} would be written over, and it is the picture given to {control}; give another folder"
                 )
-
-
-def _is_of_labels(control: Control) -> bool:
-    """Whether the colours of its condition's images are labels, which must not be mixed."""
-    with suppress(UserError):  # files of others may name a condition that is not known here
-        return control.condition is not None and conditions.find(control.condition).resize == "nearest"
-    return False
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from PIL import Image
 from controlkit.bases.base import Base
 from controlkit.controls.control import Control
 from controlkit.images import is_flat
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.inputs import ReadImage
+from controlkit.sampling.request import GenerateRequest
 
 
 def request_notes(request: GenerateRequest, base: Base, width: int, height: int) -> list[str]:
@@ -32,7 +33,7 @@ def request_notes(request: GenerateRequest, base: Base, width: int, height: int)
     return notes
 
 
-def crop_note(use: ControlUse, image: Image.Image, width: int, height: int) -> list[str]:
+def crop_note(path: str, image: Image.Image, width: int, height: int) -> list[str]:
     """A note on what of a control's picture lies outside the result, if a pixel or more does."""
     factor = max(width / image.width, height / image.height)
     across, down = image.width * factor - width, image.height * factor - height
@@ -40,18 +41,18 @@ def crop_note(use: ControlUse, image: Image.Image, width: int, height: int) -> l
         return []
     where = "at the sides" if across > down else "above and below"
     return [
-        f"{use.image} is {image.width} x {image.height}: scaled to cover {width} x {height}, it is cut {where}; give"
+        f"{path} is {image.width} x {image.height}: scaled to cover {width} x {height}, it is cut {where}; give"
         " the result its shape with --width and --height, or cut the picture yourself"
     ]
 
 
-def flat_note(use: ControlUse, control: Control, image: Image.Image) -> list[str]:
+def flat_note(given: ReadImage, control: Control, image: Image.Image) -> list[str]:
     """A note on a condition image that is one flat colour, if it is."""
     if not is_flat(np.asarray(image)):
         return []
-    if use.prepared:
-        what = f"{use.image}, which is given to {use.control} as its condition image,"
+    if given.use.prepared:
+        what = f"{given.path}, which is given to {given.use.control} as its condition image,"
         why = "check its polarity and its transparency, or leave out --prepared if it is a photo"
     else:
-        what, why = f"{control.condition} of {use.image}", "nothing was found in the image"
+        what, why = f"{given.condition(control)} of {given.path}", "nothing was found in the image"
     return [f"{what} is one flat colour: {why}"]

@@ -6,6 +6,7 @@ This module imports neither torch nor diffusers.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -31,8 +32,11 @@ class ControlUse:
 
     control: str
     """Name of a control that ships with nano, or a path."""
-    image: str
-    """Path of the picture (or of the condition image, with `prepared`)."""
+    image: str | None = None
+    """Path of the picture (or of the condition image, with `prepared`), for a control that takes one; or of a `.json`
+    file with `inputs`, where paths are relative to that file. A file for a control that takes one value holds that."""
+    inputs: dict[str, Any] | None = None
+    """What a control takes by name (`Control.inputs`), in place of `image`: paths of pictures, and plain values."""
     weight: float = 1.0
     """Factor of its residuals."""
     start: float = 0.0
@@ -47,6 +51,10 @@ class ControlUse:
     important"), and it runs half as often. By default the base's own: `control` for nano, else `balanced`."""
 
     def __post_init__(self) -> None:
+        if (self.image is None) == (self.inputs is None):
+            raise UserError(f"{self.control} needs either an image or inputs by name")
+        if self.inputs is not None:
+            object.__setattr__(self, "inputs", _plain(self.inputs, self.control))
         if not _is_finite(self.weight):
             raise UserError(f"the weight of {self.control} is {self.weight}; it must be a number")
         if not 0 <= self.start <= self.end <= 1:
@@ -61,7 +69,7 @@ class ControlUse:
 
     @classmethod
     def parse(cls, text: str, **settings: Any) -> ControlUse:
-        """From `NAME_OR_FILE=IMAGE[@weight[:start-end]]`, as the command line writes it.
+        """From `NAME_OR_FILE=IMAGE[@weight[:start-end]]`, as the command line writes it; IMAGE may be a `.json` file.
 
         Args:
             settings: `prepared` and `mode`.
@@ -77,7 +85,7 @@ class ControlUse:
         if not control or not rest:
             raise UserError(f"--control {text}: {form}")
         image, at, strength = rest.rpartition("@")
-        if not at or "/" in strength or re.search(r"\.(png|jpe?g|webp|bmp|gif|tiff?)$", strength, re.IGNORECASE):
+        if not at or "/" in strength or re.search(r"\.(png|jpe?g|webp|bmp|gif|tiff?|json)$", strength, re.IGNORECASE):
             return cls(control=control, image=rest, **settings)
         if not image:
             raise UserError(f"--control {text}: {form}")
@@ -163,6 +171,11 @@ class GenerateRequest:
         return cls(**given)
 
 
+def condition_name(index: int, name: str | None) -> str:
+    """What a condition image is called: of the use at `index`, which is given one, or of its input of this name."""
+    return f"condition{index}" if name is None else f"condition{index}-{name}"
+
+
 def check_sampling(steps: int, guidance: float | None, sampler: str = DEFAULT_SAMPLER) -> None:
     """Refuse what no picture can be drawn with.
 
@@ -187,6 +200,17 @@ def check_mode(mode: str | None) -> None:
         raise UserError(f"there is no mode called {mode!r}{nearest(mode, MODES)}")
 
 
+def _plain(inputs: Any, control: str) -> dict[str, Any]:
+    """Inputs as JSON has them: tuples as lists, paths as text."""
+    try:
+        plain = json.loads(json.dumps(inputs, default=os.fspath, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the inputs of {control} must be values of JSON and paths: {error}") from error
+    if not isinstance(plain, dict) or not plain:
+        raise UserError(f"the inputs of {control} must be a mapping from their names, not {inputs!r}")
+    return plain
+
+
 def _is_finite(value: float) -> bool:
     """Whether it is a number that a float can hold; whole numbers of JSON and of Python may be larger."""
     try:
@@ -203,6 +227,7 @@ def lies_within(index: int, steps: int, start: float, end: float) -> bool:
 _SHAPES: dict[Any, tuple[type | tuple[type, ...], str]] = {
     str: (str, "text"),
     str | None: ((str, NoneType), "text or null"),
+    dict[str, Any] | None: ((dict, NoneType), "a mapping from names of inputs, or null"),
     bool: (bool, "true or false"),
     int: (int, "a whole number"),
     float: ((int, float), "a number"),

@@ -1,0 +1,254 @@
+"""Controls that take more, or something else, than one image: from the command line and from Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from controlkit import conditions
+from controlkit.apps.cli import main
+from controlkit.controls import registry
+from controlkit.data.pairs import write_pairs
+from controlkit.errors import UserError
+from controlkit.evaluation.control import Judged, evaluate_control
+from controlkit.formats.card import card_of
+from controlkit.formats.describe import describe, describe_system
+from controlkit.formats.load import load_control, save_control
+from controlkit.images import read_image
+from controlkit.sampling.cache import ResidualCache
+from controlkit.sampling.drawn import read_drawn
+from controlkit.sampling.generate import generate, refuse_overwriting
+from controlkit.sampling.inputs import with_named_inputs
+from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.training.recipes import build_recipe
+from controlkit.training.run import objective_of
+from controlkit.training.run import run as train
+
+SYSTEMS = Path(__file__).parents[1] / "controls" / "my_inputs.py"
+BOXES = [[0, 0, 8, 8, "a red apple"], [8, 8, 16, 16, "a cat"]]
+COLOURS = np.full((64, 64, 3), (200, 40, 90), np.uint8)
+
+
+@pytest.fixture
+def folder(fresh_registry, monkeypatch, tmp_path, tiny_base, condition_image, base_folder):
+    """Files of each system, two images, and a file that names them."""
+    monkeypatch.setenv(registry.VARIABLE, str(SYSTEMS))
+    for kind in ("scene", "boxes", "optional"):
+        condition = "palette" if kind == "scene" else None
+        save_control(tmp_path / f"{kind}.safetensors", registry.find(kind).for_base(tiny_base, condition), tiny_base)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(condition_image).save(tmp_path / "images" / "edges.png")
+    Image.fromarray(COLOURS).save(tmp_path / "images" / "colours.png")
+    (tmp_path / "images" / "inputs.json").write_text(
+        json.dumps({"edges": "edges.png", "colours": "colours.png", "boxes": BOXES})
+    )
+    (tmp_path / "boxes.json").write_text(json.dumps(BOXES))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def request(*uses, **changes):
+    return GenerateRequest(**{"prompt": "cat face", "base": "base", "controls": uses, "steps": 2, **changes})
+
+
+def scene(**changes):
+    inputs = {"edges": "images/edges.png", "colours": "images/colours.png", "boxes": BOXES}
+    return ControlUse(control="scene.safetensors", **{"inputs": inputs, **changes})
+
+
+def pixels(made):
+    return np.stack([np.asarray(picture.image, np.int16) for picture in made.pictures])
+
+
+def test_each_input_arrives_as_its_control_takes_it(folder, tiny_base, condition_image):
+    control = load_control("scene.safetensors", tiny_base)
+    made = generate(request(scene()), base=tiny_base, controls=[control])
+    assert control.given == {"edges": (1, 3, 64, 64), "colours": (1, 3, 64, 64), "boxes": BOXES}
+    # The condition of an input is its own, or else the control's.
+    assert list(made.conditions) == ["condition0-edges", "condition0-colours"]
+    assert np.array_equal(made.conditions["condition0-edges"], conditions.find("canny")(condition_image))
+    assert np.array_equal(made.conditions["condition0-colours"], conditions.find("palette")(COLOURS))
+    prepared = generate(request(scene(prepared=True)), base=tiny_base, controls=[control])
+    assert np.array_equal(prepared.conditions["condition0-edges"], condition_image)
+
+
+def test_the_plan_sees_a_change_of_any_input(folder, tiny_base):
+    controls, cache = [load_control("scene.safetensors", tiny_base)], ResidualCache()
+    inputs = scene().inputs
+    changes = ({}, {"boxes": BOXES[:1]}, {"edges": "images/colours.png"}, {"colours": "images/edges.png"})
+    made = []
+    for change in changes:
+        asked = request(scene(inputs={**inputs, **change}))
+        made.append(pixels(generate(asked, base=tiny_base, controls=controls, cache=cache)))
+        assert np.array_equal(made[-1], pixels(generate(asked, base=tiny_base, controls=controls)))
+    assert [np.abs(one - made[0]).max() > 0 for one in made] == [False, True, True, True]
+    asked = request(scene(inputs={name: value for name, value in inputs.items() if name != "colours"}))
+    assert np.abs(pixels(generate(asked, base=tiny_base, controls=controls, cache=cache)) - made[0]).max() > 1
+
+
+def test_the_command_line_takes_a_file_that_names_them(folder, tmp_path, capsys):
+    expected = generate(request(scene(weight=0.5)))
+    words = ["generate", "cat face", "--base", "base", "--steps", "2", "--out", "out", "--json"]
+    assert main([*words, "--control", "scene.safetensors=images/inputs.json@0.5"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (use,) = told["request"]["controls"]
+    assert use["image"] is None
+    assert use["inputs"] == {"edges": "images/edges.png", "colours": "images/colours.png", "boxes": BOXES}
+    assert np.array_equal(np.asarray(read_image("out/seed0.png")), pixels(expected)[0])
+    # A control of one value takes the file as that value.
+    assert main([*words[:-2], "two", "--json", "--control", "boxes.safetensors=boxes.json"]) == 0
+    (use,) = json.loads(capsys.readouterr().out)["request"]["controls"]
+    assert use["inputs"] == {"boxes": BOXES}
+    assert [path.name for path in sorted(Path("two").iterdir())] == ["seed0.png", "settings.json"]
+    assert not np.array_equal(read_image("two/seed0.png"), read_image("out/seed0.png"))
+
+
+def test_settings_keep_them_and_draw_the_same_again(folder, capsys):
+    before = generate(request(scene(), ControlUse(control="boxes.safetensors", inputs={"boxes": BOXES[:1]})))
+    before.save("out")
+    settings = json.loads(Path("out/settings.json").read_text())
+    first, second = settings["sha256"]["controls"]
+    assert set(first["inputs"]) == {"edges", "colours"} and second["inputs"] == {}
+    assert all(len(one[part]) == 64 for one in first["inputs"].values() for part in ("image", "condition"))
+    drawn = read_drawn("out/seed0.png")
+    assert drawn.asked.controls == before.request.controls
+    again = generate(drawn.again())
+    assert np.array_equal(pixels(again), pixels(before)) and drawn.differences(again) == []
+    assert again.sha256 == before.sha256
+
+    # What is gone or has changed: all images of that control are the saved ones, and each is told of.
+    Image.fromarray(255 - COLOURS).save("images/colours.png")
+    again = generate(drawn.again())
+    assert np.array_equal(pixels(again), pixels(before))
+    use = again.request.controls[0]
+    assert use.prepared and use.inputs == {
+        "edges": "out/condition0-edges.png", "colours": "out/condition0-colours.png", "boxes": BOXES
+    }  # fmt: skip
+    assert drawn.differences(again) == [
+        "images/colours.png has changed since (SHA-256); its saved condition image out/condition0-colours.png is used",
+    ]
+    Path("out/condition0-edges.png").unlink()
+    says = r"input 'edges' of scene.safetensors, .*is not there either; give --control scene.safetensors=INPUTS.json"
+    with pytest.raises(UserError, match=says):
+        drawn.again()
+
+
+def test_a_request_with_them_survives_json(folder):
+    asked = request(scene(), ControlUse(control="optional.safetensors", image="a.png"))
+    assert GenerateRequest.from_json(json.loads(json.dumps(asked.to_json()))) == asked
+    # Python may give paths and tuples.
+    loose = ControlUse(control="scene", inputs={"edges": Path("a.png"), "boxes": tuple(map(tuple, BOXES))})
+    assert loose.inputs == {"edges": "a.png", "boxes": BOXES}
+    for inputs, says in (
+        ({"a": object()}, "must be values of JSON and paths"),
+        ({"a": float("nan")}, "must be values of JSON"),
+        ([1], "must be a mapping from their names"),
+        ({}, "must be a mapping from their names"),
+    ):
+        with pytest.raises(UserError, match=says):
+            ControlUse(control="scene", inputs=inputs)
+    for settings in ({}, {"image": "a.png", "inputs": {"a": 1}}):
+        with pytest.raises(UserError, match="scene needs either an image or inputs by name"):
+            ControlUse(control="scene", **settings)
+    with pytest.raises(UserError, match="inputs must be a mapping from names of inputs, or null, not 3"):
+        GenerateRequest.from_json({"prompt": "x", "controls": [{"control": "scene", "inputs": 3}]})
+
+
+@pytest.mark.parametrize(
+    ("use", "says"),
+    [
+        (
+            {"control": "scene.safetensors", "image": "images/edges.png"},
+            r"is a scene, which takes edges \(image\), colours \(image, optional\), boxes \(value\); give a .json file",
+        ),
+        ({"control": "boxes.safetensors", "image": "images/edges.png"}, r"takes boxes \(value\); give a .json file"),
+        ({"control": "scene.safetensors", "inputs": {"edges": "a.png"}}, r"lacks its input 'boxes'; it takes edges"),
+        (
+            {"control": "scene.safetensors", "inputs": {"edge": "a.png", "boxes": BOXES}},
+            r"a scene, which has no input 'edge'; did you mean edges\?",
+        ),
+        (
+            {"control": "scene.safetensors", "inputs": {"edges": [1], "boxes": BOXES}},
+            r"the input 'edges' of scene.safetensors is an image: give its path, not \[1\]",
+        ),
+        (
+            {"control": "scene.safetensors", "inputs": {"edges": "a.png", "boxes": [[1]]}},
+            r"the input 'boxes' of scene.safetensors must be a list of \[left, top, .* phrase\], not \[\[1\]\]",
+        ),
+        ({"control": "scene.safetensors", "image": "boxes.json"}, "boxes.json must be a mapping from the names of inp"),
+        ({"control": "scene.safetensors", "image": "missing.json"}, "cannot read missing.json"),
+        (
+            {"control": "scene.safetensors", "inputs": {"edges": "gone.png", "boxes": BOXES}},
+            "there is no picture at gone.png",
+        ),
+        ({"control": "nothing.safetensors", "image": "boxes.json"}, "there is no control called 'nothing.safetensors'"),
+    ],
+)
+def test_what_does_not_do_is_refused_in_words_before_a_base_is_loaded(folder, use, says, monkeypatch):
+    monkeypatch.setattr("controlkit.sampling.generate.load_base", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=says):
+        generate(request(ControlUse(**use)))
+
+
+def test_one_image_by_its_name_is_that_image(folder, tiny_base):
+    """And an input that may be left out makes no control one of several images."""
+    control = load_control("optional.safetensors", tiny_base)
+    uses = [
+        ControlUse(control="optional.safetensors", image="images/edges.png", prepared=True),
+        ControlUse(control="optional.safetensors", inputs={"photo": "images/edges.png"}, prepared=True),
+        ControlUse(control="optional.safetensors", inputs={"photo": "images/edges.png", "strength": 3}, prepared=True),
+    ]
+    one, same, stronger = (pixels(generate(request(use), base=tiny_base, controls=[control])) for use in uses)
+    assert np.array_equal(one, same) and not np.array_equal(one, stronger)
+    plain = ControlUse(control="canny", inputs={"image": "images/edges.png"})
+    assert with_named_inputs(request(plain)).controls == (ControlUse(control="canny", image="images/edges.png"),)
+
+
+def test_no_input_is_written_over(folder):
+    asked = request(scene(inputs={"edges": "out/condition0-edges.png", "boxes": BOXES}))
+    Path("out").mkdir()
+    refuse_overwriting(asked, "out")
+    Image.fromarray(COLOURS).save("out/condition0-edges.png")
+    with pytest.raises(UserError, match=r"condition0-edges.png would be written over, and it is the picture given"):
+        refuse_overwriting(asked, "out")
+
+
+def test_cards_and_inspect_name_them(folder):
+    card = card_of("scene.safetensors")
+    assert "--control scene.safetensors=INPUTS.json" in card and "edges (image), colours (image, optional)" in card
+    facts = describe("scene.safetensors", base="base")
+    assert facts["inputs"] == "edges (image), colours (image, optional), boxes (value)"
+    assert not [key for key in facts if key.startswith("GFLOP")]  # it depends on the boxes
+    assert "inputs" not in describe("canny")
+    assert describe_system("optional", "nano")["inputs"] == "photo (image), strength (value, optional)"
+
+
+def test_what_needs_one_image_is_trained_and_judged_with_one(folder, icons_file, tiny_base):
+    """Named hints go through the cache, and each tensor keeps its name and type."""
+    settings = {
+        "base": "base", "steps": 1, "batch_size": 2, "score_pictures": 1, "warmup_steps": 0, "device": "cpu",
+        "out": "run", "learning_rate": 0.1,
+    }  # fmt: skip
+    write_pairs("pairs", [(COLOURS + n, COLOURS, f"thing {n}") for n in range(4)])
+    objective = objective_of(build_recipe({"system": "optional-pairs", "pairs": "pairs", **settings}))
+    hint = objective.hints(torch.tensor([0, 2, 1]), torch.tensor([False] * 3))
+    assert {name: (tuple(value.shape), value.dtype) for name, value in hint.items()} == {
+        "strength": ((3, 1), torch.float32), "photo": ((3, 3), torch.float32), "large": ((3, 3 * 64 * 64), torch.bool)
+    }  # fmt: skip
+    recipe = build_recipe({"system": "optional", "icons": str(icons_file), "condition": "palette", **settings})
+    assert list(train(dataclasses.replace(recipe, out="other"))) == ["palette: colour distance, Lab"]
+    made = load_control("other/palette.safetensors", tiny_base)
+    judged = Judged(name="one", given=[COLOURS], truths=[COLOURS], prompts=["cat face"])
+    evaluate_control(tiny_base, made, [judged], steps=1)
+    for system in ("scene", "boxes-pairs"):
+        data = {"pairs": "pairs"} if system == "boxes-pairs" else {"icons": str(icons_file), "condition": "canny"}
+        with pytest.raises(UserError, match=r"takes .*boxes \(value\); training .* needs a control that takes one"):
+            objective_of(build_recipe({"system": system, **data, **settings}))
+    with pytest.raises(UserError, match=r"a scene takes edges \(image\), .*; evaluation gives one condition image"):
+        evaluate_control(tiny_base, load_control("scene.safetensors", tiny_base), [judged], steps=1)
