@@ -25,6 +25,7 @@ def build_tiny_base(seed: int = 0, text_width: int = 16):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from controlkit.bases.base import Base
+    from controlkit.bases.known import NANO_DEFAULTS
     from controlkit.training.base import SCHEDULER, train_tokenizer
 
     torch.manual_seed(seed)
@@ -73,6 +74,7 @@ def build_tiny_base(seed: int = 0, text_width: int = 16):
         vae=vae,
         unet=unet,
         scheduler_config=dict(SCHEDULER),
+        defaults=NANO_DEFAULTS,
     )
 
 

@@ -11,7 +11,6 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-import tiny
 from controlkit.bases.base import Base
 from controlkit.bases.load import choose_dtype, load_base
 from controlkit.errors import UserError
@@ -215,9 +214,13 @@ def counted(function, seen):
     return call
 
 
-def test_guidance_is_what_suits_the_base_where_none_is_asked_for(tiny_base):
-    assert tiny_base.default_guidance == 3
-    assert tiny.build_tiny_base(text_width=768).default_guidance == 7.5
+def test_guidance_is_what_suits_the_base_where_none_is_asked_for(tiny_base, sd1_scheduled_base, base_folder):
+    assert tiny_base.default_guidance == load_base().default_guidance == load_base(base_folder).default_guidance == 3
+    assert sd1_scheduled_base.default_guidance == 7.5
+    (base_folder / "model_index.json").write_text('{"_controlkit": {"guidance": 4, "mode": "balanced"}}')
+    assert (load_base(base_folder).default_guidance, load_base(base_folder).default_mode) == (4, "balanced")
+    (base_folder / "model_index.json").write_text("{")
+    assert (load_base(base_folder).default_guidance, load_base(base_folder).default_mode) == (7.5, "balanced")
     drawn = [torch.cat(list(sample(tiny_base, prompt="red apple", seeds=[0], steps=2, guidance=g))) for g in (None, 3)]
     assert torch.equal(*drawn)
 

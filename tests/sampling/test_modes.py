@@ -65,10 +65,8 @@ def test_without_guidance_there_is_one_half_and_modes_are_the_same(tiny_base, ti
     assert np.abs(control - balanced).max() <= 1
 
 
-def test_bases_of_stable_diffusions_size_act_as_diffusers_does(tiny_base, monkeypatch):
-    config = {**tiny_base.unet.config, "cross_attention_dim": 768}
-    monkeypatch.setattr(tiny_base.unet, "_internal_dict", type(tiny_base.unet.config)(config))
-    assert tiny_base.default_mode == "balanced" and tiny_base.default_guidance == 7.5
+def test_bases_that_say_nothing_else_act_as_diffusers_does(sd1_scheduled_base):
+    assert sd1_scheduled_base.default_mode == "balanced" and sd1_scheduled_base.default_guidance == 7.5
 
 
 def test_a_picture_is_drawn_again_in_the_mode_that_it_was_drawn_in(drawing):

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -78,6 +78,9 @@ class Base:
     about unit variance.
     """
 
+    usual_guidance: ClassVar[float] = 7.5
+    """The scale of guidance that its family is used with."""
+
     def __init__(
         self,
         *,
@@ -87,8 +90,10 @@ class Base:
         vae: AutoencoderKL,
         unet: UNet2DConditionModel,
         scheduler_config: dict[str, Any],
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name
+        self.defaults = dict(defaults or {})
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.vae = vae
@@ -293,20 +298,15 @@ class Base:
 
     @property
     def default_guidance(self) -> float:
-        """The scale of guidance where none is asked for: 7.5 for Stable Diffusion 1 and 2 and 5 for XL, as diffusers
-        has them, and 3 for nano (docs/nano.md)."""
-        return 3.0 if self._is_small else 7.5
+        """The scale of guidance where none is asked for: what the base's folder says, such as nano's, or 7.5 for Stable
+        Diffusion 1 and 2 and 5 for XL, as diffusers has them."""
+        return float(self.defaults.get("guidance", self.usual_guidance))
 
     @property
     def default_mode(self) -> str:
-        """On which halves of guidance a control acts where nothing is said (`ControlUse.mode`): on both, as in
-        diffusers, for Stable Diffusion, and for nano on the one that has the prompt, where pictures both follow more
-        closely and are sharper (docs/nano.md)."""
-        return "control" if self._is_small else "balanced"
-
-    @property
-    def _is_small(self) -> bool:
-        return int(self.unet.config["cross_attention_dim"]) < 768
+        """On which halves of guidance a control acts where nothing is said (`ControlUse.mode`): what the base's folder
+        says, such as nano's, or both, as in diffusers."""
+        return str(self.defaults.get("mode", "balanced"))
 
     @property
     def prompt_tokens(self) -> int:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from controlkit.bases.base import Base, needs_float32
-from controlkit.bases.known import KNOWN_BASES
+from controlkit.bases.known import KNOWN_BASES, defaults_in
 from controlkit.bases.pickles import why_refused
 from controlkit.bases.weight_files import weight_files
 from controlkit.errors import UserError
@@ -226,6 +226,7 @@ def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Base:
         "vae": vae,
         "unet": _whole(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
         "scheduler_config": json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
+        "defaults": defaults_in(folder),
     }
     if not (folder / "text_encoder_2").is_dir():
         if parts["unet"].config.get("addition_embed_type") is not None:

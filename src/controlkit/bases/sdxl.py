@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -21,6 +21,8 @@ class SDXLBase(Base):
             (`force_zeros_for_empty_prompt` in diffusers).
     """
 
+    usual_guidance: ClassVar[float] = 5.0
+
     def __init__(
         self,
         *,
@@ -33,6 +35,7 @@ class SDXLBase(Base):
         unet: UNet2DConditionModel,
         scheduler_config: dict[str, Any],
         zero_empty: bool = True,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer_2 = tokenizer_2
         self.text_encoder_2 = text_encoder_2
@@ -44,6 +47,7 @@ class SDXLBase(Base):
             vae=vae,
             unet=unet,
             scheduler_config=scheduler_config,
+            defaults=defaults,
         )
 
     @property
@@ -53,10 +57,6 @@ class SDXLBase(Base):
     @property
     def networks(self) -> tuple[nn.Module, ...]:
         return (self.text_encoder, self.text_encoder_2, self.vae, self.unet)
-
-    @property
-    def default_guidance(self) -> float:
-        return 5.0
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Text:

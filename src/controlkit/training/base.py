@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from controlkit.bases.base import Base, network_key
+from controlkit.bases.known import DEFAULTS_KEY, NANO_DEFAULTS
 from controlkit.bases.load import load_base
 from controlkit.bases.schedules import VariancePreserving
 from controlkit.data.icons import COLOURS, STYLES, TRAINED_STYLES, IconSets, caption_of, read_concepts
@@ -23,7 +24,6 @@ from controlkit.errors import UserError
 from controlkit.files import write_json
 from controlkit.images import contact_sheet, to_images, write_png
 from controlkit.sampling.sampler import sample_prompts
-from controlkit.training.diffusion import noised
 from controlkit.training.drawings import Drawings
 from controlkit.training.objective import Objective
 from controlkit.training.processes import Processes
@@ -72,7 +72,7 @@ class BaseObjective(Objective):
         self.vae = start.vae.to(device)
         self.frozen = network_key(self.vae)
         self.tokenizer = start.tokenizer
-        self.scheduler_config = start.scheduler_config
+        self.scheduler_config, self.defaults = start.scheduler_config, start.defaults
         self.trained = nn.ModuleDict({"text_encoder": start.text_encoder, "unet": start.unet}).to(device)
         for network in (start.text_encoder, start.unet):
             network.requires_grad_(True).train()
@@ -97,7 +97,7 @@ class BaseObjective(Objective):
         chosen, prompts = self._draw(step)
         z = self.drawings.latents[torch.from_numpy(chosen[self.share])].float().to(self.device)
         text = self._text(prompts[self.share])
-        drawn = noised(self.schedule, z, self.torch_generator(step), self.whole, self.share)
+        drawn = self.noised(self.schedule, z, self.torch_generator(step))
         return self.diffusion_loss(drawn, self.trained["unet"](drawn.x_t, drawn.t, encoder_hidden_states=text).sample)
 
     def seen(self, step: int) -> list[str]:
@@ -152,6 +152,7 @@ class BaseObjective(Objective):
             vae=vae,
             unet=unet,
             scheduler_config=SCHEDULER,
+            defaults=NANO_DEFAULTS,
         )
 
     def _tell_of_unused(self) -> None:
@@ -174,6 +175,7 @@ class BaseObjective(Objective):
             vae=self.vae,
             unet=self.trained["unet"],
             scheduler_config=self.scheduler_config,
+            defaults=self.defaults,
         )
 
     def _text(self, prompts: Sequence[str]) -> Tensor:
@@ -271,6 +273,7 @@ def save_base(base: Base, out: Path, dtype: torch.dtype = torch.float16) -> None
         out / "model_index.json",
         {
             "_class_name": "StableDiffusionPipeline",
+            **({DEFAULTS_KEY: base.defaults} if base.defaults else {}),
             "feature_extractor": [None, None],
             "image_encoder": [None, None],
             "requires_safety_checker": False,

@@ -16,7 +16,6 @@ from controlkit.controls.registry import find
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
 from controlkit.formats.load import load_control, save_control
-from controlkit.training.diffusion import noised
 from controlkit.training.memory import checkpoint_activations
 from controlkit.training.objective import Objective
 from controlkit.training.recipes import ControlRecipe
@@ -89,7 +88,7 @@ class ControlObjective(Objective):
             hint: of batch `B`.
             generator: of the noise and times of the whole batch.
         """
-        drawn = noised(self.base.schedule, latents, generator, self.whole, self.share)
+        drawn = self.noised(self.base.schedule, latents, generator)
         return self.diffusion_loss(drawn, predict_under(control, self.base, drawn.x_t, drawn.t, text, hint))
 
     def save(self, folder: Path) -> list[Path]:

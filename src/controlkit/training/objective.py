@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from controlkit.training.diffusion import Noised
+from controlkit.bases.schedules import Schedule
+from controlkit.training.diffusion import Noised, noised
 from controlkit.training.recipe import Recipe
 
 
@@ -42,6 +43,19 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, step: int) -> Tensor:
         """The loss of optimiser step `step`; the same step always draws the same data and noise."""
+
+    def noised(self, schedule: Schedule, latents: Tensor, generator: torch.Generator) -> Noised:
+        """Noise and times for this process's share of the latents of a step, as the recipe draws and weights them."""
+        recipe = self.recipe
+        return noised(
+            schedule,
+            latents,
+            generator,
+            self.whole,
+            self.share,
+            time_sampling=getattr(recipe, "time_sampling", None),
+            snr_gamma=getattr(recipe, "snr_gamma", None),
+        )
 
     def diffusion_loss(self, drawn: Noised, prediction: Tensor) -> Tensor:
         """The weighted mean squared error of a prediction; `by_time` becomes what it was at each time, unweighted."""

@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 
 from controlkit.errors import UserError
 
+TIME_SAMPLINGS = ("uniform", "cubic", "logit-normal")
+"""What `bases.schedules.TIME_SAMPLINGS` explains, named here too because that module loads torch."""
+
 _LEAST = {
     "steps": 1,
     "batch_size": 1,
@@ -24,6 +27,8 @@ _LEAST = {
     "variants": 1,
     "rank": 1,
     "score_pictures": 1,
+    "gradient_accumulation_steps": 1,
+    "snr_gamma": 0,
 }
 """The smallest value of settings that have one, in whichever recipe they stand."""
 
@@ -48,6 +53,8 @@ class Recipe:
     """Optimiser steps in all. A finished run goes on when the same recipe is run with more."""
     batch_size: int = 32
     """Pictures a step."""
+    gradient_accumulation_steps: int | None = None
+    """Batches whose gradients are averaged for one optimiser step; None is 1."""
     learning_rate: float = 3e-4
     """Peak learning rate of AdamW."""
     warmup_steps: int | None = None
@@ -87,6 +94,7 @@ class Recipe:
         for name in ("learning_rate", "max_grad_norm"):
             if values[name] is not None and not (values[name] > 0 and math.isfinite(values[name])):
                 raise UserError(f"{name} is {values[name]}; it must be above 0")
+        _check_time_sampling(values.get("time_sampling"))
         for name in ("min_lr_rate", "prompt_drop"):
             if name in values and not 0 <= values[name] <= 1:
                 raise UserError(f"{name} is {values[name]}; it must be between 0 and 1")
@@ -105,6 +113,11 @@ class Recipe:
     def results(self) -> tuple[str, ...]:
         """Files and folders in `out` that the finished run writes."""
         return ()
+
+
+def _check_time_sampling(name: str | None) -> None:
+    if name is not None and name not in TIME_SAMPLINGS:
+        raise UserError(f"time_sampling is {name!r}; expected one of {', '.join(TIME_SAMPLINGS)}")
 
 
 def identifying(recipe: Recipe) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from, which stands here, and the settings of the system, which stand with it (`C
 from __future__ import annotations
 
 import dataclasses
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from controlkit.bases.known import NANO_DEFAULTS, defaults_in
 from controlkit.data.icons import LEAST_SCALE, TRAINED_STYLES
 from controlkit.data.readers.columns import Columns
 from controlkit.errors import UserError, nearest
@@ -74,6 +74,11 @@ class BaseRecipe(Recipe):
     """Text file of the concepts to train on, one a line; None for all that can be drawn."""
     least_scale: float = LEAST_SCALE
     """Side of the smallest icon in a drawing, as a fraction of the drawing's."""
+    time_sampling: str | None = None
+    """How times of the noise schedule are drawn: `uniform`, `cubic` (more of the noisy ones) or `logit-normal` (more of
+    those in the middle). None is the base's own: uniform for Stable Diffusion and nano."""
+    snr_gamma: float | None = None
+    """Weights the loss by min-SNR with this gamma (Hang et al. 2023 take 5); None weights all times alike."""
     channels: tuple[int, ...] = (48, 96, 160)
     """Channels of each resolution of the UNet."""
     attention: tuple[bool, ...] = (False, True, True)
@@ -119,6 +124,11 @@ class ControlRecipe(Recipe, ABC):
     """The base that it steers."""
     gradient_checkpointing: bool = False
     """Compute activations a second time in the backward pass: much less memory, about a third more time."""
+    time_sampling: str | None = None
+    """How times of the noise schedule are drawn: `uniform`, `cubic` (more of the noisy ones) or `logit-normal` (more of
+    those in the middle). None is the base's own: uniform for Stable Diffusion and nano."""
+    snr_gamma: float | None = None
+    """Weights the loss by min-SNR with this gamma (Hang et al. 2023 take 5); None weights all times alike."""
     prompt_drop: float = 0.5
     """Share of prompts replaced by the empty prompt."""
 
@@ -261,23 +271,16 @@ class PairsRecipe(ControlRecipe):
 
 
 def adapter_settings(base: str) -> dict[str, Any]:
-    """Settings of an adapter that depend on the size of its base, where none are given.
+    """Settings of an adapter that depend on its base, where none are given.
 
-    For nano, and a folder of a model as small, those of docs/ctrlora.md; for Stable Diffusion those of Xu et al. 2025
-    (section 4.1), with batches of 4.
+    What the base's folder says, as nano's does (docs/ctrlora.md); else those of Xu et al. 2025 (section 4.1), with
+    batches of 4.
     """
-    if base == "nano" or _is_small(Path(base)):
-        return {"rank": 4, "learning_rate": 1e-3, "batch_size": 16}
+    defaults = NANO_DEFAULTS if base == "nano" else defaults_in(Path(base))
+    if isinstance(own := defaults.get("adapter"), dict):
+        return dict(own)
     paper = {"rank": 128, "learning_rate": 1e-5, "batch_size": 4, "min_lr_rate": 1.0, "warmup_steps": 0, "beta2": 0.999}
     return {**paper, "steps": 1000, "preview_every": 500, "precision": "auto"}
-
-
-def _is_small(folder: Path) -> bool:
-    """Whether a diffusers folder holds a UNet with the widths of an embedded base, not of Stable Diffusion."""
-    try:
-        return max(json.loads((folder / "unet" / "config.json").read_text())["block_out_channels"]) < 320
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _check_channels(channels: Sequence[int]) -> None:

@@ -181,11 +181,19 @@ class _Loop:
 
     def _gradients(self, step: int) -> torch.Tensor:
         device = self.parameters[0].device
-        with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(self.recipe, device)):
-            loss = self.loss_of(step)
+        count = self.recipe.gradient_accumulation_steps or 1
+        total, by_time = torch.zeros((), device=device), None
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        return loss.detach()
+        # Each batch draws from numbers of its own, as the steps of a run with one batch each do.
+        for batch in range(step * count, (step + 1) * count):
+            with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(self.recipe, device)):
+                loss = self.loss_of(batch) / count
+            loss.backward()
+            total += loss.detach()
+            if (told := self.objective.by_time) is not None:
+                by_time = told if by_time is None else by_time + told
+        self.objective.by_time = by_time
+        return total
 
     def _report(self, done: int, loss: float, stop: bool) -> None:
         """Save, preview and log where it is time to; all processes come here, the first writes."""
@@ -230,7 +238,9 @@ class _Loop:
         if self.processes.first:
             path = self.folder / "diverged.json"
             rate = self.schedule.at(step)
-            seen = list(self.objective.seen(step))
+            count = self.recipe.gradient_accumulation_steps or 1
+            batches = range(step * count, (step + 1) * count)
+            seen = [name for batch in batches for name in self.objective.seen(batch)]
             write_json(path, {"step": step + 1, "loss": repr(loss), "learning_rate": rate, "batch": seen})
             told = f" What the step was trained on is listed in {path}." if seen else ""
         kept = "no state had been saved yet"
