@@ -39,7 +39,8 @@ def test_all_blocks_see_what_a_tap_adds_to_the_time(make):
 class _Shifting(torch.nn.Module):
     """What a plan asks of a control that acts by taps."""
 
-    title, reads, acts, conditional_only = "a fake control", Reads.NOTHING, Acts.TAPS, False
+    title, reads, acts = "a fake control", Reads.NOTHING, Acts.TAPS
+    conditional_only = reads_tokens = False
 
     def __init__(self, weighted, replaces):
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,17 +36,23 @@ from controlkit.sampling.drawn import read_drawn
 from controlkit.sampling.generate import generate
 from controlkit.sampling.request import ControlUse, GenerateRequest
 from controlkit.training.conditions_objective import ConditionsObjective
-from controlkit.training.recipes import build_recipe, recipes
+from controlkit.training.recipes import build_recipe, read_recipe, recipes
 from controlkit.training.run import objective_of
 from controlkit.training.run import run as train
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_control.py"
-SHIFT = Path(__file__).parent / "my_shift.py"
+PAGE = Path(__file__).parents[2] / "docs" / "systems.md"
+
+
+def shift_of_the_page() -> str:
+    """The first block of Python in docs/systems.md, which acts by residuals and says nothing but what it has to."""
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[0]
 
 
 @pytest.fixture
-def own(fresh_registry, monkeypatch):
-    monkeypatch.setenv(registry.VARIABLE, os.pathsep.join(map(str, (EXAMPLE, SHIFT))))
+def own(fresh_registry, monkeypatch, tmp_path):
+    (tmp_path / "shift.py").write_text(shift_of_the_page())
+    monkeypatch.setenv(registry.VARIABLE, os.pathsep.join(map(str, (EXAMPLE, tmp_path / "shift.py"))))
     return registry.registry()
 
 
@@ -94,6 +101,11 @@ def test_it_inherits_from_no_system_of_ours_reads_the_text_alone_and_acts_by_a_t
     assert {base.__module__ for base in kind.__mro__[1:]}.isdisjoint({other.__module__ for other in own.values()})
     assert (kind.reads, kind.acts) == (Reads.TEXT, Acts.TAPS)
     assert (own["shift"].reads, own["shift"].acts) == (Reads.TEXT, Acts.RESIDUALS)
+
+
+def test_its_recipe_is_one(own):
+    recipe = read_recipe(EXAMPLE.with_suffix(".yaml"))
+    assert (recipe.system, recipe.width, recipe.options) == ("modulation-pairs", 32, {"width": 32})
 
 
 @pytest.mark.parametrize("system", ["modulation", "shift"])
@@ -355,7 +367,7 @@ class TestWhereItIsFound:
         with pytest.raises(UserError, match=r"CONTROLKIT_CONTROLS names .*nothing\.py, which is not there"):
             registry.registry()
         taken = 'trainings = (Training(system="controlnet", data="pairs"),)'
-        text = SHIFT.read_text().replace("import OneImage, Reads", "import OneImage, Reads, Training")
+        text = shift_of_the_page().replace("import OneImage, Reads", "import OneImage, Reads, Training")
         (tmp_path / "taken.py").write_text(
             text.replace("    reads = Reads.TEXT", f"    reads = Reads.TEXT\n    {taken}")
         )
@@ -368,7 +380,7 @@ class TestWhereItIsFound:
         for name in ("one", "two"):
             (tmp_path / name).mkdir()
             files.append(tmp_path / name / "system.py")
-            files[-1].write_text(SHIFT.read_text().replace('"shift"', f'"shift-{name}"'))
+            files[-1].write_text(shift_of_the_page().replace('"shift"', f'"shift-{name}"'))
         monkeypatch.setenv(registry.VARIABLE, os.pathsep.join(map(str, files)))
         assert {"shift-one", "shift-two"} <= set(registry.registry())
         modules = {registry.find(f"shift-{name}").__module__ for name in ("one", "two")}
