@@ -89,7 +89,7 @@ def test_known_bases_are_told_without_their_files(capsys):
 
 
 def test_a_size_that_does_not_fit_is_refused():
-    with pytest.raises(UserError, match="multiple of 64"):
+    with pytest.raises(UserError, match="multiple of 8"):
         describe_base("sd15", 500)
 
 

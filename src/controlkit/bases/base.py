@@ -157,8 +157,8 @@ class Base:
 
     @property
     def size_multiple(self) -> int:
-        """Heights and widths must be multiples of this."""
-        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        """Sizes must be multiples of this. What the UNet halves unevenly is rounded up, as in diffusers."""
+        return self.factor
 
     @property
     def encoder_stages(self) -> tuple[tuple[int, int], ...]:
@@ -322,7 +322,7 @@ class Base:
         return cut_from(self.tokenizer, prompt)
 
     def check_size(self, width: int, height: int) -> None:
-        """Refuse sizes that the UNet cannot halve.
+        """Refuse sizes that no latent has.
 
         Raises:
             UserError: a side is not a positive multiple of `size_multiple`.

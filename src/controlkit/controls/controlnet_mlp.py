@@ -121,6 +121,6 @@ def _layer(channels: int, out: int, *, halving: bool) -> nn.Sequential:
     """One layer of the perceptron; neighbours meet in the pooling alone."""
     parts: OrderedDict[str, nn.Module] = OrderedDict(act=nn.ReLU())
     if halving:
-        parts["pool"] = nn.AvgPool2d(2)
+        parts["pool"] = nn.AvgPool2d(2, ceil_mode=True)  # the base rounds up, too
     parts["conv"] = nn.Conv2d(channels, out, 1)
     return nn.Sequential(parts)

@@ -116,6 +116,13 @@ class T2IAdapterControl(OneImage):
 
     def encode(self, condition_image: Tensor, base: Base) -> Tensor:
         """Condition images `[B, 3, H, W]` in [0, 1] => the same, or grey `[B, 1, H, W]` if the network takes that."""
+        patch = self.network.config["downscale_factor"]
+        for name, side in (("width", condition_image.shape[-1]), ("height", condition_image.shape[-2])):
+            if side % patch:
+                raise UserError(
+                    f"{name} {side} does not fit this T2I-Adapter, which cuts the image into patches of {patch} pixels;"
+                    f" try {max(patch, round(side / patch) * patch)}"
+                )
         weight = next(self.network.parameters())
         image = condition_image.to(weight.device, weight.dtype)
         if self.network.config["in_channels"] == 3:

@@ -1,0 +1,76 @@
+"""Sizes whose latents the UNet cannot halve evenly: diffusers draws them, and so does every control here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
+
+from controlkit.controls.apply import predict_under
+from controlkit.controls.registry import registry
+from controlkit.errors import UserError
+from controlkit.images import to_tensor
+from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.sampler import sample
+
+WIDTH, HEIGHT = 68, 52
+"""Latents of 17 x 13 at the tiny base's factor of 4."""
+
+
+def test_pictures_of_odd_latents_are_those_of_diffusers(sd1_scheduled_base, tiny_control):
+    base = sd1_scheduled_base
+    image = torch.rand(1, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    pipeline = StableDiffusionControlNetPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        unet=base.unet,
+        controlnet=tiny_control.to_diffusers(),
+        scheduler=DDIMScheduler.from_config(base.scheduler_config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        "red apple",
+        image=image,
+        width=WIDTH,
+        height=HEIGHT,
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+    ).images
+    use = ActiveControl(tiny_control, tiny_control.encode(image, base))
+    (drawn,) = sample(
+        base, prompt="red apple", seeds=[3], uses=[use], steps=4, guidance=4.0, width=WIDTH, height=HEIGHT
+    )
+    assert drawn.shape == (1, 3, HEIGHT, WIDTH)
+    assert (drawn - expected).abs().max() < 1e-3
+
+
+BUILT_IN = [kind for kind in registry().values() if kind.__module__.startswith("controlkit.controls.")]
+
+
+@pytest.mark.parametrize("kind", BUILT_IN, ids=lambda kind: kind.kind)
+def test_every_system_acts_on_odd_latents_or_says_why_not(kind, tiny_base):
+    torch.manual_seed(0)
+    options = {"size_ratio": 0.5} if kind.kind == "controlnet-xs" else {}  # the tiny base divides no smaller
+    control = kind.for_base(tiny_base, **options)
+    with torch.no_grad():
+        for parameter in control.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape)
+    image = to_tensor([torch.randint(0, 256, (HEIGHT, WIDTH, 3), dtype=torch.uint8).numpy()])
+    x_t, t = torch.randn(1, 4, HEIGHT // 4, WIDTH // 4), torch.tensor([500])
+    text = tiny_base.encode_text(["red apple"])
+    with torch.no_grad():
+        plain = tiny_base.predict(x_t, t, text)
+        try:
+            hint = control.encode(image, tiny_base)
+        except UserError as error:
+            assert "does not fit" in str(error) and "try" in str(error)
+            return
+        made = predict_under(control, tiny_base, x_t, t, text, hint)
+    assert made.shape == plain.shape and made.isfinite().all()
+    assert (made - plain).abs().max() > 1e-4
