@@ -10,21 +10,37 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+# Before torch is imported. Threads on tensors this small only wait for each other, and beside a busy process for longer
+# than the work takes; the cores are for several processes of pytest.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
 from hypothesis import settings
 
 import tiny
+from controlkit.data.workers import cores
 
 # Tests share busy cores: a slow example is not a wrong one.
 settings.register_profile("controlkit", deadline=None)
 settings.load_profile("controlkit")
 
 
+_MOST_PROCESSES = 8
+"""Each takes up to 2 GB of memory, and seconds to import torch and diffusers."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """What `-n auto` means: a process for each core that this one may use."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # as xdist itself reads it
+    return min(cores(), _MOST_PROCESSES)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_cache_at_home(tmp_path_factory):
-    """No test touches the cache of whoever runs the tests; each has one of its own."""
+    """No test touches the cache of whoever runs the tests; each process of pytest, and each test, has its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONTROLKIT_CACHE", str(tmp_path_factory.mktemp("cache") / "session"))
         patch.delenv("CONTROLKIT_CACHE_MB", raising=False)

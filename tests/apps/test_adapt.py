@@ -19,10 +19,16 @@ from controlkit.conditions import find
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.data.icons import IconSets, draw
 from controlkit.data.pairs import read_pairs
-from controlkit.evaluation.control import judged_pairs
+from controlkit.evaluation.control import evaluate_control, judged_pairs
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.training.recipes import adapter_settings
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """The held-out pairs are drawn in a few steps: no score here is compared with one of other steps."""
+    monkeypatch.setitem(evaluate_control.__kwdefaults__, "steps", 4)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def test_without_ray_the_error_says_what_to_install(tmp_path):
         make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", SETTINGS, engine="ray")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # starts Ray twice, which takes all cores for some time
 @pytest.mark.skipif(not HAS_RAY, reason="needs the extra distributed")
 def test_ray_makes_the_same_bytes_and_a_killed_worker_loses_and_doubles_nothing(tmp_path):
     from controlkit.data.ray_engine import run_with_ray

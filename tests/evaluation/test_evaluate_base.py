@@ -8,7 +8,7 @@ from controlkit.bases.load import load_base
 from controlkit.evaluation.base import evaluate_base
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # hundreds of images of every set: minutes of a core
 def test_nano_is_as_good_as_its_documents_say():
     autoencoder, colour, held_out, seen, retrieval = evaluate_base(load_base())
     assert autoencoder.facts["psnr"] >= 27

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +16,18 @@ from controlkit.formats.convert import reference_for
 from controlkit.formats.describe import describe_base, describe_system, is_base
 
 
+@functools.cache
+def facts_of(system: str, base: str) -> dict[str, Any]:
+    """`describe_system` at 512 x 512: it runs the whole base on the meta device several times, seconds each."""
+    return describe_system(system, base, size=512)
+
+
 @pytest.mark.parametrize(
     ("base", "parameters", "tensors"),
     [("sd15", 361_279_120, 340), ("sd21", 364_228_240, 340), ("sdxl", 1_251_014_160, 844)],
 )
 def test_a_controlnet_has_the_known_size(base, parameters, tensors):
-    facts = describe_system("controlnet", base, size=512)
+    facts = facts_of("controlnet", base)
     assert (facts["parameters"], facts["tensors"]) == (parameters, tensors)
     assert facts["trainable"] == parameters
 
@@ -29,7 +37,7 @@ def test_operations_at_512_are_those_that_are_known():
     base = describe_base("sd15", 512)["GFLOP at 512 x 512"]
     assert base["UNet call"] == pytest.approx(803, rel=0.02)
     assert base["autoencoder, encoding"] == pytest.approx(1117, rel=0.02)
-    control = describe_system("controlnet", "sd15", size=512)["GFLOP at 512 x 512"]
+    control = facts_of("controlnet", "sd15")["GFLOP at 512 x 512"]
     assert control["each step of each image"] + control["once for a condition"] == pytest.approx(283, rel=0.02)
     ctrlora = describe_system("ctrlora", "sd15", size=512)["GFLOP at 512 x 512"]
     assert ctrlora["once a step"] == control["each step of each image"]
@@ -42,7 +50,7 @@ def test_operations_at_512_are_those_that_are_known():
 )
 def test_a_t2i_adapter_has_the_known_size(base, parameters, grey, network):
     """77.37M for colour, 77.0M for grey, 18.69M light, 79.0M for SDXL; 59.9 GFLOP once at 512 x 512."""
-    facts = describe_system("t2i-adapter", base, size=512)
+    facts = facts_of("t2i-adapter", base)
     assert (facts["parameters"], facts["trainable"], facts["network"]) == (parameters, parameters, network)
     assert facts["for grey pictures"]["parameters"] == grey
     assert (facts["reads"], facts["enters at"]) == ("nothing", "encoder stages")

@@ -5,9 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from several_processes import together, torchrun
 
 from controlkit.bases.load import load_base
 from controlkit.controls.ctrlora import CtrLoRA
@@ -166,18 +164,14 @@ def test_neither_or_both_sources_are_refused(recipe):
         recipes()["ctrlora-base"](**settings)
 
 
-def together(recipe, tmp_path, processes: int = 2, **environment):
-    """Train in several processes of this machine; returns what they said on standard error."""
-    settings = {"system": "ctrlora-base", **vars(recipe)}
-    (tmp_path / "recipe.json").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    made = subprocess.run(
-        [*command, "-m", "controlkit", "train", str(tmp_path / "recipe.json")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+def train_together(recipe, tmp_path, start, **environment):
+    """Train in two processes of this machine; returns what they said on standard error."""
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({"system": recipe.system, **vars(recipe)}))
+    words = ["-m", "controlkit", "train", path]
+    if start == "environment":
+        return together(words, tmp_path, **environment)
+    made = torchrun(words, **environment)
     assert made.returncode == 0, made.stderr
     return made.stderr
 
@@ -190,15 +184,33 @@ HOW = {
 }
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_two_processes_train_what_one_with_the_whole_batch_trains(recipe, tmp_path, how):
+@pytest.fixture
+def one_thread():
+    """As many threads as each of several processes has, so that sums are rounded alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("how", "start"),
+    [
+        pytest.param("DDP", "environment", id="DDP"),
+        # Slow: each launch by torchrun is three imports of torch and diffusers, on top of another two or three runs.
+        pytest.param("DDP", "torchrun", id="DDP by torchrun", marks=pytest.mark.slow),
+        pytest.param("FSDP", "torchrun", id="FSDP", marks=pytest.mark.slow),
+        pytest.param("ZeRO", "torchrun", id="ZeRO", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_train_what_one_with_the_whole_batch_trains(recipe, tmp_path, how, start, one_thread):
     whole = dataclasses.replace(recipe, steps=4, batch_size=4, log_every=1, ema=0.9, out=str(tmp_path / "whole"))
-    together(whole, tmp_path, processes=1)  # with as many threads as each of the two, in a process as fresh
+    run(whole)
     halves = dataclasses.replace(whole, batch_size=2, out=str(tmp_path / "halves"))
     environment = HOW[how]
     if how == "FSDP":  # in two parts, so that what is split is saved and read again
-        together(dataclasses.replace(halves, steps=2), tmp_path, **environment)
-    said = together(halves, tmp_path, **environment)
+        train_together(dataclasses.replace(halves, steps=2), tmp_path, start, **environment)
+    said = train_together(halves, tmp_path, start, **environment)
     assert said.count("step 4/4") == 1
     assert said.count("mixed precision, bf16, is not used") == (how == "DDP")
     assert said.count("ZeRO stage 3 runs as torch's FSDP") == (how == "ZeRO")

@@ -7,14 +7,13 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from several_processes import torchrun
 
 from controlkit.bases.load import load_base
 from controlkit.controls.ctrlora import BaseControlNet
@@ -339,21 +338,14 @@ def test_a_whole_cache_that_cannot_be_written_is_read(recipe, cache, encoded):
     assert before and {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a launch by torchrun: three imports of torch and diffusers
 def test_two_processes_that_train_together_make_rows_and_train_what_one_trains(recipe, tmp_path, cache):
     whole = dataclasses.replace(recipe, steps=3, batch_size=4, log_every=1, flip=True, out=str(tmp_path / "whole"))
     run(whole)
     shutil.rmtree(cache)
     halves = dataclasses.replace(whole, batch_size=2, out=str(tmp_path / "halves"))
     (tmp_path / "recipe.json").write_text(json.dumps({"system": recipe.system, **dataclasses.asdict(halves)}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531"]
-    done = subprocess.run(
-        [*command, "-m", "controlkit", "train", str(tmp_path / "recipe.json")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = torchrun(["-m", "controlkit", "train", tmp_path / "recipe.json"])
     assert done.returncode == 0, done.stderr
 
     def losses(out):

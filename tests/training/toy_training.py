@@ -1,10 +1,10 @@
 """An objective that trains in microseconds, and a program that trains it, to be killed by the tests.
 
-    python toy_training.py FOLDER STEPS [half|slow|killed|whole]
+    python toy_training.py FOLDER STEPS [alone|killed|whole]
 
-`slow` waits in every step from the seventh on; `half` stops half-way through writing the second state. Both say
-so on standard output and then wait to be killed. `killed` is for several processes: the second kills itself in the
-seventh step.
+`alone` makes two runs, for one kill to end both: FOLDER/slow waits in its eighth step, meanwhile FOLDER/half has
+stopped half-way through writing its second state. Both say so on standard output and then wait to be killed. `killed`
+is for several processes: the second kills itself in the eighth step.
 """
 
 from __future__ import annotations
@@ -76,27 +76,42 @@ def wait_to_be_killed(word: str) -> None:
     time.sleep(120)
 
 
-def main(folder: str, steps: str, how: str) -> None:
+def stop_half_way() -> None:
+    """From here on, the second state that is written ends half-way."""
     from controlkit.training import state
+
+    whole, written = state.save_file, []
+
+    def half(tensors, path, metadata):
+        whole(tensors, path, metadata)
+        written.append(path)
+        if len(written) == 2:
+            data = Path(path).read_bytes()
+            Path(path).write_bytes(data[: len(data) // 2])
+            wait_to_be_killed("half")
+
+    state.save_file = half
+
+
+def main(folder: str, steps: str, how: str) -> None:
     from controlkit.training.trainer import train
 
-    recipe = toy_recipe(Path(folder), int(steps), ema=0.9)
-    if how == "half":
-        whole, written = state.save_file, []
+    def run(name: str, at: dict[int, Callable[[torch.Tensor], torch.Tensor]]) -> None:
+        recipe = toy_recipe(Path(folder) / name, int(steps), ema=0.9)
+        train(Toy(recipe, at), recipe)
 
-        def half(tensors, path, metadata):
-            whole(tensors, path, metadata)
-            written.append(path)
-            if len(written) == 2:
-                data = Path(path).read_bytes()
-                Path(path).write_bytes(data[: len(data) // 2])
-                wait_to_be_killed("half")
+    def begin_another(_loss: torch.Tensor) -> torch.Tensor:
+        print("slow", flush=True)
+        stop_half_way()
+        run("half", {})
+        raise AssertionError("nobody killed it")
 
-        state.save_file = half
-    at = {7: lambda loss: wait_to_be_killed("slow") or loss} if how == "slow" else {}
-    if how == "killed" and os.environ["RANK"] == "1":
-        at = {7: lambda loss: os.kill(os.getpid(), signal.SIGKILL)}
-    train(Toy(recipe, at), recipe)
+    if how == "alone":
+        run("slow", {7: begin_another})
+    elif how == "killed" and os.environ["RANK"] == "1":
+        run("", {7: lambda loss: os.kill(os.getpid(), signal.SIGKILL)})
+    else:
+        run("", {})
 
 
 if __name__ == "__main__":
