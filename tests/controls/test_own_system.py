@@ -197,7 +197,7 @@ def test_its_card_says_what_it_is(path):
 def test_inspect_tells_of_a_file_and_of_the_system(path, control, base_folder, capsys):
     facts = describe(path, base=str(base_folder))
     assert (facts["kind"], facts["layout"], facts["condition"]) == ("modulation", "controlkit", "palette")
-    assert (facts["reads"], facts["enters at"]) == ("text", "the decoder's hidden states")
+    assert (facts["reads"], facts["enters at"]) == ("text, the base's features", "the decoder's hidden states")
     assert facts["parameters"] == sum(value.numel() for value in control.state_dict().values())
     # Taps act at each step of each image, so what they cost is counted there and nowhere else.
     assert list(facts["GFLOP at 64 x 64"]) == ["each step of each image"]

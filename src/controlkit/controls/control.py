@@ -428,8 +428,9 @@ def encode_images(control: Control, images: Tensor, base: Base) -> Hint:
 
 
 def words_of_reads(control: Control | type[Control]) -> str:
-    """What a control's residuals read, as words."""
-    return ", ".join(flag.name.lower() for flag in control.reads if flag.name) or "nothing"
+    """What a control reads besides its hint, as words; taps are given the base's features at every step."""
+    words = [flag.name.lower() for flag in control.reads if flag.name]
+    return ", ".join([*words, *(["the base's features"] if Acts.TAPS in control.acts else [])]) or "nothing"
 
 
 @lru_cache(maxsize=32)

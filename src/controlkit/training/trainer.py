@@ -189,7 +189,7 @@ class _Loop:
             with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(self.recipe, device)):
                 loss = self.loss_of(batch) / count
             loss.backward()
-            total += loss.detach()
+            total += loss.detach().reshape(())
             if (told := self.objective.by_time) is not None:
                 by_time = told if by_time is None else by_time + told
         self.objective.by_time = by_time
