@@ -75,6 +75,10 @@ def test_every_part_runs_once_and_resumes(settings, tmp_path, capsys):
     again = run_new_condition(NewCondition(**settings))
     assert again.cells == study.cells
     assert "steps" not in capsys.readouterr().err
+    # A part alone leaves the table of all parts.
+    before = study.files["table"].read_text()
+    alone = run_new_condition(NewCondition(**{**settings, "parts": ("ranks",)})).files["table"]
+    assert alone != study.files["table"] and study.files["table"].read_text() == before
 
 
 def test_tables_hold_numbers_and_what_they_depend_on(settings, tiny_base):
@@ -210,12 +214,3 @@ def test_pairs_of_other_icons_are_not_taken_for_these(settings, icons_file, tmp_
         np.savez(other, **arrays)
     with pytest.raises(UserError, match="were drawn from other icons"):
         run_new_condition(NewCondition(**{**small, "icons": str(other)}))
-
-
-def test_a_part_alone_leaves_the_tables_of_all_parts(settings):
-    whole = {**settings, "parts": NewCondition.parts, "budgets": (1,), "ranks": (2,), "pair_counts": (4,)}
-    told = run_new_condition(NewCondition(**whole)).files["table"]
-    before = told.read_text()
-    alone = run_new_condition(NewCondition(**{**whole, "parts": ("ranks",)})).files["table"]
-    assert alone != told
-    assert told.read_text() == before
