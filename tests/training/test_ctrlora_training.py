@@ -204,6 +204,9 @@ def one_thread():
     ],
 )
 def test_two_processes_train_what_one_with_the_whole_batch_trains(recipe, tmp_path, how, start, one_thread):
+    # Adam moves a weight whose gradient is rounding alone by a whole learning rate, up or down, and the next losses
+    # tell: with a small rate they differ by less than what is looked for, on whatever processor rounds.
+    recipe = dataclasses.replace(recipe, learning_rate=recipe.learning_rate / 10)
     whole = dataclasses.replace(recipe, steps=4, batch_size=4, log_every=1, ema=0.9, out=str(tmp_path / "whole"))
     run(whole)
     halves = dataclasses.replace(whole, batch_size=2, out=str(tmp_path / "halves"))
@@ -233,7 +236,7 @@ def test_two_processes_train_what_one_with_the_whole_batch_trains(recipe, tmp_pa
             sum((one[key] - times * two[key]).pow(2).sum().item() for key in named) ** 0.5 for times in (0, 1)
         )
         assert named and apart < 1e-3 * size, (moment, apart / size)
-    # Adam moves a weight whose gradient is rounding alone by a whole step, up or down: nearly all weights agree.
+    # Nearly all weights agree.
     start = tmp_path / "start"
     ConditionsObjective(whole, CPU).save(start)
     for name in ("base", *recipe.conditions):
