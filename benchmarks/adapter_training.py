@@ -22,7 +22,9 @@ import measure
 import torch
 from torch import Tensor
 
-from controlkit.bases.base import Base, Text
+from controlkit.bases.base import Base
+from controlkit.bases.stable_diffusion import StableDiffusion
+from controlkit.bases.text import Text
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.training.diffusion import noised
 from controlkit.training.memory import checkpoint_activations
@@ -65,7 +67,7 @@ def as_the_reference(base: Base) -> Base:
     """The same base in the same memory, whose UNet's decoder gets gradients."""
     unet = type(base.unet).from_config(base.unet.config)
     unet.load_state_dict(base.unet.state_dict(), strict=True, assign=True)
-    other = Base(
+    other = StableDiffusion(
         name=base.name,
         tokenizer=base.tokenizer,
         text_encoder=base.text_encoder,

@@ -21,7 +21,8 @@ import torch
 from adapter_training import report
 from torch import Tensor, nn
 
-from controlkit.bases.base import Base, Text, token_ids
+from controlkit.bases.base import Base
+from controlkit.bases.text import Text, token_ids
 from controlkit.controls.controlnet import ControlNet
 from controlkit.training.diffusion import noised
 from controlkit.training.objective import torch_generator

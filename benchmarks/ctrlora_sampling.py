@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from controlkit import conditions
-from controlkit.bases.base import Base, Text
+from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
+from controlkit.bases.text import Text
 from controlkit.controls.control import Control, Reads
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.evaluation.pictures import evaluation_set

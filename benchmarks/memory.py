@@ -31,8 +31,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from controlkit.bases.base import Base, Text
+from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
+from controlkit.bases.text import Text
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA

@@ -50,7 +50,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from controlkit import __version__
-from controlkit.bases.base import Text
+from controlkit.bases.text import Text
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import CtrLoRA

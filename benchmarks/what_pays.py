@@ -26,7 +26,9 @@ import measure
 import torch
 from torch import Tensor
 
-from controlkit.bases.base import Base, Text
+from controlkit.bases.base import Base
+from controlkit.bases.text import Text
+from controlkit.bases.unet import unet_inputs
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import BaseControlNet
 
@@ -58,13 +60,13 @@ def unet_switches(base: Base, size: int, batch: int, compiled: bool) -> dict[str
         return torch.cat([base.predict(x[part], t[part], text.map(lambda y: y[part])) for part in parts])  # noqa: B023
 
     switches: dict[str, tuple[Any, Any]] = {
-        "channels_last": (plain, lambda _: last(x_last, t, **text.inputs(), return_dict=False)[0]),
-        "bf16": (plain, lambda _: half(x_half, t, **text_half.inputs(), return_dict=False)[0]),
+        "channels_last": (plain, lambda _: last(x_last, t, **unet_inputs(text), return_dict=False)[0]),
+        "bf16": (plain, lambda _: half(x_half, t, **unet_inputs(text_half), return_dict=False)[0]),
         "guidance in one batch": (halves, plain),
     }
     if compiled:
         fast = torch.compile(base.unet)
-        switches["torch.compile"] = (plain, lambda _: fast(x, t, **text.inputs(), return_dict=False)[0])
+        switches["torch.compile"] = (plain, lambda _: fast(x, t, **unet_inputs(text), return_dict=False)[0])
     return switches
 
 

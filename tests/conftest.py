@@ -84,9 +84,9 @@ def tiny_base():
 @pytest.fixture(scope="session")
 def sd1_scheduled_base(tiny_base):
     """The tiny base with Stable Diffusion 1's noise schedule and noise prediction."""
-    from controlkit.bases.base import Base
+    from controlkit.bases.stable_diffusion import StableDiffusion
 
-    return Base(
+    return StableDiffusion(
         name="tiny-sd1",
         tokenizer=tiny_base.tokenizer,
         text_encoder=tiny_base.text_encoder,

@@ -24,8 +24,8 @@ def build_tiny_base(seed: int = 0, text_width: int = 16):
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from controlkit.bases.base import Base
-    from controlkit.bases.known import NANO_DEFAULTS
+    from controlkit.bases.defaults import NANO_DEFAULTS
+    from controlkit.bases.stable_diffusion import StableDiffusion
     from controlkit.training.base import SCHEDULER, train_tokenizer
 
     torch.manual_seed(seed)
@@ -67,7 +67,7 @@ def build_tiny_base(seed: int = 0, text_width: int = 16):
         attention_head_dim=4,
         norm_num_groups=8,
     )
-    return Base(
+    return StableDiffusion(
         name="tiny",
         tokenizer=tokenizer,
         text_encoder=text_encoder,
@@ -171,11 +171,11 @@ def build_tiny_sdxl(seed: int = 0):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     from controlkit.bases.clip_tokenizer import clip_tokenizer
-    from controlkit.bases.sdxl import SDXLBase
+    from controlkit.bases.sdxl import StableDiffusionXL
 
     torch.manual_seed(seed)
     first, second = ({**_TINY_TEXT, **SDXL_PARTS[name]} for name in ("text_encoder", "text_encoder_2"))
-    return SDXLBase(
+    return StableDiffusionXL(
         name="tiny-xl",
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(pad_token="!"),
@@ -185,3 +185,69 @@ def build_tiny_sdxl(seed: int = 0):
         unet=UNet2DConditionModel(**SDXL_PARTS["unet"]),
         scheduler_config=dict(SD1_SCHEDULE),
     )
+
+
+SD3_PARTS = {
+    "transformer": {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 28,
+        "pos_embed_max_size": 12,
+        "dual_attention_layers": [0],
+        "qk_norm": "rms_norm",
+    },
+    "vae": {
+        **{key: value for key, value in SDXL_PARTS["vae"].items() if key != "force_upcast"},
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "text_encoder": {**_TINY_TEXT, **SDXL_PARTS["text_encoder"]},
+    "text_encoder_2": {**_TINY_TEXT, **SDXL_PARTS["text_encoder_2"]},
+    "text_encoder_3": {
+        "vocab_size": 40,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+    },
+    "scheduler": {"num_train_timesteps": 1000, "shift": 3.0},
+}
+"""The parts of a tiny Stable Diffusion 3, under the names of a diffusers folder."""
+
+
+def t5_tokenizer():
+    """A tokenizer of T5's kind with 40 tokens."""
+    from transformers import T5TokenizerFast
+
+    words = [f"▁{word}" for word in ("a", "red", "apple", "on", "blue", "table")]
+    letters = [*"abcdefghijklmnopqrstuvwxyz", "▁", ",", ".", "'", "-"]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocab = [*special, *((word, -1.0) for word in words), *((letter, -3.0) for letter in letters)]
+    return T5TokenizerFast(vocab=vocab, extra_ids=0)
+
+
+def build_tiny_sd3(seed: int = 0, *, t5: bool = True):
+    """A base with a transformer of three joint blocks and three text encoders, 64 x 64 images, random weights."""
+    from controlkit.bases.sd3 import StableDiffusion3
+
+    torch.manual_seed(seed)
+    parts = {}
+    for component in StableDiffusion3.components:
+        if component.is_network and (t5 or not component.optional):
+            parts[component.name] = component.build(SD3_PARTS[component.name])
+        elif component.is_tokenizer and not component.optional:
+            parts[component.name] = StableDiffusion3.tokenizer_for(component, SD3_PARTS)
+    if t5:
+        parts["tokenizer_3"] = t5_tokenizer()
+    return StableDiffusion3(name="tiny-sd3", scheduler_config=SD3_PARTS["scheduler"], **parts)

@@ -125,7 +125,8 @@ def test_generate_from_settings_draws_the_same_pictures_bit_for_bit(picture, tmp
     words = ("generate", "red apple", "--control", f"canny={picture}@0.8", "--seeds", 2, "--seed", 5, "--steps", 3)
     assert run(*words, "--out", first) == 0
     used = json.loads((first / "settings.json").read_text())["used"]
-    assert used == {"device": "cpu", "precision": "fp32", "width": 64, "height": 64, "guidance": 3.0, "mode": "control"}
+    resolved = {"precision": "fp32", "width": 64, "height": 64, "guidance": 3.0, "mode": "control", "sampler": "ddim"}
+    assert used == {"device": "cpu", **resolved}
     assert run("generate", "--from", first / "settings.json", "--out", second) == 0
     for name in ("seed5.png", "seed6.png", "condition0.png"):
         assert (np.asarray(Image.open(first / name)) == np.asarray(Image.open(second / name))).all()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import torch
+
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -94,3 +96,75 @@ def original_text(text_encoder) -> dict:
     state = text_encoder.state_dict()
     prefix = "" if any(name.startswith("text_model.") for name in state) else "text_model."
     return {f"cond_stage_model.transformer.{prefix}{name}": value for name, value in state.items()}
+
+
+_SD3 = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj.": "x_embedder.proj.",
+    "time_text_embed.timestep_embedder.linear_1.": "t_embedder.mlp.0.",
+    "time_text_embed.timestep_embedder.linear_2.": "t_embedder.mlp.2.",
+    "time_text_embed.text_embedder.linear_1.": "y_embedder.mlp.0.",
+    "time_text_embed.text_embedder.linear_2.": "y_embedder.mlp.2.",
+    "context_embedder.": "context_embedder.",
+    "norm_out.linear.": "final_layer.adaLN_modulation.1.",
+    "proj_out.": "final_layer.linear.",
+}
+_SD3_BLOCK = {
+    "norm1.linear.": "x_block.adaLN_modulation.1.",
+    "norm1_context.linear.": "context_block.adaLN_modulation.1.",
+    "attn.to_out.0.": "x_block.attn.proj.",
+    "attn.to_add_out.": "context_block.attn.proj.",
+    "attn.norm_q.": "x_block.attn.ln_q.",
+    "attn.norm_k.": "x_block.attn.ln_k.",
+    "attn.norm_added_q.": "context_block.attn.ln_q.",
+    "attn.norm_added_k.": "context_block.attn.ln_k.",
+    "attn2.to_out.0.": "x_block.attn2.proj.",
+    "attn2.norm_q.": "x_block.attn2.ln_q.",
+    "attn2.norm_k.": "x_block.attn2.ln_k.",
+    "ff.net.0.proj.": "x_block.mlp.fc1.",
+    "ff.net.2.": "x_block.mlp.fc2.",
+    "ff_context.net.0.proj.": "context_block.mlp.fc1.",
+    "ff_context.net.2.": "context_block.mlp.fc2.",
+}
+_SD3_QKV = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+}
+
+
+def original_sd3(transformer) -> dict:
+    """The transformer's weights under `model.diffusion_model.` (Stability-AI/sd3-ref, mmditx.py)."""
+    prefix, state = "model.diffusion_model.", transformer.state_dict()
+    made, last = {}, len(transformer.transformer_blocks) - 1
+
+    def renamed(name, names):
+        mine = next(mine for mine in names if name.startswith(mine))
+        return names[mine] + name.removeprefix(mine)
+
+    for name, value in state.items():
+        if not name.startswith("transformer_blocks."):
+            # diffusers has scale and shift of the last layer in the other order.
+            value = torch.cat(value.chunk(2)[::-1]) if name.startswith("norm_out.") else value
+            made[prefix + renamed(name, _SD3)] = value
+            continue
+        _, number, inner = name.split(".", 2)
+        if any(inner.startswith(f"{part}.") for parts in _SD3_QKV.values() for part in parts):
+            continue
+        if int(number) == last and inner.startswith("norm1_context."):
+            value = torch.cat(value.chunk(2)[::-1])
+        made[f"{prefix}joint_blocks.{number}.{renamed(inner, _SD3_BLOCK)}"] = value
+    for number in range(last + 1):
+        for theirs, parts in _SD3_QKV.items():
+            for kind in ("weight", "bias"):
+                names = [f"transformer_blocks.{number}.{part}.{kind}" for part in parts]
+                if names[0] in state:
+                    made[f"{prefix}joint_blocks.{number}.{theirs}.{kind}"] = torch.cat([state[name] for name in names])
+    return made
+
+
+def original_clip_of_sd3(first, second) -> dict:
+    """Both CLIP encoders' weights under `text_encoders.`; the first has no projection there."""
+    made = {f"text_encoders.clip_l.transformer.{name}": value for name, value in first.state_dict().items()}
+    made.pop("text_encoders.clip_l.transformer.text_projection.weight")
+    return made | {f"text_encoders.clip_g.transformer.{name}": value for name, value in second.state_dict().items()}

@@ -11,8 +11,10 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from controlkit.bases.base import Base
+from controlkit.bases import base as base_module
+from controlkit.bases import load
 from controlkit.bases.load import choose_dtype, load_base
+from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.errors import UserError
 from controlkit.sampling.sampler import pictures_at_once, sample
 
@@ -108,7 +110,7 @@ def test_torn_weights(base_folder, part, keep):
 def test_torn_settings(base_folder, part):
     path = base_folder / part
     path.write_bytes(path.read_bytes()[:20])
-    refused(base_folder, "cannot be loaded")
+    refused(base_folder, part, "not a JSON file")
 
 
 def test_weights_of_another_network(base_folder):
@@ -189,7 +191,7 @@ def test_a_thousand_steps_stay_within_the_schedule(sd1_scheduled_base, monkeypat
         times.append(int(t))
         return torch.zeros_like(x_t)
 
-    monkeypatch.setattr(Base, "predict", predict)
+    monkeypatch.setattr(StableDiffusion, "predict", predict)
     (picture,) = sample(sd1_scheduled_base, prompt="red apple", seeds=[0], steps=1000)
     assert max(times) == 999 and len(times) == 1000 and picture.shape == (1, 3, 64, 64)
 
@@ -249,3 +251,22 @@ def test_what_a_base_is_known_by_does_not_depend_on_the_type_it_is_held_in(tiny_
 def test_the_end_of_a_prompt_with_a_cut_character_is_not_looked_for(tiny_base):
     with pytest.raises(UserError, match=r"the prompt 'red .udcff apple' is not whole text"):
         tiny_base.cut_from("red \udcff apple")
+
+
+def test_bf16_is_read_as_such_and_nothing_is_hashed_before_it_is_asked_for(base_folder, monkeypatch):
+    read, hashed = [], []
+    own_whole, own_hash = load._whole, base_module.hash_of_halves
+
+    def whole(kind, folder, **options):
+        read.append(options.get("dtype", options.get("torch_dtype")))
+        return own_whole(kind, folder, **options)
+
+    monkeypatch.setattr(load, "_whole", whole)
+    monkeypatch.setattr(base_module, "hash_of_halves", lambda weights: hashed.append(1) or own_hash(weights))
+    made = load_base(base_folder, dtype=torch.bfloat16)
+    list(sample(made, prompt="red apple", seeds=[0], steps=1))
+    assert set(read) == {torch.bfloat16} and not hashed
+    expected = made.fingerprint
+    assert hashed == [1] and read.count(torch.float32) == 3
+    assert made.content and hashed == [1] and read.count(torch.float32) == 3  # read once for both
+    assert load_base(base_folder).fingerprint == expected

@@ -7,11 +7,13 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import tiny
-from controlkit.bases.base import Base, Text
-from controlkit.bases.known import KNOWN_BASES
+from controlkit.bases.families import KNOWN_BASES
 from controlkit.bases.load import load_base
 from controlkit.bases.residuals import Residuals
+from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.bases.taps import Tap
+from controlkit.bases.text import Text
+from controlkit.bases.unet import unet_inputs
 from controlkit.errors import UserError
 
 _SMALL = {"sample_size": 16, "norm_num_groups": 8, "cross_attention_dim": 16}
@@ -20,7 +22,7 @@ _SMALL = {"sample_size": 16, "norm_num_groups": 8, "cross_attention_dim": 16}
 def small(name, **changes):
     """A UNet with the blocks of a known base, and few channels."""
     torch.manual_seed(3)
-    return UNet2DConditionModel(**{**KNOWN_BASES[name]["unet"], **_SMALL, **changes}).eval().requires_grad_(False)
+    return UNet2DConditionModel(**{**KNOWN_BASES[name][1]["unet"], **_SMALL, **changes}).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,8 @@ def bases(tiny_base):
         "sdxl": small("sdxl", block_out_channels=(16, 24, 32), transformer_layers_per_block=[1, 1, 2], **xl),
     }
     made = {
-        name: Base(name=name, **parts, unet=unet, scheduler_config=tiny.SD1_SCHEDULE) for name, unet in unets.items()
+        name: StableDiffusion(name=name, **parts, unet=unet, scheduler_config=tiny.SD1_SCHEDULE)
+        for name, unet in unets.items()
     }
     return {**made, "nano": load_base("nano")}
 
@@ -43,7 +46,7 @@ def inputs(base):
     width = base.unet.config.cross_attention_dim
     text = Text(torch.randn(2, 5, width, generator=generator))
     if base.unet.config.addition_embed_type:
-        text = Text(text.tokens, torch.randn(2, 12, generator=generator), torch.full((2, 6), 64.0))
+        text = Text(text.tokens, pooled=torch.randn(2, 12, generator=generator), time_ids=torch.full((2, 6), 64.0))
     return torch.randn(2, 4, 16, 16, generator=generator), torch.tensor([900, 100]), text
 
 
@@ -77,7 +80,7 @@ def streams_of_diffusers(base, monkeypatch):
     with monkeypatch.context() as patched, torch.no_grad():
         patched.setattr(torch, "cat", recording)
         x_t, t, text = inputs(base)
-        unet(x_t, t, **text.inputs())
+        unet(x_t, t, **unet_inputs(text))
     for handle in handles:
         handle.remove()
     outputs = [found.pop("conv_in"), *skips]

@@ -19,7 +19,7 @@ from diffusers import (
 )
 from huggingface_hub.utils import filter_repo_objects
 
-from controlkit.bases.known import KNOWN_BASES
+from controlkit.bases.families import KNOWN_BASES
 from controlkit.bases.load import _UNWANTED_FROM_HUB, _WANTED_FROM_HUB, load_base
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
@@ -112,24 +112,24 @@ def test_a_folder_loads_and_the_second_encoder_must_be_there(base, tmp_path):
     loaded = load_base(tmp_path / "xl")
     a, b = base.encode_text([PROMPT, ""]), loaded.encode_text([PROMPT, ""])
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a.tensors(), b.tensors(), strict=True))
-    assert b.tokens[1].abs().max() == 0 and b.pooled[1].abs().max() == 0
+    assert b.tokens[1].abs().max() == 0 and b["pooled"][1].abs().max() == 0
     assert loaded.fingerprint == base.fingerprint
     half = load_base(tmp_path / "xl", dtype=torch.float16)
     assert half.unet.dtype == torch.float16 and half.vae.dtype == torch.float32
     shutil.rmtree(tmp_path / "xl" / "text_encoder_2")
-    with pytest.raises(UserError, match="second text encoder"):
+    with pytest.raises(UserError, match="text_encoder_2"):
         load_base(tmp_path / "xl")
 
 
 def test_the_empty_prompt_is_told_the_size(base):
     text = base.encode_text([""], (96, 64))
-    assert text.time_ids.tolist() == [[64, 96, 0, 0, 64, 96]]
+    assert text["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]]
 
 
 @pytest.mark.parametrize(("name", "count"), [("sd15", 859_520_964), ("sd21", 865_910_724), ("sdxl", 2_567_463_684)])
 def test_known_bases_have_their_size(name, count):
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**KNOWN_BASES[name]["unet"])
+        unet = UNet2DConditionModel(**KNOWN_BASES[name][1]["unet"])
     assert sum(parameter.numel() for parameter in unet.parameters()) == count
 
 

@@ -9,8 +9,9 @@ from original_names import original_text, original_unet, original_vae
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from controlkit.bases.families import family_of_file
 from controlkit.bases.load import load_base
-from controlkit.bases.single_file import detect, load_single_file
+from controlkit.bases.single_file import load_single_file
 from controlkit.errors import UserError
 from tiny import _TINY_TEXT, SD1_SCHEDULE, SDXL_PARTS
 
@@ -83,20 +84,20 @@ def test_what_is_not_a_whole_model_is_said(tensors):
     def without(prefix):
         return {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
 
-    assert detect(shapes, "file") == "sd15"
+    assert family_of_file(shapes, "file")[1] == "sd15"
     for prefix, told in (
         ("model.diffusion_model.", "not a whole Stable Diffusion model"),
         ("first_stage_model.", "no autoencoder"),
         ("cond_stage_model.", "no text encoder"),
     ):
         with pytest.raises(UserError, match=told):
-            detect(without(prefix), "file")
+            family_of_file(without(prefix), "file")[1]
     second = {**without("cond_stage_model."), "cond_stage_model.model.ln_final.weight": (1024,)}
-    assert detect(second, "file") == "sd21"
+    assert family_of_file(second, "file")[1] == "sd21"
     third = {**without("cond_stage_model."), "model.diffusion_model.label_emb.0.0.weight": (1280, 2816)}
     with pytest.raises(UserError, match="refiner"):
-        detect(third, "file")
-    assert detect({**third, "conditioner.embedders.1.model.ln_final.weight": (1280,)}, "file") == "sdxl"
+        family_of_file(third, "file")[1]
+    assert family_of_file({**third, "conditioner.embedders.1.model.ln_final.weight": (1280,)}, "file")[1] == "sdxl"
 
 
 class Runs:

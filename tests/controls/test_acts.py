@@ -11,9 +11,9 @@ from made_up import Adding, Member, Stateful, Tapping, Telling
 from torch import nn
 
 import tiny
-from controlkit.bases.base import concatenate
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.taps import Tap
+from controlkit.bases.text import concatenate
 from controlkit.controls.apply import predict_under
 from controlkit.controls.control import Acts, Reads
 from controlkit.controls.hints import expand

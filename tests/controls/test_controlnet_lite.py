@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from controlkit.bases import meta
-from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.bases.meta import meta_text
+from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.controls.apply import predict_under
 from controlkit.controls.controlnet_lite import SITES, ControlNetLite, write_original
 from controlkit.controls.file_format import Checkpoint
@@ -405,7 +405,7 @@ class TestUse:
         made = torch.cat(list(sample(tiny_base, uses=[ActiveControl(control, hint)], **settings)))
         assert rows == [2] * 3
 
-        class Direct(Base):
+        class Direct(StableDiffusion):
             """Under the control at every call, without a plan."""
 
             def __init__(self):
@@ -436,7 +436,7 @@ class TestUse:
         config = {**control.config(), "in_channels": 9}
         assert ControlNetLite.from_config(config).incompatibility(tiny_base) == "its latent channels: 9, the base's: 4"
 
-        class Bare(Base):
+        class Bare(StableDiffusion):
             """Of another structure."""
 
             def __init__(self):

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from controlkit.apps.cli import main
-from controlkit.bases.base import Base, concatenate
 from controlkit.bases.load import load_base
 from controlkit.bases.meta import meta_base
+from controlkit.bases.stable_diffusion import StableDiffusion
+from controlkit.bases.text import concatenate
+from controlkit.bases.unet import unet_inputs
 from controlkit.controls.apply import predict_under
 from controlkit.controls.control import Acts, Reads
 from controlkit.controls.controlnet_xs import ControlNetXS, control_channels
@@ -42,7 +44,7 @@ LEARNS = {"learn_time_embedding": True, "time_embedding_mix": 0.95}
 
 def with_unet(base, unet, name):
     """The tiny base with another UNet."""
-    return Base(
+    return StableDiffusion(
         name=name,
         tokenizer=base.tokenizer,
         text_encoder=base.text_encoder,
@@ -138,7 +140,7 @@ def theirs(base, control, image, weight=1.0):
     t, _, x_t, text = halves_of(base)
     fused = UNetControlNetXSModel.from_unet(base.unet, control.network).eval().requires_grad_(False)
     both = torch.cat([image, image])
-    return fused(x_t, t, **text.inputs(), controlnet_cond=both, conditioning_scale=weight, return_dict=False)[0]
+    return fused(x_t, t, **unet_inputs(text), controlnet_cond=both, conditioning_scale=weight, return_dict=False)[0]
 
 
 def plainly(base):
@@ -167,7 +169,7 @@ class TestParity:
         control = shaken(fresh(sd_base, **LEARNS))
         x_t, t, text = inputs_of(sd_base)
         fused = UNetControlNetXSModel.from_unet(sd_base.unet, control.network).eval().requires_grad_(False)
-        expected = fused(x_t, t, **text.inputs(), controlnet_cond=images(), return_dict=False)[0]
+        expected = fused(x_t, t, **unet_inputs(text), controlnet_cond=images(), return_dict=False)[0]
         made = predict_under(control, sd_base, x_t, t, text, control.encode(images(), sd_base))
         assert furthest(made, expected) <= 1e-4
 

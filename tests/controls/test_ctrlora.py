@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from controlkit.bases.base import Base, Text
-from controlkit.bases.known import SD15_SCHEDULER, SD15_TEXT_ENCODER, SD15_UNET, SD15_VAE
+from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
+from controlkit.bases.stable_diffusion import SD15_SCHEDULER, SD15_TEXT_ENCODER, SD15_UNET, SD15_VAE, StableDiffusion
+from controlkit.bases.text import Text
 from controlkit.controls.control import Acts, Reads
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.controls.ctrlora.base_controlnet import built
@@ -41,7 +42,7 @@ def tiny_base(**changes) -> Base:
         text = CLIPTextConfig(
             vocab_size=8, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
         )
-        return Base(
+        return StableDiffusion(
             name="tiny",
             tokenizer=None,
             text_encoder=CLIPTextModel(text),

@@ -17,9 +17,10 @@ from diffusers import (
 from PIL import Image
 
 from controlkit.apps.cli import main
-from controlkit.bases.base import Base, encoder_stages
-from controlkit.bases.known import KNOWN_BASES
+from controlkit.bases.families import KNOWN_BASES
 from controlkit.bases.residuals import Residuals
+from controlkit.bases.stable_diffusion import StableDiffusion
+from controlkit.bases.unet import encoder_stages
 from controlkit.controls.control import Acts, Reads
 from controlkit.controls.t2i_adapter import T2IAdapterControl, config_for, feature_stages
 from controlkit.errors import UserError
@@ -52,7 +53,7 @@ def sd_base(tiny_base):
         attention_head_dim=4,
         norm_num_groups=8,
     )
-    return Base(
+    return StableDiffusion(
         name="tiny-sd",
         tokenizer=tiny_base.tokenizer,
         text_encoder=tiny_base.text_encoder,
@@ -260,10 +261,10 @@ class TestResiduals:
         assert sum(parameter.grad.abs().sum() for parameter in control.trainable_parameters()) > 0
 
 
-@pytest.mark.parametrize("name", KNOWN_BASES)
+@pytest.mark.parametrize("name", [name for name, (_, parts) in KNOWN_BASES.items() if "unet" in parts])
 def test_features_have_the_shapes_of_the_encoder_s_stages(name):
     """Where diffusers' UNet adds them, at full width but small size, on the meta device."""
-    unet = KNOWN_BASES[name]["unet"]
+    unet = KNOWN_BASES[name][1]["unet"]
     stages = encoder_stages(unet, 8)
     config = config_for(unet, 8)
     assert feature_stages(config) in (stages, stages[:-1])
@@ -330,7 +331,7 @@ class TestFiles:
         assert Image.open(picture).size == (64, 64)
 
     def test_no_adapter_for_an_encoder_of_another_shape(self):
-        unet = {**KNOWN_BASES["sd15"]["unet"], "block_out_channels": [320, 640, 960, 1280, 1280]}
+        unet = {**KNOWN_BASES["sd15"][1]["unet"], "block_out_channels": [320, 640, 960, 1280, 1280]}
         unet["down_block_types"] = ["DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
         unet["down_block_types"] += ["CrossAttnDownBlock2D"]
         with pytest.raises(UserError, match="no T2I-Adapter has the shape"):

@@ -10,7 +10,7 @@ import torch
 from diffusers import ControlNetModel, T2IAdapter
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 
-from controlkit.bases.known import SD15_UNET
+from controlkit.bases.stable_diffusion import SD15_UNET
 from controlkit.controls import t2i_adapter as t2i
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA

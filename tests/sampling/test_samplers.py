@@ -11,7 +11,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from controlkit.bases.base import Base
+from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
 from controlkit.sampling.plan import ActiveControl
@@ -36,7 +36,7 @@ def ours(base, sampler, uses=(), **changes):
 
 def with_schedule(base, **schedule):
     parts = {name: getattr(base, name) for name in ("tokenizer", "text_encoder", "vae", "unet")}
-    return Base(name="another", scheduler_config={**base.scheduler_config, **schedule}, **parts)
+    return StableDiffusion(name="another", scheduler_config={**base.scheduler_config, **schedule}, **parts)
 
 
 @pytest.fixture

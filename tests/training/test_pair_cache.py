@@ -62,7 +62,7 @@ def encoded(monkeypatch):
     from controlkit.bases.base import Base
 
     counts = {"pictures": 0, "prompts": 0}
-    picture, text = Base.encode_picture, Base.encode_text
+    picture, text = Base.encode_picture, StableDiffusion.encode_text
 
     def encode_picture(self, x):
         counts["pictures"] += len(x)
@@ -73,7 +73,7 @@ def encoded(monkeypatch):
         return text(self, prompts, *more)
 
     monkeypatch.setattr(Base, "encode_picture", encode_picture)
-    monkeypatch.setattr(Base, "encode_text", encode_text)
+    monkeypatch.setattr(StableDiffusion, "encode_text", encode_text)
     return counts
 
 

@@ -57,15 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance",
         type=float,
-        help="scale of classifier-free guidance; 1 is off (default: 3 for nano, 7.5 for Stable Diffusion, 5 for XL)",
+        help="scale of classifier-free guidance; 1 is off (default: nano 3, SD1 and SD2 7.5, SDXL 5, SD3 7)",
     )
     parser.add_argument("--width", type=int, help="in pixels (default: the base's own)")
     parser.add_argument("--height", type=int, help="in pixels (default: the base's own)")
-    parser.add_argument("--sampler", help="ddim, dpm++, dpm++-karras, unipc or euler (default: ddim)")
+    parser.add_argument("--sampler", help="ddim, dpm++, dpm++-karras, unipc or euler (default: ddim; euler for SD3)")
     parser.add_argument(
         "--batch-size", type=int, help="pictures drawn at once (default: 16 small ones, 4 of 512 x 512)"
     )
     parser.add_argument("--device", help="cpu, cuda, mps or auto (default: auto, the best that is there)")
+    parser.add_argument("--text-device", help="where text encoders stay, such as cpu (default: with the rest)")
     parser.add_argument("--precision", help="fp32, fp16, bf16 or auto (default: auto, fp16 on CUDA, else fp32)")
     parser.add_argument(
         "--out",
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
 _GIVEN = (
     *("prompt", "base", "negative_prompt", "steps", "guidance", "width", "height"),
-    *("sampler", "batch_size", "device", "precision"),
+    *("sampler", "batch_size", "device", "text_device", "precision"),
 )
 
 

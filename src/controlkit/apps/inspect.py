@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name",
         nargs="?",
         default=None,
-        help="a base (nano, a folder, a file, a hub id, sd15, sd21, sdxl), a control's name or file, any other file of"
-        " tensors, or a system (controlnet, ctrlora, t2i-adapter)",
+        help="a base (nano, a folder, a file, a hub id, or sd15, sd21, sdxl, sd3-medium, sd35-medium, sd35-large), a"
+        " control's name or file, any other file of tensors, or a system (controlnet, ctrlora, t2i-adapter)",
     )
     parser.add_argument("--base", help="the base of a system (default: nano), or that a file was made for")
     parser.add_argument("--size", type=int, default=None, help="count operations at this side (default: the base's)")

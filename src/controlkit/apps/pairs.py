@@ -186,9 +186,9 @@ def _check(args: argparse.Namespace) -> None:
 
 def _prompt_limit(base: str | None) -> PromptLimit:
     """How much of a prompt `base` reads; every base of Stable Diffusion's size where none is named."""
-    from controlkit.bases.base import cut_from
     from controlkit.bases.clip_tokenizer import clip_tokenizer
     from controlkit.bases.load import load_tokenizer
+    from controlkit.bases.text import cut_from
     from controlkit.data.prompts import PromptLimit
 
     tokenizer = clip_tokenizer() if base is None else load_tokenizer(base)

@@ -1,4 +1,4 @@
-"""`Base`: a text-to-image model that is shaped like Stable Diffusion.
+"""`Base`: the contract of a text-to-image model. Each family of models is one file beside this one.
 
 Everything inside is a diffusers or transformers class, so what diffusers loads is a base.
 """
@@ -6,236 +6,350 @@ Everything inside is a diffusers or transformers class, so what diffusers loads 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
+from controlkit.bases.component import Component, Configurations
 from controlkit.bases.residuals import Residuals
-from controlkit.bases.schedules import Schedule, VariancePreserving
+from controlkit.bases.schedules import RectifiedFlow, Schedule, VariancePreserving
 from controlkit.bases.taps import Point, Taps, checkpoint_with_taps, tapped
-from controlkit.bases.unet import encoder_stages, points_of, sites_of, stage_points
+from controlkit.bases.text import Text, cut_from
 from controlkit.errors import UserError
-from controlkit.files import sha256_of, sha256_of_all, whole_text
+from controlkit.files import sha256_of, sha256_of_all
 
 
-@dataclass(frozen=True)
-class Text:
-    """Encoded prompts, and whatever else a base's networks are told besides x_t and t."""
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """The latents of a base."""
 
-    tokens: Tensor
-    """`[B, L, D]`, the hidden states that cross attention reads."""
-    pooled: Tensor | None = None
-    """`[B, D2]`, one vector for each prompt (Stable Diffusion XL)."""
-    time_ids: Tensor | None = None
-    """`[B, 6]`, original size, crop and target size of the picture (Stable Diffusion XL)."""
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Text:
-        """The same change to every tensor."""
-        parts = (self.tokens, self.pooled, self.time_ids)
-        return Text(*(None if part is None else change(part) for part in parts))  # type: ignore[arg-type]
-
-    def expand(self, batch: int) -> Text:
-        """One prompt repeated `batch` times, without copying."""
-        return self.map(lambda part: part.expand(batch, *part.shape[1:]))
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Those that there are."""
-        return tuple(part for part in (self.tokens, self.pooled, self.time_ids) if part is not None)
-
-    def extended(self, tokens: Tensor) -> Text:
-        """The same with more tokens `[B, n, D]` after those of the prompt."""
-        return replace(self, tokens=torch.cat([self.tokens, tokens.to(self.tokens)], 1))
-
-    def inputs(self) -> dict[str, Any]:
-        """As keyword arguments of diffusers' UNets and ControlNets."""
-        inputs: dict[str, Any] = {"encoder_hidden_states": self.tokens}
-        if self.pooled is not None:
-            inputs["added_cond_kwargs"] = {"text_embeds": self.pooled, "time_ids": self.time_ids}
-        return inputs
+    channels: int
+    factor: int
+    """Pixels of an image to one of its latent, along each side."""
+    scale: float = 1.0
+    """Latents are (z - shift) * scale of what the autoencoder makes, for a variance of about one."""
+    shift: float = 0.0
+    patch: int = 1
+    """Pixels of a latent, along each side, that the network packs into one token."""
 
 
-def concatenate(*texts: Text) -> Text:
-    """Texts one after another along the batch."""
-    parts = zip(*(text.tensors() for text in texts), strict=True)
-    return Text(*(torch.cat(part) for part in parts))
+class Base(ABC):
+    """Text encoders, autoencoder, denoising network and noise schedule of one model; all frozen.
 
+    Images are `[B, 3, H, W]` in [-1, 1]; latents are `[B, latents.channels, H / factor, W / factor]`, scaled to about
+    unit variance. Times t are in the units of its `schedule`.
 
-class Base:
-    """Text encoder, autoencoder, UNet and noise schedule of one model; all frozen.
+    Args:
+        name: as `load_base` was given it.
+        scheduler_config: of a scheduler of diffusers.
+        defaults: what to do where nothing is asked for (`default_guidance`, `default_mode`).
+        components: the networks and tokenizers, by the names of `components`.
 
-    Pictures are `[B, 3, H, W]` in [-1, 1]; latents are `[B, latent_channels, H / factor, W / factor]`, scaled to
-    about unit variance.
+    Raises:
+        TypeError: a component is missing, or is none of the family's.
     """
 
-    usual_guidance: ClassVar[float] = 7.5
-    """The scale of guidance that its family is used with."""
+    components: ClassVar[tuple[Component, ...]]
+    """What a folder of the family holds, in order; all networks but the last encode text or images."""
+    known: ClassVar[Mapping[str, Configurations]]
+    """Name of a well-known model -> its configurations: enough to count it with no download."""
+    pipeline: ClassVar[str]
+    """Name of diffusers' pipeline for it."""
+    index_entries: ClassVar[Mapping[str, Any]] = {}
+    """What its `model_index.json` says besides its components."""
+    schedule_class: ClassVar[type[RectifiedFlow | VariancePreserving]] = VariancePreserving
+    """The kind of its noise schedule."""
+    usual_guidance: ClassVar[float]
+    """The guidance scale that the family is used with."""
+    usual_sampler: ClassVar[str] = "ddim"
+    """The sampler where none is asked for."""
+    upcasts_vae: ClassVar[bool] = False
+    """Whether the autoencoder's activations overflow float16 where its configuration says nothing."""
+
+    vae: AutoencoderKL
+    tokenizer: Any
+    text_encoder: Any
 
     def __init__(
         self,
         *,
         name: str,
-        tokenizer: CLIPTokenizer,
-        text_encoder: CLIPTextModel,
-        vae: AutoencoderKL,
-        unet: UNet2DConditionModel,
-        scheduler_config: dict[str, Any],
+        scheduler_config: Mapping[str, Any],
         defaults: Mapping[str, Any] | None = None,
+        **components: Any,
     ) -> None:
         self.name = name
         self.defaults = dict(defaults or {})
-        self.tokenizer = tokenizer
-        self.text_encoder = text_encoder
-        self.vae = vae
-        self.unet = unet
-        self.scheduler_config = scheduler_config
+        self.scheduler_config = dict(scheduler_config)
+        self.original: Callable[[], Base] | None = None
+        """Loads the weights as they are stored, where those held here were cast as they were read."""
+        self.text_device: torch.device | None = None
+        """Where text encoders stay, if not with the other networks."""
+        wanted = {one.name: one for one in self.components if not one.is_scheduler}
+        unknown = [key for key in components if key not in wanted]
+        missing = [key for key, one in wanted.items() if key not in components and not one.optional]
+        if unknown or missing:
+            raise TypeError(f"{type(self).__name__} of {', '.join(wanted)}: missing {missing}, unknown {unknown}")
+        for key in wanted:
+            setattr(self, key, components.get(key))
         self._hung: tuple[Mapping[str, Tensor], Taps] | None = None
         for network in self.networks:
             network.eval().requires_grad_(False)
 
+    @classmethod
+    def settings_in(cls, folder: Path) -> dict[str, Any]:
+        """More arguments of the class, from a diffusers folder."""
+        return {}
+
+    @classmethod
+    def is_folder_of(cls, folder: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether a folder with these configurations of components is of this family, by its denoising network."""
+        own = cls.denoiser_component()
+        return own.name in folder and folder[own.name].get("_class_name", own.class_name) == own.class_name
+
+    @classmethod
+    @abstractmethod
+    def recognise(cls, shapes: Mapping[str, tuple[int, ...]], name: str) -> str | None:
+        """Which of `known` a single file in the original layout is one of; None if it is of another family.
+
+        Args:
+            shapes: of its tensors, by their names.
+            name: what errors call it.
+
+        Raises:
+            UserError: it is of this family and not a whole model.
+        """
+
+    @classmethod
+    def configurations_of_file(
+        cls, known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
+    ) -> tuple[Configurations, list[str]]:
+        """`known` configurations, changed to what a single file holds, without components that it lacks; and notes for
+        a person, each to follow the file's name."""
+        return known, []
+
+    @classmethod
+    def tokenizer_for(cls, component: Component, configurations: Configurations) -> Any:
+        """The tokenizer that single files and well-known models are read with."""
+        raise NotImplementedError(component.name)
+
     @property
     def networks(self) -> tuple[nn.Module, ...]:
-        """All networks."""
-        return (self.text_encoder, self.vae, self.unet)
+        """All networks, in the order of `components`."""
+        return tuple(self.named_networks().values())
+
+    def named_networks(self) -> dict[str, nn.Module]:
+        """All networks, by the names of their components."""
+        made = {one.name: getattr(self, one.name) for one in self.components if one.is_network}
+        return {name: network for name, network in made.items() if network is not None}
+
+    @property
+    def tokenizers(self) -> tuple[Any, ...]:
+        """Those that there are, in the order of `components`."""
+        made = (getattr(self, one.name) for one in self.components if one.is_tokenizer)
+        return tuple(tokenizer for tokenizer in made if tokenizer is not None)
+
+    @classmethod
+    def denoiser_component(cls) -> Component:
+        """The component of the denoising network."""
+        return [one for one in cls.components if one.is_network][-1]
 
     @property
     def text_encoders(self) -> tuple[nn.Module, ...]:
         """Those that read prompts."""
-        return (self.text_encoder,)
+        return tuple(network for name, network in self.named_networks().items() if name.startswith("text_encoder"))
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> Any:
+        """The network that predicts."""
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """The denoising network of a base that has a UNet.
+
+        Raises:
+            UserError: it has none.
+        """
+        raise UserError(
+            f"{self.name} has no UNet: its network is a {type(self.denoiser).__name__}. Controls that are made for a"
+            " UNet do not fit it; take a control of its own family"
+        )
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet is."""
-        return self.unet.device
+        """Where the denoising network is."""
+        return self.denoiser.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The UNet's dtype."""
-        return self.unet.dtype
+        """The denoising network's dtype."""
+        return self.denoiser.dtype
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Base:
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        text_device: torch.device | str | None = None,
+    ) -> Base:
         """Move all networks; returns itself.
 
         What it is known by (`fingerprint`, `content`) stays that of the weights as they were: bfloat16 would change it.
+
+        Args:
+            text_device: where text encoders stay from now on, whatever `device` is: large ones can be left on the CPU.
         """
-        if dtype == torch.bfloat16 and self.dtype != dtype:
+        if dtype == torch.bfloat16 and self.dtype != dtype and self.original is None:
             _ = self.fingerprint, self.content  # kept from now on
+        if text_device is not None:
+            self.text_device = torch.device(text_device)
         for network in self.networks:
-            if device is not None:
-                network.to(device)
+            is_text = any(network is encoder for encoder in self.text_encoders)
+            place = self.text_device if is_text and self.text_device is not None else device
+            if place is not None:
+                network.to(place)
             if dtype is not None:
                 network.to(torch.float32 if network is self.vae and self._upcasts(dtype) else dtype)
         return self
 
     def _upcasts(self, dtype: torch.dtype) -> bool:
-        return dtype == torch.float16 and needs_float32(self.vae, xl=len(self.text_encoders) > 1)
+        return dtype == torch.float16 and needs_float32(self.vae, type(self).upcasts_vae)
+
+    @property
+    @abstractmethod
+    def latents(self) -> Latents:
+        """What its latents are."""
 
     @property
     def latent_channels(self) -> int:
         """Channels of a latent."""
-        return self.unet.config.in_channels
+        return self.latents.channels
 
     @property
     def factor(self) -> int:
-        """Pixels of a picture to one of its latent, along each side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        """Pixels of an image to one of its latent, along each side."""
+        return self.latents.factor
 
     @property
     def size(self) -> int:
-        """Side in pixels of the pictures that the base was trained on."""
-        return self.unet.config.sample_size * self.factor
+        """Side in pixels of the images that the base was trained on."""
+        return self.denoiser.config.sample_size * self.factor
 
     @property
     def size_multiple(self) -> int:
-        """Sizes must be multiples of this. What the UNet halves unevenly is rounded up, as in diffusers."""
-        return self.factor
+        """Sizes must be multiples of this."""
+        return self.latents.factor * self.latents.patch
 
     @property
-    def encoder_stages(self) -> tuple[tuple[int, int], ...]:
-        """What its UNet takes at each stage of the encoder; see the function of this name."""
-        return encoder_stages(dict(self.unet.config), self.factor)
+    def largest_size(self) -> int | None:
+        """The longest side in pixels that the network takes; None if there is no limit."""
+        return None
 
     @property
     def prediction_type(self) -> str:
         """What the network predicts: `Schedule.prediction`."""
         return self.schedule.prediction
 
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """Its family under modelspec's names, such as `stable-diffusion-v1`."""
+
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the UNet's weights (as float16), by which a control knows the base that it was trained on."""
-        return hash_of_halves(self.unet.state_dict().values())
+        """Hash of the denoising network's weights (as float16), by which a control knows the base that it was trained
+        on."""
+        if self.original is not None:
+            return self._original.fingerprint
+        return hash_of_halves(self.denoiser.state_dict().values())
 
     @cached_property
     def content(self) -> str:
         """Hash of all that decides what it draws: every network's weights and settings, and the noise schedule."""
-        others = [network_key(network) for network in self.networks if network is not self.unet]
+        if self.original is not None:
+            return self._original.content
+        others = [network_key(network) for network in self.networks if network is not self.denoiser]
         schedule = _settings_of(self.scheduler_config)
-        return sha256_of(self.fingerprint, _settings_of(dict(self.unet.config)), *others, schedule)[:16]
+        return sha256_of(self.fingerprint, _settings_of(dict(self.denoiser.config)), *others, schedule)[:16]
+
+    @property
+    def _original(self) -> Base:
+        assert self.original is not None
+        made = self.original()
+        # Both are taken while it is here, so that it is read once.
+        self.__dict__["fingerprint"], self.__dict__["content"] = made.fingerprint, made.content
+        return made
 
     @cached_property
     def schedule(self) -> Schedule:
         """The noise schedule that it was trained with."""
-        return VariancePreserving(self.scheduler_config)
+        return type(self).schedule_class(self.scheduler_config)
 
-    @torch.no_grad()
+    @abstractmethod
     def encode_text(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Text:
-        """Prompts => `Text`; each is padded or cut to the tokenizer's length.
+        """Prompts => `Text`, on the base's device; each is padded or cut to the tokenizer's length.
 
         Args:
-            size: width and height of the pictures in pixels, which some bases are told; default: the base's own.
+            size: width and height of the images in pixels, which some bases are told; default: the base's own.
         """
-        ids = token_ids(self.tokenizer, prompts)
-        return Text(self.text_encoder(ids.to(self.text_encoder.device))[0])
+
+    @abstractmethod
+    def embed_time(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+        """The embedding of times `t` `[B]` (and of what else the network is told beside the prompt), `[B, D]`."""
+
+    @abstractmethod
+    def zero_text(self) -> Text:
+        """Zeros of the shape that `encode_text` makes of one prompt, with no tokenizer, on torch's default device."""
 
     @torch.no_grad()
     def encode_picture(self, x: Tensor) -> Tensor:
-        """Pictures => scaled latents (the mode of the posterior)."""
-        x = x.to(self.vae.device, self.vae.dtype)  # which may have been put aside while the UNet trains
+        """Images => scaled latents (the mode of the posterior)."""
+        x = x.to(self.vae.device, self.vae.dtype)  # which may have been put aside while the network trains
         parts = [self.vae.encode(part).latent_dist.mode() for part in x.split(_at_once(x.shape[2] * x.shape[3]))]
-        return (torch.cat(parts) * self.vae.config.scaling_factor).to(self.device, self.dtype)
+        return self.scaled(torch.cat(parts)).to(self.device, self.dtype)
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """What the autoencoder makes => latents."""
+        latents = self.latents
+        return (z - latents.shift if latents.shift else z) * latents.scale
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents => pictures, clamped to [-1, 1]."""
-        z = z.to(self.vae.dtype) / self.vae.config.scaling_factor
+        """Scaled latents => images, clamped to [-1, 1]."""
+        latents = self.latents
+        z = z.to(self.vae.dtype) / latents.scale
+        z = z + latents.shift if latents.shift else z
         pixels = z.shape[2] * z.shape[3] * self.factor**2
         return torch.cat([self.vae.decode(part).sample for part in z.split(_at_once(pixels))]).clamp(-1, 1)
 
-    @cached_property
-    def sites(self) -> dict[str, tuple[int, int]]:
-        """Where residuals may enter: site -> its channels, and the pixels of an image to one of it, along a side.
+    @property
+    @abstractmethod
+    def sites(self) -> Mapping[str, tuple[int, int]]:
+        """Where residuals may enter: site -> its channels, and the pixels of an image to one of it, along a side."""
 
-        `skip.N` are the decoder's skip connections, `middle` is the middle's output, `stage.N` are the encoder's stages
-        where T2I-Adapters enter, and `encoder.N` is what follows the Nth block of the encoder (numbered as the original
-        code's `input_blocks`); what comes after in the encoder, its skips too, sees the last two.
-        """
-        return sites_of(dict(self.unet.config), self.factor)
+    @property
+    @abstractmethod
+    def points(self) -> Mapping[str, Point]:
+        """Where taps may hang: on the stream of hidden states, and on the embedding of the time (`time`)."""
 
-    @cached_property
-    def points(self) -> dict[str, Point]:
-        """Where taps may hang: on the stream of hidden states, and on the embedding of the time.
+    def sites_in_words(self) -> dict[str, str]:
+        """For a person: what enters -> where."""
+        return {"where residuals enter": ", ".join(self.sites)}
 
-        `encoder.N.in` and `encoder.N` are before and after the Nth block of the encoder, `middle.in` and `middle` are
-        before and after the middle, and `decoder.N` is before the Nth block of the decoder takes its skip connection.
-        `time` is the embedding of the time, `[B, D]`, before that of what else the UNet is told is added to it; all
-        blocks see what taps make of it.
-        """
-        return points_of(dict(self.unet.config))
-
+    @abstractmethod
     def predict(
         self, x_t: Tensor, t: Tensor, text: Text, residuals: Residuals | None = None, taps: Taps | None = None
     ) -> Tensor:
-        """The UNet's prediction (see `prediction_type`) for noisy latents `x_t` at times `t` of 0..999.
+        """The network's prediction (see `prediction_type`) for noisy latents `x_t` at times `t` of its schedule.
 
         Args:
             x_t: `[B, latent_channels, h, w]`.
@@ -250,57 +364,48 @@ class Base:
         Raises:
             UserError: a site or a point is not one of this base's, or a tap that replaces has company.
         """
-        given = Residuals() if residuals is None else residuals
-        if unknown := [site for site in given if site not in self.sites]:
-            raise UserError(f"{self.name} has no site called {unknown[0]!r}; it has: {', '.join(self.sites)}")
-        hooked = _hooked(given, taps or {}, stage_points(dict(self.unet.config)))
-        left = Residuals({site: tensor for site, tensor in given.items() if site not in hooked})
-        streams = _streams(given, hooked)
-        with self._tapping(streams, taps or {}) if streams or taps else nullcontext():
-            return self.unet(x_t, t, **text.inputs(), **_additions(left, x_t, self._skips), return_dict=False)[0]
 
-    @cached_property
-    def _skips(self) -> int:
-        """How many skip connections the decoder has."""
-        return sum(site.startswith("skip.") for site in self.sites)
+    def check_sites(self, residuals: Residuals) -> None:
+        """Refuse residuals that have no place here.
+
+        Raises:
+            UserError: a site is not one of this base's.
+        """
+        if unknown := [site for site in residuals if site not in self.sites]:
+            raise UserError(f"{self.name} has no site called {unknown[0]!r}; it has: {', '.join(self.sites)}")
 
     @contextmanager
-    def _tapping(self, residuals: Mapping[str, Tensor], taps: Taps) -> Iterator[None]:
+    def tapping(self, residuals: Mapping[str, Tensor], taps: Taps) -> Iterator[None]:
+        """A block in which calls of the network get residuals and taps at its points; see `taps.tapped`."""
         before, self._hung = self._hung, (residuals, taps)
         try:
-            with tapped(self.unet, self.points, residuals, taps):
+            with tapped(self.denoiser, self.points, residuals, taps):
                 yield
         finally:
             self._hung = before
 
     def checkpoint_activations(self) -> None:
-        """Keep the inputs of the UNet's blocks only, and compute what is inside of them again in the backward pass.
+        """Keep the inputs of the network's blocks only, and compute what is inside of them again in the backward pass.
 
         Taps are hung again for that, and stay what they were in the call that hung them.
         """
 
         def active() -> Callable[[], AbstractContextManager[Any]] | None:
             hung = self._hung
-            return None if hung is None else lambda: self._tapping(*hung)
+            return None if hung is None else lambda: self.tapping(*hung)
 
-        self.unet.enable_gradient_checkpointing(checkpoint_with_taps(active))
-
-    def embed_time(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
-        """The UNet's embedding of times `t` `[B]` (and of what else it is told beside the prompt), `[B, D]`."""
-        embedded = self.unet.time_embedding(self.unet.get_time_embed(sample=x_t, timestep=t))
-        inputs = text.inputs()
-        told = self.unet.get_aug_embed(
-            emb=embedded,
-            encoder_hidden_states=text.tokens,
-            added_cond_kwargs=inputs.get("added_cond_kwargs", {}),
-        )
-        return embedded if told is None else embedded + told
+        self.denoiser.enable_gradient_checkpointing(checkpoint_with_taps(active))
 
     @property
     def default_guidance(self) -> float:
-        """The scale of guidance where none is asked for: what the base's folder says, such as nano's, or 7.5 for Stable
-        Diffusion 1 and 2 and 5 for XL, as diffusers has them."""
+        """The guidance scale where none is asked for: what the base's folder says, such as nano's, or the family's as
+        diffusers has it."""
         return float(self.defaults.get("guidance", self.usual_guidance))
+
+    @property
+    def default_sampler(self) -> str:
+        """The sampler where none is asked for."""
+        return self.usual_sampler
 
     @property
     def default_mode(self) -> str:
@@ -325,13 +430,15 @@ class Base:
         """Refuse sizes that no latent has.
 
         Raises:
-            UserError: a side is not a positive multiple of `size_multiple`.
+            UserError: a side is not a positive multiple of `size_multiple`, or longer than `largest_size`.
         """
-        step = self.size_multiple
+        step, most = self.size_multiple, self.largest_size
         for name, value in (("width", width), ("height", height)):
             if value < step or value % step:
                 near = max(step, round(value / step) * step)
                 raise UserError(f"{name} {value} does not fit {self.name}: it must be a multiple of {step}; try {near}")
+            if most is not None and value > most:
+                raise UserError(f"{name} {value} does not fit {self.name}: its network takes {most} pixels at the most")
 
 
 def network_key(network: nn.Module) -> str:
@@ -356,80 +463,18 @@ def _settings_of(config: Mapping[str, Any]) -> str:
 
 
 PIXELS_AT_ONCE = 2**19
-"""What an autoencoder takes at once: two pictures of 512 x 512, whose largest activations in float32 take 256 MiB, and
+"""What an autoencoder takes at once: two images of 512 x 512, whose largest activations in float32 take 256 MiB, and
 whole batches of small ones."""
 
 
 def _at_once(pixels: int) -> int:
-    """How many pictures of so many pixels that is."""
+    """How many images of so many pixels that is."""
     return max(1, PIXELS_AT_ONCE // pixels)
 
 
-def cut_from(tokenizer: CLIPTokenizer, prompt: str) -> str:
-    """The end of a prompt beyond the tokenizer's length; empty if there is none.
-
-    Raises:
-        UserError: the prompt holds half a character, as cut text does.
-    """
-    most = tokenizer.model_max_length
-    ids = tokenizer(whole_text(prompt, "the prompt"), verbose=False).input_ids
-    beyond = ids[most - 1 : -1]  # the last that is kept marks the end
-    return tokenizer.decode(beyond).strip() if len(ids) > most else ""
-
-
-def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """Prompts => token ids `[B, L]`, padded or cut to the tokenizer's length.
-
-    Raises:
-        UserError: a prompt holds half a character, as cut text does.
-    """
-    return tokenizer(
-        [whole_text(prompt, "the prompt") for prompt in prompts],
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
-
-
-def _hooked(residuals: Residuals, taps: Taps, stages: Mapping[str, str]) -> dict[str, str]:
-    """Site -> point of the residuals that enter by a hook: those the UNet has no argument for, and those that meet a
-    tap, which is to see them. It takes stages by their order alone, so not if one before them has nothing."""
-    hooked = {site: site for site in residuals if site.startswith("encoder.")}
-    staged = [site for site in residuals if site in stages]
-    if taps or hooked or len(staged) > len(residuals.family("stage")):
-        hooked |= {site: stages.get(site, site) for site in residuals if site == "middle" or site in staged}
-    return hooked
-
-
-def _streams(residuals: Residuals, hooked: Mapping[str, str]) -> dict[str, Tensor]:
-    """Point -> the sum of the residuals that enter there by a hook."""
-    made: dict[str, Tensor] = {}
-    for site, point in hooked.items():
-        made[point] = made[point] + residuals[site] if point in made else residuals[site]
-    return made
-
-
-def _additions(residuals: Residuals, x_t: Tensor, skips: int) -> dict[str, Any]:
-    """Residuals as keyword arguments of diffusers' UNet for the noisy latents `x_t`; it has so many `skips`."""
-    made: dict[str, Any] = {}
-    if "middle" in residuals or any(site.startswith("skip.") for site in residuals):
-        zero = x_t.new_zeros(())
-        made["down_block_additional_residuals"] = tuple(residuals.get(f"skip.{place}", zero) for place in range(skips))
-        made["mid_block_additional_residual"] = residuals.get("middle", zero)
-    if stages := residuals.family("stage"):
-        # The UNet takes them off the list one by one, and leaves out at its middle what has another batch than x_t.
-        made["down_intrablock_additional_residuals"] = [tensor.expand(len(x_t), *tensor.shape[1:]) for tensor in stages]
-    return made
-
-
-def needs_float32(vae: AutoencoderKL, *, xl: bool) -> bool:
-    """Whether an autoencoder's activations overflow float16: what its config says, or else if it is XL's.
-
-    Args:
-        xl: whether it belongs to a base of Stable Diffusion XL's shape, with two text encoders.
-    """
+def needs_float32(vae: AutoencoderKL, usual: bool) -> bool:
+    """Whether an autoencoder's activations overflow float16: what its config says, or else what is `usual`."""
     config = dict(vae.config)
     # diffusers fills in True where a config says nothing, as Stable Diffusion 1's does, whose autoencoder needs none.
     said = "force_upcast" in config and "force_upcast" not in config.get("_use_default_values", ())
-    return bool(config["force_upcast"]) if said else xl
+    return bool(config["force_upcast"]) if said else usual

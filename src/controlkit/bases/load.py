@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 
 from controlkit.bases.base import Base, needs_float32
-from controlkit.bases.known import KNOWN_BASES, defaults_in
+from controlkit.bases.defaults import defaults_in
+from controlkit.bases.families import FAMILIES, KNOWN_BASES, configurations_in, family_of_folder
 from controlkit.bases.pickles import why_refused
 from controlkit.bases.weight_files import weight_files
 from controlkit.errors import UserError
@@ -33,10 +34,9 @@ PRECISIONS = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16"
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """What a model on the Hugging Face hub is called."""
-_FOLDER_PARTS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
-_HUB_FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+_HUB_FOLDERS = tuple(dict.fromkeys(one.name for family in reversed(FAMILIES) for one in family.components))
 _WANTED_FROM_HUB = ["model_index.json"] + [
-    f"{folder}/*.{suffix}" for folder in _HUB_FOLDERS for suffix in ("json", "txt", "safetensors")
+    f"{folder}/*.{suffix}" for folder in _HUB_FOLDERS for suffix in ("json", "txt", "safetensors", "model")
 ]
 """Nothing of the root, where many repositories keep the whole model once more in one file."""
 _HALVES = ["*fp16*", "*bf16*"]
@@ -57,15 +57,17 @@ def load_base(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    text_device: str | torch.device | None = None,
     random_weights: bool = False,
 ) -> Base:
-    """Load a base, frozen: Stable Diffusion 1.x, 2.x and XL, and whatever has their shape.
+    """Load a base, frozen: Stable Diffusion 1.x, 2.x, XL and 3, and whatever has their shape.
 
     Args:
         name: `nano`; a diffusers folder; a single `.safetensors` or `.ckpt` file; an id on the Hugging Face hub; or,
-            with `random_weights`, `sd15`, `sd21` or `sdxl`.
+            with `random_weights`, one of `KNOWN_BASES`.
         device: a torch device, or `auto` for the best that is there.
         dtype: float32 by default, whatever the files hold.
+        text_device: where text encoders stay, such as `cpu` for large ones; default: with the other networks.
         random_weights: of a known model without its files, for measuring speed and memory.
 
     Raises:
@@ -86,16 +88,16 @@ def load_base(
 
                 base = load_single_file(path, dtype)
             else:
-                # bfloat16 would change what the base is known by, which is taken before it is cast.
-                read_as = torch.float32 if dtype == torch.bfloat16 else dtype
-                base = _load_folder(base_folder(name), str(name), read_as).to(dtype=dtype)
-            taken, made = base.unet.config["in_channels"], base.vae.config["latent_channels"]
+                base = _load_folder(base_folder(name), str(name), dtype)
+            taken, made = base.latents.channels, base.vae.config["latent_channels"]
             if taken != made:
                 raise UserError(
-                    f"the UNet of {name} takes {taken} channels and its latents have {made}: it is a model for"
-                    " inpainting or for editing, which is also given a picture; text-to-image models are run here"
+                    f"the network of {name} takes {taken} channels and its latents have {made}: it is a model for"
+                    " inpainting or for editing, which is also given an image; text-to-image models are run here"
                 )
-            return base.to(device=device)
+            if dtype == torch.bfloat16 and not random_weights:  # which changes what the base is known by
+                base.original = lambda: load_base(name)
+            return base.to(device=device, text_device=text_device)
     except pickle.UnpicklingError as error:
         raise UserError(f"the base {name} cannot be loaded: {why_refused(path, error)}") from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
@@ -210,41 +212,48 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[precision] or (torch.float16 if device.type == "cuda" else torch.float32)
 
 
+def check_family(family: type[Base] | None, folder: Path, name: str) -> type[Base]:
+    """Refuse a folder that is of no family, or lacks parts of its own.
+
+    Raises:
+        UserError: it does.
+    """
+    if family is None:
+        configurations = configurations_in(folder)
+        networks = list(dict.fromkeys(one.denoiser_component() for one in FAMILIES))
+        known = " or ".join(f"{one.class_name} in {one.config_file}" for one in networks)
+        found = next((configurations[one.name] for one in networks if one.name in configurations), None)
+        what = (
+            f"missing: {known}" if found is None else f"its network is a {found.get('_class_name')}; expected {known}"
+        )
+        raise UserError(f"{name} is not a whole diffusers folder of a base that is known here; {what}")
+    wanted = [one for one in family.components if not one.is_tokenizer and not one.optional]
+    missing = [one.config_file for one in wanted if not (folder / one.config_file).is_file()]
+    if missing:
+        needs = ", ".join(one.name for one in family.components if not one.optional)
+        raise UserError(f"{name} is not a whole diffusers folder: {', '.join(missing)} missing; it needs {needs}")
+    return family
+
+
 def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Base:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    from controlkit.bases.sdxl import SDXLBase
-
-    vae = _whole(AutoencoderKL, folder / "vae", torch_dtype=dtype)
-    if dtype == torch.float16 and needs_float32(vae, xl=(folder / "text_encoder_2").is_dir()):
-        vae.to(torch.float32)
-    parts: dict[str, Any] = {
-        "name": name,
-        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        "text_encoder": _whole(CLIPTextModel, folder / "text_encoder", dtype=dtype),
-        "vae": vae,
-        "unet": _whole(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
-        "scheduler_config": json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
-        "defaults": defaults_in(folder),
-    }
-    if not (folder / "text_encoder_2").is_dir():
-        if parts["unet"].config.get("addition_embed_type") is not None:
-            raise UserError(f"the UNet of {name} reads a second text encoder, but there is no {name}/text_encoder_2")
-        return Base(**parts)
-    return SDXLBase(
-        **parts,
-        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
-        text_encoder_2=_whole(CLIPTextModelWithProjection, folder / "text_encoder_2", dtype=dtype),
-        zero_empty=_zeros_for_empty(folder),
+    family = check_family(family_of_folder(folder), folder, name)
+    parts: dict[str, Any] = {}
+    for component in family.components:
+        where = folder / component.name
+        if component.is_scheduler or (component.optional and not where.is_dir()):
+            continue
+        kind = component.load_class()
+        if component.is_tokenizer:
+            parts[component.name] = kind.from_pretrained(where)
+        else:
+            argument = "dtype" if component.library == "transformers" else "torch_dtype"
+            parts[component.name] = _whole(kind, where, **{argument: dtype})
+    if dtype == torch.float16 and needs_float32(parts["vae"], family.upcasts_vae):
+        parts["vae"].to(torch.float32)
+    schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return family(
+        name=name, scheduler_config=schedule, defaults=defaults_in(folder), **family.settings_in(folder), **parts
     )
-
-
-def _zeros_for_empty(folder: Path) -> bool:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        return True
-    return bool(json.loads(index.read_text(encoding="utf-8")).get("force_zeros_for_empty_prompt", True))
 
 
 def _whole(kind: Any, folder: Path, **options: Any) -> Any:
@@ -327,16 +336,10 @@ def _check_folder(folder: Path, name: str) -> None:
             f"there is no base at {name}; give `nano`, the path of a diffusers folder or of a single file, or a hub id"
             f"{known if name in KNOWN_BASES else ''}"
         )
-    missing = [part for part in _FOLDER_PARTS if not (folder / part).is_file()]
-    if missing:
-        raise UserError(
-            f"{name} is not a whole diffusers folder: {', '.join(missing)} missing;"
-            " it needs unet, vae, text_encoder, tokenizer and scheduler"
-        )
-    encoders = ("text_encoder", "text_encoder_2") if (folder / "text_encoder_2").is_dir() else ("text_encoder",)
-    for part in ("unet", "vae", *encoders):
-        if weight_files(folder / part) is None:
+    family = check_family(family_of_folder(folder), folder, name)
+    for one in family.components:
+        if one.is_network and (folder / one.name).is_dir() and weight_files(folder / one.name) is None:
             raise UserError(
-                f"{name}/{part} has no weights: expected diffusion_pytorch_model or model, as .safetensors or .bin,"
+                f"{name}/{one.name} has no weights: expected diffusion_pytorch_model or model, as .safetensors or .bin,"
                 " whole or of a variant (.fp16, .bf16), or an index of such files"
             )

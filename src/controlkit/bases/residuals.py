@@ -10,9 +10,9 @@ from torch import Tensor
 class Residuals(Mapping[str, Tensor]):
     """Additions to a base, by the name of the site where each enters (`Base.sites`).
 
-    Shapes are those of what they are added to, `[B, C, H, W]`; `B` may be 1, which means the same for every image of a
-    batch. A site that is not named gets nothing. Sites of one family are numbered from the outermost in: `skip.0`,
-    `skip.1`, ...
+    Shapes are those of what they are added to, such as `[B, C, H, W]`; `B` may be 1, which means the same for every
+    image of a batch. A site that is not named gets nothing. Sites of one family are numbered from the outermost in:
+    `skip.0`, `skip.1`, ...
 
     Args:
         tensors: site -> residual.

@@ -2,80 +2,144 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import nn
+from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from controlkit.bases.base import Base, Text, token_ids
+from controlkit.bases.clip_tokenizer import clip_tokenizer
+from controlkit.bases.component import VAE, Component, Configurations, clip_components
+from controlkit.bases.stable_diffusion import (
+    ORIGINAL_UNET,
+    SCHEDULER,
+    SD15_SCHEDULER,
+    SD15_TEXT_ENCODER,
+    SD15_UNET,
+    SD15_VAE,
+    UNET,
+    check_autoencoder,
+    with_prediction,
+)
+from controlkit.bases.text import Text, clip_states, token_ids
+from controlkit.bases.unet import UNetBase
+from controlkit.errors import UserError
+
+SDXL_UNET: dict[str, Any] = {
+    **SD15_UNET,
+    "sample_size": 128,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+"""UNet of Stable Diffusion XL (2,567,463,684 parameters)."""
+
+SDXL_VAE: dict[str, Any] = {**SD15_VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
+"""Autoencoder of Stable Diffusion XL; its activations overflow float16."""
+
+SDXL_TEXT_ENCODER_2: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "projection_dim": 1280,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "max_position_embeddings": 77,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+"""Text model of OpenCLIP ViT-bigG/14 (694,659,840 parameters with its projection)."""
 
 
-class SDXLBase(Base):
-    """A base whose prompts are read by two encoders and whose UNet also gets a pooled vector and the picture's size.
+class StableDiffusionXL(UNetBase):
+    """A base whose prompts are read by two encoders and whose UNet also gets a pooled vector and the image's size.
 
     Args:
         zero_empty: whether the empty prompt means zeros and not its embedding, as the model was trained
             (`force_zeros_for_empty_prompt` in diffusers).
+        arguments: of every base.
     """
 
+    components: ClassVar[tuple[Component, ...]] = (*clip_components("", "_2", projected=("_2",)), VAE, UNET, SCHEDULER)
+    known: ClassVar[Mapping[str, Configurations]] = {
+        "sdxl": {
+            "unet": SDXL_UNET,
+            "vae": SDXL_VAE,
+            "text_encoder": SD15_TEXT_ENCODER,
+            "text_encoder_2": SDXL_TEXT_ENCODER_2,
+            "scheduler": SD15_SCHEDULER,
+        },
+    }
+    pipeline: ClassVar[str] = "StableDiffusionXLPipeline"
+    index_entries: ClassVar[Mapping[str, Any]] = {"force_zeros_for_empty_prompt": True}
     usual_guidance: ClassVar[float] = 5.0
+    upcasts_vae: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        tokenizer: CLIPTokenizer,
-        tokenizer_2: CLIPTokenizer,
-        text_encoder: CLIPTextModel,
-        text_encoder_2: CLIPTextModelWithProjection,
-        vae: AutoencoderKL,
-        unet: UNet2DConditionModel,
-        scheduler_config: dict[str, Any],
-        zero_empty: bool = True,
-        defaults: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.tokenizer_2 = tokenizer_2
-        self.text_encoder_2 = text_encoder_2
+    tokenizer: CLIPTokenizer
+    tokenizer_2: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    text_encoder_2: CLIPTextModelWithProjection
+    vae: AutoencoderKL
+
+    def __init__(self, *, zero_empty: bool = True, **arguments: Any) -> None:
         self.zero_empty = zero_empty
-        super().__init__(
-            name=name,
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            vae=vae,
-            unet=unet,
-            scheduler_config=scheduler_config,
-            defaults=defaults,
-        )
+        super().__init__(**arguments)
 
-    @property
-    def text_encoders(self) -> tuple[nn.Module, ...]:
-        return (self.text_encoder, self.text_encoder_2)
+    @classmethod
+    def settings_in(cls, folder: Path) -> dict[str, Any]:
+        index = folder / "model_index.json"
+        told = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+        return {"zero_empty": bool(told.get("force_zeros_for_empty_prompt", True))}
 
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        return (self.text_encoder, self.text_encoder_2, self.vae, self.unet)
+    @classmethod
+    def is_folder_of(cls, folder: Mapping[str, Mapping[str, Any]]) -> bool:
+        told = "text_encoder_2" in folder or folder.get("unet", {}).get("addition_embed_type") is not None
+        return super().is_folder_of(folder) and told
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Text:
         """Prompts => the encoders' last hidden states but one, side by side, the pooled vector, and the size.
 
-        The picture counts as not scaled and not cropped: original size = target size = `size`, crop at 0, 0.
+        The image counts as not scaled and not cropped: original size = target size = `size`, crop at 0, 0.
         """
-        states = []
-        pooled = None
-        for tokenizer, encoder in ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)):
-            ids = token_ids(tokenizer, prompts).to(encoder.device)
-            made = encoder(ids, output_hidden_states=True)
-            states.append(made.hidden_states[-2])
-            pooled = made[0]  # the second encoder's projection stays
-        assert pooled is not None
-        tokens = torch.cat(states, dim=-1)
+        first, _ = clip_states(self.text_encoder, token_ids(self.tokenizer, prompts))
+        second, pooled = clip_states(self.text_encoder_2, token_ids(self.tokenizer_2, prompts))
+        tokens, pooled = torch.cat([first, second], -1).to(self.device, self.dtype), pooled.to(self.device, self.dtype)
         if self.zero_empty:
             said = torch.tensor([prompt != "" for prompt in prompts], device=tokens.device)
             tokens, pooled = tokens * said[:, None, None], pooled * said[:, None]
         width, height = size or (self.size, self.size)
         ids_of_size = torch.tensor([[height, width, 0, 0, height, width]], device=tokens.device, dtype=tokens.dtype)
-        return Text(tokens, pooled, ids_of_size.expand(len(prompts), -1))
+        return Text(tokens, pooled=pooled, time_ids=ids_of_size.expand(len(prompts), -1))
+
+    @classmethod
+    def recognise(cls, shapes: Mapping[str, tuple[int, ...]], name: str) -> str | None:
+        if f"{ORIGINAL_UNET}label_emb.0.0.weight" not in shapes:
+            return None
+        check_autoencoder(shapes, name)
+        if not any(key.startswith("conditioner.embedders.1.") for key in shapes):
+            raise UserError(f"{name} is of Stable Diffusion XL's family without its first text encoder (a refiner?)")
+        return "sdxl"
+
+    @classmethod
+    def configurations_of_file(
+        cls, known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
+    ) -> tuple[Configurations, list[str]]:
+        return with_prediction(known, shapes, metadata), []
+
+    @classmethod
+    def tokenizer_for(cls, component: Component, configurations: Configurations) -> CLIPTokenizer:
+        return clip_tokenizer(pad_token="!" if component.name == "tokenizer_2" else "<|endoftext|>")

@@ -1,6 +1,8 @@
 """A whole model in one file, as communities share them, through diffusers' own conversion.
 
-diffusers looks its configuration up on the hub; here it is written from `known.py`, so that no network is needed.
+diffusers looks its configuration up on the hub; here it is written from what the families know, so that no network is
+needed. A folder beside `MODEL.safetensors` that is called `MODEL` and holds a `model_index.json` is taken instead: a
+diffusers folder with configurations and tokenizers, and with the weights of components that the file lacks.
 """
 
 from __future__ import annotations
@@ -10,152 +12,164 @@ import pickle  # noqa: TID251, for the name of the error that torch raises
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from controlkit.bases.base import Base
-from controlkit.bases.clip_tokenizer import clip_tokenizer
-from controlkit.bases.known import KNOWN_BASES
+from controlkit.bases.component import Component, Configurations
+from controlkit.bases.families import configurations_in, family_of_file
 from controlkit.bases.pickles import why_refused
-from controlkit.bases.sdxl import SDXLBase
 from controlkit.errors import UserError
 
-_UNET = "model.diffusion_model."
-_SD_TEXT = "cond_stage_model."
-_CLASSES = {
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-    "scheduler": ("diffusers", "DDIMScheduler"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-}
-_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
-_SECOND = {
-    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
-    "tokenizer_2": ("transformers", "CLIPTokenizer"),
-}
+
+@dataclass(frozen=True, kw_only=True)
+class SingleFile:
+    """What is known of a file without its weights."""
+
+    path: Path
+    family: type[Base]
+    kind: str
+    """Which of the family's known models it is one of."""
+    configurations: Configurations
+    """Of its components."""
+    companion: Path | None
+    """The folder beside it with configurations and tokenizers of its own."""
+    left_out: tuple[str, ...]
+    """Optional components that cannot be had."""
+    notes: tuple[str, ...]
+    """What a person should know."""
 
 
-def load_single_file(path: Path, dtype: torch.dtype, parts: Mapping[str, dict[str, Any]] | None = None) -> Base:
-    """The base in a `.safetensors` or `.ckpt` file of the original layout.
+def read_single_file(path: Path, parts: Configurations | None = None) -> SingleFile:
+    """What a file is, going by the names and shapes in it; no weight is loaded.
 
     Args:
-        parts: the configuration of each part, if it is not one of `KNOWN_BASES`.
-
-    Raises:
-        UserError: it is damaged, needs more than plain tensors, is not a whole model, or lacks weights.
-    """
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
-
-    if not path.is_file():
-        raise UserError(f"there is no base at {path}")
-    shapes, metadata = _shapes(path)
-    kind = detect(shapes, str(path))
-    settings = dict(parts or KNOWN_BASES[kind])
-    predicts = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
-    if predicts is None and "v_pred" in shapes:  # an empty tensor of this name is how files for ComfyUI say it
-        predicts = "v_prediction"
-    if predicts is not None:
-        settings["scheduler"] = {**settings["scheduler"], "prediction_type": predicts}
-        if "ztsnr" in shapes:
-            settings["scheduler"] |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        if kind == "sd21" and predicts == "epsilon" and parts is None:  # the 512 x 512 models
-            settings["unet"] = {**settings["unet"], "sample_size": 64}
-    elif kind == "sd21" and parts is None:
-        print(f"{path} does not say what it predicts: taken for a 768 x 768 model, which predicts v", file=sys.stderr)
-    pipeline = StableDiffusionXLPipeline if "text_encoder_2" in settings else StableDiffusionPipeline
-    with tempfile.TemporaryDirectory() as folder:
-        write_config(Path(folder), settings, pipeline.__name__)
-        options = {"config": folder, "local_files_only": True}
-        try:
-            made = pipeline.from_single_file(str(path), **options)
-        except SingleFileComponentError as error:
-            raise UserError(
-                f"{path} looks like {kind}, but lacks weights of a part: {' '.join(str(error).split())}"
-            ) from error
-        except (pickle.UnpicklingError, EOFError) as error:
-            raise UserError(f"{path} is damaged, or needs more than plain tensors to be read: {error}") from error
-        except NotImplementedError as error:
-            # What torch says when a weight that the configuration asks for was never filled in.
-            count = len(shapes)
-            raise UserError(
-                f"{path} looks like {kind}, but lacks some of its weights (it has {count}): it is cut, or another"
-            ) from error
-    networks = {name: getattr(made, name) for name in ("unet", "vae", "text_encoder")}
-    if pipeline is StableDiffusionXLPipeline:
-        networks["text_encoder_2"] = made.text_encoder_2
-    for name, network in networks.items():
-        _check_whole(path, name, network)
-    common: dict[str, Any] = {
-        "name": str(path),
-        "tokenizer": made.tokenizer,
-        "scheduler_config": dict(made.scheduler.config),
-        **networks,
-    }
-    base = SDXLBase(**common, tokenizer_2=made.tokenizer_2) if "text_encoder_2" in networks else Base(**common)
-    return base.to(dtype=dtype)
-
-
-def family_of_file(path: Path) -> str:
-    """Which of `KNOWN_BASES` a file is one of, going by the names and shapes in it; no weight is loaded.
+        parts: the configurations of its components, if not those that the family knows.
 
     Raises:
         UserError: it is missing, damaged, or not a whole model.
     """
     if not path.is_file():
         raise UserError(f"there is no base at {path}")
-    return detect(_shapes(path)[0], str(path))
+    shapes, metadata = _shapes(path)
+    family, kind = family_of_file(shapes, str(path))
+    folder = path.with_suffix("")
+    companion = folder if (folder / "model_index.json").is_file() else None
+    notes: list[str] = []
+    if companion is not None:
+        configurations: Configurations = configurations_in(companion)
+    else:
+        configurations, told = family.configurations_of_file(parts or family.known[kind], shapes, metadata)
+        notes += [f"{path} {note}" for note in told]
+    optional = [one for one in family.components if one.optional]
+    lacking = [one.name for one in optional if not _is_there(one, family, configurations, companion)]
+    if lacking:
+        notes.append(
+            f"{path}: there is no {' and no '.join(lacking)}, so prompts are read by the other text encoders alone;"
+            f" they can lie in a diffusers folder called {folder}, without the weights that the file has"
+        )
+    return SingleFile(
+        path=path,
+        family=family,
+        kind=kind,
+        configurations=configurations,
+        companion=companion,
+        left_out=tuple(one.name for one in optional) if lacking else (),
+        notes=tuple(notes),
+    )
 
 
-def detect(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
-    """Which of `KNOWN_BASES` the tensors of a file belong to, going by their names and shapes.
+def load_single_file(path: Path, dtype: torch.dtype, parts: Configurations | None = None) -> Base:
+    """The base in a `.safetensors` or `.ckpt` file of the original layout.
+
+    Args:
+        parts: as `read_single_file` takes them.
 
     Raises:
-        UserError: they are not those of a whole model.
+        UserError: it is damaged, needs more than plain tensors, is not a whole model, or lacks weights.
     """
-    if not any(key.startswith(_UNET) for key in shapes):
+    found = read_single_file(path, parts)
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    with _config_folder(found) as folder:
+        pipeline = _through_diffusers(found, folder, dtype)
+    made = {one.name: getattr(pipeline, one.name) for one in found.family.components}
+    for component in found.family.components:
+        if component.is_network and made[component.name] is not None:
+            _check_whole(path, component.name, made[component.name])
+    scheduler = made.pop("scheduler")
+    base = found.family(name=str(path), scheduler_config=dict(scheduler.config), **made)
+    return base.to(dtype=dtype)
+
+
+def _is_there(component: Component, family: type[Base], configurations: Configurations, companion: Path | None) -> bool:
+    if component.is_network:
+        return component.name in configurations
+    if companion is not None:
+        return (companion / component.name).is_dir()
+    try:
+        return family.tokenizer_for(component, configurations) is not None
+    except UserError:
+        return False
+
+
+def _through_diffusers(found: SingleFile, folder: Path, dtype: torch.dtype) -> Any:
+    """The pipeline that diffusers reads of a file, with the configurations in `folder`."""
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    path, kind = found.path, found.kind
+    options: dict[str, Any] = {"config": str(folder), "local_files_only": True, "torch_dtype": dtype}
+    try:
+        pipeline = getattr(diffusers, found.family.pipeline)
+        return pipeline.from_single_file(str(path), **options, **dict.fromkeys(found.left_out))
+    except SingleFileComponentError as error:
         raise UserError(
-            f"{name} is not a whole Stable Diffusion model in the original layout: no name of its {len(shapes)} tensors"
-            f" begins with {_UNET} (they are called such as {next(iter(sorted(shapes)), 'nothing')});"
-            f" `controlkit inspect {name}` says what it seems to be"
-        )
-    if not any(key.startswith("first_stage_model.") for key in shapes):
-        raise UserError(f"{name} has a UNet but no autoencoder (first_stage_model...): it is not a whole model")
-    if f"{_UNET}label_emb.0.0.weight" in shapes:
-        if not any(key.startswith("conditioner.embedders.1.") for key in shapes):
-            raise UserError(f"{name} is of Stable Diffusion XL's family without its first text encoder (a refiner?)")
-        return "sdxl"
-    if not any(key.startswith(_SD_TEXT) for key in shapes):
-        raise UserError(f"{name} has no text encoder ({_SD_TEXT}...): it is not a whole model")
-    return "sd21" if any(key.startswith(f"{_SD_TEXT}model.") for key in shapes) else "sd15"
+            f"{path} looks like {kind}, but lacks weights of a part: {' '.join(str(error).split())}"
+        ) from error
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"{path} is damaged, or needs more than plain tensors to be read: {error}") from error
+    except NotImplementedError as error:
+        # What torch says when a weight that the configuration asks for was never filled in.
+        raise UserError(f"{path} looks like {kind}, but lacks some of its weights: it is cut, or another") from error
 
 
-def write_config(folder: Path, parts: Mapping[str, dict[str, Any]], pipeline: str) -> None:
+@contextmanager
+def _config_folder(found: SingleFile) -> Iterator[Path]:
+    """A diffusers folder without weights: the file's companion, or one that is written for the length of the block."""
+    if found.companion is not None:
+        yield found.companion
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(Path(folder), found.family, found.configurations, found.left_out)
+        yield Path(folder)
+
+
+def write_config(
+    folder: Path, family: type[Base], configurations: Configurations, left_out: Sequence[str] = ()
+) -> None:
     """The configuration files of a diffusers folder, with tokenizers and without weights."""
-    classes = {**_CLASSES, **(_SECOND if "text_encoder_2" in parts else {})}
-    index: dict[str, Any] = {"_class_name": pipeline, **{name: list(kind) for name, kind in classes.items()}}
-    if pipeline == "StableDiffusionPipeline":
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    else:
-        index["force_zeros_for_empty_prompt"] = True
+    components = [one for one in family.components if one.name not in left_out]
+    index: dict[str, Any] = {"_class_name": family.pipeline}
+    index |= {one.name: [one.library, one.class_name] for one in components}
+    index |= {**{name: [None, None] for name in left_out}, **family.index_entries}
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-    for name, (_, kind) in classes.items():
-        if name.startswith("tokenizer"):
-            opened = name == "tokenizer_2" or parts["text_encoder"]["hidden_size"] == 1024
-            clip_tokenizer(pad_token="!" if opened else "<|endoftext|>").save_pretrained(folder / name)
+    for one in components:
+        if one.is_tokenizer:
+            family.tokenizer_for(one, configurations).save_pretrained(folder / one.name)
             continue
-        config: dict[str, Any] = {"_class_name": kind, **parts[name]}
-        if name.startswith("text_encoder"):
-            config |= {"model_type": "clip_text_model", "architectures": [kind]}
-        (folder / name).mkdir()
-        file = "scheduler_config.json" if name == "scheduler" else "config.json"
-        (folder / name / file).write_text(json.dumps(config), encoding="utf-8")
+        config: dict[str, Any] = {"_class_name": one.class_name, **configurations[one.name]}
+        if one.library == "transformers":
+            config |= {"model_type": one.load_class().config_class.model_type, "architectures": [one.class_name]}
+        (folder / one.config_file).parent.mkdir()
+        (folder / one.config_file).write_text(json.dumps(config), encoding="utf-8")
 
 
 def _shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from controlkit.errors import UserError
 
 TapFunction = Callable[[Tensor], Tensor | None]
-"""The stream at a point, `[B, C, h, w]` (`[B, D]` at `time`), own rows alone => what is added to it, of the same shape;
-None is nothing."""
+"""The stream at a point, own rows alone: `[B, C, h, w]` in a UNet, `[B, h * w, C]` in a transformer, `[B, D]` at
+`time` => what is added to it, of the same shape; None is nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,8 @@ class Point:
     side: Literal["input", "output"] = "output"
     channels: int | None = None
     """How many channels, from the first, belong to the stream, where the module's input has others beside them."""
+    place: int = 0
+    """Which of several outputs of the module it is."""
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def tapped(
     """A block in which calls of `network` get residuals and taps at its points.
 
     Args:
-        residuals: point -> addition, `[B, C, h, w]` or `[1, C, h, w]`.
+        residuals: point -> addition, of the stream's shape or of batch 1.
 
     Raises:
         UserError: a point is not one of `points`, or a replacing tap has company.
@@ -138,7 +140,10 @@ def _hook(network: nn.Module, name: str, point: Point, residual: Tensor | None, 
         return inputs, {**named, "hidden_states": change(named["hidden_states"])}
 
     def after(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+        if not isinstance(output, tuple):
+            return change(output)
+        own = point.place
+        return (*output[:own], change(output[own]), *output[own + 1 :])
 
     if point.side == "input":
         return module.register_forward_pre_hook(before, with_kwargs=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from controlkit.bases.base import Base, Text
+from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.taps import Tap
+from controlkit.bases.text import Text
 from controlkit.controls.control import Acts, Control
 from controlkit.controls.hints import Hint
 

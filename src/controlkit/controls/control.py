@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from controlkit.bases.base import Base, Text
+from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.taps import Tap, TapFunction
+from controlkit.bases.text import Text
 from controlkit.controls.hints import Hint
 
 if TYPE_CHECKING:

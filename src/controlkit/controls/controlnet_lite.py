@@ -27,8 +27,9 @@ import torch
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding, zero_module
 from torch import Tensor, nn
 
-from controlkit.bases.base import Base, Text
+from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
+from controlkit.bases.text import Text
 from controlkit.controls.control import Control, OneImage, Reads
 from controlkit.controls.encoder_copy.network import HINT_CHANNELS, checked_config
 from controlkit.controls.encoder_copy.original import BARE_SAYS, FULL_SAYS, ORIGINAL_SAYS, PREFIX, Names, Parted

@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from controlkit.bases.base import Base, Text
+from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
+from controlkit.bases.text import Text
 from controlkit.controls.control import OneImage, Reads
 from controlkit.controls.controlnet_lite import (
     Blocks,

@@ -19,8 +19,9 @@ from diffusers import ControlNetXSAdapter
 from diffusers.models.controlnets.controlnet_xs import UpBlockControlNetXSAdapter, find_largest_factor, make_zero_conv
 from torch import Tensor, nn
 
-from controlkit.bases.base import Base, Text
+from controlkit.bases.base import Base
 from controlkit.bases.taps import Tap, TapFunction
+from controlkit.bases.text import Text
 from controlkit.bases.unet import encoder_blocks, layers_of, points_of
 from controlkit.controls.control import Acts, OneImage, Reads
 from controlkit.controls.encoder_copy.network import (

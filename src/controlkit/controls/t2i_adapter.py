@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 from diffusers import T2IAdapter
 from torch import Tensor, nn
 
-from controlkit.bases.base import Base, Text
+from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
+from controlkit.bases.text import Text
 from controlkit.bases.unet import encoder_stages, listed_stages
 from controlkit.controls.control import Control, OneImage, Reads
 from controlkit.controls.encoder_copy.network import checked_config, plain_config
@@ -133,7 +134,7 @@ class T2IAdapterControl(OneImage):
         return Residuals.numbered("stage", self.network(hint))
 
     def incompatibility(self, base: Base) -> str | None:
-        mine, theirs = feature_stages(self.network.config), base.encoder_stages
+        mine, theirs = feature_stages(self.network.config), encoder_stages(dict(base.unet.config), base.factor)
         colours = self.network.config["in_channels"]
         if colours not in (1, 3):
             return f"it takes condition images of {colours} colours, not of 3 or of 1 (grey)"

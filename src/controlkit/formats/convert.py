@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from controlkit import conditions
-from controlkit.bases.known import KNOWN_BASES, known_by_shape
+from controlkit.bases.families import KNOWN_BASES, known_by_shape
 from controlkit.bases.load import SINGLE_FILES, base_folder, base_path, load_base
 from controlkit.controls.control import Control
 from controlkit.controls.file_format import Checkpoint, FileFormat, Reference, Written
@@ -165,7 +165,10 @@ def reference_for(base: str | None) -> Reference:
     if base is None:
         return Reference()
     if known_by_shape(base):
-        return Reference(unet_config=KNOWN_BASES[base]["unet"])
+        _, configurations = KNOWN_BASES[base]
+        if "unet" not in configurations:
+            raise UserError(f"{base} has no UNet, which every control that is converted here was made for")
+        return Reference(unet_config=dict(configurations["unet"]))
 
     if Path(base).suffix in SINGLE_FILES and not Path(base).is_dir():
         unet = load_base(base).unet

@@ -19,6 +19,9 @@ from controlkit.bases.meta import meta_text
 from controlkit.controls.apply import predict_under
 from controlkit.controls.control import Acts, Control, Reads, encode_images
 
+_CALLED = {"unet": "UNet"}
+"""Component -> what a table calls it, where that is not its name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
@@ -77,11 +80,12 @@ def cost_without_base(control: Control, side: int) -> Cost:
 
 @torch.no_grad()
 def base_flops(base: Base, side: int) -> dict[str, float]:
-    """Of a base on the meta device, in units of 1e9: one call of its UNet, and encoding one image."""
+    """Of a base on the meta device, in units of 1e9: one call of its network, and encoding one image."""
     x_t, t, text = _inputs(base, side)
     image = torch.empty(1, 3, side, side, device="meta")
+    own = base.denoiser_component().name
     return {
-        "UNet call": giga(_count(lambda: base.predict(x_t, t, text))),
+        f"{_CALLED.get(own, own)} call": giga(_count(lambda: base.predict(x_t, t, text))),
         "autoencoder, encoding": giga(_count(lambda: base.encode_picture(image))),
     }
 

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from controlkit.bases.base import Base
-from controlkit.bases.known import KNOWN_BASES, known_by_shape
+from controlkit.bases.families import KNOWN_BASES, known_by_shape
 from controlkit.bases.load import HUB_ID, NANO, SINGLE_FILES, load_base
-from controlkit.bases.meta import build_meta_base, configurations, meta_base
-from controlkit.bases.single_file import family_of_file
-from controlkit.bases.unet import encoder_stages, listed_stages
+from controlkit.bases.meta import build_meta_base, family_and_configurations, meta_base
+from controlkit.bases.single_file import read_single_file
 from controlkit.controls.control import (
     Acts,
     Control,
@@ -89,21 +88,29 @@ def describe(name: str, base: str | None = None, size: int | None = None) -> dic
 def is_base(name: str) -> bool:
     """Whether `name` means a base that `describe_base` can tell about, and no control."""
     path = Path(name)
-    if name == NANO or known_by_shape(name) or (path / "unet").is_dir():
+    if name == NANO or known_by_shape(name) or _is_base_folder(path):
         return True
     if not path.exists():
         return bool(HUB_ID.fullmatch(name)) and path.suffix not in SUFFIXES and name not in shipped_controls()
     if path.is_dir() or path.suffix not in SINGLE_FILES or path.stat().st_size == 0:
         return False
     try:
-        return detect(path).kind is None and bool(family_of_file(path))
+        return detect(path).kind is None and bool(read_single_file(path))
     except UserError:
         return False
 
 
+_PARTS = {"vae": "autoencoder"}
+"""Component of a base -> what a table calls it, where that is not its name."""
+
+
+def _is_base_folder(path: Path) -> bool:
+    return any((path / component / "config.json").is_file() for component in ("unet", "transformer"))
+
+
 def describe_base(name: str, size: int | None = None) -> dict[str, Any]:
-    """Facts about a base: `nano`, a diffusers folder, a single file, an id on the hub, or a well-known one (`sd15`,
-    `sd21`, `sdxl`), whose shape is enough.
+    """Facts about a base: `nano`, a diffusers folder, a single file, an id on the hub, or one of `KNOWN_BASES`, whose
+    shape is enough.
 
     Args:
         size: side in pixels of the image that operations are counted for; default: the base's own.
@@ -115,15 +122,14 @@ def describe_base(name: str, size: int | None = None) -> dict[str, Any]:
     side = _side(on_meta, size)
     if known_by_shape(name):
         facts: dict[str, Any] = {"kind": "base", "weights": "none: known by its shape", **_parts(on_meta)}
-        facts["prediction"] = KNOWN_BASES[name]["scheduler"]["prediction_type"]
+        facts["prediction"] = on_meta.prediction_type
     else:
         base = load_base(name)
         facts = {"kind": "base", "prediction": base.prediction_type, "fingerprint": base.fingerprint, **_parts(base)}
     facts |= {"trainable": 0, "memory": memory_of(facts["parameters"])}
     facts["latent"] = f"{on_meta.latent_channels} channels, {on_meta.factor} pixels to one"
     facts["own size"] = f"{on_meta.size} x {on_meta.size}"
-    stages = encoder_stages(dict(on_meta.unet.config), on_meta.factor)
-    facts["where features of a T2I-Adapter enter"] = listed_stages(stages[:-1])
+    facts |= on_meta.sites_in_words()
     facts[f"GFLOP at {side} x {side}"] = base_flops(on_meta, side)
     return facts
 
@@ -181,9 +187,7 @@ def _side(base: Base, size: int | None) -> int:
 
 
 def _parts(base: Base) -> dict[str, Any]:
-    networks: dict[str, nn.Module] = {"text encoder": base.text_encoder, "autoencoder": base.vae, "unet": base.unet}
-    networks |= {f"text encoder {place}": encoder for place, encoder in enumerate(base.text_encoders[1:], 2)}
-    counts = {part: _count(network) for part, network in networks.items()}
+    counts = {_PARTS.get(name, name.replace("_", " ")): _count(part) for name, part in base.named_networks().items()}
     return {"parameters": sum(count["parameters"] for count in counts.values()), **counts}
 
 
@@ -253,7 +257,7 @@ def _base_of(kind: type[Control], read: Checkpoint, base: str | None) -> Base | 
     told = [said] if said == NANO or Path(said).is_dir() else []  # one on the hub is not fetched for its settings
     for name in filter(None, (base, *told, *KNOWN_BASES)):
         try:
-            on_meta = build_meta_base(name, configurations(name))
+            on_meta = build_meta_base(name, *family_and_configurations(name))
             if _on_meta(kind, read).incompatibility(on_meta) is None:
                 return on_meta
         except UserError:

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from controlkit.bases.base import Base
-from controlkit.bases.known import FAMILIES
 from controlkit.bases.load import NANO
+from controlkit.bases.unet import ARCHITECTURES
 from controlkit.controls.control import Control
 from controlkit.controls.file_format import Checkpoint
 from controlkit.controls.registry import find
@@ -54,7 +54,7 @@ def write_tensors(
 
 def control_metadata(path: str | Path, control: Control, base: Base, made: dict[str, Any] | None) -> dict[str, str]:
     """The metadata of a control's file; see the module's docstring."""
-    model = base.name if base.name == NANO else FAMILIES.get(base.unet.config.cross_attention_dim, "unknown")
+    model = base.name if base.name == NANO else base.architecture
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
@@ -76,7 +76,7 @@ def control_metadata(path: str | Path, control: Control, base: Base, made: dict[
 
 def converted_metadata(checkpoint: Checkpoint, title: str) -> dict[str, str]:
     """Metadata for a file of a checkpoint in whatever format: what it came with, and what is always said."""
-    family = FAMILIES.get(checkpoint.config.get("cross_attention_dim", 0), "unknown")
+    family = ARCHITECTURES.get(checkpoint.config.get("cross_attention_dim", 0), "unknown")
     kind = find(checkpoint.kind)
     said = {
         "format": "pt",

@@ -50,7 +50,7 @@ def transfer(control: Transferable, source: Base, target: Base) -> tuple[Transfe
     Raises:
         UserError: the two bases have different shapes, or the control does not fit them.
     """
-    a, b = source.unet.state_dict(), target.unet.state_dict()
+    a, b = source.denoiser.state_dict(), target.denoiser.state_dict()
     made = copy.deepcopy(control)
     network = made.copied_network()
     if network is None:

@@ -19,7 +19,7 @@ from controlkit.sampling.request import ControlUse, GenerateRequest, condition_n
 if TYPE_CHECKING:
     from controlkit.sampling.generate import Generation
 
-_RESOLVED = ("precision", "width", "height", "guidance")
+_RESOLVED = ("precision", "width", "height", "guidance", "sampler")
 """What was left to the base or the machine and has to be the same for the same picture; the device is only told."""
 
 
@@ -30,8 +30,8 @@ class Drawn:
     asked: GenerateRequest
     """The request, with what it left open."""
     used: dict[str, Any]
-    """`device`, `precision`, `width`, `height` and `guidance` as they were, and the `mode` of controls that name none;
-    empty in files of earlier versions."""
+    """`device`, `precision`, `width`, `height`, `guidance` and `sampler` as they were, and the `mode` of controls that
+    name none; empty in files of earlier versions."""
     sha256: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Of the files that were read (`Generation.sha256`); empty in files of earlier versions."""
     folder: Path = Path()

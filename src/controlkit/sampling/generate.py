@@ -54,7 +54,8 @@ class Generation:
     seconds: dict[str, float] = field(default_factory=dict)
     """Where the time went."""
     used: dict[str, Any] = field(default_factory=dict)
-    """What the request leaves open, as it was: `device`, `precision`, `width` and `height` in pixels, `guidance`."""
+    """What the request leaves open, as it was: `device`, `precision`, `width` and `height` in pixels, `guidance`,
+    `sampler`."""
     sha256: dict[str, Any] = field(default_factory=dict)
     """Of the files that were read, in hex: `base`, and for each of `controls` its `image`, `control`, `companion`
     (the control that it found beside it) and `condition` (the pixels of the condition image). None for a base, and left
@@ -115,7 +116,9 @@ def generate(
         made.sha256 = {"base": None, "controls": hashes}
         if base is None:
             device = choose_device(request.device)
-            base = load_base(request.base, device=device, dtype=choose_dtype(request.precision, device))
+            text_device = None if request.text_device is None else choose_device(request.text_device)
+            dtype = choose_dtype(request.precision, device)
+            base = load_base(request.base, device=device, dtype=dtype, text_device=text_device)
             made.sha256["base"] = base_sha256(request.base)
         width, height = request.width or base.size, request.height or base.size
         base.check_size(width, height)
@@ -126,6 +129,7 @@ def generate(
             "height": height,
             "guidance": base.default_guidance if request.guidance is None else request.guidance,
             "mode": base.default_mode,
+            "sampler": request.sampler or base.default_sampler,
         }
         if controls is None:
             shared: dict[str, Control] = {}

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controlkit.bases.base import Base, Text, concatenate
+from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.taps import Tap, TapFunction
+from controlkit.bases.text import Text, concatenate
 from controlkit.controls.control import Acts, Control, Reads
 from controlkit.controls.hints import Hint, expand, map_hint, rows_of, shapes_of
 from controlkit.sampling.cache import ResidualCache, digest, identity_of

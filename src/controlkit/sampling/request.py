@@ -115,19 +115,23 @@ class GenerateRequest:
     """Denoising steps."""
     guidance: float | None = None
     """Classifier-free guidance scale; 1 switches it off (Ho and Salimans 2022, as in eq. 6 with w = scale - 1). By
-    default the base's own: 3 for nano, 7.5 for Stable Diffusion 1 and 2, 5 for XL."""
+    default the base's own: 3 for nano, 7.5 for Stable Diffusion 1 and 2, 5 for XL, 7 for 3."""
     width: int | None = None
     """In pixels; the base's own size by default."""
     height: int | None = None
     """In pixels; the base's own size by default."""
-    sampler: str = DEFAULT_SAMPLER
-    """How the noise is removed: `ddim`, `dpm++` (2M), `dpm++-karras`, `unipc` or `euler`. The last and Karras' times
-    are for schedules that leave some signal at their end, as Stable Diffusion's do and nano's does not."""
+    sampler: str | None = None
+    """How the noise is removed: `ddim`, `dpm++` (2M), `dpm++-karras`, `unipc` or `euler`. Of schedules that preserve
+    variance, the last and Karras' times are for those that leave some signal at their end, as Stable Diffusion's do and
+    nano's does not; rectified flows take `euler`, `dpm++` and `unipc`. By default the base's own: `ddim`, or `euler`
+    for Stable Diffusion 3."""
     batch_size: int | None = None
     """Pictures drawn at once; changes the memory needed, not the pictures. By default 16 up to 256 x 256, and fewer the
     larger they are: 4 of 512 x 512."""
     device: str = "auto"
     """A torch device; `auto` is CUDA, then MPS, then the CPU."""
+    text_device: str | None = None
+    """Where text encoders stay, such as `cpu` for large ones (T5); by default on `device`."""
     precision: str = "auto"
     """What weights are stored in: `fp32`, `fp16` or `bf16`; `auto` is fp16 on CUDA and fp32 elsewhere."""
 
@@ -176,13 +180,13 @@ def condition_name(index: int, name: str | None) -> str:
     return f"condition{index}" if name is None else f"condition{index}-{name}"
 
 
-def check_sampling(steps: int, guidance: float | None, sampler: str = DEFAULT_SAMPLER) -> None:
-    """Refuse what no picture can be drawn with.
+def check_sampling(steps: int, guidance: float | None, sampler: str | None = None) -> None:
+    """Refuse what no picture can be drawn with; None leaves a setting to the base.
 
     Raises:
         UserError: `steps` is not from 1 to 1000, `guidance` is not a number of at least 1, or there is no such sampler.
     """
-    if sampler not in SAMPLERS:
+    if sampler is not None and sampler not in SAMPLERS:
         raise UserError(f"there is no sampler called {sampler!r}{nearest(sampler, SAMPLERS)}")
     if not 1 <= steps <= 1000:
         raise UserError(f"steps is {steps}; it must be from 1 to 1000")

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controlkit.bases.base import Base, concatenate
+from controlkit.bases.base import Base
+from controlkit.bases.text import concatenate
 from controlkit.controls.hints import rows_of
 from controlkit.errors import UserError
 from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl, Plan, rows_at_once
-from controlkit.sampling.request import DEFAULT_SAMPLER, DEFAULT_STEPS
+from controlkit.sampling.request import DEFAULT_STEPS
 
 
 def sample(base: Base, *, prompt: str, seeds: Sequence[int], **settings: Any) -> Iterator[Tensor]:
@@ -31,7 +32,7 @@ def sample_prompts(
     uses: Sequence[ActiveControl] = (),
     steps: int = DEFAULT_STEPS,
     guidance: float | None = None,
-    sampler: str = DEFAULT_SAMPLER,
+    sampler: str | None = None,
     width: int | None = None,
     height: int | None = None,
     batch_size: int | None = None,
@@ -43,7 +44,7 @@ def sample_prompts(
         prompts: one for all pictures, or one for each.
         uses: controls, whose hints are for all pictures or for each.
         guidance: scale of classifier-free guidance; 1 switches it off. Default: the base's own.
-        sampler: one of `request.SAMPLERS`.
+        sampler: one of `request.SAMPLERS`. Default: the base's own.
         width: in pixels; by default the base's own size, as `height`.
         batch_size: pictures drawn at once; 16 up to 256 x 256, and fewer the larger they are.
         cache: keeps residuals that do not depend on the noise, for the next call under the same condition.
@@ -58,7 +59,7 @@ def sample_prompts(
     guidance = base.default_guidance if guidance is None else guidance
     batch_size = batch_size or pictures_at_once(width, height)
     base.check_size(width, height)
-    solver = base.schedule.solver(sampler, steps, base.device, base.name)
+    solver = base.schedule.solver(sampler or base.default_sampler, steps, base.device, base.name)
     plan: Plan | None = None
     one_for_all = len(prompts) == 1 and all(rows_of(use.hint) == 1 for use in uses)
     for first in range(0, len(seeds), batch_size):

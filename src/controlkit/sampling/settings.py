@@ -8,7 +8,6 @@ from typing import Any
 from controlkit._version import __version__
 from controlkit.bases.base import Base
 from controlkit.bases.load import PRECISIONS
-from controlkit.sampling.request import DEFAULT_SAMPLER
 
 _PACKAGES = ("torch", "diffusers", "transformers")
 
@@ -24,11 +23,11 @@ def base_settings(base: Base) -> dict[str, Any]:
 
 
 def sampling_settings(
-    base: Base, *, steps: int, guidance: float | None = None, sampler: str = DEFAULT_SAMPLER
+    base: Base, *, steps: int, guidance: float | None = None, sampler: str | None = None
 ) -> dict[str, Any]:
-    """`steps`, `guidance` (the base's own scale where it is None) and `sampler`."""
+    """`steps`, `guidance` and `sampler`; the base's own where they are None."""
     scale = base.default_guidance if guidance is None else guidance
-    return {"steps": steps, "guidance": float(scale), "sampler": sampler}
+    return {"steps": steps, "guidance": float(scale), "sampler": sampler or base.default_sampler}
 
 
 def in_words(settings: dict[str, Any]) -> str:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from controlkit.bases.base import Base, network_key
-from controlkit.bases.known import DEFAULTS_KEY, NANO_DEFAULTS
+from controlkit.bases.defaults import DEFAULTS_KEY, NANO_DEFAULTS
 from controlkit.bases.load import load_base
 from controlkit.bases.schedules import VariancePreserving
+from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.data.icons import COLOURS, STYLES, TRAINED_STYLES, IconSets, caption_of, read_concepts
 from controlkit.errors import UserError
 from controlkit.files import write_json
@@ -145,7 +146,7 @@ class BaseObjective(Objective):
         tokenizer = train_tokenizer([caption_of(icon.concept) for icon in sets.icons if not icon.held_out])
         torch.manual_seed(self.recipe.seed)
         text_encoder, unet = build_networks(self.recipe, len(tokenizer), vae)
-        return Base(
+        return StableDiffusion(
             name="nano",
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -168,7 +169,7 @@ class BaseObjective(Objective):
             )
 
     def _base(self) -> Base:
-        return Base(
+        return StableDiffusion(
             name="nano",
             tokenizer=self.tokenizer,
             text_encoder=self.trained["text_encoder"],

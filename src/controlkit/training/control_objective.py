@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from controlkit.bases.base import Text
 from controlkit.bases.load import load_base
+from controlkit.bases.text import Text
 from controlkit.controls.apply import predict_under
 from controlkit.controls.control import Control, takes_one_image, words_of_inputs
 from controlkit.controls.hints import Hint

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlkit.bases.base import Base, Text, network_key
+from controlkit.bases.base import Base, network_key
+from controlkit.bases.text import Text
 from controlkit.conditions import find
 from controlkit.conditions.condition import Condition, left_right, no_mirror
 from controlkit.controls.control import Control, encode_images
@@ -137,13 +138,13 @@ class PairCache:
         `positions` has the index of every caption.
         """
         position, prompts = self.positions, list(self.positions)
-        tokenizers = [_tokenizer_key(value) for value in vars(self.base).values() if hasattr(value, "get_vocab")]
+        tokenizers = [_tokenizer_key(tokenizer) for tokenizer in self.base.tokenizers]
         settings = (str(self.base.dtype), self.base.size, getattr(self.base, "zero_empty", False))
         model = sha256_of(*(network_key(network) for network in self.base.text_encoders), *tokenizers, repr(settings))
 
         def embed(indices: Sequence[int]) -> tuple[dict[str, Part], Rows]:
             text = self.base.encode_text([prompts[index] for index in indices])
-            return _as_rows({name: part for name, part in vars(text).items() if part is not None})
+            return _as_rows(text.named)
 
         digests = digests_of([sha256_of(prompt) for prompt in prompts])
         rows = self._rows("texts", model, "prompts", digests, embed, "embedding {count} prompts")

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from controlkit.bases.known import NANO_DEFAULTS, defaults_in
+from controlkit.bases.defaults import NANO_DEFAULTS, defaults_in
 from controlkit.data.icons import LEAST_SCALE, TRAINED_STYLES
 from controlkit.data.readers.columns import Columns
 from controlkit.errors import UserError, nearest

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 from diffusers import ControlNetModel
 from torch import Tensor, nn
 
-from controlkit.bases.base import Base, Text
+from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
+from controlkit.bases.text import Text
+from controlkit.bases.unet import unet_inputs
 from controlkit.controls.control import Control, OneImage, Reads, Training
 from controlkit.controls.controlnet.formats import FORMATS
 from controlkit.controls.encoder_copy.names import config_of
@@ -143,7 +145,7 @@ class ControlNet(OneImage):
 
     def forward(self, x_t: Tensor | None, t: Tensor, text: Text | None, hint: Hint) -> Residuals:
         assert x_t is not None and text is not None
-        down, middle = self.network(x_t, t, **text.inputs(), controlnet_cond=hint, return_dict=False)
+        down, middle = self.network(x_t, t, **unet_inputs(text), controlnet_cond=hint, return_dict=False)
         return Residuals.numbered("skip", down, middle=middle)
 
     def incompatibility(self, base: Base) -> str | None:

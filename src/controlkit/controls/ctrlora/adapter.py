@@ -9,8 +9,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from controlkit.bases.base import Base, Text, concatenate
+from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
+from controlkit.bases.text import Text, concatenate
 from controlkit.controls.control import Control, OneImage, Reads, Training
 from controlkit.controls.ctrlora.base_controlnet import BaseControlNet
 from controlkit.controls.ctrlora.formats import ADAPTER_FORMATS, rank_in

@@ -12,8 +12,10 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor, nn
 
-from controlkit.bases.base import Base, Text, hash_of_halves
+from controlkit.bases.base import Base, hash_of_halves
 from controlkit.bases.residuals import Residuals
+from controlkit.bases.text import Text
+from controlkit.bases.unet import unet_inputs
 from controlkit.controls.control import Control, OneImage, Reads, Training
 from controlkit.controls.ctrlora.formats import BASE_FORMATS
 from controlkit.controls.ctrlora.lora import (
@@ -341,7 +343,7 @@ class BaseControlNet(OneImage):
             posterior = base.vae.encode(condition_image.to(weight.device, weight.dtype)).latent_dist
             noise = torch.randn(posterior.mean.shape[1:], generator=torch.Generator().manual_seed(seed))
             sample = posterior.mean + posterior.std * noise.to(posterior.mean)
-            hint = sample * base.vae.config.scaling_factor
+            hint = base.scaled(sample)
         return hint.to(self.network.conv_in.weight)
 
     def forward(
@@ -374,7 +376,7 @@ class BaseControlNet(OneImage):
             down, middle = self.network(
                 hint.expand(batch, *hint.shape[1:]),
                 t.expand(batch),
-                **text.expand(batch).inputs(),
+                **unet_inputs(text.expand(batch)),
                 controlnet_cond=hint.new_zeros(()),
                 return_dict=False,
             )

@@ -10,8 +10,7 @@ from typing import Any
 from diffusers import ControlNetModel
 
 from controlkit.bases.base import Base
-from controlkit.bases.known import FAMILIES
-from controlkit.bases.unet import layers_of
+from controlkit.bases.unet import ARCHITECTURES, layers_of
 
 HEADS = "attention_head_dim"
 """The one setting of a network that the shapes of its tensors do not tell."""
@@ -84,6 +83,6 @@ def copy_incompatibility(config: Mapping[str, Any], base: Base) -> str | None:
 def base_needed(config: Mapping[str, Any]) -> str:
     """The base that it needs, in words."""
     width = config["cross_attention_dim"]
-    family = f" ({FAMILIES[width]})" if width in FAMILIES else ""
+    family = f" ({ARCHITECTURES[width]})" if width in ARCHITECTURES else ""
     channels = ", ".join(map(str, config["block_out_channels"]))
     return f"a base whose UNet has {channels} channels and reads text of width {width}{family}"

@@ -1,0 +1,282 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206): a diffusion transformer, three text encoders."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
+
+from controlkit.bases.base import Base, Latents
+from controlkit.bases.clip_tokenizer import clip_tokenizer
+from controlkit.bases.component import VAE, Component, Configurations, clip_components
+from controlkit.bases.residuals import Residuals
+from controlkit.bases.schedules import RectifiedFlow
+from controlkit.bases.sdxl import SDXL_TEXT_ENCODER_2
+from controlkit.bases.stable_diffusion import SD15_TEXT_ENCODER, SD15_VAE, check_autoencoder
+from controlkit.bases.taps import Point, Taps
+from controlkit.bases.text import CLIP_TOKENS, Text, clip_states, cut_from, token_ids
+from controlkit.errors import UserError
+
+SD3_MEDIUM_TRANSFORMER: dict[str, Any] = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+"""Transformer of Stable Diffusion 3 medium (2,028,328,000 parameters)."""
+
+SD35_MEDIUM_TRANSFORMER: dict[str, Any] = {
+    **SD3_MEDIUM_TRANSFORMER,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": list(range(13)),
+    "qk_norm": "rms_norm",
+}
+"""Transformer of Stable Diffusion 3.5 medium."""
+
+SD35_LARGE_TRANSFORMER: dict[str, Any] = {
+    **SD3_MEDIUM_TRANSFORMER,
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "qk_norm": "rms_norm",
+}
+"""Transformer of Stable Diffusion 3.5 large."""
+
+SD3_VAE: dict[str, Any] = {
+    **SD15_VAE,
+    "sample_size": 1024,
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+"""Autoencoder of Stable Diffusion 3."""
+
+SD3_TEXT_ENCODER_3: dict[str, Any] = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+"""Encoder of T5 v1.1 XXL."""
+
+SD3_SCHEDULER: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 3.0}
+
+T5_TOKENS = 256
+"""Tokens of a prompt that T5 reads in diffusers' pipeline (`max_sequence_length`)."""
+
+_ORIGINAL = re.compile(r"(model\.diffusion_model\.)?joint_blocks\.")
+_TEXT_ENCODERS = {
+    "text_encoder": "text_encoders.clip_l.",
+    "text_encoder_2": "text_encoders.clip_g.",
+    "text_encoder_3": "text_encoders.t5xxl.",
+}
+"""Component -> how its names begin in a single file."""
+
+
+def _known(transformer: dict[str, Any]) -> Configurations:
+    return {
+        "transformer": transformer,
+        "vae": SD3_VAE,
+        "text_encoder": SD15_TEXT_ENCODER,
+        "text_encoder_2": SDXL_TEXT_ENCODER_2,
+        "text_encoder_3": SD3_TEXT_ENCODER_3,
+        "scheduler": SD3_SCHEDULER,
+    }
+
+
+class StableDiffusion3(Base):
+    """A rectified flow in a transformer that attends to image and text jointly.
+
+    T5, by far the largest of its networks, may be missing: the tokens that it would make are zeros then.
+    """
+
+    components: ClassVar[tuple[Component, ...]] = (
+        *clip_components("", "_2", projected=("", "_2")),
+        Component(name="tokenizer_3", library="transformers", class_name="T5TokenizerFast", optional=True),
+        Component(name="text_encoder_3", library="transformers", class_name="T5EncoderModel", optional=True),
+        VAE,
+        Component(name="transformer", library="diffusers", class_name="SD3Transformer2DModel"),
+        Component(name="scheduler", library="diffusers", class_name="FlowMatchEulerDiscreteScheduler"),
+    )
+    known: ClassVar[Mapping[str, Configurations]] = {
+        "sd3-medium": _known(SD3_MEDIUM_TRANSFORMER),
+        "sd35-medium": _known(SD35_MEDIUM_TRANSFORMER),
+        "sd35-large": _known(SD35_LARGE_TRANSFORMER),
+    }
+    pipeline: ClassVar[str] = "StableDiffusion3Pipeline"
+    schedule_class: ClassVar[type[RectifiedFlow]] = RectifiedFlow
+    usual_guidance: ClassVar[float] = 7.0
+    usual_sampler: ClassVar[str] = "euler"
+
+    tokenizer: CLIPTokenizer
+    tokenizer_2: CLIPTokenizer
+    tokenizer_3: Any
+    text_encoder: CLIPTextModelWithProjection
+    text_encoder_2: CLIPTextModelWithProjection
+    text_encoder_3: T5EncoderModel | None
+    vae: AutoencoderKL
+    transformer: SD3Transformer2DModel
+
+    @property
+    def denoiser(self) -> SD3Transformer2DModel:
+        return self.transformer
+
+    @property
+    def architecture(self) -> str:
+        kind = "3.5" if self.transformer.config.qk_norm else "3"
+        return f"stable-diffusion-v{kind}"
+
+    @property
+    def latents(self) -> Latents:
+        config = self.vae.config
+        return Latents(
+            channels=self.transformer.config.in_channels,
+            factor=2 ** (len(config.block_out_channels) - 1),
+            scale=config.scaling_factor,
+            shift=config.shift_factor or 0.0,
+            patch=self.transformer.config.patch_size,
+        )
+
+    @property
+    def largest_size(self) -> int:
+        """As many patches as it has embeddings of positions."""
+        return self.transformer.config.pos_embed_max_size * self.size_multiple
+
+    @cached_property
+    def sites(self) -> dict[str, tuple[int, int]]:
+        """`block.N` follows the Nth joint block, but for the last, where diffusers lets no residual in.
+
+        Residuals there are of the image's tokens, `[B, h * w, C]`, row by row.
+        """
+        width = self.transformer.inner_dim
+        return {f"block.{place}": (width, self.size_multiple) for place in range(self._blocks - 1)}
+
+    @cached_property
+    def points(self) -> dict[str, Point]:
+        """`block.N.in` and `block.N` are before and after the Nth joint block, on the image's tokens `[B, h * w, C]`;
+        `time` is the embedding of the time and of the pooled prompts, `[B, C]`, which all blocks are modulated by."""
+        made = {"time": Point(module="time_text_embed")}
+        for place in range(self._blocks):
+            module = f"transformer_blocks.{place}"
+            made[f"block.{place}.in"] = Point(module=module, side="input")
+            made[f"block.{place}"] = Point(module=module, place=1)
+        return made
+
+    @property
+    def _blocks(self) -> int:
+        return len(self.transformer.transformer_blocks)
+
+    def sites_in_words(self) -> dict[str, str]:
+        count = len(self.sites)
+        width = self.transformer.inner_dim
+        return {"where residuals enter": f"after {count} of {self._blocks} blocks, {width} channels a token"}
+
+    def predict(
+        self, x_t: Tensor, t: Tensor, text: Text, residuals: Residuals | None = None, taps: Taps | None = None
+    ) -> Tensor:
+        given = Residuals() if residuals is None else residuals
+        self.check_sites(given)
+        with self.tapping(given, taps or {}) if given or taps else nullcontext():
+            return self.transformer(
+                hidden_states=x_t,
+                timestep=t.expand(len(x_t)),
+                encoder_hidden_states=text.tokens,
+                pooled_projections=text["pooled"],
+                return_dict=False,
+            )[0]
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Text:
+        """Prompts => CLIP's states side by side and padded to T5's width, then T5's; and the pooled vectors."""
+        first, pooled = clip_states(self.text_encoder, token_ids(self.tokenizer, prompts))
+        second, pooled_2 = clip_states(self.text_encoder_2, token_ids(self.tokenizer_2, prompts))
+        width = self.transformer.config.joint_attention_dim
+        both = torch.cat([first, second], -1)
+        clip = pad(both, (0, width - both.shape[-1])).to(self.device, self.dtype)
+        tokens = torch.cat([clip, self._t5_states(prompts).to(self.device, self.dtype)], 1)
+        return Text(tokens, pooled=torch.cat([pooled, pooled_2], -1).to(self.device, self.dtype))
+
+    def embed_time(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+        return self.transformer.time_text_embed(t.expand(len(x_t)), text["pooled"])
+
+    def zero_text(self) -> Text:
+        config = self.transformer.config
+        tokens = torch.zeros(1, CLIP_TOKENS + T5_TOKENS, config.joint_attention_dim)
+        return Text(tokens, pooled=torch.zeros(1, config.pooled_projection_dim))
+
+    def _t5_states(self, prompts: Sequence[str]) -> Tensor:
+        """`[B, T5_TOKENS, D]`."""
+        if self.text_encoder_3 is None:
+            return torch.zeros(len(prompts), T5_TOKENS, self.transformer.config.joint_attention_dim)
+        ids = token_ids(self.tokenizer_3, prompts, T5_TOKENS)
+        return self.text_encoder_3(ids.to(self.text_encoder_3.device))[0]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return super().prompt_tokens if self.text_encoder_3 is None else T5_TOKENS
+
+    def cut_from(self, prompt: str) -> str:
+        """The end that none of its encoders reads."""
+        if self.text_encoder_3 is None:
+            return super().cut_from(prompt)
+        return cut_from(self.tokenizer_3, prompt, T5_TOKENS)
+
+    @classmethod
+    def recognise(cls, shapes: Mapping[str, tuple[int, ...]], name: str) -> str | None:
+        blocks = [key for key in shapes if _ORIGINAL.match(key)]
+        if not blocks:
+            return None
+        check_autoencoder(shapes, name)
+        if any(".x_block.attn2." in key for key in blocks):
+            return "sd35-medium"
+        return "sd35-large" if any(".ln_q." in key for key in blocks) else "sd3-medium"
+
+    @classmethod
+    def configurations_of_file(
+        cls, known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
+    ) -> tuple[Configurations, list[str]]:
+        """As many blocks as there are, and positions for as many patches; text encoders only where they are there."""
+        keys = [key.partition("joint_blocks.")[2].split(".") for key in shapes if _ORIGINAL.match(key)]
+        blocks = {int(key[0]) for key in keys}
+        dual = sorted({int(key[0]) for key in keys if key[1:3] == ["x_block", "attn2"]})
+        positions = next((shape[1] for key, shape in shapes.items() if key.endswith("pos_embed")), 0)
+        own = {"num_layers": len(blocks), "dual_attention_layers": dual, "pos_embed_max_size": math.isqrt(positions)}
+        made = {
+            name: config
+            for name, config in known.items()
+            if name not in _TEXT_ENCODERS or any(key.startswith(_TEXT_ENCODERS[name]) for key in shapes)
+        }
+        return {**made, "transformer": {**known["transformer"], **own}}, []
+
+    @classmethod
+    def tokenizer_for(cls, component: Component, configurations: Configurations) -> CLIPTokenizer:
+        """CLIP's; that of T5 does not ship with controlkit.
+
+        Raises:
+            UserError: it is T5's.
+        """
+        if component.name == "tokenizer_3":
+            raise UserError("T5's tokenizer does not ship with controlkit; give the base as a diffusers folder")
+        return clip_tokenizer(pad_token="!" if component.name == "tokenizer_2" else "<|endoftext|>")

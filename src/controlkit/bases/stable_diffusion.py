@@ -1,0 +1,206 @@
+"""Stable Diffusion 1 and 2 (Rombach et al. 2022, arXiv 2112.10752), and whatever has their shape, such as nano."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from controlkit.bases.clip_tokenizer import clip_tokenizer
+from controlkit.bases.component import VAE, Component, Configurations, clip_components
+from controlkit.bases.text import Text, token_ids
+from controlkit.bases.unet import UNetBase
+from controlkit.errors import UserError
+
+UNET = Component(name="unet", library="diffusers", class_name="UNet2DConditionModel")
+SCHEDULER = Component(name="scheduler", library="diffusers", class_name="DDIMScheduler")
+ORIGINAL_UNET = "model.diffusion_model."
+"""How the names of a UNet's tensors begin in the original layout."""
+_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+"""modelspec's words for what a network predicts -> diffusers'."""
+
+SD15_UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "down_block_types": [
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "DownBlock2D",
+    ],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+"""UNet of Stable Diffusion 1.x (859,520,964 parameters). `attention_head_dim` is the number of heads, a
+misnomer that diffusers keeps."""
+
+SD15_VAE: dict[str, Any] = {
+    "sample_size": 512,
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "act_fn": "silu",
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+}
+"""Autoencoder of Stable Diffusion 1.x (83,653,863 parameters)."""
+
+SD15_TEXT_ENCODER: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "projection_dim": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+"""Text model of CLIP ViT-L/14 (123,060,480 parameters)."""
+
+SD15_SCHEDULER: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+"""Noise schedule of Stable Diffusion 1.x."""
+
+SD21_UNET: dict[str, Any] = {
+    **SD15_UNET,
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}
+"""UNet of Stable Diffusion 2.x (865,910,724 parameters); the 512 x 512 models have a sample size of 64."""
+
+SD21_TEXT_ENCODER: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "projection_dim": 512,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 77,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+"""Text model of OpenCLIP ViT-H/14 without its last layer, whose output Stable Diffusion 2 does not use."""
+
+SD21_SCHEDULER: dict[str, Any] = {**SD15_SCHEDULER, "prediction_type": "v_prediction"}
+"""Noise schedule of the 768 x 768 models of Stable Diffusion 2.x; the 512 x 512 ones predict the noise."""
+
+
+class StableDiffusion(UNetBase):
+    """A base whose prompts are read by one CLIP text encoder."""
+
+    components: ClassVar[tuple[Component, ...]] = (*clip_components(""), VAE, UNET, SCHEDULER)
+    known: ClassVar[Mapping[str, Configurations]] = {
+        "sd15": {
+            "unet": SD15_UNET,
+            "vae": SD15_VAE,
+            "text_encoder": SD15_TEXT_ENCODER,
+            "scheduler": SD15_SCHEDULER,
+        },
+        "sd21": {
+            "unet": SD21_UNET,
+            "vae": {**SD15_VAE, "sample_size": 768},
+            "text_encoder": SD21_TEXT_ENCODER,
+            "scheduler": SD21_SCHEDULER,
+        },
+    }
+    pipeline: ClassVar[str] = "StableDiffusionPipeline"
+    index_entries: ClassVar[Mapping[str, Any]] = {
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+    usual_guidance: ClassVar[float] = 7.5
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Text:
+        ids = token_ids(self.tokenizer, prompts)
+        return Text(self.text_encoder(ids.to(self.text_encoder.device))[0].to(self.device, self.dtype))
+
+    @classmethod
+    def recognise(cls, shapes: Mapping[str, tuple[int, ...]], name: str) -> str | None:
+        if not any(key.startswith(ORIGINAL_UNET) for key in shapes):
+            return None
+        check_autoencoder(shapes, name)
+        if not any(key.startswith("cond_stage_model.") for key in shapes):
+            raise UserError(f"{name} has no text encoder (cond_stage_model....): it is not a whole model")
+        return "sd21" if any(key.startswith("cond_stage_model.model.") for key in shapes) else "sd15"
+
+    @classmethod
+    def configurations_of_file(
+        cls, known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
+    ) -> tuple[Configurations, list[str]]:
+        made = with_prediction(known, shapes, metadata)
+        is_second = known["unet"]["cross_attention_dim"] == SD21_UNET["cross_attention_dim"]
+        if is_second and made is known:
+            return made, ["does not say what it predicts: taken for a 768 x 768 model, which predicts v"]
+        if is_second and made["scheduler"]["prediction_type"] == "epsilon":  # the 512 x 512 models
+            return {**made, "unet": {**made["unet"], "sample_size": 64}}, []
+        return made, []
+
+    @classmethod
+    def tokenizer_for(cls, component: Component, configurations: Configurations) -> CLIPTokenizer:
+        is_openclip = configurations["text_encoder"]["hidden_size"] == SD21_TEXT_ENCODER["hidden_size"]
+        return clip_tokenizer(pad_token="!" if is_openclip else "<|endoftext|>")
+
+
+def check_autoencoder(shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
+    """Refuse a single file without one.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not any(key.startswith("first_stage_model.") for key in shapes):
+        raise UserError(f"{name} has a UNet but no autoencoder (first_stage_model...): it is not a whole model")
+
+
+def with_prediction(
+    known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
+) -> Configurations:
+    """Configurations with the noise schedule that a single file names, by modelspec's metadata or as ComfyUI has it:
+    by empty tensors called `v_pred` and `ztsnr`; unchanged if it names none."""
+    predicts = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
+    if predicts is None and "v_pred" in shapes:
+        predicts = "v_prediction"
+    if predicts is None:
+        return known
+    schedule = {**known["scheduler"], "prediction_type": predicts}
+    if "ztsnr" in shapes:
+        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return {**known, "scheduler": schedule}
