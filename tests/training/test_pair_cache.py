@@ -16,6 +16,7 @@ from PIL import Image
 from several_processes import torchrun
 
 from controlkit.bases.load import load_base
+from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.data.pairs import read_pairs, write_pairs
 from controlkit.data.shards import write_tar
