@@ -17,11 +17,11 @@ from controlkit.apps.cli import main
 from controlkit.bases.load import load_base
 from controlkit.conditions import find
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
-from controlkit.data.icons import IconSets, draw
 from controlkit.data.pairs import read_pairs
 from controlkit.evaluation.control import evaluate_control, judged_pairs
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
+from controlkit.nano.icons import IconSets, draw
 from controlkit.training.recipes import adapter_settings
 
 

@@ -16,11 +16,11 @@ from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.conditions import find
 from controlkit.controls.ctrlora import BaseControlNet
-from controlkit.data.icons import IconSets, draw
 from controlkit.data.pairs import write_pairs
 from controlkit.evaluation.adapt import adapt
 from controlkit.evaluation.control import Judged, evaluate_control, judged_pairs
 from controlkit.formats.load import load_control, save_control
+from controlkit.nano.icons import IconSets, draw
 from controlkit.training.conditions_objective import ConditionsObjective
 from controlkit.training.pairs_objective import PairsObjective
 from controlkit.training.recipes import recipes

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import yaml
 
 from controlkit.bases.known import NANO_DEFAULTS, defaults_in
-from controlkit.data.icons import LEAST_SCALE, TRAINED_STYLES
 from controlkit.data.readers.columns import Columns
 from controlkit.errors import UserError, nearest
+from controlkit.nano.icons import LEAST_SCALE, TRAINED_STYLES
 from controlkit.settings import build_settings, read_overrides
 from controlkit.training.recipe import Recipe
 

@@ -14,10 +14,10 @@ from controlkit.training.recipes import AutoencoderRecipe, BaseRecipe, PairsReci
 from controlkit.training.trainer import Trained, train
 
 OBJECTIVES: dict[type[Recipe], str] = {
-    AutoencoderRecipe: "autoencoder:AutoencoderObjective",
-    BaseRecipe: "base:BaseObjective",
-    SteeringRecipe: "conditions_objective:ConditionsObjective",
-    PairsRecipe: "pairs_objective:PairsObjective",
+    AutoencoderRecipe: "controlkit.nano.autoencoder_objective:AutoencoderObjective",
+    BaseRecipe: "controlkit.nano.base_objective:BaseObjective",
+    SteeringRecipe: "controlkit.training.conditions_objective:ConditionsObjective",
+    PairsRecipe: "controlkit.training.pairs_objective:PairsObjective",
 }
 """Recipe, or what it inherits from -> module and class of what it trains, imported when it is needed."""
 
@@ -52,7 +52,5 @@ def objective_of(recipe: Recipe) -> Objective:
     if place is None:
         raise UserError(f"no objective for system {recipe.system}")
     module, _, name = place.partition(":")
-    objective: Objective = getattr(import_module(f"controlkit.training.{module}"), name)(
-        recipe, choose_device(recipe.device)
-    )
+    objective: Objective = getattr(import_module(module), name)(recipe, choose_device(recipe.device))
     return objective

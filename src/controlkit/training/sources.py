@@ -15,12 +15,12 @@ from torch import Tensor
 
 from controlkit import conditions
 from controlkit.bases.base import Base, network_key
-from controlkit.data.icons import TRAINED_STYLES, IconSets, draw
 from controlkit.data.multigen import MultiGen
 from controlkit.data.prompts import PromptLimit, count_note, empty_note
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
-from controlkit.training.drawings import Drawings
+from controlkit.nano.drawings import Drawings
+from controlkit.nano.icons import TRAINED_STYLES, IconSets, draw
 
 _MOST_TORN = 100
 _READERS = 8

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from controlkit.bases.load import load_base
-from controlkit.data.icons import STYLES, IconSets, read_concepts
 from controlkit.errors import UserError
-from controlkit.training.base import BaseObjective
+from controlkit.nano.base_objective import BaseObjective
+from controlkit.nano.icons import STYLES, IconSets, read_concepts
 from controlkit.training.recipes import BaseRecipe
 from controlkit.training.run import run
 
@@ -101,7 +101,7 @@ def test_memory_that_is_short_in_a_preview_leaves_what_trains_as_it_is(recipe, t
     def full(*_args, **_kwargs):
         raise MemoryError
 
-    monkeypatch.setattr("controlkit.training.base.sample_prompts", full)
+    monkeypatch.setattr("controlkit.nano.base_objective.sample_prompts", full)
     with pytest.raises(MemoryError):
         objective.preview(1, tmp_path)
     assert trained and [*map(id, objective.parameters())] == [*map(id, trained)]

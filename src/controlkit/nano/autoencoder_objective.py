@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from controlkit.data.icons import TRAINED_STYLES, Icon, IconSets, draw
 from controlkit.images import contact_sheet, to_images, to_tensor, write_png
+from controlkit.nano.icons import TRAINED_STYLES, Icon, IconSets, draw
 from controlkit.training.objective import Objective, numpy_generator
 from controlkit.training.recipes import AutoencoderRecipe
 

@@ -19,12 +19,12 @@ from controlkit.bases.base import Base, network_key
 from controlkit.bases.known import DEFAULTS_KEY, NANO_DEFAULTS
 from controlkit.bases.load import load_base
 from controlkit.bases.schedules import VariancePreserving
-from controlkit.data.icons import COLOURS, STYLES, TRAINED_STYLES, IconSets, caption_of, read_concepts
 from controlkit.errors import UserError
 from controlkit.files import write_json
 from controlkit.images import contact_sheet, to_images, write_png
+from controlkit.nano.drawings import Drawings
+from controlkit.nano.icons import COLOURS, STYLES, TRAINED_STYLES, IconSets, caption_of, read_concepts
 from controlkit.sampling.sampler import sample_prompts
-from controlkit.training.drawings import Drawings
 from controlkit.training.objective import Objective
 from controlkit.training.processes import Processes
 from controlkit.training.recipes import BaseRecipe
