@@ -69,13 +69,8 @@ def trainings_of(kind: type[Control]) -> tuple[Training, ...]:
     """The ways to train a system."""
     if kind.trainings is not None:
         return kind.trainings
-    words = f"{kind.title[0].upper()}{kind.title[1:]}"
-    return (
-        Training(system=kind.kind, data="conditions", options=kind.Options, doc=f"{words}, one condition."),
-        Training(
-            system=f"{kind.kind}-pairs", data="pairs", options=kind.Options, doc=f"{words} from a folder of pairs."
-        ),
-    )
+    doc = f"{kind.title[0].upper()}{kind.title[1:]}, one condition."
+    return (Training(system=kind.kind, also=(f"{kind.kind}-pairs",), options=kind.Options, doc=doc),)
 
 
 def role_of(kind: type[Control]) -> str:

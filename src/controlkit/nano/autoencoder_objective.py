@@ -36,10 +36,10 @@ class AutoencoderObjective(Objective):
         )
 
     def loss(self, step: int) -> Tensor:
-        x = pictures(self.icons, self.whole, self.numpy_generator(step))[self.share].to(self.device)
+        x = pictures(self.icons, self.global_batch, self.numpy_generator(step))[self.local_slice].to(self.device)
         posterior = self.network.encode(x).latent_dist
-        shape = (self.whole, *posterior.mean.shape[1:])
-        noise = torch.randn(shape, generator=self.torch_generator(step))[self.share].to(self.device)
+        shape = (self.global_batch, *posterior.mean.shape[1:])
+        noise = torch.randn(shape, generator=self.torch_generator(step))[self.local_slice].to(self.device)
         z = posterior.mean + posterior.std * noise
         error = self.network.decode(z).sample - x
         horizontal = (error[..., 1:] - error[..., :-1]).abs().mean()

@@ -95,8 +95,8 @@ class BaseObjective(Objective):
 
     def loss(self, step: int) -> Tensor:
         chosen, prompts = self._draw(step)
-        z = self.drawings.latents[torch.from_numpy(chosen[self.share])].float().to(self.device)
-        text = self._text(prompts[self.share])
+        z = self.drawings.latents[torch.from_numpy(chosen[self.local_slice])].float().to(self.device)
+        text = self._text(prompts[self.local_slice])
         drawn = self.noised(self.schedule, z, self.torch_generator(step))
         return self.diffusion_loss(drawn, self.trained["unet"](drawn.x_t, drawn.t, encoder_hidden_states=text).sample)
 
@@ -106,7 +106,7 @@ class BaseObjective(Objective):
     def _draw(self, step: int) -> tuple[np.ndarray, list[str]]:
         """Indices and prompts of the drawings of a step, over all processes."""
         rng = self.numpy_generator(step)
-        chosen = rng.integers(len(self.drawings), size=self.whole)
+        chosen = rng.integers(len(self.drawings), size=self.global_batch)
         return chosen, [self.drawings.prompt(int(index), rng, self.recipe.prompt_drop) for index in chosen]
 
     def preview(self, step: int, folder: Path) -> dict[str, float]:

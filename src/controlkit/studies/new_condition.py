@@ -33,7 +33,8 @@ from controlkit.studies.cells import Bench, Cell, Task
 from controlkit.studies.figure import plot, require_matplotlib, sheet_of
 from controlkit.studies.kept import study_settings, with_settings
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, REPORTS
-from controlkit.training.recipes import PairsRecipe, build_recipe
+from controlkit.training.recipe import ControlRecipe
+from controlkit.training.recipes import build_recipe
 
 LATENT_INPUT, FULL_TUNING = "+ VAE embedding", "+ base initialisation"
 
@@ -245,7 +246,7 @@ class _Run:
             },
             origin="controlkit study",
         )
-        assert isinstance(recipe, PairsRecipe)
+        assert isinstance(recipe, ControlRecipe)
         return self.bench.cell(task, method, recipe)
 
     def task(self, name: str, count: int) -> Task:
