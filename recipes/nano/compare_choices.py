@@ -46,7 +46,8 @@ from controlkit.evaluation.sampling import draw_prompts
 from controlkit.files import write_json
 from controlkit.nano.base_objective import BaseObjective
 from controlkit.nano.icons import TRAINED_STYLES, IconSets, caption_of, draw, read_concepts
-from controlkit.training.recipes import BaseRecipe, read_recipe
+from controlkit.nano.recipes import BaseRecipe
+from controlkit.training.recipes import read_recipe
 
 CONCEPTS = "recipes/nano/concepts.txt"
 TIMES = (400, 600, 750, 900)

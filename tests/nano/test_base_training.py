@@ -12,7 +12,8 @@ from controlkit.bases.load import load_base
 from controlkit.errors import UserError
 from controlkit.nano.base_objective import BaseObjective
 from controlkit.nano.icons import STYLES, IconSets, read_concepts
-from controlkit.training.recipes import BaseRecipe
+from controlkit.nano.recipes import BaseRecipe
+from controlkit.training.recipes import build_recipe
 from controlkit.training.run import run
 
 CPU = torch.device("cpu")
@@ -120,3 +121,10 @@ def test_icons_that_changed_are_drawn_and_encoded_again(recipe, icons_file, tmp_
         arrays[style][..., :3] = 255 - arrays[style][..., :3]
     np.savez_compressed(recipe.icons, **arrays)
     assert not torch.equal(BaseObjective(recipe, CPU).drawings.latents, before)
+
+
+def test_a_base_has_attention_for_each_of_its_channels():
+    with pytest.raises(UserError, match="attention has 2 entries and channels 3"):
+        build_recipe(
+            {"system": "base", "out": "x", "steps": 1, "icons": "y", "start": "nano", "attention": [False, True]}
+        )

@@ -13,7 +13,7 @@ from controlkit.errors import UserError
 from controlkit.formats.load import load_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.training.control_objective import ControlObjective
-from controlkit.training.recipes import AutoencoderRecipe, recipes
+from controlkit.training.recipes import recipes
 from controlkit.training.run import choose_device, objective_of
 from controlkit.training.run import run as train_recipe
 
@@ -120,24 +120,6 @@ def test_a_continued_run_equals_one_in_one_go(recipe, tmp_path):
     a = load_control(tmp_path / "run" / "canny.safetensors").state_dict()
     b = load_control(tmp_path / "broken" / "canny.safetensors").state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_an_autoencoder_continued_equals_one_in_one_go(tmp_path, icons_file):
-    from diffusers import AutoencoderKL
-
-    def recipe(out, steps):
-        return AutoencoderRecipe(
-            out=str(tmp_path / out), icons=str(icons_file), steps=steps, channels=(8, 8), batch_size=2, ema=0.9,
-            min_lr_rate=1.0, warmup_steps=0, preview_every=100, log_every=1, device="cpu",
-        )  # fmt: skip
-
-    scores = train_recipe(recipe("whole", 6))
-    train_recipe(recipe("broken", 3))
-    assert train_recipe(recipe("broken", 6)) == scores
-    assert set(scores) == {"psnr", "latent_std"}
-    a, b = (AutoencoderKL.from_pretrained(tmp_path / out / "vae") for out in ("whole", "broken"))
-    assert a.config.scaling_factor == b.config.scaling_factor
-    assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
 
 
 @pytest.mark.parametrize(

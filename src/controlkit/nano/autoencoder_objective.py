@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from controlkit.images import contact_sheet, to_images, to_tensor, write_png
 from controlkit.nano.icons import TRAINED_STYLES, Icon, IconSets, draw
+from controlkit.nano.recipes import AutoencoderRecipe
 from controlkit.training.objective import Objective, numpy_generator
-from controlkit.training.recipes import AutoencoderRecipe
 
 SIZE = 64
 

@@ -24,10 +24,10 @@ from controlkit.files import write_json
 from controlkit.images import contact_sheet, to_images, write_png
 from controlkit.nano.drawings import Drawings
 from controlkit.nano.icons import COLOURS, STYLES, TRAINED_STYLES, IconSets, caption_of, read_concepts
+from controlkit.nano.recipes import BaseRecipe
 from controlkit.sampling.sampler import sample_prompts
 from controlkit.training.objective import Objective
 from controlkit.training.processes import Processes
-from controlkit.training.recipes import BaseRecipe
 
 MAX_TOKENS = 24
 _PREVIEW_SEEDS = 3

@@ -14,7 +14,7 @@ ENTRY_POINTS = "controlkit.sources"
 """Group of entry points by which packages name modules that register sources."""
 
 _MODULES = (
-    "controlkit.training.sources.icons",
+    "controlkit.nano.icon_source",
     "controlkit.training.sources.multigen",
     "controlkit.training.sources.pairs",
 )
