@@ -233,3 +233,24 @@ class TestASourceOfOnesOwn:
     def test_without_it_its_name_is_no_setting(self, settings):
         with pytest.raises(UserError, match="unknown key 'shades'"):
             build_recipe({**settings("controlnet"), "shades": 3})
+
+    def test_packages_name_theirs_by_entry_points(self, shades, settings, monkeypatch, tmp_path):
+        (tmp_path / "my_package-1.0.dist-info").mkdir()
+        (tmp_path / "my_package-1.0.dist-info/METADATA").write_text("Name: my-package\nVersion: 1.0\n")
+        points = tmp_path / "my_package-1.0.dist-info/entry_points.txt"
+        points.write_text("[controlkit.sources]\nfolder = my_source\n")
+        (tmp_path / "my_source.py").write_text(
+            "from controlkit.training.sources import pairs, registry\n"
+            "@registry.source\n"
+            "class Folder(pairs.PairSource):\n"
+            "    name = 'folder'\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        registry._load.cache_clear()
+        assert registry.sources()["folder"].__module__ == "my_source"
+        points.write_text("[controlkit.sources]\nfolder = nothing_of_this_name\n")
+        registry._load.cache_clear()
+        with pytest.raises(UserError, match="nothing_of_this_name of the entry point folder cannot be loaded"):
+            registry.sources()
+        points.unlink()
+        registry._load.cache_clear()

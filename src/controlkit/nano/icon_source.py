@@ -10,7 +10,6 @@ import torch
 
 from controlkit import conditions
 from controlkit.bases.base import Base, network_key
-from controlkit.conditions.condition import Condition
 from controlkit.controls.control import Control
 from controlkit.images import to_tensor
 from controlkit.nano.drawings import Drawings
@@ -82,7 +81,3 @@ class IconSource(Source):
             targets=self.targets,
             prompts=[drawing.caption for drawing in self.test],
         )
-
-    def scored_by(self, condition: str) -> Condition | None:
-        kind = conditions.find(condition)
-        return kind if kind.requires is None else None

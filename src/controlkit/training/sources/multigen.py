@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from controlkit import conditions
 from controlkit.bases.base import Base
-from controlkit.conditions.condition import Condition
 from controlkit.controls.control import Control
 from controlkit.data.multigen import MultiGen
 from controlkit.data.prompts import PromptLimit, count_note, empty_note
@@ -94,14 +92,6 @@ class MultiGenSource(Source):
     def held_out(self, condition: str) -> HeldOut:
         images, targets, prompts = zip(*(self._read(condition, index, None) for index in range(self.kept)), strict=True)
         return HeldOut(condition_images=images, targets=targets, prompts=prompts)
-
-    def scored_by(self, condition: str) -> Condition | None:
-        """None for a condition that cannot be drawn here: it needs weights, or is not known."""
-        try:
-            kind = conditions.find(condition)
-        except UserError:
-            return None
-        return kind if kind.requires is None else None
 
     def _read(self, condition: str, index: int, seed: int | None) -> tuple[np.ndarray, np.ndarray, str]:
         lines = self.tasks[condition]

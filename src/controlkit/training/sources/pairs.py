@@ -100,9 +100,8 @@ class PairSource(Source):
         self.of = {name: ConditionPairs(recipe, name) for name in recipe.condition_names}
 
     def notes(self, base: Base) -> list[str]:
-        if len(self.of) == 1:
-            return [note for own in self.of.values() for note in own.notes(base)]
-        return [f"{name}: {note}" for name, own in self.of.items() for note in own.notes(base)]
+        told = {f"{name}: " if len(self.of) > 1 else "": own.notes(base) for name, own in self.of.items()}
+        return [f"{name}{note}" for name, notes in told.items() for note in notes]
 
     def prepare(self, base: Base, control: Control) -> None:
         for name, own in self.of.items():
@@ -122,8 +121,8 @@ class PairSource(Source):
 
     @property
     def digest(self) -> str:
-        contents = [own.content for own in self.of.values()]
-        return contents[0] if len(contents) == 1 else sha256_of(*contents)
+        first, *more = (own.content for own in self.of.values())
+        return sha256_of(first, *more) if more else first
 
     def facts(self) -> dict[str, int]:
         return {"pairs": sum(len(own.pairs) for own in self.of.values())}

@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TypeVar
 
+from controlkit.controls.registry import load_own
 from controlkit.training.sources.source import Source
 
 ENTRY_POINTS = "controlkit.sources"
@@ -49,4 +50,4 @@ def _load() -> None:
     for module in _MODULES:
         import_module(module)
     for point in entry_points(group=ENTRY_POINTS):
-        point.load()
+        load_own(f"the module {point.value} of the entry point {point.name}", point.load)

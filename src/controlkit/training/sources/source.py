@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from controlkit import conditions
 from controlkit.bases.base import Base, Text
 from controlkit.conditions.condition import Condition
 from controlkit.controls.control import Control
 from controlkit.controls.hints import Hint
+from controlkit.errors import UserError
 from controlkit.training.objective import numpy_generator
 from controlkit.training.recipe import ControlRecipe, OneCondition
 
@@ -105,9 +107,14 @@ class Source(ABC):
     def held_out(self, condition: str) -> HeldOut:
         """Always the same few, that this condition is never trained on."""
 
-    @abstractmethod
     def scored_by(self, condition: str) -> Condition | None:
-        """The condition whose fidelity is the score of previews; None for no score."""
+        """The condition whose fidelity is the score of previews; None, which is no score, for one that cannot be made
+        here: it needs weights, or is not known."""
+        try:
+            kind = conditions.find(condition)
+        except UserError:
+            return None
+        return kind if kind.requires is None else None
 
     @property
     def digest(self) -> str:
