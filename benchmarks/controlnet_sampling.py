@@ -28,7 +28,7 @@ from torch import Tensor
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.controls.controlnet import ControlNet
-from controlkit.evaluation.pictures import evaluation_set
+from controlkit.evaluation.sets import evaluation_set
 from controlkit.formats.load import load_control
 from controlkit.images import to_tensor
 from controlkit.sampling.plan import ActiveControl
@@ -39,7 +39,7 @@ GUIDANCE = 4.0
 
 def shipped(base: Base) -> tuple[ControlNet, Tensor, str]:
     """The ControlNet that ships, the edges of a held-out picture, and its caption."""
-    drawing = evaluation_set("held-out").drawings[0]
+    drawing = evaluation_set("held-out").examples[0]
     control = load_control("canny", base)
     assert isinstance(control, ControlNet)
     return control, to_tensor([conditions.find("canny")(drawing.image)]).to(base.device), drawing.caption

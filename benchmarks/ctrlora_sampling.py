@@ -35,7 +35,7 @@ from controlkit.bases.residuals import Residuals
 from controlkit.bases.text import Text
 from controlkit.controls.control import Control, Reads
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
-from controlkit.evaluation.pictures import evaluation_set
+from controlkit.evaluation.sets import evaluation_set
 from controlkit.formats.load import load_control
 from controlkit.images import to_tensor
 from controlkit.sampling.cache import ResidualCache
@@ -72,7 +72,7 @@ class EveryStep(CtrLoRA):
 def shipped(base: Base, names: Sequence[str]) -> tuple[list[CtrLoRA], list[Tensor], str]:
     """Adapters by name, condition images of a held-out picture, and its caption."""
     shared: dict[str, Control] = {}
-    drawing = evaluation_set("held-out").drawings[0]
+    drawing = evaluation_set("held-out").examples[0]
     controls, images = [], []
     for name in names:
         control = load_control(name, base, shared=shared)

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from controlkit.evaluation.features import DEVIATION, MEAN, lite0
-from controlkit.evaluation.pictures import evaluation_set
+from controlkit.evaluation.sets import evaluation_set
 from controlkit.images import read_image, resize_cover
 
 Scale = tuple[Sequence[float], Sequence[float]]
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--out", default=None, help="the JSON file (default: in benchmarks/results)")
     args = parser.parse_args()
     photographs, labels = labelled(args.folder)
-    drawings = [Image.fromarray(drawing.image) for drawing in evaluation_set("seen").drawings]
+    drawings = [Image.fromarray(drawing.image) for drawing in evaluation_set("seen").examples]
     cases: list[dict[str, Any]] = []
     for side in SIDES:
         for name, scale in WAYS.items():

@@ -104,7 +104,7 @@ def tiny_control(tiny_base):
 
 @pytest.fixture(scope="session")
 def _saved_base(tiny_base, tmp_path_factory) -> Path:
-    from controlkit.training.base import save_base
+    from controlkit.nano.base_objective import save_base
 
     folder = tmp_path_factory.mktemp("tiny") / "base"
     save_base(tiny_base, folder)
@@ -130,7 +130,7 @@ def condition_image() -> np.ndarray:
 @pytest.fixture(scope="session")
 def icons_file(tmp_path_factory) -> Path:
     """An `icons.npz` in the format of `IconSets`: per style three icons to train on and two held out."""
-    from controlkit.data.icons import STYLES
+    from controlkit.nano.icons import STYLES
 
     path = tmp_path_factory.mktemp("icons") / "icons.npz"
     names = tiny.concepts(False, 3) + tiny.concepts(True, 2)

@@ -26,7 +26,7 @@ def build_tiny_base(seed: int = 0, text_width: int = 16):
 
     from controlkit.bases.defaults import NANO_DEFAULTS
     from controlkit.bases.stable_diffusion import StableDiffusion
-    from controlkit.training.base import SCHEDULER, train_tokenizer
+    from controlkit.nano.base_objective import SCHEDULER, train_tokenizer
 
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(["red apple", "cat face", "sailboat"])
@@ -115,7 +115,7 @@ def hand_made_icon(shape: str, colour: tuple[int, int, int], size: int = 96) -> 
 
 def concepts(held_out: bool, count: int) -> list[str]:
     """Names that fall on the wanted side of the split."""
-    from controlkit.data.icons import is_held_out
+    from controlkit.nano.icons import is_held_out
 
     found = (name for name in (f"thing-{number}" for number in range(10_000)) if is_held_out(name) == held_out)
     return [next(found) for _ in range(count)]

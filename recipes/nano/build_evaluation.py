@@ -7,7 +7,7 @@ python recipes/nano/build_evaluation.py data/nano/icons.npz recipes/nano/concept
 import sys
 
 from controlkit.errors import UserError
-from controlkit.evaluation.pictures import build_evaluation_sets
+from controlkit.nano.evaluation_sets import build_evaluation_sets
 
 if __name__ == "__main__":
     if len(sys.argv) != 4:

@@ -6,9 +6,9 @@ python recipes/nano/build_openmoji_pairs.py openmoji-17.0.0.tgz data/openmoji-pa
 
 import sys
 
-from controlkit.data.openmoji import openmoji_pairs
 from controlkit.data.pairs import write_pairs
 from controlkit.errors import UserError
+from controlkit.nano.openmoji import openmoji_pairs
 
 COUNT = 1111
 """So that a thousand remain when a tenth is held out."""

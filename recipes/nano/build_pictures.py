@@ -7,8 +7,8 @@
 
 import sys
 
-from controlkit.data.icons import render_sets
 from controlkit.errors import UserError
+from controlkit.nano.icons import render_sets
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from controlkit.data.icons import TRAINED_STYLES, IconSets, draw
 from controlkit.errors import UserError
-from controlkit.evaluation.base import GRID
 from controlkit.evaluation.features import lite0_features
+from controlkit.nano.evaluate_base import GRID
+from controlkit.nano.icons import TRAINED_STYLES, IconSets, draw
 
 NEAREST, SHARE = 5, 0.5
 

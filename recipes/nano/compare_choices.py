@@ -40,13 +40,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from controlkit.bases.load import load_base
-from controlkit.data.icons import TRAINED_STYLES, IconSets, caption_of, draw, read_concepts
-from controlkit.evaluation.base import draw_prompts
 from controlkit.evaluation.features import lite0_features
 from controlkit.evaluation.metrics import retrieval_accuracy
+from controlkit.evaluation.sampling import draw_prompts
 from controlkit.files import write_json
-from controlkit.training.base import BaseObjective
-from controlkit.training.recipes import BaseRecipe, read_recipe
+from controlkit.nano.base_objective import BaseObjective
+from controlkit.nano.icons import TRAINED_STYLES, IconSets, caption_of, draw, read_concepts
+from controlkit.nano.recipes import BaseRecipe
+from controlkit.training.recipes import read_recipe
 
 CONCEPTS = "recipes/nano/concepts.txt"
 TIMES = (400, 600, 750, 900)

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from controlkit.data.pictures import list_pictures
     from controlkit.data.readers.columns import Columns
     from controlkit.evaluation.adapt import adapt
-    from controlkit.evaluation.base import evaluate_base
     from controlkit.evaluation.control import evaluate_control, judged_pairs
-    from controlkit.evaluation.pictures import evaluation_set
+    from controlkit.evaluation.sets import evaluation_set
     from controlkit.formats.convert import convert
     from controlkit.formats.describe import describe, describe_base, describe_system
     from controlkit.formats.load import load_control, save_control
+    from controlkit.nano.evaluate_base import evaluate_base
     from controlkit.sampling.drawn import read_drawn
     from controlkit.sampling.generate import generate
     from controlkit.sampling.request import ControlUse, GenerateRequest
@@ -51,9 +51,9 @@ _PLACES = {
     "describe": "formats.describe:describe",
     "describe_base": "formats.describe:describe_base",
     "describe_system": "formats.describe:describe_system",
-    "evaluate_base": "evaluation.base:evaluate_base",
+    "evaluate_base": "nano.evaluate_base:evaluate_base",
     "evaluate_control": "evaluation.control:evaluate_control",
-    "evaluation_set": "evaluation.pictures:evaluation_set",
+    "evaluation_set": "evaluation.sets:evaluation_set",
     "find_condition": "conditions:find",
     "generate": "sampling.generate:generate",
     "judged_pairs": "evaluation.control:judged_pairs",

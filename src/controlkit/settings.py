@@ -8,7 +8,7 @@ import inspect
 import itertools
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -43,11 +43,16 @@ def build_settings(kind: type[Settings], values: dict[str, Any], origin: str) ->
     Raises:
         UserError: a key is unknown (with the nearest known ones), a value has the wrong type, or the class refuses.
     """
-    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    check_keys(values, [field.name for field in dataclasses.fields(kind)], origin)  # type: ignore[arg-type]
+    return _typed(kind, values, origin)
+
+
+def check_keys(values: Iterable[Any], known: Iterable[str], origin: str) -> None:
+    """Refuse a key that is not `known`, with the nearest that are; `origin` stands in errors."""
+    known = list(known)
     for key in values:
         if key not in known:
             raise UserError(f"{origin}: unknown key {str(key)!r}{nearest(str(key), known)}")
-    return _typed(kind, values, origin)
 
 
 @dataclasses.dataclass(frozen=True)

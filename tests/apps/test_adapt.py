@@ -17,11 +17,11 @@ from controlkit.apps.cli import main
 from controlkit.bases.load import load_base
 from controlkit.conditions import find
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
-from controlkit.data.icons import IconSets, draw
 from controlkit.data.pairs import read_pairs
 from controlkit.evaluation.control import evaluate_control, judged_pairs
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
+from controlkit.nano.icons import IconSets, draw
 from controlkit.training.recipes import adapter_settings
 
 
@@ -87,11 +87,11 @@ def test_a_run_that_goes_on_with_other_pairs_says_so(pairs, base_control, base_f
     out = tmp_path / "run"
     assert adapt(pairs, base_control, base_folder, out) == 0
     assert adapt(pairs, base_control, base_folder, out, "--steps", "5") == 0
-    assert "the pairs are not those" not in capsys.readouterr().err
+    assert "the data has changed" not in capsys.readouterr().err
     lines = (pairs / "prompt.json").read_text().splitlines()
     (pairs / "prompt.json").write_text("\n".join(lines[:-1]))
     assert adapt(pairs, base_control, base_folder, out, "--steps", "6") == 0
-    assert f"the pairs are not those that the run in {out} was at" in capsys.readouterr().err
+    assert f"the data has changed since the run in {out} stopped" in capsys.readouterr().err
 
 
 def test_a_run_does_not_go_on_with_another_base_control(pairs, base_control, base_folder, tmp_path, tiny_base, capsys):
@@ -115,7 +115,7 @@ def test_an_adapter_never_takes_the_place_of_its_base_control(pairs, base_contro
     assert base_control.read_bytes() == before
     for name in ("state", "..", "a/b"):
         assert adapt(pairs, base_control, base_folder, base_control.parent / "run", "--name", name) == 2
-        assert "name is" in capsys.readouterr().err
+        assert f"name {name!r} is" in capsys.readouterr().err
 
 
 def test_an_adapter_is_judged_on_the_device_of_the_recipe(pairs, base_control, base_folder, tmp_path, monkeypatch):
@@ -133,13 +133,13 @@ def test_an_adapter_is_judged_on_the_device_of_the_recipe(pairs, base_control, b
 
 
 def test_only_the_adapter_changes_and_nothing_else_gets_a_gradient(pairs, base_control, base_folder, tmp_path):
-    from controlkit.training.pairs_objective import PairsObjective
+    from controlkit.training.control_objective import ControlObjective
     from controlkit.training.recipes import recipes
 
     recipe = recipes()["ctrlora-adapter"](
         out=str(tmp_path / "run"), pairs=str(pairs), control=str(base_control), base=str(base_folder), rank=2
     )
-    objective = PairsObjective(recipe, torch.device("cpu"))
+    objective = ControlObjective(recipe, torch.device("cpu"))
     for parameter in objective.parameters():
         parameter.data.add_(0.01)
     objective.loss(0).backward()
@@ -225,7 +225,7 @@ def test_condition_images_and_networks_count_as_what_a_run_is_of(pairs, base_con
     for path in (pairs / "source").iterdir():
         Image.new("RGB", (64, 64), "red").save(path)
     assert adapt(pairs, base_control, base_folder, out, "--steps", "5") == 0
-    assert "the pairs are not those" in capsys.readouterr().err
+    assert "the data has changed" in capsys.readouterr().err
     weights = base_folder / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({name: 1.3 * value for name, value in load_file(weights).items()}, weights)
     assert adapt(pairs, base_control, base_folder, out, "--steps", "6") == 2

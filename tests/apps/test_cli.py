@@ -449,10 +449,16 @@ def test_what_ships_is_listed_a_line_each(capsys):
 
 def test_settings_without_a_default_are_required(capsys):
     assert run("train", "ctrlora-adapter", "--json") == 0
-    required = {one["name"] for one in json.loads(capsys.readouterr().out) if one["required"]}
-    assert required == {"out", "pairs", "control"}
+    required = [one for one in json.loads(capsys.readouterr().out) if one["required"]]
+    common = {"out", "control"}
+    assert {one["name"] for one in required if "pairs" in one["sources"]} == {"pairs", *common}
+    for source in ("icons", "multigen"):
+        names = {one["name"] for one in required if source in one["sources"]}
+        assert names == {source, "steps", "condition", *common}
     assert run("train", "ctrlora-adapter") == 0
-    assert capsys.readouterr().out.count("required") == 3
+    assert capsys.readouterr().out.count("required") == len(required)
+    assert run("train", "base", "--json") == 0
+    assert not any(one["sources"] for one in json.loads(capsys.readouterr().out))
 
 
 def test_out_of_memory_is_one_sentence(picture, tmp_path, capsys, monkeypatch):

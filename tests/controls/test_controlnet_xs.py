@@ -32,8 +32,7 @@ from controlkit.formats.load import load_control, save_control
 from controlkit.images import to_tensor
 from controlkit.sampling.plan import ActiveControl, Plan
 from controlkit.sampling.sampler import sample
-from controlkit.training.conditions_objective import ConditionsObjective
-from controlkit.training.pairs_objective import PairsObjective
+from controlkit.training.control_objective import ControlObjective
 from controlkit.training.recipe import Recipe
 from controlkit.training.recipes import read_recipe, recipes
 from controlkit.training.run import run as train_recipe
@@ -469,7 +468,7 @@ class TestTraining:
         assert np.asarray(Image.open(picture)).shape == (64, 64, 3)
 
     def test_a_step_makes_no_gradient_for_the_base(self, recipe):
-        objective = ConditionsObjective(recipe, torch.device("cpu"))
+        objective = ControlObjective(recipe, torch.device("cpu"))
         objective.loss(0).backward()
         assert all(parameter.grad is None for network in objective.base.networks for parameter in network.parameters())
         assert {id(one) for one in objective.parameters()} == {id(one) for one in objective.control.parameters()}
@@ -479,8 +478,9 @@ class TestTraining:
         kept = {name: getattr(recipe, name) for name in ("out", "base", "size_ratio", "batch_size", "device")}
         settings = {"precision": "bf16", "gradient_checkpointing": True, **LEARNS}
         pairs = recipes()["controlnet-xs-pairs"](**kept, **settings, pairs=str(tmp_path / "pairs"), learning_rate=0.01)
-        objective = PairsObjective(pairs, torch.device("cpu"))
-        assert objective.base.dtype == torch.bfloat16 and objective.encoded is None  # what makes the hints is trained
+        objective = ControlObjective(pairs, torch.device("cpu"))
+        (own,) = objective.source.of.values()
+        assert objective.base.dtype == torch.bfloat16 and own.hints is None  # what makes the hints is trained
         optimizer = torch.optim.AdamW(objective.parameters(), lr=0.01)
         for step in range(3):
             optimizer.zero_grad()

@@ -35,7 +35,7 @@ from controlkit.images import to_tensor
 from controlkit.sampling.drawn import read_drawn
 from controlkit.sampling.generate import generate
 from controlkit.sampling.request import ControlUse, GenerateRequest
-from controlkit.training.conditions_objective import ConditionsObjective
+from controlkit.training.control_objective import ControlObjective
 from controlkit.training.recipes import build_recipe, read_recipe, recipes
 from controlkit.training.run import objective_of
 from controlkit.training.run import run as train
@@ -113,7 +113,7 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not_bit_by_bit(own, set
     scores = train(build_recipe({"system": system, **settings}))
     assert list(scores) == ["palette: colour distance, Lab"]
     broken = build_recipe({"system": system, **settings, "out": str(tmp_path / "broken")})
-    loss = ConditionsObjective.loss
+    loss = ControlObjective.loss
 
     def dies(self, step):
         if step == 2:
@@ -121,7 +121,7 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not_bit_by_bit(own, set
         return loss(self, step)
 
     with monkeypatch.context() as patched, pytest.raises(RuntimeError):
-        patched.setattr(ConditionsObjective, "loss", dies)
+        patched.setattr(ControlObjective, "loss", dies)
         train(broken)
     assert train(broken) == scores
     one, other = (load_control(tmp_path / name / "palette.safetensors").state_dict() for name in ("run", "broken"))
@@ -162,13 +162,12 @@ def test_it_trains_from_pairs_with_its_options_and_hints_from_the_cache(own, set
     )  # fmt: skip
     objective = objective_of(recipe)
     chosen, flipped = torch.tensor([0, 2]), torch.tensor([False, flip])
-    sources = [
-        objective.pairs[index].side("source", 64, bool(turn)) for index, turn in zip((0, 2), flipped, strict=True)
-    ]
+    pairs = objective.source.of["identity"]
+    sources = [pairs.pairs[index].side("source", 64, bool(turn)) for index, turn in zip((0, 2), flipped, strict=True)]
 
     encoded = objective.control.encode(to_tensor(sources), objective.base)
-    assert torch.allclose(objective.hints(chosen, flipped), encoded, atol=1e-3)
-    assert list(train(recipe)) == ["PSNR to the picture, dB"]
+    assert torch.allclose(pairs.hint(chosen, flipped), encoded, atol=1e-3)
+    assert list(train(recipe)) == ["identity: PSNR to the picture, dB"]
     made = load_control(tmp_path / "run" / "mine.safetensors")
     assert made.gate.out_features == 8 and made.condition == "identity"
     assert json.loads(read_metadata(tmp_path / "run" / "mine.safetensors")["control.made"])["pairs"] == 3
@@ -366,7 +365,7 @@ class TestWhereItIsFound:
         monkeypatch.setenv(registry.VARIABLE, str(tmp_path / "nothing.py"))
         with pytest.raises(UserError, match=r"CONTROLKIT_CONTROLS names .*nothing\.py, which is not there"):
             registry.registry()
-        taken = 'trainings = (Training(system="controlnet", data="pairs"),)'
+        taken = 'trainings = (Training(system="controlnet"),)'
         text = shift_of_the_page().replace("import OneImage, Reads", "import OneImage, Reads, Training")
         (tmp_path / "taken.py").write_text(
             text.replace("    reads = Reads.TEXT", f"    reads = Reads.TEXT\n    {taken}")

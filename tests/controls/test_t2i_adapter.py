@@ -30,10 +30,10 @@ from controlkit.formats.describe import describe
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.images import to_tensor
+from controlkit.nano.base_objective import save_base
 from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample
-from controlkit.training.base import save_base
 from tiny import SD1_SCHEDULE, build_tiny_sdxl
 
 SETTINGS = {"prompt": "red apple", "negative_prompt": "cat face", "seeds": (3, 11), "steps": 4, "guidance": 4.0}

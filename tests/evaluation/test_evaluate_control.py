@@ -14,14 +14,14 @@ import controlkit
 from controlkit.apps.cli import main
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.evaluation.control import Judged, evaluate_control, evaluate_controls
-from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
 from controlkit.evaluation.report import Report
+from controlkit.evaluation.sets import EvaluationSet, evaluation_set
 from controlkit.formats.load import save_control
 
 
 def judged_from(first, count):
     """`count` images of those that ship, from number `first` on."""
-    drawings = evaluation_set("held-out").drawings[first : first + count]
+    drawings = evaluation_set("held-out").examples[first : first + count]
     truths = [drawing.image for drawing in drawings]
     given = [controlkit.find_condition("canny")(truth) for truth in truths]
     return Judged(name="held-out pairs", given=given, truths=truths, prompts=[one.caption for one in drawings])
@@ -39,7 +39,7 @@ def test_two_sets_of_one_name_have_baselines_and_ceilings_of_their_own(tiny_base
 
 
 def test_sets_of_one_name_are_told_apart_for_several_controls_too(tiny_base, tiny_control):
-    drawings = evaluation_set("seen").drawings
+    drawings = evaluation_set("seen").examples
     sets = [EvaluationSet("seen", drawings[:2]), EvaluationSet("seen", drawings[2:4])]
     report, _ = evaluate_controls(tiny_base, {"one": tiny_control}, sets, steps=2)
     alone = [evaluate_control(tiny_base, tiny_control, [one], steps=2)[0].rows[0][1:] for one in sets]
@@ -142,32 +142,6 @@ def test_controls_in_different_modes_are_named_with_theirs(tiny_base, tiny_contr
 def test_the_mode_stands_beside_the_numbers(tiny_base, tiny_control):
     report, _ = evaluate_control(tiny_base, tiny_control, [judged_from(0, 2)], steps=2)
     assert any(note.startswith("mode control, weight 1, guidance 3, 2 ddim steps") for note in report.notes)
-
-
-def test_a_base_is_judged_with_its_settings(tiny_base, monkeypatch):
-    from controlkit.evaluation import base as module
-
-    def few(name):
-        return evaluation_set(name).first(6)
-
-    def small_features(images):
-        return torch.from_numpy(np.stack([image[::8, ::8].ravel() for image in images])).float()
-
-    monkeypatch.setattr(module, "evaluation_set", few)
-    monkeypatch.setattr(module, "COLOURS", ("white",))
-    monkeypatch.setattr(module, "lite0_features", small_features)
-    reports = module.evaluate_base(tiny_base, steps=1)
-    assert "steps" not in reports[0].settings  # nothing is sampled for the autoencoder
-    assert [report.settings["steps"] for report in reports[1:]] == [1] * 4
-    assert {report.settings["base"]["content"] for report in reports} == {tiny_base.content}
-    assert [one["name"] for one in reports[0].settings["sets"]] == ["held-out", "openmoji"]
-    assert reports[4].settings["features"] == {
-        "network": "EfficientNet-Lite0",
-        "side": 128,
-        "mean": 127.0,
-        "deviation": 128.0,
-    }
-    json.dumps([report.settings for report in reports], allow_nan=False)
 
 
 def test_tables_show_whole_numbers_and_small_ones_readably():

@@ -12,7 +12,7 @@ from PIL import Image
 
 from controlkit.evaluation import features
 from controlkit.evaluation.features import lite0, lite0_features
-from controlkit.evaluation.pictures import evaluation_set
+from controlkit.evaluation.sets import evaluation_set
 
 IMAGENET = (
     torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1),
@@ -67,7 +67,7 @@ def test_pooled_features_of_a_photograph_say_what_is_on_it(officer, monkeypatch)
 
 
 def test_the_first_layer_sees_the_spread_that_it_was_trained_with(officer, monkeypatch):
-    drawings = [drawing.image for drawing in evaluation_set("seen").drawings[:32]]
+    drawings = [drawing.image for drawing in evaluation_set("seen").examples[:32]]
     assert 0.7 < spread_ratio([officer]) < 1.5
     assert 0.7 < spread_ratio(drawings) < 1.5
     wrongly(monkeypatch)
@@ -76,7 +76,7 @@ def test_the_first_layer_sees_the_spread_that_it_was_trained_with(officer, monke
 
 
 def test_features_are_the_same_alone_and_in_a_batch():
-    drawings = [drawing.image for drawing in evaluation_set("seen").drawings[:3]]
+    drawings = [drawing.image for drawing in evaluation_set("seen").examples[:3]]
     together = lite0_features(drawings, batch_size=2)
     assert together.shape == (3, 1280)
     assert torch.allclose(together, torch.cat([lite0_features([drawing]) for drawing in drawings]), atol=1e-4)

@@ -16,13 +16,12 @@ from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.conditions import find
 from controlkit.controls.ctrlora import BaseControlNet
-from controlkit.data.icons import IconSets, draw
 from controlkit.data.pairs import write_pairs
 from controlkit.evaluation.adapt import adapt
 from controlkit.evaluation.control import Judged, evaluate_control, judged_pairs
 from controlkit.formats.load import load_control, save_control
-from controlkit.training.conditions_objective import ConditionsObjective
-from controlkit.training.pairs_objective import PairsObjective
+from controlkit.nano.icons import IconSets, draw
+from controlkit.training.control_objective import ControlObjective
 from controlkit.training.recipes import recipes
 from controlkit.training.run import run
 from tiny import randomise_zero_convolutions
@@ -84,11 +83,11 @@ def acting(control):
 
 
 def test_a_preview_of_pairs_scores_as_evaluate_does(adapt_recipe, tmp_path):
-    objective = PairsObjective(adapt_recipe, CPU)
+    objective = ControlObjective(adapt_recipe, CPU)
     acting(objective.control)
     objective.control.eval()
     (score,) = objective.preview(1, tmp_path).values()
-    judged = judged_pairs(objective.held_out, objective.base.size)
+    judged = judged_pairs(objective.source.of["palette"].held_out, objective.base.size)
     scores = {
         mode: evaluate_control(objective.base, objective.control, [judged], steps=10, mode=mode)[0]
         for mode in (None, "balanced")
@@ -99,11 +98,11 @@ def test_a_preview_of_pairs_scores_as_evaluate_does(adapt_recipe, tmp_path):
 
 
 def test_a_preview_of_icons_scores_as_evaluate_does(recipe, tmp_path):
-    objective = ConditionsObjective(recipe, CPU)
+    objective = ControlObjective(recipe, CPU)
     randomise_zero_convolutions(objective.control)
     (score,) = objective.preview(1, tmp_path).values()
     held = objective.source.held_out("canny")
-    judged = Judged(name="held", given=held.given, truths=held.truths, prompts=held.prompts)
+    judged = Judged(name="held", given=held.condition_images, truths=held.targets, prompts=held.prompts)
     objective.control.eval()
     same, other = (
         evaluate_control(objective.base, objective.control, [judged], steps=10, mode=mode)[0].facts["held"]["control"]
@@ -144,7 +143,7 @@ def test_an_adapters_card_and_report_are_in_the_base_s_own_mode(adapt_recipe):
 
 def test_the_mode_is_the_base_s(adapt_recipe, monkeypatch):
     monkeypatch.setattr(Base, "default_mode", "balanced")
-    assert PairsObjective(adapt_recipe, CPU).preview_settings["mode"] == "balanced"
+    assert ControlObjective(adapt_recipe, CPU).preview_settings["mode"] == "balanced"
 
 
 def test_a_control_that_acts_on_one_half_alone_is_in_that_mode(recipe, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from controlkit.formats.convert import convert
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.formats.transfer import transfer
-from controlkit.training.base import save_base
+from controlkit.nano.base_objective import save_base
 from tiny import build_tiny_base, fresh_control, randomise_zero_convolutions
 
 

@@ -14,10 +14,10 @@ from controlkit.conditions import find
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.evaluation.control import Steer, draw_controlled
-from controlkit.evaluation.metrics import background_colour
-from controlkit.evaluation.pictures import evaluation_set
+from controlkit.evaluation.sets import evaluation_set
 from controlkit.formats.load import find_control, load_control, shipped_controls
 from controlkit.images import to_tensor
+from controlkit.nano.icons import background_colour
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample
 
@@ -38,7 +38,7 @@ def canny(nano):
 def edges():
     from controlkit.conditions import find
 
-    return to_tensor([find("canny")(evaluation_set("held-out").drawings[0].image)])
+    return to_tensor([find("canny")(evaluation_set("held-out").examples[0].image)])
 
 
 def test_diffusers_draws_with_nano_and_no_code_of_ours(nano):
@@ -110,7 +110,7 @@ def test_a_fresh_controlnet_changes_nothing(nano, edges):
 def test_the_canny_control_steers(nano, canny):
     """Twelve held-out pictures: the edges of the result follow those that were given."""
     condition = find("canny")
-    drawings = evaluation_set("held-out").drawings[:12]
+    drawings = evaluation_set("held-out").examples[:12]
     given = [condition(drawing.image) for drawing in drawings]
     prompts = [drawing.caption for drawing in drawings]
     without, steered = (
@@ -151,7 +151,7 @@ def test_names_of_controls_mean_adapters_where_no_control_is_called_so():
 def test_an_adapter_that_ships_steers(nano, name):
     adapter = load_control(name, nano)
     condition = find(adapter.condition)
-    drawings = evaluation_set("held-out").drawings[:8]
+    drawings = evaluation_set("held-out").examples[:8]
     given = [condition(drawing.image) for drawing in drawings]
     prompts = [drawing.caption for drawing in drawings]
     settings = {"steps": 8, "guidance": 3.0}
@@ -167,7 +167,7 @@ def test_an_adapter_that_ships_steers(nano, name):
 def test_several_adapters_at_once_just_work(tmp_path, nano):
     from controlkit.apps.cli import main
 
-    drawing = evaluation_set("held-out").drawings[0].image
+    drawing = evaluation_set("held-out").examples[0].image
     Image.fromarray(drawing).save(tmp_path / "a.png")
     words = ["generate", "red apple", "--steps", "4", "--out", str(tmp_path / "out")]
     image = tmp_path / "a.png"

@@ -12,10 +12,10 @@ import torch
 
 from controlkit.apps.cli import main
 from controlkit.controls.ctrlora import BaseControlNet
-from controlkit.data.icons import IconSets, draw
 from controlkit.data.pairs import read_pairs, write_pairs
 from controlkit.errors import UserError
 from controlkit.formats.load import save_control
+from controlkit.nano.icons import IconSets, draw
 from controlkit.studies.cells import Cell
 from controlkit.studies.new_condition import NewCondition, run_new_condition
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, claims

@@ -12,8 +12,8 @@ from controlkit.bases.load import load_base
 from controlkit.errors import UserError
 from controlkit.formats.load import load_control
 from controlkit.formats.metadata import read_metadata
-from controlkit.training.conditions_objective import ConditionsObjective
-from controlkit.training.recipes import AutoencoderRecipe, recipes
+from controlkit.training.control_objective import ControlObjective
+from controlkit.training.recipes import recipes
 from controlkit.training.run import choose_device, objective_of
 from controlkit.training.run import run as train_recipe
 
@@ -49,7 +49,7 @@ def changed(before, module):
 
 
 def test_no_gradient_is_ever_made_for_the_base(recipe):
-    objective = ConditionsObjective(recipe, CPU)
+    objective = ControlObjective(recipe, CPU)
     frozen = [parameter for network in objective.base.networks for parameter in network.parameters()]
     assert not any(parameter.requires_grad for parameter in frozen)
     objective.loss(0).backward()
@@ -60,7 +60,7 @@ def test_no_gradient_is_ever_made_for_the_base(recipe):
 
 
 def test_the_first_gradient_reaches_the_zero_convolutions_and_nothing_behind_them(recipe):
-    objective = ConditionsObjective(recipe, CPU)
+    objective = ControlObjective(recipe, CPU)
     objective.loss(0).backward()
     moved = {
         name
@@ -72,7 +72,7 @@ def test_the_first_gradient_reaches_the_zero_convolutions_and_nothing_behind_the
 
 
 def test_training_changes_the_control_and_only_the_control(recipe):
-    objective = ConditionsObjective(recipe, CPU)
+    objective = ControlObjective(recipe, CPU)
     bases = [copies(network) for network in objective.base.networks]
     before = copies(objective.control)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=0.01)
@@ -89,7 +89,7 @@ def test_training_changes_the_control_and_only_the_control(recipe):
 
 
 def test_a_step_always_draws_the_same(recipe):
-    one, two = ConditionsObjective(recipe, CPU), ConditionsObjective(recipe, CPU)
+    one, two = ControlObjective(recipe, CPU), ControlObjective(recipe, CPU)
     assert one.loss(4).item() == two.loss(4).item() == one.loss(4).item()
     assert one.loss(4).item() != one.loss(5).item()
 
@@ -122,24 +122,6 @@ def test_a_continued_run_equals_one_in_one_go(recipe, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_an_autoencoder_continued_equals_one_in_one_go(tmp_path, icons_file):
-    from diffusers import AutoencoderKL
-
-    def recipe(out, steps):
-        return AutoencoderRecipe(
-            out=str(tmp_path / out), icons=str(icons_file), steps=steps, channels=(8, 8), batch_size=2, ema=0.9,
-            min_lr_rate=1.0, warmup_steps=0, preview_every=100, log_every=1, device="cpu",
-        )  # fmt: skip
-
-    scores = train_recipe(recipe("whole", 6))
-    train_recipe(recipe("broken", 3))
-    assert train_recipe(recipe("broken", 6)) == scores
-    assert set(scores) == {"psnr", "latent_std"}
-    a, b = (AutoencoderKL.from_pretrained(tmp_path / out / "vae") for out in ("whole", "broken"))
-    assert a.config.scaling_factor == b.config.scaling_factor
-    assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -166,7 +148,7 @@ def test_a_control_goes_on_from_one_that_there_is(recipe, tmp_path):
     first = f"{recipe.out}/canny.safetensors"
     made = load_control(first, load_base(recipe.base)).state_dict()
     again = dataclasses.replace(recipe, out=str(tmp_path / "again"), start=first)
-    begun = ConditionsObjective(again, CPU)
+    begun = ControlObjective(again, CPU)
     assert {
         name: value for name, value in begun.control.state_dict().items() if not torch.equal(value, made[name])
     } == {}
@@ -185,6 +167,6 @@ def test_what_a_controlnet_cannot_go_on_from_is_said(recipe, base_folder, tmp_pa
     base = load_base(base_folder)
     other = save_control(tmp_path / "shared.safetensors", BaseControlNet.for_base(base), base)
     with pytest.raises(UserError, match=r"shared.*not a ControlNet, which a ControlNet starts from"):
-        ConditionsObjective(dataclasses.replace(recipe, start=str(other)), CPU)
+        ControlObjective(dataclasses.replace(recipe, start=str(other)), CPU)
     with pytest.raises(UserError, match=r"nothing\.safetensors"):
-        ConditionsObjective(dataclasses.replace(recipe, start=str(tmp_path / "nothing.safetensors")), CPU)
+        ControlObjective(dataclasses.replace(recipe, start=str(tmp_path / "nothing.safetensors")), CPU)

@@ -19,10 +19,11 @@ from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.data.multigen import MultiGen
 from controlkit.errors import UserError
 from controlkit.formats.load import load_control
-from controlkit.training.conditions_objective import ConditionsObjective
+from controlkit.training.control_objective import ControlObjective
 from controlkit.training.recipes import read_recipe, recipes
 from controlkit.training.run import run
-from controlkit.training.sources import MultiGenSource
+from controlkit.training.sources.multigen import MultiGenSource
+from controlkit.training.sources.source import Step
 from controlkit.training.state import load_state
 from controlkit.training.trainer import train
 
@@ -71,7 +72,7 @@ def multigen(tmp_path):
 
 
 def test_every_condition_gets_the_same_number_of_optimiser_steps(recipe):
-    objective = ConditionsObjective(recipe, CPU)
+    objective = ControlObjective(recipe, CPU)
     counts = collections.Counter(objective.condition_at(step) for step in range(30))
     assert set(counts.values()) == {10}
     optimizers = []
@@ -120,20 +121,27 @@ def test_multigen_crops_condition_and_picture_alike(multigen):
         MultiGen(multigen, "cany")
 
 
-def test_torn_pairs_are_passed_over_and_told(multigen, tiny_base, capsys):
+def test_torn_pairs_are_passed_over_and_told(multigen, tiny_base, tiny_control, capsys):
     (multigen / "images/4.jpg").write_bytes(b"torn")
-    source = MultiGenSource(str(multigen), ["canny"], tiny_base, held_out=2)
-    batch = source.batch("canny", np.random.default_rng(0), 8, 0.5)
-    assert batch.images.shape == (8, 3, 64, 64) and batch.latents.shape == (8, 4, 16, 16)
-    assert set(batch.prompts) <= {"", "thing 2", "thing 3", "thing 5"}
+    recipe = recipes()["controlnet"](out="x", steps=1, multigen=str(multigen), condition="canny", score_pictures=2)
+    source = MultiGenSource(recipe)
+    source.prepare(tiny_base, tiny_control)
+
+    def batch(count):
+        return source.batch(
+            "canny", Step(number=0, seed=0, global_batch=count, local_slice=slice(None), generator=None)
+        )
+
+    first, again = batch(8), batch(8)
+    assert first.condition_images.shape == (8, 3, 64, 64) and first.latents.shape == (8, 4, 16, 16)
+    assert set(first.text) <= {"", "thing 2", "thing 3", "thing 5"}
     assert "passed over" in capsys.readouterr().err
-    again = source.batch("canny", np.random.default_rng(0), 8, 0.5)
-    assert torch.equal(batch.images, again.images) and torch.equal(batch.latents, again.latents)
-    assert source.held_out("canny").prompts == ["thing 0", "thing 1"]
+    assert torch.equal(first.condition_images, again.condition_images) and torch.equal(first.latents, again.latents)
+    assert list(source.held_out("canny").prompts) == ["thing 0", "thing 1"]
     for number in (2, 3, 5):
         (multigen / f"images/{number}.jpg").unlink()
     with pytest.raises(UserError, match="in a row cannot be read"):
-        source.batch("canny", np.random.default_rng(0), 2, 0.5)
+        batch(2)
 
 
 def test_the_recipe_for_stable_diffusion_trains_on_multigen(multigen, base_folder, tmp_path):
@@ -158,10 +166,10 @@ def test_the_recipe_for_stable_diffusion_trains_on_multigen(multigen, base_folde
     assert (tmp_path / "run" / "hed.safetensors").is_file()
 
 
-def test_neither_or_both_sources_are_refused(recipe):
-    settings = {**vars(recipe), "icons": None}
-    with pytest.raises(UserError, match="either icons or multigen"):
-        recipes()["ctrlora-base"](**settings)
+def test_no_source_of_data_or_two_are_refused(recipe):
+    for change, says in (({"icons": None}, ""), ({"pairs": "pairs"}, ", not icons and pairs")):
+        with pytest.raises(UserError, match=f"either icons, multigen or pairs, where the data comes from{says}$"):
+            recipes()["ctrlora-base"](**{**vars(recipe), **change})
 
 
 def train_together(recipe, tmp_path, start, **environment):
@@ -238,7 +246,7 @@ def test_two_processes_train_what_one_with_the_whole_batch_trains(recipe, tmp_pa
         assert named and apart < 1e-3 * size, (moment, apart / size)
     # Nearly all weights agree.
     start = tmp_path / "start"
-    ConditionsObjective(whole, CPU).save(start)
+    ControlObjective(whole, CPU).save(start)
     for name in ("base", *recipe.conditions):
         before, one, two = (load_file(Path(out) / f"{name}.safetensors") for out in (start, whole.out, halves.out))
         assert before.keys() == one.keys() == two.keys()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from toy_training import Toy, toy_recipe
 
 from controlkit.errors import UserError
-from controlkit.training.conditions_objective import ConditionsObjective
+from controlkit.training.control_objective import ControlObjective
 from controlkit.training.diffusion import TIMES
 from controlkit.training.guards import LossWatch
 from controlkit.training.recipes import recipes
@@ -232,7 +232,7 @@ def test_objectives_tell_their_losses_by_time(tmp_path, base_folder, icons_file)
         out=str(tmp_path / "run"), icons=str(icons_file), base=str(base_folder), condition="canny", steps=3,
         batch_size=6, variants=2, score_pictures=2, device="cpu",
     )  # fmt: skip
-    objective = ConditionsObjective(recipe, torch.device("cpu"))
+    objective = ControlObjective(recipe, torch.device("cpu"))
     assert objective.by_time is None
     loss = objective.loss(1)
     error, power, count = objective.by_time

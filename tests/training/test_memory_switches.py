@@ -18,9 +18,8 @@ from controlkit.data.pairs import write_pairs
 from controlkit.errors import UserError
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
-from controlkit.training.conditions_objective import ConditionsObjective
+from controlkit.training.control_objective import ControlObjective
 from controlkit.training.memory import CPUOffload
-from controlkit.training.pairs_objective import PairsObjective
 from controlkit.training.recipes import recipes
 from controlkit.training.run_folder import fingerprint
 from controlkit.training.trainer import train
@@ -74,22 +73,22 @@ def adapter_recipe(settings, base_control, **changes):
 
 def objective_of(system, settings, base_control, icons_file, **changes):
     if system == "adapter":
-        objective = PairsObjective(adapter_recipe(settings, base_control, **changes), CPU)
+        objective = ControlObjective(adapter_recipe(settings, base_control, **changes), CPU)
         for name, parameter in objective.trained.named_parameters():
             if "lora_layer.up" in name:  # zero at first, which hides the other half
                 tiny_weights(torch.nn.ParameterList([parameter]))
         return objective
     if system == "full":
-        return PairsObjective(recipes()["ctrlora-full"](**settings, control=base_control, **changes), CPU)
+        return ControlObjective(recipes()["ctrlora-full"](**settings, control=base_control, **changes), CPU)
     if system == "controlnet":
-        objective = PairsObjective(recipes()["controlnet-pairs"](**settings, **changes), CPU)
+        objective = ControlObjective(recipes()["controlnet-pairs"](**settings, **changes), CPU)
         tiny.randomise_zero_convolutions(objective.control)
         return objective
     kept = {key: value for key, value in settings.items() if key != "pairs"}
     recipe = recipes()["ctrlora-base"](
         **kept, icons=str(icons_file), conditions=("canny", "palette"), rank=2, variants=1, **changes
     )
-    objective = ConditionsObjective(recipe, CPU)
+    objective = ControlObjective(recipe, CPU)
     for module in objective.trained.modules():
         if isinstance(module, torch.nn.Module) and hasattr(module, "up") and isinstance(module.up, torch.nn.Linear):
             tiny_weights(module.up)
@@ -142,7 +141,7 @@ def test_bf16_stores_what_is_frozen_in_bf16_and_trains_in_float32(system, settin
 
 def test_an_adapter_trained_over_bf16_fits_the_base_control_it_came_from(settings, base_control):
     recipe = adapter_recipe(settings, base_control, precision="bf16", gradient_checkpointing=True)
-    (path,) = train(PairsObjective(recipe, CPU), recipe).files
+    (path,) = train(ControlObjective(recipe, CPU), recipe).files
     told = read_metadata(path)
     assert told["control.base_control_fingerprint"] == read_metadata(base_control)["control.fingerprint"]
     base = load_base(recipe.base)
@@ -155,7 +154,7 @@ def test_an_adapter_trained_over_bf16_fits_the_base_control_it_came_from(setting
 def test_what_is_cached_waits_on_the_cpu_and_comes_back_for_previews(settings, base_control, tmp_path, monkeypatch):
     moves = []
     monkeypatch.setattr(CPUOffload, "_move", lambda self, device: moves.append(device))
-    objective = PairsObjective(adapter_recipe(settings, base_control), CPU)
+    objective = ControlObjective(adapter_recipe(settings, base_control), CPU)
     objective.offload.device = torch.device("cuda")
     assert moves == [CPU]
     objective.preview(1, tmp_path)

@@ -24,9 +24,9 @@ from controlkit.data.sources import Drawn
 from controlkit.errors import UserError
 from controlkit.formats.load import save_control
 from controlkit.images import to_tensor
+from controlkit.training.control_objective import ControlObjective
 from controlkit.training.diffusion import noised
 from controlkit.training.pair_cache import PairCache
-from controlkit.training.pairs_objective import PairsObjective
 from controlkit.training.recipe import identifying
 from controlkit.training.recipes import recipes
 from controlkit.training.run import run
@@ -76,6 +76,15 @@ def encoded(monkeypatch):
     monkeypatch.setattr(Base, "encode_picture", encode_picture)
     monkeypatch.setattr(StableDiffusion, "encode_text", encode_text)
     return counts
+
+
+def pairs_of(objective):
+    (own,) = objective.source.of.values()
+    return own
+
+
+def flips_of(objective, step):
+    return pairs_of(objective).flips(objective.draw(step))
 
 
 def everything(rows):
@@ -181,16 +190,16 @@ def test_embeddings_of_several_parts_and_of_bfloat16_come_back(folder):
 
 def plain_loss(objective, step):
     """The loss as it is without a cache and without flips."""
-    pairs, base = objective.pairs, objective.base
+    pairs, base = pairs_of(objective).pairs, objective.base
     given, truths = zip(*(pair.images(64) for pair in pairs), strict=True)
     z = base.encode_picture(to_tensor(truths) * 2 - 1).half()
     hint = objective.control.encode(to_tensor(given), base).half()
     generator = objective.torch_generator(step)
-    chosen = torch.from_numpy(objective.numpy_generator(step).integers(len(pairs), size=objective.whole))
-    dropped = torch.rand(objective.whole, generator=generator) < objective.recipe.prompt_drop
+    chosen = torch.from_numpy(objective.numpy_generator(step).integers(len(pairs), size=objective.global_batch))
+    dropped = torch.rand(objective.global_batch, generator=generator) < objective.recipe.prompt_drop
     prompts = ["" if drop else pairs[index].prompt for index, drop in zip(chosen.tolist(), dropped, strict=True)]
     text = base.encode_text(prompts)
-    drawn = noised(objective.base.schedule, z[chosen].float(), generator, objective.whole, slice(None))
+    drawn = noised(objective.base.schedule, z[chosen].float(), generator, objective.global_batch, slice(None))
     residuals = objective.control(drawn.x_t, drawn.t, text, hint[chosen].float())
     return drawn.loss(base.predict(drawn.x_t, drawn.t, text, residuals))
 
@@ -202,16 +211,18 @@ def moved(objective):
 
 
 def test_a_step_draws_what_it_drew_before_there_was_a_cache(recipe):
-    objective = moved(PairsObjective(recipe, CPU))
+    objective = moved(ControlObjective(recipe, CPU))
     for step in (0, 7):
         assert torch.allclose(objective.loss(step), plain_loss(objective, step), atol=1e-6)
 
 
 def test_prompts_are_dropped_at_random_in_every_step(recipe):
-    objective = PairsObjective(dataclasses.replace(recipe, prompt_drop=0.5, batch_size=8), CPU)
+    objective = ControlObjective(dataclasses.replace(recipe, prompt_drop=0.5, batch_size=8), CPU)
     asked = []
-    gather = objective.texts.gather
-    objective.texts.gather = lambda chosen: asked.append(chosen == objective.empty) or gather(chosen)
+    gather = pairs_of(objective).texts.gather
+    pairs_of(objective).texts.gather = lambda chosen: (
+        asked.append(chosen == pairs_of(objective).empty) or gather(chosen)
+    )
     for step in range(12):
         objective.loss(step)
     dropped = torch.stack(asked).float()
@@ -219,91 +230,96 @@ def test_prompts_are_dropped_at_random_in_every_step(recipe):
 
 
 def test_damaged_rows_are_made_again_in_the_middle_of_a_step_that_runs_under_autocast(recipe, cache, encoded, capsys):
-    truth = PairsObjective(recipe, CPU)
+    truth = ControlObjective(recipe, CPU)
     for kind in ("latents", "hints", "texts"):
         damage_rows(cache, kind)
     encoded.update(pictures=0, prompts=0)
-    objective = PairsObjective(recipe, CPU)
+    objective = ControlObjective(recipe, CPU)
     assert encoded == {"pictures": 0, "prompts": 0}
     with torch.autocast("cpu", torch.bfloat16):
         for step in range(6):
             objective.loss(step).backward()
     assert encoded == {"pictures": 2, "prompts": 1}
     assert capsys.readouterr().err.count("damaged rows") == 3
-    for mine, theirs in ((objective.latents, truth.latents), (objective.encoded, truth.encoded)):
+    for mine, theirs in (
+        (pairs_of(objective).latents, pairs_of(truth).latents),
+        (pairs_of(objective).hints, pairs_of(truth).hints),
+    ):
         rebuilt = everything(mine)
         # One picture at a time is rounded otherwise than a batch, at the last of fp16's bits.
         assert torch.allclose(rebuilt.float(), everything(theirs).float(), atol=2e-3)
 
 
 def test_a_run_that_stores_frozen_weights_in_bf16_looks_at_every_row_before(recipe, cache, encoded):
-    truth = everything(PairsObjective(recipe, CPU).latents)
+    truth = everything(pairs_of(ControlObjective(recipe, CPU)).latents)
     for kind in ("latents", "hints", "texts"):
         damage_rows(cache, kind)
     encoded.update(pictures=0, prompts=0)
-    objective = PairsObjective(dataclasses.replace(recipe, precision="bf16"), CPU)
+    objective = ControlObjective(dataclasses.replace(recipe, precision="bf16"), CPU)
     assert encoded == {"pictures": 2, "prompts": 1}
     with torch.autocast("cpu", torch.bfloat16):
         for step in range(4):
             objective.loss(step)
     assert encoded == {"pictures": 2, "prompts": 1}
-    rebuilt = everything(objective.latents)
+    rebuilt = everything(pairs_of(objective).latents)
     assert torch.allclose(rebuilt.float(), truth.float(), atol=2e-3)  # bf16 would be further away
-    assert torch.equal(everything(PairsObjective(recipe, CPU).latents), rebuilt)
+    assert torch.equal(everything(pairs_of(ControlObjective(recipe, CPU)).latents), rebuilt)
 
 
 def test_pairs_are_scaled_and_mirrored_as_their_condition_is(recipe, encoded):
-    plain = PairsObjective(dataclasses.replace(recipe, flip=True), CPU)
+    plain = ControlObjective(dataclasses.replace(recipe, flip=True), CPU)
     encoded.update(pictures=0)
-    normals = PairsObjective(dataclasses.replace(recipe, flip=True, condition="normal"), CPU)
+    normals = ControlObjective(dataclasses.replace(recipe, flip=True, condition="normal"), CPU)
     # The pictures are the same and their latents stay; the condition images are turned in another way.
-    assert encoded["pictures"] == 2 * len(normals.pairs)
-    assert torch.equal(everything(plain.latents), everything(normals.latents))
+    assert encoded["pictures"] == 2 * len(pairs_of(normals).pairs)
+    assert torch.equal(everything(pairs_of(plain).latents), everything(pairs_of(normals).latents))
     chosen, flipped = torch.tensor([0, 1]), torch.tensor([False, True])
-    given = [normals.pairs[index].images(64)[0] for index in (0, 1)]
+    given = [pairs_of(normals).pairs[index].images(64)[0] for index in (0, 1)]
     given[1] = given[1][:, ::-1].copy()
     given[1][..., 0] = 255 - given[1][..., 0]
     hints = normals.control.encode(to_tensor(given), normals.base)
-    assert torch.allclose(normals.hints(chosen, flipped), hints, atol=2e-3)
+    assert torch.allclose(pairs_of(normals).hint(chosen, flipped), hints, atol=2e-3)
     with pytest.raises(UserError, match="finished images of openpose cannot be mirrored"):
-        PairsObjective(dataclasses.replace(recipe, flip=True, condition="openpose"), CPU)
-    PairsObjective(dataclasses.replace(recipe, condition="openpose"), CPU)
+        ControlObjective(dataclasses.replace(recipe, flip=True, condition="openpose"), CPU)
+    ControlObjective(dataclasses.replace(recipe, condition="openpose"), CPU)
 
 
 def test_flipped_pairs_are_flipped_on_both_sides_half_of_the_time(recipe, encoded):
-    objective = PairsObjective(dataclasses.replace(recipe, flip=True, batch_size=16), CPU)
-    assert encoded["pictures"] == 2 * 2 * len(objective.pairs)
-    flips = torch.stack([objective.flips(step) for step in range(20)])
+    objective = ControlObjective(dataclasses.replace(recipe, flip=True, batch_size=16), CPU)
+    assert encoded["pictures"] == 2 * 2 * len(pairs_of(objective).pairs)
+    flips = torch.stack([flips_of(objective, step) for step in range(20)])
     assert 0.35 < flips.float().mean() < 0.65
-    assert torch.equal(objective.flips(3), objective.flips(3)) and not torch.equal(flips[3], flips[4])
+    assert torch.equal(flips_of(objective, 3), flips_of(objective, 3)) and not torch.equal(flips[3], flips[4])
     chosen, flipped = torch.tensor([0, 1, 2, 1]), torch.tensor([True, False, True, True])
-    given, truths = zip(*(objective.pairs[index].images(64) for index in chosen.tolist()), strict=True)
+    given, truths = zip(*(pairs_of(objective).pairs[index].images(64) for index in chosen.tolist()), strict=True)
 
     def turned(images):
         return to_tensor([image[:, ::-1] if flip else image for image, flip in zip(images, flipped, strict=True)])
 
     latents = objective.base.encode_picture(turned(truths) * 2 - 1).half()
-    assert torch.allclose(objective.latents.gather(chosen, flipped).float(), latents.float(), atol=2e-3)
+    assert torch.allclose(pairs_of(objective).latents.gather(chosen, flipped).float(), latents.float(), atol=2e-3)
     hints = objective.control.encode(turned(given), objective.base)
-    assert torch.allclose(objective.hints(chosen, flipped), hints, atol=2e-3)
+    assert torch.allclose(pairs_of(objective).hint(chosen, flipped), hints, atol=2e-3)
     settings = {**vars(recipe), "flip": True}
     shared = {key: settings[key] for key in ("out", "pairs", "base", "flip")}
-    network = PairsObjective(recipes()["controlnet-pairs"](**shared, device="cpu"), CPU)
+    network = ControlObjective(recipes()["controlnet-pairs"](**shared, device="cpu"), CPU)
     with torch.no_grad():
         expected = network.control.encode(turned(given), network.base)
-        assert torch.equal(network.hints(chosen, flipped), expected)
+        images = pairs_of(network).condition_images(chosen, flipped)
+        assert torch.equal(network.control.encode(images, network.base), expected)
+    assert pairs_of(network).hint(chosen, flipped) is None
     # A step that mirrors some of its pairs trains on them mirrored.
-    assert objective.flips(0).any() and network.flips(0).any()
+    assert flips_of(objective, 0).any() and flips_of(network, 0).any()
     for one in (objective, network):
         moved(one)
         mirrored = one.loss(0)
-        one.flips = lambda _, one=one: torch.zeros(one.whole, dtype=torch.bool)
+        pairs_of(one).flips = lambda step: torch.zeros(step.global_batch, dtype=torch.bool)
         assert mirrored.isfinite() and not torch.equal(one.loss(0), mirrored)
 
 
 def test_flips_change_neither_what_else_a_step_draws_nor_runs_without_them(recipe):
-    without, flipping = PairsObjective(recipe, CPU), PairsObjective(dataclasses.replace(recipe, flip=True), CPU)
-    flipping.flips = without.flips
+    without, flipping = ControlObjective(recipe, CPU), ControlObjective(dataclasses.replace(recipe, flip=True), CPU)
+    pairs_of(flipping).flips = pairs_of(without).flips
     assert torch.equal(without.loss(5), flipping.loss(5))
     # As it was before there was this setting.
     counted = identifying(recipe)
@@ -317,11 +333,11 @@ def test_a_cache_that_cannot_be_written_is_named_before_training(recipe, tmp_pat
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="CONTROLKIT_CACHE"):
-        PairsObjective(recipe, CPU)
+        ControlObjective(recipe, CPU)
 
 
 def test_a_whole_cache_that_cannot_be_written_is_read(recipe, cache, encoded):
-    expected = PairsObjective(recipe, CPU).loss(0)
+    expected = ControlObjective(recipe, CPU).loss(0)
     assert encoded["pictures"] > 0 and encoded["prompts"] > 0
     encoded.update(pictures=0, prompts=0)
     paths = [cache, *cache.rglob("*")]
@@ -329,7 +345,7 @@ def test_a_whole_cache_that_cannot_be_written_is_read(recipe, cache, encoded):
     for path in paths:
         os.chmod(path, 0o555 if path.is_dir() else 0o444)
     try:
-        loss = PairsObjective(recipe, CPU).loss(0)
+        loss = ControlObjective(recipe, CPU).loss(0)
     finally:
         for path in paths:
             os.chmod(path, 0o755)

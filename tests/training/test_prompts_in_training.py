@@ -15,12 +15,12 @@ from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.data.pairs import write_pairs
 from controlkit.errors import UserError
 from controlkit.formats.load import save_control
+from controlkit.training.control_objective import ControlObjective
 from controlkit.training.pair_cache import PairCache
-from controlkit.training.pairs_objective import PairsObjective
 from controlkit.training.recipe import identifying
 from controlkit.training.recipes import recipes
 from controlkit.training.run import run
-from controlkit.training.sources import MultiGenSource
+from controlkit.training.sources.multigen import MultiGenSource
 
 CPU = torch.device("cpu")
 CAPTIONS = ["red apple", "a fruit", "something red"]
@@ -43,6 +43,11 @@ def recipe(folder, base_folder, tiny_base, tmp_path):
     )
 
 
+def pairs_of(objective):
+    (own,) = objective.source.of.values()
+    return own
+
+
 def rewrite(folder, **changes):
     """Change every line of prompt.json."""
     lines = [json.loads(line) for line in (folder / "prompt.json").read_text().splitlines()]
@@ -50,9 +55,9 @@ def rewrite(folder, **changes):
 
 
 def test_one_of_several_captions_is_drawn_in_each_step(recipe, folder, monkeypatch):
-    plain = PairsObjective(recipe, CPU)
+    plain = ControlObjective(recipe, CPU)
     rewrite(folder, prompt=CAPTIONS)
-    objective = PairsObjective(recipe, CPU)
+    objective = ControlObjective(recipe, CPU)
     drawn = Counter()
     for step in range(100):
         seen = objective.seen(step)
@@ -63,8 +68,10 @@ def test_one_of_several_captions_is_drawn_in_each_step(recipe, folder, monkeypat
     assert set(drawn) == set(CAPTIONS) and min(drawn.values()) > 80
 
     given = []
-    gather = type(objective.texts).gather
-    monkeypatch.setattr(type(objective.texts), "gather", lambda self, rows: given.append(rows) or gather(self, rows))
+    gather = type(pairs_of(objective).texts).gather
+    monkeypatch.setattr(
+        type(pairs_of(objective).texts), "gather", lambda self, rows: given.append(rows) or gather(self, rows)
+    )
     objective.loss(7)
     prompts = sorted({"", *CAPTIONS})
     assert [repr(prompts[row]) for row in given[0]] == [text.rpartition(": ")[2] for text in objective.seen(7)]
@@ -72,16 +79,16 @@ def test_one_of_several_captions_is_drawn_in_each_step(recipe, folder, monkeypat
 
 def test_every_caption_has_its_own_embedding(recipe, folder):
     rewrite(folder, prompt=CAPTIONS)
-    objective = PairsObjective(recipe, CPU)
-    rows, first, empty = objective.cache.texts()
+    objective = ControlObjective(recipe, CPU)
+    rows, first, empty = pairs_of(objective).cache.texts()
     text = objective.base.encode_text(CAPTIONS)
     assert torch.equal(
-        rows.gather(torch.tensor([objective.cache.positions[one] for one in CAPTIONS])).tokens, text.tokens
+        rows.gather(torch.tensor([pairs_of(objective).cache.positions[one] for one in CAPTIONS])).tokens, text.tokens
     )
-    assert len(rows) == 4 and objective.cache.positions[""] == empty
-    assert first.tolist() == [objective.cache.positions[CAPTIONS[0]]] * len(objective.pairs)
+    assert len(rows) == 4 and pairs_of(objective).cache.positions[""] == empty
+    assert first.tolist() == [pairs_of(objective).cache.positions[CAPTIONS[0]]] * len(pairs_of(objective).pairs)
     before = objective.data
-    swapped = [dataclasses.replace(pair, more_prompts=pair.more_prompts[::-1]) for pair in objective.pairs]
+    swapped = [dataclasses.replace(pair, more_prompts=pair.more_prompts[::-1]) for pair in pairs_of(objective).pairs]
     assert PairCache(objective.base, swapped).content() != before
 
 
@@ -97,13 +104,13 @@ def test_a_run_that_was_interrupted_draws_the_same_captions(recipe, folder, tmp_
 
 
 def test_empty_and_long_prompts_are_told_before_training(recipe, folder, capsys):
-    PairsObjective(recipe, CPU)
+    ControlObjective(recipe, CPU)
     assert "prompts are" not in capsys.readouterr().err
     lines = [json.loads(line) for line in (folder / "prompt.json").read_text().splitlines()]
     for line, prompt in zip(lines, (" ", None, ["apple " * 100, "short"], "plain"), strict=True):
         line["prompt"] = prompt
     (folder / "prompt.json").write_text("\n".join(map(json.dumps, lines)))
-    objective = PairsObjective(recipe, CPU)
+    objective = ControlObjective(recipe, CPU)
     told = capsys.readouterr().err
     assert "note: 2 of 5 prompts are empty\n" in told
     tokens = objective.base.prompt_tokens
@@ -115,16 +122,16 @@ def test_empty_and_long_prompts_are_told_before_training(recipe, folder, capsys)
 
 def test_recipes_name_columns(recipe, folder, capsys):
     rewrite(folder, words="of another column", source="../pairs/source/00000.png")
-    objective = PairsObjective(dataclasses.replace(recipe, caption_column="words"), CPU)
-    assert {pair.prompt for pair in objective.pairs} == {"of another column"}
+    objective = ControlObjective(dataclasses.replace(recipe, caption_column="words"), CPU)
+    assert {pair.prompt for pair in pairs_of(objective).pairs} == {"of another column"}
     rewrite(folder, source="../elsewhere.png")
     (folder / "source/00000.png").rename(folder.parent / "elsewhere.png")
-    PairsObjective(recipe, CPU)
+    ControlObjective(recipe, CPU)
     assert "1 of the 5 files" in capsys.readouterr().err
     with pytest.raises(
         UserError, match=r"caption_column is 'word', and .* its columns are source, target, prompt, words"
     ):
-        PairsObjective(dataclasses.replace(recipe, caption_column="word"), CPU)
+        ControlObjective(dataclasses.replace(recipe, caption_column="word"), CPU)
 
 
 def test_runs_from_before_columns_could_be_named_go_on(recipe):
@@ -137,6 +144,7 @@ def test_empty_and_long_prompts_of_multigen_are_told(tmp_path, tiny_base):
     lines = [{"source": "0.png", "control_hed": "0.png", "prompt": prompt} for prompt in prompts]
     (tmp_path / "json_files").mkdir()
     (tmp_path / "json_files/aesthetics_plus_all_group_hed_all.json").write_text("\n".join(map(json.dumps, lines)))
-    told = MultiGenSource(str(tmp_path), ["hed"], tiny_base, held_out=2).notes()
+    recipe = recipes()["controlnet"](out="x", steps=1, multigen=str(tmp_path), condition="hed", score_pictures=2)
+    told = MultiGenSource(recipe).notes(tiny_base)
     assert told[0] == "hed: 4 of 7 prompts are empty"
     assert told[1].startswith("hed: 1 of 7 prompts are longer than the")

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controlkit.errors import UserError
-from controlkit.training.recipes import AutoencoderRecipe, build_recipe, read_recipe, recipes
+from controlkit.nano.recipes import AutoencoderRecipe
+from controlkit.training.recipes import build_recipe, read_recipe, recipes
 from controlkit.training.run_folder import fingerprint
 from controlkit.training.schedule import Schedule
 
@@ -191,10 +192,3 @@ def test_without_a_word_arithmetic_on_a_processor_is_float32(precision, expected
     path = Path(__file__).parents[2] / "recipes/sd15/ctrlora-adapter.yaml"
     recipe = read_recipe(path, [f"precision={precision}"])
     assert uses_bf16(recipe, torch.device("cpu")) is expected
-
-
-def test_a_base_has_attention_for_each_of_its_channels():
-    with pytest.raises(UserError, match="attention has 2 entries and channels 3"):
-        build_recipe(
-            {"system": "base", "out": "x", "steps": 1, "icons": "y", "start": "nano", "attention": [False, True]}
-        )

@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> None:
 def _of_base(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]:
     from controlkit.bases.load import load_base
     from controlkit.errors import UserError
-    from controlkit.evaluation.base import base_grid, evaluate_base
     from controlkit.images import write_png
+    from controlkit.nano.evaluate_base import base_grid, evaluate_base
 
     for name in ("base", "sets", "pairs", "share", "pictures", "weight", "mode"):
         if hasattr(args, name):
@@ -108,26 +108,23 @@ def _of_base(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]
 
 def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]:
     from controlkit.bases.load import load_base
-    from controlkit.errors import UserError, nearest
+    from controlkit.errors import UserError
     from controlkit.evaluation.control import evaluate_control, evaluate_controls, judged_pairs
-    from controlkit.evaluation.pictures import SETS, evaluation_set
+    from controlkit.evaluation.sets import evaluation_set
     from controlkit.formats.load import load_control
     from controlkit.images import write_png
 
     chosen, count = getattr(args, "sets", ["held-out", "openmoji"]), getattr(args, "pictures", 96)
-    for name in chosen:
-        if name not in SETS:
-            raise UserError(f"there is no set of pictures called {name!r}{nearest(name, list(SETS))}")
     if count < 1:
         raise UserError(f"--pictures {count}: at least one is needed")
     for option, names in (("--sets", chosen), ("evaluate control", args.names)):
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"{option}: {twice} is there twice; name each once")
     pairs = _held_out(args, count)
+    sets = [] if pairs else [evaluation_set(name).first(count) for name in chosen]
     base = load_base(getattr(args, "base", "nano"), device=args.device)
     shared: dict[str, Any] = {}
     controls = {name: load_control(name, base, shared=shared) for name in args.names}
-    sets = [evaluation_set(name).first(count) for name in chosen]
     if pairs:
         if len(controls) > 1:
             raise UserError(f"--pairs are of one condition: judge one control by them, not {len(controls)}")

@@ -3,17 +3,22 @@
     controlkit train recipes/nano/controlnet-canny.yaml --set steps=3000
     controlkit train ctrlora-adapter        # lists the settings of a system
 
-Systems: controlnet, controlnet-pairs, ctrlora-base, ctrlora-adapter, ctrlora-full, base, autoencoder
-(docs/training.md).
+Systems: controlnet, ctrlora-base, ctrlora-adapter, ctrlora-full, base, autoencoder, ... (docs/training.md). A control
+trains from `icons`, `multigen` or `pairs`, whichever its recipe names.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from controlkit.apps.show import add_json, print_json, print_table
 from controlkit.errors import UserError
+
+if TYPE_CHECKING:
+    from controlkit.settings import Setting
+    from controlkit.training.recipe import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,12 +54,27 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name}: {value:.4g}{how}")
 
 
-def _list(kind: type, as_json: bool) -> None:
+def _list(kind: type[Recipe], as_json: bool) -> None:
+    """Every setting, with the sources of data that have it; one with two defaults is listed twice."""
     from controlkit.settings import describe_settings
+    from controlkit.training.recipes import by_source
 
-    told = describe_settings(kind)
+    choice: dict[str, type[Recipe]] = {**by_source(kind)}
+    told: dict[str, tuple[Setting, list[str]]] = {}
+    for source, recipe in (choice or {"": kind}).items():
+        for setting in describe_settings(recipe):
+            told.setdefault(repr(setting), (setting, []))[1].append(source)
     if as_json:
-        print_json([vars(setting) for setting in told])
+        print_json([{**vars(one), "sources": [name for name in found if name]} for one, found in told.values()])
         return
-    rows = [(one.name, "required" if one.required else str(one.default), one.what) for one in told]
-    print_table(kind.__doc__ or "", ("setting", "default", "what it is"), rows)
+    everywhere = [*choice] or [""]
+    rows = [
+        (
+            one.name,
+            "required" if one.required else str(one.default),
+            "" if found == everywhere else ", ".join(found),
+            one.what,
+        )
+        for one, found in sorted(told.values(), key=lambda row: row[1] != everywhere)
+    ]
+    print_table(kind.__doc__ or "", ("setting", "default", "only with", "what it is"), rows)

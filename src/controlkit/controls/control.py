@@ -69,14 +69,14 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One way to train a system: a `system` of recipes."""
+    """One way to train a system: a `system` of recipes, from any source of data."""
 
     system: str
     """What recipes call it."""
-    data: Literal["pairs", "conditions"]
-    """From pairs of condition image and image, or on images whose condition images are made or listed beside them."""
+    also: tuple[str, ...] = ()
+    """Other names for it in recipes."""
     several: bool = False
-    """Whether it trains several conditions at once; only for `conditions`."""
+    """Whether it trains several conditions at once."""
     options: type | None = None
     """A dataclass whose fields are more settings of the recipe, or other defaults of those there are. A field called
     `start` or `control` names a control's file: the companion where the system has one, else what to go on from."""
@@ -115,7 +115,7 @@ class Control(nn.Module, ABC):
     Options: ClassVar[type | None] = None
     """A dataclass of the keyword options of `for_base`; they are settings of its recipes, too."""
     trainings: ClassVar[tuple[Training, ...] | None] = None
-    """Ways to train it; None is KIND on images whose condition images are made, and KIND-pairs from pairs."""
+    """Ways to train it; None is one condition with the settings of `Options`, as KIND or KIND-pairs."""
     hint_is_frozen: ClassVar[bool] = False
     """Whether `encode` depends on no weight but the base's autoencoder's, so that training makes hints once and caches
     them."""

@@ -69,13 +69,8 @@ def trainings_of(kind: type[Control]) -> tuple[Training, ...]:
     """The ways to train a system."""
     if kind.trainings is not None:
         return kind.trainings
-    words = f"{kind.title[0].upper()}{kind.title[1:]}"
-    return (
-        Training(system=kind.kind, data="conditions", options=kind.Options, doc=f"{words}, one condition."),
-        Training(
-            system=f"{kind.kind}-pairs", data="pairs", options=kind.Options, doc=f"{words} from a folder of pairs."
-        ),
-    )
+    doc = f"{kind.title[0].upper()}{kind.title[1:]}, one condition."
+    return (Training(system=kind.kind, also=(f"{kind.kind}-pairs",), options=kind.Options, doc=doc),)
 
 
 def role_of(kind: type[Control]) -> str:
@@ -93,12 +88,13 @@ def _load() -> None:
     for module in pkgutil.iter_modules(controls.__path__):
         import_module(f"{controls.__name__}.{module.name}")
     for point in entry_points(group=ENTRY_POINTS):
-        _load_own(f"the module {point.value} of the entry point {point.name}", point.load)
+        load_own(f"the module {point.value} of the entry point {point.name}", point.load)
     for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
-        _load_own(f"{name}, named by {VARIABLE},", partial(_import, name))
+        load_own(f"{name}, named by {VARIABLE},", partial(_import, name))
 
 
-def _load_own(what: str, load: Callable[[], object]) -> None:
+def load_own(what: str, load: Callable[[], object]) -> None:
+    """Load a module that is not ours; whatever it raises becomes one sentence about `what`."""
     try:
         load()
     except UserError:

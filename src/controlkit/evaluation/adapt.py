@@ -16,8 +16,8 @@ from controlkit.formats.load import load_control
 from controlkit.images import write_png
 from controlkit.training.log import spent
 from controlkit.training.recipe import Recipe
-from controlkit.training.recipes import PairsRecipe
 from controlkit.training.run import run
+from controlkit.training.sources.pairs import PairSettings
 
 MOST_JUDGED = 64
 """At most so many held-out pairs are drawn."""
@@ -35,20 +35,22 @@ class Adapted:
 
 def adapt(recipe: Recipe) -> Adapted:
     """Train the control of a recipe from pairs and score it on its held-out pairs, with baseline and ceiling."""
-    if not isinstance(recipe, PairsRecipe):
-        raise UserError(f"adapt needs a recipe that trains a control from pairs, and system {recipe.system} does not")
+    if not isinstance(recipe, PairSettings):
+        raise UserError(
+            f"adapt needs a recipe that trains a control from pairs, and this one of system {recipe.system} does not"
+        )
     started = time.perf_counter()
     run(recipe)
     trained = time.perf_counter()
     folder = Path(recipe.out)
     base = load_base(recipe.base, device=choose_device(recipe.device))
-    path = folder / f"{recipe.name}.safetensors"
+    path = folder / f"{recipe.control_name}.safetensors"
     shared = {}
     if recipe.control_class.companion is not None and recipe.started_from is not None:
         companion = load_control(recipe.started_from, base)
         shared[companion.fingerprint()] = companion
     control = load_control(path, base, shared=shared)
-    _, held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition, recipe.columns), recipe.held_out)
+    _, held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition_names[0], recipe.columns), recipe.held_out)
     report, sheet = evaluate_control(base, control, [judged_pairs(held_out[:MOST_JUDGED], base.size)])
     write_png(folder / "held-out.png", sheet)
     write_card(path, scores=report.to_markdown(), picture="held-out.png", seconds=spent(folder))

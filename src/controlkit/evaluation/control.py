@@ -16,9 +16,9 @@ from controlkit.conditions.fidelity import by_the_picture
 from controlkit.controls.control import Control, encode_images, takes_one_image, words_of_inputs
 from controlkit.data.pairs import Pair
 from controlkit.errors import UserError
-from controlkit.evaluation.base import draw_prompts, reconstruct
-from controlkit.evaluation.pictures import EvaluationSet
 from controlkit.evaluation.report import Report, Row, gap_closed
+from controlkit.evaluation.sampling import draw_prompts, reconstruct
+from controlkit.evaluation.sets import EvaluationSet, Example
 from controlkit.evaluation.settings import condition_settings, content_of, control_settings, seeds_of, set_settings
 from controlkit.files import sha256_of
 from controlkit.images import contact_sheet, resize_cover, to_images, to_tensor
@@ -42,7 +42,7 @@ class Judged:
     """Those that each condition image was made with; None if all were made with the defaults."""
 
 
-AnySet = TypeVar("AnySet", EvaluationSet, Judged, EvaluationSet | Judged)
+AnySet = TypeVar("AnySet", EvaluationSet[Example], Judged, EvaluationSet[Example] | Judged)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +56,11 @@ class Steer:
     """Of `request.MODES`; None is the base's own."""
 
 
-def judged_drawings(condition: conditions.Condition, pictures: EvaluationSet, size: int) -> Judged:
-    """The condition images of pictures that ship, which are 64 x 64 and are scaled to `size` x `size` first."""
-    truths = [np.asarray(resize_cover(Image.fromarray(drawing.image), size, size)) for drawing in pictures.drawings]
-    prompts = [drawing.caption for drawing in pictures.drawings]
-    return Judged(name=pictures.name, given=[condition(truth) for truth in truths], truths=truths, prompts=prompts)
+def judged_examples(condition: conditions.Condition, examples: EvaluationSet[Example], size: int) -> Judged:
+    """A set's images, scaled to `size` x `size`, with condition images made of them."""
+    truths = [np.asarray(resize_cover(Image.fromarray(image), size, size)) for image in examples.images]
+    given = [condition(truth) for truth in truths]
+    return Judged(name=examples.name, given=given, truths=truths, prompts=examples.captions)
 
 
 def judged_pairs(pairs: Sequence[Pair], size: int) -> Judged:
@@ -102,7 +102,7 @@ def draw_ends(
 def evaluate_control(
     base: Base,
     control: Control,
-    sets: Sequence[EvaluationSet | Judged],
+    sets: Sequence[EvaluationSet[Example] | Judged],
     *,
     steps: int = DEFAULT_STEPS,
     guidance: float | None = None,
@@ -162,7 +162,7 @@ def evaluate_control(
 def evaluate_controls(
     base: Base,
     controls: Mapping[str, Control],
-    sets: Sequence[EvaluationSet],
+    sets: Sequence[EvaluationSet[Example]],
     *,
     steps: int = DEFAULT_STEPS,
     guidance: float | None = None,
@@ -203,7 +203,7 @@ def evaluate_controls(
         for title, group in ((name, judgements[0].judged.given), ("result", judgements[0].steered)):
             strips.append([Image.fromarray(image) for image in group[:_SHOWN]])
             titles.append(title)
-    strips.append([Image.fromarray(drawing.image) for drawing in sets[0].drawings[:_SHOWN]])
+    strips.append([Image.fromarray(image) for image in sets[0].images[:_SHOWN]])
     report = Report(
         title="Condition following",
         columns=("control, pictures", "measure", "no control", "control", "ceiling", "gap closed"),
@@ -268,7 +268,7 @@ class _Judgement:
 def _judge(
     base: Base,
     control: Control,
-    pictures: EvaluationSet | Judged,
+    pictures: EvaluationSet[Example] | Judged,
     ends: dict[str, Ends],
     *,
     steps: int,
@@ -282,7 +282,7 @@ def _judge(
     if not takes_one_image(control):
         raise UserError(f"{control.title} takes {words_of_inputs(control)}; evaluation gives one condition image alone")
     condition, notes = _measured(conditions.find(control.condition))
-    judged = pictures if isinstance(pictures, Judged) else judged_drawings(condition, pictures, base.size)
+    judged = pictures if isinstance(pictures, Judged) else judged_examples(condition, pictures, base.size)
     sampling = sampling_settings(base, steps=steps, guidance=guidance, sampler=sampler)
     key = sha256_of(base.content, content_of(judged.truths, judged.prompts), repr(sampling))
     if key not in ends:

@@ -1,15 +1,13 @@
-"""Numbers from pictures."""
+"""Image metrics: PSNR, SSIM, Frechet distance, joint Frechet distance, retrieval."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from controlkit.data.icons import COLOURS
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
 
@@ -50,22 +48,6 @@ def joint_frechet_distance(a: Tensor, a_given: Tensor, b: Tensor, b_given: Tenso
     return frechet_distance(torch.cat([a, scale * a_given], 1), torch.cat([b, scale * b_given], 1))
 
 
-def background_colour(picture: np.ndarray) -> str:
-    """The named colour nearest (in L*a*b*) to the median of the picture's outer frame, two pixels wide."""
-    frame = np.concatenate(
-        [
-            picture[:2].reshape(-1, 3),
-            picture[-2:].reshape(-1, 3),
-            picture[:, :2].reshape(-1, 3),
-            picture[:, -2:].reshape(-1, 3),
-        ]
-    )
-    names = list(COLOURS)
-    known = _lab(np.array([COLOURS[name] for name in names], np.uint8))
-    seen = _lab(np.median(frame, axis=0, keepdims=True).astype(np.uint8))
-    return names[int(np.linalg.norm(known - seen, axis=1).argmin())]
-
-
 def retrieval_accuracy(
     features: Tensor, concepts: Sequence[str], gallery: Tensor, gallery_concepts: Sequence[str], k: int = 5
 ) -> float:
@@ -81,7 +63,3 @@ def retrieval_accuracy(
     similarity = torch.nn.functional.normalize(features, dim=1) @ torch.nn.functional.normalize(centres, dim=1).T
     best = similarity.topk(k, dim=1).indices
     return float(np.mean([names.index(concept) in row.tolist() for concept, row in zip(concepts, best, strict=True)]))
-
-
-def _lab(colours: np.ndarray) -> np.ndarray:
-    return cv2.cvtColor(colours[None].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0]

@@ -10,6 +10,7 @@ import numpy as np
 from controlkit.bases.base import Base, hash_of_halves
 from controlkit.conditions import Condition
 from controlkit.controls.control import Control
+from controlkit.evaluation.sets import EvaluationSet, Example
 from controlkit.files import sha256_of_all
 from controlkit.sampling.plan import ActiveControl
 
@@ -32,6 +33,11 @@ def set_settings(
     if parameters is not None:
         settings["condition_parameters"] = [dict(values) for values in parameters]
     return settings
+
+
+def examples_settings(examples: EvaluationSet[Example]) -> dict[str, Any]:
+    """`set_settings` of a set without condition images."""
+    return set_settings(examples.name, examples.images, examples.captions)
 
 
 def content_of(images: Sequence[np.ndarray], prompts: Sequence[str], given: Sequence[np.ndarray] = ()) -> str:

@@ -18,16 +18,15 @@ from safetensors import SafetensorError
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.data.pairs import read_pairs
-from controlkit.evaluation.base import draw_prompts, reconstruct
 from controlkit.evaluation.control import Judged, Steer, draw_controlled
 from controlkit.evaluation.report import gap_closed
+from controlkit.evaluation.sampling import draw_prompts, reconstruct
 from controlkit.evaluation.settings import condition_settings, content_of, seeds_of, set_settings
 from controlkit.files import read_json, sha256_of, write_json
 from controlkit.images import contact_sheet, write_png
 from controlkit.sampling.settings import base_settings, sampling_settings
-from controlkit.training.pairs_objective import PairsObjective
-from controlkit.training.recipe import identifying
-from controlkit.training.recipes import PairsRecipe
+from controlkit.training.control_objective import ControlObjective
+from controlkit.training.recipe import ControlRecipe, identifying
 from controlkit.training.run import objective_of
 from controlkit.training.state import step_of
 from controlkit.training.trainer import train
@@ -126,7 +125,7 @@ class Bench:
         self.results = folder / f"results-{self.key}"
         self._ends: dict[tuple[str, str], tuple[float, float]] = {}
 
-    def cell(self, task: Task, method: str, recipe: PairsRecipe) -> Cell:
+    def cell(self, task: Task, method: str, recipe: ControlRecipe) -> Cell:
         """Train by `recipe` (going on from fewer steps where that was done) and judge on the task's pictures."""
         settings = {name: value for name, value in identifying(recipe).items() if name != "out"}
         identity = sha256_of(task.name, method, task.content, repr(sorted(settings.items())))[:24]
@@ -142,7 +141,7 @@ class Bench:
         kept = read_json(path)
         return Cell(**{field.name: kept[field.name] for field in dataclasses.fields(Cell)})
 
-    def _settings(self, task: Task, recipe: PairsRecipe) -> dict[str, Any]:
+    def _settings(self, task: Task, recipe: ControlRecipe) -> dict[str, Any]:
         """What a cell's numbers depend on, as plain values, for whoever reads its file."""
         return {
             **base_settings(self.base),
@@ -157,11 +156,11 @@ class Bench:
         """The first pictures that a cell drew, in a row."""
         return self.folder / "pictures" / self.key / f"{run}-{steps:05d}.png"
 
-    def _measure(self, task: Task, method: str, recipe: PairsRecipe) -> Cell:
+    def _measure(self, task: Task, method: str, recipe: ControlRecipe) -> Cell:
         print(f"{task.name}: {method}, {recipe.steps} steps", file=sys.stderr)
         started = time.perf_counter()
         objective = objective_of(recipe)
-        assert isinstance(objective, PairsObjective)
+        assert isinstance(objective, ControlObjective)
         train(objective, recipe)
         seconds = time.perf_counter() - started
         control = objective.control.eval()
@@ -178,7 +177,7 @@ class Bench:
             task=task.name,
             method=method,
             rank=getattr(recipe, "rank", None),
-            pairs=len(objective.pairs),
+            pairs=objective.source.facts()["pairs"],
             steps=recipe.steps,
             rate=recipe.learning_rate,
             score=score,
@@ -189,7 +188,7 @@ class Bench:
             run=Path(recipe.out).name,
         )
 
-    def _seconds_before(self, recipe: PairsRecipe) -> float:
+    def _seconds_before(self, recipe: ControlRecipe) -> float:
         """What the same run took with fewer steps."""
         kept = [read_json(path) for path in self.results.glob("*.json")]
         same = [entry for entry in kept if entry["run"] == Path(recipe.out).name]

@@ -21,14 +21,15 @@ from controlkit.bases.load import load_base
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet
 from controlkit.errors import UserError
-from controlkit.evaluation.base import draw_prompts, reconstruct
 from controlkit.evaluation.control import Steer, draw_controlled
-from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
 from controlkit.evaluation.report import Report, Row, gap_closed
+from controlkit.evaluation.sampling import draw_prompts, reconstruct
+from controlkit.evaluation.sets import EvaluationSet, Example
 from controlkit.evaluation.settings import condition_settings, content_of, control_settings, seeds_of, set_settings
 from controlkit.formats.load import load_control
 from controlkit.formats.transfer import LIMITS, transfer
 from controlkit.images import contact_sheet, write_png
+from controlkit.nano.evaluation_sets import read_set
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import check_mode
 from controlkit.sampling.settings import sampling_settings
@@ -94,8 +95,8 @@ def run_community_model(settings: CommunityModel) -> Compared:
         raise UserError(f"{settings.control} does not say which condition it follows")
     tuned = _fine_tuned(settings)
     moved, offset = transfer(control, original, tuned)
-    pictures = evaluation_set("held-out")
-    own_style = [drawing for drawing in pictures.drawings if drawing.style == settings.style]
+    pictures = read_set("held-out")
+    own_style = [drawing for drawing in pictures.examples if drawing.style == settings.style]
     judged = EvaluationSet(settings.style, tuple(own_style[: settings.pictures]))
     ways: list[tuple[str, Base, Control]] = [
         ("the base, its control", original, control),
@@ -135,13 +136,12 @@ def _fine_tuned(settings: CommunityModel) -> Base:
 def _compare(
     settings: CommunityModel,
     condition: str,
-    judged: EvaluationSet,
+    judged: EvaluationSet[Example],
     ways: Sequence[tuple[str, Base, Control]],
     distance: float,
 ) -> tuple[Report, Image.Image]:
     kind = conditions.find(condition)
-    truths = [drawing.image for drawing in judged.drawings]
-    prompts = [drawing.caption for drawing in judged.drawings]
+    truths, prompts = judged.images, judged.captions
     given = [kind(truth) for truth in truths]
     steps = settings.sampling_steps
 

@@ -19,21 +19,22 @@ import numpy as np
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
-from controlkit.data.icons import TRAINED_STYLES, IconSets, draw
 from controlkit.data.pairs import MANIFEST, read_pairs, split_pairs, write_pairs
 from controlkit.errors import UserError, nearest
-from controlkit.evaluation.control import judged_drawings, judged_pairs
-from controlkit.evaluation.pictures import evaluation_set
+from controlkit.evaluation.control import judged_examples, judged_pairs
 from controlkit.evaluation.report import Report
+from controlkit.evaluation.sets import evaluation_set
 from controlkit.files import read_json, sha256_of, write_atomically, write_json
 from controlkit.formats.load import find_control
 from controlkit.formats.metadata import read_metadata
+from controlkit.nano.icons import TRAINED_STYLES, IconSets, draw
 from controlkit.sampling.request import check_mode
 from controlkit.studies.cells import Bench, Cell, Task
 from controlkit.studies.figure import plot, require_matplotlib, sheet_of
 from controlkit.studies.kept import study_settings, with_settings
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, REPORTS
-from controlkit.training.recipes import PairsRecipe, build_recipe
+from controlkit.training.recipe import ControlRecipe
+from controlkit.training.recipes import build_recipe
 
 LATENT_INPUT, FULL_TUNING = "+ VAE embedding", "+ base initialisation"
 
@@ -245,7 +246,7 @@ class _Run:
             },
             origin="controlkit study",
         )
-        assert isinstance(recipe, PairsRecipe)
+        assert isinstance(recipe, ControlRecipe)
         return self.bench.cell(task, method, recipe)
 
     def task(self, name: str, count: int) -> Task:
@@ -273,7 +274,7 @@ class _Run:
             condition=condition,
             pairs=self._first_pairs(condition, count),
             held_out=0.0,
-            judged=judged_drawings(condition, pictures, self.base.size),
+            judged=judged_examples(condition, pictures, self.base.size),
         )
 
     def _first_pairs(self, condition: conditions.Condition, count: int) -> Path:

@@ -24,13 +24,18 @@ from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.controls.control import Control
 from controlkit.controls.ctrlora import CtrLoRA
-from controlkit.data.icons import Drawing
 from controlkit.errors import UserError
-from controlkit.evaluation.base import draw_prompts, reconstruct
 from controlkit.evaluation.control import Steer, draw_controlled
-from controlkit.evaluation.pictures import EvaluationSet, evaluation_set
 from controlkit.evaluation.report import Report, Row, gap_closed
-from controlkit.evaluation.settings import condition_settings, content_of, control_settings, seeds_of, set_settings
+from controlkit.evaluation.sampling import draw_prompts, reconstruct
+from controlkit.evaluation.sets import EvaluationSet, Example, evaluation_set
+from controlkit.evaluation.settings import (
+    condition_settings,
+    content_of,
+    control_settings,
+    examples_settings,
+    seeds_of,
+)
 from controlkit.formats.load import load_control
 from controlkit.images import contact_sheet, to_tensor, write_png
 from controlkit.sampling.request import DEFAULT_STEPS, check_mode
@@ -110,8 +115,8 @@ def run_several_conditions(settings: SeveralConditions) -> Mixed:
     }
     more = {
         "controls": {name: {**acting[name], "condition": conditions_of[name]} for name in controls},
-        "sets": [_set_settings(pictures)],
-        "seeds": seeds_of(len(pictures.drawings)),
+        "sets": [examples_settings(pictures)],
+        "seeds": seeds_of(len(pictures.examples)),
     }
     (fidelity,) = with_settings([fidelity], told | more)
     # Nothing is sampled for the times, so no mode stands under them.
@@ -129,21 +134,15 @@ def _adapter(name: str, base: Base, shared: dict[str, Control]) -> CtrLoRA:
     return control
 
 
-def _set_settings(pictures: EvaluationSet) -> dict[str, Any]:
-    drawings = pictures.drawings
-    return set_settings(pictures.name, [one.image for one in drawings], [one.caption for one in drawings])
-
-
 def _fidelity(
     settings: SeveralConditions,
     base: Base,
     controls: dict[str, CtrLoRA],
     acting: dict[str, dict[str, Any]],
-    pictures: EvaluationSet,
+    pictures: EvaluationSet[Example],
     kept: Kept,
 ) -> tuple[Report, Image.Image]:
-    truths = [drawing.image for drawing in pictures.drawings]
-    prompts = [drawing.caption for drawing in pictures.drawings]
+    truths, prompts = pictures.images, pictures.captions
     kinds = {name: conditions.find(control.condition or "") for name, control in controls.items()}
     given = {name: [kind(truth) for truth in truths] for name, kind in kinds.items()}
     shown = {"set": content_of(truths, prompts)}
@@ -197,24 +196,24 @@ def _speed(
     base: Base,
     controls: dict[str, CtrLoRA],
     acting: dict[str, dict[str, Any]],
-    pictures: EvaluationSet,
+    pictures: EvaluationSet[Example],
     settings: SeveralConditions,
     kept: Kept,
 ) -> Report:
     """One batched pass against one pass after another, for one step of one picture with guidance."""
     names = list(controls)
-    drawing = pictures.drawings[0]
+    example = pictures.examples[0]
     machine = {"device": str(base.device), "threads": torch.get_num_threads(), "versions": versions()}
     rows: list[Row] = []
     for count in settings.timed:
         chosen = [names[index % len(names)] for index in range(count)]
         own = {
             **machine,
-            "set": content_of([drawing.image], [drawing.caption]),
+            "set": content_of([example.image], [example.caption]),
             "controls": [acting[name]["fingerprint"] for name in chosen],
         }
         group = [controls[name] for name in chosen]
-        made = kept.numbers(f"timing {count}", own, partial(_times, base, group, drawing))
+        made = kept.numbers(f"timing {count}", own, partial(_times, base, group, example))
         rows.append((count, *(made[name] for name in ("together", "apart", "ratio", "difference"))))
     return Report(
         title="The control's own cost at one step, milliseconds",
@@ -225,13 +224,13 @@ def _speed(
 
 
 @torch.inference_mode()
-def _times(base: Base, group: Sequence[CtrLoRA], drawing: Drawing) -> dict[str, float]:
+def _times(base: Base, group: Sequence[CtrLoRA], example: Example) -> dict[str, float]:
     """Milliseconds of one pass for all of `group` and of one after another, their ratio, and how far the two are
     apart."""
-    text = base.encode_text(["", drawing.caption])
+    text = base.encode_text(["", example.caption])
     t = torch.tensor([500, 500])
     hints = [
-        control.encode(to_tensor([conditions.find(control.condition or "")(drawing.image)]), base) for control in group
+        control.encode(to_tensor([conditions.find(control.condition or "")(example.image)]), base) for control in group
     ]
 
     def together() -> list[Tensor]:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from controlkit.bases.load import load_base
 from controlkit.bases.text import Text
 from controlkit.controls.apply import predict_under
-from controlkit.controls.control import Control, takes_one_image, words_of_inputs
-from controlkit.controls.hints import Hint
+from controlkit.controls.control import Control, encode_images, takes_one_image, words_of_inputs
 from controlkit.controls.registry import find
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
 from controlkit.formats.load import load_control, save_control
-from controlkit.training.memory import checkpoint_activations
-from controlkit.training.objective import Objective
-from controlkit.training.recipes import ControlRecipe
+from controlkit.images import to_tensor
+from controlkit.training.memory import CPUOffload, checkpoint_activations, store_frozen, uses_bf16
+from controlkit.training.objective import Objective, numpy_generator
+from controlkit.training.previews import preview_images, preview_settings, write_preview
+from controlkit.training.processes import tell
+from controlkit.training.recipe import ControlRecipe
+from controlkit.training.sources.source import HeldOut, Source, Step
+
+_STRIP = 8
+"""Held-out samples that a preview shows."""
 
 
 class ControlObjective(Objective):
@@ -41,10 +52,20 @@ class ControlObjective(Objective):
                 f"{kind.title} takes {words_of_inputs(kind)}; training from data of one condition image needs a control"
                 " that takes one"
             )
+        self.source: Source = recipe.source(recipe)
         self.base = load_base(recipe.base, device=device)
         self.frozen = self.base.content
         self.control = self._build(kind)
         self.trained = nn.ModuleDict(self.control.trained_modules())
+        tell(self.source.notes(self.base))
+        self.source.prepare(self.base, self.control)
+        self.data = self.source.digest
+        if recipe.gradient_checkpointing:
+            checkpoint_activations(self.base, self.control)
+        self.stores_bf16 = self.source.caches_encoders and uses_bf16(recipe, device)
+        if self.stores_bf16:
+            store_frozen(self.base, self.control)
+        self.offload = CPUOffload(self.base) if self.source.caches_encoders else None
 
     def _build(self, kind: type[Control]) -> Control:
         """The control, made before anything is encoded, so that a file that does not do is told of at once."""
@@ -61,40 +82,94 @@ class ControlObjective(Objective):
                 self.frozen = sha256_of(self.frozen, loaded.fingerprint())
             else:
                 start = loaded
-        name = getattr(recipe, "name", recipe.condition_names[0])
         return kind.for_training(
             self.base,
             recipe.condition_names,
             recipe.options,
-            name=name,
+            name=recipe.control_name,
             seed=recipe.seed,
             start=start,
             companion=companion,
         )
 
-    def checkpoint(self) -> None:
-        """Save memory at the cost of time, if the recipe says so."""
-        if self.recipe.gradient_checkpointing:
-            checkpoint_activations(self.base, self.control)
+    def condition_at(self, step: int) -> str:
+        """The condition of a step: rounds of all of them, each round in random order, so each is as frequent.
 
-    def control_loss(
-        self, control: Control, latents: Tensor, text: Text, hint: Hint, generator: torch.Generator
-    ) -> Tensor:
-        """The loss of this process's share of a step.
-
-        Args:
-            latents: `[B, C, h, w]`.
-            text: of batch `B`.
-            hint: of batch `B`.
-            generator: of the noise and times of the whole batch.
+        It is the same in every process, which keeps the number of optimiser steps of each the same.
         """
-        drawn = self.noised(self.base.schedule, latents, generator)
-        return self.diffusion_loss(drawn, predict_under(control, self.base, drawn.x_t, drawn.t, text, hint))
+        names = self.recipe.condition_names
+        order = numpy_generator(self.recipe.seed, step // len(names), 1).permutation(len(names))
+        return names[order[step % len(names)]]
+
+    def draw(self, step: int) -> Step:
+        """What the batch of a step is drawn with."""
+        return Step(
+            number=step,
+            seed=self.recipe.seed,
+            global_batch=self.global_batch,
+            local_slice=self.local_slice,
+            generator=self.torch_generator(step),
+        )
+
+    def loss(self, step: int) -> Tensor:
+        condition, drawn = self.condition_at(step), self.draw(step)
+        batch = self.source.batch(condition, drawn)
+        control = self.control.for_condition(condition)
+        text = batch.text if isinstance(batch.text, Text) else self.base.encode_text(batch.text)
+        hint = batch.hint
+        if hint is None:
+            assert batch.condition_images is not None  # a batch has one of the two
+            hint = encode_images(control, batch.condition_images, self.base)
+        noisy = self.noised(self.base.schedule, batch.latents, drawn.generator)
+        return self.diffusion_loss(noisy, predict_under(control, self.base, noisy.x_t, noisy.t, text, hint))
+
+    def seen(self, step: int) -> list[str]:
+        condition = self.condition_at(step)
+        return [f"{condition}: {name}" for name in self.source.samples(condition, self.draw(step))]
+
+    @torch.no_grad()
+    def preview(self, step: int, folder: Path) -> dict[str, float]:
+        whole = nullcontext() if self.offload is None else self.offload.suspended()
+        self.trained.eval()
+        with whole, torch.autocast(self.device.type, torch.bfloat16, enabled=self.stores_bf16):
+            scores = self._preview(step, folder)
+        self.trained.train()
+        return scores
+
+    def _preview(self, step: int, folder: Path) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        rows: list[Sequence[Image.Image]] = []
+        titles: list[str] = []
+        names = self.recipe.condition_names
+        held_out = [self.source.held_out(name) for name in names]
+        for name, held, following in zip(names, held_out, [*held_out[1:], None], strict=True):
+            results = self._follow(name, held)
+            if (kind := self.source.scored_by(name)) is not None:
+                score = kind.mean_score(
+                    held.condition_images, [np.asarray(one) for one in results], held.targets, held.parameters
+                )
+                scores[f"{name}: {kind.fidelity.name}"] = score
+            rows += [_strip(held.condition_images), results[:_STRIP]]
+            titles += [name, f"result, {self.preview_settings['mode']}"]
+            if following is None or following.targets is not held.targets:
+                rows.append(_strip(held.targets))
+                titles.append("target")
+        write_preview(folder, step, rows, titles, scores, self.preview_settings)
+        return scores
+
+    def _follow(self, name: str, held: HeldOut) -> list[Image.Image]:
+        """Pictures under control of held-out condition images, from fixed seeds."""
+        control = self.control.for_condition(name)
+        hint = encode_images(control, to_tensor(held.condition_images).to(self.device), self.base)
+        return preview_images(self.base, control, hint, held.prompts)
+
+    @property
+    def preview_settings(self) -> dict[str, Any]:
+        return preview_settings(self.base, self.control.for_condition(self.recipe.condition_names[0]))
 
     def save(self, folder: Path) -> list[Path]:
         recipe = self.recipe
-        made = {**self.facts(), **recipe.summary()}
-        name = getattr(recipe, "name", recipe.condition_names[0])
+        made = {**self.source.facts(), **recipe.summary()}
         companion = None if recipe.started_from is None else Path(recipe.started_from).stem
         return [
             save_control(
@@ -104,9 +179,9 @@ class ControlObjective(Objective):
                 companion=None if control.companion is None else (companion or "base"),
                 made=made,
             )
-            for stem, control in self.control.finished(name).items()
+            for stem, control in self.control.finished(recipe.control_name).items()
         ]
 
-    def facts(self) -> dict[str, int]:
-        """What else a file says about how it came to be."""
-        return {}
+
+def _strip(images: Sequence[np.ndarray]) -> list[Image.Image]:
+    return [Image.fromarray(image) for image in images[:_STRIP]]

@@ -55,8 +55,8 @@ def noised(
     schedule: Schedule,
     z: Tensor,
     generator: torch.Generator,
-    whole: int,
-    share: slice,
+    global_batch: int,
+    local_slice: slice,
     *,
     time_sampling: str | None = None,
     snr_gamma: float | None = None,
@@ -64,13 +64,13 @@ def noised(
     """Noise and times for latents `z` `[B, C, h, w]`, drawn on the CPU so that every device trains on the same.
 
     Args:
-        whole: samples of the step over all processes, whose numbers are drawn.
-        share: which of them `z` is.
+        global_batch: samples of the step over all processes, whose numbers are drawn.
+        local_slice: which of them `z` is.
         time_sampling: how times are drawn (`Schedule.draw_times`).
         snr_gamma: weights the loss by min-SNR (`Schedule.loss_weight`); None weights all times alike.
     """
-    noise = torch.randn((whole, *z.shape[1:]), generator=generator)[share].to(z.device)
-    t = schedule.draw_times(whole, generator, time_sampling)[share].to(z.device)
+    noise = torch.randn((global_batch, *z.shape[1:]), generator=generator)[local_slice].to(z.device)
+    t = schedule.draw_times(global_batch, generator, time_sampling)[local_slice].to(z.device)
     weight = None if snr_gamma is None else schedule.loss_weight(t, snr_gamma)
     target = schedule.target(z, noise, t)
     return Noised(schedule.add_noise(z, noise, t), t, target, schedule.part(t, TIMES), weight)

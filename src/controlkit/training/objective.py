@@ -51,8 +51,8 @@ class Objective(ABC):
             schedule,
             latents,
             generator,
-            self.whole,
-            self.share,
+            self.global_batch,
+            self.local_slice,
             time_sampling=getattr(recipe, "time_sampling", None),
             snr_gamma=getattr(recipe, "snr_gamma", None),
         )
@@ -89,12 +89,12 @@ class Objective(ABC):
         return torch_generator(self.recipe.seed, step)
 
     @property
-    def whole(self) -> int:
+    def global_batch(self) -> int:
         """Samples of a step, over all processes."""
         return self.recipe.batch_size * self.processes
 
     @property
-    def share(self) -> slice:
+    def local_slice(self) -> slice:
         """Which of them are this process's."""
         first = self.recipe.batch_size * self.process
         return slice(first, first + self.recipe.batch_size)

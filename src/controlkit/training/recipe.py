@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from controlkit.errors import UserError
+
+RESERVED_NAMES = ("state", "state.previous", "state.damaged", "latents")
+"""Files of a run, less their ending, which nothing that it makes may be called."""
 
 TIME_SAMPLINGS = ("uniform", "cubic", "logit-normal")
 """What `bases.schedules.TIME_SAMPLINGS` explains, named here too because that module loads torch."""
@@ -46,6 +50,8 @@ class Recipe:
     """What every training run has."""
 
     system: ClassVar[str]
+    objective: ClassVar[str]
+    """`module:class` of what it trains, imported when it is needed."""
 
     out: str
     """Folder of the run: state, logs, previews and the finished files."""
@@ -118,6 +124,128 @@ class Recipe:
 def _check_time_sampling(name: str | None) -> None:
     if name is not None and name not in TIME_SAMPLINGS:
         raise UserError(f"time_sampling is {name!r}; expected one of {', '.join(TIME_SAMPLINGS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlRecipe(Recipe, ABC):
+    """Training a control on a frozen base, whatever its system and wherever its data comes from.
+
+    `recipes.py` adds the settings of a system (`Training.options`) and of a source of data (`Source.Settings`). The
+    class of a system makes recipes of the source whose name is among the settings.
+    """
+
+    objective: ClassVar[str] = "controlkit.training.control_objective:ControlObjective"
+    training: ClassVar[Any]
+    """The `Training` of its system."""
+    control_class: ClassVar[Any]
+    """The class of its system."""
+    source: ClassVar[Any] = None
+    """The class of its source of data."""
+
+    base: str = "nano"
+    """The base that it steers."""
+    gradient_checkpointing: bool = False
+    """Compute activations a second time in the backward pass: much less memory, about a third more time."""
+    time_sampling: str | None = None
+    """How times of the noise schedule are drawn: `uniform`, `cubic` (more of the noisy ones) or `logit-normal` (more of
+    those in the middle). None is the base's own: uniform for Stable Diffusion and nano."""
+    snr_gamma: float | None = None
+    """Weights the loss by min-SNR with this gamma (Hang et al. 2023 take 5); None weights all times alike."""
+    prompt_drop: float = 0.5
+    """Share of prompts replaced by the empty prompt."""
+    score_pictures: int = 32
+    """Held-out pictures on which each preview scores condition following."""
+
+    def __new__(cls, **settings: Any) -> Self:
+        kind: type[Any] = cls
+        if cls.source is None:
+            from controlkit.training.recipes import with_source
+
+            kind = with_source(cls, settings)
+        return super().__new__(kind)
+
+    @property
+    @abstractmethod
+    def condition_names(self) -> tuple[str, ...]:
+        """The conditions that it trains."""
+
+    @property
+    @abstractmethod
+    def control_name(self) -> str:
+        """What the control is called."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings that are the system's own."""
+        kind = self.training.options
+        return {} if kind is None else {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
+
+    @property
+    def started_from(self) -> str | None:
+        """The control to go on from, or the one that its system is nothing without."""
+        return self.options.get("start") or self.options.get("control")
+
+    def summary(self) -> dict[str, Any]:
+        """How a file came to be, for its metadata."""
+        told = {key: getattr(self, key) for key in ("steps", "batch_size", "learning_rate", "prompt_drop", "seed")}
+        start = getattr(self, "start", None)
+        return told if start is None else {**told, "start": start}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneCondition(ControlRecipe):
+    """A control of one condition."""
+
+    condition: str
+    """Name of the condition (`controlkit condition --list`)."""
+    name: str | None = None
+    """Name of the control and of its file; None is the condition's."""
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        return (self.condition,)
+
+    @property
+    def control_name(self) -> str:
+        return self.condition if self.name is None else self.name
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return (f"{self.control_name}.safetensors",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name is None:
+            return
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise UserError(f"name {self.name!r} is not a valid file name")
+        if self.name in RESERVED_NAMES:
+            raise UserError(f"name {self.name!r} is reserved for the run's own files; choose another")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeveralConditions(ControlRecipe):
+    """A control of several conditions together."""
+
+    conditions: tuple[str, ...]
+    """Names of the base conditions; each step trains one of them, all equally often."""
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        return self.conditions
+
+    @property
+    def control_name(self) -> str:
+        return self.conditions[0]
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return ("base.safetensors", *(f"{name}.safetensors" for name in self.conditions))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.conditions or len(set(self.conditions)) != len(self.conditions):
+            raise UserError(f"conditions must be a list of different names, got {list(self.conditions)}")
 
 
 def identifying(recipe: Recipe) -> dict[str, Any]:

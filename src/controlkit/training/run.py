@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from pkgutil import resolve_name
 
 from controlkit.bases.load import choose_device
-from controlkit.errors import UserError
 from controlkit.formats.card import write_card
 from controlkit.sampling.settings import in_words
 from controlkit.training.objective import Objective
 from controlkit.training.recipe import Recipe
-from controlkit.training.recipes import AutoencoderRecipe, BaseRecipe, PairsRecipe, SteeringRecipe
 from controlkit.training.trainer import Trained, train
-
-OBJECTIVES: dict[type[Recipe], str] = {
-    AutoencoderRecipe: "autoencoder:AutoencoderObjective",
-    BaseRecipe: "base:BaseObjective",
-    SteeringRecipe: "conditions_objective:ConditionsObjective",
-    PairsRecipe: "pairs_objective:PairsObjective",
-}
-"""Recipe, or what it inherits from -> module and class of what it trains, imported when it is needed."""
 
 
 def run(recipe: Recipe) -> dict[str, float]:
@@ -48,11 +38,5 @@ def run_whole(recipe: Recipe) -> Trained:
 
 def objective_of(recipe: Recipe) -> Objective:
     """The objective that `recipe` describes, on its device."""
-    place = next((place for kind, place in OBJECTIVES.items() if isinstance(recipe, kind)), None)
-    if place is None:
-        raise UserError(f"no objective for system {recipe.system}")
-    module, _, name = place.partition(":")
-    objective: Objective = getattr(import_module(f"controlkit.training.{module}"), name)(
-        recipe, choose_device(recipe.device)
-    )
+    objective: Objective = resolve_name(recipe.objective)(recipe, choose_device(recipe.device))
     return objective

@@ -309,8 +309,8 @@ def _resume(
         )
     if state.data and state.data != objective.data and Processes.is_first():
         print(
-            f"note: the pairs are not those that the run in {path.parent} was at when it stopped. It goes on with"
-            " these; some that are held out now may be ones that it was trained on, and then its scores say too much",
+            f"note: the data has changed since the run in {path.parent} stopped. It goes on with what is there now;"
+            " some of what is held out now may be what it was trained on, and then its scores say too much",
             file=sys.stderr,
             flush=True,
         )

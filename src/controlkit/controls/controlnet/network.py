@@ -39,12 +39,6 @@ class Start:
     start: str | None = None
     """The ControlNet to go on from: a file or folder in any layout, or the name of one that ships. None starts from a
     copy of the base's encoder."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FromPairs(Start):
-    """Settings of a ControlNet's recipe from pairs."""
-
     prompt_drop: float = 0.5
     """Share of prompts replaced by the empty prompt."""
 
@@ -69,15 +63,9 @@ class ControlNet(OneImage):
     trainings = (
         Training(
             system="controlnet",
-            data="conditions",
+            also=("controlnet-pairs",),
             options=Start,
             doc="A ControlNet, one condition. Half the prompts are dropped (Zhang et al. 2023, section 3.3).",
-        ),
-        Training(
-            system="controlnet-pairs",
-            data="pairs",
-            options=FromPairs,
-            doc="A ControlNet from a folder of pairs. Half the prompts are dropped (Zhang et al. 2023, section 3.3).",
         ),
     )
 

@@ -36,6 +36,8 @@ class Adaptation:
     """Of every LoRA."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW. This suits nano; see `adapter_settings` for larger bases."""
+    prompt_drop: float = 0.3
+    """Share of prompts replaced by the empty prompt (0.3 in CtrLoRA's reference)."""
 
 
 @control
@@ -65,9 +67,8 @@ class CtrLoRA(OneImage):
     trainings = (
         Training(
             system="ctrlora-adapter",
-            data="pairs",
             options=Adaptation,
-            doc="A CtrLoRA adapter for a new condition, from a folder of pairs.",
+            doc="A CtrLoRA adapter for a new condition.",
         ),
     )
 

@@ -65,6 +65,8 @@ class Full:
 
     control: str | None = None
     """The base control to start from; None starts from a copy of the base's encoder."""
+    prompt_drop: float = 0.3
+    """Share of prompts replaced by the empty prompt (0.3 in CtrLoRA's reference)."""
 
 
 @control
@@ -94,16 +96,14 @@ class BaseControlNet(OneImage):
     trainings = (
         Training(
             system="ctrlora-base",
-            data="conditions",
             several=True,
             options=Shared,
             doc="CtrLoRA's base control: one shared network and one LoRA for each condition, together.",
         ),
         Training(
             system="ctrlora-full",
-            data="pairs",
             options=Full,
-            doc="CtrLoRA's network, all of it trained for one condition, from a folder of pairs.",
+            doc="CtrLoRA's network, all of it trained for one condition.",
         ),
     )
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,21 +12,16 @@ from PIL import Image
 from torch import Tensor
 
 from controlkit.bases.base import Base
-from controlkit.data.icons import COLOURS, TRAINED_STYLES, Drawing, caption_of
 from controlkit.evaluation.features import LITE0, lite0_features
-from controlkit.evaluation.metrics import (
-    background_colour,
-    frechet_distance,
-    joint_frechet_distance,
-    psnr_and_ssim,
-    retrieval_accuracy,
-)
-from controlkit.evaluation.pictures import SETS, EvaluationSet, evaluation_set
+from controlkit.evaluation.metrics import frechet_distance, joint_frechet_distance, psnr_and_ssim, retrieval_accuracy
 from controlkit.evaluation.report import Report, gap_closed
-from controlkit.evaluation.settings import content_of, seeds_of, set_settings
-from controlkit.images import contact_sheet, to_images, to_tensor
+from controlkit.evaluation.sampling import draw_prompts, reconstruct
+from controlkit.evaluation.sets import EvaluationSet
+from controlkit.evaluation.settings import content_of, examples_settings, seeds_of
+from controlkit.images import contact_sheet
+from controlkit.nano.evaluation_sets import SETS, read_set
+from controlkit.nano.icons import COLOURS, TRAINED_STYLES, Drawing, background_colour, caption_of
 from controlkit.sampling.request import DEFAULT_SAMPLER, DEFAULT_STEPS
-from controlkit.sampling.sampler import sample_prompts
 from controlkit.sampling.settings import base_settings, sampling_settings
 
 Named = tuple[str, Sequence[np.ndarray]]
@@ -54,15 +47,15 @@ def evaluate_base(
 
     Takes a few minutes on two cores: 1,096 pictures are drawn.
     """
-    held_out, seen = evaluation_set("held-out"), evaluation_set("seen")
+    held_out, seen = read_set("held-out"), read_set("seen")
 
-    def drawn(pictures: EvaluationSet, shuffled: bool = False) -> list[np.ndarray]:
-        captions = [drawing.caption for drawing in pictures.drawings]
+    def drawn(pictures: EvaluationSet[Drawing], shuffled: bool = False) -> list[np.ndarray]:
+        captions = pictures.captions
         order = np.random.default_rng(0).permutation(len(captions)) if shuffled else range(len(captions))
         return draw_prompts(base, [captions[index] for index in order], steps, guidance, sampler=sampler)
 
     def through(name: str) -> list[np.ndarray]:
-        return reconstruct(base, [drawing.image for drawing in evaluation_set(name).drawings])
+        return reconstruct(base, read_set(name).images)
 
     ceiling = "true pictures through the autoencoder (ceiling)"
     again = ("true pictures at another scale and place, through the autoencoder (ceiling)", through("seen-again"))
@@ -93,60 +86,31 @@ def base_grid(
     return contact_sheet(rows, [f"seed {seed}" for seed in range(4)], prompts, cell=96)
 
 
-def draw_prompts(
-    base: Base,
-    prompts: Sequence[str],
-    steps: int,
-    guidance: float | None = None,
-    seeds: Sequence[int] | None = None,
-    sampler: str = DEFAULT_SAMPLER,
-) -> list[np.ndarray]:
-    """One `uint8` picture for each prompt; picture i has seed i unless `seeds` says otherwise."""
-    seeds = list(range(len(prompts))) if seeds is None else seeds
-    pictures: list[np.ndarray] = []
-    for batch in sample_prompts(base, prompts=prompts, seeds=seeds, steps=steps, guidance=guidance, sampler=sampler):
-        pictures += [np.asarray(image) for image in to_images(batch)]
-        print(f"\rdrawn {len(pictures)} of {len(prompts)}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return pictures
-
-
-def reconstruct(base: Base, pictures: Sequence[np.ndarray], batch_size: int = 32) -> list[np.ndarray]:
-    """`uint8` pictures through the autoencoder and back."""
-    made: list[np.ndarray] = []
-    for first in range(0, len(pictures), batch_size):
-        x = to_tensor(pictures[first : first + batch_size]).to(base.device) * 2 - 1
-        with torch.inference_mode():
-            y = base.decode(base.encode_picture(x))
-        made += [np.asarray(image) for image in to_images((y + 1) / 2)]
-    return made
-
-
-def _autoencoder(base: Base, pictures: EvaluationSet) -> Report:
+def _autoencoder(base: Base, pictures: EvaluationSet[Drawing]) -> Report:
     rows = []
-    for name in (pictures, evaluation_set("openmoji")):
-        truths = [drawing.image for drawing in name.drawings]
+    for examples in (pictures, read_set("openmoji")):
+        truths = examples.images
         psnr, ssim = psnr_and_ssim(truths, reconstruct(base, truths))
-        rows.append((f"{name.name} ({len(truths)} pictures)", psnr, ssim))
+        rows.append((f"{examples.name} ({len(truths)} pictures)", psnr, ssim))
     return Report(
         title="Autoencoder",
         columns=("pictures", "PSNR, dB", "SSIM"),
         rows=tuple(rows),
         facts={"psnr": rows[0][1], "ssim": rows[0][2]},
-        settings={"sets": [_set_settings(pictures), _set_settings(evaluation_set("openmoji"))]},
+        settings={"sets": [examples_settings(pictures), examples_settings(read_set("openmoji"))]},
     )
 
 
-def _colour(base: Base, pictures: EvaluationSet, steps: int, guidance: float | None, sampler: str) -> Report:
-    concepts = sorted({drawing.concept for drawing in pictures.drawings})[:20]
+def _colour(base: Base, pictures: EvaluationSet[Drawing], steps: int, guidance: float | None, sampler: str) -> Report:
+    concepts = sorted({drawing.concept for drawing in pictures.examples})[:20]
     asked = list(product(concepts, COLOURS))
     prompts = [caption_of(concept, TRAINED_STYLES[i % 4], colour) for i, (concept, colour) in enumerate(asked)]
     made = [background_colour(picture) for picture in draw_prompts(base, prompts, steps, guidance, sampler=sampler)]
     right = float(np.mean([colour == found for (_, colour), found in zip(asked, made, strict=True)]))
-    truths = [drawing.image for drawing in pictures.drawings]
+    truths = pictures.images
     ceiling = [
         background_colour(picture) == drawing.colour
-        for picture, drawing in zip(reconstruct(base, truths), pictures.drawings, strict=True)
+        for picture, drawing in zip(reconstruct(base, truths), pictures.examples, strict=True)
     ]
     return Report(
         title="Background colour that the prompt asks for (240 prompts: 12 colours x 20 held-out concepts)",
@@ -158,7 +122,7 @@ def _colour(base: Base, pictures: EvaluationSet, steps: int, guidance: float | N
         ),
         facts={"colour_accuracy": right},
         settings={
-            "sets": [_set_settings(pictures)],
+            "sets": [examples_settings(pictures)],
             "prompts": {"count": len(prompts), "content": content_of((), prompts)},
             "seeds": seeds_of(len(prompts)),
         },
@@ -166,11 +130,11 @@ def _colour(base: Base, pictures: EvaluationSet, steps: int, guidance: float | N
 
 
 def _distribution(
-    pictures: EvaluationSet, generated: Sequence[np.ndarray], shuffled: Sequence[np.ndarray], ceiling: Named
+    pictures: EvaluationSet[Drawing], generated: Sequence[np.ndarray], shuffled: Sequence[np.ndarray], ceiling: Named
 ) -> Report:
     """How far pictures are from the true ones, as a set and each from its own, in EfficientNet-Lite0's features."""
-    truths = lite0_features([drawing.image for drawing in pictures.drawings])
-    captions = _caption_features(pictures.drawings)
+    truths = lite0_features(pictures.images)
+    captions = _caption_features(pictures.examples)
     rows = []
     for name, made in (("captions shuffled (baseline)", shuffled), ("generated", generated), ceiling):
         features = lite0_features(made)
@@ -194,13 +158,13 @@ def _distribution(
             "(DeVries et al. 2019) is of features beside what captions say; paired: from the caption's own picture.",
         ),
         facts={"fd_lite0": rows[1][1], "joint_share_left": left[1], "paired_share_left": left[2]},
-        settings={"sets": [_set_settings(pictures)], "seeds": seeds_of(len(truths)), "features": LITE0},
+        settings={"sets": [examples_settings(pictures)], "seeds": seeds_of(len(truths)), "features": LITE0},
     )
 
 
-def _retrieval(pictures: EvaluationSet, generated: Sequence[np.ndarray], ceiling: Named) -> Report:
-    concepts = [drawing.concept for drawing in pictures.drawings]
-    gallery = lite0_features([drawing.image for drawing in pictures.drawings])
+def _retrieval(pictures: EvaluationSet[Drawing], generated: Sequence[np.ndarray], ceiling: Named) -> Report:
+    concepts = [drawing.concept for drawing in pictures.examples]
+    gallery = lite0_features(pictures.images)
     found, best = (
         retrieval_accuracy(lite0_features(made), concepts, gallery, concepts) for made in (generated, ceiling[1])
     )
@@ -210,13 +174,8 @@ def _retrieval(pictures: EvaluationSet, generated: Sequence[np.ndarray], ceiling
         columns=("", "top-5"),
         rows=(("chance (baseline)", 5 / count), ("generated", found), (ceiling[0], best)),
         facts={"retrieval_top5": found, "retrieval_share_of_ceiling": found / best},
-        settings={"sets": [_set_settings(pictures)], "seeds": seeds_of(len(concepts)), "features": LITE0},
+        settings={"sets": [examples_settings(pictures)], "seeds": seeds_of(len(concepts)), "features": LITE0},
     )
-
-
-def _set_settings(pictures: EvaluationSet) -> dict[str, Any]:
-    drawings = pictures.drawings
-    return set_settings(pictures.name, [one.image for one in drawings], [one.caption for one in drawings])
 
 
 def _caption_features(drawings: Sequence[Drawing]) -> Tensor:

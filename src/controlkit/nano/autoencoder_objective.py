@@ -10,10 +10,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from controlkit.data.icons import TRAINED_STYLES, Icon, IconSets, draw
 from controlkit.images import contact_sheet, to_images, to_tensor, write_png
+from controlkit.nano.icons import TRAINED_STYLES, Icon, IconSets, draw
+from controlkit.nano.recipes import AutoencoderRecipe
 from controlkit.training.objective import Objective, numpy_generator
-from controlkit.training.recipes import AutoencoderRecipe
 
 SIZE = 64
 
@@ -36,10 +36,10 @@ class AutoencoderObjective(Objective):
         )
 
     def loss(self, step: int) -> Tensor:
-        x = pictures(self.icons, self.whole, self.numpy_generator(step))[self.share].to(self.device)
+        x = pictures(self.icons, self.global_batch, self.numpy_generator(step))[self.local_slice].to(self.device)
         posterior = self.network.encode(x).latent_dist
-        shape = (self.whole, *posterior.mean.shape[1:])
-        noise = torch.randn(shape, generator=self.torch_generator(step))[self.share].to(self.device)
+        shape = (self.global_batch, *posterior.mean.shape[1:])
+        noise = torch.randn(shape, generator=self.torch_generator(step))[self.local_slice].to(self.device)
         z = posterior.mean + posterior.std * noise
         error = self.network.decode(z).sample - x
         horizontal = (error[..., 1:] - error[..., :-1]).abs().mean()

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from controlkit.bases.load import load_base
-from controlkit.data.icons import STYLES, IconSets, read_concepts
 from controlkit.errors import UserError
-from controlkit.training.base import BaseObjective
-from controlkit.training.recipes import BaseRecipe
+from controlkit.nano.base_objective import BaseObjective
+from controlkit.nano.icons import STYLES, IconSets, read_concepts
+from controlkit.nano.recipes import BaseRecipe
+from controlkit.training.recipes import build_recipe
 from controlkit.training.run import run
 
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ def test_memory_that_is_short_in_a_preview_leaves_what_trains_as_it_is(recipe, t
     def full(*_args, **_kwargs):
         raise MemoryError
 
-    monkeypatch.setattr("controlkit.training.base.sample_prompts", full)
+    monkeypatch.setattr("controlkit.nano.base_objective.sample_prompts", full)
     with pytest.raises(MemoryError):
         objective.preview(1, tmp_path)
     assert trained and [*map(id, objective.parameters())] == [*map(id, trained)]
@@ -120,3 +121,10 @@ def test_icons_that_changed_are_drawn_and_encoded_again(recipe, icons_file, tmp_
         arrays[style][..., :3] = 255 - arrays[style][..., :3]
     np.savez_compressed(recipe.icons, **arrays)
     assert not torch.equal(BaseObjective(recipe, CPU).drawings.latents, before)
+
+
+def test_a_base_has_attention_for_each_of_its_channels():
+    with pytest.raises(UserError, match="attention has 2 entries and channels 3"):
+        build_recipe(
+            {"system": "base", "out": "x", "steps": 1, "icons": "y", "start": "nano", "attention": [False, True]}
+        )

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from controlkit.data.icons import Icon, caption_of, draw, render_svg
 from controlkit.errors import UserError
+from controlkit.nano.icons import Icon, caption_of, draw, render_svg
 
 _GROUPS = {
     "activities",

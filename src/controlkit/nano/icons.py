@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from controlkit.errors import UserError
+from controlkit.evaluation.sets import Example
 from controlkit.files import write_atomically
 
 STYLES = {
@@ -190,13 +191,9 @@ class IconSets:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """An icon laid over a background."""
+class Drawing(Example):
+    """An icon laid over a background; its caption is `red apple, noto style, on a blue background`."""
 
-    image: np.ndarray
-    """`uint8` `[size, size, 3]`."""
-    caption: str
-    """`red apple, noto style, on a blue background`."""
     concept: str
     style: str
     colour: str
@@ -263,6 +260,22 @@ def draw(
     )
 
 
+def background_colour(picture: np.ndarray) -> str:
+    """The named colour nearest (in L*a*b*) to the median of the picture's outer frame, two pixels wide."""
+    frame = np.concatenate(
+        [
+            picture[:2].reshape(-1, 3),
+            picture[-2:].reshape(-1, 3),
+            picture[:, :2].reshape(-1, 3),
+            picture[:, -2:].reshape(-1, 3),
+        ]
+    )
+    names = list(COLOURS)
+    known = _lab(np.array([COLOURS[name] for name in names], np.uint8))
+    seen = _lab(np.median(frame, axis=0, keepdims=True).astype(np.uint8))
+    return names[int(np.linalg.norm(known - seen, axis=1).argmin())]
+
+
 def _read_member(package: Path, member: str) -> dict:
     try:
         with tarfile.open(package) as archive:
@@ -298,3 +311,7 @@ def _render(icons: dict, name: str, size: int) -> np.ndarray:
         f' viewBox="0 0 {width} {height}" width="{size}" height="{size}">{icon["body"]}</svg>'
     )
     return render_svg(svg, size)
+
+
+def _lab(colours: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(colours[None].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0]

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from controlkit.data.icons import LEAST_SCALE, Drawing, Icon, caption_of, draw
 from controlkit.files import sha256_of, write_atomically
 from controlkit.images import to_tensor
+from controlkit.nano.icons import LEAST_SCALE, Drawing, Icon, caption_of, draw
 
 _BATCH = 64
 
@@ -28,7 +28,7 @@ class Drawings:
     Args:
         encode: pictures `[b, 3, 64, 64]` in [-1, 1] => scaled latents.
         key: names the autoencoder's weights and settings.
-        least_scale: as in `data.icons.draw`.
+        least_scale: as in `nano.icons.draw`.
     """
 
     def __init__(

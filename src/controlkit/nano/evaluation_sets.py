@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
-from controlkit.data.icons import (
+from controlkit.errors import UserError
+from controlkit.evaluation.sets import EvaluationSet, register_evaluation_set
+from controlkit.files import write_atomically
+from controlkit.nano.icons import (
     TRAINED_STYLES,
     UNSEEN_STYLE,
     Drawing,
@@ -19,8 +22,6 @@ from controlkit.data.icons import (
     draw,
     read_concepts,
 )
-from controlkit.errors import UserError
-from controlkit.files import write_atomically
 
 SETS = {
     "held-out": "concepts that were never trained on, in the four trained styles",
@@ -31,20 +32,12 @@ SETS = {
 """Name of each set -> what it is."""
 
 
-@dataclass(frozen=True)
-class EvaluationSet:
-    """Pictures with captions."""
+def read_set(name: str) -> EvaluationSet[Drawing]:
+    """One of `SETS`.
 
-    name: str
-    drawings: tuple[Drawing, ...]
-
-    def first(self, count: int) -> EvaluationSet:
-        """The first `count` of them."""
-        return EvaluationSet(self.name, self.drawings[:count])
-
-
-def evaluation_set(name: str) -> EvaluationSet:
-    """One of `SETS`."""
+    Raises:
+        UserError: the file that ships is missing or damaged.
+    """
     path = Path(str(files("controlkit") / "assets" / "evaluation" / "nano.npz"))
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -61,7 +54,7 @@ def build_evaluation_sets(icons: str | Path, concepts: str | Path, out: str | Pa
     """Draw the sets into the file `out`; returns their sizes.
 
     Args:
-        icons: what `data.icons.render_sets` wrote.
+        icons: what `nano.icons.render_sets` wrote.
         concepts: a file of the concepts that the base was trained on, for those of `seen`.
     """
     sets, trained_on = IconSets(icons), read_concepts(concepts)
@@ -97,3 +90,7 @@ def _whole_concepts(icons: Sequence[Icon], count: int, rng: np.random.Generator)
     kept = {concepts[index] for index in rng.permutation(len(concepts))[:count]}
     group = [icon for icon in icons if icon.concept in kept]
     return [group[index] for index in rng.permutation(len(group))]
+
+
+for _name, _description in SETS.items():
+    register_evaluation_set(_name, _description, partial(read_set, _name))

@@ -20,15 +20,15 @@ from controlkit.bases.defaults import DEFAULTS_KEY, NANO_DEFAULTS
 from controlkit.bases.load import load_base
 from controlkit.bases.schedules import VariancePreserving
 from controlkit.bases.stable_diffusion import StableDiffusion
-from controlkit.data.icons import COLOURS, STYLES, TRAINED_STYLES, IconSets, caption_of, read_concepts
 from controlkit.errors import UserError
 from controlkit.files import write_json
 from controlkit.images import contact_sheet, to_images, write_png
+from controlkit.nano.drawings import Drawings
+from controlkit.nano.icons import COLOURS, STYLES, TRAINED_STYLES, IconSets, caption_of, read_concepts
+from controlkit.nano.recipes import BaseRecipe
 from controlkit.sampling.sampler import sample_prompts
-from controlkit.training.drawings import Drawings
 from controlkit.training.objective import Objective
 from controlkit.training.processes import Processes
-from controlkit.training.recipes import BaseRecipe
 
 MAX_TOKENS = 24
 _PREVIEW_SEEDS = 3
@@ -96,8 +96,8 @@ class BaseObjective(Objective):
 
     def loss(self, step: int) -> Tensor:
         chosen, prompts = self._draw(step)
-        z = self.drawings.latents[torch.from_numpy(chosen[self.share])].float().to(self.device)
-        text = self._text(prompts[self.share])
+        z = self.drawings.latents[torch.from_numpy(chosen[self.local_slice])].float().to(self.device)
+        text = self._text(prompts[self.local_slice])
         drawn = self.noised(self.schedule, z, self.torch_generator(step))
         return self.diffusion_loss(drawn, self.trained["unet"](drawn.x_t, drawn.t, encoder_hidden_states=text).sample)
 
@@ -107,7 +107,7 @@ class BaseObjective(Objective):
     def _draw(self, step: int) -> tuple[np.ndarray, list[str]]:
         """Indices and prompts of the drawings of a step, over all processes."""
         rng = self.numpy_generator(step)
-        chosen = rng.integers(len(self.drawings), size=self.whole)
+        chosen = rng.integers(len(self.drawings), size=self.global_batch)
         return chosen, [self.drawings.prompt(int(index), rng, self.recipe.prompt_drop) for index in chosen]
 
     def preview(self, step: int, folder: Path) -> dict[str, float]:

@@ -9,21 +9,22 @@ import zipfile
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlkit.data.icons import (
+from controlkit.errors import UserError
+from controlkit.nano.icons import (
     COLOURS,
     STYLES,
     UNSEEN_STYLE,
     Icon,
     IconSets,
+    background_colour,
     caption_of,
     draw,
     is_held_out,
     render_sets,
 )
-from controlkit.errors import UserError
 from tiny import concepts, hand_made_icon
 
 DISC = Icon(concept="red-ball", style="noto", rgba=hand_made_icon("disc", (220, 10, 20)))
@@ -69,6 +70,16 @@ def test_drawing_depends_on_the_generator_alone(seed, colour):
     # The icon never fills the picture, so the corners show the background.
     corner = min((asked.image[y, x] for y in (0, -1) for x in (0, -1)), key=lambda p: distance(p, colour))
     assert distance(corner, colour) <= 13
+
+
+@given(st.sampled_from(sorted(COLOURS)), st.integers(0, 2**16))
+@settings(max_examples=40, deadline=None)
+def test_background_colour_is_found_behind_an_object(colour, seed):
+    noise = rng(seed)
+    image = np.empty((64, 64, 3), np.uint8)
+    image[:] = np.clip(np.array(COLOURS[colour]) + noise.integers(-12, 13, 3), 0, 255)
+    image[10:, 20:44] = noise.integers(0, 256, 3)
+    assert background_colour(image) == colour
 
 
 def distance(pixel, colour):

@@ -1,0 +1,43 @@
+"""Baseline and ceiling of an evaluation: images of prompts without control, and true images through the autoencoder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from controlkit.bases.base import Base
+from controlkit.images import to_images, to_tensor
+from controlkit.sampling.request import DEFAULT_SAMPLER
+from controlkit.sampling.sampler import sample_prompts
+
+
+def draw_prompts(
+    base: Base,
+    prompts: Sequence[str],
+    steps: int,
+    guidance: float | None = None,
+    seeds: Sequence[int] | None = None,
+    sampler: str = DEFAULT_SAMPLER,
+) -> list[np.ndarray]:
+    """One `uint8` picture for each prompt; picture i has seed i unless `seeds` says otherwise."""
+    seeds = list(range(len(prompts))) if seeds is None else seeds
+    pictures: list[np.ndarray] = []
+    for batch in sample_prompts(base, prompts=prompts, seeds=seeds, steps=steps, guidance=guidance, sampler=sampler):
+        pictures += [np.asarray(image) for image in to_images(batch)]
+        print(f"\rdrawn {len(pictures)} of {len(prompts)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return pictures
+
+
+def reconstruct(base: Base, pictures: Sequence[np.ndarray], batch_size: int = 32) -> list[np.ndarray]:
+    """`uint8` pictures through the autoencoder and back."""
+    made: list[np.ndarray] = []
+    for first in range(0, len(pictures), batch_size):
+        x = to_tensor(pictures[first : first + batch_size]).to(base.device) * 2 - 1
+        with torch.inference_mode():
+            y = base.decode(base.encode_picture(x))
+        made += [np.asarray(image) for image in to_images((y + 1) / 2)]
+    return made

@@ -1,0 +1,1 @@
+"""What only the embedded base needs: its drawings of icons, its training and its evaluation sets."""

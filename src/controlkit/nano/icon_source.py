@@ -1,0 +1,83 @@
+"""Drawings of icons, whose condition images are made as they are drawn: what nano's controls are trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from controlkit import conditions
+from controlkit.bases.base import Base, network_key
+from controlkit.controls.control import Control
+from controlkit.images import to_tensor
+from controlkit.nano.drawings import Drawings
+from controlkit.nano.icons import TRAINED_STYLES, IconSets, draw
+from controlkit.training.recipe import ControlRecipe
+from controlkit.training.sources.registry import source
+from controlkit.training.sources.source import Batch, HeldOut, Source, Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class IconSettings(ControlRecipe):
+    """Settings of training on icons."""
+
+    icons: str
+    """File of rendered icons (`recipes/nano/build_pictures.py`)."""
+    variants: int = 4
+    """Drawings of each icon whose latents are kept."""
+
+
+@source
+class IconSource(Source):
+    """Drawings of icons; conditions are computed from them as they are drawn, with random parameters."""
+
+    name = "icons"
+    Settings = IconSettings
+
+    def __init__(self, recipe: IconSettings) -> None:
+        for name in recipe.condition_names:
+            conditions.find(name)
+        self.recipe = recipe
+        self.sets = IconSets(recipe.icons)
+        rng = np.random.default_rng(0)
+        kept = self.sets.select(styles=TRAINED_STYLES, held_out=True, drawable=True)
+        self.test = [draw(kept[index], rng) for index in rng.permutation(len(kept))[: recipe.score_pictures]]
+        self.targets = [drawing.image for drawing in self.test]
+
+    def prepare(self, base: Base, control: Control) -> None:
+        self.device = base.device
+        self.drawings = Drawings(
+            self.sets.select(styles=TRAINED_STYLES, held_out=False),
+            self.recipe.variants,
+            self.recipe.seed,
+            path=Path(self.recipe.out) / "latents.safetensors",
+            encode=lambda x: base.encode_picture(x.to(base.device)),
+            key=network_key(base.vae),
+        )
+
+    def batch(self, condition: str, step: Step) -> Batch:
+        kind, rng, mine = conditions.find(condition), step.rng(), step.local_slice
+        chosen = [int(index) for index in rng.integers(len(self.drawings), size=step.global_batch)]
+        prompts = [self.drawings.prompt(index, rng, self.recipe.prompt_drop) for index in chosen]
+        parameters = [kind.random_parameters(rng) for _ in chosen]
+        drawn = zip(chosen[mine], parameters[mine], strict=True)
+        images = [kind(self.drawings.draw(index).image, **values) for index, values in drawn]
+        return Batch(
+            latents=self.drawings.latents[torch.tensor(chosen[mine])].float().to(self.device),
+            text=prompts[mine],
+            condition_images=to_tensor(images).to(self.device),
+        )
+
+    def samples(self, condition: str, step: Step) -> list[str]:
+        chosen = step.rng().integers(len(self.drawings), size=step.global_batch)
+        return [f"drawing {index}: {self.drawings.draw(int(index)).caption}" for index in chosen]
+
+    def held_out(self, condition: str) -> HeldOut:
+        kind = conditions.find(condition)
+        return HeldOut(
+            condition_images=[kind(target) for target in self.targets],
+            targets=self.targets,
+            prompts=[drawing.caption for drawing in self.test],
+        )

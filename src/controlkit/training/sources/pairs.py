@@ -1,0 +1,228 @@
+"""Pairs of a condition image and an image: what frozen networks make of them is computed once and cached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from controlkit import conditions
+from controlkit.bases.base import Base
+from controlkit.conditions.condition import Condition
+from controlkit.conditions.fidelity import by_the_picture
+from controlkit.controls.control import Control
+from controlkit.controls.hints import Hint, map_hint
+from controlkit.data.pair import SOURCE
+from controlkit.data.pairs import load_pairs, split_pairs
+from controlkit.data.prompts import PromptLimit
+from controlkit.data.readers.columns import Columns
+from controlkit.data.sources import read_picture
+from controlkit.errors import UserError
+from controlkit.files import sha256_of
+from controlkit.images import to_tensor
+from controlkit.training.memory import uses_bf16
+from controlkit.training.pair_cache import PairCache, PictureRows
+from controlkit.training.recipe import ControlRecipe, OneCondition
+from controlkit.training.sources.registry import source
+from controlkit.training.sources.source import Batch, HeldOut, Source, Step
+
+_FLIPS, _CAPTIONS = 11, 12
+"""Flips, and which of several captions is taken, are drawn from numbers of their own, so that other runs draw what they
+would without them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSettings(ControlRecipe):
+    """Settings of training on pairs."""
+
+    pairs: str
+    """Pairs in any layout of docs/pairs.md."""
+    image_column: str | None = None
+    """The column of images, where `pairs` is a table (JSON lines, CSV, Parquet); None finds it by its name."""
+    conditioning_image_column: str | None = None
+    """The same of condition images."""
+    caption_column: str | None = None
+    """The same of captions."""
+    steps: int = 500
+    """Optimiser steps in all."""
+    batch_size: int = 16
+    """Pairs a step."""
+    save_every: int = 100
+    """Steps between checkpoints of the state."""
+    preview_every: int = 100
+    """Steps between previews with their scores."""
+    held_out: float = 0.1
+    """Share of the pairs that are not trained on, and judged by."""
+    prompt_drop: float = 0.3
+    """Share of prompts replaced by the empty prompt (0.3 in CtrLoRA's reference)."""
+    flip: bool = False
+    """Mirror half of the pairs at random, condition image and picture together. Not for pictures with writing, or
+    prompts that say left and right."""
+    score_pictures: int = 16
+    """Held-out pairs on which each preview scores condition following."""
+
+    @property
+    def columns(self) -> Columns:
+        """The columns of a table that are named."""
+        return Columns(
+            image=self.image_column, conditioning_image=self.conditioning_image_column, caption=self.caption_column
+        )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"held_out is {self.held_out}; it must be from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairCondition(OneCondition):
+    """Pairs may be of a condition that has no name here."""
+
+    condition: str = "identity"
+    """Condition by which fidelity is scored; `identity` compares the result with the true picture."""
+    name: str = "control"
+    """Name of the control and of its file."""
+
+
+@source
+class PairSource(Source):
+    """Pairs of every condition of a recipe; those of one condition are a `ConditionPairs`."""
+
+    name = "pairs"
+    Settings = PairSettings
+    one_condition = PairCondition
+    caches_encoders = True
+
+    def __init__(self, recipe: PairSettings) -> None:
+        self.of = {name: ConditionPairs(recipe, name) for name in recipe.condition_names}
+
+    def notes(self, base: Base) -> list[str]:
+        told = {f"{name}: " if len(self.of) > 1 else "": own.notes(base) for name, own in self.of.items()}
+        return [f"{name}{note}" for name, notes in told.items() for note in notes]
+
+    def prepare(self, base: Base, control: Control) -> None:
+        for name, own in self.of.items():
+            own.prepare(base, control.for_condition(name))
+
+    def batch(self, condition: str, step: Step) -> Batch:
+        return self.of[condition].batch(step)
+
+    def samples(self, condition: str, step: Step) -> list[str]:
+        return self.of[condition].samples(step)
+
+    def held_out(self, condition: str) -> HeldOut:
+        return self.of[condition].judged()
+
+    def scored_by(self, condition: str) -> Condition | None:
+        return self.of[condition].condition
+
+    @property
+    def digest(self) -> str:
+        first, *more = (own.content for own in self.of.values())
+        return sha256_of(first, *more) if more else first
+
+    def facts(self) -> dict[str, int]:
+        return {"pairs": sum(len(own.pairs) for own in self.of.values())}
+
+
+class ConditionPairs:
+    """Pairs of one condition.
+
+    Latents of pictures, embeddings of prompts and of the empty prompt, and hints that no trained weight makes come
+    from the cache (`data/cache.py`), keyed by their content.
+    """
+
+    def __init__(self, recipe: PairSettings, condition: str) -> None:
+        self.recipe = recipe
+        self.condition = conditions.find(condition)
+        if self.condition.requires is not None:
+            # Its model would have to be loaded beside what trains, if it is to be had at all.
+            self.condition = by_the_picture(self.condition)
+        self.found = load_pairs(recipe.pairs, condition, recipe.columns)
+        self.pairs, self.held_out = split_pairs(self.found.pairs, recipe.held_out)
+
+    def notes(self, base: Base) -> list[str]:
+        """Notes of the reader, prompts that are empty or too long, and condition images of another size."""
+        limit = PromptLimit(reader="this base", tokens=base.prompt_tokens, cut_from=base.cut_from)
+        told = [*self.found.notes, *self.found.prompt_notes(limit)]
+        side, size = min(read_picture(self.pairs[0].source).size), base.size
+        if side != size and not self.condition.given:
+            told.append(
+                f"condition images of these pairs are scaled from {side} pixels to {size}; to draw, they are made"
+                f" at {size}, where {self.condition.name} may look different; make the pairs with --size {size}"
+            )
+        return told
+
+    def prepare(self, base: Base, control: Control) -> None:
+        """Compute what frozen networks make of the pairs, or read it from the cache."""
+        self.device, self.size = base.device, base.size
+        self.cache = PairCache(base, self.pairs, flip=self.recipe.flip, check=uses_bf16(self.recipe, base.device))
+        self.latents = self.cache.latents()
+        self.texts, _, self.empty = self.cache.texts()
+        self.content = self.cache.content()
+        self.hints: PictureRows | None = self.cache.hints(control) if control.hint_is_frozen else None
+
+    def batch(self, step: Step) -> Batch:
+        """This process's pairs of a step."""
+        mine = step.local_slice
+        chosen, flipped = torch.from_numpy(self._chosen(step))[mine], self.flips(step)[mine]
+        dropped = torch.rand(step.global_batch, generator=step.generator)[mine] < self.recipe.prompt_drop
+        rows = [self.cache.positions[caption] for caption in self._captions(step)[mine]]
+        prompts = torch.where(dropped, self.empty, torch.tensor(rows))
+        return Batch(
+            latents=cast(Tensor, self.latents.gather(chosen, flipped)).float().to(self.device),
+            text=self.texts.gather(prompts).map(lambda part: part.to(self.device)),
+            condition_images=self.condition_images(chosen, flipped) if self.hints is None else None,
+            hint=self.hint(chosen, flipped),
+        )
+
+    def hint(self, chosen: Tensor, flipped: Tensor) -> Hint | None:
+        """Cached hints of the pairs whose indices are `chosen` `[B]`, mirrored where `flipped` `[B]`; None without."""
+        if self.hints is None:
+            return None
+        return map_hint(self.hints.gather(chosen, flipped), self._on_device)
+
+    def condition_images(self, chosen: Tensor, flipped: Tensor) -> Tensor:
+        """Condition images `[B, 3, H, W]` of the same pairs, in [0, 1]."""
+        sides = zip(chosen.tolist(), flipped.tolist(), strict=True)
+        images = [self.pairs[index].side(SOURCE, self.size, mirrored) for index, mirrored in sides]
+        return to_tensor(images).to(self.device)
+
+    def _on_device(self, rows: Tensor) -> Tensor:
+        return (rows.float() if rows.is_floating_point() else rows).to(self.device)
+
+    def samples(self, step: Step) -> list[str]:
+        """Every pair of a step, with the caption that was drawn."""
+        pairs = [self.pairs[index] for index in self._chosen(step)]
+        told = zip(pairs, self._captions(step), strict=True)
+        return [f"{pair.source} -> {pair.target}: {caption!r}" for pair, caption in told]
+
+    def judged(self) -> HeldOut:
+        """The first of the held-out pairs."""
+        pairs = self.held_out[: self.recipe.score_pictures]
+        condition_images, targets = zip(*(pair.images(self.size) for pair in pairs), strict=True)
+        return HeldOut(
+            condition_images=condition_images,
+            targets=targets,
+            prompts=[pair.prompt for pair in pairs],
+            parameters=[pair.parameters for pair in pairs],
+        )
+
+    def _chosen(self, step: Step) -> np.ndarray:
+        """Indices of all pairs of a step."""
+        return step.rng().integers(len(self.pairs), size=step.global_batch)
+
+    def _captions(self, step: Step) -> list[str]:
+        """A caption of each of them, at random where there are several."""
+        drawn = zip(self._chosen(step), step.rng(_CAPTIONS).random(step.global_batch), strict=True)
+        several = ((self.pairs[index].captions, number) for index, number in drawn)
+        return [captions[int(number * len(captions))] for captions, number in several]
+
+    def flips(self, step: Step) -> Tensor:
+        """Which pairs of a step are mirrored, `bool [global_batch]`."""
+        if not self.recipe.flip:
+            return torch.zeros(step.global_batch, dtype=torch.bool)
+        return torch.from_numpy(step.rng(_FLIPS).random(step.global_batch) < 0.5)

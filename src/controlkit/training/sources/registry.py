@@ -1,0 +1,53 @@
+"""The sources of data that there are: those below, and those that packages add."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from controlkit.controls.registry import load_own
+from controlkit.training.sources.source import Source
+
+ENTRY_POINTS = "controlkit.sources"
+"""Group of entry points by which packages name modules that register sources."""
+
+_MODULES = (
+    "controlkit.nano.icon_source",
+    "controlkit.training.sources.multigen",
+    "controlkit.training.sources.pairs",
+)
+"""By name, so that a source may stand in a room that is further down than this one."""
+
+_REGISTRY: dict[str, type[Source]] = {}
+
+Registered = TypeVar("Registered", bound=type[Source])
+
+
+def source(kind: Registered) -> Registered:
+    """Register a source; a decorator of its class.
+
+    Raises:
+        ValueError: another class has its name.
+    """
+    other = _REGISTRY.get(kind.name)
+    if other is not None and (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise ValueError(f"{kind.__qualname__}: the name {kind.name!r} is that of {other.__qualname__} already")
+    _REGISTRY[kind.name] = kind
+    return kind
+
+
+def sources() -> Mapping[str, type[Source]]:
+    """Name -> class, of every source."""
+    _load()
+    return dict(sorted(_REGISTRY.items()))
+
+
+@cache
+def _load() -> None:
+    for module in _MODULES:
+        import_module(module)
+    for point in entry_points(group=ENTRY_POINTS):
+        load_own(f"the module {point.value} of the entry point {point.name}", point.load)
