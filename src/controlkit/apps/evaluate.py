@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=int, help="pictures of each set for a control (default: 96)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: 3 for nano, 7.5 for Stable Diffusion)")
-    parser.add_argument("--sampler", help="ddim, dpm++, dpm++-karras, unipc or euler (default: ddim)")
+    parser.add_argument("--sampler", help="ddim, dpm++, dpm++-karras, unipc or euler (default: ddim; euler for SD3)")
     parser.add_argument("--weight", type=float, help="weight of the controls (default: 1)")
     parser.add_argument(
         "--mode", help="of the controls: balanced or control (default: control for nano, else balanced)"
@@ -62,14 +62,12 @@ def run(args: argparse.Namespace) -> None:
 
     from controlkit.errors import UserError
     from controlkit.files import writable_folder
-    from controlkit.sampling.request import DEFAULT_SAMPLER, DEFAULT_STEPS, check_mode, check_sampling
+    from controlkit.sampling.request import DEFAULT_STEPS, check_mode, check_sampling
 
     settings = {
         name: getattr(args, name) for name in ("steps", "guidance", "sampler", "weight", "mode") if hasattr(args, name)
     }
-    check_sampling(
-        settings.get("steps", DEFAULT_STEPS), settings.get("guidance"), settings.get("sampler", DEFAULT_SAMPLER)
-    )
+    check_sampling(settings.get("steps", DEFAULT_STEPS), settings.get("guidance"), settings.get("sampler"))
     check_mode(settings.get("mode"))
     if not math.isfinite(settings.get("weight", 1.0)):
         raise UserError(f"--weight {settings['weight']}: expected a number, such as 1.25")

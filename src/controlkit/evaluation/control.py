@@ -23,7 +23,7 @@ from controlkit.evaluation.settings import condition_settings, content_of, contr
 from controlkit.files import sha256_of
 from controlkit.images import contact_sheet, resize_cover, to_images, to_tensor
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import DEFAULT_SAMPLER, DEFAULT_STEPS
+from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.sampler import pictures_at_once, sample_prompts
 from controlkit.sampling.settings import base_settings, in_words, sampling_settings
 
@@ -91,7 +91,7 @@ def draw_ends(
     prompts: Sequence[str],
     steps: int,
     guidance: float | None,
-    sampler: str = DEFAULT_SAMPLER,
+    sampler: str | None = None,
 ) -> Ends:
     """Baseline and ceiling of pictures and their prompts."""
     return Ends(
@@ -106,7 +106,7 @@ def evaluate_control(
     *,
     steps: int = DEFAULT_STEPS,
     guidance: float | None = None,
-    sampler: str = DEFAULT_SAMPLER,
+    sampler: str | None = None,
     weight: float = 1.0,
     mode: str | None = None,
     ends: dict[str, Ends] | None = None,
@@ -166,7 +166,7 @@ def evaluate_controls(
     *,
     steps: int = DEFAULT_STEPS,
     guidance: float | None = None,
-    sampler: str = DEFAULT_SAMPLER,
+    sampler: str | None = None,
     weight: float = 1.0,
     mode: str | None = None,
 ) -> tuple[Report, Image.Image]:
@@ -273,7 +273,7 @@ def _judge(
     *,
     steps: int,
     guidance: float | None,
-    sampler: str,
+    sampler: str | None,
     weight: float,
     mode: str | None,
 ) -> _Judgement:
@@ -360,7 +360,7 @@ def draw_controlled(
     *,
     steps: int,
     guidance: float | None = None,
-    sampler: str = DEFAULT_SAMPLER,
+    sampler: str | None = None,
     batch_size: int | None = None,
 ) -> list[np.ndarray]:
     """One `uint8` picture for each prompt, under all of `uses`; picture i has seed i."""

@@ -10,7 +10,6 @@ import torch
 
 from controlkit.bases.base import Base
 from controlkit.images import to_images, to_tensor
-from controlkit.sampling.request import DEFAULT_SAMPLER
 from controlkit.sampling.sampler import sample_prompts
 
 
@@ -20,7 +19,7 @@ def draw_prompts(
     steps: int,
     guidance: float | None = None,
     seeds: Sequence[int] | None = None,
-    sampler: str = DEFAULT_SAMPLER,
+    sampler: str | None = None,
 ) -> list[np.ndarray]:
     """One `uint8` picture for each prompt; picture i has seed i unless `seeds` says otherwise."""
     seeds = list(range(len(prompts))) if seeds is None else seeds

@@ -21,7 +21,7 @@ from controlkit.evaluation.settings import content_of, examples_settings, seeds_
 from controlkit.images import contact_sheet
 from controlkit.nano.evaluation_sets import SETS, read_set
 from controlkit.nano.icons import COLOURS, TRAINED_STYLES, Drawing, background_colour, caption_of
-from controlkit.sampling.request import DEFAULT_SAMPLER, DEFAULT_STEPS
+from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.settings import base_settings, sampling_settings
 
 Named = tuple[str, Sequence[np.ndarray]]
@@ -41,7 +41,7 @@ GRID = (
 
 
 def evaluate_base(
-    base: Base, steps: int = DEFAULT_STEPS, guidance: float | None = None, sampler: str = DEFAULT_SAMPLER
+    base: Base, steps: int = DEFAULT_STEPS, guidance: float | None = None, sampler: str | None = None
 ) -> list[Report]:
     """Autoencoder, background colour, distribution and retrieval, each with its baseline and ceiling.
 
@@ -74,7 +74,7 @@ def evaluate_base(
 
 
 def base_grid(
-    base: Base, steps: int = DEFAULT_STEPS, guidance: float | None = None, sampler: str = DEFAULT_SAMPLER
+    base: Base, steps: int = DEFAULT_STEPS, guidance: float | None = None, sampler: str | None = None
 ) -> Image.Image:
     """Eight fixed prompts (rows) with four fixed seeds (columns): not chosen."""
     prompts = [caption_of(concept, style, colour) for concept, style, colour in GRID]
@@ -101,7 +101,9 @@ def _autoencoder(base: Base, pictures: EvaluationSet[Drawing]) -> Report:
     )
 
 
-def _colour(base: Base, pictures: EvaluationSet[Drawing], steps: int, guidance: float | None, sampler: str) -> Report:
+def _colour(
+    base: Base, pictures: EvaluationSet[Drawing], steps: int, guidance: float | None, sampler: str | None
+) -> Report:
     concepts = sorted({drawing.concept for drawing in pictures.examples})[:20]
     asked = list(product(concepts, COLOURS))
     prompts = [caption_of(concept, TRAINED_STYLES[i % 4], colour) for i, (concept, colour) in enumerate(asked)]

@@ -19,7 +19,6 @@ from controlkit.errors import UserError, nearest
 MOST_PIXELS = 16384
 """The longest side of a picture."""
 DEFAULT_STEPS = 20
-DEFAULT_SAMPLER = "ddim"
 SAMPLERS = ("ddim", "dpm++", "dpm++-karras", "unipc", "euler")
 """Names of samplers (`bases/schedules/solvers.py`)."""
 MODES = ("balanced", "control")
