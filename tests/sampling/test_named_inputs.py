@@ -237,7 +237,7 @@ def test_what_needs_one_image_is_trained_and_judged_with_one(folder, icons_file,
     }  # fmt: skip
     write_pairs("pairs", [(COLOURS + n, COLOURS, f"thing {n}") for n in range(4)])
     objective = objective_of(build_recipe({"system": "optional-pairs", "pairs": "pairs", **settings}))
-    hint = objective.hints(torch.tensor([0, 2, 1]), torch.tensor([False] * 3))
+    hint = objective.source.of["identity"].hint(torch.tensor([0, 2, 1]), torch.tensor([False] * 3))
     assert {name: (tuple(value.shape), value.dtype) for name, value in hint.items()} == {
         "strength": ((3, 1), torch.float32), "photo": ((3, 3), torch.float32), "large": ((3, 3 * 64 * 64), torch.bool)
     }  # fmt: skip
