@@ -97,14 +97,9 @@ def evaluation_set(name: str) -> EvaluationSet[Example]:
 
 @cache
 def _load() -> None:
+    from controlkit.controls.registry import load_own  # loads torch, which recipes are read without
+
     for module in SHIPPED:
         import_module(module)
     for point in entry_points(group=ENTRY_POINTS):
-        try:
-            point.load()
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"the evaluation sets of {point.value} cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
+        load_own(f"the module {point.value} of the entry point {point.name}", point.load)
