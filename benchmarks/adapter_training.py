@@ -4,7 +4,7 @@
     python benchmarks/adapter_training.py --base sd15 --random-weights --size 256 --batch 1 --rank 128 --rounds 3
     python benchmarks/adapter_training.py --base sd15 --random-weights --device cuda --batch 1 --rank 128
 
-The reference (xyfJASON/ctrlora, cldm/cldm_ctrlora_finetune.py) encodes the picture, the condition image and the prompts
+The reference (xyfJASON/ctrlora, cldm/cldm_ctrlora_finetune.py) encodes the image, the condition image and the prompts
 at every step, every weight of the base control and of the UNet's decoder gets a gradient that no one uses, and
 activations are computed a second time in the backward pass (its configurations' `use_checkpoint: True`), which costs
 time and saves memory; `--no-checkpointing` leaves that out, and compares wasted work alone. Ours reads latents and
@@ -92,12 +92,12 @@ def measure_steps(
 ) -> dict[str, Any]:
     """Seconds a step of both, their ratio, and how far their losses are apart."""
     generator = torch.Generator().manual_seed(1)
-    pictures = torch.rand(batch, 3, size, size, generator=generator).to(base.device)
     images = torch.rand(batch, 3, size, size, generator=generator).to(base.device)
+    condition_images = torch.rand(batch, 3, size, size, generator=generator).to(base.device)
     prompts = [f"thing {number}" for number in range(batch)]
 
     mine = Side(base, rank, fused=True, bf16=bf16)
-    z, hint = base.encode_picture(pictures * 2 - 1), mine.control.encode(images, base)
+    z, hint = base.encode_image(images * 2 - 1), mine.control.encode(condition_images, base)
     text = base.encode_text(prompts, (size, size))
     theirs = Side(as_the_reference(base), rank, fused=False, bf16=bf16)
     theirs.shared.network.requires_grad_(True)
@@ -106,8 +106,8 @@ def measure_steps(
 
     def reference(number: int) -> float:
         with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16):
-            latents = theirs.base.encode_picture(pictures * 2 - 1).float()
-            hints = theirs.control.encode(images, theirs.base).float()
+            latents = theirs.base.encode_image(images * 2 - 1).float()
+            hints = theirs.control.encode(condition_images, theirs.base).float()
             embedded = theirs.base.encode_text(prompts, (size, size))
         return theirs.step(number, latents, hints, embedded)
 

@@ -107,8 +107,8 @@ def run(folder: Path, count: int) -> dict[str, Any]:
 
     def draw(number: int) -> tuple[np.ndarray, np.ndarray, str]:
         small = np.random.default_rng(number).integers(0, 256, (6, 6, 3), np.uint8)
-        picture = np.asarray(Image.fromarray(small).resize((base.size, base.size)))
-        return 255 - picture, picture, f"picture {number}"
+        image = np.asarray(Image.fromarray(small).resize((base.size, base.size)))
+        return 255 - image, image, f"image {number}"
 
     write_pairs(folder / "pairs", [draw(number) for number in range(count)])
     pairs = read_pairs(folder / "pairs")

@@ -12,7 +12,7 @@ Both run DDIM with guidance in one batch of two halves, from the same noise. Thr
   which also weights the residuals from 0.1 at the outermost to 1 in the middle; so does ours here.
 
 Timed from the prompt and the condition image to the last latent. Decoding is the same code in both and is left out of
-the times; the pictures are compared.
+the times; the images are compared.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GUIDANCE = 4.0
 
 
 def shipped(base: Base) -> tuple[ControlNet, Tensor, str]:
-    """The ControlNet that ships, the edges of a held-out picture, and its caption."""
+    """The ControlNet that ships, the edges of a held-out image, and its caption."""
     drawing = evaluation_set("held-out").examples[0]
     control = load_control("canny", base)
     assert isinstance(control, ControlNet)
@@ -123,15 +123,15 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
         }
         with torch.inference_mode():
             turns = measure.take_turns(ways, args.rounds, device=base.device, warm_up=args.warm_up)
-            pictures = {way: (base.decode(made[-1]) + 1) / 2 for way, made in turns.outputs.items()}
+            images = {way: (base.decode(made[-1]) + 1) / 2 for way, made in turns.outputs.items()}
             without = (base.decode(ours(len(turns.outputs["ours"]) - 1, {"weight": 0.0})) + 1) / 2
         cases.append(
             {
                 "case": name,
                 "seconds": turns.times(),
                 "diffusers_to_ours": turns.ratio("diffusers", "ours"),
-                "largest_difference_of_pictures": measure.largest_difference(pictures["ours"], pictures["diffusers"]),
-                "largest_change_by_control": measure.largest_difference(pictures["ours"], without),
+                "largest_difference_of_images": measure.largest_difference(images["ours"], images["diffusers"]),
+                "largest_change_by_control": measure.largest_difference(images["ours"], without),
             }
         )
     return cases
@@ -140,7 +140,7 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure, print, write."""
     parser = measure.parser(__doc__, rounds=9)
-    parser.add_argument("--seeds", type=int, default=1, help="pictures at once")
+    parser.add_argument("--seeds", type=int, default=1, help="images at once")
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     cases = measure_all(args)
@@ -150,7 +150,7 @@ def main() -> None:
             case["seconds"]["ours"]["median"],
             case["seconds"]["diffusers"]["median"],
             case["diffusers_to_ours"],
-            case["largest_difference_of_pictures"],
+            case["largest_difference_of_images"],
             case["largest_change_by_control"],
         ]
         for case in cases

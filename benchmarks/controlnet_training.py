@@ -4,7 +4,7 @@
     python benchmarks/controlnet_training.py --base sd15 --random-weights --size 256 --batch 1 --rounds 3
     python benchmarks/controlnet_training.py --base sd15 --random-weights --device cuda --batch 4
 
-The script (huggingface/diffusers, examples/controlnet/train_controlnet.py) encodes pictures and prompts at each step,
+The script (huggingface/diffusers, examples/controlnet/train_controlnet.py) encodes images and prompts at each step,
 runs ControlNet and UNet, whose weights are frozen, takes the mean squared error, clips the gradient's norm, and steps
 AdamW. Ours does the same from latents and embeddings that were computed once, with a fused optimiser. Both start from
 the same weights and draw the same noise and times; the script's latents are here the mode of the posterior, not a
@@ -42,11 +42,11 @@ class Ours:
         self.parameters = self.control.trainable_parameters()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, fused=True)
 
-    def step(self, number: int, z: Tensor, images: Tensor, text: Text) -> float:
-        """One optimiser step from latents, condition images and embeddings; returns its loss."""
+    def step(self, number: int, z: Tensor, condition_images: Tensor, text: Text) -> float:
+        """One optimiser step from latents, condition condition_images and embeddings; returns its loss."""
         drawn = noised(self.schedule, z, torch_generator(0, number), len(z), slice(None))
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
-            residuals = self.control(drawn.x_t, drawn.t, text, self.control.encode(images, self.base))
+            residuals = self.control(drawn.x_t, drawn.t, text, self.control.encode(condition_images, self.base))
             loss = drawn.loss(self.base.predict(drawn.x_t, drawn.t, text, residuals))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -65,15 +65,15 @@ class Script:
         self.schedule = base.schedule
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=RATE)
 
-    def step(self, number: int, pictures: Tensor, images: Tensor, ids: Tensor) -> float:
-        """One optimiser step from pictures in [-1, 1], condition images and token ids; returns its loss."""
+    def step(self, number: int, images: Tensor, condition_images: Tensor, ids: Tensor) -> float:
+        """One optimiser step from images in [-1, 1], condition images and token ids; returns its loss."""
         vae, unet = self.base.vae, self.base.unet
-        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.bf16):
-            z = vae.encode(pictures).latent_dist.mode().float() * vae.config.scaling_factor
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            z = vae.encode(images).latent_dist.mode().float() * vae.config.scaling_factor
             embedded = self.base.text_encoder(ids)[0]
             drawn = noised(self.schedule, z, torch_generator(0, number), len(z), slice(None))
             down, mid = self.network(
-                drawn.x_t, drawn.t, encoder_hidden_states=embedded, controlnet_cond=images, return_dict=False
+                drawn.x_t, drawn.t, encoder_hidden_states=embedded, controlnet_cond=condition_images, return_dict=False
             )
             predicted = unet(
                 drawn.x_t,
@@ -107,15 +107,15 @@ def measure_steps(
 ) -> dict[str, Any]:
     """Seconds a step of both, their ratio, and how far their losses are apart."""
     generator = torch.Generator().manual_seed(1)
-    pictures = torch.rand(batch, 3, size, size, generator=generator).to(base.device) * 2 - 1
-    images = torch.rand(batch, 3, size, size, generator=generator).to(base.device)
+    images = torch.rand(batch, 3, size, size, generator=generator).to(base.device) * 2 - 1
+    condition_images = torch.rand(batch, 3, size, size, generator=generator).to(base.device)
     prompts = [f"thing {number}" for number in range(batch)]
     ids = token_ids(base.tokenizer, prompts).to(base.device)
-    z, text = base.encode_picture(pictures), base.encode_text(prompts, (size, size))
+    z, text = base.encode_image(images), base.encode_text(prompts, (size, size))
     mine, script = Ours(base, bf16=bf16), Script(base, bf16=bf16)
     ways = {
-        "ours": lambda number: mine.step(number, z, images, text),
-        "reference": lambda number: script.step(number, pictures, images, ids),
+        "ours": lambda number: mine.step(number, z, condition_images, text),
+        "reference": lambda number: script.step(number, images, condition_images, ids),
     }
     return measure.compared_steps(measure.take_turns(ways, rounds, device=base.device, warm_up=warm_up))
 

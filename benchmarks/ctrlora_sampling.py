@@ -4,16 +4,16 @@
     python benchmarks/ctrlora_sampling.py --base sd15 --random-weights --size 256 --steps 2 --rounds 3
     python benchmarks/ctrlora_sampling.py --base sd15 --random-weights --device cuda --steps 20 --rounds 5
 
-For one and two conditions, and one and four seeds, the same pictures in four ways, in turns:
+For one and two conditions, and one and four seeds, the same images in four ways, in turns:
 
 - base: no control at all;
 - reference: as xyfJASON/ctrlora does (cldm/cldm_ctrlora_inference.py), every condition image goes through the
-  autoencoder, and the control runs, at every step, for both halves of guidance, for every picture and every condition;
-- plan: the residuals of all steps are computed before sampling, once for all pictures;
+  autoencoder, and the control runs, at every step, for both halves of guidance, for every image and every condition;
+- plan: the residuals of all steps are computed before sampling, once for all images;
 - again: the plan a second time with other seeds, its residuals kept from the call before.
 
-Timed is the denoising of `--steps` steps. Prompts, hints (once, in ours) and pictures (decoding) cost the same however
-many steps there are; they are timed by themselves, and the last columns count a whole picture of 20 steps from the
+Timed is the denoising of `--steps` steps. Prompts, hints (once, in ours) and images (decoding) cost the same however
+many steps there are; they are timed by themselves, and the last columns count a whole image of 20 steps from the
 parts. Outputs are latents, of about unit variance.
 """
 
@@ -44,7 +44,7 @@ from controlkit.sampling.sampler import sample
 
 SHIPPED = ("nano/palette", "nano/canny")
 WHOLE = 20
-"""Steps of a whole picture."""
+"""Steps of a whole image."""
 
 
 class EveryStep(CtrLoRA):
@@ -70,7 +70,7 @@ class EveryStep(CtrLoRA):
 
 
 def shipped(base: Base, names: Sequence[str]) -> tuple[list[CtrLoRA], list[Tensor], str]:
-    """Adapters by name, condition images of a held-out picture, and its caption."""
+    """Adapters by name, condition images of a held-out image, and its caption."""
     shared: dict[str, Control] = {}
     drawing = evaluation_set("held-out").examples[0]
     controls, images = [], []
@@ -184,7 +184,7 @@ def measure_case(
 
 
 def _whole(turns: measure.Turns, fixed: measure.Turns, way: str, steps: int, parts: Sequence[str]) -> float:
-    """Seconds of all pictures with `WHOLE` steps."""
+    """Seconds of all images with `WHOLE` steps."""
     return turns.median(way) / steps * WHOLE + sum(fixed.median(part) for part in parts)
 
 
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--control", action="append", default=None, help="adapters (default: two that ship)")
     parser.add_argument("--rank", type=int, default=128, help="of adapters with random weights")
     parser.add_argument("--conditions", type=int, nargs="+", default=[1, 2], help="how many at once")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 4], help="pictures at once")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 4], help="images at once")
     parser.add_argument("--steps", type=int, default=WHOLE)
     args = parser.parse_args()
     cases = measure_all(args)

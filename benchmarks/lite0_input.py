@@ -52,11 +52,11 @@ def labelled(folder: str) -> tuple[list[Image.Image], list[int]]:
     return [read_image(path) for path, _ in kept], [label for _, label in kept]
 
 
-def shown(pictures: Sequence[Image.Image], side: int) -> Tensor:
-    """The middle of each picture, `[N, 3, side, side]` in 0-255."""
+def shown(images: Sequence[Image.Image], side: int) -> Tensor:
+    """The middle of each image, `[N, 3, side, side]` in 0-255."""
     whole, edge = round(side / _CROP), (round(side / _CROP) - side) // 2
     middle = (edge, edge, edge + side, edge + side)
-    arrays = [np.array(resize_cover(picture, whole, whole).crop(middle)) for picture in pictures]
+    arrays = [np.array(resize_cover(image, whole, whole).crop(middle)) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float()
 
 
@@ -102,7 +102,7 @@ def main() -> None:
         for name, scale in WAYS.items():
             found = judge(shown(photographs, side), labels, scale)
             with torch.inference_mode():
-                found["variance_ratio_of_nano_pictures"] = spread_ratio(scaled(shown(drawings, side), scale))
+                found["variance_ratio_of_nano_images"] = spread_ratio(scaled(shown(drawings, side), scale))
             cases.append({"side": side, "input": name, **found})
     columns = list(cases[0])
     print(measure.table([column.replace("_", " ") for column in columns], [list(case.values()) for case in cases]))

@@ -150,7 +150,7 @@ def parser(description: str | None, *, rounds: int, dtype: bool = True) -> argpa
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--base", default="nano", help="nano, a folder, or with --random-weights sd15, sd21, sdxl")
     made.add_argument("--random-weights", action="store_true", help="of a known base, which costs the same")
-    made.add_argument("--size", type=int, default=None, help="side of the pictures in pixels (default: the base's)")
+    made.add_argument("--size", type=int, default=None, help="side of the images in pixels (default: the base's)")
     made.add_argument("--device", default="cpu")
     if dtype:
         made.add_argument("--dtype", choices=DTYPES, default=None, help="default: bf16 on CUDA, else fp32")

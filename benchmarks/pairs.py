@@ -1,9 +1,9 @@
-"""Pictures a second of `controlkit pairs` against the bare OpenCV loop, with the same number of processes.
+"""Images a second of `controlkit pairs` against the bare OpenCV loop, with the same number of processes.
 
     python benchmarks/pairs.py --pictures 2000 --workers 2 --json pairs.json
 
 Both read the same 512 x 512 JPEG files, draw Canny edges and write them as PNG. The loop does nothing else: no hashes,
-no captions, no parameters of its own for each picture, no manifest, nothing to resume from. The two take turns, so that
+no captions, no parameters of its own for each image, no manifest, nothing to resume from. The two take turns, so that
 a busy machine slows both, and the start of the processes is counted for both. Beside the ratio of the rates stands that
 of the processor time (of all processes), which other programs disturb less; it leaves out waiting for the disk.
 """
@@ -24,8 +24,8 @@ import cv2
 import numpy as np
 
 from controlkit.data.engine import make_pairs
+from controlkit.data.input_images import list_images
 from controlkit.data.making import MakeSettings
-from controlkit.data.pictures import list_pictures
 from controlkit.data.workers import cores
 from controlkit.files import write_json
 
@@ -40,8 +40,8 @@ def main() -> None:
     parser.add_argument("--json", default=None, metavar="FILE", help="also write the result to FILE")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), args.pictures, args.size, args.workers, args.repeats)
-    print(f"{args.pictures} pictures of {args.size} x {args.size}, {args.workers} processes, {args.repeats} repeats")
+        result = measure(Path(folder), args.images, args.size, args.workers, args.repeats)
+    print(f"{args.images} images of {args.size} x {args.size}, {args.workers} processes, {args.repeats} repeats")
     for name in ("loop", "engine"):
         print(f"{name:7} {result[name]:8.1f} pictures/s (median)")
     print(f"ratio   {result['ratio']:8.3f} (engine / loop; by processor time {result['cpu_ratio']:.3f})")
@@ -50,8 +50,8 @@ def main() -> None:
 
 
 def measure(folder: Path, count: int, size: int, workers: int, repeats: int) -> dict[str, object]:
-    """Pictures a second of both, and their ratio."""
-    paths = draw_pictures(folder / "pictures", count, size)
+    """Images a second of both, and their ratio."""
+    paths = draw_images(folder / "pictures", count, size)
     runs: dict[str, list[float]] = {"loop": [], "engine": []}
     cpu: dict[str, list[float]] = {"loop": [], "engine": []}
     for repeat in range(repeats):
@@ -72,9 +72,9 @@ def measure(folder: Path, count: int, size: int, workers: int, repeats: int) -> 
     return {**facts, **medians, **ratios, "runs": runs, "cpu_ms": cpu}
 
 
-def engine(pictures: Path, out: Path, workers: int) -> None:
+def engine(images: Path, out: Path, workers: int) -> None:
     """The verb without its command line: listing, hashes, captions, edges, manifest."""
-    make_pairs(list_pictures([pictures]), out, MakeSettings(conditions=("canny",), fixed=True), workers=workers)
+    make_pairs(list_images([images]), out, MakeSettings(conditions=("canny",), fixed=True), workers=workers)
 
 
 def bare_loop(paths: Sequence[Path], out: Path, workers: int) -> None:
@@ -95,21 +95,21 @@ def edges_of(paths: Sequence[Path], out: Path) -> None:
         cv2.imwrite(str(out / f"{path.stem}.png"), cv2.Canny(cv2.imread(str(path)), 100, 200))
 
 
-def draw_pictures(folder: Path, count: int, size: int) -> list[Path]:
+def draw_images(folder: Path, count: int, size: int) -> list[Path]:
     """JPEG files with shapes and the grain of a photograph, a caption beside each."""
     folder.mkdir(parents=True)
     paths = []
     for number in range(count):
         rng = np.random.default_rng(number)
         small = rng.integers(0, 256, (12, 12, 3), np.uint8)
-        picture = cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC)
+        image = cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC)
         for _ in range(12):
             colour = tuple(int(value) for value in rng.integers(0, 256, 3))
             corners = rng.uniform(0, size, (5, 2)).astype(np.int32)
-            cv2.fillConvexPoly(picture, cv2.convexHull(corners), colour, cv2.LINE_AA)
-        grain = rng.normal(0, 6, picture.shape)
+            cv2.fillConvexPoly(image, cv2.convexHull(corners), colour, cv2.LINE_AA)
+        grain = rng.normal(0, 6, image.shape)
         path = folder / f"{number:06d}.jpg"
-        cv2.imwrite(str(path), np.clip(picture + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 92])
+        cv2.imwrite(str(path), np.clip(image + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 92])
         path.with_suffix(".txt").write_text(f"shapes, number {number}")
         paths.append(path)
     return paths

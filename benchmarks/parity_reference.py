@@ -376,7 +376,7 @@ def _without_lora(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _two_of_theirs(clone: Path, files: Mapping[str, Path]) -> dict[str, list[Tensor]]:
-    """The sum for two adapters by the class that draws pictures; files are loaded as in the clone's api.py."""
+    """The sum for two adapters by the class that draws images; files are loaded as in the clone's api.py."""
     network: Any = build(clone, "configs/inference/ctrlora_sd15_rank128_2loras.yaml")
     base = bare(torch.load(files["base"], weights_only=True))
     adapters = [bare(torch.load(files[name], weights_only=True)) for name in ("first", "second")]

@@ -1,10 +1,10 @@
-"""How long it takes until something is there: help, a look at a system, the first picture.
+"""How long it takes until something is there: help, a look at a system, the first image.
 
     python benchmarks/startup.py
 
 Each in a fresh process, in turns: importing torch alone and torch with what diffusers needs for one UNet, which is the
 floor for everything that runs a network; `controlkit --help`; `controlkit inspect ctrlora --base sd15 --rank 128`;
-and the first picture, `controlkit generate` on nano with a control that ships. The floor's time is part of the others'.
+and the first image, `controlkit generate` on nano with a control that ships. The floor's time is part of the others'.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from PIL import Image
 NETWORKS = "from diffusers import AutoencoderKL, UNet2DConditionModel; from transformers import CLIPTextModel"
 
 
-def commands(picture: Path, out: Path) -> dict[str, list[str]]:
+def commands(image: Path, out: Path) -> dict[str, list[str]]:
     """Name -> what is run."""
     verb = [sys.executable, "-m", "controlkit"]
-    drawn = ["generate", "sailboat, noto style", "--control", f"canny={picture}", "--out", str(out)]
+    drawn = ["generate", "sailboat, noto style", "--control", f"canny={image}", "--out", str(out)]
     return {
         "import torch": [sys.executable, "-c", "import torch"],
         "import networks": [sys.executable, "-c", NETWORKS],
         "--help": [*verb, "--help"],
         "inspect": [*verb, "inspect", "ctrlora", "--base", "sd15", "--rank", "128", "--json"],
-        "first picture": [*verb, *drawn],
+        "first image": [*verb, *drawn],
     }
 
 
 def measure_all(rounds: int, warm_up: int, only: Sequence[str] | None = None) -> dict[str, Any]:
     """Seconds of each."""
     with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder) / "drawing.png"
+        image = Path(folder) / "drawing.png"
         y, x = np.mgrid[:128, :128]
         disc = np.where(np.hypot(x - 64, y - 64) < 40, 40, 220).astype(np.uint8)
-        Image.fromarray(np.stack([disc] * 3, -1)).save(picture)
+        Image.fromarray(np.stack([disc] * 3, -1)).save(image)
         out = Path(folder) / "pictures"
         ways: dict[str, Callable[[int], None]] = {
-            name: _runner(words) for name, words in commands(picture, out).items() if only is None or name in only
+            name: _runner(words) for name, words in commands(image, out).items() if only is None or name in only
         }
         turns = measure.take_turns(ways, rounds, warm_up=warm_up)
-        if "first picture" in ways:
-            assert list(out.glob("seed*.png")), "no picture was drawn"
+        if "first image" in ways:
+            assert list(out.glob("seed*.png")), "no image was drawn"
     return {"seconds": turns.times()}
 
 

@@ -141,7 +141,7 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure, print, write."""
     parser = measure.parser(__doc__, rounds=9)
-    parser.add_argument("--batch", type=int, default=4, help="pictures; calls under guidance have twice as many rows")
+    parser.add_argument("--batch", type=int, default=4, help="images; calls under guidance have twice as many rows")
     parser.add_argument("--rank", type=int, default=128, help="of the LoRA that is folded")
     parser.add_argument("--compiled", action="store_true", help="also torch.compile, which takes minutes to compile")
     args = parser.parse_args()

@@ -3,7 +3,7 @@
     python benchmarks/where_time_goes.py --figure docs/images/where-time-goes-nano.png
     python benchmarks/where_time_goes.py --base sd15 --random-weights --size 256 --steps 2 --batch 1 --rank 128
 
-One CtrLoRA condition, one picture under guidance, in the ways of `ctrlora_sampling.py`; and a step of adapter training
+One CtrLoRA condition, one image under guidance, in the ways of `ctrlora_sampling.py`; and a step of adapter training
 in the ways of `adapter_training.py`. Every network's calls are timed where they happen. The limit is the number of
 floating-point operations, counted by torch while the way runs, over the machine's rate for products of large square
 matrices, measured in the same run: no program on this machine that does the same arithmetic can be faster than that.
@@ -136,7 +136,7 @@ def product_rate(device: torch.device, dtype: torch.dtype, side: int = 2048) -> 
 
 
 def sampling_ways(base: Base, args: argparse.Namespace) -> tuple[dict[str, Callable[[int], Any]], list[nn.Module]]:
-    """Draw one picture: without control, as the reference does, by a plan, and by the plan again."""
+    """Draw one image: without control, as the reference does, by a plan, and by the plan again."""
     (control,), (image,), prompt = (
         made_up(base, 1, args.size, args.rank) if args.random_weights else shipped(base, SHIPPED[:1])
     )
@@ -175,19 +175,19 @@ def training_ways(
     """A step of adapter training as the reference does it, and ours."""
     generator = torch.Generator().manual_seed(1)
     shape = (args.batch, 3, args.size, args.size)
-    pictures, images = (torch.rand(shape, generator=generator).to(base.device) for _ in range(2))
+    images, condition_images = (torch.rand(shape, generator=generator).to(base.device) for _ in range(2))
     prompts = [f"thing {number}" for number in range(args.batch)]
     bf16 = args.dtype == "bf16"
     mine = Side(base, args.rank, fused=True, bf16=bf16)
-    z, hint = base.encode_picture(pictures * 2 - 1), mine.control.encode(images, base)
+    z, hint = base.encode_image(images * 2 - 1), mine.control.encode(condition_images, base)
     text = base.encode_text(prompts, (args.size, args.size))
     theirs = Side(as_the_reference(base), args.rank, fused=False, bf16=bf16)
     theirs.shared.network.requires_grad_(True)
 
     def reference(number: int) -> None:
         with torch.autocast(base.device.type, torch.bfloat16, enabled=bf16):
-            latents = base.encode_picture(pictures * 2 - 1).float()
-            hints = theirs.control.encode(images, base).float()
+            latents = base.encode_image(images * 2 - 1).float()
+            hints = theirs.control.encode(condition_images, base).float()
             embedded = base.encode_text(prompts, (args.size, args.size))
         theirs.step(number, latents, hints, embedded)
 
@@ -220,7 +220,7 @@ def main() -> None:
     steps, trained_networks, optimizers = training_ways(base, args)
     trained = measure_ways(steps, {**networks, **trained_networks}, optimizers, **settings)
     work = {
-        f"one picture, {args.steps} steps, one condition": sampled,
+        f"one image, {args.steps} steps, one condition": sampled,
         f"a step of adapter training, batch {args.batch}": trained,
     }
     for title, cases in work.items():

@@ -98,7 +98,7 @@ def sd1_scheduled_base(tiny_base):
 
 @pytest.fixture(scope="session")
 def tiny_control(tiny_base):
-    """A ControlNet on the tiny base that changes pictures. Tests leave it as it is."""
+    """A ControlNet on the tiny base that changes images. Tests leave it as it is."""
     return tiny.randomise_zero_convolutions(tiny.fresh_control(tiny_base))
 
 

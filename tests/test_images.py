@@ -1,4 +1,4 @@
-"""Pictures of every kind that people bring, and what is not a picture."""
+"""Images of every kind that people bring, and what is not an image."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def encoded(image, kind, **options):
 
 
 def png_header(width, height, kind=2):
-    """The first chunk of a PNG, and a picture of nothing."""
+    """The first chunk of a PNG, and an image of nothing."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -58,20 +58,20 @@ def test_formats(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
 @pytest.mark.parametrize("keep", [0.05, 0.3, 0.6, 0.95])
-def test_torn_pictures(tmp_path, kind, keep):
+def test_torn_images(tmp_path, kind, keep):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     data = encoded(Image.fromarray(noise), kind)
     path = tmp_path / "torn"
     path.write_bytes(data[: int(len(data) * keep)])
-    with pytest.raises(UserError, match=r"torn or damaged|not a picture"):
+    with pytest.raises(UserError, match=r"torn or damaged|not an image"):
         read_image(path)
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"", r"empty \(0 bytes\)"), (b"hello", "not a picture"), (b"\x89PNG\r\n\x1a\n", "torn|not a picture")],
+    [(b"", r"empty \(0 bytes\)"), (b"hello", "not an image"), (b"\x89PNG\r\n\x1a\n", "torn|not an image")],
 )
-def test_what_is_not_a_picture(tmp_path, content, says):
+def test_what_is_not_a_image(tmp_path, content, says):
     path = tmp_path / "x.png"
     path.write_bytes(content)
     with pytest.raises(UserError, match=says):
@@ -80,12 +80,12 @@ def test_what_is_not_a_picture(tmp_path, content, says):
 
 def test_what_is_not_there(tmp_path):
     for path in (tmp_path / "nothing.png", tmp_path):
-        with pytest.raises(UserError, match="no picture at"):
+        with pytest.raises(UserError, match="no image at"):
             read_image(path)
 
 
 @pytest.mark.parametrize("size", [(20_000, 20_000), (8193, 8192), (2**31 - 1, 2**31 - 1), (100_000_000, 1)])
-def test_too_large_pictures_are_refused_before_they_are_decoded(tmp_path, size, monkeypatch):
+def test_too_large_images_are_refused_before_they_are_decoded(tmp_path, size, monkeypatch):
     from PIL import ImageFile
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
@@ -98,7 +98,7 @@ def test_too_large_pictures_are_refused_before_they_are_decoded(tmp_path, size, 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"]), data=st.data())
-def test_damaged_pictures_are_read_or_refused_in_words(tmp_path, kind, data):
+def test_damaged_images_are_read_or_refused_in_words(tmp_path, kind, data):
     image = Image.fromarray(GRADIENT)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -160,7 +160,7 @@ def test_sixteen_bit_grey(tmp_path, value, expected):
     assert read_image(tmp_path / "deep.png").getpixel((1, 1)) == (expected,) * 3
 
 
-def test_a_dark_sixteen_bit_picture_stays_dark():
+def test_a_dark_sixteen_bit_image_stays_dark():
     deep = Image.fromarray(np.full((3, 3), 200, np.uint16))
     assert to_rgb(deep).getpixel((0, 0)) == (1, 1, 1)
 
@@ -175,12 +175,12 @@ def test_every_mode_becomes_rgb(mode):
 
 
 def test_pixels_survive_the_way_through_tensors():
-    pictures = [GRADIENT, 255 - GRADIENT]
-    tensor = to_tensor(pictures)
+    images = [GRADIENT, 255 - GRADIENT]
+    tensor = to_tensor(images)
     assert tensor.shape == (2, 3, 48, 32) and tensor.dtype == torch.float32
     assert tensor[0, 1, 5, 7] == GRADIENT[5, 7, 1] / np.float32(255)
-    for picture, image in zip(pictures, to_images(tensor), strict=True):
-        assert np.array_equal(np.asarray(image), picture)
+    for image, made in zip(images, to_images(tensor), strict=True):
+        assert np.array_equal(np.asarray(made), image)
     assert np.array_equal(np.asarray(to_images(to_tensor([Image.fromarray(GRADIENT)]))[0]), GRADIENT)
 
 
@@ -204,7 +204,7 @@ def test_a_png_carries_its_text(tmp_path):
     assert np.array_equal(np.asarray(read_image(path)), GRADIENT)
 
 
-def test_a_contact_sheet_has_a_cell_for_each_picture():
+def test_a_contact_sheet_has_a_cell_for_each_image():
     red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (200, 100), "blue")
     sheet = contact_sheet([[red, blue, red], [blue]], cell=50, gap=4)
     assert sheet.size == (4 + 3 * 54, 4 + 2 * 54)
@@ -228,7 +228,7 @@ def test_a_format_that_is_known_and_not_read_is_refused_in_words(tmp_path):
     header[12:20] = (4).to_bytes(4, "little") * 2
     header[76:80] = (32).to_bytes(4, "little")
     (tmp_path / "x.dds").write_bytes(bytes(header))
-    with pytest.raises(UserError, match=r"torn or damaged|not a picture"):
+    with pytest.raises(UserError, match=r"torn or damaged|not an image"):
         read_image(tmp_path / "x.dds")
 
 

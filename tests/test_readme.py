@@ -111,7 +111,7 @@ def test_every_name_of_the_package_is_there_and_one_that_the_page_uses():
 
 
 @pytest.mark.parametrize(("document", "target"), links())
-def test_links_and_pictures_of_the_documents_exist(document, target):
+def test_links_and_images_of_the_documents_exist(document, target):
     assert ((ROOT / document).parent / target).exists()
 
 

@@ -20,7 +20,7 @@ SD1_SCHEDULE = {
 
 
 def build_tiny_base(seed: int = 0, text_width: int = 16):
-    """64 x 64 pictures, latents of 4 x 16 x 16, random weights: a forward pass takes milliseconds."""
+    """64 x 64 images, latents of 4 x 16 x 16, random weights: a forward pass takes milliseconds."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -166,7 +166,7 @@ _TINY_TEXT = {
 
 
 def build_tiny_sdxl(seed: int = 0):
-    """A base with two text encoders and a UNet that is told sizes, 64 x 64 pictures, random weights."""
+    """A base with two text encoders and a UNet that is told sizes, 64 x 64 images, random weights."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 

@@ -1,4 +1,4 @@
-r"""Draw the pictures that nano is judged on, from rendered icons, into the package.
+r"""Draw the images that nano is judged on, from rendered icons, into the package.
 
 python recipes/nano/build_evaluation.py data/nano/icons.npz recipes/nano/concepts.txt \
     src/controlkit/assets/evaluation/nano.npz
@@ -14,6 +14,6 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         for name, count in build_evaluation_sets(*sys.argv[1:]).items():
-            print(f"{name}: {count} pictures")
+            print(f"{name}: {count} images")
     except UserError as error:
         sys.exit(str(error))

@@ -1,9 +1,9 @@
-"""Choose the concepts that nano's text is trained on: those whose pictures in the four sets look alike.
+"""Choose the concepts that nano's text is trained on: those whose images in the four sets look alike.
 
     python recipes/nano/choose_concepts.py data/nano/icons.npz recipes/nano/concepts.txt
 
-A concept that every set draws in another way (a hotel, a satellite) cannot be learned from four pictures, and the hours
-that go into it are taken from the others. For each picture of a concept, its own concept's picture in another set is
+A concept that every set draws in another way (a hotel, a satellite) cannot be learned from four images, and the hours
+that go into it are taken from the others. For each image of a concept, its own concept's image in another set is
 looked for among all concepts there, by EfficientNet-Lite0 features; a concept is chosen if it is among the five nearest
 in half of these twelve searches. The concepts of the grid in the README are always chosen. Held-out concepts never are.
 
@@ -30,8 +30,8 @@ NEAREST, SHARE = 5, 0.5
 def agreement(icons: str) -> dict[str, float]:
     """Concept => share of the searches that find it."""
     chosen = IconSets(icons).select(styles=TRAINED_STYLES, held_out=False, drawable=True, sets=len(TRAINED_STYLES))
-    pictures = [draw(icon, np.random.default_rng(1), colour="white").image for icon in chosen]
-    features = lite0_features(pictures)
+    images = [draw(icon, np.random.default_rng(1), colour="white").image for icon in chosen]
+    features = lite0_features(images)
     features = torch.nn.functional.normalize((features - features.mean(0)) / features.std(0).clamp_min(1e-6), dim=1)
     likeness = (features @ features.T).numpy()
     concepts = np.array([icon.concept for icon in chosen])

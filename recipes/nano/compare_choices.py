@@ -11,14 +11,14 @@ After the autoencoder's recipe has run. One thread, so that several may run at o
 - wide, narrow: UNet 64, 128, 192 and 32, 64, 128;
 - min-snr: the loss weighted by min(SNR, 5) / (SNR + 1) (Hang et al. 2023, for v);
 - flow: times drawn as flow matching draws them (Lipman et al. 2023; the ratio of noise to signal is u / (1 - u));
-- contrastive: first a seventh of the time on matching captions with EfficientNet-Lite0's features of their pictures;
+- contrastive: first a seventh of the time on matching captions with EfficientNet-Lite0's features of their images;
 - concepts-pooled: as concepts, the text also pooled into the embedding of the time, as diffusers' UNet can;
-- larger: icons of three quarters of the picture and more; concepts: the same, of `recipes/nano/concepts.txt` alone;
+- larger: icons of three quarters of the image and more; concepts: the same, of `recipes/nano/concepts.txt` alone;
 - batch-16, rate-1.6e-3: as they say.
 
 Told for each: steps; the mean squared error of v at four times of 1,000 on 256 fixed drawings of the choice's own kind;
 by how many percent it rises when the caption names another concept, which is what the text is worth; and whether the
-concept is among the five nearest of 50 (as in `controlkit evaluate base`; 200 pictures here, of `concepts.txt`). With
+concept is among the five nearest of 50 (as in `controlkit evaluate base`; 200 images here, of `concepts.txt`). With
 `--start`, the rate falls to nothing over the last third. The tables in docs/nano.md were made when the features had
 ImageNet's mean and deviation as input.
 """
@@ -68,7 +68,7 @@ class Choice:
     eight: bool = False
     """Latents of 8 x 8 x 16."""
     contrastive: bool = False
-    """Captions are matched with pictures first."""
+    """Captions are matched with images first."""
     pooled: bool = False
     """The text is pooled into the embedding of the time too."""
 
@@ -166,7 +166,7 @@ class Trial(BaseObjective):
         return told
 
     def retrieve(self, icons: str) -> float | None:
-        """Share of 200 pictures whose concept is among the five nearest of 50; None for latents of another shape."""
+        """Share of 200 images whose concept is among the five nearest of 50; None for latents of another shape."""
         if self.choice.eight:
             return None
         names = sorted(read_concepts(CONCEPTS))
@@ -181,10 +181,10 @@ class Trial(BaseObjective):
 
 
 def match_captions(trial: Trial, seconds: float) -> None:
-    """Train the text encoder to match captions with features of their pictures (Radford et al. 2021) for some time."""
+    """Train the text encoder to match captions with features of their images (Radford et al. 2021) for some time."""
     started, icons = time.process_time(), trial.drawings.icons
-    pictures = [draw(icon, np.random.default_rng(1), colour="white").image for icon in icons]
-    features = lite0_features(pictures)
+    images = [draw(icon, np.random.default_rng(1), colour="white").image for icon in icons]
+    features = lite0_features(images)
     features = functional.normalize(features - features.mean(0), dim=1)
     width = trial.trained["text_encoder"].config.hidden_size
     heads = nn.ModuleList([nn.Linear(width, 256, bias=False), nn.Linear(features.shape[1], 256, bias=False)])

@@ -5,7 +5,7 @@
     drawn = ck.generate(
         ck.GenerateRequest(prompt="a red apple", controls=(ck.ControlUse(control="canny", image="apple.png"),))
     )
-    drawn.save("pictures")
+    drawn.save("images")
 
 Names are loaded when they are first used, so that importing the package costs nothing.
 """
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from controlkit.data.cache_report import manage_cache
     from controlkit.data.check import check_pairs
     from controlkit.data.engine import make_pairs
+    from controlkit.data.input_images import list_images
     from controlkit.data.making import MakeSettings
     from controlkit.data.pairs import read_pairs, split_pairs
-    from controlkit.data.pictures import list_pictures
     from controlkit.data.readers.columns import Columns
     from controlkit.evaluation.adapt import adapt
     from controlkit.evaluation.control import evaluate_control, judged_pairs
@@ -57,7 +57,7 @@ _PLACES = {
     "find_condition": "conditions:find",
     "generate": "sampling.generate:generate",
     "judged_pairs": "evaluation.control:judged_pairs",
-    "list_pictures": "data.pictures:list_pictures",
+    "list_images": "data.input_images:list_images",
     "load_base": "bases.load:load_base",
     "load_control": "formats.load:load_control",
     "make_pairs": "data.engine:make_pairs",
@@ -90,7 +90,7 @@ __all__ = [
     "find_condition",
     "generate",
     "judged_pairs",
-    "list_pictures",
+    "list_images",
     "load_base",
     "load_control",
     "make_pairs",

@@ -1,6 +1,6 @@
-"""Pictures at the edge of the networks: PIL images in RGB, `uint8` arrays `[H, W, 3]`, and tensors.
+"""Images at the edge of the networks: PIL images in RGB, `uint8` arrays `[H, W, 3]`, and tensors.
 
-Outside the networks a picture is a PIL image or a `uint8` array. Inside, pictures are tensors in [-1, 1] and
+Outside the networks an image is a PIL image or a `uint8` array. Inside, images are tensors in [-1, 1] and
 condition images are tensors in [0, 1], both `[B, 3, H, W]`.
 """
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_PIXELS = 8192 * 8192
-"""Larger pictures are refused before they are decoded: 20,000 x 20,000 would take 1.2 GB."""
+"""Larger images are refused before they are decoded: 20,000 x 20,000 would take 1.2 GB."""
 
 
 def read_image(path: str | Path, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """The picture in `path` as RGB, upright.
+    """The image in `path` as RGB, upright.
 
     EXIF rotation is applied, an embedded ICC profile is converted to sRGB, transparent pixels are laid over
     `background`, palettes and greyscale are expanded. Of several frames the first is taken. 16-bit greyscale and
     fractions from 0 to 1 are scaled to 8 bits; whole numbers up to 255 stay as they are.
 
     Raises:
-        UserError: the file is missing, empty, torn, not a picture, larger than `MAX_PIXELS`, or its numbers have no one
+        UserError: the file is missing, empty, torn, not an image, larger than `MAX_PIXELS`, or its numbers have no one
             meaning as an image (`to_rgb`).
     """
     return decode_rgb(read_bytes(path), str(path), background)
@@ -49,9 +49,9 @@ def read_bytes(path: str | Path) -> bytes:
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"there is no picture at {path}: it is a folder; give the name of one picture")
+        raise UserError(f"there is no image at {path}: it is a folder; give the name of one image")
     if not path.is_file():
-        raise UserError(f"there is no picture at {path}")
+        raise UserError(f"there is no image at {path}")
     try:
         return path.read_bytes()
     except OSError as error:
@@ -71,16 +71,16 @@ def decode_rgb(data: bytes, name: str, background: tuple[int, int, int] = (255, 
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """The picture in the bytes of a file, in whatever mode it has; `to_rgb` makes it upright and RGB.
+    """The image in the bytes of a file, in whatever mode it has; `to_rgb` makes it upright and RGB.
 
     Args:
         name: what errors call it.
 
     Raises:
-        UserError: the bytes are none, torn, not a picture, or of one larger than `MAX_PIXELS`.
+        UserError: the bytes are none, torn, not an image, or of one larger than `MAX_PIXELS`.
     """
     if not data:
-        raise UserError(f"{name} is empty (0 bytes), not a picture")
+        raise UserError(f"{name} is empty (0 bytes), not an image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -93,7 +93,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
             )
         image.load()
     except UnidentifiedImageError as error:
-        raise UserError(f"{name} is not a picture in a format that is read (PNG, JPEG, WebP, ...)") from error
+        raise UserError(f"{name} is not an image in a format that is read (PNG, JPEG, WebP, ...)") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} is too large to be read (over 67 megapixels); make it smaller") from error
     except (OSError, SyntaxError, ValueError, EOFError, NotImplementedError) as error:
@@ -263,7 +263,7 @@ def write_png(path: str | Path, image: Image.Image, text: dict[str, str] | None 
 
 
 def to_tensor(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
-    """RGB pictures of one size => float tensor `[B, 3, H, W]` in [0, 1]."""
+    """RGB images of one size => float tensor `[B, 3, H, W]` in [0, 1]."""
     import torch
 
     arrays = np.stack([np.asarray(image, dtype=np.uint8) for image in images])
@@ -283,7 +283,7 @@ def contact_sheet(
     cell: int = 128,
     gap: int = 4,
 ) -> Image.Image:
-    """One picture with `rows` of pictures in cells of `cell` pixels, titles above and at the left."""
+    """One image with `rows` of images in cells of `cell` pixels, titles above and at the left."""
     from PIL import ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=max(11, cell // 9))

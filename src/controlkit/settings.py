@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import itertools
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from types import NoneType
@@ -43,8 +44,23 @@ def build_settings(kind: type[Settings], values: dict[str, Any], origin: str) ->
     Raises:
         UserError: a key is unknown (with the nearest known ones), a value has the wrong type, or the class refuses.
     """
-    check_keys(values, [field.name for field in dataclasses.fields(kind)], origin)  # type: ignore[arg-type]
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    values = {_current(key, known, origin): value for key, value in values.items()}
+    check_keys(values, known, origin)
     return _typed(kind, values, origin)
+
+
+_FORMER = {"pictures": "images"}
+"""Former names of settings, which are read with a note -> their names."""
+
+
+def _current(key: str, known: Sequence[str], origin: str) -> str:
+    """The name of a setting, which may be given by its former one."""
+    new = _FORMER.get(key, key)
+    if key in known or new not in known or new == key:
+        return key
+    print(f"{origin}: {key} is called {new} now", file=sys.stderr)
+    return new
 
 
 def check_keys(values: Iterable[Any], known: Iterable[str], origin: str) -> None:

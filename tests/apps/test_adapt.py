@@ -40,7 +40,7 @@ def base_control(tiny_base, tmp_path):
 
 @pytest.fixture
 def pairs(icons_file, tmp_path):
-    """Twelve pairs of palette and picture."""
+    """Twelve pairs of palette and image."""
     folder = tmp_path / "pairs"
     (folder / "source").mkdir(parents=True)
     (folder / "target").mkdir()
@@ -255,7 +255,7 @@ def test_pairs_of_one_condition_need_no_name_of_it(pairs, base_control, base_fol
 
 
 def test_scores_draw_a_result_s_condition_with_the_parameters_of_the_given_one(pairs, tmp_path):
-    """Pairs are made with random parameters: the true picture is a perfect result all the same."""
+    """Pairs are made with random parameters: the true image is a perfect result all the same."""
     judged = judged_pairs(read_pairs(made_pairs(pairs, tmp_path, "color_regions"), "color_regions"), 64)
     condition = find("color_regions")
     assert len({repr(parameters) for parameters in judged.parameters}) > 1
@@ -263,14 +263,14 @@ def test_scores_draw_a_result_s_condition_with_the_parameters_of_the_given_one(p
     assert condition.mean_score(judged.given, judged.truths, judged.truths) < 0.99
 
 
-def test_a_condition_whose_model_is_not_there_is_learned_and_judged_by_the_picture(
+def test_a_condition_whose_model_is_not_there_is_learned_and_judged_by_the_image(
     pairs, base_control, base_folder, tmp_path, capsys
 ):
     out = tmp_path / "run"
     assert adapt(pairs, base_control, base_folder, out, "--condition", "depth", "--json") == 0
     made = json.loads(capsys.readouterr().out)
     assert read_metadata(made["adapter"])["control.condition"] == "depth"
-    assert "PSNR to the picture" in made["report"]["title"]
+    assert "PSNR to the target" in made["report"]["title"]
     assert any("depth of a result cannot be drawn" in note for note in made["report"]["notes"])
 
 

@@ -22,11 +22,11 @@ from tiny import fresh_control
 
 
 @pytest.fixture
-def picture(tmp_path) -> Path:
-    path = tmp_path / "picture.png"
-    image = np.full((80, 80, 3), 200, np.uint8)
-    image[20:60, 24:56] = (180, 30, 30)
-    Image.fromarray(image).save(path)
+def image(tmp_path) -> Path:
+    path = tmp_path / "image.png"
+    made = np.full((80, 80, 3), 200, np.uint8)
+    made[20:60, 24:56] = (180, 30, 30)
+    Image.fromarray(made).save(path)
     return path
 
 
@@ -62,9 +62,9 @@ def test_every_verb_has_help_with_an_example(verb, capsys):
     assert f"controlkit {verb}" in capsys.readouterr().out
 
 
-def test_condition_writes_a_condition_image(picture, tmp_path, capsys):
+def test_condition_writes_a_condition_image(image, tmp_path, capsys):
     out = tmp_path / "edges.png"
-    assert run("condition", "canny", picture, "--out", out, "--set", "low=50", "--json") == 0
+    assert run("condition", "canny", image, "--out", out, "--set", "low=50", "--json") == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == {"low": 50, "high": 200}
     edges = np.asarray(Image.open(out))
     assert edges.shape == (80, 80, 3)
@@ -92,7 +92,7 @@ def test_the_list_of_conditions_has_a_line_for_each(capsys, monkeypatch):
         assert any(line.endswith("…") for line in shown)
 
 
-def test_condition_without_a_picture_tells_all_about_it(capsys):
+def test_condition_without_a_image_tells_all_about_it(capsys):
     assert main(["condition", "illusion"]) == 0
     table = capsys.readouterr().out
     assert "0, 127, 255" in table and "one, three times" in table and "nearest pixel" in table
@@ -103,26 +103,26 @@ def test_condition_without_a_picture_tells_all_about_it(capsys):
     assert facts in json.loads(capsys.readouterr().out)
 
 
-def test_generate_writes_pictures_that_say_how_to_draw_them_again(picture, tmp_path, capsys):
+def test_generate_writes_images_that_say_how_to_draw_them_again(image, tmp_path, capsys):
     out = tmp_path / "out"
-    words = ("generate", "red apple", "--control", f"canny={picture}@0.8:0-0.9", "--seeds", 2, "--seed", 5)
+    words = ("generate", "red apple", "--control", f"canny={image}@0.8:0-0.9", "--seeds", 2, "--seed", 5)
     assert run(*words, "--steps", 4, "--out", out, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
-    assert [Path(path).name for path in printed["pictures"]] == ["seed5.png", "seed6.png"]
+    assert [Path(path).name for path in printed["images"]] == ["seed5.png", "seed6.png"]
     settings = json.loads(Image.open(out / "seed6.png").text["controlkit"])
     request = GenerateRequest.from_json(settings["request"])
     assert request.seeds == (6,)
 
     from controlkit import generate
 
-    again = np.asarray(generate(request).pictures[0].image, dtype=int)
+    again = np.asarray(generate(request).images[0].image, dtype=int)
     assert np.abs(again - np.asarray(Image.open(out / "seed6.png"), dtype=int)).max() <= 1
     assert (out / "condition0.png").exists()
 
 
-def test_generate_from_settings_draws_the_same_pictures_bit_for_bit(picture, tmp_path, capsys):
+def test_generate_from_settings_draws_the_same_images_bit_for_bit(image, tmp_path, capsys):
     first, second, third, one = (tmp_path / name for name in ("first", "second", "third", "one"))
-    words = ("generate", "red apple", "--control", f"canny={picture}@0.8", "--seeds", 2, "--seed", 5, "--steps", 3)
+    words = ("generate", "red apple", "--control", f"canny={image}@0.8", "--seeds", 2, "--seed", 5, "--steps", 3)
     assert run(*words, "--out", first) == 0
     used = json.loads((first / "settings.json").read_text())["used"]
     resolved = {"precision": "fp32", "width": 64, "height": 64, "guidance": 3.0, "mode": "control", "sampler": "ddim"}
@@ -154,25 +154,25 @@ def test_generate_from_settings_draws_the_same_pictures_bit_for_bit(picture, tmp
     [
         ([], "give a prompt, or --from FILE"),
         (["--from", "none.json"], "cannot read none.json"),
-        (["--from", "{picture}"], "does not say how a picture was drawn"),
+        (["--from", "{image}"], "does not say how an image was drawn"),
         (["--from", "{tmp}/old.json", "--steps", "0"], "steps is 0"),
         (["--from", "{tmp}/odd.json"], "odd.json: unknown setting 'promt'; did you mean prompt"),
         (["x", "--prepared"], "--prepared is about the images of --control"),
         (["x", "--mode", "control"], "--mode is about controls, and there is none"),
-        (["x", "--control", "canny={picture}", "--mode", "prompt"], "there is no mode called 'prompt'"),
+        (["x", "--control", "canny={image}", "--mode", "prompt"], "there is no mode called 'prompt'"),
     ],
 )
-def test_generate_says_what_it_cannot_draw_again(words, says, picture, tmp_path, capsys):
+def test_generate_says_what_it_cannot_draw_again(words, says, image, tmp_path, capsys):
     (tmp_path / "old.json").write_text(json.dumps({"request": {"prompt": "x"}}))
     (tmp_path / "odd.json").write_text(json.dumps({"request": {"promt": "x"}}))
-    assert run("generate", *(word.format(picture=picture, tmp=tmp_path) for word in words)) == 2
+    assert run("generate", *(word.format(image=image, tmp=tmp_path) for word in words)) == 2
     assert says in capsys.readouterr().err
 
 
-def test_what_is_cut_from_a_picture_is_told(picture, tmp_path, capsys):
+def test_what_is_cut_from_a_image_is_told(image, tmp_path, capsys):
     wide = tmp_path / "wide.png"
-    Image.open(picture).resize((160, 80)).save(wide)
-    for given, said in ((picture, ""), (wide, "160 x 80: scaled to cover 64 x 64, it is cut at the sides")):
+    Image.open(image).resize((160, 80)).save(wide)
+    for given, said in ((image, ""), (wide, "160 x 80: scaled to cover 64 x 64, it is cut at the sides")):
         assert run("generate", "x", "--control", f"canny={given}", "--steps", 1, "--out", tmp_path / "out") == 0
         err = capsys.readouterr().err
         assert said in err and ("note:" in err) == bool(said)
@@ -253,29 +253,29 @@ def test_demo_does_the_main_job_in_few_calls(tmp_path, capsys, monkeypatch):
     assert len(list((tmp_path / "demo").glob("seed*.png"))) == 4
 
 
-def bad_inputs(tmp: Path, picture: Path) -> dict[str, tuple[list[object], str]]:
+def bad_inputs(tmp: Path, image: Path) -> dict[str, tuple[list[object], str]]:
     (tmp / "empty.png").write_bytes(b"")
-    (tmp / "torn.png").write_bytes(picture.read_bytes()[:60])
-    (tmp / "text.png").write_text("not a picture")
+    (tmp / "torn.png").write_bytes(image.read_bytes()[:60])
+    (tmp / "text.png").write_text("not an image")
     (tmp / "recipe.yaml").write_text("system: autoencoder\nout: x\nsteps: 3\nicons: y\nlearning_rat: 1\n")
     (tmp / "half" / "vae").mkdir(parents=True)
     (tmp / "file").write_text("in the way")
     generate = ["generate", "x", "--out", tmp / "new"]
     return {
-        "missing image": ([*generate, "--control", f"canny={tmp}/none.png"], "there is no picture"),
+        "missing image": ([*generate, "--control", f"canny={tmp}/none.png"], "there is no image"),
         "empty image": ([*generate, "--control", f"canny={tmp}/empty.png"], "empty"),
         "torn image": ([*generate, "--control", f"canny={tmp}/torn.png"], "torn"),
-        "text as image": ([*generate, "--control", f"canny={tmp}/text.png"], "not a picture"),
-        "unknown control": ([*generate, "--control", f"cany={picture}"], "did you mean canny"),
-        "weight of abc": ([*generate, "--control", f"canny={picture}@abc"], "'abc'"),
-        "start after end": ([*generate, "--control", f"canny={picture}@1:0.9-0.1"], "start"),
+        "text as image": ([*generate, "--control", f"canny={tmp}/text.png"], "not an image"),
+        "unknown control": ([*generate, "--control", f"cany={image}"], "did you mean canny"),
+        "weight of abc": ([*generate, "--control", f"canny={image}@abc"], "'abc'"),
+        "start after end": ([*generate, "--control", f"canny={image}@1:0.9-0.1"], "start"),
         "steps of abc": ([*generate, "--steps", "abc"], "--steps"),
         "odd width": ([*generate, "--width", "70"], "multiple of"),
         "base without a UNet": ([*generate, "--base", tmp / "half"], "unet"),
         "output under a file": (["generate", "x", "--out", tmp / "file" / "out"], "cannot write"),
-        "unknown condition": (["condition", "cany", picture, "--out", tmp / "new"], "did you mean canny"),
+        "unknown condition": (["condition", "cany", image, "--out", tmp / "new"], "did you mean canny"),
         "unknown parameter": (
-            ["condition", "canny", picture, "--set", "lo=1", "--out", tmp / "new"],
+            ["condition", "canny", image, "--set", "lo=1", "--out", tmp / "new"],
             "did you mean low",
         ),
         "misspelt recipe key": (["train", tmp / "recipe.yaml"], "did you mean learning_rate"),
@@ -309,8 +309,8 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_gets_one_plain_sentence_and_leaves_nothing(case, picture, tmp_path, capsys):
-    cases = bad_inputs(tmp_path, picture)
+def test_bad_input_gets_one_plain_sentence_and_leaves_nothing(case, image, tmp_path, capsys):
+    cases = bad_inputs(tmp_path, image)
     assert set(cases) == set(CASES)
     words, expected = cases[case]
     before = sorted(tmp_path.rglob("*"))
@@ -339,22 +339,22 @@ def test_labels_that_are_given_are_not_mixed(tmp_path):
     assert {tuple(colour) for colour in colours.tolist()} == {(0, 0, 0), (255, 128, 0)}
 
 
-def test_pictures_never_take_the_place_of_what_they_are_drawn_from(picture, tmp_path, capsys):
+def test_images_never_take_the_place_of_what_they_are_drawn_from(image, tmp_path, capsys):
     given = tmp_path / "out" / "seed1.png"
     given.parent.mkdir()
-    given.write_bytes(picture.read_bytes())
+    given.write_bytes(image.read_bytes())
     command = ["generate", "house", "--control", f"canny={given}", "--steps", 1, "--out", given.parent]
     assert run(*command, "--seeds", 2) == 2
     assert "would be written over" in capsys.readouterr().err
-    assert given.read_bytes() == picture.read_bytes()
+    assert given.read_bytes() == image.read_bytes()
     assert run(*command, "--seeds", 1) == 0
 
 
-def test_pictures_that_were_drawn_before_stay(tmp_path, monkeypatch):
+def test_images_that_were_drawn_before_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for prompt in ("red apple", "green pear"):
         assert run("generate", prompt, "--steps", 1) == 0
-    kept = [Image.open(path).text["prompt"] for path in sorted((tmp_path / "pictures").glob("*/seed0.png"))]
+    kept = [Image.open(path).text["prompt"] for path in sorted((tmp_path / "images").glob("*/seed0.png"))]
     assert kept == ["red apple", "green pear"]
 
 
@@ -386,7 +386,7 @@ def test_controls_of_a_base_of_another_size_are_judged_at_that_size(base_folder,
         (["control", "canny", "--guidance", "nan"], "guidance is nan"),
         (["control", "canny", "--guidance", "0.5"], "guidance is 0.5"),
         (["control", "canny", "--sheet", "."], "is a folder"),
-        (["base", "nano", "--pictures", "3"], "--pictures is for controls"),
+        (["base", "nano", "--pictures", "3"], "--images is for controls"),
         (["base", "nano", "nano"], "one base at a time"),
     ],
 )
@@ -401,31 +401,31 @@ def test_evaluate_says_what_it_cannot_do_before_it_draws(words, says, capsys):
         (["generate", "x", "--width", str(2**40)], "from 1 to 16384"),
         (["inspect", "canny", "--size", str(2**40)], "from 1 to 16384"),
         (["inspect", "canny", "--rank", "4"], "--rank is for a system"),
-        (["condition", "canny", "{picture}", "--set", "low=2024-13-01"], "is not a YAML value"),
-        (["condition", "canny", "{picture}", "--set", f"low={'9' * 400}"], "low must lie from"),
-        (["condition", "all", "{picture}", "--set", "low=3"], "name one to set its parameters"),
-        (["condition", "canny", "{picture}", "--out", "notes.txt"], "ends in .png"),
-        (["condition", "canny", "{picture}", "--set", "low=1000000"], "low must lie from 0 to 1530"),
-        (["condition", "canny", "{picture}", "--set", "low=250"], "low must not be above high"),
+        (["condition", "canny", "{image}", "--set", "low=2024-13-01"], "is not a YAML value"),
+        (["condition", "canny", "{image}", "--set", f"low={'9' * 400}"], "low must lie from"),
+        (["condition", "all", "{image}", "--set", "low=3"], "name one to set its parameters"),
+        (["condition", "canny", "{image}", "--out", "notes.txt"], "ends in .png"),
+        (["condition", "canny", "{image}", "--set", "low=1000000"], "low must lie from 0 to 1530"),
+        (["condition", "canny", "{image}", "--set", "low=250"], "low must not be above high"),
         (["condition", "canny", "."], "controlkit pairs . --conditions canny"),
-        (["condition", "{picture}", "canny"], "the name comes first: controlkit condition canny"),
-        (["condition", "{picture}"], "the name comes first: controlkit condition NAME"),
+        (["condition", "{image}", "canny"], "the name comes first: controlkit condition canny"),
+        (["condition", "{image}"], "the name comes first: controlkit condition NAME"),
         (["pairs", "photos", "--conditions", "canny", "--out", "p", "--sheet", "s.png"], "controlkit pairs --check p"),
         (["condition", "--list", "canny"], "for all about one: controlkit condition canny"),
-        (["generate", "x", "--control", "canny=."], "is a folder; give the name of one picture"),
+        (["generate", "x", "--control", "canny=."], "is a folder; give the name of one image"),
         (["study", "several-conditions", "--set", "mixes=[palette+palette]"], "is not a mix"),
         (["study", "several-conditions", "--set", "mixes=[]"], "mixes is empty"),
-        (["study", "community-model", "--set", "pictures=0"], "at least 1"),
+        (["study", "community-model", "--set", "images=0"], "at least 1"),
         (["study", "new-condition", "--set", "budgets=25"], "expected a list of whole numbers, such as [25, 50, 100"),
         (["study", "new-condition", "--set", "rank=[a]"], "rank is ['a']; expected a whole number, such as 4"),
-        (["evaluate", "control", "canny", "--sheet", "{picture}/x.png"], "name another place with --sheet"),
+        (["evaluate", "control", "canny", "--sheet", "{image}/x.png"], "name another place with --sheet"),
         (["train", "controlnett"], "there is no such file; did you mean controlnet"),
         (["train", "controlnet", "--set", "steps=1"], "controlnet is a system"),
         (["transfer", "canny", "--from", "nano", "--to", "sd15", "--out", "x.safetensors"], "and no weights"),
     ],
 )
-def test_what_would_fail_later_is_refused_at_once(words, says, picture, capsys):
-    assert run(*(word.format(picture=picture) if "{picture}" in word else word for word in words)) == 2
+def test_what_would_fail_later_is_refused_at_once(words, says, image, capsys):
+    assert run(*(word.format(image=image) if "{image}" in word else word for word in words)) == 2
     assert says in capsys.readouterr().err
 
 
@@ -461,7 +461,7 @@ def test_settings_without_a_default_are_required(capsys):
     assert not any(one["sources"] for one in json.loads(capsys.readouterr().out))
 
 
-def test_out_of_memory_is_one_sentence(picture, tmp_path, capsys, monkeypatch):
+def test_out_of_memory_is_one_sentence(image, tmp_path, capsys, monkeypatch):
     def full(*_args, **_kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
@@ -487,8 +487,8 @@ def test_json_has_null_for_what_is_no_number(capsys):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_draws_nearly_the_same(precision, picture, tmp_path):
-    command = ["generate", "house", "--control", f"canny={picture}", "--control", f"nano/palette={picture}"]
+def test_half_precision_draws_nearly_the_same(precision, image, tmp_path):
+    command = ["generate", "house", "--control", f"canny={image}", "--control", f"nano/palette={image}"]
     for name in ("fp32", precision):
         assert run(*command, "--steps", 2, "--precision", name, "--out", tmp_path / name) == 0
     one, two = (np.asarray(Image.open(tmp_path / name / "seed0.png"), float) for name in ("fp32", precision))

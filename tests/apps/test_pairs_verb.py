@@ -18,11 +18,11 @@ from controlkit.data.pairs import read_pairs
 
 def scene(number: int, size: int = 40) -> np.ndarray:
     rng = np.random.default_rng(number)
-    picture = np.full((size, size, 3), rng.integers(0, 256, 3), np.uint8)
+    image = np.full((size, size, 3), rng.integers(0, 256, 3), np.uint8)
     for _ in range(3):
         left, top = rng.integers(0, size - 12, 2)
-        picture[top : top + 12, left : left + 12] = rng.integers(0, 256, 3)
-    return picture
+        image[top : top + 12, left : left + 12] = rng.integers(0, 256, 3)
+    return image
 
 
 @pytest.fixture
@@ -40,25 +40,25 @@ def run(*words: object) -> int:
     return main([str(word) for word in words])
 
 
-def test_pictures_in_pairs_out(photos, tmp_path, capsys):
+def test_images_in_pairs_out(photos, tmp_path, capsys):
     out = tmp_path / "pairs"
     words = ("pairs", photos, "--conditions", "canny,palette", "--size", 32, "--out", out, "--workers", 1)
     assert run(*words) == 0
     printed, progress = capsys.readouterr()
     assert "made 6 pairs" in printed and "1 pairs have an empty prompt" in printed
-    assert "6 of 6 pictures" in progress
+    assert "6 of 6 images" in progress
     assert run(*words, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["made"], report["kept"], report["empty_prompts"]) == (0, 6, 1)
     assert len(read_pairs(out, "palette")) == len(read_pairs(out / "canny")) == 6
 
 
-def test_torn_pictures_are_listed_with_a_count(photos, tmp_path, capsys):
+def test_torn_images_are_listed_with_a_count(photos, tmp_path, capsys):
     (photos / "2.png").write_bytes(b"torn")
     assert run("pairs", photos, "--conditions", "canny", "--out", tmp_path / "o", "--workers", 1) == 0
     printed, progress = capsys.readouterr()
     assert "made 5 pairs" in printed and "skipped 1" in printed
-    assert "skipped 2.png: 2.png is not a picture" in progress
+    assert "skipped 2.png: 2.png is not an image" in progress
 
 
 def test_the_check_tells_all_draws_a_sheet_and_ends_with_2(photos, tmp_path, capsys):
@@ -107,7 +107,7 @@ def test_a_run_that_is_killed_goes_on_where_it_stopped(photos, tmp_path):
         (("{photos}",), "--conditions"),
         (("{photos}", "--conditions", "cany", "--out", "{out}"), "did you mean canny"),
         (("{photos}", "--conditions", "canny,canny", "--out", "{out}"), "different names"),
-        (("{out}", "--conditions", "canny", "--out", "{out}"), "there are no pictures at"),
+        (("{out}", "--conditions", "canny", "--out", "{out}"), "there are no images at"),
         (("{photos}", "--conditions", "canny", "--out", "{out}", "--size", "3"), "from 16"),
         (("{photos}", "--conditions", "canny", "--out", "{out}", "--size", "100", "--buckets"), "multiple of"),
         (("{photos}", "--conditions", "canny", "--out", "{out}", "--shards", "9"), "from 1 to 6"),

@@ -16,7 +16,7 @@ from controlkit.bases import load
 from controlkit.bases.load import choose_dtype, load_base
 from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.errors import UserError
-from controlkit.sampling.sampler import pictures_at_once, sample
+from controlkit.sampling.sampler import images_at_once, sample
 
 
 def refused(folder, *says):
@@ -148,9 +148,9 @@ def test_sizes_that_the_base_cannot_draw(tiny_base, size, near):
     tiny_base.check_size(68, 4)
 
 
-def test_pictures_and_latents_have_the_shapes_that_are_promised(tiny_base):
+def test_images_and_latents_have_the_shapes_that_are_promised(tiny_base):
     x = torch.rand(2, 3, 64, 64) * 2 - 1
-    z = tiny_base.encode_picture(x)
+    z = tiny_base.encode_image(x)
     assert z.shape == (2, 4, 16, 16)
     assert tiny_base.decode(z).shape == x.shape and tiny_base.decode(z * 100).abs().max() <= 1
 
@@ -192,18 +192,18 @@ def test_a_thousand_steps_stay_within_the_schedule(sd1_scheduled_base, monkeypat
         return torch.zeros_like(x_t)
 
     monkeypatch.setattr(StableDiffusion, "predict", predict)
-    (picture,) = sample(sd1_scheduled_base, prompt="red apple", seeds=[0], steps=1000)
-    assert max(times) == 999 and len(times) == 1000 and picture.shape == (1, 3, 64, 64)
+    (image,) = sample(sd1_scheduled_base, prompt="red apple", seeds=[0], steps=1000)
+    assert max(times) == 999 and len(times) == 1000 and image.shape == (1, 3, 64, 64)
 
 
-def test_large_pictures_go_through_the_autoencoder_a_few_at_a_time(tiny_base, monkeypatch):
+def test_large_images_go_through_the_autoencoder_a_few_at_a_time(tiny_base, monkeypatch):
     x = torch.rand(3, 3, 64, 64) * 2 - 1
-    z, y = tiny_base.encode_picture(x), tiny_base.decode(tiny_base.encode_picture(x))
+    z, y = tiny_base.encode_image(x), tiny_base.decode(tiny_base.encode_image(x))
     seen = []
     for network in (tiny_base.vae.encoder, tiny_base.vae.decoder):
         monkeypatch.setattr(network, "forward", counted(network.forward, seen))
     monkeypatch.setattr("controlkit.bases.base.PIXELS_AT_ONCE", 2 * 64 * 64)
-    assert torch.allclose(tiny_base.encode_picture(x), z, atol=1e-5)
+    assert torch.allclose(tiny_base.encode_image(x), z, atol=1e-5)
     assert torch.allclose(tiny_base.decode(z), y, atol=1e-5)
     assert seen == [2, 1, 2, 1]
 
@@ -228,8 +228,8 @@ def test_guidance_is_what_suits_the_base_where_none_is_asked_for(tiny_base, sd1_
 
 
 @pytest.mark.parametrize(("width", "count"), [(64, 16), (256, 16), (512, 4), (1024, 1), (4096, 1)])
-def test_fewer_large_pictures_are_drawn_at_once(width, count):
-    assert pictures_at_once(width, width) == count
+def test_fewer_large_images_are_drawn_at_once(width, count):
+    assert images_at_once(width, width) == count
 
 
 def test_what_weights_are_stored_in():

@@ -92,7 +92,7 @@ def test_a_folder_loads(base, folder):
     assert torch.equal(ours(loaded), ours(base))
     made = generate(GenerateRequest(prompt=PROMPT, base=str(folder), steps=2, seeds=(3,)))
     assert made.used["sampler"] == "euler" and made.used["guidance"] == 7.0
-    assert made.pictures[0].image.size == (64, 64)
+    assert made.images[0].image.size == (64, 64)
 
 
 def test_t5_may_be_missing_from_a_folder(folder):

@@ -74,7 +74,7 @@ def ours(base, negative="", uses=()):
 
 
 @pytest.mark.parametrize("negative", [None, "cat face"])
-def test_pictures_are_those_of_diffusers(base, negative):
+def test_images_are_those_of_diffusers(base, negative):
     expected = theirs(StableDiffusionXLPipeline(**parts(base)), negative, height=64, width=64)
     assert (ours(base, negative or "") - expected).abs().max() < 1e-3
 
@@ -164,8 +164,8 @@ def test_known_names_say_what_they_are_for():
 def test_training_from_pairs_is_the_same_verb(base, tmp_path, system):
     StableDiffusionXLPipeline(**parts(base)).save_pretrained(tmp_path / "xl")
     rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, (base.size, base.size, 3), np.uint8) for _ in range(5)]
-    write_pairs(tmp_path / "pairs", ((255 - picture, picture, f"thing {n}") for n, picture in enumerate(pictures)))
+    images = [rng.integers(0, 256, (base.size, base.size, 3), np.uint8) for _ in range(5)]
+    write_pairs(tmp_path / "pairs", ((255 - image, image, f"thing {n}") for n, image in enumerate(images)))
     (tmp_path / "run").mkdir()  # an adapter finds its base control beside it
     save_control(tmp_path / "run" / "shared.safetensors", BaseControlNet.for_base(base), base, dtype=torch.float32)
     own = {"control": str(tmp_path / "run" / "shared.safetensors"), "rank": 2} if system == "ctrlora-adapter" else {}

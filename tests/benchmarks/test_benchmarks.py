@@ -71,8 +71,8 @@ def test_sampling_with_a_controlnet_draws_what_diffusers_draws(toy, monkeypatch)
     cases = controlnet_sampling.measure_all(toy(seeds=2, steps=4))
     assert [case["case"] for case in cases] == ["always", "first half", "conditional half"]
     for case in cases:
-        assert case["largest_difference_of_pictures"] < 1e-3
-        assert case["largest_change_by_control"] > 10 * case["largest_difference_of_pictures"]
+        assert case["largest_difference_of_images"] < 1e-3
+        assert case["largest_change_by_control"] > 10 * case["largest_difference_of_images"]
 
 
 def test_adapter_training_has_the_losses_of_the_reference(tiny_base):

@@ -14,16 +14,16 @@ from controlkit.conditions.pixels import enlarge
 from controlkit.errors import UserError
 
 
-def disc_picture(size: int, colour: tuple[int, int, int] = (220, 40, 40)) -> np.ndarray:
+def disc_image(size: int, colour: tuple[int, int, int] = (220, 40, 40)) -> np.ndarray:
     """A disc of a quarter of `size` in the middle of plain blue."""
-    picture = np.full((size, size, 3), (40, 90, 200), np.uint8)
-    return cv2.circle(picture, (size // 2, size // 2), size // 4, colour, -1, cv2.LINE_AA)
+    image = np.full((size, size, 3), (40, 90, 200), np.uint8)
+    return cv2.circle(image, (size // 2, size // 2), size // 4, colour, -1, cv2.LINE_AA)
 
 
 @pytest.mark.parametrize("name", ["canny", "softedge_sobel", "scribble", "lineart_xdog"])
 @pytest.mark.parametrize("size", [64, 512, 1200])
 def test_outlines_lie_on_the_outline_at_every_size(name: str, size: int) -> None:
-    image = find(name)(disc_picture(size))[..., 0]
+    image = find(name)(disc_image(size))[..., 0]
     rows, columns = np.nonzero(image > 127)
     assert len(rows) > size
     radii = np.hypot(rows - size / 2, columns - size / 2) / size
@@ -33,11 +33,11 @@ def test_outlines_lie_on_the_outline_at_every_size(name: str, size: int) -> None
 
 
 def test_sketch_is_dark_on_white_and_looks_harder_where_little_is_found() -> None:
-    faint = disc_picture(128, (52, 100, 206))
+    faint = disc_image(128, (52, 100, 206))
     image = find("sketch")(faint)
     assert image[0, 0, 0] == 255
-    assert find("sketch")(disc_picture(128))[..., 0].min() == 0
-    nearly = disc_picture(128, (80, 110, 180))
+    assert find("sketch")(disc_image(128))[..., 0].min() == 0
+    nearly = disc_image(128, (80, 110, 180))
     assert (find("sketch")(nearly)[..., 0] < 192).mean() > 0.005
 
 
@@ -46,25 +46,25 @@ def test_safe_soft_edges_have_three_levels() -> None:
 
 
 def test_scribble_strokes_get_broader_and_short_ones_vanish() -> None:
-    picture = disc_picture(256)
-    thin, broad = (find("scribble")(picture, width=width) > 0 for width in (0.005, 0.04))
+    image = disc_image(256)
+    thin, broad = (find("scribble")(image, width=width) > 0 for width in (0.005, 0.04))
     assert broad.mean() > 4 * thin.mean()
-    assert not find("scribble")(picture, shortest=0.7).any()
+    assert not find("scribble")(image, shortest=0.7).any()
 
 
 @pytest.mark.parametrize("size", [64, 512])
 def test_lsd_finds_the_sides_of_a_square(size: int) -> None:
-    picture = np.zeros((size, size, 3), np.uint8)
+    image = np.zeros((size, size, 3), np.uint8)
     quarter = size // 4
-    picture[quarter : 3 * quarter, quarter : 3 * quarter] = 255
-    image = find("lines_lsd")(picture)[..., 0] > 0
+    image[quarter : 3 * quarter, quarter : 3 * quarter] = 255
+    made = find("lines_lsd")(image)[..., 0] > 0
     for side in (quarter, 3 * quarter):
-        assert image[:, side - 2 : side + 2].any(axis=1).sum() > 1.6 * quarter
-        assert image[side - 2 : side + 2].any(axis=0).sum() > 1.6 * quarter
-    assert not find("lines_lsd")(picture, shortest=0.9).any()
+        assert made[:, side - 2 : side + 2].any(axis=1).sum() > 1.6 * quarter
+        assert made[side - 2 : side + 2].any(axis=0).sum() > 1.6 * quarter
+    assert not find("lines_lsd")(image, shortest=0.9).any()
 
 
-def test_color_hints_are_the_colours_of_the_picture() -> None:
+def test_color_hints_are_the_colours_of_the_image() -> None:
     plain = np.full((64, 64, 3), (10, 200, 90), np.uint8)
     image = find("lineart_color_hints")(plain)
     coloured = image[image.any(axis=2)]
@@ -76,11 +76,11 @@ def test_color_hints_are_the_colours_of_the_picture() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (512, 512), (100, 150), (16, 16)])
 def test_palette_is_eight_cells_along_the_short_side(height: int, width: int) -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
-    image = find("palette")(picture)
-    short = image[:, 0] if height <= width else image[0]
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    made = find("palette")(image)
+    short = made[:, 0] if height <= width else made[0]
     assert np.count_nonzero((short[1:] != short[:-1]).any(axis=1)) == 7
-    assert abs(image.mean() - picture.mean()) < 2
+    assert abs(made.mean() - image.mean()) < 2
 
 
 def test_pixel_has_large_pixels_of_few_colours() -> None:
@@ -95,20 +95,20 @@ def test_grayscale_is_grey_and_luma() -> None:
 
 
 def test_illusion_has_three_tones_by_value_and_not_by_blue() -> None:
-    picture = np.full((64, 64, 3), (250, 250, 0), np.uint8)
-    assert np.all(find("illusion")(picture) == 255)
+    image = np.full((64, 64, 3), (250, 250, 0), np.uint8)
+    assert np.all(find("illusion")(image) == 255)
     assert set(np.unique(find("illusion")(draw_scene(96, 96, 5)))) <= {0, 127, 255}
 
 
 def test_shuffle_keeps_colours_and_moves_them() -> None:
-    picture = draw_scene(128, 128, 6)
-    image = find("shuffle")(picture)
-    assert psnr(picture, image) < 25
-    assert find("shuffle").score(image, picture) == 0
+    image = draw_scene(128, 128, 6)
+    made = find("shuffle")(image)
+    assert psnr(image, made) < 25
+    assert find("shuffle").score(made, image) == 0
 
 
 def test_degradations_get_worse_with_their_strength() -> None:
-    picture = draw_scene(96, 96, 7)
+    image = draw_scene(96, 96, 7)
     for name, key, values in [
         ("blur", "sigma", (0.005, 0.02, 0.05)),
         ("jpeg", "quality", (95, 40, 5)),
@@ -120,11 +120,11 @@ def test_degradations_get_worse_with_their_strength() -> None:
         ("raindrop", "drops", (1.0, 10.0, 60.0)),
         ("low_light", "gain", (0.9, 0.5, 0.2)),
     ]:
-        quality = [psnr(picture, find(name)(picture, **{key: value})) for value in values]
+        quality = [psnr(image, find(name)(image, **{key: value})) for value in values]
         assert quality == sorted(quality, reverse=True), name
 
 
-def test_noise_has_the_given_deviation_and_blur_scales_with_the_picture() -> None:
+def test_noise_has_the_given_deviation_and_blur_scales_with_the_image() -> None:
     grey = np.full((200, 200, 3), 128, np.uint8)
     assert find("noise")(grey, sigma=0.1).std() == pytest.approx(25.5, rel=0.05)
     step = np.zeros((512, 512, 3), np.uint8)
@@ -135,34 +135,34 @@ def test_noise_has_the_given_deviation_and_blur_scales_with_the_picture() -> Non
 
 
 def test_masks_hide_in_black_and_leave_the_rest() -> None:
-    picture = np.full((100, 140, 3), 200, np.uint8)
+    image = np.full((100, 140, 3), 200, np.uint8)
     for name in ("inpaint", "inpaint_brush"):
         for seed in range(20):
-            image = find(name)(picture, seed=seed)
-            assert set(np.unique(image)) == {0, 200}
-            assert 0.01 < (image == 0).mean() < 0.9, name
+            made = find(name)(image, seed=seed)
+            assert set(np.unique(made)) == {0, 200}
+            assert 0.01 < (made == 0).mean() < 0.9, name
 
 
 def test_inpaint_box_spans_an_eighth_at_least_and_takes_a_given_box() -> None:
-    picture = np.full((80, 80, 3), 200, np.uint8)
+    image = np.full((80, 80, 3), 200, np.uint8)
     for seed in range(50):
-        hidden = find("inpaint")(picture, seed=seed)[..., 0] == 0
+        hidden = find("inpaint")(image, seed=seed)[..., 0] == 0
         assert hidden.any(axis=0).sum() >= 9 and hidden.any(axis=1).sum() >= 9
-    image = find("inpaint")(picture, box=[0.25, 0, 0.5, 1])
-    assert np.all(image[:, 20:40] == 0) and np.all(image[:, :20] == 200) and np.all(image[:, 40:] == 200)
+    made = find("inpaint")(image, box=[0.25, 0, 0.5, 1])
+    assert np.all(made[:, 20:40] == 0) and np.all(made[:, :20] == 200) and np.all(made[:, 40:] == 200)
     for box in ([0, 0, 1], [0.5, 0, 0.2, 1], [0, 0, 2, 1], "left"):
         with pytest.raises(UserError, match="inpaint: box must"):
-            find("inpaint")(picture, box=box)
+            find("inpaint")(image, box=box)
 
 
 def test_outpaint_keeps_the_middle() -> None:
-    picture = np.full((60, 80, 3), 200, np.uint8)
-    image = find("outpaint")(picture, keep_width=0.5, keep_height=1.0)
-    assert np.all(image[:, 20:60] == 200) and not image[:, :20].any() and not image[:, 60:].any()
+    image = np.full((60, 80, 3), 200, np.uint8)
+    made = find("outpaint")(image, keep_width=0.5, keep_height=1.0)
+    assert np.all(made[:, 20:60] == 200) and not made[:, :20].any() and not made[:, 60:].any()
 
 
 def test_color_regions_are_few_and_right() -> None:
-    image = find("color_regions")(disc_picture(128), colours=2)
+    image = find("color_regions")(disc_image(128), colours=2)
     assert len(np.unique(image.reshape(-1, 3), axis=0)) == 2
     assert np.abs(image[64, 64].astype(int) - (220, 40, 40)).max() < 12
     assert np.abs(image[0, 0].astype(int) - (40, 90, 200)).max() < 12
@@ -170,22 +170,22 @@ def test_color_regions_are_few_and_right() -> None:
 
 def test_silhouette_is_the_foreground() -> None:
     size = 128
-    mask = find("silhouette")(disc_picture(size))[..., 0] == 255
+    mask = find("silhouette")(disc_image(size))[..., 0] == 255
     assert mask.mean() == pytest.approx(np.pi / 16, rel=0.08)
-    ring = cv2.circle(disc_picture(size), (64, 64), 12, (40, 90, 200), -1)
+    ring = cv2.circle(disc_image(size), (64, 64), 12, (40, 90, 200), -1)
     assert not find("silhouette")(ring)[64, 64].any()
     assert find("silhouette")(ring, fill_holes=True)[64, 64].all()
 
 
 def test_boxes_are_filled_the_largest_first_and_scaled() -> None:
-    picture = np.zeros((50, 100, 3), np.uint8)
+    image = np.zeros((50, 100, 3), np.uint8)
     small = {"bbox": [20, 20, 20, 20], "category_id": 2}
     large = {"bbox": [0, 0, 100, 100], "category_id": 1}
-    image = find("bbox")(picture, boxes=[small, large], size=[200, 100])
-    assert tuple(image[15, 15]) == category_colour(2)
-    assert tuple(image[5, 5]) == category_colour(1)
-    assert not image[:, 60:].any()
-    bare = find("bbox")(picture, boxes=[[-10, -10, 20, 20]])
+    made = find("bbox")(image, boxes=[small, large], size=[200, 100])
+    assert tuple(made[15, 15]) == category_colour(2)
+    assert tuple(made[5, 5]) == category_colour(1)
+    assert not made[:, 60:].any()
+    bare = find("bbox")(image, boxes=[[-10, -10, 20, 20]])
     assert tuple(bare[9, 9]) == category_colour(0) and not bare[10:].any()
     assert len({category_colour(number) for number in range(91)}) == 91
 
@@ -193,28 +193,28 @@ def test_boxes_are_filled_the_largest_first_and_scaled() -> None:
 @pytest.mark.parametrize("name", ["bbox", "segments"])
 def test_absent_or_wrong_annotations_are_said(name: str) -> None:
     made, key = find(name), {"bbox": "boxes", "segments": "segments"}[name]
-    picture = draw_scene()
+    image = draw_scene()
     with pytest.raises(UserError, match=f"give {key}="):
-        made(picture)
+        made(image)
     for wrong in ("text", 3, {"bbox": [1, 2, 3, 4]}):
         with pytest.raises(UserError, match="must be a list"):
-            made(picture, **{key: wrong})
+            made(image, **{key: wrong})
     for wrong in ([[1, 2, 3]], [{"category_id": 1}], [None]):
         with pytest.raises(UserError, match="must"):
-            made(picture, **{key: wrong})
+            made(image, **{key: wrong})
     with pytest.raises(UserError, match="size must"):
-        made(picture, **{key: [], "size": [0, 5]})
-    assert not made(picture, **{key: []}).any()
+        made(image, **{key: [], "size": [0, 5]})
+    assert not made(image, **{key: []}).any()
 
 
 def test_polygons_and_both_kinds_of_run_lengths_draw_the_same() -> None:
-    picture = np.zeros((36, 40, 3), np.uint8)  # Four times the size of the annotation.
+    image = np.zeros((36, 40, 3), np.uint8)  # Four times the size of the annotation.
     # Columns 2 to 5, rows 3 to 6: 23 zeros, then four times 4 ones with 5 zeros between.
     counts = [21, 4, 5, 4, 5, 4, 5, 4, 38]
     polygon = {"segmentation": [[2, 3, 6, 3, 6, 7, 2, 7]], "category_id": 4}
     plain = {"segmentation": {"size": [9, 10], "counts": counts}, "category_id": 4}
     packed = {"segmentation": {"size": [9, 10], "counts": pack(counts)}, "category_id": 4}
-    images = [find("segments")(picture, segments=[entry]) for entry in (plain, packed)]
+    images = [find("segments")(image, segments=[entry]) for entry in (plain, packed)]
     assert tuple(images[0][18, 14]) == category_colour(4)
     assert images[0].any(axis=2).sum() == 16 * 16
     np.testing.assert_array_equal(images[0], images[1])
@@ -238,9 +238,9 @@ def pack(counts: list[int]) -> str:
 
 
 def test_identity_is_a_copy_scored_against_the_pair() -> None:
-    picture, sketched = draw_scene(), draw_scene(number=9)
+    image, sketched = draw_scene(), draw_scene(number=9)
     made = find("identity")
-    np.testing.assert_array_equal(made(picture), picture)
-    assert made.score(sketched, picture, truth=picture) == 100
-    with pytest.raises(ValueError, match="true picture"):
-        made.score(sketched, picture)
+    np.testing.assert_array_equal(made(image), image)
+    assert made.score(sketched, image, truth=image) == 100
+    with pytest.raises(ValueError, match="true image"):
+        made.score(sketched, image)

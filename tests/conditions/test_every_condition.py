@@ -22,7 +22,7 @@ NAMES = [name for name, made in registry().items() if made.requires is None]
 MIRRORED = [name for name in NAMES if find(name).mirrors]
 
 LABELLED = ("bbox", "segments")
-"""Drawn from annotations of the whole picture, whatever part of it is given."""
+"""Drawn from annotations of the whole image, whatever part of it is given."""
 
 EXPECTED = """
 canny softedge_sobel scribble sketch lineart_xdog lines_lsd lineart_color_hints
@@ -55,27 +55,27 @@ def test_extreme_sizes(name: str, size: tuple[int, int]) -> None:
     check_one(find(name), draw_scene(*size), needed(name))
 
 
-def check_one(made: Condition, picture: np.ndarray, parameters: dict) -> None:
-    before = picture.copy()
-    picture.setflags(write=False)
-    image = made(picture, **parameters)
-    assert image.dtype == np.uint8 and image.shape == picture.shape
-    assert not np.shares_memory(image, picture)
-    np.testing.assert_array_equal(picture, before)
-    np.testing.assert_array_equal(made(picture, **parameters), image, err_msg="not the same twice")
+def check_one(made: Condition, image: np.ndarray, parameters: dict) -> None:
+    before = image.copy()
+    image.setflags(write=False)
+    made_image = made(image, **parameters)
+    assert made_image.dtype == np.uint8 and made_image.shape == image.shape
+    assert not np.shares_memory(made_image, image)
+    np.testing.assert_array_equal(image, before)
+    np.testing.assert_array_equal(made(image, **parameters), made_image, err_msg="not the same twice")
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["black", "white", "grey", "greyscale"])
-def test_plain_and_colourless_pictures(name: str, kind: str) -> None:
+def test_plain_and_colourless_images(name: str, kind: str) -> None:
     if kind == "greyscale":
-        picture = np.repeat(draw_scene()[..., :1], 3, axis=2)
+        image = np.repeat(draw_scene()[..., :1], 3, axis=2)
     else:
-        picture = np.full((40, 64, 3), {"black": 0, "white": 255, "grey": 128}[kind], np.uint8)
+        image = np.full((40, 64, 3), {"black": 0, "white": 255, "grey": 128}[kind], np.uint8)
     made = find(name)
-    image = made(picture, **needed(name))
-    assert image.shape == picture.shape
-    score = made.score(image, picture, picture, **needed(name))
+    made_image = made(image, **needed(name))
+    assert made_image.shape == image.shape
+    score = made.score(made_image, image, image, **needed(name))
     assert score == pytest.approx(perfect(made), abs=1e-6)
 
 
@@ -86,27 +86,27 @@ def perfect(made: Condition) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_true_picture_follows_best(name: str) -> None:
+def test_the_true_image_follows_best(name: str) -> None:
     made = find(name)
     for number in range(3):
-        picture = draw_scene(64, 72, number)
-        image = made(picture, **needed(name))
-        assert made.score(image, picture, picture, **needed(name)) == pytest.approx(perfect(made), abs=1e-6)
-        if np.ptp(image.reshape(-1, 3), axis=0).max() == 0:
+        image = draw_scene(64, 72, number)
+        made_image = made(image, **needed(name))
+        assert made.score(made_image, image, image, **needed(name)) == pytest.approx(perfect(made), abs=1e-6)
+        if np.ptp(made_image.reshape(-1, 3), axis=0).max() == 0:
             continue  # All of one tone: there is nothing to follow.
         others = [draw_scene(64, 72, number + 100 * other) for other in range(1, 6)]
-        unrelated = np.mean([made.score(image, other, picture, **needed(name)) for other in others])
+        unrelated = np.mean([made.score(made_image, other, image, **needed(name)) for other in others])
         assert unrelated < 0.95 * perfect(made) if made.fidelity.higher_is_better else unrelated > 3
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_score_falls_as_the_picture_is_damaged(name: str) -> None:
-    made, picture = find(name), draw_scene(96, 96, 3)
-    image = made(picture, **needed(name))
-    half = picture.copy()
+def test_score_falls_as_the_image_is_damaged(name: str) -> None:
+    made, image = find(name), draw_scene(96, 96, 3)
+    made_image = made(image, **needed(name))
+    half = image.copy()
     half[:, 48:] = draw_scene(96, 96, 103)[:, 48:]
-    own = made.score(image, picture, picture, **needed(name))
-    damaged = made.score(image, half, picture, **needed(name))
+    own = made.score(made_image, image, image, **needed(name))
+    damaged = made.score(made_image, half, image, **needed(name))
     assert damaged < own if made.fidelity.higher_is_better else damaged > own
 
 
@@ -118,20 +118,18 @@ def test_score_falls_as_the_picture_is_damaged(name: str) -> None:
     number=st.integers(0, 50),
     draw=st.integers(0, 2**32 - 1),
 )
-def test_a_flipped_picture_has_the_flipped_condition(
-    name: str, height: int, width: int, number: int, draw: int
-) -> None:
+def test_a_flipped_image_has_the_flipped_condition(name: str, height: int, width: int, number: int, draw: int) -> None:
     """Tolerance, in pixels that differ by more than 2 levels.
 
     None for most. Canny breaks ties between neighbours to one side (canny, scribble), so that its lines, a large part
-    of a small picture, are held to one pixel; the middle column of an odd width belongs to one of an even number of
+    of a small image, are held to one pixel; the middle column of an odd width belongs to one of an even number of
     cells (palette, pixel). JPEG's blocks begin at the left, so its artefacts lie elsewhere unless the width is a
     multiple of 16; there it is held to 32 dB.
     """
-    made, picture = find(name), draw_scene(height, width, number)
+    made, image = find(name), draw_scene(height, width, number)
     parameters = {**made.random_parameters(np.random.default_rng(draw)), **needed(name)}
-    straight = made(picture, **parameters)[:, ::-1]
-    flipped = made(np.ascontiguousarray(picture[:, ::-1]), **parameters)
+    straight = made(image, **parameters)[:, ::-1]
+    flipped = made(np.ascontiguousarray(image[:, ::-1]), **parameters)
     if name == "jpeg":
         assert psnr(straight, flipped) > (32 if width % 16 == 0 else 18)
         return
@@ -170,9 +168,9 @@ def test_a_part_of_the_image_is_the_image_of_the_part_where_that_is_said(name: s
     made, part, inside = find(name), np.s_[:, 48:240], np.s_[24:-24, 24:-24]
     cut, unrelated = [], []
     for number in range(4):
-        picture = draw_scene(192, 288, number)
-        again = made(np.ascontiguousarray(picture[part]), **needed(name))[inside]
-        cut.append(psnr(made(picture, **needed(name))[part][inside], again))
+        image = draw_scene(192, 288, number)
+        again = made(np.ascontiguousarray(image[part]), **needed(name))[inside]
+        cut.append(psnr(made(image, **needed(name))[part][inside], again))
         unrelated.append(psnr(made(draw_scene(192, 192, number + 50), **needed(name))[inside], again))
     assert (np.mean(cut) > np.mean(unrelated) + 3) == made.cuts
 
@@ -193,16 +191,16 @@ def test_finished_images_are_mirrored_as_their_condition_is() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_under_16_pixels_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match=f"{name}: the picture is 40 x 15; conditions need 16 x 16 at least"):
+def test_images_under_16_pixels_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}: the image is 40 x 15; conditions need 16 x 16 at least"):
         find(name)(draw_scene(15, 40), **needed(name))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "seed" in find(name).defaults])
 def test_another_seed_gives_another_image(name: str) -> None:
-    made, picture = find(name), draw_scene()
+    made, image = find(name), draw_scene()
     assert not made.mirrors
-    images = {hashlib.sha256(made(picture, seed=seed).tobytes()).hexdigest() for seed in range(4)}
+    images = {hashlib.sha256(made(image, seed=seed).tobytes()).hexdigest() for seed in range(4)}
     assert len(images) == 4
 
 
@@ -283,12 +281,12 @@ def test_only_rgb_arrays_are_taken(shape: tuple[int, ...]) -> None:
 
 
 def test_the_number_of_threads_does_not_matter() -> None:
-    picture, threads = draw_scene(200, 300), cv2.getNumThreads()
+    image, threads = draw_scene(200, 300), cv2.getNumThreads()
     images = []
     try:
         for number in (1, 2):
             cv2.setNumThreads(number)
-            images.append([find(name)(picture, **needed(name)) for name in NAMES])
+            images.append([find(name)(image, **needed(name)) for name in NAMES])
     finally:
         cv2.setNumThreads(threads)
     for name, first, second in zip(NAMES, *images, strict=True):
@@ -296,10 +294,10 @@ def test_the_number_of_threads_does_not_matter() -> None:
 
 
 def test_other_memory_layouts_give_the_same() -> None:
-    picture = draw_scene(48, 64)
+    image = draw_scene(48, 64)
     for name in NAMES:
-        plain = find(name)(picture, **needed(name))
-        strided = find(name)(np.asfortranarray(picture), **needed(name))
+        plain = find(name)(image, **needed(name))
+        strided = find(name)(np.asfortranarray(image), **needed(name))
         np.testing.assert_array_equal(plain, strided, err_msg=name)
 
 

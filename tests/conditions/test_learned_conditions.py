@@ -55,12 +55,12 @@ def weights(tmp_path_factory):
     models.forget()
 
 
-def check(made: Condition, picture: np.ndarray, parameters: dict) -> np.ndarray:
-    picture.setflags(write=False)
-    image = made(picture, **parameters)
-    assert image.dtype == np.uint8 and image.shape == picture.shape and image.flags.c_contiguous
-    np.testing.assert_array_equal(made(picture, **parameters), image, err_msg="not the same twice")
-    return image
+def check(made: Condition, image: np.ndarray, parameters: dict) -> np.ndarray:
+    image.setflags(write=False)
+    made_image = made(image, **parameters)
+    assert made_image.dtype == np.uint8 and made_image.shape == image.shape and made_image.flags.c_contiguous
+    np.testing.assert_array_equal(made(image, **parameters), made_image, err_msg="not the same twice")
+    return made_image
 
 
 def test_the_list_is_complete_and_says_what_each_needs() -> None:
@@ -98,13 +98,13 @@ def test_random_sizes(name: str, height: int, width: int, weights) -> None:
 
 
 @pytest.mark.parametrize("name", list(KINDS))
-def test_the_true_picture_follows_best(name: str, weights) -> None:
+def test_the_true_image_follows_best(name: str, weights) -> None:
     made, parameters = find(name), weights(name)
-    picture, other = draw_scene(64, 72), draw_scene(64, 72, 5)
-    image = made(picture, **parameters)
-    best = made.score(image, picture, **parameters)
+    image, other = draw_scene(64, 72), draw_scene(64, 72, 5)
+    made_image = made(image, **parameters)
+    best = made.score(made_image, image, **parameters)
     assert best == pytest.approx(100 if "PSNR" in made.fidelity.name else float(made.fidelity.higher_is_better))
-    worse = made.score(image, other, **parameters)
+    worse = made.score(made_image, other, **parameters)
     if name != "densepose":  # its stand-in finds the same person everywhere
         assert worse < best if made.fidelity.higher_is_better else worse > best
 
@@ -133,12 +133,12 @@ def test_metric_depth_is_turned_so_that_near_is_white(tmp_path: Path) -> None:
 
 
 def test_normals_have_unit_length_and_a_flatter_relief_for_a_larger_a(weights) -> None:
-    picture, parameters = draw_scene(), weights("normal")
-    image = find("normal")(picture, a=0.05, **parameters)
-    lengths = np.linalg.norm(image / 127.5 - 1, axis=2)
+    image, parameters = draw_scene(), weights("normal")
+    made = find("normal")(image, a=0.05, **parameters)
+    lengths = np.linalg.norm(made / 127.5 - 1, axis=2)
     assert np.abs(lengths - 1).max() < 0.02
-    assert image[..., 2].mean() < find("normal")(picture, a=50.0, **parameters)[..., 2].mean()
-    np.testing.assert_array_equal(find("normal")(picture, a=0.05, reverse=True, **parameters), image[..., ::-1])
+    assert made[..., 2].mean() < find("normal")(image, a=50.0, **parameters)[..., 2].mean()
+    np.testing.assert_array_equal(find("normal")(image, a=0.05, reverse=True, **parameters), made[..., ::-1])
 
 
 def test_segmentation_uses_only_its_palette(weights) -> None:
@@ -148,11 +148,11 @@ def test_segmentation_uses_only_its_palette(weights) -> None:
 
 
 def test_hed_sketches_and_line_art(weights) -> None:
-    picture = draw_scene()
+    image = draw_scene()
     parameters = weights("hed")
-    assert set(np.unique(find("hed")(picture, safe=True, **parameters))) <= {0, 127, 128, 255}
-    assert set(np.unique(find("scribble_hed")(picture, **parameters))) <= {0, 255}
-    fine, coarse = (find("lineart")(picture, coarse=flag, **weights("lineart")) for flag in (False, True))
+    assert set(np.unique(find("hed")(image, safe=True, **parameters))) <= {0, 127, 128, 255}
+    assert set(np.unique(find("scribble_hed")(image, **parameters))) <= {0, 255}
+    fine, coarse = (find("lineart")(image, coarse=flag, **weights("lineart")) for flag in (False, True))
     assert (fine != coarse).any()
 
 

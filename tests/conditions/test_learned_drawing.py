@@ -28,7 +28,7 @@ from controlkit.errors import UserError
 
 
 def somebody(x: float = 256, y: float = 60, size: float = 400) -> np.ndarray:
-    """OpenPose's 18 points of a person who stands upright, their right hand at the left of the picture."""
+    """OpenPose's 18 points of a person who stands upright, their right hand at the left of the image."""
     places = [(0, 0.08), (0, 0.2), (-0.12, 0.2), (-0.18, 0.36), (-0.2, 0.52), (0.12, 0.2), (0.18, 0.36), (0.2, 0.52)]
     places += [(-0.08, 0.52), (-0.08, 0.76), (-0.08, 0.98), (0.08, 0.52), (0.08, 0.76), (0.08, 0.98)]
     places += [(-0.025, 0.055), (0.025, 0.055), (-0.06, 0.07), (0.06, 0.07)]
@@ -82,7 +82,7 @@ def test_pose_f1() -> None:
     one = drawn(somebody())
     assert pose_f1(one, one) == 1 and pose_f1(np.zeros_like(one), np.zeros_like(one)) == 1
     assert pose_f1(one, np.zeros_like(one)) == pose_f1(np.zeros_like(one), one) == 0
-    assert pose_f1(one, drawn(somebody(262))) == 1, "within 5 % of the picture"
+    assert pose_f1(one, drawn(somebody(262))) == 1, "within 5 % of the image"
     assert pose_f1(one, drawn(somebody(456))) == 0
     two = drawn(somebody(120), somebody(400))
     assert pose_f1(drawn(somebody(120)), two) == pytest.approx(2 / 3)
@@ -132,9 +132,9 @@ def test_joints_are_found_as_transformers_finds_them() -> None:
         theirs = answer[0][person]
         assert np.abs(points[person] - theirs["keypoints"].numpy()).max() < 0.02 * 200 / 64
         np.testing.assert_allclose(sure[person], theirs["scores"].numpy(), rtol=1e-5)
-    picture = draw_scene(200, 260)
-    seen = processor(picture, boxes=[boxes], return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"]
-    ours = np.stack([pose.crop(picture, tuple(one), 256, 192).transpose(2, 0, 1) for one in frames])
+    image = draw_scene(200, 260)
+    seen = processor(image, boxes=[boxes], return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"]
+    ours = np.stack([pose.crop(image, tuple(one), 256, 192).transpose(2, 0, 1) for one in frames])
     assert np.abs(seen.astype(float) - ours).mean() < 1
 
 
@@ -161,12 +161,12 @@ def yolox(*people: tuple[int, float, float, float]) -> wholebody.Network:
 
 
 def test_people_are_found_and_doubles_dropped() -> None:
-    picture = draw_scene(320, 160)
-    found = wholebody.find_people(picture, yolox((0, 128, 256, 0.9), (1, 128, 256, 0.5), (300, 64, 64, 0.2)), 0.3)
+    image = draw_scene(320, 160)
+    found = wholebody.find_people(image, yolox((0, 128, 256, 0.9), (1, 128, 256, 0.5), (300, 64, 64, 0.2)), 0.3)
     assert len(found) == 1
     np.testing.assert_allclose(found[0], (8 - 32, 8 - 64, 64, 128), atol=1e-3)
     with pytest.raises(UserError, match="not 8400"):
-        wholebody.find_people(picture, lambda _: [np.zeros((1, 10, 85), np.float32)], 0.3)
+        wholebody.find_people(image, lambda _: [np.zeros((1, 10, 85), np.float32)], 0.3)
 
 
 def test_the_whole_body_lies_where_the_network_says() -> None:
@@ -194,11 +194,11 @@ def test_dwpose_draws_who_was_found(monkeypatch, tmp_path: Path) -> None:
         (tmp_path / file).touch()
     networks = iter([yolox((150, 200, 400, 0.9)), run] * 3)
     monkeypatch.setattr(wholebody, "load_once", lambda *_: next(networks))
-    picture = draw_scene(512, 512)
-    images = [find("dwpose")(picture, model=str(tmp_path), hands=flag, face=flag) for flag in (True, False)]
-    assert images[0].shape == picture.shape and len(read_points(images[1])) > 6
+    image = draw_scene(512, 512)
+    images = [find("dwpose")(image, model=str(tmp_path), hands=flag, face=flag) for flag in (True, False)]
+    assert images[0].shape == image.shape and len(read_points(images[1])) > 6
     assert (images[0] == 255).all(axis=2).any() and not (images[1] == 255).all(axis=2).any()
-    assert not find("dwpose")(picture, model=str(tmp_path), person_score=0.95).any()
+    assert not find("dwpose")(image, model=str(tmp_path), person_score=0.95).any()
 
 
 def field(number: int, value: bytes | int) -> bytes:

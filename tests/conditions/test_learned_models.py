@@ -1,4 +1,4 @@
-"""Where weights are looked for, what is refused, and pictures brought to networks as transformers does it."""
+"""Where weights are looked for, what is refused, and images brought to networks as transformers does it."""
 
 from __future__ import annotations
 
@@ -146,32 +146,32 @@ def test_controlnet_aux_gets_the_size_that_it_gives_back(tmp_path: Path, monkeyp
         def to(self, device: torch.device) -> Detector:
             return self
 
-        def __call__(self, image: np.ndarray, **settings: object) -> np.ndarray:
-            asked.append((image.shape, settings))
-            return 255 - image
+        def __call__(self, made: np.ndarray, **settings: object) -> np.ndarray:
+            asked.append((made.shape, settings))
+            return 255 - made
 
     package = types.ModuleType("controlnet_aux")
     package.PidiNetDetector = package.MLSDdetector = package.LeresDetector = Detector
     monkeypatch.setitem(sys.modules, "controlnet_aux", package)
     (tmp_path / "table5_pidinet.pth").touch()
     (tmp_path / "mlsd_large_512_fp32.pth").touch()
-    picture = np.full((100, 150, 3), 55, np.uint8)
-    image = find("pidinet")(picture, safe=True, resolution=128, model=str(tmp_path))
-    assert image.shape == picture.shape and np.all(image == 200)
+    image = np.full((100, 150, 3), 55, np.uint8)
+    made = find("pidinet")(image, safe=True, resolution=128, model=str(tmp_path))
+    assert made.shape == image.shape and np.all(made == 200)
     shape, settings = asked[1]
     assert shape == (128, 192, 3) and asked[0] == str(tmp_path)
     assert settings == {"detect_resolution": 128, "image_resolution": 128, "output_type": "np", "safe": True}
-    assert np.all(find("mlsd")(picture, model=str(tmp_path)) == 255)
+    assert np.all(find("mlsd")(image, model=str(tmp_path)) == 255)
     for name in ("res101.pth", "latest_net_G.pth"):
         (tmp_path / name).touch()
-    image = find("depth_leres")(picture, boost=True, far=5, resolution=128, model=str(tmp_path))
-    assert image.shape == picture.shape and np.all(image == 200)
+    made = find("depth_leres")(image, boost=True, far=5, resolution=128, model=str(tmp_path))
+    assert made.shape == image.shape and np.all(made == 200)
     shape, settings = asked[-1]
     assert shape == (128, 192, 3)
     assert settings["boost"] is True and (settings["thr_a"], settings["thr_b"]) == (0, 5)
     band = np.where(np.abs(np.subtract.outer(np.arange(100), np.arange(150))) < 8, np.uint8(0), np.uint8(255))
     strokes = find("scribble_pidinet")(np.dstack([band] * 3), resolution=128, model=str(tmp_path))
-    assert strokes.shape == picture.shape and set(np.unique(strokes)) == {0, 255} and strokes[50, 50].all()
+    assert strokes.shape == image.shape and set(np.unique(strokes)) == {0, 255} and strokes[50, 50].all()
 
 
 SIZES = [(64, 64), (48, 80), (200, 120), (333, 500), (37, 41)]
@@ -179,14 +179,14 @@ SIZES = [(64, 64), (48, 80), (200, 120), (333, 500), (37, 41)]
 
 @pytest.mark.parametrize("kind", ["dpt", "depth_anything", "segformer"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_pictures_are_prepared_as_transformers_does(kind: str, size: tuple[int, int], kept: Path) -> None:
+def test_images_are_prepared_as_transformers_does(kind: str, size: tuple[int, int], kept: Path) -> None:
     from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
     from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
     processor = {"segformer": SegformerImageProcessorPil}.get(kind, DPTImageProcessorPil).from_pretrained(kept / kind)
-    picture = draw_scene(*size)
-    theirs = processor(picture, return_tensors="pt")["pixel_values"]
-    ours = prepare(picture, read_inputs("depth", kept / kind))
+    image = draw_scene(*size)
+    theirs = processor(image, return_tensors="pt")["pixel_values"]
+    ours = prepare(image, read_inputs("depth", kept / kind))
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() < 1e-5
 

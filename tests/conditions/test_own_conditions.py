@@ -26,16 +26,14 @@ def controlkit(*words, files, cwd):
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image(tmp_path):
     ramp = np.linspace(0, 255, 64).astype(np.uint8)
     Image.fromarray(np.repeat(np.tile(ramp, (48, 1))[..., None], 3, 2)).save(tmp_path / "ramp.png")
     return tmp_path / "ramp.png"
 
 
-def test_the_example_is_a_condition_like_any_other(picture, tmp_path):
-    made = controlkit(
-        "condition", "dots", picture, "--out", "out.png", "--set", "step=6", files=[EXAMPLE], cwd=tmp_path
-    )
+def test_the_example_is_a_condition_like_any_other(image, tmp_path):
+    made = controlkit("condition", "dots", image, "--out", "out.png", "--set", "step=6", files=[EXAMPLE], cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     drawn = np.asarray(Image.open(tmp_path / "out.png").convert("L"))
     assert drawn.shape == (48, 64)
@@ -45,7 +43,7 @@ def test_the_example_is_a_condition_like_any_other(picture, tmp_path):
     assert "halftone" in {entry["name"] for entry in json.loads(listed.stdout)}
 
 
-def test_a_file_that_fails_is_named(tmp_path, picture):
+def test_a_file_that_fails_is_named(tmp_path, image):
     (tmp_path / "broken.py").write_text("1 / 0")
     made = controlkit("condition", "--list", files=[tmp_path / "broken.py"], cwd=tmp_path)
     assert made.returncode == 2
@@ -54,8 +52,8 @@ def test_a_file_that_fails_is_named(tmp_path, picture):
     assert made.returncode == 2 and "not there" in made.stderr
 
 
-def test_all_conditions_of_one_picture_on_one_sheet(picture, tmp_path):
-    made = controlkit("condition", "all", picture, "--out", "sheet.png", "--json", files=[], cwd=tmp_path)
+def test_all_conditions_of_one_image_on_one_sheet(image, tmp_path):
+    made = controlkit("condition", "all", image, "--out", "sheet.png", "--json", files=[], cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert len(json.loads(made.stdout)["conditions"]) >= 25
     assert Image.open(tmp_path / "sheet.png").width > 900

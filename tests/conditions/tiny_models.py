@@ -14,7 +14,7 @@ HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 
 def save(folder: Path, model: Any, **preprocessing: Any) -> Path:
-    """`model` and the settings of its pictures in `folder`."""
+    """`model` and the settings of its images in `folder`."""
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
     return folder
@@ -244,7 +244,7 @@ def densepose(folder: Path) -> Path:
 
 
 class _OnePerson(torch.nn.Module):
-    """Finds one person in the right half of any picture, whose upper half is part 2 and whose lower half is part 24."""
+    """Finds one person in the right half of any image, whose upper half is part 2 and whose lower half is part 24."""
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         height, width = pixels.shape[1], pixels.shape[2]

@@ -356,7 +356,7 @@ def naive(base, uses, prompts, seeds, steps=STEPS, guidance=4.0):
     for number, seed in enumerate(seeds):
         solver = base.schedule.solver("ddim", steps, base.device, base.name)
         x_t = initial_noise(base, [seed], base.size, base.size) * solver.initial
-        own = [use.of_pictures(slice(number, number + 1)) for use in uses]
+        own = [use.of_images(slice(number, number + 1)) for use in uses]
         for index, t in enumerate(solver.timesteps):
             acting = [use for use in own if use.acts_at(index, steps)]
             halves = []

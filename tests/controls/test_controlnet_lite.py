@@ -361,7 +361,7 @@ class TestTraining:
         Image.fromarray(condition_image).save(tmp_path / "edges.png")
         use = ControlUse(control=str(path), image=str(tmp_path / "edges.png"), prepared=True)
         request = GenerateRequest(prompt="red apple", base=str(base_folder), controls=(use,), seeds=(1,), steps=2)
-        assert generate(request).pictures[0].image.size == (64, 64)
+        assert generate(request).images[0].image.size == (64, 64)
 
     def test_a_continued_run_equals_one_in_one_go(self, tmp_path, base_folder, icons_file):
         recipe = self.settings(tmp_path, base_folder, "ctrlora", system="controlnet-lite", icons=str(icons_file))

@@ -181,7 +181,7 @@ class TestTraining:
         Image.fromarray(condition_image).save(tmp_path / "edges.png")
         use = ControlUse(control=str(path), image=str(tmp_path / "edges.png"), prepared=True)
         request = GenerateRequest(prompt="red apple", base=str(base_folder), controls=(use,), seeds=(1,), steps=2)
-        assert generate(request).pictures[0].image.size == (64, 64)
+        assert generate(request).images[0].image.size == (64, 64)
 
     def test_it_trains_from_pairs(self, tmp_path, base_folder, condition_image):
         lines = []

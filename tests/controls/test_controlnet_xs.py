@@ -464,8 +464,8 @@ class TestTraining:
         words += ["--control", f"{tmp_path / 'run' / 'canny.safetensors'}={tmp_path / 'edges.png'}@0.9"]
         capsys.readouterr()
         assert main([*words, "--control", f"{tmp_path / 'broken' / 'canny.safetensors'}={tmp_path / 'edges.png'}"]) == 0
-        (picture,) = json.loads(capsys.readouterr().out)["pictures"]
-        assert np.asarray(Image.open(picture)).shape == (64, 64, 3)
+        (image,) = json.loads(capsys.readouterr().out)["images"]
+        assert np.asarray(Image.open(image)).shape == (64, 64, 3)
 
     def test_a_step_makes_no_gradient_for_the_base(self, recipe):
         objective = ControlObjective(recipe, torch.device("cpu"))

@@ -167,7 +167,7 @@ def test_it_trains_from_pairs_with_its_options_and_hints_from_the_cache(own, set
 
     encoded = objective.control.encode(to_tensor(sources), objective.base)
     assert torch.allclose(pairs.hint(chosen, flipped), encoded, atol=1e-3)
-    assert list(train(recipe)) == ["identity: PSNR to the picture, dB"]
+    assert list(train(recipe)) == ["identity: PSNR to the target, dB"]
     made = load_control(tmp_path / "run" / "mine.safetensors")
     assert made.gate.out_features == 8 and made.condition == "identity"
     assert json.loads(read_metadata(tmp_path / "run" / "mine.safetensors")["control.made"])["pairs"] == 3
@@ -276,7 +276,7 @@ def test_it_generates_together_with_another_control(own, system, tiny_base, base
         return generate(request)
 
     def pixels(made):
-        return np.stack([np.asarray(picture.image, np.float32) for picture in made.pictures])
+        return np.stack([np.asarray(image.image, np.float32) for image in made.images])
 
     both = draw(*uses)
     for fewer in ((), uses[:1], uses[1:]):

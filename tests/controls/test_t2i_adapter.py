@@ -1,4 +1,4 @@
-"""T2I-Adapter: features into the encoder's stages, the same pictures as diffusers', once for a condition."""
+"""T2I-Adapter: features into the encoder's stages, the same images as diffusers', once for a condition."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def furthest(a, b):
     return (a - b).abs().max().item()
 
 
-class TestPictures:
+class TestImages:
     @pytest.mark.parametrize(
         ("shape", "colours"), [({}, 3), ({"colours": 1}, 1), ({"light": True}, 3)], ids=["colour", "grey", "light"]
     )
@@ -130,7 +130,7 @@ class TestPictures:
         expected = theirs(sd_base, control.to_diffusers(), [given] * 2, weight)
         made = ours(sd_base, [use(control, hint_image, sd_base, weight=weight)])
         assert furthest(made, expected) <= 1e-3
-        # The comparison means something only if the control changes the picture by much more than the tolerance.
+        # The comparison means something only if the control changes the image by much more than the tolerance.
         assert furthest(made, ours(sd_base)) > 2e-2
 
     def test_grey_is_pillow_s_grey(self, sd_base):
@@ -327,8 +327,8 @@ class TestFiles:
         words = ["generate", "red apple", "--base", str(tmp_path / "base"), "--prepared", "--steps", "2", "--json"]
         words += ["--control", f"{file}={tmp_path / 'edges.png'}@0.9", "--out", str(tmp_path / "out")]
         assert main(words) == 0
-        (picture,) = json.loads(capsys.readouterr().out)["pictures"]
-        assert Image.open(picture).size == (64, 64)
+        (image,) = json.loads(capsys.readouterr().out)["images"]
+        assert Image.open(image).size == (64, 64)
 
     def test_no_adapter_for_an_encoder_of_another_shape(self):
         unet = {**KNOWN_BASES["sd15"][1]["unet"], "block_out_channels": [320, 640, 960, 1280, 1280]}

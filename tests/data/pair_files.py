@@ -1,4 +1,4 @@
-"""Pictures drawn for the tests of pairs, and a few ways to lay them on disk."""
+"""Images drawn for the tests of pairs, and a few ways to lay them on disk."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from PIL import Image
 def scene(number: int, height: int = 48, width: int = 48) -> np.ndarray:
     """Coloured shapes on a plain background, `uint8 [height, width, 3]`; another for every number."""
     rng = np.random.default_rng(number)
-    picture = np.empty((height, width, 3), np.uint8)
-    picture[:] = rng.integers(0, 256, 3)
+    image = np.empty((height, width, 3), np.uint8)
+    image[:] = rng.integers(0, 256, 3)
     for _ in range(4):
         colour = tuple(int(value) for value in rng.integers(0, 256, 3))
         corners = rng.uniform(0.1, 0.9, (4, 2)) * [width, height]
-        cv2.fillConvexPoly(picture, cv2.convexHull(corners.astype(np.int32)), colour)
-    return picture
+        cv2.fillConvexPoly(image, cv2.convexHull(corners.astype(np.int32)), colour)
+    return image
 
 
-def write_pictures(folder: Path, count: int = 6, captions: bool = True, **size: int) -> list[Path]:
-    """`picture0.png` ... with captions beside them; the picture of a number is always the same."""
+def write_images(folder: Path, count: int = 6, captions: bool = True, **size: int) -> list[Path]:
+    """`image0.png` ... with captions beside them; the image of a number is always the same."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"picture{number}.png" for number in range(count)]
+    paths = [folder / f"image{number}.png" for number in range(count)]
     for number, path in enumerate(paths):
         Image.fromarray(scene(number, **size)).save(path)
         if captions:

@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
-from pair_files import scene, write_pictures
+from pair_files import scene, write_images
 from PIL import Image
 
 from controlkit.data.captions import BLIP, Captioner, with_captions
-from controlkit.data.pictures import list_pictures
+from controlkit.data.input_images import list_images
 from controlkit.errors import UserError
 
 
@@ -36,27 +36,27 @@ def tiny_blip(tmp_path_factory):
     return str(folder)
 
 
-def test_pictures_without_a_caption_get_one_and_it_is_kept(tiny_blip, tmp_path):
-    paths = write_pictures(tmp_path / "in", 4)
+def test_images_without_a_caption_get_one_and_it_is_kept(tiny_blip, tmp_path):
+    paths = write_images(tmp_path / "in", 4)
     paths[0].with_suffix(".txt").unlink()
     paths[2].with_suffix(".txt").write_text(" \n")
     paths[3].with_suffix(".txt").unlink()
     paths[3].write_bytes(b"torn")
-    pictures = list_pictures([tmp_path / "in"])
-    told = with_captions(pictures, tmp_path / "out", lambda: Captioner(tiny_blip), tiny_blip)
+    images = list_images([tmp_path / "in"])
+    told = with_captions(images, tmp_path / "out", lambda: Captioner(tiny_blip), tiny_blip)
     assert told[0].caption() and told[2].caption() and told[3].caption() == ""
-    assert told[1] == pictures[1]
+    assert told[1] == images[1]
     # The torn one is tried again; another model's words are not taken.
     paths[3].unlink()
     again = with_captions(
-        list_pictures([tmp_path / "in"]), tmp_path / "out", lambda: pytest.fail("loaded again"), tiny_blip
+        list_images([tmp_path / "in"]), tmp_path / "out", lambda: pytest.fail("loaded again"), tiny_blip
     )
     assert again == told[:3]
     with pytest.raises(ZeroDivisionError):
-        with_captions(pictures, tmp_path / "out", lambda: 1 / 0, "another")
+        with_captions(images, tmp_path / "out", lambda: 1 / 0, "another")
 
 
-def test_the_same_picture_gets_the_same_caption_in_any_company(tiny_blip):
+def test_the_same_image_gets_the_same_caption_in_any_company(tiny_blip):
     captioner = Captioner(tiny_blip)
     images = [Image.fromarray(scene(number)) for number in range(3)]
     assert captioner(images) == [captioner([image])[0] for image in images]

@@ -7,15 +7,15 @@ import shutil
 
 import numpy as np
 import pytest
-from pair_files import encoded, scene, write_archive, write_pictures
+from pair_files import encoded, scene, write_archive, write_images
 from PIL import Image
 
 from controlkit.conditions import find
 from controlkit.data.check import check_pairs, check_sheet
 from controlkit.data.engine import make_pairs
+from controlkit.data.input_images import list_images
 from controlkit.data.making import MakeSettings
 from controlkit.data.pairs import write_pairs
-from controlkit.data.pictures import list_pictures
 from controlkit.data.swapped import swapped
 from controlkit.errors import UserError
 
@@ -25,16 +25,16 @@ DAMAGED = ("noise", "rain", "snow", "jpeg", "blur", "inpaint_brush", "shuffle", 
 
 @pytest.fixture
 def made(tmp_path):
-    write_pictures(tmp_path / "in", 6)
+    write_images(tmp_path / "in", 6)
     settings = MakeSettings(conditions=("canny", "noise"), size=48, copy=True)
-    make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "pairs", settings, workers=1)
+    make_pairs(list_images([tmp_path / "in"]), tmp_path / "pairs", settings, workers=1)
     return tmp_path / "pairs"
 
 
 def pairs_of(name, count=8, size=64):
-    pictures = [scene(number, size, size) for number in range(count)]
+    images = [scene(number, size, size) for number in range(count)]
     kind = find(name)
-    return [(kind(p, **kind.random_parameters(np.random.default_rng(n))), p) for n, p in enumerate(pictures)]
+    return [(kind(p, **kind.random_parameters(np.random.default_rng(n))), p) for n, p in enumerate(images)]
 
 
 def test_good_pairs_have_no_problems(made):
@@ -46,10 +46,10 @@ def test_good_pairs_have_no_problems(made):
 
 def test_everything_is_found_at_once(made):
     lines = [json.loads(line) for line in (made / "pairs.jsonl").read_text().splitlines()]
-    (made / "canny/picture0.png").unlink()
-    (made / "noise/picture1.png").write_bytes((made / "noise/picture1.png").read_bytes()[:50])
-    Image.fromarray(scene(2, 48, 24)).save(made / "canny/picture2.png")
-    shutil.copy(made / "pictures/picture4.png", made / "pictures/picture3.png")
+    (made / "canny/image0.png").unlink()
+    (made / "noise/image1.png").write_bytes((made / "noise/image1.png").read_bytes()[:50])
+    Image.fromarray(scene(2, 48, 24)).save(made / "canny/image2.png")
+    shutil.copy(made / "pictures/image4.png", made / "pictures/image3.png")
     lines[5]["prompt"] = "  "
     (made / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{torn\n")
     report = check_pairs(made)
@@ -99,7 +99,7 @@ def test_too_few_pairs_say_nothing():
 
 
 def test_one_condition_can_be_checked_alone(made):
-    (made / "noise/picture1.png").unlink()
+    (made / "noise/image1.png").unlink()
     assert check_pairs(made, ["canny"]).problems == []
     assert check_pairs(made, ["noise"]).counts == {"file": 1}
     with pytest.raises(UserError, match="it has canny, noise"):
@@ -114,13 +114,13 @@ def test_shards_of_other_tools_may_say_anything_in_their_json(tmp_path):
 
 
 def test_shards_of_ours_are_checked_like_the_manifest(tmp_path):
-    write_pictures(tmp_path / "in", 4)
+    write_images(tmp_path / "in", 4)
     settings = MakeSettings(conditions=("canny",))
-    make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", settings, workers=1, shards=1)
+    make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", settings, workers=1, shards=1)
     assert check_pairs(tmp_path / "out").problems == []
     (path,) = (tmp_path / "out").glob("*.tar")
     data = path.read_bytes()
-    at = data.index(b"IDAT", data.index(b"picture2.canny.png")) + 20
+    at = data.index(b"IDAT", data.index(b"image2.canny.png")) + 20
     path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
     (problem,) = check_pairs(tmp_path / "out").problems
-    assert "picture2" in problem.where and problem.kind in ("file", "changed")
+    assert "image2" in problem.where and problem.kind in ("file", "changed")

@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from pair_files import contents, encoded, scene, write_archive, write_pictures
+from pair_files import contents, encoded, scene, write_archive, write_images
 from PIL import Image
 
 from controlkit.conditions import find
 from controlkit.data.engine import make_pairs
+from controlkit.data.input_images import InputImage, list_images
 from controlkit.data.making import MakeSettings, condition_seed, make_pair, png
 from controlkit.data.pairs import read_pairs
-from controlkit.data.pictures import Picture, list_pictures
-from controlkit.data.sources import decode_pixels, members, read_picture
+from controlkit.data.sources import decode_pixels, members, open_image
 from controlkit.errors import UserError
 from controlkit.images import decode_image, read_image, to_rgb
 from icc import ADOBE_RGB, SRGB
@@ -38,15 +38,15 @@ def lines(report):
 
 
 def test_what_the_manifest_says_is_true(tmp_path):
-    paths = write_pictures(tmp_path / "in", 3)
-    report = make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    paths = write_images(tmp_path / "in", 3)
+    report = make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
     assert (report.made, report.kept, report.skipped, report.empty_prompts) == (3, 0, {}, 0)
     for entry, path in zip(lines(report), paths, strict=True):
         assert entry["key"] == path.stem and entry["prompt"] == path.with_suffix(".txt").read_text().strip()
         assert entry["original"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-        picture = tmp_path / "out" / entry["picture"]
-        assert entry["sha256"]["picture"] == hashlib.sha256(picture.read_bytes()).hexdigest()
-        pixels = np.asarray(read_image(picture))
+        image = tmp_path / "out" / entry["picture"]
+        assert entry["sha256"]["picture"] == hashlib.sha256(image.read_bytes()).hexdigest()
+        pixels = np.asarray(read_image(image))
         assert pixels.shape == (32, 32, 3) and entry["size"] == [32, 32]
         for name, place in entry["conditions"].items():
             file = tmp_path / "out" / place
@@ -58,23 +58,23 @@ def test_what_the_manifest_says_is_true(tmp_path):
     assert read_pairs(tmp_path / "out" / "noise")[0].target == pair.target
 
 
-def test_pictures_that_stay_are_referred_to_or_copied(tmp_path):
-    (path,) = write_pictures(tmp_path / "in", 1)
-    where = make_pairs(list_pictures([path.parent]), tmp_path / "a", MakeSettings(conditions=("canny",)), workers=1)
+def test_images_that_stay_are_referred_to_or_copied(tmp_path):
+    (path,) = write_images(tmp_path / "in", 1)
+    where = make_pairs(list_images([path.parent]), tmp_path / "a", MakeSettings(conditions=("canny",)), workers=1)
     assert (where.out.parent / lines(where)[0]["picture"]).resolve() == path.resolve()
     copied = MakeSettings(conditions=("canny",), copy=True)
-    where = make_pairs(list_pictures([path.parent]), tmp_path / "b", copied, workers=1)
+    where = make_pairs(list_images([path.parent]), tmp_path / "b", copied, workers=1)
     assert (tmp_path / "b" / lines(where)[0]["picture"]).read_bytes() == path.read_bytes()
 
 
-def test_pictures_that_other_tools_would_see_otherwise_are_written_anew(tmp_path):
+def test_images_that_other_tools_would_see_otherwise_are_written_anew(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "in").mkdir()
     Image.fromarray(scene(0, 20, 40)).save(tmp_path / "in/turned.jpg", exif=exif)
     Image.fromarray(np.dstack([scene(1), np.full((48, 48), 90, np.uint8)])).save(tmp_path / "in/clear.png")
     settings = MakeSettings(conditions=("canny",))
-    report = make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", settings, workers=1)
+    report = make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", settings, workers=1)
     for entry in lines(report):
         with Image.open(tmp_path / "out" / entry["picture"]) as image:
             assert image.mode == "RGB" and list(image.size) == entry["size"]
@@ -83,38 +83,38 @@ def test_pictures_that_other_tools_would_see_otherwise_are_written_anew(tmp_path
 
 
 def test_order_workers_and_company_change_nothing(tmp_path):
-    write_pictures(tmp_path / "in", 7)
-    pictures = list_pictures([tmp_path / "in"])
-    make_pairs(pictures, tmp_path / "one", CANNY_AND_NOISE, workers=1)
-    make_pairs(pictures[::-1], tmp_path / "two", CANNY_AND_NOISE, workers=2)
+    write_images(tmp_path / "in", 7)
+    images = list_images([tmp_path / "in"])
+    make_pairs(images, tmp_path / "one", CANNY_AND_NOISE, workers=1)
+    make_pairs(images[::-1], tmp_path / "two", CANNY_AND_NOISE, workers=2)
     expected = contents(tmp_path / "one")
     assert contents(tmp_path / "two") == expected
     alone = MakeSettings(conditions=("noise",), size=32)
-    make_pairs(pictures[3:4], tmp_path / "three", alone, workers=1)
-    assert contents(tmp_path / "three")["noise/picture3.png"] == expected["noise/picture3.png"]
+    make_pairs(images[3:4], tmp_path / "three", alone, workers=1)
+    assert contents(tmp_path / "three")["noise/image3.png"] == expected["noise/image3.png"]
 
 
-def test_seeds_tell_pictures_conditions_and_runs_apart():
+def test_seeds_tell_images_conditions_and_runs_apart():
     seeds = {condition_seed(run, content, name) for run in (0, 1) for content in "ab" for name in ("canny", "noise")}
     assert len(seeds) == 8
     assert condition_seed(0, "a", "canny") == condition_seed(0, "a", "canny")
 
 
 def test_fixed_parameters_are_the_defaults(tmp_path):
-    write_pictures(tmp_path / "in", 2)
-    pictures = list_pictures([tmp_path / "in"])
+    write_images(tmp_path / "in", 2)
+    images = list_images([tmp_path / "in"])
     fixed = MakeSettings(conditions=("canny",), fixed=True)
-    assert make_pair(pictures[0], fixed).entry["parameters"] == {"canny": {"low": 100, "high": 200}}
-    drawn = [make_pair(p, MakeSettings(conditions=("canny",))).entry["parameters"]["canny"]["low"] for p in pictures]
+    assert make_pair(images[0], fixed).entry["parameters"] == {"canny": {"low": 100, "high": 200}}
+    drawn = [make_pair(p, MakeSettings(conditions=("canny",))).entry["parameters"]["canny"]["low"] for p in images]
     assert drawn[0] != drawn[1]
 
 
 def test_a_second_run_does_nothing_and_a_changed_input_is_noticed(tmp_path):
-    paths = write_pictures(tmp_path / "in", 4)
+    paths = write_images(tmp_path / "in", 4)
     out = tmp_path / "out"
 
     def go(*names):
-        return make_pairs(list_pictures([tmp_path / "in"]), out, MakeSettings(conditions=names, size=32), workers=1)
+        return make_pairs(list_images([tmp_path / "in"]), out, MakeSettings(conditions=names, size=32), workers=1)
 
     go("canny")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
@@ -123,7 +123,7 @@ def test_a_second_run_does_nothing_and_a_changed_input_is_noticed(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
 
     Image.fromarray(scene(99)).save(paths[1])
-    (out / "canny/picture2.png").unlink()
+    (out / "canny/image2.png").unlink()
     paths[3].with_suffix(".txt").write_text("another caption")
     report = go("canny")
     assert (report.made, report.kept) == (3, 1)
@@ -135,22 +135,22 @@ def test_a_second_run_does_nothing_and_a_changed_input_is_noticed(tmp_path):
 
 
 def test_a_prompt_mended_in_the_manifest_stays(tmp_path):
-    write_pictures(tmp_path / "in", 2)
-    report = make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    write_images(tmp_path / "in", 2)
+    report = make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
     report.out.write_text(report.out.read_text().replace("scene 0", "mended by hand"))
     Image.fromarray(scene(9)).save(tmp_path / "in/new.png")
-    again = make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    again = make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
     assert again.made == 1
     assert sorted(entry["prompt"] for entry in lines(again)) == ["", "mended by hand", "scene 1"]
 
 
-def test_a_mended_prompt_that_a_changed_picture_undoes_is_told(tmp_path, capsys):
-    write_pictures(tmp_path / "in", 3)
-    report = make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
+def test_a_mended_prompt_that_a_changed_image_undoes_is_told(tmp_path, capsys):
+    write_images(tmp_path / "in", 3)
+    report = make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
     first, second = (entry["key"] for entry in lines(report)[:2])
     report.out.write_text(report.out.read_text().replace("scene 0", "mended by hand").replace("scene 1", "mended, too"))
     Image.fromarray(scene(9)).save(tmp_path / "in" / f"{first}.png")
-    again = make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    again = make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
     assert [entry["prompt"] for entry in lines(again)] == ["scene 0", "mended, too", "scene 2"]
     told = capsys.readouterr().err
     assert "1 prompts that were edited in pairs.jsonl are replaced" in told
@@ -158,37 +158,37 @@ def test_a_mended_prompt_that_a_changed_picture_undoes_is_told(tmp_path, capsys)
 
 
 def test_other_settings_do_not_mix_in_one_folder(tmp_path):
-    write_pictures(tmp_path / "in", 2)
-    pictures = list_pictures([tmp_path / "in"])
-    make_pairs(pictures, tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    write_images(tmp_path / "in", 2)
+    images = list_images([tmp_path / "in"])
+    make_pairs(images, tmp_path / "out", CANNY_AND_NOISE, workers=1)
     with pytest.raises(UserError, match="seed: 0 here, 3 now"):
-        make_pairs(pictures, tmp_path / "out", MakeSettings(conditions=("canny",), size=32, seed=3), workers=1)
+        make_pairs(images, tmp_path / "out", MakeSettings(conditions=("canny",), size=32, seed=3), workers=1)
     with pytest.raises(UserError, match="shards"):
-        make_pairs(pictures, tmp_path / "out", CANNY_AND_NOISE, workers=1, shards=2)
+        make_pairs(images, tmp_path / "out", CANNY_AND_NOISE, workers=1, shards=2)
 
 
-def test_torn_pictures_are_skipped_and_told(tmp_path):
-    paths = write_pictures(tmp_path / "in", 4)
+def test_torn_images_are_skipped_and_told(tmp_path):
+    paths = write_images(tmp_path / "in", 4)
     paths[1].write_bytes(paths[1].read_bytes()[:60])
     paths[2].write_bytes(b"")
     for shards in (None, 2):
         out = tmp_path / f"out{shards}"
-        report = make_pairs(list_pictures([tmp_path / "in"]), out, CANNY_AND_NOISE, workers=1, shards=shards)
-        assert (report.made, sorted(report.skipped)) == (2, ["picture1.png", "picture2.png"])
+        report = make_pairs(list_images([tmp_path / "in"]), out, CANNY_AND_NOISE, workers=1, shards=shards)
+        assert (report.made, sorted(report.skipped)) == (2, ["image1.png", "image2.png"])
         assert len(read_pairs(out, "canny")) == 2
     for path in paths:
         path.write_bytes(b"none")
-    with pytest.raises(UserError, match="none of 4 pictures can be read"):
-        make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "new", CANNY_AND_NOISE, workers=1)
+    with pytest.raises(UserError, match="none of 4 images can be read"):
+        make_pairs(list_images([tmp_path / "in"]), tmp_path / "new", CANNY_AND_NOISE, workers=1)
     # A run that made nothing stands in nobody's way.
-    write_pictures(tmp_path / "in", 4)
+    write_images(tmp_path / "in", 4)
     other = MakeSettings(conditions=("canny",), size=16)
-    assert make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "new", other, workers=1).made == 4
+    assert make_pairs(list_images([tmp_path / "in"]), tmp_path / "new", other, workers=1).made == 4
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
-    write_pictures(tmp_path / "in", 6)
-    pictures = list_pictures([tmp_path / "in"])
+    write_images(tmp_path / "in", 6)
+    images = list_images([tmp_path / "in"])
 
     class Killed(Exception):
         pass
@@ -199,21 +199,21 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
 
     out = tmp_path / "out"
     with pytest.raises(Killed):
-        make_pairs(pictures, out, CANNY_AND_NOISE, workers=1, tell=kill)
+        make_pairs(images, out, CANNY_AND_NOISE, workers=1, tell=kill)
     assert not (out / "pairs.jsonl").exists()
     journal = out / ".controlkit/pairs/journal.jsonl"
-    journal.write_text(journal.read_text() + '{"key": "picture5", "na')  # as a killed process leaves it
+    journal.write_text(journal.read_text() + '{"key": "image5", "na')  # as a killed process leaves it
     stood = {path: path.stat().st_mtime_ns for path in out.glob("*/*.png")}
-    report = make_pairs(pictures, out, CANNY_AND_NOISE, workers=1)
+    report = make_pairs(images, out, CANNY_AND_NOISE, workers=1)
     assert report.kept == 3 and report.made == 3
     assert all(path.stat().st_mtime_ns == before for path, before in stood.items())
-    make_pairs(pictures, tmp_path / "clean", CANNY_AND_NOISE, workers=1)
+    make_pairs(images, tmp_path / "clean", CANNY_AND_NOISE, workers=1)
     assert contents(out) == contents(tmp_path / "clean")
 
 
 def test_a_killed_process_of_the_pool_costs_nothing(tmp_path):
-    write_pictures(tmp_path / "in", 24)
-    pictures = list_pictures([tmp_path / "in"])
+    write_images(tmp_path / "in", 24)
+    images = list_images([tmp_path / "in"])
     killed, ended = threading.Event(), threading.Event()
 
     def kill_one():
@@ -227,58 +227,58 @@ def test_a_killed_process_of_the_pool_costs_nothing(tmp_path):
     thread = threading.Thread(target=kill_one)
     thread.start()
     try:
-        report = make_pairs(pictures, tmp_path / "out", CANNY_AND_NOISE, workers=2)
+        report = make_pairs(images, tmp_path / "out", CANNY_AND_NOISE, workers=2)
     finally:
         ended.set()
         thread.join()
     assert killed.is_set() and report.made == 24
-    make_pairs(pictures, tmp_path / "clean", CANNY_AND_NOISE, workers=1)
+    make_pairs(images, tmp_path / "clean", CANNY_AND_NOISE, workers=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "clean")
 
 
 def test_shards_are_the_same_bytes_every_time_and_hold_the_same_pairs(tmp_path):
-    write_pictures(tmp_path / "in", 5)
-    pictures = list_pictures([tmp_path / "in"])
+    write_images(tmp_path / "in", 5)
+    images = list_images([tmp_path / "in"])
     for name, workers in (("one", 1), ("two", 2)):
-        make_pairs(pictures, tmp_path / name, CANNY_AND_NOISE, workers=workers, shards=2)
+        make_pairs(images, tmp_path / name, CANNY_AND_NOISE, workers=workers, shards=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert sorted(contents(tmp_path / "one")) == ["pairs-00000-of-00002.tar", "pairs-00001-of-00002.tar"]
     names = [piece.name for piece in members(tmp_path / "one/pairs-00000-of-00002.tar")]
-    assert names[:5] == [f"picture0.{end}" for end in ("png", "canny.png", "noise.png", "txt", "json")]
-    make_pairs(pictures, tmp_path / "files", CANNY_AND_NOISE, workers=1)
+    assert names[:5] == [f"image0.{end}" for end in ("png", "canny.png", "noise.png", "txt", "json")]
+    make_pairs(images, tmp_path / "files", CANNY_AND_NOISE, workers=1)
     both = (read_pairs(tmp_path / name, "noise") for name in ("one", "files"))
     for mine, theirs in zip(*both, strict=True):
         assert mine.prompt == theirs.prompt and mine.key() == theirs.key()
-    report = make_pairs(pictures, tmp_path / "one", CANNY_AND_NOISE, workers=1, shards=2)
+    report = make_pairs(images, tmp_path / "one", CANNY_AND_NOISE, workers=1, shards=2)
     assert (report.made, report.kept) == (0, 5)
-    # Shards are pictures to make pairs of, too.
-    again = make_pairs(list_pictures([tmp_path / "one"]), tmp_path / "again", CANNY_AND_NOISE, workers=1)
+    # Shards are images to make pairs of, too.
+    again = make_pairs(list_images([tmp_path / "one"]), tmp_path / "again", CANNY_AND_NOISE, workers=1)
     assert [entry["prompt"] for entry in lines(again)] == [f"scene {n}" for n in range(5)]
 
 
-def test_pictures_come_from_folders_globs_tars_and_coco(tmp_path):
-    paths = write_pictures(tmp_path / "in/deep", 3)
+def test_images_come_from_folders_globs_tars_and_coco(tmp_path):
+    paths = write_images(tmp_path / "in/deep", 3)
     (tmp_path / "in/.hidden").mkdir()
-    write_pictures(tmp_path / "in/.hidden", 1)
-    assert [p.key for p in list_pictures([tmp_path / "in"])] == [f"deep/picture{n}" for n in range(3)]
-    assert len(list_pictures([tmp_path / "in/**/*.png"])) == 3
-    assert len(list_pictures([tmp_path / "in/deep", tmp_path / "in/deep/picture1.png"])) == 3
+    write_images(tmp_path / "in/.hidden", 1)
+    assert [p.key for p in list_images([tmp_path / "in"])] == [f"deep/image{n}" for n in range(3)]
+    assert len(list_images([tmp_path / "in/**/*.png"])) == 3
+    assert len(list_images([tmp_path / "in/deep", tmp_path / "in/deep/image1.png"])) == 3
     tar = write_archive(tmp_path / "a.tar", {"x/1.jpg": encoded(scene(1), "JPEG"), "x/1.txt": b"one", "note.md": b""})
-    (found,) = list_pictures([tar])
+    (found,) = list_images([tar])
     assert (found.key, found.caption()) == ("x/1", "one")
     coco = {
         "images": [{"id": n, "file_name": path.name, "width": 48, "height": 48} for n, path in enumerate(paths)],
         "annotations": [{"id": 7, "image_id": 1, "caption": " two\n words "}, {"id": 9, "image_id": 1, "caption": "b"}],
     }
     (tmp_path / "captions.json").write_text(json.dumps(coco))
-    listed = list_pictures([tmp_path / "captions.json"], images=tmp_path / "in/deep")
-    assert [picture.caption() for picture in listed] == ["", "two words", ""]
-    assert Picture.from_json(json.loads(json.dumps(listed[1].to_json()))) == listed[1]
+    listed = list_images([tmp_path / "captions.json"], images=tmp_path / "in/deep")
+    assert [image.caption() for image in listed] == ["", "two words", ""]
+    assert InputImage.from_json(json.loads(json.dumps(listed[1].to_json()))) == listed[1]
     with pytest.raises(UserError, match="where results go"):
-        list_pictures([tmp_path / "in"], without=tmp_path / "in")
+        list_images([tmp_path / "in"], without=tmp_path / "in")
     for missing in ("none", "none/*.png"):
-        with pytest.raises(UserError, match="there are no pictures at"):
-            list_pictures([tmp_path / missing])
+        with pytest.raises(UserError, match="there are no images at"):
+            list_images([tmp_path / missing])
 
 
 def test_annotations_are_drawn_before_the_crop(tmp_path):
@@ -287,19 +287,19 @@ def test_annotations_are_drawn_before_the_crop(tmp_path):
     box = {"id": 1, "image_id": 0, "category_id": 1, "bbox": [0, 0, 40, 40]}
     coco = {"images": [{"id": 0, "file_name": "a.png", "width": 80, "height": 40}], "annotations": [box]}
     (tmp_path / "in/instances.json").write_text(json.dumps(coco))
-    pictures = list_pictures([tmp_path / "in/instances.json"])
-    made = make_pair(pictures[0], MakeSettings(conditions=("bbox",), size=20))
+    images = list_images([tmp_path / "in/instances.json"])
+    made = make_pair(images[0], MakeSettings(conditions=("bbox",), size=20))
     image = np.asarray(to_rgb(decode_image(made.conditions["bbox"], "bbox")))
     assert image.shape == (20, 20, 3) and image[:, :10].any(axis=2).all() and not image[:, 10:].any()
     with pytest.raises(UserError, match="instances"):
-        make_pairs(list_pictures([tmp_path / "in/a.png"]), tmp_path / "out", MakeSettings(conditions=("bbox",)))
+        make_pairs(list_images([tmp_path / "in/a.png"]), tmp_path / "out", MakeSettings(conditions=("bbox",)))
 
 
 def test_names_that_meet_get_different_keys(tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a.png", "a.jpg", "a b.png", "a.b.png"):
         Image.fromarray(scene(len(name))).save(tmp_path / "in" / name)
-    keys = [picture.key for picture in list_pictures([tmp_path / "in"])]
+    keys = [image.key for image in list_images([tmp_path / "in"])]
     assert len(set(keys)) == 4 and not any("." in key or " " in key for key in keys)
 
 
@@ -315,7 +315,7 @@ MODES = ["RGB", "L", "P", "RGBA", "LA", "I;16", "1"]
     size=st.sampled_from([None, 16, 64]),
     buckets=st.booleans(),
 )
-def test_pictures_of_every_kind_become_pairs(tmp_path, mode, width, height, turn, size, buckets):
+def test_images_of_every_kind_become_pairs(tmp_path, mode, width, height, turn, size, buckets):
     image = Image.fromarray(scene(width + height, height, width))
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
@@ -327,15 +327,15 @@ def test_pictures_of_every_kind_become_pairs(tmp_path, mode, width, height, turn
     image.save(path, exif=exif)
     wanted = read_image(path)
     piece = next(members(write_archive(tmp_path / "x.tar", {"x.png": path.read_bytes()})))
-    assert np.array_equal(np.asarray(read_picture(piece)), np.asarray(wanted))
+    assert np.array_equal(np.asarray(open_image(piece)), np.asarray(wanted))
     setting = MakeSettings(conditions=("canny", "palette"), size=size, buckets=buckets)
-    made = make_pair(Picture(key="x", name="x.png", source=path), setting)
+    made = make_pair(InputImage(key="x", name="x.png", source=path), setting)
     assert tuple(made.entry["size"]) == setting.target_size(*wanted.size)
     for data in made.conditions.values():
         drawn = to_rgb(decode_image(data, "x"))
         assert list(drawn.size) == made.entry["size"]
     if size is None and not buckets:
-        kept = wanted if made.picture is None else to_rgb(decode_image(made.picture, "x"))
+        kept = wanted if made.image is None else to_rgb(decode_image(made.image, "x"))
         assert np.array_equal(np.asarray(kept), np.asarray(wanted))
 
 
@@ -372,7 +372,7 @@ def test_jpeg_files_have_the_same_pixels_as_everywhere_else(
     assert np.array_equal(found, np.asarray(to_rgb(decode_image(data, "x"))))
     assert plain == (turn != 6) and not found.flags.writeable
     # Torn files stay errors, wherever they are cut; OpenCV alone would make grey pixels of what is missing.
-    with pytest.raises(UserError, match=r"torn|not a picture"):
+    with pytest.raises(UserError, match=r"torn|not an image"):
         decode_pixels(data[: 2 + number * (len(data) - 40) // 1000], "x")
 
 
@@ -425,26 +425,26 @@ def test_jpeg_files_that_are_not_plain_are_read_as_everywhere_else():
         decode_pixels(b"\xff\xd8\xff\xe0" + b"\xff\xd9", "x")
 
 
-def test_pictures_of_another_colour_space_are_made_srgb_and_those_of_srgb_kept(tmp_path, monkeypatch):
+def test_images_of_another_colour_space_are_made_srgb_and_those_of_srgb_kept(tmp_path, monkeypatch):
     for name, profile in (("adobe.jpg", ADOBE_RGB), ("srgb.jpg", SRGB)):
         Image.new("RGB", (32, 32), (60, 180, 60)).save(tmp_path / name, quality=100, subsampling=0, icc_profile=profile)
         data = (tmp_path / name).read_bytes()
         found, plain = decode_pixels(data, "x")
         assert np.array_equal(found, np.asarray(to_rgb(decode_image(data, "x")))) and plain == (profile == SRGB)
         piece = next(members(write_archive(tmp_path / "x.tar", {"x.jpg": data})))
-        assert np.array_equal(np.asarray(read_picture(piece)), found)
-        made = make_pair(Picture(key="x", name=name, source=tmp_path / name), MakeSettings(conditions=("palette",)))
-        assert (made.picture is None) == (profile == SRGB)
+        assert np.array_equal(np.asarray(open_image(piece)), found)
+        made = make_pair(InputImage(key="x", name=name, source=tmp_path / name), MakeSettings(conditions=("palette",)))
+        assert (made.image is None) == (profile == SRGB)
         wanted = (0, 181, 42) if profile == ADOBE_RGB else (60, 180, 60)
-        for image in filter(None, (made.picture, made.conditions["palette"])):
+        for image in filter(None, (made.image, made.conditions["palette"])):
             assert to_rgb(decode_image(image, "x")).getpixel((9, 9)) == pytest.approx(wanted, abs=2)
     monkeypatch.setattr("controlkit.data.sources.decode_image", lambda *_: pytest.fail("slow"))
     decode_pixels((tmp_path / "srgb.jpg").read_bytes(), "x")
 
 
 def test_files_go_where_they_belong_also_where_folders_vanish(tmp_path):
-    paths = write_pictures(tmp_path / "in", 3)
-    pictures = list_pictures([tmp_path / "in"])
+    paths = write_images(tmp_path / "in", 3)
+    images = list_images([tmp_path / "in"])
     (tmp_path / "link").symlink_to(tmp_path / "out", target_is_directory=True)
     (tmp_path / "out").mkdir()
 
@@ -452,14 +452,14 @@ def test_files_go_where_they_belong_also_where_folders_vanish(tmp_path):
         shutil.rmtree(tmp_path / "out/canny", ignore_errors=True)
         shutil.rmtree(tmp_path / "out/.controlkit/pairs/aside", ignore_errors=True)
 
-    report = make_pairs(pictures, tmp_path / "link", MakeSettings(conditions=("canny",)), workers=1, tell=remove)
+    report = make_pairs(images, tmp_path / "link", MakeSettings(conditions=("canny",)), workers=1, tell=remove)
     assert [(tmp_path / "out" / entry["picture"]).resolve() for entry in lines(report)] == paths
-    report = make_pairs(pictures, tmp_path / "link", MakeSettings(conditions=("canny",)), workers=1)
+    report = make_pairs(images, tmp_path / "link", MakeSettings(conditions=("canny",)), workers=1)
     assert len(read_pairs(tmp_path / "out")) == 3
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked/canny").write_text("a file in the way")
     with pytest.raises(UserError, match=r"cannot write .*canny"):
-        make_pairs(pictures, tmp_path / "blocked", MakeSettings(conditions=("canny",)), workers=1)
+        make_pairs(images, tmp_path / "blocked", MakeSettings(conditions=("canny",)), workers=1)
 
 
 @given(number=st.integers(0, 1000), grey=st.booleans())

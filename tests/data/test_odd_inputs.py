@@ -9,15 +9,15 @@ import types
 import numpy as np
 import pytest
 from filelock import FileLock
-from pair_files import scene, write_pictures
+from pair_files import scene, write_images
 from PIL import Image
 
 from controlkit.data.captions import with_captions
 from controlkit.data.check import check_pairs
 from controlkit.data.engine import make_pairs
+from controlkit.data.input_images import InputImage, list_images
 from controlkit.data.making import MakeSettings
 from controlkit.data.pairs import pairs_folder, read_pairs, write_pairs
-from controlkit.data.pictures import Picture, list_pictures
 from controlkit.data.readers.recognise import read_listing
 from controlkit.errors import UserError
 from controlkit.files import decode_text
@@ -26,7 +26,7 @@ CANNY = MakeSettings(conditions=("canny",), size=32)
 
 
 def make(source, out, settings=CANNY, **options):
-    return make_pairs(list_pictures([source], without=out), out, settings, workers=1, **options)
+    return make_pairs(list_images([source], without=out), out, settings, workers=1, **options)
 
 
 def prompts(out):
@@ -34,37 +34,37 @@ def prompts(out):
 
 
 def test_a_mended_prompt_stays_when_its_pair_is_made_again(tmp_path):
-    write_pictures(tmp_path / "in", 3)
+    write_images(tmp_path / "in", 3)
     out = tmp_path / "out"
     make(tmp_path / "in", out)
     manifest = out / "pairs.jsonl"
     # As an editor that writes a byte order mark saves it.
     manifest.write_bytes(b"\xef\xbb\xbf" + manifest.read_bytes().replace(b"scene", b"mended"))
-    (out / "canny/picture0.png").unlink()
+    (out / "canny/image0.png").unlink()
     make(tmp_path / "in", out)
     make(tmp_path / "in", out, MakeSettings(conditions=("palette",), size=32))
-    assert prompts(out) == {f"picture{n}": f"mended {n}" for n in range(3)}
-    (tmp_path / "in/picture1.txt").write_text("a new caption")
+    assert prompts(out) == {f"image{n}": f"mended {n}" for n in range(3)}
+    (tmp_path / "in/image1.txt").write_text("a new caption")
     make(tmp_path / "in", out)
-    assert prompts(out)["picture1"] == "a new caption"
+    assert prompts(out)["image1"] == "a new caption"
 
 
-@pytest.mark.parametrize(("damage", "says"), [(b'{"key": "picture0", ', "line 1"), (b"\xe9", "not UTF-8")])
+@pytest.mark.parametrize(("damage", "says"), [(b'{"key": "image0", ', "line 1"), (b"\xe9", "not UTF-8")])
 def test_a_manifest_that_was_mended_badly_is_not_written_over(tmp_path, damage, says):
-    write_pictures(tmp_path / "in", 2)
+    write_images(tmp_path / "in", 2)
     out = tmp_path / "out"
     make(tmp_path / "in", out)
     manifest = out / "pairs.jsonl"
     damaged = damage + b"\n" + manifest.read_bytes()
     manifest.write_bytes(damaged)
-    write_pictures(tmp_path / "in", 3)
+    write_images(tmp_path / "in", 3)
     with pytest.raises(UserError, match=says):
         make(tmp_path / "in", out)
     assert manifest.read_bytes() == damaged
 
 
 def test_captions_may_hold_every_character(tmp_path):
-    paths = write_pictures(tmp_path / "in", 2)
+    paths = write_images(tmp_path / "in", 2)
     caption = "a red apple\u2028on\x85a\u2029table"
     paths[0].with_suffix(".txt").write_text(caption, encoding="utf-8")
     out = tmp_path / "out"
@@ -77,22 +77,22 @@ def test_captions_may_hold_every_character(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_captions_of_other_editors_are_read(tmp_path, encoding):
-    (path,) = write_pictures(tmp_path / "in", 1)
+    (path,) = write_images(tmp_path / "in", 1)
     path.with_suffix(".txt").write_text("ein grüner Ballon\r\n", encoding=encoding)
     make(tmp_path / "in", tmp_path / "out")
-    assert prompts(tmp_path / "out") == {"picture0": "ein grüner Ballon"}
+    assert prompts(tmp_path / "out") == {"image0": "ein grüner Ballon"}
 
 
 def test_a_caption_that_is_no_text_is_told(tmp_path):
-    paths = write_pictures(tmp_path / "in", 2)
+    paths = write_images(tmp_path / "in", 2)
     paths[0].with_suffix(".txt").write_bytes("grün".encode("latin-1"))
     report = make(tmp_path / "in", tmp_path / "out")
-    assert report.made == 1 and "picture0.txt is not UTF-8" in report.skipped["picture0.png"]
-    assert with_captions(list_pictures([tmp_path / "in"]), tmp_path / "out", lambda: pytest.fail("has one"))
+    assert report.made == 1 and "image0.txt is not UTF-8" in report.skipped["image0.png"]
+    assert with_captions(list_images([tmp_path / "in"]), tmp_path / "out", lambda: pytest.fail("has one"))
 
 
 def test_a_name_that_is_not_utf8_is_skipped(tmp_path):
-    write_pictures(tmp_path / "in", 1)
+    write_images(tmp_path / "in", 1)
     odd = os.fsencode(tmp_path / "in") + b"/caf\xe9.png"
     Image.fromarray(scene(4)).save(os.fsdecode(odd))
     for shards in (None, 1):
@@ -108,42 +108,42 @@ def test_names_as_long_as_the_file_system_takes(tmp_path):
     assert make(tmp_path / "in", tmp_path / "out").made == 1
 
 
-def test_a_model_s_caption_goes_to_its_own_picture(tmp_path):
+def test_a_model_s_caption_goes_to_its_own_image(tmp_path):
     """Two files of one size and one time, as archives unpack them."""
     (tmp_path / "in").mkdir()
     for number, name in enumerate(("a", "b")):
         path = tmp_path / "in" / f"{name}.bmp"
         Image.fromarray(np.full((32, 32, 3), 100 * number, np.uint8)).save(path)
         os.utime(path, (1e9, 1e9))
-    pictures = list_pictures([tmp_path / "in"])
+    images = list_images([tmp_path / "in"])
 
-    def tells(images):
-        return [f"mean {np.asarray(image).mean():.0f}" for image in images]
+    def tells(files):
+        return [f"mean {np.asarray(made).mean():.0f}" for made in files]
 
     for load in (lambda: tells, lambda: pytest.fail("loaded again")):
-        told = with_captions(pictures, tmp_path / "out", load)
-        assert [picture.prompt for picture in told] == ["mean 0", "mean 100"]
+        told = with_captions(images, tmp_path / "out", load)
+        assert [image.prompt for image in told] == ["mean 0", "mean 100"]
 
 
-def test_pairs_below_the_input_are_no_pictures(tmp_path):
-    write_pictures(tmp_path / "in", 2)
+def test_pairs_below_the_input_are_no_images(tmp_path):
+    write_images(tmp_path / "in", 2)
     make(tmp_path / "in", tmp_path / "in/pairs")
-    assert len(list_pictures([tmp_path / "in"])) == 2
+    assert len(list_images([tmp_path / "in"])) == 2
     (tmp_path / "link").symlink_to(tmp_path / "in/pairs")
     report = make(tmp_path / "in", tmp_path / "link")
     assert (report.made, report.kept) == (0, 2)
 
 
 def test_linked_folders_are_searched_once(tmp_path):
-    write_pictures(tmp_path / "elsewhere", 2)
+    write_images(tmp_path / "elsewhere", 2)
     (tmp_path / "in").mkdir()
     (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/round").symlink_to(tmp_path / "in")
-    assert [picture.key for picture in list_pictures([tmp_path / "in"])] == ["linked/picture0", "linked/picture1"]
+    assert [image.key for image in list_images([tmp_path / "in"])] == ["linked/image0", "linked/image1"]
 
 
 def test_a_run_that_writes_there_already_is_told(tmp_path):
-    write_pictures(tmp_path / "in", 1)
+    write_images(tmp_path / "in", 1)
     make(tmp_path / "in", tmp_path / "out")
     with (
         FileLock(tmp_path / "out/.controlkit/pairs/lock"),
@@ -155,15 +155,15 @@ def test_a_run_that_writes_there_already_is_told(tmp_path):
 def test_a_run_that_made_nothing_leaves_its_settings_open(tmp_path, monkeypatch):
     from controlkit.data import engine
 
-    write_pictures(tmp_path / "in", 1)
+    write_images(tmp_path / "in", 1)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(engine, "run_jobs", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         make(tmp_path / "in", tmp_path / "out")
     assert make(tmp_path / "in", tmp_path / "out", MakeSettings(conditions=("canny",), size=48)).made == 1
 
 
-def test_pictures_that_left_the_input_are_counted(tmp_path):
-    paths = write_pictures(tmp_path / "in", 3)
+def test_images_that_left_the_input_are_counted(tmp_path):
+    paths = write_images(tmp_path / "in", 3)
     make(tmp_path / "in", tmp_path / "out")
     for path in paths[1:]:
         path.unlink()
@@ -171,7 +171,7 @@ def test_pictures_that_left_the_input_are_counted(tmp_path):
     assert (report.kept, report.gone) == (1, 2)
 
 
-def test_files_that_are_not_called_like_pictures_can_be_read_back_from_shards(tmp_path):
+def test_files_that_are_not_called_like_images_can_be_read_back_from_shards(tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a.jfif", "without", "c.jpg"):
         Image.fromarray(scene(1)).save(tmp_path / "in" / name, format="JPEG")
@@ -182,7 +182,7 @@ def test_files_that_are_not_called_like_pictures_can_be_read_back_from_shards(tm
 
 
 def test_what_a_killed_run_left_beside_a_shard_is_no_shard(tmp_path):
-    write_pictures(tmp_path / "in", 2)
+    write_images(tmp_path / "in", 2)
     (tmp_path / "out").mkdir()
     left = tmp_path / "out/.pairs-00000-of-00001.tar.abcdefgh.tar"
     left.write_bytes(b"half")
@@ -195,7 +195,7 @@ def test_what_a_killed_run_left_beside_a_shard_is_no_shard(tmp_path):
 def test_compressed_shards_are_told_what_to_do(tmp_path):
     (tmp_path / "x.tar.gz").write_bytes(b"\x1f\x8b")
     with pytest.raises(UserError, match="gunzip"):
-        list_pictures([tmp_path / "x.tar.gz"])
+        list_images([tmp_path / "x.tar.gz"])
 
 
 def test_lists_of_other_tools_are_read_as_they_mean_it(tmp_path):
@@ -208,14 +208,14 @@ def test_lists_of_other_tools_are_read_as_they_mean_it(tmp_path):
     assert record.prompt == "a red\napple" and list(record.conditions) == ["edges"]
 
 
-def test_coco_without_sizes_and_far_from_its_pictures(tmp_path):
+def test_coco_without_sizes_and_far_from_its_images(tmp_path):
     listed = {"id": 1, "file_name": "a.png", "width": None}
     (tmp_path / "captions.json").write_text(json.dumps({"images": [listed], "annotations": []}))
     with pytest.raises(UserError, match="--images-folder"):
-        list_pictures([tmp_path / "captions.json"])
+        list_images([tmp_path / "captions.json"])
     Image.fromarray(scene(0)).save(tmp_path / "a.png")
-    (picture,) = list_pictures([tmp_path / "captions.json"])
-    assert picture.source == tmp_path / "a.png"
+    (image,) = list_images([tmp_path / "captions.json"])
+    assert image.source == tmp_path / "a.png"
 
 
 def test_the_folder_of_a_glob_has_no_stars(tmp_path):
@@ -233,22 +233,22 @@ def test_text_is_decoded_as_it_was_saved():
 def test_a_report_comes_even_where_no_sheet_can_be_written(tmp_path, capsys):
     from controlkit.apps import pairs
 
-    write_pictures(tmp_path / "in", 2)
+    write_images(tmp_path / "in", 2)
     out = tmp_path / "out"
     make(tmp_path / "in", out)
-    (out / "canny/picture1.png").unlink()
+    (out / "canny/image1.png").unlink()
     (out / ".controlkit/check.png").mkdir()
     args = types.SimpleNamespace(check=str(out), images=[], out=None, conditions="", sheet=None, json=False)
     with pytest.raises(UserError, match="1 problems"):
         pairs.run(args)
     told = capsys.readouterr()
-    assert "picture1" in told.out and "no sheet" in told.err
+    assert "image1" in told.out and "no sheet" in told.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["canny", "mine.png", "--out", "mine.png"], "is the picture itself"),
+        (["canny", "mine.png", "--out", "mine.png"], "is the image itself"),
         (["canny", "mine.png", "--out", "edges.jpg"], "ends in .png"),
         (["canny", "mine.png", "--set", "low=["], "not a YAML value"),
         (["bbox", "mine.png", "--set", "boxes=[[0, 0, .inf, 2]]"], "a box must be"),
@@ -267,7 +267,7 @@ def test_a_condition_refuses_in_words_and_loses_nothing(tmp_path, monkeypatch, a
     assert (tmp_path / "mine.png").read_bytes() == before
 
 
-def test_half_a_character_in_a_caption_is_told_and_costs_only_its_picture(tmp_path):
+def test_half_a_character_in_a_caption_is_told_and_costs_only_its_image(tmp_path):
     folder = tmp_path / "pairs"
     image = np.zeros((64, 64, 3), np.uint8)
     write_pairs(folder, [(image, image, "whole"), (image, image, "other")])
@@ -275,13 +275,13 @@ def test_half_a_character_in_a_caption_is_told_and_costs_only_its_picture(tmp_pa
     listed.write_text(listed.read_text().replace("other", "half \\ud83d"))
     with pytest.raises(UserError, match=r"line 2: the prompt .* is not whole text"):
         read_pairs(folder)
-    pictures = [
-        Picture(key=str(number), name=f"{number}.png", source=folder / f"target/0000{number}.png", prompt=prompt)
+    images = [
+        InputImage(key=str(number), name=f"{number}.png", source=folder / f"target/0000{number}.png", prompt=prompt)
         for number, prompt in enumerate(("whole", "half \ud83d"))
     ]
-    assert pictures[0].caption() == "whole"
+    assert images[0].caption() == "whole"
     with pytest.raises(UserError, match=r"its caption .* is not whole text"):
-        pictures[1].caption()
+        images[1].caption()
 
 
 def test_a_stray_quote_in_a_large_table_is_told_with_its_line(tmp_path):

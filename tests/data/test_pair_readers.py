@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from pair_files import encoded, scene, write_archive, write_pictures
+from pair_files import encoded, scene, write_archive, write_images
 from PIL import Image
 
 from controlkit.conditions import find
@@ -22,8 +22,8 @@ CANNY = find("canny")
 
 
 def truth(number: int) -> tuple[np.ndarray, np.ndarray, str]:
-    picture = scene(number)
-    return CANNY(picture), picture, f"scene {number}"
+    image = scene(number)
+    return CANNY(image), image, f"scene {number}"
 
 
 def save(path, image):
@@ -217,11 +217,11 @@ def test_everything_that_is_wrong_is_listed_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ({"1.tar/1.cond.png": b"x"}, "no picture|not a picture"),
-        ({"1.tar/a.png": b"x", "1.tar/a.cond.png": b""}, "not a picture"),
+        ({"1.tar/1.cond.png": b"x"}, "no image|not an image"),
+        ({"1.tar/a.png": b"x", "1.tar/a.cond.png": b""}, "not an image"),
         ({"metadata.jsonl": b'{"file_name": "a.png", "text": "x"}'}, "without condition images"),
         ({"prompt.json": b""}, "lists no pairs"),
-        ({"pairs.jsonl": b'{"picture": 3}'}, "line 1: not an object with picture, conditions"),
+        ({"pairs.jsonl": b'{"image": 3}'}, "line 1: not an object with image, conditions"),
         ({"a/1.png": b"", "b/1.png": b""}, "cannot tell which"),
         ({"1.png": b"", "2.png": b""}, "controlkit pairs"),
         ({"x.txt": b"hello"}, "no other layout"),
@@ -267,10 +267,10 @@ def test_multigen_still_reads_single_lines(tmp_path):
 
 def test_transparent_condition_images_lie_over_the_background_of_their_condition(tmp_path):
     for number in range(2):
-        edges, picture = find("canny")(scene(number)), scene(number)
+        edges, image = find("canny")(scene(number)), scene(number)
         white = np.dstack([np.full_like(edges, 255), edges[..., 0]])  # white lines on transparency
-        for name, image in (("source", white), ("target", picture)):
-            save(tmp_path / f"{name}/{number}.png", image)
+        for name, made in (("source", white), ("target", image)):
+            save(tmp_path / f"{name}/{number}.png", made)
     pairs = read_pairs(tmp_path, "canny")
     assert all(np.array_equal(pair.images(48)[0], find("canny")(pair.images(48)[1])) for pair in pairs)
     assert not [problem for problem in check_pairs(tmp_path, ["canny"]).problems if problem.kind != "prompt"]
@@ -285,7 +285,7 @@ def test_transparent_condition_images_lie_over_the_background_of_their_condition
     assert np.array_equal(MultiGen(multigen, "canny").pair(0, 48)[0], edges)
 
 
-def test_a_plain_folder_of_pictures_is_told_what_to_do(tmp_path):
-    write_pictures(tmp_path)
+def test_a_plain_folder_of_images_is_told_what_to_do(tmp_path):
+    write_images(tmp_path)
     with pytest.raises(UserError, match=r"controlkit pairs .* --conditions canny"):
         read_pairs(tmp_path)

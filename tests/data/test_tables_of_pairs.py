@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
-from pair_files import encoded, scene, write_archive, write_pictures
+from pair_files import encoded, scene, write_archive, write_images
 from PIL import Image
 
 from controlkit.apps.cli import main
 from controlkit.conditions import find
 from controlkit.data.check import check_pairs
 from controlkit.data.engine import make_pairs
+from controlkit.data.input_images import list_images
 from controlkit.data.making import MakeSettings
 from controlkit.data.pairs import load_pairs, read_pairs
-from controlkit.data.pictures import list_pictures
 from controlkit.data.prompts import PromptLimit
 from controlkit.data.readers.columns import CAPTION_COLUMNS, Columns
 from controlkit.data.sources import members
@@ -147,21 +147,19 @@ def test_kohyas_caption_files_are_read(home, tmp_path):
 
 def test_pairs_are_made_with_captions_of_caption_files(tmp_path, capsys):
     photos = tmp_path / "in"
-    for path in write_pictures(photos, 3, captions=False):
+    for path in write_images(photos, 3, captions=False):
         path.with_suffix(".caption").write_text(f"caption of {path.stem}")
-    (photos / "picture1.txt").write_text("")
-    (photos / "picture2.txt").write_text("another")
+    (photos / "image1.txt").write_text("")
+    (photos / "image2.txt").write_text("another")
     words = ["pairs", str(photos), "--conditions", "canny", "--out", str(tmp_path / "out"), "--workers", "1"]
     assert main(words) == 0
     assert "1 images have captions in .txt and others in .caption" in capsys.readouterr().err
     prompts = [pair.prompt for pair in read_pairs(tmp_path / "out")]
-    assert prompts == ["caption of picture0", "caption of picture1", "another"]
-    stamps = [picture.stamp() for picture in list_pictures([photos])]
-    (photos / "picture0.caption").write_text("a new one")
-    assert [a == b.stamp() for a, b in zip(stamps, list_pictures([photos]), strict=True)] == [False, True, True]
-    assert [picture.name for picture in list_pictures([photos / "*"])] == [
-        f"picture{number}.png" for number in range(3)
-    ]
+    assert prompts == ["caption of image0", "caption of image1", "another"]
+    stamps = [image.stamp() for image in list_images([photos])]
+    (photos / "image0.caption").write_text("a new one")
+    assert [a == b.stamp() for a, b in zip(stamps, list_images([photos]), strict=True)] == [False, True, True]
+    assert [image.name for image in list_images([photos / "*"])] == [f"image{number}.png" for number in range(3)]
 
 
 def test_captions_of_tars_are_read_from_caption_files_and_by_common_names(tmp_path):
@@ -173,7 +171,7 @@ def test_captions_of_tars_are_read_from_caption_files_and_by_common_names(tmp_pa
     }
     write_archive(tmp_path / "a.tar", files)
     assert [pair.captions for pair in read_pairs(tmp_path)] == [("one",), ("two",), ("a", "b")]
-    assert [picture.prompt for picture in list_pictures([write_archive(tmp_path / "b/b.tar", files)])] == [
+    assert [image.prompt for image in list_images([write_archive(tmp_path / "b/b.tar", files)])] == [
         "one",
         "two",
         "a",
@@ -225,12 +223,12 @@ def test_captions_that_are_no_text_are_listed(kind, caption, tmp_path):
 
 
 def test_a_list_of_prompts_in_our_manifest_survives_another_run(tmp_path):
-    write_pictures(tmp_path / "in", 1)
+    write_images(tmp_path / "in", 1)
     settings, out = MakeSettings(conditions=("canny",), size=32), tmp_path / "out"
-    make_pairs(list_pictures([tmp_path / "in"]), out, settings, workers=1)
+    make_pairs(list_images([tmp_path / "in"]), out, settings, workers=1)
     (out / "pairs.jsonl").write_text((out / "pairs.jsonl").read_text().replace('"scene 0"', '["a", "b"]'))
-    (out / "canny/picture0.png").unlink()
-    make_pairs(list_pictures([tmp_path / "in"]), out, settings, workers=1)
+    (out / "canny/image0.png").unlink()
+    make_pairs(list_images([tmp_path / "in"]), out, settings, workers=1)
     assert read_pairs(out)[0].captions == ("a", "b")
 
 
@@ -296,7 +294,7 @@ def test_names_in_shards_never_lead_out_of_a_folder(tmp_path):
     names = {"/etc/a": 0, "../../b": 1, "C:\\x\\c": 2, "./d": 3}
     write_archive(tmp_path / "in/odd.tar", {f"{name}.png": encoded(scene(number)) for name, number in names.items()})
     settings = MakeSettings(conditions=("canny",))
-    make_pairs(list_pictures([tmp_path / "in"]), tmp_path / "out", settings, workers=1, shards=1)
+    make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", settings, workers=1, shards=1)
     (shard,) = (tmp_path / "out").glob("*.tar")
     import tarfile
 
@@ -313,7 +311,7 @@ def test_two_members_of_one_name_are_told(tmp_path):
     with pytest.raises(UserError, match=r"a.tar:a.png: the name occurs twice"):
         read_pairs(path)
     with pytest.raises(UserError, match="occurs twice"):
-        list_pictures([path])
+        list_images([path])
 
 
 @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (20, 30, 40)])
@@ -326,12 +324,12 @@ def test_condition_images_of_one_flat_colour_are_listed(colour, tmp_path):
 
 
 def test_flat_conditions_that_are_drawn_as_they_are_read_are_listed_too(tmp_path):
-    write_pictures(tmp_path / "images", 2)
-    images = [{"id": n, "file_name": f"picture{n}.png", "width": 48, "height": 48} for n in range(2)]
+    write_images(tmp_path / "images", 2)
+    images = [{"id": n, "file_name": f"image{n}.png", "width": 48, "height": 48} for n in range(2)]
     box = {"id": 1, "image_id": 0, "category_id": 3, "bbox": [4, 8, 16, 24]}
     (tmp_path / "instances.json").write_text(json.dumps({"images": images, "annotations": [box]}))
     report = check_pairs(tmp_path / "instances.json", ["bbox"])
-    assert [problem.where for problem in report.problems if problem.kind == "flat"] == ["picture1.png"]
+    assert [problem.where for problem in report.problems if problem.kind == "flat"] == ["image1.png"]
 
 
 def test_a_caption_file_that_cannot_be_read_is_told(tmp_path):
@@ -344,9 +342,9 @@ def test_a_caption_file_that_cannot_be_read_is_told(tmp_path):
 
 @pytest.mark.parametrize(("caption", "prompt"), [(None, "second"), (" ", "second"), (["", "a  b"], "a b"), (7, None)])
 def test_captions_of_coco_are_texts(caption, prompt, tmp_path):
-    write_pictures(tmp_path, 1)
+    write_images(tmp_path, 1)
     texts = [{"id": n, "image_id": 0, "caption": text} for n, text in enumerate((caption, "second"))]
-    listed = {"images": [{"id": 0, "file_name": "picture0.png"}], "annotations": texts}
+    listed = {"images": [{"id": 0, "file_name": "image0.png"}], "annotations": texts}
     (tmp_path / "captions.json").write_text(json.dumps(listed))
     if prompt is None:
         with pytest.raises(UserError, match="its caption is 7; expected text"):

@@ -21,34 +21,34 @@ SIDES = st.integers(16, 80)
 
 @given(view=VIEWS, width=SIDES, height=SIDES, factor=st.integers(1, 4), size=st.integers(8, 64))
 def test_both_sides_show_the_same_part_whatever_their_resolutions(view, width, height, factor, size):
-    picture = scene(width * height, height, width)
-    larger = picture.repeat(factor, axis=0).repeat(factor, axis=1)
-    source, target = show_pair(larger, picture, view, size)
+    image = scene(width * height, height, width)
+    larger = image.repeat(factor, axis=0).repeat(factor, axis=1)
+    source, target = show_pair(larger, image, view, size)
     assert source.shape == target.shape == (size, size, 3)
     assert np.abs(source.astype(int) - target).mean() < 40
-    same, _ = show_pair(picture, larger, view, size)
+    same, _ = show_pair(image, larger, view, size)
     assert np.array_equal(same, target)
 
 
 @given(view=VIEWS, width=SIDES, height=SIDES, size=st.integers(8, 64))
 def test_a_flip_turns_what_is_shown_without_it(view, width, height, size):
-    picture = scene(width, height, width)
-    straight, turned = (show(picture, View(place=view.place, flip=flip), size) for flip in (False, True))
+    image = scene(width, height, width)
+    straight, turned = (show(image, View(place=view.place, flip=flip), size) for flip in (False, True))
     assert np.array_equal(turned, straight[:, ::-1])
 
 
 @settings(max_examples=30)
 @given(name=st.sampled_from(["canny", "palette", "blur", "inpaint", "noise", "haze", "shuffle"]), view=VIEWS)
 def test_a_pair_that_is_drawn_turned_is_the_pair_turned(name, view):
-    condition, picture = find(name), scene(4, 48, 64)
-    source, target = draw_pair(picture, condition, View(place=view.place, flip=True), 48)
-    straight = draw_pair(picture, condition, View(place=view.place), 48)
+    condition, image = find(name), scene(4, 48, 64)
+    source, target = draw_pair(image, condition, View(place=view.place, flip=True), 48)
+    straight = draw_pair(image, condition, View(place=view.place), 48)
     assert np.array_equal(target, straight[1][:, ::-1])
     if condition.mirrors:
         assert np.array_equal(source, condition(target))
         assert np.abs(source.astype(int) - straight[0][:, ::-1]).mean() < 8
     else:
-        # The mask or noise turns with the picture, which computing it anew would not do.
+        # The mask or noise turns with the image, which computing it anew would not do.
         assert np.array_equal(source, straight[0][:, ::-1])
 
 

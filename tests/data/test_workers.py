@@ -130,7 +130,7 @@ def test_a_script_without_a_guard_is_told_so_once(tmp_path):
     script.write_text(
         "import controlkit as ck\n"
         f"settings = ck.MakeSettings(conditions=('canny',))\n"
-        f"ck.make_pairs(ck.list_pictures([{str(tmp_path)!r}]), {str(tmp_path / 'out')!r}, settings, workers=2)\n"
+        f"ck.make_pairs(ck.list_images([{str(tmp_path)!r}]), {str(tmp_path / 'out')!r}, settings, workers=2)\n"
     )
     ended = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert ended.returncode == 1 and ended.stderr.count("Traceback") == 1

@@ -94,8 +94,8 @@ def test_a_report_holds_the_settings_that_its_numbers_depend_on(tiny_base, tiny_
     assert settings["condition"]["parameters"] == {"low": 100, "high": 200}
     assert settings["versions"]["controlkit"] == controlkit.__version__
     assert settings["versions"]["torch"] == torch.__version__
-    (pictures,) = settings["sets"]
-    assert pictures["name"] == "held-out" and pictures["images"] == 2 and pictures["seeds"] == [0, 1]
+    (images,) = settings["sets"]
+    assert images["name"] == "held-out" and images["images"] == 2 and images["seeds"] == [0, 1]
 
 
 def test_other_weights_images_or_parameters_are_other_settings(tiny_base, tiny_control):
@@ -130,11 +130,11 @@ def test_controls_in_different_modes_are_named_with_theirs(tiny_base, tiny_contr
 
     half = copy.copy(tiny_control)
     half.__class__ = HalfAlone
-    pictures = [evaluation_set("seen").first(1)]
+    images = [evaluation_set("seen").first(1)]
     both = {"one": tiny_control, "two": half}
-    same, _ = evaluate_controls(tiny_base, both, pictures, steps=1, mode="control")
+    same, _ = evaluate_controls(tiny_base, both, images, steps=1, mode="control")
     assert "mode control, weight 1, guidance 3, 1 ddim steps." in same.notes
-    apart, _ = evaluate_controls(tiny_base, both, pictures, steps=1, mode="balanced")
+    apart, _ = evaluate_controls(tiny_base, both, images, steps=1, mode="balanced")
     assert "one: mode balanced, weight 1, guidance 3, 1 ddim steps." in apart.notes
     assert "two: mode control, weight 1, guidance 3, 1 ddim steps." in apart.notes
 

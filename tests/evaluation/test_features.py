@@ -32,20 +32,20 @@ def officer():
 
 
 @torch.inference_mode()
-def classes(picture):
-    """The chances of ImageNet's classes, by the features of `picture`."""
+def classes(image):
+    """The chances of ImageNet's classes, by the features of `image`."""
     network = lite0()
     assert isinstance(network._fc, torch.nn.Linear)
-    return network._fc(lite0_features([picture])).softmax(1)[0]
+    return network._fc(lite0_features([image])).softmax(1)[0]
 
 
 @torch.inference_mode()
-def spread_ratio(pictures):
+def spread_ratio(images):
     """Variance of the first layer's output over the one that its batch norm kept from training (geometric mean)."""
     network, seen = lite0(), []
     handle = network._conv_stem.register_forward_hook(lambda module, inputs, output: seen.append(output))
     try:
-        lite0_features(pictures)
+        lite0_features(images)
     finally:
         handle.remove()
     kept = network._bn0.running_var

@@ -27,7 +27,7 @@ def test_frechet_distance_agrees_with_the_matrix_square_root():
     assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_joint_frechet_distance_sees_whose_picture_is_whose():
+def test_joint_frechet_distance_sees_whose_image_is_whose():
     generator = torch.Generator().manual_seed(2)
     given_ones = torch.eye(6).repeat(50, 1)
     features = given_ones @ torch.randn(6, 8, generator=generator) + 0.1 * torch.randn(300, 8, generator=generator)
@@ -52,10 +52,10 @@ def test_gap_closed_works_for_scores_and_distances():
     assert np.isnan(gap_closed(1, 1, 1))
 
 
-def test_psnr_and_ssim_of_equal_and_different_pictures():
+def test_psnr_and_ssim_of_equal_and_different_images():
     rng = np.random.default_rng(0)
     a = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(3)]
-    b = [np.clip(picture.astype(int) + 10, 0, 255).astype(np.uint8) for picture in a]
+    b = [np.clip(image.astype(int) + 10, 0, 255).astype(np.uint8) for image in a]
     psnr, ssim = psnr_and_ssim(a, b)
     assert psnr == pytest.approx(28.2, abs=0.3)
     assert 0.9 < ssim < 1

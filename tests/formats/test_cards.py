@@ -29,7 +29,7 @@ def adapter(tiny_base, tmp_path):
 
 
 def test_a_card_tells_what_the_file_tells(adapter, tiny_base):
-    card = card_of(adapter, scores="| gap | 0.5 |", picture="held-out.png", seconds=120, licence="apache-2.0")
+    card = card_of(adapter, scores="| gap | 0.5 |", image="held-out.png", seconds=120, licence="apache-2.0")
     head = card.split("---")[1]
     assert "library_name: controlkit" in head and "license: apache-2.0" in head and '"palette"' in head
     for told in (
@@ -76,9 +76,9 @@ def hub(monkeypatch):
     return Hub
 
 
-def test_an_adapter_is_shared_with_its_base_control_its_card_and_its_pictures(adapter, hub, tmp_path, capsys):
+def test_an_adapter_is_shared_with_its_base_control_its_card_and_its_images(adapter, hub, tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "held-out.png")
-    write_card(adapter, picture="held-out.png")
+    write_card(adapter, image="held-out.png")
     assert main(["push", str(adapter), "me/mine", "--private"]) == 0
     assert capsys.readouterr().out.strip() == "https://hub/me/mine"
     assert hub.told == [("me/mine", True), "mine.safetensors", "README.md", "base.safetensors", "held-out.png"]

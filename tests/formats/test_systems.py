@@ -52,7 +52,7 @@ def test_a_t2i_adapter_has_the_known_size(base, parameters, grey, network):
     """77.37M for colour, 77.0M for grey, 18.69M light, 79.0M for SDXL; 59.9 GFLOP once at 512 x 512."""
     facts = facts_of("t2i-adapter", base)
     assert (facts["parameters"], facts["trainable"], facts["network"]) == (parameters, parameters, network)
-    assert facts["for grey pictures"]["parameters"] == grey
+    assert facts["for grey images"]["parameters"] == grey
     assert (facts["reads"], facts["enters at"]) == ("nothing", "encoder stages")
     if base == "sd15":
         assert facts["light"]["parameters"] == 18_689_200

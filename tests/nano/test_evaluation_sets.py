@@ -11,7 +11,7 @@ from controlkit.nano.icons import background_colour, is_held_out
 
 
 @pytest.mark.parametrize("name", sorted(SETS))
-def test_evaluation_pictures_are_what_they_say(name):
+def test_evaluation_images_are_what_they_say(name):
     drawings = read_set(name).examples
     assert len(drawings) >= 96
     for drawing in drawings:
@@ -24,7 +24,7 @@ def test_evaluation_pictures_are_what_they_say(name):
     assert np.mean(colours) > 0.97
 
 
-def test_pictures_drawn_again_have_the_same_captions_and_other_places():
+def test_images_drawn_again_have_the_same_captions_and_other_places():
     once, again = read_set("seen").examples, read_set("seen-again").examples
     assert [drawing.caption for drawing in once] == [drawing.caption for drawing in again]
     assert not any(np.array_equal(a.image, b.image) for a, b in zip(once, again, strict=True))

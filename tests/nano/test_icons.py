@@ -67,7 +67,7 @@ def test_drawing_depends_on_the_generator_alone(seed, colour):
     asked = draw(DISC, rng(seed), colour=colour)
     assert asked.colour == colour
     assert asked.caption == f"red ball, noto style, on a {colour} background"
-    # The icon never fills the picture, so the corners show the background.
+    # The icon never fills the image, so the corners show the background.
     corner = min((asked.image[y, x] for y in (0, -1) for x in (0, -1)), key=lambda p: distance(p, colour))
     assert distance(corner, colour) <= 13
 

@@ -32,7 +32,7 @@ def follow(schedule, times, x_t, clean, prediction):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
 @pytest.mark.parametrize("steps", [7, 30, 60, 61, 350, 600])
-def test_a_network_that_knows_the_picture_draws_it_with_no_noise_left(steps, spacing, prediction):
+def test_a_network_that_knows_the_image_draws_it_with_no_noise_left(steps, spacing, prediction):
     schedule = scheduler(timestep_spacing=spacing, prediction_type=prediction, set_alpha_to_one=True)
     generator = torch.Generator().manual_seed(steps)
     clean, noise = torch.randn(2, 1, 4, 4, 4, generator=generator)
@@ -80,7 +80,7 @@ def test_one_step_that_would_begin_without_noise_is_refused(sd1_scheduled_base, 
     assert len(next(sample(tiny_base, prompt="red apple", seeds=[0], steps=1))) == 1
 
 
-def test_pictures_of_a_number_that_does_not_divide_1000_follow_the_equations(tiny_base):
+def test_images_of_a_number_that_does_not_divide_1000_follow_the_equations(tiny_base):
     """Eq. 12 with times and alpha bar computed here; the base predicts v on nano's cosine schedule."""
     steps = 30
     u = torch.arange(1001, dtype=torch.float64) / 1000

@@ -1,4 +1,4 @@
-"""`generate --from`: the same pictures, or a word on what has changed behind a path."""
+"""`generate --from`: the same images, or a word on what has changed behind a path."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pixels(path):
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch, capsys):
-    """The folder of a picture, drawn in a folder beside it from `drawing.png` there."""
+    """The folder of an image, drawn in a folder beside it from `drawing.png` there."""
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.chdir(home)

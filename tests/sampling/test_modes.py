@@ -26,7 +26,7 @@ def drawn(base, control, drawing, mode, **settings):
     use = ControlUse(control="canny", image=drawing, prepared=True, mode=mode)
     request = GenerateRequest(prompt="red apple", controls=(use,), seeds=(1, 2), steps=3, **settings)
     made = generate(request, base=base, controls=[control])
-    return np.stack([np.asarray(picture.image, dtype=int) for picture in made.pictures])
+    return np.stack([np.asarray(image.image, dtype=int) for image in made.images])
 
 
 def test_guidance_makes_a_control_stronger_that_acts_on_the_prompts_half_alone(
@@ -69,7 +69,7 @@ def test_bases_that_say_nothing_else_act_as_diffusers_does(sd1_scheduled_base):
     assert sd1_scheduled_base.default_mode == "balanced" and sd1_scheduled_base.default_guidance == 7.5
 
 
-def test_a_picture_is_drawn_again_in_the_mode_that_it_was_drawn_in(drawing):
+def test_a_image_is_drawn_again_in_the_mode_that_it_was_drawn_in(drawing):
     asked = GenerateRequest(prompt="red apple", controls=(ControlUse(control="canny", image=drawing),))
     for used, mode in (({"mode": "control"}, "control"), ({"mode": "balanced"}, "balanced"), ({}, "balanced")):
         assert [use.mode for use in Drawn(asked, used).again().controls] == [mode]

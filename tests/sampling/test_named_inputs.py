@@ -63,7 +63,7 @@ def scene(**changes):
 
 
 def pixels(made):
-    return np.stack([np.asarray(picture.image, np.int16) for picture in made.pictures])
+    return np.stack([np.asarray(image.image, np.int16) for image in made.images])
 
 
 def test_each_input_arrives_as_its_control_takes_it(folder, tiny_base, condition_image):
@@ -185,7 +185,7 @@ def test_a_request_with_them_survives_json(folder):
         ({"control": "scene.safetensors", "image": "missing.json"}, "cannot read missing.json"),
         (
             {"control": "scene.safetensors", "inputs": {"edges": "gone.png", "boxes": BOXES}},
-            "there is no picture at gone.png",
+            "there is no image at gone.png",
         ),
         ({"control": "nothing.safetensors", "image": "boxes.json"}, "there is no control called 'nothing.safetensors'"),
     ],
@@ -215,7 +215,7 @@ def test_no_input_is_written_over(folder):
     Path("out").mkdir()
     refuse_overwriting(asked, "out")
     Image.fromarray(COLOURS).save("out/condition0-edges.png")
-    with pytest.raises(UserError, match=r"condition0-edges.png would be written over, and it is the picture given"):
+    with pytest.raises(UserError, match=r"condition0-edges.png would be written over, and it is the image given"):
         refuse_overwriting(asked, "out")
 
 

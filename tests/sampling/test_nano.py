@@ -91,7 +91,7 @@ def test_the_canny_control_draws_what_diffusers_draws_with_it(nano, canny, edges
     assert (made - ours).abs().max() < 1e-3
 
 
-def test_a_picture_depends_on_its_seed_alone(nano, canny, edges):
+def test_a_image_depends_on_its_seed_alone(nano, canny, edges):
     use = ActiveControl(canny, canny.encode(edges, nano))
     (together,) = sample(nano, prompt=PROMPT, seeds=[1, 2, 3], uses=[use], steps=8)
     for index, seed in enumerate([1, 2, 3]):
@@ -108,7 +108,7 @@ def test_a_fresh_controlnet_changes_nothing(nano, edges):
 
 
 def test_the_canny_control_steers(nano, canny):
-    """Twelve held-out pictures: the edges of the result follow those that were given."""
+    """Twelve held-out images: the edges of the result follow those that were given."""
     condition = find("canny")
     drawings = evaluation_set("held-out").examples[:12]
     given = [condition(drawing.image) for drawing in drawings]

@@ -17,7 +17,7 @@ WIDTH, HEIGHT = 68, 52
 """Latents of 17 x 13 at the tiny base's factor of 4."""
 
 
-def test_pictures_of_odd_latents_are_those_of_diffusers(sd1_scheduled_base, tiny_control):
+def test_images_of_odd_latents_are_those_of_diffusers(sd1_scheduled_base, tiny_control):
     base = sd1_scheduled_base
     image = torch.rand(1, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
     pipeline = StableDiffusionControlNetPipeline(

@@ -158,7 +158,7 @@ def test_a_plan_that_may_keep_little_draws_the_same(tiny_base, hint_image, megab
     monkeypatch.setattr(Plan.__init__, "__kwdefaults__", {"megabytes": megabytes})
     control.batches.clear()
     assert torch.equal(draw(tiny_base, control, hint_image, **settings), expected)
-    # Three batches of pictures: what could not be kept is computed again for each.
+    # Three batches of images: what could not be kept is computed again for each.
     assert (sum(control.batches) == 20 * 2) == (megabytes == 100.0)
     assert sum(control.batches) <= 3 * 20 * 2
 
@@ -254,7 +254,7 @@ def test_ten_controls_run_in_batches_of_a_bounded_size(tiny_base, hint_image):
 
 
 @pytest.mark.parametrize("reads", [Reads.TIME | Reads.TEXT, Reads.NOISE | Reads.TIME | Reads.TEXT])
-def test_a_prompt_and_a_hint_for_each_picture_equal_one_by_one(tiny_base, hint_image, reads):
+def test_a_prompt_and_a_hint_for_each_image_equal_one_by_one(tiny_base, hint_image, reads):
     images = torch.cat([hint_image, 1 - hint_image, hint_image * 0.3])
     prompts, seeds = ["red apple", "cat face", "sailboat"], (4, 5, 6)
     control = FakeControl(reads)
@@ -284,7 +284,7 @@ def test_what_does_not_read_prompts_runs_once_whatever_their_number(tiny_base, h
 @pytest.mark.parametrize(
     ("width", "height", "rows"), [(64, 64, 32), (512, 512, 32), (1024, 1024, 8), (2048, 1024, 4), (8192, 8192, 1)]
 )
-def test_fewer_residuals_of_large_pictures_are_computed_ahead_at_once(width, height, rows):
+def test_fewer_residuals_of_large_images_are_computed_ahead_at_once(width, height, rows):
     assert rows_at_once(width, height) == rows
 
 

@@ -1,4 +1,4 @@
-"""The one object that asks for pictures, and how the command line writes a control."""
+"""The one object that asks for images, and how the command line writes a control."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_numbers_that_no_float_holds_are_refused():
         ControlUse(control="canny", image="x.png", weight=10**400)
 
 
-def test_how_many_pictures_are_drawn_at_once_is_left_to_the_sampler():
+def test_how_many_images_are_drawn_at_once_is_left_to_the_sampler():
     request = GenerateRequest(prompt="x")
     assert request.batch_size is None
     assert GenerateRequest.from_json(json.loads(json.dumps(request.to_json()))) == request

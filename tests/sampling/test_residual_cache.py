@@ -1,4 +1,4 @@
-"""Residuals kept between calls, and several adapters in one pass: other work, the same pictures."""
+"""Residuals kept between calls, and several adapters in one pass: other work, the same images."""
 
 from __future__ import annotations
 

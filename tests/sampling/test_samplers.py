@@ -1,4 +1,4 @@
-"""Samplers besides DDIM: diffusers' pictures with the same one, each of its own seed alone, and what does not suit."""
+"""Samplers besides DDIM: diffusers' images with the same one, each of its own seed alone, and what does not suit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def use(tiny_base, tiny_control, condition_image):
 
 
 @pytest.mark.parametrize(("sampler", "on"), [(name, "sd1") for name in THEIRS] + [("dpm++", "nano"), ("unipc", "nano")])
-def test_pictures_are_those_of_diffusers_with_the_same_sampler(
+def test_images_are_those_of_diffusers_with_the_same_sampler(
     sampler, on, tiny_base, sd1_scheduled_base, tiny_control, use, condition_image
 ):
     base = tiny_base if on == "nano" else sd1_scheduled_base
@@ -82,7 +82,7 @@ def test_pictures_are_those_of_diffusers_with_the_same_sampler(
 
 @pytest.mark.parametrize("sampler", THEIRS)
 @pytest.mark.parametrize("steps", [2, 7, 61, 103, 400])
-def test_a_network_that_knows_the_picture_draws_it(sampler, steps, sd1_scheduled_base):
+def test_a_network_that_knows_the_image_draws_it(sampler, steps, sd1_scheduled_base):
     base = with_schedule(sd1_scheduled_base, prediction_type="sample", timestep_spacing="trailing")
     clean, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(steps))
     solver = base.schedule.solver(sampler, steps, "cpu", base.name)
@@ -98,7 +98,7 @@ def test_a_network_that_knows_the_picture_draws_it(sampler, steps, sd1_scheduled
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_picture_depends_on_its_own_seed_alone(sampler, sd1_scheduled_base, use):
+def test_a_image_depends_on_its_own_seed_alone(sampler, sd1_scheduled_base, use):
     seeds = (5, 6, 7, 8, 9)
     together = ours(sd1_scheduled_base, sampler, [use], seeds=seeds)
     by_two = ours(sd1_scheduled_base, sampler, [use], seeds=seeds, batch_size=2)

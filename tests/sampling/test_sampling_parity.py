@@ -1,4 +1,4 @@
-"""Our pictures are diffusers' pictures, and a picture depends on its own seed alone."""
+"""Our images are diffusers' images, and an image depends on its own seed alone."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_controlnet_equals_diffusers(base, tiny_control, hint_image, weight, sta
     use = active(tiny_control, hint_image, base, weight=weight, start=start, end=end)
     result = ours(base, [use], guidance=guidance)
     assert_same(result, expected, 1e-3)
-    # The comparison means something only if the control changes the picture by much more than the tolerance.
+    # The comparison means something only if the control changes the image by much more than the tolerance.
     assert (result - ours(base, guidance=guidance)).abs().max() > 2e-2
 
 
@@ -139,7 +139,7 @@ def test_one_by_one_equals_in_a_batch(base, tiny_control, hint_image):
     assert_same(together.flip(0), ours(base, [use], seeds=seeds[::-1]), 1e-4)
 
 
-def test_pictures_are_in_range_and_of_the_size_asked_for(tiny_base):
+def test_images_are_in_range_and_of_the_size_asked_for(tiny_base):
     result = ours(tiny_base, width=72, height=48)
     assert result.shape == (2, 3, 48, 72)
     assert result.min() >= 0 and result.max() <= 1

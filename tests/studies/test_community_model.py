@@ -26,7 +26,7 @@ def test_a_control_on_a_fine_tuned_base_directly_and_by_offset(
         steps=2,
         batch_size=2,
         learning_rate=0.01,
-        pictures=2,
+        images=2,
         sampling_steps=2,
     )
     made = run_community_model(settings)
@@ -43,7 +43,7 @@ def test_a_control_on_a_fine_tuned_base_directly_and_by_offset(
         "community model, control by offset",
     ]
     assert all(isinstance(value, float) and np.isfinite(value) for row in report.rows for value in row[1:4])
-    assert made.files["pictures"].is_file()
+    assert made.files["images"].is_file()
     tuned = load_base(tmp_path / "study" / "base" / "base")
     assert tuned.fingerprint != tiny_base.fingerprint
     # What is not trained is the same.

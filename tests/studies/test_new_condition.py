@@ -168,7 +168,7 @@ def test_a_claim_that_fails_is_said_to_fail():
     }
 
 
-def test_other_pictures_are_other_numbers_and_a_budget_of_a_part_has_a_run_of_its_own(settings, capsys):
+def test_other_images_are_other_numbers_and_a_budget_of_a_part_has_a_run_of_its_own(settings, capsys):
     small = {**settings, "parts": ("budgets", "ranks"), "budgets": (2,), "detail_steps": 1, "ranks": (2,)}
     first = run_new_condition(NewCondition(**small))
     assert [cell.steps for cell in first.cells] == [2, 2, 1]

@@ -41,7 +41,7 @@ def settings(adapters, base_folder, tmp_path):
         out=str(tmp_path / "study"),
         base=str(base_folder),
         mixes=("+".join(adapters),),
-        pictures=3,
+        images=3,
         sampling_steps=2,
         timed=(1, 3),
     )
@@ -79,10 +79,10 @@ def test_a_mix_is_judged_by_each_of_its_conditions_and_timed(settings, adapters,
     assert [row[0] for row in speed.rows] == [1, 3]
     assert all(isinstance(value, float) for row in speed.rows for value in row[1:])
     assert all(row[-1] < 1e-4 for row in speed.rows)
-    assert made.files["pictures"].is_file()
+    assert made.files["images"].is_file()
     assert fidelity.settings["mode"] == tiny_base.default_mode
     assert fidelity.settings["base"]["fingerprint"] == tiny_base.fingerprint
-    assert fidelity.settings["study"]["pictures"] == fidelity.settings["sets"][0]["images"] == 3
+    assert fidelity.settings["study"]["images"] == fidelity.settings["sets"][0]["images"] == 3
     assert len({control["fingerprint"] for control in fidelity.settings["controls"].values()}) == 2
     assert fidelity.settings["controls"][adapters[1]]["condition"]["parameters"] == {"low": 100, "high": 200}
     assert f"mode {tiny_base.default_mode}, weight 1, guidance 3, 2 ddim steps." in fidelity.notes

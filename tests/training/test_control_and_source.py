@@ -178,7 +178,7 @@ class TestASourceOfOnesOwn:
             def batch(self, condition, step: Step):
                 chosen = step.rng().integers(self.count, size=step.global_batch)[step.local_slice]
                 images = to_tensor([self.image(shade) for shade in chosen])
-                latents = self.base.encode_picture(images * 2 - 1)
+                latents = self.base.encode_image(images * 2 - 1)
                 return Batch(latents=latents, text=["grey"] * len(images), condition_images=images)
 
             def samples(self, condition, step: Step):

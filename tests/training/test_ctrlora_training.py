@@ -53,17 +53,17 @@ def recipe(tmp_path, base_folder, icons_file):
 
 @pytest.fixture
 def multigen(tmp_path):
-    """Two tasks of six pictures in MultiGen-20M's layout; conditions and pictures differ in resolution."""
+    """Two tasks of six images in MultiGen-20M's layout; conditions and images differ in resolution."""
     folder = tmp_path / "multigen"
     for task in ("canny", "hed"):
         lines = []
         for number in range(6):
             blocks = np.random.default_rng(number).integers(0, 256, (12, 16, 3), np.uint8)
-            picture = Image.fromarray(blocks).resize((160, 120))
+            image = Image.fromarray(blocks).resize((160, 120))
             (folder / "images").mkdir(parents=True, exist_ok=True)
             (folder / "conditions" / task).mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"images/{number}.jpg")
-            picture.convert("L").resize((80, 60)).save(folder / f"conditions/{task}/{number}.png")
+            image.save(folder / f"images/{number}.jpg")
+            image.convert("L").resize((80, 60)).save(folder / f"conditions/{task}/{number}.png")
             entry = {"source": f"./{number}.jpg", "prompt": f"thing {number}"}
             lines.append(json.dumps({**entry, f"control_{task}": f"./{task}/{number}.png"}))
         (folder / "json_files").mkdir(exist_ok=True)
@@ -108,12 +108,12 @@ def test_base_training_ends_with_a_base_and_whole_adapters(recipe, tmp_path, bas
     assert torch.equal(mine, shared.network.state_dict()[f"{path}.weight"])
 
 
-def test_multigen_crops_condition_and_picture_alike(multigen):
+def test_multigen_crops_condition_and_image_alike(multigen):
     lines = MultiGen(multigen, "canny")
     assert len(lines) == 6
-    given, picture, prompt = lines.pair(3, 64, np.random.default_rng(0))
-    assert given.shape == picture.shape == (64, 64, 3) and prompt == "thing 3"
-    grey = np.asarray(Image.fromarray(picture).convert("L"), float)
+    given, image, prompt = lines.pair(3, 64, np.random.default_rng(0))
+    assert given.shape == image.shape == (64, 64, 3) and prompt == "thing 3"
+    grey = np.asarray(Image.fromarray(image).convert("L"), float)
     assert np.corrcoef(grey.ravel(), given[..., 0].astype(float).ravel())[0, 1] > 0.95
     shifted, _, _ = lines.pair(3, 64, np.random.default_rng(1))
     assert not np.array_equal(given, shifted)

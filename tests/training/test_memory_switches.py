@@ -30,8 +30,8 @@ NOTHING = torch.nn.Identity()
 
 def drawing(number: int) -> tuple[np.ndarray, np.ndarray, str]:
     rng = np.random.default_rng(number)
-    picture = np.asarray(Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((64, 64)))
-    return 255 - picture, picture, f"thing {number % 4}"
+    image = np.asarray(Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((64, 64)))
+    return 255 - image, image, f"thing {number % 4}"
 
 
 @pytest.fixture

@@ -39,8 +39,8 @@ COUNT = 6
 def drawing(number: int) -> tuple[np.ndarray, np.ndarray, str]:
     """Another pair for every number, which is not its own mirror image."""
     rng = np.random.default_rng(number)
-    picture = np.asarray(Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((64, 64)))
-    return 255 - picture, picture, f"thing {number % 4}"
+    image = np.asarray(Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((64, 64)))
+    return 255 - image, image, f"thing {number % 4}"
 
 
 @pytest.fixture
@@ -59,21 +59,21 @@ def recipe(folder, base_folder, tiny_base, tmp_path):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """How many pictures (of both sides) and prompts went through a network, counted."""
+    """How many images (of both sides) and prompts went through a network, counted."""
     from controlkit.bases.base import Base
 
-    counts = {"pictures": 0, "prompts": 0}
-    picture, text = Base.encode_picture, StableDiffusion.encode_text
+    counts = {"images": 0, "prompts": 0}
+    image, text = Base.encode_image, StableDiffusion.encode_text
 
-    def encode_picture(self, x):
-        counts["pictures"] += len(x)
-        return picture(self, x)
+    def encode_image(self, x):
+        counts["images"] += len(x)
+        return image(self, x)
 
     def encode_text(self, prompts, *more):
         counts["prompts"] += len(prompts)
         return text(self, prompts, *more)
 
-    monkeypatch.setattr(Base, "encode_picture", encode_picture)
+    monkeypatch.setattr(Base, "encode_image", encode_image)
     monkeypatch.setattr(StableDiffusion, "encode_text", encode_text)
     return counts
 
@@ -106,11 +106,11 @@ def test_rows_are_what_the_networks_make_bit_for_bit(tiny_base, folder, encoded)
     pairs = read_pairs(folder)
     given, truths = zip(*(pair.images(64) for pair in pairs), strict=True)
     control = BaseControlNet.for_base(tiny_base)
-    latents = tiny_base.encode_picture(to_tensor(truths) * 2 - 1).half()
+    latents = tiny_base.encode_image(to_tensor(truths) * 2 - 1).half()
     hints = control.encode(to_tensor(given), tiny_base).half()
     prompts = sorted({"", *(pair.prompt for pair in pairs)})
     text = tiny_base.encode_text(prompts)
-    encoded.update(pictures=0, prompts=0)
+    encoded.update(images=0, prompts=0)
     for _ in range(2):
         kept = PairCache(tiny_base, pairs)
         assert torch.equal(everything(kept.latents()), latents)
@@ -119,19 +119,19 @@ def test_rows_are_what_the_networks_make_bit_for_bit(tiny_base, folder, encoded)
         assert torch.equal(everything(rows).tokens, text.tokens)
         assert [prompts[place] for place in prompt_of] == [pair.prompt for pair in pairs]
         assert prompts[empty] == ""
-    assert encoded == {"pictures": 2 * COUNT, "prompts": 5}  # the second time nothing was encoded
+    assert encoded == {"images": 2 * COUNT, "prompts": 5}  # the second time nothing was encoded
 
 
-def test_a_picture_that_changes_and_a_part_of_the_pairs_are_found_by_content(tiny_base, folder, encoded):
+def test_a_image_that_changes_and_a_part_of_the_pairs_are_found_by_content(tiny_base, folder, encoded):
     pairs = read_pairs(folder)
     before = everything(PairCache(tiny_base, pairs).latents())
-    assert encoded["pictures"] == COUNT
+    assert encoded["images"] == COUNT
     part = everything(PairCache(tiny_base, [pairs[4], pairs[1]]).latents())
     assert torch.equal(part, before[[4, 1]])
-    assert encoded["pictures"] == COUNT
+    assert encoded["images"] == COUNT
     Image.fromarray(drawing(99)[1]).save(folder / "target/00002.png")
     after = everything(PairCache(tiny_base, read_pairs(folder)).latents())
-    assert encoded["pictures"] == COUNT + 1
+    assert encoded["images"] == COUNT + 1
     changed = [number for number in range(COUNT) if not torch.equal(before[number], after[number])]
     assert changed == [2]
 
@@ -146,10 +146,10 @@ def test_tar_shards_of_the_same_files_have_the_same_rows(tiny_base, folder, tmp_
     write_tar(tmp_path / "shards" / "pairs.tar", files)
     shards = read_pairs(tmp_path / "shards", "canny")
     assert torch.equal(everything(PairCache(tiny_base, shards).latents()), before)
-    assert encoded["pictures"] == COUNT
+    assert encoded["images"] == COUNT
 
 
-def test_a_picture_that_changes_under_the_run_is_not_kept_under_its_old_name(tiny_base, folder, cache):
+def test_a_image_that_changes_under_the_run_is_not_kept_under_its_old_name(tiny_base, folder, cache):
     pairs = read_pairs(folder)
     kept = PairCache(tiny_base, pairs)
     latents = kept.latents()
@@ -170,7 +170,7 @@ def test_a_base_of_other_weights_or_type_has_rows_of_its_own(tiny_base, folder, 
         next(other.vae.parameters()).add_(0.1)
     latents = everything(PairCache(other, pairs).latents())
     truths = to_tensor([pair.images(64)[1] for pair in pairs]) * 2 - 1
-    assert torch.equal(latents, other.encode_picture(truths).half())
+    assert torch.equal(latents, other.encode_image(truths).half())
     PairCache(load_base(base_folder).to(dtype=torch.bfloat16), pairs).latents()
     assert len(list(cache.iterdir())) == 3
 
@@ -192,7 +192,7 @@ def plain_loss(objective, step):
     """The loss as it is without a cache and without flips."""
     pairs, base = pairs_of(objective).pairs, objective.base
     given, truths = zip(*(pair.images(64) for pair in pairs), strict=True)
-    z = base.encode_picture(to_tensor(truths) * 2 - 1).half()
+    z = base.encode_image(to_tensor(truths) * 2 - 1).half()
     hint = objective.control.encode(to_tensor(given), base).half()
     generator = objective.torch_generator(step)
     chosen = torch.from_numpy(objective.numpy_generator(step).integers(len(pairs), size=objective.global_batch))
@@ -233,20 +233,20 @@ def test_damaged_rows_are_made_again_in_the_middle_of_a_step_that_runs_under_aut
     truth = ControlObjective(recipe, CPU)
     for kind in ("latents", "hints", "texts"):
         damage_rows(cache, kind)
-    encoded.update(pictures=0, prompts=0)
+    encoded.update(images=0, prompts=0)
     objective = ControlObjective(recipe, CPU)
-    assert encoded == {"pictures": 0, "prompts": 0}
+    assert encoded == {"images": 0, "prompts": 0}
     with torch.autocast("cpu", torch.bfloat16):
         for step in range(6):
             objective.loss(step).backward()
-    assert encoded == {"pictures": 2, "prompts": 1}
+    assert encoded == {"images": 2, "prompts": 1}
     assert capsys.readouterr().err.count("damaged rows") == 3
     for mine, theirs in (
         (pairs_of(objective).latents, pairs_of(truth).latents),
         (pairs_of(objective).hints, pairs_of(truth).hints),
     ):
         rebuilt = everything(mine)
-        # One picture at a time is rounded otherwise than a batch, at the last of fp16's bits.
+        # One image at a time is rounded otherwise than a batch, at the last of fp16's bits.
         assert torch.allclose(rebuilt.float(), everything(theirs).float(), atol=2e-3)
 
 
@@ -254,13 +254,13 @@ def test_a_run_that_stores_frozen_weights_in_bf16_looks_at_every_row_before(reci
     truth = everything(pairs_of(ControlObjective(recipe, CPU)).latents)
     for kind in ("latents", "hints", "texts"):
         damage_rows(cache, kind)
-    encoded.update(pictures=0, prompts=0)
+    encoded.update(images=0, prompts=0)
     objective = ControlObjective(dataclasses.replace(recipe, precision="bf16"), CPU)
-    assert encoded == {"pictures": 2, "prompts": 1}
+    assert encoded == {"images": 2, "prompts": 1}
     with torch.autocast("cpu", torch.bfloat16):
         for step in range(4):
             objective.loss(step)
-    assert encoded == {"pictures": 2, "prompts": 1}
+    assert encoded == {"images": 2, "prompts": 1}
     rebuilt = everything(pairs_of(objective).latents)
     assert torch.allclose(rebuilt.float(), truth.float(), atol=2e-3)  # bf16 would be further away
     assert torch.equal(everything(pairs_of(ControlObjective(recipe, CPU)).latents), rebuilt)
@@ -268,10 +268,10 @@ def test_a_run_that_stores_frozen_weights_in_bf16_looks_at_every_row_before(reci
 
 def test_pairs_are_scaled_and_mirrored_as_their_condition_is(recipe, encoded):
     plain = ControlObjective(dataclasses.replace(recipe, flip=True), CPU)
-    encoded.update(pictures=0)
+    encoded.update(images=0)
     normals = ControlObjective(dataclasses.replace(recipe, flip=True, condition="normal"), CPU)
-    # The pictures are the same and their latents stay; the condition images are turned in another way.
-    assert encoded["pictures"] == 2 * len(pairs_of(normals).pairs)
+    # The images are the same and their latents stay; the condition images are turned in another way.
+    assert encoded["images"] == 2 * len(pairs_of(normals).pairs)
     assert torch.equal(everything(pairs_of(plain).latents), everything(pairs_of(normals).latents))
     chosen, flipped = torch.tensor([0, 1]), torch.tensor([False, True])
     given = [pairs_of(normals).pairs[index].images(64)[0] for index in (0, 1)]
@@ -286,7 +286,7 @@ def test_pairs_are_scaled_and_mirrored_as_their_condition_is(recipe, encoded):
 
 def test_flipped_pairs_are_flipped_on_both_sides_half_of_the_time(recipe, encoded):
     objective = ControlObjective(dataclasses.replace(recipe, flip=True, batch_size=16), CPU)
-    assert encoded["pictures"] == 2 * 2 * len(pairs_of(objective).pairs)
+    assert encoded["images"] == 2 * 2 * len(pairs_of(objective).pairs)
     flips = torch.stack([flips_of(objective, step) for step in range(20)])
     assert 0.35 < flips.float().mean() < 0.65
     assert torch.equal(flips_of(objective, 3), flips_of(objective, 3)) and not torch.equal(flips[3], flips[4])
@@ -296,7 +296,7 @@ def test_flipped_pairs_are_flipped_on_both_sides_half_of_the_time(recipe, encode
     def turned(images):
         return to_tensor([image[:, ::-1] if flip else image for image, flip in zip(images, flipped, strict=True)])
 
-    latents = objective.base.encode_picture(turned(truths) * 2 - 1).half()
+    latents = objective.base.encode_image(turned(truths) * 2 - 1).half()
     assert torch.allclose(pairs_of(objective).latents.gather(chosen, flipped).float(), latents.float(), atol=2e-3)
     hints = objective.control.encode(turned(given), objective.base)
     assert torch.allclose(pairs_of(objective).hint(chosen, flipped), hints, atol=2e-3)
@@ -338,8 +338,8 @@ def test_a_cache_that_cannot_be_written_is_named_before_training(recipe, tmp_pat
 
 def test_a_whole_cache_that_cannot_be_written_is_read(recipe, cache, encoded):
     expected = ControlObjective(recipe, CPU).loss(0)
-    assert encoded["pictures"] > 0 and encoded["prompts"] > 0
-    encoded.update(pictures=0, prompts=0)
+    assert encoded["images"] > 0 and encoded["prompts"] > 0
+    encoded.update(images=0, prompts=0)
     paths = [cache, *cache.rglob("*")]
     before = {path: path.read_bytes() for path in paths if path.is_file()}
     for path in paths:
@@ -350,7 +350,7 @@ def test_a_whole_cache_that_cannot_be_written_is_read(recipe, cache, encoded):
         for path in paths:
             os.chmod(path, 0o755)
     assert torch.equal(loss, expected)
-    assert encoded == {"pictures": 0, "prompts": 0}
+    assert encoded == {"images": 0, "prompts": 0}
     # Whoever may write everywhere, as the administrator may, has nothing to write either.
     assert before and {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
 
@@ -393,8 +393,8 @@ import numpy as np
 from controlkit.conditions.condition import Condition
 from controlkit.conditions.fidelity import PSNR
 
-def flat(picture):
-    return np.full_like(picture, {number})
+def flat(image):
+    return np.full_like(image, {number})
 
 made = Condition(name="flat", summary="one grey", fidelity=PSNR, function=flat)
 """)
@@ -402,7 +402,7 @@ made = Condition(name="flat", summary="one grey", fidelity=PSNR, function=flat)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         monkeypatch.setitem(condition._REGISTRY, "flat", module.made)
-        return Drawn(picture=tmp_path / "a.png", condition="flat").read_bytes()
+        return Drawn(image=tmp_path / "a.png", condition="flat").read_bytes()
 
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     assert drawn(10) == drawn(10)

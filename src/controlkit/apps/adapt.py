@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the adapter")
     parser.add_argument(
         "--condition",
-        help="what the condition images are (default: what the pairs say, or PAIRS/NAME; else judged by the picture)",
+        help="what the condition images are (default: what the pairs say, or PAIRS/NAME; else judged by the image)",
     )
     add_columns(parser)
     parser.add_argument("--rank", type=int, help="of every LoRA (default: 4 for nano, 128 for others)")

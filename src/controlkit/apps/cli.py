@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         print(
-            "controlkit: out of memory; draw fewer pictures at once (generate: --batch-size) or smaller ones, or take"
+            "controlkit: out of memory; draw fewer images at once (generate: --batch-size) or smaller ones, or take"
             " another --device",
             file=sys.stderr,
         )

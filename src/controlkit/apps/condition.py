@@ -1,4 +1,4 @@
-"""make one condition image from a picture, or show what conditions there are
+"""make one condition image from an image, or show what conditions there are
 
 controlkit condition --list
 controlkit condition canny
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "image",
         nargs="?",
         default=None,
-        help="the picture, of 16 x 16 pixels or more; without one, everything about the condition is shown",
+        help="the image, of 16 x 16 pixels or more; without one, everything about the condition is shown",
     )
     parser.add_argument("--out", default=None, metavar="FILE", help="PNG to write (default: NAME.png)")
     parser.add_argument(
@@ -54,11 +54,11 @@ def run(args: argparse.Namespace) -> None:
         _list(args.json)
         return
     if args.name is None:
-        raise UserError("give the name of a condition and a picture, or --list")
+        raise UserError("give the name of a condition and an image, or --list")
     _refuse_exchanged(args.name, args.image)
     if args.image is None:
         if args.name == "all" or args.out or args.settings:
-            raise UserError(f"{args.name}: give the picture that the condition is to be made from")
+            raise UserError(f"{args.name}: give the image that the condition is to be made from")
         _describe(conditions.find(args.name), args.json)
         return
     import numpy as np
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _sheet(image: str, out: str, as_json: bool) -> None:
-    """Every condition that needs neither weights nor annotations, of one picture."""
+    """Every condition that needs neither weights nor annotations, of one image."""
     import numpy as np
     from PIL import Image
 
@@ -100,11 +100,11 @@ def _sheet(image: str, out: str, as_json: bool) -> None:
     from controlkit.images import contact_sheet, decode_rgb, is_flat, read_bytes, sequence_note, write_png
 
     data = read_bytes(image)
-    picture = decode_rgb(data, image)
-    drawn, flat = {"picture": picture}, []
+    original = decode_rgb(data, image)
+    drawn, flat = {"image": original}, []
     for condition in conditions.registry().values():
         if condition.requires is None and not condition.given:
-            made = condition(np.asarray(picture))
+            made = condition(np.asarray(original))
             drawn[condition.name] = Image.fromarray(made)
             flat += [condition.name] if is_flat(made) else []
     tiles = [contact_sheet([[tile]], column_titles=[name], cell=_TILE) for name, tile in drawn.items()]
@@ -127,13 +127,13 @@ def _sheet(image: str, out: str, as_json: bool) -> None:
 def _refuse_out(out: str, image: str) -> None:
     """Say before any work what must not be written to."""
     if os.path.exists(out) and os.path.exists(image) and os.path.samefile(out, image):
-        raise UserError(f"{out} is the picture itself; give --out another name")
+        raise UserError(f"{out} is the image itself; give --out another name")
     if os.path.splitext(out)[1].lower() not in ("", ".png"):
         raise UserError(f"a condition image is written as PNG; give --out a name that ends in .png, not {out}")
 
 
 def _refuse_exchanged(name: str, image: str | None) -> None:
-    """Say what is wrong with a picture in the condition's place, or a folder in the picture's."""
+    """Say what is wrong with an image in the condition's place, or a folder in the image's."""
     from controlkit import conditions
 
     if os.path.isfile(name) and name not in conditions.registry() and not (image and os.path.exists(image)):
@@ -141,7 +141,7 @@ def _refuse_exchanged(name: str, image: str | None) -> None:
         raise UserError(f"{name} is a file, not a condition; the name comes first: controlkit condition {first} {name}")
     if image and os.path.isdir(image):
         raise UserError(
-            f"{image} is a folder; give one picture, or take controlkit pairs {image} --conditions {name} --out DIR"
+            f"{image} is a folder; give one image, or take controlkit pairs {image} --conditions {name} --out DIR"
             " for all that are in it"
         )
 
@@ -209,9 +209,9 @@ def _describe(c: Condition, as_json: bool) -> None:
     facts += [
         ("channels", "one, three times" if c.channels == 1 else "red, green and blue"),
         ("values", "0 to 255" if c.values is None else ", ".join(map(str, c.values))),
-        ("sizes", f"any from {LEAST_SIDE} x {LEAST_SIDE}, and the same back; the picture is looked at {c.seen}"),
-        ("a flip of the picture", _flip(c)),
-        ("a crop of a finished one", "is one of the cropped picture" if c.cuts else "is not: make it again"),
+        ("sizes", f"any from {LEAST_SIDE} x {LEAST_SIDE}, and the same back; the image is looked at {c.seen}"),
+        ("a flip of the image", _flip(c)),
+        ("a crop of a finished one", "is one of the cropped image" if c.cuts else "is not: make it again"),
         (
             "scaling a finished one",
             "by the nearest pixel: its colours are labels" if c.resize == "nearest" else "smooth",

@@ -1,4 +1,4 @@
-"""the main job on nano: a drawing steers a picture, in seconds
+"""the main job on nano: a drawing steers an image, in seconds
 
 controlkit demo
 """
@@ -14,7 +14,7 @@ PROMPT = "sailboat, noto style, on a teal background"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("--out", default="controlkit-out/demo", metavar="DIR", help="folder for the pictures")
+    parser.add_argument("--out", default="controlkit-out/demo", metavar="DIR", help="folder for the images")
     add_json(parser)
 
 
@@ -44,11 +44,11 @@ def run(args: argparse.Namespace) -> None:
     )
     steered = generate(request, base=base)
     steered.save(out)
-    titles = ["drawing", "condition", "no control", *(f"seed {picture.seed}" for picture in steered.pictures)]
+    titles = ["drawing", "condition", "no control", *(f"seed {image.seed}" for image in steered.images)]
     images = [
         read_image(drawing),
         *steered.conditions.values(),
-        *(p.image for p in (*free.pictures, *steered.pictures)),
+        *(p.image for p in (*free.images, *steered.images)),
     ]
     sheet = out / "sheet.png"
     write_png(sheet, contact_sheet([images], titles, cell=160))
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         print_json({"out": str(out), "sheet": str(sheet), "seconds": seconds})
         return
     print_seconds(seconds)
-    print(f"pictures: {out}")
+    print(f"images: {out}")
     print(f"contact sheet: {sheet}")
     print(f'try next: controlkit generate "{PROMPT}" --control canny={drawing}@0.7:0-0.6 --seeds 4')
     print("      or: controlkit condition --list")

@@ -1,4 +1,4 @@
-"""measure a base or controls on held-out pictures
+"""measure a base or controls on held-out images
 
 controlkit evaluate base nano --sheet grid.png
 controlkit evaluate control canny --base nano --sheet canny.png
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from controlkit.evaluation.report import Report
 
 
-_CHOICES = ("base", "sets", "pairs", "share", "pictures")
+_CHOICES = ("base", "sets", "pairs", "share", "images")
 """Arguments that say what is measured on what; how images are sampled is in the reports' settings."""
 
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sets",
         nargs="+",
-        help="pictures for a control: held-out and openmoji (the default), seen, seen-again (seen, drawn once more)",
+        help="images for a control: held-out and openmoji (the default), seen, seen-again (seen, drawn once more)",
     )
     parser.add_argument(
         "--pairs", metavar="PATH", help="in place of sets: the tenth of these pairs that training holds out"
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --pairs: judge on such a share, as training holds it out (default: 0.1; 1: all)",
     )
     add_columns(parser)
-    parser.add_argument("--pictures", type=int, help="pictures of each set for a control (default: 96)")
+    parser.add_argument("--images", "--pictures", type=int, help="images of each set for a control (default: 96)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: 3 for nano, 7.5 for Stable Diffusion)")
     parser.add_argument("--sampler", help="ddim, dpm++, dpm++-karras, unipc or euler (default: ddim; euler for SD3)")
@@ -93,9 +93,9 @@ def _of_base(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]
     from controlkit.images import write_png
     from controlkit.nano.evaluate_base import base_grid, evaluate_base
 
-    for name in ("base", "sets", "pairs", "share", "pictures", "weight", "mode"):
+    for name in ("base", "sets", "pairs", "share", "images", "weight", "mode"):
         if hasattr(args, name):
-            raise UserError(f"--{name} is for controls; a base is named, and judged on pictures of its own")
+            raise UserError(f"--{name} is for controls; a base is named, and judged on images of its own")
     if len(args.names) > 1:
         raise UserError(f"one base at a time, not {len(args.names)}")
     base = load_base(args.names[0], device=args.device)
@@ -112,9 +112,9 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
     from controlkit.formats.load import load_control
     from controlkit.images import write_png
 
-    chosen, count = getattr(args, "sets", ["held-out", "openmoji"]), getattr(args, "pictures", 96)
+    chosen, count = getattr(args, "sets", ["held-out", "openmoji"]), getattr(args, "images", 96)
     if count < 1:
-        raise UserError(f"--pictures {count}: at least one is needed")
+        raise UserError(f"--images {count}: at least one is needed")
     for option, names in (("--sets", chosen), ("evaluate control", args.names)):
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"{option}: {twice} is there twice; name each once")

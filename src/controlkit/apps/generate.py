@@ -1,14 +1,14 @@
-"""draw pictures from a prompt, steered by controls
+"""draw images from a prompt, steered by controls
 
     controlkit generate "red apple, noto style, on a blue background" \\
-        --control canny=drawing.png@0.9:0-0.8 --seeds 4 --out pictures
-    controlkit generate --from pictures/settings.json --steps 50
+        --control canny=drawing.png@0.9:0-0.8 --seeds 4 --out images
+    controlkit generate --from images/settings.json --steps 50
 
-A control's picture may have any size: it is scaled to cover the result and cut to it around its centre. --from draws
+A control's image may have any size: it is scaled to cover the result and cut to it around its centre. --from draws
 again what a settings.json (or its folder, or one of its PNGs) says; the other options override it, and --control
 replaces all of its controls. Paths are tried as they are and from the folder of the settings. In place of a control's
 image that is gone or has changed its saved condition image is taken; a note says so, and names a control or a base that
-has changed. On the same machine's CPU a settings.json gives the same pictures, bit for bit.
+has changed. On the same machine's CPU a settings.json gives the same images, bit for bit.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME_OR_FILE=IMAGE[@weight[:start-end]]",
-        help="steer by this picture, which is scaled to cover the result and cut around its centre, or by the inputs"
-        " that a .json file names, for controls that take others than one picture; may be given several times",
+        help="steer by this image, which is scaled to cover the result and cut around its centre, or by the inputs"
+        " that a .json file names, for controls that take others than one image; may be given several times",
     )
     parser.add_argument(
         "--prepared", action="store_true", default=False, help="the images are condition images already"
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " which makes it stronger (default: control for nano, else balanced)",
     )
     parser.add_argument("--negative-prompt", help="what to draw less of")
-    parser.add_argument("--seeds", type=int, metavar="N", help="how many pictures (default: 1)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="how many images (default: 1)")
     parser.add_argument("--seed", type=int, help="seed of the first (default: 0)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20)")
     parser.add_argument(
@@ -62,17 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help="in pixels (default: the base's own)")
     parser.add_argument("--height", type=int, help="in pixels (default: the base's own)")
     parser.add_argument("--sampler", help="ddim, dpm++, dpm++-karras, unipc or euler (default: ddim; euler for SD3)")
-    parser.add_argument(
-        "--batch-size", type=int, help="pictures drawn at once (default: 16 small ones, 4 of 512 x 512)"
-    )
+    parser.add_argument("--batch-size", type=int, help="images drawn at once (default: 16 small ones, 4 of 512 x 512)")
     parser.add_argument("--device", help="cpu, cuda, mps or auto (default: auto, the best that is there)")
     parser.add_argument("--text-device", help="where text encoders stay, such as cpu (default: with the rest)")
     parser.add_argument("--precision", help="fp32, fp16, bf16 or auto (default: auto, fp16 on CUDA, else fp32)")
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help="folder for the pictures; what has the same names there is replaced "
-        "(default: a new one each time, pictures/001, pictures/002, ...)",
+        help="folder for the images; what has the same names there is replaced "
+        "(default: a new one each time, images/001, images/002, ...)",
     )
     add_json(parser)
 
@@ -82,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.files import output_folder
 
     request, drawn = _request(args)
-    with output_folder(getattr(args, "out", None), numbered_in="pictures") as out:
+    with output_folder(getattr(args, "out", None), numbered_in="images") as out:
         from controlkit.sampling.generate import generate, refuse_overwriting
         from controlkit.sampling.inputs import with_named_inputs
 
@@ -95,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     print_notes(made.notes)
     if args.json:
         report = {"seconds": made.seconds, "request": request.to_json(), "used": made.used, "notes": made.notes}
-        print_json({"pictures": paths, **report})
+        print_json({"images": paths, **report})
         return
     for path in paths:
         print(path)
@@ -115,7 +113,7 @@ def _request(args: argparse.Namespace) -> tuple[GenerateRequest, Drawn | None]:
     from controlkit.sampling.request import ControlUse, GenerateRequest
 
     if hasattr(args, "seeds") and args.seeds < 1:
-        raise UserError(f"--seeds {args.seeds}: at least one picture has to be drawn")
+        raise UserError(f"--seeds {args.seeds}: at least one image has to be drawn")
     if args.prepared and not args.control:
         raise UserError("--prepared is about the images of --control, and none is given")
     given = {name: getattr(args, name) for name in _GIVEN if hasattr(args, name)}

@@ -1,4 +1,4 @@
-"""make training pairs from pictures, or check pairs; run again to resume
+"""make training pairs from images, or check pairs; run again to resume
 
     controlkit pairs photos --conditions canny,palette --size 512 --out pairs
     controlkit pairs --check pairs
@@ -22,7 +22,7 @@ from controlkit.errors import UserError
 
 if TYPE_CHECKING:
     from controlkit.data.engine import MakeReport
-    from controlkit.data.pictures import Picture
+    from controlkit.data.input_images import InputImage
     from controlkit.data.prompts import PromptLimit
 
 _SHOWN = 20
@@ -30,7 +30,7 @@ _SHOWN = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb. Defaults of the settings are those of `MakeSettings`."""
-    parser.add_argument("images", nargs="*", default=[], metavar="IMAGES", help="where the pictures come from")
+    parser.add_argument("images", nargs="*", default=[], metavar="IMAGES", help="where the images come from")
     parser.add_argument(
         "--conditions", default="", metavar="NAME,NAME", help="what is made (controlkit condition --list)"
     )
@@ -43,17 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --check: count prompts that this base cuts (default: by the 77 tokens of Stable Diffusion)",
     )
     add_columns(parser)
-    parser.add_argument("--images-folder", default=None, metavar="DIR", help="where COCO's pictures lie")
+    parser.add_argument("--images-folder", default=None, metavar="DIR", help="where COCO's images lie")
     parser.add_argument("--size", type=int, help="scale and crop to a square of so many pixels (default: keep)")
     parser.add_argument("--buckets", action="store_true", help="scale and crop to the nearest aspect-ratio bucket")
-    parser.add_argument("--copy", action="store_true", help="copy pictures that stay as they are")
-    parser.add_argument("--seed", type=int, help="random parameters follow from it and each picture's content")
-    parser.add_argument("--fixed", action="store_true", help="default parameters for every picture")
+    parser.add_argument("--copy", action="store_true", help="copy images that stay as they are")
+    parser.add_argument("--seed", type=int, help="random parameters follow from it and each image's content")
+    parser.add_argument("--fixed", action="store_true", help="default parameters for every image")
     parser.add_argument(
         "--caption",
         choices=("found", "blip"),
         default="found",
-        help="found: .txt and .caption files, COCO, tar shards; blip: a model's for pictures without one",
+        help="found: .txt and .caption files, COCO, tar shards; blip: a model's for images without one",
     )
     parser.add_argument("--caption-model", default=None, metavar="FOLDER", help="BLIP: a folder or a name on the hub")
     parser.add_argument("--device", default="cpu", help="of the caption model: cpu, cuda, mps")
@@ -71,14 +71,14 @@ def run(args: argparse.Namespace) -> None:
         _check(args)
         return
     if not args.images or not args.conditions or not args.out:
-        raise UserError("give pictures, --conditions NAME,NAME and --out DIR; or --check PAIRS")
+        raise UserError("give images, --conditions NAME,NAME and --out DIR; or --check PAIRS")
     if args.sheet:
         raise UserError(
             f"--sheet {args.sheet} is of --check; when the pairs are made: controlkit pairs --check {args.out} --sheet"
             f" {args.sheet}"
         )
     for option in (*named_columns(args), *(["base"] if hasattr(args, "base") else [])):
-        raise UserError(f"--{option.replace('_', '-')} is of --check; pictures are read without it")
+        raise UserError(f"--{option.replace('_', '-')} is of --check; images are read without it")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least one is needed")
     _make(args)
@@ -86,42 +86,42 @@ def run(args: argparse.Namespace) -> None:
 
 def _make(args: argparse.Namespace) -> None:
     from controlkit.data.engine import make_pairs
+    from controlkit.data.input_images import list_images
     from controlkit.data.making import MakeSettings
-    from controlkit.data.pictures import list_pictures
     from controlkit.data.readers.folders import doubled_note
 
     values = {name: getattr(args, name) for name in ("size", "buckets", "copy", "seed", "fixed") if hasattr(args, name)}
     settings = MakeSettings(conditions=tuple(name for name in args.conditions.split(",") if name.strip()), **values)
-    pictures = list_pictures(args.images, args.images_folder, without=args.out)
-    doubled = [picture.source for picture in pictures if isinstance(picture.source, Path) and _differ(picture)]
+    images = list_images(args.images, args.images_folder, without=args.out)
+    doubled = [image.source for image in images if isinstance(image.source, Path) and _differ(image)]
     if doubled:
         print(f"note: {doubled_note(doubled)}", file=sys.stderr)
     if args.caption == "blip":
         from controlkit.data.captions import BLIP, Captioner, with_captions
 
         model = args.caption_model or BLIP
-        pictures = with_captions(
-            pictures, Path(args.out), lambda: Captioner(model, args.device), model, progress("captions")
+        images = with_captions(
+            images, Path(args.out), lambda: Captioner(model, args.device), model, progress("captions")
         )
     report = make_pairs(
-        pictures,
+        images,
         args.out,
         settings,
         workers=args.workers,
         shards=args.shards,
         engine=args.engine,
         origin=[os.path.abspath(image) for image in args.images],
-        tell=progress("pictures"),
+        tell=progress("images"),
     )
     _tell(report, args.json)
 
 
-def _differ(picture: Picture) -> bool:
-    """Whether a picture's .txt and .caption files hold different captions."""
+def _differ(image: InputImage) -> bool:
+    """Whether an image's .txt and .caption files hold different captions."""
     from controlkit.data.sources import captions_differ
 
     try:
-        return bool(picture.sidecars) and captions_differ(picture.sidecars[0])
+        return bool(image.sidecars) and captions_differ(image.sidecars[0])
     except UserError:  # no text, which making its pair says
         return False
 
@@ -140,7 +140,7 @@ def _tell(report: MakeReport, as_json: bool) -> None:
         return
     print(f"made {report.made} pairs in {report.seconds:.1f} s, kept {report.kept}, skipped {len(report.skipped)}")
     if report.gone:
-        print(f"{report.gone} pairs are not listed any more, because their pictures are no longer in the input")
+        print(f"{report.gone} pairs are not listed any more, because their images are no longer in the input")
     if report.empty_prompts:
         print(f"{report.empty_prompts} pairs have an empty prompt; put captions into .txt files, or use --caption blip")
     print(f"pairs: {report.out}")

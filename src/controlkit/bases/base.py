@@ -311,7 +311,7 @@ class Base(ABC):
         """Zeros of the shape that `encode_text` makes of one prompt, with no tokenizer, on torch's default device."""
 
     @torch.no_grad()
-    def encode_picture(self, x: Tensor) -> Tensor:
+    def encode_image(self, x: Tensor) -> Tensor:
         """Images => scaled latents (the mode of the posterior)."""
         x = x.to(self.vae.device, self.vae.dtype)  # which may have been put aside while the network trains
         parts = [self.vae.encode(part).latent_dist.mode() for part in x.split(_at_once(x.shape[2] * x.shape[3]))]

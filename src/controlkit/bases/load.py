@@ -30,7 +30,7 @@ SINGLE_FILES = (".safetensors", ".ckpt")
 """What a checkpoint of a whole model in one file is called."""
 
 PRECISIONS = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""Names of what weights can be stored in while pictures are drawn."""
+"""Names of what weights can be stored in while images are drawn."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """What a model on the Hugging Face hub is called."""

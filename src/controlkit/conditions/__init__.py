@@ -1,4 +1,4 @@
-"""Picture -> condition image: one registry, one file for each kind of condition.
+"""Image -> condition image: one registry, one file for each kind of condition.
 
 `find("canny")` gives a `Condition`; `registry()` gives all of them. Adding one takes one function in one
 file: see `condition.py`.

@@ -24,14 +24,14 @@ from controlkit.conditions.pixels import (
 
 @condition(
     "grayscale",
-    summary="the picture without colour",
+    summary="the image without colour",
     aliases=("greyscale", "gray", "grey", "colorization", "recolor"),
     fidelity=PSNR,
     channels=1,
 )
-def grayscale(picture: np.ndarray) -> np.ndarray:
+def grayscale(image: np.ndarray) -> np.ndarray:
     """Luma (ITU-R BT.601, OpenCV) in all three channels; CtrLoRA's grayscale."""
-    return three_channels(grey(picture))
+    return three_channels(grey(image))
 
 
 @condition(
@@ -41,15 +41,15 @@ def grayscale(picture: np.ndarray) -> np.ndarray:
     fidelity=COLOUR_DISTANCE,
     limits={"cells": (1, 2000)},
 )
-def palette(picture: np.ndarray, *, cells: int = 8) -> np.ndarray:
+def palette(image: np.ndarray, *, cells: int = 8) -> np.ndarray:
     """Flat cells of the mean colour below them, `cells` along the short side.
 
     CtrLoRA, annotator/palette: cells of 64 x 64 pixels, which are 8 x 8 at 512 and a single one at 64; here
     the number is kept at every size. It samples bicubically, so that one pixel may speak for a cell; here the
     cell's mean does.
     """
-    height, width = picture.shape[:2]
-    return enlarge(reduced(picture, grid_size(picture, cells)), height, width)
+    height, width = image.shape[:2]
+    return enlarge(reduced(image, grid_size(image, cells)), height, width)
 
 
 @condition(
@@ -60,22 +60,22 @@ def palette(picture: np.ndarray, *, cells: int = 8) -> np.ndarray:
     draw={"cells": uniform_int(64, 128), "colours": uniform_int(8, 16)},
     limits={"cells": (1, 2000), "colours": (2, 256)},
 )
-def pixel(picture: np.ndarray, *, cells: int = 96, colours: int = 12) -> np.ndarray:
-    """Large pixels, `cells` along the short side, in at most `colours` colours of the picture.
+def pixel(image: np.ndarray, *, cells: int = 96, colours: int = 12) -> np.ndarray:
+    """Large pixels, `cells` along the short side, in at most `colours` colours of the image.
 
     CtrLoRA, annotator/pixel: reduced 4 to 8 times (64 to 128 at 512) by Lanczos, to no less than 32; 8 to 16
-    colours by k-means. Large pixels are at least 2 pixels wide here, so a 64 x 64 picture has 32 of them.
+    colours by k-means. Large pixels are at least 2 pixels wide here, so a 64 x 64 image has 32 of them.
     """
-    height, width = picture.shape[:2]
-    size = grid_size(picture, max(1, min(cells, short_side(picture) // 2)))
-    small = reduced(picture, size)
+    height, width = image.shape[:2]
+    size = grid_size(image, max(1, min(cells, short_side(image) // 2)))
+    small = reduced(image, size)
     chosen = main_colours(small, colours)
     return enlarge(chosen[nearest_colour(small, chosen)], height, width)
 
 
 @condition(
     "shuffle",
-    summary="the picture's colours and textures, pushed around by a smooth random flow",
+    summary="the image's colours and textures, pushed around by a smooth random flow",
     aliases=("content_shuffle",),
     fidelity=PALETTE_DISTANCE,
     draw={"seed": seed()},
@@ -83,7 +83,7 @@ def pixel(picture: np.ndarray, *, cells: int = 96, colours: int = 12) -> np.ndar
     mirrors=False,
     cuts=False,
 )
-def shuffle(picture: np.ndarray, *, scale: float = 0.5, seed: int = 0) -> np.ndarray:
+def shuffle(image: np.ndarray, *, scale: float = 0.5, seed: int = 0) -> np.ndarray:
     """Each pixel comes from where a smooth random field points.
 
     ControlNet 1.1 and CtrLoRA, annotator/shuffle: a field that varies over 256 pixels of 512. It says which
@@ -94,11 +94,11 @@ def shuffle(picture: np.ndarray, *, scale: float = 0.5, seed: int = 0) -> np.nda
         seed: of the field.
     """
     rng = np.random.default_rng(seed)
-    height, width = picture.shape[:2]
-    cell = length(picture, scale, least=2)
+    height, width = image.shape[:2]
+    cell = length(image, scale, least=2)
     x = smooth_field(rng, height, width, cell) * (width - 1)
     y = smooth_field(rng, height, width, cell) * (height - 1)
-    return cv2.remap(picture, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 @condition(
@@ -113,7 +113,7 @@ def shuffle(picture: np.ndarray, *, scale: float = 0.5, seed: int = 0) -> np.nda
     resize="nearest",
 )
 def illusion(
-    picture: np.ndarray,
+    image: np.ndarray,
     *,
     dark: int = 85,
     bright: int = 170,
@@ -132,7 +132,7 @@ def illusion(
         closing: diameter below which dark specks vanish, as a fraction of the short side.
         opening: diameter below which bright specks vanish, as a fraction of the short side.
     """
-    value = picture.max(axis=2)
+    value = image.max(axis=2)
     tones = np.where(value < dark, 0, np.where(value < bright, 127, 255)).astype(np.uint8)
-    tones = cv2.morphologyEx(tones, cv2.MORPH_CLOSE, disc(length(picture, closing)))
-    return three_channels(cv2.morphologyEx(tones, cv2.MORPH_OPEN, disc(length(picture, opening))))
+    tones = cv2.morphologyEx(tones, cv2.MORPH_CLOSE, disc(length(image, closing)))
+    return three_channels(cv2.morphologyEx(tones, cv2.MORPH_OPEN, disc(length(image, opening))))

@@ -1,6 +1,6 @@
 """What a condition is, and the registry.
 
-A condition is a function `picture [H, W, 3] uint8 RGB -> condition image [H, W, 3] uint8 RGB` with keyword
+A condition is a function `image [H, W, 3] uint8 RGB -> condition image [H, W, 3] uint8 RGB` with keyword
 parameters that have defaults, plus what training and evaluation need to know about it::
 
     @condition(
@@ -9,9 +9,9 @@ parameters that have defaults, plus what training and evaluation need to know ab
         fidelity=EDGE_F1,
         draw={"low": uniform_int(50, 150), "high": uniform_int(150, 250)},
     )
-    def canny(picture: np.ndarray, *, low: int = 100, high: int = 200) -> np.ndarray: ...
+    def canny(image: np.ndarray, *, low: int = 100, high: int = 200) -> np.ndarray: ...
 
-The same picture, parameters and seed always give the same condition image.
+The same image, parameters and seed always give the same condition image.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from controlkit.errors import UserError, nearest
 from controlkit.files import sha256_of
 
 Draw = Callable[[np.random.Generator], Any]
-"""Draws a parameter's value for one training picture."""
+"""Draws a parameter's value for one training image."""
 
 LEAST_SIDE = 16
-"""Every condition takes pictures of any height and width from so many pixels up, and gives the same size back."""
+"""Every condition takes images of any height and width from so many pixels up, and gives the same size back."""
 
 Mirror = Callable[[np.ndarray], np.ndarray]
-"""Condition image => that of the flipped picture, both `uint8 [H, W, 3]`."""
+"""Condition image => that of the flipped image, both `uint8 [H, W, 3]`."""
 
 Resize = Literal["smooth", "nearest"]
 
@@ -84,7 +84,7 @@ _REGISTRY: dict[str, Condition] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """How well a picture follows a condition, as one number."""
+    """How well an image follows a condition, as one number."""
 
     name: str
     """What a report calls it: `edge F1`."""
@@ -93,7 +93,7 @@ class Fidelity:
     higher_is_better: bool = True
     """False for distances."""
     against: str = "condition"
-    """`condition`: the given condition image against the condition of the result. `picture`: the true picture
+    """`condition`: the given condition image against the condition of the result. `target`: the true image
     against the result, for restorations, whose condition says nothing exact."""
 
 
@@ -106,7 +106,7 @@ class Condition:
     summary: str
     """One line for `controlkit condition --list`."""
     function: Callable[..., np.ndarray]
-    """`(picture, **parameters) -> condition image`."""
+    """`(image, **parameters) -> condition image`."""
     fidelity: Fidelity
     """How fidelity to it is scored."""
     aliases: tuple[str, ...] = ()
@@ -120,15 +120,15 @@ class Condition:
     values: tuple[int, ...] | None = None
     """The only values that occur in its images; None for any from 0 to 255."""
     mirrors: bool = True
-    """Whether flipping the picture flips the condition image and nothing else.
+    """Whether flipping the image flips the condition image and nothing else.
 
     False for conditions that are random themselves: with the same seed the mask or noise stays where it is."""
     mirror_finished: Mirror | None = left_right
-    """Makes a finished condition image that of the flipped picture: for most, what lies where in one still does in the
+    """Makes a finished condition image that of the flipped image: for most, what lies where in one still does in the
     other. None where its colours tell left from right, so that no flip of it is true."""
     cuts: bool = True
-    """Whether a part of a finished condition image is one of that part of the picture, up to its rim and to lengths
-    that are fractions of the short side. False where it speaks of the picture as a whole: a frame around it, a depth
+    """Whether a part of a finished condition image is one of that part of the image, up to its rim and to lengths
+    that are fractions of the short side. False where it speaks of the image as a whole: a frame around it, a depth
     from its farthest point to its nearest. After a crop these are best made again."""
     resize: Resize = "smooth"
     """How a finished condition image is scaled: `nearest` for maps whose colours are labels."""
@@ -136,9 +136,9 @@ class Condition:
     """What its images show where there is nothing, and what transparent parts of finished ones are laid over: black
     for white lines on black, for skeletons, masks, labels and depth; white for dark lines on white and for photos."""
     given: bool = False
-    """Whether it is drawn from annotations, or is the image itself: no picture alone gives one."""
+    """Whether it is drawn from annotations, or is the image itself: no image alone gives one."""
     seen: str = "as it is"
-    """The size at which the picture is looked at."""
+    """The size at which the image is looked at."""
     requires: LearnedModel | None = None
     """The learned model that it needs, or None. Where the weights are files, the condition has the parameter `model`:
     a folder that holds them, or another model of the hub."""
@@ -156,22 +156,22 @@ class Condition:
         code = Path(source).read_bytes() if source is not None and Path(source).is_file() else b""
         return sha256_of(self.name, code, repr(self.defaults), repr(self.requires), __version__)
 
-    def __call__(self, picture: np.ndarray, **parameters: Any) -> np.ndarray:
-        """The condition image of `picture`, both `uint8 [H, W, 3]` RGB of the same height and width.
+    def __call__(self, image: np.ndarray, **parameters: Any) -> np.ndarray:
+        """The condition image of `image`, both `uint8 [H, W, 3]` RGB of the same height and width.
 
         Raises:
-            UserError: a parameter is unknown or out of its limits, or the picture is too small.
+            UserError: a parameter is unknown or out of its limits, or the image is too small.
         """
         for key, value in parameters.items():
             if key not in self.defaults:
                 raise UserError(f"{self.name} has no parameter {key!r}{nearest(key, list(self.defaults))}")
             self._check(key, value)
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise ValueError(f"expected uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
-        if min(picture.shape[:2]) < LEAST_SIDE:
-            size = f"{picture.shape[1]} x {picture.shape[0]}"
-            raise UserError(f"{self.name}: the picture is {size}; conditions need {LEAST_SIDE} x {LEAST_SIDE} at least")
-        given = np.ascontiguousarray(picture)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+        if min(image.shape[:2]) < LEAST_SIDE:
+            size = f"{image.shape[1]} x {image.shape[0]}"
+            raise UserError(f"{self.name}: the image is {size}; conditions need {LEAST_SIDE} x {LEAST_SIDE} at least")
+        given = np.ascontiguousarray(image)
         made = self.function(given, **parameters)
         # A function that has nothing to do (a blur by nothing) may give back what it got.
         return made.copy() if np.may_share_memory(made, given) else made
@@ -192,11 +192,11 @@ class Condition:
             raise UserError(f"{self.name}: {key} must lie from {low} to {high}, not {value!r}")
 
     def random_parameters(self, rng: np.random.Generator) -> dict[str, Any]:
-        """Every parameter, those of `draw` drawn for one training picture."""
+        """Every parameter, those of `draw` drawn for one training image."""
         return {**self.defaults, **{name: draw(rng) for name, draw in self.draw.items()}}
 
     def mirrored(self, image: np.ndarray) -> np.ndarray:
-        """A finished condition image as that of the flipped picture, both `uint8 [H, W, 3]`.
+        """A finished condition image as that of the flipped image, both `uint8 [H, W, 3]`.
 
         Raises:
             UserError: its colours tell left from right.
@@ -206,15 +206,15 @@ class Condition:
         return self.mirror_finished(image)
 
     def score(self, given: np.ndarray, result: np.ndarray, truth: np.ndarray | None = None, **parameters: Any) -> float:
-        """Fidelity of the picture `result` to the condition image `given`, all `uint8 [H, W, 3]`.
+        """Fidelity of the image `result` to the condition image `given`, all `uint8 [H, W, 3]`.
 
         Args:
-            truth: the picture that `given` was made from; needed where `fidelity.against` is `picture`.
+            truth: the image that `given` was made from; needed where `fidelity.against` is `target`.
             parameters: those that `given` was made with.
         """
-        if self.fidelity.against == "picture":
+        if self.fidelity.against == "target":
             if truth is None:
-                raise ValueError(f"fidelity to {self.name} compares with the true picture, which was not given")
+                raise ValueError(f"fidelity to {self.name} compares with the true image, which was not given")
             return self.fidelity.compare(truth, result)
         return self.fidelity.compare(given, self(result, **parameters))
 
@@ -225,7 +225,7 @@ class Condition:
         truths: Sequence[np.ndarray],
         parameters: Sequence[Mapping[str, Any]] | None = None,
     ) -> float:
-        """The mean of `score` over pictures, all `uint8 [H, W, 3]`.
+        """The mean of `score` over images, all `uint8 [H, W, 3]`.
 
         Args:
             parameters: of each condition image, those that it was made with; None if all were made with the defaults.
@@ -253,7 +253,7 @@ def no_mirror(name: str) -> UserError:
     """The error for flips of finished images of the condition `name`."""
     return UserError(
         f"finished images of {name} cannot be mirrored, because their colours tell left from right: leave out flip, or"
-        " make pairs of mirrored pictures, too"
+        " make pairs of mirrored images, too"
     )
 
 

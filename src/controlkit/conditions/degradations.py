@@ -1,4 +1,4 @@
-"""Damaged pictures: blurred, compressed, noisy, small."""
+"""Damaged images: blurred, compressed, noisy, small."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from controlkit.conditions.pixels import length, smoothed, to_uint8
 
 @condition(
     "blur",
-    summary="the picture out of focus (Gaussian)",
+    summary="the image out of focus (Gaussian)",
     aliases=("gaussian_blur", "deblur"),
     fidelity=PSNR,
     draw={"sigma": clipped_normal(0.004, 0.030)},
     limits={"sigma": (0, 1)},
 )
-def blur(picture: np.ndarray, *, sigma: float = 0.017) -> np.ndarray:
+def blur(image: np.ndarray, *, sigma: float = 0.017) -> np.ndarray:
     """Gaussian blur by `sigma`, a fraction of the short side.
 
     CtrLoRA, annotator/blur: kernels of 2 n + 1 pixels at 512, n normal between 5 and 50, meant to set sigma
     to 0.3 (n - 1) + 0.8 (2 to 15.5 pixels: this range). It passes a border flag as sigma, which makes every
     blur 4 pixels, and its n can be negative, which crashes.
     """
-    return smoothed(picture, length(picture, sigma))
+    return smoothed(image, length(image, sigma))
 
 
 @condition(
@@ -36,26 +36,26 @@ def blur(picture: np.ndarray, *, sigma: float = 0.017) -> np.ndarray:
     draw={"quality": clipped_normal_int(10, 30)},
     limits={"quality": (1, 100)},
 )
-def jpeg(picture: np.ndarray, *, quality: int = 20) -> np.ndarray:
-    """The picture encoded and decoded at `quality` of 100 (OpenCV).
+def jpeg(image: np.ndarray, *, quality: int = 20) -> np.ndarray:
+    """The image encoded and decoded at `quality` of 100 (OpenCV).
 
     CtrLoRA, annotator/jpeg: normal between 10 and 30. Flips agree (35 dB) only at widths that are multiples
     of 16, JPEG's blocks; at others the artefacts lie elsewhere.
     """
-    encoded = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(quality)])[1]
+    encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(quality)])[1]
     return np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB))
 
 
 @condition(
     "noise",
-    summary="the picture under Gaussian noise",
+    summary="the image under Gaussian noise",
     aliases=("gaussian_noise", "denoise"),
     fidelity=RESTORED_PSNR,
     draw={"sigma": uniform(0.05, 0.3), "seed": seed()},
     limits={"sigma": (0, 4)},
     mirrors=False,
 )
-def noise(picture: np.ndarray, *, sigma: float = 0.15, seed: int = 0) -> np.ndarray:
+def noise(image: np.ndarray, *, sigma: float = 0.15, seed: int = 0) -> np.ndarray:
     """Independent Gaussian noise on every value.
 
     Args:
@@ -63,25 +63,25 @@ def noise(picture: np.ndarray, *, sigma: float = 0.15, seed: int = 0) -> np.ndar
             project's.
         seed: of the noise.
     """
-    values = np.random.default_rng(seed).standard_normal(picture.shape, dtype=np.float32)
-    return to_uint8(picture + values * (255 * sigma))
+    values = np.random.default_rng(seed).standard_normal(image.shape, dtype=np.float32)
+    return to_uint8(image + values * (255 * sigma))
 
 
 @condition(
     "downscale",
-    summary="the picture made small and large again (for upscaling and detail)",
+    summary="the image made small and large again (for upscaling and detail)",
     aliases=("tile", "tile_resample", "low_resolution", "super_resolution"),
     fidelity=PSNR,
     draw={"factor": uniform(2, 8)},
     limits={"factor": (1, 256)},
 )
-def downscale(picture: np.ndarray, *, factor: float = 4.0) -> np.ndarray:
+def downscale(image: np.ndarray, *, factor: float = 4.0) -> np.ndarray:
     """Reduced `factor` times by area and enlarged bicubically.
 
     ControlNet 1.1 tile: its README shows 8 times from 64 to 512; how it was degraded for training is not
     documented.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     size = max(1, round(width / factor)), max(1, round(height / factor))
-    small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)

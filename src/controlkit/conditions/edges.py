@@ -25,7 +25,7 @@ _STRONGEST = 6 * 255
     channels=1,
     values=(0, 255),
 )
-def canny(picture: np.ndarray, *, low: int = 100, high: int = 200) -> np.ndarray:
+def canny(image: np.ndarray, *, low: int = 100, high: int = 200) -> np.ndarray:
     """Canny edges with hysteresis thresholds `low` and `high`, of a gradient whose strongest is 1530.
 
     Defaults: lllyasviel/ControlNet, annotator/canny. ControlNet 1.1 trains with random thresholds.
@@ -35,7 +35,7 @@ def canny(picture: np.ndarray, *, low: int = 100, high: int = 200) -> np.ndarray
     """
     if low > high:
         raise UserError(f"canny: low is {low} and high is {high}; low must not be above high")
-    return three_channels(cv2.Canny(picture, low, high))
+    return three_channels(cv2.Canny(image, low, high))
 
 
 @condition(
@@ -48,7 +48,7 @@ def canny(picture: np.ndarray, *, low: int = 100, high: int = 200) -> np.ndarray
     limits={"scale": (0, 0.2), "gain": (0, 100)},
     channels=1,
 )
-def softedge_sobel(picture: np.ndarray, *, scale: float = 0.004, gain: float = 2.0, safe: bool = False) -> np.ndarray:
+def softedge_sobel(image: np.ndarray, *, scale: float = 0.004, gain: float = 2.0, safe: bool = False) -> np.ndarray:
     """Strength of the colour gradient, the strongest channel's, white on black.
 
     Args:
@@ -56,17 +56,17 @@ def softedge_sobel(picture: np.ndarray, *, scale: float = 0.004, gain: float = 2
         gain: brightness; at 1 only a full step from black to white is white.
         safe: three levels only, `floor(3 x) / 2`, as ControlNet 1.1 trains 75 % of its soft edges.
     """
-    edges = _soft_edges(picture, scale, gain)
+    edges = _soft_edges(image, scale, gain)
     if safe:
         edges = np.minimum(np.floor(edges * 3) / 2, 1)
     return three_channels(to_uint8(edges * 255))
 
 
-def _soft_edges(picture: np.ndarray, scale: float, gain: float) -> np.ndarray:
+def _soft_edges(image: np.ndarray, scale: float, gain: float) -> np.ndarray:
     """Gradient strength `float32 [H, W]` in [0, 1]."""
-    sigma = length(picture, scale)
-    blurred = smoothed(picture, sigma)
-    # Sobel in 16 bits is exact, so that a flipped picture gives exactly the flipped edges.
+    sigma = length(image, scale)
+    blurred = smoothed(image, sigma)
+    # Sobel in 16 bits is exact, so that a flipped image gives exactly the flipped edges.
     across = cv2.Sobel(blurred, cv2.CV_16S, 1, 0).astype(np.float32)
     down = cv2.Sobel(blurred, cv2.CV_16S, 0, 1).astype(np.float32)
     squared = across**2 + down**2
@@ -77,7 +77,7 @@ def _soft_edges(picture: np.ndarray, scale: float, gain: float) -> np.ndarray:
 
 @condition(
     "scribble",
-    summary="broad white strokes along the main edges (Canny on a blurred picture; a fake hand scribble)",
+    summary="broad white strokes along the main edges (Canny on a blurred image; a fake hand scribble)",
     background=BLACK,
     aliases=("scribble_edges", "fake_scribble"),
     fidelity=EDGE_F1,
@@ -86,7 +86,7 @@ def _soft_edges(picture: np.ndarray, scale: float, gain: float) -> np.ndarray:
     channels=1,
     values=(0, 255),
 )
-def scribble(picture: np.ndarray, *, width: float = 0.012, scale: float = 0.012, shortest: float = 0.1) -> np.ndarray:
+def scribble(image: np.ndarray, *, width: float = 0.012, scale: float = 0.012, shortest: float = 0.1) -> np.ndarray:
     """Strokes of one width, without detail. ControlNet's own come from HED or PiDiNet, with weights.
 
     Args:
@@ -94,19 +94,19 @@ def scribble(picture: np.ndarray, *, width: float = 0.012, scale: float = 0.012,
         scale: sigma of the blur before it, as a fraction of the short side: how much detail is left out.
         shortest: strokes that span less than this fraction of the short side are left out.
     """
-    rows, columns = picture.shape[:2]
+    rows, columns = image.shape[:2]
     # Canny needs steep edges: it looks at a reduction in which the blur is about a pixel.
-    zoom = max(1.0, length(picture, scale))
+    zoom = max(1.0, length(image, scale))
     size = max(1, round(columns / zoom)), max(1, round(rows / zoom))
-    small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     lines = cv2.Canny(smoothed(small, length(small, scale)), 50, 120)
     outlines, _ = cv2.findContours(lines, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    canvas = np.zeros(picture.shape[:2], np.uint8)
+    canvas = np.zeros(image.shape[:2], np.uint8)
     stretch = np.array([columns / size[0], rows / size[1]])
-    thickness = max(1, round(length(picture, width)))
+    thickness = max(1, round(length(image, width)))
     for outline in outlines:
         points = np.rint(((outline + 0.5) * stretch - 0.5) * 16).astype(np.int32)
-        if np.ptp(points, axis=0).max() >= 16 * length(picture, shortest):
+        if np.ptp(points, axis=0).max() >= 16 * length(image, shortest):
             cv2.polylines(canvas, [points], True, 255, thickness, cv2.LINE_8, 4)
     return three_channels(canvas)
 
@@ -120,7 +120,7 @@ def scribble(picture: np.ndarray, *, width: float = 0.012, scale: float = 0.012,
     limits={"threshold": (1, 255), "scale": (0, 0.2)},
     channels=1,
 )
-def sketch(picture: np.ndarray, *, threshold: int = 134, scale: float = 0.005) -> np.ndarray:
+def sketch(image: np.ndarray, *, threshold: int = 134, scale: float = 0.005) -> np.ndarray:
     """Edges stronger than `threshold` of 255 in dark on white, softened.
 
     The scheme of CtrLoRA's hedsketch (annotator/hedsketch: threshold 110 to 159, inverted, 3 x 3 Gaussian,
@@ -128,7 +128,7 @@ def sketch(picture: np.ndarray, *, threshold: int = 134, scale: float = 0.005) -
     HED. The reference draws its threshold at random in evaluation too; here it is a parameter, and a retry
     lowers it by a quarter.
     """
-    return three_channels(dark_strokes(_soft_edges(picture, scale, 2.5) * 255, threshold))
+    return three_channels(dark_strokes(_soft_edges(image, scale, 2.5) * 255, threshold))
 
 
 def dark_strokes(edges: np.ndarray, threshold: float) -> np.ndarray:

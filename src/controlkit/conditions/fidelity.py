@@ -31,13 +31,13 @@ def edge_f1(given: np.ndarray, produced: np.ndarray, tolerance: int = 1) -> floa
 
 
 def psnr(given: np.ndarray, produced: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two `uint8` pictures in dB; 100 for equal ones."""
+    """Peak signal-to-noise ratio of two `uint8` images in dB; 100 for equal ones."""
     error = np.mean((given.astype(np.float64) - produced.astype(np.float64)) ** 2)
     return 100.0 if error == 0 else min(100.0, float(10 * np.log10(255**2 / error)))
 
 
 def colour_distance(given: np.ndarray, produced: np.ndarray) -> float:
-    """Mean distance of two `uint8` pictures in CIE L*a*b* (CIE76), 0 if equal; 2.3 is just noticeable."""
+    """Mean distance of two `uint8` images in CIE L*a*b* (CIE76), 0 if equal; 2.3 is just noticeable."""
     lab = [cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB) for image in (given, produced)]
     return float(np.linalg.norm(lab[0] - lab[1], axis=-1).mean())
 
@@ -48,8 +48,8 @@ def dark_edge_f1(given: np.ndarray, produced: np.ndarray) -> float:
     return edge_f1(theirs, mine)
 
 
-def picture_edge_f1(truth: np.ndarray, produced: np.ndarray) -> float:
-    """`edge_f1` of the Canny edges (thresholds 100 and 200) of two `uint8` pictures, in [0, 1]."""
+def image_edge_f1(truth: np.ndarray, produced: np.ndarray) -> float:
+    """`edge_f1` of the Canny edges (thresholds 100 and 200) of two `uint8` images, in [0, 1]."""
     edges = [three_channels(cv2.Canny(image, 100, 200)) for image in (truth, produced)]
     return edge_f1(edges[0], edges[1])
 
@@ -58,7 +58,7 @@ def mean_iou(given: np.ndarray, produced: np.ndarray, most: int = 64) -> float:
     """Mean intersection over union, in [0, 1], of the regions of one colour in two `uint8` region maps.
 
     The regions are those of the colours of `given` (its `most` largest). A pixel of `produced` belongs to the
-    nearest of these colours, because maps made from two pictures seldom share exact colours.
+    nearest of these colours, because maps made from two images seldom share exact colours.
     """
     colours, mine = np.unique(packed(given), return_inverse=True)
     if len(colours) > most:
@@ -103,7 +103,7 @@ def normal_angle(given: np.ndarray, produced: np.ndarray) -> float:
 
 
 def palette_distance(given: np.ndarray, produced: np.ndarray) -> float:
-    """Distance of the colours of two `uint8` pictures wherever they stand, in L*a*b* units; 0 for the same.
+    """Distance of the colours of two `uint8` images wherever they stand, in L*a*b* units; 0 for the same.
 
     Sliced Wasserstein distance: the mean over fixed directions in colour space of the 1-D distance between
     the sorted projections, at 256 quantiles.
@@ -128,16 +128,16 @@ NORMAL_ANGLE = Fidelity(name="normal angle, degrees", compare=normal_angle, high
 PSNR = Fidelity(name="PSNR, dB", compare=psnr)
 COLOUR_DISTANCE = Fidelity(name="colour distance, Lab", compare=colour_distance, higher_is_better=False)
 PALETTE_DISTANCE = Fidelity(name="palette distance, Lab", compare=palette_distance, higher_is_better=False)
-PICTURE_COLOUR_DISTANCE = Fidelity(
-    name="colour distance to the picture, Lab",
+IMAGE_COLOUR_DISTANCE = Fidelity(
+    name="colour distance to the image, Lab",
     compare=colour_distance,
     higher_is_better=False,
-    against="picture",
+    against="target",
 )
-PICTURE_EDGE_F1 = Fidelity(name="edge F1 to the picture", compare=picture_edge_f1, against="picture")
-RESTORED_PSNR = Fidelity(name="PSNR to the picture, dB", compare=psnr, against="picture")
+IMAGE_EDGE_F1 = Fidelity(name="edge F1 to the target", compare=image_edge_f1, against="target")
+RESTORED_PSNR = Fidelity(name="PSNR to the target, dB", compare=psnr, against="target")
 
 
-def by_the_picture(condition: Condition) -> Condition:
-    """`condition`, scored by the true picture: where the model that would draw it of a result is not to be had."""
+def by_the_image(condition: Condition) -> Condition:
+    """`condition`, scored by the true image: where the model that would draw it of a result is not to be had."""
     return replace(condition, fidelity=RESTORED_PSNR)

@@ -1,9 +1,9 @@
-"""Conditions whose content is given beside the picture: annotations, or the condition image itself.
+"""Conditions whose content is given beside the image: annotations, or the condition image itself.
 
 Annotations are in COCO's form (a list of objects, each with `category_id` and `bbox` or `segmentation`) in
-pixels of the picture, or of `size` (width, height) where the picture was scaled since. A detector or
+pixels of the image, or of `size` (width, height) where the image was scaled since. A detector or
 segmenter with weights could say whether a result follows them; without one, fidelity is the distance of
-colours to the true picture.
+colours to the true image.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ import cv2
 import numpy as np
 
 from controlkit.conditions.condition import BLACK, condition
-from controlkit.conditions.fidelity import PICTURE_COLOUR_DISTANCE, PICTURE_EDGE_F1, RESTORED_PSNR
+from controlkit.conditions.fidelity import IMAGE_COLOUR_DISTANCE, IMAGE_EDGE_F1, RESTORED_PSNR
 from controlkit.errors import UserError
 
 
 @condition(
     "identity",
-    summary="the picture as it is: for given pairs, whose condition images are made elsewhere",
+    summary="the image as it is: for given pairs, whose condition images are made elsewhere",
     aliases=("given", "custom", "ip2p", "instruct_pix2pix"),
     fidelity=RESTORED_PSNR,
     given=True,
 )
-def identity(picture: np.ndarray) -> np.ndarray:
-    """A copy of `picture`. Fidelity compares the result with the true picture of the pair."""
-    return picture.copy()
+def identity(image: np.ndarray) -> np.ndarray:
+    """A copy of `image`. Fidelity compares the result with the true image of the pair."""
+    return image.copy()
 
 
 @condition(
     "lineart_given",
     summary="line art drawn by hand, for given pairs: their results are judged by their edges",
     aliases=("drawing", "hand_drawn"),
-    fidelity=PICTURE_EDGE_F1,
+    fidelity=IMAGE_EDGE_F1,
     given=True,
 )
-def lineart_given(picture: np.ndarray) -> np.ndarray:
-    """A copy of `picture`. Fidelity compares the edges of the result with those of the true picture of the pair."""
-    return picture.copy()
+def lineart_given(image: np.ndarray) -> np.ndarray:
+    """A copy of `image`. Fidelity compares the edges of the result with those of the true image of the pair."""
+    return image.copy()
 
 
 @condition(
@@ -49,13 +49,13 @@ def lineart_given(picture: np.ndarray) -> np.ndarray:
     summary="filled boxes coloured by class, from given annotations (COCO)",
     background=BLACK,
     aliases=("boxes", "bounding_boxes", "bounding_box"),
-    fidelity=PICTURE_COLOUR_DISTANCE,
+    fidelity=IMAGE_COLOUR_DISTANCE,
     mirrors=False,
     resize="nearest",
     given=True,
 )
 def bbox(
-    picture: np.ndarray,
+    image: np.ndarray,
     *,
     boxes: Sequence[Any] | None = None,
     size: Sequence[float] | None = None,
@@ -68,7 +68,7 @@ def bbox(
     Args:
         boxes: COCO objects with `bbox` (left, top, width, height) and `category_id`, or bare
             `[left, top, width, height]`, of class 0.
-        size: width and height of the picture that they were measured in; default: this picture's.
+        size: width and height of the image that they were measured in; default: this image's.
 
     Raises:
         UserError: there are no `boxes`, or one cannot be read.
@@ -85,8 +85,8 @@ def bbox(
             found.append((width * height, left, top, left + width, top + height, int(category)))
         except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"bbox: a box must be [left, top, width, height], not {entry!r}") from error
-    across, down = _scale(picture, "bbox", size)
-    canvas = np.zeros_like(picture)
+    across, down = _scale(image, "bbox", size)
+    canvas = np.zeros_like(image)
     for _, left, top, right, bottom, category in sorted(found, key=lambda box: -box[0]):
         rows = slice(max(0, round(top * down)), max(0, round(bottom * down)))
         columns = slice(max(0, round(left * across)), max(0, round(right * across)))
@@ -99,13 +99,13 @@ def bbox(
     summary="regions coloured by class, from given annotations (COCO polygons and run lengths)",
     background=BLACK,
     aliases=("coco_segments", "segmentation_given"),
-    fidelity=PICTURE_COLOUR_DISTANCE,
+    fidelity=IMAGE_COLOUR_DISTANCE,
     mirrors=False,
     resize="nearest",
     given=True,
 )
 def segments(
-    picture: np.ndarray,
+    image: np.ndarray,
     *,
     segments: Sequence[Any] | None = None,
     size: Sequence[float] | None = None,
@@ -115,20 +115,18 @@ def segments(
     Args:
         segments: COCO objects with `segmentation` (a list of polygons `[x, y, x, y, ...]`, or run lengths
             `{"size": [height, width], "counts": ...}`, compressed or not) and `category_id`.
-        size: width and height of the picture that polygons were measured in; default: this picture's. (Run
+        size: width and height of the image that polygons were measured in; default: this image's. (Run
             lengths know theirs.)
 
     Raises:
         UserError: there are no `segments`, or one cannot be read.
     """
-    across, down = _scale(picture, "segments", size)
+    across, down = _scale(image, "segments", size)
     found = []
     for entry in _listed("segments", "segments", segments):
         try:
             shape = entry["segmentation"]
-            mask = (
-                _run_lengths(picture, shape) if isinstance(shape, Mapping) else _polygons(picture, shape, across, down)
-            )
+            mask = _run_lengths(image, shape) if isinstance(shape, Mapping) else _polygons(image, shape, across, down)
             found.append((int(mask.sum()), mask, int(entry.get("category_id", 0))))
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, cv2.error) as error:
             text = repr(entry)
@@ -136,7 +134,7 @@ def segments(
                 "segments: one must have a COCO `segmentation` (polygons or run lengths), not"
                 f" {text[:80]}{'...' if len(text) > 80 else ''}"
             ) from error
-    canvas = np.zeros_like(picture)
+    canvas = np.zeros_like(image)
     for _, mask, category in sorted(found, key=lambda region: -region[0]):
         canvas[mask] = category_colour(category)
     return canvas
@@ -158,8 +156,8 @@ def _listed(name: str, key: str, given: Any) -> list[Any]:
     return list(given)
 
 
-def _scale(picture: np.ndarray, name: str, size: Sequence[float] | None) -> tuple[float, float]:
-    """Pixels of the picture for each pixel of `size`, across and down."""
+def _scale(image: np.ndarray, name: str, size: Sequence[float] | None) -> tuple[float, float]:
+    """Pixels of the image for each pixel of `size`, across and down."""
     if size is None:
         return 1.0, 1.0
     try:
@@ -168,12 +166,12 @@ def _scale(picture: np.ndarray, name: str, size: Sequence[float] | None) -> tupl
         raise UserError(f"{name}: size must be width,height, not {size!r}") from error
     if not (width > 0 and height > 0):
         raise UserError(f"{name}: size must be positive, not {size!r}")
-    return picture.shape[1] / width, picture.shape[0] / height
+    return image.shape[1] / width, image.shape[0] / height
 
 
-def _polygons(picture: np.ndarray, polygons: Any, across: float, down: float) -> np.ndarray:
+def _polygons(image: np.ndarray, polygons: Any, across: float, down: float) -> np.ndarray:
     """Mask `bool [H, W]` of `[[x, y, x, y, ...], ...]`; where polygons overlap, all of them count."""
-    mask = np.zeros(picture.shape[:2], np.uint8)
+    mask = np.zeros(image.shape[:2], np.uint8)
     for polygon in polygons:
         points = np.asarray(polygon, float).reshape(-1, 2) * [across, down]
         # COCO measures from the corner of the first pixel, OpenCV from its centre; four bits of subpixels.
@@ -181,16 +179,16 @@ def _polygons(picture: np.ndarray, polygons: Any, across: float, down: float) ->
     return mask > 0
 
 
-def _run_lengths(picture: np.ndarray, runs: Mapping[str, Any]) -> np.ndarray:
-    """Mask `bool [H, W]` of COCO run lengths: down the columns, zeros first, scaled to the picture."""
+def _run_lengths(image: np.ndarray, runs: Mapping[str, Any]) -> np.ndarray:
+    """Mask `bool [H, W]` of COCO run lengths: down the columns, zeros first, scaled to the image."""
     height, width = (int(side) for side in runs["size"])
     counts = runs["counts"]
     if isinstance(counts, (str, bytes)):
         counts = _unpacked(counts.encode() if isinstance(counts, str) else counts)
     flat = np.repeat(np.arange(len(counts)) % 2, np.asarray(counts, dtype=np.int64)).astype(np.uint8)
     mask = np.ascontiguousarray(flat.reshape(width, height).T)
-    if mask.shape != picture.shape[:2]:
-        mask = cv2.resize(mask, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    if mask.shape != image.shape[:2]:
+        mask = cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     return mask > 0
 
 

@@ -21,9 +21,9 @@ from controlkit.conditions.pixels import grey, length, smoothed, three_channels,
     channels=1,
 )
 def lineart_xdog(
-    picture: np.ndarray, *, scale: float = 0.0025, sharpness: float = 40.0, level: float = 0.01
+    image: np.ndarray, *, scale: float = 0.0025, sharpness: float = 40.0, level: float = 0.01
 ) -> np.ndarray:
-    """Lines where a channel of the picture is darker than around, by an extended difference of Gaussians.
+    """Lines where a channel of the image is darker than around, by an extended difference of Gaussians.
 
     Winnemoeller, Kyprianidis and Olsen 2012: difference of Gaussians with ratio 1.6, soft threshold by tanh.
     The result is inverted, because ControlNet's lineart is white on black.
@@ -33,12 +33,12 @@ def lineart_xdog(
         sharpness: slope of the soft threshold (the paper's phi).
         level: how much darker than its surroundings a line is, of 1 (the paper's epsilon, negated).
     """
-    return three_channels(_xdog(picture, scale, sharpness, level))
+    return three_channels(_xdog(image, scale, sharpness, level))
 
 
 @condition(
     "scribble_xdog",
-    summary="white strokes on black where the picture is darker than around (a difference of Gaussians, cut off)",
+    summary="white strokes on black where the image is darker than around (a difference of Gaussians, cut off)",
     background=BLACK,
     aliases=("fake_scribble_xdog",),
     fidelity=EDGE_F1,
@@ -47,7 +47,7 @@ def lineart_xdog(
     channels=1,
     values=(0, 255),
 )
-def scribble_xdog(picture: np.ndarray, *, threshold: int = 32) -> np.ndarray:
+def scribble_xdog(image: np.ndarray, *, threshold: int = 32) -> np.ndarray:
     """White where all channels are darker than their surroundings, by half of `threshold` at least.
 
     Mikubill/sd-webui-controlnet, annotator `scribble_xdog` for ControlNet 1.1: Gaussians of 0.5 and 5 pixels at 512;
@@ -56,15 +56,15 @@ def scribble_xdog(picture: np.ndarray, *, threshold: int = 32) -> np.ndarray:
     Args:
         threshold: of 255, of twice the difference.
     """
-    values = picture.astype(np.float32)
-    fine, coarse = (smoothed(values, length(picture, sigma / 512, least=0.5)) for sigma in (0.5, 5.0))
+    values = image.astype(np.float32)
+    fine, coarse = (smoothed(values, length(image, sigma / 512, least=0.5)) for sigma in (0.5, 5.0))
     return three_channels(np.where(2 * (coarse - fine).min(axis=2) > threshold, np.uint8(255), np.uint8(0)))
 
 
-def _xdog(picture: np.ndarray, scale: float, sharpness: float, level: float) -> np.ndarray:
+def _xdog(image: np.ndarray, scale: float, sharpness: float, level: float) -> np.ndarray:
     """White lines on black `uint8 [H, W]`."""
-    sigma = length(picture, scale, least=0.6)
-    values = picture.astype(np.float32) / 255
+    sigma = length(image, scale, least=0.6)
+    values = image.astype(np.float32) / 255
     darker = (smoothed(values, 1.6 * sigma) - smoothed(values, sigma)).max(axis=2)
     return to_uint8(255 * np.tanh(np.maximum(darker - level, 0) * sharpness))
 
@@ -80,15 +80,15 @@ def _xdog(picture: np.ndarray, scale: float, sharpness: float, level: float) -> 
     channels=1,
     values=(0, 255),
 )
-def lines_lsd(picture: np.ndarray, *, shortest: float = 0.06, detail: float = 0.8) -> np.ndarray:
+def lines_lsd(image: np.ndarray, *, shortest: float = 0.06, detail: float = 0.8) -> np.ndarray:
     """Line segments a pixel wide.
 
     Args:
         shortest: segments shorter than this fraction of the short side are left out.
-        detail: scale at which segments are looked for; pictures under 256 pixels are looked at enlarged to
+        detail: scale at which segments are looked for; images under 256 pixels are looked at enlarged to
             that.
     """
-    luma = grey(picture)
+    luma = grey(image)
     # The detector is not symmetric; always looking with the darker half at the left makes the result so.
     half = luma.shape[1] // 2
     flipped = bool(luma[:, :half].sum() > luma[:, -half:].sum())
@@ -99,18 +99,18 @@ def lines_lsd(picture: np.ndarray, *, shortest: float = 0.06, detail: float = 0.
     if zoom > 1:
         luma = cv2.resize(luma, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
     found = cv2.createLineSegmentDetector(cv2.LSD_REFINE_STD, detail).detect(luma)[0]
-    canvas = np.zeros(picture.shape[:2], np.uint8)
+    canvas = np.zeros(image.shape[:2], np.uint8)
     if found is not None:
         segments = (found.reshape(-1, 2, 2) + 0.5) / zoom - 0.5
         spans = np.linalg.norm(segments[:, 1] - segments[:, 0], axis=1)
-        for start, end in np.rint(segments[spans >= length(picture, shortest, least=2)]).astype(int):
+        for start, end in np.rint(segments[spans >= length(image, shortest, least=2)]).astype(int):
             cv2.line(canvas, start.tolist(), end.tolist(), 255, 1)
     return three_channels(cv2.flip(canvas, 1) if flipped else canvas)
 
 
 @condition(
     "lineart_color_hints",
-    summary="white line art on black with discs in the picture's colours (XDoG lines)",
+    summary="white line art on black with discs in the image's colours (XDoG lines)",
     background=BLACK,
     aliases=("lineart_colour_hints", "color_hints", "lineart_with_color_prompt"),
     fidelity=COLOUR_DISTANCE,
@@ -119,7 +119,7 @@ def lines_lsd(picture: np.ndarray, *, shortest: float = 0.06, detail: float = 0.
     mirrors=False,
 )
 def lineart_color_hints(
-    picture: np.ndarray,
+    image: np.ndarray,
     *,
     scale: float = 0.0025,
     least: int = 5,
@@ -130,7 +130,7 @@ def lineart_color_hints(
     """Line art with hints: discs filled with the mean colour below them.
 
     CtrLoRA, annotator/lineart_anime_with_color_prompt: at least 5 discs, another one with probability 0.9,
-    radius 2 to 4 % of the short side. Its lines come from a learned model, and it skips greyscale pictures.
+    radius 2 to 4 % of the short side. Its lines come from a learned model, and it skips greyscale images.
 
     Args:
         scale: of the lines, as in `lineart_xdog`.
@@ -140,13 +140,13 @@ def lineart_color_hints(
         seed: where the discs lie.
     """
     rng = np.random.default_rng(seed)
-    height, width = picture.shape[:2]
-    drawn = three_channels(_xdog(picture, scale, 40.0, 0.01))
+    height, width = image.shape[:2]
+    drawn = three_channels(_xdog(image, scale, 40.0, 0.01))
     for _ in range(least + int(rng.geometric(1 - more)) - 1):
-        size = max(1, round(length(picture, radius * rng.uniform(2 / 3, 4 / 3))))
+        size = max(1, round(length(image, radius * rng.uniform(2 / 3, 4 / 3))))
         x, y = int(rng.integers(width)), int(rng.integers(height))
         window = (slice(max(0, y - size), y + size + 1), slice(max(0, x - size), x + size + 1))
-        mask = np.zeros(picture[window].shape[:2], np.uint8)
+        mask = np.zeros(image[window].shape[:2], np.uint8)
         cv2.circle(mask, (x - window[1].start, y - window[0].start), size, 255, -1)
-        drawn[window][mask > 0] = to_uint8(np.array(cv2.mean(picture[window], mask)[:3]))
+        drawn[window][mask > 0] = to_uint8(np.array(cv2.mean(image[window], mask)[:3]))
     return drawn

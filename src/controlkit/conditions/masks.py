@@ -1,4 +1,4 @@
-"""Pictures with a part missing, black: what a control has to fill in."""
+"""Images with a part missing, black: what a control has to fill in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from controlkit.errors import UserError
 
 @condition(
     "inpaint",
-    summary="the picture with a black rectangle to fill in",
+    summary="the image with a black rectangle to fill in",
     background=BLACK,
     aliases=("inpainting", "inpaint_box"),
     fidelity=RESTORED_PSNR,
@@ -23,11 +23,11 @@ from controlkit.errors import UserError
     mirrors=False,
     cuts=False,
 )
-def inpaint(picture: np.ndarray, *, box: Sequence[float] | None = None, seed: int = 0) -> np.ndarray:
+def inpaint(image: np.ndarray, *, box: Sequence[float] | None = None, seed: int = 0) -> np.ndarray:
     """A rectangle somewhere around the middle made black.
 
-    CtrLoRA, annotator/inpainting: its four sides are normal between 20 and 80 % of the picture. Its rectangle
-    can vanish and its values leave the range; here it spans at least an eighth of the picture in both
+    CtrLoRA, annotator/inpainting: its four sides are normal between 20 and 80 % of the image. Its rectangle
+    can vanish and its values leave the range; here it spans at least an eighth of the image in both
     directions.
 
     Args:
@@ -48,8 +48,8 @@ def inpaint(picture: np.ndarray, *, box: Sequence[float] | None = None, seed: in
             raise UserError(f"inpaint: box must be left,top,right,bottom as fractions, not {box!r}") from error
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise UserError(f"inpaint: box must have 0 <= left < right <= 1 and 0 <= top < bottom <= 1, not {box!r}")
-    height, width = picture.shape[:2]
-    hidden = picture.copy()
+    height, width = image.shape[:2]
+    hidden = image.copy()
     hidden[round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = 0
     return hidden
 
@@ -64,7 +64,7 @@ def _span(rng: np.random.Generator) -> tuple[float, float]:
 
 @condition(
     "inpaint_brush",
-    summary="the picture with black brush strokes to fill in",
+    summary="the image with black brush strokes to fill in",
     background=BLACK,
     aliases=("inpainting_brush", "free_form_inpaint"),
     fidelity=RESTORED_PSNR,
@@ -72,19 +72,19 @@ def _span(rng: np.random.Generator) -> tuple[float, float]:
     mirrors=False,
     cuts=False,
 )
-def inpaint_brush(picture: np.ndarray, *, seed: int = 0) -> np.ndarray:
+def inpaint_brush(image: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """Crooked brush strokes made black.
 
     CtrLoRA, annotator/inpainting_brush: 5 to 9 strokes of 4 to 18 vertices, 2 to 10 % of the short side wide,
     turning by about 2 pi / 5 (give or take 2 pi / 15), the mask flipped at random.
     """
     rng = np.random.default_rng(seed)
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     mask = np.zeros((height, width), np.uint8)
     step = np.hypot(height, width) / 8
     for _ in range(int(rng.integers(5, 10))):
         turn = rng.uniform(2 * np.pi / 5 - 2 * np.pi / 15, 2 * np.pi / 5 + 2 * np.pi / 15)
-        thickness = max(1, round(length(picture, rng.uniform(0.02, 0.10))))
+        thickness = max(1, round(length(image, rng.uniform(0.02, 0.10))))
         point = rng.uniform(0, [width, height])
         vertices = [point]
         for index in range(int(rng.integers(4, 19)) - 1):
@@ -100,14 +100,14 @@ def inpaint_brush(picture: np.ndarray, *, seed: int = 0) -> np.ndarray:
     for axis in (0, 1):
         if rng.random() < 0.5:
             mask = np.flip(mask, axis)
-    hidden = picture.copy()
+    hidden = image.copy()
     hidden[mask > 0] = 0
     return hidden
 
 
 @condition(
     "outpaint",
-    summary="the middle of the picture; what is around it, black, is to be drawn",
+    summary="the middle of the image; what is around it, black, is to be drawn",
     background=BLACK,
     aliases=("outpainting", "pad", "uncrop"),
     fidelity=RESTORED_PSNR,
@@ -115,14 +115,14 @@ def inpaint_brush(picture: np.ndarray, *, seed: int = 0) -> np.ndarray:
     limits={"keep_width": (0, 1), "keep_height": (0, 1)},
     cuts=False,
 )
-def outpaint(picture: np.ndarray, *, keep_width: float = 0.5, keep_height: float = 0.5) -> np.ndarray:
-    """A centred rectangle of the picture on black.
+def outpaint(image: np.ndarray, *, keep_width: float = 0.5, keep_height: float = 0.5) -> np.ndarray:
+    """A centred rectangle of the image on black.
 
     CtrLoRA, annotator/outpainting: 20 to 79 % of each side are kept; its page's `pad` keeps 50 %.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     top, left = round(height * (1 - keep_height) / 2), round(width * (1 - keep_width) / 2)
-    shown = np.zeros_like(picture)
+    shown = np.zeros_like(image)
     window = (slice(top, height - top), slice(left, width - left))
-    shown[window] = picture[window]
+    shown[window] = image[window]
     return shown

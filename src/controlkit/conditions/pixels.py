@@ -1,4 +1,4 @@
-"""What kinds of condition share: lengths that scale with the picture, grids, colours, smooth fields."""
+"""What kinds of condition share: lengths that scale with the image, grids, colours, smooth fields."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import numpy as np
 from PIL import Image
 
 
-def short_side(picture: np.ndarray) -> int:
+def short_side(image: np.ndarray) -> int:
     """The smaller of height and width of `[H, W, ...]`."""
-    return min(picture.shape[:2])
+    return min(image.shape[:2])
 
 
-def length(picture: np.ndarray, fraction: float, least: float = 0.0) -> float:
+def length(image: np.ndarray, fraction: float, least: float = 0.0) -> float:
     """`fraction` of the short side in pixels, at least `least`."""
-    return max(least, fraction * short_side(picture))
+    return max(least, fraction * short_side(image))
 
 
-def grey(picture: np.ndarray) -> np.ndarray:
+def grey(image: np.ndarray) -> np.ndarray:
     """`uint8 [H, W, 3]` RGB => luma `uint8 [H, W]`."""
-    return cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
 
 def mirrored_normals(image: np.ndarray) -> np.ndarray:
-    """A map of normals as that of the flipped picture: the part along x, in red, points the other way."""
+    """A map of normals as that of the flipped image: the part along x, in red, points the other way."""
     turned = np.ascontiguousarray(image[:, ::-1])
     turned[..., 0] = 255 - turned[..., 0]
     return turned
@@ -50,22 +50,20 @@ def disc(diameter: float) -> np.ndarray:
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
 
 
-def grid_size(picture: np.ndarray, cells: int) -> tuple[int, int]:
+def grid_size(image: np.ndarray, cells: int) -> tuple[int, int]:
     """(columns, rows) of about square cells, `cells` of them along the short side, none under a pixel."""
-    height, width = picture.shape[:2]
-    side = short_side(picture) / cells
+    height, width = image.shape[:2]
+    side = short_side(image) / cells
     return min(width, max(1, round(width / side))), min(height, max(1, round(height / side)))
 
 
-def reduced(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def reduced(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Means over the areas of `size` (columns, rows) cells, `uint8 [rows, columns, 3]`.
 
-    The mean of both directions, so that a flipped picture has exactly the flipped cells: OpenCV rounds from left to
+    The mean of both directions, so that a flipped image has exactly the flipped cells: OpenCV rounds from left to
     right, and colours that are chosen by the cells can jump at a difference of one level.
     """
-    straight, turned = (
-        cv2.resize(view, size, interpolation=cv2.INTER_AREA) for view in (picture, cv2.flip(picture, 1))
-    )
+    straight, turned = (cv2.resize(view, size, interpolation=cv2.INTER_AREA) for view in (image, cv2.flip(image, 1)))
     return ((straight.astype(np.uint16) + turned[:, ::-1] + 1) // 2).astype(np.uint8)
 
 
@@ -82,26 +80,26 @@ def _blocks(size: int, count: int) -> np.ndarray:
     return np.concatenate([first, count - 1 - first[: size // 2][::-1]])
 
 
-def packed(picture: np.ndarray) -> np.ndarray:
+def packed(image: np.ndarray) -> np.ndarray:
     """`uint8 [H, W, 3]` => `int32 [H, W]`, one number for each colour."""
-    return (picture.astype(np.int32) * np.array([65536, 256, 1], np.int32)).sum(axis=-1, dtype=np.int32)
+    return (image.astype(np.int32) * np.array([65536, 256, 1], np.int32)).sum(axis=-1, dtype=np.int32)
 
 
-def nearest_colour(picture: np.ndarray, palette: np.ndarray) -> np.ndarray:
+def nearest_colour(image: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """Index `[H, W]` of the colour of `palette [N, 3]` nearest to each pixel in RGB, the first of equals."""
-    pixels, colours = picture.reshape(-1, 3).astype(np.float32), palette.astype(np.float32)
+    pixels, colours = image.reshape(-1, 3).astype(np.float32), palette.astype(np.float32)
     # Whole numbers below 2**24 are exact in float32, so equal pixels get equal answers wherever they stand.
     closeness = colours @ pixels.T - (colours**2).sum(axis=1, keepdims=True) / 2
-    return closeness.argmax(axis=0).reshape(picture.shape[:2])
+    return closeness.argmax(axis=0).reshape(image.shape[:2])
 
 
-def main_colours(picture: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` colours `uint8 [N, 3]` that stand for the picture: median cut, then k-means (Pillow).
+def main_colours(image: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` colours `uint8 [N, 3]` that stand for the image: median cut, then k-means (Pillow).
 
     Judged on a reduction to 96 pixels, which keeps every region that is larger than a speck.
     """
-    height, width = picture.shape[:2]
-    small = reduced(picture, (min(width, 96), min(height, 96)))
+    height, width = image.shape[:2]
+    small = reduced(image, (min(width, 96), min(height, 96)))
     order = np.argsort(packed(small), axis=None, kind="stable")
     pixels = Image.fromarray(small.reshape(1, -1, 3)[:, order])
     quantised = pixels.quantize(count, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)

@@ -19,15 +19,15 @@ from controlkit.conditions.pixels import disc, length, main_colours, nearest_col
     limits={"colours": (2, 256), "smallest": (0, 0.2)},
     resize="nearest",
 )
-def color_regions(picture: np.ndarray, *, colours: int = 6, smallest: float = 0.01) -> np.ndarray:
-    """Every pixel in the nearest of the picture's main colours, detail cleared.
+def color_regions(image: np.ndarray, *, colours: int = 6, smallest: float = 0.01) -> np.ndarray:
+    """Every pixel in the nearest of the image's main colours, detail cleared.
 
     Args:
         colours: how many colours at most.
         smallest: width of details that vanish, as a fraction of the short side.
     """
-    side = min(2 * int(length(picture, smallest) / 2) + 1, 255)
-    cleared = cv2.medianBlur(picture, side) if side > 1 else picture
+    side = min(2 * int(length(image, smallest) / 2) + 1, 255)
+    cleared = cv2.medianBlur(image, side) if side > 1 else image
     chosen = main_colours(cleared, colours)
     labels = nearest_colour(cleared, chosen).astype(np.uint8)
     # Soft outlines pass through the colours of third regions; the second median clears these seams.
@@ -36,7 +36,7 @@ def color_regions(picture: np.ndarray, *, colours: int = 6, smallest: float = 0.
 
 @condition(
     "silhouette",
-    summary="white foreground on black, for pictures with a plain background (by colour; no learned matting)",
+    summary="white foreground on black, for images with a plain background (by colour; no learned matting)",
     background=BLACK,
     aliases=("mask", "foreground"),
     fidelity=MEAN_IOU,
@@ -46,7 +46,7 @@ def color_regions(picture: np.ndarray, *, colours: int = 6, smallest: float = 0.
     resize="nearest",
 )
 def silhouette(
-    picture: np.ndarray, *, threshold: float = 12.0, smallest: float = 0.01, fill_holes: bool = False
+    image: np.ndarray, *, threshold: float = 12.0, smallest: float = 0.01, fill_holes: bool = False
 ) -> np.ndarray:
     """Whatever differs from the colour along the border.
 
@@ -55,11 +55,11 @@ def silhouette(
         smallest: width of specks that vanish, as a fraction of the short side.
         fill_holes: also count background colour that is enclosed, such as the white of an eye on white.
     """
-    lab = cv2.cvtColor(picture.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     border = np.concatenate([lab[0], lab[-1], lab[:, 0], lab[:, -1]])
     distance = np.linalg.norm(lab - np.median(border, axis=0), axis=2)
     mask = np.where(distance > threshold, np.uint8(255), np.uint8(0))
-    mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, disc(length(picture, smallest)))
+    mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, disc(length(image, smallest)))
     if fill_holes:
         outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         mask = cv2.drawContours(mask, outlines, -1, 255, -1)

@@ -41,7 +41,7 @@ FULL, FULL_XL, LIGHT = "full_adapter", "full_adapter_xl", "light_adapter"
 """Names of the three networks, as diffusers' configs have them."""
 
 _GREY = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in a grey picture (ITU-R BT.601), as Pillow's `convert("L")` has them."""
+"""Weights of red, green and blue in a grey image (ITU-R BT.601), as Pillow's `convert("L")` has them."""
 _RES_BLOCKS = {FULL: 2, FULL_XL: 2, LIGHT: 4}
 """Residual blocks of a stage, as in TencentARC/T2I-Adapter."""
 _PREFIX = "adapter."
@@ -64,7 +64,7 @@ class T2IAdapterControl(OneImage):
 
     It copies nothing of the base and sees neither noise nor time nor prompt, so it runs once for a condition. It has no
     zero convolutions: a new one starts from torch's random initialisation of convolutions, as the reference's does
-    (TencentARC/T2I-Adapter, branch SD, ldm/modules/encoders/adapter.py), and changes pictures from the first step.
+    (TencentARC/T2I-Adapter, branch SD, ldm/modules/encoders/adapter.py), and changes images from the first step.
     """
 
     kind: ClassVar[str] = "t2i-adapter"
@@ -169,14 +169,14 @@ class T2IAdapterControl(OneImage):
 
     @classmethod
     def variants(cls, base: Base, **options: Any) -> dict[str, Control]:
-        made: dict[str, Control] = {"": cls.for_base(base), "for grey pictures": cls.for_base(base, colours=1)}
+        made: dict[str, Control] = {"": cls.for_base(base), "for grey images": cls.for_base(base, colours=1)}
         with suppress(UserError):
             made["light"] = cls.for_base(base, light=True)
         return made
 
 
 def feature_stages(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
-    """What a network of `config` makes: for each feature its channels, and the pixels of a picture to one of it."""
+    """What a network of `config` makes: for each feature its channels, and the pixels of an image to one of it."""
     channels, first, kind = list(config["channels"]), config["downscale_factor"], config["adapter_type"]
     if kind == FULL_XL:
         return tuple((wide, first * (1 if place < 2 else 2)) for place, wide in enumerate(channels))
@@ -189,7 +189,7 @@ def config_for(unet_config: Mapping[str, Any], factor: int, *, colours: int = 3,
     """The config of diffusers' `T2IAdapter` whose features fit the encoder of a UNet.
 
     Args:
-        factor: pixels of a picture to one of its latent, along each side.
+        factor: pixels of an image to one of its latent, along each side.
         colours: of the condition image that the network takes: 3, or 1 for grey (sketch, canny).
         light: the small network with a quarter of the channels inside, where its shape fits.
 
@@ -325,7 +325,7 @@ def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def _input(channels: int) -> tuple[int, int]:
-    """Colours of the picture and the side of its patches, from channels after the pixels of a patch are stacked."""
+    """Colours of the image and the side of its patches, from channels after the pixels of a patch are stacked."""
     for colours in (3, 1):
         for factor in (1, 2, 4, 8, 16, 32):
             if channels == colours * factor**2:

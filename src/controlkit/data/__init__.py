@@ -1,1 +1,1 @@
-"""Pictures and pairs on disk -> batches."""
+"""Images and pairs on disk -> batches."""

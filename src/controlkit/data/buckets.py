@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: pictures of similar shapes share a size and a batch."""
+"""Aspect-ratio buckets: images of similar shapes share a size and a batch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Buckets:
         return tuple(sorted(found, key=lambda bucket: (bucket[0] / bucket[1], bucket)))
 
     def assign(self, width: int, height: int) -> Size:
-        """The bucket in whose shape the least of a `width` x `height` picture is cut off; the larger one of two."""
+        """The bucket in whose shape the least of a `width` x `height` image is cut off; the larger one of two."""
         wanted = math.log(width / height)
         return min(
             self.sizes, key=lambda size: (round(abs(math.log(size[0] / size[1]) - wanted), 9), -size[0] * size[1])
@@ -55,18 +55,18 @@ class Buckets:
 class BucketBatches:
     """Batches whose members share a bucket; batch `n` follows from (seed, n) alone.
 
-    In an epoch every picture comes at least once. The last batch of a bucket is filled up from its beginning, so that
+    In an epoch every image comes at least once. The last batch of a bucket is filled up from its beginning, so that
     all batches have one length and nothing is left out.
     """
 
     buckets: Sequence[Size]
-    """The bucket of each picture."""
+    """The bucket of each image."""
     batch_size: int
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or not self.buckets:
-            raise ValueError(f"{len(self.buckets)} pictures in batches of {self.batch_size}")
+            raise ValueError(f"{len(self.buckets)} images in batches of {self.batch_size}")
 
     @cached_property
     def _members(self) -> tuple[np.ndarray, ...]:
@@ -77,11 +77,11 @@ class BucketBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many batches show every picture at least once."""
+        """How many batches show every image at least once."""
         return sum(-(-len(members) // self.batch_size) for members in self._members)
 
     def batch(self, step: int) -> list[int]:
-        """Indices of the pictures of batch `step`, `batch_size` of them, all of one bucket."""
+        """Indices of the images of batch `step`, `batch_size` of them, all of one bucket."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch not in self._plans:
             self._plans.clear()

@@ -1,4 +1,4 @@
-"""Captions for pictures that have none, by BLIP (Li et al. 2022, arXiv 2201.12086) through transformers."""
+"""Captions for images that have none, by BLIP (Li et al. 2022, arXiv 2201.12086) through transformers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from controlkit.conditions.models import LearnedModel, find_folder
-from controlkit.data.pictures import STATE, Picture
-from controlkit.data.sources import read_picture
+from controlkit.data.input_images import STATE, InputImage
+from controlkit.data.sources import open_image
 from controlkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _MODEL = LearnedModel(hub=BLIP, licence="BSD-3-Clause", commercial=True)
 _BATCH = 8
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _SPREAD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the pictures that BLIP was trained on, in RGB (its preprocessor_config.json)."""
+"""Of the images that BLIP was trained on, in RGB (its preprocessor_config.json)."""
 
 
 class Captioner:
@@ -61,13 +61,13 @@ class Captioner:
         self.name = model
         self.device = device
 
-    def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
-        """One caption for each RGB picture, without sampling: the same picture gets the same one."""
+    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
+        """One caption for each RGB image, without sampling: the same image gets the same one."""
         import torch
         from PIL import Image
 
         side = int(self.model.config.vision_config.image_size)
-        small = [np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)) for picture in pictures]
+        small = [np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for image in images]
         # pixels [0, 255] => normalised float [B, 3, side, side]
         mean, spread = np.array(_MEAN, np.float32), np.array(_SPREAD, np.float32)
         values = (np.stack(small).astype(np.float32) / 255 - mean) / spread
@@ -78,20 +78,20 @@ class Captioner:
 
 
 def with_captions(
-    pictures: Sequence[Picture],
+    images: Sequence[InputImage],
     out: Path,
     load: Callable[[], Captioner],
     model: str = BLIP,
     tell: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Picture]:
-    """The pictures, those without a caption with one of BLIP's. What it said is kept in `out` for a later run.
+) -> list[InputImage]:
+    """The images, those without a caption with one of BLIP's. What it said is kept in `out` for a later run.
 
-    A picture that cannot be read stays without; making its pair says why. The model is loaded only if it is needed.
+    An image that cannot be read stays without; making its pair says why. The model is loaded only if it is needed.
     """
-    bare = [picture for picture in pictures if _has_none(picture)]
+    bare = [image for image in images if _has_none(image)]
     path = out / STATE / "captions.jsonl"
     known = {(key, stamp): text for name, key, stamp, text in _read(path) if name == model}
-    todo = [picture for picture in bare if (picture.key, picture.stamp()) not in known]
+    todo = [image for image in bare if (image.key, image.stamp()) not in known]
     if todo:
         captioner = load()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,26 +100,26 @@ def with_captions(
             for first in range(0, len(todo), _BATCH):
                 group = list(_readable(todo[first : first + _BATCH]))
                 texts = captioner([image for _, image in group]) if group else []
-                for (picture, _), text in zip(group, texts, strict=True):
-                    known[picture.key, picture.stamp()] = text
-                    stream.write(json.dumps([model, picture.key, picture.stamp(), text]) + "\n")
+                for (image, _), text in zip(group, texts, strict=True):
+                    known[image.key, image.stamp()] = text
+                    stream.write(json.dumps([model, image.key, image.stamp(), text]) + "\n")
                 stream.flush()
                 tell(min(len(todo), first + _BATCH), len(todo))
-    texts_of = {picture.key: known.get((picture.key, picture.stamp()), "") for picture in bare}
-    return [replace(p, prompt=texts_of[p.key]) if texts_of.get(p.key) else p for p in pictures]
+    texts_of = {image.key: known.get((image.key, image.stamp()), "") for image in bare}
+    return [replace(p, prompt=texts_of[p.key]) if texts_of.get(p.key) else p for p in images]
 
 
-def _has_none(picture: Picture) -> bool:
+def _has_none(image: InputImage) -> bool:
     try:
-        return not picture.caption()
+        return not image.caption()
     except UserError:
         return False  # there is one, and making the pair says what is wrong with it
 
 
-def _readable(pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Any]]:
-    for picture in pictures:
+def _readable(images: Sequence[InputImage]) -> Iterator[tuple[InputImage, Any]]:
+    for image in images:
         try:
-            yield picture, read_picture(picture.source)
+            yield image, open_image(image.source)
         except UserError:
             continue
 

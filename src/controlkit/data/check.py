@@ -20,7 +20,7 @@ from controlkit.data.prompts import PromptLimit, count_note, empty_note, is_empt
 from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.listing import Listing, Record
 from controlkit.data.readers.recognise import read_listing
-from controlkit.data.sources import Drawn, Source, read_condition_image, read_picture
+from controlkit.data.sources import Drawn, Source, open_image, read_condition_image
 from controlkit.data.swapped import Verdict, swapped
 from controlkit.errors import UserError
 
@@ -28,18 +28,18 @@ KINDS = {
     "entry": "entries that cannot be understood",
     "file": "missing or torn files",
     "changed": "files that are not the ones that were listed",
-    "size": "condition images of another shape or size than their picture",
-    "duplicate": "pictures that occur more than once",
+    "size": "condition images of another shape or size than their image",
+    "duplicate": "images that occur more than once",
     "prompt": "empty prompts",
     "flat": "condition images of one flat colour",
-    "swapped": "condition image and picture exchanged",
+    "swapped": "condition image and image exchanged",
     "not drawn": "condition images that are not what the manifest says",
 }
 """Every kind of problem."""
 
 _ALIKE = 12.0
 """Mean difference, of 255, below which two condition images pass as the same one. Versions of OpenCV differ by less,
-two pictures' by more."""
+two images' by more."""
 _FLAT = 2
 """Range of values, of 255, within which an image is one flat colour."""
 _SIDE = 768
@@ -72,7 +72,7 @@ class CheckReport:
     notes: list[str]
     """What is no problem for certain."""
     shown: list[tuple[Source, Source]]
-    """Condition image and picture of some pairs, those with problems first."""
+    """Condition image and image of some pairs, those with problems first."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -132,7 +132,7 @@ def check_pairs(
             problems.append(Problem(kind="swapped", where=name, text=verdict.text))
     bad = {problem.where for problem in problems}
     first = sorted(listing.records, key=lambda record: record.where not in bad)
-    shown = [(r.conditions[name], r.picture) for r in first for name in names if name in r.conditions]
+    shown = [(r.conditions[name], r.image) for r in first for name in names if name in r.conditions]
     return CheckReport(
         origin=listing.origin,
         conditions=names,
@@ -144,7 +144,7 @@ def check_pairs(
 
 
 def check_sheet(report: CheckReport, cell: int = 128) -> Image.Image:
-    """Condition images above their pictures, in rows of six; what cannot be read is red."""
+    """Condition images above their images, in rows of six; what cannot be read is red."""
     from controlkit.images import contact_sheet
 
     rows: list[list[Image.Image]] = []
@@ -152,7 +152,7 @@ def check_sheet(report: CheckReport, cell: int = 128) -> Image.Image:
     for first in range(0, len(report.shown), 6):
         group = report.shown[first : first + 6]
         rows += [[_shown(source, cell) for source, _ in group], [_shown(target, cell) for _, target in group]]
-        titles += ["condition", "picture"]
+        titles += ["condition image", "image"]
     return contact_sheet(rows or [[_shown(None, cell)]], row_titles=titles or ["nothing"], cell=cell)
 
 
@@ -179,50 +179,50 @@ def _look(record: Record, kinds: Mapping[str, str]) -> _Seen:
     seen = _Seen()
     if any(map(is_empty, record.captions)):
         seen.problems.append(_problem("prompt", record, "empty prompt"))
-    picture = _opened(record, record.picture, record.told("sha256", "picture"), seen)
-    if picture is not None:
-        seen.pixels = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    target = _opened(record, record.image, record.told("sha256", "picture"), seen)
+    if target is not None:
+        seen.pixels = hashlib.sha256(repr(target.size).encode() + target.tobytes()).hexdigest()
     for name, kind in kinds.items():
         source = record.conditions.get(name)
         if source is None:
             seen.problems.append(_problem("file", record, f"there is no condition image {name!r}"))
             continue
-        if isinstance(source, Drawn) and (picture is None or find(source.condition).requires is not None):
+        if isinstance(source, Drawn) and (target is None or find(source.condition).requires is not None):
             continue  # a learned one takes too long to draw it for this alone
         image = _opened(record, source, record.told("sha256", "conditions", name), seen, condition=kind)
         colour = None if image is None else _flat_colour(image)
         if colour is not None:
             seen.problems.append(_problem("flat", record, f"{name} is one flat colour, {colour}: it tells nothing"))
-        if image is None or picture is None or isinstance(source, Drawn):
+        if image is None or target is None or isinstance(source, Drawn):
             continue
-        if image.size != picture.size:
-            worse = "shape" if shapes_differ(image.size, picture.size) else "size"
-            sizes = " and ".join(f"{width} x {height}" for width, height in (image.size, picture.size))
-            seen.problems.append(_problem("size", record, f"{name} and picture differ in {worse} ({sizes})"))
+        if image.size != target.size:
+            worse = "shape" if shapes_differ(image.size, target.size) else "size"
+            sizes = " and ".join(f"{width} x {height}" for width, height in (image.size, target.size))
+            seen.problems.append(_problem("size", record, f"{name} and image differ in {worse} ({sizes})"))
             continue
-        seen.forward |= _compared(record, name, image, picture, seen)
+        seen.forward |= _compared(record, name, image, target, seen)
     return seen
 
 
-def _compared(record: Record, name: str, image: Image.Image, picture: Image.Image, seen: _Seen) -> dict[str, bool]:
-    """Whether the condition image is what its recorded parameters make of the picture; empty if none are recorded."""
+def _compared(record: Record, name: str, image: Image.Image, target: Image.Image, seen: _Seen) -> dict[str, bool]:
+    """Whether the condition image is what its recorded parameters make of the image; empty if none are recorded."""
     parameters = record.told("parameters", name)
     if not isinstance(parameters, Mapping) or "objects" in parameters:
         return {}
     try:
         if find(name).requires is not None:
             return {}
-        forward = _distance(find(name)(np.asarray(picture), **parameters), image)
+        forward = _distance(find(name)(np.asarray(target), **parameters), image)
         if forward <= _ALIKE:
             return {name: True}
-        backward = _distance(find(name)(np.asarray(image), **parameters), picture)
+        backward = _distance(find(name)(np.asarray(image), **parameters), target)
     except (UserError, ValueError):
         return {}
     if backward <= _ALIKE:
-        text = f"{name} and picture are exchanged (certain: the picture is what {name} makes of the condition image)"
+        text = f"{name} and image are exchanged (certain: the image is what {name} makes of the condition image)"
         seen.problems.append(_problem("swapped", record, text))
     else:
-        text = f"{name} is not what its parameters make of the picture (mean difference {forward:.0f} of 255)"
+        text = f"{name} is not what its parameters make of the image (mean difference {forward:.0f} of 255)"
         seen.problems.append(_problem("not drawn", record, text))
     return {name: False}
 
@@ -252,7 +252,7 @@ def _duplicates(records: Sequence[Record], seen: Sequence[_Seen]) -> Iterator[Pr
         if one.pixels is None:
             continue
         if one.pixels in first:
-            yield _problem("duplicate", record, f"the same picture as {first[one.pixels]}")
+            yield _problem("duplicate", record, f"the same image as {first[one.pixels]}")
         else:
             first[one.pixels] = record.where
 
@@ -266,7 +266,7 @@ def _exchanged(listing: Listing, name: str, seen: Sequence[_Seen]) -> Verdict | 
         source = record.conditions.get(name)
         if source is None or isinstance(source, Drawn) or any(p.kind in ("file", "size") for p in one.problems):
             continue
-        pairs.append((_reduced(source, name), _reduced(record.picture)))
+        pairs.append((_reduced(source, name), _reduced(record.image)))
         if len(pairs) == _SAMPLE:
             break
     return swapped(pairs, name)
@@ -288,9 +288,9 @@ def _problem(kind: str, record: Record, text: str) -> Problem:
 
 
 def _shown(source: Source | None, cell: int) -> Image.Image:
-    """The picture, reduced to about what a cell shows, so that a sheet of large ones fits into memory."""
+    """The image, reduced to about what a cell shows, so that a sheet of large ones fits into memory."""
     try:
-        image = read_picture(source) if source is not None else Image.new("RGB", (64, 64), "red")
+        image = open_image(source) if source is not None else Image.new("RGB", (64, 64), "red")
     except UserError:
         return Image.new("RGB", (64, 64), "red")
     image.thumbnail((2 * cell, 2 * cell))

@@ -1,4 +1,4 @@
-"""Making pairs of many pictures: resumable, the same whatever the order, the number of processes or the engine."""
+"""Making pairs of many images: resumable, the same whatever the order, the number of processes or the engine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any, TextIO
 import numpy as np
 
 from controlkit.conditions import find
+from controlkit.data.input_images import STATE, InputImage
 from controlkit.data.jobs import FilesJob, Outcome, ShardJob, make_files, make_shard
 from controlkit.data.making import MakeSettings
-from controlkit.data.pictures import STATE, Picture
 from controlkit.data.readers.columns import captions_of
 from controlkit.data.readers.recognise import MANIFEST
 from controlkit.data.shards import shard_name
@@ -39,7 +39,7 @@ _NAMED = 4
 """Keys that a note names."""
 
 Tell = Callable[[int, int], None]
-"""Called with (pictures done, pictures in all)."""
+"""Called with (images done, images in all)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +53,18 @@ class MakeReport:
     kept: int
     """Pairs that were there."""
     gone: int
-    """Pairs that were there and whose pictures are not in the input any more; the manifest does not list them now."""
+    """Pairs that were there and whose images are not in the input any more; the manifest does not list them now."""
     skipped: dict[str, str]
-    """Picture -> why there is no pair of it."""
+    """Image -> why there is no pair of it."""
     empty_prompts: int
     """Pairs without a caption."""
     seconds: float
     notes: list[str] = field(default_factory=list)
-    """What of the pictures' files was not used: all frames but the first."""
+    """What of the images' files was not used: all frames but the first."""
 
 
 def make_pairs(
-    pictures: Sequence[Picture],
+    images: Sequence[InputImage],
     out: str | Path,
     settings: MakeSettings,
     *,
@@ -74,7 +74,7 @@ def make_pairs(
     origin: Sequence[str] = (),
     tell: Tell = lambda done, total: None,
 ) -> MakeReport:
-    """Make the pairs of `pictures` in the folder `out`: files and `pairs.jsonl`, or `shards` tar shards.
+    """Make the pairs of `images` in the folder `out`: files and `pairs.jsonl`, or `shards` tar shards.
 
     What an earlier run finished is kept if nothing about it changed. The manifest comes last.
 
@@ -82,23 +82,23 @@ def make_pairs(
         workers: processes; None takes one for each core.
         shards: how many tar shards; None makes files.
         engine: `local`, or `ray` (Ray Data; makes shards).
-        origin: what the pictures were listed from, to refuse to mix inputs in one folder.
+        origin: what the images were listed from, to refuse to mix inputs in one folder.
 
     Raises:
         UserError: settings contradict what is in `out`, it cannot be written, another run writes to it, its manifest
-            was changed so that it cannot be read, no picture can be read, or the calling script has no
+            was changed so that it cannot be read, no image can be read, or the calling script has no
             `if __name__ == "__main__":` and so would run again in every process.
     """
     refuse_to_run_again()
     started = time.monotonic()
-    out, pictures = Path(out), sorted(pictures, key=lambda picture: picture.key)
+    out, images = Path(out), sorted(images, key=lambda image: image.key)
     if engine not in ENGINES:
         raise UserError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
     if engine == "ray" and shards is None:
-        shards = max(1, min(len(pictures), 4 * cores()))
-    if shards is not None and not 1 <= shards <= len(pictures):
-        raise UserError(f"{shards} shards of {len(pictures)} pictures; give a number from 1 to {len(pictures)}")
-    _refuse_what_cannot_be_drawn(pictures, settings)
+        shards = max(1, min(len(images), 4 * cores()))
+    if shards is not None and not 1 <= shards <= len(images):
+        raise UserError(f"{shards} shards of {len(images)} images; give a number from 1 to {len(images)}")
+    _refuse_what_cannot_be_drawn(images, settings)
     if workers is None:
         learned = any(find(name).requires for name in settings.conditions)
         workers = 1 if learned else cores()
@@ -109,14 +109,14 @@ def make_pairs(
         settings = _agreed(out, settings, shards, origin)
         try:
             if shards is None:
-                outcomes, made, gone = _files(pictures, out, settings, workers, tell)
+                outcomes, made, gone = _files(images, out, settings, workers, tell)
             else:
-                outcomes, made = _shards(pictures, out, settings, shards, workers, engine, tell)
+                outcomes, made = _shards(images, out, settings, shards, workers, engine, tell)
             good = [outcome for outcome in outcomes if outcome.entry is not None]
             skipped = {outcome.name: str(outcome.error) for outcome in outcomes if outcome.entry is None}
             if not good:
                 why = next(iter(skipped.values()))
-                raise UserError(f"none of {len(pictures)} pictures can be read; the first: {why}")
+                raise UserError(f"none of {len(images)} images can be read; the first: {why}")
         except BaseException:
             if new and not _has_results(out):  # nothing is there that another input or other settings could contradict
                 _settings_file(out).unlink(missing_ok=True)
@@ -133,11 +133,11 @@ def make_pairs(
     )
 
 
-def _refuse_what_cannot_be_drawn(pictures: Sequence[Picture], settings: MakeSettings) -> None:
-    """Say before any work what would fail for every picture."""
+def _refuse_what_cannot_be_drawn(images: Sequence[InputImage], settings: MakeSettings) -> None:
+    """Say before any work what would fail for every image."""
     for name in settings.conditions:
         condition = find(name)
-        if name in ("bbox", "segments") and not any((picture.objects or {}).get(name) for picture in pictures):
+        if name in ("bbox", "segments") and not any((image.objects or {}).get(name) for image in images):
             raise UserError(f"{name} draws annotated objects; give COCO's instances file (instances_*.json) too")
         if condition.requires is not None:
             condition(np.zeros((64, 64, 3), np.uint8))
@@ -183,28 +183,28 @@ def _has_results(out: Path) -> bool:
 
 
 def _files(
-    pictures: Sequence[Picture], out: Path, settings: MakeSettings, workers: int, tell: Tell
+    images: Sequence[InputImage], out: Path, settings: MakeSettings, workers: int, tell: Tell
 ) -> tuple[list[Outcome], int, int]:
-    """Outcomes of all pictures in their order, how many pairs were made now, and how many have lost their picture."""
+    """Outcomes of all images in their order, how many pairs were made now, and how many have lost their image."""
     edited = _edited_prompts(out / MANIFEST)
     shutil.rmtree(out / STATE / "aside", ignore_errors=True)
     journal = out / STATE / "journal.jsonl"
     before = {outcome.key: outcome for outcome in _read_journal(journal)}
 
     def mended(outcome: Outcome) -> Outcome:
-        """The outcome with the prompt that stands in the manifest, if neither picture nor caption changed since."""
+        """The outcome with the prompt that stands in the manifest, if neither image nor caption changed since."""
         known = before.get(outcome.key)
         if outcome.entry is None or outcome.key not in edited or known is None or known.stamp != outcome.stamp:
             return outcome
         return replace(outcome, entry={**outcome.entry, "prompt": edited[outcome.key]})
 
-    fresh = {p.key: before[p.key] for p in pictures if p.key in before and _is_fresh(before[p.key], p, settings, out)}
+    fresh = {p.key: before[p.key] for p in images if p.key in before and _is_fresh(before[p.key], p, settings, out)}
     found = {key: mended(outcome) for key, outcome in fresh.items()}
-    todo = [picture for picture in pictures if picture.key not in found]
-    tell(len(found), len(pictures))
+    todo = [image for image in images if image.key not in found]
+    tell(len(found), len(images))
     count = max(1, min(_MOST_IN_A_JOB, len(todo) // (4 * workers)))
     groups = [todo[first : first + count] for first in range(0, len(todo), count)]
-    jobs = [FilesJob(pictures=group, settings=settings, out=out) for group in groups]
+    jobs = [FilesJob(images=group, settings=settings, out=out) for group in groups]
     kept = len(found)
     if jobs:
         with journal.open("a", encoding="utf-8") as stream:
@@ -215,22 +215,22 @@ def _files(
                     if outcome.entry is not None:
                         stream.write(json.dumps(vars(outcome), ensure_ascii=False) + "\n")
                 stream.flush()
-                tell(len(found), len(pictures))
+                tell(len(found), len(images))
     _tell_of_lost_edits(edited, before, found)
-    ordered = [found[picture.key] for picture in pictures]
+    ordered = [found[image.key] for image in images]
     good = [outcome for outcome in ordered if outcome.entry is not None]
     if good and (
         len(good) > kept or {outcome.key for outcome in good} != set(before) or not (out / MANIFEST).is_file()
     ):
         _write_lines(out / MANIFEST, (outcome.entry for outcome in good))
         _write_lines(journal, (vars(outcome) for outcome in good))
-    return ordered, len(good) - kept, len(set(before) - {picture.key for picture in pictures})
+    return ordered, len(good) - kept, len(set(before) - {image.key for image in images})
 
 
 def _tell_of_lost_edits(
     edited: dict[str, str | list[str]], before: dict[str, Outcome], found: dict[str, Outcome]
 ) -> None:
-    """Say which prompts of the manifest give way to captions, since the picture or its caption changed as well."""
+    """Say which prompts of the manifest give way to captions, since the image or its caption changed as well."""
     lost = []
     for key, outcome in found.items():
         entries = [each.entry for each in (before.get(key), outcome) if each is not None and each.entry is not None]
@@ -239,7 +239,7 @@ def _tell_of_lost_edits(
     if lost:
         named = ", ".join(lost[:_NAMED]) + (f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else "")
         print(
-            f"note: {len(lost)} prompts that were edited in {MANIFEST} are replaced, since their pictures or captions"
+            f"note: {len(lost)} prompts that were edited in {MANIFEST} are replaced, since their images or captions"
             f" changed, too: {named}",
             file=sys.stderr,
             flush=True,
@@ -247,7 +247,7 @@ def _tell_of_lost_edits(
 
 
 def _shards(
-    pictures: Sequence[Picture],
+    images: Sequence[InputImage],
     out: Path,
     settings: MakeSettings,
     shards: int,
@@ -256,23 +256,21 @@ def _shards(
     tell: Tell,
 ) -> tuple[list[Outcome], int]:
     home = Path(os.path.abspath(out))  # workers of another engine may stand in another folder
-    ends = [round(index * len(pictures) / shards) for index in range(shards + 1)]
+    ends = [round(index * len(images) / shards) for index in range(shards + 1)]
     jobs = [
-        ShardJob(
-            pictures=pictures[ends[index] : ends[index + 1]], settings=settings, path=home / shard_name(index, shards)
-        )
+        ShardJob(images=images[ends[index] : ends[index + 1]], settings=settings, path=home / shard_name(index, shards))
         for index in range(shards)
     ]
     finished = [job.finished() for job in jobs]
     outcomes = [outcome for done in finished if done is not None for outcome in done]
     kept = sum(outcome.entry is not None for outcome in outcomes)
     todo = [job for job, done in zip(jobs, finished, strict=True) if done is None]
-    tell(len(outcomes), len(pictures))
+    tell(len(outcomes), len(images))
     for job in todo:
         remove_leftovers(job.path)
     for made in _run(todo, workers, engine):
         outcomes += made
-        tell(len(outcomes), len(pictures))
+        tell(len(outcomes), len(images))
     outcomes.sort(key=lambda outcome: outcome.key)
     return outcomes, sum(outcome.entry is not None for outcome in outcomes) - kept
 
@@ -285,8 +283,8 @@ def _run(jobs: Sequence[ShardJob], workers: int, engine: str) -> Iterator[list[O
     return run_jobs(make_shard, jobs, workers)
 
 
-def _is_fresh(outcome: Outcome, picture: Picture, settings: MakeSettings, out: Path) -> bool:
-    if outcome.entry is None or outcome.stamp != picture.stamp():
+def _is_fresh(outcome: Outcome, image: InputImage, settings: MakeSettings, out: Path) -> bool:
+    if outcome.entry is None or outcome.stamp != image.stamp():
         return False
     if not set(settings.conditions) <= set(outcome.entry["conditions"]):
         return False

@@ -1,4 +1,4 @@
-"""The units of work of making pairs: some pictures into a folder, or into one tar shard.
+"""The units of work of making pairs: some images into a folder, or into one tar shard.
 
 Both are functions of plain values, so that any engine can run them anywhere and again after a failure.
 """
@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from controlkit.data.input_images import STATE, InputImage
 from controlkit.data.making import MadePair, MakeSettings, make_pair
-from controlkit.data.pictures import STATE, Picture
 from controlkit.data.shards import write_tar
 from controlkit.data.workers import sign_of_life
 from controlkit.errors import UserError
@@ -24,12 +24,12 @@ _VERSION = "1"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one picture."""
+    """What became of one image."""
 
     key: str
     name: str
     stamp: str
-    """The picture's, when it was read."""
+    """The image's, when it was read."""
     entry: dict[str, Any] | None = None
     """Its line in the manifest; None if it was skipped."""
     files: dict[str, int] = field(default_factory=dict)
@@ -42,31 +42,31 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class FilesJob:
-    """Some pictures whose pairs become files in a folder."""
+    """Some images whose pairs become files in a folder."""
 
-    pictures: Sequence[Picture]
+    images: Sequence[InputImage]
     settings: MakeSettings
     out: Path
 
     def __str__(self) -> str:
-        return _from_to(self.pictures)
+        return _from_to(self.images)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """Some pictures, ordered by key, whose pairs become one tar shard."""
+    """Some images, ordered by key, whose pairs become one tar shard."""
 
-    pictures: Sequence[Picture]
+    images: Sequence[InputImage]
     settings: MakeSettings
     path: Path
 
     def __str__(self) -> str:
-        return _from_to(self.pictures)
+        return _from_to(self.images)
 
     @property
     def key(self) -> str:
         """Changes with everything that the shard's bytes follow from."""
-        content = (f"{picture.key} {picture.stamp()}" for picture in self.pictures)
+        content = (f"{image.key} {image.stamp()}" for image in self.images)
         return sha256_of(_VERSION, repr(self.settings), *content)
 
     @property
@@ -75,7 +75,7 @@ class ShardJob:
         return self.path.parent / STATE / f"{self.path.stem}.json"
 
     def finished(self) -> list[Outcome] | None:
-        """What became of its pictures, if the shard on disk is this job's."""
+        """What became of its images, if the shard on disk is this job's."""
         try:
             record = read_json(self.record)
             if record["key"] == self.key and self.path.stat().st_size == record["bytes"]:
@@ -86,36 +86,36 @@ class ShardJob:
 
     def to_json(self) -> str:
         """For another machine."""
-        pictures = [picture.to_json() for picture in self.pictures]
-        return json.dumps({"pictures": pictures, "settings": asdict(self.settings), "path": str(self.path)})
+        images = [image.to_json() for image in self.images]
+        return json.dumps({"pictures": images, "settings": asdict(self.settings), "path": str(self.path)})
 
     @classmethod
     def from_json(cls, text: str) -> ShardJob:
         """What `to_json` gave."""
         values = json.loads(text)
         settings = MakeSettings(**{**values["settings"], "conditions": tuple(values["settings"]["conditions"])})
-        pictures = [Picture.from_json(picture) for picture in values["pictures"]]
-        return cls(pictures=pictures, settings=settings, path=Path(values["path"]))
+        images = [InputImage.from_json(image) for image in values["pictures"]]
+        return cls(images=images, settings=settings, path=Path(values["path"]))
 
 
 def make_files(job: FilesJob) -> list[Outcome]:
     """Make the pairs of a job as files; a file of the final name is always whole.
 
     Raises:
-        UserError: the folder cannot be written. (Pictures that cannot be read are skipped, and said so.)
+        UserError: the folder cannot be written. (Images that cannot be read are skipped, and said so.)
     """
     outcomes = []
     home = os.path.realpath(job.out)
-    for picture in job.pictures:
-        made = _made(picture, job.settings)
+    for image in job.images:
+        made = _made(image, job.settings)
         if isinstance(made, Outcome):
             outcomes.append(made)
             continue
-        entry, files = _placed(made, picture, job.out, home)
+        entry, files = _placed(made, image, job.out, home)
         for name, data in files.items():
             _write(job.out, name, data)
         sizes = {name: len(data) for name, data in files.items()}
-        outcome = Outcome(key=picture.key, name=picture.name, stamp=picture.stamp(), entry=entry, files=sizes)
+        outcome = Outcome(key=image.key, name=image.name, stamp=image.stamp(), entry=entry, files=sizes)
         outcomes.append(replace(outcome, note=made.note))
     return outcomes
 
@@ -136,18 +136,18 @@ def make_shard(job: ShardJob) -> list[Outcome]:
     settings = replace(job.settings, copy=True)
 
     def members() -> Iterator[tuple[str, bytes]]:
-        for picture in job.pictures:
-            made = _made(picture, settings)
+        for image in job.images:
+            made = _made(image, settings)
             if isinstance(made, Outcome):
                 outcomes.append(made)
                 continue
-            assert made.picture is not None
-            yield f"{picture.key}.{made.suffix}", made.picture
+            assert made.image is not None
+            yield f"{image.key}.{made.suffix}", made.image
             for name, data in sorted(made.conditions.items()):
-                yield f"{picture.key}.{name}.png", data
-            yield f"{picture.key}.txt", made.entry["prompt"].encode()
-            yield f"{picture.key}.json", json.dumps(made.entry, ensure_ascii=False, sort_keys=True).encode()
-            outcome = Outcome(key=picture.key, name=picture.name, stamp=picture.stamp(), entry=made.entry)
+                yield f"{image.key}.{name}.png", data
+            yield f"{image.key}.txt", made.entry["prompt"].encode()
+            yield f"{image.key}.json", json.dumps(made.entry, ensure_ascii=False, sort_keys=True).encode()
+            outcome = Outcome(key=image.key, name=image.name, stamp=image.stamp(), entry=made.entry)
             outcomes.append(replace(outcome, note=made.note))
 
     write_tar(job.path, members())
@@ -156,36 +156,36 @@ def make_shard(job: ShardJob) -> list[Outcome]:
     return outcomes
 
 
-def _made(picture: Picture, settings: MakeSettings) -> MadePair | Outcome:
+def _made(image: InputImage, settings: MakeSettings) -> MadePair | Outcome:
     try:
-        return make_pair(picture, settings)
+        return make_pair(image, settings)
     except UserError as error:
-        return Outcome(key=picture.key, name=picture.name, stamp=picture.stamp(), error=str(error))
+        return Outcome(key=image.key, name=image.name, stamp=image.stamp(), error=str(error))
     finally:
         sign_of_life()
 
 
-def _from_to(pictures: Sequence[Picture]) -> str:
-    names = [pictures[0].name] if len(pictures) == 1 else [pictures[0].name, pictures[-1].name]
+def _from_to(images: Sequence[InputImage]) -> str:
+    names = [images[0].name] if len(images) == 1 else [images[0].name, images[-1].name]
     return " to ".join(names)
 
 
-def _placed(pair: MadePair, picture: Picture, out: Path, home: str) -> tuple[dict[str, Any], Mapping[str, bytes]]:
+def _placed(pair: MadePair, image: InputImage, out: Path, home: str) -> tuple[dict[str, Any], Mapping[str, bytes]]:
     """The manifest's entry of a pair in the folder `out`, truly at `home`, and its files by their path below `out`."""
-    places = {name: f"{name}/{picture.key}.png" for name in pair.conditions}
+    places = {name: f"{name}/{image.key}.png" for name in pair.conditions}
     files = {places[name]: data for name, data in pair.conditions.items()}
-    if pair.picture is None:
-        assert isinstance(picture.source, Path)
-        real = os.path.realpath(picture.source)
+    if pair.image is None:
+        assert isinstance(image.source, Path)
+        real = os.path.realpath(image.source)
         try:
             where = os.path.relpath(real, home)
         except ValueError:  # on another drive of Windows
             where = real
         where = where.replace(os.sep, "/")
     else:
-        where = f"pictures/{picture.key}.{pair.suffix}"
-        files[where] = pair.picture
-    return {"key": picture.key, "picture": where, "conditions": places, **pair.entry}, files
+        where = f"pictures/{image.key}.{pair.suffix}"
+        files[where] = pair.image
+    return {"key": image.key, "picture": where, "conditions": places, **pair.entry}, files
 
 
 def _write(out: Path, name: str, data: bytes) -> None:

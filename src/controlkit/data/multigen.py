@@ -1,4 +1,4 @@
-"""MultiGen-20M (Qin et al. 2023, arXiv 2305.11147): 2.8 million pictures with the conditions of a dozen tasks.
+"""MultiGen-20M (Qin et al. 2023, arXiv 2305.11147): 2.8 million images with the conditions of a dozen tasks.
 
 Its folder holds `json_files/aesthetics_plus_all_group_TASK_all.json`, JSON lines with `source` (a path below
 `images/`), `prompt` and `control_TASK` (a path below `conditions/`).
@@ -54,7 +54,7 @@ class MultiGen:
         return len(self._starts)
 
     def entry(self, index: int) -> tuple[Path, Path, str]:
-        """Paths of the condition image and of the picture, and the prompt, of line `index`.
+        """Paths of the condition image and of the image, and the prompt, of line `index`.
 
         Raises:
             UserError: the line is not as described.
@@ -82,19 +82,19 @@ class MultiGen:
             return sum(1 for _ in _EMPTY.finditer(data))
 
     def pair(self, index: int, size: int, rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray, str]:
-        """Condition image and picture, both `uint8 [size, size, 3]`, and the prompt, of line `index`.
+        """Condition image and image, both `uint8 [size, size, 3]`, and the prompt, of line `index`.
 
         A square as long as the condition image's short side is cut from it (at a random place with `rng`, else the
-        centre) and the same part from the picture, which may have another resolution.
+        centre) and the same part from the image, which may have another resolution.
 
         Raises:
             UserError: a file is missing or torn.
         """
-        condition_path, picture_path, prompt = self.entry(index)
+        condition_path, image_path, prompt = self.entry(index)
         condition = np.asarray(read_image(condition_path, background_of(self.task)))
-        picture = np.asarray(read_image(picture_path))
+        image = np.asarray(read_image(image_path))
         place = 0.5 if rng is None else float(rng.random())
-        return _square(condition, place, size), _square(picture, place, size), prompt
+        return _square(condition, place, size), _square(image, place, size), prompt
 
 
 def _text(prompt: object) -> str:

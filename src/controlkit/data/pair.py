@@ -1,4 +1,4 @@
-"""One pair of a condition image and a picture, wherever its bytes lie."""
+"""One pair of a condition image and an image, wherever its bytes lie."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 from controlkit.conditions import find
 from controlkit.conditions.condition import Condition, left_right
-from controlkit.data.sources import Source, read_picture
+from controlkit.data.sources import Source, open_image
 from controlkit.files import sha256_of
 from controlkit.images import resize_cover
 
 SOURCE, TARGET = "source", "target"
-"""The sides of a pair: condition image and picture."""
+"""The sides of a pair: condition image and image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,11 @@ class Pair:
     source: Source
     """The condition image."""
     target: Source
-    """The picture."""
+    """The image."""
     prompt: str
     """Its caption; the first, where there are several. Evaluation and previews use this one."""
     more_prompts: tuple[str, ...] = ()
-    """Further captions of the same picture. Training draws one of all of them in each step."""
+    """Further captions of the same image. Training draws one of all of them in each step."""
     condition: str | None = None
     """Which condition `source` is, where that is known; it decides how its images are scaled and mirrored."""
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -41,14 +41,14 @@ class Pair:
         return (self.prompt, *self.more_prompts)
 
     def images(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Condition image and picture, both `uint8 [size, size, 3]`, cropped around their centres alike."""
+        """Condition image and image, both `uint8 [size, size, 3]`, cropped around their centres alike."""
         return self.side(SOURCE, size), self.side(TARGET, size)
 
     def side(self, side: str, size: int, mirrored: bool = False) -> np.ndarray:
         """One side of the pair, `SOURCE` or `TARGET`, as `images` gives it: `uint8 [size, size, 3]`.
 
         Args:
-            mirrored: as it is when the picture is flipped.
+            mirrored: as it is when the image is flipped.
 
         Raises:
             UserError: it cannot be read, or images of its condition cannot be mirrored.
@@ -56,7 +56,7 @@ class Pair:
         condition = find(self.condition) if side == SOURCE and self.condition is not None else None
         nearest = condition is not None and condition.resize == "nearest"
         background = Condition.background if condition is None else condition.background
-        image = np.asarray(resize_cover(read_picture(getattr(self, side), background), size, size, nearest=nearest))
+        image = np.asarray(resize_cover(open_image(getattr(self, side), background), size, size, nearest=nearest))
         if not mirrored:
             return image
         return left_right(image) if condition is None else condition.mirrored(image)

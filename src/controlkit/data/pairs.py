@@ -1,4 +1,4 @@
-"""Pairs of a condition image and a picture, from any layout that `data/readers/` knows."""
+"""Pairs of a condition image and an image, from any layout that `data/readers/` knows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from controlkit.data.prompts import PromptLimit, count_note, empty_note, is_empt
 from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.listing import refuse
 from controlkit.data.readers.recognise import PROMPT_JSON, pairs_folder, read_listing
-from controlkit.data.sources import Drawn, Source, read_picture
+from controlkit.data.sources import Drawn, Source, open_image
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, write_atomically
 from controlkit.images import write_png
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 MANIFEST = PROMPT_JSON
-"""JSON lines, one pair each: `{"source": condition image, "target": picture, "prompt": text}`, paths relative to
+"""JSON lines, one pair each: `{"source": condition image, "target": image, "prompt": text}`, paths relative to
 the folder (as lllyasviel/ControlNet and xyfJASON/ctrlora read it). `write_pairs` writes it."""
 
 
@@ -92,7 +92,7 @@ def load_pairs(path: str | Path, condition: str | None = None, columns: Columns 
 
 
 def write_pairs(folder: str | Path, pairs: Iterable[tuple[np.ndarray, np.ndarray, str]]) -> int:
-    """Write `(condition image, picture, prompt)` as a folder that `read_pairs` reads; returns how many there are.
+    """Write `(condition image, image, prompt)` as a folder that `read_pairs` reads; returns how many there are.
 
     The manifest comes last, so a folder that has one is whole.
     """
@@ -108,7 +108,7 @@ def write_pairs(folder: str | Path, pairs: Iterable[tuple[np.ndarray, np.ndarray
 
 
 def split_pairs(pairs: Sequence[Pair], share: float = 0.1) -> tuple[list[Pair], list[Pair]]:
-    """(to train on, held out): a share of the pairs by the hash of their picture, at least one on either side.
+    """(to train on, held out): a share of the pairs by the hash of their image, at least one on either side.
 
     Raises:
         UserError: there are fewer than two.
@@ -131,7 +131,7 @@ def _problems(pair: Pair) -> list[str]:
     looked_at: list[Source] = [pair.target] if isinstance(pair.source, Drawn) else [pair.source, pair.target]
     for source in looked_at:
         try:
-            sizes.append(read_picture(source).size)
+            sizes.append(open_image(source).size)
         except UserError as error:
             found.append(str(error))
     if len(sizes) == 2 and shapes_differ(sizes[0], sizes[1]):

@@ -1,4 +1,4 @@
-"""The same jobs on Ray Data, for more pictures than one machine makes pairs of."""
+"""The same jobs on Ray Data, for more images than one machine makes pairs of."""
 
 from __future__ import annotations
 

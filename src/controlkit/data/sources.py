@@ -1,4 +1,4 @@
-"""Where the bytes of a picture lie: a file, or a piece of a tar archive; and pictures from bytes."""
+"""Where the bytes of an image lie: a file, or a piece of a tar archive; and images from bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from controlkit.files import decode_text, sha256_of
 from controlkit.images import MAX_PIXELS, decode_image, decode_rgb, keeps_colours, read_image, to_rgb
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""How names of pictures end, in lower case."""
+"""How names of images end, in lower case."""
 
 _ORIENTATION = 0x0112
 _MARKER = re.compile(rb"\xff[^\x00]")
@@ -62,34 +62,34 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A condition image that is computed from its picture whenever it is read."""
+    """A condition image that is computed from its image whenever it is read."""
 
-    picture: Path | Piece
+    target: Path | Piece
     condition: str
     parameters: tuple[tuple[str, object], ...] = ()
 
     def image(self) -> Image.Image:
-        """The condition image, as large as the picture."""
-        picture = np.asarray(read_picture(self.picture))
-        return Image.fromarray(find(self.condition)(picture, **dict(self.parameters)))
+        """The condition image, as large as the image."""
+        target = np.asarray(open_image(self.target))
+        return Image.fromarray(find(self.condition)(target, **dict(self.parameters)))
 
     def read_bytes(self) -> bytes:
-        """What the image follows from, hashed; not a picture's bytes."""
-        return sha256_of(self.picture.read_bytes(), find(self.condition).content, repr(self.parameters)).encode()
+        """What the image follows from, hashed; not an image's bytes."""
+        return sha256_of(self.target.read_bytes(), find(self.condition).content, repr(self.parameters)).encode()
 
     def __str__(self) -> str:
-        return f"{self.condition} of {self.picture}"
+        return f"{self.condition} of {self.target}"
 
 
 Source = Path | Piece | Drawn
-"""What a picture or a condition image is read from; all have `read_bytes()`."""
+"""What an image or a condition image is read from; all have `read_bytes()`."""
 
 
-def read_picture(source: Source, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """The picture as `images.read_image` gives it: sRGB, upright, transparent parts over `background`.
+def open_image(source: Source, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """The image as `images.read_image` gives it: sRGB, upright, transparent parts over `background`.
 
     Raises:
-        UserError: it is missing, empty, torn, not a picture, or too large.
+        UserError: it is missing, empty, torn, not an image, or too large.
     """
     if isinstance(source, Drawn):
         return source.image()
@@ -99,19 +99,19 @@ def read_picture(source: Source, background: tuple[int, int, int] = (255, 255, 2
 
 
 def read_condition_image(source: Source, condition: str | None) -> Image.Image:
-    """A condition image as `read_picture` gives it, transparent parts over the background of its condition.
+    """A condition image as `open_image` gives it, transparent parts over the background of its condition.
 
     Args:
         condition: its name; None, or one that is not known here, has a white background.
 
     Raises:
-        UserError: it is missing, empty, torn, not a picture, or too large.
+        UserError: it is missing, empty, torn, not an image, or too large.
     """
-    return read_picture(source, background_of(condition))
+    return open_image(source, background_of(condition))
 
 
 def decode_pixels(data: bytes, name: str) -> tuple[np.ndarray, bool]:
-    """The picture in the bytes of a file, read-only `uint8 [H, W, 3]` RGB as `read_picture` shows it, and whether every
+    """The image in the bytes of a file, read-only `uint8 [H, W, 3]` RGB as `open_image` shows it, and whether every
     other tool shows it so too: False for what is turned by EXIF, transparent, not 8 bits of RGB or grey, or not sRGB.
 
     Plain JPEG files, the most there are, are decoded by OpenCV, straight into the array; a test holds that Pillow gives
@@ -121,7 +121,7 @@ def decode_pixels(data: bytes, name: str) -> tuple[np.ndarray, bool]:
         name: what errors call it.
 
     Raises:
-        UserError: the bytes are none, torn, not a picture, or of one larger than `images.MAX_PIXELS`.
+        UserError: the bytes are none, torn, not an image, or of one larger than `images.MAX_PIXELS`.
     """
     if _is_plain_jpeg(data):
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
@@ -159,7 +159,7 @@ def _is_plain_jpeg(data: bytes) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """How EXIF says that the picture is turned; 1 is upright, as which a damaged block counts."""
+    """How EXIF says that the image is turned; 1 is upright, as which a damaged block counts."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged blocks, too
@@ -225,8 +225,8 @@ def samples(path: Path, problems: list[str] | None = None) -> dict[str, dict[str
     return found
 
 
-def is_picture_name(name: str) -> bool:
-    """Whether a file's name ends as those of pictures do."""
+def is_image_name(name: str) -> bool:
+    """Whether a file's name ends as those of images do."""
     return name.lower().endswith(SUFFIXES) and not name.rpartition("/")[2].startswith(".")
 
 

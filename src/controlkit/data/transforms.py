@@ -1,7 +1,7 @@
-"""Crops and flips of a condition image and its picture together.
+"""Crops and flips of a condition image and its image together.
 
 A view says which square of a pair is shown, in fractions, so that it fits both even where their resolutions differ. It
-is drawn first and then applied to both, or to the picture and a condition computed from it.
+is drawn first and then applied to both, or to the image and a condition computed from it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from controlkit.conditions.condition import left_right
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """Which square of a picture is shown, and whether it is mirrored."""
+    """Which square of an image is shown, and whether it is mirrored."""
 
     place: float = 0.5
     """Where along the long side the square lies, 0 (left, top) to 1."""
@@ -60,7 +60,7 @@ def show(image: np.ndarray, view: View, size: int, *, nearest: bool = False) -> 
 def show_pair(
     source: np.ndarray, target: np.ndarray, view: View, size: int, condition: Condition | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same view of a finished condition image and its picture, both `uint8 [size, size, 3]`.
+    """The same view of a finished condition image and its image, both `uint8 [size, size, 3]`.
 
     Args:
         condition: which one it is, where that is known: label maps keep their colours, normals turn round.
@@ -76,19 +76,19 @@ def show_pair(
 
 
 def draw_pair(
-    picture: np.ndarray, condition: Condition, view: View, size: int, parameters: Mapping[str, Any] | None = None
+    image: np.ndarray, condition: Condition, view: View, size: int, parameters: Mapping[str, Any] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Condition image and picture of a view, both `uint8 [size, size, 3]`, the condition computed after the crop.
+    """Condition image and image of a view, both `uint8 [size, size, 3]`, the condition computed after the crop.
 
     It is computed from what is shown, with one exception: a mask or noise of a fixed seed would stay where it was when
-    the picture turns round. Such a pair is made upright and mirrored as a whole, so the same view with and without the
-    flip shows the same pair. Annotations (`bbox`, `segments`) are measured in the whole picture: draw these first, then
+    the image turns round. Such a pair is made upright and mirrored as a whole, so the same view with and without the
+    flip shows the same pair. Annotations (`bbox`, `segments`) are measured in the whole image: draw these first, then
     `show_pair`.
     """
     if condition.mirrors or condition.mirror_finished is not left_right:
-        target = show(picture, view, size)
+        target = show(image, view, size)
         return condition(target, **(parameters or {})), target
-    target = show(picture, View(place=view.place), size)
+    target = show(image, View(place=view.place), size)
     source = condition(target, **(parameters or {}))
     if view.flip:
         source, target = left_right(source), left_right(target)

@@ -32,7 +32,7 @@ _SURROUNDINGS = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    # glibc gives memory for pictures back to the system at once and asks for it again, page by page: a third of the
+    # glibc gives memory for images back to the system at once and asks for it again, page by page: a third of the
     # time of drawing edges. So large blocks stay with the process (32 MiB is the most that it takes for the first).
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**28),
@@ -179,7 +179,7 @@ class _Watch:
         )
         return UserError(
             f"processes {why} {deaths} times in a row, perhaps for {cause}, in {_few(jobs)}; run again {advice},"
-            " finished pictures are kept"
+            " finished images are kept"
         )
 
 

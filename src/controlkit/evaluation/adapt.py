@@ -53,6 +53,6 @@ def adapt(recipe: Recipe) -> Adapted:
     _, held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition_names[0], recipe.columns), recipe.held_out)
     report, sheet = evaluate_control(base, control, [judged_pairs(held_out[:MOST_JUDGED], base.size)])
     write_png(folder / "held-out.png", sheet)
-    write_card(path, scores=report.to_markdown(), picture="held-out.png", seconds=spent(folder))
+    write_card(path, scores=report.to_markdown(), image="held-out.png", seconds=spent(folder))
     seconds = {"train": trained - started, "judge": time.perf_counter() - trained}
     return Adapted(path=path, report=report, sheet=folder / "held-out.png", seconds=seconds)

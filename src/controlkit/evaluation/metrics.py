@@ -13,7 +13,7 @@ from controlkit.images import to_tensor
 
 
 def psnr_and_ssim(truths: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Mean PSNR in dB and mean SSIM (torchmetrics) of `uint8 [H, W, 3]` pictures."""
+    """Mean PSNR in dB and mean SSIM (torchmetrics) of `uint8 [H, W, 3]` images."""
     try:
         from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
     except ImportError as error:
@@ -41,7 +41,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def joint_frechet_distance(a: Tensor, a_given: Tensor, b: Tensor, b_given: Tensor) -> float:
     """Frechet distance of features `[N, D]` joined with those of what they were made from `[N, E]`.
 
-    The second kind is scaled to the first's mean norm, that of `b` (DeVries et al. 2019, section 3.3), so that pictures
+    The second kind is scaled to the first's mean norm, that of `b` (DeVries et al. 2019, section 3.3), so that images
     which do not follow what they were made from are far although as a set they look right.
     """
     scale = b.norm(dim=1).mean() / b_given.norm(dim=1).mean()

@@ -21,22 +21,22 @@ def draw_prompts(
     seeds: Sequence[int] | None = None,
     sampler: str | None = None,
 ) -> list[np.ndarray]:
-    """One `uint8` picture for each prompt; picture i has seed i unless `seeds` says otherwise."""
+    """One `uint8` image for each prompt; image i has seed i unless `seeds` says otherwise."""
     seeds = list(range(len(prompts))) if seeds is None else seeds
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     for batch in sample_prompts(base, prompts=prompts, seeds=seeds, steps=steps, guidance=guidance, sampler=sampler):
-        pictures += [np.asarray(image) for image in to_images(batch)]
-        print(f"\rdrawn {len(pictures)} of {len(prompts)}", end="", file=sys.stderr, flush=True)
+        images += [np.asarray(image) for image in to_images(batch)]
+        print(f"\rdrawn {len(images)} of {len(prompts)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return pictures
+    return images
 
 
-def reconstruct(base: Base, pictures: Sequence[np.ndarray], batch_size: int = 32) -> list[np.ndarray]:
-    """`uint8` pictures through the autoencoder and back."""
+def reconstruct(base: Base, images: Sequence[np.ndarray], batch_size: int = 32) -> list[np.ndarray]:
+    """`uint8` images through the autoencoder and back."""
     made: list[np.ndarray] = []
-    for first in range(0, len(pictures), batch_size):
-        x = to_tensor(pictures[first : first + batch_size]).to(base.device) * 2 - 1
+    for first in range(0, len(images), batch_size):
+        x = to_tensor(images[first : first + batch_size]).to(base.device) * 2 - 1
         with torch.inference_mode():
-            y = base.decode(base.encode_picture(x))
+            y = base.decode(base.encode_image(x))
         made += [np.asarray(image) for image in to_images((y + 1) / 2)]
     return made

@@ -18,7 +18,7 @@ def card_of(
     path: str | Path,
     *,
     scores: str = "",
-    picture: str | Path | None = None,
+    image: str | Path | None = None,
     seconds: float | None = None,
     licence: str | None = None,
 ) -> str:
@@ -26,7 +26,7 @@ def card_of(
 
     Args:
         scores: a table in Markdown.
-        picture: shown in the card; its path from the card's folder.
+        image: shown in the card; its path from the card's folder.
         seconds: how long the training took.
         licence: of the control, by the hub's names (`apache-2.0`, `openrail`, ...).
 
@@ -54,8 +54,8 @@ def card_of(
         lines += ["", "## How it was made", "", *_table(made)]
     if scores:
         lines += ["", "## How good it is", "", scores]
-    if picture is not None:
-        lines += ["", f"![what was given, what came out, the truth]({picture})"]
+    if image is not None:
+        lines += ["", f"![what was given, what came out, the truth]({image})"]
     lines += ["", "## How to use it", "", *kind.usage(path.name, facts.get("control.base", NANO))]
     if kind.companion is not None:
         role = companion_role(kind)

@@ -84,7 +84,7 @@ def convert(
         dtype: of the floating-point tensors that are written.
         rank: of a low-rank layout.
         condition: name of the condition that the control follows, written into the metadata.
-        pooled: the ControlNet takes the mean of its residuals over the picture, as ControlNet 1.1's shuffle does; its
+        pooled: the ControlNet takes the mean of its residuals over the image, as ControlNet 1.1's shuffle does; its
             original file does not say so. Where a file says nothing, the condition `shuffle` implies it.
         force: replace a file that is there already, or write into a folder that has files.
 

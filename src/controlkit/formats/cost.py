@@ -86,7 +86,7 @@ def base_flops(base: Base, side: int) -> dict[str, float]:
     own = base.denoiser_component().name
     return {
         f"{_CALLED.get(own, own)} call": giga(_count(lambda: base.predict(x_t, t, text))),
-        "autoencoder, encoding": giga(_count(lambda: base.encode_picture(image))),
+        "autoencoder, encoding": giga(_count(lambda: base.encode_image(image))),
     }
 
 

@@ -61,7 +61,7 @@ _RELATIVES = (
 )
 _RULES = (
     _Rule(
-        "an IP-Adapter, which steers by a reference picture through the base's attention",
+        "an IP-Adapter, which steers by a reference image through the base's attention",
         _has("(image_proj|ip_adapter)(\\.|$)"),
     ),
     _Rule("GLIGEN layers, which ground text in boxes", _has(".*position_net\\.", ".*fuser\\.")),

@@ -13,11 +13,11 @@ from controlkit.formats.card import write_card
 from controlkit.formats.companions import companions_beside, fingerprint_in
 from controlkit.formats.metadata import read_metadata
 
-_PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
+_IMAGE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
 
 
 def push(file: str | Path, repository: str, *, private: bool = False) -> str:
-    """Upload a control, its card as README.md, and the pictures that the card shows; returns the address.
+    """Upload a control, its card as README.md, and the images that the card shows; returns the address.
 
     An adapter's base control goes with it if it lies beside it, by its fingerprint: the adapter is nothing without.
 
@@ -36,11 +36,11 @@ def push(file: str | Path, repository: str, *, private: bool = False) -> str:
     wanted = {path.name: path, "README.md": card}
     if (companion := _companion_of(path)) is not None:
         wanted[companion.name] = companion
-    for shown in _PICTURE.findall(card.read_text(encoding="utf-8")):
-        picture = (path.parent / shown).resolve()
+    for shown in _IMAGE.findall(card.read_text(encoding="utf-8")):
+        image = (path.parent / shown).resolve()
         # A card may come from anyone, and must not be what picks files of this machine for the hub.
-        if picture.is_relative_to(path.parent.resolve()) and picture.suffix in SUFFIXES and picture.is_file():
-            wanted[picture.relative_to(path.parent.resolve()).as_posix()] = picture
+        if image.is_relative_to(path.parent.resolve()) and image.suffix in SUFFIXES and image.is_file():
+            wanted[image.relative_to(path.parent.resolve()).as_posix()] = image
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)

@@ -26,8 +26,8 @@ _NOT_FILES_OF_TENSORS = (
     ),
     (b"<!doctype html", "is a web page, not a file of tensors; download the file itself"),
     (b"<html", "is a web page, not a file of tensors; download the file itself"),
-    (b"\x89png", "is a picture, not a file of tensors"),
-    (b"\xff\xd8\xff", "is a picture, not a file of tensors"),
+    (b"\x89png", "is an image, not a file of tensors"),
+    (b"\xff\xd8\xff", "is an image, not a file of tensors"),
     (b"gguf", "is a GGUF file, which no control uses"),
 )
 

@@ -45,7 +45,7 @@ def transfer(control: Transferable, source: Base, target: Base) -> tuple[Transfe
 
     A base control's adapters go along unchanged: they are taken on the copy too, though its fingerprint is another.
     That what training changed does the same on the other base is the assumption of the offset itself, for the adapters
-    as for the control; it is not a fact, so look at the pictures.
+    as for the control; it is not a fact, so look at the images.
 
     Raises:
         UserError: the two bases have different shapes, or the control does not fit them.

@@ -31,12 +31,10 @@ class AutoencoderObjective(Objective):
         torch.manual_seed(recipe.seed)
         self.network = build_autoencoder(recipe.channels, recipe.latent_channels).to(device)
         self.trained = nn.ModuleDict({"autoencoder": self.network})
-        self.test = pictures(sets.select(styles=TRAINED_STYLES, held_out=True), 192, numpy_generator(0, 0, 9)).to(
-            device
-        )
+        self.test = images(sets.select(styles=TRAINED_STYLES, held_out=True), 192, numpy_generator(0, 0, 9)).to(device)
 
     def loss(self, step: int) -> Tensor:
-        x = pictures(self.icons, self.global_batch, self.numpy_generator(step))[self.local_slice].to(self.device)
+        x = images(self.icons, self.global_batch, self.numpy_generator(step))[self.local_slice].to(self.device)
         posterior = self.network.encode(x).latent_dist
         shape = (self.global_batch, *posterior.mean.shape[1:])
         noise = torch.randn(shape, generator=self.torch_generator(step))[self.local_slice].to(self.device)
@@ -91,7 +89,7 @@ def build_autoencoder(channels: tuple[int, ...], latent_channels: int) -> Autoen
     return network
 
 
-def pictures(icons: list[Icon], count: int, rng: np.random.Generator) -> Tensor:
+def images(icons: list[Icon], count: int, rng: np.random.Generator) -> Tensor:
     """`count` random drawings, `[count, 3, 64, 64]` in [-1, 1]."""
     chosen = rng.integers(len(icons), size=count)
     return to_tensor([draw(icons[index], rng, SIZE).image for index in chosen]) * 2 - 1

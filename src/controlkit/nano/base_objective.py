@@ -125,8 +125,8 @@ class BaseObjective(Objective):
             prompts=[prompt for prompt in PREVIEW_PROMPTS for _ in seeds],
             seeds=[*seeds] * len(PREVIEW_PROMPTS),
         )
-        pictures = [image for batch in batches for image in to_images(batch)]
-        rows = [pictures[seed::_PREVIEW_SEEDS] for seed in seeds]
+        images = [image for batch in batches for image in to_images(batch)]
+        rows = [images[seed::_PREVIEW_SEEDS] for seed in seeds]
         write_png(path, contact_sheet(rows, cell=96))
 
     def save(self, folder: Path) -> list[Path]:

@@ -26,7 +26,7 @@ class Drawings:
     latents are kept in `path` and used again while icons, seed and autoencoder are the same.
 
     Args:
-        encode: pictures `[b, 3, 64, 64]` in [-1, 1] => scaled latents.
+        encode: images `[b, 3, 64, 64]` in [-1, 1] => scaled latents.
         key: names the autoencoder's weights and settings.
         least_scale: as in `nano.icons.draw`.
     """

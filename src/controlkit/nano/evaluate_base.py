@@ -1,4 +1,4 @@
-"""`controlkit evaluate base`: is a base trained on nano's pictures any good?"""
+"""`controlkit evaluate base`: is a base trained on nano's images any good?"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.settings import base_settings, sampling_settings
 
 Named = tuple[str, Sequence[np.ndarray]]
-"""What pictures are, and the pictures."""
+"""What images are, and the images."""
 
 GRID = (
     ("cat face", "noto", "white"),
@@ -45,20 +45,20 @@ def evaluate_base(
 ) -> list[Report]:
     """Autoencoder, background colour, distribution and retrieval, each with its baseline and ceiling.
 
-    Takes a few minutes on two cores: 1,096 pictures are drawn.
+    Takes a few minutes on two cores: 1,096 images are drawn.
     """
     held_out, seen = read_set("held-out"), read_set("seen")
 
-    def drawn(pictures: EvaluationSet[Drawing], shuffled: bool = False) -> list[np.ndarray]:
-        captions = pictures.captions
+    def drawn(images: EvaluationSet[Drawing], shuffled: bool = False) -> list[np.ndarray]:
+        captions = images.captions
         order = np.random.default_rng(0).permutation(len(captions)) if shuffled else range(len(captions))
         return draw_prompts(base, [captions[index] for index in order], steps, guidance, sampler=sampler)
 
     def through(name: str) -> list[np.ndarray]:
         return reconstruct(base, read_set(name).images)
 
-    ceiling = "true pictures through the autoencoder (ceiling)"
-    again = ("true pictures at another scale and place, through the autoencoder (ceiling)", through("seen-again"))
+    ceiling = "true images through the autoencoder (ceiling)"
+    again = ("true images at another scale and place, through the autoencoder (ceiling)", through("seen-again"))
     of_seen = drawn(seen)
     reports = [
         _autoencoder(base, held_out),
@@ -81,38 +81,38 @@ def base_grid(
     made = draw_prompts(
         base, [p for p in prompts for _ in range(4)], steps, guidance, [0, 1, 2, 3] * len(prompts), sampler
     )
-    pictures = [Image.fromarray(picture) for picture in made]
-    rows = [pictures[first : first + 4] for first in range(0, len(pictures), 4)]
+    images = [Image.fromarray(image) for image in made]
+    rows = [images[first : first + 4] for first in range(0, len(images), 4)]
     return contact_sheet(rows, [f"seed {seed}" for seed in range(4)], prompts, cell=96)
 
 
-def _autoencoder(base: Base, pictures: EvaluationSet[Drawing]) -> Report:
+def _autoencoder(base: Base, images: EvaluationSet[Drawing]) -> Report:
     rows = []
-    for examples in (pictures, read_set("openmoji")):
+    for examples in (images, read_set("openmoji")):
         truths = examples.images
         psnr, ssim = psnr_and_ssim(truths, reconstruct(base, truths))
-        rows.append((f"{examples.name} ({len(truths)} pictures)", psnr, ssim))
+        rows.append((f"{examples.name} ({len(truths)} images)", psnr, ssim))
     return Report(
         title="Autoencoder",
-        columns=("pictures", "PSNR, dB", "SSIM"),
+        columns=("images", "PSNR, dB", "SSIM"),
         rows=tuple(rows),
         facts={"psnr": rows[0][1], "ssim": rows[0][2]},
-        settings={"sets": [examples_settings(pictures), examples_settings(read_set("openmoji"))]},
+        settings={"sets": [examples_settings(images), examples_settings(read_set("openmoji"))]},
     )
 
 
 def _colour(
-    base: Base, pictures: EvaluationSet[Drawing], steps: int, guidance: float | None, sampler: str | None
+    base: Base, images: EvaluationSet[Drawing], steps: int, guidance: float | None, sampler: str | None
 ) -> Report:
-    concepts = sorted({drawing.concept for drawing in pictures.examples})[:20]
+    concepts = sorted({drawing.concept for drawing in images.examples})[:20]
     asked = list(product(concepts, COLOURS))
     prompts = [caption_of(concept, TRAINED_STYLES[i % 4], colour) for i, (concept, colour) in enumerate(asked)]
-    made = [background_colour(picture) for picture in draw_prompts(base, prompts, steps, guidance, sampler=sampler)]
+    made = [background_colour(image) for image in draw_prompts(base, prompts, steps, guidance, sampler=sampler)]
     right = float(np.mean([colour == found for (_, colour), found in zip(asked, made, strict=True)]))
-    truths = pictures.images
+    truths = images.images
     ceiling = [
-        background_colour(picture) == drawing.colour
-        for picture, drawing in zip(reconstruct(base, truths), pictures.examples, strict=True)
+        background_colour(image) == drawing.colour
+        for image, drawing in zip(reconstruct(base, truths), images.examples, strict=True)
     ]
     return Report(
         title="Background colour that the prompt asks for (240 prompts: 12 colours x 20 held-out concepts)",
@@ -120,11 +120,11 @@ def _colour(
         rows=(
             ("chance (baseline)", 1 / len(COLOURS)),
             ("generated", right),
-            ("true pictures through the autoencoder (ceiling)", float(np.mean(ceiling))),
+            ("true images through the autoencoder (ceiling)", float(np.mean(ceiling))),
         ),
         facts={"colour_accuracy": right},
         settings={
-            "sets": [examples_settings(pictures)],
+            "sets": [examples_settings(images)],
             "prompts": {"count": len(prompts), "content": content_of((), prompts)},
             "seeds": seeds_of(len(prompts)),
         },
@@ -132,11 +132,11 @@ def _colour(
 
 
 def _distribution(
-    pictures: EvaluationSet[Drawing], generated: Sequence[np.ndarray], shuffled: Sequence[np.ndarray], ceiling: Named
+    images: EvaluationSet[Drawing], generated: Sequence[np.ndarray], shuffled: Sequence[np.ndarray], ceiling: Named
 ) -> Report:
-    """How far pictures are from the true ones, as a set and each from its own, in EfficientNet-Lite0's features."""
-    truths = lite0_features(pictures.images)
-    captions = _caption_features(pictures.examples)
+    """How far images are from the true ones, as a set and each from its own, in EfficientNet-Lite0's features."""
+    truths = lite0_features(images.images)
+    captions = _caption_features(images.examples)
     rows = []
     for name, made in (("captions shuffled (baseline)", shuffled), ("generated", generated), ceiling):
         features = lite0_features(made)
@@ -152,21 +152,21 @@ def _distribution(
     (_, *baseline), (_, *value), (_, *best) = rows
     left = [1 - gap_closed(b, v, c) for b, v, c in zip(baseline, value, best, strict=True)]
     return Report(
-        title=f"Distance to {len(truths)} pictures of {SETS[pictures.name]} (lower is better)",
+        title=f"Distance to {len(truths)} images of {SETS[images.name]} (lower is better)",
         columns=columns,
         rows=(*rows, ("share of the baseline's distance to the ceiling that is left", None, *left[1:])),
         notes=(
-            "FD-lite0 cannot tell whose caption a picture was drawn for, so shuffling hardly moves it; joint FD-lite0",
-            "(DeVries et al. 2019) is of features beside what captions say; paired: from the caption's own picture.",
+            "FD-lite0 cannot tell whose caption an image was drawn for, so shuffling hardly moves it; joint FD-lite0",
+            "(DeVries et al. 2019) is of features beside what captions say; paired: from the caption's own image.",
         ),
         facts={"fd_lite0": rows[1][1], "joint_share_left": left[1], "paired_share_left": left[2]},
-        settings={"sets": [examples_settings(pictures)], "seeds": seeds_of(len(truths)), "features": LITE0},
+        settings={"sets": [examples_settings(images)], "seeds": seeds_of(len(truths)), "features": LITE0},
     )
 
 
-def _retrieval(pictures: EvaluationSet[Drawing], generated: Sequence[np.ndarray], ceiling: Named) -> Report:
-    concepts = [drawing.concept for drawing in pictures.examples]
-    gallery = lite0_features(pictures.images)
+def _retrieval(images: EvaluationSet[Drawing], generated: Sequence[np.ndarray], ceiling: Named) -> Report:
+    concepts = [drawing.concept for drawing in images.examples]
+    gallery = lite0_features(images.images)
     found, best = (
         retrieval_accuracy(lite0_features(made), concepts, gallery, concepts) for made in (generated, ceiling[1])
     )
@@ -176,7 +176,7 @@ def _retrieval(pictures: EvaluationSet[Drawing], generated: Sequence[np.ndarray]
         columns=("", "top-5"),
         rows=(("chance (baseline)", 5 / count), ("generated", found), (ceiling[0], best)),
         facts={"retrieval_top5": found, "retrieval_share_of_ceiling": found / best},
-        settings={"sets": [examples_settings(pictures)], "seeds": seeds_of(len(concepts)), "features": LITE0},
+        settings={"sets": [examples_settings(images)], "seeds": seeds_of(len(concepts)), "features": LITE0},
     )
 
 

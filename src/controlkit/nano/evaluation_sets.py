@@ -1,4 +1,4 @@
-"""The pictures that nano and its controls are judged on; they ship with the package."""
+"""The images that nano and its controls are judged on; they ship with the package."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_set(name: str) -> EvaluationSet[Drawing]:
             images = archive[name]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"the evaluation pictures in {path} cannot be read ({error}); install controlkit again"
+            f"the evaluation images in {path} cannot be read ({error}); install controlkit again"
         ) from error
     return EvaluationSet(name, tuple(Drawing(image=image, **facts) for image, facts in zip(images, index, strict=True)))
 

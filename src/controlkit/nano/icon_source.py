@@ -53,7 +53,7 @@ class IconSource(Source):
             self.recipe.variants,
             self.recipe.seed,
             path=Path(self.recipe.out) / "latents.safetensors",
-            encode=lambda x: base.encode_picture(x.to(base.device)),
+            encode=lambda x: base.encode_image(x.to(base.device)),
             key=network_key(base.vae),
         )
 

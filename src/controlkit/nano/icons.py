@@ -1,4 +1,4 @@
-"""Icon packages -> emoji-style pictures with captions: what nano is trained and judged on.
+"""Icon packages -> emoji-style images with captions: what nano is trained and judged on.
 
 The packages are Iconify's JSON sets on the npm registry (one `icons.json` of SVG bodies and names each).
 `render_sets` draws them once into one file, `IconSets` reads it, and `draw` lays an icon at a random scale and
@@ -75,7 +75,7 @@ _VARIANT = re.compile(r"skin-tone|light-skin|dark-skin|flag")
 
 @dataclass(frozen=True, kw_only=True)
 class Icon:
-    """One icon of one set: an RGBA picture and what it shows."""
+    """One icon of one set: an RGBA image and what it shows."""
 
     concept: str
     """Name of what it shows, the same in every set: `red-apple`."""
@@ -104,7 +104,7 @@ def render_sets(packages: str | Path, out: str | Path, size: int = 96) -> dict[s
     Raises:
         UserError: a package is missing or the `nano` extra is not installed.
     """
-    pictures: dict[str, np.ndarray] = {}
+    images: dict[str, np.ndarray] = {}
     names: dict[str, list[str]] = {}
     groups: dict[str, str] = {}
     for style, stem in STYLES.items():
@@ -119,9 +119,9 @@ def render_sets(packages: str | Path, out: str | Path, size: int = 96) -> dict[s
         rendered = {name: _render(icons, name, size) for name in icons["icons"] if not _VARIANT.search(name)}
         kept = {name: rgba for name, rgba in rendered.items() if (rgba[..., 3] > 20).mean() > 0.03}
         names[style] = list(kept)
-        pictures[style] = np.stack(list(kept.values()))
+        images[style] = np.stack(list(kept.values()))
     index = json.dumps({"names": names, "groups": groups})
-    arrays = {**pictures, "index": np.frombuffer(index.encode(), dtype=np.uint8)}
+    arrays = {**images, "index": np.frombuffer(index.encode(), dtype=np.uint8)}
 
     def save(temporary: Path) -> None:
         with open(temporary, "wb") as stream:
@@ -260,14 +260,14 @@ def draw(
     )
 
 
-def background_colour(picture: np.ndarray) -> str:
-    """The named colour nearest (in L*a*b*) to the median of the picture's outer frame, two pixels wide."""
+def background_colour(image: np.ndarray) -> str:
+    """The named colour nearest (in L*a*b*) to the median of the image's outer frame, two pixels wide."""
     frame = np.concatenate(
         [
-            picture[:2].reshape(-1, 3),
-            picture[-2:].reshape(-1, 3),
-            picture[:, :2].reshape(-1, 3),
-            picture[:, -2:].reshape(-1, 3),
+            image[:2].reshape(-1, 3),
+            image[-2:].reshape(-1, 3),
+            image[:, :2].reshape(-1, 3),
+            image[:, -2:].reshape(-1, 3),
         ]
     )
     names = list(COLOURS)

@@ -29,9 +29,9 @@ _GROUPS = {
 def openmoji_pairs(
     package: str | Path, count: int, size: int = 64, seed: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
-    """`(line art, picture, caption)` of `count` emoji in random order, both `uint8 [size, size, 3]`.
+    """`(line art, image, caption)` of `count` emoji in random order, both `uint8 [size, size, 3]`.
 
-    The line art is black on white; the picture lies at the same scale and place over a background of a named
+    The line art is black on white; the image lies at the same scale and place over a background of a named
     colour, which the caption tells and the line art does not.
 
     Raises:
@@ -58,7 +58,7 @@ def openmoji_pairs(
             order = np.random.default_rng(seed).permutation(len(listed))[:count]
             for number in order:
                 entry = listed[number]
-                lines, picture = (
+                lines, image = (
                     Icon(
                         concept=entry["annotation"],
                         style="openmoji",
@@ -67,7 +67,7 @@ def openmoji_pairs(
                     for kind in ("black", "color")
                 )
                 place = (seed, int(number), 11)
-                drawn = draw(picture, np.random.default_rng(place), size)
+                drawn = draw(image, np.random.default_rng(place), size)
                 given = draw(lines, np.random.default_rng(place), size, colour="white", jitter=0)
                 yield given.image, drawn.image, caption_of(entry["annotation"], None, drawn.colour)
     except (tarfile.TarError, KeyError, OSError, EOFError, json.JSONDecodeError) as error:

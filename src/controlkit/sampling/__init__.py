@@ -1,1 +1,1 @@
-"""Noise -> picture under control: the request, the plan, the sampler."""
+"""Noise -> image under control: the request, the plan, the sampler."""

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from controlkit.sampling.generate import Generation
 
 _RESOLVED = ("precision", "width", "height", "guidance", "sampler")
-"""What was left to the base or the machine and has to be the same for the same picture; the device is only told."""
+"""What was left to the base or the machine and has to be the same for the same image; the device is only told."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """Settings that were stored with a picture."""
+    """Settings that were stored with an image."""
 
     asked: GenerateRequest
     """The request, with what it left open."""
@@ -53,7 +53,7 @@ class Drawn:
         before = self.asked.to_json()
         before["base"] = self._near(self.asked.base)
         for index, use in enumerate(before["controls"]):
-            # Pictures from before there were modes were drawn in this one.
+            # Images from before there were modes were drawn in this one.
             use["mode"] = use["mode"] or (kept.get("mode", "balanced") if same else None)
             if "controls" not in changes:
                 use |= {"control": self._control(use["control"]), **self._given(index)}
@@ -198,7 +198,7 @@ def _differ(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> b
 
 
 def read_drawn(path: str | Path) -> Drawn:
-    """What a `settings.json`, or a PNG beside it, says about the pictures that it belongs to.
+    """What a `settings.json`, or a PNG beside it, says about the images that it belongs to.
 
     Args:
         path: one of these, or the folder of a `settings.json`.
@@ -211,7 +211,7 @@ def read_drawn(path: str | Path) -> Drawn:
         path = path / "settings.json"
     values = _of_png(path) if path.suffix.lower() == ".png" else read_json(path)
     if not isinstance(values, dict) or not isinstance(values.get("request"), dict):
-        raise UserError(f"{path} does not say how a picture was drawn; give a settings.json or a PNG of generate")
+        raise UserError(f"{path} does not say how an image was drawn; give a settings.json or a PNG of generate")
     used, sha256 = (values.get(name, {}) for name in ("used", "sha256"))
     try:
         request = GenerateRequest.from_json(values["request"])
@@ -223,7 +223,7 @@ def read_drawn(path: str | Path) -> Drawn:
 
 def _of_png(path: Path) -> Any:
     if not path.is_file():
-        raise UserError(f"there is no picture at {path}")
+        raise UserError(f"there is no image at {path}")
     try:
         with Image.open(path) as image:
             text = getattr(image, "text", {})

@@ -1,4 +1,4 @@
-"""A request -> pictures, with their settings in them."""
+"""A request -> images, with their settings in them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from controlkit.sampling.sampler import sample
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture that was drawn."""
+class GeneratedImage:
+    """One image that was drawn."""
 
     image: Image.Image
     seed: int
@@ -47,7 +47,7 @@ class Generation:
     """What a request gave."""
 
     request: GenerateRequest
-    pictures: list[Picture] = field(default_factory=list)
+    images: list[GeneratedImage] = field(default_factory=list)
     conditions: dict[str, Image.Image] = field(default_factory=dict)
     """The condition images of each control, in the order of the request, by the names that `save` gives their files:
     `condition0`, or `condition1-canny` for the input `canny` of a control with inputs by name."""
@@ -65,7 +65,7 @@ class Generation:
     """What a person should know about it."""
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write the pictures, the condition images and the settings into `folder`; returns the pictures' paths.
+        """Write the images, the condition images and the settings into `folder`; returns the images' paths.
 
         Each PNG carries what draws it again (`sampling.drawn.read_drawn`), in its text chunk `controlkit`.
         """
@@ -77,14 +77,14 @@ class Generation:
             "sha256": self.sha256,
         }
         paths = []
-        for picture in self.pictures:
-            path = folder / f"seed{picture.seed}.png"
-            own = dataclasses.replace(self.request, seeds=(picture.seed,)).to_json()
+        for drawn in self.images:
+            path = folder / f"seed{drawn.seed}.png"
+            own = dataclasses.replace(self.request, seeds=(drawn.seed,)).to_json()
             text = json.dumps({**settings, "request": own})
-            write_png(path, picture.image, {"controlkit": text, "prompt": self.request.prompt})
+            write_png(path, drawn.image, {"controlkit": text, "prompt": self.request.prompt})
             paths.append(path)
-        for name, image in self.conditions.items():
-            write_png(folder / f"{name}.png", image)
+        for name, condition in self.conditions.items():
+            write_png(folder / f"{name}.png", condition)
         write_json(folder / "settings.json", settings)
         return paths
 
@@ -172,7 +172,7 @@ def generate(
             cache=cache,
         )
         images_made = [image for batch in batches for image in to_images(batch)]
-    made.pictures = [Picture(image, seed) for image, seed in zip(images_made, request.seeds, strict=True)]
+    made.images = [GeneratedImage(image, seed) for image, seed in zip(images_made, request.seeds, strict=True)]
     return made
 
 
@@ -199,7 +199,7 @@ def _hint(made: Generation, index: int, control: Control, images: Sequence[ReadI
 
 
 def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
-    """Refuse a folder in which the pictures of `request` would take the place of one that it is given.
+    """Refuse a folder in which the images of `request` would take the place of one that it is given.
 
     Args:
         request: of `with_named_inputs`.
@@ -217,7 +217,7 @@ def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
         for control, image in given:
             if path.exists() and path.samefile(image):
                 raise UserError(
-                    f"{path} would be written over, and it is the picture given to {control}; give another folder"
+                    f"{path} would be written over, and it is the image given to {control}; give another folder"
                 )
 
 

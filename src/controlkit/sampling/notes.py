@@ -34,7 +34,7 @@ def request_notes(request: GenerateRequest, base: Base, width: int, height: int)
 
 
 def crop_note(path: str, image: Image.Image, width: int, height: int) -> list[str]:
-    """A note on what of a control's picture lies outside the result, if a pixel or more does."""
+    """A note on what of a control's image lies outside the result, if a pixel or more does."""
     factor = max(width / image.width, height / image.height)
     across, down = image.width * factor - width, image.height * factor - height
     if max(across, down) < 1:
@@ -42,7 +42,7 @@ def crop_note(path: str, image: Image.Image, width: int, height: int) -> list[st
     where = "at the sides" if across > down else "above and below"
     return [
         f"{path} is {image.width} x {image.height}: scaled to cover {width} x {height}, it is cut {where}; give"
-        " the result its shape with --width and --height, or cut the picture yourself"
+        " the result its shape with --width and --height, or cut the image yourself"
     ]
 
 

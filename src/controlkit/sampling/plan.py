@@ -1,7 +1,7 @@
 """What controls do at each step, and when it is computed: what a control reads decides.
 
-A control that reads the noisy latent runs at every step for every picture. One that does not is run ahead, in batches
-over time, once for a (condition, prompt), and its residuals are shared by every picture, and by the next call if a
+A control that reads the noisy latent runs at every step for every image. One that does not is run ahead, in batches
+over time, once for a (condition, prompt), and its residuals are shared by every image, and by the next call if a
 cache is given. Controls that share a network run in one pass. Taps act at every step, inside of the base's own pass,
 each on the rows of its control alone. Tokens follow those of the prompt at the steps where their control acts, zeros on
 the half where it does not. A plan changes when work is done, never what comes out.
@@ -28,7 +28,7 @@ from controlkit.sampling.request import lies_within
 ROWS_AT_ONCE = 32
 """Largest batch in which residuals are computed ahead, if one step of one control is not larger by itself."""
 PIXELS_AT_ONCE = 2**23
-"""And the most pixels of pictures in it: 32 of 512 x 512, 8 of 1024 x 1024; a batch's activations grow with them."""
+"""And the most pixels of images in it: 32 of 512 x 512, 8 of 1024 x 1024; a batch's activations grow with them."""
 
 KEPT_MEGABYTES = 2048
 """The most that a plan keeps of residuals for batches to come (at SD1.5, 512 x 512, in fp16, 20 steps under guidance
@@ -41,7 +41,7 @@ class ActiveControl:
 
     control: Control
     hint: Hint
-    """From `Control.encode`: batch 1 for all pictures, or one for each picture."""
+    """From `Control.encode`: batch 1 for all images, or one for each image."""
     weight: float | tuple[float, ...] = 1.0
     """Factor of all that it adds; or one of each of its residuals, as in `Residuals.scaled`."""
     start: float = 0.0
@@ -71,11 +71,11 @@ class ActiveControl:
         """
         return "control" if control.conditional_only else mode or base.default_mode
 
-    def of_pictures(self, pictures: slice) -> ActiveControl:
-        """The same for some of the pictures."""
+    def of_images(self, images: slice) -> ActiveControl:
+        """The same for some of the images."""
         if rows_of(self.hint) == 1:
             return self
-        return replace(self, hint=map_hint(self.hint, lambda one: one if len(one) == 1 else one[pictures]))
+        return replace(self, hint=map_hint(self.hint, lambda one: one if len(one) == 1 else one[images]))
 
 
 class Plan:
@@ -85,7 +85,7 @@ class Plan:
         uses: the controls.
         timesteps: of the schedule, in the order of sampling.
         texts: the prompts of each part of the batch (one part, or negative and positive for guidance); batch 1
-            for all pictures, or one for each picture.
+            for all images, or one for each image.
         cache: where residuals that do not depend on the noise are kept and found.
         rows_at_once: the largest batch in which residuals are computed ahead.
         megabytes: the most that the plan itself keeps.
@@ -107,7 +107,7 @@ class Plan:
         self.cache = cache
         self.rows_at_once = rows_at_once
         self.reused = False
-        """Whether another batch of pictures will be sampled with this plan. If not, residuals are let go as soon as
+        """Whether another batch of images will be sampled with this plan. If not, residuals are let go as soon as
         their step has read them. The sampler sets it before each batch."""
         self._room = int(megabytes * 2**20)
         self._texts_of: dict[frozenset[int], Sequence[Text]] = {}
@@ -275,13 +275,13 @@ class Plan:
             self.cache.put((*self._key(use, index), self._time(index, timed)), use.control, made)
 
     def _batch(self, place: int, index: int) -> int:
-        """Pictures that one pass of a control is made for: one, if all have the same of what it reads at a step."""
+        """Images that one pass of a control is made for: one, if all have the same of what it reads at a step."""
         use = self.uses[place]
         read = [len(text) for text in self._texts(use, index)] if Reads.TEXT in use.control.reads else []
         return max(rows_of(use.hint), *read, 1)
 
     def _run(self, places: Sequence[int], indices: Sequence[int], batch: int, x_t: Tensor | None) -> list[Residuals]:
-        """One pass of these controls: for each step of `indices`, every part that they act on, every picture."""
+        """One pass of these controls: for each step of `indices`, every part that they act on, every image."""
         first = self.uses[places[0]]
         parts = self._parts(first)
         rows = batch * parts
@@ -327,7 +327,7 @@ class Plan:
 
 
 def rows_at_once(width: int, height: int) -> int:
-    """The largest batch of residuals that are computed ahead, for pictures of so many pixels."""
+    """The largest batch of residuals that are computed ahead, for images of so many pixels."""
     return max(1, min(ROWS_AT_ONCE, PIXELS_AT_ONCE // (width * height)))
 
 
@@ -339,7 +339,7 @@ def _chunks(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def _add(a: Residuals, b: Residuals) -> Residuals:
-    """The sum of residuals for one row a part and for one a picture."""
+    """The sum of residuals for one row a part and for one an image."""
     rows = max(a.batch, b.batch)
     return a.map(lambda tensor: _repeat(tensor, rows)) + b.map(lambda tensor: _repeat(tensor, rows))
 

@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 from controlkit.errors import UserError, nearest
 
 MOST_PIXELS = 16384
-"""The longest side of a picture."""
+"""The longest side of an image."""
 DEFAULT_STEPS = 20
 SAMPLERS = ("ddim", "dpm++", "dpm++-karras", "unipc", "euler")
 """Names of samplers (`bases/schedules/solvers.py`)."""
@@ -32,10 +32,10 @@ class ControlUse:
     control: str
     """Name of a control that ships with nano, or a path."""
     image: str | None = None
-    """Path of the picture (or of the condition image, with `prepared`), for a control that takes one; or of a `.json`
+    """Path of the image (or of the condition image, with `prepared`), for a control that takes one; or of a `.json`
     file with `inputs`, where paths are relative to that file. A file for a control that takes one value holds that."""
     inputs: dict[str, Any] | None = None
-    """What a control takes by name (`Control.inputs`), in place of `image`: paths of pictures, and plain values."""
+    """What a control takes by name (`Control.inputs`), in place of `image`: paths of images, and plain values."""
     weight: float = 1.0
     """Factor of its residuals."""
     start: float = 0.0
@@ -98,7 +98,7 @@ class ControlUse:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """Pictures to draw."""
+    """Images to draw."""
 
     prompt: str
     """What to draw."""
@@ -109,7 +109,7 @@ class GenerateRequest:
     controls: tuple[ControlUse, ...] = ()
     """Controls, whose residuals are added."""
     seeds: tuple[int, ...] = (0,)
-    """One picture for each; a picture depends on its own seed alone."""
+    """One image for each; an image depends on its own seed alone."""
     steps: int = DEFAULT_STEPS
     """Denoising steps."""
     guidance: float | None = None
@@ -125,7 +125,7 @@ class GenerateRequest:
     nano's does not; rectified flows take `euler`, `dpm++` and `unipc`. By default the base's own: `ddim`, or `euler`
     for Stable Diffusion 3."""
     batch_size: int | None = None
-    """Pictures drawn at once; changes the memory needed, not the pictures. By default 16 up to 256 x 256, and fewer the
+    """Images drawn at once; changes the memory needed, not the images. By default 16 up to 256 x 256, and fewer the
     larger they are: 4 of 512 x 512."""
     device: str = "auto"
     """A torch device; `auto` is CUDA, then MPS, then the CPU."""
@@ -180,7 +180,7 @@ def condition_name(index: int, name: str | None) -> str:
 
 
 def check_sampling(steps: int, guidance: float | None, sampler: str | None = None) -> None:
-    """Refuse what no picture can be drawn with; None leaves a setting to the base.
+    """Refuse what no image can be drawn with; None leaves a setting to the base.
 
     Raises:
         UserError: `steps` is not from 1 to 1000, `guidance` is not a number of at least 1, or there is no such sampler.

@@ -1,4 +1,4 @@
-"""Noise -> latents -> pictures."""
+"""Noise -> latents -> images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from controlkit.sampling.request import DEFAULT_STEPS
 
 
 def sample(base: Base, *, prompt: str, seeds: Sequence[int], **settings: Any) -> Iterator[Tensor]:
-    """Pictures of one prompt, one for each seed; `settings` are those of `sample_prompts`."""
+    """Images of one prompt, one for each seed; `settings` are those of `sample_prompts`."""
     return sample_prompts(base, prompts=[prompt], seeds=seeds, **settings)
 
 
@@ -38,26 +38,26 @@ def sample_prompts(
     batch_size: int | None = None,
     cache: ResidualCache | None = None,
 ) -> Iterator[Tensor]:
-    """Draw one picture for each seed, with classifier-free guidance.
+    """Draw one image for each seed, with classifier-free guidance.
 
     Args:
-        prompts: one for all pictures, or one for each.
-        uses: controls, whose hints are for all pictures or for each.
+        prompts: one for all images, or one for each.
+        uses: controls, whose hints are for all images or for each.
         guidance: scale of classifier-free guidance; 1 switches it off. Default: the base's own.
         sampler: one of `request.SAMPLERS`. Default: the base's own.
         width: in pixels; by default the base's own size, as `height`.
-        batch_size: pictures drawn at once; 16 up to 256 x 256, and fewer the larger they are.
+        batch_size: images drawn at once; 16 up to 256 x 256, and fewer the larger they are.
         cache: keeps residuals that do not depend on the noise, for the next call under the same condition.
 
     Yields:
-        Batches of pictures `[b, 3, height, width]` in [0, 1], in the order of `seeds`.
+        Batches of images `[b, 3, height, width]` in [0, 1], in the order of `seeds`.
 
     Raises:
         UserError: the base cannot draw this size, or not in so few steps or with this sampler.
     """
     width, height = width or base.size, height or base.size
     guidance = base.default_guidance if guidance is None else guidance
-    batch_size = batch_size or pictures_at_once(width, height)
+    batch_size = batch_size or images_at_once(width, height)
     base.check_size(width, height)
     solver = base.schedule.solver(sampler or base.default_sampler, steps, base.device, base.name)
     plan: Plan | None = None
@@ -70,7 +70,7 @@ def sample_prompts(
             texts = [base.encode_text(prompts if len(prompts) == 1 else prompts[group], size)]
             if guidance > 1:
                 texts.insert(0, base.encode_text([negative_prompt], size))
-            active = [use.of_pictures(group) for use in uses]
+            active = [use.of_images(group) for use in uses]
             plan = Plan(active, solver.timesteps, texts, cache, rows_at_once=rows_at_once(width, height))
         plan.reused = one_for_all and not last
         x_t = initial_noise(base, seeds[group], width, height) * solver.initial
@@ -82,19 +82,19 @@ def sample_prompts(
             plan.release()  # else its residuals would take memory while the latents are decoded
         if not torch.isfinite(x_t).all():
             raise UserError(
-                f"the pictures of seeds {', '.join(map(str, seeds[group]))} came out as numbers that are not finite;"
+                f"the images of seeds {', '.join(map(str, seeds[group]))} came out as numbers that are not finite;"
                 " lower the weights of the controls or the guidance, or take another dtype than float16"
             )
         yield (base.decode(x_t) + 1) / 2
 
 
-def pictures_at_once(width: int, height: int) -> int:
-    """How many pictures are drawn at once where nothing else is asked for: 16 small ones, 4 of 512 x 512."""
+def images_at_once(width: int, height: int) -> int:
+    """How many images are drawn at once where nothing else is asked for: 16 small ones, 4 of 512 x 512."""
     return max(1, min(16, 2**20 // (width * height)))
 
 
 def initial_noise(base: Base, seeds: Sequence[int], width: int, height: int) -> Tensor:
-    """Standard normal noise, each picture's from its own seed, drawn on the CPU as diffusers does."""
+    """Standard normal noise, each image's from its own seed, drawn on the CPU as diffusers does."""
     shape = (base.latent_channels, height // base.factor, width // base.factor)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(noise).to(base.device, base.dtype)

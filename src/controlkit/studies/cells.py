@@ -36,7 +36,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A novel condition: pairs to learn it from, and pictures to be judged by."""
+    """A novel condition: pairs to learn it from, and images to be judged by."""
 
     name: str
     condition: conditions.Condition
@@ -91,7 +91,7 @@ class Cell:
 
     @property
     def gap_closed(self) -> float:
-        """0 as good as no control, 1 as good as the true picture through the autoencoder."""
+        """0 as good as no control, 1 as good as the true image through the autoencoder."""
         return gap_closed(self.baseline, self.score, self.ceiling)
 
 
@@ -126,7 +126,7 @@ class Bench:
         self._ends: dict[tuple[str, str], tuple[float, float]] = {}
 
     def cell(self, task: Task, method: str, recipe: ControlRecipe) -> Cell:
-        """Train by `recipe` (going on from fewer steps where that was done) and judge on the task's pictures."""
+        """Train by `recipe` (going on from fewer steps where that was done) and judge on the task's images."""
         settings = {name: value for name, value in identifying(recipe).items() if name != "out"}
         identity = sha256_of(task.name, method, task.content, repr(sorted(settings.items())))[:24]
         path = self.results / f"{identity}.json"
@@ -153,7 +153,7 @@ class Bench:
         }
 
     def sheet_path(self, run: str, steps: int) -> Path:
-        """The first pictures that a cell drew, in a row."""
+        """The first images that a cell drew, in a row."""
         return self.folder / "pictures" / self.key / f"{run}-{steps:05d}.png"
 
     def _measure(self, task: Task, method: str, recipe: ControlRecipe) -> Cell:

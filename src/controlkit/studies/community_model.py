@@ -57,11 +57,11 @@ class CommunityModel:
     steps: int = 600
     """Optimiser steps of the fine-tuning."""
     batch_size: int = 32
-    """Pictures a step."""
+    """Images a step."""
     learning_rate: float = 2e-4
     """Peak rate of the fine-tuning."""
-    pictures: int = 48
-    """Held-out pictures."""
+    images: int = 48
+    """Held-out images."""
     sampling_steps: int = 20
     """DDIM steps."""
     mode: str = "balanced"
@@ -69,8 +69,8 @@ class CommunityModel:
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
-        if min(self.pictures, self.sampling_steps, self.steps, self.batch_size) < 1:
-            raise UserError("pictures, sampling_steps, steps and batch_size must be at least 1")
+        if min(self.images, self.sampling_steps, self.steps, self.batch_size) < 1:
+            raise UserError("images, sampling_steps, steps and batch_size must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +95,9 @@ def run_community_model(settings: CommunityModel) -> Compared:
         raise UserError(f"{settings.control} does not say which condition it follows")
     tuned = _fine_tuned(settings)
     moved, offset = transfer(control, original, tuned)
-    pictures = read_set("held-out")
-    own_style = [drawing for drawing in pictures.examples if drawing.style == settings.style]
-    judged = EvaluationSet(settings.style, tuple(own_style[: settings.pictures]))
+    images = read_set("held-out")
+    own_style = [drawing for drawing in images.examples if drawing.style == settings.style]
+    judged = EvaluationSet(settings.style, tuple(own_style[: settings.images]))
     ways: list[tuple[str, Base, Control]] = [
         ("the base, its control", original, control),
         ("community model, control as it is", tuned, control),
@@ -108,7 +108,7 @@ def run_community_model(settings: CommunityModel) -> Compared:
     write_png(path, sheet)
     mode = ActiveControl.mode_in(settings.mode, original, control)
     told = study_settings(settings, original, mode=mode)
-    return Compared(reports=with_settings([report], told), files={"pictures": path})
+    return Compared(reports=with_settings([report], told), files={"images": path})
 
 
 def _fine_tuned(settings: CommunityModel) -> Base:
@@ -171,7 +171,7 @@ def _compare(
     titles = ["given", "the base, no control", names[0], "community model, no control", *names[1:], "truth"]
     strips.append(truths[:_SHOWN])
     report = Report(
-        title=f"{kind.name}: {kind.fidelity.name} on {len(truths)} held-out pictures of {settings.style}",
+        title=f"{kind.name}: {kind.fidelity.name} on {len(truths)} held-out images of {settings.style}",
         columns=("how", "no control", "control", "ceiling", "gap closed"),
         rows=tuple(rows),
         notes=(

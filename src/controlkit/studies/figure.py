@@ -1,4 +1,4 @@
-"""A study's figure, and its sheet of pictures."""
+"""A study's figure, and its sheet of images."""
 
 from __future__ import annotations
 
@@ -102,6 +102,6 @@ def sheet_of(cells: Sequence[Cell], tasks: Mapping[str, Task], bench: Bench, ste
             titles.append(f"{method}, {nearest} steps")
         rows.append([Image.fromarray(image) for image in task.judged.truths[:count]])
         titles.append("truth")
-    path = bench.folder / f"new-condition-{bench.key}-pictures.png"
+    path = bench.folder / f"new-condition-{bench.key}-images.png"
     write_png(path, contact_sheet(rows, row_titles=titles, cell=72))
     return path

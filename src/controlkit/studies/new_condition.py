@@ -1,7 +1,7 @@
 """`controlkit study new-condition`: does an adapter learn a new condition faster than a ControlNet?
 
 The experiments of Xu et al. 2025 (arXiv 2410.09400: figure 6 and table 3, table 4, figures 8 and 9) on a small base:
-every method sees the same pairs, in the same order, for the same steps, and draws the same pictures from the same
+every method sees the same pairs, in the same order, for the same steps, and draws the same images from the same
 noise. The learning rate is constant, so that one run gives all its budgets.
 """
 
@@ -75,7 +75,7 @@ class NewCondition:
     icons: str = "data/nano/icons.npz"
     """Rendered icons (`recipes/nano/build_pictures.py`), from which the pairs are made."""
     conditions: tuple[str, ...] = ("palette", "pixel", "lineart_color_hints", "haze")
-    """Novel conditions, computed from pictures of icons."""
+    """Novel conditions, computed from images of icons."""
     given: tuple[str, ...] = ()
     """More conditions from folders of pairs, each as NAME=FOLDER or NAME=FOLDER@CONDITION, scored by CONDITION."""
     parts: tuple[str, ...] = ("budgets", "ablation", "ranks", "pairs")
@@ -102,8 +102,8 @@ class NewCondition:
     """Learning rates that are compared."""
     rate_steps: int = 250
     """Steps at which they are."""
-    pictures: int = 64
-    """Held-out pictures that each control draws."""
+    images: int = 64
+    """Held-out images that each control draws."""
     sampling_steps: int = 10
     """DDIM steps of these."""
     mode: str = "balanced"
@@ -120,9 +120,9 @@ class NewCondition:
         for name in self.given:
             _parse_given(name)
         check_mode(self.mode)
-        counts = (*self.budgets, *self.ranks, *self.pair_counts, self.pairs, self.pictures, self.sampling_steps)
+        counts = (*self.budgets, *self.ranks, *self.pair_counts, self.pairs, self.images, self.sampling_steps)
         if min(counts) < 1 or not self.budgets:
-            raise UserError("steps, ranks and numbers of pairs and pictures must be at least 1")
+            raise UserError("steps, ranks and numbers of pairs and images must be at least 1")
         known = [*self.conditions, *(_parse_given(name)[0] for name in self.given)]
         if twice := sorted({name for name in known if known.count(name) > 1}):
             raise UserError(f"{', '.join(twice)} is there twice; every condition of the study needs a name of its own")
@@ -265,16 +265,16 @@ class _Run:
                     condition=conditions.find(scored_by),
                     pairs=folder,
                     held_out=0.1,
-                    judged=judged_pairs(held_out[: self.settings.pictures], self.base.size),
+                    judged=judged_pairs(held_out[: self.settings.images], self.base.size),
                 )
         condition = conditions.find(name)
-        pictures = evaluation_set("held-out").first(self.settings.pictures)
+        images = evaluation_set("held-out").first(self.settings.images)
         return Task(
             name=name,
             condition=condition,
             pairs=self._first_pairs(condition, count),
             held_out=0.0,
-            judged=judged_examples(condition, pictures, self.base.size),
+            judged=judged_examples(condition, images, self.base.size),
         )
 
     def _first_pairs(self, condition: conditions.Condition, count: int) -> Path:
@@ -312,14 +312,14 @@ class _Run:
         files["figure"] = plot(made, self.out / f"{name}.png")
         if "budgets" in made:
             tasks = {name: self.task(name, self.settings.pairs) for name in self.names()}
-            files["pictures"] = sheet_of(made["budgets"], tasks, self.bench, self.settings.detail_steps)
+            files["images"] = sheet_of(made["budgets"], tasks, self.bench, self.settings.detail_steps)
         return files
 
 
 def icon_pairs(
     sets: IconSets, condition: conditions.Condition, count: int, seed: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
-    """`(condition image, picture, caption)` of `count` drawings of concepts that are not held out."""
+    """`(condition image, image, caption)` of `count` drawings of concepts that are not held out."""
     icons = sets.select(styles=TRAINED_STYLES, held_out=False, drawable=True)
     for number in range(count):
         rng = np.random.default_rng((seed, number, 13))

@@ -60,16 +60,16 @@ class SeveralConditions:
     """Of every adapter, alone and together."""
     mode: str | None = None
     """In which adapters act (`ControlUse.mode`); None is the base's own."""
-    pictures: int = 48
-    """Held-out pictures."""
+    images: int = 48
+    """Held-out images."""
     sampling_steps: int = DEFAULT_STEPS
     """DDIM steps."""
     timed: tuple[int, ...] = (1, 2, 3, 4)
     """Numbers of conditions that are timed (those of the mixes, in their order, over again if too few)."""
 
     def __post_init__(self) -> None:
-        if self.pictures < 1 or self.sampling_steps < 1 or not self.timed or min(self.timed) < 1:
-            raise UserError("pictures, sampling_steps and timed must be at least 1")
+        if self.images < 1 or self.sampling_steps < 1 or not self.timed or min(self.timed) < 1:
+            raise UserError("images, sampling_steps and timed must be at least 1")
         check_mode(self.mode)
         if not self.mixes:
             raise UserError("mixes is empty; give one or more, such as palette+lineart")
@@ -96,7 +96,7 @@ def run_several_conditions(settings: SeveralConditions) -> Mixed:
     shared: dict[str, Control] = {}
     names = list(dict.fromkeys(name for mix in settings.mixes for name in mix.split("+")))
     controls = {name: _adapter(name, base, shared) for name in names}
-    pictures = evaluation_set("held-out").first(settings.pictures)
+    images = evaluation_set("held-out").first(settings.images)
     mode = settings.mode or base.default_mode
     acting = {
         name: control_settings(base, control, weight=settings.weight, mode=mode) for name, control in controls.items()
@@ -105,23 +105,23 @@ def run_several_conditions(settings: SeveralConditions) -> Mixed:
         Path(settings.out),
         {"base": base.content, **sampling_settings(base, steps=settings.sampling_steps)},
     )
-    fidelity, sheet = _fidelity(settings, base, controls, acting, pictures, kept)
+    fidelity, sheet = _fidelity(settings, base, controls, acting, images, kept)
     path = Path(settings.out) / "several-conditions.png"
     write_png(path, sheet)
-    speed = _speed(base, controls, acting, pictures, settings, kept)
+    speed = _speed(base, controls, acting, images, settings, kept)
     told = study_settings(settings, base, mode=mode, weight=settings.weight)
     conditions_of = {
         name: condition_settings(conditions.find(control.condition or "")) for name, control in controls.items()
     }
     more = {
         "controls": {name: {**acting[name], "condition": conditions_of[name]} for name in controls},
-        "sets": [examples_settings(pictures)],
-        "seeds": seeds_of(len(pictures.examples)),
+        "sets": [examples_settings(images)],
+        "seeds": seeds_of(len(images.examples)),
     }
     (fidelity,) = with_settings([fidelity], told | more)
     # Nothing is sampled for the times, so no mode stands under them.
     speed = replace(speed, settings={**base_settings(base), "study": told["study"], "controls": more["controls"]})
-    return Mixed(reports=(fidelity, speed), files={"pictures": path})
+    return Mixed(reports=(fidelity, speed), files={"images": path})
 
 
 def _adapter(name: str, base: Base, shared: dict[str, Control]) -> CtrLoRA:
@@ -139,10 +139,10 @@ def _fidelity(
     base: Base,
     controls: dict[str, CtrLoRA],
     acting: dict[str, dict[str, Any]],
-    pictures: EvaluationSet[Example],
+    images: EvaluationSet[Example],
     kept: Kept,
 ) -> tuple[Report, Image.Image]:
-    truths, prompts = pictures.images, pictures.captions
+    truths, prompts = images.images, images.captions
     kinds = {name: conditions.find(control.condition or "") for name, control in controls.items()}
     given = {name: [kind(truth) for truth in truths] for name, kind in kinds.items()}
     shown = {"set": content_of(truths, prompts)}
@@ -183,7 +183,7 @@ def _fidelity(
         titles.append(mix)
     strips.append(truths[:_SHOWN])
     report = Report(
-        title=f"Fidelity to each condition, as gap closed ({len(truths)} pictures, weight {settings.weight:g})",
+        title=f"Fidelity to each condition, as gap closed ({len(truths)} images, weight {settings.weight:g})",
         columns=("mix", "condition", "alone", "together", "under the others alone"),
         rows=tuple(rows),
         notes=("the last column is what a condition gets from the others without its own adapter.",),
@@ -196,13 +196,13 @@ def _speed(
     base: Base,
     controls: dict[str, CtrLoRA],
     acting: dict[str, dict[str, Any]],
-    pictures: EvaluationSet[Example],
+    images: EvaluationSet[Example],
     settings: SeveralConditions,
     kept: Kept,
 ) -> Report:
-    """One batched pass against one pass after another, for one step of one picture with guidance."""
+    """One batched pass against one pass after another, for one step of one image with guidance."""
     names = list(controls)
-    example = pictures.examples[0]
+    example = images.examples[0]
     machine = {"device": str(base.device), "threads": torch.get_num_threads(), "versions": versions()}
     rows: list[Row] = []
     for count in settings.timed:

@@ -158,7 +158,7 @@ class ControlObjective(Objective):
         return scores
 
     def _follow(self, name: str, held: HeldOut) -> list[Image.Image]:
-        """Pictures under control of held-out condition images, from fixed seeds."""
+        """Images under control of held-out condition images, from fixed seeds."""
         control = self.control.for_condition(name)
         hint = encode_images(control, to_tensor(held.condition_images).to(self.device), self.base)
         return preview_images(self.base, control, hint, held.prompts)

@@ -65,7 +65,7 @@ class Objective(ABC):
 
     @abstractmethod
     def preview(self, step: int, folder: Path) -> dict[str, float]:
-        """Write a strip of pictures of fixed seeds into `folder` and return named scores on held-out data."""
+        """Write a strip of images of fixed seeds into `folder` and return named scores on held-out data."""
 
     @property
     def preview_settings(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-class PictureRows:
+class ImageRows:
     """What a network makes of one side of every pair, one tensor each: upright, and mirrored where that is wanted."""
 
     def __init__(self, upright: CachedRows, mirrored: CachedRows | None = None, *, alone: str | None = None) -> None:
@@ -84,8 +84,8 @@ class TextRows:
 class PairCache:
     """What the frozen networks of a base make of pairs; latents and hints in fp16, embeddings as they are.
 
-    A row is found by the bytes of its picture, or by its prompt, so that pairs which several data sets share are
-    encoded once, and one picture that changed is one row that is made again.
+    A row is found by the bytes of its image, or by its prompt, so that pairs which several data sets share are
+    encoded once, and one image that changed is one row that is made again.
 
     Args:
         flip: also keep latents and hints of the mirrored pairs.
@@ -113,7 +113,7 @@ class PairCache:
         self._vae_key = sha256_of(network_key(vae), repr(settings))
 
     def content(self) -> str:
-        """Hash of the pairs, whatever their order: of every condition image with its picture and captions."""
+        """Hash of the pairs, whatever their order: of every condition image with its image and captions."""
         sides = zip(self._keys(SOURCE), self._keys(TARGET), self.pairs, strict=True)
         return sha256_of(*sorted(sha256_of(source, target, *pair.captions) for source, target, pair in sides))
 
@@ -123,11 +123,11 @@ class PairCache:
         distinct = sorted({caption for pair in self.pairs for caption in pair.captions} | {""})
         return {caption: index for index, caption in enumerate(distinct)}
 
-    def latents(self) -> PictureRows:
-        """Scaled latents of the pictures `[N, C, h, w]`."""
-        return self._images("latents", TARGET, self._vae_key, lambda x: self.base.encode_picture(x * 2 - 1))
+    def latents(self) -> ImageRows:
+        """Scaled latents of the images `[N, C, h, w]`."""
+        return self._images("latents", TARGET, self._vae_key, lambda x: self.base.encode_image(x * 2 - 1))
 
-    def hints(self, control: Control) -> PictureRows:
+    def hints(self, control: Control) -> ImageRows:
         """Hints of a control of which `hint_is_frozen` holds."""
         model = sha256_of(self._vae_key, repr((control.kind, control.hint_settings())))
         return self._images("hints", SOURCE, model, lambda x: encode_images(control, x, self.base))
@@ -150,7 +150,7 @@ class PairCache:
         rows = self._rows("texts", model, "prompts", digests, embed, "embedding {count} prompts")
         return TextRows(rows), torch.tensor([position[pair.prompt] for pair in self.pairs]), position[""]
 
-    def _images(self, kind: str, side: str, model: str, encode: Callable[[Tensor], Hint]) -> PictureRows:
+    def _images(self, kind: str, side: str, model: str, encode: Callable[[Tensor], Hint]) -> ImageRows:
         size = self.base.size
         acts = self._acts if side == SOURCE else ""
         sources, keys = [getattr(pair, side) for pair in self.pairs], self._keys(side)
@@ -169,7 +169,7 @@ class PairCache:
             transform = f"{size} x {size}, centre, sRGB{acts}" + (", mirrored" if mirrored else "")
             return self._rows(kind, model, transform, digests, make, f"encoding {{count}} pairs ({kind})")
 
-        return PictureRows(rows(False), rows(True) if self.flip else None, alone=kind)
+        return ImageRows(rows(False), rows(True) if self.flip else None, alone=kind)
 
     def _keys(self, side: str) -> list[str]:
         """Hash of that side of every pair; files are read once."""

@@ -58,7 +58,7 @@ class Recipe:
     steps: int
     """Optimiser steps in all. A finished run goes on when the same recipe is run with more."""
     batch_size: int = 32
-    """Pictures a step."""
+    """Images a step."""
     gradient_accumulation_steps: int | None = None
     """Batches whose gradients are averaged for one optimiser step; None is 1."""
     learning_rate: float = 3e-4
@@ -154,7 +154,7 @@ class ControlRecipe(Recipe, ABC):
     prompt_drop: float = 0.5
     """Share of prompts replaced by the empty prompt."""
     score_pictures: int = 32
-    """Held-out pictures on which each preview scores condition following."""
+    """Held-out images on which each preview scores condition following."""
 
     def __new__(cls, **settings: Any) -> Self:
         kind: type[Any] = cls

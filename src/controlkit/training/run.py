@@ -28,11 +28,9 @@ def run_whole(recipe: Recipe) -> Trained:
         if path.suffix == ".safetensors":
             rows = [f"| {name} | {value:.4g} |" for name, value in trained.scores.items()]
             how = f" ({in_words(trained.scored)})" if trained.scored else ""
-            told = "\n".join(
-                [f"On a few held-out pictures, after the last step{how}:", "", "| | |", "|---|---|", *rows]
-            )
-            picture = None if trained.preview is None else trained.preview.relative_to(path.parent)
-            write_card(path, scores=told if rows else "", picture=picture, seconds=trained.seconds)
+            told = "\n".join([f"On a few held-out images, after the last step{how}:", "", "| | |", "|---|---|", *rows])
+            image = None if trained.preview is None else trained.preview.relative_to(path.parent)
+            write_card(path, scores=told if rows else "", image=image, seconds=trained.seconds)
     return trained
 
 

@@ -50,7 +50,7 @@ class Trained:
     files: tuple[Path, ...]
     """The finished networks; empty in all processes but the first."""
     preview: Path | None
-    """The last preview's picture."""
+    """The last preview's image."""
     seconds: float
     """That the run took, over all its parts."""
 

@@ -1,7 +1,7 @@
 """DDIM (Song et al. 2021, arXiv 2010.02502) with eta 0: the times of a schedule, and the step between two of them.
 
 diffusers' `DDIMScheduler.step` takes the next time to lie 1000 // steps below, which is where it lies only if `steps`
-divides 1000 or the spacing is `leading`; elsewhere noise is left in the picture. Here the next time is the schedule's
+divides 1000 or the spacing is `leading`; elsewhere noise is left in the image. Here the next time is the schedule's
 own next entry, which is the same wherever diffusers is right.
 """
 
@@ -25,7 +25,7 @@ def times_of(scheduler: DDIMScheduler, steps: int, device: torch.device | str = 
     100 (at 600 for 600 steps), where the noise is fuller than the network is told, so those are spread evenly.
 
     Raises:
-        UserError: the spacing makes the one step that is asked for begin near the picture's end of the schedule.
+        UserError: the spacing makes the one step that is asked for begin near the image's end of the schedule.
     """
     scheduler.set_timesteps(steps, device=device)
     length, spacing = scheduler.config["num_train_timesteps"], scheduler.config["timestep_spacing"]
@@ -35,7 +35,7 @@ def times_of(scheduler: DDIMScheduler, steps: int, device: torch.device | str = 
     if 2 * int(times[0]) < length - 2:
         raise UserError(
             f"steps is {steps}, and the {spacing} spacing of this base's schedule then begins at time {int(times[0])}"
-            f" of {length}, where a picture has hardly any noise; give 2 steps or more"
+            f" of {length}, where an image has hardly any noise; give 2 steps or more"
         )
     return times.clamp(max=length - 1)  # as many steps as times and an offset go past it
 

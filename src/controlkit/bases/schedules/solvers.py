@@ -53,7 +53,7 @@ FLOW_SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
 class Solver(ABC):
     """One prediction a step, and nothing drawn at random but the noise to begin with.
 
-    A solver belongs to one number of steps and, between `begin` and the last step, to one batch of pictures.
+    A solver belongs to one number of steps and, between `begin` and the last step, to one batch of images.
     """
 
     timesteps: Tensor
@@ -63,7 +63,7 @@ class Solver(ABC):
 
     @abstractmethod
     def begin(self) -> None:
-        """A new batch of pictures."""
+        """A new batch of images."""
 
     @abstractmethod
     def input(self, x_t: Tensor, index: int) -> Tensor:
@@ -113,7 +113,7 @@ class DiffusersSolver(Solver):
         if float(self.timesteps[0]) < _LEAST_START * length:
             raise UserError(
                 f"steps is {steps}, and this sampler then begins at time {float(self.timesteps[0]):g} of {length},"
-                " where a picture is not all noise; give 2 steps or more"
+                " where an image is not all noise; give 2 steps or more"
             )
 
     def begin(self) -> None:

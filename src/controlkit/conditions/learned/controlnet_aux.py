@@ -22,14 +22,14 @@ def annotate(
     name: str,
     model: LearnedModel,
     detector: str,
-    picture: np.ndarray,
+    image: np.ndarray,
     resolution: int,
     given: str | None,
     **settings: Any,
 ) -> np.ndarray:
-    """The annotation that `controlnet_aux.<detector>` makes of `picture`, both `uint8 [H, W, 3]`.
+    """The annotation that `controlnet_aux.<detector>` makes of `image`, both `uint8 [H, W, 3]`.
 
-    The picture is scaled here and the detector is told the size that it already has, because it would give back another
+    The image is scaled here and the detector is told the size that it already has, because it would give back another
     size than it got.
 
     Raises:
@@ -45,14 +45,14 @@ def annotate(
             raise UserError(f"{name}: {files} in {folder} cannot be loaded; download the model again") from error
 
     found = load_once(detector, find_folder(name, model, given), load)
-    seen = to_resolution(picture, resolution)
+    seen = to_resolution(image, resolution)
     size = min(seen.shape[:2])
-    image = found(seen, detect_resolution=size, image_resolution=size, output_type="np", **settings)
-    return back_to_size(np.ascontiguousarray(image, dtype=np.uint8), *picture.shape[:2])
+    annotation = found(seen, detect_resolution=size, image_resolution=size, output_type="np", **settings)
+    return back_to_size(np.ascontiguousarray(annotation, dtype=np.uint8), *image.shape[:2])
 
 
 def annotate_faces(
-    name: str, model: LearnedModel, picture: np.ndarray, resolution: int, faces: int, score: float
+    name: str, model: LearnedModel, image: np.ndarray, resolution: int, faces: int, score: float
 ) -> np.ndarray:
     """The outlines of faces that controlnet_aux draws with mediapipe, `uint8 [H, W, 3]`.
 
@@ -66,9 +66,9 @@ def annotate_faces(
             f"{name} needs mediapipe's `solutions`, which mediapipe {version} has not: run `{model.install}`"
         )
     detector = import_extra(name, model, "controlnet_aux").MediapipeFaceDetector()
-    seen = to_resolution(picture, resolution)
+    seen = to_resolution(image, resolution)
     size = min(seen.shape[:2])
-    image = detector(
+    annotation = detector(
         seen,
         max_faces=faces,
         min_confidence=score,
@@ -76,4 +76,4 @@ def annotate_faces(
         detect_resolution=size,
         image_resolution=size,
     )
-    return back_to_size(np.ascontiguousarray(image, dtype=np.uint8), *picture.shape[:2])
+    return back_to_size(np.ascontiguousarray(annotation, dtype=np.uint8), *image.shape[:2])

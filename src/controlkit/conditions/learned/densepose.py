@@ -43,24 +43,24 @@ _PARTS = 24
     resize="nearest",
     seen="short side at `resolution`",
 )
-def densepose(picture: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
+def densepose(image: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """The 24 parts of DensePose (Gueler et al. 2018) in the colours of viridis, on its darkest.
 
     CtrLoRA, annotator/densepose, draws the same of the larger network (R101).
 
     Args:
-        resolution: length that the picture's short side is scaled to before the network sees it.
+        resolution: length that the image's short side is scaled to before the network sees it.
         model: a folder with `densepose_r50_fpn_dl.torchscript`, or another place of it on the hub.
     """
     import torch
 
     network = load_once("densepose", find_folder("densepose", DENSEPOSE, model), _load)
-    seen = to_resolution(picture, resolution, multiple=1)
+    seen = to_resolution(image, resolution, multiple=1)
     with torch.inference_mode():
         pixels = torch.from_numpy(np.ascontiguousarray(seen.transpose(2, 0, 1))).to(device())
         boxes, coarse, fine = (part.float().cpu() for part in network(pixels)[:3])
     parts = draw_parts(boxes.numpy(), coarse.numpy(), fine.numpy(), *seen.shape[:2])
-    labels = cv2.resize(parts, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    labels = cv2.resize(parts, image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     return viridis()[labels]
 
 

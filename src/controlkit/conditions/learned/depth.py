@@ -54,8 +54,8 @@ _UNREAD = (r"fusion_stage\.layers\.0\.residual_layer1\.", r"pooler\.", r"auxilia
     cuts=False,
     seen=BY_SETTINGS,
 )
-def depth(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
-    """Relative depth, from the farthest (0) to the nearest (255) of each picture.
+def depth(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
+    """Relative depth, from the farthest (0) to the nearest (255) of each image.
 
     DPT (Ranftl et al. 2021) as CtrLoRA's annotator/midas uses it; for ControlNet's own depth give
     `model=Intel/dpt-hybrid-midas`.
@@ -63,7 +63,7 @@ def depth(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     Args:
         model: a folder with a DPT or Depth Anything model, or another such model of the hub.
     """
-    return _relative("depth", picture, DPT, model)
+    return _relative("depth", image, DPT, model)
 
 
 @condition(
@@ -77,15 +77,15 @@ def depth(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     cuts=False,
     seen=BY_SETTINGS,
 )
-def depth_anything(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
-    """Relative depth, from the farthest (0) to the nearest (255) of each picture (Yang et al. 2024).
+def depth_anything(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
+    """Relative depth, from the farthest (0) to the nearest (255) of each image (Yang et al. 2024).
 
     The small model may be used commercially; Depth-Anything-V2-Base-hf and -Large-hf (CC BY-NC 4.0) may not.
 
     Args:
         model: a folder with a Depth Anything or DPT model, or another such model of the hub.
     """
-    return _relative("depth_anything", picture, DEPTH_ANYTHING, model)
+    return _relative("depth_anything", image, DEPTH_ANYTHING, model)
 
 
 @condition(
@@ -99,11 +99,11 @@ def depth_anything(picture: np.ndarray, *, model: str | None = None) -> np.ndarr
     cuts=False,
     seen=BY_SETTINGS,
 )
-def depth_zoe(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
+def depth_zoe(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """Metric depth (Bhat et al. 2023), inverted; its percentiles 2 and 85 become white and black.
 
     The percentiles are those of ControlNet's annotator. As in the paper's code, the mean is taken with the depth of
-    the mirrored picture, and the picture is padded by its reflection.
+    the mirrored image, and the image is padded by its reflection.
 
     Args:
         model: a folder with a ZoeDepth model, or another one of the hub.
@@ -111,10 +111,10 @@ def depth_zoe(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     folder = find_folder("depth_zoe", ZOE, model)
     network = load_transformers("depth_zoe", folder, "AutoModelForDepthEstimation", ("zoedepth",), unread=_UNREAD)
     inputs = read_inputs("depth_zoe", folder)
-    metres = _zoe_metres(picture, network, inputs)
+    metres = _zoe_metres(image, network, inputs)
     near, far = np.percentile(metres, (2, 85))
     if far <= near:
-        return np.zeros_like(picture)
+        return np.zeros_like(image)
     return three_channels(to_uint8(255 * (1 - (metres - near) / (far - near))))
 
 
@@ -131,7 +131,7 @@ def depth_zoe(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     seen=AT_RESOLUTION,
 )
 def depth_leres(
-    picture: np.ndarray,
+    image: np.ndarray,
     *,
     boost: bool = False,
     near: float = 0.0,
@@ -139,17 +139,17 @@ def depth_leres(
     resolution: int = 512,
     model: str | None = None,
 ) -> np.ndarray:
-    """Relative depth, from the farthest (0) to the nearest (255) of each picture (Yin et al. 2021).
+    """Relative depth, from the farthest (0) to the nearest (255) of each image (Yin et al. 2021).
 
     Args:
         boost: merge what the network sees at several resolutions, for finer outlines (Miangoleh et al. 2021; LeReS++).
         near: in percent of the range: what is nearer is as white as the nearest.
         far: in percent of the range: what is farther becomes black.
-        resolution: length that the picture's short side is scaled to before the network sees it.
+        resolution: length that the image's short side is scaled to before the network sees it.
         model: a folder with `res101.pth` and `latest_net_G.pth`, or another place of them on the hub.
     """
     settings = {"boost": boost, "thr_a": near, "thr_b": far}
-    return annotate("depth_leres", LERES, "LeresDetector", picture, resolution, model, **settings)
+    return annotate("depth_leres", LERES, "LeresDetector", image, resolution, model, **settings)
 
 
 @condition(
@@ -165,7 +165,7 @@ def depth_leres(
     seen=BY_SETTINGS,
 )
 def normal(
-    picture: np.ndarray,
+    image: np.ndarray,
     *,
     a: float = 0.2 * math.pi,
     background: float = 0.02,
@@ -175,7 +175,7 @@ def normal(
     """The vector (Sobel along x, Sobel along y, `a`) of the depth, of unit length, times 127.5 plus 127.5.
 
     Defaults: CtrLoRA, annotator/midas. ControlNet's has a = 2 pi (6.2 in its interface) and background 0.1. The
-    gradients are taken on a grid with as many points as the network's output, so they do not fade in large pictures.
+    gradients are taken on a grid with as many points as the network's output, so they do not fade in large images.
 
     Args:
         a: the length of the third part; the smaller, the stronger the relief.
@@ -183,9 +183,9 @@ def normal(
         reverse: write blue, green, red, as ControlNet 1.0's normal model was trained.
         model: as for `depth`.
     """
-    raw = _nearness("normal", picture, DPT, model)
-    height, width = picture.shape[:2]
-    # The network may have seen a squashed picture; slopes need square pixels.
+    raw = _nearness("normal", image, DPT, model)
+    height, width = image.shape[:2]
+    # The network may have seen a squashed image; slopes need square pixels.
     zoom = math.sqrt(raw.shape[0] * raw.shape[1] / (height * width))
     grid = max(1, round(width * zoom)), max(1, round(height * zoom))
     raw = cv2.resize(raw, grid, interpolation=cv2.INTER_LINEAR)
@@ -197,19 +197,19 @@ def normal(
     if grid != (width, height):
         vectors = cv2.resize(vectors, (width, height), interpolation=cv2.INTER_LINEAR)
         vectors /= np.maximum(np.linalg.norm(vectors, axis=2, keepdims=True), 1e-6)
-    image = to_uint8(vectors * 127.5 + 127.5)
-    return np.ascontiguousarray(image[..., ::-1]) if reverse else image
+    normals = to_uint8(vectors * 127.5 + 127.5)
+    return np.ascontiguousarray(normals[..., ::-1]) if reverse else normals
 
 
-def _relative(name: str, picture: np.ndarray, model: LearnedModel, given: str | None) -> np.ndarray:
+def _relative(name: str, image: np.ndarray, model: LearnedModel, given: str | None) -> np.ndarray:
     import torch
 
-    raw = _nearness(name, picture, model, given)
-    fitted = _scaled(torch.from_numpy(raw)[None, None], *picture.shape[:2])[0, 0].numpy()
+    raw = _nearness(name, image, model, given)
+    fitted = _scaled(torch.from_numpy(raw)[None, None], *image.shape[:2])[0, 0].numpy()
     return three_channels(to_uint8(255 * _to_unit_range(fitted)))
 
 
-def _nearness(name: str, picture: np.ndarray, model: LearnedModel, given: str | None) -> np.ndarray:
+def _nearness(name: str, image: np.ndarray, model: LearnedModel, given: str | None) -> np.ndarray:
     """`float32 [h, w]` in the network's own size and units, the larger the nearer."""
     import torch
 
@@ -217,7 +217,7 @@ def _nearness(name: str, picture: np.ndarray, model: LearnedModel, given: str | 
     network = load_transformers(name, folder, "AutoModelForDepthEstimation", _KINDS, unread=_UNREAD)
     inputs = read_inputs(name, folder)
     with torch.inference_mode():
-        seen = prepare(picture, inputs, _patch(network)).to(network.device)
+        seen = prepare(image, inputs, _patch(network)).to(network.device)
         raw = network(seen).predicted_depth[0].float().cpu().numpy()
     metric = getattr(network.config, "depth_estimation_type", "relative") == "metric"
     return -raw if metric else raw
@@ -232,13 +232,13 @@ def _patch(network: Any) -> int:
     return 32
 
 
-def _zoe_metres(picture: np.ndarray, network: Any, inputs: Inputs) -> np.ndarray:
+def _zoe_metres(image: np.ndarray, network: Any, inputs: Inputs) -> np.ndarray:
     """Depth in metres `float32 [H, W]`."""
     import torch
 
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     rim = [int(math.sqrt(side / 2) * 3) if inputs.pad else 0 for side in (height, width)]
-    padded = np.pad(picture, ((rim[0],) * 2, (rim[1],) * 2, (0, 0)), mode="reflect")
+    padded = np.pad(image, ((rim[0],) * 2, (rim[1],) * 2, (0, 0)), mode="reflect")
     size = network_size(inputs, padded.shape[0], padded.shape[1], _patch(network))
     with torch.inference_mode():
         pixels = torch.nn.functional.interpolate(pixels_of(padded), size, mode="bilinear", align_corners=True)

@@ -25,7 +25,7 @@ PERSON = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Detection:
-    """One object in a picture."""
+    """One object in an image."""
 
     left: float
     """In pixels from the left edge."""
@@ -43,7 +43,7 @@ class Detection:
 
 @condition(
     "bbox_detected",
-    summary="filled boxes coloured by class, of objects found in the picture (RT-DETR)",
+    summary="filled boxes coloured by class, of objects found in the image (RT-DETR)",
     background=BLACK,
     aliases=("bbox_rtdetr", "detected_boxes"),
     fidelity=CLASS_IOU,
@@ -52,7 +52,7 @@ class Detection:
     resize="nearest",
     seen=BY_SETTINGS,
 )
-def bbox_detected(picture: np.ndarray, *, score: float = 0.4, model: str | None = None) -> np.ndarray:
+def bbox_detected(image: np.ndarray, *, score: float = 0.4, model: str | None = None) -> np.ndarray:
     """Boxes of COCO's 80 classes in the colours of `bbox`, the largest first, on black.
 
     CtrLoRA, annotator/bbox, draws YOLOv4's detections with a confidence of 0.4 and more.
@@ -61,20 +61,20 @@ def bbox_detected(picture: np.ndarray, *, score: float = 0.4, model: str | None 
         score: objects that the detector is less sure of are left out.
         model: a folder with an RT-DETR, DETR or YOLOS model of COCO's classes, or another one of the hub.
     """
-    found = detect("bbox_detected", picture, RT_DETR, model, score)
+    found = detect("bbox_detected", image, RT_DETR, model, score)
     boxes = [{"bbox": [o.left, o.top, o.width, o.height], "category_id": o.category} for o in found]
-    return find("bbox")(picture, boxes=boxes)
+    return find("bbox")(image, boxes=boxes)
 
 
 def detect(
     name: str,
-    picture: np.ndarray,
+    image: np.ndarray,
     model: LearnedModel,
     given: str | None,
     score: float,
     parameter: str = "model",
 ) -> list[Detection]:
-    """The objects in `picture`, surest first.
+    """The objects in `image`, surest first.
 
     Raises:
         UserError: the weights are not there, or are of another kind, or of other classes than COCO's.
@@ -85,12 +85,12 @@ def detect(
     network = load_transformers(name, folder, "AutoModelForObjectDetection", (*_SIGMOID, *_SOFTMAX))
     categories = _categories(name, folder.name, network.config)
     with torch.inference_mode():
-        answer = network(prepare(picture, read_inputs(name, folder), least=64).to(network.device))
+        answer = network(prepare(image, read_inputs(name, folder), least=64).to(network.device))
         logits, boxes = answer.logits[0].float().cpu(), answer.pred_boxes[0].float().cpu().numpy()
     # DETR and YOLOS have a last class for "nothing here"; the others answer for each class by itself.
     none_of_these = network.config.model_type in ("detr", "yolos")
     chances = (logits.softmax(-1)[:, :-1] if none_of_these else logits.sigmoid()).numpy()
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     queries, classes = np.nonzero(chances > score) if not none_of_these else _best_of_each(chances, score)
     found = []
     for query, which in zip(queries.tolist(), classes.tolist(), strict=True):

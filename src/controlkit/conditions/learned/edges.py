@@ -28,18 +28,18 @@ HED_MODEL = LearnedModel(
     channels=1,
     seen=AT_RESOLUTION,
 )
-def hed(picture: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None) -> np.ndarray:
+def hed(image: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """Edges of what a person would outline. lllyasviel/ControlNet, annotator/hed.
 
     Args:
         safe: three levels only, `floor(3 x) / 2`; ControlNet 1.1 trained 75 % of its soft edges so.
-        resolution: length that the picture's short side is scaled to before the network sees it.
+        resolution: length that the image's short side is scaled to before the network sees it.
         model: a folder with `ControlNetHED.pth`, or another place of that file on the hub.
     """
-    edges = _edges("hed", picture, resolution, model)
+    edges = _edges("hed", image, resolution, model)
     if safe:
         edges = np.minimum(np.floor(edges * 3) / 2, 1)
-    return three_channels(to_uint8(255 * back_to_size(edges, *picture.shape[:2])))
+    return three_channels(to_uint8(255 * back_to_size(edges, *image.shape[:2])))
 
 
 @condition(
@@ -54,7 +54,7 @@ def hed(picture: np.ndarray, *, safe: bool = False, resolution: int = 512, model
     seen=AT_RESOLUTION,
 )
 def hedsketch(
-    picture: np.ndarray, *, threshold: int = 134, resolution: int = 512, model: str | None = None
+    image: np.ndarray, *, threshold: int = 134, resolution: int = 512, model: str | None = None
 ) -> np.ndarray:
     """HED's edges above `threshold` of 255 in dark on white, softened. CtrLoRA, annotator/hedsketch.
 
@@ -66,7 +66,7 @@ def hedsketch(
         resolution: as for `hed`.
         model: as for `hed`.
     """
-    edges = back_to_size(_edges("hedsketch", picture, resolution, model), *picture.shape[:2])
+    edges = back_to_size(_edges("hedsketch", image, resolution, model), *image.shape[:2])
     return three_channels(dark_strokes(255 * edges, threshold))
 
 
@@ -84,7 +84,7 @@ def hedsketch(
     seen=AT_RESOLUTION,
 )
 def scribble_hed(
-    picture: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None
+    image: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None
 ) -> np.ndarray:
     """The ridges of HED's edges, broadened. lllyasviel/ControlNet, gradio_fake_scribble2image.
 
@@ -96,10 +96,10 @@ def scribble_hed(
         resolution: as for `hed`.
         model: as for `hed`.
     """
-    edges = _edges("scribble_hed", picture, resolution, model)
+    edges = _edges("scribble_hed", image, resolution, model)
     if safe:
         edges = np.minimum(np.floor(edges * 3) / 2, 1)
-    return strokes_along(edges, *picture.shape[:2])
+    return strokes_along(edges, *image.shape[:2])
 
 
 def strokes_along(edges: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -121,13 +121,13 @@ def ridges(edges: np.ndarray, threshold: float = 127, sigma: float = 3.0) -> np.
     return np.where(crest & (smooth > threshold), np.uint8(255), np.uint8(0))
 
 
-def _edges(name: str, picture: np.ndarray, resolution: int, given: str | None) -> np.ndarray:
+def _edges(name: str, image: np.ndarray, resolution: int, given: str | None) -> np.ndarray:
     """`float32 [h, w]` in [0, 1], at the network's resolution."""
     import torch
 
     from controlkit.conditions.learned.networks import HED
 
     network = load_network(name, find_folder(name, HED_MODEL, given) / HED_MODEL.files[0], HED)
-    seen = pixels_of(to_resolution(picture, resolution))
+    seen = pixels_of(to_resolution(image, resolution))
     with torch.inference_mode():
         return network(seen.to(network.norm.device))[0, 0].cpu().numpy()

@@ -1,7 +1,7 @@
-"""Pictures as networks read them, by the settings beside their weights (`preprocessor_config.json`).
+"""Images as networks read them, by the settings beside their weights (`preprocessor_config.json`).
 
 The steps are those of transformers' image processors, whose usual kind needs torchvision and some of which make sizes
-of zero for long, narrow pictures.
+of zero for long, narrow images.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BY_SETTINGS = "as the settings beside the model's weights say"
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """How a picture is scaled and normalised."""
+    """How an image is scaled and normalised."""
 
     size: tuple[int, int] | None = None
     """(height, width) to fit."""
@@ -67,7 +67,7 @@ def read_inputs(condition: str, folder: Path) -> Inputs:
         path = folder / "processor_config.json"
         facts = read_json(path).get("image_processor", {})
     else:
-        raise UserError(f"{condition}: {folder} has no preprocessor_config.json, which says how it reads pictures")
+        raise UserError(f"{condition}: {folder} has no preprocessor_config.json, which says how it reads images")
     try:
         return _parse(facts)
     except (TypeError, ValueError, KeyError) as error:
@@ -98,7 +98,7 @@ def _parse(facts: Mapping[str, Any]) -> Inputs:
 
 
 def network_size(inputs: Inputs, height: int, width: int, least: int = 1) -> tuple[int, int]:
-    """(height, width) that a picture of `height` x `width` is scaled to, no side under `least`."""
+    """(height, width) that an image of `height` x `width` is scaled to, no side under `least`."""
     if inputs.size is not None:
         down, across = inputs.size[0] / height, inputs.size[1] / width
         if inputs.keep_aspect:
@@ -127,34 +127,34 @@ def normalised(values: np.ndarray, inputs: Inputs) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(centred.transpose(2, 0, 1)))[None]
 
 
-def pixels_of(picture: np.ndarray) -> Tensor:
+def pixels_of(image: np.ndarray) -> Tensor:
     """`uint8 [H, W, 3]` => `float32 [1, 3, H, W]` from 0 to 255, with memory of its own."""
     import torch
 
-    return torch.from_numpy(picture.transpose(2, 0, 1).astype(np.float32, order="C"))[None]
+    return torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32, order="C"))[None]
 
 
-def prepare(picture: np.ndarray, inputs: Inputs, least: int = 1) -> Tensor:
+def prepare(image: np.ndarray, inputs: Inputs, least: int = 1) -> Tensor:
     """`uint8 [H, W, 3]` => `float32 [1, 3, h, w]`, no side under `least`."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     rows, columns = network_size(inputs, height, width, least)
     if (rows, columns) == (height, width):
-        return normalised(picture, inputs)
-    return normalised(np.asarray(Image.fromarray(picture).resize((columns, rows), inputs.resample)), inputs)
+        return normalised(image, inputs)
+    return normalised(np.asarray(Image.fromarray(image).resize((columns, rows), inputs.resample)), inputs)
 
 
-def to_resolution(picture: np.ndarray, resolution: int, multiple: int = 64) -> np.ndarray:
-    """`picture` with its short side scaled to `resolution`, both sides multiples of `multiple`.
+def to_resolution(image: np.ndarray, resolution: int, multiple: int = 64) -> np.ndarray:
+    """`image` with its short side scaled to `resolution`, both sides multiples of `multiple`.
 
     lllyasviel/ControlNet, annotator/util.py: Lanczos to enlarge, areas to shrink. Here the long side is at most four
     times `resolution`, so that a strip of 16 x 2,000 does not become 512 x 64,000.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     zoom = min(resolution / min(height, width), 4 * resolution / max(height, width))
     rows, columns = (max(1, round(side * zoom / multiple)) * multiple for side in (height, width))
     if (rows, columns) == (height, width):
-        return picture
-    return cv2.resize(picture, (columns, rows), interpolation=cv2.INTER_LANCZOS4 if zoom > 1 else cv2.INTER_AREA)
+        return image
+    return cv2.resize(image, (columns, rows), interpolation=cv2.INTER_LANCZOS4 if zoom > 1 else cv2.INTER_AREA)
 
 
 def back_to_size(values: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -46,16 +46,14 @@ PIDINET = LearnedModel(
     channels=1,
     seen=AT_RESOLUTION,
 )
-def lineart(
-    picture: np.ndarray, *, coarse: bool = False, resolution: int = 512, model: str | None = None
-) -> np.ndarray:
+def lineart(image: np.ndarray, *, coarse: bool = False, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """A line drawing (Chan, Durand and Isola 2022), inverted to white on black, as ControlNet reads it.
 
     CtrLoRA, annotator/lineart, draws `coarse` with probability one half.
 
     Args:
         coarse: the drawing with fewer lines (`sk_model2.pth`).
-        resolution: length that the picture's short side is scaled to before the network sees it.
+        resolution: length that the image's short side is scaled to before the network sees it.
         model: a folder with `sk_model.pth` and `sk_model2.pth`, or another place of them on the hub.
     """
     import torch
@@ -64,10 +62,10 @@ def lineart(
 
     folder = find_folder("lineart", LINEART, model)
     network = load_network("lineart", folder / LINEART.files[coarse], LineDrawing)
-    seen = pixels_of(to_resolution(picture, resolution)) / 255
+    seen = pixels_of(to_resolution(image, resolution)) / 255
     with torch.inference_mode():
         drawing = network(seen.to(next(network.parameters()).device))[0, 0].cpu().numpy()
-    return three_channels(to_uint8(255 * (1 - back_to_size(drawing, *picture.shape[:2]))))
+    return three_channels(to_uint8(255 * (1 - back_to_size(drawing, *image.shape[:2]))))
 
 
 @condition(
@@ -81,14 +79,14 @@ def lineart(
     channels=1,
     seen=AT_RESOLUTION,
 )
-def lineart_anime(picture: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
+def lineart_anime(image: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """Anime2Sketch's drawing at sides that are multiples of 256, inverted to white on black.
 
     Args:
-        resolution: length that the picture's short side is scaled to before the network sees it.
+        resolution: length that the image's short side is scaled to before the network sees it.
         model: a folder with `netG.pth`, or another place of it on the hub.
     """
-    return annotate("lineart_anime", LINEART_ANIME, "LineartAnimeDetector", picture, resolution, model)
+    return annotate("lineart_anime", LINEART_ANIME, "LineartAnimeDetector", image, resolution, model)
 
 
 @condition(
@@ -105,7 +103,7 @@ def lineart_anime(picture: np.ndarray, *, resolution: int = 512, model: str | No
     seen=AT_RESOLUTION,
 )
 def mlsd(
-    picture: np.ndarray,
+    image: np.ndarray,
     *,
     score: float = 0.1,
     distance: float = 0.1,
@@ -119,12 +117,12 @@ def mlsd(
     Args:
         score: segments that the network is less sure of are left out.
         distance: segments shorter than this, in pixels of half the resolution, are left out.
-        resolution: length that the picture's short side is scaled to before the network sees it.
+        resolution: length that the image's short side is scaled to before the network sees it.
         model: a folder with `mlsd_large_512_fp32.pth`, or another place of it on the hub.
     """
-    image = annotate("mlsd", MLSD, "MLSDdetector", picture, resolution, model, thr_v=score, thr_d=distance)
+    lines = annotate("mlsd", MLSD, "MLSDdetector", image, resolution, model, thr_v=score, thr_d=distance)
     # Scaling leaves grey along the lines; they are white or nothing.
-    return np.where(image > 63, np.uint8(255), np.uint8(0))
+    return np.where(lines > 63, np.uint8(255), np.uint8(0))
 
 
 @condition(
@@ -139,15 +137,15 @@ def mlsd(
     channels=1,
     seen=AT_RESOLUTION,
 )
-def pidinet(picture: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None) -> np.ndarray:
+def pidinet(image: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """Edges by pixel difference networks (Su et al. 2021); ControlNet 1.1's first choice for soft edges.
 
     Args:
         safe: three levels only; ControlNet 1.1 trained 75 % of its soft edges so.
-        resolution: length that the picture's short side is scaled to before the network sees it.
+        resolution: length that the image's short side is scaled to before the network sees it.
         model: a folder with `table5_pidinet.pth`, or another place of it on the hub.
     """
-    return annotate("pidinet", PIDINET, "PidiNetDetector", picture, resolution, model, safe=safe)
+    return annotate("pidinet", PIDINET, "PidiNetDetector", image, resolution, model, safe=safe)
 
 
 @condition(
@@ -164,7 +162,7 @@ def pidinet(picture: np.ndarray, *, safe: bool = False, resolution: int = 512, m
     seen=AT_RESOLUTION,
 )
 def scribble_pidinet(
-    picture: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None
+    image: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None
 ) -> np.ndarray:
     """`pidinet`, made into strokes as `scribble_hed` makes HED's edges; ControlNet 1.1 has both.
 
@@ -173,5 +171,5 @@ def scribble_pidinet(
         resolution: as for `pidinet`.
         model: as for `pidinet`.
     """
-    edges = annotate("scribble_pidinet", PIDINET, "PidiNetDetector", picture, resolution, model, safe=safe)
-    return strokes_along(edges[..., 0] / np.float32(255), *picture.shape[:2])
+    edges = annotate("scribble_pidinet", PIDINET, "PidiNetDetector", image, resolution, model, safe=safe)
+    return strokes_along(edges[..., 0] / np.float32(255), *image.shape[:2])

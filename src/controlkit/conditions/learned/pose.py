@@ -34,7 +34,7 @@ _MOST_PEOPLE = 32
     seen=BY_SETTINGS,
 )
 def openpose(
-    picture: np.ndarray,
+    image: np.ndarray,
     *,
     score: float = 0.3,
     person_score: float = 0.5,
@@ -52,16 +52,16 @@ def openpose(
         model: a folder with a ViTPose model, or another one of the hub.
         detector: a folder with an RT-DETR, DETR or YOLOS model of COCO's classes, or another one of the hub.
     """
-    found = detect("openpose", picture, RT_DETR, detector, person_score, "detector")
+    found = detect("openpose", image, RT_DETR, detector, person_score, "detector")
     boxes = [one for one in found if one.category == PERSON][:_MOST_PEOPLE]
-    # Weights that are absent are to be said for pictures without people, too.
-    points, sure = _joints(picture, boxes, model)
+    # Weights that are absent are to be said for images without people, too.
+    points, sure = _joints(image, boxes, model)
     points[sure < score] = np.nan
     people = [Person(body=from_coco(joints)) for joints in points[::-1]]
-    return draw_people(people, *picture.shape[:2])
+    return draw_people(people, *image.shape[:2])
 
 
-def _joints(picture: np.ndarray, boxes: list[Detection], given: str | None) -> tuple[np.ndarray, np.ndarray]:
+def _joints(image: np.ndarray, boxes: list[Detection], given: str | None) -> tuple[np.ndarray, np.ndarray]:
     """COCO's points of the people in `boxes`: (x, y) `[N, 17, 2]` in pixels and how sure they are `[N, 17]`."""
     import torch
 
@@ -74,10 +74,10 @@ def _joints(picture: np.ndarray, boxes: list[Detection], given: str | None) -> t
     inputs = read_inputs("openpose", folder)
     height, width = inputs.size or (256, 192)
     frames = [frame(box.left, box.top, box.width, box.height, width / height) for box in boxes]
-    crops = [crop(picture, one, height, width) for one in frames]
+    crops = [crop(image, one, height, width) for one in frames]
     more: dict[str, Any] = {}
     with torch.inference_mode():
-        seen = torch.cat([normalised(image, inputs) for image in crops]).to(network.device)
+        seen = torch.cat([normalised(one, inputs) for one in crops]).to(network.device)
         if network.config.backbone_config.num_experts > 1:
             # ViTPose++ has one expert for each data set; the first is COCO's.
             more["dataset_index"] = torch.zeros(len(seen), dtype=torch.long, device=network.device)
@@ -93,19 +93,19 @@ def frame(
     return left + width / 2, top + height / 2, wide * padding, high * padding
 
 
-def crop(picture: np.ndarray, frame: tuple[float, float, float, float], height: int, width: int) -> np.ndarray:
-    """What is in `frame`, scaled to `[height, width, 3]`, black outside the picture.
+def crop(image: np.ndarray, frame: tuple[float, float, float, float], height: int, width: int) -> np.ndarray:
+    """What is in `frame`, scaled to `[height, width, 3]`, black outside the image.
 
     Corner pixels lie on the frame's corners ("unbiased data processing", Huang et al. 2020).
     """
     x, y, wide, high = frame
     across, down = (width - 1) / max(wide, 1e-3), (height - 1) / max(high, 1e-3)
     matrix = np.array([[across, 0, across * (wide / 2 - x)], [0, down, down * (high / 2 - y)]])
-    return cv2.warpAffine(picture, matrix, (width, height), flags=cv2.INTER_LINEAR)
+    return cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR)
 
 
 def joints_of(heatmaps: np.ndarray, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Peaks of `[N, K, h, w]`, better than a cell (DARK, Zhang et al. 2020) => `[N, K, 2]` in the picture, `[N, K]`.
+    """Peaks of `[N, K, h, w]`, better than a cell (DARK, Zhang et al. 2020) => `[N, K, 2]` in the image, `[N, K]`.
 
     Around the highest cell the logarithm of the map, blurred by a Gaussian of 0.8 cells, is taken for a parabola.
 

@@ -40,7 +40,7 @@ _TASK = "the task is semantic"
     resize="nearest",
     seen=BY_SETTINGS,
 )
-def seg(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
+def seg(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 150 classes of ADE20K in their usual colours.
 
     ControlNet and CtrLoRA use UperNet (Xiao et al. 2018) on UniFormer, which transformers does not have.
@@ -48,7 +48,7 @@ def seg(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     Args:
         model: a folder with another segmenter of 150 classes (UperNet, SegFormer, OneFormer, ...), or one of the hub.
     """
-    return _draw("seg", picture, UPERNET, model, ADE20K)
+    return _draw("seg", image, UPERNET, model, ADE20K)
 
 
 @condition(
@@ -61,13 +61,13 @@ def seg(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
     resize="nearest",
     seen=BY_SETTINGS,
 )
-def seg_segformer(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
+def seg_segformer(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 150 classes of ADE20K, by SegFormer (Xie et al. 2021), whose weights forbid commercial use.
 
     Args:
         model: as for `seg`.
     """
-    return _draw("seg_segformer", picture, SEGFORMER, model, ADE20K)
+    return _draw("seg_segformer", image, SEGFORMER, model, ADE20K)
 
 
 @condition(
@@ -80,13 +80,13 @@ def seg_segformer(picture: np.ndarray, *, model: str | None = None) -> np.ndarra
     resize="nearest",
     seen=BY_SETTINGS,
 )
-def seg_oneformer(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
+def seg_oneformer(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 150 classes of ADE20K, by OneFormer (Jain et al. 2023) asked for semantic segmentation.
 
     Args:
         model: as for `seg`.
     """
-    return _draw("seg_oneformer", picture, ONEFORMER_ADE20K, model, ADE20K)
+    return _draw("seg_oneformer", image, ONEFORMER_ADE20K, model, ADE20K)
 
 
 @condition(
@@ -99,16 +99,16 @@ def seg_oneformer(picture: np.ndarray, *, model: str | None = None) -> np.ndarra
     resize="nearest",
     seen=BY_SETTINGS,
 )
-def seg_coco(picture: np.ndarray, *, model: str | None = None) -> np.ndarray:
+def seg_coco(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 133 classes of COCO panoptic, by OneFormer asked for semantic segmentation.
 
     Args:
         model: a folder with another segmenter of these 133 classes (Mask2Former, ...), or one of the hub.
     """
-    return _draw("seg_coco", picture, ONEFORMER_COCO, model, COCO_PANOPTIC)
+    return _draw("seg_coco", image, ONEFORMER_COCO, model, COCO_PANOPTIC)
 
 
-def _draw(name: str, picture: np.ndarray, model: LearnedModel, given: str | None, palette: np.ndarray) -> np.ndarray:
+def _draw(name: str, image: np.ndarray, model: LearnedModel, given: str | None, palette: np.ndarray) -> np.ndarray:
     import torch
 
     folder = find_folder(name, model, given)
@@ -121,9 +121,9 @@ def _draw(name: str, picture: np.ndarray, model: LearnedModel, given: str | None
             f"{name} draws {len(palette)} classes; the model in {folder} tells {network.config.num_labels} apart"
         )
     with torch.inference_mode():
-        seen = prepare(picture, read_inputs(name, folder), least=32).to(network.device)
+        seen = prepare(image, read_inputs(name, folder), least=32).to(network.device)
         scores = network(seen).logits[0] if dense else _from_queries(name, folder, network, seen)
-        labels = labels_at(scores.float(), *picture.shape[:2])
+        labels = labels_at(scores.float(), *image.shape[:2])
     return palette[labels.cpu().numpy()]
 
 
@@ -156,7 +156,7 @@ def _task(name: str, folder: Path, network: Any) -> Tensor:
 def labels_at(scores: Tensor, height: int, width: int, at_once: int = 16) -> Tensor:
     """The best class `[height, width]` of scores `[C, h, w]`, which are scaled bilinearly first.
 
-    A few classes are scaled at a time: all 150 of a 2,048 x 2,048 picture would take 2.5 GB.
+    A few classes are scaled at a time: all 150 of a 2,048 x 2,048 image would take 2.5 GB.
     """
     import torch
 

@@ -1,7 +1,7 @@
 """Skeletons as OpenPose draws them: people as points, points as colours, and a measure that reads them back.
 
 A person is an array `float [points, 2]` of (x, y) in pixels, NaN where a point was not found. The body has 18 points,
-a hand 21, a face 68. Widths are those of ControlNet at a short side of 512 pixels and scale with the picture.
+a hand 21, a face 68. Widths are those of ControlNet at a short side of 512 pixels and scale with the image.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _draw_points(canvas: np.ndarray, points: np.ndarray, colours: Sequence[Seque
 
 
 def read_points(image: np.ndarray) -> dict[int, np.ndarray]:
-    """The centres `[N, 2]` (x, y) of the body's points in a skeleton picture, by their index; empty ones left out.
+    """The centres `[N, 2]` (x, y) of the body's points in a skeleton image, by their index; empty ones left out.
 
     A point is a connected patch of exactly its colour. Points that others cover are not seen, and a hand's points are
     blue like the left knee.
@@ -123,11 +123,11 @@ def read_points(image: np.ndarray) -> dict[int, np.ndarray]:
 
 
 def pose_f1(given: np.ndarray, produced: np.ndarray, reach: float = 0.05) -> float:
-    """F1, in [0, 1], of the body's points in two skeleton pictures `uint8 [H, W, 3]`.
+    """F1, in [0, 1], of the body's points in two skeleton images `uint8 [H, W, 3]`.
 
     PCK (percentage of correct keypoints) with `reach` times the longer side as its radius, in both directions: a point
-    is right if the other picture has one of the same kind that near, so people who are missing and people who are too
-    many count. Two pictures without people agree fully.
+    is right if the other image has one of the same kind that near, so people who are missing and people who are too
+    many count. Two images without people agree fully.
     """
     theirs, mine = read_points(given), read_points(produced)
     if not theirs and not mine:

@@ -30,14 +30,14 @@ FACE_MESH = LearnedModel(hub="mediapipe<0.10.15", licence="Apache-2.0", commerci
     mirror_finished=mirrored_normals,
     seen=AT_RESOLUTION,
 )
-def normal_bae(picture: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
+def normal_bae(image: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """Normals n as (n + 1) / 2 in red, green and blue; ControlNet 1.1's choice.
 
     Args:
-        resolution: length that the picture's short side is scaled to before the network sees it.
+        resolution: length that the image's short side is scaled to before the network sees it.
         model: a folder with `scannet.pt`, or another place of it on the hub.
     """
-    return annotate("normal_bae", BAE, "NormalBaeDetector", picture, resolution, model)
+    return annotate("normal_bae", BAE, "NormalBaeDetector", image, resolution, model)
 
 
 @condition(
@@ -52,12 +52,12 @@ def normal_bae(picture: np.ndarray, *, resolution: int = 512, model: str | None 
     mirror_finished=None,
     seen=AT_RESOLUTION,
 )
-def mediapipe_face(picture: np.ndarray, *, faces: int = 1, score: float = 0.5, resolution: int = 512) -> np.ndarray:
+def mediapipe_face(image: np.ndarray, *, faces: int = 1, score: float = 0.5, resolution: int = 512) -> np.ndarray:
     """Outlines of faces on black (CrucibleAI/ControlNetMediaPipeFace). The weights are in the package mediapipe.
 
     Args:
         faces: the most faces that are drawn.
         score: faces that the network is less sure of are left out.
-        resolution: length that the picture's short side is scaled to before the network sees it.
+        resolution: length that the image's short side is scaled to before the network sees it.
     """
-    return annotate_faces("mediapipe_face", FACE_MESH, picture, resolution, faces, score)
+    return annotate_faces("mediapipe_face", FACE_MESH, image, resolution, faces, score)

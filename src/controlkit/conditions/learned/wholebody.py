@@ -41,7 +41,7 @@ _MOST_PEOPLE = 32
     seen="fitted into 640 x 640, each person into 288 x 384",
 )
 def dwpose(
-    picture: np.ndarray,
+    image: np.ndarray,
     *,
     hands: bool = True,
     face: bool = True,
@@ -61,8 +61,8 @@ def dwpose(
     folder = find_folder("dwpose", DWPOSE, model)
     detector, pose = (load_once(file, folder, _loader(file)) for file in DWPOSE.files)
     people = []
-    for box in find_people(picture, detector, person_score)[::-1]:
-        points, sure = whole_body(picture, box, pose)
+    for box in find_people(image, detector, person_score)[::-1]:
+        points, sure = whole_body(image, box, pose)
         points[sure < score] = np.nan
         people.append(
             Person(
@@ -71,7 +71,7 @@ def dwpose(
                 face=points[_FACE] if face else None,
             )
         )
-    return draw_people(people, *picture.shape[:2])
+    return draw_people(people, *image.shape[:2])
 
 
 def _loader(file: str) -> Callable[[Path, Any], Network]:
@@ -90,17 +90,17 @@ def _loader(file: str) -> Callable[[Path, Any], Network]:
     return load
 
 
-def find_people(picture: np.ndarray, detector: Network, score: float) -> list[tuple[float, float, float, float]]:
+def find_people(image: np.ndarray, detector: Network, score: float) -> list[tuple[float, float, float, float]]:
     """Boxes (left, top, width, height) of people in pixels, the surest first, by YOLOX (Ge et al. 2021).
 
     It sees blue, green, red from 0 to 255 in the upper left of 640 x 640, grey elsewhere. Of boxes that overlap by more
     than 0.45, the surest is kept.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     zoom = min(_DETECTOR_SIDE / height, _DETECTOR_SIDE / width)
     rows, columns = max(1, int(height * zoom)), max(1, int(width * zoom))
     padded = np.full((_DETECTOR_SIDE, _DETECTOR_SIDE, 3), 114, np.uint8)
-    padded[:rows, :columns] = cv2.resize(picture, (columns, rows), interpolation=cv2.INTER_LINEAR)
+    padded[:rows, :columns] = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_LINEAR)
     seen = padded[..., ::-1].transpose(2, 0, 1)[None].astype(np.float32)
     answer = detector(np.ascontiguousarray(seen))[0][0].astype(np.float64)
     cells, strides = _yolox_cells(_DETECTOR_SIDE)
@@ -128,7 +128,7 @@ def _yolox_cells(side: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def whole_body(
-    picture: np.ndarray, box: tuple[float, float, float, float], pose: Network
+    image: np.ndarray, box: tuple[float, float, float, float], pose: Network
 ) -> tuple[np.ndarray, np.ndarray]:
     """The 133 points of COCO-WholeBody in a box: (x, y) `[133, 2]` in pixels and how sure they are `[133]`.
 
@@ -139,7 +139,7 @@ def whole_body(
     x, y, wide, high = frame(*box, columns / rows)
     across, down = columns / max(wide, 1e-3), rows / max(high, 1e-3)
     matrix = np.array([[across, 0, columns / 2 - across * x], [0, down, rows / 2 - down * y]])
-    cropped = cv2.warpAffine(picture, matrix, (columns, rows), flags=cv2.INTER_LINEAR)
+    cropped = cv2.warpAffine(image, matrix, (columns, rows), flags=cv2.INTER_LINEAR)
     seen = ((cropped - _MEAN) / _STD).transpose(2, 0, 1)[None].astype(np.float32)
     outputs = sorted(pose(np.ascontiguousarray(seen)), key=lambda output: output.shape[-1])
     if len(outputs) != 2 or any(output.shape[1] != 133 for output in outputs):

@@ -66,7 +66,7 @@ def _read_full(kind: type[Control], file: TensorFile, reference: Reference, says
     if decoder:
         note += (
             f", so its decoder ({decoder} tensors), which ControlNet 1.0 trained along with the control, is dropped,"
-            " and pictures differ a little from the original code's"
+            " and images differ a little from the original code's"
         )
     checkpoint.notes.append(note)
     return checkpoint

@@ -141,7 +141,7 @@ class ControlNet(OneImage):
             return f"it takes condition images of {colours} channels, not of 3 (RGB)"
         halvings = len(self.network.config["conditioning_embedding_out_channels"]) - 1
         if 2**halvings != base.factor:
-            apart = f"its hint network divides the picture by {2**halvings}, the base's autoencoder by {base.factor}"
+            apart = f"its hint network divides the image by {2**halvings}, the base's autoencoder by {base.factor}"
         else:
             apart = None
         return copy_incompatibility(self.config(), base) or apart

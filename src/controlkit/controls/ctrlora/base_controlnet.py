@@ -320,7 +320,7 @@ class BaseControlNet(OneImage):
     def encode(self, condition_image: Tensor, base: Base, *, seed: int | None = None) -> Tensor:
         """Condition images `[B, 3, H, W]` in [0, 1] => scaled latents `[B, latent_channels, h, w]`.
 
-        The autoencoder gets the range [0, 1] as it is, unlike pictures: the reference trains so
+        The autoencoder gets the range [0, 1] as it is, unlike images: the reference trains so
         (xyfJASON/ctrlora, datasets/custom_dataset.py:75).
 
         Args:
@@ -337,7 +337,7 @@ class BaseControlNet(OneImage):
             if low < -_ROUNDING or high > 1 + _ROUNDING:
                 raise ValueError(f"a condition image must be in [0, 1]; this one has {low:.3g} to {high:.3g}")
         if seed is None:
-            hint = base.encode_picture(condition_image)
+            hint = base.encode_image(condition_image)
         else:
             weight = base.vae.encoder.conv_in.weight
             posterior = base.vae.encode(condition_image.to(weight.device, weight.dtype)).latent_dist

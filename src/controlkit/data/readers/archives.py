@@ -21,13 +21,13 @@ from controlkit.data.readers.columns import (
 )
 from controlkit.data.readers.listing import Listing, Record, outside_note, short_name
 from controlkit.data.shards import write_tar
-from controlkit.data.sources import Piece, is_picture_name, members, samples
+from controlkit.data.sources import Piece, is_image_name, members, samples
 from controlkit.errors import UserError
 from controlkit.files import decode_text, sha256_of
 
 _VERSION = "2"
 """Of what is unpacked of a parquet file."""
-_PICTURES = ("target", "image", "picture")
+_IMAGES = ("target", "image", "picture")
 _NOTES = ".notes.json"
 """Member of a shard of ours with what there was to tell of where its images come from. It has no key: no sample."""
 _MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"BM": "bmp", b"GIF8": "gif", b"II*": "tif"}
@@ -48,9 +48,9 @@ def read_tars(paths: Sequence[Path], origin: Path) -> Listing:
                 problems.append(f"{where}: the key occurs in {seen[key].name} too")
                 continue
             seen[key] = path
-            picture = picture_of(parts)
-            if picture is None:
-                problems.append(f"{where}: there is no picture (KEY.jpg, KEY.png) among {', '.join(sorted(parts))}")
+            image = image_of(parts)
+            if image is None:
+                problems.append(f"{where}: there is no image (KEY.jpg, KEY.png) among {', '.join(sorted(parts))}")
                 continue
             try:
                 captions, made = texts_of(parts)
@@ -63,17 +63,17 @@ def read_tars(paths: Sequence[Path], origin: Path) -> Listing:
             conditions = {
                 name.rpartition(".")[0]: part
                 for name, part in sorted(parts.items())
-                if part is not picture and is_picture_name(f"x.{name}")
+                if part is not image and is_image_name(f"x.{name}")
             }
-            records.append(Record(where=where, picture=picture, conditions=conditions, captions=captions, made=made))
+            records.append(Record(where=where, image=image, conditions=conditions, captions=captions, made=made))
     return Listing(origin=origin, records=records, problems=problems)
 
 
-def picture_of(parts: Mapping[str, Piece]) -> Piece | None:
-    """The picture of a key: the one image without a second name, or the one called target, image or picture."""
-    images = sorted(name for name in parts if is_picture_name(f"x.{name}"))
+def image_of(parts: Mapping[str, Piece]) -> Piece | None:
+    """The image of a key: the one image without a second name, or the one called target, image or image."""
+    images = sorted(name for name in parts if is_image_name(f"x.{name}"))
     plain = [name for name in images if "." not in name]
-    named = [name for name in images if name.partition(".")[0] in _PICTURES]
+    named = [name for name in images if name.partition(".")[0] in _IMAGES]
     for found in (plain, named):
         if len(found) == 1:
             return parts[found[0]]
@@ -106,7 +106,7 @@ def read_parquet(paths: Sequence[Path], origin: Path, columns: Columns = ANY_COL
     the files, and read from there.
 
     Raises:
-        UserError: pyarrow is missing, a file is torn, it has no column of pictures, or a named column is not there.
+        UserError: pyarrow is missing, a file is torn, it has no column of images, or a named column is not there.
     """
     home = paths[0].parent / ".controlkit"
     files = [f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths]
@@ -146,15 +146,15 @@ def _rows(paths: Sequence[Path], chosen: Columns) -> Iterator[tuple[str, bytes]]
             file = parquet.ParquetFile(path)
             known = list(file.schema_arrow.names)
             images = [field.name for field in file.schema_arrow if _holds_images(arrow, field.type)]
-            picture, given, texts = _columns_of(path, known, images, chosen)
+            image, given, texts = _columns_of(path, known, images, chosen)
             notes += chosen.caption_notes(path if len(paths) == 1 else path.parent, known)
             names = _middle_names(given)
-            for batch in file.iter_batches(batch_size=16, columns=[picture, *given, *texts]):
+            for batch in file.iter_batches(batch_size=16, columns=[image, *given, *texts]):
                 for row in batch.to_pylist():
-                    for name in (picture, *given):
+                    for name in (image, *given):
                         data = linked.bytes_of(row[name], path.parent)
                         if data is not None:
-                            middle = "" if name == picture else f"{names[name]}."
+                            middle = "" if name == image else f"{names[name]}."
                             yield f"{number:09d}.{middle}{_kind(data)}", data
                     yield _text_member(number, row[chosen.caption] if chosen.caption else captions_in(row))
                     number += 1
@@ -169,24 +169,24 @@ def _rows(paths: Sequence[Path], chosen: Columns) -> Iterator[tuple[str, bytes]]
 def _columns_of(
     path: Path, known: Sequence[str], images: Sequence[str], chosen: Columns
 ) -> tuple[str, list[str], list[str]]:
-    """The columns of pictures, of condition images, and of captions.
+    """The columns of images, of condition images, and of captions.
 
     Raises:
-        UserError: there is none of pictures, or a named one is not there or holds no images.
+        UserError: there is none of images, or a named one is not there or holds no images.
     """
     chosen.check(path, known)
     for name in (chosen.image, chosen.conditioning_image):
         if name is not None and name not in images:
             raise UserError(f"the column {name!r} of {path} holds no images; those with images: {', '.join(images)}")
-    picture = chosen.image or first_of(IMAGE_COLUMNS, images)
-    if picture is None:
+    image = chosen.image or first_of(IMAGE_COLUMNS, images)
+    if image is None:
         raise UserError(
-            f"{path} has no column of pictures called {', '.join(IMAGE_COLUMNS[:4])}; name it with --image-column (its"
+            f"{path} has no column of images called {', '.join(IMAGE_COLUMNS[:4])}; name it with --image-column (its"
             f" columns are {', '.join(known)})"
         )
-    given = [chosen.conditioning_image] if chosen.conditioning_image else [name for name in images if name != picture]
+    given = [chosen.conditioning_image] if chosen.conditioning_image else [name for name in images if name != image]
     texts = [chosen.caption] if chosen.caption else all_of(CAPTION_COLUMNS, known)
-    return picture, given, [name for name in texts if name not in images]
+    return image, given, [name for name in texts if name not in images]
 
 
 def _middle_names(given: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""COCO 2017: pictures, the first caption of each, and objects from which conditions are drawn."""
+"""COCO 2017: images, the first caption of each, and objects from which conditions are drawn."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from controlkit.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class CocoPicture:
-    """One picture of COCO with what is known about it."""
+class CocoImage:
+    """One image of COCO with what is known about it."""
 
     path: Path
     folder: Path
@@ -24,13 +24,13 @@ class CocoPicture:
     caption: str | None
     """The first one given for it that is not empty; None if none is given."""
     objects: tuple[Mapping[str, Any], ...] | None
-    """Its annotated objects; None if the files annotate none of any picture."""
+    """Its annotated objects; None if the files annotate none of any image."""
     size: tuple[float, float]
     """Width and height that the objects are measured in."""
 
 
-def coco_pictures(annotations: Sequence[Path], images: Path | None = None) -> list[CocoPicture]:
-    """The pictures of one or several COCO annotation files (captions, instances), by file name.
+def coco_images(annotations: Sequence[Path], images: Path | None = None) -> list[CocoImage]:
+    """The images of one or several COCO annotation files (captions, instances), by file name.
 
     Args:
         images: their folder; looked for beside the annotations if not given.
@@ -57,11 +57,11 @@ def coco_pictures(annotations: Sequence[Path], images: Path | None = None) -> li
                     kept = ("category_id", "bbox", "segmentation")
                     objects.setdefault(name, []).append({key: entry[key] for key in kept if key in entry})
         except UserError as error:
-            raise UserError(f"{path}: a picture's caption is not read: {error}") from error
+            raise UserError(f"{path}: an image's caption is not read: {error}") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a COCO annotation file ({error!r})") from error
     if not listed:
-        raise UserError(f"{', '.join(map(str, annotations))} lists no pictures")
+        raise UserError(f"{', '.join(map(str, annotations))} lists no images")
     try:
         sizes = {
             name: (float(entry.get("width") or 0), float(entry.get("height") or 0)) for name, entry in listed.items()
@@ -70,7 +70,7 @@ def coco_pictures(annotations: Sequence[Path], images: Path | None = None) -> li
         raise UserError(f"the sizes of {annotations[0]} cannot be read ({error!r})") from error
     folder = images or _images_of(annotations[0], next(iter(listed)))
     return [
-        CocoPicture(
+        CocoImage(
             path=folder / name,
             folder=folder,
             caption=captions.get(name),
@@ -83,33 +83,33 @@ def coco_pictures(annotations: Sequence[Path], images: Path | None = None) -> li
 
 def read_coco(path: Path, condition: str | None = None) -> Listing:
     """Pairs of a COCO annotation file. Condition images are computed when they are read: `bbox` and `segments` from
-    its objects, any other from the picture. An instances file takes its captions from the captions file beside it."""
+    its objects, any other from the image. An instances file takes its captions from the captions file beside it."""
     beside = path.with_name(path.name.replace("instances_", "captions_", 1))
     files = [path, beside] if beside != path and beside.is_file() else [path]
     records = []
     folder = None
-    for picture in coco_pictures(files):
-        folder = picture.folder
+    for image in coco_images(files):
+        folder = image.folder
         conditions: dict[str, Source] = {}
-        for name, parameters in object_parameters(picture).items():
-            conditions[name] = Drawn(picture=picture.path, condition=name, parameters=tuple(parameters.items()))
-        captions = (picture.caption or "",)
-        records.append(Record(where=picture.path.name, picture=picture.path, conditions=conditions, captions=captions))
+        for name, parameters in object_parameters(image).items():
+            conditions[name] = Drawn(target=image.path, condition=name, parameters=tuple(parameters.items()))
+        captions = (image.caption or "",)
+        records.append(Record(where=image.path.name, image=image.path, conditions=conditions, captions=captions))
     return Listing(origin=path, records=records, draws=True, folder=folder)
 
 
-def object_parameters(picture: CocoPicture) -> dict[str, dict[str, Any]]:
-    """Parameters of the conditions `bbox` and `segments` for a picture's objects."""
-    if picture.objects is None:
+def object_parameters(image: CocoImage) -> dict[str, dict[str, Any]]:
+    """Parameters of the conditions `bbox` and `segments` for an image's objects."""
+    if image.objects is None:
         return {}
-    size = picture.size if min(picture.size) > 0 else None
-    boxes = [entry for entry in picture.objects if "bbox" in entry]
-    shapes = [entry for entry in picture.objects if entry.get("segmentation")]
+    size = image.size if min(image.size) > 0 else None
+    boxes = [entry for entry in image.objects if "bbox" in entry]
+    shapes = [entry for entry in image.objects if entry.get("segmentation")]
     return {"bbox": {"boxes": boxes, "size": size}, "segments": {"segments": shapes, "size": size}}
 
 
 def _images_of(annotations: Path, first: str) -> Path:
-    """The folder that holds the picture called `first`, near the annotations."""
+    """The folder that holds the image called `first`, near the annotations."""
     split = annotations.stem.rpartition("_")[2]
     home = annotations.parent
     near = [home, home / "images", home.parent, home.parent / "images", home / split, home.parent / split]
@@ -118,6 +118,6 @@ def _images_of(annotations: Path, first: str) -> Path:
         if (folder / first).is_file():
             return folder
     raise UserError(
-        f"{first}, listed in {annotations}, is not near it; put the pictures into {home / 'images'}, or, to make pairs,"
+        f"{first}, listed in {annotations}, is not near it; put the images into {home / 'images'}, or, to make pairs,"
         " name their folder with --images-folder"
     )

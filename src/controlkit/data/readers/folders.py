@@ -7,48 +7,48 @@ from pathlib import Path
 
 from controlkit.data.multigen import MultiGen
 from controlkit.data.readers.listing import Listing, Record
-from controlkit.data.sources import CAPTION_SUFFIXES, caption_beside, captions_differ, is_picture_name
+from controlkit.data.sources import CAPTION_SUFFIXES, caption_beside, captions_differ, is_image_name
 from controlkit.errors import UserError
 
-PICTURE_FOLDERS = ("target", "targets", "image", "images", "img", "picture", "pictures", "photo", "photos", "train")
-"""What a folder of pictures is called beside one of condition images, if no captions lie in it."""
+IMAGE_FOLDERS = ("target", "targets", "image", "images", "img", "picture", "pictures", "photo", "photos", "train")
+"""What a folder of images is called beside one of condition images, if no captions lie in it."""
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """Files that are called like pictures, in this folder itself, by name."""
+def images_in(folder: Path) -> list[Path]:
+    """Files that are called like images, in this folder itself, by name."""
     try:
-        return sorted(path for path in folder.iterdir() if is_picture_name(path.name) and path.is_file())
+        return sorted(path for path in folder.iterdir() if is_image_name(path.name) and path.is_file())
     except OSError as error:
         raise UserError(f"cannot list {folder}: {error.strerror}") from error
 
 
 def read_twins(folder: Path, condition: str | None = None) -> Listing:
-    """Pictures with captions beside them (`apple.png`, `apple.txt` or `apple.caption`) and folders of condition images
+    """Images with captions beside them (`apple.png`, `apple.txt` or `apple.caption`) and folders of condition images
     of the same stems.
 
-    This is how kohya's trainers read a ControlNet's data. The pictures lie in `folder` itself or in one folder below;
-    every other folder below it with pictures is a condition, called as the folder is.
+    This is how kohya's trainers read a ControlNet's data. The images lie in `folder` itself or in one folder below;
+    every other folder below it with images is a condition, called as the folder is.
 
     Raises:
-        UserError: it cannot be told which folder holds the pictures, or stems are not unique.
+        UserError: it cannot be told which folder holds the images, or stems are not unique.
     """
-    folders = {path: pictures_in(path) for path in (folder, *_subfolders(folder))}
+    folders = {path: images_in(path) for path in (folder, *_subfolders(folder))}
     folders = {path: files for path, files in folders.items() if files}
     home = _home(folder, list(folders))
     by_name = {path.name: _by_stem(path, files) for path, files in folders.items() if path != home}
     conditions = {name: stems for name, stems in by_name.items() if stems}
     records, problems, doubled = [], [], []
-    for stem, picture in _by_stem(home, folders[home]).items():
+    for stem, image in _by_stem(home, folders[home]).items():
         twins = {name: stems.pop(stem) for name, stems in conditions.items() if stem in stems}
         try:
-            prompt = caption_beside(picture)
-            doubled += [picture] if captions_differ(picture) else []
+            prompt = caption_beside(image)
+            doubled += [image] if captions_differ(image) else []
         except UserError as error:
-            problems.append(f"{picture.name}: {error}")
+            problems.append(f"{image.name}: {error}")
             continue
-        records.append(Record(where=picture.name, picture=picture, conditions=twins, captions=(prompt,)))
+        records.append(Record(where=image.name, image=image, conditions=twins, captions=(prompt,)))
     for name, left in conditions.items():
-        problems += [f"{name}/{path.name}: there is no picture {stem} in {home.name}" for stem, path in left.items()]
+        problems += [f"{name}/{path.name}: there is no image {stem} in {home.name}" for stem, path in left.items()]
     notes = [doubled_note(doubled)] if doubled else []
     return Listing(origin=folder, records=records, problems=problems, notes=notes)
 
@@ -60,10 +60,10 @@ def doubled_note(images: Sequence[Path]) -> str:
 
 
 def has_twins(folder: Path) -> bool:
-    """Whether at least two folders, of `folder` and those below it, hold pictures, and two of them share a stem."""
+    """Whether at least two folders, of `folder` and those below it, hold images, and two of them share a stem."""
     seen: set[str] = set()
     for place in (folder, *_subfolders(folder)):
-        stems = {path.stem for path in pictures_in(place)}
+        stems = {path.stem for path in images_in(place)}
         if stems & seen:
             return True
         seen |= stems
@@ -87,13 +87,11 @@ def read_multigen(folder: Path, condition: str | None = None) -> Listing:
     records, problems = [], []
     for index in range(len(lines)):
         try:
-            source, picture, prompt = lines.entry(index)
+            source, image, prompt = lines.entry(index)
         except UserError as error:
             problems.append(str(error))
             continue
-        records.append(
-            Record(where=f"line {index + 1}", picture=picture, conditions={task: source}, captions=(prompt,))
-        )
+        records.append(Record(where=f"line {index + 1}", image=image, conditions={task: source}, captions=(prompt,)))
     return Listing(origin=lines.path, records=records, problems=problems, folder=folder)
 
 
@@ -102,17 +100,17 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _home(folder: Path, folders: list[Path]) -> Path:
-    """Which of the folders holds the pictures, not their conditions."""
+    """Which of the folders holds the images, not their conditions."""
     if folder in folders:
         return folder
     captioned = [path for path in folders if any(next(path.glob(f"*{suffix}"), None) for suffix in CAPTION_SUFFIXES)]
-    named = [path for path in folders if path.name.lower() in PICTURE_FOLDERS]
+    named = [path for path in folders if path.name.lower() in IMAGE_FOLDERS]
     for found in (captioned, named):
         if len(found) == 1:
             return found[0]
     names = ", ".join(path.name for path in folders)
     raise UserError(
-        f"cannot tell which of {names} in {folder} holds the pictures;"
+        f"cannot tell which of {names} in {folder} holds the images;"
         " put their captions (.txt, .caption) beside them, or call that folder images"
     )
 

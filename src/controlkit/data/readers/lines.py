@@ -21,7 +21,7 @@ from controlkit.data.readers.columns import (
     first_of,
 )
 from controlkit.data.readers.listing import Listing, Record
-from controlkit.data.sources import is_picture_name
+from controlkit.data.sources import is_image_name
 from controlkit.errors import UserError
 from controlkit.files import decode_text
 
@@ -34,10 +34,10 @@ def read_manifest(path: Path, condition: str | None = None, columns: Columns = A
 
     def record(where: str, entry: Mapping[str, Any]) -> Record:
         conditions = {str(name): path.parent / file for name, file in entry["conditions"].items()}
-        picture, captions = path.parent / entry["picture"], captions_of(entry["prompt"])
-        return Record(where=where, picture=picture, conditions=conditions, captions=captions, made=entry)
+        image, captions = path.parent / entry["picture"], captions_of(entry["prompt"])
+        return Record(where=where, image=image, conditions=conditions, captions=captions, made=entry)
 
-    return _listing(path, list(_json_lines(path)), record, "picture, conditions and prompt")
+    return _listing(path, list(_json_lines(path)), record, "image, conditions and prompt")
 
 
 def read_prompt_json(path: Path, condition: str | None = None, columns: Columns = ANY_COLUMNS) -> Listing:
@@ -53,7 +53,7 @@ def read_prompt_json(path: Path, condition: str | None = None, columns: Columns 
     def record(where: str, entry: Mapping[str, Any]) -> Record:
         source, target = path.parent / entry[given], path.parent / entry[image]
         captions = captions_of(entry[caption])
-        return Record(where=where, picture=target, conditions={given: source}, captions=captions)
+        return Record(where=where, image=target, conditions={given: source}, captions=captions)
 
     return _listing(path, lines, record, f"{given}, {image} and {caption}")
 
@@ -82,7 +82,7 @@ def read_metadata(path: Path, condition: str | None = None, columns: Columns = A
         given = [columns.conditioning_image] if columns.conditioning_image else _condition_columns(entry, image)
         return Record(
             where=where,
-            picture=path.parent / entry[image],
+            image=path.parent / entry[image],
             conditions={name: path.parent / entry[name] for name in given if name != columns.caption},
             captions=captions_of(_listed(value) if as_csv else value),
         )
@@ -182,7 +182,7 @@ def _csv_lines(path: Path) -> Iterator[Line]:
 
 
 def _names_image(value: Any) -> bool:
-    return isinstance(value, str) and is_picture_name(value) and "://" not in value
+    return isinstance(value, str) and is_image_name(value) and "://" not in value
 
 
 def _text(path: Path) -> str:

@@ -20,11 +20,11 @@ _SHOWN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One picture with all its condition images, not looked at yet."""
+    """One image with all its condition images, not looked at yet."""
 
     where: str
     """Where it is listed: `line 7`, or its key."""
-    picture: Source
+    image: Source
     conditions: Mapping[str, Source]
     """Name of the condition -> condition image."""
     captions: tuple[str, ...] = ("",)
@@ -55,7 +55,7 @@ class Listing:
     problems: Sequence[str] = ()
     """Entries that cannot be understood, in words."""
     draws: bool = False
-    """Whether conditions that are not listed can be computed from the pictures."""
+    """Whether conditions that are not listed can be computed from the images."""
     notes: Sequence[str] = ()
     """What is no problem, but should not pass in silence."""
     folder: Path | None = None
@@ -66,8 +66,8 @@ class Listing:
         if self.folder is None:
             return []
         home = os.path.join(os.path.abspath(self.folder), "")
-        files = [file for record in self.records for file in (record.picture, *record.conditions.values())]
-        listed = dict.fromkeys(file.picture if isinstance(file, Drawn) else file for file in files)
+        files = [file for record in self.records for file in (record.image, *record.conditions.values())]
+        listed = dict.fromkeys(file.image if isinstance(file, Drawn) else file for file in files)
         paths = [file for file in listed if isinstance(file, Path)]
         away = [path for path in paths if not os.path.abspath(path).startswith(home)]
         return [outside_note(self.origin, len(away), len(paths), away[0])] if away else []
@@ -110,8 +110,8 @@ class Listing:
         kind = (asked and _registered(asked)) or _registered(short_name(str(name)))
         for record in self.records:
             source = record.conditions.get(str(name))
-            if source is None and self.draws and not isinstance(record.picture, Drawn):
-                source = Drawn(picture=record.picture, condition=str(name))
+            if source is None and self.draws and not isinstance(record.image, Drawn):
+                source = Drawn(target=record.image, condition=str(name))
             if source is None:
                 problems.append(f"{record.where}: there is no condition image {name!r}")
                 continue
@@ -123,7 +123,7 @@ class Listing:
                 continue
             pair = Pair(
                 source=source,
-                target=record.picture,
+                target=record.image,
                 prompt=record.prompt,
                 more_prompts=record.captions[1:],
                 condition=kind,
@@ -137,7 +137,7 @@ class Listing:
         if not self.records:
             return UserError(f"{self.origin} lists no pairs")
         if not names:
-            return UserError(f"{self.origin} has pictures without condition images; make them with controlkit pairs")
+            return UserError(f"{self.origin} has images without condition images; make them with controlkit pairs")
         asked = ""
         if condition is not None and _wanted(condition) is not None:
             asked = f" and none is called {condition!r}{nearest(condition, names)}"

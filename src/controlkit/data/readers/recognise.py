@@ -12,7 +12,7 @@ from controlkit.conditions import find
 from controlkit.data.readers.archives import read_parquet, read_tars
 from controlkit.data.readers.coco import read_coco
 from controlkit.data.readers.columns import ANY_COLUMNS, Columns
-from controlkit.data.readers.folders import has_twins, pictures_in, read_multigen, read_twins
+from controlkit.data.readers.folders import has_twins, images_in, read_multigen, read_twins
 from controlkit.data.readers.lines import lists_images, read_manifest, read_metadata, read_prompt_json
 from controlkit.data.readers.listing import Listing, short_name
 from controlkit.data.sources import Source
@@ -24,7 +24,7 @@ _METADATA = ("metadata.jsonl", "metadata.csv")
 _HEAD = 1 << 20
 
 LAYOUTS = f"""{MANIFEST} (controlkit pairs), {PROMPT_JSON} (source, target, prompt), metadata.jsonl,
-metadata.csv and other tables of images (datasets), parquet files, tar shards, pictures beside folders of condition
+metadata.csv and other tables of images (datasets), parquet files, tar shards, images beside folders of condition
 images, MultiGen-20M, COCO annotations"""
 
 Reader = Callable[[Path, str | None, Columns], Listing]
@@ -199,9 +199,9 @@ def _unknown(path: Path) -> UserError:
     layouts = " ".join(LAYOUTS.split())
     if not path.exists():
         return UserError(f"there are no pairs at {path}; what is read: {layouts}")
-    if path.is_dir() and pictures_in(path):
+    if path.is_dir() and images_in(path):
         return UserError(
-            f"{path} has pictures but no condition images; make pairs of them:"
+            f"{path} has images but no condition images; make pairs of them:"
             f" controlkit pairs {path} --conditions canny --out DIR"
         )
     return UserError(f"{path} has no {MANIFEST}, no {PROMPT_JSON} and no other layout that is read: {layouts}")

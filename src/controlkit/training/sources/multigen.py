@@ -35,7 +35,7 @@ class MultiGenSettings(ControlRecipe):
 
 @source
 class MultiGenSource(Source):
-    """Pictures are encoded as they come, since no cache would hold millions of latents.
+    """Images are encoded as they come, since no cache would hold millions of latents.
 
     Torn and missing files are passed over for the next line and counted on standard error. The first lines of every
     task are held out.
@@ -79,7 +79,7 @@ class MultiGenSource(Source):
         read = list(self._readers.map(lambda job: self._read(*job), jobs))
         x = to_tensor([target for _, target, _ in read]).to(self.base.device) * 2 - 1
         return Batch(
-            latents=self.base.encode_picture(x).float(),
+            latents=self.base.encode_image(x).float(),
             text=["" if drop else prompt for (_, _, prompt), drop in zip(read, dropped, strict=True)],
             condition_images=to_tensor([image for image, _, _ in read]).to(self.base.device),
         )

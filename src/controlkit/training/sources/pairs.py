@@ -12,19 +12,19 @@ from torch import Tensor
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.conditions.condition import Condition
-from controlkit.conditions.fidelity import by_the_picture
+from controlkit.conditions.fidelity import by_the_image
 from controlkit.controls.control import Control
 from controlkit.controls.hints import Hint, map_hint
 from controlkit.data.pair import SOURCE
 from controlkit.data.pairs import load_pairs, split_pairs
 from controlkit.data.prompts import PromptLimit
 from controlkit.data.readers.columns import Columns
-from controlkit.data.sources import read_picture
+from controlkit.data.sources import open_image
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
 from controlkit.images import to_tensor
 from controlkit.training.memory import uses_bf16
-from controlkit.training.pair_cache import PairCache, PictureRows
+from controlkit.training.pair_cache import ImageRows, PairCache
 from controlkit.training.recipe import ControlRecipe, OneCondition
 from controlkit.training.sources.registry import source
 from controlkit.training.sources.source import Batch, HeldOut, Source, Step
@@ -59,7 +59,7 @@ class PairSettings(ControlRecipe):
     prompt_drop: float = 0.3
     """Share of prompts replaced by the empty prompt (0.3 in CtrLoRA's reference)."""
     flip: bool = False
-    """Mirror half of the pairs at random, condition image and picture together. Not for pictures with writing, or
+    """Mirror half of the pairs at random, condition image and image together. Not for images with writing, or
     prompts that say left and right."""
     score_pictures: int = 16
     """Held-out pairs on which each preview scores condition following."""
@@ -82,7 +82,7 @@ class PairCondition(OneCondition):
     """Pairs may be of a condition that has no name here."""
 
     condition: str = "identity"
-    """Condition by which fidelity is scored; `identity` compares the result with the true picture."""
+    """Condition by which fidelity is scored; `identity` compares the result with the true image."""
     name: str = "control"
     """Name of the control and of its file."""
 
@@ -131,7 +131,7 @@ class PairSource(Source):
 class ConditionPairs:
     """Pairs of one condition.
 
-    Latents of pictures, embeddings of prompts and of the empty prompt, and hints that no trained weight makes come
+    Latents of images, embeddings of prompts and of the empty prompt, and hints that no trained weight makes come
     from the cache (`data/cache.py`), keyed by their content.
     """
 
@@ -140,7 +140,7 @@ class ConditionPairs:
         self.condition = conditions.find(condition)
         if self.condition.requires is not None:
             # Its model would have to be loaded beside what trains, if it is to be had at all.
-            self.condition = by_the_picture(self.condition)
+            self.condition = by_the_image(self.condition)
         self.found = load_pairs(recipe.pairs, condition, recipe.columns)
         self.pairs, self.held_out = split_pairs(self.found.pairs, recipe.held_out)
 
@@ -148,7 +148,7 @@ class ConditionPairs:
         """Notes of the reader, prompts that are empty or too long, and condition images of another size."""
         limit = PromptLimit(reader="this base", tokens=base.prompt_tokens, cut_from=base.cut_from)
         told = [*self.found.notes, *self.found.prompt_notes(limit)]
-        side, size = min(read_picture(self.pairs[0].source).size), base.size
+        side, size = min(open_image(self.pairs[0].source).size), base.size
         if side != size and not self.condition.given:
             told.append(
                 f"condition images of these pairs are scaled from {side} pixels to {size}; to draw, they are made"
@@ -163,7 +163,7 @@ class ConditionPairs:
         self.latents = self.cache.latents()
         self.texts, _, self.empty = self.cache.texts()
         self.content = self.cache.content()
-        self.hints: PictureRows | None = self.cache.hints(control) if control.hint_is_frozen else None
+        self.hints: ImageRows | None = self.cache.hints(control) if control.hint_is_frozen else None
 
     def batch(self, step: Step) -> Batch:
         """This process's pairs of a step."""

@@ -1,4 +1,4 @@
-"""Pictures from which pairs are made: folders, globs, tar shards, COCO annotations."""
+"""Images from which pairs are made: folders, globs, tar shards, COCO annotations."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from controlkit.data.readers.archives import picture_of, texts_of
-from controlkit.data.readers.coco import coco_pictures, object_parameters
-from controlkit.data.sources import CAPTION_SUFFIXES, Piece, caption_beside, is_picture_name, samples
+from controlkit.data.readers.archives import image_of, texts_of
+from controlkit.data.readers.coco import coco_images, object_parameters
+from controlkit.data.sources import CAPTION_SUFFIXES, Piece, caption_beside, is_image_name, samples
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, whole_text
 
@@ -21,8 +21,8 @@ STATE = Path(".controlkit") / "pairs"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One picture to make a pair of, not read yet."""
+class InputImage:
+    """One image to make a pair of, not read yet."""
 
     key: str
     """Names its files, the same in every run: its path below the input without the ending."""
@@ -52,7 +52,7 @@ class Picture:
         return caption_beside(self.source) if isinstance(self.source, Path) else ""
 
     def stamp(self) -> str:
-        """Changes when the picture, its caption or its annotations do; nothing is read for it."""
+        """Changes when the image, its caption or its annotations do; nothing is read for it."""
         place = self.source if isinstance(self.source, Path) else self.source.path
         member = (self.source.start, self.source.length) if isinstance(self.source, Piece) else ()
         first, *others = [_state(path) for path in self.sidecars] or [None]
@@ -65,26 +65,26 @@ class Picture:
         return {**vars(self), "source": {**source, "path": str(source["path"])}}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Picture:
+    def from_json(cls, values: Mapping[str, Any]) -> InputImage:
         """What `to_json` gave."""
         where = dict(values["source"])
         path = Path(where.pop("path"))
         return cls(**{**values, "source": Piece(path=path, **where) if where else path})
 
 
-def list_pictures(
+def list_images(
     inputs: Sequence[str | Path], images: str | Path | None = None, without: str | Path | None = None
-) -> list[Picture]:
-    """Every picture below the inputs, by key.
+) -> list[InputImage]:
+    """Every image below the inputs, by key.
 
     Args:
-        inputs: folders (searched to their depths; pairs that were made below them are left out), pictures, globs, tar
-            files, COCO annotation files. A folder in which tar shards lie and no pictures is read as these shards.
-        images: the folder of the pictures that COCO annotations list, if it is not near them.
+        inputs: folders (searched to their depths; pairs that were made below them are left out), images, globs, tar
+            files, COCO annotation files. A folder in which tar shards lie and no images is read as these shards.
+        images: the folder of the images that COCO annotations list, if it is not near them.
         without: a folder that is left out, because it is where results go.
 
     Raises:
-        UserError: an input is not there, or there is no picture at all.
+        UserError: an input is not there, or there is no image at all.
     """
     files: list[Path] = []
     annotations: list[Path] = []
@@ -93,7 +93,7 @@ def list_pictures(
         found, root = _found(str(given))
         if not found or not all(path.exists() for path in found):
             raise UserError(
-                f"there are no pictures at {given}; give a folder, a glob in quotes, tar files or COCO annotations"
+                f"there are no images at {given}; give a folder, a glob in quotes, tar files or COCO annotations"
             )
         annotations += [path for path in found if path.suffix == ".json"]
         files += [path for path in found if path.suffix != ".json" and not path.is_dir()]
@@ -107,12 +107,11 @@ def list_pictures(
         listed += _from_files(kept, Path(os.path.commonpath(roots)))
     if not listed and unique:
         raise UserError(
-            f"all pictures of {', '.join(map(str, inputs))} lie in {without}, where results go;"
-            " give --out another folder"
+            f"all images of {', '.join(map(str, inputs))} lie in {without}, where results go; give --out another folder"
         )
     if not listed:
-        raise UserError(f"there are no pictures in {', '.join(map(str, inputs))}")
-    return sorted(_with_unique_keys(listed), key=lambda picture: picture.key)
+        raise UserError(f"there are no images in {', '.join(map(str, inputs))}")
+    return sorted(_with_unique_keys(listed), key=lambda image: image.key)
 
 
 def _found(given: str) -> tuple[list[Path], str]:
@@ -125,47 +124,47 @@ def _found(given: str) -> tuple[list[Path], str]:
     return [Path(name) for name in names], os.path.abspath(os.path.dirname(before))
 
 
-def _from_files(files: Iterable[Path], root: Path) -> Iterator[Picture]:
+def _from_files(files: Iterable[Path], root: Path) -> Iterator[InputImage]:
     for path in files:
         if path.name.lower().endswith((".tar", ".tar.gz", ".tgz")):
             yield from _from_tar(path)
             continue
-        # A name that is not UTF-8 cannot be written into a manifest: its picture is skipped, under a name that can.
+        # A name that is not UTF-8 cannot be written into a manifest: its image is skipped, under a name that can.
         name = path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode()
-        yield Picture(key=_key(name), name=name, source=path)
+        yield InputImage(key=_key(name), name=name, source=path)
 
 
-def _from_tar(path: Path) -> Iterator[Picture]:
+def _from_tar(path: Path) -> Iterator[InputImage]:
     for key, parts in samples(path).items():
-        picture = picture_of(parts)
-        if picture is None:
-            if any(is_picture_name(f"x.{part}") for part in parts):
+        image = image_of(parts)
+        if image is None:
+            if any(is_image_name(f"x.{part}") for part in parts):
                 listed = ", ".join(sorted(parts))
-                raise UserError(f"{path}: no picture of {key} is called KEY.jpg or KEY.png among {listed}")
+                raise UserError(f"{path}: no image of {key} is called KEY.jpg or KEY.png among {listed}")
             continue
         try:
             captions, _ = texts_of(parts)
         except (ValueError, RecursionError, UserError) as error:
             raise UserError(f"{path}: the text of {key} cannot be read ({error})") from error
-        yield Picture(key=_key(f"{key}.x"), name=picture.name, source=picture, prompt=captions[0])
+        yield InputImage(key=_key(f"{key}.x"), name=image.name, source=image, prompt=captions[0])
 
 
-def _from_coco(annotations: Sequence[Path], images: Path | None) -> Iterator[Picture]:
-    for picture in coco_pictures(annotations, images):
-        name = picture.path.name
-        objects = object_parameters(picture) or None
-        yield Picture(
+def _from_coco(annotations: Sequence[Path], images: Path | None) -> Iterator[InputImage]:
+    for image in coco_images(annotations, images):
+        name = image.path.name
+        objects = object_parameters(image) or None
+        yield InputImage(
             key=_key(name),
             name=name,
-            source=Path(os.path.abspath(picture.path)),
-            prompt=picture.caption or "",
+            source=Path(os.path.abspath(image.path)),
+            prompt=image.caption or "",
             objects=objects,
         )
 
 
 def _walk(folder: Path) -> list[Path]:
-    """Pictures below `folder`, or its tar shards if it has no pictures; hidden folders and pairs made are left out."""
-    pictures: list[Path] = []
+    """Images below `folder`, or its tar shards if it has no images; hidden folders and pairs made are left out."""
+    images: list[Path] = []
     shards: list[Path] = []
     seen = {os.path.realpath(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -176,9 +175,9 @@ def _walk(folder: Path) -> list[Path]:
             if not name.startswith(".") and real not in seen and not os.path.exists(os.path.join(real, STATE))
         ]
         seen |= {inner[name] for name in folders}
-        pictures += [Path(place, name) for name in sorted(names) if is_picture_name(name)]
+        images += [Path(place, name) for name in sorted(names) if is_image_name(name)]
         shards += [Path(place, name) for name in sorted(names) if name.endswith(".tar") and not name.startswith(".")]
-    return pictures or shards
+    return images or shards
 
 
 def _key(name: str) -> str:
@@ -187,17 +186,17 @@ def _key(name: str) -> str:
     return "/".join(filter(None, key.split("/"))) or "_"  # of an absolute path, which a list may hold, no root
 
 
-def _with_unique_keys(pictures: Sequence[Picture]) -> Iterator[Picture]:
+def _with_unique_keys(images: Sequence[InputImage]) -> Iterator[InputImage]:
     taken: set[str] = set()
-    for picture in sorted(pictures, key=lambda picture: (picture.name, str(picture.source))):
-        key, number = picture.key, 2
+    for image in sorted(images, key=lambda image: (image.name, str(image.source))):
+        key, number = image.key, 2
         # Some file systems do not tell capital letters from small ones.
         if key.casefold() in taken:
-            key = f"{picture.key}_{picture.name.rpartition('.')[2].lower()}"
+            key = f"{image.key}_{image.name.rpartition('.')[2].lower()}"
         while key.casefold() in taken:
-            key, number = f"{picture.key}_{number}", number + 1
+            key, number = f"{image.key}_{number}", number + 1
         taken.add(key.casefold())
-        yield picture if key == picture.key else replace(picture, key=key)
+        yield image if key == image.key else replace(image, key=key)
 
 
 def _state(path: Path) -> tuple[int, int] | None:
