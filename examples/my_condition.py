@@ -15,18 +15,18 @@ from controlkit.conditions.fidelity import PSNR
 
 @condition(
     "halftone",
-    summary="black dots on white whose size is the picture's darkness, as in print",
+    summary="black dots on white whose size is the image's darkness, as in print",
     aliases=("dots",),
     fidelity=PSNR,
     draw={"step": uniform_int(4, 12)},
     limits={"step": (2, 64)},
 )
-def halftone(picture: np.ndarray, *, step: int = 8) -> np.ndarray:
+def halftone(image: np.ndarray, *, step: int = 8) -> np.ndarray:
     """Dots on a grid of `step` pixels.
 
     The parameters after the star become the condition's parameters; `draw` says how training varies them.
     """
-    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     height, width = grey.shape
     canvas = np.full((height, width), 255, np.uint8)
     for top in range(0, height, step):
