@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from page_commands import PAGES, ROOT, Block, blocks, commands, page_commands
 
 from controlkit.apps.cli import build_parser
 from controlkit.errors import UserError
@@ -21,7 +22,6 @@ from controlkit.studies.community_model import CommunityModel
 from controlkit.studies.new_condition import NewCondition
 from controlkit.studies.several_conditions import SeveralConditions
 from controlkit.training.recipes import read_recipe
-from page_commands import PAGES, ROOT, Block, blocks, commands, page_commands
 
 OTHER_PROGRAMS = {".", "cd", "cp", "export", "find", "git", "hf", "mkdir", "npm", "python3"}
 """Programs that are not ours, whose arguments are not checked."""

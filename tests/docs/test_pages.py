@@ -7,12 +7,12 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+from page_commands import PAGES, ROOT, page_commands
 from PIL import Image
 
 from controlkit.apps.cli import main
 from controlkit.conditions import find
 from controlkit.images import read_image, resize_cover
-from page_commands import PAGES, ROOT, page_commands
 
 
 def links() -> list[tuple[str, str]]:
