@@ -88,9 +88,9 @@ def parse_script(script: str, words: list[str], monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("words", COMMANDS)
-def test_every_command_is_one_that_its_program_takes(words, monkeypatch):
+def test_every_command_is_one_that_its_program_takes(words, monkeypatch, fresh_registry):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("CONTROLKIT_CONTROLS", "examples/my_control.py")
+    monkeypatch.setenv("CONTROLKIT_CONTROLS", "examples/my_control.py")  # as docs/systems.md exports it
     program, *rest = words
     if program in ("accelerate", "torchrun"):
         assert rest[rest.index("-m") + 1] == "controlkit"
