@@ -460,6 +460,7 @@ class TestTraining:
             assert any(part in name for name in moved), part
         Image.fromarray(condition_image).save(tmp_path / "edges.png")
         words = ["generate", "red apple", "--base", str(base_folder), "--prepared", "--steps", "2", "--json"]
+        words += ["--out", str(tmp_path / "drawn")]
         words += ["--control", f"{tmp_path / 'run' / 'canny.safetensors'}={tmp_path / 'edges.png'}@0.9"]
         capsys.readouterr()
         assert main([*words, "--control", f"{tmp_path / 'broken' / 'canny.safetensors'}={tmp_path / 'edges.png'}"]) == 0
