@@ -460,18 +460,8 @@ class TestTraining:
         for part in ("control_to_base_for_conv_in", "up_connections", "mid_block.midblock", "conv_in.weight"):
             assert any(part in name for name in moved), part
         Image.fromarray(condition_image).save(tmp_path / "edges.png")
-        words = [
-            "generate",
-            "red apple",
-            "--base",
-            str(base_folder),
-            "--prepared",
-            "--steps",
-            "2",
-            "--json",
-            "--out",
-            str(tmp_path / "out"),
-        ]
+        words = ["generate", "red apple", "--base", str(base_folder), "--prepared", "--steps", "2", "--json"]
+        words += ["--out", str(tmp_path / "drawn")]
         words += ["--control", f"{tmp_path / 'run' / 'canny.safetensors'}={tmp_path / 'edges.png'}@0.9"]
         capsys.readouterr()
         assert main([*words, "--control", f"{tmp_path / 'broken' / 'canny.safetensors'}={tmp_path / 'edges.png'}"]) == 0

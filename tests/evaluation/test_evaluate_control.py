@@ -81,7 +81,7 @@ def test_a_report_holds_the_settings_that_its_numbers_depend_on(tiny_base, tiny_
         "names": [str(file)],
         "base": str(base_folder),
         "sets": ["held-out"],
-        "pictures": 2,
+        "images": 2,
     }
     settings = made["reports"][0]["settings"]
     assert settings["steps"] == 2 and settings["sampler"] == "ddim"

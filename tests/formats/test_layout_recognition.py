@@ -126,7 +126,7 @@ def test_a_pickle_of_other_objects_is_refused_with_their_name(tmp_path):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1", "pointer of Git LFS"),
         (b"<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
-        (b"\x89PNG\r\n\x1a\n" + b"0" * 60, "picture"),
+        (b"\x89PNG\r\n\x1a\n" + b"0" * 60, "an image"),
         (b"GGUF" + b"0" * 60, "GGUF"),
         (b"PK\x03\x04" + b"0" * 60, "not a whole file of torch.save"),
         (b"\x80\x02" + b"0" * 60, "not a whole file of torch.save"),

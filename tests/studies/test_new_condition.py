@@ -42,7 +42,7 @@ def settings(tiny_base, base_folder, icons_file, tmp_path):
         "detail_steps": 2,
         "rates": (1e-3,),
         "rate_steps": 1,
-        "pictures": 2,
+        "images": 2,
         "sampling_steps": 2,
     }
 
@@ -103,7 +103,7 @@ def test_tables_hold_numbers_and_what_they_depend_on(settings, tiny_base):
 
 
 def test_every_mode_has_numbers_of_its_own_from_the_same_training(settings, capsys):
-    settings = {**settings, "parts": ("budgets",), "budgets": (3,), "pictures": 4}
+    settings = {**settings, "parts": ("budgets",), "budgets": (3,), "images": 4}
     balanced = run_new_condition(NewCondition(**settings)).cells
     capsys.readouterr()
     control = run_new_condition(NewCondition(**settings, mode="control")).cells
@@ -172,7 +172,7 @@ def test_other_images_are_other_numbers_and_a_budget_of_a_part_has_a_run_of_its_
     small = {**settings, "parts": ("budgets", "ranks"), "budgets": (2,), "detail_steps": 1, "ranks": (2,)}
     first = run_new_condition(NewCondition(**small))
     assert [cell.steps for cell in first.cells] == [2, 2, 1]
-    second = run_new_condition(NewCondition(**{**small, "pictures": 1}))
+    second = run_new_condition(NewCondition(**{**small, "images": 1}))
     assert [cell.score for cell in first.cells] != [cell.score for cell in second.cells]
     folder = next((Path(settings["out"]) / "pairs").iterdir())
     write_pairs(folder, [(pair.images(64)[0], pair.images(64)[1], "other") for pair in read_pairs(folder)])

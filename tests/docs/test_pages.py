@@ -1,66 +1,41 @@
-"""The documents do what they say."""
+"""The links, images and Python examples of the pages."""
 
 from __future__ import annotations
 
 import re
-import shlex
-import shutil
 from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 import pytest
+from page_commands import PAGES, ROOT, page_commands
 from PIL import Image
 
-from controlkit.apps.cli import build_parser, main
+from controlkit.apps.cli import main
 from controlkit.conditions import find
 from controlkit.images import read_image, resize_cover
-from controlkit.training.recipes import recipes
-
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "recipes/nano/README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def commands() -> list[tuple[str, str]]:
-    found = []
-    for document in DOCUMENTS:
-        text = re.sub(r" \\\n +", " ", document.read_text(encoding="utf-8"))  # commands of several lines
-        for line in text.splitlines():
-            match = re.match(r"^ {4}(?:\.venv/bin/)?controlkit (.+)$", line)
-            if match:
-                found.append((document.name, match[1].split("  #")[0]))
-    return found
 
 
 def links() -> list[tuple[str, str]]:
     """Targets in this repository, with the document that names them."""
     found = []
-    for document in DOCUMENTS:
+    for document in PAGES:
         targets = re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8"))
         found += [(str(document.relative_to(ROOT)), target) for target in targets if "://" not in target]
     return found
 
 
-def test_there_are_commands_and_links_to_look_at():
-    assert len(commands()) > 20 and len(links()) > 20
+def test_there_are_links_to_look_at():
+    assert len(links()) > 20
     assert {"README.md", "docs/training.md"} <= {document for document, _ in links()}
 
 
-@pytest.mark.parametrize(("document", "command"), commands())
-def test_every_command_in_the_documents_is_one_that_the_command_line_takes(document, command):
-    args = build_parser().parse_args(shlex.split(command))
-    for word in (getattr(args, "recipe", None),):
-        assert word is None or word in recipes() or (ROOT / word).is_file()
-
-
 def test_the_example_of_two_controls_follows_both(tmp_path, monkeypatch):
-    (command,) = [line for name, line in commands() if name == "README.md" and line.count("--control ") == 2]
+    (command,) = [words for _, words in page_commands(ROOT / "README.md") if words.count("--control") == 2]
+    monkeypatch.chdir(ROOT)  # the example's paths are those of a clone
     drawing = str(files("controlkit") / "assets" / "demo" / "sailboat.png")
-    shutil.copy(drawing, tmp_path / "drawing.png")
-    monkeypatch.chdir(tmp_path)
-    words = [*shlex.split(command), "--seeds", "2", "--steps", "6"]
-    assert main([*words, "--out", "both"]) == 0
-    assert main(["generate", words[1], *words[-4:], "--out", "none"]) == 0
+    words = [*command[1:], "--seeds", "2", "--steps", "6"]
+    assert main([*words, "--out", str(tmp_path / "both")]) == 0
+    assert main(["generate", words[1], *words[-4:], "--out", str(tmp_path / "none")]) == 0
     wanted = np.asarray(resize_cover(read_image(drawing), 64, 64))
     scores = {}
     for name in ("canny", "palette"):
@@ -74,10 +49,10 @@ def test_the_example_of_two_controls_follows_both(tmp_path, monkeypatch):
 
 def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    shutil.copy(str(files("controlkit") / "assets" / "demo" / "sailboat.png"), tmp_path / "drawing.png")
+    (tmp_path / "src").symlink_to(ROOT / "src")
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
-    assert len(list((tmp_path / "pictures").glob("seed*.png"))) == 4
+    assert len(list((tmp_path / "pictures" / "python").glob("seed*.png"))) == 4
 
 
 def test_the_examples_of_the_page_for_python_run_one_after_another(tmp_path, monkeypatch):
@@ -111,8 +86,22 @@ def test_every_name_of_the_package_is_there_and_one_that_the_page_uses():
 
 
 @pytest.mark.parametrize(("document", "target"), links())
-def test_links_and_images_of_the_documents_exist(document, target):
+def test_links_and_images_of_the_pages_exist(document, target):
     assert ((ROOT / document).parent / target).exists()
+
+
+def heading_anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_anchors_of_links_are_headings():
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                linked = (page.parent / target) if target else page
+                assert anchor in heading_anchors(linked.read_text(encoding="utf-8")), (page.name, target, anchor)
 
 
 def test_the_page_of_conditions_names_every_one_and_shows_the_example_as_it_is():
