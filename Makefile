@@ -1,6 +1,6 @@
 # Every target sets up what it needs. Needed beforehand: Python 3.11 or newer, pip and make.
 #
-#   make demo       a drawing steers a picture, with pictures and timings
+#   make demo       a drawing controls an image, with images and timings
 #   make test       the tests that every change has to pass
 #   make test-slow  the tests that take minutes
 #   make lint       style, types and the import order of the rooms
