@@ -38,8 +38,8 @@ from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.evaluation.sets import evaluation_set
 from controlkit.formats.load import load_control
 from controlkit.images import to_tensor
-from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample
 
 SHIPPED = ("nano/palette", "nano/canny")

@@ -16,7 +16,7 @@ the reference's network takes what comes back, with `strict=True`.
   Both sides get the same latent in the place of the condition image; the autoencoder is not part of it.
 
 What the clones import besides torch, numpy and einops is not needed for these classes; modules without content stand
-in for it. Ends with status 1 if a difference is above `--tolerance`.
+in for it. Baselines with status 1 if a difference is above `--tolerance`.
 
 `--dtype float64` tells rounding from anything else: a ControlNet and one adapter, smaller latents. In the reference's
 networks the casts to float32 are then left out.

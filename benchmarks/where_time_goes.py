@@ -26,8 +26,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from controlkit.bases.base import Base
-from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample
 
 REST = "the rest"

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from controlkit.data.pairs import read_pairs, split_pairs
     from controlkit.data.readers.columns import Columns
     from controlkit.evaluation.adapt import adapt
-    from controlkit.evaluation.control import evaluate_control, judged_pairs
+    from controlkit.evaluation.evaluate_control import evaluate_control, pairs_eval_set
     from controlkit.evaluation.sets import evaluation_set
     from controlkit.formats.convert import convert
     from controlkit.formats.describe import describe, describe_base, describe_system
     from controlkit.formats.load import load_control, save_control
     from controlkit.nano.evaluate_base import evaluate_base
-    from controlkit.sampling.drawn import read_drawn
     from controlkit.sampling.generate import generate
     from controlkit.sampling.request import ControlUse, GenerateRequest
+    from controlkit.sampling.saved_settings import read_settings
     from controlkit.training.recipes import build_recipe, read_recipe
     from controlkit.training.run import run as train
 
@@ -52,19 +52,19 @@ _PLACES = {
     "describe_base": "formats.describe:describe_base",
     "describe_system": "formats.describe:describe_system",
     "evaluate_base": "nano.evaluate_base:evaluate_base",
-    "evaluate_control": "evaluation.control:evaluate_control",
+    "evaluate_control": "evaluation.evaluate_control:evaluate_control",
     "evaluation_set": "evaluation.sets:evaluation_set",
     "find_condition": "conditions:find",
     "generate": "sampling.generate:generate",
-    "judged_pairs": "evaluation.control:judged_pairs",
     "list_images": "data.input_images:list_images",
     "load_base": "bases.load:load_base",
     "load_control": "formats.load:load_control",
     "make_pairs": "data.engine:make_pairs",
     "manage_cache": "data.cache_report:manage_cache",
-    "read_drawn": "sampling.drawn:read_drawn",
+    "pairs_eval_set": "evaluation.evaluate_control:pairs_eval_set",
     "read_pairs": "data.pairs:read_pairs",
     "read_recipe": "training.recipes:read_recipe",
+    "read_settings": "sampling.saved_settings:read_settings",
     "save_control": "formats.load:save_control",
     "split_pairs": "data.pairs:split_pairs",
     "train": "training.run:run",
@@ -89,22 +89,27 @@ __all__ = [
     "evaluation_set",
     "find_condition",
     "generate",
-    "judged_pairs",
     "list_images",
     "load_base",
     "load_control",
     "make_pairs",
     "manage_cache",
-    "read_drawn",
+    "pairs_eval_set",
     "read_pairs",
     "read_recipe",
+    "read_settings",
     "save_control",
     "split_pairs",
     "train",
 ]
 
 
+_FORMER = {"judged_pairs": "pairs_eval_set", "list_pictures": "list_images", "read_drawn": "read_settings"}
+"""Names of earlier versions, which go on working -> today's."""
+
+
 def __getattr__(name: str) -> Any:
+    name = _FORMER.get(name, name)
     if name not in _PLACES:
         raise AttributeError(f"module 'controlkit' has no attribute {name!r}")
     module, _, attribute = _PLACES[name].partition(":")

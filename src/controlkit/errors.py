@@ -1,12 +1,59 @@
-"""The one error that is a person's to fix."""
+"""The one error that a person can fix, and its codes."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Code = Literal[
+    "bad-data",
+    "bad-image",
+    "contradiction",
+    "damaged-file",
+    "device-unavailable",
+    "diverged",
+    "download-failed",
+    "empty-data",
+    "in-use",
+    "incompatible",
+    "missing-companion",
+    "missing-file",
+    "missing-package",
+    "missing-setting",
+    "missing-weights",
+    "not-finite",
+    "out-of-memory",
+    "out-of-range",
+    "plugin-failed",
+    "resume-mismatch",
+    "unknown-key",
+    "unknown-name",
+    "unreadable-file",
+    "unsafe-pickle",
+    "unsupported",
+    "usage",
+    "would-overwrite",
+    "write-failed",
+    "wrong-kind",
+    "wrong-size",
+    "wrong-type",
+]
+"""What went wrong, in a word that scripts can rely on; docs/errors.md explains each."""
+
+CODES: tuple[Code, ...] = get_args(Code)
 
 
 class UserError(Exception):
-    """Something that was given cannot be used; the message is one plain sentence (or one a line).
+    """An input that cannot be used.
 
-    Every message says what was given, what was expected, and what to do next. The command line prints it
-    without a traceback and exits with code 2.
+    Args:
+        message: one plain sentence, or one a line: what was given, what was expected, what to do. The command line
+            prints it without a traceback and exits with code 2.
+        code: what kind of error it is. It stays the same when the wording changes.
     """
+
+    def __init__(self, message: str, code: Code | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def is_out_of_memory(error: BaseException) -> bool:

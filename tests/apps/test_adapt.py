@@ -18,7 +18,7 @@ from controlkit.bases.load import load_base
 from controlkit.conditions import find
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.data.pairs import read_pairs
-from controlkit.evaluation.control import evaluate_control, judged_pairs
+from controlkit.evaluation.evaluate_control import evaluate_control, pairs_eval_set
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.nano.icons import IconSets, draw
@@ -256,7 +256,7 @@ def test_pairs_of_one_condition_need_no_name_of_it(pairs, base_control, base_fol
 
 def test_scores_draw_a_result_s_condition_with_the_parameters_of_the_given_one(pairs, tmp_path):
     """Pairs are made with random parameters: the true image is a perfect result all the same."""
-    judged = judged_pairs(read_pairs(made_pairs(pairs, tmp_path, "color_regions"), "color_regions"), 64)
+    judged = pairs_eval_set(read_pairs(made_pairs(pairs, tmp_path, "color_regions"), "color_regions"), 64)
     condition = find("color_regions")
     assert len({repr(parameters) for parameters in judged.parameters}) > 1
     assert condition.mean_score(judged.given, judged.truths, judged.truths, judged.parameters) == pytest.approx(1)

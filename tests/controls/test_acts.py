@@ -19,8 +19,8 @@ from controlkit.controls.control import Acts, Reads
 from controlkit.controls.hints import expand
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
-from controlkit.sampling.cache import ResidualCache, digest
 from controlkit.sampling.plan import ActiveControl, Plan
+from controlkit.sampling.residual_cache import ResidualCache, digest
 from controlkit.sampling.sampler import initial_noise, sample, sample_prompts
 
 STEPS = 4

@@ -23,10 +23,10 @@ from controlkit.formats.describe import describe, describe_system
 from controlkit.formats.detect import detect
 from controlkit.formats.load import load_control, save_control
 from controlkit.images import to_tensor
-from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample
 from controlkit.training.recipes import build_recipe
 from controlkit.training.run import run

@@ -24,7 +24,7 @@ from controlkit.controls.control import Acts, Reads
 from controlkit.controls.controlnet import ControlNet
 from controlkit.data.pairs import write_pairs
 from controlkit.errors import UserError
-from controlkit.evaluation.control import Judged, evaluate_control
+from controlkit.evaluation.evaluate_control import EvalSet, evaluate_control
 from controlkit.formats.card import card_of
 from controlkit.formats.convert import convert
 from controlkit.formats.describe import describe, describe_system
@@ -32,9 +32,9 @@ from controlkit.formats.detect import detect
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.images import to_tensor
-from controlkit.sampling.drawn import read_drawn
 from controlkit.sampling.generate import generate
 from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.saved_settings import read_settings
 from controlkit.training.control_objective import ControlObjective
 from controlkit.training.recipes import build_recipe, read_recipe, recipes
 from controlkit.training.run import objective_of
@@ -282,12 +282,12 @@ def test_it_generates_together_with_another_control(own, system, tiny_base, base
     for fewer in ((), uses[:1], uses[1:]):
         assert np.abs(pixels(both) - pixels(draw(*fewer))).max() > 2
     both.save(tmp_path / "out")
-    again = generate(read_drawn(tmp_path / "out").again())
+    again = generate(read_settings(tmp_path / "out").again())
     assert np.array_equal(pixels(again), pixels(both))
 
 
 def test_it_is_evaluated_against_no_control_and_the_truth(control, tiny_base, condition_image):
-    judged = Judged(name="two", given=[condition_image] * 2, truths=[condition_image] * 2, prompts=["cat face"] * 2)
+    judged = EvalSet(name="two", given=[condition_image] * 2, truths=[condition_image] * 2, prompts=["cat face"] * 2)
     report, sheet = evaluate_control(tiny_base, control, [judged], steps=2)
     assert report.rows[0][0] == "two (2)" and len(report.rows[0]) == 5
     assert set(report.facts["two"]) >= {"baseline", "control", "ceiling", "gap_closed"}

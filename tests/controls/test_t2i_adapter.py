@@ -31,8 +31,8 @@ from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.images import to_tensor
 from controlkit.nano.base_objective import save_base
-from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample
 from tiny import SD1_SCHEDULE, build_tiny_sdxl
 

@@ -16,7 +16,7 @@ from controlkit.data.engine import make_pairs
 from controlkit.data.input_images import list_images
 from controlkit.data.making import MakeSettings
 from controlkit.data.pairs import write_pairs
-from controlkit.data.swapped import swapped
+from controlkit.data.swap_check import find_swapped_sides
 from controlkit.errors import UserError
 
 ABSTRACT = ("canny", "sketch", "scribble", "grayscale", "palette", "silhouette", "lines_lsd", "illusion")
@@ -75,14 +75,14 @@ def test_exchanged_folders_of_a_manifest_are_certain(made):
 @pytest.mark.parametrize("name", ABSTRACT)
 def test_exchanged_sides_are_likely_where_a_condition_leaves_much_out(name):
     pairs = pairs_of(name)
-    assert swapped(pairs) is None
-    verdict = swapped([(target, source) for source, target in pairs])
+    assert find_swapped_sides(pairs) is None
+    verdict = find_swapped_sides([(target, source) for source, target in pairs])
     assert verdict is not None and verdict.certainty == "likely"
 
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_conditions_that_add_something_are_never_called_exchanged(name):
-    verdict = swapped(pairs_of(name))
+    verdict = find_swapped_sides(pairs_of(name))
     assert verdict is None or verdict.certainty == "possible"
 
 
@@ -95,7 +95,7 @@ def test_a_prompt_json_with_source_and_target_exchanged(tmp_path):
 
 
 def test_too_few_pairs_say_nothing():
-    assert swapped([(target, source) for source, target in pairs_of("canny", 3)]) is None
+    assert find_swapped_sides([(target, source) for source, target in pairs_of("canny", 3)]) is None
 
 
 def test_one_condition_can_be_checked_alone(made):

@@ -14,7 +14,7 @@ from controlkit.data.input_images import list_images
 from controlkit.data.jobs import ShardJob, make_shard
 from controlkit.data.making import MakeSettings
 from controlkit.data.pairs import read_pairs
-from controlkit.data.shards import shard_name
+from controlkit.data.readers.archives import shard_name
 from controlkit.errors import UserError
 
 SETTINGS = MakeSettings(conditions=("canny", "noise"), size=32)

@@ -13,7 +13,7 @@ import torch
 import controlkit
 from controlkit.apps.cli import main
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
-from controlkit.evaluation.control import Judged, evaluate_control, evaluate_controls
+from controlkit.evaluation.evaluate_control import EvalSet, evaluate_control, evaluate_controls
 from controlkit.evaluation.report import Report
 from controlkit.evaluation.sets import EvaluationSet, evaluation_set
 from controlkit.formats.load import save_control
@@ -24,7 +24,7 @@ def judged_from(first, count):
     drawings = evaluation_set("held-out").examples[first : first + count]
     truths = [drawing.image for drawing in drawings]
     given = [controlkit.find_condition("canny")(truth) for truth in truths]
-    return Judged(name="held-out pairs", given=given, truths=truths, prompts=[one.caption for one in drawings])
+    return EvalSet(name="held-out pairs", given=given, truths=truths, prompts=[one.caption for one in drawings])
 
 
 def test_two_sets_of_one_name_have_baselines_and_ceilings_of_their_own(tiny_base, tiny_control):

@@ -18,7 +18,7 @@ from controlkit.conditions import find
 from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.data.pairs import write_pairs
 from controlkit.evaluation.adapt import adapt
-from controlkit.evaluation.control import Judged, evaluate_control, judged_pairs
+from controlkit.evaluation.evaluate_control import EvalSet, evaluate_control, pairs_eval_set
 from controlkit.formats.load import load_control, save_control
 from controlkit.nano.icons import IconSets, draw
 from controlkit.training.control_objective import ControlObjective
@@ -87,7 +87,7 @@ def test_a_preview_of_pairs_scores_as_evaluate_does(adapt_recipe, tmp_path):
     acting(objective.control)
     objective.control.eval()
     (score,) = objective.preview(1, tmp_path).values()
-    judged = judged_pairs(objective.source.of["palette"].held_out, objective.base.size)
+    judged = pairs_eval_set(objective.source.of["palette"].held_out, objective.base.size)
     scores = {
         mode: evaluate_control(objective.base, objective.control, [judged], steps=10, mode=mode)[0]
         for mode in (None, "balanced")
@@ -102,7 +102,7 @@ def test_a_preview_of_icons_scores_as_evaluate_does(recipe, tmp_path):
     randomise_zero_convolutions(objective.control)
     (score,) = objective.preview(1, tmp_path).values()
     held = objective.source.held_out("canny")
-    judged = Judged(name="held", given=held.condition_images, truths=held.targets, prompts=held.prompts)
+    judged = EvalSet(name="held", given=held.condition_images, truths=held.targets, prompts=held.prompts)
     objective.control.eval()
     same, other = (
         evaluate_control(objective.base, objective.control, [judged], steps=10, mode=mode)[0].facts["held"]["control"]
@@ -153,6 +153,6 @@ def test_a_control_that_acts_on_one_half_alone_is_in_that_mode(recipe, tmp_path,
     monkeypatch.setattr(type(control), "conditional_only", True)
     drawings = IconSets(recipe.icons).icons[:2]
     truths = [draw(icon, np.random.default_rng(0)).image for icon in drawings]
-    judged = Judged(name="x", given=[find("canny")(one) for one in truths], truths=truths, prompts=["a", "b"])
+    judged = EvalSet(name="x", given=[find("canny")(one) for one in truths], truths=truths, prompts=["a", "b"])
     report, _ = evaluate_control(load_base(recipe.base), control, [judged], steps=1)
     assert report.settings["control"]["mode"] == "control"

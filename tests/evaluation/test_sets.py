@@ -11,7 +11,7 @@ from controlkit.apps.cli import main
 from controlkit.bases.load import load_base
 from controlkit.errors import UserError
 from controlkit.evaluation import sets
-from controlkit.evaluation.control import evaluate_controls
+from controlkit.evaluation.evaluate_control import evaluate_controls
 from controlkit.evaluation.sets import EvaluationSet, Example, evaluation_set, evaluation_sets, register_evaluation_set
 from controlkit.formats.load import load_control, save_control
 

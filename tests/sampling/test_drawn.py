@@ -15,7 +15,7 @@ from controlkit.errors import UserError
 from controlkit.formats.load import find_control, shipped_controls
 from controlkit.images import write_png
 from controlkit.sampling import identity
-from controlkit.sampling.drawn import read_drawn
+from controlkit.sampling.saved_settings import read_settings
 
 DRAWING = np.full((80, 64, 3), 200, np.uint8)
 DRAWING[20:60, 14:46] = (180, 30, 30)
@@ -85,10 +85,10 @@ def test_paths_are_tried_from_the_folder_of_the_settings(drawn, tmp_path, monkey
     shutil.copy("drawing.png", drawn / "drawing.png")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert read_drawn(drawn).again().controls[0].image == str(drawn / "drawing.png")
+    assert read_settings(drawn).again().controls[0].image == str(drawn / "drawing.png")
     # Another image of the same name in the way does not count.
     write_png("drawing.png", Image.new("RGB", (64, 64), "red"))
-    assert read_drawn(drawn).again().controls[0].image == str(drawn / "drawing.png")
+    assert read_settings(drawn).again().controls[0].image == str(drawn / "drawing.png")
     assert not [note for note in notes_of(capsys, "--from", drawn) if "cut" not in note]
     assert pixels("out/seed0.png") == pixels(drawn / "seed0.png")
     # Controls and bases are found there, too.
@@ -97,13 +97,13 @@ def test_paths_are_tried_from_the_folder_of_the_settings(drawn, tmp_path, monkey
     (drawn / "settings.json").write_text(json.dumps(settings))
     (drawn / "model").mkdir()
     shutil.copy(find_control("canny"), drawn / "mine.safetensors")
-    again = read_drawn(drawn).again()
+    again = read_settings(drawn).again()
     assert (again.controls[0].control, again.base) == (str(drawn / "mine.safetensors"), str(drawn / "model"))
     shutil.copy(find_control("canny"), drawn / "base.safetensors")
     settings["request"]["controls"][0]["control"] = "mine.safetensors+base.safetensors"
     (drawn / "settings.json").write_text(json.dumps(settings))
     both = f"{drawn / 'mine.safetensors'}+{drawn / 'base.safetensors'}"
-    assert read_drawn(drawn).again().controls[0].control == both
+    assert read_settings(drawn).again().controls[0].control == both
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_settings_of_earlier_versions_have_no_hashes(drawn, capsys):
     assert pixels("out/seed0.png") == pixels(drawn / "seed0.png")
     for odd in ([], {"controls": 3}, {"controls": [None]}):
         (drawn / "settings.json").write_text(json.dumps({**settings, "sha256": odd}))
-        assert read_drawn(drawn).again().controls[0].prepared
+        assert read_settings(drawn).again().controls[0].prepared
 
 
 def test_hashes_of_large_files_are_kept_until_the_file_changes(tmp_path, monkeypatch, cache):

@@ -8,11 +8,11 @@ from PIL import Image
 
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
-from controlkit.sampling.drawn import Drawn
 from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import MODES, ControlUse, GenerateRequest
 from controlkit.sampling.sampler import sample
+from controlkit.sampling.saved_settings import SavedSettings
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def test_bases_that_say_nothing_else_act_as_diffusers_does(sd1_scheduled_base):
 def test_a_image_is_drawn_again_in_the_mode_that_it_was_drawn_in(drawing):
     asked = GenerateRequest(prompt="red apple", controls=(ControlUse(control="canny", image=drawing),))
     for used, mode in (({"mode": "control"}, "control"), ({"mode": "balanced"}, "balanced"), ({}, "balanced")):
-        assert [use.mode for use in Drawn(asked, used).again().controls] == [mode]
-    assert [use.mode for use in Drawn(asked, {"mode": "control"}).again(base="another").controls] == [None]
+        assert [use.mode for use in SavedSettings(asked, used).again().controls] == [mode]
+    assert [use.mode for use in SavedSettings(asked, {"mode": "control"}).again(base="another").controls] == [None]
 
 
 def test_a_mode_that_there_is_not_is_refused():

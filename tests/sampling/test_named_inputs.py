@@ -16,16 +16,16 @@ from controlkit.apps.cli import main
 from controlkit.controls import registry
 from controlkit.data.pairs import write_pairs
 from controlkit.errors import UserError
-from controlkit.evaluation.control import Judged, evaluate_control
+from controlkit.evaluation.evaluate_control import EvalSet, evaluate_control
 from controlkit.formats.card import card_of
 from controlkit.formats.describe import describe, describe_system
 from controlkit.formats.load import load_control, save_control
 from controlkit.images import read_image
-from controlkit.sampling.cache import ResidualCache
-from controlkit.sampling.drawn import read_drawn
 from controlkit.sampling.generate import generate, refuse_overwriting
 from controlkit.sampling.inputs import with_named_inputs
 from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.residual_cache import ResidualCache
+from controlkit.sampling.saved_settings import read_settings
 from controlkit.training.recipes import build_recipe
 from controlkit.training.run import objective_of
 from controlkit.training.run import run as train
@@ -116,7 +116,7 @@ def test_settings_keep_them_and_draw_the_same_again(folder, capsys):
     first, second = settings["sha256"]["controls"]
     assert set(first["inputs"]) == {"edges", "colours"} and second["inputs"] == {}
     assert all(len(one[part]) == 64 for one in first["inputs"].values() for part in ("image", "condition"))
-    drawn = read_drawn("out/seed0.png")
+    drawn = read_settings("out/seed0.png")
     assert drawn.asked.controls == before.request.controls
     again = generate(drawn.again())
     assert np.array_equal(pixels(again), pixels(before)) and drawn.differences(again) == []
@@ -244,7 +244,7 @@ def test_what_needs_one_image_is_trained_and_judged_with_one(folder, icons_file,
     recipe = build_recipe({"system": "optional", "icons": str(icons_file), "condition": "palette", **settings})
     assert list(train(dataclasses.replace(recipe, out="other"))) == ["palette: colour distance, Lab"]
     made = load_control("other/palette.safetensors", tiny_base)
-    judged = Judged(name="one", given=[COLOURS], truths=[COLOURS], prompts=["cat face"])
+    judged = EvalSet(name="one", given=[COLOURS], truths=[COLOURS], prompts=["cat face"])
     evaluate_control(tiny_base, made, [judged], steps=1)
     for system in ("scene", "boxes-pairs"):
         data = {"pairs": "pairs"} if system == "boxes-pairs" else {"icons": str(icons_file), "condition": "canny"}

@@ -12,8 +12,8 @@ from torch import nn
 from controlkit.bases.residuals import Residuals
 from controlkit.controls.control import Control, Reads
 from controlkit.images import to_tensor
-from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ROWS_AT_ONCE, ActiveControl, Plan, rows_at_once
+from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample, sample_prompts
 
 SHAPES = [(16, 16), (16, 16), (16, 8), (32, 8)]

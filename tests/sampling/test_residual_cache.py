@@ -9,8 +9,8 @@ from torch import nn
 from controlkit.bases.residuals import Residuals
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.images import to_tensor
-from controlkit.sampling.cache import ResidualCache, digest
 from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.residual_cache import ResidualCache, digest
 from controlkit.sampling.sampler import sample
 
 

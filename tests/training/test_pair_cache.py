@@ -19,7 +19,7 @@ from controlkit.bases.load import load_base
 from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.data.pairs import read_pairs, write_pairs
-from controlkit.data.shards import write_tar
+from controlkit.data.readers.archives import write_tar
 from controlkit.data.sources import Drawn
 from controlkit.errors import UserError
 from controlkit.formats.load import save_control

@@ -26,6 +26,7 @@ from controlkit.apps import (
     train,
     transfer,
 )
+from controlkit.apps.show import print_json
 from controlkit.errors import UserError, is_out_of_memory
 
 VERBS = (demo, condition, generate, pairs, train, adapt, evaluate, study, convert, transfer, push, inspect, cache)
@@ -33,7 +34,7 @@ VERBS = (demo, condition, generate, pairs, train, adapt, evaluate, study, conver
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+        raise UserError(f"{message} (see {self.prog} --help)", "usage")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,12 +59,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for what a person has to change, 130 for Ctrl-C."""
+    args = None
     try:
         args = build_parser().parse_args(argv)
         args.run(args)
         return 0
     except UserError as error:
-        print(f"controlkit: {error}", file=sys.stderr)
+        print(f"controlkit: {error}{f' [{error.code}]' if error.code else ''}", file=sys.stderr)
+        if getattr(args, "json", False):
+            print_json({"error": {"code": error.code, "message": str(error)}})
         return 2
     except BrokenPipeError:
         sys.stderr.close()

@@ -107,7 +107,7 @@ def _of_base(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]
 def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]:
     from controlkit.bases.load import load_base
     from controlkit.errors import UserError
-    from controlkit.evaluation.control import evaluate_control, evaluate_controls, judged_pairs
+    from controlkit.evaluation.evaluate_control import evaluate_control, evaluate_controls, pairs_eval_set
     from controlkit.evaluation.sets import evaluation_set
     from controlkit.formats.load import load_control
     from controlkit.images import write_png
@@ -126,7 +126,7 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
     if pairs:
         if len(controls) > 1:
             raise UserError(f"--pairs are of one condition: judge one control by them, not {len(controls)}")
-        judged = [judged_pairs(pairs, base.size)]
+        judged = [pairs_eval_set(pairs, base.size)]
         report, sheet = evaluate_control(base, next(iter(controls.values())), judged, **settings)
     elif len(controls) == 1:
         report, sheet = evaluate_control(base, next(iter(controls.values())), sets, **settings)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from controlkit.apps.show import add_json, print_json, print_notes, print_seconds
 
 if TYPE_CHECKING:
-    from controlkit.sampling.drawn import Drawn
     from controlkit.sampling.request import GenerateRequest
+    from controlkit.sampling.saved_settings import SavedSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,11 +106,11 @@ _GIVEN = (
 )
 
 
-def _request(args: argparse.Namespace) -> tuple[GenerateRequest, Drawn | None]:
+def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings | None]:
     """The request, and what it was restored from."""
     from controlkit.errors import UserError
-    from controlkit.sampling.drawn import read_drawn
     from controlkit.sampling.request import ControlUse, GenerateRequest
+    from controlkit.sampling.saved_settings import read_settings
 
     if hasattr(args, "seeds") and args.seeds < 1:
         raise UserError(f"--seeds {args.seeds}: at least one image has to be drawn")
@@ -118,7 +118,7 @@ def _request(args: argparse.Namespace) -> tuple[GenerateRequest, Drawn | None]:
         raise UserError("--prepared is about the images of --control, and none is given")
     given = {name: getattr(args, name) for name in _GIVEN if hasattr(args, name)}
     uses = tuple(ControlUse.parse(text, prepared=args.prepared, mode=args.mode) for text in args.control)
-    drawn = read_drawn(args.drawn) if hasattr(args, "drawn") else None
+    drawn = read_settings(args.drawn) if hasattr(args, "drawn") else None
     if drawn is None and given.get("prompt") is None:
         raise UserError("give a prompt, or --from FILE to draw again what it says")
     if drawn is not None and args.mode:

@@ -18,8 +18,7 @@ from safetensors import SafetensorError
 from controlkit.bases.base import Base, needs_float32
 from controlkit.bases.defaults import defaults_in
 from controlkit.bases.families import FAMILIES, KNOWN_BASES, configurations_in, family_of_folder
-from controlkit.bases.pickles import why_refused
-from controlkit.bases.weight_files import weight_files
+from controlkit.bases.weight_files import unsafe_pickle_error, weight_files
 from controlkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def load_base(
                 base.original = lambda: load_base(name)
             return base.to(device=device, text_device=text_device)
     except pickle.UnpicklingError as error:
-        raise UserError(f"the base {name} cannot be loaded: {why_refused(path, error)}") from error
+        raise UserError(f"the base {name} cannot be loaded: {unsafe_pickle_error(path, error)}") from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the base {name} cannot be loaded: {reason}") from error

@@ -26,7 +26,7 @@ from torch import nn
 from controlkit.bases.base import Base
 from controlkit.bases.component import Component, Configurations
 from controlkit.bases.families import configurations_in, family_of_file
-from controlkit.bases.pickles import why_refused
+from controlkit.bases.weight_files import unsafe_pickle_error
 from controlkit.errors import UserError
 
 
@@ -187,7 +187,7 @@ def _shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error})") from error
     except Exception as error:  # the reader's own error class lives in a module that is never imported here
-        raise UserError(why_refused(path, error)) from error
+        raise UserError(unsafe_pickle_error(path, error)) from error
     held = held.get("state_dict", held) if isinstance(held, dict) else {}
     pairs = held.items() if isinstance(held, dict) else ()
     return {str(name): tuple(value.shape) for name, value in pairs if isinstance(value, torch.Tensor)}, {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,3 +63,20 @@ def _of(folder: Path, stem: str, container: str, variant: str | None) -> tuple[P
         if not (folder / part).is_file():
             raise UserError(f"{index} names {part}, which is missing; {len(parts)} files belong to it")
     return tuple(folder / part for part in parts)
+
+
+def unsafe_pickle_error(path: Path, error: Exception) -> str:
+    """Why `torch.load(weights_only=True)` did not read a file, as one sentence.
+
+    torch's own message recommends to read the file as a program, which is never done here.
+    """
+    words = " ".join(str(error).split())
+    wanted = re.search(r"(?:GLOBAL|global|class|function) ([A-Za-z_][\w]*(?:\.\w+)+)", words)
+    if "weights_only" in words or "Weights only" in words or "WeightsUnpickler" in words:
+        what = f"it asks for {wanted[1]}" if wanted else "it holds more than tensors"
+        return (
+            f"{path} is refused: {what}, and a pickle is read for its tensors alone, because more would run the"
+            " program in it; look for a safetensors version, or have its maker save only the state dict"
+        )
+    reason = re.sub(r"^\[[^]]*\][ .]*", "", words)[:120]
+    return f"{path} is not a whole file of torch.save ({reason})"

@@ -32,12 +32,15 @@ import numpy as np
 
 from controlkit._version import __version__
 from controlkit.conditions.models import LearnedModel
-from controlkit.conditions.own import load_own
 from controlkit.errors import UserError, nearest
 from controlkit.files import sha256_of
+from controlkit.plugins import load_named
 
 Draw = Callable[[np.random.Generator], Any]
 """Draws a parameter's value for one training image."""
+
+VARIABLE = "CONTROLKIT_CONDITIONS"
+"""Environment variable: import paths or Python files that register conditions, separated as in PATH."""
 
 LEAST_SIDE = 16
 """Every condition takes images of any height and width from so many pixels up, and gives the same size back."""
@@ -261,7 +264,7 @@ def no_mirror(name: str) -> UserError:
 def _load() -> None:
     for file in _FILES:
         import_module(f"controlkit.conditions.{file}")
-    load_own()
+    load_named(VARIABLE)
 
 
 def registry() -> dict[str, Condition]:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import pkgutil
-import sys
-from collections.abc import Callable, Mapping
-from functools import cache, partial
+from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
-from pathlib import Path
 from typing import TypeVar
 
 from controlkit import controls
 from controlkit.controls.control import Control, Training
-from controlkit.controls.file_format import on_one_line
 from controlkit.errors import UserError, nearest
-from controlkit.files import sha256_of
+from controlkit.plugins import load_entry_points, load_named
 
 VARIABLE = "CONTROLKIT_CONTROLS"
 """Environment variable: import paths or Python files that register systems, separated as in PATH."""
@@ -87,38 +81,5 @@ def companion_role(kind: type[Control]) -> str:
 def _load() -> None:
     for module in pkgutil.iter_modules(controls.__path__):
         import_module(f"{controls.__name__}.{module.name}")
-    for point in entry_points(group=ENTRY_POINTS):
-        load_own(f"the module {point.value} of the entry point {point.name}", point.load)
-    for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
-        load_own(f"{name}, named by {VARIABLE},", partial(_import, name))
-
-
-def load_own(what: str, load: Callable[[], object]) -> None:
-    """Load a module that is not ours; whatever it raises becomes one sentence about `what`."""
-    try:
-        load()
-    except UserError:
-        raise
-    except Exception as error:
-        words = on_one_line(error) or "no words"
-        raise UserError(f"{what} cannot be loaded: {type(error).__name__}: {words}") from error
-
-
-def _import(name: str) -> None:
-    """A module by its import path, or a file, which becomes a module as well: dataclasses look for theirs."""
-    if not name.endswith(".py"):
-        import_module(name)
-        return
-    path = Path(name).resolve()
-    if not path.is_file():
-        raise UserError(f"{VARIABLE} names {name}, which is not there")
-    module_name = f"controlkit_own_{sha256_of(str(path))[:8]}_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None  # as it ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[module_name]
-        raise
+    load_entry_points(ENTRY_POINTS)
+    load_named(VARIABLE)

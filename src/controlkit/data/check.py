@@ -21,7 +21,7 @@ from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.listing import Listing, Record
 from controlkit.data.readers.recognise import read_listing
 from controlkit.data.sources import Drawn, Source, open_image, read_condition_image
-from controlkit.data.swapped import Verdict, swapped
+from controlkit.data.swap_check import Verdict, find_swapped_sides
 from controlkit.errors import UserError
 
 KINDS = {
@@ -269,7 +269,7 @@ def _exchanged(listing: Listing, name: str, seen: Sequence[_Seen]) -> Verdict | 
         pairs.append((_reduced(source, name), _reduced(record.image)))
         if len(pairs) == _SAMPLE:
             break
-    return swapped(pairs, name)
+    return find_swapped_sides(pairs, name)
 
 
 def _reduced(source: Source, condition: str | None = None) -> np.ndarray:

@@ -18,9 +18,9 @@ from controlkit.conditions import find
 from controlkit.data.input_images import STATE, InputImage
 from controlkit.data.jobs import FilesJob, Outcome, ShardJob, make_files, make_shard
 from controlkit.data.making import MakeSettings
+from controlkit.data.readers.archives import shard_name
 from controlkit.data.readers.columns import captions_of
 from controlkit.data.readers.recognise import MANIFEST
-from controlkit.data.shards import shard_name
 from controlkit.data.workers import cores, refuse_to_run_again, run_jobs
 from controlkit.errors import UserError
 from controlkit.files import (

@@ -14,7 +14,7 @@ from typing import Any
 
 from controlkit.data.input_images import STATE, InputImage
 from controlkit.data.making import MadePair, MakeSettings, make_pair
-from controlkit.data.shards import write_tar
+from controlkit.data.readers.archives import write_tar
 from controlkit.data.workers import sign_of_life
 from controlkit.errors import UserError
 from controlkit.files import read_json, sha256_of, write_json

@@ -9,7 +9,7 @@ from pathlib import Path
 from controlkit.bases.load import choose_device, load_base
 from controlkit.data.pairs import read_pairs, split_pairs
 from controlkit.errors import UserError
-from controlkit.evaluation.control import evaluate_control, judged_pairs
+from controlkit.evaluation.evaluate_control import evaluate_control, pairs_eval_set
 from controlkit.evaluation.report import Report
 from controlkit.formats.card import write_card
 from controlkit.formats.load import load_control
@@ -51,7 +51,7 @@ def adapt(recipe: Recipe) -> Adapted:
         shared[companion.fingerprint()] = companion
     control = load_control(path, base, shared=shared)
     _, held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition_names[0], recipe.columns), recipe.held_out)
-    report, sheet = evaluate_control(base, control, [judged_pairs(held_out[:MOST_JUDGED], base.size)])
+    report, sheet = evaluate_control(base, control, [pairs_eval_set(held_out[:MOST_JUDGED], base.size)])
     write_png(folder / "held-out.png", sheet)
     write_card(path, scores=report.to_markdown(), image="held-out.png", seconds=spent(folder))
     seconds = {"train": trained - started, "judge": time.perf_counter() - trained}

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from controlkit.errors import UserError, nearest
+from controlkit.plugins import load_entry_points
 
 SHIPPED = ("controlkit.nano.evaluation_sets",)
 """Modules of this package that register sets, imported when a set is first asked for."""
@@ -97,9 +97,6 @@ def evaluation_set(name: str) -> EvaluationSet[Example]:
 
 @cache
 def _load() -> None:
-    from controlkit.controls.registry import load_own  # loads torch, which recipes are read without
-
     for module in SHIPPED:
         import_module(module)
-    for point in entry_points(group=ENTRY_POINTS):
-        load_own(f"the module {point.value} of the entry point {point.name}", point.load)
+    load_entry_points(ENTRY_POINTS)

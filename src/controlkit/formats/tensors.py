@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from controlkit.bases.pickles import why_refused
+from controlkit.bases.weight_files import unsafe_pickle_error
 from controlkit.controls.file_format import TensorFile, on_one_line
 from controlkit.errors import UserError
 
@@ -96,7 +96,7 @@ def _read_torch(path: Path) -> TensorFile:
             warnings.simplefilter("ignore")  # on protocols of pickle; what is refused is said in a sentence
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # the reader's own error class lives in a module that is never imported here
-        raise UserError(why_refused(path, error)) from error
+        raise UserError(unsafe_pickle_error(path, error)) from error
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping):

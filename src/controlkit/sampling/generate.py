@@ -25,12 +25,12 @@ from controlkit.errors import UserError
 from controlkit.files import writable_folder, write_json
 from controlkit.formats.load import control_class, load_control
 from controlkit.images import sequence_note, to_images, to_tensor, write_png
-from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.identity import base_sha256, companion_sha256, control_sha256, pixels_sha256
 from controlkit.sampling.inputs import Kind, ReadImage, values_of, with_named_inputs
 from controlkit.sampling.notes import crop_note, flat_note, request_notes
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import ControlUse, GenerateRequest, condition_name
+from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample
 
 
@@ -67,7 +67,7 @@ class Generation:
     def save(self, folder: str | Path) -> list[Path]:
         """Write the images, the condition images and the settings into `folder`; returns the images' paths.
 
-        Each PNG carries what draws it again (`sampling.drawn.read_drawn`), in its text chunk `controlkit`.
+        Each PNG carries what draws it again (`sampling.drawn.read_settings`), in its text chunk `controlkit`.
         """
         folder = writable_folder(folder)
         settings = {

@@ -22,8 +22,8 @@ from controlkit.bases.taps import Tap, TapFunction
 from controlkit.bases.text import Text, concatenate
 from controlkit.controls.control import Acts, Control, Reads
 from controlkit.controls.hints import Hint, expand, map_hint, rows_of, shapes_of
-from controlkit.sampling.cache import ResidualCache, digest, identity_of
 from controlkit.sampling.request import lies_within
+from controlkit.sampling.residual_cache import ResidualCache, digest, identity_of
 
 ROWS_AT_ONCE = 32
 """Largest batch in which residuals are computed ahead, if one step of one control is not larger by itself."""

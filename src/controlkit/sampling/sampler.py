@@ -12,9 +12,9 @@ from controlkit.bases.base import Base
 from controlkit.bases.text import concatenate
 from controlkit.controls.hints import rows_of
 from controlkit.errors import UserError
-from controlkit.sampling.cache import ResidualCache
 from controlkit.sampling.plan import ActiveControl, Plan, rows_at_once
 from controlkit.sampling.request import DEFAULT_STEPS
+from controlkit.sampling.residual_cache import ResidualCache
 
 
 def sample(base: Base, *, prompt: str, seeds: Sequence[int], **settings: Any) -> Iterator[Tensor]:

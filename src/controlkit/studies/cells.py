@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.data.pairs import read_pairs
-from controlkit.evaluation.control import Judged, Steer, draw_controlled
+from controlkit.evaluation.evaluate_control import EvalSet, Steer, draw_controlled
 from controlkit.evaluation.report import gap_closed
 from controlkit.evaluation.sampling import draw_prompts, reconstruct
 from controlkit.evaluation.settings import condition_settings, content_of, seeds_of, set_settings
@@ -44,7 +44,7 @@ class Task:
     pairs: Path
     held_out: float
     """Share of the pairs that is not trained on."""
-    judged: Judged
+    judged: EvalSet
 
     def settings(self) -> dict[str, Any]:
         """What its numbers depend on besides the control, as plain values."""

@@ -21,7 +21,7 @@ from controlkit.bases.load import load_base
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet
 from controlkit.errors import UserError
-from controlkit.evaluation.control import Steer, draw_controlled
+from controlkit.evaluation.evaluate_control import Steer, draw_controlled
 from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.evaluation.sampling import draw_prompts, reconstruct
 from controlkit.evaluation.sets import EvaluationSet, Example

@@ -21,7 +21,7 @@ from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.data.pairs import MANIFEST, read_pairs, split_pairs, write_pairs
 from controlkit.errors import UserError, nearest
-from controlkit.evaluation.control import judged_examples, judged_pairs
+from controlkit.evaluation.evaluate_control import examples_eval_set, pairs_eval_set
 from controlkit.evaluation.report import Report
 from controlkit.evaluation.sets import evaluation_set
 from controlkit.files import read_json, sha256_of, write_atomically, write_json
@@ -265,7 +265,7 @@ class _Run:
                     condition=conditions.find(scored_by),
                     pairs=folder,
                     held_out=0.1,
-                    judged=judged_pairs(held_out[: self.settings.images], self.base.size),
+                    judged=pairs_eval_set(held_out[: self.settings.images], self.base.size),
                 )
         condition = conditions.find(name)
         images = evaluation_set("held-out").first(self.settings.images)
@@ -274,7 +274,7 @@ class _Run:
             condition=condition,
             pairs=self._first_pairs(condition, count),
             held_out=0.0,
-            judged=judged_examples(condition, images, self.base.size),
+            judged=examples_eval_set(condition, images, self.base.size),
         )
 
     def _first_pairs(self, condition: conditions.Condition, count: int) -> Path:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,9 @@ from controlkit.data.readers.columns import (
     first_of,
 )
 from controlkit.data.readers.listing import Listing, Record, outside_note, short_name
-from controlkit.data.shards import write_tar
-from controlkit.data.sources import Piece, is_image_name, members, samples
+from controlkit.data.sources import Piece, inside_name, is_image_name, members, samples
 from controlkit.errors import UserError
-from controlkit.files import decode_text, sha256_of
+from controlkit.files import decode_text, sha256_of, write_atomically
 
 _VERSION = "2"
 """Of what is unpacked of a parquet file."""
@@ -231,3 +232,22 @@ class _Linked:
 def _kind(data: bytes) -> str:
     """The extension for an image's bytes; `png` for what is no image, which is found out when it is read."""
     return next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), "png")
+
+
+def write_tar(path: str | Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write `(name, bytes)` in the order given, atomically; no time, owner or machine gets into the file, and no name
+    that leads out of the folder where it is unpacked."""
+
+    def write(temporary: Path) -> None:
+        with tarfile.open(temporary, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            for name, data in files:
+                member = tarfile.TarInfo(inside_name(name))
+                member.size, member.mtime, member.mode = len(data), 0, 0o644
+                archive.addfile(member, io.BytesIO(data))
+
+    write_atomically(path, write)
+
+
+def shard_name(index: int, count: int) -> str:
+    """`pairs-00003-of-00016.tar`."""
+    return f"pairs-{index:05d}-of-{count:05d}.tar"

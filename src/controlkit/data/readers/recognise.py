@@ -13,7 +13,7 @@ from controlkit.data.readers.archives import read_parquet, read_tars
 from controlkit.data.readers.coco import read_coco
 from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.folders import has_twins, images_in, read_multigen, read_twins
-from controlkit.data.readers.lines import lists_images, read_manifest, read_metadata, read_prompt_json
+from controlkit.data.readers.json_lines import lists_images, read_manifest, read_metadata, read_prompt_json
 from controlkit.data.readers.listing import Listing, short_name
 from controlkit.data.sources import Source
 from controlkit.errors import UserError

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import TypeVar
 
-from controlkit.controls.registry import load_own
+from controlkit.plugins import load_entry_points
 from controlkit.training.sources.source import Source
 
 ENTRY_POINTS = "controlkit.sources"
@@ -49,5 +48,4 @@ def sources() -> Mapping[str, type[Source]]:
 def _load() -> None:
     for module in _MODULES:
         import_module(module)
-    for point in entry_points(group=ENTRY_POINTS):
-        load_own(f"the module {point.value} of the entry point {point.name}", point.load)
+    load_entry_points(ENTRY_POINTS)

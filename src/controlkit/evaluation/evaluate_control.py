@@ -31,7 +31,7 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class EvalSet:
     """Condition images with the images and prompts they belong to; images are `uint8 [H, W, 3]`."""
 
     name: str
@@ -42,7 +42,7 @@ class Judged:
     """Those that each condition image was made with; None if all were made with the defaults."""
 
 
-AnySet = TypeVar("AnySet", EvaluationSet[Example], Judged, EvaluationSet[Example] | Judged)
+AnySet = TypeVar("AnySet", EvaluationSet[Example], EvalSet, EvaluationSet[Example] | EvalSet)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +56,17 @@ class Steer:
     """Of `request.MODES`; None is the base's own."""
 
 
-def judged_examples(condition: conditions.Condition, examples: EvaluationSet[Example], size: int) -> Judged:
+def examples_eval_set(condition: conditions.Condition, examples: EvaluationSet[Example], size: int) -> EvalSet:
     """A set's images, scaled to `size` x `size`, with condition images made of them."""
     truths = [np.asarray(resize_cover(Image.fromarray(image), size, size)) for image in examples.images]
     given = [condition(truth) for truth in truths]
-    return Judged(name=examples.name, given=given, truths=truths, prompts=examples.captions)
+    return EvalSet(name=examples.name, given=given, truths=truths, prompts=examples.captions)
 
 
-def judged_pairs(pairs: Sequence[Pair], size: int) -> Judged:
+def pairs_eval_set(pairs: Sequence[Pair], size: int) -> EvalSet:
     """Pairs from disk, brought to `size` x `size`."""
     images = [pair.images(size) for pair in pairs]
-    return Judged(
+    return EvalSet(
         name="held-out pairs",
         given=[source for source, _ in images],
         truths=[target for _, target in images],
@@ -76,7 +76,7 @@ def judged_pairs(pairs: Sequence[Pair], size: int) -> Judged:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ends:
+class Baselines:
     """What a control is compared with, whatever its condition: images of the same prompts and seeds."""
 
     without: Sequence[np.ndarray]
@@ -85,16 +85,16 @@ class Ends:
     """The true images through the autoencoder: the ceiling."""
 
 
-def draw_ends(
+def draw_baselines(
     base: Base,
     truths: Sequence[np.ndarray],
     prompts: Sequence[str],
     steps: int,
     guidance: float | None,
     sampler: str | None = None,
-) -> Ends:
+) -> Baselines:
     """Baseline and ceiling of images and their prompts."""
-    return Ends(
+    return Baselines(
         without=draw_prompts(base, prompts, steps, guidance, sampler=sampler), mirrored=reconstruct(base, truths)
     )
 
@@ -102,14 +102,14 @@ def draw_ends(
 def evaluate_control(
     base: Base,
     control: Control,
-    sets: Sequence[EvaluationSet[Example] | Judged],
+    sets: Sequence[EvaluationSet[Example] | EvalSet],
     *,
     steps: int = DEFAULT_STEPS,
     guidance: float | None = None,
     sampler: str | None = None,
     weight: float = 1.0,
     mode: str | None = None,
-    ends: dict[str, Ends] | None = None,
+    ends: dict[str, Baselines] | None = None,
 ) -> tuple[Report, Image.Image]:
     """Condition following on each set: no control (baseline), this control, the true image (ceiling).
 
@@ -178,7 +178,7 @@ def evaluate_controls(
     Returns:
         The table, and a sheet of what was given and what came out for the first eight images of the first set.
     """
-    ends: dict[str, Ends] = {}
+    ends: dict[str, Baselines] = {}
     every: list[_Judgement] = []
     named: dict[str, _Judgement] = {}
     rows: list[Row] = []
@@ -224,8 +224,8 @@ class _Judgement:
     """One control on one set."""
 
     condition: conditions.Condition
-    judged: Judged
-    ends: Ends
+    judged: EvalSet
+    ends: Baselines
     steered: Sequence[np.ndarray]
     acting: dict[str, Any]
     """The control, its weight and its mode, as `control_settings` tells them."""
@@ -268,8 +268,8 @@ class _Judgement:
 def _judge(
     base: Base,
     control: Control,
-    images: EvaluationSet[Example] | Judged,
-    ends: dict[str, Ends],
+    images: EvaluationSet[Example] | EvalSet,
+    ends: dict[str, Baselines],
     *,
     steps: int,
     guidance: float | None,
@@ -282,11 +282,11 @@ def _judge(
     if not takes_one_image(control):
         raise UserError(f"{control.title} takes {words_of_inputs(control)}; evaluation gives one condition image alone")
     condition, notes = _measured(conditions.find(control.condition))
-    judged = images if isinstance(images, Judged) else judged_examples(condition, images, base.size)
+    judged = images if isinstance(images, EvalSet) else examples_eval_set(condition, images, base.size)
     sampling = sampling_settings(base, steps=steps, guidance=guidance, sampler=sampler)
     key = sha256_of(base.content, content_of(judged.truths, judged.prompts), repr(sampling))
     if key not in ends:
-        ends[key] = draw_ends(base, judged.truths, judged.prompts, steps, guidance, sampler)
+        ends[key] = draw_baselines(base, judged.truths, judged.prompts, steps, guidance, sampler)
     use = Steer(control=control, given=judged.given, weight=weight, mode=mode)
     steered = draw_controlled(base, [use], judged.prompts, steps=steps, guidance=guidance, sampler=sampler)
     drawn = (ends[key].without, steered, ends[key].mirrored)

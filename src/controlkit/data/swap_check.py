@@ -39,7 +39,7 @@ class Verdict:
     text: str
 
 
-def swapped(pairs: Sequence[Images], name: str = "") -> Verdict | None:
+def find_swapped_sides(pairs: Sequence[Images], name: str = "") -> Verdict | None:
     """A verdict about a sample; None if nothing speaks for exchanged sides, or there are fewer than four pairs.
 
     Three tests: whether images are grey and condition images are not; whether a known condition makes the image of

@@ -24,7 +24,7 @@ _RESOLVED = ("precision", "width", "height", "guidance", "sampler")
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class SavedSettings:
     """Settings that were stored with an image."""
 
     asked: GenerateRequest
@@ -59,7 +59,7 @@ class Drawn:
                 use |= {"control": self._control(use["control"]), **self._given(index)}
         return GenerateRequest.from_json({**before, **settled, **changes})
 
-    def in_mode(self, mode: str) -> Drawn:
+    def in_mode(self, mode: str) -> SavedSettings:
         """The same with all controls in `mode`."""
         uses = tuple(dataclasses.replace(use, mode=mode) for use in self.asked.controls)
         return dataclasses.replace(self, asked=dataclasses.replace(self.asked, controls=uses))
@@ -197,7 +197,7 @@ def _differ(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> b
     return None not in (before.get(name), after.get(name)) and before[name] != after[name]
 
 
-def read_drawn(path: str | Path) -> Drawn:
+def read_settings(path: str | Path) -> SavedSettings:
     """What a `settings.json`, or a PNG beside it, says about the images that it belongs to.
 
     Args:
@@ -218,7 +218,7 @@ def read_drawn(path: str | Path) -> Drawn:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     kept, hashes = (value if isinstance(value, dict) else {} for value in (used, sha256))
-    return Drawn(request, kept, hashes, folder=path.parent)
+    return SavedSettings(request, kept, hashes, folder=path.parent)
 
 
 def _of_png(path: Path) -> Any:
