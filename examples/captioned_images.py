@@ -18,7 +18,7 @@ import controlkit as ck
 def main(folder: Path) -> None:
     """Write 64 x 64 PNG files and their captions to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, drawing in enumerate(ck.evaluation_set("seen").drawings):
+    for number, drawing in enumerate(ck.evaluation_set("seen").examples):
         path = folder / f"{number:03d}.png"
         Image.fromarray(drawing.image).save(path)
         path.with_suffix(".txt").write_text(drawing.caption, encoding="utf-8")

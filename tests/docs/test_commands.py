@@ -33,8 +33,8 @@ STUDIES = {
 }
 
 MADE = {
-    "README.md": ["edges.png", *(f"pictures/00{run}/seed{seed}.png" for run in (1, 2) for seed in range(4))],
-    "docs/generate.md": ["pictures/boat/condition0.png"],
+    "README.md": ["edges.png", *(f"images/00{run}/seed{seed}.png" for run in (1, 2) for seed in range(4))],
+    "docs/generate.md": ["images/boat/condition0.png"],
     "docs/conditions.md": ["edges.png", "dots.png"],
     "docs/files.md": ["canny-diffusers/config.json"],
     "docs/pairs.md": ["pairs/pairs.jsonl", "pairs/canny/000.png", "look.png"],
@@ -42,7 +42,7 @@ MADE = {
 """Page -> files that its quick commands write."""
 MADE_SLOWLY = {
     "README.md": ["photos/199.txt", "runs/mine/mine.safetensors", "mine.png", "adapters.png"],
-    "docs/generate.md": ["pictures/boat-unipc/seed3.png"],
+    "docs/generate.md": ["images/boat-unipc/seed3.png"],
     "docs/files.md": ["canny-webui.safetensors"],
     "docs/systems.md": ["runs/modulation/mine.safetensors"],
 }

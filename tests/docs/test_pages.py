@@ -52,7 +52,7 @@ def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
     (tmp_path / "src").symlink_to(ROOT / "src")
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
-    assert len(list((tmp_path / "pictures" / "python").glob("seed*.png"))) == 4
+    assert len(list((tmp_path / "images" / "python").glob("seed*.png"))) == 4
 
 
 def test_the_examples_of_the_page_for_python_run_one_after_another(tmp_path, monkeypatch):
@@ -74,7 +74,7 @@ def test_the_examples_of_the_page_for_python_run_one_after_another(tmp_path, mon
         # These take minutes or the rendered icons; their parts are tested elsewhere.
         if "ck.train(" not in block and "ck.evaluate_base(" not in block:
             exec(compile(block, "python.md", "exec"), {"__name__": "__main__"})
-    assert (tmp_path / "pictures" / "seed1.png").is_file() and (tmp_path / "runs/mine/mine.safetensors").is_file()
+    assert (tmp_path / "images" / "seed1.png").is_file() and (tmp_path / "runs/mine/mine.safetensors").is_file()
 
 
 def test_every_name_of_the_package_is_there_and_one_that_the_page_uses():
