@@ -282,12 +282,14 @@ def test_it_generates_together_with_another_control(own, system, tiny_base, base
     for fewer in ((), uses[:1], uses[1:]):
         assert np.abs(pixels(both) - pixels(draw(*fewer))).max() > 2
     both.save(tmp_path / "out")
-    again = generate(read_settings(tmp_path / "out").again())
+    again = generate(read_settings(tmp_path / "out").to_request())
     assert np.array_equal(pixels(again), pixels(both))
 
 
 def test_it_is_evaluated_against_no_control_and_the_truth(control, tiny_base, condition_image):
-    judged = EvalSet(name="two", given=[condition_image] * 2, truths=[condition_image] * 2, prompts=["cat face"] * 2)
+    judged = EvalSet(
+        name="two", condition_images=[condition_image] * 2, targets=[condition_image] * 2, prompts=["cat face"] * 2
+    )
     report, sheet = evaluate_control(tiny_base, control, [judged], steps=2)
     assert report.rows[0][0] == "two (2)" and len(report.rows[0]) == 5
     assert set(report.facts["two"]) >= {"baseline", "control", "ceiling", "gap_closed"}

@@ -15,7 +15,7 @@ from controlkit.bases.base import Base
 from controlkit.evaluation.features import LITE0, lite0_features
 from controlkit.evaluation.metrics import frechet_distance, joint_frechet_distance, psnr_and_ssim, retrieval_accuracy
 from controlkit.evaluation.report import Report, gap_closed
-from controlkit.evaluation.sampling import draw_prompts, reconstruct
+from controlkit.evaluation.sampling import generate_uncontrolled, reconstruct
 from controlkit.evaluation.sets import EvaluationSet
 from controlkit.evaluation.settings import content_of, examples_settings, seeds_of
 from controlkit.images import contact_sheet
@@ -52,7 +52,7 @@ def evaluate_base(
     def drawn(images: EvaluationSet[Drawing], shuffled: bool = False) -> list[np.ndarray]:
         captions = images.captions
         order = np.random.default_rng(0).permutation(len(captions)) if shuffled else range(len(captions))
-        return draw_prompts(base, [captions[index] for index in order], steps, guidance, sampler=sampler)
+        return generate_uncontrolled(base, [captions[index] for index in order], steps, guidance, sampler=sampler)
 
     def through(name: str) -> list[np.ndarray]:
         return reconstruct(base, read_set(name).images)
@@ -78,7 +78,7 @@ def base_grid(
 ) -> Image.Image:
     """Eight fixed prompts (rows) with four fixed seeds (columns): not chosen."""
     prompts = [caption_of(concept, style, colour) for concept, style, colour in GRID]
-    made = draw_prompts(
+    made = generate_uncontrolled(
         base, [p for p in prompts for _ in range(4)], steps, guidance, [0, 1, 2, 3] * len(prompts), sampler
     )
     images = [Image.fromarray(image) for image in made]
@@ -107,7 +107,9 @@ def _colour(
     concepts = sorted({drawing.concept for drawing in images.examples})[:20]
     asked = list(product(concepts, COLOURS))
     prompts = [caption_of(concept, TRAINED_STYLES[i % 4], colour) for i, (concept, colour) in enumerate(asked)]
-    made = [background_colour(image) for image in draw_prompts(base, prompts, steps, guidance, sampler=sampler)]
+    made = [
+        background_colour(image) for image in generate_uncontrolled(base, prompts, steps, guidance, sampler=sampler)
+    ]
     right = float(np.mean([colour == found for (_, colour), found in zip(asked, made, strict=True)]))
     truths = images.images
     ceiling = [

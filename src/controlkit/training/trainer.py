@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 
-from controlkit.errors import UserError, is_out_of_memory
+from controlkit.errors import Interrupted, UserError, is_out_of_memory
 from controlkit.files import writable_folder, write_json
 from controlkit.sampling.settings import in_words
 from controlkit.training.guards import LossWatch, Patience
@@ -132,7 +132,8 @@ class _Loop:
                 stop = self.processes.any(signals.wished)
                 self._report(step + 1, loss, stop)
                 if stop:
-                    raise UserError(f"interrupted after step {step + 1}; run the same command again to go on")
+                    message = f"stopped at step {step + 1} of {self.recipe.steps}; run the same command to resume"
+                    raise Interrupted(message, signals.number)
         except RuntimeError as error:
             if not self.processes.lost_another(error):
                 raise
@@ -342,6 +343,8 @@ class _Signals:
 
     wished: bool = False
     """Whether it is to save its state and end."""
+    number: int = signal.SIGTERM
+    """The signal that asked for it; where another process received it, SIGTERM, which launchers send."""
     ending: bool = False
     """Whether it ends by itself. SIGTERM, which a launcher sends to all when one is gone, does not hurry it then, so
     that it can say why."""
@@ -356,7 +359,7 @@ def _interruptible() -> Iterator[_Signals]:
     def wish(number: int, _frame: FrameType | None) -> None:
         if signals.wished and number == signal.SIGINT:
             raise KeyboardInterrupt
-        signals.wished = True
+        signals.wished, signals.number = True, number
 
     before: dict[int, Any] = {}
     try:

@@ -20,6 +20,7 @@ from controlkit.controls.encoder_copy.names import Structure, config_of
 from controlkit.controls.encoder_copy.original import to_original
 from controlkit.controls.file_format import Checkpoint, Reference, TensorFile, Written, check_names, on_one_line
 from controlkit.errors import UserError
+from controlkit.progress import Progress
 
 MARK = "lora_controlnet"
 """Name of the tensor that marks such a file."""
@@ -62,7 +63,9 @@ def write(checkpoint: Checkpoint, reference: Reference) -> Written:
     made: dict[str, Tensor] = {}
     worst = ("", 0.0)
     names = dict(zip(checkpoint.tensors, to_original(checkpoint), strict=True))
+    progress = Progress("layers", len(checkpoint.tensors))
     for name, value in checkpoint.tensors.items():
+        progress.advance()
         original = names[name]
         if name not in unet or value.ndim < 2:
             made[original] = value
