@@ -67,7 +67,7 @@ class Listing:
             return []
         home = os.path.join(os.path.abspath(self.folder), "")
         files = [file for record in self.records for file in (record.image, *record.conditions.values())]
-        listed = dict.fromkeys(file.image if isinstance(file, Drawn) else file for file in files)
+        listed = dict.fromkeys(file.target if isinstance(file, Drawn) else file for file in files)
         paths = [file for file in listed if isinstance(file, Path)]
         away = [path for path in paths if not os.path.abspath(path).startswith(home)]
         return [outside_note(self.origin, len(away), len(paths), away[0])] if away else []
