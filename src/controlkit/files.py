@@ -89,7 +89,7 @@ def decode_text(data: bytes) -> str:
     return data.decode("utf-16" if utf16 else "utf-8-sig")
 
 
-def whole_text(text: str, what: str) -> str:
+def valid_text(text: str, what: str) -> str:
     """`text`, if it can be written.
 
     Args:
@@ -111,7 +111,7 @@ def files_of(path: str | Path) -> list[Path]:
     return [one for one in path.rglob("*") if one.is_file()] if path.is_dir() else [path]
 
 
-def refuse_replacing(written: Iterable[Path], read: Iterable[Path], *, force: bool) -> None:
+def check_overwrite(written: Iterable[Path], read: Iterable[Path], *, force: bool) -> None:
     """Refuse to write over a file that is read for it, and over any other unless `force`.
 
     Args:
@@ -191,7 +191,7 @@ def output_folder(path: str | Path | None, numbered_in: str | Path = ".") -> Ite
 
 
 @contextlib.contextmanager
-def held(lock: Path, refusal: str) -> Iterator[None]:
+def locked(lock: Path, refusal: str) -> Iterator[None]:
     """A block in which this process alone holds the file `lock`; a process that is killed lets it go.
 
     Raises:

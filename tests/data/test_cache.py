@@ -78,7 +78,7 @@ def test_every_type_comes_back_bit_for_bit_and_safetensors_reads_the_file(kinds,
     rows = {name: rng.integers(0, 256, (count, part.nbytes), np.uint8) for name, part in parts.items()}
     path = write_segment(folder, digests(0, count), parts, rows)
     segment = Segment(path)
-    segment.hold()
+    segment.map()
     assert segment.parts == parts
     for number in range(count):
         row = segment.row(number)
@@ -377,7 +377,7 @@ def test_segments_in_use_are_not_merged(cache):
     before = segments(cache)
     held = [Segment(path) for path in before]
     for segment in held:
-        segment.hold()
+        segment.map()
     cached(40)
     assert segments(cache) == before
 

@@ -199,7 +199,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
 
     out = tmp_path / "out"
     with pytest.raises(Killed):
-        make_pairs(images, out, CANNY_AND_NOISE, workers=1, tell=kill)
+        make_pairs(images, out, CANNY_AND_NOISE, workers=1, progress=kill)
     assert not (out / "pairs.jsonl").exists()
     journal = out / ".controlkit/pairs/journal.jsonl"
     journal.write_text(journal.read_text() + '{"key": "image5", "na')  # as a killed process leaves it
@@ -452,7 +452,7 @@ def test_files_go_where_they_belong_also_where_folders_vanish(tmp_path):
         shutil.rmtree(tmp_path / "out/canny", ignore_errors=True)
         shutil.rmtree(tmp_path / "out/.controlkit/pairs/aside", ignore_errors=True)
 
-    report = make_pairs(images, tmp_path / "link", MakeSettings(conditions=("canny",)), workers=1, tell=remove)
+    report = make_pairs(images, tmp_path / "link", MakeSettings(conditions=("canny",)), workers=1, progress=remove)
     assert [(tmp_path / "out" / entry["picture"]).resolve() for entry in lines(report)] == paths
     report = make_pairs(images, tmp_path / "link", MakeSettings(conditions=("canny",)), workers=1)
     assert len(read_pairs(tmp_path / "out")) == 3

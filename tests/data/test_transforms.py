@@ -12,7 +12,7 @@ from pair_files import scene
 
 from controlkit.conditions import find
 from controlkit.data.buckets import BucketBatches, Buckets
-from controlkit.data.transforms import CENTRE, View, draw_pair, random_view, show, show_pair
+from controlkit.data.transforms import CENTRE, View, apply_view, apply_view_to_pair, compute_pair, random_view
 from controlkit.errors import UserError
 
 VIEWS = st.builds(View, place=st.floats(0, 1), flip=st.booleans())
@@ -23,17 +23,17 @@ SIDES = st.integers(16, 80)
 def test_both_sides_show_the_same_part_whatever_their_resolutions(view, width, height, factor, size):
     image = scene(width * height, height, width)
     larger = image.repeat(factor, axis=0).repeat(factor, axis=1)
-    source, target = show_pair(larger, image, view, size)
+    source, target = apply_view_to_pair(larger, image, view, size)
     assert source.shape == target.shape == (size, size, 3)
     assert np.abs(source.astype(int) - target).mean() < 40
-    same, _ = show_pair(image, larger, view, size)
+    same, _ = apply_view_to_pair(image, larger, view, size)
     assert np.array_equal(same, target)
 
 
 @given(view=VIEWS, width=SIDES, height=SIDES, size=st.integers(8, 64))
 def test_a_flip_turns_what_is_shown_without_it(view, width, height, size):
     image = scene(width, height, width)
-    straight, turned = (show(image, View(place=view.place, flip=flip), size) for flip in (False, True))
+    straight, turned = (apply_view(image, View(place=view.place, flip=flip), size) for flip in (False, True))
     assert np.array_equal(turned, straight[:, ::-1])
 
 
@@ -41,8 +41,8 @@ def test_a_flip_turns_what_is_shown_without_it(view, width, height, size):
 @given(name=st.sampled_from(["canny", "palette", "blur", "inpaint", "noise", "haze", "shuffle"]), view=VIEWS)
 def test_a_pair_that_is_drawn_turned_is_the_pair_turned(name, view):
     condition, image = find(name), scene(4, 48, 64)
-    source, target = draw_pair(image, condition, View(place=view.place, flip=True), 48)
-    straight = draw_pair(image, condition, View(place=view.place), 48)
+    source, target = compute_pair(image, condition, View(place=view.place, flip=True), 48)
+    straight = compute_pair(image, condition, View(place=view.place), 48)
     assert np.array_equal(target, straight[1][:, ::-1])
     if condition.mirrors:
         assert np.array_equal(source, condition(target))
@@ -54,19 +54,19 @@ def test_a_pair_that_is_drawn_turned_is_the_pair_turned(name, view):
 
 def test_a_finished_pair_is_mirrored_as_its_condition_is():
     source, target, flipped = scene(1), scene(2), View(flip=True)
-    normals, _ = show_pair(source, target, flipped, 48, find("normal"))
+    normals, _ = apply_view_to_pair(source, target, flipped, 48, find("normal"))
     assert np.array_equal(normals[..., 0], 255 - source[:, ::-1, 0])
-    assert np.array_equal(show_pair(source, target, flipped, 48)[0], source[:, ::-1])
+    assert np.array_equal(apply_view_to_pair(source, target, flipped, 48)[0], source[:, ::-1])
     with pytest.raises(UserError, match="their colours tell left from right"):
-        show_pair(source, target, flipped, 48, find("openpose"))
-    labels, _ = show_pair(source, target, CENTRE, 31, find("seg"))
+        apply_view_to_pair(source, target, flipped, 48, find("openpose"))
+    labels, _ = apply_view_to_pair(source, target, CENTRE, 31, find("seg"))
     assert {tuple(c) for c in labels.reshape(-1, 3)} <= {tuple(c) for c in source.reshape(-1, 3)}
 
 
 def test_labels_keep_their_colours():
     labels = np.zeros((50, 50, 3), np.uint8)
     labels[:, 20:] = (200, 10, 90)
-    colours = {tuple(colour) for colour in show(labels, CENTRE, 33, nearest=True).reshape(-1, 3).tolist()}
+    colours = {tuple(colour) for colour in apply_view(labels, CENTRE, 33, nearest=True).reshape(-1, 3).tolist()}
     assert colours == {(0, 0, 0), (200, 10, 90)}
 
 

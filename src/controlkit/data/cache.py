@@ -27,9 +27,9 @@ from controlkit.data.segments import (
     Segment,
     SegmentError,
     in_use,
+    intact_rows,
     remove_unused,
     segment_paths,
-    whole_rows,
     write_segment,
 )
 from controlkit.errors import UserError
@@ -117,7 +117,7 @@ class Store:
         known = {segment.path: segment for segment in self.segments}
         found = [known.pop(path, None) or self._open(path) for path in segment_paths(self.folder)]
         # What is held can be read although someone has unlinked it.
-        kept = [segment for segment in found if segment is not None] + [s for s in known.values() if s.held]
+        kept = [segment for segment in found if segment is not None] + [s for s in known.values() if s.mapped]
         self.segments = sorted(kept, key=lambda segment: segment.path, reverse=True)
         self._starts = np.cumsum([0, *map(len, self.segments)])
         digests = [segment.digests for segment in self.segments] or [np.empty(0, f"S{DIGEST}")]
@@ -230,7 +230,7 @@ class Store:
             return
         kept: dict[bytes, dict[str, np.ndarray]] = {}
         for segment in group:  # newest first
-            for digest, row in whole_rows(segment):
+            for digest, row in intact_rows(segment):
                 kept.setdefault(digest, row)
         if kept:
             rows = {name: np.stack([row[name] for row in kept.values()]) for name in self.parts}

@@ -16,9 +16,9 @@ from controlkit.data.segments import (
     DIGEST,
     Segment,
     SegmentError,
+    intact_rows,
     remove_unused,
     segment_paths,
-    whole_rows,
     write_segment,
 )
 from controlkit.errors import UserError, nearest
@@ -153,7 +153,7 @@ def _verify(path: Path) -> tuple[int, str | None]:
     try:
         segment = Segment(path)
         count = len(segment)
-        whole = list(whole_rows(segment))
+        whole = list(intact_rows(segment))
     except SegmentError as error:
         return 0, f"{path}: {error}{_left(remove_unused(path))}"
     except OSError as error:

@@ -96,7 +96,7 @@ class CachedRows:
             self._again(damaged[first : first + self.batch])
 
     def _read(self, index: int) -> dict[str, np.ndarray] | None:
-        return self._held[self._segment[index]].row(int(self._row[index]))
+        return self._segments[self._segment[index]].row(int(self._row[index]))
 
     def _again(self, indices: Sequence[int]) -> Rows:
         self.store.tell(f"damaged rows in {self.store.folder}: {len(indices)}; made again")
@@ -108,11 +108,11 @@ class CachedRows:
     def _locate(self) -> None:
         """Find every row, and hold the segments that have them."""
         for _ in range(_ATTEMPTS):
-            self._held = self.store.segments
+            self._segments = self.store.segments
             self._segment, self._row = self.store.find(self.digests)
             try:
                 for number in np.unique(self._segment[self._segment >= 0]):
-                    self._held[number].hold()
+                    self._segments[number].map()
                 return
             except FileNotFoundError:  # removed since it was listed
                 self.store.refresh()

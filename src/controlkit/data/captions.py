@@ -82,7 +82,7 @@ def with_captions(
     out: Path,
     load: Callable[[], Captioner],
     model: str = BLIP,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[InputImage]:
     """The images, those without a caption with one of BLIP's. What it said is kept in `out` for a later run.
 
@@ -104,7 +104,7 @@ def with_captions(
                     known[image.key, image.stamp()] = text
                     stream.write(json.dumps([model, image.key, image.stamp(), text]) + "\n")
                 stream.flush()
-                tell(min(len(todo), first + _BATCH), len(todo))
+                progress(min(len(todo), first + _BATCH), len(todo))
     texts_of = {image.key: known.get((image.key, image.stamp()), "") for image in bare}
     return [replace(p, prompt=texts_of[p.key]) if texts_of.get(p.key) else p for p in images]
 

@@ -20,7 +20,7 @@ from controlkit.data.prompts import PromptLimit, count_note, empty_note, is_empt
 from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.listing import Listing, Record
 from controlkit.data.readers.recognise import read_listing
-from controlkit.data.sources import Drawn, Source, open_image, read_condition_image
+from controlkit.data.sources import ComputedCondition, Source, open_image, read_condition_image
 from controlkit.data.swap_check import Verdict, find_swapped_sides
 from controlkit.errors import UserError
 
@@ -82,7 +82,7 @@ class CheckReport:
 
 
 @dataclass
-class _Seen:
+class _Findings:
     """What one look at a record found."""
 
     problems: list[Problem] = field(default_factory=list)
@@ -175,11 +175,11 @@ def _prompt_notes(listing: Listing, limit: PromptLimit | None) -> list[str]:
     return empty + (count_note(told, limit) if limit is not None else [])
 
 
-def _look(record: Record, kinds: Mapping[str, str]) -> _Seen:
-    seen = _Seen()
+def _look(record: Record, kinds: Mapping[str, str]) -> _Findings:
+    seen = _Findings()
     if any(map(is_empty, record.captions)):
         seen.problems.append(_problem("prompt", record, "empty prompt"))
-    target = _opened(record, record.image, record.told("sha256", "picture"), seen)
+    target = _opened(record, record.image, record.recorded("sha256", "picture"), seen)
     if target is not None:
         seen.pixels = hashlib.sha256(repr(target.size).encode() + target.tobytes()).hexdigest()
     for name, kind in kinds.items():
@@ -187,13 +187,13 @@ def _look(record: Record, kinds: Mapping[str, str]) -> _Seen:
         if source is None:
             seen.problems.append(_problem("file", record, f"there is no condition image {name!r}"))
             continue
-        if isinstance(source, Drawn) and (target is None or find(source.condition).requires is not None):
+        if isinstance(source, ComputedCondition) and (target is None or find(source.condition).requires is not None):
             continue  # a learned one takes too long to draw it for this alone
-        image = _opened(record, source, record.told("sha256", "conditions", name), seen, condition=kind)
+        image = _opened(record, source, record.recorded("sha256", "conditions", name), seen, condition=kind)
         colour = None if image is None else _flat_colour(image)
         if colour is not None:
             seen.problems.append(_problem("flat", record, f"{name} is one flat colour, {colour}: it tells nothing"))
-        if image is None or target is None or isinstance(source, Drawn):
+        if image is None or target is None or isinstance(source, ComputedCondition):
             continue
         if image.size != target.size:
             worse = "shape" if shapes_differ(image.size, target.size) else "size"
@@ -204,9 +204,9 @@ def _look(record: Record, kinds: Mapping[str, str]) -> _Seen:
     return seen
 
 
-def _compared(record: Record, name: str, image: Image.Image, target: Image.Image, seen: _Seen) -> dict[str, bool]:
+def _compared(record: Record, name: str, image: Image.Image, target: Image.Image, seen: _Findings) -> dict[str, bool]:
     """Whether the condition image is what its recorded parameters make of the image; empty if none are recorded."""
-    parameters = record.told("parameters", name)
+    parameters = record.recorded("parameters", name)
     if not isinstance(parameters, Mapping) or "objects" in parameters:
         return {}
     try:
@@ -234,7 +234,7 @@ def _flat_colour(image: Image.Image) -> tuple[int, ...] | None:
 
 
 def _opened(
-    record: Record, source: Source, digest: str | None, seen: _Seen, condition: str | None = None
+    record: Record, source: Source, digest: str | None, seen: _Findings, condition: str | None = None
 ) -> Image.Image | None:
     try:
         image = read_condition_image(source, condition)
@@ -246,7 +246,7 @@ def _opened(
         return None
 
 
-def _duplicates(records: Sequence[Record], seen: Sequence[_Seen]) -> Iterator[Problem]:
+def _duplicates(records: Sequence[Record], seen: Sequence[_Findings]) -> Iterator[Problem]:
     first: dict[str, str] = {}
     for record, one in zip(records, seen, strict=True):
         if one.pixels is None:
@@ -257,14 +257,18 @@ def _duplicates(records: Sequence[Record], seen: Sequence[_Seen]) -> Iterator[Pr
             first[one.pixels] = record.where
 
 
-def _exchanged(listing: Listing, name: str, seen: Sequence[_Seen]) -> Verdict | None:
+def _exchanged(listing: Listing, name: str, seen: Sequence[_Findings]) -> Verdict | None:
     """A verdict about all pairs of a condition, where no manifest says how they were made."""
     if any(name in one.forward for one in seen):
         return None
     pairs = []
     for record, one in zip(listing.records, seen, strict=True):
         source = record.conditions.get(name)
-        if source is None or isinstance(source, Drawn) or any(p.kind in ("file", "size") for p in one.problems):
+        if (
+            source is None
+            or isinstance(source, ComputedCondition)
+            or any(p.kind in ("file", "size") for p in one.problems)
+        ):
             continue
         pairs.append((_reduced(source, name), _reduced(record.image)))
         if len(pairs) == _SAMPLE:

@@ -25,7 +25,7 @@ from controlkit.data.workers import cores, refuse_to_run_again, run_jobs
 from controlkit.errors import UserError
 from controlkit.files import (
     decode_text,
-    held,
+    locked,
     read_json,
     remove_leftovers,
     writable_folder,
@@ -38,7 +38,7 @@ _MOST_IN_A_JOB = 32
 _NAMED = 4
 """Keys that a note names."""
 
-Tell = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 """Called with (images done, images in all)."""
 
 
@@ -72,7 +72,7 @@ def make_pairs(
     shards: int | None = None,
     engine: str = "local",
     origin: Sequence[str] = (),
-    tell: Tell = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> MakeReport:
     """Make the pairs of `images` in the folder `out`: files and `pairs.jsonl`, or `shards` tar shards.
 
@@ -104,14 +104,14 @@ def make_pairs(
         workers = 1 if learned else cores()
     gone = 0
     (writable_folder(out) / STATE).mkdir(parents=True, exist_ok=True)
-    with held(out / STATE / "lock", f"another run is writing to {out}; wait for it, or give another --out"):
+    with locked(out / STATE / "lock", f"another run is writing to {out}; wait for it, or give another --out"):
         new = not _settings_file(out).exists()
         settings = _agreed(out, settings, shards, origin)
         try:
             if shards is None:
-                outcomes, made, gone = _files(images, out, settings, workers, tell)
+                outcomes, made, gone = _files(images, out, settings, workers, progress)
             else:
-                outcomes, made = _shards(images, out, settings, shards, workers, engine, tell)
+                outcomes, made = _shards(images, out, settings, shards, workers, engine, progress)
             good = [outcome for outcome in outcomes if outcome.entry is not None]
             skipped = {outcome.name: str(outcome.error) for outcome in outcomes if outcome.entry is None}
             if not good:
@@ -183,7 +183,7 @@ def _has_results(out: Path) -> bool:
 
 
 def _files(
-    images: Sequence[InputImage], out: Path, settings: MakeSettings, workers: int, tell: Tell
+    images: Sequence[InputImage], out: Path, settings: MakeSettings, workers: int, progress: Progress
 ) -> tuple[list[Outcome], int, int]:
     """Outcomes of all images in their order, how many pairs were made now, and how many have lost their image."""
     edited = _edited_prompts(out / MANIFEST)
@@ -201,7 +201,7 @@ def _files(
     fresh = {p.key: before[p.key] for p in images if p.key in before and _is_fresh(before[p.key], p, settings, out)}
     found = {key: mended(outcome) for key, outcome in fresh.items()}
     todo = [image for image in images if image.key not in found]
-    tell(len(found), len(images))
+    progress(len(found), len(images))
     count = max(1, min(_MOST_IN_A_JOB, len(todo) // (4 * workers)))
     groups = [todo[first : first + count] for first in range(0, len(todo), count)]
     jobs = [FilesJob(images=group, settings=settings, out=out) for group in groups]
@@ -215,7 +215,7 @@ def _files(
                     if outcome.entry is not None:
                         stream.write(json.dumps(vars(outcome), ensure_ascii=False) + "\n")
                 stream.flush()
-                tell(len(found), len(images))
+                progress(len(found), len(images))
     _tell_of_lost_edits(edited, before, found)
     ordered = [found[image.key] for image in images]
     good = [outcome for outcome in ordered if outcome.entry is not None]
@@ -253,7 +253,7 @@ def _shards(
     shards: int,
     workers: int,
     engine: str,
-    tell: Tell,
+    progress: Progress,
 ) -> tuple[list[Outcome], int]:
     home = Path(os.path.abspath(out))  # workers of another engine may stand in another folder
     ends = [round(index * len(images) / shards) for index in range(shards + 1)]
@@ -265,12 +265,12 @@ def _shards(
     outcomes = [outcome for done in finished if done is not None for outcome in done]
     kept = sum(outcome.entry is not None for outcome in outcomes)
     todo = [job for job, done in zip(jobs, finished, strict=True) if done is None]
-    tell(len(outcomes), len(images))
+    progress(len(outcomes), len(images))
     for job in todo:
         remove_leftovers(job.path)
     for made in _run(todo, workers, engine):
         outcomes += made
-        tell(len(outcomes), len(images))
+        progress(len(outcomes), len(images))
     outcomes.sort(key=lambda outcome: outcome.key)
     return outcomes, sum(outcome.entry is not None for outcome in outcomes) - kept
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from controlkit.data.readers.archives import image_of, texts_of
 from controlkit.data.readers.coco import coco_images, object_parameters
-from controlkit.data.sources import CAPTION_SUFFIXES, Piece, caption_beside, is_image_name, samples
+from controlkit.data.sources import CAPTION_SUFFIXES, TarMember, caption_beside, is_image_name, samples
 from controlkit.errors import UserError
-from controlkit.files import sha256_of, whole_text
+from controlkit.files import sha256_of, valid_text
 
 STATE = Path(".controlkit") / "pairs"
 """Where, below a folder of pairs, is kept what a later run needs to know."""
@@ -28,7 +28,7 @@ class InputImage:
     """Names its files, the same in every run: its path below the input without the ending."""
     name: str
     """Its path below the input."""
-    source: Path | Piece
+    source: Path | TarMember
     prompt: str | None = None
     """Its caption where that is known; None: look for a .txt or .caption file beside it."""
     objects: Mapping[str, Mapping[str, Any]] | None = None
@@ -48,13 +48,13 @@ class InputImage:
             UserError: its file cannot be read as text, or it holds half a character.
         """
         if self.prompt is not None:
-            return whole_text(self.prompt, "its caption")
+            return valid_text(self.prompt, "its caption")
         return caption_beside(self.source) if isinstance(self.source, Path) else ""
 
     def stamp(self) -> str:
         """Changes when the image, its caption or its annotations do; nothing is read for it."""
         place = self.source if isinstance(self.source, Path) else self.source.path
-        member = (self.source.start, self.source.length) if isinstance(self.source, Piece) else ()
+        member = (self.source.start, self.source.length) if isinstance(self.source, TarMember) else ()
         first, *others = [_state(path) for path in self.sidecars] or [None]
         about = [_state(place), member, first, self.prompt, self.objects, *filter(None, others)]
         return sha256_of(repr(about))[:24]
@@ -69,7 +69,7 @@ class InputImage:
         """What `to_json` gave."""
         where = dict(values["source"])
         path = Path(where.pop("path"))
-        return cls(**{**values, "source": Piece(path=path, **where) if where else path})
+        return cls(**{**values, "source": TarMember(path=path, **where) if where else path})
 
 
 def list_images(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.data.input_images import STATE, InputImage
-from controlkit.data.making import MadePair, MakeSettings, make_pair
+from controlkit.data.making import EncodedPair, MakeSettings, make_pair
 from controlkit.data.readers.archives import write_tar
 from controlkit.data.workers import sign_of_life
 from controlkit.errors import UserError
@@ -156,7 +156,7 @@ def make_shard(job: ShardJob) -> list[Outcome]:
     return outcomes
 
 
-def _made(image: InputImage, settings: MakeSettings) -> MadePair | Outcome:
+def _made(image: InputImage, settings: MakeSettings) -> EncodedPair | Outcome:
     try:
         return make_pair(image, settings)
     except UserError as error:
@@ -170,7 +170,7 @@ def _from_to(images: Sequence[InputImage]) -> str:
     return " to ".join(names)
 
 
-def _placed(pair: MadePair, image: InputImage, out: Path, home: str) -> tuple[dict[str, Any], Mapping[str, bytes]]:
+def _placed(pair: EncodedPair, image: InputImage, out: Path, home: str) -> tuple[dict[str, Any], Mapping[str, bytes]]:
     """The manifest's entry of a pair in the folder `out`, truly at `home`, and its files by their path below `out`."""
     places = {name: f"{name}/{image.key}.png" for name in pair.conditions}
     files = {places[name]: data for name, data in pair.conditions.items()}

@@ -67,7 +67,7 @@ class MakeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MadePair:
+class EncodedPair:
     """A finished pair in memory."""
 
     entry: dict[str, Any]
@@ -82,7 +82,7 @@ class MadePair:
     """What of the image's file was not used."""
 
 
-def make_pair(image: InputImage, settings: MakeSettings) -> MadePair:
+def make_pair(image: InputImage, settings: MakeSettings) -> EncodedPair:
     """The pair of one image; nothing is written.
 
     Raises:
@@ -124,7 +124,7 @@ def make_pair(image: InputImage, settings: MakeSettings) -> MadePair:
     }
     suffix = image.name.rpartition(".")[2].lower() if kept else "png"
     note = next(iter(sequence_note(data, image.name)), None)
-    return MadePair(entry=entry, image=file, suffix=suffix, conditions=images, note=note)
+    return EncodedPair(entry=entry, image=file, suffix=suffix, conditions=images, note=note)
 
 
 def condition_seed(seed: int, content: str, condition: str) -> int:

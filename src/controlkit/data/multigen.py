@@ -16,7 +16,7 @@ import numpy as np
 
 from controlkit.conditions.condition import background_of
 from controlkit.errors import UserError, nearest
-from controlkit.files import whole_text
+from controlkit.files import valid_text
 from controlkit.images import read_image
 
 _EMPTY = re.compile(rb'"prompt"\s*:\s*(?:null|"(?:\s|\\[tnr])*")')
@@ -69,7 +69,7 @@ class MultiGen:
             return (
                 self.folder / "conditions" / control.removeprefix("./"),
                 self.folder / "images" / source.removeprefix("./"),
-                whole_text(_text(prompt), "the prompt"),
+                valid_text(_text(prompt), "the prompt"),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(

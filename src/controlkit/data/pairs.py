@@ -17,7 +17,7 @@ from controlkit.data.prompts import PromptLimit, count_note, empty_note, is_empt
 from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.listing import refuse
 from controlkit.data.readers.recognise import PROMPT_JSON, pairs_folder, read_listing
-from controlkit.data.sources import Drawn, Source, open_image
+from controlkit.data.sources import ComputedCondition, Source, open_image
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, write_atomically
 from controlkit.images import write_png
@@ -128,7 +128,9 @@ def shapes_differ(first: tuple[int, int], second: tuple[int, int]) -> bool:
 def _problems(pair: Pair) -> list[str]:
     found: list[str] = []
     sizes: list[tuple[int, int]] = []
-    looked_at: list[Source] = [pair.target] if isinstance(pair.source, Drawn) else [pair.source, pair.target]
+    looked_at: list[Source] = (
+        [pair.target] if isinstance(pair.source, ComputedCondition) else [pair.source, pair.target]
+    )
     for source in looked_at:
         try:
             sizes.append(open_image(source).size)

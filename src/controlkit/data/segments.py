@@ -87,13 +87,13 @@ class Segment:
             self._starts = {name: start for name, (_, _, start) in entries.items()}
             self.digests = np.frombuffer(self._read(stream, "digest", DIGEST * count), f"S{DIGEST}")
             self._checks = np.frombuffer(self._read(stream, "crc32", 4 * count), "<u4")
-        self._seen = np.zeros(count, bool)
+        self._verified = np.zeros(count, bool)
         self._views: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.digests)
 
-    def hold(self) -> None:
+    def map(self) -> None:
         """Map the file, and keep others from removing it for as long as this object lives; the file counts as used now.
 
         Raises:
@@ -115,11 +115,11 @@ class Segment:
             os.utime(self.path)
 
     @property
-    def held(self) -> bool:
+    def mapped(self) -> bool:
         """Whether rows can be read."""
         return bool(self._views)
 
-    def release(self) -> None:
+    def unmap(self) -> None:
         """Let others remove the file; its rows cannot be read until it is held again."""
         self._views = {}
 
@@ -130,10 +130,10 @@ class Segment:
         copying it from memory.
         """
         row = {name: view[number] for name, view in self._views.items()}
-        if not self._seen[number]:
+        if not self._verified[number]:
             if _check(self.digests[number : number + 1].tobytes(), row) != self._checks[number]:
                 return None
-            self._seen[number] = True
+            self._verified[number] = True
         return row
 
     def _read(self, stream: IO[bytes], name: str, length: int) -> bytes:
@@ -141,15 +141,15 @@ class Segment:
         return stream.read(length)
 
 
-def whole_rows(segment: Segment) -> Iterator[tuple[bytes, dict[str, np.ndarray]]]:
+def intact_rows(segment: Segment) -> Iterator[tuple[bytes, dict[str, np.ndarray]]]:
     """Digest and copy of every row that is not damaged; the segment is held meanwhile, and not afterwards."""
-    segment.hold()
+    segment.map()
     for number, digest in enumerate(segment.digests.tolist()):
         row = segment.row(number)
         if row is not None:
             yield digest, {name: part.copy() for name, part in row.items()}
     row = None  # the last view would keep the map, and its lock
-    segment.release()
+    segment.unmap()
 
 
 def write_segment(folder: Path, digests: np.ndarray, parts: Mapping[str, Part], rows: Rows) -> Path:

@@ -31,7 +31,7 @@ _MARKER = re.compile(rb"\xff[^\x00]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class TarMember:
     """A run of bytes inside a file: a member of a tar archive, read without unpacking it."""
 
     path: Path
@@ -61,10 +61,10 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class ComputedCondition:
     """A condition image that is computed from its image whenever it is read."""
 
-    target: Path | Piece
+    target: Path | TarMember
     condition: str
     parameters: tuple[tuple[str, object], ...] = ()
 
@@ -81,7 +81,7 @@ class Drawn:
         return f"{self.condition} of {self.target}"
 
 
-Source = Path | Piece | Drawn
+Source = Path | TarMember | ComputedCondition
 """What an image or a condition image is read from; all have `read_bytes()`."""
 
 
@@ -91,9 +91,9 @@ def open_image(source: Source, background: tuple[int, int, int] = (255, 255, 255
     Raises:
         UserError: it is missing, empty, torn, not an image, or too large.
     """
-    if isinstance(source, Drawn):
+    if isinstance(source, ComputedCondition):
         return source.image()
-    if isinstance(source, Piece):
+    if isinstance(source, TarMember):
         return decode_rgb(source.read_bytes(), str(source), background)
     return read_image(source, background)
 
@@ -168,7 +168,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def members(path: Path) -> Iterator[Piece]:
+def members(path: Path) -> Iterator[TarMember]:
     """The files in a tar archive, in their order, by names without absolute or parent parts; only headers are read.
 
     Raises:
@@ -180,7 +180,7 @@ def members(path: Path) -> Iterator[Piece]:
             for member in archive:
                 if member.isfile():
                     name = inside_name(member.name)
-                    yield Piece(path=path, start=member.offset_data, length=member.size, name=name)
+                    yield TarMember(path=path, start=member.offset_data, length=member.size, name=name)
                 end = member.offset_data + (-(-member.size // 512) * 512 if member.isfile() else 0)
             # tarfile takes a cut archive for a finished one; a finished one ends with empty blocks.
             stream.seek(end)
@@ -199,7 +199,7 @@ def inside_name(name: str) -> str:
     return "/".join(part for part in parts if part not in ("", ".", ".."))
 
 
-def samples(path: Path, problems: list[str] | None = None) -> dict[str, dict[str, Piece]]:
+def samples(path: Path, problems: list[str] | None = None) -> dict[str, dict[str, TarMember]]:
     """The members of a tar archive by webdataset's rule: key -> extension (in lower case) -> member.
 
     The key goes up to the first dot of the name's last part; the extension is what follows that dot.
@@ -210,7 +210,7 @@ def samples(path: Path, problems: list[str] | None = None) -> dict[str, dict[str
     Raises:
         UserError: as `members`; also for two members of one name, if `problems` is not given.
     """
-    found: dict[str, dict[str, Piece]] = {}
+    found: dict[str, dict[str, TarMember]] = {}
     for piece in members(path):
         folder, slash, name = piece.name.rpartition("/")
         stem, _, extension = name.partition(".")

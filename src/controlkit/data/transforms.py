@@ -41,7 +41,7 @@ def random_view(rng: np.random.Generator, *, crop: bool = True, flip: bool = Tru
     return View(place=place if crop else 0.5, flip=flip and mirrored)
 
 
-def show(image: np.ndarray, view: View, size: int, *, nearest: bool = False) -> np.ndarray:
+def apply_view(image: np.ndarray, view: View, size: int, *, nearest: bool = False) -> np.ndarray:
     """`uint8 [H, W, 3]` => the view of it, `uint8 [size, size, 3]`.
 
     Args:
@@ -57,7 +57,7 @@ def show(image: np.ndarray, view: View, size: int, *, nearest: bool = False) -> 
     return np.ascontiguousarray(part[:, ::-1] if view.flip else part)
 
 
-def show_pair(
+def apply_view_to_pair(
     source: np.ndarray, target: np.ndarray, view: View, size: int, condition: Condition | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same view of a finished condition image and its image, both `uint8 [size, size, 3]`.
@@ -69,13 +69,13 @@ def show_pair(
         UserError: the view is mirrored, and images of this condition cannot be.
     """
     upright = View(place=view.place)
-    shown = show(source, upright, size, nearest=condition is not None and condition.resize == "nearest")
+    shown = apply_view(source, upright, size, nearest=condition is not None and condition.resize == "nearest")
     if view.flip:
         shown = left_right(shown) if condition is None else condition.mirrored(shown)
-    return shown, show(target, view, size)
+    return shown, apply_view(target, view, size)
 
 
-def draw_pair(
+def compute_pair(
     image: np.ndarray, condition: Condition, view: View, size: int, parameters: Mapping[str, Any] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Condition image and image of a view, both `uint8 [size, size, 3]`, the condition computed after the crop.
@@ -83,12 +83,12 @@ def draw_pair(
     It is computed from what is shown, with one exception: a mask or noise of a fixed seed would stay where it was when
     the image turns round. Such a pair is made upright and mirrored as a whole, so the same view with and without the
     flip shows the same pair. Annotations (`bbox`, `segments`) are measured in the whole image: draw these first, then
-    `show_pair`.
+    `apply_view_to_pair`.
     """
     if condition.mirrors or condition.mirror_finished is not left_right:
-        target = show(image, view, size)
+        target = apply_view(image, view, size)
         return condition(target, **(parameters or {})), target
-    target = show(image, View(place=view.place), size)
+    target = apply_view(image, View(place=view.place), size)
     source = condition(target, **(parameters or {}))
     if view.flip:
         source, target = left_right(source), left_right(target)

@@ -148,7 +148,7 @@ class _Watch:
         self.patience = patience
         self.life = multiprocessing.get_context("spawn").Value("q", 0)
         self.hung = False
-        self._seen = 0
+        self._last_count = 0
         self._alive = time.monotonic()
         self.processes: set[BaseProcess] = set()
         """Those of the pool that were seen."""
@@ -157,8 +157,8 @@ class _Watch:
     def look(self, finished: bool, jobs: Iterable[object]) -> None:
         """Note whether something was `finished`; end the processes if nothing happened for too long."""
         now, count = time.monotonic(), self.life.value
-        if finished or count != self._seen:
-            self._seen, self._alive = count, now
+        if finished or count != self._last_count:
+            self._last_count, self._alive = count, now
         elif now - self._alive > self.patience:
             print(
                 f"\nno process has finished anything for {self.patience:.0f} s, in {_few(jobs)}: they are ended and"

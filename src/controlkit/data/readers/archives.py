@@ -22,7 +22,7 @@ from controlkit.data.readers.columns import (
     first_of,
 )
 from controlkit.data.readers.listing import Listing, Record, outside_note, short_name
-from controlkit.data.sources import Piece, inside_name, is_image_name, members, samples
+from controlkit.data.sources import TarMember, inside_name, is_image_name, members, samples
 from controlkit.errors import UserError
 from controlkit.files import decode_text, sha256_of, write_atomically
 
@@ -66,11 +66,11 @@ def read_tars(paths: Sequence[Path], origin: Path) -> Listing:
                 for name, part in sorted(parts.items())
                 if part is not image and is_image_name(f"x.{name}")
             }
-            records.append(Record(where=where, image=image, conditions=conditions, captions=captions, made=made))
+            records.append(Record(where=where, image=image, conditions=conditions, captions=captions, metadata=made))
     return Listing(origin=origin, records=records, problems=problems)
 
 
-def image_of(parts: Mapping[str, Piece]) -> Piece | None:
+def image_of(parts: Mapping[str, TarMember]) -> TarMember | None:
     """The image of a key: the one image without a second name, or the one called target, image or image."""
     images = sorted(name for name in parts if is_image_name(f"x.{name}"))
     plain = [name for name in images if "." not in name]
@@ -81,7 +81,7 @@ def image_of(parts: Mapping[str, Piece]) -> Piece | None:
     return None
 
 
-def texts_of(parts: Mapping[str, Piece]) -> tuple[tuple[str, ...], dict[str, Any]]:
+def texts_of(parts: Mapping[str, TarMember]) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The captions of a key, one empty one if there is none, and what its JSON file says.
 
     Raises:

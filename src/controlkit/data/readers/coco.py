@@ -9,7 +9,7 @@ from typing import Any
 
 from controlkit.data.readers.columns import captions_of
 from controlkit.data.readers.listing import Listing, Record
-from controlkit.data.sources import Drawn, Source
+from controlkit.data.sources import ComputedCondition, Source
 from controlkit.errors import UserError
 from controlkit.files import read_json
 
@@ -92,10 +92,12 @@ def read_coco(path: Path, condition: str | None = None) -> Listing:
         folder = image.folder
         conditions: dict[str, Source] = {}
         for name, parameters in object_parameters(image).items():
-            conditions[name] = Drawn(target=image.path, condition=name, parameters=tuple(parameters.items()))
+            conditions[name] = ComputedCondition(
+                target=image.path, condition=name, parameters=tuple(parameters.items())
+            )
         captions = (image.caption or "",)
         records.append(Record(where=image.path.name, image=image.path, conditions=conditions, captions=captions))
-    return Listing(origin=path, records=records, draws=True, folder=folder)
+    return Listing(origin=path, records=records, computes=True, folder=folder)
 
 
 def object_parameters(image: CocoImage) -> dict[str, dict[str, Any]]:

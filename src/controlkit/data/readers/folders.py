@@ -49,11 +49,11 @@ def read_twins(folder: Path, condition: str | None = None) -> Listing:
         records.append(Record(where=image.name, image=image, conditions=twins, captions=(prompt,)))
     for name, left in conditions.items():
         problems += [f"{name}/{path.name}: there is no image {stem} in {home.name}" for stem, path in left.items()]
-    notes = [doubled_note(doubled)] if doubled else []
+    notes = [two_captions_note(doubled)] if doubled else []
     return Listing(origin=folder, records=records, problems=problems, notes=notes)
 
 
-def doubled_note(images: Sequence[Path]) -> str:
+def two_captions_note(images: Sequence[Path]) -> str:
     """What to say of images with two files of captions that differ."""
     first, second = CAPTION_SUFFIXES
     return f"{len(images)} images have captions in {first} and others in {second}, such as {images[0]}; {first} is read"

@@ -35,7 +35,7 @@ def read_manifest(path: Path, condition: str | None = None, columns: Columns = A
     def record(where: str, entry: Mapping[str, Any]) -> Record:
         conditions = {str(name): path.parent / file for name, file in entry["conditions"].items()}
         image, captions = path.parent / entry["picture"], captions_of(entry["prompt"])
-        return Record(where=where, image=image, conditions=conditions, captions=captions, made=entry)
+        return Record(where=where, image=image, conditions=conditions, captions=captions, metadata=entry)
 
     return _listing(path, list(_json_lines(path)), record, "image, conditions and prompt")
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from controlkit.conditions import find
 from controlkit.data.pair import Pair
-from controlkit.data.sources import Drawn, Source
+from controlkit.data.sources import ComputedCondition, Source
 from controlkit.errors import UserError, nearest
-from controlkit.files import whole_text
+from controlkit.files import valid_text
 
 _SHOWN = 20
 
@@ -28,8 +28,8 @@ class Record:
     conditions: Mapping[str, Source]
     """Name of the condition -> condition image."""
     captions: tuple[str, ...] = ("",)
-    """One at least, which is empty where there is none. Training draws one of them in each step."""
-    made: Mapping[str, Any] = field(default_factory=dict)
+    """One at least, which is empty where there is none. Training computes one of them in each step."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     """What a manifest of ours tells about how it came to be; empty in other layouts."""
 
     @property
@@ -37,9 +37,9 @@ class Record:
         """The first caption, which is the one wherever there has to be one."""
         return self.captions[0]
 
-    def told(self, *keys: str) -> Any:
+    def recorded(self, *keys: str) -> Any:
         """What the manifest says under these keys; None if it says nothing (files of other tools hold other things)."""
-        value: Any = self.made
+        value: Any = self.metadata
         for key in keys:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
@@ -54,7 +54,7 @@ class Listing:
     records: Sequence[Record]
     problems: Sequence[str] = ()
     """Entries that cannot be understood, in words."""
-    draws: bool = False
+    computes: bool = False
     """Whether conditions that are not listed can be computed from the images."""
     notes: Sequence[str] = ()
     """What is no problem, but should not pass in silence."""
@@ -67,7 +67,7 @@ class Listing:
             return []
         home = os.path.join(os.path.abspath(self.folder), "")
         files = [file for record in self.records for file in (record.image, *record.conditions.values())]
-        listed = dict.fromkeys(file.target if isinstance(file, Drawn) else file for file in files)
+        listed = dict.fromkeys(file.target if isinstance(file, ComputedCondition) else file for file in files)
         paths = [file for file in listed if isinstance(file, Path)]
         away = [path for path in paths if not os.path.abspath(path).startswith(home)]
         return [outside_note(self.origin, len(away), len(paths), away[0])] if away else []
@@ -92,7 +92,7 @@ class Listing:
             for name in names:
                 if _registered(name) is not None and _registered(name) == _registered(wanted):
                     return name
-            if self.draws and _registered(wanted):
+            if self.computes and _registered(wanted):
                 return _registered(wanted)
         return names[0] if len(names) == 1 else None
 
@@ -110,14 +110,14 @@ class Listing:
         kind = (asked and _registered(asked)) or _registered(short_name(str(name)))
         for record in self.records:
             source = record.conditions.get(str(name))
-            if source is None and self.draws and not isinstance(record.image, Drawn):
-                source = Drawn(target=record.image, condition=str(name))
+            if source is None and self.computes and not isinstance(record.image, ComputedCondition):
+                source = ComputedCondition(target=record.image, condition=str(name))
             if source is None:
                 problems.append(f"{record.where}: there is no condition image {name!r}")
                 continue
             try:
                 for caption in record.captions:
-                    whole_text(caption, "the prompt")
+                    valid_text(caption, "the prompt")
             except UserError as error:
                 problems.append(f"{record.where}: {error}")
                 continue
@@ -165,9 +165,9 @@ def short_name(column: str) -> str:
 
 def _made_with(record: Record, name: str, source: Source, kind: str | None) -> Mapping[str, Any]:
     """The parameters of the condition `kind` that its image was made with, as far as that is told."""
-    if isinstance(source, Drawn):
+    if isinstance(source, ComputedCondition):
         return {**find(source.condition).defaults, **dict(source.parameters)}
-    told = record.told("parameters", name)
+    told = record.recorded("parameters", name)
     if kind is None or not isinstance(told, Mapping):
         return {}
     return {key: value for key, value in told.items() if key in find(kind).defaults}
