@@ -55,6 +55,9 @@ class UserError(Exception):
         super().__init__(message)
         self.code = code
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, Code | None]]:
+        return type(self), (str(self), self.code)  # by default, unpickling in another process loses the code
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means out of memory; on the CPU torch raises a plain RuntimeError."""
