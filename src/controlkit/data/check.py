@@ -181,7 +181,9 @@ def _check_record(record: Record, kinds: Mapping[str, str]) -> _Findings:
     findings = _Findings()
     if any(map(is_empty, record.captions)):
         findings.problems.append(_problem("prompt", record, "empty prompt"))
-    target = _opened(record, record.image, record.recorded("sha256", "picture"), findings)
+    target = _opened(
+        record, record.image, record.recorded("sha256", "picture") or record.recorded("sha256", "image"), findings
+    )
     if target is not None:
         findings.pixels = hashlib.sha256(repr(target.size).encode() + target.tobytes()).hexdigest()
     for name, kind in kinds.items():

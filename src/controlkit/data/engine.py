@@ -248,7 +248,7 @@ def _warn_lost_edits(edited: dict[str, str | list[str]], before: dict[str, Outco
     if lost:
         named = ", ".join(lost[:_NAMED]) + (f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else "")
         print(
-            f"note: {len(lost)} prompts edited in {MANIFEST} are replaced, as their images or captions changed too: {named}",
+            f"note: {len(lost)} prompts edited in {MANIFEST} are replaced, as images or captions changed too: {named}",
             file=sys.stderr,
             flush=True,
         )
@@ -339,8 +339,8 @@ def _edited_prompts(manifest: Path) -> dict[str, str | list[str]]:
             prompts[str(entry["key"])] = captions[0] if len(captions) == 1 else list(captions)
         except (json.JSONDecodeError, KeyError, TypeError, UserError) as error:
             raise UserError(
-                f"line {number} of {manifest} is not a valid entry ({error!r}); correct it, or remove it to make its pair"
-                " again",
+                f"line {number} of {manifest} is not a valid entry ({error!r}); correct it, or remove it to make the"
+                " pair again",
                 "damaged-file",
             ) from error
     return prompts

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from controlkit.data.readers.archives import image_of, texts_of
+from controlkit.data.readers.archives import captions_and_metadata, image_of
 from controlkit.data.readers.coco import coco_images, object_parameters
 from controlkit.data.sources import CAPTION_SUFFIXES, TarMember, caption_beside, is_image_name, samples
 from controlkit.errors import UserError
@@ -145,7 +145,7 @@ def _from_tar(path: Path) -> Iterator[InputImage]:
                 raise UserError(f"{path}: {key} has no image KEY.jpg or KEY.png among {suffixes}", "bad-data")
             continue
         try:
-            captions, _ = texts_of(parts)
+            captions, _ = captions_and_metadata(parts)
         except (ValueError, RecursionError, UserError) as error:
             raise UserError(f"{path}: cannot read the caption of {key} ({error})", "bad-data") from error
         yield InputImage(key=_key(f"{key}.x"), name=image.name, source=image, prompt=captions[0])
