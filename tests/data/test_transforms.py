@@ -14,6 +14,7 @@ from controlkit.conditions import find
 from controlkit.data.buckets import BucketBatches, Buckets
 from controlkit.data.transforms import CENTRE, View, apply_view, apply_view_to_pair, compute_pair, random_view
 from controlkit.errors import UserError
+from refusals import refused
 
 VIEWS = st.builds(View, place=st.floats(0, 1), flip=st.booleans())
 SIDES = st.integers(16, 80)
@@ -39,7 +40,7 @@ def test_a_flip_turns_what_is_shown_without_it(view, width, height, size):
 
 @settings(max_examples=30)
 @given(name=st.sampled_from(["canny", "palette", "blur", "inpaint", "noise", "haze", "shuffle"]), view=VIEWS)
-def test_a_pair_that_is_drawn_turned_is_the_pair_turned(name, view):
+def test_a_flipped_computed_pair_is_the_pair_flipped(name, view):
     condition, image = find(name), scene(4, 48, 64)
     source, target = compute_pair(image, condition, View(place=view.place, flip=True), 48)
     straight = compute_pair(image, condition, View(place=view.place), 48)
@@ -48,7 +49,7 @@ def test_a_pair_that_is_drawn_turned_is_the_pair_turned(name, view):
         assert np.array_equal(source, condition(target))
         assert np.abs(source.astype(int) - straight[0][:, ::-1]).mean() < 8
     else:
-        # The mask or noise turns with the image, which computing it anew would not do.
+        # The mask or noise is flipped with the image, which computing it again would not do.
         assert np.array_equal(source, straight[0][:, ::-1])
 
 
@@ -70,7 +71,7 @@ def test_labels_keep_their_colours():
     assert colours == {(0, 0, 0), (200, 10, 90)}
 
 
-def test_views_are_drawn_alike_whatever_is_asked_for():
+def test_views_are_sampled_alike_whatever_is_asked_for():
     for crop in (False, True):
         for flip in (False, True):
             rng = np.random.default_rng(5)
@@ -103,8 +104,13 @@ def test_no_other_bucket_is_nearer_in_shape(width, height):
 
 
 def test_impossible_buckets_are_refused():
-    for wrong in ({"size": 500}, {"size": 32}, {"longest": 0.5}):
-        with pytest.raises(UserError, match="buckets"):
+    for wrong, code in (
+        ({"size": 500}, "wrong-size"),
+        ({"size": 32}, "wrong-size"),
+        ({"longest": 0.5}, "out-of-range"),
+    ):
+        ((name, value),) = wrong.items()
+        with refused(code, f"buckets: {name} is {value}"):
             Buckets(**wrong)
 
 
@@ -129,5 +135,5 @@ def test_an_epoch_shows_everything_and_every_batch_has_one_bucket(counts, batch_
 
 
 def test_epochs_and_seeds_differ():
-    one, other = (BucketBatches(buckets=[(64, 64)] * 30, batch_size=5, seed=seed) for seed in (0, 1))
-    assert one.batch(0) != one.batch(6) and one.batch(0) != other.batch(0)
+    first, second = (BucketBatches(buckets=[(64, 64)] * 30, batch_size=5, seed=seed) for seed in (0, 1))
+    assert first.batch(0) != first.batch(6) and first.batch(0) != second.batch(0)
