@@ -67,9 +67,9 @@ def test_missing_weights_are_told_with_what_to_do(tiny_blip, tmp_path, monkeypat
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"Salesforce.*\(BSD-3-Clause\).*hf download Salesforce.*--caption-model"):
+    with pytest.raises(UserError, match=r"BSD-3-Clause.*hf download Salesforce.*--caption-model"):
         Captioner()
-    with pytest.raises(UserError, match=r"holds no config.json with weights.*--caption-model"):
+    with pytest.raises(UserError, match=r"config.json with weights.*--caption-model"):
         Captioner(str(tmp_path))
     damaged = tmp_path / "damaged"
     shutil.copytree(tiny_blip, damaged)

@@ -1,4 +1,4 @@
-"""Every layout of pairs gives the same pairs, and says what is wrong with it."""
+"""Every layout gives the same pairs, and all problems are reported at once."""
 
 from __future__ import annotations
 
