@@ -249,8 +249,9 @@ def test_what_a_base_is_known_by_does_not_depend_on_the_type_it_is_held_in(tiny_
 
 
 def test_the_end_of_a_prompt_with_a_cut_character_is_not_looked_for(tiny_base):
-    with pytest.raises(UserError, match=r"the prompt 'red .udcff apple' is not whole text"):
+    with pytest.raises(UserError, match=r"the prompt 'red .udcff apple' ") as caught:
         tiny_base.cut_from("red \udcff apple")
+    assert caught.value.code == "bad-data"
 
 
 def test_bf16_is_read_as_such_and_nothing_is_hashed_before_it_is_asked_for(base_folder, monkeypatch):

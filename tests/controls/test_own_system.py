@@ -39,6 +39,7 @@ from controlkit.training.control_objective import ControlObjective
 from controlkit.training.recipes import build_recipe, read_recipe, recipes
 from controlkit.training.run import objective_of
 from controlkit.training.run import run as train
+from refusals import refused
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_control.py"
 PAGE = Path(__file__).parents[2] / "docs" / "systems.md"
@@ -365,7 +366,7 @@ class TestWhereItIsFound:
 
     def test_one_that_is_missing_or_trains_by_a_taken_name_is_told_of(self, fresh_registry, monkeypatch, tmp_path):
         monkeypatch.setenv(registry.VARIABLE, str(tmp_path / "nothing.py"))
-        with pytest.raises(UserError, match=r"CONTROLKIT_CONTROLS names .*nothing\.py, which is not there"):
+        with refused("missing-file", "CONTROLKIT_CONTROLS", tmp_path / "nothing.py"):
             registry.registry()
         taken = 'trainings = (Training(system="controlnet"),)'
         text = shift_of_the_page().replace("import OneImage, Reads", "import OneImage, Reads, Training")

@@ -15,6 +15,7 @@ from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.formats.transfer import transfer
 from controlkit.nano.base_objective import save_base
+from refusals import check
 from tiny import build_tiny_base, fresh_control, randomise_zero_convolutions
 
 
@@ -82,9 +83,9 @@ def test_the_verb_writes_a_control_of_the_other_base(tiny_base, other, base_fold
     assert told["moved"] > 0 and "unchanged" in told["limits"]
     assert load_control(tmp_path / "moved.safetensors", other).condition == "canny"
     assert main([*command, "--out", str(tmp_path / "moved.safetensors")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    check(capsys.readouterr().err, "would-overwrite", tmp_path / "moved.safetensors", "--force")
     assert main([*command, "--out", str(tmp_path / "canny.safetensors"), "--force"]) == 2
-    assert "it is read for this" in capsys.readouterr().err
+    check(capsys.readouterr().err, "would-overwrite", tmp_path / "canny.safetensors", "--out")
     assert load_control(tmp_path / "canny.safetensors", tiny_base).condition == "canny"
     assert main([*command, "--out", str(tmp_path / "moved.pt")]) == 2
     assert ".safetensors" in capsys.readouterr().err

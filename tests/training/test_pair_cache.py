@@ -20,7 +20,7 @@ from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.data.pairs import read_pairs, write_pairs
 from controlkit.data.readers.archives import write_tar
-from controlkit.data.sources import Drawn
+from controlkit.data.sources import ComputedCondition
 from controlkit.errors import UserError
 from controlkit.formats.load import save_control
 from controlkit.images import to_tensor
@@ -402,7 +402,7 @@ made = Condition(name="flat", summary="one grey", fidelity=PSNR, function=flat)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         monkeypatch.setitem(condition._REGISTRY, "flat", module.made)
-        return Drawn(target=tmp_path / "a.png", condition="flat").read_bytes()
+        return ComputedCondition(target=tmp_path / "a.png", condition="flat").read_bytes()
 
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     assert drawn(10) == drawn(10)

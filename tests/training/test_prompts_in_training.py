@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.data.pairs import write_pairs
-from controlkit.errors import UserError
 from controlkit.formats.load import save_control
 from controlkit.training.control_objective import ControlObjective
 from controlkit.training.pair_cache import PairCache
@@ -21,6 +20,7 @@ from controlkit.training.recipe import identifying
 from controlkit.training.recipes import recipes
 from controlkit.training.run import run
 from controlkit.training.sources.multigen import MultiGenSource
+from refusals import refused
 
 CPU = torch.device("cpu")
 CAPTIONS = ["red apple", "a fruit", "something red"]
@@ -128,9 +128,7 @@ def test_recipes_name_columns(recipe, folder, capsys):
     (folder / "source/00000.png").rename(folder.parent / "elsewhere.png")
     ControlObjective(recipe, CPU)
     assert "1 of the 5 files" in capsys.readouterr().err
-    with pytest.raises(
-        UserError, match=r"caption_column is 'word', and .* its columns are source, target, prompt, words"
-    ):
+    with refused("unknown-name", "caption_column is 'word'", "source, target, prompt, words"):
         ControlObjective(dataclasses.replace(recipe, caption_column="word"), CPU)
 
 

@@ -97,14 +97,14 @@ def _make(args: argparse.Namespace) -> None:
     from controlkit.data.engine import make_pairs
     from controlkit.data.input_images import list_images
     from controlkit.data.making import MakeSettings
-    from controlkit.data.readers.folders import doubled_note
+    from controlkit.data.readers.folders import two_captions_note
 
     values = {name: getattr(args, name) for name in ("size", "buckets", "copy", "seed", "fixed") if hasattr(args, name)}
     settings = MakeSettings(conditions=tuple(name for name in args.conditions.split(",") if name.strip()), **values)
     images = list_images(args.images, args.images_folder, without=args.out)
     doubled = [image.source for image in images if isinstance(image.source, Path) and _differ(image)]
     if doubled:
-        print(f"note: {doubled_note(doubled)}", file=sys.stderr)
+        print(f"note: {two_captions_note(doubled)}", file=sys.stderr)
     if args.caption == "blip":
         from controlkit.data.captions import BLIP, Captioner, with_captions
 
@@ -120,7 +120,7 @@ def _make(args: argparse.Namespace) -> None:
         shards=args.shards,
         engine=args.engine,
         origin=[os.path.abspath(image) for image in args.images],
-        tell=Progress("images", always=True),
+        progress=Progress("images", always=True),
     )
     _show(report, args.json)
 

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.bases.load import base_path, load_base
     from controlkit.controls.registry import companion_role
     from controlkit.errors import UserError
-    from controlkit.files import files_of, refuse_replacing
+    from controlkit.files import check_overwrite, files_of
     from controlkit.formats.load import find_control, load_control, save_control
     from controlkit.formats.metadata import made_of, read_metadata
     from controlkit.formats.transfer import LIMITS, transfer
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     if Path(args.out).suffix != ".safetensors":
         raise UserError(f"--out {args.out}: expected a .safetensors file", "usage")
     read = [find_control(args.control), base_path(args.source), base_path(args.target)]
-    refuse_replacing([Path(args.out)], [file for path in read for file in files_of(path)], force=args.force)
+    check_overwrite([Path(args.out)], [one for path in read for one in files_of(path)], force=args.force)
     source, target = load_base(args.source), load_base(args.target)
     control = load_control(args.control, source)
     if control.copied_network() is None:

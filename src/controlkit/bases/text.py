@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controlkit.files import whole_text
+from controlkit.files import valid_text
 
 CLIP_TOKENS = 77
 """Tokens of a prompt that CLIP reads, with those that mark its begin and end."""
@@ -70,7 +70,7 @@ def cut_from(tokenizer: Any, prompt: str, most: int | None = None) -> str:
         UserError: the prompt holds half a character, as cut text does.
     """
     most = tokenizer.model_max_length if most is None else most
-    ids = tokenizer(whole_text(prompt, "the prompt"), verbose=False).input_ids
+    ids = tokenizer(valid_text(prompt, "the prompt"), verbose=False).input_ids
     beyond = ids[most - 1 : -1]  # the last that is kept marks the end
     return tokenizer.decode(beyond).strip() if len(ids) > most else ""
 
@@ -82,7 +82,7 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], length: int | None = None)
         UserError: a prompt holds half a character, as cut text does.
     """
     return tokenizer(
-        [whole_text(prompt, "the prompt") for prompt in prompts],
+        [valid_text(prompt, "the prompt") for prompt in prompts],
         padding="max_length",
         max_length=tokenizer.model_max_length if length is None else length,
         truncation=True,

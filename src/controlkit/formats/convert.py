@@ -18,7 +18,7 @@ from controlkit.controls.control import Control
 from controlkit.controls.file_format import Checkpoint, FileFormat, Reference, Written
 from controlkit.controls.registry import find, registry
 from controlkit.errors import UserError, nearest
-from controlkit.files import files_of, read_json, refuse_replacing, write_json
+from controlkit.files import check_overwrite, files_of, read_json, write_json
 from controlkit.formats.companions import check_companion, find_companion, read_companion
 from controlkit.formats.detect import detect, known
 from controlkit.formats.load import find_control, shipped_controls
@@ -120,7 +120,7 @@ def convert(
     if kind.companion is not None:
         read += _settle_companion(path, content, format_, base_control, reference)
     written = [target / name for name in format_.files] or [target]
-    refuse_replacing(written, read, force=force)
+    check_overwrite(written, read, force=force)
     if format_.files and target.is_dir() and any(target.iterdir()) and not force:
         raise UserError(f"the folder {out} has files in it; give a new one, or --force to write among them")
     if dtype is not None:

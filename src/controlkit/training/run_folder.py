@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from controlkit.errors import UserError
-from controlkit.files import held, read_json, remove_leftovers, sha256_of, writable_folder
+from controlkit.files import locked, read_json, remove_leftovers, sha256_of, writable_folder
 from controlkit.training.processes import Processes
 from controlkit.training.recipe import FORMER, Recipe, identifying
 from controlkit.training.state import fingerprint_of, put_aside_if_torn, step_of
@@ -45,7 +45,7 @@ def run_folder(recipe: Recipe) -> Iterator[None]:
     existed = Path(recipe.out).exists()
     folder = writable_folder(recipe.out, "give this run another out")
     refusal = f"another run is writing into {folder}; wait for it, or give this run another out"
-    with held(folder / _LOCK, refusal) if Processes.is_first() else nullcontext():
+    with locked(folder / _LOCK, refusal) if Processes.is_first() else nullcontext():
         if Processes.is_first():
             path = folder / "state.safetensors"
             remove_leftovers(path)
