@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         return
     print(
         f"{facts['kind']}: {facts['tensors']:,} tensors, {facts['parameters']:,} parameters,"
-        f" {made.from_layout} -> {made.to_layout}"
+        f" {made.from_format} -> {made.to_format}"
     )
     for note in made.notes:
         print(f"note: {note}")

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.errors import UserError
     from controlkit.files import files_of, refuse_replacing
     from controlkit.formats.load import find_control, load_control, save_control
-    from controlkit.formats.metadata import made_of, read_metadata
+    from controlkit.formats.metadata import provenance_of, read_metadata
     from controlkit.formats.transfer import LIMITS, transfer
 
     if Path(args.out).suffix != ".safetensors":
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
             f" ({source.fingerprint}); give that as --from"
         )
     made, offset = transfer(control, source, target)
-    how = {**made_of(said), "transferred": args.control, "from": source.name, "to": target.name}
+    how = {**provenance_of(said), "transferred": args.control, "from": source.name, "to": target.name}
     path = save_control(args.out, made, target, made=how)
     if args.json:
         print_json({"control": str(path), **vars(offset), "limits": LIMITS})
