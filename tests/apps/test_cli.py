@@ -281,7 +281,7 @@ def bad_inputs(tmp: Path, image: Path) -> dict[str, tuple[list[object], str]]:
         "misspelt recipe key": (["train", tmp / "recipe.yaml"], "did you mean learning_rate"),
         "missing recipe": (["train", tmp / "none.yaml"], "cannot read the recipe"),
         "unknown set": (["evaluate", "control", "canny", "--sets", "hold-out"], "did you mean held-out"),
-        "inspect nothing": (["inspect", "nothing-like-it"], "there is no control called"),
+        "inspect nothing": (["inspect", "nothing-like-it"], "there is no control 'nothing-like-it'"),
         "unknown verb": (["paint"], "invalid choice"),
     }
 

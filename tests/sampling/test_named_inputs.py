@@ -187,7 +187,7 @@ def test_a_request_with_them_survives_json(folder):
             {"control": "scene.safetensors", "inputs": {"edges": "gone.png", "boxes": BOXES}},
             "there is no image at gone.png",
         ),
-        ({"control": "nothing.safetensors", "image": "boxes.json"}, "there is no control called 'nothing.safetensors'"),
+        ({"control": "nothing.safetensors", "image": "boxes.json"}, "there is no control 'nothing.safetensors'"),
     ],
 )
 def test_what_does_not_do_is_refused_in_words_before_a_base_is_loaded(folder, use, says, monkeypatch):
