@@ -31,6 +31,7 @@ Code = Literal[
     "unreadable-file",
     "unsafe-pickle",
     "unsupported",
+    "upload-failed",
     "usage",
     "would-overwrite",
     "write-failed",

@@ -104,7 +104,7 @@ def test_options_that_would_do_nothing_are_refused(file, tmp_path, capsys, words
     assert run("convert", file, tmp_path / "new.safetensors", *words) == 2
     check(capsys.readouterr().err, None, *facts)
     assert run("convert", file, file, "--to", "original") == 2
-    check(capsys.readouterr().err, None, file)
+    assert "[would-overwrite]" in capsys.readouterr().err
 
 
 def contents(folder):
@@ -158,7 +158,7 @@ def test_what_is_there_is_replaced_only_if_that_is_asked_for(file, tmp_path, cap
     assert run("convert", file, out, "--to", "original") == 2
     check(capsys.readouterr().err, None, out, "--force")
     assert run("convert", file, folder, "--to", "diffusers") == 2
-    check(capsys.readouterr().err, None, folder, "--force")
+    assert "[would-overwrite]" in capsys.readouterr().err
     assert contents(tmp_path) == before
     assert run("convert", file, out, "--to", "original", "--force") == 0
     assert run("convert", file, folder, "--to", "diffusers", "--force") == 0
@@ -191,7 +191,7 @@ def test_a_shuffle_whose_file_says_nothing_pools(file, tmp_path, tiny_base, base
         assert run("convert", out, tmp_path / str(number), "--to", "diffusers") == 0
         config = json.loads((tmp_path / str(number) / "config.json").read_text())
         assert config.get("global_pool_conditions", False) == pools
-    assert "pools its residuals" in capsys.readouterr().out
+    assert "pooled residuals" in capsys.readouterr().out
     # A file that says that it does not pool is believed.
     assert run("convert", plain, tmp_path / "ours.safetensors", "--to", "controlkit", "--condition", "shuffle") == 0
     assert not load_control(tmp_path / "ours.safetensors", tiny_base).conditional_only

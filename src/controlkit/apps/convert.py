@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         return
     print(
         f"{facts['kind']}: {facts['tensors']:,} tensors, {facts['parameters']:,} parameters,"
-        f" {converted.from_layout} -> {converted.to_layout}"
+        f" {converted.from_format} -> {converted.to_format}"
     )
     for note in converted.notes:
         print(f"note: {note}")

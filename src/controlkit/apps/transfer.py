@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.errors import UserError
     from controlkit.files import check_overwrite, files_of
     from controlkit.formats.load import find_control, load_control, save_control
-    from controlkit.formats.metadata import made_of, read_metadata
+    from controlkit.formats.metadata import provenance_of, read_metadata
     from controlkit.formats.transfer import LIMITS, transfer
 
     if Path(args.out).suffix != ".safetensors":
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
             "incompatible",
         )
     transferred, offset = transfer(control, source, target)
-    origin = {**made_of(metadata), "transferred": args.control, "from": source.name, "to": target.name}
+    origin = {**provenance_of(metadata), "transferred": args.control, "from": source.name, "to": target.name}
     path = save_control(args.out, transferred, target, made=origin)
     if args.json:
         print_json({"control": str(path), **vars(offset), "limits": LIMITS})
