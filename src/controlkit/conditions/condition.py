@@ -76,8 +76,8 @@ class Distribution:
 
 
 _FILES = (
-    *("edges", "lines", "colour", "degradations", "weather", "masks", "regions", "given"),
-    *("learned.edges", "learned.lines", "learned.depth", "learned.segmentation", "learned.detection"),
+    *("edges", "line_drawings", "colour", "degradations", "weather", "masks", "regions", "given"),
+    *("learned.edges", "learned.line_detectors", "learned.depth", "learned.segmentation", "learned.detection"),
     *("learned.pose", "learned.wholebody", "learned.densepose", "learned.surfaces"),
 )
 """The modules of this room that register conditions, in the order in which they are listed."""

@@ -96,7 +96,7 @@ def nearest_colour(image: np.ndarray, palette: np.ndarray) -> np.ndarray:
 def main_colours(image: np.ndarray, count: int) -> np.ndarray:
     """At most `count` colours `uint8 [N, 3]` that stand for the image: median cut, then k-means (Pillow).
 
-    EvalSet on a reduction to 96 pixels, which keeps every region that is larger than a speck.
+    Chosen on a reduction to 96 pixels, which keeps every region that is larger than a speck.
     """
     height, width = image.shape[:2]
     small = reduced(image, (min(width, 96), min(height, 96)))
