@@ -9,8 +9,8 @@ from condition_scenes import draw_scene
 
 from controlkit.conditions import find
 from controlkit.conditions.fidelity import psnr
-from controlkit.conditions.given import category_colour
 from controlkit.conditions.pixels import enlarge
+from controlkit.conditions.provided import category_colour
 from controlkit.errors import UserError
 
 
@@ -241,6 +241,6 @@ def test_identity_is_a_copy_scored_against_the_pair() -> None:
     image, sketched = draw_scene(), draw_scene(number=9)
     made = find("identity")
     np.testing.assert_array_equal(made(image), image)
-    assert made.score(sketched, image, truth=image) == 100
-    with pytest.raises(ValueError, match="true image"):
+    assert made.score(sketched, image, target=image) == 100
+    with pytest.raises(ValueError, match="target"):
         made.score(sketched, image)

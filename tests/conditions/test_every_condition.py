@@ -172,7 +172,7 @@ def test_a_part_of_the_image_is_the_image_of_the_part_where_that_is_said(name: s
         again = made(np.ascontiguousarray(image[part]), **needed(name))[inside]
         cut.append(psnr(made(image, **needed(name))[part][inside], again))
         unrelated.append(psnr(made(draw_scene(192, 192, number + 50), **needed(name))[inside], again))
-    assert (np.mean(cut) > np.mean(unrelated) + 3) == made.cuts
+    assert (np.mean(cut) > np.mean(unrelated) + 3) == made.croppable
 
 
 def test_finished_images_are_mirrored_as_their_condition_is() -> None:
@@ -207,9 +207,9 @@ def test_another_seed_gives_another_image(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_drawn_parameters_are_parameters_within_limits_and_reproducible(name: str) -> None:
     made = find(name)
-    assert set(made.draw) <= set(made.defaults)
+    assert set(made.random) <= set(made.defaults)
     assert set(made.limits) <= set(made.defaults)
-    assert "seed" not in made.defaults or "seed" in made.draw
+    assert "seed" not in made.defaults or "seed" in made.random
     for seed in range(50):
         drawn = made.random_parameters(np.random.default_rng(seed))
         assert drawn == made.random_parameters(np.random.default_rng(seed))
@@ -218,9 +218,9 @@ def test_drawn_parameters_are_parameters_within_limits_and_reproducible(name: st
             assert type(drawn[key]) is type(made.defaults[key])
 
 
-@pytest.mark.parametrize(("name", "key"), [(name, key) for name, made in registry().items() for key in made.draw])
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, made in registry().items() for key in made.random])
 def test_how_parameters_are_drawn_is_told_and_true(name: str, key: str) -> None:
-    draw = registry()[name].draw[key]
+    draw = registry()[name].random[key]
     text = str(draw)
     values = np.array([draw(np.random.default_rng(number)) for number in range(400)])
     if text == "any seed":

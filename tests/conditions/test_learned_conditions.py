@@ -52,7 +52,7 @@ def weights(tmp_path_factory):
         return {"model": str(made[name]), **small}
 
     yield of
-    models.forget()
+    models.unload_models()
 
 
 def check(made: Condition, image: np.ndarray, parameters: dict) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_the_true_image_follows_best(name: str, weights) -> None:
 @pytest.mark.parametrize("name", LEARNED)
 def test_drawn_parameters_are_within_limits(name: str) -> None:
     made = find(name)
-    assert set(made.draw) <= set(made.defaults) and set(made.limits) <= set(made.defaults)
+    assert set(made.random) <= set(made.defaults) and set(made.limits) <= set(made.defaults)
     for seed in range(20):
         drawn = made.random_parameters(np.random.default_rng(seed))
         assert drawn == made.random_parameters(np.random.default_rng(seed))
@@ -178,7 +178,7 @@ def test_without_weights_one_sentence_says_what_to_do(name: str, tmp_path: Path,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.delenv("CONTROLKIT_MODELS", raising=False)
     made = find(name)
-    needed = made.requires.beside[0] if made.requires.beside else made.requires
+    needed = made.requires.companions[0] if made.requires.companions else made.requires
     with pytest.raises(UserError) as raised:
         made(draw_scene())
     message = str(raised.value)

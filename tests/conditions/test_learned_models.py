@@ -30,9 +30,9 @@ def kept(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    models.forget()
+    models.unload_models()
     yield
-    models.forget()
+    models.unload_models()
 
 
 def test_weights_are_loaded_once_for_each_folder(kept: Path, monkeypatch) -> None:
@@ -107,7 +107,7 @@ def test_weights_that_are_missing_are_not_made_up(kept: Path, tmp_path: Path) ->
     save_file(unused, folder / "model.safetensors", metadata={"format": "pt"})
     whole = find("depth")(draw_scene(), model=str(kept / "dpt"))
     np.testing.assert_array_equal(find("depth")(draw_scene(), model=str(folder)), whole)
-    models.forget()
+    models.unload_models()
     unused.pop("head.head.0.weight")
     save_file(unused, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"are not complete: 1 are missing, head.head.0.weight first"):

@@ -107,7 +107,7 @@ def test_every_control_trains_from_every_source(system, source, settings, data, 
 
 def test_a_base_control_learns_several_conditions_from_pairs_in_turn(settings, data):
     objective = objective_of(build_recipe({**settings("ctrlora-base"), "pairs": data["pairs"]}))
-    seen = [objective.seen(step) for step in range(2)]
+    seen = [objective.samples(step) for step in range(2)]
     assert sorted({text.partition(": ")[0] for step in seen for text in step}) == ["canny", "grayscale"]
     for step in seen:
         name = step[0].partition(": ")[0]
@@ -205,7 +205,7 @@ class TestASourceOfOnesOwn:
         recipe = build_recipe({**settings(system), "shades": 8, "warmup_steps": 0, "min_lr_rate": 1.0})
         # Defaults of a source count, unless the system has its own.
         assert recipe.source is shades and recipe.learning_rate == (1e-3 if system == "ctrlora-adapter" else 0.02)
-        assert ": shade " in objective_of(recipe).seen(0)[0]
+        assert ": shade " in objective_of(recipe).samples(0)[0]
         scores = run(recipe)
         assert "note: 8 shades of 64 pixels" in capsys.readouterr().err
         assert len(scores) == len(recipe.condition_names)

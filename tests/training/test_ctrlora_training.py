@@ -231,7 +231,7 @@ def test_two_processes_train_what_one_with_the_whole_batch_trains(recipe, tmp_pa
 
     assert losses(halves.out) == pytest.approx(losses(whole.out), abs=1e-5)
     # The watch over the loss has seen the samples of all processes.
-    mine, theirs = (load_state(Path(out) / "state.safetensors").watch for out in (halves.out, whole.out))
+    mine, theirs = (load_state(Path(out) / "state.safetensors").loss_monitor for out in (halves.out, whole.out))
     assert sum(seen for seen, _, _ in theirs["times"]) == 4 * 4
     for some, same in zip(mine["times"], theirs["times"], strict=True):
         assert some[:2] == pytest.approx(same[:2], rel=1e-3)

@@ -402,7 +402,7 @@ made = Condition(name="flat", summary="one grey", fidelity=PSNR, function=flat)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         monkeypatch.setitem(condition._REGISTRY, "flat", module.made)
-        return Drawn(image=tmp_path / "a.png", condition="flat").read_bytes()
+        return Drawn(target=tmp_path / "a.png", condition="flat").read_bytes()
 
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     assert drawn(10) == drawn(10)

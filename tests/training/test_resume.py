@@ -17,8 +17,8 @@ from toy_training import Toy, toy_recipe
 
 from controlkit.errors import UserError
 from controlkit.training import state
-from controlkit.training.guards import LossWatch, Patience
-from controlkit.training.log import spent
+from controlkit.training.guards import LossMonitor, StallMonitor
+from controlkit.training.log import total_seconds
 from controlkit.training.state import load_state
 from controlkit.training.trainer import train
 
@@ -191,14 +191,14 @@ def test_an_exploding_loss_ends_the_run_with_a_state_from_before_it(tmp_path):
 
 def test_a_loss_that_only_varies_is_no_explosion():
     rng = np.random.default_rng(0)
-    watch = LossWatch(0)
-    assert not any(watch.exploded(float(loss), step) for step, loss in enumerate(rng.exponential(0.1, 20_000)))
+    monitor = LossMonitor(0)
+    assert not any(monitor.has_diverged(float(loss), step) for step, loss in enumerate(rng.exponential(0.1, 20_000)))
 
 
 def test_a_step_that_hangs_is_told_with_its_place():
     """The second step waits until it is told of; the others may take as long as a busy machine lets them."""
     said = []
-    patience = Patience(least=3600, slower=1.0, say=said.append)
+    patience = StallMonitor(least=3600, slower=1.0, say=said.append)
     for number in (1, 2, 3):
         patience.least = 0.05 if number == 2 else 3600
         with patience.step(number):
@@ -360,9 +360,9 @@ def test_memory_of_every_kind(tmp_path, error, monkeypatch):
 
 
 def test_a_loss_that_explodes_at_once_is_noticed():
-    watch = LossWatch(0)
-    assert not any(watch.exploded(0.1, step) for step in range(10))
-    assert watch.exploded(1e6, 10)
+    monitor = LossMonitor(0)
+    assert not any(monitor.has_diverged(0.1, step) for step in range(10))
+    assert monitor.has_diverged(1e6, 10)
 
 
 def test_fewer_steps_than_were_done_are_refused(tmp_path):
@@ -413,10 +413,10 @@ def test_the_log_counts_the_time_of_all_parts(tmp_path):
 
     with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path, at={0: slow, 1: slow, 2: slow, 3: raises(RuntimeError("power cut"))})
-    before = spent(tmp_path)
+    before = total_seconds(tmp_path)
     run(tmp_path, at=dict.fromkeys(range(3, STEPS), slow))
     seconds = [line["seconds"] for line in log_of(tmp_path)]
     assert seconds == sorted(seconds)
     assert before >= 0.15
-    assert spent(tmp_path) == pytest.approx(seconds[-1])
-    assert spent(tmp_path) >= before + 0.3
+    assert total_seconds(tmp_path) == pytest.approx(seconds[-1])
+    assert total_seconds(tmp_path) >= before + 0.3

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     show(made.report.table())
     print(f"adapter: {made.path}")
     print(f"sheet: {made.sheet}")
-    prepared = " --prepared" if conditions.find(values.get("condition", "identity")).given else ""
+    prepared = " --prepared" if conditions.find(values.get("condition", "identity")).provided else ""
     file = str(made.path)
     if Path(args.control).is_file() and Path(args.control).parent.resolve() != made.path.parent.resolve():
         file += f"+{args.control}"  # a base control that does not ship has to be named, or lie beside the adapter

@@ -103,7 +103,7 @@ def _sheet(image: str, out: str, as_json: bool) -> None:
     original = decode_rgb(data, image)
     drawn, flat = {"image": original}, []
     for condition in conditions.registry().values():
-        if condition.requires is None and not condition.given:
+        if condition.requires is None and not condition.provided:
             made = condition(np.asarray(original))
             drawn[condition.name] = Image.fromarray(made)
             flat += [condition.name] if is_flat(made) else []
@@ -172,18 +172,18 @@ def _facts(c: Condition) -> dict[str, object]:
         "aliases": list(c.aliases),
         "summary": c.summary,
         "parameters": c.defaults,
-        "training": {name: str(draw) for name, draw in c.draw.items()},
+        "training": {name: str(draw) for name, draw in c.random.items()},
         "limits": {name: list(limits) for name, limits in c.limits.items()},
         "channels": c.channels,
         "range": [0, 255],
         "values": None if c.values is None else list(c.values),
         "mirrors": c.mirrors,
         "finished_mirrors": c.mirror_finished is not None,
-        "cuts": c.cuts,
+        "cuts": c.croppable,
         "resize": c.resize,
         "background": list(c.background),
         "least_side": LEAST_SIDE,
-        "seen": c.seen,
+        "seen": c.input_size,
         "fidelity": c.fidelity.name,
         "needs": c.requires.as_json() if c.requires else None,
     }
@@ -203,15 +203,15 @@ def _describe(c: Condition, as_json: bool) -> None:
         told = [f"{default!r} unless set"]
         if name in c.limits:
             told.append("from {} to {}".format(*c.limits[name]))
-        if name in c.draw:
-            told.append(f"in training {c.draw[name]}")
+        if name in c.random:
+            told.append(f"in training {c.random[name]}")
         facts.append((f"parameter {name}", "; ".join(told)))
     facts += [
         ("channels", "one, three times" if c.channels == 1 else "red, green and blue"),
         ("values", "0 to 255" if c.values is None else ", ".join(map(str, c.values))),
-        ("sizes", f"any from {LEAST_SIDE} x {LEAST_SIDE}, and the same back; the image is looked at {c.seen}"),
+        ("sizes", f"any from {LEAST_SIDE} x {LEAST_SIDE}, and the same back; the image is looked at {c.input_size}"),
         ("a flip of the image", _flip(c)),
-        ("a crop of a finished one", "is one of the cropped image" if c.cuts else "is not: make it again"),
+        ("a crop of a finished one", "is one of the cropped image" if c.croppable else "is not: make it again"),
         (
             "scaling a finished one",
             "by the nearest pixel: its colours are labels" if c.resize == "nearest" else "smooth",

@@ -57,7 +57,7 @@ def palette(image: np.ndarray, *, cells: int = 8) -> np.ndarray:
     summary="pixel art: large pixels of few colours",
     aliases=("pixel_art", "pixelate"),
     fidelity=COLOUR_DISTANCE,
-    draw={"cells": uniform_int(64, 128), "colours": uniform_int(8, 16)},
+    random={"cells": uniform_int(64, 128), "colours": uniform_int(8, 16)},
     limits={"cells": (1, 2000), "colours": (2, 256)},
 )
 def pixel(image: np.ndarray, *, cells: int = 96, colours: int = 12) -> np.ndarray:
@@ -78,10 +78,10 @@ def pixel(image: np.ndarray, *, cells: int = 96, colours: int = 12) -> np.ndarra
     summary="the image's colours and textures, pushed around by a smooth random flow",
     aliases=("content_shuffle",),
     fidelity=PALETTE_DISTANCE,
-    draw={"seed": seed()},
+    random={"seed": seed()},
     limits={"scale": (0.02, 4)},
     mirrors=False,
-    cuts=False,
+    croppable=False,
 )
 def shuffle(image: np.ndarray, *, scale: float = 0.5, seed: int = 0) -> np.ndarray:
     """Each pixel comes from where a smooth random field points.
@@ -106,7 +106,7 @@ def shuffle(image: np.ndarray, *, scale: float = 0.5, seed: int = 0) -> np.ndarr
     summary="three tones: black, grey and white shapes",
     aliases=("three_tones", "posterize"),
     fidelity=MEAN_IOU,
-    draw={"dark": uniform_int(70, 100), "bright": uniform_int(155, 185)},
+    random={"dark": uniform_int(70, 100), "bright": uniform_int(155, 185)},
     limits={"dark": (0, 255), "bright": (0, 255), "closing": (0, 0.5), "opening": (0, 0.5)},
     channels=1,
     values=(0, 127, 255),

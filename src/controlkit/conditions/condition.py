@@ -7,7 +7,7 @@ parameters that have defaults, plus what training and evaluation need to know ab
         "canny",
         summary="white edges on black (Canny 1986, OpenCV)",
         fidelity=EDGE_F1,
-        draw={"low": uniform_int(50, 150), "high": uniform_int(150, 250)},
+        random={"low": uniform_int(50, 150), "high": uniform_int(150, 250)},
     )
     def canny(image: np.ndarray, *, low: int = 100, high: int = 200) -> np.ndarray: ...
 
@@ -36,8 +36,8 @@ from controlkit.errors import UserError, nearest
 from controlkit.files import sha256_of
 from controlkit.plugins import load_named
 
-Draw = Callable[[np.random.Generator], Any]
-"""Draws a parameter's value for one training image."""
+RandomValue = Callable[[np.random.Generator], Any]
+"""Samples the value of a parameter for one training image."""
 
 VARIABLE = "CONTROLKIT_CONDITIONS"
 """Environment variable: import paths or Python files that register conditions, separated as in PATH."""
@@ -60,15 +60,15 @@ def left_right(image: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Distribution:
-    """A `Draw` that can say what it draws."""
+    """A `RandomValue` with a description."""
 
     text: str
     """`uniform from 0.5 to 2`."""
-    function: Draw
-    """What draws."""
+    function: RandomValue
+    """Samples a value."""
 
     def __call__(self, rng: np.random.Generator) -> Any:
-        """One value."""
+        """One sample."""
         return self.function(rng)
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class Distribution:
 
 
 _FILES = (
-    *("edges", "line_drawings", "colour", "degradations", "weather", "masks", "regions", "given"),
+    *("edges", "line_drawings", "colour", "degradations", "weather", "masks", "regions", "provided"),
     *("learned.edges", "learned.line_detectors", "learned.depth", "learned.segmentation", "learned.detection"),
     *("learned.pose", "learned.wholebody", "learned.densepose", "learned.surfaces"),
 )
@@ -114,8 +114,8 @@ class Condition:
     """How fidelity to it is scored."""
     aliases: tuple[str, ...] = ()
     """Other names that people use."""
-    draw: Mapping[str, Draw] = field(default_factory=dict)
-    """How parameters are drawn at random for training; the others keep their defaults."""
+    random: Mapping[str, RandomValue] = field(default_factory=dict)
+    """The parameters that training varies, with their distributions; the others keep their defaults."""
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Least and greatest value of numeric parameters; calls with others are refused."""
     channels: int = 3
@@ -129,19 +129,20 @@ class Condition:
     mirror_finished: Mirror | None = left_right
     """Makes a finished condition image that of the flipped image: for most, what lies where in one still does in the
     other. None where its colours tell left from right, so that no flip of it is true."""
-    cuts: bool = True
-    """Whether a part of a finished condition image is one of that part of the image, up to its rim and to lengths
-    that are fractions of the short side. False where it speaks of the image as a whole: a frame around it, a depth
-    from its farthest point to its nearest. After a crop these are best made again."""
+    croppable: bool = True
+    """Whether a crop of a condition image is the condition image of the crop, except near its edges and for lengths
+    that are fractions of the short side. False where it depends on the entire image: a frame around it, depth
+    normalised from the farthest point to the nearest. These should be computed again after a crop."""
     resize: Resize = "smooth"
     """How a finished condition image is scaled: `nearest` for maps whose colours are labels."""
     background: tuple[int, int, int] = WHITE
     """What its images show where there is nothing, and what transparent parts of finished ones are laid over: black
     for white lines on black, for skeletons, masks, labels and depth; white for dark lines on white and for photos."""
-    given: bool = False
-    """Whether it is drawn from annotations, or is the image itself: no image alone gives one."""
-    seen: str = "as it is"
-    """The size at which the image is looked at."""
+    provided: bool = False
+    """Whether its content comes with the data (annotations, finished condition images) and cannot be computed from
+    an image alone."""
+    input_size: str = "as it is"
+    """The size at which its detector reads the image, in words."""
     requires: LearnedModel | None = None
     """The learned model that it needs, or None. Where the weights are files, the condition has the parameter `model`:
     a folder that holds them, or another model of the hub."""
@@ -195,8 +196,8 @@ class Condition:
             raise UserError(f"{self.name}: {key} must lie from {low} to {high}, not {value!r}")
 
     def random_parameters(self, rng: np.random.Generator) -> dict[str, Any]:
-        """Every parameter, those of `draw` drawn for one training image."""
-        return {**self.defaults, **{name: draw(rng) for name, draw in self.draw.items()}}
+        """Every parameter for one training image: those of `random` are sampled, the others are the defaults."""
+        return {**self.defaults, **{name: sample(rng) for name, sample in self.random.items()}}
 
     def mirrored(self, image: np.ndarray) -> np.ndarray:
         """A finished condition image as that of the flipped image, both `uint8 [H, W, 3]`.
@@ -208,46 +209,53 @@ class Condition:
             raise no_mirror(self.name)
         return self.mirror_finished(image)
 
-    def score(self, given: np.ndarray, result: np.ndarray, truth: np.ndarray | None = None, **parameters: Any) -> float:
-        """Fidelity of the image `result` to the condition image `given`, all `uint8 [H, W, 3]`.
+    def score(
+        self, condition_image: np.ndarray, result: np.ndarray, target: np.ndarray | None = None, **parameters: Any
+    ) -> float:
+        """Fidelity of the image `result` to `condition_image`, all `uint8 [H, W, 3]`.
 
         Args:
-            truth: the image that `given` was made from; needed where `fidelity.against` is `target`.
-            parameters: those that `given` was made with.
+            target: the image from which `condition_image` was made; needed where `fidelity.against` is `target`.
+            parameters: those with which `condition_image` was made.
         """
         if self.fidelity.against == "target":
-            if truth is None:
-                raise ValueError(f"fidelity to {self.name} compares with the true image, which was not given")
-            return self.fidelity.compare(truth, result)
-        return self.fidelity.compare(given, self(result, **parameters))
+            if target is None:
+                raise ValueError(f"fidelity to {self.name} compares with the target image, which is missing")
+            return self.fidelity.compare(target, result)
+        return self.fidelity.compare(condition_image, self(result, **parameters))
 
     def mean_score(
         self,
-        given: Sequence[np.ndarray],
+        condition_images: Sequence[np.ndarray],
         results: Sequence[np.ndarray],
-        truths: Sequence[np.ndarray],
+        targets: Sequence[np.ndarray],
         parameters: Sequence[Mapping[str, Any]] | None = None,
     ) -> float:
         """The mean of `score` over images, all `uint8 [H, W, 3]`.
 
         Args:
-            parameters: of each condition image, those that it was made with; None if all were made with the defaults.
+            parameters: those with which each condition image was made; None for the defaults.
         """
-        made_with = [{}] * len(given) if parameters is None else parameters
-        every = zip(given, results, truths, made_with, strict=True)
-        return float(np.mean([self.score(one, result, truth, **values) for one, result, truth, values in every]))
+        settings = [{}] * len(condition_images) if parameters is None else parameters
+        samples = zip(condition_images, results, targets, settings, strict=True)
+        return float(np.mean([self.score(image, result, target, **own) for image, result, target, own in samples]))
 
 
-def condition(name: str, **facts: Any) -> Callable[[Callable[..., np.ndarray]], Condition]:
-    """Register the decorated function as condition `name`; `facts` are the other fields of `Condition`."""
+_FORMER_FIELDS = {"draw": "random", "cuts": "croppable", "given": "provided", "seen": "input_size"}
+"""Fields of `Condition` by their names of earlier versions, which modules of users may still have."""
+
+
+def condition(name: str, **fields: Any) -> Callable[[Callable[..., np.ndarray]], Condition]:
+    """Register the decorated function as condition `name`; `fields` are the other fields of `Condition`."""
+    fields = {_FORMER_FIELDS.get(key, key): value for key, value in fields.items()}
 
     def register(function: Callable[..., np.ndarray]) -> Condition:
-        made = Condition(name=name, function=function, **facts)
-        for key in (name, *made.aliases):
+        kind = Condition(name=name, function=function, **fields)
+        for key in (name, *kind.aliases):
             if key in _REGISTRY:
                 raise ValueError(f"two conditions are called {key}")
-            _REGISTRY[key] = made
-        return made
+            _REGISTRY[key] = kind
+        return kind
 
     return register
 
@@ -270,7 +278,7 @@ def _load() -> None:
 def registry() -> dict[str, Condition]:
     """Every condition by its own name."""
     _load()
-    return {name: made for name, made in _REGISTRY.items() if made.name == name}
+    return {name: kind for name, kind in _REGISTRY.items() if kind.name == name}
 
 
 def find(name: str) -> Condition:
@@ -295,17 +303,17 @@ def background_of(name: str | None) -> tuple[int, int, int]:
     return Condition.background
 
 
-def uniform(low: float, high: float) -> Draw:
+def uniform(low: float, high: float) -> RandomValue:
     """A float between `low` and `high`."""
     return Distribution(f"uniform from {low} to {high}", lambda rng: float(rng.uniform(low, high)))
 
 
-def uniform_int(low: int, high: int) -> Draw:
+def uniform_int(low: int, high: int) -> RandomValue:
     """A whole number from `low` to `high`, both included."""
     return Distribution(f"whole numbers, uniform from {low} to {high}", lambda rng: int(rng.integers(low, high + 1)))
 
 
-def clipped_normal(low: float, high: float) -> Draw:
+def clipped_normal(low: float, high: float) -> RandomValue:
     """A float about the middle of `low` and `high`, three standard deviations away, clipped to them.
 
     CtrLoRA's `discrete_normal(low, high)` without its flaw that values beyond the ends (below zero, even)
@@ -317,17 +325,17 @@ def clipped_normal(low: float, high: float) -> Draw:
     )
 
 
-def clipped_normal_int(low: int, high: int) -> Draw:
+def clipped_normal_int(low: int, high: int) -> RandomValue:
     """`clipped_normal`, as a whole number."""
     real = clipped_normal(low, high)
     return Distribution(f"whole numbers, {real}", lambda rng: round(real(rng)))
 
 
-def chance(probability: float) -> Draw:
+def chance(probability: float) -> RandomValue:
     """True with `probability`."""
     return Distribution(f"true in {probability:.0%}", lambda rng: bool(rng.random() < probability))
 
 
-def seed() -> Draw:
+def seed() -> RandomValue:
     """A seed for conditions that are random themselves."""
     return Distribution("any seed", lambda rng: int(rng.integers(2**31)))

@@ -15,7 +15,7 @@ from controlkit.conditions.pixels import length, smoothed, to_uint8
     summary="the image out of focus (Gaussian)",
     aliases=("gaussian_blur", "deblur"),
     fidelity=PSNR,
-    draw={"sigma": clipped_normal(0.004, 0.030)},
+    random={"sigma": clipped_normal(0.004, 0.030)},
     limits={"sigma": (0, 1)},
 )
 def blur(image: np.ndarray, *, sigma: float = 0.017) -> np.ndarray:
@@ -33,7 +33,7 @@ def blur(image: np.ndarray, *, sigma: float = 0.017) -> np.ndarray:
     summary="JPEG with visible artefacts",
     aliases=("jpeg_artifacts", "compression"),
     fidelity=RESTORED_PSNR,
-    draw={"quality": clipped_normal_int(10, 30)},
+    random={"quality": clipped_normal_int(10, 30)},
     limits={"quality": (1, 100)},
 )
 def jpeg(image: np.ndarray, *, quality: int = 20) -> np.ndarray:
@@ -51,7 +51,7 @@ def jpeg(image: np.ndarray, *, quality: int = 20) -> np.ndarray:
     summary="the image under Gaussian noise",
     aliases=("gaussian_noise", "denoise"),
     fidelity=RESTORED_PSNR,
-    draw={"sigma": uniform(0.05, 0.3), "seed": seed()},
+    random={"sigma": uniform(0.05, 0.3), "seed": seed()},
     limits={"sigma": (0, 4)},
     mirrors=False,
 )
@@ -72,7 +72,7 @@ def noise(image: np.ndarray, *, sigma: float = 0.15, seed: int = 0) -> np.ndarra
     summary="the image made small and large again (for upscaling and detail)",
     aliases=("tile", "tile_resample", "low_resolution", "super_resolution"),
     fidelity=PSNR,
-    draw={"factor": uniform(2, 8)},
+    random={"factor": uniform(2, 8)},
     limits={"factor": (1, 256)},
 )
 def downscale(image: np.ndarray, *, factor: float = 4.0) -> np.ndarray:

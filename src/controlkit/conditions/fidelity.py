@@ -138,6 +138,6 @@ IMAGE_EDGE_F1 = Fidelity(name="edge F1 to the target", compare=image_edge_f1, ag
 RESTORED_PSNR = Fidelity(name="PSNR to the target, dB", compare=psnr, against="target")
 
 
-def by_the_image(condition: Condition) -> Condition:
+def scored_by_target(condition: Condition) -> Condition:
     """`condition`, scored by the true image: where the model that would draw it of a result is not to be had."""
     return replace(condition, fidelity=RESTORED_PSNR)

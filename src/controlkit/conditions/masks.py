@@ -19,9 +19,9 @@ from controlkit.errors import UserError
     background=BLACK,
     aliases=("inpainting", "inpaint_box"),
     fidelity=RESTORED_PSNR,
-    draw={"seed": seed()},
+    random={"seed": seed()},
     mirrors=False,
-    cuts=False,
+    croppable=False,
 )
 def inpaint(image: np.ndarray, *, box: Sequence[float] | None = None, seed: int = 0) -> np.ndarray:
     """A rectangle somewhere around the middle made black.
@@ -68,9 +68,9 @@ def _span(rng: np.random.Generator) -> tuple[float, float]:
     background=BLACK,
     aliases=("inpainting_brush", "free_form_inpaint"),
     fidelity=RESTORED_PSNR,
-    draw={"seed": seed()},
+    random={"seed": seed()},
     mirrors=False,
-    cuts=False,
+    croppable=False,
 )
 def inpaint_brush(image: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """Crooked brush strokes made black.
@@ -111,9 +111,9 @@ def inpaint_brush(image: np.ndarray, *, seed: int = 0) -> np.ndarray:
     background=BLACK,
     aliases=("outpainting", "pad", "uncrop"),
     fidelity=RESTORED_PSNR,
-    draw={"keep_width": uniform(0.2, 0.8), "keep_height": uniform(0.2, 0.8)},
+    random={"keep_width": uniform(0.2, 0.8), "keep_height": uniform(0.2, 0.8)},
     limits={"keep_width": (0, 1), "keep_height": (0, 1)},
-    cuts=False,
+    croppable=False,
 )
 def outpaint(image: np.ndarray, *, keep_width: float = 0.5, keep_height: float = 0.5) -> np.ndarray:
     """A centred rectangle of the image on black.

@@ -48,7 +48,7 @@ class LearnedModel:
     """What has to be installed beside the core: `annotators` means `pip install 'controlkit[annotators]'`."""
     files: tuple[str, ...] = ()
     """The files that are needed; none for a transformers folder (settings and safetensors)."""
-    beside: tuple[LearnedModel, ...] = ()
+    companions: tuple[LearnedModel, ...] = ()
     """Other models that are needed with it, such as a detector of people."""
 
     @property
@@ -70,7 +70,7 @@ class LearnedModel:
 
     def __str__(self) -> str:
         own = f"{self.hub} ({self.terms})" + (f", extra {self.extra}" if self.extra else "")
-        return "; ".join((own, *map(str, self.beside)))
+        return "; ".join((own, *map(str, self.companions)))
 
     def as_json(self) -> dict[str, Any]:
         """What a program wants to know before it uses the condition."""
@@ -81,7 +81,7 @@ class LearnedModel:
             "extra": self.extra,
             "files": list(self.files),
             "download": self.download,
-            "with": [other.as_json() for other in self.beside],
+            "with": [other.as_json() for other in self.companions],
         }
 
 
@@ -193,7 +193,7 @@ def load_once(kind: str, folder: Path, load: Callable[[Path, torch.device], Any]
         return _LOADED[key]
 
 
-def forget() -> None:
+def unload_models() -> None:
     """Let go of every loaded model, and of its memory."""
     with _LOCK:
         _LOADED.clear()

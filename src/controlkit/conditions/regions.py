@@ -15,7 +15,7 @@ from controlkit.conditions.pixels import disc, length, main_colours, nearest_col
     summary="flat regions of few colours (k-means; no classes: semantic segmentation needs weights)",
     aliases=("colour_regions", "flat_regions", "segments_kmeans"),
     fidelity=MEAN_IOU,
-    draw={"colours": uniform_int(4, 10)},
+    random={"colours": uniform_int(4, 10)},
     limits={"colours": (2, 256), "smallest": (0, 0.2)},
     resize="nearest",
 )

@@ -19,7 +19,7 @@ from controlkit.conditions.pixels import length, short_side, smooth_field, smoot
     summary="the image in simulated haze",
     aliases=("dehaze", "fog"),
     fidelity=RESTORED_PSNR,
-    draw={"density": uniform(0.6, 1.8), "airlight": uniform(0.7, 1.0), "seed": seed()},
+    random={"density": uniform(0.6, 1.8), "airlight": uniform(0.7, 1.0), "seed": seed()},
     limits={"density": (0, 20), "airlight": (0, 1)},
     mirrors=False,
 )
@@ -46,7 +46,7 @@ def haze(image: np.ndarray, *, density: float = 1.2, airlight: float = 0.85, see
     summary="the image in simulated rain",
     aliases=("derain", "rain_streaks"),
     fidelity=RESTORED_PSNR,
-    draw={
+    random={
         "amount": uniform(0.3, 1.0),
         "streak": uniform(0.04, 0.12),
         "slant": uniform(-30, 30),
@@ -91,7 +91,7 @@ def rain(
     summary="the image through a pane with simulated drops",
     aliases=("raindrops", "deraindrop"),
     fidelity=RESTORED_PSNR,
-    draw={"drops": uniform(10, 40), "seed": seed()},
+    random={"drops": uniform(10, 40), "seed": seed()},
     limits={"drops": (0, 2000), "size": (0, 0.5)},
     mirrors=False,
 )
@@ -137,7 +137,7 @@ def raindrop(image: np.ndarray, *, drops: float = 25.0, size: float = 0.045, see
     summary="the image in simulated snowfall",
     aliases=("desnow",),
     fidelity=RESTORED_PSNR,
-    draw={"amount": uniform(0.3, 1.0), "seed": seed()},
+    random={"amount": uniform(0.3, 1.0), "seed": seed()},
     limits={"amount": (0, 4)},
     mirrors=False,
 )
@@ -169,7 +169,7 @@ def snow(image: np.ndarray, *, amount: float = 0.6, seed: int = 0) -> np.ndarray
     summary="the image as if taken in simulated darkness, with sensor noise",
     aliases=("lowlight", "dark", "low_light_enhancement"),
     fidelity=RESTORED_PSNR,
-    draw={
+    random={
         "gain": uniform(0.2, 0.5),
         "gamma": uniform(1.2, 2.2),
         "noise": uniform(0.005, 0.03),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from controlkit import conditions
 from controlkit.bases.base import Base
-from controlkit.conditions.fidelity import by_the_image
+from controlkit.conditions.fidelity import scored_by_target
 from controlkit.controls.control import Control, encode_images, takes_one_image, words_of_inputs
 from controlkit.data.pairs import Pair
 from controlkit.errors import UserError
@@ -293,7 +293,7 @@ def _judge(
     baseline, value, ceiling = (
         condition.mean_score(judged.given, results, judged.truths, judged.parameters) for results in drawn
     )
-    if condition.draw and judged.parameters is not None and not all(judged.parameters):
+    if condition.random and judged.parameters is not None and not all(judged.parameters):
         notes += (
             f"nothing tells how {condition.name} of {judged.name} was drawn; that of a result is drawn with the"
             " default parameters, so the figures say too little where others were used.",
@@ -323,7 +323,7 @@ def _measured(condition: conditions.Condition) -> tuple[conditions.Condition, tu
         condition(np.zeros((64, 64, 3), np.uint8))
     except UserError as error:
         told = f"{condition.name} of a result cannot be drawn, so results are compared with the true image ({error})."
-        return by_the_image(condition), (told,)
+        return scored_by_target(condition), (told,)
     return condition, ()
 
 

@@ -101,7 +101,7 @@ class BaseObjective(Objective):
         drawn = self.noised(self.schedule, z, self.torch_generator(step))
         return self.diffusion_loss(drawn, self.trained["unet"](drawn.x_t, drawn.t, encoder_hidden_states=text).sample)
 
-    def seen(self, step: int) -> list[str]:
+    def samples(self, step: int) -> list[str]:
         return [f"drawing {index}: {prompt!r}" for index, prompt in zip(*self._draw(step), strict=True)]
 
     def _draw(self, step: int) -> tuple[np.ndarray, list[str]]:

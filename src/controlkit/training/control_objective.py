@@ -24,7 +24,7 @@ from controlkit.images import to_tensor
 from controlkit.training.memory import CPUOffload, checkpoint_activations, store_frozen, uses_bf16
 from controlkit.training.objective import Objective, numpy_generator
 from controlkit.training.previews import preview_images, preview_settings, write_preview
-from controlkit.training.processes import tell
+from controlkit.training.processes import print_notes
 from controlkit.training.recipe import ControlRecipe
 from controlkit.training.sources.source import HeldOut, Source, Step
 
@@ -57,7 +57,7 @@ class ControlObjective(Objective):
         self.frozen = self.base.content
         self.control = self._build(kind)
         self.trained = nn.ModuleDict(self.control.trained_modules())
-        tell(self.source.notes(self.base))
+        print_notes(self.source.notes(self.base))
         self.source.prepare(self.base, self.control)
         self.data = self.source.digest
         if recipe.gradient_checkpointing:
@@ -123,7 +123,7 @@ class ControlObjective(Objective):
         noisy = self.noised(self.base.schedule, batch.latents, drawn.generator)
         return self.diffusion_loss(noisy, predict_under(control, self.base, noisy.x_t, noisy.t, text, hint))
 
-    def seen(self, step: int) -> list[str]:
+    def samples(self, step: int) -> list[str]:
         condition = self.condition_at(step)
         return [f"{condition}: {name}" for name in self.source.samples(condition, self.draw(step))]
 

@@ -10,8 +10,8 @@ from torch.nn.functional import one_hot
 
 from controlkit.bases.schedules import Schedule
 
-TIMES = 10
-"""Parts of the schedule by which losses are compared (`guards.LossWatch`)."""
+TIME_BINS = 10
+"""Parts of the schedule by which losses are compared (`guards.LossMonitor`)."""
 
 
 class Noised(NamedTuple):
@@ -24,7 +24,7 @@ class Noised(NamedTuple):
     target: Tensor
     """What the base was trained to predict, `[B, C, h, w]`."""
     part: Tensor
-    """`[B]`, which of the `TIMES` parts of the schedule each `t` is in, from 0."""
+    """`[B]`, which of the `TIME_BINS` parts of the schedule each `t` is in, from 0."""
     weight: Tensor | None = None
     """`[B]`, of each sample's error; None is 1."""
 
@@ -44,11 +44,11 @@ class Noised(NamedTuple):
 
     @torch.no_grad()
     def by_time(self, squared_error: Tensor) -> Tensor:
-        """Sums over the samples of each part of the schedule, `[3, TIMES]`: mean squared error, mean square of the
+        """Sums over the samples of each part of the schedule, `[3, TIME_BINS]`: mean squared error, mean square of the
         target, and number."""
         error, power = (value.flatten(1).mean(1) for value in (squared_error, self.target.float().pow(2)))
         rows = torch.stack([error, power, torch.ones_like(error)])
-        return (rows[:, :, None] * one_hot(self.part, TIMES)).sum(1)
+        return (rows[:, :, None] * one_hot(self.part, TIME_BINS)).sum(1)
 
 
 def noised(
@@ -73,4 +73,4 @@ def noised(
     t = schedule.draw_times(global_batch, generator, time_sampling)[local_slice].to(z.device)
     weight = None if snr_gamma is None else schedule.loss_weight(t, snr_gamma)
     target = schedule.target(z, noise, t)
-    return Noised(schedule.add_noise(z, noise, t), t, target, schedule.part(t, TIMES), weight)
+    return Noised(schedule.add_noise(z, noise, t), t, target, schedule.part(t, TIME_BINS), weight)

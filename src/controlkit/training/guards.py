@@ -52,7 +52,7 @@ class _Level:
             self.lowest = self.mean if self.lowest is None else min(self.lowest, self.mean)
 
 
-class LossWatch:
+class LossMonitor:
     """Whether a loss has exploded: whether it is on average far above what it was at its best.
 
     The loss of a diffusion model depends on the time t of a sample more than on anything else: predicting noise, it is
@@ -64,7 +64,7 @@ class LossWatch:
 
     def __init__(self, step: int) -> None:
         """Start at `step`, with no history."""
-        self.calm = step
+        self.healthy_step = step
         """Steps done when the loss was last near its best."""
         self.excess = 1.0
         """The running mean of recent losses, as a multiple of the best."""
@@ -72,7 +72,7 @@ class LossWatch:
         self._early = float("inf")
         self._times: list[_Level] = []
 
-    def exploded(self, loss: float, done: int, by_time: Sequence[Sequence[float]] | None = None) -> bool:
+    def has_diverged(self, loss: float, done: int, by_time: Sequence[Sequence[float]] | None = None) -> bool:
         """Note the loss of the step after which `done` steps are done; whether it is far above what it was.
 
         Args:
@@ -80,18 +80,18 @@ class LossWatch:
         """
         self.excess = self._of_all(loss) if by_time is None else self._of_times(by_time)
         if self.excess <= _RISEN:
-            self.calm = done
+            self.healthy_step = done
         return self.excess > _EXPLODED
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes, as values of JSON."""
         early = None if math.isinf(self._early) else self._early
         levels = {"all": astuple(self._all), "times": [astuple(level) for level in self._times]}
-        return {"calm": self.calm, "excess": self.excess, "early": early, **levels}
+        return {"calm": self.healthy_step, "excess": self.excess, "early": early, **levels}
 
     def restore(self, state: dict[str, Any], step: int) -> None:
         """Go on with what `state` gave after `step` steps."""
-        self.calm = step if state["calm"] >= step - 1 else state["calm"]
+        self.healthy_step = step if state["calm"] >= step - 1 else state["calm"]
         self.excess = state["excess"]
         self._early = float("inf") if state["early"] is None else state["early"]
         self._all = _Level(*state["all"])
@@ -119,7 +119,7 @@ class LossWatch:
         return self.excess + _SMOOTH * (relative - self.excess)
 
 
-class Patience:
+class StallMonitor:
     """Tells on standard error when a step takes far longer than the ones before, and where it is.
 
     It ends nothing: a step may be slow because a disk or another process is, and go on.

@@ -32,7 +32,7 @@ class Launch:
     """The stage of DeepSpeed's ZeRO that was asked for and that the above stands for."""
 
 
-def asked_for(environment: Mapping[str, str] = os.environ) -> Launch:
+def launch_settings(environment: Mapping[str, str] = os.environ) -> Launch:
     """What the environment of a process asks for.
 
     DeepSpeed's own engine does not run: it would write its states as pickles. Its ZeRO (Rajbhandari et al. 2020) is

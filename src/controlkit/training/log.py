@@ -83,7 +83,7 @@ class RunLog:
             self._board.close()
 
 
-class SilentLog:
+class NullLog:
     """The log of a process that is not the first."""
 
     def write(self, step: int, values: dict[str, float], settings: Mapping[str, Any] | None = None) -> None:
@@ -99,7 +99,7 @@ class SilentLog:
         """Nothing."""
 
 
-def spent(folder: Path) -> float:
+def total_seconds(folder: Path) -> float:
     """Seconds that the steps in a folder's `log.jsonl` took, over every time that the run was continued.
 
     In old logs each continuation begins at 0 again.

@@ -72,7 +72,7 @@ class Objective(ABC):
         """What the scores of `preview` depend on, as plain values: the control's mode, guidance, steps, sampler."""
         return {}
 
-    def seen(self, step: int) -> Sequence[str]:
+    def samples(self, step: int) -> Sequence[str]:
         """What the whole batch of step `step` was made of, for a person who looks for what went wrong in it."""
         return ()
 

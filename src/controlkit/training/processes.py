@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from controlkit.errors import UserError
-from controlkit.training.launch import asked_for, unused_settings
+from controlkit.training.launch import launch_settings, unused_settings
 from controlkit.training.objective import Objective
 
 
@@ -27,7 +27,7 @@ class Processes:
     def __init__(self, device: torch.device) -> None:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self._on_cpu = device.type == "cpu"
-        self._launch = asked_for()
+        self._launch = launch_settings()
         self.index = self._accelerator.process_index if self.count > 1 else 0
 
     @staticmethod
@@ -85,7 +85,7 @@ class Processes:
         wished = torch.tensor(float(wish), device=self._accelerator.device)
         return self._accelerator.reduce(wished, reduction="sum").item() > 0
 
-    def lost_another(self, error: RuntimeError) -> bool:
+    def is_peer_failure(self, error: RuntimeError) -> bool:
         """Whether an error means that another process is gone, or has not answered for too long."""
         if self.count == 1:
             return False
@@ -127,7 +127,7 @@ class Processes:
         return accelerator
 
 
-def tell(notes: Sequence[str]) -> None:
+def print_notes(notes: Sequence[str]) -> None:
     """Notes on standard error, by the first process."""
     if Processes.is_first():
         for note in notes:

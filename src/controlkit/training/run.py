@@ -18,10 +18,10 @@ def run(recipe: Recipe) -> dict[str, float]:
     Returns:
         The last preview's scores.
     """
-    return run_whole(recipe).scores
+    return run_recipe(recipe).scores
 
 
-def run_whole(recipe: Recipe) -> Trained:
+def run_recipe(recipe: Recipe) -> Trained:
     """`run`, with all that is known of the finished run."""
     trained = train(lambda: objective_of(recipe), recipe)
     for path in trained.files:

@@ -14,7 +14,7 @@ from controlkit.errors import UserError
 from controlkit.files import held, read_json, remove_leftovers, sha256_of, writable_folder
 from controlkit.training.processes import Processes
 from controlkit.training.recipe import FORMER, Recipe, identifying
-from controlkit.training.state import fingerprint_of, put_aside_if_torn, step_of
+from controlkit.training.state import fingerprint_of, replace_truncated, step_of
 
 # What may differ between a run and its continuation.
 _MAY_CHANGE = {
@@ -49,10 +49,10 @@ def run_folder(recipe: Recipe) -> Iterator[None]:
         if Processes.is_first():
             path = folder / "state.safetensors"
             remove_leftovers(path)
-            put_aside_if_torn(path)
+            replace_truncated(path)
             if path.exists():
                 with suppress(SafetensorError, KeyError, ValueError, OSError):  # damaged: said when it is read
-                    refuse_another(recipe, path, fingerprint_of(path), step_of(path))
+                    check_same_run(recipe, path, fingerprint_of(path), step_of(path))
             else:
                 _refuse_overwriting(recipe, folder)
         try:
@@ -76,7 +76,7 @@ def fingerprint(recipe: Recipe) -> str:
     return sha256_of(recipe.system, repr(sorted(fixed.items())))
 
 
-def refuse_another(recipe: Recipe, path: Path, theirs: str, done: int) -> None:
+def check_same_run(recipe: Recipe, path: Path, theirs: str, done: int) -> None:
     """Refuse to go on from the state at `path` where that would not be the same run."""
     if theirs != fingerprint(recipe):
         different = "; ".join(_differences(recipe, path.parent / "recipe.json"))
@@ -91,7 +91,7 @@ def refuse_another(recipe: Recipe, path: Path, theirs: str, done: int) -> None:
         )
 
 
-def changed_schedule(recipe: Recipe) -> str:
+def schedule_changes(recipe: Recipe) -> str:
     """`setting: there, now` of what the learning rate follows from and differs from the run that is in its folder."""
     path = Path(recipe.out) / "recipe.json"
     return "; ".join(_differences(recipe, path, lambda name: name in _SCHEDULE))

@@ -44,7 +44,7 @@ class Schedule:
         return max(self.at(step) for step in range(self.steps))
 
 
-def begun(recipe: Recipe) -> tuple[Schedule, str]:
+def initial_schedule(recipe: Recipe) -> tuple[Schedule, str]:
     """The schedule of a run from its first step, and what a person should know of it before it begins (or "")."""
     schedule = Schedule.of(recipe)
     if recipe.warmup_steps is None and schedule.warmup < FORMER["warmup_steps"]:
@@ -60,7 +60,7 @@ def begun(recipe: Recipe) -> tuple[Schedule, str]:
     return schedule, ""
 
 
-def continued(recipe: Recipe, done: int, last: float, changed: str = "") -> tuple[Schedule, str]:
+def resumed_schedule(recipe: Recipe, done: int, last: float, changed: str = "") -> tuple[Schedule, str]:
     """The schedule of a run after `done` steps, and what a person should know of it before it goes on (or "").
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from controlkit.errors import UserError
 from controlkit.files import write_atomically
-from controlkit.training.sharding import copy_whole, split_like, whole
+from controlkit.training.sharding import copy_full, full_tensor, shard_like
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class RunState:
     fingerprint: str
     data: str
     frozen: str
-    watch: dict[str, Any] | None = None
-    """`LossWatch.state`, which states of earlier versions do not have."""
+    loss_monitor: dict[str, Any] | None = None
+    """`LossMonitor.state`, which states of earlier versions do not have."""
 
     @property
     def learning_rate(self) -> float:
@@ -51,7 +51,7 @@ def save_state(
     fingerprint: str,
     data: str,
     frozen: str,
-    watch: dict[str, Any],
+    loss_monitor: dict[str, Any],
 ) -> None:
     """Write the state atomically: a run killed during the write leaves the one before.
 
@@ -72,7 +72,7 @@ def save_state(
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in parts.items():
-        tensor = whole(value.detach())
+        tensor = full_tensor(value.detach())
         if path is not None:
             tensor = tensor.cpu()  # at once, or the device would hold all that FSDP has split
             # The table of an 8-bit optimiser is one tensor for all parameters; the file wants one of each.
@@ -86,7 +86,7 @@ def save_state(
         "data": data,
         "frozen": frozen,
         "groups": json.dumps(state["param_groups"]),
-        "watch": json.dumps(watch),
+        "watch": json.dumps(loss_monitor),
         **({"numbers": json.dumps(numbers)} if numbers else {}),
     }
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
@@ -119,7 +119,7 @@ def keep_previous(path: Path) -> None:
     os.replace(aside, previous_state(path))
 
 
-def put_aside_if_torn(path: Path) -> None:
+def replace_truncated(path: Path) -> None:
     """Put the previous state in the place of one that is torn, said on standard error; the torn one is kept aside.
 
     Else the next state to be saved would make a previous one of the torn one, and nothing whole would be left.
@@ -210,7 +210,7 @@ def load_state(path: Path) -> RunState:
             fingerprint=metadata["fingerprint"],
             data=metadata.get("data", ""),
             frozen=metadata.get("frozen", ""),
-            watch=json.loads(metadata.get("watch", "null")),
+            loss_monitor=json.loads(metadata.get("watch", "null")),
         )
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(
@@ -234,12 +234,12 @@ def restore(state: RunState, path: Path, module: nn.Module, optimizer: torch.opt
         )
     with torch.no_grad():
         for name, value in parameters.items():
-            copy_whole(value, state.weights[name])
+            copy_full(value, state.weights[name])
     # In the order of the optimiser's parameters, by which its state is numbered.
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries = {
         index: {
-            key: split_like(value, trained[index]) if getattr(value, "ndim", 0) else value
+            key: shard_like(value, trained[index]) if getattr(value, "ndim", 0) else value
             for key, value in of_one.items()
         }
         for index, of_one in state.optimizer["state"].items()

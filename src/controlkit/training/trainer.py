@@ -18,16 +18,16 @@ from diffusers.training_utils import EMAModel
 from controlkit.errors import UserError, is_out_of_memory
 from controlkit.files import writable_folder, write_json
 from controlkit.sampling.settings import in_words
-from controlkit.training.guards import LossWatch, Patience
-from controlkit.training.log import RunLog, SilentLog, spent
+from controlkit.training.guards import LossMonitor, StallMonitor
+from controlkit.training.log import NullLog, RunLog, total_seconds
 from controlkit.training.memory import uses_bf16
 from controlkit.training.objective import Objective
 from controlkit.training.optimizers import build_optimizer
 from controlkit.training.processes import Processes
 from controlkit.training.recipe import Recipe
-from controlkit.training.run_folder import changed_schedule, fingerprint, refuse_another, run_folder
-from controlkit.training.schedule import begun, continued
-from controlkit.training.sharding import copy_whole, gathered, whole
+from controlkit.training.run_folder import check_same_run, fingerprint, run_folder, schedule_changes
+from controlkit.training.schedule import initial_schedule, resumed_schedule
+from controlkit.training.sharding import copy_full, full_tensor, gathered
 from controlkit.training.state import (
     RunState,
     keep_previous,
@@ -88,17 +88,18 @@ class _Loop:
         state = _resume(self.path, recipe, objective, self.optimizer, self.average)
         self.first = 0 if state is None else state.step
         if state is None:
-            self.schedule, note = begun(recipe)
+            self.schedule, note = initial_schedule(recipe)
         else:
-            self.schedule, note = continued(recipe, state.step, state.learning_rate, changed_schedule(recipe))
+            self.schedule, note = resumed_schedule(recipe, state.step, state.learning_rate, schedule_changes(recipe))
         if self.processes.first:
             if note:
                 print(note, file=sys.stderr, flush=True)
             write_json(self.folder / "recipe.json", {"system": recipe.system, **dataclasses.asdict(recipe)})
-        self.log = RunLog(self.folder, self.first, recipe.steps) if self.processes.first else SilentLog()
-        self.watch = LossWatch(self.first)
-        if state is not None and state.watch is not None and state.data == objective.data:  # other data, other losses
-            self.watch.restore(state.watch, state.step)
+        self.log = RunLog(self.folder, self.first, recipe.steps) if self.processes.first else NullLog()
+        self.monitor = LossMonitor(self.first)
+        # Losses on other data are not comparable.
+        if state is not None and state.loss_monitor is not None and state.data == objective.data:
+            self.monitor.restore(state.loss_monitor, state.step)
         self.scores: dict[str, float] = {}
 
     def run(self) -> Trained:
@@ -120,11 +121,11 @@ class _Loop:
             scored=self.objective.preview_settings,
             files=tuple(files),
             preview=previews[-1] if previews else None,
-            seconds=spent(self.folder),
+            seconds=total_seconds(self.folder),
         )
 
     def _steps(self, signals: _Signals) -> None:
-        patience = Patience()
+        patience = StallMonitor()
         try:
             for step in range(self.first, self.recipe.steps):
                 with patience.step(step + 1):
@@ -134,7 +135,7 @@ class _Loop:
                 if stop:
                     raise UserError(f"interrupted after step {step + 1}; run the same command again to go on")
         except RuntimeError as error:
-            if not self.processes.lost_another(error):
+            if not self.processes.is_peer_failure(error):
                 raise
             signals.ending = True
             kept = f"the state of step {step_of(self.path)} is kept" if self.path.exists() else "no state was saved yet"
@@ -151,16 +152,16 @@ class _Loop:
             loss = self._gradients(step)
         value = self.processes.mean(loss)
         if not math.isfinite(value):
-            self._back_to_calm()
+            self._restore_healthy_state()
             raise self._diverged(f"the loss is {value}", step, value)
         by_time = self.objective.by_time
-        if self.watch.exploded(value, step, None if by_time is None else self.processes.sum(by_time).tolist()):
-            self._back_to_calm()
-            times = f"{self.watch.excess:.3g} times what they were at their best"
+        if self.monitor.has_diverged(value, step, None if by_time is None else self.processes.sum(by_time).tolist()):
+            self._restore_healthy_state()
+            times = f"{self.monitor.excess:.3g} times what they were at their best"
             alike = "" if by_time is None else ", compared at like times t"
             raise self._diverged(f"the loss has exploded (recent losses are {times}{alike})", step, value)
         most = math.inf if self.recipe.max_grad_norm is None else self.recipe.max_grad_norm
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, most)).item()
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters, most)).item()
         if not math.isfinite(norm):
             raise self._diverged(f"the gradient's norm is {norm}", step, value)
         with self._memory(step):
@@ -240,27 +241,27 @@ class _Loop:
             rate = self.schedule.at(step)
             count = self.recipe.gradient_accumulation_steps or 1
             batches = range(step * count, (step + 1) * count)
-            seen = [name for batch in batches for name in self.objective.seen(batch)]
+            seen = [name for batch in batches for name in self.objective.samples(batch)]
             write_json(path, {"step": step + 1, "loss": repr(loss), "learning_rate": rate, "batch": seen})
             told = f" What the step was trained on is listed in {path}." if seen else ""
         kept = "no state had been saved yet"
         if self.path.exists():
             done = step_of(self.path)
-            good = " good" if done <= self.watch.calm else ""
+            good = " good" if done <= self.monitor.healthy_step else ""
             kept = f"the last{good} state, of step {done}, is kept in {self.path}"
         advice = "Lower learning_rate, or look at the data of this step"
         return UserError(f"{what} at step {step + 1}; {kept}.{told} {advice}")
 
-    def _back_to_calm(self) -> None:
+    def _restore_healthy_state(self) -> None:
         """Drop a state that was saved when the loss had already risen, if there is one from before."""
         previous = previous_state(self.path)
         if not self.processes.first or not (self.path.exists() and previous.exists()):
             return
-        if step_of(self.path) > self.watch.calm:
+        if step_of(self.path) > self.monitor.healthy_step:
             previous.replace(self.path)
 
     def _save(self, step: int) -> None:
-        if self.processes.first and self.path.exists() and step_of(self.path) <= self.watch.calm:
+        if self.processes.first and self.path.exists() and step_of(self.path) <= self.monitor.healthy_step:
             # One that was saved when the loss had risen does not take the place of one from before.
             keep_previous(self.path)
         average = self.average
@@ -273,7 +274,7 @@ class _Loop:
             fingerprint=fingerprint(self.recipe),
             data=self.objective.data,
             frozen=self.objective.frozen,
-            watch=self.watch.state(),
+            loss_monitor=self.monitor.state(),
         )
 
 
@@ -301,7 +302,7 @@ def _resume(
     state = load_latest(path)
     if state is None:
         return None
-    refuse_another(recipe, path, state.fingerprint, state.step)
+    check_same_run(recipe, path, state.fingerprint, state.step)
     if state.frozen and state.frozen != objective.frozen:
         raise UserError(
             f"the run in {path.parent} is of a base, or a base control, with other weights than the one of that"
@@ -318,7 +319,7 @@ def _resume(
     if average is not None and state.average:
         *shadow, count = state.average
         for mine, theirs in zip(average.shadow_params, shadow, strict=True):
-            copy_whole(mine, theirs)
+            copy_full(mine, theirs)
         average.optimization_step = int(count)
     return state
 

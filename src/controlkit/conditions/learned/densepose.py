@@ -41,7 +41,7 @@ _PARTS = 24
     requires=DENSEPOSE,
     mirror_finished=None,
     resize="nearest",
-    seen="short side at `resolution`",
+    input_size="short side at `resolution`",
 )
 def densepose(image: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """The 24 parts of DensePose (Gueler et al. 2018) in the colours of viridis, on its darkest.

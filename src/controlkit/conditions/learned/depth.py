@@ -51,8 +51,8 @@ _UNREAD = (r"fusion_stage\.layers\.0\.residual_layer1\.", r"pooler\.", r"auxilia
     fidelity=DEPTH_RMSE,
     requires=DPT,
     channels=1,
-    cuts=False,
-    seen=BY_SETTINGS,
+    croppable=False,
+    input_size=BY_SETTINGS,
 )
 def depth(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """Relative depth, from the farthest (0) to the nearest (255) of each image.
@@ -74,8 +74,8 @@ def depth(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     fidelity=DEPTH_RMSE,
     requires=DEPTH_ANYTHING,
     channels=1,
-    cuts=False,
-    seen=BY_SETTINGS,
+    croppable=False,
+    input_size=BY_SETTINGS,
 )
 def depth_anything(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """Relative depth, from the farthest (0) to the nearest (255) of each image (Yang et al. 2024).
@@ -96,8 +96,8 @@ def depth_anything(image: np.ndarray, *, model: str | None = None) -> np.ndarray
     fidelity=DEPTH_RMSE,
     requires=ZOE,
     channels=1,
-    cuts=False,
-    seen=BY_SETTINGS,
+    croppable=False,
+    input_size=BY_SETTINGS,
 )
 def depth_zoe(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """Metric depth (Bhat et al. 2023), inverted; its percentiles 2 and 85 become white and black.
@@ -127,8 +127,8 @@ def depth_zoe(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     limits={"resolution": (64, 4096), "near": (0, 100), "far": (0, 100)},
     requires=LERES,
     channels=1,
-    cuts=False,
-    seen=AT_RESOLUTION,
+    croppable=False,
+    input_size=AT_RESOLUTION,
 )
 def depth_leres(
     image: np.ndarray,
@@ -162,7 +162,7 @@ def depth_leres(
     mirrors=False,
     requires=DPT,
     mirror_finished=mirrored_normals,
-    seen=BY_SETTINGS,
+    input_size=BY_SETTINGS,
 )
 def normal(
     image: np.ndarray,

@@ -50,7 +50,7 @@ class Detection:
     limits={"score": (0, 1)},
     requires=RT_DETR,
     resize="nearest",
-    seen=BY_SETTINGS,
+    input_size=BY_SETTINGS,
 )
 def bbox_detected(image: np.ndarray, *, score: float = 0.4, model: str | None = None) -> np.ndarray:
     """Boxes of COCO's 80 classes in the colours of `bbox`, the largest first, on black.

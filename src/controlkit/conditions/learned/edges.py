@@ -26,7 +26,7 @@ HED_MODEL = LearnedModel(
     limits={"resolution": (64, 4096)},
     requires=HED_MODEL,
     channels=1,
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def hed(image: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """Edges of what a person would outline. lllyasviel/ControlNet, annotator/hed.
@@ -47,11 +47,11 @@ def hed(image: np.ndarray, *, safe: bool = False, resolution: int = 512, model: 
     summary="dark pencil strokes on white (thresholded HED; CtrLoRA's sketch)",
     aliases=("sketch_hed",),
     fidelity=DARK_EDGE_F1,
-    draw={"threshold": uniform_int(110, 159)},
+    random={"threshold": uniform_int(110, 159)},
     limits={"threshold": (1, 255), "resolution": (64, 4096)},
     requires=HED_MODEL,
     channels=1,
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def hedsketch(
     image: np.ndarray, *, threshold: int = 134, resolution: int = 512, model: str | None = None
@@ -76,12 +76,12 @@ def hedsketch(
     background=BLACK,
     aliases=("fake_scribble_hed",),
     fidelity=EDGE_F1,
-    draw={"safe": chance(0.5)},
+    random={"safe": chance(0.5)},
     limits={"resolution": (64, 4096)},
     requires=HED_MODEL,
     channels=1,
     values=(0, 255),
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def scribble_hed(
     image: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None

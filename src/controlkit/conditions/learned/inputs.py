@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 AT_RESOLUTION = "short side at `resolution`, both sides multiples of 64"
-"""`Condition.seen` of what goes through `to_resolution`."""
+"""`Condition.input_size` of what goes through `to_resolution`."""
 BY_SETTINGS = "as the settings beside the model's weights say"
-"""`Condition.seen` of what goes through `prepare`."""
+"""`Condition.input_size` of what goes through `prepare`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,11 +40,11 @@ PIDINET = LearnedModel(
     background=BLACK,
     aliases=("lineart_realistic", "lineart_drawing"),
     fidelity=PSNR,
-    draw={"coarse": chance(0.5)},
+    random={"coarse": chance(0.5)},
     limits={"resolution": (64, 4096)},
     requires=LINEART,
     channels=1,
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def lineart(image: np.ndarray, *, coarse: bool = False, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """A line drawing (Chan, Durand and Isola 2022), inverted to white on black, as ControlNet reads it.
@@ -77,7 +77,7 @@ def lineart(image: np.ndarray, *, coarse: bool = False, resolution: int = 512, m
     limits={"resolution": (64, 4096)},
     requires=LINEART_ANIME,
     channels=1,
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def lineart_anime(image: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """Anime2Sketch's drawing at sides that are multiples of 256, inverted to white on black.
@@ -95,12 +95,12 @@ def lineart_anime(image: np.ndarray, *, resolution: int = 512, model: str | None
     background=BLACK,
     aliases=("hough", "m_lsd"),
     fidelity=EDGE_F1,
-    draw={"score": uniform(0.1, 2.0), "distance": uniform(0.1, 20.0)},
+    random={"score": uniform(0.1, 2.0), "distance": uniform(0.1, 20.0)},
     limits={"score": (0, 2), "distance": (0, 100), "resolution": (64, 4096)},
     requires=MLSD,
     channels=1,
     values=(0, 255),
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def mlsd(
     image: np.ndarray,
@@ -131,11 +131,11 @@ def mlsd(
     background=BLACK,
     aliases=("softedge_pidinet", "softedge_pidi", "pidi"),
     fidelity=PSNR,
-    draw={"safe": chance(0.75)},
+    random={"safe": chance(0.75)},
     limits={"resolution": (64, 4096)},
     requires=PIDINET,
     channels=1,
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def pidinet(image: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """Edges by pixel difference networks (Su et al. 2021); ControlNet 1.1's first choice for soft edges.
@@ -154,12 +154,12 @@ def pidinet(image: np.ndarray, *, safe: bool = False, resolution: int = 512, mod
     background=BLACK,
     aliases=("fake_scribble_pidinet", "scribble_pidi"),
     fidelity=EDGE_F1,
-    draw={"safe": chance(0.5)},
+    random={"safe": chance(0.5)},
     limits={"resolution": (64, 4096)},
     requires=PIDINET,
     channels=1,
     values=(0, 255),
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def scribble_pidinet(
     image: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None

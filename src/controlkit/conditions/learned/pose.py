@@ -15,7 +15,7 @@ from controlkit.conditions.models import LearnedModel, find_folder, load_transfo
 from controlkit.errors import UserError
 
 VITPOSE = LearnedModel(
-    hub="usyd-community/vitpose-base-simple", licence="Apache-2.0", commercial=True, beside=(RT_DETR,)
+    hub="usyd-community/vitpose-base-simple", licence="Apache-2.0", commercial=True, companions=(RT_DETR,)
 )
 
 _MOST_PEOPLE = 32
@@ -31,7 +31,7 @@ _MOST_PEOPLE = 32
     mirrors=False,
     requires=VITPOSE,
     mirror_finished=None,
-    seen=BY_SETTINGS,
+    input_size=BY_SETTINGS,
 )
 def openpose(
     image: np.ndarray,

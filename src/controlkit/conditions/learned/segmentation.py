@@ -38,7 +38,7 @@ _TASK = "the task is semantic"
     fidelity=CLASS_IOU,
     requires=UPERNET,
     resize="nearest",
-    seen=BY_SETTINGS,
+    input_size=BY_SETTINGS,
 )
 def seg(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 150 classes of ADE20K in their usual colours.
@@ -59,7 +59,7 @@ def seg(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     fidelity=CLASS_IOU,
     requires=SEGFORMER,
     resize="nearest",
-    seen=BY_SETTINGS,
+    input_size=BY_SETTINGS,
 )
 def seg_segformer(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 150 classes of ADE20K, by SegFormer (Xie et al. 2021), whose weights forbid commercial use.
@@ -78,7 +78,7 @@ def seg_segformer(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     fidelity=CLASS_IOU,
     requires=ONEFORMER_ADE20K,
     resize="nearest",
-    seen=BY_SETTINGS,
+    input_size=BY_SETTINGS,
 )
 def seg_oneformer(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 150 classes of ADE20K, by OneFormer (Jain et al. 2023) asked for semantic segmentation.
@@ -97,7 +97,7 @@ def seg_oneformer(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     fidelity=CLASS_IOU,
     requires=ONEFORMER_COCO,
     resize="nearest",
-    seen=BY_SETTINGS,
+    input_size=BY_SETTINGS,
 )
 def seg_coco(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 133 classes of COCO panoptic, by OneFormer asked for semantic segmentation.

@@ -28,7 +28,7 @@ FACE_MESH = LearnedModel(hub="mediapipe<0.10.15", licence="Apache-2.0", commerci
     mirrors=False,
     requires=BAE,
     mirror_finished=mirrored_normals,
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def normal_bae(image: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """Normals n as (n + 1) / 2 in red, green and blue; ControlNet 1.1's choice.
@@ -50,7 +50,7 @@ def normal_bae(image: np.ndarray, *, resolution: int = 512, model: str | None = 
     mirrors=False,
     requires=FACE_MESH,
     mirror_finished=None,
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def mediapipe_face(image: np.ndarray, *, faces: int = 1, score: float = 0.5, resolution: int = 512) -> np.ndarray:
     """Outlines of faces on black (CrucibleAI/ControlNetMediaPipeFace). The weights are in the package mediapipe.

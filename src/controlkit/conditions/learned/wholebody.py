@@ -38,7 +38,7 @@ _MOST_PEOPLE = 32
     mirrors=False,
     requires=DWPOSE,
     mirror_finished=None,
-    seen="fitted into 640 x 640, each person into 288 x 384",
+    input_size="fitted into 640 x 640, each person into 288 x 384",
 )
 def dwpose(
     image: np.ndarray,

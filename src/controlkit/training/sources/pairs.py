@@ -12,7 +12,7 @@ from torch import Tensor
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.conditions.condition import Condition
-from controlkit.conditions.fidelity import by_the_image
+from controlkit.conditions.fidelity import scored_by_target
 from controlkit.controls.control import Control
 from controlkit.controls.hints import Hint, map_hint
 from controlkit.data.pair import SOURCE
@@ -140,7 +140,7 @@ class ConditionPairs:
         self.condition = conditions.find(condition)
         if self.condition.requires is not None:
             # Its model would have to be loaded beside what trains, if it is to be had at all.
-            self.condition = by_the_image(self.condition)
+            self.condition = scored_by_target(self.condition)
         self.found = load_pairs(recipe.pairs, condition, recipe.columns)
         self.pairs, self.held_out = split_pairs(self.found.pairs, recipe.held_out)
 
@@ -149,7 +149,7 @@ class ConditionPairs:
         limit = PromptLimit(reader="this base", tokens=base.prompt_tokens, cut_from=base.cut_from)
         told = [*self.found.notes, *self.found.prompt_notes(limit)]
         side, size = min(open_image(self.pairs[0].source).size), base.size
-        if side != size and not self.condition.given:
+        if side != size and not self.condition.provided:
             told.append(
                 f"condition images of these pairs are scaled from {side} pixels to {size}; to draw, they are made"
                 f" at {size}, where {self.condition.name} may look different; make the pairs with --size {size}"

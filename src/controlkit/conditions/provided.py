@@ -25,7 +25,7 @@ from controlkit.errors import UserError
     summary="the image as it is: for given pairs, whose condition images are made elsewhere",
     aliases=("given", "custom", "ip2p", "instruct_pix2pix"),
     fidelity=RESTORED_PSNR,
-    given=True,
+    provided=True,
 )
 def identity(image: np.ndarray) -> np.ndarray:
     """A copy of `image`. Fidelity compares the result with the true image of the pair."""
@@ -37,7 +37,7 @@ def identity(image: np.ndarray) -> np.ndarray:
     summary="line art drawn by hand, for given pairs: their results are judged by their edges",
     aliases=("drawing", "hand_drawn"),
     fidelity=IMAGE_EDGE_F1,
-    given=True,
+    provided=True,
 )
 def lineart_given(image: np.ndarray) -> np.ndarray:
     """A copy of `image`. Fidelity compares the edges of the result with those of the true image of the pair."""
@@ -52,7 +52,7 @@ def lineart_given(image: np.ndarray) -> np.ndarray:
     fidelity=IMAGE_COLOUR_DISTANCE,
     mirrors=False,
     resize="nearest",
-    given=True,
+    provided=True,
 )
 def bbox(
     image: np.ndarray,
@@ -102,7 +102,7 @@ def bbox(
     fidelity=IMAGE_COLOUR_DISTANCE,
     mirrors=False,
     resize="nearest",
-    given=True,
+    provided=True,
 )
 def segments(
     image: np.ndarray,
