@@ -71,5 +71,5 @@ def former(image, *, n: int = 1):
 """)
     made = controlkit("condition", "former", "--json", files=[path], cwd=tmp_path)
     facts = json.loads(made.stdout)
-    assert facts["training"] == {"n": "whole numbers, uniform from 1 to 2"}
+    assert facts["training"] == {"n": "integers, uniform from 1 to 2"}
     assert facts["cuts"] is False and facts["seen"] == "at 64 x 64"
