@@ -15,6 +15,7 @@ Code = Literal[
     "empty-data",
     "in-use",
     "incompatible",
+    "interrupted",
     "missing-companion",
     "missing-file",
     "missing-package",
