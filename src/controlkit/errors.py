@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Code = Literal[
     "bad-data",
@@ -55,6 +55,22 @@ class UserError(Exception):
     def __init__(self, message: str, code: Code | None = None) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Interrupted(UserError):
+    """Work that a signal stopped and that the same command resumes.
+
+    Args:
+        message: as of `UserError`.
+        signal: number of the signal. The command line exits with 128 + signal.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message, "interrupted")
+        self.signal = signal
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.signal)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

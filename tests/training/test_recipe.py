@@ -13,6 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controlkit.errors import UserError
 from controlkit.nano.recipes import AutoencoderRecipe
 from controlkit.training.recipes import build_recipe, read_recipe, recipes
 from controlkit.training.run_folder import fingerprint
@@ -72,7 +73,7 @@ def test_every_shipped_recipe_loads(path):
         ({"min_lr_rate": -0.1}, "out-of-range", ["min_lr_rate", -0.1, "0 and 1"]),
         ({"beta2": 1.0}, "out-of-range", ["beta2", 1.0]),
         ({"weight_decay": -1}, "out-of-range", ["weight_decay", -1]),
-        ({"seed": -1}, "out-of-range", ["seed", -1, "2^63"]),
+        ({"seed": -1}, "out-of-range", ["seed", -1, "at least 0"]),
         ({"variants": 0}, "out-of-range", ["variants", 0, 1]),
         ({"condition": ["canny"]}, "wrong-type", ["condition"]),
     ],
@@ -86,7 +87,7 @@ def test_wrong_recipes_are_refused_in_words(file, change, code, facts):
 
 @pytest.mark.parametrize("missing", ["out", "steps", "condition"])
 def test_what_has_no_default_must_be_said(file, missing):
-    with refused("missing-setting", missing):
+    with pytest.raises(UserError, match=missing):
         read_recipe(file({key: value for key, value in MINIMAL.items() if key != missing}))
 
 
@@ -133,8 +134,8 @@ def test_settings_on_the_command_line_win(file):
         ("steps", "usage", ["key=value"]),
         ("stepz=3", "unknown-key", ["did you mean steps"]),
         ("steps=a", "wrong-type", ["steps"]),
-        ("steps=[", "usage", ["steps"]),
-        ("=3", "usage", ["key"]),
+        ("steps=[", "wrong-type", ["steps"]),
+        ("=3", "unknown-key", ["key"]),
     ],
 )
 def test_wrong_settings_on_the_command_line_are_refused_in_words(file, override, code, facts):

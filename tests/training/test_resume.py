@@ -225,8 +225,9 @@ def test_ctrl_c_saves_after_its_step_and_ends(tmp_path, number):
         signal.raise_signal(number)
         return loss
 
-    with refused("interrupted", f"step 5 of {STEPS}"):
+    with refused("interrupted", "step 5", STEPS) as caught:
         run(tmp_path, at={4: ctrl_c})
+    assert caught.value.signal == number
     assert signal.getsignal(number) == before
     assert load_state(tmp_path / "state.safetensors").step == 5
     whole, _ = run(tmp_path / "whole")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 
-from controlkit.errors import UserError, is_out_of_memory
+from controlkit.errors import Interrupted, UserError, is_out_of_memory
 from controlkit.files import writable_folder, write_json
 from controlkit.sampling.settings import in_words
 from controlkit.training.guards import LossMonitor, StallMonitor
@@ -135,10 +135,8 @@ class _Loop:
                 stop = self.processes.any(signals.stop_requested)
                 self._report(step + 1, loss, stop)
                 if stop:
-                    steps = self.recipe.steps
-                    raise UserError(
-                        f"stopped at step {step + 1} of {steps}; run the same command to resume", "interrupted"
-                    )
+                    message = f"stopped at step {step + 1} of {self.recipe.steps}; run the same command to resume"
+                    raise Interrupted(message, signals.number)
         except RuntimeError as error:
             if not self.processes.is_peer_failure(error):
                 raise
@@ -353,6 +351,8 @@ class _Signals:
 
     stop_requested: bool = False
     """Whether to save the state and end after this step."""
+    number: int = signal.SIGTERM
+    """The signal of the request; SIGTERM, which launchers send, if another process received it."""
     ending: bool = False
     """Whether the run ends by itself. It then ignores the SIGTERM that launchers send to all processes when one ends,
     so that it can print why."""
@@ -366,7 +366,7 @@ def _interruptible() -> Iterator[_Signals]:
     def request_stop(number: int, _frame: FrameType | None) -> None:
         if signals.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        signals.stop_requested = True
+        signals.stop_requested, signals.number = True, number
 
     before: dict[int, Any] = {}
     try:

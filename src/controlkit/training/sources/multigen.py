@@ -51,7 +51,7 @@ class MultiGenSource(Source):
         for lines in self.tasks.values():
             if len(lines) <= self.held_out_count:
                 raise UserError(
-                    f"{lines.path} has {len(lines)} lines; more than {self.held_out_count} are needed, which are held out",
+                    f"{lines.path} has {len(lines)} lines, and {self.held_out_count} are held out; more are needed",
                     "empty-data",
                 )
         self.skipped = 0
