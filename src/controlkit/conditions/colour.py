@@ -74,7 +74,7 @@ def pixel(image: np.ndarray, *, cells: int = 96, colours: int = 12) -> np.ndarra
 
 @condition(
     "shuffle",
-    summary="the image's colours and textures, pushed around by a smooth random flow",
+    summary="the image's colours and textures, displaced by a smooth random field",
     aliases=("content_shuffle",),
     fidelity=PALETTE_DISTANCE,
     random={"seed": seed()},

@@ -68,7 +68,7 @@ def noise(image: np.ndarray, *, sigma: float = 0.15, seed: int = 0) -> np.ndarra
 
 @condition(
     "downscale",
-    summary="the image made small and large again (for upscaling and detail)",
+    summary="the image downscaled and upscaled again (for super-resolution and detail)",
     aliases=("tile", "tile_resample", "low_resolution", "super_resolution"),
     fidelity=PSNR,
     random={"factor": uniform(2, 8)},

@@ -38,7 +38,7 @@ def lineart_xdog(
 
 @condition(
     "scribble_xdog",
-    summary="white strokes on black where the image is darker than around (a difference of Gaussians, cut off)",
+    summary="white strokes on black where the image is darker than around (a thresholded difference of Gaussians)",
     background=BLACK,
     aliases=("fake_scribble_xdog",),
     fidelity=EDGE_F1,

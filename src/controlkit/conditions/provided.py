@@ -21,7 +21,7 @@ from controlkit.errors import UserError
 
 @condition(
     "identity",
-    summary="the image as it is: for given pairs, whose condition images are made elsewhere",
+    summary="the image as it is, for pairs with finished condition images",
     aliases=("given", "custom", "ip2p", "instruct_pix2pix"),
     fidelity=RESTORED_PSNR,
     provided=True,
@@ -33,7 +33,7 @@ def identity(image: np.ndarray) -> np.ndarray:
 
 @condition(
     "lineart_given",
-    summary="line art drawn by hand, for given pairs: their results are judged by their edges",
+    summary="hand-drawn line art of finished pairs, scored by edges",
     aliases=("drawing", "hand_drawn"),
     fidelity=IMAGE_EDGE_F1,
     provided=True,
@@ -45,7 +45,7 @@ def lineart_given(image: np.ndarray) -> np.ndarray:
 
 @condition(
     "bbox",
-    summary="filled boxes coloured by class, from given annotations (COCO)",
+    summary="filled boxes coloured by class, from annotations (COCO)",
     background=BLACK,
     aliases=("boxes", "bounding_boxes", "bounding_box"),
     fidelity=IMAGE_COLOUR_DISTANCE,
@@ -94,7 +94,7 @@ def bbox(
 
 @condition(
     "segments",
-    summary="regions coloured by class, from given annotations (COCO polygons and run lengths)",
+    summary="regions coloured by class, from annotations (COCO polygons and run lengths)",
     background=BLACK,
     aliases=("coco_segments", "segmentation_given"),
     fidelity=IMAGE_COLOUR_DISTANCE,

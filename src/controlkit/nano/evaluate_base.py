@@ -138,8 +138,8 @@ def _distribution(
     targets = lite0_features(images.images)
     captions = _caption_features(images.examples)
     rows = []
-    for name, made in (("captions shuffled (baseline)", shuffled), ("generated", generated), ceiling):
-        features = lite0_features(made)
+    for name, group in (("captions shuffled (baseline)", shuffled), ("generated", generated), ceiling):
+        features = lite0_features(group)
         rows.append(
             (
                 name,
@@ -156,7 +156,7 @@ def _distribution(
         columns=columns,
         rows=(*rows, ("share of the baseline's distance to the ceiling that is left", None, *left[1:])),
         notes=(
-            "FD-lite0 cannot tell whose caption an image was drawn for, so shuffling hardly moves it; joint FD-lite0",
+            "FD-lite0 does not see captions, so shuffling them hardly changes it; joint FD-lite0",
             "(DeVries et al. 2019) is of features beside what captions say; paired: from the caption's own image.",
         ),
         facts={"fd_lite0": rows[1][1], "joint_share_left": left[1], "paired_share_left": left[2]},
@@ -168,7 +168,7 @@ def _retrieval(images: EvaluationSet[Drawing], generated: Sequence[np.ndarray], 
     concepts = [drawing.concept for drawing in images.examples]
     gallery = lite0_features(images.images)
     found, best = (
-        retrieval_accuracy(lite0_features(made), concepts, gallery, concepts) for made in (generated, ceiling[1])
+        retrieval_accuracy(lite0_features(group), concepts, gallery, concepts) for group in (generated, ceiling[1])
     )
     count = len(set(concepts))
     return Report(

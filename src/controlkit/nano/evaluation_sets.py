@@ -27,7 +27,7 @@ SETS = {
     "held-out": "concepts that were never trained on, in the four trained styles",
     "openmoji": "OpenMoji, a style that was never trained on",
     "seen": "concepts that were trained on",
-    "seen-again": "the captions of `seen`, drawn again at other scales and places",
+    "seen-again": "the captions of `seen` at other scales and positions",
 }
 """Name of each set -> description."""
 
