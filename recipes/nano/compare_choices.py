@@ -1,4 +1,4 @@
-"""Choices for nano's text encoder and UNet, each trained for the same processor time and judged in the same way.
+"""Design choices of nano's text encoder and UNet, trained for the same processor time and evaluated the same way.
 
     python recipes/nano/compare_choices.py --seconds 720
     python recipes/nano/compare_choices.py --seconds 720 --only as-it-is,8x8

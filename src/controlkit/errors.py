@@ -53,11 +53,11 @@ class UserError(Exception):
         code: the kind of error. It stays the same when the wording changes.
     """
 
-    def __init__(self, message: str, code: Code | None = None) -> None:
+    def __init__(self, message: str, code: Code) -> None:
         super().__init__(message)
         self.code = code
 
-    def __reduce__(self) -> tuple[type[UserError], tuple[str, Code | None]]:
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, Code]]:
         return type(self), (str(self), self.code)  # by default, unpickling in another process loses the code
 
 

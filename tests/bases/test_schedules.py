@@ -9,7 +9,7 @@ from diffusers.training_utils import compute_snr
 
 from controlkit.bases.schedules import SOLVERS, TIME_SAMPLINGS, RectifiedFlow, VariancePreserving
 from controlkit.bases.schedules.solvers import FLOW_SOLVERS
-from controlkit.training.diffusion import TIMES, noised
+from controlkit.training.diffusion import TIME_BINS, noised
 from refusals import refused
 from tiny import SD1_SCHEDULE
 
@@ -102,7 +102,7 @@ def test_weights_and_times_reach_the_loss(name):
     each = again.squared_error(made).flatten(1).mean(1)
     assert again.loss(made).item() == pytest.approx((each * schedule.loss_weight(again.t, 5.0)).mean().item())
     assert not torch.equal(plain.t, again.t)
-    assert plain.by_time(plain.squared_error(made)).shape == (3, TIMES)
+    assert plain.by_time(plain.squared_error(made)).shape == (3, TIME_BINS)
 
 
 @pytest.mark.parametrize("solver", FLOW_SOLVERS)

@@ -60,10 +60,10 @@ def test_one_of_several_captions_is_drawn_in_each_step(recipe, folder, monkeypat
     objective = ControlObjective(recipe, CPU)
     drawn = Counter()
     for step in range(100):
-        seen = objective.seen(step)
-        assert seen == objective.seen(step)
+        seen = objective.samples(step)
+        assert seen == objective.samples(step)
         told = [text.rpartition(": ") for text in seen]
-        assert [where for where, _, _ in told] == [text.rpartition(": ")[0] for text in plain.seen(step)]
+        assert [where for where, _, _ in told] == [text.rpartition(": ")[0] for text in plain.samples(step)]
         drawn.update(text.strip("'") for _, _, text in told)
     assert set(drawn) == set(CAPTIONS) and min(drawn.values()) > 80
 
@@ -74,7 +74,7 @@ def test_one_of_several_captions_is_drawn_in_each_step(recipe, folder, monkeypat
     )
     objective.loss(7)
     prompts = sorted({"", *CAPTIONS})
-    assert [repr(prompts[row]) for row in given[0]] == [text.rpartition(": ")[2] for text in objective.seen(7)]
+    assert [repr(prompts[row]) for row in given[0]] == [text.rpartition(": ")[2] for text in objective.samples(7)]
 
 
 def test_every_caption_has_its_own_embedding(recipe, folder):

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     show(adapted.report.table())
     print(f"adapter: {adapted.path}")
     print(f"sheet: {adapted.sheet}")
-    prepared = " --prepared" if conditions.find(values.get("condition", "identity")).given else ""
+    prepared = " --prepared" if conditions.find(values.get("condition", "identity")).provided else ""
     file = str(adapted.path)
     if Path(args.control).is_file() and Path(args.control).parent.resolve() != adapted.path.parent.resolve():
         file += f"+{args.control}"  # a base control that does not ship has to be named, or lie beside the adapter

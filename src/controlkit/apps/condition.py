@@ -105,7 +105,7 @@ def _sheet(image: str, out: str, as_json: bool) -> None:
     original = decode_rgb(data, image)
     images, flat = {"image": original}, []
     for condition in conditions.registry().values():
-        if condition.requires is None and not condition.given:
+        if condition.requires is None and not condition.provided:
             condition_image = condition(np.asarray(original))
             images[condition.name] = Image.fromarray(condition_image)
             flat += [condition.name] if is_flat(condition_image) else []
@@ -178,18 +178,18 @@ def _facts(c: Condition) -> dict[str, object]:
         "aliases": list(c.aliases),
         "summary": c.summary,
         "parameters": c.defaults,
-        "training": {name: str(draw) for name, draw in c.draw.items()},
+        "training": {name: str(draw) for name, draw in c.random.items()},
         "limits": {name: list(limits) for name, limits in c.limits.items()},
         "channels": c.channels,
         "range": [0, 255],
         "values": None if c.values is None else list(c.values),
         "mirrors": c.mirrors,
         "finished_mirrors": c.mirror_finished is not None,
-        "cuts": c.cuts,
+        "cuts": c.croppable,
         "resize": c.resize,
         "background": list(c.background),
         "least_side": LEAST_SIDE,
-        "seen": c.seen,
+        "seen": c.input_size,
         "fidelity": c.fidelity.name,
         "needs": c.requires.as_json() if c.requires else None,
     }
@@ -209,15 +209,15 @@ def _describe(c: Condition, as_json: bool) -> None:
         details = [f"default {default!r}"]
         if name in c.limits:
             details.append("from {} to {}".format(*c.limits[name]))
-        if name in c.draw:
-            details.append(f"in training {c.draw[name]}")
+        if name in c.random:
+            details.append(f"in training {c.random[name]}")
         facts.append((f"parameter {name}", "; ".join(details)))
     facts += [
         ("channels", "1, repeated as RGB" if c.channels == 1 else "RGB"),
         ("values", "0 to 255" if c.values is None else ", ".join(map(str, c.values))),
-        ("size", f"at least {LEAST_SIDE} x {LEAST_SIDE}; the condition image has the same. Computed {c.seen}"),
+        ("size", f"at least {LEAST_SIDE} x {LEAST_SIDE}; the condition image has the same. Computed {c.input_size}"),
         ("flip", _flip(c)),
-        ("crop", "commutes with cropping" if c.cuts else "changes under cropping: compute it again"),
+        ("crop", "commutes with cropping" if c.croppable else "changes under cropping: compute it again"),
         ("scaling", "nearest pixel, as colours are labels" if c.resize == "nearest" else "smooth"),
         ("transparency", f"shown on {_colour(c.background)}"),
         ("score", c.fidelity.name),

@@ -90,7 +90,7 @@ def _reversed_condition(pairs: Sequence[Images], name: str) -> str | None:
         forward[candidate] = float(np.median([_distance(condition(target), source) for source, target in pairs]))
         backward[candidate] = float(np.median([_distance(condition(source), target) for source, target in pairs]))
     best = min(backward, key=lambda candidate: backward[candidate])
-    near = _NEAR_RANDOM if find(best).draw else _NEAR
+    near = _NEAR_RANDOM if find(best).random else _NEAR
     return best if backward[best] <= near and backward[best] < 0.6 * min(forward.values()) else None
 
 

@@ -14,7 +14,7 @@ from controlkit.evaluation.report import Report
 from controlkit.formats.card import write_card
 from controlkit.formats.load import load_control
 from controlkit.images import write_png
-from controlkit.training.log import spent
+from controlkit.training.log import total_seconds
 from controlkit.training.recipe import Recipe
 from controlkit.training.run import run
 from controlkit.training.sources.pairs import PairSettings
@@ -58,6 +58,6 @@ def adapt(recipe: Recipe) -> Adapted:
     _, held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition_names[0], recipe.columns), recipe.held_out)
     report, sheet = evaluate_control(base, control, [pairs_eval_set(held_out[:MAX_HELD_OUT], base.size)])
     write_png(folder / "held-out.png", sheet)
-    write_card(path, scores=report.to_markdown(), image="held-out.png", seconds=spent(folder))
+    write_card(path, scores=report.to_markdown(), image="held-out.png", seconds=total_seconds(folder))
     seconds = {"train": trained - started, "judge": time.perf_counter() - trained}
     return Adapted(path=path, report=report, sheet=folder / "held-out.png", seconds=seconds)

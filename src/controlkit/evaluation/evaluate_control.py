@@ -11,7 +11,7 @@ from PIL import Image
 
 from controlkit import conditions
 from controlkit.bases.base import Base
-from controlkit.conditions.fidelity import by_the_image
+from controlkit.conditions.fidelity import scored_by_target
 from controlkit.controls.control import Control, encode_images, takes_one_image, words_of_inputs
 from controlkit.data.pairs import Pair
 from controlkit.errors import UserError
@@ -323,7 +323,7 @@ def _evaluate(
         condition.mean_score(eval_set.condition_images, results, eval_set.targets, eval_set.parameters)
         for results in (baselines[key].no_control, controlled, baselines[key].ceiling)
     )
-    if condition.draw and eval_set.parameters is not None and not all(eval_set.parameters):
+    if condition.random and eval_set.parameters is not None and not all(eval_set.parameters):
         notes += (
             f"the {condition.name} parameters of {eval_set.name} are not recorded. Conditions of results are computed"
             " with the defaults, so scores are too low where other parameters were used.",
@@ -353,7 +353,7 @@ def _scorable(condition: conditions.Condition) -> tuple[conditions.Condition, tu
         condition(np.zeros((64, 64, 3), np.uint8))
     except UserError as error:
         note = f"{condition.name} of results cannot be computed, so results are compared with the targets ({error})."
-        return by_the_image(condition), (note,)
+        return scored_by_target(condition), (note,)
     return condition, ()
 
 
