@@ -59,7 +59,7 @@ def test_every_part_runs_once_and_resumes(settings, tmp_path, capsys):
     study = run_new_condition(NewCondition(**settings))
     assert {report.title.split(":")[0].split(",")[0] for report in study.reports} == {
         "Learning rates",
-        "Gap closed after so many steps",
+        "Gap closed by number of steps",
         "Does it reproduce? The adapter is",
         "Ablation on palette",
         "Rank",
