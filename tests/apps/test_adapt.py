@@ -105,18 +105,18 @@ def test_a_run_does_not_go_on_with_another_base_control(pairs, base_control, bas
     save_control(base_control, other, tiny_base, dtype=torch.float32)
     before = (out / "mine.safetensors").read_bytes()
     assert adapt(pairs, base_control, base_folder, out, "--steps", "6") == 2
-    check(capsys.readouterr().err, None, out, "base control", "weights")
+    check(capsys.readouterr().err, "resume-mismatch", out, "base control", "weights")
     assert (out / "mine.safetensors").read_bytes() == before
 
 
 def test_an_adapter_never_takes_the_place_of_its_base_control(pairs, base_control, base_folder, capsys):
     before = base_control.read_bytes()
     assert adapt(pairs, base_control, base_folder, base_control.parent, "--name", "base") == 2
-    check(capsys.readouterr().err, None, base_control)
+    check(capsys.readouterr().err, "would-overwrite", base_control)
     assert base_control.read_bytes() == before
     for name in ("state", "..", "a/b"):
         assert adapt(pairs, base_control, base_folder, base_control.parent / "run", "--name", name) == 2
-        check(capsys.readouterr().err, None, "name", repr(name))
+        check(capsys.readouterr().err, "would-overwrite", "name", repr(name))
 
 
 def test_an_adapter_is_judged_on_the_device_of_the_recipe(pairs, base_control, base_folder, tmp_path, monkeypatch):
@@ -159,7 +159,7 @@ def test_every_bad_pair_is_listed_before_anything_is_trained(pairs, base_control
     with (pairs / "prompt.json").open("a") as stream:
         stream.write('\n{"source": "source/0.png"}')
     assert adapt(pairs, base_control, base_folder, tmp_path / "run") == 2
-    check(capsys.readouterr().err, None, "4 problems", "line 4", "line 6", "line 8", "line 13")
+    check(capsys.readouterr().err, "bad-data", "4 problems", "line 4", "line 6", "line 8", "line 13")
     assert not (tmp_path / "run").exists()
 
 
@@ -168,7 +168,7 @@ def test_a_controlnet_is_not_taken_for_a_base_control(pairs, base_folder, tiny_c
 
     save_control(tmp_path / "canny.safetensors", tiny_control, tiny_base)
     assert adapt(pairs, tmp_path / "canny.safetensors", base_folder, tmp_path / "run") == 2
-    check(capsys.readouterr().err, None, "canny.safetensors", "base control")
+    check(capsys.readouterr().err, "wrong-kind", "canny.safetensors", "base control")
 
 
 def test_any_setting_of_the_recipe_can_be_given(pairs, base_control, base_folder, tmp_path, capsys):
@@ -178,7 +178,7 @@ def test_any_setting_of_the_recipe_can_be_given(pairs, base_control, base_folder
     assert (recipe["preview_every"], recipe["held_out"]) == (2, 0.25)
     assert sorted(path.stem for path in (out / "previews").glob("*.png")) == ["0000002", "0000004"]
     assert adapt(pairs, base_control, base_folder, tmp_path / "other", "--set", "preview_evry=2") == 2
-    check(capsys.readouterr().err, None, "'preview_evry'", "did you mean preview_every")
+    check(capsys.readouterr().err, "unknown-key", "'preview_evry'", "did you mean preview_every")
 
 
 def test_an_adapter_can_be_judged_on_its_held_out_pairs_later(pairs, base_control, base_folder, tmp_path, capsys):
@@ -228,7 +228,7 @@ def test_condition_images_and_networks_count_as_what_a_run_is_of(pairs, base_con
     weights = base_folder / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({name: 1.3 * value for name, value in load_file(weights).items()}, weights)
     assert adapt(pairs, base_control, base_folder, out, "--steps", "6") == 2
-    check(capsys.readouterr().err, None, out, "base", "weights")
+    check(capsys.readouterr().err, "resume-mismatch", out, "base", "weights")
 
 
 def test_what_is_no_base_control_is_told_before_anything_is_encoded(
@@ -237,7 +237,7 @@ def test_what_is_no_base_control_is_told_before_anything_is_encoded(
     save_control(tmp_path / "canny.safetensors", tiny_control, tiny_base)
     assert adapt(pairs, tmp_path / "canny.safetensors", base_folder, tmp_path / "run") == 2
     said = capsys.readouterr().err
-    check(said, None, "canny.safetensors", "base control", "CtrLoRA")
+    check(said, "wrong-kind", "canny.safetensors", "base control", "CtrLoRA")
     assert "encoding" not in said
 
 
@@ -288,7 +288,7 @@ def test_captions_of_a_table_reach_training_or_are_missed_aloud(pairs, base_cont
     assert "prompts are empty" not in capsys.readouterr().err
     assert json.loads((tmp_path / "run/recipe.json").read_text())["caption_column"] == "words"
     assert adapt(*words, tmp_path / "no", "--steps", 1, "--caption-column", "word") == 2
-    check(capsys.readouterr().err, None, "image, conditioning_image, words", "did you mean words?")
+    check(capsys.readouterr().err, "unknown-name", "image, conditioning_image, words", "did you mean words?")
     assert not (tmp_path / "no").exists()
 
 

@@ -154,7 +154,7 @@ def test_generate_from_settings_draws_the_same_images_bit_for_bit(image, tmp_pat
     ("words", "code", "facts"),
     [
         ([], "missing-setting", ["prompt", "--from FILE"]),
-        (["--from", "none.json"], None, ["none.json"]),
+        (["--from", "none.json"], "missing-file", ["none.json"]),
         (["--from", "{image}"], "wrong-kind", ["image.png", "settings.json"]),
         (["--from", "{tmp}/old.json", "--steps", "0"], "out-of-range", ["steps", 0, 1000]),
         (["--from", "{tmp}/odd.json"], "unknown-key", ["odd.json", "'promt'", "did you mean prompt"]),
@@ -177,7 +177,7 @@ def test_a_cropped_image_is_noted(image, tmp_path, capsys):
     for source, facts in ((image, []), (wide, ["wide.png", "160 x 80", "64 x 64", "at the sides"])):
         assert run("generate", "x", "--control", f"canny={source}", "--steps", 1, "--out", tmp_path / "out") == 0
         err = capsys.readouterr().err
-        check(err, None, *facts)
+        assert all(fact in err for fact in facts)
         assert ("note:" in err) == bool(facts)
 
 
@@ -258,35 +258,39 @@ def test_demo_does_the_main_job_in_few_calls(tmp_path, capsys, monkeypatch):
 
 GENERATE = ["generate", "x", "--out", "{tmp}/new"]
 BAD_INPUTS = {
-    "missing image": ([*GENERATE, "--control", "canny={tmp}/none.png"], None, ["none.png"]),
-    "empty image": ([*GENERATE, "--control", "canny={tmp}/empty.png"], None, ["empty.png"]),
-    "truncated image": ([*GENERATE, "--control", "canny={tmp}/cut.png"], None, ["cut.png"]),
-    "text as image": ([*GENERATE, "--control", "canny={tmp}/text.png"], None, ["text.png"]),
-    "unknown control": ([*GENERATE, "--control", "cany={image}"], None, ["'cany'", "did you mean canny"]),
+    "missing image": ([*GENERATE, "--control", "canny={tmp}/none.png"], "missing-file", ["none.png"]),
+    "empty image": ([*GENERATE, "--control", "canny={tmp}/empty.png"], "bad-image", ["empty.png"]),
+    "truncated image": ([*GENERATE, "--control", "canny={tmp}/cut.png"], "bad-image", ["cut.png"]),
+    "text as image": ([*GENERATE, "--control", "canny={tmp}/text.png"], "bad-image", ["text.png"]),
+    "unknown control": ([*GENERATE, "--control", "cany={image}"], "missing-file", ["'cany'", "did you mean canny"]),
     "weight of abc": ([*GENERATE, "--control", "canny={image}@abc"], "usage", ["'abc'"]),
     "start after end": ([*GENERATE, "--control", "canny={image}@1:0.9-0.1"], "out-of-range", [0.9, 0.1]),
     "steps of abc": ([*GENERATE, "--steps", "abc"], "usage", ["--steps", "'abc'"]),
-    "odd width": ([*GENERATE, "--width", "70"], None, [70, "multiple of", "try"]),
-    "base without a UNet": ([*GENERATE, "--base", "{tmp}/half"], None, ["half", "unet"]),
-    "output under a file": (["generate", "x", "--out", "{tmp}/file/out"], None, ["file/out"]),
+    "odd width": ([*GENERATE, "--width", "70"], "wrong-size", [70, "multiple of", "try"]),
+    "base without a UNet": ([*GENERATE, "--base", "{tmp}/half"], "wrong-kind", ["half", "unet"]),
+    "output under a file": (["generate", "x", "--out", "{tmp}/file/out"], "write-failed", ["file/out"]),
     "unknown condition": (
         ["condition", "cany", "{image}", "--out", "{tmp}/new"],
-        None,
+        "unknown-name",
         ["'cany'", "did you mean canny"],
     ),
     "unknown parameter": (
         ["condition", "canny", "{image}", "--set", "lo=1", "--out", "{tmp}/new"],
-        None,
+        "unknown-key",
         ["'lo'", "did you mean low"],
     ),
-    "misspelt recipe key": (["train", "{tmp}/recipe.yaml"], None, ["'learning_rat'", "did you mean learning_rate"]),
-    "missing recipe": (["train", "{tmp}/none.yaml"], None, ["none.yaml"]),
+    "misspelt recipe key": (
+        ["train", "{tmp}/recipe.yaml"],
+        "unknown-key",
+        ["'learning_rat'", "did you mean learning_rate"],
+    ),
+    "missing recipe": (["train", "{tmp}/none.yaml"], "missing-file", ["none.yaml"]),
     "unknown set": (
         ["evaluate", "control", "canny", "--sets", "hold-out"],
         "unknown-name",
         ["'hold-out'", "did you mean held-out"],
     ),
-    "inspect nothing": (["inspect", "nothing-like-it"], None, ["'nothing-like-it'"]),
+    "inspect nothing": (["inspect", "nothing-like-it"], "missing-file", ["'nothing-like-it'"]),
     "unknown verb": (["paint"], "usage", ["'paint'", "generate"]),
 }
 """Case -> the command, the code of its error where this room raises it, and what the error names."""
@@ -392,13 +396,13 @@ def test_evaluate_refuses_before_it_samples(words, code, facts, capsys):
         (["generate", "x", "--width", str(2**40)], "out-of-range", ["width", 2**40, 1, 16384]),
         (["inspect", "canny", "--size", str(2**40)], "out-of-range", ["--size", 2**40, 1, 16384]),
         (["inspect", "canny", "--rank", "4"], "contradiction", ["--rank", "ctrlora", "canny"]),
-        (["condition", "canny", "{image}", "--set", "low=2024-13-01"], None, ["low=2024-13-01", "YAML"]),
-        (["condition", "canny", "{image}", "--set", f"low={'9' * 400}"], None, ["low", "0", "1530"]),
+        (["condition", "canny", "{image}", "--set", "low=2024-13-01"], "wrong-type", ["low=2024-13-01", "YAML"]),
+        (["condition", "canny", "{image}", "--set", f"low={'9' * 400}"], "out-of-range", ["low", "0", "1530"]),
         (["condition", "all", "{image}", "--set", "low=3"], "contradiction", ["all", "--set"]),
         (["condition", "canny", "{image}", "--out", "notes.txt"], "usage", ["notes.txt", ".png"]),
         (["condition", "canny", "{image}", "--out", "{image}"], "would-overwrite", ["image.png"]),
-        (["condition", "canny", "{image}", "--set", "low=1000000"], None, ["low", 1000000, 0, 1530]),
-        (["condition", "canny", "{image}", "--set", "low=250"], None, ["low", 250, "high", 200]),
+        (["condition", "canny", "{image}", "--set", "low=1000000"], "out-of-range", ["low", 1000000, 0, 1530]),
+        (["condition", "canny", "{image}", "--set", "low=250"], "contradiction", ["low", 250, "high", 200]),
         (["condition", "canny", "."], "wrong-kind", ["controlkit pairs . --conditions canny"]),
         (["condition", "{image}", "canny"], "usage", ["image.png", "controlkit condition canny"]),
         (["condition", "{image}"], "usage", ["image.png", "controlkit condition NAME"]),
@@ -408,7 +412,7 @@ def test_evaluate_refuses_before_it_samples(words, code, facts, capsys):
             ["--sheet s.png", "controlkit pairs --check p"],
         ),
         (["condition", "--list", "canny"], "contradiction", ["--list", "controlkit condition canny"]),
-        (["generate", "x", "--control", "canny=."], None, ["folder", "one image"]),
+        (["generate", "x", "--control", "canny=."], "unreadable-file", ["folder", "one image"]),
         (
             ["study", "several-conditions", "--set", "mixes=[palette+palette]"],
             "contradiction",
@@ -416,12 +420,16 @@ def test_evaluate_refuses_before_it_samples(words, code, facts, capsys):
         ),
         (["study", "several-conditions", "--set", "mixes=[]"], "missing-setting", ["mixes", "palette+lineart"]),
         (["study", "community-model", "--set", "images=0"], "out-of-range", ["images", 0, "at least 1"]),
-        (["study", "new-condition", "--set", "budgets=25"], None, ["budgets", 25, "a list of", "[25, 50, 100"]),
-        (["study", "new-condition", "--set", "rank=[a]"], None, ["rank", "['a']", "such as 4"]),
-        (["evaluate", "control", "canny", "--sheet", "{image}/x.png"], None, ["image.png", "--sheet"]),
-        (["train", "controlnett"], None, ["controlnett", "did you mean controlnet"]),
+        (["study", "new-condition", "--set", "budgets=25"], "wrong-type", ["budgets", 25, "a list of", "[25, 50, 100"]),
+        (["study", "new-condition", "--set", "rank=[a]"], "wrong-type", ["rank", "['a']", "such as 4"]),
+        (["evaluate", "control", "canny", "--sheet", "{image}/x.png"], "write-failed", ["image.png", "--sheet"]),
+        (["train", "controlnett"], "missing-file", ["controlnett", "did you mean controlnet"]),
         (["train", "controlnet", "--set", "steps=1"], "contradiction", ["controlnet", "system", "--set"]),
-        (["transfer", "canny", "--from", "nano", "--to", "sd15", "--out", "x.safetensors"], None, ["sd15", "weights"]),
+        (
+            ["transfer", "canny", "--from", "nano", "--to", "sd15", "--out", "x.safetensors"],
+            "missing-file",
+            ["sd15", "weights"],
+        ),
         (["transfer", "canny", "--from", "nano", "--to", "nano", "--out", "x.pth"], "usage", ["x.pth", ".safetensors"]),
     ],
 )

@@ -57,29 +57,37 @@ def test_a_control_that_ships_is_found_by_its_name(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "facts"),
+    ("words", "code", "facts"),
     [
-        (("IN", "out.safetensors", "--to", "orignal"), ["'orignal'", "did you mean original"]),
-        (("IN", "out.pth", "--to", "original"), ["out.pth", ".safetensors"]),
-        (("IN", "out.safetensors", "--to", "original", "--dtype", "fp8"), ["--dtype", "fp8", "float32"]),
-        (("IN", "out.safetensors", "--to", "peft"), ["peft"]),
-        (("IN", "out.safetensors", "--to", "merged"), ["merged"]),
-        (("IN", "out.safetensors", "--to", "difference"), ["--base"]),
-        (("IN", "out.safetensors", "--to", "control-lora", "--base", "nano", "--rank", "0"), ["--rank 0"]),
-        (("IN", "out.safetensors", "--to", "difference", "--base", "nano"), ["base"]),
-        (("IN", "out.safetensors", "--to", "original", "--base", "nowhere"), ["nowhere", "base"]),
-        (("IN", "out.safetensors", "--to", "full"), ["full"]),
-        (("IN", "IN", "--to", "diffusers"), ["canny.safetensors", "diffusers"]),
-        (("nothing.pth", "out.safetensors", "--to", "original"), ["'nothing.pth'"]),
+        (("IN", "out.safetensors", "--to", "orignal"), "unknown-name", ["'orignal'", "did you mean original"]),
+        (("IN", "out.pth", "--to", "original"), "unsupported", ["out.pth", ".safetensors"]),
+        (
+            ("IN", "out.safetensors", "--to", "original", "--dtype", "fp8"),
+            "unknown-name",
+            ["--dtype", "fp8", "float32"],
+        ),
+        (("IN", "out.safetensors", "--to", "peft"), "unsupported", ["peft"]),
+        (("IN", "out.safetensors", "--to", "merged"), "unsupported", ["merged"]),
+        (("IN", "out.safetensors", "--to", "difference"), "missing-setting", ["--base"]),
+        (
+            ("IN", "out.safetensors", "--to", "control-lora", "--base", "nano", "--rank", "0"),
+            "out-of-range",
+            ["--rank 0"],
+        ),
+        (("IN", "out.safetensors", "--to", "difference", "--base", "nano"), "incompatible", ["base"]),
+        (("IN", "out.safetensors", "--to", "original", "--base", "nowhere"), "missing-file", ["nowhere", "base"]),
+        (("IN", "out.safetensors", "--to", "full"), "unsupported", ["full"]),
+        (("IN", "IN", "--to", "diffusers"), "wrong-kind", ["canny.safetensors", "diffusers"]),
+        (("nothing.pth", "out.safetensors", "--to", "original"), "missing-file", ["'nothing.pth'"]),
     ],
 )
-def test_bad_input_gets_one_sentence_and_leaves_nothing(file, tmp_path, monkeypatch, capsys, words, facts):
+def test_bad_input_gets_one_sentence_and_leaves_nothing(file, tmp_path, monkeypatch, capsys, words, code, facts):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert run("convert", *(file if word == "IN" else word for word in words)) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("controlkit: ") and err.count("\n") == 1
-    check(err, None, *facts)
+    check(err, code, *facts)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -93,16 +101,16 @@ def test_a_base_control_in_another_type_says_its_own_fingerprint(tiny_base, tmp_
 
 
 @pytest.mark.parametrize(
-    ("words", "facts"),
+    ("words", "code", "facts"),
     [
-        (["--to", "controlkit", "--condition", "cany"], ["'cany'", "did you mean canny"]),
-        (["--to", "diffusers", "--rank", "4"], ["--rank 4", "--to control-lora"]),
-        (["--to", "controlkit", "--base-control", "nano/base"], ["--base-control", "CtrLoRA"]),
+        (["--to", "controlkit", "--condition", "cany"], "unknown-name", ["'cany'", "did you mean canny"]),
+        (["--to", "diffusers", "--rank", "4"], "contradiction", ["--rank 4", "--to control-lora"]),
+        (["--to", "controlkit", "--base-control", "nano/base"], "contradiction", ["--base-control", "CtrLoRA"]),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(file, tmp_path, capsys, words, facts):
+def test_options_that_would_do_nothing_are_refused(file, tmp_path, capsys, words, code, facts):
     assert run("convert", file, tmp_path / "new.safetensors", *words) == 2
-    check(capsys.readouterr().err, None, *facts)
+    check(capsys.readouterr().err, code, *facts)
     assert run("convert", file, file, "--to", "original") == 2
     assert "[would-overwrite]" in capsys.readouterr().err
 
@@ -127,7 +135,7 @@ def test_a_base_control_is_not_written_over_by_what_is_made_of_it(tiny_base, tmp
     before = contents(tmp_path)
     words = ["--base-control", base] if named else []
     assert run("convert", adapter, base, "--to", "merged", *words, *force) == 2
-    check(capsys.readouterr().err, None, base)
+    check(capsys.readouterr().err, "would-overwrite", base)
     assert contents(tmp_path) == before
 
 
@@ -137,7 +145,7 @@ def test_the_weights_of_a_folder_are_not_written_over_by_themselves(file, tmp_pa
     before = contents(tmp_path)
     weights = tmp_path / "cn" / "diffusion_pytorch_model.safetensors"
     assert run("convert", weights, tmp_path / "cn", "--to", "diffusers", "--dtype", "float16", *force) == 2
-    check(capsys.readouterr().err, None, weights)
+    check(capsys.readouterr().err, "would-overwrite", weights)
     assert contents(tmp_path) == before
 
 
@@ -145,7 +153,7 @@ def test_a_base_is_not_written_over(file, base_folder, tmp_path, capsys):
     before = contents(base_folder)
     words = ("--to", "diffusers", "--base", base_folder, "--force")
     assert run("convert", file, base_folder / "unet", *words) == 2
-    check(capsys.readouterr().err, None, base_folder / "unet")
+    check(capsys.readouterr().err, "would-overwrite", base_folder / "unet")
     assert contents(base_folder) == before
 
 
@@ -156,7 +164,7 @@ def test_what_is_there_is_replaced_only_if_that_is_asked_for(file, tmp_path, cap
     (folder / "thesis.txt").write_text("mine")
     before = contents(tmp_path)
     assert run("convert", file, out, "--to", "original") == 2
-    check(capsys.readouterr().err, None, out, "--force")
+    check(capsys.readouterr().err, "would-overwrite", out, "--force")
     assert run("convert", file, folder, "--to", "diffusers") == 2
     assert "[would-overwrite]" in capsys.readouterr().err
     assert contents(tmp_path) == before
@@ -200,4 +208,4 @@ def test_a_shuffle_whose_file_says_nothing_pools(file, tmp_path, tiny_base, base
 def test_what_cannot_pool_is_refused(tiny_base, tmp_path, capsys):
     base = save_control(tmp_path / "base.safetensors", BaseControlNet.for_base(tiny_base), tiny_base)
     assert run("convert", base, tmp_path / "out.safetensors", "--to", "original", "--pooled") == 2
-    check(capsys.readouterr().err, None, "--pooled", "ControlNet")
+    check(capsys.readouterr().err, "contradiction", "--pooled", "ControlNet")

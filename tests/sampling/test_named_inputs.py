@@ -197,9 +197,13 @@ def test_a_request_with_them_survives_json(folder):
             "wrong-type",
             ["boxes.json", "mapping", "edges (image)"],
         ),
-        ({"control": "scene.safetensors", "image": "missing.json"}, None, ["missing.json"]),
-        ({"control": "scene.safetensors", "inputs": {"edges": "gone.png", "boxes": BOXES}}, None, ["gone.png"]),
-        ({"control": "nothing.safetensors", "image": "boxes.json"}, None, ["'nothing.safetensors'"]),
+        ({"control": "scene.safetensors", "image": "missing.json"}, "missing-file", ["missing.json"]),
+        (
+            {"control": "scene.safetensors", "inputs": {"edges": "gone.png", "boxes": BOXES}},
+            "missing-file",
+            ["gone.png"],
+        ),
+        ({"control": "nothing.safetensors", "image": "boxes.json"}, "missing-file", ["'nothing.safetensors'"]),
     ],
 )
 def test_wrong_inputs_are_refused_before_a_base_is_loaded(folder, use, code, facts, monkeypatch):
@@ -260,7 +264,7 @@ def test_what_needs_one_image_is_trained_and_judged_with_one(folder, icons_file,
     evaluate_control(tiny_base, made, [judged], steps=1)
     for system in ("scene", "boxes-pairs"):
         data = {"pairs": "pairs"} if system == "boxes-pairs" else {"icons": str(icons_file), "condition": "canny"}
-        with refused(None, "boxes (value)", "training", "one"):
+        with refused("unsupported", "boxes (value)", "training", "one"):
             objective_of(build_recipe({"system": system, **data, **settings}))
     with refused("unsupported", "a scene", "edges (image)", "one condition image"):
         evaluate_control(tiny_base, load_control("scene.safetensors", tiny_base), [judged], steps=1)
