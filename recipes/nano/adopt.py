@@ -8,11 +8,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pages import Missing, Results, changed_figures
+from figures import Missing, Results
+from pages import changed_figures
 from steps import digest
 from workshop import ASSETS, IMAGES, RESULTS, Workshop
 
 from controlkit.errors import UserError
+from controlkit.formats.metadata import read_metadata
 
 MOST_BYTES = 36_000_000
 """What the assets may take together."""
@@ -68,10 +70,15 @@ def problems(workshop: Workshop) -> list[str]:
     size = sum(path.stat().st_size for path in workshop.assets.rglob("*") if path.is_file())
     if size > MOST_BYTES:
         found.append(f"the assets take {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:g}")
-    for path in sorted((workshop.assets / "controls").rglob("*.safetensors")):
+    controls = workshop.assets / "controls"
+    base_control = controls / "nano" / "base.safetensors"
+    shared = read_metadata(base_control).get("control.fingerprint") if base_control.is_file() else None
+    for path in sorted(controls.rglob("*.safetensors")):
+        name = path.relative_to(controls).with_suffix("").as_posix()
         if not workshop.fit(path)[1]:
-            name = path.relative_to(workshop.assets / "controls").with_suffix("").as_posix()
             found.append(f"the control {name} was trained on another base")
+        elif read_metadata(path).get("control.base_control_fingerprint", shared) != shared:
+            found.append(f"the adapter {name} was trained on another base control")
     return found
 
 

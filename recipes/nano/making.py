@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pages import Results, marked, pages, render, without_figures
+from figures import Results
+from pages import marked, pages, render, without_figures
 from steps import Outcome, Step, digest
 from workshop import ASSETS, NETWORKS, Workshop, assemble_base, made_of_files, parts_of
 
@@ -526,7 +527,7 @@ class Plan:
             what="figures of nano in the pages",
             inputs=tuple(sorted(results)),
             outputs=tuple(staged.values()),
-            settings={"pages": around, "code": digest(Path(__file__).with_name("pages.py"))},
+            settings={"pages": around, "figures": digest(Path(__file__).with_name("figures.py"))},
             run=run,
             minutes=0.1,
             intermediate=True,

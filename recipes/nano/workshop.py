@@ -18,12 +18,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steps import Outcome, digest
 
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, write_json
+
+if TYPE_CHECKING:
+    from controlkit.bases.base import Base
 
 PACKAGE = Path("src/controlkit")
 ASSETS = PACKAGE / "assets"
@@ -340,12 +343,33 @@ def assemble_base(given: Path, shipped: Path, out: Path) -> None:
             else:
                 _replace(path, parts / path.name)
         made = Path(folder) / "made"
-        save_base(load_base(parts), made)
-        for name in ("tokenizer", "scheduler", "model_index.json"):  # as they are, not as this version writes them
-            _replace(parts / name, made / name)
+        base = load_base(parts)
+        _check_parts(base)
+        save_base(base, made)
+        given_networks = {path.name.removesuffix(".safetensors") for path in found} - _AS_THEY_ARE
         for name in NETWORKS:
-            _replace(made / name, out / name)
+            _replace((made if name in given_networks else parts) / name, out / name)
 
+
+def _check_parts(base: Base) -> None:
+    """Call the networks of a base together once.
+
+    Raises:
+        UserError: their shapes do not fit.
+    """
+    import torch
+
+    side = base.size // base.factor
+    latent = torch.zeros(1, base.latent_channels, side, side)
+    try:
+        with torch.no_grad():
+            base.decode(base.predict(latent, torch.tensor([500]), base.encode_text([""])))
+    except RuntimeError as error:
+        raise UserError(f"the parts of the base do not fit each other: {error}") from error
+
+
+_AS_THEY_ARE = {"tokenizer", "scheduler", "model_index.json"}
+"""Parts of a base that are copied; networks are written anew, in fp16."""
 
 _SINGLE = {
     "unet.safetensors": "unet/diffusion_pytorch_model.safetensors",
