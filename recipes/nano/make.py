@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adopt import adopt, changes
-from making import MakeSettings, Plan
+from making import MakeSettings
+from measuring_steps import MeasuringSteps
 from steps import Planned, Records, Step, outdated, plan, plan_table, run_plan
+from training_steps import TrainingSteps
 from workshop import PACKAGE, RESULTS, Workshop
 
 import controlkit
@@ -74,7 +76,7 @@ def make(args: argparse.Namespace, root: Path = ROOT) -> None:
     shop.work.mkdir(parents=True, exist_ok=True)
     with held(shop.work / ".make.lock", "another make is running here; wait for it"):
         shop.prepare(keep_base=args.base != "shipped")
-        steps = Plan(shop, settings, args.base).steps()
+        steps = [*TrainingSteps(shop, settings, args.base).steps(), *MeasuringSteps(shop, settings).steps()]
         records = Records(root, shop.work / "make.json", root / RESULTS / "made.json")
         only, leave = ([name for name in names if name != ADOPT] for names in (args.only, args.leave))
         nothing = bool(args.only) and not only  # adopt alone
