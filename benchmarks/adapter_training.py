@@ -35,7 +35,7 @@ RATE = 1e-4
 
 
 class Side:
-    """A control with an adapter that steers, its optimiser, and what a step reads."""
+    """A control with a trained adapter, its optimiser, and the inputs of a step."""
 
     def __init__(self, base: Base, rank: int, *, fused: bool, bf16: bool = False) -> None:
         self.base = base
@@ -53,10 +53,10 @@ class Side:
 
     def step(self, number: int, z: Tensor, hint: Tensor, text: Text) -> float:
         """One optimiser step from latents, hints and embeddings; returns its loss."""
-        drawn = noised(self.schedule, z, torch_generator(0, number), len(z), slice(None))
+        noisy = noised(self.schedule, z, torch_generator(0, number), len(z), slice(None))
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
-            residuals = self.control(None, drawn.t, text, hint)
-            loss = drawn.loss(self.base.predict(drawn.x_t, drawn.t, text, residuals))
+            residuals = self.control(None, noisy.t, text, hint)
+            loss = noisy.loss(self.base.predict(noisy.x_t, noisy.t, text, residuals))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -96,22 +96,22 @@ def measure_steps(
     condition_images = torch.rand(batch, 3, size, size, generator=generator).to(base.device)
     prompts = [f"thing {number}" for number in range(batch)]
 
-    mine = Side(base, rank, fused=True, bf16=bf16)
-    z, hint = base.encode_image(images * 2 - 1), mine.control.encode(condition_images, base)
+    own = Side(base, rank, fused=True, bf16=bf16)
+    z, hint = base.encode_image(images * 2 - 1), own.control.encode(condition_images, base)
     text = base.encode_text(prompts, (size, size))
-    theirs = Side(as_the_reference(base), rank, fused=False, bf16=bf16)
-    theirs.shared.network.requires_grad_(True)
+    other = Side(as_the_reference(base), rank, fused=False, bf16=bf16)
+    other.shared.network.requires_grad_(True)
     if checkpointing:
-        checkpoint_activations(theirs.base, theirs.control)
+        checkpoint_activations(other.base, other.control)
 
     def reference(number: int) -> float:
         with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16):
-            latents = theirs.base.encode_image(images * 2 - 1).float()
-            hints = theirs.control.encode(condition_images, theirs.base).float()
-            embedded = theirs.base.encode_text(prompts, (size, size))
-        return theirs.step(number, latents, hints, embedded)
+            latents = other.base.encode_image(images * 2 - 1).float()
+            hints = other.control.encode(condition_images, other.base).float()
+            embedded = other.base.encode_text(prompts, (size, size))
+        return other.step(number, latents, hints, embedded)
 
-    ways = {"ours": lambda number: mine.step(number, z, hint, text), "reference": reference}
+    ways = {"ours": lambda number: own.step(number, z, hint, text), "reference": reference}
     return measure.compared_steps(measure.take_turns(ways, rounds, device=base.device, warm_up=warm_up))
 
 

@@ -79,12 +79,12 @@ def batch(folder: Path, count: int, repeats: int) -> dict[str, Any]:
     steps = [rng.integers(count, size=_BATCH) for _ in range(count // _BATCH)]
     cached = CachedRows(Store(spec), keys, _nothing, what="")
     first = seconds(lambda: [cached.gather(step) for step in steps]) / len(steps)  # every row is checked on the way
-    made: dict[str, list[float]] = {"cache": [], "files": []}
+    times: dict[str, list[float]] = {"cache": [], "files": []}
     for _ in range(repeats):
-        made["cache"].append(seconds(lambda: [cached.gather(step) for step in steps]) / len(steps))
-        made["files"].append(seconds(lambda: [_from_files(files, step) for step in steps]) / len(steps))
+        times["cache"].append(seconds(lambda: [cached.gather(step) for step in steps]) / len(steps))
+        times["files"].append(seconds(lambda: [_from_files(files, step) for step in steps]) / len(steps))
     assert np.array_equal(cached.gather(steps[0])["x"], _from_files(files, steps[0]).reshape(_BATCH, -1).view(np.uint8))
-    medians = {name: statistics.median(values) for name, values in made.items()}
+    medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         "rows": count,
         "batch": _BATCH,

@@ -96,10 +96,10 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
         wanted = range(1000 * number, 1000 * number + args.seeds)
         sizes = {"width": size, "height": size, "steps": args.steps}
         with measure.latents_alone(base):
-            drawn = list(sample(base, prompt=prompt, seeds=wanted, uses=[use], guidance=GUIDANCE, **sizes))
-        return torch.cat(drawn) * 2 - 1
+            latents = list(sample(base, prompt=prompt, seeds=wanted, uses=[use], guidance=GUIDANCE, **sizes))
+        return torch.cat(latents) * 2 - 1
 
-    def theirs(number: int, settings: dict[str, Any]) -> Tensor:
+    def pipeline_latents(number: int, settings: dict[str, Any]) -> Tensor:
         wanted = range(1000 * number, 1000 * number + args.seeds)
         return pipeline(
             [prompt] * args.seeds,
@@ -115,11 +115,13 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
         ).images
 
     cases = []
-    for name, (mine, given) in cases_of(layers).items():
+    for name, (own_settings, pipeline_settings) in cases_of(layers).items():
         print(f"{name} ...", flush=True)
         ways = {
-            "ours": lambda number, mine=mine: ours(number, mine),
-            "diffusers": lambda number, given=given: theirs(number, given),
+            "ours": lambda number, settings=own_settings: ours(number, settings),
+            "diffusers": lambda number, pipeline_settings=pipeline_settings: pipeline_latents(
+                number, pipeline_settings
+            ),
         }
         with torch.inference_mode():
             turns = measure.take_turns(ways, args.rounds, device=base.device, warm_up=args.warm_up)

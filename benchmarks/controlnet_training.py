@@ -43,11 +43,11 @@ class Ours:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, fused=True)
 
     def step(self, number: int, z: Tensor, condition_images: Tensor, text: Text) -> float:
-        """One optimiser step from latents, condition condition_images and embeddings; returns its loss."""
-        drawn = noised(self.schedule, z, torch_generator(0, number), len(z), slice(None))
+        """One optimiser step from latents, condition images and embeddings; returns its loss."""
+        noisy = noised(self.schedule, z, torch_generator(0, number), len(z), slice(None))
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
-            residuals = self.control(drawn.x_t, drawn.t, text, self.control.encode(condition_images, self.base))
-            loss = drawn.loss(self.base.predict(drawn.x_t, drawn.t, text, residuals))
+            residuals = self.control(noisy.x_t, noisy.t, text, self.control.encode(condition_images, self.base))
+            loss = noisy.loss(self.base.predict(noisy.x_t, noisy.t, text, residuals))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
@@ -71,18 +71,18 @@ class Script:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             z = vae.encode(images).latent_dist.mode().float() * vae.config.scaling_factor
             embedded = self.base.text_encoder(ids)[0]
-            drawn = noised(self.schedule, z, torch_generator(0, number), len(z), slice(None))
+            noisy = noised(self.schedule, z, torch_generator(0, number), len(z), slice(None))
             down, mid = self.network(
-                drawn.x_t, drawn.t, encoder_hidden_states=embedded, controlnet_cond=condition_images, return_dict=False
+                noisy.x_t, noisy.t, encoder_hidden_states=embedded, controlnet_cond=condition_images, return_dict=False
             )
             predicted = unet(
-                drawn.x_t,
-                drawn.t,
+                noisy.x_t,
+                noisy.t,
                 encoder_hidden_states=embedded,
                 down_block_additional_residuals=down,
                 mid_block_additional_residual=mid,
             ).sample
-            loss = nn.functional.mse_loss(predicted.float(), drawn.target.float())
+            loss = nn.functional.mse_loss(predicted.float(), noisy.target.float())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), CLIP)
         self.optimizer.step()
@@ -112,9 +112,9 @@ def measure_steps(
     prompts = [f"thing {number}" for number in range(batch)]
     ids = token_ids(base.tokenizer, prompts).to(base.device)
     z, text = base.encode_image(images), base.encode_text(prompts, (size, size))
-    mine, script = Ours(base, bf16=bf16), Script(base, bf16=bf16)
+    own, script = Ours(base, bf16=bf16), Script(base, bf16=bf16)
     ways = {
-        "ours": lambda number: mine.step(number, z, condition_images, text),
+        "ours": lambda number: own.step(number, z, condition_images, text),
         "reference": lambda number: script.step(number, images, condition_images, ids),
     }
     return measure.compared_steps(measure.take_turns(ways, rounds, device=base.device, warm_up=warm_up))

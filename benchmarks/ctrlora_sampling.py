@@ -156,7 +156,7 @@ def measure_case(
         device=base.device,
         warm_up=min(warm_up, 1),
     )
-    whole = {
+    image_seconds = {
         "base": _whole(turns, fixed, "base", steps, ["prompts", "decoding"]),
         "reference": _whole(turns, fixed, "reference", steps, ["prompts", "decoding"]),
         "plan": _whole(turns, fixed, "plan", steps, ["prompts", "hints", "decoding"]),
@@ -172,9 +172,9 @@ def measure_case(
         "again_to_base": turns.ratio("again", "base"),
         "seconds_of_fixed_parts": fixed.times(),
         f"counted_for_{WHOLE}_steps": {
-            "seconds": whole,
-            "reference_to_plan": whole["reference"] / whole["plan"],
-            "again_to_base": whole["again"] / whole["base"],
+            "seconds": image_seconds,
+            "reference_to_plan": image_seconds["reference"] / image_seconds["plan"],
+            "again_to_base": image_seconds["again"] / image_seconds["base"],
         },
         "largest_difference_to_plan": {
             way: measure.largest_difference(latents[way], latents["plan"]) for way in ("reference", "again")

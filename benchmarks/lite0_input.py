@@ -54,9 +54,9 @@ def labelled(folder: str) -> tuple[list[Image.Image], list[int]]:
 
 def shown(images: Sequence[Image.Image], side: int) -> Tensor:
     """The middle of each image, `[N, 3, side, side]` in 0-255."""
-    whole, edge = round(side / _CROP), (round(side / _CROP) - side) // 2
+    scaled, edge = round(side / _CROP), (round(side / _CROP) - side) // 2
     middle = (edge, edge, edge + side, edge + side)
-    arrays = [np.array(resize_cover(image, whole, whole).crop(middle)) for image in images]
+    arrays = [np.array(resize_cover(image, scaled, scaled).crop(middle)) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float()
 
 

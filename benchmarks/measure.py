@@ -1,4 +1,4 @@
-"""What the benchmarks share: ways take turns, medians with their spread, outputs compared, one JSON file a run.
+"""Helpers of the benchmarks: interleaved timing, medians with spread, comparison of outputs, one JSON file per run.
 
 A machine is never quite quiet, so the ways of one case are run in turns, in an order that changes from round to round,
 and a ratio is the median of the ratios of the rounds: what slows one round slows both sides of its ratio.
@@ -32,13 +32,13 @@ from controlkit.files import write_json
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SURROUNDINGS = ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_")
-"""Variables of the environment on which times on a CPU depend."""
+"""Environment variables that affect times on a CPU."""
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 
 
 @dataclass
 class Turns:
-    """What came of ways that took turns."""
+    """Times and outputs of interleaved ways."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     """Way -> seconds of each round."""
@@ -66,7 +66,7 @@ def take_turns(
     Args:
         ways: name -> what is timed; work on an accelerator counts until it is done.
     """
-    made = Turns({way: [] for way in ways}, {way: [] for way in ways})
+    turns = Turns({way: [] for way in ways}, {way: [] for way in ways})
     names = list(ways)
     gc.collect()
     for number in range(warm_up + rounds):
@@ -77,9 +77,9 @@ def take_turns(
             output = ways[way](number)
             synchronise(device)
             if number >= warm_up:
-                made.seconds[way].append(time.perf_counter() - started)
-            made.outputs[way].append(output)
-    return made
+                turns.seconds[way].append(time.perf_counter() - started)
+            turns.outputs[way].append(output)
+    return turns
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -88,7 +88,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def synchronise(device: torch.device | str) -> None:
-    """Wait for what was asked of an accelerator."""
+    """Synchronise an accelerator."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -136,7 +136,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its model, as the system tells it."""
+    """Model of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -147,32 +147,32 @@ def processor() -> str:
 
 def parser(description: str | None, *, rounds: int, dtype: bool = True) -> argparse.ArgumentParser:
     """The arguments that every benchmark of a base has."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--base", default="nano", help="nano, a folder, or with --random-weights sd15, sd21, sdxl")
-    made.add_argument("--random-weights", action="store_true", help="of a known base, which costs the same")
-    made.add_argument("--size", type=int, default=None, help="side of the images in pixels (default: the base's)")
-    made.add_argument("--device", default="cpu")
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="nano", help="nano, a folder, or with --random-weights sd15, sd21, sdxl")
+    parser.add_argument("--random-weights", action="store_true", help="a known base with random weights")
+    parser.add_argument("--size", type=int, default=None, help="side of the images in pixels (default: the base's)")
+    parser.add_argument("--device", default="cpu")
     if dtype:
-        made.add_argument("--dtype", choices=DTYPES, default=None, help="default: bf16 on CUDA, else fp32")
-    made.add_argument("--rounds", type=int, default=rounds, help="how often each way is timed")
-    made.add_argument("--warm-up", type=int, default=1, help="rounds before them that are not timed")
-    made.add_argument("--out", type=Path, default=None, help="the JSON file (default: in benchmarks/results)")
-    return made
+        parser.add_argument("--dtype", choices=DTYPES, default=None, help="default: bf16 on CUDA, else fp32")
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed rounds")
+    parser.add_argument("--warm-up", type=int, default=1, help="untimed rounds before them")
+    parser.add_argument("--out", type=Path, default=None, help="the JSON file (default: in benchmarks/results)")
+    return parser
 
 
 def base_of(args: argparse.Namespace) -> Base:
-    """The base that the arguments ask for, in the dtype that they ask for."""
+    """The base and dtype of the arguments."""
     args.dtype = args.dtype or ("bf16" if torch.device(args.device).type == "cuda" else "fp32")
     return load_base(args.base, device=args.device, dtype=DTYPES[args.dtype], random_weights=args.random_weights)
 
 
 def base_in_float32(args: argparse.Namespace) -> tuple[Base, bool]:
     """The base with float32 weights, for training, and whether the arithmetic is bf16."""
-    given = args.dtype or ("bf16" if torch.device(args.device).type == "cuda" else "fp32")
+    dtype = args.dtype or ("bf16" if torch.device(args.device).type == "cuda" else "fp32")
     args.dtype = "fp32"
     base = base_of(args)
-    args.dtype = given
-    return base, given == "bf16"
+    args.dtype = dtype
+    return base, dtype == "bf16"
 
 
 @contextmanager
@@ -215,7 +215,7 @@ def finish(name: str, args: argparse.Namespace, cases: Sequence[Mapping[str, Any
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table that also reads well as it is."""
+    """An aligned Markdown table."""
     texts = [[cell(value) for value in row] for row in rows]
     widths = [max(len(row[place]) for row in [list(columns), *texts]) for place in range(len(columns))]
 
@@ -227,7 +227,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value of a table; a median comes with its spread."""
+    """A table cell; a median with its spread."""
     if isinstance(value, Mapping):
         return f"{value['median']:.3g} ({value['lowest']:.3g} to {value['highest']:.3g})"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

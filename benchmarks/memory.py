@@ -140,7 +140,7 @@ class Built:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimiser changes."""
+        """The trained parameters."""
         return self.control.trainable_parameters()
 
     def modules(self) -> Iterator[nn.Module]:
@@ -229,7 +229,7 @@ def counted(name: str, way: Way, *, size: int, batch: int, rank: int) -> dict[st
 
 
 def measured(name: str, way: Way, *, size: int, batch: int, rank: int) -> dict[str, float]:
-    """Peak in MiB, as CUDA's allocator tells it."""
+    """Peak in MiB by CUDA's allocator."""
     torch.cuda.empty_cache()
     base = load_base(name, device="cuda", random_weights=True)
     built = build(base, way, rank)
@@ -260,14 +260,14 @@ def norms_in_float32() -> Iterator[None]:
     """Norms as autocast has them on CUDA; on the CPU it leaves their dtype alone."""
     group, layer = F.group_norm, F.layer_norm
 
-    def whole(value: Tensor | None) -> Tensor | None:
+    def as_float(value: Tensor | None) -> Tensor | None:
         return value.float() if value is not None and torch.is_autocast_enabled("cpu") else value
 
     def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
-        return group(whole(x), groups, whole(weight), whole(bias), eps)
+        return group(as_float(x), groups, as_float(weight), as_float(bias), eps)
 
     def layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
-        return layer(whole(x), shape, whole(weight), whole(bias), eps)
+        return layer(as_float(x), shape, as_float(weight), as_float(bias), eps)
 
     F.group_norm, F.layer_norm = group_norm, layer_norm
     try:
@@ -316,7 +316,7 @@ def _eight_bit(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 def main() -> None:
     """Measure or count, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="sd15", help="a known base, whose weights are random")
+    parser.add_argument("--base", default="sd15", help="a known base, with random weights")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=128)

@@ -43,7 +43,7 @@ def main() -> None:
         result = measure(Path(folder), args.images, args.size, args.workers, args.repeats)
     print(f"{args.images} images of {args.size} x {args.size}, {args.workers} processes, {args.repeats} repeats")
     for name in ("loop", "engine"):
-        print(f"{name:7} {result[name]:8.1f} pictures/s (median)")
+        print(f"{name:7} {result[name]:8.1f} images/s (median)")
     print(f"ratio   {result['ratio']:8.3f} (engine / loop; by processor time {result['cpu_ratio']:.3f})")
     if args.json:
         write_json(args.json, result)

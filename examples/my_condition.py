@@ -1,9 +1,9 @@
-"""A condition of one's own in one file.
+"""A condition of your own in one file.
 
     export CONTROLKIT_CONDITIONS=examples/my_condition.py
     controlkit condition halftone photo.jpg --out halftone.png
 
-Every verb knows it then: `condition`, `pairs`, `train`, `adapt`, `evaluate`.
+All verbs know it then: `condition`, `pairs`, `train`, `adapt`, `evaluate`.
 """
 
 import cv2
@@ -18,13 +18,13 @@ from controlkit.conditions.fidelity import PSNR
     summary="black dots on white whose size is the image's darkness, as in print",
     aliases=("dots",),
     fidelity=PSNR,
-    draw={"step": uniform_int(4, 12)},
+    random={"step": uniform_int(4, 12)},
     limits={"step": (2, 64)},
 )
 def halftone(image: np.ndarray, *, step: int = 8) -> np.ndarray:
     """Dots on a grid of `step` pixels.
 
-    The parameters after the star become the condition's parameters; `draw` says how training varies them.
+    The keyword-only parameters become the condition's parameters; `random` is their distribution in training.
     """
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     height, width = grey.shape

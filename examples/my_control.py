@@ -1,13 +1,13 @@
-"""A control system of one's own in one file.
+"""A control system of your own in one file.
 
     export CONTROLKIT_CONTROLS=examples/my_control.py
     controlkit inspect modulation --base nano
     controlkit train recipe.yaml                # system: modulation, or modulation-pairs
 
-Every verb knows it then: `train`, `generate`, `evaluate`, `convert`, `inspect`. See docs/systems.md.
+All verbs know it then: `train`, `generate`, `evaluate`, `convert`, `inspect`. See docs/systems.md.
 
-This one scales and shifts the hidden states of the base's decoder, at every place of the image by what the condition
-image has there (after SPADE, Park et al. 2019, arXiv 1903.07291), and the prompt says which features count.
+It scales and shifts the hidden states of the base's decoder at every position of the condition image (after SPADE, Park
+et al. 2019, arXiv 1903.07291); the prompt gates the features.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from controlkit.controls.registry import control
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a recipe may set."""
+    """Recipe settings of a modulation."""
 
     width: int = 32
     """Channels of the features."""
@@ -35,7 +35,7 @@ class Options:
 
 @control
 class Modulation(OneImage):
-    """Condition image and prompt -> a scale and a shift for each number of the decoder's hidden states."""
+    """Condition image and prompt -> a scale and a shift for each hidden state of the decoder."""
 
     kind = "modulation"
     title = "a modulation"
@@ -47,7 +47,7 @@ class Modulation(OneImage):
     formats = (
         renaming(
             name="spade",
-            says="the names of a training script of one's own",
+            description="the names of your own training script",
             title="a modulation",
             prefixes={"features.": "trunk.", "gate.": "text_gate.", "heads.": "spade."},
         ),
@@ -65,14 +65,14 @@ class Modulation(OneImage):
         )
         self.gate = nn.Linear(config["text_width"], width)
         self.heads = nn.ModuleList(nn.Conv2d(width, 2 * channels, 3, padding=1) for channels in config["channels"])
-        for head in self.heads:  # so that a new one changes nothing
+        for head in self.heads:  # a new control leaves the base unchanged
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
-    # What it does
+    # Computation
 
     def encode(self, condition_image: Tensor, base: Base) -> Tensor:
-        """`[B, 3, H, W]` in [0, 1] => `[B, 3 f^2, H / f, W / f]`, as large as the latent."""
+        """`[B, 3, H, W]` in [0, 1] => `[B, 3 f^2, H / f, W / f]`, the size of the latent."""
         return pixel_unshuffle(condition_image, base.factor).to(self.gate.weight)
 
     def taps(self, base: Base, x_t: Tensor, t: Tensor, text: Text, hint: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Modulation(OneImage):
             scale, shift = head(adaptive_avg_pool2d(features, stream.shape[2:])).chunk(2, 1)
             return stream * scale + shift
 
-        # `head` is bound now, as a default: the loop goes on.
+        # The default argument binds `head` per iteration.
         return {
             f"decoder.{place}": lambda stream, head=head: modulate(stream, head)
             for place, head in enumerate(self.heads)
@@ -92,7 +92,7 @@ class Modulation(OneImage):
     def trainable_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())
 
-    # How it is built
+    # Construction
 
     @classmethod
     def for_base(cls, base: Base, condition: str | None = None, *, width: int = 32, **options: Any) -> Modulation:
@@ -113,7 +113,7 @@ class Modulation(OneImage):
 
     @classmethod
     def config_of(cls, tensors: Mapping[str, Tensor], unet_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Its shapes say all of it, so that files without metadata can be read."""
+        """Inferred from shapes, so that files without metadata can be read."""
         heads = sum(name.startswith("heads.") and name.endswith(".weight") for name in tensors)
         width, hint_channels = tensors["features.0.weight"].shape[:2]
         return {
@@ -128,14 +128,14 @@ class Modulation(OneImage):
         return {"features.0.weight", "gate.weight", "heads.0.weight"} <= set(tensors)
 
     def incompatibility(self, base: Base) -> str | None:
-        mine, theirs = self.config()["channels"], _decoder_of(base)
-        if mine != theirs:
-            return f"its decoder has blocks of {mine} channels, the base's of {theirs}"
-        mine, theirs = self.gate.in_features, base.unet.config.cross_attention_dim
-        return None if mine == theirs else f"it reads text of width {mine}, the base's has {theirs}"
+        channels, base_channels = self.config()["channels"], _decoder_of(base)
+        if channels != base_channels:
+            return f"its decoder channels: {channels}, the base's: {base_channels}"
+        width, base_width = self.gate.in_features, base.unet.config.cross_attention_dim
+        return None if width == base_width else f"its text width: {width}, the base's: {base_width}"
 
 
 def _decoder_of(base: Base) -> list[int]:
-    """Channels of the stream before each block of the decoder; a base names where taps may hang."""
+    """Channels of the stream before each decoder block, from the base's points."""
     points = [point for name, point in base.points.items() if name.startswith("decoder.")]
     return [point.channels for point in points if point.channels is not None]

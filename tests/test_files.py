@@ -1,4 +1,4 @@
-"""Files are whole or absent."""
+"""Files are complete or absent."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from controlkit.files import (
     write_atomically,
     write_json,
 )
+from refusals import refused
 
 
 def names(folder):
@@ -61,11 +62,11 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path, error, before):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "x.txt", tmp_path / "file" / "deeper" / "x.txt"):
-        with pytest.raises(UserError, match=r"cannot write .*x\.txt.*choose a folder"):
+        with refused("write-failed", path):
             write_atomically(path, lambda temporary: temporary.write_text("new"))
-    with pytest.raises(UserError, match="cannot write to the folder"):
+    with refused("write-failed", tmp_path / "file" / "out"):
         writable_folder(tmp_path / "file" / "out")
-    with pytest.raises(UserError, match="cannot write"):
+    with refused("write-failed", tmp_path):
         write_atomically(tmp_path, lambda temporary: temporary.write_text("over a folder"))
     assert names(tmp_path) == ["file"]
 
@@ -133,7 +134,7 @@ def test_a_full_disk_is_said_in_words_for_weights_too(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_text("old")
     done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True)
-    assert "UserError: cannot write" in done.stderr.strip().splitlines()[-1]
+    assert f"UserError: cannot write {path}" in done.stderr.strip().splitlines()[-1]
     assert names(tmp_path) == ["x.safetensors"]
     assert path.read_text() == "old"
 
@@ -154,13 +155,13 @@ def test_json_that_cannot_be_written_leaves_nothing(tmp_path):
 def test_what_is_not_json_is_said_in_words(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="not a JSON file"):
+    with refused("damaged-file", path):
         read_json(path)
 
 
 def test_missing_json_is_said_in_words(tmp_path):
-    for path in (tmp_path / "nothing.json", tmp_path):
-        with pytest.raises(UserError, match="cannot read"):
+    for path, code in ((tmp_path / "nothing.json", "missing-file"), (tmp_path, "unreadable-file")):
+        with refused(code, path):
             read_json(path)
 
 
@@ -177,8 +178,8 @@ def test_nearest_names():
 
 def test_what_is_no_ordinary_file_is_never_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path, says in ((tmp_path / "pipe", "no ordinary file"), (tmp_path, "a folder")):
-        with pytest.raises(UserError, match=says):
+    for path, kind in ((tmp_path / "pipe", "not a regular file"), (tmp_path, "a folder")):
+        with refused("write-failed", path, kind):
             write_atomically(path, lambda temporary: temporary.write_text("x"))
     assert (tmp_path / "pipe").is_fifo()
 

@@ -1,4 +1,4 @@
-r"""Draw the images that nano is judged on, from rendered icons, into the package.
+r"""Write the evaluation images of nano into the package, from rendered icons.
 
 python recipes/nano/build_evaluation.py data/nano/icons.npz recipes/nano/concepts.txt \
     src/controlkit/assets/evaluation/nano.npz

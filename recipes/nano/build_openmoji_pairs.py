@@ -1,4 +1,4 @@
-"""Write pairs of OpenMoji's black line art and its coloured twin, for `controlkit adapt` and `controlkit study`.
+"""Write pairs of OpenMoji's black line art and its coloured emoji, for `controlkit adapt` and `controlkit study`.
 
 npm pack openmoji
 python recipes/nano/build_openmoji_pairs.py openmoji-17.0.0.tgz data/openmoji-pairs

@@ -1,14 +1,14 @@
-"""Choose the concepts that nano's text is trained on: those whose images in the four sets look alike.
+"""Choose the concepts of nano's text training: those whose images in the four sets look alike.
 
     python recipes/nano/choose_concepts.py data/nano/icons.npz recipes/nano/concepts.txt
 
-A concept that every set draws in another way (a hotel, a satellite) cannot be learned from four images, and the hours
-that go into it are taken from the others. For each image of a concept, its own concept's image in another set is
-looked for among all concepts there, by EfficientNet-Lite0 features; a concept is chosen if it is among the five nearest
-in half of these twelve searches. The concepts of the grid in the README are always chosen. Held-out concepts never are.
+A concept that looks different in every set (a hotel, a satellite) cannot be learned from four images, and takes
+training time from the others. For each image of a concept, the images of another set are ranked by distance in
+EfficientNet-Lite0 features; a concept is chosen if its own image there is among the nearest five in half of these
+twelve rankings. The concepts of the grid in the README are always chosen, held-out concepts never.
 
-`recipes/nano/concepts.txt`, on which nano was trained, was chosen when the features were made with ImageNet's mean and
-deviation as input (docs/nano.md); this script may choose others now.
+`recipes/nano/concepts.txt`, on which nano was trained, was chosen with features of inputs normalised by ImageNet's mean
+and deviation (docs/nano.md); this script may choose others now.
 """
 
 from __future__ import annotations

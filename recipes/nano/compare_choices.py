@@ -1,4 +1,4 @@
-"""Choices for nano's text encoder and UNet, each trained for the same processor time and judged in the same way.
+"""Design choices of nano's text encoder and UNet, trained for the same processor time and evaluated the same way.
 
     python recipes/nano/compare_choices.py --seconds 720
     python recipes/nano/compare_choices.py --seconds 720 --only as-it-is,8x8
@@ -42,7 +42,7 @@ from torch.nn import functional
 from controlkit.bases.load import load_base
 from controlkit.evaluation.features import lite0_features
 from controlkit.evaluation.metrics import retrieval_accuracy
-from controlkit.evaluation.sampling import draw_prompts
+from controlkit.evaluation.sampling import generate_uncontrolled
 from controlkit.files import write_json
 from controlkit.nano.base_objective import BaseObjective
 from controlkit.nano.icons import TRAINED_STYLES, IconSets, caption_of, draw, read_concepts
@@ -175,7 +175,7 @@ class Trial(BaseObjective):
         rng = np.random.default_rng(6)
         drawings = [draw(icon, rng, least_scale=self.recipe.least_scale) for icon in found]
         gallery = lite0_features([drawing.image for drawing in drawings])
-        made = lite0_features(draw_prompts(self._base(), [drawing.caption for drawing in drawings], 20, 3.0))
+        made = lite0_features(generate_uncontrolled(self._base(), [drawing.caption for drawing in drawings], 20, 3.0))
         concepts = [drawing.concept for drawing in drawings]
         return retrieval_accuracy(made, concepts, gallery, concepts)
 

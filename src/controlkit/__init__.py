@@ -1,13 +1,11 @@
-"""controlkit: make, train, run and judge spatial controls for text-to-image diffusion models.
+"""controlkit: spatial control of text-to-image diffusion models: make pairs, train, sample, evaluate.
 
     import controlkit as ck
 
-    drawn = ck.generate(
-        ck.GenerateRequest(prompt="a red apple", controls=(ck.ControlUse(control="canny", image="apple.png"),))
-    )
-    drawn.save("images")
+    request = ck.GenerateRequest(prompt="a red apple", controls=(ck.ControlUse(control="canny", image="apple.png"),))
+    ck.generate(request).save("images")
 
-Names are loaded when they are first used, so that importing the package costs nothing.
+Names are imported on first use, so importing the package is fast.
 """
 
 from importlib import import_module
@@ -105,7 +103,7 @@ __all__ = [
 
 
 _FORMER = {"judged_pairs": "pairs_eval_set", "list_pictures": "list_images", "read_drawn": "read_settings"}
-"""Names of earlier versions, which go on working -> today's."""
+"""Former name, still accepted -> name."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
-"""The one error that a person can fix, and its codes."""
+"""`UserError`, the error for anything the user can fix, and its stable codes."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Code = Literal[
     "bad-data",
@@ -15,6 +15,7 @@ Code = Literal[
     "empty-data",
     "in-use",
     "incompatible",
+    "interrupted",
     "missing-companion",
     "missing-file",
     "missing-package",
@@ -30,6 +31,7 @@ Code = Literal[
     "unreadable-file",
     "unsafe-pickle",
     "unsupported",
+    "upload-failed",
     "usage",
     "would-overwrite",
     "write-failed",
@@ -37,34 +39,53 @@ Code = Literal[
     "wrong-size",
     "wrong-type",
 ]
-"""What went wrong, in a word that scripts can rely on; docs/errors.md explains each."""
+"""Stable names for scripts; docs/errors.md explains each."""
 
 CODES: tuple[Code, ...] = get_args(Code)
 
 
 class UserError(Exception):
-    """An input that cannot be used.
+    """Invalid input that the user can fix.
 
     Args:
-        message: one plain sentence, or one a line: what was given, what was expected, what to do. The command line
-            prints it without a traceback and exits with code 2.
-        code: what kind of error it is. It stays the same when the wording changes.
+        message: one sentence, or one per line: what was given, what was expected, what to do. The command line prints
+            it without a traceback and exits with code 2.
+        code: the kind of error. It stays the same when the wording changes.
     """
 
-    def __init__(self, message: str, code: Code | None = None) -> None:
+    def __init__(self, message: str, code: Code) -> None:
         super().__init__(message)
         self.code = code
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, Code]]:
+        return type(self), (str(self), self.code)  # by default, unpickling in another process loses the code
+
+
+class Interrupted(UserError):
+    """Work that a signal stopped and that the same command resumes.
+
+    Args:
+        message: as of `UserError`.
+        signal: number of the signal. The command line exits with 128 + signal.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message, "interrupted")
+        self.signal = signal
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.signal)
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice; on the CPU torch says so by a plain RuntimeError."""
-    # By its name, since this is used where torch has not been imported.
+    """Whether an error means out of memory; on the CPU torch raises a plain RuntimeError."""
+    # By name: this is also called where torch has not been imported.
     accelerator = type(error).__name__ == "OutOfMemoryError"
     return accelerator or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """``'; did you mean a, b?'`` for names close to `name`, else every known name."""
+    """``'; did you mean a, b?'`` for names close to `name`, else all known names."""
     from difflib import get_close_matches
 
     close = get_close_matches(name, known, n=3, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""Writing files so that they are whole or absent, and reading what people bring."""
+"""Atomic writes, output folders, locks, hashes, and tolerant reading of JSON and text."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from controlkit.errors import UserError
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Call `write` on a temporary path beside `path`, flush it to disk, and rename it over `path`.
+    """Call `write` on a temporary path beside `path`, flush to disk, then rename over `path`.
 
-    A reader, or a run that is killed in the middle, sees the old file or the new one, never a part.
+    Readers see the old file or the new one, never a part, even if the process is killed while writing.
 
     Raises:
-        UserError: the folder cannot be written or the disk is full; nothing is left behind.
+        UserError: the folder is not writable or the disk is full; nothing is left behind.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise UserError(f"cannot write {path}: {'it is a folder' if path.is_dir() else 'it is no ordinary file'}")
+        kind = "a folder" if path.is_dir() else "not a regular file"
+        raise UserError(f"cannot write {path}: it is {kind}; choose another name", "write-failed")
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {reason}; choose a folder that can be written") from error
+        raise UserError(f"cannot write {path}: {reason}; choose a writable folder", "write-failed") from error
     finally:
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -51,16 +52,16 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Remove the temporary files of processes that were killed while they wrote `path`."""
+    """Remove temporary files of processes that were killed while writing `path`."""
     path = Path(path)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*{path.suffix}"):
-        left.unlink(missing_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{path.suffix}"):
+        leftover.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    if any(0xD800 <= ord(letter) < 0xE000 for letter in text):  # of a file's name that is not text
+    if any(0xD800 <= ord(letter) < 0xE000 for letter in text):  # surrogates of a file name that is not UTF-8
         text = json.dumps(value, indent=2)
     write_atomically(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
@@ -69,75 +70,81 @@ def read_json(path: str | Path) -> Any:
     """The JSON value in `path`.
 
     Raises:
-        UserError: the file is missing or is not JSON.
+        UserError: the file is missing, unreadable or not JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}", "missing-file") from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}", "unreadable-file") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not a JSON file ({error})") from error
+        raise UserError(f"{path} is not a JSON file ({error})", "damaged-file") from error
 
 
 def decode_text(data: bytes) -> str:
-    """Text as people's editors save it: UTF-8 with or without a byte order mark, or UTF-16 with one.
+    """Decode UTF-8 with or without a byte order mark, or UTF-16 with one: what common editors save.
 
     Raises:
-        UnicodeDecodeError: (a ValueError) it is neither.
+        UnicodeDecodeError: (a ValueError) neither encoding fits.
     """
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if utf16 else "utf-8-sig")
 
 
-def whole_text(text: str, what: str) -> str:
-    """`text`, if it can be written.
+def valid_text(text: str, what: str) -> str:
+    """`text`, checked to be encodable as UTF-8.
 
     Args:
-        what: what the error calls it.
+        what: its name in the error.
 
     Raises:
-        UserError: it holds half a character, as cut text does.
+        UserError: it has an unpaired surrogate, usually from text cut inside a character.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{what} {text!r} is not whole text ({error.reason}); remove what was cut") from error
+        raise UserError(
+            f"{what} {text!r} is not valid text ({error.reason}); remove the broken character", "bad-data"
+        ) from error
     return text
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """The file itself, or every file of a folder."""
+    """The file itself, or every file below a folder."""
     path = Path(path)
-    return [one for one in path.rglob("*") if one.is_file()] if path.is_dir() else [path]
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
 
 
-def refuse_replacing(written: Iterable[Path], read: Iterable[Path], *, force: bool) -> None:
-    """Refuse to write over a file that is read for it, and over any other unless `force`.
+def check_overwrite(written: Iterable[Path], read: Iterable[Path], *, force: bool) -> None:
+    """Refuse to overwrite an input file, and any other existing file unless `force`.
 
     Args:
-        written: files that are going to be written.
-        read: files that what is written is made from.
+        written: output files.
+        read: input files.
 
     Raises:
         UserError: names the file.
     """
-    there = [path for path in written if path.exists()]
-    for given in filter(Path.exists, read):
-        for path in there:
-            if path.samefile(given):
-                raise UserError(f"{path} would be written over, and it is read for this; write somewhere else")
-    if there and not force:
-        raise UserError(f"{there[0]} is there already; write somewhere else, or give --force to replace it")
+    existing = [path for path in written if path.exists()]
+    for source in filter(Path.exists, read):
+        for path in existing:
+            if path.samefile(source):
+                raise UserError(f"{path} is an input and would be overwritten; choose another --out", "would-overwrite")
+    if existing and not force:
+        raise UserError(
+            f"{existing[0]} already exists; choose another --out, or pass --force to replace it", "would-overwrite"
+        )
 
 
 def writable_folder(path: str | Path, advice: str = "give --out another folder") -> Path:
-    """`path` as a folder that exists and takes files.
+    """Create the folder `path` if needed and check that it is writable, before any work is done for it.
 
     Args:
-        advice: what the error tells to do.
+        advice: what to do, at the end of the error.
 
     Raises:
-        UserError: it cannot be made or written, said before any work is done for it.
+        UserError: it cannot be created or written.
     """
     path = Path(path)
     try:
@@ -145,15 +152,17 @@ def writable_folder(path: str | Path, advice: str = "give --out another folder")
         with tempfile.NamedTemporaryFile(dir=path, prefix=".controlkit-"):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to the folder {path}: {error.strerror or error}; {advice}") from error
+        raise UserError(
+            f"cannot write to the folder {path}: {error.strerror or error}; {advice}", "write-failed"
+        ) from error
     return path
 
 
 def numbered_folder(parent: str | Path) -> Path:
-    """Make a folder in `parent` that is called by the number after the largest one there, from `001` on.
+    """Create the next numbered folder in `parent`: `001`, or one more than the largest number there.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be created.
     """
     parent = writable_folder(parent)
     number = max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=0)
@@ -162,22 +171,22 @@ def numbered_folder(parent: str | Path) -> Path:
         path = parent / f"{number:03d}"
         try:
             path.mkdir()
-        except FileExistsError:  # of a process that began at the same moment
+        except FileExistsError:  # another process was faster
             continue
         except OSError as error:
-            raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from error
+            raise UserError(f"cannot create the folder {path}: {error.strerror or error}", "write-failed") from error
         return path
 
 
 @contextlib.contextmanager
 def output_folder(path: str | Path | None, numbered_in: str | Path = ".") -> Iterator[Path]:
-    """A block that writes into the folder `path`; if it fails, a folder that it made and left empty is removed.
+    """Context manager for an output folder; on failure, a new folder that is still empty is removed.
 
     Args:
-        path: the folder; None for a new one in `numbered_in`, called by the next number.
+        path: the folder; None for the next numbered one in `numbered_in`.
 
     Raises:
-        UserError: the folder cannot be written, said before the block begins.
+        UserError: the folder is not writable; raised before the block begins.
     """
     existed = path is not None and Path(path).exists()
     path = numbered_folder(numbered_in) if path is None else writable_folder(path)
@@ -191,30 +200,30 @@ def output_folder(path: str | Path | None, numbered_in: str | Path = ".") -> Ite
 
 
 @contextlib.contextmanager
-def held(lock: Path, refusal: str) -> Iterator[None]:
-    """A block in which this process alone holds the file `lock`; a process that is killed lets it go.
+def locked(path: Path, message: str) -> Iterator[None]:
+    """Context manager that holds the lock file `path`; the lock ends with the process.
 
     Raises:
-        UserError: another process holds it; says `refusal`.
+        UserError: another process holds it; the text is `message`.
     """
-    holding = FileLock(lock, timeout=0)
+    lock = FileLock(path, timeout=0)
     try:
-        holding.acquire()
+        lock.acquire()
     except Timeout as error:
-        raise UserError(refusal) from error
+        raise UserError(message, "in-use") from error
     try:
         yield
     finally:
-        holding.release()
+        lock.release()
 
 
 def sha256_of(*parts: bytes | str) -> str:
-    """Hex SHA-256 of the parts, each preceded by its length so that boundaries count."""
+    """Hex SHA-256 of the parts, each prefixed with its length so that boundaries count."""
     return sha256_of_all(parts)
 
 
 def sha256_of_all(parts: Iterable[bytes | str]) -> str:
-    """`sha256_of`, taking one part after another, so that they need not fit into memory together."""
+    """`sha256_of` for a stream of parts that need not fit into memory together."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part

@@ -1,7 +1,7 @@
-"""Images at the edge of the networks: PIL images in RGB, `uint8` arrays `[H, W, 3]`, and tensors.
+"""Read, convert and write images: RGB PIL images, `uint8` arrays `[H, W, 3]`, and tensors `[B, 3, H, W]`.
 
-Outside the networks an image is a PIL image or a `uint8` array. Inside, images are tensors in [-1, 1] and
-condition images are tensors in [0, 1], both `[B, 3, H, W]`.
+Outside the networks an image is a PIL image or a `uint8` array. Inside, images are in [-1, 1] and condition images in
+[0, 1].
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ MAX_PIXELS = 8192 * 8192
 
 
 def read_image(path: str | Path, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """The image in `path` as RGB, upright.
+    """Read `path` as upright sRGB.
 
-    EXIF rotation is applied, an embedded ICC profile is converted to sRGB, transparent pixels are laid over
-    `background`, palettes and greyscale are expanded. Of several frames the first is taken. 16-bit greyscale and
-    fractions from 0 to 1 are scaled to 8 bits; whole numbers up to 255 stay as they are.
+    EXIF rotation is applied, an embedded ICC profile is converted to sRGB, transparent pixels are composited over
+    `background`, palettes and greyscale are expanded. Of several frames the first is used. 16-bit greyscale and
+    floats in [0, 1] are scaled to 8 bits; integer values up to 255 are kept.
 
     Raises:
-        UserError: the file is missing, empty, torn, not an image, larger than `MAX_PIXELS`, or its numbers have no one
-            meaning as an image (`to_rgb`).
+        UserError: the file is missing, empty, truncated, not an image, larger than `MAX_PIXELS`, or its value range is
+            ambiguous (`to_rgb`).
     """
     return decode_rgb(read_bytes(path), str(path), background)
 
@@ -49,20 +49,20 @@ def read_bytes(path: str | Path) -> bytes:
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"there is no image at {path}: it is a folder; give the name of one image")
+        raise UserError(f"there is no image at {path}: it is a folder; give the name of one image", "unreadable-file")
     if not path.is_file():
-        raise UserError(f"there is no image at {path}")
+        raise UserError(f"there is no image at {path}", "missing-file")
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}", "unreadable-file") from error
 
 
 def decode_rgb(data: bytes, name: str, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """The image in the bytes of a file as `read_image` gives it.
+    """Decode the bytes of an image file as `read_image` does.
 
     Args:
-        name: what errors call it.
+        name: its name in errors.
 
     Raises:
         UserError: as `read_image`.
@@ -71,16 +71,16 @@ def decode_rgb(data: bytes, name: str, background: tuple[int, int, int] = (255, 
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """The image in the bytes of a file, in whatever mode it has; `to_rgb` makes it upright and RGB.
+    """Decode the bytes of an image file in its own mode; `to_rgb` makes it upright and RGB.
 
     Args:
-        name: what errors call it.
+        name: its name in errors.
 
     Raises:
-        UserError: the bytes are none, torn, not an image, or of one larger than `MAX_PIXELS`.
+        UserError: the bytes are empty, truncated, not an image, or an image larger than `MAX_PIXELS`.
     """
     if not data:
-        raise UserError(f"{name} is empty (0 bytes), not an image")
+        raise UserError(f"{name} is empty (0 bytes), not an image", "bad-image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -88,37 +88,39 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise UserError(
-                f"{name} is {width} x {height}, more than the {MAX_PIXELS // 2**20} megapixels that are read;"
-                " make it smaller"
+                f"{name} is too large: {width} x {height}, at most {MAX_PIXELS // 10**6} megapixels; make it smaller",
+                "bad-image",
             )
         image.load()
     except UnidentifiedImageError as error:
-        raise UserError(f"{name} is not an image in a format that is read (PNG, JPEG, WebP, ...)") from error
+        raise UserError(f"{name} is not an image in a supported format (PNG, JPEG, WebP, ...)", "bad-image") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{name} is too large to be read (over 67 megapixels); make it smaller") from error
+        raise UserError(
+            f"{name} is too large: at most {MAX_PIXELS // 10**6} megapixels; make it smaller", "bad-image"
+        ) from error
     except (OSError, SyntaxError, ValueError, EOFError, NotImplementedError) as error:
-        raise UserError(f"{name} is torn or damaged and cannot be read ({error})") from error
+        raise UserError(f"{name} is truncated or damaged ({error})", "bad-image") from error
     return image
 
 
 def to_rgb(
     image: Image.Image, background: tuple[int, int, int] = (255, 255, 255), name: str = "the image"
 ) -> Image.Image:
-    """`image` upright and in sRGB; see `read_image` for how other modes are converted.
+    """Convert to upright sRGB; see `read_image` for how other modes are handled.
 
     Args:
-        name: what errors call it.
+        name: its name in errors.
 
     Raises:
-        UserError: its numbers have no one meaning as an image: fractions outside [0, 1], whole numbers below 0 or above
-            65535, NaN.
+        UserError: the value range is ambiguous: non-integer values outside [0, 1], integers below 0 or above 65535,
+            NaN or Inf.
     """
     image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image, name)
     alpha = None
     if image.has_transparency_data:
-        # Colours are converted without their alpha, which is no colour.
+        # The ICC transform applies to the colour channels alone.
         image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
         alpha = image.getchannel("A")
         image = image.getchannel("L") if image.mode == "LA" else image.convert("RGB")
@@ -130,18 +132,24 @@ def to_rgb(
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """An image of 16 or 32 bits a pixel (`I;16`, `I`, `F`) as `L`, or `LA` if one grey level is transparent."""
+    """Scale 16 or 32 bits per pixel (`I;16`, `I`, `F`) to `L`, or `LA` if one grey level is transparent."""
     values = np.asarray(image, dtype=np.float64)
     low, high = values.min(initial=0), values.max(initial=0)
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise UserError(f"{name} holds NaN or infinite values; replace them before it is used as an image")
-    whole = image.mode != "F"
-    if low < 0 or high > (65535 if whole else 255) or not (whole or high <= 1 or (values == values.round()).all()):
-        kind = "32-bit integers" if whole else "fractions"
-        read = "0 to 255, or 0 to 65535 for 16 bits," if whole else "0 to 1, or whole numbers up to 255,"
-        raise UserError(f"{name} holds {kind} from {low:g} to {high:g}; {read} are read: scale it to 8 bits first")
-    # Fractions up to 1 are as in depth maps.
-    white = 65535 if image.mode.startswith("I;16") or high > 255 else 255 if whole or high > 1 else 1
+        raise UserError(f"{name} contains NaN or Inf; replace these values", "bad-image")
+    integers = image.mode != "F"
+    if (
+        low < 0
+        or high > (65535 if integers else 255)
+        or not (integers or high <= 1 or (values == values.round()).all())
+    ):
+        kind = "32-bit integers" if integers else "floats"
+        expected = "0 to 255, or 0 to 65535 for 16 bits" if integers else "0 to 1, or integer values up to 255"
+        raise UserError(
+            f"{name} has {kind} from {low:g} to {high:g}; expected {expected}: scale it to 8 bits first", "bad-image"
+        )
+    # Floats up to 1 are what depth maps hold.
+    white = 65535 if image.mode.startswith("I;16") or high > 255 else 255 if integers or high > 1 else 1
     grey = Image.fromarray((values / (white / 255) + 0.5).astype(np.uint8), mode="L")
     key = image.info.get("transparency")
     if isinstance(key, int):
@@ -151,35 +159,35 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
 
 
 def keeps_colours(image: Image.Image) -> bool:
-    """Whether an image's numbers are sRGB as they are: it has no ICC profile, or one of sRGB itself."""
+    """Whether the pixel values are sRGB already: no ICC profile, or one of sRGB itself."""
     return _conversion(image) is None
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """`image`, without alpha, as RGB in sRGB, by its embedded ICC profile."""
+    """Convert an image without alpha to sRGB by its embedded ICC profile."""
     conversion = _conversion(image)
     if conversion is None:
         return image.convert("RGB")
     mode, transform = conversion
-    made = ImageCms.applyTransform(image if image.mode == mode else image.convert(mode), transform)
-    assert made is not None
-    return made
+    converted = ImageCms.applyTransform(image if image.mode == mode else image.convert(mode), transform)
+    assert converted is not None
+    return converted
 
 
 _PROFILE_MODES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK", b"Lab ": "LAB"}
-"""Colour space in the header of an ICC profile -> mode of the images that it is for."""
+"""Colour space in the header of an ICC profile -> mode of its images."""
 _NEAR = 2
-"""Of 255: a profile that changes no colour more is one of sRGB, of which there are several; pixels are then kept."""
+"""Of 255. A profile that changes no colour by more is a variant of sRGB, and the pixels are kept."""
 
 
 def _conversion(image: Image.Image) -> tuple[str, ImageCms.ImageCmsTransform] | None:
-    """The mode and the transform by which `image` becomes sRGB; None where its numbers are sRGB already, or its profile
-    is damaged or of another kind of image."""
+    """Mode and transform that take `image` to sRGB; None where it is sRGB already, or its profile is damaged or for
+    another kind of image."""
     profile = image.info.get("icc_profile") if isinstance(image.info, dict) else None
     mode = _PROFILE_MODES.get(profile[16:20]) if isinstance(profile, bytes) else None
-    if image.mode == "LAB" and mode != "LAB":  # which is not RGB, whatever its profile says
+    if image.mode == "LAB" and mode != "LAB":  # not RGB, whatever the profile says
         mode, profile = "LAB", _lab_profile()
-    # An RGB profile holds for grey, too: its tone curve. A palette is one of RGB.
+    # An RGB profile also applies to grey (its tone curve) and to palettes, which are RGB.
     fits = {"RGB": image.mode not in ("CMYK", "LAB"), "L": image.mode in ("1", "L", "LA", "La")}
     if mode is None or not isinstance(profile, bytes) or not fits.get(mode, image.mode == mode):
         return None
@@ -189,7 +197,7 @@ def _conversion(image: Image.Image) -> tuple[str, ImageCms.ImageCmsTransform] | 
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From the colours of an ICC profile to sRGB; None if that changes nothing, or the profile is damaged."""
+    """Transform from an ICC profile to sRGB; None if it changes nothing, or the profile is damaged."""
     try:
         transform = ImageCms.buildTransform(
             ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), mode, "RGB"
@@ -199,9 +207,9 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         levels = np.arange(0, 256, 51 if mode == "RGB" else 1, dtype=np.uint8)
         grid = np.stack(np.meshgrid(*[levels] * len(mode)), axis=-1).reshape(1, -1, len(mode))
         colours = Image.fromarray(grid if mode == "RGB" else grid[..., 0])
-        made = ImageCms.applyTransform(colours, transform)
-        assert made is not None
-        change = np.abs(np.asarray(made, np.int16) - np.asarray(colours.convert("RGB"), np.int16)).max()
+        converted = ImageCms.applyTransform(colours, transform)
+        assert converted is not None
+        change = np.abs(np.asarray(converted, np.int16) - np.asarray(colours.convert("RGB"), np.int16)).max()
         return None if change <= _NEAR else transform
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
@@ -209,44 +217,44 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 @lru_cache(maxsize=1)
 def _lab_profile() -> bytes:
-    """Of CIE L*a*b*, which TIFF files in Lab need not embed."""
+    """The ICC profile of CIE L*a*b*; TIFF files in Lab need not embed one."""
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
 
 
 _SEQUENCES = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
-"""Formats whose frames are images of their own. (Those of MPO are a photo's gain map, those of PSD its layers.)"""
+"""Formats whose frames are separate images. (The frames of MPO are gain maps, those of PSD are layers.)"""
 
 
 def sequence_note(data: bytes, name: str) -> list[str]:
-    """A note if the bytes of an image's file hold several frames or pages, of which only the first is read."""
+    """A note if an image file has several frames or pages, of which only the first is used."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
             several = image.format in _SEQUENCES and getattr(image, "is_animated", False)
-    except Exception:  # whatever it is, decode_image says it
+    except Exception:  # decode_image reports it
         return []
     return [f"{name} has several frames; only the first is used"] if several else []
 
 
 def is_flat(image: np.ndarray) -> bool:
-    """Whether an image `uint8 [H, W, 3]` is one colour all over, give or take 2 of 255 (as JPEG leaves it)."""
+    """Whether an image `uint8 [H, W, 3]` is a single colour, within 2 of 255 (JPEG noise)."""
     return bool(np.ptp(image, axis=(0, 1)).max(initial=0) <= _NEAR)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """`image` turned as its EXIF block says; a damaged block says nothing."""
+    """Apply EXIF rotation; a damaged EXIF block is ignored."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # Pillow's parsers raise whatever a damaged block makes them stumble over
+    except Exception:  # Pillow's parsers raise all kinds of errors on a damaged block
         return image
 
 
 def resize_cover(image: Image.Image, width: int, height: int, *, nearest: bool = False) -> Image.Image:
-    """`image` scaled to cover `width` x `height` and cropped around its centre.
+    """Scale `image` to cover `width` x `height` and crop at the centre.
 
     Args:
-        nearest: keep colours as they are, for maps whose colours are labels.
+        nearest: nearest-neighbour resampling, for maps whose colours are labels.
     """
     if image.size == (width, height):
         return image
@@ -255,7 +263,7 @@ def resize_cover(image: Image.Image, width: int, height: int, *, nearest: bool =
 
 
 def write_png(path: str | Path, image: Image.Image, text: dict[str, str] | None = None) -> None:
-    """Write `image` as PNG with `text` in its text chunks, atomically."""
+    """Write a PNG atomically, with `text` in its text chunks."""
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)
@@ -263,7 +271,7 @@ def write_png(path: str | Path, image: Image.Image, text: dict[str, str] | None 
 
 
 def to_tensor(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
-    """RGB images of one size => float tensor `[B, 3, H, W]` in [0, 1]."""
+    """RGB images of the same size => float tensor `[B, 3, H, W]` in [0, 1]."""
     import torch
 
     arrays = np.stack([np.asarray(image, dtype=np.uint8) for image in images])
@@ -283,7 +291,7 @@ def contact_sheet(
     cell: int = 128,
     gap: int = 4,
 ) -> Image.Image:
-    """One image with `rows` of images in cells of `cell` pixels, titles above and at the left."""
+    """Tile `rows` of images into one image, with cells of `cell` pixels and titles above and at the left."""
     from PIL import ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=max(11, cell // 9))

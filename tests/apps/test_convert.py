@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from controlkit import conditions
+from controlkit import conditions, progress
 from controlkit.apps.cli import main
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.sampling.inputs import _is_of_labels
+from refusals import check
 
 
 def run(*words: object) -> int:
@@ -39,6 +41,15 @@ def test_convert_reports_what_it_wrote(file, tmp_path, tiny_base, capsys):
     assert load_control(again, tiny_base).condition == "hed"
 
 
+def test_the_decomposition_of_a_control_lora_shows_progress(file, base_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_SILENT", 0)
+    words = ("convert", file, tmp_path / "lora.safetensors", "--to", "control-lora", "--base", base_folder, "--rank", 2)
+    assert run(*words) == 0
+    assert "layers" not in capsys.readouterr().err
+    assert run(*words, "--force", "--verbose") == 0
+    assert re.search(r"(\d+) of \1 layers$", capsys.readouterr().err.strip())
+
+
 def test_a_control_that_ships_is_found_by_its_name(tmp_path, capsys):
     assert run("convert", "canny", tmp_path / "canny.safetensors", "--to", "original") == 0
     assert run("inspect", tmp_path / "canny.safetensors", "--json") == 0
@@ -46,29 +57,29 @@ def test_a_control_that_ships_is_found_by_its_name(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "facts"),
     [
-        (("IN", "out.safetensors", "--to", "orignal"), "did you mean original"),
-        (("IN", "out.pth", "--to", "original"), "never as pickles"),
-        (("IN", "out.safetensors", "--to", "original", "--dtype", "fp8"), "expected one of float32"),
-        (("IN", "out.safetensors", "--to", "peft"), "cannot carry"),
-        (("IN", "out.safetensors", "--to", "merged"), "cannot carry"),
-        (("IN", "out.safetensors", "--to", "difference"), "--base"),
-        (("IN", "out.safetensors", "--to", "control-lora", "--base", "nano", "--rank", "0"), "--rank 0"),
-        (("IN", "out.safetensors", "--to", "difference", "--base", "nano"), "not made for the base"),
-        (("IN", "out.safetensors", "--to", "original", "--base", "nowhere"), "no base"),
-        (("IN", "out.safetensors", "--to", "full"), "only a file of layout full"),
-        (("IN", "IN", "--to", "diffusers"), "is a file"),
-        (("nothing.pth", "out.safetensors", "--to", "original"), "no control called"),
+        (("IN", "out.safetensors", "--to", "orignal"), ["'orignal'", "did you mean original"]),
+        (("IN", "out.pth", "--to", "original"), ["out.pth", ".safetensors", "pickle"]),
+        (("IN", "out.safetensors", "--to", "original", "--dtype", "fp8"), ["--dtype", "fp8", "float32"]),
+        (("IN", "out.safetensors", "--to", "peft"), ["peft"]),
+        (("IN", "out.safetensors", "--to", "merged"), ["merged"]),
+        (("IN", "out.safetensors", "--to", "difference"), ["--base"]),
+        (("IN", "out.safetensors", "--to", "control-lora", "--base", "nano", "--rank", "0"), ["--rank 0"]),
+        (("IN", "out.safetensors", "--to", "difference", "--base", "nano"), ["base"]),
+        (("IN", "out.safetensors", "--to", "original", "--base", "nowhere"), ["nowhere", "base"]),
+        (("IN", "out.safetensors", "--to", "full"), ["full"]),
+        (("IN", "IN", "--to", "diffusers"), ["canny.safetensors", "diffusers"]),
+        (("nothing.pth", "out.safetensors", "--to", "original"), ["'nothing.pth'"]),
     ],
 )
-def test_bad_input_gets_one_sentence_and_leaves_nothing(file, tmp_path, monkeypatch, capsys, words, says):
+def test_bad_input_gets_one_sentence_and_leaves_nothing(file, tmp_path, monkeypatch, capsys, words, facts):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert run("convert", *(file if word == "IN" else word for word in words)) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("controlkit: ") and err.count("\n") == 1
-    assert says in err
+    check(err, None, *facts)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -82,18 +93,18 @@ def test_a_base_control_in_another_type_says_its_own_fingerprint(tiny_base, tmp_
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "facts"),
     [
-        (["--to", "controlkit", "--condition", "cany"], "did you mean canny"),
-        (["--to", "diffusers", "--rank", "4"], "--to control-lora"),
-        (["--to", "controlkit", "--base-control", "nano/base"], "for an adapter of CtrLoRA"),
+        (["--to", "controlkit", "--condition", "cany"], ["'cany'", "did you mean canny"]),
+        (["--to", "diffusers", "--rank", "4"], ["--rank 4", "--to control-lora"]),
+        (["--to", "controlkit", "--base-control", "nano/base"], ["--base-control", "CtrLoRA"]),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(file, tmp_path, capsys, words, says):
+def test_options_that_would_do_nothing_are_refused(file, tmp_path, capsys, words, facts):
     assert run("convert", file, tmp_path / "new.safetensors", *words) == 2
-    assert says in capsys.readouterr().err
+    check(capsys.readouterr().err, None, *facts)
     assert run("convert", file, file, "--to", "original") == 2
-    assert "is the control itself" in capsys.readouterr().err
+    assert "[would-overwrite]" in capsys.readouterr().err
 
 
 def contents(folder):
@@ -116,7 +127,7 @@ def test_a_base_control_is_not_written_over_by_what_is_made_of_it(tiny_base, tmp
     before = contents(tmp_path)
     words = ["--base-control", base] if named else []
     assert run("convert", adapter, base, "--to", "merged", *words, *force) == 2
-    assert "base.safetensors would be written over, and it is read for this" in capsys.readouterr().err
+    check(capsys.readouterr().err, None, base)
     assert contents(tmp_path) == before
 
 
@@ -126,7 +137,7 @@ def test_the_weights_of_a_folder_are_not_written_over_by_themselves(file, tmp_pa
     before = contents(tmp_path)
     weights = tmp_path / "cn" / "diffusion_pytorch_model.safetensors"
     assert run("convert", weights, tmp_path / "cn", "--to", "diffusers", "--dtype", "float16", *force) == 2
-    assert "would be written over, and it is read for this" in capsys.readouterr().err
+    check(capsys.readouterr().err, None, weights)
     assert contents(tmp_path) == before
 
 
@@ -134,7 +145,7 @@ def test_a_base_is_not_written_over(file, base_folder, tmp_path, capsys):
     before = contents(base_folder)
     words = ("--to", "diffusers", "--base", base_folder, "--force")
     assert run("convert", file, base_folder / "unet", *words) == 2
-    assert "would be written over, and it is read for this" in capsys.readouterr().err
+    check(capsys.readouterr().err, None, base_folder / "unet")
     assert contents(base_folder) == before
 
 
@@ -145,9 +156,9 @@ def test_what_is_there_is_replaced_only_if_that_is_asked_for(file, tmp_path, cap
     (folder / "thesis.txt").write_text("mine")
     before = contents(tmp_path)
     assert run("convert", file, out, "--to", "original") == 2
-    assert f"{out} is there already" in capsys.readouterr().err
+    check(capsys.readouterr().err, None, out, "--force")
     assert run("convert", file, folder, "--to", "diffusers") == 2
-    assert "has files in it" in capsys.readouterr().err
+    assert "[would-overwrite]" in capsys.readouterr().err
     assert contents(tmp_path) == before
     assert run("convert", file, out, "--to", "original", "--force") == 0
     assert run("convert", file, folder, "--to", "diffusers", "--force") == 0
@@ -180,7 +191,7 @@ def test_a_shuffle_whose_file_says_nothing_pools(file, tmp_path, tiny_base, base
         assert run("convert", out, tmp_path / str(number), "--to", "diffusers") == 0
         config = json.loads((tmp_path / str(number) / "config.json").read_text())
         assert config.get("global_pool_conditions", False) == pools
-    assert "pools its residuals" in capsys.readouterr().out
+    assert "pooled residuals" in capsys.readouterr().out
     # A file that says that it does not pool is believed.
     assert run("convert", plain, tmp_path / "ours.safetensors", "--to", "controlkit", "--condition", "shuffle") == 0
     assert not load_control(tmp_path / "ours.safetensors", tiny_base).conditional_only
@@ -189,4 +200,4 @@ def test_a_shuffle_whose_file_says_nothing_pools(file, tmp_path, tiny_base, base
 def test_what_cannot_pool_is_refused(tiny_base, tmp_path, capsys):
     base = save_control(tmp_path / "base.safetensors", BaseControlNet.for_base(tiny_base), tiny_base)
     assert run("convert", base, tmp_path / "out.safetensors", "--to", "original", "--pooled") == 2
-    assert "--pooled is for a ControlNet" in capsys.readouterr().err
+    check(capsys.readouterr().err, None, "--pooled", "ControlNet")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from controlkit.apps.cli import main
 from controlkit.data.pairs import read_pairs
+from refusals import check
 
 
 def scene(number: int, size: int = 40) -> np.ndarray:
@@ -73,8 +74,10 @@ def test_the_check_tells_all_draws_a_sheet_and_ends_with_2(photos, tmp_path, cap
     assert run("pairs", "--check", out, "--json", "--sheet", tmp_path / "sheet.png") == 2
     printed, told = capsys.readouterr()
     report = json.loads(printed)
+    assert report["error"]["code"] == "bad-data"
     assert {"file", "changed", "duplicate", "not drawn"} == set(report["counts"])
-    assert "problems in" in told and Image.open(tmp_path / "sheet.png").width > 100
+    check(told, "bad-data", out)
+    assert Image.open(tmp_path / "sheet.png").width > 100
     assert run("pairs", "--check", out) == 2
     assert "canny/1.png" in capsys.readouterr().out
 
@@ -102,31 +105,46 @@ def test_a_run_that_is_killed_goes_on_where_it_stopped(photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "code", "facts"),
     [
-        (("{photos}",), "--conditions"),
-        (("{photos}", "--conditions", "cany", "--out", "{out}"), "did you mean canny"),
-        (("{photos}", "--conditions", "canny,canny", "--out", "{out}"), "different names"),
-        (("{out}", "--conditions", "canny", "--out", "{out}"), "there are no images at"),
-        (("{photos}", "--conditions", "canny", "--out", "{out}", "--size", "3"), "from 16"),
-        (("{photos}", "--conditions", "canny", "--out", "{out}", "--size", "100", "--buckets"), "multiple of"),
-        (("{photos}", "--conditions", "canny", "--out", "{out}", "--shards", "9"), "from 1 to 6"),
-        (("{photos}", "--conditions", "canny", "--out", "{out}", "--engine", "spark"), "local, ray"),
-        (("{photos}", "--conditions", "canny", "--out", "{out}", "--workers", "0"), "at least one"),
-        (("{photos}", "--conditions", "bbox", "--out", "{out}"), "instances"),
-        (("--check", "{out}"), "there are no pairs at"),
-        (("--check", "{out}", "--out", "{out}"), "alone"),
+        (("{photos}",), "missing-setting", ["--conditions", "--out"]),
+        (("{photos}", "--conditions", "cany", "--out", "{out}"), None, ["'cany'", "did you mean canny"]),
+        (("{photos}", "--conditions", "canny,canny", "--out", "{out}"), None, ["canny"]),
+        (("{out}", "--conditions", "canny", "--out", "{out}"), None, ["{out}"]),
+        (("{photos}", "--conditions", "canny", "--out", "{out}", "--size", "3"), None, ["size", 3, 16]),
+        (
+            ("{photos}", "--conditions", "canny", "--out", "{out}", "--size", "100", "--buckets"),
+            None,
+            ["size", 100, "multiple of 8"],
+        ),
+        (("{photos}", "--conditions", "canny", "--out", "{out}", "--shards", "9"), None, ["shards", 9, 1, 6]),
+        (("{photos}", "--conditions", "canny", "--out", "{out}", "--engine", "spark"), None, ["'spark'", "local, ray"]),
+        (
+            ("{photos}", "--conditions", "canny", "--out", "{out}", "--workers", "0"),
+            "out-of-range",
+            ["--workers 0", "at least 1"],
+        ),
+        (("{photos}", "--conditions", "bbox", "--out", "{out}"), None, ["instances"]),
+        (
+            ("{photos}", "--conditions", "canny", "--out", "{out}", "--base", "nano"),
+            "contradiction",
+            ["--base", "--check"],
+        ),
+        (("--check", "{out}"), None, ["{out}"]),
+        (("--check", "{out}", "--out", "{out}"), "contradiction", ["--check", "--out"]),
         (
             ("{photos}", "--conditions", "canny", "--out", "{out}", "--caption", "blip", "--caption-model", "{photos}"),
-            "holds no config.json with weights",
+            None,
+            ["{photos}", "config.json"],
         ),
     ],
 )
-def test_bad_input_gets_one_plain_sentence(words, says, photos, tmp_path, capsys):
-    words = [word.format(photos=photos, out=tmp_path / "out") for word in words]
-    assert run("pairs", *words) == 2
+def test_bad_input_gets_one_plain_sentence(words, code, facts, photos, tmp_path, capsys):
+    names = {"photos": photos, "out": tmp_path / "out"}
+    assert run("pairs", *(word.format(**names) for word in words)) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("controlkit: ") and err.count("\n") == 1 and says in err
+    assert out == "" and err.startswith("controlkit: ") and err.count("\n") == 1
+    check(err, code, *(str(fact).format(**names) for fact in facts))
 
 
 def test_help_loads_nothing_heavy():

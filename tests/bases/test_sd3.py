@@ -20,11 +20,11 @@ from controlkit.bases.sd3 import StableDiffusion3
 from controlkit.bases.single_file import read_single_file
 from controlkit.bases.taps import Tap
 from controlkit.controls.registry import registry
-from controlkit.errors import UserError
 from controlkit.formats.describe import describe_base
 from controlkit.sampling.generate import generate
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import sample
+from refusals import refused
 from tiny import build_tiny_sd3
 
 PROMPT = "red apple on a blue table"
@@ -104,7 +104,7 @@ def test_t5_may_be_missing_from_a_folder(folder):
 def test_a_transformer_of_another_family_is_refused(folder):
     config = FluxTransformer2DModel(num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=1)
     config.save_config(folder / "transformer")
-    with pytest.raises(UserError, match="its network is a FluxTransformer2DModel; expected SD3Transformer2DModel in"):
+    with refused("wrong-kind", folder, "FluxTransformer2DModel", "SD3Transformer2DModel"):
         load_base(folder)
 
 
@@ -119,7 +119,7 @@ def test_text_encoders_can_stay_where_they_are(base):
 def test_a_request_says_where_text_encoders_stay(folder):
     words = ["generate", PROMPT, "--base", str(folder), "--steps", "1", "--text-device", "cpu", "--device", "cpu"]
     assert main([*words, "--out", str(folder.parent / "out")]) == 0
-    with pytest.raises(UserError, match="device 'gpu9'"):
+    with refused("device-unavailable", "gpu9"):
         generate(GenerateRequest(prompt=PROMPT, base=str(folder), steps=1, text_device="gpu9"))
 
 
@@ -140,7 +140,7 @@ def test_residuals_are_those_of_diffusers(base):
     made = base.predict(x_t, t, text, Residuals.numbered("block", added[:2]))
     assert torch.allclose(made, expected, atol=1e-5)
     assert not torch.allclose(made, base.predict(x_t, t, text), atol=1e-2)
-    with pytest.raises(UserError, match=r"has no site called 'block\.2'"):
+    with refused("incompatible", "'block.2'"):
         base.predict(x_t, t, text, Residuals({"block.2": added[2]}))
 
 
@@ -174,16 +174,16 @@ def test_gradients_are_the_same_with_checkpointing():
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(("width", "says"), [(68, "a multiple of 8"), (104, "takes 96 pixels at the most")])
-def test_sizes_that_do_not_fit(base, width, says):
+@pytest.mark.parametrize(("width", "fact"), [(68, "multiple of 8"), (104, "96 pixels")])
+def test_sizes_that_do_not_fit(base, width, fact):
     base.check_size(96, 8)
-    with pytest.raises(UserError, match=says):
+    with refused("wrong-size", f"width {width}", fact):
         base.check_size(width, 64)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in registry().values() if kind.__module__.startswith("controlkit.")])
 def test_controls_of_a_unet_are_refused_in_words(base, kind):
-    with pytest.raises(UserError, match=r"has no UNet|has no sites"):
+    with refused("incompatible", base.name):
         kind.for_base(base)
 
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from controlkit.bases import load as loading
 from controlkit.bases.load import load_base
 from controlkit.bases.weight_files import weight_files
-from controlkit.errors import UserError
 from controlkit.formats.load import load_control
 from controlkit.formats.tensors import read_tensor_file
+from refusals import refused
 
 STEM = "diffusion_pytorch_model"
 
@@ -79,17 +79,17 @@ def test_all_digits_come_before_halves_and_safetensors_before_files_of_torch(tmp
 
 
 @pytest.mark.parametrize(
-    ("index", "says"),
+    ("index", "code", "fact"),
     [
-        ({"weight_map": {"a": "../../etc/passwd"}}, "is not a file of the folder"),
-        ({"weight_map": {"a": "gone.safetensors"}}, r"names gone.safetensors, which is missing; 1 files"),
-        ({"weight_map": {}}, "lists no files of weights"),
-        ([1], "lists no files of weights"),
+        ({"weight_map": {"a": "../../etc/passwd"}}, "damaged-file", "../../etc/passwd"),
+        ({"weight_map": {"a": "gone.safetensors"}}, "missing-file", "gone.safetensors"),
+        ({"weight_map": {}}, "damaged-file", "weight_map"),
+        ([1], "damaged-file", "weight_map"),
     ],
 )
-def test_an_index_that_names_no_files_of_its_folder_is_refused(tmp_path, index, says):
+def test_an_index_that_names_no_files_of_its_folder_is_refused(tmp_path, index, code, fact):
     (tmp_path / f"{STEM}.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=says):
+    with refused(code, f"{STEM}.safetensors.index.json", fact):
         weight_files(tmp_path)
 
 

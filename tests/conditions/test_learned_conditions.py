@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from controlkit.conditions import Condition, find, models, registry
 from controlkit.conditions.learned.palettes import ADE20K, COCO_PANOPTIC
-from controlkit.errors import UserError
+from refusals import refused
 
 LEARNED = [name for name, made in registry().items() if made.requires is not None]
 KINDS = {
@@ -52,7 +52,7 @@ def weights(tmp_path_factory):
         return {"model": str(made[name]), **small}
 
     yield of
-    models.forget()
+    models.unload_models()
 
 
 def check(made: Condition, image: np.ndarray, parameters: dict) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_the_true_image_follows_best(name: str, weights) -> None:
 @pytest.mark.parametrize("name", LEARNED)
 def test_drawn_parameters_are_within_limits(name: str) -> None:
     made = find(name)
-    assert set(made.draw) <= set(made.defaults) and set(made.limits) <= set(made.defaults)
+    assert set(made.random) <= set(made.defaults) and set(made.limits) <= set(made.defaults)
     for seed in range(20):
         drawn = made.random_parameters(np.random.default_rng(seed))
         assert drawn == made.random_parameters(np.random.default_rng(seed))
@@ -178,18 +178,17 @@ def test_without_weights_one_sentence_says_what_to_do(name: str, tmp_path: Path,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.delenv("CONTROLKIT_MODELS", raising=False)
     made = find(name)
-    needed = made.requires.beside[0] if made.requires.beside else made.requires
-    with pytest.raises(UserError) as raised:
-        made(draw_scene())
-    message = str(raised.value)
-    assert name in message and needed.licence in message and needed.hub in message and "\n" not in message
+    needed = made.requires.companions[0] if made.requires.companions else made.requires
+    facts = [name, needed.licence, needed.hub, *([] if needed.commercial else ["no commercial use"])]
     if needed.extra and name != "densepose" and "controlnet_aux" not in sys.modules:
-        assert "pip install 'controlkit[annotators]'" in message
+        expected = refused("missing-package", *facts, "pip install 'controlkit[annotators]'")
     else:
-        assert needed.download in message and "HF_HUB_OFFLINE" in message
-    assert needed.commercial or "no commercial use" in message
+        expected = refused("missing-weights", *facts, needed.download, "HF_HUB_OFFLINE", "CONTROLKIT_MODELS")
+    with expected as raised:
+        made(draw_scene())
+    assert "\n" not in str(raised.value)
 
 
 def test_mediapipe_says_which_packages_it_needs() -> None:
-    with pytest.raises(UserError, match=r"pip install 'controlkit\[annotators\]' 'mediapipe<0.10.15'"):
+    with refused("missing-package", "pip install 'controlkit[annotators]' 'mediapipe<0.10.15'"):
         find("mediapipe_face")(draw_scene())

@@ -24,7 +24,7 @@ from controlkit.conditions.learned.skeleton import (
     pose_f1,
     read_points,
 )
-from controlkit.errors import UserError
+from refusals import refused
 
 
 def somebody(x: float = 256, y: float = 60, size: float = 400) -> np.ndarray:
@@ -165,7 +165,7 @@ def test_people_are_found_and_doubles_dropped() -> None:
     found = wholebody.find_people(image, yolox((0, 128, 256, 0.9), (1, 128, 256, 0.5), (300, 64, 64, 0.2)), 0.3)
     assert len(found) == 1
     np.testing.assert_allclose(found[0], (8 - 32, 8 - 64, 64, 128), atol=1e-3)
-    with pytest.raises(UserError, match="not 8400"):
+    with refused("wrong-kind", "dwpose", "yolox_l.onnx", 8400, 10):
         wholebody.find_people(image, lambda _: [np.zeros((1, 10, 85), np.float32)], 0.3)
 
 
@@ -212,7 +212,7 @@ def field(number: int, value: bytes | int) -> bytes:
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
-def test_an_onnx_file_is_run_and_a_torn_one_refused(tmp_path: Path) -> None:
+def test_an_onnx_file_is_run_and_a_truncated_one_refused(tmp_path: Path) -> None:
     """The file is written by hand: one Relu from `x` to `y` `[1, 3, 4, 5]`."""
     shape = b"".join(field(1, field(1, side)) for side in (1, 3, 4, 5))
     typed = field(2, field(1, field(1, 1) + field(2, shape)))
@@ -224,7 +224,7 @@ def test_an_onnx_file_is_run_and_a_torn_one_refused(tmp_path: Path) -> None:
     np.testing.assert_allclose(network(pixels)[0], np.maximum(pixels, 0))
     (tmp_path / "yolox_l.onnx").write_bytes(b"torn")
     (tmp_path / "dw-ll_ucoco_384.onnx").touch()
-    with pytest.raises(UserError, match=r"dwpose: .*is no ONNX network; download it again"):
+    with refused("damaged-file", "dwpose", tmp_path / "yolox_l.onnx", "ONNX"):
         find("dwpose")(draw_scene(), model=str(tmp_path))
 
 

@@ -57,3 +57,19 @@ def test_all_conditions_of_one_image_on_one_sheet(image, tmp_path):
     assert made.returncode == 0, made.stderr
     assert len(json.loads(made.stdout)["conditions"]) >= 25
     assert Image.open(tmp_path / "sheet.png").width > 900
+
+
+def test_fields_under_their_former_names(tmp_path, image):
+    path = tmp_path / "former.py"
+    path.write_text("""
+from controlkit.conditions.condition import condition, uniform_int
+from controlkit.conditions.fidelity import PSNR
+
+@condition("former", summary="s", fidelity=PSNR, draw={"n": uniform_int(1, 2)}, cuts=False, seen="at 64 x 64")
+def former(image, *, n: int = 1):
+    return image
+""")
+    made = controlkit("condition", "former", "--json", files=[path], cwd=tmp_path)
+    facts = json.loads(made.stdout)
+    assert facts["training"] == {"n": "integers, uniform from 1 to 2"}
+    assert facts["cuts"] is False and facts["seen"] == "at 64 x 64"

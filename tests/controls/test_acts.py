@@ -17,11 +17,11 @@ from controlkit.bases.text import concatenate
 from controlkit.controls.apply import predict_under
 from controlkit.controls.control import Acts, Reads
 from controlkit.controls.hints import expand
-from controlkit.errors import UserError
 from controlkit.images import to_tensor
 from controlkit.sampling.plan import ActiveControl, Plan
 from controlkit.sampling.residual_cache import ResidualCache, digest
 from controlkit.sampling.sampler import initial_noise, sample, sample_prompts
+from refusals import refused
 
 STEPS = 4
 SETTINGS = {"prompt": "red apple", "seeds": (1, 2, 3), "steps": STEPS, "guidance": 4.0}
@@ -138,7 +138,7 @@ class TestSeveralAtOnePoint:
     def test_a_replacement_refuses_company_in_words(self, tiny_base, hint):
         alone = ActiveControl(Tapping("middle", replaces=True), hint)
         draw(tiny_base, [alone, ActiveControl(Tapping("decoder.0"), hint)], steps=1)
-        with pytest.raises(UserError, match=r"replaces the base's hidden states at middle, so no other may act there"):
+        with refused("contradiction", "middle"):
             draw(tiny_base, [alone, ActiveControl(Tapping("middle"), hint)])
         assert hooks_of(tiny_base) == 0
 
@@ -248,7 +248,7 @@ class TestRemoval:
         uses = [ActiveControl(Tapping("encoder.1"), hint), ActiveControl(Tapping(point, act=fail), hint)]
         with pytest.raises(KeyboardInterrupt):
             prediction(tiny_base, uses, texts, x_t)
-        assert hooks_of(tiny_base) == 0 and tiny_base._hung is None
+        assert hooks_of(tiny_base) == 0 and tiny_base._active_taps is None
         assert torch.equal(prediction(tiny_base, [], texts, x_t), plain)
 
     def test_and_after_an_exception_in_the_base(self, tiny_base, hint, texts, x_t, monkeypatch):
@@ -258,7 +258,7 @@ class TestRemoval:
         assert hooks_of(tiny_base) == 0
 
     def test_a_point_that_the_base_lacks_is_refused_before_anything_is_hung(self, tiny_base, hint, texts, x_t):
-        with pytest.raises(UserError, match=r"no point called 'decoder.12'; it has: .*decoder.3"):
+        with refused("incompatible", "'decoder.12'", "decoder.3"):
             prediction(tiny_base, [ActiveControl(Tapping("middle", "decoder.12"), hint)], texts, x_t)
         assert hooks_of(tiny_base) == 0
 

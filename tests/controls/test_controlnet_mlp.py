@@ -16,7 +16,6 @@ from controlkit.bases.meta import meta_text
 from controlkit.controls.apply import predict_under
 from controlkit.controls.control import Reads
 from controlkit.controls.controlnet_mlp import ControlNetMLP
-from controlkit.errors import UserError
 from controlkit.formats.card import card_of
 from controlkit.formats.convert import convert
 from controlkit.formats.describe import describe, describe_system
@@ -30,6 +29,7 @@ from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample
 from controlkit.training.recipes import build_recipe
 from controlkit.training.run import run
+from refusals import refused
 
 meta_base = cache(meta.meta_base)
 T = torch.tensor([21])
@@ -217,21 +217,21 @@ class TestUse:
     def test_its_file_comes_back_and_has_no_other_format(self, tiny_base, tmp_path):
         control = acting(tiny_base)
         path = save_control(tmp_path / "a.safetensors", control, tiny_base, dtype=torch.float32)
-        assert (detect(path).kind, detect(path).layout) == ("controlnet-mlp", "controlkit")
+        assert (detect(path).kind, detect(path).format_name) == ("controlnet-mlp", "controlkit")
         back = load_control(path, tiny_base)
         assert back.config() == control.config()
         assert all(torch.equal(value, back.state_dict()[name]) for name, value in control.state_dict().items())
         facts = describe(str(path))
         assert (facts["reads"], facts["enters at"]) == ("nothing", "decoder skips and middle")
         assert facts["needs"] == "a base whose encoder has blocks of 16 16 at 1/4, 16 32 at 1/8"
-        with pytest.raises(UserError, match=r"cannot carry.* no other tool has such a network"):
+        with refused("unsupported", path, "a ControlNet-mlp", "original", "controlkit"):
             convert(path, tmp_path / "b.safetensors", "original")
 
     def test_bases_that_do_not_fit_are_refused_in_words(self, tiny_base, tmp_path):
         path = save_control(tmp_path / "a.safetensors", fresh(tiny_base), tiny_base)
-        with pytest.raises(UserError, match="divides the image by 4, the base's autoencoder by 8"):
+        with refused("incompatible", path, "sd15", "by 4", "by 8"):
             load_control(path, meta_base("sd15"))
-        with pytest.raises(UserError, match=r"blocks: 16 16 at 1/4, 16 32 at 1/8, the base's: 48 48 at 1/4"):
+        with refused("incompatible", path, "nano", "16 16 at 1/4, 16 32 at 1/8", "48 48 at 1/4"):
             load_control(path, meta_base("nano"))
 
     def test_what_it_costs(self):

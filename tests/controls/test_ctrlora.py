@@ -19,9 +19,9 @@ from controlkit.bases.stable_diffusion import SD15_SCHEDULER, SD15_TEXT_ENCODER,
 from controlkit.bases.text import Text
 from controlkit.controls.control import Acts, Reads
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
-from controlkit.controls.ctrlora.base_controlnet import built
+from controlkit.controls.ctrlora.base_controlnet import build_base_control
 from controlkit.controls.ctrlora.lora import AdaptedLinear, LoRA
-from controlkit.errors import UserError
+from refusals import refused
 
 WIDTH = 16
 UNET = {
@@ -153,7 +153,7 @@ class TestNetwork:
             assert difference(many.map(lambda r, at=position: r[at : at + 1]), one) < 1e-5
 
     def test_a_base_that_reads_a_class_is_refused(self):
-        with pytest.raises(UserError, match="reads a class besides time and text"):
+        with refused("incompatible", "tiny", "class"):
             BaseControlNet.for_base(tiny_base(num_class_embeds=4))
 
 
@@ -183,9 +183,9 @@ class TestHint:
 
     def test_another_range_or_size_is_refused(self, base):
         control = BaseControlNet.for_base(base)
-        with pytest.raises(ValueError, match=r"must be in \[0, 1\]; this one has -1 to"):
+        with pytest.raises(ValueError, match=r"\[0, 1\].* -1 to 1"):
             control.encode(2 * torch.eye(16).expand(1, 3, 16, 16) - 1, base)
-        with pytest.raises(UserError, match="height 17"):
+        with refused("wrong-size", "height 17"):
             control.encode(torch.rand(1, 3, 17, 16), base)
 
 
@@ -252,9 +252,9 @@ class TestAdapter:
         x = torch.randn(2 * len(ranks), inputs, 12)
         apart = layer(x)  # With gradients, the products are kept apart.
         with torch.no_grad():
-            folds = layer._folds(x)
+            folds = layer._should_fold(x)
             together = layer(x)
-            assert not layer.double()._folds(x.double())
+            assert not layer.double()._should_fold(x.double())
         assert folds == (any(layer.active) and 2 * inputs * (12 + 20) > 2 * 12 * 20)
         torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
 
@@ -290,23 +290,23 @@ class TestAdapter:
         control = trained_control(base, {"a": 3})
         with pytest.raises(ValueError, match="already"):
             control.add_adapter("a", 3)
-        with pytest.raises(ValueError, match="no adapter called 'b'; there are: a"):
+        with pytest.raises(ValueError, match=r"'b'.* a$"):
             control.select("b")
-        with pytest.raises(ValueError, match="no adapter called 'b'"):
+        with pytest.raises(ValueError, match="'b'"):
             control(None, *inputs(), adapters=["a", "b"])
-        with pytest.raises(ValueError, match="one for each group"):
+        with pytest.raises(ValueError, match="one per group"):
             control.select([])
         with pytest.raises(ValueError, match="does not divide into 2 groups"):
             control(None, *inputs(3), adapters=["a", None])
         for rank in (0, -1, 2.0, True):
-            with pytest.raises(ValueError, match="must be a whole number above 0"):
+            with pytest.raises(ValueError, match="above 0"):
                 control.add_adapter("c", rank)
 
 
 class TestState:
     def test_round_trip(self, base):
         control = trained_control(base, {"a": 3})
-        again = built(control.config(), copy.deepcopy(control.file_state()))
+        again = build_base_control(control.config(), copy.deepcopy(control.file_state()))
         again.load_adapter("copied", control.adapter_state_dict("a"), rank=3)
         assert again.config() == control.config()
         assert again.fingerprint() == control.fingerprint()
@@ -338,7 +338,7 @@ class TestState:
         state = control.adapter_state_dict("a")
         with pytest.raises(ValueError, match="has rank 3, not 4"):
             control.load_adapter("b", state, rank=4)
-        with pytest.raises(ValueError, match="holds no LoRA"):
+        with pytest.raises(ValueError, match="no LoRA"):
             control.load_adapter("b", control.file_state())
         name = next(name for name in state if name.endswith("down.weight"))
         with pytest.raises(ValueError, match="ranks 2, 3"):
@@ -348,14 +348,12 @@ class TestState:
         with pytest.raises(ValueError, match=r"1 tensors are unknown here, the first is extra"):
             control.load_adapter("b", {**state, "extra": torch.zeros(1)})
         wider = trained_control(tiny_base(cross_attention_dim=24), {})
-        with pytest.raises(
-            ValueError, match=r"made for another base control: .* has the shape \(3, 16\), not \(3, 24\)"
-        ):
+        with pytest.raises(ValueError, match=r"another base control: .* has the shape \(3, 16\), not \(3, 24\)"):
             wider.load_adapter("b", state)
         assert list(control.adapters) == ["a"] and not wider.adapters
         assert wider.fingerprint() != control.fingerprint()
         with pytest.raises(RuntimeError, match="Missing key"):
-            built(control.config(), {})
+            build_base_control(control.config(), {})
 
 
 class TestTogether:
@@ -404,7 +402,7 @@ class TestTogether:
         t, text, hint = inputs(1)
         with pytest.raises(ValueError, match="2 base controls"):
             CtrLoRA.forward_together([first, second], None, t, text, [hint, hint])
-        with pytest.raises(ValueError, match="one size"):
+        with pytest.raises(ValueError, match="same size"):
             CtrLoRA.forward_together([first, first], None, t, text, [hint, hint[..., :4]])
         with pytest.raises(ValueError, match="1 controls of 1 base controls got 2 hints"):
             CtrLoRA.forward_together([first], None, t, text, [hint, hint])

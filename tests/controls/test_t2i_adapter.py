@@ -23,7 +23,6 @@ from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.bases.unet import encoder_stages
 from controlkit.controls.control import Acts, Reads
 from controlkit.controls.t2i_adapter import T2IAdapterControl, config_for, feature_stages
-from controlkit.errors import UserError
 from controlkit.formats.card import card_of
 from controlkit.formats.convert import convert
 from controlkit.formats.describe import describe
@@ -34,6 +33,7 @@ from controlkit.nano.base_objective import save_base
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample
+from refusals import refused
 from tiny import SD1_SCHEDULE, build_tiny_sdxl
 
 SETTINGS = {"prompt": "red apple", "negative_prompt": "cat face", "seeds": (3, 11), "steps": 4, "guidance": 4.0}
@@ -298,10 +298,10 @@ class TestFiles:
 
     def test_one_of_another_base_is_refused(self, sd_base, tiny_base, tmp_path):
         path = save_control(tmp_path / "a.safetensors", fresh(sd_base), sd_base)
-        with pytest.raises(UserError, match=r"does not fit the base tiny: its features are 16 channels at 1/4, 32"):
+        with refused("incompatible", path, "tiny", "16 channels at 1/4, 32"):
             load_control(path, tiny_base)
         odd = T2IAdapterControl(T2IAdapter(4, [16, 32, 32], 2, 4))
-        assert "4 colours" in str(odd.incompatibility(sd_base))
+        assert "4 channels" in str(odd.incompatibility(sd_base))
 
     def test_the_base_tells_the_xl_network_from_the_other(self, tiny_base, tmp_path):
         """Their tensors are the same; without metadata only the base knows where its stages halve."""
@@ -334,11 +334,11 @@ class TestFiles:
         unet = {**KNOWN_BASES["sd15"][1]["unet"], "block_out_channels": [320, 640, 960, 1280, 1280]}
         unet["down_block_types"] = ["DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
         unet["down_block_types"] += ["CrossAttnDownBlock2D"]
-        with pytest.raises(UserError, match="no T2I-Adapter has the shape"):
+        with refused("incompatible", "T2I-Adapter", "320 channels"):
             config_for(unet, 8)
 
     def test_transfer_says_that_there_is_nothing_to_move(self, tiny_base, base_folder, tmp_path, capsys):
         path = save_control(tmp_path / "a.safetensors", fresh(tiny_base), tiny_base)
         words = ["transfer", str(path), "--from", str(base_folder), "--to", str(base_folder)]
         assert main([*words, "--out", str(tmp_path / "b.safetensors")]) == 2
-        assert "use it on the other as it is" in capsys.readouterr().err
+        assert "as it is" in capsys.readouterr().err

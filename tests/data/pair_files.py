@@ -1,4 +1,4 @@
-"""Images drawn for the tests of pairs, and a few ways to lay them on disk."""
+"""Test images for pairs, and helpers to write them to disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows go in and come back bit for bit; what is damaged, torn or gone is made again; several processes share it."""
+"""Rows come back bit for bit; damaged, truncated or missing ones are computed again; processes share a cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from controlkit.data.cache import Spec, Store, cache_folder, cache_limit, store_
 from controlkit.data.cache_report import manage_cache
 from controlkit.data.cached_rows import CachedRows
 from controlkit.data.segments import Part, Segment, SegmentError, remove_unused, write_segment
-from controlkit.errors import UserError
+from refusals import refused
 
 
 def segments(cache: Path) -> list[Path]:
@@ -78,7 +78,7 @@ def test_every_type_comes_back_bit_for_bit_and_safetensors_reads_the_file(kinds,
     rows = {name: rng.integers(0, 256, (count, part.nbytes), np.uint8) for name, part in parts.items()}
     path = write_segment(folder, digests(0, count), parts, rows)
     segment = Segment(path)
-    segment.hold()
+    segment.map()
     assert segment.parts == parts
     for number in range(count):
         row = segment.row(number)
@@ -100,7 +100,7 @@ def test_a_flipped_bit_is_found_when_its_row_is_read_and_the_row_made_again(cach
     assert encoder.made == []  # nobody has read it yet
     assert_right(rows)
     assert encoder.made == [7]
-    assert f"damaged rows in {path.parent}: 1; made again" in capsys.readouterr().err
+    assert f"damaged rows in {path.parent}: 1;" in capsys.readouterr().err
     again, encoder = cached()
     assert_right(again)
     assert encoder.made == []
@@ -128,11 +128,10 @@ def test_a_truncated_segment_is_missing(cache, left, capsys):
     rows, encoder = cached()
     assert encoder.made == [4, 5, 6, 7, 8, 9]
     assert_right(rows)
-    told = capsys.readouterr().err
-    assert f"{path} is damaged" in told
+    assert f"{path} is damaged" in capsys.readouterr().err
     assert not path.exists()
     path.write_bytes(b"{}")
-    with pytest.raises(SegmentError, match="no header"):
+    with pytest.raises(SegmentError):
         Segment(path)
 
 
@@ -145,32 +144,32 @@ from controlkit.data import cache, segments
 from controlkit.data import cached_rows as wanted
 how = sys.argv[2]
 if how == "half":
-    whole = segments.write_atomically
+    complete = segments.write_atomically
     def half(path, write):
         def part(temporary):
             write(temporary)
             temporary.write_bytes(temporary.read_bytes()[:300])
             print("half", flush=True)
             time.sleep(60)
-        whole(path, part if path.suffix == ".safetensors" and len(done) else write)
+        complete(path, part if path.suffix == ".safetensors" and len(done) else write)
         done.append(path)
     done = []
     segments.write_atomically = half
     wanted._SEGMENT_SECONDS = 0.0
-if how == "hold":
+if how == "map":
     rows, _ = cached_rows.cached(10)
-    print("hold", flush=True)
+    print("map", flush=True)
     sys.stdin.readline()
     cached_rows.assert_right(rows)
 elif how == "together":
-    mine, other = (Path(name) for name in sys.argv[4:])
+    progress, other = (Path(name) for name in sys.argv[4:])
     wanted._SEGMENT_SECONDS = 0.0
     encoder = cached_rows.Encoder()
     def in_turns(indices):
         # However busy the machine is, none is more than a batch ahead of the other.
-        with mine.open("a") as stream:
+        with progress.open("a") as stream:
             stream.write(".")
-        while len(mine.read_text()) > (len(other.read_text()) if other.exists() else 0) and not ended(other):
+        while len(progress.read_text()) > (len(other.read_text()) if other.exists() else 0) and not ended(other):
             time.sleep(0.001)
         return encoder(indices)
     def ended(path):
@@ -180,7 +179,7 @@ elif how == "together":
     try:
         rows = wanted.CachedRows(store, keys, in_turns, what="{count}", batch=4, start=float(sys.argv[3]))
     finally:
-        mine.with_suffix(".ended").touch()
+        progress.with_suffix(".ended").touch()
     cached_rows.assert_right(rows)
     print(len(encoder.made))
 else:
@@ -202,24 +201,24 @@ def test_a_process_killed_in_the_middle_of_a_segment_leaves_what_it_had(cache):
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    (torn,) = cache.glob("*/.*.safetensors")
+    (truncated,) = cache.glob("*/.*.safetensors")
     rows, encoder = cached()
-    assert encoder.made == [4, 5, 6, 7, 8, 9]  # the first segment of four rows is whole
+    assert encoder.made == [4, 5, 6, 7, 8, 9]  # the first segment of four rows is complete
     assert_right(rows)
-    # What it left is removed once it is too old to be one that is being written.
-    assert torn.exists()
-    os.utime(torn, (0, 0))
+    # It is removed once it is too old to be still written.
+    assert truncated.exists()
+    os.utime(truncated, (0, 0))
     cached()
-    assert not torn.exists()
+    assert not truncated.exists()
 
 
 def test_two_processes_share_the_work_and_both_have_every_row(cache, tmp_path):
-    one, other = str(tmp_path / "one"), str(tmp_path / "other")
-    processes = [program("together", "0", one, other), program("together", "0.5", other, one)]
-    made = [int(process.communicate()[0]) for process in processes]
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    processes = [program("together", "0", first, second), program("together", "0.5", second, first)]
+    counts = [int(process.communicate()[0]) for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert 120 <= sum(made) < 200  # not everything twice
-    assert max(made) < 120
+    assert 120 <= sum(counts) < 200  # not everything twice
+    assert max(counts) < 120
     rows, encoder = cached(120)
     assert encoder.made == []
     assert_right(rows)
@@ -243,13 +242,13 @@ def test_what_was_used_longest_ago_goes_first(cache, monkeypatch):
 
 def test_other_peoples_files_in_the_folder_are_left(cache, monkeypatch):
     (cache / "models").mkdir(parents=True)
-    theirs = cache / "models" / "weights.safetensors"
-    theirs.write_bytes(b"0" * 5000)
+    foreign = cache / "models" / "weights.safetensors"
+    foreign.write_bytes(b"0" * 5000)
     (cache / "models" / "spec.json").write_text('{"format": "something else"}')
     monkeypatch.setenv("CONTROLKIT_CACHE_MB", "0.006")
     cached(40)
     manage_cache(clear=True)
-    assert theirs.exists()
+    assert foreign.exists()
 
 
 @pytest.mark.parametrize("damage", ["", '{"format": "controlkit cache 1"}'])
@@ -266,16 +265,16 @@ def test_a_store_whose_spec_is_damaged_is_still_counted_and_cleared(cache, damag
 
 
 def test_what_a_running_process_uses_stays(cache, monkeypatch):
-    process = program("hold")
+    process = program("map")
     assert process.stdout is not None
-    assert process.stdout.readline().strip() == "hold"
+    assert process.stdout.readline().strip() == "map"
     (path,) = segments(cache)
     os.utime(path, (1000, 1000))
     assert not remove_unused(path)
     report = manage_cache(clear=True)
     assert (report.removed, report.in_use) == (0, 1)
     monkeypatch.setenv("CONTROLKIT_CACHE_MB", "0.0015")
-    with pytest.raises(UserError, match=r"do not fit into the cache.*in use; set CONTROLKIT_CACHE_MB to 1 or more"):
+    with refused("out-of-range", cache, "0.0 MB", "in use", "CONTROLKIT_CACHE_MB to 1 or more"):
         cached(40, first=100)
     process.communicate("\n")
     assert process.returncode == 0  # it could read every row to the end
@@ -286,7 +285,7 @@ def test_what_a_running_process_uses_stays(cache, monkeypatch):
 
 
 def test_a_process_that_was_killed_uses_nothing(cache):
-    process = program("hold")
+    process = program("map")
     assert process.stdout is not None
     process.stdout.readline()
     process.kill()
@@ -295,7 +294,7 @@ def test_a_process_that_was_killed_uses_nothing(cache):
     assert remove_unused(path)
 
 
-def test_a_row_that_is_held_can_be_read_although_its_file_is_gone(cache):
+def test_a_mapped_row_can_be_read_although_its_file_is_gone(cache):
     rows, encoder = cached()
     for path in segments(cache):
         path.unlink()
@@ -306,10 +305,10 @@ def test_a_row_that_is_held_can_be_read_although_its_file_is_gone(cache):
     assert encoder.made == list(range(10))
 
 
-def test_more_than_the_limit_is_refused_before_it_is_made(monkeypatch):
+def test_more_than_the_limit_is_refused_before_it_is_made(cache, monkeypatch):
     monkeypatch.setenv("CONTROLKIT_CACHE_MB", "0.002")
     encoder = Encoder()
-    with pytest.raises(UserError, match="do not fit"):
+    with refused("out-of-range", cache, "CONTROLKIT_CACHE_MB"):
         CachedRows(Store(SPEC), digests(0, 1000), encoder, what="", batch=4)
     assert len(encoder.made) == 4
 
@@ -317,7 +316,7 @@ def test_more_than_the_limit_is_refused_before_it_is_made(monkeypatch):
 @pytest.mark.parametrize("text", ["-1", "0", "much", "inf", "nan"])
 def test_a_limit_that_is_none_is_refused(monkeypatch, text):
     monkeypatch.setenv("CONTROLKIT_CACHE_MB", text)
-    with pytest.raises(UserError, match="CONTROLKIT_CACHE_MB"):
+    with refused("out-of-range", "CONTROLKIT_CACHE_MB", repr(text)):
         cache_limit()
 
 
@@ -335,7 +334,7 @@ def test_a_folder_that_cannot_be_written_names_the_variable_before_anything_is_m
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "file"))
     encoder = Encoder()
-    with pytest.raises(UserError, match=r"cannot write to the cache .*CONTROLKIT_CACHE"):
+    with refused("write-failed", tmp_path / "file", "CONTROLKIT_CACHE"):
         CachedRows(Store(SPEC), digests(0, 10), encoder, what="")
     assert encoder.made == []
 
@@ -375,9 +374,9 @@ def test_segments_in_use_are_not_merged(cache):
     for number in range(40):
         write_segment(SPEC.folder(cache), digests(number, 1), *Encoder(number)([0]))
     before = segments(cache)
-    held = [Segment(path) for path in before]
-    for segment in held:
-        segment.hold()
+    mapped = [Segment(path) for path in before]
+    for segment in mapped:
+        segment.map()
     cached(40)
     assert segments(cache) == before
 
@@ -395,17 +394,17 @@ def test_an_index_of_100_000_rows_takes_no_more_calls_than_one_of_1_000(cache, t
         folder = SPEC.folder(tmp_path / str(count))
         keys = np.frombuffer(np.random.default_rng(0).bytes(16 * count), "S16")
         for first in range(0, count, count // 4):
-            rows = {"x": np.zeros((count // 4, 4), np.uint8)}
-            write_segment(folder, keys[first : first + count // 4], parts, rows)
+            values = {"x": np.zeros((count // 4, 4), np.uint8)}
+            write_segment(folder, keys[first : first + count // 4], parts, values)
         assert len(list(folder.iterdir())) == 4  # no file per sample
         counted, before = calls.setdefault(count, Counter()), sys.getprofile()
         sys.setprofile(lambda frame, event, argument, counted=counted: counted.update([event]))
         try:
-            made = CachedRows(Store(SPEC), keys, never, what="")
+            rows = CachedRows(Store(SPEC), keys, never, what="")
         finally:
             sys.setprofile(before)
-        assert len(made) == count
-        missing = made.store.find(np.frombuffer(np.random.default_rng(1).bytes(160), "S16"))[0]
+        assert len(rows) == count
+        missing = rows.store.find(np.frombuffer(np.random.default_rng(1).bytes(160), "S16"))[0]
         assert (missing == -1).all()
     few, many = (calls[count]["call"] + calls[count]["c_call"] for count in (1_000, 100_000))
     assert 0 < many < 1.5 * few

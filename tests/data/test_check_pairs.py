@@ -17,7 +17,7 @@ from controlkit.data.input_images import list_images
 from controlkit.data.making import MakeSettings
 from controlkit.data.pairs import write_pairs
 from controlkit.data.swap_check import find_swapped_sides
-from controlkit.errors import UserError
+from refusals import refused
 
 ABSTRACT = ("canny", "sketch", "scribble", "grayscale", "palette", "silhouette", "lines_lsd", "illusion")
 DAMAGED = ("noise", "rain", "snow", "jpeg", "blur", "inpaint_brush", "shuffle", "pixel", "color_regions", "low_light")
@@ -51,7 +51,7 @@ def test_everything_is_found_at_once(made):
     Image.fromarray(scene(2, 48, 24)).save(made / "canny/image2.png")
     shutil.copy(made / "pictures/image4.png", made / "pictures/image3.png")
     lines[5]["prompt"] = "  "
-    (made / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{torn\n")
+    (made / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{truncated\n")
     report = check_pairs(made)
     found = {(problem.kind, problem.where) for problem in report.problems}
     assert {("file", "line 1"), ("file", "line 2"), ("size", "line 3"), ("changed", "line 3")} <= found
@@ -61,7 +61,7 @@ def test_everything_is_found_at_once(made):
     assert check_sheet(report).height > 200
 
 
-def test_exchanged_folders_of_a_manifest_are_certain(made):
+def test_swapped_folders_of_a_manifest_are_certain(made):
     lines = [json.loads(line) for line in (made / "pairs.jsonl").read_text().splitlines()]
     for line in lines:
         line["picture"], line["conditions"] = line["conditions"]["canny"], {"canny": line["picture"]}
@@ -73,7 +73,7 @@ def test_exchanged_folders_of_a_manifest_are_certain(made):
 
 
 @pytest.mark.parametrize("name", ABSTRACT)
-def test_exchanged_sides_are_likely_where_a_condition_leaves_much_out(name):
+def test_swapped_sides_are_likely_where_a_condition_leaves_much_out(name):
     pairs = pairs_of(name)
     assert find_swapped_sides(pairs) is None
     verdict = find_swapped_sides([(target, source) for source, target in pairs])
@@ -81,12 +81,12 @@ def test_exchanged_sides_are_likely_where_a_condition_leaves_much_out(name):
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_conditions_that_add_something_are_never_called_exchanged(name):
+def test_conditions_that_add_something_are_never_called_swapped(name):
     verdict = find_swapped_sides(pairs_of(name))
     assert verdict is None or verdict.certainty == "possible"
 
 
-def test_a_prompt_json_with_source_and_target_exchanged(tmp_path):
+def test_a_prompt_json_with_source_and_target_swapped(tmp_path):
     write_pairs(tmp_path, [(target, source, "x") for source, target in pairs_of("canny")])
     report = check_pairs(tmp_path)
     assert report.counts == {"swapped": 1} and "most likely" in report.problems[0].text
@@ -94,7 +94,7 @@ def test_a_prompt_json_with_source_and_target_exchanged(tmp_path):
     assert check_pairs(tmp_path).problems == []
 
 
-def test_too_few_pairs_say_nothing():
+def test_too_few_pairs_give_no_verdict():
     assert find_swapped_sides([(target, source) for source, target in pairs_of("canny", 3)]) is None
 
 
@@ -102,7 +102,7 @@ def test_one_condition_can_be_checked_alone(made):
     (made / "noise/image1.png").unlink()
     assert check_pairs(made, ["canny"]).problems == []
     assert check_pairs(made, ["noise"]).counts == {"file": 1}
-    with pytest.raises(UserError, match="it has canny, noise"):
+    with refused("unknown-name", made, "'depth'", "canny, noise"):
         check_pairs(made, ["canny", "depth"])
 
 

@@ -15,7 +15,7 @@ from controlkit.data.jobs import ShardJob, make_shard
 from controlkit.data.making import MakeSettings
 from controlkit.data.pairs import read_pairs
 from controlkit.data.readers.archives import shard_name
-from controlkit.errors import UserError
+from refusals import refused
 
 SETTINGS = MakeSettings(conditions=("canny", "noise"), size=32)
 HAS_RAY = importlib.util.find_spec("ray") is not None
@@ -30,7 +30,7 @@ def test_jobs_survive_the_way_to_another_machine(tmp_path):
 @pytest.mark.skipif(HAS_RAY, reason="Ray is installed")
 def test_without_ray_the_error_says_what_to_install(tmp_path):
     write_images(tmp_path / "in", 2)
-    with pytest.raises(UserError, match=r"pip install 'controlkit\[distributed\]'"):
+    with refused("missing-package", "pip install 'controlkit[distributed]'"):
         make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", SETTINGS, engine="ray")
 
 

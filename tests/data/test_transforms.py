@@ -12,8 +12,9 @@ from pair_files import scene
 
 from controlkit.conditions import find
 from controlkit.data.buckets import BucketBatches, Buckets
-from controlkit.data.transforms import CENTRE, View, draw_pair, random_view, show, show_pair
+from controlkit.data.transforms import CENTRE, View, apply_view, apply_view_to_pair, compute_pair, random_view
 from controlkit.errors import UserError
+from refusals import refused
 
 VIEWS = st.builds(View, place=st.floats(0, 1), flip=st.booleans())
 SIDES = st.integers(16, 80)
@@ -23,54 +24,54 @@ SIDES = st.integers(16, 80)
 def test_both_sides_show_the_same_part_whatever_their_resolutions(view, width, height, factor, size):
     image = scene(width * height, height, width)
     larger = image.repeat(factor, axis=0).repeat(factor, axis=1)
-    source, target = show_pair(larger, image, view, size)
+    source, target = apply_view_to_pair(larger, image, view, size)
     assert source.shape == target.shape == (size, size, 3)
     assert np.abs(source.astype(int) - target).mean() < 40
-    same, _ = show_pair(image, larger, view, size)
+    same, _ = apply_view_to_pair(image, larger, view, size)
     assert np.array_equal(same, target)
 
 
 @given(view=VIEWS, width=SIDES, height=SIDES, size=st.integers(8, 64))
 def test_a_flip_turns_what_is_shown_without_it(view, width, height, size):
     image = scene(width, height, width)
-    straight, turned = (show(image, View(place=view.place, flip=flip), size) for flip in (False, True))
+    straight, turned = (apply_view(image, View(place=view.place, flip=flip), size) for flip in (False, True))
     assert np.array_equal(turned, straight[:, ::-1])
 
 
 @settings(max_examples=30)
 @given(name=st.sampled_from(["canny", "palette", "blur", "inpaint", "noise", "haze", "shuffle"]), view=VIEWS)
-def test_a_pair_that_is_drawn_turned_is_the_pair_turned(name, view):
+def test_a_flipped_computed_pair_is_the_pair_flipped(name, view):
     condition, image = find(name), scene(4, 48, 64)
-    source, target = draw_pair(image, condition, View(place=view.place, flip=True), 48)
-    straight = draw_pair(image, condition, View(place=view.place), 48)
+    source, target = compute_pair(image, condition, View(place=view.place, flip=True), 48)
+    straight = compute_pair(image, condition, View(place=view.place), 48)
     assert np.array_equal(target, straight[1][:, ::-1])
     if condition.mirrors:
         assert np.array_equal(source, condition(target))
         assert np.abs(source.astype(int) - straight[0][:, ::-1]).mean() < 8
     else:
-        # The mask or noise turns with the image, which computing it anew would not do.
+        # The mask or noise is flipped with the image, which computing it again would not do.
         assert np.array_equal(source, straight[0][:, ::-1])
 
 
 def test_a_finished_pair_is_mirrored_as_its_condition_is():
     source, target, flipped = scene(1), scene(2), View(flip=True)
-    normals, _ = show_pair(source, target, flipped, 48, find("normal"))
+    normals, _ = apply_view_to_pair(source, target, flipped, 48, find("normal"))
     assert np.array_equal(normals[..., 0], 255 - source[:, ::-1, 0])
-    assert np.array_equal(show_pair(source, target, flipped, 48)[0], source[:, ::-1])
-    with pytest.raises(UserError, match="their colours tell left from right"):
-        show_pair(source, target, flipped, 48, find("openpose"))
-    labels, _ = show_pair(source, target, CENTRE, 31, find("seg"))
+    assert np.array_equal(apply_view_to_pair(source, target, flipped, 48)[0], source[:, ::-1])
+    with pytest.raises(UserError, match=r"openpose.* left from right"):
+        apply_view_to_pair(source, target, flipped, 48, find("openpose"))
+    labels, _ = apply_view_to_pair(source, target, CENTRE, 31, find("seg"))
     assert {tuple(c) for c in labels.reshape(-1, 3)} <= {tuple(c) for c in source.reshape(-1, 3)}
 
 
 def test_labels_keep_their_colours():
     labels = np.zeros((50, 50, 3), np.uint8)
     labels[:, 20:] = (200, 10, 90)
-    colours = {tuple(colour) for colour in show(labels, CENTRE, 33, nearest=True).reshape(-1, 3).tolist()}
+    colours = {tuple(colour) for colour in apply_view(labels, CENTRE, 33, nearest=True).reshape(-1, 3).tolist()}
     assert colours == {(0, 0, 0), (200, 10, 90)}
 
 
-def test_views_are_drawn_alike_whatever_is_asked_for():
+def test_views_are_sampled_alike_whatever_is_asked_for():
     for crop in (False, True):
         for flip in (False, True):
             rng = np.random.default_rng(5)
@@ -103,8 +104,13 @@ def test_no_other_bucket_is_nearer_in_shape(width, height):
 
 
 def test_impossible_buckets_are_refused():
-    for wrong in ({"size": 500}, {"size": 32}, {"longest": 0.5}):
-        with pytest.raises(UserError, match="buckets"):
+    for wrong, code in (
+        ({"size": 500}, "wrong-size"),
+        ({"size": 32}, "wrong-size"),
+        ({"longest": 0.5}, "out-of-range"),
+    ):
+        ((name, value),) = wrong.items()
+        with refused(code, f"buckets: {name} is {value}"):
             Buckets(**wrong)
 
 
@@ -129,5 +135,5 @@ def test_an_epoch_shows_everything_and_every_batch_has_one_bucket(counts, batch_
 
 
 def test_epochs_and_seeds_differ():
-    one, other = (BucketBatches(buckets=[(64, 64)] * 30, batch_size=5, seed=seed) for seed in (0, 1))
-    assert one.batch(0) != one.batch(6) and one.batch(0) != other.batch(0)
+    first, second = (BucketBatches(buckets=[(64, 64)] * 30, batch_size=5, seed=seed) for seed in (0, 1))
+    assert first.batch(0) != first.batch(6) and first.batch(0) != second.batch(0)

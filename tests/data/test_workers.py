@@ -19,6 +19,7 @@ from PIL import Image
 from controlkit.data import workers
 from controlkit.data.workers import run_jobs, sign_of_life
 from controlkit.errors import UserError
+from refusals import refused
 
 
 def hang_once(marker: Path, hung: Path, job: int) -> int:
@@ -60,6 +61,13 @@ def die(job: int) -> int:
     return job
 
 
+def fail(job: int) -> int:
+    """Fail as a job that cannot write."""
+    if job == 2:
+        raise UserError("cannot write 2", "write-failed")
+    return job
+
+
 class Clock:
     """The clock that the pool's patience is measured by. It does not go by itself, so that a busy machine, on which
     processes take long to start, does not look like one on which they hang."""
@@ -96,12 +104,12 @@ def hung(tmp_path, monkeypatch) -> Path:
 def test_jobs_of_a_process_that_hangs_are_done_by_another(tmp_path, capsys, hung):
     results = run_jobs(partial(hang_once, tmp_path / "marker", hung), range(6), workers=2, patience=3)
     assert sorted(results) == [0, 1, 4, 9, 16, 25]
-    told = capsys.readouterr().err
-    assert told.count("no process has finished anything for 3 s") == 1 and "3" in told.split(", in ")[1]
+    message = capsys.readouterr().err
+    assert message.count("no process has finished anything for 3 s") == 1 and "3" in message.split(", in ")[1]
 
 
 def test_a_job_that_hangs_every_time_ends_in_words(hung):
-    with pytest.raises(UserError, match=r"processes hung 4 times in a row, .* in 2; run again without these files"):
+    with refused("unreadable-file", "hung 4 times", " in 2;"):
         list(run_jobs(partial(hang, hung), [1, 2], workers=2, patience=2))
 
 
@@ -114,13 +122,18 @@ def test_a_job_that_says_it_lives_may_take_as_long_as_it_likes(capsys, monkeypat
 
 def test_a_process_that_is_killed_is_told_of(tmp_path, capsys):
     assert sorted(run_jobs(partial(die_once, tmp_path / "marker"), range(5), workers=2)) == [0, 1, 2, 3, 4]
-    told = capsys.readouterr().err
-    assert told.count("a process was killed") == 1 and "3" in told.split(", in ")[1]
+    message = capsys.readouterr().err
+    assert message.count("a process was killed") == 1 and "3" in message.split(", in ")[1]
 
 
 def test_a_job_that_kills_its_process_every_time_ends_in_words():
-    with pytest.raises(UserError, match="processes were killed 4 times in a row, perhaps for want of memory"):
+    with refused("out-of-memory", "killed 4 times", "--workers"):
         list(run_jobs(die, [1, 2], workers=2))
+
+
+def test_an_error_of_a_job_keeps_its_code():
+    with refused("write-failed", "cannot write 2"):
+        list(run_jobs(fail, [1, 2, 3], workers=2))
 
 
 def test_a_script_without_a_guard_is_told_so_once(tmp_path):
@@ -134,4 +147,4 @@ def test_a_script_without_a_guard_is_told_so_once(tmp_path):
     )
     ended = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert ended.returncode == 1 and ended.stderr.count("Traceback") == 1
-    assert 'put what it does under `if __name__ == "__main__":`' in ended.stderr.splitlines()[-1]
+    assert 'under `if __name__ == "__main__":`' in ended.stderr.splitlines()[-1]

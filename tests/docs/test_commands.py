@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from page_commands import PAGES, ROOT, Block, blocks, commands, page_commands
 
-from controlkit.apps.cli import build_parser
+from controlkit.apps.cli import SHELLS, build_parser
 from controlkit.errors import UserError
 from controlkit.settings import build_settings, read_overrides
 from controlkit.studies.community_model import CommunityModel
@@ -59,6 +59,9 @@ def parse_controlkit(words: list[str]) -> None:
     if words[-1:] == ["--help"]:
         with pytest.raises(SystemExit, match="0"):
             build_parser().parse_args(words)
+        return
+    if words[:1] == ["--print-completion"]:
+        assert words[1] in SHELLS
         return
     args = build_parser().parse_args(words)
     if args.verb == "train" and args.recipe.endswith(".yaml"):

@@ -17,18 +17,21 @@ from controlkit.evaluation.evaluate_control import EvalSet, evaluate_control, ev
 from controlkit.evaluation.report import Report
 from controlkit.evaluation.sets import EvaluationSet, evaluation_set
 from controlkit.formats.load import save_control
+from refusals import check
 
 
-def judged_from(first, count):
+def eval_set_from(first, count):
     """`count` images of those that ship, from number `first` on."""
     drawings = evaluation_set("held-out").examples[first : first + count]
-    truths = [drawing.image for drawing in drawings]
-    given = [controlkit.find_condition("canny")(truth) for truth in truths]
-    return EvalSet(name="held-out pairs", given=given, truths=truths, prompts=[one.caption for one in drawings])
+    targets = [drawing.image for drawing in drawings]
+    given = [controlkit.find_condition("canny")(target) for target in targets]
+    return EvalSet(
+        name="held-out pairs", condition_images=given, targets=targets, prompts=[one.caption for one in drawings]
+    )
 
 
 def test_two_sets_of_one_name_have_baselines_and_ceilings_of_their_own(tiny_base, tiny_control):
-    sets = [judged_from(0, 2), judged_from(2, 3)]
+    sets = [eval_set_from(0, 2), eval_set_from(2, 3)]
     together, sheet = evaluate_control(tiny_base, tiny_control, sets, steps=2)
     alone = [evaluate_control(tiny_base, tiny_control, [one], steps=2) for one in sets]
     assert [row[1:] for row in together.rows] == [report.rows[0][1:] for report, _ in alone]
@@ -47,28 +50,28 @@ def test_sets_of_one_name_are_told_apart_for_several_controls_too(tiny_base, tin
     assert list(report.facts["one"]) == ["seen", "seen 2"]
 
 
-def test_ends_are_shared_by_content_and_settings_not_by_name(tiny_base, tiny_control):
-    ends = {}
-    first = judged_from(0, 2)
-    evaluate_control(tiny_base, tiny_control, [first], steps=2, ends=ends)
-    assert len(ends) == 1
-    evaluate_control(tiny_base, tiny_control, [replace(first, name="other")], steps=2, ends=ends)
-    assert len(ends) == 1
-    kept, _ = evaluate_control(tiny_base, tiny_control, [first], steps=3, ends=ends)
-    assert len(ends) == 2
-    assert kept.rows == evaluate_control(tiny_base, tiny_control, [first], steps=3)[0].rows
+def test_baselines_are_shared_by_content_and_settings_not_by_name(tiny_base, tiny_control):
+    baselines = {}
+    first = eval_set_from(0, 2)
+    evaluate_control(tiny_base, tiny_control, [first], steps=2, baselines=baselines)
+    assert len(baselines) == 1
+    evaluate_control(tiny_base, tiny_control, [replace(first, name="other")], steps=2, baselines=baselines)
+    assert len(baselines) == 1
+    shared, _ = evaluate_control(tiny_base, tiny_control, [first], steps=3, baselines=baselines)
+    assert len(baselines) == 2
+    assert shared.rows == evaluate_control(tiny_base, tiny_control, [first], steps=3)[0].rows
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "facts"),
     [
-        (("canny", "canny"), "canny is there twice"),
-        (("canny", "--sets", "seen", "seen"), "seen is there twice"),
+        (("canny", "canny"), ["evaluate control", "canny"]),
+        (("canny", "--sets", "seen", "seen"), ["--sets", "seen"]),
     ],
 )
-def test_a_name_that_is_there_twice_is_refused(words, told, capsys):
+def test_a_repeated_name_is_refused(words, facts, capsys):
     assert main(["evaluate", "control", *words]) == 2
-    assert told in capsys.readouterr().err
+    check(capsys.readouterr().err, "contradiction", *facts)
 
 
 def test_a_report_holds_the_settings_that_its_numbers_depend_on(tiny_base, tiny_control, base_folder, tmp_path, capsys):
@@ -99,20 +102,20 @@ def test_a_report_holds_the_settings_that_its_numbers_depend_on(tiny_base, tiny_
 
 
 def test_other_weights_images_or_parameters_are_other_settings(tiny_base, tiny_control):
-    first = judged_from(0, 2)
+    first = eval_set_from(0, 2)
 
-    def told(control=tiny_control, judged=first, **how):
-        return evaluate_control(tiny_base, control, [judged], steps=1, **how)[0].settings
+    def told(control=tiny_control, eval_set=first, **how):
+        return evaluate_control(tiny_base, control, [eval_set], steps=1, **how)[0].settings
 
     same = told()
     assert told() == same
     json.dumps(same, allow_nan=False)
-    darker = replace(first, truths=[truth // 2 for truth in first.truths])
-    assert told(judged=darker)["sets"] != same["sets"]
-    inverted = replace(first, given=[255 - given for given in first.given])
-    assert told(judged=inverted)["sets"] != same["sets"]
+    darker = replace(first, targets=[target // 2 for target in first.targets])
+    assert told(eval_set=darker)["sets"] != same["sets"]
+    inverted = replace(first, condition_images=[255 - given for given in first.condition_images])
+    assert told(eval_set=inverted)["sets"] != same["sets"]
     low = replace(first, parameters=[{"low": 20}, {"low": 30}])
-    assert told(judged=low)["sets"][0]["condition_parameters"] == [{"low": 20}, {"low": 30}]
+    assert told(eval_set=low)["sets"][0]["condition_parameters"] == [{"low": 20}, {"low": 30}]
     assert told(mode="balanced")["control"]["mode"] == "balanced"
 
     shared = BaseControlNet.for_base(tiny_base)
@@ -140,7 +143,7 @@ def test_controls_in_different_modes_are_named_with_theirs(tiny_base, tiny_contr
 
 
 def test_the_mode_stands_beside_the_numbers(tiny_base, tiny_control):
-    report, _ = evaluate_control(tiny_base, tiny_control, [judged_from(0, 2)], steps=2)
+    report, _ = evaluate_control(tiny_base, tiny_control, [eval_set_from(0, 2)], steps=2)
     assert any(note.startswith("mode control, weight 1, guidance 3, 2 ddim steps") for note in report.notes)
 
 

@@ -87,13 +87,13 @@ def test_a_preview_of_pairs_scores_as_evaluate_does(adapt_recipe, tmp_path):
     acting(objective.control)
     objective.control.eval()
     (score,) = objective.preview(1, tmp_path).values()
-    judged = pairs_eval_set(objective.source.of["palette"].held_out, objective.base.size)
+    eval_set = pairs_eval_set(objective.source.of["palette"].held_out, objective.base.size)
     scores = {
-        mode: evaluate_control(objective.base, objective.control, [judged], steps=10, mode=mode)[0]
+        mode: evaluate_control(objective.base, objective.control, [eval_set], steps=10, mode=mode)[0]
         for mode in (None, "balanced")
     }
-    assert score == pytest.approx(scores[None].facts[judged.name]["control"], abs=1e-6)
-    assert score != pytest.approx(scores["balanced"].facts[judged.name]["control"], abs=1e-6)
+    assert score == pytest.approx(scores[None].facts[eval_set.name]["control"], abs=1e-6)
+    assert score != pytest.approx(scores["balanced"].facts[eval_set.name]["control"], abs=1e-6)
     assert scores[None].settings["control"]["mode"] == objective.preview_settings["mode"] == "control"
 
 
@@ -102,10 +102,10 @@ def test_a_preview_of_icons_scores_as_evaluate_does(recipe, tmp_path):
     randomise_zero_convolutions(objective.control)
     (score,) = objective.preview(1, tmp_path).values()
     held = objective.source.held_out("canny")
-    judged = EvalSet(name="held", given=held.condition_images, truths=held.targets, prompts=held.prompts)
+    eval_set = EvalSet(name="held", condition_images=held.condition_images, targets=held.targets, prompts=held.prompts)
     objective.control.eval()
     same, other = (
-        evaluate_control(objective.base, objective.control, [judged], steps=10, mode=mode)[0].facts["held"]["control"]
+        evaluate_control(objective.base, objective.control, [eval_set], steps=10, mode=mode)[0].facts["held"]["control"]
         for mode in (None, "balanced")
     )
     assert score == pytest.approx(same, abs=1e-6)
@@ -152,7 +152,9 @@ def test_a_control_that_acts_on_one_half_alone_is_in_that_mode(recipe, tmp_path,
     control = load_control(tmp_path / "run" / "canny.safetensors", load_base(recipe.base))
     monkeypatch.setattr(type(control), "conditional_only", True)
     drawings = IconSets(recipe.icons).icons[:2]
-    truths = [draw(icon, np.random.default_rng(0)).image for icon in drawings]
-    judged = EvalSet(name="x", given=[find("canny")(one) for one in truths], truths=truths, prompts=["a", "b"])
-    report, _ = evaluate_control(load_base(recipe.base), control, [judged], steps=1)
+    targets = [draw(icon, np.random.default_rng(0)).image for icon in drawings]
+    eval_set = EvalSet(
+        name="x", condition_images=[find("canny")(one) for one in targets], targets=targets, prompts=["a", "b"]
+    )
+    report, _ = evaluate_control(load_base(recipe.base), control, [eval_set], steps=1)
     assert report.settings["control"]["mode"] == "control"

@@ -1,4 +1,4 @@
-"""Evaluation sets of other packages: found by name, and judged on like those that ship."""
+"""Evaluation sets of other packages: found by name, and used like those that ship."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from controlkit.evaluation import sets
 from controlkit.evaluation.evaluate_control import evaluate_controls
 from controlkit.evaluation.sets import EvaluationSet, Example, evaluation_set, evaluation_sets, register_evaluation_set
 from controlkit.formats.load import load_control, save_control
+from refusals import refused
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_a_set_that_was_registered_is_found(fresh_registry):
     found = evaluation_set("photos")
     assert found.captions == ["photo 0", "photo 1", "photo 2"]
     assert [image.shape for image in found.first(2).images] == [(72, 96, 3)] * 2
-    with pytest.raises(UserError, match=r"no evaluation set called 'photo'.*photos"):
+    with refused("unknown-name", "'photo'", "did you mean photos"):
         evaluation_set("photo")
     with pytest.raises(ValueError, match="'photos' is registered already"):
         register_evaluation_set("photos", "others", photos)

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
-from controlkit.errors import UserError
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
+from refusals import refused
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_an_adapter_without_its_base_control_names_it(saved, tiny_base, tmp_path
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(saved[0] / "palette.safetensors", alone)
-    with pytest.raises(UserError, match=r"adapter of the base control 'base'.*put its file into"):
+    with refused("missing-companion", alone / "palette.safetensors", "base control 'base'", alone, "ADAPTER+BASE"):
         load_control(alone / "palette.safetensors", tiny_base)
 
 
@@ -75,7 +75,7 @@ def test_another_base_control_under_the_same_name_is_not_taken(saved, tiny_base)
     folder, _ = saved
     other = BaseControlNet.for_base(tiny_base)
     save_control(folder / "base.safetensors", other, tiny_base)
-    with pytest.raises(UserError, match="adapter of the base control"):
+    with refused("missing-companion", folder / "palette.safetensors", "base control", folder):
         load_control(folder / "palette.safetensors", tiny_base)
 
 
@@ -83,7 +83,7 @@ def test_a_base_control_of_another_base_is_refused(saved):
     import tiny
 
     wide = tiny.build_tiny_base(text_width=24)
-    with pytest.raises(UserError, match="does not fit the base tiny: its text width"):
+    with refused("incompatible", "palette.safetensors", "tiny", "text width"):
         load_control(saved[0] / "palette.safetensors", wide)
 
 

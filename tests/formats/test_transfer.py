@@ -9,12 +9,12 @@ import torch
 
 from controlkit.apps.cli import main
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
-from controlkit.errors import UserError
 from controlkit.formats.convert import convert
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.formats.transfer import transfer
 from controlkit.nano.base_objective import save_base
+from refusals import check, refused
 from tiny import build_tiny_base, fresh_control, randomise_zero_convolutions
 
 
@@ -61,7 +61,7 @@ def test_a_base_control_moves_too_and_its_zero_convolutions_stay(tiny_base, othe
 
 
 def test_bases_of_another_shape_are_refused(tiny_base, tiny_control):
-    with pytest.raises(UserError, match="one shape in all three"):
+    with refused("incompatible", "the control", tiny_base.name):
         transfer(tiny_control, tiny_base, build_tiny_base(text_width=32))
 
 
@@ -82,9 +82,9 @@ def test_the_verb_writes_a_control_of_the_other_base(tiny_base, other, base_fold
     assert told["moved"] > 0 and "unchanged" in told["limits"]
     assert load_control(tmp_path / "moved.safetensors", other).condition == "canny"
     assert main([*command, "--out", str(tmp_path / "moved.safetensors")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    check(capsys.readouterr().err, "would-overwrite", tmp_path / "moved.safetensors", "--force")
     assert main([*command, "--out", str(tmp_path / "canny.safetensors"), "--force"]) == 2
-    assert "it is read for this" in capsys.readouterr().err
+    check(capsys.readouterr().err, "would-overwrite", tmp_path / "canny.safetensors", "--out")
     assert load_control(tmp_path / "canny.safetensors", tiny_base).condition == "canny"
     assert main([*command, "--out", str(tmp_path / "moved.pt")]) == 2
     assert ".safetensors" in capsys.readouterr().err
@@ -130,5 +130,5 @@ def test_adapters_go_along_with_their_base_control(tiny_base, other, base_folder
     stranger = BaseControlNet.for_base(other)
     stranger.network.conv_in.weight.data.add_(1)
     save_control(tmp_path / "stranger.safetensors", stranger, other)
-    with pytest.raises(UserError, match="was made on another base control"):
+    with refused("incompatible", adapter, "base control", old, tmp_path / "stranger.safetensors"):
         load_control(f"{adapter}+{tmp_path / 'stranger.safetensors'}", other)

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlkit.errors import UserError
 from controlkit.nano.icons import (
     COLOURS,
     STYLES,
@@ -25,6 +24,7 @@ from controlkit.nano.icons import (
     is_held_out,
     render_sets,
 )
+from refusals import refused
 from tiny import concepts, hand_made_icon
 
 DISC = Icon(concept="red-ball", style="noto", rgba=hand_made_icon("disc", (220, 10, 20)))
@@ -119,16 +119,16 @@ def test_captions():
 def test_what_is_not_a_file_of_icons(tmp_path, content):
     path = tmp_path / "icons.npz"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="not a file of rendered icons"):
+    with refused("damaged-file", path):
         IconSets(path)
 
 
-def test_a_torn_file_of_icons(tmp_path, icons_file):
+def test_a_truncated_file_of_icons(tmp_path, icons_file):
     data = icons_file.read_bytes()
     for keep in (0.1, 0.5, 0.99):
         path = tmp_path / "icons.npz"
         path.write_bytes(data[: int(len(data) * keep)])
-        with pytest.raises(UserError, match="not a file of rendered icons"):
+        with refused("damaged-file", tmp_path / "icons.npz"):
             IconSets(path)
 
 
@@ -137,18 +137,18 @@ def test_a_file_of_icons_with_another_index(tmp_path, index):
     path = tmp_path / "icons.npz"
     coded = np.frombuffer(json.dumps(index).encode(), np.uint8)
     np.savez(path, index=coded, noto=np.zeros((1, 4, 4, 4), np.uint8))
-    with pytest.raises(UserError, match="not a file of rendered icons"):
+    with refused("damaged-file", path):
         IconSets(path)
 
 
 def test_pickles_are_not_read(tmp_path):
     np.savez(tmp_path / "icons.npz", index=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(UserError, match="not a file of rendered icons"):
+    with refused("damaged-file", tmp_path / "icons.npz"):
         IconSets(tmp_path / "icons.npz")
 
 
 def test_a_missing_file_of_icons_says_how_to_make_it(tmp_path):
-    with pytest.raises(UserError, match=r"step 1 of recipes/nano/README\.md"):
+    with refused("missing-file", tmp_path / "icons.npz", "step 1 of recipes/nano/README.md"):
         IconSets(tmp_path / "icons.npz")
 
 
@@ -197,16 +197,16 @@ def test_packages_are_rendered_into_one_file(packages, tmp_path):
 def test_a_missing_package_is_named_with_the_command(packages, tmp_path):
     next(packages.glob("*twemoji*")).unlink()
     pytest.importorskip("resvg_py")
-    with pytest.raises(UserError, match="npm pack @iconify-json/twemoji"):
+    with refused("missing-file", packages, "npm pack @iconify-json/twemoji"):
         render_sets(packages, tmp_path / "icons.npz")
     assert not (tmp_path / "icons.npz").exists()
 
 
-@pytest.mark.parametrize("damage", ["torn", "no icons", "a zip"])
+@pytest.mark.parametrize("damage", ["truncated", "no icons", "a zip"])
 def test_damaged_packages(packages, tmp_path, damage):
     pytest.importorskip("resvg_py")
     (path,) = packages.glob("*-noto-*")
-    if damage == "torn":
+    if damage == "truncated":
         path.write_bytes(path.read_bytes()[:100])
     elif damage == "no icons":
         with tarfile.open(path, "w:gz"):
@@ -214,5 +214,5 @@ def test_damaged_packages(packages, tmp_path, damage):
     else:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("package/icons.json", "{}")
-    with pytest.raises(UserError, match="not an Iconify package"):
+    with refused("damaged-file", path, "icons.json"):
         render_sets(packages, tmp_path / "icons.npz")

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from controlkit.errors import UserError
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import MODES, ControlUse, GenerateRequest
 from controlkit.sampling.sampler import sample
 from controlkit.sampling.saved_settings import SavedSettings
+from refusals import refused
 
 
 @pytest.fixture
@@ -72,10 +72,10 @@ def test_bases_that_say_nothing_else_act_as_diffusers_does(sd1_scheduled_base):
 def test_a_image_is_drawn_again_in_the_mode_that_it_was_drawn_in(drawing):
     asked = GenerateRequest(prompt="red apple", controls=(ControlUse(control="canny", image=drawing),))
     for used, mode in (({"mode": "control"}, "control"), ({"mode": "balanced"}, "balanced"), ({}, "balanced")):
-        assert [use.mode for use in SavedSettings(asked, used).again().controls] == [mode]
-    assert [use.mode for use in SavedSettings(asked, {"mode": "control"}).again(base="another").controls] == [None]
+        assert [use.mode for use in SavedSettings(asked, used).to_request().controls] == [mode]
+    assert [use.mode for use in SavedSettings(asked, {"mode": "control"}).to_request(base="another").controls] == [None]
 
 
 def test_a_mode_that_there_is_not_is_refused():
-    with pytest.raises(UserError, match="no mode called 'controls'; did you mean control"):
+    with refused("unknown-name", "'controls'", "did you mean control"):
         ControlUse(control="canny", image="drawing.png", mode="controls")

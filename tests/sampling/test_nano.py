@@ -13,7 +13,7 @@ from controlkit.bases.load import load_base, nano_folder
 from controlkit.conditions import find
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import CtrLoRA
-from controlkit.evaluation.evaluate_control import Steer, draw_controlled
+from controlkit.evaluation.evaluate_control import EvalControl, generate_controlled
 from controlkit.evaluation.sets import evaluation_set
 from controlkit.formats.load import find_control, load_control, shipped_controls
 from controlkit.images import to_tensor
@@ -114,7 +114,8 @@ def test_the_canny_control_steers(nano, canny):
     given = [condition(drawing.image) for drawing in drawings]
     prompts = [drawing.caption for drawing in drawings]
     without, steered = (
-        draw_controlled(nano, uses, prompts, steps=8) for uses in ([], [Steer(control=canny, given=given)])
+        generate_controlled(nano, uses, prompts, steps=8)
+        for uses in ([], [EvalControl(control=canny, condition_images=given)])
     )
     truths = [drawing.image for drawing in drawings]
     baseline, score = (condition.mean_score(given, made, truths) for made in (without, steered))
@@ -156,8 +157,8 @@ def test_an_adapter_that_ships_steers(nano, name):
     prompts = [drawing.caption for drawing in drawings]
     settings = {"steps": 8, "guidance": 3.0}
     scores = []
-    for uses in ([], [Steer(control=adapter, given=given)]):
-        made = draw_controlled(nano, uses, prompts, **settings)
+    for uses in ([], [EvalControl(control=adapter, condition_images=given)]):
+        made = generate_controlled(nano, uses, prompts, **settings)
         every = zip(given, made, drawings, strict=True)
         scores.append(np.mean([condition.score(one, result, drawing.image) for one, result, drawing in every]))
     better = scores[1] > scores[0] if condition.fidelity.higher_is_better else scores[1] < scores[0]

@@ -41,11 +41,11 @@ def test_white_lines_on_transparency_stay_white_lines(lines, tmp_path, capsys):
     assert (read == np.asarray(Image.open(lines))[..., 3:]).all() and read.any()
     # A photo lies over white, as ever: nothing can be seen of white lines, and that is said.
     (note,) = notes_of(capsys, *(word for word in words if word != "--prepared"))
-    assert note == f"canny of {lines} is one flat colour: nothing was found in the image"
+    assert f"canny of {lines} is one flat colour" in note
     # So it is of conditions whose images are drawn on white.
     words = ("generate", "x", "--control", f"nano/palette={lines}", "--prepared", "--steps", 1, "--out", out)
     (note,) = notes_of(capsys, *words)
-    assert f"{lines}, which is given to nano/palette as its condition image, is one flat colour: check" in note
+    assert str(lines) in note and "nano/palette" in note and "is one flat colour: check" in note
 
 
 def test_black_lines_on_transparency_are_flat_where_white_ones_are_expected(lines, tmp_path, capsys):
@@ -54,16 +54,16 @@ def test_black_lines_on_transparency_are_flat_where_white_ones_are_expected(line
     Image.fromarray(rgba).save(lines)
     words = ("generate", "x", "--control", f"canny={lines}", "--prepared", "--steps", 1, "--out", tmp_path / "out")
     (note,) = notes_of(capsys, *words)
-    assert "is one flat colour: check its polarity and its transparency" in note
+    assert "is one flat colour" in note and "polarity" in note and "transparency" in note
 
 
 def test_a_condition_that_finds_nothing_says_so(tmp_path, capsys):
     blank, out = tmp_path / "blank.png", tmp_path / "out.png"
     Image.new("RGB", (64, 64), (200, 180, 160)).save(blank)
     (note,) = notes_of(capsys, "condition", "canny", blank, "--out", out)
-    assert note == f"canny of {blank} is one flat colour: nothing was found in the image"
+    assert f"canny of {blank} is one flat colour" in note
     (note,) = notes_of(capsys, "condition", "all", blank, "--out", out)
-    assert note.startswith(f"one flat colour, because nothing was found in {blank}: canny, ") and "noise" not in note
+    assert "one flat colour" in note and f"{blank}: canny, " in note and "noise" not in note
     assert run("condition", "canny", blank, "--out", out, "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["notes"]) == 1
     assert notes_of(capsys, "condition", "noise", blank, "--out", out) == []
@@ -105,7 +105,7 @@ def test_a_negative_weight_is_told_and_no_other():
     base = SimpleNamespace(name="a base", size=64, cut_from=lambda prompt: "")
     uses = tuple(ControlUse(control=f"c{weight}", image="x.png", weight=weight) for weight in (-0.5, 0, 1, 1.5))
     (note,) = request_notes(GenerateRequest(prompt="x", controls=uses), base, 64, 64)  # type: ignore[arg-type]
-    assert note.startswith("the weight of c-0.5 is -0.5: a negative weight pushes away from the condition image")
+    assert note.startswith("the weight of c-0.5 is -0.5: ") and "negative" in note
 
 
 def test_size_and_weight_are_told_by_generate(lines, tmp_path, capsys):

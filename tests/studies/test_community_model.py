@@ -34,8 +34,8 @@ def test_a_control_on_a_fine_tuned_base_directly_and_by_offset(
     assert report.settings["mode"] == "balanced" and "mode balanced" in report.notes[-1]
     first, _, moved = report.settings["controls"].values()
     assert first["fingerprint"] != moved["fingerprint"] and first["base"] != moved["base"]
-    monkeypatch.setattr(community_model, "draw_controlled", samples)
-    monkeypatch.setattr(community_model, "draw_prompts", samples)
+    monkeypatch.setattr(community_model, "generate_controlled", samples)
+    monkeypatch.setattr(community_model, "generate_uncontrolled", samples)
     assert run_community_model(settings).reports == made.reports
     assert [row[0] for row in report.rows] == [
         "the base, its control",

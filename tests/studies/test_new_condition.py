@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from controlkit import progress
 from controlkit.apps.cli import main
 from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.data.pairs import read_pairs, write_pairs
-from controlkit.errors import UserError
 from controlkit.formats.load import save_control
 from controlkit.nano.icons import IconSets, draw
 from controlkit.studies.cells import Cell
 from controlkit.studies.new_condition import NewCondition, run_new_condition
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, claims
+from refusals import refused
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def settings(tiny_base, base_folder, icons_file, tmp_path):
 
 def test_a_study_does_not_begin_when_its_figure_cannot_be_drawn(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r"controlkit\[studies\]"):
+    with refused("missing-package", "controlkit[studies]"):
         run_new_condition(NewCondition(**settings))
     assert not Path(settings["out"]).exists()
 
@@ -58,7 +59,7 @@ def test_every_part_runs_once_and_resumes(settings, tmp_path, capsys):
     study = run_new_condition(NewCondition(**settings))
     assert {report.title.split(":")[0].split(",")[0] for report in study.reports} == {
         "Learning rates",
-        "Gap closed after so many steps",
+        "Gap closed by number of steps",
         "Does it reproduce? The adapter is",
         "Ablation on palette",
         "Rank",
@@ -113,7 +114,9 @@ def test_every_mode_has_numbers_of_its_own_from_the_same_training(settings, caps
     assert [cell.score for cell in control] != [cell.score for cell in balanced]
 
 
-def test_pairs_of_ones_own_are_studied_and_judged_on_their_held_out_tenth(settings, icons_file, tmp_path, capsys):
+def test_pairs_of_ones_own_are_studied_and_judged_on_their_held_out_tenth(
+    settings, icons_file, tmp_path, capsys, monkeypatch
+):
     folder = tmp_path / "mine"
     drawings = [draw(icon, np.random.default_rng(0)) for icon in IconSets(icons_file).icons[:10]]
     write_pairs(folder, [(drawing.image, drawing.image, drawing.caption) for drawing in drawings])
@@ -125,19 +128,22 @@ def test_pairs_of_ones_own_are_studied_and_judged_on_their_held_out_tenth(settin
     assert {cell["task"] for cell in made["cells"]} == {"mine"}
     assert {cell["pairs"] for cell in made["cells"]} == {9}
     assert len(read_pairs(folder)) == 10
+    monkeypatch.setattr(progress, "_SILENT", 0)
+    assert main([*command, "--verbose"]) == 0
+    assert "2 of 2 cells of the study" in capsys.readouterr().err
 
 
 def test_wrong_settings_are_refused_before_anything_runs(settings):
-    for change, told in (
-        ({"parts": ("budget",)}, "budgets"),
-        ({"detail": "canny"}, "one of the study's conditions"),
-        ({"given": ("folder",)}, "NAME=FOLDER"),
-        ({"budgets": ()}, "at least 1"),
-        ({"parts": ()}, "parts is empty"),
-        ({"given": ("palette=folder",)}, "palette is there twice"),
-        ({"mode": "control-net"}, "did you mean control"),
+    for change, code, facts in (
+        ({"parts": ("budget",)}, "unknown-name", ["'budget'", "budgets"]),
+        ({"detail": "canny"}, "unknown-name", ["detail", "'canny'", "palette"]),
+        ({"given": ("folder",)}, "usage", ["'folder'", "NAME=FOLDER"]),
+        ({"budgets": ()}, "out-of-range", ["budgets", "at least 1"]),
+        ({"parts": ()}, "missing-setting", ["parts", "budgets"]),
+        ({"given": ("palette=folder",)}, "contradiction", ["palette"]),
+        ({"mode": "control-net"}, "unknown-name", ["'control-net'", "did you mean control"]),
     ):
-        with pytest.raises(UserError, match=told):
+        with refused(code, *facts):
             NewCondition(**{**settings, **change})
 
 
@@ -212,5 +218,5 @@ def test_pairs_of_other_icons_are_not_taken_for_these(settings, icons_file, tmp_
     other = tmp_path / "other.npz"
     with np.load(icons_file) as arrays:
         np.savez(other, **arrays)
-    with pytest.raises(UserError, match="were drawn from other icons"):
+    with refused("resume-mismatch", Path(settings["out"]) / "pairs", other):
         run_new_condition(NewCondition(**{**small, "icons": str(other)}))

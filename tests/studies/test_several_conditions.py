@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
-from controlkit.errors import UserError
 from controlkit.formats.load import save_control
 from controlkit.studies import several_conditions as study
 from controlkit.studies.several_conditions import SeveralConditions, run_several_conditions
+from refusals import refused
 
 
 @pytest.fixture
@@ -51,22 +51,26 @@ def settings(adapters, base_folder, tmp_path):
 def sampled(monkeypatch):
     """How many controls acted each time that images were sampled, and a list of what timed them."""
     calls = {"sampled": [], "timed": []}
-    draw_prompts, draw_controlled, times = study.draw_prompts, study.draw_controlled, study._times
+    generate_uncontrolled, generate_controlled, times = (
+        study.generate_uncontrolled,
+        study.generate_controlled,
+        study._times,
+    )
 
     def without(*args, **more):
         calls["sampled"].append(0)
-        return draw_prompts(*args, **more)
+        return generate_uncontrolled(*args, **more)
 
     def under(base, uses, *args, **more):
         calls["sampled"].append(len(uses))
-        return draw_controlled(base, uses, *args, **more)
+        return generate_controlled(base, uses, *args, **more)
 
     def timed(base, group, drawing):
         calls["timed"].append(len(group))
         return times(base, group, drawing)
 
-    monkeypatch.setattr(study, "draw_prompts", without)
-    monkeypatch.setattr(study, "draw_controlled", under)
+    monkeypatch.setattr(study, "generate_uncontrolled", without)
+    monkeypatch.setattr(study, "generate_controlled", under)
     monkeypatch.setattr(study, "_times", timed)
     return calls
 
@@ -97,15 +101,15 @@ def test_a_study_that_ran_resumes(settings, sampled):
 
 
 def test_a_study_that_was_stopped_goes_on_with_what_is_missing(settings, sampled, monkeypatch):
-    draw_controlled = study.draw_controlled
+    generate_controlled = study.generate_controlled
 
     def stops(base, uses, *args, **more):
         if len(uses) == 2:
             raise KeyboardInterrupt
-        return draw_controlled(base, uses, *args, **more)
+        return generate_controlled(base, uses, *args, **more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(study, "draw_controlled", stops)
+        patched.setattr(study, "generate_controlled", stops)
         with pytest.raises(KeyboardInterrupt):
             run_several_conditions(settings)
     assert sampled["sampled"] == [0, 1, 1]
@@ -142,10 +146,10 @@ def test_kept_images_that_are_damaged_are_sampled_again(settings, sampled):
 
 
 def test_a_mode_that_there_is_not_is_no_setting():
-    with pytest.raises(UserError, match="did you mean balanced"):
+    with refused("unknown-name", "'balance'", "did you mean balanced"):
         SeveralConditions(mode="balance")
 
 
 def test_one_adapter_is_no_mix(adapters):
-    with pytest.raises(UserError, match="join two or more"):
+    with refused("contradiction", adapters[0], "two or more"):
         SeveralConditions(mixes=(adapters[0],))

@@ -20,7 +20,7 @@ from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.data.pairs import read_pairs, write_pairs
 from controlkit.data.readers.archives import write_tar
-from controlkit.data.sources import Drawn
+from controlkit.data.sources import ComputedCondition
 from controlkit.errors import UserError
 from controlkit.formats.load import save_control
 from controlkit.images import to_tensor
@@ -31,6 +31,7 @@ from controlkit.training.recipe import identifying
 from controlkit.training.recipes import recipes
 from controlkit.training.run import run
 from controlkit.training.run_folder import fingerprint
+from refusals import refused
 
 CPU = torch.device("cpu")
 COUNT = 6
@@ -84,7 +85,7 @@ def pairs_of(objective):
 
 
 def flips_of(objective, step):
-    return pairs_of(objective).flips(objective.draw(step))
+    return pairs_of(objective).flips(objective.sampling_step(step))
 
 
 def everything(rows):
@@ -158,7 +159,7 @@ def test_a_image_that_changes_under_the_run_is_not_kept_under_its_old_name(tiny_
     latents = PairCache(tiny_base, pairs[:-1] + read_pairs(folder)[-1:]).latents()
     damage_rows(cache, "latents")
     Image.fromarray(drawing(98)[1]).save(pairs[-1].target)
-    with pytest.raises(UserError, match="has changed since training began"):
+    with refused("bad-data", pairs[-1].target):
         everything(latents)
 
 
@@ -279,7 +280,7 @@ def test_pairs_are_scaled_and_mirrored_as_their_condition_is(recipe, encoded):
     given[1][..., 0] = 255 - given[1][..., 0]
     hints = normals.control.encode(to_tensor(given), normals.base)
     assert torch.allclose(pairs_of(normals).hint(chosen, flipped), hints, atol=2e-3)
-    with pytest.raises(UserError, match="finished images of openpose cannot be mirrored"):
+    with refused("unsupported", "openpose", "flip"):
         ControlObjective(dataclasses.replace(recipe, flip=True, condition="openpose"), CPU)
     ControlObjective(dataclasses.replace(recipe, condition="openpose"), CPU)
 
@@ -402,7 +403,7 @@ made = Condition(name="flat", summary="one grey", fidelity=PSNR, function=flat)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         monkeypatch.setitem(condition._REGISTRY, "flat", module.made)
-        return Drawn(target=tmp_path / "a.png", condition="flat").read_bytes()
+        return ComputedCondition(target=tmp_path / "a.png", condition="flat").read_bytes()
 
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     assert drawn(10) == drawn(10)

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.data.pairs import write_pairs
-from controlkit.errors import UserError
 from controlkit.formats.load import save_control
 from controlkit.training.control_objective import ControlObjective
 from controlkit.training.pair_cache import PairCache
@@ -21,6 +20,7 @@ from controlkit.training.recipe import identifying
 from controlkit.training.recipes import recipes
 from controlkit.training.run import run
 from controlkit.training.sources.multigen import MultiGenSource
+from refusals import refused
 
 CPU = torch.device("cpu")
 CAPTIONS = ["red apple", "a fruit", "something red"]
@@ -60,10 +60,10 @@ def test_one_of_several_captions_is_drawn_in_each_step(recipe, folder, monkeypat
     objective = ControlObjective(recipe, CPU)
     drawn = Counter()
     for step in range(100):
-        seen = objective.seen(step)
-        assert seen == objective.seen(step)
+        seen = objective.samples(step)
+        assert seen == objective.samples(step)
         told = [text.rpartition(": ") for text in seen]
-        assert [where for where, _, _ in told] == [text.rpartition(": ")[0] for text in plain.seen(step)]
+        assert [where for where, _, _ in told] == [text.rpartition(": ")[0] for text in plain.samples(step)]
         drawn.update(text.strip("'") for _, _, text in told)
     assert set(drawn) == set(CAPTIONS) and min(drawn.values()) > 80
 
@@ -74,7 +74,7 @@ def test_one_of_several_captions_is_drawn_in_each_step(recipe, folder, monkeypat
     )
     objective.loss(7)
     prompts = sorted({"", *CAPTIONS})
-    assert [repr(prompts[row]) for row in given[0]] == [text.rpartition(": ")[2] for text in objective.seen(7)]
+    assert [repr(prompts[row]) for row in given[0]] == [text.rpartition(": ")[2] for text in objective.samples(7)]
 
 
 def test_every_caption_has_its_own_embedding(recipe, folder):
@@ -128,9 +128,7 @@ def test_recipes_name_columns(recipe, folder, capsys):
     (folder / "source/00000.png").rename(folder.parent / "elsewhere.png")
     ControlObjective(recipe, CPU)
     assert "1 of the 5 files" in capsys.readouterr().err
-    with pytest.raises(
-        UserError, match=r"caption_column is 'word', and .* its columns are source, target, prompt, words"
-    ):
+    with refused("unknown-name", "caption_column is 'word'", "source, target, prompt, words"):
         ControlObjective(dataclasses.replace(recipe, caption_column="word"), CPU)
 
 

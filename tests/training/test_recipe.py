@@ -18,6 +18,7 @@ from controlkit.nano.recipes import AutoencoderRecipe
 from controlkit.training.recipes import build_recipe, read_recipe, recipes
 from controlkit.training.run_folder import fingerprint
 from controlkit.training.schedule import Schedule
+from refusals import refused
 
 SHIPPED = sorted(path for path in Path(__file__).parents[2].glob("recipes/**/*.yaml"))
 MINIMAL = {"system": "controlnet", "out": "runs/x", "steps": 100, "icons": "icons.npz", "condition": "canny"}
@@ -48,38 +49,38 @@ def test_every_shipped_recipe_loads(path):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "code", "facts"),
     [
-        ({"learning_rat": 1e-4}, "'learning_rat'.*did you mean learning_rate"),
-        ({"varients": 3}, "did you mean variants"),
-        ({1: 2}, "unknown key '1'"),
-        ({"system": "controlent"}, "did you mean controlnet"),
-        ({"system": None}, "system is None"),
-        ({"steps": "many"}, "steps"),
-        ({"steps": 1.5}, "steps"),
-        ({"steps": True}, "steps"),
-        ({"steps": None}, "steps"),
-        ({"steps": 0}, "at least 1"),
-        ({"batch_size": -1}, "at least 1"),
-        ({"learning_rate": "fast"}, "learning_rate"),
-        ({"learning_rate": 0}, "above 0"),
-        ({"learning_rate": math.nan}, "above 0"),
-        ({"learning_rate": math.inf}, "learning_rate"),
-        ({"max_grad_norm": -1}, "above 0"),
-        ({"precision": "fp8"}, "fp32, bf16 or auto"),
-        ({"ema": 1.0}, "between 0 and 1"),
-        ({"prompt_drop": 2}, "between 0 and 1"),
-        ({"min_lr_rate": -0.1}, "min_lr_rate"),
-        ({"beta2": 1.0}, "beta2"),
-        ({"weight_decay": -1}, "weight_decay"),
-        ({"seed": -1}, "seed"),
-        ({"variants": 0}, "variants"),
-        ({"condition": ["canny"]}, "condition"),
+        ({"learning_rat": 1e-4}, "unknown-key", ["'learning_rat'", "did you mean learning_rate"]),
+        ({"varients": 3}, "unknown-key", ["varients", "did you mean variants"]),
+        ({1: 2}, "unknown-key", ["'1'"]),
+        ({"system": "controlent"}, "unknown-name", ["controlent", "did you mean controlnet"]),
+        ({"system": None}, "missing-setting", ["system", "None"]),
+        ({"steps": "many"}, "wrong-type", ["steps", "many"]),
+        ({"steps": 1.5}, "wrong-type", ["steps", 1.5]),
+        ({"steps": True}, "wrong-type", ["steps", "True"]),
+        ({"steps": None}, "wrong-type", ["steps"]),
+        ({"steps": 0}, "out-of-range", ["steps", 0, 1]),
+        ({"batch_size": -1}, "out-of-range", ["batch_size", -1, "at least 1"]),
+        ({"learning_rate": "fast"}, "wrong-type", ["learning_rate", "fast"]),
+        ({"learning_rate": 0}, "out-of-range", ["learning_rate", "above 0"]),
+        ({"learning_rate": math.nan}, "out-of-range", ["learning_rate", "above 0"]),
+        ({"learning_rate": math.inf}, "out-of-range", ["learning_rate", "inf"]),
+        ({"max_grad_norm": -1}, "out-of-range", ["max_grad_norm", -1, "above 0"]),
+        ({"precision": "fp8"}, "unknown-name", ["precision", "fp8", "fp32, bf16 or auto"]),
+        ({"ema": 1.0}, "out-of-range", ["ema", 1.0, 0]),
+        ({"prompt_drop": 2}, "out-of-range", ["prompt_drop", 2, "0 and 1"]),
+        ({"min_lr_rate": -0.1}, "out-of-range", ["min_lr_rate", -0.1, "0 and 1"]),
+        ({"beta2": 1.0}, "out-of-range", ["beta2", 1.0]),
+        ({"weight_decay": -1}, "out-of-range", ["weight_decay", -1]),
+        ({"seed": -1}, "out-of-range", ["seed", -1, "at least 0"]),
+        ({"variants": 0}, "out-of-range", ["variants", 0, 1]),
+        ({"condition": ["canny"]}, "wrong-type", ["condition"]),
     ],
 )
-def test_wrong_recipes_are_refused_in_words(file, change, says):
+def test_wrong_recipes_are_refused_in_words(file, change, code, facts):
     path = file({**MINIMAL, **change})
-    with pytest.raises(UserError, match=says) as caught:
+    with refused(code, *facts) as caught:
         read_recipe(path)
     assert "\n" not in str(caught.value)
 
@@ -90,16 +91,26 @@ def test_what_has_no_default_must_be_said(file, missing):
         read_recipe(file({key: value for key, value in MINIMAL.items() if key != missing}))
 
 
-@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "a: [1, 2\n", "\tx: 1", "\x00"])
-def test_what_is_not_a_recipe_is_refused_in_words(file, text):
-    with pytest.raises(UserError, match=r"the recipe .*recipe\.yaml (is not YAML|must be a mapping of settings)"):
+@pytest.mark.parametrize(
+    ("text", "code", "fact"),
+    [
+        ("", "wrong-type", "NoneType"),
+        ("- a\n- b\n", "wrong-type", "list"),
+        ("just words", "wrong-type", "str"),
+        ("a: [1, 2\n", "damaged-file", "YAML"),
+        ("\tx: 1", "damaged-file", "YAML"),
+        ("\x00", "damaged-file", "YAML"),
+    ],
+)
+def test_what_is_not_a_recipe_is_refused_in_words(file, text, code, fact):
+    with refused(code, "recipe.yaml", fact):
         read_recipe(file(text))
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"nothing\.yaml"):
+    with refused("missing-file", "nothing.yaml"):
         read_recipe(tmp_path / "nothing.yaml")
-    with pytest.raises(UserError, match="cannot read"):
+    with refused("unreadable-file", tmp_path):
         read_recipe(tmp_path)
 
 
@@ -118,17 +129,17 @@ def test_settings_on_the_command_line_win(file):
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "code", "facts"),
     [
-        ("steps", "key=value"),
-        ("stepz=3", "did you mean steps"),
-        ("steps=a", "steps"),
-        ("steps=[", "steps"),
-        ("=3", "key"),
+        ("steps", "usage", ["key=value"]),
+        ("stepz=3", "unknown-key", ["did you mean steps"]),
+        ("steps=a", "wrong-type", ["steps"]),
+        ("steps=[", "wrong-type", ["steps"]),
+        ("=3", "unknown-key", ["key"]),
     ],
 )
-def test_wrong_settings_on_the_command_line_are_refused_in_words(file, override, says):
-    with pytest.raises(UserError, match=says):
+def test_wrong_settings_on_the_command_line_are_refused_in_words(file, override, code, facts):
+    with refused(code, *facts):
         read_recipe(file(MINIMAL), [override])
 
 

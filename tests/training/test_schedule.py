@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_training import Toy, toy_recipe
 
-from controlkit.errors import UserError
 from controlkit.training.recipes import recipes
 from controlkit.training.run_folder import fingerprint
 from controlkit.training.schedule import Schedule
 from controlkit.training.trainer import train
+from refusals import refused
 
 
 def run(out, steps, at=None, **changes):
@@ -61,11 +61,11 @@ def test_a_warm_up_that_is_set_is_kept(tmp_path, capsys):
 
 def test_a_short_run_says_how_long_it_warms_up(tmp_path, capsys):
     run(tmp_path / "short", 15, warmup_steps=None)
-    assert "note: the learning rate warms up over 3 of 15 steps" in capsys.readouterr().err
+    assert "over 3 of 15 steps" in capsys.readouterr().err
     run(tmp_path / "long", 8, warmup_steps=16, min_lr_rate=1.0)
-    said = capsys.readouterr().err
-    assert "warmup_steps is 16, more than the 8 steps of this run" in said
-    assert "reaches 0.025 at most, not 0.05" in said
+    note = capsys.readouterr().err
+    assert "warmup_steps is 16, more than the 8 steps of this run" in note
+    assert "reaches 0.025, not 0.05" in note
 
 
 def test_a_run_that_goes_on_unchanged_says_nothing(tmp_path, capsys):
@@ -90,7 +90,7 @@ def test_a_run_from_before_warm_up_was_bounded_goes_on_bit_for_bit(tmp_path, cap
         run(tmp_path / "broken", 9, {5: power_cut}, **before)
     capsys.readouterr()
     continued = run(tmp_path / "broken", 9, **now)
-    assert "began with 100 steps of warm-up and goes on with them" in capsys.readouterr().err
+    assert "keeps the 100 warm-up steps" in capsys.readouterr().err
     assert continued.steps_seen == [3, 4, 5, 6, 7, 8]
     for name, value in whole.weights().items():
         assert torch.equal(value, continued.weights()[name]), name
@@ -98,7 +98,7 @@ def test_a_run_from_before_warm_up_was_bounded_goes_on_bit_for_bit(tmp_path, cap
 
 def test_the_warm_up_of_before_is_no_difference_between_recipes(tmp_path):
     run(tmp_path, 6, warmup_steps=100)
-    with pytest.raises(UserError, match=re.escape("another recipe (seed: 0 there, 1 now)")):
+    with refused("resume-mismatch", "(seed: 0 there, 1 now)"):
         run(tmp_path, 6, warmup_steps=None, seed=1)
 
 
@@ -110,7 +110,7 @@ def test_a_finished_run_with_more_steps_says_where_its_rate_goes(tmp_path, capsy
     said = capsys.readouterr().err
     now = rates(tmp_path)
     assert now[7] > 4 * last
-    assert f"the learning rate goes from {last:.3g} at step 6 to {now[7]:.3g} at step 7" in said
+    assert f"the learning rate jumps from {last:.3g} at step 6 to {now[7]:.3g} at step 7" in said
     assert "(steps: 6 there, 12 now)" in said
     assert said.index("note") < said.index("step 7/12")
     run(tmp_path, 12)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from controlkit.training.sharding import copy_whole, gathered, whole
+from controlkit.training.sharding import copy_full, full_tensor, gathered
 
 
 @pytest.fixture
@@ -39,15 +39,15 @@ def test_a_block_sees_plain_weights_and_leaves_the_split_ones(split):
         raise ZeroDivisionError
     for name, parameter in network.named_parameters():
         assert parameter is before[name]
-        assert torch.equal(whole(parameter), weights[name])
+        assert torch.equal(full_tensor(parameter), weights[name])
 
 
 def test_whole_tensors_are_copied_into_split_ones_and_into_plain_ones(split):
     network, weights = split
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            copy_whole(parameter, weights[name] + 1)
-            assert isinstance(parameter, DTensor) and torch.equal(whole(parameter), weights[name] + 1)
+            copy_full(parameter, weights[name] + 1)
+            assert isinstance(parameter, DTensor) and torch.equal(full_tensor(parameter), weights[name] + 1)
     plain = torch.zeros(3)
-    copy_whole(plain, torch.arange(3.0))
-    assert torch.equal(whole(plain), torch.arange(3.0))
+    copy_full(plain, torch.arange(3.0))
+    assert torch.equal(full_tensor(plain), torch.arange(3.0))

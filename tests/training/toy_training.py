@@ -49,7 +49,7 @@ class Toy(Objective):
         loss = (self.network(x) - x[:, :2] * 3).pow(2).mean()
         return self.at.get(step, lambda value: value)(loss)
 
-    def seen(self, step):
+    def samples(self, step):
         return [f"numbers of step {step}"]
 
     def preview(self, step, folder):

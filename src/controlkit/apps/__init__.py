@@ -1,1 +1,1 @@
-"""The command line. Each verb is one thin file that parses, calls and shows."""
+"""The command line: one thin file per verb, which parses, calls and prints."""

@@ -1,9 +1,9 @@
-"""make a new control from pairs: a CtrLoRA adapter on a base control
+"""train a new control from pairs: a CtrLoRA adapter of a base control
 
     controlkit adapt pairs/ --control nano/base --name mine --steps 500
 
-`pairs/` may have any layout of docs/pairs.md, such as what `controlkit pairs` makes; `pairs/canny` is one of several
-conditions in it. Run again to resume.
+`pairs/` may have any format of docs/pairs.md, such as the output of `controlkit pairs`; `pairs/canny` selects one of
+its conditions. Run again to resume.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ _SETTINGS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb. Other defaults are those of the recipe."""
-    parser.add_argument("pairs", help="pairs in any layout of docs/pairs.md")
-    parser.add_argument("--control", required=True, help="the base control: a file or a name")
-    parser.add_argument("--base", help="the base that it steers: nano, a diffusers folder, a single file, or a hub id")
+    """Add the arguments of the verb. Other defaults are those of the recipe."""
+    parser.add_argument("pairs", help="pairs in any format of docs/pairs.md")
+    parser.add_argument("--control", required=True, help="the base control: a name or a file")
+    parser.add_argument("--base", help="base of the control: nano, a diffusers folder, a single file, or a hub id")
     parser.add_argument("--name", help="name of the adapter")
     parser.add_argument(
         "--condition",
-        help="what the condition images are (default: what the pairs say, or PAIRS/NAME; else judged by the image)",
+        help="condition of the pairs, which scores them (default: recorded in the pairs, or PAIRS/NAME; else scores"
+        " compare results with the targets)",
     )
     add_columns(parser)
-    parser.add_argument("--rank", type=int, help="of every LoRA (default: 4 for nano, 128 for others)")
-    parser.add_argument("--steps", type=int, help="optimiser steps (default: 500 for nano, 1000 for others)")
-    parser.add_argument("--batch-size", type=int, help="pairs a step (default: 16 for nano, 4 for others)")
-    parser.add_argument("--learning-rate", type=float, help="peak rate (default: 1e-3 for nano, 1e-5 for others)")
-    parser.add_argument("--flip", action="store_true", help="mirror half of the pairs at random")
-    parser.add_argument("--precision", help="fp32, bf16 or auto (default: fp32 for nano, auto for others)")
+    parser.add_argument("--rank", type=int, help="rank of the LoRAs (default: 4 for nano, else 128)")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: 500 for nano, else 1000)")
+    parser.add_argument("--batch-size", type=int, help="pairs per step (default: 16 for nano, else 4)")
+    parser.add_argument("--learning-rate", type=float, help="peak learning rate (default: 1e-3 for nano, else 1e-5)")
+    parser.add_argument("--flip", action="store_true", help="flip half of the pairs at random")
+    parser.add_argument("--precision", help="fp32, bf16 or auto (default: fp32 for nano, else auto)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--optimizer", help="adamw, or adamw8bit for less memory (needs bitsandbytes)")
-    parser.add_argument("--seed", type=int, help="everything random follows from it")
+    parser.add_argument("--seed", type=int, help="seed of everything random")
     parser.add_argument("--device", help="cpu, cuda, mps or auto (default: auto)")
     parser.add_argument(
         "--set",
@@ -67,8 +68,8 @@ def run(args: argparse.Namespace) -> None:
     values = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
     values |= named_columns(args) | read_overrides(args.overrides)
     name = values.get("name", "adapter")
-    if "condition" not in values and (told := _told_condition(args.pairs, _columns(values))) is not None:
-        values["condition"] = told
+    if "condition" not in values and (found := _condition_of(args.pairs, _columns(values))) is not None:
+        values["condition"] = found
     recipe = build_recipe(
         {
             "system": "ctrlora-adapter",
@@ -85,21 +86,21 @@ def run(args: argparse.Namespace) -> None:
 
     from controlkit.evaluation.adapt import adapt
 
-    made = adapt(recipe)
+    adapted = adapt(recipe)
     if args.json:
-        print_json({"adapter": str(made.path), "report": made.report.to_json(), "seconds": made.seconds})
+        print_json({"adapter": str(adapted.path), "report": adapted.report.to_json(), "seconds": adapted.seconds})
         return
-    show(made.report.table())
-    print(f"adapter: {made.path}")
-    print(f"sheet: {made.sheet}")
-    prepared = " --prepared" if conditions.find(values.get("condition", "identity")).given else ""
-    file = str(made.path)
-    if Path(args.control).is_file() and Path(args.control).parent.resolve() != made.path.parent.resolve():
+    show(adapted.report.table())
+    print(f"adapter: {adapted.path}")
+    print(f"sheet: {adapted.sheet}")
+    prepared = " --prepared" if conditions.find(values.get("condition", "identity")).provided else ""
+    file = str(adapted.path)
+    if Path(args.control).is_file() and Path(args.control).parent.resolve() != adapted.path.parent.resolve():
         file += f"+{args.control}"  # a base control that does not ship has to be named, or lie beside the adapter
     base = values.get("base", "nano")
-    steered = f" --base {shlex.quote(base)}" if base != "nano" else ""
+    base_option = f" --base {shlex.quote(base)}" if base != "nano" else ""
     control = shlex.quote(f"{file}=IMAGE")
-    print(f'try next: controlkit generate "PROMPT"{steered} --control {control}{prepared} --seeds 4')
+    print(f'try next: controlkit generate "PROMPT"{base_option} --control {control}{prepared} --seeds 4')
 
 
 def _columns(values: Mapping[str, Any]) -> Columns:
@@ -109,8 +110,8 @@ def _columns(values: Mapping[str, Any]) -> Columns:
     return Columns(**{name: values.get(f"{name}_column") for name in names})
 
 
-def _told_condition(pairs: str, columns: Columns) -> str | None:
-    """The condition that PAIRS/NAME names, or the only one that pairs tell of; None if they do not say."""
+def _condition_of(pairs: str, columns: Columns) -> str | None:
+    """The condition named by PAIRS/NAME, or the only one recorded in the pairs; else None."""
     from controlkit import conditions
     from controlkit.data.readers.listing import short_name
     from controlkit.data.readers.recognise import read_listing

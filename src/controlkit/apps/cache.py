@@ -1,10 +1,10 @@
-"""show, verify or clear what frozen networks made of training data: latents, hints, embeddings
+"""show, verify or clear the cache of latents, hints and text embeddings
 
 controlkit cache
 controlkit cache --verify
 controlkit cache --clear latents
 
-The environment variable CONTROLKIT_CACHE names its folder, CONTROLKIT_CACHE_MB its limit in megabytes (docs/cache.md).
+The environment variable CONTROLKIT_CACHE sets its folder, CONTROLKIT_CACHE_MB its limit in megabytes (docs/cache.md).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from controlkit.apps.show import add_json, print_json, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the arguments of the verb."""
     parser.add_argument(
         "--clear",
         nargs="?",
         const=True,
         default=False,
         metavar="KIND",
-        help="remove everything, or one kind (latents, hints, texts); what a running process uses stays",
+        help="remove everything, or one kind (latents, hints, texts), except what a running process uses",
     )
-    parser.add_argument("--verify", action="store_true", default=False, help="read every row; remove damaged ones")
+    parser.add_argument("--verify", action="store_true", default=False, help="check every row; remove damaged ones")
     add_json(parser)
 
 
@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> None:
     if args.clear:
         print(f"removed: {report.removed} segments")
         if report.in_use:
-            print(f"in use by a running process, and left: {report.in_use} segments")
+            print(f"left, in use by a running process: {report.in_use} segments")
     if report.verified is not None:
         print(f"verified: {report.verified:,} rows; damaged: {len(report.damaged) or 'none'}")
         for problem in report.damaged:
-            print(f"removed, and made again when needed: {problem}")
+            print(f"removed (computed again when needed): {problem}")

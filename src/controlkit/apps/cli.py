@@ -1,4 +1,4 @@
-"""`controlkit VERB ...`: finds the verb, turns errors into sentences and exit codes.
+"""`controlkit VERB ...`: run a verb; print errors as sentences and turn them into exit codes.
 
 Nothing heavy is imported before the verb runs, so `--help` answers at once.
 """
@@ -6,10 +6,14 @@ Nothing heavy is imported before the verb runs, so `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
+from controlkit import progress
 from controlkit._version import __version__
 from controlkit.apps import (
     adapt,
@@ -19,6 +23,7 @@ from controlkit.apps import (
     demo,
     evaluate,
     generate,
+    habits,
     inspect,
     pairs,
     push,
@@ -26,22 +31,68 @@ from controlkit.apps import (
     train,
     transfer,
 )
-from controlkit.apps.show import print_json
-from controlkit.errors import UserError, is_out_of_memory
+from controlkit.apps.show import Reported, error_json, print_json
+from controlkit.apps.signals import Terminated, interruptible
+from controlkit.errors import Code, Interrupted, UserError, is_out_of_memory, nearest
 
 VERBS = (demo, condition, generate, pairs, train, adapt, evaluate, study, convert, transfer, push, inspect, cache)
+SHELLS = ("bash", "zsh", "tcsh")
+_VERB_HABITS = {
+    "annotate": "condition",
+    "draw": "generate",
+    "export": "convert",
+    "finetune": "adapt",
+    "infer": "generate",
+    "list": "inspect",
+    "paint": "generate",
+    "preprocess": "condition",
+    "sample": "generate",
+    "txt2img": "generate",
+    "upload": "push",
+}
+"""Verbs of other tools -> ours."""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)", "usage")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Answer a wrong choice, also a wrong verb, with the nearest."""
+        if action.choices is None or value in action.choices:
+            return
+        choices = [str(choice) for choice in action.choices]
+        if action.dest != "verb":
+            what = action.option_strings[0] if action.option_strings else action.dest
+            raise UserError(f"{what}: unknown value {str(value)!r}{nearest(str(value), choices)}", "usage")
+        habit = _VERB_HABITS.get(str(value))
+        hint = f"; did you mean {habit}?" if habit else nearest(str(value), choices)
+        raise UserError(f"there is no verb {str(value)!r}{hint}", "usage")
+
+
+class _PrintCompletion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *values: Any) -> None:
+        try:
+            import shtab
+        except ImportError as error:
+            message = "tab completion needs shtab; run: pip install 'controlkit[completion]'"
+            raise UserError(message, "missing-package") from error
+        print(shtab.complete(parser, shell=values[1]))
+        parser.exit()
+
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+    """The parser of the command line."""
     parser = _Parser(prog="controlkit", description="Spatial controls for text-to-image diffusion models.")
     parser.add_argument("--version", action="version", version=f"controlkit {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=SHELLS,
+        metavar="SHELL",
+        help="print a script for tab completion in bash, zsh or tcsh",
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
     for verb in VERBS:
         name = verb.__name__.rpartition(".")[2]
         summary, _, rest = (verb.__doc__ or "").partition("\n")
@@ -53,41 +104,96 @@ def build_parser() -> argparse.ArgumentParser:
             argument_default=argparse.SUPPRESS,
         )
         verb.add_arguments(sub)
+        amount = sub.add_mutually_exclusive_group()
+        for flags, what in (
+            (("-q", "--quiet"), "print only results and errors: no progress, no notes"),
+            (("-v", "--verbose"), "print progress also where standard error is not a terminal"),
+        ):
+            amount.add_argument(*flags, action="store_true", default=False, help=what)
         sub.set_defaults(run=verb.run)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 2 for what a person has to change, 130 for Ctrl-C."""
-    args = None
+    """Run one command and return its exit code (docs/errors.md): 0, 2 for an error that the user can fix, 128 + signal.
+
+    Args:
+        argv: the command line after the name of the program; default: that of this process.
+    """
+    with interruptible(restore=argv is not None):
+        words = sys.argv[1:] if argv is None else list(argv)
+        try:
+            return _run(words)
+        except KeyboardInterrupt as error:
+            terminated = isinstance(error, Terminated)
+            progress.end_line()
+            print(f"controlkit: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
+            return 143 if terminated else 130
+
+
+def _run(words: Sequence[str]) -> int:
+    as_json = "--json" in words
     try:
-        args = build_parser().parse_args(argv)
-        args.run(args)
+        parser = build_parser()
+        args = _parse(parser, words)
+        if args.verb is None:
+            parser.print_help()
+            return 0
+        with _verbosity(quiet=args.quiet, verbose=args.verbose):
+            args.run(args)
         return 0
     except UserError as error:
-        print(f"controlkit: {error}{f' [{error.code}]' if error.code else ''}", file=sys.stderr)
-        if getattr(args, "json", False):
-            print_json({"error": {"code": error.code, "message": str(error)}})
-        return 2
+        _report(error, as_json and not isinstance(error, Reported))
+        return 128 + error.signal if isinstance(error, Interrupted) else 2
     except BrokenPipeError:
         sys.stderr.close()
         return 141
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"controlkit: {error.strerror or error}{where}", file=sys.stderr)
+        _report(UserError(f"{error.strerror or error}{where}", _code_of(error)), as_json)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(
-            "controlkit: out of memory; draw fewer images at once (generate: --batch-size) or smaller ones, or take"
-            " another --device",
-            file=sys.stderr,
-        )
+        advice = "use a smaller --batch-size, smaller images, or another --device"
+        _report(UserError(f"out of memory; {advice}", "out-of-memory"), as_json)
         return 2
-    except KeyboardInterrupt:
-        print("controlkit: interrupted", file=sys.stderr)
-        return 130
+
+
+def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    try:
+        return parser.parse_args(words)
+    except UserError as error:
+        (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        if error.code == "usage" and (answer := habits.explain(verbs.choices, words)):
+            raise UserError(answer, "usage") from error
+        raise
+
+
+@contextlib.contextmanager
+def _verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    progress.set_verbose(verbose)
+    try:
+        if not quiet:
+            yield
+            return
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
+            yield
+    finally:
+        progress.set_verbose(False)
+
+
+def _report(error: UserError, as_json: bool) -> None:
+    progress.end_line()
+    print(f"controlkit: {error}{f' [{error.code}]' if error.code else ''}", file=sys.stderr)
+    if as_json:
+        print_json({"error": error_json(error)})
+
+
+def _code_of(error: OSError) -> Code:
+    if isinstance(error, FileNotFoundError):
+        return "missing-file"
+    return "write-failed" if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT) else "unreadable-file"
 
 
 if __name__ == "__main__":

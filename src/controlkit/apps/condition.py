@@ -1,4 +1,4 @@
-"""make one condition image from an image, or show what conditions there are
+"""compute a condition image, or list the conditions
 
 controlkit condition --list
 controlkit condition canny
@@ -6,8 +6,8 @@ controlkit condition canny photo.jpg --out edges.png --set low=50 --set high=150
 controlkit condition all photo.jpg --out sheet.png
 controlkit condition depth photo.jpg --set model=weights/dpt-large
 
-Learned conditions fetch their weights from the Hugging Face hub when they are first used, unless they are in the folder
-that `model` names, in $CONTROLKIT_MODELS/OWNER/NAME or in the hub's cache. HF_HUB_OFFLINE=1 forbids the network.
+Learned conditions download their weights from the Hugging Face hub on first use, unless they are in the folder `model`,
+in $CONTROLKIT_MODELS/OWNER/NAME or in the cache of the hub. HF_HUB_OFFLINE=1 forbids the network.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _COLUMNS, _TILE = 6, 168
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    parser.add_argument("name", nargs="?", default=None, help="which condition, or all that need no weights")
+    """Add the arguments of the verb."""
+    parser.add_argument("name", nargs="?", default=None, help="a condition; `all` for those that need no weights")
     parser.add_argument(
         "image",
         nargs="?",
         default=None,
-        help="the image, of 16 x 16 pixels or more; without one, everything about the condition is shown",
+        help="the image, at least 16 x 16 pixels; without one, the condition is described",
     )
     parser.add_argument("--out", default=None, metavar="FILE", help="PNG to write (default: NAME.png)")
     parser.add_argument(
@@ -50,15 +50,17 @@ def run(args: argparse.Namespace) -> None:
 
     if args.list:
         if args.name is not None:
-            raise UserError(f"--list names every condition; for all about one: controlkit condition {args.name}")
+            raise UserError(
+                f"--list lists all conditions; to describe one: controlkit condition {args.name}", "contradiction"
+            )
         _list(args.json)
         return
     if args.name is None:
-        raise UserError("give the name of a condition and an image, or --list")
+        raise UserError("name a condition and an image, or use --list", "missing-setting")
     _refuse_exchanged(args.name, args.image)
     if args.image is None:
         if args.name == "all" or args.out or args.settings:
-            raise UserError(f"{args.name}: give the image that the condition is to be made from")
+            raise UserError(f"{args.name}: no image to compute it from; give one", "missing-setting")
         _describe(conditions.find(args.name), args.json)
         return
     import numpy as np
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.name == "all":
         if args.settings:
-            raise UserError("all draws every condition as it is without --set; name one to set its parameters")
+            raise UserError("all computes every condition with its defaults; name one to use --set", "contradiction")
         _refuse_out(args.out or "conditions.png", args.image)
         _sheet(args.image, args.out or "conditions.png", args.json)
         return
@@ -78,11 +80,11 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or f"{condition.name}.png"
     _refuse_out(out, args.image)
     data = read_bytes(args.image)
-    made = condition(np.asarray(decode_rgb(data, args.image)), **parameters)
+    condition_image = condition(np.asarray(decode_rgb(data, args.image)), **parameters)
     notes = sequence_note(data, args.image)
-    if is_flat(made):
-        notes.append(f"{condition.name} of {args.image} is one flat colour: nothing was found in the image")
-    write_png(out, Image.fromarray(made), {"condition": condition.name, "parameters": repr(parameters)})
+    if is_flat(condition_image):
+        notes.append(f"{condition.name} of {args.image} is one flat colour: nothing was detected in the image")
+    write_png(out, Image.fromarray(condition_image), {"condition": condition.name, "parameters": repr(parameters)})
     print_notes(notes)
     if args.json:
         values = {**condition.defaults, **parameters}
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _sheet(image: str, out: str, as_json: bool) -> None:
-    """Every condition that needs neither weights nor annotations, of one image."""
+    """Write a contact sheet of every condition that needs neither weights nor annotations."""
     import numpy as np
     from PIL import Image
 
@@ -101,13 +103,13 @@ def _sheet(image: str, out: str, as_json: bool) -> None:
 
     data = read_bytes(image)
     original = decode_rgb(data, image)
-    drawn, flat = {"image": original}, []
+    images, flat = {"image": original}, []
     for condition in conditions.registry().values():
-        if condition.requires is None and not condition.given:
-            made = condition(np.asarray(original))
-            drawn[condition.name] = Image.fromarray(made)
-            flat += [condition.name] if is_flat(made) else []
-    tiles = [contact_sheet([[tile]], column_titles=[name], cell=_TILE) for name, tile in drawn.items()]
+        if condition.requires is None and not condition.provided:
+            condition_image = condition(np.asarray(original))
+            images[condition.name] = Image.fromarray(condition_image)
+            flat += [condition.name] if is_flat(condition_image) else []
+    tiles = [contact_sheet([[tile]], column_titles=[name], cell=_TILE) for name, tile in images.items()]
     rows = [tiles[first : first + _COLUMNS] for first in range(0, len(tiles), _COLUMNS)]
     width, height = tiles[0].size
     sheet = Image.new("RGB", (width * _COLUMNS, height * len(rows)), "white")
@@ -116,33 +118,37 @@ def _sheet(image: str, out: str, as_json: bool) -> None:
     write_png(out, sheet)
     notes = sequence_note(data, image)
     if flat:
-        notes.append(f"one flat colour, because nothing was found in {image}: {', '.join(flat)}")
+        notes.append(f"one flat colour, because nothing was detected in {image}: {', '.join(flat)}")
     print_notes(notes)
     if as_json:
-        print_json({"conditions": list(drawn)[1:], "out": out, "notes": notes})
+        print_json({"conditions": list(images)[1:], "out": out, "notes": notes})
     else:
         print(out)
 
 
 def _refuse_out(out: str, image: str) -> None:
-    """Say before any work what must not be written to."""
+    """Refuse to write over the image, or to another format than PNG."""
     if os.path.exists(out) and os.path.exists(image) and os.path.samefile(out, image):
-        raise UserError(f"{out} is the image itself; give --out another name")
+        raise UserError(f"--out {out} is the input image; choose another name", "would-overwrite")
     if os.path.splitext(out)[1].lower() not in ("", ".png"):
-        raise UserError(f"a condition image is written as PNG; give --out a name that ends in .png, not {out}")
+        raise UserError(f"--out {out}: condition images are written as PNG; expected a name ending in .png", "usage")
 
 
 def _refuse_exchanged(name: str, image: str | None) -> None:
-    """Say what is wrong with an image in the condition's place, or a folder in the image's."""
+    """Refuse an image in place of the condition, and a folder in place of the image."""
     from controlkit import conditions
 
     if os.path.isfile(name) and name not in conditions.registry() and not (image and os.path.exists(image)):
         first = image or "NAME"
-        raise UserError(f"{name} is a file, not a condition; the name comes first: controlkit condition {first} {name}")
+        raise UserError(
+            f"{name} is a file, not a condition; the condition comes first: controlkit condition {first} {name}",
+            "usage",
+        )
     if image and os.path.isdir(image):
         raise UserError(
-            f"{image} is a folder; give one image, or take controlkit pairs {image} --conditions {name} --out DIR"
-            " for all that are in it"
+            f"{image} is a folder; give one image, or for a whole folder: controlkit pairs {image} --conditions {name}"
+            " --out DIR",
+            "wrong-kind",
         )
 
 
@@ -156,15 +162,15 @@ def _list(as_json: bool) -> None:
     rows = [("name", "needs", "what it is")]
     rows += [(c.name, "a model" if c.requires else "nothing", c.summary) for c in everything]
     first, second = (max(len(row[place]) for row in rows) + 2 for place in (0, 1))
-    # Whole lines where a program reads them, so that grep finds every word.
+    # Lines are cut on a terminal only, so that grep finds every word.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    for name, needed, summary in rows:
-        line = f"{name:<{first}}{needed:<{second}}{summary}"
+    for name, needs, summary in rows:
+        line = f"{name:<{first}}{needs:<{second}}{summary}"
         print(line if width is None or len(line) <= width else f"{line[: max(first, width - 1)].rstrip()}…")
 
 
 def _facts(c: Condition) -> dict[str, object]:
-    """Everything that a condition knows about itself, for programs."""
+    """All facts about a condition, for programs."""
     from controlkit.conditions.condition import LEAST_SIDE
 
     return {
@@ -172,52 +178,49 @@ def _facts(c: Condition) -> dict[str, object]:
         "aliases": list(c.aliases),
         "summary": c.summary,
         "parameters": c.defaults,
-        "training": {name: str(draw) for name, draw in c.draw.items()},
+        "training": {name: str(draw) for name, draw in c.random.items()},
         "limits": {name: list(limits) for name, limits in c.limits.items()},
         "channels": c.channels,
         "range": [0, 255],
         "values": None if c.values is None else list(c.values),
         "mirrors": c.mirrors,
         "finished_mirrors": c.mirror_finished is not None,
-        "cuts": c.cuts,
+        "cuts": c.croppable,
         "resize": c.resize,
         "background": list(c.background),
         "least_side": LEAST_SIDE,
-        "seen": c.seen,
+        "seen": c.input_size,
         "fidelity": c.fidelity.name,
         "needs": c.requires.as_json() if c.requires else None,
     }
 
 
 def _describe(c: Condition, as_json: bool) -> None:
-    """One condition in full."""
+    """Describe one condition."""
     from controlkit.conditions.condition import LEAST_SIDE
 
     if as_json:
         print_json(_facts(c))
         return
-    facts = [("what it is", c.summary)]
+    facts = [("summary", c.summary)]
     if c.aliases:
-        facts.append(("also called", ", ".join(c.aliases)))
+        facts.append(("aliases", ", ".join(c.aliases)))
     for name, default in c.defaults.items():
-        told = [f"{default!r} unless set"]
+        details = [f"default {default!r}"]
         if name in c.limits:
-            told.append("from {} to {}".format(*c.limits[name]))
-        if name in c.draw:
-            told.append(f"in training {c.draw[name]}")
-        facts.append((f"parameter {name}", "; ".join(told)))
+            details.append("from {} to {}".format(*c.limits[name]))
+        if name in c.random:
+            details.append(f"in training {c.random[name]}")
+        facts.append((f"parameter {name}", "; ".join(details)))
     facts += [
-        ("channels", "one, three times" if c.channels == 1 else "red, green and blue"),
+        ("channels", "1, repeated as RGB" if c.channels == 1 else "RGB"),
         ("values", "0 to 255" if c.values is None else ", ".join(map(str, c.values))),
-        ("sizes", f"any from {LEAST_SIDE} x {LEAST_SIDE}, and the same back; the image is looked at {c.seen}"),
-        ("a flip of the image", _flip(c)),
-        ("a crop of a finished one", "is one of the cropped image" if c.cuts else "is not: make it again"),
-        (
-            "scaling a finished one",
-            "by the nearest pixel: its colours are labels" if c.resize == "nearest" else "smooth",
-        ),
-        ("transparent parts of a finished one", f"are laid over {_colour(c.background)}"),
-        ("scored by", c.fidelity.name),
+        ("size", f"at least {LEAST_SIDE} x {LEAST_SIDE}; the condition image has the same. Computed {c.input_size}"),
+        ("flip", _flip(c)),
+        ("crop", "commutes with cropping" if c.croppable else "changes under cropping: compute it again"),
+        ("scaling", "nearest pixel, as colours are labels" if c.resize == "nearest" else "smooth"),
+        ("transparency", f"shown on {_colour(c.background)}"),
+        ("score", c.fidelity.name),
         ("needs", str(c.requires or "nothing")),
     ]
     print_facts(c.name, facts)
@@ -231,7 +234,7 @@ def _flip(c: Condition) -> str:
     from controlkit.conditions.condition import left_right
 
     if c.mirror_finished is None:
-        return "changes its colours, which tell left from right: finished ones cannot be flipped"
+        return "condition images cannot be flipped: their colours encode left and right"
     if c.mirror_finished is not left_right:
-        return "flips it and turns its vectors, in finished ones too"
-    return "flips it" if c.mirrors else "leaves what is random where it was; finished ones flip as a whole"
+        return "flips the condition image and its vectors"
+    return "commutes with flipping" if c.mirrors else "random parts do not flip with the image; condition images do"

@@ -1,11 +1,11 @@
-"""convert a control's file or folder from one layout to another
+"""convert a control between file formats
 
     controlkit convert control_v11p_sd15_canny.pth canny.safetensors --to controlkit --condition canny
     controlkit convert canny.safetensors canny-diffusers --to diffusers
     controlkit convert lora.ckpt merged.safetensors --to merged --base-control ctrlora_sd15_basecn700k.ckpt
 
-What IN is, its content says. The layouts are in docs/files.md; OUT is a folder for diffusers and peft, else a
-.safetensors file. Tensors keep their dtype and files their metadata.
+The format of IN is detected. docs/files.md lists all formats; OUT is a folder for diffusers and peft, else a
+.safetensors file. Tensors keep their dtype, and files their metadata.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ _OPTIONS = ("base", "base_control", "dtype", "rank", "condition", "pooled", "for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    parser.add_argument("source", metavar="IN", help="a file, a folder, or the name of a control that ships")
+    """Add the arguments of the verb."""
+    parser.add_argument("source", metavar="IN", help="a file, a folder, or the name of a shipped control")
     parser.add_argument("out", metavar="OUT", help="the file or folder to write")
-    layouts = "controlkit, diffusers, original, bare, full, difference, control-lora, peft or merged"
-    parser.add_argument("--to", required=True, metavar="LAYOUT", help=layouts)
+    formats = "controlkit, diffusers, original, bare, full, difference, control-lora, peft or merged"
+    parser.add_argument("--to", required=True, metavar="FORMAT", help=formats)
     parser.add_argument(
         "--base",
-        help="the base it was made for: nano, a folder, a file, a hub id, or the settings of sd15, sd21, sdxl",
+        help="base of the control: nano, a folder, a file, a hub id, or sd15, sd21, sdxl for their configuration",
     )
-    parser.add_argument("--base-control", metavar="FILE", help="an adapter's base control (default: the one beside it)")
-    parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: as the file has it)")
-    parser.add_argument("--rank", type=int, help="of a Control-LoRA that is written")
-    parser.add_argument("--condition", help="name of the condition that it follows, for the metadata")
+    parser.add_argument("--base-control", metavar="FILE", help="base control of an adapter (default: beside it)")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: that of the file)")
+    parser.add_argument("--rank", type=int, help="rank of a Control-LoRA to write")
+    parser.add_argument("--condition", help="name of the condition, for the metadata")
     parser.add_argument(
         "--pooled",
         action="store_true",
         default=False,
-        help="the ControlNet pools its residuals, as version 1.1's shuffle (implied by --condition shuffle, where the"
-        " file does not say)",
+        help="the ControlNet pools its residuals, as the shuffle of version 1.1 (--condition shuffle implies it, unless"
+        " the file records the contrary)",
     )
     parser.add_argument(
-        "--force", action="store_true", default=False, help="replace a file that is there, or write into a full folder"
+        "--force", action="store_true", default=False, help="replace an existing file, or write into a non-empty folder"
     )
     add_json(parser)
 
@@ -49,15 +49,15 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.formats.convert import convert
 
     options = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
-    made = convert(args.source, args.out, args.to, **options)
-    facts = made.to_json()
+    converted = convert(args.source, args.out, args.to, **options)
+    facts = converted.to_json()
     if args.json:
         print_json(facts)
         return
     print(
         f"{facts['kind']}: {facts['tensors']:,} tensors, {facts['parameters']:,} parameters,"
-        f" {made.from_layout} -> {made.to_layout}"
+        f" {converted.from_format} -> {converted.to_format}"
     )
-    for note in made.notes:
+    for note in converted.notes:
         print(f"note: {note}")
-    print(made.path)
+    print(converted.path)

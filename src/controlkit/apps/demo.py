@@ -1,4 +1,4 @@
-"""the main job on nano: a drawing steers an image, in seconds
+"""generate images from a drawing with nano, in seconds
 
 controlkit demo
 """
@@ -13,7 +13,7 @@ PROMPT = "sailboat, noto style, on a teal background"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the arguments of the verb."""
     parser.add_argument("--out", default="controlkit-out/demo", metavar="DIR", help="folder for the images")
     add_json(parser)
 
@@ -38,26 +38,26 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     base = load_base()
     loaded = time.perf_counter() - start
-    free = generate(GenerateRequest(prompt=PROMPT, seeds=(0,)), base=base)
+    no_control = generate(GenerateRequest(prompt=PROMPT, seeds=(0,)), base=base)
     request = GenerateRequest(
         prompt=PROMPT, seeds=(0, 1, 2, 3), controls=(ControlUse(control="canny", image=str(drawing)),)
     )
-    steered = generate(request, base=base)
-    steered.save(out)
-    titles = ["drawing", "condition", "no control", *(f"seed {image.seed}" for image in steered.images)]
+    controlled = generate(request, base=base)
+    controlled.save(out)
+    titles = ["drawing", "condition", "no control", *(f"seed {image.seed}" for image in controlled.images)]
     images = [
         read_image(drawing),
-        *steered.conditions.values(),
-        *(p.image for p in (*free.images, *steered.images)),
+        *controlled.conditions.values(),
+        *(generated.image for generated in (*no_control.images, *controlled.images)),
     ]
     sheet = out / "sheet.png"
     write_png(sheet, contact_sheet([images], titles, cell=160))
     seconds = {
         "load nano": loaded,
-        "load the control": steered.seconds["load"],
-        "draw the condition": steered.seconds["condition"],
-        "sample without control": free.seconds["sample"],
-        "sample four under control": steered.seconds["sample"],
+        "load the control": controlled.seconds["load"],
+        "compute the condition": controlled.seconds["condition"],
+        "sample without control": no_control.seconds["sample"],
+        "sample four under control": controlled.seconds["sample"],
     }
     if args.json:
         print_json({"out": str(out), "sheet": str(sheet), "seconds": seconds})

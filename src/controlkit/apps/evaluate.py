@@ -1,4 +1,4 @@
-"""measure a base or controls on held-out images
+"""evaluate a base or controls on held-out images
 
 controlkit evaluate base nano --sheet grid.png
 controlkit evaluate control canny --base nano --sheet canny.png
@@ -21,36 +21,32 @@ if TYPE_CHECKING:
 
 
 _CHOICES = ("base", "sets", "pairs", "share", "images")
-"""Arguments that say what is measured on what; how images are sampled is in the reports' settings."""
+"""Options that select what is evaluated on what; sampling settings are in the reports."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    parser.add_argument("what", choices=("base", "control"), help="what is measured")
-    parser.add_argument("names", nargs="+", metavar="name", help="a base; or controls, by name or file")
-    parser.add_argument("--base", help="the base that a control steers (default: nano)")
+    """Add the arguments of the verb."""
+    parser.add_argument("what", choices=("base", "control"), help="evaluate a base, or controls")
+    parser.add_argument("names", nargs="+", metavar="name", help="a base, or controls by name or file")
+    parser.add_argument("--base", help="the base of the controls (default: nano)")
     parser.add_argument(
         "--sets",
         nargs="+",
-        help="images for a control: held-out and openmoji (the default), seen, seen-again (seen, drawn once more)",
+        help="sets of images for controls: held-out and openmoji (the default), seen, seen-again (seen, rendered anew)",
     )
-    parser.add_argument(
-        "--pairs", metavar="PATH", help="in place of sets: the tenth of these pairs that training holds out"
-    )
+    parser.add_argument("--pairs", metavar="PATH", help="evaluate on held-out pairs instead of sets")
     parser.add_argument(
         "--share",
         type=float,
-        help="with --pairs: judge on such a share, as training holds it out (default: 0.1; 1: all)",
+        help="with --pairs: fraction of the pairs that training holds out (default: 0.1; 1: all pairs)",
     )
     add_columns(parser)
-    parser.add_argument("--images", "--pictures", type=int, help="images of each set for a control (default: 96)")
+    parser.add_argument("--images", "--pictures", type=int, help="images per set (default: 96)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20)")
-    parser.add_argument("--guidance", type=float, help="guidance scale (default: 3 for nano, 7.5 for Stable Diffusion)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: nano 3, SD1 and SD2 7.5, SDXL 5)")
     parser.add_argument("--sampler", help="ddim, dpm++, dpm++-karras, unipc or euler (default: ddim; euler for SD3)")
-    parser.add_argument("--weight", type=float, help="weight of the controls (default: 1)")
-    parser.add_argument(
-        "--mode", help="of the controls: balanced or control (default: control for nano, else balanced)"
-    )
+    parser.add_argument("--weight", type=float, help="conditioning scale of the controls (default: 1)")
+    parser.add_argument("--mode", help="balanced or control (default: control for nano, else balanced)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default: auto)")
     parser.add_argument("--sheet", default=None, metavar="FILE", help="also write a contact sheet as PNG")
     add_json(parser)
@@ -70,12 +66,12 @@ def run(args: argparse.Namespace) -> None:
     check_sampling(settings.get("steps", DEFAULT_STEPS), settings.get("guidance"), settings.get("sampler"))
     check_mode(settings.get("mode"))
     if not math.isfinite(settings.get("weight", 1.0)):
-        raise UserError(f"--weight {settings['weight']}: expected a number, such as 1.25")
+        raise UserError(f"--weight {settings['weight']}: expected a finite number, such as 1.25", "out-of-range")
     if args.sheet:
-        # Before minutes of drawing.
+        # Before minutes of sampling.
         writable_folder(Path(args.sheet).parent, "name another place with --sheet")
         if Path(args.sheet).is_dir():
-            raise UserError(f"--sheet {args.sheet} is a folder; give the name of a PNG")
+            raise UserError(f"--sheet {args.sheet} is a folder; expected the name of a PNG", "wrong-kind")
     reports = _of_base(args, settings) if args.what == "base" else _of_controls(args, settings)
     if args.json:
         asked = {name: getattr(args, name) for name in ("what", "names", *_CHOICES) if hasattr(args, name)}
@@ -95,9 +91,9 @@ def _of_base(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]
 
     for name in ("base", "sets", "pairs", "share", "images", "weight", "mode"):
         if hasattr(args, name):
-            raise UserError(f"--{name} is for controls; a base is named, and judged on images of its own")
+            raise UserError(f"--{name} is for controls; a base has its own images", "contradiction")
     if len(args.names) > 1:
-        raise UserError(f"one base at a time, not {len(args.names)}")
+        raise UserError(f"expected one base, not {len(args.names)}", "usage")
     base = load_base(args.names[0], device=args.device)
     if args.sheet:
         write_png(args.sheet, base_grid(base, **settings))
@@ -114,10 +110,10 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
 
     chosen, count = getattr(args, "sets", ["held-out", "openmoji"]), getattr(args, "images", 96)
     if count < 1:
-        raise UserError(f"--images {count}: at least one is needed")
+        raise UserError(f"--images {count}: expected at least 1", "out-of-range")
     for option, names in (("--sets", chosen), ("evaluate control", args.names)):
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise UserError(f"{option}: {twice} is there twice; name each once")
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"{option}: {repeated} repeats; name each once", "contradiction")
     pairs = _held_out(args, count)
     sets = [] if pairs else [evaluation_set(name).first(count) for name in chosen]
     base = load_base(getattr(args, "base", "nano"), device=args.device)
@@ -125,9 +121,9 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
     controls = {name: load_control(name, base, shared=shared) for name in args.names}
     if pairs:
         if len(controls) > 1:
-            raise UserError(f"--pairs are of one condition: judge one control by them, not {len(controls)}")
-        judged = [pairs_eval_set(pairs, base.size)]
-        report, sheet = evaluate_control(base, next(iter(controls.values())), judged, **settings)
+            raise UserError(f"--pairs have one condition: evaluate one control, not {len(controls)}", "contradiction")
+        held_out = [pairs_eval_set(pairs, base.size)]
+        report, sheet = evaluate_control(base, next(iter(controls.values())), held_out, **settings)
     elif len(controls) == 1:
         report, sheet = evaluate_control(base, next(iter(controls.values())), sets, **settings)
     else:
@@ -138,20 +134,20 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
 
 
 def _held_out(args: argparse.Namespace, count: int) -> list[Pair]:
-    """The pairs that are asked for, those that training on the same folder holds out."""
+    """The pairs of --pairs that training holds out."""
     from controlkit.data.pairs import read_pairs, split_pairs
     from controlkit.errors import UserError
 
     share = getattr(args, "share", 0.1)
     if not hasattr(args, "pairs"):
         if hasattr(args, "share"):
-            raise UserError("--share is of --pairs, and none are given")
+            raise UserError("--share needs --pairs", "contradiction")
         for option in named_columns(args):
-            raise UserError(f"--{option.replace('_', '-')} is of --pairs, and none are given")
+            raise UserError(f"--{option.replace('_', '-')} needs --pairs", "contradiction")
         return []
     if hasattr(args, "sets"):
-        raise UserError("give --sets or --pairs, not both")
+        raise UserError("--sets and --pairs exclude each other; give one", "contradiction")
     if not 0 < share <= 1:
-        raise UserError(f"--share {share}: expected a part of the pairs, above 0 and up to 1")
+        raise UserError(f"--share {share}: expected a fraction above 0 and up to 1", "out-of-range")
     pairs = read_pairs(args.pairs, columns=columns_of(args))
     return (pairs if share == 1 else split_pairs(pairs, share)[1])[:count]

@@ -1,22 +1,23 @@
-"""draw images from a prompt, steered by controls
+"""generate images from a prompt and condition images
 
     controlkit generate "red apple, noto style, on a blue background" \\
         --control canny=drawing.png@0.9:0-0.8 --seeds 4 --out images
     controlkit generate --from images/settings.json --steps 50
 
-A control's image may have any size: it is scaled to cover the result and cut to it around its centre. --from draws
-again what a settings.json (or its folder, or one of its PNGs) says; the other options override it, and --control
-replaces all of its controls. Paths are tried as they are and from the folder of the settings. In place of a control's
-image that is gone or has changed its saved condition image is taken; a note says so, and names a control or a base that
-has changed. On the same machine's CPU a settings.json gives the same images, bit for bit.
+The image of a control may have any size: it is scaled to cover the result and center-cropped. --from repeats the
+settings of a settings.json, its folder or a PNG; other options override them, and --control replaces all controls.
+Paths are tried as they are and from the folder of the settings. If an image is missing or has changed, its saved
+condition image is used, with a note; changed controls and bases are noted, too. On the CPU of the same machine the
+images are identical, bit for bit.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from controlkit.apps.show import add_json, print_json, print_notes, print_seconds
+from controlkit.progress import Progress
 
 if TYPE_CHECKING:
     from controlkit.sampling.request import GenerateRequest
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb. Defaults are those of `GenerateRequest`."""
-    parser.add_argument("prompt", nargs="?", help="what to draw")
+    """Add the arguments of the verb. Defaults are those of `GenerateRequest`."""
+    parser.add_argument("prompt", nargs="?", help="text prompt")
     parser.add_argument(
         "--from",
-        dest="drawn",
+        dest="saved",
         metavar="FILE",
-        help="draw again what a settings.json, the folder that it lies in, or a PNG of ours says",
+        help="repeat the settings of a settings.json, its folder, or a PNG of generate",
     )
     parser.add_argument("--base", help="nano, a diffusers folder, a single file, or a hub id (default: nano)")
     parser.add_argument(
@@ -38,39 +39,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME_OR_FILE=IMAGE[@weight[:start-end]]",
-        help="steer by this image, which is scaled to cover the result and cut around its centre, or by the inputs"
-        " that a .json file names, for controls that take others than one image; may be given several times",
+        help="a control, its image, and optionally its conditioning scale and range of steps; repeat for several."
+        " For a control with named inputs IMAGE is a .json file",
     )
     parser.add_argument(
-        "--prepared", action="store_true", default=False, help="the images are condition images already"
+        "--prepared", action="store_true", default=False, help="the images of --control are condition images already"
     )
     parser.add_argument(
         "--mode",
         default=None,
-        help="of the controls: balanced acts on both halves of guidance, control on the one with the prompt alone,"
-        " which makes it stronger (default: control for nano, else balanced)",
+        help="balanced: controls act on both branches of CFG; control: on the conditional one only, which makes them"
+        " stronger (default: control for nano, else balanced)",
     )
-    parser.add_argument("--negative-prompt", help="what to draw less of")
-    parser.add_argument("--seeds", type=int, metavar="N", help="how many images (default: 1)")
-    parser.add_argument("--seed", type=int, help="seed of the first (default: 0)")
+    parser.add_argument("--negative-prompt", help="prompt of the unconditional branch")
+    parser.add_argument("--seeds", type=int, metavar="N", help="number of images (default: 1)")
+    parser.add_argument("--seed", type=int, help="seed of the first image (default: 0)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20)")
     parser.add_argument(
         "--guidance",
         type=float,
-        help="scale of classifier-free guidance; 1 is off (default: nano 3, SD1 and SD2 7.5, SDXL 5, SD3 7)",
+        help="guidance scale; 1 is off (default: nano 3, SD1 and SD2 7.5, SDXL 5, SD3 7)",
     )
-    parser.add_argument("--width", type=int, help="in pixels (default: the base's own)")
-    parser.add_argument("--height", type=int, help="in pixels (default: the base's own)")
+    parser.add_argument("--width", type=int, help="in pixels (default: the size of the base)")
+    parser.add_argument("--height", type=int, help="in pixels (default: the size of the base)")
     parser.add_argument("--sampler", help="ddim, dpm++, dpm++-karras, unipc or euler (default: ddim; euler for SD3)")
-    parser.add_argument("--batch-size", type=int, help="images drawn at once (default: 16 small ones, 4 of 512 x 512)")
-    parser.add_argument("--device", help="cpu, cuda, mps or auto (default: auto, the best that is there)")
-    parser.add_argument("--text-device", help="where text encoders stay, such as cpu (default: with the rest)")
+    parser.add_argument("--batch-size", type=int, help="images per batch (default: 16 small ones, 4 of 512 x 512)")
+    parser.add_argument("--device", help="cpu, cuda, mps or auto (default: auto, the best available)")
+    parser.add_argument("--text-device", help="device of the text encoders, such as cpu (default: --device)")
     parser.add_argument("--precision", help="fp32, fp16, bf16 or auto (default: auto, fp16 on CUDA, else fp32)")
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help="folder for the images; what has the same names there is replaced "
-        "(default: a new one each time, images/001, images/002, ...)",
+        help="folder for the images; files of the same names are replaced"
+        " (default: a new one each time, images/001, images/002, ...)",
     )
     add_json(parser)
 
@@ -79,58 +80,65 @@ def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     from controlkit.files import output_folder
 
-    request, drawn = _request(args)
+    request, saved = _request(args)
     with output_folder(getattr(args, "out", None), numbered_in="images") as out:
         from controlkit.sampling.generate import generate, refuse_overwriting
         from controlkit.sampling.inputs import with_named_inputs
 
         request = with_named_inputs(request)
         refuse_overwriting(request, out)
-        made = generate(request)
-        if drawn is not None:
-            made.notes += drawn.differences(made)
-        paths = made.save(out)
-    print_notes(made.notes)
+        generation = generate(request, on_step=Progress("denoising steps"))
+        if saved is not None:
+            generation.notes += saved.differences(generation)
+        paths = generation.save(out)
+    print_notes(generation.notes)
     if args.json:
-        report = {"seconds": made.seconds, "request": request.to_json(), "used": made.used, "notes": made.notes}
-        print_json({"images": paths, **report})
+        print_json(
+            {
+                "images": paths,
+                "seconds": generation.seconds,
+                "request": request.to_json(),
+                "used": generation.used,
+                "notes": generation.notes,
+            }
+        )
         return
     for path in paths:
         print(path)
-    print_seconds(made.seconds)
+    print_seconds(generation.seconds)
 
 
-_GIVEN = (
+_OPTIONS = (
     *("prompt", "base", "negative_prompt", "steps", "guidance", "width", "height"),
     *("sampler", "batch_size", "device", "text_device", "precision"),
 )
 
 
 def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings | None]:
-    """The request, and what it was restored from."""
+    """The request, and the settings that it was restored from."""
     from controlkit.errors import UserError
     from controlkit.sampling.request import ControlUse, GenerateRequest
     from controlkit.sampling.saved_settings import read_settings
 
     if hasattr(args, "seeds") and args.seeds < 1:
-        raise UserError(f"--seeds {args.seeds}: at least one image has to be drawn")
+        raise UserError(f"--seeds {args.seeds}: expected at least 1 image", "out-of-range")
     if args.prepared and not args.control:
-        raise UserError("--prepared is about the images of --control, and none is given")
-    given = {name: getattr(args, name) for name in _GIVEN if hasattr(args, name)}
+        raise UserError("--prepared applies to the images of --control, and there is none", "contradiction")
+    settings: dict[str, Any] = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
     uses = tuple(ControlUse.parse(text, prepared=args.prepared, mode=args.mode) for text in args.control)
-    drawn = read_settings(args.drawn) if hasattr(args, "drawn") else None
-    if drawn is None and given.get("prompt") is None:
-        raise UserError("give a prompt, or --from FILE to draw again what it says")
-    if drawn is not None and args.mode:
-        drawn = drawn.in_mode(args.mode)
-    if args.mode and not uses and not (drawn is not None and drawn.asked.controls):
-        raise UserError("--mode is about controls, and there is none")
-    before = (0,) if drawn is None else drawn.asked.seeds
+    saved = read_settings(args.saved) if hasattr(args, "saved") else None
+    if saved is None and settings.get("prompt") is None:
+        raise UserError("no prompt; give one, or --from FILE to repeat saved settings", "missing-setting")
+    if saved is not None and args.mode:
+        saved = saved.in_mode(args.mode)
+    if args.mode and not uses and not (saved is not None and saved.request.controls):
+        raise UserError("--mode applies to controls, and there is none", "contradiction")
+    seeds = (0,) if saved is None else saved.request.seeds
     if hasattr(args, "seed") or hasattr(args, "seeds"):
-        first = getattr(args, "seed", before[0])
-        given["seeds"] = tuple(range(first, first + getattr(args, "seeds", len(before))))
-    if drawn is None:
-        return GenerateRequest(controls=uses, **given), None
+        first = getattr(args, "seed", seeds[0])
+        settings["seeds"] = tuple(range(first, first + getattr(args, "seeds", len(seeds))))
+    if saved is None:
+        return GenerateRequest(controls=uses, **settings), None
     if uses:
-        given["controls"] = [vars(use) for use in uses]
-    return drawn.again(**given), drawn
+        settings["controls"] = [vars(use) for use in uses]
+    return saved.to_request(**settings), saved

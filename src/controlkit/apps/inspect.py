@@ -1,4 +1,4 @@
-"""say what a file, a control, a base or a system is: kind, tensors, parameters, operations, metadata
+"""show what a file, control, base or system contains: kind, tensors, parameters, operations, metadata
 
 controlkit inspect
 controlkit inspect canny
@@ -8,7 +8,7 @@ controlkit inspect ctrlora --base sd15 --rank 128
 controlkit inspect t2i-adapter --base sdxl --json
 controlkit inspect somebody-s.safetensors
 
-Without a name it lists the base and the controls that ship.
+Without a name it lists the shipped base and controls.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from controlkit.apps.show import add_json, print_json, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the arguments of the verb."""
     parser.add_argument(
         "name",
         nargs="?",
@@ -28,8 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a base (nano, a folder, a file, a hub id, or sd15, sd21, sdxl, sd3-medium, sd35-medium, sd35-large), a"
         " control's name or file, any other file of tensors, or a system (controlnet, ctrlora, t2i-adapter)",
     )
-    parser.add_argument("--base", help="the base of a system (default: nano), or that a file was made for")
-    parser.add_argument("--size", type=int, default=None, help="count operations at this side (default: the base's)")
+    parser.add_argument("--base", help="the base of a system (default: nano), or of a control file")
+    parser.add_argument(
+        "--size", type=int, default=None, help="side in pixels at which operations are counted (default: the base's)"
+    )
     parser.add_argument("--rank", type=int, default=None, help="also count a CtrLoRA adapter of this rank")
     add_json(parser)
 
@@ -40,20 +42,20 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.controls.registry import registry
     from controlkit.errors import UserError
     from controlkit.formats.describe import describe, describe_base, describe_system, is_base
-    from controlkit.sampling.request import MOST_PIXELS
+    from controlkit.sampling.request import MAX_SIDE
 
     base: str | None = getattr(args, "base", None)
     if args.name is None:
         if (base, args.size, args.rank) != (None, None, None):
-            raise UserError("--base, --size and --rank are about one thing; give its name: controlkit inspect NAME")
+            raise UserError("--base, --size and --rank need a name: controlkit inspect NAME", "missing-setting")
         _list(args.json)
         return
-    if args.size is not None and not 1 <= args.size <= MOST_PIXELS:
-        raise UserError(f"--size {args.size}: expected a side from 1 to {MOST_PIXELS} pixels")
+    if args.size is not None and not 1 <= args.size <= MAX_SIDE:
+        raise UserError(f"--size {args.size}: expected 1 to {MAX_SIDE} pixels", "out-of-range")
     systems = registry()
     if args.rank is not None and (args.name not in systems or systems[args.name].companion is None):
         ranked = ", ".join(name for name, kind in systems.items() if kind.companion is not None)
-        raise UserError(f"--rank is for a system that has one ({ranked}), not for {args.name}")
+        raise UserError(f"--rank applies to {ranked}, not to {args.name}", "contradiction")
     if args.name in systems:
         facts = describe_system(args.name, base or NANO, args.rank, args.size)
     elif is_base(args.name):
@@ -66,31 +68,32 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for key, value in facts.items():
         if isinstance(value, dict):
-            rows += [(f"{key}.{name}", _words(inner)) for name, inner in value.items()]
+            rows += [(f"{key}.{name}", _text(inner)) for name, inner in value.items()]
         else:
-            rows.append((key, _words(value)))
+            rows.append((key, _text(value)))
     print_table(args.name, ("fact", "value"), rows)
 
 
 def _list(as_json: bool) -> None:
-    """What ships, a line each."""
+    """List what ships, one per line."""
     from controlkit.bases.load import NANO, nano_folder
     from controlkit.formats.load import shipped_controls
     from controlkit.formats.metadata import read_metadata
 
     shipped: list[dict[str, Any]] = [{"name": NANO, "kind": "base", "condition": None, "path": str(nano_folder())}]
     for name, path in shipped_controls().items():
-        said = read_metadata(path)
-        condition = said.get("control.condition") or None
-        shipped.append({"name": name, "kind": said["control.kind"], "condition": condition, "path": str(path)})
+        metadata = read_metadata(path)
+        condition = metadata.get("control.condition") or None
+        shipped.append({"name": name, "kind": metadata["control.kind"], "condition": condition, "path": str(path)})
     if as_json:
         print_json(shipped)
         return
-    rows = [("name", "kind", "condition"), *((one["name"], one["kind"], one["condition"] or "-") for one in shipped)]
+    rows = [("name", "kind", "condition")]
+    rows += [(each["name"], each["kind"], each["condition"] or "-") for each in shipped]
     widths = [max(len(row[place]) for row in rows) + 2 for place in (0, 1)]
     for row in rows:
         print(f"{row[0]:<{widths[0]}}{row[1]:<{widths[1]}}{row[2]}")
 
 
-def _words(value: object) -> str:
+def _text(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,10 +1,10 @@
-"""make training pairs from images, or check pairs; run again to resume
+"""compute training pairs from images, or check pairs; run again to resume
 
     controlkit pairs photos --conditions canny,palette --size 512 --out pairs
     controlkit pairs --check pairs
 
-IMAGES are folders, globs in quotes, tar shards, or COCO annotation files. The pairs go to `pairs/pairs.jsonl`, which
-`controlkit adapt` reads. The layouts that are read and checked: docs/pairs.md.
+IMAGES are folders, globs in quotes, tar shards, or COCO annotation files. The pairs are listed in `pairs/pairs.jsonl`,
+which `controlkit adapt` reads. docs/pairs.md has all formats.
 """
 
 from __future__ import annotations
@@ -12,13 +12,21 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from controlkit.apps.show import add_columns, add_json, columns_of, named_columns, print_json, print_table
+from controlkit.apps.show import (
+    Reported,
+    add_columns,
+    add_json,
+    columns_of,
+    error_json,
+    named_columns,
+    print_json,
+    print_table,
+)
 from controlkit.errors import UserError
+from controlkit.progress import Progress
 
 if TYPE_CHECKING:
     from controlkit.data.engine import MakeReport
@@ -29,36 +37,36 @@ _SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb. Defaults of the settings are those of `MakeSettings`."""
-    parser.add_argument("images", nargs="*", default=[], metavar="IMAGES", help="where the images come from")
+    """Add the arguments of the verb. Defaults of settings are those of `MakeSettings`."""
+    parser.add_argument("images", nargs="*", default=[], metavar="IMAGES", help="source of the images")
     parser.add_argument(
-        "--conditions", default="", metavar="NAME,NAME", help="what is made (controlkit condition --list)"
+        "--conditions", default="", metavar="NAME,NAME", help="conditions to compute (controlkit condition --list)"
     )
     parser.add_argument("--out", default=None, metavar="DIR", help="folder for the pairs")
-    parser.add_argument("--check", default=None, metavar="PAIRS", help="look for everything that is wrong with pairs")
+    parser.add_argument("--check", default=None, metavar="PAIRS", help="report everything that is wrong with pairs")
     parser.add_argument("--sheet", default=None, metavar="FILE", help="with --check: PNG of some pairs, bad ones first")
     parser.add_argument(
         "--base",
         metavar="BASE",
-        help="with --check: count prompts that this base cuts (default: by the 77 tokens of Stable Diffusion)",
+        help="with --check: count prompts that this base truncates (default: the 77 tokens of Stable Diffusion)",
     )
     add_columns(parser)
-    parser.add_argument("--images-folder", default=None, metavar="DIR", help="where COCO's images lie")
-    parser.add_argument("--size", type=int, help="scale and crop to a square of so many pixels (default: keep)")
+    parser.add_argument("--images-folder", default=None, metavar="DIR", help="folder of the images of COCO annotations")
+    parser.add_argument("--size", type=int, help="scale and crop to a square of this side (default: keep)")
     parser.add_argument("--buckets", action="store_true", help="scale and crop to the nearest aspect-ratio bucket")
-    parser.add_argument("--copy", action="store_true", help="copy images that stay as they are")
-    parser.add_argument("--seed", type=int, help="random parameters follow from it and each image's content")
-    parser.add_argument("--fixed", action="store_true", help="default parameters for every image")
+    parser.add_argument("--copy", action="store_true", help="copy images that do not change")
+    parser.add_argument("--seed", type=int, help="seed of random parameters, together with the content of each image")
+    parser.add_argument("--fixed", action="store_true", help="use default parameters for every image")
     parser.add_argument(
         "--caption",
         choices=("found", "blip"),
         default="found",
-        help="found: .txt and .caption files, COCO, tar shards; blip: a model's for images without one",
+        help="found: .txt and .caption files, COCO, tar shards; blip: also caption images without one",
     )
-    parser.add_argument("--caption-model", default=None, metavar="FOLDER", help="BLIP: a folder or a name on the hub")
-    parser.add_argument("--device", default="cpu", help="of the caption model: cpu, cuda, mps")
-    parser.add_argument("--workers", type=int, default=None, help="processes (default: one for each core)")
-    parser.add_argument("--shards", type=int, default=None, metavar="N", help="write N tar shards in place of files")
+    parser.add_argument("--caption-model", default=None, metavar="FOLDER", help="BLIP model: a folder or a hub id")
+    parser.add_argument("--device", default="cpu", help="device of the caption model: cpu, cuda, mps")
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: one per core)")
+    parser.add_argument("--shards", type=int, default=None, metavar="N", help="write N tar shards instead of files")
     parser.add_argument("--engine", default="local", help="local, or ray (Ray Data, for many machines; tar shards)")
     add_json(parser)
 
@@ -67,20 +75,21 @@ def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     if args.check is not None:
         if args.images or args.out:
-            raise UserError("--check looks at pairs that exist; give it alone")
+            raise UserError("--check reads existing pairs and excludes IMAGES and --out", "contradiction")
         _check(args)
         return
     if not args.images or not args.conditions or not args.out:
-        raise UserError("give images, --conditions NAME,NAME and --out DIR; or --check PAIRS")
+        raise UserError("give IMAGES, --conditions NAME,NAME and --out DIR; or --check PAIRS", "missing-setting")
     if args.sheet:
         raise UserError(
-            f"--sheet {args.sheet} is of --check; when the pairs are made: controlkit pairs --check {args.out} --sheet"
-            f" {args.sheet}"
+            f"--sheet {args.sheet} needs --check; once the pairs exist: controlkit pairs --check {args.out} --sheet"
+            f" {args.sheet}",
+            "contradiction",
         )
     for option in (*named_columns(args), *(["base"] if hasattr(args, "base") else [])):
-        raise UserError(f"--{option.replace('_', '-')} is of --check; images are read without it")
+        raise UserError(f"--{option.replace('_', '-')} needs --check", "contradiction")
     if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers {args.workers}: at least one is needed")
+        raise UserError(f"--workers {args.workers}: expected at least 1", "out-of-range")
     _make(args)
 
 
@@ -88,20 +97,20 @@ def _make(args: argparse.Namespace) -> None:
     from controlkit.data.engine import make_pairs
     from controlkit.data.input_images import list_images
     from controlkit.data.making import MakeSettings
-    from controlkit.data.readers.folders import doubled_note
+    from controlkit.data.readers.folders import two_captions_note
 
     values = {name: getattr(args, name) for name in ("size", "buckets", "copy", "seed", "fixed") if hasattr(args, name)}
     settings = MakeSettings(conditions=tuple(name for name in args.conditions.split(",") if name.strip()), **values)
     images = list_images(args.images, args.images_folder, without=args.out)
     doubled = [image.source for image in images if isinstance(image.source, Path) and _differ(image)]
     if doubled:
-        print(f"note: {doubled_note(doubled)}", file=sys.stderr)
+        print(f"note: {two_captions_note(doubled)}", file=sys.stderr)
     if args.caption == "blip":
         from controlkit.data.captions import BLIP, Captioner, with_captions
 
         model = args.caption_model or BLIP
         images = with_captions(
-            images, Path(args.out), lambda: Captioner(model, args.device), model, progress("captions")
+            images, Path(args.out), lambda: Captioner(model, args.device), model, Progress("captions", always=True)
         )
     report = make_pairs(
         images,
@@ -111,22 +120,22 @@ def _make(args: argparse.Namespace) -> None:
         shards=args.shards,
         engine=args.engine,
         origin=[os.path.abspath(image) for image in args.images],
-        tell=progress("images"),
+        progress=Progress("images", always=True),
     )
-    _tell(report, args.json)
+    _show(report, args.json)
 
 
 def _differ(image: InputImage) -> bool:
-    """Whether an image's .txt and .caption files hold different captions."""
+    """Whether the .txt and .caption files of an image differ."""
     from controlkit.data.sources import captions_differ
 
     try:
         return bool(image.sidecars) and captions_differ(image.sidecars[0])
-    except UserError:  # no text, which making its pair says
+    except UserError:  # not text; reported with its pair
         return False
 
 
-def _tell(report: MakeReport, as_json: bool) -> None:
+def _show(report: MakeReport, as_json: bool) -> None:
     for name, reason in list(report.skipped.items())[:_SHOWN]:
         print(f"skipped {name}: {reason}", file=sys.stderr)
     if len(report.skipped) > _SHOWN:
@@ -134,15 +143,15 @@ def _tell(report: MakeReport, as_json: bool) -> None:
     for note in report.notes[:_SHOWN]:
         print(f"note: {note}", file=sys.stderr)
     if len(report.notes) > _SHOWN:
-        print(f"... and {len(report.notes) - _SHOWN} more such notes", file=sys.stderr)
+        print(f"... and {len(report.notes) - _SHOWN} more notes", file=sys.stderr)
     if as_json:
         print_json(vars(report))
         return
     print(f"made {report.made} pairs in {report.seconds:.1f} s, kept {report.kept}, skipped {len(report.skipped)}")
     if report.gone:
-        print(f"{report.gone} pairs are not listed any more, because their images are no longer in the input")
+        print(f"{report.gone} pairs are no longer listed: their images left the input")
     if report.empty_prompts:
-        print(f"{report.empty_prompts} pairs have an empty prompt; put captions into .txt files, or use --caption blip")
+        print(f"{report.empty_prompts} pairs have an empty prompt; add captions in .txt files, or use --caption blip")
     print(f"pairs: {report.out}")
     folder = report.out if report.out.is_dir() else report.out.parent
     print(f"try next: controlkit pairs --check {folder}")
@@ -160,10 +169,14 @@ def _check(args: argparse.Namespace) -> None:
     unwritable: UserError | None = None
     try:
         write_png(sheet, check_sheet(report))
-    except UserError as error:  # what was found comes first, and pairs may lie where nothing can be written
-        unwritable = error
+    except UserError as failure:  # findings are printed first; pairs may be on a read-only disk
+        unwritable = failure
+    error = unwritable if args.sheet else None
+    if error is None and report.problems:
+        error = UserError(f"{len(report.problems)} problems in {report.origin}", "bad-data")
     if args.json:
-        print_json({**to_json(report), "sheet": None if unwritable else str(sheet)})
+        values = {**to_json(report), "sheet": None if unwritable else str(sheet)}
+        print_json(values if error is None else {**values, "error": error_json(error)})
     else:
         for problem in report.problems:
             print(problem)
@@ -171,21 +184,19 @@ def _check(args: argparse.Namespace) -> None:
             print(f"note: {note}")
         if report.problems:
             rows = [(KINDS[kind], str(count)) for kind, count in report.counts.items()]
-            print_table(f"{report.origin}: {report.pairs} pairs", ("problem", "how often"), rows)
+            print_table(f"{report.origin}: {report.pairs} pairs", ("problem", "count"), rows)
         else:
             print(f"{report.origin}: {report.pairs} pairs of {', '.join(report.conditions)}, nothing wrong")
         if unwritable is None:
             print(f"sheet: {sheet}")
-    if unwritable is not None:
-        if args.sheet:
-            raise unwritable
+    if unwritable is not None and not args.sheet:
         print(f"no sheet: {unwritable}; name a place with --sheet", file=sys.stderr)
-    if report.problems:
-        raise UserError(f"{len(report.problems)} problems in {report.origin}")
+    if error is not None:
+        raise Reported(str(error), error.code)
 
 
 def _prompt_limit(base: str | None) -> PromptLimit:
-    """How much of a prompt `base` reads; every base of Stable Diffusion's size where none is named."""
+    """How much of a prompt `base` reads; by default the 77 tokens of Stable Diffusion."""
     from controlkit.bases.clip_tokenizer import clip_tokenizer
     from controlkit.bases.load import load_tokenizer
     from controlkit.bases.text import cut_from
@@ -197,30 +208,3 @@ def _prompt_limit(base: str | None) -> PromptLimit:
         tokens=tokenizer.model_max_length,
         cut_from=lambda prompt: cut_from(tokenizer, prompt),
     )
-
-
-def progress(what: str) -> Callable[[int, int], None]:
-    """Tells on standard error how many are done and how long the rest takes, at most twice a second on a terminal and
-    every ten seconds elsewhere."""
-    live = sys.stderr.isatty()
-    started = told = time.monotonic()
-    first = -1
-
-    def tell(done: int, total: int) -> None:
-        nonlocal told, first
-        now = time.monotonic()
-        first = done if first < 0 else first
-        if now - told < (0.5 if live else 10) and done < total:
-            return
-        told = now
-        pace = (done - first) / max(now - started, 1e-9)
-        left = f", {pace:.0f}/s, {_clock((total - done) / pace)} left" if pace and done < total else ""
-        end = "" if live and done < total else "\n"
-        print(f"{chr(13) if live else ''}{done} of {total} {what}{left}", end=end, file=sys.stderr, flush=True)
-
-    return tell
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

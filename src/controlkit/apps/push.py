@@ -1,8 +1,8 @@
-"""put a trained control with its card on the Hugging Face hub
+"""upload a control and its card to the Hugging Face hub
 
     controlkit push runs/mine/mine.safetensors NAME/REPOSITORY --private
 
-Log in before (`hf auth login`), or set HF_TOKEN.
+Log in first (`hf auth login`), or set HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from controlkit.apps.show import add_json, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    parser.add_argument("file", help="a control's .safetensors file; its card (NAME.md) lies beside it")
-    parser.add_argument("repository", help="NAME/REPOSITORY on the hub; made if it is not there")
+    """Add the arguments of the verb."""
+    parser.add_argument("file", help=".safetensors file of a control, with its card (NAME.md) beside it")
+    parser.add_argument("repository", help="NAME/REPOSITORY on the hub; created if missing")
     parser.add_argument("--private", action="store_true", default=False, help="make a new repository private")
     add_json(parser)
 

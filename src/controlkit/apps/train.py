@@ -1,10 +1,10 @@
 """train any system from a YAML recipe; run again to resume
 
     controlkit train recipes/nano/controlnet-canny.yaml --set steps=3000
-    controlkit train ctrlora-adapter        # lists the settings of a system
+    controlkit train ctrlora-adapter        # list the settings of a system
 
-Systems: controlnet, ctrlora-base, ctrlora-adapter, ctrlora-full, base, autoencoder, ... (docs/training.md). A control
-trains from `icons`, `multigen` or `pairs`, whichever its recipe names.
+Systems: controlnet, ctrlora-base, ctrlora-adapter, ctrlora-full, base, autoencoder, ... (docs/training.md). A recipe of
+a control has `icons`, `multigen` or `pairs` as its source of data.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    parser.add_argument("recipe", help="YAML file; or the name of a system, whose settings are listed then")
+    """Add the arguments of the verb."""
+    parser.add_argument("recipe", help="YAML file; or the name of a system, to list its settings")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="override a setting"
     )
@@ -36,15 +36,17 @@ def run(args: argparse.Namespace) -> None:
 
     if not Path(args.recipe).is_file() and args.recipe in recipes():
         if args.settings:
-            raise UserError(f"{args.recipe} is a system, whose settings are listed; --set is for a recipe's YAML file")
+            raise UserError(
+                f"{args.recipe} is a system, which lists its settings; --set needs a recipe file", "contradiction"
+            )
         _list(recipes()[args.recipe], args.json)
         return
     recipe = read_recipe(args.recipe, args.settings)
 
     from controlkit.sampling.settings import in_words
-    from controlkit.training.run import run_whole
+    from controlkit.training.run import run_recipe
 
-    trained = run_whole(recipe)
+    trained = run_recipe(recipe)
     if args.json:
         print_json({"out": recipe.out, "scores": trained.scores, "preview": trained.scored})
         return
@@ -55,26 +57,26 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _list(kind: type[Recipe], as_json: bool) -> None:
-    """Every setting, with the sources of data that have it; one with two defaults is listed twice."""
+    """List every setting with the data sources that have it; a setting with two defaults is listed twice."""
     from controlkit.settings import describe_settings
     from controlkit.training.recipes import by_source
 
     choice: dict[str, type[Recipe]] = {**by_source(kind)}
-    told: dict[str, tuple[Setting, list[str]]] = {}
+    listed: dict[str, tuple[Setting, list[str]]] = {}
     for source, recipe in (choice or {"": kind}).items():
         for setting in describe_settings(recipe):
-            told.setdefault(repr(setting), (setting, []))[1].append(source)
+            listed.setdefault(repr(setting), (setting, []))[1].append(source)
     if as_json:
-        print_json([{**vars(one), "sources": [name for name in found if name]} for one, found in told.values()])
+        print_json([{**vars(each), "sources": [name for name in found if name]} for each, found in listed.values()])
         return
     everywhere = [*choice] or [""]
     rows = [
         (
-            one.name,
-            "required" if one.required else str(one.default),
+            each.name,
+            "required" if each.required else str(each.default),
             "" if found == everywhere else ", ".join(found),
-            one.what,
+            each.what,
         )
-        for one, found in sorted(told.values(), key=lambda row: row[1] != everywhere)
+        for each, found in sorted(listed.values(), key=lambda row: row[1] != everywhere)
     ]
     print_table(kind.__doc__ or "", ("setting", "default", "only with", "what it is"), rows)

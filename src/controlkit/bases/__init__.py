@@ -1,1 +1,1 @@
-"""The text-to-image models behind one small interface."""
+"""Text-to-image models behind one interface."""

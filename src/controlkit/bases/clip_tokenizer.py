@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, which every Stable Diffusion up to XL reads prompts with, from the byte pairs that ship here."""
+"""CLIP's tokenizer for Stable Diffusion 1, 2, XL and 3, from the byte-pair merges that ship here."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _BYTES, _SPECIAL, _VOCABULARY = 256, 2, 49408
 
 
 def clip_tokenizer(pad_token: str = "<|endoftext|>", **settings: Any) -> CLIPTokenizer:
-    """The tokenizer of CLIP ViT-L/14 and of OpenCLIP's models: 49,408 tokens, 77 at a time.
+    """The tokenizer of CLIP ViT-L/14 and OpenCLIP: 49,408 tokens, 77 per prompt.
 
-    The numbering is openai/CLIP's (clip/simple_tokenizer.py): the 256 bytes, the same as ends of words, one token for
-    each merge, then the two special ones.
+    Ids are those of openai/CLIP (clip/simple_tokenizer.py): the 256 bytes, the same at the end of a word, one token per
+    merge, then the two special tokens.
 
     Args:
         pad_token: `!` for OpenCLIP's text encoders of Stable Diffusion 2 and XL.
@@ -38,7 +38,7 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>", **settings: Any) -> CLIPTok
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in the vocabulary, printable bytes first (as in GPT-2's byte pairs)."""
+    """The character that represents each byte in the vocabulary, printable bytes first (as in GPT-2)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(_BYTES) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(_BYTES + place) for place in range(len(others))]
+    unprintable = [byte for byte in range(_BYTES) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(_BYTES + place) for place in range(len(unprintable))]

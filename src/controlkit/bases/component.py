@@ -1,4 +1,4 @@
-"""The components of a base: the networks, tokenizers and the scheduler of a diffusers folder."""
+"""Components of a base: the networks, tokenizers and the scheduler of a diffusers folder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Component:
     """One component of a family of bases."""
 
     name: str
-    """Of its folder, such as `text_encoder`."""
+    """Name of its subfolder, such as `text_encoder`."""
     library: str
     """`diffusers` or `transformers`."""
     class_name: str
-    """Of the library."""
+    """Class in that library."""
     optional: bool = False
-    """Whether a base may lack it."""
+    """Whether a base can do without it."""
 
     @property
     def is_tokenizer(self) -> bool:
@@ -31,7 +31,7 @@ class Component:
 
     @property
     def is_scheduler(self) -> bool:
-        """Whether it is a configuration alone."""
+        """Whether it is only a configuration."""
         return self.name == "scheduler"
 
     @property
@@ -45,29 +45,29 @@ class Component:
         return f"{self.name}/scheduler_config.json" if self.is_scheduler else f"{self.name}/config.json"
 
     def load_class(self) -> Any:
-        """Its class."""
+        """The class, imported."""
         return getattr(importlib.import_module(self.library), self.class_name)
 
     def build(self, config: Mapping[str, Any]) -> Any:
-        """A network of this configuration, with fresh weights, on torch's default device."""
+        """A network with this configuration and random weights, on torch's default device."""
         kind = self.load_class()
         plain = {key: value for key, value in config.items() if not key.startswith("_")}
         return kind(kind.config_class.from_dict(plain)) if self.library == "transformers" else kind(**plain)
 
 
-def clip_components(*numbers: str, projected: tuple[str, ...] = ()) -> tuple[Component, ...]:
-    """CLIP's tokenizers and text encoders.
+def clip_components(*suffixes: str, projected: tuple[str, ...] = ()) -> tuple[Component, ...]:
+    """CLIP tokenizers and text encoders.
 
     Args:
-        numbers: what follows their names: `""`, `"_2"`.
-        projected: those of `numbers` whose encoder has a projection.
+        suffixes: of their names: `""`, `"_2"`.
+        projected: the suffixes whose encoder has a projection.
     """
-    made: list[Component] = []
-    for number in numbers:
-        kind = "CLIPTextModelWithProjection" if number in projected else "CLIPTextModel"
-        made.append(Component(name=f"tokenizer{number}", library="transformers", class_name="CLIPTokenizer"))
-        made.append(Component(name=f"text_encoder{number}", library="transformers", class_name=kind))
-    return tuple(made)
+    components: list[Component] = []
+    for suffix in suffixes:
+        kind = "CLIPTextModelWithProjection" if suffix in projected else "CLIPTextModel"
+        components.append(Component(name=f"tokenizer{suffix}", library="transformers", class_name="CLIPTokenizer"))
+        components.append(Component(name=f"text_encoder{suffix}", library="transformers", class_name=kind))
+    return tuple(components)
 
 
 VAE = Component(name="vae", library="diffusers", class_name="AutoencoderKL")

@@ -1,4 +1,4 @@
-"""What a base's folder says to do where nothing is asked for, and nano's own defaults."""
+"""Defaults that a base's folder declares, and those of nano."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ NANO_DEFAULTS: dict[str, Any] = {
     "mode": "control",
     "adapter": {"rank": 4, "learning_rate": 1e-3, "batch_size": 16},
 }
-"""What nano, and bases that are trained by its recipes, do where nothing is asked for (docs/nano.md, docs/ctrlora.md):
-the scale of guidance, on which halves of it a control acts, and settings of an adapter's training."""
+"""Defaults of nano and of bases trained with its recipes (docs/nano.md, docs/ctrlora.md): guidance scale, branches of
+CFG on which a control acts, and settings of adapter training."""
 
 DEFAULTS_KEY = "_controlkit"
-"""Of `model_index.json`, under which a folder says its defaults; diffusers leaves names with a line in front alone."""
+"""Key of the defaults in `model_index.json`; diffusers ignores names with a leading underscore."""
 
 
 def defaults_in(folder: Path) -> dict[str, Any]:
-    """What a base's folder says (in `model_index.json`) to do where nothing is asked for; empty if it says nothing."""
+    """The defaults in a base's `model_index.json`; empty if there are none."""
     try:
-        said = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[DEFAULTS_KEY]
+        defaults = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[DEFAULTS_KEY]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return said if isinstance(said, dict) else {}
+    return defaults if isinstance(defaults, dict) else {}

@@ -1,4 +1,4 @@
-"""A name, a folder, a hub id or a single file -> a `Base`."""
+"""Load a base by name, folder, hub id or single file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from controlkit.bases.base import Base, needs_float32
 from controlkit.bases.defaults import defaults_in
 from controlkit.bases.families import FAMILIES, KNOWN_BASES, configurations_in, family_of_folder
-from controlkit.bases.weight_files import unsafe_pickle_error, weight_files
+from controlkit.bases.weight_files import torch_load_error, weight_files
 from controlkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
 
 NANO = "nano"
 SINGLE_FILES = (".safetensors", ".ckpt")
-"""What a checkpoint of a whole model in one file is called."""
+"""Suffixes of single-file models."""
 
 PRECISIONS = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""Names of what weights can be stored in while images are drawn."""
+"""Name -> dtype of the weights for inference."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-"""What a model on the Hugging Face hub is called."""
-_HUB_FOLDERS = tuple(dict.fromkeys(one.name for family in reversed(FAMILIES) for one in family.components))
+"""Pattern of an id on the Hugging Face hub."""
+_HUB_FOLDERS = tuple(dict.fromkeys(component.name for family in reversed(FAMILIES) for component in family.components))
 _WANTED_FROM_HUB = ["model_index.json"] + [
     f"{folder}/*.{suffix}" for folder in _HUB_FOLDERS for suffix in ("json", "txt", "safetensors", "model")
 ]
-"""Nothing of the root, where many repositories keep the whole model once more in one file."""
-_HALVES = ["*fp16*", "*bf16*"]
-_UNWANTED_FROM_HUB = [*_HALVES, "*non_ema*", "*ema_only*", "*/onnx*"]
+"""Nothing of the root, where many repositories keep a second copy of the model in one file."""
+_HALF_PRECISION = ["*fp16*", "*bf16*"]
+_UNWANTED_FROM_HUB = [*_HALF_PRECISION, "*non_ema*", "*ema_only*", "*/onnx*"]
 
 
 def nano_folder() -> Path:
-    """The folder of the embedded base: an ordinary diffusers folder.
+    """The embedded base, an ordinary diffusers folder.
 
-    The environment variable `CONTROLKIT_NANO` puts another one in its place, to try a retrained nano.
+    The environment variable `CONTROLKIT_NANO` overrides it, to try a retrained nano.
     """
     override = os.environ.get("CONTROLKIT_NANO")
     return Path(override) if override else Path(str(files("controlkit") / "assets" / "nano"))
@@ -59,25 +59,25 @@ def load_base(
     text_device: str | torch.device | None = None,
     random_weights: bool = False,
 ) -> Base:
-    """Load a base, frozen: Stable Diffusion 1.x, 2.x, XL and 3, and whatever has their shape.
+    """Load a base, frozen: Stable Diffusion 1.x, 2.x, XL and 3, and models of the same architectures.
 
     Args:
         name: `nano`; a diffusers folder; a single `.safetensors` or `.ckpt` file; an id on the Hugging Face hub; or,
             with `random_weights`, one of `KNOWN_BASES`.
-        device: a torch device, or `auto` for the best that is there.
-        dtype: float32 by default, whatever the files hold.
-        text_device: where text encoders stay, such as `cpu` for large ones; default: with the other networks.
-        random_weights: of a known model without its files, for measuring speed and memory.
+        device: a torch device, or `auto` for the best available.
+        dtype: default: float32, whatever the files contain.
+        text_device: of the text encoders, such as `cpu` for large ones; default: `device`.
+        random_weights: build a known model without its files, to measure speed and memory.
 
     Raises:
-        UserError: it is missing, incomplete, or another kind of model, or there is no such device.
+        UserError: it is missing, incomplete or another kind of model, or the device is not available.
     """
     dtype = dtype or torch.float32
     device = choose_device(device) if isinstance(device, str) else device
     _check_device(device)
     path = Path(name)
     try:
-        with _quiet():
+        with _quiet_libraries():
             if random_weights:
                 from controlkit.bases.random import random_base
 
@@ -88,24 +88,33 @@ def load_base(
                 base = load_single_file(path, dtype)
             else:
                 base = _load_folder(base_folder(name), str(name), dtype)
-            taken, made = base.latents.channels, base.vae.config["latent_channels"]
-            if taken != made:
+            network_channels, latent_channels = base.latents.channels, base.vae.config["latent_channels"]
+            if network_channels != latent_channels:
                 raise UserError(
-                    f"the network of {name} takes {taken} channels and its latents have {made}: it is a model for"
-                    " inpainting or for editing, which is also given an image; text-to-image models are run here"
+                    f"{name} is an inpainting or editing model (its network takes {network_channels} channels, its"
+                    f" latents have {latent_channels}); use a text-to-image model",
+                    "unsupported",
                 )
-            if dtype == torch.bfloat16 and not random_weights:  # which changes what the base is known by
+            if dtype == torch.bfloat16 and not random_weights:  # which changes the base's fingerprint
                 base.original = lambda: load_base(name)
             return base.to(device=device, text_device=text_device)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"the base {name} cannot be loaded: {unsafe_pickle_error(path, error)}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+    except (pickle.UnpicklingError, OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        if (unsafe := _unpickling_error(error)) is not None:
+            cause = torch_load_error(path, unsafe)
+            raise UserError(f"the base {name} cannot be loaded: {cause}", cause.code) from error
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the base {name} cannot be loaded: {reason}") from error
+        raise UserError(f"the base {name} cannot be loaded: {reason}", "damaged-file") from error
+
+
+def _unpickling_error(error: BaseException | None) -> pickle.UnpicklingError | None:
+    """The error of torch's unpickler behind `error`: diffusers replaces it by an OSError."""
+    while error is not None and not isinstance(error, pickle.UnpicklingError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def load_tokenizer(name: str | Path) -> CLIPTokenizer:
-    """The tokenizer of a base alone, by the names that `load_base` takes; none of its weights are read.
+    """Load only the tokenizer of a base, by the names that `load_base` takes; no weights are read.
 
     Raises:
         UserError: it is missing.
@@ -117,8 +126,8 @@ def load_tokenizer(name: str | Path) -> CLIPTokenizer:
     path = Path(name)
     if path.suffix in SINGLE_FILES and not path.is_dir():
         if not path.is_file():
-            raise UserError(f"there is no base at {name}")
-        return clip_tokenizer()  # single files hold none, and are all read with this one
+            raise UserError(f"there is no base at {name}", "missing-file")
+        return clip_tokenizer()  # single files contain none and all use this one
     folder = nano_folder() if str(name) == NANO else path
     try:
         if not folder.exists() and HUB_ID.fullmatch(str(name)):
@@ -127,13 +136,13 @@ def load_tokenizer(name: str | Path) -> CLIPTokenizer:
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"there is no tokenizer of a base at {name} ({reason}); give `nano`, the path of a diffusers folder or of a"
-            " single file, or a hub id"
+            f"there is no tokenizer at {name} ({reason}); pass `nano`, a diffusers folder, a single file, or a hub id",
+            "missing-file",
         ) from error
 
 
 def base_folder(name: str | Path) -> Path:
-    """The whole diffusers folder that `name` means; one on the hub is fetched, or found where it was kept before.
+    """The complete diffusers folder for `name`; one on the hub is downloaded, or found in the cache.
 
     Raises:
         UserError: it is missing or incomplete.
@@ -149,7 +158,7 @@ def base_folder(name: str | Path) -> Path:
 
 
 def base_path(name: str | Path) -> Path:
-    """The file or folder that `load_base` reads for `name`; one on the hub as in `base_folder`.
+    """The file or folder that `load_base` reads for `name`; hub ids as in `base_folder`.
 
     Raises:
         UserError: it is missing or incomplete.
@@ -159,9 +168,9 @@ def base_path(name: str | Path) -> Path:
 
 
 def base_files(name: str | Path) -> list[Path]:
-    """The files that `load_base` read for `name`, in order: the single file, or those of its folder.
+    """The files that `load_base` reads for `name`, in order: the single file, or those of its folder.
 
-    The hub is not asked: what was loaded is in its cache.
+    Hub ids are looked up in the local cache only.
 
     Raises:
         UserError: it is missing or incomplete.
@@ -177,22 +186,24 @@ def base_files(name: str | Path) -> list[Path]:
 def choose_device(name: str) -> torch.device:
     """`auto` => CUDA, then MPS, then the CPU; else the torch device of that name.
 
-    Of several processes on a machine each has a GPU of its own, before anything is loaded onto one.
+    With several processes on a machine, each gets its own GPU before anything is loaded.
 
     Raises:
-        UserError: torch knows no such device.
+        UserError: torch does not know the device.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        return _own_gpu()
+        return _local_gpu()
     if name == "auto":
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"device {name!r} is not one that torch knows (cpu, cuda, cuda:1, mps, auto)") from error
+        raise UserError(
+            f"device {name!r} is unknown to torch; expected cpu, cuda, cuda:1, mps or auto", "device-unavailable"
+        ) from error
 
 
-def _own_gpu() -> torch.device:
+def _local_gpu() -> torch.device:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return torch.device("cuda")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -201,36 +212,40 @@ def _own_gpu() -> torch.device:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of weights that only draw: `auto` => float16 on CUDA, float32 elsewhere.
+    """The dtype for inference: `auto` => float16 on CUDA, float32 elsewhere.
 
     Raises:
         UserError: it is none of `PRECISIONS`.
     """
     if precision not in PRECISIONS:
-        raise UserError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+        raise UserError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}", "unknown-name")
     return PRECISIONS[precision] or (torch.float16 if device.type == "cuda" else torch.float32)
 
 
 def check_family(family: type[Base] | None, folder: Path, name: str) -> type[Base]:
-    """Refuse a folder that is of no family, or lacks parts of its own.
+    """The family of a complete diffusers folder.
 
     Raises:
-        UserError: it does.
+        UserError: `family` is None, or a component is missing.
     """
     if family is None:
         configurations = configurations_in(folder)
-        networks = list(dict.fromkeys(one.denoiser_component() for one in FAMILIES))
-        known = " or ".join(f"{one.class_name} in {one.config_file}" for one in networks)
-        found = next((configurations[one.name] for one in networks if one.name in configurations), None)
-        what = (
-            f"missing: {known}" if found is None else f"its network is a {found.get('_class_name')}; expected {known}"
+        networks = list(dict.fromkeys(known.denoiser_component() for known in FAMILIES))
+        expected = " or ".join(f"{network.class_name} in {network.config_file}" for network in networks)
+        config = next((configurations[network.name] for network in networks if network.name in configurations), None)
+        reason = (
+            f"missing: {expected}"
+            if config is None
+            else f"its network is a {config.get('_class_name')}; expected {expected}"
         )
-        raise UserError(f"{name} is not a whole diffusers folder of a base that is known here; {what}")
-    wanted = [one for one in family.components if not one.is_tokenizer and not one.optional]
-    missing = [one.config_file for one in wanted if not (folder / one.config_file).is_file()]
+        raise UserError(f"{name} is not a diffusers folder of a supported base; {reason}", "wrong-kind")
+    required = [part for part in family.components if not part.is_tokenizer and not part.optional]
+    missing = [part.config_file for part in required if not (folder / part.config_file).is_file()]
     if missing:
-        needs = ", ".join(one.name for one in family.components if not one.optional)
-        raise UserError(f"{name} is not a whole diffusers folder: {', '.join(missing)} missing; it needs {needs}")
+        needs = ", ".join(part.name for part in family.components if not part.optional)
+        raise UserError(
+            f"{name} is an incomplete diffusers folder: {', '.join(missing)} missing; it needs {needs}", "missing-file"
+        )
     return family
 
 
@@ -246,7 +261,7 @@ def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Base:
             parts[component.name] = kind.from_pretrained(where)
         else:
             argument = "dtype" if component.library == "transformers" else "torch_dtype"
-            parts[component.name] = _whole(kind, where, **{argument: dtype})
+            parts[component.name] = _load_network(kind, where, **{argument: dtype})
     if dtype == torch.float16 and needs_float32(parts["vae"], family.upcasts_vae):
         parts["vae"].to(torch.float32)
     schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
@@ -255,15 +270,15 @@ def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Base:
     )
 
 
-def _whole(kind: Any, folder: Path, **options: Any) -> Any:
-    """A network of diffusers or transformers with every weight from its file, none filled in at random."""
+def _load_network(kind: Any, folder: Path, **options: Any) -> Any:
+    """A diffusers or transformers network; every weight comes from its files, none is initialised at random."""
     files = weight_files(folder)
     if files is None:
         raise ValueError(f"{folder.name} has no weights")
-    # Both libraries read files of torch as data alone (weights_only).
-    which = {"variant": files.variant, "use_safetensors": files.safetensors}
-    network, told = kind.from_pretrained(folder, output_loading_info=True, **which, **options)
-    if missing := sorted(told["missing_keys"]):
+    # Both libraries load torch files with weights_only.
+    selected = {"variant": files.variant, "use_safetensors": files.safetensors}
+    network, loading_info = kind.from_pretrained(folder, output_loading_info=True, **selected, **options)
+    if missing := sorted(loading_info["missing_keys"]):
         raise ValueError(f"{folder.name} lacks {len(missing)} of its weights, such as {missing[0]}")
     return network
 
@@ -274,40 +289,44 @@ def _from_hub(name: str, **options: Any) -> Path:
 
     try:
         wanted: dict[str, Any] = {"allow_patterns": _WANTED_FROM_HUB, "ignore_patterns": _UNWANTED_FROM_HUB}
-        kept = Path(snapshot_download(name, **wanted, **options))
-        if bare := [
-            part for part in _HUB_FOLDERS if (kept / part / "config.json").is_file() and not _has_any(kept / part)
+        folder = Path(snapshot_download(name, **wanted, **options))
+        if without_weights := [
+            part
+            for part in _HUB_FOLDERS
+            if (folder / part / "config.json").is_file() and not _has_weights(folder / part)
         ]:
-            # A repository that has these in half precision only, or as files of torch.
-            also = [f"{part}/*.{suffix}" for part in bare for suffix in ("json", "safetensors", "bin")]
-            unwanted = [pattern for pattern in _UNWANTED_FROM_HUB if pattern not in _HALVES]
-            snapshot_download(name, allow_patterns=also, ignore_patterns=unwanted, **options)
+            # The repository has these in half precision only, or as torch files.
+            more = [f"{part}/*.{suffix}" for part in without_weights for suffix in ("json", "safetensors", "bin")]
+            unwanted = [pattern for pattern in _UNWANTED_FROM_HUB if pattern not in _HALF_PRECISION]
+            snapshot_download(name, allow_patterns=more, ignore_patterns=unwanted, **options)
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"there is no folder {name}, and no model {name} came from the Hugging Face hub ({reason});"
-            " check the name and the connection, log in if it is gated, or give the path of a diffusers folder"
+            f"there is no folder {name}, and the Hugging Face hub did not provide a model {name} ({reason});"
+            " check the name and the connection, log in if the model is gated, or pass the path of a"
+            " diffusers folder",
+            "download-failed",
         ) from error
-    return kept
+    return folder
 
 
-def _has_any(folder: Path) -> bool:
-    """Whether there are weights, or an index of some."""
+def _has_weights(folder: Path) -> bool:
+    """Whether a folder has weight files."""
     return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
 def _check_device(device: str | torch.device) -> None:
     try:
         if torch.empty(0, device=device).device.type == "meta":
-            raise RuntimeError("it holds shapes and no numbers")
+            raise RuntimeError("it has shapes but no data")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"the device {device} cannot be used here ({reason}); cpu always can") from error
+        raise UserError(f"device {device} cannot be used here ({reason}); try cpu", "device-unavailable") from error
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep both libraries from printing what is said better in an error."""
+def _quiet_libraries() -> Iterator[None]:
+    """Silence diffusers and transformers, whose warnings are turned into errors here."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -326,19 +345,25 @@ def _quiet() -> Iterator[None]:
 def _check_folder(folder: Path, name: str) -> None:
     if folder.is_file():
         raise UserError(
-            f"{name} is not a base: the file of a whole model ends in {' or '.join(SINGLE_FILES)};"
-            f" `controlkit inspect {name}` says what it seems to be"
+            f"{name} is not a base: single-file models end in {' or '.join(SINGLE_FILES)}; `controlkit"
+            f" inspect {name}` shows what it contains",
+            "wrong-kind",
         )
     if not folder.is_dir():
-        known = f"; of {name} only the shape is known here, which `controlkit inspect {name}` tells, and no weights"
+        known = (
+            f" (controlkit knows the architecture of {name}, shown by `controlkit inspect {name}`, but has no weights)"
+        )
         raise UserError(
-            f"there is no base at {name}; give `nano`, the path of a diffusers folder or of a single file, or a hub id"
-            f"{known if name in KNOWN_BASES else ''}"
+            f"there is no base at {name}{known if name in KNOWN_BASES else ''}; pass `nano`, a diffusers"
+            " folder, a single file, or a hub id",
+            "missing-file",
         )
     family = check_family(family_of_folder(folder), folder, name)
-    for one in family.components:
-        if one.is_network and (folder / one.name).is_dir() and weight_files(folder / one.name) is None:
+    for component in family.components:
+        path = folder / component.name
+        if component.is_network and path.is_dir() and weight_files(path) is None:
             raise UserError(
-                f"{name}/{one.name} has no weights: expected diffusion_pytorch_model or model, as .safetensors or .bin,"
-                " whole or of a variant (.fp16, .bf16), or an index of such files"
+                f"{name}/{component.name} has no weights: expected diffusion_pytorch_model or model as"
+                " .safetensors or .bin, with or without a variant (.fp16, .bf16), or an index of shards",
+                "missing-file",
             )

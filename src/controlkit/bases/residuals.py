@@ -1,4 +1,4 @@
-"""What controls add to a base, ready made: residuals at sites that the base names."""
+"""Residuals: tensors that controls add at injection sites of a base."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from torch import Tensor
 
 
 class Residuals(Mapping[str, Tensor]):
-    """Additions to a base, by the name of the site where each enters (`Base.sites`).
+    """Additions to a base, by injection site (`Base.sites`).
 
-    Shapes are those of what they are added to, such as `[B, C, H, W]`; `B` may be 1, which means the same for every
-    image of a batch. A site that is not named gets nothing. Sites of one family are numbered from the outermost in:
-    `skip.0`, `skip.1`, ...
+    Each has the shape of what it is added to, such as `[B, C, H, W]`; `B` may be 1, which broadcasts over the batch.
+    Sites that are absent get nothing. Sites of one family are numbered from the outermost in: `skip.0`, `skip.1`, ...
 
     Args:
         tensors: site -> residual.
@@ -23,7 +22,7 @@ class Residuals(Mapping[str, Tensor]):
 
     @classmethod
     def numbered(cls, family: str, tensors: Sequence[Tensor], **others: Tensor) -> Residuals:
-        """`FAMILY.0`, `FAMILY.1`, ... and others by their names."""
+        """`FAMILY.0`, `FAMILY.1`, ... and `others` by name."""
         return cls({**{f"{family}.{place}": tensor for place, tensor in enumerate(tensors)}, **others})
 
     def __getitem__(self, site: str) -> Tensor:
@@ -38,28 +37,28 @@ class Residuals(Mapping[str, Tensor]):
 
     @property
     def batch(self) -> int:
-        """As many rows as the residual with the most; 0 without residuals."""
+        """The largest batch size of the residuals; 0 without residuals."""
         return max((len(tensor) for tensor in self._tensors.values()), default=0)
 
     def family(self, name: str) -> tuple[Tensor, ...]:
-        """The residuals of a numbered family, in order; it may end early, but has no gaps."""
+        """The residuals of a numbered family, in order, up to the first gap."""
         found: list[Tensor] = []
         while (site := f"{name}.{len(found)}") in self._tensors:
             found.append(self._tensors[site])
         return tuple(found)
 
     def scaled(self, weight: float | Sequence[float]) -> Residuals:
-        """All of them times a number, or each times its own, in their order.
+        """All residuals times one weight, or each times its own, in order.
 
         Raises:
-            ValueError: there are more or fewer weights than residuals.
+            ValueError: the numbers of weights and residuals differ.
         """
         if isinstance(weight, (int, float)):
             return self.map(lambda tensor: tensor * weight)
         weights = list(weight)
         if len(weights) != len(self):
             raise ValueError(f"got {len(weights)} weights for {len(self)} residuals: {', '.join(self)}")
-        return Residuals({site: self[site] * one for site, one in zip(self, weights, strict=True)})
+        return Residuals({site: self[site] * factor for site, factor in zip(self, weights, strict=True)})
 
     def __add__(self, other: Residuals) -> Residuals:
         total = dict(self._tensors)
@@ -68,13 +67,13 @@ class Residuals(Mapping[str, Tensor]):
         return Residuals(total)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them."""
+        """All residuals, in order."""
         return tuple(self._tensors.values())
 
     def rows(self, first: int, last: int) -> Residuals:
-        """Those of the batch's rows `first` to `last`, not included."""
+        """Batch rows `first` to `last` (exclusive)."""
         return self.map(lambda tensor: tensor[first:last])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Residuals:
-        """Each tensor replaced by `change(tensor)`."""
+        """`change` applied to each tensor."""
         return Residuals({site: change(tensor) for site, tensor in self._tensors.items()})

@@ -1,4 +1,5 @@
-"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206): a diffusion transformer, three text encoders."""
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206): a diffusion transformer with three text
+encoders."""
 
 from __future__ import annotations
 
@@ -92,7 +93,7 @@ _TEXT_ENCODERS = {
     "text_encoder_2": "text_encoders.clip_g.",
     "text_encoder_3": "text_encoders.t5xxl.",
 }
-"""Component -> how its names begin in a single file."""
+"""Component -> prefix of its tensors in a single file."""
 
 
 def _known(transformer: dict[str, Any]) -> Configurations:
@@ -107,9 +108,9 @@ def _known(transformer: dict[str, Any]) -> Configurations:
 
 
 class StableDiffusion3(Base):
-    """A rectified flow in a transformer that attends to image and text jointly.
+    """A rectified flow in a transformer with joint attention over image and text.
 
-    T5, by far the largest of its networks, may be missing: the tokens that it would make are zeros then.
+    T5, by far its largest network, is optional: without it, its tokens are zeros.
     """
 
     components: ClassVar[tuple[Component, ...]] = (
@@ -161,28 +162,28 @@ class StableDiffusion3(Base):
 
     @property
     def largest_size(self) -> int:
-        """As many patches as it has embeddings of positions."""
+        """Bounded by the size of the position embedding."""
         return self.transformer.config.pos_embed_max_size * self.size_multiple
 
     @cached_property
     def sites(self) -> dict[str, tuple[int, int]]:
-        """`block.N` follows the Nth joint block, but for the last, where diffusers lets no residual in.
+        """`block.N` follows the Nth joint block; diffusers takes no residual after the last.
 
-        Residuals there are of the image's tokens, `[B, h * w, C]`, row by row.
+        Residuals are added to the image tokens, `[B, h * w, C]`, in row-major order.
         """
         width = self.transformer.inner_dim
         return {f"block.{place}": (width, self.size_multiple) for place in range(self._blocks - 1)}
 
     @cached_property
     def points(self) -> dict[str, Point]:
-        """`block.N.in` and `block.N` are before and after the Nth joint block, on the image's tokens `[B, h * w, C]`;
-        `time` is the embedding of the time and of the pooled prompts, `[B, C]`, which all blocks are modulated by."""
-        made = {"time": Point(module="time_text_embed")}
+        """`block.N.in` and `block.N` are before and after the Nth joint block, on the image tokens `[B, h * w, C]`;
+        `time` is the embedding of time and pooled prompts, `[B, C]`, which modulates all blocks."""
+        points = {"time": Point(module="time_text_embed")}
         for place in range(self._blocks):
             module = f"transformer_blocks.{place}"
-            made[f"block.{place}.in"] = Point(module=module, side="input")
-            made[f"block.{place}"] = Point(module=module, place=1)
-        return made
+            points[f"block.{place}.in"] = Point(module=module, side="input")
+            points[f"block.{place}"] = Point(module=module, place=1)
+        return points
 
     @property
     def _blocks(self) -> int:
@@ -196,9 +197,9 @@ class StableDiffusion3(Base):
     def predict(
         self, x_t: Tensor, t: Tensor, text: Text, residuals: Residuals | None = None, taps: Taps | None = None
     ) -> Tensor:
-        given = Residuals() if residuals is None else residuals
-        self.check_sites(given)
-        with self.tapping(given, taps or {}) if given or taps else nullcontext():
+        added = Residuals() if residuals is None else residuals
+        self.check_sites(added)
+        with self.tapping(added, taps or {}) if added or taps else nullcontext():
             return self.transformer(
                 hidden_states=x_t,
                 timestep=t.expand(len(x_t)),
@@ -209,7 +210,7 @@ class StableDiffusion3(Base):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Text:
-        """Prompts => CLIP's states side by side and padded to T5's width, then T5's; and the pooled vectors."""
+        """Prompts => CLIP's states, concatenated and padded to T5's width, followed by T5's; and the pooled vectors."""
         first, pooled = clip_states(self.text_encoder, token_ids(self.tokenizer, prompts))
         second, pooled_2 = clip_states(self.text_encoder_2, token_ids(self.tokenizer_2, prompts))
         width = self.transformer.config.joint_attention_dim
@@ -238,7 +239,7 @@ class StableDiffusion3(Base):
         return super().prompt_tokens if self.text_encoder_3 is None else T5_TOKENS
 
     def cut_from(self, prompt: str) -> str:
-        """The end that none of its encoders reads."""
+        """The part that no encoder reads."""
         if self.text_encoder_3 is None:
             return super().cut_from(prompt)
         return cut_from(self.tokenizer_3, prompt, T5_TOKENS)
@@ -257,26 +258,28 @@ class StableDiffusion3(Base):
     def configurations_of_file(
         cls, known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
     ) -> tuple[Configurations, list[str]]:
-        """As many blocks as there are, and positions for as many patches; text encoders only where they are there."""
+        """Number of blocks and position embeddings from the file; text encoders only if the file has them."""
         keys = [key.partition("joint_blocks.")[2].split(".") for key in shapes if _ORIGINAL.match(key)]
         blocks = {int(key[0]) for key in keys}
         dual = sorted({int(key[0]) for key in keys if key[1:3] == ["x_block", "attn2"]})
         positions = next((shape[1] for key, shape in shapes.items() if key.endswith("pos_embed")), 0)
-        own = {"num_layers": len(blocks), "dual_attention_layers": dual, "pos_embed_max_size": math.isqrt(positions)}
-        made = {
+        sizes = {"num_layers": len(blocks), "dual_attention_layers": dual, "pos_embed_max_size": math.isqrt(positions)}
+        present = {
             name: config
             for name, config in known.items()
             if name not in _TEXT_ENCODERS or any(key.startswith(_TEXT_ENCODERS[name]) for key in shapes)
         }
-        return {**made, "transformer": {**known["transformer"], **own}}, []
+        return {**present, "transformer": {**known["transformer"], **sizes}}, []
 
     @classmethod
     def tokenizer_for(cls, component: Component, configurations: Configurations) -> CLIPTokenizer:
-        """CLIP's; that of T5 does not ship with controlkit.
+        """CLIP's; controlkit does not ship T5's.
 
         Raises:
             UserError: it is T5's.
         """
         if component.name == "tokenizer_3":
-            raise UserError("T5's tokenizer does not ship with controlkit; give the base as a diffusers folder")
+            raise UserError(
+                "controlkit does not ship T5's tokenizer; pass the base as a diffusers folder", "missing-file"
+            )
         return clip_tokenizer(pad_token="!" if component.name == "tokenizer_2" else "<|endoftext|>")

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (Podell et al. 2023, arXiv 2307.01952): two text encoders, and sizes that the UNet is told."""
+"""Stable Diffusion XL (Podell et al. 2023, arXiv 2307.01952): two text encoders and size conditioning."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ SDXL_TEXT_ENCODER_2: dict[str, Any] = {
 
 
 class StableDiffusionXL(UNetBase):
-    """A base whose prompts are read by two encoders and whose UNet also gets a pooled vector and the image's size.
+    """A base with two text encoders, whose UNet is also conditioned on a pooled vector and the image's size.
 
     Args:
-        zero_empty: whether the empty prompt means zeros and not its embedding, as the model was trained
-            (`force_zeros_for_empty_prompt` in diffusers).
-        arguments: of every base.
+        zero_empty: whether the empty prompt is encoded as zeros, as in its training (`force_zeros_for_empty_prompt` in
+            diffusers).
+        arguments: of `Base`.
     """
 
     components: ClassVar[tuple[Component, ...]] = (*clip_components("", "_2", projected=("_2",)), VAE, UNET, SCHEDULER)
@@ -100,30 +100,31 @@ class StableDiffusionXL(UNetBase):
 
     @classmethod
     def settings_in(cls, folder: Path) -> dict[str, Any]:
-        index = folder / "model_index.json"
-        told = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-        return {"zero_empty": bool(told.get("force_zeros_for_empty_prompt", True))}
+        path = folder / "model_index.json"
+        index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return {"zero_empty": bool(index.get("force_zeros_for_empty_prompt", True))}
 
     @classmethod
     def is_folder_of(cls, folder: Mapping[str, Mapping[str, Any]]) -> bool:
-        told = "text_encoder_2" in folder or folder.get("unet", {}).get("addition_embed_type") is not None
-        return super().is_folder_of(folder) and told
+        is_sdxl = "text_encoder_2" in folder or folder.get("unet", {}).get("addition_embed_type") is not None
+        return super().is_folder_of(folder) and is_sdxl
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Text:
-        """Prompts => the encoders' last hidden states but one, side by side, the pooled vector, and the size.
+        """Prompts => penultimate hidden states of both encoders, concatenated; the pooled vector; and the size.
 
-        The image counts as not scaled and not cropped: original size = target size = `size`, crop at 0, 0.
+        The size condition is that of an image neither scaled nor cropped: original size = target size = `size`, crop at
+        0, 0.
         """
         first, _ = clip_states(self.text_encoder, token_ids(self.tokenizer, prompts))
         second, pooled = clip_states(self.text_encoder_2, token_ids(self.tokenizer_2, prompts))
         tokens, pooled = torch.cat([first, second], -1).to(self.device, self.dtype), pooled.to(self.device, self.dtype)
         if self.zero_empty:
-            said = torch.tensor([prompt != "" for prompt in prompts], device=tokens.device)
-            tokens, pooled = tokens * said[:, None, None], pooled * said[:, None]
+            not_empty = torch.tensor([prompt != "" for prompt in prompts], device=tokens.device)
+            tokens, pooled = tokens * not_empty[:, None, None], pooled * not_empty[:, None]
         width, height = size or (self.size, self.size)
-        ids_of_size = torch.tensor([[height, width, 0, 0, height, width]], device=tokens.device, dtype=tokens.dtype)
-        return Text(tokens, pooled=pooled, time_ids=ids_of_size.expand(len(prompts), -1))
+        time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=tokens.device, dtype=tokens.dtype)
+        return Text(tokens, pooled=pooled, time_ids=time_ids.expand(len(prompts), -1))
 
     @classmethod
     def recognise(cls, shapes: Mapping[str, tuple[int, ...]], name: str) -> str | None:
@@ -131,7 +132,10 @@ class StableDiffusionXL(UNetBase):
             return None
         check_autoencoder(shapes, name)
         if not any(key.startswith("conditioner.embedders.1.") for key in shapes):
-            raise UserError(f"{name} is of Stable Diffusion XL's family without its first text encoder (a refiner?)")
+            raise UserError(
+                f"{name} looks like the SDXL refiner (it has no first text encoder); use the SDXL base model",
+                "unsupported",
+            )
         return "sdxl"
 
     @classmethod

@@ -1,8 +1,8 @@
-"""A whole model in one file, as communities share them, through diffusers' own conversion.
+"""Single-file models in the original format, loaded with diffusers' own conversion.
 
-diffusers looks its configuration up on the hub; here it is written from what the families know, so that no network is
-needed. A folder beside `MODEL.safetensors` that is called `MODEL` and holds a `model_index.json` is taken instead: a
-diffusers folder with configurations and tokenizers, and with the weights of components that the file lacks.
+diffusers would look the configuration up on the hub; here it is written from what the families know, so no network is
+needed. A diffusers folder `MODEL` (with a `model_index.json`) beside `MODEL.safetensors` is used instead if it exists:
+its configurations and tokenizers, and the weights of components that the file lacks.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ from torch import nn
 from controlkit.bases.base import Base
 from controlkit.bases.component import Component, Configurations
 from controlkit.bases.families import configurations_in, family_of_file
-from controlkit.bases.weight_files import unsafe_pickle_error
+from controlkit.bases.weight_files import torch_load_error
 from controlkit.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class SingleFile:
-    """What is known of a file without its weights."""
+    """A single-file model without its weights."""
 
     path: Path
     family: type[Base]
     kind: str
-    """Which of the family's known models it is one of."""
+    """Name of the known model that it matches."""
     configurations: Configurations
-    """Of its components."""
+    """Component -> configuration."""
     companion: Path | None
-    """The folder beside it with configurations and tokenizers of its own."""
+    """The diffusers folder beside the file, if there is one."""
     left_out: tuple[str, ...]
-    """Optional components that cannot be had."""
+    """Optional components that are not available."""
     notes: tuple[str, ...]
-    """What a person should know."""
+    """Notes for the user."""
 
 
 def read_single_file(path: Path, parts: Configurations | None = None) -> SingleFile:
-    """What a file is, going by the names and shapes in it; no weight is loaded.
+    """Identify a single file by the names and shapes of its tensors, without loading weights.
 
     Args:
-        parts: the configurations of its components, if not those that the family knows.
+        parts: configurations of its components; default: those that the family knows.
 
     Raises:
-        UserError: it is missing, damaged, or not a whole model.
+        UserError: it is missing, damaged, or not a complete model.
     """
     if not path.is_file():
-        raise UserError(f"there is no base at {path}")
-    shapes, metadata = _shapes(path)
+        raise UserError(f"there is no base at {path}", "missing-file")
+    shapes, metadata = _read_shapes(path)
     family, kind = family_of_file(shapes, str(path))
     folder = path.with_suffix("")
     companion = folder if (folder / "model_index.json").is_file() else None
@@ -67,14 +67,14 @@ def read_single_file(path: Path, parts: Configurations | None = None) -> SingleF
     if companion is not None:
         configurations: Configurations = configurations_in(companion)
     else:
-        configurations, told = family.configurations_of_file(parts or family.known[kind], shapes, metadata)
-        notes += [f"{path} {note}" for note in told]
-    optional = [one for one in family.components if one.optional]
-    lacking = [one.name for one in optional if not _is_there(one, family, configurations, companion)]
-    if lacking:
+        configurations, file_notes = family.configurations_of_file(parts or family.known[kind], shapes, metadata)
+        notes += [f"{path} {note}" for note in file_notes]
+    optional = [component for component in family.components if component.optional]
+    missing = [part.name for part in optional if not _is_available(part, family, configurations, companion)]
+    if missing:
         notes.append(
-            f"{path}: there is no {' and no '.join(lacking)}, so prompts are read by the other text encoders alone;"
-            f" they can lie in a diffusers folder called {folder}, without the weights that the file has"
+            f"{path} lacks {' and '.join(missing)}, so only the other text encoders read the prompt; to add them, put"
+            f" them into a diffusers folder {folder} (weights that the file has are not needed there)"
         )
     return SingleFile(
         path=path,
@@ -82,35 +82,37 @@ def read_single_file(path: Path, parts: Configurations | None = None) -> SingleF
         kind=kind,
         configurations=configurations,
         companion=companion,
-        left_out=tuple(one.name for one in optional) if lacking else (),
+        left_out=tuple(component.name for component in optional) if missing else (),
         notes=tuple(notes),
     )
 
 
 def load_single_file(path: Path, dtype: torch.dtype, parts: Configurations | None = None) -> Base:
-    """The base in a `.safetensors` or `.ckpt` file of the original layout.
+    """Load the base in a `.safetensors` or `.ckpt` file of the original format.
 
     Args:
-        parts: as `read_single_file` takes them.
+        parts: as in `read_single_file`.
 
     Raises:
-        UserError: it is damaged, needs more than plain tensors, is not a whole model, or lacks weights.
+        UserError: it is damaged, contains more than tensors, is not a complete model, or lacks weights.
     """
-    found = read_single_file(path, parts)
-    for note in found.notes:
+    file = read_single_file(path, parts)
+    for note in file.notes:
         print(note, file=sys.stderr)
-    with _config_folder(found) as folder:
-        pipeline = _through_diffusers(found, folder, dtype)
-    made = {one.name: getattr(pipeline, one.name) for one in found.family.components}
-    for component in found.family.components:
-        if component.is_network and made[component.name] is not None:
-            _check_whole(path, component.name, made[component.name])
-    scheduler = made.pop("scheduler")
-    base = found.family(name=str(path), scheduler_config=dict(scheduler.config), **made)
+    with _config_folder(file) as folder:
+        pipeline = _load_pipeline(file, folder, dtype)
+    components = {component.name: getattr(pipeline, component.name) for component in file.family.components}
+    for component in file.family.components:
+        if component.is_network and components[component.name] is not None:
+            _check_complete(path, component.name, components[component.name])
+    scheduler = components.pop("scheduler")
+    base = file.family(name=str(path), scheduler_config=dict(scheduler.config), **components)
     return base.to(dtype=dtype)
 
 
-def _is_there(component: Component, family: type[Base], configurations: Configurations, companion: Path | None) -> bool:
+def _is_available(
+    component: Component, family: type[Base], configurations: Configurations, companion: Path | None
+) -> bool:
     if component.is_network:
         return component.name in configurations
     if companion is not None:
@@ -121,61 +123,67 @@ def _is_there(component: Component, family: type[Base], configurations: Configur
         return False
 
 
-def _through_diffusers(found: SingleFile, folder: Path, dtype: torch.dtype) -> Any:
-    """The pipeline that diffusers reads of a file, with the configurations in `folder`."""
+def _load_pipeline(file: SingleFile, folder: Path, dtype: torch.dtype) -> Any:
+    """diffusers' pipeline from the file, with the configurations in `folder`."""
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    path, kind = found.path, found.kind
+    path, kind = file.path, file.kind
     options: dict[str, Any] = {"config": str(folder), "local_files_only": True, "torch_dtype": dtype}
     try:
-        pipeline = getattr(diffusers, found.family.pipeline)
-        return pipeline.from_single_file(str(path), **options, **dict.fromkeys(found.left_out))
+        pipeline = getattr(diffusers, file.family.pipeline)
+        return pipeline.from_single_file(str(path), **options, **dict.fromkeys(file.left_out))
     except SingleFileComponentError as error:
         raise UserError(
-            f"{path} looks like {kind}, but lacks weights of a part: {' '.join(str(error).split())}"
+            f"{path} looks like {kind} but lacks the weights of a component: {' '.join(str(error).split())}",
+            "damaged-file",
         ) from error
     except (pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"{path} is damaged, or needs more than plain tensors to be read: {error}") from error
+        raise UserError(f"{path} is damaged, or a pickle of more than tensors: {error}", "damaged-file") from error
     except NotImplementedError as error:
-        # What torch says when a weight that the configuration asks for was never filled in.
-        raise UserError(f"{path} looks like {kind}, but lacks some of its weights: it is cut, or another") from error
+        # torch raises this for a parameter that is still on the meta device.
+        raise UserError(
+            f"{path} looks like {kind} but lacks some of its weights: it is truncated or another model", "damaged-file"
+        ) from error
 
 
 @contextmanager
-def _config_folder(found: SingleFile) -> Iterator[Path]:
-    """A diffusers folder without weights: the file's companion, or one that is written for the length of the block."""
-    if found.companion is not None:
-        yield found.companion
+def _config_folder(file: SingleFile) -> Iterator[Path]:
+    """A diffusers folder without weights: the file's companion, or a temporary one."""
+    if file.companion is not None:
+        yield file.companion
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_config(Path(folder), found.family, found.configurations, found.left_out)
+        write_config(Path(folder), file.family, file.configurations, file.left_out)
         yield Path(folder)
 
 
 def write_config(
     folder: Path, family: type[Base], configurations: Configurations, left_out: Sequence[str] = ()
 ) -> None:
-    """The configuration files of a diffusers folder, with tokenizers and without weights."""
-    components = [one for one in family.components if one.name not in left_out]
+    """Write the configuration files and tokenizers of a diffusers folder, without weights."""
+    components = [component for component in family.components if component.name not in left_out]
     index: dict[str, Any] = {"_class_name": family.pipeline}
-    index |= {one.name: [one.library, one.class_name] for one in components}
+    index |= {component.name: [component.library, component.class_name] for component in components}
     index |= {**{name: [None, None] for name in left_out}, **family.index_entries}
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-    for one in components:
-        if one.is_tokenizer:
-            family.tokenizer_for(one, configurations).save_pretrained(folder / one.name)
+    for component in components:
+        if component.is_tokenizer:
+            family.tokenizer_for(component, configurations).save_pretrained(folder / component.name)
             continue
-        config: dict[str, Any] = {"_class_name": one.class_name, **configurations[one.name]}
-        if one.library == "transformers":
-            config |= {"model_type": one.load_class().config_class.model_type, "architectures": [one.class_name]}
-        (folder / one.config_file).parent.mkdir()
-        (folder / one.config_file).write_text(json.dumps(config), encoding="utf-8")
+        config: dict[str, Any] = {"_class_name": component.class_name, **configurations[component.name]}
+        if component.library == "transformers":
+            config |= {
+                "model_type": component.load_class().config_class.model_type,
+                "architectures": [component.class_name],
+            }
+        (folder / component.config_file).parent.mkdir()
+        (folder / component.config_file).write_text(json.dumps(config), encoding="utf-8")
 
 
-def _shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+def _read_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Names and shapes of the tensors of a file, and its metadata, without loading the tensors."""
     if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty (0 bytes)")
+        raise UserError(f"{path} is empty (0 bytes)", "damaged-file")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -183,17 +191,17 @@ def _shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
                 return {name: tuple(file.get_slice(name).get_shape()) for name in names}, file.metadata() or {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            held = torch.load(path, map_location="meta", weights_only=True)
+            content = torch.load(path, map_location="meta", weights_only=True)
     except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error})") from error
-    except Exception as error:  # the reader's own error class lives in a module that is never imported here
-        raise UserError(unsafe_pickle_error(path, error)) from error
-    held = held.get("state_dict", held) if isinstance(held, dict) else {}
-    pairs = held.items() if isinstance(held, dict) else ()
+        raise UserError(f"{path} is not a complete safetensors file ({error})", "damaged-file") from error
+    except Exception as error:  # torch raises pickle's errors, of a module that is not imported here
+        raise torch_load_error(path, error) from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    pairs = content.items() if isinstance(content, dict) else ()
     return {str(name): tuple(value.shape) for name, value in pairs if isinstance(value, torch.Tensor)}, {}
 
 
-def _check_whole(path: Path, name: str, network: nn.Module) -> None:
-    empty = [key for key, value in network.named_parameters() if value.is_meta]
-    if empty:
-        raise UserError(f"{path} lacks {len(empty)} weights of its {name}, such as {empty[0]}")
+def _check_complete(path: Path, name: str, network: nn.Module) -> None:
+    missing = [key for key, value in network.named_parameters() if value.is_meta]
+    if missing:
+        raise UserError(f"{path} lacks {len(missing)} weights of its {name}, such as {missing[0]}", "damaged-file")

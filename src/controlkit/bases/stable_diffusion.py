@@ -1,4 +1,5 @@
-"""Stable Diffusion 1 and 2 (Rombach et al. 2022, arXiv 2112.10752), and whatever has their shape, such as nano."""
+"""Stable Diffusion 1 and 2 (Rombach et al. 2022, arXiv 2112.10752) and models of the same architecture, such as
+nano."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ from controlkit.errors import UserError
 UNET = Component(name="unet", library="diffusers", class_name="UNet2DConditionModel")
 SCHEDULER = Component(name="scheduler", library="diffusers", class_name="DDIMScheduler")
 ORIGINAL_UNET = "model.diffusion_model."
-"""How the names of a UNet's tensors begin in the original layout."""
+"""Prefix of the UNet's tensors in the original format."""
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
-"""modelspec's words for what a network predicts -> diffusers'."""
+"""modelspec's name of a prediction type -> diffusers'."""
 
 SD15_UNET: dict[str, Any] = {
     "sample_size": 64,
@@ -119,7 +120,7 @@ SD21_SCHEDULER: dict[str, Any] = {**SD15_SCHEDULER, "prediction_type": "v_predic
 
 
 class StableDiffusion(UNetBase):
-    """A base whose prompts are read by one CLIP text encoder."""
+    """A base with one CLIP text encoder."""
 
     components: ClassVar[tuple[Component, ...]] = (*clip_components(""), VAE, UNET, SCHEDULER)
     known: ClassVar[Mapping[str, Configurations]] = {
@@ -159,20 +160,24 @@ class StableDiffusion(UNetBase):
             return None
         check_autoencoder(shapes, name)
         if not any(key.startswith("cond_stage_model.") for key in shapes):
-            raise UserError(f"{name} has no text encoder (cond_stage_model....): it is not a whole model")
+            raise UserError(
+                f"{name} is not a complete model: it has no text encoder (cond_stage_model.*)", "wrong-kind"
+            )
         return "sd21" if any(key.startswith("cond_stage_model.model.") for key in shapes) else "sd15"
 
     @classmethod
     def configurations_of_file(
         cls, known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
     ) -> tuple[Configurations, list[str]]:
-        made = with_prediction(known, shapes, metadata)
-        is_second = known["unet"]["cross_attention_dim"] == SD21_UNET["cross_attention_dim"]
-        if is_second and made is known:
-            return made, ["does not say what it predicts: taken for a 768 x 768 model, which predicts v"]
-        if is_second and made["scheduler"]["prediction_type"] == "epsilon":  # the 512 x 512 models
-            return {**made, "unet": {**made["unet"], "sample_size": 64}}, []
-        return made, []
+        configurations = with_prediction(known, shapes, metadata)
+        is_version_2 = known["unet"]["cross_attention_dim"] == SD21_UNET["cross_attention_dim"]
+        if is_version_2 and configurations is known:
+            return configurations, [
+                "does not declare its prediction type: treated as a 768 x 768 model, which predicts v"
+            ]
+        if is_version_2 and configurations["scheduler"]["prediction_type"] == "epsilon":  # the 512 x 512 models
+            return {**configurations, "unet": {**configurations["unet"], "sample_size": 64}}, []
+        return configurations, []
 
     @classmethod
     def tokenizer_for(cls, component: Component, configurations: Configurations) -> CLIPTokenizer:
@@ -181,26 +186,28 @@ class StableDiffusion(UNetBase):
 
 
 def check_autoencoder(shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
-    """Refuse a single file without one.
+    """Check that a single file has an autoencoder.
 
     Raises:
         UserError: it has none.
     """
     if not any(key.startswith("first_stage_model.") for key in shapes):
-        raise UserError(f"{name} has a UNet but no autoencoder (first_stage_model...): it is not a whole model")
+        raise UserError(
+            f"{name} is not a complete model: it has a UNet but no autoencoder (first_stage_model.*)", "wrong-kind"
+        )
 
 
 def with_prediction(
     known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
 ) -> Configurations:
-    """Configurations with the noise schedule that a single file names, by modelspec's metadata or as ComfyUI has it:
-    by empty tensors called `v_pred` and `ztsnr`; unchanged if it names none."""
-    predicts = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
-    if predicts is None and "v_pred" in shapes:
-        predicts = "v_prediction"
-    if predicts is None:
+    """Configurations with the prediction type that a single file declares, in modelspec's metadata or, as in ComfyUI,
+    by empty tensors `v_pred` and `ztsnr`; unchanged if it declares none."""
+    prediction = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
+    if prediction is None and "v_pred" in shapes:
+        prediction = "v_prediction"
+    if prediction is None:
         return known
-    schedule = {**known["scheduler"], "prediction_type": predicts}
+    schedule = {**known["scheduler"], "prediction_type": prediction}
     if "ztsnr" in shapes:
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return {**known, "scheduler": schedule}

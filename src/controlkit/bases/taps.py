@@ -1,8 +1,8 @@
-"""Taps: functions that a control hangs on named points of a base for the length of one call.
+"""Taps: functions that a control hooks into named points of a base for one call.
 
-A point lies on the base's residual stream. At each, in this order: residuals are added; every tap sees the same value,
-the one before any tap; what they return is summed up, or takes the value's place. Hooks are gone when the call ends,
-and are put back for the length of a block that gradient checkpointing runs again (`checkpoint_with_taps`).
+A point lies on the base's residual stream. At each point residuals are added first; then every tap gets the same
+tensor, the one before any tap; their outputs are summed or, for a replacing tap, replace the stream. Hooks are removed
+when the call ends, and restored for each block that gradient checkpointing recomputes (`checkpoint_with_taps`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from controlkit.errors import UserError
 
 TapFunction = Callable[[Tensor], Tensor | None]
-"""The stream at a point, own rows alone: `[B, C, h, w]` in a UNet, `[B, h * w, C]` in a transformer, `[B, D]` at
-`time` => what is added to it, of the same shape; None is nothing."""
+"""The stream at a point, only the tap's rows: `[B, C, h, w]` in a UNet, `[B, h * w, C]` in a transformer, `[B, D]` at
+`time` => an addition of the same shape; None adds nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +29,12 @@ class Tap:
 
     function: TapFunction
     rows: tuple[int, int] | None = None
-    """First and last row (not included) of the batch that it sees and changes; the others stay exactly as they are.
-    None is all of them."""
+    """First and last (exclusive) batch row that it reads and changes; other rows stay exactly as they are. None: all
+    rows."""
     replaces: bool = False
-    """Whether what it returns takes the value's place. Then no other tap may act at this point."""
+    """Whether its output replaces the stream. Then no other tap may act at this point."""
     weighted: bool = True
-    """Whether the weight of the control's use scales it. A control whose published form has parts that no weight scales
-    says so here."""
+    """Whether the conditioning scale applies to it. False for parts of published designs that no scale affects."""
 
 
 Taps = Mapping[str, Sequence[Tap]]
@@ -44,36 +43,37 @@ Taps = Mapping[str, Sequence[Tap]]
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """Where a point lies in a network."""
+    """Position of a point in a network."""
 
     module: str
     """Path of the module whose input or output it is."""
     side: Literal["input", "output"] = "output"
     channels: int | None = None
-    """How many channels, from the first, belong to the stream, where the module's input has others beside them."""
+    """Number of leading channels that belong to the stream, if the module's input has others after them."""
     place: int = 0
-    """Which of several outputs of the module it is."""
+    """Index of the output, if the module returns several."""
 
 
 @contextmanager
 def tapped(
     network: nn.Module, points: Mapping[str, Point], residuals: Mapping[str, Tensor], taps: Taps
 ) -> Iterator[None]:
-    """A block in which calls of `network` get residuals and taps at its points.
+    """A context in which `network` runs with residuals and taps at its points.
 
     Args:
         residuals: point -> addition, of the stream's shape or of batch 1.
 
     Raises:
-        UserError: a point is not one of `points`, or a replacing tap has company.
+        UserError: a point is not one of `points`, or several taps act where one replaces the stream.
     """
     names = [*residuals, *(name for name in taps if name not in residuals)]
     for name in names:
         if name not in points:
-            raise UserError(f"this base has no point called {name!r}; it has: {', '.join(points)}")
+            raise UserError(f"this base has no point {name!r}; its points: {', '.join(points)}", "incompatible")
         if len(taps.get(name, ())) > 1 and any(tap.replaces for tap in taps[name]):
             raise UserError(
-                f"a control replaces the base's hidden states at {name}, so no other may act there; leave one out"
+                f"a control replaces the hidden states at {name}, so no other control can act there; remove one",
+                "contradiction",
             )
     handles = []
     try:
@@ -88,30 +88,32 @@ def tapped(
 def checkpoint_with_taps(
     active: Callable[[], Callable[[], AbstractContextManager[Any]] | None],
 ) -> Callable[..., Any]:
-    """A function for diffusers' `enable_gradient_checkpointing` that knows about taps.
+    """A checkpoint function for diffusers' `enable_gradient_checkpointing` that restores taps.
 
-    A checkpointed block runs again in the backward pass, when the call that hung the taps has long ended; they are
-    hung again for that block, with the state that their control had for the call.
+    A checkpointed block runs again in the backward pass, after the hooks of the call are removed; they are restored for
+    that block, with the state that the controls had in the call.
 
     Args:
-        active: gives, during the forward pass, what hangs the taps of the call that is running; None if it has none.
+        active: returns, during the forward pass, a context manager factory that restores the taps of the current call;
+            None if there are none.
     """
 
-    def run(module: nn.Module, *inputs: Any, **named: Any) -> Any:
-        again = active()
+    def run(module: nn.Module, *inputs: Any, **keywords: Any) -> Any:
+        rehook = active()
         return checkpoint(
             module.__call__,
             *inputs,
             use_reentrant=False,
-            context_fn=lambda: (nullcontext(), nullcontext() if again is None else _Anew(again)),
-            **named,
+            context_fn=lambda: (nullcontext(), nullcontext() if rehook is None else _Reenterable(rehook)),
+            **keywords,
         )
 
     return run
 
 
-class _Anew(AbstractContextManager[None]):
-    """A context that can be entered again: a graph that is kept goes through its blocks once for each backward pass."""
+class _Reenterable(AbstractContextManager[None]):
+    """A context manager that can be entered repeatedly: a retained graph recomputes its blocks in each backward
+    pass."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
         self._make = make
@@ -129,43 +131,45 @@ def _hook(network: nn.Module, name: str, point: Point, residual: Tensor | None, 
 
     def change(stream: Tensor) -> Tensor:
         if point.channels is None or point.channels == stream.shape[1]:
-            return _changed(name, stream, residual, taps)
-        own, others = stream[:, : point.channels], stream[:, point.channels :]
-        made = _changed(name, own, residual, taps)
-        return stream if made is own else torch.cat([made, others], 1)
+            return _apply(name, stream, residual, taps)
+        hidden, skip = stream[:, : point.channels], stream[:, point.channels :]
+        changed = _apply(name, hidden, residual, taps)
+        return stream if changed is hidden else torch.cat([changed, skip], 1)
 
-    def before(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def before(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         if inputs:
-            return (change(inputs[0]), *inputs[1:]), named
-        return inputs, {**named, "hidden_states": change(named["hidden_states"])}
+            return (change(inputs[0]), *inputs[1:]), keywords
+        return inputs, {**keywords, "hidden_states": change(keywords["hidden_states"])}
 
     def after(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
         if not isinstance(output, tuple):
             return change(output)
-        own = point.place
-        return (*output[:own], change(output[own]), *output[own + 1 :])
+        place = point.place
+        return (*output[:place], change(output[place]), *output[place + 1 :])
 
     if point.side == "input":
         return module.register_forward_pre_hook(before, with_kwargs=True)
     return module.register_forward_hook(after)
 
 
-def _changed(name: str, stream: Tensor, residual: Tensor | None, taps: Sequence[Tap]) -> Tensor:
+def _apply(name: str, stream: Tensor, residual: Tensor | None, taps: Sequence[Tap]) -> Tensor:
     if residual is not None:
         stream = stream + residual
-    made = []
+    outputs = []
     for tap in taps:
         first, last = tap.rows or (0, len(stream))
-        own = stream[first:last]
-        value = tap.function(own)
-        if value is not None and value.shape != own.shape:
-            raise ValueError(f"a tap at {name} got {tuple(own.shape)} and returned another shape, {tuple(value.shape)}")
-        made.append((first, last, tap, value))
-    for first, last, tap, value in made:
+        rows = stream[first:last]
+        value = tap.function(rows)
+        if value is not None and value.shape != rows.shape:
+            raise ValueError(
+                f"a tap at {name} got {tuple(rows.shape)} and returned another shape, {tuple(value.shape)}"
+            )
+        outputs.append((first, last, tap, value))
+    for first, last, tap, value in outputs:
         if value is not None:
-            stream = _with_rows(stream, first, last, value if tap.replaces else stream[first:last] + value)
+            stream = _replace_rows(stream, first, last, value if tap.replaces else stream[first:last] + value)
     return stream
 
 
-def _with_rows(stream: Tensor, first: int, last: int, own: Tensor) -> Tensor:
-    return own if (first, last) == (0, len(stream)) else torch.cat([stream[:first], own, stream[last:]])
+def _replace_rows(stream: Tensor, first: int, last: int, rows: Tensor) -> Tensor:
+    return rows if (first, last) == (0, len(stream)) else torch.cat([stream[:first], rows, stream[last:]])

@@ -1,4 +1,4 @@
-"""Encoded prompts, and the tokenizers' side of encoding them."""
+"""Encoded prompts, and tokenization."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controlkit.files import whole_text
+from controlkit.files import valid_text
 
 CLIP_TOKENS = 77
-"""Tokens of a prompt that CLIP reads, with those that mark its begin and end."""
+"""Maximum length of a prompt for CLIP, including its begin and end tokens."""
 
 
 class Text:
-    """Encoded prompts, and whatever else the networks of a base are told besides x_t and t: named tensors, batch first.
+    """Encoded prompts and the other conditioning of a base's denoiser: named tensors, batch first.
 
     Args:
-        tokens: `[B, L, D]`, the hidden states that the base attends to.
-        others: more tensors of batch `B`, by name. Stable Diffusion XL has `pooled` `[B, D2]`, one vector for each
-            prompt, and `time_ids` `[B, 6]`: original size, crop and target size of the image. Stable Diffusion 3 has
-            `pooled`.
+        tokens: `[B, L, D]`, hidden states for cross attention.
+        others: more tensors of batch `B`, by name. Stable Diffusion XL has `pooled` `[B, D2]`, one vector per prompt,
+            and `time_ids` `[B, 6]`: original size, crop and target size. Stable Diffusion 3 has `pooled`.
     """
 
     def __init__(self, tokens: Tensor, **others: Tensor) -> None:
@@ -29,7 +28,7 @@ class Text:
 
     @property
     def tokens(self) -> Tensor:
-        """`[B, L, D]`, the hidden states that the base attends to."""
+        """`[B, L, D]`, hidden states for cross attention."""
         return self.named["tokens"]
 
     def __len__(self) -> int:
@@ -42,47 +41,47 @@ class Text:
         return name in self.named
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Text:
-        """The same change to every tensor."""
+        """`change` applied to every tensor."""
         return Text(**{name: change(tensor) for name, tensor in self.named.items()})
 
     def expand(self, batch: int) -> Text:
-        """One prompt repeated `batch` times, without copying."""
-        return self.map(lambda part: part.expand(batch, *part.shape[1:]))
+        """A single prompt expanded to `batch`, without copying."""
+        return self.map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them."""
+        """All tensors."""
         return tuple(self.named.values())
 
     def extended(self, tokens: Tensor) -> Text:
-        """The same with more tokens `[B, n, D]` after those of the prompt."""
+        """With more tokens `[B, n, D]` after those of the prompt."""
         return Text(**{**self.named, "tokens": torch.cat([self.tokens, tokens.to(self.tokens)], 1)})
 
 
 def concatenate(*texts: Text) -> Text:
-    """Texts of one base, one after another along the batch."""
+    """Texts of one base, concatenated along the batch."""
     return Text(**{name: torch.cat([text[name] for text in texts]) for name in texts[0].named})
 
 
-def cut_from(tokenizer: Any, prompt: str, most: int | None = None) -> str:
-    """The end of a prompt beyond `most` tokens (default: the tokenizer's own length); empty if there is none.
+def cut_from(tokenizer: Any, prompt: str, limit: int | None = None) -> str:
+    """The part of a prompt beyond `limit` tokens (default: the tokenizer's maximum); empty if there is none.
 
     Raises:
-        UserError: the prompt holds half a character, as cut text does.
+        UserError: the prompt contains half a character (a lone surrogate).
     """
-    most = tokenizer.model_max_length if most is None else most
-    ids = tokenizer(whole_text(prompt, "the prompt"), verbose=False).input_ids
-    beyond = ids[most - 1 : -1]  # the last that is kept marks the end
-    return tokenizer.decode(beyond).strip() if len(ids) > most else ""
+    limit = tokenizer.model_max_length if limit is None else limit
+    ids = tokenizer(valid_text(prompt, "the prompt"), verbose=False).input_ids
+    truncated = ids[limit - 1 : -1]  # the last position is the end token's
+    return tokenizer.decode(truncated).strip() if len(ids) > limit else ""
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int | None = None) -> Tensor:
-    """Prompts => token ids `[B, L]`, padded or cut to `length` (default: the tokenizer's own).
+    """Prompts => token ids `[B, L]`, padded or truncated to `length` (default: the tokenizer's maximum).
 
     Raises:
-        UserError: a prompt holds half a character, as cut text does.
+        UserError: a prompt contains half a character (a lone surrogate).
     """
     return tokenizer(
-        [whole_text(prompt, "the prompt") for prompt in prompts],
+        [valid_text(prompt, "the prompt") for prompt in prompts],
         padding="max_length",
         max_length=tokenizer.model_max_length if length is None else length,
         truncation=True,
@@ -91,7 +90,7 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], length: int | None = None)
 
 
 def clip_states(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What Stable Diffusion XL and 3 read of a CLIP text encoder: its last hidden states but one `[B, L, D]`, and its
-    first output (the projection `[B, D2]` of a model that has one)."""
-    made = encoder(ids.to(encoder.device), output_hidden_states=True)
-    return made.hidden_states[-2], made[0]
+    """What Stable Diffusion XL and 3 use of a CLIP text encoder: penultimate hidden states `[B, L, D]`, and its first
+    output (the projection `[B, D2]` if it has one)."""
+    output = encoder(ids.to(encoder.device), output_hidden_states=True)
+    return output.hidden_states[-2], output[0]

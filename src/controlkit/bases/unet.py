@@ -1,4 +1,4 @@
-"""Bases with a UNet of diffusers, and where controls act on it: sites of residuals, and points of taps."""
+"""Bases with a diffusers UNet: injection sites of residuals and points of taps."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from controlkit.bases.taps import Point, Taps
 from controlkit.bases.text import CLIP_TOKENS, Text
 
 ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2", 2048: "stable-diffusion-xl-v1-base"}
-"""Width of the text that a UNet's cross attention reads -> the base's family, under modelspec's names."""
+"""Width of the text in cross attention -> family of the base, in modelspec's terms."""
 
 
 class UNetBase(Base):
-    """A base whose denoising network is a UNet with cross attention."""
+    """A base whose denoiser is a UNet with cross attention."""
 
     _unet: UNet2DConditionModel
 
     @property
     def unet(self) -> UNet2DConditionModel:
-        """The denoising network."""
+        """The denoiser."""
         return self._unet
 
     @unet.setter
@@ -41,7 +41,7 @@ class UNetBase(Base):
 
     @property
     def latents(self) -> Latents:
-        """Its UNet rounds up what it halves unevenly, as in diffusers, so it packs nothing."""
+        """No patches: its UNet rounds up odd sizes when downsampling, as in diffusers."""
         return Latents(
             channels=self.unet.config.in_channels,
             factor=2 ** (len(self.vae.config.block_out_channels) - 1),
@@ -54,27 +54,26 @@ class UNetBase(Base):
 
     @property
     def encoder_stages(self) -> tuple[tuple[int, int], ...]:
-        """What its UNet takes at each stage of the encoder; see the function of this name."""
+        """Shapes of `stage.N`; see `encoder_stages`."""
         return encoder_stages(dict(self.unet.config), self.factor)
 
     @cached_property
     def sites(self) -> dict[str, tuple[int, int]]:
-        """Where residuals may enter: site -> its channels, and the pixels of an image to one of it, along a side.
+        """Injection sites of residuals: site -> its channels and its downsampling factor relative to the image.
 
-        `skip.N` are the decoder's skip connections, `middle` is the middle's output, `stage.N` are the encoder's stages
-        where T2I-Adapters enter, and `encoder.N` is what follows the Nth block of the encoder (numbered as the original
-        code's `input_blocks`); what comes after in the encoder, its skips too, sees the last two.
+        `skip.N` are the decoder's skip connections, `middle` is the middle block's output, `stage.N` are the encoder
+        stages of T2I-Adapters, and `encoder.N` is the output of the Nth encoder block (numbered as the original code's
+        `input_blocks`). Later encoder blocks and the skips see additions at the last two.
         """
         return sites_of(dict(self.unet.config), self.factor)
 
     @cached_property
     def points(self) -> dict[str, Point]:
-        """Where taps may hang: on the stream of hidden states, and on the embedding of the time.
+        """Points for taps: on the stream of hidden states, and on the time embedding.
 
-        `encoder.N.in` and `encoder.N` are before and after the Nth block of the encoder, `middle.in` and `middle` are
-        before and after the middle, and `decoder.N` is before the Nth block of the decoder takes its skip connection.
-        `time` is the embedding of the time, `[B, D]`, before that of what else the UNet is told is added to it; all
-        blocks see what taps make of it.
+        `encoder.N.in` and `encoder.N` are before and after the Nth encoder block, `middle.in` and `middle` before and
+        after the middle block, and `decoder.N` is before the Nth decoder block concatenates its skip connection. `time`
+        is the time embedding, `[B, D]`, before other conditioning is added; all blocks use what taps make of it.
         """
         return points_of(dict(self.unet.config))
 
@@ -84,17 +83,19 @@ class UNetBase(Base):
     def predict(
         self, x_t: Tensor, t: Tensor, text: Text, residuals: Residuals | None = None, taps: Taps | None = None
     ) -> Tensor:
-        given = Residuals() if residuals is None else residuals
-        self.check_sites(given)
-        hooked = _hooked(given, taps or {}, stage_points(dict(self.unet.config)))
-        left = Residuals({site: tensor for site, tensor in given.items() if site not in hooked})
-        streams = _streams(given, hooked)
-        with self.tapping(streams, taps or {}) if streams or taps else nullcontext():
-            return self.unet(x_t, t, **unet_inputs(text), **_additions(left, x_t, self._skips), return_dict=False)[0]
+        added = Residuals() if residuals is None else residuals
+        self.check_sites(added)
+        hook_points = _hook_points(added, taps or {}, stage_points(dict(self.unet.config)))
+        arguments = Residuals({site: tensor for site, tensor in added.items() if site not in hook_points})
+        hooks = _sums_by_point(added, hook_points)
+        with self.tapping(hooks, taps or {}) if hooks or taps else nullcontext():
+            return self.unet(
+                x_t, t, **unet_inputs(text), **_unet_arguments(arguments, x_t, self._skips), return_dict=False
+            )[0]
 
     @cached_property
     def _skips(self) -> int:
-        """How many skip connections the decoder has."""
+        """Number of the decoder's skip connections."""
         return sum(site.startswith("skip.") for site in self.sites)
 
     def zero_text(self) -> Text:
@@ -108,12 +109,12 @@ class UNetBase(Base):
     def embed_time(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
         embedded = self.unet.time_embedding(self.unet.get_time_embed(sample=x_t, timestep=t))
         inputs = unet_inputs(text)
-        told = self.unet.get_aug_embed(
+        extra = self.unet.get_aug_embed(
             emb=embedded,
             encoder_hidden_states=text.tokens,
             added_cond_kwargs=inputs.get("added_cond_kwargs", {}),
         )
-        return embedded if told is None else embedded + told
+        return embedded if extra is None else embedded + extra
 
 
 def unet_inputs(text: Text) -> dict[str, Any]:
@@ -126,45 +127,45 @@ def unet_inputs(text: Text) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One block of the encoder, as the original code counts `input_blocks`.
+    """One encoder block, numbered as the original code's `input_blocks`.
 
-    It is the first convolution, a layer (ResNet block and transformer), or a halving.
+    It is the first convolution, a layer (ResNet block and transformer), or a downsampler.
     """
 
     first: str
-    """Path of the module that it begins with."""
+    """Path of its first module."""
     last: str
-    """Path of the module that it ends with."""
+    """Path of its last module."""
     channels: int
-    """Of its output."""
+    """Channels of its output."""
     halvings: int
-    """How often the latent has been halved at its output."""
+    """Downsamplings of the latent up to its output."""
 
 
 def encoder_blocks(config: Mapping[str, Any]) -> list[Block]:
-    """The blocks of the encoder of the UNet of `config`, from the outermost in."""
+    """Encoder blocks of a UNet, from the outermost in."""
     channels, kinds = config["block_out_channels"], config["down_block_types"]
-    made = [Block(first="conv_in", last="conv_in", channels=channels[0], halvings=0)]
-    for place, (wide, kind) in enumerate(zip(channels, kinds, strict=True)):
-        here = f"down_blocks.{place}"
+    blocks = [Block(first="conv_in", last="conv_in", channels=channels[0], halvings=0)]
+    for place, (width, kind) in enumerate(zip(channels, kinds, strict=True)):
+        path = f"down_blocks.{place}"
         for layer in range(layers_of(config)[place]):
-            resnet = f"{here}.resnets.{layer}"
-            last = f"{here}.attentions.{layer}" if "CrossAttn" in kind else resnet
-            made.append(Block(first=resnet, last=last, channels=wide, halvings=place))
+            resnet = f"{path}.resnets.{layer}"
+            last = f"{path}.attentions.{layer}" if "CrossAttn" in kind else resnet
+            blocks.append(Block(first=resnet, last=last, channels=width, halvings=place))
         if place + 1 < len(channels):
-            halving = f"{here}.downsamplers.0"
-            made.append(Block(first=halving, last=halving, channels=wide, halvings=place + 1))
-    return made
+            halving = f"{path}.downsamplers.0"
+            blocks.append(Block(first=halving, last=halving, channels=width, halvings=place + 1))
+    return blocks
 
 
 def layers_of(config: Mapping[str, Any]) -> list[int]:
-    """Layers of each block of the encoder; the configuration may have one number for all."""
+    """Layers of each encoder block; the configuration may have one number for all."""
     layers = config["layers_per_block"]
     return list(layers) if isinstance(layers, list | tuple) else [layers] * len(config["block_out_channels"])
 
 
 def points_of(config: Mapping[str, Any]) -> dict[str, Point]:
-    """`Base.points` of the UNet of `config`."""
+    """`Base.points` of a UNet."""
     points = {"time": Point(module="time_embedding")}
     for place, block in enumerate(encoder_blocks(config)):
         points[f"encoder.{place}.in"] = Point(module=block.first, side="input")
@@ -177,91 +178,95 @@ def points_of(config: Mapping[str, Any]) -> dict[str, Point]:
 
 
 def sites_of(config: Mapping[str, Any], factor: int) -> dict[str, tuple[int, int]]:
-    """`Base.sites` of the UNet of `config`, behind an autoencoder that divides sides by `factor`."""
-    blocks = [(block.channels, factor * 2**block.halvings) for block in encoder_blocks(config)]
+    """`Base.sites` of a UNet behind an autoencoder that downsamples by `factor`."""
+    shapes = [(block.channels, factor * 2**block.halvings) for block in encoder_blocks(config)]
     stages = encoder_stages(config, factor)
     return {
-        **{f"skip.{place}": shape for place, shape in enumerate(blocks)},
-        "middle": blocks[-1],
+        **{f"skip.{place}": shape for place, shape in enumerate(shapes)},
+        "middle": shapes[-1],
         **{f"stage.{place}": shape for place, shape in enumerate(stages)},
-        **{f"encoder.{place}": shape for place, shape in enumerate(blocks)},
+        **{f"encoder.{place}": shape for place, shape in enumerate(shapes)},
     }
 
 
 def encoder_stages(config: Mapping[str, Any], factor: int) -> tuple[tuple[int, int], ...]:
-    """The shapes of `stage.N`: for each stage of the encoder its channels, and the pixels of an image to one of it.
+    """Shapes of `stage.N`: channels and downsampling factor relative to the image, for each encoder stage.
 
-    Features are added after a stage's layers: before it is halved where the stage has cross attention, after that
+    Features are added after a stage's layers: before its downsampler where the stage has cross attention, after it
     where it has none (diffusers' `down_intrablock_additional_residuals`). The last entry is the middle block's output,
     which takes features only if they follow those of all stages.
 
     Args:
-        factor: pixels of an image to one of its latent, along each side.
+        factor: downsampling factor of the autoencoder.
     """
     channels, kinds = config["block_out_channels"], config["down_block_types"]
     last = len(channels) - 1
     stages = [
-        (wide, factor * 2 ** (place if "CrossAttn" in kind else min(place + 1, last)))
-        for place, (wide, kind) in enumerate(zip(channels, kinds, strict=True))
+        (width, factor * 2 ** (place if "CrossAttn" in kind else min(place + 1, last)))
+        for place, (width, kind) in enumerate(zip(channels, kinds, strict=True))
     ]
     return (*stages, (channels[last], factor * 2**last))
 
 
 def listed_stages(stages: tuple[tuple[int, int], ...]) -> str:
-    """Stages in words: `320 channels at 1/8, 640 at 1/16`."""
-    first, *rest = (f"{wide}{{}} at 1/{pixels}" for wide, pixels in stages)
-    return ", ".join([first.format(" channels"), *(one.format("") for one in rest)])
+    """Stages as text: `320 channels at 1/8, 640 at 1/16`."""
+    (width, pixels), *rest = stages
+    return ", ".join([f"{width} channels at 1/{pixels}", *(f"{width} at 1/{pixels}" for width, pixels in rest)])
 
 
 def stage_points(config: Mapping[str, Any]) -> dict[str, str]:
-    """Site `stage.N` -> the point where it enters."""
-    made: dict[str, str] = {}
-    number = 0
+    """Site `stage.N` -> the point where it is added."""
+    points: dict[str, str] = {}
+    block = 0
     kinds = config["down_block_types"]
     for place, (kind, layers) in enumerate(zip(kinds, layers_of(config), strict=True)):
-        number += layers
+        block += layers
         halved = place + 1 < len(kinds)
-        made[f"stage.{place}"] = f"encoder.{number + (halved and 'CrossAttn' not in kind)}"
-        number += halved
-    return {**made, f"stage.{len(kinds)}": "middle"}
+        points[f"stage.{place}"] = f"encoder.{block + (halved and 'CrossAttn' not in kind)}"
+        block += halved
+    return {**points, f"stage.{len(kinds)}": "middle"}
 
 
 def _decoder_layers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Path of each ResNet block of the decoder, and the channels of the stream that it takes beside its skip."""
+    """Path of each decoder ResNet block, and the channels of its stream without the skip."""
     channels = list(reversed(config["block_out_channels"]))
-    wide = channels[0]
-    for place, (out, layers) in enumerate(zip(channels, reversed(layers_of(config)), strict=True)):
+    width = channels[0]
+    for place, (out_width, layers) in enumerate(zip(channels, reversed(layers_of(config)), strict=True)):
         for layer in range(layers + 1):
-            yield f"up_blocks.{place}.resnets.{layer}", wide
-            wide = out
+            yield f"up_blocks.{place}.resnets.{layer}", width
+            width = out_width
 
 
-def _hooked(residuals: Residuals, taps: Taps, stages: Mapping[str, str]) -> dict[str, str]:
-    """Site -> point of the residuals that enter by a hook: those the UNet has no argument for, and those that meet a
-    tap, which is to see them. It takes stages by their order alone, so not if one before them has nothing."""
-    hooked = {site: site for site in residuals if site.startswith("encoder.")}
-    staged = [site for site in residuals if site in stages]
-    if taps or hooked or len(staged) > len(residuals.family("stage")):
-        hooked |= {site: stages.get(site, site) for site in residuals if site == "middle" or site in staged}
-    return hooked
+def _hook_points(residuals: Residuals, taps: Taps, stages: Mapping[str, str]) -> dict[str, str]:
+    """Site -> point of the residuals that need a hook: those without a UNet argument, and those at a tap, which must
+    see them. The UNet takes stages by order alone, so a gap before one needs hooks too."""
+    points = {site: site for site in residuals if site.startswith("encoder.")}
+    stage_sites = [site for site in residuals if site in stages]
+    if taps or points or len(stage_sites) > len(residuals.family("stage")):
+        points |= {site: stages.get(site, site) for site in residuals if site == "middle" or site in stage_sites}
+    return points
 
 
-def _streams(residuals: Residuals, hooked: Mapping[str, str]) -> dict[str, Tensor]:
-    """Point -> the sum of the residuals that enter there by a hook."""
-    made: dict[str, Tensor] = {}
-    for site, point in hooked.items():
-        made[point] = made[point] + residuals[site] if point in made else residuals[site]
-    return made
+def _sums_by_point(residuals: Residuals, hook_points: Mapping[str, str]) -> dict[str, Tensor]:
+    """Point -> sum of the residuals that are hooked there."""
+    sums: dict[str, Tensor] = {}
+    for site, point in hook_points.items():
+        sums[point] = sums[point] + residuals[site] if point in sums else residuals[site]
+    return sums
 
 
-def _additions(residuals: Residuals, x_t: Tensor, skips: int) -> dict[str, Any]:
-    """Residuals as keyword arguments of diffusers' UNet for the noisy latents `x_t`; it has so many `skips`."""
-    made: dict[str, Any] = {}
+def _unet_arguments(residuals: Residuals, x_t: Tensor, skips: int) -> dict[str, Any]:
+    """Residuals as keyword arguments of diffusers' UNet, which has `skips` skip connections, for latents `x_t`."""
+    arguments: dict[str, Any] = {}
     if "middle" in residuals or any(site.startswith("skip.") for site in residuals):
         zero = x_t.new_zeros(())
-        made["down_block_additional_residuals"] = tuple(residuals.get(f"skip.{place}", zero) for place in range(skips))
-        made["mid_block_additional_residual"] = residuals.get("middle", zero)
+        arguments["down_block_additional_residuals"] = tuple(
+            residuals.get(f"skip.{place}", zero) for place in range(skips)
+        )
+        arguments["mid_block_additional_residual"] = residuals.get("middle", zero)
     if stages := residuals.family("stage"):
-        # The UNet takes them off the list one by one, and leaves out at its middle what has another batch than x_t.
-        made["down_intrablock_additional_residuals"] = [tensor.expand(len(x_t), *tensor.shape[1:]) for tensor in stages]
-    return made
+        # The UNet pops them in order, and its middle ignores one whose batch is not that of x_t.
+        arguments["down_intrablock_additional_residuals"] = [
+            tensor.expand(len(x_t), *tensor.shape[1:]) for tensor in stages
+        ]
+    return arguments

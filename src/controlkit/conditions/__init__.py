@@ -1,7 +1,7 @@
-"""Image -> condition image: one registry, one file for each kind of condition.
+"""Conditions: functions from an image to a condition image, in one registry.
 
-`find("canny")` gives a `Condition`; `registry()` gives all of them. Adding one takes one function in one
-file: see `condition.py`.
+`find("canny")` returns a `Condition`, `registry()` all of them. A new one is one function in one file: see
+`condition.py`.
 """
 
 from controlkit.conditions.condition import Condition, find, registry

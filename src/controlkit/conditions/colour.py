@@ -1,4 +1,4 @@
-"""Conditions that say which colours or tones stand where."""
+"""Conditions of colour and tone: grayscale, palette, pixel art, shuffle, illusion."""
 
 from __future__ import annotations
 
@@ -44,9 +44,8 @@ def grayscale(image: np.ndarray) -> np.ndarray:
 def palette(image: np.ndarray, *, cells: int = 8) -> np.ndarray:
     """Flat cells of the mean colour below them, `cells` along the short side.
 
-    CtrLoRA, annotator/palette: cells of 64 x 64 pixels, which are 8 x 8 at 512 and a single one at 64; here
-    the number is kept at every size. It samples bicubically, so that one pixel may speak for a cell; here the
-    cell's mean does.
+    CtrLoRA, annotator/palette, has cells of 64 x 64 pixels: 8 x 8 of them at 512, one at 64. Here the number is the
+    same at every size. It also samples bicubically, so that a single pixel can set a cell; here it is the mean.
     """
     height, width = image.shape[:2]
     return enlarge(reduced(image, grid_size(image, cells)), height, width)
@@ -57,14 +56,14 @@ def palette(image: np.ndarray, *, cells: int = 8) -> np.ndarray:
     summary="pixel art: large pixels of few colours",
     aliases=("pixel_art", "pixelate"),
     fidelity=COLOUR_DISTANCE,
-    draw={"cells": uniform_int(64, 128), "colours": uniform_int(8, 16)},
+    random={"cells": uniform_int(64, 128), "colours": uniform_int(8, 16)},
     limits={"cells": (1, 2000), "colours": (2, 256)},
 )
 def pixel(image: np.ndarray, *, cells: int = 96, colours: int = 12) -> np.ndarray:
     """Large pixels, `cells` along the short side, in at most `colours` colours of the image.
 
-    CtrLoRA, annotator/pixel: reduced 4 to 8 times (64 to 128 at 512) by Lanczos, to no less than 32; 8 to 16
-    colours by k-means. Large pixels are at least 2 pixels wide here, so a 64 x 64 image has 32 of them.
+    CtrLoRA, annotator/pixel: downscaled 4 to 8 times (64 to 128 cells at 512) by Lanczos, to no less than 32; 8 to 16
+    colours by k-means. Here a cell is at least 2 pixels wide, so a 64 x 64 image has 32 of them.
     """
     height, width = image.shape[:2]
     size = grid_size(image, max(1, min(cells, short_side(image) // 2)))
@@ -75,22 +74,22 @@ def pixel(image: np.ndarray, *, cells: int = 96, colours: int = 12) -> np.ndarra
 
 @condition(
     "shuffle",
-    summary="the image's colours and textures, pushed around by a smooth random flow",
+    summary="the image's colours and textures, displaced by a smooth random field",
     aliases=("content_shuffle",),
     fidelity=PALETTE_DISTANCE,
-    draw={"seed": seed()},
+    random={"seed": seed()},
     limits={"scale": (0.02, 4)},
     mirrors=False,
-    cuts=False,
+    croppable=False,
 )
 def shuffle(image: np.ndarray, *, scale: float = 0.5, seed: int = 0) -> np.ndarray:
-    """Each pixel comes from where a smooth random field points.
+    """Pixels sampled at the positions of a smooth random field.
 
-    ControlNet 1.1 and CtrLoRA, annotator/shuffle: a field that varies over 256 pixels of 512. It says which
-    colours occur and not where, so fidelity compares colours wherever they stand.
+    ControlNet 1.1 and CtrLoRA, annotator/shuffle: a field that varies over 256 pixels of 512. It fixes which colours
+    occur but not where, so fidelity compares their distributions.
 
     Args:
-        scale: over what fraction of the short side the field varies.
+        scale: length over which the field varies, as a fraction of the short side.
         seed: of the field.
     """
     rng = np.random.default_rng(seed)
@@ -106,7 +105,7 @@ def shuffle(image: np.ndarray, *, scale: float = 0.5, seed: int = 0) -> np.ndarr
     summary="three tones: black, grey and white shapes",
     aliases=("three_tones", "posterize"),
     fidelity=MEAN_IOU,
-    draw={"dark": uniform_int(70, 100), "bright": uniform_int(155, 185)},
+    random={"dark": uniform_int(70, 100), "bright": uniform_int(155, 185)},
     limits={"dark": (0, 255), "bright": (0, 255), "closing": (0, 0.5), "opening": (0, 0.5)},
     channels=1,
     values=(0, 127, 255),
@@ -120,17 +119,16 @@ def illusion(
     closing: float = 0.0215,
     opening: float = 0.006,
 ) -> np.ndarray:
-    """Brightness in three tones (0, 127, 255), parted at `dark` and `bright`, small shapes cleared.
+    """Brightness in three tones (0, 127, 255), split at `dark` and `bright`, small shapes removed.
 
-    CtrLoRA, annotator/illusion: parted at 85 and 170, closed by an ellipse of 11 pixels and opened by one of
-    3 at 512. It overwrites the brightness (HSV value) that it computes and uses the blue channel; here it is
-    the value.
+    CtrLoRA, annotator/illusion: split at 85 and 170, closed by an ellipse of 11 pixels and opened by one of 3 at 512.
+    It computes the brightness (HSV value) but then uses the blue channel; here it is the value.
 
     Args:
         dark: values below are black.
-        bright: values from here on are white.
-        closing: diameter below which dark specks vanish, as a fraction of the short side.
-        opening: diameter below which bright specks vanish, as a fraction of the short side.
+        bright: values from here up are white.
+        closing: diameter below which dark specks are removed, as a fraction of the short side.
+        opening: diameter below which bright specks are removed, as a fraction of the short side.
     """
     value = image.max(axis=2)
     tones = np.where(value < dark, 0, np.where(value < bright, 127, 255)).astype(np.uint8)

@@ -1,13 +1,13 @@
-"""What a condition is, and the registry.
+"""`Condition` and its registry.
 
 A condition is a function `image [H, W, 3] uint8 RGB -> condition image [H, W, 3] uint8 RGB` with keyword
-parameters that have defaults, plus what training and evaluation need to know about it::
+parameters that have defaults, plus the facts that training and evaluation need::
 
     @condition(
         "canny",
         summary="white edges on black (Canny 1986, OpenCV)",
         fidelity=EDGE_F1,
-        draw={"low": uniform_int(50, 150), "high": uniform_int(150, 250)},
+        random={"low": uniform_int(50, 150), "high": uniform_int(150, 250)},
     )
     def canny(image: np.ndarray, *, low: int = 100, high: int = 200) -> np.ndarray: ...
 
@@ -36,17 +36,17 @@ from controlkit.errors import UserError, nearest
 from controlkit.files import sha256_of
 from controlkit.plugins import load_named
 
-Draw = Callable[[np.random.Generator], Any]
-"""Draws a parameter's value for one training image."""
+RandomValue = Callable[[np.random.Generator], Any]
+"""Samples the value of a parameter for one training image."""
 
 VARIABLE = "CONTROLKIT_CONDITIONS"
-"""Environment variable: import paths or Python files that register conditions, separated as in PATH."""
+"""Environment variable: modules or Python files that register conditions, separated as in PATH."""
 
 LEAST_SIDE = 16
-"""Every condition takes images of any height and width from so many pixels up, and gives the same size back."""
+"""Smallest height and width of an image in pixels. Any size from there on works, and the size is preserved."""
 
 Mirror = Callable[[np.ndarray], np.ndarray]
-"""Condition image => that of the flipped image, both `uint8 [H, W, 3]`."""
+"""Condition image => condition image of the flipped image, both `uint8 [H, W, 3]`."""
 
 Resize = Literal["smooth", "nearest"]
 
@@ -54,21 +54,21 @@ BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
 
 def left_right(image: np.ndarray) -> np.ndarray:
-    """Left and right exchanged, `[H, W, ...]`."""
+    """Horizontal flip of `[H, W, ...]`."""
     return np.ascontiguousarray(image[:, ::-1])
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """A `Draw` that can say what it draws."""
+    """A `RandomValue` with a description."""
 
     text: str
     """`uniform from 0.5 to 2`."""
-    function: Draw
-    """What draws."""
+    function: RandomValue
+    """Samples a value."""
 
     def __call__(self, rng: np.random.Generator) -> Any:
-        """One value."""
+        """One sample."""
         return self.function(rng)
 
     def __str__(self) -> str:
@@ -76,11 +76,11 @@ class Distribution:
 
 
 _FILES = (
-    *("edges", "line_drawings", "colour", "degradations", "weather", "masks", "regions", "given"),
+    *("edges", "line_drawings", "colour", "degradations", "weather", "masks", "regions", "provided"),
     *("learned.edges", "learned.line_detectors", "learned.depth", "learned.segmentation", "learned.detection"),
     *("learned.pose", "learned.wholebody", "learned.densepose", "learned.surfaces"),
 )
-"""The modules of this room that register conditions, in the order in which they are listed."""
+"""Modules that register conditions, in the order of `controlkit condition --list`."""
 
 _REGISTRY: dict[str, Condition] = {}
 
@@ -90,14 +90,14 @@ class Fidelity:
     """How well an image follows a condition, as one number."""
 
     name: str
-    """What a report calls it: `edge F1`."""
+    """Name in reports: `edge F1`."""
     compare: Callable[[np.ndarray, np.ndarray], float]
-    """(what was given, what came out), both `uint8 [H, W, 3]` => the number."""
+    """(reference, result), both `uint8 [H, W, 3]` => score."""
     higher_is_better: bool = True
     """False for distances."""
     against: str = "condition"
-    """`condition`: the given condition image against the condition of the result. `target`: the true image
-    against the result, for restorations, whose condition says nothing exact."""
+    """What the result is compared with. `condition`: its condition image with the one that it was generated from.
+    `target`: the result with the target image, for restorations, whose condition images determine no exact result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,56 +105,57 @@ class Condition:
     """One kind of condition image."""
 
     name: str
-    """The field's name for it."""
+    """Its usual name in the field."""
     summary: str
     """One line for `controlkit condition --list`."""
     function: Callable[..., np.ndarray]
     """`(image, **parameters) -> condition image`."""
     fidelity: Fidelity
-    """How fidelity to it is scored."""
+    """The metric of how well a result follows it."""
     aliases: tuple[str, ...] = ()
-    """Other names that people use."""
-    draw: Mapping[str, Draw] = field(default_factory=dict)
-    """How parameters are drawn at random for training; the others keep their defaults."""
+    """Other names in use."""
+    random: Mapping[str, RandomValue] = field(default_factory=dict)
+    """The parameters that training varies, with their distributions; the others keep their defaults."""
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Least and greatest value of numeric parameters; calls with others are refused."""
+    """Minimum and maximum of numeric parameters, both included; a call checks them."""
     channels: int = 3
-    """3, or 1 where the three channels of its images are always equal."""
+    """3, or 1 if the three channels are always equal."""
     values: tuple[int, ...] | None = None
-    """The only values that occur in its images; None for any from 0 to 255."""
+    """The only values in its images; None for any from 0 to 255."""
     mirrors: bool = True
-    """Whether flipping the image flips the condition image and nothing else.
+    """Whether flipping the image exactly flips the condition image.
 
-    False for conditions that are random themselves: with the same seed the mask or noise stays where it is."""
+    False for random conditions: with the same seed, the mask or noise stays in place."""
     mirror_finished: Mirror | None = left_right
-    """Makes a finished condition image that of the flipped image: for most, what lies where in one still does in the
-    other. None where its colours tell left from right, so that no flip of it is true."""
-    cuts: bool = True
-    """Whether a part of a finished condition image is one of that part of the image, up to its rim and to lengths
-    that are fractions of the short side. False where it speaks of the image as a whole: a frame around it, a depth
-    from its farthest point to its nearest. After a crop these are best made again."""
+    """Flips a finished condition image. For most, this is the flip of the image. None if its colours distinguish left
+    from right, so that it cannot be flipped."""
+    croppable: bool = True
+    """Whether a crop of a condition image is the condition image of the crop, except near its edges and for lengths
+    that are fractions of the short side. False where it depends on the entire image: a frame around it, depth
+    normalised from the farthest point to the nearest. These should be computed again after a crop."""
     resize: Resize = "smooth"
-    """How a finished condition image is scaled: `nearest` for maps whose colours are labels."""
+    """Interpolation of a finished condition image: `nearest` for maps whose colours are labels."""
     background: tuple[int, int, int] = WHITE
-    """What its images show where there is nothing, and what transparent parts of finished ones are laid over: black
-    for white lines on black, for skeletons, masks, labels and depth; white for dark lines on white and for photos."""
-    given: bool = False
-    """Whether it is drawn from annotations, or is the image itself: no image alone gives one."""
-    seen: str = "as it is"
-    """The size at which the image is looked at."""
+    """Background of its images, and the colour behind transparent parts of finished ones: black for white lines,
+    skeletons, masks, labels and depth; white for dark lines and photos."""
+    provided: bool = False
+    """Whether its content comes with the data (annotations, finished condition images) and cannot be computed from
+    an image alone."""
+    input_size: str = "as it is"
+    """The size at which its detector reads the image, in words."""
     requires: LearnedModel | None = None
-    """The learned model that it needs, or None. Where the weights are files, the condition has the parameter `model`:
-    a folder that holds them, or another model of the hub."""
+    """The learned model that it needs, or None. If its weights are files, the condition has a parameter `model`: a
+    folder with the weights, or another model on the hub."""
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
-        """Every parameter with its default."""
+        """Parameters and their defaults."""
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     @cached_property
     def content(self) -> str:
-        """Hash of what decides what it draws: the file that it stands in, its defaults and its learned model."""
+        """Hash of what determines its images: the source file, the defaults and the learned model."""
         source = inspect.getsourcefile(self.function)
         code = Path(source).read_bytes() if source is not None and Path(source).is_file() else b""
         return sha256_of(self.name, code, repr(self.defaults), repr(self.requires), __version__)
@@ -163,100 +164,112 @@ class Condition:
         """The condition image of `image`, both `uint8 [H, W, 3]` RGB of the same height and width.
 
         Raises:
-            UserError: a parameter is unknown or out of its limits, or the image is too small.
+            UserError: a parameter is unknown, of another type or outside its limits, or the image is too small.
         """
         for key, value in parameters.items():
             if key not in self.defaults:
-                raise UserError(f"{self.name} has no parameter {key!r}{nearest(key, list(self.defaults))}")
+                raise UserError(
+                    f"{self.name} has no parameter {key!r}{nearest(key, list(self.defaults))}", "unknown-key"
+                )
             self._check(key, value)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
         if min(image.shape[:2]) < LEAST_SIDE:
             size = f"{image.shape[1]} x {image.shape[0]}"
-            raise UserError(f"{self.name}: the image is {size}; conditions need {LEAST_SIDE} x {LEAST_SIDE} at least")
-        given = np.ascontiguousarray(image)
-        made = self.function(given, **parameters)
-        # A function that has nothing to do (a blur by nothing) may give back what it got.
-        return made.copy() if np.may_share_memory(made, given) else made
+            raise UserError(
+                f"{self.name}: the image is {size}; conditions need at least {LEAST_SIDE} x {LEAST_SIDE}", "wrong-size"
+            )
+        image = np.ascontiguousarray(image)
+        condition_image = self.function(image, **parameters)
+        # A function may return its input unchanged, as a blur with sigma 0 does.
+        return condition_image.copy() if np.may_share_memory(condition_image, image) else condition_image
 
     def _check(self, key: str, value: Any) -> None:
-        """Refuse a number of the wrong kind or out of limits; parameters that are not numbers pass."""
+        """Check the type and limits of a number; other parameters pass."""
         default = self.defaults[key]
         if isinstance(default, bool) or not isinstance(default, (int, float)):
             return
         kind = numbers.Integral if isinstance(default, int) else numbers.Real
         if isinstance(value, bool) or not isinstance(value, kind):
-            wanted = "a whole number" if isinstance(default, int) else "a number"
-            raise UserError(f"{self.name}: {key} must be {wanted} (such as {default}), not {value!r}")
+            expected = "an integer" if isinstance(default, int) else "a number"
+            raise UserError(f"{self.name}: {key} must be {expected} (such as {default}), not {value!r}", "wrong-type")
         widest = (0 if key == "seed" else -(2**63), 2**63 - 1)
         low, high = self.limits.get(key, widest if isinstance(value, numbers.Integral) else (-math.inf, math.inf))
         number = value if isinstance(value, int) else float(value)
         if not low <= number <= high:
-            raise UserError(f"{self.name}: {key} must lie from {low} to {high}, not {value!r}")
+            raise UserError(f"{self.name}: {key} must lie from {low} to {high}, not {value!r}", "out-of-range")
 
     def random_parameters(self, rng: np.random.Generator) -> dict[str, Any]:
-        """Every parameter, those of `draw` drawn for one training image."""
-        return {**self.defaults, **{name: draw(rng) for name, draw in self.draw.items()}}
+        """Every parameter for one training image: those of `random` are sampled, the others are the defaults."""
+        return {**self.defaults, **{name: sample(rng) for name, sample in self.random.items()}}
 
     def mirrored(self, image: np.ndarray) -> np.ndarray:
-        """A finished condition image as that of the flipped image, both `uint8 [H, W, 3]`.
+        """Flip a finished condition image, `uint8 [H, W, 3]`.
 
         Raises:
-            UserError: its colours tell left from right.
+            UserError: its colours distinguish left from right.
         """
         if self.mirror_finished is None:
             raise no_mirror(self.name)
         return self.mirror_finished(image)
 
-    def score(self, given: np.ndarray, result: np.ndarray, truth: np.ndarray | None = None, **parameters: Any) -> float:
-        """Fidelity of the image `result` to the condition image `given`, all `uint8 [H, W, 3]`.
+    def score(
+        self, condition_image: np.ndarray, result: np.ndarray, target: np.ndarray | None = None, **parameters: Any
+    ) -> float:
+        """Fidelity of the image `result` to `condition_image`, all `uint8 [H, W, 3]`.
 
         Args:
-            truth: the image that `given` was made from; needed where `fidelity.against` is `target`.
-            parameters: those that `given` was made with.
+            target: the image from which `condition_image` was made; needed where `fidelity.against` is `target`.
+            parameters: those with which `condition_image` was made.
         """
         if self.fidelity.against == "target":
-            if truth is None:
-                raise ValueError(f"fidelity to {self.name} compares with the true image, which was not given")
-            return self.fidelity.compare(truth, result)
-        return self.fidelity.compare(given, self(result, **parameters))
+            if target is None:
+                raise ValueError(f"fidelity to {self.name} compares with the target image, which is missing")
+            return self.fidelity.compare(target, result)
+        return self.fidelity.compare(condition_image, self(result, **parameters))
 
     def mean_score(
         self,
-        given: Sequence[np.ndarray],
+        condition_images: Sequence[np.ndarray],
         results: Sequence[np.ndarray],
-        truths: Sequence[np.ndarray],
+        targets: Sequence[np.ndarray],
         parameters: Sequence[Mapping[str, Any]] | None = None,
     ) -> float:
         """The mean of `score` over images, all `uint8 [H, W, 3]`.
 
         Args:
-            parameters: of each condition image, those that it was made with; None if all were made with the defaults.
+            parameters: those with which each condition image was made; None for the defaults.
         """
-        made_with = [{}] * len(given) if parameters is None else parameters
-        every = zip(given, results, truths, made_with, strict=True)
-        return float(np.mean([self.score(one, result, truth, **values) for one, result, truth, values in every]))
+        settings = [{}] * len(condition_images) if parameters is None else parameters
+        samples = zip(condition_images, results, targets, settings, strict=True)
+        return float(np.mean([self.score(image, result, target, **own) for image, result, target, own in samples]))
 
 
-def condition(name: str, **facts: Any) -> Callable[[Callable[..., np.ndarray]], Condition]:
-    """Register the decorated function as condition `name`; `facts` are the other fields of `Condition`."""
+_FORMER_FIELDS = {"draw": "random", "cuts": "croppable", "given": "provided", "seen": "input_size"}
+"""Fields of `Condition` by their names of earlier versions, which modules of users may still have."""
+
+
+def condition(name: str, **fields: Any) -> Callable[[Callable[..., np.ndarray]], Condition]:
+    """Register the decorated function as condition `name`; `fields` are the other fields of `Condition`."""
+    fields = {_FORMER_FIELDS.get(key, key): value for key, value in fields.items()}
 
     def register(function: Callable[..., np.ndarray]) -> Condition:
-        made = Condition(name=name, function=function, **facts)
-        for key in (name, *made.aliases):
+        kind = Condition(name=name, function=function, **fields)
+        for key in (name, *kind.aliases):
             if key in _REGISTRY:
                 raise ValueError(f"two conditions are called {key}")
-            _REGISTRY[key] = made
-        return made
+            _REGISTRY[key] = kind
+        return kind
 
     return register
 
 
 def no_mirror(name: str) -> UserError:
-    """The error for flips of finished images of the condition `name`."""
+    """The error for flipping finished images of the condition `name`."""
     return UserError(
-        f"finished images of {name} cannot be mirrored, because their colours tell left from right: leave out flip, or"
-        " make pairs of mirrored images, too"
+        f"condition images of {name} cannot be flipped: their colours distinguish left from right. Leave out flip, or"
+        " add pairs made from flipped images",
+        "unsupported",
     )
 
 
@@ -268,66 +281,65 @@ def _load() -> None:
 
 
 def registry() -> dict[str, Condition]:
-    """Every condition by its own name."""
+    """All conditions by name, without aliases."""
     _load()
-    return {name: made for name, made in _REGISTRY.items() if made.name == name}
+    return {name: kind for name, kind in _REGISTRY.items() if kind.name == name}
 
 
 def find(name: str) -> Condition:
-    """The condition called `name` (or one of its aliases; case and hyphens do not count).
+    """The condition with this name or alias; case is ignored, and `-` equals `_`.
 
     Raises:
-        UserError: there is none; the message names the nearest.
+        UserError: there is none; the message lists the nearest names.
     """
     _load()
     key = name.strip().lower().replace("-", "_")
     if key not in _REGISTRY:
         known = list(_REGISTRY) if get_close_matches(key, _REGISTRY, cutoff=0.5) else list(registry())
-        raise UserError(f"there is no condition called {name!r}{nearest(key, known)}")
+        raise UserError(f"there is no condition {name!r}{nearest(key, known)}", "unknown-name")
     return _REGISTRY[key]
 
 
 def background_of(name: str | None) -> tuple[int, int, int]:
-    """The background of images of the condition called `name`; white where it is None or not known here."""
+    """Background colour of the condition `name`; white if it is None or unknown."""
     if name is not None:
         with suppress(UserError):
             return find(name).background
     return Condition.background
 
 
-def uniform(low: float, high: float) -> Draw:
+def uniform(low: float, high: float) -> RandomValue:
     """A float between `low` and `high`."""
     return Distribution(f"uniform from {low} to {high}", lambda rng: float(rng.uniform(low, high)))
 
 
-def uniform_int(low: int, high: int) -> Draw:
-    """A whole number from `low` to `high`, both included."""
-    return Distribution(f"whole numbers, uniform from {low} to {high}", lambda rng: int(rng.integers(low, high + 1)))
+def uniform_int(low: int, high: int) -> RandomValue:
+    """An integer from `low` to `high`, both included."""
+    return Distribution(f"integers, uniform from {low} to {high}", lambda rng: int(rng.integers(low, high + 1)))
 
 
-def clipped_normal(low: float, high: float) -> Draw:
-    """A float about the middle of `low` and `high`, three standard deviations away, clipped to them.
+def clipped_normal(low: float, high: float) -> RandomValue:
+    """A float, normal around the middle of `low` and `high`, which are three standard deviations away; clipped.
 
-    CtrLoRA's `discrete_normal(low, high)` without its flaw that values beyond the ends (below zero, even)
-    occur.
+    CtrLoRA's `discrete_normal(low, high)` does not clip, so its values can leave the range and even be negative.
     """
     return Distribution(
-        f"normal about the middle of {low} to {high}, clipped to them",
+        f"normal around the middle of {low} to {high}, clipped",
         lambda rng: float(np.clip(rng.normal((low + high) / 2, (high - low) / 6), low, high)),
     )
 
 
-def clipped_normal_int(low: int, high: int) -> Draw:
-    """`clipped_normal`, as a whole number."""
+def clipped_normal_int(low: int, high: int) -> RandomValue:
+    """`clipped_normal`, rounded to an integer."""
     real = clipped_normal(low, high)
-    return Distribution(f"whole numbers, {real}", lambda rng: round(real(rng)))
+    return Distribution(f"integers, {real}", lambda rng: round(real(rng)))
 
 
-def chance(probability: float) -> Draw:
+def chance(probability: float) -> RandomValue:
     """True with `probability`."""
-    return Distribution(f"true in {probability:.0%}", lambda rng: bool(rng.random() < probability))
+    return Distribution(f"true with probability {probability:.0%}", lambda rng: bool(rng.random() < probability))
 
 
-def seed() -> Draw:
-    """A seed for conditions that are random themselves."""
+def seed() -> RandomValue:
+    """A seed for random conditions."""
     return Distribution("any seed", lambda rng: int(rng.integers(2**31)))

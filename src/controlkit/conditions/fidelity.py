@@ -1,4 +1,4 @@
-"""Measures of how well a result follows what was given."""
+"""Fidelity metrics: how well a result follows its condition image or target."""
 
 from __future__ import annotations
 
@@ -11,108 +11,108 @@ from controlkit.conditions.condition import Condition, Fidelity
 from controlkit.conditions.pixels import nearest_colour, packed, three_channels
 
 
-def edge_f1(given: np.ndarray, produced: np.ndarray, tolerance: int = 1) -> float:
+def edge_f1(reference: np.ndarray, result: np.ndarray, tolerance: int = 1) -> float:
     """F1 of the edge pixels of two edge images, in [0, 1].
 
-    A produced edge pixel is right if a given one lies within `tolerance` pixels (in both directions), and a
-    given one is found if a produced one does. Two images without edges agree fully.
+    Pixels match within `tolerance` pixels in x and y. Two images without edges score 1.
     """
-    mine, theirs = produced[..., 0] > 127, given[..., 0] > 127
-    if not mine.any() and not theirs.any():
+    predicted, true = result[..., 0] > 127, reference[..., 0] > 127
+    if not predicted.any() and not true.any():
         return 1.0
-    if not mine.any() or not theirs.any():
+    if not predicted.any() or not true.any():
         return 0.0
     kernel = np.ones((2 * tolerance + 1,) * 2, np.uint8)
-    near_theirs = cv2.dilate(theirs.astype(np.uint8), kernel) > 0
-    near_mine = cv2.dilate(mine.astype(np.uint8), kernel) > 0
-    precision = float((mine & near_theirs).sum() / mine.sum())
-    recall = float((theirs & near_mine).sum() / theirs.sum())
+    near_true = cv2.dilate(true.astype(np.uint8), kernel) > 0
+    near_predicted = cv2.dilate(predicted.astype(np.uint8), kernel) > 0
+    precision = float((predicted & near_true).sum() / predicted.sum())
+    recall = float((true & near_predicted).sum() / true.sum())
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def psnr(given: np.ndarray, produced: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two `uint8` images in dB; 100 for equal ones."""
-    error = np.mean((given.astype(np.float64) - produced.astype(np.float64)) ** 2)
+def psnr(reference: np.ndarray, result: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two `uint8` images in dB, at most 100."""
+    error = np.mean((reference.astype(np.float64) - result.astype(np.float64)) ** 2)
     return 100.0 if error == 0 else min(100.0, float(10 * np.log10(255**2 / error)))
 
 
-def colour_distance(given: np.ndarray, produced: np.ndarray) -> float:
+def colour_distance(reference: np.ndarray, result: np.ndarray) -> float:
     """Mean distance of two `uint8` images in CIE L*a*b* (CIE76), 0 if equal; 2.3 is just noticeable."""
-    lab = [cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB) for image in (given, produced)]
+    lab = [cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB) for image in (reference, result)]
     return float(np.linalg.norm(lab[0] - lab[1], axis=-1).mean())
 
 
-def dark_edge_f1(given: np.ndarray, produced: np.ndarray) -> float:
-    """`edge_f1` of drawings with dark strokes on white, in [0, 1]; a softened stroke counts from 192 down."""
-    mine, theirs = (np.where(image < 192, np.uint8(255), np.uint8(0)) for image in (produced, given))
-    return edge_f1(theirs, mine)
-
-
-def image_edge_f1(truth: np.ndarray, produced: np.ndarray) -> float:
-    """`edge_f1` of the Canny edges (thresholds 100 and 200) of two `uint8` images, in [0, 1]."""
-    edges = [three_channels(cv2.Canny(image, 100, 200)) for image in (truth, produced)]
+def dark_edge_f1(reference: np.ndarray, result: np.ndarray) -> float:
+    """`edge_f1` of drawings with dark strokes on white, in [0, 1]; values below 192 are strokes."""
+    edges = [np.where(image < 192, np.uint8(255), np.uint8(0)) for image in (reference, result)]
     return edge_f1(edges[0], edges[1])
 
 
-def mean_iou(given: np.ndarray, produced: np.ndarray, most: int = 64) -> float:
-    """Mean intersection over union, in [0, 1], of the regions of one colour in two `uint8` region maps.
+def image_edge_f1(target: np.ndarray, result: np.ndarray) -> float:
+    """`edge_f1` of the Canny edges (thresholds 100 and 200) of two `uint8` images, in [0, 1]."""
+    edges = [three_channels(cv2.Canny(image, 100, 200)) for image in (target, result)]
+    return edge_f1(edges[0], edges[1])
 
-    The regions are those of the colours of `given` (its `most` largest). A pixel of `produced` belongs to the
-    nearest of these colours, because maps made from two images seldom share exact colours.
+
+def mean_iou(reference: np.ndarray, result: np.ndarray, most: int = 64) -> float:
+    """Mean intersection over union, in [0, 1], of single-colour regions in two `uint8` region maps.
+
+    The colours are those of `reference` (its `most` largest regions). A pixel of `result` counts for the nearest of
+    them, because the maps of two images seldom share exact colours.
     """
-    colours, mine = np.unique(packed(given), return_inverse=True)
+    colours, labels = np.unique(packed(reference), return_inverse=True)
     if len(colours) > most:
-        kept = np.sort(np.argsort(np.bincount(mine.ravel()), kind="stable")[-most:])
-        colours = colours[kept]
+        largest = np.sort(np.argsort(np.bincount(labels.ravel()), kind="stable")[-most:])
+        colours = colours[largest]
     palette = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], axis=1).astype(np.uint8)
-    mine, theirs = nearest_colour(given, palette), nearest_colour(produced, palette)
+    true, predicted = nearest_colour(reference, palette), nearest_colour(result, palette)
     size = len(palette)
-    counts = np.bincount(mine.ravel() * size + theirs.ravel(), minlength=size * size).reshape(size, size)
+    counts = np.bincount(true.ravel() * size + predicted.ravel(), minlength=size * size).reshape(size, size)
     union = counts.sum(0) + counts.sum(1) - counts.diagonal()
     return float((counts.diagonal() / union).mean())
 
 
-def class_iou(given: np.ndarray, produced: np.ndarray) -> float:
-    """Mean intersection over union, in [0, 1], of the classes in either of two maps in a fixed palette.
+def class_iou(reference: np.ndarray, result: np.ndarray) -> float:
+    """Mean intersection over union, in [0, 1], of the classes in either of two maps with a fixed palette.
 
-    A class is a colour, matched exactly, as maps of one segmenter share them. Unlike `mean_iou`, a class that is in
-    `produced` only counts, as 0.
+    A class is an exact colour, as the maps of one segmenter share them. Unlike in `mean_iou`, a class that occurs in
+    `result` only counts as 0.
     """
-    colours, both = np.unique(np.concatenate([packed(given).ravel(), packed(produced).ravel()]), return_inverse=True)
-    mine, theirs = np.split(both, 2)
+    pixels = np.concatenate([packed(reference).ravel(), packed(result).ravel()])
+    colours, labels = np.unique(pixels, return_inverse=True)
+    true, predicted = np.split(labels, 2)
     size = len(colours)
-    shared = np.bincount(mine[mine == theirs], minlength=size)
-    union = np.bincount(mine, minlength=size) + np.bincount(theirs, minlength=size) - shared
+    shared = np.bincount(true[true == predicted], minlength=size)
+    union = np.bincount(true, minlength=size) + np.bincount(predicted, minlength=size) - shared
     return float((shared / union).mean())
 
 
-def depth_rmse(given: np.ndarray, produced: np.ndarray) -> float:
-    """Root of the mean squared difference of two depth images, on their scale of 0 to 255; 0 if equal."""
-    return float(np.sqrt(np.mean((given.astype(np.float64) - produced.astype(np.float64)) ** 2)))
+def depth_rmse(reference: np.ndarray, result: np.ndarray) -> float:
+    """Root mean squared difference of two depth images, on the scale of 0 to 255."""
+    return float(np.sqrt(np.mean((reference.astype(np.float64) - result.astype(np.float64)) ** 2)))
 
 
-def normal_angle(given: np.ndarray, produced: np.ndarray) -> float:
-    """Mean angle in degrees between the surface normals of two normal images, 0 if equal."""
-    vectors = [image.astype(np.float64) / 127.5 - 1 for image in (given, produced)]
+def normal_angle(reference: np.ndarray, result: np.ndarray) -> float:
+    """Mean angle in degrees between the surface normals of two normal maps."""
+    vectors = [image.astype(np.float64) / 127.5 - 1 for image in (reference, result)]
     lengths = [np.maximum(np.linalg.norm(vector, axis=-1), 1e-6) for vector in vectors]
     cosine = (vectors[0] * vectors[1]).sum(axis=-1) / (lengths[0] * lengths[1])
-    # Twice the angle to the middle of both is exact where an arc cosine near 1 is not.
+    # The chord gives small angles exactly, where an arc cosine near 1 does not.
     apart = np.linalg.norm(vectors[0] / lengths[0][..., None] - vectors[1] / lengths[1][..., None], axis=-1)
     angles = np.where(cosine > 0, 2 * np.arcsin(np.clip(apart / 2, 0, 1)), np.arccos(np.clip(cosine, -1, 1)))
     return float(np.degrees(angles).mean())
 
 
-def palette_distance(given: np.ndarray, produced: np.ndarray) -> float:
-    """Distance of the colours of two `uint8` images wherever they stand, in L*a*b* units; 0 for the same.
+def palette_distance(reference: np.ndarray, result: np.ndarray) -> float:
+    """Distance of the colour distributions of two `uint8` images, in L*a*b* units, whatever their positions.
 
-    Sliced Wasserstein distance: the mean over fixed directions in colour space of the 1-D distance between
-    the sorted projections, at 256 quantiles.
+    Sliced Wasserstein distance: the mean, over fixed directions in colour space, of the 1-D distance between the
+    sorted projections at 256 quantiles.
     """
     corners = np.array([[x, y, z] for x in (-1, 0, 1) for y in (-1, 0, 1) for z in (-1, 0, 1)], float)
     directions = corners[len(corners) // 2 + 1 :]
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     quantiles = []
-    for image in (given, produced):
+    for image in (reference, result):
         lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB).reshape(-1, 3)
         projected = np.sort(lab @ directions.T.astype(np.float32), axis=0)
         quantiles.append(projected[((np.arange(256) + 0.5) / 256 * len(projected)).astype(int)])
@@ -138,6 +138,6 @@ IMAGE_EDGE_F1 = Fidelity(name="edge F1 to the target", compare=image_edge_f1, ag
 RESTORED_PSNR = Fidelity(name="PSNR to the target, dB", compare=psnr, against="target")
 
 
-def by_the_image(condition: Condition) -> Condition:
-    """`condition`, scored by the true image: where the model that would draw it of a result is not to be had."""
+def scored_by_target(condition: Condition) -> Condition:
+    """`condition` with fidelity to the target image, for use without the model that computes it."""
     return replace(condition, fidelity=RESTORED_PSNR)

@@ -1,4 +1,4 @@
-"""Images with a part missing, black: what a control has to fill in."""
+"""Images with a black part for the control to fill in: inpainting and outpainting."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ from controlkit.errors import UserError
     background=BLACK,
     aliases=("inpainting", "inpaint_box"),
     fidelity=RESTORED_PSNR,
-    draw={"seed": seed()},
+    random={"seed": seed()},
     mirrors=False,
-    cuts=False,
+    croppable=False,
 )
 def inpaint(image: np.ndarray, *, box: Sequence[float] | None = None, seed: int = 0) -> np.ndarray:
-    """A rectangle somewhere around the middle made black.
+    """A black rectangle near the middle.
 
-    CtrLoRA, annotator/inpainting: its four sides are normal between 20 and 80 % of the image. Its rectangle
-    can vanish and its values leave the range; here it spans at least an eighth of the image in both
-    directions.
+    CtrLoRA, annotator/inpainting: four sides, normal between 20 and 80 % of the image. Its rectangle can be empty or
+    leave the image; here it spans at least an eighth of the image in both directions.
 
     Args:
         box: left, top, right, bottom as fractions of width and height, in place of a random rectangle.
         seed: of the random rectangle.
 
     Raises:
-        UserError: `box` is not four fractions in order.
+        UserError: `box` is not four fractions in this order.
     """
     if box is None:
         rng = np.random.default_rng(seed)
@@ -45,13 +44,16 @@ def inpaint(image: np.ndarray, *, box: Sequence[float] | None = None, seed: int 
         try:
             left, top, right, bottom = (float(side) for side in box)
         except (TypeError, ValueError) as error:
-            raise UserError(f"inpaint: box must be left,top,right,bottom as fractions, not {box!r}") from error
+            message = f"inpaint: box must be left,top,right,bottom as fractions, not {box!r}"
+            raise UserError(message, "wrong-type") from error
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-            raise UserError(f"inpaint: box must have 0 <= left < right <= 1 and 0 <= top < bottom <= 1, not {box!r}")
+            raise UserError(
+                f"inpaint: box must have 0 <= left < right <= 1 and 0 <= top < bottom <= 1, not {box!r}", "out-of-range"
+            )
     height, width = image.shape[:2]
-    hidden = image.copy()
-    hidden[round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = 0
-    return hidden
+    masked = image.copy()
+    masked[round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = 0
+    return masked
 
 
 def _span(rng: np.random.Generator) -> tuple[float, float]:
@@ -68,15 +70,15 @@ def _span(rng: np.random.Generator) -> tuple[float, float]:
     background=BLACK,
     aliases=("inpainting_brush", "free_form_inpaint"),
     fidelity=RESTORED_PSNR,
-    draw={"seed": seed()},
+    random={"seed": seed()},
     mirrors=False,
-    cuts=False,
+    croppable=False,
 )
 def inpaint_brush(image: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Crooked brush strokes made black.
+    """Black, jagged brush strokes.
 
-    CtrLoRA, annotator/inpainting_brush: 5 to 9 strokes of 4 to 18 vertices, 2 to 10 % of the short side wide,
-    turning by about 2 pi / 5 (give or take 2 pi / 15), the mask flipped at random.
+    CtrLoRA, annotator/inpainting_brush: 5 to 9 strokes of 4 to 18 vertices, 2 to 10 % of the short side wide, turning
+    by 2 pi / 5 +- 2 pi / 15, the mask flipped at random.
     """
     rng = np.random.default_rng(seed)
     height, width = image.shape[:2]
@@ -88,7 +90,7 @@ def inpaint_brush(image: np.ndarray, *, seed: int = 0) -> np.ndarray:
         point = rng.uniform(0, [width, height])
         vertices = [point]
         for index in range(int(rng.integers(4, 19)) - 1):
-            # Every second turn goes back, so that a stroke wanders about and does not close a circle.
+            # Every second turn goes back, so that a stroke wanders instead of closing a circle.
             angle = rng.uniform(0, turn) if index % 2 else np.pi + rng.uniform(0, turn)
             reach = np.clip(rng.normal(step, step / 2), 0, 2 * step)
             point = np.clip(point + reach * np.array([np.cos(angle), np.sin(angle)]), 0, [width - 1, height - 1])
@@ -100,29 +102,29 @@ def inpaint_brush(image: np.ndarray, *, seed: int = 0) -> np.ndarray:
     for axis in (0, 1):
         if rng.random() < 0.5:
             mask = np.flip(mask, axis)
-    hidden = image.copy()
-    hidden[mask > 0] = 0
-    return hidden
+    masked = image.copy()
+    masked[mask > 0] = 0
+    return masked
 
 
 @condition(
     "outpaint",
-    summary="the middle of the image; what is around it, black, is to be drawn",
+    summary="the middle of the image on black, to extend outwards",
     background=BLACK,
     aliases=("outpainting", "pad", "uncrop"),
     fidelity=RESTORED_PSNR,
-    draw={"keep_width": uniform(0.2, 0.8), "keep_height": uniform(0.2, 0.8)},
+    random={"keep_width": uniform(0.2, 0.8), "keep_height": uniform(0.2, 0.8)},
     limits={"keep_width": (0, 1), "keep_height": (0, 1)},
-    cuts=False,
+    croppable=False,
 )
 def outpaint(image: np.ndarray, *, keep_width: float = 0.5, keep_height: float = 0.5) -> np.ndarray:
     """A centred rectangle of the image on black.
 
-    CtrLoRA, annotator/outpainting: 20 to 79 % of each side are kept; its page's `pad` keeps 50 %.
+    CtrLoRA, annotator/outpainting: keeps 20 to 79 % of each side; `pad` on its web page keeps 50 %.
     """
     height, width = image.shape[:2]
     top, left = round(height * (1 - keep_height) / 2), round(width * (1 - keep_width) / 2)
-    shown = np.zeros_like(image)
+    visible = np.zeros_like(image)
     window = (slice(top, height - top), slice(left, width - left))
-    shown[window] = image[window]
-    return shown
+    visible[window] = image[window]
+    return visible

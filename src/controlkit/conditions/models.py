@@ -1,14 +1,14 @@
-"""Learned models: what a condition needs, where its weights are looked for, and loading them once.
+"""Models of learned conditions: find the weights, load each once.
 
-Weights are looked for, in this order:
+Weights are searched in this order:
 
-1. in the folder that the condition's parameter `model` names (it may also name another model of the hub);
-2. in `$CONTROLKIT_MODELS/OWNER/NAME`, if that variable is set;
-3. in the Hugging Face hub's cache, without asking the network;
-4. on the hub, which downloads them into that cache. `HF_HUB_OFFLINE=1` forbids this step.
+1. the condition's parameter `model`: a folder, or another model on the hub;
+2. `$CONTROLKIT_MODELS/OWNER/NAME`, if that variable is set;
+3. the cache of the Hugging Face hub, without network access;
+4. the hub, which downloads them into that cache unless `HF_HUB_OFFLINE=1`.
 
-Nothing is loaded before a condition is called, and then once for each folder and device. The device is the first GPU,
-or the one that `CONTROLKIT_CONDITION_DEVICE` names (`cpu`, `cuda:1`).
+Models are loaded at the first call of a condition, once per folder and device. The device is the first GPU, or
+`CONTROLKIT_CONDITION_DEVICE` (`cpu`, `cuda:1`).
 """
 
 from __future__ import annotations
@@ -36,44 +36,44 @@ _LOCK = threading.RLock()
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedModel:
-    """A model with weights, and under which terms it may be used."""
+    """A model with weights and their licence."""
 
     hub: str
-    """Where its weights are on the Hugging Face hub: `owner/name`. Without a slash: the Python package with them."""
+    """Its name on the Hugging Face hub, `owner/name`; without a slash, the Python package that contains the weights."""
     licence: str
     """The licence of the weights."""
     commercial: bool
     """Whether that licence allows commercial use."""
     extra: str | None = None
-    """What has to be installed beside the core: `annotators` means `pip install 'controlkit[annotators]'`."""
+    """The extra that it needs: `annotators` means `pip install 'controlkit[annotators]'`."""
     files: tuple[str, ...] = ()
-    """The files that are needed; none for a transformers folder (settings and safetensors)."""
-    beside: tuple[LearnedModel, ...] = ()
-    """Other models that are needed with it, such as a detector of people."""
+    """The required files; none for a transformers folder (config and weights)."""
+    companions: tuple[LearnedModel, ...] = ()
+    """Other models that it needs, such as a person detector."""
 
     @property
     def download(self) -> str:
-        """The shell command that brings the weights here."""
+        """The shell command that downloads the weights."""
         return " ".join(("hf download", self.hub, *self.files)) if "/" in self.hub else str(self.install)
 
     @property
     def install(self) -> str | None:
-        """The shell command that installs what it needs beside the core, or None."""
+        """The shell command that installs its optional packages, or None."""
         packages = [f"controlkit[{self.extra}]"] if self.extra else []
         packages += [] if "/" in self.hub else [self.hub]
         return " ".join(("pip install", *(f"'{name}'" for name in packages))) if packages else None
 
     @property
     def terms(self) -> str:
-        """The licence, with a warning where it forbids commercial use."""
+        """The licence, with a warning if it forbids commercial use."""
         return self.licence if self.commercial else f"{self.licence}: no commercial use"
 
     def __str__(self) -> str:
-        own = f"{self.hub} ({self.terms})" + (f", extra {self.extra}" if self.extra else "")
-        return "; ".join((own, *map(str, self.beside)))
+        text = f"{self.hub} ({self.terms})" + (f", extra {self.extra}" if self.extra else "")
+        return "; ".join((text, *map(str, self.companions)))
 
     def as_json(self) -> dict[str, Any]:
-        """What a program wants to know before it uses the condition."""
+        """Its facts for `controlkit condition --json`."""
         return {
             "model": self.hub,
             "licence": self.licence,
@@ -81,53 +81,56 @@ class LearnedModel:
             "extra": self.extra,
             "files": list(self.files),
             "download": self.download,
-            "with": [other.as_json() for other in self.beside],
+            "with": [other.as_json() for other in self.companions],
         }
 
 
-def find_folder(condition: str, model: LearnedModel, given: str | None = None, parameter: str = "model") -> Path:
-    """The folder that holds the weights of `model`; see the head of this file for where they are looked for.
+def find_folder(condition: str, model: LearnedModel, override: str | None = None, parameter: str = "model") -> Path:
+    """The folder with the weights of `model`, searched as the docstring of this module describes.
 
     Args:
-        condition: whose name an error gives.
-        given: the value of the condition's `parameter`: a folder, another model of the hub, or None.
+        condition: its name, for errors.
+        override: the value of the condition's `parameter`: a folder, another model on the hub, or None.
 
     Raises:
-        UserError: they are in none of the places and cannot be downloaded.
+        UserError: they are nowhere and cannot be downloaded.
     """
     hub = model.hub
-    if given is not None:
-        folder = Path(str(given)).expanduser()
+    if override is not None:
+        folder = Path(str(override)).expanduser()
         if folder.is_dir():
             if not _complete(folder, model):
                 raise UserError(
-                    f"{condition}: the folder {folder} holds no {_expected(model)}; give {parameter}=FOLDER"
+                    f"{condition}: the folder {folder} has no {_expected(model)}; set {parameter} to one that has",
+                    "missing-weights",
                 )
             return folder
-        if not _HUB_NAME.fullmatch(str(given)):
+        if not _HUB_NAME.fullmatch(str(override)):
             raise UserError(
-                f"{condition}: there is no folder {given}; give {parameter}= a folder with the weights, or a model of"
-                f" the hub such as {model.hub}"
+                f"{condition}: there is no folder {override}; set {parameter} to a folder with the weights, or to a"
+                f" model on the hub such as {model.hub}",
+                "missing-file",
             )
-        hub = str(given)
-    shelf = os.environ.get("CONTROLKIT_MODELS")
-    if shelf and _complete(Path(shelf).expanduser() / hub, model):
-        return Path(shelf).expanduser() / hub
-    reason = "they are not in the hub's cache"
+        hub = str(override)
+    root = os.environ.get("CONTROLKIT_MODELS")
+    if root and _complete(Path(root).expanduser() / hub, model):
+        return Path(root).expanduser() / hub
+    reason = "not in the hub's cache"
     for offline in (True, False):
         try:
             folder = _snapshot(hub, model, offline)
-        except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
+        except Exception as error:  # huggingface_hub passes on errors of its HTTP library and of the system
             reason = _reason(hub, error)
         else:
             if _complete(folder, model):
                 return folder
-            reason = f"it holds no {_expected(model)}"
-    own = f"{hub} ({model.terms})" if hub == model.hub else f"{hub} (given as {parameter}=)"
+            reason = f"there is no {_expected(model)} in it"
+    origin = model.terms if hub == model.hub else f"set by {parameter}"
     files = "".join(f" {name}" for name in model.files)
     raise UserError(
-        f"{condition} needs the weights of {own}, which are not on this machine and cannot be fetched ({reason}): run"
-        f" `hf download {hub}{files}`, or put them into $CONTROLKIT_MODELS/{hub}, or give {parameter}=FOLDER"
+        f"{condition} needs the weights of {hub} ({origin}), which were not found and cannot be downloaded ({reason}):"
+        f" run `hf download {hub}{files}`, put them into $CONTROLKIT_MODELS/{hub}, or set {parameter} to their folder",
+        "missing-weights",
     )
 
 
@@ -157,19 +160,19 @@ def _reason(hub: str, error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE forbids the network"
+        return "HF_HUB_OFFLINE is set"
     if isinstance(error, GatedRepoError):
-        return f"its owner wants you to accept the terms first, at https://huggingface.co/{hub}"
+        return f"accept its terms first at https://huggingface.co/{hub}"
     if isinstance(error, RepositoryNotFoundError):
-        return "the hub knows no such model"
+        return "the hub has no such model"
     return _first_line(error) or "the hub cannot be reached"
 
 
 def device() -> torch.device:
-    """Where learned conditions are computed.
+    """The device of learned conditions.
 
     Raises:
-        UserError: CONTROLKIT_CONDITION_DEVICE names no device of this machine.
+        UserError: CONTROLKIT_CONDITION_DEVICE is not a device of this machine.
     """
     import torch
 
@@ -180,11 +183,14 @@ def device() -> torch.device:
         torch.empty(0, device=named)
         return torch.device(named)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"CONTROLKIT_CONDITION_DEVICE={named} is no device of this machine; use cpu or cuda") from error
+        raise UserError(
+            f"CONTROLKIT_CONDITION_DEVICE={named} is not a device of this machine; use cpu or cuda",
+            "device-unavailable",
+        ) from error
 
 
 def load_once(kind: str, folder: Path, load: Callable[[Path, torch.device], Any]) -> Any:
-    """What `load(folder, device)` gives, made at the first call for this kind, folder and device and then kept."""
+    """`load(folder, device)`, cached per kind, folder and device."""
     where = device()
     key = (kind, str(folder.resolve()), str(where))
     with _LOCK:
@@ -193,36 +199,36 @@ def load_once(kind: str, folder: Path, load: Callable[[Path, torch.device], Any]
         return _LOADED[key]
 
 
-def forget() -> None:
-    """Let go of every loaded model, and of its memory."""
+def unload_models() -> None:
+    """Unload all models and free their memory."""
     with _LOCK:
         _LOADED.clear()
 
 
 def model_type(condition: str, folder: Path, kinds: Sequence[str]) -> str:
-    """The `model_type` that a transformers folder gives itself.
+    """The `model_type` of a transformers folder.
 
     Raises:
-        UserError: it is none of `kinds`, those that the condition can read.
+        UserError: it is not one of `kinds`, which the condition supports.
     """
     found = read_json(folder / "config.json").get("model_type")
     if found not in kinds:
-        raise UserError(f"{condition} reads models of the type {', '.join(kinds)}; {folder} holds {found}")
+        raise UserError(f"{condition}: {folder} is a model of type {found}; expected {', '.join(kinds)}", "wrong-kind")
     return str(found)
 
 
 def load_transformers(
     condition: str, folder: Path, architecture: str, kinds: Sequence[str], *, unread: Sequence[str] = ()
 ) -> Any:
-    """The model in a transformers folder, in float32, ready to be asked; loaded once.
+    """The model in a transformers folder, in float32 and eval mode; loaded once.
 
     Args:
-        architecture: the class of transformers that reads it, such as `AutoModelForDepthEstimation`.
-        kinds: the `model_type`s that the condition can read.
-        unread: patterns of parameters that the network has but never uses, which files may leave out.
+        architecture: its class in transformers, such as `AutoModelForDepthEstimation`.
+        kinds: the `model_type`s that the condition supports.
+        unread: patterns of unused parameters, which files may omit.
 
     Raises:
-        UserError: the folder holds another kind of model, or its weights are torn or not complete.
+        UserError: the folder holds another kind of model, or its weights are damaged or incomplete.
     """
     model_type(condition, folder, kinds)
 
@@ -237,12 +243,14 @@ def load_transformers(
         except ImportError as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(
-                f"{condition}: transformers needs one more package for it ({reason});"
-                " run: pip install 'controlkit[annotators]'"
+                f"{condition}: transformers needs another package for this model ({reason});"
+                " run: pip install 'controlkit[annotators]'",
+                "missing-package",
             ) from error
-        except Exception as error:  # whatever its many loaders raise for settings and weights that do not fit
+        except Exception as error:  # its loaders raise many kinds of error for damaged or mismatched files
             raise UserError(
-                f"{condition}: the model in {folder} cannot be loaded ({_first_line(error)}); download it again"
+                f"{condition}: cannot load the model in {folder} ({_first_line(error)}); download it again",
+                "damaged-file",
             ) from error
         _refuse_missing(condition, folder, report["missing_keys"], unread)
         return network.eval().requires_grad_(False).to(where)
@@ -251,10 +259,10 @@ def load_transformers(
 
 
 def load_state(condition: str, path: Path) -> Mapping[str, torch.Tensor]:
-    """The tensors in `path`, a safetensors or a `.pth` file that holds nothing but tensors.
+    """The tensors in `path`, a safetensors file or a `.pth` file of tensors alone.
 
     Raises:
-        UserError: it cannot be read as such.
+        UserError: it cannot be read, or holds something else.
     """
     import torch
     from safetensors.torch import load_file
@@ -263,18 +271,19 @@ def load_state(condition: str, path: Path) -> Mapping[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torn files make torch raise anything from EOFError to RuntimeError
-        raise UserError(f"{condition}: {path} cannot be read ({_first_line(error)}); download it again") from error
+    except Exception as error:  # torch raises anything from EOFError to RuntimeError for truncated files
+        message = f"{condition}: cannot read {path} ({_first_line(error)}); download it again"
+        raise UserError(message, "damaged-file") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{condition}: {path} holds no table of tensors; download it again")
+        raise UserError(f"{condition}: {path} is not a state dict of tensors; download it again", "wrong-kind")
     return state
 
 
 def load_network(condition: str, path: Path, build: Callable[[], torch.nn.Module]) -> Any:
-    """The network that `build` makes with the weights in `path`, ready to be asked; loaded once.
+    """The network from `build` with the weights in `path`, in eval mode; loaded once.
 
     Raises:
-        UserError: the file cannot be read or its tensors are not those of the network.
+        UserError: the file cannot be read, or its tensors do not match the network.
     """
 
     def load(path: Path, where: torch.device) -> Any:
@@ -284,8 +293,9 @@ def load_network(condition: str, path: Path, build: Callable[[], torch.nn.Module
             network.load_state_dict(state)
         except RuntimeError as error:
             raise UserError(
-                f"{condition}: {path} does not hold the weights of {type(network).__name__}"
-                f" ({_first_line(error)}); download it again"
+                f"{condition}: the tensors in {path} are not those of {type(network).__name__}"
+                f" ({_first_line(error)}); download it again",
+                "wrong-kind",
             ) from error
         return network.eval().requires_grad_(False).to(where)
 
@@ -293,18 +303,19 @@ def load_network(condition: str, path: Path, build: Callable[[], torch.nn.Module
 
 
 def import_extra(condition: str, model: LearnedModel, module: str) -> Any:
-    """The Python module that an optional extra installs.
+    """Import a module of an optional extra.
 
     Raises:
-        UserError: it is not installed, or does not load on this machine.
+        UserError: it is not installed, or its import fails.
     """
     try:
         return importlib.import_module(module)
-    except Exception as error:  # torchvision of another build raises RuntimeError and AttributeError on import
-        state = "is not installed" if isinstance(error, ModuleNotFoundError) else "cannot be loaded"
+    except Exception as error:  # a mismatched torchvision raises RuntimeError or AttributeError on import
+        state = "is not installed" if isinstance(error, ModuleNotFoundError) else "cannot be imported"
         raise UserError(
-            f"{condition} uses the model {model.hub} ({model.terms}) through {module.partition('.')[0]}, which {state}"
-            f" ({_first_line(error)}): run `{model.install}`"
+            f"{condition} runs {model.hub} ({model.terms}) through the package {module.partition('.')[0]}, which"
+            f" {state} ({_first_line(error)}): run `{model.install}`",
+            "missing-package",
         ) from error
 
 
@@ -312,8 +323,9 @@ def _refuse_missing(condition: str, folder: Path, missing: Sequence[str], unread
     absent = sorted(name for name in missing if not any(re.search(pattern, name) for pattern in unread))
     if absent:
         raise UserError(
-            f"{condition}: the weights in {folder} are not complete: {len(absent)} are missing, {absent[0]} first;"
-            " download the model again"
+            f"{condition}: the weights in {folder} are incomplete: {len(absent)} tensors are missing, the first is"
+            f" {absent[0]}; download the model again",
+            "damaged-file",
         )
 
 

@@ -1,4 +1,4 @@
-"""Maps of regions found by colour alone: no weights, and no meaning either."""
+"""Region maps by colour alone, without weights or classes."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from controlkit.conditions.pixels import disc, length, main_colours, nearest_col
     summary="flat regions of few colours (k-means; no classes: semantic segmentation needs weights)",
     aliases=("colour_regions", "flat_regions", "segments_kmeans"),
     fidelity=MEAN_IOU,
-    draw={"colours": uniform_int(4, 10)},
+    random={"colours": uniform_int(4, 10)},
     limits={"colours": (2, 256), "smallest": (0, 0.2)},
     resize="nearest",
 )
 def color_regions(image: np.ndarray, *, colours: int = 6, smallest: float = 0.01) -> np.ndarray:
-    """Every pixel in the nearest of the image's main colours, detail cleared.
+    """Every pixel in the nearest of the image's main colours, without detail.
 
     Args:
-        colours: how many colours at most.
-        smallest: width of details that vanish, as a fraction of the short side.
+        colours: maximum number of colours.
+        smallest: width of details that are removed, as a fraction of the short side.
     """
     side = min(2 * int(length(image, smallest) / 2) + 1, 255)
-    cleared = cv2.medianBlur(image, side) if side > 1 else image
-    chosen = main_colours(cleared, colours)
-    labels = nearest_colour(cleared, chosen).astype(np.uint8)
-    # Soft outlines pass through the colours of third regions; the second median clears these seams.
-    return cv2.medianBlur(chosen[labels], side) if side > 1 else chosen[labels]
+    smooth = cv2.medianBlur(image, side) if side > 1 else image
+    palette = main_colours(smooth, colours)
+    labels = nearest_colour(smooth, palette).astype(np.uint8)
+    # Soft edges pass through the colours of other regions; the second median removes these seams.
+    return cv2.medianBlur(palette[labels], side) if side > 1 else palette[labels]
 
 
 @condition(
@@ -48,12 +48,12 @@ def color_regions(image: np.ndarray, *, colours: int = 6, smallest: float = 0.01
 def silhouette(
     image: np.ndarray, *, threshold: float = 12.0, smallest: float = 0.01, fill_holes: bool = False
 ) -> np.ndarray:
-    """Whatever differs from the colour along the border.
+    """Whatever differs from the colour of the border.
 
     Args:
         threshold: distance from the border's median colour in L*a*b* (CIE76); 2.3 is just noticeable.
-        smallest: width of specks that vanish, as a fraction of the short side.
-        fill_holes: also count background colour that is enclosed, such as the white of an eye on white.
+        smallest: width of specks that are removed, as a fraction of the short side.
+        fill_holes: include enclosed background, such as the white of an eye on white.
     """
     lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     border = np.concatenate([lab[0], lab[-1], lab[:, 0], lab[:, -1]])

@@ -1,1 +1,1 @@
-"""The systems of control: `control.py` is the contract, `registry.py` collects them, then one file for each."""
+"""Control systems: `control.py` is the interface, `registry.py` collects them, and each system is one file."""

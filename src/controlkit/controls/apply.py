@@ -1,4 +1,4 @@
-"""One control on one call of the base: what training and counting do; sampling plans several (`sampling/plan.py`)."""
+"""One control in one call of the base, for training and counting; sampling plans several (`sampling/plan.py`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from controlkit.controls.hints import Hint
 
 
 def predict_under(control: Control, base: Base, x_t: Tensor, t: Tensor, text: Text, hint: Hint) -> Tensor:
-    """The base's prediction under a control of weight 1, `[B, C, h, w]`; gradients flow to the control.
+    """The base's prediction under a control of weight 1, `[B, C, h, w]`; differentiable in the control.
 
     Args:
         x_t: noisy latents `[B, C, h, w]`.
@@ -21,13 +21,13 @@ def predict_under(control: Control, base: Base, x_t: Tensor, t: Tensor, text: Te
         text: of batch `B`.
         hint: of batch `B`.
     """
-    told = text.extended(control.tokens(hint)) if Acts.TOKENS in control.acts else text
-    read = told if control.reads_tokens else text
+    extended = text.extended(control.tokens(hint)) if Acts.TOKENS in control.acts else text
+    control_text = extended if control.reads_tokens else text
     residuals: Residuals | None = None
     if Acts.RESIDUALS in control.acts:
-        residuals = control(x_t, t, read, hint)
+        residuals = control(x_t, t, control_text, hint)
     taps: dict[str, list[Tap]] = {}
     if Acts.TAPS in control.acts:
-        for point, given in control.taps(base, x_t, t, read, hint).items():
-            taps[point] = [given if isinstance(given, Tap) else Tap(function=given)]
-    return base.predict(x_t, t, told, residuals, taps)
+        for point, tap in control.taps(base, x_t, t, control_text, hint).items():
+            taps[point] = [tap if isinstance(tap, Tap) else Tap(function=tap)]
+    return base.predict(x_t, t, extended, residuals, taps)

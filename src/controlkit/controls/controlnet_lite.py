@@ -1,16 +1,15 @@
-"""ControlNet-lite: one convolution in the place of each block of ControlNet's copy of the encoder, from scratch.
+"""ControlNet-lite: ControlNet with each block of the encoder copy replaced by one convolution, trained from scratch.
 
 Two published designs:
 
 - `paper`, the ablation of Zhang et al. 2023 (arXiv 2302.05543, section 4.2): each block of the trainable copy is one
-  convolution layer; hint network, zero convolutions and injection sites are ControlNet's. So is the input, the noisy
-  latent plus the hint: the ablation replaces blocks and not what they are given. Nothing is left in them that could
-  read time or text.
+convolution layer; hint network, zero convolutions, injection sites and input (noisy latent plus hint) are ControlNet's.
+No layer is left that could read time or text.
 - `ctrlora`, the baseline of Xu et al. 2025 (arXiv 2410.09400; xyfJASON/ctrlora, cldm/cldm_lite.py): a group norm, SiLU
-  and a convolution in the place of a layer, a bare convolution in the place of a halving; residuals enter the encoder
-  after each of its blocks, not the decoder's skips.
+and a convolution instead of a layer, a bare convolution instead of a downsampler; residuals are added after each
+encoder block, not to the decoder's skips.
 
-Files of the second have the names of its repository, `control_model.*`, bare, or inside of a training checkpoint.
+Files of the second have the names of its repository: `control_model.*`, bare, or inside a training checkpoint.
 """
 
 from __future__ import annotations
@@ -32,7 +31,14 @@ from controlkit.bases.residuals import Residuals
 from controlkit.bases.text import Text
 from controlkit.controls.control import Control, OneImage, Reads
 from controlkit.controls.encoder_copy.network import HINT_CHANNELS, checked_config
-from controlkit.controls.encoder_copy.original import BARE_SAYS, FULL_SAYS, ORIGINAL_SAYS, PREFIX, Names, Parted
+from controlkit.controls.encoder_copy.original import (
+    BARE_DESCRIPTION,
+    FULL_DESCRIPTION,
+    ORIGINAL_DESCRIPTION,
+    PREFIX,
+    FullCheckpoint,
+    Names,
+)
 from controlkit.controls.file_format import (
     CONFIG_ERRORS,
     Checkpoint,
@@ -40,8 +46,8 @@ from controlkit.controls.file_format import (
     Reference,
     TensorFile,
     Written,
-    announced_config,
     check_names,
+    declared_config,
     on_one_line,
 )
 from controlkit.controls.hints import Hint
@@ -51,11 +57,10 @@ from controlkit.errors import UserError
 Design = Literal["paper", "ctrlora"]
 
 SITES: dict[str, str] = {"paper": "skip", "ctrlora": "encoder"}
-"""Design -> the family of sites where its residuals enter, besides the middle."""
+"""Design -> family of its injection sites, besides the middle."""
 
 Blocks = Sequence[Sequence[int]]
-"""For each block of an encoder, from the outermost in: its channels, and how often the latent was halved at its output.
-"""
+"""Encoder blocks, from the outermost in: channels, and the number of downsamplings of the latent at the output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +68,18 @@ class Options:
     """Options of a ControlNet-lite."""
 
     design: Design = "paper"
-    """`paper`: the ablation of Zhang et al. 2023, into the decoder; `ctrlora`: the CtrLoRA repository's, with group
-    norms, into the encoder."""
+    """`paper`: the ablation of Zhang et al. 2023, added to the decoder's skips; `ctrlora`: CtrLoRA's baseline with
+    group norms, added to the encoder."""
 
 
 @control
 class ControlNetLite(OneImage):
-    """A pyramid of convolutions from the noisy latent and the hint, joined to the base by zero convolutions.
+    """A pyramid of convolutions on the noisy latent and the hint, joined to the base by zero convolutions.
 
     Args:
         in_channels: of the latent.
         blocks: of the base's encoder; the first takes the latent, and the hint is added to its output.
-        hint_channels: of the hint network's stages, one more than it has halvings.
+        hint_channels: of the hint network's stages, one more than its downsamplings.
     """
 
     kind: ClassVar[str] = "controlnet-lite"
@@ -83,27 +88,27 @@ class ControlNetLite(OneImage):
     reads: ClassVar[Reads] = Reads.NOISE
     enters: ClassVar[str] = "decoder skips (design ctrlora: encoder blocks) and middle"
     Options = Options
-    not_elsewhere: ClassVar[str] = "only the repository of CtrLoRA has such a network, of the design ctrlora"
+    not_elsewhere: ClassVar[str] = "only CtrLoRA's repository has such a network, of the design ctrlora"
     formats = (
         FileFormat(
             name="original",
-            says=ORIGINAL_SAYS,
-            detect=lambda file: _detect(file, prefix=PREFIX, whole=False),
-            read=lambda *given: read_original(*given),
+            description=ORIGINAL_DESCRIPTION,
+            detect=lambda file: _detect(file, prefix=PREFIX, full=False),
+            read=lambda *arguments: read_original(*arguments),
             write=lambda checkpoint, reference: write_original(checkpoint, PREFIX),
         ),
         FileFormat(
             name="bare",
-            says=BARE_SAYS,
-            detect=lambda file: _detect(file, prefix="", whole=False),
-            read=lambda *given: read_original(*given),
+            description=BARE_DESCRIPTION,
+            detect=lambda file: _detect(file, prefix="", full=False),
+            read=lambda *arguments: read_original(*arguments),
             write=lambda checkpoint, reference: write_original(checkpoint, ""),
         ),
         FileFormat(
             name="full",
-            says=FULL_SAYS,
-            detect=lambda file: _detect(file, prefix=PREFIX, whole=True),
-            read=lambda *given: read_full(*given),
+            description=FULL_DESCRIPTION,
+            detect=lambda file: _detect(file, prefix=PREFIX, full=True),
+            read=lambda *arguments: read_full(*arguments),
         ),
     )
 
@@ -127,8 +132,8 @@ class ControlNetLite(OneImage):
         layers = [nn.Sequential(OrderedDict(conv=_convolution(in_channels, first)))]
         groups = math.gcd(32, *(channels for channels, _ in self.encoder_blocks))  # 32 in Stable Diffusion's widths
         layer = _layer if design == "paper" else _normalised_layer
-        for (wide, before), (out, after) in pairwise(self.encoder_blocks):
-            layers.append(layer(wide, out, halving=after > before, groups=groups))
+        for (width, depth), (out_width, out_depth) in pairwise(self.encoder_blocks):
+            layers.append(layer(width, out_width, halving=out_depth > depth, groups=groups))
         self.blocks = nn.ModuleList(layers)
         self.middle = layer(last, last, halving=False, groups=groups)
         if design == "paper":
@@ -136,31 +141,31 @@ class ControlNetLite(OneImage):
         self.zero_convs = nn.ModuleList(zero_convolution(channels) for channels, _ in self.encoder_blocks)
         self.middle_zero_conv = zero_convolution(last)
         if design == "ctrlora":
-            wide = 4 * first
-            self.time_embed = nn.ModuleDict({"0": UnusedLinear(first, wide), "2": UnusedLinear(wide, wide)})
+            width = 4 * first
+            self.time_embed = nn.ModuleDict({"0": UnusedLinear(first, width), "2": UnusedLinear(width, width)})
 
     @classmethod
     def for_base(
         cls, base: Base, condition: str | None = None, *, design: str = "paper", **options: Any
     ) -> ControlNetLite:
-        """A new one, of random weights and zero convolutions.
+        """A new one, with random weights and zero convolutions.
 
         Args:
             design: as in `Options`.
 
         Raises:
-            UserError: there is no such design, or the base has no encoder that it fits.
+            UserError: the design is unknown, or the base's encoder does not fit.
         """
         if design not in SITES:
-            raise UserError(f"design is {design!r}; expected one of {', '.join(SITES)}")
-        made = cls(
+            raise UserError(f"design is {design!r}; expected one of {', '.join(SITES)}", "unknown-name")
+        new = cls(
             design=design,
             in_channels=base.latent_channels,
             blocks=blocks_of(base, SITES[design], cls.title),
             hint_channels=hint_channels_for(base, cls.title),
             condition=condition,
         )
-        return made.to(base.device, base.dtype)
+        return new.to(base.device, base.dtype)
 
     def encode(self, condition_image: Tensor, base: Base) -> Tensor:
         weight = self.hint_network.conv_in.weight
@@ -168,13 +173,13 @@ class ControlNetLite(OneImage):
 
     def forward(self, x_t: Tensor | None, t: Tensor, text: Text | None, hint: Hint) -> Residuals:
         assert x_t is not None and isinstance(hint, Tensor)
-        made = []
+        residuals = []
         stream = x_t
         for number, (layer, zero_conv) in enumerate(zip(self.blocks, self.zero_convs, strict=True)):
             stream = layer(stream) if number else layer(stream) + hint
-            made.append(zero_conv(stream))
+            residuals.append(zero_conv(stream))
         middle = self.middle_zero_conv(self.middle(stream))
-        return Residuals.numbered(SITES[self.design], made, middle=middle)
+        return Residuals.numbered(SITES[self.design], residuals, middle=middle)
 
     def incompatibility(self, base: Base) -> str | None:
         if self.in_channels != base.latent_channels:
@@ -211,9 +216,9 @@ class ControlNetLite(OneImage):
 
 
 class UnusedLinear(nn.Module):
-    """A linear layer that files have and nothing computes with: kept as it is, no parameter, never trained.
+    """A linear layer of the files that no computation uses: stored unchanged, never trained.
 
-    The repository of CtrLoRA makes an embedding of the time and gives it to modules that take none.
+    CtrLoRA's repository computes a time embedding and passes it to modules that ignore it.
     """
 
     def __init__(self, channels: int, out: int) -> None:
@@ -222,26 +227,28 @@ class UnusedLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(out))
 
 
-# The structure of the base's encoder
+# Blocks of the base's encoder
 
 
 def blocks_of(base: Base, family: str, title: str) -> list[tuple[int, int]]:
-    """The blocks of the base's encoder, from its sites of one family (`skip`, `encoder`).
+    """Blocks of the base's encoder, from its sites of one family (`skip`, `encoder`).
 
     Args:
-        title: of the control, for the error.
+        title: of the control, for errors.
 
     Raises:
-        UserError: it names no such sites.
+        UserError: the base has no such sites.
     """
     sites = [shape for site, shape in base.sites.items() if site.rpartition(".")[0] == family]
     if not sites or "middle" not in base.sites:
-        raise UserError(f"{base.name} has no sites {family}.N and middle, where {title} enters; take another base")
+        raise UserError(
+            f"{base.name} has no sites {family}.N and middle, which {title} needs; use another base", "incompatible"
+        )
     return [(channels, round(math.log2(pixels / base.factor))) for channels, pixels in sites]
 
 
 def hint_channels_for(base: Base, title: str) -> tuple[int, ...]:
-    """Channels of a hint network that divides sides by as much as the base's autoencoder does.
+    """Channels of a hint network with the downsampling factor of the base's autoencoder.
 
     Raises:
         UserError: none is known.
@@ -249,60 +256,66 @@ def hint_channels_for(base: Base, title: str) -> tuple[int, ...]:
     if base.factor not in HINT_CHANNELS:
         known = ", ".join(map(str, HINT_CHANNELS))
         raise UserError(
-            f"the autoencoder of {base.name} divides sides by {base.factor}; {title} has a hint network for {known}"
+            f"{title} has no hint network for {base.name}: the autoencoder downsamples by {base.factor},"
+            f" expected {known}",
+            "incompatible",
         )
     return HINT_CHANNELS[base.factor]
 
 
 def checked_blocks(blocks: Blocks) -> list[tuple[int, int]]:
-    """The same, if it is an encoder that begins at the latent's size.
+    """Blocks, if they form an encoder that starts at the latent's size.
 
     Raises:
-        ValueError: it is not.
+        ValueError: they do not.
     """
-    made = [(int(channels), int(halvings)) for channels, halvings in blocks]
-    depths = [halvings for _, halvings in made]
-    if not made or depths[0] != 0 or any(b - a not in (0, 1) for a, b in pairwise(depths)):
-        raise ValueError(f"blocks are {list(blocks)}; expected [channels, halvings] of each, from 0 halvings on")
-    return made
+    checked = [(int(channels), int(halvings)) for channels, halvings in blocks]
+    depths = [halvings for _, halvings in checked]
+    if not checked or depths[0] != 0 or any(b - a not in (0, 1) for a, b in pairwise(depths)):
+        raise ValueError(
+            f"blocks are {list(blocks)}; expected [channels, downsamplings] per block, starting at 0 downsamplings"
+        )
+    return checked
 
 
 def block_incompatibility(blocks: Blocks, hint_channels: Sequence[int], base: Base, family: str) -> str | None:
-    """Why a control of these blocks, with residuals for sites of one family, cannot act on a base; None if it can."""
+    """Why a control with these blocks, for sites of one family, does not fit a base; None if it fits."""
     factor = 2 ** (len(hint_channels) - 1)
     if factor != base.factor:
         return f"its hint network divides the image by {factor}, the base's autoencoder by {base.factor}"
     try:
-        theirs = blocks_of(base, family, "it")
+        base_blocks = blocks_of(base, family, "it")
     except UserError as error:
         return str(error)
-    if list(map(tuple, blocks)) != theirs:
+    if list(map(tuple, blocks)) != base_blocks:
         return (
             f"the channels of its blocks: {listed_blocks(blocks, hint_channels)},"
-            f" the base's: {listed_blocks(theirs, hint_channels)}"
+            f" the base's: {listed_blocks(base_blocks, hint_channels)}"
         )
     return None
 
 
 def listed_blocks(blocks: Blocks, hint_channels: Sequence[int]) -> str:
-    """Blocks in words: `320 320 320 at 1/8, 320 640 640 at 1/16`."""
+    """Blocks as text: `320 320 320 at 1/8, 320 640 640 at 1/16`."""
     factor = 2 ** (len(hint_channels) - 1)
     parts = groupby(blocks, key=lambda block: block[1])
-    return ", ".join(f"{' '.join(str(one[0]) for one in part)} at 1/{factor * 2**depth}" for depth, part in parts)
+    return ", ".join(
+        f"{' '.join(str(channels) for channels, _ in part)} at 1/{factor * 2**depth}" for depth, part in parts
+    )
 
 
 # Layers
 
 
 def zero_convolution(channels: int) -> nn.Conv2d:
-    """A 1 x 1 convolution of zeros (Zhang et al. 2023, section 3.1)."""
+    """A 1 x 1 convolution initialised to zero (Zhang et al. 2023, section 3.1)."""
     return zero_module(nn.Conv2d(channels, channels, 1))
 
 
 def initialise_for_relu(modules: Sequence[nn.Module]) -> None:
-    """Gaussian weights under which a ReLU network keeps the size of its signal (He et al. 2015, arXiv 1502.01852).
+    """Gaussian weights that preserve the signal's scale in a ReLU network (He et al. 2015, arXiv 1502.01852).
 
-    Without a norm between layers, torch's own would make it smaller by two thirds in each.
+    Without norms between layers, torch's defaults would shrink it by two thirds per layer.
     """
     for module in modules:
         for part in module.modules():
@@ -317,30 +330,30 @@ def _convolution(channels: int, out: int, *, halving: bool = False) -> nn.Conv2d
 
 
 def _layer(channels: int, out: int, *, halving: bool, groups: int) -> nn.Sequential:
-    """One convolution layer of the paper; it names no activation, and has ReLU and Gaussian weights elsewhere (the
-    hint network of section 3.2)."""
+    """One convolution layer of the paper; it specifies no activation here, and uses ReLU and Gaussian weights elsewhere
+    (the hint network of section 3.2)."""
     return nn.Sequential(OrderedDict(act=nn.ReLU(), conv=_convolution(channels, out, halving=halving)))
 
 
 def _normalised_layer(channels: int, out: int, *, halving: bool, groups: int) -> nn.Sequential:
-    """The same in the repository of CtrLoRA."""
+    """The layer of CtrLoRA's repository."""
     conv = _convolution(channels, out, halving=halving)
     if halving:
         return nn.Sequential(OrderedDict(conv=conv))
     return nn.Sequential(OrderedDict(norm=nn.GroupNorm(groups, channels), act=nn.SiLU(), conv=conv))
 
 
-# Files of the repository of CtrLoRA
+# Files of CtrLoRA's repository
 
 
 def original_paths(config: Mapping[str, Any]) -> dict[str, str]:
-    """Path of a layer here -> in the names of xyfJASON/ctrlora, cldm/cldm_lite.py.
+    """Path of a layer here -> in xyfJASON/ctrlora, cldm/cldm_lite.py.
 
     Raises:
-        ValueError: the config is of the design `paper`, which that code has not.
+        ValueError: the design is `paper`, which that code lacks.
     """
     if config["design"] != "ctrlora":
-        raise ValueError(f"the repository of CtrLoRA has no ControlNet-lite of the design {config['design']}")
+        raise ValueError(f"CtrLoRA's repository has no ControlNet-lite of the design {config['design']}")
     paths = {
         "middle.norm": "middle_block.0",
         "middle.conv": "middle_block.2",
@@ -351,43 +364,45 @@ def original_paths(config: Mapping[str, Any]) -> dict[str, str]:
     }
     blocks = config["blocks"]
     for number in range(1, len(blocks)):
-        here, there = f"blocks.{number}", f"input_blocks.{number}"
+        own, original = f"blocks.{number}", f"input_blocks.{number}"
         if blocks[number][1] > blocks[number - 1][1]:
-            paths[f"{here}.conv"] = f"{there}.0.op"
+            paths[f"{own}.conv"] = f"{original}.0.op"
         else:
-            paths |= {f"{here}.norm": f"{there}.0", f"{here}.conv": f"{there}.2"}
+            paths |= {f"{own}.norm": f"{original}.0", f"{own}.conv": f"{original}.2"}
     paths |= {f"zero_convs.{number}": f"zero_convs.{number}.0" for number in range(len(blocks))}
-    hints = ["conv_in", *(f"blocks.{place}" for place in range(2 * len(config["hint_channels"]) - 2)), "conv_out"]
-    return paths | {f"hint_network.{name}": f"input_hint_block.{2 * place}" for place, name in enumerate(hints)}
+    hint_layers = ["conv_in", *(f"blocks.{place}" for place in range(2 * len(config["hint_channels"]) - 2)), "conv_out"]
+    return paths | {f"hint_network.{name}": f"input_hint_block.{2 * place}" for place, name in enumerate(hint_layers)}
 
 
 def original_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The config of the network whose tensors have the names of that code, without prefix.
+    """The config of a network from its tensors with that code's names, without prefix.
 
     Raises:
-        ValueError: they are of no such network.
+        ValueError: they are not those of such a network.
     """
     numbers = [int(match[1]) for name in tensors if (match := re.match(r"input_blocks\.(\d+)\.", name))]
     blocks: list[tuple[int, int]] = []
     for number in range(max(numbers, default=-1) + 1):
-        here = f"input_blocks.{number}"
-        halving = number > 0 and any(name.startswith(f"{here}.0.op.") for name in tensors)
-        channels = _out(tensors, f"{here}.0" if number == 0 else f"{here}.0.op" if halving else f"{here}.2")
+        path = f"input_blocks.{number}"
+        halving = number > 0 and any(name.startswith(f"{path}.0.op.") for name in tensors)
+        channels = _out_channels(tensors, f"{path}.0" if number == 0 else f"{path}.0.op" if halving else f"{path}.2")
         blocks.append((channels, halving + (blocks[-1][1] if blocks else 0)))
-    hints = [int(match[1]) for name in tensors if (match := re.match(r"input_hint_block\.(\d+)\.", name))]
-    # Two convolutions of each stage, with an activation behind each; the second makes the next stage's channels.
-    stages = [_out(tensors, f"input_hint_block.{place}") for place in range(0, max(hints, default=0), 4)]
-    first = tensors.get("input_blocks.0.0.weight")
+    hint_indices = [int(match[1]) for name in tensors if (match := re.match(r"input_hint_block\.(\d+)\.", name))]
+    # Two convolutions per stage, each with an activation; the second has the channels of the next stage.
+    stages = [
+        _out_channels(tensors, f"input_hint_block.{place}") for place in range(0, max(hint_indices, default=0), 4)
+    ]
+    first_weight = tensors.get("input_blocks.0.0.weight")
     return {
         "design": "ctrlora",
-        "in_channels": 4 if first is None or first.ndim != 4 else first.shape[1],
+        "in_channels": 4 if first_weight is None or first_weight.ndim != 4 else first_weight.shape[1],
         "blocks": checked_blocks(blocks),
         "hint_channels": stages,
     }
 
 
-def read_original(kind: type[Control], file: TensorFile, reference: Reference, says: str) -> Checkpoint:
-    """A file that holds one alone, with the prefix or without.
+def read_original(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
+    """A file of the control alone, with or without the prefix.
 
     Raises:
         UserError: names or shapes are not those of such a network.
@@ -398,20 +413,20 @@ def read_original(kind: type[Control], file: TensorFile, reference: Reference, s
     return _checkpoint(kind, file, inside, (*file.others, *outside), prefix)
 
 
-def read_full(kind: type[Control], file: TensorFile, reference: Reference, says: str) -> Checkpoint:
-    """The one of a training checkpoint, which has a whole Stable Diffusion beside it.
+def read_full(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
+    """The control in a training checkpoint that also contains Stable Diffusion.
 
     Raises:
         UserError: names or shapes are not those of such a network.
     """
-    parted = Parted.of(file)
-    checkpoint = _checkpoint(kind, file, parted.inside, parted.unknown, PREFIX)
-    checkpoint.notes.append(parted.note())
+    full = FullCheckpoint.of(file)
+    checkpoint = _checkpoint(kind, file, full.inside, full.unknown, PREFIX)
+    checkpoint.notes.append(full.note())
     return checkpoint
 
 
 def write_original(checkpoint: Checkpoint, prefix: str) -> Written:
-    """Its tensors under the names of that code.
+    """Its tensors with that code's names.
 
     Raises:
         UserError: it is of the design `paper`.
@@ -419,43 +434,51 @@ def write_original(checkpoint: Checkpoint, prefix: str) -> Written:
     try:
         paths = original_paths(checkpoint.config)
     except ValueError as error:
-        raise UserError(f"{error}; it can be written as controlkit alone") from error
-    return Written(tensors={f"{prefix}{_renamed(name, paths)}": value for name, value in checkpoint.tensors.items()})
+        raise UserError(f"{error}; write it in the format controlkit", "unsupported") from error
+    return Written(
+        tensors={f"{prefix}{_original_name(name, paths)}": value for name, value in checkpoint.tensors.items()}
+    )
 
 
-def _detect(file: TensorFile, *, prefix: str, whole: bool) -> str | None:
+def _detect(file: TensorFile, *, prefix: str, full: bool) -> str | None:
     names = Names.of(file.tensors)
     # Norm, activation and convolution are parts 0, 1 and 2 of a block; a UNet's blocks have no weights of a part 2.
-    found = names.is_copy and any(re.fullmatch(r"input_blocks\.\d+\.2\.(weight|bias)", name) for name in names.inside)
-    fits = (names.prefix, names.whole) == (prefix, whole)
-    return "a ControlNet-lite under the names of the repository of CtrLoRA" if found and fits else None
+    is_lite = names.is_copy and any(re.fullmatch(r"input_blocks\.\d+\.2\.(weight|bias)", name) for name in names.inside)
+    fits = (names.prefix, names.has_stable_diffusion) == (prefix, full)
+    return "a ControlNet-lite with the names of CtrLoRA's repository" if is_lite and fits else None
 
 
 def _checkpoint(
     kind: type[Control], file: TensorFile, tensors: Mapping[str, Tensor], others: Sequence[str], prefix: str
 ) -> Checkpoint:
-    """The checkpoint of tensors under the names of that code, each of them accounted for."""
+    """The checkpoint of tensors with that code's names; every tensor must be accounted for."""
     try:
-        config = announced_config(file.metadata) or original_config(tensors)
+        config = declared_config(file.metadata) or original_config(tensors)
         paths = original_paths(config)
         expected = kind.shapes(config)
-        theirs = {name: _renamed(name, paths) for name in expected}
+        original_names = {name: _original_name(name, paths) for name in expected}
     except CONFIG_ERRORS as error:
-        raise UserError(f"{file.path} looks like {kind.title}, but {on_one_line(error)}") from error
-    in_file = {f"{prefix}{theirs[name]}": shape for name, shape in expected.items()}
-    check_names(file.path, kind.title, in_file, {f"{prefix}{name}": value for name, value in tensors.items()}, others)
+        raise UserError(f"{file.path} looks like {kind.title}, but {on_one_line(error)}", "damaged-file") from error
+    expected_in_file = {f"{prefix}{original_names[name]}": shape for name, shape in expected.items()}
+    check_names(
+        file.path, kind.title, expected_in_file, {f"{prefix}{name}": value for name, value in tensors.items()}, others
+    )
     return Checkpoint(
-        kind.kind, config, {name: tensors[theirs[name]] for name in expected}, dict(file.metadata), path=file.path
+        kind.kind,
+        config,
+        {name: tensors[original_names[name]] for name in expected},
+        dict(file.metadata),
+        path=file.path,
     )
 
 
-def _renamed(name: str, paths: Mapping[str, str]) -> str:
+def _original_name(name: str, paths: Mapping[str, str]) -> str:
     path, _, last = name.rpartition(".")
     return f"{paths[path]}.{last}"
 
 
-def _out(tensors: Mapping[str, Tensor], path: str) -> int:
-    """Output channels of a layer; one of its tensors may be lost."""
+def _out_channels(tensors: Mapping[str, Tensor], path: str) -> int:
+    """Output channels of a layer; a damaged file may lack its weight or its bias."""
     for name in (f"{path}.weight", f"{path}.bias"):
         if name in tensors and tensors[name].ndim:
             return tensors[name].shape[0]

@@ -1,12 +1,12 @@
-"""ControlNet-mlp: a pixel-wise multilayer perceptron in the place of ControlNet's copy of the encoder, from scratch.
+"""ControlNet-mlp: ControlNet with the encoder copy replaced by a pixel-wise MLP, trained from scratch.
 
-From the author's ablation in lllyasviel/ControlNet, discussion 188: an MLP on each pixel, which is a stack of 1 x 1
-convolutions, with average pooling for halvings, and the channels of Stable Diffusion's own encoder. The discussion
-shows the rest in a drawing alone. It is read here as the skeleton of the paper's ControlNet-lite: one layer in place of
-each block and of the middle, each followed by ControlNet's zero convolution, into the decoder's skips and the middle.
-Before them stand layers of the hint network's channels (16, 32, 96, 256), pixel-wise too, one for each size
-from the image's to the latent's. So a value depends on the square of the image below it and on nothing else. The noisy
-latent is not given to it: a perceptron of one pixel's noise sees no content in it, and would run at every step.
+From the author's ablation in lllyasviel/ControlNet, discussion 188: an MLP per pixel, i.e. a stack of 1 x 1
+convolutions, with average pooling for downsampling and the channels of Stable Diffusion's encoder. The rest is only in
+a figure there. It is read here as the paper's ControlNet-lite: one layer per block and for the middle block, each
+followed by a zero convolution, added to the decoder's skips and the middle. Pixel-wise layers with the hint network's
+channels (16, 32, 96, 256), one per resolution from the image to the latent, come first. So each value depends only on
+the square of the image below it. The noisy latent is not an input: one pixel of noise shows an MLP no content, and
+would make it run at every step.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ _SITES = "skip"
 
 @control
 class ControlNetMLP(OneImage):
-    """1 x 1 convolutions and average pooling from the condition image to zero convolutions: once for a condition.
+    """1 x 1 convolutions and average pooling from the condition image to zero convolutions: runs once per condition
+    image.
 
     Args:
         blocks: of the base's encoder.
-        hint_channels: of the layers before them, one more than the autoencoder has halvings.
+        hint_channels: of the layers before them, one more than the autoencoder's downsamplings.
     """
 
     kind: ClassVar[str] = "controlnet-mlp"
@@ -60,12 +61,12 @@ class ControlNetMLP(OneImage):
         self.encoder_blocks, self.hint_channels = checked_blocks(blocks), list(hint_channels)
         self.condition = condition
         first, last = self.encoder_blocks[0][0], self.encoder_blocks[-1][0]
-        hints = [nn.Sequential(OrderedDict(conv=nn.Conv2d(3, hint_channels[0], 1)))]
-        hints += [_layer(wide, out, halving=True) for wide, out in pairwise(hint_channels)]
+        hint_layers = [nn.Sequential(OrderedDict(conv=nn.Conv2d(3, hint_channels[0], 1)))]
+        hint_layers += [_layer(width, out_width, halving=True) for width, out_width in pairwise(hint_channels)]
         layers = [_layer(hint_channels[-1], first, halving=False)]
-        for (wide, before), (out, after) in pairwise(self.encoder_blocks):
-            layers.append(_layer(wide, out, halving=after > before))
-        self.hint_network = nn.Sequential(*hints)
+        for (width, depth), (out_width, out_depth) in pairwise(self.encoder_blocks):
+            layers.append(_layer(width, out_width, halving=out_depth > depth))
+        self.hint_network = nn.Sequential(*hint_layers)
         self.blocks = nn.ModuleList(layers)
         self.middle = _layer(last, last, halving=False)
         initialise_for_relu([self.hint_network, self.blocks, self.middle])
@@ -74,17 +75,17 @@ class ControlNetMLP(OneImage):
 
     @classmethod
     def for_base(cls, base: Base, condition: str | None = None, **options: Any) -> ControlNetMLP:
-        """A new one, of random weights and zero convolutions.
+        """A new one, with random weights and zero convolutions.
 
         Raises:
-            UserError: the base has no encoder that it fits.
+            UserError: the base's encoder does not fit.
         """
-        made = cls(
+        new = cls(
             blocks=blocks_of(base, _SITES, cls.title),
             hint_channels=hint_channels_for(base, cls.title),
             condition=condition,
         )
-        return made.to(base.device, base.dtype)
+        return new.to(base.device, base.dtype)
 
     def encode(self, condition_image: Tensor, base: Base) -> Tensor:
         """Condition images `[B, 3, H, W]` in [0, 1] => features `[B, hint_channels[-1], h, w]`."""
@@ -93,12 +94,12 @@ class ControlNetMLP(OneImage):
 
     def forward(self, x_t: Tensor | None, t: Tensor, text: Text | None, hint: Hint) -> Residuals:
         assert isinstance(hint, Tensor)
-        made = []
+        residuals = []
         stream = hint
         for layer, zero_conv in zip(self.blocks, self.zero_convs, strict=True):
             stream = layer(stream)
-            made.append(zero_conv(stream))
-        return Residuals.numbered(_SITES, made, middle=self.middle_zero_conv(self.middle(stream)))
+            residuals.append(zero_conv(stream))
+        return Residuals.numbered(_SITES, residuals, middle=self.middle_zero_conv(self.middle(stream)))
 
     def incompatibility(self, base: Base) -> str | None:
         return block_incompatibility(self.encoder_blocks, self.hint_channels, base, _SITES)
@@ -119,9 +120,9 @@ class ControlNetMLP(OneImage):
 
 
 def _layer(channels: int, out: int, *, halving: bool) -> nn.Sequential:
-    """One layer of the perceptron; neighbours meet in the pooling alone."""
+    """One layer of the MLP; neighbouring pixels mix only in the pooling."""
     parts: OrderedDict[str, nn.Module] = OrderedDict(act=nn.ReLU())
     if halving:
-        parts["pool"] = nn.AvgPool2d(2, ceil_mode=True)  # the base rounds up, too
+        parts["pool"] = nn.AvgPool2d(2, ceil_mode=True)  # rounds up, as the base does
     parts["conv"] = nn.Conv2d(channels, out, 1)
     return nn.Sequential(parts)

@@ -1,4 +1,4 @@
-"""Hints: what controls encode of a condition, a batch-first tensor or a mapping of named ones."""
+"""Hints: encoded conditions, a batch-first tensor or a mapping of named ones."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import torch
 from torch import Tensor
 
 Hint = Tensor | Mapping[str, Tensor]
-"""`[B, ...]`, or named tensors that each have B rows, or 1, which means the same for every image."""
+"""`[B, ...]`, or named tensors with B rows each, or 1, which broadcasts over the batch."""
 
 
 def named(hint: Hint) -> dict[str, Tensor]:
-    """Its tensors by name; a tensor alone is called `hint`."""
+    """Its tensors by name; a single tensor is called `hint`."""
     return {"hint": hint} if isinstance(hint, Tensor) else dict(hint)
 
 
 def map_hint(hint: Hint, change: Callable[[Tensor], Tensor]) -> Hint:
-    """The same change to every tensor."""
+    """`change` applied to every tensor."""
     return change(hint) if isinstance(hint, Tensor) else {name: change(value) for name, value in hint.items()}
 
 
 def rows_of(hint: Hint) -> int:
-    """The batch: as many rows as the tensor with the most."""
+    """The batch size: that of its largest tensor."""
     return max((len(tensor) for tensor in named(hint).values()), default=1)
 
 
 def expand(hint: Hint, rows: int) -> Hint:
-    """The same with `rows` rows: one row repeated, or as many consecutive copies of each row as it takes."""
+    """Expanded to `rows` rows: each row is repeated in consecutive copies."""
 
-    def grown(tensor: Tensor) -> Tensor:
+    def expanded(tensor: Tensor) -> Tensor:
         return tensor if len(tensor) == rows else tensor.repeat_interleave(rows // len(tensor), 0)
 
-    return map_hint(hint, grown)
+    return map_hint(hint, expanded)
 
 
 def concatenated(hints: list[Hint]) -> Hint:
-    """Hints of the same names one after another along the batch."""
+    """Hints with the same names, concatenated along the batch."""
     first = hints[0]
     if isinstance(first, Tensor):
         return torch.cat([hint for hint in hints if isinstance(hint, Tensor)])
@@ -44,5 +44,5 @@ def concatenated(hints: list[Hint]) -> Hint:
 
 
 def shapes_of(hint: Hint) -> tuple[tuple[str, torch.Size], ...]:
-    """Names and shapes."""
+    """Names and shapes of its tensors."""
     return tuple((name, tensor.shape) for name, tensor in named(hint).items())

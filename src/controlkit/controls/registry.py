@@ -1,4 +1,4 @@
-"""The systems that there are: those of this folder, those that packages add, and those of files of one's own."""
+"""Registry of control systems: those of this folder, of installed packages, and of user files."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from controlkit.plugins import load_entry_points, load_named
 VARIABLE = "CONTROLKIT_CONTROLS"
 """Environment variable: import paths or Python files that register systems, separated as in PATH."""
 ENTRY_POINTS = "controlkit.controls"
-"""Group of entry points by which packages name modules that register systems."""
+"""Entry point group of modules that register systems."""
 
 _REGISTRY: dict[str, type[Control]] = {}
-_FACTS = ("kind", "title", "reads", "enters")
-"""What a class has to say of itself; the rest has defaults."""
+_REQUIRED = ("kind", "title", "reads", "enters")
+"""Class attributes without a default."""
 
 Registered = TypeVar("Registered", bound=type[Control])
 
 
 def control(kind: Registered) -> Registered:
-    """Register a system; a decorator of its class.
+    """Register a system; a class decorator.
 
     Raises:
-        ValueError: it lacks a fact or a method that every system has, or another class has its kind.
+        ValueError: a required attribute or method is missing, or the kind is taken.
     """
-    lacks = [name for name in _FACTS if not hasattr(kind, name)] + sorted(kind.__abstractmethods__)
-    if lacks:
-        raise ValueError(f"{kind.__qualname__} lacks {', '.join(lacks)}")
+    missing = [name for name in _REQUIRED if not hasattr(kind, name)] + sorted(kind.__abstractmethods__)
+    if missing:
+        raise ValueError(f"{kind.__qualname__} lacks {', '.join(missing)}")
     other = _REGISTRY.get(kind.kind)
     if other is not None and (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
-        raise ValueError(f"{kind.__qualname__}: the kind {kind.kind!r} is that of {other.__qualname__} already")
+        raise ValueError(f"{kind.__qualname__}: the kind {kind.kind!r} is taken by {other.__qualname__}")
     _REGISTRY[kind.kind] = kind
     return kind
 
 
 def registry() -> Mapping[str, type[Control]]:
-    """Kind -> class, of every system."""
+    """Kind -> class, of all systems."""
     _load()
     return dict(_REGISTRY)
 
@@ -55,12 +55,12 @@ def find(kind: str) -> type[Control]:
     """
     known = registry()
     if kind not in known:
-        raise UserError(f"there is no system called {kind!r}{nearest(kind, list(known))}")
+        raise UserError(f"there is no control system {kind!r}{nearest(kind, list(known))}", "unknown-name")
     return known[kind]
 
 
 def trainings_of(kind: type[Control]) -> tuple[Training, ...]:
-    """The ways to train a system."""
+    """Ways to train a system."""
     if kind.trainings is not None:
         return kind.trainings
     doc = f"{kind.title[0].upper()}{kind.title[1:]}, one condition."
@@ -68,12 +68,12 @@ def trainings_of(kind: type[Control]) -> tuple[Training, ...]:
 
 
 def role_of(kind: type[Control]) -> str:
-    """What to call one of a system beside others of its family: `an adapter of CtrLoRA` => `adapter`."""
+    """Short name of a system within its family: `an adapter of CtrLoRA` => `adapter`."""
     return kind.title.partition(" ")[2].partition(" of ")[0]
 
 
 def companion_role(kind: type[Control]) -> str:
-    """The same of a system's companion."""
+    """`role_of` its companion."""
     return role_of(find(kind.companion or ""))
 
 

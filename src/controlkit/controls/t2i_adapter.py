@@ -1,7 +1,7 @@
 """T2I-Adapter (Mou et al., AAAI 2024, arXiv 2302.08453) on diffusers' `T2IAdapter`.
 
-Its files have the names of TencentARC/T2I-Adapter or of diffusers. The original counts through all residual blocks
-(`body.5`), diffusers counts blocks of a stage (`adapter.body.2.resnets.1`); the light adapter has stages in both
+Files have the names of TencentARC/T2I-Adapter or of diffusers. The original numbers all residual blocks consecutively
+(`body.5`), diffusers numbers the blocks of a stage (`adapter.body.2.resnets.1`); the light adapter has stages in both
 (branch SD, ldm/modules/encoders/adapter.py).
 """
 
@@ -29,8 +29,8 @@ from controlkit.controls.file_format import (
     Reference,
     TensorFile,
     Written,
-    announced_config,
     check_names,
+    declared_config,
     on_one_line,
 )
 from controlkit.controls.hints import Hint
@@ -41,11 +41,11 @@ FULL, FULL_XL, LIGHT = "full_adapter", "full_adapter_xl", "light_adapter"
 """Names of the three networks, as diffusers' configs have them."""
 
 _GREY = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in a grey image (ITU-R BT.601), as Pillow's `convert("L")` has them."""
+"""Weights of red, green and blue in a grey image (ITU-R BT.601), as in Pillow's `convert("L")`."""
 _RES_BLOCKS = {FULL: 2, FULL_XL: 2, LIGHT: 4}
-"""Residual blocks of a stage, as in TencentARC/T2I-Adapter."""
+"""Residual blocks per stage, as in TencentARC/T2I-Adapter."""
 _PREFIX = "adapter."
-"""Of diffusers' names."""
+"""Prefix of diffusers' names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +53,18 @@ class Options:
     """Options of a T2I-Adapter."""
 
     colours: int = 3
-    """Of the condition image that the network takes: 3, or 1 for grey (sketch, canny)."""
+    """Channels of the condition image: 3, or 1 for grey (sketch, canny)."""
     light: bool = False
-    """The small network with a quarter of the channels inside, where its shape fits."""
+    """The small network with a quarter of the inner channels, if it fits."""
 
 
 @control
 class T2IAdapterControl(OneImage):
-    """A small network of its own, from the condition image to one feature map for each stage of the base's encoder.
+    """A small network from the condition image to one feature map per stage of the base's encoder.
 
-    It copies nothing of the base and sees neither noise nor time nor prompt, so it runs once for a condition. It has no
-    zero convolutions: a new one starts from torch's random initialisation of convolutions, as the reference's does
-    (TencentARC/T2I-Adapter, branch SD, ldm/modules/encoders/adapter.py), and changes images from the first step.
+    It copies nothing of the base and reads neither noise nor time nor prompt, so it runs once per condition image. It
+    has no zero convolutions: a new one has torch's random initialisation, as the reference's (TencentARC/T2I-Adapter,
+    branch SD, ldm/modules/encoders/adapter.py), and changes images from the first step.
     """
 
     kind: ClassVar[str] = "t2i-adapter"
@@ -78,9 +78,9 @@ class T2IAdapterControl(OneImage):
     formats = (
         FileFormat(
             name="original",
-            says="the names of TencentARC/T2I-Adapter",
+            description="the names of TencentARC/T2I-Adapter",
             detect=lambda file: _detect_original(file),
-            read=lambda *given: from_original(*given),
+            read=lambda *arguments: from_original(*arguments),
             write=lambda checkpoint, reference: Written(tensors=to_original(checkpoint)),
         ),
     )
@@ -94,10 +94,10 @@ class T2IAdapterControl(OneImage):
     def for_base(
         cls, base: Base, condition: str | None = None, *, colours: int = 3, light: bool = False, **options: Any
     ) -> T2IAdapterControl:
-        """A new one, of random weights; `condition`, `colours` and `light` as in `config_for`.
+        """A new one, with random weights; `colours` and `light` as in `config_for`.
 
         Raises:
-            UserError: no adapter has the shape of the base's encoder.
+            UserError: no adapter fits the base's encoder.
         """
         config = config_for(dict(base.unet.config), base.factor, colours=colours, light=light)
         return cls(nn.Module.to(T2IAdapter(**config), base.device, base.dtype), condition)
@@ -116,13 +116,14 @@ class T2IAdapterControl(OneImage):
         return name in tensors and tensors[name].ndim == 4
 
     def encode(self, condition_image: Tensor, base: Base) -> Tensor:
-        """Condition images `[B, 3, H, W]` in [0, 1] => the same, or grey `[B, 1, H, W]` if the network takes that."""
+        """Condition images `[B, 3, H, W]` in [0, 1], or grey `[B, 1, H, W]` if the network takes that."""
         patch = self.network.config["downscale_factor"]
         for name, side in (("width", condition_image.shape[-1]), ("height", condition_image.shape[-2])):
             if side % patch:
                 raise UserError(
-                    f"{name} {side} does not fit this T2I-Adapter, which cuts the image into patches of {patch} pixels;"
-                    f" try {max(patch, round(side / patch) * patch)}"
+                    f"{name} {side} does not fit this T2I-Adapter, whose patches are {patch} pixels wide; try"
+                    f" {max(patch, round(side / patch) * patch)}",
+                    "wrong-size",
                 )
         weight = next(self.network.parameters())
         image = condition_image.to(weight.device, weight.dtype)
@@ -134,13 +135,13 @@ class T2IAdapterControl(OneImage):
         return Residuals.numbered("stage", self.network(hint))
 
     def incompatibility(self, base: Base) -> str | None:
-        mine, theirs = feature_stages(self.network.config), encoder_stages(dict(base.unet.config), base.factor)
-        colours = self.network.config["in_channels"]
-        if colours not in (1, 3):
-            return f"it takes condition images of {colours} colours, not of 3 or of 1 (grey)"
-        if mine in (theirs, theirs[:-1]):
+        stages, base_stages = feature_stages(self.network.config), encoder_stages(dict(base.unet.config), base.factor)
+        channels = self.network.config["in_channels"]
+        if channels not in (1, 3):
+            return f"it takes condition images of {channels} channels, not 3 (RGB) or 1 (grey)"
+        if stages in (base_stages, base_stages[:-1]):
             return None
-        return f"its features are {listed_stages(mine)}, the stages of the base's encoder {listed_stages(theirs[:-1])}"
+        return f"its features: {listed_stages(stages)}, the base's encoder stages: {listed_stages(base_stages[:-1])}"
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())
@@ -155,7 +156,7 @@ class T2IAdapterControl(OneImage):
         self.network.load_state_dict(dict(state), strict=True, assign=True)
 
     def to_diffusers(self) -> T2IAdapter:
-        """diffusers' own network, the very one that is used here; saving it writes diffusers' folder."""
+        """diffusers' network, the one used here; saving it writes diffusers' folder."""
         return self.network
 
     @classmethod
@@ -169,51 +170,52 @@ class T2IAdapterControl(OneImage):
 
     @classmethod
     def variants(cls, base: Base, **options: Any) -> dict[str, Control]:
-        made: dict[str, Control] = {"": cls.for_base(base), "for grey images": cls.for_base(base, colours=1)}
+        variants: dict[str, Control] = {"": cls.for_base(base), "for grey images": cls.for_base(base, colours=1)}
         with suppress(UserError):
-            made["light"] = cls.for_base(base, light=True)
-        return made
+            variants["light"] = cls.for_base(base, light=True)
+        return variants
 
 
 def feature_stages(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
-    """What a network of `config` makes: for each feature its channels, and the pixels of an image to one of it."""
+    """Features of a network of `config`: channels and downsampling factor of each."""
     channels, first, kind = list(config["channels"]), config["downscale_factor"], config["adapter_type"]
     if kind == FULL_XL:
-        return tuple((wide, first * (1 if place < 2 else 2)) for place, wide in enumerate(channels))
+        return tuple((width, first * (1 if place < 2 else 2)) for place, width in enumerate(channels))
     if kind == LIGHT:
         channels.append(channels[-1])
-    return tuple((wide, first * 2**place) for place, wide in enumerate(channels))
+    return tuple((width, first * 2**place) for place, width in enumerate(channels))
 
 
 def config_for(unet_config: Mapping[str, Any], factor: int, *, colours: int = 3, light: bool = False) -> dict[str, Any]:
-    """The config of diffusers' `T2IAdapter` whose features fit the encoder of a UNet.
+    """The config of the `T2IAdapter` of diffusers whose features fit a UNet's encoder.
 
     Args:
-        factor: pixels of an image to one of its latent, along each side.
-        colours: of the condition image that the network takes: 3, or 1 for grey (sketch, canny).
-        light: the small network with a quarter of the channels inside, where its shape fits.
+        factor: downsampling factor of the base's autoencoder.
+        colours: channels of the condition image: 3, or 1 for grey (sketch, canny).
+        light: the small network with a quarter of the inner channels, if it fits.
 
     Raises:
-        UserError: none has that shape.
+        UserError: none fits.
     """
     stages = encoder_stages(unet_config, factor)
-    channels = [wide for wide, _ in stages]
-    # The last of `channels` is the middle's, which XL reaches too; a light network adds its last stage by itself.
-    tried = (
+    channels = [widths for widths, _ in stages]
+    # The last of `channels` is the middle block's, which XL reaches too; a light network adds its last stage itself.
+    candidates = (
         [(LIGHT, channels[:-2])] if light else [(FULL, channels[:-1]), (FULL_XL, channels), (FULL_XL, channels[:-1])]
     )
-    for kind, wide in tried:
+    for kind, widths in candidates:
         config: dict[str, Any] = {
             "in_channels": colours,
-            "channels": wide,
+            "channels": widths,
             "num_res_blocks": _RES_BLOCKS[kind],
             "downscale_factor": stages[0][1],
             "adapter_type": kind,
         }
-        if wide and feature_stages(config) in (stages, stages[:-1]):
+        if widths and feature_stages(config) in (stages, stages[:-1]):
             return config
     raise UserError(
-        f"no {'light ' if light else ''}T2I-Adapter has the shape of this base's encoder: {listed_stages(stages[:-1])}"
+        f"no {'light ' if light else ''}T2I-Adapter fits this base's encoder: {listed_stages(stages[:-1])}",
+        "incompatible",
     )
 
 
@@ -222,77 +224,77 @@ def _detect_original(file: TensorFile) -> str | None:
         return name in file.tensors and file.tensors[name].ndim == 4
 
     full = four_dimensional("body.0.block1.weight") and four_dimensional("conv_in.weight")
-    found = full or four_dimensional("body.0.body.0.block1.weight")
-    return "a T2I-Adapter under the names of the original code" if found else None
+    matches = full or four_dimensional("body.0.body.0.block1.weight")
+    return "a T2I-Adapter with the names of the original code" if matches else None
 
 
-def from_original(kind: type[Control], file: TensorFile, reference: Reference, says: str) -> Checkpoint:
-    """The checkpoint of a file under the original's names.
+def from_original(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
+    """The checkpoint of a file with the original's names.
 
     Raises:
         UserError: names or shapes are not those of an adapter.
     """
-    path, what = file.path, kind.title
+    path, title = file.path, kind.title
     names = _from_original_names(file.tensors)
     unknown = {name: value for name, value in file.tensors.items() if name not in names}
     tensors = {new: file.tensors[name] for name, new in names.items()}
     try:
-        config = announced_config(file.metadata) or config_of(tensors, reference.unet_config)
+        config = declared_config(file.metadata) or config_of(tensors, reference.unet_config)
         expected = kind.shapes(config)
     except CONFIG_ERRORS as error:
-        raise UserError(f"{path} looks like {what}, but {on_one_line(error)}") from error
-    check_names(path, what, expected, {**tensors, **unknown}, file.others)
+        raise UserError(f"{path} looks like {title}, but {on_one_line(error)}", "damaged-file") from error
+    check_names(path, title, expected, {**tensors, **unknown}, file.others)
     ordered = {name: tensors[name] for name in expected}
     return Checkpoint(kind.kind, config, ordered, dict(file.metadata), path=path)
 
 
 def to_original(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Its tensors under the original's names."""
+    """Its tensors with the original's names."""
     light = checkpoint.config["adapter_type"] == "light_adapter"
-    each = checkpoint.config["num_res_blocks"]
-    made: dict[str, Tensor] = {}
+    blocks_per_stage = checkpoint.config["num_res_blocks"]
+    tensors: dict[str, Tensor] = {}
     for name, value in checkpoint.tensors.items():
         match = re.fullmatch(r"adapter\.body\.(\d+)\.(?:resnets\.(\d+)\.)?(.+)", name)
         if match is None:
-            made[name.removeprefix(_PREFIX)] = value
+            tensors[name.removeprefix(_PREFIX)] = value
         elif light:
             block = f"body.{match[2]}." if match[2] else ""
-            made[f"body.{match[1]}.{block}{match[3]}"] = value
+            tensors[f"body.{match[1]}.{block}{match[3]}"] = value
         else:
-            made[f"body.{int(match[1]) * each + int(match[2] or 0)}.{match[3]}"] = value
-    return made
+            tensors[f"body.{int(match[1]) * blocks_per_stage + int(match[2] or 0)}.{match[3]}"] = value
+    return tensors
 
 
 def config_of(tensors: Mapping[str, Tensor], unet_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The config of diffusers' `T2IAdapter` whose tensors these are.
+    """The config of diffusers' `T2IAdapter` from its tensors.
 
-    Shapes do not tell the full network from the one of Stable Diffusion XL, whose features are as large at its second
-    stage as at its first: the base tells it, or the size of its patches.
+    Shapes do not distinguish the full network from Stable Diffusion XL's, whose features have one size in the first two
+    stages: the base decides, or the patch size.
 
     Raises:
-        ValueError: they are of no such network.
+        ValueError: they are not those of such a network.
     """
-    stages = _count(tensors, r"adapter\.body\.(\d+)\.")
-    each = _count(tensors, r"adapter\.body\.0\.resnets\.(\d+)\.")
+    stages = _max_index(tensors, r"adapter\.body\.(\d+)\.")
+    blocks_per_stage = _max_index(tensors, r"adapter\.body\.0\.resnets\.(\d+)\.")
     light = "adapter.body.0.out_conv.weight" in tensors
     first = tensors.get("adapter.body.0.in_conv.weight" if light else "adapter.conv_in.weight")
-    if not stages or not each or first is None:
+    if not stages or not blocks_per_stage or first is None:
         raise ValueError("its first convolution or its residual blocks are missing")
     last = "out_conv" if light else "resnets.0.block1"
     channels = []
-    for stage in range(stages - light):  # diffusers adds a light adapter's last stage by itself
+    for stage in range(stages - light):  # diffusers adds a light adapter's last stage itself
         weight = tensors.get(f"adapter.body.{stage}.{last}.weight")
         if weight is None:
             raise ValueError(f"its stage {stage} is missing")
         channels.append(weight.shape[0])
-    colours, factor = _input(first.shape[1])
+    colours, factor = _input_shape(first.shape[1])
     first_stage = "" if unet_config is None else unet_config["down_block_types"][0]
     halved = factor == 16 if unet_config is None else "CrossAttn" not in first_stage
     kind = "light_adapter" if light else "full_adapter_xl" if halved else "full_adapter"
     return {
         "in_channels": colours,
         "channels": channels,
-        "num_res_blocks": each,
+        "num_res_blocks": blocks_per_stage,
         "downscale_factor": factor,
         "adapter_type": kind,
     }
@@ -301,33 +303,33 @@ def config_of(tensors: Mapping[str, Tensor], unet_config: Mapping[str, Any] | No
 def _from_original_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Name in the file -> diffusers' name, of those that have one."""
     light = any(re.match(r"body\.\d+\.out_conv\.", name) for name in tensors)
-    # Where channels change, a stage begins; the first change tells how many blocks a stage has.
-    begins = [int(match[1]) for name in tensors if (match := re.match(r"body\.(\d+)\.in_conv\.", name))]
-    each = min((begin for begin in begins if begin), default=2)
-    made: dict[str, str] = {}
+    # A stage starts where channels change; the first change gives the number of blocks per stage.
+    stage_starts = [int(match[1]) for name in tensors if (match := re.match(r"body\.(\d+)\.in_conv\.", name))]
+    blocks_per_stage = min((start for start in stage_starts if start), default=2)
+    renamed: dict[str, str] = {}
     for name in tensors:
         if re.match(r"conv_in\.", name) and not light:
-            made[name] = f"{_PREFIX}{name}"
+            renamed[name] = f"{_PREFIX}{name}"
         elif light and (
             match := re.fullmatch(r"body\.(\d+)\.(?:body\.(\d+)\.)?((?:in_conv|out_conv|block\d)\..+)", name)
         ):
             block = f"resnets.{match[2]}." if match[2] else ""
-            made[name] = f"{_PREFIX}body.{match[1]}.{block}{match[3]}"
+            renamed[name] = f"{_PREFIX}body.{match[1]}.{block}{match[3]}"
         elif not light and (match := re.fullmatch(r"body\.(\d+)\.(in_conv|block1|block2)\.(.+)", name)):
-            stage, place = divmod(int(match[1]), each)
+            stage, place = divmod(int(match[1]), blocks_per_stage)
             inner = "in_conv" if match[2] == "in_conv" else f"resnets.{place}.{match[2]}"
-            made[name] = f"{_PREFIX}body.{stage}.{inner}.{match[3]}"
-    return made
+            renamed[name] = f"{_PREFIX}body.{stage}.{inner}.{match[3]}"
+    return renamed
 
 
-def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
+def _max_index(tensors: Mapping[str, Tensor], pattern: str) -> int:
     return max((int(match[1]) + 1 for name in tensors if (match := re.match(pattern, name))), default=0)
 
 
-def _input(channels: int) -> tuple[int, int]:
-    """Colours of the image and the side of its patches, from channels after the pixels of a patch are stacked."""
+def _input_shape(channels: int) -> tuple[int, int]:
+    """Channels of the image and side of its patches, from the channels of the unshuffled input."""
     for colours in (3, 1):
         for factor in (1, 2, 4, 8, 16, 32):
             if channels == colours * factor**2:
                 return colours, factor
-    raise ValueError(f"its input has {channels} channels, which are no square patches of grey or of colours")
+    raise ValueError(f"its input has {channels} channels, expected square patches of grey or RGB pixels")

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: images of similar shapes share a size and a batch."""
+"""Aspect-ratio buckets: images of similar aspect ratio share a size and a batch."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Buckets:
-    """The sizes of about `size` x `size` pixels whose sides are multiples of `step`."""
+    """Sizes of at most `size` x `size` pixels whose sides are multiples of `step`."""
 
     size: int = 512
     """Side of the square bucket."""
     step: int = 64
-    """Both sides of every bucket are multiples of it."""
+    """Granularity of both sides."""
     longest: float = 2.0
-    """No bucket is more than so many times longer in one direction."""
+    """Maximum ratio of long to short side."""
 
     def __post_init__(self) -> None:
         if self.step < 1 or self.size < self.step or self.size % self.step:
-            raise UserError(f"buckets: size {self.size} must be a multiple of {self.step}")
+            raise UserError(f"buckets: size is {self.size}; expected a multiple of {self.step}", "wrong-size")
         if self.longest < 1:
-            raise UserError(f"buckets: longest is {self.longest}, must be at least 1")
+            raise UserError(f"buckets: longest is {self.longest}; expected at least 1", "out-of-range")
 
     @cached_property
     def sizes(self) -> tuple[Size, ...]:
-        """Every bucket, the square among them, from the tallest to the widest; none has more pixels than the square."""
+        """Every bucket, from tallest to widest, including the square, which none exceeds in pixels."""
         most = self.size * self.size
         found = {(self.size, self.size)}
         for long in range(self.size, int(self.size * self.longest) + 1, self.step):
@@ -44,19 +44,19 @@ class Buckets:
         return tuple(sorted(found, key=lambda bucket: (bucket[0] / bucket[1], bucket)))
 
     def assign(self, width: int, height: int) -> Size:
-        """The bucket in whose shape the least of a `width` x `height` image is cut off; the larger one of two."""
-        wanted = math.log(width / height)
+        """The bucket nearest in aspect ratio to `width` x `height`, which crops least; the larger one of a tie."""
+        aspect = math.log(width / height)
         return min(
-            self.sizes, key=lambda size: (round(abs(math.log(size[0] / size[1]) - wanted), 9), -size[0] * size[1])
+            self.sizes, key=lambda size: (round(abs(math.log(size[0] / size[1]) - aspect), 9), -size[0] * size[1])
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BucketBatches:
-    """Batches whose members share a bucket; batch `n` follows from (seed, n) alone.
+    """Batches whose images share a bucket; batch `n` depends on (seed, n) alone.
 
-    In an epoch every image comes at least once. The last batch of a bucket is filled up from its beginning, so that
-    all batches have one length and nothing is left out.
+    Every image occurs at least once per epoch. The last batch of a bucket is filled up from its start, so that all
+    batches have the same size and no image is dropped.
     """
 
     buckets: Sequence[Size]
@@ -77,11 +77,11 @@ class BucketBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many batches show every image at least once."""
+        """Batches per epoch."""
         return sum(-(-len(members) // self.batch_size) for members in self._members)
 
     def batch(self, step: int) -> list[int]:
-        """Indices of the images of batch `step`, `batch_size` of them, all of one bucket."""
+        """Indices of the `batch_size` images of batch `step`, all from one bucket."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch not in self._plans:
             self._plans.clear()

@@ -1,8 +1,8 @@
-"""The cache of what frozen networks make of training data: rows found by the content that they were made of.
+"""Content-addressed cache of frozen-network outputs for training data: latents, hints, text embeddings.
 
-One folder for each kind of row, network and transform (a *store*), with segments (`segments.py`) that are only ever
-added and removed whole. So several processes add at once without waiting for each other: the same row made twice is
-harmless, and a row that is damaged is one that is missing.
+Each kind of row, network and transform has one folder (a *store*) of immutable segments (`segments.py`), which are
+only added or removed. So several processes can write without waiting for each other: a duplicate row is harmless, and
+a damaged row counts as missing.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from controlkit.data.segments import (
     Segment,
     SegmentError,
     in_use,
+    intact_rows,
     remove_unused,
     segment_paths,
-    whole_rows,
     write_segment,
 )
 from controlkit.errors import UserError
@@ -41,23 +41,23 @@ _DEFAULT_MB = 50_000
 _FORMAT = "controlkit cache 1"
 _SPEC = "spec.json"
 _SEGMENT_BYTES = 256 * 10**6
-"""The most that a segment has, about."""
+"""Target size of a segment."""
 _MOST_SMALL = 32
-"""From so many small segments on they are merged when the store is opened, as each takes a file descriptor."""
+"""A store with this many small segments merges them when it is opened: each takes a file descriptor."""
 
 
 def cache_folder() -> Path:
-    """Where the cache is: `CONTROLKIT_CACHE`, or `controlkit` in `XDG_CACHE_HOME`, or `~/.cache/controlkit`."""
+    """The cache folder: `CONTROLKIT_CACHE`, or `controlkit` in `XDG_CACHE_HOME`, or `~/.cache/controlkit`."""
     if os.environ.get(FOLDER_VARIABLE):
         return Path(os.environ[FOLDER_VARIABLE]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "controlkit"
 
 
 def cache_limit() -> int:
-    """How many bytes the cache may take: `CONTROLKIT_CACHE_MB` (millions of bytes), or 50 GB.
+    """Size limit in bytes: `CONTROLKIT_CACHE_MB` (millions of bytes), or 50 GB.
 
     Raises:
-        UserError: the variable is no number above 0.
+        UserError: the variable is not a number above 0.
     """
     text = os.environ.get(LIMIT_VARIABLE) or str(_DEFAULT_MB)
     try:
@@ -65,32 +65,34 @@ def cache_limit() -> int:
     except ValueError:
         limit = 0
     if not 0 < limit < float("inf"):
-        raise UserError(f"{LIMIT_VARIABLE} is {text!r}; it must be a number of megabytes above 0, such as 50000")
+        raise UserError(
+            f"{LIMIT_VARIABLE} is {text!r}; expected a number of megabytes above 0, such as 50000", "out-of-range"
+        )
     return int(limit * 10**6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What the rows of a store are. Equal specs are one store."""
+    """Identity of a store: equal specs share one."""
 
     kind: str
     """`latents`, `hints`, `texts`."""
     model: str
-    """Hash of the networks that made them, and of whatever of their settings the rows depend on."""
+    """Hash of the networks, and of all settings that the rows depend on."""
     transform: str
-    """What was done to the content before, in words."""
+    """Preprocessing of the content, in words."""
 
     def folder(self, root: Path) -> Path:
-        """Where the store is."""
+        """The store's folder in the cache `root`."""
         return root / f"{self.kind}-{sha256_of(self.model, self.transform)[:24]}"
 
 
 class Store:
-    """The rows of one spec in the cache, its index in memory.
+    """The rows of one spec, with the index in memory.
 
     Args:
-        note: who made them, for a person who looks at the cache.
-        root: the cache; default `cache_folder()`.
+        note: origin of the rows, shown by `controlkit cache`.
+        root: the cache folder; default `cache_folder()`.
     """
 
     def __init__(self, spec: Spec, note: str = "", root: Path | None = None) -> None:
@@ -99,35 +101,36 @@ class Store:
         self.root = cache_folder() if root is None else root
         self.folder = spec.folder(self.root)
         self.limit = cache_limit()
-        # Far fewer segments than a process may have open files, and not so large that the limit drops all at once.
+        # Far fewer segments than open files allowed, and small enough that eviction does not drop everything at once.
         self.segment_bytes = max(self.limit // 512, min(_SEGMENT_BYTES, self.limit // 8))
         self.parts: dict[str, Part] | None = None
         self.segments: list[Segment] = []
-        self._passed_over: set[Path] = set()
+        self._skipped: set[Path] = set()
         self.refresh()
         if self._merge():
             self.refresh()
 
     def __len__(self) -> int:
-        """Different rows."""
+        """Number of distinct rows."""
         return len(np.unique(self._digests))
 
     def refresh(self) -> None:
-        """Look for segments that others added or removed."""
+        """Pick up segments that other processes added or removed."""
         known = {segment.path: segment for segment in self.segments}
         found = [known.pop(path, None) or self._open(path) for path in segment_paths(self.folder)]
-        # What is held can be read although someone has unlinked it.
-        kept = [segment for segment in found if segment is not None] + [s for s in known.values() if s.held]
-        self.segments = sorted(kept, key=lambda segment: segment.path, reverse=True)
+        # Mapped segments stay readable after an unlink.
+        removed = [segment for segment in known.values() if segment.mapped]
+        segments = [segment for segment in found if segment is not None] + removed
+        self.segments = sorted(segments, key=lambda segment: segment.path, reverse=True)
         self._starts = np.cumsum([0, *map(len, self.segments)])
         digests = [segment.digests for segment in self.segments] or [np.empty(0, f"S{DIGEST}")]
-        every = np.concatenate(digests)
-        # Stable: of equal digests the newest comes first, so that a row made again stands before the damaged one.
-        self._order = np.argsort(every, kind="stable")
-        self._digests = every[self._order]
+        unsorted = np.concatenate(digests)
+        # Stable: of equal digests the newest comes first, so that a row made again shadows the damaged one.
+        self._order = np.argsort(unsorted, kind="stable")
+        self._digests = unsorted[self._order]
 
     def find(self, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Digests `S16 [N]` => number of their segment (-1: not here) and of their row in it, both `int64 [N]`."""
+        """Digests `S16 [N]` => index of the segment (-1: missing) and of the row in it, both `int64 [N]`."""
         if not len(self._digests):
             return np.full(len(digests), -1), np.zeros(len(digests), np.int64)
         place = np.minimum(np.searchsorted(self._digests, digests), len(self._digests) - 1)
@@ -139,20 +142,20 @@ class Store:
         """Add rows as one segment.
 
         Raises:
-            UserError: the cache cannot be written, is full of what is in use, or the disk is full.
+            UserError: the cache is not writable or full of rows in use, or the disk is full.
         """
         self.make_room(sum(array.nbytes for array in rows.values()))
-        with self._said():
-            if not is_spec(self.folder / _SPEC):  # not there, or damaged
-                made = time.strftime("%Y-%m-%d %H:%M:%S")
+        with self._explain_write_errors():
+            if not is_spec(self.folder / _SPEC):  # missing or damaged
+                created = time.strftime("%Y-%m-%d %H:%M:%S")
                 described = {name: asdict(part) for name, part in parts.items()}
                 facts = {"format": _FORMAT, **asdict(self.spec), "made by": self.note, "parts": described}
-                write_json(self.folder / _SPEC, {**facts, "created": made})
+                write_json(self.folder / _SPEC, {**facts, "created": created})
             write_segment(self.folder, digests, parts, rows)
         self.refresh()
 
     def make_room(self, needed: int) -> None:
-        """Remove what was used longest ago and is not in use until `needed` bytes fit.
+        """Evict the least recently used segments, except those in use, until `needed` bytes fit.
 
         Raises:
             UserError: they do not fit.
@@ -172,32 +175,33 @@ class Store:
         if used + needed > self.limit:
             raise UserError(
                 f"{_megabytes(needed)} of {self.spec.kind} do not fit into the cache {self.root}: its limit is"
-                f" {_megabytes(self.limit)}, and {_megabytes(used)} are in use; set {LIMIT_VARIABLE} to"
-                f" {-(-(used + needed) // 10**6)} or more"
+                f" {_megabytes(self.limit)}, of which {_megabytes(used)} are in use; set {LIMIT_VARIABLE} to"
+                f" {-(-(used + needed) // 10**6)} or more",
+                "out-of-range",
             )
 
     def check_writable(self) -> None:
-        """Say before any work is done that rows could not be kept.
+        """Check, before any row is computed, that rows can be stored.
 
         Raises:
-            UserError: the folder cannot be made or written.
+            UserError: the folder cannot be created or written.
         """
-        with self._said():
+        with self._explain_write_errors():
             writable_folder(self.folder)
 
-    def tell(self, text: str) -> None:
-        """One line on standard error."""
-        print(f"cache: {text}", file=sys.stderr, flush=True)
+    def warn(self, message: str) -> None:
+        """Print one line on standard error."""
+        print(f"cache: {message}", file=sys.stderr, flush=True)
 
     def _open(self, path: Path) -> Segment | None:
-        if path in self._passed_over:
+        if path in self._skipped:
             return None
         try:
             segment = Segment(path)
             self.parts = self.parts or segment.parts
             if segment.parts == self.parts:
                 return segment
-            reason = "its rows have another shape"
+            reason = "rows of another shape"
         except FileNotFoundError:
             return None
         except SegmentError as error:
@@ -205,12 +209,12 @@ class Store:
             remove_unused(path)
         except OSError as error:
             reason = str(error.strerror or error)
-        self._passed_over.add(path)
-        self.tell(f"{path} is damaged ({reason}); its {self.spec.kind} are made again")
+        self._skipped.add(path)
+        self.warn(f"{path} is damaged ({reason}); its {self.spec.kind} are computed again")
         return None
 
     def _merge(self) -> bool:
-        """Write small segments that nobody uses as few large ones, each row once; whether there were enough of them."""
+        """Merge small unused segments into large ones without duplicate rows; whether there were enough to merge."""
         small = [segment for segment in self.segments if _size(segment.path) < self.segment_bytes // 2]
         if len(small) < _MOST_SMALL:
             return False
@@ -228,43 +232,44 @@ class Store:
     def _merge_group(self, group: Sequence[Segment]) -> None:
         if len(group) == 1 or self.parts is None:
             return
-        kept: dict[bytes, dict[str, np.ndarray]] = {}
+        newest: dict[bytes, dict[str, np.ndarray]] = {}
         for segment in group:  # newest first
-            for digest, row in whole_rows(segment):
-                kept.setdefault(digest, row)
-        if kept:
-            rows = {name: np.stack([row[name] for row in kept.values()]) for name in self.parts}
-            write_segment(self.folder, np.array(list(kept), f"S{DIGEST}"), self.parts, rows)
+            for digest, row in intact_rows(segment):
+                newest.setdefault(digest, row)
+        if newest:
+            rows = {name: np.stack([row[name] for row in newest.values()]) for name in self.parts}
+            write_segment(self.folder, np.array(list(newest), f"S{DIGEST}"), self.parts, rows)
         for segment in group:
             remove_unused(segment.path)
         self.segments = [segment for segment in self.segments if segment not in group]
 
     @contextlib.contextmanager
-    def _said(self) -> Iterator[None]:
-        """Say that a folder cannot be written so that a person knows which setting it is."""
+    def _explain_write_errors(self) -> Iterator[None]:
+        """Name the cache and its environment variable in write errors."""
         try:
             yield
         except UserError as error:
             reason = getattr(error.__cause__, "strerror", None) or error
             raise UserError(
-                f"cannot write to the cache {self.root} ({reason}); free some space there, or name another folder in"
-                f" the environment variable {FOLDER_VARIABLE}"
+                f"cannot write to the cache {self.root} ({reason}); free some space there, or set the environment"
+                f" variable {FOLDER_VARIABLE} to another folder",
+                "write-failed",
             ) from error
 
 
 def store_folders(root: Path) -> list[Path]:
-    """The stores in a cache: folders whose `spec.json` is ours, so that nothing else is ever removed. One that is
-    damaged counts where the folder is called as a store and holds segments."""
-    found = []
+    """The stores in a cache: folders with a `spec.json` of this format, so that nothing else is ever removed. With a
+    damaged one, a folder counts if it is named like a store and has segments."""
+    stores = []
     for path in sorted(root.glob(f"*/{_SPEC}")):
-        called = re.fullmatch(r".+-[0-9a-f]{24}", path.parent.name) is not None
-        if is_spec(path) or (called and any(segment_paths(path.parent))):
-            found.append(path.parent)
-    return found
+        named_like_store = re.fullmatch(r".+-[0-9a-f]{24}", path.parent.name) is not None
+        if is_spec(path) or (named_like_store and any(segment_paths(path.parent))):
+            stores.append(path.parent)
+    return stores
 
 
 def is_spec(path: Path) -> bool:
-    """Whether a file says what a store of this format holds."""
+    """Whether a file is the spec of a store of this format."""
     try:
         facts = read_json(path)
     except UserError:

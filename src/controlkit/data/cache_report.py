@@ -1,4 +1,4 @@
-"""Looking at the cache: what it holds, whether that is whole, and removing it."""
+"""Report, verify and clear the cache."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from controlkit.data.segments import (
     DIGEST,
     Segment,
     SegmentError,
+    intact_rows,
     remove_unused,
     segment_paths,
-    whole_rows,
     write_segment,
 )
 from controlkit.errors import UserError, nearest
@@ -27,23 +27,23 @@ from controlkit.files import read_json
 
 @dataclass(frozen=True, kw_only=True)
 class StoreFacts:
-    """One store: rows of one kind that one network made of one transform."""
+    """One store: rows of one kind, network and transform."""
 
     kind: str
     model: str
     """Hash of the networks."""
     made_by: str
-    """Which base had them when the store was made."""
+    """The base that the store was created for."""
     transform: str
     shape: str
-    """Of a row, each part with its type."""
+    """Of a row: dtype and shape of each part."""
     rows: int
-    """Different rows."""
+    """Distinct rows."""
     bytes: int
     segments: int
     created: str
     last_used: float | None
-    """Seconds since 1970; None if there is no segment."""
+    """Seconds since 1970; None without segments."""
     folder: str
 
 
@@ -57,13 +57,13 @@ class CacheReport:
     bytes: int
     stores: tuple[StoreFacts, ...]
     removed: int = 0
-    """Segments that were removed since that was asked for."""
+    """Segments that were cleared."""
     in_use: int = 0
-    """Segments that stay since a running process holds them."""
+    """Segments that were not cleared because a running process has them mapped."""
     verified: int | None = None
-    """Rows that were read; None if that was not asked for."""
+    """Rows read; None without `verify`."""
     damaged: tuple[str, ...] = ()
-    """What was damaged, in words; it is removed, and made again when it is needed."""
+    """What was damaged and removed; it is computed again when needed."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -71,25 +71,25 @@ class CacheReport:
 
 
 def manage_cache(*, clear: bool | str = False, verify: bool = False) -> CacheReport:
-    """What the cache holds, after clearing or verifying it.
+    """Report the contents of the cache, after clearing or verifying it.
 
     Args:
-        clear: remove everything, or one kind (`latents`, ...); what a running process holds stays.
-        verify: read every row, and remove those that are damaged.
+        clear: remove everything, or one kind (`latents`, ...), except segments in use.
+        verify: read every row, and remove damaged ones.
 
     Raises:
-        UserError: there is no such kind, or the limit is no number.
+        UserError: there is no such kind, or the limit is not a number.
     """
     root, limit = cache_folder(), cache_limit()
     stores = [_facts(folder) for folder in store_folders(root)]
     if isinstance(clear, str) and clear not in {store.kind for store in stores}:
         kinds = sorted({store.kind for store in stores})
-        raise UserError(f"the cache {root} has no rows of kind {clear!r}{nearest(clear, kinds)}")
-    removed, held = 0, 0
+        raise UserError(f"the cache {root} has no rows of kind {clear!r}{nearest(clear, kinds)}", "unknown-name")
+    removed, in_use = 0, 0
     for store in stores:
         if clear is True or clear == store.kind:
             counts = _clear(Path(store.folder))
-            removed, held = removed + counts[0], held + counts[1]
+            removed, in_use = removed + counts[0], in_use + counts[1]
     verified: int | None = None
     damaged: list[str] = []
     if verify:
@@ -107,7 +107,7 @@ def manage_cache(*, clear: bool | str = False, verify: bool = False) -> CacheRep
         bytes=sum(store.bytes for store in stores),
         stores=tuple(stores),
         removed=removed,
-        in_use=held,
+        in_use=in_use,
         verified=verified,
         damaged=tuple(damaged),
     )
@@ -141,38 +141,38 @@ def _facts(folder: Path) -> StoreFacts:
 
 
 def _clear(folder: Path) -> tuple[int, int]:
-    """Remove what is not in use: (segments removed, segments left)."""
-    gone = [remove_unused(path) for path in segment_paths(folder)]
-    if all(gone):
+    """Remove segments that are not in use: (segments removed, segments left)."""
+    removed = [remove_unused(path) for path in segment_paths(folder)]
+    if all(removed):
         shutil.rmtree(folder, ignore_errors=True)
-    return sum(gone), len(gone) - sum(gone)
+    return sum(removed), len(removed) - sum(removed)
 
 
 def _verify(path: Path) -> tuple[int, str | None]:
-    """Read a segment: its rows, and what was wrong, once that is removed."""
+    """Read a segment and remove damaged rows: (number of rows, the problem)."""
     try:
         segment = Segment(path)
         count = len(segment)
-        whole = list(whole_rows(segment))
+        intact = list(intact_rows(segment))
     except SegmentError as error:
-        return 0, f"{path}: {error}{_left(remove_unused(path))}"
+        return 0, f"{path}: {error}{_still_there(remove_unused(path))}"
     except OSError as error:
         return 0, None if isinstance(error, FileNotFoundError) else f"{path} cannot be read: {error.strerror}"
-    if len(whole) == count:
+    if len(intact) == count:
         return count, None
-    if whole:
-        digests = np.array([digest for digest, _ in whole], f"S{DIGEST}")
-        rows = {name: np.stack([row[name] for _, row in whole]) for name in segment.parts}
+    if intact:
+        digests = np.array([digest for digest, _ in intact], f"S{DIGEST}")
+        rows = {name: np.stack([row[name] for _, row in intact]) for name in segment.parts}
         write_segment(path.parent, digests, segment.parts, rows)
-    return count, f"{path}: {count - len(whole)} of {count} rows{_left(remove_unused(path))}"
+    return count, f"{path}: {count - len(intact)} of {count} rows{_still_there(remove_unused(path))}"
 
 
-def _left(removed: bool) -> str:
-    return "" if removed else " (a running process holds it; it will replace what is damaged)"
+def _still_there(removed: bool) -> str:
+    return "" if removed else " (in use by a running process, which will replace damaged rows)"
 
 
 def ago(moment: float | None) -> str:
-    """How long ago, in words."""
+    """Time since `moment` (seconds since 1970), in words."""
     if moment is None:
         return "-"
     seconds = max(0.0, time.time() - moment)

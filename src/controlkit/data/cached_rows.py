@@ -1,4 +1,4 @@
-"""Rows of the cache for a list of contents: those that are there, and those that are made when they are missing."""
+"""Cached rows for a list of contents; missing and damaged ones are computed."""
 
 from __future__ import annotations
 
@@ -13,29 +13,27 @@ from controlkit.data.segments import Part, Rows
 from controlkit.errors import UserError
 
 _SEGMENT_SECONDS = 60.0
-"""A segment is written when it is full or so old: what a process that is killed loses."""
+"""A segment is written when it is full or this old, which bounds what a killed process loses."""
 _ATTEMPTS = 4
 
 Make = Callable[[Sequence[int]], tuple[dict[str, Part], Rows]]
-"""Makes the rows of these indices: their parts, and their bytes."""
+"""Computes the rows of some indices: their parts, and their bytes."""
 
 
 class CachedRows:
-    """The rows of `digests`, in their order: those that the store lacks are made now, those that turn out to be
-    damaged when they are read.
+    """The rows of `digests`, in order. Missing rows are computed now, damaged ones when they are read.
 
     Args:
-        store: where they are kept.
+        store: where they are stored.
         digests: `S16 [N]`, of the contents; equal ones share a row.
-        make: makes the rows of some indices.
-        what: what is made, for the line that says so, such as "encoding {count} pairs".
-        batch: how many rows are made at a time.
-        start: where in the list of missing rows to begin, from 0 to below 1. Processes that train together begin at
-            different places and skip what others have finished meanwhile: so they share the work without waiting for
-            each other, and none hangs when another dies.
+        make: computes the rows of some indices.
+        what: message while computing, such as "encoding {count} pairs".
+        batch: rows computed at a time.
+        start: where in the list of missing rows to begin, in [0, 1). Processes of one run begin at different places
+            and skip what others have finished: they share the work without waiting, and none hangs when another dies.
 
     Raises:
-        UserError: the cache cannot be written, or the rows do not fit into it.
+        UserError: the cache is not writable, or the rows do not fit into it.
     """
 
     def __init__(
@@ -59,14 +57,14 @@ class CachedRows:
 
     @property
     def parts(self) -> dict[str, Part]:
-        """What a row consists of."""
+        """The tensors of a row."""
         return self.store.parts or {}
 
     def gather(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows of indices `chosen` `[B]`, by the name of the part, as bytes: `uint8 [B, nbytes]`, a copy.
+        """Copies of the rows at indices `chosen` `[B]`: name of the part -> bytes `uint8 [B, nbytes]`.
 
         Raises:
-            UserError: a damaged row cannot be replaced, since the cache cannot be written.
+            UserError: a damaged row cannot be replaced because the cache is not writable.
         """
         gathered = {name: np.empty((len(chosen), part.nbytes), np.uint8) for name, part in self.parts.items()}
         damaged: list[tuple[int, int]] = []
@@ -79,58 +77,61 @@ class CachedRows:
                 gathered[name][position] = part
         if damaged:
             indices = sorted({index for _, index in damaged})
-            again = self._again(indices)
+            replaced = self._replace(indices)
             for position, index in damaged:
-                for name, rows in again.items():
+                for name, rows in replaced.items():
                     gathered[name][position] = rows[indices.index(index)]
         return gathered
 
     def check(self) -> None:
-        """Read every row now, and make those that are damaged again.
+        """Read every row now, and replace damaged ones.
 
         Raises:
-            UserError: a damaged row cannot be replaced, since the cache cannot be written.
+            UserError: a damaged row cannot be replaced because the cache is not writable.
         """
         damaged = [index for index in range(len(self)) if self._read(index) is None]
         for first in range(0, len(damaged), self.batch):
-            self._again(damaged[first : first + self.batch])
+            self._replace(damaged[first : first + self.batch])
 
     def _read(self, index: int) -> dict[str, np.ndarray] | None:
-        return self._held[self._segment[index]].row(int(self._row[index]))
+        return self._segments[self._segment[index]].row(int(self._row[index]))
 
-    def _again(self, indices: Sequence[int]) -> Rows:
-        self.store.tell(f"damaged rows in {self.store.folder}: {len(indices)}; made again")
+    def _replace(self, indices: Sequence[int]) -> Rows:
+        self.store.warn(f"damaged rows in {self.store.folder}: {len(indices)}; computed again")
         parts, rows = self._make(indices)
         self.store.add(self.digests[list(indices)], parts, rows)
         self._locate()
         return rows
 
     def _locate(self) -> None:
-        """Find every row, and hold the segments that have them."""
+        """Find every row, and map the segments that have them."""
         for _ in range(_ATTEMPTS):
-            self._held = self.store.segments
+            self._segments = self.store.segments
             self._segment, self._row = self.store.find(self.digests)
             try:
                 for number in np.unique(self._segment[self._segment >= 0]):
-                    self._held[number].hold()
+                    self._segments[number].map()
                 return
             except FileNotFoundError:  # removed since it was listed
                 self.store.refresh()
             except OSError as error:
-                raise UserError(f"cannot read the cache {self.store.folder}: {error.strerror or error}") from error
+                raise UserError(
+                    f"cannot read the cache {self.store.folder}: {error.strerror or error}", "unreadable-file"
+                ) from error
         raise self._vanishing()
 
     def _vanishing(self) -> UserError:
         return UserError(
-            f"rows vanish from the cache {self.store.root} as fast as they are made; is another process clearing it?"
-            f" Name another folder in {FOLDER_VARIABLE}, or raise {LIMIT_VARIABLE}"
+            f"rows vanish from the cache {self.store.root} as fast as they are computed: another process clears it, or"
+            f" it is too small; set {FOLDER_VARIABLE} to another folder, or raise {LIMIT_VARIABLE}",
+            "in-use",
         )
 
     def _fill(self, what: str) -> None:
         missing = np.flatnonzero(self._segment < 0)
         missing = np.sort(missing[np.unique(self.digests[missing], return_index=True)[1]])
         self.store.check_writable()
-        print(f"{what.format(count=len(missing))} once, kept in {self.store.folder}", file=sys.stderr, flush=True)
+        print(f"{what.format(count=len(missing))} once, cached in {self.store.folder}", file=sys.stderr, flush=True)
         batches = [missing[at : at + self.batch] for at in range(0, len(missing), self.batch)]
         first = int(self._start * len(batches))
         waiting: list[tuple[np.ndarray, Rows]] = []
@@ -141,11 +142,11 @@ class CachedRows:
                 continue
             before = parts
             parts, rows = self._make(lacking.tolist())
-            made = sum(array.nbytes for array in rows.values())
+            nbytes = sum(array.nbytes for array in rows.values())
             if before is None:
-                self.store.make_room(made // len(lacking) * len(missing))
+                self.store.make_room(nbytes // len(lacking) * len(missing))
             waiting.append((self.digests[lacking], rows))
-            size += made
+            size += nbytes
             if size >= self.store.segment_bytes or time.monotonic() - since > _SEGMENT_SECONDS:
                 self._write(parts, waiting)
                 waiting, size, since = [], 0, time.monotonic()

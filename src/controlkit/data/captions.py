@@ -1,4 +1,4 @@
-"""Captions for images that have none, by BLIP (Li et al. 2022, arXiv 2201.12086) through transformers."""
+"""Captions for images without one, by BLIP (Li et al. 2022, arXiv 2201.12086) through transformers."""
 
 from __future__ import annotations
 
@@ -19,50 +19,50 @@ if TYPE_CHECKING:
     from PIL import Image
 
 BLIP = "Salesforce/blip-image-captioning-base"
-"""990 MB."""
+"""Download of 990 MB."""
 
 _MODEL = LearnedModel(hub=BLIP, licence="BSD-3-Clause", commercial=True)
 
 _BATCH = 8
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _SPREAD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the images that BLIP was trained on, in RGB (its preprocessor_config.json)."""
+"""Mean and standard deviation of BLIP's preprocessing, in RGB (its preprocessor_config.json)."""
 
 
 class Captioner:
     """BLIP, loaded once.
 
     Args:
-        model: a folder with the model, or its name on the hub.
+        model: model folder, or hub id.
 
     Raises:
-        UserError: its weights are not there or cannot be loaded, or there is no such device.
+        UserError: the weights are missing or cannot be loaded, or there is no such device.
     """
 
     def __init__(self, model: str = BLIP, device: str = "cpu") -> None:
         import torch
         from transformers import AutoTokenizer, BlipForConditionalGeneration
 
-        given = None if model == BLIP else model
-        folder = find_folder("--caption blip", _MODEL, given, parameter="--caption-model")
+        folder = find_folder("--caption blip", _MODEL, None if model == BLIP else model, parameter="--caption-model")
         try:
-            # Both from the folder: asked for a name, they would go to the network again for every file.
+            # From the folder: with a hub id, transformers would ask the network again for every file.
             self.model = BlipForConditionalGeneration.from_pretrained(folder, local_files_only=True).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # whatever transformers' loaders raise for settings and weights that do not fit
+        except Exception as error:  # transformers raises all kinds of errors for mismatched settings and weights
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"the BLIP model in {folder} cannot be loaded ({reason}); get it again with: {_MODEL.download}"
+                f"the BLIP model in {folder} cannot be loaded ({reason}); download it again: {_MODEL.download}",
+                "damaged-file",
             ) from error
         try:
             self.model.to(torch.device(device))
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {device} is no device of this machine; use cpu or cuda") from error
+            raise UserError(f"--device {device} is not available; use cpu or cuda", "device-unavailable") from error
         self.name = model
         self.device = device
 
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        """One caption for each RGB image, without sampling: the same image gets the same one."""
+        """One caption per RGB image, by greedy decoding: deterministic."""
         import torch
         from PIL import Image
 
@@ -82,16 +82,20 @@ def with_captions(
     out: Path,
     load: Callable[[], Captioner],
     model: str = BLIP,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[InputImage]:
-    """The images, those without a caption with one of BLIP's. What it said is kept in `out` for a later run.
+    """Add BLIP captions to the images without one. They are stored in `out` for later runs.
 
-    An image that cannot be read stays without; making its pair says why. The model is loaded only if it is needed.
+    Unreadable images stay without; making their pairs reports why. The model is loaded only if needed.
+
+    Args:
+        load: creates the captioner.
+        progress: called with (images done, images in total).
     """
-    bare = [image for image in images if _has_none(image)]
+    uncaptioned = [image for image in images if _is_uncaptioned(image)]
     path = out / STATE / "captions.jsonl"
     known = {(key, stamp): text for name, key, stamp, text in _read(path) if name == model}
-    todo = [image for image in bare if (image.key, image.stamp()) not in known]
+    todo = [image for image in uncaptioned if (image.key, image.stamp()) not in known]
     if todo:
         captioner = load()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,16 +108,16 @@ def with_captions(
                     known[image.key, image.stamp()] = text
                     stream.write(json.dumps([model, image.key, image.stamp(), text]) + "\n")
                 stream.flush()
-                tell(min(len(todo), first + _BATCH), len(todo))
-    texts_of = {image.key: known.get((image.key, image.stamp()), "") for image in bare}
-    return [replace(p, prompt=texts_of[p.key]) if texts_of.get(p.key) else p for p in images]
+                progress(min(len(todo), first + _BATCH), len(todo))
+    captions = {image.key: known.get((image.key, image.stamp()), "") for image in uncaptioned}
+    return [replace(image, prompt=captions[image.key]) if captions.get(image.key) else image for image in images]
 
 
-def _has_none(image: InputImage) -> bool:
+def _is_uncaptioned(image: InputImage) -> bool:
     try:
         return not image.caption()
     except UserError:
-        return False  # there is one, and making the pair says what is wrong with it
+        return False  # making the pair reports what is wrong with the caption
 
 
 def _readable(images: Sequence[InputImage]) -> Iterator[tuple[InputImage, Any]]:
@@ -130,5 +134,5 @@ def _read(path: Path) -> Iterator[tuple[str, str, str, str]]:
             try:
                 name, key, stamp, text = json.loads(line)
             except (ValueError, TypeError):
-                continue  # the torn last line of a killed run
+                continue  # the truncated last line of a killed run
             yield name, key, stamp, text

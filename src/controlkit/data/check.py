@@ -1,4 +1,4 @@
-"""What is wrong with a folder of pairs: everything at once, with how certain it is."""
+"""Check a folder of pairs and report all problems at once, with how certain they are."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from controlkit.data.prompts import PromptLimit, count_note, empty_note, is_empt
 from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.listing import Listing, Record
 from controlkit.data.readers.recognise import read_listing
-from controlkit.data.sources import Drawn, Source, open_image, read_condition_image
+from controlkit.data.sources import ComputedCondition, Source, open_image, read_condition_image
 from controlkit.data.swap_check import Verdict, find_swapped_sides
 from controlkit.errors import UserError
 
 KINDS = {
-    "entry": "entries that cannot be understood",
-    "file": "missing or torn files",
-    "changed": "files that are not the ones that were listed",
+    "entry": "invalid entries",
+    "file": "missing or damaged files",
+    "changed": "files that differ from the manifest",
     "size": "condition images of another shape or size than their image",
-    "duplicate": "images that occur more than once",
+    "duplicate": "duplicate images",
     "prompt": "empty prompts",
     "flat": "condition images of one flat colour",
-    "swapped": "condition image and image exchanged",
-    "not drawn": "condition images that are not what the manifest says",
+    "swapped": "condition image and image swapped",
+    "not drawn": "condition images that do not match the manifest",
 }
-"""Every kind of problem."""
+"""Kind of problem -> heading."""
 
 _ALIKE = 12.0
-"""Mean difference, of 255, below which two condition images pass as the same one. Versions of OpenCV differ by less,
-two images' by more."""
+"""Mean difference, of 255, up to which two condition images count as equal: versions of OpenCV differ by less, other
+images by more."""
 _FLAT = 2
 """Range of values, of 255, within which an image is one flat colour."""
 _SIDE = 768
-"""Longer sides are reduced to so many pixels before sides are judged."""
+"""Longest side, in pixels, of images in the check for swapped sides."""
 _SAMPLE = 48
-"""Pairs of each condition that are looked at for exchanged sides where nothing says how they were made."""
+"""Pairs per condition in the check for swapped sides, where no manifest records parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing to mend."""
+    """One problem to fix."""
 
     kind: str
     """A key of `KINDS`."""
@@ -63,31 +63,33 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckReport:
-    """All that was found."""
+    """Result of a check."""
 
     origin: Path
     conditions: list[str]
     pairs: int
     problems: list[Problem]
     notes: list[str]
-    """What is no problem for certain."""
+    """Findings that need not be problems."""
     shown: list[tuple[Source, Source]]
     """Condition image and image of some pairs, those with problems first."""
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many problems there are of each kind that occurs."""
+        """Number of problems of each kind that occurs."""
         found = Counter(problem.kind for problem in self.problems)
         return {kind: found[kind] for kind in KINDS if found[kind]}
 
 
 @dataclass
-class _Seen:
-    """What one look at a record found."""
+class _Findings:
+    """Findings about one record."""
 
     problems: list[Problem] = field(default_factory=list)
     pixels: str | None = None
+    """Hash of the image's pixels; None if it cannot be read."""
     forward: dict[str, bool] = field(default_factory=dict)
+    """Condition -> whether its image matches the recorded parameters; empty where none are recorded."""
 
 
 def check_pairs(
@@ -98,34 +100,34 @@ def check_pairs(
     columns: Columns = ANY_COLUMNS,
     limit: PromptLimit | None = None,
 ) -> CheckReport:
-    """Look at every file of the pairs at `path`.
+    """Check every file of the pairs at `path`.
 
-    Where a manifest says how a condition image was made it is made again and compared, so that exchanged sides are
-    certain. Elsewhere they are judged by a sample, and the verdict says by what.
+    Where a manifest records a condition's parameters, the condition image is computed again and compared, so swapped
+    sides are certain. Elsewhere they are judged from a sample.
 
     Args:
-        conditions: look at these alone.
-        sheet: how many pairs to show.
-        columns: names of columns, where a table (JSON lines, CSV, Parquet) has uncommon ones.
-        limit: of the prompts; longer ones are counted in a note.
+        conditions: check only these.
+        sheet: number of pairs in the contact sheet.
+        columns: names of uncommon columns of a table (JSON lines, CSV, Parquet).
+        limit: token limit of prompts; longer ones are counted in a note.
 
     Raises:
-        UserError: there are no pairs at all, or a named column is not there.
+        UserError: there are no pairs, or a named column is missing.
     """
     listing = read_listing(path, conditions[0] if len(conditions) == 1 else None, columns)
     names = [_chosen(listing, name) for name in conditions] or listing.conditions
-    # What the images of a name are: the condition that was asked for, or what the name says.
+    # Column or folder name -> condition: the requested one, else what the name says.
     kinds = dict(zip(names, conditions or names, strict=True))
     if not names and not listing.problems:
-        raise UserError(f"{listing.origin} lists no condition images")
+        raise UserError(f"{listing.origin} lists no condition images", "empty-data")
     problems = [_entry_problem(text) for text in listing.problems]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        seen = list(pool.map(lambda record: _look(record, kinds), listing.records))
-    problems += [problem for one in seen for problem in one.problems]
-    problems += _duplicates(listing.records, seen)
+        findings = list(pool.map(lambda record: _check_record(record, kinds), listing.records))
+    problems += [problem for finding in findings for problem in finding.problems]
+    problems += _duplicates(listing.records, findings)
     notes = [*listing.notes, *listing.outside(), *_prompt_notes(listing, limit)]
     for name in names:
-        verdict = _exchanged(listing, name, seen)
+        verdict = _swapped(listing, name, findings)
         if verdict is not None and verdict.certainty == "possible":
             notes.append(f"{name}: {verdict.text}")
         elif verdict is not None:
@@ -144,7 +146,7 @@ def check_pairs(
 
 
 def check_sheet(report: CheckReport, cell: int = 128) -> Image.Image:
-    """Condition images above their images, in rows of six; what cannot be read is red."""
+    """Condition images above their images, in rows of six; unreadable files are red."""
     from controlkit.images import contact_sheet
 
     rows: list[list[Image.Image]] = []
@@ -160,7 +162,7 @@ def _chosen(listing: Listing, name: str) -> str:
     found = listing.chosen(name)
     if found is None:
         known = ", ".join(listing.conditions)
-        raise UserError(f"{listing.origin} has no condition {name!r}; it has {known or 'none'}")
+        raise UserError(f"{listing.origin} has no condition {name!r}; it has {known or 'none'}", "unknown-name")
     return found
 
 
@@ -170,43 +172,47 @@ def _entry_problem(text: str) -> Problem:
 
 
 def _prompt_notes(listing: Listing, limit: PromptLimit | None) -> list[str]:
-    told = [(record.where, text) for record in listing.records for text in record.captions]
-    empty = empty_note(sum(is_empty(text) for _, text in told), len(told))
-    return empty + (count_note(told, limit) if limit is not None else [])
+    captions = [(record.where, text) for record in listing.records for text in record.captions]
+    empty = empty_note(sum(is_empty(text) for _, text in captions), len(captions))
+    return empty + (count_note(captions, limit) if limit is not None else [])
 
 
-def _look(record: Record, kinds: Mapping[str, str]) -> _Seen:
-    seen = _Seen()
+def _check_record(record: Record, kinds: Mapping[str, str]) -> _Findings:
+    findings = _Findings()
     if any(map(is_empty, record.captions)):
-        seen.problems.append(_problem("prompt", record, "empty prompt"))
-    target = _opened(record, record.image, record.told("sha256", "picture"), seen)
+        findings.problems.append(_problem("prompt", record, "empty prompt"))
+    target = _opened(
+        record, record.image, record.recorded("sha256", "picture") or record.recorded("sha256", "image"), findings
+    )
     if target is not None:
-        seen.pixels = hashlib.sha256(repr(target.size).encode() + target.tobytes()).hexdigest()
+        findings.pixels = hashlib.sha256(repr(target.size).encode() + target.tobytes()).hexdigest()
     for name, kind in kinds.items():
         source = record.conditions.get(name)
         if source is None:
-            seen.problems.append(_problem("file", record, f"there is no condition image {name!r}"))
+            findings.problems.append(_problem("file", record, f"there is no condition image {name!r}"))
             continue
-        if isinstance(source, Drawn) and (target is None or find(source.condition).requires is not None):
-            continue  # a learned one takes too long to draw it for this alone
-        image = _opened(record, source, record.told("sha256", "conditions", name), seen, condition=kind)
+        if isinstance(source, ComputedCondition) and (target is None or find(source.condition).requires is not None):
+            continue  # detectors are too slow to run for a check
+        image = _opened(record, source, record.recorded("sha256", "conditions", name), findings, condition=kind)
         colour = None if image is None else _flat_colour(image)
         if colour is not None:
-            seen.problems.append(_problem("flat", record, f"{name} is one flat colour, {colour}: it tells nothing"))
-        if image is None or target is None or isinstance(source, Drawn):
+            findings.problems.append(_problem("flat", record, f"{name} is one flat colour, {colour}"))
+        if image is None or target is None or isinstance(source, ComputedCondition):
             continue
         if image.size != target.size:
-            worse = "shape" if shapes_differ(image.size, target.size) else "size"
+            difference = "shape" if shapes_differ(image.size, target.size) else "size"
             sizes = " and ".join(f"{width} x {height}" for width, height in (image.size, target.size))
-            seen.problems.append(_problem("size", record, f"{name} and image differ in {worse} ({sizes})"))
+            findings.problems.append(_problem("size", record, f"{name} and image differ in {difference} ({sizes})"))
             continue
-        seen.forward |= _compared(record, name, image, target, seen)
-    return seen
+        findings.forward |= _compared(record, name, image, target, findings)
+    return findings
 
 
-def _compared(record: Record, name: str, image: Image.Image, target: Image.Image, seen: _Seen) -> dict[str, bool]:
-    """Whether the condition image is what its recorded parameters make of the image; empty if none are recorded."""
-    parameters = record.told("parameters", name)
+def _compared(
+    record: Record, name: str, image: Image.Image, target: Image.Image, findings: _Findings
+) -> dict[str, bool]:
+    """Whether the condition image matches the image and the recorded parameters; empty if none are recorded."""
+    parameters = record.recorded("parameters", name)
     if not isinstance(parameters, Mapping) or "objects" in parameters:
         return {}
     try:
@@ -219,52 +225,56 @@ def _compared(record: Record, name: str, image: Image.Image, target: Image.Image
     except (UserError, ValueError):
         return {}
     if backward <= _ALIKE:
-        text = f"{name} and image are exchanged (certain: the image is what {name} makes of the condition image)"
-        seen.problems.append(_problem("swapped", record, text))
+        text = f"{name} and image are swapped (certain: the image is {name} of the condition image)"
+        findings.problems.append(_problem("swapped", record, text))
     else:
-        text = f"{name} is not what its parameters make of the image (mean difference {forward:.0f} of 255)"
-        seen.problems.append(_problem("not drawn", record, text))
+        text = f"{name} does not match the image and the recorded parameters (mean difference {forward:.0f} of 255)"
+        findings.problems.append(_problem("not drawn", record, text))
     return {name: False}
 
 
 def _flat_colour(image: Image.Image) -> tuple[int, ...] | None:
-    """The colour of an image that has no other, but for what JPEG leaves of it; None for all others."""
+    """The colour of a single-colour image, within JPEG noise; None for all others."""
     ranges = np.array(image.getextrema()).reshape(-1, 2)
     return tuple(int(low) for low, _ in ranges) if (np.ptp(ranges, axis=1) <= _FLAT).all() else None
 
 
 def _opened(
-    record: Record, source: Source, digest: str | None, seen: _Seen, condition: str | None = None
+    record: Record, source: Source, digest: str | None, findings: _Findings, condition: str | None = None
 ) -> Image.Image | None:
     try:
         image = read_condition_image(source, condition)
         if digest is not None and hashlib.sha256(source.read_bytes()).hexdigest() != digest:
-            seen.problems.append(_problem("changed", record, f"{source} is not the file that was listed (SHA-256)"))
+            findings.problems.append(_problem("changed", record, f"{source} differs from the manifest (SHA-256)"))
         return image
     except UserError as error:
-        seen.problems.append(_problem("file", record, str(error)))
+        findings.problems.append(_problem("file", record, str(error)))
         return None
 
 
-def _duplicates(records: Sequence[Record], seen: Sequence[_Seen]) -> Iterator[Problem]:
+def _duplicates(records: Sequence[Record], findings: Sequence[_Findings]) -> Iterator[Problem]:
     first: dict[str, str] = {}
-    for record, one in zip(records, seen, strict=True):
-        if one.pixels is None:
+    for record, finding in zip(records, findings, strict=True):
+        if finding.pixels is None:
             continue
-        if one.pixels in first:
-            yield _problem("duplicate", record, f"the same image as {first[one.pixels]}")
+        if finding.pixels in first:
+            yield _problem("duplicate", record, f"same image as {first[finding.pixels]}")
         else:
-            first[one.pixels] = record.where
+            first[finding.pixels] = record.where
 
 
-def _exchanged(listing: Listing, name: str, seen: Sequence[_Seen]) -> Verdict | None:
-    """A verdict about all pairs of a condition, where no manifest says how they were made."""
-    if any(name in one.forward for one in seen):
+def _swapped(listing: Listing, name: str, findings: Sequence[_Findings]) -> Verdict | None:
+    """A verdict about all pairs of a condition, where no manifest records their parameters."""
+    if any(name in finding.forward for finding in findings):
         return None
     pairs = []
-    for record, one in zip(listing.records, seen, strict=True):
+    for record, finding in zip(listing.records, findings, strict=True):
         source = record.conditions.get(name)
-        if source is None or isinstance(source, Drawn) or any(p.kind in ("file", "size") for p in one.problems):
+        if (
+            source is None
+            or isinstance(source, ComputedCondition)
+            or any(p.kind in ("file", "size") for p in finding.problems)
+        ):
             continue
         pairs.append((_reduced(source, name), _reduced(record.image)))
         if len(pairs) == _SAMPLE:
@@ -279,8 +289,8 @@ def _reduced(source: Source, condition: str | None = None) -> np.ndarray:
     return np.asarray(image if size == image.size else image.resize(size, Image.Resampling.BOX))
 
 
-def _distance(made: np.ndarray, image: Image.Image) -> float:
-    return float(np.abs(made.astype(np.int16) - np.asarray(image, dtype=np.int16)).mean())
+def _distance(first: np.ndarray, second: Image.Image) -> float:
+    return float(np.abs(first.astype(np.int16) - np.asarray(second, dtype=np.int16)).mean())
 
 
 def _problem(kind: str, record: Record, text: str) -> Problem:
@@ -288,7 +298,7 @@ def _problem(kind: str, record: Record, text: str) -> Problem:
 
 
 def _shown(source: Source | None, cell: int) -> Image.Image:
-    """The image, reduced to about what a cell shows, so that a sheet of large ones fits into memory."""
+    """The image reduced to about the size of a cell, so that a sheet of large images fits into memory."""
     try:
         image = open_image(source) if source is not None else Image.new("RGB", (64, 64), "red")
     except UserError:

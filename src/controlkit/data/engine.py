@@ -1,4 +1,4 @@
-"""Making pairs of many images: resumable, the same whatever the order, the number of processes or the engine."""
+"""Make pairs from many images: resumable, with results independent of order, number of processes and engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from controlkit.data.workers import cores, refuse_to_run_again, run_jobs
 from controlkit.errors import UserError
 from controlkit.files import (
     decode_text,
-    held,
+    locked,
     read_json,
     remove_leftovers,
     writable_folder,
@@ -36,31 +36,31 @@ from controlkit.files import (
 ENGINES = ("local", "ray")
 _MOST_IN_A_JOB = 32
 _NAMED = 4
-"""Keys that a note names."""
+"""Keys named in a note."""
 
-Tell = Callable[[int, int], None]
-"""Called with (images done, images in all)."""
+Progress = Callable[[int, int], None]
+"""Called with (images done, images in total)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MakeReport:
-    """What a run did."""
+    """Result of a run."""
 
     out: Path
     """The manifest, or the folder of the shards."""
     made: int
-    """Pairs that this run made."""
+    """New pairs."""
     kept: int
-    """Pairs that were there."""
+    """Pairs of earlier runs."""
     gone: int
-    """Pairs that were there and whose images are not in the input any more; the manifest does not list them now."""
+    """Pairs of earlier runs whose images are no longer in the input, and which the manifest no longer lists."""
     skipped: dict[str, str]
-    """Image -> why there is no pair of it."""
+    """Image -> why it has no pair."""
     empty_prompts: int
     """Pairs without a caption."""
     seconds: float
     notes: list[str] = field(default_factory=list)
-    """What of the images' files was not used: all frames but the first."""
+    """Parts of image files that were not used: all frames but the first."""
 
 
 def make_pairs(
@@ -72,53 +72,56 @@ def make_pairs(
     shards: int | None = None,
     engine: str = "local",
     origin: Sequence[str] = (),
-    tell: Tell = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> MakeReport:
     """Make the pairs of `images` in the folder `out`: files and `pairs.jsonl`, or `shards` tar shards.
 
-    What an earlier run finished is kept if nothing about it changed. The manifest comes last.
+    Unchanged pairs of earlier runs are kept. The manifest is written last.
 
     Args:
-        workers: processes; None takes one for each core.
-        shards: how many tar shards; None makes files.
-        engine: `local`, or `ray` (Ray Data; makes shards).
-        origin: what the images were listed from, to refuse to mix inputs in one folder.
+        workers: processes; None is one per core.
+        shards: number of tar shards; None writes files.
+        engine: `local`, or `ray` (Ray Data; writes shards).
+        origin: the inputs that the images were listed from; one folder takes one set of inputs.
+        progress: called as images are finished.
 
     Raises:
-        UserError: settings contradict what is in `out`, it cannot be written, another run writes to it, its manifest
-            was changed so that it cannot be read, no image can be read, or the calling script has no
-            `if __name__ == "__main__":` and so would run again in every process.
+        UserError: `out` was made with other settings, is not writable or in use by another run, its manifest was edited
+            and cannot be parsed, no image can be read, or the calling script lacks `if __name__ == "__main__":`, so
+            that every process would run it again.
     """
     refuse_to_run_again()
     started = time.monotonic()
     out, images = Path(out), sorted(images, key=lambda image: image.key)
     if engine not in ENGINES:
-        raise UserError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
+        raise UserError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}", "unknown-name")
     if engine == "ray" and shards is None:
         shards = max(1, min(len(images), 4 * cores()))
     if shards is not None and not 1 <= shards <= len(images):
-        raise UserError(f"{shards} shards of {len(images)} images; give a number from 1 to {len(images)}")
-    _refuse_what_cannot_be_drawn(images, settings)
+        raise UserError(
+            f"{shards} shards for {len(images)} images; choose a number from 1 to {len(images)}", "out-of-range"
+        )
+    _check_conditions(images, settings)
     if workers is None:
-        learned = any(find(name).requires for name in settings.conditions)
-        workers = 1 if learned else cores()
+        has_detector = any(find(name).requires for name in settings.conditions)
+        workers = 1 if has_detector else cores()
     gone = 0
     (writable_folder(out) / STATE).mkdir(parents=True, exist_ok=True)
-    with held(out / STATE / "lock", f"another run is writing to {out}; wait for it, or give another --out"):
+    with locked(out / STATE / "lock", f"another run is writing to {out}; wait for it, or choose another --out"):
         new = not _settings_file(out).exists()
-        settings = _agreed(out, settings, shards, origin)
+        settings = _merge_settings(out, settings, shards, origin)
         try:
             if shards is None:
-                outcomes, made, gone = _files(images, out, settings, workers, tell)
+                outcomes, made, gone = _files(images, out, settings, workers, progress)
             else:
-                outcomes, made = _shards(images, out, settings, shards, workers, engine, tell)
+                outcomes, made = _shards(images, out, settings, shards, workers, engine, progress)
             good = [outcome for outcome in outcomes if outcome.entry is not None]
             skipped = {outcome.name: str(outcome.error) for outcome in outcomes if outcome.entry is None}
             if not good:
-                why = next(iter(skipped.values()))
-                raise UserError(f"none of {len(images)} images can be read; the first: {why}")
+                reason = next(iter(skipped.values()))
+                raise UserError(f"none of {len(images)} images can be read; the first: {reason}", "bad-image")
         except BaseException:
-            if new and not _has_results(out):  # nothing is there that another input or other settings could contradict
+            if new and not _has_results(out):  # leave the folder free for other inputs and settings
                 _settings_file(out).unlink(missing_ok=True)
             raise
     return MakeReport(
@@ -133,18 +136,25 @@ def make_pairs(
     )
 
 
-def _refuse_what_cannot_be_drawn(images: Sequence[InputImage], settings: MakeSettings) -> None:
-    """Say before any work what would fail for every image."""
+def _check_conditions(images: Sequence[InputImage], settings: MakeSettings) -> None:
+    """Raise early what would fail for every image."""
     for name in settings.conditions:
         condition = find(name)
         if name in ("bbox", "segments") and not any((image.objects or {}).get(name) for image in images):
-            raise UserError(f"{name} draws annotated objects; give COCO's instances file (instances_*.json) too")
+            raise UserError(
+                f"{name} draws annotated objects; pass COCO's instances file (instances_*.json) too",
+                "missing-companion",
+            )
         if condition.requires is not None:
             condition(np.zeros((64, 64, 3), np.uint8))
 
 
-def _agreed(out: Path, settings: MakeSettings, shards: int | None, origin: Sequence[str]) -> MakeSettings:
-    """The settings of this run with the conditions of earlier ones, which stay; recorded in `out`."""
+def _merge_settings(out: Path, settings: MakeSettings, shards: int | None, origin: Sequence[str]) -> MakeSettings:
+    """The settings of this run plus the conditions of earlier ones, recorded in `out`.
+
+    Raises:
+        UserError: anything but the conditions differs, or the manifest has no settings beside it.
+    """
     path = _settings_file(out)
     state: dict[str, Any] = {"settings": asdict(settings), "shards": shards, "origin": list(origin)}
     if path.is_file():
@@ -154,19 +164,20 @@ def _agreed(out: Path, settings: MakeSettings, shards: int | None, origin: Seque
         if before["shards"] != shards:
             different.append(f"shards: {before['shards'] or 'none'} here, {shards or 'none'} now")
         if before["origin"] != list(origin):
-            different.append(f"made from {', '.join(before['origin'])} here, {', '.join(origin)} now")
+            different.append(f"inputs: {', '.join(before['origin'])} here, {', '.join(origin)} now")
         if shards is not None and earlier.conditions != settings.conditions:
             different.append(f"conditions: {', '.join(earlier.conditions)} here, {', '.join(settings.conditions)} now")
         if different:
             raise UserError(
-                f"{out} was made otherwise ({'; '.join(different)}); give another --out, or the same settings"
+                f"{out} was made with other settings ({'; '.join(different)}); use the same, or choose another --out",
+                "resume-mismatch",
             )
         settings = replace(settings, conditions=tuple(dict.fromkeys((*earlier.conditions, *settings.conditions))))
         state["settings"] = asdict(settings)
         if json.loads(json.dumps(state)) == before:
             return settings
     elif (out / MANIFEST).exists():
-        raise UserError(f"{out} has a {MANIFEST} that was not made here; give another --out")
+        raise UserError(f"{out} has a {MANIFEST} of another origin; choose another --out", "would-overwrite")
     write_json(path, state)
     return settings
 
@@ -176,48 +187,48 @@ def _settings_file(out: Path) -> Path:
 
 
 def _has_results(out: Path) -> bool:
-    """Whether a run has finished a pair or a shard here."""
+    """Whether a run has finished a pair or a shard in `out`."""
     journal = out / STATE / "journal.jsonl"
     finished = journal.is_file() and journal.stat().st_size > 0
     return finished or any(path.name != "settings.json" for path in (out / STATE).glob("*.json"))
 
 
 def _files(
-    images: Sequence[InputImage], out: Path, settings: MakeSettings, workers: int, tell: Tell
+    images: Sequence[InputImage], out: Path, settings: MakeSettings, workers: int, progress: Progress
 ) -> tuple[list[Outcome], int, int]:
-    """Outcomes of all images in their order, how many pairs were made now, and how many have lost their image."""
+    """Outcomes of all images in order, number of new pairs, and number of earlier pairs without an image."""
     edited = _edited_prompts(out / MANIFEST)
     shutil.rmtree(out / STATE / "aside", ignore_errors=True)
     journal = out / STATE / "journal.jsonl"
     before = {outcome.key: outcome for outcome in _read_journal(journal)}
 
-    def mended(outcome: Outcome) -> Outcome:
-        """The outcome with the prompt that stands in the manifest, if neither image nor caption changed since."""
-        known = before.get(outcome.key)
-        if outcome.entry is None or outcome.key not in edited or known is None or known.stamp != outcome.stamp:
+    def with_edit(outcome: Outcome) -> Outcome:
+        """The outcome with the prompt edited in the manifest, if neither image nor caption changed since."""
+        earlier = before.get(outcome.key)
+        if outcome.entry is None or outcome.key not in edited or earlier is None or earlier.stamp != outcome.stamp:
             return outcome
         return replace(outcome, entry={**outcome.entry, "prompt": edited[outcome.key]})
 
     fresh = {p.key: before[p.key] for p in images if p.key in before and _is_fresh(before[p.key], p, settings, out)}
-    found = {key: mended(outcome) for key, outcome in fresh.items()}
-    todo = [image for image in images if image.key not in found]
-    tell(len(found), len(images))
+    done = {key: with_edit(outcome) for key, outcome in fresh.items()}
+    todo = [image for image in images if image.key not in done]
+    progress(len(done), len(images))
     count = max(1, min(_MOST_IN_A_JOB, len(todo) // (4 * workers)))
     groups = [todo[first : first + count] for first in range(0, len(todo), count)]
     jobs = [FilesJob(images=group, settings=settings, out=out) for group in groups]
-    kept = len(found)
+    kept = len(done)
     if jobs:
         with journal.open("a", encoding="utf-8") as stream:
-            _end_torn_line(journal, stream)
+            _end_truncated_line(journal, stream)
             for outcomes in run_jobs(make_files, jobs, workers):
-                for outcome in map(mended, outcomes):
-                    found[outcome.key] = outcome
+                for outcome in map(with_edit, outcomes):
+                    done[outcome.key] = outcome
                     if outcome.entry is not None:
                         stream.write(json.dumps(vars(outcome), ensure_ascii=False) + "\n")
                 stream.flush()
-                tell(len(found), len(images))
-    _tell_of_lost_edits(edited, before, found)
-    ordered = [found[image.key] for image in images]
+                progress(len(done), len(images))
+    _warn_lost_edits(edited, before, done)
+    ordered = [done[image.key] for image in images]
     good = [outcome for outcome in ordered if outcome.entry is not None]
     if good and (
         len(good) > kept or {outcome.key for outcome in good} != set(before) or not (out / MANIFEST).is_file()
@@ -227,20 +238,17 @@ def _files(
     return ordered, len(good) - kept, len(set(before) - {image.key for image in images})
 
 
-def _tell_of_lost_edits(
-    edited: dict[str, str | list[str]], before: dict[str, Outcome], found: dict[str, Outcome]
-) -> None:
-    """Say which prompts of the manifest give way to captions, since the image or its caption changed as well."""
+def _warn_lost_edits(edited: dict[str, str | list[str]], before: dict[str, Outcome], done: dict[str, Outcome]) -> None:
+    """Name edited prompts of the manifest that were replaced because the image or its caption changed as well."""
     lost = []
-    for key, outcome in found.items():
+    for key, outcome in done.items():
         entries = [each.entry for each in (before.get(key), outcome) if each is not None and each.entry is not None]
         if key in edited and entries and edited[key] not in [entry["prompt"] or "" for entry in entries]:
             lost.append(key)
     if lost:
         named = ", ".join(lost[:_NAMED]) + (f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else "")
         print(
-            f"note: {len(lost)} prompts that were edited in {MANIFEST} are replaced, since their images or captions"
-            f" changed, too: {named}",
+            f"note: {len(lost)} prompts edited in {MANIFEST} are replaced, as images or captions changed too: {named}",
             file=sys.stderr,
             flush=True,
         )
@@ -253,24 +261,24 @@ def _shards(
     shards: int,
     workers: int,
     engine: str,
-    tell: Tell,
+    progress: Progress,
 ) -> tuple[list[Outcome], int]:
-    home = Path(os.path.abspath(out))  # workers of another engine may stand in another folder
+    home = Path(os.path.abspath(out))  # Ray workers have another working directory
     ends = [round(index * len(images) / shards) for index in range(shards + 1)]
     jobs = [
         ShardJob(images=images[ends[index] : ends[index + 1]], settings=settings, path=home / shard_name(index, shards))
         for index in range(shards)
     ]
     finished = [job.finished() for job in jobs]
-    outcomes = [outcome for done in finished if done is not None for outcome in done]
+    outcomes = [outcome for shard in finished if shard is not None for outcome in shard]
     kept = sum(outcome.entry is not None for outcome in outcomes)
-    todo = [job for job, done in zip(jobs, finished, strict=True) if done is None]
-    tell(len(outcomes), len(images))
+    todo = [job for job, shard in zip(jobs, finished, strict=True) if shard is None]
+    progress(len(outcomes), len(images))
     for job in todo:
         remove_leftovers(job.path)
-    for made in _run(todo, workers, engine):
-        outcomes += made
-        tell(len(outcomes), len(images))
+    for shard_outcomes in _run(todo, workers, engine):
+        outcomes += shard_outcomes
+        progress(len(outcomes), len(images))
     outcomes.sort(key=lambda outcome: outcome.key)
     return outcomes, sum(outcome.entry is not None for outcome in outcomes) - kept
 
@@ -301,19 +309,19 @@ def _read_journal(path: Path) -> Iterator[Outcome]:
         try:
             yield Outcome(**json.loads(line))
         except (json.JSONDecodeError, TypeError):
-            continue  # the torn last line of a killed run
+            continue  # the truncated last line of a killed run
 
 
-def _end_torn_line(path: Path, stream: TextIO) -> None:
+def _end_truncated_line(path: Path, stream: TextIO) -> None:
     if path.stat().st_size:
         stream.write("\n")
 
 
 def _edited_prompts(manifest: Path) -> dict[str, str | list[str]]:
-    """Key -> the prompt (or the list of them) that stands in the manifest: somebody may have mended it there.
+    """Key -> prompt (or list of prompts) in the manifest, where users may have edited it.
 
     Raises:
-        UserError: a line cannot be read. It is not written over.
+        UserError: a line cannot be parsed; the manifest is left as it is.
     """
     if not manifest.is_file():
         return {}
@@ -321,7 +329,7 @@ def _edited_prompts(manifest: Path) -> dict[str, str | list[str]]:
     try:
         lines = decode_text(manifest.read_bytes()).split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{manifest} is not UTF-8 text any more ({error}); save it as UTF-8") from error
+        raise UserError(f"{manifest} is not UTF-8 ({error}); save it as UTF-8", "damaged-file") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -331,7 +339,9 @@ def _edited_prompts(manifest: Path) -> dict[str, str | list[str]]:
             prompts[str(entry["key"])] = captions[0] if len(captions) == 1 else list(captions)
         except (json.JSONDecodeError, KeyError, TypeError, UserError) as error:
             raise UserError(
-                f"line {number} of {manifest} cannot be read ({error!r}); mend it, or remove it to have it made again"
+                f"line {number} of {manifest} is not a valid entry ({error!r}); correct it, or remove it to make the"
+                " pair again",
+                "damaged-file",
             ) from error
     return prompts
 

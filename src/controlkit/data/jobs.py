@@ -1,6 +1,6 @@
-"""The units of work of making pairs: some images into a folder, or into one tar shard.
+"""Units of work for making pairs: some images into a folder, or into one tar shard.
 
-Both are functions of plain values, so that any engine can run them anywhere and again after a failure.
+Jobs are plain values and idempotent, so any engine can run them anywhere and again after a failure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.data.input_images import STATE, InputImage
-from controlkit.data.making import MadePair, MakeSettings, make_pair
+from controlkit.data.making import EncodedPair, MakeSettings, make_pair
 from controlkit.data.readers.archives import write_tar
 from controlkit.data.workers import sign_of_life
 from controlkit.errors import UserError
@@ -24,25 +24,25 @@ _VERSION = "1"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one image."""
+    """Result for one image."""
 
     key: str
     name: str
     stamp: str
-    """The image's, when it was read."""
+    """`InputImage.stamp` when the image was read."""
     entry: dict[str, Any] | None = None
     """Its line in the manifest; None if it was skipped."""
     files: dict[str, int] = field(default_factory=dict)
-    """Path below the folder -> bytes."""
+    """Path below the folder -> size in bytes."""
     error: str | None = None
     """Why it was skipped."""
     note: str | None = None
-    """What of its file was not used."""
+    """Part of its file that was not used."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilesJob:
-    """Some images whose pairs become files in a folder."""
+    """Images whose pairs are written as files."""
 
     images: Sequence[InputImage]
     settings: MakeSettings
@@ -54,7 +54,7 @@ class FilesJob:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """Some images, ordered by key, whose pairs become one tar shard."""
+    """Images, ordered by key, whose pairs are written as one tar shard."""
 
     images: Sequence[InputImage]
     settings: MakeSettings
@@ -65,17 +65,17 @@ class ShardJob:
 
     @property
     def key(self) -> str:
-        """Changes with everything that the shard's bytes follow from."""
+        """Hash of everything that determines the shard's bytes."""
         content = (f"{image.key} {image.stamp()}" for image in self.images)
         return sha256_of(_VERSION, repr(self.settings), *content)
 
     @property
     def record(self) -> Path:
-        """The file that says that the shard is finished, written after it."""
+        """Completion record of the shard, written after it."""
         return self.path.parent / STATE / f"{self.path.stem}.json"
 
     def finished(self) -> list[Outcome] | None:
-        """What became of its images, if the shard on disk is this job's."""
+        """Results for its images, if the shard on disk is the result of this job."""
         try:
             record = read_json(self.record)
             if record["key"] == self.key and self.path.stat().st_size == record["bytes"]:
@@ -85,13 +85,13 @@ class ShardJob:
         return None
 
     def to_json(self) -> str:
-        """For another machine."""
+        """Serialise for another machine."""
         images = [image.to_json() for image in self.images]
         return json.dumps({"pictures": images, "settings": asdict(self.settings), "path": str(self.path)})
 
     @classmethod
     def from_json(cls, text: str) -> ShardJob:
-        """What `to_json` gave."""
+        """Inverse of `to_json`."""
         values = json.loads(text)
         settings = MakeSettings(**{**values["settings"], "conditions": tuple(values["settings"]["conditions"])})
         images = [InputImage.from_json(image) for image in values["pictures"]]
@@ -99,35 +99,35 @@ class ShardJob:
 
 
 def make_files(job: FilesJob) -> list[Outcome]:
-    """Make the pairs of a job as files; a file of the final name is always whole.
+    """Write the pairs of a job as files; a file under its final name is always complete.
 
     Raises:
-        UserError: the folder cannot be written. (Images that cannot be read are skipped, and said so.)
+        UserError: the folder is not writable. (Unreadable images are skipped; the outcome has the reason.)
     """
     outcomes = []
     home = os.path.realpath(job.out)
     for image in job.images:
-        made = _made(image, job.settings)
-        if isinstance(made, Outcome):
-            outcomes.append(made)
+        pair = _make_or_skip(image, job.settings)
+        if isinstance(pair, Outcome):
+            outcomes.append(pair)
             continue
-        entry, files = _placed(made, image, job.out, home)
+        entry, files = _entry_and_files(pair, image, job.out, home)
         for name, data in files.items():
             _write(job.out, name, data)
         sizes = {name: len(data) for name, data in files.items()}
         outcome = Outcome(key=image.key, name=image.name, stamp=image.stamp(), entry=entry, files=sizes)
-        outcomes.append(replace(outcome, note=made.note))
+        outcomes.append(replace(outcome, note=pair.note))
     return outcomes
 
 
 def make_shard(job: ShardJob) -> list[Outcome]:
-    """Make the pairs of a job as one tar shard, unless it is there already.
+    """Write the pairs of a job as one tar shard, unless it is finished already.
 
-    The shard appears whole or not at all, and its bytes follow from the job: run twice, or killed and run again, it
-    leaves what one run leaves.
+    The shard is written atomically and its bytes depend on the job alone: running a job twice, or again after a kill,
+    gives the same file.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder is not writable.
     """
     before = job.finished()
     if before is not None:
@@ -137,18 +137,18 @@ def make_shard(job: ShardJob) -> list[Outcome]:
 
     def members() -> Iterator[tuple[str, bytes]]:
         for image in job.images:
-            made = _made(image, settings)
-            if isinstance(made, Outcome):
-                outcomes.append(made)
+            pair = _make_or_skip(image, settings)
+            if isinstance(pair, Outcome):
+                outcomes.append(pair)
                 continue
-            assert made.image is not None
-            yield f"{image.key}.{made.suffix}", made.image
-            for name, data in sorted(made.conditions.items()):
+            assert pair.image is not None
+            yield f"{image.key}.{pair.suffix}", pair.image
+            for name, data in sorted(pair.conditions.items()):
                 yield f"{image.key}.{name}.png", data
-            yield f"{image.key}.txt", made.entry["prompt"].encode()
-            yield f"{image.key}.json", json.dumps(made.entry, ensure_ascii=False, sort_keys=True).encode()
-            outcome = Outcome(key=image.key, name=image.name, stamp=image.stamp(), entry=made.entry)
-            outcomes.append(replace(outcome, note=made.note))
+            yield f"{image.key}.txt", pair.entry["prompt"].encode()
+            yield f"{image.key}.json", json.dumps(pair.entry, ensure_ascii=False, sort_keys=True).encode()
+            outcome = Outcome(key=image.key, name=image.name, stamp=image.stamp(), entry=pair.entry)
+            outcomes.append(replace(outcome, note=pair.note))
 
     write_tar(job.path, members())
     size = job.path.stat().st_size
@@ -156,7 +156,7 @@ def make_shard(job: ShardJob) -> list[Outcome]:
     return outcomes
 
 
-def _made(image: InputImage, settings: MakeSettings) -> MadePair | Outcome:
+def _make_or_skip(image: InputImage, settings: MakeSettings) -> EncodedPair | Outcome:
     try:
         return make_pair(image, settings)
     except UserError as error:
@@ -170,39 +170,41 @@ def _from_to(images: Sequence[InputImage]) -> str:
     return " to ".join(names)
 
 
-def _placed(pair: MadePair, image: InputImage, out: Path, home: str) -> tuple[dict[str, Any], Mapping[str, bytes]]:
-    """The manifest's entry of a pair in the folder `out`, truly at `home`, and its files by their path below `out`."""
-    places = {name: f"{name}/{image.key}.png" for name in pair.conditions}
-    files = {places[name]: data for name, data in pair.conditions.items()}
+def _entry_and_files(
+    pair: EncodedPair, image: InputImage, out: Path, home: str
+) -> tuple[dict[str, Any], Mapping[str, bytes]]:
+    """The manifest entry of a pair in the folder `out` (resolved: `home`), and path below `out` -> bytes."""
+    paths = {name: f"{name}/{image.key}.png" for name in pair.conditions}
+    files = {paths[name]: data for name, data in pair.conditions.items()}
     if pair.image is None:
         assert isinstance(image.source, Path)
         real = os.path.realpath(image.source)
         try:
-            where = os.path.relpath(real, home)
-        except ValueError:  # on another drive of Windows
-            where = real
-        where = where.replace(os.sep, "/")
+            location = os.path.relpath(real, home)
+        except ValueError:  # on another drive (Windows)
+            location = real
+        location = location.replace(os.sep, "/")
     else:
-        where = f"pictures/{image.key}.{pair.suffix}"
-        files[where] = pair.image
-    return {"key": image.key, "picture": where, "conditions": places, **pair.entry}, files
+        location = f"pictures/{image.key}.{pair.suffix}"
+        files[location] = pair.image
+    return {"key": image.key, "picture": location, "conditions": paths, **pair.entry}, files
 
 
 def _write(out: Path, name: str, data: bytes) -> None:
-    """Write a file so that its name never stands for a part of it. Not flushed to the disk one by one, which would take
-    most of the time; hashes in the manifest tell what a power cut left."""
+    """Write a file through a rename, so that it is never partial. No fsync per file, which would dominate the run time;
+    after a power cut the hashes in the manifest show what is damaged."""
     path = os.path.join(out, name)
     aside = os.path.join(out, STATE, "aside", f"{os.getpid()}-{sha256_of(name)[:16]}")
     try:
         try:
             _write_and_rename(aside, path, data)
-        except FileNotFoundError:  # folders are there but for the first time, so they are not asked for each time
+        except FileNotFoundError:  # folders exist after the first file, so they are created on demand
             for folder in (os.path.dirname(path), os.path.dirname(aside)):
                 os.makedirs(folder, exist_ok=True)
             _write_and_rename(aside, path, data)
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder that can be written"
+            f"cannot write {path}: {error.strerror or error}; choose a writable folder", "write-failed"
         ) from error
 
 

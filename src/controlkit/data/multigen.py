@@ -16,19 +16,19 @@ import numpy as np
 
 from controlkit.conditions.condition import background_of
 from controlkit.errors import UserError, nearest
-from controlkit.files import whole_text
+from controlkit.files import valid_text
 from controlkit.images import read_image
 
 _EMPTY = re.compile(rb'"prompt"\s*:\s*(?:null|"(?:\s|\\[tnr])*")')
-"""In JSON a text's own quotation marks are escaped, so this is found nowhere but where it is meant."""
+"""Quotation marks inside JSON strings are escaped, so this matches keys only."""
 _CONTROL_KEYS = {"segbase": "control_seg"}
 _BLOCK = 1 << 24
 
 
 class MultiGen:
-    """One task of MultiGen-20M, read where it lies.
+    """One task of MultiGen-20M, read in place.
 
-    Only the places of the lines are held in memory (8 bytes each), not the lines.
+    Only line offsets are kept in memory (8 bytes each), not the lines.
 
     Args:
         folder: with `json_files`, `images` and `conditions`.
@@ -45,19 +45,22 @@ class MultiGen:
         if not self.path.is_file():
             stem, end = "aesthetics_plus_all_group_", "_all.json"
             found = [p.name.removeprefix(stem).removesuffix(end) for p in self.path.parent.glob(f"{stem}*{end}")]
-            raise UserError(f"MultiGen-20M in {self.folder} has no task {task!r}: no {self.path}{nearest(task, found)}")
+            raise UserError(
+                f"MultiGen-20M in {self.folder} has no task {task!r}: no {self.path}{nearest(task, found)}",
+                "unknown-name",
+            )
         self._starts = _line_starts(self.path)
         if not len(self._starts):
-            raise UserError(f"{self.path} lists nothing")
+            raise UserError(f"{self.path} lists no pairs", "empty-data")
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def entry(self, index: int) -> tuple[Path, Path, str]:
-        """Paths of the condition image and of the image, and the prompt, of line `index`.
+        """Paths of condition image and image, and the prompt, of line `index`.
 
         Raises:
-            UserError: the line is not as described.
+            UserError: the line is not an entry of the task.
         """
         with self.path.open("rb") as stream:
             stream.seek(int(self._starts[index]))
@@ -69,26 +72,26 @@ class MultiGen:
             return (
                 self.folder / "conditions" / control.removeprefix("./"),
                 self.folder / "images" / source.removeprefix("./"),
-                whole_text(_text(prompt), "the prompt"),
+                valid_text(_text(prompt), "the prompt"),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{self.path}, line {index + 1}: not an entry of the task {self.task} ({error!r})"
+                f"{self.path}, line {index + 1}: not an entry of the task {self.task} ({error!r})", "bad-data"
             ) from error
 
     def empty_prompts(self) -> int:
-        """How many lines have an empty prompt, by a search through the file, which takes seconds for millions."""
+        """Number of lines with an empty prompt, by a text search: seconds for millions of lines."""
         with self.path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return sum(1 for _ in _EMPTY.finditer(data))
 
     def pair(self, index: int, size: int, rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray, str]:
         """Condition image and image, both `uint8 [size, size, 3]`, and the prompt, of line `index`.
 
-        A square as long as the condition image's short side is cut from it (at a random place with `rng`, else the
-        centre) and the same part from the image, which may have another resolution.
+        Both get the same square crop along the long side, at a random place with `rng`, else at the centre; their
+        resolutions may differ.
 
         Raises:
-            UserError: a file is missing or torn.
+            UserError: a file is missing or damaged.
         """
         condition_path, image_path, prompt = self.entry(index)
         condition = np.asarray(read_image(condition_path, background_of(self.task)))
@@ -104,7 +107,7 @@ def _text(prompt: object) -> str:
 
 
 def _square(image: np.ndarray, place: float, size: int) -> np.ndarray:
-    """The square of the short side at `place` (0 to 1) along the long side, scaled to `size`."""
+    """The square crop at `place` (0 to 1) along the long side, resized to `size`."""
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = round(place * (height - side)), round(place * (width - side))
@@ -114,7 +117,7 @@ def _square(image: np.ndarray, place: float, size: int) -> np.ndarray:
 
 
 def _line_starts(path: Path) -> np.ndarray:
-    """Byte offsets of the lines of a file that are not empty."""
+    """Byte offsets of the non-empty lines of a file."""
     ends = [np.zeros(1, np.int64)]
     length = 0
     with path.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""One pair of a condition image and an image, wherever its bytes lie."""
+"""A pair of condition image and image, in files or tar archives."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ SOURCE, TARGET = "source", "target"
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One pair, on disk: paths of files, or pieces of a tar archive."""
+    """One pair on disk."""
 
     source: Source
     """The condition image."""
     target: Source
     """The image."""
     prompt: str
-    """Its caption; the first, where there are several. Evaluation and previews use this one."""
+    """The first caption, which evaluation and previews use."""
     more_prompts: tuple[str, ...] = ()
-    """Further captions of the same image. Training draws one of all of them in each step."""
+    """Further captions. Training samples one of all captions at each step."""
     condition: str | None = None
-    """Which condition `source` is, where that is known; it decides how its images are scaled and mirrored."""
+    """The condition of `source`, if known; it decides how condition images are scaled and flipped."""
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Those that `source` was made with, where that is known; scores of a result make its condition image with them."""
+    """The condition's parameters for `source`, if known; scores compute the condition of a result with them."""
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """All captions; one at least, which may be empty."""
+        """All captions: at least one, possibly empty."""
         return (self.prompt, *self.more_prompts)
 
     def images(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Condition image and image, both `uint8 [size, size, 3]`, cropped around their centres alike."""
+        """Condition image and image, both `uint8 [size, size, 3]`, centre-cropped."""
         return self.side(SOURCE, size), self.side(TARGET, size)
 
     def side(self, side: str, size: int, mirrored: bool = False) -> np.ndarray:
-        """One side of the pair, `SOURCE` or `TARGET`, as `images` gives it: `uint8 [size, size, 3]`.
+        """One side of the pair, `SOURCE` or `TARGET`: `uint8 [size, size, 3]`, centre-cropped.
 
         Args:
-            mirrored: as it is when the image is flipped.
+            mirrored: flip the pair horizontally.
 
         Raises:
-            UserError: it cannot be read, or images of its condition cannot be mirrored.
+            UserError: it cannot be read, or images of its condition cannot be flipped.
         """
         condition = find(self.condition) if side == SOURCE and self.condition is not None else None
         nearest = condition is not None and condition.resize == "nearest"
@@ -62,5 +62,5 @@ class Pair:
         return left_right(image) if condition is None else condition.mirrored(image)
 
     def key(self) -> str:
-        """Hash of the bytes of both."""
+        """Hash of the bytes of both sides."""
         return sha256_of(self.source.read_bytes(), self.target.read_bytes())

@@ -1,4 +1,4 @@
-"""Pairs of a condition image and an image, from any layout that `data/readers/` knows."""
+"""Read, write and split pairs of condition image and image, in any layout of `data/readers/`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from PIL import Image
 from controlkit.data.pair import Pair
 from controlkit.data.prompts import PromptLimit, count_note, empty_note, is_empty
 from controlkit.data.readers.columns import ANY_COLUMNS, Columns
-from controlkit.data.readers.listing import refuse
+from controlkit.data.readers.listing import problems_error
 from controlkit.data.readers.recognise import PROMPT_JSON, pairs_folder, read_listing
-from controlkit.data.sources import Drawn, Source, open_image
+from controlkit.data.sources import ComputedCondition, Source, open_image
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, write_atomically
 from controlkit.images import write_png
@@ -36,43 +36,43 @@ __all__ = [
 ]
 
 MANIFEST = PROMPT_JSON
-"""JSON lines, one pair each: `{"source": condition image, "target": image, "prompt": text}`, paths relative to
-the folder (as lllyasviel/ControlNet and xyfJASON/ctrlora read it). `write_pairs` writes it."""
+"""JSON lines, one per pair: `{"source": condition image, "target": image, "prompt": text}`, paths relative to the
+folder, as in lllyasviel/ControlNet and xyfJASON/ctrlora. `write_pairs` writes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairSet:
-    """Pairs whose files have been looked at."""
+    """Pairs whose files have been checked."""
 
     pairs: list[Pair]
     where: list[str]
-    """Where each is listed."""
+    """Where each is listed: `line 7`, or its key."""
     notes: list[str]
-    """What is no problem, but should not pass in silence."""
+    """Warnings."""
 
     def prompt_notes(self, limit: PromptLimit) -> list[str]:
-        """How many prompts are empty, and how many are longer than a base reads."""
-        told = [(where, text) for where, pair in zip(self.where, self.pairs, strict=True) for text in pair.captions]
-        return empty_note(sum(is_empty(text) for _, text in told), len(told)) + count_note(told, limit)
+        """Notes on empty prompts and on prompts longer than `limit`."""
+        captions = [(where, text) for where, pair in zip(self.where, self.pairs, strict=True) for text in pair.captions]
+        return empty_note(sum(is_empty(text) for _, text in captions), len(captions)) + count_note(captions, limit)
 
 
 def read_pairs(path: str | Path, condition: str | None = None, columns: Columns = ANY_COLUMNS) -> list[Pair]:
-    """The pairs at `path`, every file looked at. What the layouts are: docs/pairs.md.
+    """Read the pairs at `path` and check every file. Layouts: docs/pairs.md.
 
     Args:
         path: a folder, a file or a glob; `PATH/NAME` is the condition NAME of the pairs at PATH.
-        condition: which condition, where there are several.
-        columns: names of columns, where a table (JSON lines, CSV, Parquet) has uncommon ones.
+        condition: the condition, if there are several.
+        columns: names of uncommon columns of a table (JSON lines, CSV, Parquet).
 
     Raises:
-        UserError: no layout is recognised, the condition has to be named, a named column is not there, or pairs have
-            missing, torn or mismatched files; all of these are listed at once.
+        UserError: the layout is unknown, the condition is ambiguous, a named column is missing, or files are missing,
+            damaged or mismatched; all files are reported at once.
     """
     return load_pairs(path, condition, columns).pairs
 
 
 def load_pairs(path: str | Path, condition: str | None = None, columns: Columns = ANY_COLUMNS) -> PairSet:
-    """What `read_pairs` reads, with notes on it.
+    """`read_pairs` with notes.
 
     Raises:
         UserError: as `read_pairs`.
@@ -83,7 +83,7 @@ def load_pairs(path: str | Path, condition: str | None = None, columns: Columns 
         for (where, _), found in zip(listed, pool.map(lambda entry: _problems(entry[1]), listed), strict=True):
             problems += [f"{where}: {problem}" for problem in found]
     if problems:
-        raise refuse(listing.origin, problems, "mend or remove these lines")
+        raise problems_error(listing.origin, problems, "fix or remove these lines")
     return PairSet(
         pairs=[pair for _, pair in listed],
         where=[where for where, _ in listed],
@@ -92,9 +92,9 @@ def load_pairs(path: str | Path, condition: str | None = None, columns: Columns 
 
 
 def write_pairs(folder: str | Path, pairs: Iterable[tuple[np.ndarray, np.ndarray, str]]) -> int:
-    """Write `(condition image, image, prompt)` as a folder that `read_pairs` reads; returns how many there are.
+    """Write `(condition image, image, prompt)` as a folder for `read_pairs`; returns the number of pairs.
 
-    The manifest comes last, so a folder that has one is whole.
+    The manifest is written last, so a folder with one is complete.
     """
     folder = Path(folder)
     lines = []
@@ -108,28 +108,33 @@ def write_pairs(folder: str | Path, pairs: Iterable[tuple[np.ndarray, np.ndarray
 
 
 def split_pairs(pairs: Sequence[Pair], share: float = 0.1) -> tuple[list[Pair], list[Pair]]:
-    """(to train on, held out): a share of the pairs by the hash of their image, at least one on either side.
+    """Split into (training, held-out) pairs by the hash of their images, with at least one pair each.
+
+    Args:
+        share: held-out fraction.
 
     Raises:
-        UserError: there are fewer than two.
+        UserError: there are fewer than two pairs.
     """
     if len(pairs) < 2:
-        raise UserError(f"{len(pairs)} pair is too few: one to train on and one to judge by are needed at least")
+        raise UserError(
+            f"got {len(pairs)} pairs; at least 2 are needed, one to train on and one held out", "empty-data"
+        )
     ranked = sorted(pairs, key=lambda pair: sha256_of(pair.target.read_bytes()))
     count = min(len(pairs) - 1, max(1, round(share * len(pairs))))
     return ranked[count:], ranked[:count]
 
 
 def shapes_differ(first: tuple[int, int], second: tuple[int, int]) -> bool:
-    """Whether two sizes (width, height) are not one shape scaled, give or take a pixel."""
+    """Whether two sizes (width, height) have different aspect ratios, within one pixel."""
     return abs(first[0] * second[1] - first[1] * second[0]) > max(first + second)
 
 
 def _problems(pair: Pair) -> list[str]:
     found: list[str] = []
     sizes: list[tuple[int, int]] = []
-    looked_at: list[Source] = [pair.target] if isinstance(pair.source, Drawn) else [pair.source, pair.target]
-    for source in looked_at:
+    files: list[Source] = [pair.target] if isinstance(pair.source, ComputedCondition) else [pair.source, pair.target]
+    for source in files:
         try:
             sizes.append(open_image(source).size)
         except UserError as error:

@@ -1,4 +1,4 @@
-"""What to tell of prompts before training: how many are empty, and how many are longer than a base reads."""
+"""Notes on prompts before training: how many are empty, and how many exceed the token limit."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class PromptLimit:
-    """How much of a prompt is read."""
+    """Token limit of a text encoder."""
 
     reader: str
-    """What reads it: `nano`, `this base`."""
+    """Its name in notes: `nano`, `this base`."""
     tokens: int
-    """The most tokens, with those that mark begin and end."""
+    """Maximum number of tokens, including begin and end markers."""
     cut_from: Callable[[str], str]
-    """The end of a prompt that is not read; empty if all of it is."""
+    """Prompt -> its truncated end; empty if it fits."""
 
     def cuts(self, prompt: str) -> bool:
-        """Whether the end of the prompt is not read."""
+        """Whether the prompt is truncated."""
         if prompt.isascii() and len(prompt) <= self.tokens - 2:
-            return False  # tokens are pairs of bytes: never more than there are letters
+            return False  # byte-pair tokens are never more than the letters
         try:
             return bool(self.cut_from(prompt))
-        except UserError:  # half a character, which whoever lists the pairs has said
+        except UserError:  # invalid text, which readers of pairs report
             return False
 
 
@@ -35,10 +35,10 @@ def count_note(prompts: Sequence[tuple[str, str]], limit: PromptLimit) -> list[s
     """A note on prompts that are too long.
 
     Args:
-        prompts: where each is listed, and its text.
+        prompts: (where it is listed, text).
     """
-    known = {text: limit.cuts(text) for text in {text for _, text in prompts}}
-    long = [where for where, text in prompts if known[text]]
+    truncated = {text: limit.cuts(text) for text in {text for _, text in prompts}}
+    long = [where for where, text in prompts if truncated[text]]
     if not long:
         return []
     more = ", ..." if len(long) > _SHOWN else ""
@@ -55,5 +55,5 @@ def empty_note(empty: int, total: int) -> list[str]:
 
 
 def is_empty(prompt: str) -> bool:
-    """Whether a prompt says nothing."""
+    """Whether a prompt is empty or only white space."""
     return not prompt.strip()

@@ -1,4 +1,4 @@
-"""The same jobs on Ray Data, for more images than one machine makes pairs of."""
+"""Run jobs on Ray Data, for more images than one machine can handle."""
 
 from __future__ import annotations
 
@@ -14,30 +14,33 @@ MakeShard = Callable[[ShardJob], list[Outcome]]
 
 
 def run_with_ray(make: MakeShard, jobs: Sequence[ShardJob], workers: int) -> Iterator[list[Outcome]]:
-    """`make(job)` of every shard, as they finish, each a task of Ray Data.
+    """Yield `make(job)` of every shard as it finishes, each as a task of Ray Data.
 
-    Ray runs a task again whose worker died. A shard appears under its name only when it is whole, and a finished one
-    is not made again, so nothing is lost and nothing doubled. On a cluster (`RAY_ADDRESS`) all machines have to share
-    the folders.
+    Ray reruns tasks whose worker died. Shards are written atomically and finished ones are not made again, so nothing
+    is lost or duplicated. On a cluster (`RAY_ADDRESS`) all machines must share the folders.
 
     Args:
-        workers: cores of a Ray that is started here; one that runs already keeps its own.
+        workers: cores for a Ray that is started here; a running one keeps its own.
 
     Raises:
-        UserError: Ray is not installed, or a shard failed for good.
+        UserError: Ray is not installed or does not start, or a shard failed repeatedly.
     """
     try:
         import ray
         import ray.data
     except ImportError as error:
-        raise UserError("--engine ray needs Ray Data: pip install 'controlkit[distributed]'") from error
+        raise UserError(
+            "--engine ray needs Ray Data: pip install 'controlkit[distributed]'", "missing-package"
+        ) from error
     started = not ray.is_initialized()
     if started:
         try:
             ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as error:  # from a wrong RAY_ADDRESS to a machine too busy to start it in time, all its own
+        except Exception as error:  # Ray has its own errors, from a wrong RAY_ADDRESS to a slow start
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"Ray does not start ({reason}); see to RAY_ADDRESS, or leave out --engine ray") from error
+            raise UserError(
+                f"cannot start Ray ({reason}); check RAY_ADDRESS, or leave out --engine ray", "device-unavailable"
+            ) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
 
@@ -50,12 +53,12 @@ def run_with_ray(make: MakeShard, jobs: Sequence[ShardJob], workers: int) -> Ite
 
     try:
         rows = [{"job": job.to_json()} for job in jobs]
-        made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make_row, num_cpus=1)
-        for row in made.iter_rows():
+        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make_row, num_cpus=1)
+        for row in results.iter_rows():
             yield [Outcome(**outcome) for outcome in json.loads(row["outcomes"])]
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"Ray gave up ({reason}); run again, finished shards are kept") from error
+        raise UserError(f"Ray failed ({reason}); run again, finished shards are kept", "device-unavailable") from error
     finally:
         if started:
             ray.shutdown()

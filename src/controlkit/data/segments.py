@@ -1,7 +1,7 @@
-"""Segments: files of many rows of one shape, found by a digest, checked when first read, never changed once written.
+"""Segments: immutable files of many rows of one shape, looked up by digest and checked on first read.
 
 A segment is a safetensors file: `digest` `uint8 [N, 16]` and `crc32` `uint32 [N]` are its index, every other tensor
-`[N, ...]` is one part of the rows. Rows are looked at through a memory map and never all loaded.
+`[N, ...]` is one part of the rows. Rows are read through a memory map.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from controlkit.files import write_atomically
 
 try:
     import fcntl
-except ImportError:  # Windows, where a file that is mapped cannot be removed anyway
+except ImportError:  # Windows, where a mapped file cannot be removed anyway
     fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".safetensors"
 DIGEST = 16
 """Bytes of a row's digest."""
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}
-"""Bytes of one element, by safetensors' name of its type."""
+"""safetensors dtype -> bytes per element."""
 _INDEX = {"digest": "U8", "crc32": "U32"}
 _LONGEST_HEADER = 1 << 20
 _ABANDONED = 3600.0
-"""Seconds after which a temporary file is one of a process that was killed; writing one takes seconds."""
+"""Age in seconds from which a temporary file belongs to a killed process; writing one takes seconds."""
 
 
 class SegmentError(Exception):
-    """A file that is no whole segment."""
+    """A file that is not a complete segment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,30 +48,30 @@ class Part:
     """One tensor of every row."""
 
     dtype: str
-    """By safetensors' name: F32, BF16, ..."""
+    """safetensors dtype: F32, BF16, ..."""
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of it in one row."""
+        """Bytes per row."""
         return _BYTES[self.dtype] * math.prod(self.shape)
 
 
 Rows = Mapping[str, np.ndarray]
-"""Rows by the name of their part, as bytes: `uint8 [N, nbytes]`."""
+"""Name of a part -> its rows as bytes `uint8 [N, nbytes]`."""
 
 
 def digests_of(texts: Sequence[str]) -> np.ndarray:
-    """Hex hashes => digests `S16 [N]`; numpy compares these as bytes, so that they sort and search fast."""
+    """Hex hashes => digests `S16 [N]`, which numpy sorts and searches as bytes."""
     return np.frombuffer(b"".join(bytes.fromhex(text[: 2 * DIGEST]) for text in texts), f"S{DIGEST}")
 
 
 class Segment:
-    """One segment: its index in memory, its rows through a map of the file once `hold` was called.
+    """One segment: index in memory, rows through a memory map after `map()`.
 
     Raises:
-        SegmentError: the file is torn, or no segment.
-        OSError: it cannot be read, or is gone.
+        SegmentError: the file is truncated, or not a segment.
+        OSError: it cannot be read, or has been removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,53 +87,52 @@ class Segment:
             self._starts = {name: start for name, (_, _, start) in entries.items()}
             self.digests = np.frombuffer(self._read(stream, "digest", DIGEST * count), f"S{DIGEST}")
             self._checks = np.frombuffer(self._read(stream, "crc32", 4 * count), "<u4")
-        self._seen = np.zeros(count, bool)
+        self._verified = np.zeros(count, bool)
         self._views: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.digests)
 
-    def hold(self) -> None:
-        """Map the file, and keep others from removing it for as long as this object lives; the file counts as used now.
+    def map(self) -> None:
+        """Map the file, mark it as used, and keep others from removing it as long as the map lives.
 
         Raises:
-            OSError: it is gone.
+            OSError: it has been removed.
         """
         if self._views or not len(self):
             return
         with self.path.open("rb") as stream:
             if fcntl is not None:
-                # The map has a duplicate of this descriptor, so the lock lasts as long as the map, and ends with the
-                # process however that ends. File systems without locks still keep what is mapped when it is unlinked.
+                # The map duplicates this descriptor, so the lock lasts as long as the map and ends with the process.
+                # On file systems without locks, mapped data still survives unlink.
                 with contextlib.suppress(OSError):
                     fcntl.flock(stream.fileno(), fcntl.LOCK_SH)
             everything = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         for name, part in self.parts.items():
             first = self._begin + self._starts[name]
             self._views[name] = everything[first : first + len(self) * part.nbytes].reshape(len(self), part.nbytes)
-        with contextlib.suppress(OSError):  # a cache that others keep for us cannot be written
+        with contextlib.suppress(OSError):  # a shared cache may be read-only
             os.utime(self.path)
 
     @property
-    def held(self) -> bool:
+    def mapped(self) -> bool:
         """Whether rows can be read."""
         return bool(self._views)
 
-    def release(self) -> None:
-        """Let others remove the file; its rows cannot be read until it is held again."""
+    def unmap(self) -> None:
+        """Let others remove the file; rows cannot be read until it is mapped again."""
         self._views = {}
 
     def row(self, number: int) -> dict[str, np.ndarray] | None:
-        """The bytes of one row, part by part, as views of the map; None if it is damaged.
+        """One row as views of the map, by part; None if it is damaged.
 
-        Each row is checked when this object reads it first: that costs less than reading it from a disk, but more than
-        copying it from memory.
+        A row is checked once, on first read: the CRC is cheaper than a disk read, but dearer than a copy in memory.
         """
         row = {name: view[number] for name, view in self._views.items()}
-        if not self._seen[number]:
+        if not self._verified[number]:
             if _check(self.digests[number : number + 1].tobytes(), row) != self._checks[number]:
                 return None
-            self._seen[number] = True
+            self._verified[number] = True
         return row
 
     def _read(self, stream: IO[bytes], name: str, length: int) -> bytes:
@@ -141,25 +140,25 @@ class Segment:
         return stream.read(length)
 
 
-def whole_rows(segment: Segment) -> Iterator[tuple[bytes, dict[str, np.ndarray]]]:
-    """Digest and copy of every row that is not damaged; the segment is held meanwhile, and not afterwards."""
-    segment.hold()
+def intact_rows(segment: Segment) -> Iterator[tuple[bytes, dict[str, np.ndarray]]]:
+    """Digest and copy of every undamaged row; the segment is mapped meanwhile."""
+    segment.map()
     for number, digest in enumerate(segment.digests.tolist()):
         row = segment.row(number)
         if row is not None:
             yield digest, {name: part.copy() for name, part in row.items()}
-    row = None  # the last view would keep the map, and its lock
-    segment.release()
+    row = None  # the last view would keep the map and its lock alive
+    segment.unmap()
 
 
 def write_segment(folder: Path, digests: np.ndarray, parts: Mapping[str, Part], rows: Rows) -> Path:
-    """Write rows as one segment under a name of its own, whole or not at all; later names sort after earlier ones.
+    """Write rows atomically as a new segment; later names sort after earlier ones.
 
     Args:
         digests: `S16 [N]`.
 
     Raises:
-        UserError: the folder cannot be written, or the disk is full.
+        UserError: the folder is not writable, or the disk is full.
     """
     count = len(digests)
     bytes_of = {name: np.ascontiguousarray(rows[name]).reshape(count, part.nbytes) for name, part in parts.items()}
@@ -172,7 +171,7 @@ def write_segment(folder: Path, digests: np.ndarray, parts: Mapping[str, Part], 
         ("crc32", "U32", [count], np.array(checks, "<u4").data),
         *((name, part.dtype, [count, *part.shape], bytes_of[name].data) for name, part in parts.items()),
     ]
-    tensors.sort(key=lambda tensor: (-_BYTES[tensor[1]], tensor[0]))  # every tensor is aligned then
+    tensors.sort(key=lambda tensor: (-_BYTES[tensor[1]], tensor[0]))  # keeps every tensor aligned
     header: dict[str, Any] = {}
     end = 0
     for name, dtype, shape, _ in tensors:
@@ -193,7 +192,7 @@ def write_segment(folder: Path, digests: np.ndarray, parts: Mapping[str, Part], 
 
 
 def segment_paths(folder: Path) -> list[Path]:
-    """The segments in a folder, newest first; temporary files that a killed process left are removed."""
+    """Segments in a folder, newest first; removes temporary files of killed processes."""
     found = []
     for path in folder.glob(f"*{SUFFIX}"):
         if not path.name.startswith("."):
@@ -206,7 +205,7 @@ def segment_paths(folder: Path) -> list[Path]:
 
 
 def remove_unused(path: Path) -> bool:
-    """Remove a segment, unless a process holds it; returns whether it is gone."""
+    """Remove a segment unless a process has it mapped; returns whether it is gone."""
     try:
         with path.open("rb") as stream:
             if fcntl is not None:
@@ -216,13 +215,13 @@ def remove_unused(path: Path) -> bool:
             path.unlink()
     except FileNotFoundError:
         return True
-    except OSError:  # it is locked, or mapped (Windows), or this folder is not ours
+    except OSError:  # locked, mapped (Windows), or in a folder without write permission
         return False
     return True
 
 
 def in_use(path: Path) -> bool:
-    """Whether a process holds a segment; always False where there are no locks on files."""
+    """Whether a process has a segment mapped; always False without file locks."""
     try:
         with path.open("rb") as stream:
             if fcntl is not None:
@@ -233,7 +232,7 @@ def in_use(path: Path) -> bool:
 
 
 def _check(digest: bytes, row: Mapping[str, np.ndarray]) -> int:
-    """CRC-32 of a row and its digest, so that a damaged index is noticed as well."""
+    """CRC-32 of a row and its digest, so that a damaged index is detected as well."""
     value = zlib.crc32(digest)
     for name in sorted(row):
         value = zlib.crc32(row[name].data, value)
@@ -241,12 +240,12 @@ def _check(digest: bytes, row: Mapping[str, np.ndarray]) -> int:
 
 
 def _check_of_header(tensors: Mapping[str, Any]) -> str:
-    """A flipped bit in a header may well leave a header; this tells."""
+    """CRC-32 of the header, which may stay valid JSON after a flipped bit."""
     return f"{zlib.crc32(json.dumps(tensors).encode()):08x}"
 
 
 def _header(stream: IO[bytes]) -> tuple[int, dict[str, tuple[str, list[int], int]]]:
-    """Where the tensors begin, and type, shape and offset of each; the file must be exactly as long as they say."""
+    """Offset of the data, and name -> (dtype, shape, offset); the file size must match."""
     size = os.fstat(stream.fileno()).st_size
     try:
         length = int.from_bytes(stream.read(8), "little")
@@ -256,7 +255,7 @@ def _header(stream: IO[bytes]) -> tuple[int, dict[str, tuple[str, list[int], int
         end = 0
         described = json.loads(stream.read(length))
         if described.pop("__metadata__")["check"] != _check_of_header(described):
-            raise SegmentError("its header is damaged")
+            raise SegmentError("damaged header")
         count = described["crc32"]["shape"][0]
         for name, entry in sorted(described.items(), key=lambda item: item[1]["data_offsets"][0]):
             dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -264,9 +263,9 @@ def _header(stream: IO[bytes]) -> tuple[int, dict[str, tuple[str, list[int], int
                 raise SegmentError(f"{name} does not fit")
             entries[name] = (dtype, shape, start)
             end = stop
-        right = entries["digest"][:2] == ("U8", [count, DIGEST]) and entries["crc32"][:2] == ("U32", [count])
+        has_index = entries["digest"][:2] == ("U8", [count, DIGEST]) and entries["crc32"][:2] == ("U32", [count])
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise SegmentError(f"no header that can be read ({error})") from error
-    if not right or 8 + length + end != size:
-        raise SegmentError("it is torn")
+        raise SegmentError(f"unreadable header ({error})") from error
+    if not has_index or 8 + length + end != size:
+        raise SegmentError("truncated")
     return 8 + length, entries

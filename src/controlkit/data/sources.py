@@ -1,4 +1,4 @@
-"""Where the bytes of an image lie: a file, or a piece of a tar archive; and images from bytes."""
+"""Sources of images: files, members of tar archives, computed condition images; and decoding."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ from controlkit.files import decode_text, sha256_of
 from controlkit.images import MAX_PIXELS, decode_image, decode_rgb, keeps_colours, read_image, to_rgb
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""How names of images end, in lower case."""
+"""Suffixes of image files, in lower case."""
 
 _ORIENTATION = 0x0112
 _MARKER = re.compile(rb"\xff[^\x00]")
-"""A marker inside a JPEG file's scan, where the value 255 is written as 255, 0."""
+"""A marker inside a JPEG scan, where the value 255 is stored as 255, 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A run of bytes inside a file: a member of a tar archive, read without unpacking it."""
+class TarMember:
+    """A member of a tar archive, read in place."""
 
     path: Path
     start: int
     length: int
     name: str
-    """What it is called inside."""
+    """Its name in the archive."""
 
     def read_bytes(self) -> bytes:
-        """The bytes.
+        """Read the bytes.
 
         Raises:
-            UserError: the archive is shorter than when it was listed, or gone.
+            UserError: the archive has been truncated or removed since it was listed.
         """
         try:
             with self.path.open("rb") as stream:
                 stream.seek(self.start)
                 data = stream.read(self.length)
         except OSError as error:
-            raise UserError(f"cannot read {self}: {error.strerror}") from error
+            raise UserError(f"cannot read {self}: {error.strerror}", "unreadable-file") from error
         if len(data) != self.length:
-            raise UserError(f"{self} is torn: {len(data)} of {self.length} bytes")
+            raise UserError(f"{self} is truncated: {len(data)} of {self.length} bytes", "damaged-file")
         return data
 
     def __str__(self) -> str:
@@ -61,73 +61,72 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """A condition image that is computed from its image whenever it is read."""
+class ComputedCondition:
+    """A condition image that is computed from its image on every read."""
 
-    target: Path | Piece
+    target: Path | TarMember
     condition: str
     parameters: tuple[tuple[str, object], ...] = ()
 
-    def image(self) -> Image.Image:
-        """The condition image, as large as the image."""
+    def compute(self) -> Image.Image:
+        """The condition image at the size of the image."""
         target = np.asarray(open_image(self.target))
         return Image.fromarray(find(self.condition)(target, **dict(self.parameters)))
 
     def read_bytes(self) -> bytes:
-        """What the image follows from, hashed; not an image's bytes."""
+        """Hash of everything the condition image depends on; not the bytes of an image file."""
         return sha256_of(self.target.read_bytes(), find(self.condition).content, repr(self.parameters)).encode()
 
     def __str__(self) -> str:
         return f"{self.condition} of {self.target}"
 
 
-Source = Path | Piece | Drawn
-"""What an image or a condition image is read from; all have `read_bytes()`."""
+Source = Path | TarMember | ComputedCondition
+"""Source of an image or a condition image; all have `read_bytes()`."""
 
 
 def open_image(source: Source, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """The image as `images.read_image` gives it: sRGB, upright, transparent parts over `background`.
+    """Read an image as `images.read_image` does: upright sRGB, transparent pixels over `background`.
 
     Raises:
-        UserError: it is missing, empty, torn, not an image, or too large.
+        UserError: it is missing, empty, truncated, not an image, or too large.
     """
-    if isinstance(source, Drawn):
-        return source.image()
-    if isinstance(source, Piece):
+    if isinstance(source, ComputedCondition):
+        return source.compute()
+    if isinstance(source, TarMember):
         return decode_rgb(source.read_bytes(), str(source), background)
     return read_image(source, background)
 
 
 def read_condition_image(source: Source, condition: str | None) -> Image.Image:
-    """A condition image as `open_image` gives it, transparent parts over the background of its condition.
+    """Read a condition image as `open_image` does, transparent pixels over the background of its condition.
 
     Args:
-        condition: its name; None, or one that is not known here, has a white background.
+        condition: its name; None or an unknown one has a white background.
 
     Raises:
-        UserError: it is missing, empty, torn, not an image, or too large.
+        UserError: it is missing, empty, truncated, not an image, or too large.
     """
     return open_image(source, background_of(condition))
 
 
 def decode_pixels(data: bytes, name: str) -> tuple[np.ndarray, bool]:
-    """The image in the bytes of a file, read-only `uint8 [H, W, 3]` RGB as `open_image` shows it, and whether every
-    other tool shows it so too: False for what is turned by EXIF, transparent, not 8 bits of RGB or grey, or not sRGB.
+    """Decode an image file to read-only `uint8 [H, W, 3]` RGB as `open_image` does, and whether it is plain.
 
-    Plain JPEG files, the most there are, are decoded by OpenCV, straight into the array; a test holds that Pillow gives
-    the same pixels.
+    Plain images look the same in every tool: without EXIF rotation or transparency, 8-bit RGB or grey, sRGB. Plain JPEG
+    files, the usual case, are decoded by OpenCV straight into the array, with the same pixels as Pillow (tested).
 
     Args:
-        name: what errors call it.
+        name: its name in errors.
 
     Raises:
-        UserError: the bytes are none, torn, not an image, or of one larger than `images.MAX_PIXELS`.
+        UserError: the bytes are empty, truncated, not an image, or an image larger than `images.MAX_PIXELS`.
     """
     if _is_plain_jpeg(data):
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if pixels is not None:
-            pixels.flags.writeable = False  # as Pillow's are: no condition may paint on what the next one sees
+            pixels.flags.writeable = False  # like Pillow's: a condition must not modify the input of the next one
             return pixels, True
     image = decode_image(data, name)
     upright = image.mode in ("RGB", "L") and "transparency" not in image.info and _orientation(image) == 1
@@ -136,10 +135,10 @@ def decode_pixels(data: bytes, name: str) -> tuple[np.ndarray, bool]:
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether the bytes are a JPEG file of one whole scan, upright and in grey or RGB that is sRGB.
+    """Whether the bytes are a complete single-scan JPEG file, upright, in sRGB or grey.
 
-    Pillow refuses torn and many damaged files and OpenCV fills them up, so what is not one scan of entropy-coded data
-    up to the end-of-image marker, without another marker (such as those of progressive files), is left to Pillow.
+    OpenCV fills up truncated and damaged files that Pillow rejects. So anything but one scan of entropy-coded data up
+    to the end-of-image marker, without other markers (such as those of progressive files), is left to Pillow.
     """
     if not (data.startswith(b"\xff\xd8\xff") and data.endswith(b"\xff\xd9")):
         return False
@@ -149,7 +148,7 @@ def _is_plain_jpeg(data: bytes) -> bool:
             stream = io.BytesIO(data)
             image = Image.open(stream)  # reads the header only, up to the scan
             scan = stream.tell()
-    except Exception:  # whatever it is, decode_image says it
+    except Exception:  # decode_image reports it
         return False
     if _MARKER.search(data, scan, len(data) - 2):
         return False
@@ -159,20 +158,20 @@ def _is_plain_jpeg(data: bytes) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """How EXIF says that the image is turned; 1 is upright, as which a damaged block counts."""
+    """EXIF orientation; 1 (upright) for a damaged EXIF block."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged blocks, too
+            warnings.simplefilter("ignore")  # damaged blocks warn
             return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # Pillow's parsers raise whatever a damaged block makes them stumble over
+    except Exception:  # Pillow's parsers raise all kinds of errors on a damaged block
         return 1
 
 
-def members(path: Path) -> Iterator[Piece]:
-    """The files in a tar archive, in their order, by names without absolute or parent parts; only headers are read.
+def members(path: Path) -> Iterator[TarMember]:
+    """The files in a tar archive, in order, with sanitised names (`inside_name`); only headers are read.
 
     Raises:
-        UserError: it is missing, not a plain tar archive, or torn.
+        UserError: it is missing, not an uncompressed tar archive, or truncated.
     """
     try:
         with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
@@ -180,91 +179,93 @@ def members(path: Path) -> Iterator[Piece]:
             for member in archive:
                 if member.isfile():
                     name = inside_name(member.name)
-                    yield Piece(path=path, start=member.offset_data, length=member.size, name=name)
+                    yield TarMember(path=path, start=member.offset_data, length=member.size, name=name)
                 end = member.offset_data + (-(-member.size // 512) * 512 if member.isfile() else 0)
-            # tarfile takes a cut archive for a finished one; a finished one ends with empty blocks.
+            # tarfile accepts truncated archives; a complete one ends with empty blocks.
             stream.seek(end)
             if stream.read(512) != bytes(512):
-                raise UserError(f"{path} is torn: it has no end")
+                raise UserError(f"{path} is truncated: no end-of-archive block", "damaged-file")
     except tarfile.ReadError as error:
-        packed = " (it looks compressed; unpack it with gunzip first)" if path.suffix in (".gz", ".tgz") else ""
-        raise UserError(f"{path} is not a tar archive, or a torn one{packed}: {error}") from error
+        compressed = " (it looks compressed; unpack it with gunzip first)" if path.suffix in (".gz", ".tgz") else ""
+        raise UserError(f"{path} is not a tar archive, or truncated{compressed}: {error}", "damaged-file") from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}", "unreadable-file") from error
 
 
 def inside_name(name: str) -> str:
-    """The name of an archive's member without what leads out of a folder: a root, a drive, `.` and `..`."""
+    """The name of an archive member without root, drive, `.` and `..`, so that it stays inside its folder."""
     parts = re.sub(r"^[A-Za-z]:(?=[\\/])", "", name).replace("\\", "/").split("/")
     return "/".join(part for part in parts if part not in ("", ".", ".."))
 
 
-def samples(path: Path, problems: list[str] | None = None) -> dict[str, dict[str, Piece]]:
+def samples(path: Path, problems: list[str] | None = None) -> dict[str, dict[str, TarMember]]:
     """The members of a tar archive by webdataset's rule: key -> extension (in lower case) -> member.
 
-    The key goes up to the first dot of the name's last part; the extension is what follows that dot.
+    The key ends at the first dot of the base name; the extension follows it.
 
     Args:
-        problems: takes what is wrong with the rest: members of one name.
+        problems: list to append duplicate names to.
 
     Raises:
-        UserError: as `members`; also for two members of one name, if `problems` is not given.
+        UserError: as `members`; also for duplicate names, without `problems`.
     """
-    found: dict[str, dict[str, Piece]] = {}
-    for piece in members(path):
-        folder, slash, name = piece.name.rpartition("/")
+    found: dict[str, dict[str, TarMember]] = {}
+    for member in members(path):
+        folder, slash, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
-        if not stem:  # names such as .DS_Store have no key
+        if not stem:  # .DS_Store and the like have no key
             continue
         parts = found.setdefault(f"{folder}{slash}{stem}", {})
-        if parts.setdefault(extension.lower(), piece) is not piece:
-            problem = f"{path.name}:{piece.name}: the name occurs twice; rename one of them"
+        if parts.setdefault(extension.lower(), member) is not member:
+            problem = f"{path.name}:{member.name}: the name occurs twice; rename one of them"
             if problems is None:
-                raise UserError(problem)
+                raise UserError(problem, "bad-data")
             problems.append(problem)
     return found
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's name ends as those of images do."""
+    """Whether a file name has an image suffix and is not hidden."""
     return name.lower().endswith(SUFFIXES) and not name.rpartition("/")[2].startswith(".")
 
 
 CAPTION_SUFFIXES = (".txt", ".caption")
-"""Of the files beside images that hold their captions; `.caption` is what kohya's trainers look for by default."""
+"""Suffixes of caption files beside images; `.caption` is the default of kohya's trainers."""
 
 
 def caption_beside(image: Path) -> str:
-    """The caption in the file beside an image: the first of `CAPTION_SUFFIXES` that has text; empty if none has.
+    """The caption beside an image: the first non-empty file of `CAPTION_SUFFIXES`; empty if there is none.
 
     Raises:
-        UserError: a file is no UTF-8 (or UTF-16) text.
+        UserError: a file is not UTF-8 (or UTF-16) text.
     """
     texts = (read_caption(image.with_suffix(suffix)) for suffix in CAPTION_SUFFIXES)
     return next(filter(None, texts), "")
 
 
 def captions_differ(image: Path) -> bool:
-    """Whether two files beside an image hold different captions, so that one of them is not read.
+    """Whether two caption files beside an image differ, so that one is ignored.
 
     Raises:
-        UserError: a file is no UTF-8 (or UTF-16) text.
+        UserError: a file is not UTF-8 (or UTF-16) text.
     """
     files = [image.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
     return all(map(os.path.isfile, files)) and len(set(filter(None, map(read_caption, files)))) > 1
 
 
 def read_caption(path: Path) -> str:
-    """The text of a caption's file, empty if there is none.
+    """The text of a caption file; empty if it does not exist.
 
     Raises:
-        UserError: it cannot be read, or is no UTF-8 (or UTF-16) text.
+        UserError: it cannot be read, or is not UTF-8 (or UTF-16) text.
     """
     try:
         return decode_text(path.read_bytes()).strip()
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             return ""
-        raise UserError(f"its caption {path.name} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"cannot read its caption {path.name}: {error.strerror or error}", "unreadable-file") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"its caption {path.name} is not UTF-8 text ({error}); save it as UTF-8") from error
+        raise UserError(
+            f"its caption {path.name} is not UTF-8 text ({error}); save it as UTF-8", "damaged-file"
+        ) from error

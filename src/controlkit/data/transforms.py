@@ -1,7 +1,7 @@
-"""Crops and flips of a condition image and its image together.
+"""Joint crops and flips of a condition image and its image.
 
-A view says which square of a pair is shown, in fractions, so that it fits both even where their resolutions differ. It
-is drawn first and then applied to both, or to the image and a condition computed from it.
+A `View` is a square crop in relative coordinates, so that it fits both sides even at different resolutions. It is
+sampled first, then applied to both, or to the image before the condition is computed from it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from controlkit.conditions.condition import left_right
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """Which square of an image is shown, and whether it is mirrored."""
+    """A square crop, optionally flipped."""
 
     place: float = 0.5
-    """Where along the long side the square lies, 0 (left, top) to 1."""
+    """Position of the square along the long side, from 0 (left, top) to 1."""
     flip: bool = False
-    """Whether left and right are exchanged after the crop."""
+    """Flip horizontally after the crop."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.place <= 1:
@@ -32,20 +32,20 @@ class View:
 
 
 CENTRE = View()
-"""The square in the middle, as it is."""
+"""The centre crop, not flipped."""
 
 
 def random_view(rng: np.random.Generator, *, crop: bool = True, flip: bool = True) -> View:
-    """A view for one training step; both numbers are drawn whatever is asked for, so that no option shifts `rng`."""
-    place, mirrored = float(rng.random()), bool(rng.random() < 0.5)
-    return View(place=place if crop else 0.5, flip=flip and mirrored)
+    """Sample a view; both numbers are always drawn, so that `crop` and `flip` do not shift the state of `rng`."""
+    place, flipped = float(rng.random()), bool(rng.random() < 0.5)
+    return View(place=place if crop else 0.5, flip=flip and flipped)
 
 
-def show(image: np.ndarray, view: View, size: int, *, nearest: bool = False) -> np.ndarray:
-    """`uint8 [H, W, 3]` => the view of it, `uint8 [size, size, 3]`.
+def apply_view(image: np.ndarray, view: View, size: int, *, nearest: bool = False) -> np.ndarray:
+    """`uint8 [H, W, 3]` => its view, `uint8 [size, size, 3]`.
 
     Args:
-        nearest: keep colours as they are when scaling, for maps whose colours are labels.
+        nearest: nearest-neighbour resampling, for maps whose colours are labels.
     """
     height, width = image.shape[:2]
     side = min(height, width)
@@ -57,38 +57,37 @@ def show(image: np.ndarray, view: View, size: int, *, nearest: bool = False) -> 
     return np.ascontiguousarray(part[:, ::-1] if view.flip else part)
 
 
-def show_pair(
+def apply_view_to_pair(
     source: np.ndarray, target: np.ndarray, view: View, size: int, condition: Condition | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same view of a finished condition image and its image, both `uint8 [size, size, 3]`.
 
     Args:
-        condition: which one it is, where that is known: label maps keep their colours, normals turn round.
+        condition: the condition, if known: label maps keep their colours, normals are flipped in x.
 
     Raises:
-        UserError: the view is mirrored, and images of this condition cannot be.
+        UserError: the view is flipped, and images of this condition cannot be.
     """
-    upright = View(place=view.place)
-    shown = show(source, upright, size, nearest=condition is not None and condition.resize == "nearest")
+    nearest = condition is not None and condition.resize == "nearest"
+    cropped = apply_view(source, View(place=view.place), size, nearest=nearest)
     if view.flip:
-        shown = left_right(shown) if condition is None else condition.mirrored(shown)
-    return shown, show(target, view, size)
+        cropped = left_right(cropped) if condition is None else condition.mirrored(cropped)
+    return cropped, apply_view(target, view, size)
 
 
-def draw_pair(
+def compute_pair(
     image: np.ndarray, condition: Condition, view: View, size: int, parameters: Mapping[str, Any] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Condition image and image of a view, both `uint8 [size, size, 3]`, the condition computed after the crop.
 
-    It is computed from what is shown, with one exception: a mask or noise of a fixed seed would stay where it was when
-    the image turns round. Such a pair is made upright and mirrored as a whole, so the same view with and without the
-    flip shows the same pair. Annotations (`bbox`, `segments`) are measured in the whole image: draw these first, then
-    `show_pair`.
+    Conditions that depend on a seed and not only on the image (masks, noise) would not follow a flip, so such a pair
+    is computed unflipped and then flipped on both sides. Annotations (`bbox`, `segments`) refer to the uncropped
+    image: compute these first, then use `apply_view_to_pair`.
     """
     if condition.mirrors or condition.mirror_finished is not left_right:
-        target = show(image, view, size)
+        target = apply_view(image, view, size)
         return condition(target, **(parameters or {})), target
-    target = show(image, View(place=view.place), size)
+    target = apply_view(image, View(place=view.place), size)
     source = condition(target, **(parameters or {}))
     if view.flip:
         source, target = left_right(source), left_right(target)

@@ -1,4 +1,4 @@
-"""Jobs on all cores: a pool of processes that survives the death of some of them, and ends those that hang."""
+"""Process pool that survives killed workers and restarts hung ones."""
 
 from __future__ import annotations
 
@@ -25,44 +25,45 @@ Result = TypeVar("Result")
 
 _MOST_DEATHS = 3
 _PATIENCE = 600.0
-_TOLD = 4
+_NAMED = 4
+"""Jobs named in a message."""
 _LOOKS = 20
-"""How often in the time of patience the pool looks for signs of life."""
-_SURROUNDINGS = {
+"""Checks for signs of life per period of patience."""
+_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    # glibc gives memory for images back to the system at once and asks for it again, page by page: a third of the
-    # time of drawing edges. So large blocks stay with the process (32 MiB is the most that it takes for the first).
+    # By default glibc returns image-sized blocks to the system and faults them in again, a third of the time of
+    # computing edges. So large blocks stay with the process (32 MiB is the maximum of the first setting).
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**28),
     "CONTROLKIT_POOL": "1",
 }
-"""Environment of the processes of a pool, where it says nothing else: one thread each, and memory that is kept."""
+"""Default environment of workers: one thread each, and memory that is not returned."""
 
 
 _RUN_AGAIN = 113
-"""Exit code of a process of a pool in which the script that made the pool began to run from its start."""
+"""Exit code of a worker that began to run the calling script again."""
 
 _life: Any = None
-"""In a process of a pool: the number of signs of life that all of them have given, shared."""
+"""In a worker: shared counter of signs of life of the pool."""
 
 
 def sign_of_life() -> None:
-    """Tell the pool that this process has not stopped; jobs that take long call it now and then."""
+    """Tell the pool that this worker is alive; long jobs call it regularly."""
     if _life is not None:
         with _life.get_lock():
             _life.value += 1
 
 
 def refuse_to_run_again() -> None:
-    """Refuse to work in a process that has just been spawned and is still importing the main script.
+    """Stop in a spawned process that is still importing the main script.
 
-    There a script without `if __name__ == "__main__":` comes to the same call again. In a pool of ours the process ends
-    without a word, and the pool says why.
+    A script without `if __name__ == "__main__":` reaches the same call there. A worker of this module exits silently,
+    and the pool raises the error.
 
     Raises:
-        UserError: it is so, in a process that something else started.
+        UserError: called so in a process that something else started.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         if "CONTROLKIT_POOL" in os.environ:
@@ -72,31 +73,31 @@ def refuse_to_run_again() -> None:
 
 def _unguarded() -> UserError:
     return UserError(
-        "the processes that make pairs import the script that asks for them, which thereby runs again from its start;"
-        ' put what it does under `if __name__ == "__main__":`, or give workers=1'
+        "worker processes import the calling script, which would run it again; put its code under"
+        ' `if __name__ == "__main__":`, or pass workers=1',
+        "usage",
     )
 
 
 def cores() -> int:
-    """How many processes can work at once."""
+    """CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_jobs(
     make: Callable[[Job], Result], jobs: Sequence[Job], workers: int, patience: float = _PATIENCE
 ) -> Iterator[Result]:
-    """`make(job)` of every job, as they finish; in this process with one worker, else in as many others.
+    """Yield `make(job)` of every job as it finishes; with one worker in this process, else in worker processes.
 
-    When a process dies (killed, out of memory) its jobs are done again by a new one, which is told on standard error;
-    so `make` must not mind being run twice for a job.
+    The jobs of a killed worker (out of memory, say) are run again by a new one, with a message on standard error; so
+    `make` must be idempotent.
 
     Args:
-        patience: seconds without a finished job or a `sign_of_life`, after which the processes are ended, which is told
-            on standard error, and their jobs given to new ones.
+        patience: seconds without a finished job or a `sign_of_life` after which workers are killed and their jobs
+            restarted, with a message on standard error.
 
     Raises:
-        UserError: processes died or hung again and again without a job being finished, or run the script that called
-            this from its start.
+        UserError: workers died or hung repeatedly without finishing a job, or run the calling script again.
     """
     if workers <= 1 or len(jobs) <= 1:
         with _one_thread():
@@ -108,7 +109,7 @@ def run_jobs(
     while waiting:
         running: dict[Future[Result], Job] = {}
         watch = _Watch(patience)
-        with _surroundings(), _pool(min(workers, len(waiting)), watch.life) as pool:
+        with _environment(), _pool(min(workers, len(waiting)), watch.life) as pool:
             try:
                 while waiting or running:
                     while waiting and len(running) < 2 * workers:
@@ -128,11 +129,11 @@ def run_jobs(
                 waiting.extendleft(running.values())
                 deaths += 1
                 if deaths > _MOST_DEATHS:
-                    raise watch.end(deaths, running.values()) from error
+                    raise watch.error(deaths, running.values()) from error
                 if not watch.hung:
                     print(
-                        f"\na process was killed, perhaps for want of memory, in {_few(running.values())}: these are"
-                        " done again by new processes",
+                        f"\na process was killed, perhaps out of memory, in {_few(running.values())}: these run again"
+                        " in new processes",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -142,27 +143,26 @@ def run_jobs(
 
 
 class _Watch:
-    """Whether the processes of a pool give signs of life; those that do not are ended, which breaks the pool."""
+    """Watchdog of a pool: kills workers without signs of life, which breaks the pool."""
 
     def __init__(self, patience: float) -> None:
         self.patience = patience
         self.life = multiprocessing.get_context("spawn").Value("q", 0)
         self.hung = False
-        self._seen = 0
+        self._last_count = 0
         self._alive = time.monotonic()
         self.processes: set[BaseProcess] = set()
-        """Those of the pool that were seen."""
+        """Workers of the pool so far."""
         self.others = set(multiprocessing.active_children())
 
     def look(self, finished: bool, jobs: Iterable[object]) -> None:
-        """Note whether something was `finished`; end the processes if nothing happened for too long."""
+        """Record whether a job was `finished`; kill the workers if nothing happened for too long."""
         now, count = time.monotonic(), self.life.value
-        if finished or count != self._seen:
-            self._seen, self._alive = count, now
+        if finished or count != self._last_count:
+            self._last_count, self._alive = count, now
         elif now - self._alive > self.patience:
             print(
-                f"\nno process has finished anything for {self.patience:.0f} s, in {_few(jobs)}: they are ended and"
-                " started again",
+                f"\nno process has finished anything for {self.patience:.0f} s, in {_few(jobs)}: all are restarted",
                 file=sys.stderr,
                 flush=True,
             )
@@ -170,26 +170,28 @@ class _Watch:
             for process in set(multiprocessing.active_children()) - self.others:
                 process.kill()
 
-    def end(self, deaths: int, jobs: Iterable[object]) -> UserError:
-        """What to say when it makes no sense to go on."""
-        why, cause, advice = (
-            ("hung", "a disk that does not answer", "without these files")
-            if self.hung
-            else ("were killed", "want of memory", "with fewer --workers")
-        )
+    def error(self, deaths: int, jobs: Iterable[object]) -> UserError:
+        """The error after repeated deaths."""
+        if self.hung:
+            return UserError(
+                f"processes hung {deaths} times in a row, perhaps on a disk that does not respond, in {_few(jobs)}; run"
+                " again without these files, finished images are kept",
+                "unreadable-file",
+            )
         return UserError(
-            f"processes {why} {deaths} times in a row, perhaps for {cause}, in {_few(jobs)}; run again {advice},"
-            " finished images are kept"
+            f"processes were killed {deaths} times in a row, perhaps out of memory, in {_few(jobs)}; run again with"
+            " fewer --workers, finished images are kept",
+            "out-of-memory",
         )
 
 
 def _few(jobs: Iterable[object]) -> str:
     names = [str(job) for job in jobs]
-    return ", ".join(names[:_TOLD]) + (f" and {len(names) - _TOLD} more" if len(names) > _TOLD else "")
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _pool(workers: int, life: object) -> ProcessPoolExecutor:
-    # Forked copies of a process with threads (OpenCV, torch) can deadlock; spawned ones start clean.
+    # Forks of a process with threads (OpenCV, torch) can deadlock.
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(life,))
 
@@ -198,7 +200,7 @@ def _begin(life: object) -> None:
     global _life
     _life = life
     cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends the pool
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -220,9 +222,9 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _surroundings() -> Iterator[None]:
-    """Processes started inside have the environment of a pool."""
-    missing = {name: value for name, value in _SURROUNDINGS.items() if name not in os.environ}
+def _environment() -> Iterator[None]:
+    """Processes started inside inherit `_ENVIRONMENT`."""
+    missing = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(missing)
     try:
         yield

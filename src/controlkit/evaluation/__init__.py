@@ -1,1 +1,1 @@
-"""How good a base and a control are, on held-out data, with a baseline and a ceiling beside every number."""
+"""Evaluation of bases and controls on held-out images, with a baseline and a ceiling for every score."""

@@ -1,4 +1,4 @@
-"""Train an adapter and judge it on the pairs it has not seen."""
+"""Train a control on pairs and evaluate it on the held-out ones."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from controlkit.evaluation.report import Report
 from controlkit.formats.card import write_card
 from controlkit.formats.load import load_control
 from controlkit.images import write_png
-from controlkit.training.log import spent
+from controlkit.training.log import total_seconds
 from controlkit.training.recipe import Recipe
 from controlkit.training.run import run
 from controlkit.training.sources.pairs import PairSettings
 
-MOST_JUDGED = 64
-"""At most so many held-out pairs are drawn."""
+MAX_HELD_OUT = 64
+"""Limit of the held-out pairs that are evaluated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapted:
-    """A finished adapter."""
+    """A trained control with its scores."""
 
     path: Path
     report: Report
@@ -34,10 +34,15 @@ class Adapted:
 
 
 def adapt(recipe: Recipe) -> Adapted:
-    """Train the control of a recipe from pairs and score it on its held-out pairs, with baseline and ceiling."""
+    """Train the control of a recipe on pairs and score it on the held-out ones, with baseline and ceiling.
+
+    Raises:
+        UserError: the recipe does not train a control on pairs, or training fails.
+    """
     if not isinstance(recipe, PairSettings):
         raise UserError(
-            f"adapt needs a recipe that trains a control from pairs, and this one of system {recipe.system} does not"
+            f"adapt trains a control on pairs; a recipe of system {recipe.system} does not: use `controlkit train`",
+            "wrong-kind",
         )
     started = time.perf_counter()
     run(recipe)
@@ -51,8 +56,8 @@ def adapt(recipe: Recipe) -> Adapted:
         shared[companion.fingerprint()] = companion
     control = load_control(path, base, shared=shared)
     _, held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition_names[0], recipe.columns), recipe.held_out)
-    report, sheet = evaluate_control(base, control, [pairs_eval_set(held_out[:MOST_JUDGED], base.size)])
+    report, sheet = evaluate_control(base, control, [pairs_eval_set(held_out[:MAX_HELD_OUT], base.size)])
     write_png(folder / "held-out.png", sheet)
-    write_card(path, scores=report.to_markdown(), image="held-out.png", seconds=spent(folder))
+    write_card(path, scores=report.to_markdown(), image="held-out.png", seconds=total_seconds(folder))
     seconds = {"train": trained - started, "judge": time.perf_counter() - trained}
     return Adapted(path=path, report=report, sheet=folder / "held-out.png", seconds=seconds)

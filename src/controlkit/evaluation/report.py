@@ -1,4 +1,4 @@
-"""A table that a person and a program can read."""
+"""`Report`: a table with notes and settings, as JSON, Markdown and for the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 Row = tuple[str | int | float | None, ...]
-"""First entry: the row's name, or the number that it is about; None where a number does not exist."""
+"""The first entry names the row; None is a number that does not exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,40 +21,41 @@ class Report:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
-    """What has to be said beside the numbers."""
+    """Remarks under the table."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Numbers that follow from the table, by name."""
+    """Numbers of the table by name, for programs."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What the numbers depend on, as plain values: base, control, sets, sampling, device, versions."""
+    """Settings that the numbers depend on, as plain values: base, control, sets, sampling, device, versions."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
 
     def to_markdown(self) -> str:
-        """As documents show it."""
+        """As Markdown."""
         head = ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
         body = ["| " + " | ".join(_show(value) for value in row) + " |" for row in self.rows]
         notes = [f"\n{note}" for note in self.notes]
         return "\n".join([f"**{self.title}**", "", *head, *body, *notes])
 
     def table(self) -> Table:
-        """For `rich.print`."""
+        """For `rich.print`; columns of text are left-aligned, those of numbers right-aligned."""
         from rich.markup import escape
         from rich.table import Table
 
         table = Table(title=escape(self.title), caption=escape("\n".join(self.notes)) or None, title_justify="left")
         for index, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if index == 0 else "right")
+            is_text = index == 0 or any(isinstance(row[index], str) for row in self.rows)
+            table.add_column(column, justify="left" if is_text else "right")
         for row in self.rows:
             table.add_row(*(escape(_show(value)) for value in row))
         return table
 
 
 def gap_closed(baseline: float, value: float, ceiling: float) -> float:
-    """(value - baseline) / (ceiling - baseline): 0 is as good as the baseline, 1 as good as the ceiling.
+    """(value - baseline) / (ceiling - baseline): 0 at the baseline, 1 at the ceiling.
 
-    Works for scores and for distances; not a number if baseline and ceiling are equal.
+    Holds for scores and for distances; NaN if baseline and ceiling are equal.
     """
     return (value - baseline) / (ceiling - baseline) if ceiling != baseline else float("nan")
 

@@ -1,8 +1,7 @@
-"""Baseline and ceiling of an evaluation: images of prompts without control, and true images through the autoencoder."""
+"""Images for baselines and ceilings: prompts without control, and images through the autoencoder."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,10 +9,11 @@ import torch
 
 from controlkit.bases.base import Base
 from controlkit.images import to_images, to_tensor
+from controlkit.progress import Progress
 from controlkit.sampling.sampler import sample_prompts
 
 
-def draw_prompts(
+def generate_uncontrolled(
     base: Base,
     prompts: Sequence[str],
     steps: int,
@@ -21,22 +21,26 @@ def draw_prompts(
     seeds: Sequence[int] | None = None,
     sampler: str | None = None,
 ) -> list[np.ndarray]:
-    """One `uint8` image for each prompt; image i has seed i unless `seeds` says otherwise."""
+    """Generate one `uint8` image per prompt without control; image i has seed i by default."""
     seeds = list(range(len(prompts))) if seeds is None else seeds
-    images: list[np.ndarray] = []
-    for batch in sample_prompts(base, prompts=prompts, seeds=seeds, steps=steps, guidance=guidance, sampler=sampler):
-        images += [np.asarray(image) for image in to_images(batch)]
-        print(f"\rdrawn {len(images)} of {len(prompts)}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return images
+    batches = sample_prompts(
+        base,
+        prompts=prompts,
+        seeds=seeds,
+        steps=steps,
+        guidance=guidance,
+        sampler=sampler,
+        on_step=Progress("denoising steps without control"),
+    )
+    return [np.asarray(image) for batch in batches for image in to_images(batch)]
 
 
 def reconstruct(base: Base, images: Sequence[np.ndarray], batch_size: int = 32) -> list[np.ndarray]:
-    """`uint8` images through the autoencoder and back."""
-    made: list[np.ndarray] = []
+    """Encode and decode `uint8` images with the autoencoder of the base."""
+    decoded: list[np.ndarray] = []
     for first in range(0, len(images), batch_size):
         x = to_tensor(images[first : first + batch_size]).to(base.device) * 2 - 1
         with torch.inference_mode():
             y = base.decode(base.encode_image(x))
-        made += [np.asarray(image) for image in to_images((y + 1) / 2)]
-    return made
+        decoded += [np.asarray(image) for image in to_images((y + 1) / 2)]
+    return decoded

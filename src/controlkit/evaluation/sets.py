@@ -14,9 +14,9 @@ from controlkit.errors import UserError, nearest
 from controlkit.plugins import load_entry_points
 
 SHIPPED = ("controlkit.nano.evaluation_sets",)
-"""Modules of this package that register sets, imported when a set is first asked for."""
+"""Modules of this package that register sets; imported on first use."""
 ENTRY_POINTS = "controlkit.evaluation_sets"
-"""Group of entry points by which packages name modules that register sets."""
+"""Entry point group of modules that register sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +33,23 @@ SomeExample = TypeVar("SomeExample", bound=Example, covariant=True)
 
 @dataclass(frozen=True)
 class EvaluationSet(Generic[SomeExample]):
-    """Examples that a base or a control is judged on."""
+    """Examples on which a base or a control is evaluated."""
 
     name: str
     examples: tuple[SomeExample, ...]
 
     @property
     def images(self) -> list[np.ndarray]:
-        """Their images, `uint8` `[H, W, 3]` each."""
+        """Images `uint8 [H, W, 3]`."""
         return [example.image for example in self.examples]
 
     @property
     def captions(self) -> list[str]:
-        """Their captions."""
+        """One caption per image."""
         return [example.caption for example in self.examples]
 
     def first(self, count: int) -> EvaluationSet[SomeExample]:
-        """The first `count` of them."""
+        """A set of the first `count` examples."""
         return EvaluationSet(self.name, self.examples[:count])
 
 
@@ -63,11 +63,12 @@ _REGISTRY: dict[str, _Registered] = {}
 
 
 def register_evaluation_set(name: str, description: str, read: Callable[[], EvaluationSet[Any]]) -> None:
-    """Make a set known under `name`.
+    """Register a set.
 
     Args:
-        description: what its images are, for tables and errors.
-        read: reads the set; called each time that it is asked for.
+        name: unique name.
+        description: one phrase on its images, for tables and errors.
+        read: reads the set; called by every `evaluation_set(name)`.
 
     Raises:
         ValueError: another set has this name.
@@ -78,20 +79,20 @@ def register_evaluation_set(name: str, description: str, read: Callable[[], Eval
 
 
 def evaluation_sets() -> Mapping[str, str]:
-    """Name of every set -> what its images are."""
+    """Name of every set -> its description."""
     _load()
     return {name: registered.description for name, registered in _REGISTRY.items()}
 
 
 def evaluation_set(name: str) -> EvaluationSet[Example]:
-    """The set of this name.
+    """Read the set of this name.
 
     Raises:
-        UserError: there is none, or its files cannot be read.
+        UserError: no set has this name, or its files cannot be read.
     """
     _load()
     if name not in _REGISTRY:
-        raise UserError(f"there is no evaluation set called {name!r}{nearest(name, list(_REGISTRY))}")
+        raise UserError(f"there is no evaluation set {name!r}{nearest(name, list(_REGISTRY))}", "unknown-name")
     return _REGISTRY[name].read()
 
 

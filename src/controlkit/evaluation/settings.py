@@ -1,4 +1,4 @@
-"""The settings that a report's numbers depend on, as plain values for JSON."""
+"""Settings that the numbers of a report depend on, as plain values for JSON."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ def set_settings(
     images: Sequence[np.ndarray],
     prompts: Sequence[str],
     *,
-    given: Sequence[np.ndarray] = (),
+    condition_images: Sequence[np.ndarray] = (),
     parameters: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """A set of images `uint8 [H, W, 3]`: its size and a hash of all that belongs to it.
+    """Name, size and content hash of a set of images `uint8 [H, W, 3]`.
 
     Args:
-        given: the condition images.
-        parameters: those that each condition image was made with; None if all were made with the defaults.
+        name: of the set.
+        images: the targets.
+        prompts: one per image.
+        condition_images: one per image.
+        parameters: condition parameters of each condition image; None if all were computed with the defaults.
     """
-    settings: dict[str, Any] = {"name": name, "images": len(images), "content": content_of(images, prompts, given)}
+    content = content_of(images, prompts, condition_images)
+    settings: dict[str, Any] = {"name": name, "images": len(images), "content": content}
     if parameters is not None:
         settings["condition_parameters"] = [dict(values) for values in parameters]
     return settings
@@ -40,11 +44,13 @@ def examples_settings(examples: EvaluationSet[Example]) -> dict[str, Any]:
     return set_settings(examples.name, examples.images, examples.captions)
 
 
-def content_of(images: Sequence[np.ndarray], prompts: Sequence[str], given: Sequence[np.ndarray] = ()) -> str:
-    """Hash of images, their prompts and their condition images."""
+def content_of(
+    images: Sequence[np.ndarray], prompts: Sequence[str], condition_images: Sequence[np.ndarray] = ()
+) -> str:
+    """Hash of images, prompts and condition images."""
 
     def parts() -> Iterator[bytes | str]:
-        for group in (images, given):
+        for group in (images, condition_images):
             yield str(len(group))
             for image in group:
                 yield f"{image.dtype} {image.shape}"
@@ -55,12 +61,12 @@ def content_of(images: Sequence[np.ndarray], prompts: Sequence[str], given: Sequ
 
 
 def seeds_of(count: int) -> list[int]:
-    """The seeds of `count` images: image i is generated from seed i."""
+    """The seeds of `count` images: image i has seed i."""
     return list(range(count))
 
 
 def condition_settings(condition: Condition) -> dict[str, Any]:
-    """A condition, its default parameters, and how following it is measured."""
+    """A condition, its default parameters and its fidelity measure."""
     return {
         "name": condition.name,
         "parameters": dict(condition.defaults),
@@ -71,7 +77,7 @@ def condition_settings(condition: Condition) -> dict[str, Any]:
 
 
 def control_settings(base: Base, control: Control, *, weight: float, mode: str | None) -> dict[str, Any]:
-    """A control by its weights, and how it acts: `mode` is the one that applies, the base's own where it is None."""
+    """A control by the fingerprint of its weights, with weight and mode; None is the mode of the base."""
     settings: dict[str, Any] = {
         "kind": control.kind,
         "condition": control.condition,

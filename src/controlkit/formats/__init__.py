@@ -1,1 +1,1 @@
-"""Files of controls, in and out."""
+"""Files of controls: detection, loading, saving, conversion."""

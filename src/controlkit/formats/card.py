@@ -1,4 +1,4 @@
-"""A model card beside every trained control: what it is, on what, how it was made, how good it is."""
+"""Model cards: what a control is, its base, its training, and its scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from controlkit.bases.load import NANO
 from controlkit.controls.registry import companion_role, find, registry
 from controlkit.errors import UserError
 from controlkit.files import write_atomically
-from controlkit.formats.metadata import made_of, read_metadata
+from controlkit.formats.metadata import provenance_of, read_metadata
 
 
 def card_of(
@@ -22,58 +22,62 @@ def card_of(
     seconds: float | None = None,
     licence: str | None = None,
 ) -> str:
-    """The card of a control's file, in Markdown with the header that the Hugging Face hub reads.
+    """The model card of a control file: Markdown with the YAML header of the Hugging Face hub.
 
     Args:
-        scores: a table in Markdown.
-        image: shown in the card; its path from the card's folder.
-        seconds: how long the training took.
-        licence: of the control, by the hub's names (`apache-2.0`, `openrail`, ...).
+        scores: a Markdown table.
+        image: to show in the card; path relative to the card's folder.
+        seconds: duration of the training.
+        licence: of the control, in the hub's terms (`apache-2.0`, `openrail`, ...).
 
     Raises:
-        UserError: the file has no metadata of ours.
+        UserError: the file has no controlkit metadata.
     """
     path = Path(path)
     facts = read_metadata(path)
     if facts.get("control.kind", "") not in registry():
-        raise UserError(f"{path} does not say what it is (control.kind), so no card can be written for it")
+        raise UserError(
+            f"{path} does not record its control system (control.kind), so it cannot have a card; convert it"
+            " to the format controlkit first",
+            "wrong-kind",
+        )
     kind = find(facts["control.kind"])
-    made = made_of(facts)
+    provenance = provenance_of(facts)
     condition = facts.get("control.condition") or "not said"
     tags = [kind.tag or kind.kind, "spatial-control", *([condition] if condition != "not said" else [])]
-    head = {
+    header = {
         "library_name": "controlkit",
         "pipeline_tag": "text-to-image",
         "tags": json.dumps(tags),
         **({"license": licence} if licence else {}),
     }
-    lines = ["---", *(f"{key}: {value}" for key, value in head.items()), "---", "", f"# {path.stem}", ""]
+    lines = ["---", *(f"{key}: {value}" for key, value in header.items()), "---", "", f"# {path.stem}", ""]
     title = f"{kind.title[0].upper()}{kind.title[1:]}"
-    lines += [f"{title} for the base `{facts.get('control.base', '')}`.", "", *_table(_facts(facts, seconds))]
-    if made:
-        lines += ["", "## How it was made", "", *_table(made)]
+    lines += [f"{title} for the base `{facts.get('control.base', '')}`.", "", *_table(_fact_rows(facts, seconds))]
+    if provenance:
+        lines += ["", "## Training", "", *_table(provenance)]
     if scores:
-        lines += ["", "## How good it is", "", scores]
+        lines += ["", "## Evaluation", "", scores]
     if image is not None:
-        lines += ["", f"![what was given, what came out, the truth]({image})"]
-    lines += ["", "## How to use it", "", *kind.usage(path.name, facts.get("control.base", NANO))]
+        lines += ["", f"![condition image, generated image, target]({image})"]
+    lines += ["", "## Usage", "", *kind.usage(path.name, facts.get("control.base", NANO))]
     if kind.companion is not None:
         role = companion_role(kind)
-        lines += ["", f"Its {role}, `{facts.get(kind.companion_key)}`, must lie beside it, or be named:"]
+        lines += ["", f"Its {role}, `{facts.get(kind.companion_key)}`, must be in the same folder, or be passed:"]
         lines += [f"`--control {path.name}+{role.upper().replace(' ', '_')}=IMAGE`."]
     return "\n".join(lines) + "\n"
 
 
 def write_card(path: str | Path, **known: Any) -> Path:
-    """Write `card_of(path, **known)` beside the file, as `NAME.md`."""
+    """Write `card_of(path, **known)` next to the file, as `NAME.md`."""
     card = Path(path).with_suffix(".md")
     text = card_of(path, **known)
     write_atomically(card, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return card
 
 
-def _facts(facts: Mapping[str, str], seconds: float | None) -> dict[str, Any]:
-    shown = {
+def _fact_rows(facts: Mapping[str, str], seconds: float | None) -> dict[str, Any]:
+    rows = {
         "condition": facts.get("control.condition") or "not said",
         "base": facts.get("control.base", ""),
         "base's fingerprint": facts.get("control.base_fingerprint", ""),
@@ -81,14 +85,14 @@ def _facts(facts: Mapping[str, str], seconds: float | None) -> dict[str, Any]:
         "condition images": f"RGB in {facts.get('control.hint_range', '[0, 1]')}",
     }
     if "control.rank" in facts:
-        shown["rank"] = facts["control.rank"]
+        rows["rank"] = facts["control.rank"]
     kind = find(facts["control.kind"])
     if kind.companion is not None:
-        mark = facts.get(f"{kind.companion_key}_fingerprint")
-        shown[companion_role(kind)] = f"{facts.get(kind.companion_key)} ({mark})"
+        fingerprint = facts.get(f"{kind.companion_key}_fingerprint")
+        rows[companion_role(kind)] = f"{facts.get(kind.companion_key)} ({fingerprint})"
     if seconds is not None:
-        shown["trained for"] = f"{seconds / 60:.1f} minutes"
-    return shown
+        rows["trained for"] = f"{seconds / 60:.1f} minutes"
+    return rows
 
 
 def _table(rows: Mapping[str, Any]) -> list[str]:

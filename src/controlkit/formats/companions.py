@@ -1,4 +1,4 @@
-"""Companions: the control that another one is nothing without (an adapter's base control), found by its fingerprint."""
+"""Companions: the control that another one depends on (an adapter's base control), found by its fingerprint."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from controlkit.formats.metadata import read_metadata
 from controlkit.formats.native import require_settings
 
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
-"""Of files that are looked at when a companion is sought. What they are, their content says."""
+"""Suffixes of files searched for a companion; detection goes by content."""
 
 _TRANSFERRED = "control.transferred_from"
 _FINGERPRINT = "control.fingerprint"
 
 
 def read_checkpoint(path: Path, reference: Reference | None = None) -> Checkpoint:
-    """The control in a file or folder, whatever its format.
+    """The control in a file or folder of any format.
 
     Raises:
-        UserError: it is no control, or does not hold exactly what such a file should, or needs a base.
+        UserError: it is not a control, is damaged, or needs a base.
     """
     detected = known(detect(path))
     assert detected.control is not None and detected.format is not None and detected.format.read is not None
-    return detected.format.read(detected.control, detected.file, reference or Reference(), detected.says)
+    return detected.format.read(detected.control, detected.file, reference or Reference(), detected.description)
 
 
 def read_companion(kind: str, path: Path, reference: Reference | None = None) -> Checkpoint:
     """The checkpoint of a companion's file.
 
     Args:
-        kind: that the companion has to have.
+        kind: that the companion must have.
 
     Raises:
         UserError: it is something else.
@@ -44,7 +44,7 @@ def read_companion(kind: str, path: Path, reference: Reference | None = None) ->
     detected = detect(path)
     if detected.kind != kind:
         title = find(kind).title.partition(" ")[2]
-        raise UserError(f"{path} is no {title}; it seems to be {detected.says}")
+        raise UserError(f"{path} is not a {title}; it appears to be {detected.description}", "wrong-kind")
     return read_checkpoint(path, reference)
 
 
@@ -60,94 +60,99 @@ def load_companion(
     """The companion of a control that was read from `path`.
 
     Args:
-        shared: loaded companions, by fingerprint and by file; what is loaded is added.
-        elsewhere: files that may be it, besides those beside the control.
-        file: of the companion, if it was named.
-        reference: what reading its file may need.
+        shared: loaded companions, by fingerprint and by file; extended by what is loaded.
+        elsewhere: candidate files besides those in the control's folder.
+        file: of the companion, if it was passed explicitly.
+        reference: for reading its file.
 
     Raises:
-        UserError: it is not to be found, or is another than the control was made on.
+        UserError: it is not found, or is not the one that the control was trained on.
     """
     kind = find(checkpoint.kind).companion
     assert kind is not None
     if checkpoint.companion is not None:
-        return _built(checkpoint.companion)
-    wanted = wanted_fingerprint(checkpoint) or ""
-    if file is None and wanted in shared:
-        return shared[wanted]
+        return _build(checkpoint.companion)
+    fingerprint = required_fingerprint(checkpoint) or ""
+    if file is None and fingerprint in shared:
+        return shared[fingerprint]
     file = file or find_companion(path, checkpoint, elsewhere)
-    # The reference's adapters do not say which base control is theirs; those of one file share what it holds.
+    # The reference's adapters do not record their base control; adapters with the same file share it.
     key = f"file:{file.resolve()}"
-    if wanted:
+    if fingerprint:
         key = check_companion(path, checkpoint, file, read_companion(kind, file, reference))
     if key not in shared:
-        shared[key] = _built(read_companion(kind, file, reference))
+        shared[key] = _build(read_companion(kind, file, reference))
     return shared[key]
 
 
-def wanted_fingerprint(checkpoint: Checkpoint) -> str | None:
-    """The fingerprint of the companion that a control was made on, if its file says it."""
+def required_fingerprint(checkpoint: Checkpoint) -> str | None:
+    """The fingerprint of the companion that a control was trained on, if its file records it."""
     return checkpoint.metadata.get(f"{find(checkpoint.kind).companion_key}_fingerprint")
 
 
 def check_companion(
     path: Path, checkpoint: Checkpoint, file: Path, companion: Checkpoint, fingerprint: str | None = None
 ) -> str:
-    """The fingerprint of a companion, which must be the one that the control was made on.
+    """The fingerprint of a companion, which must be the one that the control was trained on.
 
     Args:
-        fingerprint: of the companion's weights, if that is to be trusted in the place of what its file says.
+        fingerprint: computed from the companion's weights, to override what its file records.
 
     Raises:
         UserError: it is another.
     """
-    found, wanted = fingerprint or said_fingerprint(companion), wanted_fingerprint(checkpoint)
-    if wanted is not None and wanted not in (found, *_earlier(companion.metadata)):
-        raise UserError(f"{path} was made on another {role_of(find(companion.kind))} ({wanted}) than {file} ({found})")
+    found, expected = fingerprint or fingerprint_of(companion), required_fingerprint(checkpoint)
+    if expected is not None and expected not in (found, *_earlier_fingerprints(companion.metadata)):
+        raise UserError(
+            f"{path} was trained on another {role_of(find(companion.kind))} ({expected}) than {file} ({found})",
+            "incompatible",
+        )
     return found
 
 
 def find_companion(path: Path, checkpoint: Checkpoint, elsewhere: Iterable[Path]) -> Path:
-    """The file of the companion that a control was made on.
+    """The file of the companion that a control was trained on.
 
-    A file of ours says which; its name is tried first, then every other file beside it, then one that was moved from it
-    to another base (`transfer`). Files of other tools say nothing: then the one companion beside the control is taken.
+    A controlkit file records it; its name is tried first, then all other files in the folder, then one transferred from
+    it to another base (`transfer`). Other tools record nothing: then the only companion in the folder is used.
 
     Raises:
-        UserError: there is none, or more than one that it could be.
+        UserError: there is none, or there are several candidates.
     """
     control = find(checkpoint.kind)
     assert control.companion is not None
     title = companion_role(control)
-    wanted = wanted_fingerprint(checkpoint)
-    if not wanted:
-        beside = list(companions_beside(path, control.companion))
-        if len(beside) == 1:
-            return beside[0]
-        found = (
-            f"beside it are {len(beside)}: {', '.join(one.name for one in beside)}" if beside else "none is beside it"
-        )
+    fingerprint = required_fingerprint(checkpoint)
+    if not fingerprint:
+        candidates = list(companions_beside(path, control.companion))
+        if len(candidates) == 1:
+            return candidates[0]
+        names = ", ".join(file.name for file in candidates)
+        found = f"its folder has {len(candidates)}: {names}" if candidates else "its folder has none"
         raise UserError(
-            f"{path} is {control.title} and does not say on which {title} it was made, and {found};"
-            " name it as ADAPTER+BASE (convert: --base-control)"
+            f"{path} is {control.title} that does not record its {title}, and {found}; pass both files as"
+            " ADAPTER+BASE (convert: --base-control)",
+            "missing-companion",
         )
     name = checkpoint.metadata.get(control.companion_key, "base")
-    beside_it = [path.with_name(f"{name}.safetensors")] if name and name == Path(name).name else []
-    for candidate in (*beside_it, *elsewhere):
-        # A file that cannot be read is none that was made on; the one that is may lie beside it.
+    named = [path.with_name(f"{name}.safetensors")] if name and name == Path(name).name else []
+    for candidate in (*named, *elsewhere):
+        # Skip unreadable files; the companion may be another one.
         with suppress(UserError):
-            if candidate.is_file() and read_metadata(candidate).get(_FINGERPRINT) == wanted:
+            if candidate.is_file() and read_metadata(candidate).get(_FINGERPRINT) == fingerprint:
                 return candidate
     for candidate in companions_beside(path, control.companion):
         with suppress(UserError):
-            if fingerprint_in(candidate) == wanted:
+            if fingerprint_in(candidate) == fingerprint:
                 return candidate
     for candidate in companions_beside(path, control.companion):
-        if wanted in _earlier(read_metadata(candidate)):
+        if fingerprint in _earlier_fingerprints(read_metadata(candidate)):
             return candidate
     raise UserError(
-        f"{path} is an adapter of the {title} {name!r} ({wanted}), which is neither beside it nor ships;"
-        f" put its file into {path.parent}, or name both files as ADAPTER+BASE (convert: --base-control)"
+        f"{path} is an adapter of the {title} {name!r} ({fingerprint}), which is neither in its folder nor"
+        f" shipped; put its file into {path.parent}, or pass both files as ADAPTER+BASE (convert:"
+        " --base-control)",
+        "missing-companion",
     )
 
 
@@ -162,25 +167,25 @@ def companions_beside(path: Path, kind: str) -> Iterator[Path]:
 
 
 def fingerprint_in(path: Path) -> str:
-    """The fingerprint of the control in a file: what it says, or else what its weights give.
+    """The fingerprint of the control in a file: recorded, or else computed from its weights.
 
     Raises:
-        UserError: the file is damaged or holds something else.
+        UserError: the file is damaged or something else.
     """
-    said = read_metadata(path).get(_FINGERPRINT)
-    return said if said is not None else said_fingerprint(read_checkpoint(path))
+    recorded = read_metadata(path).get(_FINGERPRINT)
+    return recorded if recorded is not None else fingerprint_of(read_checkpoint(path))
 
 
-def said_fingerprint(checkpoint: Checkpoint) -> str:
-    """The fingerprint of a companion that was read: what its file says, or else what its weights give."""
+def fingerprint_of(checkpoint: Checkpoint) -> str:
+    """The fingerprint of a companion's checkpoint: recorded, or else computed from its weights."""
     return checkpoint.metadata.get(_FINGERPRINT) or find(checkpoint.kind).fingerprint_of(checkpoint)
 
 
-def _built(checkpoint: Checkpoint) -> Control:
+def _build(checkpoint: Checkpoint) -> Control:
     require_settings(checkpoint)
     return find(checkpoint.kind).from_checkpoint(checkpoint)
 
 
-def _earlier(metadata: dict[str, str]) -> list[str]:
-    """The fingerprints that it had before it was moved to another base; none if it was not."""
-    return [one for one in metadata.get(_TRANSFERRED, "").split(",") if one]
+def _earlier_fingerprints(metadata: dict[str, str]) -> list[str]:
+    """The fingerprints before its transfers to other bases; empty without any."""
+    return [fingerprint for fingerprint in metadata.get(_TRANSFERRED, "").split(",") if fingerprint]

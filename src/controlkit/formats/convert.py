@@ -1,4 +1,4 @@
-"""From one format of a control's file to another: what `controlkit convert` does."""
+"""Convert a control file from one format to another (`controlkit convert`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from controlkit.controls.control import Control
 from controlkit.controls.file_format import Checkpoint, FileFormat, Reference, Written
 from controlkit.controls.registry import find, registry
 from controlkit.errors import UserError, nearest
-from controlkit.files import files_of, read_json, refuse_replacing, write_json
+from controlkit.files import check_overwrite, files_of, read_json, write_json
 from controlkit.formats.companions import check_companion, find_companion, read_companion
 from controlkit.formats.detect import detect, known
 from controlkit.formats.load import find_control, shipped_controls
@@ -26,32 +26,47 @@ from controlkit.formats.metadata import converted_metadata, write_tensors
 from controlkit.formats.native import formats_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Name -> dtype that a file may have."""
+"""Name -> dtype of a file's tensors."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A file that was written, and what there is to say about it."""
+    """Result of a conversion."""
 
     path: Path
     source: Path
     kind: str
-    from_layout: str
-    to_layout: str
-    content: Checkpoint = field(repr=False)
+    from_format: str
+    to_format: str
+    checkpoint: Checkpoint = field(repr=False)
     notes: tuple[str, ...]
 
+    @property
+    def from_layout(self) -> str:
+        """Former name of `from_format`."""
+        return self.from_format
+
+    @property
+    def to_layout(self) -> str:
+        """Former name of `to_format`."""
+        return self.to_format
+
+    @property
+    def content(self) -> Checkpoint:
+        """Former name of `checkpoint`."""
+        return self.checkpoint
+
     def to_json(self) -> dict[str, Any]:
-        """Plain values for reports."""
-        dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in self.content.tensors.values())
+        """JSON values for reports."""
+        dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in self.checkpoint.tensors.values())
         return {
             "path": str(self.path),
-            "layout": self.to_layout,
-            "from": {"path": str(self.source), "layout": self.from_layout},
+            "layout": self.to_format,
+            "from": {"path": str(self.source), "layout": self.from_format},
             "kind": self.kind,
-            "condition": self.content.condition,
-            "tensors": len(self.content.tensors),
-            "parameters": self.content.parameters,
+            "condition": self.checkpoint.condition,
+            "tensors": len(self.checkpoint.tensors),
+            "parameters": self.checkpoint.parameters,
             "dtypes": dict(dtypes),
             "notes": list(self.notes),
         }
@@ -70,94 +85,102 @@ def convert(
     pooled: bool = False,
     force: bool = False,
 ) -> Converted:
-    """Read a control in any layout and write it in another. Tensors keep their dtype, files their metadata.
+    """Read a control in any format and write it in another. Tensors keep their dtype, files their metadata.
 
-    What it reads (the source, a base control, a base) is never written over.
+    Its inputs (the source, a base control, a base) are never overwritten.
 
     Args:
-        source: file, folder, or the name of a control that ships.
-        out: file to write, or folder for the layouts that are folders.
-        to: name of a layout (`LAYOUTS`).
-        base: nano, a diffusers folder, a single file, an id on the hub, or a well-known base (`sd15`), whose settings
-            alone are known; for what a file leaves to its base.
-        base_control: file of an adapter's base control; looked for beside the adapter if None.
-        dtype: of the floating-point tensors that are written.
-        rank: of a low-rank layout.
-        condition: name of the condition that the control follows, written into the metadata.
-        pooled: the ControlNet takes the mean of its residuals over the image, as ControlNet 1.1's shuffle does; its
-            original file does not say so. Where a file says nothing, the condition `shuffle` implies it.
-        force: replace a file that is there already, or write into a folder that has files.
+        source: file, folder, or the name of a shipped control.
+        out: file to write, or folder for formats that are folders.
+        to: name of a format (`format_names`).
+        base: nano, a diffusers folder, a single file, a hub id, or a well-known base (`sd15`), of which only the
+            settings are available; for files that depend on their base.
+        base_control: file of an adapter's base control; by default it is searched next to the adapter.
+        dtype: of the floating-point tensors in the output.
+        rank: of a low-rank format.
+        condition: name of the control's condition, written into the metadata.
+        pooled: the ControlNet averages its residuals over the image, as ControlNet 1.1's shuffle does, which its
+            original file does not record. Implied by the condition `shuffle` if the file has no such entry.
+        force: replace an existing file, or write into a folder that is not empty.
 
     Raises:
-        UserError: the source is no control or is damaged, the layout cannot carry it, something that it needs is
-            missing, or the path cannot be written or would be written over.
+        UserError: the source is not a control or is damaged, the format cannot hold it, something that it needs is
+            missing, or the output path cannot be written.
     """
     names = format_names()
     if to not in names:
-        raise UserError(f"there is no layout called {to!r}{nearest(to, names)}")
+        raise UserError(f"there is no format {to!r}{nearest(to, names)}", "unknown-name")
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+        raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}", "unknown-name")
     if rank is not None and rank < 1:
-        raise UserError(f"--rank {rank}: expected a whole number above 0")
+        raise UserError(f"--rank {rank}: expected an integer above 0", "out-of-range")
     target = Path(out)
     _check_target(target, to)
     path = find_control(source)
     if target.exists() and target.samefile(path):
-        raise UserError(f"{out} is the control itself; write the other layout somewhere else")
-    found = known(detect(path))
-    kind, read_as = found.control, found.format
-    assert kind is not None and read_as is not None and read_as.read is not None
+        raise UserError(f"{out} is the control itself; choose another path for the output", "would-overwrite")
+    detected = known(detect(path))
+    kind, source_format = detected.control, detected.format
+    assert kind is not None and source_format is not None and source_format.read is not None
     format_ = _writable(path, kind, to)
     if rank is not None and not (format_.needs_base and to == "control-lora"):
-        raise UserError(f"--rank {rank} is of a Control-LoRA that is written (--to control-lora), not of {to}")
+        raise UserError(f"--rank {rank} applies to --to control-lora only, not to {to}", "contradiction")
     reference = replace(reference_for(base), rank=rank)
-    content = read_as.read(kind, found.file, reference, found.says)
+    checkpoint = source_format.read(kind, detected.file, reference, detected.description)
     _check_flags(path, kind, base_control is not None, pooled)
     if condition is not None:
-        content.metadata["control.condition"] = conditions.find(condition).name
-    kind.settle_checkpoint(content, ("pooled",) if pooled else ())
-    read = [*files_of(path), *_files_of_base(base)]
+        checkpoint.metadata["control.condition"] = conditions.find(condition).name
+    kind.settle_checkpoint(checkpoint, ("pooled",) if pooled else ())
+    inputs = [*files_of(path), *_files_of_base(base)]
     if kind.companion is not None:
-        read += _settle_companion(path, content, format_, base_control, reference)
-    written = [target / name for name in format_.files] or [target]
-    refuse_replacing(written, read, force=force)
+        inputs += _settle_companion(path, checkpoint, format_, base_control, reference)
+    outputs = [target / name for name in format_.files] or [target]
+    check_overwrite(outputs, inputs, force=force)
     if format_.files and target.is_dir() and any(target.iterdir()) and not force:
-        raise UserError(f"the folder {out} has files in it; give a new one, or --force to write among them")
+        raise UserError(
+            f"the folder {out} is not empty; choose another, or pass --force to write into it", "would-overwrite"
+        )
     if dtype is not None:
-        _cast(content, DTYPES[dtype])
-    if is_companion(kind) and (dtype is not None or "control.fingerprint" not in content.metadata):
-        content.metadata["control.fingerprint"] = kind.fingerprint_of(content)
+        _cast(checkpoint, DTYPES[dtype])
+    if is_companion(kind) and (dtype is not None or "control.fingerprint" not in checkpoint.metadata):
+        checkpoint.metadata["control.fingerprint"] = kind.fingerprint_of(checkpoint)
     assert format_.write is not None
-    made = format_.write(content, reference)
-    _write(target, format_, content, made)
-    notes = (*dict.fromkeys((*content.notes, *made.notes)),)
-    return Converted(target, path, content.kind, found.layout or "", to, content, notes)
+    output = format_.write(checkpoint, reference)
+    _write(target, format_, checkpoint, output)
+    notes = (*dict.fromkeys((*checkpoint.notes, *output.notes)),)
+    return Converted(target, path, checkpoint.kind, detected.format_name or "", to, checkpoint, notes)
 
 
 def format_names() -> list[str]:
-    """Names of every format that some system's files may have."""
+    """Names of all formats of all systems."""
     return list(dict.fromkeys(name for kind in registry().values() for name in formats_of(kind)))
 
 
 def _check_flags(path: Path, kind: type[Control], companion: bool, pooled: bool) -> None:
     if companion and kind.companion is None:
-        raise UserError(f"--base-control is for {_titles(lambda one: bool(one.companion))}; {path} is {kind.title}")
+        raise UserError(
+            f"--base-control is for {_titles(lambda kind: bool(kind.companion))}; {path} is {kind.title}",
+            "contradiction",
+        )
     if pooled and "pooled" not in kind.convert_flags:
-        raise UserError(f"--pooled is for {_titles(lambda one: 'pooled' in one.convert_flags)}; {path} is {kind.title}")
+        raise UserError(
+            f"--pooled is for {_titles(lambda kind: 'pooled' in kind.convert_flags)}; {path} is {kind.title}",
+            "contradiction",
+        )
 
 
 def _titles(test: Callable[[type[Control]], bool]) -> str:
-    """What to call the systems that a test holds for."""
+    """Titles of the systems that satisfy `test`."""
     return " or ".join(kind.title for kind in registry().values() if test(kind))
 
 
 def is_companion(kind: type[Control]) -> bool:
-    """Whether controls of another system need one of this system."""
+    """Whether controls of another system depend on this one."""
     return any(other.companion == kind.kind for other in registry().values())
 
 
 def reference_for(base: str | None) -> Reference:
-    """A base's UNet: its settings at once, its weights when a layout asks for them.
+    """Config of a base's UNet, and its weights, loaded on demand.
 
     Raises:
         UserError: there is no such base.
@@ -167,7 +190,7 @@ def reference_for(base: str | None) -> Reference:
     if known_by_shape(base):
         _, configurations = KNOWN_BASES[base]
         if "unet" not in configurations:
-            raise UserError(f"{base} has no UNet, which every control that is converted here was made for")
+            raise UserError(f"{base} has no UNet, which every convertible control needs", "incompatible")
         return Reference(unet_config=dict(configurations["unet"]))
 
     if Path(base).suffix in SINGLE_FILES and not Path(base).is_dir():
@@ -187,40 +210,41 @@ def _files_of_base(base: str | None) -> list[Path]:
 
 
 def _check_target(out: Path, to: str) -> None:
-    """Refuse a path that no file of this format can have; whether it is a folder does not depend on the system."""
+    """Check that a path suits a format; whether that is a folder does not depend on the system."""
     formats = [formats_of(kind)[to] for kind in registry().values() if to in formats_of(kind)]
-    if all(one.write is None for one in formats):
-        raise UserError(f"the layout {to} is read, not written")
-    if any(one.files for one in formats):
+    if all(file_format.write is None for file_format in formats):
+        raise UserError(f"the format {to} can be read but not written", "unsupported")
+    if any(file_format.files for file_format in formats):
         if out.is_file():
-            raise UserError(f"{out} is a file; the layout {to} is a folder")
+            raise UserError(f"{out} is a file; the format {to} is a folder", "wrong-kind")
         return
     if out.is_dir():
-        raise UserError(f"{out} is a folder; the layout {to} is one file, so give its name")
+        raise UserError(f"{out} is a folder; the format {to} is a single file, so pass a file name", "wrong-kind")
     if out.suffix != ".safetensors":
-        raise UserError(f"{out} must end in .safetensors: files are written as that alone, never as pickles")
+        raise UserError(f"{out} must end in .safetensors, the only file type that is written", "unsupported")
 
 
 def _writable(path: Path, kind: type[Control], to: str) -> FileFormat:
     formats = formats_of(kind)
     if to in formats and formats[to].write is not None:
         return formats[to]
-    able = [one.name for one in formats.values() if one.write is not None]
+    able = [file_format.name for file_format in formats.values() if file_format.write is not None]
     reason = f"; {kind.not_elsewhere}" if kind.not_elsewhere else ""
     raise UserError(
-        f"{path} is {kind.title}, which the layout {to} cannot carry; it can be written as"
-        f" {', '.join(able) or 'nothing else'}{reason}"
+        f"{path} is {kind.title}, which the format {to} cannot hold; it can be written as"
+        f" {', '.join(able) or 'nothing else'}{reason}",
+        "unsupported",
     )
 
 
 def _settle_companion(
-    path: Path, content: Checkpoint, format_: FileFormat, named: str | Path | None, reference: Reference
+    path: Path, content: Checkpoint, format_: FileFormat, base_control: str | Path | None, reference: Reference
 ) -> list[Path]:
-    """Find the companion, if it was named or writing needs it, and write down which it is; its files."""
+    """Read the companion, if it was passed or writing needs it, and record it in the metadata; returns its files."""
     kind = find(content.kind)
     assert kind.companion is not None
-    if named is not None:
-        file = find_control(named)
+    if base_control is not None:
+        file = find_control(base_control)
     elif format_.needs_companion and content.companion is None:
         file = find_companion(path, content, shipped_controls().values())
     else:
@@ -234,11 +258,11 @@ def _settle_companion(
     return files_of(file)
 
 
-def _write(target: Path, format_: FileFormat, content: Checkpoint, made: Written) -> None:
-    own = made.checkpoint or content
+def _write(target: Path, format_: FileFormat, source: Checkpoint, output: Written) -> None:
+    checkpoint = output.checkpoint or source
     path = target / format_.files[-1] if format_.files else target
-    write_tensors(path, made.tensors, converted_metadata(own, target.stem), None)
-    for name, config in made.configs.items():
+    write_tensors(path, output.tensors, converted_metadata(checkpoint, target.stem), None)
+    for name, config in output.configs.items():
         write_json(target / name, dict(config))
 
 

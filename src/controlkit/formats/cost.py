@@ -1,7 +1,7 @@
-"""Floating-point operations, counted on the meta device: no weights, no memory, seconds.
+"""FLOPs, counted on the meta device: no weights, no memory, a few seconds.
 
-The cost of a control is what the base costs under it less what the base costs alone. A multiplication and an addition
-count as two, as torch's own counter has it.
+The cost of a control is that of the base with it minus that of the base alone. A multiplication and an addition count
+as two operations, as in torch's counter.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from controlkit.bases.meta import meta_text
 from controlkit.controls.apply import predict_under
 from controlkit.controls.control import Acts, Control, Reads, encode_images
 
-_CALLED = {"unet": "UNet"}
-"""Component -> what a table calls it, where that is not its name."""
+_LABELS = {"unet": "UNet"}
+"""Component -> label in tables, if it is not the name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Operations of a control, for one condition and one half of guidance."""
+    """Operations of a control, for one condition image and one branch of CFG."""
 
     once: int
-    """For a condition, however many steps and images."""
+    """Per condition image, for any number of steps and images."""
     step: int
-    """For a step, however many images."""
+    """Per step, for any number of images."""
     image: int
-    """For every image at every step."""
+    """Per image and step."""
 
     def to_json(self) -> dict[str, float]:
-        """In units of 1e9, what is none left out."""
-        named = {"once for a condition": self.once, "once a step": self.step, "each step of each image": self.image}
-        return {name: giga(count) for name, count in named.items() if count} or {"once for a condition": 0.0}
+        """In units of 1e9, without zeros."""
+        counts = {"once for a condition": self.once, "once a step": self.step, "each step of each image": self.image}
+        return {name: giga(count) for name, count in counts.items() if count} or {"once for a condition": 0.0}
 
 
 def is_countable(control: Control | type[Control]) -> bool:
-    """Whether a control needs images alone; what another costs depends on what it is given."""
-    needed = [one for one in control.inputs if one.required]
-    return bool(needed) and all(one.kind == "image" for one in needed)
+    """Whether a control needs only images; the cost of others depends on their inputs."""
+    required = [entry for entry in control.inputs if entry.required]
+    return bool(required) and all(entry.kind == "image" for entry in required)
 
 
 @torch.no_grad()
@@ -51,41 +51,42 @@ def cost_of(control: Control, base: Base, side: int) -> Cost:
     """The cost of a control, for images of `side` x `side` pixels.
 
     Args:
-        control: on the meta device, as `base`; `is_countable` holds of it. It is given what it needs, nothing optional.
+        control: on the meta device, as `base`; it must be countable (`is_countable`). Optional inputs are left out.
     """
     x_t, t, text = _inputs(base, side)
-    images = {one.name: torch.empty(1, 3, side, side, device="meta") for one in control.inputs if one.required}
+    names = [entry.name for entry in control.inputs if entry.required]
+    images = {name: torch.empty(1, 3, side, side, device="meta") for name in names}
     inputs: Any = next(iter(images.values())) if len(control.inputs) == 1 else images
     once = _count(lambda: control.encode(inputs, base))
     hint = control.encode(inputs, base)
-    alone = _count(lambda: base.predict(x_t, t, text))
-    ahead = _count(lambda: control(x_t, t, text, hint)) if Acts.RESIDUALS in control.acts else 0
-    inside = _count(lambda: predict_under(control, base, x_t, t, text, hint)) - alone - ahead
+    base_only = _count(lambda: base.predict(x_t, t, text))
+    residuals = _count(lambda: control(x_t, t, text, hint)) if Acts.RESIDUALS in control.acts else 0
+    taps = _count(lambda: predict_under(control, base, x_t, t, text, hint)) - base_only - residuals
     reads = control.reads
     return Cost(
-        once=once + (0 if reads & (Reads.NOISE | Reads.TIME) else ahead),
-        step=ahead if Reads.TIME in reads and Reads.NOISE not in reads else 0,
-        image=inside + (ahead if Reads.NOISE in reads else 0),
+        once=once + (0 if reads & (Reads.NOISE | Reads.TIME) else residuals),
+        step=residuals if Reads.TIME in reads and Reads.NOISE not in reads else 0,
+        image=taps + (residuals if Reads.NOISE in reads else 0),
     )
 
 
 @torch.no_grad()
 def cost_without_base(control: Control, side: int) -> Cost:
-    """The cost of a control that reads nothing, whose base is not known: all of it is done once."""
+    """The cost of a control that reads nothing and whose base is unknown: all of it is computed once."""
     image = torch.empty(1, 3, side, side, device="meta")
-    base: Any = None  # which it does not look at
+    base: Any = None  # not used by such a control
     t = torch.ones(1, device="meta")
     return Cost(once=_count(lambda: control(None, t, None, encode_images(control, image, base))), step=0, image=0)
 
 
 @torch.no_grad()
 def base_flops(base: Base, side: int) -> dict[str, float]:
-    """Of a base on the meta device, in units of 1e9: one call of its network, and encoding one image."""
+    """GFLOPs of a base on the meta device: one call of its denoiser, and encoding one image."""
     x_t, t, text = _inputs(base, side)
     image = torch.empty(1, 3, side, side, device="meta")
-    own = base.denoiser_component().name
+    denoiser = base.denoiser_component().name
     return {
-        f"{_CALLED.get(own, own)} call": giga(_count(lambda: base.predict(x_t, t, text))),
+        f"{_LABELS.get(denoiser, denoiser)} call": giga(_count(lambda: base.predict(x_t, t, text))),
         "autoencoder, encoding": giga(_count(lambda: base.encode_image(image))),
     }
 

@@ -1,4 +1,4 @@
-"""What a control's file is, what a base is, and what a system would be for a base."""
+"""Facts about a control file, a base, and a system for a base (`controlkit inspect`)."""
 
 from __future__ import annotations
 
@@ -35,58 +35,62 @@ from controlkit.formats.detect import Detected, detect
 from controlkit.formats.load import find_control, shipped_controls
 
 _SIZES = {768: 512, 1024: 768, 2048: 1024}
-"""Width of the text that a control reads -> side of the images of its base, where its file does not say it."""
+"""Text width of a control -> native image size of its base, if the file does not record it."""
 
 
 def describe(name: str, base: str | None = None, size: int | None = None) -> dict[str, Any]:
-    """Facts about a control that ships, a control's file in any format, or another file of tensors.
+    """Facts about a shipped control, a control file in any format, or another file of tensors.
 
     Args:
-        base: that it was made for, as `convert` takes it; for files that leave something to their base.
-        size: side in pixels of the image that operations are counted for; default: that of its training, if the
-            file says it, else of its family.
+        base: that it was made for, as in `convert`; for files that depend on their base.
+        size: side of the image for FLOPs, in pixels; default: that of its training if the file records it, else of its
+            family.
 
     Raises:
-        UserError: there is nothing of that name, it cannot be read, or it is not what it looks like.
+        UserError: there is no such file, it cannot be read, or its content is inconsistent.
     """
     path = find_control(name)
-    found = detect(path)
-    if found.control is None or found.format is None or found.format.read is None:
+    detected = detect(path)
+    if detected.control is None or detected.format is None or detected.format.read is None:
         return {
-            "kind": "none: no control that is read",
-            "what": found.says,
+            "kind": "none: not a supported control",
+            "what": detected.description,
             "path": str(path),
-            **({} if path.is_dir() and not found.file.tensors else _counts(found.file.tensors)),
-            **_end(found),
+            **({} if path.is_dir() and not detected.file.tensors else _tensor_counts(detected.file.tensors)),
+            **_file_facts(detected),
         }
-    alone = base is None and found.format.needs_base
-    read = None if alone else found.format.read(found.control, found.file, reference_for(base), found.says)
-    counts = _counts(found.file.tensors if read is None else read.tensors)
+    lacks_base = base is None and detected.format.needs_base
+    checkpoint = (
+        None
+        if lacks_base
+        else detected.format.read(detected.control, detected.file, reference_for(base), detected.description)
+    )
+    counts = _tensor_counts(detected.file.tensors if checkpoint is None else checkpoint.tensors)
     facts: dict[str, Any] = {
-        "kind": found.kind,
-        "layout": found.layout,
-        "what": found.says,
+        "kind": detected.kind,
+        "layout": detected.format_name,
+        "what": detected.description,
         "path": str(path),
         **counts,
         "trainable": counts["parameters"],
-        **_inputs(found.control),
-        "reads": words_of_reads(found.control),
-        "enters at": found.control.enters,
+        **_input_facts(detected.control),
+        "reads": words_of_reads(detected.control),
+        "enters at": detected.control.enters,
     }
-    if read is not None:
-        facts["trainable"] = _trainable(_on_meta(found.control, read).requires_grad_(True))
-        facts |= _operations(found.control, read, base, size)
-    facts["needs"] = _needs(found.control, read)
-    facts["condition"] = found.file.metadata.get("control.condition") or "not said"
-    if read is not None and "rank" in read.config:
-        facts["rank"] = read.config["rank"]
-    if read is not None and read.notes:
-        facts["notes"] = "; ".join(read.notes)
-    return {**facts, **_end(found)}
+    if checkpoint is not None:
+        facts["trainable"] = _trainable(_on_meta(detected.control, checkpoint).requires_grad_(True))
+        facts |= _flops(detected.control, checkpoint, base, size)
+    facts["needs"] = _needs(detected.control, checkpoint)
+    facts["condition"] = detected.file.metadata.get("control.condition") or "not said"
+    if checkpoint is not None and "rank" in checkpoint.config:
+        facts["rank"] = checkpoint.config["rank"]
+    if checkpoint is not None and checkpoint.notes:
+        facts["notes"] = "; ".join(checkpoint.notes)
+    return {**facts, **_file_facts(detected)}
 
 
 def is_base(name: str) -> bool:
-    """Whether `name` means a base that `describe_base` can tell about, and no control."""
+    """Whether `name` is a base that `describe_base` accepts, and not a control."""
     path = Path(name)
     if name == NANO or known_by_shape(name) or _is_base_folder(path):
         return True
@@ -100,8 +104,8 @@ def is_base(name: str) -> bool:
         return False
 
 
-_PARTS = {"vae": "autoencoder"}
-"""Component of a base -> what a table calls it, where that is not its name."""
+_LABELS = {"vae": "autoencoder"}
+"""Component of a base -> label in tables, if it is not the name."""
 
 
 def _is_base_folder(path: Path) -> bool:
@@ -109,11 +113,11 @@ def _is_base_folder(path: Path) -> bool:
 
 
 def describe_base(name: str, size: int | None = None) -> dict[str, Any]:
-    """Facts about a base: `nano`, a diffusers folder, a single file, an id on the hub, or one of `KNOWN_BASES`, whose
-    shape is enough.
+    """Facts about a base: `nano`, a diffusers folder, a single file, a hub id, or one of `KNOWN_BASES`, whose
+    configuration suffices.
 
     Args:
-        size: side in pixels of the image that operations are counted for; default: the base's own.
+        size: side of the image for FLOPs, in pixels; default: the base's native size.
 
     Raises:
         UserError: there is no such base, or the size does not fit it.
@@ -121,13 +125,22 @@ def describe_base(name: str, size: int | None = None) -> dict[str, Any]:
     on_meta = meta_base(name)
     side = _side(on_meta, size)
     if known_by_shape(name):
-        facts: dict[str, Any] = {"kind": "base", "weights": "none: known by its shape", **_parts(on_meta)}
+        facts: dict[str, Any] = {
+            "kind": "base",
+            "weights": "none: only the architecture is known",
+            **_network_counts(on_meta),
+        }
         facts["prediction"] = on_meta.prediction_type
     else:
         base = load_base(name)
-        facts = {"kind": "base", "prediction": base.prediction_type, "fingerprint": base.fingerprint, **_parts(base)}
+        facts = {
+            "kind": "base",
+            "prediction": base.prediction_type,
+            "fingerprint": base.fingerprint,
+            **_network_counts(base),
+        }
     facts |= {"trainable": 0, "memory": memory_of(facts["parameters"])}
-    facts["latent"] = f"{on_meta.latent_channels} channels, {on_meta.factor} pixels to one"
+    facts["latent"] = f"{on_meta.latent_channels} channels, 1/{on_meta.factor} of the image's size"
     facts["own size"] = f"{on_meta.size} x {on_meta.size}"
     facts |= on_meta.sites_in_words()
     facts[f"GFLOP at {side} x {side}"] = base_flops(on_meta, side)
@@ -135,21 +148,21 @@ def describe_base(name: str, size: int | None = None) -> dict[str, Any]:
 
 
 def describe_system(system: str, base: str, rank: int | None = None, size: int | None = None) -> dict[str, Any]:
-    """What a system would be for `base`: its tensors, operations, and what it reads and needs.
+    """Facts about a system for `base`: its tensors, FLOPs, inputs and requirements.
 
     Args:
         system: a kind of the registry.
-        base: as `describe_base` takes it; its configuration is enough.
+        base: as in `describe_base`; its configuration suffices.
         rank: of a system that has one.
-        size: side in pixels of the image that operations are counted for; default: the base's own.
+        size: side of the image for FLOPs, in pixels; default: the base's native size.
 
     Raises:
-        UserError: the system or the base is not known, or the size does not fit.
+        UserError: the system or the base is unknown, or the size does not fit.
     """
     if system not in registry():
-        raise UserError(f"there is no system called {system!r}{nearest(system, list(registry()))}")
+        raise UserError(f"there is no control system {system!r}{nearest(system, list(registry()))}", "unknown-name")
     if rank is not None and rank < 1:
-        raise UserError(f"the rank is {rank}; it must be 1 or more")
+        raise UserError(f"rank is {rank}; expected 1 or more", "out-of-range")
     kind, on_meta = find(system), meta_base(base)
     side = _side(on_meta, size)
     with torch.device("meta"):
@@ -157,9 +170,9 @@ def describe_system(system: str, base: str, rank: int | None = None, size: int |
     facts: dict[str, Any] = {"kind": system, "title": kind.title, "paper": kind.paper, "base": base}
     for name, control in variants.items():
         if name:
-            facts[name] = _trained(control)
+            facts[name] = _control_counts(control)
         else:
-            facts |= _trained(control)
+            facts |= _control_counts(control)
     first = next(iter(variants.values()))
     config = first.config()
     facts |= kind.facts(config)
@@ -169,35 +182,38 @@ def describe_system(system: str, base: str, rank: int | None = None, size: int |
     facts["needs"] = needs
     if is_countable(first):
         facts[f"GFLOP at {side} x {side}"] = cost_of(first, on_meta, side).to_json()
-    facts |= _inputs(kind)
+    facts |= _input_facts(kind)
     return {**facts, "reads": words_of_reads(kind), "enters at": kind.enters}
 
 
 def memory_of(parameters: int) -> str:
-    """What so many weights take."""
+    """Memory of this many weights, as text."""
     return f"{2 * parameters / 2**20:,.0f} MiB in fp16, {4 * parameters / 2**20:,.0f} MiB in fp32"
 
 
 def _side(base: Base, size: int | None) -> int:
     side = base.size if size is None else size
-    step = base.size_multiple
-    if side < step or side % step:
-        raise UserError(f"the size {side} does not fit; it must be a multiple of {step}")
+    multiple = base.size_multiple
+    if side < multiple or side % multiple:
+        raise UserError(f"size {side} does not fit: it must be a multiple of {multiple}", "wrong-size")
     return side
 
 
-def _parts(base: Base) -> dict[str, Any]:
-    counts = {_PARTS.get(name, name.replace("_", " ")): _count(part) for name, part in base.named_networks().items()}
+def _network_counts(base: Base) -> dict[str, Any]:
+    counts = {
+        _LABELS.get(name, name.replace("_", " ")): _parameter_counts(network)
+        for name, network in base.named_networks().items()
+    }
     return {"parameters": sum(count["parameters"] for count in counts.values()), **counts}
 
 
-def _count(network: nn.Module) -> dict[str, int]:
+def _parameter_counts(network: nn.Module) -> dict[str, int]:
     parameters = list(network.parameters())
-    return {"tensors": len(parameters), "parameters": sum(p.numel() for p in parameters)}
+    return {"tensors": len(parameters), "parameters": sum(parameter.numel() for parameter in parameters)}
 
 
-def _trained(control: Control) -> dict[str, Any]:
-    """Counts of a control, of what training changes of it, and its memory."""
+def _control_counts(control: Control) -> dict[str, Any]:
+    """Tensors, parameters, trainable parameters and memory of a control."""
     counts = control.parameter_counts()
     return {
         "tensors": len(control.file_state()),
@@ -211,75 +227,76 @@ def _trainable(control: Control) -> int:
     return sum(parameter.numel() for parameter in control.trainable_parameters())
 
 
-def _on_meta(kind: type[Control], read: Checkpoint) -> Control:
+def _on_meta(kind: type[Control], checkpoint: Checkpoint) -> Control:
     with torch.device("meta"):
-        return kind.from_config(read.config)
+        return kind.from_config(checkpoint.config)
 
 
-def _counts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _tensor_counts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     parameters = sum(value.numel() for value in tensors.values())
     dtypes = ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values()}))
     return {"tensors": len(tensors), "parameters": parameters, "dtypes": dtypes, "memory": memory_of(parameters)}
 
 
-def _end(found: Detected) -> dict[str, Any]:
-    size = {"bytes": found.path.stat().st_size} if found.path.is_file() else {}
-    return {**size, "metadata": {key: _plain(value) for key, value in found.file.metadata.items()}}
+def _file_facts(detected: Detected) -> dict[str, Any]:
+    size = {"bytes": detected.path.stat().st_size} if detected.path.is_file() else {}
+    return {**size, "metadata": {key: _parse_json(value) for key, value in detected.file.metadata.items()}}
 
 
-def _operations(kind: type[Control], read: Checkpoint, base: str | None, size: int | None) -> dict[str, Any]:
-    """Operations at a size, under a key that names the size; none where no base is known that it fits."""
+def _flops(kind: type[Control], checkpoint: Checkpoint, base: str | None, size: int | None) -> dict[str, Any]:
+    """GFLOPs at a size, with a key that names the size; empty if no fitting base is known."""
     if not is_countable(kind):
         return {}
-    on_meta = _base_of(kind, read, base)
-    said = read.metadata.get("modelspec.resolution", "").partition("x")[0]
-    known = int(said) if said.isdigit() else _SIZES.get(read.config.get("cross_attention_dim", 0))
-    control = _on_meta(kind, read)
+    on_meta = _fitting_base(kind, checkpoint, base)
+    resolution = checkpoint.metadata.get("modelspec.resolution", "").partition("x")[0]
+    native = int(resolution) if resolution.isdigit() else _SIZES.get(checkpoint.config.get("cross_attention_dim", 0))
+    control = _on_meta(kind, checkpoint)
     if on_meta is not None:
-        side = _side(on_meta, size or known or on_meta.size)
+        side = _side(on_meta, size or native or on_meta.size)
         return {f"GFLOP at {side} x {side}": cost_of(control, on_meta, side).to_json()}
-    side = size or known or 512
+    side = size or native or 512
     if kind.acts is not Acts.RESIDUALS or kind.reads is not Reads.NOTHING or not takes_one_image(kind):
         return {}
-    with suppress(AttributeError):  # it looks at the base, of which nothing is known
+    with suppress(AttributeError):  # it reads the base, which is unknown
         return {f"GFLOP at {side} x {side}": cost_without_base(control, side).to_json()}
     return {}
 
 
-def _inputs(kind: type[Control]) -> dict[str, str]:
-    """What it is given, where that is not one condition image."""
+def _input_facts(kind: type[Control]) -> dict[str, str]:
+    """Its inputs, if they are not one condition image."""
     return {} if kind.inputs == (Input(),) else {"inputs": words_of_inputs(kind)}
 
 
-def _base_of(kind: type[Control], read: Checkpoint, base: str | None) -> Base | None:
-    """The base that was given or that the file names, or a known one that the control fits, on the meta device."""
-    said = read.metadata.get("control.base", "")
-    told = [said] if said == NANO or Path(said).is_dir() else []  # one on the hub is not fetched for its settings
-    for name in filter(None, (base, *told, *KNOWN_BASES)):
+def _fitting_base(kind: type[Control], checkpoint: Checkpoint, base: str | None) -> Base | None:
+    """The base passed or recorded in the file, or a known one that the control fits, on the meta device."""
+    recorded = checkpoint.metadata.get("control.base", "")
+    local = (
+        [recorded] if recorded == NANO or Path(recorded).is_dir() else []
+    )  # one on the hub is not downloaded for its settings
+    for name in filter(None, (base, *local, *KNOWN_BASES)):
         try:
             on_meta = build_meta_base(name, *family_and_configurations(name))
-            if _on_meta(kind, read).incompatibility(on_meta) is None:
+            if _on_meta(kind, checkpoint).incompatibility(on_meta) is None:
                 return on_meta
         except UserError:
             continue
     return None
 
 
-def _needs(kind: type[Control], read: Checkpoint | None) -> str:
-    if read is None:
-        return "its base with its weights (--base), to which it is a change"
-    base = kind.needs(read.config)
-    if kind.companion is None or read.companion is not None:
+def _needs(kind: type[Control], checkpoint: Checkpoint | None) -> str:
+    if checkpoint is None:
+        return "its base with its weights (--base), of which it stores the difference"
+    base = kind.needs(checkpoint.config)
+    if kind.companion is None or checkpoint.companion is not None:
         return base
-    name = read.metadata.get(kind.companion_key)
-    mark = read.metadata.get(f"{kind.companion_key}_fingerprint")
+    name = checkpoint.metadata.get(kind.companion_key)
+    fingerprint = checkpoint.metadata.get(f"{kind.companion_key}_fingerprint")
     role = companion_role(kind)
-    return (
-        f"{f'its {role} {name} ({mark})' if name and mark else f'its {role}, which the file does not name'}, and {base}"
-    )
+    companion = f"its {role} {name} ({fingerprint})" if name and fingerprint else f"its {role}, which the file omits"
+    return f"{companion}, and {base}"
 
 
-def _plain(value: str) -> Any:
+def _parse_json(value: str) -> Any:
     try:
         return json.loads(value)
     except (json.JSONDecodeError, RecursionError):

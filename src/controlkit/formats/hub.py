@@ -1,4 +1,4 @@
-"""Sharing a control on the Hugging Face hub."""
+"""Share a control on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,53 +17,54 @@ _IMAGE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
 
 
 def push(file: str | Path, repository: str, *, private: bool = False) -> str:
-    """Upload a control, its card as README.md, and the images that the card shows; returns the address.
+    """Upload a control, its card as README.md, and the images in the card; returns the URL.
 
-    An adapter's base control goes with it if it lies beside it, by its fingerprint: the adapter is nothing without.
+    An adapter's base control is uploaded too if it is in the same folder, by its fingerprint.
 
     Raises:
-        UserError: the file is not a control of ours, or the hub refuses.
+        UserError: the file is not a controlkit control, or the upload fails.
     """
     from huggingface_hub import HfApi
 
     path = Path(file)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; pass a .safetensors file (`controlkit convert` makes one)", "wrong-kind")
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is not there"
-        raise UserError(f"{path} {what}; give the .safetensors file of a control (a folder: convert it first)")
+        raise UserError(f"there is no file {path}; pass the .safetensors file of a control", "missing-file")
     card = path.with_suffix(".md")
     if not card.is_file():
         card = write_card(path)
-    wanted = {path.name: path, "README.md": card}
+    uploads = {path.name: path, "README.md": card}
     if (companion := _companion_of(path)) is not None:
-        wanted[companion.name] = companion
-    for shown in _IMAGE.findall(card.read_text(encoding="utf-8")):
-        image = (path.parent / shown).resolve()
-        # A card may come from anyone, and must not be what picks files of this machine for the hub.
+        uploads[companion.name] = companion
+    for link in _IMAGE.findall(card.read_text(encoding="utf-8")):
+        image = (path.parent / link).resolve()
+        # Security: a card from elsewhere must not select arbitrary local files for upload.
         if image.is_relative_to(path.parent.resolve()) and image.suffix in SUFFIXES and image.is_file():
-            wanted[image.relative_to(path.parent.resolve()).as_posix()] = image
+            uploads[image.relative_to(path.parent.resolve()).as_posix()] = image
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
-        for name, source in wanted.items():
+        for name, source in uploads.items():
             api.upload_file(path_or_fileobj=str(source), path_in_repo=name, repo_id=repository)
-    except Exception as error:  # what the hub refuses, and whatever its library for HTTP raises without a connection
+    except Exception as error:  # refusals of the hub, and HTTP errors of its library
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"the hub did not take {path.name} for {repository}: {reason}; are you logged in, and"
-            " is there a connection?"
+            f"the hub refused {path.name} for {repository}: {reason}; check your login and the connection",
+            "upload-failed",
         ) from error
     return str(address)
 
 
 def _companion_of(path: Path) -> Path | None:
-    """The file beside a control of ours that it is nothing without; one of the name that it gives comes first."""
-    said = read_metadata(path)
-    kind = registry().get(said.get("control.kind", ""))
-    if kind is None or kind.companion is None or not (wanted := said.get(f"{kind.companion_key}_fingerprint")):
+    """The companion's file in the folder of a control, preferably with the recorded name; None without one."""
+    metadata = read_metadata(path)
+    kind = registry().get(metadata.get("control.kind", ""))
+    if kind is None or kind.companion is None or not (fingerprint := metadata.get(f"{kind.companion_key}_fingerprint")):
         return None
-    name = said.get(kind.companion_key, "")
-    for candidate in sorted(companions_beside(path, kind.companion), key=lambda one: one.stem != name):
+    name = metadata.get(kind.companion_key, "")
+    for candidate in sorted(companions_beside(path, kind.companion), key=lambda path: path.stem != name):
         with suppress(UserError):
-            if fingerprint_in(candidate) == wanted:
+            if fingerprint_in(candidate) == fingerprint:
                 return candidate
     return None

@@ -1,7 +1,7 @@
-"""Control files: what a name means, and loading and saving any of them.
+"""Control files: find, load and save them.
 
-A control of ours is one safetensors file, whose metadata says what it is (`metadata.py`); those of other tools are
-recognised by what is in them (`detect.py`) and read in the format that their system names (`Control.formats`).
+A controlkit file is one safetensors file whose metadata describes it (`metadata.py`); files of other tools are detected
+by content (`detect.py`) and read in a format of their system (`Control.formats`).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def save_control(
     made: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """Write a control as one safetensors file, whole or not at all.
+    """Write a control as one safetensors file, atomically.
 
     Args:
-        companion: what the file of its companion is called, without `.safetensors`; where it is looked for first. What
-            counts is its fingerprint.
-        made: how it came to be (steps, seed, recipe, ...), kept as `control.made`.
+        companion: name of its companion's file, without `.safetensors`: the first candidate when loading; the
+            fingerprint decides.
+        made: provenance (steps, seed, recipe, ...), stored as `control.made`.
         dtype: of the weights in the file.
     """
     metadata = control_metadata(path, control, base, made)
@@ -53,33 +53,33 @@ def save_control(
 
 
 def load_control(name: str | Path, base: Base | None = None, *, shared: dict[str, Control] | None = None) -> Control:
-    """Load a control by the name of one that ships with nano (`canny`), from a file or folder in any format.
+    """Load a control by the name of a shipped one (`canny`), or from a file or folder in any format.
 
-    An adapter of CtrLoRA finds its base control beside it; `ADAPTER+BASE` names both files.
+    A CtrLoRA adapter finds its base control in its folder; `ADAPTER+BASE` names both files.
 
     Args:
-        base: where it will be used; if given, the control must fit it, and moves to its device and dtype.
-        shared: companions that are loaded, by fingerprint; controls loaded with the same dict share theirs.
+        base: to use it with; if given, the control must fit it, and moves to its device and dtype.
+        shared: loaded companions, by fingerprint; controls loaded with the same dict share theirs.
 
     Raises:
         UserError: it does not exist, is damaged, is something else, or does not fit the base.
     """
-    own, companion_file = _split_pair(name)
-    path = find_control(own)
+    control_name, companion_file = _split_pair(name)
+    path = find_control(control_name)
     reference = _reference(base)
     checkpoint = read_checkpoint(path, reference)
     kind = find(checkpoint.kind)
     companion = None
     if kind.companion is not None:
-        ship = shipped_controls().values()
+        shipped = shipped_controls().values()
         loaded = {} if shared is None else shared
-        companion = load_companion(path, checkpoint, loaded, ship, file=companion_file, reference=reference)
+        companion = load_companion(path, checkpoint, loaded, shipped, file=companion_file, reference=reference)
     else:
         require_settings(checkpoint)
     control = kind.from_checkpoint(checkpoint, companion)
     if base is not None:
         check_fits(control, base, str(name))
-        if base.dtype == torch.bfloat16:  # which would change what others know it by
+        if base.dtype == torch.bfloat16:  # which would change its fingerprint
             for module in control.modules():
                 if isinstance(module, Control):
                     module.keep_identity()
@@ -88,7 +88,7 @@ def load_control(name: str | Path, base: Base | None = None, *, shared: dict[str
 
 
 def shipped_controls() -> dict[str, Path]:
-    """Name -> file of every control that ships with nano.
+    """Name -> file of every control shipped for nano.
 
     `canny` is a ControlNet; `nano/base` is CtrLoRA's base control and `nano/NAME` are its adapters.
     """
@@ -97,17 +97,19 @@ def shipped_controls() -> dict[str, Path]:
 
 
 def find_control(name: str | Path) -> Path:
-    """The file or folder that `name` means: a path, or a control that ships.
+    """The file or folder of `name`: a path, or a shipped control.
 
-    Of those that ship, `palette` means `nano/palette` unless one is called just that, and other names of a
-    condition mean its control.
+    Among shipped controls, `palette` means `nano/palette` unless there is a `palette`, and aliases of a condition mean
+    its control.
 
     Raises:
-        UserError: there is none; the message names the nearest that ship.
+        UserError: there is none; the message suggests similar names.
     """
     path = Path(name)
     if not str(name).strip():
-        raise UserError("no control was named; give a file, a folder, or the name of one that ships")
+        raise UserError(
+            "the control is empty; pass a file, a folder, or the name of a shipped control", "missing-setting"
+        )
     if path.exists():
         return path
     shipped = shipped_controls()
@@ -117,47 +119,49 @@ def find_control(name: str | Path) -> Path:
     for candidate in (form.format(wanted) for wanted in names for form in ("{}", "nano/{}")):
         if candidate in shipped:
             return shipped[candidate]
-    raise UserError(f"there is no control called {str(name)!r} and no such file{nearest(str(name), list(shipped))}")
+    raise UserError(
+        f"there is no control {str(name)!r} and no such file{nearest(str(name), list(shipped))}", "missing-file"
+    )
 
 
 def control_class(name: str | Path) -> type[Control]:
-    """The system of the control that `name` means for `load_control`, of whose file only names and shapes are read.
+    """The system of the control that `load_control` finds for `name`; only names and shapes are read.
 
     Raises:
         UserError: there is no such control, or it is something else.
     """
-    own, _ = _split_pair(name)
-    kind = known(detect(find_control(own))).control
+    control_name, _ = _split_pair(name)
+    kind = known(detect(find_control(control_name))).control
     assert kind is not None
     return kind
 
 
 def control_files(name: str | Path) -> list[Path]:
-    """The files that `name` means for `load_control`, in order: one, those of a folder, or of `ADAPTER+BASE` both.
+    """The files that `load_control` reads for `name`, in order: one, those of a folder, or both of `ADAPTER+BASE`.
 
     Raises:
         UserError: there is no such control.
     """
-    own, companion = _split_pair(name)
-    return sorted(files_of(find_control(own))) + ([] if companion is None else sorted(files_of(companion)))
+    control_name, companion = _split_pair(name)
+    return sorted(files_of(find_control(control_name))) + ([] if companion is None else sorted(files_of(companion)))
 
 
 def check_fits(control: Control, base: Base, name: str) -> None:
-    """Refuse a control that was made for a base of another shape.
+    """Check that a control fits a base.
 
     Raises:
-        UserError: says what differs.
+        UserError: it does not.
     """
     if (reason := control.incompatibility(base)) is not None:
-        raise UserError(f"the control {name} does not fit the base {base.name}: {reason}")
+        raise UserError(f"the control {name} does not fit the base {base.name}: {reason}", "incompatible")
 
 
 def _split_pair(name: str | Path) -> tuple[str | Path, Path | None]:
-    """`ADAPTER+BASE` as two, if it is that and no name of its own."""
-    own, plus, companion = str(name).rpartition("+")
-    if not plus or Path(name).exists() or not Path(own).exists():
+    """`ADAPTER+BASE` as two, if it is that and not a name."""
+    control_name, plus, companion = str(name).rpartition("+")
+    if not plus or Path(name).exists() or not Path(control_name).exists():
         return name, None
-    return own, find_control(companion)
+    return control_name, find_control(companion)
 
 
 def _reference(base: Base | None) -> Reference:
@@ -165,7 +169,7 @@ def _reference(base: Base | None) -> Reference:
         return Reference()
 
     def weights() -> dict[str, torch.Tensor]:
-        # Files are read on the CPU, and what they hold is added to these.
+        # Files are read on the CPU, where these are added to them.
         return {name: value.cpu() for name, value in base.unet.state_dict().items()}
 
     return Reference(unet_config=dict(base.unet.config), unet=weights)

@@ -1,7 +1,7 @@
-"""safetensors files with metadata that says what they are.
+"""Metadata of safetensors files.
 
-Metadata (strings, as safetensors wants): the fields of modelspec 1.0.1 that other tools show, and ours under
-`control.*`: `kind`, `config`, `condition`, `base` and `base_fingerprint`, `hint_range`, and how it was `made`.
+Strings, as safetensors requires: the fields of modelspec 1.0.1, which other tools show, and controlkit's in
+`control.*`: `kind`, `config`, `condition`, `base` and `base_fingerprint`, `hint_range`, and the provenance `made`.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ def write_tensors(
     metadata: dict[str, str],
     dtype: torch.dtype | None = torch.float16,
 ) -> Path:
-    """Write `tensors` with `metadata`, whole or not at all.
+    """Write `tensors` with `metadata`, atomically.
 
     Args:
-        dtype: of every floating-point tensor in the file; each keeps its own if None.
+        dtype: of every floating-point tensor in the file; None keeps their own.
     """
     path = Path(path)
-    plain: dict[str, Tensor] = {}
-    taken: set[int] = set()
+    stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
     for name, value in tensors.items():
-        to = dtype if dtype is not None and value.is_floating_point() else value.dtype
-        tensor = value.detach().to("cpu", to).contiguous()
-        # safetensors refuses tensors that share memory, as tied weights and views of one storage do.
+        target = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        tensor = value.detach().to("cpu", target).contiguous()
+        # safetensors rejects tensors that share memory, such as tied weights and views of one storage.
         storage = tensor.untyped_storage()
-        if storage.data_ptr() in taken or storage.nbytes() != tensor.nbytes:
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
             tensor = tensor.clone()
-        taken.add(tensor.untyped_storage().data_ptr())
-        plain[name] = tensor
-    write_atomically(path, lambda temporary: save_file(plain, temporary, metadata))
+        storages.add(tensor.untyped_storage().data_ptr())
+        stored[name] = tensor
+    write_atomically(path, lambda temporary: save_file(stored, temporary, metadata))
     return path
 
 
 def control_metadata(path: str | Path, control: Control, base: Base, made: dict[str, Any] | None) -> dict[str, str]:
-    """The metadata of a control's file; see the module's docstring."""
+    """Metadata of a control's file; see the module's docstring."""
     model = base.name if base.name == NANO else base.architecture
     return {
         "format": "pt",
@@ -75,10 +75,10 @@ def control_metadata(path: str | Path, control: Control, base: Base, made: dict[
 
 
 def converted_metadata(checkpoint: Checkpoint, title: str) -> dict[str, str]:
-    """Metadata for a file of a checkpoint in whatever format: what it came with, and what is always said."""
+    """Metadata for a converted file: that of its source, and controlkit's own."""
     family = ARCHITECTURES.get(checkpoint.config.get("cross_attention_dim", 0), "unknown")
     kind = find(checkpoint.kind)
-    said = {
+    metadata = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{family}/{kind.architecture or kind.kind}",
@@ -91,23 +91,23 @@ def converted_metadata(checkpoint: Checkpoint, title: str) -> dict[str, str]:
         "control.config": json.dumps(checkpoint.config),
     }
     if "rank" in checkpoint.config:
-        said["control.rank"] = str(checkpoint.config["rank"])
-    return said
+        metadata["control.rank"] = str(checkpoint.config["rank"])
+    return metadata
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata of a file of tensors; only safetensors has any.
 
     Raises:
-        UserError: it is not a whole file of tensors.
+        UserError: it is not a complete file of tensors.
     """
     return read_tensor_file(path).metadata
 
 
-def made_of(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """How a control came to be, as its file says; empty if it says nothing that can be read."""
+def provenance_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The provenance of a control (`control.made`); empty if the file has none."""
     try:
-        made = json.loads(metadata.get("control.made") or "{}")
+        provenance = json.loads(metadata.get("control.made") or "{}")
     except (ValueError, RecursionError):
         return {}
-    return made if isinstance(made, dict) else {}
+    return provenance if isinstance(provenance, dict) else {}

@@ -1,7 +1,7 @@
-"""The two formats that every system has: ours, and diffusers' folder where diffusers has the same network.
+"""The formats of every system: controlkit's, and diffusers' folder if diffusers has the same network.
 
-Ours is one safetensors file under the system's own names, with metadata that says what it is. A file of another tool in
-the same names is read too; what the metadata does not say then follows from its shapes.
+controlkit's is one safetensors file with the system's own names and metadata. Files of other tools with the same names
+are read too; missing metadata is inferred from shapes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from controlkit.controls.file_format import (
     Reference,
     TensorFile,
     Written,
-    announced_config,
     check_names,
+    declared_config,
     on_one_line,
 )
 from controlkit.controls.registry import find
@@ -29,29 +29,32 @@ from controlkit.errors import UserError
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
-def _read(kind: type[Control], file: TensorFile, reference: Reference, says: str) -> Checkpoint:
-    """A file under the system's own names."""
-    said = "control.kind" in file.metadata
-    what = f"the {kind.kind} that its metadata announces"
+def _read(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
+    """A file with the system's own names."""
+    is_declared = "control.kind" in file.metadata
+    declared = f"the {kind.kind} that its metadata declares"
     try:
-        config = _announced(kind, file) if said else kind.config_of(file.tensors, reference.unet_config)
+        config = _declared_config(kind, file) if is_declared else kind.config_of(file.tensors, reference.unet_config)
         expected = kind.shapes(config)
     except CONFIG_ERRORS as error:
-        reason = (
-            f"does not hold {what}: {on_one_line(error)}" if said else f"looks like {says}, but {on_one_line(error)}"
+        problem = (
+            f"is not {declared}: {on_one_line(error)}"
+            if is_declared
+            else f"looks like {description}, but {on_one_line(error)}"
         )
-        raise UserError(f"{file.path} {reason}") from error
+        raise UserError(f"{file.path} {problem}", "damaged-file") from error
     try:
-        check_names(file.path, kind.title if said else says, expected, file.tensors, file.others)
+        check_names(file.path, kind.title if is_declared else description, expected, file.tensors, file.others)
     except UserError as error:
-        if not said:
+        if not is_declared:
             raise
-        raise UserError(f"{file.path} does not hold {what}: it looks {str(error).partition(' looks ')[2]}") from error
+        message = str(error).partition(" looks ")[2]
+        raise UserError(f"{file.path} is not {declared}: it looks {message}", error.code) from error
     return Checkpoint(kind.kind, config, dict(file.tensors), dict(file.metadata), path=file.path)
 
 
-def _announced(kind: type[Control], file: TensorFile) -> dict[str, Any]:
-    config = announced_config(file.metadata)
+def _declared_config(kind: type[Control], file: TensorFile) -> dict[str, Any]:
+    config = declared_config(file.metadata)
     if config is None:
         raise ValueError(f"the config is not a mapping but {file.metadata.get('control.config')!r}")
     if "rank" not in config and "control.rank" in file.metadata:
@@ -64,14 +67,14 @@ def _write(checkpoint: Checkpoint, reference: Reference) -> Written:
     return Written(tensors=checkpoint.tensors)
 
 
-def _read_diffusers(kind: type[Control], file: TensorFile, reference: Reference, says: str) -> Checkpoint:
-    """A folder of diffusers: the names are the system's own."""
+def _read_diffusers(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
+    """A diffusers folder, with the system's own names."""
     config = {key: value for key, value in file.config.items() if not key.startswith("_")}
     try:
         expected = kind.shapes(config)
     except CONFIG_ERRORS as error:
-        what = f"the {kind.diffusers_class} that its config announces"
-        raise UserError(f"{file.path} does not hold {what}: {on_one_line(error)}") from error
+        what = f"the {kind.diffusers_class} that its config declares"
+        raise UserError(f"{file.path} is not {what}: {on_one_line(error)}", "damaged-file") from error
     check_names(file.path, kind.title, expected, file.tensors, file.others)
     return Checkpoint(kind.kind, config, dict(file.tensors), dict(file.metadata), path=file.path)
 
@@ -80,15 +83,17 @@ def _write_diffusers(checkpoint: Checkpoint, reference: Reference) -> Written:
     require_settings(checkpoint)
     kind = find(checkpoint.kind)
     network = getattr(diffusers, kind.diffusers_class or "")
-    taken = inspect.signature(network.__init__).parameters
-    config = {key: value for key, value in checkpoint.config.items() if key in taken}
-    if own := sorted(set(checkpoint.config) - set(config)):
-        _require_shapes(kind, checkpoint, config, own)
-    head = {"_class_name": network.__name__, "_diffusers_version": diffusers.__version__}
-    return Written(tensors=checkpoint.tensors, configs={_CONFIG: {**head, **config}})
+    parameters = inspect.signature(network.__init__).parameters
+    config = {key: value for key, value in checkpoint.config.items() if key in parameters}
+    if other_settings := sorted(set(checkpoint.config) - set(config)):
+        _require_shapes(kind, checkpoint, config, other_settings)
+    header = {"_class_name": network.__name__, "_diffusers_version": diffusers.__version__}
+    return Written(tensors=checkpoint.tensors, configs={_CONFIG: {**header, **config}})
 
 
-def _require_shapes(kind: type[Control], checkpoint: Checkpoint, config: dict[str, Any], own: list[str]) -> None:
+def _require_shapes(
+    kind: type[Control], checkpoint: Checkpoint, config: dict[str, Any], other_settings: list[str]
+) -> None:
     """Refuse a network that diffusers' class would build in another shape, as it knows no such settings.
 
     Args:
@@ -96,17 +101,18 @@ def _require_shapes(kind: type[Control], checkpoint: Checkpoint, config: dict[st
         own: the names of the other settings.
     """
     if kind.shapes(config) != kind.shapes(checkpoint.config):
-        said = ", ".join(f"{name} {checkpoint.config[name]}" for name in own)
+        listed = ", ".join(f"{name} {checkpoint.config[name]}" for name in other_settings)
         raise UserError(
-            f"{checkpoint.path} cannot be written as diffusers' folder: its network differs from those of diffusers'"
-            f" {kind.diffusers_class} by a setting that it does not have ({said}); write it as {NATIVE.name}"
+            f"{checkpoint.path} cannot be written as diffusers' folder: diffusers' {kind.diffusers_class}"
+            f" lacks its settings {listed}; write it as {NATIVE.name}",
+            "unsupported",
         )
 
 
-NATIVE = FileFormat(name="controlkit", says="one safetensors file with metadata, ours", read=_read, write=_write)
+NATIVE = FileFormat(name="controlkit", description="one safetensors file with metadata", read=_read, write=_write)
 DIFFUSERS = FileFormat(
     name="diffusers",
-    says="diffusers' folder (config.json and diffusion_pytorch_model.safetensors)",
+    description="diffusers' folder (config.json and diffusion_pytorch_model.safetensors)",
     read=_read_diffusers,
     write=_write_diffusers,
     files=(_CONFIG, _WEIGHTS),
@@ -114,19 +120,20 @@ DIFFUSERS = FileFormat(
 
 
 def formats_of(kind: type[Control]) -> dict[str, FileFormat]:
-    """Name -> format, of every format that files of a system may have."""
+    """Name -> format, of every format of a system."""
     ours = [NATIVE, *([DIFFUSERS] if kind.diffusers_class is not None else [])]
     return {one.name: one for one in (*ours, *kind.formats)}
 
 
 def require_settings(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint with a setting that nothing tells.
+    """Check that no setting of a checkpoint is missing.
 
     Raises:
-        UserError: says how to tell it.
+        UserError: one is; the message says how to pass it.
     """
     if (missing := find(checkpoint.kind).missing_setting(checkpoint.config)) is not None:
         raise UserError(
-            f"{checkpoint.path} does not say {missing}, and its shapes are of no base that is known; give the base that"
-            " it was made for (--base)"
+            f"{checkpoint.path} does not record {missing}, and its shapes match no known base; pass the base"
+            " that it was made for (--base)",
+            "missing-setting",
         )

@@ -1,4 +1,4 @@
-"""Files of tensors in any container: safetensors, or a file of `torch.save`, read as data and never as a program."""
+"""Read files of tensors in any container: safetensors, or `torch.save` files with `weights_only`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from controlkit.bases.weight_files import unsafe_pickle_error
+from controlkit.bases.weight_files import torch_load_error
 from controlkit.controls.file_format import TensorFile, on_one_line
 from controlkit.errors import UserError
 
 _LARGEST_HEADER = 100_000_000
-"""Bytes of a safetensors header at the most, as safetensors itself has it."""
+"""Maximum size of a safetensors header in bytes, as in safetensors itself."""
 
-_NOT_FILES_OF_TENSORS = (
+_OTHER_FILES = (
     (
         b"version https://git-lfs",
-        "is a pointer of Git LFS, a few lines in the place of the file; download the file itself",
+        "is a Git LFS pointer, not the file itself; download the file (git lfs pull)",
     ),
     (b"<!doctype html", "is a web page, not a file of tensors; download the file itself"),
     (b"<html", "is a web page, not a file of tensors; download the file itself"),
@@ -33,12 +33,12 @@ _NOT_FILES_OF_TENSORS = (
 
 
 def read_tensor_file(path: str | Path) -> TensorFile:
-    """Read a file of tensors; its first bytes say what it is, its name nothing.
+    """Read a file of tensors; its first bytes determine the container, not its name.
 
-    A dictionary that wraps the weights under `state_dict`, as Lightning's do, is unwrapped.
+    A dictionary that wraps the weights as `state_dict`, as Lightning's do, is unwrapped.
 
     Raises:
-        UserError: it is empty, torn, no file of tensors, or a pickle that holds more than tensors.
+        UserError: it is empty, truncated, not a file of tensors, or a pickle of more than tensors.
     """
     path = Path(path)
     try:
@@ -46,38 +46,41 @@ def read_tensor_file(path: str | Path) -> TensorFile:
         with path.open("rb") as stream:
             head = stream.read(64)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(
+            f"cannot read {path}: {error.strerror}",
+            "missing-file" if isinstance(error, FileNotFoundError) else "unreadable-file",
+        ) from error
     if size == 0:
-        raise UserError(f"{path} is empty (0 bytes)")
+        raise UserError(f"{path} is empty (0 bytes)", "damaged-file")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
         return _read_safetensors(path)
-    for start, says in _NOT_FILES_OF_TENSORS:
+    for start, description in _OTHER_FILES:
         if head.lower().lstrip().startswith(start):
-            raise UserError(f"{path} {says}")
+            raise UserError(f"{path} {description}", "wrong-kind")
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return _read_torch(path)
-    raise UserError(f"{path} is not a whole safetensors file, nor one of torch.save")
+    raise UserError(f"{path} is not a complete safetensors file, nor one of torch.save", "damaged-file")
 
 
 def unscaled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights in float8 with a scale of their own (`X.scale_weight`, as ComfyUI writes them) => float32; others stay.
+    """float8 weights with a scale (`X.scale_weight`, as written by ComfyUI) => float32; others unchanged.
 
-    The marks of such a file (`scaled_fp8`), and scales of what goes into a layer, are no part of the weights.
+    The marker of such a file (`scaled_fp8`) and input scales are dropped.
     """
     scaled = {name.removesuffix(".scale_weight") for name in tensors if name.endswith(".scale_weight")}
     if not scaled and "scaled_fp8" not in tensors:
         return tensors
-    made: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name, value in tensors.items():
         layer, _, last = name.rpartition(".")
         if last in ("scale_weight", "scale_input") or name == "scaled_fp8":
             continue
-        made[name] = (
+        weights[name] = (
             value.float() * tensors[f"{layer}.scale_weight"].float()
             if (last == "weight" and layer in scaled)
             else value
         )
-    return made
+    return weights
 
 
 def _read_safetensors(path: Path) -> TensorFile:
@@ -86,21 +89,21 @@ def _read_safetensors(path: Path) -> TensorFile:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return TensorFile(path, unscaled(tensors), file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({on_one_line(error)})") from error
+        raise UserError(f"{path} is not a complete safetensors file ({on_one_line(error)})", "damaged-file") from error
 
 
 def _read_torch(path: Path) -> TensorFile:
-    """A file of torch.save, by torch's own reader of nothing but tensors and plain containers."""
+    """A `torch.save` file, loaded with `weights_only`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on protocols of pickle; what is refused is said in a sentence
+            warnings.simplefilter("ignore")  # about pickle protocols; refusals become errors below
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # the reader's own error class lives in a module that is never imported here
-        raise UserError(unsafe_pickle_error(path, error)) from error
+    except Exception as error:  # torch raises pickle's errors, of a module that is not imported here
+        raise torch_load_error(path, error) from error
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping):
-        raise UserError(f"{path} holds a {type(loaded).__name__}, not named tensors")
+        raise UserError(f"{path} contains a {type(loaded).__name__}, not named tensors", "wrong-kind")
     entries: dict[str, Any] = {str(name): value for name, value in loaded.items()}
     tensors = {name: value.detach() for name, value in entries.items() if isinstance(value, Tensor)}
     return TensorFile(path, tensors, others=tuple(name for name in entries if name not in tensors))

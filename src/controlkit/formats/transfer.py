@@ -1,7 +1,7 @@
-"""Offset transfer: a control of one base, moved to another of the same shape.
+"""Offset transfer of a control to another base of the same architecture.
 
 control of B = control of A + (B - A), on the weights that a control copies from its base (lllyasviel/ControlNet,
-tool_transfer_control.py). Zero convolutions and hint networks have no counterpart in a base and stay.
+tool_transfer_control.py). Zero convolutions and hint networks have no counterpart in a base and are kept.
 """
 
 from __future__ import annotations
@@ -17,62 +17,70 @@ from controlkit.controls.control import Control
 from controlkit.errors import UserError
 
 LIMITS = (
-    "Transfer assumes that the control moved little from its base; after long training it may do worse than the"
-    " control as it is. Try both: a control also runs on the other base unchanged. What a base draws differently"
-    " (its style) it draws differently under control too. A text encoder that differs between the bases is not"
-    " corrected for, nor is a decoder that was trained along with the control (ControlNet 1.0)."
+    "Transfer assumes that training moved the control little from its base; after long training the unchanged control"
+    " may be better. Try both: it also runs on the other base. Differences in style between the bases remain. A"
+    " different text encoder is not corrected for, nor is a decoder that was trained along with the control"
+    " (ControlNet 1.0)."
 )
-"""Said whenever a control was transferred."""
+"""Shown with every transferred control."""
 
 Transferable = TypeVar("Transferable", bound=Control)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Offset:
-    """How far two bases are apart, where a control copies them."""
+    """Distance between two bases, on the weights that a control copies."""
 
     moved: int
-    """Tensors that were shifted."""
+    """Number of shifted tensors."""
     kept: int
-    """Tensors of the control that no base has."""
+    """Number of tensors without a counterpart in the bases."""
     distance: float
-    """Norm of B - A over the norm of A, on the shifted tensors."""
+    """Norm of B - A over norm of A, on the shifted tensors."""
 
 
 @torch.no_grad()
 def transfer(control: Transferable, source: Base, target: Base) -> tuple[Transferable, Offset]:
-    """A copy of `control`, which was trained on `source`, for `target`.
+    """A copy of `control`, trained on `source`, for `target`.
 
-    A base control's adapters go along unchanged: they are taken on the copy too, though its fingerprint is another.
-    That what training changed does the same on the other base is the assumption of the offset itself, for the adapters
-    as for the control; it is not a fact, so look at the images.
+    A base control's adapters still load on the copy, although its fingerprint changes. The method assumes that the
+    change made by training has the same effect on the other base, for adapters as for the control; check the images.
 
     Raises:
-        UserError: the two bases have different shapes, or the control does not fit them.
+        UserError: the bases have different shapes, or the control does not fit them.
     """
     a, b = source.denoiser.state_dict(), target.denoiser.state_dict()
-    made = copy.deepcopy(control)
-    network = made.copied_network()
+    transferred = copy.deepcopy(control)
+    network = transferred.copied_network()
     if network is None:
-        raise UserError(f"{made.title} has no copy of a base, which is what is moved")
-    made.mark_transferred()
-    moved = kept = 0
-    change = size = 0.0
+        raise UserError(
+            f"{transferred.title} contains no copy of its base, so there is nothing to transfer; use it on the"
+            " other base as it is",
+            "unsupported",
+        )
+    transferred.mark_transferred()
+    shifted = kept = 0
+    offset_squared = source_squared = 0.0
     for name, value in network.state_dict().items():
         if name not in a:
             kept += 1
             continue
         if name not in b or a[name].shape != b[name].shape or a[name].shape != value.shape:
-            theirs = list(b[name].shape) if name in b else "none"
+            target_shape = list(b[name].shape) if name in b else "none"
             raise UserError(
-                f"{name} has the shape {list(value.shape)} in the control, {list(a[name].shape)} in {source.name} and"
-                f" {theirs} in {target.name}; transfer needs one shape in all three"
+                f"{name} is {list(value.shape)} in the control, {list(a[name].shape)} in {source.name} and"
+                f" {target_shape} in {target.name}; transfer needs equal shapes in all three",
+                "incompatible",
             )
         offset = b[name].float() - a[name].float()
         value.copy_(value.float() + offset.to(value.device))
-        change += float(offset.pow(2).sum())
-        size += float(a[name].float().pow(2).sum())
-        moved += 1
-    if not moved:
-        raise UserError(f"the control shares no tensor with {source.name}; it was not made for a base of this shape")
-    return made, Offset(moved=moved, kept=kept, distance=(change / size) ** 0.5 if size else 0.0)
+        offset_squared += float(offset.pow(2).sum())
+        source_squared += float(a[name].float().pow(2).sum())
+        shifted += 1
+    if not shifted:
+        raise UserError(
+            f"the control shares no tensor with {source.name}: it was made for another architecture", "incompatible"
+        )
+    return transferred, Offset(
+        moved=shifted, kept=kept, distance=(offset_squared / source_squared) ** 0.5 if source_squared else 0.0
+    )

@@ -1,4 +1,4 @@
-"""The objective of an embedded base's autoencoder."""
+"""The objective of nano's autoencoder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = 64
 
 
 class AutoencoderObjective(Objective):
-    """L1, squared and gradient error, with a small KL term (Rombach et al. 2022, section 3.1, without a GAN)."""
+    """L1, squared and gradient loss with a small KL term (Rombach et al. 2022, section 3.1, without a GAN)."""
 
     recipe: AutoencoderRecipe
 
@@ -31,7 +31,9 @@ class AutoencoderObjective(Objective):
         torch.manual_seed(recipe.seed)
         self.network = build_autoencoder(recipe.channels, recipe.latent_channels).to(device)
         self.trained = nn.ModuleDict({"autoencoder": self.network})
-        self.test = images(sets.select(styles=TRAINED_STYLES, held_out=True), 192, numpy_generator(0, 0, 9)).to(device)
+        self.held_out = images(sets.select(styles=TRAINED_STYLES, held_out=True), 192, numpy_generator(0, 0, 9)).to(
+            device
+        )
 
     def loss(self, step: int) -> Tensor:
         x = images(self.icons, self.global_batch, self.numpy_generator(step))[self.local_slice].to(self.device)
@@ -52,18 +54,18 @@ class AutoencoderObjective(Objective):
 
     @torch.no_grad()
     def preview(self, step: int, folder: Path) -> dict[str, float]:
-        z = self.network.encode(self.test).latent_dist.mode()
+        z = self.network.encode(self.held_out).latent_dist.mode()
         y = self.network.decode(z).sample.clamp(-1, 1)
-        squared = ((y - self.test) / 2).pow(2).mean((1, 2, 3))
+        squared = ((y - self.held_out) / 2).pow(2).mean((1, 2, 3))
         columns = [
-            [*pair] for pair in zip(to_images((self.test[:12] + 1) / 2), to_images((y[:12] + 1) / 2), strict=True)
+            [*pair] for pair in zip(to_images((self.held_out[:12] + 1) / 2), to_images((y[:12] + 1) / 2), strict=True)
         ]
         write_png(folder / f"{step:07d}.png", contact_sheet(list(map(list, zip(*columns, strict=True))), cell=96))
         return {"psnr": (-10 * torch.log10(squared)).mean().item(), "latent_std": z.std().item()}
 
     @torch.no_grad()
     def save(self, folder: Path) -> list[Path]:
-        latents = self.network.encode(self.test).latent_dist.mode()
+        latents = self.network.encode(self.held_out).latent_dist.mode()
         # SD's convention (Rombach et al. 2022, appendix G): latents times this have unit variance.
         self.network.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
         self.network.save_pretrained(folder / "vae", safe_serialization=True)
@@ -71,7 +73,7 @@ class AutoencoderObjective(Objective):
 
 
 def build_autoencoder(channels: tuple[int, ...], latent_channels: int) -> AutoencoderKL:
-    """A fresh `AutoencoderKL` without attention, whose posterior starts narrow so that it learns to copy at once."""
+    """A new `AutoencoderKL` without attention, with a narrow initial posterior so that it quickly learns to copy."""
     levels = len(channels)
     network = AutoencoderKL(
         block_out_channels=channels,

@@ -1,4 +1,4 @@
-"""The objective of an embedded base's text encoder and UNet, trained together."""
+"""The objective of nano's text encoder and UNet, trained together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from controlkit.training.processes import Processes
 MAX_TOKENS = 24
 _PREVIEW_SEEDS = 3
 _NAMED = 4
-"""Concepts that a note names."""
+"""Maximum number of concepts that a note names."""
 VOCABULARY = 1200
 
 SCHEDULER = {
@@ -42,7 +42,7 @@ SCHEDULER = {
     "clip_sample": False,
     "num_train_timesteps": 1000,
     "prediction_type": "v_prediction",
-    # The cosine schedule ends in pure noise, so sampling has to begin at its last step (Lin et al. 2024, section 3.3).
+    # The cosine schedule ends in pure noise, so sampling must start at its last step (Lin et al. 2024, section 3.3).
     "timestep_spacing": "trailing",
     "set_alpha_to_one": True,
     "steps_offset": 1,
@@ -61,7 +61,7 @@ PREVIEW_PROMPTS = (
 
 
 class BaseObjective(Objective):
-    """v-prediction (Salimans and Ho 2022) on latents of drawings that are encoded once."""
+    """v-prediction (Salimans and Ho 2022) on the cached latents of drawings."""
 
     recipe: BaseRecipe
 
@@ -81,9 +81,11 @@ class BaseObjective(Objective):
         known = None if recipe.concepts is None else read_concepts(recipe.concepts)
         icons = sets.select(styles=TRAINED_STYLES, held_out=False, drawable=True, sets=3, concepts=known)
         if not icons:
-            raise UserError(f"none of the concepts in {recipe.concepts} is in three sets of {recipe.icons}")
+            raise UserError(
+                f"none of the concepts in {recipe.concepts} is in three sets of {recipe.icons}", "empty-data"
+            )
         if known is not None:
-            _tell_of_missing(sorted(set(known) - {icon.concept for icon in icons}), recipe.concepts)
+            _note_unused_concepts(sorted(set(known) - {icon.concept for icon in icons}), recipe.concepts)
         self.drawings = Drawings(
             [icon for icon in icons if icon.style in (recipe.styles or TRAINED_STYLES)],
             recipe.variants,
@@ -95,16 +97,16 @@ class BaseObjective(Objective):
         )
 
     def loss(self, step: int) -> Tensor:
-        chosen, prompts = self._draw(step)
+        chosen, prompts = self._sample(step)
         z = self.drawings.latents[torch.from_numpy(chosen[self.local_slice])].float().to(self.device)
         text = self._text(prompts[self.local_slice])
-        drawn = self.noised(self.schedule, z, self.torch_generator(step))
-        return self.diffusion_loss(drawn, self.trained["unet"](drawn.x_t, drawn.t, encoder_hidden_states=text).sample)
+        noisy = self.noised(self.schedule, z, self.torch_generator(step))
+        return self.diffusion_loss(noisy, self.trained["unet"](noisy.x_t, noisy.t, encoder_hidden_states=text).sample)
 
-    def seen(self, step: int) -> list[str]:
-        return [f"drawing {index}: {prompt!r}" for index, prompt in zip(*self._draw(step), strict=True)]
+    def samples(self, step: int) -> list[str]:
+        return [f"drawing {index}: {prompt!r}" for index, prompt in zip(*self._sample(step), strict=True)]
 
-    def _draw(self, step: int) -> tuple[np.ndarray, list[str]]:
+    def _sample(self, step: int) -> tuple[np.ndarray, list[str]]:
         """Indices and prompts of the drawings of a step, over all processes."""
         rng = self.numpy_generator(step)
         chosen = rng.integers(len(self.drawings), size=self.global_batch)
@@ -113,7 +115,7 @@ class BaseObjective(Objective):
     def preview(self, step: int, folder: Path) -> dict[str, float]:
         try:
             self._preview(self._base(), folder / f"{step:07d}.png")
-        finally:  # a base is frozen; what trains is not, whatever happens while it draws
+        finally:  # building a base freezes its networks
             for network in (self.trained["text_encoder"], self.trained["unet"]):
                 network.requires_grad_(True).train()
         return {}
@@ -130,18 +132,18 @@ class BaseObjective(Objective):
         write_png(path, contact_sheet(rows, cell=96))
 
     def save(self, folder: Path) -> list[Path]:
-        """Write an ordinary diffusers folder into `folder/base`."""
+        """Write a diffusers folder into `folder/base`."""
         base = self._base()
         out = folder / "base"
         save_base(base, out)
         return [out]
 
     def _start(self, sets: IconSets) -> Base:
-        """What training starts from: the recipe's base, or fresh networks beside the trained autoencoder."""
+        """The base from which training starts: the recipe's, or new networks with the trained autoencoder."""
         if self.recipe.start is not None:
-            self._tell_of_unused()
+            self._note_unused_settings()
             return load_base(self.recipe.start)
-        assert self.recipe.autoencoder is not None  # the recipe refuses neither
+        assert self.recipe.autoencoder is not None  # the recipe checks that one is set
         vae = _trained_autoencoder(self.recipe.autoencoder)
         tokenizer = train_tokenizer([caption_of(icon.concept) for icon in sets.icons if not icon.held_out])
         torch.manual_seed(self.recipe.seed)
@@ -156,14 +158,14 @@ class BaseObjective(Objective):
             defaults=NANO_DEFAULTS,
         )
 
-    def _tell_of_unused(self) -> None:
-        """Say which settings are the base's own, where the recipe sets them and starts from a base."""
+    def _note_unused_settings(self) -> None:
+        """Note settings of the recipe that the base from which it starts overrides."""
         defaults = {field.name: field.default for field in dataclasses.fields(self.recipe)}
-        own = ("channels", "attention", "text_width", "text_layers")
-        named = [name for name in own if getattr(self.recipe, name) != defaults[name]]
-        if named and Processes.is_first():
+        settings = ("channels", "attention", "text_width", "text_layers")
+        unused = [name for name in settings if getattr(self.recipe, name) != defaults[name]]
+        if unused and Processes.is_first():
             print(
-                f"note: {', '.join(named)} of the recipe are not used: those of {self.recipe.start} are",
+                f"note: {', '.join(unused)} of the recipe are not used: those of {self.recipe.start} are",
                 file=sys.stderr,
                 flush=True,
             )
@@ -186,13 +188,13 @@ class BaseObjective(Objective):
         return self.trained["text_encoder"](ids.to(self.device))[0]
 
 
-def _tell_of_missing(concepts: Sequence[str], path: str | None) -> None:
-    """Say which concepts of a file are not trained on."""
+def _note_unused_concepts(concepts: Sequence[str], path: str | None) -> None:
+    """Note concepts of a file that are not trained on."""
     if concepts and Processes.is_first():
         more = f" and {len(concepts) - _NAMED} more" if len(concepts) > _NAMED else ""
         print(
-            f"note: {len(concepts)} concepts in {path} are not trained on, since they are held out, in fewer than three"
-            f" sets of icons, or of a kind that is not drawn: {', '.join(concepts[:_NAMED])}{more}",
+            f"note: {len(concepts)} concepts in {path} are not trained on, because they are held out, in fewer than"
+            f" three icon sets, or in an excluded group: {', '.join(concepts[:_NAMED])}{more}",
             file=sys.stderr,
             flush=True,
         )
@@ -226,7 +228,7 @@ def train_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
 def build_networks(
     recipe: BaseRecipe, vocabulary: int, vae: AutoencoderKL
 ) -> tuple[CLIPTextModel, UNet2DConditionModel]:
-    """A fresh text encoder and UNet that fit each other and the autoencoder."""
+    """A new text encoder and UNet that match the autoencoder."""
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocabulary,
@@ -261,13 +263,13 @@ def build_networks(
 
 
 def save_base(base: Base, out: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write `base` as an ordinary diffusers folder for `StableDiffusionPipeline.from_pretrained`."""
+    """Write `base` as a diffusers folder for `StableDiffusionPipeline.from_pretrained`."""
     for name, network in (("vae", base.vae), ("unet", base.unet), ("text_encoder", base.text_encoder)):
         plain = nn.Module.to(copy.deepcopy(network), "cpu", dtype)
         plain.save_pretrained(out / name, safe_serialization=True)
-    # transformers loads in the dtype that is told here, diffusers in float32: in one pipeline they have to agree.
-    told = out / "text_encoder" / "config.json"
-    write_json(told, {**json.loads(told.read_text()), "dtype": "float32"})
+    # transformers loads in the dtype of this file, diffusers in float32; in one pipeline they must agree.
+    config = out / "text_encoder" / "config.json"
+    write_json(config, {**json.loads(config.read_text()), "dtype": "float32"})
     base.tokenizer.save_pretrained(out / "tokenizer")
     write_json(out / "scheduler" / "scheduler_config.json", base.scheduler_config)
     write_json(
@@ -291,5 +293,8 @@ def save_base(base: Base, out: Path, dtype: torch.dtype = torch.float16) -> None
 def _trained_autoencoder(run: str) -> AutoencoderKL:
     folder = Path(run) / "vae"
     if not folder.is_dir():
-        raise UserError(f"no autoencoder in {folder}; train one first: controlkit train recipes/nano/autoencoder.yaml")
+        raise UserError(
+            f"no autoencoder in {folder}; train one first: controlkit train recipes/nano/autoencoder.yaml",
+            "missing-file",
+        )
     return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Drawings of icons whose latents are encoded once: what an embedded base and its controls are trained on."""
+"""Drawings of icons with cached latents, the training data of nano and its controls."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _BATCH = 64
 
 
 class Drawings:
-    """`variants` drawings of each icon (background, scale and place drawn at random) with their latents.
+    """`variants` drawings of each icon (random background, scale and position) with their latents.
 
-    The drawings themselves are drawn again when they are asked for, which costs less than keeping them; the
-    latents are kept in `path` and used again while icons, seed and autoencoder are the same.
+    Drawings are composed on demand, which costs less than storing them. Latents are cached in `path` for the same
+    icons, seed and autoencoder.
 
     Args:
         encode: images `[b, 3, 64, 64]` in [-1, 1] => scaled latents.
-        key: names the autoencoder's weights and settings.
+        key: hash of the autoencoder's weights and settings.
         least_scale: as in `nano.icons.draw`.
     """
 
@@ -54,12 +54,12 @@ class Drawings:
         return len(self.icons) * self.variants
 
     def draw(self, index: int) -> Drawing:
-        """Drawing `index`, the same every time."""
+        """Drawing `index`, the same in every call."""
         rng = np.random.default_rng((self.seed, index, 7))
         return draw(self.icons[index // self.variants], rng, least_scale=self.least_scale)
 
     def prompt(self, index: int, rng: np.random.Generator, drop: float) -> str:
-        """Its caption: dropped with probability `drop`, without style or colour one time in five each."""
+        """Its caption, empty with probability `drop`; style and colour are each omitted with probability 0.2."""
         if rng.random() < drop:
             return ""
         icon = self.icons[index // self.variants]
@@ -77,11 +77,11 @@ class Drawings:
                 if metadata.get("key") != key:
                     return None
                 return file.get_tensor("latents"), metadata["colours"].split()
-        except (SafetensorError, KeyError):  # damaged: they are encoded again
+        except (SafetensorError, KeyError):  # damaged: encode again
             return None
 
     def _encode(self, path: Path, key: str, encode: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[str]]:
-        print(f"encoding {len(self)} drawings once, kept in {path}", file=sys.stderr, flush=True)
+        print(f"encoding {len(self)} drawings, cached in {path}", file=sys.stderr, flush=True)
         chunks: list[Tensor] = []
         colours: list[str] = []
         for first in range(0, len(self), _BATCH):

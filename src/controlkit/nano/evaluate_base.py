@@ -1,4 +1,4 @@
-"""`controlkit evaluate base`: is a base trained on nano's images any good?"""
+"""`controlkit evaluate base`: quality of a base trained on nano's images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from controlkit.bases.base import Base
 from controlkit.evaluation.features import LITE0, lite0_features
 from controlkit.evaluation.metrics import frechet_distance, joint_frechet_distance, psnr_and_ssim, retrieval_accuracy
 from controlkit.evaluation.report import Report, gap_closed
-from controlkit.evaluation.sampling import draw_prompts, reconstruct
+from controlkit.evaluation.sampling import generate_uncontrolled, reconstruct
 from controlkit.evaluation.sets import EvaluationSet
 from controlkit.evaluation.settings import content_of, examples_settings, seeds_of
 from controlkit.images import contact_sheet
@@ -25,7 +25,7 @@ from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.settings import base_settings, sampling_settings
 
 Named = tuple[str, Sequence[np.ndarray]]
-"""What images are, and the images."""
+"""(name, images)."""
 
 GRID = (
     ("cat face", "noto", "white"),
@@ -45,40 +45,40 @@ def evaluate_base(
 ) -> list[Report]:
     """Autoencoder, background colour, distribution and retrieval, each with its baseline and ceiling.
 
-    Takes a few minutes on two cores: 1,096 images are drawn.
+    Generates 1,096 images, which takes a few minutes on two cores.
     """
     held_out, seen = read_set("held-out"), read_set("seen")
 
-    def drawn(images: EvaluationSet[Drawing], shuffled: bool = False) -> list[np.ndarray]:
+    def generate(images: EvaluationSet[Drawing], shuffled: bool = False) -> list[np.ndarray]:
         captions = images.captions
         order = np.random.default_rng(0).permutation(len(captions)) if shuffled else range(len(captions))
-        return draw_prompts(base, [captions[index] for index in order], steps, guidance, sampler=sampler)
+        return generate_uncontrolled(base, [captions[index] for index in order], steps, guidance, sampler=sampler)
 
     def through(name: str) -> list[np.ndarray]:
         return reconstruct(base, read_set(name).images)
 
     ceiling = "true images through the autoencoder (ceiling)"
     again = ("true images at another scale and place, through the autoencoder (ceiling)", through("seen-again"))
-    of_seen = drawn(seen)
+    of_seen = generate(seen)
     reports = [
         _autoencoder(base, held_out),
         _colour(base, held_out, steps, guidance, sampler),
-        _distribution(held_out, drawn(held_out), drawn(held_out, shuffled=True), (ceiling, through("held-out"))),
-        _distribution(seen, of_seen, drawn(seen, shuffled=True), again),
+        _distribution(held_out, generate(held_out), generate(held_out, shuffled=True), (ceiling, through("held-out"))),
+        _distribution(seen, of_seen, generate(seen, shuffled=True), again),
         _retrieval(seen, of_seen, (ceiling, through("seen"))),
     ]
-    told = sampling_settings(base, steps=steps, guidance=guidance, sampler=sampler)
-    # The first samples nothing: true images go through the autoencoder.
-    shared = [base_settings(base), *[base_settings(base) | told] * (len(reports) - 1)]
-    return [replace(report, settings=all_of | report.settings) for all_of, report in zip(shared, reports, strict=True)]
+    sampling = sampling_settings(base, steps=steps, guidance=guidance, sampler=sampler)
+    # The first report reconstructs true images; nothing is sampled.
+    common = [base_settings(base), *[base_settings(base) | sampling] * (len(reports) - 1)]
+    return [replace(report, settings=own | report.settings) for own, report in zip(common, reports, strict=True)]
 
 
 def base_grid(
     base: Base, steps: int = DEFAULT_STEPS, guidance: float | None = None, sampler: str | None = None
 ) -> Image.Image:
-    """Eight fixed prompts (rows) with four fixed seeds (columns): not chosen."""
+    """Images of eight fixed prompts (rows) with four fixed seeds (columns), not cherry-picked."""
     prompts = [caption_of(concept, style, colour) for concept, style, colour in GRID]
-    made = draw_prompts(
+    made = generate_uncontrolled(
         base, [p for p in prompts for _ in range(4)], steps, guidance, [0, 1, 2, 3] * len(prompts), sampler
     )
     images = [Image.fromarray(image) for image in made]
@@ -89,9 +89,9 @@ def base_grid(
 def _autoencoder(base: Base, images: EvaluationSet[Drawing]) -> Report:
     rows = []
     for examples in (images, read_set("openmoji")):
-        truths = examples.images
-        psnr, ssim = psnr_and_ssim(truths, reconstruct(base, truths))
-        rows.append((f"{examples.name} ({len(truths)} images)", psnr, ssim))
+        targets = examples.images
+        psnr, ssim = psnr_and_ssim(targets, reconstruct(base, targets))
+        rows.append((f"{examples.name} ({len(targets)} images)", psnr, ssim))
     return Report(
         title="Autoencoder",
         columns=("images", "PSNR, dB", "SSIM"),
@@ -107,12 +107,14 @@ def _colour(
     concepts = sorted({drawing.concept for drawing in images.examples})[:20]
     asked = list(product(concepts, COLOURS))
     prompts = [caption_of(concept, TRAINED_STYLES[i % 4], colour) for i, (concept, colour) in enumerate(asked)]
-    made = [background_colour(image) for image in draw_prompts(base, prompts, steps, guidance, sampler=sampler)]
+    made = [
+        background_colour(image) for image in generate_uncontrolled(base, prompts, steps, guidance, sampler=sampler)
+    ]
     right = float(np.mean([colour == found for (_, colour), found in zip(asked, made, strict=True)]))
-    truths = images.images
+    targets = images.images
     ceiling = [
         background_colour(image) == drawing.colour
-        for image, drawing in zip(reconstruct(base, truths), images.examples, strict=True)
+        for image, drawing in zip(reconstruct(base, targets), images.examples, strict=True)
     ]
     return Report(
         title="Background colour that the prompt asks for (240 prompts: 12 colours x 20 held-out concepts)",
@@ -134,33 +136,33 @@ def _colour(
 def _distribution(
     images: EvaluationSet[Drawing], generated: Sequence[np.ndarray], shuffled: Sequence[np.ndarray], ceiling: Named
 ) -> Report:
-    """How far images are from the true ones, as a set and each from its own, in EfficientNet-Lite0's features."""
-    truths = lite0_features(images.images)
+    """Distances of generated to true images, as sets and pairwise, in EfficientNet-Lite0's features."""
+    targets = lite0_features(images.images)
     captions = _caption_features(images.examples)
     rows = []
-    for name, made in (("captions shuffled (baseline)", shuffled), ("generated", generated), ceiling):
-        features = lite0_features(made)
+    for name, group in (("captions shuffled (baseline)", shuffled), ("generated", generated), ceiling):
+        features = lite0_features(group)
         rows.append(
             (
                 name,
-                frechet_distance(features, truths),
-                joint_frechet_distance(features, captions, truths, captions),
-                float((features - truths).pow(2).sum(1).mean()),
+                frechet_distance(features, targets),
+                joint_frechet_distance(features, captions, targets, captions),
+                float((features - targets).pow(2).sum(1).mean()),
             )
         )
     columns = ("", "FD-lite0", "joint FD-lite0", "paired distance")
     (_, *baseline), (_, *value), (_, *best) = rows
     left = [1 - gap_closed(b, v, c) for b, v, c in zip(baseline, value, best, strict=True)]
     return Report(
-        title=f"Distance to {len(truths)} images of {SETS[images.name]} (lower is better)",
+        title=f"Distance to {len(targets)} images of {SETS[images.name]} (lower is better)",
         columns=columns,
         rows=(*rows, ("share of the baseline's distance to the ceiling that is left", None, *left[1:])),
         notes=(
-            "FD-lite0 cannot tell whose caption an image was drawn for, so shuffling hardly moves it; joint FD-lite0",
+            "FD-lite0 does not see captions, so shuffling them hardly changes it; joint FD-lite0",
             "(DeVries et al. 2019) is of features beside what captions say; paired: from the caption's own image.",
         ),
         facts={"fd_lite0": rows[1][1], "joint_share_left": left[1], "paired_share_left": left[2]},
-        settings={"sets": [examples_settings(images)], "seeds": seeds_of(len(truths)), "features": LITE0},
+        settings={"sets": [examples_settings(images)], "seeds": seeds_of(len(targets)), "features": LITE0},
     )
 
 
@@ -168,7 +170,7 @@ def _retrieval(images: EvaluationSet[Drawing], generated: Sequence[np.ndarray], 
     concepts = [drawing.concept for drawing in images.examples]
     gallery = lite0_features(images.images)
     found, best = (
-        retrieval_accuracy(lite0_features(made), concepts, gallery, concepts) for made in (generated, ceiling[1])
+        retrieval_accuracy(lite0_features(group), concepts, gallery, concepts) for group in (generated, ceiling[1])
     )
     count = len(set(concepts))
     return Report(

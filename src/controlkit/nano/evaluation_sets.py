@@ -1,4 +1,4 @@
-"""The images that nano and its controls are judged on; they ship with the package."""
+"""The evaluation images of nano and its controls, which ship with the package."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ SETS = {
     "held-out": "concepts that were never trained on, in the four trained styles",
     "openmoji": "OpenMoji, a style that was never trained on",
     "seen": "concepts that were trained on",
-    "seen-again": "the captions of `seen`, drawn again at other scales and places",
+    "seen-again": "the captions of `seen` at other scales and positions",
 }
-"""Name of each set -> what it is."""
+"""Name of each set -> description."""
 
 
 def read_set(name: str) -> EvaluationSet[Drawing]:
     """One of `SETS`.
 
     Raises:
-        UserError: the file that ships is missing or damaged.
+        UserError: the file of the package is missing or damaged.
     """
     path = Path(str(files("controlkit") / "assets" / "evaluation" / "nano.npz"))
     try:
@@ -45,25 +45,25 @@ def read_set(name: str) -> EvaluationSet[Drawing]:
             images = archive[name]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"the evaluation images in {path} cannot be read ({error}); install controlkit again"
+            f"cannot read the evaluation images in {path} ({error}); install controlkit again", "damaged-file"
         ) from error
     return EvaluationSet(name, tuple(Drawing(image=image, **facts) for image, facts in zip(images, index, strict=True)))
 
 
 def build_evaluation_sets(icons: str | Path, concepts: str | Path, out: str | Path) -> dict[str, int]:
-    """Draw the sets into the file `out`; returns their sizes.
+    """Compose the sets and write them to the file `out`; returns their sizes.
 
     Args:
-        icons: what `nano.icons.render_sets` wrote.
-        concepts: a file of the concepts that the base was trained on, for those of `seen`.
+        icons: file of `nano.icons.render_sets`.
+        concepts: file of the concepts that the base was trained on, for `seen`.
     """
     sets, trained_on = IconSets(icons), read_concepts(concepts)
     rng = np.random.default_rng(20)
     seen = sets.select(styles=TRAINED_STYLES, held_out=False, sets=4, concepts=trained_on)
     chosen = {
-        "held-out": _whole_concepts(sets.select(styles=TRAINED_STYLES, held_out=True, drawable=True, sets=4), 57, rng),
-        "openmoji": _whole_concepts(sets.select(styles=(UNSEEN_STYLE,), drawable=True), 96, rng),
-        "seen": _whole_concepts(seen, 50, rng),
+        "held-out": _all_icons_of(sets.select(styles=TRAINED_STYLES, held_out=True, drawable=True, sets=4), 57, rng),
+        "openmoji": _all_icons_of(sets.select(styles=(UNSEEN_STYLE,), drawable=True), 96, rng),
+        "seen": _all_icons_of(seen, 50, rng),
     }
     drawings = {name: [draw(icon, rng) for icon in group] for name, group in chosen.items()}
     drawings["seen-again"] = [
@@ -84,8 +84,8 @@ def build_evaluation_sets(icons: str | Path, concepts: str | Path, out: str | Pa
     return {name: len(group) for name, group in drawings.items()}
 
 
-def _whole_concepts(icons: Sequence[Icon], count: int, rng: np.random.Generator) -> list[Icon]:
-    """All icons of `count` concepts drawn at random, in random order."""
+def _all_icons_of(icons: Sequence[Icon], count: int, rng: np.random.Generator) -> list[Icon]:
+    """All icons of `count` random concepts, in random order."""
     concepts = sorted({icon.concept for icon in icons})
     kept = {concepts[index] for index in rng.permutation(len(concepts))[:count]}
     group = [icon for icon in icons if icon.concept in kept]

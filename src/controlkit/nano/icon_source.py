@@ -1,4 +1,4 @@
-"""Drawings of icons, whose condition images are made as they are drawn: what nano's controls are trained on."""
+"""Drawings of icons with condition images computed on the fly, the training data of nano's controls."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class IconSettings(ControlRecipe):
     icons: str
     """File of rendered icons (`recipes/nano/build_pictures.py`)."""
     variants: int = 4
-    """Drawings of each icon whose latents are kept."""
+    """Drawings of each icon, whose latents are cached."""
 
 
 @source
 class IconSource(Source):
-    """Drawings of icons; conditions are computed from them as they are drawn, with random parameters."""
+    """Drawings of icons; condition images are computed on the fly with random parameters."""
 
     name = "icons"
     Settings = IconSettings
@@ -42,9 +42,11 @@ class IconSource(Source):
         self.recipe = recipe
         self.sets = IconSets(recipe.icons)
         rng = np.random.default_rng(0)
-        kept = self.sets.select(styles=TRAINED_STYLES, held_out=True, drawable=True)
-        self.test = [draw(kept[index], rng) for index in rng.permutation(len(kept))[: recipe.score_pictures]]
-        self.targets = [drawing.image for drawing in self.test]
+        icons = self.sets.select(styles=TRAINED_STYLES, held_out=True, drawable=True)
+        self.held_out_drawings = [
+            draw(icons[index], rng) for index in rng.permutation(len(icons))[: recipe.score_pictures]
+        ]
+        self.targets = [drawing.image for drawing in self.held_out_drawings]
 
     def prepare(self, base: Base, control: Control) -> None:
         self.device = base.device
@@ -58,15 +60,15 @@ class IconSource(Source):
         )
 
     def batch(self, condition: str, step: Step) -> Batch:
-        kind, rng, mine = conditions.find(condition), step.rng(), step.local_slice
+        kind, rng, local = conditions.find(condition), step.rng(), step.local_slice
         chosen = [int(index) for index in rng.integers(len(self.drawings), size=step.global_batch)]
         prompts = [self.drawings.prompt(index, rng, self.recipe.prompt_drop) for index in chosen]
         parameters = [kind.random_parameters(rng) for _ in chosen]
-        drawn = zip(chosen[mine], parameters[mine], strict=True)
-        images = [kind(self.drawings.draw(index).image, **values) for index, values in drawn]
+        samples = zip(chosen[local], parameters[local], strict=True)
+        images = [kind(self.drawings.draw(index).image, **values) for index, values in samples]
         return Batch(
-            latents=self.drawings.latents[torch.tensor(chosen[mine])].float().to(self.device),
-            text=prompts[mine],
+            latents=self.drawings.latents[torch.tensor(chosen[local])].float().to(self.device),
+            text=prompts[local],
             condition_images=to_tensor(images).to(self.device),
         )
 
@@ -79,5 +81,5 @@ class IconSource(Source):
         return HeldOut(
             condition_images=[kind(target) for target in self.targets],
             targets=self.targets,
-            prompts=[drawing.caption for drawing in self.test],
+            prompts=[drawing.caption for drawing in self.held_out_drawings],
         )

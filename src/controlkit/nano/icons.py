@@ -1,8 +1,8 @@
-"""Icon packages -> emoji-style images with captions: what nano is trained and judged on.
+"""Icon packages -> emoji-style images with captions, on which nano is trained and evaluated.
 
-The packages are Iconify's JSON sets on the npm registry (one `icons.json` of SVG bodies and names each).
-`render_sets` draws them once into one file, `IconSets` reads it, and `draw` lays an icon at a random scale and
-place over a random background of a named colour, with a caption that says so.
+The packages are Iconify's JSON sets on npm (an `icons.json` of names and SVG bodies each). `render_sets` renders them
+into one file, `IconSets` reads it, and `draw` composes an icon at a random scale and position over a random background
+of a named colour, with a caption.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ STYLES = {
     "emojione": "iconify-json-emojione",
     "openmoji": "iconify-json-openmoji",
 }
-"""Style word in captions -> how the file of its npm package begins."""
+"""Style in captions -> start of the file name of its npm package."""
 
 UNSEEN_STYLE = "openmoji"
-"""Never trained on (CC BY-SA 4.0, and so that there is a style to be judged on)."""
+"""Held out of training, as an unseen style for evaluation and because of its licence (CC BY-SA 4.0)."""
 
 TRAINED_STYLES = tuple(style for style in STYLES if style != UNSEEN_STYLE)
 """The other four."""
@@ -56,10 +56,10 @@ COLOURS = {
     "white": (250, 250, 250),
     "black": (20, 20, 20),
 }
-"""Background colours that captions name, in RGB."""
+"""Background colours of captions, in RGB."""
 
 LEAST_SCALE = 0.75
-"""Side of the smallest icon in a drawing, as a fraction of the drawing's."""
+"""Minimum side of an icon as a fraction of the drawing's."""
 
 _DRAWABLE_GROUPS = (
     "Animals & Nature",
@@ -75,23 +75,23 @@ _VARIANT = re.compile(r"skin-tone|light-skin|dark-skin|flag")
 
 @dataclass(frozen=True, kw_only=True)
 class Icon:
-    """One icon of one set: an RGBA image and what it shows."""
+    """One icon of one set: concept, style and RGBA image."""
 
     concept: str
     """Name of what it shows, the same in every set: `red-apple`."""
     style: str
-    """Which set it comes from, a key of `STYLES`."""
+    """Its set, a key of `STYLES`."""
     rgba: np.ndarray
     """`uint8` `[S, S, 4]`, straight alpha."""
 
     @property
     def held_out(self) -> bool:
-        """Whether this concept is kept out of all training."""
+        """Whether the concept is held out of training."""
         return is_held_out(self.concept)
 
 
 def is_held_out(concept: str) -> bool:
-    """A tenth of the concepts, chosen by hash, so that every set holds out the same ones."""
+    """Whether a concept is held out: a tenth of them, by hash, so that it is the same in every set."""
     return int(hashlib.sha256(concept.encode()).hexdigest(), 16) % 10 == 0
 
 
@@ -99,7 +99,7 @@ def render_sets(packages: str | Path, out: str | Path, size: int = 96) -> dict[s
     """Render the icon packages in the folder `packages` (as `npm pack` leaves them) into the file `out`.
 
     Returns:
-        How many icons each style gave. Skin-tone variants, flags and nearly empty icons are left out.
+        Number of icons of each style, without skin-tone variants, flags and nearly empty icons.
 
     Raises:
         UserError: a package is missing or the `nano` extra is not installed.
@@ -111,7 +111,7 @@ def render_sets(packages: str | Path, out: str | Path, size: int = 96) -> dict[s
         found = sorted(Path(packages).glob(f"{stem}-[0-9]*.tgz"))
         if not found:
             package = stem.replace("iconify-json-", "@iconify-json/")
-            raise UserError(f"no {stem}-*.tgz in {packages}; run there: npm pack {package}")
+            raise UserError(f"no {stem}-*.tgz in {packages}; run there: npm pack {package}", "missing-file")
         icons = _read_member(found[-1], "package/icons.json")
         if style == "noto":
             for group, members in _read_member(found[-1], "package/metadata.json")["categories"].items():
@@ -135,10 +135,10 @@ class IconSets:
     """The rendered icons of one file, by style and concept."""
 
     def __init__(self, path: str | Path) -> None:
-        """Read the file that `render_sets` wrote.
+        """Read a file of `render_sets`.
 
         Raises:
-            UserError: it is not there or not such a file.
+            UserError: it is missing, or not such a file.
         """
         try:
             with np.load(path, allow_pickle=False) as archive:
@@ -151,10 +151,13 @@ class IconSets:
                 self.groups: dict[str, str] = index["groups"]
         except FileNotFoundError as error:
             raise UserError(
-                f"there are no rendered icons at {path}; step 1 of recipes/nano/README.md makes them"
+                f"there is no file of rendered icons {path}; step 1 of recipes/nano/README.md makes it", "missing-file"
             ) from error
         except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile, zlib.error) as error:
-            raise UserError(f"{path} is not a file of rendered icons ({error})") from error
+            raise UserError(
+                f"{path} is not a file of rendered icons ({error}); step 1 of recipes/nano/README.md makes one",
+                "damaged-file",
+            ) from error
 
     def select(
         self,
@@ -165,12 +168,15 @@ class IconSets:
         sets: int = 1,
         concepts: Collection[str] | None = None,
     ) -> list[Icon]:
-        """Icons of `styles`; `held_out` True, False or None for both; only concepts in at least `sets` of them.
+        """Select icons.
 
-        `concepts` leaves out all others.
-
-        `drawable` keeps things that can be recognised at 64 x 64 and that text can ask for (animals, food,
-        objects, places, faces), and leaves out signs, clock faces and families.
+        Args:
+            styles: their styles.
+            held_out: True or False for held-out or other concepts only; None for both.
+            drawable: only things that are recognisable at 64 x 64 and can be described (animals, food, objects, places,
+                faces), without signs, clock faces and families.
+            sets: only concepts in at least so many of the styles.
+            concepts: only these.
         """
         chosen = [
             icon
@@ -186,13 +192,13 @@ class IconSets:
         return [icon for icon in chosen if len(appearances[icon.concept]) >= sets]
 
     def is_drawable(self, concept: str) -> bool:
-        """Whether `concept` is a thing, going by Noto's own groups."""
+        """Whether `concept` is a thing, by Noto's groups."""
         return self.groups.get(concept) in _DRAWABLE_GROUPS and not _NOT_DRAWABLE.search(concept)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing(Example):
-    """An icon laid over a background; its caption is `red apple, noto style, on a blue background`."""
+    """An icon over a background; its caption is `red apple, noto style, on a blue background`."""
 
     concept: str
     style: str
@@ -200,22 +206,24 @@ class Drawing(Example):
 
 
 def read_concepts(path: str | Path) -> frozenset[str]:
-    """The names of concepts in a text file, one a line.
+    """Concepts in a text file, one per line.
 
     Raises:
-        UserError: it cannot be read or is empty.
+        UserError: it is unreadable or empty.
     """
     try:
         names = frozenset(Path(path).read_text(encoding="utf-8").split())
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file of concepts {path}", "missing-file") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the concepts in {path} cannot be read ({error})") from error
+        raise UserError(f"cannot read the concepts in {path} ({error})", "unreadable-file") from error
     if not names:
-        raise UserError(f"{path} names no concepts")
+        raise UserError(f"{path} is empty; it must list concepts, one per line", "empty-data")
     return names
 
 
 def caption_of(concept: str, style: str | None = None, colour: str | None = None) -> str:
-    """The caption of nano: `red apple, noto style, on a blue background`, without what is None."""
+    """A caption: `red apple, noto style, on a blue background`, without parts that are None."""
     words = concept.replace("-", " ")
     if style:
         words += f", {style} style"
@@ -232,17 +240,17 @@ def draw(
     jitter: int = 12,
     least_scale: float = LEAST_SCALE,
 ) -> Drawing:
-    """Lay `icon` at a random scale (`least_scale` to 1 of `size`) and place over a background of a named colour.
+    """Compose `icon` at a random scale (`least_scale` to 1 of `size`) and position over a background of a named colour.
 
     Args:
-        colour: a key of `COLOURS`; drawn at random if None.
-        jitter: how far each channel of the background may be from the named colour, of 255.
+        colour: a key of `COLOURS`; None for a random one.
+        jitter: maximum deviation of the background from the named colour per channel, of 255.
     """
     scale = round(size * rng.uniform(least_scale, 1.0))
     left, top = rng.integers(0, size - scale + 1, 2)
     chosen = colour or list(COLOURS)[rng.integers(len(COLOURS))]
     background = np.clip(np.array(COLOURS[chosen]) + rng.integers(-jitter, jitter + 1, 3), 0, 255)
-    # Resizing with premultiplied alpha keeps the colour of transparent pixels out of the edges.
+    # Premultiplied alpha keeps the colour of transparent pixels out of the edges when resizing.
     rgba = icon.rgba.astype(np.float32)
     rgba[..., :3] *= rgba[..., 3:] / 255
     small = cv2.resize(rgba, (scale, scale), interpolation=cv2.INTER_AREA)
@@ -261,7 +269,7 @@ def draw(
 
 
 def background_colour(image: np.ndarray) -> str:
-    """The named colour nearest (in L*a*b*) to the median of the image's outer frame, two pixels wide."""
+    """The named colour nearest in L*a*b* to the median of the image's outer two pixels."""
     frame = np.concatenate(
         [
             image[:2].reshape(-1, 3),
@@ -272,8 +280,8 @@ def background_colour(image: np.ndarray) -> str:
     )
     names = list(COLOURS)
     known = _lab(np.array([COLOURS[name] for name in names], np.uint8))
-    seen = _lab(np.median(frame, axis=0, keepdims=True).astype(np.uint8))
-    return names[int(np.linalg.norm(known - seen, axis=1).argmin())]
+    median = _lab(np.median(frame, axis=0, keepdims=True).astype(np.uint8))
+    return names[int(np.linalg.norm(known - median, axis=1).argmin())]
 
 
 def _read_member(package: Path, member: str) -> dict:
@@ -284,7 +292,8 @@ def _read_member(package: Path, member: str) -> dict:
                 raise KeyError(member)
             return json.load(stream)
     except (tarfile.TarError, KeyError, OSError, EOFError, json.JSONDecodeError) as error:
-        raise UserError(f"{package} is not an Iconify package: {member} cannot be read ({error})") from error
+        message = f"{package} is not an Iconify package: cannot read {member} ({error})"
+        raise UserError(message, "damaged-file") from error
 
 
 def render_svg(svg: str, size: int) -> np.ndarray:
@@ -296,7 +305,8 @@ def render_svg(svg: str, size: int) -> np.ndarray:
     try:
         import resvg_py
     except ImportError as error:
-        raise UserError("rendering icons needs resvg_py; run: pip install 'controlkit[nano]'") from error
+        message = "rendering icons needs resvg_py; run: pip install 'controlkit[nano]'"
+        raise UserError(message, "missing-package") from error
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     return np.asarray(image if image.size == (size, size) else image.resize((size, size)))

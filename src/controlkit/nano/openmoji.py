@@ -1,4 +1,4 @@
-"""OpenMoji's line art with its coloured twins: pairs of a condition that people draw by hand.
+"""Pairs of OpenMoji's line art and its coloured emoji, as an example of hand-drawn conditions.
 
 The npm package `openmoji` (CC BY-SA 4.0) has each emoji as black line art and in colour under one file name.
 """
@@ -31,8 +31,8 @@ def openmoji_pairs(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
     """`(line art, image, caption)` of `count` emoji in random order, both `uint8 [size, size, 3]`.
 
-    The line art is black on white; the image lies at the same scale and place over a background of a named
-    colour, which the caption tells and the line art does not.
+    The line art is black on white; the image has the same scale and position over a background of a named colour, which
+    is in the caption but not in the line art.
 
     Raises:
         UserError: the file is not OpenMoji's npm package, or has fewer emoji.
@@ -54,7 +54,9 @@ def openmoji_pairs(
                 and all(f"package/{kind}/svg/{entry['hexcode']}.svg" in members for kind in ("black", "color"))
             ]
             if len(listed) < count:
-                raise UserError(f"{package} has {len(listed)} emoji of the wanted groups, not {count}")
+                raise UserError(
+                    f"{package} has {len(listed)} emoji of these groups; {count} were requested", "empty-data"
+                )
             order = np.random.default_rng(seed).permutation(len(listed))[:count]
             for number in order:
                 entry = listed[number]
@@ -66,9 +68,10 @@ def openmoji_pairs(
                     )
                     for kind in ("black", "color")
                 )
-                place = (seed, int(number), 11)
-                drawn = draw(image, np.random.default_rng(place), size)
-                given = draw(lines, np.random.default_rng(place), size, colour="white", jitter=0)
-                yield given.image, drawn.image, caption_of(entry["annotation"], None, drawn.colour)
+                purpose = (seed, int(number), 11)
+                target = draw(image, np.random.default_rng(purpose), size)
+                source = draw(lines, np.random.default_rng(purpose), size, colour="white", jitter=0)
+                yield source.image, target.image, caption_of(entry["annotation"], None, target.colour)
     except (tarfile.TarError, KeyError, OSError, EOFError, json.JSONDecodeError) as error:
-        raise UserError(f"{package} is not OpenMoji's npm package ({error}); run: npm pack openmoji") from error
+        message = f"{package} is not OpenMoji's npm package ({error}); run: npm pack openmoji"
+        raise UserError(message, "damaged-file") from error

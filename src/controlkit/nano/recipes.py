@@ -1,4 +1,4 @@
-"""Recipes of nano's own networks: its autoencoder, and its text encoder with its UNet."""
+"""Recipes of nano's networks: the autoencoder, and the text encoder with the UNet."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from controlkit.errors import UserError
+from controlkit.errors import Code, UserError
 from controlkit.nano.icons import LEAST_SCALE, TRAINED_STYLES
 from controlkit.training.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderRecipe(Recipe):
-    """The autoencoder of an embedded base, from scratch, on icons."""
+    """Train an embedded base's autoencoder on icons from scratch."""
 
     system: ClassVar[str] = "autoencoder"
     objective: ClassVar[str] = "controlkit.nano.autoencoder_objective:AutoencoderObjective"
@@ -21,13 +21,13 @@ class AutoencoderRecipe(Recipe):
     icons: str
     """File of rendered icons (`recipes/nano/build_pictures.py`)."""
     channels: tuple[int, ...] = (16, 32, 64)
-    """Channels of each resolution; one fewer halvings than entries."""
+    """Channels at each resolution; each entry after the first halves it."""
     latent_channels: int = 4
     """Channels of the latent."""
     kl_weight: float = 2e-5
-    """Weight of the mean KL divergence of a latent element to a unit normal."""
+    """Weight of the mean KL divergence of latent elements from a unit normal."""
     gradient_weight: float = 0.5
-    """Weight of the L1 distance of horizontal and vertical differences, which keeps edges sharp."""
+    """Weight of the L1 loss of horizontal and vertical differences, which keeps edges sharp."""
     square_weight: float = 1.0
     """Weight of the squared error."""
 
@@ -42,7 +42,7 @@ class AutoencoderRecipe(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class BaseRecipe(Recipe):
-    """The text encoder and UNet of an embedded base, together, on icons: from scratch, or from a base that there is."""
+    """Train an embedded base's text encoder and UNet together on icons, from scratch or from an existing base."""
 
     system: ClassVar[str] = "base"
     objective: ClassVar[str] = "controlkit.nano.base_objective:BaseObjective"
@@ -52,20 +52,20 @@ class BaseRecipe(Recipe):
     autoencoder: str | None = None
     """Folder of the run that trained the autoencoder; this or `start`."""
     start: str | None = None
-    """The base to start from, all of it: `nano` or a diffusers folder. Channels and text settings are its own then."""
+    """The base to start from, `nano` or a diffusers folder, with its own channels and text settings."""
     styles: tuple[str, ...] | None = None
-    """Styles of icons to train on; None for all four. One alone makes a community model of a base."""
+    """Styles of icons to train on; None for all four. A single one gives a community model of a base."""
     concepts: str | None = None
-    """Text file of the concepts to train on, one a line; None for all that can be drawn."""
+    """Text file of the concepts to train on, one per line; None for all drawable ones."""
     least_scale: float = LEAST_SCALE
-    """Side of the smallest icon in a drawing, as a fraction of the drawing's."""
+    """Minimum side of an icon as a fraction of the drawing's."""
     time_sampling: str | None = None
-    """How times of the noise schedule are drawn: `uniform`, `cubic` (more of the noisy ones) or `logit-normal` (more of
-    those in the middle). None is the base's own: uniform for Stable Diffusion and nano."""
+    """Distribution of training times: `uniform`, `cubic` (more noisy ones) or `logit-normal` (more in the middle). None
+    is the base's own: uniform for Stable Diffusion and nano."""
     snr_gamma: float | None = None
-    """Weights the loss by min-SNR with this gamma (Hang et al. 2023 take 5); None weights all times alike."""
+    """Gamma of min-SNR loss weighting (5 in Hang et al. 2023); None weights all times equally."""
     channels: tuple[int, ...] = (48, 96, 160)
-    """Channels of each resolution of the UNet."""
+    """Channels of the UNet at each resolution."""
     attention: tuple[bool, ...] = (False, True, True)
     """Which resolutions have transformer blocks."""
     text_width: int = 128
@@ -73,22 +73,24 @@ class BaseRecipe(Recipe):
     text_layers: int = 2
     """Layers of the text encoder."""
     prompt_drop: float = 0.1
-    """Share of prompts replaced by the empty prompt."""
+    """Fraction of prompts replaced by the empty prompt."""
     variants: int = 6
-    """Drawings of each icon (background, scale, place) whose latents are kept."""
+    """Drawings of each icon (background, scale, position), whose latents are cached."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.autoencoder is None) == (self.start is None):
-            raise UserError("give either autoencoder (to train from scratch) or start (to go on from a base)")
+            code: Code = "missing-setting" if self.start is None else "contradiction"
+            raise UserError("set either autoencoder, to train from scratch, or start, to train from a base", code)
         if not 0.1 <= self.least_scale <= 1:
-            raise UserError(f"least_scale is {self.least_scale}; it must lie from 0.1 to 1")
+            raise UserError(f"least_scale is {self.least_scale}; it must be between 0.1 and 1", "out-of-range")
         _check_channels(self.channels)
         if self.styles is not None and not set(self.styles) <= set(TRAINED_STYLES):
-            raise UserError(f"styles are {list(self.styles)}; known: {', '.join(TRAINED_STYLES)}")
+            raise UserError(f"styles are {list(self.styles)}; known: {', '.join(TRAINED_STYLES)}", "unknown-name")
         if len(self.attention) != len(self.channels):
             raise UserError(
-                f"attention has {len(self.attention)} entries and channels {len(self.channels)}; give one for each"
+                f"attention has {len(self.attention)} entries and channels {len(self.channels)}; they must match",
+                "contradiction",
             )
 
     @property
@@ -98,4 +100,6 @@ class BaseRecipe(Recipe):
 
 def _check_channels(channels: Sequence[int]) -> None:
     if not channels or any(width < 8 or width % 8 for width in channels):
-        raise UserError(f"channels are {list(channels)}; they must be multiples of 8, one for each resolution")
+        raise UserError(
+            f"channels are {list(channels)}; they must be multiples of 8, one for each resolution", "out-of-range"
+        )

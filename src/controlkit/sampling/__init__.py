@@ -1,1 +1,1 @@
-"""Noise -> image under control: the request, the plan, the sampler."""
+"""Sampling under control: the request, the plan, the sampler."""

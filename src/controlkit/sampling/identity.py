@@ -1,4 +1,4 @@
-"""SHA-256 of what a request names: images, controls and bases, so that a change behind a path is noticed."""
+"""SHA-256 of the images, controls and bases of a request, to detect files that changed."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from controlkit.files import read_json, sha256_of, sha256_of_all, write_json
 from controlkit.formats.load import control_files
 
 _LARGE = 2**26
-"""Bytes from which a hash is remembered; smaller files take less than a tenth of a second."""
+"""Bytes from which hashes are cached; smaller files hash in less than a tenth of a second."""
 _SETTLED = 2.0
-"""Seconds after which a file's time of change tells a further change, also where clocks of file systems are coarse."""
+"""Seconds after which a further change alters the modification time, also on file systems with coarse clocks."""
 
 
 def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, as `sha256sum` has it.
+    """Hex SHA-256 of a file, as of `sha256sum`.
 
-    That of a large file (1 GB takes about a second) is kept in the folder `sha256` of the cache, and holds as long as
-    the file's size and time of change stay. The hub's cache names large files by their SHA-256, which is taken as it
-    is.
+    Hashes of large files (1 GB takes about a second) are cached in the folder `sha256` of the cache; they hold while
+    size and modification time stay the same. The cache of the hub names large files by their SHA-256, which is used
+    as is.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     real = path.resolve()
     if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
@@ -48,30 +48,31 @@ def file_sha256(path: Path) -> str:
                 if isinstance(known, dict) and {**known, "sha256": None} == {**facts, "sha256": None}:
                     return str(known["sha256"])
         with real.open("rb") as stream:
-            made = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}", "unreadable-file") from error
     if stat.st_size >= _LARGE and time.time() - stat.st_mtime > _SETTLED:
         with suppress(UserError):
-            write_json(record, {**facts, "sha256": made})
-    return made
+            write_json(record, {**facts, "sha256": digest})
+    return digest
 
 
 def base_sha256(name: str) -> str:
-    """Of the file of a base, or of all files that are read of its folder (their names and contents)."""
+    """SHA-256 of a base's file, or of the names and contents of the files read from its folder."""
     return _files_sha256(base_files(name))
 
 
 def control_sha256(name: str) -> str:
-    """Of the file or the folder of a control; of both for `ADAPTER+BASE`."""
+    """SHA-256 of a control's file or folder; of both files for `ADAPTER+BASE`."""
     return _files_sha256(control_files(name))
 
 
 def companion_sha256(control: Control, shared: Mapping[str, Control]) -> str | None:
-    """What identifies the companion that a control found by itself; None for controls that need none.
+    """SHA-256 (or name) of the companion that `load_control` found; None for controls without one.
 
     Args:
-        shared: the companions that are loaded, as `load_control` keeps them.
+        control: the loaded control.
+        shared: the loaded companions, as `load_control` keeps them.
     """
     if control.companion is None:
         return None
@@ -80,7 +81,7 @@ def companion_sha256(control: Control, shared: Mapping[str, Control]) -> str | N
 
 
 def pixels_sha256(image: Image.Image) -> str:
-    """Of an image's size and pixels in RGB, whatever its file."""
+    """SHA-256 of an image's size and RGB pixels, independent of its file format."""
     return sha256_of(f"{image.width} x {image.height}", image.convert("RGB").tobytes())
 
 

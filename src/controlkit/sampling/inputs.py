@@ -1,4 +1,4 @@
-"""What the uses of controls in a request are given: named inputs, checked against the controls, and images read."""
+"""Inputs of the controls of a request: named inputs checked against each control, and images read."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from controlkit.images import decode_rgb, read_bytes, resize_cover
 from controlkit.sampling.request import ControlUse, GenerateRequest
 
 Kind = type[Control] | Control
-"""A system, or a control of it."""
+"""A system, or a loaded control."""
 
 
 def with_named_inputs(request: GenerateRequest, kinds: Sequence[Kind] | None = None) -> GenerateRequest:
-    """The same request, its `.json` files of inputs read, its inputs held to what its controls take.
+    """Read the `.json` files of inputs of a request and check all inputs against its controls.
 
     Args:
-        kinds: of its controls, in order; default: of their files, of which the header is enough.
+        request: the request.
+        kinds: the systems of its controls, in order; default: read from the headers of their files.
 
     Raises:
-        UserError: there is no such control, or an input is missing, not known, or of another kind.
+        UserError: a control does not exist, or an input is missing, unknown or of the wrong type.
     """
     kinds = kinds or [control_class(use.control) for use in request.controls]
     uses = tuple(_named(use, kind) for use, kind in zip(request.controls, kinds, strict=True))
@@ -45,8 +46,9 @@ def _named(use: ControlUse, kind: Kind) -> ControlUse:
     if use.inputs is None:
         if not takes_one_image(kind):
             raise UserError(
-                f"{use.control} is {kind.title}, which takes {words_of_inputs(kind)}; give a .json file of them:"
-                f" --control {use.control}=INPUTS.json (in Python: inputs={{...}})"
+                f"{use.control} is {kind.title} and takes {words_of_inputs(kind)}; pass them in a .json file:"
+                f" --control {use.control}=INPUTS.json (in Python: inputs={{...}})",
+                "missing-setting",
             )
         return use
     _check(use, kind)
@@ -56,13 +58,13 @@ def _named(use: ControlUse, kind: Kind) -> ControlUse:
 
 
 def _read_inputs(path: Path, kind: Kind) -> dict[str, Any]:
-    """Inputs by name; paths of images are relative to the file."""
+    """Read inputs by name; paths of images are relative to the file."""
     values = read_json(path)
     if len(kind.inputs) == 1 and kind.inputs[0].kind == "value":
         return {kind.inputs[0].name: values}
     if not isinstance(values, dict):
-        raise UserError(f"{path} must be a mapping from the names of inputs: {words_of_inputs(kind)}")
-    images = {one.name for one in kind.inputs if one.kind == "image"}
+        raise UserError(f"{path} must be a mapping from input names: {words_of_inputs(kind)}", "wrong-type")
+    images = {each.name for each in kind.inputs if each.kind == "image"}
     return {
         name: str(path.parent / value) if name in images and isinstance(value, str) else value
         for name, value in values.items()
@@ -71,71 +73,80 @@ def _read_inputs(path: Path, kind: Kind) -> dict[str, Any]:
 
 def _check(use: ControlUse, kind: Kind) -> None:
     assert use.inputs is not None
-    known = {one.name: one for one in kind.inputs}
+    known = {each.name: each for each in kind.inputs}
     for name in use.inputs:
         if name not in known:
-            raise UserError(f"{use.control} is {kind.title}, which has no input {name!r}{nearest(name, list(known))}")
-    for name, one in known.items():
+            raise UserError(
+                f"{use.control} is {kind.title}, which has no input {name!r}{nearest(name, list(known))}", "unknown-key"
+            )
+    for name, expected in known.items():
         if name not in use.inputs:
-            if one.required:
-                raise UserError(f"{use.control} lacks its input {name!r}; it takes {words_of_inputs(kind)}")
+            if expected.required:
+                raise UserError(
+                    f"{use.control} lacks its input {name!r}; it takes {words_of_inputs(kind)}", "missing-setting"
+                )
             continue
         value = use.inputs[name]
-        if one.kind == "image" and not isinstance(value, str):
-            raise UserError(f"the input {name!r} of {use.control} is an image: give its path, not {value!r}")
-        if one.check is not None and (problem := one.check(value)) is not None:
-            raise UserError(f"the input {name!r} of {use.control} {problem}")
+        if expected.kind == "image" and not isinstance(value, str):
+            raise UserError(
+                f"input {name!r} of {use.control} must be the path of an image, not {value!r}", "wrong-type"
+            )
+        if expected.check is not None and (problem := expected.check(value)) is not None:
+            raise UserError(f"input {name!r} of {use.control} {problem}", "wrong-type")
 
 
 def images_of(use: ControlUse, kind: Kind) -> dict[str, str]:
-    """Input -> path, of the images that a use is given (`with_named_inputs`)."""
+    """Input -> path, for the image inputs of a control (after `with_named_inputs`)."""
     if use.inputs is None:
-        (name,) = (one.name for one in kind.inputs if one.required)
+        (name,) = (each.name for each in kind.inputs if each.required)
         return {name: use.image or ""}
-    return {one.name: use.inputs[one.name] for one in kind.inputs if one.kind == "image" and one.name in use.inputs}
+    return {
+        each.name: use.inputs[each.name] for each in kind.inputs if each.kind == "image" and each.name in use.inputs
+    }
 
 
 def values_of(use: ControlUse, kind: Kind) -> dict[str, Any]:
-    """Input -> value, of those that are no images."""
-    given: Mapping[str, Any] = use.inputs or {}
-    return {one.name: given[one.name] for one in kind.inputs if one.kind == "value" and one.name in given}
+    """Input -> value, for the inputs of a control that are not images."""
+    inputs: Mapping[str, Any] = use.inputs or {}
+    return {each.name: inputs[each.name] for each in kind.inputs if each.kind == "value" and each.name in inputs}
 
 
 @dataclass(frozen=True)
-class ReadImage:
-    """An image that a control is given, as its file has it."""
+class ControlImage:
+    """An image input of a control, as read from its file."""
 
     use: ControlUse
     input: Input
     path: str
     data: bytes
-    """Of the file."""
+    """Content of the file."""
     image: Image.Image
-    """A photo, upright and RGB."""
+    """Decoded as a photo: upright, RGB."""
 
     @classmethod
-    def read(cls, use: ControlUse, kind: Kind) -> list[ReadImage]:
-        """Those of a use.
+    def read(cls, use: ControlUse, kind: Kind) -> list[ControlImage]:
+        """Read all images of a control.
 
         Raises:
-            UserError: one is missing, damaged or no image.
+            UserError: a file is missing, damaged or not an image.
         """
-        known = {one.name: one for one in kind.inputs}
+        known = {each.name: each for each in kind.inputs}
         files = {name: (path, read_bytes(path)) for name, path in images_of(use, kind).items()}
         return [cls(use, known[name], path, data, decode_rgb(data, path)) for name, (path, data) in files.items()]
 
     def condition_image(self, control: Control, width: int, height: int) -> Image.Image:
-        """The condition image that `control` expects, of this size.
+        """The condition image for `control`, in pixels `width` x `height`.
 
         Raises:
-            UserError: nothing says which condition that is, and the image is not prepared.
+            UserError: the control records no condition, and the image is not `prepared`.
         """
         condition, use = self.condition(control), self.use
         if not use.prepared:
             if condition is None:
                 raise UserError(
-                    f"the file {use.control} does not say which condition it follows; make the condition image with"
-                    " `controlkit condition` and give it with --prepared"
+                    f"{use.control} records no condition; compute the condition image with `controlkit condition` and"
+                    " pass it with --prepared",
+                    "missing-setting",
                 )
             image = resize_cover(self.image, width, height)
             return Image.fromarray(conditions.find(condition)(np.asarray(image)))
@@ -145,12 +156,12 @@ class ReadImage:
         return resize_cover(image, width, height, nearest=_is_of_labels(condition))
 
     def condition(self, control: Control) -> str | None:
-        """The condition that it is given as: the input's own, or else the control's."""
+        """The condition of the input, or else of the control."""
         return self.input.condition or control.condition
 
 
 def _is_of_labels(condition: str | None) -> bool:
-    """Whether the colours of a condition's images are labels, which must not be mixed."""
-    with suppress(UserError):  # files of others may name a condition that is not known here
+    """Whether colours of the condition are labels, which interpolation would mix."""
+    with suppress(UserError):  # files of other tools may name an unknown condition
         return condition is not None and conditions.find(condition).resize == "nearest"
     return False

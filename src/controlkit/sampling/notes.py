@@ -1,4 +1,4 @@
-"""What a person should know about a request: what is cut, sizes, weights and condition images that do not work."""
+"""Notes on a request: cut prompts, cropped images, unusual sizes, negative weights, flat condition images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from PIL import Image
 from controlkit.bases.base import Base
 from controlkit.controls.control import Control
 from controlkit.images import is_flat
-from controlkit.sampling.inputs import ReadImage
+from controlkit.sampling.inputs import ControlImage
 from controlkit.sampling.request import GenerateRequest
 
 
@@ -21,12 +21,12 @@ def request_notes(request: GenerateRequest, base: Base, width: int, height: int)
     sides, area = (width / base.size, height / base.size), width * height / base.size**2
     if not (0.5 < area < 2 and all(0.5 < side < 2 for side in sides)):
         notes.append(
-            f"{base.name} was trained at {base.size} x {base.size}; at {width} x {height} expect shapes that are"
-            " repeated, stretched or blurred"
+            f"{base.name} was trained at {base.size} x {base.size}; at {width} x {height} expect repeated, stretched or"
+            " blurred shapes"
         )
     notes += [
-        f"the weight of {use.control} is {use.weight:g}: a negative weight pushes away from the condition image, which"
-        " usually breaks the image; for less control give a weight from 0 to 1"
+        f"the weight of {use.control} is {use.weight:g}: a negative weight pushes away from the condition image and"
+        " usually breaks the result; for a weaker control use a weight from 0 to 1"
         for use in request.controls
         if use.weight < 0
     ]
@@ -34,25 +34,25 @@ def request_notes(request: GenerateRequest, base: Base, width: int, height: int)
 
 
 def crop_note(path: str, image: Image.Image, width: int, height: int) -> list[str]:
-    """A note on what of a control's image lies outside the result, if a pixel or more does."""
+    """A note if scaling and cropping to the size of the result cuts a pixel or more off a control's image."""
     factor = max(width / image.width, height / image.height)
     across, down = image.width * factor - width, image.height * factor - height
     if max(across, down) < 1:
         return []
-    where = "at the sides" if across > down else "above and below"
+    where = "at the sides" if across > down else "at the top and bottom"
     return [
-        f"{path} is {image.width} x {image.height}: scaled to cover {width} x {height}, it is cut {where}; give"
-        " the result its shape with --width and --height, or cut the image yourself"
+        f"{path} is {image.width} x {image.height}; scaled to cover {width} x {height}, it is cropped {where}. Match"
+        " its aspect ratio with --width and --height, or crop it yourself"
     ]
 
 
-def flat_note(given: ReadImage, control: Control, image: Image.Image) -> list[str]:
-    """A note on a condition image that is one flat colour, if it is."""
+def flat_note(source: ControlImage, control: Control, image: Image.Image) -> list[str]:
+    """A note if a condition image is one flat colour."""
     if not is_flat(np.asarray(image)):
         return []
-    if given.use.prepared:
-        what = f"{given.path}, which is given to {given.use.control} as its condition image,"
-        why = "check its polarity and its transparency, or leave out --prepared if it is a photo"
+    if source.use.prepared:
+        what = f"{source.path}, the condition image of {source.use.control},"
+        why = "check its polarity and transparency, or drop --prepared if it is a photo"
     else:
-        what, why = f"{given.condition(control)} of {given.path}", "nothing was found in the image"
+        what, why = f"{source.condition(control)} of {source.path}", "nothing was detected in the image"
     return [f"{what} is one flat colour: {why}"]

@@ -1,10 +1,10 @@
-"""What controls do at each step, and when it is computed: what a control reads decides.
+"""Plan: when the residuals, taps and tokens of controls are computed along a schedule.
 
-A control that reads the noisy latent runs at every step for every image. One that does not is run ahead, in batches
-over time, once for a (condition, prompt), and its residuals are shared by every image, and by the next call if a
-cache is given. Controls that share a network run in one pass. Taps act at every step, inside of the base's own pass,
-each on the rows of its control alone. Tokens follow those of the prompt at the steps where their control acts, zeros on
-the half where it does not. A plan changes when work is done, never what comes out.
+What a control reads decides. One that reads the noisy latent runs at every step for every image. One that does not
+runs ahead, batched over time, once per (condition, prompt); its residuals are shared by all images, and by later calls
+through a cache. Controls that share a network run in one pass. Taps act at every step within the pass of the base, on
+the rows of their control only. Tokens are appended to those of the prompt at the steps where their control acts, zeros
+on the branch where it does not. A plan changes when work is done, never the result.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from controlkit.sampling.request import lies_within
 from controlkit.sampling.residual_cache import ResidualCache, digest, identity_of
 
 ROWS_AT_ONCE = 32
-"""Largest batch in which residuals are computed ahead, if one step of one control is not larger by itself."""
+"""Largest batch of residuals computed ahead, unless one step of one control is larger."""
 PIXELS_AT_ONCE = 2**23
-"""And the most pixels of images in it: 32 of 512 x 512, 8 of 1024 x 1024; a batch's activations grow with them."""
+"""Limit of image pixels in that batch, as activations grow with them: 32 of 512 x 512, 8 of 1024 x 1024."""
 
 KEPT_MEGABYTES = 2048
-"""The most that a plan keeps of residuals for batches to come (at SD1.5, 512 x 512, in fp16, 20 steps under guidance
-take 536), where batches are to come; what is beyond is computed again for the next batch."""
+"""Limit of the residuals that a plan keeps for later batches (at SD1.5, 512 x 512, fp16, 20 steps under guidance take
+536 MB); what exceeds it is computed again."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class ActiveControl:
 
     control: Control
     hint: Hint
-    """From `Control.encode`: batch 1 for all images, or one for each image."""
+    """From `Control.encode`: batch 1 for all images, or one row per image."""
     weight: float | tuple[float, ...] = 1.0
-    """Factor of all that it adds; or one of each of its residuals, as in `Residuals.scaled`."""
+    """Factor of everything it adds; or one factor per residual, as in `Residuals.scaled`."""
     start: float = 0.0
     end: float = 1.0
     conditional_only: bool = False
-    """Whether, under guidance, it acts on the half that has the prompt alone (Zhang et al. 2023, section 3.4; with
-    weights from 0.1 to 1, diffusers' `guess_mode`); it does not run for the other half."""
+    """Whether it acts on the conditional branch of CFG only (Zhang et al. 2023, section 3.4; with weights from 0.1 to
+    1, `guess_mode` of diffusers); it does not run for the unconditional branch."""
 
     def __post_init__(self) -> None:
         if self.control.conditional_only:
@@ -60,22 +60,22 @@ class ActiveControl:
 
     @classmethod
     def in_mode(cls, mode: str | None, base: Base, **settings: Any) -> ActiveControl:
-        """One that acts in `mode` (of `request.MODES`); None is the base's own."""
+        """Build one that acts in `mode` (one of `request.MODES`); None is the default of the base."""
         return cls(**settings, conditional_only=(mode or base.default_mode) == "control")
 
     @staticmethod
     def mode_in(mode: str | None, base: Base, control: Control) -> str:
-        """The mode in which `control` acts when `mode` is asked for; None is the base's own.
+        """The mode in which `control` acts if `mode` is requested; None is the default of the base.
 
-        A control that is meant for the half with the prompt alone acts in no other.
+        A control for the conditional branch only has no other mode.
         """
         return "control" if control.conditional_only else mode or base.default_mode
 
     def of_images(self, images: slice) -> ActiveControl:
-        """The same for some of the images."""
+        """A copy for some of the images."""
         if rows_of(self.hint) == 1:
             return self
-        return replace(self, hint=map_hint(self.hint, lambda one: one if len(one) == 1 else one[images]))
+        return replace(self, hint=map_hint(self.hint, lambda rows: rows if len(rows) == 1 else rows[images]))
 
 
 class Plan:
@@ -85,10 +85,10 @@ class Plan:
         uses: the controls.
         timesteps: of the schedule, in the order of sampling.
         texts: the prompts of each part of the batch (one part, or negative and positive for guidance); batch 1
-            for all images, or one for each image.
-        cache: where residuals that do not depend on the noise are kept and found.
-        rows_at_once: the largest batch in which residuals are computed ahead.
-        megabytes: the most that the plan itself keeps.
+            for all images, or one row per image.
+        cache: cache of residuals that do not depend on the noise.
+        rows_at_once: the largest batch of residuals computed ahead.
+        megabytes: limit of the residuals that the plan keeps.
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class Plan:
         self.cache = cache
         self.rows_at_once = rows_at_once
         self.reused = False
-        """Whether another batch of images will be sampled with this plan. If not, residuals are let go as soon as
-        their step has read them. The sampler sets it before each batch."""
+        """Whether another batch of images follows with this plan. If not, residuals are freed as soon as their step
+        has read them. The sampler sets it before each batch."""
         self._room = int(megabytes * 2**20)
         self._texts_of: dict[frozenset[int], Sequence[Text]] = {}
         self._kept: dict[int, Residuals] = {}
@@ -133,55 +133,55 @@ class Plan:
             total = self._sum_at(index).map(lambda tensor: _repeat(tensor, len(x_t)))
         for group in self._groups(self._acting(self._every, index)).values():
             for together in _chunks(group, self.rows_at_once // len(x_t)):
-                made = self._run(together, [index], len(x_t) // len(self.texts), x_t)
-                for place, residuals in zip(together, made, strict=True):
+                computed = self._run(together, [index], len(x_t) // len(self.texts), x_t)
+                for place, residuals in zip(together, computed, strict=True):
                     weighted = self._all_parts(self.uses[place], residuals).scaled(self.uses[place].weight)
                     total = weighted if total is None else total + weighted
         return total
 
     def taps(self, index: int, x_t: Tensor, base: Base) -> dict[str, list[Tap]]:
-        """What controls do inside of the base's pass at step `index`, in the order of the request.
+        """The taps of all controls at step `index` by injection site, in the order of the request.
 
         Args:
             x_t: `[parts * B, C, h, w]`, the parts one after another.
 
         Raises:
-            ValueError: a control that acts by taps has a weight for each residual.
+            ValueError: a control that acts by taps has one weight per residual.
         """
         taps: dict[str, list[Tap]] = {}
         for place in self._acting(self._tapping, index):
             use = self.uses[place]
             first = len(x_t) - len(x_t) // len(self.texts) if use.conditional_only else 0
-            own = x_t[first:]
+            rows = x_t[first:]
             parts = self.text(index) if use.control.reads_tokens else self.texts
             parts = parts[-1:] if use.conditional_only else parts
-            batch = len(own) // len(parts)
+            batch = len(rows) // len(parts)
             text = concatenate(*(part.expand(batch) for part in parts))
             hint = _tiled(expand(use.hint, batch), len(parts))
-            functions = use.control.taps(base, own, self.timesteps[index].expand(len(own)), text, hint)
+            functions = use.control.taps(base, rows, self.timesteps[index].expand(len(rows)), text, hint)
             for point, function in functions.items():
                 taps.setdefault(point, []).append(_tap(function, use, (first, len(x_t))))
         return taps
 
     def text(self, index: int) -> Sequence[Text]:
-        """The prompts of each part at step `index`, of one length, with the tokens of the controls that act there."""
+        """The prompts of each part at step `index`, padded to one length, with the tokens of the acting controls."""
         return self._extended(frozenset(self._acting(list(self._tokens), index)))
 
     def _extended(self, acting: frozenset[int]) -> Sequence[Text]:
         if acting not in self._texts_of:
-            made = list(self.texts)
+            texts = list(self.texts)
             for place in sorted(acting):
                 use, tokens = self.uses[place], self._tokens[place]
-                for number in range(len(made)):
-                    acts = not use.conditional_only or number + 1 == len(made)
-                    own = tokens * _one_weight(use) if acts else torch.zeros_like(tokens)
-                    rows = max(len(own), len(made[number]))
-                    made[number] = made[number].expand(rows).extended(own.expand(rows, *own.shape[1:]))
-            self._texts_of[acting] = made
+                for number in range(len(texts)):
+                    acts = not use.conditional_only or number + 1 == len(texts)
+                    weighted = tokens * _one_weight(use) if acts else torch.zeros_like(tokens)
+                    rows = max(len(weighted), len(texts[number]))
+                    texts[number] = texts[number].expand(rows).extended(weighted.expand(rows, *weighted.shape[1:]))
+            self._texts_of[acting] = texts
         return self._texts_of[acting]
 
     def release(self) -> None:
-        """Let go of all residuals; call it when no batch is to come. The plan can still compute them again."""
+        """Free all residuals, when no batch follows. The plan can still compute them again."""
         for residuals in (self._kept, self._window, self._once):
             residuals.clear()
 
@@ -189,27 +189,27 @@ class Plan:
         return [place for place in places if self.uses[place].acts_at(index, len(self.timesteps))]
 
     def _sum_at(self, index: int) -> Residuals:
-        """The weighted sum of the controls that do not read the noise; computed with those of the steps after it."""
+        """The weighted sum of the controls that do not read the noise; computed together with later steps."""
         if index not in self._kept and index not in self._window:
             self._window = self._compute(index)
             if self.reused:
                 self._keep_for_later(self._window)
-        made = self._kept[index] if index in self._kept else self._window[index]
+        total = self._kept[index] if index in self._kept else self._window[index]
         if not self.reused:
             self._kept.pop(index, None)
             self._window.pop(index, None)
-        return made
+        return total
 
     def _keep_for_later(self, sums: dict[int, Residuals]) -> None:
-        """Keep as many of these steps as there is room for."""
-        for step, made in sums.items():
-            size = sum(tensor.numel() * tensor.element_size() for tensor in made.tensors())
+        """Keep as many of these steps as fit."""
+        for step, residuals in sums.items():
+            size = sum(tensor.numel() * tensor.element_size() for tensor in residuals.tensors())
             if size <= self._room:
                 self._room -= size
-                self._kept[step] = made
+                self._kept[step] = residuals
 
     def _compute(self, first: int) -> dict[int, Residuals]:
-        """Sums for `first` and the steps after it under the same controls, as many as fit into one batch."""
+        """Sums for `first` and later steps under the same controls, as many as fit into one batch."""
         places, tokens = (self._acting(every, first) for every in (self._ahead, self._tokens))
         rows = len(self.texts) * max(self._batch(place, first) for place in places)
         steps = [first]
@@ -221,13 +221,12 @@ class Plan:
         sums: dict[int, Residuals] = {}
         for group in self._groups(places).values():
             for together in _chunks(group, self.rows_at_once // (rows * len(steps))):
-                for index, made in self._group(together, steps):
-                    sums[index] = made if index not in sums else _add(sums[index], made)
+                for index, residuals in self._group(together, steps):
+                    sums[index] = residuals if index not in sums else _add(sums[index], residuals)
         return sums
 
     def _groups(self, places: Sequence[int]) -> dict[Hashable, list[int]]:
-        """Controls that run in one pass: those of one shared network that read the same, with hints of one shape, for
-        the same parts."""
+        """Controls that run in one pass: they share a network, inputs, shape of hints, and parts of the batch."""
         groups: dict[Hashable, list[int]] = {}
         for place in places:
             use = self.uses[place]
@@ -238,7 +237,7 @@ class Plan:
         return groups
 
     def _group(self, places: Sequence[int], steps: Sequence[int]) -> Iterator[tuple[int, Residuals]]:
-        """Weighted residuals of controls that run in one pass, or were kept, for each control and step."""
+        """Weighted residuals for each control and step, computed in one pass or taken from the cache."""
         timed = _is_timed(self.uses[places[0]].control)
         found = {place: self._found(place, steps, timed) for place in places}
         missing = [index for index in steps if any(index not in found[place] for place in places)]
@@ -246,42 +245,42 @@ class Plan:
             batch = self._batch(places[0], steps[0])
             rows = batch * self._parts(self.uses[places[0]])
             indices = missing if timed else missing[:1]
-            made = self._run(places, indices, batch, None)
-            for place, together in zip(places, made, strict=True):
+            computed = self._run(places, indices, batch, None)
+            for place, together in zip(places, computed, strict=True):
                 for number, index in enumerate(indices):
-                    one = together.rows(number * rows, (number + 1) * rows)
-                    self._keep(place, index, timed, one)
-                    found[place].update(dict.fromkeys([index] if timed else steps, one))
+                    residuals = together.rows(number * rows, (number + 1) * rows)
+                    self._keep(place, index, timed, residuals)
+                    found[place].update(dict.fromkeys([index] if timed else steps, residuals))
         for place in places:
             for index in steps:
                 use = self.uses[place]
                 yield index, self._all_parts(use, found[place][index]).scaled(use.weight)
 
     def _found(self, place: int, steps: Sequence[int], timed: bool) -> dict[int, Residuals]:
-        """What was computed before for these steps."""
+        """Cached residuals for these steps."""
         if not timed and place in self._once:
             return dict.fromkeys(steps, self._once[place])
         if self.cache is None:
             return {}
         use = self.uses[place]
-        kept = {index: self.cache.get((*self._key(use, index), self._time(index, timed))) for index in steps}
-        return {index: made for index, made in kept.items() if made is not None}
+        cached = {index: self.cache.get((*self._key(use, index), self._time(index, timed))) for index in steps}
+        return {index: residuals for index, residuals in cached.items() if residuals is not None}
 
-    def _keep(self, place: int, index: int, timed: bool, made: Residuals) -> None:
+    def _keep(self, place: int, index: int, timed: bool, residuals: Residuals) -> None:
         if not timed:
-            self._once[place] = made
+            self._once[place] = residuals
         if self.cache is not None:
             use = self.uses[place]
-            self.cache.put((*self._key(use, index), self._time(index, timed)), use.control, made)
+            self.cache.put((*self._key(use, index), self._time(index, timed)), use.control, residuals)
 
     def _batch(self, place: int, index: int) -> int:
-        """Images that one pass of a control is made for: one, if all have the same of what it reads at a step."""
+        """Batch size of a control per step: 1 if all images share what it reads."""
         use = self.uses[place]
         read = [len(text) for text in self._texts(use, index)] if Reads.TEXT in use.control.reads else []
         return max(rows_of(use.hint), *read, 1)
 
     def _run(self, places: Sequence[int], indices: Sequence[int], batch: int, x_t: Tensor | None) -> list[Residuals]:
-        """One pass of these controls: for each step of `indices`, every part that they act on, every image."""
+        """Run these controls in one pass over the steps `indices`, their parts, and the images."""
         first = self.uses[places[0]]
         parts = self._parts(first)
         rows = batch * parts
@@ -294,27 +293,27 @@ class Plan:
         uses = [self.uses[place] for place in places]
         hints = [_tiled(expand(use.hint, batch), parts * len(indices)) for use in uses]
         if len(uses) == 1:
-            made = [first.control(x_t, t, text, hints[0])]
+            computed = [first.control(x_t, t, text, hints[0])]
         else:
-            made = first.control.forward_together([use.control for use in uses], x_t, t, text, hints)
-        return [one.map(lambda tensor: tensor.expand(len(t), *tensor.shape[1:])) for one in made]
+            computed = first.control.forward_together([use.control for use in uses], x_t, t, text, hints)
+        return [each.map(lambda tensor: tensor.expand(len(t), *tensor.shape[1:])) for each in computed]
 
     def _texts(self, use: ActiveControl, index: int) -> Sequence[Text]:
-        """The prompts of the parts that a control runs for, with the tokens of controls at a step if it reads them."""
+        """The prompts of the parts that a control runs for, with the tokens of other controls if it reads them."""
         texts = self.text(index) if use.control.reads_tokens else self.texts
         return texts[-self._parts(use) :]
 
     def _parts(self, use: ActiveControl) -> int:
-        """How many parts a control runs for: one, if it is for one alone, or does not read the prompts."""
+        """How many parts a control runs for: one if it acts on one only, or does not read the prompts."""
         return 1 if use.conditional_only or Reads.TEXT not in use.control.reads else len(self.texts)
 
-    def _all_parts(self, use: ActiveControl, made: Residuals) -> Residuals:
-        """Residuals of every part, from those that a control ran for; zeros where it does not act."""
+    def _all_parts(self, use: ActiveControl, residuals: Residuals) -> Residuals:
+        """Expand residuals to every part of the batch; zeros where the control does not act."""
         others = len(self.texts) - self._parts(use)
         if not others:
-            return made
+            return residuals
         fill = torch.zeros_like if use.conditional_only else torch.Tensor.clone
-        return made.map(lambda tensor: torch.cat([fill(tensor)] * others + [tensor]))
+        return residuals.map(lambda tensor: torch.cat([fill(tensor)] * others + [tensor]))
 
     def _key(self, use: ActiveControl, index: int) -> tuple[Hashable, ...]:
         parts = self._texts(use, index)
@@ -327,57 +326,57 @@ class Plan:
 
 
 def rows_at_once(width: int, height: int) -> int:
-    """The largest batch of residuals that are computed ahead, for images of so many pixels."""
+    """The largest batch of residuals computed ahead for images of this size."""
     return max(1, min(ROWS_AT_ONCE, PIXELS_AT_ONCE // (width * height)))
 
 
 def _chunks(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Consecutive parts of `size` at the most, and at least one."""
+    """Consecutive chunks of at most `size` and at least one."""
     size = max(1, size)
     for first in range(0, len(places), size):
         yield places[first : first + size]
 
 
 def _add(a: Residuals, b: Residuals) -> Residuals:
-    """The sum of residuals for one row a part and for one an image."""
+    """Sum residuals with one row per part and with one per image."""
     rows = max(a.batch, b.batch)
     return a.map(lambda tensor: _repeat(tensor, rows)) + b.map(lambda tensor: _repeat(tensor, rows))
 
 
 def _repeat(rows: Tensor, count: int) -> Tensor:
-    """Each row as often as makes `count` rows."""
+    """Repeat each row to get `count` rows."""
     return rows if len(rows) == count else rows.repeat_interleave(count // len(rows), 0)
 
 
 def _tiled(hint: Hint, times: int) -> Hint:
-    """All rows, and all of them again, `times` times in all."""
+    """Repeat the batch `times` times."""
     return map_hint(hint, lambda rows: rows.repeat(times, *[1] * (rows.ndim - 1)))
 
 
 def _is_timed(control: Control) -> bool:
-    """Whether its residuals differ from step to step; so do those that read the tokens of controls with a span."""
+    """Whether its residuals differ between steps, also through tokens of controls that act at some steps only."""
     return Reads.TIME in control.reads or (control.reads_tokens and Reads.TEXT in control.reads)
 
 
 def _one_weight(use: ActiveControl) -> float:
-    """The weight of a control that adds no residuals, of which there could be one each."""
+    """The weight of a control without residuals, which must be one number."""
     if isinstance(use.weight, (int, float)):
         return use.weight
     raise ValueError(f"{use.control.title} adds no residuals, so it takes one weight and not {len(use.weight)}")
 
 
-def _tap(given: TapFunction | Tap, use: ActiveControl, rows: tuple[int, int]) -> Tap:
-    """What a control hangs on a point, times its weight unless none scales it, on its own rows."""
+def _tap(tap: TapFunction | Tap, use: ActiveControl, rows: tuple[int, int]) -> Tap:
+    """A tap on the rows of its control, scaled by the weight if it is a weighted one."""
     weight = _one_weight(use)
-    tap = given if isinstance(given, Tap) else Tap(function=given)
+    tap = tap if isinstance(tap, Tap) else Tap(function=tap)
     function, replaces = tap.function, tap.replaces
     if weight == 1 or not tap.weighted:
         return replace(tap, rows=rows)
 
     def weighted(stream: Tensor) -> Tensor | None:
-        made = function(stream)
-        if made is None:
+        output = function(stream)
+        if output is None:
             return None
-        return stream + (made - stream) * weight if replaces else made * weight
+        return stream + (output - stream) * weight if replaces else output * weight
 
     return replace(tap, function=weighted, rows=rows)

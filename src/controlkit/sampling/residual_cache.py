@@ -1,4 +1,4 @@
-"""Residuals kept from one call to the next."""
+"""Cache of residuals across calls."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ _MARKS = itertools.count()
 
 
 class ResidualCache:
-    """Residuals of controls that do not read the noisy latent, for a second batch under the same condition.
+    """LRU cache of residuals that do not depend on the noisy latent, for further batches under the same condition.
 
-    Bounded; what was used least recently goes first. It holds on to the controls whose residuals it keeps, and sees
-    when a weight was changed in place.
+    It keeps references to the controls whose residuals it holds, and notices in-place changes of their weights.
 
     Args:
-        megabytes: the most that the kept tensors take (at SD1.5, 512 x 512, one step of one prompt takes 13.4 MB in
-            fp16).
+        megabytes: limit of the cached tensors (at SD1.5, 512 x 512, one step of one prompt takes 13.4 MB in fp16).
     """
 
     def __init__(self, megabytes: float = 1024) -> None:
@@ -33,44 +31,43 @@ class ResidualCache:
         self.bytes = 0
         self.hits = 0
         self.misses = 0
-        self._kept: OrderedDict[Hashable, tuple[Control, Residuals, int]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[Control, Residuals, int]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
     def get(self, key: Hashable) -> Residuals | None:
-        """What was kept under `key`."""
-        entry = self._kept.get(key)
+        """The residuals under `key`, or None."""
+        entry = self._entries.get(key)
         if entry is None:
             self.misses += 1
             return None
         self.hits += 1
-        self._kept.move_to_end(key)
+        self._entries.move_to_end(key)
         return entry[1]
 
     def put(self, key: Hashable, control: Control, residuals: Residuals) -> None:
-        """Keep `residuals` of `control`; more than the limit is not kept at all."""
+        """Store `residuals` of `control`, unless they alone exceed the limit."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in residuals.tensors())
-        if size > self.limit or key in self._kept:
+        if size > self.limit or key in self._entries:
             return
-        # A slice of a larger batch would keep all of it in memory.
-        own = residuals.map(torch.clone)
-        self._kept[key] = (control, own, size)
+        # A slice would keep the larger batch in memory.
+        self._entries[key] = (control, residuals.map(torch.clone), size)
         self.bytes += size
         while self.bytes > self.limit:
-            _, (_, _, dropped) = self._kept.popitem(last=False)
+            _, (_, _, dropped) = self._entries.popitem(last=False)
             self.bytes -= dropped
 
     def clear(self) -> None:
-        """Forget everything."""
-        self._kept.clear()
+        """Remove all entries."""
+        self._entries.clear()
         self.bytes = 0
 
 
 def identity_of(control: Control) -> Hashable:
-    """What changes when another control is used, or this one's state, or a weight of it in place, by another or moved.
+    """A key that changes with the control, its state, and its weights: replaced, moved, or changed in place.
 
-    What is written through `parameter.data` is not seen, as autograd does not see it: clear the cache after it.
+    Writes through `parameter.data` go unnoticed, as they do in autograd: clear the cache after them.
     """
     weights = list(control.weights())
     states = tuple((_mark(parameter), parameter._version) for parameter in weights)
@@ -78,7 +75,7 @@ def identity_of(control: Control) -> Hashable:
 
 
 def _mark(parameter: Tensor) -> int:
-    """A number that no other parameter ever has; addresses are used again."""
+    """A number unique to this parameter; addresses are reused."""
     mark: int | None = getattr(parameter, "_controlkit_mark", None)
     if mark is None:
         mark = parameter._controlkit_mark = next(_MARKS)  # type: ignore[attr-defined]
@@ -86,7 +83,7 @@ def _mark(parameter: Tensor) -> int:
 
 
 def digest(hint: Hint) -> str:
-    """Hash of a tensor, or of named ones: their names, values, shapes and types."""
+    """Hash of a tensor or of named tensors: names, values, shapes and dtypes."""
     made = hashlib.sha256()
     for name, tensor in named(hint).items():
         data = tensor.detach().to("cpu").contiguous()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from controlkit.sampling.residual_cache import ResidualCache
 
 
 def sample(base: Base, *, prompt: str, seeds: Sequence[int], **settings: Any) -> Iterator[Tensor]:
-    """Images of one prompt, one for each seed; `settings` are those of `sample_prompts`."""
+    """Generate images of one prompt, one per seed; `settings` are those of `sample_prompts`."""
     return sample_prompts(base, prompts=[prompt], seeds=seeds, **settings)
 
 
@@ -37,29 +37,33 @@ def sample_prompts(
     height: int | None = None,
     batch_size: int | None = None,
     cache: ResidualCache | None = None,
+    on_step: Callable[[int, int], object] | None = None,
 ) -> Iterator[Tensor]:
-    """Draw one image for each seed, with classifier-free guidance.
+    """Generate one image per seed with classifier-free guidance.
 
     Args:
-        prompts: one for all images, or one for each.
-        uses: controls, whose hints are for all images or for each.
-        guidance: scale of classifier-free guidance; 1 switches it off. Default: the base's own.
-        sampler: one of `request.SAMPLERS`. Default: the base's own.
-        width: in pixels; by default the base's own size, as `height`.
-        batch_size: images drawn at once; 16 up to 256 x 256, and fewer the larger they are.
+        prompts: one for all images, or one per image.
+        uses: controls, with one hint for all images or one per image.
+        guidance: guidance scale; 1 switches guidance off. Default: that of the base.
+        sampler: one of `request.SAMPLERS`. Default: that of the base.
+        width: in pixels; default, also of `height`: the size of the base.
+        batch_size: images per batch. Default: 16 up to 256 x 256, fewer for larger ones.
         cache: keeps residuals that do not depend on the noise, for the next call under the same condition.
+        on_step: called after every denoising step with the number of steps done and their total, over all batches.
 
     Yields:
         Batches of images `[b, 3, height, width]` in [0, 1], in the order of `seeds`.
 
     Raises:
-        UserError: the base cannot draw this size, or not in so few steps or with this sampler.
+        UserError: the base does not support this size, number of steps or sampler, or the latents are NaN or infinite.
     """
     width, height = width or base.size, height or base.size
     guidance = base.default_guidance if guidance is None else guidance
     batch_size = batch_size or images_at_once(width, height)
     base.check_size(width, height)
     solver = base.schedule.solver(sampler or base.default_sampler, steps, base.device, base.name)
+    total = -(-len(seeds) // batch_size) * len(solver.timesteps)
+    done = 0
     plan: Plan | None = None
     one_for_all = len(prompts) == 1 and all(rows_of(use.hint) == 1 for use in uses)
     for first in range(0, len(seeds), batch_size):
@@ -78,23 +82,30 @@ def sample_prompts(
         for index, t in enumerate(solver.timesteps):
             prediction = _predict(base, plan, index, solver.input(x_t, index), t, guidance)
             x_t = solver.step(prediction, x_t, index)
+            done += 1
+            if on_step is not None:
+                on_step(done, total)
         if not plan.reused:
             plan.release()  # else its residuals would take memory while the latents are decoded
         if not torch.isfinite(x_t).all():
-            raise UserError(
-                f"the images of seeds {', '.join(map(str, seeds[group]))} came out as numbers that are not finite;"
-                " lower the weights of the controls or the guidance, or take another dtype than float16"
-            )
+            raise _not_finite(seeds[group], base.dtype)
         yield (base.decode(x_t) + 1) / 2
 
 
+def _not_finite(seeds: Sequence[int], dtype: torch.dtype) -> UserError:
+    advice = "lower the control weights or the guidance scale"
+    if dtype == torch.float16:
+        advice = f"in fp16 this is usually overflow: try --precision bf16 or fp32, or {advice}"
+    return UserError(f"seeds {', '.join(map(str, seeds))} produced NaN or Inf; {advice}", "not-finite")
+
+
 def images_at_once(width: int, height: int) -> int:
-    """How many images are drawn at once where nothing else is asked for: 16 small ones, 4 of 512 x 512."""
+    """The default batch size for images of this size: 16 small ones, 4 of 512 x 512."""
     return max(1, min(16, 2**20 // (width * height)))
 
 
 def initial_noise(base: Base, seeds: Sequence[int], width: int, height: int) -> Tensor:
-    """Standard normal noise, each image's from its own seed, drawn on the CPU as diffusers does."""
+    """Standard normal latents, one per seed, sampled on the CPU as diffusers does."""
     shape = (base.latent_channels, height // base.factor, width // base.factor)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(noise).to(base.device, base.dtype)
@@ -107,5 +118,5 @@ def _predict(base: Base, plan: Plan, index: int, x_t: Tensor, t: Tensor, guidanc
     prediction = base.predict(stacked, t, text, plan.residuals(index, stacked), plan.taps(index, stacked, base))
     if parts == 1:
         return prediction
-    without, with_text = prediction.chunk(2)
-    return without + guidance * (with_text - without)
+    unconditional, conditional = prediction.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)

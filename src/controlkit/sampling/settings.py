@@ -1,4 +1,4 @@
-"""The settings that images depend on, resolved, as plain values for JSON and in words for tables."""
+"""Resolved settings that images depend on, as plain values for JSON and as text for tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "diffusers", "transformers")
 
 
 def base_settings(base: Base) -> dict[str, Any]:
-    """The base, where and in what precision it runs, and the versions of the code."""
+    """The base, its device and precision, and package versions."""
     return {
         "base": {"name": base.name, "fingerprint": base.fingerprint, "content": base.content, "size": base.size},
         "device": str(base.device),
@@ -25,16 +25,16 @@ def base_settings(base: Base) -> dict[str, Any]:
 def sampling_settings(
     base: Base, *, steps: int, guidance: float | None = None, sampler: str | None = None
 ) -> dict[str, Any]:
-    """`steps`, `guidance` and `sampler`; the base's own where they are None."""
+    """`steps`, `guidance` and `sampler`; None is replaced by the default of the base."""
     scale = base.default_guidance if guidance is None else guidance
     return {"steps": steps, "guidance": float(scale), "sampler": sampler or base.default_sampler}
 
 
 def in_words(settings: dict[str, Any]) -> str:
-    """Sampling settings for a table: `mode control, weight 1, guidance 3, 20 ddim steps`.
+    """Sampling settings as text: `mode control, weight 1, guidance 3, 20 ddim steps`.
 
     Args:
-        settings: of `sampling_settings`, and of a control `mode` and `weight`.
+        settings: from `sampling_settings`, with `mode` and `weight` of a control.
     """
     parts = [f"mode {settings['mode']}"] if "mode" in settings else []
     parts += [f"weight {settings['weight']:g}"] if "weight" in settings else []
@@ -43,7 +43,7 @@ def in_words(settings: dict[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of controlkit and of the packages that compute."""
+    """Versions of controlkit and of the packages that results depend on."""
     found = {"controlkit": __version__}
     for name in _PACKAGES:
         try:

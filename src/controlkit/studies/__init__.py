@@ -1,1 +1,1 @@
-"""The papers' tables and figures as experiments that run on any base, resume, and say what did not reproduce."""
+"""Studies: tables and figures of papers as experiments on any base. They resume, and report what did not reproduce."""

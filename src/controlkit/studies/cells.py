@@ -1,4 +1,4 @@
-"""One measured number of a study: a control trained in one way on one task, and judged."""
+"""Cells of a study: a control trained by one method on one task, with its score."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.data.pairs import read_pairs
-from controlkit.evaluation.evaluate_control import EvalSet, Steer, draw_controlled
+from controlkit.evaluation.evaluate_control import EvalControl, EvalSet, generate_controlled
 from controlkit.evaluation.report import gap_closed
-from controlkit.evaluation.sampling import draw_prompts, reconstruct
+from controlkit.evaluation.sampling import generate_uncontrolled, reconstruct
 from controlkit.evaluation.settings import condition_settings, content_of, seeds_of, set_settings
 from controlkit.files import read_json, sha256_of, write_json
 from controlkit.images import contact_sheet, write_png
@@ -36,42 +36,46 @@ _SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A novel condition: pairs to learn it from, and images to be judged by."""
+    """A new condition: pairs to train on, and images to evaluate on."""
 
     name: str
     condition: conditions.Condition
-    """By which fidelity is scored."""
+    """Scores fidelity."""
     pairs: Path
     held_out: float
-    """Share of the pairs that is not trained on."""
-    judged: EvalSet
+    """Fraction of the pairs that is not trained on."""
+    eval_set: EvalSet
 
     def settings(self) -> dict[str, Any]:
-        """What its numbers depend on besides the control, as plain values."""
-        judged = self.judged
+        """Settings that scores depend on besides the control, as plain values."""
         return {
             "condition": condition_settings(self.condition),
             "pairs": {"folder": str(self.pairs), "held_out": self.held_out, "content": self.content[:16]},
             "sets": [
                 set_settings(
-                    judged.name, judged.truths, judged.prompts, given=judged.given, parameters=judged.parameters
+                    self.eval_set.name,
+                    self.eval_set.targets,
+                    self.eval_set.prompts,
+                    condition_images=self.eval_set.condition_images,
+                    parameters=self.eval_set.parameters,
                 )
             ],
-            "seeds": seeds_of(len(judged.truths)),
+            "seeds": seeds_of(len(self.eval_set.targets)),
         }
 
     @cached_property
     def content(self) -> str:
-        """Hash of what is learned from and judged by: files of the same name may have changed."""
-        shown = [np.ascontiguousarray(image).tobytes() for image in (*self.judged.given, *self.judged.truths)]
-        listed = read_pairs(self.pairs, self.condition.name)
-        sides = [side.read_bytes() for pair in listed for side in (pair.source, pair.target)]
-        return sha256_of(*shown, *self.judged.prompts, *sides, *(text for pair in listed for text in pair.captions))
+        """Hash of the training pairs and the evaluation images, as files of the same name may change."""
+        images = (*self.eval_set.condition_images, *self.eval_set.targets)
+        pixels = [np.ascontiguousarray(image).tobytes() for image in images]
+        pairs = read_pairs(self.pairs, self.condition.name)
+        sides = [side.read_bytes() for pair in pairs for side in (pair.source, pair.target)]
+        return sha256_of(*pixels, *self.eval_set.prompts, *sides, *(text for pair in pairs for text in pair.captions))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What was measured, and the result."""
+    """The result of one method on one task after some steps."""
 
     task: str
     method: str
@@ -83,20 +87,20 @@ class Cell:
     baseline: float
     ceiling: float
     parameters: int
-    """That were trained."""
+    """Number of trained parameters."""
     run: str
-    """Name of the training run's folder."""
+    """Name of the folder of the training run."""
     seconds: float
-    """From loading to the last step, on the machine that ran it."""
+    """Time from loading to the last step, on the machine that trained it."""
 
     @property
     def gap_closed(self) -> float:
-        """0 as good as no control, 1 as good as the true image through the autoencoder."""
+        """0 without control, 1 at the target through the autoencoder."""
         return gap_closed(self.baseline, self.score, self.ceiling)
 
 
 def _steps_done(folder: Path) -> int:
-    """Steps of the run in `folder`; 0 where none is, or its state cannot be read (training says so)."""
+    """Steps of the run in `folder`; 0 if there is none or its state cannot be read (training reports that)."""
     try:
         return step_of(folder / "state.safetensors")
     except (SafetensorError, KeyError, ValueError, OSError):
@@ -104,12 +108,16 @@ def _steps_done(folder: Path) -> int:
 
 
 class Bench:
-    """Trains and judges cells once. Each has a file of its own, so that several processes can share the work, each on
-    conditions of its own.
+    """Trains and evaluates each cell once and stores it in its own file.
+
+    Several processes can share the work, on different conditions.
 
     Args:
-        setting: whatever else the numbers depend on (base, base control, ...); others get files of their own.
-        mode: in which controls act, of `request.MODES`.
+        folder: of the study.
+        base: the base of all controls.
+        setting: what else the numbers depend on (such as the base control); other settings get other files.
+        sampling_steps: denoising steps of the evaluation.
+        mode: mode of the controls, one of `request.MODES`.
     """
 
     def __init__(
@@ -117,32 +125,32 @@ class Bench:
     ) -> None:
         self.folder = folder
         self.base = base
-        # What was measured before there were modes was measured in this one.
+        # Results from before there were modes are in this one.
         modes = [] if mode == "balanced" else [mode]
         self.key = sha256_of(base.fingerprint, str(sampling_steps), *setting, *modes)[:12]
         self.mode = mode
         self.sampling_steps = sampling_steps
         self.results = folder / f"results-{self.key}"
-        self._ends: dict[tuple[str, str], tuple[float, float]] = {}
+        self._baselines: dict[tuple[str, str], tuple[float, float]] = {}
 
     def cell(self, task: Task, method: str, recipe: ControlRecipe) -> Cell:
-        """Train by `recipe` (going on from fewer steps where that was done) and judge on the task's images."""
+        """Train by `recipe`, resuming from fewer steps, and evaluate on the images of the task."""
         settings = {name: value for name, value in identifying(recipe).items() if name != "out"}
         identity = sha256_of(task.name, method, task.content, repr(sorted(settings.items())))[:24]
         path = self.results / f"{identity}.json"
         if not path.exists():
-            # Pairs of the same name may have changed: weights that were trained on others must not be gone on from.
+            # Pairs of the same name may have changed; training must not resume from weights of other pairs.
             out = f"{recipe.out}-{task.content[:8]}"
             if _steps_done(Path(out)) > recipe.steps:
                 out += f"-{recipe.steps}-steps"
             recipe = dataclasses.replace(recipe, out=out)
             measured = dataclasses.asdict(self._measure(task, method, recipe))
             write_json(path, {**measured, "settings": self._settings(task, recipe)})
-        kept = read_json(path)
-        return Cell(**{field.name: kept[field.name] for field in dataclasses.fields(Cell)})
+        stored = read_json(path)
+        return Cell(**{field.name: stored[field.name] for field in dataclasses.fields(Cell)})
 
     def _settings(self, task: Task, recipe: ControlRecipe) -> dict[str, Any]:
-        """What a cell's numbers depend on, as plain values, for whoever reads its file."""
+        """Settings that a cell depends on, as plain values, for readers of its file."""
         return {
             **base_settings(self.base),
             **sampling_settings(self.base, steps=self.sampling_steps),
@@ -153,7 +161,7 @@ class Bench:
         }
 
     def sheet_path(self, run: str, steps: int) -> Path:
-        """The first images that a cell drew, in a row."""
+        """Path of a strip of the first images of a cell."""
         return self.folder / "pictures" / self.key / f"{run}-{steps:05d}.png"
 
     def _measure(self, task: Task, method: str, recipe: ControlRecipe) -> Cell:
@@ -164,10 +172,10 @@ class Bench:
         train(objective, recipe)
         seconds = time.perf_counter() - started
         control = objective.control.eval()
-        use = Steer(control=control, given=task.judged.given, mode=self.mode)
-        prompts = task.judged.prompts
-        results = draw_controlled(self.base, [use], prompts, steps=self.sampling_steps)
-        baseline, ceiling = self._ends_of(task)
+        use = EvalControl(control=control, condition_images=task.eval_set.condition_images, mode=self.mode)
+        prompts = task.eval_set.prompts
+        results = generate_controlled(self.base, [use], prompts, steps=self.sampling_steps)
+        baseline, ceiling = self._baselines_of(task)
         score = _score(task, results)
         rows = [[Image.fromarray(image) for image in results[:_SHOWN]]]
         write_png(self.sheet_path(Path(recipe.out).name, recipe.steps), contact_sheet(rows, cell=self.base.size, gap=0))
@@ -189,20 +197,21 @@ class Bench:
         )
 
     def _seconds_before(self, recipe: ControlRecipe) -> float:
-        """What the same run took with fewer steps."""
-        kept = [read_json(path) for path in self.results.glob("*.json")]
-        same = [entry for entry in kept if entry["run"] == Path(recipe.out).name]
+        """Time that the same run took with fewer steps."""
+        stored = [read_json(path) for path in self.results.glob("*.json")]
+        same = [entry for entry in stored if entry["run"] == Path(recipe.out).name]
         return max((entry["seconds"] for entry in same if entry["steps"] < recipe.steps), default=0.0)
 
-    def _ends_of(self, task: Task) -> tuple[float, float]:
-        """Baseline (no control, same prompts and seeds) and ceiling (the truth through the autoencoder)."""
-        judged = task.judged
-        key = (task.condition.name, content_of(judged.truths, judged.prompts, judged.given))
-        if key not in self._ends:
-            without = draw_prompts(self.base, judged.prompts, self.sampling_steps)
-            self._ends[key] = (_score(task, without), _score(task, reconstruct(self.base, judged.truths)))
-        return self._ends[key]
+    def _baselines_of(self, task: Task) -> tuple[float, float]:
+        """Scores of the baseline (no control, same prompts and seeds) and the ceiling (targets through the
+        autoencoder)."""
+        eval_set = task.eval_set
+        key = (task.condition.name, content_of(eval_set.targets, eval_set.prompts, eval_set.condition_images))
+        if key not in self._baselines:
+            no_control = generate_uncontrolled(self.base, eval_set.prompts, self.sampling_steps)
+            self._baselines[key] = (_score(task, no_control), _score(task, reconstruct(self.base, eval_set.targets)))
+        return self._baselines[key]
 
 
 def _score(task: Task, results: Sequence[np.ndarray]) -> float:
-    return task.condition.mean_score(task.judged.given, results, task.judged.truths)
+    return task.condition.mean_score(task.eval_set.condition_images, results, task.eval_set.targets)

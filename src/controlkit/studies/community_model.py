@@ -1,7 +1,7 @@
-"""`controlkit study community-model`: a control on a model that was fine-tuned from its base, as it is and transferred.
+"""`controlkit study community-model`: a control on a fine-tuned base, unchanged and transferred.
 
-nano is fine-tuned on one of its styles, as communities fine-tune Stable Diffusion; then the control that was trained on
-nano steers the result directly, and by offset (`formats/transfer.py`).
+nano is fine-tuned on one of its styles, as communities fine-tune Stable Diffusion. The control trained on nano is then
+used on the result unchanged, and transferred by offset (`formats/transfer.py`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from controlkit.bases.load import load_base
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet
 from controlkit.errors import UserError
-from controlkit.evaluation.evaluate_control import Steer, draw_controlled
+from controlkit.evaluation.evaluate_control import EvalControl, generate_controlled
 from controlkit.evaluation.report import Report, Row, gap_closed
-from controlkit.evaluation.sampling import draw_prompts, reconstruct
+from controlkit.evaluation.sampling import generate_uncontrolled, reconstruct
 from controlkit.evaluation.sets import EvaluationSet, Example
 from controlkit.evaluation.settings import condition_settings, content_of, control_settings, seeds_of, set_settings
 from controlkit.formats.load import load_control
@@ -33,7 +33,7 @@ from controlkit.nano.evaluation_sets import read_set
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import check_mode
 from controlkit.sampling.settings import sampling_settings
-from controlkit.studies.kept import Kept, study_settings, with_settings
+from controlkit.studies.stored_results import StoredResults, StudyResult, study_settings, with_settings
 from controlkit.training.recipes import build_recipe
 from controlkit.training.run import run
 
@@ -45,70 +45,63 @@ class CommunityModel:
     """Settings of the study."""
 
     out: str = "runs/study/community-model"
-    """Folder for the fine-tuned model, the sheet and the images that are kept (`kept/`)."""
+    """Folder for the fine-tuned model, the sheet and stored images (`kept/`)."""
     base: str = "nano"
     """The base to fine-tune."""
     control: str = "canny"
-    """A ControlNet that was trained on it."""
+    """A ControlNet trained on it."""
     icons: str = "data/nano/icons.npz"
     """Rendered icons (`recipes/nano/build_pictures.py`)."""
     style: str = "twemoji"
-    """The style that the community model is tuned to."""
+    """The style to fine-tune on."""
     steps: int = 600
     """Optimiser steps of the fine-tuning."""
     batch_size: int = 32
-    """Images a step."""
+    """Images per step."""
     learning_rate: float = 2e-4
-    """Peak rate of the fine-tuning."""
+    """Peak learning rate of the fine-tuning."""
     images: int = 48
     """Held-out images."""
     sampling_steps: int = 20
     """DDIM steps."""
     mode: str = "balanced"
-    """In which the control acts (`ControlUse.mode`); `balanced` is that of the table in docs/files.md."""
+    """Mode of the control (`ControlUse.mode`); the table in docs/files.md has `balanced`."""
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
-        if min(self.images, self.sampling_steps, self.steps, self.batch_size) < 1:
-            raise UserError("images, sampling_steps, steps and batch_size must be at least 1")
+        for name in ("images", "sampling_steps", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1", "out-of-range")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """What came out."""
-
-    reports: tuple[Report, ...]
-    files: dict[str, Path]
-
-
-def run_community_model(settings: CommunityModel) -> Compared:
-    """Fine-tune what is not fine-tuned yet, and compare.
+def run_community_model(settings: CommunityModel) -> StudyResult:
+    """Fine-tune the base unless that is done, and compare.
 
     Raises:
-        UserError: icons or the control are missing, or the control is no ControlNet.
+        UserError: icons or the control are missing, or the control is not a ControlNet or records no condition.
     """
     original = load_base(settings.base)
     control = load_control(settings.control, original)
     if not isinstance(control, ControlNet):
-        raise UserError(f"{settings.control} is a {control.kind}; this study takes a ControlNet")
+        raise UserError(f"{settings.control} is a {control.kind}; this study needs a ControlNet", "wrong-kind")
     if control.condition is None:
-        raise UserError(f"{settings.control} does not say which condition it follows")
+        raise UserError(f"{settings.control} records no condition; this study needs one", "missing-setting")
     tuned = _fine_tuned(settings)
-    moved, offset = transfer(control, original, tuned)
+    transferred, offset = transfer(control, original, tuned)
     images = read_set("held-out")
-    own_style = [drawing for drawing in images.examples if drawing.style == settings.style]
-    judged = EvaluationSet(settings.style, tuple(own_style[: settings.images]))
+    in_style = [drawing for drawing in images.examples if drawing.style == settings.style]
+    eval_set = EvaluationSet(settings.style, tuple(in_style[: settings.images]))
     ways: list[tuple[str, Base, Control]] = [
         ("the base, its control", original, control),
         ("community model, control as it is", tuned, control),
-        ("community model, control by offset", tuned, moved),
+        ("community model, control by offset", tuned, transferred),
     ]
-    report, sheet = _compare(settings, control.condition, judged, ways, offset.distance)
+    report, sheet = _compare(settings, control.condition, eval_set, ways, offset.distance)
     path = Path(settings.out) / "community-model.png"
     write_png(path, sheet)
     mode = ActiveControl.mode_in(settings.mode, original, control)
-    told = study_settings(settings, original, mode=mode)
-    return Compared(reports=with_settings([report], told), files={"images": path})
+    shared = study_settings(settings, original, mode=mode)
+    return StudyResult(reports=with_settings([report], shared), files={"images": path})
 
 
 def _fine_tuned(settings: CommunityModel) -> Base:
@@ -136,55 +129,57 @@ def _fine_tuned(settings: CommunityModel) -> Base:
 def _compare(
     settings: CommunityModel,
     condition: str,
-    judged: EvaluationSet[Example],
+    eval_set: EvaluationSet[Example],
     ways: Sequence[tuple[str, Base, Control]],
     distance: float,
 ) -> tuple[Report, Image.Image]:
     kind = conditions.find(condition)
-    truths, prompts = judged.images, judged.captions
-    given = [kind(truth) for truth in truths]
+    targets, prompts = eval_set.images, eval_set.captions
+    condition_images = [kind(target) for target in targets]
     steps = settings.sampling_steps
 
-    def score(made: Sequence[np.ndarray]) -> float:
-        return kind.mean_score(given, made, truths)
+    def score(images: Sequence[np.ndarray]) -> float:
+        return kind.mean_score(condition_images, images, targets)
 
     rows: list[Row] = []
-    strips: list[Sequence[np.ndarray]] = [given[:_SHOWN]]
-    without: dict[int, list[np.ndarray]] = {}
-    kept = Kept(Path(settings.out), {"set": content_of(truths, prompts), "given": content_of(given, ())})
+    strips: list[Sequence[np.ndarray]] = [condition_images[:_SHOWN]]
+    no_control: dict[int, list[np.ndarray]] = {}
+    # The names of these settings count in the names of stored files.
+    shared = {"set": content_of(targets, prompts), "given": content_of(condition_images, ())}
+    stored = StoredResults(Path(settings.out), shared)
     controls: dict[str, Any] = {}
     for name, base, control in ways:
-        own = {"base": base.content, **sampling_settings(base, steps=steps)}
-        if id(base) not in without:
-            plain = partial(draw_prompts, base, prompts, steps)
-            without[id(base)] = kept.images("without control", own, plain)
-            strips.append(without[id(base)][:_SHOWN])
+        sampling = {"base": base.content, **sampling_settings(base, steps=steps)}
+        if id(base) not in no_control:
+            uncontrolled = partial(generate_uncontrolled, base, prompts, steps)
+            no_control[id(base)] = stored.images("without control", sampling, uncontrolled)
+            strips.append(no_control[id(base)][:_SHOWN])
         acting = control_settings(base, control, weight=1.0, mode=settings.mode)
-        use = Steer(control=control, given=given, mode=settings.mode)
-        steered = partial(draw_controlled, base, [use], prompts, steps=steps)
-        made = kept.images(name, {**own, "control": acting}, steered)
+        use = EvalControl(control=control, condition_images=condition_images, mode=settings.mode)
+        controlled = partial(generate_controlled, base, [use], prompts, steps=steps)
+        images = stored.images(name, {**sampling, "control": acting}, controlled)
         controls[name] = {**acting, "base": {"fingerprint": base.fingerprint, "content": base.content}}
-        low, value, high = score(without[id(base)]), score(made), score(reconstruct(base, truths))
+        low, value, high = score(no_control[id(base)]), score(images), score(reconstruct(base, targets))
         rows.append((name, low, value, high, gap_closed(low, value, high)))
-        strips.append(made[:_SHOWN])
+        strips.append(images[:_SHOWN])
     names = [name for name, _, _ in ways]
-    titles = ["given", "the base, no control", names[0], "community model, no control", *names[1:], "truth"]
-    strips.append(truths[:_SHOWN])
+    titles = ["condition", "the base, no control", names[0], "community model, no control", *names[1:], "target"]
+    strips.append(targets[:_SHOWN])
     report = Report(
-        title=f"{kind.name}: {kind.fidelity.name} on {len(truths)} held-out images of {settings.style}",
+        title=f"{kind.name}: {kind.fidelity.name} on {len(targets)} held-out images of {settings.style}",
         columns=("how", "no control", "control", "ceiling", "gap closed"),
         rows=tuple(rows),
         notes=(
-            f"the community model: {settings.base} tuned to {settings.style} for {settings.steps} steps;"
-            f" its UNet is {distance:.1%} away where the control copied it.",
+            f"community model: {settings.base} fine-tuned on {settings.style} for {settings.steps} steps. The layers of"
+            f" its UNet that the control copied differ by {distance:.1%}.",
             LIMITS,
         ),
         facts={"distance": distance},
         settings={
             "controls": controls,
             "condition": condition_settings(kind),
-            "sets": [set_settings(f"held-out, {settings.style}", truths, prompts, given=given)],
-            "seeds": seeds_of(len(truths)),
+            "sets": [set_settings(f"held-out, {settings.style}", targets, prompts, condition_images=condition_images)],
+            "seeds": seeds_of(len(targets)),
         },
     )
     cells = [[Image.fromarray(image) for image in strip] for strip in strips]

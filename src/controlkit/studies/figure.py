@@ -1,4 +1,4 @@
-"""A study's figure, and its sheet of images."""
+"""Figure and contact sheet of a study."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _DETAILS = {
     "pairs": ("pairs", None, "pairs"),
     "rates": ("rate", "method", "learning rate"),
 }
-"""Part -> (field along the axis, field that separates lines, label of the axis)."""
+"""Part -> (field on the x axis, field of the lines, label of the x axis)."""
 
 
 def require_matplotlib() -> None:
-    """Refuse to begin what will end with a figure that cannot be drawn.
+    """Check for matplotlib before a study starts, since its figure comes last.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -34,11 +34,12 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise UserError("drawing the figure needs matplotlib; run: pip install 'controlkit[studies]'") from error
+        message = "the figure needs matplotlib; run: pip install 'controlkit[studies]'"
+        raise UserError(message, "missing-package") from error
 
 
-def plot(made: Mapping[str, Sequence[Cell]], path: Path) -> Path:
-    """Draw the gap closed of every part's cells into the PNG `path`: one panel for each condition and part.
+def plot(cells_of: Mapping[str, Sequence[Cell]], path: Path) -> Path:
+    """Plot the gap closed of the cells of every part into the PNG `path`, with one panel per condition and part.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -47,10 +48,10 @@ def plot(made: Mapping[str, Sequence[Cell]], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     panels: list[tuple[str, Sequence[Cell], str, str | None, str]] = []
-    budgets = made.get("budgets", ())
+    budgets = cells_of.get("budgets", ())
     for task in dict.fromkeys(cell.task for cell in budgets):
         panels.append((task, [cell for cell in budgets if cell.task == task], "steps", "method", "optimiser steps"))
-    for part, cells in made.items():
+    for part, cells in cells_of.items():
         if part in _DETAILS and cells:
             along, by, label = _DETAILS[part]
             panels.append((f"{part}: {cells[0].task}", cells, along, by, label))
@@ -68,12 +69,12 @@ def plot(made: Mapping[str, Sequence[Cell]], path: Path) -> Path:
 
 def _panel(axis: Axes, title: str, cells: Sequence[Cell], along: str, by: str | None, label: str) -> None:
     for line in dict.fromkeys(getattr(cell, by) if by else "adapter" for cell in cells):
-        own = [cell for cell in cells if not by or getattr(cell, by) == line]
-        places: list[Any] = [getattr(cell, along) for cell in own]
-        axis.plot(places, [cell.gap_closed for cell in own], marker="o", markersize=4, label=line)
-    places = sorted({getattr(cell, along) for cell in cells})
+        points = [cell for cell in cells if not by or getattr(cell, by) == line]
+        x: list[Any] = [getattr(cell, along) for cell in points]
+        axis.plot(x, [cell.gap_closed for cell in points], marker="o", markersize=4, label=line)
+    ticks = sorted({getattr(cell, along) for cell in cells})
     axis.set_xscale("log")
-    axis.set_xticks(places, [f"{place:g}" for place in places])
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
     axis.axhline(0, color="gray", linewidth=0.7)
     axis.axhline(1, color="gray", linewidth=0.7, linestyle=":")
@@ -82,26 +83,26 @@ def _panel(axis: Axes, title: str, cells: Sequence[Cell], along: str, by: str | 
 
 
 def sheet_of(cells: Sequence[Cell], tasks: Mapping[str, Task], bench: Bench, steps: int) -> Path:
-    """A sheet of what was given, what each method drew after `steps` (or the nearest budget), and the truth."""
+    """Write a contact sheet: condition, results of each method after `steps` (or the nearest budget), target."""
     rows: list[Sequence[Image.Image]] = []
     titles: list[str] = []
     for name, task in tasks.items():
-        own = [cell for cell in cells if cell.task == name]
-        nearest = min({cell.steps for cell in own}, key=lambda budget: abs(budget - steps))
-        strips = {cell.method: bench.sheet_path(cell.run, nearest) for cell in own if cell.steps == nearest}
+        of_task = [cell for cell in cells if cell.task == name]
+        nearest = min({cell.steps for cell in of_task}, key=lambda budget: abs(budget - steps))
+        strips = {cell.method: bench.sheet_path(cell.run, nearest) for cell in of_task if cell.steps == nearest}
         count = 8
         side = bench.base.size
-        rows.append([Image.fromarray(image).resize((side, side)) for image in task.judged.given[:count]])
-        titles.append(f"{name}: given")
+        rows.append([Image.fromarray(image).resize((side, side)) for image in task.eval_set.condition_images[:count]])
+        titles.append(f"{name}: condition")
         for method, path in strips.items():
             strip = read_image(path)
-            cell = strip.height
+            tile = strip.height
             rows.append(
-                [strip.crop((i * cell, 0, (i + 1) * cell, cell)) for i in range(min(count, strip.width // cell))]
+                [strip.crop((i * tile, 0, (i + 1) * tile, tile)) for i in range(min(count, strip.width // tile))]
             )
             titles.append(f"{method}, {nearest} steps")
-        rows.append([Image.fromarray(image) for image in task.judged.truths[:count]])
-        titles.append("truth")
+        rows.append([Image.fromarray(image) for image in task.eval_set.targets[:count]])
+        titles.append("target")
     path = bench.folder / f"new-condition-{bench.key}-images.png"
     write_png(path, contact_sheet(rows, row_titles=titles, cell=72))
     return path

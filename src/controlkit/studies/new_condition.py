@@ -1,16 +1,16 @@
 """`controlkit study new-condition`: does an adapter learn a new condition faster than a ControlNet?
 
-The experiments of Xu et al. 2025 (arXiv 2410.09400: figure 6 and table 3, table 4, figures 8 and 9) on a small base:
-every method sees the same pairs, in the same order, for the same steps, and draws the same images from the same
-noise. The learning rate is constant, so that one run gives all its budgets.
+The experiments of Xu et al. 2025 (arXiv 2410.09400: figure 6 and table 3, table 4, figures 8 and 9) on a small base.
+Every method trains on the same pairs, in the same order, for the same steps, and generates the same images from the
+same noise. The learning rate is constant, so that one run gives all its budgets.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ from controlkit.files import read_json, sha256_of, write_atomically, write_json
 from controlkit.formats.load import find_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.nano.icons import TRAINED_STYLES, IconSets, draw
+from controlkit.progress import Progress
 from controlkit.sampling.request import check_mode
 from controlkit.studies.cells import Bench, Cell, Task
 from controlkit.studies.figure import plot, require_matplotlib, sheet_of
-from controlkit.studies.kept import study_settings, with_settings
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, REPORTS
+from controlkit.studies.stored_results import StudyResult, study_settings, with_settings
 from controlkit.training.recipe import ControlRecipe
 from controlkit.training.recipes import build_recipe
 
@@ -44,77 +45,77 @@ METHODS: dict[str, dict[str, Any]] = {
     FULL_TUNING: {"system": "ctrlora-full"},
     ADAPTER: {"system": "ctrlora-adapter"},
 }
-"""The rows of the ablation (Xu et al. 2025, table 4), each with one thing more than the row above: the ControlNet; the
-autoencoder in place of its hint network and no x_t; the base control's weights to start from; LoRA in place of tuning
-them all. The share of dropped prompts is the same for all."""
+"""The rows of the ablation (Xu et al. 2025, table 4), each adding one change to the row above: the ControlNet; the
+autoencoder in place of its hint network, without x_t; initialisation from the base control; LoRA in place of full
+tuning. The rate of dropped prompts is the same for all."""
 
 PARTS = {
-    "rates": "the learning rate of each method, on a condition that no other part uses",
-    "budgets": "adapter against ControlNet at growing numbers of steps, on every condition",
+    "rates": "learning rates of each method, on a condition that no other part uses",
+    "budgets": "adapter against ControlNet after growing numbers of steps, on every condition",
     "ablation": "from the ControlNet to the adapter, one change at a time",
     "ranks": "the adapter at growing ranks",
-    "pairs": "the adapter with growing numbers of pairs",
+    "pairs": "the adapter on growing numbers of pairs",
 }
 
 _ORIGIN = "drawn-from.json"
 
 RATES = dict.fromkeys(METHODS, 1e-3)
-"""The learning rate of each method: one for all, as in the paper; the part `rates` compares others."""
+"""The learning rate of each method: the same for all, as in the paper; the part `rates` compares others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewCondition:
-    """Settings of the study. The defaults are those of the tables in docs/ctrlora.md."""
+    """Settings of the study. The tables in docs/ctrlora.md have the defaults."""
 
     out: str = "runs/study/new-condition"
     """Folder for pairs, runs, results, tables and the figure."""
     base: str = "nano"
     """The base."""
     control: str = "nano/base"
-    """The base control that adapters are made on."""
+    """The base control of the adapters."""
     icons: str = "data/nano/icons.npz"
-    """Rendered icons (`recipes/nano/build_pictures.py`), from which the pairs are made."""
+    """Rendered icons (`recipes/nano/build_pictures.py`), the source of the pairs."""
     conditions: tuple[str, ...] = ("palette", "pixel", "lineart_color_hints", "haze")
-    """Novel conditions, computed from images of icons."""
+    """New conditions, computed from images of icons."""
     given: tuple[str, ...] = ()
-    """More conditions from folders of pairs, each as NAME=FOLDER or NAME=FOLDER@CONDITION, scored by CONDITION."""
+    """More conditions from folders of pairs, as NAME=FOLDER or NAME=FOLDER@CONDITION, scored by CONDITION."""
     parts: tuple[str, ...] = ("budgets", "ablation", "ranks", "pairs")
-    """What is run, of rates, budgets, ablation, ranks and pairs."""
+    """Parts to run: rates, budgets, ablation, ranks, pairs."""
     budgets: tuple[int, ...] = (25, 50, 100, 250, 500, 1000)
     """Optimiser steps."""
     pairs: int = 1000
-    """Pairs to learn from."""
+    """Training pairs."""
     batch_size: int = 16
-    """Pairs a step."""
+    """Pairs per step."""
     rank: int = 4
-    """Of the adapters, where ranks are not compared."""
+    """Rank of the adapters, except in the part `ranks`."""
     detail: str = "lineart_color_hints"
-    """The condition of the ablation, the ranks and the numbers of pairs."""
+    """The condition of the ablation, ranks and pairs."""
     ranks: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
-    """Ranks that are compared."""
+    """Ranks to compare."""
     pair_counts: tuple[int, ...] = (100, 300, 1000, 3000, 5000)
-    """Numbers of pairs that are compared."""
+    """Numbers of pairs to compare."""
     detail_steps: int = 500
-    """Steps at which ranks and numbers of pairs are compared."""
+    """Optimiser steps for ranks and pairs."""
     rate_condition: str = "lineart_xdog"
-    """The condition on which learning rates are compared."""
+    """The condition of the learning rates."""
     rates: tuple[float, ...] = (3e-4, 5e-4, 1e-3, 2e-3)
-    """Learning rates that are compared."""
+    """Learning rates to compare."""
     rate_steps: int = 250
-    """Steps at which they are."""
+    """Optimiser steps for learning rates."""
     images: int = 64
-    """Held-out images that each control draws."""
+    """Held-out images per control."""
     sampling_steps: int = 10
-    """DDIM steps of these."""
+    """DDIM steps of these images."""
     mode: str = "balanced"
-    """In which the controls act (`ControlUse.mode`); `balanced` is that of the tables, and of the paper."""
+    """Mode of the controls (`ControlUse.mode`); the tables and the paper have `balanced`."""
 
     def __post_init__(self) -> None:
         if not self.parts:
-            raise UserError(f"parts is empty; give one or more of {', '.join(PARTS)}")
+            raise UserError(f"parts is empty; give at least one of {', '.join(PARTS)}", "missing-setting")
         for part in self.parts:
             if part not in PARTS:
-                raise UserError(f"there is no part called {part!r}{nearest(part, list(PARTS))}")
+                raise UserError(f"there is no part {part!r}{nearest(part, list(PARTS))}", "unknown-name")
         for name in (*self.conditions, self.rate_condition):
             conditions.find(name)
         for name in self.given:
@@ -122,31 +123,37 @@ class NewCondition:
         check_mode(self.mode)
         counts = (*self.budgets, *self.ranks, *self.pair_counts, self.pairs, self.images, self.sampling_steps)
         if min(counts) < 1 or not self.budgets:
-            raise UserError("steps, ranks and numbers of pairs and images must be at least 1")
+            raise UserError(
+                "budgets, ranks, pair_counts, pairs, images and sampling_steps must be at least 1", "out-of-range"
+            )
         known = [*self.conditions, *(_parse_given(name)[0] for name in self.given)]
-        if twice := sorted({name for name in known if known.count(name) > 1}):
-            raise UserError(f"{', '.join(twice)} is there twice; every condition of the study needs a name of its own")
+        if repeated := sorted({name for name in known if known.count(name) > 1}):
+            raise UserError(f"conditions {', '.join(repeated)} repeat; name each once", "contradiction")
         if self.detail not in known:
-            raise UserError(f"detail is {self.detail!r}; it must be one of the study's conditions: {', '.join(known)}")
+            raise UserError(
+                f"detail is {self.detail!r}; expected one of the conditions of the study: {', '.join(known)}",
+                "unknown-name",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
-    """What came out."""
+class NewConditionResult(StudyResult):
+    """Tables, files and cells of the study."""
 
-    reports: tuple[Report, ...]
     cells: tuple[Cell, ...]
-    files: dict[str, Path]
 
 
-def run_new_condition(settings: NewCondition) -> Study:
-    """Run what is missing, and tell everything that was measured.
+def run_new_condition(settings: NewCondition) -> NewConditionResult:
+    """Compute the missing cells, and report all.
 
     Raises:
         UserError: icons, pairs, the base control or matplotlib are missing.
     """
-    require_matplotlib()  # the figure comes last, hours after the beginning
+    require_matplotlib()  # the figure comes last, after hours
     return _Run(settings).study()
+
+
+_Job = Callable[[], Cell]
 
 
 class _Run:
@@ -160,74 +167,91 @@ class _Run:
             self.out, self.base, [self.fingerprint], sampling_steps=settings.sampling_steps, mode=settings.mode
         )
         self.tasks: dict[tuple[str, int], Task] = {}
+        self.jobs: dict[str, Callable[[], Iterator[_Job]]] = {
+            "rates": self.rates,
+            "budgets": self.budgets,
+            "ablation": self.ablation,
+            "ranks": self.ranks,
+            "pairs": self.pairs,
+        }
 
     @cached_property
     def sets(self) -> IconSets:
         """The icons."""
         return IconSets(self.settings.icons)
 
-    def study(self) -> Study:
-        made = {part: list(getattr(self, part)()) for part in PARTS if part in self.settings.parts}
-        reports = self._with_settings([report for part, cells in made.items() for report in REPORTS[part](cells)])
-        cells = tuple(cell for group in made.values() for cell in group)
-        return Study(reports=reports, cells=cells, files=self._write(made, reports))
+    def study(self) -> NewConditionResult:
+        jobs = {part: list(self.jobs[part]()) for part in PARTS if part in self.settings.parts}
+        progress = Progress("cells of the study", sum(map(len, jobs.values())))
+        computed: dict[str, list[Cell]] = {}
+        for part, group in jobs.items():
+            for job in group:
+                computed.setdefault(part, []).append(job())
+                progress.advance()
+        reports = self._with_settings([report for part, cells in computed.items() for report in REPORTS[part](cells)])
+        cells = tuple(cell for group in computed.values() for cell in group)
+        return NewConditionResult(reports=reports, cells=cells, files=self._write(computed, reports))
 
     def _with_settings(self, reports: Sequence[Report]) -> tuple[Report, ...]:
-        told = study_settings(self.settings, self.base, mode=self.settings.mode)
+        shared = study_settings(self.settings, self.base, mode=self.settings.mode)
         tasks = {f"{name}, {count} pairs": task.settings() for (name, count), task in self.tasks.items()}
         control = {"name": self.settings.control, "fingerprint": self.fingerprint}
-        return with_settings(reports, {**told, "base_control": control, "tasks": tasks})
+        return with_settings(reports, {**shared, "base_control": control, "tasks": tasks})
 
-    def rates(self) -> Iterator[Cell]:
-        task = self.task(self.settings.rate_condition, self.settings.pairs)
+    def rates(self) -> Iterator[_Job]:
+        settings = self.settings
         for method in (CONTROLNET, ADAPTER):
-            for rate in self.settings.rates:
-                yield self.cell(task, method, self.settings.rate_steps, rate=rate)
+            for rate in settings.rates:
+                yield partial(
+                    self.cell, settings.rate_condition, settings.pairs, method, settings.rate_steps, rate=rate
+                )
 
-    def budgets(self) -> Iterator[Cell]:
+    def budgets(self) -> Iterator[_Job]:
         for name in self.names():
-            task = self.task(name, self.settings.pairs)
             for method in (ADAPTER, CONTROLNET):
                 for steps in sorted(self.settings.budgets):
-                    yield self.cell(task, method, steps)
+                    yield partial(self.cell, name, self.settings.pairs, method, steps)
 
-    def ablation(self) -> Iterator[Cell]:
-        task = self.task(self.settings.detail, self.settings.pairs)
+    def ablation(self) -> Iterator[_Job]:
         for method in METHODS:
             for steps in sorted(self.settings.budgets):
-                yield self.cell(task, method, steps)
+                yield partial(self.cell, self.settings.detail, self.settings.pairs, method, steps)
 
-    def ranks(self) -> Iterator[Cell]:
-        task = self.task(self.settings.detail, self.settings.pairs)
-        for rank in self.settings.ranks:
-            yield self.cell(task, ADAPTER, self.settings.detail_steps, rank=rank)
+    def ranks(self) -> Iterator[_Job]:
+        settings = self.settings
+        for rank in settings.ranks:
+            yield partial(self.cell, settings.detail, settings.pairs, ADAPTER, settings.detail_steps, rank=rank)
 
-    def pairs(self) -> Iterator[Cell]:
+    def pairs(self) -> Iterator[_Job]:
         for count in self.settings.pair_counts:
-            yield self.cell(self.task(self.settings.detail, count), ADAPTER, self.settings.detail_steps)
+            yield partial(self.cell, self.settings.detail, count, ADAPTER, self.settings.detail_steps)
 
     def names(self) -> list[str]:
         return [*self.settings.conditions, *(_parse_given(text)[0] for text in self.settings.given)]
 
-    def cell(self, task: Task, method: str, steps: int, *, rank: int | None = None, rate: float | None = None) -> Cell:
+    def cell(
+        self, name: str, pairs: int, method: str, steps: int, *, rank: int | None = None, rate: float | None = None
+    ) -> Cell:
+        """Train `method` on `pairs` pairs of the condition `name`, and evaluate it."""
+        task = self.task(name, pairs)
         rate = RATES[method] if rate is None else rate
-        own: dict[str, Any] = dict(METHODS[method])
+        system: dict[str, Any] = dict(METHODS[method])
         if method in (ADAPTER, FULL_TUNING):
-            own["control"] = self.settings.control
+            system["control"] = self.settings.control
         if method == ADAPTER:
-            own["rank"] = rank or self.settings.rank
+            system["rank"] = rank or self.settings.rank
         label = "-".join(
             [
                 *([] if task.pairs.name.startswith(task.name) else [task.name]),
                 task.pairs.name,
                 method.replace("+ ", "").replace(" ", "-"),
-                *([f"r{own['rank']}"] if "rank" in own else []),
+                *([f"r{system['rank']}"] if "rank" in system else []),
                 *([] if steps in self.settings.budgets else [f"{steps}-steps"]),
             ]
         )
         recipe = build_recipe(
             {
-                **own,
+                **system,
                 "name": task.name,
                 "pairs": str(task.pairs),
                 "base": self.settings.base,
@@ -250,22 +274,22 @@ class _Run:
         return self.bench.cell(task, method, recipe)
 
     def task(self, name: str, count: int) -> Task:
-        """The condition `name` with `count` pairs, read and made once."""
+        """The condition `name` with `count` pairs, computed once."""
         if (name, count) not in self.tasks:
             self.tasks[name, count] = self._task(name, count)
         return self.tasks[name, count]
 
     def _task(self, name: str, count: int) -> Task:
         for text in self.settings.given:
-            called, folder, scored_by = _parse_given(text)
-            if called == name:
+            given_name, folder, scored_by = _parse_given(text)
+            if given_name == name:
                 held_out = split_pairs(read_pairs(folder))[1]
                 return Task(
                     name=name,
                     condition=conditions.find(scored_by),
                     pairs=folder,
                     held_out=0.1,
-                    judged=pairs_eval_set(held_out[: self.settings.images], self.base.size),
+                    eval_set=pairs_eval_set(held_out[: self.settings.images], self.base.size),
                 )
         condition = conditions.find(name)
         images = evaluation_set("held-out").first(self.settings.images)
@@ -274,52 +298,54 @@ class _Run:
             condition=condition,
             pairs=self._first_pairs(condition, count),
             held_out=0.0,
-            judged=examples_eval_set(condition, images, self.base.size),
+            eval_set=examples_eval_set(condition, images, self.base.size),
         )
 
     def _first_pairs(self, condition: conditions.Condition, count: int) -> Path:
-        """A folder whose manifest lists the first `count` of the condition's pairs."""
+        """A folder whose manifest lists the first `count` pairs of the condition."""
         most = (
             max(self.settings.pairs, *self.settings.pair_counts) if self._detailed(condition) else self.settings.pairs
         )
-        whole = self.out / "pairs" / f"{condition.name}-{most}"
+        all_pairs = self.out / "pairs" / f"{condition.name}-{most}"
         icons = Path(self.settings.icons)
-        drawn_from = {"icons": sha256_of(icons.read_bytes())} if icons.is_file() else {}
-        if not (whole / MANIFEST).is_file():
-            write_pairs(whole, icon_pairs(self.sets, condition, most))
-            write_json(whole / _ORIGIN, drawn_from)
-        elif drawn_from and (whole / _ORIGIN).is_file() and read_json(whole / _ORIGIN) != drawn_from:
+        origin = {"icons": sha256_of(icons.read_bytes())} if icons.is_file() else {}
+        if not (all_pairs / MANIFEST).is_file():
+            write_pairs(all_pairs, icon_pairs(self.sets, condition, most))
+            write_json(all_pairs / _ORIGIN, origin)
+        elif origin and (all_pairs / _ORIGIN).is_file() and read_json(all_pairs / _ORIGIN) != origin:
             raise UserError(
-                f"the pairs in {whole} were drawn from other icons than {self.settings.icons}; give the study another"
-                " out, or remove its folder of pairs"
+                f"the pairs in {all_pairs} were computed from other icons than {self.settings.icons}; choose another"
+                " --out, or delete that folder",
+                "resume-mismatch",
             )
-        folder = whole.with_name(f"{condition.name}-{count}")
-        if folder != whole and not (folder / MANIFEST).is_file():
-            lines = (whole / MANIFEST).read_text(encoding="utf-8").splitlines()[:count]
-            listed = "".join(_moved(line, f"../{whole.name}") + "\n" for line in lines)
+        folder = all_pairs.with_name(f"{condition.name}-{count}")
+        if folder != all_pairs and not (folder / MANIFEST).is_file():
+            lines = (all_pairs / MANIFEST).read_text(encoding="utf-8").splitlines()[:count]
+            listed = "".join(_moved(line, f"../{all_pairs.name}") + "\n" for line in lines)
             write_atomically(folder / MANIFEST, lambda temporary: temporary.write_text(listed, encoding="utf-8"))
         return folder
 
     def _detailed(self, condition: conditions.Condition) -> bool:
         return condition.name == self.settings.detail and "pairs" in self.settings.parts
 
-    def _write(self, made: Mapping[str, Sequence[Cell]], reports: Sequence[Report]) -> dict[str, Path]:
-        # A part alone does not write over what all of them told.
-        name = "-".join(["new-condition", self.bench.key, *([] if tuple(made) == NewCondition.parts else made)])
+    def _write(self, cells_of: Mapping[str, Sequence[Cell]], reports: Sequence[Report]) -> dict[str, Path]:
+        # The tables of some parts do not replace those of all.
+        parts = [] if tuple(cells_of) == NewCondition.parts else list(cells_of)
+        name = "-".join(["new-condition", self.bench.key, *parts])
         files = {"table": self.out / f"{name}.md"}
         text = "\n\n".join(report.to_markdown() for report in reports) + "\n"
         write_atomically(files["table"], lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        files["figure"] = plot(made, self.out / f"{name}.png")
-        if "budgets" in made:
+        files["figure"] = plot(cells_of, self.out / f"{name}.png")
+        if "budgets" in cells_of:
             tasks = {name: self.task(name, self.settings.pairs) for name in self.names()}
-            files["images"] = sheet_of(made["budgets"], tasks, self.bench, self.settings.detail_steps)
+            files["images"] = sheet_of(cells_of["budgets"], tasks, self.bench, self.settings.detail_steps)
         return files
 
 
 def icon_pairs(
     sets: IconSets, condition: conditions.Condition, count: int, seed: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
-    """`(condition image, image, caption)` of `count` drawings of concepts that are not held out."""
+    """Yield `(condition image, image, caption)` for `count` drawings of concepts that are not held out."""
     icons = sets.select(styles=TRAINED_STYLES, held_out=False, drawable=True)
     for number in range(count):
         rng = np.random.default_rng((seed, number, 13))
@@ -339,5 +365,5 @@ def _parse_given(text: str) -> tuple[str, Path, str]:
     name, equals, rest = text.partition("=")
     folder, _, scored_by = rest.partition("@")
     if not (name and equals and folder):
-        raise UserError(f"given pairs {text!r}: expected NAME=FOLDER or NAME=FOLDER@CONDITION")
+        raise UserError(f"given {text!r}: expected NAME=FOLDER or NAME=FOLDER@CONDITION", "usage")
     return name, Path(folder), conditions.find(scored_by or "identity").name

@@ -1,4 +1,4 @@
-"""The tables of `new_condition.py`, and what they say about the paper's claims."""
+"""Tables of `new_condition.py`, and whether the paper's claims hold in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from controlkit.evaluation.report import Report, Row
 from controlkit.studies.cells import Cell
 
 ADAPTER, CONTROLNET = "adapter", "ControlNet"
-"""Names of the two methods that the claims are about."""
+"""The two methods that the claims compare."""
 
 
 def rates_report(cells: Iterable[Cell]) -> list[Report]:
@@ -18,7 +18,7 @@ def rates_report(cells: Iterable[Cell]) -> list[Report]:
             title="Learning rates: gap closed",
             columns=("method", "rate", "score", "gap closed"),
             rows=tuple(rows),
-            notes=("the other parts have 1e-3 for every method, as the paper has one rate for all.",),
+            notes=("the other parts use 1e-3 for every method, as the paper uses one rate for all.",),
         )
     ]
 
@@ -31,13 +31,13 @@ def budgets_report(cells: Sequence[Cell]) -> list[Report]:
     rows: list[Row] = [
         (f"{task}: {method}", *(row[steps].gap_closed for steps in budgets)) for (task, method), row in by_row.items()
     ]
-    ends = {cell.task: (cell.baseline, cell.ceiling) for cell in cells}
+    baselines = {cell.task: (cell.baseline, cell.ceiling) for cell in cells}
     trained = {cell.method: cell.parameters for cell in cells}
     notes = [f"trained: {', '.join(f'{method} {count:,} parameters' for method, count in trained.items())}."]
-    notes += [f"{task}: no control {low:.3f}, ceiling {high:.3f}." for task, (low, high) in ends.items()]
+    notes += [f"{task}: no control {low:.3f}, ceiling {high:.3f}." for task, (low, high) in baselines.items()]
     return [
         Report(
-            title="Gap closed after so many steps",
+            title="Gap closed by number of steps",
             columns=("condition: method", *(str(steps) for steps in budgets)),
             rows=tuple(rows),
             notes=tuple(notes),
@@ -48,7 +48,7 @@ def budgets_report(cells: Sequence[Cell]) -> list[Report]:
 
 
 def claims(cells: Iterable[Cell]) -> dict[str, dict[str, bool]]:
-    """The paper's claims, as far as these cells decide them: claim => condition => whether it holds here."""
+    """The paper's claims that these cells can decide: claim => condition => whether it holds."""
     score = {(cell.task, cell.method, cell.steps): cell.gap_closed for cell in cells}
     size = {cell.method: cell.parameters for cell in cells}
     tasks = sorted({task for task, _, _ in score})
@@ -94,7 +94,7 @@ def ablation_report(cells: Sequence[Cell]) -> list[Report]:
         rows.append((shown, parameters, *(at[method, steps].gap_closed for steps in budgets)))
     return [
         Report(
-            title=f"Ablation on {cells[0].task}: gap closed after so many steps",
+            title=f"Ablation on {cells[0].task}: gap closed by number of steps",
             columns=("method", "trained", *(str(steps) for steps in budgets)),
             rows=tuple(rows),
         )
@@ -119,7 +119,7 @@ def pairs_report(cells: Sequence[Cell]) -> list[Report]:
             title=f"Pairs, on {cells[0].task}, {cells[0].steps} steps",
             columns=("pairs", "score", "gap closed"),
             rows=tuple(rows),
-            notes=("one pair of each number is held out for the previews.",),
+            notes=("of each number of pairs, one is held out for previews.",),
         )
     ]
 

@@ -1,8 +1,8 @@
-"""`controlkit study several-conditions`: what two adapters of one base control do to each other, and what they cost.
+"""`controlkit study several-conditions`: fidelity and cost of several adapters of one base control together.
 
 CtrLoRA adds the residuals of several conditions (Xu et al. 2025, section 3.4). Here the adapters run in one batched
-pass; the study compares fidelity to each condition with that of each alone, and the time with one pass after another.
-What was sampled and timed is kept in the study's folder, so that running it again resumes.
+pass. The study compares fidelity to each condition with that of each adapter alone, and the time with one pass per
+adapter. Samples and timings are stored in the folder of the study; running it again resumes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from controlkit.bases.load import load_base
 from controlkit.controls.control import Control
 from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.errors import UserError
-from controlkit.evaluation.evaluate_control import Steer, draw_controlled
+from controlkit.evaluation.evaluate_control import EvalControl, generate_controlled
 from controlkit.evaluation.report import Report, Row, gap_closed
-from controlkit.evaluation.sampling import draw_prompts, reconstruct
+from controlkit.evaluation.sampling import generate_uncontrolled, reconstruct
 from controlkit.evaluation.sets import EvaluationSet, Example, evaluation_set
 from controlkit.evaluation.settings import (
     condition_settings,
@@ -40,7 +40,7 @@ from controlkit.formats.load import load_control
 from controlkit.images import contact_sheet, to_tensor, write_png
 from controlkit.sampling.request import DEFAULT_STEPS, check_mode
 from controlkit.sampling.settings import base_settings, sampling_settings, versions
-from controlkit.studies.kept import Kept, study_settings, with_settings
+from controlkit.studies.stored_results import StoredResults, StudyResult, study_settings, with_settings
 
 _ROUNDS = 7
 _SHOWN = 8
@@ -51,46 +51,45 @@ class SeveralConditions:
     """Settings of the study."""
 
     out: str = "runs/study/several-conditions"
-    """Folder for the sheet and for what is kept (`kept/`; without it, all is sampled and timed anew)."""
+    """Folder for the sheet and stored results (`kept/`; delete it to sample and time again)."""
     base: str = "nano"
     """The base."""
     mixes: tuple[str, ...] = ("palette+lineart", "palette+canny", "lineart+silhouette")
-    """Which adapters act together, their names or files joined by `+`; names mean `nano/NAME` first."""
+    """Adapters that act together, names or files joined by `+`; a name means `nano/NAME` first."""
     weight: float = 1.0
-    """Of every adapter, alone and together."""
+    """Weight of every adapter, alone and together."""
     mode: str | None = None
-    """In which adapters act (`ControlUse.mode`); None is the base's own."""
+    """Mode of the adapters (`ControlUse.mode`); null is that of the base."""
     images: int = 48
     """Held-out images."""
     sampling_steps: int = DEFAULT_STEPS
     """DDIM steps."""
     timed: tuple[int, ...] = (1, 2, 3, 4)
-    """Numbers of conditions that are timed (those of the mixes, in their order, over again if too few)."""
+    """Numbers of conditions to time (those of the mixes in order, repeated if too few)."""
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.sampling_steps < 1 or not self.timed or min(self.timed) < 1:
-            raise UserError("images, sampling_steps and timed must be at least 1")
+            raise UserError(
+                f"images {self.images}, sampling_steps {self.sampling_steps}, timed {list(self.timed)}: expected"
+                " numbers of at least 1",
+                "out-of-range",
+            )
         check_mode(self.mode)
         if not self.mixes:
-            raise UserError("mixes is empty; give one or more, such as palette+lineart")
+            raise UserError("mixes is empty; give at least one, such as palette+lineart", "missing-setting")
         for mix in self.mixes:
             if len(set(mix.split("+"))) < max(2, len(mix.split("+"))):
-                raise UserError(f"{mix!r} is not a mix; join two or more adapters by +, such as palette+lineart")
+                raise UserError(
+                    f"{mix!r} is not a mix; join two or more different adapters with +, such as palette+lineart",
+                    "contradiction",
+                )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mixed:
-    """What came out."""
-
-    reports: tuple[Report, ...]
-    files: dict[str, Path]
-
-
-def run_several_conditions(settings: SeveralConditions) -> Mixed:
-    """Draw and judge every mix, and time them.
+def run_several_conditions(settings: SeveralConditions) -> StudyResult:
+    """Sample, score and time every mix.
 
     Raises:
-        UserError: a control is missing, is no adapter, or does not say which condition it follows.
+        UserError: a control is missing, is not an adapter, or records no condition.
     """
     base = load_base(settings.base)
     shared: dict[str, Control] = {}
@@ -101,27 +100,28 @@ def run_several_conditions(settings: SeveralConditions) -> Mixed:
     acting = {
         name: control_settings(base, control, weight=settings.weight, mode=mode) for name, control in controls.items()
     }
-    kept = Kept(
+    stored = StoredResults(
         Path(settings.out),
         {"base": base.content, **sampling_settings(base, steps=settings.sampling_steps)},
     )
-    fidelity, sheet = _fidelity(settings, base, controls, acting, images, kept)
+    fidelity, sheet = _fidelity(settings, base, controls, acting, images, stored)
     path = Path(settings.out) / "several-conditions.png"
     write_png(path, sheet)
-    speed = _speed(base, controls, acting, images, settings, kept)
-    told = study_settings(settings, base, mode=mode, weight=settings.weight)
+    speed = _speed(base, controls, acting, images, settings, stored)
+    shared_settings = study_settings(settings, base, mode=mode, weight=settings.weight)
     conditions_of = {
         name: condition_settings(conditions.find(control.condition or "")) for name, control in controls.items()
     }
-    more = {
+    details = {
         "controls": {name: {**acting[name], "condition": conditions_of[name]} for name in controls},
         "sets": [examples_settings(images)],
         "seeds": seeds_of(len(images.examples)),
     }
-    (fidelity,) = with_settings([fidelity], told | more)
-    # Nothing is sampled for the times, so no mode stands under them.
-    speed = replace(speed, settings={**base_settings(base), "study": told["study"], "controls": more["controls"]})
-    return Mixed(reports=(fidelity, speed), files={"images": path})
+    (fidelity,) = with_settings([fidelity], shared_settings | details)
+    # Timing samples nothing, so its table has no mode.
+    timing_settings = {"study": shared_settings["study"], "controls": details["controls"]}
+    speed = replace(speed, settings={**base_settings(base), **timing_settings})
+    return StudyResult(reports=(fidelity, speed), files={"images": path})
 
 
 def _adapter(name: str, base: Base, shared: dict[str, Control]) -> CtrLoRA:
@@ -130,7 +130,7 @@ def _adapter(name: str, base: Base, shared: dict[str, Control]) -> CtrLoRA:
     except UserError:
         control = load_control(name, base, shared=shared)
     if not isinstance(control, CtrLoRA) or control.condition is None:
-        raise UserError(f"{name} is not an adapter that says which condition it follows")
+        raise UserError(f"{name} is not a CtrLoRA adapter with a recorded condition", "wrong-kind")
     return control
 
 
@@ -140,56 +140,63 @@ def _fidelity(
     controls: dict[str, CtrLoRA],
     acting: dict[str, dict[str, Any]],
     images: EvaluationSet[Example],
-    kept: Kept,
+    stored: StoredResults,
 ) -> tuple[Report, Image.Image]:
-    truths, prompts = images.images, images.captions
+    targets, prompts = images.images, images.captions
     kinds = {name: conditions.find(control.condition or "") for name, control in controls.items()}
-    given = {name: [kind(truth) for truth in truths] for name, kind in kinds.items()}
-    shown = {"set": content_of(truths, prompts)}
-    without = kept.images("without control", shown, lambda: draw_prompts(base, prompts, settings.sampling_steps))
-    ceiling = reconstruct(base, truths)
+    condition_images = {name: [kind(target) for target in targets] for name, kind in kinds.items()}
+    steps = settings.sampling_steps
+    set_content = {"set": content_of(targets, prompts)}
+    no_control = stored.images("without control", set_content, lambda: generate_uncontrolled(base, prompts, steps))
+    ceiling = reconstruct(base, targets)
 
-    def draw(names: Sequence[str]) -> list[np.ndarray]:
+    def generate(names: Sequence[str]) -> list[np.ndarray]:
         uses = [
-            Steer(control=controls[name], given=given[name], weight=settings.weight, mode=settings.mode)
+            EvalControl(
+                control=controls[name],
+                condition_images=condition_images[name],
+                weight=settings.weight,
+                mode=settings.mode,
+            )
             for name in names
         ]
-        own = [{**acting[name], "given": content_of(given[name], ())} for name in names]
-        return kept.images(
+        # The names of these settings count in the names of stored files.
+        used = [{**acting[name], "given": content_of(condition_images[name], ())} for name in names]
+        return stored.images(
             "+".join(names),
-            {**shown, "controls": own},
-            lambda: draw_controlled(base, uses, prompts, steps=settings.sampling_steps),
+            {**set_content, "controls": used},
+            lambda: generate_controlled(base, uses, prompts, steps=steps),
         )
 
     def closed(name: str, results: Sequence[np.ndarray]) -> float:
-        def score(made: Sequence[np.ndarray]) -> float:
-            return kinds[name].mean_score(given[name], made, truths)
+        def score(images: Sequence[np.ndarray]) -> float:
+            return kinds[name].mean_score(condition_images[name], images, targets)
 
-        return gap_closed(score(without), score(results), score(ceiling))
+        return gap_closed(score(no_control), score(results), score(ceiling))
 
-    alone = {name: draw([name]) for name in controls}
+    alone = {name: generate([name]) for name in controls}
     rows: list[Row] = []
     strips: list[Sequence[np.ndarray]] = []
     titles: list[str] = []
     for mix in settings.mixes:
         names = mix.split("+")
-        together = draw(names)
+        together = generate(names)
         for name in names:
             others = [closed(name, alone[other]) for other in names if other != name]
             rows.append((mix, name, closed(name, alone[name]), closed(name, together), max(others)))
-            strips += [given[name][:_SHOWN], alone[name][:_SHOWN]]
-            titles += [f"{name}: given", f"{name} alone"]
+            strips += [condition_images[name][:_SHOWN], alone[name][:_SHOWN]]
+            titles += [f"{name}: condition", f"{name} alone"]
         strips.append(together[:_SHOWN])
         titles.append(mix)
-    strips.append(truths[:_SHOWN])
+    strips.append(targets[:_SHOWN])
     report = Report(
-        title=f"Fidelity to each condition, as gap closed ({len(truths)} images, weight {settings.weight:g})",
+        title=f"Fidelity to each condition, as gap closed ({len(targets)} images, weight {settings.weight:g})",
         columns=("mix", "condition", "alone", "together", "under the others alone"),
         rows=tuple(rows),
-        notes=("the last column is what a condition gets from the others without its own adapter.",),
+        notes=("last column: fidelity to the condition under the other adapters, without its own.",),
     )
     cells = [[Image.fromarray(image) for image in strip] for strip in strips]
-    return report, contact_sheet(cells, row_titles=[*titles, "truth"], cell=80)
+    return report, contact_sheet(cells, row_titles=[*titles, "target"], cell=80)
 
 
 def _speed(
@@ -198,25 +205,25 @@ def _speed(
     acting: dict[str, dict[str, Any]],
     images: EvaluationSet[Example],
     settings: SeveralConditions,
-    kept: Kept,
+    stored: StoredResults,
 ) -> Report:
-    """One batched pass against one pass after another, for one step of one image with guidance."""
+    """Time one batched pass against one pass per adapter, for one step of one image with guidance."""
     names = list(controls)
     example = images.examples[0]
     machine = {"device": str(base.device), "threads": torch.get_num_threads(), "versions": versions()}
     rows: list[Row] = []
     for count in settings.timed:
         chosen = [names[index % len(names)] for index in range(count)]
-        own = {
+        timed = {
             **machine,
             "set": content_of([example.image], [example.caption]),
             "controls": [acting[name]["fingerprint"] for name in chosen],
         }
         group = [controls[name] for name in chosen]
-        made = kept.numbers(f"timing {count}", own, partial(_times, base, group, example))
-        rows.append((count, *(made[name] for name in ("together", "apart", "ratio", "difference"))))
+        times = stored.numbers(f"timing {count}", timed, partial(_times, base, group, example))
+        rows.append((count, *(times[name] for name in ("together", "apart", "ratio", "difference"))))
     return Report(
-        title="The control's own cost at one step, milliseconds",
+        title="Cost of the controls per step, milliseconds",
         columns=("conditions", "one pass", "one after another", "ratio", "largest difference"),
         rows=tuple(rows),
         notes=(f"medians of {_ROUNDS} rounds, the two in turns; {torch.get_num_threads()} threads, {base.device}.",),
@@ -225,8 +232,7 @@ def _speed(
 
 @torch.inference_mode()
 def _times(base: Base, group: Sequence[CtrLoRA], example: Example) -> dict[str, float]:
-    """Milliseconds of one pass for all of `group` and of one after another, their ratio, and how far the two are
-    apart."""
+    """Milliseconds of one pass for all of `group` and of one pass each, their ratio, and the largest difference."""
     text = base.encode_text(["", example.caption])
     t = torch.tensor([500, 500])
     hints = [
@@ -234,17 +240,17 @@ def _times(base: Base, group: Sequence[CtrLoRA], example: Example) -> dict[str, 
     ]
 
     def together() -> list[Tensor]:
-        return [made["middle"] for made in CtrLoRA.forward_together(group, None, t, text, hints)]
+        return [residuals["middle"] for residuals in CtrLoRA.forward_together(group, None, t, text, hints)]
 
     def apart() -> list[Tensor]:
         return [c(None, t, text, hint)["middle"] for c, hint in zip(group, hints, strict=True)]
 
-    off = max(float((a - b).abs().max()) for a, b in zip(together(), apart(), strict=True))
+    difference = max(float((a - b).abs().max()) for a, b in zip(together(), apart(), strict=True))
     times: dict[str, list[float]] = {"together": [], "apart": []}
     for _ in range(_ROUNDS):
         for name, run in (("together", together), ("apart", apart)):
             started = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - started)
-    one, each = (1000 * float(np.median(times[name])) for name in ("together", "apart"))
-    return {"together": one, "apart": each, "ratio": each / one, "difference": off}
+    one_pass, passes = (1000 * float(np.median(times[name])) for name in ("together", "apart"))
+    return {"together": one_pass, "apart": passes, "ratio": passes / one_pass, "difference": difference}

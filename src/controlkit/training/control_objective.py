@@ -1,4 +1,4 @@
-"""Training a control on a frozen base, whatever its system and wherever its data comes from."""
+"""The objective of training a control of any system on a frozen base, with data from any source."""
 
 from __future__ import annotations
 
@@ -24,24 +24,23 @@ from controlkit.images import to_tensor
 from controlkit.training.memory import CPUOffload, checkpoint_activations, store_frozen, uses_bf16
 from controlkit.training.objective import Objective, numpy_generator
 from controlkit.training.previews import preview_images, preview_settings, write_preview
-from controlkit.training.processes import tell
+from controlkit.training.processes import print_notes
 from controlkit.training.recipe import ControlRecipe
 from controlkit.training.sources.source import HeldOut, Source, Step
 
 _STRIP = 8
-"""Held-out samples that a preview shows."""
+"""Held-out samples in the image of a preview."""
 
 
 class ControlObjective(Objective):
-    """The base's own loss under a control (Zhang et al. 2023, section 3.3).
+    """The base's diffusion loss under a control (Zhang et al. 2023, section 3.3).
 
-    The base is frozen. Gradients pass through whatever of it lies behind the places where the control acts, and no
-    other gradient is ever made.
+    The base is frozen; gradients flow only through its part behind the injection sites.
     """
 
     recipe: ControlRecipe
     control: Control
-    """What is trained, or holds what is."""
+    """The control that is trained, or that contains the trained modules."""
 
     def __init__(self, recipe: ControlRecipe, device: torch.device) -> None:
         self.recipe = recipe
@@ -49,15 +48,15 @@ class ControlObjective(Objective):
         kind = recipe.control_class
         if not takes_one_image(kind):
             raise UserError(
-                f"{kind.title} takes {words_of_inputs(kind)}; training from data of one condition image needs a control"
-                " that takes one"
+                f"{kind.title} takes {words_of_inputs(kind)}; training needs a control that takes one condition image",
+                "unsupported",
             )
         self.source: Source = recipe.source(recipe)
         self.base = load_base(recipe.base, device=device)
         self.frozen = self.base.content
         self.control = self._build(kind)
         self.trained = nn.ModuleDict(self.control.trained_modules())
-        tell(self.source.notes(self.base))
+        print_notes(self.source.notes(self.base))
         self.source.prepare(self.base, self.control)
         self.data = self.source.digest
         if recipe.gradient_checkpointing:
@@ -68,15 +67,18 @@ class ControlObjective(Objective):
         self.offload = CPUOffload(self.base) if self.source.caches_encoders else None
 
     def _build(self, kind: type[Control]) -> Control:
-        """The control, made before anything is encoded, so that a file that does not do is told of at once."""
+        """Build the control before anything is encoded, so that an unsuitable file fails at once."""
         recipe = self.recipe
         start = companion = None
-        if (named := recipe.started_from) is not None:
-            loaded = load_control(named, self.base)
-            wanted = find(kind.companion or kind.kind)
-            if not isinstance(loaded, wanted):
-                hint = "; nano's is called nano/base" if kind.companion is not None else ""
-                raise UserError(f"{named} is {loaded.title}, not {wanted.title}, which {kind.title} starts from{hint}")
+        if (path := recipe.started_from) is not None:
+            loaded = load_control(path, self.base)
+            expected = find(kind.companion or kind.kind)
+            if not isinstance(loaded, expected):
+                hint = " (for nano: nano/base)" if kind.companion is not None else ""
+                raise UserError(
+                    f"cannot train {kind.title} from {path}: it is {loaded.title}; give {expected.title}{hint}",
+                    "wrong-kind",
+                )
             if kind.companion is not None:
                 companion = loaded
                 self.frozen = sha256_of(self.frozen, loaded.fingerprint())
@@ -93,16 +95,16 @@ class ControlObjective(Objective):
         )
 
     def condition_at(self, step: int) -> str:
-        """The condition of a step: rounds of all of them, each round in random order, so each is as frequent.
+        """The condition of a step: rounds of all conditions, each in random order, so that all are equally frequent.
 
-        It is the same in every process, which keeps the number of optimiser steps of each the same.
+        It is the same in every process, so that each condition gets the same number of optimiser steps.
         """
         names = self.recipe.condition_names
         order = numpy_generator(self.recipe.seed, step // len(names), 1).permutation(len(names))
         return names[order[step % len(names)]]
 
-    def draw(self, step: int) -> Step:
-        """What the batch of a step is drawn with."""
+    def sampling_step(self, step: int) -> Step:
+        """Seed, batch size and generator from which the batch of a step is sampled."""
         return Step(
             number=step,
             seed=self.recipe.seed,
@@ -112,26 +114,26 @@ class ControlObjective(Objective):
         )
 
     def loss(self, step: int) -> Tensor:
-        condition, drawn = self.condition_at(step), self.draw(step)
-        batch = self.source.batch(condition, drawn)
+        condition, sampling = self.condition_at(step), self.sampling_step(step)
+        batch = self.source.batch(condition, sampling)
         control = self.control.for_condition(condition)
         text = batch.text if isinstance(batch.text, Text) else self.base.encode_text(batch.text)
         hint = batch.hint
         if hint is None:
             assert batch.condition_images is not None  # a batch has one of the two
             hint = encode_images(control, batch.condition_images, self.base)
-        noisy = self.noised(self.base.schedule, batch.latents, drawn.generator)
+        noisy = self.noised(self.base.schedule, batch.latents, sampling.generator)
         return self.diffusion_loss(noisy, predict_under(control, self.base, noisy.x_t, noisy.t, text, hint))
 
-    def seen(self, step: int) -> list[str]:
+    def samples(self, step: int) -> list[str]:
         condition = self.condition_at(step)
-        return [f"{condition}: {name}" for name in self.source.samples(condition, self.draw(step))]
+        return [f"{condition}: {name}" for name in self.source.samples(condition, self.sampling_step(step))]
 
     @torch.no_grad()
     def preview(self, step: int, folder: Path) -> dict[str, float]:
-        whole = nullcontext() if self.offload is None else self.offload.suspended()
+        on_device = nullcontext() if self.offload is None else self.offload.suspended()
         self.trained.eval()
-        with whole, torch.autocast(self.device.type, torch.bfloat16, enabled=self.stores_bf16):
+        with on_device, torch.autocast(self.device.type, torch.bfloat16, enabled=self.stores_bf16):
             scores = self._preview(step, folder)
         self.trained.train()
         return scores
@@ -141,27 +143,26 @@ class ControlObjective(Objective):
         rows: list[Sequence[Image.Image]] = []
         titles: list[str] = []
         names = self.recipe.condition_names
-        held_out = [self.source.held_out(name) for name in names]
-        for name, held, following in zip(names, held_out, [*held_out[1:], None], strict=True):
-            results = self._follow(name, held)
+        sets = [self.source.held_out(name) for name in names]
+        for name, held_out, following in zip(names, sets, [*sets[1:], None], strict=True):
+            results = self._sample(name, held_out)
             if (kind := self.source.scored_by(name)) is not None:
-                score = kind.mean_score(
-                    held.condition_images, [np.asarray(one) for one in results], held.targets, held.parameters
-                )
+                arrays = [np.asarray(image) for image in results]
+                score = kind.mean_score(held_out.condition_images, arrays, held_out.targets, held_out.parameters)
                 scores[f"{name}: {kind.fidelity.name}"] = score
-            rows += [_strip(held.condition_images), results[:_STRIP]]
+            rows += [_strip(held_out.condition_images), results[:_STRIP]]
             titles += [name, f"result, {self.preview_settings['mode']}"]
-            if following is None or following.targets is not held.targets:
-                rows.append(_strip(held.targets))
+            if following is None or following.targets is not held_out.targets:
+                rows.append(_strip(held_out.targets))
                 titles.append("target")
         write_preview(folder, step, rows, titles, scores, self.preview_settings)
         return scores
 
-    def _follow(self, name: str, held: HeldOut) -> list[Image.Image]:
-        """Images under control of held-out condition images, from fixed seeds."""
+    def _sample(self, name: str, held_out: HeldOut) -> list[Image.Image]:
+        """Images generated from held-out condition images with fixed seeds."""
         control = self.control.for_condition(name)
-        hint = encode_images(control, to_tensor(held.condition_images).to(self.device), self.base)
-        return preview_images(self.base, control, hint, held.prompts)
+        hint = encode_images(control, to_tensor(held_out.condition_images).to(self.device), self.base)
+        return preview_images(self.base, control, hint, held_out.prompts)
 
     @property
     def preview_settings(self) -> dict[str, Any]:
@@ -169,7 +170,7 @@ class ControlObjective(Objective):
 
     def save(self, folder: Path) -> list[Path]:
         recipe = self.recipe
-        made = {**self.source.facts(), **recipe.summary()}
+        metadata = {**self.source.facts(), **recipe.summary()}
         companion = None if recipe.started_from is None else Path(recipe.started_from).stem
         return [
             save_control(
@@ -177,7 +178,7 @@ class ControlObjective(Objective):
                 control,
                 self.base,
                 companion=None if control.companion is None else (companion or "base"),
-                made=made,
+                made=metadata,
             )
             for stem, control in self.control.finished(recipe.control_name).items()
         ]

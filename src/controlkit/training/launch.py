@@ -1,4 +1,4 @@
-"""What `accelerate launch` asks for, as it tells the processes that it starts: variables of the environment."""
+"""Settings of `accelerate launch`, read from the environment variables that it sets."""
 
 from __future__ import annotations
 
@@ -12,72 +12,72 @@ from controlkit.errors import UserError
 from controlkit.files import read_json
 
 _NO_OFFLOAD = (
-    "which controlkit does not: set it to {} in `accelerate config`, and use gradient_checkpointing,"
-    " optimizer: adamw8bit or a smaller batch_size if memory is short"
+    "which controlkit does not support: set it to {} in `accelerate config`. To save memory, use"
+    " gradient_checkpointing, optimizer: adamw8bit or a smaller batch_size"
 )
 
 _NO_SHARD, _HYBRID = ("no_shard", "3"), ("hybrid_shard", "hybrid_shard_zero2", "4", "5")
-"""FSDP's strategies, by name and as accelerate numbers them."""
+"""FSDP's strategies, by name and by accelerate's numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How the processes of a run share what is trained."""
+    """How the processes of a run share the trained weights."""
 
     shards: bool = False
-    """Whether each holds a part of weights, gradients and optimiser (FSDP, ZeRO); otherwise each holds all (DDP)."""
+    """Whether weights, gradients and optimiser are sharded (FSDP, ZeRO); otherwise every process has all (DDP)."""
     reshard: bool = False
-    """Whether weights are whole only while a pass needs them (ZeRO stage 3), not during the whole step."""
+    """Whether weights are sharded again after each forward pass (ZeRO stage 3), not only after the step."""
     zero_stage: int | None = None
-    """The stage of DeepSpeed's ZeRO that was asked for and that the above stands for."""
+    """The ZeRO stage that DeepSpeed's settings ask for, which the above replaces."""
 
 
-def asked_for(environment: Mapping[str, str] = os.environ) -> Launch:
-    """What the environment of a process asks for.
+def launch_settings(environment: Mapping[str, str] = os.environ) -> Launch:
+    """The launch settings in the environment.
 
-    DeepSpeed's own engine does not run: it would write its states as pickles. Its ZeRO (Rajbhandari et al. 2020) is
-    what torch's FSDP does, so its stages become that.
+    DeepSpeed's engine is not used, because it writes its states as pickles. torch's FSDP implements the same ZeRO
+    (Rajbhandari et al. 2020) and runs in its place.
 
     Raises:
-        UserError: DeepSpeed's configuration cannot be read, or it or FSDP's offloads, which is not done here.
+        UserError: DeepSpeed's configuration cannot be read, or offloading is configured, which is not supported.
     """
     if _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
         return _zero(environment)
     if not _is_true(environment, "ACCELERATE_USE_FSDP"):
         return Launch()
     if _is_true(environment, "FSDP_OFFLOAD_PARAMS"):
-        raise UserError(f"FSDP is configured to offload parameters, {_NO_OFFLOAD.format('false')}")
+        raise UserError(f"FSDP is configured to offload parameters, {_NO_OFFLOAD.format('false')}", "unsupported")
     if environment.get("FSDP_SHARDING_STRATEGY", "").lower() in _NO_SHARD:
         return Launch()
-    # The second version of FSDP says true or false, the first the name of a strategy.
+    # FSDP2 has a boolean, FSDP1 the name of a strategy.
     strategy = environment.get("FSDP_RESHARD_AFTER_FORWARD", environment.get("FSDP_SHARDING_STRATEGY", "false"))
     return Launch(shards=True, reshard=strategy.lower() in ("true", "1", "full_shard"))
 
 
 def unused_settings(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """What the environment asks for beside that and does not get, a sentence each, to follow "accelerate's"."""
+    """Other settings of accelerate, which are not used: sentences to follow "accelerate's"."""
 
-    def given(name: str) -> str | None:
+    def setting(name: str) -> str | None:
         value = environment.get(name, "none")
         return None if value.lower() in ("none", "no", "false", "auto", "") else value
 
-    found = []
-    asked = given("ACCELERATE_MIXED_PRECISION")
-    if asked is not None:
-        found.append(f"mixed precision, {asked}, is not used: the recipe's precision is")
-    steps = given("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    notes = []
+    precision = setting("ACCELERATE_MIXED_PRECISION")
+    if precision is not None:
+        notes.append(f"mixed precision, {precision}, is not used: the recipe's precision is")
+    steps = setting("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     if steps not in (None, "1"):
-        found.append(f"gradient accumulation over {steps} steps is not used: raise batch_size")
-    if given("ACCELERATE_GRADIENT_CLIPPING") is not None:
-        found.append("gradient clipping is not used: the recipe's max_grad_norm is")
-    if given("ACCELERATE_DYNAMO_BACKEND") is not None:
-        found.append("torch.compile is not used")
-    if given("ACCELERATE_USE_FSDP") is not None:
-        if given("FSDP_ACTIVATION_CHECKPOINTING") is not None:
-            found.append("activation checkpointing is not used: the recipe's gradient_checkpointing is")
+        notes.append(f"gradient accumulation over {steps} steps is not used: raise batch_size")
+    if setting("ACCELERATE_GRADIENT_CLIPPING") is not None:
+        notes.append("gradient clipping is not used: the recipe's max_grad_norm is")
+    if setting("ACCELERATE_DYNAMO_BACKEND") is not None:
+        notes.append("torch.compile is not used")
+    if setting("ACCELERATE_USE_FSDP") is not None:
+        if setting("FSDP_ACTIVATION_CHECKPOINTING") is not None:
+            notes.append("activation checkpointing is not used: the recipe's gradient_checkpointing is")
         if environment.get("FSDP_SHARDING_STRATEGY", "").lower() in _HYBRID:
-            found.append("hybrid sharding is not used: all processes share one copy")
-    return found + _unused_of_deepspeed(environment)
+            notes.append("hybrid sharding is not used: all processes share one copy")
+    return notes + _unused_of_deepspeed(environment)
 
 
 def _unused_of_deepspeed(environment: Mapping[str, str]) -> list[str]:
@@ -101,9 +101,9 @@ def _zero(environment: Mapping[str, str]) -> Launch:
         offload = {str(part.get("device", "none")) for part in parts}
     if offload - {"none"}:
         where = ", ".join(sorted(offload - {"none"}))
-        raise UserError(f"DeepSpeed is configured to offload to {where}, {_NO_OFFLOAD.format('none')}")
+        raise UserError(f"DeepSpeed is configured to offload to {where}, {_NO_OFFLOAD.format('none')}", "unsupported")
     if str(stage) not in ("0", "1", "2", "3"):
-        raise UserError(f"DeepSpeed's ZeRO stage is {stage!r}; it must be 0, 1, 2 or 3")
+        raise UserError(f"DeepSpeed's ZeRO stage is {stage!r}; it must be 0, 1, 2 or 3", "out-of-range")
     stage = int(stage)
     return Launch(shards=stage > 0, reshard=stage == 3, zero_stage=stage)
 

@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines always, TensorBoard where it is installed, and a line on standard error."""
+"""Logs of a training run: JSON lines, TensorBoard if installed, and progress on standard error."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 _WARM_UP, _TIMED = 2, 6
-"""Steps before the first that is timed, and the step after which the first estimate is told."""
+"""Untimed steps, and the step after which the remaining time is first estimated."""
 
 
 class RunLog:
     """Writes `log.jsonl` (and TensorBoard events) in `folder` and prints progress with an estimate."""
 
     def __init__(self, folder: Path, first_step: int, steps: int) -> None:
-        """Drop lines after `first_step`, which a resumed run will write again."""
+        """Drop lines after `first_step`, which a resumed run writes again."""
         self.path = folder / "log.jsonl"
         self.steps = steps
         self._first = first_step
@@ -25,26 +25,27 @@ class RunLog:
         self._started = self._warm = time.monotonic()
         kept = []
         lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n") if self.path.exists() else []
-        torn = 0
+        unreadable = 0
         for number, line in enumerate(lines, 1):
             try:
-                told = json.loads(line)
-                if told["step"] <= first_step:
-                    self._before = float(told["seconds"])
+                values = json.loads(line)
+                if values["step"] <= first_step:
+                    self._before = float(values["seconds"])
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
-                torn += bool(line) and number < len(lines)  # the last line of a killed run may be torn
-        if torn:
-            print(f"note: {torn} lines of {self.path} cannot be read and are left out", file=sys.stderr, flush=True)
+                # The last line of a killed run may be truncated.
+                unreadable += bool(line) and number < len(lines)
+        if unreadable:
+            print(f"note: dropped {unreadable} unreadable lines of {self.path}", file=sys.stderr, flush=True)
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._stream = self.path.open("a", encoding="utf-8", buffering=1)
         self._board = _tensorboard(folder)
 
     def write(self, step: int, values: dict[str, float], settings: Mapping[str, Any] | None = None) -> None:
-        """One line: `step`, `seconds` that the steps so far took, before an interruption too, and `values`.
+        """Write a line: `step`, `seconds` of all steps so far including earlier parts of the run, and `values`.
 
         Args:
-            settings: what the values depend on; they stand in the line alone.
+            settings: how the values were computed; in the JSON line only.
         """
         seconds = round(self._before + time.monotonic() - self._started, 3)
         self._stream.write(json.dumps({"step": step, "seconds": seconds, **values, **(settings or {})}) + "\n")
@@ -53,22 +54,20 @@ class RunLog:
                 self._board.add_scalar(key, value, step)
 
     def estimate(self, step: int) -> None:
-        """Call after every step: tells once, after a few steps, how long the rest will take."""
+        """Call after every step; prints the remaining time once, after a few steps."""
         done = step - self._first
         if done == _WARM_UP:
             self._warm = time.monotonic()
         if done == _TIMED and step < self.steps:
             pace = (time.monotonic() - self._warm) / (_TIMED - _WARM_UP)
             left = clock(pace * (self.steps - step))
-            print(
-                f"{self.steps - step} steps will take about {left}, previews not counted", file=sys.stderr, flush=True
-            )
+            print(f"{self.steps - step} steps will take about {left} without previews", file=sys.stderr, flush=True)
 
-    def say(self, step: int, values: dict[str, float], scored: str = "") -> None:
-        """Progress on standard error, with the time that is left at the pace so far.
+    def progress(self, step: int, values: dict[str, float], scored: str = "") -> None:
+        """Print progress and the remaining time on standard error.
 
         Args:
-            scored: how scores among the values were sampled.
+            scored: how the samples of the scores were generated.
         """
         seconds = time.monotonic() - self._started
         left = seconds / max(1, step - self._first) * (self.steps - step)
@@ -83,41 +82,41 @@ class RunLog:
             self._board.close()
 
 
-class SilentLog:
-    """The log of a process that is not the first."""
+class NullLog:
+    """The log of all processes but the first: nothing."""
 
     def write(self, step: int, values: dict[str, float], settings: Mapping[str, Any] | None = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def estimate(self, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
-    def say(self, step: int, values: dict[str, float], scored: str = "") -> None:
-        """Nothing."""
+    def progress(self, step: int, values: dict[str, float], scored: str = "") -> None:
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
-def spent(folder: Path) -> float:
-    """Seconds that the steps in a folder's `log.jsonl` took, over every time that the run was continued.
+def total_seconds(folder: Path) -> float:
+    """Total time in seconds of the steps in a folder's `log.jsonl`, over all parts of the run.
 
-    In old logs each continuation begins at 0 again.
+    In old logs, each part starts at 0.
     """
-    total = before = 0.0
+    total = previous = 0.0
     path = folder / "log.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         seconds = float(json.loads(line)["seconds"])
-        total += seconds - before if seconds >= before else seconds
-        before = seconds
+        total += seconds - previous if seconds >= previous else seconds
+        previous = seconds
     return total
 
 
 def clock(seconds: float) -> str:
     """`0:42`, `12:05` or `3:07:00`."""
-    whole = int(seconds + 0.5)
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+    rounded = int(seconds + 0.5)
+    hours, minutes = divmod(rounded // 60, 60)
+    return f"{hours}:{minutes:02d}:{rounded % 60:02d}" if hours else f"{minutes}:{rounded % 60:02d}"
 
 
 def _tensorboard(folder: Path) -> Any:

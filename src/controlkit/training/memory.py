@@ -15,16 +15,16 @@ from controlkit.training.recipe import Recipe
 
 
 def uses_bf16(recipe: Recipe, device: torch.device) -> bool:
-    """Whether a recipe's arithmetic on `device` is bf16."""
+    """Whether a recipe computes in bf16 on `device`."""
     if recipe.precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return recipe.precision == "bf16"
 
 
 def checkpoint_activations(base: Base, control: Control) -> None:
-    """Keep the inputs of blocks only, and compute what is inside of them again in the backward pass.
+    """Enable gradient checkpointing: store the inputs of blocks only, and recompute the rest in the backward pass.
 
-    The gradients are the same (Chen et al. 2016, arXiv 1604.06174); a step takes about a third longer.
+    Gradients stay the same (Chen et al. 2016, arXiv 1604.06174); a step takes about a third longer.
     """
     base.checkpoint_activations()
     for module in control.modules():
@@ -33,18 +33,18 @@ def checkpoint_activations(base: Base, control: Control) -> None:
 
 
 def store_frozen(base: Base, control: Control, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Store what does not train in `dtype`; what trains keeps its own. For use under autocast.
+    """Cast frozen weights to `dtype`; trained weights keep theirs. For use under autocast.
 
-    Fingerprints stay those of the weights as they were loaded, which a finished control is known by.
+    Fingerprints stay those of the loaded weights, because a finished control stores them.
     """
-    _ = base.fingerprint  # kept from now on
+    _ = base.fingerprint  # computes and caches it
     for network in base.networks:
-        nn.Module.to(network, dtype)  # diffusers' own method warns of what autocast sees to
+        nn.Module.to(network, dtype)  # diffusers' method warns of modules that autocast handles
     control.store_frozen(dtype)
 
 
 class CPUOffload:
-    """Keeps on the CPU the networks of a base that steps do without once their results are cached."""
+    """Keeps the text encoders and the VAE of a base on the CPU; steps do not need them if their outputs are cached."""
 
     def __init__(self, base: Base) -> None:
         self.device = base.device
@@ -53,7 +53,7 @@ class CPUOffload:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """A block in which they are on the base's device."""
+        """Move them to the base's device within a block."""
         self._move(self.device)
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a training run trains, as the loop sees it."""
+"""The interface between the training loop and what it trains."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from controlkit.training.recipe import Recipe
 
 
 class Objective(ABC):
-    """Networks, their loss and their score. The loop (`trainer.py`) knows nothing else about a system."""
+    """Networks, loss and previews: all that the loop (`trainer.py`) knows of a system."""
 
     trained: nn.ModuleDict
-    """The networks whose weights change, by the name they have in the state."""
+    """The trained networks, by their names in the state."""
     recipe: Recipe
-    """What it was made from."""
+    """Its recipe."""
     data: str = ""
-    """Hash of what it trains on, where that is something a person may change between a run and its continuation."""
+    """Hash of the training data, if it can change before a run is resumed."""
     frozen: str = ""
-    """Fingerprint of the weights that it trains on top of and leaves as they are; no others can take their place."""
+    """Fingerprint of the frozen weights; a resumed run needs the same."""
     process: int = 0
-    """Which of the processes that train together this is."""
+    """Index of this process."""
     processes: int = 1
-    """How many there are. All draw the same whole batch's random numbers, and each takes its share of it, so that any
-    number of processes trains on what one process with the whole batch would."""
+    """Number of processes. All sample the random numbers of the global batch, and each takes its slice, so that any
+    number of processes trains on the same as one with the global batch."""
 
     by_time: Tensor | None = None
-    """Of this process's share of the last step, `Noised.by_time`; None where the loss has no time."""
+    """`Noised.by_time` of this process's slice of the last step; None if the loss has no times."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that the optimiser changes, always in the same order."""
+        """The trained parameters, always in the same order."""
         return [parameter for parameter in self.trained.parameters() if parameter.requires_grad]
 
     @abstractmethod
     def loss(self, step: int) -> Tensor:
-        """The loss of optimiser step `step`; the same step always draws the same data and noise."""
+        """The loss of step `step`; the same step always samples the same data and noise."""
 
     def noised(self, schedule: Schedule, latents: Tensor, generator: torch.Generator) -> Noised:
-        """Noise and times for this process's share of the latents of a step, as the recipe draws and weights them."""
+        """Noisy latents for this process's slice of a step, with the recipe's time sampling and weighting."""
         recipe = self.recipe
         return noised(
             schedule,
@@ -57,35 +57,35 @@ class Objective(ABC):
             snr_gamma=getattr(recipe, "snr_gamma", None),
         )
 
-    def diffusion_loss(self, drawn: Noised, prediction: Tensor) -> Tensor:
-        """The weighted mean squared error of a prediction; `by_time` becomes what it was at each time, unweighted."""
-        squared = drawn.squared_error(prediction)
-        self.by_time = drawn.by_time(squared)
-        return drawn.mean(squared)
+    def diffusion_loss(self, noisy: Noised, prediction: Tensor) -> Tensor:
+        """The weighted mean squared error of a prediction; also sets `by_time`, which is unweighted."""
+        squared = noisy.squared_error(prediction)
+        self.by_time = noisy.by_time(squared)
+        return noisy.mean(squared)
 
     @abstractmethod
     def preview(self, step: int, folder: Path) -> dict[str, float]:
-        """Write a strip of images of fixed seeds into `folder` and return named scores on held-out data."""
+        """Write images from fixed seeds into `folder` and return named scores on held-out data."""
 
     @property
     def preview_settings(self) -> dict[str, Any]:
-        """What the scores of `preview` depend on, as plain values: the control's mode, guidance, steps, sampler."""
+        """Settings of the samples that `preview` scores, as JSON values: guidance mode and scale, steps, sampler."""
         return {}
 
-    def seen(self, step: int) -> Sequence[str]:
-        """What the whole batch of step `step` was made of, for a person who looks for what went wrong in it."""
+    def samples(self, step: int) -> Sequence[str]:
+        """Names of the samples of step `step`, over all processes, to find the one that made the loss diverge."""
         return ()
 
     @abstractmethod
     def save(self, folder: Path) -> list[Path]:
-        """Write the finished networks into `folder`; returns what was written."""
+        """Write the finished networks into `folder`; returns the files."""
 
     def numpy_generator(self, step: int) -> np.random.Generator:
-        """What data is drawn with at a step."""
+        """Random generator of a step's data."""
         return numpy_generator(self.recipe.seed, step)
 
     def torch_generator(self, step: int) -> torch.Generator:
-        """What noise is drawn with at a step."""
+        """Random generator of a step's noise."""
         return torch_generator(self.recipe.seed, step)
 
     @property
@@ -95,17 +95,17 @@ class Objective(ABC):
 
     @property
     def local_slice(self) -> slice:
-        """Which of them are this process's."""
+        """This process's slice of the global batch."""
         first = self.recipe.batch_size * self.process
         return slice(first, first + self.recipe.batch_size)
 
 
 def numpy_generator(seed: int, step: int, purpose: int = 0) -> np.random.Generator:
-    """A generator that depends on (seed, step, purpose) alone, so a resumed run draws what it would have drawn."""
+    """A generator that depends on (seed, step, purpose) only, so that a resumed run samples the same."""
     return np.random.default_rng((seed, step, purpose))
 
 
 def torch_generator(seed: int, step: int, purpose: int = 0) -> torch.Generator:
-    """The same for torch, on the CPU, whose numbers do not depend on the device that trains."""
+    """The same for torch, on the CPU so that its numbers do not depend on the training device."""
     mixed = np.random.SeedSequence((seed, step, purpose)).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(mixed[0]) << 31 ^ int(mixed[1]))

@@ -1,4 +1,4 @@
-"""The optimisers that a recipe can name."""
+"""Optimisers by their names in recipes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from controlkit.training.recipe import Recipe
 
 
 def build_optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), its two moments in float32 or in 8 bits (Dettmers et al. 2022).
+    """AdamW (Loshchilov and Hutter 2019) with moments in float32 or in 8 bits (Dettmers et al. 2022).
 
     Raises:
-        UserError: 8 bits are asked for and bitsandbytes is not installed, or cannot be used here.
+        UserError: `adamw8bit` without a working bitsandbytes.
     """
     settings = {
         "lr": recipe.learning_rate,
@@ -27,8 +27,9 @@ def build_optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.opt
     except ImportError as error:
         raise UserError(
             "optimizer=adamw8bit needs bitsandbytes, which is not installed: pip install 'controlkit[lowmem]', or set"
-            " optimizer=adamw"
+            " optimizer=adamw",
+            "missing-package",
         ) from error
     except (RuntimeError, OSError) as error:
-        raise UserError(f"bitsandbytes cannot be used here ({error}); set optimizer=adamw") from error
+        raise UserError(f"bitsandbytes does not work here ({error}); set optimizer=adamw", "unsupported") from error
     return AdamW8bit(parameters, **settings)

@@ -1,4 +1,4 @@
-"""What frozen networks make of pairs, through the cache: latents, hints, embeddings of prompts."""
+"""Cached outputs of frozen networks for pairs: latents, hints, text embeddings."""
 
 from __future__ import annotations
 
@@ -41,34 +41,34 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class ImageRows:
-    """What a network makes of one side of every pair, one tensor each: upright, and mirrored where that is wanted."""
+    """A network's outputs for one side of every pair, and for the flipped images if needed."""
 
-    def __init__(self, upright: CachedRows, mirrored: CachedRows | None = None, *, alone: str | None = None) -> None:
-        self.upright = upright
+    def __init__(self, unflipped: CachedRows, mirrored: CachedRows | None = None, *, single: str | None = None) -> None:
+        self.unflipped = unflipped
         self.mirrored = mirrored
-        self.alone = alone
-        """What a tensor is called that is one alone, not one of a mapping."""
+        self.single = single
+        """Name of the tensor if the network returns one tensor, not a mapping."""
 
     def __len__(self) -> int:
-        return len(self.upright)
+        return len(self.unflipped)
 
     def gather(self, chosen: Tensor, flipped: Tensor | None = None) -> Hint:
-        """Rows of the pairs `chosen` `[B]`, of the mirrored ones where `flipped` `[B]`; `[B, ...]` on the CPU.
+        """Rows `[B, ...]` on the CPU of the pairs `chosen` `[B]`, mirrored where `flipped` `[B]`.
 
-        Named, if that is what the network makes.
+        A mapping of tensors, if the network returns one.
         """
-        made = _gather(self.upright, chosen)
+        rows = _gather(self.unflipped, chosen)
         if flipped is not None and flipped.any():
             assert self.mirrored is not None
-            for name, turned in _gather(self.mirrored, chosen[flipped]).items():
-                made[name][flipped] = turned
-        if self.alone is None or self.alone not in made:
-            return made
-        return made[self.alone]
+            for name, mirrored in _gather(self.mirrored, chosen[flipped]).items():
+                rows[name][flipped] = mirrored
+        if self.single is None or self.single not in rows:
+            return rows
+        return rows[self.single]
 
 
 class TextRows:
-    """Embeddings of prompts."""
+    """Text embeddings of prompts."""
 
     def __init__(self, rows: CachedRows) -> None:
         self.rows = rows
@@ -82,18 +82,18 @@ class TextRows:
 
 
 class PairCache:
-    """What the frozen networks of a base make of pairs; latents and hints in fp16, embeddings as they are.
+    """Cache of a base's frozen networks for pairs; latents and hints in fp16, embeddings in their own type.
 
-    A row is found by the bytes of its image, or by its prompt, so that pairs which several data sets share are
-    encoded once, and one image that changed is one row that is made again.
+    The key of a row is the content of its image, or its prompt: pairs in several data sets are encoded once, and a
+    changed image is encoded again alone.
 
     Args:
-        flip: also keep latents and hints of the mirrored pairs.
-        check: read every row now and make damaged ones again, for a run that will store the frozen weights in another
-            type; otherwise each is checked when it is first read.
+        flip: also cache latents and hints of the mirrored pairs.
+        check: verify every row now and recompute damaged ones, for runs that cast the frozen weights afterwards;
+            otherwise a row is verified when it is first read.
 
     Raises:
-        UserError: `flip`, where images of the pairs' condition cannot be mirrored.
+        UserError: `flip`, if images of the pairs' condition cannot be flipped.
     """
 
     def __init__(self, base: Base, pairs: Sequence[Pair], *, flip: bool = False, check: bool = False) -> None:
@@ -106,20 +106,20 @@ class PairCache:
         for condition in known:
             if flip and condition.mirror_finished is None:
                 raise no_mirror(condition.name)
-        unusual = [one.name for one in known if _is_unusual(one)]
-        self._acts = "".join(f", as {name}" for name in unusual)
+        unusual = [condition.name for condition in known if _is_unusual(condition)]
+        self._transforms = "".join(f", as {name}" for name in unusual)
         vae = base.vae
         settings = (str(next(vae.parameters()).dtype), str(base.dtype))
         self._vae_key = sha256_of(network_key(vae), repr(settings))
 
     def content(self) -> str:
-        """Hash of the pairs, whatever their order: of every condition image with its image and captions."""
+        """Hash of the pairs (condition image, image and captions), independent of their order."""
         sides = zip(self._keys(SOURCE), self._keys(TARGET), self.pairs, strict=True)
         return sha256_of(*sorted(sha256_of(source, target, *pair.captions) for source, target, pair in sides))
 
     @cached_property
     def positions(self) -> dict[str, int]:
-        """Caption -> its row in `texts`: those of all pairs, and the empty prompt."""
+        """Caption -> its row in `texts`, of all pairs and the empty prompt."""
         distinct = sorted({caption for pair in self.pairs for caption in pair.captions} | {""})
         return {caption: index for index, caption in enumerate(distinct)}
 
@@ -128,14 +128,14 @@ class PairCache:
         return self._images("latents", TARGET, self._vae_key, lambda x: self.base.encode_image(x * 2 - 1))
 
     def hints(self, control: Control) -> ImageRows:
-        """Hints of a control of which `hint_is_frozen` holds."""
+        """Hints of a control with `hint_is_frozen`."""
         model = sha256_of(self._vae_key, repr((control.kind, control.hint_settings())))
         return self._images("hints", SOURCE, model, lambda x: encode_images(control, x, self.base))
 
     def texts(self) -> tuple[TextRows, Tensor, int]:
-        """All distinct captions, embedded; the index of each pair's first one `[N]`, and that of the empty prompt.
+        """Embeddings of all distinct captions, rows of the pairs' first captions `[N]`, and of the empty prompt.
 
-        `positions` has the index of every caption.
+        `positions` has the row of every caption.
         """
         position, prompts = self.positions, list(self.positions)
         tokenizers = [_tokenizer_key(tokenizer) for tokenizer in self.base.tokenizers]
@@ -152,7 +152,7 @@ class PairCache:
 
     def _images(self, kind: str, side: str, model: str, encode: Callable[[Tensor], Hint]) -> ImageRows:
         size = self.base.size
-        acts = self._acts if side == SOURCE else ""
+        special = self._transforms if side == SOURCE else ""
         sources, keys = [getattr(pair, side) for pair in self.pairs], self._keys(side)
         digests = digests_of(keys)
 
@@ -161,18 +161,20 @@ class PairCache:
                 images = [self.pairs[index].side(side, size, mirrored) for index in indices]
                 for index in indices:
                     if _key_of(sources[index]) != keys[index]:
-                        raise UserError(f"{sources[index]} has changed since training began; run the same again")
-                made = encode(to_tensor(images).to(self.base.device))
-                tensors = {kind: made} if isinstance(made, Tensor) else named(expand(made, len(images)))
+                        raise UserError(
+                            f"{sources[index]} has changed since training began; run the same command again", "bad-data"
+                        )
+                encoded = encode(to_tensor(images).to(self.base.device))
+                tensors = {kind: encoded} if isinstance(encoded, Tensor) else named(expand(encoded, len(images)))
                 return _as_rows({name: _stored(tensor) for name, tensor in tensors.items()})
 
-            transform = f"{size} x {size}, centre, sRGB{acts}" + (", mirrored" if mirrored else "")
+            transform = f"{size} x {size}, centre, sRGB{special}" + (", mirrored" if mirrored else "")
             return self._rows(kind, model, transform, digests, make, f"encoding {{count}} pairs ({kind})")
 
-        return ImageRows(rows(False), rows(True) if self.flip else None, alone=kind)
+        return ImageRows(rows(False), rows(True) if self.flip else None, single=kind)
 
     def _keys(self, side: str) -> list[str]:
-        """Hash of that side of every pair; files are read once."""
+        """Hash of one side of every pair; each file is read once."""
         if side not in self._known_keys:
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 self._known_keys[side] = list(pool.map(_key_of, [getattr(pair, side) for pair in self.pairs]))
@@ -183,11 +185,11 @@ class PairCache:
         device = self.base.device.type
 
         def frozen(indices: Sequence[int]) -> tuple[dict[str, Part], Rows]:
-            # A damaged row is made again in the middle of a step, which may run under autocast.
+            # A damaged row is recomputed in the middle of a step, which may run under autocast.
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 return make(indices)
 
-        # Processes of torchrun and accelerate; they have not spoken to each other yet when objectives are made.
+        # Of torchrun and accelerate; process groups are initialised only after the objective is built.
         start = int(os.environ.get("RANK", "0")) / int(os.environ.get("WORLD_SIZE", "1"))
         rows = CachedRows(store, digests, frozen, what=what, start=start)
         if self.check:
@@ -196,13 +198,13 @@ class PairCache:
 
 
 def _is_unusual(condition: Condition) -> bool:
-    """Whether its finished images are scaled, mirrored or laid over a background as only its name tells."""
+    """Whether its images are scaled, flipped or composited in a way that only its name determines."""
     plain = condition.resize == "smooth" and condition.background == Condition.background
     return not plain or condition.mirror_finished is not left_right
 
 
 def _stored(tensor: Tensor) -> Tensor:
-    """On the CPU, floating-point numbers in fp16."""
+    """On the CPU, floating-point tensors in fp16."""
     return tensor.to("cpu", torch.float16 if tensor.is_floating_point() else tensor.dtype)
 
 
@@ -211,14 +213,14 @@ def _key_of(source: Source) -> str:
 
 
 def _tokenizer_key(tokenizer: object) -> str:
-    """Hash of what a tokenizer makes of a prompt: its vocabulary, padding and length."""
+    """Hash of a tokenizer: vocabulary, padding and length."""
     vocabulary = sorted(tokenizer.get_vocab().items())  # type: ignore[attr-defined]
     settings = (getattr(tokenizer, "model_max_length", None), str(getattr(tokenizer, "pad_token", None)))
     return sha256_of(repr(vocabulary), repr(settings))
 
 
 def _as_rows(tensors: dict[str, Tensor]) -> tuple[dict[str, Part], Rows]:
-    """Tensors `[B, ...]` as parts of rows and their bytes, whatever their type."""
+    """Tensors `[B, ...]` of any type as the parts of a row and their bytes."""
     parts, rows = {}, {}
     for name, tensor in tensors.items():
         parts[name] = Part(dtype=_NAMES[tensor.dtype], shape=tuple(tensor.shape[1:]))

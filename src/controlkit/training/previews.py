@@ -1,4 +1,4 @@
-"""Previews of training a control: how they are sampled, and what is written with them."""
+"""Previews in control training: sampling settings, images and files."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _STEPS = 10
 
 
 def preview_settings(base: Base, control: Control) -> dict[str, Any]:
-    """How `preview_images` are sampled: the base's own mode and guidance, as `evaluate` has them, in fewer steps."""
+    """Settings of `preview_images`: the base's default mode and guidance, as in `evaluate`, with fewer steps."""
     mode = ActiveControl.mode_in(None, base, control)
     return {"mode": mode, "weight": 1.0, **sampling_settings(base, steps=_STEPS)}
 
 
 def preview_images(base: Base, control: Control, hint: Hint, prompts: Sequence[str]) -> list[Image.Image]:
-    """One image for each prompt and row of `hint`; image i has seed i."""
+    """One image per prompt and row of `hint`; image i has seed i."""
     batches = sample_prompts(
         base,
         prompts=prompts,
@@ -46,6 +46,6 @@ def write_preview(
     scores: Mapping[str, float],
     settings: Mapping[str, Any],
 ) -> None:
-    """Write the sheet `STEP.png`, with its scores and how they were sampled in the PNG's text chunk `preview`."""
+    """Write `STEP.png`, with scores and sampling settings in the PNG text chunk `preview`."""
     text = json.dumps({"step": step, "scores": dict(scores), "settings": dict(settings)})
     write_png(folder / f"{step:07d}.png", contact_sheet(rows, row_titles=titles, cell=96), {"preview": text})

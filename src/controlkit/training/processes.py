@@ -1,4 +1,4 @@
-"""The processes that train together: one, unless `accelerate launch` or `torchrun` started more."""
+"""Distributed training under `accelerate launch` or `torchrun`; otherwise a single process."""
 
 from __future__ import annotations
 
@@ -11,57 +11,56 @@ import torch
 from torch import Tensor, nn
 
 from controlkit.errors import UserError
-from controlkit.training.launch import asked_for, unused_settings
+from controlkit.training.launch import launch_settings, unused_settings
 from controlkit.training.objective import Objective
 
 
 class Processes:
-    """What the training loop needs to know of the other processes; with one process, everything is a no-op.
+    """Collective operations of the training loop; with one process, all are no-ops.
 
-    Every process takes its share of a step's batch and computes its own gradient; the gradients are averaged. With DDP
-    all hold the same weights; with FSDP (accelerate's `--use_fsdp`, or its settings for DeepSpeed: `launch.py`) each
-    holds a part of weights, averages and optimiser, and they are whole only while a step needs them. Only the first
-    writes.
+    Every process computes gradients on its slice of the global batch; they are averaged. With DDP every process has all
+    weights; with FSDP (accelerate's `--use_fsdp`, or its DeepSpeed settings: `launch.py`) weights, their averages and
+    the optimiser are sharded, and weights are gathered for a step only. The first process alone writes files.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self._on_cpu = device.type == "cpu"
-        self._launch = asked_for()
+        self._launch = launch_settings()
         self.index = self._accelerator.process_index if self.count > 1 else 0
 
     @staticmethod
     def is_first() -> bool:
-        """Whether this process is the first, before any of them has spoken to the others."""
+        """Whether this process is the first; works before the process group is initialised."""
         return int(os.environ.get("RANK", "0")) == 0
 
     @property
     def first(self) -> bool:
-        """Whether this one writes files and speaks."""
+        """Whether this process writes files and prints."""
         return self.index == 0
 
     @property
-    def shard(self) -> bool:
-        """Whether each holds a part of what is trained only, so that a state takes all of them."""
+    def sharded(self) -> bool:
+        """Whether the trained weights are sharded, so that saving a state takes all processes."""
         return self.count > 1 and self._launch.shards
 
     def wrap(self, objective: Objective) -> nn.Module:
-        """The objective's loss as a module of `step`, whose backward pass averages gradients over all processes."""
+        """A module from `step` to the loss, whose backward pass averages gradients over all processes."""
         objective.process, objective.processes = self.index, self.count
         step = _Step(objective)
         if self.count == 1:
             return step
-        return self._sharded(step) if self.shard else self._accelerator.prepare(step)
+        return self._fully_shard(step) if self.sharded else self._accelerator.prepare(step)
 
-    def _sharded(self, step: _Step) -> nn.Module:
-        """FSDP: weights, gradients and the optimiser's state split over processes; weights whole during a step."""
+    def _fully_shard(self, step: _Step) -> nn.Module:
+        """FSDP: shard weights, gradients and optimiser state; weights are gathered during a step."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         device = self._accelerator.device
         step.to(device)
         mesh = init_device_mesh(device.type, (self.count,))
-        fully_shard(step, mesh=mesh, reshard_after_forward=self._launch.reshard)  # changes it in place
+        fully_shard(step, mesh=mesh, reshard_after_forward=self._launch.reshard)  # in place
         return step
 
     def mean(self, value: Tensor) -> float:
@@ -78,23 +77,23 @@ class Processes:
             value = self._accelerator.reduce(value, reduction="sum")
         return value.cpu()
 
-    def any(self, wish: bool) -> bool:
-        """Whether any process wishes it."""
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
         if self.count == 1:
-            return wish
-        wished = torch.tensor(float(wish), device=self._accelerator.device)
-        return self._accelerator.reduce(wished, reduction="sum").item() > 0
+            return flag
+        total = torch.tensor(float(flag), device=self._accelerator.device)
+        return self._accelerator.reduce(total, reduction="sum").item() > 0
 
-    def lost_another(self, error: RuntimeError) -> bool:
-        """Whether an error means that another process is gone, or has not answered for too long."""
+    def is_peer_failure(self, error: RuntimeError) -> bool:
+        """Whether an error means that another process has ended or timed out."""
         if self.count == 1:
             return False
-        # gloo raises a plain RuntimeError, whose words are all that tells it from others.
-        words = str(error).lower()
-        return isinstance(error, torch.distributed.DistError) or "gloo" in words or "by peer" in words
+        # gloo raises a plain RuntimeError, which only its message identifies.
+        message = str(error).lower()
+        return isinstance(error, torch.distributed.DistError) or "gloo" in message or "by peer" in message
 
     def wait(self) -> None:
-        """Go on when all processes have come here."""
+        """Wait for all processes."""
         if self.count > 1:
             self._accelerator.wait_for_everyone()
 
@@ -104,38 +103,38 @@ class Processes:
         from accelerate.utils import DistributedType
 
         if self._launch.zero_stage is not None:
-            # accelerate would start DeepSpeed's engine for it.
+            # With this variable, accelerate would start DeepSpeed's engine.
             os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
             if self.is_first():
-                how = "FSDP, which splits the same" if self._launch.shards else "DDP"
-                print(f"DeepSpeed's ZeRO stage {self._launch.zero_stage} runs as torch's {how}", file=sys.stderr)
+                engine = "FSDP, which shards the same" if self._launch.shards else "DDP"
+                print(f"DeepSpeed's ZeRO stage {self._launch.zero_stage} runs as torch's {engine}", file=sys.stderr)
         if not self._launch.shards:
-            os.environ.pop("ACCELERATE_USE_FSDP", None)  # FSDP that shards nothing is DDP
-        # A step of base training uses the LoRA of one condition; those of the others get no gradient.
+            os.environ.pop("ACCELERATE_USE_FSDP", None)  # FSDP without sharding is DDP
+        # A step of base training uses the LoRA of one condition; the others get no gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         if self.is_first():
-            for told in unused_settings():
-                print(f"accelerate's {told}", file=sys.stderr)
+            for note in unused_settings():
+                print(f"accelerate's {note}", file=sys.stderr)
         accelerator = Accelerator(cpu=self._on_cpu, mixed_precision="no", kwargs_handlers=[unused])
         kind = accelerator.distributed_type
         if kind == DistributedType.MEGATRON_LM:
             raise UserError(
-                f"accelerate is configured for {kind.value}; controlkit trains in several processes with DDP, FSDP or"
-                " what DeepSpeed calls ZeRO: run `accelerate config` again, or give `accelerate launch --multi_gpu` or"
-                " `--use_fsdp`"
+                f"accelerate is configured for {kind.value}; controlkit supports DDP, FSDP and DeepSpeed's ZeRO: run"
+                " `accelerate config` again, or `accelerate launch --multi_gpu` or `--use_fsdp`",
+                "unsupported",
             )
         return accelerator
 
 
-def tell(notes: Sequence[str]) -> None:
-    """Notes on standard error, by the first process."""
+def print_notes(notes: Sequence[str]) -> None:
+    """Print notes on standard error, in the first process only."""
     if Processes.is_first():
         for note in notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 class _Step(nn.Module):
-    """DDP wraps modules: this one's forward pass is the objective's loss."""
+    """The objective's loss as a module, which DDP needs."""
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()

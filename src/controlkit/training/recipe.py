@@ -1,4 +1,4 @@
-"""What every recipe has: the settings that all training runs share, and what tells one run from another."""
+"""Settings that all training runs share, and those that identify a run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Self
 from controlkit.errors import UserError
 
 RESERVED_NAMES = ("state", "state.previous", "state.damaged", "latents")
-"""Files of a run, less their ending, which nothing that it makes may be called."""
+"""Stems of a run's own files, which its results must not use."""
 
 TIME_SAMPLINGS = ("uniform", "cubic", "logit-normal")
-"""What `bases.schedules.TIME_SAMPLINGS` explains, named here too because that module loads torch."""
+"""The names of `bases.schedules.TIME_SAMPLINGS`, repeated because that module imports torch."""
 
 _LEAST = {
     "steps": 1,
@@ -34,104 +34,104 @@ _LEAST = {
     "gradient_accumulation_steps": 1,
     "snr_gamma": 0,
 }
-"""The smallest value of settings that have one, in whichever recipe they stand."""
+"""Minimum of settings, in whichever recipe."""
 
 _ADDED = {"flip": False, "gradient_checkpointing": False, "optimizer": "adamw", "least_scale": 0.6}
 _ADDED |= {"image_column": None, "conditioning_image_column": None, "caption_column": None}
-"""Settings that came when there were recorded runs already, and the value with which a run is what those were."""
+"""Settings added later, with the value that reproduces runs from before; with it, they do not identify a run."""
 
 FORMER = {"warmup_steps": 100}
-"""Settings that were numbers before they could be None, and the number that recorded runs have where None stands now;
-they count as that number in what identifies a run."""
+"""Settings that became optional, with their number in runs from before. In what identifies a run, None counts as that
+number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What every training run has."""
+    """Settings of every training run."""
 
     system: ClassVar[str]
     objective: ClassVar[str]
-    """`module:class` of what it trains, imported when it is needed."""
+    """`module:class` of the objective, imported when it is needed."""
 
     out: str
-    """Folder of the run: state, logs, previews and the finished files."""
+    """Folder of the run: state, logs, previews and results."""
     steps: int
-    """Optimiser steps in all. A finished run goes on when the same recipe is run with more."""
+    """Total optimiser steps. With more steps, the same recipe continues a finished run."""
     batch_size: int = 32
-    """Images a step."""
+    """Images per step."""
     gradient_accumulation_steps: int | None = None
-    """Batches whose gradients are averaged for one optimiser step; None is 1."""
+    """Batches per optimiser step, whose gradients are averaged; None is 1."""
     learning_rate: float = 3e-4
     """Peak learning rate of AdamW."""
     warmup_steps: int | None = None
-    """Steps over which the learning rate rises from zero; null for 100, or a fifth of `steps` if that is less."""
+    """Steps of linear learning rate warm-up; null for 100, or a fifth of `steps` if that is less."""
     min_lr_rate: float = 0.02
-    """Where the cosine schedule ends, as a fraction of `learning_rate`. 1 keeps the rate constant."""
+    """End of the cosine schedule as a fraction of `learning_rate`; 1 for a constant rate."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     beta2: float = 0.99
     """AdamW's second-moment decay."""
     max_grad_norm: float | None = 1.0
-    """Largest gradient norm."""
+    """Maximum gradient norm; null for no clipping."""
     ema: float | None = None
-    """Decay of the exponential moving average of the weights, which is what is saved; None for none."""
+    """Decay of the exponential moving average of the weights, which is saved in their place; null for none."""
     optimizer: str = "adamw"
-    """`adamw`, or `adamw8bit`, whose moments take 8 bits each (needs bitsandbytes; pays where much is trained)."""
+    """`adamw`, or `adamw8bit` with moments in 8 bits (needs bitsandbytes; worthwhile for many parameters)."""
     precision: str = "fp32"
-    """`fp32`, or `bf16` for autocast (pays only where the processor has bf16 arithmetic), or `auto`: bf16 on a CUDA
-    device that has it. In training from pairs, frozen weights are stored in bf16, too."""
+    """`fp32`, `bf16` for autocast (faster only with bf16 hardware), or `auto`: bf16 on a CUDA device that supports it.
+    In training from pairs, frozen weights are stored in bf16, too."""
     device: str = "auto"
     """`auto` (CUDA, then MPS, then CPU) or a torch device."""
     seed: int = 0
-    """Everything that is drawn at random follows from this and the step's number."""
+    """Seed of everything random, together with the number of the step."""
     log_every: int = 20
     """Steps between lines of the log."""
     save_every: int = 500
-    """Steps between checkpoints of the state."""
+    """Steps between checkpoints of the training state."""
     preview_every: int = 500
-    """Steps between previews with their scores."""
+    """Steps between previews, which are scored."""
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name, least in _LEAST.items():
             value = values.get(name)
             if value is not None and not (value >= least and math.isfinite(value)):
-                raise UserError(f"{name} is {values[name]}; it must be at least {least}")
+                raise UserError(f"{name} is {values[name]}; it must be at least {least}", "out-of-range")
         for name in ("learning_rate", "max_grad_norm"):
             if values[name] is not None and not (values[name] > 0 and math.isfinite(values[name])):
-                raise UserError(f"{name} is {values[name]}; it must be above 0")
+                raise UserError(f"{name} is {values[name]}; it must be above 0", "out-of-range")
         _check_time_sampling(values.get("time_sampling"))
         for name in ("min_lr_rate", "prompt_drop"):
             if name in values and not 0 <= values[name] <= 1:
-                raise UserError(f"{name} is {values[name]}; it must be between 0 and 1")
+                raise UserError(f"{name} is {values[name]}; it must be between 0 and 1", "out-of-range")
         if not 0 <= self.beta2 < 1:
-            raise UserError(f"beta2 is {self.beta2}; it must be from 0 to just below 1")
+            raise UserError(f"beta2 is {self.beta2}; it must be at least 0 and below 1", "out-of-range")
         if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed is {self.seed}; it must be from 0 to below 2^63")
+            raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2^63", "out-of-range")
         if self.precision not in ("fp32", "bf16", "auto"):
-            raise UserError(f"precision is {self.precision!r}; it must be fp32, bf16 or auto")
+            raise UserError(f"precision is {self.precision!r}; it must be fp32, bf16 or auto", "unknown-name")
         if self.optimizer not in ("adamw", "adamw8bit"):
-            raise UserError(f"optimizer is {self.optimizer!r}; it must be adamw or adamw8bit")
+            raise UserError(f"optimizer is {self.optimizer!r}; it must be adamw or adamw8bit", "unknown-name")
         if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"ema is {self.ema}; it must be between 0 and 1, or null for none")
+            raise UserError(f"ema is {self.ema}; it must be above 0 and below 1, or null for none", "out-of-range")
 
     @property
     def results(self) -> tuple[str, ...]:
-        """Files and folders in `out` that the finished run writes."""
+        """Files and folders that the finished run writes into `out`."""
         return ()
 
 
 def _check_time_sampling(name: str | None) -> None:
     if name is not None and name not in TIME_SAMPLINGS:
-        raise UserError(f"time_sampling is {name!r}; expected one of {', '.join(TIME_SAMPLINGS)}")
+        raise UserError(f"time_sampling is {name!r}; expected one of {', '.join(TIME_SAMPLINGS)}", "unknown-name")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlRecipe(Recipe, ABC):
-    """Training a control on a frozen base, whatever its system and wherever its data comes from.
+    """Training a control of any system on a frozen base, with data from any source.
 
-    `recipes.py` adds the settings of a system (`Training.options`) and of a source of data (`Source.Settings`). The
-    class of a system makes recipes of the source whose name is among the settings.
+    `recipes.py` adds the settings of a system (`Training.options`) and of a source of data (`Source.Settings`). Calling
+    the class of a system creates a recipe of the source that is named among the settings.
     """
 
     objective: ClassVar[str] = "controlkit.training.control_objective:ControlObjective"
@@ -143,18 +143,18 @@ class ControlRecipe(Recipe, ABC):
     """The class of its source of data."""
 
     base: str = "nano"
-    """The base that it steers."""
+    """The base model."""
     gradient_checkpointing: bool = False
-    """Compute activations a second time in the backward pass: much less memory, about a third more time."""
+    """Recompute activations in the backward pass: much less memory, about a third more time."""
     time_sampling: str | None = None
-    """How times of the noise schedule are drawn: `uniform`, `cubic` (more of the noisy ones) or `logit-normal` (more of
-    those in the middle). None is the base's own: uniform for Stable Diffusion and nano."""
+    """Distribution of training times: `uniform`, `cubic` (more noisy ones) or `logit-normal` (more in the middle). None
+    is the base's own: uniform for Stable Diffusion and nano."""
     snr_gamma: float | None = None
-    """Weights the loss by min-SNR with this gamma (Hang et al. 2023 take 5); None weights all times alike."""
+    """Gamma of min-SNR loss weighting (5 in Hang et al. 2023); None weights all times equally."""
     prompt_drop: float = 0.5
-    """Share of prompts replaced by the empty prompt."""
+    """Fraction of prompts replaced by the empty prompt."""
     score_pictures: int = 32
-    """Held-out images on which each preview scores condition following."""
+    """Held-out images on which each preview scores fidelity to the condition."""
 
     def __new__(cls, **settings: Any) -> Self:
         kind: type[Any] = cls
@@ -167,29 +167,29 @@ class ControlRecipe(Recipe, ABC):
     @property
     @abstractmethod
     def condition_names(self) -> tuple[str, ...]:
-        """The conditions that it trains."""
+        """The trained conditions."""
 
     @property
     @abstractmethod
     def control_name(self) -> str:
-        """What the control is called."""
+        """Name of the control."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """The settings that are the system's own."""
+        """The settings of the system."""
         kind = self.training.options
         return {} if kind is None else {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
 
     @property
     def started_from(self) -> str | None:
-        """The control to go on from, or the one that its system is nothing without."""
+        """The control that training starts from, or the one that its system requires."""
         return self.options.get("start") or self.options.get("control")
 
     def summary(self) -> dict[str, Any]:
-        """How a file came to be, for its metadata."""
-        told = {key: getattr(self, key) for key in ("steps", "batch_size", "learning_rate", "prompt_drop", "seed")}
+        """Training settings for the metadata of the results."""
+        metadata = {key: getattr(self, key) for key in ("steps", "batch_size", "learning_rate", "prompt_drop", "seed")}
         start = getattr(self, "start", None)
-        return told if start is None else {**told, "start": start}
+        return metadata if start is None else {**metadata, "start": start}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,7 @@ class OneCondition(ControlRecipe):
     condition: str
     """Name of the condition (`controlkit condition --list`)."""
     name: str | None = None
-    """Name of the control and of its file; None is the condition's."""
+    """Name of the control and of its file; None for the name of the condition."""
 
     @property
     def condition_names(self) -> tuple[str, ...]:
@@ -218,9 +218,11 @@ class OneCondition(ControlRecipe):
         if self.name is None:
             return
         if not self.name or "/" in self.name or self.name.startswith("."):
-            raise UserError(f"name {self.name!r} is not a valid file name")
+            raise UserError(f"name {self.name!r} is not a valid file name", "wrong-type")
         if self.name in RESERVED_NAMES:
-            raise UserError(f"name {self.name!r} is reserved for the run's own files; choose another")
+            raise UserError(
+                f"name {self.name!r} is reserved for the run's own files; choose another", "would-overwrite"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +230,7 @@ class SeveralConditions(ControlRecipe):
     """A control of several conditions together."""
 
     conditions: tuple[str, ...]
-    """Names of the base conditions; each step trains one of them, all equally often."""
+    """Names of the conditions; each step trains one of them, all equally often."""
 
     @property
     def condition_names(self) -> tuple[str, ...]:
@@ -244,12 +246,14 @@ class SeveralConditions(ControlRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.conditions or len(set(self.conditions)) != len(self.conditions):
-            raise UserError(f"conditions must be a list of different names, got {list(self.conditions)}")
+        if not self.conditions:
+            raise UserError("conditions is empty; it must list at least one name", "missing-setting")
+        if len(set(self.conditions)) != len(self.conditions):
+            raise UserError(f"conditions must be different names, got {list(self.conditions)}", "contradiction")
 
 
 def identifying(recipe: Recipe) -> dict[str, Any]:
-    """The settings by which one run is told from another; a setting of `_ADDED` counts where it changes something."""
+    """The settings that identify a run; those of `_ADDED` only if they differ from earlier runs."""
     settings = dataclasses.asdict(recipe)
     settings |= {name: value for name, value in FORMER.items() if settings[name] is None}
     return {name: value for name, value in settings.items() if name not in _ADDED or value != _ADDED[name]}

@@ -1,4 +1,4 @@
-"""A recipe -> its objective, trained."""
+"""Train a recipe."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from controlkit.training.trainer import Trained, train
 
 
 def run(recipe: Recipe) -> dict[str, float]:
-    """Train what `recipe` describes and write it into its folder, with a card beside every control.
+    """Train `recipe` and write the results into its folder, with a card beside every control.
 
     Returns:
-        The last preview's scores.
+        The scores of the last preview.
     """
-    return run_whole(recipe).scores
+    return run_recipe(recipe).scores
 
 
-def run_whole(recipe: Recipe) -> Trained:
-    """`run`, with all that is known of the finished run."""
+def run_recipe(recipe: Recipe) -> Trained:
+    """`run`, returning files, preview and time, too."""
     trained = train(lambda: objective_of(recipe), recipe)
     for path in trained.files:
         if path.suffix == ".safetensors":
             rows = [f"| {name} | {value:.4g} |" for name, value in trained.scores.items()]
-            how = f" ({in_words(trained.scored)})" if trained.scored else ""
-            told = "\n".join([f"On a few held-out images, after the last step{how}:", "", "| | |", "|---|---|", *rows])
+            sampling = f" ({in_words(trained.scored)})" if trained.scored else ""
+            table = ["| | |", "|---|---|", *rows]
+            scores = "\n".join([f"On a few held-out images, after the last step{sampling}:", "", *table])
             image = None if trained.preview is None else trained.preview.relative_to(path.parent)
-            write_card(path, scores=told if rows else "", image=image, seconds=trained.seconds)
+            write_card(path, scores=scores if rows else "", image=image, seconds=trained.seconds)
     return trained
 
 
 def objective_of(recipe: Recipe) -> Objective:
-    """The objective that `recipe` describes, on its device."""
+    """The objective of `recipe`, on its device."""
     objective: Objective = resolve_name(recipe.objective)(recipe, choose_device(recipe.device))
     return objective

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and whether this run may go on in it; settled before anything is loaded."""
+"""The folder of a run: locking, and checks that this run may start or resume there, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from controlkit.errors import UserError
-from controlkit.files import held, read_json, remove_leftovers, sha256_of, writable_folder
+from controlkit.files import locked, read_json, remove_leftovers, sha256_of, writable_folder
 from controlkit.training.processes import Processes
 from controlkit.training.recipe import FORMER, Recipe, identifying
-from controlkit.training.state import fingerprint_of, put_aside_if_torn, step_of
+from controlkit.training.state import fingerprint_of, replace_truncated, step_of
 
-# What may differ between a run and its continuation.
+# Settings that may change when a run is resumed.
 _MAY_CHANGE = {
     "out",
     "steps",
@@ -36,30 +36,30 @@ _LOCK = ".lock"
 
 @contextmanager
 def run_folder(recipe: Recipe) -> Iterator[None]:
-    """A block in which the folder of `recipe` is this run's; what forbids that is said before anything is loaded.
+    """Lock the folder of `recipe` for this run within a block.
 
     Raises:
-        UserError: the folder cannot be written, another run holds it, it holds a run of another recipe or one with more
-            steps behind it, or a file that this run will write is there already.
+        UserError: the folder is not writable, another run is using it, it has a run of another recipe or of more steps,
+            or a file that this run will write exists already.
     """
     existed = Path(recipe.out).exists()
-    folder = writable_folder(recipe.out, "give this run another out")
-    refusal = f"another run is writing into {folder}; wait for it, or give this run another out"
-    with held(folder / _LOCK, refusal) if Processes.is_first() else nullcontext():
+    folder = writable_folder(recipe.out, "set another out")
+    refusal = f"another run is writing into {folder}; wait for it, or set another out"
+    with locked(folder / _LOCK, refusal) if Processes.is_first() else nullcontext():
         if Processes.is_first():
             path = folder / "state.safetensors"
             remove_leftovers(path)
-            put_aside_if_torn(path)
+            replace_truncated(path)
             if path.exists():
-                with suppress(SafetensorError, KeyError, ValueError, OSError):  # damaged: said when it is read
-                    refuse_another(recipe, path, fingerprint_of(path), step_of(path))
+                with suppress(SafetensorError, KeyError, ValueError, OSError):  # damaged: an error when it is read
+                    check_same_run(recipe, path, fingerprint_of(path), step_of(path))
             else:
-                _refuse_overwriting(recipe, folder)
+                _check_results(recipe, folder)
         try:
             yield
         except BaseException:
-            nothing_came_of_it = not existed and {path.name for path in folder.iterdir()} <= {_LOCK}
-            if nothing_came_of_it and Processes.is_first():
+            is_empty = not existed and {path.name for path in folder.iterdir()} <= {_LOCK}
+            if is_empty and Processes.is_first():
                 (folder / _LOCK).unlink(missing_ok=True)
                 with suppress(OSError):
                     folder.rmdir()
@@ -67,32 +67,37 @@ def run_folder(recipe: Recipe) -> Iterator[None]:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """Hash of the settings that a continuation must share with the run that it continues.
+    """Hash of the settings that must be the same when a run is resumed.
 
-    Settings that are None do not count, so that runs go on when a later version has new optional ones.
+    Settings that are None do not count, so that later versions can add optional ones.
     """
     settings = identifying(recipe).items()
     fixed = {key: value for key, value in settings if key not in _MAY_CHANGE and value is not None}
     return sha256_of(recipe.system, repr(sorted(fixed.items())))
 
 
-def refuse_another(recipe: Recipe, path: Path, theirs: str, done: int) -> None:
-    """Refuse to go on from the state at `path` where that would not be the same run."""
-    if theirs != fingerprint(recipe):
+def check_same_run(recipe: Recipe, path: Path, saved: str, done: int) -> None:
+    """Check that the state at `path`, with the fingerprint `saved` and `done` steps, is of this run.
+
+    Raises:
+        UserError: it is of another recipe, or has more steps.
+    """
+    if saved != fingerprint(recipe):
         different = "; ".join(_differences(recipe, path.parent / "recipe.json"))
         raise UserError(
-            f"{path.parent} holds a run of another recipe ({different or 'its settings are in recipe.json'});"
-            " give this run another out"
+            f"{path.parent} has a run of another recipe ({different or 'see its recipe.json'}); set another out",
+            "resume-mismatch",
         )
     if done > recipe.steps:
         raise UserError(
-            f"the run in {path.parent} has done {done} steps, and steps is {recipe.steps}; give it {done} or more, or"
-            " another out"
+            f"the run in {path.parent} has done {done} steps, and steps is {recipe.steps}; set {done} or more, or"
+            " another out",
+            "resume-mismatch",
         )
 
 
-def changed_schedule(recipe: Recipe) -> str:
-    """`setting: there, now` of what the learning rate follows from and differs from the run that is in its folder."""
+def schedule_changes(recipe: Recipe) -> str:
+    """`setting: there, now` of changed settings of the learning rate schedule."""
     path = Path(recipe.out) / "recipe.json"
     return "; ".join(_differences(recipe, path, lambda name: name in _SCHEDULE))
 
@@ -100,13 +105,13 @@ def changed_schedule(recipe: Recipe) -> str:
 def _differences(
     recipe: Recipe, path: Path, counts: Callable[[str], bool] = lambda name: name not in _MAY_CHANGE
 ) -> list[str]:
-    """`setting: there, now` of all that differ and count; by default those that a continuation must share."""
+    """`setting: there, now` of changed settings; by default those that must stay when a run is resumed."""
     try:
         before = read_json(path)
-        mine = json.loads(json.dumps(dataclasses.asdict(recipe)))
+        settings = json.loads(json.dumps(dataclasses.asdict(recipe)))
         pairs = [
             (name, *(FORMER.get(name) if v is None else v for v in (before[name], value)))
-            for name, value in mine.items()
+            for name, value in settings.items()
             if counts(name) and name in before
         ]
         return [f"{name}: {there!r} there, {now!r} now" for name, there, now in pairs if there != now]
@@ -114,11 +119,11 @@ def _differences(
         return []
 
 
-def _refuse_overwriting(recipe: Recipe, folder: Path) -> None:
-    """Refuse to begin a run that would end with writing over a file that it did not make."""
+def _check_results(recipe: Recipe, folder: Path) -> None:
+    """Check that a new run would not overwrite files that it did not write."""
     for name in recipe.results:
         if (folder / name).exists():
             another = "another name or another out" if hasattr(recipe, "name") else "another out"
             raise UserError(
-                f"{folder / name} is there already, and no state of a run that made it; give this run {another}"
+                f"{folder / name} exists already, but no state of a run to resume; set {another}", "would-overwrite"
             )

@@ -1,4 +1,4 @@
-"""The learning rate of every step: linear warm-up, cosine decay, and what a continued run makes of them."""
+"""Learning rate schedule: linear warm-up and cosine decay, also for resumed runs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from controlkit.training.recipe import FORMER, Recipe
 
 _PART = 5
-"""Without `warmup_steps`, warm-up takes one part in so many of a run at most."""
+"""Without `warmup_steps`, warm-up takes at most 1 / 5 of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Linear warm-up, times a cosine from the peak at the first step to `least` of it at the last."""
+    """Linear warm-up times a cosine from the peak at the first step to `least` of it at the last."""
 
     peak: float
     """Learning rate."""
@@ -22,7 +22,7 @@ class Schedule:
     warmup: int
     """Steps until the rate is on the cosine."""
     least: float
-    """Where the cosine ends, as a fraction of `peak`."""
+    """End of the cosine as a fraction of `peak`."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Schedule:
@@ -33,42 +33,42 @@ class Schedule:
         return cls(peak=recipe.learning_rate, steps=recipe.steps, warmup=warmup, least=recipe.min_lr_rate)
 
     def at(self, step: int) -> float:
-        """The rate of a step, which counts from 0."""
+        """The rate of a step, counted from 0."""
         progress = step / self.steps
         shape = self.least + (1 - self.least) * 0.5 * (1 + math.cos(math.pi * progress))
         return self.peak * min(1.0, (step + 1) / max(1, self.warmup)) * shape
 
     @property
     def highest(self) -> float:
-        """The highest rate of any step."""
+        """The maximum rate of all steps."""
         return max(self.at(step) for step in range(self.steps))
 
 
-def begun(recipe: Recipe) -> tuple[Schedule, str]:
-    """The schedule of a run from its first step, and what a person should know of it before it begins (or "")."""
+def initial_schedule(recipe: Recipe) -> tuple[Schedule, str]:
+    """The schedule of a new run, and a note about it (or "")."""
     schedule = Schedule.of(recipe)
     if recipe.warmup_steps is None and schedule.warmup < FORMER["warmup_steps"]:
         return schedule, (
             f"note: the learning rate warms up over {schedule.warmup} of {recipe.steps} steps, a fifth of this short"
-            " run; warmup_steps sets another number"
+            " run; set warmup_steps to change it"
         )
     if schedule.warmup > recipe.steps:
         return schedule, (
             f"note: warmup_steps is {schedule.warmup}, more than the {recipe.steps} steps of this run: the learning"
-            f" rate reaches {schedule.highest:.3g} at most, not {recipe.learning_rate:.3g}"
+            f" rate only reaches {schedule.highest:.3g}, not {recipe.learning_rate:.3g}"
         )
     return schedule, ""
 
 
-def continued(recipe: Recipe, done: int, last: float, changed: str = "") -> tuple[Schedule, str]:
-    """The schedule of a run after `done` steps, and what a person should know of it before it goes on (or "").
+def resumed_schedule(recipe: Recipe, done: int, last: float, changed: str = "") -> tuple[Schedule, str]:
+    """The schedule of a run resumed after `done` steps, and a note about it (or "").
+
+    Runs of earlier versions, whose warm-up did not depend on the run's length, keep theirs, so that they end with the
+    same weights.
 
     Args:
-        last: the rate of the last step that was done.
-        changed: the settings of the schedule that differ now, for the note.
-
-    A run from before warm-up was bounded by the run's length goes on with the longer one, so that it ends with the
-    weights that it would have had.
+        last: the rate of the last step done.
+        changed: the changed settings of the schedule, for the note.
     """
     schedule = Schedule.of(recipe)
     if done >= recipe.steps or math.isclose(schedule.at(done - 1), last, rel_tol=1e-9):
@@ -77,15 +77,15 @@ def continued(recipe: Recipe, done: int, last: float, changed: str = "") -> tupl
         former = dataclasses.replace(schedule, warmup=FORMER["warmup_steps"])
         if math.isclose(former.at(done - 1), last, rel_tol=1e-9):
             return former, (
-                f"note: this run began with {former.warmup} steps of warm-up and goes on with them: its learning rate"
-                f" reaches {former.highest:.3g} at most, not {recipe.learning_rate:.3g}. In another out, a run of"
-                f" {recipe.steps} steps warms up over {schedule.warmup}"
+                f"note: this run keeps the {former.warmup} warm-up steps with which it began: its learning rate only"
+                f" reaches {former.highest:.3g}, not {recipe.learning_rate:.3g}. A new run of {recipe.steps} steps"
+                f" warms up over {schedule.warmup}"
             )
     before, now = f"{last:.3g}", f"{schedule.at(done):.3g}"
     if before == now:
         return schedule, ""
     return schedule, (
-        f"note: the learning rate goes from {before} at step {done} to {now} at step {done + 1}, because the schedule"
-        f" changed ({changed or f'steps is {recipe.steps} now'}); to go on at {before}, set learning_rate={before}"
+        f"note: the learning rate jumps from {before} at step {done} to {now} at step {done + 1}, because the schedule"
+        f" changed ({changed or f'steps is {recipe.steps} now'}); to stay at {before}, set learning_rate={before}"
         " min_lr_rate=1"
     )

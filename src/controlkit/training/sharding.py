@@ -1,4 +1,4 @@
-"""Weights that are split over processes (FSDP): what of a run has to see them whole, and how."""
+"""Weights sharded over processes (FSDP): gather them to save and preview, shard them to restore."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with the parts that other processes hold; all of them have to ask for it at the same time."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor with the shards of all processes; a collective call, so every process must make it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def copy_whole(target: Tensor, source: Tensor) -> None:
-    """Copy a whole tensor, which every process has, into one that may be split."""
-    target.copy_(split_like(source, target))
+def copy_full(target: Tensor, source: Tensor) -> None:
+    """Copy a full tensor, which every process has, into one that may be sharded."""
+    target.copy_(shard_like(source, target))
 
 
-def split_like(source: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every process has, split as `like` is."""
+def shard_like(source: Tensor, like: Tensor) -> Tensor:
+    """A full tensor, which every process has, sharded as `like` is."""
     if not isinstance(like, DTensor):
         return source
     return distribute_tensor(source.to(like.device), like.device_mesh, like.placements)
@@ -29,22 +29,22 @@ def split_like(source: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """A block in which all parameters are whole and plain, so that one process can run and save the network alone.
+    """Replace sharded parameters by full ones within a block, so that one process can run and save the network.
 
-    All processes have to come here at the same time. What is changed in the block is lost.
+    A collective call: every process must enter. Changes made in the block are lost.
     """
-    split = [
+    sharded = [
         (owner, name, parameter)
         for owner in module.modules()
         for name, parameter in owner.named_parameters(recurse=False)
         if isinstance(parameter, DTensor)
     ]
     with torch.no_grad():
-        plain = [nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad) for _, _, parameter in split]
-    for (owner, name, _), one in zip(split, plain, strict=True):
-        setattr(owner, name, one)
+        full = [nn.Parameter(full_tensor(shard), requires_grad=shard.requires_grad) for _, _, shard in sharded]
+    for (owner, name, _), parameter in zip(sharded, full, strict=True):
+        setattr(owner, name, parameter)
     try:
         yield
     finally:
-        for owner, name, kept in split:
-            setattr(owner, name, kept)
+        for owner, name, shard in sharded:
+            setattr(owner, name, shard)

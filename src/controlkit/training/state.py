@@ -1,4 +1,4 @@
-"""The state of a run: one safetensors file, whole or absent."""
+"""The state of a run: one safetensors file, written atomically."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from controlkit.errors import UserError
 from controlkit.files import write_atomically
-from controlkit.training.sharding import copy_whole, split_like, whole
+from controlkit.training.sharding import copy_full, full_tensor, shard_like
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run needs to go on: only what is trained, and the optimiser."""
+    """What a run resumes from: trained weights, optimiser and bookkeeping."""
 
     step: int
     weights: dict[str, Tensor]
@@ -32,12 +32,12 @@ class RunState:
     fingerprint: str
     data: str
     frozen: str
-    watch: dict[str, Any] | None = None
-    """`LossWatch.state`, which states of earlier versions do not have."""
+    loss_monitor: dict[str, Any] | None = None
+    """`LossMonitor.state`; None in states of earlier versions."""
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the last step that was done."""
+        """The learning rate of the last step done."""
         return float(self.optimizer["param_groups"][0]["lr"])
 
 
@@ -51,11 +51,11 @@ def save_state(
     fingerprint: str,
     data: str,
     frozen: str,
-    watch: dict[str, Any],
+    loss_monitor: dict[str, Any],
 ) -> None:
-    """Write the state atomically: a run killed during the write leaves the one before.
+    """Write the state atomically, so that a run killed during the write leaves the one before.
 
-    Every process calls it, since each may hold a part of the weights; one has a path.
+    Every process calls it, because weights may be sharded; one has a path.
     """
     parts: dict[str, Tensor] = {
         f"weights/{name}": value for name, value in module.named_parameters() if value.requires_grad
@@ -70,14 +70,14 @@ def save_state(
                 numbers[f"{index}/{key}"] = value
     parts |= {f"average/{index:05d}": value for index, value in enumerate(average or [])}
     tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    stored: set[int] = set()
     for name, value in parts.items():
-        tensor = whole(value.detach())
+        tensor = full_tensor(value.detach())
         if path is not None:
-            tensor = tensor.cpu()  # at once, or the device would hold all that FSDP has split
-            # The table of an 8-bit optimiser is one tensor for all parameters; the file wants one of each.
-            tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
-            seen.add(tensor.data_ptr())
+            tensor = tensor.cpu()  # one by one, because the device may not have room for all full tensors
+            # 8-bit optimisers share one table between parameters; safetensors does not store shared tensors.
+            tensors[name] = tensor.clone() if tensor.data_ptr() in stored else tensor.contiguous()
+            stored.add(tensor.data_ptr())
     if path is None:
         return
     metadata = {
@@ -86,14 +86,14 @@ def save_state(
         "data": data,
         "frozen": frozen,
         "groups": json.dumps(state["param_groups"]),
-        "watch": json.dumps(watch),
+        "watch": json.dumps(loss_monitor),
         **({"numbers": json.dumps(numbers)} if numbers else {}),
     }
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def _entries(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What an optimiser keeps of one parameter; bitsandbytes wraps a part of it once more, and reads both."""
+    """Optimiser state of one parameter, flat; bitsandbytes nests a part of it, and reads either."""
     for key, value in state.items():
         if isinstance(value, dict):
             yield from _entries(value)
@@ -102,12 +102,12 @@ def _entries(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def previous_state(path: Path) -> Path:
-    """Where the state before the one at `path` is kept."""
+    """Path of the state before the one at `path`."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def keep_previous(path: Path) -> None:
-    """Call before `save_state`: what is at `path` stays as the previous state, under both names until then."""
+    """Call before `save_state`: keeps the state at `path` as the previous one, under both names until then."""
     if not path.exists():
         return
     aside = path.with_name(f".{path.name}.previous{path.suffix}")
@@ -119,27 +119,28 @@ def keep_previous(path: Path) -> None:
     os.replace(aside, previous_state(path))
 
 
-def put_aside_if_torn(path: Path) -> None:
-    """Put the previous state in the place of one that is torn, said on standard error; the torn one is kept aside.
+def replace_truncated(path: Path) -> None:
+    """Restore the previous state if the one at `path` is truncated, with a message on standard error.
 
-    Else the next state to be saved would make a previous one of the torn one, and nothing whole would be left.
+    The truncated file is renamed. Otherwise, the next save would keep it as the previous state, and no complete one
+    would be left.
     """
     previous = previous_state(path)
-    if not path.exists() or _is_whole(path) or not (previous.exists() and _is_whole(previous)):
+    if not path.exists() or _is_complete(path) or not (previous.exists() and _is_complete(previous)):
         return
     damaged = path.with_name(f"{path.stem}.damaged{path.suffix}")
     path.replace(damaged)
     previous.replace(path)
     print(
-        f"{path} is not a whole training state; it is kept as {damaged.name}\n"
-        f"Going on from the state before it, of step {step_of(path)}",
+        f"{path} is truncated; it is kept as {damaged.name}\n"
+        f"Resuming from the state before it, of step {step_of(path)}",
         file=sys.stderr,
         flush=True,
     )
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a state's header is in order and says no more bytes than there are."""
+def _is_complete(path: Path) -> bool:
+    """Whether a state's header is valid and matches the size of the file."""
     try:
         step_of(path)
     except (SafetensorError, KeyError, ValueError, OSError):
@@ -148,10 +149,10 @@ def _is_whole(path: Path) -> bool:
 
 
 def load_latest(path: Path) -> RunState | None:
-    """The state at `path`; the previous one, said on standard error, if that is damaged; None if there is none.
+    """The state at `path`, or None; if it is damaged, the previous one, with a message on standard error.
 
     Raises:
-        UserError: the state is damaged and there is no whole one before it.
+        UserError: the state is damaged, and the previous one is, too, or missing.
     """
     if not path.exists():
         return None
@@ -162,24 +163,24 @@ def load_latest(path: Path) -> RunState | None:
             state = load_state(previous_state(path))
         except UserError:
             raise error from None
-        print(f"{error}\nGoing on from the state before it, of step {state.step}", file=sys.stderr, flush=True)
+        print(f"{error}\nResuming from the state before it, of step {state.step}", file=sys.stderr, flush=True)
         return state
 
 
 def step_of(path: Path) -> int:
-    """Steps that were done when the state at `path` was saved."""
+    """Steps done when the state at `path` was saved."""
     with safe_open(path, framework="pt") as file:
         return int((file.metadata() or {})["step"])
 
 
 def fingerprint_of(path: Path) -> str:
-    """The fingerprint of the run whose state it is."""
+    """The fingerprint of the run of the state at `path`."""
     with safe_open(path, framework="pt") as file:
         return (file.metadata() or {})["fingerprint"]
 
 
 def load_state(path: Path) -> RunState:
-    """Read what `save_state` wrote.
+    """Read a state from `save_state`.
 
     Raises:
         UserError: the file is damaged or not a state.
@@ -210,16 +211,17 @@ def load_state(path: Path) -> RunState:
             fingerprint=metadata["fingerprint"],
             data=metadata.get("data", ""),
             frozen=metadata.get("frozen", ""),
-            watch=json.loads(metadata.get("watch", "null")),
+            loss_monitor=json.loads(metadata.get("watch", "null")),
         )
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"{path} is not a whole training state ({error}); delete it to start this run from the beginning"
+            f"{path} is not a complete training state ({error}); delete it to start this run from the beginning",
+            "damaged-file",
         ) from error
 
 
 def restore(state: RunState, path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Lay `state` over the trained parameters and the optimiser.
+    """Load `state` into the trained parameters and the optimiser.
 
     Raises:
         UserError: the state is of another network.
@@ -230,18 +232,18 @@ def restore(state: RunState, path: Path, module: nn.Module, optimizer: torch.opt
     ]
     if wrong:
         raise UserError(
-            f"{path} is the state of another network (first difference: {wrong[0]}); give the run another --set out=..."
+            f"{path} is the state of another network (first difference: {wrong[0]}); set another out", "resume-mismatch"
         )
     with torch.no_grad():
         for name, value in parameters.items():
-            copy_whole(value, state.weights[name])
-    # In the order of the optimiser's parameters, by which its state is numbered.
+            copy_full(value, state.weights[name])
+    # The optimiser numbers its state in the order of its parameters.
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries = {
         index: {
-            key: split_like(value, trained[index]) if getattr(value, "ndim", 0) else value
-            for key, value in of_one.items()
+            key: shard_like(value, trained[index]) if getattr(value, "ndim", 0) else value
+            for key, value in parameter.items()
         }
-        for index, of_one in state.optimizer["state"].items()
+        for index, parameter in state.optimizer["state"].items()
     }
     optimizer.load_state_dict({**state.optimizer, "state": entries})

@@ -1,4 +1,4 @@
-"""The one training loop."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 
-from controlkit.errors import UserError, is_out_of_memory
+from controlkit.errors import Interrupted, UserError, is_out_of_memory
 from controlkit.files import writable_folder, write_json
 from controlkit.sampling.settings import in_words
-from controlkit.training.guards import LossWatch, Patience
-from controlkit.training.log import RunLog, SilentLog, spent
+from controlkit.training.guards import LossMonitor, StallMonitor
+from controlkit.training.log import NullLog, RunLog, total_seconds
 from controlkit.training.memory import uses_bf16
 from controlkit.training.objective import Objective
 from controlkit.training.optimizers import build_optimizer
 from controlkit.training.processes import Processes
 from controlkit.training.recipe import Recipe
-from controlkit.training.run_folder import changed_schedule, fingerprint, refuse_another, run_folder
-from controlkit.training.schedule import begun, continued
-from controlkit.training.sharding import copy_whole, gathered, whole
+from controlkit.training.run_folder import check_same_run, fingerprint, run_folder, schedule_changes
+from controlkit.training.schedule import initial_schedule, resumed_schedule
+from controlkit.training.sharding import copy_full, full_tensor, gathered
 from controlkit.training.state import (
     RunState,
     keep_previous,
@@ -44,28 +44,30 @@ class Trained:
     """A finished run."""
 
     scores: dict[str, float]
-    """Of the last preview."""
+    """Scores of the last preview."""
     scored: dict[str, Any]
-    """How that was sampled: `Objective.preview_settings`."""
+    """Settings of its samples: `Objective.preview_settings`."""
     files: tuple[Path, ...]
-    """The finished networks; empty in all processes but the first."""
+    """Files of the finished networks; empty in all processes but the first."""
     preview: Path | None
-    """The last preview's image."""
+    """Image of the last preview."""
     seconds: float
-    """That the run took, over all its parts."""
+    """Duration of the run, over all its parts."""
 
 
 def train(objective: Objective | Callable[[], Objective], recipe: Recipe) -> Trained:
-    """Train `objective`, or what it makes once the folder is this run's, by `recipe`.
+    """Train `objective` by `recipe`, or resume the run in its folder.
 
-    A run that was interrupted, or has fewer steps, goes on where it was.
-    Every step draws its data and noise from (seed, step), so an interrupted run ends with the weights of one that
-    was not. Ctrl-C and SIGTERM save the state and end. Under `accelerate launch` or `torchrun`, every process draws a
-    batch of its own and the gradients are averaged (`processes.py`).
+    Data and noise of a step depend on (seed, step) only, so a resumed run ends with the same weights as one that was
+    not interrupted. Ctrl-C and SIGTERM save the state and end. Under `accelerate launch` or `torchrun`, every process
+    has its own batch, and gradients are averaged (`processes.py`).
+
+    Args:
+        objective: or a function that builds it, called once the folder is locked and checked.
 
     Raises:
-        UserError: the folder holds a run of another recipe, or the loss is not finite or explodes (the last good state
-            stays).
+        UserError: the folder has a run of another recipe; the run was interrupted; or the loss is not finite or
+            diverged (the last good state stays).
     """
     with run_folder(recipe):
         return _Loop(objective if isinstance(objective, Objective) else objective(), recipe).run()
@@ -84,21 +86,22 @@ class _Loop:
         self.average: EMAModel | None = None
         if recipe.ema:
             self.average = EMAModel(self.parameters, decay=recipe.ema, use_ema_warmup=True, power=0.75)
-        self.processes.wait()  # until the first has seen to the folder
+        self.processes.wait()  # for the first to prepare the folder
         state = _resume(self.path, recipe, objective, self.optimizer, self.average)
         self.first = 0 if state is None else state.step
         if state is None:
-            self.schedule, note = begun(recipe)
+            self.schedule, note = initial_schedule(recipe)
         else:
-            self.schedule, note = continued(recipe, state.step, state.learning_rate, changed_schedule(recipe))
+            self.schedule, note = resumed_schedule(recipe, state.step, state.learning_rate, schedule_changes(recipe))
         if self.processes.first:
             if note:
                 print(note, file=sys.stderr, flush=True)
             write_json(self.folder / "recipe.json", {"system": recipe.system, **dataclasses.asdict(recipe)})
-        self.log = RunLog(self.folder, self.first, recipe.steps) if self.processes.first else SilentLog()
-        self.watch = LossWatch(self.first)
-        if state is not None and state.watch is not None and state.data == objective.data:  # other data, other losses
-            self.watch.restore(state.watch, state.step)
+        self.log = RunLog(self.folder, self.first, recipe.steps) if self.processes.first else NullLog()
+        self.monitor = LossMonitor(self.first)
+        # Losses on other data are not comparable.
+        if state is not None and state.loss_monitor is not None and state.data == objective.data:
+            self.monitor.restore(state.loss_monitor, state.step)
         self.scores: dict[str, float] = {}
 
     def run(self) -> Trained:
@@ -120,27 +123,31 @@ class _Loop:
             scored=self.objective.preview_settings,
             files=tuple(files),
             preview=previews[-1] if previews else None,
-            seconds=spent(self.folder),
+            seconds=total_seconds(self.folder),
         )
 
     def _steps(self, signals: _Signals) -> None:
-        patience = Patience()
+        stalls = StallMonitor()
         try:
             for step in range(self.first, self.recipe.steps):
-                with patience.step(step + 1):
+                with stalls.step(step + 1):
                     loss = self._step(step)
-                stop = self.processes.any(signals.wished)
+                stop = self.processes.any(signals.stop_requested)
                 self._report(step + 1, loss, stop)
                 if stop:
-                    raise UserError(f"interrupted after step {step + 1}; run the same command again to go on")
+                    message = f"stopped at step {step + 1} of {self.recipe.steps}; run the same command to resume"
+                    raise Interrupted(message, signals.number)
         except RuntimeError as error:
-            if not self.processes.lost_another(error):
+            if not self.processes.is_peer_failure(error):
                 raise
             signals.ending = True
-            kept = f"the state of step {step_of(self.path)} is kept" if self.path.exists() else "no state was saved yet"
+            kept = "no state was saved yet"
+            if self.path.exists():
+                kept = f"the state of step {step_of(self.path)} is kept, and the same command resumes from it"
             raise UserError(
-                f"another process of this run has ended, so this one ends too; {kept}, and the same command goes on"
-                f" from it. Why it ended is in what it said, or in the system's log if it was killed ({error})"
+                f"another process of this run has ended, so this one ends too; {kept}. See the output of that process,"
+                f" or the system's log if it was killed ({error})",
+                "interrupted",
             ) from error
 
     def _step(self, step: int) -> float:
@@ -151,18 +158,18 @@ class _Loop:
             loss = self._gradients(step)
         value = self.processes.mean(loss)
         if not math.isfinite(value):
-            self._back_to_calm()
+            self._restore_healthy_state()
             raise self._diverged(f"the loss is {value}", step, value)
         by_time = self.objective.by_time
-        if self.watch.exploded(value, step, None if by_time is None else self.processes.sum(by_time).tolist()):
-            self._back_to_calm()
-            times = f"{self.watch.excess:.3g} times what they were at their best"
-            alike = "" if by_time is None else ", compared at like times t"
-            raise self._diverged(f"the loss has exploded (recent losses are {times}{alike})", step, value)
-        most = math.inf if self.recipe.max_grad_norm is None else self.recipe.max_grad_norm
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, most)).item()
+        if self.monitor.has_diverged(value, step, None if by_time is None else self.processes.sum(by_time).tolist()):
+            self._restore_healthy_state()
+            compared = "" if by_time is None else ", compared at similar times t"
+            ratio = f"recent losses are {self.monitor.excess:.3g} times the lowest{compared}"
+            raise self._diverged(f"the loss diverged ({ratio})", step, value)
+        limit = math.inf if self.recipe.max_grad_norm is None else self.recipe.max_grad_norm
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters, limit)).item()
         if not math.isfinite(norm):
-            raise self._diverged(f"the gradient's norm is {norm}", step, value)
+            raise self._diverged(f"the gradient norm is {norm}", step, value)
         with self._memory(step):
             self.optimizer.step()
             if self.average is not None:
@@ -171,7 +178,7 @@ class _Loop:
 
     @contextmanager
     def _memory(self, step: int) -> Iterator[None]:
-        """Say what to do where memory does not suffice."""
+        """Turn out-of-memory errors into advice."""
         try:
             yield
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -184,19 +191,19 @@ class _Loop:
         count = self.recipe.gradient_accumulation_steps or 1
         total, by_time = torch.zeros((), device=device), None
         self.optimizer.zero_grad(set_to_none=True)
-        # Each batch draws from numbers of its own, as the steps of a run with one batch each do.
+        # Each batch has its own random numbers, as the steps of a run with one batch per step have.
         for batch in range(step * count, (step + 1) * count):
             with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(self.recipe, device)):
                 loss = self.loss_of(batch) / count
             loss.backward()
             total += loss.detach().reshape(())
-            if (told := self.objective.by_time) is not None:
-                by_time = told if by_time is None else by_time + told
+            if (sums := self.objective.by_time) is not None:
+                by_time = sums if by_time is None else by_time + sums
         self.objective.by_time = by_time
         return total
 
     def _report(self, done: int, loss: float, stop: bool) -> None:
-        """Save, preview and log where it is time to; all processes come here, the first writes."""
+        """Save, preview and log if due. All processes call it; the first writes."""
         recipe, last = self.recipe, done == self.recipe.steps
         self.log.estimate(done)
         saved = done % recipe.save_every == 0 or last or stop
@@ -207,25 +214,26 @@ class _Loop:
             try:
                 self._preview(done)
             except Exception as error:
-                # Else the same command would come to the same preview again, from steps before.
-                if not saved and not self.processes.shard:
+                # Otherwise, the same command would repeat steps and fail at the same preview.
+                if not saved and not self.processes.sharded:
                     self._save(done)
                 if not is_out_of_memory(error):
                     raise
                 raise UserError(
-                    f"out of memory while the preview after step {done} was drawn; the state of step"
-                    f" {step_of(self.path)} is kept in {self.path}. The same command goes on from it; set preview_every"
-                    " to more than steps to draw none before the end"
+                    f"out of memory in the preview after step {done}; the state of step {step_of(self.path)} is kept in"
+                    f" {self.path}. The same command resumes from it; set preview_every above steps to preview only at"
+                    " the end",
+                    "out-of-memory",
                 ) from error
         if done % recipe.log_every == 0 or previewed or stop:
             scored = self.objective.preview_settings if self.scores else {}
-            now = {"loss": loss, **(self.scores if previewed else {})}
+            values = {"loss": loss, **(self.scores if previewed else {})}
             self.log.write(
                 done,
-                {**now, "learning_rate": self.schedule.at(done - 1)},
+                {**values, "learning_rate": self.schedule.at(done - 1)},
                 {"preview": scored} if previewed and scored else {},
             )
-            self.log.say(done, {"loss": loss, **self.scores}, in_words(scored) if scored else "")
+            self.log.progress(done, {"loss": loss, **self.scores}, in_words(scored) if scored else "")
 
     def _preview(self, step: int) -> None:
         with averaged(self.average, self.parameters), gathered(self.objective.trained):
@@ -233,35 +241,35 @@ class _Loop:
                 self.scores = self.objective.preview(step, writable_folder(self.folder / "previews"))
 
     def _diverged(self, what: str, step: int, loss: float) -> UserError:
-        """What to say, once the batch that did it is written down."""
-        told = ""
+        """The error of a diverged run, after its last batch is written to diverged.json."""
+        details = ""
         if self.processes.first:
             path = self.folder / "diverged.json"
             rate = self.schedule.at(step)
             count = self.recipe.gradient_accumulation_steps or 1
             batches = range(step * count, (step + 1) * count)
-            seen = [name for batch in batches for name in self.objective.seen(batch)]
-            write_json(path, {"step": step + 1, "loss": repr(loss), "learning_rate": rate, "batch": seen})
-            told = f" What the step was trained on is listed in {path}." if seen else ""
-        kept = "no state had been saved yet"
+            samples = [name for batch in batches for name in self.objective.samples(batch)]
+            write_json(path, {"step": step + 1, "loss": repr(loss), "learning_rate": rate, "batch": samples})
+            details = f" {path} lists the samples of this step." if samples else ""
+        kept = "no state was saved yet"
         if self.path.exists():
             done = step_of(self.path)
-            good = " good" if done <= self.watch.calm else ""
+            good = " good" if done <= self.monitor.healthy_step else ""
             kept = f"the last{good} state, of step {done}, is kept in {self.path}"
-        advice = "Lower learning_rate, or look at the data of this step"
-        return UserError(f"{what} at step {step + 1}; {kept}.{told} {advice}")
+        advice = "Lower learning_rate, or check the data of this step"
+        return UserError(f"{what} at step {step + 1}; {kept}.{details} {advice}", "diverged")
 
-    def _back_to_calm(self) -> None:
-        """Drop a state that was saved when the loss had already risen, if there is one from before."""
+    def _restore_healthy_state(self) -> None:
+        """Replace a state saved after the loss had risen by the previous one, if there is one."""
         previous = previous_state(self.path)
         if not self.processes.first or not (self.path.exists() and previous.exists()):
             return
-        if step_of(self.path) > self.watch.calm:
+        if step_of(self.path) > self.monitor.healthy_step:
             previous.replace(self.path)
 
     def _save(self, step: int) -> None:
-        if self.processes.first and self.path.exists() and step_of(self.path) <= self.watch.calm:
-            # One that was saved when the loss had risen does not take the place of one from before.
+        if self.processes.first and self.path.exists() and step_of(self.path) <= self.monitor.healthy_step:
+            # A state saved after the loss had risen does not replace one from before.
             keep_previous(self.path)
         average = self.average
         save_state(
@@ -273,13 +281,13 @@ class _Loop:
             fingerprint=fingerprint(self.recipe),
             data=self.objective.data,
             frozen=self.objective.frozen,
-            watch=self.watch.state(),
+            loss_monitor=self.monitor.state(),
         )
 
 
 @contextmanager
 def averaged(average: EMAModel | None, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Run a block with the averaged weights in place."""
+    """Use the averaged weights within a block."""
     if average is None:
         yield
         return
@@ -301,24 +309,25 @@ def _resume(
     state = load_latest(path)
     if state is None:
         return None
-    refuse_another(recipe, path, state.fingerprint, state.step)
+    check_same_run(recipe, path, state.fingerprint, state.step)
     if state.frozen and state.frozen != objective.frozen:
         raise UserError(
-            f"the run in {path.parent} is of a base, or a base control, with other weights than the one of that"
-            " name has now; give this run another out"
+            f"the weights of the base, or of the base control, have changed since the run in {path.parent} began; set"
+            " another out",
+            "resume-mismatch",
         )
     if state.data and state.data != objective.data and Processes.is_first():
         print(
-            f"note: the data has changed since the run in {path.parent} stopped. It goes on with what is there now;"
-            " some of what is held out now may be what it was trained on, and then its scores say too much",
+            f"note: the data has changed since the run in {path.parent} stopped. It resumes with the current data;"
+            " images held out now may have been trained on before, which makes its scores too good",
             file=sys.stderr,
             flush=True,
         )
     restore(state, path, objective.trained, optimizer)
     if average is not None and state.average:
         *shadow, count = state.average
-        for mine, theirs in zip(average.shadow_params, shadow, strict=True):
-            copy_whole(mine, theirs)
+        for parameter, saved in zip(average.shadow_params, shadow, strict=True):
+            copy_full(parameter, saved)
         average.optimization_step = int(count)
     return state
 
@@ -328,41 +337,42 @@ def _out_of_memory(recipe: Recipe, step: int, path: Path) -> UserError:
     others = [f"batch_size {recipe.batch_size // 2}"] if recipe.batch_size > 1 else []
     others += ["precision bf16"] if recipe.precision == "fp32" else []
     if not path.exists():
-        told = f"set {' or '.join(hints + others)}" if hints or others else "this device is too small for it"
-        return UserError(f"out of memory at step {step}; {told}")
-    told = f"go on with {hints[0]}" if hints else ""
-    begin = f"begin again in another out with {' or '.join(others)}" if others else ""
-    advice = ", or ".join(filter(None, (told, begin))) or "this device is too small for it"
-    return UserError(f"out of memory at step {step}; the last state is kept in {path}; {advice}")
+        advice = f"set {' or '.join(hints + others)}" if hints or others else "this device is too small for it"
+        return UserError(f"out of memory at step {step}; {advice}", "out-of-memory")
+    resume = f"resume with {hints[0]}" if hints else ""
+    restart = f"start again in another out with {' or '.join(others)}" if others else ""
+    advice = ", or ".join(filter(None, (resume, restart))) or "this device is too small for it"
+    return UserError(f"out of memory at step {step}; the last state is kept in {path}; {advice}", "out-of-memory")
 
 
 @dataclasses.dataclass
 class _Signals:
-    """What was asked of a run from outside."""
+    """Signals received during a run."""
 
-    wished: bool = False
-    """Whether it is to save its state and end."""
+    stop_requested: bool = False
+    """Whether to save the state and end after this step."""
+    number: int = signal.SIGTERM
+    """The signal of the request; SIGTERM, which launchers send, if another process received it."""
     ending: bool = False
-    """Whether it ends by itself. SIGTERM, which a launcher sends to all when one is gone, does not hurry it then, so
-    that it can say why."""
+    """Whether the run ends by itself. It then ignores the SIGTERM that launchers send to all processes when one ends,
+    so that it can print why."""
 
 
 @contextmanager
 def _interruptible() -> Iterator[_Signals]:
-    """Turn the first Ctrl-C, or the SIGTERM of a scheduler, into a wish that the loop sees after its step; a second
-    Ctrl-C ends at once."""
+    """Within a block, the first Ctrl-C or SIGTERM requests a stop after the step; a second Ctrl-C ends at once."""
     signals = _Signals()
 
-    def wish(number: int, _frame: FrameType | None) -> None:
-        if signals.wished and number == signal.SIGINT:
+    def request_stop(number: int, _frame: FrameType | None) -> None:
+        if signals.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        signals.wished = True
+        signals.stop_requested, signals.number = True, number
 
     before: dict[int, Any] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, wish)
-    except ValueError:  # not the main thread: whoever started us handles signals
+            before[number] = signal.signal(number, request_stop)
+    except ValueError:  # not the main thread, which handles signals
         yield _Signals()
         return
     try:

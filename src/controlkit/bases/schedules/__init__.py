@@ -1,6 +1,6 @@
-"""Noise schedules: how noise and image mix at a time t, what a network predicts there, and how sampling goes down.
+"""Noise schedules: how noise and image mix at time t, what the network predicts, and how sampling solves it.
 
-`schedule.py` is the interface, and there is one file for each kind.
+`schedule.py` is the interface; each kind of schedule is one file.
 """
 
 from controlkit.bases.schedules.rectified_flow import RectifiedFlow

@@ -1,4 +1,4 @@
-"""Rectified flow (Liu et al. 2023; Esser et al. 2024, arXiv 2403.03206): Stable Diffusion 3 and its relatives."""
+"""Rectified flow (Liu et al. 2023; Esser et al. 2024, arXiv 2403.03206): Stable Diffusion 3 and related models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RectifiedFlow(Schedule):
         self.length = int(self.config["num_train_timesteps"])
 
     @property
-    def own_time_sampling(self) -> str:
+    def default_time_sampling(self) -> str:
         return "logit-normal"
 
     def add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -45,15 +45,17 @@ class RectifiedFlow(Schedule):
         return ((1 - sigma) / sigma) ** 2
 
     def loss_weight(self, t: Tensor, snr_gamma: float) -> Tensor:
-        # The error of z is sigma^2 times that of the flow, and z counts as much as the ratio of signal to noise.
+        # The error of z is sigma^2 times that of the flow; the error of z is weighted by the clamped SNR.
         return self.snr(t).clamp(max=snr_gamma) * (t / self.length) ** 2
 
     def solver(self, name: str, steps: int, device: torch.device | str, base: str) -> Solver:
         if name not in FLOW_SOLVERS:
             raise UserError(
-                f"{base} is a rectified flow, which the sampler {name} does not solve; take {' or '.join(FLOW_SOLVERS)}"
+                f"{base} is a rectified flow, which the sampler {name} does not support; use"
+                f" {' or '.join(FLOW_SOLVERS)}",
+                "contradiction",
             )
-        # `euler` is the scheduler's own; the others are diffusers' for flows, with this schedule's shift.
+        # `euler` is the base's own scheduler; the others are diffusers' flow solvers with this schedule's shift.
         kind, settings = FLOW_SOLVERS[name]
         shift = {"flow_shift": self.config["shift"]} if kind is not FlowMatchEulerDiscreteScheduler else {}
         scheduler = (
@@ -66,11 +68,11 @@ class RectifiedFlow(Schedule):
     def _uniform(self, count: int, generator: torch.Generator) -> Tensor:
         return self._at(torch.rand(count, generator=generator))
 
-    def _at(self, share: Tensor) -> Tensor:
-        """Shifted as the schedule is (Esser et al. 2024, eq. 23), so that training visits what sampling visits."""
+    def _at(self, fraction: Tensor) -> Tensor:
+        """With the schedule's shift (Esser et al. 2024, eq. 23), so that training covers the times of sampling."""
         shift = float(self.config["shift"])
-        moved = shift * share / (1 + (shift - 1) * share) if not math.isclose(shift, 1) else share
-        return moved * self.length
+        shifted = shift * fraction / (1 + (shift - 1) * fraction) if not math.isclose(shift, 1) else fraction
+        return shifted * self.length
 
     def _sigma(self, t: Tensor, like: Tensor) -> Tensor:
         return (t.to(like.device, like.dtype) / self.length).view(-1, *[1] * (like.ndim - 1))

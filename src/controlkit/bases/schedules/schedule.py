@@ -1,4 +1,4 @@
-"""The interface of a noise schedule."""
+"""Interface of a noise schedule."""
 
 from __future__ import annotations
 
@@ -12,64 +12,64 @@ from controlkit.bases.schedules.solvers import Solver
 from controlkit.errors import UserError
 
 TIME_SAMPLINGS = ("uniform", "cubic", "logit-normal")
-"""Ways to draw the times of training: evenly; more of the noisy ones by 1 - u^3 (Mou et al. 2024, section 3.3); and by
-a normal distribution of the logit (Esser et al. 2024, arXiv 2403.03206, section 3.1)."""
+"""Distributions of training times: uniform; 1 - u^3, which favours noisy times (Mou et al. 2024, section 3.3);
+logit-normal (Esser et al. 2024, arXiv 2403.03206, section 3.1)."""
 
 
 class Schedule(ABC):
-    """Times t from 0 (an image) to `length` (noise), and what is mixed and predicted at each.
+    """Times t from 0 (clean) to `length` (noise), with the noising and the prediction target at each.
 
-    Everything outside asks it and never looks at its numbers.
+    Other code uses these methods, never the numbers of the schedule.
     """
 
     length: int
-    """Times lie in [0, length], in the units that the base's network is told."""
+    """Times lie in [0, length], in the units of the base's network."""
     prediction: str
-    """What the network predicts: `epsilon`, `v_prediction`, `sample` or `flow`."""
+    """Prediction type: `epsilon`, `v_prediction`, `sample` or `flow`."""
     config: dict[str, Any]
-    """Of diffusers' scheduler that it comes from."""
+    """Of the diffusers scheduler that it comes from."""
 
     def draw_times(self, count: int, generator: torch.Generator, sampling: str | None = None) -> Tensor:
-        """Times of training `[count]`, drawn on the CPU.
+        """Training times `[count]`, sampled on the CPU.
 
         Args:
-            sampling: one of `TIME_SAMPLINGS`; None is the schedule's own.
+            sampling: one of `TIME_SAMPLINGS`; None is the schedule's default.
 
         Raises:
-            UserError: there is no such way.
+            UserError: `sampling` is unknown.
         """
-        sampling = sampling or self.own_time_sampling
+        sampling = sampling or self.default_time_sampling
         if sampling == "uniform":
             return self._uniform(count, generator)
         if sampling == "cubic":
             return self._at(1 - torch.rand(count, generator=generator) ** 3)
         if sampling == "logit-normal":
             return self._at(torch.sigmoid(torch.randn(count, generator=generator)))
-        raise UserError(f"time_sampling is {sampling!r}; expected one of {', '.join(TIME_SAMPLINGS)}")
+        raise UserError(f"time_sampling is {sampling!r}; expected one of {', '.join(TIME_SAMPLINGS)}", "unknown-name")
 
     @property
-    def own_time_sampling(self) -> str:
-        """How times are drawn where nothing is asked for."""
+    def default_time_sampling(self) -> str:
+        """Default distribution of training times."""
         return "uniform"
 
     @abstractmethod
     def add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Latents `z` `[B, C, h, w]` with noise, at times `t` `[B]`."""
+        """Noisy latents at times `t` `[B]` from clean ones `z` `[B, C, h, w]`."""
 
     @abstractmethod
     def target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should predict there, `[B, C, h, w]`."""
+        """Prediction target at times `t` `[B]`, `[B, C, h, w]`."""
 
     @abstractmethod
     def snr(self, t: Tensor) -> Tensor:
-        """The ratio of signal to noise (of their variances) at times `t`, `[B]`."""
+        """Signal-to-noise ratio (of variances) at times `t`, `[B]`."""
 
     @abstractmethod
     def loss_weight(self, t: Tensor, snr_gamma: float) -> Tensor:
-        """Weights `[B]` of the squared error at times `t`, by min-SNR (Hang et al. 2023, arXiv 2303.09556, eq. 9).
+        """Min-SNR weights `[B]` of the squared error at times `t` (Hang et al. 2023, arXiv 2303.09556, eq. 9).
 
         Args:
-            snr_gamma: the most that a ratio of signal to noise counts.
+            snr_gamma: upper bound of the signal-to-noise ratio.
         """
 
     @abstractmethod
@@ -77,20 +77,20 @@ class Schedule(ABC):
         """The solver of this name (`SOLVERS`) for a number of steps.
 
         Args:
-            base: what errors call the base.
+            base: name of the base, for errors.
 
         Raises:
-            UserError: it does not suit the schedule, or this number of steps.
+            UserError: it does not support the schedule or this number of steps.
         """
 
     def part(self, t: Tensor, parts: int) -> Tensor:
-        """Which of so many equal parts of the schedule each time lies in, from 0, `[B]`."""
+        """Index of the part of the schedule that each time lies in, of `parts` equal ones, `[B]`."""
         return (t * parts / self.length).long().clamp(max=parts - 1)
 
     @abstractmethod
     def _uniform(self, count: int, generator: torch.Generator) -> Tensor:
-        """Times drawn evenly."""
+        """Uniformly sampled times."""
 
     @abstractmethod
-    def _at(self, share: Tensor) -> Tensor:
-        """The times at shares of the schedule, of [0, 1)."""
+    def _at(self, fraction: Tensor) -> Tensor:
+        """Times at fractions in [0, 1) of the schedule."""

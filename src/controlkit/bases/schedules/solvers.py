@@ -1,4 +1,4 @@
-"""Solvers: from a network's predictions at falling times to clean latents. DDIM, and solvers of diffusers."""
+"""Solvers: from a network's predictions at descending times to clean latents. DDIM, and diffusers' schedulers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from diffusers import (
 from torch import Tensor
 
 from controlkit.bases.schedules.ddim import ddim_step, times_of
-from controlkit.errors import UserError
+from controlkit.errors import UserError, nearest
 
 SOLVERS = ("ddim", "dpm++", "dpm++-karras", "unipc", "euler")
-"""Names of solvers."""
-_LEAST_START = 0.6
-"""The share of the schedule at which a solver may begin; with two steps, leading spacing begins at two thirds."""
+"""Names of all solvers."""
+_MIN_START = 0.6
+"""Minimum start of a solver, as a fraction of the schedule; with two steps, leading spacing starts at two thirds."""
 _DPM: dict[str, Any] = {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}
-"""Said outright, because the schedule of a base may come from a folder with a sampler's settings of its own."""
+"""Set explicitly, since a base's scheduler config may contain the settings of its own sampler."""
 
 _VARIANCE_PRESERVING: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpm++": (DPMSolverMultistepScheduler, {"use_karras_sigmas": False, **_DPM}),
@@ -34,8 +34,8 @@ _VARIANCE_PRESERVING: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 """Lu et al. 2022, arXiv 2211.01095 (multistep, second order), with the times of Karras et al. 2022, arXiv 2206.00364,
 eq. 5; Zhao et al. 2023, arXiv 2302.04867; Karras et al. 2022, algorithm 1 without its correction."""
-_IN_SIGMA = ("dpm++-karras", "euler")
-"""Those that count in ratios of noise to signal, which some schedules let grow without bound."""
+_SIGMA_SPACE = ("dpm++-karras", "euler")
+"""Solvers parametrised by sigma (noise over signal), which some schedules leave unbounded."""
 FLOW_SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "euler": (FlowMatchEulerDiscreteScheduler, {}),
     "dpm++": (
@@ -51,34 +51,34 @@ FLOW_SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 class Solver(ABC):
-    """One prediction a step, and nothing drawn at random but the noise to begin with.
+    """One prediction per step; deterministic apart from the initial noise.
 
-    A solver belongs to one number of steps and, between `begin` and the last step, to one batch of images.
+    A solver belongs to one number of steps and, from `begin` to the last step, to one batch of images.
     """
 
     timesteps: Tensor
-    """`[steps]`, the falling times at which the base predicts: of 0..999, whole numbers or between them."""
+    """`[steps]`, the descending times of the base's predictions: in 0..999, integer or fractional."""
     initial: float
-    """Standard deviation of the latents to begin with."""
+    """Standard deviation of the initial latents."""
 
     @abstractmethod
     def begin(self) -> None:
-        """A new batch of images."""
+        """Start a new batch of images."""
 
     @abstractmethod
     def input(self, x_t: Tensor, index: int) -> Tensor:
-        """Latents before step `index` as the base and its controls read them, of the same shape."""
+        """Latents before step `index` as the base and its controls take them, of the same shape."""
 
     @abstractmethod
     def step(self, prediction: Tensor, x_t: Tensor, index: int) -> Tensor:
-        """Latents after step `index`, from those before it and what the base predicts for them; all `[B, C, h, w]`."""
+        """Latents after step `index`, from those before it and the base's prediction; all `[B, C, h, w]`."""
 
 
 class DDIM(Solver):
     """Song et al. 2021 with eta 0, on the schedule itself."""
 
     def __init__(self, scheduler: DDIMScheduler, steps: int, device: torch.device | str) -> None:
-        self._scheduler = copy.deepcopy(scheduler)  # which keeps the times of one number of steps
+        self._scheduler = copy.deepcopy(scheduler)  # which stores the times of one number of steps
         self.timesteps = times_of(self._scheduler, steps, device)
         self.initial = float(self._scheduler.init_noise_sigma)
         self._times: list[Any] = [*self.timesteps.tolist(), None]
@@ -94,14 +94,14 @@ class DDIM(Solver):
 
 
 class DiffusersSolver(Solver):
-    """A scheduler of diffusers.
+    """A diffusers scheduler.
 
     Args:
-        scheduler: set up as a pipeline's is by `from_config(pipeline.scheduler.config)`.
+        scheduler: configured as a pipeline's by `from_config(pipeline.scheduler.config)`.
         length: of the schedule.
 
     Raises:
-        UserError: it would begin in the middle of the schedule with so few steps.
+        UserError: with so few steps it would start in the middle of the schedule.
     """
 
     def __init__(self, scheduler: Any, steps: int, device: torch.device | str, *, length: int) -> None:
@@ -110,10 +110,11 @@ class DiffusersSolver(Solver):
         self.begin()
         self.timesteps = self._scheduler.timesteps
         self.initial = float(getattr(self._scheduler, "init_noise_sigma", 1.0))
-        if float(self.timesteps[0]) < _LEAST_START * length:
+        if float(self.timesteps[0]) < _MIN_START * length:
             raise UserError(
-                f"steps is {steps}, and this sampler then begins at time {float(self.timesteps[0]):g} of {length},"
-                " where an image is not all noise; give 2 steps or more"
+                f"steps is {steps}, and this sampler then starts at time {float(self.timesteps[0]):g} of"
+                f" {length}, which is not pure noise; use 2 steps or more",
+                "out-of-range",
             )
 
     def begin(self) -> None:
@@ -140,22 +141,24 @@ def build_solver(
     """The solver of this name for a variance preserving schedule.
 
     Args:
-        base: what errors call the base.
+        base: name of the base, for errors.
         pure_noise: whether the schedule ends in (nearly) pure noise.
 
     Raises:
-        UserError: it does not suit the schedule, or this number of steps.
+        UserError: it does not support the schedule or this number of steps.
     """
     if name == "ddim":
         return DDIM(scheduler, steps, device)
     if name not in _VARIANCE_PRESERVING:
-        raise UserError(f"there is no sampler called {name!r}")
-    if pure_noise and name in _IN_SIGMA:
-        bar = scheduler.alphas_cumprod[-1]
+        raise UserError(f"there is no sampler {name!r}{nearest(name, SOLVERS)}", "unknown-name")
+    if pure_noise and name in _SIGMA_SPACE:
+        alpha_bar = scheduler.alphas_cumprod[-1]
+        sigma = float(((1 - alpha_bar) / alpha_bar) ** 0.5)
         raise UserError(
-            f"the noise schedule of {base} ends in (nearly) pure noise, {float(((1 - bar) / bar) ** 0.5):.3g} times the"
-            " signal, which this sampler cannot count in; take ddim, dpm++ or unipc"
+            f"the noise schedule of {base} ends in (nearly) pure noise, {sigma:.3g}"
+            f" times the signal, which {name} cannot represent; use ddim, dpm++ or unipc",
+            "contradiction",
         )
     kind, settings = _VARIANCE_PRESERVING[name]
-    built = kind.from_config({**scheduler.config, **settings})
-    return DiffusersSolver(built, steps, device, length=len(scheduler.alphas_cumprod))
+    diffusers_scheduler = kind.from_config({**scheduler.config, **settings})
+    return DiffusersSolver(diffusers_scheduler, steps, device, length=len(scheduler.alphas_cumprod))

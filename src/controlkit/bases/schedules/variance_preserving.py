@@ -15,20 +15,20 @@ from controlkit.errors import UserError
 
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _PURE_NOISE = 200.0
-"""The ratio of noise to signal from which the end of a schedule counts as pure noise; Stable Diffusion's is 14.6."""
+"""Ratio of noise to signal above which a schedule ends in pure noise; Stable Diffusion's is 14.6."""
 
 
 class VariancePreserving(Schedule):
-    """x_t = sqrt(bar) z + sqrt(1 - bar) noise, at whole times t of 0..length - 1.
+    """x_t = sqrt(alpha_bar) z + sqrt(1 - alpha_bar) noise, at integer times t in 0..length - 1.
 
-    Latents are never clipped, whatever the configuration says or leaves out, and an offset that is left out is 1: both
-    as diffusers' StableDiffusionPipeline has it.
+    Latents are never clipped, whatever the configuration says, and a missing offset is 1: both as in diffusers'
+    StableDiffusionPipeline.
 
     Args:
-        config: of a scheduler of diffusers.
+        config: of a diffusers scheduler.
 
     Raises:
-        UserError: it predicts something else.
+        UserError: its prediction type is not supported.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -37,7 +37,9 @@ class VariancePreserving(Schedule):
         self.length = int(self.config["num_train_timesteps"])
         self.prediction = str(self.config["prediction_type"])
         if self.prediction not in _PREDICTIONS:
-            raise UserError(f"prediction_type is {self.prediction!r}; expected one of {', '.join(_PREDICTIONS)}")
+            raise UserError(
+                f"prediction_type is {self.prediction!r}; expected one of {', '.join(_PREDICTIONS)}", "unsupported"
+            )
 
     def add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return self._scheduler.add_noise(z, noise, t)
@@ -48,37 +50,38 @@ class VariancePreserving(Schedule):
         return z if self.prediction == "sample" else self._scheduler.get_velocity(z, noise, t)
 
     def snr(self, t: Tensor) -> Tensor:
-        bar = self._scheduler.alphas_cumprod.to(t.device)[t]
-        return bar / (1 - bar)
+        alpha_bar = self._scheduler.alphas_cumprod.to(t.device)[t]
+        return alpha_bar / (1 - alpha_bar)
 
     def loss_weight(self, t: Tensor, snr_gamma: float) -> Tensor:
-        ratio = self.snr(t)
-        least = ratio.clamp(max=snr_gamma)
-        # The weight of the error of z; that of the noise is SNR times it, that of v is SNR + 1 times it.
-        return {"sample": least, "epsilon": least / ratio, "v_prediction": least / (ratio + 1)}[self.prediction]
+        snr = self.snr(t)
+        clamped = snr.clamp(max=snr_gamma)
+        # Weights are of the error of z; the error of the noise is SNR times it, that of v SNR + 1 times.
+        return {"sample": clamped, "epsilon": clamped / snr, "v_prediction": clamped / (snr + 1)}[self.prediction]
 
     @property
     def noise_at_the_end(self) -> float:
-        """The ratio of noise to signal (sigma) at the last time."""
-        bar = self._scheduler.alphas_cumprod[-1]
-        return float(((1 - bar) / bar) ** 0.5)
+        """Ratio of noise to signal (sigma) at the last time."""
+        alpha_bar = self._scheduler.alphas_cumprod[-1]
+        return float(((1 - alpha_bar) / alpha_bar) ** 0.5)
 
     @property
     def ends_in_pure_noise(self) -> bool:
-        """Whether (nearly) nothing of the image is left at the last time."""
+        """Whether (nearly) no signal is left at the last time."""
         return self.noise_at_the_end > _PURE_NOISE
 
     def solver(self, name: str, steps: int, device: torch.device | str, base: str) -> Solver:
         if self.prediction == "epsilon" and self.ends_in_pure_noise:
             raise UserError(
-                f"{base} predicts the noise (epsilon) and its schedule ends in (nearly) pure noise,"
-                f" {self.noise_at_the_end:.3g} times the signal, where the noise says nothing about the image; no"
-                " sampler can start there. Check prediction_type and the betas in scheduler/scheduler_config.json"
+                f"{base} predicts the noise (epsilon), but its schedule ends in (nearly) pure noise,"
+                f" {self.noise_at_the_end:.3g} times the signal, from which no sampler can start; check"
+                " prediction_type and the betas in scheduler/scheduler_config.json",
+                "contradiction",
             )
         return build_solver(name, self._scheduler, steps, device, base, pure_noise=self.ends_in_pure_noise)
 
     def _uniform(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.randint(0, self.length, (count,), generator=generator)
 
-    def _at(self, share: Tensor) -> Tensor:
-        return (share * self.length).long().clamp(max=self.length - 1)
+    def _at(self, fraction: Tensor) -> Tensor:
+        return (fraction * self.length).long().clamp(max=self.length - 1)

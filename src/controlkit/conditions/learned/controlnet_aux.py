@@ -1,6 +1,6 @@
-"""Annotators of the package controlnet_aux, for the networks that transformers does not have.
+"""Annotators of controlnet_aux, for networks that transformers does not have.
 
-The package needs torchvision, so it is an extra (`annotators`) and is imported when one of its conditions is called.
+The package needs torchvision, so it belongs to the extra `annotators` and is imported at the first call.
 """
 
 from __future__ import annotations
@@ -24,52 +24,52 @@ def annotate(
     detector: str,
     image: np.ndarray,
     resolution: int,
-    given: str | None,
+    override: str | None,
     **settings: Any,
 ) -> np.ndarray:
-    """The annotation that `controlnet_aux.<detector>` makes of `image`, both `uint8 [H, W, 3]`.
+    """Run `controlnet_aux.<detector>` on `image`; both are `uint8 [H, W, 3]`.
 
-    The image is scaled here and the detector is told the size that it already has, because it would give back another
-    size than it got.
+    The image is scaled here, and the detector runs at that size, because its own scaling does not preserve the size.
 
     Raises:
-        UserError: the extra or the weights are not there, or the package fails on them.
+        UserError: the extra or the weights are missing, or the package cannot load them.
     """
     package = import_extra(name, model, "controlnet_aux")
 
     def load(folder: Path, where: torch.device) -> Any:
         try:
             return getattr(package, detector).from_pretrained(str(folder)).to(where)
-        except Exception as error:  # the package lets through whatever torch raises for a torn file
+        except Exception as error:  # the package passes on whatever torch raises for a truncated file
             files = ", ".join(model.files)
-            raise UserError(f"{name}: {files} in {folder} cannot be loaded; download the model again") from error
+            message = f"{name}: cannot load {files} in {folder}; download the model again"
+            raise UserError(message, "damaged-file") from error
 
-    found = load_once(detector, find_folder(name, model, given), load)
-    seen = to_resolution(image, resolution)
-    size = min(seen.shape[:2])
-    annotation = found(seen, detect_resolution=size, image_resolution=size, output_type="np", **settings)
+    annotator = load_once(detector, find_folder(name, model, override), load)
+    scaled = to_resolution(image, resolution)
+    size = min(scaled.shape[:2])
+    annotation = annotator(scaled, detect_resolution=size, image_resolution=size, output_type="np", **settings)
     return back_to_size(np.ascontiguousarray(annotation, dtype=np.uint8), *image.shape[:2])
 
 
 def annotate_faces(
     name: str, model: LearnedModel, image: np.ndarray, resolution: int, faces: int, score: float
 ) -> np.ndarray:
-    """The outlines of faces that controlnet_aux draws with mediapipe, `uint8 [H, W, 3]`.
+    """Face outlines by mediapipe, drawn by controlnet_aux, `uint8 [H, W, 3]`.
 
     Raises:
-        UserError: one of the two packages is not there, or mediapipe is one without the interface that is used.
+        UserError: a package is missing, or mediapipe is a version without `solutions`.
     """
     mediapipe = import_extra(name, model, "mediapipe")
     if not hasattr(mediapipe, "solutions"):
         version = getattr(mediapipe, "__version__", "installed")
         raise UserError(
-            f"{name} needs mediapipe's `solutions`, which mediapipe {version} has not: run `{model.install}`"
+            f"{name} needs mediapipe with `solutions`, which {version} lacks: run `{model.install}`", "missing-package"
         )
     detector = import_extra(name, model, "controlnet_aux").MediapipeFaceDetector()
-    seen = to_resolution(image, resolution)
-    size = min(seen.shape[:2])
+    scaled = to_resolution(image, resolution)
+    size = min(scaled.shape[:2])
     annotation = detector(
-        seen,
+        scaled,
         max_faces=faces,
         min_confidence=score,
         output_type="np",

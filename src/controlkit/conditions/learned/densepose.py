@@ -1,4 +1,4 @@
-"""DensePose: which part of the body's surface each pixel shows."""
+"""DensePose: the body part at each pixel."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ _PARTS = 24
     requires=DENSEPOSE,
     mirror_finished=None,
     resize="nearest",
-    seen="short side at `resolution`",
+    input_size="short side at `resolution`",
 )
 def densepose(image: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """The 24 parts of DensePose (Gueler et al. 2018) in the colours of viridis, on its darkest.
 
-    CtrLoRA, annotator/densepose, draws the same of the larger network (R101).
+    CtrLoRA, annotator/densepose, uses the larger network (R101).
 
     Args:
-        resolution: length that the image's short side is scaled to before the network sees it.
-        model: a folder with `densepose_r50_fpn_dl.torchscript`, or another place of it on the hub.
+        resolution: short side of the network's input, in pixels.
+        model: a folder with `densepose_r50_fpn_dl.torchscript`, or another model on the hub with that file.
     """
     import torch
 
     network = load_once("densepose", find_folder("densepose", DENSEPOSE, model), _load)
-    seen = to_resolution(image, resolution, multiple=1)
+    scaled = to_resolution(image, resolution, multiple=1)
     with torch.inference_mode():
-        pixels = torch.from_numpy(np.ascontiguousarray(seen.transpose(2, 0, 1))).to(device())
+        pixels = torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1))).to(device())
         boxes, coarse, fine = (part.float().cpu() for part in network(pixels)[:3])
-    parts = draw_parts(boxes.numpy(), coarse.numpy(), fine.numpy(), *seen.shape[:2])
+    parts = draw_parts(boxes.numpy(), coarse.numpy(), fine.numpy(), *scaled.shape[:2])
     labels = cv2.resize(parts, image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     return viridis()[labels]
 
@@ -67,7 +67,7 @@ def densepose(image: np.ndarray, *, resolution: int = 512, model: str | None = N
 def _load(folder: Path, where: torch.device) -> Any:
     import torch
 
-    # Its network calls operators that torchvision brings; without it torch refuses to load the file.
+    # The network calls operators of torchvision; without it, torch cannot load the file.
     with contextlib.suppress(Exception):
         importlib.import_module("torchvision")
     path = folder / DENSEPOSE.files[0]
@@ -76,16 +76,16 @@ def _load(folder: Path, where: torch.device) -> Any:
     except RuntimeError as error:
         if "torchvision::" in str(error):
             import_extra("densepose", DENSEPOSE, "torchvision")
-        raise UserError(f"densepose: {path} cannot be loaded; download it again") from error
+        raise UserError(f"densepose: cannot load {path}; download it again", "damaged-file") from error
 
 
 def draw_parts(boxes: np.ndarray, coarse: np.ndarray, fine: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Numbers of parts `uint8 [height, width]`, 0 where there is nobody; later people are drawn over earlier ones.
+    """Part indices `uint8 [height, width]`, 0 for background; later people cover earlier ones.
 
     Args:
         boxes: left, top, right, bottom in pixels `[N, 4]`.
         coarse: scores of background and body in each box `[N, C, h, w]`.
-        fine: scores of background and each of the parts `[N, 25, h, w]`.
+        fine: scores of background and the 24 parts `[N, 25, h, w]`.
     """
     parts = np.zeros((height, width), np.uint8)
     for box, body, part in zip(boxes, coarse, fine, strict=True):
@@ -104,6 +104,6 @@ def draw_parts(boxes: np.ndarray, coarse: np.ndarray, fine: np.ndarray, height: 
 
 
 def viridis() -> np.ndarray:
-    """The colour of each part `uint8 [25, 3]`: viridis from 0 (nobody) to 1, in equal steps."""
+    """Colour of each part `uint8 [25, 3]`: viridis from 0 (background) to 1, in equal steps."""
     steps = (np.arange(_PARTS + 1) * 255 / _PARTS).astype(np.uint8)[:, None]
     return np.ascontiguousarray(cv2.applyColorMap(steps, cv2.COLORMAP_VIRIDIS)[:, 0, ::-1])

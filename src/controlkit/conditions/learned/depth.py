@@ -1,4 +1,4 @@
-"""Depth, near in white, and surface normals made from it."""
+"""Depth (near is white) and surface normals computed from it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LERES = LearnedModel(
 )
 
 _KINDS = ("dpt", "depth_anything", "prompt_depth_anything")
-# The deepest fusion layer has nothing to add, so half of it is never used, and published files leave that half out.
+# The deepest fusion layer has no skip input, so half of it is unused, and published files omit that half.
 _UNREAD = (r"fusion_stage\.layers\.0\.residual_layer1\.", r"pooler\.", r"auxiliary_head\.")
 
 
@@ -51,17 +51,17 @@ _UNREAD = (r"fusion_stage\.layers\.0\.residual_layer1\.", r"pooler\.", r"auxilia
     fidelity=DEPTH_RMSE,
     requires=DPT,
     channels=1,
-    cuts=False,
-    seen=BY_SETTINGS,
+    croppable=False,
+    input_size=BY_SETTINGS,
 )
 def depth(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
-    """Relative depth, from the farthest (0) to the nearest (255) of each image.
+    """Relative depth, from the farthest (0) to the nearest (255) point of each image.
 
-    DPT (Ranftl et al. 2021) as CtrLoRA's annotator/midas uses it; for ControlNet's own depth give
+    DPT (Ranftl et al. 2021), as in CtrLoRA's annotator/midas. For ControlNet's depth set
     `model=Intel/dpt-hybrid-midas`.
 
     Args:
-        model: a folder with a DPT or Depth Anything model, or another such model of the hub.
+        model: a folder with a DPT or Depth Anything model, or such a model on the hub.
     """
     return _relative("depth", image, DPT, model)
 
@@ -74,16 +74,16 @@ def depth(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     fidelity=DEPTH_RMSE,
     requires=DEPTH_ANYTHING,
     channels=1,
-    cuts=False,
-    seen=BY_SETTINGS,
+    croppable=False,
+    input_size=BY_SETTINGS,
 )
 def depth_anything(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
-    """Relative depth, from the farthest (0) to the nearest (255) of each image (Yang et al. 2024).
+    """Relative depth, from the farthest (0) to the nearest (255) point of each image (Yang et al. 2024).
 
-    The small model may be used commercially; Depth-Anything-V2-Base-hf and -Large-hf (CC BY-NC 4.0) may not.
+    The small model allows commercial use; Depth-Anything-V2-Base-hf and -Large-hf (CC BY-NC 4.0) do not.
 
     Args:
-        model: a folder with a Depth Anything or DPT model, or another such model of the hub.
+        model: a folder with a Depth Anything or DPT model, or such a model on the hub.
     """
     return _relative("depth_anything", image, DEPTH_ANYTHING, model)
 
@@ -96,17 +96,17 @@ def depth_anything(image: np.ndarray, *, model: str | None = None) -> np.ndarray
     fidelity=DEPTH_RMSE,
     requires=ZOE,
     channels=1,
-    cuts=False,
-    seen=BY_SETTINGS,
+    croppable=False,
+    input_size=BY_SETTINGS,
 )
 def depth_zoe(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """Metric depth (Bhat et al. 2023), inverted; its percentiles 2 and 85 become white and black.
 
-    The percentiles are those of ControlNet's annotator. As in the paper's code, the mean is taken with the depth of
-    the mirrored image, and the image is padded by its reflection.
+    The percentiles are those of ControlNet's annotator. As in the paper's code, the depth is averaged with that of the
+    flipped image, and the image is padded by reflection.
 
     Args:
-        model: a folder with a ZoeDepth model, or another one of the hub.
+        model: a folder with a ZoeDepth model, or one on the hub.
     """
     folder = find_folder("depth_zoe", ZOE, model)
     network = load_transformers("depth_zoe", folder, "AutoModelForDepthEstimation", ("zoedepth",), unread=_UNREAD)
@@ -127,8 +127,8 @@ def depth_zoe(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     limits={"resolution": (64, 4096), "near": (0, 100), "far": (0, 100)},
     requires=LERES,
     channels=1,
-    cuts=False,
-    seen=AT_RESOLUTION,
+    croppable=False,
+    input_size=AT_RESOLUTION,
 )
 def depth_leres(
     image: np.ndarray,
@@ -139,14 +139,14 @@ def depth_leres(
     resolution: int = 512,
     model: str | None = None,
 ) -> np.ndarray:
-    """Relative depth, from the farthest (0) to the nearest (255) of each image (Yin et al. 2021).
+    """Relative depth, from the farthest (0) to the nearest (255) point of each image (Yin et al. 2021).
 
     Args:
-        boost: merge what the network sees at several resolutions, for finer outlines (Miangoleh et al. 2021; LeReS++).
-        near: in percent of the range: what is nearer is as white as the nearest.
-        far: in percent of the range: what is farther becomes black.
-        resolution: length that the image's short side is scaled to before the network sees it.
-        model: a folder with `res101.pth` and `latest_net_G.pth`, or another place of them on the hub.
+        boost: merge several resolutions, for finer outlines (Miangoleh et al. 2021; LeReS++).
+        near: in percent of the range; what is nearer becomes white.
+        far: in percent of the range; what is farther becomes black.
+        resolution: short side of the network's input, in pixels.
+        model: a folder with `res101.pth` and `latest_net_G.pth`, or another model on the hub with these files.
     """
     settings = {"boost": boost, "thr_a": near, "thr_b": far}
     return annotate("depth_leres", LERES, "LeresDetector", image, resolution, model, **settings)
@@ -162,7 +162,7 @@ def depth_leres(
     mirrors=False,
     requires=DPT,
     mirror_finished=mirrored_normals,
-    seen=BY_SETTINGS,
+    input_size=BY_SETTINGS,
 )
 def normal(
     image: np.ndarray,
@@ -172,20 +172,20 @@ def normal(
     reverse: bool = False,
     model: str | None = None,
 ) -> np.ndarray:
-    """The vector (Sobel along x, Sobel along y, `a`) of the depth, of unit length, times 127.5 plus 127.5.
+    """The vector (Sobel x, Sobel y, `a`) of the depth, normalised, times 127.5 plus 127.5.
 
-    Defaults: CtrLoRA, annotator/midas. ControlNet's has a = 2 pi (6.2 in its interface) and background 0.1. The
-    gradients are taken on a grid with as many points as the network's output, so they do not fade in large images.
+    Defaults: CtrLoRA, annotator/midas. ControlNet's has a = 2 pi (6.2 in its interface) and background 0.1. Gradients
+    are computed at the resolution of the network's output, so they do not fade in large images.
 
     Args:
-        a: the length of the third part; the smaller, the stronger the relief.
-        background: what is farther than this share of the range of depth gets the normal of a plane.
-        reverse: write blue, green, red, as ControlNet 1.0's normal model was trained.
+        a: length of the z component; the smaller, the stronger the relief.
+        background: fraction of the depth range, from the far end, that gets the normal of a plane.
+        reverse: store blue, green, red, as for ControlNet 1.0's normal model.
         model: as for `depth`.
     """
     raw = _nearness("normal", image, DPT, model)
     height, width = image.shape[:2]
-    # The network may have seen a squashed image; slopes need square pixels.
+    # The network's input may be squashed; gradients need square pixels.
     zoom = math.sqrt(raw.shape[0] * raw.shape[1] / (height * width))
     grid = max(1, round(width * zoom)), max(1, round(height * zoom))
     raw = cv2.resize(raw, grid, interpolation=cv2.INTER_LINEAR)
@@ -201,30 +201,30 @@ def normal(
     return np.ascontiguousarray(normals[..., ::-1]) if reverse else normals
 
 
-def _relative(name: str, image: np.ndarray, model: LearnedModel, given: str | None) -> np.ndarray:
+def _relative(name: str, image: np.ndarray, model: LearnedModel, override: str | None) -> np.ndarray:
     import torch
 
-    raw = _nearness(name, image, model, given)
-    fitted = _scaled(torch.from_numpy(raw)[None, None], *image.shape[:2])[0, 0].numpy()
-    return three_channels(to_uint8(255 * _to_unit_range(fitted)))
+    raw = _nearness(name, image, model, override)
+    scaled = _scaled(torch.from_numpy(raw)[None, None], *image.shape[:2])[0, 0].numpy()
+    return three_channels(to_uint8(255 * _to_unit_range(scaled)))
 
 
-def _nearness(name: str, image: np.ndarray, model: LearnedModel, given: str | None) -> np.ndarray:
-    """`float32 [h, w]` in the network's own size and units, the larger the nearer."""
+def _nearness(name: str, image: np.ndarray, model: LearnedModel, override: str | None) -> np.ndarray:
+    """`float32 [h, w]` in the network's resolution and units; larger is nearer."""
     import torch
 
-    folder = find_folder(name, model, given)
+    folder = find_folder(name, model, override)
     network = load_transformers(name, folder, "AutoModelForDepthEstimation", _KINDS, unread=_UNREAD)
     inputs = read_inputs(name, folder)
     with torch.inference_mode():
-        seen = prepare(image, inputs, _patch(network)).to(network.device)
-        raw = network(seen).predicted_depth[0].float().cpu().numpy()
+        pixels = prepare(image, inputs, _patch(network)).to(network.device)
+        raw = network(pixels).predicted_depth[0].float().cpu().numpy()
     metric = getattr(network.config, "depth_estimation_type", "relative") == "metric"
     return -raw if metric else raw
 
 
 def _patch(network: Any) -> int:
-    """The side of a patch, under which no side of the input may fall."""
+    """Side of a patch: the minimum side of the input."""
     for config in (network.config, getattr(network.config, "backbone_config", None)):
         side = getattr(config, "patch_size", None)
         if side is not None:
@@ -242,21 +242,21 @@ def _zoe_metres(image: np.ndarray, network: Any, inputs: Inputs) -> np.ndarray:
     size = network_size(inputs, padded.shape[0], padded.shape[1], _patch(network))
     with torch.inference_mode():
         pixels = torch.nn.functional.interpolate(pixels_of(padded), size, mode="bilinear", align_corners=True)
-        seen = normalised(pixels[0].permute(1, 2, 0).numpy(), inputs).to(network.device)
-        both = [network(view).predicted_depth for view in (seen, seen.flip(-1))]
-        mean = (both[0] + both[1].flip(-1)).float().cpu() / 2
+        pixels = normalised(pixels[0].permute(1, 2, 0).numpy(), inputs).to(network.device)
+        depths = [network(view).predicted_depth for view in (pixels, pixels.flip(-1))]
+        mean = (depths[0] + depths[1].flip(-1)).float().cpu() / 2
         metres = _scaled(mean[None], *padded.shape[:2])[0, 0].numpy()
     return metres[rim[0] : rim[0] + height, rim[1] : rim[1] + width]
 
 
 def _scaled(values: Tensor, height: int, width: int) -> Tensor:
-    """`[1, 1, h, w]` => `[1, 1, height, width]`, bicubic, as transformers scales depth."""
+    """`[1, 1, h, w]` => `[1, 1, height, width]`, bicubic as in transformers."""
     import torch
 
     return torch.nn.functional.interpolate(values, (height, width), mode="bicubic", align_corners=False)
 
 
 def _to_unit_range(values: np.ndarray) -> np.ndarray:
-    """`values` from their least (0) to their greatest (1); zeros if all are equal."""
+    """`values` scaled from minimum (0) to maximum (1); zeros if all are equal."""
     low, high = float(values.min()), float(values.max())
     return (values - low) / (high - low) if high > low else np.zeros_like(values)

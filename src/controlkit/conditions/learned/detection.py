@@ -1,4 +1,4 @@
-"""Objects found by a detector, and their boxes in colours."""
+"""Object detection, and the detected boxes as a condition."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _SIGMOID = ("rt_detr", "rt_detr_v2", "d_fine")
 _SOFTMAX = ("detr", "yolos", "conditional_detr", "deformable_detr")
 _ABSENT = frozenset((12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
 COCO_CATEGORIES = tuple(number for number in range(1, 91) if number not in _ABSENT)
-"""COCO's numbers of its 80 classes, in their order; detectors of 80 classes count without the gaps."""
+"""Category ids of COCO's 80 classes in order; detectors of 80 classes number them without gaps."""
 PERSON = 1
-"""COCO's number for people."""
+"""COCO's category id of people."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,9 @@ class Detection:
     height: float
     """In pixels."""
     category: int
-    """COCO's number of its class."""
+    """COCO's category id."""
     score: float
-    """How sure the detector is, in [0, 1]."""
+    """Confidence, in [0, 1]."""
 
 
 @condition(
@@ -50,16 +50,16 @@ class Detection:
     limits={"score": (0, 1)},
     requires=RT_DETR,
     resize="nearest",
-    seen=BY_SETTINGS,
+    input_size=BY_SETTINGS,
 )
 def bbox_detected(image: np.ndarray, *, score: float = 0.4, model: str | None = None) -> np.ndarray:
     """Boxes of COCO's 80 classes in the colours of `bbox`, the largest first, on black.
 
-    CtrLoRA, annotator/bbox, draws YOLOv4's detections with a confidence of 0.4 and more.
+    CtrLoRA, annotator/bbox: YOLOv4's detections with a confidence of at least 0.4.
 
     Args:
-        score: objects that the detector is less sure of are left out.
-        model: a folder with an RT-DETR, DETR or YOLOS model of COCO's classes, or another one of the hub.
+        score: minimum confidence of an object.
+        model: a folder with an RT-DETR, DETR or YOLOS model of COCO's classes, or one on the hub.
     """
     found = detect("bbox_detected", image, RT_DETR, model, score)
     boxes = [{"bbox": [o.left, o.top, o.width, o.height], "category_id": o.category} for o in found]
@@ -70,28 +70,28 @@ def detect(
     name: str,
     image: np.ndarray,
     model: LearnedModel,
-    given: str | None,
+    override: str | None,
     score: float,
     parameter: str = "model",
 ) -> list[Detection]:
-    """The objects in `image`, surest first.
+    """The objects in `image`, most confident first.
 
     Raises:
-        UserError: the weights are not there, or are of another kind, or of other classes than COCO's.
+        UserError: the weights are missing, of another kind, or of other classes than COCO's.
     """
     import torch
 
-    folder = find_folder(name, model, given, parameter)
+    folder = find_folder(name, model, override, parameter)
     network = load_transformers(name, folder, "AutoModelForObjectDetection", (*_SIGMOID, *_SOFTMAX))
     categories = _categories(name, folder.name, network.config)
     with torch.inference_mode():
-        answer = network(prepare(image, read_inputs(name, folder), least=64).to(network.device))
-        logits, boxes = answer.logits[0].float().cpu(), answer.pred_boxes[0].float().cpu().numpy()
-    # DETR and YOLOS have a last class for "nothing here"; the others answer for each class by itself.
-    none_of_these = network.config.model_type in ("detr", "yolos")
-    chances = (logits.softmax(-1)[:, :-1] if none_of_these else logits.sigmoid()).numpy()
+        output = network(prepare(image, read_inputs(name, folder), least=64).to(network.device))
+        logits, boxes = output.logits[0].float().cpu(), output.pred_boxes[0].float().cpu().numpy()
+    # DETR and YOLOS end with a "no object" class; the others score each class independently.
+    has_no_object = network.config.model_type in ("detr", "yolos")
+    scores = (logits.softmax(-1)[:, :-1] if has_no_object else logits.sigmoid()).numpy()
     height, width = image.shape[:2]
-    queries, classes = np.nonzero(chances > score) if not none_of_these else _best_of_each(chances, score)
+    queries, classes = np.nonzero(scores > score) if not has_no_object else _best_of_each(scores, score)
     found = []
     for query, which in zip(queries.tolist(), classes.tolist(), strict=True):
         across, down, wide, high = (boxes[query] * (width, height, width, height)).tolist()
@@ -102,23 +102,23 @@ def detect(
                 width=wide,
                 height=high,
                 category=categories[which] if which < len(categories) else 0,
-                score=float(chances[query, which]),
+                score=float(scores[query, which]),
             )
         )
-    return sorted(found, key=lambda one: -one.score)[: len(boxes)]
+    return sorted(found, key=lambda detection: -detection.score)[: len(boxes)]
 
 
-def _best_of_each(chances: np.ndarray, score: float) -> tuple[np.ndarray, np.ndarray]:
-    classes = chances.argmax(axis=1)
-    queries = np.nonzero(chances[np.arange(len(chances)), classes] > score)[0]
+def _best_of_each(scores: np.ndarray, score: float) -> tuple[np.ndarray, np.ndarray]:
+    classes = scores.argmax(axis=1)
+    queries = np.nonzero(scores[np.arange(len(scores)), classes] > score)[0]
     return queries, classes[queries]
 
 
 def _categories(name: str, folder: str, config: object) -> tuple[int, ...]:
-    """COCO's number of each class of a detector."""
+    """COCO's category id of each class of a detector."""
     classes = int(getattr(config, "num_labels", 0))
     if classes == len(COCO_CATEGORIES):
         return COCO_CATEGORIES
     if classes in (91, 92):
         return tuple(range(classes))
-    raise UserError(f"{name} reads detectors of COCO's 80 classes; the model in {folder} has {classes}")
+    raise UserError(f"{name} needs a detector of COCO's 80 classes; the model in {folder} has {classes}", "wrong-kind")

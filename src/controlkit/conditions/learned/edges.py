@@ -1,4 +1,4 @@
-"""Soft edges by HED, and the sketches made from them."""
+"""HED: soft edges, sketches and scribbles."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ HED_MODEL = LearnedModel(
     limits={"resolution": (64, 4096)},
     requires=HED_MODEL,
     channels=1,
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def hed(image: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None) -> np.ndarray:
-    """Edges of what a person would outline. lllyasviel/ControlNet, annotator/hed.
+    """Edges that a person would outline. lllyasviel/ControlNet, annotator/hed.
 
     Args:
-        safe: three levels only, `floor(3 x) / 2`; ControlNet 1.1 trained 75 % of its soft edges so.
-        resolution: length that the image's short side is scaled to before the network sees it.
-        model: a folder with `ControlNetHED.pth`, or another place of that file on the hub.
+        safe: three levels only, `floor(3 x) / 2`, as for 75 % of ControlNet 1.1's soft edges in training.
+        resolution: short side of the network's input, in pixels.
+        model: a folder with `ControlNetHED.pth`, or another model on the hub with that file.
     """
     edges = _edges("hed", image, resolution, model)
     if safe:
@@ -47,19 +47,19 @@ def hed(image: np.ndarray, *, safe: bool = False, resolution: int = 512, model: 
     summary="dark pencil strokes on white (thresholded HED; CtrLoRA's sketch)",
     aliases=("sketch_hed",),
     fidelity=DARK_EDGE_F1,
-    draw={"threshold": uniform_int(110, 159)},
+    random={"threshold": uniform_int(110, 159)},
     limits={"threshold": (1, 255), "resolution": (64, 4096)},
     requires=HED_MODEL,
     channels=1,
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def hedsketch(
     image: np.ndarray, *, threshold: int = 134, resolution: int = 512, model: str | None = None
 ) -> np.ndarray:
-    """HED's edges above `threshold` of 255 in dark on white, softened. CtrLoRA, annotator/hedsketch.
+    """HED's edges above `threshold` of 255, dark on white, softened. CtrLoRA, annotator/hedsketch.
 
-    The reference draws its threshold at random in evaluation too; here it is a parameter, and where less than 0.5 %
-    of the pixels are dark it is lowered by a quarter, up to five times.
+    The reference samples its threshold at random even in evaluation; here it is a parameter, lowered by a quarter, up
+    to five times, while less than 0.5 % of the pixels are dark.
 
     Args:
         threshold: of 255.
@@ -76,12 +76,12 @@ def hedsketch(
     background=BLACK,
     aliases=("fake_scribble_hed",),
     fidelity=EDGE_F1,
-    draw={"safe": chance(0.5)},
+    random={"safe": chance(0.5)},
     limits={"resolution": (64, 4096)},
     requires=HED_MODEL,
     channels=1,
     values=(0, 255),
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def scribble_hed(
     image: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None
@@ -89,7 +89,7 @@ def scribble_hed(
     """The ridges of HED's edges, broadened. lllyasviel/ControlNet, gradio_fake_scribble2image.
 
     Edges are blurred by 3 pixels of `resolution`, thinned to maxima above 127 across one of four directions, blurred
-    by 3 again, and whatever is brighter than 4 becomes white. (CtrLoRA's sketch, dark on white, is `hedsketch`.)
+    by 3 again and thresholded at 4. (CtrLoRA's sketch, dark on white, is `hedsketch`.)
 
     Args:
         safe: as for `hed`, before the thinning.
@@ -105,29 +105,29 @@ def scribble_hed(
 def strokes_along(edges: np.ndarray, height: int, width: int) -> np.ndarray:
     """Broad white strokes on black `uint8 [height, width, 3]` along the ridges of edges `[h, w]` in [0, 1]."""
     strokes = cv2.GaussianBlur(ridges(255 * edges), (0, 0), 3.0) > 4
-    back = back_to_size(np.where(strokes, np.uint8(255), np.uint8(0)), height, width)
-    return three_channels(np.where(back > 127, np.uint8(255), np.uint8(0)))
+    scaled = back_to_size(np.where(strokes, np.uint8(255), np.uint8(0)), height, width)
+    return three_channels(np.where(scaled > 127, np.uint8(255), np.uint8(0)))
 
 
 def ridges(edges: np.ndarray, threshold: float = 127, sigma: float = 3.0) -> np.ndarray:
-    """Lines a pixel wide along the crests of `[H, W]` (0 to 255): 255 on them, 0 elsewhere, `uint8 [H, W]`."""
+    """Ridges of `[H, W]` (0 to 255) as lines of one pixel, 255 on black, `uint8 [H, W]`."""
     smooth = cv2.GaussianBlur(edges.astype(np.float32), (0, 0), sigma)
     diagonal = np.eye(3, dtype=np.uint8)
-    rod = np.zeros((3, 3), np.uint8)
-    rod[1] = 1
-    crest = np.zeros(edges.shape, bool)
-    for line in (rod, rod.T, diagonal, diagonal[::-1]):
-        crest |= cv2.dilate(smooth, np.ascontiguousarray(line)) == smooth
-    return np.where(crest & (smooth > threshold), np.uint8(255), np.uint8(0))
+    horizontal = np.zeros((3, 3), np.uint8)
+    horizontal[1] = 1
+    ridge = np.zeros(edges.shape, bool)
+    for line in (horizontal, horizontal.T, diagonal, diagonal[::-1]):
+        ridge |= cv2.dilate(smooth, np.ascontiguousarray(line)) == smooth
+    return np.where(ridge & (smooth > threshold), np.uint8(255), np.uint8(0))
 
 
-def _edges(name: str, image: np.ndarray, resolution: int, given: str | None) -> np.ndarray:
+def _edges(name: str, image: np.ndarray, resolution: int, override: str | None) -> np.ndarray:
     """`float32 [h, w]` in [0, 1], at the network's resolution."""
     import torch
 
     from controlkit.conditions.learned.networks import HED
 
-    network = load_network(name, find_folder(name, HED_MODEL, given) / HED_MODEL.files[0], HED)
-    seen = pixels_of(to_resolution(image, resolution))
+    network = load_network(name, find_folder(name, HED_MODEL, override) / HED_MODEL.files[0], HED)
+    pixels = pixels_of(to_resolution(image, resolution))
     with torch.inference_mode():
-        return network(seen.to(network.norm.device))[0, 0].cpu().numpy()
+        return network(pixels.to(network.norm.device))[0, 0].cpu().numpy()

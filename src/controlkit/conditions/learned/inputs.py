@@ -1,7 +1,7 @@
-"""Images as networks read them, by the settings beside their weights (`preprocessor_config.json`).
+"""Preprocessing of images for networks, by the `preprocessor_config.json` beside their weights.
 
-The steps are those of transformers' image processors, whose usual kind needs torchvision and some of which make sizes
-of zero for long, narrow images.
+The steps are those of transformers' image processors, which mostly need torchvision and can yield a size of zero for
+long, narrow images.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-AT_RESOLUTION = "short side at `resolution`, both sides multiples of 64"
-"""`Condition.seen` of what goes through `to_resolution`."""
-BY_SETTINGS = "as the settings beside the model's weights say"
-"""`Condition.seen` of what goes through `prepare`."""
+AT_RESOLUTION = "with its short side at `resolution`, both sides multiples of 64"
+"""`Condition.input_size` of conditions that use `to_resolution`."""
+BY_SETTINGS = "at the size in the model's preprocessor_config.json"
+"""`Condition.input_size` of conditions that use `prepare`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,70 +35,74 @@ class Inputs:
     size: tuple[int, int] | None = None
     """(height, width) to fit."""
     shortest: int | None = None
-    """Where `size` is None: the length of the short side; both None leave the size as it is."""
+    """Without `size`: length of the short side. If both are None, the size stays."""
     longest: int | None = None
-    """With `shortest`: the long side is no longer than this."""
+    """With `shortest`: maximum of the long side."""
     keep_aspect: bool = False
     """With `size`: scale both sides by the factor nearer to 1."""
     multiple: int = 1
     """With `size`: both sides are rounded to multiples of this."""
     resample: Image.Resampling = Image.Resampling.BILINEAR
-    """The filter of the scaling."""
+    """Interpolation."""
     scale: float = 1 / 255
-    """Factor of the pixels' values 0 to 255."""
+    """Factor for pixel values 0 to 255."""
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    """Subtracted after that, for each channel."""
+    """Subtracted after scaling, per channel."""
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
-    """Divided by after that."""
+    """Divisor after that, per channel."""
     pad: bool = False
-    """Whether a processor that pads at the edges does so."""
+    """Whether to pad the image, for processors that can."""
 
 
 def read_inputs(condition: str, folder: Path) -> Inputs:
-    """The settings in a transformers folder.
+    """The preprocessing settings in a transformers folder.
 
     Raises:
-        UserError: they are absent or cannot be understood.
+        UserError: they are missing or malformed.
     """
     path = folder / "preprocessor_config.json"
     if path.is_file():
-        facts = read_json(path)
+        settings = read_json(path)
     elif (folder / "processor_config.json").is_file():
         path = folder / "processor_config.json"
-        facts = read_json(path).get("image_processor", {})
+        settings = read_json(path).get("image_processor", {})
     else:
-        raise UserError(f"{condition}: {folder} has no preprocessor_config.json, which says how it reads images")
+        raise UserError(
+            f"{condition}: there is no preprocessor_config.json in {folder}; download the model again", "missing-file"
+        )
     try:
-        return _parse(facts)
+        return _parse(settings)
     except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{condition}: {path} cannot be understood ({error}); download the model again") from error
+        message = f"{condition}: cannot read the settings in {path} ({error}); download the model again"
+        raise UserError(message, "damaged-file") from error
 
 
-def _parse(facts: Mapping[str, Any]) -> Inputs:
-    size = facts.get("size") if facts.get("do_resize", True) else None
+def _parse(settings: Mapping[str, Any]) -> Inputs:
+    size = settings.get("size") if settings.get("do_resize", True) else None
     sides: dict[str, Any] = {}
     if isinstance(size, int):
-        most = facts.get("max_size")
-        sides = {"size": (size, size)} if most is None else {"shortest": size, "longest": int(most)}
+        longest = settings.get("max_size")
+        sides = {"size": (size, size)} if longest is None else {"shortest": size, "longest": int(longest)}
     elif size is not None and "shortest_edge" in size:
-        sides = {"shortest": int(size["shortest_edge"]), "longest": size.get("longest_edge") or facts.get("max_size")}
+        longest = size.get("longest_edge") or settings.get("max_size")
+        sides = {"shortest": int(size["shortest_edge"]), "longest": longest}
     elif size is not None:
         sides = {"size": (int(size["height"]), int(size["width"]))}
-    normalised = facts.get("do_normalize", True) and facts.get("image_mean") is not None
+    normalised = settings.get("do_normalize", True) and settings.get("image_mean") is not None
     return Inputs(
         **sides,
-        keep_aspect=bool(facts.get("keep_aspect_ratio", False)),
-        multiple=max(1, int(facts.get("ensure_multiple_of", 1) or 1)),
-        resample=Image.Resampling(int(facts.get("resample", Image.Resampling.BILINEAR))),
-        scale=float(facts.get("rescale_factor", 1 / 255)) if facts.get("do_rescale", True) else 1 / 255,
-        mean=tuple(float(value) for value in facts["image_mean"]) if normalised else (0.0, 0.0, 0.0),
-        std=tuple(float(value) for value in facts["image_std"]) if normalised else (1.0, 1.0, 1.0),
-        pad=bool(facts.get("do_pad", False)),
+        keep_aspect=bool(settings.get("keep_aspect_ratio", False)),
+        multiple=max(1, int(settings.get("ensure_multiple_of", 1) or 1)),
+        resample=Image.Resampling(int(settings.get("resample", Image.Resampling.BILINEAR))),
+        scale=float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 1 / 255,
+        mean=tuple(float(value) for value in settings["image_mean"]) if normalised else (0.0, 0.0, 0.0),
+        std=tuple(float(value) for value in settings["image_std"]) if normalised else (1.0, 1.0, 1.0),
+        pad=bool(settings.get("do_pad", False)),
     )
 
 
 def network_size(inputs: Inputs, height: int, width: int, least: int = 1) -> tuple[int, int]:
-    """(height, width) that an image of `height` x `width` is scaled to, no side under `least`."""
+    """(height, width) of the network's input for an image of `height` x `width`, no side under `least`."""
     if inputs.size is not None:
         down, across = inputs.size[0] / height, inputs.size[1] / width
         if inputs.keep_aspect:
@@ -119,7 +123,7 @@ def network_size(inputs: Inputs, height: int, width: int, least: int = 1) -> tup
 
 
 def normalised(values: np.ndarray, inputs: Inputs) -> Tensor:
-    """Pixels `[h, w, 3]` from 0 to 255 => `float32 [1, 3, h, w]`, scaled, centred and divided as the network wants."""
+    """Pixels `[h, w, 3]` from 0 to 255 => `float32 [1, 3, h, w]`, normalised for the network."""
     import torch
 
     scaled = values.astype(np.float32) * np.float32(inputs.scale)
@@ -128,7 +132,7 @@ def normalised(values: np.ndarray, inputs: Inputs) -> Tensor:
 
 
 def pixels_of(image: np.ndarray) -> Tensor:
-    """`uint8 [H, W, 3]` => `float32 [1, 3, H, W]` from 0 to 255, with memory of its own."""
+    """`uint8 [H, W, 3]` => `float32 [1, 3, H, W]` from 0 to 255, a copy."""
     import torch
 
     return torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32, order="C"))[None]
@@ -146,8 +150,8 @@ def prepare(image: np.ndarray, inputs: Inputs, least: int = 1) -> Tensor:
 def to_resolution(image: np.ndarray, resolution: int, multiple: int = 64) -> np.ndarray:
     """`image` with its short side scaled to `resolution`, both sides multiples of `multiple`.
 
-    lllyasviel/ControlNet, annotator/util.py: Lanczos to enlarge, areas to shrink. Here the long side is at most four
-    times `resolution`, so that a strip of 16 x 2,000 does not become 512 x 64,000.
+    lllyasviel/ControlNet, annotator/util.py: Lanczos to upscale, area averaging to downscale. Here the long side is at
+    most four times `resolution`, so that a strip of 16 x 2,000 does not become 512 x 64,000.
     """
     height, width = image.shape[:2]
     zoom = min(resolution / min(height, width), 4 * resolution / max(height, width))
@@ -158,7 +162,7 @@ def to_resolution(image: np.ndarray, resolution: int, multiple: int = 64) -> np.
 
 
 def back_to_size(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """`[h, w]` or `[h, w, 3]` => `height` x `width`, bilinear, or by areas where it shrinks."""
+    """`[h, w]` or `[h, w, 3]` => `height` x `width`, bilinear, or area averaging to downscale."""
     if values.shape[:2] == (height, width):
         return values
     shrinks = height <= values.shape[0] and width <= values.shape[1]

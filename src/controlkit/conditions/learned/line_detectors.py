@@ -1,4 +1,4 @@
-"""Line drawings by informative drawings, and line art and straight lines by controlnet_aux."""
+"""Line art by informative drawings; anime line art, straight lines and PiDiNet's edges by controlnet_aux."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ PIDINET = LearnedModel(
     background=BLACK,
     aliases=("lineart_realistic", "lineart_drawing"),
     fidelity=PSNR,
-    draw={"coarse": chance(0.5)},
+    random={"coarse": chance(0.5)},
     limits={"resolution": (64, 4096)},
     requires=LINEART,
     channels=1,
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def lineart(image: np.ndarray, *, coarse: bool = False, resolution: int = 512, model: str | None = None) -> np.ndarray:
-    """A line drawing (Chan, Durand and Isola 2022), inverted to white on black, as ControlNet reads it.
+    """A line drawing (Chan, Durand and Isola 2022), inverted to white on black as for ControlNet.
 
-    CtrLoRA, annotator/lineart, draws `coarse` with probability one half.
+    CtrLoRA, annotator/lineart, trains with `coarse` in half of the images.
 
     Args:
         coarse: the drawing with fewer lines (`sk_model2.pth`).
-        resolution: length that the image's short side is scaled to before the network sees it.
-        model: a folder with `sk_model.pth` and `sk_model2.pth`, or another place of them on the hub.
+        resolution: short side of the network's input, in pixels.
+        model: a folder with `sk_model.pth` and `sk_model2.pth`, or another model on the hub with these files.
     """
     import torch
 
@@ -62,9 +62,9 @@ def lineart(image: np.ndarray, *, coarse: bool = False, resolution: int = 512, m
 
     folder = find_folder("lineart", LINEART, model)
     network = load_network("lineart", folder / LINEART.files[coarse], LineDrawing)
-    seen = pixels_of(to_resolution(image, resolution)) / 255
+    pixels = pixels_of(to_resolution(image, resolution)) / 255
     with torch.inference_mode():
-        drawing = network(seen.to(next(network.parameters()).device))[0, 0].cpu().numpy()
+        drawing = network(pixels.to(next(network.parameters()).device))[0, 0].cpu().numpy()
     return three_channels(to_uint8(255 * (1 - back_to_size(drawing, *image.shape[:2]))))
 
 
@@ -77,14 +77,14 @@ def lineart(image: np.ndarray, *, coarse: bool = False, resolution: int = 512, m
     limits={"resolution": (64, 4096)},
     requires=LINEART_ANIME,
     channels=1,
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def lineart_anime(image: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
     """Anime2Sketch's drawing at sides that are multiples of 256, inverted to white on black.
 
     Args:
-        resolution: length that the image's short side is scaled to before the network sees it.
-        model: a folder with `netG.pth`, or another place of it on the hub.
+        resolution: short side of the network's input, in pixels.
+        model: a folder with `netG.pth`, or another model on the hub with that file.
     """
     return annotate("lineart_anime", LINEART_ANIME, "LineartAnimeDetector", image, resolution, model)
 
@@ -95,12 +95,12 @@ def lineart_anime(image: np.ndarray, *, resolution: int = 512, model: str | None
     background=BLACK,
     aliases=("hough", "m_lsd"),
     fidelity=EDGE_F1,
-    draw={"score": uniform(0.1, 2.0), "distance": uniform(0.1, 20.0)},
+    random={"score": uniform(0.1, 2.0), "distance": uniform(0.1, 20.0)},
     limits={"score": (0, 2), "distance": (0, 100), "resolution": (64, 4096)},
     requires=MLSD,
     channels=1,
     values=(0, 255),
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def mlsd(
     image: np.ndarray,
@@ -115,13 +115,13 @@ def mlsd(
     Defaults: ControlNet 1.0. CtrLoRA trains with a score of 0.1 to 2 and a distance of 0.1 to 20.
 
     Args:
-        score: segments that the network is less sure of are left out.
-        distance: segments shorter than this, in pixels of half the resolution, are left out.
-        resolution: length that the image's short side is scaled to before the network sees it.
-        model: a folder with `mlsd_large_512_fp32.pth`, or another place of it on the hub.
+        score: minimum score of a segment.
+        distance: minimum length of a segment, in pixels of half the resolution.
+        resolution: short side of the network's input, in pixels.
+        model: a folder with `mlsd_large_512_fp32.pth`, or another model on the hub with that file.
     """
     lines = annotate("mlsd", MLSD, "MLSDdetector", image, resolution, model, thr_v=score, thr_d=distance)
-    # Scaling leaves grey along the lines; they are white or nothing.
+    # Scaling leaves grey along the lines.
     return np.where(lines > 63, np.uint8(255), np.uint8(0))
 
 
@@ -131,19 +131,19 @@ def mlsd(
     background=BLACK,
     aliases=("softedge_pidinet", "softedge_pidi", "pidi"),
     fidelity=PSNR,
-    draw={"safe": chance(0.75)},
+    random={"safe": chance(0.75)},
     limits={"resolution": (64, 4096)},
     requires=PIDINET,
     channels=1,
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def pidinet(image: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None) -> np.ndarray:
-    """Edges by pixel difference networks (Su et al. 2021); ControlNet 1.1's first choice for soft edges.
+    """Edges by pixel difference networks (Su et al. 2021), ControlNet 1.1's default for soft edges.
 
     Args:
-        safe: three levels only; ControlNet 1.1 trained 75 % of its soft edges so.
-        resolution: length that the image's short side is scaled to before the network sees it.
-        model: a folder with `table5_pidinet.pth`, or another place of it on the hub.
+        safe: three levels only, as for 75 % of ControlNet 1.1's soft edges in training.
+        resolution: short side of the network's input, in pixels.
+        model: a folder with `table5_pidinet.pth`, or another model on the hub with that file.
     """
     return annotate("pidinet", PIDINET, "PidiNetDetector", image, resolution, model, safe=safe)
 
@@ -154,17 +154,17 @@ def pidinet(image: np.ndarray, *, safe: bool = False, resolution: int = 512, mod
     background=BLACK,
     aliases=("fake_scribble_pidinet", "scribble_pidi"),
     fidelity=EDGE_F1,
-    draw={"safe": chance(0.5)},
+    random={"safe": chance(0.5)},
     limits={"resolution": (64, 4096)},
     requires=PIDINET,
     channels=1,
     values=(0, 255),
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def scribble_pidinet(
     image: np.ndarray, *, safe: bool = False, resolution: int = 512, model: str | None = None
 ) -> np.ndarray:
-    """`pidinet`, made into strokes as `scribble_hed` makes HED's edges; ControlNet 1.1 has both.
+    """`pidinet` as strokes, as `scribble_hed` of HED; ControlNet 1.1 has both.
 
     Args:
         safe: as for `pidinet`.

@@ -1,4 +1,4 @@
-"""The two small networks behind ControlNet's soft edges and line art, with the parameter names of their files.
+"""The networks of ControlNet's soft edges and line art, with the parameter names of their files.
 
 This module imports torch; import it inside functions.
 """
@@ -35,9 +35,9 @@ class HED(nn.Module):
 
 
 class _Stage(nn.Module):
-    def __init__(self, entering: int, width: int, depth: int) -> None:
+    def __init__(self, in_width: int, width: int, depth: int) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(entering if n == 0 else width, width, 3, padding=1) for n in range(depth))
+        self.convs = nn.ModuleList(nn.Conv2d(in_width if n == 0 else width, width, 3, padding=1) for n in range(depth))
         self.projection = nn.Conv2d(width, 1, 1)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ class LineDrawing(nn.Module):
             *(nn.Conv2d(128, 256, 3, stride=2, padding=1), nn.InstanceNorm2d(256), nn.ReLU()),
         )
         self.model2 = nn.Sequential(*(_Residual(256) for _ in range(3)))
-        self.model3 = nn.Sequential(*_enlarging(256, 128), *_enlarging(128, 64))
+        self.model3 = nn.Sequential(*_upsample(256, 128), *_upsample(128, 64))
         self.model4 = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(64, 1, 7), nn.Sigmoid())
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -73,14 +73,14 @@ class LineDrawing(nn.Module):
 class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        half = (nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width))
-        other = (nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width))
-        self.conv_block = nn.Sequential(*half, nn.ReLU(), *other)
+        first = (nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width))
+        second = (nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width))
+        self.conv_block = nn.Sequential(*first, nn.ReLU(), *second)
 
     def forward(self, features: Tensor) -> Tensor:
         return features + self.conv_block(features)
 
 
-def _enlarging(entering: int, width: int) -> tuple[nn.Module, ...]:
-    convolution = nn.ConvTranspose2d(entering, width, 3, stride=2, padding=1, output_padding=1)
+def _upsample(in_width: int, width: int) -> tuple[nn.Module, ...]:
+    convolution = nn.ConvTranspose2d(in_width, width, 3, stride=2, padding=1, output_padding=1)
     return convolution, nn.InstanceNorm2d(width), nn.ReLU()

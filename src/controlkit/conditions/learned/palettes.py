@@ -1,4 +1,4 @@
-"""The colours of classes in segmentation maps, `uint8 [classes, 3]`: tables of facts, in hexadecimal RGB."""
+"""Class colours of segmentation maps, `uint8 [classes, 3]`, from tables in hexadecimal RGB."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def _table(text: str) -> np.ndarray:
-    """`rrggbb` after `rrggbb` => `uint8 [N, 3]`, read-only."""
+    """Concatenated `rrggbb` => `uint8 [N, 3]`, read-only."""
     return np.frombuffer(bytes.fromhex(text), np.uint8).reshape(-1, 3)
 
 
@@ -21,8 +21,8 @@ ADE20K = _table(
     "ff007afff5000abed4d6ff0000ccff1400ffffff000099ff0029ff00ffcc2900ff29ff00ad00ff00f5ff4700ff7a00ff00ffb8005cff"
     "b8ff000085ffffd60019c2c266ff005c00ff"
 )
-"""The 150 classes of ADE20K in the order of the scene parsing benchmark, in the colours that mmsegmentation and every
-ControlNet for `seg` use (CSAIL's color150 table). Road and skyscraper share one colour."""
+"""The 150 classes of ADE20K in the order of the scene parsing benchmark, in the colours of mmsegmentation and of every
+ControlNet for `seg` (CSAIL's color150). Road and skyscraper share a colour."""
 
 COCO_PANOPTIC = _table(
     "dc143c770b2000008e0000e66a00e4003c640050640000460000c0faaa1e64aa1edcdc00af74affa001ea52a2aff4dff00e2fcb6b6ff"
@@ -34,5 +34,5 @@ COCO_PANOPTIC = _table(
     "e1c7ff89364a879edf07f6e76bffc83a2995b7798eff49616b8e23be9999928b8d4682b486c79cd1e28c60246c60606040aa4098fb98"
     "d0e5e4cebaab98a14074700000728f66669cfa8dff"
 )
-"""The 133 classes of COCO panoptic, 80 things and 53 kinds of stuff, in the order and the colours of
+"""The 133 classes of COCO panoptic, 80 things and 53 stuff, in the order and colours of
 panoptic_coco_categories.json (github.com/cocodataset/panopticapi)."""

@@ -1,4 +1,4 @@
-"""The pose of people's bodies: a detector finds them, ViTPose their joints."""
+"""Body pose: a detector finds people, ViTPose their keypoints."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from controlkit.conditions.models import LearnedModel, find_folder, load_transfo
 from controlkit.errors import UserError
 
 VITPOSE = LearnedModel(
-    hub="usyd-community/vitpose-base-simple", licence="Apache-2.0", commercial=True, beside=(RT_DETR,)
+    hub="usyd-community/vitpose-base-simple", licence="Apache-2.0", commercial=True, companions=(RT_DETR,)
 )
 
-_MOST_PEOPLE = 32
+_MAX_PEOPLE = 32
 
 
 @condition(
@@ -31,7 +31,7 @@ _MOST_PEOPLE = 32
     mirrors=False,
     requires=VITPOSE,
     mirror_finished=None,
-    seen=BY_SETTINGS,
+    input_size=BY_SETTINGS,
 )
 def openpose(
     image: np.ndarray,
@@ -43,45 +43,46 @@ def openpose(
 ) -> np.ndarray:
     """The 18 points of each body and the limbs between them, on black.
 
-    CMU's OpenPose network may not be used commercially; ViTPose (Xu et al. 2022) finds COCO's 17 points, from which
-    OpenPose's follow (the neck is the middle of the shoulders). Hands and face: `dwpose`.
+    CMU's OpenPose network forbids commercial use. ViTPose (Xu et al. 2022) finds COCO's 17 points, which determine
+    OpenPose's (the neck is the middle of the shoulders). Hands and face: `dwpose`.
 
     Args:
-        score: points that the network is less sure of are left out.
-        person_score: people that the detector is less sure of are left out.
-        model: a folder with a ViTPose model, or another one of the hub.
-        detector: a folder with an RT-DETR, DETR or YOLOS model of COCO's classes, or another one of the hub.
+        score: minimum confidence of a point.
+        person_score: minimum confidence of a person.
+        model: a folder with a ViTPose model, or one on the hub.
+        detector: a folder with an RT-DETR, DETR or YOLOS model of COCO's classes, or one on the hub.
     """
     found = detect("openpose", image, RT_DETR, detector, person_score, "detector")
-    boxes = [one for one in found if one.category == PERSON][:_MOST_PEOPLE]
-    # Weights that are absent are to be said for images without people, too.
-    points, sure = _joints(image, boxes, model)
-    points[sure < score] = np.nan
+    boxes = [detection for detection in found if detection.category == PERSON][:_MAX_PEOPLE]
+    # Missing weights are an error for images without people, too.
+    points, confidence = _joints(image, boxes, model)
+    points[confidence < score] = np.nan
     people = [Person(body=from_coco(joints)) for joints in points[::-1]]
     return draw_people(people, *image.shape[:2])
 
 
-def _joints(image: np.ndarray, boxes: list[Detection], given: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """COCO's points of the people in `boxes`: (x, y) `[N, 17, 2]` in pixels and how sure they are `[N, 17]`."""
+def _joints(image: np.ndarray, boxes: list[Detection], override: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """COCO's points of the people in `boxes`: (x, y) `[N, 17, 2]` in pixels, and confidences `[N, 17]`."""
     import torch
 
-    folder = find_folder("openpose", VITPOSE, given)
+    folder = find_folder("openpose", VITPOSE, override)
     network = load_transformers("openpose", folder, "VitPoseForPoseEstimation", ("vitpose",))
     if network.config.num_labels != 17:
-        raise UserError(f"openpose reads models of COCO's 17 points; {folder} has {network.config.num_labels}")
+        points = network.config.num_labels
+        raise UserError(f"openpose needs a model of COCO's 17 points; the one in {folder} has {points}", "wrong-kind")
     if not boxes:
         return np.zeros((0, 17, 2)), np.zeros((0, 17))
     inputs = read_inputs("openpose", folder)
     height, width = inputs.size or (256, 192)
     frames = [frame(box.left, box.top, box.width, box.height, width / height) for box in boxes]
-    crops = [crop(image, one, height, width) for one in frames]
-    more: dict[str, Any] = {}
+    crops = [crop(image, box, height, width) for box in frames]
+    extra: dict[str, Any] = {}
     with torch.inference_mode():
-        seen = torch.cat([normalised(one, inputs) for one in crops]).to(network.device)
+        pixels = torch.cat([normalised(image, inputs) for image in crops]).to(network.device)
         if network.config.backbone_config.num_experts > 1:
-            # ViTPose++ has one expert for each data set; the first is COCO's.
-            more["dataset_index"] = torch.zeros(len(seen), dtype=torch.long, device=network.device)
-        heatmaps = network(seen, **more).heatmaps.float().cpu().numpy()
+            # ViTPose++ has an expert per data set; the first is COCO's.
+            extra["dataset_index"] = torch.zeros(len(pixels), dtype=torch.long, device=network.device)
+        heatmaps = network(pixels, **extra).heatmaps.float().cpu().numpy()
     return joints_of(heatmaps, np.array(frames))
 
 
@@ -94,7 +95,7 @@ def frame(
 
 
 def crop(image: np.ndarray, frame: tuple[float, float, float, float], height: int, width: int) -> np.ndarray:
-    """What is in `frame`, scaled to `[height, width, 3]`, black outside the image.
+    """The crop at `frame`, scaled to `[height, width, 3]`, black outside the image.
 
     Corner pixels lie on the frame's corners ("unbiased data processing", Huang et al. 2020).
     """
@@ -105,12 +106,12 @@ def crop(image: np.ndarray, frame: tuple[float, float, float, float], height: in
 
 
 def joints_of(heatmaps: np.ndarray, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Peaks of `[N, K, h, w]`, better than a cell (DARK, Zhang et al. 2020) => `[N, K, 2]` in the image, `[N, K]`.
+    """Peaks of `[N, K, h, w]` at subcell precision (DARK, Zhang et al. 2020): `[N, K, 2]` in the image, and `[N, K]`.
 
-    Around the highest cell the logarithm of the map, blurred by a Gaussian of 0.8 cells, is taken for a parabola.
+    A parabola is fitted around the highest cell to the logarithm of the map, blurred by a Gaussian of 0.8 cells.
 
     Args:
-        frames: `[N, 4]` as `frame` gives them.
+        frames: `[N, 4]` from `frame`.
     """
     count, kinds, rows, columns = heatmaps.shape
     points = np.zeros((count, kinds, 2))
@@ -133,6 +134,6 @@ def _peak(heatmap: np.ndarray) -> tuple[float, float]:
     )
     bend += np.finfo(np.float32).eps * np.eye(2)
     step = np.linalg.solve(bend, slope) if abs(np.linalg.det(bend)) > 1e-12 else np.zeros(2)
-    # A parabola of a flat or torn map points anywhere; a peak lies within a cell or two of the highest one.
+    # The parabola of a flat or ragged map can peak anywhere; a true peak is within a cell or two of the highest.
     across, down = np.clip(step, -2, 2)
     return float(column - across), float(row - down)

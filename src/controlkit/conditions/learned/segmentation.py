@@ -1,4 +1,4 @@
-"""Segmentation: every pixel in the colour of its class."""
+"""Semantic segmentation: every pixel in the colour of its class."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _TASK = "the task is semantic"
     fidelity=CLASS_IOU,
     requires=UPERNET,
     resize="nearest",
-    seen=BY_SETTINGS,
+    input_size=BY_SETTINGS,
 )
 def seg(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 150 classes of ADE20K in their usual colours.
@@ -46,7 +46,7 @@ def seg(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     ControlNet and CtrLoRA use UperNet (Xiao et al. 2018) on UniFormer, which transformers does not have.
 
     Args:
-        model: a folder with another segmenter of 150 classes (UperNet, SegFormer, OneFormer, ...), or one of the hub.
+        model: a folder with a segmenter of these 150 classes (UperNet, SegFormer, OneFormer, ...), or one on the hub.
     """
     return _draw("seg", image, UPERNET, model, ADE20K)
 
@@ -59,7 +59,7 @@ def seg(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     fidelity=CLASS_IOU,
     requires=SEGFORMER,
     resize="nearest",
-    seen=BY_SETTINGS,
+    input_size=BY_SETTINGS,
 )
 def seg_segformer(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     """The 150 classes of ADE20K, by SegFormer (Xie et al. 2021), whose weights forbid commercial use.
@@ -78,10 +78,10 @@ def seg_segformer(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     fidelity=CLASS_IOU,
     requires=ONEFORMER_ADE20K,
     resize="nearest",
-    seen=BY_SETTINGS,
+    input_size=BY_SETTINGS,
 )
 def seg_oneformer(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
-    """The 150 classes of ADE20K, by OneFormer (Jain et al. 2023) asked for semantic segmentation.
+    """The 150 classes of ADE20K, by OneFormer (Jain et al. 2023) in its semantic task.
 
     Args:
         model: as for `seg`.
@@ -97,48 +97,49 @@ def seg_oneformer(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     fidelity=CLASS_IOU,
     requires=ONEFORMER_COCO,
     resize="nearest",
-    seen=BY_SETTINGS,
+    input_size=BY_SETTINGS,
 )
 def seg_coco(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
-    """The 133 classes of COCO panoptic, by OneFormer asked for semantic segmentation.
+    """The 133 classes of COCO panoptic, by OneFormer in its semantic task.
 
     Args:
-        model: a folder with another segmenter of these 133 classes (Mask2Former, ...), or one of the hub.
+        model: a folder with a segmenter of these 133 classes (Mask2Former, ...), or one on the hub.
     """
     return _draw("seg_coco", image, ONEFORMER_COCO, model, COCO_PANOPTIC)
 
 
-def _draw(name: str, image: np.ndarray, model: LearnedModel, given: str | None, palette: np.ndarray) -> np.ndarray:
+def _draw(name: str, image: np.ndarray, model: LearnedModel, override: str | None, palette: np.ndarray) -> np.ndarray:
     import torch
 
-    folder = find_folder(name, model, given)
+    folder = find_folder(name, model, override)
     kind = model_type(name, folder, (*_DENSE, *_QUERIES))
     dense = kind in _DENSE
     architecture = "AutoModelForSemanticSegmentation" if dense else "AutoModelForUniversalSegmentation"
     network = load_transformers(name, folder, architecture, (kind,), unread=_UNREAD)
     if network.config.num_labels != len(palette):
         raise UserError(
-            f"{name} draws {len(palette)} classes; the model in {folder} tells {network.config.num_labels} apart"
+            f"{name} needs a model of {len(palette)} classes; the one in {folder} has {network.config.num_labels}",
+            "wrong-kind",
         )
     with torch.inference_mode():
-        seen = prepare(image, read_inputs(name, folder), least=32).to(network.device)
-        scores = network(seen).logits[0] if dense else _from_queries(name, folder, network, seen)
+        pixels = prepare(image, read_inputs(name, folder), least=32).to(network.device)
+        scores = network(pixels).logits[0] if dense else _from_queries(name, folder, network, pixels)
         labels = labels_at(scores.float(), *image.shape[:2])
     return palette[labels.cpu().numpy()]
 
 
-def _from_queries(name: str, folder: Path, network: Any, seen: Tensor) -> Tensor:
-    """Scores of classes `[C, h, w]`: each query's mask, weighted by how likely the query is of a class."""
+def _from_queries(name: str, folder: Path, network: Any, pixels: Tensor) -> Tensor:
+    """Class scores `[C, h, w]`: the masks of all queries, weighted by their class probabilities."""
     import torch
 
-    asked = {"task_inputs": _task(name, folder, network)} if network.config.model_type == "oneformer" else {}
-    answer = network(pixel_values=seen, **asked)
-    classes = answer.class_queries_logits[0].softmax(dim=-1)[:, :-1]
-    return torch.einsum("qc,qhw->chw", classes, answer.masks_queries_logits[0].sigmoid())
+    task = {"task_inputs": _task(name, folder, network)} if network.config.model_type == "oneformer" else {}
+    output = network(pixel_values=pixels, **task)
+    classes = output.class_queries_logits[0].softmax(dim=-1)[:, :-1]
+    return torch.einsum("qc,qhw->chw", classes, output.masks_queries_logits[0].sigmoid())
 
 
 def _task(name: str, folder: Path, network: Any) -> Tensor:
-    """OneFormer's question as CLIP tokens `[1, length]`."""
+    """OneFormer's task prompt as CLIP tokens `[1, length]`."""
 
     def load(folder: Path, where: Any) -> Any:
         from transformers import AutoTokenizer
@@ -146,7 +147,8 @@ def _task(name: str, folder: Path, network: Any) -> Tensor:
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # tokenizers raise their own errors
-            raise UserError(f"{name}: the tokenizer in {folder} cannot be loaded; download the model again") from error
+            message = f"{name}: cannot load the tokenizer in {folder}; download the model again"
+            raise UserError(message, "damaged-file") from error
 
     tokenizer, length = load_once("AutoTokenizer", folder, load), network.config.task_seq_len
     tokens = tokenizer([_TASK], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -154,9 +156,9 @@ def _task(name: str, folder: Path, network: Any) -> Tensor:
 
 
 def labels_at(scores: Tensor, height: int, width: int, at_once: int = 16) -> Tensor:
-    """The best class `[height, width]` of scores `[C, h, w]`, which are scaled bilinearly first.
+    """The best class `[height, width]` of scores `[C, h, w]`, scaled bilinearly.
 
-    A few classes are scaled at a time: all 150 of a 2,048 x 2,048 image would take 2.5 GB.
+    `at_once` classes are scaled at a time: all 150 of a 2,048 x 2,048 image would take 2.5 GB.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Skeletons as OpenPose draws them: people as points, points as colours, and a measure that reads them back.
+"""OpenPose skeletons: drawing people from keypoints, and scoring two skeleton images.
 
 A person is an array `float [points, 2]` of (x, y) in pixels, NaN where a point was not found. The body has 18 points,
 a hand 21, a face 68. Widths are those of ControlNet at a short side of 512 pixels and scale with the image.
@@ -28,7 +28,7 @@ COLOURS = tuple(
         *((1, 0, 1 - third / 3) for third in range(3)),
     )
 )
-"""The colour of each of the body's 18 points, once around the circle of hues, red for the nose."""
+"""Colours of the body's 18 points, once around the hue circle from red for the nose."""
 
 _NECK, _NOSE = 1, 0
 LIMBS = (
@@ -36,12 +36,12 @@ LIMBS = (
     *((_NECK, 8), (8, 9), (9, 10), (_NECK, 11), (11, 12), (12, 13)),
     *((_NECK, _NOSE), (_NOSE, 14), (14, 16), (_NOSE, 15), (15, 17)),
 )
-"""Pairs of points: shoulders and arms, hips and legs, head; the n-th limb has the n-th colour at 60 %."""
+"""Pairs of points: shoulders and arms, hips and legs, head; limb n has colour n at 60 %."""
 
 _FINGERS = tuple(
     (0 if joint == 0 else 4 * finger + joint, 4 * finger + joint + 1) for finger in range(5) for joint in range(4)
 )
-# COCO's 17 points have no neck and another order; -1 stands for the middle of both shoulders.
+# COCO's 17 points have no neck and another order; -1 is the middle of the shoulders.
 _FROM_COCO = (0, -1, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
 
 
@@ -96,8 +96,8 @@ def _draw_hand(canvas: np.ndarray, points: np.ndarray) -> None:
         pair = points[[start, end]]
         if np.isfinite(pair).all():
             colour = [int(255 * part) for part in colorsys.hsv_to_rgb(number / len(_FINGERS), 1, 1)]
-            one, other = pair.astype(int).tolist()
-            cv2.line(canvas, one, other, colour, max(1, round(length(canvas, 2 / 512))))
+            first, second = pair.astype(int).tolist()
+            cv2.line(canvas, first, second, colour, max(1, round(length(canvas, 2 / 512))))
     _draw_points(canvas, points, [(0, 0, 255)] * len(points), max(1, round(length(canvas, 4 / 512))))
 
 
@@ -108,10 +108,10 @@ def _draw_points(canvas: np.ndarray, points: np.ndarray, colours: Sequence[Seque
 
 
 def read_points(image: np.ndarray) -> dict[int, np.ndarray]:
-    """The centres `[N, 2]` (x, y) of the body's points in a skeleton image, by their index; empty ones left out.
+    """Index -> centres `[N, 2]` (x, y) of the body's points in a skeleton image, if there are any.
 
-    A point is a connected patch of exactly its colour. Points that others cover are not seen, and a hand's points are
-    blue like the left knee.
+    A point is a connected patch of exactly its colour. Covered points are missed, and the points of hands are blue like
+    the left knee.
     """
     colours, points = packed(image), {}
     for index, colour in enumerate(COLOURS):
@@ -122,20 +122,20 @@ def read_points(image: np.ndarray) -> dict[int, np.ndarray]:
     return points
 
 
-def pose_f1(given: np.ndarray, produced: np.ndarray, reach: float = 0.05) -> float:
+def pose_f1(reference: np.ndarray, result: np.ndarray, reach: float = 0.05) -> float:
     """F1, in [0, 1], of the body's points in two skeleton images `uint8 [H, W, 3]`.
 
-    PCK (percentage of correct keypoints) with `reach` times the longer side as its radius, in both directions: a point
-    is right if the other image has one of the same kind that near, so people who are missing and people who are too
-    many count. Two images without people agree fully.
+    PCK (percentage of correct keypoints) in both directions, with `reach` times the longer side as radius: a point is
+    correct if the other image has one of its kind that near, so missing and surplus people count. Two images without
+    people score 1.
     """
-    theirs, mine = read_points(given), read_points(produced)
-    if not theirs and not mine:
+    true, predicted = read_points(reference), read_points(result)
+    if not true and not predicted:
         return 1.0
-    radius = reach * max(given.shape[:2])
-    found = [_near(points, mine.get(index), radius) for index, points in theirs.items()]
-    right = [_near(points, theirs.get(index), radius) for index, points in mine.items()]
-    recall, precision = (float(np.concatenate(part).mean()) if part else 0.0 for part in (found, right))
+    radius = reach * max(reference.shape[:2])
+    found = [_near(points, predicted.get(index), radius) for index, points in true.items()]
+    correct = [_near(points, true.get(index), radius) for index, points in predicted.items()]
+    recall, precision = (float(np.concatenate(part).mean()) if part else 0.0 for part in (found, correct))
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Surface normals by a network of their own, and the mesh of faces, by controlnet_aux."""
+"""Surface normals and face meshes by controlnet_aux."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from controlkit.conditions.pixels import mirrored_normals
 BAE = LearnedModel(
     hub="lllyasviel/Annotators", licence="MIT", commercial=True, extra="annotators", files=("scannet.pt",)
 )
-# Later versions want numpy 1, and from 0.10.30 on the interface that draws faces is gone.
+# Later versions require numpy 1, and 0.10.30 removed `solutions`, which draws faces.
 FACE_MESH = LearnedModel(hub="mediapipe<0.10.15", licence="Apache-2.0", commercial=True, extra="annotators")
 
 
@@ -28,14 +28,14 @@ FACE_MESH = LearnedModel(hub="mediapipe<0.10.15", licence="Apache-2.0", commerci
     mirrors=False,
     requires=BAE,
     mirror_finished=mirrored_normals,
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def normal_bae(image: np.ndarray, *, resolution: int = 512, model: str | None = None) -> np.ndarray:
-    """Normals n as (n + 1) / 2 in red, green and blue; ControlNet 1.1's choice.
+    """Normals n as (n + 1) / 2 in red, green and blue, as for ControlNet 1.1.
 
     Args:
-        resolution: length that the image's short side is scaled to before the network sees it.
-        model: a folder with `scannet.pt`, or another place of it on the hub.
+        resolution: short side of the network's input, in pixels.
+        model: a folder with `scannet.pt`, or another model on the hub with that file.
     """
     return annotate("normal_bae", BAE, "NormalBaeDetector", image, resolution, model)
 
@@ -50,14 +50,14 @@ def normal_bae(image: np.ndarray, *, resolution: int = 512, model: str | None = 
     mirrors=False,
     requires=FACE_MESH,
     mirror_finished=None,
-    seen=AT_RESOLUTION,
+    input_size=AT_RESOLUTION,
 )
 def mediapipe_face(image: np.ndarray, *, faces: int = 1, score: float = 0.5, resolution: int = 512) -> np.ndarray:
     """Outlines of faces on black (CrucibleAI/ControlNetMediaPipeFace). The weights are in the package mediapipe.
 
     Args:
-        faces: the most faces that are drawn.
-        score: faces that the network is less sure of are left out.
-        resolution: length that the image's short side is scaled to before the network sees it.
+        faces: maximum number of faces.
+        score: minimum confidence of a face.
+        resolution: short side of the network's input, in pixels.
     """
     return annotate_faces("mediapipe_face", FACE_MESH, image, resolution, faces, score)

@@ -1,4 +1,4 @@
-"""DWPose: the whole body with hands and face, by two ONNX networks that OpenCV runs on the CPU."""
+"""DWPose: body, hands and face by two ONNX networks that OpenCV runs on the CPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Network = Callable[[np.ndarray], list[np.ndarray]]
 _MEAN, _STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
 _DETECTOR_SIDE, _POSE_SIZE = 640, (384, 288)
 _FACE, _LEFT_HAND, _RIGHT_HAND = slice(23, 91), slice(91, 112), slice(112, 133)
-_MOST_PEOPLE = 32
+_MAX_PEOPLE = 32
 
 
 @condition(
@@ -38,7 +38,7 @@ _MOST_PEOPLE = 32
     mirrors=False,
     requires=DWPOSE,
     mirror_finished=None,
-    seen="fitted into 640 x 640, each person into 288 x 384",
+    input_size="fitted into 640 x 640, each person into 288 x 384",
 )
 def dwpose(
     image: np.ndarray,
@@ -54,16 +54,16 @@ def dwpose(
     Args:
         hands: draw the hands.
         face: draw the face.
-        score: points that the network is less sure of are left out.
-        person_score: people that the detector is less sure of are left out.
-        model: a folder with `yolox_l.onnx` and `dw-ll_ucoco_384.onnx`, or another place of them on the hub.
+        score: minimum confidence of a point.
+        person_score: minimum confidence of a person.
+        model: a folder with `yolox_l.onnx` and `dw-ll_ucoco_384.onnx`, or another model on the hub with these files.
     """
     folder = find_folder("dwpose", DWPOSE, model)
     detector, pose = (load_once(file, folder, _loader(file)) for file in DWPOSE.files)
     people = []
     for box in find_people(image, detector, person_score)[::-1]:
-        points, sure = whole_body(image, box, pose)
-        points[sure < score] = np.nan
+        points, confidence = whole_body(image, box, pose)
+        points[confidence < score] = np.nan
         people.append(
             Person(
                 body=from_coco(points[:17]),
@@ -79,7 +79,8 @@ def _loader(file: str) -> Callable[[Path, Any], Network]:
         try:
             network = cv2.dnn.readNetFromONNX(str(folder / file))
         except cv2.error as error:
-            raise UserError(f"dwpose: {folder / file} is no ONNX network; download it again") from error
+            message = f"dwpose: {folder / file} is not an ONNX network; download it again"
+            raise UserError(message, "damaged-file") from error
 
         def run(pixels: np.ndarray) -> list[np.ndarray]:
             network.setInput(pixels)
@@ -91,34 +92,37 @@ def _loader(file: str) -> Callable[[Path, Any], Network]:
 
 
 def find_people(image: np.ndarray, detector: Network, score: float) -> list[tuple[float, float, float, float]]:
-    """Boxes (left, top, width, height) of people in pixels, the surest first, by YOLOX (Ge et al. 2021).
+    """Boxes (left, top, width, height) of people in pixels, most confident first, by YOLOX (Ge et al. 2021).
 
-    It sees blue, green, red from 0 to 255 in the upper left of 640 x 640, grey elsewhere. Of boxes that overlap by more
-    than 0.45, the surest is kept.
+    Its input is BGR from 0 to 255 in the upper left of 640 x 640, grey elsewhere. Non-maximum suppression at an IoU of
+    0.45.
     """
     height, width = image.shape[:2]
     zoom = min(_DETECTOR_SIDE / height, _DETECTOR_SIDE / width)
     rows, columns = max(1, int(height * zoom)), max(1, int(width * zoom))
     padded = np.full((_DETECTOR_SIDE, _DETECTOR_SIDE, 3), 114, np.uint8)
     padded[:rows, :columns] = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_LINEAR)
-    seen = padded[..., ::-1].transpose(2, 0, 1)[None].astype(np.float32)
-    answer = detector(np.ascontiguousarray(seen))[0][0].astype(np.float64)
+    pixels = padded[..., ::-1].transpose(2, 0, 1)[None].astype(np.float32)
+    output = detector(np.ascontiguousarray(pixels))[0][0].astype(np.float64)
     cells, strides = _yolox_cells(_DETECTOR_SIDE)
-    if len(answer) != len(cells):
-        raise UserError(f"dwpose: the detector answers with {len(answer)} boxes, not {len(cells)}; download it again")
-    centres = (answer[:, :2] + cells) * strides
-    sizes = np.exp(np.clip(answer[:, 2:4], -20, 20)) * strides
-    sure = answer[:, 4] * answer[:, 5]
+    if len(output) != len(cells):
+        raise UserError(
+            f"dwpose: expected {len(cells)} boxes from {DWPOSE.files[0]}, got {len(output)}; download it again",
+            "wrong-kind",
+        )
+    centres = (output[:, :2] + cells) * strides
+    sizes = np.exp(np.clip(output[:, 2:4], -20, 20)) * strides
+    confidence = output[:, 4] * output[:, 5]
     boxes = np.concatenate([centres - sizes / 2, sizes], axis=1) / zoom
-    kept = np.nonzero(sure > score)[0]
-    kept = kept[np.argsort(-sure[kept], kind="stable")][:1000]
-    chosen = cv2.dnn.NMSBoxes(boxes[kept].tolist(), sure[kept].tolist(), score, 0.45)
-    best = kept[np.array(chosen, dtype=int).ravel()][:_MOST_PEOPLE]
+    candidates = np.nonzero(confidence > score)[0]
+    candidates = candidates[np.argsort(-confidence[candidates], kind="stable")][:1000]
+    kept = cv2.dnn.NMSBoxes(boxes[candidates].tolist(), confidence[candidates].tolist(), score, 0.45)
+    best = candidates[np.array(kept, dtype=int).ravel()][:_MAX_PEOPLE]
     return [tuple(box) for box in boxes[best].tolist()]
 
 
 def _yolox_cells(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Corner (x, y) `[N, 2]` in cells, and stride `[N, 1]`, of each of YOLOX's boxes."""
+    """Corner (x, y) `[N, 2]` in cells and stride `[N, 1]` of each YOLOX box."""
     cells, strides = [], []
     for stride in (8, 16, 32):
         y, x = np.mgrid[: side // stride, : side // stride]
@@ -130,21 +134,25 @@ def _yolox_cells(side: int) -> tuple[np.ndarray, np.ndarray]:
 def whole_body(
     image: np.ndarray, box: tuple[float, float, float, float], pose: Network
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The 133 points of COCO-WholeBody in a box: (x, y) `[133, 2]` in pixels and how sure they are `[133]`.
+    """The 133 points of COCO-WholeBody in a box: (x, y) `[133, 2]` in pixels, and confidences `[133]`.
 
-    The network (RTMPose, Jiang et al. 2023) sees red, green, blue by ImageNet's mean and deviation, and answers each
-    coordinate as a class, two to a pixel.
+    The network (RTMPose, Jiang et al. 2023) reads RGB normalised by ImageNet's mean and deviation, and classifies each
+    coordinate into bins of half a pixel.
     """
     rows, columns = _POSE_SIZE
     x, y, wide, high = frame(*box, columns / rows)
     across, down = columns / max(wide, 1e-3), rows / max(high, 1e-3)
     matrix = np.array([[across, 0, columns / 2 - across * x], [0, down, rows / 2 - down * y]])
     cropped = cv2.warpAffine(image, matrix, (columns, rows), flags=cv2.INTER_LINEAR)
-    seen = ((cropped - _MEAN) / _STD).transpose(2, 0, 1)[None].astype(np.float32)
-    outputs = sorted(pose(np.ascontiguousarray(seen)), key=lambda output: output.shape[-1])
+    pixels = ((cropped - _MEAN) / _STD).transpose(2, 0, 1)[None].astype(np.float32)
+    outputs = sorted(pose(np.ascontiguousarray(pixels)), key=lambda output: output.shape[-1])
     if len(outputs) != 2 or any(output.shape[1] != 133 for output in outputs):
-        raise UserError("dwpose: the pose network does not answer with 133 points; download it again")
-    places = np.stack([output[0].argmax(axis=1) for output in outputs], axis=1) / 2
-    sure = np.minimum(*(output[0].max(axis=1) for output in outputs))
-    points = places / (columns, rows) * (wide, high) + (x - wide / 2, y - high / 2)
-    return points, sure
+        shapes = ", ".join(str(list(output.shape)) for output in outputs)
+        raise UserError(
+            f"dwpose: expected 133 points in x and y from {DWPOSE.files[1]}, got {shapes}; download it again",
+            "wrong-kind",
+        )
+    positions = np.stack([output[0].argmax(axis=1) for output in outputs], axis=1) / 2
+    confidence = np.minimum(*(output[0].max(axis=1) for output in outputs))
+    points = positions / (columns, rows) * (wide, high) + (x - wide / 2, y - high / 2)
+    return points, confidence

@@ -1,8 +1,8 @@
 """Stability AI's Control-LoRA: a ControlNet as low-rank changes of the base's UNet, marked by `lora_controlnet`.
 
-A matrix or a convolution W of the UNet's encoder becomes W + up @ down; what has no counterpart there (hint network,
-zero convolutions), and what is no matrix, is stored whole; a tensor that is not stored is the base's own.
-(As ComfyUI reads it: comfy/controlnet.py, ControlLora.)
+A matrix or convolution W of the UNet's encoder becomes W + up @ down; tensors without a counterpart there (hint
+network, zero convolutions) and those that are not matrices are stored in full; missing tensors are the base's own. (As
+read by ComfyUI: comfy/controlnet.py, ControlLora.)
 """
 
 from __future__ import annotations
@@ -20,90 +20,96 @@ from controlkit.controls.encoder_copy.names import Structure, config_of
 from controlkit.controls.encoder_copy.original import to_original
 from controlkit.controls.file_format import Checkpoint, Reference, TensorFile, Written, check_names, on_one_line
 from controlkit.errors import UserError
+from controlkit.progress import Progress
 
 MARK = "lora_controlnet"
 """Name of the tensor that marks such a file."""
 
 
-def read(kind: type[Control], file: TensorFile, reference: Reference, says: str) -> Checkpoint:
+def read(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
     """The ControlNet: the base's UNet with the changes applied."""
     unet, path = reference.unet_weights, file.path
     if unet is None:
-        raise UserError(f"{path} is {says}; give that base, with its weights (--base)")
-    given = {name: value for name, value in file.tensors.items() if name != MARK}
+        raise UserError(f"{path} is {description}; pass that base with its weights (--base)", "missing-setting")
+    in_file = {name: value for name, value in file.tensors.items() if name != MARK}
     try:
-        hints = {name.split(".")[1] for name in given if name.startswith("input_hint_block.")}
+        hints = {name.split(".")[1] for name in in_file if name.startswith("input_hint_block.")}
         structure = dataclasses.replace(Structure.of_diffusers(unet), hint=len(hints))
-        rename, shared = structure.to_diffusers(), structure.to_original()
-        renamed = {new: value for name, value in given.items() if (new := rename(name)) is not None}
-        unknown = {name: value for name, value in given.items() if rename(name) is None}
+        diffusers_name, original_name = structure.to_diffusers(), structure.to_original()
+        renamed = {new: value for name, value in in_file.items() if (new := diffusers_name(name)) is not None}
+        unknown = {name: value for name, value in in_file.items() if diffusers_name(name) is None}
         dtype = next(value.dtype for value in renamed.values() if value.is_floating_point())
-        borrowed = {name: value.to(dtype) for name, value in unet.items() if shared(name) is not None}
-        stored = _whole(file.path, renamed, unet)
-        tensors = {**borrowed, **stored}
+        from_base = {name: value.to(dtype) for name, value in unet.items() if original_name(name) is not None}
+        stored = _full_tensors(file.path, renamed, unet)
+        tensors = {**from_base, **stored}
         config = config_of(tensors, reference.unet_config)
         expected = kind.shapes(config)
     except (ValueError, KeyError, TypeError, RuntimeError, StopIteration) as error:
-        raise UserError(f"{path} looks like {says}, but {on_one_line(error)}") from error
-    check_names(path, says, expected, {**tensors, **unknown}, file.others)
+        raise UserError(f"{path} looks like {description}, but {on_one_line(error)}", "damaged-file") from error
+    check_names(path, description, expected, {**tensors, **unknown}, file.others)
     ordered = {name: tensors[name] for name in expected}
     checkpoint = Checkpoint(kind.kind, config, ordered, dict(file.metadata), path=path)
-    if taken := set(borrowed) - set(stored):
-        checkpoint.notes.append(f"{len(taken)} tensors are not in the file and were taken from the base")
+    if missing := set(from_base) - set(stored):
+        checkpoint.notes.append(f"{len(missing)} tensors are not in the file and come from the base")
     return checkpoint
 
 
 def write(checkpoint: Checkpoint, reference: Reference) -> Written:
-    """The best changes of the given rank, by singular values."""
+    """The best changes of the requested rank, by SVD."""
     unet = reference.unet_weights
     if unet is None or reference.rank is None:
-        raise UserError("a Control-LoRA needs the base that it changes (--base) and the rank of the changes (--rank)")
+        raise UserError(
+            "writing a Control-LoRA needs the base with its weights (--base) and the rank (--rank)", "missing-setting"
+        )
     check_base("the control", checkpoint, unet)
-    made: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     worst = ("", 0.0)
     names = dict(zip(checkpoint.tensors, to_original(checkpoint), strict=True))
+    progress = Progress("layers", len(checkpoint.tensors))
     for name, value in checkpoint.tensors.items():
+        progress.advance()
         original = names[name]
         if name not in unet or value.ndim < 2:
-            made[original] = value
+            tensors[original] = value
             continue
         change = (value.double() - unet[name].double()).flatten(1).float()
         up, down = _low_rank(change, reference.rank)
         layer = original.removesuffix(".weight")
-        made[f"{layer}.up"] = up.reshape(*up.shape, *[1] * (value.ndim - 2)).to(value.dtype)
-        made[f"{layer}.down"] = down.reshape(-1, *value.shape[1:]).to(value.dtype)
-        left = float((change - up @ down).norm() / change.norm().clamp_min(1e-12)) if change.any() else 0.0
-        worst = max(worst, (original, left), key=lambda pair: pair[1])
-    made[MARK] = torch.zeros(1)
-    note = f"rank {reference.rank} leaves out {worst[1]:.1%} of a change at the most (in {worst[0]})"
-    return Written(tensors=made, notes=(note,) if worst[0] else ())
+        tensors[f"{layer}.up"] = up.reshape(*up.shape, *[1] * (value.ndim - 2)).to(value.dtype)
+        tensors[f"{layer}.down"] = down.reshape(-1, *value.shape[1:]).to(value.dtype)
+        error = float((change - up @ down).norm() / change.norm().clamp_min(1e-12)) if change.any() else 0.0
+        worst = max(worst, (original, error), key=lambda pair: pair[1])
+    tensors[MARK] = torch.zeros(1)
+    note = f"rank {reference.rank} loses at most {worst[1]:.1%} of a change (in {worst[0]})"
+    return Written(tensors=tensors, notes=(note,) if worst[0] else ())
 
 
-def _whole(path: Path, renamed: Mapping[str, Tensor], unet: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that the file stores, whole or as a change."""
-    made: dict[str, Tensor] = {}
+def _full_tensors(path: Path, renamed: Mapping[str, Tensor], unet: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the file, with changes applied to the base's weights."""
+    tensors: dict[str, Tensor] = {}
     for name, value in renamed.items():
         layer, _, last = name.rpartition(".")
         if last not in ("up", "down"):
-            made[name] = value
+            tensors[name] = value
             continue
         pair = [renamed.get(f"{layer}.{part}") for part in ("up", "down")]
         weight = unet.get(f"{layer}.weight")
         if pair[0] is None or pair[1] is None or weight is None:
-            raise ValueError(f"the change of {layer} lacks its other half, or the base has no such layer")
+            raise ValueError(f"the change of {layer} lacks up or down, or the base has no such layer")
         up, down = pair[0].double().flatten(1), pair[1].double().flatten(1)
         if up.shape[0] != weight.shape[0] or up.shape[0] * down.shape[1] != weight.numel():
             raise UserError(
-                f"{path} was not made for the base that was given: the change of {layer} is"
-                f" {up.shape[0]} x {down.shape[1]}, the weight there {tuple(weight.shape)}"
+                f"{path} was not made for this base: the change of {layer} is {up.shape[0]} x {down.shape[1]},"
+                f" its weight in the base {tuple(weight.shape)}",
+                "incompatible",
             )
-        made[f"{layer}.weight"] = (weight.double() + (up @ down).reshape(weight.shape)).to(value.dtype)
-    return made
+        tensors[f"{layer}.weight"] = (weight.double() + (up @ down).reshape(weight.shape)).to(value.dtype)
+    return tensors
 
 
 def _low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """up `[out, rank]` and down `[rank, in]`, whose product is nearest to `change`."""
+    """up `[out, rank]` and down `[rank, in]` whose product is the best approximation of `change`."""
     u, s, v = torch.linalg.svd(change, full_matrices=False)
     rank = min(rank, len(s))
-    root = s[:rank].sqrt()  # shared out evenly, so that neither leaves the range of half precision
+    root = s[:rank].sqrt()  # split evenly, to stay within the range of half precision
     return u[:, :rank] * root, root[:, None] * v[:rank]

@@ -1,7 +1,7 @@
-"""A ControlNet as its difference from the base's UNet, with a scalar `difference` as its mark.
+"""A ControlNet as its difference from the base's UNet, marked by a scalar `difference`.
 
-(Mikubill/sd-webui-controlnet, extract_controlnet_diff.py; kohya-ss/ControlNet-diff-modules.) A tool that reads it
-adds the UNet of the checkpoint in use to every tensor that both have, so one file serves a family of checkpoints.
+(Mikubill/sd-webui-controlnet, extract_controlnet_diff.py; kohya-ss/ControlNet-diff-modules.) A tool that reads it adds
+the UNet of the current checkpoint to every shared tensor, so one file serves a family of checkpoints.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ MARK = "difference"
 """Name of the scalar that marks such a file."""
 
 
-def read(kind: type[Control], file: TensorFile, reference: Reference, says: str) -> Checkpoint:
+def read(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
     """The ControlNet: the difference plus the base's UNet."""
     if reference.unet_weights is None:
         raise UserError(
-            f"{file.path} holds only the difference of a ControlNet from a base's UNet; give that base, with its"
-            " weights (--base)"
+            f"{file.path} is only the difference of a ControlNet from its base; pass that base with its"
+            " weights (--base)",
+            "missing-setting",
         )
     prefix = PREFIX if any(name.startswith(PREFIX) for name in file.tensors) else ""
     others = [*file.others]
@@ -36,7 +37,7 @@ def read(kind: type[Control], file: TensorFile, reference: Reference, says: str)
             inside[name.removeprefix(prefix)] = value
         elif name != MARK:
             others.append(name)
-    checkpoint = from_original(kind, file, says, inside, reference, others=tuple(others), prefix=prefix)
+    checkpoint = from_original(kind, file, description, inside, reference, others=tuple(others), prefix=prefix)
     check_base(file.path, checkpoint, reference.unet_weights)
     checkpoint.tensors = {
         name: value if name not in reference.unet_weights else _sum(value, reference.unet_weights[name])
@@ -46,36 +47,39 @@ def read(kind: type[Control], file: TensorFile, reference: Reference, says: str)
 
 
 def write(checkpoint: Checkpoint, reference: Reference) -> Written:
-    """The difference from the UNet of the base that was given."""
+    """The difference from the base's UNet."""
     if reference.unet_weights is None:
-        raise UserError("a difference file needs the base whose UNet is subtracted; give it, with its weights (--base)")
+        raise UserError("writing a difference needs the base with its weights (--base)", "missing-setting")
     unet = reference.unet_weights
     check_base("the control", checkpoint, unet)
-    taken = {name: _sum(value, -unet[name]) for name, value in checkpoint.tensors.items() if name in unet}
-    changed = [not torch.equal(_sum(value, unet[name]), checkpoint.tensors[name]) for name, value in taken.items()]
-    reduced = Checkpoint(checkpoint.kind, checkpoint.config, {**checkpoint.tensors, **taken}, checkpoint.metadata)
+    differences = {name: _sum(value, -unet[name]) for name, value in checkpoint.tensors.items() if name in unet}
+    inexact = [
+        not torch.equal(_sum(value, unet[name]), checkpoint.tensors[name]) for name, value in differences.items()
+    ]
+    reduced = Checkpoint(checkpoint.kind, checkpoint.config, {**checkpoint.tensors, **differences}, checkpoint.metadata)
     tensors = {**to_original(reduced, PREFIX), MARK: torch.tensor(1.0)}
     notes = (
-        f"differences are rounded: {sum(changed)} of {len(taken)} tensors come back with an error in the last digits"
-        " when the base is added again",
+        f"differences are rounded: {sum(inexact)} of {len(differences)} tensors differ in the last digits when the base"
+        " is added again",
     )
-    return Written(tensors=tensors, notes=notes if any(changed) else ())
+    return Written(tensors=tensors, notes=notes if any(inexact) else ())
 
 
 def check_base(path: Path | str, checkpoint: Checkpoint, unet: Mapping[str, Tensor]) -> None:
-    """Refuse a base whose UNet has other shapes.
+    """Check that a base's UNet has the shapes of a control.
 
     Raises:
-        UserError: says which tensor differs.
+        UserError: a tensor differs.
     """
     shared = [name for name in checkpoint.tensors if name in unet]
     if "conv_in.weight" not in shared:
-        raise UserError(f"{path}: the base that was given has no UNet of Stable Diffusion's shape")
+        raise UserError(f"{path}: the base has no UNet with the architecture of Stable Diffusion", "incompatible")
     for name in shared:
         if checkpoint.tensors[name].shape != unet[name].shape:
             raise UserError(
-                f"{path} was not made for the base that was given: {name} is {tuple(checkpoint.tensors[name].shape)}"
-                f" here and {tuple(unet[name].shape)} there"
+                f"{path} was not made for this base: {name} is {tuple(checkpoint.tensors[name].shape)} in the"
+                f" control and {tuple(unet[name].shape)} in the base",
+                "incompatible",
             )
 
 

@@ -1,17 +1,17 @@
-"""The formats of a ControlNet's files."""
+"""File formats of ControlNets."""
 
 from __future__ import annotations
 
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import control_lora, difference
 from controlkit.controls.encoder_copy.original import (
-    BARE_SAYS,
-    FULL_SAYS,
-    ORIGINAL_SAYS,
+    BARE_DESCRIPTION,
+    FULL_DESCRIPTION,
+    ORIGINAL_DESCRIPTION,
     PREFIX,
     UNET_PREFIX,
+    FullCheckpoint,
     Names,
-    Parted,
     from_original,
     read_original,
     to_original,
@@ -22,51 +22,51 @@ from controlkit.controls.file_format import Checkpoint, FileFormat, Reference, T
 
 def _detect_original(file: TensorFile) -> str | None:
     names = Names.of(file.tensors)
-    found = _is_controlnet(file, names) and bool(names.prefix) and not names.whole
-    return "a ControlNet under the names of the original code" if found else None
+    matches = _is_controlnet(file, names) and bool(names.prefix) and not names.has_stable_diffusion
+    return "a ControlNet under the names of the original code" if matches else None
 
 
 def _detect_bare(file: TensorFile) -> str | None:
     names = Names.of(file.tensors)
-    found = _is_controlnet(file, names) and not names.prefix
-    return "a ControlNet under the names of the original code" if found else None
+    matches = _is_controlnet(file, names) and not names.prefix
+    return "a ControlNet under the names of the original code" if matches else None
 
 
 def _detect_full(file: TensorFile) -> str | None:
     names = Names.of(file.tensors)
-    found = _is_controlnet(file, names) and names.whole
-    return "a ControlNet together with the whole Stable Diffusion that it was trained in" if found else None
+    matches = _is_controlnet(file, names) and names.has_stable_diffusion
+    return "a ControlNet inside the Stable Diffusion checkpoint that it was trained in" if matches else None
 
 
 def _detect_difference(file: TensorFile) -> str | None:
-    found = Names.of(file.tensors).hint and difference.MARK in file.tensors
-    return "a ControlNet as its difference from the base's UNet" if found else None
+    matches = Names.of(file.tensors).has_hint_network and difference.MARK in file.tensors
+    return "a ControlNet as its difference from the base's UNet" if matches else None
 
 
 def _detect_control_lora(file: TensorFile) -> str | None:
-    found = control_lora.MARK in file.tensors
-    return "a Control-LoRA: a ControlNet as low-rank changes of the base's UNet" if found else None
+    matches = control_lora.MARK in file.tensors
+    return "a Control-LoRA: a ControlNet as low-rank changes of the base's UNet" if matches else None
 
 
 def _is_controlnet(file: TensorFile, names: Names) -> bool:
     marked = difference.MARK in file.tensors or control_lora.MARK in file.tensors
-    return names.hint and names.resnets and not marked
+    return names.has_hint_network and names.has_resnets and not marked
 
 
-def _read(kind: type[Control], file: TensorFile, reference: Reference, says: str) -> Checkpoint:
+def _read(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
     return read_original(kind, file, reference)
 
 
-def _read_full(kind: type[Control], file: TensorFile, reference: Reference, says: str) -> Checkpoint:
-    parted = Parted.of(file)
-    checkpoint = from_original(kind, file, kind.title, parted.inside, reference, others=parted.unknown, prefix=PREFIX)
-    checkpoint.leftover = parted.aside
-    decoder = sum(name.startswith(f"{UNET_PREFIX}output_blocks.") for name in parted.aside)
-    note = parted.note()
+def _read_full(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
+    full = FullCheckpoint.of(file)
+    checkpoint = from_original(kind, file, kind.title, full.inside, reference, others=full.unknown, prefix=PREFIX)
+    checkpoint.leftover = full.stable_diffusion
+    decoder = sum(name.startswith(f"{UNET_PREFIX}output_blocks.") for name in full.stable_diffusion)
+    note = full.note()
     if decoder:
         note += (
-            f", so its decoder ({decoder} tensors), which ControlNet 1.0 trained along with the control, is dropped,"
-            " and images differ a little from the original code's"
+            f"; its decoder ({decoder} tensors), which ControlNet 1.0 trained along with the control, is dropped, so"
+            " images differ slightly from the original code's"
         )
     checkpoint.notes.append(note)
     return checkpoint
@@ -87,12 +87,12 @@ def _write_full(checkpoint: Checkpoint, reference: Reference) -> Written:
 
 
 FORMATS = (
-    FileFormat(name="original", says=ORIGINAL_SAYS, detect=_detect_original, read=_read, write=_write),
-    FileFormat(name="bare", says=BARE_SAYS, detect=_detect_bare, read=_read, write=_write_bare),
-    FileFormat(name="full", says=FULL_SAYS, detect=_detect_full, read=_read_full, write=_write_full),
+    FileFormat(name="original", description=ORIGINAL_DESCRIPTION, detect=_detect_original, read=_read, write=_write),
+    FileFormat(name="bare", description=BARE_DESCRIPTION, detect=_detect_bare, read=_read, write=_write_bare),
+    FileFormat(name="full", description=FULL_DESCRIPTION, detect=_detect_full, read=_read_full, write=_write_full),
     FileFormat(
         name="difference",
-        says="a ControlNet as its difference from the base's UNet",
+        description="a ControlNet as its difference from the base's UNet",
         detect=_detect_difference,
         read=difference.read,
         write=difference.write,
@@ -100,7 +100,7 @@ FORMATS = (
     ),
     FileFormat(
         name="control-lora",
-        says="Stability AI's Control-LoRA: low-rank changes of the base's UNet",
+        description="Stability AI's Control-LoRA: low-rank changes of the base's UNet",
         detect=_detect_control_lora,
         read=control_lora.read,
         write=control_lora.write,

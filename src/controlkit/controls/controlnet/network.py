@@ -34,21 +34,21 @@ _POOLS = "global_pool_conditions"
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Settings of every recipe of a ControlNet."""
+    """Recipe settings of a ControlNet."""
 
     start: str | None = None
-    """The ControlNet to go on from: a file or folder in any layout, or the name of one that ships. None starts from a
-    copy of the base's encoder."""
+    """Initial weights: a ControlNet file or folder in any format, or the name of a shipped one. Default: a copy of the
+    base's encoder."""
     prompt_drop: float = 0.5
-    """Share of prompts replaced by the empty prompt."""
+    """Fraction of prompts replaced by the empty prompt."""
 
 
 @control
 class ControlNet(OneImage):
-    """A trainable copy of the base's encoder and middle, joined to it by zero convolutions.
+    """A trainable copy of the base's encoder and middle block, joined to it by zero convolutions.
 
-    The hint network (convolutions from the condition image to the size of the latent) is held apart from
-    diffusers' network, because what it makes depends on the condition alone: it runs once, not at every step.
+    The hint network (convolutions from the condition image to the size of the latent) is separate from diffusers'
+    network, because its output depends on the condition image alone: it runs once, not at every step.
     """
 
     kind: ClassVar[str] = "controlnet"
@@ -74,16 +74,16 @@ class ControlNet(OneImage):
         self.hint_network: nn.Module = network.controlnet_cond_embedding
         network.controlnet_cond_embedding = nn.Identity()
         self.channel_order = network.config["controlnet_conditioning_channel_order"]
-        network.register_to_config(controlnet_conditioning_channel_order="rgb")  # the image is turned, in `encode`
+        network.register_to_config(controlnet_conditioning_channel_order="rgb")  # `encode` reorders the image
         self.network = network
         self.condition = condition
 
     @classmethod
     def for_base(cls, base: Base, condition: str | None = None, **options: Any) -> ControlNet:
-        """A new one: encoder and middle copied from `base`, zero convolutions, a fresh hint network.
+        """A new one: encoder and middle block copied from `base`, zero convolutions, a random hint network.
 
-        The hint network has one halving for each of the autoencoder's (at factor 8: 16, 32, 96, 256 channels, as
-        in lllyasviel/ControlNet, cldm/cldm.py).
+        The hint network downsamples as often as the autoencoder (at factor 8: 16, 32, 96, 256 channels, as in
+        lllyasviel/ControlNet, cldm/cldm.py).
         """
         network = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=HINT_CHANNELS[base.factor])
         return cls(nn.Module.to(network, base.device, base.dtype), condition)
@@ -120,7 +120,7 @@ class ControlNet(OneImage):
         self.network.load_state_dict(rest, strict=True, assign=True)
 
     def to_diffusers(self) -> ControlNetModel:
-        """diffusers' own network with the same weights, sharing memory; saving it writes diffusers' folder."""
+        """diffusers' network with the same weights, sharing memory; saving it writes diffusers' folder."""
         network = ControlNetModel.from_config(self.config())
         network.load_state_dict(self.file_state(), assign=True)
         return network.eval()
@@ -137,18 +137,18 @@ class ControlNet(OneImage):
         return Residuals.numbered("skip", down, middle=middle)
 
     def incompatibility(self, base: Base) -> str | None:
-        if (colours := self.network.config["conditioning_channels"]) != 3:
-            return f"it takes condition images of {colours} channels, not of 3 (RGB)"
+        if (channels := self.network.config["conditioning_channels"]) != 3:
+            return f"it takes condition images of {channels} channels, not 3 (RGB)"
         halvings = len(self.network.config["conditioning_embedding_out_channels"]) - 1
         if 2**halvings != base.factor:
-            apart = f"its hint network divides the image by {2**halvings}, the base's autoencoder by {base.factor}"
+            reason = f"its hint network divides the image by {2**halvings}, the base's autoencoder by {base.factor}"
         else:
-            apart = None
-        return copy_incompatibility(self.config(), base) or apart
+            reason = None
+        return copy_incompatibility(self.config(), base) or reason
 
     @property
     def conditional_only(self) -> bool:
-        # diffusers' pipelines do so for a network that pools (shuffle): it is conditioned on no places.
+        # As in diffusers' pipelines for a network that pools its residuals (shuffle).
         return bool(self.network.config[_POOLS])
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -166,19 +166,19 @@ class ControlNet(OneImage):
         start: Control | None = None,
         companion: Control | None = None,
     ) -> Control:
-        own = {key: value for key, value in options.items() if key != "start"}
-        return super().for_training(base, conditions, own, name=name, seed=seed, start=start)
+        settings = {key: value for key, value in options.items() if key != "start"}
+        return super().for_training(base, conditions, settings, name=name, seed=seed, start=start)
 
     def copied_network(self) -> nn.Module:
         return self.network
 
     @classmethod
     def settle_checkpoint(cls, checkpoint: Checkpoint, flags: Collection[str]) -> None:
-        """Write down that it pools its residuals, which no tensor tells: with `pooled`, or where the condition is
-        `shuffle` and the file says nothing."""
+        """Record that it pools its residuals, which no tensor shows: with `pooled`, or if the condition is `shuffle`
+        and the file has no such entry."""
         pooled = "pooled" in flags
         if not pooled and checkpoint.condition == "shuffle" and _POOLS not in checkpoint.config:
-            checkpoint.notes.append("it is written as one that pools its residuals, as ControlNet 1.1's shuffle does")
+            checkpoint.notes.append("it is written with pooled residuals, as in ControlNet 1.1's shuffle")
             pooled = True
         if pooled:
             checkpoint.config[_POOLS] = True

@@ -1,4 +1,4 @@
-"""CtrLoRA (Xu et al., ICLR 2025, arXiv 2410.09400): one condition, or several in one pass."""
+"""A CtrLoRA adapter (Xu et al., ICLR 2025, arXiv 2410.09400): one condition, or several in one pass."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from controlkit.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adaptation:
-    """Settings of an adapter's recipe."""
+class AdapterTraining:
+    """Recipe settings of an adapter."""
 
     control: str
-    """The base control: a file, or the name of one that ships."""
+    """Base control: a file, or the name of a shipped one."""
     name: str = "adapter"
-    """Name of the adapter and of its file."""
+    """Name of the adapter and its file."""
     rank: int = 4
-    """Of every LoRA."""
+    """Rank of the LoRA of every layer."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW. This suits nano; see `adapter_settings` for larger bases."""
+    """Peak learning rate of AdamW, for nano; see `adapter_settings` for larger bases."""
     prompt_drop: float = 0.3
-    """Share of prompts replaced by the empty prompt (0.3 in CtrLoRA's reference)."""
+    """Fraction of prompts replaced by the empty prompt (0.3 in CtrLoRA's reference)."""
 
 
 @control
 class CtrLoRA(OneImage):
-    """One condition of a `BaseControlNet`: the base control under one adapter, as a control of its own.
+    """A `BaseControlNet` with one of its adapters selected: the control of one condition.
 
-    Several of one base control can be used at a time, each with its own image and weight; `forward_together`
+    Several adapters of one base control can be used together, each with its own image and weight; `forward_together`
     runs them in one pass.
 
     Args:
         base_control: shared, not copied.
         adapter: name of its adapter.
-        condition: name of the condition it was trained on.
+        condition: name of the condition that it was trained on.
         posterior_seed: see `BaseControlNet.encode`.
     """
 
@@ -67,7 +67,7 @@ class CtrLoRA(OneImage):
     trainings = (
         Training(
             system="ctrlora-adapter",
-            options=Adaptation,
+            options=AdapterTraining,
             doc="A CtrLoRA adapter for a new condition.",
         ),
     )
@@ -96,8 +96,8 @@ class CtrLoRA(OneImage):
         return self.posterior_seed
 
     def weights(self) -> Iterable[nn.Parameter]:
-        own = self.base_control.adapters[self.adapter].parameters()
-        return [*self.base_control.network.parameters(), *own]
+        adapter = self.base_control.adapters[self.adapter].parameters()
+        return [*self.base_control.network.parameters(), *adapter]
 
     @property
     def shared_network(self) -> nn.Module:
@@ -107,46 +107,46 @@ class CtrLoRA(OneImage):
     def forward_together(
         cls, controls: Sequence[Control], x_t: Tensor | None, t: Tensor, text: Text | None, hints: Sequence[Hint]
     ) -> list[Residuals]:
-        """The residuals of several conditions of one base control, in one pass.
+        """The residuals of several adapters of one base control, in one pass.
 
         Args:
             controls: of this class, all of the same base control.
-            x_t: never looked at.
+            x_t: ignored.
             t: `[B]` or a scalar, the same for all.
             text: of batch `B` or 1, the same for all.
-            hints: one for each control, `[B, ...]` or `[1, ...]`, all of one size.
+            hints: one per control, `[B, ...]` or `[1, ...]`, all of one size.
 
         Returns:
-            One for each control, with a batch of `B`, equal to that of `control(None, t, text, hint)`.
+            One per control, of batch `B`, equal to that of `control(None, t, text, hint)`.
 
         Raises:
             ValueError: the controls have different base controls, or the hints different sizes.
         """
         assert text is not None
-        shared = {id(one.shared_network) for one in controls}
-        if len(shared) != 1 or len(hints) != len(controls):
-            raise ValueError(f"{len(controls)} controls of {len(shared)} base controls got {len(hints)} hints")
+        networks = {id(control.shared_network) for control in controls}
+        if len(networks) != 1 or len(hints) != len(controls):
+            raise ValueError(f"{len(controls)} controls of {len(networks)} base controls got {len(hints)} hints")
         latents = [cast(Tensor, hint) for hint in hints]
         sizes = {tuple(hint.shape[1:]) for hint in latents}
         if len(sizes) != 1:
-            raise ValueError(f"hints of one pass must have one size, not {sorted(sizes)}")
-        own = [cast(CtrLoRA, one) for one in controls]
+            raise ValueError(f"hints of one pass must have the same size, got {sorted(sizes)}")
+        adapters = [cast(CtrLoRA, control) for control in controls]
         batch = max(t.numel(), len(text), *(len(hint) for hint in latents))
-        made = own[0].base_control(
+        residuals = adapters[0].base_control(
             None,
-            t.expand(batch).repeat(len(own)),
-            concatenate(*[text.expand(batch)] * len(own)),
+            t.expand(batch).repeat(len(adapters)),
+            concatenate(*[text.expand(batch)] * len(adapters)),
             torch.cat([hint.expand(batch, *hint.shape[1:]) for hint in latents]),
-            adapters=[one.adapter for one in own],
+            adapters=[control.adapter for control in adapters],
         )
-        return [made.rows(place * batch, (place + 1) * batch) for place in range(len(own))]
+        return [residuals.rows(place * batch, (place + 1) * batch) for place in range(len(adapters))]
 
     def incompatibility(self, base: Base) -> str | None:
         return copy_incompatibility(self.config(), base)
 
     @classmethod
     def for_base(cls, base: Base, condition: str | None = None, *, rank: int = 4, **options: Any) -> CtrLoRA:
-        """A fresh adapter on a fresh base control; both are trainable."""
+        """A new adapter on a new base control; both are trainable."""
         shared = BaseControlNet.for_base(base)
         adapter = shared.add_adapter("adapter", rank)
         adapter.requires_grad_(True)
@@ -157,9 +157,9 @@ class CtrLoRA(OneImage):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], condition: str | None = None) -> CtrLoRA:
-        given = checked_config(config)
-        rank = given.pop("rank")
-        shared = BaseControlNet.from_config(given)
+        network_config = checked_config(config)
+        rank = network_config.pop("rank")
+        shared = BaseControlNet.from_config(network_config)
         shared.add_adapter("adapter", rank)
         return cls(shared, "adapter", condition)
 
@@ -178,7 +178,7 @@ class CtrLoRA(OneImage):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, companion: Control | None = None) -> CtrLoRA:
-        """The adapter on its base control, under a name that is free there.
+        """The adapter on its base control, under a name that is not taken there.
 
         Raises:
             UserError: it does not fit the base control.
@@ -191,7 +191,9 @@ class CtrLoRA(OneImage):
         try:
             shared.load_adapter(name, checkpoint.float_tensors(), rank=None if rank is None else int(rank))
         except ValueError as error:
-            raise UserError(f"{checkpoint.path} cannot be used: {on_one_line(error)}") from error
+            raise UserError(
+                f"{checkpoint.path} does not fit its base control: {on_one_line(error)}", "incompatible"
+            ) from error
         return cls(shared, name, checkpoint.condition)
 
     def file_metadata(self) -> dict[str, str]:
@@ -242,8 +244,8 @@ class CtrLoRA(OneImage):
 
     @classmethod
     def variants(cls, base: Base, **options: Any) -> dict[str, Control]:
-        """The base control, and an adapter if a rank is given."""
-        made: dict[str, Control] = {"base control": BaseControlNet.for_base(base)}
+        """The base control, and with `rank` an adapter."""
+        variants: dict[str, Control] = {"base control": BaseControlNet.for_base(base)}
         if (rank := options.get("rank")) is not None:
-            made[f"adapter of rank {rank}"] = cls.for_base(base, rank=rank)
-        return made
+            variants[f"adapter of rank {rank}"] = cls.for_base(base, rank=rank)
+        return variants

@@ -1,4 +1,4 @@
-"""The Base ControlNet: the shared network of CtrLoRA, and its adapters by name."""
+"""The Base ControlNet, CtrLoRA's shared network, and its adapters by name."""
 
 from __future__ import annotations
 
@@ -45,40 +45,39 @@ from controlkit.errors import UserError
 
 _ZERO_CONVOLUTIONS = ("controlnet_down_blocks", "controlnet_mid_block")
 _TRANSFERRED = "control.transferred_from"
-"""Key of the fingerprints, with commas between them, that a base control had before it was moved to another base."""
+"""Metadata key of the comma-separated fingerprints that a base control had before transfers to other bases."""
 _ROUNDING = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared:
-    """Settings of base training."""
+class BaseTraining:
+    """Recipe settings of base training."""
 
     rank: int = 128
-    """Of every LoRA."""
+    """Rank of the LoRA of every layer."""
     prompt_drop: float = 0.3
-    """Share of prompts replaced by the empty prompt (Xu et al. 2025; 0.3 in the reference)."""
+    """Fraction of prompts replaced by the empty prompt (Xu et al. 2025; 0.3 in the reference)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full:
-    """Settings of training all of it for one condition."""
+class FullTraining:
+    """Recipe settings of full training for one condition."""
 
     control: str | None = None
-    """The base control to start from; None starts from a copy of the base's encoder."""
+    """Initial base control; default: a copy of the base's encoder."""
     prompt_drop: float = 0.3
-    """Share of prompts replaced by the empty prompt (0.3 in CtrLoRA's reference)."""
+    """Fraction of prompts replaced by the empty prompt (0.3 in CtrLoRA's reference)."""
 
 
 @control
 class BaseControlNet(OneImage):
-    """Encoder and middle of the base; its input is the VAE latent of the condition image, not the noisy one.
+    """Encoder and middle block of the base; its input is the VAE latent of the condition image, not the noisy one.
 
-    The network is diffusers' `ControlNetModel` without its hint network; it never sees x_t. Adapters
-    (`Adapter`) are added by name and selected: none (the network alone), one, or one for each group of a
-    batch.
+    The network is diffusers' `ControlNetModel` without its hint network; it never reads x_t. Adapters (`Adapter`) are
+    added by name and selected: none (the network alone), one, or one per group of a batch.
 
-    Three states of training: `train_base` (the network and the LoRA of every adapter that shares its zero
-    convolutions and norms), `train_adapter` (one adapter, nothing else), `freeze`. New adapters are frozen.
+    Three training modes: `train_base` (the network and the LoRA of every adapter that shares its zero convolutions and
+    norms), `train_adapter` (one adapter only), `freeze`. New adapters are frozen.
     """
 
     kind: ClassVar[str] = "ctrlora-base"
@@ -89,21 +88,20 @@ class BaseControlNet(OneImage):
     enters: ClassVar[str] = "decoder skips and middle"
     hint_is_frozen: ClassVar[bool] = True
     not_elsewhere: ClassVar[str] = (
-        "CtrLoRA is conditioned on the latent of the condition image and never sees the noise, so it is no plain"
-        " ControlNet"
+        "CtrLoRA reads the latent of the condition image and not the noisy latent, so it is not a plain ControlNet"
     )
     formats = BASE_FORMATS
     trainings = (
         Training(
             system="ctrlora-base",
             several=True,
-            options=Shared,
-            doc="CtrLoRA's base control: one shared network and one LoRA for each condition, together.",
+            options=BaseTraining,
+            doc="CtrLoRA's base control: one shared network and one LoRA per condition, trained together.",
         ),
         Training(
             system="ctrlora-full",
-            options=Full,
-            doc="CtrLoRA's network, all of it trained for one condition.",
+            options=FullTraining,
+            doc="CtrLoRA's network, fully trained for one condition.",
         ),
     )
 
@@ -122,31 +120,33 @@ class BaseControlNet(OneImage):
 
     @classmethod
     def for_base(cls, base: Base, condition: str | None = None, **options: Any) -> BaseControlNet:
-        """A new one: encoder and middle copied from `base`, zero convolutions; all of it trainable.
+        """A new one: encoder and middle block copied from `base`, zero convolutions; all trainable.
 
         Raises:
-            UserError: the base's UNet reads a class.
+            UserError: the base's UNet is class-conditional.
         """
         if base.unet.config.get("class_embed_type") or base.unet.config.get("num_class_embeds"):
-            raise UserError(f"the UNet of {base.name} reads a class besides time and text; CtrLoRA passes none")
+            raise UserError(
+                f"the UNet of {base.name} is class-conditional, which CtrLoRA does not support", "incompatible"
+            )
         with torch.device("meta"):
-            made = cls(network_of(dict(base.unet.config)))
-        given = base.unet.state_dict()
+            new = cls(network_of(dict(base.unet.config)))
+        unet_state = base.unet.state_dict()
         state = {}
-        for name, value in made.network.state_dict().items():
+        for name, value in new.network.state_dict().items():
             if name.startswith(_ZERO_CONVOLUTIONS):
                 state[name] = torch.zeros(value.shape, device=base.device, dtype=base.dtype)
             else:
-                state[name] = given[name].clone()
-        made.network.load_state_dict(state, strict=True, assign=True)
-        made.condition = condition
-        return made
+                state[name] = unet_state[name].clone()
+        new.network.load_state_dict(state, strict=True, assign=True)
+        new.condition = condition
+        return new
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], condition: str | None = None) -> BaseControlNet:
-        made = cls(network_of(with_heads(checked_config(config)))).eval()
-        made.condition = condition
-        return made
+        new = cls(network_of(with_heads(checked_config(config)))).eval()
+        new.condition = condition
+        return new
 
     @classmethod
     def config_of(cls, tensors: Mapping[str, Tensor], unet_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -164,9 +164,9 @@ class BaseControlNet(OneImage):
 
     @property
     def adapters(self) -> dict[str, Adapter]:
-        """Name -> adapter, in the order in which they were added."""
-        added = cast(Iterable[Adapter], self._adapters.values())
-        return {adapter.name: adapter for adapter in added}
+        """Name -> adapter, in the order of addition."""
+        adapters = cast(Iterable[Adapter], self._adapters.values())
+        return {adapter.name: adapter for adapter in adapters}
 
     @property
     def selected(self) -> tuple[str | None, ...]:
@@ -174,17 +174,17 @@ class BaseControlNet(OneImage):
         return self._selected
 
     def add_adapter(self, name: str, rank: int, *, shares_base: bool = False, seed: int | None = None) -> Adapter:
-        """Add a frozen adapter: fresh LoRA; zero convolutions and norms start from the network's.
+        """Add a frozen adapter: new LoRA; zero convolutions and norms start from the network's.
 
         (As xyfJASON/ctrlora, cldm/cldm_ctrlora_finetune.py:96-104.)
 
         Args:
-            rank: of every LoRA.
+            rank: of the LoRA of every layer.
             shares_base: LoRA only, for base training: the network's zero convolutions and norms serve all.
-            seed: of the fresh LoRA; torch's global generator if None.
+            seed: of the new LoRA; torch's global generator if None.
 
         Raises:
-            ValueError: the name is taken or the rank is not a positive whole number.
+            ValueError: the name is taken or the rank is not a positive integer.
         """
         self._check_free(name)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -193,10 +193,10 @@ class BaseControlNet(OneImage):
         return adapter
 
     def remove_adapter(self, name: str) -> None:
-        """Forget an adapter; if it was selected, the network alone is selected.
+        """Remove an adapter; if it was selected, the network alone is selected.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: there is no such adapter.
         """
         self._find(name)
         del self._adapters[_key(name)]
@@ -204,74 +204,74 @@ class BaseControlNet(OneImage):
             self.select(None)
 
     def select(self, names: str | Sequence[str | None] | None) -> None:
-        """Make one adapter active, or none, or one for each of as many equal, consecutive groups of a batch.
+        """Activate one adapter, none, or one for each of as many equal, consecutive groups of a batch.
 
         Raises:
-            ValueError: an adapter is not there, or the sequence is empty.
+            ValueError: there is no such adapter, or the sequence is empty.
         """
-        wanted = (names,) if names is None or isinstance(names, str) else tuple(names)
-        if not wanted:
-            raise ValueError("no adapter was named; give one for each group of the batch, or None")
-        distinct = wanted[:1] if len(set(wanted)) == 1 else wanted
+        selected = (names,) if names is None or isinstance(names, str) else tuple(names)
+        if not selected:
+            raise ValueError("no adapter given; pass one per group of the batch, or None")
+        distinct = selected[:1] if len(set(selected)) == 1 else selected
         chosen = [None if name is None else self._find(name) for name in distinct]
         for path, layer in self.layers.items():
             parts = tuple(None if adapter is None else adapter.part(path, layer) for adapter in chosen)
             layer.active = parts  # type: ignore[assignment]
-        self._selected = wanted
+        self._selected = selected
 
     def adapter_state_dict(self, name: str) -> dict[str, Tensor]:
-        """The flat state of one adapter, always whole.
+        """The complete flat state of one adapter.
 
-        An adapter that shares the base's zero convolutions and norms gets them written out, so that every
-        adapter file has the same names.
+        For an adapter that shares the base's zero convolutions and norms they are included, so that all adapter files
+        have the same names.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: there is no such adapter.
         """
         adapter = self._find(name)
-        own = adapter.state_dict()
+        adapter_state = adapter.state_dict()
         if not adapter.shares_base:
-            return own
+            return adapter_state
         state = {}
         for path, layer in self.layers.items():
             parts = ("lora_layer.down.weight", "lora_layer.up.weight")
             if isinstance(layer, AdaptedLinear):
-                state.update({f"{path}.{part}": own[f"{path}.{part}"] for part in parts})
+                state.update({f"{path}.{part}": adapter_state[f"{path}.{part}"] for part in parts})
             else:
                 state.update({f"{path}.{key}": value for key, value in layer.state_dict().items()})
         return state
 
     def load_adapter(self, name: str, state: Mapping[str, Tensor], *, rank: int | None = None) -> Adapter:
-        """Add a frozen adapter from its flat state; it has its own zero convolutions and norms.
+        """Add a frozen adapter from its flat state, with its own zero convolutions and norms.
 
         Args:
-            rank: what the file announces, if it does; the shapes must agree.
+            rank: declared by the file, if it is; the shapes must agree.
 
         Raises:
-            ValueError: the state is not one adapter's, or was made for another base or rank.
+            ValueError: the state is not an adapter's, or is for another base control or rank.
         """
-        found = rank_of(state)
-        if rank is not None and rank != found:
-            raise ValueError(f"the adapter {name!r} has rank {found}, not {rank}")
+        file_rank = rank_of(state)
+        if rank is not None and rank != file_rank:
+            raise ValueError(f"the adapter {name!r} has rank {file_rank}, not {rank}")
         self._check_free(name)
-        adapter = Adapter(name, self.layers, found, device="meta")
+        adapter = Adapter(name, self.layers, file_rank, device="meta")
         check_state(name, adapter.state_dict(), state)
         weight = self.network.conv_in.weight
-        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype, "copy": True}
-        moved = {key: value.detach().to(**like) for key, value in state.items()}
+        target: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype, "copy": True}
+        moved = {key: value.detach().to(**target) for key, value in state.items()}
         adapter.load_state_dict(moved, strict=True, assign=True)
         self._adapters[_key(name)] = adapter.requires_grad_(False).train(self.training)
         return adapter
 
     @torch.no_grad()
     def merged(self, name: str) -> BaseControlNet:
-        """A new base control, with no adapters, that computes what this one does under the adapter `name`.
+        """A new base control without adapters that computes what this one does with the adapter `name`.
 
-        Its linear layers are W + up @ down, its zero convolutions and norms the adapter's. What the adapter
-        does not change shares memory with this one, so it is frozen.
+        Its linear layers are W + up @ down, its zero convolutions and norms the adapter's. Other weights share memory
+        with this one, so it is frozen.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: there is no such adapter.
         """
         adapter = self._find(name)
         state = dict(self.network.state_dict())
@@ -282,60 +282,60 @@ class BaseControlNet(OneImage):
                 state[f"{path}.weight"] = (weight.float() + part.change()).to(weight.dtype)
             elif part is not None:
                 state.update({f"{path}.{key}": value.clone() for key, value in part.state_dict().items()})
-        return built(self.config(), state).requires_grad_(False).train(self.training)
+        return build_base_control(self.config(), state).requires_grad_(False).train(self.training)
 
     def fingerprint(self) -> str:
-        """Hash of the network's weights (as float16), by which an adapter knows its base control."""
+        """Hash of the network's weights (as float16), which adapters record."""
         return self._fingerprint or hash_of_halves(self.network.state_dict().values())
 
     @classmethod
     def fingerprint_of(cls, checkpoint: Checkpoint) -> str:
-        return built(with_heads(checkpoint.config), checkpoint.float_tensors()).fingerprint()
+        return build_base_control(with_heads(checkpoint.config), checkpoint.float_tensors()).fingerprint()
 
     def saved_fingerprint(self, dtype: torch.dtype) -> str:
         return hash_of_halves(value.to(dtype) for value in self.file_state().values())
 
     def keep_identity(self) -> None:
-        """Stay with the fingerprint that it has now when the weights are cast to another dtype.
+        """Keep the current fingerprint when the weights are cast to another dtype.
 
-        It is let go of where the weights change: where the network trains (`train_base`) or is moved to another base.
+        It is dropped when the weights change: in `train_base`, or by a transfer to another base.
         """
         self._fingerprint = self.fingerprint()
 
     def mark_transferred(self) -> None:
-        """Note that the weights are about to be moved to another base, from the fingerprint that it has now."""
+        """Record the current fingerprint before the weights are transferred to another base."""
         self.transferred_from = (*self.transferred_from, self.fingerprint())
         self._fingerprint = None
 
     def store_frozen(self, dtype: torch.dtype) -> None:
-        """Store the network in `dtype` if it does not train, and leave adapters in theirs.
+        """Cast the network to `dtype` if it does not train; adapters keep theirs.
 
-        The fingerprint stays that of the weights as they were.
+        The fingerprint remains that of the weights before the cast.
         """
         if not any(parameter.requires_grad for parameter in self.network.parameters()):
             self.keep_identity()
-            nn.Module.to(self.network, dtype)  # diffusers' own method warns of what autocast sees to
+            nn.Module.to(self.network, dtype)  # diffusers' method warns of a dtype problem that autocast prevents
 
     @torch.no_grad()
     def encode(self, condition_image: Tensor, base: Base, *, seed: int | None = None) -> Tensor:
         """Condition images `[B, 3, H, W]` in [0, 1] => scaled latents `[B, latent_channels, h, w]`.
 
-        The autoencoder gets the range [0, 1] as it is, unlike images: the reference trains so
-        (xyfJASON/ctrlora, datasets/custom_dataset.py:75).
+        The autoencoder gets them in [0, 1], unlike images: the reference trains so (xyfJASON/ctrlora,
+        datasets/custom_dataset.py:75).
 
         Args:
-            seed: draw a sample of the posterior, as the reference does, instead of its mode; every image of
-                the batch gets the same noise, so that none depends on its neighbours.
+            seed: sample the posterior, as the reference does, instead of its mode; every image of the batch gets the
+                same noise, so that none depends on its neighbours.
 
         Raises:
-            ValueError: a value lies outside of [0, 1].
+            ValueError: a value is outside [0, 1].
             UserError: the size does not fit the base.
         """
         base.check_size(condition_image.shape[-1], condition_image.shape[-2])
         if not condition_image.is_meta:
             low, high = condition_image.aminmax()
             if low < -_ROUNDING or high > 1 + _ROUNDING:
-                raise ValueError(f"a condition image must be in [0, 1]; this one has {low:.3g} to {high:.3g}")
+                raise ValueError(f"condition images must be in [0, 1], got {low:.3g} to {high:.3g}")
         if seed is None:
             hint = base.encode_image(condition_image)
         else:
@@ -357,21 +357,21 @@ class BaseControlNet(OneImage):
     ) -> Residuals:
         """Residuals for `hint` `[B, latent_channels, h, w]` at times `t` `[B]` under `text` `[B, L, D]`.
 
-        A batch of 1 in one of them is repeated to the batch of the others.
+        A batch of 1 is expanded to that of the others.
 
         Args:
-            x_t: never looked at.
-            adapters: for this pass alone, in the place of what is selected: one name for each of as many
-                equal, consecutive groups of the batch. All of them run in one pass.
+            x_t: ignored.
+            adapters: for this pass, instead of the selection: one name for each of as many equal, consecutive groups of
+                the batch. All run in one pass.
 
         Raises:
-            ValueError: an adapter is not there, or the batch does not divide into the groups.
+            ValueError: there is no such adapter, or the batch does not divide into the groups.
         """
         assert text is not None and isinstance(hint, Tensor)
         batch = max(len(hint), len(text), t.numel())
         groups = len(self._selected if adapters is None else adapters)
         if groups > 1 and batch % groups:
-            raise ValueError(f"a batch of {batch} does not divide into {groups} groups, one for each adapter")
+            raise ValueError(f"a batch of {batch} does not divide into {groups} groups, one per adapter")
         with self._selecting(adapters):
             down, middle = self.network(
                 hint.expand(batch, *hint.shape[1:]),
@@ -394,10 +394,10 @@ class BaseControlNet(OneImage):
             adapter.requires_grad_(adapter.shares_base)
 
     def train_adapter(self, name: str) -> None:
-        """Adapter training: select this adapter and train its tensors, and nothing else.
+        """Adapter training: select this adapter and train only its tensors.
 
         Raises:
-            ValueError: there is none of this name, or it has no zero convolutions and norms of its own.
+            ValueError: there is no such adapter, or it shares the base's zero convolutions and norms.
         """
         adapter = self._find(name)
         if adapter.shares_base:
@@ -420,11 +420,11 @@ class BaseControlNet(OneImage):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def config(self) -> dict[str, Any]:
-        kept = self.network.config.items()
-        return {key: value for key, value in kept if not key.startswith("_") and key not in HINT_SETTINGS}
+        settings = self.network.config.items()
+        return {key: value for key, value in settings if not key.startswith("_") and key not in HINT_SETTINGS}
 
     def file_state(self) -> dict[str, Tensor]:
-        """The network's weights, without adapters, under diffusers' names."""
+        """The network's weights, without adapters, with diffusers' names."""
         return dict(self.network.state_dict())
 
     def load_file_state(self, state: Mapping[str, Tensor]) -> None:
@@ -432,10 +432,10 @@ class BaseControlNet(OneImage):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, companion: Control | None = None) -> BaseControlNet:
-        made = built(checkpoint.config, checkpoint.float_tensors())
-        made.condition = checkpoint.condition
-        made.transferred_from = earlier_fingerprints(checkpoint.metadata)
-        return made.requires_grad_(False)
+        control = build_base_control(checkpoint.config, checkpoint.float_tensors())
+        control.condition = checkpoint.condition
+        control.transferred_from = earlier_fingerprints(checkpoint.metadata)
+        return control.requires_grad_(False)
 
     def file_metadata(self) -> dict[str, str]:
         return {_TRANSFERRED: ",".join(self.transferred_from)} if self.transferred_from else {}
@@ -456,20 +456,20 @@ class BaseControlNet(OneImage):
         start: Control | None = None,
         companion: Control | None = None,
     ) -> BaseControlNet:
-        """`start`, or a new one; with a LoRA of `rank` for each condition where the options give a rank."""
-        made = cls.for_base(base) if start is None else cast(BaseControlNet, start)
+        """`start`, or a new one; with a LoRA of `rank` per condition if the options have a rank."""
+        control = cls.for_base(base) if start is None else cast(BaseControlNet, start)
         if "rank" in options:
             for index, condition in enumerate(conditions):
-                made.add_adapter(condition, options["rank"], shares_base=True, seed=seed + index)
+                control.add_adapter(condition, options["rank"], shares_base=True, seed=seed + index)
         else:
-            (made.condition,) = conditions
-        made.train_base()
-        return made.train()
+            (control.condition,) = conditions
+        control.train_base()
+        return control.train()
 
     def for_condition(self, condition: str) -> Control:
-        """The base control under this condition's adapter; itself if it has none.
+        """The base control with this condition's adapter; itself if it has none.
 
-        The adapter stays selected for the backward pass, which runs the layers again under gradient checkpointing.
+        The adapter stays selected for the backward pass, in which gradient checkpointing recomputes the layers.
         """
         from controlkit.controls.ctrlora.adapter import CtrLoRA
 
@@ -485,8 +485,8 @@ class BaseControlNet(OneImage):
 
     def parameter_counts(self) -> dict[str, int]:
         zero = [layer for layer in self.layers.values() if isinstance(layer, AdaptedZeroConv)]
-        own = {"zero_convolutions": sum(p.numel() for layer in zero for p in layer.parameters())}
-        return {**super().parameter_counts(), **own}
+        counts = {"zero_convolutions": sum(p.numel() for layer in zero for p in layer.parameters())}
+        return {**super().parameter_counts(), **counts}
 
     def copied_network(self) -> nn.Module:
         return self.network
@@ -497,12 +497,12 @@ class BaseControlNet(OneImage):
 
     def _check_free(self, name: str) -> None:
         if _key(name) in self._adapters:
-            raise ValueError(f"there is an adapter called {name!r} already; remove it or take another name")
+            raise ValueError(f"there is already an adapter {name!r}; remove it or choose another name")
 
     def _find(self, name: str) -> Adapter:
         if _key(name) not in self._adapters:
             known = ", ".join(self.adapters) or "none"
-            raise ValueError(f"there is no adapter called {name!r}; there are: {known}")
+            raise ValueError(f"there is no adapter {name!r}; known: {known}")
         return cast(Adapter, self._adapters[_key(name)])
 
     @contextmanager
@@ -512,7 +512,7 @@ class BaseControlNet(OneImage):
             yield
             return
         if torch.is_grad_enabled() and self.network.is_gradient_checkpointing:
-            raise ValueError("with gradient checkpointing, use select(): the backward pass runs the layers again")
+            raise ValueError("with gradient checkpointing, use select(): the backward pass recomputes the layers")
         self.select(names)
         try:
             yield
@@ -520,19 +520,19 @@ class BaseControlNet(OneImage):
             self.select(before)
 
 
-def built(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> BaseControlNet:
-    """A `BaseControlNet` from `config()` and `file_state()`; a missing or unknown name is an error."""
+def build_base_control(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> BaseControlNet:
+    """A `BaseControlNet` from `config()` and `file_state()`; names must match exactly."""
     with torch.device("meta"):
-        made = BaseControlNet.from_config(config)
-    made.load_file_state(state)
-    return made.eval()
+        control = BaseControlNet.from_config(config)
+    control.load_file_state(state)
+    return control.eval()
 
 
 def earlier_fingerprints(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """The fingerprints that a base control had before it was moved to another base; none if it was not."""
+    """The fingerprints of a base control before its transfers to other bases; empty without any."""
     return tuple(filter(None, metadata.get(_TRANSFERRED, "").split(",")))
 
 
 def _key(name: str) -> str:
-    """`name` as a key of a ModuleDict, which refuses dots and the names of its own methods."""
+    """`name` as a key of a ModuleDict, which rejects dots and names of its own methods."""
     return "adapter:" + re.sub(r"[.%]", lambda match: f"%{ord(match[0]):02X}", name)

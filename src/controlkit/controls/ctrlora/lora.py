@@ -1,14 +1,12 @@
 """The layers that adapters change, and the adapters: LoRA, zero convolutions and transformer norms.
 
-A layer that can be adapted keeps its own weights under its own name and holds, besides, the parts of the
-adapters that are active: none, one, or one for each group of the batch, when several adapters run in one
-pass.
+An adaptable layer keeps its own weights with their own names, and references the active parts of adapters: none, one,
+or one per group of the batch, if several adapters run in one pass.
 
-Why not PEFT, which has LoRA and `modules_to_save`: it refuses a mixed batch (`adapter_names`) as soon as a
-norm is in `modules_to_save`, and CtrLoRA trains the norms (measured, PEFT 0.21). The mixed batch is what
-makes several conditions cost one pass, and the layers below are shorter than the workaround would be. Their
-state is strict and complete by construction, too: one file holds one adapter, under the names of the base
-network.
+Why not PEFT, which has LoRA and `modules_to_save`: it rejects a mixed batch (`adapter_names`) as soon as a norm is in
+`modules_to_save`, and CtrLoRA trains the norms (measured, PEFT 0.21). The mixed batch is what makes several conditions
+cost one pass, and the layers below are shorter than the workaround would be. Their state is also strict and complete by
+construction: one file has one adapter, with the names of the base network.
 """
 
 from __future__ import annotations
@@ -21,15 +19,15 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_FOLDS_AT = 2.0
-"""How many times fewer operations folding has to take before it is done; it also writes a matrix of its own."""
+_FOLD_RATIO = 2.0
+"""Minimum saving in operations for folding, which also writes a full matrix."""
 
 
 class LoRA(nn.Module):
     """A low-rank change of a linear layer: W + up @ down, with scale exactly 1 (no alpha).
 
-    down `[rank, in]` starts from N(0, (1 / rank)^2), up `[out, rank]` from zero
-    (xyfJASON/ctrlora, cldm/lora.py:58-68).
+    Initialisation: down `[rank, in]` from N(0, (1 / rank)^2), up `[out, rank]` zero (xyfJASON/ctrlora,
+    cldm/lora.py:58-68).
     """
 
     def __init__(
@@ -47,9 +45,9 @@ class LoRA(nn.Module):
         self.to(layer.weight.dtype)
         if device.type != "meta":
             self.to_empty(device=device)
-            # Drawn on the CPU in float32: the same seed gives the same adapter on every device.
-            drawn = torch.randn(self.down.weight.shape, generator=generator) / rank
-            self.down.weight.data.copy_(drawn)
+            # Sampled on the CPU in float32: a seed gives the same adapter on every device.
+            values = torch.randn(self.down.weight.shape, generator=generator) / rank
+            self.down.weight.data.copy_(values)
             nn.init.zeros_(self.up.weight)
 
     def change(self) -> Tensor:
@@ -58,7 +56,7 @@ class LoRA(nn.Module):
 
 
 class Affine(nn.Module):
-    """An adapter's own copy of the weight and the bias of a norm or a zero convolution."""
+    """An adapter's own weight and bias of a norm or a zero convolution."""
 
     def __init__(self, layer: Any, *, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -67,13 +65,13 @@ class Affine(nn.Module):
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear layer with the LoRA of each group of the batch."""
+    """A linear layer with one LoRA per group of the batch."""
 
     active: tuple[LoRA | None, ...] = ()
-    """One for each group; None leaves a group's samples as the layer alone makes them."""
+    """One per group; None is the layer without LoRA."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._folds(input):
+        if self._should_fold(input):
             return self._folded(input)
         y = F.linear(input, self.weight, self.bias)
         if not any(self.active):
@@ -84,20 +82,20 @@ class AdaptedLinear(nn.Linear):
         down, up = self._stacked()
         groups = len(self.active)
         x = input.reshape(groups, -1, self.in_features)
-        # Not in place: that is not cast under autocast.
+        # Not in place, which autocast would not cast.
         changed = torch.baddbmm(y.reshape(groups, -1, self.out_features), torch.bmm(x, down.mT), up.mT)
         return changed.view(y.shape)
 
-    def _folds(self, input: Tensor) -> bool:
-        """Whether W + up @ down, made anew for this call, costs less than the two products with the input.
+    def _should_fold(self, input: Tensor) -> bool:
+        """Whether computing W + up @ down for this call costs less than the two products with the input.
 
-        With n inputs for each group they cost 2 n rank (in + out) operations, the sum 2 rank in out. In half precision
-        the sum would round the change away, and a gradient wants up and down apart.
+        With n inputs per group they cost 2 n rank (in + out) operations, the sum 2 rank in out. In half precision the
+        sum would round the change away, and gradients need up and down separately.
         """
         if not any(self.active) or torch.is_grad_enabled() or self.weight.dtype != torch.float32:
             return False
-        each = input.numel() // (self.in_features * len(self.active))
-        return each * (self.in_features + self.out_features) > _FOLDS_AT * self.in_features * self.out_features
+        rows = input.numel() // (self.in_features * len(self.active))
+        return rows * (self.in_features + self.out_features) > _FOLD_RATIO * self.in_features * self.out_features
 
     def _folded(self, input: Tensor) -> Tensor:
         if len(self.active) == 1:
@@ -111,7 +109,7 @@ class AdaptedLinear(nn.Linear):
         return y.view(*input.shape[:-1], self.out_features)
 
     def _stacked(self) -> tuple[Tensor, Tensor]:
-        """down `[groups, rank, in]` and up `[groups, out, rank]`; smaller ranks are filled up with zeros."""
+        """down `[groups, rank, in]` and up `[groups, out, rank]`; smaller ranks are zero-padded."""
         rank = max(lora.down.out_features for lora in self.active if lora is not None)
         downs, ups = [], []
         for lora in self.active:
@@ -124,45 +122,45 @@ class AdaptedLinear(nn.Linear):
 
 
 class AdaptedGroupNorm(nn.GroupNorm):
-    """A group norm with the affine of each group of the batch."""
+    """A group norm with one affine per group of the batch."""
 
     active: tuple[Affine | None, ...] = ()
-    """One for each group; None stands for the layer's own."""
+    """One per group; None is the layer's own."""
 
     def forward(self, input: Tensor) -> Tensor:
         if len(self.active) < 2:
-            own = _only(self)
-            return F.group_norm(input, self.num_groups, own.weight, own.bias, self.eps)
+            affine = _affine_of(self)
+            return F.group_norm(input, self.num_groups, affine.weight, affine.bias, self.eps)
         return _affine_by_group(self, F.group_norm(input, self.num_groups, None, None, self.eps), channel=1)
 
 
 class AdaptedLayerNorm(nn.LayerNorm):
-    """A layer norm with the affine of each group of the batch."""
+    """A layer norm with one affine per group of the batch."""
 
     active: tuple[Affine | None, ...] = ()
-    """One for each group; None stands for the layer's own."""
+    """One per group; None is the layer's own."""
 
     def forward(self, input: Tensor) -> Tensor:
         shape = list(self.normalized_shape)
         if len(self.active) < 2:
-            own = _only(self)
-            return F.layer_norm(input, shape, own.weight, own.bias, self.eps)
+            affine = _affine_of(self)
+            return F.layer_norm(input, shape, affine.weight, affine.bias, self.eps)
         return _affine_by_group(self, F.layer_norm(input, shape, None, None, self.eps), channel=-1)
 
 
 class AdaptedZeroConv(nn.Conv2d):
-    """A zero convolution (1 x 1) with the weights of each group of the batch."""
+    """A zero convolution (1 x 1) with one set of weights per group of the batch."""
 
     active: tuple[Affine | None, ...] = ()
-    """One for each group; None stands for the layer's own."""
+    """One per group; None is the layer's own."""
 
     def forward(self, input: Tensor) -> Tensor:
         if len(self.active) < 2:
-            own = _only(self)
-            return F.conv2d(input, own.weight, own.bias)
-        own_of_each = [part or self for part in self.active]
-        groups = input.chunk(len(own_of_each))
-        return torch.cat([F.conv2d(x, o.weight, o.bias) for x, o in zip(groups, own_of_each, strict=True)])
+            affine = _affine_of(self)
+            return F.conv2d(input, affine.weight, affine.bias)
+        affines = [part or self for part in self.active]
+        groups = input.chunk(len(affines))
+        return torch.cat([F.conv2d(x, o.weight, o.bias) for x, o in zip(groups, affines, strict=True)])
 
 
 Adapted = AdaptedLinear | AdaptedGroupNorm | AdaptedLayerNorm | AdaptedZeroConv
@@ -201,18 +199,18 @@ def adapt_layers(network: nn.Module, zero_convolutions: Sequence[str]) -> dict[s
 
 
 class Adapter(nn.Module):
-    """What one condition adds to a base control; its state names every tensor after its layer.
+    """The tensors of one condition on a base control; its state names each tensor after its layer.
 
-    A linear layer `X` has `X.lora_layer.down.weight` and `X.lora_layer.up.weight` (the reference's suffix); a
-    norm or zero convolution has `X.weight` and `X.bias`.
+    A linear layer `X` has `X.lora_layer.down.weight` and `X.lora_layer.up.weight` (the reference's suffix); a norm or
+    zero convolution has `X.weight` and `X.bias`.
 
     Args:
         name: of the adapter.
         layers: path -> layer, from `adapt_layers`.
-        rank: of every LoRA.
+        rank: of the LoRA of every layer.
         shares_base: LoRA only; zero convolutions and norms are the base control's, as in base training.
-        device: the layers' own if None; on `meta` nothing is drawn.
-        generator: of the LoRA's first values; torch's global one if None.
+        device: default: that of the layers; on `meta` nothing is initialised.
+        generator: of the LoRA's initialisation; torch's global one if None.
     """
 
     def __init__(
@@ -227,44 +225,44 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"the rank of the adapter {name!r} must be a whole number above 0, not {rank!r}")
+            raise ValueError(f"the rank of adapter {name!r} must be an integer above 0, not {rank!r}")
         self.name = name
         self.rank = rank
         self.shares_base = shares_base
         for path, layer in layers.items():
             if isinstance(layer, AdaptedLinear):
-                _plant(self, f"{path}.lora_layer", LoRA(layer, rank, device=device, generator=generator))
+                _add_at(self, f"{path}.lora_layer", LoRA(layer, rank, device=device, generator=generator))
             elif not shares_base:
-                _plant(self, path, Affine(layer, device=device))
+                _add_at(self, path, Affine(layer, device=device))
         self.requires_grad_(False)
 
     def part(self, path: str, layer: Adapted) -> LoRA | Affine | None:
-        """What is active in the layer at `path`; None where the adapter has nothing of its own."""
+        """The adapter's part for the layer at `path`; None if it has none."""
         if isinstance(layer, AdaptedLinear):
             return cast(LoRA, self.get_submodule(f"{path}.lora_layer"))
         return None if self.shares_base else cast(Affine, self.get_submodule(path))
 
 
 def rank_of(state: Mapping[str, Tensor]) -> int:
-    """The rank of the adapter whose state this is.
+    """The rank of an adapter, from its state.
 
     Raises:
-        ValueError: it holds no LoRA, or LoRA of several ranks.
+        ValueError: it has no LoRA, or LoRA of several ranks.
     """
     ranks = {value.shape[0] for name, value in state.items() if name.endswith(".lora_layer.down.weight")}
     if len(ranks) != 1:
         found = "no LoRA" if not ranks else f"LoRA of ranks {', '.join(map(str, sorted(ranks)))}"
-        raise ValueError(f"this is not the state of an adapter: it holds {found}, not LoRA of one rank")
+        raise ValueError(f"not the state of an adapter: it has {found}, expected LoRA of one rank")
     return ranks.pop()
 
 
-def check_state(name: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Refuse a state whose names or shapes are not those of an adapter for this base control.
+def check_state(name: str, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Check that names and shapes of a state are those of an adapter of this base control.
 
     Raises:
-        ValueError: says what differs first.
+        ValueError: the first difference.
     """
-    missing, unknown = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+    missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     for names, what in ((missing, "missing"), (unknown, "unknown here")):
         if names:
             raise ValueError(
@@ -272,17 +270,17 @@ def check_state(name: str, expected: Mapping[str, Tensor], given: Mapping[str, T
                 f" the first is {names[0]}"
             )
     for key, value in expected.items():
-        if value.shape != given[key].shape:
+        if value.shape != state[key].shape:
             raise ValueError(
-                f"the adapter {name!r} was made for another base control: {key} has the shape"
-                f" {tuple(given[key].shape)}, not {tuple(value.shape)}"
+                f"the adapter {name!r} was trained on another base control: {key} has the shape"
+                f" {tuple(state[key].shape)}, not {tuple(value.shape)}"
             )
 
 
-def _plant(root: nn.Module, path: str, leaf: nn.Module) -> None:
-    """Put `leaf` at `path` below `root`, with empty modules on the way."""
-    *way, last = path.split(".")
-    for name in way:
+def _add_at(root: nn.Module, path: str, leaf: nn.Module) -> None:
+    """Add `leaf` at `path` below `root`, with empty modules in between."""
+    *parents, last = path.split(".")
+    for name in parents:
         if name not in root._modules:
             root.add_module(name, nn.Module())
         root = cast(nn.Module, root._modules[name])
@@ -303,19 +301,19 @@ def _replacement(layer: Any, kind: type[nn.Module]) -> nn.Module:
     return new.train(layer.training)
 
 
-def _only(layer: Any) -> Any:
-    """Whose affine a layer uses when the batch is one group."""
+def _affine_of(layer: Any) -> Any:
+    """The module whose affine a layer uses if the batch is one group."""
     return (layer.active[0] if layer.active else None) or layer
 
 
 def _affine_by_group(layer: Any, y: Tensor, channel: int) -> Tensor:
     """y `[B, ...]` times weight plus bias of each sample's group, along dimension `channel`."""
-    own_of_each = [part or layer for part in layer.active]
+    affines = [part or layer for part in layer.active]
     shape = [len(y)] + [1] * (y.ndim - 1)
     shape[channel] = y.shape[channel]
-    each = len(y) // len(own_of_each)
+    each = len(y) // len(affines)
     weight, bias = (
-        torch.stack([getattr(own, name) for own in own_of_each]).repeat_interleave(each, 0).view(shape)
+        torch.stack([getattr(affine, name) for affine in affines]).repeat_interleave(each, 0).view(shape)
         for name in ("weight", "bias")
     )
     return torch.addcmul(bias, y, weight)

@@ -1,8 +1,8 @@
 """PEFT's folder of a CtrLoRA adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
-LoRA of every linear layer, with alpha equal to the rank (a scale of 1), zero convolutions and transformer norms as
-`modules_to_save`. `PeftModel.from_pretrained` puts it on the base control's network: diffusers' `ControlNetModel`
-with an identity in the place of its hint network.
+LoRA of every linear layer, with alpha equal to the rank (a scale of 1); zero convolutions and transformer norms as
+`modules_to_save`. `PeftModel.from_pretrained` loads it onto the base control's network: diffusers' `ControlNetModel`
+with an identity as hint network.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from controlkit.controls.file_format import (
     Reference,
     TensorFile,
     Written,
-    announced_config,
     check_names,
+    declared_config,
     on_one_line,
 )
 from controlkit.errors import UserError
@@ -31,30 +31,30 @@ _SUFFIXES = {"lora_layer.down.weight": "lora_A.weight", "lora_layer.up.weight": 
 
 
 def detect(file: TensorFile) -> str | None:
-    """What a folder is, from its config and its names."""
+    """Describes a folder from its config and names, if it is such an adapter."""
     if "peft_type" not in file.config or not any(".controlnet_down_blocks." in name for name in file.tensors):
         return None
     return "an adapter of CtrLoRA as PEFT's folder"
 
 
-def read(kind: type[Control], file: TensorFile, reference: Reference, says: str) -> Checkpoint:
-    """A folder that PEFT or we wrote."""
-    path, what = file.path, kind.title
+def read(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
+    """A folder written by PEFT or controlkit."""
+    path, title = file.path, kind.title
     scale = _scale(file)
     tensors: dict[str, Tensor] = {}
     for name, value in file.tensors.items():
-        mine = name.removeprefix(_PREFIX)
-        for suffix, theirs in _SUFFIXES.items():
-            if mine.endswith(f".{theirs}"):
-                mine = f"{mine.removesuffix(theirs)}{suffix}"
-        tensors[mine] = value * scale if scale != 1 and mine.endswith(".up.weight") else value
+        own_name = name.removeprefix(_PREFIX)
+        for suffix, peft_suffix in _SUFFIXES.items():
+            if own_name.endswith(f".{peft_suffix}"):
+                own_name = f"{own_name.removesuffix(peft_suffix)}{suffix}"
+        tensors[own_name] = value * scale if scale != 1 and own_name.endswith(".up.weight") else value
     try:
-        told = kind.config_of(tensors, reference.unet_config)
-        config = {**(announced_config(file.metadata) or told), "rank": told["rank"]}
+        inferred = kind.config_of(tensors, reference.unet_config)
+        config = {**(declared_config(file.metadata) or inferred), "rank": inferred["rank"]}
         expected = kind.shapes(config)
     except CONFIG_ERRORS as error:
-        raise UserError(f"{path} looks like {what}, but {on_one_line(error)}") from error
-    check_names(path, what, expected, tensors, file.others)
+        raise UserError(f"{path} looks like {title}, but {on_one_line(error)}", "damaged-file") from error
+    check_names(path, title, expected, tensors, file.others)
     ordered = {name: tensors[name] for name in expected}
     return Checkpoint(kind.kind, config, ordered, dict(file.metadata), path=path)
 
@@ -63,7 +63,7 @@ def write(checkpoint: Checkpoint, reference: Reference) -> Written:
     """A folder that PEFT loads."""
     tensors: dict[str, Tensor] = {}
     linear: list[str] = []
-    whole: dict[str, None] = {}
+    saved_modules: dict[str, None] = {}
     for name, value in checkpoint.tensors.items():
         layer, lora, last = name.partition(".lora_layer.")
         if lora:
@@ -72,7 +72,7 @@ def write(checkpoint: Checkpoint, reference: Reference) -> Written:
                 linear.append(layer)
         else:
             tensors[f"{_PREFIX}{name}"] = value
-            whole[name.rpartition(".")[0]] = None
+            saved_modules[name.rpartition(".")[0]] = None
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -86,22 +86,30 @@ def write(checkpoint: Checkpoint, reference: Reference) -> Written:
         "use_rslora": False,
         "use_dora": False,
         "target_modules": linear,
-        "modules_to_save": list(whole),
+        "modules_to_save": list(saved_modules),
     }
     return Written(tensors=tensors, configs={CONFIG: config})
 
 
 def _scale(file: TensorFile) -> float:
-    """The factor that PEFT multiplies the change by, to be folded into it.
+    """PEFT's factor of the change, to be folded into it.
 
     Raises:
-        UserError: it is a LoRA of another kind than CtrLoRA's.
+        UserError: it is another kind of LoRA than CtrLoRA's.
     """
     config, path = file.config, file.path
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("rank_pattern"):
-        raise UserError(f"{path} holds another kind of PEFT adapter than plain LoRA of one rank, which CtrLoRA has")
+        raise UserError(
+            f"{path} is a PEFT adapter of type"
+            f" {config.get('peft_type')}{' with DoRA' if config.get('use_dora') else ''}; CtrLoRA needs plain"
+            " LoRA with one rank for all layers",
+            "unsupported",
+        )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     of_one = not config.get("alpha_pattern")
     if not of_one or not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise UserError(f"{path}/adapter_config.json does not say one rank and one alpha for all layers")
+        raise UserError(
+            f"{path}/adapter_config.json has no single rank and alpha; CtrLoRA needs one of each for all layers",
+            "unsupported",
+        )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,1 +1,1 @@
-"""What systems share whose network is a copy of the encoder and middle of the base's UNet."""
+"""Shared code of systems whose network copies the encoder and middle block of the base's UNet."""

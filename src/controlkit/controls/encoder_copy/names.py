@@ -1,9 +1,9 @@
-"""Key mapping between diffusers' names and those of the original code, for a UNet's encoder and controls that copy it.
+"""Key mapping between diffusers' names and the original code's, for a UNet's encoder and controls that copy it.
 
 Original: CompVis/stable-diffusion, ldm/modules/diffusionmodules/openaimodel.py, and lllyasviel/ControlNet,
-cldm/cldm.py. There `input_blocks` counts through convolution, layers and halvings of all blocks alike; diffusers
-has blocks of layers. The map follows from how many layers each block has, so it is made from a file's own names
-and knows no model.
+cldm/cldm.py. There `input_blocks` numbers the first convolution, layers and downsamplers consecutively; diffusers has
+blocks of layers. The mapping follows from the number of layers in each block, which comes from a file's own names, so
+it works for any model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-_UNTOLD = (
+_NOT_IN_SHAPES = (
     HEADS,
     "num_attention_heads",
     "norm_num_groups",
@@ -42,42 +42,42 @@ _UNTOLD = (
     "addition_time_embed_dim",
     "class_embed_type",
 )
-"""Settings of the base's UNet that shapes do not tell and a control shares."""
-_MADE_FOR = ("block_out_channels", "layers_per_block", "down_block_types", "cross_attention_dim")
-"""What a control and its base must agree in."""
+"""Settings that a control shares with the base's UNet and shapes do not determine."""
+_MUST_MATCH = ("block_out_channels", "layers_per_block", "down_block_types", "cross_attention_dim")
+"""Settings that must be equal in a control and its base."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """Blocks and layers of an encoder, its middle and its hint network."""
+    """Blocks and layers of an encoder, its middle block and its hint network."""
 
     blocks: tuple[tuple[bool, ...], ...]
-    """For each block, for each layer, whether it has a transformer."""
+    """Per block, per layer: whether it has a transformer."""
     mid: bool
-    """Whether the middle has a transformer between two ResNet blocks."""
+    """Whether the middle block has a transformer between two ResNet blocks."""
     hint: int
-    """Convolutions of the hint network; 0 if there is none."""
+    """Number of convolutions of the hint network; 0 without one."""
     label: str = "add_embedding"
-    """What diffusers calls the embedding of sizes or classes."""
+    """diffusers' name of the size or class embedding."""
 
     @classmethod
     def of_original(cls, names: Collection[str], label: str = "add_embedding") -> Structure:
-        """From the names of a file in the original's names, a network's or an adapter's.
+        """From the original's names in a file, of a network or an adapter.
 
         Raises:
-            ValueError: they are of no such network.
+            ValueError: they are not those of such a network.
         """
         parts: dict[int, set[str]] = {}
         for name in names:
             if match := re.match(r"input_blocks\.(\d+)\.(\d)\.(\w+)", name):
-                number, part, inner = int(match[1]), match[2], match[3]
-                parts.setdefault(number, set()).add("halving" if inner == "op" else part)
+                index, part, inner = int(match[1]), match[2], match[3]
+                parts.setdefault(index, set()).add("halving" if inner == "op" else part)
         blocks: list[list[bool]] = [[]]
-        for number in range(1, max(parts, default=0) + 1):
-            here = parts.get(number, set())
-            if "0" in here:
-                blocks[-1].append("1" in here)
-            else:  # an adapter has nothing in a halving
+        for index in range(1, max(parts, default=0) + 1):
+            inside = parts.get(index, set())
+            if "0" in inside:
+                blocks[-1].append("1" in inside)
+            else:  # an adapter has no tensors in a downsampler
                 blocks.append([])
         if not all(blocks):
             raise ValueError("its input_blocks are not those of a UNet's encoder")
@@ -87,19 +87,22 @@ class Structure:
 
     @classmethod
     def of_diffusers(cls, names: Collection[str]) -> Structure:
-        """From the names of a file in diffusers' names, a network's or an adapter's.
+        """From diffusers' names in a file, of a network or an adapter.
 
         Raises:
-            ValueError: they are of no such network.
+            ValueError: they are not those of such a network.
         """
-        found: dict[int, dict[int, bool]] = {}
+        layers_of_block: dict[int, dict[int, bool]] = {}
         for name in names:
             if match := re.match(r"down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.", name):
-                layers = found.setdefault(int(match[1]), {})
+                layers = layers_of_block.setdefault(int(match[1]), {})
                 layer = int(match[3])
                 layers[layer] = layers.get(layer, False) or match[2] == "attentions"
-        blocks = [[found[block][layer] for layer in sorted(found[block])] for block in sorted(found)]
-        if not blocks or sorted(found) != list(range(len(blocks))):
+        blocks = [
+            [layers_of_block[block][layer] for layer in sorted(layers_of_block[block])]
+            for block in sorted(layers_of_block)
+        ]
+        if not blocks or sorted(layers_of_block) != list(range(len(blocks))):
             raise ValueError("its down_blocks are not those of a UNet's encoder")
         hints = {name.rpartition(".")[0] for name in names if name.startswith("controlnet_cond_embedding.")}
         label = "class_embedding" if any(name.startswith("class_embedding.") for name in names) else "add_embedding"
@@ -116,18 +119,18 @@ class Structure:
             "conv_in": "input_blocks.0.0",
             "controlnet_mid_block": "middle_block_out.0",
         }
-        number = 1
+        index = 1
         for block, layers in enumerate(self.blocks):
-            here = f"down_blocks.{block}"
+            path = f"down_blocks.{block}"
             for layer, transformer in enumerate(layers):
-                paths |= _resnet(f"{here}.resnets.{layer}", f"input_blocks.{number}.0")
+                paths |= _resnet(f"{path}.resnets.{layer}", f"input_blocks.{index}.0")
                 if transformer:
-                    paths[f"{here}.attentions.{layer}"] = f"input_blocks.{number}.1"
-                number += 1
+                    paths[f"{path}.attentions.{layer}"] = f"input_blocks.{index}.1"
+                index += 1
             if block + 1 < len(self.blocks):
-                paths[f"{here}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
-                number += 1
-        paths |= {f"controlnet_down_blocks.{place}": f"zero_convs.{place}.0" for place in range(number)}
+                paths[f"{path}.downsamplers.0.conv"] = f"input_blocks.{index}.0.op"
+                index += 1
+        paths |= {f"controlnet_down_blocks.{place}": f"zero_convs.{place}.0" for place in range(index)}
         paths |= _resnet("mid_block.resnets.0", "middle_block.0")
         paths |= _resnet("mid_block.resnets.1", f"middle_block.{2 if self.mid else 1}")
         if self.mid:
@@ -139,33 +142,35 @@ class Structure:
         return paths
 
     def to_original(self) -> Callable[[str], str | None]:
-        """Name of a tensor in diffusers' names => in the original's; None if it has none."""
+        """diffusers' name of a tensor => the original's; None if there is none."""
         return _renamer(self.modules())
 
     def to_diffusers(self) -> Callable[[str], str | None]:
-        """Name of a tensor in the original's names => in diffusers'; None if it has none."""
-        return _renamer({theirs: mine for mine, theirs in self.modules().items()})
+        """The original's name of a tensor => diffusers'; None if there is none."""
+        return _renamer({original: own for own, original in self.modules().items()})
 
 
 def config_of(tensors: Mapping[str, Tensor], unet_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The config of the network, or of an adapter's base control, whose tensors have diffusers' names.
+    """The config of a network, or of an adapter's base control, from tensors with diffusers' names.
 
-    Shapes tell nearly all of it. The rest is `unet_config`'s where that is of such a network, else what
-    Stable Diffusion 1, 2 and XL have; where neither is known, the number of attention heads is left out.
+    Shapes determine nearly all of it. The rest comes from `unet_config` if that matches, else from Stable Diffusion 1,
+    2 and XL; if neither is known, the number of attention heads is left out.
 
     Raises:
-        ValueError: the tensors are of no such network.
+        ValueError: the tensors are not those of such a network.
     """
     structure = Structure.of_diffusers(tensors)
     layers = {len(block) for block in structure.blocks}
     if len(layers) != 1:
-        raise ValueError("its blocks have different numbers of layers, which diffusers' ControlNetModel has not")
+        raise ValueError(
+            "its blocks differ in their number of layers, which diffusers' ControlNetModel does not support"
+        )
     types = ["CrossAttnDownBlock2D" if all(block) else "DownBlock2D" for block in structure.blocks]
     channels = [_out(tensors, f"down_blocks.{b}.resnets.0.time_emb_proj") for b in range(len(types))]
     attentions = [path for path in (_attention(b, t) for b, t in enumerate(types)) if path]
     attentions += ["mid_block.attentions.0"] if structure.mid else []
     depths = [_depth(tensors, f"down_blocks.{b}.attentions.0") or 1 for b in range(len(types))]
-    width, linear = _text(tensors, attentions, unet_config)
+    width, linear = _text_settings(tensors, attentions, unet_config)
     config: dict[str, Any] = {
         "block_out_channels": channels,
         "layers_per_block": layers.pop(),
@@ -174,31 +179,29 @@ def config_of(tensors: Mapping[str, Tensor], unet_config: Mapping[str, Any] | No
         "cross_attention_dim": width,
         "transformer_layers_per_block": depths if set(depths) != {1} else 1,
         "use_linear_projection": linear,
-        **_guessed(channels, width, linear),
+        **_default_settings(channels, width, linear),
         **_labels(tensors),
     }
     if "conv_in.weight" in tensors:
         config["in_channels"] = tensors["conv_in.weight"].shape[1]
     config |= _hint_config(tensors)
-    agree = _MADE_FOR if attentions else tuple(key for key in _MADE_FOR if key != "down_block_types")
-    if unet_config is not None and all(_same(config[key], unet_config.get(key)) for key in agree):
-        config |= {key: unet_config[key] for key in _UNTOLD if key in unet_config}
+    required = _MUST_MATCH if attentions else tuple(key for key in _MUST_MATCH if key != "down_block_types")
+    if unet_config is not None and all(_same(config[key], unet_config.get(key)) for key in required):
+        config |= {key: unet_config[key] for key in _NOT_IN_SHAPES if key in unet_config}
     return config
 
 
-def _text(
+def _text_settings(
     tensors: Mapping[str, Tensor], attentions: list[str], unet_config: Mapping[str, Any] | None
 ) -> tuple[int, bool]:
-    """The width of the text that it reads, and whether its transformers project by linear layers.
+    """Width of the text, and whether the transformers project with linear layers.
 
     Raises:
-        ValueError: it has no cross attention and no base tells them.
+        ValueError: there is no cross attention and no base to infer them from.
     """
     if not attentions:
         if unet_config is None:
-            raise ValueError(
-                "it has no cross attention, so nothing in it tells the width of the base's text; give the base (--base)"
-            )
+            raise ValueError("without cross attention, its text width is unknown; pass the base (--base)")
         return unet_config["cross_attention_dim"], bool(unet_config.get("use_linear_projection"))
     width = _in(tensors, f"{attentions[0]}.transformer_blocks.0.attn2.to_k")
     projection = tensors.get(f"{attentions[0]}.proj_in.weight")
@@ -206,8 +209,8 @@ def _text(
     return width, lora or (projection is not None and projection.ndim == 2)
 
 
-def _resnet(mine: str, theirs: str) -> dict[str, str]:
-    return {f"{mine}.{inner}": f"{theirs}.{their_inner}" for inner, their_inner in _RESNET.items()}
+def _resnet(own: str, original: str) -> dict[str, str]:
+    return {f"{own}.{inner}": f"{original}.{original_inner}" for inner, original_inner in _RESNET.items()}
 
 
 def _renamer(paths: Mapping[str, str]) -> Callable[[str], str | None]:
@@ -224,14 +227,14 @@ def _renamer(paths: Mapping[str, str]) -> Callable[[str], str | None]:
 
 
 def _out(tensors: Mapping[str, Tensor], path: str) -> int:
-    return _one_of(tensors, path, ("weight", "lora_layer.up.weight")).shape[0]
+    return _weight_of(tensors, path, ("weight", "lora_layer.up.weight")).shape[0]
 
 
 def _in(tensors: Mapping[str, Tensor], path: str) -> int:
-    return _one_of(tensors, path, ("weight", "lora_layer.down.weight")).shape[1]
+    return _weight_of(tensors, path, ("weight", "lora_layer.down.weight")).shape[1]
 
 
-def _one_of(tensors: Mapping[str, Tensor], path: str, endings: tuple[str, ...]) -> Tensor:
+def _weight_of(tensors: Mapping[str, Tensor], path: str, endings: tuple[str, ...]) -> Tensor:
     for ending in endings:
         value = tensors.get(f"{path}.{ending}")
         if value is not None and value.ndim >= 2:
@@ -248,14 +251,14 @@ def _depth(tensors: Mapping[str, Tensor], path: str) -> int:
     return max((int(match[1]) + 1 for name in tensors if (match := pattern.match(name))), default=0)
 
 
-def _guessed(channels: list[int], width: int, linear: bool) -> dict[str, Any]:
-    """Heads and groups as Stable Diffusion has them: 8 heads in version 1, 64 channels a head since."""
-    told: dict[str, Any] = {"norm_num_groups": 32 if all(c % 32 == 0 for c in channels) else 1}
+def _default_settings(channels: list[int], width: int, linear: bool) -> dict[str, Any]:
+    """Heads and groups of Stable Diffusion: 8 heads in version 1, 64 channels per head since."""
+    settings: dict[str, Any] = {"norm_num_groups": 32 if all(c % 32 == 0 for c in channels) else 1}
     if linear and width in (1024, 2048) and all(c % 64 == 0 for c in channels):
-        told[HEADS] = [c // 64 for c in channels]
+        settings[HEADS] = [c // 64 for c in channels]
     elif width == 768 and not linear and all(c % 32 == 0 for c in channels):
-        told[HEADS] = 8
-    return told
+        settings[HEADS] = 8
+    return settings
 
 
 def _labels(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -263,10 +266,10 @@ def _labels(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         if any(name.startswith(f"{label}.linear_1.") for name in tensors):
             width = _in(tensors, f"{label}.linear_1")
             if label == "add_embedding":
-                told = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+                settings = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
             else:
-                told = {"class_embed_type": "projection"}
-            return {**told, "projection_class_embeddings_input_dim": width}
+                settings = {"class_embed_type": "projection"}
+            return {**settings, "projection_class_embeddings_input_dim": width}
     return {}
 
 
@@ -275,9 +278,9 @@ def _hint_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     if first is None:
         return {}
     pairs = sum(bool(re.fullmatch(r"controlnet_cond_embedding\.blocks\.\d+\.weight", name)) for name in tensors) // 2
-    wider = [_out(tensors, f"controlnet_cond_embedding.blocks.{2 * pair + 1}") for pair in range(pairs)]
-    return {"conditioning_channels": first.shape[1], "conditioning_embedding_out_channels": [first.shape[0], *wider]}
+    widths = [_out(tensors, f"controlnet_cond_embedding.blocks.{2 * pair + 1}") for pair in range(pairs)]
+    return {"conditioning_channels": first.shape[1], "conditioning_embedding_out_channels": [first.shape[0], *widths]}
 
 
-def _same(mine: Any, theirs: Any) -> bool:
-    return (list(mine) == list(theirs)) if isinstance(theirs, list | tuple) else mine == theirs
+def _same(own: Any, reference: Any) -> bool:
+    return (list(own) == list(reference)) if isinstance(reference, list | tuple) else own == reference

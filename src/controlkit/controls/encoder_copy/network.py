@@ -1,4 +1,4 @@
-"""The network itself, and which bases it is of."""
+"""Networks that copy a UNet's encoder, their configs, and the bases that they fit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from controlkit.bases.base import Base
 from controlkit.bases.unet import ARCHITECTURES, layers_of
 
 HEADS = "attention_head_dim"
-"""The one setting of a network that the shapes of its tensors do not tell."""
+"""The one setting of a network that the shapes of its tensors do not determine."""
 HINT_CHANNELS = {2: (16, 32), 4: (16, 32, 64), 8: (16, 32, 96, 256), 16: (16, 32, 96, 256, 256)}
-"""Pixels of an image to one of its latent -> channels of a hint network that divides as much (at 8 as in
+"""Downsampling factor of the autoencoder -> channels of a hint network with the same factor (at 8 as in
 lllyasviel/ControlNet, cldm/cldm.py)."""
 HINT_SETTINGS = (
     "conditioning_channels",
@@ -23,41 +23,41 @@ HINT_SETTINGS = (
     "controlnet_conditioning_channel_order",
     "global_pool_conditions",
 )
-"""Settings of diffusers' network that are about its hint network."""
+"""Settings of diffusers' network that concern its hint network."""
 
 
 def network_of(config: Mapping[str, Any]) -> ControlNetModel:
-    """Encoder and middle, with fresh weights, of the UNet of `config` (its own, or that of a copy)."""
+    """Encoder and middle block with random weights, from a UNet's config or a copy's."""
     known = inspect.signature(ControlNetModel.__init__).parameters
-    kept = {key: value for key, value in config.items() if key in known and key not in HINT_SETTINGS}
-    return ControlNetModel(**kept)
+    settings = {key: value for key, value in config.items() if key in known and key not in HINT_SETTINGS}
+    return ControlNetModel(**settings)
 
 
 def plain_config(network: Any) -> dict[str, Any]:
-    """The config of a network of diffusers, without what diffusers adds."""
+    """A diffusers network's config without private entries."""
     return {key: value for key, value in network.config.items() if not key.startswith("_")}
 
 
-def says_heads(config: Mapping[str, Any]) -> bool:
-    """Whether a config says how many attention heads there are."""
+def has_heads(config: Mapping[str, Any]) -> bool:
+    """Whether a config has the number of attention heads."""
     return config.get(HEADS) is not None or config.get("num_attention_heads") is not None
 
 
 def missing_heads(config: Mapping[str, Any]) -> str | None:
     """`Control.missing_setting` of such a network."""
-    return None if says_heads(config) else "how many attention heads its network has"
+    return None if has_heads(config) else "how many attention heads its network has"
 
 
 def with_heads(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with some number of heads, for what does not depend on it, such as shapes."""
-    return dict(config) if says_heads(config) else {**config, HEADS: config["block_out_channels"][0]}
+    """The config with some number of heads, for results that do not depend on it, such as shapes."""
+    return dict(config) if has_heads(config) else {**config, HEADS: config["block_out_channels"][0]}
 
 
 def checked_config(config: Any) -> dict[str, Any]:
-    """The config, if it is a mapping.
+    """A config as a dict.
 
     Raises:
-        ValueError: it is something else; diffusers takes a string for the name of a model and looks for it on the hub.
+        ValueError: it is not a mapping; diffusers would look up a string on the hub.
     """
     if not isinstance(config, Mapping):
         raise ValueError(f"the config is not a mapping but {config!r}")
@@ -71,17 +71,17 @@ def copy_incompatibility(config: Mapping[str, Any], base: Base) -> str | None:
         ("block_out_channels", "channels"),
         ("cross_attention_dim", "text width"),
     ):
-        mine, theirs = config.get(key), base.unet.config.get(key)
-        if json.dumps(mine) != json.dumps(theirs):
-            return f"its {what}: {mine}, the base's: {theirs}"
-    mine, theirs = layers_of(config), layers_of(base.unet.config)
-    if mine != theirs:
-        return f"its layers of each block: {mine}, the base's: {theirs}"
+        own, of_base = config.get(key), base.unet.config.get(key)
+        if json.dumps(own) != json.dumps(of_base):
+            return f"its {what}: {own}, the base's: {of_base}"
+    own, of_base = layers_of(config), layers_of(base.unet.config)
+    if own != of_base:
+        return f"its layers of each block: {own}, the base's: {of_base}"
     return None
 
 
 def base_needed(config: Mapping[str, Any]) -> str:
-    """The base that it needs, in words."""
+    """The base that it needs, as text."""
     width = config["cross_attention_dim"]
     family = f" ({ARCHITECTURES[width]})" if width in ARCHITECTURES else ""
     channels = ", ".join(map(str, config["block_out_channels"]))

@@ -1,11 +1,11 @@
-"""Files under the names of the original code: `control_model.*`, bare, or inside of a whole Stable Diffusion.
+"""Files with the original code's names: `control_model.*`, bare, or inside a full Stable Diffusion checkpoint.
 
-A ControlNet 1.1 file holds `control_model.*` alone; many tools drop the prefix (`bare`). ControlNet 1.0's files, and
-training checkpoints, hold a whole Stable Diffusion beside it (`full`), whose decoder was trained along with the control
-(lllyasviel/ControlNet #13; #625 shows that its weights differ from Stable Diffusion 1.5's). Nobody but the original
-code uses that decoder: all converters, this one too, take the control alone, and say so.
+A ControlNet 1.1 file contains `control_model.*` only; many tools drop the prefix (`bare`). ControlNet 1.0's files and
+training checkpoints contain all of Stable Diffusion too (`full`), whose decoder was trained along with the control
+(lllyasviel/ControlNet #13; #625 shows that its weights differ from Stable Diffusion 1.5's). Only the original code uses
+that decoder: all converters, including this one, take the control alone; here a note says so.
 
-Read as .pth, .ckpt or safetensors, written as safetensors: pickles are never written.
+Read from .pth, .ckpt or safetensors, written as safetensors: pickles are never written.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from controlkit.controls.file_format import (
     Checkpoint,
     Reference,
     TensorFile,
-    announced_config,
     check_names,
+    declared_config,
     on_one_line,
 )
 from controlkit.errors import UserError
 
 PREFIX = "control_model."
-"""Of a control's tensors in the files of lllyasviel/ControlNet and of xyfJASON/ctrlora."""
+"""Prefix of a control's tensors in files of lllyasviel/ControlNet and xyfJASON/ctrlora."""
 UNET_PREFIX = "model.diffusion_model."
-"""Of the UNet's tensors in a whole Stable Diffusion checkpoint."""
+"""Prefix of the UNet's tensors in a Stable Diffusion checkpoint."""
 
-ORIGINAL_SAYS = "the original code's names (control_model.*), as in ControlNet 1.1 and CtrLoRA's pair of files"
-BARE_SAYS = "the original code's names without the prefix control_model"
-FULL_SAYS = "a control with the whole Stable Diffusion around it, as in ControlNet 1.0 and training checkpoints"
+ORIGINAL_DESCRIPTION = "the original code's names (control_model.*), as in ControlNet 1.1 and CtrLoRA's pair of files"
+BARE_DESCRIPTION = "the original code's names without the prefix control_model"
+FULL_DESCRIPTION = "a control inside a full Stable Diffusion checkpoint, as in ControlNet 1.0 and training checkpoints"
 
 _STABLE_DIFFUSION = re.compile(
     # The networks, and their moving average.
@@ -46,18 +46,18 @@ _STABLE_DIFFUSION = re.compile(
     # The noise schedule, which the original code keeps as buffers.
     r"|(betas|logvar|lvlb_weights|scale_factor|posterior_\w+|(\w+_)?alphas_cumprod(_prev)?)$"
 )
-"""Names in a whole Stable Diffusion checkpoint that are not the control's."""
+"""Names in a Stable Diffusion checkpoint that do not belong to the control."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """What the names of a file in the original's names tell."""
+    """The original's names in a file, and what they reveal."""
 
     prefix: str
     inside: frozenset[str]
-    """Those of the control, without the prefix."""
-    whole: bool
-    """Whether a Stable Diffusion's UNet is beside them."""
+    """Names of the control, without the prefix."""
+    has_stable_diffusion: bool
+    """Whether the file also contains Stable Diffusion's UNet."""
 
     @classmethod
     def of(cls, names: Collection[str]) -> Names:
@@ -67,73 +67,77 @@ class Names:
         return cls(prefix, inside, any(name.startswith(UNET_PREFIX) for name in names))
 
     @property
-    def zero_convolutions(self) -> bool:
-        """Whether it has a copy's zero convolutions."""
+    def has_zero_convolutions(self) -> bool:
+        """Whether it has the zero convolutions of a copy."""
         return "zero_convs.0.0.weight" in self.inside
 
     @property
-    def encoder(self) -> bool:
-        """Whether it has a copy's encoder; one of several names does, as a file may have lost a tensor."""
+    def has_encoder(self) -> bool:
+        """Whether it has the encoder of a copy; one of two names suffices, as a damaged file may lack one."""
         return any(name in self.inside for name in ("input_blocks.0.0.weight", "input_blocks.1.0.in_layers.2.weight"))
 
     @property
-    def resnets(self) -> bool:
-        """Whether its blocks are ResNet blocks that are told the time, as a UNet's are; networks of another structure
-        share all other names."""
+    def has_resnets(self) -> bool:
+        """Whether its blocks are ResNet blocks with time embeddings, as in a UNet; other networks share all other
+        names."""
         return any(".in_layers." in name or ".emb_layers." in name for name in self.inside)
 
     @property
-    def hint(self) -> bool:
+    def has_hint_network(self) -> bool:
         """Whether it has a hint network."""
         return any(name.startswith("input_hint_block.") for name in self.inside)
 
     @property
-    def lora(self) -> bool:
+    def has_lora(self) -> bool:
         """Whether it has LoRA."""
         return any(".lora_layer." in name for name in self.inside)
 
     @property
     def is_copy(self) -> bool:
-        """Whether these are names of a copy of an encoder, or of an adapter of one."""
-        return self.zero_convolutions or self.hint or bool(self.prefix and (self.encoder or self.lora))
+        """Whether these are names of an encoder copy, or of an adapter of one."""
+        return (
+            self.has_zero_convolutions
+            or self.has_hint_network
+            or bool(self.prefix and (self.has_encoder or self.has_lora))
+        )
 
 
 @dataclass(frozen=True)
-class Parted:
-    """The tensors of a whole Stable Diffusion checkpoint with a control in it."""
+class FullCheckpoint:
+    """The tensors of a Stable Diffusion checkpoint with a control in it, separated."""
 
     inside: dict[str, Tensor]
     """The control's, without the prefix."""
-    aside: dict[str, Tensor]
+    stable_diffusion: dict[str, Tensor]
     """Stable Diffusion's."""
     unknown: tuple[str, ...]
-    """Names of neither."""
+    """Names that belong to neither."""
 
     @classmethod
-    def of(cls, file: TensorFile) -> Parted:
+    def of(cls, file: TensorFile) -> FullCheckpoint:
         """From a file."""
         inside: dict[str, Tensor] = {}
-        aside: dict[str, Tensor] = {}
+        stable_diffusion: dict[str, Tensor] = {}
         unknown: list[str] = list(file.others)
         for name, value in file.tensors.items():
             if name.startswith(PREFIX):
                 inside[name.removeprefix(PREFIX)] = value
             elif _STABLE_DIFFUSION.match(name):
-                aside[name] = value
+                stable_diffusion[name] = value
             else:
                 unknown.append(name)
-        return cls(inside, aside, tuple(unknown))
+        return cls(inside, stable_diffusion, tuple(unknown))
 
     def note(self) -> str:
-        """What is said of the rest."""
+        """A note on what is dropped."""
         return (
-            f"the file also carries a whole Stable Diffusion ({len(self.aside)} tensors); only the control is taken"
-            " from it"
+            f"the file also contains all of Stable Diffusion ({len(self.stable_diffusion)} tensors); only the control"
+            " is used"
         )
 
 
 def read_original(kind: type[Control], file: TensorFile, reference: Reference) -> Checkpoint:
-    """A file that holds one control, with the prefix or without."""
+    """A file that contains one control, with or without the prefix."""
     prefix = Names.of(file.tensors).prefix
     inside = {name.removeprefix(prefix): value for name, value in file.tensors.items() if name.startswith(prefix)}
     outside = [name for name in file.tensors if not name.startswith(prefix)]
@@ -143,18 +147,18 @@ def read_original(kind: type[Control], file: TensorFile, reference: Reference) -
 def from_original(
     kind: type[Control],
     file: TensorFile,
-    says: str,
+    description: str,
     tensors: Mapping[str, Tensor],
     reference: Reference,
     *,
     others: tuple[str, ...] = (),
     prefix: str = "",
 ) -> Checkpoint:
-    """The checkpoint of tensors under the original's names, each of them accounted for.
+    """The checkpoint of tensors with the original's names; every tensor must be accounted for.
 
     Args:
-        says: what the file was taken for.
-        prefix: that names have in the file, for messages.
+        description: the supposed content, for errors.
+        prefix: of the names in the file, for errors.
 
     Raises:
         UserError: names or shapes are not those of such a network.
@@ -166,21 +170,23 @@ def from_original(
         structure = Structure.of_original(tensors, label)
         rename = structure.to_diffusers()
         renamed = {name: new for name in tensors if (new := rename(name)) is not None}
-        under_mine = {new: tensors[name] for name, new in renamed.items()}
-        config = announced_config(file.metadata) or kind.config_of(under_mine, reference.unet_config)
+        own_tensors = {new: tensors[name] for name, new in renamed.items()}
+        config = declared_config(file.metadata) or kind.config_of(own_tensors, reference.unet_config)
         expected = kind.shapes(config)
-        wanted = Structure.of_diffusers(expected).to_original()
+        original_name = Structure.of_diffusers(expected).to_original()
     except CONFIG_ERRORS as error:
-        raise UserError(f"{path} looks like {says}, but {on_one_line(error)}") from error
-    in_file = {f"{prefix}{wanted(name) or name}": shape for name, shape in expected.items()}
-    check_names(path, says, in_file, {f"{prefix}{name}": value for name, value in tensors.items()}, others)
-    # In the order of the network, which is the order of its fingerprint.
-    ordered = {name: under_mine[name] for name in expected}
+        raise UserError(f"{path} looks like {description}, but {on_one_line(error)}", "damaged-file") from error
+    expected_in_file = {f"{prefix}{original_name(name) or name}": shape for name, shape in expected.items()}
+    check_names(
+        path, description, expected_in_file, {f"{prefix}{name}": value for name, value in tensors.items()}, others
+    )
+    # In the network's order, on which the fingerprint depends.
+    ordered = {name: own_tensors[name] for name in expected}
     return Checkpoint(kind.kind, config, ordered, dict(file.metadata), path=path)
 
 
 def to_original(checkpoint: Checkpoint, prefix: str = "") -> dict[str, Tensor]:
-    """Its tensors under the original's names.
+    """Its tensors with the original's names.
 
     Raises:
         UserError: a tensor has no name there.
@@ -188,19 +194,22 @@ def to_original(checkpoint: Checkpoint, prefix: str = "") -> dict[str, Tensor]:
     rename = Structure.of_diffusers(checkpoint.tensors).to_original()
     renamed = {name: rename(name) for name in checkpoint.tensors}
     if lost := [name for name, new in renamed.items() if new is None]:
-        raise UserError(f"the original code has no name for {len(lost)} tensors of this control, such as {lost[0]}")
+        raise UserError(
+            f"the original code has no names for {len(lost)} tensors of this control, such as {lost[0]}", "unsupported"
+        )
     return {f"{prefix}{renamed[name]}": value for name, value in checkpoint.tensors.items()}
 
 
 def write_full(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The control and the Stable Diffusion that came with it.
+    """The control together with the Stable Diffusion of its file.
 
     Raises:
-        UserError: none did.
+        UserError: the file had none.
     """
     if not any(name.startswith(UNET_PREFIX) for name in checkpoint.leftover):
         raise UserError(
-            "only a file of layout full can be written as full: the control that was given comes without the"
-            " Stable Diffusion that belongs to it; --to original writes the control alone"
+            "only a control read from a checkpoint in the format full can be written as full: this one comes"
+            " without its Stable Diffusion; use --to original",
+            "unsupported",
         )
     return {**checkpoint.leftover, **to_original(checkpoint, PREFIX)}

@@ -1,1 +1,1 @@
-"""Every layout of pairs on disk -> one kind of listing. `recognise.py` tells them apart by their content."""
+"""Readers: every layout of pairs on disk -> a `Listing`. `recognise.py` detects the layout from the content."""

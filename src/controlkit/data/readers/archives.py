@@ -1,4 +1,4 @@
-"""Pairs in tar shards (webdataset's naming) and in parquet files."""
+"""Pairs in tar shards (webdataset naming) and in Parquet files; writing of tar shards."""
 
 from __future__ import annotations
 
@@ -22,56 +22,58 @@ from controlkit.data.readers.columns import (
     first_of,
 )
 from controlkit.data.readers.listing import Listing, Record, outside_note, short_name
-from controlkit.data.sources import Piece, inside_name, is_image_name, members, samples
+from controlkit.data.sources import TarMember, inside_name, is_image_name, members, samples
 from controlkit.errors import UserError
 from controlkit.files import decode_text, sha256_of, write_atomically
 
 _VERSION = "2"
-"""Of what is unpacked of a parquet file."""
+"""Version of the tar shards unpacked from Parquet files."""
 _IMAGES = ("target", "image", "picture")
 _NOTES = ".notes.json"
-"""Member of a shard of ours with what there was to tell of where its images come from. It has no key: no sample."""
+"""Member of an unpacked shard with notes on the Parquet file. Without a key, it is not a sample."""
 _MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"BM": "bmp", b"GIF8": "gif", b"II*": "tif"}
 
 
 def read_tars(paths: Sequence[Path], origin: Path) -> Listing:
-    """`KEY.jpg`, `KEY.NAME.png` for each condition, the caption in `KEY.txt`, `KEY.caption` or `KEY.json`.
+    """`KEY.jpg`, `KEY.NAME.png` for each condition, and the caption in `KEY.txt`, `KEY.caption` or `KEY.json`.
 
-    Nothing is unpacked. A key may occur once in all shards.
+    Shards are read in place. Keys must be unique across shards.
     """
     records: list[Record] = []
     problems: list[str] = []
-    seen: dict[str, Path] = {}
+    shard_of: dict[str, Path] = {}
     for path in paths:
         for key, parts in samples(path, problems).items():
             where = f"{path.name}:{key}"
-            if key in seen:
-                problems.append(f"{where}: the key occurs in {seen[key].name} too")
+            if key in shard_of:
+                problems.append(f"{where}: the key also occurs in {shard_of[key].name}")
                 continue
-            seen[key] = path
+            shard_of[key] = path
             image = image_of(parts)
             if image is None:
                 problems.append(f"{where}: there is no image (KEY.jpg, KEY.png) among {', '.join(sorted(parts))}")
                 continue
             try:
-                captions, made = texts_of(parts)
+                captions, metadata = captions_and_metadata(parts)
             except UserError as error:
                 problems.append(f"{where}: {error}")
                 continue
             except (ValueError, RecursionError) as error:
-                problems.append(f"{where}: its text cannot be read ({error})")
+                problems.append(f"{where}: cannot read its caption ({error})")
                 continue
             conditions = {
                 name.rpartition(".")[0]: part
                 for name, part in sorted(parts.items())
                 if part is not image and is_image_name(f"x.{name}")
             }
-            records.append(Record(where=where, image=image, conditions=conditions, captions=captions, made=made))
+            records.append(
+                Record(where=where, image=image, conditions=conditions, captions=captions, metadata=metadata)
+            )
     return Listing(origin=origin, records=records, problems=problems)
 
 
-def image_of(parts: Mapping[str, Piece]) -> Piece | None:
-    """The image of a key: the one image without a second name, or the one called target, image or image."""
+def image_of(parts: Mapping[str, TarMember]) -> TarMember | None:
+    """The image of a key: the only one without a second extension, or the one named target, image or picture."""
     images = sorted(name for name in parts if is_image_name(f"x.{name}"))
     plain = [name for name in images if "." not in name]
     named = [name for name in images if name.partition(".")[0] in _IMAGES]
@@ -81,64 +83,62 @@ def image_of(parts: Mapping[str, Piece]) -> Piece | None:
     return None
 
 
-def texts_of(parts: Mapping[str, Piece]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The captions of a key, one empty one if there is none, and what its JSON file says.
+def captions_and_metadata(parts: Mapping[str, TarMember]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The captions of a key (one empty caption if there is none), and its JSON object.
 
     Raises:
         ValueError: they are not UTF-8 or not JSON.
-        UserError: the JSON file's caption is neither text nor a list of texts.
+        UserError: the caption in the JSON file is neither text nor a list of texts.
     """
-    made: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     if "json" in parts:
         value = json.loads(decode_text(parts["json"].read_bytes()))
-        made = value if isinstance(value, dict) else {}
+        metadata = value if isinstance(value, dict) else {}
     for name in ("txt", "caption"):
         if name in parts:
             text = decode_text(parts[name].read_bytes()).strip()
             if text:
-                return (text,), made
-    return captions_of(captions_in(made)), made
+                return (text,), metadata
+    return captions_of(captions_in(metadata)), metadata
 
 
 def read_parquet(paths: Sequence[Path], origin: Path, columns: Columns = ANY_COLUMNS) -> Listing:
-    """Parquet files of `datasets`: columns of images (`{bytes, path}` or plain bytes) and a text column.
+    """Parquet files of `datasets`: image columns (`{bytes, path}` or plain bytes) and a text column.
 
-    A row cannot be read without its neighbours, so the images are copied once into a tar shard in `.controlkit` beside
-    the files, and read from there.
+    Parquet has no random access to rows, so the images are copied once into a tar shard in `.controlkit` beside the
+    files, and read from there.
 
     Raises:
-        UserError: pyarrow is missing, a file is torn, it has no column of images, or a named column is not there.
+        UserError: pyarrow is missing, a file is damaged or has no image column, or a named column is missing.
     """
     home = paths[0].parent / ".controlkit"
     files = [f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths]
     unpacked = home / f"parquet-{sha256_of(_VERSION, repr(columns), *files)[:16]}.tar"
     if not unpacked.is_file():
         write_tar(unpacked, _rows(paths, columns))
-        # What earlier versions unpacked of the same files, which lacks captions of other names and lists of them.
+        # Shards of version 1 lack captions under other names and lists of captions.
         (home / f"parquet-{sha256_of(*files)[:16]}.tar").unlink(missing_ok=True)
     listing = read_tars([unpacked], origin)
     shard = f"{unpacked.name}:"
     records = [replace(record, where=_row(record.where.removeprefix(shard))) for record in listing.records]
     problems = [_row(text.removeprefix(shard)) for text in listing.problems]
-    told = next((piece for piece in members(unpacked) if piece.name == _NOTES), None)
-    return Listing(
-        origin=origin, records=records, problems=problems, notes=json.loads(told.read_bytes()) if told else []
-    )
+    notes = next((member.read_bytes() for member in members(unpacked) if member.name == _NOTES), b"[]")
+    return Listing(origin=origin, records=records, problems=problems, notes=json.loads(notes))
 
 
 def _row(text: str) -> str:
-    """`row 7: ...` of `000000007: ...`."""
+    """`row 7: ...` for `000000007: ...`."""
     number, colon, rest = text.partition(":")
     return f"row {int(number)}{colon}{rest}" if number.isdecimal() else text
 
 
 def _rows(paths: Sequence[Path], chosen: Columns) -> Iterator[tuple[str, bytes]]:
-    """Members of the tar shard, the images of a row and its text; at the end, what there is to tell."""
+    """Members of the tar shard: images and text of each row, and notes at the end."""
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise UserError("reading parquet needs pyarrow: pip install 'controlkit[parquet]'") from error
+        raise UserError("Parquet needs pyarrow: pip install 'controlkit[parquet]'", "missing-package") from error
     number = 0
     notes: list[str] = []
     linked = _Linked()
@@ -147,12 +147,12 @@ def _rows(paths: Sequence[Path], chosen: Columns) -> Iterator[tuple[str, bytes]]
             file = parquet.ParquetFile(path)
             known = list(file.schema_arrow.names)
             images = [field.name for field in file.schema_arrow if _holds_images(arrow, field.type)]
-            image, given, texts = _columns_of(path, known, images, chosen)
+            image, condition_columns, texts = _columns_of(path, known, images, chosen)
             notes += chosen.caption_notes(path if len(paths) == 1 else path.parent, known)
-            names = _middle_names(given)
-            for batch in file.iter_batches(batch_size=16, columns=[image, *given, *texts]):
+            names = _middle_names(condition_columns)
+            for batch in file.iter_batches(batch_size=16, columns=[image, *condition_columns, *texts]):
                 for row in batch.to_pylist():
-                    for name in (image, *given):
+                    for name in (image, *condition_columns):
                         data = linked.bytes_of(row[name], path.parent)
                         if data is not None:
                             middle = "" if name == image else f"{names[name]}."
@@ -160,7 +160,7 @@ def _rows(paths: Sequence[Path], chosen: Columns) -> Iterator[tuple[str, bytes]]
                     yield _text_member(number, row[chosen.caption] if chosen.caption else captions_in(row))
                     number += 1
         except (arrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} is not a parquet file, or a torn one ({error})") from error
+            raise UserError(f"{path} is not a Parquet file, or damaged ({error})", "damaged-file") from error
     if linked.outside:
         notes.append(outside_note(paths[0].parent, len(linked.outside), linked.count, linked.outside[0]))
     if notes:
@@ -170,34 +170,38 @@ def _rows(paths: Sequence[Path], chosen: Columns) -> Iterator[tuple[str, bytes]]
 def _columns_of(
     path: Path, known: Sequence[str], images: Sequence[str], chosen: Columns
 ) -> tuple[str, list[str], list[str]]:
-    """The columns of images, of condition images, and of captions.
+    """The columns of images, condition images and captions.
 
     Raises:
-        UserError: there is none of images, or a named one is not there or holds no images.
+        UserError: there is no image column, or a named one is missing or has no images.
     """
     chosen.check(path, known)
     for name in (chosen.image, chosen.conditioning_image):
         if name is not None and name not in images:
-            raise UserError(f"the column {name!r} of {path} holds no images; those with images: {', '.join(images)}")
+            raise UserError(
+                f"the column {name!r} of {path} has no images; columns with images: {', '.join(images)}", "wrong-type"
+            )
     image = chosen.image or first_of(IMAGE_COLUMNS, images)
     if image is None:
         raise UserError(
-            f"{path} has no column of images called {', '.join(IMAGE_COLUMNS[:4])}; name it with --image-column (its"
-            f" columns are {', '.join(known)})"
+            f"{path} has no image column named {', '.join(IMAGE_COLUMNS[:4])}; pass --image-column NAME (its columns"
+            f" are {', '.join(known)})",
+            "missing-setting",
         )
-    given = [chosen.conditioning_image] if chosen.conditioning_image else [name for name in images if name != image]
+    others = [name for name in images if name != image]
     texts = [chosen.caption] if chosen.caption else all_of(CAPTION_COLUMNS, known)
-    return image, given, [name for name in texts if name not in images]
+    condition_columns = [chosen.conditioning_image] if chosen.conditioning_image else others
+    return image, condition_columns, [name for name in texts if name not in images]
 
 
-def _middle_names(given: Sequence[str]) -> dict[str, str]:
-    """What columns of condition images are called in the shard: short, unless two of them would be one then."""
-    short = {name: short_name(name).lower() for name in given}
-    return {name: own if list(short.values()).count(own) == 1 else name for name, own in short.items()}
+def _middle_names(columns: Sequence[str]) -> dict[str, str]:
+    """Column -> name of its condition in the shard: the short name where it is unique."""
+    short = {name: short_name(name).lower() for name in columns}
+    return {name: label if list(short.values()).count(label) == 1 else name for name, label in short.items()}
 
 
 def _text_member(number: int, value: Any) -> tuple[str, bytes]:
-    """The member with a row's caption; whatever is no plain text goes through JSON, where it is read or refused."""
+    """The member with the caption of a row; other values than text go through JSON, to be parsed or rejected later."""
     if value is None or isinstance(value, str):
         return f"{number:09d}.txt", (value or "").encode()
     return f"{number:09d}.json", json.dumps({CAPTION_COLUMNS[0]: value}, default=repr).encode()
@@ -210,11 +214,11 @@ def _holds_images(arrow: Any, kind: Any) -> bool:
 
 @dataclass
 class _Linked:
-    """Images that a parquet file names and does not hold."""
+    """Images that a Parquet file refers to by path."""
 
     count: int = 0
     outside: list[Path] = field(default_factory=list)
-    """Those outside of its folder."""
+    """Paths outside of its folder."""
 
     def bytes_of(self, value: Any, folder: Path) -> bytes | None:
         if not isinstance(value, Mapping):
@@ -230,13 +234,13 @@ class _Linked:
 
 
 def _kind(data: bytes) -> str:
-    """The extension for an image's bytes; `png` for what is no image, which is found out when it is read."""
+    """The extension for the bytes of an image; `png` for anything else, which fails when it is read."""
     return next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), "png")
 
 
 def write_tar(path: str | Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Write `(name, bytes)` in the order given, atomically; no time, owner or machine gets into the file, and no name
-    that leads out of the folder where it is unpacked."""
+    """Write `(name, bytes)` in order, atomically and reproducibly: no time, owner or machine, and only names that stay
+    inside the folder where it is unpacked."""
 
     def write(temporary: Path) -> None:
         with tarfile.open(temporary, mode="w", format=tarfile.PAX_FORMAT) as archive:

@@ -1,4 +1,4 @@
-"""COCO 2017: images, the first caption of each, and objects from which conditions are drawn."""
+"""COCO 2017: images, their first caption, and annotated objects for the conditions `bbox` and `segments`."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from typing import Any
 
 from controlkit.data.readers.columns import captions_of
 from controlkit.data.readers.listing import Listing, Record
-from controlkit.data.sources import Drawn, Source
+from controlkit.data.sources import ComputedCondition, Source
 from controlkit.errors import UserError
 from controlkit.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
 class CocoImage:
-    """One image of COCO with what is known about it."""
+    """One image of COCO with its annotations."""
 
     path: Path
     folder: Path
-    """Where all of them should lie."""
+    """The folder of all images."""
     caption: str | None
-    """The first one given for it that is not empty; None if none is given."""
+    """Its first non-empty caption; None without captions."""
     objects: tuple[Mapping[str, Any], ...] | None
-    """Its annotated objects; None if the files annotate none of any image."""
+    """Its annotated objects; None if the files annotate no objects at all."""
     size: tuple[float, float]
-    """Width and height that the objects are measured in."""
+    """Width and height that object coordinates refer to."""
 
 
 def coco_images(annotations: Sequence[Path], images: Path | None = None) -> list[CocoImage]:
-    """The images of one or several COCO annotation files (captions, instances), by file name.
+    """The images of one or more COCO annotation files (captions, instances), sorted by file name.
 
     Args:
-        images: their folder; looked for beside the annotations if not given.
+        images: their folder; None: search near the annotations.
 
     Raises:
-        UserError: a file is not in COCO's form, or the folder is not found.
+        UserError: a file is not a COCO annotation file, or the folder is not found.
     """
     listed: dict[str, dict[str, Any]] = {}
     captions: dict[str, str] = {}
@@ -54,20 +54,20 @@ def coco_images(annotations: Sequence[Path], images: Path | None = None) -> list
                     captions[name] = captions.get(name) or " ".join(text.split())
                 else:
                     with_objects = True
-                    kept = ("category_id", "bbox", "segmentation")
-                    objects.setdefault(name, []).append({key: entry[key] for key in kept if key in entry})
+                    keys = ("category_id", "bbox", "segmentation")
+                    objects.setdefault(name, []).append({key: entry[key] for key in keys if key in entry})
         except UserError as error:
-            raise UserError(f"{path}: an image's caption is not read: {error}") from error
+            raise UserError(f"{path}: cannot read the caption of an image: {error}", "bad-data") from error
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a COCO annotation file ({error!r})") from error
+            raise UserError(f"{path} is not a COCO annotation file ({error!r})", "bad-data") from error
     if not listed:
-        raise UserError(f"{', '.join(map(str, annotations))} lists no images")
+        raise UserError(f"{', '.join(map(str, annotations))} lists no images", "empty-data")
     try:
         sizes = {
             name: (float(entry.get("width") or 0), float(entry.get("height") or 0)) for name, entry in listed.items()
         }
     except (TypeError, ValueError) as error:
-        raise UserError(f"the sizes of {annotations[0]} cannot be read ({error!r})") from error
+        raise UserError(f"{annotations[0]}: invalid width or height ({error!r})", "bad-data") from error
     folder = images or _images_of(annotations[0], next(iter(listed)))
     return [
         CocoImage(
@@ -82,8 +82,8 @@ def coco_images(annotations: Sequence[Path], images: Path | None = None) -> list
 
 
 def read_coco(path: Path, condition: str | None = None) -> Listing:
-    """Pairs of a COCO annotation file. Condition images are computed when they are read: `bbox` and `segments` from
-    its objects, any other from the image. An instances file takes its captions from the captions file beside it."""
+    """Pairs of a COCO annotation file. Condition images are computed on read: `bbox` and `segments` from annotated
+    objects, others from the image. Captions for an instances file come from the captions file beside it."""
     beside = path.with_name(path.name.replace("instances_", "captions_", 1))
     files = [path, beside] if beside != path and beside.is_file() else [path]
     records = []
@@ -92,14 +92,16 @@ def read_coco(path: Path, condition: str | None = None) -> Listing:
         folder = image.folder
         conditions: dict[str, Source] = {}
         for name, parameters in object_parameters(image).items():
-            conditions[name] = Drawn(target=image.path, condition=name, parameters=tuple(parameters.items()))
+            conditions[name] = ComputedCondition(
+                target=image.path, condition=name, parameters=tuple(parameters.items())
+            )
         captions = (image.caption or "",)
         records.append(Record(where=image.path.name, image=image.path, conditions=conditions, captions=captions))
-    return Listing(origin=path, records=records, draws=True, folder=folder)
+    return Listing(origin=path, records=records, computes=True, folder=folder)
 
 
 def object_parameters(image: CocoImage) -> dict[str, dict[str, Any]]:
-    """Parameters of the conditions `bbox` and `segments` for an image's objects."""
+    """Parameters of the conditions `bbox` and `segments` for the objects of an image."""
     if image.objects is None:
         return {}
     size = image.size if min(image.size) > 0 else None
@@ -109,7 +111,7 @@ def object_parameters(image: CocoImage) -> dict[str, dict[str, Any]]:
 
 
 def _images_of(annotations: Path, first: str) -> Path:
-    """The folder that holds the image called `first`, near the annotations."""
+    """The folder near the annotations that contains the image `first`."""
     split = annotations.stem.rpartition("_")[2]
     home = annotations.parent
     near = [home, home / "images", home.parent, home.parent / "images", home / split, home.parent / split]
@@ -118,6 +120,7 @@ def _images_of(annotations: Path, first: str) -> Path:
         if (folder / first).is_file():
             return folder
     raise UserError(
-        f"{first}, listed in {annotations}, is not near it; put the images into {home / 'images'}, or, to make pairs,"
-        " name their folder with --images-folder"
+        f"{first}, listed in {annotations}, is not in a folder near it; put the images into {home / 'images'}, or, to"
+        " make pairs, pass their folder with --images-folder",
+        "missing-file",
     )

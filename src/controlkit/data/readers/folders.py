@@ -1,4 +1,4 @@
-"""Layouts without a list: folders whose files belong together by name, and MultiGen-20M."""
+"""Layouts by folder: images and condition images with the same stems, and MultiGen-20M."""
 
 from __future__ import annotations
 
@@ -11,67 +11,70 @@ from controlkit.data.sources import CAPTION_SUFFIXES, caption_beside, captions_d
 from controlkit.errors import UserError
 
 IMAGE_FOLDERS = ("target", "targets", "image", "images", "img", "picture", "pictures", "photo", "photos", "train")
-"""What a folder of images is called beside one of condition images, if no captions lie in it."""
+"""Names of image folders beside folders of condition images, if no folder has captions."""
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Files that are called like images, in this folder itself, by name."""
+    """Files with image suffixes directly in a folder, sorted by name.
+
+    Raises:
+        UserError: the folder cannot be listed.
+    """
     try:
         return sorted(path for path in folder.iterdir() if is_image_name(path.name) and path.is_file())
     except OSError as error:
-        raise UserError(f"cannot list {folder}: {error.strerror}") from error
+        raise UserError(f"cannot list {folder}: {error.strerror}", "unreadable-file") from error
 
 
 def read_twins(folder: Path, condition: str | None = None) -> Listing:
-    """Images with captions beside them (`apple.png`, `apple.txt` or `apple.caption`) and folders of condition images
-    of the same stems.
+    """Images with caption files (`apple.png`, `apple.txt` or `apple.caption`) and folders of condition images with the
+    same stems: the layout of kohya's ControlNet trainers.
 
-    This is how kohya's trainers read a ControlNet's data. The images lie in `folder` itself or in one folder below;
-    every other folder below it with images is a condition, called as the folder is.
+    The images are in `folder` itself or in one subfolder; every other subfolder with images is a condition.
 
     Raises:
-        UserError: it cannot be told which folder holds the images, or stems are not unique.
+        UserError: the image folder is ambiguous, or stems are not unique.
     """
     folders = {path: images_in(path) for path in (folder, *_subfolders(folder))}
     folders = {path: files for path, files in folders.items() if files}
     home = _home(folder, list(folders))
     by_name = {path.name: _by_stem(path, files) for path, files in folders.items() if path != home}
     conditions = {name: stems for name, stems in by_name.items() if stems}
-    records, problems, doubled = [], [], []
+    records, problems, ambiguous = [], [], []
     for stem, image in _by_stem(home, folders[home]).items():
         twins = {name: stems.pop(stem) for name, stems in conditions.items() if stem in stems}
         try:
             prompt = caption_beside(image)
-            doubled += [image] if captions_differ(image) else []
+            ambiguous += [image] if captions_differ(image) else []
         except UserError as error:
             problems.append(f"{image.name}: {error}")
             continue
         records.append(Record(where=image.name, image=image, conditions=twins, captions=(prompt,)))
-    for name, left in conditions.items():
-        problems += [f"{name}/{path.name}: there is no image {stem} in {home.name}" for stem, path in left.items()]
-    notes = [doubled_note(doubled)] if doubled else []
+    for name, unmatched in conditions.items():
+        problems += [f"{name}/{path.name}: there is no image {stem} in {home.name}" for stem, path in unmatched.items()]
+    notes = [two_captions_note(ambiguous)] if ambiguous else []
     return Listing(origin=folder, records=records, problems=problems, notes=notes)
 
 
-def doubled_note(images: Sequence[Path]) -> str:
-    """What to say of images with two files of captions that differ."""
+def two_captions_note(images: Sequence[Path]) -> str:
+    """A note on images with two different caption files."""
     first, second = CAPTION_SUFFIXES
-    return f"{len(images)} images have captions in {first} and others in {second}, such as {images[0]}; {first} is read"
+    return f"{len(images)} images have different captions in {first} and {second}, such as {images[0]}; {first} is used"
 
 
 def has_twins(folder: Path) -> bool:
-    """Whether at least two folders, of `folder` and those below it, hold images, and two of them share a stem."""
-    seen: set[str] = set()
+    """Whether two of `folder` and its subfolders contain images with the same stem."""
+    known: set[str] = set()
     for place in (folder, *_subfolders(folder)):
         stems = {path.stem for path in images_in(place)}
-        if stems & seen:
+        if stems & known:
             return True
-        seen |= stems
+        known |= stems
     return False
 
 
 def read_multigen(folder: Path, condition: str | None = None) -> Listing:
-    """One task of MultiGen-20M, the one that `condition` names, or the only one there is.
+    """One task of MultiGen-20M: `condition`, or the only one.
 
     Raises:
         UserError: there are several tasks and `condition` is none of them.
@@ -81,7 +84,9 @@ def read_multigen(folder: Path, condition: str | None = None) -> Listing:
     tasks = [path.name.removeprefix(start).removesuffix(end) for path in files]
     wanted = None if condition == "identity" else condition
     if wanted is None and len(tasks) != 1:
-        raise UserError(f"{folder} has the tasks {', '.join(tasks)}; name one: {folder}/{tasks[0]}")
+        if not tasks:
+            raise UserError(f"{folder / 'json_files'} has no files {start}*{end}", "empty-data")
+        raise UserError(f"{folder} has the tasks {', '.join(tasks)}; name one: {folder}/{tasks[0]}", "missing-setting")
     task = tasks[0] if len(tasks) == 1 and wanted not in tasks else str(wanted)
     lines = MultiGen(folder, task)
     records, problems = [], []
@@ -100,7 +105,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _home(folder: Path, folders: list[Path]) -> Path:
-    """Which of the folders holds the images, not their conditions."""
+    """The folder of images among folders of condition images."""
     if folder in folders:
         return folder
     captioned = [path for path in folders if any(next(path.glob(f"*{suffix}"), None) for suffix in CAPTION_SUFFIXES)]
@@ -110,8 +115,9 @@ def _home(folder: Path, folders: list[Path]) -> Path:
             return found[0]
     names = ", ".join(path.name for path in folders)
     raise UserError(
-        f"cannot tell which of {names} in {folder} holds the images;"
-        " put their captions (.txt, .caption) beside them, or call that folder images"
+        f"cannot tell which of {names} in {folder} contains the images; put captions (.txt, .caption) beside them, or"
+        " name the folder images",
+        "bad-data",
     )
 
 
@@ -119,6 +125,9 @@ def _by_stem(folder: Path, files: list[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in files:
         if path.stem in found:
-            raise UserError(f"{folder} has both {found[path.stem].name} and {path.name}; twins are found by stem")
+            raise UserError(
+                f"{folder} has both {found[path.stem].name} and {path.name}; stems must be unique: rename one",
+                "bad-data",
+            )
         found[path.stem] = path
     return found

@@ -1,4 +1,4 @@
-"""Layouts with a line for each pair: our manifest, the reference's prompt.json, tables of image folders."""
+"""Layouts with one line per pair: pairs.jsonl, ControlNet's prompt.json, and tables of images (JSON lines, CSV)."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from controlkit.data.readers.columns import (
 )
 from controlkit.data.readers.listing import Listing, Record
 from controlkit.data.sources import is_image_name
-from controlkit.errors import UserError
+from controlkit.errors import Code, UserError
 from controlkit.files import decode_text
 
 _HEAD = 1 << 20
 
 
 def read_manifest(path: Path, condition: str | None = None, columns: Columns = ANY_COLUMNS) -> Listing:
-    """`pairs.jsonl`, as `controlkit pairs` writes it."""
-    columns.refuse(path, "the manifest of controlkit pairs")
+    """`pairs.jsonl`, written by `controlkit pairs`; the key of the image is `picture` or `image`."""
+    columns.reject(path, "the manifest of controlkit pairs")
 
     def record(where: str, entry: Mapping[str, Any]) -> Record:
         conditions = {str(name): path.parent / file for name, file in entry["conditions"].items()}
-        image, captions = path.parent / entry["picture"], captions_of(entry["prompt"])
-        return Record(where=where, image=image, conditions=conditions, captions=captions, made=entry)
+        image = path.parent / entry["picture" if "picture" in entry else "image"]
+        captions = captions_of(entry["prompt"])
+        return Record(where=where, image=image, conditions=conditions, captions=captions, metadata=entry)
 
     return _listing(path, list(_json_lines(path)), record, "image, conditions and prompt")
 
@@ -45,28 +46,28 @@ def read_prompt_json(path: Path, condition: str | None = None, columns: Columns 
     lines = list(_json_lines(path))
     known = _names(lines)
     columns.check(path, known)
-    # `source` and `target` say that it is one; its captions may be called as in any table.
-    own = "prompt" if "prompt" in known else first_of(CAPTION_COLUMNS, known) or "prompt"
-    image, given = columns.image or "target", columns.conditioning_image or "source"
-    caption = columns.caption or own
+    # `source` and `target` identify the layout; captions may have any common name.
+    default = "prompt" if "prompt" in known else first_of(CAPTION_COLUMNS, known) or "prompt"
+    image, condition_image = columns.image or "target", columns.conditioning_image or "source"
+    caption = columns.caption or default
 
     def record(where: str, entry: Mapping[str, Any]) -> Record:
-        source, target = path.parent / entry[given], path.parent / entry[image]
+        source, target = path.parent / entry[condition_image], path.parent / entry[image]
         captions = captions_of(entry[caption])
-        return Record(where=where, image=target, conditions={given: source}, captions=captions)
+        return Record(where=where, image=target, conditions={condition_image: source}, captions=captions)
 
-    return _listing(path, lines, record, f"{given}, {image} and {caption}")
+    return _listing(path, lines, record, f"{condition_image}, {image} and {caption}")
 
 
 def read_metadata(path: Path, condition: str | None = None, columns: Columns = ANY_COLUMNS) -> Listing:
-    """A table of images in JSON lines or CSV: `metadata.jsonl` of an image folder of `datasets` (`file_name`, `text`),
-    `train.jsonl` of `image`, `conditioning_image`, `text`, and the like.
+    """A table of images in JSON lines or CSV: `metadata.jsonl` of a `datasets` image folder (`file_name`, `text`),
+    `train.jsonl` with `image`, `conditioning_image`, `text`, and the like.
 
-    What the user names in `columns` is taken; the rest is found by name (`columns.py`), and condition images are all
-    other columns with names of images (`conditioning_image`, `canny_file_name`, ...).
+    Columns not named in `columns` are found by common names (`columns.py`); all other columns with image file names are
+    condition images (`conditioning_image`, `canny_file_name`, ...).
 
     Raises:
-        UserError: a named column is not there.
+        UserError: a named column is missing.
     """
     as_csv = path.suffix == ".csv"
     lines = list(_csv_lines(path) if as_csv else _json_lines(path))
@@ -76,24 +77,24 @@ def read_metadata(path: Path, condition: str | None = None, columns: Columns = A
     def record(where: str, entry: Mapping[str, Any]) -> Record:
         for name in columns.named.values():
             if name not in entry:
-                raise UserError(f"there is no {name!r}")
+                raise UserError(f"there is no {name!r}", "bad-data")
         image = columns.image or _image_column(entry)
         value = entry[columns.caption] if columns.caption else captions_in(entry)
-        given = [columns.conditioning_image] if columns.conditioning_image else _condition_columns(entry, image)
+        named = [columns.conditioning_image] if columns.conditioning_image else _condition_columns(entry, image)
         return Record(
             where=where,
             image=path.parent / entry[image],
-            conditions={name: path.parent / entry[name] for name in given if name != columns.caption},
+            conditions={name: path.parent / entry[name] for name in named if name != columns.caption},
             captions=captions_of(_listed(value) if as_csv else value),
         )
 
     notes = columns.caption_notes(path, known)
-    return _listing(path, lines, record, "file_name, a text and a conditioning image", notes)
+    return _listing(path, lines, record, "file_name, text and a conditioning image", notes)
 
 
 def lists_images(path: Path, columns: Columns = ANY_COLUMNS) -> bool:
-    """Whether the first entry of a table in JSON lines or CSV names an image and a condition image, or has a column
-    that is named."""
+    """Whether the first entry of a table in JSON lines or CSV has an image and a condition image, or a column of
+    `columns`."""
     try:
         if path.suffix == ".csv":
             first: Any = next(_csv_lines(path))[1]
@@ -115,8 +116,8 @@ def _image_column(entry: Mapping[str, Any]) -> str:
 
 
 def _condition_columns(entry: Mapping[str, Any], image: str) -> list[str]:
-    apart = {image, *all_of(CAPTION_COLUMNS, entry)}
-    return [name for name, value in entry.items() if name not in apart and _names_image(value)]
+    excluded = {image, *all_of(CAPTION_COLUMNS, entry)}
+    return [name for name, value in entry.items() if name not in excluded and _names_image(value)]
 
 
 Line = tuple[str, Mapping[str, Any] | Exception]
@@ -126,7 +127,7 @@ def _listing(
     path: Path,
     lines: list[Line],
     record: Callable[[str, Mapping[str, Any]], Record],
-    wanted: str,
+    expected: str,
     notes: list[str] | None = None,
 ) -> Listing:
     records: list[Record] = []
@@ -139,18 +140,18 @@ def _listing(
         except UserError as error:
             problems.append(f"{where}: {error}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(f"{where}: not an object with {wanted} ({error!r})")
+            problems.append(f"{where}: not an object with {expected} ({error!r})")
     return Listing(origin=path, records=records, problems=problems, notes=notes or [], folder=path.parent)
 
 
 def _names(lines: list[Line]) -> list[str]:
-    """Every column that occurs."""
+    """All columns, in order of first occurrence."""
     entries = (entry for _, entry in lines if isinstance(entry, Mapping))
     return list(dict.fromkeys(name for entry in entries for name in entry))
 
 
 def _listed(value: Any) -> Any:
-    """The list that a cell of a CSV holds, written as JSON or as Python writes it; other cells as they are."""
+    """Parse a list in a CSV cell, in JSON or Python syntax; other cells are returned unchanged."""
     if not isinstance(value, str) or not (value.startswith("[") and value.endswith("]")):
         return value
     for read in (json.loads, ast.literal_eval):
@@ -158,7 +159,7 @@ def _listed(value: Any) -> Any:
             found = read(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(found, list) and found and all(isinstance(one, str) for one in found):
+        if isinstance(found, list) and found and all(isinstance(text, str) for text in found):
             return found
     return value
 
@@ -177,7 +178,7 @@ def _csv_lines(path: Path) -> Iterator[Line]:
     try:
         for row in reader:
             yield f"line {reader.line_num}", {str(name): value for name, value in row.items() if name is not None}
-    except csv.Error as error:  # a stray quote swallows what follows, up to a limit; the reader cannot go on
+    except csv.Error as error:  # a stray quote swallows the rest up to a limit, after which the reader cannot continue
         yield f"line {reader.line_num + 1}", ValueError(str(error))
 
 
@@ -189,4 +190,5 @@ def _text(path: Path) -> str:
     try:
         return decode_text(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as UTF-8 text ({error})") from error
+        code: Code = "unreadable-file" if isinstance(error, OSError) else "damaged-file"
+        raise UserError(f"cannot read {path} as UTF-8 text ({error})", code) from error

@@ -1,4 +1,4 @@
-"""Which layout a path holds, told by what is in it."""
+"""Detect the layout of pairs at a path from its content."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ Reader = Callable[[Path, str | None, Columns], Listing]
 
 
 def read_listing(path: str | Path, condition: str | None = None, columns: Columns = ANY_COLUMNS) -> Listing:
-    """All pairs of the file, folder or glob `path`, whatever its layout, not looked at yet.
+    """List the pairs of a file, folder or glob in any layout; files are not checked yet.
 
-    `PATH/NAME` means the condition NAME of the pairs at PATH, unless pairs of their own lie there.
+    `PATH/NAME` is the condition NAME of the pairs at PATH, unless there are pairs at PATH/NAME.
 
     Args:
-        condition: for layouts that keep conditions apart: which one to read.
-        columns: those of a table that the user names.
+        condition: the condition to read, for layouts with one list per condition.
+        columns: column names of a table.
 
     Raises:
-        UserError: nothing there, or nothing that is recognised, or a named column is not there.
+        UserError: there is nothing at `path`, the layout is unknown, or a named column is missing.
     """
     path = Path(path)
     within = _one_condition(path, columns) if (path.parent / MANIFEST).is_file() else None
@@ -56,7 +56,7 @@ def read_listing(path: str | Path, condition: str | None = None, columns: Column
 
 
 def pairs_folder(path: str | Path) -> Path:
-    """The folder in which what is computed from the pairs at `path` may be kept."""
+    """The folder for files derived from the pairs at `path`."""
     path = Path(path)
     while not path.exists() and glob.has_magic(str(path)):
         path = path.parent
@@ -64,12 +64,12 @@ def pairs_folder(path: str | Path) -> Path:
 
 
 def _one_condition(path: Path, columns: Columns) -> Listing | None:
-    """The condition `path.name` of the pairs at `path.parent`; None if there is nothing of the kind."""
+    """The condition `path.name` of the pairs at `path.parent`; None if there is none."""
     try:
         outer = None if path.is_file() or path.parent == path else _reader(path.parent, columns)
         listing = outer(path.parent, path.name, columns) if outer is not None else None
     except UserError:
-        return None  # what lies around a path that does not exist is not what was asked for
+        return None  # errors in the parent folder are irrelevant to `path`
     name = listing.chosen(path.name) if listing is not None else None
     if listing is None or name is None or path.name not in (name, *_names_of(name)):
         return None
@@ -101,7 +101,8 @@ def _folder_reader(folder: Path, columns: Columns) -> Reader | None:
         splits = {path.name.split("-")[0] for path in found} if pattern != "*.tar" else set()
         if len(splits) > 1 and "train" in splits:
             raise UserError(
-                f"{folder} has the splits {', '.join(sorted(splits))}; name one: '{found[-1].parent}/train-*'"
+                f"{folder} has the splits {', '.join(sorted(splits))}; name one: '{found[-1].parent}/train-*'",
+                "missing-setting",
             )
         if found:
             return _archive_reader(found)
@@ -115,7 +116,7 @@ def _folder_reader(folder: Path, columns: Columns) -> Reader | None:
 
 
 def _tables(folder: Path, columns: Columns) -> list[Path]:
-    """Tables in the folder, or in those below it, that list images; with `columns`, every table if none does."""
+    """Tables with images in a folder or its subfolders; with `columns`, all tables if none has images."""
     for pattern in ("*", "*/*"):
         files = [path for path in folder.glob(pattern) if path.suffix in (".jsonl", ".csv") and path.is_file()]
         files = sorted(file for file in files if not any(part.startswith(".") for part in file.parts[-2:]))
@@ -137,9 +138,11 @@ def _file_reader(path: Path, columns: Columns) -> Reader | None:
     except (ValueError, IndexError):
         entry = None
     if not isinstance(entry, dict):
-        # A JSON document over several lines, or with a first line longer than what was read.
+        # A JSON document of several lines, or with a first line longer than `_HEAD`.
         coco = head.lstrip().startswith(b"{") and b'"images"' in head
         return _without_columns(read_coco, "COCO annotations") if coco else None
+    if isinstance(entry.get("conditions"), dict) and "image" in entry:
+        return read_manifest
     for keys, reader in (
         ({"picture", "conditions"}, read_manifest),
         ({"source", "target"}, read_prompt_json),
@@ -160,10 +163,10 @@ def _archive_reader(paths: Sequence[Path]) -> Reader | None:
 
 
 def _without_columns(reader: Callable[[Path, str | None], Listing], what: str) -> Reader:
-    """The reader of a layout that has no columns, which refuses named ones."""
+    """A reader that rejects named columns, for layouts without columns."""
 
     def read(path: Path, condition: str | None, columns: Columns) -> Listing:
-        columns.refuse(path, what)
+        columns.reject(path, what)
         return reader(path, condition)
 
     return read
@@ -180,7 +183,7 @@ def _at(path: Path, reader: Reader) -> Reader:
 
 def _only_split(folder: Path, files: Sequence[Path]) -> Path:
     if len(files) > 1:
-        raise UserError(f"{folder} has several lists; name one of them: {', '.join(map(str, files))}")
+        raise UserError(f"{folder} has several lists; name one: {', '.join(map(str, files))}", "missing-setting")
     return files[0]
 
 
@@ -198,10 +201,11 @@ def _only(conditions: Mapping[str, Source], name: str) -> dict[str, Source]:
 def _unknown(path: Path) -> UserError:
     layouts = " ".join(LAYOUTS.split())
     if not path.exists():
-        return UserError(f"there are no pairs at {path}; what is read: {layouts}")
+        return UserError(f"there are no pairs at {path}; supported layouts: {layouts}", "missing-file")
     if path.is_dir() and images_in(path):
         return UserError(
-            f"{path} has images but no condition images; make pairs of them:"
-            f" controlkit pairs {path} --conditions canny --out DIR"
+            f"{path} has images but no condition images; make pairs:"
+            f" controlkit pairs {path} --conditions canny --out DIR",
+            "empty-data",
         )
-    return UserError(f"{path} has no {MANIFEST}, no {PROMPT_JSON} and no other layout that is read: {layouts}")
+    return UserError(f"{path} has no pairs in a supported layout: {layouts}", "wrong-kind")

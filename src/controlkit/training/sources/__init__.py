@@ -1,1 +1,1 @@
-"""Where the data of training a control comes from: one file for each source, found through `registry`."""
+"""Sources of training data for controls, one file each, found through `registry`."""

@@ -1,4 +1,4 @@
-"""Pairs of a condition image and an image: what frozen networks make of them is computed once and cached."""
+"""Pairs of a condition image and an image; outputs of frozen networks are cached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.conditions.condition import Condition
-from controlkit.conditions.fidelity import by_the_image
+from controlkit.conditions.fidelity import scored_by_target
 from controlkit.controls.control import Control
 from controlkit.controls.hints import Hint, map_hint
 from controlkit.data.pair import SOURCE
@@ -30,8 +30,7 @@ from controlkit.training.sources.registry import source
 from controlkit.training.sources.source import Batch, HeldOut, Source, Step
 
 _FLIPS, _CAPTIONS = 11, 12
-"""Flips, and which of several captions is taken, are drawn from numbers of their own, so that other runs draw what they
-would without them."""
+"""Purposes of random numbers: flips and choices of captions have their own, so that they do not change the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,32 +40,32 @@ class PairSettings(ControlRecipe):
     pairs: str
     """Pairs in any layout of docs/pairs.md."""
     image_column: str | None = None
-    """The column of images, where `pairs` is a table (JSON lines, CSV, Parquet); None finds it by its name."""
+    """Image column if `pairs` is a table (JSON lines, CSV, Parquet); None finds it by name."""
     conditioning_image_column: str | None = None
-    """The same of condition images."""
+    """The same for condition images."""
     caption_column: str | None = None
-    """The same of captions."""
+    """The same for captions."""
     steps: int = 500
-    """Optimiser steps in all."""
+    """Total optimiser steps."""
     batch_size: int = 16
-    """Pairs a step."""
+    """Pairs per step."""
     save_every: int = 100
-    """Steps between checkpoints of the state."""
+    """Steps between checkpoints of the training state."""
     preview_every: int = 100
-    """Steps between previews with their scores."""
+    """Steps between previews, which are scored."""
     held_out: float = 0.1
-    """Share of the pairs that are not trained on, and judged by."""
+    """Fraction of the pairs held out of training and used for evaluation."""
     prompt_drop: float = 0.3
-    """Share of prompts replaced by the empty prompt (0.3 in CtrLoRA's reference)."""
+    """Fraction of prompts replaced by the empty prompt (0.3 in CtrLoRA's reference)."""
     flip: bool = False
-    """Mirror half of the pairs at random, condition image and image together. Not for images with writing, or
-    prompts that say left and right."""
+    """Flip half of the pairs at random, condition image and image together. Not for images with text, or prompts with
+    left and right."""
     score_pictures: int = 16
-    """Held-out pairs on which each preview scores condition following."""
+    """Held-out pairs on which each preview scores fidelity to the condition."""
 
     @property
     def columns(self) -> Columns:
-        """The columns of a table that are named."""
+        """The table columns set above."""
         return Columns(
             image=self.image_column, conditioning_image=self.conditioning_image_column, caption=self.caption_column
         )
@@ -74,22 +73,22 @@ class PairSettings(ControlRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.held_out < 1:
-            raise UserError(f"held_out is {self.held_out}; it must be from 0 to below 1")
+            raise UserError(f"held_out is {self.held_out}; it must be at least 0 and below 1", "out-of-range")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairCondition(OneCondition):
-    """Pairs may be of a condition that has no name here."""
+    """The settings of one condition for pairs, whose condition may have no name here."""
 
     condition: str = "identity"
-    """Condition by which fidelity is scored; `identity` compares the result with the true image."""
+    """Condition that scores fidelity; `identity` compares the result with the target."""
     name: str = "control"
     """Name of the control and of its file."""
 
 
 @source
 class PairSource(Source):
-    """Pairs of every condition of a recipe; those of one condition are a `ConditionPairs`."""
+    """Pairs of every condition of a recipe, one `ConditionPairs` each."""
 
     name = "pairs"
     Settings = PairSettings
@@ -100,12 +99,12 @@ class PairSource(Source):
         self.of = {name: ConditionPairs(recipe, name) for name in recipe.condition_names}
 
     def notes(self, base: Base) -> list[str]:
-        told = {f"{name}: " if len(self.of) > 1 else "": own.notes(base) for name, own in self.of.items()}
-        return [f"{name}{note}" for name, notes in told.items() for note in notes]
+        several = len(self.of) > 1
+        return [f"{name}: {note}" if several else note for name, pairs in self.of.items() for note in pairs.notes(base)]
 
     def prepare(self, base: Base, control: Control) -> None:
-        for name, own in self.of.items():
-            own.prepare(base, control.for_condition(name))
+        for name, pairs in self.of.items():
+            pairs.prepare(base, control.for_condition(name))
 
     def batch(self, condition: str, step: Step) -> Batch:
         return self.of[condition].batch(step)
@@ -114,50 +113,49 @@ class PairSource(Source):
         return self.of[condition].samples(step)
 
     def held_out(self, condition: str) -> HeldOut:
-        return self.of[condition].judged()
+        return self.of[condition].held_out_samples()
 
     def scored_by(self, condition: str) -> Condition | None:
         return self.of[condition].condition
 
     @property
     def digest(self) -> str:
-        first, *more = (own.content for own in self.of.values())
+        first, *more = (pairs.content for pairs in self.of.values())
         return sha256_of(first, *more) if more else first
 
     def facts(self) -> dict[str, int]:
-        return {"pairs": sum(len(own.pairs) for own in self.of.values())}
+        return {"pairs": sum(len(pairs.pairs) for pairs in self.of.values())}
 
 
 class ConditionPairs:
     """Pairs of one condition.
 
-    Latents of images, embeddings of prompts and of the empty prompt, and hints that no trained weight makes come
-    from the cache (`data/cache.py`), keyed by their content.
+    Latents, text embeddings, and hints from frozen encoders come from the cache (`data/cache.py`).
     """
 
     def __init__(self, recipe: PairSettings, condition: str) -> None:
         self.recipe = recipe
         self.condition = conditions.find(condition)
         if self.condition.requires is not None:
-            # Its model would have to be loaded beside what trains, if it is to be had at all.
-            self.condition = by_the_image(self.condition)
+            # Its model would need memory beside the trained networks, and may be missing.
+            self.condition = scored_by_target(self.condition)
         self.found = load_pairs(recipe.pairs, condition, recipe.columns)
         self.pairs, self.held_out = split_pairs(self.found.pairs, recipe.held_out)
 
     def notes(self, base: Base) -> list[str]:
-        """Notes of the reader, prompts that are empty or too long, and condition images of another size."""
+        """Notes of the reader, on empty or long prompts, and on condition images of another size."""
         limit = PromptLimit(reader="this base", tokens=base.prompt_tokens, cut_from=base.cut_from)
-        told = [*self.found.notes, *self.found.prompt_notes(limit)]
+        notes = [*self.found.notes, *self.found.prompt_notes(limit)]
         side, size = min(open_image(self.pairs[0].source).size), base.size
-        if side != size and not self.condition.given:
-            told.append(
-                f"condition images of these pairs are scaled from {side} pixels to {size}; to draw, they are made"
-                f" at {size}, where {self.condition.name} may look different; make the pairs with --size {size}"
+        if side != size and not self.condition.provided:
+            notes.append(
+                f"condition images of these pairs are scaled from {side} to {size} pixels, but computed at {size} for"
+                f" generation, where {self.condition.name} may look different; make the pairs with --size {size}"
             )
-        return told
+        return notes
 
     def prepare(self, base: Base, control: Control) -> None:
-        """Compute what frozen networks make of the pairs, or read it from the cache."""
+        """Compute the outputs of frozen networks, or read them from the cache."""
         self.device, self.size = base.device, base.size
         self.cache = PairCache(base, self.pairs, flip=self.recipe.flip, check=uses_bf16(self.recipe, base.device))
         self.latents = self.cache.latents()
@@ -167,10 +165,10 @@ class ConditionPairs:
 
     def batch(self, step: Step) -> Batch:
         """This process's pairs of a step."""
-        mine = step.local_slice
-        chosen, flipped = torch.from_numpy(self._chosen(step))[mine], self.flips(step)[mine]
-        dropped = torch.rand(step.global_batch, generator=step.generator)[mine] < self.recipe.prompt_drop
-        rows = [self.cache.positions[caption] for caption in self._captions(step)[mine]]
+        local = step.local_slice
+        chosen, flipped = torch.from_numpy(self._chosen(step))[local], self.flips(step)[local]
+        dropped = torch.rand(step.global_batch, generator=step.generator)[local] < self.recipe.prompt_drop
+        rows = [self.cache.positions[caption] for caption in self._captions(step)[local]]
         prompts = torch.where(dropped, self.empty, torch.tensor(rows))
         return Batch(
             latents=cast(Tensor, self.latents.gather(chosen, flipped)).float().to(self.device),
@@ -180,7 +178,7 @@ class ConditionPairs:
         )
 
     def hint(self, chosen: Tensor, flipped: Tensor) -> Hint | None:
-        """Cached hints of the pairs whose indices are `chosen` `[B]`, mirrored where `flipped` `[B]`; None without."""
+        """Cached hints of the pairs with indices `chosen` `[B]`, mirrored where `flipped` `[B]`; None if not cached."""
         if self.hints is None:
             return None
         return map_hint(self.hints.gather(chosen, flipped), self._on_device)
@@ -195,13 +193,13 @@ class ConditionPairs:
         return (rows.float() if rows.is_floating_point() else rows).to(self.device)
 
     def samples(self, step: Step) -> list[str]:
-        """Every pair of a step, with the caption that was drawn."""
+        """Every pair of a step, with its sampled caption."""
         pairs = [self.pairs[index] for index in self._chosen(step)]
-        told = zip(pairs, self._captions(step), strict=True)
-        return [f"{pair.source} -> {pair.target}: {caption!r}" for pair, caption in told]
+        captions = self._captions(step)
+        return [f"{pair.source} -> {pair.target}: {text!r}" for pair, text in zip(pairs, captions, strict=True)]
 
-    def judged(self) -> HeldOut:
-        """The first of the held-out pairs."""
+    def held_out_samples(self) -> HeldOut:
+        """The first held-out pairs."""
         pairs = self.held_out[: self.recipe.score_pictures]
         condition_images, targets = zip(*(pair.images(self.size) for pair in pairs), strict=True)
         return HeldOut(
@@ -216,10 +214,10 @@ class ConditionPairs:
         return step.rng().integers(len(self.pairs), size=step.global_batch)
 
     def _captions(self, step: Step) -> list[str]:
-        """A caption of each of them, at random where there are several."""
-        drawn = zip(self._chosen(step), step.rng(_CAPTIONS).random(step.global_batch), strict=True)
-        several = ((self.pairs[index].captions, number) for index, number in drawn)
-        return [captions[int(number * len(captions))] for captions, number in several]
+        """A caption of each pair of a step, sampled if there are several."""
+        fractions = step.rng(_CAPTIONS).random(step.global_batch)
+        captions = [self.pairs[index].captions for index in self._chosen(step)]
+        return [texts[int(fraction * len(texts))] for texts, fraction in zip(captions, fractions, strict=True)]
 
     def flips(self, step: Step) -> Tensor:
         """Which pairs of a step are mirrored, `bool [global_batch]`."""

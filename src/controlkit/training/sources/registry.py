@@ -1,4 +1,4 @@
-"""The sources of data that there are: those below, and those that packages add."""
+"""Registry of sources of data: built-in ones and those of other packages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MODULES = (
     "controlkit.training.sources.multigen",
     "controlkit.training.sources.pairs",
 )
-"""By name, so that a source may stand in a room that is further down than this one."""
+"""Imported by name, so that a source can be in a package that depends on this one."""
 
 _REGISTRY: dict[str, type[Source]] = {}
 
@@ -33,13 +33,13 @@ def source(kind: Registered) -> Registered:
     """
     other = _REGISTRY.get(kind.name)
     if other is not None and (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
-        raise ValueError(f"{kind.__qualname__}: the name {kind.name!r} is that of {other.__qualname__} already")
+        raise ValueError(f"{kind.__qualname__}: the name {kind.name!r} is taken by {other.__qualname__}")
     _REGISTRY[kind.name] = kind
     return kind
 
 
 def sources() -> Mapping[str, type[Source]]:
-    """Name -> class, of every source."""
+    """Name -> class of every source."""
     _load()
     return dict(sorted(_REGISTRY.items()))
 

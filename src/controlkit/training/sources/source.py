@@ -1,4 +1,4 @@
-"""The contract of a source of data, and what training asks of one."""
+"""The interface of sources of data."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from controlkit.training.recipe import ControlRecipe, OneCondition
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The random numbers of one batch, and which of its samples this process takes."""
+    """Random numbers of one batch, and this process's slice of it."""
 
     number: int
     seed: int
     global_batch: int
-    """Samples over all processes. Numbers are drawn for all of them, so that any number of processes draws the same."""
+    """Samples over all processes. Random numbers are sampled for all, so that any number of processes gets the same."""
     local_slice: slice
-    """Which of them are this process's."""
+    """This process's slice of the global batch."""
     generator: torch.Generator
-    """What noise is drawn with once the batch is there; what a source draws with it comes first."""
+    """Generator of the noise, after the batch; a source may use it first."""
 
     def rng(self, purpose: int = 0) -> np.random.Generator:
-        """A generator that depends on (seed, number, purpose) alone: asked for again, it draws the same."""
+        """A generator that depends on (seed, number, purpose) only; each call returns the same."""
         return numpy_generator(self.seed, self.number, purpose)
 
 
@@ -47,11 +47,11 @@ class Batch:
     latents: Tensor
     """Scaled latents of the images, `[B, C, h, w]`."""
     text: Text | Sequence[str]
-    """Prompts, or what the base's text encoders made of them."""
+    """Prompts or their embeddings."""
     condition_images: Tensor | None = None
     """`[B, 3, H, W]` in [0, 1]; this or `hint`."""
     hint: Hint | None = None
-    """What the control made of them, of batch `B`."""
+    """The encoded condition images, of batch `B`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,57 +60,56 @@ class HeldOut:
 
     condition_images: Sequence[np.ndarray]
     targets: Sequence[np.ndarray]
-    """The true images."""
+    """The images of the pairs, with which results are compared."""
     prompts: Sequence[str]
     parameters: Sequence[Mapping[str, Any]] | None = None
-    """Those that each condition image was made with; None is the condition's defaults."""
+    """Parameters of each condition image; None for the condition's defaults."""
 
 
 class Source(ABC):
-    """Images with prompts and condition images. One of these is made for a run, prepared, and asked for batches."""
+    """Images with prompts and condition images. A run creates one, prepares it and asks it for batches."""
 
     name: ClassVar[str]
-    """The setting of recipes that says where the data lies; it chooses this source."""
+    """The recipe setting that selects this source and locates its data."""
     Settings: ClassVar[type[ControlRecipe]]
-    """A dataclass of the settings that a recipe has with this source: one of this `name`, and whatever else it needs;
-    also other defaults of those that every recipe has."""
+    """A dataclass of the recipe settings of this source: one called `name`, any others, and other defaults of common
+    settings."""
     one_condition: ClassVar[type[OneCondition]] = OneCondition
-    """The settings that name the condition of a system that trains one; with other defaults where that helps."""
+    """The settings of the condition for systems that train one, possibly with other defaults."""
     caches_encoders: ClassVar[bool] = False
-    """Whether steps run neither the base's autoencoder nor its text encoders. They wait on the CPU then, and frozen
+    """Whether steps need neither the base's VAE nor its text encoders. They are then offloaded to the CPU, and frozen
     weights may be stored in bf16."""
 
     @abstractmethod
     def __init__(self, recipe: Any) -> None:
-        """Look at the data, before a base is loaded.
+        """Open the data, before a base is loaded.
 
         Raises:
-            UserError: it is not there, or does not do.
+            UserError: it is missing or unsuitable.
         """
 
     def notes(self, base: Base) -> list[str]:
-        """What to tell of the data before training."""
+        """Notes on the data, printed before training."""
         return []
 
     @abstractmethod
     def prepare(self, base: Base, control: Control) -> None:
-        """Called once before the first step; what frozen networks make of the data can be cached here."""
+        """Called once before the first step, for example to cache outputs of frozen networks."""
 
     @abstractmethod
     def batch(self, condition: str, step: Step) -> Batch:
-        """This process's samples of a step; the same step always has the same."""
+        """This process's samples of a step, always the same for the same step."""
 
     @abstractmethod
     def samples(self, condition: str, step: Step) -> list[str]:
-        """Names of all samples of a step, over all processes, for a person to find the one that did harm."""
+        """Names of all samples of a step, over all processes, to find the one that made the loss diverge."""
 
     @abstractmethod
     def held_out(self, condition: str) -> HeldOut:
-        """Always the same few, that this condition is never trained on."""
+        """The same few held-out samples in every call."""
 
     def scored_by(self, condition: str) -> Condition | None:
-        """The condition whose fidelity is the score of previews; None, which is no score, for one that cannot be made
-        here: it needs weights, or is not known."""
+        """The condition whose fidelity scores previews; None, for no score, if it is unknown or needs weights."""
         try:
             kind = conditions.find(condition)
         except UserError:
@@ -119,9 +118,9 @@ class Source(ABC):
 
     @property
     def digest(self) -> str:
-        """Hash of the data once it is prepared, where a person may change it between a run and its continuation."""
+        """Hash of the prepared data, if it can change before a run is resumed."""
         return ""
 
     def facts(self) -> dict[str, int]:
-        """What a finished file says of the data."""
+        """Facts on the data for the metadata of the results."""
         return {}

@@ -11,11 +11,11 @@ from PIL import Image
 
 from controlkit.apps.cli import main
 from controlkit.conditions import find
-from controlkit.errors import UserError
 from controlkit.formats.load import find_control, shipped_controls
 from controlkit.images import write_png
 from controlkit.sampling import identity
 from controlkit.sampling.saved_settings import read_settings
+from refusals import check, refused
 
 DRAWING = np.full((80, 64, 3), 200, np.uint8)
 DRAWING[20:60, 14:46] = (180, 30, 30)
@@ -53,12 +53,12 @@ def test_settings_hold_hashes_and_a_folder_is_taken_for_the_settings_in_it(drawn
     assert one["control"] == identity.file_sha256(find_control("canny")) and one["companion"] is None
     assert all(len(one[name]) == 64 for name in ("image", "control", "condition"))
     assert len(settings["sha256"]["base"]) == 64
-    assert not [note for note in notes_of(capsys, "--from", drawn) if "cut" not in note]
+    assert not [note for note in notes_of(capsys, "--from", drawn) if "crop" not in note]
     assert pixels("out/seed0.png") == pixels(drawn / "seed0.png")
     assert json.loads((drawn.parent / "home/out/settings.json").read_text())["sha256"] == settings["sha256"]
     (drawn / "settings.json").unlink()
     assert run("generate", "--from", drawn) == 2
-    assert "cannot read" in capsys.readouterr().err
+    check(capsys.readouterr().err, None, drawn / "settings.json")
 
 
 @pytest.mark.parametrize(("change", "file"), [("removed", "settings.json"), ("changed", "seed0.png")])
@@ -66,18 +66,23 @@ def test_the_saved_condition_image_takes_the_place_of_an_image_that_is_gone_or_c
     path = drawn.parent / "home" / "drawing.png"
     path.unlink() if change == "removed" else write_png(path, Image.new("RGB", (64, 64), "red"))
     (note,) = notes_of(capsys, "--from", drawn / file)
-    told = "drawing.png is not there" if change == "removed" else "drawing.png has changed since (SHA-256)"
-    assert note == f"{told}; its saved condition image {drawn / 'condition0.png'} is used"
+    assert note.startswith("drawing.png ") and str(drawn / "condition0.png") in note
+    assert ("SHA-256" in note) == (change == "changed")
     assert pixels("out/seed0.png") == pixels(drawn / "seed0.png")
     # From there on it is drawn without a word: the condition image is what is given.
     again = json.loads((drawn.parent / "home/out/settings.json").read_text())["request"]["controls"][0]
     assert again["prepared"] and again["image"] == str(drawn / "condition0.png")
     write_png(drawn / "condition0.png", Image.new("RGB", (64, 64), "red"))
     assert run("generate", "--from", drawn / file, "--out", "other") == 2
-    assert "is not the one of then either; give --control canny=IMAGE" in capsys.readouterr().err
+    facts = ("drawing.png", drawn / "condition0.png", "--control canny=IMAGE")
+    said = capsys.readouterr().err
+    check(said, "missing-file", *facts)
+    assert said.count("SHA-256") == (1 if change == "removed" else 2)
     (drawn / "condition0.png").unlink()
     assert run("generate", "--from", drawn / file, "--out", "other") == 2
-    assert "is not there either; give --control canny=IMAGE" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    check(said, "missing-file", *facts)
+    assert said.count("SHA-256") == (0 if change == "removed" else 1)
     assert run("generate", "--from", drawn / file, "--control", f"canny={drawn / 'seed0.png'}", "--out", "other") == 0
 
 
@@ -85,11 +90,11 @@ def test_paths_are_tried_from_the_folder_of_the_settings(drawn, tmp_path, monkey
     shutil.copy("drawing.png", drawn / "drawing.png")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert read_settings(drawn).again().controls[0].image == str(drawn / "drawing.png")
+    assert read_settings(drawn).to_request().controls[0].image == str(drawn / "drawing.png")
     # Another image of the same name in the way does not count.
     write_png("drawing.png", Image.new("RGB", (64, 64), "red"))
-    assert read_settings(drawn).again().controls[0].image == str(drawn / "drawing.png")
-    assert not [note for note in notes_of(capsys, "--from", drawn) if "cut" not in note]
+    assert read_settings(drawn).to_request().controls[0].image == str(drawn / "drawing.png")
+    assert not [note for note in notes_of(capsys, "--from", drawn) if "crop" not in note]
     assert pixels("out/seed0.png") == pixels(drawn / "seed0.png")
     # Controls and bases are found there, too.
     settings = json.loads((drawn / "settings.json").read_text())
@@ -97,21 +102,21 @@ def test_paths_are_tried_from_the_folder_of_the_settings(drawn, tmp_path, monkey
     (drawn / "settings.json").write_text(json.dumps(settings))
     (drawn / "model").mkdir()
     shutil.copy(find_control("canny"), drawn / "mine.safetensors")
-    again = read_settings(drawn).again()
+    again = read_settings(drawn).to_request()
     assert (again.controls[0].control, again.base) == (str(drawn / "mine.safetensors"), str(drawn / "model"))
     shutil.copy(find_control("canny"), drawn / "base.safetensors")
     settings["request"]["controls"][0]["control"] = "mine.safetensors+base.safetensors"
     (drawn / "settings.json").write_text(json.dumps(settings))
     both = f"{drawn / 'mine.safetensors'}+{drawn / 'base.safetensors'}"
-    assert read_settings(drawn).again().controls[0].control == both
+    assert read_settings(drawn).to_request().controls[0].control == both
 
 
 @pytest.mark.parametrize(
     ("part", "says"),
     [
-        ("control", "the control canny has changed since (SHA-256)"),
-        ("base", "the base nano has changed since (SHA-256)"),
-        ("condition", "the condition image that canny makes of drawing.png is not as it was"),
+        ("control", "control canny has changed since (SHA-256)"),
+        ("base", "base nano has changed since (SHA-256)"),
+        ("condition", "the condition image of canny from drawing.png differs from the saved one"),
     ],
 )
 def test_a_control_a_base_or_a_condition_that_has_changed_is_named(drawn, part, says, capsys):
@@ -119,12 +124,13 @@ def test_a_control_a_base_or_a_condition_that_has_changed_is_named(drawn, part, 
     hashes = settings["sha256"]
     (hashes if part == "base" else hashes["controls"][0])[part] = "0" * 64
     (drawn / "settings.json").write_text(json.dumps(settings))
-    told = [note for note in notes_of(capsys, "--from", drawn) if "cut" not in note]
+    told = [note for note in notes_of(capsys, "--from", drawn) if "crop" not in note]
     assert len(told) == 1 and told[0].startswith(says)
     # What is replaced on purpose has not changed.
     others = {"base": [], "control": ["--control", "nano/canny=drawing.png"], "condition": ["--width", "80"]}[part]
     if others:
-        assert not [note for note in notes_of(capsys, "--from", drawn, *others) if "since" in note or "was," in note]
+        notes = notes_of(capsys, "--from", drawn, *others)
+        assert not [note for note in notes if "since" in note or "differs from the saved" in note]
 
 
 def test_the_base_control_that_an_adapter_finds_is_part_of_it(drawn, tmp_path, capsys):
@@ -139,23 +145,23 @@ def test_the_base_control_that_an_adapter_finds_is_part_of_it(drawn, tmp_path, c
     settings["sha256"]["controls"][0]["companion"] = "another"
     path.write_text(json.dumps(settings))
     capsys.readouterr()
-    told = [note for note in notes_of(capsys, "--from", path) if "cut" not in note]
-    assert told == [f"the base control of the control {adapter} has changed since (SHA-256), and so may the images"]
+    (note,) = (note for note in notes_of(capsys, "--from", path) if "crop" not in note)
+    assert "base control" in note and str(adapter) in note and "SHA-256" in note
 
 
 def test_settings_of_earlier_versions_have_no_hashes(drawn, capsys):
     settings = json.loads((drawn / "settings.json").read_text())
     del settings["sha256"]
     (drawn / "settings.json").write_text(json.dumps(settings))
-    assert not [note for note in notes_of(capsys, "--from", drawn) if "cut" not in note]
+    assert not [note for note in notes_of(capsys, "--from", drawn) if "crop" not in note]
     assert pixels("out/seed0.png") == pixels(drawn / "seed0.png")
     (drawn.parent / "home" / "drawing.png").unlink()
     (note,) = notes_of(capsys, "--from", drawn)
-    assert "drawing.png is not there; its saved condition image" in note
+    assert note.startswith("drawing.png is missing") and "condition0.png" in note
     assert pixels("out/seed0.png") == pixels(drawn / "seed0.png")
     for odd in ([], {"controls": 3}, {"controls": [None]}):
         (drawn / "settings.json").write_text(json.dumps({**settings, "sha256": odd}))
-        assert read_settings(drawn).again().controls[0].prepared
+        assert read_settings(drawn).to_request().controls[0].prepared
 
 
 def test_hashes_of_large_files_are_kept_until_the_file_changes(tmp_path, monkeypatch, cache):
@@ -178,7 +184,7 @@ def test_hashes_of_large_files_are_kept_until_the_file_changes(tmp_path, monkeyp
     monkeypatch.setattr(identity, "_SETTLED", 1e9)
     record.unlink()
     assert identity.file_sha256(path) == one and not record.exists()
-    with pytest.raises(UserError, match="cannot read"):
+    with refused("unreadable-file", tmp_path / "none"):
         identity.file_sha256(tmp_path / "none")
 
 

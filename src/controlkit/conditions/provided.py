@@ -1,9 +1,8 @@
-"""Conditions whose content is given beside the image: annotations, or the condition image itself.
+"""Conditions whose content comes with the data: COCO annotations, or finished condition images.
 
-Annotations are in COCO's form (a list of objects, each with `category_id` and `bbox` or `segmentation`) in
-pixels of the image, or of `size` (width, height) where the image was scaled since. A detector or
-segmenter with weights could say whether a result follows them; without one, fidelity is the distance of
-colours to the true image.
+Annotations are lists of COCO objects, each with `category_id` and `bbox` or `segmentation`, in pixels of the image or,
+if it was scaled since, of `size` (width, height). Checking a result against them would need a detector or segmenter;
+without one, fidelity is the colour distance to the target image.
 """
 
 from __future__ import annotations
@@ -22,37 +21,37 @@ from controlkit.errors import UserError
 
 @condition(
     "identity",
-    summary="the image as it is: for given pairs, whose condition images are made elsewhere",
+    summary="the image as it is, for pairs with finished condition images",
     aliases=("given", "custom", "ip2p", "instruct_pix2pix"),
     fidelity=RESTORED_PSNR,
-    given=True,
+    provided=True,
 )
 def identity(image: np.ndarray) -> np.ndarray:
-    """A copy of `image`. Fidelity compares the result with the true image of the pair."""
+    """A copy of `image`. Fidelity compares the result with the target of the pair."""
     return image.copy()
 
 
 @condition(
     "lineart_given",
-    summary="line art drawn by hand, for given pairs: their results are judged by their edges",
+    summary="hand-drawn line art of finished pairs, scored by edges",
     aliases=("drawing", "hand_drawn"),
     fidelity=IMAGE_EDGE_F1,
-    given=True,
+    provided=True,
 )
 def lineart_given(image: np.ndarray) -> np.ndarray:
-    """A copy of `image`. Fidelity compares the edges of the result with those of the true image of the pair."""
+    """A copy of `image`. Fidelity compares the edges of the result with those of the target of the pair."""
     return image.copy()
 
 
 @condition(
     "bbox",
-    summary="filled boxes coloured by class, from given annotations (COCO)",
+    summary="filled boxes coloured by class, from annotations (COCO)",
     background=BLACK,
     aliases=("boxes", "bounding_boxes", "bounding_box"),
     fidelity=IMAGE_COLOUR_DISTANCE,
     mirrors=False,
     resize="nearest",
-    given=True,
+    provided=True,
 )
 def bbox(
     image: np.ndarray,
@@ -60,21 +59,20 @@ def bbox(
     boxes: Sequence[Any] | None = None,
     size: Sequence[float] | None = None,
 ) -> np.ndarray:
-    """Boxes filled with their class's colour on black, the largest first.
+    """Boxes filled with the colour of their class (`category_colour`) on black, the largest first.
 
-    CtrLoRA, annotator/bbox, draws the same from YOLOv4 detections; here the boxes are given.
-    `category_colour` says which class has which colour.
+    CtrLoRA, annotator/bbox, draws YOLOv4 detections the same way.
 
     Args:
         boxes: COCO objects with `bbox` (left, top, width, height) and `category_id`, or bare
             `[left, top, width, height]`, of class 0.
-        size: width and height of the image that they were measured in; default: this image's.
+        size: width and height of the image in whose pixels they are; default: this image's.
 
     Raises:
-        UserError: there are no `boxes`, or one cannot be read.
+        UserError: `boxes` is missing or malformed.
     """
     found = []
-    for entry in _listed("bbox", "boxes", boxes):
+    for entry in _annotation_list("bbox", "boxes", boxes):
         category, sides = 0, entry
         if isinstance(entry, Mapping):
             category, sides = entry.get("category_id", 0), entry.get("bbox")
@@ -84,7 +82,7 @@ def bbox(
                 raise ValueError("sides must be finite")
             found.append((width * height, left, top, left + width, top + height, int(category)))
         except (TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"bbox: a box must be [left, top, width, height], not {entry!r}") from error
+            raise UserError(f"bbox: a box must be [left, top, width, height], not {entry!r}", "bad-data") from error
     across, down = _scale(image, "bbox", size)
     canvas = np.zeros_like(image)
     for _, left, top, right, bottom, category in sorted(found, key=lambda box: -box[0]):
@@ -96,13 +94,13 @@ def bbox(
 
 @condition(
     "segments",
-    summary="regions coloured by class, from given annotations (COCO polygons and run lengths)",
+    summary="regions coloured by class, from annotations (COCO polygons and run lengths)",
     background=BLACK,
     aliases=("coco_segments", "segmentation_given"),
     fidelity=IMAGE_COLOUR_DISTANCE,
     mirrors=False,
     resize="nearest",
-    given=True,
+    provided=True,
 )
 def segments(
     image: np.ndarray,
@@ -110,20 +108,20 @@ def segments(
     segments: Sequence[Any] | None = None,
     size: Sequence[float] | None = None,
 ) -> np.ndarray:
-    """Regions filled with their class's colour on black, the largest first.
+    """Regions filled with the colour of their class on black, the largest first.
 
     Args:
         segments: COCO objects with `segmentation` (a list of polygons `[x, y, x, y, ...]`, or run lengths
             `{"size": [height, width], "counts": ...}`, compressed or not) and `category_id`.
-        size: width and height of the image that polygons were measured in; default: this image's. (Run
-            lengths know theirs.)
+        size: width and height of the image in whose pixels polygons are; default: this image's. Run lengths have
+            their own.
 
     Raises:
-        UserError: there are no `segments`, or one cannot be read.
+        UserError: `segments` is missing or malformed.
     """
     across, down = _scale(image, "segments", size)
     found = []
-    for entry in _listed("segments", "segments", segments):
+    for entry in _annotation_list("segments", "segments", segments):
         try:
             shape = entry["segmentation"]
             mask = _run_lengths(image, shape) if isinstance(shape, Mapping) else _polygons(image, shape, across, down)
@@ -131,8 +129,9 @@ def segments(
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, cv2.error) as error:
             text = repr(entry)
             raise UserError(
-                "segments: one must have a COCO `segmentation` (polygons or run lengths), not"
-                f" {text[:80]}{'...' if len(text) > 80 else ''}"
+                "segments: every object needs a COCO `segmentation` (polygons or run lengths), not"
+                f" {text[:80]}{'...' if len(text) > 80 else ''}",
+                "bad-data",
             ) from error
     canvas = np.zeros_like(image)
     for _, mask, category in sorted(found, key=lambda region: -region[0]):
@@ -141,50 +140,50 @@ def segments(
 
 
 def category_colour(category: int) -> tuple[int, int, int]:
-    """The RGB colour of a class, never black: hues by the golden ratio, so that neighbours look apart."""
+    """RGB colour of a class, never black: hues step by the golden ratio, so that adjacent classes differ."""
     hue = category * 0.61803398875 % 1.0
     saturation, value = ((0.85, 1.0), (0.55, 0.9), (0.9, 0.65))[category % 3]
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
     return red, green, blue
 
 
-def _listed(name: str, key: str, given: Any) -> list[Any]:
-    if given is None:
-        raise UserError(f"{name} draws given annotations and cannot find any by itself; give {key}=[...], COCO objects")
-    if isinstance(given, (str, bytes, Mapping)) or not hasattr(given, "__iter__"):
-        raise UserError(f"{name}: {key} must be a list of COCO objects, not {type(given).__name__}")
-    return list(given)
+def _annotation_list(name: str, key: str, annotations: Any) -> list[Any]:
+    if annotations is None:
+        raise UserError(f"{name} needs annotations: give {key}=[...], a list of COCO objects", "missing-setting")
+    if isinstance(annotations, (str, bytes, Mapping)) or not hasattr(annotations, "__iter__"):
+        raise UserError(f"{name}: {key} must be a list of COCO objects, not {type(annotations).__name__}", "wrong-type")
+    return list(annotations)
 
 
 def _scale(image: np.ndarray, name: str, size: Sequence[float] | None) -> tuple[float, float]:
-    """Pixels of the image for each pixel of `size`, across and down."""
+    """Image pixels per pixel of `size`, horizontally and vertically."""
     if size is None:
         return 1.0, 1.0
     try:
         width, height = (float(side) for side in size)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{name}: size must be width,height, not {size!r}") from error
+        raise UserError(f"{name}: size must be width,height, not {size!r}", "wrong-type") from error
     if not (width > 0 and height > 0):
-        raise UserError(f"{name}: size must be positive, not {size!r}")
+        raise UserError(f"{name}: size must be positive, not {size!r}", "out-of-range")
     return image.shape[1] / width, image.shape[0] / height
 
 
 def _polygons(image: np.ndarray, polygons: Any, across: float, down: float) -> np.ndarray:
-    """Mask `bool [H, W]` of `[[x, y, x, y, ...], ...]`; where polygons overlap, all of them count."""
+    """Mask `bool [H, W]`, the union of polygons `[[x, y, x, y, ...], ...]`."""
     mask = np.zeros(image.shape[:2], np.uint8)
     for polygon in polygons:
         points = np.asarray(polygon, float).reshape(-1, 2) * [across, down]
-        # COCO measures from the corner of the first pixel, OpenCV from its centre; four bits of subpixels.
+        # COCO measures from the corner of the first pixel, OpenCV from its centre, here with 4 fractional bits.
         cv2.fillPoly(mask, [np.rint((points - 0.5) * 16).astype(np.int32)], 1, cv2.LINE_8, 4)
     return mask > 0
 
 
 def _run_lengths(image: np.ndarray, runs: Mapping[str, Any]) -> np.ndarray:
-    """Mask `bool [H, W]` of COCO run lengths: down the columns, zeros first, scaled to the image."""
+    """Mask `bool [H, W]` of COCO run lengths (column-major, zeros first), scaled to the image."""
     height, width = (int(side) for side in runs["size"])
     counts = runs["counts"]
     if isinstance(counts, (str, bytes)):
-        counts = _unpacked(counts.encode() if isinstance(counts, str) else counts)
+        counts = _decompress_counts(counts.encode() if isinstance(counts, str) else counts)
     flat = np.repeat(np.arange(len(counts)) % 2, np.asarray(counts, dtype=np.int64)).astype(np.uint8)
     mask = np.ascontiguousarray(flat.reshape(width, height).T)
     if mask.shape != image.shape[:2]:
@@ -192,8 +191,8 @@ def _run_lengths(image: np.ndarray, runs: Mapping[str, Any]) -> np.ndarray:
     return mask > 0
 
 
-def _unpacked(text: bytes) -> list[int]:
-    """Run lengths from COCO's compressed text: five bits a character, from the third on as differences."""
+def _decompress_counts(text: bytes) -> list[int]:
+    """Decode COCO's compressed counts: 5 bits per character; from the fourth on, differences to two before."""
     counts: list[int] = []
     value = shift = 0
     for character in text:

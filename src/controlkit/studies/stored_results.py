@@ -1,0 +1,113 @@
+"""Results of studies: stored images and numbers, so that a study resumes, and the settings they depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from controlkit.bases.base import Base
+from controlkit.errors import UserError
+from controlkit.evaluation.report import Report
+from controlkit.files import read_json, sha256_of, write_atomically, write_json
+from controlkit.sampling.settings import base_settings, in_words, sampling_settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyResult:
+    """Tables and files of a finished study."""
+
+    reports: tuple[Report, ...]
+    files: dict[str, Path]
+
+
+class StoredResults:
+    """Results of a study in its folder, each computed once, in a file named after a hash of its settings.
+
+    Args:
+        folder: of the study.
+        shared: settings that all results depend on, as plain values.
+    """
+
+    def __init__(self, folder: Path, shared: Mapping[str, Any]) -> None:
+        self._folder = folder / "kept" / sha256_of(_plain(shared))[:12]
+        self._shared = dict(shared)
+
+    def images(
+        self, what: str, settings: Mapping[str, Any], sample: Callable[[], list[np.ndarray]]
+    ) -> list[np.ndarray]:
+        """Stored images `uint8 [H, W, 3]` of one size, or sampled and stored.
+
+        Args:
+            what: printed on standard error before sampling.
+            settings: what they depend on besides the shared settings, as plain values.
+            sample: generates them.
+        """
+        path = self._path("images", settings, "safetensors")
+        if path.is_file():
+            try:
+                return list(load_file(path)["images"].numpy())
+            except (SafetensorError, KeyError):
+                pass  # damaged: sampled again
+        print(what, file=sys.stderr, flush=True)
+        images = sample()
+        metadata = {"settings": _plain({**self._shared, **settings})}
+        tensors = {"images": torch.from_numpy(np.stack(images))}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+        return images
+
+    def numbers(self, what: str, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Stored plain values, or measured and stored; arguments as for `images`."""
+        path = self._path("numbers", settings, "json")
+        if path.is_file():
+            try:
+                stored: dict[str, Any] = read_json(path)["numbers"]
+                return stored
+            except (UserError, KeyError, TypeError):
+                pass  # damaged: measured again
+        print(what, file=sys.stderr, flush=True)
+        numbers = measure()
+        write_json(path, {"numbers": numbers, "settings": {**self._shared, **settings}})
+        return numbers
+
+    def _path(self, kind: str, settings: Mapping[str, Any], suffix: str) -> Path:
+        return self._folder / f"{kind}-{sha256_of(_plain(settings))[:16]}.{suffix}"
+
+
+def study_settings(study: Any, base: Base, *, mode: str, weight: float = 1.0) -> dict[str, Any]:
+    """Settings that the numbers of a study depend on, as plain values.
+
+    Args:
+        study: settings of the study, a dataclass with `sampling_steps`.
+        base: the base.
+        mode: of its controls.
+        weight: of its controls.
+    """
+    return {
+        "study": dataclasses.asdict(study),
+        **base_settings(base),
+        **sampling_settings(base, steps=study.sampling_steps),
+        "mode": mode,
+        "weight": weight,
+    }
+
+
+def with_settings(reports: Sequence[Report], settings: Mapping[str, Any]) -> tuple[Report, ...]:
+    """Add settings to `reports`, and a note with mode and sampling."""
+    note = f"{in_words(dict(settings))}."
+    return tuple(
+        dataclasses.replace(report, notes=(*report.notes, note), settings={**settings, **report.settings})
+        for report in reports
+    )
+
+
+def _plain(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, default=str)
