@@ -14,7 +14,6 @@ from steps import digest
 from workshop import ASSETS, IMAGES, RESULTS, Workshop
 
 from controlkit.errors import UserError
-from controlkit.formats.metadata import read_metadata
 
 MOST_BYTES = 36_000_000
 """What the assets may take together."""
@@ -66,6 +65,8 @@ def lower_scores(before: dict[str, float], now: dict[str, float]) -> list[str]:
 
 def problems(workshop: Workshop) -> list[str]:
     """What forbids to ship the staged assets."""
+    from controlkit.formats.metadata import read_metadata
+
     found = []
     size = sum(path.stat().st_size for path in workshop.assets.rglob("*") if path.is_file())
     if size > MOST_BYTES:
@@ -102,7 +103,7 @@ def adopt(workshop: Workshop, unfinished: Sequence[str], *, accept_lower: bool) 
     if lower and not accept_lower:
         failed += [f"{one} (--accept-lower takes it)" for one in lower]
     if failed:
-        raise UserError("nothing was moved into place:\n" + "\n".join(f"  {one}" for one in failed))
+        raise UserError("nothing was moved into place:\n" + "\n".join(f"  {one}" for one in failed), "would-overwrite")
     told = [f"{name}: {before[name]:.3f} -> {value:.3f}" for name, value in now.items() if name in before]
     for path in moved:
         old, new = workshop.root / path, workshop.staged / path

@@ -25,7 +25,7 @@ from workshop import PACKAGE, RESULTS, Workshop
 
 import controlkit
 from controlkit.errors import UserError
-from controlkit.files import held, write_json
+from controlkit.files import locked, write_json
 from controlkit.settings import build_settings, read_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,17 +64,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def make(args: argparse.Namespace, root: Path = ROOT) -> None:
     """Carry out, or show, what the arguments ask for."""
     if not Path(controlkit.__file__).is_relative_to(root):
-        raise UserError(f"controlkit is imported from {Path(controlkit.__file__).parent}, not from {root / PACKAGE}")
+        raise UserError(
+            f"controlkit is imported from {Path(controlkit.__file__).parent}, not from {root / PACKAGE}", "unsupported"
+        )
     if args.budget is not None and not args.budget >= 0:
-        raise UserError(f"--budget {args.budget}: expected minutes")
+        raise UserError(f"--budget {args.budget}: expected minutes", "out-of-range")
     folder = Path(args.base)
     if args.base not in ("shipped", "scratch", "further") and not folder.exists():
-        raise UserError(f"--base {args.base}: there is no such file or folder; or give shipped, scratch or further")
+        raise UserError(
+            f"--base {args.base}: there is no such file or folder; or give shipped, scratch or further", "missing-file"
+        )
     given = args.controls or (folder if folder.is_dir() else folder.parent if folder.is_file() else None)
     settings = build_settings(MakeSettings, read_overrides(args.settings), "make")
     shop = Workshop(root, budget=args.budget, device=args.device, given=given, say=_say)
     shop.work.mkdir(parents=True, exist_ok=True)
-    with held(shop.work / ".make.lock", "another make is running here; wait for it"):
+    with locked(shop.work / ".make.lock", "another make is running here; wait for it"):
         shop.prepare(keep_base=args.base != "shipped")
         steps = [*TrainingSteps(shop, settings, args.base).steps(), *MeasuringSteps(shop, settings).steps()]
         records = Records(root, shop.work / "make.json", root / RESULTS / "made.json")

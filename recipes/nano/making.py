@@ -67,7 +67,9 @@ def npm_pack(folder: Path, *packages: str) -> Outcome:
     try:
         subprocess.run(["npm", "pack", *packages], cwd=folder, check=True, stdout=sys.stderr)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"npm pack {' '.join(packages)} failed ({error}); it needs npm and a registry") from error
+        raise UserError(
+            f"npm pack {' '.join(packages)} failed ({error}); it needs npm and a registry", "download-failed"
+        ) from error
     return Outcome()
 
 
@@ -76,4 +78,4 @@ def counts(texts: Sequence[str]) -> dict[str, int]:
     try:
         return {name: int(number) for name, _, number in (text.partition("=") for text in texts)}
     except ValueError as error:
-        raise UserError(f"{', '.join(texts)}: expected name=number") from error
+        raise UserError(f"{', '.join(texts)}: expected name=number", "wrong-type") from error

@@ -78,7 +78,8 @@ class MeasuringSteps:
     def _described(self, path: Path) -> dict[str, Any]:
         said = json.loads(self.shop.run(["inspect", str(path), "--base", "nano", "--json"]).printed)
         cost = next(value for name, value in said.items() if name.startswith("GFLOP"))
-        gflop = [cost.get(name, 0) for name in ("once for a condition", "each step of each image")]
+        each = cost.get("once a step", 0) + cost.get("each step of each image", 0)
+        gflop = [cost.get("once for a condition", 0), each]
         steps = made_of_files({"": path})[""].get("steps", 0)
         return {"parameters": said["parameters"], "gflop": gflop, "steps": steps}
 

@@ -36,17 +36,17 @@ def render(text: str, results: Results, page: str = "the page") -> tuple[str, li
         UserError: a mark names no figure, is not closed, or begins a line inside a paragraph.
     """
     if len(_OPEN.findall(text)) != len(_MARK.findall(text)) or text.count("<!-- /nano -->") != len(_MARK.findall(text)):
-        raise UserError(f"{page}: a mark of a figure is not closed, or closed without being opened")
+        raise UserError(f"{page}: a mark of a figure is not closed, or closed without being opened", "bad-data")
     missing: list[str] = []
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in FIGURES:
-            raise UserError(f"{page}: no figure is called {name!r}{nearest(name, list(FIGURES))}")
+            raise UserError(f"{page}: no figure is called {name!r}{nearest(name, list(FIGURES))}", "unknown-name")
         figure = FIGURES[name]
         if not figure.block and text[: match.start()].rpartition("\n")[2].strip() == "":
             # GitHub reads a line that begins with a comment as HTML, without the markdown in it.
-            raise UserError(f"{page}: the figure {name} begins a line; put a word before it")
+            raise UserError(f"{page}: the figure {name} begins a line; put a word before it", "bad-data")
         try:
             return f"<!-- nano:{name} -->{figure.text(results)}<!-- /nano -->"
         except Missing:

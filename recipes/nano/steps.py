@@ -171,7 +171,7 @@ def plan(
     names = [step.name for step in steps]
     for name in sorted(only | leave):
         if name not in names:
-            raise UserError(f"there is no step called {name!r}{nearest(name, names)}")
+            raise UserError(f"there is no step called {name!r}{nearest(name, names)}", "unknown-name")
     why: dict[str, str] = {}
     makers = {path: step for step in steps for path in step.outputs}
     stand_in: dict[str, str | None] = {}
@@ -217,13 +217,13 @@ def run_plan(planned: Sequence[Planned], records: Records, say: Callable[[str], 
             continue
         missing = [records.name(path) for path in step.inputs if not path.exists()]
         if missing and not step.optional_inputs:
-            raise UserError(f"{step.name} needs {', '.join(missing)}; run the steps before it too")
+            raise UserError(f"{step.name} needs {', '.join(missing)}; run the steps before it too", "missing-file")
         say(f"{step.name}: {step.what} ({one.why})")
         started = time.monotonic()
         outcome = step.run()
         missing = [records.name(path) for path in step.outputs if not path.exists()]
         if missing and outcome.complete:
-            raise UserError(f"{step.name} did not write {', '.join(missing)}")
+            raise UserError(f"{step.name} did not write {', '.join(missing)}", "missing-file")
         records.write(step, outcome, time.monotonic() - started)
         if outcome.note:
             say(f"{step.name}: {outcome.note}")

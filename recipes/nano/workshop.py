@@ -148,7 +148,7 @@ class Workshop:
             printed.seek(0)
             text = printed.read()
         if process.returncode and not interrupted:
-            raise UserError(f"controlkit {' '.join(arguments)} failed (exit code {process.returncode})")
+            raise UserError(f"controlkit {' '.join(arguments)} failed (exit code {process.returncode})", "unsupported")
         return Run(printed=text, interrupted=interrupted and process.returncode != 0)
 
     def report(self, file: str, commands: Mapping[str, Sequence[str]], **more: Mapping[str, Any]) -> Outcome:
@@ -252,7 +252,7 @@ class Workshop:
             made = self.run([*command, "--set", f"steps={steps}"], minutes=self.budget)
             done = _steps_done(out)
             if done == 0:
-                raise UserError(f"{name}: no step was done within {self.budget:g} minutes; give it more")
+                raise UserError(f"{name}: no step was done within {self.budget:g} minutes; give it more", "interrupted")
             finished = not made.interrupted
         else:
             finished = False
@@ -287,7 +287,8 @@ class Workshop:
             mine = next((path for path in found if path.is_file() and self.fit(path)[1]), None)
             if mine is None:
                 raise UserError(
-                    f"{name}: nothing is trained yet, and no {result} of this base is given; give a --budget above 0"
+                    f"{name}: nothing is trained yet, and no {result} of this base is given; give a --budget above 0",
+                    "missing-file",
                 )
             _replace(mine, destination)
         return Outcome(complete=False, note="taken as given, not trained further")
@@ -336,7 +337,9 @@ def assemble_base(given: Path, shipped: Path, out: Path) -> None:
         shutil.copytree(shipped, parts, ignore=shutil.ignore_patterns("README.md"))
         found = parts_of(given)
         if not found:
-            raise UserError(f"{given} has no part of a base; expected {', '.join(NETWORKS)} or {', '.join(_SINGLE)}")
+            raise UserError(
+                f"{given} has no part of a base; expected {', '.join(NETWORKS)} or {', '.join(_SINGLE)}", "missing-file"
+            )
         for path in found:
             if path.name in _SINGLE:
                 shutil.copyfile(path, parts / _SINGLE[path.name])
@@ -365,7 +368,7 @@ def _check_parts(base: Base) -> None:
         with torch.no_grad():
             base.decode(base.predict(latent, torch.tensor([500]), base.encode_text([""])))
     except RuntimeError as error:
-        raise UserError(f"the parts of the base do not fit each other: {error}") from error
+        raise UserError(f"the parts of the base do not fit each other: {error}", "incompatible") from error
 
 
 _AS_THEY_ARE = {"tokenizer", "scheduler", "model_index.json"}
@@ -392,9 +395,9 @@ def shortened(value: Any) -> Any:
 
 def made_of_files(files: Mapping[str, Path]) -> dict[str, Any]:
     """Name => how the control in its file was made."""
-    from controlkit.formats.metadata import made_of, read_metadata
+    from controlkit.formats.metadata import provenance_of, read_metadata
 
-    return {name: made_of(read_metadata(path)) for name, path in files.items()}
+    return {name: provenance_of(read_metadata(path)) for name, path in files.items()}
 
 
 def _steps_done(out: Path) -> int:
