@@ -104,15 +104,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _round(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    return "" if value is None else f"{value:z.{digits}f}"
 
 
 def _two(value: float) -> str:
-    return f"{value:.2f}"
+    return f"{value:z.2f}"
 
 
 def _three(value: float) -> str:
-    return f"{value:.3f}"
+    return f"{value:z.3f}"
 
 
 def _facts(results: Results, label: str, images: str) -> Mapping[str, float]:
@@ -256,6 +256,8 @@ def _guidance_table(results: Results) -> str:
         report = results.report("guidance", label)
         control, facts = report["settings"]["control"], next(iter(report["facts"].values()))
         told = [control["mode"], f"{report['settings']['guidance']:g}", f"{control['weight']:g}"]
+        if told == ["control", "3", "1"]:  # nano's defaults
+            told = [f"**{text}**" for text in told]
         rows.append([*told, _three(facts["control"]), _two(facts["gap_closed"])])
     return table(("mode", "guidance", "weight", "edge F1", "gap closed"), rows)
 
@@ -272,7 +274,7 @@ def _systems_table(results: Results) -> str:
     def ends(name: str) -> list[str]:
         gap = {"baseline": "0", "ceiling": "1"}[name]
         both = (_facts(results, "control", images)[name] for images in ("held-out", "openmoji"))
-        return [f"{value:.3f}, {gap}" for value in both]
+        return [f"{value:z.3f}, {gap}" for value in both]
 
     rows = [["no control", "", "", "", *ends("baseline")]]
     for system, title in _SYSTEMS.items():
@@ -324,10 +326,11 @@ def _cells(results: Results, file: str) -> list[Mapping[str, Any]]:
     """The cells at the study's own rank and number of pairs; those of its other parts differ in one of them."""
     study = _study(results, file)
     cells = [cell for cell in results.run(file)["cells"] if cell["rank"] in (None, study["rank"])]
-    most = {
-        task: max(cell["pairs"] for cell in cells if cell["task"] == task and cell["pairs"] <= study["pairs"])
-        for task in {cell["task"] for cell in cells}
-    }
+    most = {}
+    for task in {cell["task"] for cell in cells}:
+        counts = {cell["pairs"] for cell in cells if cell["task"] == task}
+        # A folder of pairs that was given may hold more than the study makes of its own.
+        most[task] = max((count for count in counts if count <= study["pairs"]), default=max(counts))
     return [cell for cell in cells if cell["pairs"] == most[cell["task"]]]
 
 
@@ -424,6 +427,8 @@ def _new_condition(task: str, file: str = "new-condition") -> Callable[[Results]
 
     def make(results: Results) -> str:
         values = _closed(_cells(results, file))
+        if (task, "adapter", 25) not in values or (task, "adapter", 500) not in values:
+            raise Missing(f"{file}: {task} after 25 and 500 steps")
         return ", ".join(
             f"{values[task, method, 25]:.2f} / {values[task, method, 500]:.2f}" for method in ("adapter", "ControlNet")
         )

@@ -92,7 +92,7 @@ class MeasuringSteps:
         adapters = ["evaluate", "control", *names, *_images(wanted.adapter_images), *few]
         guidance = ["evaluate", "control", "canny", "--sets", "seen", *_images(wanted.guidance_images), *few]
         systems = {
-            system: ["evaluate", "control", str(system_file(self.shop, system)), *_images(wanted.images), *few]
+            system: ["evaluate", "control", str(system_file(self.shop, system).relative_to(self.root)), *canny[3:]]
             for system in counts(wanted.system_steps)
         }
         shipped = (self.shop.control("canny"),)

@@ -107,10 +107,10 @@ class TrainingSteps:
                 "base.yaml",
                 (self.shop.icons, autoencoder / "vae"),
                 {"base": first},
-                settings=(f"autoencoder={autoencoder}",),
+                settings=(f"autoencoder={autoencoder.relative_to(self.root)}",),
                 minutes=186,
             ),
-            self._concepts(made, (f"start={first}",), (first,)),
+            self._concepts(made, (f"start={first.relative_to(self.root)}",), (first,)),
         ]
 
     def _concepts(self, made: Path, settings: Sequence[str], reads: tuple[Path, ...]) -> Step:
@@ -221,7 +221,7 @@ class TrainingSteps:
             what=f"train {RECIPES / recipe}",
             inputs=(self.root / RECIPES / recipe, *reads),
             outputs=tuple(results.values()),
-            settings={"settings": [one.replace(f"{self.root}/", "") for one in settings]},
+            settings={"settings": list(settings)},
             run=partial(self.shop.train, name, self.root / RECIPES / recipe, reads, results, settings, start, places),
             minutes=minutes,
             training=True,

@@ -194,7 +194,7 @@ class Workshop:
         """
         key = sha256_of(name, *arguments, *(digest(path) or "" for path in reads))[:12]
         out = self.made / "studies" / f"{file}-{key}"
-        command = ["study", name, *arguments, "--out", str(out), "--json"]
+        command = ["study", name, *arguments, "--out", str(out.relative_to(self.root)), "--json"]
         made = self.run(command, minutes=self.budget)
         if made.interrupted:
             return Outcome(complete=False, note="stopped by the budget; it resumes")
@@ -241,10 +241,11 @@ class Workshop:
         if self.budget == 0 and not _steps_done(out):
             return self._taken(name, results, places)
         given, told = self._start(out, start, places)
-        overrides = [*settings, f"out={out}"]
-        overrides += [] if given is None else [f"start={given}"]
+        # Relative to the root, in which commands run: files tell what they were made from.
+        overrides = [*settings, f"out={out.relative_to(self.root)}"]
+        overrides += [] if given is None else [f"start={given.relative_to(self.root)}"]
         overrides += [] if self.device is None else [f"device={self.device}"]
-        command = ["train", str(recipe)]
+        command = ["train", str(recipe.relative_to(self.root))]
         for override in overrides:
             command += ["--set", override]
         done = _steps_done(out)
