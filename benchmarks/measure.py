@@ -178,11 +178,11 @@ def base_in_float32(args: argparse.Namespace) -> tuple[Base, bool]:
 @contextmanager
 def unfolded() -> Iterator[None]:
     """A block in which layers add a LoRA's product, as the reference does, and never make W + up @ down."""
-    before, lora._FOLDS_AT = lora._FOLDS_AT, math.inf
+    before, lora._FOLD_RATIO = lora._FOLD_RATIO, math.inf
     try:
         yield
     finally:
-        lora._FOLDS_AT = before
+        lora._FOLD_RATIO = before
 
 
 @contextmanager

@@ -206,7 +206,7 @@ def test_pairs_of_another_size_than_they_are_drawn_at_are_told_of(pairs, base_co
     for path in pairs.rglob("*.png"):
         Image.open(path).resize((96, 96)).save(path)
     assert adapt(pairs, base_control, base_folder, tmp_path / "larger") == 0
-    assert "are scaled from 96 pixels to 64" in capsys.readouterr().err
+    assert "scaled from 96 to 64 pixels" in capsys.readouterr().err
 
 
 def test_what_is_not_given_suits_the_size_of_the_base(base_folder):

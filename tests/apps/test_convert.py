@@ -60,7 +60,7 @@ def test_a_control_that_ships_is_found_by_its_name(tmp_path, capsys):
     ("words", "facts"),
     [
         (("IN", "out.safetensors", "--to", "orignal"), ["'orignal'", "did you mean original"]),
-        (("IN", "out.pth", "--to", "original"), ["out.pth", ".safetensors", "pickle"]),
+        (("IN", "out.pth", "--to", "original"), ["out.pth", ".safetensors"]),
         (("IN", "out.safetensors", "--to", "original", "--dtype", "fp8"), ["--dtype", "fp8", "float32"]),
         (("IN", "out.safetensors", "--to", "peft"), ["peft"]),
         (("IN", "out.safetensors", "--to", "merged"), ["merged"]),

@@ -207,7 +207,8 @@ def test_an_error_begins_on_a_line_of_its_own(monkeypatch):
 
 
 PROBE = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it runs behind it
 from controlkit.apps import cli, demo
 def run(args):
     try:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from refusals import check
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_condition.py"
 
 
@@ -49,7 +51,8 @@ def test_a_file_that_fails_is_named(tmp_path, image):
     assert made.returncode == 2
     assert "broken.py" in made.stderr and "ZeroDivisionError" in made.stderr and "Traceback" not in made.stderr
     made = controlkit("condition", "--list", files=["nothing.py"], cwd=tmp_path)
-    assert made.returncode == 2 and "not there" in made.stderr
+    assert made.returncode == 2
+    check(made.stderr, "missing-file", "CONTROLKIT_CONDITIONS", "nothing.py")
 
 
 def test_all_conditions_of_one_image_on_one_sheet(image, tmp_path):

@@ -379,7 +379,7 @@ class TestWhereItIsFound:
             text.replace("    reads = Reads.TEXT", f"    reads = Reads.TEXT\n    {taken}")
         )
         monkeypatch.setenv(registry.VARIABLE, str(tmp_path / "taken.py"))
-        with pytest.raises(UserError, match=r"a shift.*'controlnet'"):
+        with refused("plugin-failed", "a shift", "'controlnet'"):
             recipes()
 
     def test_two_files_of_one_name_are_two_modules(self, fresh_registry, monkeypatch, tmp_path):

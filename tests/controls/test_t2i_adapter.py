@@ -33,7 +33,7 @@ from controlkit.nano.base_objective import save_base
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample
-from refusals import refused
+from refusals import check, refused
 from tiny import SD1_SCHEDULE, build_tiny_sdxl
 
 SETTINGS = {"prompt": "red apple", "negative_prompt": "cat face", "seeds": (3, 11), "steps": 4, "guidance": 4.0}
@@ -341,4 +341,4 @@ class TestFiles:
         path = save_control(tmp_path / "a.safetensors", fresh(tiny_base), tiny_base)
         words = ["transfer", str(path), "--from", str(base_folder), "--to", str(base_folder)]
         assert main([*words, "--out", str(tmp_path / "b.safetensors")]) == 2
-        assert "as it is" in capsys.readouterr().err
+        check(capsys.readouterr().err, "wrong-kind", tmp_path / "a.safetensors", "t2i-adapter")

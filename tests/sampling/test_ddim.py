@@ -9,8 +9,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from controlkit.bases.schedules.ddim import ddim_step, times_of
-from controlkit.errors import UserError
 from controlkit.sampling.sampler import initial_noise, sample
+from refusals import refused
 from tiny import SD1_SCHEDULE
 
 
@@ -75,7 +75,7 @@ def test_every_number_of_steps_has_as_many_times_falling_from_near_the_top(spaci
 
 
 def test_one_step_that_would_begin_without_noise_is_refused(sd1_scheduled_base, tiny_base):
-    with pytest.raises(UserError, match=r"begins at time 1 of 1000.* give 2 steps or more"):
+    with refused("out-of-range", "steps is 1", "time 1 of 1000", "2 steps"):
         next(sample(sd1_scheduled_base, prompt="red apple", seeds=[0], steps=1))
     assert len(next(sample(tiny_base, prompt="red apple", seeds=[0], steps=1))) == 1
 

@@ -164,7 +164,7 @@ class TestASourceOfOnesOwn:
 
             def __init__(self, recipe):
                 if recipe.shades < 2:
-                    raise UserError("shades must be 2 at least")
+                    raise UserError("shades must be 2 at least", "out-of-range")
                 self.count = recipe.shades
 
             def notes(self, base):

@@ -326,7 +326,7 @@ def test_a_truncated_state_never_becomes_the_previous_one(tmp_path, monkeypatch,
     path = tmp_path / "state.safetensors"
     path.write_bytes(path.read_bytes()[:200])
     with monkeypatch.context() as patched, pytest.raises(UserError, match="no space"):
-        patched.setattr(state, "write_atomically", lambda *_: raises(UserError("no space"))(0))
+        patched.setattr(state, "write_atomically", lambda *_: raises(UserError("no space", "write-failed"))(0))
         run(tmp_path, steps=9)
     messages = capsys.readouterr().err
     assert "state.damaged.safetensors" in messages and "of step 3" in messages
@@ -401,7 +401,7 @@ def test_a_slow_explosion_ends_with_a_state_from_before_it_however_often_it_was_
 
 def test_a_preview_that_fails_costs_no_step(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(Toy, "preview", lambda *_: raises(UserError("no weights"))(0))
+        patched.setattr(Toy, "preview", lambda *_: raises(UserError("no weights", "missing-weights"))(0))
         with pytest.raises(UserError, match="no weights"):
             run(tmp_path, save_every=100, preview_every=4)
     assert load_state(tmp_path / "state.safetensors").step == 4
