@@ -478,3 +478,19 @@ def test_a_budget_interrupts_a_training_whose_result_is_used_and_which_resumes(r
     assert first > 0 and not read_json(state)["steps"]["canny"]["complete"]
     assert (repository / "runs/nano/staged/src/controlkit/assets/controls/canny.safetensors").is_file()
     assert done() > first
+
+
+@pytest.mark.slow
+def test_the_base_is_trained_from_icons_or_trained_further(repository):
+    (repository / "recipes/nano/concepts.txt").write_text("\n".join(tiny.concepts(False, 3)) + "\n")
+    shipped = load_base(repository / "src/controlkit/assets/nano")
+    staged = repository / "runs/nano/staged/src/controlkit/assets/nano"
+    run_make(repository, "--base", "further", "--only", "concepts", "nano")
+    further = load_base(staged)
+    assert further.fingerprint != shipped.fingerprint
+    assert further.unet.config.block_out_channels == shipped.unet.config.block_out_channels
+    run_make(repository, "--base", "scratch", "--only", "autoencoder", "base", "concepts", "nano")
+    assert load_base(staged).unet.config.block_out_channels == [48, 96, 160]
+    said = run_make(repository, "--base", "scratch", "--only", "autoencoder", "base", "concepts", "nano")
+    told = plan_of(said)
+    assert {told[name] for name in ("autoencoder", "base", "concepts", "nano")} == {"skipped: up to date"}
