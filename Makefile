@@ -4,6 +4,7 @@
 #   make test       the tests that every change has to pass
 #   make test-slow  the tests that take minutes
 #   make lint       style, types and the import order of the rooms
+#   make nano       nano with its controls, figures and images; NANO=--dry-run: the plan (recipes/nano/README.md)
 #   make clean      remove the environment and everything that tools left behind
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint nano clean
 
 demo: $(VENV)/.installed
 	$(BIN)/controlkit demo
@@ -30,6 +31,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+nano: $(VENV)/.installed-dev
+	$(BIN)/python recipes/nano/make.py $(NANO)
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

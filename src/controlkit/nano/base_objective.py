@@ -267,9 +267,13 @@ def save_base(base: Base, out: Path, dtype: torch.dtype = torch.float16) -> None
     for name, network in (("vae", base.vae), ("unet", base.unet), ("text_encoder", base.text_encoder)):
         plain = nn.Module.to(copy.deepcopy(network), "cpu", dtype)
         plain.save_pretrained(out / name, safe_serialization=True)
-    # transformers loads in the dtype of this file, diffusers in float32; in one pipeline they must agree.
-    config = out / "text_encoder" / "config.json"
-    write_json(config, {**json.loads(config.read_text()), "dtype": "float32"})
+        path = out / name / "config.json"
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # where the base was loaded from on this machine
+        if name == "text_encoder":
+            # transformers loads in the dtype of this file, diffusers in float32; in one pipeline they must agree.
+            config["dtype"] = "float32"
+        write_json(path, config)
     base.tokenizer.save_pretrained(out / "tokenizer")
     write_json(out / "scheduler" / "scheduler_config.json", base.scheduler_config)
     write_json(

@@ -1,0 +1,81 @@
+"""What is trained and measured in making nano."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from steps import Outcome
+from workshop import Workshop
+
+from controlkit.errors import UserError
+
+RECIPES = Path("recipes/nano")
+
+BASE_CONDITIONS = (
+    *("canny", "softedge_sobel", "scribble", "color_regions", "silhouette", "grayscale"),
+    *("blur", "inpaint", "outpaint"),
+)
+"""Those of recipes/nano/ctrlora-base.yaml, whose adapters are trained with the base control."""
+
+ADAPTERS = {
+    "palette": "palette",
+    "pixel": "pixel",
+    "lineart_color_hints": "lineart_color_hints",
+    "lineart": "lineart_xdog",
+}
+"""Adapters that are trained on the finished base control => their conditions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeSettings:
+    """What is trained and measured. The defaults are those of the pages."""
+
+    adapter_steps: tuple[str, ...] = ("palette=1000", "pixel=1000", "lineart_color_hints=1000", "lineart=500")
+    """Optimiser steps of each adapter."""
+    pairs: int = 1000
+    """Pairs to learn each of them from."""
+    system_steps: tuple[str, ...] = ("controlnet-mlp=800", "controlnet-lite=800", "controlnet-xs=1600")
+    """Optimiser steps of the other systems that are compared on canny."""
+    images: int = 96
+    """Images of each set on which canny controls are evaluated."""
+    adapter_images: int = 32
+    """The same for adapters."""
+    guidance_images: int = 48
+    """Images on which modes, guidance scales and weights are compared."""
+    sampling_steps: int = 20
+    """DDIM steps."""
+    new_condition: tuple[str, ...] = ()
+    """Settings of the study new-condition, `key=value`."""
+    several_conditions: tuple[str, ...] = ("images=32",)
+    """Settings of the study several-conditions."""
+    community_model: tuple[str, ...] = ()
+    """Settings of the study community-model."""
+
+
+def system_file(shop: Workshop, system: str) -> Path:
+    """Where the canny control of a system that does not ship is."""
+    return shop.made / "systems" / f"{system}.safetensors"
+
+
+def npm_pack(folder: Path, *packages: str) -> Outcome:
+    """Download packages into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        subprocess.run(["npm", "pack", *packages], cwd=folder, check=True, stdout=sys.stderr)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"npm pack {' '.join(packages)} failed ({error}); it needs npm and a registry", "download-failed"
+        ) from error
+    return Outcome()
+
+
+def counts(texts: Sequence[str]) -> dict[str, int]:
+    """`name=number` texts as a mapping."""
+    try:
+        return {name: int(number) for name, _, number in (text.partition("=") for text in texts)}
+    except ValueError as error:
+        raise UserError(f"{', '.join(texts)}: expected name=number", "wrong-type") from error

@@ -1,0 +1,290 @@
+"""The steps that make figures: evaluations, studies, images and pages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from figures import Results
+from making import ADAPTERS, BASE_CONDITIONS, RECIPES, MakeSettings, counts, npm_pack, system_file
+from pages import marked, pages, render, without_figures
+from steps import Outcome, Step, digest
+from workshop import Workshop, made_of_files
+
+from controlkit.files import write_atomically
+
+_GUIDANCE = (
+    *(("balanced", scale, 1.0) for scale in (1.0, 2.0, 3.0)),
+    ("balanced", 3.0, 1.5),
+    *(("control", scale, 1.0) for scale in (2.0, 3.0, 5.0)),
+    *(("control", 3.0, weight) for weight in (0.7, 1.5)),
+)
+"""Mode, guidance scale and weight of each row of the table in docs/nano.md."""
+
+
+class MeasuringSteps:
+    """Steps that measure and tell."""
+
+    def __init__(self, shop: Workshop, settings: MakeSettings) -> None:
+        self.shop = shop
+        self.settings = settings
+        self.root = shop.root
+
+    def steps(self) -> list[Step]:
+        """All of them, in order."""
+        return [*self._evaluations(), *self._studies(), self._demo(), self._pages()]
+
+    def _report(
+        self,
+        file: str,
+        what: str,
+        commands: dict[str, list[str]],
+        reads: tuple[Path, ...],
+        *images: str,
+        minutes: float,
+    ) -> Step:
+        def run() -> Outcome:
+            return self.shop.report(file, commands, **self._beside(file))
+
+        sets = self.shop.assets / "evaluation"
+        return Step(
+            name=f"evaluate-{file}",
+            what=what,
+            inputs=(*self.shop.base, *reads, sets),
+            outputs=(self.shop.results / f"{file}.json", *(self.shop.images / image for image in images)),
+            settings={"commands": {label: self.shop.shown(command) for label, command in commands.items()}},
+            run=run,
+            minutes=minutes,
+        )
+
+    def _beside(self, file: str) -> dict[str, Any]:
+        """What a file of results has besides reports: label => plain value."""
+        if file == "adapters":
+            files = {f"nano/{name}": self.shop.control(f"nano/{name}") for name in (*BASE_CONDITIONS, *ADAPTERS)}
+            return {"made": {"control": made_of_files(files)}}
+        if file != "systems":
+            return {}
+        told = {
+            system: self._described(system_file(self.shop, system)) for system in counts(self.settings.system_steps)
+        }
+        told["controlnet"] = self._described(self.shop.control("canny"))
+        return {key: {system: one[key] for system, one in told.items()} for key in ("parameters", "gflop", "steps")}
+
+    def _described(self, path: Path) -> dict[str, Any]:
+        said = json.loads(self.shop.run(["inspect", str(path), "--base", "nano", "--json"]).printed)
+        cost = next(value for name, value in said.items() if name.startswith("GFLOP"))
+        each = cost.get("once a step", 0) + cost.get("each step of each image", 0)
+        gflop = [cost.get("once for a condition", 0), each]
+        steps = made_of_files({"": path})[""].get("steps", 0)
+        return {"parameters": said["parameters"], "gflop": gflop, "steps": steps}
+
+    def _evaluations(self) -> list[Step]:
+        wanted = self.settings
+        few = [] if wanted.sampling_steps == 20 else ["--steps", str(wanted.sampling_steps)]
+        base = ["evaluate", "base", "nano", *few]
+        canny = ["evaluate", "control", "canny", *_images(wanted.images), *few]
+        names = [f"nano/{name}" for name in (*BASE_CONDITIONS, *ADAPTERS)]
+        adapters = ["evaluate", "control", *names, *_images(wanted.adapter_images), *few]
+        guidance = ["evaluate", "control", "canny", "--sets", "seen", *_images(wanted.guidance_images), *few]
+        systems = {
+            system: ["evaluate", "control", str(system_file(self.shop, system).relative_to(self.root)), *canny[3:]]
+            for system in counts(wanted.system_steps)
+        }
+        shipped = (self.shop.control("canny"),)
+        sheets = {image: ["--sheet", str(self.shop.images / image)] for image in ("nano.png", "canny.png")}
+        return [
+            self._report(
+                "base", "evaluate the base", {"default": [*base, *sheets["nano.png"]]}, (), "nano.png", minutes=3
+            ),
+            self._report(
+                "base-sampling",
+                "the base under other guidance and samplers",
+                {
+                    "guidance 2": [*base, "--guidance", "2"],
+                    "guidance 5": [*base, "--guidance", "5"],
+                    "dpm++": [*base, "--sampler", "dpm++"],
+                    "unipc": [*base, "--sampler", "unipc"],
+                    "60 steps": [*base[:3], "--steps", str(3 * wanted.sampling_steps)],
+                },
+                (),
+                minutes=18,
+            ),
+            self._report(
+                "canny",
+                "evaluate the canny ControlNet",
+                {"control": [*canny, *sheets["canny.png"]], "balanced": [*canny, "--mode", "balanced"]},
+                shipped,
+                "canny.png",
+                minutes=4,
+            ),
+            self._report(
+                "guidance",
+                "the canny ControlNet under modes, guidance scales and weights",
+                {
+                    f"{mode} {scale:g} {weight:g}": [
+                        *guidance,
+                        *("--mode", mode, "--guidance", f"{scale:g}", "--weight", f"{weight:g}"),
+                    ]
+                    for mode, scale, weight in _GUIDANCE
+                },
+                shipped,
+                minutes=9,
+            ),
+            self._report(
+                "adapters",
+                "evaluate the adapters",
+                {"control": adapters, "balanced": [*adapters, "--mode", "balanced"]},
+                tuple(self.shop.control(name) for name in ("nano/base", *names)),
+                minutes=12,
+            ),
+            self._report(
+                "systems",
+                "evaluate other systems on canny",
+                {**systems, "controlnet": canny},
+                (*shipped, *(system_file(self.shop, system) for system in systems)),
+                minutes=6,
+            ),
+        ]
+
+    def _studies(self) -> list[Step]:
+        pairs = self.root / "data" / "openmoji-pairs"
+        adapters = tuple(self.shop.control(f"nano/{name}") for name in ("base", *BASE_CONDITIONS, *ADAPTERS))
+        given = ["--control", "nano/base", "--given", f"openmoji={pairs.relative_to(self.root)}@lineart_given"]
+        mode = ("mode=control", "parts=[budgets]", "budgets=[25,100,500]")
+        learned = (self.shop.control("nano/base"), self.shop.icons, pairs)
+        chosen = self.settings
+        return [
+            *self._openmoji(pairs),
+            self._study(
+                "new-condition",
+                "new-condition",
+                [*given, *_set(("ranks=[2,4,8,32,64]", "pair_counts=[100,1000,5000]", *chosen.new_condition))],
+                learned,
+                {"figure": "new-condition.png", "images": "new-condition-pictures.png"},
+                minutes=400,
+            ),
+            self._study(
+                "new-condition-control",
+                "new-condition",
+                [*given, *_set((*mode, *chosen.new_condition))],
+                learned,
+                {},
+                minutes=90,
+            ),
+            self._study("several", "several-conditions", _set(chosen.several_conditions), adapters, {}, minutes=15),
+            self._study(
+                "community",
+                "community-model",
+                _set(chosen.community_model),
+                (self.shop.control("canny"), self.shop.icons),
+                {"images": "community-model.png"},
+                minutes=25,
+            ),
+        ]
+
+    def _openmoji(self, pairs: Path) -> list[Step]:
+        package = self.root / "data" / "openmoji" / "openmoji-17.0.0.tgz"
+
+        def write() -> Outcome:
+            script = self.root / RECIPES / "build_openmoji_pairs.py"
+            subprocess.run([sys.executable, str(script), str(package), str(pairs)], cwd=self.root, check=True)
+            return Outcome()
+
+        return [
+            Step(
+                name="openmoji",
+                what="the package openmoji from npm",
+                outputs=(package,),
+                run=partial(npm_pack, package.parent, "openmoji@17.0.0"),
+                intermediate=True,
+                data=True,
+            ),
+            Step(
+                name="openmoji-pairs",
+                what="pairs of OpenMoji's line art",
+                inputs=(package,),
+                outputs=(pairs,),
+                run=write,
+                intermediate=True,
+                data=True,
+            ),
+        ]
+
+    def _study(
+        self,
+        file: str,
+        name: str,
+        arguments: list[str],
+        reads: tuple[Path, ...],
+        images: dict[str, str],
+        *,
+        minutes: float,
+    ) -> Step:
+        reads = (*self.shop.base, *reads)
+        return Step(
+            name=f"study-{file}",
+            what=f"controlkit study {name}",
+            inputs=reads,
+            outputs=(self.shop.results / f"{file}.json", *(self.shop.images / image for image in images.values())),
+            settings={"arguments": arguments},
+            run=partial(self.shop.study, file, name, arguments, reads, images),
+            minutes=minutes,
+        )
+
+    def _demo(self) -> Step:
+        sheet = self.shop.images / "demo.png"
+
+        def run() -> Outcome:
+            made = json.loads(self.shop.run(["demo", "--out", str(self.shop.made / "demo"), "--json"]).printed)
+            write_atomically(sheet, lambda path: path.write_bytes(Path(made["sheet"]).read_bytes()))
+            return Outcome()
+
+        return Step(
+            name="demo",
+            what="the image of the demo",
+            inputs=(*self.shop.base, *(self.shop.assets / name for name in ("controls", "demo"))),
+            outputs=(sheet,),
+            run=run,
+            minutes=0.3,
+        )
+
+    def _pages(self) -> Step:
+        texts = {page: page.read_text(encoding="utf-8") for page in pages(self.root)}
+        found = {page: text for page, text in texts.items() if marked(text)}
+        staged = {page: self.shop.staged / page.relative_to(self.root) for page in found}
+
+        def run() -> Outcome:
+            results, without = Results(self.shop.results), set()
+            for page, copy in staged.items():
+                text, missing = render(found[page], results, str(page.relative_to(self.root)))
+                without |= set(missing)
+                write_atomically(copy, partial(Path.write_text, data=text, encoding="utf-8"))
+            return Outcome(note=f"not measured yet: {', '.join(sorted(without))}" if without else "")
+
+        made = [*self._evaluations(), *self._studies()]
+        results = {path for step in made for path in step.outputs if path.parent == self.shop.results}
+        around = {str(page.relative_to(self.root)): without_figures(text) for page, text in found.items()}
+        return Step(
+            name="pages",
+            what="figures of nano in the pages",
+            inputs=tuple(sorted(results)),
+            outputs=tuple(staged.values()),
+            settings={"pages": around, "figures": digest(Path(__file__).with_name("figures.py"))},
+            run=run,
+            minutes=0.1,
+            intermediate=True,
+            optional_inputs=True,
+        )
+
+
+def _images(count: int) -> list[str]:
+    return [] if count == 96 else ["--images", str(count)]
+
+
+def _set(settings: Sequence[str]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]

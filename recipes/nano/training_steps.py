@@ -1,0 +1,229 @@
+"""The steps that make weights: icons, the base, its controls and adapters, and other systems to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from making import ADAPTERS, BASE_CONDITIONS, RECIPES, MakeSettings, counts, npm_pack, system_file
+from steps import Outcome, Step
+from workshop import ASSETS, NETWORKS, Workshop, assemble_base, parts_of
+
+
+class TrainingSteps:
+    """Steps that make weights.
+
+    Args:
+        base: `shipped`, `scratch`, `further`, or a path of weights.
+    """
+
+    def __init__(self, shop: Workshop, settings: MakeSettings, base: str) -> None:
+        self.shop = shop
+        self.settings = settings
+        self.base = base
+        self.root = shop.root
+
+    def steps(self) -> list[Step]:
+        """All of them, in order."""
+        return [*self._icons(), *self._base(), *self._controls(), *self._adapters(), *self._systems()]
+
+    # Data
+
+    def _icons(self) -> list[Step]:
+        from controlkit.nano.icons import STYLES, render_sets
+
+        packages = self.root / "data" / "icons"
+        names = [f"@{file.replace('iconify-json-', 'iconify-json/')}" for file in STYLES.values()]
+
+        def fetch() -> Outcome:
+            return npm_pack(packages, *names)
+
+        def draw() -> Outcome:
+            render_sets(str(packages), str(self.shop.icons))
+            return Outcome()
+
+        return [
+            Step(
+                name="packages",
+                what="icon packages from npm",
+                outputs=(packages,),
+                settings={"packages": names},
+                run=fetch,
+                intermediate=True,
+                data=True,
+            ),
+            Step(
+                name="icons",
+                what="render the icons",
+                inputs=(packages,),
+                outputs=(self.shop.icons,),
+                run=draw,
+                intermediate=True,
+                data=True,
+            ),
+        ]
+
+    # The base
+
+    def _base(self) -> list[Step]:
+        if self.base == "shipped":
+            return []
+        nano, made = self.root / ASSETS / "nano", self.shop.made / "base"
+        steps = []
+        if self.base == "scratch":
+            steps += self._from_scratch(made)
+        elif self.base == "further":
+            shipped = tuple(nano / name for name in NETWORKS)
+            settings = (f"start={ASSETS / 'nano'}",)
+            steps.append(self._concepts(made, settings, shipped))
+        given = made if self.base in ("scratch", "further") else Path(self.base).resolve()
+
+        def assemble() -> Outcome:
+            assemble_base(given, nano, self.shop.assets / "nano")
+            return Outcome()
+
+        parts = (given,) if steps else tuple(parts_of(given))
+        steps.append(
+            Step(
+                name="nano",
+                what=f"the base's folder, from {'its training' if steps else self.base}",
+                inputs=parts or (given,),
+                outputs=self.shop.base,
+                run=assemble,
+                minutes=0.2,
+            )
+        )
+        return steps
+
+    def _from_scratch(self, made: Path) -> list[Step]:
+        autoencoder, first = self.shop.made / "autoencoder", self.shop.made / "base-first"
+        return [
+            self._training(
+                "autoencoder", "autoencoder.yaml", (self.shop.icons,), {"vae": autoencoder / "vae"}, minutes=30
+            ),
+            self._training(
+                "base",
+                "base.yaml",
+                (self.shop.icons, autoencoder / "vae"),
+                {"base": first},
+                settings=(f"autoencoder={autoencoder.relative_to(self.root)}",),
+                minutes=186,
+            ),
+            self._concepts(made, (f"start={first.relative_to(self.root)}",), (first,)),
+        ]
+
+    def _concepts(self, made: Path, settings: Sequence[str], reads: tuple[Path, ...]) -> Step:
+        reads = (self.shop.icons, self.root / RECIPES / "concepts.txt", *reads)
+        return self._training("concepts", "base-concepts.yaml", reads, {"base": made}, settings=settings, minutes=396)
+
+    # Controls
+
+    def _controls(self) -> list[Step]:
+        reads = (*self.shop.base, self.shop.icons)
+        names = ("base", *BASE_CONDITIONS)
+        return [
+            self._training(
+                "canny",
+                "controlnet-canny.yaml",
+                reads,
+                {"canny.safetensors": self.shop.control("canny")},
+                start="canny",
+                places=("",),
+                minutes=174,
+                intermediate=False,
+            ),
+            self._training(
+                "ctrlora",
+                "ctrlora-base.yaml",
+                reads,
+                {f"{name}.safetensors": self.shop.control(f"nano/{name}") for name in names},
+                start="base",
+                places=("ctrlora", "nano"),
+                minutes=84,
+                intermediate=False,
+            ),
+        ]
+
+    def _adapters(self) -> list[Step]:
+        folder = self.shop.made / "pairs"
+
+        def write() -> Outcome:
+            from controlkit import conditions
+            from controlkit.data.pairs import write_pairs
+            from controlkit.nano.icons import IconSets
+            from controlkit.studies.new_condition import icon_pairs
+
+            sets = IconSets(str(self.shop.icons))
+            for name in ADAPTERS.values():
+                write_pairs(folder / name, icon_pairs(sets, conditions.find(name), self.settings.pairs))
+            return Outcome()
+
+        pairs = Step(
+            name="pairs",
+            what="pairs for the new adapters",
+            inputs=(self.shop.icons,),
+            outputs=tuple(folder / name for name in ADAPTERS.values()),
+            settings={"pairs": self.settings.pairs},
+            run=write,
+            intermediate=True,
+        )
+        return [
+            pairs,
+            *(
+                self._training(
+                    f"adapter-{name}",
+                    "ctrlora-adapter.yaml",
+                    (*self.shop.base, self.shop.control("nano/base"), folder / ADAPTERS[name]),
+                    {f"{name}.safetensors": self.shop.control(f"nano/{name}")},
+                    settings=(
+                        f"pairs={(folder / ADAPTERS[name]).relative_to(self.root)}",
+                        f"condition={ADAPTERS[name]}",
+                        f"name={name}",
+                        f"steps={steps}",
+                    ),
+                    places=("ctrlora", "nano"),
+                    minutes=4 * steps / 500,
+                    intermediate=False,
+                )
+                for name, steps in counts(self.settings.adapter_steps).items()
+            ),
+        ]
+
+    def _systems(self) -> list[Step]:
+        return [
+            self._training(
+                system,
+                f"{system}.yaml",
+                (*self.shop.base, self.shop.icons),
+                {"canny.safetensors": system_file(self.shop, system)},
+                settings=(f"steps={steps}",),
+                minutes=20 * steps / 800,
+            )
+            for system, steps in counts(self.settings.system_steps).items()
+        ]
+
+    def _training(
+        self,
+        name: str,
+        recipe: str,
+        reads: tuple[Path, ...],
+        results: dict[str, Path],
+        *,
+        settings: Sequence[str] = (),
+        start: str | None = None,
+        places: Sequence[str] = (),
+        minutes: float,
+        intermediate: bool = True,
+    ) -> Step:
+        return Step(
+            name=name,
+            what=f"train {RECIPES / recipe}",
+            inputs=(self.root / RECIPES / recipe, *reads),
+            outputs=tuple(results.values()),
+            settings={"settings": list(settings)},
+            run=partial(self.shop.train, name, self.root / RECIPES / recipe, reads, results, settings, start, places),
+            minutes=minutes,
+            training=True,
+            intermediate=intermediate,
+        )
