@@ -114,9 +114,9 @@ def test_an_adapter_never_takes_the_place_of_its_base_control(pairs, base_contro
     assert adapt(pairs, base_control, base_folder, base_control.parent, "--name", "base") == 2
     check(capsys.readouterr().err, "would-overwrite", base_control)
     assert base_control.read_bytes() == before
-    for name in ("state", "..", "a/b"):
+    for name, code in (("state", "would-overwrite"), ("..", "wrong-type"), ("a/b", "wrong-type")):
         assert adapt(pairs, base_control, base_folder, base_control.parent / "run", "--name", name) == 2
-        check(capsys.readouterr().err, "would-overwrite", "name", repr(name))
+        check(capsys.readouterr().err, code, "name", repr(name))
 
 
 def test_an_adapter_is_judged_on_the_device_of_the_recipe(pairs, base_control, base_folder, tmp_path, monkeypatch):

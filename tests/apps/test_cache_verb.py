@@ -73,7 +73,7 @@ def test_one_kind_or_everything_is_removed(cache, capsys):
     fill("latents")
     fill("hints")
     assert main(["cache", "--clear", "latent"]) == 2
-    check(capsys.readouterr().err, None, "'latent'", "did you mean latents")
+    check(capsys.readouterr().err, "unknown-name", "'latent'", "did you mean latents")
     facts = report(capsys, "--clear", "latents")
     assert facts["removed"] == 1
     assert [store["kind"] for store in facts["stores"]] == ["hints"]
@@ -110,7 +110,7 @@ def test_verify_finds_what_is_damaged_and_removes_no_more(cache, capsys):
 def test_a_limit_that_is_no_number_is_told(capsys, monkeypatch):
     monkeypatch.setenv("CONTROLKIT_CACHE_MB", "lots")
     assert run() == 2
-    check(capsys.readouterr().err, None, "CONTROLKIT_CACHE_MB", "'lots'")
+    check(capsys.readouterr().err, "out-of-range", "CONTROLKIT_CACHE_MB", "'lots'")
 
 
 def test_the_verb_loads_no_torch(cache):

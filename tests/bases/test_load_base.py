@@ -277,3 +277,14 @@ def test_bf16_is_read_as_such_and_nothing_is_hashed_before_it_is_asked_for(base_
     assert hashed == [1] and read.count(torch.float32) == 3
     assert made.content and hashed == [1] and read.count(torch.float32) == 3  # read once for both
     assert load_base(base_folder).fingerprint == expected
+
+
+def test_the_fingerprint_of_a_folder_needs_its_denoising_network_only(base_folder, tiny_base):
+    shutil.rmtree(base_folder / "tokenizer")
+    for weights in (base_folder / "vae").glob("*.safetensors"):
+        weights.write_bytes(b"not read")
+    assert load.denoiser_fingerprint(base_folder) == tiny_base.fingerprint
+    (weights,) = (base_folder / "unet").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    with refused("damaged-file", base_folder):
+        load.denoiser_fingerprint(base_folder)

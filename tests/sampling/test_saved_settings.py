@@ -58,7 +58,7 @@ def test_settings_hold_hashes_and_a_folder_is_taken_for_the_settings_in_it(drawn
     assert json.loads((drawn.parent / "home/out/settings.json").read_text())["sha256"] == settings["sha256"]
     (drawn / "settings.json").unlink()
     assert run("generate", "--from", drawn) == 2
-    check(capsys.readouterr().err, None, drawn / "settings.json")
+    check(capsys.readouterr().err, "missing-file", drawn / "settings.json")
 
 
 @pytest.mark.parametrize(("change", "file"), [("removed", "settings.json"), ("changed", "seed0.png")])

@@ -127,9 +127,9 @@ def test_a_continued_run_equals_one_in_one_go(recipe, tmp_path):
     ("change", "facts"),
     [
         ({"icons": "nothing.npz"}, ["missing-file", "nothing.npz", "recipes/nano/README.md"]),
-        ({"base": "nothing"}, [None, "nothing"]),
+        ({"base": "nothing"}, ["missing-file", "nothing"]),
         ({"condition": "cany"}, ["unknown-name", "did you mean canny"]),
-        ({"device": "gpu9"}, [None, "gpu9"]),
+        ({"device": "gpu9"}, ["device-unavailable", "gpu9"]),
     ],
 )
 def test_what_is_not_there_is_said_before_anything_is_written(recipe, tmp_path, change, facts):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from controlkit.bases.base import Base, needs_float32
+from controlkit.bases.base import Base, hash_of_halves, needs_float32
 from controlkit.bases.defaults import defaults_in
 from controlkit.bases.families import FAMILIES, KNOWN_BASES, configurations_in, family_of_folder
 from controlkit.bases.weight_files import torch_load_error, weight_files
@@ -76,28 +76,36 @@ def load_base(
     device = choose_device(device) if isinstance(device, str) else device
     _check_device(device)
     path = Path(name)
+    with _reading(name):
+        if random_weights:
+            from controlkit.bases.random import random_base
+
+            base = random_base(str(name), dtype)
+        elif path.suffix in SINGLE_FILES and not path.is_dir():
+            from controlkit.bases.single_file import load_single_file
+
+            base = load_single_file(path, dtype)
+        else:
+            base = _load_folder(base_folder(name), str(name), dtype)
+        network_channels, latent_channels = base.latents.channels, base.vae.config["latent_channels"]
+        if network_channels != latent_channels:
+            raise UserError(
+                f"{name} is an inpainting or editing model (its network takes {network_channels} channels, its"
+                f" latents have {latent_channels}); use a text-to-image model",
+                "unsupported",
+            )
+        if dtype == torch.bfloat16 and not random_weights:  # which changes the base's fingerprint
+            base.original = lambda: load_base(name)
+        return base.to(device=device, text_device=text_device)
+
+
+@contextmanager
+def _reading(name: str | Path) -> Iterator[None]:
+    """A block that loads a base; what the libraries raise becomes one sentence."""
+    path = Path(name)
     try:
         with _quiet_libraries():
-            if random_weights:
-                from controlkit.bases.random import random_base
-
-                base = random_base(str(name), dtype)
-            elif path.suffix in SINGLE_FILES and not path.is_dir():
-                from controlkit.bases.single_file import load_single_file
-
-                base = load_single_file(path, dtype)
-            else:
-                base = _load_folder(base_folder(name), str(name), dtype)
-            network_channels, latent_channels = base.latents.channels, base.vae.config["latent_channels"]
-            if network_channels != latent_channels:
-                raise UserError(
-                    f"{name} is an inpainting or editing model (its network takes {network_channels} channels, its"
-                    f" latents have {latent_channels}); use a text-to-image model",
-                    "unsupported",
-                )
-            if dtype == torch.bfloat16 and not random_weights:  # which changes the base's fingerprint
-                base.original = lambda: load_base(name)
-            return base.to(device=device, text_device=text_device)
+            yield
     except (pickle.UnpicklingError, OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         if (unsafe := _unpickling_error(error)) is not None:
             cause = torch_load_error(path, unsafe)
@@ -111,6 +119,22 @@ def _unpickling_error(error: BaseException | None) -> pickle.UnpicklingError | N
     while error is not None and not isinstance(error, pickle.UnpicklingError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def denoiser_fingerprint(name: str | Path) -> str:
+    """`Base.fingerprint` of a base; of a folder only the denoising network is read, in float16.
+
+    Raises:
+        UserError: it is missing, incomplete or damaged.
+    """
+    path = Path(name)
+    if path.suffix in SINGLE_FILES and not path.is_dir():
+        return load_base(name, dtype=torch.float16).fingerprint
+    folder = base_folder(name)
+    component = check_family(family_of_folder(folder), folder, str(name)).denoiser_component()
+    with _reading(name):
+        network = _load_network(component.load_class(), folder / component.name, torch_dtype=torch.float16)
+    return hash_of_halves(network.state_dict().values())
 
 
 def load_tokenizer(name: str | Path) -> CLIPTokenizer:

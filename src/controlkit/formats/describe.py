@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from controlkit.bases.base import Base
 from controlkit.bases.families import KNOWN_BASES, known_by_shape
-from controlkit.bases.load import HUB_ID, NANO, SINGLE_FILES, load_base
+from controlkit.bases.load import HUB_ID, NANO, SINGLE_FILES, denoiser_fingerprint
 from controlkit.bases.meta import build_meta_base, family_and_configurations, meta_base
 from controlkit.bases.single_file import read_single_file
 from controlkit.controls.control import (
@@ -132,12 +132,11 @@ def describe_base(name: str, size: int | None = None) -> dict[str, Any]:
         }
         facts["prediction"] = on_meta.prediction_type
     else:
-        base = load_base(name)
         facts = {
             "kind": "base",
-            "prediction": base.prediction_type,
-            "fingerprint": base.fingerprint,
-            **_network_counts(base),
+            "prediction": on_meta.prediction_type,
+            "fingerprint": denoiser_fingerprint(name),
+            **_network_counts(on_meta),
         }
     facts |= {"trainable": 0, "memory": memory_of(facts["parameters"])}
     facts["latent"] = f"{on_meta.latent_channels} channels, 1/{on_meta.factor} of the image's size"
