@@ -142,9 +142,13 @@ class Base(ABC):
         return known, []
 
     @classmethod
+    @abstractmethod
     def tokenizer_for(cls, component: Component, configurations: Configurations) -> Any:
-        """The tokenizer of single files and well-known models."""
-        raise NotImplementedError(component.name)
+        """The tokenizer of single files and well-known models.
+
+        Raises:
+            UserError: it does not ship with controlkit.
+        """
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
