@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -240,7 +240,7 @@ class Workshop:
         steps = max(whole.steps, _steps_done(out))
         if self.budget == 0 and not _steps_done(out):
             return self._taken(name, results, places)
-        given, told = self._start(out, start, places)
+        given, told = self._start(out, start, places, results)
         # Relative to the root, in which commands run: files tell what they were made from.
         overrides = [*settings, f"out={out.relative_to(self.root)}"]
         overrides += [] if given is None else [f"start={given.relative_to(self.root)}"]
@@ -264,20 +264,30 @@ class Workshop:
         unfinished = "" if done >= steps else f"{done:,} of {steps:,} steps are done; it resumes"
         return Outcome(complete=done >= steps, note="; ".join(filter(None, (unfinished, told))))
 
-    def _start(self, out: Path, start: str | None, places: Sequence[str]) -> tuple[Path | None, str]:
-        """The control that a run starts from, kept beside it, and what to say about it."""
-        kept = out.with_name(f"{out.name}-start.safetensors")
+    def _start(
+        self, out: Path, start: str | None, places: Sequence[str], results: Collection[str]
+    ) -> tuple[Path | None, str]:
+        """The control that a run starts from, and what to say about it.
+
+        It is kept beside the run, with those of the run's results that are there: adapters go on with their base
+        control.
+        """
+        folder = out.with_name(f"{out.name}-start")
+        kept = folder / f"{start}.safetensors"
         if kept.exists():
             return kept, ""
         if start is None or _steps_done(out):
             return None, ""
         shipped = self.root / ASSETS / "controls"
-        for folder in filter(None, (self.given, shipped)):
-            for path in (folder / place / f"{start}.safetensors" for place in places):
+        for source in filter(None, (self.given, shipped)):
+            for path in (source / place / kept.name for place in places):
                 fits, same = self.fit(path) if path.is_file() else (False, False)
                 if fits:
+                    for name in {kept.name, *results} - {kept.name}:
+                        if (path.parent / name).is_file():
+                            _replace(path.parent / name, folder / name)
                     _replace(path, kept)
-                    which = "the one that ships" if folder == shipped else "the one that was given"
+                    which = "the one that ships" if source == shipped else "the one that was given"
                     return kept, f"started from {which}, of {'this' if same else 'another'} base"
         return None, ""
 

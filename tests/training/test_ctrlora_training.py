@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from several_processes import together, torchrun
 
 from controlkit.bases.load import load_base
@@ -19,6 +19,7 @@ from controlkit.controls.ctrlora import CtrLoRA
 from controlkit.data.multigen import MultiGen
 from controlkit.errors import UserError
 from controlkit.formats.load import load_control
+from controlkit.formats.metadata import read_metadata
 from controlkit.training.control_objective import ControlObjective
 from controlkit.training.recipes import read_recipe, recipes
 from controlkit.training.run import run
@@ -107,6 +108,39 @@ def test_base_training_ends_with_a_base_and_whole_adapters(recipe, tmp_path, bas
     path = next(path for path in control.base_control.layers if path.startswith("controlnet_down_blocks.0"))
     mine = control.base_control.adapters[control.adapter].state_dict()[f"{path}.weight"]
     assert torch.equal(mine, shared.network.state_dict()[f"{path}.weight"])
+
+
+def test_base_training_goes_on_with_the_adapters_beside_its_start(recipe, tmp_path, capsys):
+    run(recipe)
+    names = ("canny", "inpaint", "grayscale")
+    start = str(tmp_path / "run" / "base.safetensors")
+    further = dataclasses.replace(recipe, out=str(tmp_path / "further"), start=start, conditions=names)
+    objective = ControlObjective(further, CPU)
+    assert "goes on with canny, inpaint and begins grayscale anew" in capsys.readouterr().err
+    control = objective.control
+    assert list(control.adapters) == ["canny", "inpaint", "grayscale"]
+    for name in ("canny", "inpaint"):
+        saved = load_file(tmp_path / "run" / f"{name}.safetensors")
+        mine = control.adapters[name]
+        assert mine.shares_base and all(parameter.requires_grad for parameter in mine.parameters())
+        assert all(torch.equal(value, saved[key].float()) for key, value in mine.state_dict().items())
+    run(further)
+    run(dataclasses.replace(further, steps=7))  # resumes
+    load_control(tmp_path / "further" / "canny.safetensors", load_base(recipe.base))
+
+
+def test_base_training_refuses_adapters_that_it_cannot_go_on_with(recipe, tmp_path):
+    run(recipe)
+    start = str(tmp_path / "run" / "base.safetensors")
+    further = dataclasses.replace(recipe, out=str(tmp_path / "further"), start=start)
+    with refused("contradiction", "canny", "rank=2"):
+        ControlObjective(dataclasses.replace(further, rank=3), CPU)
+    file = tmp_path / "run" / "canny.safetensors"
+    tensors = load_file(file)
+    tensors[next(name for name in tensors if name.startswith("controlnet_down_blocks"))] += 1
+    save_file(tensors, file, read_metadata(file))
+    with refused("incompatible", "canny", "alone"):
+        ControlObjective(further, CPU)
 
 
 def test_multigen_crops_condition_and_image_alike(multigen):

@@ -19,7 +19,8 @@ from controlkit.controls.control import Control, encode_images, takes_one_image,
 from controlkit.controls.registry import find
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
-from controlkit.formats.load import load_control, save_control
+from controlkit.formats.load import find_control, load_control, save_control
+from controlkit.formats.metadata import read_metadata
 from controlkit.images import to_tensor
 from controlkit.training.memory import CPUOffload, checkpoint_activations, store_frozen, uses_bf16
 from controlkit.training.objective import Objective, numpy_generator
@@ -84,6 +85,7 @@ class ControlObjective(Objective):
                 self.frozen = sha256_of(self.frozen, loaded.fingerprint())
             else:
                 start = loaded
+                self._load_dependents(start, find_control(path).parent)
         return kind.for_training(
             self.base,
             recipe.condition_names,
@@ -93,6 +95,21 @@ class ControlObjective(Objective):
             start=start,
             companion=companion,
         )
+
+    def _load_dependents(self, start: Control, folder: Path) -> None:
+        """Load the controls of the trained conditions in a folder that were trained on `start`."""
+        names = self.recipe.condition_names if self.recipe.training.several else ()
+        fingerprint = start.fingerprint()
+        found = []
+        for name in names:
+            file = folder / f"{name}.safetensors"
+            if file.is_file() and fingerprint in read_metadata(file).values():
+                load_control(file, self.base, shared={fingerprint: start})
+                found.append(name)
+        if names:
+            new = [name for name in names if name not in found]
+            parts = (f"goes on with {', '.join(found)}" * bool(found), f"begins {', '.join(new)} anew" * bool(new))
+            print_notes([f"note: this run {' and '.join(filter(None, parts))}"])
 
     def condition_at(self, step: int) -> str:
         """The condition of a step: rounds of all conditions, each in random order, so that all are equally frequent.
@@ -171,13 +188,14 @@ class ControlObjective(Objective):
     def save(self, folder: Path) -> list[Path]:
         recipe = self.recipe
         metadata = {**self.source.facts(), **recipe.summary()}
-        companion = None if recipe.started_from is None else Path(recipe.started_from).stem
+        on_companion = recipe.control_class.companion is not None and recipe.started_from is not None
+        companion = Path(recipe.started_from or "").stem if on_companion else "base"
         return [
             save_control(
                 folder / f"{stem}.safetensors",
                 control,
                 self.base,
-                companion=None if control.companion is None else (companion or "base"),
+                companion=None if control.companion is None else companion,
                 made=metadata,
             )
             for stem, control in self.control.finished(recipe.control_name).items()

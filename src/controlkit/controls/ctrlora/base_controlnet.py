@@ -23,6 +23,7 @@ from controlkit.controls.ctrlora.lora import (
     AdaptedLinear,
     AdaptedZeroConv,
     Adapter,
+    Affine,
     LoRA,
     adapt_layers,
     check_state,
@@ -55,6 +56,9 @@ class BaseTraining:
 
     rank: int = 128
     """Rank of the LoRA of every layer."""
+    start: str | None = None
+    """Initial base control, with the adapters of it in its folder that are called as trained conditions
+    (`canny.safetensors`); default: a copy of the base's encoder, and new LoRA."""
     prompt_drop: float = 0.3
     """Fraction of prompts replaced by the empty prompt (Xu et al. 2025; 0.3 in the reference)."""
 
@@ -263,6 +267,25 @@ class BaseControlNet(OneImage):
         self._adapters[_key(name)] = adapter.requires_grad_(False).train(self.training)
         return adapter
 
+    def share_base(self, name: str) -> Adapter:
+        """Let the network's zero convolutions and norms serve an adapter in place of its own, as in base training.
+
+        Raises:
+            ValueError: there is no such adapter, or its own zero convolutions and norms differ from the network's.
+        """
+        own = self._find(name)
+        for path, layer in self.layers.items():
+            part = own.part(path, layer)
+            if isinstance(part, Affine) and not all(
+                torch.equal(value, layer.get_parameter(key)) for key, value in part.named_parameters()
+            ):
+                raise ValueError(f"the adapter {name!r} has zero convolutions and norms of its own ({path})")
+        shared = Adapter(name, self.layers, own.rank, shares_base=True)
+        names = shared.state_dict().keys()
+        shared.load_state_dict({key: value for key, value in own.state_dict().items() if key in names})
+        self._adapters[_key(name)] = shared.train(self.training)
+        return shared
+
     @torch.no_grad()
     def merged(self, name: str) -> BaseControlNet:
         """A new base control without adapters that computes what this one does with the adapter `name`.
@@ -456,11 +479,18 @@ class BaseControlNet(OneImage):
         start: Control | None = None,
         companion: Control | None = None,
     ) -> BaseControlNet:
-        """`start`, or a new one; with a LoRA of `rank` per condition if the options have a rank."""
+        """`start`, or a new one; with a LoRA of `rank` per condition if the options have a rank.
+
+        Raises:
+            UserError: an adapter of `start` has another rank, or was trained alone.
+        """
         control = cls.for_base(base) if start is None else cast(BaseControlNet, start)
         if "rank" in options:
             for index, condition in enumerate(conditions):
-                control.add_adapter(condition, options["rank"], shares_base=True, seed=seed + index)
+                if condition in control.adapters:
+                    _go_on(control, condition, options["rank"])
+                else:
+                    control.add_adapter(condition, options["rank"], shares_base=True, seed=seed + index)
         else:
             (control.condition,) = conditions
         control.train_base()
@@ -518,6 +548,25 @@ class BaseControlNet(OneImage):
             yield
         finally:
             self.select(before)
+
+
+def _go_on(control: BaseControlNet, adapter: str, rank: int) -> None:
+    """Train an adapter further together with its base control.
+
+    Raises:
+        UserError: it has another rank, or zero convolutions and norms of its own.
+    """
+    there = control.adapters[adapter].rank
+    if there != rank:
+        raise UserError(f"the adapter {adapter} beside start has rank {there}; set rank={there}", "contradiction")
+    try:
+        control.share_base(adapter)
+    except ValueError as error:
+        raise UserError(
+            f"cannot train the adapter {adapter} beside start together with its base control: {error}; it was trained"
+            " alone. Move it elsewhere to begin a new one",
+            "incompatible",
+        ) from error
 
 
 def build_base_control(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> BaseControlNet:
