@@ -109,7 +109,7 @@ class ControlObjective(Objective):
         if names:
             new = [name for name in names if name not in found]
             parts = (f"goes on with {', '.join(found)}" * bool(found), f"begins {', '.join(new)} anew" * bool(new))
-            print_notes([f"note: this run {' and '.join(filter(None, parts))}"])
+            print_notes([f"this run {' and '.join(filter(None, parts))}"])
 
     def condition_at(self, step: int) -> str:
         """The condition of a step: rounds of all conditions, each in random order, so that all are equally frequent.
