@@ -85,7 +85,8 @@ class ControlObjective(Objective):
                 self.frozen = sha256_of(self.frozen, loaded.fingerprint())
             else:
                 start = loaded
-                self._load_dependents(start, find_control(path).parent)
+                if recipe.training.several:
+                    self._load_dependents(start, find_control(path).parent)
         return kind.for_training(
             self.base,
             recipe.condition_names,
@@ -98,18 +99,16 @@ class ControlObjective(Objective):
 
     def _load_dependents(self, start: Control, folder: Path) -> None:
         """Load the controls of the trained conditions in a folder that were trained on `start`."""
-        names = self.recipe.condition_names if self.recipe.training.several else ()
         fingerprint = start.fingerprint()
         found = []
-        for name in names:
+        for name in self.recipe.condition_names:
             file = folder / f"{name}.safetensors"
             if file.is_file() and fingerprint in read_metadata(file).values():
                 load_control(file, self.base, shared={fingerprint: start})
                 found.append(name)
-        if names:
-            new = [name for name in names if name not in found]
-            parts = (f"goes on with {', '.join(found)}" * bool(found), f"begins {', '.join(new)} anew" * bool(new))
-            print_notes([f"this run {' and '.join(filter(None, parts))}"])
+        new = [name for name in self.recipe.condition_names if name not in found]
+        parts = (f"goes on with {', '.join(found)}" * bool(found), f"begins {', '.join(new)} anew" * bool(new))
+        print_notes([f"this run {' and '.join(filter(None, parts))}"])
 
     def condition_at(self, step: int) -> str:
         """The condition of a step: rounds of all conditions, each in random order, so that all are equally frequent.
