@@ -36,6 +36,10 @@ IMAGES = Path("docs/images")
 NETWORKS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json")
 """What a base's folder consists of; its model card is not among them."""
 
+_TRIAL = 0.1
+"""Part of a new training's budget in which the time of a step is measured."""
+_OF_BUDGET = 0.9
+"""Part of what is left of the budget that the steps are to take."""
 _PATIENCE = 120
 """Seconds in which a command that was interrupted saves its state."""
 
@@ -222,6 +226,8 @@ class Workshop:
     ) -> Outcome:
         """Train by a recipe, or as much of it as the budget allows, and copy its results.
 
+        Where the budget does not suffice for all steps, the learning rate falls over those that fit.
+
         The run's folder belongs to the recipe and what it reads, so another base begins another run.
 
         Args:
@@ -231,6 +237,7 @@ class Workshop:
             start: the control to start from, if the recipe takes one.
             places: folders of the given controls, and of those that ship, in which files are looked for.
         """
+        from controlkit.training.log import total_seconds
         from controlkit.training.recipes import read_recipe
         from controlkit.training.run_folder import fingerprint
 
@@ -248,15 +255,18 @@ class Workshop:
         command = ["train", str(recipe.relative_to(self.root))]
         for override in overrides:
             command += ["--set", override]
+        finished, minutes, aim = False, self.budget, steps
+        if minutes and not _steps_done(out):  # to learn how many steps fit
+            finished = not self.run([*command, "--set", f"steps={steps}"], minutes=_TRIAL * minutes).interrupted
+            minutes *= 1 - _TRIAL
+        if minutes and (done := _steps_done(out)):
+            each = total_seconds(out) / done / 60
+            aim = min(steps, done + max(1, int(_OF_BUDGET * minutes / each)))
+        if minutes != 0 and not finished:
+            finished = not self.run([*command, "--set", f"steps={aim}"], minutes=minutes).interrupted
         done = _steps_done(out)
-        if self.budget != 0:
-            made = self.run([*command, "--set", f"steps={steps}"], minutes=self.budget)
-            done = _steps_done(out)
-            if done == 0:
-                raise UserError(f"{name}: no step was done within {self.budget:g} minutes; give it more", "interrupted")
-            finished = not made.interrupted
-        else:
-            finished = False
+        if done == 0:
+            raise UserError(f"{name}: no step was done within {self.budget:g} minutes; give it more", "interrupted")
         if not finished:  # the state is there, the finished files are not
             self.run([*command, "--set", f"steps={done}"])
         for result, destination in results.items():

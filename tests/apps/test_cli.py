@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from controlkit.apps import demo
 from controlkit.apps.cli import main
 from controlkit.apps.show import print_json, print_table
 from controlkit.bases.base import Base
@@ -249,11 +251,16 @@ def test_demo_does_the_main_job_in_few_calls(tmp_path, capsys, monkeypatch):
     predict = Base.predict
     monkeypatch.setattr(Base, "predict", lambda *given, **named: calls.append(1) or predict(*given, **named))
     assert run("demo", "--out", tmp_path / "demo") == 0
-    assert len(calls) <= 2 * GenerateRequest.steps
+    assert len(calls) <= len(demo.ROWS) * GenerateRequest.steps
     printed = capsys.readouterr().out
-    assert "try next: controlkit generate" in printed
     assert Image.open(tmp_path / "demo" / "sheet.png").width > 1000
-    assert len(list((tmp_path / "demo").glob("seed*.png"))) == 4
+    assert len(list((tmp_path / "demo").glob("*/seed*.png"))) == 4 * len(demo.ROWS)
+    following = [line.strip() for line in printed.partition("try next:")[2].splitlines() if line.strip()]
+    assert len(following) == 3
+    monkeypatch.chdir(tmp_path)
+    for line in following:
+        _, *words = shlex.split(line)
+        assert run(*words) == 0
 
 
 GENERATE = ["generate", "x", "--out", "{tmp}/new"]

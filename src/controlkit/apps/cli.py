@@ -36,6 +36,8 @@ from controlkit.apps.signals import Terminated, interruptible
 from controlkit.errors import Code, Interrupted, UserError, is_out_of_memory, nearest
 
 VERBS = (demo, condition, generate, pairs, train, adapt, evaluate, study, convert, transfer, push, inspect, cache)
+_SPINS = 2000
+"""Turns of an OpenMP thread's waiting loop before it sleeps, a few microseconds each hundred."""
 SHELLS = ("bash", "zsh", "tcsh")
 _VERB_HABITS = {
     "annotate": "condition",
@@ -120,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the command line after the name of the program; default: that of this process.
     """
+    if argv is None:
+        _share_processors()
     with interruptible(restore=argv is not None):
         words = sys.argv[1:] if argv is None else list(argv)
         try:
@@ -129,6 +133,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.end_line()
             print(f"controlkit: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
             return 143 if terminated else 130
+
+
+def _share_processors() -> None:
+    """Let idle OpenMP threads sleep soon, before torch reads how long they spin.
+
+    By default GNU's OpenMP spins for milliseconds. If another process is busy, the awaited thread may not run
+    meanwhile, and with kernels as small as nano's nearly all time is spent so (docs/benchmarks.md, "A busy machine").
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = str(_SPINS)
 
 
 def _run(words: Sequence[str]) -> int:
