@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import adapter_training
+import busy_machine
 import controlnet_sampling
 import controlnet_training
 import ctrlora_sampling
@@ -135,3 +136,8 @@ def test_what_pays_compares_outputs(toy):
     assert {"channels_last", "fused optimiser", "LoRA folded", "guidance in one batch"} <= names
     for row in rows:
         assert row["largest_relative_difference"] < (0.1 if "bf16" in row["switch"] else 1e-4), row
+
+
+def test_what_a_busy_machine_costs_is_measured_beside_a_busy_process():
+    case = busy_machine.measure_all(1, 0, batch=1, steps=1, demo=False, only=["one thread"])
+    assert set(case["busy / alone"]) == {"train, one thread"}

@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line after the name of the program; default: that of this process.
     """
     if argv is None:
-        _share_processors()
+        share_processors()
     with interruptible(restore=argv is not None):
         words = sys.argv[1:] if argv is None else list(argv)
         try:
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 143 if terminated else 130
 
 
-def _share_processors() -> None:
+def share_processors() -> None:
     """Let idle OpenMP threads sleep soon, before torch reads how long they spin.
 
     By default GNU's OpenMP spins for milliseconds. If another process is busy, the awaited thread may not run
