@@ -21,17 +21,19 @@ from controlkit.controls.apply import predict_under
 from controlkit.controls.control import Acts, Reads, encode_images
 from controlkit.controls.unicontrol import UniControl
 from controlkit.controls.unicontrol.tasks import RELEASED
+from controlkit.evaluation.sets import evaluation_set
 from controlkit.formats.card import card_of
 from controlkit.formats.convert import convert
 from controlkit.formats.describe import describe, describe_system
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.transfer import transfer
-from controlkit.images import to_tensor
+from controlkit.images import to_images, to_tensor
 from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import ControlUse, GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache
-from controlkit.sampling.sampler import sample
+from controlkit.sampling.sampler import sample, sample_prompts
+from controlkit.training.diffusion import noised
 from controlkit.training.recipes import build_recipe, read_recipe
 from controlkit.training.run import objective_of
 from controlkit.training.run import run as train
@@ -414,6 +416,92 @@ class TestTraining:
         assert main([*arguments, "--images", "2", "--steps", "2", "--json"]) == 0
         (report,) = json.loads(capsys.readouterr().out)["reports"]
         assert [row[0].rpartition(", ")[0].rpartition(", ")[2] for row in report["rows"]] == list(TASKS)
+
+
+def as_tasks(controlnet, base, tasks):
+    """A UniControl that computes what a ControlNet does, whatever the task, with a HyperNet of scales near 1."""
+    made = fresh(base, tasks)
+    copied = {k: v for k, v in controlnet.network.state_dict().items() if not k.startswith("controlnet_down_blocks.")}
+    made.network.load_state_dict(copied)
+    made.zero_convs.load_state_dict(controlnet.network.controlnet_down_blocks.state_dict())
+    hint = controlnet.hint_network
+    first, blocks, last = hint.conv_in, list(hint.blocks), hint.conv_out
+    shared = [layer for layer in made.shared_adapter if isinstance(layer, torch.nn.Conv2d)]
+    with torch.no_grad():
+        for adapter in made.task_adapters:
+            own = [layer for layer in adapter if isinstance(layer, torch.nn.Conv2d)]
+            for layer, other in zip(own, [first, *blocks[:2]], strict=True):
+                layer.load_state_dict(other.state_dict())
+        for layer, other in zip(shared, blocks[2:], strict=True):
+            layer.load_state_dict(other.state_dict())
+        for layer in (*made.entry, made.exit[1]):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        torch.nn.init.dirac_(made.entry[0].weight)
+        made.exit[0].load_state_dict(last.state_dict())
+        for layer in (*made.zero_scales, made.entry_scales, made.exit_scales):
+            layer.weight *= 0.01
+    return made
+
+
+def test_swapped_instructions_change_which_of_two_images_is_followed():
+    """On nano, with its canny control under two tasks of the same adapter. Only the HyperNet is trained, 40 steps of 8:
+    under one instruction condition images belong to their targets, under the other to other targets."""
+    base = load_base("nano")
+    controlnet = load_control("canny", base)
+    tasks = {"canny": "canny edge to image", "shuffle": "image without edges"}
+    control = as_tasks(controlnet, base, tasks).requires_grad_(False)
+    x_t = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    same = (x_t, torch.tensor([300, 800]), base.encode_text(["red apple", "cat face"]))
+    noise = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = predict_under(controlnet, base, *same, controlnet.encode(noise, base))
+        made = predict_under(control, base, *same, control.encode({"image": noise, "task": "shuffle"}, base))
+    assert furthest(made, expected) <= 1e-2
+
+    def encoded(images, task):  # the adapter of canny, the instruction of the task
+        return control.encode({"image": images, "task": "canny", "instruction": tasks[task]}, base)
+
+    held_out = evaluation_set("held-out").first(6)
+    edges = [find("canny")(image) for image in held_out.images]
+    others = [*edges[1:], edges[0]]
+
+    def followed(instruction, instruction_of_others):
+        """Edge F1 to `edges` and to `others`, which act together."""
+        pairs = ((edges, instruction), (others, instruction_of_others))
+        uses = [
+            ActiveControl.in_mode(None, base, control=control, hint=encoded(to_tensor(images), task))
+            for images, task in pairs
+        ]
+        with torch.no_grad():
+            batches = sample_prompts(base, prompts=[""] * 6, seeds=range(6), uses=uses, steps=8)
+            results = [np.asarray(image) for batch in batches for image in to_images(batch)]
+        return [find("canny").mean_score(images, results, held_out.images) for images, _ in pairs]
+
+    before = followed("canny", "shuffle")
+    assert abs(before[0] - before[1]) < 0.15
+
+    seen = evaluation_set("seen").first(48)
+    latents = base.encode_image(to_tensor(seen.images) * 2 - 1)
+    conditions = to_tensor([find("canny")(image) for image in seen.images])
+    trained = [p.requires_grad_(True) for module in control.hypernet_modules() for p in module.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(40):
+        rows, unrelated = torch.randint(48, (2, 8), generator=generator)
+        task, given = ("canny", conditions[rows]) if step % 2 == 0 else ("shuffle", conditions[unrelated])
+        noisy = noised(base.schedule, latents[rows], generator, 8, slice(0, 8))
+        text = base.encode_text([seen.captions[int(row)] if row % 2 else "" for row in rows])
+        prediction = predict_under(control, base, noisy.x_t, noisy.t, text, encoded(given, task))
+        optimizer.zero_grad()
+        noisy.mean(noisy.squared_error(prediction)).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+
+    first, second = followed("canny", "shuffle")
+    assert first > second + 0.25
+    first, second = followed("shuffle", "canny")
+    assert second > first + 0.25
 
 
 def test_previews_and_evaluation_pass_one_image(control, tiny_base, image):
