@@ -21,6 +21,7 @@ from controlkit.settings import build_settings, read_overrides
 from controlkit.studies.community_model import CommunityModel
 from controlkit.studies.new_condition import NewCondition
 from controlkit.studies.several_conditions import SeveralConditions
+from controlkit.studies.task_instructions import TaskInstructions
 from controlkit.training.recipes import read_recipe
 
 OTHER_PROGRAMS = {".", "cd", "cp", "export", "find", "git", "hf", "mkdir", "npm", "python3"}
@@ -30,6 +31,7 @@ STUDIES = {
     "new-condition": NewCondition,
     "several-conditions": SeveralConditions,
     "community-model": CommunityModel,
+    "task-instructions": TaskInstructions,
 }
 
 MADE = {

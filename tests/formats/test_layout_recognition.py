@@ -63,7 +63,6 @@ FOREIGN = {
     "a ControlNet-LLLite": ["lllite_unet_input_blocks_4_1_attn1_to_k.down.0.weight"],
     "a ControlNet Union": ["task_embedding", "zero_convs.0.0.weight", "input_hint_block.0.weight"],
     "a ControlNet-XS in its original layout": ["control_model.enc_zero_convs_in.0.0.weight"],
-    "a UniControl": ["control_model.task_id_hypernet.0.weight", "control_model.zero_convs.0.0.weight"],
     "a ControlNet of a diffusion transformer": ["controlnet_blocks.0.weight", "x_embedder.weight"],
     "a motion module": ["down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"],
     "an optimizer or training state": ["optimizer.state.0.exp_avg"],

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from controlkit.apps.show import add_columns, add_json, columns_of, named_columns, print_json
 
 if TYPE_CHECKING:
+    from controlkit.controls.control import Control
     from controlkit.data.pair import Pair
     from controlkit.evaluation.report import Report
 
@@ -118,7 +119,13 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
     sets = [] if pairs else [evaluation_set(name).first(count) for name in chosen]
     base = load_base(getattr(args, "base", "nano"), device=args.device)
     shared: dict[str, Any] = {}
-    controls = {name: load_control(name, base, shared=shared) for name in args.names}
+    controls: dict[str, Control] = {}
+    for name in args.names:
+        control = load_control(name, base, shared=shared)
+        if len(control.conditions) > 1:
+            controls |= {f"{name}, {each}": control.for_condition(each) for each in control.conditions}
+        else:
+            controls[name] = control
     if pairs:
         if len(controls) > 1:
             raise UserError(f"--pairs have one condition: evaluate one control, not {len(controls)}", "contradiction")

@@ -12,6 +12,7 @@ matplotlib (pip install 'controlkit[studies]').
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from controlkit.apps.show import add_json, print_json, print_table
@@ -24,6 +25,7 @@ STUDIES = {
     "new-condition": "an adapter against a ControlNet on conditions new to the base control; ablation, ranks, pairs",
     "several-conditions": "adapters together and alone: fidelity and cost",
     "community-model": "a control on a fine-tuned base, unchanged and transferred",
+    "task-instructions": "a UniControl under its tasks' instructions, with its HyperNet trained and frozen",
 }
 """Name -> what is measured."""
 
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FOLDER[@CONDITION]",
         help="new-condition: add a condition from a folder of pairs, scored by CONDITION",
     )
-    parser.add_argument("--control", help="the base control (new-condition) or ControlNet: a name or a file")
+    parser.add_argument("--control", help="the control of the study: a name or a file")
     parser.add_argument("--out", metavar="DIR", help="folder of the study")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="override a setting"
@@ -63,11 +65,17 @@ def run(args: argparse.Namespace) -> None:
 
     from controlkit.settings import build_settings, describe_settings, read_overrides
     from controlkit.studies.community_model import CommunityModel, run_community_model
-    from controlkit.studies.new_condition import NewCondition, run_new_condition
+    from controlkit.studies.new_condition import NewCondition, NewConditionResult, run_new_condition
     from controlkit.studies.several_conditions import SeveralConditions, run_several_conditions
+    from controlkit.studies.task_instructions import TaskInstructions, run_task_instructions
 
-    kinds: dict[str, type] = dict(zip(STUDIES, (NewCondition, SeveralConditions, CommunityModel), strict=True))
-    kind = kinds[args.name]
+    studies: dict[str, tuple[type, Callable[[Any], StudyResult]]] = {
+        "new-condition": (NewCondition, run_new_condition),
+        "several-conditions": (SeveralConditions, run_several_conditions),
+        "community-model": (CommunityModel, run_community_model),
+        "task-instructions": (TaskInstructions, run_task_instructions),
+    }
+    kind, run_study = studies[args.name]
     if args.help_settings:
         rows = [(setting.name, str(setting.default), setting.what) for setting in describe_settings(kind)]
         print_table(f"Settings of {args.name}", ("setting", "default", "what it is"), rows)
@@ -76,15 +84,10 @@ def run(args: argparse.Namespace) -> None:
     if args.given:
         values["given"] = tuple(args.given)
     settings: Any = build_settings(kind, values | read_overrides(args.settings), f"study {args.name}")
+    result = run_study(settings)
     cells: dict[str, Any] = {}
-    result: StudyResult
-    if isinstance(settings, NewCondition):
-        result = new_condition = run_new_condition(settings)
-        cells["cells"] = [{**vars(cell), "gap_closed": cell.gap_closed} for cell in new_condition.cells]
-    elif isinstance(settings, SeveralConditions):
-        result = run_several_conditions(settings)
-    else:
-        result = run_community_model(settings)
+    if isinstance(result, NewConditionResult):
+        cells["cells"] = [{**vars(cell), "gap_closed": cell.gap_closed} for cell in result.cells]
     if args.json:
         print_json({"reports": [report.to_json() for report in result.reports], "files": result.files, **cells})
         return

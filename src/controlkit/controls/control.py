@@ -80,6 +80,8 @@ class Training:
     options: type | None = None
     """A dataclass of further recipe settings and of other defaults for existing ones. A field `start` or `control`
     names a control file: the companion if the system has one, else the initial weights."""
+    one_file: bool = False
+    """Whether several conditions are trained into one file, called by the recipe's setting `name`."""
     doc: str = ""
     """One sentence of documentation."""
 
@@ -176,6 +178,22 @@ class Control(nn.Module, ABC):
     def conditional_only(self) -> bool:
         """Whether it acts on the conditional branch of CFG only."""
         return False
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The conditions that it follows, each by `for_condition`; empty if the file records none."""
+        return () if self.condition is None else (self.condition,)
+
+    def with_values(self, values: Mapping[str, Any]) -> Control:
+        """The control that the plain values among its inputs select, such as one of its conditions.
+
+        Args:
+            values: by the names of its inputs of kind `value`.
+
+        Raises:
+            UserError: they select nothing that it has.
+        """
+        return self
 
     # Running several in one pass, and cache keys
 
@@ -366,7 +384,7 @@ class Control(nn.Module, ABC):
         """Parameters that training updates."""
 
     def for_condition(self, condition: str) -> Control:
-        """For training on several conditions: the control of this condition, until the backward pass is done."""
+        """Of a control that follows several conditions: the one for this condition, until the next call."""
         return self
 
     def finished(self, name: str) -> dict[str, Control]:
@@ -390,7 +408,7 @@ class Control(nn.Module, ABC):
 
     @classmethod
     def facts(cls, config: Mapping[str, Any]) -> dict[str, str]:
-        """Lines of `inspect` for a network of `config`, besides those of every system."""
+        """Lines of `inspect` and of the card for a network of `config`, besides those of every system."""
         return {}
 
     def parameter_counts(self) -> dict[str, int]:

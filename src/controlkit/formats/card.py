@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.bases.load import NANO
+from controlkit.controls.file_format import declared_config
 from controlkit.controls.registry import companion_role, find, registry
 from controlkit.errors import UserError
 from controlkit.files import write_atomically
@@ -90,6 +91,8 @@ def _fact_rows(facts: Mapping[str, str], seconds: float | None) -> dict[str, Any
     if kind.companion is not None:
         fingerprint = facts.get(f"{kind.companion_key}_fingerprint")
         rows[companion_role(kind)] = f"{facts.get(kind.companion_key)} ({fingerprint})"
+    if (config := declared_config(facts)) is not None:
+        rows |= kind.facts(config)
     if seconds is not None:
         rows["trained for"] = f"{seconds / 60:.1f} minutes"
     return rows

@@ -80,6 +80,8 @@ def describe(name: str, base: str | None = None, size: int | None = None) -> dic
     if checkpoint is not None:
         facts["trainable"] = _trainable(_on_meta(detected.control, checkpoint).requires_grad_(True))
         facts |= _flops(detected.control, checkpoint, base, size)
+    if checkpoint is not None:
+        facts |= detected.control.facts(checkpoint.config)
     facts["needs"] = _needs(detected.control, checkpoint)
     facts["condition"] = detected.file.metadata.get("control.condition") or "not said"
     if checkpoint is not None and "rank" in checkpoint.config:

@@ -51,7 +51,6 @@ _UNSUPPORTED_CONTROLS = (
         "a ControlNet-XS in its original layout; only diffusers' folder is supported",
         _has(".*enc_zero_convs_(in|out)"),
     ),
-    _Rule("a UniControl checkpoint, which is not supported", _has(".*(task_id_(hyper|layer)net|hint_block_list_moe)")),
     _Rule("a Uni-ControlNet checkpoint, which is not supported", _has(".*(local|global)_(adapter|control)\\.")),
     _Rule("a ControlNet-LLLite, which is not supported", _has(".*lllite")),
     _Rule(

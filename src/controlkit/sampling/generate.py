@@ -138,6 +138,10 @@ def generate(
             for use, control, sha256 in zip(request.controls, controls, hashes, strict=True):
                 sha256["control"] = control_sha256(use.control)
                 sha256["companion"] = companion_sha256(control, shared)
+        controls = [
+            control.with_values(values_of(use, control))
+            for use, control in zip(request.controls, controls, strict=True)
+        ]
     generation.notes += request_notes(request, base, width, height)
     generation.notes += [
         note

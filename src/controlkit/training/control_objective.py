@@ -85,7 +85,7 @@ class ControlObjective(Objective):
                 self.frozen = sha256_of(self.frozen, loaded.fingerprint())
             else:
                 start = loaded
-                if recipe.training.several:
+                if recipe.training.several and not recipe.training.one_file:
                     self._load_dependents(start, find_control(path).parent)
         return kind.for_training(
             self.base,

@@ -126,6 +126,13 @@ def _check_time_sampling(name: str | None) -> None:
         raise UserError(f"time_sampling is {name!r}; expected one of {', '.join(TIME_SAMPLINGS)}", "unknown-name")
 
 
+def _check_name(name: str) -> None:
+    if not name or "/" in name or name.startswith("."):
+        raise UserError(f"name {name!r} is not a valid file name", "wrong-type")
+    if name in RESERVED_NAMES:
+        raise UserError(f"name {name!r} is reserved for the run's own files; choose another", "would-overwrite")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ControlRecipe(Recipe, ABC):
     """Training a control of any system on a frozen base, with data from any source.
@@ -215,14 +222,8 @@ class OneCondition(ControlRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.name is None:
-            return
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise UserError(f"name {self.name!r} is not a valid file name", "wrong-type")
-        if self.name in RESERVED_NAMES:
-            raise UserError(
-                f"name {self.name!r} is reserved for the run's own files; choose another", "would-overwrite"
-            )
+        if self.name is not None:
+            _check_name(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,10 +239,12 @@ class SeveralConditions(ControlRecipe):
 
     @property
     def control_name(self) -> str:
-        return self.conditions[0]
+        return getattr(self, "name", self.conditions[0])
 
     @property
     def results(self) -> tuple[str, ...]:
+        if self.training.one_file:
+            return (f"{self.control_name}.safetensors",)
         return ("base.safetensors", *(f"{name}.safetensors" for name in self.conditions))
 
     def __post_init__(self) -> None:
@@ -250,6 +253,8 @@ class SeveralConditions(ControlRecipe):
             raise UserError("conditions is empty; it must list at least one name", "missing-setting")
         if len(set(self.conditions)) != len(self.conditions):
             raise UserError(f"conditions must be different names, got {list(self.conditions)}", "contradiction")
+        if self.training.one_file:
+            _check_name(self.control_name)
 
 
 def identifying(recipe: Recipe) -> dict[str, Any]:

@@ -94,7 +94,9 @@ class Names:
 
     @property
     def is_copy(self) -> bool:
-        """Whether these are names of an encoder copy, or of an adapter of one."""
+        """Whether these are names of an encoder copy with at most one hint network, or of an adapter of one."""
+        if any(name.startswith("input_hint_block_") for name in self.inside):  # the hint networks of several tasks
+            return False
         return (
             self.has_zero_convolutions
             or self.has_hint_network
