@@ -166,6 +166,13 @@ class Control(nn.Module, ABC):
         """
         return {}
 
+    def replacements(self) -> Mapping[str, nn.Module]:
+        """Path of a module of the base's denoiser -> module of the same interface that runs in its place.
+
+        They run wherever the control acts, and no conditioning scale affects them. They are trained with the control.
+        """
+        return {}
+
     def tokens(self, hint: Hint) -> Tensor:
         """Tokens `[B, n, D]` to append to those of the prompt; n is the same for every hint."""
         raise TypeError(f"{self.title} adds no tokens")
@@ -382,6 +389,10 @@ class Control(nn.Module, ABC):
     @abstractmethod
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters that training updates."""
+
+    def training_notes(self, learning_rate: float) -> list[str]:
+        """Notes for the user before it trains at this peak learning rate."""
+        return []
 
     def for_condition(self, condition: str) -> Control:
         """Of a control that follows several conditions: the one for this condition, until the next call."""

@@ -3,7 +3,8 @@
 What a control reads decides. One that reads the noisy latent runs at every step for every image. One that does not
 runs ahead, batched over time, once per (condition, prompt); its residuals are shared by all images, and by later calls
 through a cache. Controls that share a network run in one pass. Taps act at every step within the pass of the base, on
-the rows of their control only. Tokens are appended to those of the prompt at the steps where their control acts, zeros
+the rows of their control only. Where a control replaces modules of the base on one branch of guidance only, the base
+runs for each branch by itself. Tokens are appended to those of the prompt at the steps where their control acts, zeros
 on the branch where it does not. A plan changes when work is done, never the result.
 """
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
@@ -22,6 +23,7 @@ from controlkit.bases.taps import Tap, TapFunction
 from controlkit.bases.text import Text, concatenate
 from controlkit.controls.control import Acts, Control, Reads
 from controlkit.controls.hints import Hint, expand, map_hint, rows_of, shapes_of
+from controlkit.errors import UserError
 from controlkit.sampling.request import lies_within
 from controlkit.sampling.residual_cache import ResidualCache, digest, identity_of
 
@@ -121,6 +123,9 @@ class Plan:
             place: use.control.tokens(use.hint) for place, use in enumerate(uses) if Acts.TOKENS in use.control.acts
         }
         self._tapping = [place for place, use in enumerate(uses) if Acts.TAPS in use.control.acts]
+        self._replacing = {place: modules for place, use in enumerate(uses) if (modules := use.control.replacements())}
+        for index in range(len(timesteps)) if self._replacing else ():
+            self._check_replacements(index)
 
     def residuals(self, index: int, x_t: Tensor) -> Residuals | None:
         """The sum of all residuals at step `index`, or None if no control acts.
@@ -162,6 +167,48 @@ class Plan:
             for point, function in functions.items():
                 taps.setdefault(point, []).append(_tap(function, use, (first, len(x_t))))
         return taps
+
+    def passes(self, index: int) -> list[tuple[int, int, dict[str, nn.Module]]]:
+        """Calls of the base at step `index`: first and last (exclusive) part of the batch, and the modules that run in
+        place of the base's.
+
+        One call for all parts, unless a control of the conditional branch replaces modules.
+        """
+        count = len(self.texts)
+        every: dict[str, nn.Module] = {}
+        conditional: dict[str, nn.Module] = {}
+        for place in self._acting(self._replacing, index):
+            conditional |= self._replacing[place]
+            if not self.uses[place].conditional_only:
+                every |= self._replacing[place]
+        if count == 1 or every == conditional:
+            return [(0, count, conditional)]
+        return [(0, count - 1, every), (count - 1, count, conditional)]
+
+    def _check_replacements(self, index: int) -> None:
+        """Check that the controls of step `index` can act together.
+
+        Raises:
+            UserError: two replace the same module, or one does on one branch only while taps act on all rows.
+        """
+        acting = self._acting(self._replacing, index)
+        owners: dict[str, int] = {}
+        for place in acting:
+            for path in self._replacing[place]:
+                if path in owners:
+                    raise UserError(
+                        f"controls {owners[path] + 1} and {place + 1} both replace the base's {path}, which only one"
+                        " can at a time; remove one, or let them act at different steps",
+                        "contradiction",
+                    )
+                owners[path] = place
+        if len(self.passes(index)) > 1 and (tapping := self._acting(self._tapping, index)):
+            names = " and ".join(self.uses[place].control.title for place in tapping)
+            raise UserError(
+                f"{self.uses[acting[0]].control.title} with modules of the base's acts on the conditional branch only,"
+                f" in which {names} cannot act beside it; use the mode balanced",
+                "contradiction",
+            )
 
     def text(self, index: int) -> Sequence[Text]:
         """The prompts of each part at step `index`, padded to one length, with the tokens of the acting controls."""
