@@ -145,9 +145,8 @@ class TestDecoder:
 
     def test_recomputed_blocks_get_the_taps_beside_it(self):
         """A tap in the copy of the decoder is hooked there again when checkpointing recomputes its block."""
-        grads = []
+        base, grads = tiny.build_tiny_base(), []
         for checkpointing in (False, True):
-            base = tiny.build_tiny_base()
             control = acting(base, sd_locked=False)
             shift = torch.ones(1, 32, 1, 1, requires_grad=True)
             if checkpointing:

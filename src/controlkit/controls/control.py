@@ -106,6 +106,7 @@ class Control(nn.Module, ABC):
     inputs: ClassVar[tuple[Input, ...]] = (Input(),)
     """Its inputs."""
     reads: ClassVar[Reads]
+    """What its residuals depend on; for a system with a choice, all that one may read (`reading` is what one does)."""
     acts: ClassVar[Acts] = Acts.RESIDUALS
     enters: ClassVar[str]
     """Where it acts, as text: `decoder skips and middle`."""
@@ -180,6 +181,11 @@ class Control(nn.Module, ABC):
     def incompatibility(self, base: Base) -> str | None:
         """Why it cannot act on `base`, in a few words such as "its channels: 3, the base's: 4"; None if it can."""
         return None
+
+    @property
+    def reading(self) -> Reads:
+        """What its residuals depend on: `reads`, or a part of it."""
+        return self.reads
 
     @property
     def conditional_only(self) -> bool:
@@ -460,7 +466,8 @@ def encode_images(control: Control, images: Tensor, base: Base) -> Hint:
 
 def words_of_reads(control: Control | type[Control]) -> str:
     """What a control reads besides its hint, as text; taps read the base's features at every step."""
-    words = [flag.name.lower() for flag in control.reads if flag.name]
+    reads = control.reading if isinstance(control, Control) else control.reads
+    words = [flag.name.lower() for flag in reads if flag.name]
     return ", ".join([*words, *(["the base's features"] if Acts.TAPS in control.acts else [])]) or "nothing"
 
 

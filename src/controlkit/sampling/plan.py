@@ -117,7 +117,7 @@ class Plan:
         self._window: dict[int, Residuals] = {}
         self._once: dict[int, Residuals] = {}
         adding = [place for place, use in enumerate(uses) if Acts.RESIDUALS in use.control.acts]
-        self._ahead = [place for place in adding if Reads.NOISE not in uses[place].control.reads]
+        self._ahead = [place for place in adding if Reads.NOISE not in uses[place].control.reading]
         self._every = [place for place in adding if place not in self._ahead]
         self._tokens = {
             place: use.control.tokens(use.hint) for place, use in enumerate(uses) if Acts.TOKENS in use.control.acts
@@ -277,7 +277,7 @@ class Plan:
         groups: dict[Hashable, list[int]] = {}
         for place in places:
             use = self.uses[place]
-            shared, reads = use.control.shared_network, (use.control.reads, use.control.reads_tokens)
+            shared, reads = use.control.shared_network, (use.control.reading, use.control.reads_tokens)
             network = place if shared is None else id(shared)
             key = (network, type(use.control), reads, shapes_of(use.hint), use.conditional_only)
             groups.setdefault(key, []).append(place)
@@ -323,7 +323,7 @@ class Plan:
     def _batch(self, place: int, index: int) -> int:
         """Batch size of a control per step: 1 if all images share what it reads."""
         use = self.uses[place]
-        read = [len(text) for text in self._texts(use, index)] if Reads.TEXT in use.control.reads else []
+        read = [len(text) for text in self._texts(use, index)] if Reads.TEXT in use.control.reading else []
         return max(rows_of(use.hint), *read, 1)
 
     def _run(self, places: Sequence[int], indices: Sequence[int], batch: int, x_t: Tensor | None) -> list[Residuals]:
@@ -332,7 +332,7 @@ class Plan:
         parts = self._parts(first)
         rows = batch * parts
         text = None
-        if Reads.TEXT in first.control.reads:
+        if Reads.TEXT in first.control.reading:
             read = [part.expand(batch) for index in indices for part in self._texts(first, index=index)]
             text = concatenate(*read)
         x_t = None if x_t is None else x_t[-rows:]
@@ -352,7 +352,7 @@ class Plan:
 
     def _parts(self, use: ActiveControl) -> int:
         """How many parts a control runs for: one if it acts on one only, or does not read the prompts."""
-        return 1 if use.conditional_only or Reads.TEXT not in use.control.reads else len(self.texts)
+        return 1 if use.conditional_only or Reads.TEXT not in use.control.reading else len(self.texts)
 
     def _all_parts(self, use: ActiveControl, residuals: Residuals) -> Residuals:
         """Expand residuals to every part of the batch; zeros where the control does not act."""
@@ -365,7 +365,7 @@ class Plan:
     def _key(self, use: ActiveControl, index: int) -> tuple[Hashable, ...]:
         parts = self._texts(use, index)
         read = [tensor for text in parts for tensor in text.tensors()]
-        texts = tuple(digest(tensor) for tensor in read) if Reads.TEXT in use.control.reads else ()
+        texts = tuple(digest(tensor) for tensor in read) if Reads.TEXT in use.control.reading else ()
         return (identity_of(use.control), digest(use.hint), len(parts), texts)
 
     def _time(self, index: int, timed: bool) -> float | None:
@@ -402,7 +402,7 @@ def _tiled(hint: Hint, times: int) -> Hint:
 
 def _is_timed(control: Control) -> bool:
     """Whether its residuals differ between steps, also through tokens of controls that act at some steps only."""
-    return Reads.TIME in control.reads or (control.reads_tokens and Reads.TEXT in control.reads)
+    return Reads.TIME in control.reading or (control.reads_tokens and Reads.TEXT in control.reading)
 
 
 def _one_weight(use: ActiveControl) -> float:
