@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoder",
         action="store_true",
         default=False,
-        help="keep the decoder of the Stable Diffusion in the file, which ControlNet 1.0 trained along",
+        help="keep the decoder of the Stable Diffusion in the file, which was trained along with the control",
     )
     parser.add_argument(
         "--force", action="store_true", default=False, help="replace an existing file, or write into a non-empty folder"

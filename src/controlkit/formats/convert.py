@@ -102,7 +102,7 @@ def convert(
         condition: name of the control's condition, written into the metadata.
         pooled: the ControlNet averages its residuals over the image, as ControlNet 1.1's shuffle does, which its
             original file does not record. Implied by the condition `shuffle` if the file has no such entry.
-        decoder: keep the decoder of the Stable Diffusion in the file, as trained along with the ControlNet; it then
+        decoder: keep the decoder of the Stable Diffusion in the file, which was trained along with the control; it then
             replaces that of the base.
         force: replace an existing file, or write into a folder that is not empty.
 
