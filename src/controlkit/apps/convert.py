@@ -14,7 +14,7 @@ import argparse
 
 from controlkit.apps.show import add_json, print_json
 
-_OPTIONS = ("base", "base_control", "dtype", "rank", "condition", "pooled", "force")
+_OPTIONS = ("base", "base_control", "dtype", "rank", "condition", "pooled", "decoder", "force")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="the ControlNet pools its residuals, as the shuffle of version 1.1 (--condition shuffle implies it, unless"
         " the file records the contrary)",
+    )
+    parser.add_argument(
+        "--decoder",
+        action="store_true",
+        default=False,
+        help="keep the decoder of the Stable Diffusion in the file, which was trained along with the control",
     )
     parser.add_argument(
         "--force", action="store_true", default=False, help="replace an existing file, or write into a non-empty folder"

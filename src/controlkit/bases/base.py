@@ -103,6 +103,7 @@ class Base(ABC):
         for key in expected:
             setattr(self, key, components.get(key))
         self._active_taps: tuple[Mapping[str, Tensor], Taps] | None = None
+        self._replaced: Mapping[str, nn.Module] = {}
         for network in self.networks:
             network.eval().requires_grad_(False)
 
@@ -399,6 +400,21 @@ class Base(ABC):
         finally:
             self._active_taps = before
 
+    @contextmanager
+    def replacing(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """A context in which the denoiser runs with `modules` in place of its own at these paths."""
+        denoiser, before = self.denoiser, self._replaced
+        own = {path: denoiser.get_submodule(path) for path in modules}
+        self._replaced = {**before, **modules}
+        try:
+            for path, module in modules.items():
+                denoiser.set_submodule(path, module)
+            yield
+        finally:
+            for path, module in own.items():
+                denoiser.set_submodule(path, module)
+            self._replaced = before
+
     def checkpoint_activations(self) -> None:
         """Gradient checkpointing of the denoiser.
 
@@ -406,10 +422,17 @@ class Base(ABC):
         """
 
         def active() -> Callable[[], AbstractContextManager[Any]] | None:
-            taps = self._active_taps
-            return None if taps is None else lambda: self.tapping(*taps)
+            taps, replaced = self._active_taps, self._replaced
+            return None if taps is None else lambda: self._again(taps, replaced)
 
         self.denoiser.enable_gradient_checkpointing(checkpoint_with_taps(active))
+
+    @contextmanager
+    def _again(self, taps: tuple[Mapping[str, Tensor], Taps], replaced: Mapping[str, nn.Module]) -> Iterator[None]:
+        """The state of a call, for a block that is recomputed. A recomputed block is the one that ran, replaced or
+        not, but taps are hooked by path."""
+        with self.replacing(replaced), self.tapping(*taps):
+            yield
 
     @property
     def default_guidance(self) -> float:

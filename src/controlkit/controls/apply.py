@@ -30,4 +30,5 @@ def predict_under(control: Control, base: Base, x_t: Tensor, t: Tensor, text: Te
     if Acts.TAPS in control.acts:
         for point, tap in control.taps(base, x_t, t, control_text, hint).items():
             taps[point] = [tap if isinstance(tap, Tap) else Tap(function=tap)]
-    return base.predict(x_t, t, extended, residuals, taps)
+    with base.replacing(control.replacements()):
+        return base.predict(x_t, t, extended, residuals, taps)

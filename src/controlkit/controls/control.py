@@ -106,6 +106,7 @@ class Control(nn.Module, ABC):
     inputs: ClassVar[tuple[Input, ...]] = (Input(),)
     """Its inputs."""
     reads: ClassVar[Reads]
+    """What its residuals depend on; for a system with a choice, all that one may read (`reading` is what one does)."""
     acts: ClassVar[Acts] = Acts.RESIDUALS
     enters: ClassVar[str]
     """Where it acts, as text: `decoder skips and middle`."""
@@ -166,6 +167,13 @@ class Control(nn.Module, ABC):
         """
         return {}
 
+    def replacements(self) -> Mapping[str, nn.Module]:
+        """Path of a module of the base's denoiser -> module of the same interface that runs in its place.
+
+        They run wherever the control acts, and no conditioning scale affects them. They are trained with the control.
+        """
+        return {}
+
     def tokens(self, hint: Hint) -> Tensor:
         """Tokens `[B, n, D]` to append to those of the prompt; n is the same for every hint."""
         raise TypeError(f"{self.title} adds no tokens")
@@ -173,6 +181,11 @@ class Control(nn.Module, ABC):
     def incompatibility(self, base: Base) -> str | None:
         """Why it cannot act on `base`, in a few words such as "its channels: 3, the base's: 4"; None if it can."""
         return None
+
+    @property
+    def reading(self) -> Reads:
+        """What its residuals depend on: `reads`, or a part of it."""
+        return self.reads
 
     @property
     def conditional_only(self) -> bool:
@@ -383,6 +396,10 @@ class Control(nn.Module, ABC):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters that training updates."""
 
+    def training_notes(self, learning_rate: float) -> list[str]:
+        """Notes for the user before it trains at this peak learning rate."""
+        return []
+
     def for_condition(self, condition: str) -> Control:
         """Of a control that follows several conditions: the one for this condition, until the next call."""
         return self
@@ -449,7 +466,8 @@ def encode_images(control: Control, images: Tensor, base: Base) -> Hint:
 
 def words_of_reads(control: Control | type[Control]) -> str:
     """What a control reads besides its hint, as text; taps read the base's features at every step."""
-    words = [flag.name.lower() for flag in control.reads if flag.name]
+    reads = control.reading if isinstance(control, Control) else control.reads
+    words = [flag.name.lower() for flag in reads if flag.name]
     return ", ".join([*words, *(["the base's features"] if Acts.TAPS in control.acts else [])]) or "nothing"
 
 

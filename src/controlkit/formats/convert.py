@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ def convert(
     rank: int | None = None,
     condition: str | None = None,
     pooled: bool = False,
+    decoder: bool = False,
     force: bool = False,
 ) -> Converted:
     """Read a control in any format and write it in another. Tensors keep their dtype, files their metadata.
@@ -101,6 +102,8 @@ def convert(
         condition: name of the control's condition, written into the metadata.
         pooled: the ControlNet averages its residuals over the image, as ControlNet 1.1's shuffle does, which its
             original file does not record. Implied by the condition `shuffle` if the file has no such entry.
+        decoder: keep the decoder of the Stable Diffusion in the file, which was trained along with the control; it then
+            replaces that of the base.
         force: replace an existing file, or write into a folder that is not empty.
 
     Raises:
@@ -127,10 +130,11 @@ def convert(
         raise UserError(f"--rank {rank} applies to --to control-lora only, not to {to}", "contradiction")
     reference = replace(reference_for(base), rank=rank)
     checkpoint = source_format.read(kind, detected.file, reference, detected.description)
-    _check_flags(path, kind, base_control is not None, pooled)
+    flags = [name for name, used in (("pooled", pooled), ("decoder", decoder)) if used]
+    _check_flags(path, kind, base_control is not None, flags)
     if condition is not None:
         checkpoint.metadata["control.condition"] = conditions.find(condition).name
-    kind.settle_checkpoint(checkpoint, ("pooled",) if pooled else ())
+    kind.settle_checkpoint(checkpoint, flags)
     inputs = [*files_of(path), *_files_of_base(base)]
     if kind.companion is not None:
         inputs += _settle_companion(path, checkpoint, format_, base_control, reference)
@@ -156,17 +160,16 @@ def format_names() -> list[str]:
     return list(dict.fromkeys(name for kind in registry().values() for name in formats_of(kind)))
 
 
-def _check_flags(path: Path, kind: type[Control], companion: bool, pooled: bool) -> None:
+def _check_flags(path: Path, kind: type[Control], companion: bool, flags: Sequence[str]) -> None:
     if companion and kind.companion is None:
         raise UserError(
             f"--base-control is for {_titles(lambda kind: bool(kind.companion))}; {path} is {kind.title}",
             "contradiction",
         )
-    if pooled and "pooled" not in kind.convert_flags:
-        raise UserError(
-            f"--pooled is for {_titles(lambda kind: 'pooled' in kind.convert_flags)}; {path} is {kind.title}",
-            "contradiction",
-        )
+    for flag in flags:
+        if flag not in kind.convert_flags:
+            able = ", ".join(other.title for other in registry().values() if flag in other.convert_flags)
+            raise UserError(f"--{flag} is for {able}; {path} is {kind.title}", "contradiction")
 
 
 def _titles(test: Callable[[type[Control]], bool]) -> str:

@@ -62,7 +62,7 @@ def cost_of(control: Control, base: Base, side: int) -> Cost:
     base_only = _count(lambda: base.predict(x_t, t, text))
     residuals = _count(lambda: control(x_t, t, text, hint)) if Acts.RESIDUALS in control.acts else 0
     taps = _count(lambda: predict_under(control, base, x_t, t, text, hint)) - base_only - residuals
-    reads = control.reads
+    reads = control.reading
     return Cost(
         once=once + (0 if reads & (Reads.NOISE | Reads.TIME) else residuals),
         step=residuals if Reads.TIME in reads and Reads.NOISE not in reads else 0,

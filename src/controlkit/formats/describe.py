@@ -78,9 +78,9 @@ def describe(name: str, base: str | None = None, size: int | None = None) -> dic
         "enters at": detected.control.enters,
     }
     if checkpoint is not None:
-        facts["trainable"] = _trainable(_on_meta(detected.control, checkpoint).requires_grad_(True))
+        on_meta = _on_meta(detected.control, checkpoint).requires_grad_(True)
+        facts |= {"trainable": _trainable(on_meta), "reads": words_of_reads(on_meta)}
         facts |= _flops(detected.control, checkpoint, base, size)
-    if checkpoint is not None:
         facts |= detected.control.facts(checkpoint.config)
     facts["needs"] = _needs(detected.control, checkpoint)
     facts["condition"] = detected.file.metadata.get("control.condition") or "not said"
@@ -184,7 +184,7 @@ def describe_system(system: str, base: str, rank: int | None = None, size: int |
     if is_countable(first):
         facts[f"GFLOP at {side} x {side}"] = cost_of(first, on_meta, side).to_json()
     facts |= _input_facts(kind)
-    return {**facts, "reads": words_of_reads(kind), "enters at": kind.enters}
+    return {**facts, "reads": words_of_reads(first), "enters at": kind.enters}
 
 
 def memory_of(parameters: int) -> str:
@@ -256,7 +256,7 @@ def _flops(kind: type[Control], checkpoint: Checkpoint, base: str | None, size: 
         side = _side(on_meta, size or native or on_meta.size)
         return {f"GFLOP at {side} x {side}": cost_of(control, on_meta, side).to_json()}
     side = size or native or 512
-    if kind.acts is not Acts.RESIDUALS or kind.reads is not Reads.NOTHING or not takes_one_image(kind):
+    if kind.acts is not Acts.RESIDUALS or control.reading is not Reads.NOTHING or not takes_one_image(kind):
         return {}
     with suppress(AttributeError):  # it reads the base, which is unknown
         return {f"GFLOP at {side} x {side}": cost_without_base(control, side).to_json()}

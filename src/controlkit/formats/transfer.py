@@ -20,7 +20,7 @@ LIMITS = (
     "Transfer assumes that training moved the control little from its base; after long training the unchanged control"
     " may be better. Try both: it also runs on the other base. Differences in style between the bases remain. A"
     " different text encoder is not corrected for, nor is a decoder that was trained along with the control"
-    " (ControlNet 1.0)."
+    " but is not in its file (ControlNet 1.0)."
 )
 """Shown with every transferred control."""
 

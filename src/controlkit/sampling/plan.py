@@ -3,7 +3,8 @@
 What a control reads decides. One that reads the noisy latent runs at every step for every image. One that does not
 runs ahead, batched over time, once per (condition, prompt); its residuals are shared by all images, and by later calls
 through a cache. Controls that share a network run in one pass. Taps act at every step within the pass of the base, on
-the rows of their control only. Tokens are appended to those of the prompt at the steps where their control acts, zeros
+the rows of their control only. Where a control replaces modules of the base on one branch of guidance only, the base
+runs for each branch by itself. Tokens are appended to those of the prompt at the steps where their control acts, zeros
 on the branch where it does not. A plan changes when work is done, never the result.
 """
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
@@ -22,6 +23,7 @@ from controlkit.bases.taps import Tap, TapFunction
 from controlkit.bases.text import Text, concatenate
 from controlkit.controls.control import Acts, Control, Reads
 from controlkit.controls.hints import Hint, expand, map_hint, rows_of, shapes_of
+from controlkit.errors import UserError
 from controlkit.sampling.request import lies_within
 from controlkit.sampling.residual_cache import ResidualCache, digest, identity_of
 
@@ -115,12 +117,15 @@ class Plan:
         self._window: dict[int, Residuals] = {}
         self._once: dict[int, Residuals] = {}
         adding = [place for place, use in enumerate(uses) if Acts.RESIDUALS in use.control.acts]
-        self._ahead = [place for place in adding if Reads.NOISE not in uses[place].control.reads]
+        self._ahead = [place for place in adding if Reads.NOISE not in uses[place].control.reading]
         self._every = [place for place in adding if place not in self._ahead]
         self._tokens = {
             place: use.control.tokens(use.hint) for place, use in enumerate(uses) if Acts.TOKENS in use.control.acts
         }
         self._tapping = [place for place, use in enumerate(uses) if Acts.TAPS in use.control.acts]
+        self._replacing = {place: modules for place, use in enumerate(uses) if (modules := use.control.replacements())}
+        for index in range(len(timesteps)) if self._replacing else ():
+            self._check_replacements(index)
 
     def residuals(self, index: int, x_t: Tensor) -> Residuals | None:
         """The sum of all residuals at step `index`, or None if no control acts.
@@ -162,6 +167,48 @@ class Plan:
             for point, function in functions.items():
                 taps.setdefault(point, []).append(_tap(function, use, (first, len(x_t))))
         return taps
+
+    def passes(self, index: int) -> list[tuple[int, int, dict[str, nn.Module]]]:
+        """Calls of the base at step `index`: first and last (exclusive) part of the batch, and the modules that run in
+        place of the base's.
+
+        One call for all parts, unless a control of the conditional branch replaces modules.
+        """
+        count = len(self.texts)
+        every: dict[str, nn.Module] = {}
+        conditional: dict[str, nn.Module] = {}
+        for place in self._acting(self._replacing, index):
+            conditional |= self._replacing[place]
+            if not self.uses[place].conditional_only:
+                every |= self._replacing[place]
+        if count == 1 or every == conditional:
+            return [(0, count, conditional)]
+        return [(0, count - 1, every), (count - 1, count, conditional)]
+
+    def _check_replacements(self, index: int) -> None:
+        """Check that the controls of step `index` can act together.
+
+        Raises:
+            UserError: two replace the same module, or one does on one branch only while taps act on all rows.
+        """
+        acting = self._acting(self._replacing, index)
+        owners: dict[str, int] = {}
+        for place in acting:
+            for path in self._replacing[place]:
+                if path in owners:
+                    raise UserError(
+                        f"controls {owners[path] + 1} and {place + 1} both replace the base's {path}, which only one"
+                        " can at a time; remove one, or let them act at different steps",
+                        "contradiction",
+                    )
+                owners[path] = place
+        if len(self.passes(index)) > 1 and (tapping := self._acting(self._tapping, index)):
+            names = " and ".join(self.uses[place].control.title for place in tapping)
+            raise UserError(
+                f"{self.uses[acting[0]].control.title} with modules of the base's acts on the conditional branch only,"
+                f" in which {names} cannot act beside it; use the mode balanced",
+                "contradiction",
+            )
 
     def text(self, index: int) -> Sequence[Text]:
         """The prompts of each part at step `index`, padded to one length, with the tokens of the acting controls."""
@@ -230,7 +277,7 @@ class Plan:
         groups: dict[Hashable, list[int]] = {}
         for place in places:
             use = self.uses[place]
-            shared, reads = use.control.shared_network, (use.control.reads, use.control.reads_tokens)
+            shared, reads = use.control.shared_network, (use.control.reading, use.control.reads_tokens)
             network = place if shared is None else id(shared)
             key = (network, type(use.control), reads, shapes_of(use.hint), use.conditional_only)
             groups.setdefault(key, []).append(place)
@@ -276,7 +323,7 @@ class Plan:
     def _batch(self, place: int, index: int) -> int:
         """Batch size of a control per step: 1 if all images share what it reads."""
         use = self.uses[place]
-        read = [len(text) for text in self._texts(use, index)] if Reads.TEXT in use.control.reads else []
+        read = [len(text) for text in self._texts(use, index)] if Reads.TEXT in use.control.reading else []
         return max(rows_of(use.hint), *read, 1)
 
     def _run(self, places: Sequence[int], indices: Sequence[int], batch: int, x_t: Tensor | None) -> list[Residuals]:
@@ -285,7 +332,7 @@ class Plan:
         parts = self._parts(first)
         rows = batch * parts
         text = None
-        if Reads.TEXT in first.control.reads:
+        if Reads.TEXT in first.control.reading:
             read = [part.expand(batch) for index in indices for part in self._texts(first, index=index)]
             text = concatenate(*read)
         x_t = None if x_t is None else x_t[-rows:]
@@ -305,7 +352,7 @@ class Plan:
 
     def _parts(self, use: ActiveControl) -> int:
         """How many parts a control runs for: one if it acts on one only, or does not read the prompts."""
-        return 1 if use.conditional_only or Reads.TEXT not in use.control.reads else len(self.texts)
+        return 1 if use.conditional_only or Reads.TEXT not in use.control.reading else len(self.texts)
 
     def _all_parts(self, use: ActiveControl, residuals: Residuals) -> Residuals:
         """Expand residuals to every part of the batch; zeros where the control does not act."""
@@ -318,7 +365,7 @@ class Plan:
     def _key(self, use: ActiveControl, index: int) -> tuple[Hashable, ...]:
         parts = self._texts(use, index)
         read = [tensor for text in parts for tensor in text.tensors()]
-        texts = tuple(digest(tensor) for tensor in read) if Reads.TEXT in use.control.reads else ()
+        texts = tuple(digest(tensor) for tensor in read) if Reads.TEXT in use.control.reading else ()
         return (identity_of(use.control), digest(use.hint), len(parts), texts)
 
     def _time(self, index: int, timed: bool) -> float | None:
@@ -355,7 +402,7 @@ def _tiled(hint: Hint, times: int) -> Hint:
 
 def _is_timed(control: Control) -> bool:
     """Whether its residuals differ between steps, also through tokens of controls that act at some steps only."""
-    return Reads.TIME in control.reads or (control.reads_tokens and Reads.TEXT in control.reads)
+    return Reads.TIME in control.reading or (control.reads_tokens and Reads.TEXT in control.reading)
 
 
 def _one_weight(use: ActiveControl) -> float:

@@ -114,8 +114,15 @@ def initial_noise(base: Base, seeds: Sequence[int], width: int, height: int) -> 
 def _predict(base: Base, plan: Plan, index: int, x_t: Tensor, t: Tensor, guidance: float) -> Tensor:
     parts = len(plan.texts)
     stacked = torch.cat([x_t] * parts)
-    text = concatenate(*(part.expand(len(x_t)) for part in plan.text(index)))
-    prediction = base.predict(stacked, t, text, plan.residuals(index, stacked), plan.taps(index, stacked, base))
+    texts = [part.expand(len(x_t)) for part in plan.text(index)]
+    residuals, taps = plan.residuals(index, stacked), plan.taps(index, stacked, base)
+    predictions = []
+    for first, last, modules in plan.passes(index):
+        rows = slice(first * len(x_t), last * len(x_t))
+        added = None if residuals is None else residuals.rows(rows.start, rows.stop)
+        with base.replacing(modules):
+            predictions.append(base.predict(stacked[rows], t, concatenate(*texts[first:last]), added, taps))
+    prediction = torch.cat(predictions)
     if parts == 1:
         return prediction
     unconditional, conditional = prediction.chunk(2)

@@ -57,7 +57,7 @@ class ControlObjective(Objective):
         self.frozen = self.base.content
         self.control = self._build(kind)
         self.trained = nn.ModuleDict(self.control.trained_modules())
-        print_notes(self.source.notes(self.base))
+        print_notes([*self.control.training_notes(recipe.learning_rate), *self.source.notes(self.base)])
         self.source.prepare(self.base, self.control)
         self.data = self.source.digest
         if recipe.gradient_checkpointing:

@@ -37,6 +37,8 @@ _LEAST = {
 """Minimum of settings, in whichever recipe."""
 
 _ADDED = {"flip": False, "gradient_checkpointing": False, "optimizer": "adamw", "least_scale": 0.6}
+_ADDED |= {"sd_locked": True, "only_mid_control": False}
+_ADDED |= {"global_average_pooling": False, "gaussian_convolutions": False}
 _ADDED |= {"image_column": None, "conditioning_image_column": None, "caption_column": None}
 """Settings added later, with the value that reproduces runs from before; with it, they do not identify a run."""
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import control_lora, difference
+from controlkit.controls.controlnet.decoder import PREFIX as DECODER_PREFIX
+from controlkit.controls.controlnet.decoder import decoder_shapes, is_original_name, original_names, split
 from controlkit.controls.encoder_copy.original import (
     BARE_DESCRIPTION,
     FULL_DESCRIPTION,
@@ -17,7 +23,20 @@ from controlkit.controls.encoder_copy.original import (
     to_original,
     write_full,
 )
-from controlkit.controls.file_format import Checkpoint, FileFormat, Reference, TensorFile, Written
+from controlkit.controls.file_format import (
+    Checkpoint,
+    FileFormat,
+    Reference,
+    TensorFile,
+    Written,
+    check_names,
+    declared_config,
+)
+from controlkit.errors import UserError
+
+DECODER_TITLE = "a decoder that was trained with it (sd_locked false)"
+"""What a control may contain besides itself, for errors."""
+_LOCKED = "sd_locked"
 
 
 def _detect_original(file: TensorFile) -> str | None:
@@ -59,31 +78,96 @@ def _read(kind: type[Control], file: TensorFile, reference: Reference, descripti
 
 def _read_full(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
     full = FullCheckpoint.of(file)
+    config = declared_config(file.metadata) or {}
+    if config.pop(_LOCKED, True) is False:  # the tensors of the control are read first, by themselves
+        file = replace(file, metadata={**file.metadata, "control.config": json.dumps(config)})
     checkpoint = from_original(kind, file, kind.title, full.inside, reference, others=full.unknown, prefix=PREFIX)
     checkpoint.leftover = full.stable_diffusion
-    decoder = sum(name.startswith(f"{UNET_PREFIX}output_blocks.") for name in full.stable_diffusion)
+    names = [name for name in full.stable_diffusion if is_original_name(name.removeprefix(UNET_PREFIX))]
+    if len(names) == len(full.stable_diffusion):
+        take_decoder(checkpoint)
+        return checkpoint
     note = full.note()
+    decoder = sum(name.startswith(f"{UNET_PREFIX}output_blocks.") for name in names)
     if decoder:
         note += (
             f"; its decoder ({decoder} tensors), which ControlNet 1.0 trained along with the control, is dropped, so"
-            " images differ slightly from the original code's"
+            " images differ slightly from the original code's (`convert --decoder` keeps it)"
         )
     checkpoint.notes.append(note)
     return checkpoint
 
 
+def take_decoder(checkpoint: Checkpoint) -> None:
+    """Make the decoder of the Stable Diffusion in a checkpoint's file part of the control.
+
+    Raises:
+        UserError: the file has no Stable Diffusion, or not the decoder of the UNet that the control copies.
+    """
+    name, prefix = checkpoint.path, UNET_PREFIX
+    inside = {key.removeprefix(prefix) for key in checkpoint.leftover if key.startswith(prefix)}
+    in_file = {key for key in inside if is_original_name(key)}
+    if not in_file:
+        raise UserError(f"{name} contains no decoder of Stable Diffusion, so none can be kept", "wrong-kind")
+    shapes = decoder_shapes(checkpoint.config)
+    names = original_names(shapes)
+    expected = {f"{prefix}{names[own]}": shape for own, shape in shapes.items()}
+    tensors = {f"{prefix}{key}": checkpoint.leftover[f"{prefix}{key}"] for key in in_file}
+    check_names(name or Path(), DECODER_TITLE, expected, tensors)
+    for own in shapes:
+        checkpoint.tensors[f"{DECODER_PREFIX}{own}"] = checkpoint.leftover.pop(f"{prefix}{names[own]}")
+    checkpoint.config = {**checkpoint.config, _LOCKED: False}
+    checkpoint.notes = [note.partition("; its decoder")[0] for note in checkpoint.notes]
+
+
+def _alone(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint whose format has no place for a decoder.
+
+    Raises:
+        UserError: it has one.
+    """
+    if any(name.startswith(DECODER_PREFIX) for name in checkpoint.tensors):
+        raise UserError(
+            f"{checkpoint.path} contains {DECODER_TITLE}, for which this format has no place; write it as controlkit"
+            " or full",
+            "unsupported",
+        )
+    return checkpoint
+
+
 def _write(checkpoint: Checkpoint, reference: Reference) -> Written:
-    return Written(tensors=to_original(checkpoint, PREFIX))
+    return Written(tensors=to_original(_alone(checkpoint), PREFIX))
 
 
 def _write_bare(checkpoint: Checkpoint, reference: Reference) -> Written:
-    return Written(tensors=to_original(checkpoint))
+    return Written(tensors=to_original(_alone(checkpoint)))
 
 
 def _write_full(checkpoint: Checkpoint, reference: Reference) -> Written:
-    tensors = write_full(checkpoint)
+    own, decoder = split(checkpoint.tensors)
     checkpoint.notes = [note for note in checkpoint.notes if "decoder" not in note]
-    return Written(tensors=tensors)
+    if not decoder:
+        return Written(tensors=write_full(checkpoint))
+    names = original_names(decoder)
+    control = to_original(replace(checkpoint, tensors=own), PREFIX)
+    renamed = {f"{UNET_PREFIX}{names[name]}": value for name, value in decoder.items()}
+    notes = (
+        ()
+        if checkpoint.leftover
+        else (
+            "the file contains the control and the decoder; the original code loads it over Stable Diffusion with"
+            " strict=False, as ControlNet 1.1's files",
+        )
+    )
+    return Written(tensors={**checkpoint.leftover, **control, **renamed}, notes=notes)
+
+
+def _write_difference(checkpoint: Checkpoint, reference: Reference) -> Written:
+    return difference.write(_alone(checkpoint), reference)
+
+
+def _write_control_lora(checkpoint: Checkpoint, reference: Reference) -> Written:
+    return control_lora.write(_alone(checkpoint), reference)
 
 
 FORMATS = (
@@ -95,7 +179,7 @@ FORMATS = (
         description="a ControlNet as its difference from the base's UNet",
         detect=_detect_difference,
         read=difference.read,
-        write=difference.write,
+        write=_write_difference,
         needs_base=True,
     ),
     FileFormat(
@@ -103,7 +187,7 @@ FORMATS = (
         description="Stability AI's Control-LoRA: low-rank changes of the base's UNet",
         detect=_detect_control_lora,
         read=control_lora.read,
-        write=control_lora.write,
+        write=_write_control_lora,
         needs_base=True,
     ),
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from controlkit.controls.encoder_copy.network import HEADS
 
-_RESNET = {
+RESNET_NAMES = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
@@ -25,6 +25,7 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+"""Module of a ResNet block in diffusers -> in the original code."""
 _NOT_IN_SHAPES = (
     HEADS,
     "num_attention_heads",
@@ -210,7 +211,7 @@ def _text_settings(
 
 
 def _resnet(own: str, original: str) -> dict[str, str]:
-    return {f"{own}.{inner}": f"{original}.{original_inner}" for inner, original_inner in _RESNET.items()}
+    return {f"{own}.{inner}": f"{original}.{original_inner}" for inner, original_inner in RESNET_NAMES.items()}
 
 
 def _renamer(paths: Mapping[str, str]) -> Callable[[str], str | None]:
