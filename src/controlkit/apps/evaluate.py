@@ -59,13 +59,14 @@ def run(args: argparse.Namespace) -> None:
 
     from controlkit.errors import UserError
     from controlkit.files import writable_folder
-    from controlkit.sampling.request import DEFAULT_STEPS, check_mode, check_sampling
+    from controlkit.sampling.request import DEFAULT_STEPS, check_sampling, mode_name
 
     settings = {
         name: getattr(args, name) for name in ("steps", "guidance", "sampler", "weight", "mode") if hasattr(args, name)
     }
     check_sampling(settings.get("steps", DEFAULT_STEPS), settings.get("guidance"), settings.get("sampler"))
-    check_mode(settings.get("mode"))
+    if "mode" in settings:
+        settings["mode"] = mode_name(settings["mode"])
     if not math.isfinite(settings.get("weight", 1.0)):
         raise UserError(f"--weight {settings['weight']}: expected a finite number, such as 1.25", "out-of-range")
     if args.sheet:

@@ -42,7 +42,7 @@ _OURS = {
 """Options of diffusers' scripts, A1111, ComfyUI and kohya -> ours."""
 
 _FORM = {
-    "control": "--control NAME_OR_FILE=IMAGE[@weight[:start-end]]",
+    "control": "--control NAME_OR_FILE=IMAGE[@weight[:start-end]][,KEY=VALUE...]",
     "optimizer": "--optimizer adamw8bit",
     "seeds": "--seeds N",
 }

@@ -14,7 +14,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from controlkit._version import __version__
 from controlkit.bases.base import Base
@@ -26,10 +29,10 @@ from controlkit.files import writable_folder, write_json
 from controlkit.formats.load import control_class, load_control
 from controlkit.images import sequence_note, to_images, to_tensor, write_png
 from controlkit.sampling.identity import base_sha256, companion_sha256, control_sha256, pixels_sha256
-from controlkit.sampling.inputs import ControlImage, Kind, values_of, with_named_inputs
+from controlkit.sampling.inputs import ControlImage, Kind, Mask, values_of, with_named_inputs
 from controlkit.sampling.notes import crop_note, flat_note, request_notes
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import ControlUse, GenerateRequest, condition_name
+from controlkit.sampling.request import ControlUse, GenerateRequest, condition_name, mask_name
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample
 
@@ -51,15 +54,18 @@ class Generation:
     conditions: dict[str, Image.Image] = field(default_factory=dict)
     """Condition images in the order of the request's controls, by the stem of their files: `condition0`, or
     `condition1-canny` for the named input `canny`."""
+    masks: dict[str, Image.Image] = field(default_factory=dict)
+    """Masks of the controls that have one, grey, by the stem of their files: `mask0`."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock time of each phase."""
     used: dict[str, Any] = field(default_factory=dict)
     """Resolved values of what the request leaves open: `device`, `precision`, `width` and `height` in pixels,
     `guidance`, `mode`, `sampler`."""
     sha256: dict[str, Any] = field(default_factory=dict)
-    """Hex SHA-256 of the files read: `base`, and for each of `controls` its `image`, `control`, `companion` (such as
-    the base control of an adapter) and `condition` (the pixels of the condition image). None for a base, and left out
-    for controls, that the caller loaded. `image` and `condition` of named inputs are under `inputs` and their names."""
+    """Hex SHA-256 of the files read: `base`, and for each of `controls` its `image`, `mask`, `control`, `companion`
+    (such as the base control of an adapter) and `condition` (the pixels of the condition image). None for a base, and
+    left out for controls, that the caller loaded. `image` and `condition` of named inputs are under `inputs` and their
+    names."""
     notes: list[str] = field(default_factory=list)
     """Remarks for the user, such as a cropped image or a cut prompt."""
 
@@ -82,8 +88,8 @@ class Generation:
             text = json.dumps({**settings, "request": request})
             write_png(path, generated.image, {"controlkit": text, "prompt": self.request.prompt})
             paths.append(path)
-        for name, condition in self.conditions.items():
-            write_png(folder / f"{name}.png", condition)
+        for name, image in {**self.conditions, **self.masks}.items():
+            write_png(folder / f"{name}.png", image)
         write_json(folder / "settings.json", settings)
         return paths
 
@@ -113,7 +119,8 @@ def generate(
         kinds: Sequence[Kind] = controls or [control_class(use.control) for use in request.controls]
         generation.request = request = with_named_inputs(request, kinds)
         images = [ControlImage.read(use, kind) for use, kind in zip(request.controls, kinds, strict=True)]
-        hashes = [_hashes(use, inputs) for use, inputs in zip(request.controls, images, strict=True)]
+        masks = [Mask.read(use) for use in request.controls]
+        hashes = [_hashes(*each) for each in zip(request.controls, images, masks, strict=True)]
         generation.sha256 = {"base": None, "controls": hashes}
         if base is None:
             device = choose_device(request.device)
@@ -143,9 +150,10 @@ def generate(
             for use, control in zip(request.controls, controls, strict=True)
         ]
     generation.notes += request_notes(request, base, width, height)
+    files: list[ControlImage | Mask] = [*chain(*images), *(mask for mask in masks if mask is not None)]
     generation.notes += [
         note
-        for image in chain(*images)
+        for image in files
         for note in (*sequence_note(image.data, image.path), *crop_note(image.path, image.image, width, height))
     ]
     with _timed(generation, "condition"):
@@ -156,6 +164,8 @@ def generate(
                 control=control,
                 hint=_hint(generation, index, control, images[index], base),
                 weight=use.weight,
+                layers=use.layers,
+                mask=_mask(generation, index, masks[index]),
                 start=use.start,
                 end=use.end,
             )
@@ -182,10 +192,11 @@ def generate(
     return generation
 
 
-def _hashes(use: ControlUse, images: Sequence[ControlImage]) -> dict[str, Any]:
-    """SHA-256 of the images of a control."""
+def _hashes(use: ControlUse, images: Sequence[ControlImage], mask: Mask | None) -> dict[str, Any]:
+    """SHA-256 of the images and the mask of a control."""
     hashes = {each.input.name: {"image": hashlib.sha256(each.data).hexdigest()} for each in images}
-    return next(iter(hashes.values())) if use.inputs is None else {"inputs": hashes}
+    of_control: dict[str, Any] = next(iter(hashes.values())) if use.inputs is None else {"inputs": hashes}
+    return of_control if mask is None else {**of_control, "mask": hashlib.sha256(mask.data).hexdigest()}
 
 
 def _hint(generation: Generation, index: int, control: Control, images: Sequence[ControlImage], base: Base) -> Hint:
@@ -204,6 +215,15 @@ def _hint(generation: Generation, index: int, control: Control, images: Sequence
     return control.encode(inputs, base)
 
 
+def _mask(generation: Generation, index: int, mask: Mask | None) -> Tensor | None:
+    """The mask of a control `[1, 1, H, W]` in [0, 1], which is added to `generation`."""
+    if mask is None:
+        return None
+    grey = mask.grey(generation.used["width"], generation.used["height"])
+    generation.masks[mask_name(index)] = grey
+    return torch.from_numpy(np.asarray(grey, dtype=np.float32) / 255)[None, None]
+
+
 def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
     """Refuse to write the results of `request` over its own input images.
 
@@ -219,12 +239,14 @@ def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
     for index, use in enumerate(request.controls):
         named = {None: use.image} if use.inputs is None else use.inputs
         written += [condition_name(index, name) for name in named]
-        read += [(use.control, value) for value in named.values() if isinstance(value, str) and os.path.exists(value)]
+        written += [mask_name(index)] if use.mask is not None else []
+        given = [*named.values(), use.mask]
+        read += [(use.control, value) for value in given if isinstance(value, str) and os.path.exists(value)]
     for path in (Path(folder) / f"{name}.png" for name in written):
         for control, image in read:
             if path.exists() and path.samefile(image):
                 raise UserError(
-                    f"{path} would be overwritten, but it is the image of {control}; choose another folder",
+                    f"{path} would be overwritten, but it is an image or mask of {control}; choose another folder",
                     "would-overwrite",
                 )
 
