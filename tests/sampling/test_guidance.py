@@ -171,7 +171,7 @@ class TestAgainstALoop:
     def test_every_mode_with_a_mask_and_a_weight(self, thirteen, thirteen_control, hint_image, mode):
         sites = thirteen.sites
         weights = {
-            "prompt": soft_weights(sites),
+            "soft": soft_weights(sites),
             "guess": soft_weights(sites),
             "cfg-rw": resolution_weights(sites, normalised=True),
             "cfg-rw-literal": resolution_weights(sites),
@@ -185,7 +185,7 @@ class TestAgainstALoop:
         assert_same(planned(thirteen, use, batch_size=1), expected, 1e-4)
 
     @pytest.mark.parametrize("reads", [Reads.NOTHING, Reads.TIME, Reads.TEXT, Reads.TIME | Reads.TEXT])
-    @pytest.mark.parametrize("mode", ["prompt", "cfg-rw"])
+    @pytest.mark.parametrize("mode", ["soft", "cfg-rw"])
     def test_what_runs_ahead_is_weighted_as_what_runs_at_every_step(self, tiny_base, hint_image, reads, mode):
         settings = {"layers": (0.5, 1, 0, -1, 2), "mask": LEFT, "weight": 0.7}
         every_step = FakeControl(reads).pretending_to_read(reads | Reads.NOISE)
@@ -286,7 +286,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("mode", "settings", "said"),
         [
-            *((mode, {}, f"mode {mode}") for mode in ("prompt", "guess", "cfg-rw", "cfg-rw-literal")),
+            *((mode, {}, f"mode {mode}") for mode in ("soft", "guess", "cfg-rw", "cfg-rw-literal")),
             ("control", {"mask": LEFT}, "a mask"),
             ("balanced", {"layers": (1.0,)}, "layers"),
         ],
@@ -297,7 +297,7 @@ class TestRefusals:
         with refused("unsupported", control.title, said):
             ActiveControl.in_mode(mode, sd1_scheduled_base, control=control, hint=torch.zeros(1), **settings)
 
-    @pytest.mark.parametrize("mode", ["cfg-rw", "cfg-rw-literal", "guess", "prompt"])
+    @pytest.mark.parametrize("mode", ["cfg-rw", "cfg-rw-literal", "guess", "soft"])
     def test_weights_by_resolution_need_sites_of_different_resolutions(self, mode):
         base = build_tiny_sd3(t5=False)
         with refused("incompatible", mode, base.name):
@@ -312,7 +312,7 @@ class TestRefusals:
 
 NAMES = {
     "Balanced": "balanced",
-    "My prompt is more important": "prompt",
+    "My prompt is more important": "soft",
     "ControlNet is more important": "guess",
     "guess_mode": "guess",
     "cfg-rw-normalised": "cfg-rw",

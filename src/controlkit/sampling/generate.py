@@ -30,11 +30,12 @@ from controlkit.formats.load import control_class, load_control
 from controlkit.images import sequence_note, to_images, to_tensor, write_png
 from controlkit.sampling.identity import base_sha256, companion_sha256, control_sha256, pixels_sha256
 from controlkit.sampling.inputs import ControlImage, Kind, Mask, values_of, with_named_inputs
-from controlkit.sampling.notes import crop_note, flat_note, request_notes
+from controlkit.sampling.notes import crop_note, flat_note, prompt_notes, request_notes
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import ControlUse, GenerateRequest, condition_name, mask_name
+from controlkit.sampling.prompts import find_captioner, first_prompt
+from controlkit.sampling.request import ControlUse, GenerateRequest, condition_name, first_name, mask_name
 from controlkit.sampling.residual_cache import ResidualCache
-from controlkit.sampling.sampler import sample
+from controlkit.sampling.sampler import sample_prompts
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,13 @@ class Generation:
     `condition1-canny` for the named input `canny`."""
     masks: dict[str, Image.Image] = field(default_factory=dict)
     """Masks of the controls that have one, grey, by the stem of their files: `mask0`."""
+    first_images: list[GeneratedImage] = field(default_factory=list)
+    """In prompt mode `automatic`, the images from which the prompts were made, one per seed."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock time of each phase."""
     used: dict[str, Any] = field(default_factory=dict)
     """Resolved values of what the request leaves open: `device`, `precision`, `width` and `height` in pixels,
-    `guidance`, `mode`, `sampler`."""
+    `guidance`, `mode`, `sampler`; and unless the prompt is given, `prompts`, one per seed."""
     sha256: dict[str, Any] = field(default_factory=dict)
     """Hex SHA-256 of the files read: `base`, and for each of `controls` its `image`, `mask`, `control`, `companion`
     (such as the base control of an adapter) and `condition` (the pixels of the condition image). None for a base, and
@@ -82,12 +85,16 @@ class Generation:
             "sha256": self.sha256,
         }
         paths = []
-        for generated in self.images:
+        prompts = self.used.get("prompts", [self.request.prompt] * len(self.images))
+        for generated, prompt in zip(self.images, prompts, strict=True):
             path = folder / f"seed{generated.seed}.png"
+            used = {**self.used, "prompts": [prompt]} if "prompts" in self.used else self.used
             request = dataclasses.replace(self.request, seeds=(generated.seed,)).to_json()
-            text = json.dumps({**settings, "request": request})
-            write_png(path, generated.image, {"controlkit": text, "prompt": self.request.prompt})
+            text = json.dumps({**settings, "request": request, "used": used})
+            write_png(path, generated.image, {"controlkit": text, "prompt": prompt})
             paths.append(path)
+        for first in self.first_images:
+            write_png(folder / f"{first_name(first.seed)}.png", first.image)
         for name, image in {**self.conditions, **self.masks}.items():
             write_png(folder / f"{name}.png", image)
         write_json(folder / "settings.json", settings)
@@ -130,6 +137,8 @@ def generate(
             generation.sha256["base"] = base_sha256(request.base)
         width, height = request.width or base.size, request.height or base.size
         base.check_size(width, height)
+        prompt = first_prompt(request.prompt_mode, request.prompt, base)
+        captioner = find_captioner(request.captioner, base) if request.prompt_mode == "automatic" else None
         generation.used = {
             "device": str(base.device),
             "precision": next((name for name, dtype in PRECISIONS.items() if dtype == base.dtype), str(base.dtype)),
@@ -139,6 +148,8 @@ def generate(
             "mode": base.default_mode,
             "sampler": request.sampler or base.default_sampler,
         }
+        if request.prompt_mode != "given":
+            generation.used["prompts"] = [prompt] * len(request.seeds)
         if controls is None:
             shared: dict[str, Control] = {}
             controls = [load_control(use.control, base, shared=shared) for use in request.controls]
@@ -171,10 +182,13 @@ def generate(
             )
             for index, (use, control) in enumerate(zip(request.controls, controls, strict=True))
         ]
-    with _timed(generation, "sample"):
-        batches = sample(
+    rounds = 2 if captioner is not None else 1
+
+    def images_of(prompts: Sequence[str], turn: int) -> list[GeneratedImage]:
+        """One image per seed; `turn` is the number of rounds before this one."""
+        batches = sample_prompts(
             base,
-            prompt=request.prompt,
+            prompts=prompts,
             negative_prompt=request.negative_prompt,
             uses=uses,
             seeds=request.seeds,
@@ -185,10 +199,21 @@ def generate(
             height=height,
             batch_size=request.batch_size,
             cache=cache,
-            on_step=on_step,
+            on_step=None if on_step is None else lambda done, total: on_step(turn * total + done, rounds * total),
         )
-        generated = [image for batch in batches for image in to_images(batch)]
-    generation.images = [GeneratedImage(image, seed) for image, seed in zip(generated, request.seeds, strict=True)]
+        made = [image for batch in batches for image in to_images(batch)]
+        return [GeneratedImage(image, seed) for image, seed in zip(made, request.seeds, strict=True)]
+
+    with _timed(generation, "sample"):
+        generation.images = images_of([prompt], 0)
+    if captioner is not None:
+        generation.first_images = generation.images
+        with _timed(generation, "caption"):
+            prompts = captioner([first.image for first in generation.first_images])
+        generation.notes += prompt_notes(prompts, base)
+        generation.used["prompts"] = list(prompts)
+        with _timed(generation, "sample again"):
+            generation.images = images_of(prompts, 1)
     return generation
 
 
@@ -235,6 +260,7 @@ def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
         UserError: a result has the path of an input image.
     """
     written = [f"seed{seed}" for seed in request.seeds]
+    written += [first_name(seed) for seed in request.seeds] if request.prompt_mode == "automatic" else []
     read = []
     for index, use in enumerate(request.controls):
         named = {None: use.image} if use.inputs is None else use.inputs

@@ -20,12 +20,12 @@ MAX_SIDE = 16384
 DEFAULT_STEPS = 20
 SAMPLERS = ("ddim", "dpm++", "dpm++-karras", "unipc", "euler")
 """Names of samplers (`bases/schedules/solvers.py`)."""
-MODES = ("balanced", "control", "prompt", "guess", "cfg-rw", "cfg-rw-literal")
+MODES = ("balanced", "control", "soft", "guess", "cfg-rw", "cfg-rw-literal")
 """How a control acts under classifier-free guidance (`ControlUse.mode`)."""
 CONDITIONAL_MODES = ("control", "guess", "cfg-rw", "cfg-rw-literal")
 """The modes in which a control acts on the conditional branch only."""
 _MODE_ALIASES = {
-    "my prompt is more important": "prompt",
+    "my prompt is more important": "soft",
     "controlnet is more important": "guess",
     "guess_mode": "guess",
     "guess mode": "guess",
@@ -71,7 +71,7 @@ class ControlUse:
     |---|---|---|---|
     | `balanced` | both | 1 | diffusers' default; A1111: "Balanced" |
     | `control` | conditional | 1 | guidance amplifies the control |
-    | `prompt` | both | soft | A1111: "My prompt is more important" |
+    | `soft` | both | soft | A1111: "My prompt is more important" |
     | `guess` | conditional | soft | diffusers: `guess_mode`; A1111's third Control Mode |
     | `cfg-rw-literal` | conditional | resolution | CFG resolution weighting (Zhang et al. 2023, section 3.4) |
     | `cfg-rw` | conditional | resolution, at most 1 | the same, normalised |
@@ -139,7 +139,7 @@ class GenerateRequest:
     """Where the prompt comes from: `given` is `prompt`; `none` is no prompt; `default` is that of the base ("a
     professional, detailed, high-quality image"; nano has none, as it knows no such words); `automatic` is a caption of
     a first image made with the default prompt, for each seed (Zhang et al. 2023, arXiv
-    2302.05543v1, section 4.1)."""
+    2302.05543v1, section 4.1). `prompt` is empty unless given."""
     captioner: str | None = None
     """Captioner of `automatic`: a registered name, or the folder or hub id of a BLIP model. Default: that of the base,
     `concepts` for nano, else BLIP."""
@@ -233,6 +233,11 @@ def condition_name(index: int, name: str | None) -> str:
 def mask_name(index: int) -> str:
     """File stem of the mask of the control at `index`."""
     return f"mask{index}"
+
+
+def first_name(seed: int) -> str:
+    """File stem of the first image of a seed, in prompt mode `automatic`."""
+    return f"first{seed}"
 
 
 def check_sampling(steps: int, guidance: float | None, sampler: str | None = None) -> None:

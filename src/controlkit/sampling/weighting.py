@@ -172,7 +172,7 @@ def _normalised(sites: Mapping[str, tuple[int, int]]) -> dict[str, float]:
 
 
 _WEIGHTS = {
-    "prompt": soft_weights,
+    "soft": soft_weights,
     "guess": soft_weights,
     "cfg-rw": _normalised,
     "cfg-rw-literal": resolution_weights,
