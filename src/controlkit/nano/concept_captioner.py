@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from controlkit.evaluation.features import lite0_features
 from controlkit.evaluation.metrics import concept_similarity
@@ -25,9 +27,7 @@ def load_concept_captioner() -> Captioner:
     Raises:
         UserError: the `metrics` extra is not installed.
     """
-    gallery = read_set("seen")
-    concepts = [drawing.concept for drawing in gallery.examples]
-    features = lite0_features(gallery.images)
+    concepts, features = _gallery()
 
     @torch.inference_mode()
     def caption(images: Sequence[Image.Image]) -> list[str]:
@@ -36,6 +36,13 @@ def load_concept_captioner() -> Captioner:
         return [caption_of(names[best]) for best in similarity.argmax(1).tolist()]
 
     return caption
+
+
+@cache
+def _gallery() -> tuple[list[str], Tensor]:
+    """Concepts of the set and the features of its images."""
+    drawings = read_set("seen")
+    return [drawing.concept for drawing in drawings.examples], lite0_features(drawings.images)
 
 
 register_captioner(NAME, load_concept_captioner)
