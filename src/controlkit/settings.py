@@ -20,8 +20,11 @@ from controlkit.errors import UserError, nearest
 Settings = TypeVar("Settings")
 
 
-def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+def read_overrides(overrides: Sequence[str], option: str = "--set") -> dict[str, Any]:
     """Parse `key=value` overrides; values are YAML.
+
+    Args:
+        option: that of the command line from which they come, for errors.
 
     Raises:
         UserError: an override has no `=`, or its value is not YAML.
@@ -30,11 +33,11 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise UserError(f"--set {override}: expected key=value", "usage")
+            raise UserError(f"{option} {override}: expected key=value", "usage")
         try:
             values[key.strip()] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError) as error:  # an impossible date is a ValueError
-            raise UserError(f"--set {override}: {value!r} is not a YAML value", "wrong-type") from error
+            raise UserError(f"{option} {override}: {value!r} is not a YAML value", "wrong-type") from error
     return values
 
 

@@ -16,6 +16,7 @@ from controlkit import progress
 from controlkit.apps import habits
 from controlkit.apps.cli import VERBS, build_parser, main
 from controlkit.apps.show import print_table
+from controlkit.apps.study import STUDIES
 from controlkit.evaluation.report import Report
 from controlkit.progress import Progress
 from controlkit.training.trainer import _Loop
@@ -101,7 +102,7 @@ def test_a_usage_error_is_json_too(capsys):
 def test_studies_are_listed(capsys):
     assert run("study", "--list") == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == ["new-condition", "several-conditions", "community-model"]
+    assert listed == list(STUDIES)
     assert run("study", "--list", "--json") == 0
     assert [each["name"] for each in json.loads(capsys.readouterr().out)] == listed
     assert run("study") == 2

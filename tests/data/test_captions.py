@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 
 import pytest
-import torch
 from pair_files import scene, write_images
 from PIL import Image
 
@@ -13,28 +12,13 @@ from controlkit.data.captions import BLIP, Captioner, with_captions
 from controlkit.data.input_images import list_images
 from controlkit.errors import UserError
 from refusals import refused
+from tiny_blip import save_tiny_blip
 
 
 @pytest.fixture(scope="module")
 def tiny_blip(tmp_path_factory):
     """A BLIP of random weights as a folder."""
-    from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
-
-    folder = tmp_path_factory.mktemp("blip")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *(f"word{n}" for n in range(26))]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    torch.manual_seed(0)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**small, "encoder_hidden_size": 16, "vocab_size": len(words), "max_position_embeddings": 64}
-    text |= {"bos_token_id": 5, "pad_token_id": 0, "eos_token_id": 3, "sep_token_id": 3, "is_decoder": True}
-    config = BlipConfig(
-        text_config={**text, "projection_dim": 16},
-        vision_config={**small, "image_size": 32, "patch_size": 16, "projection_dim": 16},
-        projection_dim=16,
-    )
-    BlipForConditionalGeneration(config).save_pretrained(folder)
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    return str(folder)
+    return save_tiny_blip(tmp_path_factory.mktemp("blip"))
 
 
 def test_images_without_a_caption_get_one_and_it_is_kept(tiny_blip, tmp_path):

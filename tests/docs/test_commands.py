@@ -19,6 +19,7 @@ from controlkit.apps.cli import SHELLS, build_parser
 from controlkit.errors import UserError
 from controlkit.settings import build_settings, read_overrides
 from controlkit.studies.community_model import CommunityModel
+from controlkit.studies.guidance_modes import GuidanceModes
 from controlkit.studies.new_condition import NewCondition
 from controlkit.studies.several_conditions import SeveralConditions
 from controlkit.studies.task_instructions import TaskInstructions
@@ -30,6 +31,7 @@ OTHER_PROGRAMS = {".", "cd", "cp", "export", "find", "git", "hf", "mkdir", "npm"
 STUDIES = {
     "new-condition": NewCondition,
     "several-conditions": SeveralConditions,
+    "guidance-modes": GuidanceModes,
     "community-model": CommunityModel,
     "task-instructions": TaskInstructions,
 }

@@ -9,15 +9,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import controlkit
 from controlkit.apps.cli import main
+from controlkit.controls.controlnet_xs import ControlNetXS
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
-from controlkit.evaluation.evaluate_control import EvalSet, evaluate_control, evaluate_controls
+from controlkit.evaluation.evaluate_control import (
+    EvalControl,
+    EvalSet,
+    evaluate_control,
+    evaluate_controls,
+    generate_controlled,
+)
 from controlkit.evaluation.report import Report
 from controlkit.evaluation.sets import EvaluationSet, evaluation_set
 from controlkit.formats.load import save_control
-from refusals import check
+from controlkit.sampling.prompts import find_captioner
+from refusals import check, refused
 
 
 def eval_set_from(first, count):
@@ -62,11 +71,48 @@ def test_baselines_are_shared_by_content_and_settings_not_by_name(tiny_base, tin
     assert shared.rows == evaluate_control(tiny_base, tiny_control, [first], steps=3)[0].rows
 
 
+def test_each_prompt_mode_has_a_row_whose_baseline_has_the_same_prompts(tiny_base, tiny_control):
+    eval_set = eval_set_from(0, 3)
+    report, _ = evaluate_control(
+        tiny_base, tiny_control, [eval_set], steps=2, prompt_modes=("given", "none", "automatic")
+    )
+    names = [f"held-out pairs{more} (3)" for more in ("", ", prompt none", ", prompt automatic")]
+    assert [row[0] for row in report.rows] == names
+    given = evaluate_control(tiny_base, tiny_control, [eval_set], steps=2)[0]
+    empty = evaluate_control(tiny_base, tiny_control, [replace(eval_set, prompts=[""] * 3)], steps=2)[0]
+    assert [row[1:] for row in report.rows[:2]] == [given.rows[0][1:], empty.rows[0][1:]]
+    settings = report.settings["sets"]
+    assert [each.get("prompt_mode") for each in settings] == [None, "none", "automatic"]
+    assert [each.get("captioner") for each in settings] == [None, None, "concepts"]
+    # Automatic: the captions of what the control makes without a prompt.
+    first = generate_controlled(
+        tiny_base,
+        [EvalControl(control=tiny_control, condition_images=eval_set.condition_images)],
+        [""] * 3,
+        steps=2,
+    )
+    captions = find_captioner(None, tiny_base)([Image.fromarray(image) for image in first])
+    again = evaluate_control(tiny_base, tiny_control, [replace(eval_set, prompts=captions)], steps=2)[0]
+    assert again.rows[0][1:] == report.rows[2][1:]
+    several, _ = evaluate_controls(
+        tiny_base, {"one": tiny_control}, [evaluation_set("seen").first(2)], steps=2, prompt_modes=("none", "given")
+    )
+    assert [row[0] for row in several.rows] == ["one, seen, prompt none (2)", "one, seen (2)"]
+
+
+def test_a_mode_that_a_control_cannot_act_in_is_refused_before_anything_is_sampled(tiny_base, monkeypatch):
+    control = ControlNetXS.for_base(tiny_base, condition="canny", size_ratio=0.5)
+    monkeypatch.setattr("controlkit.evaluation.evaluate_control.generate_baselines", lambda *_: pytest.fail("sampled"))
+    with refused("unsupported", control.title, "cfg-rw"):
+        evaluate_control(tiny_base, control, [eval_set_from(0, 1)], steps=1, mode="cfg-rw")
+
+
 @pytest.mark.parametrize(
     ("words", "facts"),
     [
         (("canny", "canny"), ["evaluate control", "canny"]),
         (("canny", "--sets", "seen", "seen"), ["--sets", "seen"]),
+        (("canny", "--prompt-mode", "none", "none"), ["--prompt-mode", "none"]),
     ],
 )
 def test_a_repeated_name_is_refused(words, facts, capsys):
@@ -152,3 +198,24 @@ def test_tables_show_whole_numbers_and_small_ones_readably():
     assert "| 1,234,567 | 0.0003 | 0.250 |" in report.to_markdown()
     assert "| 2 | 0.001 | nan |" in report.to_markdown()
     assert report.to_json()["rows"][0] == (1234567, 3e-4, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "facts"),
+    [
+        (("control", "canny", "--prompt-mode", "nothing"), "unknown-name", ["'nothing'"]),
+        (("control", "canny", "--captioner", "concepts"), "contradiction", ["--captioner", "automatic"]),
+        (("base", "nano", "--prompt-mode", "none"), "contradiction", ["--prompt-mode"]),
+    ],
+)
+def test_wrong_prompt_modes_are_refused(words, code, facts, capsys):
+    assert main(["evaluate", *words]) == 2
+    check(capsys.readouterr().err, code, *facts)
+
+
+def test_prompt_modes_on_the_command_line(tmp_path, capsys):
+    words = ("--prompt-mode", "given", "none", "--images", "2", "--steps", "1", "--sets", "held-out", "--json")
+    assert main(["evaluate", "control", "canny", "--mode", "ControlNet is more important", *words]) == 0
+    (report,) = json.loads(capsys.readouterr().out)["reports"]
+    assert [row[0] for row in report["rows"]] == ["held-out (2)", "held-out, prompt none (2)"]
+    assert report["settings"]["control"]["mode"] == "guess"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlkit.errors import UserError
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import MODES, ControlUse, GenerateRequest
 from refusals import refused
 
 
@@ -80,6 +80,76 @@ def test_impossible_requests_are_refused(settings, code, facts):
         GenerateRequest(prompt="x", **settings)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("canny=a.png@0.8,mode=guess", {"image": "a.png", "weight": 0.8, "mode": "guess"}),
+        ("canny=a.png@0.8:0-0.5,mask=masks/m=1@2.png", {"weight": 0.8, "end": 0.5, "mask": "masks/m=1@2.png"}),
+        ("canny=a.png,weight=-0.5,span=0.25-1", {"weight": -0.5, "start": 0.25, "end": 1.0}),
+        ("canny=a.png,prepared,mode=control", {"prepared": True, "mode": "control"}),
+        ("canny=a.png,prepared=false", {"prepared": False}),
+        ("canny=a.png,low=50,high=150", {"parameters": {"low": 50, "high": 150}}),
+        ("canny=a.png,model=weights/a:b@c,safe=true", {"parameters": {"model": "weights/a:b@c", "safe": True}}),
+        ("canny=a.png@2,layers=0:0.5:1e-1", {"weight": 2.0, "layers": (0.0, 0.5, 0.1)}),
+        ("canny=a,b.png@0.5", {"image": "a,b.png", "weight": 0.5}),
+        ("canny=a.png@0.5,mode=ControlNet is more important", {"mode": "guess"}),
+    ],
+)
+def test_options_of_a_control(text, expected):
+    use = ControlUse.parse(text)
+    assert {name: getattr(use, name) for name in expected} == expected
+
+
+def test_options_override_what_holds_for_all_controls():
+    use = ControlUse.parse("canny=a.png,prepared=false,mode=guess", prepared=True, mode="balanced")
+    assert (use.prepared, use.mode) == (False, "guess")
+    assert ControlUse.parse("canny=a.png", prepared=True, mode="balanced").mode == "balanced"
+
+
+def test_names_of_files_come_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png@0.5", "b.png@1,mode=guess", "c,mask=x.png", "d,mode=guess.png", "e:1=2@3"):
+        (tmp_path / name).touch()
+    use = ControlUse.parse("canny=a.png@0.5")
+    assert (use.image, use.weight) == ("a.png@0.5", 1.0)
+    use = ControlUse.parse("canny=a.png@0.5@0.7,mode=control")
+    assert (use.image, use.weight, use.mode) == ("a.png@0.5", 0.7, "control")
+    assert ControlUse.parse("canny=b.png@1,mode=guess").image == "b.png@1,mode=guess"
+    use = ControlUse.parse("canny=b.png@1,mode=guess,mode=control")
+    assert (use.image, use.mode) == ("b.png@1,mode=guess", "control")
+    assert ControlUse.parse("canny=c,mask=x.png").mask is None
+    use = ControlUse.parse("canny=p.png@0.5,mask=d,mode=guess.png,mode=control")
+    assert (use.mask, use.mode) == ("d,mode=guess.png", "control")
+    use = ControlUse.parse("canny=e:1=2@3@0.5:0-1")
+    assert (use.image, use.weight) == ("e:1=2@3", 0.5)
+    # A file whose name is only the beginning of the image's does not shorten it.
+    (tmp_path / "me").touch()
+    assert ControlUse.parse("canny=me@home.png").image == "me@home.png"
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "facts"),
+    [
+        ("canny=a.png@0.8,mode=controls", "unknown-name", ["'controls'", "control"]),
+        ("canny=a.png@0.8,weight=1", "contradiction", ["weight", "twice"]),
+        ("canny=a.png@0.8:0-1,span=0-1", "contradiction", ["span", "twice"]),
+        ("canny=a.png,mask=a.png,mask=b.png", "contradiction", ["mask", "twice"]),
+        ("canny=a.png,low=1,low=2", "contradiction", ["low", "twice"]),
+        ("canny=a.png,weight=much", "usage", ["weight", "'much'", "number"]),
+        ("canny=a.png,span=0.2", "usage", ["span", "'0.2'", "START-END"]),
+        ("canny=a.png,layers=1:x", "usage", ["layers", "'1:x'"]),
+        ("canny=a.png,layers=nan:1", "out-of-range", ["layers", "canny"]),
+        ("canny=a.png,mask=", "usage", ["mask", "empty"]),
+        ("canny=a.png,prepared=maybe", "usage", ["prepared", "'maybe'"]),
+        ("canny=a.png,prepared,low=5", "contradiction", ["low", "prepared"]),
+        ("canny=a.png,low=[", "wrong-type", ["low", "YAML"]),
+    ],
+)
+def test_wrong_options_are_refused(text, code, facts):
+    with refused(code, *facts):
+        ControlUse.parse(text)
+
+
 def test_a_part_without_a_whole_step_is_refused_in_words():
     settings = {"control": "canny", "image": "a.png", "start": 0.5}
     with refused("out-of-range", "canny", 0.5, 0.54, "20 steps"):
@@ -105,6 +175,9 @@ uses = st.builds(
     start=st.floats(0, 0.25),
     end=st.floats(0.75, 1),
     prepared=st.booleans(),
+    mode=st.none() | st.sampled_from(MODES),
+    mask=st.none() | st.text(min_size=1),
+    layers=st.none() | st.lists(st.floats(-2, 2), min_size=1).map(tuple),
 )
 requests = st.builds(
     GenerateRequest,
@@ -127,7 +200,7 @@ def test_a_request_survives_json(request):
 
 
 @settings(max_examples=500)
-@given(st.text(alphabet="aB=@:-./0159 ", max_size=24))
+@given(st.text(alphabet="aB=@:-./0159 ,", max_size=24))
 def test_any_text_is_a_control_or_refused_in_words(text):
     try:
         use = ControlUse.parse(text)
@@ -158,6 +231,16 @@ def test_any_text_is_a_control_or_refused_in_words(text):
             {"prompt": "x", "controls": [{"control": "canny", "image": "a.png", "weight": "abc"}]},
             "wrong-type",
             ["weight", "'abc'"],
+        ),
+        (
+            {"prompt": "x", "controls": [{"control": "canny", "image": "a.png", "layers": ["1"]}]},
+            "wrong-type",
+            ["layers", "numbers"],
+        ),
+        (
+            {"prompt": "x", "controls": [{"control": "canny", "image": "a.png", "parameters": [1]}]},
+            "wrong-type",
+            ["parameters", "mapping"],
         ),
         ({"prompt": "x", "controls": [{"control": "canny"}]}, "contradiction", ["canny", "image"]),
         ({"prompt": "x", "controls": ["canny=a.png"]}, "wrong-type", ["control", "str"]),

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from controlkit.apps.cli import main
+from controlkit.bases.load import load_base
 from controlkit.conditions import find
 from controlkit.formats.load import find_control, shipped_controls
 from controlkit.images import write_png
@@ -221,3 +222,37 @@ def test_a_condition_image_s_hash_is_of_its_pixels():
     edges = Image.fromarray(find("canny")(DRAWING))
     assert identity.pixels_sha256(edges) == identity.pixels_sha256(edges.copy())
     assert identity.pixels_sha256(edges) != identity.pixels_sha256(edges.transpose(Image.Transpose.TRANSPOSE))
+
+
+def test_a_mask_and_parameters_are_restored_and_the_saved_mask_replaces_one_that_has_changed(drawn, capsys):
+    home = drawn.parent / "home"
+    half = np.zeros((64, 64), np.uint8)
+    half[:, :32] = 255
+    write_png(home / "mask.png", Image.fromarray(half))
+    layers = sum(site.startswith("skip.") for site in load_base().sites) + 1
+    control = f"canny=drawing.png@0.8,mask=mask.png,low=40,layers={':'.join(['0.5'] * layers)}"
+    assert run("generate", "red apple", "--control", control, "--steps", 1, "--out", "../masked") == 0
+    capsys.readouterr()
+    masked = drawn.parent / "masked"
+    assert pixels(masked / "mask0.png") == half.tolist() and pixels(masked / "seed0.png") != pixels(drawn / "seed0.png")
+    settings = json.loads((masked / "settings.json").read_text())
+    (use,) = settings["request"]["controls"]
+    assert (use["mask"], use["parameters"], use["layers"]) == ("mask.png", {"low": 40}, [0.5] * layers)
+    assert not [note for note in notes_of(capsys, "--from", masked) if "crop" not in note]
+    assert pixels("out/seed0.png") == pixels(masked / "seed0.png")
+    write_png(home / "mask.png", Image.fromarray(255 - half))
+    (note,) = [note for note in notes_of(capsys, "--from", masked) if "crop" not in note]
+    assert "mask.png" in note and str(masked / "mask0.png") in note and "SHA-256" in note
+    assert pixels("out/seed0.png") == pixels(masked / "seed0.png")
+    # A condition image in place of a photo that is gone has no parameters.
+    (home / "drawing.png").unlink()
+    again = read_settings(masked).to_request().controls[0]
+    assert again.prepared and again.parameters is None and again.mask == str(masked / "mask0.png")
+    (masked / "mask0.png").unlink()
+    with refused("missing-file", "mask.png", masked / "mask0.png"):
+        read_settings(masked).to_request()
+
+
+def test_an_unknown_key_of_a_control_is_refused_with_the_nearest(drawn, capsys):
+    assert run("generate", "red apple", "--control", "canny=drawing.png,wieght=1", "--steps", 1) == 2
+    check(capsys.readouterr().err, "unknown-key", "'wieght'", "canny", "did you mean weight")

@@ -2,6 +2,7 @@
 
 controlkit evaluate base nano --sheet grid.png
 controlkit evaluate control canny --base nano --sheet canny.png
+controlkit evaluate control canny --prompt-mode given none automatic
 controlkit evaluate control nano/canny nano/palette nano/blur --sheet adapters.png
 controlkit evaluate control runs/mine/mine.safetensors --pairs pairs/palette
 """
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from controlkit.evaluation.report import Report
 
 
-_CHOICES = ("base", "sets", "pairs", "share", "images")
+_CHOICES = ("base", "sets", "pairs", "share", "images", "prompt_mode", "captioner")
 """Options that select what is evaluated on what; sampling settings are in the reports."""
 
 
@@ -47,7 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale (default: nano 3, SD1 and SD2 7.5, SDXL 5)")
     parser.add_argument("--sampler", help="ddim, dpm++, dpm++-karras, unipc or euler (default: ddim; euler for SD3)")
     parser.add_argument("--weight", type=float, help="conditioning scale of the controls (default: 1)")
-    parser.add_argument("--mode", help="balanced or control (default: control for nano, else balanced)")
+    parser.add_argument(
+        "--mode", help="guidance mode of the controls, as of generate (default: control for nano, else balanced)"
+    )
+    parser.add_argument(
+        "--prompt-mode",
+        nargs="+",
+        metavar="MODE",
+        help="a row for each: given (the captions of the images), none, default, automatic (default: given)",
+    )
+    parser.add_argument("--captioner", help="of --prompt-mode automatic, as of generate")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default: auto)")
     parser.add_argument("--sheet", default=None, metavar="FILE", help="also write a contact sheet as PNG")
     add_json(parser)
@@ -59,13 +69,15 @@ def run(args: argparse.Namespace) -> None:
 
     from controlkit.errors import UserError
     from controlkit.files import writable_folder
-    from controlkit.sampling.request import DEFAULT_STEPS, check_mode, check_sampling
+    from controlkit.sampling.request import DEFAULT_STEPS, check_sampling, mode_name
 
     settings = {
         name: getattr(args, name) for name in ("steps", "guidance", "sampler", "weight", "mode") if hasattr(args, name)
     }
     check_sampling(settings.get("steps", DEFAULT_STEPS), settings.get("guidance"), settings.get("sampler"))
-    check_mode(settings.get("mode"))
+    if "mode" in settings:
+        settings["mode"] = mode_name(settings["mode"])
+    _add_prompt_modes(args, settings)
     if not math.isfinite(settings.get("weight", 1.0)):
         raise UserError(f"--weight {settings['weight']}: expected a finite number, such as 1.25", "out-of-range")
     if args.sheet:
@@ -84,15 +96,34 @@ def run(args: argparse.Namespace) -> None:
         print(f"sheet: {args.sheet}")
 
 
+def _add_prompt_modes(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Check --prompt-mode and --captioner and add them to `settings`."""
+    from controlkit.errors import UserError
+    from controlkit.sampling.request import check_prompt_mode
+
+    modes = getattr(args, "prompt_mode", ["given"])
+    for mode in modes:
+        check_prompt_mode(mode)
+    if repeated := next((mode for mode in modes if modes.count(mode) > 1), None):
+        raise UserError(f"--prompt-mode: {repeated} repeats; name each once", "contradiction")
+    if hasattr(args, "captioner"):
+        if "automatic" not in modes:
+            raise UserError("--captioner needs --prompt-mode automatic", "contradiction")
+        settings["captioner"] = args.captioner
+    if hasattr(args, "prompt_mode"):
+        settings["prompt_modes"] = tuple(modes)
+
+
 def _of_base(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]:
     from controlkit.bases.load import load_base
     from controlkit.errors import UserError
     from controlkit.images import write_png
     from controlkit.nano.evaluate_base import base_grid, evaluate_base
 
-    for name in ("base", "sets", "pairs", "share", "images", "weight", "mode"):
+    for name in ("base", "sets", "pairs", "share", "images", "weight", "mode", "prompt_mode", "captioner"):
         if hasattr(args, name):
-            raise UserError(f"--{name} is for controls; a base has its own images", "contradiction")
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} is for controls; a base has its own images", "contradiction")
     if len(args.names) > 1:
         raise UserError(f"expected one base, not {len(args.names)}", "usage")
     base = load_base(args.names[0], device=args.device)

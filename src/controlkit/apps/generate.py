@@ -2,9 +2,23 @@
 
     controlkit generate "red apple, noto style, on a blue background" \\
         --control canny=drawing.png@0.9:0-0.8 --seeds 4 --out images
+    controlkit generate "red apple" --control canny=drawing.png@0.8,mode=guess,mask=left.png,low=50
     controlkit generate --from images/settings.json --steps 50
 
-The image of a control may have any size: it is scaled to cover the result and center-cropped. --from repeats the
+The image of a control may have any size: it is scaled to cover the result and center-cropped. Options of a control:
+
+    mode=MODE          balanced: acts on both branches of CFG; control: on the conditional one only, which is stronger;
+                       soft: both, weaker at fine resolutions ("My prompt is more important"); guess: conditional,
+                       weaker at fine resolutions (guess_mode); cfg-rw, cfg-rw-literal: conditional, weighted by the
+                       resolution of each site, normalised or as in the paper
+    mask=FILE          acts where this image is white, partly where it is grey
+    layers=A:B:...     one more weight per residual, from the outermost in, then the middle
+    weight=W, span=START-END
+                       as after @
+    prepared           IMAGE is a condition image already
+    KEY=VALUE          any other key: a parameter of the control's condition, such as low=50 of canny
+
+Names of files that exist may contain @ = : and commas. --from repeats the
 settings of a settings.json, its folder or a PNG; other options override them, and --control replaces all controls.
 Paths are tried as they are and from the folder of the settings. If an image is missing or has changed, its saved
 condition image is used, with a note; changed controls and bases are noted, too. On the CPU of the same machine the
@@ -38,18 +52,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--control",
         action="append",
         default=[],
-        metavar="NAME_OR_FILE=IMAGE[@weight[:start-end]]",
-        help="a control, its image, and optionally its conditioning scale and range of steps; repeat for several."
-        " For a control with named inputs IMAGE is a .json file",
+        metavar="NAME_OR_FILE=IMAGE[@weight[:start-end]][,KEY=VALUE...]",
+        help="a control, its image, and optionally its conditioning scale, range of steps and options (above); repeat"
+        " for several. For a control with named inputs IMAGE is a .json file",
     )
     parser.add_argument(
-        "--prepared", action="store_true", default=False, help="the images of --control are condition images already"
+        "--prepared", action="store_true", default=False, help="all images of --control are condition images already"
     )
     parser.add_argument(
         "--mode",
         default=None,
-        help="balanced: controls act on both branches of CFG; control: on the conditional one only, which makes them"
-        " stronger (default: control for nano, else balanced)",
+        help="how controls that name no mode act under CFG: balanced, control, soft, guess, cfg-rw or cfg-rw-literal"
+        " (default: control for nano, else balanced)",
+    )
+    parser.add_argument(
+        "--prompt-mode",
+        help="none, default (that of the base: a professional, detailed, high-quality image; nano has none), automatic"
+        " (a caption of a first image, for each seed) or given (default: given)",
+    )
+    parser.add_argument(
+        "--captioner",
+        help="of --prompt-mode automatic: concepts (nano's), or a folder or hub id of a BLIP model (default: concepts"
+        " for nano, else Salesforce/blip-image-captioning-base)",
     )
     parser.add_argument("--negative-prompt", help="prompt of the unconditional branch")
     parser.add_argument("--seeds", type=int, metavar="N", help="number of images (default: 1)")
@@ -109,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 _OPTIONS = (
-    *("prompt", "base", "negative_prompt", "steps", "guidance", "width", "height"),
+    *("prompt", "prompt_mode", "captioner", "base", "negative_prompt", "steps", "guidance", "width", "height"),
     *("sampler", "batch_size", "device", "text_device", "precision"),
 )
 
@@ -127,8 +151,12 @@ def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings |
     settings: dict[str, Any] = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
     uses = tuple(ControlUse.parse(text, prepared=args.prepared, mode=args.mode) for text in args.control)
     saved = read_settings(args.saved) if hasattr(args, "saved") else None
+    _settle_prompt(settings)
     if saved is None and settings.get("prompt") is None:
-        raise UserError("no prompt; give one, or --from FILE to repeat saved settings", "missing-setting")
+        raise UserError(
+            "no prompt; give one, --prompt-mode none, default or automatic, or --from FILE to repeat saved settings",
+            "missing-setting",
+        )
     if saved is not None and args.mode:
         saved = saved.in_mode(args.mode)
     if args.mode and not uses and not (saved is not None and saved.request.controls):
@@ -142,3 +170,15 @@ def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings |
     if uses:
         settings["controls"] = [vars(use) for use in uses]
     return saved.to_request(**settings), saved
+
+
+def _settle_prompt(settings: dict[str, Any]) -> None:
+    """Complete the prompt and its mode, where one follows from the other, so that they replace both of saved ones."""
+    if settings.get("prompt") is not None:
+        settings.setdefault("prompt_mode", "given")
+    else:
+        settings.pop("prompt", None)
+        if settings.get("prompt_mode", "given") != "given":
+            settings["prompt"] = ""
+    if settings.get("prompt_mode", "automatic") != "automatic":
+        settings.setdefault("captioner", None)

@@ -26,6 +26,7 @@ STUDIES = {
     "several-conditions": "adapters together and alone: fidelity and cost",
     "community-model": "a control on a fine-tuned base, unchanged and transferred",
     "task-instructions": "a UniControl under its tasks' instructions, with its HyperNet trained and frozen",
+    "guidance-modes": "every guidance mode on the same seeds, with an empty and with a full prompt",
 }
 """Name -> what is measured."""
 
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
     from controlkit.settings import build_settings, describe_settings, read_overrides
     from controlkit.studies.community_model import CommunityModel, run_community_model
+    from controlkit.studies.guidance_modes import GuidanceModes, run_guidance_modes
     from controlkit.studies.new_condition import NewCondition, NewConditionResult, run_new_condition
     from controlkit.studies.several_conditions import SeveralConditions, run_several_conditions
     from controlkit.studies.task_instructions import TaskInstructions, run_task_instructions
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
         "several-conditions": (SeveralConditions, run_several_conditions),
         "community-model": (CommunityModel, run_community_model),
         "task-instructions": (TaskInstructions, run_task_instructions),
+        "guidance-modes": (GuidanceModes, run_guidance_modes),
     }
     kind, run_study = studies[args.name]
     if args.help_settings:

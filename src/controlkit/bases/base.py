@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from controlkit.bases.component import Component, Configurations
+from controlkit.bases.defaults import DEFAULT_PROMPT
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.schedules import RectifiedFlow, Schedule, VariancePreserving
 from controlkit.bases.taps import Point, Taps, checkpoint_with_taps, tapped
@@ -449,6 +450,18 @@ class Base(ABC):
         """Default `ControlUse.mode`, the branches of CFG on which controls act: from the base's folder (as in nano's),
         else both, as in diffusers."""
         return str(self.defaults.get("mode", "balanced"))
+
+    @property
+    def default_prompt(self) -> str:
+        """Prompt of the prompt mode `default`, from the base's folder (as in nano's) or of the field; empty if the base
+        does not know its words."""
+        return str(self.defaults.get("prompt", DEFAULT_PROMPT))
+
+    @property
+    def default_captioner(self) -> str | None:
+        """Default captioner of the prompt mode `automatic`, from the base's folder; None is BLIP."""
+        name = self.defaults.get("captioner")
+        return None if name is None else str(name)
 
     @property
     def prompt_tokens(self) -> int:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from controlkit.bases.base import Base, hash_of_halves, needs_float32
-from controlkit.bases.defaults import defaults_in
+from controlkit.bases.defaults import NANO_DEFAULTS, defaults_in
 from controlkit.bases.families import FAMILIES, KNOWN_BASES, configurations_in, family_of_folder
 from controlkit.bases.weight_files import torch_load_error, weight_files
 from controlkit.errors import UserError
@@ -289,9 +289,9 @@ def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Base:
     if dtype == torch.float16 and needs_float32(parts["vae"], family.upcasts_vae):
         parts["vae"].to(torch.float32)
     schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    return family(
-        name=name, scheduler_config=schedule, defaults=defaults_in(folder), **family.settings_in(folder), **parts
-    )
+    # A file of nano may be older than some of its defaults.
+    defaults = {**(NANO_DEFAULTS if folder == nano_folder() else {}), **defaults_in(folder)}
+    return family(name=name, scheduler_config=schedule, defaults=defaults, **family.settings_in(folder), **parts)
 
 
 def _load_network(kind: Any, folder: Path, **options: Any) -> Any:

@@ -34,16 +34,25 @@ class Captioner:
 
     Args:
         model: model folder, or hub id.
+        asked_by: what needs captions, for errors.
+        parameter: the option that sets `model`, for errors.
 
     Raises:
         UserError: the weights are missing or cannot be loaded, or there is no such device.
     """
 
-    def __init__(self, model: str = BLIP, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: str = BLIP,
+        device: str = "cpu",
+        *,
+        asked_by: str = "--caption blip",
+        parameter: str = "--caption-model",
+    ) -> None:
         import torch
         from transformers import AutoTokenizer, BlipForConditionalGeneration
 
-        folder = find_folder("--caption blip", _MODEL, None if model == BLIP else model, parameter="--caption-model")
+        folder = find_folder(asked_by, _MODEL, None if model == BLIP else model, parameter=parameter)
         try:
             # From the folder: with a hub id, transformers would ask the network again for every file.
             self.model = BlipForConditionalGeneration.from_pretrained(folder, local_files_only=True).eval()

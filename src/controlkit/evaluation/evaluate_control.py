@@ -23,6 +23,7 @@ from controlkit.files import sha256_of
 from controlkit.images import contact_sheet, resize_cover, to_images, to_tensor
 from controlkit.progress import Progress
 from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.prompts import captioner_name, find_captioner, first_prompt
 from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.sampler import images_at_once, sample_prompts
 from controlkit.sampling.settings import base_settings, in_words, sampling_settings
@@ -108,12 +109,17 @@ def evaluate_control(
     sampler: str | None = None,
     weight: float = 1.0,
     mode: str | None = None,
+    prompt_modes: Sequence[str] = ("given",),
+    captioner: str | None = None,
     baselines: dict[str, Baselines] | None = None,
 ) -> tuple[Report, Image.Image]:
     """Score condition following on each set: no control (baseline), this control, the target (ceiling).
 
     Args:
         sets: sets of the same name are numbered: `held-out pairs`, `held-out pairs 2`.
+        prompt_modes: each set is scored once in each (`GenerateRequest.prompt_mode`); given are its own prompts. The
+            baseline has the same prompts.
+        captioner: of the prompt mode `automatic`; default: that of the base.
         baselines: cache of baselines, by a hash of what they depend on; missing ones are computed and added. Pass the
             same dict to several calls to compute them once.
 
@@ -126,9 +132,20 @@ def evaluate_control(
     baselines = {} if baselines is None else baselines
     evaluated = [
         _evaluate(
-            base, control, each, baselines, steps=steps, guidance=guidance, sampler=sampler, weight=weight, mode=mode
+            base,
+            control,
+            each,
+            baselines,
+            steps=steps,
+            guidance=guidance,
+            sampler=sampler,
+            weight=weight,
+            mode=mode,
+            prompt_mode=prompt_mode,
+            captioner=captioner,
         )
         for each in _numbered(sets)
+        for prompt_mode in prompt_modes
     ]
     sheet: dict[str, Sequence[np.ndarray]] = {}
     for scored in evaluated:
@@ -173,11 +190,14 @@ def evaluate_controls(
     sampler: str | None = None,
     weight: float = 1.0,
     mode: str | None = None,
+    prompt_modes: Sequence[str] = ("given",),
+    captioner: str | None = None,
 ) -> tuple[Report, Image.Image]:
     """Score condition following of several controls on the same images, in one table.
 
     Args:
         controls: by their name in the table.
+        prompt_modes: as of `evaluate_control`, with `captioner`.
 
     Returns:
         The table, and a contact sheet of condition images and results for the first eight images of the first set.
@@ -205,8 +225,11 @@ def evaluate_controls(
                 sampler=sampler,
                 weight=weight,
                 mode=mode,
+                prompt_mode=prompt_mode,
+                captioner=captioner,
             )
             for each in _numbered(sets)
+            for prompt_mode in prompt_modes
         ]
         every += evaluated
         named[name] = evaluated[0]
@@ -248,6 +271,8 @@ class _Evaluated:
     """The control, its weight and its mode (`control_settings`)."""
     sampling: dict[str, Any]
     """Steps, guidance and sampler."""
+    prompting: dict[str, Any]
+    """`prompt_mode` and `captioner`; empty if the prompts are those of the set."""
     baseline: float
     value: float
     ceiling: float
@@ -285,7 +310,7 @@ class _Evaluated:
             condition_images=images.condition_images,
             parameters=images.parameters,
         )
-        return settings | {"seeds": seeds_of(len(images.targets))}
+        return settings | self.prompting | {"seeds": seeds_of(len(images.targets))}
 
 
 def _evaluate(
@@ -299,6 +324,8 @@ def _evaluate(
     sampler: str | None,
     weight: float,
     mode: str | None,
+    prompt_mode: str,
+    captioner: str | None,
 ) -> _Evaluated:
     if control.condition is None:
         raise UserError(
@@ -313,12 +340,26 @@ def _evaluate(
         )
     condition, notes = _scorable(conditions.find(control.condition))
     eval_set = images if isinstance(images, EvalSet) else examples_eval_set(condition, images, base.size)
+    acting = control_settings(base, control, weight=weight, mode=mode)
     sampling = sampling_settings(base, steps=steps, guidance=guidance, sampler=sampler)
+    use = EvalControl(control=control, condition_images=eval_set.condition_images, weight=weight, mode=mode)
+
+    def controlled_by(prompts: Sequence[str]) -> list[np.ndarray]:
+        return generate_controlled(base, [use], prompts, steps=steps, guidance=guidance, sampler=sampler)
+
+    prompting: dict[str, Any] = {}
+    if prompt_mode != "given":
+        prompting = {"prompt_mode": prompt_mode}
+        prompts = [first_prompt(prompt_mode, "", base)] * len(eval_set.prompts)
+        if prompt_mode == "automatic":
+            prompting["captioner"] = captioner_name(captioner, base)
+            caption = find_captioner(captioner, base)
+            prompts = caption([Image.fromarray(image) for image in controlled_by(prompts)])
+        eval_set = replace(eval_set, name=f"{eval_set.name}, prompt {prompt_mode}", prompts=prompts)
     key = sha256_of(base.content, content_of(eval_set.targets, eval_set.prompts), repr(sampling))
     if key not in baselines:
         baselines[key] = generate_baselines(base, eval_set.targets, eval_set.prompts, steps, guidance, sampler)
-    use = EvalControl(control=control, condition_images=eval_set.condition_images, weight=weight, mode=mode)
-    controlled = generate_controlled(base, [use], eval_set.prompts, steps=steps, guidance=guidance, sampler=sampler)
+    controlled = controlled_by(eval_set.prompts)
     baseline, value, ceiling = (
         condition.mean_score(eval_set.condition_images, results, eval_set.targets, eval_set.parameters)
         for results in (baselines[key].no_control, controlled, baselines[key].ceiling)
@@ -333,8 +374,9 @@ def _evaluate(
         eval_set=eval_set,
         baselines=baselines[key],
         controlled=controlled,
-        acting=control_settings(base, control, weight=weight, mode=mode),
+        acting=acting,
         sampling=sampling,
+        prompting=prompting,
         baseline=baseline,
         value=value,
         ceiling=ceiling,

@@ -49,6 +49,25 @@ def joint_frechet_distance(a: Tensor, a_condition: Tensor, b: Tensor, b_conditio
     return frechet_distance(torch.cat([a, scale * a_condition], 1), torch.cat([b, scale * b_condition], 1))
 
 
+def concept_similarity(features: Tensor, gallery: Tensor, concepts: Sequence[str]) -> tuple[list[str], Tensor]:
+    """Cosine of `features` `[N, D]` to each concept of a gallery, whose feature is the mean of its normalised ones.
+
+    Args:
+        gallery: features `[M, D]`.
+        concepts: of the gallery, one each.
+
+    Returns:
+        The names of the K concepts, and the similarities `[N, K]`.
+    """
+    names = sorted(set(concepts))
+    unit = torch.nn.functional.normalize(gallery, dim=1)
+    centres = torch.stack(
+        [unit[[i for i, concept in enumerate(concepts) if concept == name]].mean(0) for name in names]
+    )
+    similarity = torch.nn.functional.normalize(features, dim=1) @ torch.nn.functional.normalize(centres, dim=1).T
+    return names, similarity
+
+
 def retrieval_accuracy(
     features: Tensor, concepts: Sequence[str], gallery: Tensor, gallery_concepts: Sequence[str], k: int = 5
 ) -> float:
@@ -56,11 +75,6 @@ def retrieval_accuracy(
 
     A gallery concept is the mean of its normalised features.
     """
-    names = sorted(set(gallery_concepts))
-    unit = torch.nn.functional.normalize(gallery, dim=1)
-    centres = torch.stack(
-        [unit[[i for i, concept in enumerate(gallery_concepts) if concept == name]].mean(0) for name in names]
-    )
-    similarity = torch.nn.functional.normalize(features, dim=1) @ torch.nn.functional.normalize(centres, dim=1).T
+    names, similarity = concept_similarity(features, gallery, gallery_concepts)
     best = similarity.topk(k, dim=1).indices
     return float(np.mean([names.index(concept) in row.tolist() for concept, row in zip(concepts, best, strict=True)]))

@@ -14,7 +14,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from controlkit._version import __version__
 from controlkit.bases.base import Base
@@ -26,12 +29,13 @@ from controlkit.files import writable_folder, write_json
 from controlkit.formats.load import control_class, load_control
 from controlkit.images import sequence_note, to_images, to_tensor, write_png
 from controlkit.sampling.identity import base_sha256, companion_sha256, control_sha256, pixels_sha256
-from controlkit.sampling.inputs import ControlImage, Kind, values_of, with_named_inputs
-from controlkit.sampling.notes import crop_note, flat_note, request_notes
+from controlkit.sampling.inputs import ControlImage, Kind, Mask, values_of, with_named_inputs
+from controlkit.sampling.notes import crop_note, flat_note, prompt_notes, request_notes
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import ControlUse, GenerateRequest, condition_name
+from controlkit.sampling.prompts import find_captioner, first_prompt
+from controlkit.sampling.request import ControlUse, GenerateRequest, condition_name, first_name, mask_name
 from controlkit.sampling.residual_cache import ResidualCache
-from controlkit.sampling.sampler import sample
+from controlkit.sampling.sampler import sample_prompts
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,20 @@ class Generation:
     conditions: dict[str, Image.Image] = field(default_factory=dict)
     """Condition images in the order of the request's controls, by the stem of their files: `condition0`, or
     `condition1-canny` for the named input `canny`."""
+    masks: dict[str, Image.Image] = field(default_factory=dict)
+    """Masks of the controls that have one, grey, by the stem of their files: `mask0`."""
+    first_images: list[GeneratedImage] = field(default_factory=list)
+    """In prompt mode `automatic`, the images from which the prompts were made, one per seed."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock time of each phase."""
     used: dict[str, Any] = field(default_factory=dict)
     """Resolved values of what the request leaves open: `device`, `precision`, `width` and `height` in pixels,
-    `guidance`, `mode`, `sampler`."""
+    `guidance`, `mode`, `sampler`; and unless the prompt is given, `prompts`, one per seed."""
     sha256: dict[str, Any] = field(default_factory=dict)
-    """Hex SHA-256 of the files read: `base`, and for each of `controls` its `image`, `control`, `companion` (such as
-    the base control of an adapter) and `condition` (the pixels of the condition image). None for a base, and left out
-    for controls, that the caller loaded. `image` and `condition` of named inputs are under `inputs` and their names."""
+    """Hex SHA-256 of the files read: `base`, and for each of `controls` its `image`, `mask`, `control`, `companion`
+    (such as the base control of an adapter) and `condition` (the pixels of the condition image). None for a base, and
+    left out for controls, that the caller loaded. `image` and `condition` of named inputs are under `inputs` and their
+    names."""
     notes: list[str] = field(default_factory=list)
     """Remarks for the user, such as a cropped image or a cut prompt."""
 
@@ -76,14 +85,18 @@ class Generation:
             "sha256": self.sha256,
         }
         paths = []
-        for generated in self.images:
+        prompts = self.used.get("prompts", [self.request.prompt] * len(self.images))
+        for generated, prompt in zip(self.images, prompts, strict=True):
             path = folder / f"seed{generated.seed}.png"
+            used = {**self.used, "prompts": [prompt]} if "prompts" in self.used else self.used
             request = dataclasses.replace(self.request, seeds=(generated.seed,)).to_json()
-            text = json.dumps({**settings, "request": request})
-            write_png(path, generated.image, {"controlkit": text, "prompt": self.request.prompt})
+            text = json.dumps({**settings, "request": request, "used": used})
+            write_png(path, generated.image, {"controlkit": text, "prompt": prompt})
             paths.append(path)
-        for name, condition in self.conditions.items():
-            write_png(folder / f"{name}.png", condition)
+        for first in self.first_images:
+            write_png(folder / f"{first_name(first.seed)}.png", first.image)
+        for name, image in {**self.conditions, **self.masks}.items():
+            write_png(folder / f"{name}.png", image)
         write_json(folder / "settings.json", settings)
         return paths
 
@@ -113,7 +126,8 @@ def generate(
         kinds: Sequence[Kind] = controls or [control_class(use.control) for use in request.controls]
         generation.request = request = with_named_inputs(request, kinds)
         images = [ControlImage.read(use, kind) for use, kind in zip(request.controls, kinds, strict=True)]
-        hashes = [_hashes(use, inputs) for use, inputs in zip(request.controls, images, strict=True)]
+        masks = [Mask.read(use) for use in request.controls]
+        hashes = [_hashes(*each) for each in zip(request.controls, images, masks, strict=True)]
         generation.sha256 = {"base": None, "controls": hashes}
         if base is None:
             device = choose_device(request.device)
@@ -123,6 +137,8 @@ def generate(
             generation.sha256["base"] = base_sha256(request.base)
         width, height = request.width or base.size, request.height or base.size
         base.check_size(width, height)
+        prompt = first_prompt(request.prompt_mode, request.prompt, base)
+        captioner = find_captioner(request.captioner, base) if request.prompt_mode == "automatic" else None
         generation.used = {
             "device": str(base.device),
             "precision": next((name for name, dtype in PRECISIONS.items() if dtype == base.dtype), str(base.dtype)),
@@ -132,6 +148,8 @@ def generate(
             "mode": base.default_mode,
             "sampler": request.sampler or base.default_sampler,
         }
+        if request.prompt_mode != "given":
+            generation.used["prompts"] = [prompt] * len(request.seeds)
         if controls is None:
             shared: dict[str, Control] = {}
             controls = [load_control(use.control, base, shared=shared) for use in request.controls]
@@ -143,9 +161,10 @@ def generate(
             for use, control in zip(request.controls, controls, strict=True)
         ]
     generation.notes += request_notes(request, base, width, height)
+    files: list[ControlImage | Mask] = [*chain(*images), *(mask for mask in masks if mask is not None)]
     generation.notes += [
         note
-        for image in chain(*images)
+        for image in files
         for note in (*sequence_note(image.data, image.path), *crop_note(image.path, image.image, width, height))
     ]
     with _timed(generation, "condition"):
@@ -156,15 +175,20 @@ def generate(
                 control=control,
                 hint=_hint(generation, index, control, images[index], base),
                 weight=use.weight,
+                layers=use.layers,
+                mask=_mask(generation, index, masks[index]),
                 start=use.start,
                 end=use.end,
             )
             for index, (use, control) in enumerate(zip(request.controls, controls, strict=True))
         ]
-    with _timed(generation, "sample"):
-        batches = sample(
+    rounds = 2 if captioner is not None else 1
+
+    def images_of(prompts: Sequence[str], turn: int) -> list[GeneratedImage]:
+        """One image per seed; `turn` is the number of rounds before this one."""
+        batches = sample_prompts(
             base,
-            prompt=request.prompt,
+            prompts=prompts,
             negative_prompt=request.negative_prompt,
             uses=uses,
             seeds=request.seeds,
@@ -175,17 +199,29 @@ def generate(
             height=height,
             batch_size=request.batch_size,
             cache=cache,
-            on_step=on_step,
+            on_step=None if on_step is None else lambda done, total: on_step(turn * total + done, rounds * total),
         )
-        generated = [image for batch in batches for image in to_images(batch)]
-    generation.images = [GeneratedImage(image, seed) for image, seed in zip(generated, request.seeds, strict=True)]
+        made = [image for batch in batches for image in to_images(batch)]
+        return [GeneratedImage(image, seed) for image, seed in zip(made, request.seeds, strict=True)]
+
+    with _timed(generation, "sample"):
+        generation.images = images_of([prompt], 0)
+    if captioner is not None:
+        generation.first_images = generation.images
+        with _timed(generation, "caption"):
+            prompts = captioner([first.image for first in generation.first_images])
+        generation.notes += prompt_notes(prompts, base)
+        generation.used["prompts"] = list(prompts)
+        with _timed(generation, "sample again"):
+            generation.images = images_of(prompts, 1)
     return generation
 
 
-def _hashes(use: ControlUse, images: Sequence[ControlImage]) -> dict[str, Any]:
-    """SHA-256 of the images of a control."""
+def _hashes(use: ControlUse, images: Sequence[ControlImage], mask: Mask | None) -> dict[str, Any]:
+    """SHA-256 of the images and the mask of a control."""
     hashes = {each.input.name: {"image": hashlib.sha256(each.data).hexdigest()} for each in images}
-    return next(iter(hashes.values())) if use.inputs is None else {"inputs": hashes}
+    of_control: dict[str, Any] = next(iter(hashes.values())) if use.inputs is None else {"inputs": hashes}
+    return of_control if mask is None else {**of_control, "mask": hashlib.sha256(mask.data).hexdigest()}
 
 
 def _hint(generation: Generation, index: int, control: Control, images: Sequence[ControlImage], base: Base) -> Hint:
@@ -204,6 +240,15 @@ def _hint(generation: Generation, index: int, control: Control, images: Sequence
     return control.encode(inputs, base)
 
 
+def _mask(generation: Generation, index: int, mask: Mask | None) -> Tensor | None:
+    """The mask of a control `[1, 1, H, W]` in [0, 1], which is added to `generation`."""
+    if mask is None:
+        return None
+    grey = mask.grey(generation.used["width"], generation.used["height"])
+    generation.masks[mask_name(index)] = grey
+    return torch.from_numpy(np.asarray(grey, dtype=np.float32) / 255)[None, None]
+
+
 def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
     """Refuse to write the results of `request` over its own input images.
 
@@ -215,16 +260,19 @@ def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
         UserError: a result has the path of an input image.
     """
     written = [f"seed{seed}" for seed in request.seeds]
+    written += [first_name(seed) for seed in request.seeds] if request.prompt_mode == "automatic" else []
     read = []
     for index, use in enumerate(request.controls):
         named = {None: use.image} if use.inputs is None else use.inputs
         written += [condition_name(index, name) for name in named]
-        read += [(use.control, value) for value in named.values() if isinstance(value, str) and os.path.exists(value)]
+        written += [mask_name(index)] if use.mask is not None else []
+        given = [*named.values(), use.mask]
+        read += [(use.control, value) for value in given if isinstance(value, str) and os.path.exists(value)]
     for path in (Path(folder) / f"{name}.png" for name in written):
         for control, image in read:
             if path.exists() and path.samefile(image):
                 raise UserError(
-                    f"{path} would be overwritten, but it is the image of {control}; choose another folder",
+                    f"{path} would be overwritten, but it is an image or mask of {control}; choose another folder",
                     "would-overwrite",
                 )
 

@@ -13,12 +13,13 @@ import numpy as np
 from PIL import Image
 
 from controlkit import conditions
-from controlkit.conditions.condition import Condition, background_of
+from controlkit.conditions.condition import BLACK, Condition, background_of
 from controlkit.controls.control import Control, Input, takes_one_image, words_of_inputs
 from controlkit.errors import UserError, nearest
 from controlkit.files import read_json
 from controlkit.formats.load import control_class
 from controlkit.images import decode_rgb, read_bytes, resize_cover
+from controlkit.sampling.control_text import KEYS
 from controlkit.sampling.request import ControlUse, GenerateRequest
 
 Kind = type[Control] | Control
@@ -149,7 +150,15 @@ class ControlImage:
                     "missing-setting",
                 )
             image = resize_cover(self.image, width, height)
-            return Image.fromarray(conditions.find(condition)(np.asarray(image)))
+            found, parameters = conditions.find(condition), use.parameters or {}
+            for key in parameters:
+                if key not in found.defaults:
+                    raise UserError(
+                        f"--control has no option {key!r}, and {condition} no parameter of this name"
+                        f"{nearest(key, [*KEYS, *found.defaults])}",
+                        "unknown-key",
+                    )
+            return Image.fromarray(found(np.asarray(image), **parameters))
         background, image = background_of(condition), self.image
         if background != Condition.background:
             image = decode_rgb(self.data, self.path, background)
@@ -158,6 +167,33 @@ class ControlImage:
     def condition(self, control: Control) -> str | None:
         """The condition of the input, or else of the control."""
         return self.input.condition or control.condition
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The mask of a control, as read from its file."""
+
+    path: str
+    data: bytes
+    """Content of the file."""
+    image: Image.Image
+    """Upright, RGB, black where the file is transparent."""
+
+    @classmethod
+    def read(cls, use: ControlUse) -> Mask | None:
+        """The mask of a control, if it has one.
+
+        Raises:
+            UserError: the file is missing, damaged or not an image.
+        """
+        if use.mask is None:
+            return None
+        data = read_bytes(use.mask)
+        return cls(use.mask, data, decode_rgb(data, use.mask, BLACK))
+
+    def grey(self, width: int, height: int) -> Image.Image:
+        """As grey levels, in pixels `width` x `height`, scaled and cropped as images of controls are."""
+        return resize_cover(self.image, width, height).convert("L")
 
 
 def _is_of_labels(condition: str | None) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from PIL import Image
 
@@ -12,12 +14,15 @@ from controlkit.sampling.inputs import ControlImage
 from controlkit.sampling.request import GenerateRequest
 
 
+def prompt_notes(prompts: Iterable[str], base: Base) -> list[str]:
+    """Notes on prompts that are cut."""
+    cuts = [base.cut_from(prompt) for prompt in dict.fromkeys(prompts) if prompt]
+    return [f"the base reads {base.prompt_tokens} tokens of a prompt; it does not see {cut!r}" for cut in cuts if cut]
+
+
 def request_notes(request: GenerateRequest, base: Base, width: int, height: int) -> list[str]:
     """Notes on the prompts, the size in pixels and the weights of a request."""
-    notes = []
-    for prompt in filter(None, (request.prompt, request.negative_prompt)):
-        if cut := base.cut_from(prompt):
-            notes.append(f"the base reads {base.prompt_tokens} tokens of a prompt; it does not see {cut!r}")
+    notes = prompt_notes((request.prompt, request.negative_prompt), base)
     sides, area = (width / base.size, height / base.size), width * height / base.size**2
     if not (0.5 < area < 2 and all(0.5 < side < 2 for side in sides)):
         notes.append(

@@ -24,8 +24,9 @@ from controlkit.bases.text import Text, concatenate
 from controlkit.controls.control import Acts, Control, Reads
 from controlkit.controls.hints import Hint, expand, map_hint, rows_of, shapes_of
 from controlkit.errors import UserError
-from controlkit.sampling.request import lies_within
+from controlkit.sampling.request import CONDITIONAL_MODES, lies_within, mode_name
 from controlkit.sampling.residual_cache import ResidualCache, digest, identity_of
+from controlkit.sampling.weighting import Weighting, check_weighted
 
 ROWS_AT_ONCE = 32
 """Largest batch of residuals computed ahead, unless one step of one control is larger."""
@@ -49,29 +50,64 @@ class ActiveControl:
     start: float = 0.0
     end: float = 1.0
     conditional_only: bool = False
-    """Whether it acts on the conditional branch of CFG only (Zhang et al. 2023, section 3.4; with weights from 0.1 to
-    1, `guess_mode` of diffusers); it does not run for the unconditional branch."""
+    """Whether it acts on the conditional branch of CFG only; it does not run for the unconditional branch."""
+    weighting: Weighting | None = None
+    """Factors of its residuals by injection site; None is 1 everywhere."""
 
     def __post_init__(self) -> None:
         if self.control.conditional_only:
             object.__setattr__(self, "conditional_only", True)
+        if self.weighting is not None and self.weighting.is_zero:
+            object.__setattr__(self, "weight", 0.0)
 
     def acts_at(self, index: int, steps: int) -> bool:
         """Whether it acts at step `index` of `steps`."""
         return self.weight != 0 and lies_within(index, steps, self.start, self.end)
 
     @classmethod
-    def in_mode(cls, mode: str | None, base: Base, **settings: Any) -> ActiveControl:
-        """Build one that acts in `mode` (one of `request.MODES`); None is the default of the base."""
-        return cls(**settings, conditional_only=(mode or base.default_mode) == "control")
+    def in_mode(
+        cls,
+        mode: str | None,
+        base: Base,
+        *,
+        control: Control,
+        layers: Sequence[float] | None = None,
+        mask: Tensor | None = None,
+        **settings: Any,
+    ) -> ActiveControl:
+        """Build one that acts in `mode` (one of `request.MODES`); None is the default of the base.
+
+        Args:
+            layers: one factor per residual.
+            mask: where it acts, `[1, 1, H, W]` in [0, 1], in pixels of the image.
+
+        Raises:
+            UserError: its residuals cannot be weighted by site as asked.
+        """
+        mode = cls.mode_in(mode, base, control)
+        weighting = Weighting.of(mode, base, control, layers=layers, mask=mask)
+        return cls(control, conditional_only=mode in CONDITIONAL_MODES, weighting=weighting, **settings)
 
     @staticmethod
     def mode_in(mode: str | None, base: Base, control: Control) -> str:
         """The mode in which `control` acts if `mode` is requested; None is the default of the base.
 
-        A control for the conditional branch only has no other mode.
+        A control for the conditional branch only acts there in every mode, and `guess` does not weight it, as in
+        diffusers.
+
+        Raises:
+            UserError: the mode weights residuals by site, and those of this control on this base cannot be.
         """
-        return "control" if control.conditional_only else mode or base.default_mode
+        mode = mode_name(mode) or base.default_mode
+        if control.conditional_only and mode in ("balanced", "guess"):
+            return "control"
+        check_weighted(mode, base, control)
+        return mode
+
+    def weighted(self, residuals: Residuals) -> Residuals:
+        """Its residuals with all factors."""
+        scaled = residuals.scaled(self.weight)
+        return scaled if self.weighting is None else self.weighting(scaled)
 
     def of_images(self, images: slice) -> ActiveControl:
         """A copy for some of the images."""
@@ -88,7 +124,8 @@ class Plan:
         timesteps: of the schedule, in the order of sampling.
         texts: the prompts of each part of the batch (one part, or negative and positive for guidance); batch 1
             for all images, or one row per image.
-        cache: cache of residuals that do not depend on the noise.
+        cache: cache of residuals that do not depend on the noise, before all weights: modes, layers and masks that
+            share a branch share them.
         rows_at_once: the largest batch of residuals computed ahead.
         megabytes: limit of the residuals that the plan keeps.
     """
@@ -140,7 +177,7 @@ class Plan:
             for together in _chunks(group, self.rows_at_once // len(x_t)):
                 computed = self._run(together, [index], len(x_t) // len(self.texts), x_t)
                 for place, residuals in zip(together, computed, strict=True):
-                    weighted = self._all_parts(self.uses[place], residuals).scaled(self.uses[place].weight)
+                    weighted = self.uses[place].weighted(self._all_parts(self.uses[place], residuals))
                     total = weighted if total is None else total + weighted
         return total
 
@@ -301,7 +338,7 @@ class Plan:
         for place in places:
             for index in steps:
                 use = self.uses[place]
-                yield index, self._all_parts(use, found[place][index]).scaled(use.weight)
+                yield index, use.weighted(self._all_parts(use, found[place][index]))
 
     def _found(self, place: int, steps: Sequence[int], timed: bool) -> dict[int, Residuals]:
         """Cached residuals for these steps."""

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, get_type_hints
@@ -21,8 +20,21 @@ MAX_SIDE = 16384
 DEFAULT_STEPS = 20
 SAMPLERS = ("ddim", "dpm++", "dpm++-karras", "unipc", "euler")
 """Names of samplers (`bases/schedules/solvers.py`)."""
-MODES = ("balanced", "control")
-"""The branches of classifier-free guidance on which a control acts: both, or the conditional one only."""
+MODES = ("balanced", "control", "soft", "guess", "cfg-rw", "cfg-rw-literal")
+"""How a control acts under classifier-free guidance (`ControlUse.mode`)."""
+CONDITIONAL_MODES = ("control", "guess", "cfg-rw", "cfg-rw-literal")
+"""The modes in which a control acts on the conditional branch only."""
+_MODE_ALIASES = {
+    "my prompt is more important": "soft",
+    "controlnet is more important": "guess",
+    "guess_mode": "guess",
+    "guess mode": "guess",
+    "cfg-rw-normalised": "cfg-rw",
+    "cfg-rw-normalized": "cfg-rw",
+}
+"""Names of A1111 and diffusers, in lower case -> mode."""
+PROMPT_MODES = ("none", "default", "automatic", "given")
+"""Where the prompt comes from (`GenerateRequest.prompt_mode`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +55,49 @@ class ControlUse:
     """Fraction of the steps at which it starts, in [0, 1]."""
     end: float = 1.0
     """Fraction of the steps at which it ends, in [0, 1]."""
+    layers: tuple[float, ...] | None = None
+    """One more factor for each of its residuals, from the outermost in: decoder skips, then middle. Default: 1."""
+    mask: str | None = None
+    """Path of a grey image: the control acts in full where it is white, not at all where it is black or transparent.
+    Scaled and cropped like `image`, then averaged down to each injection site. Default: everywhere."""
     prepared: bool = False
     """Whether `image` is already a condition image. Otherwise the control's condition is computed from it."""
+    parameters: dict[str, Any] | None = None
+    """Parameters of that condition, such as `low` of canny. Default: its own."""
     mode: str | None = None
-    """`balanced` applies the control to both branches of CFG, as diffusers does; `control` to the conditional branch
-    only, so that guidance amplifies the control, too (Zhang et al. 2023, section 3.4; A1111: "ControlNet is more
-    important") and it runs half as often. Default: that of the base, `control` for nano, else `balanced`."""
+    """How it acts under classifier-free guidance (CFG). Per-site weights multiply `weight` and `layers`.
+
+    | mode | branches | weights by site | known as |
+    |---|---|---|---|
+    | `balanced` | both | 1 | diffusers' default; A1111: "Balanced" |
+    | `control` | conditional | 1 | guidance amplifies the control |
+    | `soft` | both | soft | A1111: "My prompt is more important" |
+    | `guess` | conditional | soft | diffusers: `guess_mode`; A1111's third Control Mode |
+    | `cfg-rw-literal` | conditional | resolution | CFG resolution weighting (Zhang et al. 2023, section 3.4) |
+    | `cfg-rw` | conditional | resolution, at most 1 | the same, normalised |
+
+    On the conditional branch only, a control runs half as often. `sampling/weighting.py` defines the weights. Default:
+    that of the base, `control` for nano, else `balanced`."""
 
     def __post_init__(self) -> None:
         if (self.image is None) == (self.inputs is None):
             raise UserError(f"{self.control} needs either an image or named inputs, not both", "contradiction")
+        if self.parameters is not None:
+            if self.inputs is not None or self.prepared:
+                instead = "named inputs" if self.inputs is not None else "a prepared condition image"
+                raise UserError(
+                    f"{self.control} has condition parameters ({', '.join(self.parameters)}) and {instead}; parameters"
+                    " are for one image from which the condition is computed",
+                    "contradiction",
+                )
+            object.__setattr__(self, "parameters", _plain(self.parameters, f"parameters of {self.control}"))
         if self.inputs is not None:
-            object.__setattr__(self, "inputs", _plain(self.inputs, self.control))
+            object.__setattr__(self, "inputs", _plain(self.inputs, f"inputs of {self.control}"))
+        if self.layers is not None and not (self.layers and all(map(_is_finite, self.layers))):
+            raise UserError(
+                f"the layers of {self.control} are {list(self.layers)}; expected one finite number per residual",
+                "out-of-range",
+            )
         if not _is_finite(self.weight):
             raise UserError(f"the weight of {self.control} is {self.weight}; expected a finite number", "out-of-range")
         if not 0 <= self.start <= self.end <= 1:
@@ -62,7 +105,7 @@ class ControlUse:
                 f"{self.control} starts at {self.start} and ends at {self.end}; expected 0 <= start <= end <= 1",
                 "out-of-range",
             )
-        check_mode(self.mode)
+        object.__setattr__(self, "mode", mode_name(self.mode))
 
     def acts_at(self, index: int, steps: int) -> bool:
         """Whether it acts at step `index` of `steps`."""
@@ -70,33 +113,20 @@ class ControlUse:
 
     @classmethod
     def parse(cls, text: str, **settings: Any) -> ControlUse:
-        """Parse `NAME_OR_FILE=IMAGE[@weight[:start-end]]`, as on the command line; IMAGE may be a `.json` file.
+        """Parse `NAME_OR_FILE=IMAGE[@weight[:start-end]][,KEY=VALUE...]`, as on the command line.
+
+        See `control_text.parse_control`.
 
         Args:
             text: the argument of `--control`.
-            settings: `prepared` and `mode`.
+            settings: defaults of what the text leaves open, such as `prepared` and `mode`.
 
         Raises:
             UserError: it does not have that form.
         """
-        form = "expected NAME_OR_FILE=IMAGE[@weight[:start-end]], such as canny=drawing.png@0.8:0-0.6"
-        cuts = [place for place, letter in enumerate(text) if letter == "="]
-        # Paths may contain equals signs, as folders named after settings do.
-        cut = next((place for place in cuts if os.path.exists(text[:place])), cuts[0] if cuts else 0)
-        control, rest = text[:cut], text[cut + 1 :]
-        if not control or not rest:
-            raise UserError(f"--control {text}: {form}", "usage")
-        image, at, strength = rest.rpartition("@")
-        if not at or "/" in strength or re.search(r"\.(png|jpe?g|webp|bmp|gif|tiff?|json)$", strength, re.IGNORECASE):
-            return cls(control=control, image=rest, **settings)
-        if not image:
-            raise UserError(f"--control {text}: {form}", "usage")
-        weight, colon, span = strength.partition(":")
-        try:
-            start, end = map(float, span.split("-")) if colon else (0.0, 1.0)
-            return cls(control=control, image=image, weight=float(weight), start=start, end=end, **settings)
-        except ValueError as error:
-            raise UserError(f"--control {text}: {strength!r} is not weight[:start-end]; {form}", "usage") from error
+        from controlkit.sampling.control_text import parse_control
+
+        return cls(**{**settings, **parse_control(text)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +135,14 @@ class GenerateRequest:
 
     prompt: str
     """Text prompt."""
+    prompt_mode: str = "given"
+    """Where the prompt comes from: `given` is `prompt`; `none` is no prompt; `default` is that of the base ("a
+    professional, detailed, high-quality image"; nano has none, as it knows no such words); `automatic` is a caption of
+    a first image made with the default prompt, for each seed (Zhang et al. 2023, arXiv
+    2302.05543v1, section 4.1). `prompt` is empty unless given."""
+    captioner: str | None = None
+    """Captioner of `automatic`: a registered name, or the folder or hub id of a BLIP model. Default: that of the base,
+    `concepts` for nano, else BLIP."""
     negative_prompt: str = ""
     """Prompt of the unconditional branch."""
     base: str = "nano"
@@ -144,6 +182,16 @@ class GenerateRequest:
         if any(not 0 <= seed < 2**63 for seed in self.seeds):
             raise UserError(f"seeds {list(self.seeds)}: expected integers from 0 to 2^63 - 1", "out-of-range")
         check_sampling(self.steps, self.guidance, self.sampler)
+        check_prompt_mode(self.prompt_mode)
+        if self.prompt_mode != "given" and self.prompt:
+            raise UserError(
+                f"prompt mode {self.prompt_mode} takes no prompt, but {self.prompt!r} is given; leave one out",
+                "contradiction",
+            )
+        if self.captioner is not None and self.prompt_mode != "automatic":
+            raise UserError(
+                f"a captioner ({self.captioner}) is for prompt mode automatic, not {self.prompt_mode}", "contradiction"
+            )
         for name in ("width", "height"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_SIDE:
@@ -182,6 +230,16 @@ def condition_name(index: int, name: str | None) -> str:
     return f"condition{index}" if name is None else f"condition{index}-{name}"
 
 
+def mask_name(index: int) -> str:
+    """File stem of the mask of the control at `index`."""
+    return f"mask{index}"
+
+
+def first_name(seed: int) -> str:
+    """File stem of the first image of a seed, in prompt mode `automatic`."""
+    return f"first{seed}"
+
+
 def check_sampling(steps: int, guidance: float | None, sampler: str | None = None) -> None:
     """Check sampling settings; None leaves a setting to the base.
 
@@ -196,24 +254,39 @@ def check_sampling(steps: int, guidance: float | None, sampler: str | None = Non
         raise UserError(f"guidance is {guidance}; expected 1 (off) or more", "out-of-range")
 
 
-def check_mode(mode: str | None) -> None:
-    """Check a mode; None leaves it to the base.
+def mode_name(mode: str | None) -> str | None:
+    """The mode of this name, which may be that of another tool; None leaves it to the base.
 
     Raises:
-        UserError: it is none of `MODES`.
+        UserError: there is none.
     """
-    if mode is not None and mode not in MODES:
+    if mode is None:
+        return None
+    name = mode.strip().lower()
+    name = _MODE_ALIASES.get(name, name)
+    if name not in MODES:
         raise UserError(f"there is no mode {mode!r}{nearest(mode, MODES)}", "unknown-name")
+    return name
 
 
-def _plain(inputs: Any, control: str) -> dict[str, Any]:
-    """Inputs as JSON stores them: tuples as lists, paths as text."""
+def check_prompt_mode(mode: str) -> None:
+    """Check a prompt mode.
+
+    Raises:
+        UserError: it is none of `PROMPT_MODES`.
+    """
+    if mode not in PROMPT_MODES:
+        raise UserError(f"there is no prompt mode {mode!r}{nearest(mode, PROMPT_MODES)}", "unknown-name")
+
+
+def _plain(inputs: Any, what: str) -> dict[str, Any]:
+    """Inputs or parameters as JSON stores them: tuples as lists, paths as text."""
     try:
         plain = json.loads(json.dumps(inputs, default=os.fspath, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"the inputs of {control} must be JSON values and paths: {error}", "wrong-type") from error
+        raise UserError(f"the {what} must be JSON values and paths: {error}", "wrong-type") from error
     if not isinstance(plain, dict) or not plain:
-        raise UserError(f"the inputs of {control} must be a mapping from names, not {inputs!r}", "wrong-type")
+        raise UserError(f"the {what} must be a mapping from names, not {inputs!r}", "wrong-type")
     return plain
 
 
@@ -233,16 +306,19 @@ def lies_within(index: int, steps: int, start: float, end: float) -> bool:
 _JSON_TYPES: dict[Any, tuple[type | tuple[type, ...], str]] = {
     str: (str, "text"),
     str | None: ((str, NoneType), "text or null"),
-    dict[str, Any] | None: ((dict, NoneType), "a mapping from input names, or null"),
+    dict[str, Any] | None: ((dict, NoneType), "a mapping from names, or null"),
     bool: (bool, "true or false"),
     int: (int, "an integer"),
     float: ((int, float), "a number"),
     int | None: ((int, NoneType), "an integer or null"),
     tuple[int, ...]: ((list, tuple), "a list of integers"),
+    tuple[float, ...] | None: ((list, tuple, NoneType), "a list of numbers, or null"),
     tuple[ControlUse, ...]: ((list, tuple), "a list of controls"),
     float | None: ((int, float, NoneType), "a number or null"),
 }
 """Type of a field -> the JSON types it accepts, and their description."""
+_ITEMS: dict[Any, tuple[type, ...]] = {tuple[int, ...]: (int,), tuple[float, ...] | None: (int, float)}
+"""Type of a list field -> the types of its items."""
 
 
 def _checked(kind: type, values: Any, what: str) -> dict[str, Any]:
@@ -259,8 +335,9 @@ def _checked(kind: type, values: Any, what: str) -> dict[str, Any]:
     hints = get_type_hints(kind)
     for key, value in values.items():
         accepted, expected = _JSON_TYPES[hints[key]]
-        items = value if hints[key] == tuple[int, ...] and isinstance(value, (list, tuple)) else ()
+        numbers = _ITEMS.get(hints[key], ())
+        items = value if numbers and isinstance(value, (list, tuple)) else ()
         wrong_number = isinstance(value, bool) and hints[key] is not bool
-        if not isinstance(value, accepted) or wrong_number or any(type(item) is not int for item in items):
+        if not isinstance(value, accepted) or wrong_number or any(type(item) not in numbers for item in items):
             raise UserError(f"{key} is {value!r}; expected {expected}", "wrong-type")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from controlkit.errors import UserError
 from controlkit.files import read_json
 from controlkit.images import read_bytes, read_image
-from controlkit.sampling.request import ControlUse, GenerateRequest, condition_name
+from controlkit.sampling.request import ControlUse, GenerateRequest, condition_name, mask_name
 
 if TYPE_CHECKING:
     from controlkit.sampling.generate import Generation
@@ -57,6 +57,7 @@ class SavedSettings:
             use["mode"] = use["mode"] or (used.get("mode", "balanced") if same_base else None)
             if "controls" not in changes:
                 use |= {"control": self._locate_control(use["control"]), **self._inputs(index)}
+                use["mask"] = self._mask(index)
         return GenerateRequest.from_json({**stored, **resolved, **changes})
 
     def again(self, **changes: Any) -> GenerateRequest:
@@ -87,6 +88,7 @@ class SavedSettings:
             for part, what in (("control", "control"), ("companion", "the base control of")):
                 if _differ(self._hashes(index), hashes, part):
                     notes.append(f"{what} {new.control} has changed since (SHA-256), so the images may differ")
+            notes += self._mask_notes(index, new)
             for name, path in self._images(index).items():
                 notes += self._image_notes(index, name, path, new, _of_input(hashes, name), same_size=same_size)
         return notes
@@ -108,6 +110,32 @@ class SavedSettings:
                 f" controlkit, a library or a model); to use the saved one: {instead}"
             ]
         return []
+
+    def _mask_notes(self, index: int, new: ControlUse) -> list[str]:
+        """A note if the saved mask of a control replaces its mask."""
+        stored, saved = self.request.controls[index].mask, str(self.folder / f"{mask_name(index)}.png")
+        if stored is None or not new.mask == saved != stored:
+            return []
+        state = "has changed since (SHA-256)" if self._places(stored) else "is missing"
+        return [f"{stored}, the mask of {new.control}, {state}; the saved one, {saved}, is used"]
+
+    def _mask(self, index: int) -> str | None:
+        """The stored mask of a control, or the saved one if it is missing or has changed.
+
+        Raises:
+            UserError: both are missing.
+        """
+        use, saved = self.request.controls[index], self.folder / f"{mask_name(index)}.png"
+        if use.mask is None:
+            return None
+        found = self._with_hash(use.mask, self._hashes(index).get("mask"))
+        if found is not None or saved.is_file():
+            return found or str(saved)
+        raise UserError(
+            f"{use.mask}, the mask of {use.control}, is missing or has changed (SHA-256), and {saved} is missing; pass"
+            f" --control {use.control}=IMAGE,mask=MASK",
+            "missing-file",
+        )
 
     def _hashes(self, index: int) -> Mapping[str, Any]:
         """Stored hashes of the control at `index`."""
@@ -153,14 +181,17 @@ class SavedSettings:
         prepared = {}
         if None in found.values():
             found = {name: self._saved_unchanged(index, name, path) for name, path in images.items()}
-            prepared = {"prepared": True}
+            prepared = {"prepared": True, "parameters": None}
         if use.inputs is None:
             return {"image": found[None], **prepared}
         return {"inputs": {**use.inputs, **{str(name): path for name, path in found.items()}}, **prepared}
 
     def _unchanged(self, index: int, name: str | None, path: str) -> str | None:
         """Path of an image whose content has the stored hash, if there is one."""
-        expected = _of_input(self._hashes(index), name).get("image")
+        return self._with_hash(path, _of_input(self._hashes(index), name).get("image"))
+
+    def _with_hash(self, path: str, expected: str | None) -> str | None:
+        """Path of a file whose content has this hash, or any if None, if there is one."""
         for place in self._places(path):
             if expected is None or hashlib.sha256(read_bytes(place)).hexdigest() == expected:
                 return place

@@ -31,7 +31,7 @@ from controlkit.formats.transfer import LIMITS, transfer
 from controlkit.images import contact_sheet, write_png
 from controlkit.nano.evaluation_sets import read_set
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import check_mode
+from controlkit.sampling.request import mode_name
 from controlkit.sampling.settings import sampling_settings
 from controlkit.studies.stored_results import StoredResults, StudyResult, study_settings, with_settings
 from controlkit.training.recipes import build_recipe
@@ -68,7 +68,7 @@ class CommunityModel:
     """Mode of the control (`ControlUse.mode`); the table in docs/files.md has `balanced`."""
 
     def __post_init__(self) -> None:
-        check_mode(self.mode)
+        object.__setattr__(self, "mode", mode_name(self.mode))
         for name in ("images", "sampling_steps", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected at least 1", "out-of-range")

@@ -29,7 +29,7 @@ from controlkit.formats.load import find_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.nano.icons import TRAINED_STYLES, IconSets, draw
 from controlkit.progress import Progress
-from controlkit.sampling.request import check_mode
+from controlkit.sampling.request import mode_name
 from controlkit.studies.cells import Bench, Cell, Task
 from controlkit.studies.figure import plot, require_matplotlib, sheet_of
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, REPORTS
@@ -120,7 +120,7 @@ class NewCondition:
             conditions.find(name)
         for name in self.given:
             _parse_given(name)
-        check_mode(self.mode)
+        object.__setattr__(self, "mode", mode_name(self.mode))
         counts = (*self.budgets, *self.ranks, *self.pair_counts, self.pairs, self.images, self.sampling_steps)
         if min(counts) < 1 or not self.budgets:
             raise UserError(

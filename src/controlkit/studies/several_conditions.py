@@ -38,7 +38,7 @@ from controlkit.evaluation.settings import (
 )
 from controlkit.formats.load import load_control
 from controlkit.images import contact_sheet, to_tensor, write_png
-from controlkit.sampling.request import DEFAULT_STEPS, check_mode
+from controlkit.sampling.request import DEFAULT_STEPS, mode_name
 from controlkit.sampling.settings import base_settings, sampling_settings, versions
 from controlkit.studies.stored_results import StoredResults, StudyResult, study_settings, with_settings
 
@@ -74,7 +74,7 @@ class SeveralConditions:
                 " numbers of at least 1",
                 "out-of-range",
             )
-        check_mode(self.mode)
+        object.__setattr__(self, "mode", mode_name(self.mode))
         if not self.mixes:
             raise UserError("mixes is empty; give at least one, such as palette+lineart", "missing-setting")
         for mix in self.mixes:

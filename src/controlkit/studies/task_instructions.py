@@ -34,7 +34,7 @@ from controlkit.evaluation.sets import evaluation_set
 from controlkit.evaluation.settings import content_of, control_settings, examples_settings
 from controlkit.formats.load import load_control
 from controlkit.images import contact_sheet, write_png
-from controlkit.sampling.request import DEFAULT_STEPS, check_mode
+from controlkit.sampling.request import DEFAULT_STEPS, mode_name
 from controlkit.sampling.settings import sampling_settings
 from controlkit.studies.stored_results import StoredResults, StudyResult, study_settings, with_settings
 
@@ -71,7 +71,7 @@ class TaskInstructions:
                 " least 2, 1 and 1",
                 "out-of-range",
             )
-        check_mode(self.mode)
+        object.__setattr__(self, "mode", mode_name(self.mode))
 
 
 def run_task_instructions(settings: TaskInstructions) -> StudyResult:
