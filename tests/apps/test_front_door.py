@@ -101,7 +101,14 @@ def test_a_usage_error_is_json_too(capsys):
 def test_studies_are_listed(capsys):
     assert run("study", "--list") == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == ["new-condition", "several-conditions", "community-model"]
+    assert listed == [
+        "new-condition",
+        "several-conditions",
+        "community-model",
+        "task-instructions",
+        "ambiguous-content",
+        "convergence",
+    ]
     assert run("study", "--list", "--json") == 0
     assert [each["name"] for each in json.loads(capsys.readouterr().out)] == listed
     assert run("study") == 2
