@@ -2,8 +2,9 @@
 
     git clone https://github.com/xyfJASON/ctrlora
     git clone https://github.com/lllyasviel/ControlNet
+    git clone -b SD https://github.com/TencentARC/T2I-Adapter
     pip install einops
-    python benchmarks/parity_reference.py --ctrlora ctrlora --controlnet ControlNet
+    python benchmarks/parity_reference.py --ctrlora ctrlora --controlnet ControlNet --t2i-adapter T2I-Adapter
 
 The reference networks are built from the clones' own classes and configurations, get random weights (every tensor,
 also those that start from zero), and are saved as the clones save them. `load_control` reads these files, and both
@@ -11,6 +12,8 @@ sides compute the 13 residuals of the same inputs, in float32. Then the files ar
 the reference's network takes what comes back, with `strict=True`.
 
 - ControlNet: `cldm/cldm.py`, one `.pth` of `control_model.*`, as version 1.1 has them.
+- T2I-Adapter: `ldm/modules/encoders/adapter.py` with the settings of `ldm/inference_base.py`; four features of a
+  condition image.
 - CtrLoRA: `cldm/cldm_ctrlora_finetune.py` (the base control alone, one adapter) and
   `cldm/cldm_ctrlora_inference.py` (two adapters, summed with weights), the files of `scripts/tool_extract_weights.py`.
   Both sides get the same latent in the place of the condition image; the autoencoder is not part of it.
@@ -69,6 +72,13 @@ CONTROLNET = "models/cldm_v15.yaml"
 FINETUNE = "configs/ctrlora_finetune_sd15_rank128.yaml"
 """Configurations of the clones."""
 
+T2I_ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "T2I-Adapter": ("Adapter", {"cin": 192, "nums_rb": 2, "ksize": 1, "sk": True, "use_conv": False}),
+    "T2I-Adapter, grey": ("Adapter", {"cin": 64, "nums_rb": 2, "ksize": 1, "sk": True, "use_conv": False}),
+    "T2I-Adapter, light": ("Adapter_light", {"cin": 192, "nums_rb": 4}),
+}
+"""Case -> class and arguments of the clone (`get_adapters` of ldm/inference_base.py)."""
+
 _PREFIX = "control_model."
 _GAINS = {"lora_layer.up": 0.3, "input_hint_block": 1.8}
 """Part of a name -> size of such weights, relative to what keeps the size of activations: a hint network has nothing
@@ -81,6 +91,7 @@ _NOT_NEEDED = (
     "ldm.models.diffusion.ddpm",
     "ldm.models.diffusion.ddim",
     "cldm.ddim_hacked",
+    "ldm.modules.extra_condition.api",
 )
 """What the clones' modules import and the networks of the controls never use."""
 _NOT_WANTED = ("xformers", "xformers.ops")
@@ -225,11 +236,11 @@ def rms(tensor: Tensor) -> float:
     return float(tensor.double().square().mean().sqrt())
 
 
-def difference(ours: Mapping[str, list[Tensor]], theirs: Mapping[str, list[Tensor]]) -> dict[str, Any]:
-    """Figures of two sets of residuals: absolute, and relative to the size of each residual."""
+def difference(ours: Mapping[str, list[Tensor]], theirs: Mapping[str, list[Tensor]], count: int = 13) -> dict[str, Any]:
+    """Figures of two sets of `count` residuals: absolute, and relative to the size of each residual."""
     for size, tensors in theirs.items():
         shapes = [[tuple(tensor.shape) for tensor in one] for one in (ours[size], tensors)]
-        if len(tensors) != 13 or shapes[0] != shapes[1]:
+        if len(tensors) != count or shapes[0] != shapes[1]:
             raise SystemExit(f"latent {size}: the residuals have the shapes {shapes[0]} and {shapes[1]}")
     pairs = {size: list(zip(ours[size], theirs[size], strict=True)) for size in theirs}
     apart = {size: max(float((a - b).abs().max()) for a, b in each) for size, each in pairs.items()}
@@ -361,6 +372,35 @@ def compare_ctrlora(clone: Path, folder: Path) -> dict[str, Any]:
     return cases
 
 
+def compare_t2i_adapter(clone: Path, folder: Path) -> dict[str, Any]:
+    """T2I-Adapter: the features of a condition image."""
+    cases = {}
+    for seed, (case, (name, settings)) in enumerate(T2I_ADAPTERS.items(), 5):
+        with importing(clone):
+            module = importlib.import_module("ldm.modules.encoders.adapter")
+            network: nn.Module = getattr(module, name)(channels=[320, 640, 1280, 1280], **settings)
+        network.eval().requires_grad_(False)
+        randomise(network, seed)
+        file = folder / "adapter.pth"
+        torch.save(network.state_dict(), file)
+        expected = compute(lambda x, network=network: network(x.hint), settings["cin"] // 64, 8)  # type: ignore[misc]
+        control = load_control(file)
+        made = compute(
+            lambda x, control=control: control(None, x.time, None, x.hint).tensors(),  # type: ignore[misc]
+            settings["cin"] // 64,
+            8,
+        )
+        state = there_and_back(file, folder)
+        network.load_state_dict(state, strict=True)
+        cases[case] = {
+            **difference(made, expected, count=4),
+            "parameters": sum(value.numel() for value in state.values()),
+            "there_and_back": same_tensors(state, torch.load(file, weights_only=True)),
+        }
+        file.unlink()
+    return cases
+
+
 _CASES = {
     "CtrLoRA, base control alone": "base",
     "CtrLoRA, one adapter": "adapter",
@@ -458,19 +498,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ctrlora", type=Path, help="a clone of xyfJASON/ctrlora")
     parser.add_argument("--controlnet", type=Path, help="a clone of lllyasviel/ControlNet")
+    parser.add_argument("--t2i-adapter", type=Path, help="a clone of TencentARC/T2I-Adapter, branch SD (float32)")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="relative to the size of a residual")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--work", type=Path, default=None, help="where to put files for a while (default: temporary)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/parity_reference.json"))
     args = parser.parse_args()
-    if args.ctrlora is None and args.controlnet is None:
-        parser.error("give --ctrlora, --controlnet or both")
+    if args.ctrlora is None and args.controlnet is None and (args.t2i_adapter is None or args.dtype == "float64"):
+        parser.error("give --ctrlora, --controlnet or (in float32) --t2i-adapter")
     if importlib.util.find_spec("einops") is None:
         parser.error("the clones need einops; pip install einops")
 
     started = time.perf_counter()
     clones = {"lllyasviel/ControlNet": args.controlnet, "xyfJASON/ctrlora": args.ctrlora}
     controlnet, ctrlora = (None if clone is None else clone.resolve() for clone in clones.values())
+    clones["TencentARC/T2I-Adapter"] = args.t2i_adapter
     cases: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         if args.dtype == "float64":
@@ -478,6 +520,8 @@ def main() -> None:
         else:
             cases |= compare_controlnet(controlnet, Path(folder)) if controlnet is not None else {}
             cases |= compare_ctrlora(ctrlora, Path(folder)) if ctrlora is not None else {}
+            if args.t2i_adapter is not None:
+                cases |= compare_t2i_adapter(args.t2i_adapter.resolve(), Path(folder))
     for name, figures in cases.items():
         print(
             f"{name}: largest difference {figures['largest_difference']:.2g}"

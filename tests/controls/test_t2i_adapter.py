@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +17,16 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from torch.nn import functional
 
 from controlkit.apps.cli import main
 from controlkit.bases.families import KNOWN_BASES
+from controlkit.bases.load import load_base
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.bases.unet import encoder_stages
 from controlkit.controls.control import Acts, Reads
+from controlkit.controls.file_format import Reference, TensorFile
 from controlkit.controls.t2i_adapter import T2IAdapterControl, config_for, feature_stages
 from controlkit.formats.card import card_of
 from controlkit.formats.convert import convert
@@ -33,6 +38,8 @@ from controlkit.nano.base_objective import save_base
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample
+from controlkit.training.recipes import build_recipe
+from controlkit.training.run import run
 from refusals import check, refused
 from tiny import SD1_SCHEDULE, build_tiny_sdxl
 
@@ -114,6 +121,32 @@ def theirs(base, adapter, image, scale=1.0):
     return torch.from_numpy(made).movedim(-1, 1)
 
 
+def theirs_xl(base, adapter, image, *, steps, factor=1.0):
+    pipeline = StableDiffusionXLAdapterPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        text_encoder_2=base.text_encoder_2,
+        tokenizer=base.tokenizer,
+        tokenizer_2=base.tokenizer_2,
+        unet=base.unet,
+        adapter=adapter,
+        scheduler=DDIMScheduler.from_config(base.scheduler_config),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        "red apple",
+        negative_prompt="cat face",
+        image=image,
+        num_inference_steps=steps,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(3),
+        height=base.size,
+        width=base.size,
+        output_type="pt",
+        adapter_conditioning_factor=factor,
+    ).images
+
+
 def furthest(a, b):
     assert a.shape == b.shape
     return (a - b).abs().max().item()
@@ -157,28 +190,7 @@ class TestImages:
         base = build_tiny_sdxl()
         control = T2IAdapterControl(T2IAdapter(3, [16, 32], 2, 8, "full_adapter_xl").eval())
         assert control.incompatibility(base) is None
-        pipeline = StableDiffusionXLAdapterPipeline(
-            vae=base.vae,
-            text_encoder=base.text_encoder,
-            text_encoder_2=base.text_encoder_2,
-            tokenizer=base.tokenizer,
-            tokenizer_2=base.tokenizer_2,
-            unet=base.unet,
-            adapter=control.to_diffusers(),
-            scheduler=DDIMScheduler.from_config(base.scheduler_config),
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        expected = pipeline(
-            "red apple",
-            negative_prompt="cat face",
-            image=hint_image,
-            num_inference_steps=3,
-            guidance_scale=4.0,
-            generator=torch.Generator().manual_seed(3),
-            height=base.size,
-            width=base.size,
-            output_type="pt",
-        ).images
+        expected = theirs_xl(base, control.to_diffusers(), hint_image, steps=3)
         made = ours(base, [use(control, hint_image, base)], seeds=(3,), steps=3)
         assert furthest(made, expected) <= 1e-3
         assert furthest(made, ours(base, seeds=(3,), steps=3)) > 1e-2
@@ -231,6 +243,62 @@ class TestPlan:
         assert cache.hits > 0 and len(cache) == 1
 
 
+class TestFirstStepsOnly:
+    """`cond_tau` of the original and `adapter_conditioning_factor` of diffusers are the end of a use."""
+
+    def test_the_end_equals_diffusers_factor(self, hint_image):
+        base = build_tiny_sdxl()
+        control = T2IAdapterControl(T2IAdapter(3, [16, 32], 2, 8, "full_adapter_xl").eval())
+        expected = theirs_xl(base, control.to_diffusers(), hint_image, steps=5, factor=0.4)
+        made = ours(base, [use(control, hint_image, base, end=0.4)], seeds=(3,), steps=5)
+        assert furthest(made, expected) <= 1e-3
+        for end in (0.0, 0.2, 1.0):
+            assert furthest(made, ours(base, [use(control, hint_image, base, end=end)], seeds=(3,), steps=5)) > 2e-3
+
+    def test_nothing_is_added_or_computed_after_it(self, sd_base, hint_image, monkeypatch):
+        control, runs, added = fresh(sd_base), [], []
+        control.network.register_forward_pre_hook(lambda *_: runs.append(1))
+        predict = sd_base.predict
+        monkeypatch.setattr(sd_base, "predict", lambda *args: (added.append(args[3] is not None), predict(*args))[1])
+        ours(sd_base, [use(control, hint_image, sd_base, end=0.5)], steps=4)
+        assert (added, len(runs)) == ([True, True, False, False], 1)
+        ours(sd_base, [use(control, hint_image, sd_base, weight=0.0)], steps=2)
+        assert (added[4:], len(runs)) == ([False, False], 1)
+
+
+class TestTraining:
+    def test_noisy_times_are_drawn_more_often(self, sd_base):
+        values = {"system": "t2i-adapter", "out": "a", "steps": 1, "icons": "i", "condition": "canny"}
+        recipe = build_recipe(values)
+        times = sd_base.schedule.draw_times(4000, torch.Generator().manual_seed(0), recipe.time_sampling)
+        # (1 - u^3) T has the mean 3 T / 4; the median of u^3 is an eighth.
+        assert times.float().mean() == pytest.approx(750, abs=15)
+        assert (times >= 875).float().mean() == pytest.approx(0.5, abs=0.03)
+        assert build_recipe({**values, "time_sampling": None}).time_sampling is None
+
+    def test_it_goes_on_from_a_file_of_its_own_network(self, sd_base, icons_file, tmp_path):
+        save_base(sd_base, tmp_path / "base")
+        control = fresh(load_base(tmp_path / "base"), colours=1, light=True)
+        start = save_control(tmp_path / "a.safetensors", control, sd_base, dtype=torch.float32)
+        start = convert(start, tmp_path / "sketch.pth.safetensors", "original").path
+        values = {"system": "t2i-adapter", "base": str(tmp_path / "base"), "icons": str(icons_file), "steps": 1}
+        values |= {"condition": "sketch", "batch_size": 2, "score_pictures": 1, "learning_rate": 1e-6}
+        run(build_recipe({**values, "start": str(start), "out": str(tmp_path / "run")}))
+        made = load_control(tmp_path / "run" / "sketch.safetensors", sd_base)
+        assert made.config() == control.config() and made.condition == "sketch"
+        before = control.file_state()
+        for name, value in made.file_state().items():
+            torch.testing.assert_close(value, before[name], atol=2e-3, rtol=2e-3)
+
+    def test_options_choose_the_network(self, sd_base, icons_file, tmp_path):
+        save_base(sd_base, tmp_path / "base")
+        values = {"system": "t2i-adapter", "base": str(tmp_path / "base"), "icons": str(icons_file), "steps": 1}
+        values |= {"condition": "canny", "batch_size": 2, "score_pictures": 1, "out": str(tmp_path / "run")}
+        run(build_recipe({**values, "light": True, "colours": 1}))
+        made = load_control(tmp_path / "run" / "canny.safetensors", sd_base).config()
+        assert (made["adapter_type"], made["in_channels"]) == ("light_adapter", 1)
+
+
 class TestResiduals:
     a = Residuals.numbered("skip", [torch.ones(1, 2, 4, 4)], middle=torch.ones(1, 2, 2, 2))
     b = Residuals.numbered("stage", [torch.ones(3, 2, 4, 4), torch.ones(3, 2, 2, 2)])
@@ -271,6 +339,101 @@ def test_features_have_the_shapes_of_the_encoder_s_stages(name):
     with torch.device("meta"):
         features = T2IAdapter(**config)(torch.empty(1, 3, 128, 128))
     assert [(f.shape[1], 128 // f.shape[2]) for f in features] == list(feature_stages(config))
+
+
+def original_shapes(channels, colours, light=False):
+    """Names and shapes in a file of TencentARC/T2I-Adapter (branch SD): `Adapter(nums_rb=2, ksize=1, sk=True,
+    use_conv=False)`, or `Adapter_light(nums_rb=4)`, as its ldm/inference_base.py builds them."""
+    convolutions = {}
+    before = 64 * colours
+    if not light:
+        convolutions["conv_in"] = (before, channels[0], 3)
+    for stage, wide in enumerate(channels):
+        if light:
+            convolutions[f"body.{stage}.in_conv"] = (before, wide // 4, 1)
+            for block in range(4):
+                for name in ("block1", "block2"):
+                    convolutions[f"body.{stage}.body.{block}.{name}"] = (wide // 4, wide // 4, 3)
+            convolutions[f"body.{stage}.out_conv"] = (wide // 4, wide, 1)
+        else:
+            if stage and wide != channels[stage - 1]:
+                convolutions[f"body.{2 * stage}.in_conv"] = (channels[stage - 1], wide, 1)
+            for block in range(2 * stage, 2 * stage + 2):
+                convolutions[f"body.{block}.block1"] = (wide, wide, 3)
+                convolutions[f"body.{block}.block2"] = (wide, wide, 1)
+        before = wide
+    shapes = {f"{name}.weight": (out, inner, side, side) for name, (inner, out, side) in convolutions.items()}
+    return shapes | {f"{name}.bias": (out,) for name, (_, out, _) in convolutions.items()}
+
+
+def original_features(state, image, stages, light=False):
+    """The features of a file with the original's names, by the formulas of its ldm/modules/encoders/adapter.py."""
+
+    def convolve(x, name):
+        weight = state[f"{name}.weight"]
+        return functional.conv2d(x, weight, state[f"{name}.bias"], padding=weight.shape[-1] // 2)
+
+    def block(x, name):
+        return convolve(convolve(x, f"{name}.block1").relu(), f"{name}.block2") + x
+
+    x = functional.pixel_unshuffle(image, 8)
+    x = x if light else convolve(x, "conv_in")
+    features = []
+    for stage in range(stages):
+        x = functional.avg_pool2d(x, 2) if stage else x
+        if light:
+            x = convolve(x, f"body.{stage}.in_conv")
+            for number in range(4):
+                x = block(x, f"body.{stage}.body.{number}")
+            x = convolve(x, f"body.{stage}.out_conv")
+        else:
+            x = convolve(x, f"body.{2 * stage}.in_conv") if f"body.{2 * stage}.in_conv.weight" in state else x
+            for number in range(2 * stage, 2 * stage + 2):
+                x = block(x, f"body.{number}")
+        features.append(x)
+    return features
+
+
+class TestFilesOfTheOriginal:
+    @pytest.mark.parametrize(
+        ("colours", "light", "parameters", "tensors"),
+        [(3, False, 77_369_280, 38), (1, False, 77_000_640, 38), (3, True, 18_689_200, 80)],
+        ids=["colour", "grey", "light"],
+    )
+    def test_their_names_and_shapes_are_those_of_stable_diffusion_s(self, colours, light, parameters, tensors):
+        shapes = original_shapes((320, 640, 1280, 1280), colours, light)
+        assert len(shapes) == tensors and sum(map(math.prod, shapes.values())) == parameters
+        state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        (layout,) = T2IAdapterControl.formats
+        file = TensorFile(Path("adapter.pth"), state)
+        checkpoint = layout.read(T2IAdapterControl, file, Reference(), layout.detect(file))
+        unet = KNOWN_BASES["sd15"][1]["unet"]
+        assert checkpoint.config == config_for(unet, 8, colours=colours, light=light)
+        assert checkpoint.parameters == parameters
+        back = layout.write(checkpoint, Reference()).tensors
+        assert {name: tuple(value.shape) for name, value in back.items()} == shapes
+
+    @pytest.mark.parametrize("prefix", ["", "adapter."], ids=["inference", "training"])
+    @pytest.mark.parametrize("light", [False, True], ids=["full", "light"])
+    @pytest.mark.parametrize("colours", [3, 1])
+    def test_features_equal_those_of_the_original(self, tmp_path, colours, light, prefix):
+        torch.manual_seed(0)
+        shapes = original_shapes((16, 32, 48, 48), colours, light)
+        state = {name: torch.randn(shape) / math.prod(shape[1:]) ** 0.5 for name, shape in shapes.items()}
+        torch.save({f"{prefix}{name}": value for name, value in state.items()}, tmp_path / "adapter.pth")
+        control = load_control(tmp_path / "adapter.pth")
+        image = torch.rand(2, colours, 128, 64)
+        expected = original_features(state, image, 4, light)
+        made = control(None, torch.tensor([1]), None, image).tensors()
+        assert len(made) == 4
+        assert max(furthest(a, b) for a, b in zip(made, expected, strict=True)) <= 1e-4
+
+    def test_another_network_of_its_names_is_refused(self, tmp_path):
+        """The original's class has options that no released file uses, such as skips with weights."""
+        state = {name: torch.zeros(shape) for name, shape in original_shapes((16, 32, 32), 3).items()}
+        torch.save({**state, "body.0.skep.weight": torch.zeros(16, 16, 1, 1)}, tmp_path / "adapter.pth")
+        with refused("damaged-file", "adapter.pth", "body.0.skep.weight"):
+            load_control(tmp_path / "adapter.pth")
 
 
 class TestFiles:

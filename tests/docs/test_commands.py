@@ -16,25 +16,13 @@ import pytest
 from page_commands import PAGES, ROOT, Block, blocks, commands, page_commands
 
 from controlkit.apps.cli import SHELLS, build_parser
+from controlkit.apps.study import STUDIES
 from controlkit.errors import UserError
 from controlkit.settings import build_settings, read_overrides
-from controlkit.studies.community_model import CommunityModel
-from controlkit.studies.guidance_modes import GuidanceModes
-from controlkit.studies.new_condition import NewCondition
-from controlkit.studies.several_conditions import SeveralConditions
-from controlkit.studies.task_instructions import TaskInstructions
 from controlkit.training.recipes import read_recipe
 
 OTHER_PROGRAMS = {".", "cd", "cp", "export", "find", "git", "hf", "mkdir", "npm", "python3"}
 """Programs that are not ours, whose arguments are not checked."""
-
-STUDIES = {
-    "new-condition": NewCondition,
-    "several-conditions": SeveralConditions,
-    "guidance-modes": GuidanceModes,
-    "community-model": CommunityModel,
-    "task-instructions": TaskInstructions,
-}
 
 MADE = {
     "README.md": ["edges.png", *(f"images/00{run}/seed{seed}.png" for run in (1, 2) for seed in range(4))],
@@ -71,7 +59,7 @@ def parse_controlkit(words: list[str]) -> None:
     if args.verb == "train" and args.recipe.endswith(".yaml"):
         read_recipe(args.recipe, args.settings)
     if args.verb == "study" and args.settings:
-        build_settings(STUDIES[args.name], read_overrides(args.settings), "study")
+        build_settings(STUDIES[args.name].load()[0], read_overrides(args.settings), "study")
 
 
 class Parsed(Exception):

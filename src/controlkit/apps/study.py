@@ -5,14 +5,17 @@
     controlkit study new-condition --given openmoji=data/openmoji-pairs@lineart_given --set budgets=[25,100]
     controlkit study several-conditions
 
-new-condition and community-model need data/nano/icons.npz (step 1 of recipes/nano/README.md), new-condition also
-matplotlib (pip install 'controlkit[studies]').
+new-condition, convergence and community-model need data/nano/icons.npz (step 1 of recipes/nano/README.md), the first
+two also matplotlib (pip install 'controlkit[studies]'); ambiguous-content needs pip install 'controlkit[metrics]'.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from controlkit.apps.show import add_json, print_json, print_table
@@ -21,14 +24,54 @@ from controlkit.errors import UserError
 if TYPE_CHECKING:
     from controlkit.studies.stored_results import StudyResult
 
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study, imported when it is needed."""
+
+    what: str
+    """What is measured."""
+    settings: str
+    """Class of its settings in the module of its name: `CommunityModel` in `controlkit.studies.community_model`."""
+
+    def load(self) -> tuple[type, Callable[[Any], StudyResult]]:
+        """Class of its settings, and `run_NAME`, which takes them."""
+        name = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in self.settings).lstrip("_")
+        module = import_module(f"controlkit.studies.{name}")
+        return getattr(module, self.settings), getattr(module, f"run_{name}")
+
+
 STUDIES = {
-    "new-condition": "an adapter against a ControlNet on conditions new to the base control; ablation, ranks, pairs",
-    "several-conditions": "adapters together and alone: fidelity and cost",
-    "community-model": "a control on a fine-tuned base, unchanged and transferred",
-    "task-instructions": "a UniControl under its tasks' instructions, with its HyperNet trained and frozen",
-    "guidance-modes": "every guidance mode on the same seeds, with an empty and with a full prompt",
+    "new-condition": Study(
+        what="an adapter against a ControlNet on conditions new to the base control; ablation, ranks, pairs",
+        settings="NewCondition",
+    ),
+    "several-conditions": Study(
+        what="adapters together and alone: fidelity and cost",
+        settings="SeveralConditions",
+    ),
+    "community-model": Study(
+        what="controls on fine-tuned bases, unchanged and transferred; a replaced text encoder",
+        settings="CommunityModel",
+    ),
+    "task-instructions": Study(
+        what="a UniControl under its tasks' instructions, with its HyperNet trained and frozen",
+        settings="TaskInstructions",
+    ),
+    "ambiguous-content": Study(
+        what="the concept that results show under empty, right and conflicting prompts, by condition",
+        settings="AmbiguousContent",
+    ),
+    "convergence": Study(
+        what="steps to half of the gap, of colour against spatial conditions",
+        settings="Convergence",
+    ),
+    "guidance-modes": Study(
+        what="every guidance mode on the same seeds, with an empty and with a full prompt",
+        settings="GuidanceModes",
+    ),
 }
-"""Name -> what is measured."""
+"""Studies by name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FOLDER[@CONDITION]",
         help="new-condition: add a condition from a folder of pairs, scored by CONDITION",
     )
-    parser.add_argument("--control", help="the control of the study: a name or a file")
+    parser.add_argument(
+        "--control", help="the base control (new-condition, convergence), or the only control: a name or a file"
+    )
     parser.add_argument("--out", metavar="DIR", help="folder of the study")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="override a setting"
@@ -55,44 +100,31 @@ def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     if args.list:
         if args.json:
-            print_json([{"name": name, "what": what} for name, what in STUDIES.items()])
+            print_json([{"name": name, "what": study.what} for name, study in STUDIES.items()])
             return
         width = max(map(len, STUDIES)) + 2
-        for name, what in STUDIES.items():
-            print(f"{name:<{width}}{what}")
+        for name, study in STUDIES.items():
+            print(f"{name:<{width}}{study.what}")
         return
     if args.name is None:
         raise UserError(f"name a study ({', '.join(STUDIES)}), or use --list", "missing-setting")
 
     from controlkit.settings import build_settings, describe_settings, read_overrides
-    from controlkit.studies.community_model import CommunityModel, run_community_model
-    from controlkit.studies.guidance_modes import GuidanceModes, run_guidance_modes
-    from controlkit.studies.new_condition import NewCondition, NewConditionResult, run_new_condition
-    from controlkit.studies.several_conditions import SeveralConditions, run_several_conditions
-    from controlkit.studies.task_instructions import TaskInstructions, run_task_instructions
 
-    studies: dict[str, tuple[type, Callable[[Any], StudyResult]]] = {
-        "new-condition": (NewCondition, run_new_condition),
-        "several-conditions": (SeveralConditions, run_several_conditions),
-        "community-model": (CommunityModel, run_community_model),
-        "task-instructions": (TaskInstructions, run_task_instructions),
-        "guidance-modes": (GuidanceModes, run_guidance_modes),
-    }
-    kind, run_study = studies[args.name]
+    kind, run_study = STUDIES[args.name].load()
     if args.help_settings:
         rows = [(setting.name, str(setting.default), setting.what) for setting in describe_settings(kind)]
         print_table(f"Settings of {args.name}", ("setting", "default", "what it is"), rows)
         return
     values = {name: getattr(args, name) for name in ("control", "out") if hasattr(args, name)}
+    if "control" in values and "controls" in {field.name for field in dataclasses.fields(kind)}:
+        values["controls"] = (values.pop("control"),)
     if args.given:
         values["given"] = tuple(args.given)
     settings: Any = build_settings(kind, values | read_overrides(args.settings), f"study {args.name}")
     result = run_study(settings)
-    cells: dict[str, Any] = {}
-    if isinstance(result, NewConditionResult):
-        cells["cells"] = [{**vars(cell), "gap_closed": cell.gap_closed} for cell in result.cells]
     if args.json:
-        print_json({"reports": [report.to_json() for report in result.reports], "files": result.files, **cells})
+        print_json(result.to_json())
         return
 
     from rich import print as show

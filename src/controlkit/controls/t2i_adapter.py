@@ -1,8 +1,10 @@
 """T2I-Adapter (Mou et al., AAAI 2024, arXiv 2302.08453) on diffusers' `T2IAdapter`.
 
 Files have the names of TencentARC/T2I-Adapter or of diffusers. The original numbers all residual blocks consecutively
-(`body.5`), diffusers numbers the blocks of a stage (`adapter.body.2.resnets.1`); the light adapter has stages in both
-(branch SD, ldm/modules/encoders/adapter.py).
+(`body.5`, in its training's files `adapter.body.5`), diffusers numbers the blocks of a stage
+(`adapter.body.2.resnets.1`); the light adapter has stages in both (branch SD, ldm/modules/encoders/adapter.py).
+
+`cond_tau` of the original, the fraction of the steps at which the adapter acts, is `ControlUse.end`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.text import Text
 from controlkit.bases.unet import encoder_stages, listed_stages
-from controlkit.controls.control import Control, OneImage, Reads
+from controlkit.controls.control import Control, OneImage, Reads, Training
 from controlkit.controls.encoder_copy.network import checked_config, plain_config
 from controlkit.controls.file_format import (
     CONFIG_ERRORS,
@@ -58,6 +60,18 @@ class Options:
     """The small network with a quarter of the inner channels, if it fits."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterTraining(Options):
+    """Recipe settings of a T2I-Adapter."""
+
+    start: str | None = None
+    """Initial weights: a T2I-Adapter file or folder in any format, with its own `colours` and `light`. Default: random
+    weights."""
+    time_sampling: str | None = "cubic"
+    """Distribution of training times: `cubic` favours noisy ones, at which the layout is decided (Mou et al. 2024,
+    section 3.3); `uniform`; `logit-normal`. None is the base's own."""
+
+
 @control
 class T2IAdapterControl(OneImage):
     """A small network from the condition image to one feature map per stage of the base's encoder.
@@ -74,6 +88,14 @@ class T2IAdapterControl(OneImage):
     enters: ClassVar[str] = "encoder stages"
     starts_at_zero: ClassVar[bool] = False
     Options = Options
+    trainings = (
+        Training(
+            system="t2i-adapter",
+            also=("t2i-adapter-pairs",),
+            options=AdapterTraining,
+            doc="A T2I-Adapter, one condition. Noisy times are drawn more often (Mou et al. 2024, section 3.3).",
+        ),
+    )
     diffusers_class: ClassVar[str | None] = "T2IAdapter"
     formats = (
         FileFormat(
@@ -219,9 +241,18 @@ def config_for(unet_config: Mapping[str, Any], factor: int, *, colours: int = 3,
     )
 
 
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with the original's names; its training prefixes them (`adapter.body.5`), as its inference knows."""
+    if not tensors or not all(name.startswith(_PREFIX) for name in tensors):
+        return dict(tensors)
+    return {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
+
+
 def _detect_original(file: TensorFile) -> str | None:
+    tensors = _without_prefix(file.tensors)
+
     def four_dimensional(name: str) -> bool:
-        return name in file.tensors and file.tensors[name].ndim == 4
+        return name in tensors and tensors[name].ndim == 4
 
     full = four_dimensional("body.0.block1.weight") and four_dimensional("conv_in.weight")
     matches = full or four_dimensional("body.0.body.0.block1.weight")
@@ -235,9 +266,10 @@ def from_original(kind: type[Control], file: TensorFile, reference: Reference, d
         UserError: names or shapes are not those of an adapter.
     """
     path, title = file.path, kind.title
-    names = _from_original_names(file.tensors)
-    unknown = {name: value for name, value in file.tensors.items() if name not in names}
-    tensors = {new: file.tensors[name] for name, new in names.items()}
+    original = _without_prefix(file.tensors)
+    names = _from_original_names(original)
+    unknown = {name: value for name, value in original.items() if name not in names}
+    tensors = {new: original[name] for name, new in names.items()}
     try:
         config = declared_config(file.metadata) or config_of(tensors, reference.unet_config)
         expected = kind.shapes(config)

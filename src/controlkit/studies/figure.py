@@ -82,27 +82,27 @@ def _panel(axis: Axes, title: str, cells: Sequence[Cell], along: str, by: str | 
     axis.legend(fontsize=8)
 
 
-def sheet_of(cells: Sequence[Cell], tasks: Mapping[str, Task], bench: Bench, steps: int) -> Path:
-    """Write a contact sheet: condition, results of each method after `steps` (or the nearest budget), target."""
+def sheet_of(cells: Sequence[Cell], tasks: Mapping[str, Task], bench: Bench, steps: int, path: Path) -> None:
+    """Write a contact sheet: condition, results of each method after `steps` (or its nearest budget), target."""
     rows: list[Sequence[Image.Image]] = []
     titles: list[str] = []
     for name, task in tasks.items():
         of_task = [cell for cell in cells if cell.task == name]
-        nearest = min({cell.steps for cell in of_task}, key=lambda budget: abs(budget - steps))
-        strips = {cell.method: bench.sheet_path(cell.run, nearest) for cell in of_task if cell.steps == nearest}
+        strips: dict[str, Path] = {}
+        for method in dict.fromkeys(cell.method for cell in of_task):
+            cell = min((c for c in of_task if c.method == method), key=lambda cell: abs(cell.steps - steps))
+            strips[f"{method}, {cell.steps} steps"] = bench.sheet_path(cell.run, cell.steps)
         count = 8
         side = bench.base.size
         rows.append([Image.fromarray(image).resize((side, side)) for image in task.eval_set.condition_images[:count]])
         titles.append(f"{name}: condition")
-        for method, path in strips.items():
-            strip = read_image(path)
+        for title, strip_path in strips.items():
+            strip = read_image(strip_path)
             tile = strip.height
             rows.append(
                 [strip.crop((i * tile, 0, (i + 1) * tile, tile)) for i in range(min(count, strip.width // tile))]
             )
-            titles.append(f"{method}, {nearest} steps")
+            titles.append(title)
         rows.append([Image.fromarray(image) for image in task.eval_set.targets[:count]])
         titles.append("target")
-    path = bench.folder / f"new-condition-{bench.key}-images.png"
     write_png(path, contact_sheet(rows, row_titles=titles, cell=72))
-    return path

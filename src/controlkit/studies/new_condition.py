@@ -142,6 +142,9 @@ class NewConditionResult(StudyResult):
 
     cells: tuple[Cell, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "cells": [{**vars(cell), "gap_closed": cell.gap_closed} for cell in self.cells]}
+
 
 def run_new_condition(settings: NewCondition) -> NewConditionResult:
     """Compute the missing cells, and report all.
@@ -150,13 +153,15 @@ def run_new_condition(settings: NewCondition) -> NewConditionResult:
         UserError: icons, pairs, the base control or matplotlib are missing.
     """
     require_matplotlib()  # the figure comes last, after hours
-    return _Run(settings).study()
+    return Trainings(settings).study()
 
 
 _Job = Callable[[], Cell]
 
 
-class _Run:
+class Trainings:
+    """The trainings of the study, each computed once (`cell`), and its reports."""
+
     def __init__(self, settings: NewCondition) -> None:
         self.settings = settings
         self.out = Path(settings.out)
@@ -188,12 +193,17 @@ class _Run:
             for job in group:
                 computed.setdefault(part, []).append(job())
                 progress.advance()
-        reports = self._with_settings([report for part, cells in computed.items() for report in REPORTS[part](cells)])
+        reports = self.with_settings([report for part, cells in computed.items() for report in REPORTS[part](cells)])
         cells = tuple(cell for group in computed.values() for cell in group)
         return NewConditionResult(reports=reports, cells=cells, files=self._write(computed, reports))
 
-    def _with_settings(self, reports: Sequence[Report]) -> tuple[Report, ...]:
-        shared = study_settings(self.settings, self.base, mode=self.settings.mode)
+    def with_settings(self, reports: Sequence[Report], study: Any = None) -> tuple[Report, ...]:
+        """Add settings to `reports`.
+
+        Args:
+            study: settings of the study; None is `NewCondition`'s.
+        """
+        shared = study_settings(study or self.settings, self.base, mode=self.settings.mode)
         tasks = {f"{name}, {count} pairs": task.settings() for (name, count), task in self.tasks.items()}
         control = {"name": self.settings.control, "fingerprint": self.fingerprint}
         return with_settings(reports, {**shared, "base_control": control, "tasks": tasks})
@@ -338,7 +348,8 @@ class _Run:
         files["figure"] = plot(cells_of, self.out / f"{name}.png")
         if "budgets" in cells_of:
             tasks = {name: self.task(name, self.settings.pairs) for name in self.names()}
-            files["images"] = sheet_of(cells_of["budgets"], tasks, self.bench, self.settings.detail_steps)
+            files["images"] = self.out / f"new-condition-{self.bench.key}-images.png"
+            sheet_of(cells_of["budgets"], tasks, self.bench, self.settings.detail_steps, files["images"])
         return files
 
 

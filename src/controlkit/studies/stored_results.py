@@ -28,6 +28,10 @@ class StudyResult:
     reports: tuple[Report, ...]
     files: dict[str, Path]
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, and paths of files."""
+        return {"reports": [report.to_json() for report in self.reports], "files": self.files}
+
 
 class StoredResults:
     """Results of a study in its folder, each computed once, in a file named after a hash of its settings.
