@@ -30,6 +30,19 @@ ADAPTERS = {
 """Adapters that are trained on the finished base control => their conditions."""
 
 
+SYSTEMS: dict[str, tuple[str, ...]] = {
+    "controlnet-mlp": ("system=controlnet-mlp",),
+    "controlnet-lite": ("system=controlnet-lite", "design=paper"),
+    "t2i-adapter": ("system=t2i-adapter",),
+    "controlnet-precomputed": ("system=controlnet-precomputed",),
+    "controlnet-precomputed-text": ("system=controlnet-precomputed", "reads_text=true"),
+    "ctrlora-full": ("system=ctrlora-full",),
+    "controlnet-xs": ("system=controlnet-xs", "size_ratio=0.5"),
+    "controlnet": ("system=controlnet",),
+}
+"""Controls that are trained on the same images to compare them => settings of recipes/nano/systems.yaml."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MakeSettings:
     """What is trained and measured. The defaults are those of the pages."""
@@ -38,8 +51,10 @@ class MakeSettings:
     """Optimiser steps of each adapter."""
     pairs: int = 1000
     """Pairs to learn each of them from."""
-    system_steps: tuple[str, ...] = ("controlnet-mlp=800", "controlnet-lite=800", "controlnet-xs=1600")
-    """Optimiser steps of the other systems that are compared on canny."""
+    systems: tuple[str, ...] = tuple(SYSTEMS)
+    """Systems that are compared on canny."""
+    systems_steps: int = 1600
+    """Optimiser steps of each."""
     images: int = 96
     """Images of each set on which canny controls are evaluated."""
     adapter_images: int = 32
@@ -57,7 +72,7 @@ class MakeSettings:
 
 
 def system_file(shop: Workshop, system: str) -> Path:
-    """Where the canny control of a system that does not ship is."""
+    """Where the canny control of a system is that is trained to be compared."""
     return shop.made / "systems" / f"{system}.safetensors"
 
 

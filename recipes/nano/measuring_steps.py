@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import Results
-from making import ADAPTERS, BASE_CONDITIONS, RECIPES, MakeSettings, counts, npm_pack, system_file
+from making import ADAPTERS, BASE_CONDITIONS, RECIPES, MakeSettings, npm_pack, system_file
 from pages import marked, pages, render, without_figures
 from steps import Outcome, Step, digest
 from workshop import Workshop, made_of_files
@@ -69,10 +69,8 @@ class MeasuringSteps:
             return {"made": {"control": made_of_files(files)}}
         if file != "systems":
             return {}
-        told = {
-            system: self._described(system_file(self.shop, system)) for system in counts(self.settings.system_steps)
-        }
-        told["controlnet"] = self._described(self.shop.control("canny"))
+        told = {system: self._described(system_file(self.shop, system)) for system in self.settings.systems}
+        told["shipped"] = self._described(self.shop.control("canny"))
         return {key: {system: one[key] for system, one in told.items()} for key in ("parameters", "gflop", "steps")}
 
     def _described(self, path: Path) -> dict[str, Any]:
@@ -93,7 +91,7 @@ class MeasuringSteps:
         guidance = ["evaluate", "control", "canny", "--sets", "seen", *_images(wanted.guidance_images), *few]
         systems = {
             system: ["evaluate", "control", str(system_file(self.shop, system).relative_to(self.root)), *canny[3:]]
-            for system in counts(wanted.system_steps)
+            for system in wanted.systems
         }
         shipped = (self.shop.control("canny"),)
         sheets = {image: ["--sheet", str(self.shop.images / image)] for image in ("nano.png", "canny.png")}
@@ -145,7 +143,7 @@ class MeasuringSteps:
             self._report(
                 "systems",
                 "evaluate other systems on canny",
-                {**systems, "controlnet": canny},
+                {**systems, "shipped": canny},
                 (*shipped, *(system_file(self.shop, system) for system in systems)),
                 minutes=6,
             ),

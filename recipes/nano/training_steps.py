@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from making import ADAPTERS, BASE_CONDITIONS, RECIPES, MakeSettings, counts, npm_pack, system_file
+from making import ADAPTERS, BASE_CONDITIONS, RECIPES, SYSTEMS, MakeSettings, counts, npm_pack, system_file
 from steps import Outcome, Step
 from workshop import ASSETS, NETWORKS, Workshop, assemble_base, parts_of
 
@@ -193,14 +193,14 @@ class TrainingSteps:
     def _systems(self) -> list[Step]:
         return [
             self._training(
-                system,
-                f"{system}.yaml",
+                f"system-{system}",
+                "systems.yaml",
                 (*self.shop.base, self.shop.icons),
                 {"canny.safetensors": system_file(self.shop, system)},
-                settings=(f"steps={steps}",),
-                minutes=20 * steps / 800,
+                settings=(*SYSTEMS[system], f"steps={self.settings.systems_steps}"),
+                minutes=self.settings.systems_steps / 100,
             )
-            for system, steps in counts(self.settings.system_steps).items()
+            for system in self.settings.systems
         ]
 
     def _training(

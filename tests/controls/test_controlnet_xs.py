@@ -498,7 +498,8 @@ class TestTraining:
             train_recipe(dataclasses.replace(recipe, size_ratio=0.2))
 
     def test_the_recipe_for_nano_fits_nano(self):
-        recipe = read_recipe(Path(__file__).parents[2] / "recipes/nano/controlnet-xs.yaml")
+        path = Path(__file__).parents[2] / "recipes/nano/systems.yaml"
+        recipe = read_recipe(path, ["system=controlnet-xs", "size_ratio=0.5"])
         assert (recipe.system, recipe.condition) == ("controlnet-xs", "canny")
         unet = dict(meta_base(recipe.base).unet.config)
         assert control_channels(unet, recipe.options["size_ratio"]) == [32, 48, 80]

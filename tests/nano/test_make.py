@@ -286,17 +286,21 @@ def test_a_training_starts_from_a_control_of_this_base_else_from_one_that_fits(s
     shipped = shop.root / workshop.ASSETS / "controls" / "canny.safetensors"
     other = tiny.build_tiny_base(seed=7)
     save_control(shipped, tiny_control, other)
-    path, told = shop._start(tmp_path / "a", "canny", ("",))
+    results = ("canny.safetensors", "sketch.safetensors")
+    path, told = shop._start(tmp_path / "a", "canny", ("",), results)
     assert (steps.digest(path), told) == (steps.digest(shipped), "started from the one that ships, of another base")
     given = shop.given / "canny.safetensors"
     save_control(given, tiny_control, load_base(shop.assets / "nano"))
-    path, told = shop._start(tmp_path / "b", "canny", ("",))
+    save_control(shop.given / "sketch.safetensors", tiny_control, load_base(shop.assets / "nano"))
+    path, told = shop._start(tmp_path / "b", "canny", ("",), results)
     assert (steps.digest(path), told) == (steps.digest(given), "started from the one that was given, of this base")
-    assert shop._start(tmp_path / "a", "canny", ("",)) == (tmp_path / "a-start.safetensors", "")  # the run goes on
+    assert path.with_name("sketch.safetensors").is_file()  # results go on with the control that is started from
+    again = shop._start(tmp_path / "a", "canny", ("",), results)
+    assert again == (tmp_path / "a-start" / "canny.safetensors", "")  # the run goes on
     wide = tiny.build_tiny_base(text_width=32)
     for place in (shipped, given):
         save_control(place, tiny.fresh_control(wide), wide)
-    assert shop._start(tmp_path / "c", "canny", ("",)) == (None, "")
+    assert shop._start(tmp_path / "c", "canny", ("",), results) == (None, "")
 
 
 def test_controls_that_are_given_are_taken_where_nothing_is_trained(shop, tiny_control, tmp_path):
@@ -367,7 +371,16 @@ def plan_of(said: str) -> dict[str, str]:
 def test_the_plan_names_every_step_why_it_runs_and_how_long_it_takes(repository):
     said = run_make(repository, "--dry-run", "--budget", "5")
     told = plan_of(said)
-    names = ["canny", "ctrlora", "adapter-palette", "controlnet-xs", "evaluate-base", "study-several", "pages", "adopt"]
+    names = [
+        "canny",
+        "ctrlora",
+        "adapter-palette",
+        "system-controlnet-xs",
+        "evaluate-base",
+        "study-several",
+        "pages",
+        "adopt",
+    ]
     assert set(names) <= set(told)
     assert told["canny"].startswith("runs: never run")
     assert told["adapter-palette"].startswith("runs: after ctrlora")
@@ -393,7 +406,8 @@ def test_figures_are_written_from_their_json_without_making_anything_else(reposi
 SMALL = {
     "adapter_steps": "[palette=2, pixel=2, lineart_color_hints=2, lineart=2]",
     "pairs": "12",
-    "system_steps": "[controlnet-mlp=2, controlnet-lite=2, controlnet-xs=2]",
+    "systems": "[controlnet-mlp, controlnet-precomputed-text]",
+    "systems_steps": "2",
     "images": "2",
     "adapter_images": "2",
     "guidance_images": "2",
