@@ -82,14 +82,14 @@ class Figure:
     """Whether it stands in lines of its own."""
 
     def text(self, results: Results) -> str:
-        """What belongs between the marks; a table of an earlier base says so.
+        """What belongs between the marks; figures of an earlier base say so.
 
         Raises:
             Missing: a result is not there.
         """
-        if not self.block:
-            return self.make(results)
         base, now = results.base_of(self.file), results.base_of("base")
+        if not self.block:
+            return f"{self.make(results)}{' (on earlier weights)' if base != now else ''}"
         earlier = f"\n\nMeasured on nano as it was before (base {base})." if base != now else ""
         return f"\n\n{self.make(results)}{earlier}\n\n"
 
