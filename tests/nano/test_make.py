@@ -188,8 +188,9 @@ def test_a_mark_that_cannot_be_filled_is_refused(text, code, facts, tmp_path):
         pages.render(text, figures.Results(tmp_path))
 
 
-def test_a_figure_follows_its_json_and_a_table_of_an_earlier_base_says_so(tmp_path):
+def test_a_figure_follows_its_json_and_figures_of_an_earlier_base_say_so(tmp_path):
     shipped = ROOT / "benchmarks" / "results" / "nano"
+    earlier = figures.Results(shipped).base_of("canny")
     for name in ("base.json", "canny.json"):
         shutil.copy(shipped / name, tmp_path)
     value = read_json(tmp_path / "base.json")
@@ -198,11 +199,16 @@ def test_a_figure_follows_its_json_and_a_table_of_an_earlier_base_says_so(tmp_pa
     for report in reports:
         report["settings"]["base"]["fingerprint"] = "another"
     write_json(tmp_path / "base.json", value)
-    page = "Right for <!-- nano:base.top5 -->0.66<!-- /nano -->\n\n<!-- nano:canny.table -->\n\n|\n\n<!-- /nano -->\n"
+    page = (
+        "Right for <!-- nano:base.top5 -->0.66<!-- /nano -->, F1 <!-- nano:canny.row -->0<!-- /nano -->"
+        "\n\n<!-- nano:canny.table -->\n\n|\n\n<!-- /nano -->\n"
+    )
     text, missing = pages.render(page, figures.Results(tmp_path))
     assert "0.805<!-- /nano -->" in text and missing == []
-    assert "Measured on nano as it was before (base 59628006fdd616c6)." in text
-    assert pages.changed_figures(page, text) == ["base.top5: 0.66 -> 0.805", "canny.table: table"]
+    assert f"Measured on nano as it was before (base {earlier})." in text
+    assert "(on earlier weights)<!-- /nano -->" in text
+    changed = pages.changed_figures(page, text)
+    assert (changed[0], changed[2]) == ("base.top5: 0.66 -> 0.805", "canny.table: table")
     assert pages.render("a <!-- nano:several.table -->x<!-- /nano -->", figures.Results(tmp_path))[1] == [
         "several.table"
     ]
