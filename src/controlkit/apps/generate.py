@@ -76,8 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " for nano, else Salesforce/blip-image-captioning-base)",
     )
     parser.add_argument("--negative-prompt", help="prompt of the unconditional branch")
-    parser.add_argument("--seeds", type=int, metavar="N", help="number of images (default: 1)")
-    parser.add_argument("--seed", type=int, help="seed of the first image (default: 0)")
+    parser.add_argument(
+        "--seeds", metavar="N", help="number of images of consecutive seeds (default: 1), or a list such as 3,5,9-12"
+    )
+    parser.add_argument(
+        "--seed", help="seed of the first image, up to 2^64 - 1; -1 is a random one (default: 0); or a list"
+    )
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20)")
     parser.add_argument(
         "--guidance",
@@ -143,9 +147,8 @@ def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings |
     from controlkit.errors import UserError
     from controlkit.sampling.request import ControlUse, GenerateRequest
     from controlkit.sampling.saved_settings import read_settings
+    from controlkit.sampling.seeds import seeds_of_options
 
-    if hasattr(args, "seeds") and args.seeds < 1:
-        raise UserError(f"--seeds {args.seeds}: expected at least 1 image", "out-of-range")
     if args.prepared and not args.control:
         raise UserError("--prepared applies to the images of --control, and there is none", "contradiction")
     settings: dict[str, Any] = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
@@ -161,10 +164,10 @@ def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings |
         saved = saved.in_mode(args.mode)
     if args.mode and not uses and not (saved is not None and saved.request.controls):
         raise UserError("--mode applies to controls, and there is none", "contradiction")
-    seeds = (0,) if saved is None else saved.request.seeds
-    if hasattr(args, "seed") or hasattr(args, "seeds"):
-        first = getattr(args, "seed", seeds[0])
-        settings["seeds"] = tuple(range(first, first + getattr(args, "seeds", len(seeds))))
+    before = (0,) if saved is None else saved.request.seeds
+    seeds = seeds_of_options(getattr(args, "seed", None), getattr(args, "seeds", None), before)
+    if seeds is not None:
+        settings["seeds"] = seeds
     if saved is None:
         return GenerateRequest(controls=uses, **settings), None
     if uses:

@@ -14,6 +14,7 @@ from types import NoneType
 from typing import Any, get_type_hints
 
 from controlkit.errors import UserError, nearest
+from controlkit.sampling.seeds import settled_seeds
 
 MAX_SIDE = 16384
 """The longest side of an image."""
@@ -150,7 +151,8 @@ class GenerateRequest:
     controls: tuple[ControlUse, ...] = ()
     """Controls; their residuals are summed."""
     seeds: tuple[int, ...] = (0,)
-    """One image per seed; an image depends on its own seed only."""
+    """One image per seed, from 0 to 2^64 - 1; an image depends on its own seed only. -1 is replaced by a random seed
+    when the request is built."""
     steps: int = DEFAULT_STEPS
     """Denoising steps."""
     guidance: float | None = None
@@ -175,12 +177,7 @@ class GenerateRequest:
     """Dtype of the weights: `fp32`, `fp16` or `bf16`; `auto` is fp16 on CUDA and fp32 elsewhere."""
 
     def __post_init__(self) -> None:
-        if not self.seeds:
-            raise UserError("no seeds; give at least one, such as --seeds 1", "missing-setting")
-        if len(set(self.seeds)) != len(self.seeds):
-            raise UserError(f"seeds {list(self.seeds)} repeat; give each once", "contradiction")
-        if any(not 0 <= seed < 2**63 for seed in self.seeds):
-            raise UserError(f"seeds {list(self.seeds)}: expected integers from 0 to 2^63 - 1", "out-of-range")
+        object.__setattr__(self, "seeds", settled_seeds(self.seeds))
         check_sampling(self.steps, self.guidance, self.sampler)
         check_prompt_mode(self.prompt_mode)
         if self.prompt_mode != "given" and self.prompt:
