@@ -98,6 +98,25 @@ KEYS = tuple(_KEYS)
 """Options that are no parameters of a condition."""
 
 
+def read_option(key: str, value: str, what: str) -> Any:
+    """The value of an option of `KEYS`.
+
+    Args:
+        what: where it comes from, for errors.
+
+    Raises:
+        UserError: it is empty, or has another form.
+    """
+    read, expected = _KEYS[key]
+    try:
+        parsed = read(value)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{what}: {key} is {value!r}; expected {expected}", "usage") from error
+    if not value:
+        raise UserError(f"{what}: {key} is empty; expected {expected}", "usage")
+    return parsed
+
+
 def _with_options(text: str, settings: dict[str, Any], options: list[str]) -> dict[str, Any]:
     """`settings` and those of `options`."""
     from controlkit.settings import read_overrides
@@ -111,13 +130,7 @@ def _with_options(text: str, settings: dict[str, Any], options: list[str]) -> di
         if key not in _KEYS:
             parameters |= read_overrides([f"{key}={value}"], "--control ...,")
             continue
-        read, expected = _KEYS[key]
-        try:
-            parsed = read(value)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"--control {text}: {key} is {value!r}; expected {expected}", "usage") from error
-        if not value:
-            raise UserError(f"--control {text}: {key} is empty; expected {expected}", "usage")
+        parsed = read_option(key, value, f"--control {text}")
         settings |= {"start": parsed[0], "end": parsed[1]} if key == "span" else {key: parsed}
     return {**settings, "parameters": parameters} if parameters else settings
 

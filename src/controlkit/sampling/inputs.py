@@ -19,6 +19,7 @@ from controlkit.errors import UserError, nearest
 from controlkit.files import read_json
 from controlkit.formats.load import control_class
 from controlkit.images import decode_rgb, read_bytes, resize_cover
+from controlkit.sampling.axes import points_of
 from controlkit.sampling.control_text import KEYS
 from controlkit.sampling.request import ControlUse, GenerateRequest
 
@@ -29,6 +30,8 @@ Kind = type[Control] | Control
 def with_named_inputs(request: GenerateRequest, kinds: Sequence[Kind] | None = None) -> GenerateRequest:
     """Read the `.json` files of inputs of a request and check all inputs against its controls.
 
+    Of a request with axes, every combination is checked, and the request is returned as it is.
+
     Args:
         request: the request.
         kinds: the systems of its controls, in order; default: read from the headers of their files.
@@ -36,6 +39,14 @@ def with_named_inputs(request: GenerateRequest, kinds: Sequence[Kind] | None = N
     Raises:
         UserError: a control does not exist, or an input is missing, unknown or of the wrong type.
     """
+    if request.vary or request.xy:
+        classes: dict[str, Kind] = {}
+        for point in points_of(request):
+            for use in point.request.controls:
+                if use.control not in classes:
+                    classes[use.control] = control_class(use.control)
+            with_named_inputs(point.request, [classes[use.control] for use in point.request.controls])
+        return request
     kinds = kinds or [control_class(use.control) for use in request.controls]
     uses = tuple(_named(use, kind) for use, kind in zip(request.controls, kinds, strict=True))
     return dataclasses.replace(request, controls=uses)

@@ -31,8 +31,8 @@ def request_notes(request: GenerateRequest, base: Base, width: int, height: int)
             " blurred shapes"
         )
     notes += [
-        f"seeds {', '.join(map(str, group))} differ by multiples of 2^32 and give the same image: torch reads the lowest"
-        " 32 bits on the CPU"
+        f"seeds {', '.join(map(str, group))} differ by multiples of 2^32 and give the same image: torch reads the"
+        " lowest 32 bits on the CPU"
         for group in same_noise(request.seeds)
     ]
     notes += [
