@@ -13,7 +13,7 @@ FORM = "NAME_OR_FILE=IMAGE[@weight[:start-end]][,KEY=VALUE...]"
 _EXPECTED = f"expected {FORM}, such as canny=drawing.png@0.8:0-0.6,mode=guess"
 
 _IMAGE = re.compile(r"\.(png|jpe?g|webp|bmp|gif|tiff?|json)$", re.IGNORECASE)
-_OPTION = re.compile(r",(?=[A-Za-z_][\w-]*=|prepared(?:,|$))")
+_OPTION = re.compile(r",(?=[A-Za-z_][\w-]*(?:\.[\w-]+)?=|prepared(?:,|$))")
 """Where an option begins."""
 
 
@@ -21,8 +21,9 @@ def parse_control(text: str) -> dict[str, Any]:
     """Settings of a `ControlUse` from the argument of `--control`.
 
     Keys are `weight`, `span` (START-END), `mode`, `mask`, `layers` (numbers separated by colons) and `prepared` (alone,
-    or with true or false); all others are parameters of the control's condition, in YAML. Names of files that exist are
-    read as such, whatever they contain: `@`, `=`, `:` or `,`.
+    or with true or false); all others, in YAML, are plain inputs of the control (such as `task`) or parameters of its
+    condition, named `INPUT.KEY` for one image among several. Names of files that exist are read as such, whatever they
+    contain: `@`, `=`, `:` or `,`.
 
     Raises:
         UserError: it does not have that form.
@@ -48,7 +49,7 @@ def parse_control(text: str) -> dict[str, Any]:
 def _split(rest: str) -> tuple[str, str | None, list[str]]:
     """Image, weight with its span (None if there is none), and options."""
     for end in (len(rest), *(place for place in range(len(rest) - 1, 0, -1) if rest[place] in "@,")):
-        if os.path.isfile(rest[:end]):
+        if os.path.exists(rest[:end]):
             strength, *options = _OPTION.split(rest[end:])
             if not strength:
                 return rest[:end], None, options

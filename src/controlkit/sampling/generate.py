@@ -26,7 +26,7 @@ from controlkit.formats.load import control_class, load_control
 from controlkit.images import sequence_note, to_images, to_tensor
 from controlkit.sampling.axes import expand_folders, points_of
 from controlkit.sampling.identity import base_sha256, companion_sha256, control_sha256, pixels_sha256
-from controlkit.sampling.inputs import ControlImage, Kind, Mask, values_of, with_named_inputs
+from controlkit.sampling.inputs import ControlImage, Kind, Mask, check_layers, values_of, with_named_inputs
 from controlkit.sampling.notes import crop_note, flat_note, prompt_notes, request_notes
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.prompts import find_captioner, first_prompt
@@ -150,6 +150,8 @@ def generate(
         UserError: an image, control, base or setting cannot be used.
     """
     request = expand_folders(request)
+    if base is None and controls is None:
+        check_layers(point.request for point in points_of(request))
     if request.vary or request.xy:
         from controlkit.sampling.varied import generate_varied
 

@@ -64,7 +64,9 @@ class ControlUse:
     prepared: bool = False
     """Whether `image` is already a condition image. Otherwise the control's condition is computed from it."""
     parameters: dict[str, Any] | None = None
-    """Parameters of that condition, such as `low` of canny. Default: its own."""
+    """Parameters of that condition, such as `low` of canny, and plain inputs of the control, such as the `task` of a
+    control with several. Parameters of one image among several are named `INPUT.PARAMETER`. Default: the condition's
+    own."""
     mode: str | None = None
     """How it acts under classifier-free guidance (CFG). Per-site weights multiply `weight` and `layers`.
 
@@ -84,11 +86,10 @@ class ControlUse:
         if (self.image is None) == (self.inputs is None):
             raise UserError(f"{self.control} needs either an image or named inputs, not both", "contradiction")
         if self.parameters is not None:
-            if self.inputs is not None or self.prepared:
-                instead = "named inputs" if self.inputs is not None else "a prepared condition image"
+            if self.prepared:
                 raise UserError(
-                    f"{self.control} has condition parameters ({', '.join(self.parameters)}) and {instead}; parameters"
-                    " are for one image from which the condition is computed",
+                    f"{self.control} has condition parameters ({', '.join(self.parameters)}) and a prepared condition"
+                    " image; parameters are for an image from which the condition is computed",
                     "contradiction",
                 )
             object.__setattr__(self, "parameters", _plain(self.parameters, f"parameters of {self.control}"))
@@ -127,7 +128,12 @@ class ControlUse:
         """
         from controlkit.sampling.control_text import parse_control
 
-        return cls(**{**settings, **parse_control(text)})
+        parsed = {**settings, **parse_control(text)}
+        if parsed.get("prepared") and "parameters" in parsed:
+            from controlkit.sampling.inputs import with_plain_inputs
+
+            parsed = with_plain_inputs(parsed)  # the other parameters contradict a prepared image
+        return cls(**parsed)
 
 
 @dataclass(frozen=True, kw_only=True)
