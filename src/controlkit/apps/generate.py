@@ -3,6 +3,7 @@
     controlkit generate "red apple, noto style, on a blue background" \\
         --control canny=drawing.png@0.9:0-0.8 --seeds 4 --out images
     controlkit generate "red apple" --control canny=drawing.png@0.8,mode=guess,mask=left.png,low=50
+    controlkit generate "red apple" --control canny=drawing.png --xy weight=0.5,1 --xy guidance=1,3,5
     controlkit generate --from images/settings.json --steps 50
 
 The image of a control may have any size: it is scaled to cover the result and center-cropped. Options of a control:
@@ -16,7 +17,12 @@ The image of a control may have any size: it is scaled to cover the result and c
     weight=W, span=START-END
                        as after @
     prepared           IMAGE is a condition image already
-    KEY=VALUE          any other key: a parameter of the control's condition, such as low=50 of canny
+    KEY=VALUE          any other key: a plain input of the control, such as task=canny, or a parameter of its condition,
+                       such as low=50 of canny; INPUT.KEY=VALUE for one image among several
+
+IMAGE may be a folder or a glob: each of its images is combined with each prompt (--prompt, --prompts) and seed, or with
+--pair with the prompt of the same place. --xy SETTING=VALUE,VALUE,... varies any setting: guidance, steps, seed=1,4-6,
+prompt=ONE|TWO, options of all controls (weight, span, mode, low, ...) or of one (1.weight, canny.weight).
 
 Names of files that exist may contain @ = : and commas. --from repeats the
 settings of a settings.json, its folder or a PNG; other options override them, and --control replaces all controls.
