@@ -419,7 +419,7 @@ def test_evaluate_refuses_before_it_samples(words, code, facts, capsys):
             ["--sheet s.png", "controlkit pairs --check p"],
         ),
         (["condition", "--list", "canny"], "contradiction", ["--list", "controlkit condition canny"]),
-        (["generate", "x", "--control", "canny=."], "unreadable-file", ["folder", "one image"]),
+        (["generate", "x", "--control", "canny=src"], "empty-data", ["src", "folder of images"]),
         (
             ["study", "several-conditions", "--set", "mixes=[palette+palette]"],
             "contradiction",

@@ -24,7 +24,6 @@ from refusals import check
 
 NAMES = [verb.__name__.rpartition(".")[2] for verb in VERBS]
 SPELLINGS = {
-    "--prompt": "PROMPT",
     "--scheduler": "--sampler",
     "--cfg": "--guidance",
     "--guidance-scale": "--guidance",

@@ -509,3 +509,29 @@ def test_previews_and_evaluation_pass_one_image(control, tiny_base, image):
     hint = encode_images(view, image, tiny_base)
     again = control.encode({"image": image, "task": "palette"}, tiny_base)
     assert all(torch.equal(hint[name], again[name]) for name in hint)
+
+
+def test_a_task_on_the_command_line(path, tiny_base, condition_image, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(condition_image).convert("RGB").save("photo.png")
+
+    def made(options, **inputs):
+        use = ControlUse.parse(f"uni.safetensors=photo.png{options}") if not inputs else ControlUse(**inputs)
+        return generate(GenerateRequest(prompt="cat face", controls=(use,), steps=2), base=tiny_base)
+
+    inline = made(",task=canny,low=20,high=60")
+    expected = find("canny")(np.asarray(Image.open("photo.png")), low=20, high=60)
+    assert np.array_equal(np.asarray(inline.conditions["condition0-image"]), expected)
+    settings = {"control": "uni.safetensors", "inputs": {"image": "photo.png", "task": "canny"}}
+    python = made("", **settings, parameters={"low": 20, "high": 60})
+    assert inline.images[0].image.tobytes() == python.images[0].image.tobytes()
+    mixed = made(',task={"canny": 1, "palette": 3},instruction=palette to image,prepared')
+    python = made("", **(settings | {"inputs": mixed.request.controls[0].inputs}), prepared=True)
+    assert mixed.request.controls[0].inputs["task"] == {"canny": 1, "palette": 3}
+    assert mixed.images[0].image.tobytes() == python.images[0].image.tobytes()
+    with refused("missing-setting", ",task=canny"):
+        made("")
+    with refused("unknown-key", "'lwo'", "low"):
+        made(",task=canny,lwo=3")
+    with refused("contradiction", "low", "prepared"):
+        made(",task=canny,low=3,prepared")

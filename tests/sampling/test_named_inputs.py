@@ -268,3 +268,93 @@ def test_what_needs_one_image_is_trained_and_judged_with_one(folder, icons_file,
             objective_of(build_recipe({"system": system, **data, **settings}))
     with refused("unsupported", "a scene", "edges (image)", "one condition image"):
         evaluate_control(tiny_base, load_control("scene.safetensors", tiny_base), [judged], steps=1)
+
+
+def test_a_plain_input_beside_the_image(folder, capsys):
+    """`KEY=VALUE` sets a plain input of a control that has one, as a file of inputs does."""
+    words = ["generate", "cat face", "--base", "base", "--steps", "2", "--json"]
+    Path("inputs.json").write_text(json.dumps({"photo": "images/edges.png", "strength": 0.5}))
+    Path("photo.json").write_text(json.dumps({"photo": "images/edges.png"}))
+    told = []
+    for out, control in (
+        ("file", "optional.safetensors=inputs.json,prepared"),
+        ("inline", "optional.safetensors=images/edges.png@1,strength=0.5,prepared"),
+        ("both", "optional.safetensors=photo.json,prepared,strength=0.5"),
+    ):
+        assert main([*words, "--control", control, "--out", out]) == 0
+        told.append(json.loads(capsys.readouterr().out)["request"]["controls"][0])
+    assert told[0] == told[1] == told[2] and told[0]["inputs"] == {"photo": "images/edges.png", "strength": 0.5}
+    assert told[0]["parameters"] is None and told[0]["prepared"]
+    assert np.array_equal(read_image("file/seed0.png"), read_image("inline/seed0.png"))
+    assert main([*words, "--control", "optional.safetensors=images/edges.png,prepared", "--out", "without"]) == 0
+    assert not np.array_equal(read_image("without/seed0.png"), read_image("inline/seed0.png"))
+    assert main(["generate", "--from", "inline", "--out", "again"]) == 0
+    assert np.array_equal(read_image("again/seed0.png"), read_image("inline/seed0.png"))
+    # Python: among the parameters, or as an input.
+    use = ControlUse(control="optional.safetensors", image="images/edges.png", parameters={"strength": 0.5})
+    (named,) = with_named_inputs(request(use)).controls
+    assert named.inputs == {"photo": "images/edges.png", "strength": 0.5} and named.parameters is None
+    with refused("contradiction", "strength", "twice"):
+        with_named_inputs(request(ControlUse.parse("optional.safetensors=inputs.json,strength=1")))
+
+
+def test_parameters_of_one_image_among_several(folder, tiny_base, condition_image):
+    use = ControlUse.parse("scene.safetensors=images/inputs.json,edges.low=20,edges.high=60")
+    assert use.parameters == {"edges.low": 20, "edges.high": 60}
+    made = generate(request(use), base=tiny_base)
+    assert np.array_equal(
+        made.conditions["condition0-edges"], conditions.find("canny")(condition_image, low=20, high=60)
+    )
+    assert np.array_equal(made.conditions["condition0-colours"], conditions.find("palette")(COLOURS))
+    assert made.request.controls[0].parameters == use.parameters
+    made.save("out")
+    again = generate(read_settings("out").to_request(), base=tiny_base)
+    assert np.array_equal(pixels(again), pixels(made))
+    for key, code, facts in (
+        ("low", "contradiction", ["edges.low", "colours"]),
+        ("photo.low", "unknown-key", ["'photo'", "edges"]),
+        ("edges.lwo", "unknown-key", ["'edges.lwo'"]),
+        ("colours.low", "unknown-key", ["'low'", "palette"]),
+    ):
+        with refused(code, *(facts if key != "edges.lwo" else ["'lwo'", "low"])):
+            generate(request(dataclasses.replace(use, parameters={key: 1})), base=tiny_base)
+
+
+def test_options_are_checked_before_the_base_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr("controlkit.sampling.generate.load_base", None)
+    photo, base = "images/edges.png", {"base": "nano"}
+    for text, settings, code, facts in (
+        (f"canny={photo},lwo=50", base, "unknown-key", ["'lwo'", "low"]),
+        (f"nano/palette={photo},low=50", base, "unknown-key", ["'low'", "palette"]),
+        ("scene.safetensors=images/inputs.json,edges.lwo=5", {}, "unknown-key", ["'lwo'", "canny"]),
+        (f"canny={photo},layers=1:1", base, "out-of-range", [2, 7, "middle"]),
+        (f"nano/palette={photo},layers=1:1", base, "out-of-range", [2, 7, "middle"]),
+        (f"optional.safetensors={photo},layers=1:1", {}, "out-of-range", [2, 1, "middle"]),
+    ):
+        with refused(code, *facts):
+            generate(request(ControlUse.parse(text), **settings))
+    with refused("out-of-range", 2, 7):
+        layers = {"layers": [[1.0] * 7, [1.0, 1.0]]}
+        generate(request(ControlUse.parse(f"canny={photo}"), **base, vary=(layers,)))
+
+
+def test_odd_names_of_files_from_the_command_line(folder, capsys):
+    """Each control of one call with settings of its own, and names that look like options."""
+    Path("a=b@1:2").mkdir()
+    Path("scene.safetensors").rename("a=b@1:2/s,mode=soft.safetensors")
+    for source, target in (("edges.png", "e@0.5:0-1,low=3.png"), ("colours.png", "c=d,mask=x.png")):
+        Image.open(f"images/{source}").save(target)
+    Path("in,put=s@2.json").write_text(json.dumps({"edges": "e@0.5:0-1,low=3.png", "boxes": BOXES}))
+    Image.new("L", (64, 64), 255).save("m@1,low=2.png")
+    words = ["generate", "cat face", "--base", "base", "--steps", "2", "--json", "--out", "out"]
+    words += ["--control", "a=b@1:2/s,mode=soft.safetensors=in,put=s@2.json@0.5:0-0.5,edges.low=9,mode=balanced"]
+    words += ["--control", "optional.safetensors=c=d,mask=x.png,mask=m@1,low=2.png,prepared,strength=2"]
+    assert main(words) == 0
+    first, second = json.loads(capsys.readouterr().out)["request"]["controls"]
+    assert first["control"] == "a=b@1:2/s,mode=soft.safetensors" and (first["weight"], first["end"]) == (0.5, 0.5)
+    assert first["inputs"] == {"edges": "e@0.5:0-1,low=3.png", "boxes": BOXES} and first["mode"] == "balanced"
+    assert first["parameters"] == {"edges.low": 9} and first["mask"] is None and not first["prepared"]
+    assert second["inputs"] == {"photo": "c=d,mask=x.png", "strength": 2} and second["mask"] == "m@1,low=2.png"
+    assert second["prepared"] and (second["weight"], second["mode"]) == (1.0, None)
+    assert main(["generate", "--from", "out", "--out", "again"]) == 0
+    assert np.array_equal(read_image("again/seed0.png"), read_image("out/seed0.png"))

@@ -71,7 +71,7 @@ def test_a_base_that_knows_few_words_has_no_default_prompt(tiny_base):
 def test_automatic_draws_again_with_a_caption_of_each_first_image(sd1_scheduled_base, colours, tmp_path):
     steps = []
     request = GenerateRequest(prompt="", prompt_mode="automatic", captioner="colours", seeds=(0, 1, 2), steps=2)
-    made = generate(request, base=sd1_scheduled_base, on_step=lambda *done: steps.append(done))
+    made = generate(request, base=sd1_scheduled_base, on_step=lambda step: steps.append((step.done, step.total)))
     first = drawn(sd1_scheduled_base, prompt_mode="default")
     (saw,) = colours
     assert (np.stack(saw) == pixels(first)).all()

@@ -3,6 +3,7 @@
     controlkit generate "red apple, noto style, on a blue background" \\
         --control canny=drawing.png@0.9:0-0.8 --seeds 4 --out images
     controlkit generate "red apple" --control canny=drawing.png@0.8,mode=guess,mask=left.png,low=50
+    controlkit generate "red apple" --control canny=drawing.png --xy weight=0.5,1 --xy guidance=1,3,5
     controlkit generate --from images/settings.json --steps 50
 
 The image of a control may have any size: it is scaled to cover the result and center-cropped. Options of a control:
@@ -16,7 +17,12 @@ The image of a control may have any size: it is scaled to cover the result and c
     weight=W, span=START-END
                        as after @
     prepared           IMAGE is a condition image already
-    KEY=VALUE          any other key: a parameter of the control's condition, such as low=50 of canny
+    KEY=VALUE          any other key: a plain input of the control, such as task=canny, or a parameter of its condition,
+                       such as low=50 of canny; INPUT.KEY=VALUE for one image among several
+
+IMAGE may be a folder or a glob: each of its images is combined with each prompt (--prompt, --prompts) and seed, or with
+--pair with the prompt of the same place. --xy SETTING=VALUE,VALUE,... varies any setting: guidance, steps, seed=1,4-6,
+prompt=ONE|TWO, options of all controls (weight, span, mode, low, ...) or of one (1.weight, canny.weight).
 
 Names of files that exist may contain @ = : and commas. --from repeats the
 settings of a settings.json, its folder or a PNG; other options override them, and --control replaces all controls.
@@ -28,19 +34,40 @@ images are identical, bit for bit.
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlkit.apps.show import add_json, print_json, print_notes, print_seconds
-from controlkit.progress import Progress
+from controlkit.progress import Progress, end_line
 
 if TYPE_CHECKING:
     from controlkit.sampling.request import GenerateRequest
     from controlkit.sampling.saved_settings import SavedSettings
+    from controlkit.sampling.step import Step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb. Defaults are those of `GenerateRequest`."""
     parser.add_argument("prompt", nargs="?", help="text prompt")
+    parser.add_argument(
+        "--prompt", action="append", default=[], dest="more_prompts", metavar="TEXT", help="one more prompt; repeat"
+    )
+    parser.add_argument("--prompts", metavar="FILE", help="a text file of prompts, one on each line")
+    parser.add_argument(
+        "--pair",
+        action="store_true",
+        default=False,
+        help="pair prompts and images of --control in their order (default: every prompt with every image)",
+    )
+    parser.add_argument(
+        "--xy",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE,VALUE,...",
+        help="vary a setting along the columns of a sheet, and with a second --xy along its rows (above)",
+    )
     parser.add_argument(
         "--from",
         dest="saved",
@@ -76,8 +103,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " for nano, else Salesforce/blip-image-captioning-base)",
     )
     parser.add_argument("--negative-prompt", help="prompt of the unconditional branch")
-    parser.add_argument("--seeds", type=int, metavar="N", help="number of images (default: 1)")
-    parser.add_argument("--seed", type=int, help="seed of the first image (default: 0)")
+    parser.add_argument(
+        "--seeds", metavar="N", help="number of images of consecutive seeds (default: 1), or a list such as 3,5,9-12"
+    )
+    parser.add_argument(
+        "--seed", help="seed of the first image, up to 2^64 - 1; -1 is a random one (default: 0); or a list"
+    )
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20)")
     parser.add_argument(
         "--guidance",
@@ -92,6 +123,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-device", help="device of the text encoders, such as cpu (default: --device)")
     parser.add_argument("--precision", help="fp32, fp16, bf16 or auto (default: auto, fp16 on CUDA, else fp32)")
     parser.add_argument(
+        "--preview-every",
+        type=int,
+        metavar="N",
+        help="every N steps, replace preview.png in the output folder by a small preview of the images in progress",
+    )
+    parser.add_argument(
         "--out",
         metavar="DIR",
         help="folder for the images; files of the same names are replaced"
@@ -102,19 +139,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
+    from controlkit.errors import UserError
     from controlkit.files import output_folder
 
+    every = getattr(args, "preview_every", None)
+    if every is not None and every < 1:
+        raise UserError(f"--preview-every {every}: expected a number of steps of at least 1", "out-of-range")
     request, saved = _request(args)
     with output_folder(getattr(args, "out", None), numbered_in="images") as out:
         from controlkit.sampling.generate import generate, refuse_overwriting
+        from controlkit.sampling.image_folder import ImageFolder
         from controlkit.sampling.inputs import with_named_inputs
 
         request = with_named_inputs(request)
         refuse_overwriting(request, out)
-        generation = generate(request, on_step=Progress("denoising steps"))
+        folder = ImageFolder(out)
+        try:
+            generation = generate(request, on_step=_watch(every, out), on_images=folder.add)
+            paths = folder.finish(generation)
+        except BaseException:
+            if folder.images:
+                end_line()
+                print(f"{folder.images} finished images are in {out}", file=sys.stderr)
+            raise
         if saved is not None:
             generation.notes += saved.differences(generation)
-        paths = generation.save(out)
     print_notes(generation.notes)
     if args.json:
         print_json(
@@ -132,6 +181,20 @@ def run(args: argparse.Namespace) -> None:
     print_seconds(generation.seconds)
 
 
+def _watch(every: int | None, out: Path) -> Callable[[Step], object]:
+    """Report every step, and write a preview of the latents every so many steps."""
+    progress = Progress("denoising steps")
+
+    def watch(step: Step) -> None:
+        progress(step.done, step.total)
+        if every is not None and (step.step % every == 0 or step.step == step.steps):
+            from controlkit.sampling.step import write_preview
+
+            write_preview(step, out / "preview.png")
+
+    return watch
+
+
 _OPTIONS = (
     *("prompt", "prompt_mode", "captioner", "base", "negative_prompt", "steps", "guidance", "width", "height"),
     *("sampler", "batch_size", "device", "text_device", "precision"),
@@ -140,17 +203,22 @@ _OPTIONS = (
 
 def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings | None]:
     """The request, and the settings that it was restored from."""
+    from dataclasses import replace
+
     from controlkit.errors import UserError
+    from controlkit.sampling.axes import expand_folders, parse_axis
     from controlkit.sampling.request import ControlUse, GenerateRequest
     from controlkit.sampling.saved_settings import read_settings
+    from controlkit.sampling.seeds import seeds_of_options
 
-    if hasattr(args, "seeds") and args.seeds < 1:
-        raise UserError(f"--seeds {args.seeds}: expected at least 1 image", "out-of-range")
     if args.prepared and not args.control:
         raise UserError("--prepared applies to the images of --control, and there is none", "contradiction")
     settings: dict[str, Any] = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
     uses = tuple(ControlUse.parse(text, prepared=args.prepared, mode=args.mode) for text in args.control)
     saved = read_settings(args.saved) if hasattr(args, "saved") else None
+    prompts = _prompts(args)
+    if prompts:
+        settings["prompt"] = prompts[0]
     _settle_prompt(settings)
     if saved is None and settings.get("prompt") is None:
         raise UserError(
@@ -161,15 +229,42 @@ def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings |
         saved = saved.in_mode(args.mode)
     if args.mode and not uses and not (saved is not None and saved.request.controls):
         raise UserError("--mode applies to controls, and there is none", "contradiction")
-    seeds = (0,) if saved is None else saved.request.seeds
-    if hasattr(args, "seed") or hasattr(args, "seeds"):
-        first = getattr(args, "seed", seeds[0])
-        settings["seeds"] = tuple(range(first, first + getattr(args, "seeds", len(seeds))))
+    before = (0,) if saved is None else saved.request.seeds
+    seeds = seeds_of_options(getattr(args, "seed", None), getattr(args, "seeds", None), before)
+    if seeds is not None:
+        settings["seeds"] = seeds
     if saved is None:
-        return GenerateRequest(controls=uses, **settings), None
-    if uses:
-        settings["controls"] = [vars(use) for use in uses]
-    return saved.to_request(**settings), saved
+        request = GenerateRequest(controls=uses, **settings)
+    else:
+        if uses:
+            settings["controls"] = [vars(use) for use in uses]
+        request = saved.to_request(**settings)
+    if len(prompts) > 1:
+        request = replace(request, vary=({"prompt": prompts}, *request.vary))
+    request = expand_folders(request, pair=args.pair)
+    if args.xy:
+        request = replace(request, xy=tuple(parse_axis(text, request, "--xy") for text in args.xy))
+    return request, saved
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """All prompts of the command line: the argument, `--prompt` and the lines of `--prompts`."""
+    from controlkit.errors import UserError
+    from controlkit.files import decode_text
+
+    prompts = [*([args.prompt] if getattr(args, "prompt", None) is not None else []), *args.more_prompts]
+    if hasattr(args, "prompts"):
+        try:
+            lines = decode_text(Path(args.prompts).read_bytes()).splitlines()
+        except OSError as error:
+            raise UserError(f"--prompts {args.prompts}: {error.strerror}", "missing-file") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompts {args.prompts} is not a text file in UTF-8", "damaged-file") from error
+        lines = [line.strip() for line in lines if line.strip()]
+        if not lines:
+            raise UserError(f"--prompts {args.prompts} has no prompts", "empty-data")
+        prompts += lines
+    return prompts
 
 
 def _settle_prompt(settings: dict[str, Any]) -> None:

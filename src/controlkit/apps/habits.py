@@ -49,7 +49,6 @@ _FORM = {
 """Options of ours that are not used like theirs."""
 
 _ANSWERS = {
-    "prompt": 'the prompt takes no option: controlkit generate "PROMPT"',
     "resume-from-checkpoint": "run the same command again to resume",
     "resume": "run the same command again to resume",
 }

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from controlkit.bases.component import Component, Configurations
 from controlkit.bases.defaults import DEFAULT_PROMPT
+from controlkit.bases.latent_rgb import LatentRGB
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.schedules import RectifiedFlow, Schedule, VariancePreserving
 from controlkit.bases.taps import Point, Taps, checkpoint_with_taps, tapped
@@ -74,6 +75,8 @@ class Base(ABC):
     """Default guidance scale of the family."""
     usual_sampler: ClassVar[str] = "ddim"
     """Default sampler of the family."""
+    usual_latent_rgb: ClassVar[LatentRGB] = ()
+    """Linear approximation of the family's autoencoder, for previews; empty if unknown."""
     upcasts_vae: ClassVar[bool] = False
     """Whether the autoencoder overflows float16, if its configuration does not say."""
 
@@ -450,6 +453,12 @@ class Base(ABC):
         """Default `ControlUse.mode`, the branches of CFG on which controls act: from the base's folder (as in nano's),
         else both, as in diffusers."""
         return str(self.defaults.get("mode", "balanced"))
+
+    @property
+    def latent_rgb(self) -> LatentRGB:
+        """Linear approximation of its autoencoder: from the base's folder (as nano's), else that of the family."""
+        rows: LatentRGB = self.defaults.get("latent_rgb", self.usual_latent_rgb)
+        return rows
 
     @property
     def default_prompt(self) -> str:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from controlkit.bases.base import Base, hash_of_halves, needs_float32
 from controlkit.bases.defaults import NANO_DEFAULTS, defaults_in
 from controlkit.bases.families import FAMILIES, KNOWN_BASES, configurations_in, family_of_folder
+from controlkit.bases.latent_rgb import NANO_LATENT_RGB
 from controlkit.bases.weight_files import torch_load_error, weight_files
 from controlkit.errors import UserError
 
@@ -290,7 +291,8 @@ def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Base:
         parts["vae"].to(torch.float32)
     schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     # A file of nano may be older than some of its defaults.
-    defaults = {**(NANO_DEFAULTS if folder == nano_folder() else {}), **defaults_in(folder)}
+    nano = {**NANO_DEFAULTS, "latent_rgb": NANO_LATENT_RGB} if folder == nano_folder() else {}
+    defaults = {**nano, **defaults_in(folder)}
     return family(name=name, scheduler_config=schedule, defaults=defaults, **family.settings_in(folder), **parts)
 
 

@@ -19,6 +19,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from controlkit.bases.base import Base, Latents
 from controlkit.bases.clip_tokenizer import clip_tokenizer
 from controlkit.bases.component import VAE, Component, Configurations, clip_components
+from controlkit.bases.latent_rgb import SD3_LATENT_RGB, LatentRGB
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.schedules import RectifiedFlow
 from controlkit.bases.sdxl import SDXL_TEXT_ENCODER_2
@@ -129,6 +130,7 @@ class StableDiffusion3(Base):
     pipeline: ClassVar[str] = "StableDiffusion3Pipeline"
     schedule_class: ClassVar[type[RectifiedFlow]] = RectifiedFlow
     usual_guidance: ClassVar[float] = 7.0
+    usual_latent_rgb: ClassVar[LatentRGB] = SD3_LATENT_RGB
     usual_sampler: ClassVar[str] = "euler"
 
     tokenizer: CLIPTokenizer

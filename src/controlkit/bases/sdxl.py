@@ -13,6 +13,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from controlkit.bases.clip_tokenizer import clip_tokenizer
 from controlkit.bases.component import VAE, Component, Configurations, clip_components
+from controlkit.bases.latent_rgb import SDXL_LATENT_RGB, LatentRGB
 from controlkit.bases.stable_diffusion import (
     ORIGINAL_UNET,
     SCHEDULER,
@@ -86,6 +87,7 @@ class StableDiffusionXL(UNetBase):
     pipeline: ClassVar[str] = "StableDiffusionXLPipeline"
     index_entries: ClassVar[Mapping[str, Any]] = {"force_zeros_for_empty_prompt": True}
     usual_guidance: ClassVar[float] = 5.0
+    usual_latent_rgb: ClassVar[LatentRGB] = SDXL_LATENT_RGB
     upcasts_vae: ClassVar[bool] = True
 
     tokenizer: CLIPTokenizer

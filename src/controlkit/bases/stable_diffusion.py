@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from controlkit.bases.clip_tokenizer import clip_tokenizer
 from controlkit.bases.component import VAE, Component, Configurations, clip_components
+from controlkit.bases.latent_rgb import SD1_LATENT_RGB, LatentRGB
 from controlkit.bases.text import Text, token_ids
 from controlkit.bases.unet import UNetBase
 from controlkit.errors import UserError
@@ -144,6 +145,7 @@ class StableDiffusion(UNetBase):
         "requires_safety_checker": False,
     }
     usual_guidance: ClassVar[float] = 7.5
+    usual_latent_rgb: ClassVar[LatentRGB] = SD1_LATENT_RGB
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel

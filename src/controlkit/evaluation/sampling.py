@@ -22,6 +22,7 @@ def generate_uncontrolled(
     sampler: str | None = None,
 ) -> list[np.ndarray]:
     """Generate one `uint8` image per prompt without control; image i has seed i by default."""
+    progress = Progress("denoising steps without control")
     seeds = list(range(len(prompts))) if seeds is None else seeds
     batches = sample_prompts(
         base,
@@ -30,7 +31,7 @@ def generate_uncontrolled(
         steps=steps,
         guidance=guidance,
         sampler=sampler,
-        on_step=Progress("denoising steps without control"),
+        on_step=lambda step: progress(step.done, step.total),
     )
     return [np.asarray(image) for batch in batches for image in to_images(batch)]
 

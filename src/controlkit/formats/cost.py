@@ -54,9 +54,7 @@ def cost_of(control: Control, base: Base, side: int) -> Cost:
         control: on the meta device, as `base`; it must be countable (`is_countable`). Optional inputs are left out.
     """
     x_t, t, text = _inputs(base, side)
-    names = [entry.name for entry in control.inputs if entry.required]
-    images = {name: torch.empty(1, 3, side, side, device="meta") for name in names}
-    inputs: Any = next(iter(images.values())) if len(control.inputs) == 1 else images
+    inputs = _meta_images(control, side)
     once = _count(lambda: control.encode(inputs, base))
     hint = control.encode(inputs, base)
     base_only = _count(lambda: base.predict(x_t, t, text))
@@ -68,6 +66,24 @@ def cost_of(control: Control, base: Base, side: int) -> Cost:
         step=residuals if Reads.TIME in reads and Reads.NOISE not in reads else 0,
         image=taps + (residuals if Reads.NOISE in reads else 0),
     )
+
+
+@torch.no_grad()
+def residual_sites_of(control: Control, base: Base) -> tuple[str, ...]:
+    """Sites of the residuals of a control, in order.
+
+    Args:
+        control: as of `cost_of`.
+    """
+    x_t, t, text = _inputs(base, base.size)
+    return tuple(control(x_t, t, text, control.encode(_meta_images(control, base.size), base)))
+
+
+def _meta_images(control: Control, side: int) -> Any:
+    """Required inputs of a control, on the meta device."""
+    names = [entry.name for entry in control.inputs if entry.required]
+    images = {name: torch.empty(1, 3, side, side, device="meta") for name in names}
+    return next(iter(images.values())) if len(control.inputs) == 1 else images
 
 
 @torch.no_grad()

@@ -28,9 +28,9 @@ from controlkit.controls.control import (
 from controlkit.controls.file_format import Checkpoint
 from controlkit.controls.registry import companion_role, find, registry, role_of
 from controlkit.errors import UserError, nearest
-from controlkit.formats.companions import SUFFIXES
+from controlkit.formats.companions import SUFFIXES, read_checkpoint
 from controlkit.formats.convert import reference_for
-from controlkit.formats.cost import base_flops, cost_of, cost_without_base, is_countable
+from controlkit.formats.cost import base_flops, cost_of, cost_without_base, is_countable, residual_sites_of
 from controlkit.formats.detect import Detected, detect
 from controlkit.formats.load import find_control, shipped_controls
 
@@ -222,6 +222,21 @@ def _control_counts(control: Control) -> dict[str, Any]:
         "trainable": _trainable(control),
         "memory": memory_of(counts["parameters"]),
     }
+
+
+def residual_sites(name: str, base: str) -> tuple[str, ...] | None:
+    """Sites of the residuals of a control's file on a base, in order, from configurations alone; None if those do not
+    tell.
+    """
+    try:
+        detected = detect(find_control(name))
+        kind = detected.control
+        if kind is None or kind.acts is not Acts.RESIDUALS or not is_countable(kind):
+            return None
+        on_meta, control = meta_base(base), _on_meta(kind, read_checkpoint(detected.path))
+        return None if control.incompatibility(on_meta) is not None else residual_sites_of(control, on_meta)
+    except (UserError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError):
+        return None  # loading them says what is wrong
 
 
 def _trainable(control: Control) -> int:

@@ -136,6 +136,16 @@ def control_class(name: str | Path) -> type[Control]:
     return kind
 
 
+def recorded_condition(name: str | Path) -> str | None:
+    """The condition that the header of a control's file records, if it does.
+
+    Raises:
+        UserError: there is no such control.
+    """
+    control_name, _ = _split_pair(name)
+    return detect(find_control(control_name)).file.metadata.get("control.condition") or None
+
+
 def control_files(name: str | Path) -> list[Path]:
     """The files that `load_control` reads for `name`, in order: one, those of a folder, or both of `ADAPTER+BASE`.
 

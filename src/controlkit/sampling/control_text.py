@@ -13,7 +13,7 @@ FORM = "NAME_OR_FILE=IMAGE[@weight[:start-end]][,KEY=VALUE...]"
 _EXPECTED = f"expected {FORM}, such as canny=drawing.png@0.8:0-0.6,mode=guess"
 
 _IMAGE = re.compile(r"\.(png|jpe?g|webp|bmp|gif|tiff?|json)$", re.IGNORECASE)
-_OPTION = re.compile(r",(?=[A-Za-z_][\w-]*=|prepared(?:,|$))")
+_OPTION = re.compile(r",(?=[A-Za-z_][\w-]*(?:\.[\w-]+)?=|prepared(?:,|$))")
 """Where an option begins."""
 
 
@@ -21,8 +21,9 @@ def parse_control(text: str) -> dict[str, Any]:
     """Settings of a `ControlUse` from the argument of `--control`.
 
     Keys are `weight`, `span` (START-END), `mode`, `mask`, `layers` (numbers separated by colons) and `prepared` (alone,
-    or with true or false); all others are parameters of the control's condition, in YAML. Names of files that exist are
-    read as such, whatever they contain: `@`, `=`, `:` or `,`.
+    or with true or false); all others, in YAML, are plain inputs of the control (such as `task`) or parameters of its
+    condition, named `INPUT.KEY` for one image among several. Names of files that exist are read as such, whatever they
+    contain: `@`, `=`, `:` or `,`.
 
     Raises:
         UserError: it does not have that form.
@@ -48,7 +49,7 @@ def parse_control(text: str) -> dict[str, Any]:
 def _split(rest: str) -> tuple[str, str | None, list[str]]:
     """Image, weight with its span (None if there is none), and options."""
     for end in (len(rest), *(place for place in range(len(rest) - 1, 0, -1) if rest[place] in "@,")):
-        if os.path.isfile(rest[:end]):
+        if os.path.exists(rest[:end]):
             strength, *options = _OPTION.split(rest[end:])
             if not strength:
                 return rest[:end], None, options
@@ -98,6 +99,25 @@ KEYS = tuple(_KEYS)
 """Options that are no parameters of a condition."""
 
 
+def read_option(key: str, value: str, what: str) -> Any:
+    """The value of an option of `KEYS`.
+
+    Args:
+        what: where it comes from, for errors.
+
+    Raises:
+        UserError: it is empty, or has another form.
+    """
+    read, expected = _KEYS[key]
+    try:
+        parsed = read(value)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{what}: {key} is {value!r}; expected {expected}", "usage") from error
+    if not value:
+        raise UserError(f"{what}: {key} is empty; expected {expected}", "usage")
+    return parsed
+
+
 def _with_options(text: str, settings: dict[str, Any], options: list[str]) -> dict[str, Any]:
     """`settings` and those of `options`."""
     from controlkit.settings import read_overrides
@@ -111,13 +131,7 @@ def _with_options(text: str, settings: dict[str, Any], options: list[str]) -> di
         if key not in _KEYS:
             parameters |= read_overrides([f"{key}={value}"], "--control ...,")
             continue
-        read, expected = _KEYS[key]
-        try:
-            parsed = read(value)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"--control {text}: {key} is {value!r}; expected {expected}", "usage") from error
-        if not value:
-            raise UserError(f"--control {text}: {key} is empty; expected {expected}", "usage")
+        parsed = read_option(key, value, f"--control {text}")
         settings |= {"start": parsed[0], "end": parsed[1]} if key == "span" else {key: parsed}
     return {**settings, "parameters": parameters} if parameters else settings
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,23 +17,31 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from controlkit._version import __version__
 from controlkit.bases.base import Base
 from controlkit.bases.load import PRECISIONS, choose_device, choose_dtype, load_base
 from controlkit.controls.control import Control
 from controlkit.controls.hints import Hint
 from controlkit.errors import UserError
-from controlkit.files import writable_folder, write_json
 from controlkit.formats.load import control_class, load_control
-from controlkit.images import sequence_note, to_images, to_tensor, write_png
+from controlkit.images import sequence_note, to_images, to_tensor
+from controlkit.sampling.axes import expand_folders, points_of
 from controlkit.sampling.identity import base_sha256, companion_sha256, control_sha256, pixels_sha256
-from controlkit.sampling.inputs import ControlImage, Kind, Mask, values_of, with_named_inputs
+from controlkit.sampling.inputs import ControlImage, Kind, Mask, check_layers, values_of, with_named_inputs
 from controlkit.sampling.notes import crop_note, flat_note, prompt_notes, request_notes
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.prompts import find_captioner, first_prompt
-from controlkit.sampling.request import ControlUse, GenerateRequest, condition_name, first_name, mask_name
+from controlkit.sampling.request import (
+    ControlUse,
+    GenerateRequest,
+    condition_name,
+    first_name,
+    image_name,
+    mask_name,
+)
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample_prompts
+from controlkit.sampling.sheets import sheets_of
+from controlkit.sampling.step import Step
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,45 @@ class GeneratedImage:
     seed: int
 
 
+class Models:
+    """The base and the controls of the last request, kept for the next one."""
+
+    def __init__(self) -> None:
+        self.shared: dict[str, Control] = {}
+        """Companions of the controls, as `load_control` keeps them."""
+        self._base: tuple[object, Base] | None = None
+        self._controls: dict[tuple[int, str], Control] = {}
+
+    def base(self, request: GenerateRequest) -> Base:
+        """The base of a request."""
+        key = base_key(request)
+        if self._base is None or self._base[0] != key:
+            self._base = None  # its memory is free before the next one is loaded
+            self._controls, self.shared = {}, {}
+            device = choose_device(request.device)
+            text_device = None if request.text_device is None else choose_device(request.text_device)
+            dtype = choose_dtype(request.precision, device)
+            self._base = key, load_base(request.base, device=device, dtype=dtype, text_device=text_device)
+        return self._base[1]
+
+    def control(self, index: int, name: str, base: Base) -> Control:
+        """The control at `index` of a request on `base`, the last one."""
+        if (index, name) not in self._controls:
+            self._controls[index, name] = load_control(name, base, shared=self.shared)
+        return self._controls[index, name]
+
+
+def base_key(request: GenerateRequest) -> tuple[object, ...]:
+    """What decides how the base is loaded."""
+    return request.base, request.device, request.text_device, request.precision
+
+
 @dataclass
 class Generation:
     """The result of a request."""
 
     request: GenerateRequest
+    """As it was used: with named inputs and images of folders."""
     images: list[GeneratedImage] = field(default_factory=list)
     conditions: dict[str, Image.Image] = field(default_factory=dict)
     """Condition images in the order of the request's controls, by the stem of their files: `condition0`, or
@@ -71,34 +111,20 @@ class Generation:
     names."""
     notes: list[str] = field(default_factory=list)
     """Remarks for the user, such as a cropped image or a cut prompt."""
+    name: str = ""
+    """Beginning of its file names, for one combination of a request with axes."""
+    parts: list[Generation] = field(default_factory=list)
+    """Of a request with axes, the result of each combination that has images; `images` are those of all, `used` has
+    what all share, and condition images, masks and hashes are found in the parts."""
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write images, condition images and `settings.json` into `folder`; returns the paths of the images.
+        """Write images, condition images, sheets and `settings.json` into `folder`; returns the paths of the images.
 
         Each PNG stores its settings in the text chunk `controlkit`, which `read_settings` reads.
         """
-        folder = writable_folder(folder)
-        settings = {
-            "controlkit": __version__,
-            "request": self.request.to_json(),
-            "used": self.used,
-            "sha256": self.sha256,
-        }
-        paths = []
-        prompts = self.used.get("prompts", [self.request.prompt] * len(self.images))
-        for generated, prompt in zip(self.images, prompts, strict=True):
-            path = folder / f"seed{generated.seed}.png"
-            used = {**self.used, "prompts": [prompt]} if "prompts" in self.used else self.used
-            request = dataclasses.replace(self.request, seeds=(generated.seed,)).to_json()
-            text = json.dumps({**settings, "request": request, "used": used})
-            write_png(path, generated.image, {"controlkit": text, "prompt": prompt})
-            paths.append(path)
-        for first in self.first_images:
-            write_png(folder / f"{first_name(first.seed)}.png", first.image)
-        for name, image in {**self.conditions, **self.masks}.items():
-            write_png(folder / f"{name}.png", image)
-        write_json(folder / "settings.json", settings)
-        return paths
+        from controlkit.sampling.image_folder import ImageFolder
+
+        return ImageFolder(folder).finish(self)
 
 
 def generate(
@@ -107,7 +133,8 @@ def generate(
     base: Base | None = None,
     controls: Sequence[Control] | None = None,
     cache: ResidualCache | None = None,
-    on_step: Callable[[int, int], object] | None = None,
+    on_step: Callable[[Step], object] | None = None,
+    on_images: Callable[[Generation], object] | None = None,
 ) -> Generation:
     """Generate the images of `request`.
 
@@ -115,11 +142,36 @@ def generate(
         base: a loaded base; default: load that of the request.
         controls: loaded controls, in the order of the request's.
         cache: keeps residuals that do not depend on the noise, for the next request under the same condition.
-        on_step: called after every denoising step with the number of steps done and their total, over all batches.
+        on_step: called after every denoising step, for progress and previews. An exception that it raises cancels the
+            request.
+        on_images: called with the generation after every batch of images, to save or show what is done so far.
 
     Raises:
         UserError: an image, control, base or setting cannot be used.
     """
+    request = expand_folders(request)
+    if base is None and controls is None:
+        check_layers(point.request for point in points_of(request))
+    if request.vary or request.xy:
+        from controlkit.sampling.varied import generate_varied
+
+        return generate_varied(request, base=base, controls=controls, cache=cache, on_step=on_step, on_images=on_images)
+    return generate_one(
+        request, base=base, controls=controls, cache=cache, on_step=on_step, on_images=on_images, models=Models()
+    )
+
+
+def generate_one(
+    request: GenerateRequest,
+    *,
+    base: Base | None,
+    controls: Sequence[Control] | None,
+    cache: ResidualCache | None,
+    on_step: Callable[[Step], object] | None,
+    on_images: Callable[[Generation], object] | None,
+    models: Models,
+) -> Generation:
+    """`generate` for a request without axes; `models` keeps what is loaded for the next one."""
     generation = Generation(request)
     with _timed(generation, "load"):
         # Inputs first: a wrong path should not cost the loading of a model.
@@ -130,10 +182,7 @@ def generate(
         hashes = [_hashes(*each) for each in zip(request.controls, images, masks, strict=True)]
         generation.sha256 = {"base": None, "controls": hashes}
         if base is None:
-            device = choose_device(request.device)
-            text_device = None if request.text_device is None else choose_device(request.text_device)
-            dtype = choose_dtype(request.precision, device)
-            base = load_base(request.base, device=device, dtype=dtype, text_device=text_device)
+            base = models.base(request)
             generation.sha256["base"] = base_sha256(request.base)
         width, height = request.width or base.size, request.height or base.size
         base.check_size(width, height)
@@ -151,11 +200,10 @@ def generate(
         if request.prompt_mode != "given":
             generation.used["prompts"] = [prompt] * len(request.seeds)
         if controls is None:
-            shared: dict[str, Control] = {}
-            controls = [load_control(use.control, base, shared=shared) for use in request.controls]
+            controls = [models.control(index, use.control, base) for index, use in enumerate(request.controls)]
             for use, control, sha256 in zip(request.controls, controls, hashes, strict=True):
                 sha256["control"] = control_sha256(use.control)
-                sha256["companion"] = companion_sha256(control, shared)
+                sha256["companion"] = companion_sha256(control, models.shared)
         controls = [
             control.with_values(values_of(use, control))
             for use, control in zip(request.controls, controls, strict=True)
@@ -199,15 +247,20 @@ def generate(
             height=height,
             batch_size=request.batch_size,
             cache=cache,
-            on_step=None if on_step is None else lambda done, total: on_step(turn * total + done, rounds * total),
+            on_step=None if on_step is None else lambda step: on_step(step.in_round(turn, rounds)),
         )
-        made = [image for batch in batches for image in to_images(batch)]
-        return [GeneratedImage(image, seed) for image, seed in zip(made, request.seeds, strict=True)]
+        made: list[GeneratedImage] = []
+        for batch in batches:
+            made += map(GeneratedImage, to_images(batch), request.seeds[len(made) :])
+            if on_images is not None and turn == rounds - 1:
+                generation.images = made
+                on_images(generation)
+        return made
 
     with _timed(generation, "sample"):
         generation.images = images_of([prompt], 0)
     if captioner is not None:
-        generation.first_images = generation.images
+        generation.first_images, generation.images = generation.images, []
         with _timed(generation, "caption"):
             prompts = captioner([first.image for first in generation.first_images])
         generation.notes += prompt_notes(prompts, base)
@@ -259,22 +312,29 @@ def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
     Raises:
         UserError: a result has the path of an input image.
     """
-    written = [f"seed{seed}" for seed in request.seeds]
-    written += [first_name(seed) for seed in request.seeds] if request.prompt_mode == "automatic" else []
+    written = ["preview", *(sheet.name for sheet in sheets_of(request))]
     read = []
-    for index, use in enumerate(request.controls):
-        named = {None: use.image} if use.inputs is None else use.inputs
-        written += [condition_name(index, name) for name in named]
-        written += [mask_name(index)] if use.mask is not None else []
-        given = [*named.values(), use.mask]
-        read += [(use.control, value) for value in given if isinstance(value, str) and os.path.exists(value)]
+    for point in points_of(request):
+        written += [image_name(point.name, seed) for seed in point.request.seeds]
+        if request.prompt_mode == "automatic":
+            written += [first_name(seed, point.name) for seed in point.request.seeds]
+        asked = point.request
+        if any((use.image or "").lower().endswith(".json") for use in asked.controls):
+            asked = with_named_inputs(asked)
+        for index, use in enumerate(asked.controls):
+            named = {None: use.image} if use.inputs is None else use.inputs
+            written += [condition_name(index, name) for name in named]
+            written += [mask_name(index)] if use.mask is not None else []
+            given = [*named.values(), use.mask]
+            read += [(use.control, value) for value in given if isinstance(value, str) and os.path.exists(value)]
+    inputs = {os.path.realpath(image): control for control, image in read}
     for path in (Path(folder) / f"{name}.png" for name in written):
-        for control, image in read:
-            if path.exists() and path.samefile(image):
-                raise UserError(
-                    f"{path} would be overwritten, but it is an image or mask of {control}; choose another folder",
-                    "would-overwrite",
-                )
+        control = inputs.get(os.path.realpath(path))
+        if control is not None:
+            raise UserError(
+                f"{path} would be overwritten, but it is an image or mask of {control}; choose another folder",
+                "would-overwrite",
+            )
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,13 @@ from controlkit.conditions.condition import BLACK, Condition, background_of
 from controlkit.controls.control import Control, Input, takes_one_image, words_of_inputs
 from controlkit.errors import UserError, nearest
 from controlkit.files import read_json
-from controlkit.formats.load import control_class
+from controlkit.formats.describe import residual_sites
+from controlkit.formats.load import control_class, recorded_condition
 from controlkit.images import decode_rgb, read_bytes, resize_cover
+from controlkit.sampling.axes import points_of
 from controlkit.sampling.control_text import KEYS
 from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.weighting import check_number_of_layers
 
 Kind = type[Control] | Control
 """A system, or a loaded control."""
@@ -29,6 +32,8 @@ Kind = type[Control] | Control
 def with_named_inputs(request: GenerateRequest, kinds: Sequence[Kind] | None = None) -> GenerateRequest:
     """Read the `.json` files of inputs of a request and check all inputs against its controls.
 
+    Of a request with axes, every combination is checked, and the request is returned as it is.
+
     Args:
         request: the request.
         kinds: the systems of its controls, in order; default: read from the headers of their files.
@@ -36,14 +41,65 @@ def with_named_inputs(request: GenerateRequest, kinds: Sequence[Kind] | None = N
     Raises:
         UserError: a control does not exist, or an input is missing, unknown or of the wrong type.
     """
+    if request.vary or request.xy:
+        classes: dict[str, Kind] = {}
+        for point in points_of(request):
+            for use in point.request.controls:
+                if use.control not in classes:
+                    classes[use.control] = control_class(use.control)
+            with_named_inputs(point.request, [classes[use.control] for use in point.request.controls])
+        return request
     kinds = kinds or [control_class(use.control) for use in request.controls]
     uses = tuple(_named(use, kind) for use, kind in zip(request.controls, kinds, strict=True))
     return dataclasses.replace(request, controls=uses)
 
 
+def with_plain_inputs(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a `ControlUse` with the plain inputs of its control among `parameters` moved to `inputs`.
+
+    A control that does not exist is left to `with_named_inputs`.
+    """
+    try:
+        kind = control_class(settings["control"])
+    except UserError:
+        return settings
+    image, inputs = settings.get("image"), settings.get("inputs")
+    if any(key in _plain_inputs(kind) for key in settings["parameters"]) and _is_listing(image):
+        image, inputs = None, _read_inputs(Path(str(image)), kind)
+    return {**settings, **_moved(kind, image, inputs, settings["parameters"])}
+
+
+def _is_listing(image: str | None) -> bool:
+    """Whether an image is a `.json` file of inputs."""
+    return image is not None and image.lower().endswith(".json")
+
+
+def _moved(
+    kind: Kind, image: str | None, inputs: dict[str, Any] | None, parameters: dict[str, Any] | None
+) -> dict[str, Any]:
+    """`image`, `inputs` and `parameters`, with the plain inputs among the parameters moved to the inputs."""
+    plain = [key for key in parameters or () if key in _plain_inputs(kind)]
+    if parameters is None or not plain or (inputs is None and not takes_one_image(kind)):
+        return {"image": image, "inputs": inputs, "parameters": parameters}
+    if twice := [key for key in plain if key in (inputs or ())]:
+        raise UserError(f"the input {twice[0]} is given twice", "contradiction")
+    if inputs is None:
+        (name,) = (each.name for each in kind.inputs if each.required)
+        inputs = {name: image}
+    rest = {key: value for key, value in parameters.items() if key not in plain}
+    return {"image": None, "inputs": {**inputs, **{key: parameters[key] for key in plain}}, "parameters": rest or None}
+
+
+def _plain_inputs(kind: Kind) -> list[str]:
+    return [each.name for each in kind.inputs if each.kind == "value"]
+
+
 def _named(use: ControlUse, kind: Kind) -> ControlUse:
-    if use.image is not None and use.image.lower().endswith(".json"):
-        use = dataclasses.replace(use, image=None, inputs=_read_inputs(Path(use.image), kind))
+    if _is_listing(use.image):
+        use = dataclasses.replace(use, image=None, inputs=_read_inputs(Path(str(use.image)), kind))
+    use = dataclasses.replace(use, **_moved(kind, use.image, use.inputs, use.parameters))
+    if use.parameters is not None and (use.inputs is not None or takes_one_image(kind)):
+        _check_parameters(use, kind)
     if use.inputs is None:
         if not takes_one_image(kind):
             raise UserError(
@@ -94,6 +150,66 @@ def _check(use: ControlUse, kind: Kind) -> None:
             )
         if expected.check is not None and (problem := expected.check(value)) is not None:
             raise UserError(f"input {name!r} of {use.control} {problem}", "wrong-type")
+
+
+def _check_parameters(use: ControlUse, kind: Kind) -> None:
+    """Check the parameters of a control by the conditions that its file records."""
+    images = images_of(use, kind)
+    for key in use.parameters or ():
+        name, dot, _ = key.rpartition(".")
+        if dot and name not in images:
+            raise UserError(
+                f"{key}: {use.control} has no image {name!r} in use{nearest(name, list(images))}", "unknown-key"
+            )
+        if not dot and len(images) != 1:
+            raise UserError(
+                f"{use.control} has {len(images)} images ({', '.join(images)}); say whose parameter {key} is, such as"
+                f" {next(iter(images), 'INPUT')}.{key}",
+                "contradiction",
+            )
+    recorded = kind.condition if isinstance(kind, Control) else recorded_condition(use.control)
+    if values_of(use, kind):  # which may select another, once the control is loaded
+        recorded = None
+    for each in kind.inputs:
+        condition = each.condition or recorded
+        if each.name in images and condition is not None and _is_known(condition):
+            _check_keys(parameters_of(use, each.name), condition, kind)
+
+
+def parameters_of(use: ControlUse, name: str) -> dict[str, Any]:
+    """Parameters of the condition of one image of a control."""
+    prefix, parameters = f"{name}.", use.parameters or {}
+    mine = {key: value for key, value in parameters.items() if "." not in key or key.startswith(prefix)}
+    return {key.removeprefix(prefix): value for key, value in mine.items()}
+
+
+def _check_keys(parameters: Mapping[str, Any], condition: str, kind: Kind) -> None:
+    known = conditions.find(condition).defaults
+    for key in parameters:
+        if key not in known:
+            raise UserError(
+                f"--control has no option {key!r}, and {condition} no parameter of this name"
+                f"{nearest(key, [*KEYS, *_plain_inputs(kind), *known])}",
+                "unknown-key",
+            )
+
+
+def check_layers(requests: Iterable[GenerateRequest]) -> None:
+    """Check the number of `layers` of each control before weights are loaded, where configurations tell it.
+
+    Raises:
+        UserError: it is not the number of residuals.
+    """
+    known: dict[tuple[str, str], tuple[str, ...] | None] = {}
+    for request in requests:
+        for use in request.controls:
+            key = (use.control, request.base)
+            if use.layers is None:
+                continue
+            if key not in known:
+                known[key] = residual_sites(*key)
+            if (sites := known[key]) is not None:
+                check_number_of_layers(use.layers, sites)
 
 
 def images_of(use: ControlUse, kind: Kind) -> dict[str, str]:
@@ -150,15 +266,9 @@ class ControlImage:
                     "missing-setting",
                 )
             image = resize_cover(self.image, width, height)
-            found, parameters = conditions.find(condition), use.parameters or {}
-            for key in parameters:
-                if key not in found.defaults:
-                    raise UserError(
-                        f"--control has no option {key!r}, and {condition} no parameter of this name"
-                        f"{nearest(key, [*KEYS, *found.defaults])}",
-                        "unknown-key",
-                    )
-            return Image.fromarray(found(np.asarray(image), **parameters))
+            parameters = parameters_of(use, self.input.name)
+            _check_keys(parameters, condition, control)
+            return Image.fromarray(conditions.find(condition)(np.asarray(image), **parameters))
         background, image = background_of(condition), self.image
         if background != Condition.background:
             image = decode_rgb(self.data, self.path, background)
@@ -198,6 +308,12 @@ class Mask:
 
 def _is_of_labels(condition: str | None) -> bool:
     """Whether colours of the condition are labels, which interpolation would mix."""
-    with suppress(UserError):  # files of other tools may name an unknown condition
-        return condition is not None and conditions.find(condition).resize == "nearest"
+    return condition is not None and _is_known(condition) and conditions.find(condition).resize == "nearest"
+
+
+def _is_known(condition: str) -> bool:
+    """Whether there is such a condition; files of other tools may name others."""
+    with suppress(UserError):
+        conditions.find(condition)
+        return True
     return False

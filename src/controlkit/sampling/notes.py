@@ -12,6 +12,7 @@ from controlkit.controls.control import Control
 from controlkit.images import is_flat
 from controlkit.sampling.inputs import ControlImage
 from controlkit.sampling.request import GenerateRequest
+from controlkit.sampling.seeds import same_noise
 
 
 def prompt_notes(prompts: Iterable[str], base: Base) -> list[str]:
@@ -29,6 +30,11 @@ def request_notes(request: GenerateRequest, base: Base, width: int, height: int)
             f"{base.name} was trained at {base.size} x {base.size}; at {width} x {height} expect repeated, stretched or"
             " blurred shapes"
         )
+    notes += [
+        f"seeds {', '.join(map(str, group))} differ by multiples of 2^32 and give the same image: torch reads the"
+        " lowest 32 bits on the CPU"
+        for group in same_noise(request.seeds)
+    ]
     notes += [
         f"the weight of {use.control} is {use.weight:g}: a negative weight pushes away from the condition image and"
         " usually breaks the result; for a weaker control use a weight from 0 to 1"

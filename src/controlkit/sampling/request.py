@@ -14,6 +14,7 @@ from types import NoneType
 from typing import Any, get_type_hints
 
 from controlkit.errors import UserError, nearest
+from controlkit.sampling.seeds import settled_seeds
 
 MAX_SIDE = 16384
 """The longest side of an image."""
@@ -63,7 +64,9 @@ class ControlUse:
     prepared: bool = False
     """Whether `image` is already a condition image. Otherwise the control's condition is computed from it."""
     parameters: dict[str, Any] | None = None
-    """Parameters of that condition, such as `low` of canny. Default: its own."""
+    """Parameters of that condition, such as `low` of canny, and plain inputs of the control, such as the `task` of a
+    control with several. Parameters of one image among several are named `INPUT.PARAMETER`. Default: the condition's
+    own."""
     mode: str | None = None
     """How it acts under classifier-free guidance (CFG). Per-site weights multiply `weight` and `layers`.
 
@@ -83,11 +86,10 @@ class ControlUse:
         if (self.image is None) == (self.inputs is None):
             raise UserError(f"{self.control} needs either an image or named inputs, not both", "contradiction")
         if self.parameters is not None:
-            if self.inputs is not None or self.prepared:
-                instead = "named inputs" if self.inputs is not None else "a prepared condition image"
+            if self.prepared:
                 raise UserError(
-                    f"{self.control} has condition parameters ({', '.join(self.parameters)}) and {instead}; parameters"
-                    " are for one image from which the condition is computed",
+                    f"{self.control} has condition parameters ({', '.join(self.parameters)}) and a prepared condition"
+                    " image; parameters are for an image from which the condition is computed",
                     "contradiction",
                 )
             object.__setattr__(self, "parameters", _plain(self.parameters, f"parameters of {self.control}"))
@@ -126,7 +128,12 @@ class ControlUse:
         """
         from controlkit.sampling.control_text import parse_control
 
-        return cls(**{**settings, **parse_control(text)})
+        parsed = {**settings, **parse_control(text)}
+        if parsed.get("prepared") and "parameters" in parsed:
+            from controlkit.sampling.inputs import with_plain_inputs
+
+            parsed = with_plain_inputs(parsed)  # the other parameters contradict a prepared image
+        return cls(**parsed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +157,16 @@ class GenerateRequest:
     controls: tuple[ControlUse, ...] = ()
     """Controls; their residuals are summed."""
     seeds: tuple[int, ...] = (0,)
-    """One image per seed; an image depends on its own seed only."""
+    """One image per seed, from 0 to 2^64 - 1; an image depends on its own seed only. -1 is replaced by a random seed
+    when the request is built."""
+    vary: tuple[dict[str, Any], ...] = ()
+    """Axes of settings that vary, each a mapping from settings to lists of values, such as `{"guidance": [1, 3, 5]}`.
+    Settings of one axis advance together, which pairs them; axes are crossed, and each combination has all seeds.
+    Settings are fields of the request, `seed`, and of controls `weight`, `span`, `mode`, `mask`, `layers`, `prepared`,
+    `control`, `image` and parameters of the condition: of one control with its number or name before (`1.weight`,
+    `canny.weight`), else of all."""
+    xy: tuple[dict[str, Any], ...] = ()
+    """Like `vary`, one or two axes that are also shown on a sheet: columns, then rows."""
     steps: int = DEFAULT_STEPS
     """Denoising steps."""
     guidance: float | None = None
@@ -175,12 +191,7 @@ class GenerateRequest:
     """Dtype of the weights: `fp32`, `fp16` or `bf16`; `auto` is fp16 on CUDA and fp32 elsewhere."""
 
     def __post_init__(self) -> None:
-        if not self.seeds:
-            raise UserError("no seeds; give at least one, such as --seeds 1", "missing-setting")
-        if len(set(self.seeds)) != len(self.seeds):
-            raise UserError(f"seeds {list(self.seeds)} repeat; give each once", "contradiction")
-        if any(not 0 <= seed < 2**63 for seed in self.seeds):
-            raise UserError(f"seeds {list(self.seeds)}: expected integers from 0 to 2^63 - 1", "out-of-range")
+        object.__setattr__(self, "seeds", settled_seeds(self.seeds))
         check_sampling(self.steps, self.guidance, self.sampler)
         check_prompt_mode(self.prompt_mode)
         if self.prompt_mode != "given" and self.prompt:
@@ -205,6 +216,23 @@ class GenerateRequest:
                 )
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}; expected at least 1", "out-of-range")
+        if self.vary or self.xy:
+            self._check_axes()
+
+    def _check_axes(self) -> None:
+        from controlkit.sampling.axes import check_axes, points_of
+
+        for name in ("vary", "xy"):
+            axes = tuple(_plain(axis, name) for axis in check_axes(getattr(self, name), name))
+            for axis in axes:
+                if any(type(seed) is not int for seed in axis.get("seed", ())):
+                    raise UserError(f"seed of {name} is {axis['seed']}; expected integers", "wrong-type")
+                if "seed" in axis:
+                    axis["seed"] = list(settled_seeds(axis["seed"]))
+            object.__setattr__(self, name, axes)
+        if len(self.xy) > 2:
+            raise UserError(f"a sheet has at most two axes, not {len(self.xy)}; use vary for others", "contradiction")
+        points_of(self)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` turns back into the same request."""
@@ -217,10 +245,10 @@ class GenerateRequest:
         Raises:
             UserError: a key is unknown, or a value has the wrong type or contradicts another.
         """
-        fields = _checked(cls, values, "the settings")
+        fields = checked_fields(cls, values, "the settings")
         if "controls" in fields:
             fields["controls"] = tuple(
-                ControlUse(**_checked(ControlUse, use, "a control")) for use in fields["controls"]
+                ControlUse(**checked_fields(ControlUse, use, "a control")) for use in fields["controls"]
             )
         return cls(**fields)
 
@@ -235,9 +263,14 @@ def mask_name(index: int) -> str:
     return f"mask{index}"
 
 
-def first_name(seed: int) -> str:
-    """File stem of the first image of a seed, in prompt mode `automatic`."""
-    return f"first{seed}"
+def first_name(seed: int, name: str = "") -> str:
+    """File stem of the first image of a seed, in prompt mode `automatic`; `name` is of the combination of axes."""
+    return f"{name}-first{seed}" if name else f"first{seed}"
+
+
+def image_name(name: str, seed: int) -> str:
+    """File stem of an image; `name` is of the combination of axes (`axes.Point.name`)."""
+    return f"{name}-seed{seed}" if name else f"seed{seed}"
 
 
 def check_sampling(steps: int, guidance: float | None, sampler: str | None = None) -> None:
@@ -315,13 +348,14 @@ _JSON_TYPES: dict[Any, tuple[type | tuple[type, ...], str]] = {
     tuple[float, ...] | None: ((list, tuple, NoneType), "a list of numbers, or null"),
     tuple[ControlUse, ...]: ((list, tuple), "a list of controls"),
     float | None: ((int, float, NoneType), "a number or null"),
+    tuple[dict[str, Any], ...]: ((list, tuple), "a list of mappings from settings to values"),
 }
 """Type of a field -> the JSON types it accepts, and their description."""
 _ITEMS: dict[Any, tuple[type, ...]] = {tuple[int, ...]: (int,), tuple[float, ...] | None: (int, float)}
 """Type of a list field -> the types of its items."""
 
 
-def _checked(kind: type, values: Any, what: str) -> dict[str, Any]:
+def checked_fields(kind: type, values: Any, what: str) -> dict[str, Any]:
     """`values` with lists turned into tuples, after checking keys and types against the fields of `kind`."""
     if not isinstance(values, dict):
         raise UserError(f"{what} must be a mapping of settings, not {type(values).__name__}", "wrong-type")

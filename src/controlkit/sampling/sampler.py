@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from controlkit.errors import UserError
 from controlkit.sampling.plan import ActiveControl, Plan, rows_at_once
 from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.residual_cache import ResidualCache
+from controlkit.sampling.step import Step
 
 
 def sample(base: Base, *, prompt: str, seeds: Sequence[int], **settings: Any) -> Iterator[Tensor]:
@@ -37,7 +39,7 @@ def sample_prompts(
     height: int | None = None,
     batch_size: int | None = None,
     cache: ResidualCache | None = None,
-    on_step: Callable[[int, int], object] | None = None,
+    on_step: Callable[[Step], object] | None = None,
 ) -> Iterator[Tensor]:
     """Generate one image per seed with classifier-free guidance.
 
@@ -49,7 +51,7 @@ def sample_prompts(
         width: in pixels; default, also of `height`: the size of the base.
         batch_size: images per batch. Default: 16 up to 256 x 256, fewer for larger ones.
         cache: keeps residuals that do not depend on the noise, for the next call under the same condition.
-        on_step: called after every denoising step with the number of steps done and their total, over all batches.
+        on_step: called after every denoising step. An exception that it raises ends the sampling.
 
     Yields:
         Batches of images `[b, 3, height, width]` in [0, 1], in the order of `seeds`.
@@ -80,11 +82,14 @@ def sample_prompts(
         x_t = initial_noise(base, seeds[group], width, height) * solver.initial
         solver.begin()
         for index, t in enumerate(solver.timesteps):
-            prediction = _predict(base, plan, index, solver.input(x_t, index), t, guidance)
+            taken = solver.input(x_t, index)
+            prediction = _predict(base, plan, index, taken, t, guidance)
             x_t = solver.step(prediction, x_t, index)
             done += 1
             if on_step is not None:
-                on_step(done, total)
+                images = range(first, first + len(x_t))
+                clean = partial(base.schedule.clean, prediction, taken, t)
+                on_step(Step(base, done, total, index + 1, len(solver.timesteps), images, clean))
         if not plan.reused:
             plan.release()  # else its residuals would take memory while the latents are decoded
         if not torch.isfinite(x_t).all():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from controlkit.errors import UserError
 from controlkit.files import read_json
 from controlkit.images import read_bytes, read_image
+from controlkit.sampling.axes import is_changed, points_of
 from controlkit.sampling.request import ControlUse, GenerateRequest, condition_name, mask_name
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ class SavedSettings:
     none; empty in files of earlier versions."""
     sha256: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Hashes of the files read (`Generation.sha256`); empty in files of earlier versions."""
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Stem of a condition image or mask -> stem of its file, if another."""
+    parts: Sequence[Mapping[str, Any]] = ()
+    """Of a request with axes, `values`, `images`, `used`, `sha256` and `files` of each combination."""
     folder: Path = Path()
     """Folder of the settings and the condition images (`condition0.png`, ...). Relative paths that do not exist are
     tried from here."""
@@ -52,13 +57,53 @@ class SavedSettings:
         resolved = {name: used[name] for name in _RESOLVED if name in used}
         stored = self.request.to_json()
         stored["base"] = self._locate(self.request.base)
+        axes = {name: self._axes(name, changes) for name in ("vary", "xy") if name not in changes}
         for index, use in enumerate(stored["controls"]):
             # Files from before there were modes mean this one.
             use["mode"] = use["mode"] or (used.get("mode", "balanced") if same_base else None)
             if "controls" not in changes:
-                use |= {"control": self._locate_control(use["control"]), **self._inputs(index)}
-                use["mask"] = self._mask(index)
-        return GenerateRequest.from_json({**stored, **resolved, **changes})
+                use["control"] = self._locate_control(use["control"])
+                use |= self._located(use) if self.varies else {**self._inputs(index), "mask": self._mask(index)}
+        return GenerateRequest.from_json({**stored, **resolved, **axes, **changes})
+
+    @property
+    def varies(self) -> bool:
+        """Whether the request has axes."""
+        return bool(self.request.vary or self.request.xy)
+
+    def _axes(self, name: str, changes: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
+        """The axes of one field without those of settings that change, with paths as they exist now."""
+        kept = []
+        for axis in getattr(self.request, name):
+            if any(is_changed(setting, changes) for setting in axis):
+                continue
+            paths = [setting for setting in axis if setting.rpartition(".")[2] in ("base", "control", "image", "mask")]
+            located = {setting: [self._locate(str(value)) for value in axis[setting]] for setting in paths}
+            kept.append({**axis, **located})
+        return kept
+
+    def _located(self, use: Mapping[str, Any]) -> dict[str, Any]:
+        """Paths of a control of a request with axes: as they exist, without a look at their content."""
+        inputs = use["inputs"] and {
+            name: self._locate(value) if isinstance(value, str) else value for name, value in use["inputs"].items()
+        }
+        paths = {name: use[name] and self._locate(use[name]) for name in ("image", "mask")}
+        return {**paths, "inputs": inputs}
+
+    def _part_differences(self, generation: Generation) -> list[str]:
+        """`differences` of a request with axes."""
+        before, after = points_of(self.request), points_of(generation.request)
+        if len(before) != len(after) or len(self.parts) != len(before):
+            return []
+        notes: dict[str, None] = {}
+        for point, part, new in zip(before, self.parts, generation.parts, strict=True):
+            old = SavedSettings(point.request, part.get("used", {}), part.get("sha256", {}), folder=self.folder)
+            notes |= dict.fromkeys(old.differences(new))
+            for index, use in enumerate(point.request.controls):
+                for what in ("image", "mask"):
+                    if _differ(old._hashes(index), new.sha256["controls"][index], what):
+                        notes[f"{getattr(use, what)} has changed since (SHA-256), so the images may differ"] = None
+        return list(notes)
 
     def again(self, **changes: Any) -> GenerateRequest:
         """Former name of `to_request`."""
@@ -76,6 +121,8 @@ class SavedSettings:
             generation: made from `to_request`. What it was passed loaded, or what the settings do not record, is not
                 compared.
         """
+        if self.varies:
+            return self._part_differences(generation)
         notes = []
         before, after = self.sha256, generation.sha256
         if generation.request.base == self._locate(self.request.base) and _differ(before, after, "base"):
@@ -113,7 +160,7 @@ class SavedSettings:
 
     def _mask_notes(self, index: int, new: ControlUse) -> list[str]:
         """A note if the saved mask of a control replaces its mask."""
-        stored, saved = self.request.controls[index].mask, str(self.folder / f"{mask_name(index)}.png")
+        stored, saved = self.request.controls[index].mask, str(self._file(mask_name(index)))
         if stored is None or not new.mask == saved != stored:
             return []
         state = "has changed since (SHA-256)" if self._places(stored) else "is missing"
@@ -125,7 +172,7 @@ class SavedSettings:
         Raises:
             UserError: both are missing.
         """
-        use, saved = self.request.controls[index], self.folder / f"{mask_name(index)}.png"
+        use, saved = self.request.controls[index], self._file(mask_name(index))
         if use.mask is None:
             return None
         found = self._with_hash(use.mask, self._hashes(index).get("mask"))
@@ -172,7 +219,10 @@ class SavedSettings:
         return [place for place in dict.fromkeys((stored, str(self.folder / stored))) if Path(place).is_file()]
 
     def _saved(self, index: int, name: str | None) -> Path:
-        return self.folder / f"{condition_name(index, name)}.png"
+        return self._file(condition_name(index, name))
+
+    def _file(self, stem: str) -> Path:
+        return self.folder / f"{self.files.get(stem, stem)}.png"
 
     def _inputs(self, index: int) -> dict[str, Any]:
         """`image` or `inputs` of a control: the stored images, or all saved condition images if one changed."""
@@ -252,13 +302,18 @@ def read_settings(path: str | Path) -> SavedSettings:
     values = _of_png(path) if path.suffix.lower() == ".png" else read_json(path)
     if not isinstance(values, dict) or not isinstance(values.get("request"), dict):
         raise UserError(f"{path} holds no settings; expected a settings.json or a PNG of `generate`", "wrong-kind")
-    used, sha256 = (values.get(name, {}) for name in ("used", "sha256"))
+    used, sha256, files = (_mapping(values.get(name)) for name in ("used", "sha256", "files"))
     try:
         request = GenerateRequest.from_json(values["request"])
     except UserError as error:
         raise UserError(f"{path}: {error}", error.code) from error
-    used, hashes = (value if isinstance(value, dict) else {} for value in (used, sha256))
-    return SavedSettings(request, used, hashes, folder=path.parent)
+    parts = values.get("parts")
+    parts = [_mapping(part) for part in parts] if isinstance(parts, list) else []
+    return SavedSettings(request, used, sha256, files, parts, folder=path.parent)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _of_png(path: Path) -> Any:

@@ -77,12 +77,7 @@ class Weighting:
             UserError: the numbers of residuals and of layers differ.
         """
         if self.layers is not None:
-            if len(self.layers) != len(residuals):
-                raise UserError(
-                    f"got {len(self.layers)} layers for {len(residuals)} residuals; expected one number for each of"
-                    f" {', '.join(residuals)}",
-                    "out-of-range",
-                )
+            check_number_of_layers(self.layers, list(residuals))
             residuals = residuals.scaled(self.layers)
         if self.by_site is not None:
             residuals = Residuals({site: tensor * self.by_site[site] for site, tensor in residuals.items()})
@@ -101,6 +96,22 @@ class Weighting:
             mask = functional.interpolate(self.mask, size, mode="area").to(residual.device, residual.dtype)
             self._masks[key] = mask if residual.ndim == 4 else mask.flatten(2).transpose(1, 2)
         return self._masks[key]
+
+
+def check_number_of_layers(layers: Sequence[float], sites: Sequence[str]) -> None:
+    """Check that there is one layer weight for each residual.
+
+    Args:
+        sites: of the residuals, in order.
+
+    Raises:
+        UserError: the numbers differ.
+    """
+    if len(layers) != len(sites):
+        raise UserError(
+            f"got {len(layers)} layers for {len(sites)} residuals; expected one number for each of {', '.join(sites)}",
+            "out-of-range",
+        )
 
 
 def check_weighted(mode: str, base: Base, control: Control, *, layers: bool = False, mask: bool = False) -> None:

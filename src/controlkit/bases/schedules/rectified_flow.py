@@ -40,6 +40,9 @@ class RectifiedFlow(Schedule):
     def target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise - z
 
+    def clean(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return x_t - self._sigma(t.reshape(1), x_t) * prediction
+
     def snr(self, t: Tensor) -> Tensor:
         sigma = (t / self.length).clamp(1e-4, 1 - 1e-4)
         return ((1 - sigma) / sigma) ** 2

@@ -61,6 +61,15 @@ class Schedule(ABC):
         """Prediction target at times `t` `[B]`, `[B, C, h, w]`."""
 
     @abstractmethod
+    def clean(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The estimate of the clean latents from the network's prediction, `[B, C, h, w]`.
+
+        Args:
+            prediction: for `x_t` `[B, C, h, w]`, as the network takes it (`Solver.input`).
+            t: one time for all, also fractional.
+        """
+
+    @abstractmethod
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio (of variances) at times `t`, `[B]`."""
 

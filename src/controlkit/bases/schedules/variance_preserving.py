@@ -49,6 +49,13 @@ class VariancePreserving(Schedule):
             return noise
         return z if self.prediction == "sample" else self._scheduler.get_velocity(z, noise, t)
 
+    def clean(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        alpha_bar = self._scheduler.alphas_cumprod[round(float(t))]
+        signal, noise = float(alpha_bar) ** 0.5, float(1 - alpha_bar) ** 0.5
+        if self.prediction == "epsilon":
+            return (x_t - noise * prediction) / signal
+        return prediction if self.prediction == "sample" else signal * x_t - noise * prediction
+
     def snr(self, t: Tensor) -> Tensor:
         alpha_bar = self._scheduler.alphas_cumprod.to(t.device)[t]
         return alpha_bar / (1 - alpha_bar)

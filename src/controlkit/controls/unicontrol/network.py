@@ -263,8 +263,8 @@ class UniControl(Control):
         selected = self.for_task(values.get("task"), values.get("instruction"))
         if selected.mixture is None:
             raise UserError(
-                f"the control has several tasks: {', '.join(self.tasks)}; select one in a .json file of inputs, such as"
-                f' {{"image": "photo.png", "task": "{next(iter(self.tasks))}"}}',
+                f"the control has several tasks: {', '.join(self.tasks)}; select one:"
+                f' --control FILE=IMAGE,task={next(iter(self.tasks))}, or the input "task" in a .json file',
                 "missing-setting",
             )
         return selected

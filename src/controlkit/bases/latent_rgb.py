@@ -1,0 +1,85 @@
+"""Linear approximations of autoencoders: latents to small RGB images, for previews while sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+LatentRGB = Sequence[Sequence[float]]
+"""One row `(red, green, blue)` per latent channel, and optionally one more for the offset; images are in [-1, 1]."""
+
+SD1_LATENT_RGB: LatentRGB = (
+    (0.3444, 0.1385, 0.0670),
+    (0.1247, 0.4027, 0.1494),
+    (-0.3192, 0.2513, 0.2103),
+    (-0.1307, -0.1874, -0.7445),
+)
+"""Of the autoencoder of Stable Diffusion 1 and 2, as published by @torridgristle in InvokeAI (Apache-2.0)."""
+SDXL_LATENT_RGB: LatentRGB = (
+    (0.3816, 0.4930, 0.5320),
+    (-0.3753, 0.1631, 0.1739),
+    (0.1770, 0.3588, -0.2048),
+    (-0.4350, -0.2644, -0.4289),
+)
+"""Of SDXL's, as published by @StAlKeR7779 in InvokeAI (Apache-2.0)."""
+SD3_LATENT_RGB: LatentRGB = (
+    (-0.0524, 0.0325, 0.0749),
+    (-0.0581, 0.0076, 0.0573),
+    (0.1614, 0.0127, -0.0377),
+    (0.1442, 0.0846, 0.1594),
+    (0.0489, 0.0056, -0.0669),
+    (0.0519, 0.1922, 0.0626),
+    (0.1539, 0.0482, 0.0710),
+    (-0.0860, 0.0901, 0.1089),
+    (-0.1240, -0.0677, 0.0034),
+    (-0.0440, 0.0783, 0.0226),
+    (0.0310, 0.0638, 0.0775),
+    (-0.0132, 0.0855, -0.0877),
+    (0.0646, 0.0591, 0.1326),
+    (-0.0786, -0.0226, -0.1276),
+    (-0.0992, -0.0801, -0.0626),
+    (-0.0339, -0.0804, -0.0608),
+)
+"""Of Stable Diffusion 3's, from the same source."""
+NANO_LATENT_RGB: LatentRGB = (
+    (0.5313, 0.5621, 0.2364),
+    (0.8056, -0.1241, 0.3850),
+    (0.4754, -0.0084, 0.2688),
+    (-0.5309, -0.2112, 0.3542),
+    (0.2720, 0.0500, -0.0255),
+)
+"""Of nano's: `fit_latent_rgb` on the evaluation images `seen`; it explains 0.90 of the variance on `held-out`."""
+
+
+def fit_latent_rgb(z: Tensor, images: Tensor) -> LatentRGB:
+    """The least-squares fit of images by their latents.
+
+    Args:
+        z: latents `[B, C, h, w]`.
+        images: `[B, 3, H, W]` in [-1, 1]; averaged down to h x w.
+
+    Returns:
+        C + 1 rows; the last is the offset.
+    """
+    targets = functional.interpolate(images, z.shape[-2:], mode="area")
+    rows = z.movedim(1, -1).flatten(0, -2)
+    rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
+    solution: Tensor = torch.linalg.lstsq(rows, targets.movedim(1, -1).flatten(0, -2)).solution
+    return tuple((red, green, blue) for red, green, blue in solution.tolist())
+
+
+def latents_to_rgb(z: Tensor, latent_rgb: LatentRGB) -> Tensor:
+    """Latents `[B, C, h, w]` => images `[B, 3, h, w]`, clamped to [-1, 1].
+
+    Args:
+        latent_rgb: with C or C + 1 rows.
+    """
+    matrix = torch.tensor(latent_rgb, device=z.device, dtype=torch.float32)
+    channels = z.shape[1]
+    rgb = torch.einsum("bchw,cr->brhw", z.float(), matrix[:channels])
+    if len(matrix) > channels:
+        rgb = rgb + matrix[channels].view(1, 3, 1, 1)
+    return rgb.clamp(-1, 1)
