@@ -116,7 +116,15 @@ class Records:
 
 
 def digest(path: Path) -> str | None:
-    """Hash of a file's content, or of the names and contents of a folder's files; None if it is missing."""
+    """Hash of a file's content, or of the names and contents of a folder's files; None if it is missing.
+
+    The order of a safetensors file's header does not count: the library writes its metadata in any order.
+    """
+    if path.is_file() and path.suffix == ".safetensors":
+        with path.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            tensors = hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(json.dumps(header, sort_keys=True), tensors)
     if path.is_file():
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

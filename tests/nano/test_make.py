@@ -375,6 +375,7 @@ def plan_of(said: str) -> dict[str, str]:
 
 
 def test_the_plan_names_every_step_why_it_runs_and_how_long_it_takes(repository):
+    (repository / "benchmarks/results/nano/made.json").unlink(missing_ok=True)
     said = run_make(repository, "--dry-run", "--budget", "5")
     told = plan_of(said)
     names = [
