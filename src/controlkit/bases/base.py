@@ -354,6 +354,17 @@ class Base(ABC):
         pixels = z.shape[2] * z.shape[3] * self.factor**2
         return torch.cat([self.vae.decode(part).sample for part in z.split(_vae_batch(pixels))]).clamp(-1, 1)
 
+    @contextmanager
+    def tiling(self, enabled: bool = True) -> Iterator[None]:
+        """A context in which the autoencoder works in overlapping tiles of its native size, as by `enable_tiling` of
+        diffusers. It bounds the memory for large images and changes them a little."""
+        before = self.vae.use_tiling
+        self.vae.use_tiling = enabled
+        try:
+            yield
+        finally:
+            self.vae.use_tiling = before
+
     @property
     @abstractmethod
     def sites(self) -> Mapping[str, tuple[int, int]]:

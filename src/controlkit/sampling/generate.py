@@ -278,12 +278,13 @@ def generate_one(
             on_step=None if on_step is None else lambda step: on_step(step.in_round(turn, rounds)),
         )
         made: list[GeneratedImage] = []
-        for batch in batches:
-            finished = to_images(batch) if canvas is None else [canvas.finished(image) for image in to_images(batch)]
-            made += map(GeneratedImage, finished, request.seeds[len(made) :])
-            if on_images is not None and turn == rounds - 1:
-                generation.images = made
-                on_images(generation)
+        with base.tiling(request.tiled):
+            for batch in batches:
+                finished = [image if canvas is None else canvas.finished(image) for image in to_images(batch)]
+                made += map(GeneratedImage, finished, request.seeds[len(made) :])
+                if on_images is not None and turn == rounds - 1:
+                    generation.images = made
+                    on_images(generation)
         return made
 
     with _timed(generation, "sample"):

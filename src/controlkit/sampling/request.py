@@ -197,6 +197,9 @@ class GenerateRequest:
     batch_size: int | None = None
     """Images per batch; changes the memory needed, not the images. Default: 16 up to 256 x 256, fewer for larger ones
     (4 of 512 x 512)."""
+    tiled: bool = False
+    """Whether the autoencoder works in overlapping tiles of its native size, which bounds its memory for large images
+    and changes them a little (diffusers: `enable_tiling`)."""
     device: str = "auto"
     """A torch device; `auto` is CUDA, then MPS, then the CPU."""
     text_device: str | None = None
