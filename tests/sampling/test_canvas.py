@@ -214,3 +214,41 @@ def test_a_mask_of_another_scale_is_scaled(sd1_scheduled_base, folder):
     made = drawn(sd1_scheduled_base, mask="large.png", only_masked=8)
     assert made.shape == (100, 150, 3)
     assert (made[:, :70] == opened("photo.png")[:, :70]).all()
+
+
+def test_an_axis_of_images_to_start_from(folder, capsys):
+    """`image` of an axis is of the request where it has one; that of a control has its number."""
+    Image.open("small-photo.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save("turned.png")
+    words = ("--image", "small-photo.png", "--strength", 0.6, "--steps", 4, "--control", "canny=small-edges.png")
+    assert run("generate", "red apple", *words, "--xy", "image=small-photo.png,turned.png", "--out", "first") == 0
+    same = {"steps": 4, "strength": 0.6, "guidance": None, "seeds": (0,), "controls": USES}
+    single = [generate(request(image=path, **same)) for path in ("small-photo.png", "turned.png")]
+    for generation, path in zip(single, ("imagesmall-photo", "imageturned"), strict=True):
+        made = opened(f"first/{path}-seed0.png")
+        assert (made == np.asarray(generation.images[0].image)).all()
+    assert run("generate", "--from", "first", "--out", "second") == 0
+    assert run("generate", "--from", "first/imageturned-seed0.png", "--out", "third") == 0
+    assert (opened("third/seed0.png") == opened("first/imageturned-seed0.png")).all()
+    capsys.readouterr()
+    Image.open("small-photo.png").save("turned.png")
+    assert run("generate", "--from", "first", "--out", "fourth") == 0
+    assert "turned.png has changed" in capsys.readouterr().err
+    (folder / "turned.png").unlink()
+    assert run("generate", "--from", "first/imageturned-seed0.png", "--out", "fifth") == 0
+    assert (opened("fifth/seed0.png") == opened("first/imageturned-seed0.png")).all()
+    edges = {"0.image": ["small-edges.png", "small-photo.png"]}
+    parts = generate(request("small-", controls=USES, vary=(edges,))).parts
+    assert [part.request.controls[0].image for part in parts] == edges["0.image"]
+    assert {part.request.image for part in parts} == {"small-photo.png"}
+
+
+USES = (ControlUse(control="canny", image="small-edges.png"),)
+
+
+def test_steps_are_those_that_run(sd1_scheduled_base, folder):
+    told = []
+    generate(
+        request(name="small-", strength=0.6, seeds=(1, 2), batch_size=1), base=sd1_scheduled_base, on_step=told.append
+    )
+    assert [(step.done, step.total) for step in told] == [(number, 6) for number in range(1, 7)]
+    assert [(step.step, step.steps) for step in told] == [(1, 3), (2, 3), (3, 3)] * 2

@@ -100,6 +100,10 @@ class SavedSettings:
         for point, part, new in zip(before, self.parts, generation.parts, strict=True):
             old = SavedSettings(point.request, part.get("used", {}), part.get("sha256", {}), folder=self.folder)
             notes |= dict.fromkeys(old.differences(new))
+            for name in START_NAMES:
+                if _differ(old.sha256, new.sha256, name):
+                    path = getattr(point.request, name)
+                    notes[f"{path} has changed since (SHA-256), so the images may differ"] = None
             for index, use in enumerate(point.request.controls):
                 for what in ("image", "mask"):
                     if _differ(old._hashes(index), new.sha256["controls"][index], what):
