@@ -93,6 +93,35 @@ def test_too_large_images_are_refused_before_they_are_decoded(tmp_path, size, mo
         read_image(path)
 
 
+@pytest.mark.parametrize(("limit", "divisor"), [(64 * 48, 2), (64 * 48 - 1, 4), (20 * 16, 8)])
+def test_large_photographs_are_read_scaled_down(tmp_path, monkeypatch, limit, divisor):
+    photo = Image.fromarray(GRADIENT).resize((128, 96))
+    photo.save(tmp_path / "photo.jpg", quality=95)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    monkeypatch.setattr("controlkit.images.MAX_PIXELS", limit)
+    image = read_image(tmp_path / "photo.jpg")
+    assert image.size == (128 // divisor, 96 // divisor)
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(photo.resize(image.size)).astype(int)).mean() < 4
+    assert read_image(tmp_path / "turned.jpg").size == image.size[::-1]
+    photo.save(tmp_path / "photo.png")
+    with refused("bad-image", "photo.png", "megapixels"):
+        read_image(tmp_path / "photo.png")
+
+
+def test_a_limit_has_one_text(tmp_path, monkeypatch):
+    """Whether Pillow refuses the image or we do."""
+    path, said = tmp_path / "large.png", set()
+    path.write_bytes(png_header(9000, 9000))
+    for pillow in (10**12, 10**6):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow)
+        with refused("bad-image", path, "81 megapixels", "at most 67 megapixels") as caught:
+            read_image(path)
+        said.add(str(caught.value))
+    assert len(said) == 1
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"]), data=st.data())

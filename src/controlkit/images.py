@@ -7,6 +7,7 @@ Outside the networks an image is a PIL image or a `uint8` array. Inside, images 
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_PIXELS = 8192 * 8192
-"""Larger images are refused before they are decoded: 20,000 x 20,000 would take 1.2 GB."""
+"""Larger images are refused before they are decoded: 20,000 x 20,000 would take 1.2 GB. JPEG files up to
+`MAX_JPEG_PIXELS` are decoded at 1/2 to 1/8 of their size."""
+MAX_JPEG_PIXELS = 178 * 10**6
+"""Photographs of telephones have 108 megapixels. Pillow opens no image of more than 178."""
 
 
 def read_image(path: str | Path, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
@@ -32,11 +36,12 @@ def read_image(path: str | Path, background: tuple[int, int, int] = (255, 255, 2
 
     EXIF rotation is applied, an embedded ICC profile is converted to sRGB, transparent pixels are composited over
     `background`, palettes and greyscale are expanded. Of several frames the first is used. 16-bit greyscale and
-    floats in [0, 1] are scaled to 8 bits; integer values up to 255 are kept.
+    floats in [0, 1] are scaled to 8 bits; integer values up to 255 are kept. JPEG files of more than `MAX_PIXELS` are
+    scaled down.
 
     Raises:
-        UserError: the file is missing, empty, truncated, not an image, larger than `MAX_PIXELS`, or its value range is
-            ambiguous (`to_rgb`).
+        UserError: the file is missing, empty, truncated, not an image, too large, or its value range is ambiguous
+            (`to_rgb`).
     """
     return decode_rgb(read_bytes(path), str(path), background)
 
@@ -77,7 +82,8 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         name: its name in errors.
 
     Raises:
-        UserError: the bytes are empty, truncated, not an image, or an image larger than `MAX_PIXELS`.
+        UserError: the bytes are empty, truncated, not an image, or an image larger than `MAX_PIXELS` that is no JPEG of
+            at most `MAX_JPEG_PIXELS`.
     """
     if not data:
         raise UserError(f"{name} is empty (0 bytes), not an image", "bad-image")
@@ -87,20 +93,35 @@ def decode_image(data: bytes, name: str) -> Image.Image:
             image: Image.Image = Image.open(io.BytesIO(data))
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise UserError(
-                f"{name} is too large: {width} x {height}, at most {MAX_PIXELS // 10**6} megapixels; make it smaller",
-                "bad-image",
-            )
+            if image.format not in ("JPEG", "MPO") or width * height > MAX_JPEG_PIXELS:
+                raise _too_large(name, width * height)
+            _scale_down(image)
         image.load()
     except UnidentifiedImageError as error:
         raise UserError(f"{name} is not an image in a supported format (PNG, JPEG, WebP, ...)", "bad-image") from error
     except Image.DecompressionBombError as error:
-        raise UserError(
-            f"{name} is too large: at most {MAX_PIXELS // 10**6} megapixels; make it smaller", "bad-image"
-        ) from error
+        raise _too_large(name, int(re.findall(r"\((\d+) pixels", str(error))[0])) from error
     except (OSError, SyntaxError, ValueError, EOFError, NotImplementedError) as error:
         raise UserError(f"{name} is truncated or damaged ({error})", "bad-image") from error
     return image
+
+
+def _scale_down(image: Image.Image) -> None:
+    """Have a JPEG file decoded at the largest of 1/2, 1/4 and 1/8 of its size that has at most `MAX_PIXELS`."""
+    width, height = image.size
+    for divisor in (2, 4, 8):
+        size = (-(-width // divisor), -(-height // divisor))
+        if size[0] * size[1] <= MAX_PIXELS:
+            image.draft(None, size)
+            return
+
+
+def _too_large(name: str, pixels: int) -> UserError:
+    return UserError(
+        f"{name} is too large: {pixels / 10**6:.0f} megapixels, at most {MAX_PIXELS // 10**6} megapixels, or"
+        f" {MAX_JPEG_PIXELS // 10**6} as JPEG; make it smaller",
+        "bad-image",
+    )
 
 
 def to_rgb(

@@ -29,8 +29,10 @@ SPELLINGS = {
     "--guidance-scale": "--guidance",
     "--guidance_scale": "--guidance",
     "--num-images": "--seeds N",
-    "--init": "image-to-image does not exist",
-    "--mask": "inpainting",
+    "--init": "--image",
+    "--mask-image": "--mask",
+    "--denoising-strength": "--strength",
+    "--lora": "LoRAs of the base does not exist",
 }
 """Options that people bring along, and what the answer of `generate` names."""
 

@@ -170,9 +170,23 @@ def test_latents_are_never_clipped(base_folder, said):
     assert load_base(base_folder).schedule.config["clip_sample"] is False
 
 
-def test_a_base_for_inpainting_is_refused(base_folder, tiny_base):
-    UNet2DConditionModel.from_config({**tiny_base.unet.config, "in_channels": 9}).save_pretrained(base_folder / "unet")
-    not_loaded(base_folder, "unsupported", "9 channels", "4", "inpainting")
+def with_channels(base_folder, tiny_base, channels):
+    config = {**tiny_base.unet.config, "in_channels": channels}
+    UNet2DConditionModel.from_config(config).save_pretrained(base_folder / "unet")
+
+
+def test_an_inpainting_model_is_one_of_9_channels(base_folder, tiny_base):
+    assert not load_base(base_folder).is_inpainting
+    with_channels(base_folder, tiny_base, 9)
+    base = load_base(base_folder)
+    assert base.is_inpainting and base.latent_channels == 4
+
+
+@pytest.mark.parametrize("channels", [5, 8])
+def test_a_base_of_other_channels_is_refused(base_folder, tiny_base, channels):
+    """Of depth, and of editing by instructions."""
+    with_channels(base_folder, tiny_base, channels)
+    not_loaded(base_folder, "unsupported", f"{channels} channels", "4", "inpainting")
 
 
 def test_a_device_without_numbers_is_refused(base_folder):

@@ -137,3 +137,10 @@ def test_a_file_that_holds_something_else_is_refused_in_words(tmp_path, held):
     torch.save(held, tmp_path / "x.ckpt")
     with refused("wrong-kind", tmp_path / "x.ckpt", "Stable Diffusion", "controlkit inspect"):
         load_base(tmp_path / "x.ckpt")
+
+
+def test_a_file_of_9_channels_is_an_inpainting_model(tensors, tmp_path):
+    wide = torch.zeros(16, 9, 3, 3)
+    save_file({**tensors, "model.diffusion_model.input_blocks.0.0.weight": wide}, tmp_path / "model.safetensors")
+    base = load_single_file(tmp_path / "model.safetensors", torch.float32, PARTS)
+    assert base.is_inpainting and base.latent_channels == 4

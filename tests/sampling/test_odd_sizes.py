@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
+from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline, StableDiffusionPipeline
+from parity import parts
 
 from controlkit.controls.apply import predict_under
 from controlkit.controls.control import encode_images
 from controlkit.controls.registry import registry
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
+from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import sample
 
 WIDTH, HEIGHT = 68, 52
@@ -49,6 +53,35 @@ def test_images_of_odd_latents_are_those_of_diffusers(sd1_scheduled_base, tiny_c
     )
     assert drawn.shape == (1, 3, HEIGHT, WIDTH)
     assert (drawn - expected).abs().max() < 1e-3
+
+
+def test_tiled_decoding_is_that_of_diffusers(sd1_scheduled_base):
+    base = sd1_scheduled_base
+    pipeline = StableDiffusionPipeline(**parts(base))
+    pipeline.set_progress_bar_config(disable=True)
+
+    def theirs():
+        return pipeline(
+            "red apple",
+            width=128,
+            height=96,
+            num_inference_steps=2,
+            guidance_scale=4.0,
+            generator=torch.Generator().manual_seed(3),
+        ).images[0]
+
+    def ours(**settings):
+        size = {"prompt": "red apple", "seeds": (3,), "steps": 2, "guidance": 4.0, "width": 128, "height": 96}
+        (one,) = generate(GenerateRequest(**size, **settings), base=base).images
+        return np.asarray(one.image).astype(int)
+
+    with base.tiling():
+        expected = np.asarray(theirs()).astype(int)
+    assert not base.vae.use_tiling
+    assert np.abs(ours(tiled=True) - expected).max() <= 1
+    assert not base.vae.use_tiling
+    assert np.abs(ours() - np.asarray(theirs()).astype(int)).max() <= 1
+    assert np.abs(ours() - expected).max() > 1
 
 
 BUILT_IN = [kind for kind in registry().values() if kind.__module__.startswith("controlkit.controls.")]

@@ -117,8 +117,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--width", type=int, help="in pixels (default: the size of the base)")
     parser.add_argument("--height", type=int, help="in pixels (default: the size of the base)")
+    parser.add_argument("--image", metavar="FILE", help="start from this image (img2img)")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        help="fraction of the steps that run on --image, 0 to 1: the higher, the less of it remains (default: 0.8; with"
+        " --mask 1)",
+    )
+    parser.add_argument(
+        "--mask", metavar="FILE", help="inpaint --image where this image of the same size is white; keep the rest"
+    )
+    parser.add_argument("--mask-blur", type=float, metavar="PIXELS", help="blur of the mask's edge (default: 0)")
+    parser.add_argument(
+        "--only-masked",
+        type=int,
+        metavar="PADDING",
+        help="inpaint the part around the mask, with this padding in pixels, at full size, and put it back",
+    )
     parser.add_argument("--sampler", help="ddim, dpm++, dpm++-karras, unipc or euler (default: ddim; euler for SD3)")
     parser.add_argument("--batch-size", type=int, help="images per batch (default: 16 small ones, 4 of 512 x 512)")
+    parser.add_argument(
+        "--tiled",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="decode large images in tiles, in less memory (default: no)",
+    )
     parser.add_argument("--device", help="cpu, cuda, mps or auto (default: auto, the best available)")
     parser.add_argument("--text-device", help="device of the text encoders, such as cpu (default: --device)")
     parser.add_argument("--precision", help="fp32, fp16, bf16 or auto (default: auto, fp16 on CUDA, else fp32)")
@@ -197,6 +220,7 @@ def _watch(every: int | None, out: Path) -> Callable[[Step], object]:
 
 _OPTIONS = (
     *("prompt", "prompt_mode", "captioner", "base", "negative_prompt", "steps", "guidance", "width", "height"),
+    *("image", "strength", "mask", "mask_blur", "only_masked", "tiled"),
     *("sampler", "batch_size", "device", "text_device", "precision"),
 )
 

@@ -17,8 +17,13 @@ _OURS = {
     "controlnet": "control",
     "controlnet-conditioning-scale": "control",
     "controlnet-model-name-or-path": "control",
+    "denoising-strength": "strength",
     "guidance-scale": "guidance",
+    "init": "image",
+    "init-image": "image",
+    "inpaint-full-res-padding": "only-masked",
     "lr": "learning-rate",
+    "mask-image": "mask",
     "max-train-steps": "steps",
     "mixed-precision": "precision",
     "model": "base",
@@ -29,6 +34,7 @@ _OURS = {
     "num-images-per-prompt": "seeds",
     "num-inference-steps": "steps",
     "output": "out",
+    "padding-mask-crop": "only-masked",
     "output-dir": "out",
     "pretrained-model-name-or-path": "base",
     "resolution": "size",
@@ -54,12 +60,6 @@ _ANSWERS = {
 }
 
 _UNSUPPORTED = {
-    "init": "image-to-image",
-    "init-image": "image-to-image",
-    "strength": "image-to-image",
-    "denoising-strength": "image-to-image",
-    "mask": "inpainting with a mask",
-    "mask-image": "inpainting with a mask",
     "lora": "LoRAs of the base",
     "push-to-hub": "uploading while training (see controlkit push)",
 }

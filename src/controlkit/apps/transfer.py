@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
     read = [find_control(args.control), base_path(args.source), base_path(args.target)]
     check_overwrite([Path(args.out)], [one for path in read for one in files_of(path)], force=args.force)
     source, target = load_base(args.source), load_base(args.target)
+    for base in (source, target):
+        base.check_text_to_image("transfer")
     control = load_control(args.control, source)
     if control.copied_network() is None:
         companion = control.companion is not None

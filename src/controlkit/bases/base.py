@@ -327,13 +327,18 @@ class Base(ABC):
         """Zeros in the shape of `encode_text` for one prompt, without a tokenizer, on torch's default device."""
 
     @torch.no_grad()
-    def encode_image(self, x: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` => scaled latents (mode of the posterior)."""
+    def encode_image(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images `[B, 3, H, W]` => scaled latents: the mode of the posterior, or a sample of it.
+
+        Args:
+            noise: standard normal `[B, C, h, w]` of the sample; for one image, of several samples.
+        """
         x = x.to(self.vae.device, self.vae.dtype)  # which may be offloaded while the network trains
-        latents = [
-            self.vae.encode(images).latent_dist.mode() for images in x.split(_vae_batch(x.shape[2] * x.shape[3]))
-        ]
-        return self.scaled(torch.cat(latents)).to(self.device, self.dtype)
+        posteriors = [self.vae.encode(images).latent_dist for images in x.split(_vae_batch(x.shape[2] * x.shape[3]))]
+        z = torch.cat([posterior.mode() for posterior in posteriors])
+        if noise is not None:
+            z = z + torch.cat([posterior.std for posterior in posteriors]) * noise.to(z.device, z.dtype)
+        return self.scaled(z).to(self.device, self.dtype)
 
     def scaled(self, z: Tensor) -> Tensor:
         """Output of the autoencoder => scaled latents."""
@@ -349,6 +354,17 @@ class Base(ABC):
         pixels = z.shape[2] * z.shape[3] * self.factor**2
         return torch.cat([self.vae.decode(part).sample for part in z.split(_vae_batch(pixels))]).clamp(-1, 1)
 
+    @contextmanager
+    def tiling(self, enabled: bool = True) -> Iterator[None]:
+        """A context in which the autoencoder works in overlapping tiles of its native size, as by `enable_tiling` of
+        diffusers. It bounds the memory for large images and changes them a little."""
+        before = self.vae.use_tiling
+        self.vae.use_tiling = enabled
+        try:
+            yield
+        finally:
+            self.vae.use_tiling = before
+
     @property
     @abstractmethod
     def sites(self) -> Mapping[str, tuple[int, int]]:
@@ -363,9 +379,37 @@ class Base(ABC):
         """For a person: what enters -> where."""
         return {"where residuals enter": ", ".join(self.sites)}
 
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether its network reads a mask and the masked image beside the noisy latents."""
+        return False
+
+    def check_text_to_image(self, use: str) -> None:
+        """Check that the base needs no mask and image.
+
+        Args:
+            use: what it is needed for, as in `training`.
+
+        Raises:
+            UserError: it is an inpainting model.
+        """
+        if self.is_inpainting:
+            raise UserError(
+                f"{self.name} is an inpainting model, which needs an image and a mask; {use} has none: use the"
+                " text-to-image model that it was made from",
+                "unsupported",
+            )
+
     @abstractmethod
     def predict(
-        self, x_t: Tensor, t: Tensor, text: Text, residuals: Residuals | None = None, taps: Taps | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        text: Text,
+        residuals: Residuals | None = None,
+        taps: Taps | None = None,
+        *,
+        masked: Tensor | None = None,
     ) -> Tensor:
         """The network's prediction (see `prediction_type`) for noisy latents `x_t` at times `t` of its schedule.
 
@@ -375,12 +419,15 @@ class Base(ABC):
             text: of batch `B`.
             residuals: of the controls; gradients flow through them.
             taps: of the controls, for this call.
+            masked: of an inpainting model, the mask (1 where to inpaint) and the latents of the masked image,
+                `[B, 1 + latent_channels, h, w]`.
 
         Returns:
             `[B, latent_channels, h, w]`.
 
         Raises:
-            UserError: this base lacks a site or a point, or several taps act where one replaces the hidden states.
+            UserError: this base lacks a site or a point, several taps act where one replaces the hidden states, or it
+                is an inpainting model and `masked` is missing.
         """
 
     def check_sites(self, residuals: Residuals) -> None:

@@ -62,6 +62,8 @@ def load_base(
 ) -> Base:
     """Load a base, frozen: Stable Diffusion 1.x, 2.x, XL and 3, and models of the same architectures.
 
+    Inpainting models (UNets of 9 input channels) only generate, from an image and a mask (`Base.is_inpainting`).
+
     Args:
         name: `nano`; a diffusers folder; a single `.safetensors` or `.ckpt` file; an id on the Hugging Face hub; or,
             with `random_weights`, one of `KNOWN_BASES`.
@@ -88,11 +90,11 @@ def load_base(
             base = load_single_file(path, dtype)
         else:
             base = _load_folder(base_folder(name), str(name), dtype)
-        network_channels, latent_channels = base.latents.channels, base.vae.config["latent_channels"]
-        if network_channels != latent_channels:
+        network_channels, latent_channels = base.denoiser.config["in_channels"], base.vae.config["latent_channels"]
+        if network_channels != latent_channels and not base.is_inpainting:
             raise UserError(
-                f"{name} is an inpainting or editing model (its network takes {network_channels} channels, its"
-                f" latents have {latent_channels}); use a text-to-image model",
+                f"{name} is neither a text-to-image nor an inpainting model: its network takes {network_channels}"
+                f" channels, its latents have {latent_channels}; use another model",
                 "unsupported",
             )
         if dtype == torch.bfloat16 and not random_weights:  # which changes the base's fingerprint

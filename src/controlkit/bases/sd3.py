@@ -197,7 +197,14 @@ class StableDiffusion3(Base):
         return {"where residuals enter": f"after {count} of {self._blocks} blocks, {width} channels a token"}
 
     def predict(
-        self, x_t: Tensor, t: Tensor, text: Text, residuals: Residuals | None = None, taps: Taps | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        text: Text,
+        residuals: Residuals | None = None,
+        taps: Taps | None = None,
+        *,
+        masked: Tensor | None = None,
     ) -> Tensor:
         added = Residuals() if residuals is None else residuals
         self.check_sites(added)

@@ -23,6 +23,7 @@ from controlkit.bases.stable_diffusion import (
     SD15_VAE,
     UNET,
     check_autoencoder,
+    with_channels,
     with_prediction,
 )
 from controlkit.bases.text import Text, clip_states, token_ids
@@ -144,7 +145,7 @@ class StableDiffusionXL(UNetBase):
     def configurations_of_file(
         cls, known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
     ) -> tuple[Configurations, list[str]]:
-        return with_prediction(known, shapes, metadata), []
+        return with_prediction(with_channels(known, shapes), shapes, metadata), []
 
     @classmethod
     def tokenizer_for(cls, component: Component, configurations: Configurations) -> CLIPTokenizer:

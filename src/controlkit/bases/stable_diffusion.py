@@ -171,6 +171,7 @@ class StableDiffusion(UNetBase):
     def configurations_of_file(
         cls, known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
     ) -> tuple[Configurations, list[str]]:
+        known = with_channels(known, shapes)
         configurations = with_prediction(known, shapes, metadata)
         is_version_2 = known["unet"]["cross_attention_dim"] == SD21_UNET["cross_attention_dim"]
         if is_version_2 and configurations is known:
@@ -197,6 +198,14 @@ def check_autoencoder(shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
         raise UserError(
             f"{name} is not a complete model: it has a UNet but no autoencoder (first_stage_model.*)", "wrong-kind"
         )
+
+
+def with_channels(known: Configurations, shapes: Mapping[str, tuple[int, ...]]) -> Configurations:
+    """Configurations with the input channels of a single file's UNet, 9 for inpainting models; unchanged for 4."""
+    shape = shapes.get(f"{ORIGINAL_UNET}input_blocks.0.0.weight", ())
+    if len(shape) < 2 or shape[1] == known["unet"]["in_channels"]:
+        return known
+    return {**known, "unet": {**known["unet"], "in_channels": shape[1]}}
 
 
 def with_prediction(

@@ -43,7 +43,7 @@ class UNetBase(Base):
     def latents(self) -> Latents:
         """No patches: its UNet rounds up odd sizes when downsampling, as in diffusers."""
         return Latents(
-            channels=self.unet.config.in_channels,
+            channels=self.vae.config.latent_channels,
             factor=2 ** (len(self.vae.config.block_out_channels) - 1),
             scale=self.vae.config.scaling_factor,
         )
@@ -51,6 +51,10 @@ class UNetBase(Base):
     @property
     def architecture(self) -> str:
         return ARCHITECTURES.get(self.unet.config.cross_attention_dim, "unknown")
+
+    @property
+    def is_inpainting(self) -> bool:
+        return bool(self.unet.config.in_channels == 2 * self.latent_channels + 1)
 
     @property
     def encoder_stages(self) -> tuple[tuple[int, int], ...]:
@@ -81,8 +85,17 @@ class UNetBase(Base):
         return {"where features of a T2I-Adapter enter": listed_stages(self.encoder_stages[:-1])}
 
     def predict(
-        self, x_t: Tensor, t: Tensor, text: Text, residuals: Residuals | None = None, taps: Taps | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        text: Text,
+        residuals: Residuals | None = None,
+        taps: Taps | None = None,
+        *,
+        masked: Tensor | None = None,
     ) -> Tensor:
+        if masked is None:
+            self.check_text_to_image("this call")
         added = Residuals() if residuals is None else residuals
         self.check_sites(added)
         hook_points = _hook_points(added, taps or {}, stage_points(dict(self.unet.config)))
@@ -90,7 +103,11 @@ class UNetBase(Base):
         hooks = _sums_by_point(added, hook_points)
         with self.tapping(hooks, taps or {}) if hooks or taps else nullcontext():
             return self.unet(
-                x_t, t, **unet_inputs(text), **_unet_arguments(arguments, x_t, self._skips), return_dict=False
+                x_t if masked is None else torch.cat([x_t, masked], 1),
+                t,
+                **unet_inputs(text),
+                **_unet_arguments(arguments, x_t, self._skips),
+                return_dict=False,
             )[0]
 
     @cached_property

@@ -144,7 +144,7 @@ class PrecomputedControlNet(OneImage):
         if factor != base.factor:
             return f"its hint network divides the image by {factor}, the base's autoencoder by {base.factor}"
         # It reads no latents, so any number of channels will do.
-        return copy_incompatibility({**config, "in_channels": base.unet.config["in_channels"]}, base)
+        return copy_incompatibility({**config, "in_channels": base.latent_channels}, base)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())

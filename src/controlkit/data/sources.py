@@ -120,7 +120,7 @@ def decode_pixels(data: bytes, name: str) -> tuple[np.ndarray, bool]:
         name: its name in errors.
 
     Raises:
-        UserError: the bytes are empty, truncated, not an image, or an image larger than `images.MAX_PIXELS`.
+        UserError: the bytes are empty, truncated, not an image, or too large, see `images.decode_image`.
     """
     if _is_plain_jpeg(data):
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION

@@ -216,7 +216,7 @@ def _with_settings(request: GenerateRequest, settings: Sequence[tuple[str, Any]]
     for name, value in settings:
         if name == "seed":
             changes["seeds"] = (value,)
-        elif name in known:
+        elif _is_of_request(name, request):
             changes[name] = value
         else:
             for index in _controls_of(name, request, known):
@@ -224,6 +224,14 @@ def _with_settings(request: GenerateRequest, settings: Sequence[tuple[str, Any]]
     plain = checked_fields(type(request), {"prompt": request.prompt, **changes}, "an axis")
     controls = tuple(ControlUse(**checked_fields(ControlUse, use, "a control")) for use in uses)
     return replace(request, **plain, controls=controls)
+
+
+def _is_of_request(name: str, request: GenerateRequest) -> bool:
+    """Whether a setting of an axis is of the request, not of its controls: of the two, `image` and `mask` are of a
+    request that starts from an image or has no controls."""
+    if name in ("image", "mask"):
+        return request.image is not None or not request.controls
+    return name in {each.name for each in fields(request)} - set(_NOT_VARIED)
 
 
 def _controls_of(name: str, request: GenerateRequest, known: Sequence[str]) -> Iterator[int]:
@@ -259,13 +267,11 @@ def _set_of_control(use: dict[str, Any], key: str, value: Any) -> None:
         use["parameters"] = {**(use["parameters"] or {}), key: value}
 
 
-def is_changed(name: str, changes: Mapping[str, Any]) -> bool:
+def is_changed(name: str, request: GenerateRequest, changes: Mapping[str, Any]) -> bool:
     """Whether changed fields of a request replace a setting of an axis."""
-    from controlkit.sampling.request import GenerateRequest
-
     if name == "seed":
         return "seeds" in changes
-    return name in changes if name in {each.name for each in fields(GenerateRequest)} else "controls" in changes
+    return name in changes if _is_of_request(name, request) else "controls" in changes
 
 
 def labels_of(axis: Axis) -> list[str]:

@@ -25,14 +25,25 @@ from controlkit.errors import UserError
 from controlkit.formats.load import control_class, load_control
 from controlkit.images import sequence_note, to_images, to_tensor
 from controlkit.sampling.axes import expand_folders, points_of
+from controlkit.sampling.canvas import Canvas
 from controlkit.sampling.identity import base_sha256, companion_sha256, control_sha256, pixels_sha256
-from controlkit.sampling.inputs import ControlImage, Kind, Mask, check_layers, values_of, with_named_inputs
+from controlkit.sampling.inputs import (
+    ControlImage,
+    Frame,
+    ImageFile,
+    Kind,
+    check_layers,
+    values_of,
+    with_named_inputs,
+)
 from controlkit.sampling.notes import crop_note, flat_note, prompt_notes, request_notes
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.prompts import find_captioner, first_prompt
 from controlkit.sampling.request import (
+    START_NAMES,
     ControlUse,
     GenerateRequest,
+    check_spans,
     condition_name,
     first_name,
     image_name,
@@ -97,18 +108,21 @@ class Generation:
     `condition1-canny` for the named input `canny`."""
     masks: dict[str, Image.Image] = field(default_factory=dict)
     """Masks of the controls that have one, grey, by the stem of their files: `mask0`."""
+    start_images: dict[str, Image.Image] = field(default_factory=dict)
+    """The image and mask that sampling starts from, before blur, by the stem of their files (`START_NAMES`)."""
     first_images: list[GeneratedImage] = field(default_factory=list)
     """In prompt mode `automatic`, the images from which the prompts were made, one per seed."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock time of each phase."""
     used: dict[str, Any] = field(default_factory=dict)
     """Resolved values of what the request leaves open: `device`, `precision`, `width` and `height` in pixels,
-    `guidance`, `mode`, `sampler`; and unless the prompt is given, `prompts`, one per seed."""
+    `guidance`, `mode`, `sampler`; `strength` with an image to start from; unless the prompt is given, `prompts`, one
+    per seed."""
     sha256: dict[str, Any] = field(default_factory=dict)
     """Hex SHA-256 of the files read: `base`, and for each of `controls` its `image`, `mask`, `control`, `companion`
     (such as the base control of an adapter) and `condition` (the pixels of the condition image). None for a base, and
     left out for controls, that the caller loaded. `image` and `condition` of named inputs are under `inputs` and their
-    names."""
+    names. `image` and `mask` are of the files that sampling starts from."""
     notes: list[str] = field(default_factory=list)
     """Remarks for the user, such as a cropped image or a cut prompt."""
     name: str = ""
@@ -178,14 +192,20 @@ def generate_one(
         kinds: Sequence[Kind] = controls or [control_class(use.control) for use in request.controls]
         generation.request = request = with_named_inputs(request, kinds)
         images = [ControlImage.read(use, kind) for use, kind in zip(request.controls, kinds, strict=True)]
-        masks = [Mask.read(use) for use in request.controls]
+        masks = [ImageFile.read_mask(use.mask) for use in request.controls]
+        start_file = None if request.image is None else ImageFile.read(request.image)
+        start_mask = ImageFile.read_mask(request.mask)
         hashes = [_hashes(*each) for each in zip(request.controls, images, masks, strict=True)]
         generation.sha256 = {"base": None, "controls": hashes}
+        started = {"image": start_file, "mask": start_mask}
+        generation.sha256 |= {name: file.sha256 for name, file in started.items() if file is not None}
         if base is None:
             base = models.base(request)
             generation.sha256["base"] = base_sha256(request.base)
         width, height = request.width or base.size, request.height or base.size
         base.check_size(width, height)
+        canvas = None if start_file is None else Canvas.of(request, start_file, start_mask, width, height)
+        frame = Frame(width, height) if canvas is None else canvas.frame
         prompt = first_prompt(request.prompt_mode, request.prompt, base)
         captioner = find_captioner(request.captioner, base) if request.prompt_mode == "automatic" else None
         generation.used = {
@@ -197,6 +217,12 @@ def generate_one(
             "mode": base.default_mode,
             "sampler": request.sampler or base.default_sampler,
         }
+        start = None if canvas is None else canvas.start(_strength(request))
+        if canvas is not None and start is not None:
+            check_spans(request.controls, request.steps - start.first_step(base, request.steps))
+            generation.used["strength"] = _strength(request)
+            made = {"image": canvas.image, "mask": canvas.mask}
+            generation.start_images = {START_NAMES[name]: image for name, image in made.items() if image is not None}
         if request.prompt_mode != "given":
             generation.used["prompts"] = [prompt] * len(request.seeds)
         if controls is None:
@@ -209,11 +235,12 @@ def generate_one(
             for use, control in zip(request.controls, controls, strict=True)
         ]
     generation.notes += request_notes(request, base, width, height)
-    files: list[ControlImage | Mask] = [*chain(*images), *(mask for mask in masks if mask is not None)]
+    files: list[ControlImage | ImageFile] = [*chain(*images), *(mask for mask in masks if mask is not None)]
+    files += [file for file in started.values() if file is not None]
     generation.notes += [
         note
         for image in files
-        for note in (*sequence_note(image.data, image.path), *crop_note(image.path, image.image, width, height))
+        for note in (*sequence_note(image.data, image.path), *crop_note(image.path, image.image, *frame.covered))
     ]
     with _timed(generation, "condition"):
         uses = [
@@ -221,10 +248,10 @@ def generate_one(
                 use.mode,
                 base,
                 control=control,
-                hint=_hint(generation, index, control, images[index], base),
+                hint=_hint(generation, index, control, images[index], base, frame),
                 weight=use.weight,
                 layers=use.layers,
-                mask=_mask(generation, index, masks[index]),
+                mask=_mask(generation, index, masks[index], frame),
                 start=use.start,
                 end=use.end,
             )
@@ -246,15 +273,18 @@ def generate_one(
             width=width,
             height=height,
             batch_size=request.batch_size,
+            start=start,
             cache=cache,
             on_step=None if on_step is None else lambda step: on_step(step.in_round(turn, rounds)),
         )
         made: list[GeneratedImage] = []
-        for batch in batches:
-            made += map(GeneratedImage, to_images(batch), request.seeds[len(made) :])
-            if on_images is not None and turn == rounds - 1:
-                generation.images = made
-                on_images(generation)
+        with base.tiling(request.tiled):
+            for batch in batches:
+                finished = [image if canvas is None else canvas.finished(image) for image in to_images(batch)]
+                made += map(GeneratedImage, finished, request.seeds[len(made) :])
+                if on_images is not None and turn == rounds - 1:
+                    generation.images = made
+                    on_images(generation)
         return made
 
     with _timed(generation, "sample"):
@@ -270,20 +300,34 @@ def generate_one(
     return generation
 
 
-def _hashes(use: ControlUse, images: Sequence[ControlImage], mask: Mask | None) -> dict[str, Any]:
+def _strength(request: GenerateRequest) -> float:
+    """The strength of a request with an image; its defaults are those of diffusers' pipelines of Stable Diffusion."""
+    if request.strength is not None:
+        return request.strength
+    return 0.8 if request.mask is None else 1.0
+
+
+def _hashes(use: ControlUse, images: Sequence[ControlImage], mask: ImageFile | None) -> dict[str, Any]:
     """SHA-256 of the images and the mask of a control."""
     hashes = {each.input.name: {"image": hashlib.sha256(each.data).hexdigest()} for each in images}
     of_control: dict[str, Any] = next(iter(hashes.values())) if use.inputs is None else {"inputs": hashes}
-    return of_control if mask is None else {**of_control, "mask": hashlib.sha256(mask.data).hexdigest()}
+    return of_control if mask is None else {**of_control, "mask": mask.sha256}
 
 
-def _hint(generation: Generation, index: int, control: Control, images: Sequence[ControlImage], base: Base) -> Hint:
+def _hint(
+    generation: Generation,
+    index: int,
+    control: Control,
+    images: Sequence[ControlImage],
+    base: Base,
+    frame: Frame,
+) -> Hint:
     """The hint of a control; adds its condition images, their hashes and notes on them to `generation`."""
     use, hashes = generation.request.controls[index], generation.sha256["controls"][index]
     inputs = values_of(use, control)
     for source in images:
         name = None if use.inputs is None else source.input.name
-        image = source.condition_image(control, generation.used["width"], generation.used["height"])
+        image = source.condition_image(control, frame)
         generation.conditions[condition_name(index, name)] = image
         (hashes if name is None else hashes["inputs"][name])["condition"] = pixels_sha256(image)
         generation.notes += flat_note(source, control, image)
@@ -293,11 +337,11 @@ def _hint(generation: Generation, index: int, control: Control, images: Sequence
     return control.encode(inputs, base)
 
 
-def _mask(generation: Generation, index: int, mask: Mask | None) -> Tensor | None:
+def _mask(generation: Generation, index: int, mask: ImageFile | None, frame: Frame) -> Tensor | None:
     """The mask of a control `[1, 1, H, W]` in [0, 1], which is added to `generation`."""
     if mask is None:
         return None
-    grey = mask.grey(generation.used["width"], generation.used["height"])
+    grey = mask.grey(frame)
     generation.masks[mask_name(index)] = grey
     return torch.from_numpy(np.asarray(grey, dtype=np.float32) / 255)[None, None]
 
@@ -327,6 +371,10 @@ def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
             written += [mask_name(index)] if use.mask is not None else []
             given = [*named.values(), use.mask]
             read += [(use.control, value) for value in given if isinstance(value, str) and os.path.exists(value)]
+        for setting, stem in START_NAMES.items():
+            if (given_path := getattr(asked, setting)) is not None:
+                written.append(stem)
+                read += [("the request", given_path)] if os.path.exists(given_path) else []
     inputs = {os.path.realpath(image): control for control, image in read}
     for path in (Path(folder) / f"{name}.png" for name in written):
         control = inputs.get(os.path.realpath(path))

@@ -103,7 +103,7 @@ class ImageFolder:
     def _condition_files(self, part: Generation) -> dict[str, str]:
         """Write condition images and masks; returns stem -> the stem of its file, where another part has the stem."""
         renamed = {}
-        for stem, image in {**part.conditions, **part.masks}.items():
+        for stem, image in {**part.conditions, **part.masks, **part.start_images}.items():
             key = (stem, pixels_sha256(image))
             if key not in self._conditions:
                 count = sum(known == stem for known, _ in self._conditions)

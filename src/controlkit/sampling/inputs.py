@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from controlkit import conditions
-from controlkit.conditions.condition import BLACK, Condition, background_of
+from controlkit.conditions.condition import BLACK, WHITE, Condition, background_of
 from controlkit.controls.control import Control, Input, takes_one_image, words_of_inputs
 from controlkit.errors import UserError, nearest
 from controlkit.files import read_json
@@ -229,6 +230,38 @@ def values_of(use: ControlUse, kind: Kind) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """The size of what is sampled, and the part of images that it shows."""
+
+    width: int
+    height: int
+    """Both in pixels."""
+    full: tuple[int, int] | None = None
+    """Width and height of the image that `region` is a part of."""
+    region: tuple[int, int, int, int] | None = None
+    """Left, top, right and bottom in pixels of that image. None is all of it."""
+
+    @property
+    def covered(self) -> tuple[int, int]:
+        """The size that images are scaled to cover."""
+        return self.full or (self.width, self.height)
+
+    def __call__(self, image: Image.Image, *, nearest: bool = False) -> Image.Image:
+        """Scale an image to cover the whole size, crop it at the centre, and take the region, as diffusers does.
+
+        Args:
+            nearest: nearest-neighbour resampling, for maps whose colours are labels.
+        """
+        image = resize_cover(image, *self.covered, nearest=nearest)
+        if self.region is None:
+            return image
+        from diffusers.image_processor import VaeImageProcessor
+
+        processor = VaeImageProcessor(resample="nearest" if nearest else "lanczos")
+        return processor.resize(image.crop(self.region), self.height, self.width, resize_mode="fill")
+
+
+@dataclass(frozen=True)
 class ControlImage:
     """An image input of a control, as read from its file."""
 
@@ -251,8 +284,8 @@ class ControlImage:
         files = {name: (path, read_bytes(path)) for name, path in images_of(use, kind).items()}
         return [cls(use, known[name], path, data, decode_rgb(data, path)) for name, (path, data) in files.items()]
 
-    def condition_image(self, control: Control, width: int, height: int) -> Image.Image:
-        """The condition image for `control`, in pixels `width` x `height`.
+    def condition_image(self, control: Control, frame: Frame) -> Image.Image:
+        """The condition image for `control`, of what `frame` shows.
 
         Raises:
             UserError: the control records no condition, and the image is not `prepared`.
@@ -265,14 +298,14 @@ class ControlImage:
                     " pass it with --prepared",
                     "missing-setting",
                 )
-            image = resize_cover(self.image, width, height)
+            image = frame(self.image)
             parameters = parameters_of(use, self.input.name)
             _check_keys(parameters, condition, control)
             return Image.fromarray(conditions.find(condition)(np.asarray(image), **parameters))
         background, image = background_of(condition), self.image
         if background != Condition.background:
             image = decode_rgb(self.data, self.path, background)
-        return resize_cover(image, width, height, nearest=_is_of_labels(condition))
+        return frame(image, nearest=_is_of_labels(condition))
 
     def condition(self, control: Control) -> str | None:
         """The condition of the input, or else of the control."""
@@ -280,30 +313,42 @@ class ControlImage:
 
 
 @dataclass(frozen=True)
-class Mask:
-    """The mask of a control, as read from its file."""
+class ImageFile:
+    """An image or mask, as read from its file."""
 
     path: str
     data: bytes
     """Content of the file."""
     image: Image.Image
-    """Upright, RGB, black where the file is transparent."""
+    """Upright, RGB."""
 
     @classmethod
-    def read(cls, use: ControlUse) -> Mask | None:
-        """The mask of a control, if it has one.
+    def read(cls, path: str, background: tuple[int, int, int] = WHITE) -> ImageFile:
+        """Read an image; where it is transparent, it shows `background`.
 
         Raises:
             UserError: the file is missing, damaged or not an image.
         """
-        if use.mask is None:
-            return None
-        data = read_bytes(use.mask)
-        return cls(use.mask, data, decode_rgb(data, use.mask, BLACK))
+        data = read_bytes(path)
+        return cls(path, data, decode_rgb(data, path, background))
 
-    def grey(self, width: int, height: int) -> Image.Image:
-        """As grey levels, in pixels `width` x `height`, scaled and cropped as images of controls are."""
-        return resize_cover(self.image, width, height).convert("L")
+    @classmethod
+    def read_mask(cls, path: str | None) -> ImageFile | None:
+        """Read a mask, if there is one; black where it is transparent.
+
+        Raises:
+            UserError: as `read`.
+        """
+        return None if path is None else cls.read(path, BLACK)
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of the file."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    def grey(self, frame: Frame) -> Image.Image:
+        """As grey levels, of what `frame` shows."""
+        return frame(self.image).convert("L")
 
 
 def _is_of_labels(condition: str | None) -> bool:

@@ -176,6 +176,20 @@ class GenerateRequest:
     """In pixels. Default: the size of the base."""
     height: int | None = None
     """In pixels. Default: the size of the base."""
+    image: str | None = None
+    """Path of an image to start from (img2img; Meng et al. 2022, arXiv 2108.01073), scaled and cropped to the size of
+    the result."""
+    strength: float | None = None
+    """Fraction of the steps that run on `image`, in (0, 1]: the higher, the less of it remains. Start and end of
+    controls are fractions of the steps that run. Default: 0.8; with a mask 1, which starts from noise."""
+    mask: str | None = None
+    """Path of a grey image of the size of `image`: inpaint where it is white, keep `image` where it is black or
+    transparent."""
+    mask_blur: float = 0.0
+    """Standard deviation of a Gaussian blur of the mask, in pixels of the result, which blends the edge."""
+    only_masked: int | None = None
+    """Padding in pixels of `image`: inpaint only the part around the mask, at `width` x `height`, and put it back into
+    `image`, whose size the result has (A1111: "Only masked"; diffusers: `padding_mask_crop`). Default: all of it."""
     sampler: str | None = None
     """`ddim`, `dpm++` (2M), `dpm++-karras`, `unipc` or `euler`. On variance-preserving schedules, `euler` and Karras
     spacing need some signal at the last time: Stable Diffusion leaves some, nano does not. Rectified flows take
@@ -183,6 +197,9 @@ class GenerateRequest:
     batch_size: int | None = None
     """Images per batch; changes the memory needed, not the images. Default: 16 up to 256 x 256, fewer for larger ones
     (4 of 512 x 512)."""
+    tiled: bool = False
+    """Whether the autoencoder works in overlapping tiles of its native size, which bounds its memory for large images
+    and changes them a little (diffusers: `enable_tiling`)."""
     device: str = "auto"
     """A torch device; `auto` is CUDA, then MPS, then the CPU."""
     text_device: str | None = None
@@ -207,13 +224,9 @@ class GenerateRequest:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_SIDE:
                 raise UserError(f"{name} is {value}; expected 1 to {MAX_SIDE} pixels", "out-of-range")
-        for use in self.controls:
-            if use.weight and not any(use.acts_at(index, self.steps) for index in range(self.steps)):
-                raise UserError(
-                    f"{use.control} acts from {use.start:g} to {use.end:g}, which contains none of the {self.steps}"
-                    " steps; widen the range, or set its weight to 0 to switch it off",
-                    "out-of-range",
-                )
+        self._check_image()
+        if self.image is None:  # else the number of steps that run depends on the base, too
+            check_spans(self.controls, self.steps)
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}; expected at least 1", "out-of-range")
         if self.vary or self.xy:
@@ -233,6 +246,22 @@ class GenerateRequest:
         if len(self.xy) > 2:
             raise UserError(f"a sheet has at most two axes, not {len(self.xy)}; use vary for others", "contradiction")
         points_of(self)
+
+    def _check_image(self) -> None:
+        for name in ("strength", "mask"):
+            if self.image is None and getattr(self, name) is not None:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}, but there is no image to start from", "contradiction"
+                )
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise UserError(f"strength is {self.strength}; expected more than 0, at most 1", "out-of-range")
+        if self.mask is None and (self.mask_blur or self.only_masked is not None):
+            name = "mask_blur" if self.mask_blur else "only_masked"
+            raise UserError(f"{name} is {getattr(self, name)}, but there is no mask", "contradiction")
+        if not (_is_finite(self.mask_blur) and 0 <= self.mask_blur <= MAX_SIDE):
+            raise UserError(f"mask_blur is {self.mask_blur}; expected 0 to {MAX_SIDE} pixels", "out-of-range")
+        if self.only_masked is not None and not 0 <= self.only_masked <= MAX_SIDE:
+            raise UserError(f"only_masked is {self.only_masked}; expected 0 to {MAX_SIDE} pixels", "out-of-range")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` turns back into the same request."""
@@ -263,6 +292,10 @@ def mask_name(index: int) -> str:
     return f"mask{index}"
 
 
+START_NAMES = {"image": "image", "mask": "mask"}
+"""Setting -> file stem of the image and mask of a request, as scaled and cropped."""
+
+
 def first_name(seed: int, name: str = "") -> str:
     """File stem of the first image of a seed, in prompt mode `automatic`; `name` is of the combination of axes."""
     return f"{name}-first{seed}" if name else f"first{seed}"
@@ -271,6 +304,21 @@ def first_name(seed: int, name: str = "") -> str:
 def image_name(name: str, seed: int) -> str:
     """File stem of an image; `name` is of the combination of axes (`axes.Point.name`)."""
     return f"{name}-seed{seed}" if name else f"seed{seed}"
+
+
+def check_spans(uses: tuple[ControlUse, ...], steps: int) -> None:
+    """Check that each control acts at some of `steps` steps, unless its weight is 0.
+
+    Raises:
+        UserError: one does not.
+    """
+    for use in uses:
+        if use.weight and not any(use.acts_at(index, steps) for index in range(steps)):
+            raise UserError(
+                f"{use.control} acts from {use.start:g} to {use.end:g}, which contains none of the {steps} steps; widen"
+                " the range, or set its weight to 0 to switch it off",
+                "out-of-range",
+            )
 
 
 def check_sampling(steps: int, guidance: float | None, sampler: str | None = None) -> None:

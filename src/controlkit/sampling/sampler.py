@@ -16,6 +16,7 @@ from controlkit.errors import UserError
 from controlkit.sampling.plan import ActiveControl, Plan, rows_at_once
 from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.residual_cache import ResidualCache
+from controlkit.sampling.start_image import StartImage
 from controlkit.sampling.step import Step
 
 
@@ -38,6 +39,7 @@ def sample_prompts(
     width: int | None = None,
     height: int | None = None,
     batch_size: int | None = None,
+    start: StartImage | None = None,
     cache: ResidualCache | None = None,
     on_step: Callable[[Step], object] | None = None,
 ) -> Iterator[Tensor]:
@@ -50,6 +52,7 @@ def sample_prompts(
         sampler: one of `request.SAMPLERS`. Default: that of the base.
         width: in pixels; default, also of `height`: the size of the base.
         batch_size: images per batch. Default: 16 up to 256 x 256, fewer for larger ones.
+        start: the image to start from, of this size; controls' start and end then are fractions of the steps that run.
         cache: keeps residuals that do not depend on the noise, for the next call under the same condition.
         on_step: called after every denoising step. An exception that it raises ends the sampling.
 
@@ -57,14 +60,23 @@ def sample_prompts(
         Batches of images `[b, 3, height, width]` in [0, 1], in the order of `seeds`.
 
     Raises:
-        UserError: the base does not support this size, number of steps or sampler, or the latents are NaN or infinite.
+        UserError: the base does not support this size, number of steps or sampler, or needs an image and a mask; or the
+            latents are NaN or infinite.
     """
     width, height = width or base.size, height or base.size
     guidance = base.default_guidance if guidance is None else guidance
     batch_size = batch_size or images_at_once(width, height)
     base.check_size(width, height)
     solver = base.schedule.solver(sampler or base.default_sampler, steps, base.device, base.name)
-    total = -(-len(seeds) // batch_size) * len(solver.timesteps)
+    if base.is_inpainting and (start is None or start.mask is None):
+        raise UserError(
+            f"{base.name} is an inpainting model, which needs an image and a mask: pass --image and --mask, or use a"
+            " text-to-image model",
+            "missing-setting",
+        )
+    first_step = 0 if start is None else start.first_step(base, steps)
+    timesteps = solver.timesteps[first_step:]
+    total = -(-len(seeds) // batch_size) * len(timesteps)
     done = 0
     plan: Plan | None = None
     one_for_all = len(prompts) == 1 and all(rows_of(use.hint) == 1 for use in uses)
@@ -77,19 +89,23 @@ def sample_prompts(
             if guidance > 1:
                 texts.insert(0, base.encode_text([negative_prompt], size))
             active = [use.of_images(group) for use in uses]
-            plan = Plan(active, solver.timesteps, texts, cache, rows_at_once=rows_at_once(width, height))
+            plan = Plan(active, timesteps, texts, cache, rows_at_once=rows_at_once(width, height))
         plan.reused = one_for_all and not last
-        x_t = initial_noise(base, seeds[group], width, height) * solver.initial
-        solver.begin()
-        for index, t in enumerate(solver.timesteps):
+        solver.begin(first_step)
+        begun = None if start is None else start.begin(base, solver, first_step, seeds[group])
+        x_t = initial_noise(base, seeds[group], width, height) * solver.initial if begun is None else begun.x_t
+        masked = None if begun is None else begun.masked
+        for place, t in enumerate(timesteps):
+            index = first_step + place
             taken = solver.input(x_t, index)
-            prediction = _predict(base, plan, index, taken, t, guidance)
+            prediction = _predict(base, plan, place, taken, t, guidance, masked)
             x_t = solver.step(prediction, x_t, index)
+            x_t = x_t if begun is None else begun.kept(x_t, solver, index + 1)
             done += 1
             if on_step is not None:
                 images = range(first, first + len(x_t))
                 clean = partial(base.schedule.clean, prediction, taken, t)
-                on_step(Step(base, done, total, index + 1, len(solver.timesteps), images, clean))
+                on_step(Step(base, done, total, place + 1, len(timesteps), images, clean))
         if not plan.reused:
             plan.release()  # else its residuals would take memory while the latents are decoded
         if not torch.isfinite(x_t).all():
@@ -116,7 +132,9 @@ def initial_noise(base: Base, seeds: Sequence[int], width: int, height: int) -> 
     return torch.stack(noise).to(base.device, base.dtype)
 
 
-def _predict(base: Base, plan: Plan, index: int, x_t: Tensor, t: Tensor, guidance: float) -> Tensor:
+def _predict(
+    base: Base, plan: Plan, index: int, x_t: Tensor, t: Tensor, guidance: float, masked: Tensor | None = None
+) -> Tensor:
     parts = len(plan.texts)
     stacked = torch.cat([x_t] * parts)
     texts = [part.expand(len(x_t)) for part in plan.text(index)]
@@ -126,7 +144,9 @@ def _predict(base: Base, plan: Plan, index: int, x_t: Tensor, t: Tensor, guidanc
         rows = slice(first * len(x_t), last * len(x_t))
         added = None if residuals is None else residuals.rows(rows.start, rows.stop)
         with base.replacing(modules):
-            predictions.append(base.predict(stacked[rows], t, concatenate(*texts[first:last]), added, taps))
+            # Only inpainting models take the masked image.
+            more = {} if masked is None else {"masked": torch.cat([masked] * (last - first))}
+            predictions.append(base.predict(stacked[rows], t, concatenate(*texts[first:last]), added, taps, **more))
     prediction = torch.cat(predictions)
     if parts == 1:
         return prediction

@@ -15,12 +15,12 @@ from controlkit.errors import UserError
 from controlkit.files import read_json
 from controlkit.images import read_bytes, read_image
 from controlkit.sampling.axes import is_changed, points_of
-from controlkit.sampling.request import ControlUse, GenerateRequest, condition_name, mask_name
+from controlkit.sampling.request import START_NAMES, ControlUse, GenerateRequest, condition_name, mask_name
 
 if TYPE_CHECKING:
     from controlkit.sampling.generate import Generation
 
-_RESOLVED = ("precision", "width", "height", "guidance", "sampler")
+_RESOLVED = ("precision", "width", "height", "guidance", "sampler", "strength")
 """Resolved values that the same image needs; the device is only reported."""
 
 
@@ -58,6 +58,7 @@ class SavedSettings:
         stored = self.request.to_json()
         stored["base"] = self._locate(self.request.base)
         axes = {name: self._axes(name, changes) for name in ("vary", "xy") if name not in changes}
+        stored |= {name: self._start_file(name) for name in START_NAMES if name not in changes}
         for index, use in enumerate(stored["controls"]):
             # Files from before there were modes mean this one.
             use["mode"] = use["mode"] or (used.get("mode", "balanced") if same_base else None)
@@ -75,7 +76,7 @@ class SavedSettings:
         """The axes of one field without those of settings that change, with paths as they exist now."""
         kept = []
         for axis in getattr(self.request, name):
-            if any(is_changed(setting, changes) for setting in axis):
+            if any(is_changed(setting, self.request, changes) for setting in axis):
                 continue
             paths = [setting for setting in axis if setting.rpartition(".")[2] in ("base", "control", "image", "mask")]
             located = {setting: [self._locate(str(value)) for value in axis[setting]] for setting in paths}
@@ -99,6 +100,10 @@ class SavedSettings:
         for point, part, new in zip(before, self.parts, generation.parts, strict=True):
             old = SavedSettings(point.request, part.get("used", {}), part.get("sha256", {}), folder=self.folder)
             notes |= dict.fromkeys(old.differences(new))
+            for name in START_NAMES:
+                if _differ(old.sha256, new.sha256, name):
+                    path = getattr(point.request, name)
+                    notes[f"{path} has changed since (SHA-256), so the images may differ"] = None
             for index, use in enumerate(point.request.controls):
                 for what in ("image", "mask"):
                     if _differ(old._hashes(index), new.sha256["controls"][index], what):
@@ -127,7 +132,10 @@ class SavedSettings:
         before, after = self.sha256, generation.sha256
         if generation.request.base == self._locate(self.request.base) and _differ(before, after, "base"):
             notes.append(f"base {generation.request.base} has changed since (SHA-256), so the images may differ")
-        same_size = all(self.used.get(side) == generation.used.get(side) for side in ("width", "height"))
+        notes += [note for name in START_NAMES for note in self._start_notes(name, generation.request)]
+        same_size = not self._shows_part and all(
+            self.used.get(side) == generation.used.get(side) for side in ("width", "height")
+        )
         uses = zip(self.request.controls, generation.request.controls, after.get("controls", ()), strict=False)
         for index, (old, new, hashes) in enumerate(uses):
             if new.control != self._locate_control(old.control):
@@ -158,6 +166,14 @@ class SavedSettings:
             ]
         return []
 
+    def _start_notes(self, name: str, new: GenerateRequest) -> list[str]:
+        """A note if the saved image or mask to start from replaces the stored one."""
+        stored, saved = getattr(self.request, name), str(self._saved_start(name))
+        if stored is None or not getattr(new, name) == saved != stored:
+            return []
+        state = "has changed since (SHA-256)" if self._places(stored) else "is missing"
+        return [f"{stored}, the {name} to start from, {state}; the saved one, {saved}, is used"]
+
     def _mask_notes(self, index: int, new: ControlUse) -> list[str]:
         """A note if the saved mask of a control replaces its mask."""
         stored, saved = self.request.controls[index].mask, str(self._file(mask_name(index)))
@@ -176,13 +192,46 @@ class SavedSettings:
         if use.mask is None:
             return None
         found = self._with_hash(use.mask, self._hashes(index).get("mask"))
+        if found is not None or (saved.is_file() and not self._shows_part):
+            return found or str(saved)
+        raise UserError(
+            f"{use.mask}, the mask of {use.control}, is missing or has changed (SHA-256), and {saved}"
+            f" {self._saved_state(saved)}; pass --control {use.control}=IMAGE,mask=MASK",
+            "missing-file",
+        )
+
+    def _start_file(self, name: str) -> str | None:
+        """The stored image or mask to start from, or the saved one if it is missing or has changed.
+
+        Raises:
+            UserError: both are missing.
+        """
+        stored, saved = getattr(self.request, name), self._saved_start(name)
+        if stored is None or self.varies:
+            return stored and self._locate(stored)
+        found = self._with_hash(stored, self.sha256.get(name))
         if found is not None or saved.is_file():
             return found or str(saved)
         raise UserError(
-            f"{use.mask}, the mask of {use.control}, is missing or has changed (SHA-256), and {saved} is missing; pass"
-            f" --control {use.control}=IMAGE,mask=MASK",
+            f"{stored}, the {name} to start from, is missing or has changed (SHA-256), and {saved} is missing; pass"
+            f" --{name} FILE",
             "missing-file",
         )
+
+    def _saved_start(self, name: str) -> Path:
+        return self._file(START_NAMES[name])
+
+    @property
+    def _shows_part(self) -> bool:
+        """Whether saved condition images and masks of controls show the inpainted part only, so that they replace no
+        files."""
+        return self.request.only_masked is not None
+
+    def _saved_state(self, saved: Path) -> str:
+        """Why a saved image cannot be used."""
+        if not saved.is_file():
+            return "is missing"
+        return "shows the inpainted part only" if self._shows_part else "has changed (SHA-256)"
 
     def _hashes(self, index: int) -> Mapping[str, Any]:
         """Stored hashes of the control at `index`."""
@@ -257,12 +306,11 @@ class SavedSettings:
 
         use, saved = self.request.controls[index], self._saved(index, name)
         expected = _of_input(self._hashes(index), name).get("condition")
-        if saved.is_file() and expected in (None, pixels_sha256(read_image(saved))):
+        if saved.is_file() and not self._shows_part and expected in (None, pixels_sha256(read_image(saved))):
             return str(saved)
         role, form = ("image", "IMAGE") if name is None else (f"input {name!r}", "INPUTS.json")
-        image_state, saved_state = (
-            "has changed (SHA-256)" if there else "is missing" for there in (self._places(path), saved.is_file())
-        )
+        image_state = "has changed (SHA-256)" if self._places(path) else "is missing"
+        saved_state = self._saved_state(saved)
         raise UserError(
             f"{path}, the {role} of {use.control}, {image_state}, and its condition image {saved} {saved_state}; pass"
             f" --control {use.control}={form}",

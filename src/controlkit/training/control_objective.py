@@ -54,6 +54,7 @@ class ControlObjective(Objective):
             )
         self.source: Source = recipe.source(recipe)
         self.base = load_base(recipe.base, device=device)
+        self.base.check_text_to_image("training")
         self.frozen = self.base.content
         self.control = self._build(kind)
         self.trained = nn.ModuleDict(self.control.trained_modules())

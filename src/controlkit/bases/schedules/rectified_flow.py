@@ -51,6 +51,10 @@ class RectifiedFlow(Schedule):
         # The error of z is sigma^2 times that of the flow; the error of z is weighted by the clamped SNR.
         return self.snr(t).clamp(max=snr_gamma) * (t / self.length) ** 2
 
+    def first_step(self, steps: int, strength: float) -> int:
+        """As `Schedule.first_step`, but rounded up, as in diffusers' pipelines of Stable Diffusion 3."""
+        return int(steps - steps * strength)
+
     def solver(self, name: str, steps: int, device: torch.device | str, base: str) -> Solver:
         if name not in FLOW_SOLVERS:
             raise UserError(

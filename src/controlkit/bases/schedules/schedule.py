@@ -92,6 +92,14 @@ class Schedule(ABC):
             UserError: it does not support the schedule or this number of steps.
         """
 
+    def first_step(self, steps: int, strength: float) -> int:
+        """Index of the first of `steps` steps when sampling starts from an image, as in diffusers.
+
+        Args:
+            strength: fraction of the steps that run, in (0, 1]; the number is rounded down.
+        """
+        return steps - int(steps * strength)
+
     def part(self, t: Tensor, parts: int) -> Tensor:
         """Index of the part of the schedule that each time lies in, of `parts` equal ones, `[B]`."""
         return (t * parts / self.length).long().clamp(max=parts - 1)

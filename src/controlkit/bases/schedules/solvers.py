@@ -62,8 +62,12 @@ class Solver(ABC):
     """Standard deviation of the initial latents."""
 
     @abstractmethod
-    def begin(self) -> None:
-        """Start a new batch of images."""
+    def begin(self, first: int = 0) -> None:
+        """Start a new batch of images at step `first`."""
+
+    @abstractmethod
+    def noised(self, z: Tensor, noise: Tensor, index: int) -> Tensor:
+        """Clean latents `z` with noise as before step `index`, which must be the next one; all `[B, C, h, w]`."""
 
     @abstractmethod
     def input(self, x_t: Tensor, index: int) -> Tensor:
@@ -83,8 +87,11 @@ class DDIM(Solver):
         self.initial = float(self._scheduler.init_noise_sigma)
         self._times: list[Any] = [*self.timesteps.tolist(), None]
 
-    def begin(self) -> None:
+    def begin(self, first: int = 0) -> None:
         pass
+
+    def noised(self, z: Tensor, noise: Tensor, index: int) -> Tensor:
+        return self._scheduler.add_noise(z, noise, self.timesteps[index : index + 1])
 
     def input(self, x_t: Tensor, index: int) -> Tensor:
         return x_t
@@ -117,14 +124,21 @@ class DiffusersSolver(Solver):
                 "out-of-range",
             )
 
-    def begin(self) -> None:
+    def begin(self, first: int = 0) -> None:
         scheduler = self._scheduler
         scheduler.set_timesteps(self._steps, device=self._device)
         # Trailing spacing gives some numbers of steps (61, 103, ...) one time too many, below zero.
         scheduler.timesteps = scheduler.timesteps[: self._steps]
         scheduler.sigmas = torch.cat([scheduler.sigmas[: self._steps], scheduler.sigmas[-1:]])
         scheduler.num_inference_steps = self._steps
-        scheduler.set_begin_index(0)
+        scheduler.set_begin_index(first)
+
+    def noised(self, z: Tensor, noise: Tensor, index: int) -> Tensor:
+        # The scheduler takes the noise level of its own next step. The batch of t is that of z.
+        t = self.timesteps[index].expand(len(z))
+        if hasattr(self._scheduler, "scale_noise"):
+            return self._scheduler.scale_noise(z, t, noise)
+        return self._scheduler.add_noise(z, noise, t)
 
     def input(self, x_t: Tensor, index: int) -> Tensor:
         if not hasattr(self._scheduler, "scale_model_input"):

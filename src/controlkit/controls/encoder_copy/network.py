@@ -71,7 +71,9 @@ def copy_incompatibility(config: Mapping[str, Any], base: Base) -> str | None:
         ("block_out_channels", "channels"),
         ("cross_attention_dim", "text width"),
     ):
-        own, of_base = config.get(key), base.unet.config.get(key)
+        own = config.get(key)
+        # Inpainting models take more channels; controls do not read those.
+        of_base = base.latent_channels if key == "in_channels" else base.unet.config.get(key)
         if json.dumps(own) != json.dumps(of_base):
             return f"its {what}: {own}, the base's: {of_base}"
     own, of_base = layers_of(config), layers_of(base.unet.config)
