@@ -49,6 +49,9 @@ class _Shifting(torch.nn.Module):
     def taps(self, base, x_t, t, text, hint):
         return {"time": self.tap}
 
+    def replacements(self):
+        return {}
+
 
 @pytest.mark.parametrize("replaces", [False, True])
 def test_a_weight_scales_no_tap_that_says_so(tiny_base, inputs, replaces):
