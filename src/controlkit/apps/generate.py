@@ -104,6 +104,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--negative-prompt", help="prompt of the unconditional branch")
     parser.add_argument(
+        "--prompt-syntax",
+        help="plain: prompts as they stand, cut at the base's length; weighted: A1111's (word:1.2), [word], BREAK and"
+        r" any length, with a backslash before brackets that are meant (default: plain; SD3 has plain only)",
+    )
+    parser.add_argument(
+        "--clip-skip",
+        type=int,
+        help="layer of the CLIP text encoders, 1 for the last, 2 for the one before, as in A1111 (default: that of the"
+        " base: 1, or 2 for SDXL and SD3)",
+    )
+    parser.add_argument(
+        "--embedding",
+        dest="embeddings",
+        action="append",
+        metavar="[WORD=]FILE",
+        help="a textual inversion, used where its word (default: the file's name) stands in a prompt; repeat for"
+        " several (not for SD3)",
+    )
+    parser.add_argument(
         "--seeds", metavar="N", help="number of images of consecutive seeds (default: 1), or a list such as 3,5,9-12"
     )
     parser.add_argument(
@@ -221,8 +240,12 @@ def _watch(every: int | None, out: Path) -> Callable[[Step], object]:
 _OPTIONS = (
     *("prompt", "prompt_mode", "captioner", "base", "negative_prompt", "steps", "guidance", "width", "height"),
     *("image", "strength", "mask", "mask_blur", "only_masked", "tiled"),
+    *("prompt_syntax", "clip_skip"),
     *("sampler", "batch_size", "device", "text_device", "precision"),
 )
+
+
+_LISTS = ("embeddings",)
 
 
 def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings | None]:
@@ -238,6 +261,7 @@ def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings |
     if args.prepared and not args.control:
         raise UserError("--prepared applies to the images of --control, and there is none", "contradiction")
     settings: dict[str, Any] = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
+    settings |= {name: tuple(getattr(args, name)) for name in _LISTS if hasattr(args, name)}
     uses = tuple(ControlUse.parse(text, prepared=args.prepared, mode=args.mode) for text in args.control)
     saved = read_settings(args.saved) if hasattr(args, "saved") else None
     prompts = _prompts(args)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from controlkit.bases.component import Component, Configurations
 from controlkit.bases.defaults import DEFAULT_PROMPT
 from controlkit.bases.latent_rgb import LatentRGB
+from controlkit.bases.prompt_encoding import PLAIN, TextOptions
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.schedules import RectifiedFlow, Schedule, VariancePreserving
 from controlkit.bases.taps import Point, Taps, checkpoint_with_taps, tapped
@@ -310,12 +311,18 @@ class Base(ABC):
         return type(self).schedule_class(self.scheduler_config)
 
     @abstractmethod
-    def encode_text(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Text:
-        """Prompts => `Text` on the base's device; each prompt is padded or truncated to the tokenizer's length.
+    def encode_text(
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None, options: TextOptions = PLAIN
+    ) -> Text:
+        """Prompts => `Text` on the base's device; plain prompts are padded or truncated to the tokenizer's length.
 
         Args:
             size: width and height of the images in pixels, for bases conditioned on it; default: the base's native
                 size.
+            options: how the prompts are read.
+
+        Raises:
+            UserError: the base does not support the options, or a prompt has syntax that is not supported.
         """
 
     @abstractmethod

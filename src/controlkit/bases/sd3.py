@@ -20,6 +20,7 @@ from controlkit.bases.base import Base, Latents
 from controlkit.bases.clip_tokenizer import clip_tokenizer
 from controlkit.bases.component import VAE, Component, Configurations, clip_components
 from controlkit.bases.latent_rgb import SD3_LATENT_RGB, LatentRGB
+from controlkit.bases.prompt_encoding import PLAIN, TextOptions
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.schedules import RectifiedFlow
 from controlkit.bases.sdxl import SDXL_TEXT_ENCODER_2
@@ -218,10 +219,27 @@ class StableDiffusion3(Base):
             )[0]
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Text:
-        """Prompts => CLIP's states, concatenated and padded to T5's width, followed by T5's; and the pooled vectors."""
-        first, pooled = clip_states(self.text_encoder, token_ids(self.tokenizer, prompts))
-        second, pooled_2 = clip_states(self.text_encoder_2, token_ids(self.tokenizer_2, prompts))
+    def encode_text(
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None, options: TextOptions = PLAIN
+    ) -> Text:
+        """Prompts => CLIP's states, concatenated and padded to T5's width, followed by T5's; and the pooled vectors.
+
+        Weighted prompts and textual inversions are not supported: T5 was trained with neither, and chunks of CLIP
+        would change the attention between image and text.
+
+        Raises:
+            UserError: `options` asks for them.
+        """
+        if options.by_chunks:
+            raise UserError(
+                f"{self.name} is of Stable Diffusion 3's family, for which weighted prompts and textual inversions are"
+                " not supported; use prompt syntax plain and no embeddings. It reads words as they stand"
+                f" (up to {self.prompt_tokens} tokens)",
+                "unsupported",
+            )
+        skip = options.clip_skip
+        first, pooled = clip_states(self.text_encoder, token_ids(self.tokenizer, prompts), skip)
+        second, pooled_2 = clip_states(self.text_encoder_2, token_ids(self.tokenizer_2, prompts), skip)
         width = self.transformer.config.joint_attention_dim
         both = torch.cat([first, second], -1)
         clip = pad(both, (0, width - both.shape[-1])).to(self.device, self.dtype)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from controlkit.bases.clip_tokenizer import clip_tokenizer
 from controlkit.bases.component import VAE, Component, Configurations, clip_components
 from controlkit.bases.latent_rgb import SDXL_LATENT_RGB, LatentRGB
+from controlkit.bases.prompt_encoding import PLAIN, TextOptions, encode_prompts
 from controlkit.bases.stable_diffusion import (
     ORIGINAL_UNET,
     SCHEDULER,
@@ -26,7 +29,7 @@ from controlkit.bases.stable_diffusion import (
     with_channels,
     with_prediction,
 )
-from controlkit.bases.text import Text, clip_states, token_ids
+from controlkit.bases.text import Text, clip_states
 from controlkit.bases.unet import UNetBase
 from controlkit.errors import UserError
 
@@ -113,14 +116,21 @@ class StableDiffusionXL(UNetBase):
         return super().is_folder_of(folder) and is_sdxl
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Text:
+    def encode_text(
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None, options: TextOptions = PLAIN
+    ) -> Text:
         """Prompts => penultimate hidden states of both encoders, concatenated; the pooled vector; and the size.
 
         The size condition is that of an image neither scaled nor cropped: original size = target size = `size`, crop at
         0, 0.
         """
-        first, _ = clip_states(self.text_encoder, token_ids(self.tokenizer, prompts))
-        second, pooled = clip_states(self.text_encoder_2, token_ids(self.tokenizer_2, prompts))
+
+        def encoded(which: str) -> tuple[Tensor, Tensor]:
+            tokenizer, encoder = getattr(self, f"tokenizer{which}"), getattr(self, f"text_encoder{which}")
+            encode = partial(clip_states, encoder, clip_skip=options.clip_skip)
+            return encode_prompts(tokenizer, encoder, f"text_encoder{which}", prompts, options, encode)
+
+        (first, _), (second, pooled) = encoded(""), encoded("_2")
         tokens, pooled = torch.cat([first, second], -1).to(self.device, self.dtype), pooled.to(self.device, self.dtype)
         if self.zero_empty:
             not_empty = torch.tensor([prompt != "" for prompt in prompts], device=tokens.device)

@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from controlkit.bases.clip_tokenizer import clip_tokenizer
 from controlkit.bases.component import VAE, Component, Configurations, clip_components
 from controlkit.bases.latent_rgb import SD1_LATENT_RGB, LatentRGB
-from controlkit.bases.text import Text, token_ids
+from controlkit.bases.prompt_encoding import PLAIN, TextOptions, encode_prompts
+from controlkit.bases.text import Text, normed_clip_states
 from controlkit.bases.unet import UNetBase
 from controlkit.errors import UserError
 
@@ -152,9 +154,14 @@ class StableDiffusion(UNetBase):
     vae: AutoencoderKL
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Text:
-        ids = token_ids(self.tokenizer, prompts)
-        return Text(self.text_encoder(ids.to(self.text_encoder.device))[0].to(self.device, self.dtype))
+    def encode_text(
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None, options: TextOptions = PLAIN
+    ) -> Text:
+        def encode(ids: Tensor) -> tuple[Tensor, Tensor]:
+            return normed_clip_states(self.text_encoder, ids, options.clip_skip)
+
+        states, _ = encode_prompts(self.tokenizer, self.text_encoder, "text_encoder", prompts, options, encode)
+        return Text(states.to(self.device, self.dtype))
 
     @classmethod
     def recognise(cls, shapes: Mapping[str, tuple[int, ...]], name: str) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from controlkit.errors import UserError
 from controlkit.files import valid_text
 
 CLIP_TOKENS = 77
@@ -89,8 +90,43 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], length: int | None = None)
     ).input_ids
 
 
-def clip_states(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What Stable Diffusion XL and 3 use of a CLIP text encoder: penultimate hidden states `[B, L, D]`, and its first
-    output (the projection `[B, D2]` if it has one)."""
+def clip_states(encoder: Any, ids: Tensor, clip_skip: int | None = None) -> tuple[Tensor, Tensor]:
+    """What Stable Diffusion XL and 3 use of a CLIP text encoder: hidden states `[B, L, D]`, by default the penultimate,
+    and its first output (the projection `[B, D2]` if it has one).
+
+    Args:
+        clip_skip: layer, counted from the last, which is 1.
+
+    Raises:
+        UserError: the encoder has no such layer.
+    """
     output = encoder(ids.to(encoder.device), output_hidden_states=True)
-    return output.hidden_states[-2], output[0]
+    return output.hidden_states[-_layer(encoder, 2 if clip_skip is None else clip_skip)], output[0]
+
+
+def normed_clip_states(encoder: Any, ids: Tensor, clip_skip: int | None = None) -> tuple[Tensor, Tensor]:
+    """What Stable Diffusion 1 and 2 use of a CLIP text encoder: the last hidden states `[B, L, D]`, or those of an
+    earlier layer, after the final norm; and its pooled vectors.
+
+    Args:
+        clip_skip: layer, counted from the last, which is 1.
+
+    Raises:
+        UserError: the encoder has no such layer.
+    """
+    if clip_skip is None or _layer(encoder, clip_skip) == 1:
+        output = encoder(ids.to(encoder.device))
+        return output[0], output[1]
+    output = encoder(ids.to(encoder.device), output_hidden_states=True)
+    norm = getattr(encoder, "text_model", encoder).final_layer_norm
+    return norm(output.hidden_states[-clip_skip]), output[1]
+
+
+def _layer(encoder: Any, clip_skip: int) -> int:
+    layers = encoder.config.num_hidden_layers
+    if not 1 <= clip_skip <= layers:
+        raise UserError(
+            f"clip_skip is {clip_skip}; this base's text encoder has {layers} layers, of which 1 is the last",
+            "out-of-range",
+        )
+    return clip_skip

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from controlkit.bases.base import Base
 from controlkit.bases.load import PRECISIONS, choose_device, choose_dtype, load_base
+from controlkit.bases.prompt_encoding import TextOptions
 from controlkit.controls.control import Control
 from controlkit.controls.hints import Hint
 from controlkit.errors import UserError
@@ -26,7 +27,8 @@ from controlkit.formats.load import control_class, load_control
 from controlkit.images import sequence_note, to_images, to_tensor
 from controlkit.sampling.axes import expand_folders, points_of
 from controlkit.sampling.canvas import Canvas
-from controlkit.sampling.identity import base_sha256, companion_sha256, control_sha256, pixels_sha256
+from controlkit.sampling.embeddings import embedding_file, embedding_notes, read_embeddings
+from controlkit.sampling.identity import base_sha256, companion_sha256, control_sha256, file_sha256, pixels_sha256
 from controlkit.sampling.inputs import (
     ControlImage,
     Frame,
@@ -119,10 +121,10 @@ class Generation:
     `guidance`, `mode`, `sampler`; `strength` with an image to start from; unless the prompt is given, `prompts`, one
     per seed."""
     sha256: dict[str, Any] = field(default_factory=dict)
-    """Hex SHA-256 of the files read: `base`, and for each of `controls` its `image`, `mask`, `control`, `companion`
-    (such as the base control of an adapter) and `condition` (the pixels of the condition image). None for a base, and
-    left out for controls, that the caller loaded. `image` and `condition` of named inputs are under `inputs` and their
-    names. `image` and `mask` are of the files that sampling starts from."""
+    """Hex SHA-256 of the files read: `base`, each of `embeddings`, and for each of `controls` its `image`, `mask`,
+    `control`, `companion` (such as the base control of an adapter) and `condition` (the pixels of the condition image).
+    None for a base, and left out for controls, that the caller loaded. `image` and `condition` of named inputs are
+    under `inputs` and their names. `image` and `mask` are of the files that sampling starts from."""
     notes: list[str] = field(default_factory=list)
     """Remarks for the user, such as a cropped image or a cut prompt."""
     name: str = ""
@@ -223,6 +225,9 @@ def generate_one(
             generation.used["strength"] = _strength(request)
             made = {"image": canvas.image, "mask": canvas.mask}
             generation.start_images = {START_NAMES[name]: image for name, image in made.items() if image is not None}
+        embeddings = read_embeddings(request.embeddings, base)
+        text = TextOptions(syntax=request.prompt_syntax, clip_skip=request.clip_skip, embeddings=embeddings)
+        generation.sha256["embeddings"] = [file_sha256(embedding_file(entry)[1]) for entry in request.embeddings]
         if request.prompt_mode != "given":
             generation.used["prompts"] = [prompt] * len(request.seeds)
         if controls is None:
@@ -235,6 +240,7 @@ def generate_one(
             for use, control in zip(request.controls, controls, strict=True)
         ]
     generation.notes += request_notes(request, base, width, height)
+    generation.notes += embedding_notes(embeddings, request)
     files: list[ControlImage | ImageFile] = [*chain(*images), *(mask for mask in masks if mask is not None)]
     files += [file for file in started.values() if file is not None]
     generation.notes += [
@@ -274,6 +280,7 @@ def generate_one(
             height=height,
             batch_size=request.batch_size,
             start=start,
+            text=text,
             cache=cache,
             on_step=None if on_step is None else lambda step: on_step(step.in_round(turn, rounds)),
         )

@@ -23,7 +23,9 @@ def prompt_notes(prompts: Iterable[str], base: Base) -> list[str]:
 
 def request_notes(request: GenerateRequest, base: Base, width: int, height: int) -> list[str]:
     """Notes on the prompts, the size in pixels and the weights of a request."""
-    notes = prompt_notes((request.prompt, request.negative_prompt), base)
+    # Weighted prompts are read in chunks and never cut.
+    prompts = (request.prompt, request.negative_prompt) if request.prompt_syntax == "plain" else ()
+    notes = prompt_notes(prompts, base)
     sides, area = (width / base.size, height / base.size), width * height / base.size**2
     if not (0.5 < area < 2 and all(0.5 < side < 2 for side in sides)):
         notes.append(

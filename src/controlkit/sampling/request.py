@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, get_type_hints
 
+from controlkit.bases.prompt_syntax import check_syntax, parse_weighted
 from controlkit.errors import UserError, nearest
 from controlkit.sampling.seeds import settled_seeds
 
@@ -152,6 +153,17 @@ class GenerateRequest:
     `concepts` for nano, else BLIP."""
     negative_prompt: str = ""
     """Prompt of the unconditional branch."""
+    prompt_syntax: str = "plain"
+    """How `prompt` and `negative_prompt` are read. `plain`: as they stand, cut at the tokenizer's length (77 tokens for
+    CLIP). `weighted`: as in A1111, `(word:1.2)`, `(word)`, `[word]`, `BREAK`, with a backslash before brackets that are
+    meant, and in chunks of that length; not for Stable Diffusion 3."""
+    clip_skip: int | None = None
+    """Layer of the CLIP text encoders whose states are used, counted from the last, which is 1, as in A1111 (diffusers'
+    `clip_skip` is one less for Stable Diffusion 1 and 2, two less for XL and 3). Default: the base's own: 1, or 2 for
+    Stable Diffusion XL and 3."""
+    embeddings: tuple[str, ...] = ()
+    """Files of textual inversions (.safetensors, .pt, .bin). The name of the file, without its suffix, is the word that
+    stands for it in the prompts; `WORD=FILE` gives another."""
     base: str = "nano"
     """`nano`, a diffusers folder, a single file, or an id on the Hugging Face hub."""
     controls: tuple[ControlUse, ...] = ()
@@ -210,16 +222,7 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", settled_seeds(self.seeds))
         check_sampling(self.steps, self.guidance, self.sampler)
-        check_prompt_mode(self.prompt_mode)
-        if self.prompt_mode != "given" and self.prompt:
-            raise UserError(
-                f"prompt mode {self.prompt_mode} takes no prompt, but {self.prompt!r} is given; leave one out",
-                "contradiction",
-            )
-        if self.captioner is not None and self.prompt_mode != "automatic":
-            raise UserError(
-                f"a captioner ({self.captioner}) is for prompt mode automatic, not {self.prompt_mode}", "contradiction"
-            )
+        self._check_prompts()
         for name in ("width", "height"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_SIDE:
@@ -262,6 +265,24 @@ class GenerateRequest:
             raise UserError(f"mask_blur is {self.mask_blur}; expected 0 to {MAX_SIDE} pixels", "out-of-range")
         if self.only_masked is not None and not 0 <= self.only_masked <= MAX_SIDE:
             raise UserError(f"only_masked is {self.only_masked}; expected 0 to {MAX_SIDE} pixels", "out-of-range")
+
+    def _check_prompts(self) -> None:
+        check_prompt_mode(self.prompt_mode)
+        check_syntax(self.prompt_syntax)
+        if self.prompt_syntax == "weighted":
+            for prompt in (self.prompt, self.negative_prompt):
+                parse_weighted(prompt)
+        if self.clip_skip is not None and self.clip_skip < 1:
+            raise UserError(f"clip_skip is {self.clip_skip}; expected 1 (the last layer) or more", "out-of-range")
+        if self.prompt_mode != "given" and self.prompt:
+            raise UserError(
+                f"prompt mode {self.prompt_mode} takes no prompt, but {self.prompt!r} is given; leave one out",
+                "contradiction",
+            )
+        if self.captioner is not None and self.prompt_mode != "automatic":
+            raise UserError(
+                f"a captioner ({self.captioner}) is for prompt mode automatic, not {self.prompt_mode}", "contradiction"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` turns back into the same request."""
@@ -393,13 +414,18 @@ _JSON_TYPES: dict[Any, tuple[type | tuple[type, ...], str]] = {
     float: ((int, float), "a number"),
     int | None: ((int, NoneType), "an integer or null"),
     tuple[int, ...]: ((list, tuple), "a list of integers"),
+    tuple[str, ...]: ((list, tuple), "a list of texts"),
     tuple[float, ...] | None: ((list, tuple, NoneType), "a list of numbers, or null"),
     tuple[ControlUse, ...]: ((list, tuple), "a list of controls"),
     float | None: ((int, float, NoneType), "a number or null"),
     tuple[dict[str, Any], ...]: ((list, tuple), "a list of mappings from settings to values"),
 }
 """Type of a field -> the JSON types it accepts, and their description."""
-_ITEMS: dict[Any, tuple[type, ...]] = {tuple[int, ...]: (int,), tuple[float, ...] | None: (int, float)}
+_ITEMS: dict[Any, tuple[type, ...]] = {
+    tuple[int, ...]: (int,),
+    tuple[str, ...]: (str,),
+    tuple[float, ...] | None: (int, float),
+}
 """Type of a list field -> the types of its items."""
 
 

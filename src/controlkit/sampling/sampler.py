@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from controlkit.bases.base import Base
+from controlkit.bases.prompt_encoding import PLAIN, TextOptions, same_length
 from controlkit.bases.text import concatenate
 from controlkit.controls.hints import rows_of
 from controlkit.errors import UserError
@@ -40,6 +41,7 @@ def sample_prompts(
     height: int | None = None,
     batch_size: int | None = None,
     start: StartImage | None = None,
+    text: TextOptions = PLAIN,
     cache: ResidualCache | None = None,
     on_step: Callable[[Step], object] | None = None,
 ) -> Iterator[Tensor]:
@@ -53,6 +55,7 @@ def sample_prompts(
         width: in pixels; default, also of `height`: the size of the base.
         batch_size: images per batch. Default: 16 up to 256 x 256, fewer for larger ones.
         start: the image to start from, of this size; controls' start and end then are fractions of the steps that run.
+        text: how the prompts are read.
         cache: keeps residuals that do not depend on the noise, for the next call under the same condition.
         on_step: called after every denoising step. An exception that it raises ends the sampling.
 
@@ -85,9 +88,10 @@ def sample_prompts(
         last = first + batch_size >= len(seeds)
         if plan is None or not one_for_all:
             size = (width, height)
-            texts = [base.encode_text(prompts if len(prompts) == 1 else prompts[group], size)]
+            texts = [base.encode_text(prompts if len(prompts) == 1 else prompts[group], size, text)]
             if guidance > 1:
-                texts.insert(0, base.encode_text([negative_prompt], size))
+                texts.insert(0, base.encode_text([negative_prompt], size, text))
+            texts = same_length(texts)
             active = [use.of_images(group) for use in uses]
             plan = Plan(active, timesteps, texts, cache, rows_at_once=rows_at_once(width, height))
         plan.reused = one_for_all and not last

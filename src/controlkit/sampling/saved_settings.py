@@ -59,6 +59,7 @@ class SavedSettings:
         stored["base"] = self._locate(self.request.base)
         axes = {name: self._axes(name, changes) for name in ("vary", "xy") if name not in changes}
         stored |= {name: self._start_file(name) for name in START_NAMES if name not in changes}
+        stored["embeddings"] = [self._locate_embedding(entry) for entry in self.request.embeddings]
         for index, use in enumerate(stored["controls"]):
             # Files from before there were modes mean this one.
             use["mode"] = use["mode"] or (used.get("mode", "balanced") if same_base else None)
@@ -136,6 +137,7 @@ class SavedSettings:
         same_size = not self._shows_part and all(
             self.used.get(side) == generation.used.get(side) for side in ("width", "height")
         )
+        notes += _changed_files(generation.request.embeddings, before.get("embeddings"), after.get("embeddings"))
         uses = zip(self.request.controls, generation.request.controls, after.get("controls", ()), strict=False)
         for index, (old, new, hashes) in enumerate(uses):
             if new.control != self._locate_control(old.control):
@@ -243,6 +245,13 @@ class SavedSettings:
         """A path as it is, or from the folder of the settings if it exists only there."""
         return name if Path(name).exists() or not (self.folder / name).exists() else str(self.folder / name)
 
+    def _locate_embedding(self, entry: str) -> str:
+        """`[WORD=]FILE` with the file located."""
+        from controlkit.sampling.embeddings import embedding_file
+
+        word, file = embedding_file(entry)
+        return f"{word}={self._locate(str(file))}"
+
     def _locate_control(self, name: str) -> str:
         """A control's name, path, or both paths of ADAPTER+BASE."""
         from controlkit.formats.load import find_control
@@ -316,6 +325,14 @@ class SavedSettings:
             f" --control {use.control}={form}",
             "missing-file",
         )
+
+
+def _changed_files(entries: Sequence[str], before: Any, after: Any) -> list[str]:
+    """Notes on files whose hashes differ, if as many were stored."""
+    if not isinstance(before, list) or not isinstance(after, list) or len(before) != len(after):
+        return []
+    changed = [entry for entry, old, new in zip(entries, before, after, strict=True) if old != new]
+    return [f"{entry} has changed since (SHA-256), so the images may differ" for entry in changed]
 
 
 def _of_input(hashes: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
