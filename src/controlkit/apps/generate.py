@@ -153,7 +153,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PADDING",
         help="inpaint the part around the mask, with this padding in pixels, at full size, and put it back",
     )
-    parser.add_argument("--sampler", help="ddim, dpm++, dpm++-karras, unipc or euler (default: ddim; euler for SD3)")
+    parser.add_argument(
+        "--sampler",
+        help="ddim, dpm++, dpm++-2m-sde, unipc, ddpm or lcm; not for nano: plms, euler, euler-a, heun, dpm2,"
+        " dpm2-a; and -karras after dpm++, dpm++-2m-sde, euler, heun, dpm2, dpm2-a. SD3: euler, dpm++ or unipc. Names"
+        ' of A1111, ComfyUI and diffusers are understood, such as "DPM++ 2M Karras" (default: ddim; euler for SD3)',
+    )
     parser.add_argument("--batch-size", type=int, help="images per batch (default: 16 small ones, 4 of 512 x 512)")
     parser.add_argument(
         "--tiled",

@@ -14,13 +14,14 @@ from types import NoneType
 from typing import Any, get_type_hints
 
 from controlkit.bases.prompt_syntax import check_syntax, parse_weighted
+from controlkit.bases.solver_names import SOLVERS, solver_name
 from controlkit.errors import UserError, nearest
 from controlkit.sampling.seeds import settled_seeds
 
 MAX_SIDE = 16384
 """The longest side of an image."""
 DEFAULT_STEPS = 20
-SAMPLERS = ("ddim", "dpm++", "dpm++-karras", "unipc", "euler")
+SAMPLERS = SOLVERS
 """Names of samplers (`bases/schedules/solvers.py`)."""
 MODES = ("balanced", "control", "soft", "guess", "cfg-rw", "cfg-rw-literal")
 """How a control acts under classifier-free guidance (`ControlUse.mode`)."""
@@ -203,9 +204,13 @@ class GenerateRequest:
     """Padding in pixels of `image`: inpaint only the part around the mask, at `width` x `height`, and put it back into
     `image`, whose size the result has (A1111: "Only masked"; diffusers: `padding_mask_crop`). Default: all of it."""
     sampler: str | None = None
-    """`ddim`, `dpm++` (2M), `dpm++-karras`, `unipc` or `euler`. On variance-preserving schedules, `euler` and Karras
-    spacing need some signal at the last time: Stable Diffusion leaves some, nano does not. Rectified flows take
-    `euler`, `dpm++` and `unipc`. Default: that of the base, `ddim`, or `euler` for Stable Diffusion 3."""
+    """Name of the solver, ours (`ddim`, `dpm++`, `dpm++-karras`, `dpm++-2m-sde`, `dpm++-2m-sde-karras`, `unipc`,
+    `plms`, `euler`, `euler-karras`, `euler-a`, `heun`, `heun-karras`, `dpm2`, `dpm2-karras`, `dpm2-a`,
+    `dpm2-a-karras`, `ddpm`, `lcm`) or that of A1111, ComfyUI or diffusers. `dpm++-2m-sde`, `euler-a`, `dpm2-a`, `ddpm`
+    and `lcm` add noise, from the image's seed. Stable Diffusion 1, 2 and XL take all. A schedule that ends in pure
+    noise, as nano's does, takes `ddim`, `dpm++`, `dpm++-2m-sde`, `unipc`, `ddpm` and `lcm`; a rectified flow (Stable
+    Diffusion 3) `euler`, `dpm++` and `unipc`. `lcm` needs a model or LoRA distilled for it, 50 steps at the most.
+    Default: that of the base, `ddim`, or `euler` for Stable Diffusion 3."""
     batch_size: int | None = None
     """Images per batch; changes the memory needed, not the images. Default: 16 up to 256 x 256, fewer for larger ones
     (4 of 512 x 512)."""
@@ -222,6 +227,8 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", settled_seeds(self.seeds))
         check_sampling(self.steps, self.guidance, self.sampler)
+        if self.sampler is not None:
+            object.__setattr__(self, "sampler", solver_name(self.sampler))
         self._check_prompts()
         for name in ("width", "height"):
             value = getattr(self, name)
@@ -348,8 +355,8 @@ def check_sampling(steps: int, guidance: float | None, sampler: str | None = Non
     Raises:
         UserError: `steps` is not from 1 to 1000, `guidance` is not a number of at least 1, or `sampler` is unknown.
     """
-    if sampler is not None and sampler not in SAMPLERS:
-        raise UserError(f"there is no sampler {sampler!r}{nearest(sampler, SAMPLERS)}", "unknown-name")
+    if sampler is not None:
+        solver_name(sampler)
     if not 1 <= steps <= 1000:
         raise UserError(f"steps is {steps}; expected 1 to 1000", "out-of-range")
     if guidance is not None and not (_is_finite(guidance) and guidance >= 1):

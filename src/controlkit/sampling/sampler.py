@@ -11,6 +11,7 @@ from torch import Tensor
 
 from controlkit.bases.base import Base
 from controlkit.bases.prompt_encoding import PLAIN, TextOptions, same_length
+from controlkit.bases.solver_names import solver_name
 from controlkit.bases.text import concatenate
 from controlkit.controls.hints import rows_of
 from controlkit.errors import UserError
@@ -70,14 +71,14 @@ def sample_prompts(
     guidance = base.default_guidance if guidance is None else guidance
     batch_size = batch_size or images_at_once(width, height)
     base.check_size(width, height)
-    solver = base.schedule.solver(sampler or base.default_sampler, steps, base.device, base.name)
+    solver = base.schedule.solver(solver_name(sampler or base.default_sampler), steps, base.device, base.name)
     if base.is_inpainting and (start is None or start.mask is None):
         raise UserError(
             f"{base.name} is an inpainting model, which needs an image and a mask: pass --image and --mask, or use a"
             " text-to-image model",
             "missing-setting",
         )
-    first_step = 0 if start is None else start.first_step(base, steps)
+    first_step = 0 if start is None else start.first_step(base, steps) * solver.order
     timesteps = solver.timesteps[first_step:]
     total = -(-len(seeds) // batch_size) * len(timesteps)
     done = 0
@@ -95,9 +96,10 @@ def sample_prompts(
             active = [use.of_images(group) for use in uses]
             plan = Plan(active, timesteps, texts, cache, rows_at_once=rows_at_once(width, height))
         plan.reused = one_for_all and not last
-        solver.begin(first_step)
-        begun = None if start is None else start.begin(base, solver, first_step, seeds[group])
-        x_t = initial_noise(base, seeds[group], width, height) * solver.initial if begun is None else begun.x_t
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[group]]
+        solver.begin(first_step, generators)
+        begun = None if start is None else start.begin(base, solver, first_step, generators)
+        x_t = noise_of(base, generators, width, height) * solver.initial if begun is None else begun.x_t
         masked = None if begun is None else begun.masked
         for place, t in enumerate(timesteps):
             index = first_step + place
@@ -131,8 +133,13 @@ def images_at_once(width: int, height: int) -> int:
 
 def initial_noise(base: Base, seeds: Sequence[int], width: int, height: int) -> Tensor:
     """Standard normal latents, one per seed, sampled on the CPU as diffusers does."""
+    return noise_of(base, [torch.Generator().manual_seed(seed) for seed in seeds], width, height)
+
+
+def noise_of(base: Base, generators: Sequence[torch.Generator], width: int, height: int) -> Tensor:
+    """Standard normal latents, one per generator."""
     shape = (base.latent_channels, height // base.factor, width // base.factor)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    noise = [torch.randn(shape, generator=generator) for generator in generators]
     return torch.stack(noise).to(base.device, base.dtype)
 
 

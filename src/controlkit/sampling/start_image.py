@@ -40,8 +40,8 @@ class StartImage:
             )
         return first
 
-    def begin(self, base: Base, solver: Solver, first: int, seeds: Sequence[int]) -> Start:
-        """The state of a batch, one image per seed. Each generator yields its numbers in the order of diffusers: for
+    def begin(self, base: Base, solver: Solver, first: int, generators: Sequence[torch.Generator]) -> Start:
+        """The state of a batch, one image per generator, which yields its numbers in the order of diffusers: for
         the posterior of the image, the noise, and the posterior of the masked image.
 
         Args:
@@ -50,7 +50,6 @@ class StartImage:
         Raises:
             UserError: the mask covers no latent position.
         """
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         height, width = (side // base.factor for side in self.pixels.shape[-2:])
 
         def normal() -> Tensor:
@@ -66,10 +65,11 @@ class StartImage:
         if mask is None:
             return Start(x_t)
         if not base.is_inpainting:
+            normal()  # diffusers encodes the masked image for every base; stochastic solvers draw after that
             return Start(x_t, mask=mask, z=z, noise=noise)
         assert self.mask is not None
         hidden = base.encode_image(self.pixels * (self.mask < 0.5), normal())
-        return Start(x_t, masked=torch.cat([mask.expand(len(seeds), -1, -1, -1), hidden], 1))
+        return Start(x_t, masked=torch.cat([mask.expand(len(generators), -1, -1, -1), hidden], 1))
 
     def _mask(self, base: Base, height: int, width: int) -> Tensor | None:
         """The mask of the latents, `[1, 1, h, w]` of zeros and ones."""

@@ -5,7 +5,8 @@
 
 from controlkit.bases.schedules.rectified_flow import RectifiedFlow
 from controlkit.bases.schedules.schedule import TIME_SAMPLINGS, Schedule
-from controlkit.bases.schedules.solvers import SOLVERS, Solver
+from controlkit.bases.schedules.solvers import Solver
 from controlkit.bases.schedules.variance_preserving import VariancePreserving
+from controlkit.bases.solver_names import SOLVERS
 
 __all__ = ["SOLVERS", "TIME_SAMPLINGS", "RectifiedFlow", "Schedule", "Solver", "VariancePreserving"]

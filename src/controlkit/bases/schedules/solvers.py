@@ -3,39 +3,63 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
 
 from controlkit.bases.schedules.ddim import ddim_step, times_of
+from controlkit.bases.solver_names import SOLVERS
 from controlkit.errors import UserError, nearest
 
-SOLVERS = ("ddim", "dpm++", "dpm++-karras", "unipc", "euler")
-"""Names of all solvers."""
 _MIN_START = 0.6
 """Minimum start of a solver, as a fraction of the schedule; with two steps, leading spacing starts at two thirds."""
 _DPM: dict[str, Any] = {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}
 """Set explicitly, since a base's scheduler config may contain the settings of its own sampler."""
 
+_SDE: dict[str, Any] = {**_DPM, "algorithm_type": "sde-dpmsolver++"}
+
 _VARIANCE_PRESERVING: dict[str, tuple[Any, dict[str, Any]]] = {
-    "dpm++": (DPMSolverMultistepScheduler, {"use_karras_sigmas": False, **_DPM}),
-    "dpm++-karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True, **_DPM}),
-    "unipc": (UniPCMultistepScheduler, {"use_karras_sigmas": False, "solver_order": 2}),
-    "euler": (EulerDiscreteScheduler, {"use_karras_sigmas": False}),
+    "dpm++": (DPMSolverMultistepScheduler, _DPM),
+    "dpm++-2m-sde": (DPMSolverMultistepScheduler, _SDE),
+    "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler-a": (EulerAncestralDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "dpm2": (KDPM2DiscreteScheduler, {}),
+    "dpm2-a": (KDPM2AncestralDiscreteScheduler, {}),
+    "ddpm": (DDPMScheduler, {"variance_type": "fixed_small"}),
+    "lcm": (LCMScheduler, {}),
+    # Its step assumes the stride of this spacing.
+    "plms": (PNDMScheduler, {"skip_prk_steps": True, "timestep_spacing": "leading"}),
 }
-"""Lu et al. 2022, arXiv 2211.01095 (multistep, second order), with the times of Karras et al. 2022, arXiv 2206.00364,
-eq. 5; Zhao et al. 2023, arXiv 2302.04867; Karras et al. 2022, algorithm 1 without its correction."""
-_SIGMA_SPACE = ("dpm++-karras", "euler")
-"""Solvers parametrised by sigma (noise over signal), which some schedules leave unbounded."""
+"""Solver without Karras spacing -> diffusers' class and its settings.
+
+Lu et al. 2022, arXiv 2211.01095 (multistep, second order; with noise: its SDE); Zhao et al. 2023, arXiv 2302.04867;
+Karras et al. 2022, arXiv 2206.00364: algorithm 1 without and with (`heun`) its
+correction, algorithm 2 with midpoints (`dpm2`), with noise as in k-diffusion (`-a`), and times of eq. 5 (`-karras`);
+Ho et al. 2020, arXiv 2006.11239; Luo et al. 2023, arXiv 2310.04378; Liu et al. 2022, arXiv 2202.09778."""
+_NEEDS_SIGNAL = ("euler", "euler-a", "heun", "dpm2", "dpm2-a", "plms")
+"""Solvers that divide by the signal, of which some schedules leave none at the last time; so does Karras spacing."""
+_NO_SAMPLE = ("euler-a", "heun", "dpm2", "dpm2-a", "plms")
+"""Solvers that diffusers has for predictions of the noise and of v only."""
 FLOW_SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "euler": (FlowMatchEulerDiscreteScheduler, {}),
     "dpm++": (
@@ -51,19 +75,27 @@ FLOW_SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 class Solver(ABC):
-    """One prediction per step; deterministic apart from the initial noise.
+    """One or two predictions per step.
 
     A solver belongs to one number of steps and, from `begin` to the last step, to one batch of images.
     """
 
     timesteps: Tensor
-    """`[steps]`, the descending times of the base's predictions: in 0..999, integer or fractional."""
+    """The descending times of the base's predictions: in 0..999, integer or fractional. As many as steps, but twice as
+    many less one for solvers of two predictions per step, and one more for `plms`."""
     initial: float
     """Standard deviation of the initial latents."""
+    order: int = 1
+    """Times per step."""
 
     @abstractmethod
-    def begin(self, first: int = 0) -> None:
-        """Start a new batch of images at step `first`."""
+    def begin(self, first: int = 0, generators: Sequence[torch.Generator] = ()) -> None:
+        """Start a new batch of images.
+
+        Args:
+            first: index of the first time.
+            generators: of the noise that stochastic solvers add, one per image, on the CPU.
+        """
 
     @abstractmethod
     def noised(self, z: Tensor, noise: Tensor, index: int) -> Tensor:
@@ -87,7 +119,7 @@ class DDIM(Solver):
         self.initial = float(self._scheduler.init_noise_sigma)
         self._times: list[Any] = [*self.timesteps.tolist(), None]
 
-    def begin(self, first: int = 0) -> None:
+    def begin(self, first: int = 0, generators: Sequence[torch.Generator] = ()) -> None:
         pass
 
     def noised(self, z: Tensor, noise: Tensor, index: int) -> Tensor:
@@ -114,8 +146,14 @@ class DiffusersSolver(Solver):
     def __init__(self, scheduler: Any, steps: int, device: torch.device | str, *, length: int) -> None:
         self._scheduler = copy.deepcopy(scheduler)
         self._steps, self._device = steps, device
-        self.begin()
-        self.timesteps = self._scheduler.timesteps
+        self._adds_noise = "generator" in inspect.signature(scheduler.step).parameters
+        try:
+            self.begin()
+        except ValueError as error:  # as of LCM, for more steps than those of its distillation
+            raise UserError(
+                f"steps is {steps}, which this sampler does not support: {error}", "out-of-range"
+            ) from error
+        self.timesteps, self.order = self._scheduler.timesteps, self._scheduler.order
         self.initial = float(getattr(self._scheduler, "init_noise_sigma", 1.0))
         if float(self.timesteps[0]) < _MIN_START * length:
             raise UserError(
@@ -124,14 +162,18 @@ class DiffusersSolver(Solver):
                 "out-of-range",
             )
 
-    def begin(self, first: int = 0) -> None:
+    def begin(self, first: int = 0, generators: Sequence[torch.Generator] = ()) -> None:
         scheduler = self._scheduler
+        self._noise = {"generator": list(generators)} if self._adds_noise and generators else {}
         scheduler.set_timesteps(self._steps, device=self._device)
-        # Trailing spacing gives some numbers of steps (61, 103, ...) one time too many, below zero.
-        scheduler.timesteps = scheduler.timesteps[: self._steps]
-        scheduler.sigmas = torch.cat([scheduler.sigmas[: self._steps], scheduler.sigmas[-1:]])
+        if scheduler.order == 1 and not isinstance(scheduler, PNDMScheduler):
+            # Trailing spacing gives some numbers of steps (61, 103, ...) one time too many, below zero.
+            scheduler.timesteps = scheduler.timesteps[: self._steps]
+            if hasattr(scheduler, "sigmas"):
+                scheduler.sigmas = torch.cat([scheduler.sigmas[: self._steps], scheduler.sigmas[-1:]])
         scheduler.num_inference_steps = self._steps
-        scheduler.set_begin_index(first)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
 
     def noised(self, z: Tensor, noise: Tensor, index: int) -> Tensor:
         # The scheduler takes the noise level of its own next step. The batch of t is that of z.
@@ -146,7 +188,7 @@ class DiffusersSolver(Solver):
         return self._scheduler.scale_model_input(x_t, self.timesteps[index])
 
     def step(self, prediction: Tensor, x_t: Tensor, index: int) -> Tensor:
-        return self._scheduler.step(prediction, self.timesteps[index], x_t, return_dict=False)[0]
+        return self._scheduler.step(prediction, self.timesteps[index], x_t, return_dict=False, **self._noise)[0]
 
 
 def build_solver(
@@ -163,16 +205,24 @@ def build_solver(
     """
     if name == "ddim":
         return DDIM(scheduler, steps, device)
-    if name not in _VARIANCE_PRESERVING:
+    plain = name.removesuffix("-karras")
+    if name not in SOLVERS:
         raise UserError(f"there is no sampler {name!r}{nearest(name, SOLVERS)}", "unknown-name")
-    if pure_noise and name in _SIGMA_SPACE:
+    if pure_noise and (plain in _NEEDS_SIGNAL or name != plain):
         alpha_bar = scheduler.alphas_cumprod[-1]
         sigma = float(((1 - alpha_bar) / alpha_bar) ** 0.5)
         raise UserError(
             f"the noise schedule of {base} ends in (nearly) pure noise, {sigma:.3g}"
-            f" times the signal, which {name} cannot represent; use ddim, dpm++ or unipc",
+            f" times the signal, which {name} cannot represent; use ddim, dpm++, dpm++-2m-sde, unipc, ddpm or lcm",
             "contradiction",
         )
-    kind, settings = _VARIANCE_PRESERVING[name]
-    diffusers_scheduler = kind.from_config({**scheduler.config, **settings})
-    return DiffusersSolver(diffusers_scheduler, steps, device, length=len(scheduler.alphas_cumprod))
+    if scheduler.config["prediction_type"] == "sample" and plain in _NO_SAMPLE:
+        raise UserError(
+            f"{base} predicts clean latents, for which {name} is not available; use ddim or dpm++", "contradiction"
+        )
+    kind, settings = _VARIANCE_PRESERVING[plain]
+    # Set explicitly, since a base's scheduler config may contain the settings of its own sampler.
+    takes = inspect.signature(kind.__init__).parameters
+    karras = {"use_karras_sigmas": name != plain} if "use_karras_sigmas" in takes else {}
+    made = kind.from_config({**scheduler.config, **karras, **settings})
+    return DiffusersSolver(made, steps, device, length=len(scheduler.alphas_cumprod))
