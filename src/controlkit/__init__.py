@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from controlkit.formats.load import load_control, save_control
     from controlkit.nano.evaluate_base import evaluate_base
     from controlkit.sampling.generate import generate
-    from controlkit.sampling.request import ControlUse, GenerateRequest
+    from controlkit.sampling.request import ControlUse, GenerateRequest, LoraUse
     from controlkit.sampling.saved_settings import read_settings
     from controlkit.training.recipes import build_recipe, read_recipe
     from controlkit.training.run import run as train
@@ -41,6 +41,7 @@ _PLACES = {
     "Columns": "data.readers.columns:Columns",
     "ControlUse": "sampling.request:ControlUse",
     "GenerateRequest": "sampling.request:GenerateRequest",
+    "LoraUse": "sampling.request:LoraUse",
     "MakeSettings": "data.making:MakeSettings",
     "adapt": "evaluation.adapt:adapt",
     "build_recipe": "training.recipes:build_recipe",
@@ -72,6 +73,7 @@ __all__ = [
     "Columns",
     "ControlUse",
     "GenerateRequest",
+    "LoraUse",
     "MakeSettings",
     "UserError",
     "__version__",

@@ -74,6 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="repeat the settings of a settings.json, its folder, or a PNG of generate",
     )
+    parser.add_argument(
+        "--lora",
+        dest="loras",
+        action="append",
+        metavar="FILE[@weight]",
+        help="a LoRA of the base, of kohya, diffusers or peft (default weight: 1); repeat for several",
+    )
     parser.add_argument("--base", help="nano, a diffusers folder, a single file, or a hub id (default: nano)")
     parser.add_argument(
         "--control",
@@ -250,7 +257,16 @@ _OPTIONS = (
 )
 
 
-_LISTS = ("embeddings",)
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the request that are options as they are, and lists of files."""
+    from controlkit.sampling.request import LoraUse
+
+    settings: dict[str, Any] = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
+    if hasattr(args, "embeddings"):
+        settings["embeddings"] = tuple(args.embeddings)
+    if hasattr(args, "loras"):
+        settings["loras"] = tuple(map(LoraUse.parse, args.loras))
+    return settings
 
 
 def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings | None]:
@@ -265,8 +281,7 @@ def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings |
 
     if args.prepared and not args.control:
         raise UserError("--prepared applies to the images of --control, and there is none", "contradiction")
-    settings: dict[str, Any] = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
-    settings |= {name: tuple(getattr(args, name)) for name in _LISTS if hasattr(args, name)}
+    settings = _settings(args)
     uses = tuple(ControlUse.parse(text, prepared=args.prepared, mode=args.mode) for text in args.control)
     saved = read_settings(args.saved) if hasattr(args, "saved") else None
     prompts = _prompts(args)
@@ -289,8 +304,9 @@ def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings |
     if saved is None:
         request = GenerateRequest(controls=uses, **settings)
     else:
-        if uses:
-            settings["controls"] = [vars(use) for use in uses]
+        for name, of_kind in (("controls", uses), ("loras", settings.get("loras", ()))):
+            if of_kind:
+                settings[name] = [vars(use) for use in of_kind]
         request = saved.to_request(**settings)
     if len(prompts) > 1:
         request = replace(request, vary=({"prompt": prompts}, *request.vary))

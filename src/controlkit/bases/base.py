@@ -107,6 +107,8 @@ class Base(ABC):
             raise TypeError(f"{type(self).__name__} of {', '.join(expected)}: missing {missing}, unknown {unknown}")
         for key in expected:
             setattr(self, key, components.get(key))
+        self.merged: tuple[Any, ...] = ()
+        """What is merged into its weights now (LoRAs with their weights), for keys of caches."""
         self._active_taps: tuple[Mapping[str, Tensor], Taps] | None = None
         self._replaced: Mapping[str, nn.Module] = {}
         for network in self.networks:

@@ -71,7 +71,7 @@ _RULES = (
     _Rule("a motion module of AnimateDiff", _has(".*motion_modules\\.")),
     # LoRA before whole networks: its names contain theirs.
     _Rule(
-        "a LoRA for the UNet: it changes the base and is not a control",
+        "a LoRA for the UNet: it changes the base and is not a control (pass it with --lora)",
         _has("(lora_unet_|unet\\..*lora|base_model\\.model\\.unet|lycoris_)"),
     ),
     _Rule("a LoRA for the text encoder", _has("(lora_te|text_encoder(_\\d)?\\..*lora)")),
@@ -112,7 +112,7 @@ _RULES = (
     ),
     # Others.
     _Rule(
-        "a textual inversion (learned token embeddings)",
+        "a textual inversion (learned token embeddings; pass it with --embedding)",
         _has("(string_to_param|string_to_token|emb_params|clip_[gl]|<.*>)$"),
     ),
     _Rule(
@@ -139,7 +139,7 @@ def identify(tensors: Mapping[str, Tensor], others: Collection[str]) -> str:
         if rule.test(names):
             return rule.description
     if len(tensors) == 1 and next(iter(tensors.values())).shape[-1:] in _TEXT_WIDTHS:
-        return "a textual inversion (learned token embeddings)"
+        return "a textual inversion (learned token embeddings; pass it with --embedding)"
     if not names:
         return "empty: it has no tensors"
     count = f"{len(tensors)} tensors" if tensors else "no tensors"

@@ -29,7 +29,7 @@ MAX_COMBINATIONS = 10_000
 """Combinations of one request."""
 _LONGEST_NAME = 24
 """Characters of a value in a file name."""
-_NOT_VARIED = ("controls", "seeds", "vary", "xy")
+_NOT_VARIED = ("controls", "loras", "seeds", "vary", "xy")
 """Fields of a request that are no settings of an axis; `seed` stands for `seeds`."""
 _OF_A_CONTROL = ("control", "image", *KEYS)
 

@@ -38,6 +38,7 @@ from controlkit.sampling.inputs import (
     values_of,
     with_named_inputs,
 )
+from controlkit.sampling.loras import lora_file, merged, read_lora
 from controlkit.sampling.notes import crop_note, flat_note, prompt_notes, request_notes
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.prompts import find_captioner, first_prompt
@@ -121,10 +122,10 @@ class Generation:
     `guidance`, `mode`, `sampler`; `strength` with an image to start from; unless the prompt is given, `prompts`, one
     per seed."""
     sha256: dict[str, Any] = field(default_factory=dict)
-    """Hex SHA-256 of the files read: `base`, each of `embeddings`, and for each of `controls` its `image`, `mask`,
-    `control`, `companion` (such as the base control of an adapter) and `condition` (the pixels of the condition image).
-    None for a base, and left out for controls, that the caller loaded. `image` and `condition` of named inputs are
-    under `inputs` and their names. `image` and `mask` are of the files that sampling starts from."""
+    """Hex SHA-256 of the files read: `base`, each of `embeddings` and `loras`, and for each of `controls` its `image`,
+    `mask`, `control`, `companion` (such as the base control of an adapter) and `condition` (the pixels of the condition
+    image). None for a base, and left out for controls, that the caller loaded. `image` and `condition` of named inputs
+    are under `inputs` and their names. `image` and `mask` are of the files that sampling starts from."""
     notes: list[str] = field(default_factory=list)
     """Remarks for the user, such as a cropped image or a cut prompt."""
     name: str = ""
@@ -199,6 +200,11 @@ def generate_one(
         start_mask = ImageFile.read_mask(request.mask)
         hashes = [_hashes(*each) for each in zip(request.controls, images, masks, strict=True)]
         generation.sha256 = {"base": None, "controls": hashes}
+        listed = {
+            "embeddings": [file_sha256(embedding_file(entry)[1]) for entry in request.embeddings],
+            "loras": [file_sha256(lora_file(use.file)) for use in request.loras],
+        }
+        generation.sha256 |= {name: of_files for name, of_files in listed.items() if of_files}
         started = {"image": start_file, "mask": start_mask}
         generation.sha256 |= {name: file.sha256 for name, file in started.items() if file is not None}
         if base is None:
@@ -227,7 +233,9 @@ def generate_one(
             generation.start_images = {START_NAMES[name]: image for name, image in made.items() if image is not None}
         embeddings = read_embeddings(request.embeddings, base)
         text = TextOptions(syntax=request.prompt_syntax, clip_skip=request.clip_skip, embeddings=embeddings)
-        generation.sha256["embeddings"] = [file_sha256(embedding_file(entry)[1]) for entry in request.embeddings]
+        loras = [(read_lora(use, base), use.weight) for use in request.loras]
+        lora_key = [(sha256, use.weight) for sha256, use in zip(listed["loras"], request.loras, strict=True)]
+        generation.notes += [note for lora, _ in loras for note in lora.notes]
         if request.prompt_mode != "given":
             generation.used["prompts"] = [prompt] * len(request.seeds)
         if controls is None:
@@ -285,7 +293,7 @@ def generate_one(
             on_step=None if on_step is None else lambda step: on_step(step.in_round(turn, rounds)),
         )
         made: list[GeneratedImage] = []
-        with base.tiling(request.tiled):
+        with merged(base, loras, lora_key), base.tiling(request.tiled):
             for batch in batches:
                 finished = [image if canvas is None else canvas.finished(image) for image in to_images(batch)]
                 made += map(GeneratedImage, finished, request.seeds[len(made) :])

@@ -139,8 +139,10 @@ class Plan:
         *,
         rows_at_once: int = ROWS_AT_ONCE,
         megabytes: float = KEPT_MEGABYTES,
+        base_key: tuple[Hashable, ...] = (),
     ) -> None:
         self.uses = uses
+        self._base_key = base_key
         self.timesteps = timesteps
         self.texts = texts
         self.cache = cache
@@ -403,7 +405,7 @@ class Plan:
         parts = self._texts(use, index)
         read = [tensor for text in parts for tensor in text.tensors()]
         texts = tuple(digest(tensor) for tensor in read) if Reads.TEXT in use.control.reading else ()
-        return (identity_of(use.control), digest(use.hint), len(parts), texts)
+        return (identity_of(use.control), digest(use.hint), len(parts), texts, self._base_key)
 
     def _time(self, index: int, timed: bool) -> float | None:
         return float(self.timesteps[index]) if timed else None

@@ -139,6 +139,35 @@ class ControlUse:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraUse:
+    """A LoRA of the base, with its weight."""
+
+    file: str
+    """A file of kohya, diffusers or peft, or a folder of the latter two."""
+    weight: float = 1.0
+    """Factor of what it adds to the base's weights."""
+
+    def __post_init__(self) -> None:
+        if not _is_finite(self.weight):
+            raise UserError(f"the weight of {self.file} is {self.weight}; expected a finite number", "out-of-range")
+
+    @classmethod
+    def parse(cls, text: str) -> LoraUse:
+        """Parse `FILE[@weight]`, as on the command line; the name of a file that exists may contain `@`.
+
+        Raises:
+            UserError: what follows `@` is no number.
+        """
+        file, at, weight = text.rpartition("@")
+        if not at or os.path.exists(text):
+            return cls(file=text)
+        try:
+            return cls(file=file, weight=float(weight))
+        except ValueError as error:
+            raise UserError(f"--lora {text}: {weight!r} is not a weight; expected FILE[@weight]", "usage") from error
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
     """Images to generate."""
 
@@ -165,6 +194,8 @@ class GenerateRequest:
     embeddings: tuple[str, ...] = ()
     """Files of textual inversions (.safetensors, .pt, .bin). The name of the file, without its suffix, is the word that
     stands for it in the prompts; `WORD=FILE` gives another."""
+    loras: tuple[LoraUse, ...] = ()
+    """LoRAs merged into the base's weights while images are generated; what they add is summed."""
     base: str = "nano"
     """`nano`, a diffusers folder, a single file, or an id on the Hugging Face hub."""
     controls: tuple[ControlUse, ...] = ()
@@ -307,6 +338,8 @@ class GenerateRequest:
             fields["controls"] = tuple(
                 ControlUse(**checked_fields(ControlUse, use, "a control")) for use in fields["controls"]
             )
+        if "loras" in fields:
+            fields["loras"] = tuple(LoraUse(**checked_fields(LoraUse, use, "a LoRA")) for use in fields["loras"])
         return cls(**fields)
 
 
@@ -424,6 +457,7 @@ _JSON_TYPES: dict[Any, tuple[type | tuple[type, ...], str]] = {
     tuple[str, ...]: ((list, tuple), "a list of texts"),
     tuple[float, ...] | None: ((list, tuple, NoneType), "a list of numbers, or null"),
     tuple[ControlUse, ...]: ((list, tuple), "a list of controls"),
+    tuple[LoraUse, ...]: ((list, tuple), "a list of LoRAs"),
     float | None: ((int, float, NoneType), "a number or null"),
     tuple[dict[str, Any], ...]: ((list, tuple), "a list of mappings from settings to values"),
 }

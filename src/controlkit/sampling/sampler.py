@@ -94,7 +94,8 @@ def sample_prompts(
                 texts.insert(0, base.encode_text([negative_prompt], size, text))
             texts = same_length(texts)
             active = [use.of_images(group) for use in uses]
-            plan = Plan(active, timesteps, texts, cache, rows_at_once=rows_at_once(width, height))
+            at_once = rows_at_once(width, height)
+            plan = Plan(active, timesteps, texts, cache, rows_at_once=at_once, base_key=base.merged)
         plan.reused = one_for_all and not last
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[group]]
         solver.begin(first_step, generators)

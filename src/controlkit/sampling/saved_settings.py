@@ -60,6 +60,8 @@ class SavedSettings:
         axes = {name: self._axes(name, changes) for name in ("vary", "xy") if name not in changes}
         stored |= {name: self._start_file(name) for name in START_NAMES if name not in changes}
         stored["embeddings"] = [self._locate_embedding(entry) for entry in self.request.embeddings]
+        for lora in stored["loras"]:
+            lora["file"] = self._locate(lora["file"])
         for index, use in enumerate(stored["controls"]):
             # Files from before there were modes mean this one.
             use["mode"] = use["mode"] or (used.get("mode", "balanced") if same_base else None)
@@ -133,6 +135,8 @@ class SavedSettings:
         before, after = self.sha256, generation.sha256
         if generation.request.base == self._locate(self.request.base) and _differ(before, after, "base"):
             notes.append(f"base {generation.request.base} has changed since (SHA-256), so the images may differ")
+        loras = [use.file for use in generation.request.loras]
+        notes += _changed_files(loras, before.get("loras"), after.get("loras"))
         notes += [note for name in START_NAMES for note in self._start_notes(name, generation.request)]
         same_size = not self._shows_part and all(
             self.used.get(side) == generation.used.get(side) for side in ("width", "height")

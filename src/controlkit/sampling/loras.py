@@ -1,0 +1,283 @@
+"""LoRAs of the base (Hu et al. 2021, arXiv 2106.09685) from files of kohya, diffusers and peft.
+
+They are merged into its weights, which leaves the structure of its networks as it is: injection sites, taps and
+replaced modules stay in place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controlkit.bases.base import Base
+from controlkit.errors import UserError
+from controlkit.files import read_json
+from controlkit.formats.tensors import read_tensor_file
+from controlkit.sampling.request import LoraUse
+
+_HALF = re.compile(
+    r"(?P<path>.+?)(?:\.processor)?\.(?:(?P<attention>to_(?:q|k|v|out))_lora|lora(?:_linear_layer)?)[._]"
+    r"(?P<half>down|up|A|B)(?:\.\w+)?\.weight"
+)
+"""Name of one of the two matrices of a layer: of peft (`lora_A`), of diffusers now (`lora.down`) and before
+(`processor.to_q_lora.down`, `lora_linear_layer.down`)."""
+_KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+_TEXT_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+_PEFT_PREFIX = "base_model.model."
+_OTHER_KINDS = (
+    ("hada_", "a LoHa (LyCORIS)"),
+    ("lokr_", "a LoKr (LyCORIS)"),
+    ("oft_", "an OFT"),
+    ("dora_scale", "a DoRA"),
+    ("lora_magnitude_vector", "a DoRA"),
+    ("lora_mid", "a LoCon with a Tucker decomposition"),
+)
+"""Part of a tensor's name -> kind of file, of those that are not supported."""
+_NAMED = 8
+"""Names in one note."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of a LoRA: it adds `scale * up @ down`."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def delta(self, like: Tensor) -> Tensor:
+        """What it adds to a weight, in float32 on its device."""
+        down, up = (half.to(like.device, torch.float32).flatten(1) for half in (self.down, self.up))
+        return (up @ down).reshape(like.shape) * self.scale
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The layers of a file, found in a base."""
+
+    layers: Mapping[tuple[str, str], _Layer]
+    """Component and path of a module -> its layer."""
+    notes: tuple[str, ...]
+    """Remarks for the user: tensors that fit no layer of the base."""
+
+
+def lora_file(file: str | Path) -> Path:
+    """The file of tensors of a LoRA: itself, or that of a folder of diffusers or peft.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(file)
+    names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin")
+    found = next((path / name for name in (*names, "adapter_model.bin") if (path / name).is_file()), path)
+    if not found.is_file():
+        raise UserError(
+            f"there is no LoRA at {file}; expected a file, or a folder with {names[0]} or {names[1]}", "missing-file"
+        )
+    return found
+
+
+def read_lora(use: LoraUse, base: Base) -> Lora:
+    """Read a LoRA for a base.
+
+    Raises:
+        UserError: the file is missing, damaged, of an unsupported kind, or of another base.
+    """
+    path = lora_file(use.file)
+    file = read_tensor_file(path)
+    for part, kind in _OTHER_KINDS:
+        if any(part in name for name in file.tensors):
+            raise UserError(f"{use.file} is {kind}, which is not supported; expected a LoRA", "unsupported")
+    tensors = _with_alphas({name.removeprefix(_PEFT_PREFIX): value for name, value in file.tensors.items()})
+    if any(name.startswith(_KOHYA) for name in tensors):
+        tensors = _of_kohya(tensors, use.file, base)
+    config = path.parent / "adapter_config.json"
+    settings = _adapter_settings(config, file.metadata, use.file)
+    halves: dict[tuple[str, str], dict[str, Tensor]] = {}
+    unmatched = list(file.others)
+    for name, tensor in tensors.items():
+        found = _HALF.fullmatch(name)
+        place = None if found is None else _place(found, base)
+        if found is None or place is None:
+            unmatched.append(name)
+        else:
+            halves.setdefault(place, {})["down" if found["half"] in ("down", "A") else "up"] = tensor
+    layers: dict[tuple[str, str], _Layer] = {}
+    for (component, module), pair in halves.items():
+        if len(pair) < 2:
+            unmatched.append(f"{component}.{module} (without its {'up' if 'down' in pair else 'down'} half)")
+            continue
+        layer = _Layer(**pair, scale=settings.scale(component, module, len(pair["down"])))
+        _check_shape(layer, base, component, module, use.file)
+        layers[component, module] = layer
+    if not layers:
+        example = f", such as {unmatched[0]}" if unmatched else ""
+        raise UserError(
+            f"{use.file} fits no layer of {base.name}: its {len(unmatched)} tensors{example} are of another base, or no"
+            " LoRA",
+            "incompatible",
+        )
+    return Lora(layers, _unmatched_note(use.file, unmatched, base))
+
+
+@contextmanager
+def merged(base: Base, loras: Sequence[tuple[Lora, float]], key: Sequence[Any]) -> Iterator[None]:
+    """A context in which LoRAs are merged into the base's weights, which are restored afterwards, bit for bit.
+
+    Args:
+        loras: with the weight of each.
+        key: identifies them and their weights, for `Base.merged`.
+    """
+    networks = base.named_networks()
+    weights = {place: _weight(networks[place[0]], place[1]) for lora, _ in loras for place in lora.layers}
+    before = {place: weight.detach().to("cpu", copy=True) for place, weight in weights.items()}
+    was, base.merged = base.merged, (*base.merged, *key)
+    try:
+        with torch.no_grad():
+            for place, weight in weights.items():
+                # Summed before they are rounded to the weight's dtype.
+                total = weight.detach().float()
+                for lora, factor in loras:
+                    if place in lora.layers and factor:
+                        total = total + lora.layers[place].delta(weight) * factor
+                weight.copy_(total)
+        yield
+    finally:
+        with torch.no_grad():
+            for place, weight in weights.items():
+                weight.copy_(before[place])
+        base.merged = was
+
+
+@dataclass(frozen=True)
+class _AdapterSettings:
+    """Rank and alpha as peft and diffusers store them; a file without has a scale of 1."""
+
+    values: Mapping[str, Any]
+
+    def scale(self, component: str, module: str, rank: int) -> float:
+        """Of the layer of a module."""
+        values = self.values.get(component, self.values.get("", {}))
+        if "lora_alpha" not in values:
+            return 1.0
+        patterns = values.get("alpha_pattern") or {}
+        alpha = next((value for name, value in patterns.items() if _is_module(name, module)), values["lora_alpha"])
+        return float(alpha) / (rank**0.5 if values.get("use_rslora") else rank)
+
+
+def _adapter_settings(config: Path, metadata: Mapping[str, str], file: str) -> _AdapterSettings:
+    """From peft's `adapter_config.json`, or the metadata of diffusers' files.
+
+    Raises:
+        UserError: they ask for more than a LoRA.
+    """
+    values: dict[str, dict[str, Any]] = {}
+    if config.is_file():
+        found = read_json(config)
+        values[""] = found if isinstance(found, dict) else {}
+    elif "lora_adapter_metadata" in metadata:
+        with suppress(ValueError):
+            for name, value in json.loads(metadata["lora_adapter_metadata"]).items():
+                component, _, setting = name.partition(".")
+                values.setdefault(component, {})[setting] = value
+    for settings in values.values():
+        if settings.get("use_dora") or settings.get("peft_type", "LORA") != "LORA":
+            kind = "DoRA" if settings.get("use_dora") else settings["peft_type"]
+            raise UserError(
+                f"{file} is an adapter of type {kind}, which is not supported; expected a LoRA", "unsupported"
+            )
+    return _AdapterSettings(values)
+
+
+def _is_module(pattern: str, module: str) -> bool:
+    """Whether a key of peft's patterns means a module: its end, or a regular expression of it."""
+    if pattern.startswith("^"):
+        return re.match(pattern, module) is not None
+    return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+
+
+def _with_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with each `X.alpha` multiplied into the upper half of X: by alpha / rank, as in kohya."""
+    scaled = dict(tensors)
+    for name, alpha in tensors.items():
+        stem = name.removesuffix(".alpha")
+        pair = next(
+            (
+                (f"{stem}.{down}.weight", f"{stem}.{up}.weight")
+                for down, up in (("lora_down", "lora_up"), ("lora.down", "lora.up"), ("lora_A", "lora_B"))
+                if f"{stem}.{down}.weight" in tensors and f"{stem}.{up}.weight" in tensors
+            ),
+            None,
+        )
+        if stem != name and pair is not None:
+            scaled[pair[1]] = tensors[pair[1]].float() * (float(alpha) / len(tensors[pair[0]]))
+            del scaled[name]
+    return scaled
+
+
+def _of_kohya(tensors: Mapping[str, Tensor], file: str, base: Base) -> dict[str, Tensor]:
+    """Tensors under kohya's names under those of diffusers; others unchanged.
+
+    Raises:
+        UserError: diffusers cannot map the names.
+    """
+    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+
+    halves = {name: value for name, value in tensors.items() if name.startswith(_KOHYA) and ".lora_" in name}
+    try:
+        mapped, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(dict(halves), unet_config=base.denoiser.config)
+    except (ValueError, KeyError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} has names of layers that diffusers cannot map: {reason}", "unsupported") from error
+    return {**{name: value for name, value in tensors.items() if name not in halves}, **mapped}
+
+
+def _place(found: re.Match[str], base: Base) -> tuple[str, str] | None:
+    """Component and path of a module; None if the base has none."""
+    networks = base.named_networks()
+    component, _, path = found["path"].partition(".")
+    denoiser = base.denoiser_component().name
+    if component not in networks:  # peft's adapters of one network do not name it
+        component, path = denoiser, found["path"]
+    attention = found["attention"]
+    if attention is not None:
+        last = f"{attention}.0" if attention == "to_out" else attention
+        path = f"{path}.{last if component == denoiser else _TEXT_ATTENTION[attention]}"
+    # transformers 5 left out a level of some text encoders.
+    for candidate in (path, path.removeprefix("text_model."), f"text_model.{path}"):
+        with suppress(AttributeError):
+            if isinstance(networks[component].get_submodule(candidate), nn.Linear | nn.Conv2d):
+                return component, candidate
+    return None
+
+
+def _weight(network: nn.Module, module: str) -> Tensor:
+    return network.get_parameter(f"{module}.weight")
+
+
+def _check_shape(layer: _Layer, base: Base, component: str, module: str, file: str) -> None:
+    weight = _weight(base.named_networks()[component], module)
+    expected = (weight.shape[0], weight[0].numel())
+    given = (len(layer.up), layer.down[0].numel())
+    if given != expected or layer.up.flatten(1).shape[1] != len(layer.down):
+        raise UserError(
+            f"{file} changes {given[0]} x {given[1]} weights of {component}.{module}, which has {expected[0]} x"
+            f" {expected[1]} in {base.name}: it was trained for another base",
+            "incompatible",
+        )
+
+
+def _unmatched_note(file: str, unmatched: Sequence[str], base: Base) -> tuple[str, ...]:
+    if not unmatched:
+        return ()
+    more = f" and {len(unmatched) - _NAMED} more" if len(unmatched) > _NAMED else ""
+    names = ", ".join(unmatched[:_NAMED])
+    return (f"{file}: {len(unmatched)} tensors fit no layer of {base.name} and are left out: {names}{more}",)

@@ -1,0 +1,333 @@
+"""LoRAs of the base: diffusers' images from the same files, beside controls, and what does not fit."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from parity import NEGATIVE, PROMPT, SEEDS, STEPS, assert_same, generators, ours, parts
+from safetensors.torch import save_file
+
+from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.images import to_tensor
+from controlkit.sampling.generate import generate
+from controlkit.sampling.loras import merged, read_lora
+from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.request import GenerateRequest, LoraUse
+from controlkit.sampling.residual_cache import ResidualCache
+from controlkit.sampling.sampler import sample_prompts
+from controlkit.sampling.saved_settings import read_settings
+from refusals import refused
+from tiny import build_tiny_sd3, build_tiny_sdxl
+
+RANK = 3
+UNET = "down_blocks.1.attentions.0.transformer_blocks.0"
+LAYERS = [
+    *(f"{UNET}.attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    f"{UNET}.ff.net.0.proj",
+    "down_blocks.1.attentions.0.proj_in",
+    "down_blocks.1.resnets.0.conv1",
+    "up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q",
+]
+TEXT = [
+    f"encoder.layers.0.{name}"
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+]
+
+
+def halves(base, seed=0, rank=RANK, layers=LAYERS, text=TEXT):
+    """Component and module -> its two halves."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for component, names in (("unet", layers), ("text_encoder", text)):
+        for name in names:
+            module = getattr(base, component).get_submodule(name)
+            weight = module.weight
+            down = torch.randn(rank, *weight.shape[1:], generator=generator) * 0.3
+            up = torch.randn(len(weight), rank, *[1] * (weight.ndim - 2), generator=generator) * 0.3
+            made[component, name] = (down, up)
+    return made
+
+
+def of_kohya(layers, alpha):
+    state = {}
+    for (component, name), (down, up) in layers.items():
+        stem = f"lora_unet_{name}" if component == "unet" else f"lora_te_text_model_{name}"
+        stem = stem.replace(".", "_")
+        state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(alpha)}
+    return state
+
+
+def of_diffusers(layers, alpha):
+    """Names of today, which have no alpha: here, it is in the weights."""
+    state = {}
+    for (component, name), (down, up) in layers.items():
+        stem = f"{component}.{name}" if component == "unet" else f"{component}.text_model.{name}"
+        state |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up * (alpha / len(down))}
+    return state
+
+
+def of_old_diffusers(layers, alpha):
+    """The attention processors' names of diffusers 0.2x."""
+    state = {}
+    for (component, name), (down, up) in layers.items():
+        up = up * (alpha / len(down))
+        if ".attn" in name:
+            stem, _, last = name.replace("to_out.0", "to_out").rpartition(".")
+            state |= {f"unet.{stem}.processor.{last}_lora.down.weight": down}
+            state |= {f"unet.{stem}.processor.{last}_lora.up.weight": up}
+        elif component == "text_encoder":
+            stem = f"text_encoder.text_model.{name}.lora_linear_layer"
+            state |= {f"{stem}.down.weight": down, f"{stem}.up.weight": up}
+        else:
+            state |= {f"unet.{name}.lora.down.weight": down, f"unet.{name}.lora.up.weight": up}
+    return state
+
+
+WRITERS = {"kohya": of_kohya, "diffusers": of_diffusers, "diffusers of before": of_old_diffusers}
+
+
+def with_loras(base, *uses, **settings):
+    loras = [(read_lora(use, base), use.weight) for use in uses]
+    with merged(base, loras, [use.file for use in uses]):
+        return ours(base, **settings)
+
+
+def theirs(pipeline, **changes):
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "output_type": "pt", "eta": 0.0}
+    words = {"negative_prompt": [NEGATIVE] * 2, "generator": generators()}
+    return pipeline([PROMPT] * 2, **words, **{**settings, **changes}).images
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_a_lora_draws_as_diffusers(tiny_base, tmp_path, layout):
+    file = tmp_path / "lora.safetensors"
+    save_file(WRITERS[layout](halves(tiny_base), 2.0), file)
+    made = with_loras(tiny_base, LoraUse(file=str(file), weight=0.7))
+    pipeline = StableDiffusionPipeline(**parts(copy.deepcopy(tiny_base)))
+    pipeline.load_lora_weights(str(file), adapter_name="lora")
+    pipeline.set_adapters(["lora"], [0.7])
+    expected = theirs(pipeline)
+    assert_same(made, expected, 1e-3)
+    assert (made - ours(tiny_base)).abs().max() > 2e-2
+
+
+def test_text_encoders_alone_draw_as_diffusers(tiny_base, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    save_file(of_diffusers(halves(tiny_base, layers=[]), RANK), file)
+    pipeline = StableDiffusionPipeline(**parts(copy.deepcopy(tiny_base)))
+    pipeline.load_lora_weights(str(file), adapter_name="lora")
+    made = with_loras(tiny_base, LoraUse(file=str(file)))
+    assert_same(made, theirs(pipeline), 1e-3)
+    assert (made - ours(tiny_base)).abs().max() > 5e-3
+
+
+def test_several_weighted_loras_beside_a_control_draw_as_diffusers(tiny_base, tiny_control, condition_image, tmp_path):
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    save_file(of_diffusers(halves(tiny_base), RANK), files[0])
+    save_file(of_kohya(halves(tiny_base, seed=1, rank=2, text=[]), 1.0), files[1])
+    image = to_tensor([condition_image])
+    use = ActiveControl(tiny_control, tiny_control.encode(image, tiny_base), weight=0.8)
+    uses = [LoraUse(file=str(file), weight=weight) for file, weight in zip(files, (0.8, -0.5), strict=True)]
+    made = with_loras(tiny_base, *uses, uses=[use])
+    pipeline = StableDiffusionControlNetPipeline(
+        **parts(copy.deepcopy(tiny_base)), controlnet=copy.deepcopy(tiny_control.to_diffusers())
+    )
+    for name, file in zip("ab", files, strict=True):
+        pipeline.load_lora_weights(str(file), adapter_name=name)
+    pipeline.set_adapters(["a", "b"], [0.8, -0.5])
+    expected = theirs(pipeline, image=image.expand(2, -1, -1, -1), controlnet_conditioning_scale=0.8)
+    assert_same(made, expected, 1e-3)
+    assert (made - with_loras(tiny_base, uses[0], uses=[use])).abs().max() > 1e-2
+    assert (made - with_loras(tiny_base, *uses)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("names", ["diffusers", "original"])
+def test_a_lora_of_xl_draws_as_diffusers(tmp_path, names):
+    base = build_tiny_sdxl()
+    original = {
+        "down_blocks.1.attentions.0": "input_blocks_3_1",
+        "mid_block.attentions.0": "middle_block_1",
+        "up_blocks.0.attentions.1": "output_blocks_1_1",
+    }
+    text = "encoder.layers.0.self_attn.out_proj"
+    state, generator = {}, torch.Generator().manual_seed(2)
+    for path, stem in original.items():
+        module = f"{path}.transformer_blocks.0.attn2.to_k"
+        known = f"{path if names == 'diffusers' else stem}.transformer_blocks.0.attn2.to_k".replace(".", "_")
+        width, inputs = base.unet.get_submodule(module).weight.shape
+        state[f"lora_unet_{known}.lora_down.weight"] = torch.randn(2, inputs, generator=generator)
+        state[f"lora_unet_{known}.lora_up.weight"] = torch.randn(width, 2, generator=generator)
+    for which, width in (("1", 16), ("2", 12)):
+        stem = f"lora_te{which}_text_model_{text}".replace(".", "_")
+        state[f"{stem}.lora_down.weight"] = torch.randn(2, width, generator=generator)
+        state[f"{stem}.lora_up.weight"] = torch.randn(width, 2, generator=generator)
+    file = tmp_path / "lora.safetensors"
+    save_file(state, file)
+    lora = read_lora(LoraUse(file=str(file)), base)
+    assert len(lora.layers) == 5 and not lora.notes
+    words = {"prompts": [PROMPT], "negative_prompt": NEGATIVE}
+    settings = {**words, "seeds": SEEDS, "steps": STEPS, "guidance": 4.0}
+    plain = torch.cat(list(sample_prompts(base, **settings)))
+    with merged(base, [(lora, 1.0)], ["lora"]):
+        made = torch.cat(list(sample_prompts(base, **settings)))
+    components = {component.name: copy.deepcopy(getattr(base, component.name)) for component in base.components[:-1]}
+    scheduler = DDIMScheduler.from_config(base.scheduler_config)
+    pipeline = StableDiffusionXLPipeline(**components, scheduler=scheduler)
+    pipeline.load_lora_weights(str(file), adapter_name="lora")
+    assert_same(made, theirs(pipeline), 1e-3)
+    assert (made - plain).abs().max() > 1e-2
+
+
+def test_a_folder_of_peft_is_scaled_by_its_configuration(tiny_base, tmp_path):
+    layers = halves(tiny_base, text=[])
+    state = {}
+    for (_, name), (down, up) in layers.items():
+        state |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 6, "alpha_pattern": {"conv1": 3}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    lora = read_lora(LoraUse(file=str(tmp_path)), tiny_base)
+    assert {(name, layer.scale) for (_, name), layer in lora.layers.items()} == {
+        (name, 1.0 if name.endswith("conv1") else 2.0) for name in LAYERS
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
+    lora = read_lora(LoraUse(file=str(tmp_path)), tiny_base)
+    assert lora.layers["unet", LAYERS[0]].scale == pytest.approx(6 / RANK**0.5)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with refused("unsupported", "DoRA"):
+        read_lora(LoraUse(file=str(tmp_path)), tiny_base)
+
+
+def test_a_file_saved_by_diffusers_keeps_its_alpha(tiny_base, tmp_path):
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    unet = copy.deepcopy(tiny_base.unet)
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=5, target_modules=["to_q"], init_lora_weights=False))
+    metadata = {"unet": unet.peft_config["default"].to_dict()}
+    layers = get_peft_model_state_dict(unet)
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata["unet"]
+    )
+    lora = read_lora(LoraUse(file=str(tmp_path)), tiny_base)
+    assert lora.layers and {layer.scale for layer in lora.layers.values()} == {2.5}
+    x_t, text = torch.randn(1, 4, 16, 16), tiny_base.encode_text([PROMPT])
+    with merged(tiny_base, [(lora, 1.0)], ["lora"]), torch.no_grad():
+        made = tiny_base.predict(x_t, torch.tensor([500]), text)
+    expected = unet(x_t, torch.tensor([500]), encoder_hidden_states=text.tokens).sample
+    assert torch.allclose(made, expected, atol=1e-4)
+
+
+def test_a_lora_of_a_transformer_is_merged(tmp_path):
+    base = build_tiny_sd3()
+    place = "transformer_blocks.1.attn.to_q"
+    down, up = torch.randn(2, 16), torch.randn(16, 2)
+    file = tmp_path / "lora.safetensors"
+    save_file({f"transformer.{place}.lora_A.weight": down, f"transformer.{place}.lora_B.weight": up}, file)
+    before = base.transformer.get_submodule(place).weight.clone()
+    with merged(base, [(read_lora(LoraUse(file=str(file)), base), 0.5)], ["lora"]):
+        assert torch.allclose(base.transformer.get_submodule(place).weight, before + 0.5 * up @ down, atol=1e-6)
+    assert torch.equal(base.transformer.get_submodule(place).weight, before)
+
+
+def test_the_base_is_as_before_also_after_an_error(tiny_base, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    save_file(of_kohya(halves(tiny_base), 1.0), file)
+    before = {name: value.clone() for name, value in tiny_base.unet.state_dict().items()}
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        merged(tiny_base, [(read_lora(LoraUse(file=str(file)), tiny_base), 1.0)], ["lora"]),
+    ):
+        assert tiny_base.merged == ("lora",)
+        raise RuntimeError("stop")
+    assert tiny_base.merged == ()
+    assert all(torch.equal(value, before[name]) for name, value in tiny_base.unet.state_dict().items())
+
+
+def test_tensors_that_fit_no_layer_are_named(tiny_base, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    state = of_kohya(halves(tiny_base), 1.0)
+    other = "lora_unet_up_blocks_9_attentions_0_transformer_blocks_0_attn1_to_q"
+    more = {f"{other}.lora_down.weight": torch.ones(1, 4), f"{other}.lora_up.weight": torch.ones(4, 1)}
+    save_file({**state, **more, "stray": torch.ones(1), "unet.conv_in.lora_A.weight": torch.ones(1, 4, 3, 3)}, file)
+    (note,) = read_lora(LoraUse(file=str(file)), tiny_base).notes
+    for name in ("up_blocks.9", "stray", "unet.conv_in", "lora.safetensors"):
+        assert name in note
+    save_file(more, file)
+    with refused("incompatible", "lora.safetensors", "up_blocks.9"):
+        read_lora(LoraUse(file=str(file)), tiny_base)
+    save_file({"unet.conv_in.lora_A.weight": torch.ones(1, 7), "unet.conv_in.lora_B.weight": torch.ones(16, 1)}, file)
+    with refused("incompatible", "unet.conv_in", "16 x 7", "16 x 36"):
+        read_lora(LoraUse(file=str(file)), tiny_base)
+
+
+@pytest.mark.parametrize("name", ["lora_unet_x.hada_w1_a", "lora_unet_x.lokr_w1", "lora_unet_x.dora_scale"])
+def test_other_kinds_are_refused_by_name(tiny_base, tmp_path, name):
+    file = tmp_path / "lora.safetensors"
+    save_file({name: torch.ones(1)}, file)
+    with refused("unsupported", "lora.safetensors", "LoRA"):
+        read_lora(LoraUse(file=str(file)), tiny_base)
+    with refused("missing-file", "none"):
+        read_lora(LoraUse(file=str(tmp_path / "none")), tiny_base)
+
+
+def test_the_cache_of_residuals_knows_loras(tiny_base, condition_image, tmp_path):
+    shared = BaseControlNet.for_base(tiny_base)
+    shared.add_adapter("canny", rank=2, seed=0)
+    control = CtrLoRA(shared.eval().requires_grad_(False), "canny", "canny")
+    use = ActiveControl(control, control.encode(to_tensor([condition_image]), tiny_base))
+    files = [tmp_path / "unet.safetensors", tmp_path / "text.safetensors"]
+    save_file(of_kohya(halves(tiny_base, text=[]), 1.0), files[0])
+    save_file(of_kohya(halves(tiny_base, layers=[]), 1.0), files[1])
+    cache = ResidualCache()
+    plain = ours(tiny_base, uses=[use], cache=cache)
+    for count, file in enumerate(files, 2):
+        lora = LoraUse(file=str(file))
+        made = with_loras(tiny_base, lora, uses=[use], cache=cache)
+        assert torch.equal(made, with_loras(tiny_base, lora, uses=[use]))
+        assert cache.misses == count * STEPS and cache.hits == 0
+    assert torch.equal(ours(tiny_base, uses=[use], cache=cache), plain) and cache.hits == STEPS
+
+
+def test_settings_are_saved_with_the_image_and_repeat_it(tiny_base, tmp_path):
+    file = tmp_path / "lora@2.safetensors"
+    save_file(of_kohya(halves(tiny_base), 1.0), file)
+    request = GenerateRequest(prompt=PROMPT, loras=(LoraUse.parse(f"{file}@0.5"),), steps=3)
+    assert request.loras == (LoraUse(file=str(file), weight=0.5),)
+    assert LoraUse.parse(str(file)) == LoraUse(file=str(file))
+    assert GenerateRequest.from_json(json.loads(json.dumps(request.to_json()))) == request
+    plain = generate(GenerateRequest(prompt=PROMPT, steps=3), base=tiny_base)
+    made = generate(request, base=tiny_base)
+    assert made.images[0].image.tobytes() != plain.images[0].image.tobytes()
+    (path,) = made.save(tmp_path / "out")
+    saved = read_settings(path)
+    again = generate(saved.to_request(), base=tiny_base)
+    assert again.images[0].image.tobytes() == made.images[0].image.tobytes() and not saved.differences(again)
+    save_file(of_kohya(halves(tiny_base, seed=4), 1.0), file)
+    changed = generate(saved.to_request(), base=tiny_base)
+    assert [str(file) in note and "SHA-256" in note for note in saved.differences(changed)] == [True]
+    with refused("usage", "x"):
+        LoraUse.parse("lora.safetensors@x")
+
+
+def test_the_command_line_builds_the_same_request():
+    import argparse
+
+    from controlkit.apps import generate as verb
+
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    verb.add_arguments(parser)
+    request, _ = verb._request(parser.parse_args(["a", "--lora", "x.safetensors@0.5", "--lora", "y.pt"]))
+    assert request == GenerateRequest(
+        prompt="a", loras=(LoraUse(file="x.safetensors", weight=0.5), LoraUse(file="y.pt"))
+    )
