@@ -103,8 +103,8 @@ def made_up(base: Base, count: int, size: int, rank: int) -> tuple[list[CtrLoRA]
 def prompts_once(base: Base) -> Iterator[None]:
     """Every prompt is encoded once."""
     encode = base.encode_text
-    kept = cache(lambda prompts, size: encode(prompts, size))
-    base.encode_text = lambda prompts, size=None: kept(tuple(prompts), size)  # type: ignore[method-assign]
+    kept = cache(lambda prompts, *settings: encode(prompts, *settings))
+    base.encode_text = lambda prompts, *settings: kept(tuple(prompts), *settings)  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -32,7 +32,6 @@ SPELLINGS = {
     "--init": "--image",
     "--mask-image": "--mask",
     "--denoising-strength": "--strength",
-    "--lora": "LoRAs of the base does not exist",
 }
 """Options that people bring along, and what the answer of `generate` names."""
 

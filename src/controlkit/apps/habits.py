@@ -60,7 +60,6 @@ _ANSWERS = {
 }
 
 _UNSUPPORTED = {
-    "lora": "LoRAs of the base",
     "push-to-hub": "uploading while training (see controlkit push)",
 }
 """Options of other tools -> what they do, which does not exist here yet."""
