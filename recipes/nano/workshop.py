@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from steps import Outcome, digest
 
 from controlkit.errors import UserError
-from controlkit.files import sha256_of, write_json
+from controlkit.files import read_json, sha256_of, write_json
 
 if TYPE_CHECKING:
     from controlkit.bases.base import Base
@@ -282,11 +282,14 @@ class Workshop:
         It is kept beside the run, with those of the run's results that are there: adapters go on with their base
         control.
         """
+        if _steps_done(out):  # a run resumes with the start that it records
+            recorded = read_json(out / "recipe.json").get("start")
+            return None if recorded is None else self.root / recorded, ""
         folder = out.with_name(f"{out.name}-start")
         kept = folder / f"{start}.safetensors"
         if kept.exists():
             return kept, ""
-        if start is None or _steps_done(out):
+        if start is None:
             return None, ""
         shipped = self.root / ASSETS / "controls"
         for source in filter(None, (self.given, shipped)):

@@ -16,7 +16,7 @@ import pytest
 from page_commands import PAGES, ROOT, Block, blocks, commands, page_commands
 
 from controlkit.apps.cli import SHELLS, build_parser
-from controlkit.apps.study import STUDIES
+from controlkit.apps.study import load_study
 from controlkit.errors import UserError
 from controlkit.settings import build_settings, read_overrides
 from controlkit.training.recipes import read_recipe
@@ -59,7 +59,7 @@ def parse_controlkit(words: list[str]) -> None:
     if args.verb == "train" and args.recipe.endswith(".yaml"):
         read_recipe(args.recipe, args.settings)
     if args.verb == "study" and args.settings:
-        build_settings(STUDIES[args.name].load()[0], read_overrides(args.settings), "study")
+        build_settings(load_study(args.name)[0], read_overrides(args.settings), "study")
 
 
 class Parsed(Exception):

@@ -309,6 +309,13 @@ def test_a_training_starts_from_a_control_of_this_base_else_from_one_that_fits(s
     assert shop._start(tmp_path / "c", "canny", ("",), results) == (None, "")
 
 
+def test_a_run_resumes_with_the_start_that_it_records(shop, tmp_path, monkeypatch):
+    monkeypatch.setattr(workshop, "_steps_done", lambda out: 5)
+    for start, expected in (("runs/a/canny.safetensors", shop.root / "runs/a/canny.safetensors"), (None, None)):
+        write_json(tmp_path / "run" / "recipe.json", {"start": start})
+        assert shop._start(tmp_path / "run", "canny", ("",), ()) == (expected, "")
+
+
 def test_controls_that_are_given_are_taken_where_nothing_is_trained(shop, tiny_control, tmp_path):
     place = tmp_path / "canny.safetensors"
     with refused("missing-file", "canny.safetensors"):

@@ -135,14 +135,17 @@ def test_other_settings_and_other_adapters_are_sampled_anew(settings, sampled, a
     assert sampled["sampled"][before:] == [1, 2]
 
 
-def test_kept_images_that_are_damaged_are_sampled_again(settings, sampled):
+def test_kept_images_that_are_damaged_are_sampled_again(settings, sampled, capsys):
     run_several_conditions(settings)
     kept = [path for path in (Path(settings.out) / "kept").rglob("*") if path.is_file()]
     assert len(kept) == 6
     for path in kept:
         path.write_bytes(b"torn")
+    capsys.readouterr()
     run_several_conditions(settings)
     assert sampled == {"sampled": [0, 1, 1, 2] * 2, "timed": [1, 3] * 2}
+    said = capsys.readouterr().err
+    assert (said.count("is damaged; sampling again"), said.count("is damaged; measuring again")) == (4, 2)
 
 
 def test_a_mode_that_there_is_not_is_no_setting():

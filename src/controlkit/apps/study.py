@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,53 +24,25 @@ if TYPE_CHECKING:
     from controlkit.studies.stored_results import StudyResult
 
 
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """A study, imported when it is needed."""
-
-    what: str
-    """What is measured."""
-    settings: str
-    """Class of its settings in the module of its name: `CommunityModel` in `controlkit.studies.community_model`."""
-
-    def load(self) -> tuple[type, Callable[[Any], StudyResult]]:
-        """Class of its settings, and `run_NAME`, which takes them."""
-        name = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in self.settings).lstrip("_")
-        module = import_module(f"controlkit.studies.{name}")
-        return getattr(module, self.settings), getattr(module, f"run_{name}")
-
-
 STUDIES = {
-    "new-condition": Study(
-        what="an adapter against a ControlNet on conditions new to the base control; ablation, ranks, pairs",
-        settings="NewCondition",
-    ),
-    "several-conditions": Study(
-        what="adapters together and alone: fidelity and cost",
-        settings="SeveralConditions",
-    ),
-    "community-model": Study(
-        what="controls on fine-tuned bases, unchanged and transferred; a replaced text encoder",
-        settings="CommunityModel",
-    ),
-    "task-instructions": Study(
-        what="a UniControl under its tasks' instructions, with its HyperNet trained and frozen",
-        settings="TaskInstructions",
-    ),
-    "ambiguous-content": Study(
-        what="the concept that results show under empty, right and conflicting prompts, by condition",
-        settings="AmbiguousContent",
-    ),
-    "convergence": Study(
-        what="steps to half of the gap, of colour against spatial conditions",
-        settings="Convergence",
-    ),
-    "guidance-modes": Study(
-        what="every guidance mode on the same seeds, with an empty and with a full prompt",
-        settings="GuidanceModes",
-    ),
+    "new-condition": "an adapter against a ControlNet on conditions new to the base control; ablation, ranks, pairs",
+    "several-conditions": "adapters together and alone: fidelity and cost",
+    "community-model": "controls on fine-tuned bases, unchanged and transferred; a replaced text encoder",
+    "task-instructions": "a UniControl under its tasks' instructions, with its HyperNet trained and frozen",
+    "ambiguous-content": "the concept that results show under empty, right and conflicting prompts, by condition",
+    "convergence": "steps to half of the gap, of colour against spatial conditions",
+    "guidance-modes": "every guidance mode on the same seeds, with an empty and with a full prompt",
 }
-"""Studies by name."""
+"""Name -> what is measured."""
+
+
+def load_study(name: str) -> tuple[type, Callable[[Any], StudyResult]]:
+    """Class of a study's settings and the function that takes them: `CommunityModel` and `run_community_model` in
+    `controlkit.studies.community_model`.
+    """
+    module = name.replace("-", "_")
+    found = import_module(f"controlkit.studies.{module}")
+    return getattr(found, name.title().replace("-", "")), getattr(found, f"run_{module}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,18 +71,18 @@ def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     if args.list:
         if args.json:
-            print_json([{"name": name, "what": study.what} for name, study in STUDIES.items()])
+            print_json([{"name": name, "what": what} for name, what in STUDIES.items()])
             return
         width = max(map(len, STUDIES)) + 2
-        for name, study in STUDIES.items():
-            print(f"{name:<{width}}{study.what}")
+        for name, what in STUDIES.items():
+            print(f"{name:<{width}}{what}")
         return
     if args.name is None:
         raise UserError(f"name a study ({', '.join(STUDIES)}), or use --list", "missing-setting")
 
     from controlkit.settings import build_settings, describe_settings, read_overrides
 
-    kind, run_study = STUDIES[args.name].load()
+    kind, run_study = load_study(args.name)
     if args.help_settings:
         rows = [(setting.name, str(setting.default), setting.what) for setting in describe_settings(kind)]
         print_table(f"Settings of {args.name}", ("setting", "default", "what it is"), rows)

@@ -60,7 +60,7 @@ class StoredResults:
             try:
                 return list(load_file(path)["images"].numpy())
             except (SafetensorError, KeyError):
-                pass  # damaged: sampled again
+                print(f"note: {path} is damaged; sampling again", file=sys.stderr)
         print(what, file=sys.stderr, flush=True)
         images = sample()
         metadata = {"settings": _plain({**self._shared, **settings})}
@@ -76,7 +76,7 @@ class StoredResults:
                 stored: dict[str, Any] = read_json(path)["numbers"]
                 return stored
             except (UserError, KeyError, TypeError):
-                pass  # damaged: measured again
+                print(f"note: {path} is damaged; measuring again", file=sys.stderr)
         print(what, file=sys.stderr, flush=True)
         numbers = measure()
         write_json(path, {"numbers": numbers, "settings": {**self._shared, **settings}})
