@@ -30,7 +30,7 @@ from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.text import Text
 from controlkit.controls.control import Control, OneImage, Reads
-from controlkit.controls.encoder_copy.network import HINT_CHANNELS, checked_config
+from controlkit.controls.encoder_copy.network import checked_config, hint_channels_for, hint_incompatibility
 from controlkit.controls.encoder_copy.original import (
     BARE_DESCRIPTION,
     FULL_DESCRIPTION,
@@ -247,22 +247,6 @@ def blocks_of(base: Base, family: str, title: str) -> list[tuple[int, int]]:
     return [(channels, round(math.log2(pixels / base.factor))) for channels, pixels in sites]
 
 
-def hint_channels_for(base: Base, title: str) -> tuple[int, ...]:
-    """Channels of a hint network with the downsampling factor of the base's autoencoder.
-
-    Raises:
-        UserError: none is known.
-    """
-    if base.factor not in HINT_CHANNELS:
-        known = ", ".join(map(str, HINT_CHANNELS))
-        raise UserError(
-            f"{title} has no hint network for {base.name}: the autoencoder downsamples by {base.factor},"
-            f" expected {known}",
-            "incompatible",
-        )
-    return HINT_CHANNELS[base.factor]
-
-
 def checked_blocks(blocks: Blocks) -> list[tuple[int, int]]:
     """Blocks, if they form an encoder that starts at the latent's size.
 
@@ -280,9 +264,8 @@ def checked_blocks(blocks: Blocks) -> list[tuple[int, int]]:
 
 def block_incompatibility(blocks: Blocks, hint_channels: Sequence[int], base: Base, family: str) -> str | None:
     """Why a control with these blocks, for sites of one family, does not fit a base; None if it fits."""
-    factor = 2 ** (len(hint_channels) - 1)
-    if factor != base.factor:
-        return f"its hint network divides the image by {factor}, the base's autoencoder by {base.factor}"
+    if (reason := hint_incompatibility(hint_channels, base)) is not None:
+        return reason
     try:
         base_blocks = blocks_of(base, family, "it")
     except UserError as error:

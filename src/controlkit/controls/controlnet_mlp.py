@@ -27,12 +27,11 @@ from controlkit.controls.controlnet_lite import (
     block_incompatibility,
     blocks_of,
     checked_blocks,
-    hint_channels_for,
     initialise_for_relu,
     listed_blocks,
     zero_convolution,
 )
-from controlkit.controls.encoder_copy.network import checked_config
+from controlkit.controls.encoder_copy.network import checked_config, hint_channels_for
 from controlkit.controls.hints import Hint
 from controlkit.controls.registry import control
 

@@ -26,10 +26,11 @@ from controlkit.bases.text import Text
 from controlkit.controls.control import Control, OneImage, Reads
 from controlkit.controls.controlnet_lite import initialise_for_relu
 from controlkit.controls.encoder_copy.network import (
-    HINT_CHANNELS,
     base_needed,
     checked_config,
     copy_incompatibility,
+    hint_channels_for,
+    hint_incompatibility,
     plain_config,
 )
 from controlkit.controls.hints import Hint
@@ -92,11 +93,16 @@ class PrecomputedControlNet(OneImage):
             reads_text: as in `Options`.
 
         Raises:
-            UserError: the base has no hint network, or its time embedding does more than shift.
+            UserError: no hint network fits the base, or its time embedding does more than shift.
         """
-        if base.factor not in HINT_CHANNELS or base.unet.config["resnet_time_scale_shift"] != "default":
-            raise UserError(f"{cls.title} does not support the architecture of {base.name}", "incompatible")
-        network = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=HINT_CHANNELS[base.factor])
+        if (kind := base.unet.config["resnet_time_scale_shift"]) != "default":
+            raise UserError(
+                f"{cls.title} needs a UNet that adds its time embedding (resnet_time_scale_shift: default);"
+                f" {base.name} has {kind}",
+                "incompatible",
+            )
+        channels = hint_channels_for(base, cls.title)
+        network = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=channels)
         network = nn.Module.to(network, base.device, base.dtype)
         text = meta_text(base) if base.device.type == "meta" else base.encode_text([""])
         with torch.no_grad():
@@ -140,11 +146,9 @@ class PrecomputedControlNet(OneImage):
 
     def incompatibility(self, base: Base) -> str | None:
         config = self.config()
-        factor = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
-        if factor != base.factor:
-            return f"its hint network divides the image by {factor}, the base's autoencoder by {base.factor}"
+        of_hint = hint_incompatibility(config["conditioning_embedding_out_channels"], base)
         # It reads no latents, so any number of channels will do.
-        return copy_incompatibility({**config, "in_channels": base.latent_channels}, base)
+        return of_hint or copy_incompatibility({**config, "in_channels": base.latent_channels}, base)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())

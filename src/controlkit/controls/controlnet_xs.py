@@ -25,10 +25,11 @@ from controlkit.bases.text import Text
 from controlkit.bases.unet import encoder_blocks, layers_of, points_of
 from controlkit.controls.control import Acts, OneImage, Reads
 from controlkit.controls.encoder_copy.network import (
-    HINT_CHANNELS,
     base_needed,
     checked_config,
     copy_incompatibility,
+    hint_channels_for,
+    hint_incompatibility,
     plain_config,
 )
 from controlkit.controls.hints import Hint
@@ -97,7 +98,7 @@ class ControlNetXS(OneImage):
         Raises:
             UserError: no network fits this base or this ratio, or the options contradict each other.
         """
-        config = config_for(dict(base.unet.config), HINT_CHANNELS[base.factor], size_ratio)
+        config = config_for(dict(base.unet.config), hint_channels_for(base, cls.title), size_ratio)
         config |= {"learn_time_embedding": learn_time_embedding, "time_embedding_mix": time_embedding_mix}
         try:
             network = network_of(config)
@@ -196,10 +197,8 @@ class ControlNetXS(OneImage):
         config = self.network.config
         if (channels := config["conditioning_channels"]) != 3:
             return f"it takes condition images of {channels} channels, not 3 (RGB)"
-        halvings = len(config["conditioning_embedding_out_channels"]) - 1
-        if 2**halvings != base.factor:
-            return f"its hint network divides the image by {2**halvings}, the base's autoencoder by {base.factor}"
-        return copy_incompatibility(_shape_of_base(self.config()), base)
+        of_hint = hint_incompatibility(config["conditioning_embedding_out_channels"], base)
+        return of_hint or copy_incompatibility(_shape_of_base(self.config()), base)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())

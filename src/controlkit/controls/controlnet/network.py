@@ -26,10 +26,11 @@ from controlkit.controls.controlnet.decoder import (
 from controlkit.controls.controlnet.formats import DECODER_TITLE, FORMATS, take_decoder
 from controlkit.controls.encoder_copy.names import config_of
 from controlkit.controls.encoder_copy.network import (
-    HINT_CHANNELS,
     base_needed,
     checked_config,
     copy_incompatibility,
+    hint_channels_for,
+    hint_incompatibility,
     missing_heads,
     plain_config,
     with_heads,
@@ -141,9 +142,11 @@ class ControlNet(OneImage):
         lllyasviel/ControlNet, cldm/cldm.py). The options are those of `Options`.
 
         Raises:
-            UserError: with `sd_locked` false, the base's decoder does not mirror its encoder.
+            UserError: no hint network fits the base, or, with `sd_locked` false, the base's decoder does not mirror its
+                encoder.
         """
-        network = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=HINT_CHANNELS[base.factor])
+        channels = hint_channels_for(base, cls.title)
+        network = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=channels)
         network.register_to_config(**{_POOLS: global_average_pooling})
         control = cls(nn.Module.to(network, base.device, base.dtype), condition, only_mid_control=only_mid_control)
         if gaussian_convolutions:
@@ -250,14 +253,11 @@ class ControlNet(OneImage):
     def incompatibility(self, base: Base) -> str | None:
         if (channels := self.network.config["conditioning_channels"]) != 3:
             return f"it takes condition images of {channels} channels, not 3 (RGB)"
-        halvings = len(self.network.config["conditioning_embedding_out_channels"]) - 1
-        if 2**halvings != base.factor:
-            reason = f"its hint network divides the image by {2**halvings}, the base's autoencoder by {base.factor}"
-        else:
-            reason = None
-        reason = copy_incompatibility(self.config(), base) or reason
+        config = self.config()
+        stages = config["conditioning_embedding_out_channels"]
+        reason = copy_incompatibility(config, base) or hint_incompatibility(stages, base)
         if reason is None and self.decoder is not None:
-            return _decoder_difference(self.config(), base)
+            return _decoder_difference(config, base)
         return reason
 
     @property

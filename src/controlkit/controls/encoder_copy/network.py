@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import ControlNetModel
 
 from controlkit.bases.base import Base
 from controlkit.bases.unet import ARCHITECTURES, layers_of
+from controlkit.errors import UserError
 
 HEADS = "attention_head_dim"
 """The one setting of a network that the shapes of its tensors do not determine."""
@@ -24,6 +25,37 @@ HINT_SETTINGS = (
     "global_pool_conditions",
 )
 """Settings of diffusers' network that concern its hint network."""
+
+
+def hint_channels_for(base: Base, title: str) -> tuple[int, ...]:
+    """Channels of a hint network with the downsampling factor of the base's autoencoder.
+
+    Args:
+        title: of the control, for errors.
+
+    Raises:
+        UserError: none is known.
+    """
+    if base.factor not in HINT_CHANNELS:
+        known = ", ".join(map(str, HINT_CHANNELS))
+        raise UserError(
+            f"{title} has no hint network for {base.name}: the autoencoder downsamples by {base.factor},"
+            f" expected {known}",
+            "incompatible",
+        )
+    return HINT_CHANNELS[base.factor]
+
+
+def hint_incompatibility(channels: Sequence[int], base: Base) -> str | None:
+    """`Control.incompatibility` of a hint network.
+
+    Args:
+        channels: of its stages; each but the first halves the image.
+    """
+    factor = 2 ** (len(channels) - 1)
+    if factor == base.factor:
+        return None
+    return f"its hint network divides the image by {factor}, the base's autoencoder by {base.factor}"
 
 
 def network_of(config: Mapping[str, Any]) -> ControlNetModel:

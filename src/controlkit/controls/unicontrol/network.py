@@ -21,11 +21,12 @@ from controlkit.bases.unet import unet_inputs
 from controlkit.controls.control import Control, Input, Reads, Training
 from controlkit.controls.encoder_copy.names import config_of
 from controlkit.controls.encoder_copy.network import (
-    HINT_CHANNELS,
     HINT_SETTINGS,
     base_needed,
     checked_config,
     copy_incompatibility,
+    hint_channels_for,
+    hint_incompatibility,
     missing_heads,
     network_of,
     plain_config,
@@ -162,17 +163,14 @@ class UniControl(Control):
 
         Args:
             tasks: name -> instruction; default: the condition, or those of the release.
+
+        Raises:
+            UserError: no hint network fits the base.
         """
         if tasks is None:
             tasks = RELEASED if condition is None else {condition: instruction_of(condition)}
-        if base.factor not in HINT_CHANNELS:
-            raise UserError(
-                f"{cls.title} does not fit {base.name}: its autoencoder downsamples by {base.factor}, expected"
-                f" {', '.join(map(str, HINT_CHANNELS))}",
-                "incompatible",
-            )
-        network = ControlNetModel.from_unet(base.unet)
-        new = cls(network, tasks, hint_channels=HINT_CHANNELS[base.factor], condition=condition)
+        channels = hint_channels_for(base, cls.title)
+        new = cls(ControlNetModel.from_unet(base.unet), tasks, hint_channels=channels, condition=condition)
         return new.to(base.device, base.dtype)
 
     @classmethod
@@ -330,12 +328,7 @@ class UniControl(Control):
         return Residuals.numbered("skip", residuals, middle=middle)
 
     def incompatibility(self, base: Base) -> str | None:
-        factor = 2 ** (len(self.hint_channels) - 1)
-        if factor != base.factor:
-            reason = f"its hint network divides the image by {factor}, the base's autoencoder by {base.factor}"
-        else:
-            reason = None
-        return copy_incompatibility(self.config(), base) or reason
+        return copy_incompatibility(self.config(), base) or hint_incompatibility(self.hint_channels, base)
 
     # Training
 
