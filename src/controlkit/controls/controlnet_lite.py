@@ -38,6 +38,7 @@ from controlkit.controls.encoder_copy.original import (
     PREFIX,
     FullCheckpoint,
     Names,
+    without_prefix,
 )
 from controlkit.controls.file_format import (
     CONFIG_ERRORS,
@@ -390,10 +391,8 @@ def read_original(kind: type[Control], file: TensorFile, reference: Reference, d
     Raises:
         UserError: names or shapes are not those of such a network.
     """
-    prefix = Names.of(file.tensors).prefix
-    inside = {name.removeprefix(prefix): value for name, value in file.tensors.items() if name.startswith(prefix)}
-    outside = [name for name in file.tensors if not name.startswith(prefix)]
-    return _checkpoint(kind, file, inside, (*file.others, *outside), prefix)
+    inside, others, prefix = without_prefix(file)
+    return _checkpoint(kind, file, inside, others, prefix)
 
 
 def read_full(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:

@@ -138,12 +138,18 @@ class FullCheckpoint:
         )
 
 
-def read_original(kind: type[Control], file: TensorFile, reference: Reference) -> Checkpoint:
-    """A file that contains one control, with or without the prefix."""
+def without_prefix(file: TensorFile) -> tuple[dict[str, Tensor], tuple[str, ...], str]:
+    """Content of a file that contains one control: its tensors without the prefix, other names, and the prefix."""
     prefix = Names.of(file.tensors).prefix
     inside = {name.removeprefix(prefix): value for name, value in file.tensors.items() if name.startswith(prefix)}
     outside = [name for name in file.tensors if not name.startswith(prefix)]
-    return from_original(kind, file, kind.title, inside, reference, others=(*file.others, *outside), prefix=prefix)
+    return inside, (*file.others, *outside), prefix
+
+
+def read_original(kind: type[Control], file: TensorFile, reference: Reference) -> Checkpoint:
+    """A file that contains one control, with or without the prefix."""
+    inside, others, prefix = without_prefix(file)
+    return from_original(kind, file, kind.title, inside, reference, others=others, prefix=prefix)
 
 
 def from_original(

@@ -20,6 +20,7 @@ from controlkit.controls.encoder_copy.original import (
     PREFIX,
     FullCheckpoint,
     Names,
+    without_prefix,
 )
 from controlkit.controls.file_format import (
     CONFIG_ERRORS,
@@ -108,10 +109,8 @@ def _detect(file: TensorFile, *, prefix: str, full: bool) -> str | None:
 
 
 def _read(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
-    prefix = Names.of(file.tensors).prefix
-    inside = {name.removeprefix(prefix): value for name, value in file.tensors.items() if name.startswith(prefix)}
-    outside = [name for name in file.tensors if not name.startswith(prefix)]
-    return _checkpoint(kind, file, inside, reference, (*file.others, *outside), prefix)
+    inside, others, prefix = without_prefix(file)
+    return _checkpoint(kind, file, inside, reference, others, prefix)
 
 
 def _read_full(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
