@@ -101,18 +101,18 @@ def run_ambiguous_content(settings: AmbiguousContent) -> StudyResult:
             raise UserError(f"{name} records no condition; this study needs one", "missing-setting")
     images = EvaluationSet("seen", read_set("seen").examples[: settings.images])
     gallery = read_set("seen-again")
-    study = _Study(settings, base, images, gallery)
+    study = _Study(settings, base, controls, images, gallery)
     made: dict[str, dict[str, list[np.ndarray]]] = {_NO_CONTROL: {p: study.uncontrolled(p) for p in PROMPTS}}
-    for name, control in controls.items():
-        made[name] = {prompt: study.controlled(name, control, prompt) for prompt in PROMPTS}
+    for name in controls:
+        made[name] = {prompt: study.controlled(name, prompt) for prompt in PROMPTS}
     path = Path(settings.out) / "ambiguous-content.png"
-    write_png(path, study.sheet(controls, made))
+    write_png(path, study.sheet(made))
     mode = settings.mode or base.default_mode
     details = {
         "controls": {
             name: {
                 **control_settings(base, control, weight=1.0, mode=mode),
-                "condition": condition_settings(conditions.find(control.condition or "")),
+                "condition": condition_settings(study.conditions[name]),
             }
             for name, control in controls.items()
         },
@@ -121,7 +121,7 @@ def run_ambiguous_content(settings: AmbiguousContent) -> StudyResult:
         "seeds": seeds_of(len(images.examples)),
     }
     reports = with_settings(
-        [study.concepts(made), study.fidelity(controls, made)],
+        [study.concepts(made), study.fidelity(made)],
         study_settings(settings, base, mode=mode) | details,
     )
     return StudyResult(reports=reports, files={"images": path})
@@ -132,10 +132,15 @@ class _Study:
         self,
         settings: AmbiguousContent,
         base: Base,
+        controls: Mapping[str, Control],
         images: EvaluationSet[Drawing],
         gallery: EvaluationSet[Drawing],
     ) -> None:
         self.settings, self.base, self.images, self.gallery = settings, base, images, gallery
+        self.controls = controls
+        self.conditions = {name: conditions.find(control.condition or "") for name, control in controls.items()}
+        self.given = {name: [kind(target) for target in images.images] for name, kind in self.conditions.items()}
+        """Control -> its condition images."""
         self.shown = [drawing.concept for drawing in images.examples]
         self.named = other_concepts(self.shown, [drawing.concept for drawing in gallery.examples])
         self.prompts: dict[str, list[str]] = {
@@ -156,9 +161,10 @@ class _Study:
         sample = partial(generate_uncontrolled, self.base, prompts, self.settings.sampling_steps)
         return self._stored.images(f"{_NO_CONTROL}, {prompt} prompt", {"prompts": prompts}, sample)
 
-    def controlled(self, name: str, control: Control, prompt: str) -> list[np.ndarray]:
+    def controlled(self, name: str, prompt: str) -> list[np.ndarray]:
         """Images under a control."""
-        given, prompts, mode = self._given(control), self.prompts[prompt], self.settings.mode
+        control, given = self.controls[name], self.given[name]
+        prompts, mode = self.prompts[prompt], self.settings.mode
         use = EvalControl(control=control, condition_images=given, mode=mode)
         steps = self.settings.sampling_steps
         sample = partial(generate_controlled, self.base, [use], prompts, steps=steps)
@@ -197,19 +203,17 @@ class _Study:
             settings={"features": LITE0},
         )
 
-    def fidelity(
-        self, controls: Mapping[str, Control], made: Mapping[str, Mapping[str, Sequence[np.ndarray]]]
-    ) -> Report:
+    def fidelity(self, made: Mapping[str, Mapping[str, Sequence[np.ndarray]]]) -> Report:
         """Gap closed under each kind of prompt; the baseline has the same prompts."""
         targets = self.images.images
         rows: list[Row] = []
-        for name, control in controls.items():
-            kind, given = conditions.find(control.condition or ""), self._given(control)
-            score = partial(_score, kind, given, targets)
-            high = score(self._reconstructed)
-            closed = [
-                gap_closed(score(made[_NO_CONTROL][prompt]), score(made[name][prompt]), high) for prompt in PROMPTS
-            ]
+        for name, kind in self.conditions.items():
+            given = self.given[name]
+            high = kind.mean_score(given, self._reconstructed, targets)
+            closed = []
+            for prompt in PROMPTS:
+                low, value = (kind.mean_score(given, made[which][prompt], targets) for which in (_NO_CONTROL, name))
+                closed.append(gap_closed(low, value, high))
             rows.append((name, *closed))
         return Report(
             title=f"Fidelity to the condition, as gap closed ({len(targets)} images)",
@@ -219,34 +223,19 @@ class _Study:
             facts={"gap_closed": {str(name): dict(zip(PROMPTS, values, strict=True)) for name, *values in rows}},
         )
 
-    def sheet(
-        self, controls: Mapping[str, Control], made: Mapping[str, Mapping[str, Sequence[np.ndarray]]]
-    ) -> Image.Image:
+    def sheet(self, made: Mapping[str, Mapping[str, Sequence[np.ndarray]]]) -> Image.Image:
         """The first images: target, and for each control its condition images and the results under each prompt."""
         strips: dict[str, Sequence[np.ndarray]] = {"image": self.images.images}
         strips |= {f"{_NO_CONTROL}: {prompt}": made[_NO_CONTROL][prompt] for prompt in PROMPTS}
-        for name, control in controls.items():
-            strips[f"{name}: condition"] = self._given(control)
+        for name, given in self.given.items():
+            strips[f"{name}: condition"] = given
             strips |= {f"{name}: {prompt}": made[name][prompt] for prompt in PROMPTS}
         cells = [[Image.fromarray(image) for image in strip[:_SHOWN]] for strip in strips.values()]
         titles = [f"not {concept.replace('-', ' ')}" for concept in self.named[:_SHOWN]]
         return contact_sheet(cells, titles, list(strips), cell=80)
-
-    def _given(self, control: Control) -> list[np.ndarray]:
-        kind = conditions.find(control.condition or "")
-        return [kind(target) for target in self.images.images]
 
 
 def other_concepts(concepts: Sequence[str], known: Sequence[str]) -> list[str]:
     """For each of `concepts` another one of `known`: half of the sorted list further."""
     names = sorted(set(known))
     return [names[(names.index(concept) + len(names) // 2) % len(names)] for concept in concepts]
-
-
-def _score(
-    kind: conditions.Condition,
-    given: Sequence[np.ndarray],
-    targets: Sequence[np.ndarray],
-    images: Sequence[np.ndarray],
-) -> float:
-    return kind.mean_score(given, images, targets)

@@ -43,7 +43,9 @@ from controlkit.studies.stored_results import StoredResults, StudyResult, study_
 from controlkit.training.recipes import build_recipe
 from controlkit.training.run import run
 
-WAYS = ("as it is", "by offset")
+ORIGINAL, AS_IT_IS, BY_OFFSET = "the base", "as it is", "by offset"
+"""How a control is used: on its own base, or on another one unchanged or transferred."""
+WAYS = (AS_IT_IS, BY_OFFSET)
 """How a control is used on another base than its own."""
 KEPT, REPLACED = "text encoder kept", "text encoder replaced"
 """The two bases of the last comparison."""
@@ -109,7 +111,7 @@ def run_community_model(settings: CommunityModel) -> StudyResult:
     for style, drawings in in_style.items():
         images = EvaluationSet(style, tuple(drawings[: settings.images]))
         for name in settings.controls:
-            cases.append(study.case(name, study.original, images, style=style, how="the base"))
+            cases.append(study.case(name, study.original, images, style=style, how=ORIGINAL))
             for way in WAYS:
                 cases.append(study.case(name, study.tuned(style), images, style=style, how=way))
     encoders = [] if settings.text_steps is None else _text_encoder_cases(study)
@@ -169,6 +171,7 @@ class _Study:
             if control.condition is None:
                 raise UserError(f"{name} records no condition; this study needs one", "missing-setting")
         self._tuned: dict[str, Base] = {}
+        self._ceilings: dict[tuple[str, str], list[np.ndarray]] = {}
         self._moved: dict[tuple[str, str], tuple[Control, float]] = {}
 
     def tuned(self, style: str) -> Base:
@@ -217,12 +220,12 @@ class _Study:
 
         Args:
             style: of the images, for tables.
-            how: `the base`, or one of `WAYS`.
+            how: `ORIGINAL`, or one of `WAYS`.
         """
         control, distance = self.controls[name], 0.0
-        if how != "the base":
+        if how != ORIGINAL:
             moved, distance = self._transferred(name, base)
-            control = moved if how == "by offset" else control
+            control = moved if how == BY_OFFSET else control
         mode, steps = self.settings.mode, self.settings.sampling_steps
         kind = conditions.find(control.condition or "")
         targets, prompts = images.images, images.captions
@@ -236,7 +239,7 @@ class _Study:
         controlled = partial(generate_controlled, base, [use], prompts, steps=steps)
         depends = {**sampling, "control": acting, "given": content_of(given, ())}
         made = stored.images(f"{style}: {name}, {how}", depends, controlled)
-        ceiling = reconstruct(base, targets)
+        ceiling = self._ceiling(base, images)
         low, value, high = (kind.mean_score(given, group, targets) for group in (no_control, made, ceiling))
         return _Case(
             control=name,
@@ -251,6 +254,13 @@ class _Study:
             distance=distance,
             settings={**acting, "base": {"fingerprint": base.fingerprint, "content": base.content}},
         )
+
+    def _ceiling(self, base: Base, images: EvaluationSet[Drawing]) -> list[np.ndarray]:
+        """The images through the autoencoder, which are the same for every control."""
+        key = (base.content, images.name)
+        if key not in self._ceilings:
+            self._ceilings[key] = reconstruct(base, images.images)
+        return self._ceilings[key]
 
     def _transferred(self, name: str, base: Base) -> tuple[Control, float]:
         """A control transferred to a base, and the distance of the base."""
@@ -288,7 +298,7 @@ def _text_encoder_cases(study: _Study) -> list[_Case]:
     images = EvaluationSet("all styles", tuple(examples[: study.settings.images]))
     cases = []
     for name in study.settings.controls:
-        cases.append(study.case(name, study.original, images, style="the base", how="the base"))
+        cases.append(study.case(name, study.original, images, style=ORIGINAL, how=ORIGINAL))
         for what, base in study.by_text_encoder.items():
             cases += [study.case(name, base, images, style=what, how=way) for way in WAYS]
     return cases
@@ -296,7 +306,7 @@ def _text_encoder_cases(study: _Study) -> list[_Case]:
 
 def _report(study: _Study, name: str, cases: Sequence[_Case]) -> Report:
     kind, count = cases[0].condition, len(cases[0].images.examples)
-    distances = {case.style: case.distance for case in cases if case.how != "the base"}
+    distances = {case.style: case.distance for case in cases if case.how != ORIGINAL}
     listed = ", ".join(f"{style} {distance:.1%}" for style, distance in distances.items())
     return Report(
         title=f"{name}: {kind.fidelity.name} on {count} held-out images of each style",
@@ -318,7 +328,7 @@ def _summary(settings: CommunityModel, cases: Sequence[_Case]) -> Report:
     for name in settings.controls:
         closed[name] = {
             how: float(np.mean([case.closed for case in cases if (case.control, case.how) == (name, how)]))
-            for how in ("the base", *WAYS)
+            for how in (ORIGINAL, *WAYS)
         }
         rows.append((name, *closed[name].values()))
     return Report(
@@ -332,9 +342,9 @@ def _summary(settings: CommunityModel, cases: Sequence[_Case]) -> Report:
 def _text_encoder_report(study: _Study, cases: Sequence[_Case]) -> Report:
     rows: list[Row] = []
     for case in cases:
-        model = "the base" if case.how == "the base" else f"{case.style}, {case.how}"
+        model = ORIGINAL if case.how == ORIGINAL else f"{case.style}, {case.how}"
         rows.append((f"{case.control}: {model}", *case.scores, case.closed, case.backgrounds))
-    distances = {case.style: case.distance for case in cases if case.how != "the base"}
+    distances = {case.style: case.distance for case in cases if case.how != ORIGINAL}
     return Report(
         title=f"A replaced text encoder ({len(cases[0].images.examples)} held-out images)",
         columns=("control: base", "no control", "control", "ceiling", "gap closed", "background as asked"),
@@ -369,7 +379,7 @@ def _case_settings(cases: Sequence[_Case]) -> dict[str, Any]:
 
 
 def _words(how: str) -> str:
-    return "the base, its control" if how == "the base" else f"community model, control {how}"
+    return "the base, its control" if how == ORIGINAL else f"community model, control {how}"
 
 
 def _sheet(cases: Sequence[_Case]) -> Image.Image:
@@ -385,4 +395,4 @@ def _sheet(cases: Sequence[_Case]) -> Image.Image:
 
 
 def _model(case: _Case) -> str:
-    return "the base" if case.how == "the base" else "community model"
+    return ORIGINAL if case.how == ORIGINAL else "community model"
