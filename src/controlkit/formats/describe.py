@@ -225,8 +225,10 @@ def _control_counts(control: Control) -> dict[str, Any]:
 
 
 def residual_sites(name: str, base: str) -> tuple[str, ...] | None:
-    """Sites of the residuals of a control's file on a base, in order, from configurations alone; None if those do not
-    tell.
+    """Sites of the residuals of a control's file on a base, in order, from configurations alone.
+
+    Returns:
+        None if those do not tell, or the control or the base cannot be read: loading them says why.
     """
     try:
         detected = detect(find_control(name))
@@ -235,8 +237,8 @@ def residual_sites(name: str, base: str) -> tuple[str, ...] | None:
             return None
         on_meta, control = meta_base(base), _on_meta(kind, read_checkpoint(detected.path))
         return None if control.incompatibility(on_meta) is not None else residual_sites_of(control, on_meta)
-    except (UserError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError):
-        return None  # loading them says what is wrong
+    except (UserError, RuntimeError):  # RuntimeError: an operation that needs the values of tensors
+        return None
 
 
 def _trainable(control: Control) -> int:
