@@ -91,24 +91,21 @@ def encode_prompts(
     states = _weighted(states, chunks)
     counts = [len(of_prompt) for of_prompt in chunked]
     firsts = [sum(counts[:place]) for place in range(len(counts))]
-    joined = [part.flatten(0, 1) for part in states.split(counts)]
-    return _one_length(joined), pooled[firsts]
+    joined = [part.flatten(0, 1)[None] for part in states.split(counts)]
+    return torch.cat(_one_length(joined)), pooled[firsts]
 
 
 def same_length(texts: Sequence[Text]) -> list[Text]:
     """Texts with hidden states of one length: repeated to the least common multiple, which leaves cross attention as it
     was."""
-    lengths = [text.tokens.shape[1] for text in texts]
-    longest = math.lcm(*lengths)
-    return [
-        text if length == longest else Text(**{**text.named, "tokens": text.tokens.repeat(1, longest // length, 1)})
-        for text, length in zip(texts, lengths, strict=True)
-    ]
+    tokens = _one_length([text.tokens for text in texts])
+    return [Text(**{**text.named, "tokens": repeated}) for text, repeated in zip(texts, tokens, strict=True)]
 
 
-def _one_length(states: Sequence[Tensor]) -> Tensor:
-    longest = math.lcm(*(len(each) for each in states))
-    return torch.stack([each.repeat(longest // len(each), 1) for each in states])
+def _one_length(states: Sequence[Tensor]) -> list[Tensor]:
+    """Hidden states `[B, L, D]` => the same with the least common multiple of all L, by repetition."""
+    longest = math.lcm(*(each.shape[1] for each in states))
+    return [each.repeat(1, longest // each.shape[1], 1) for each in states]
 
 
 @dataclass
@@ -198,8 +195,12 @@ def _embedded(encoder: Any, ids: Tensor, vectors: Mapping[int, Tensor]) -> Itera
 
     Those are replaced by the begin token's, as CLIP finds the end of a prompt by its largest id.
     """
-    places = [(row, column) for row, column in (ids >= 0).nonzero().tolist() if int(ids[row, column]) in vectors]
-    learned = [(place, vectors[int(ids[place])]) for place in places]
+    learned = [
+        ((row, column), vectors[token])
+        for row, tokens in enumerate(ids.tolist())
+        for column, token in enumerate(tokens)
+        if token in vectors
+    ]
     ordinary = ids.clone()
     for place, _ in learned:
         ordinary[place] = ids[place[0], 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -162,19 +162,16 @@ def format_names() -> list[str]:
 
 def _check_flags(path: Path, kind: type[Control], companion: bool, flags: Sequence[str]) -> None:
     if companion and kind.companion is None:
-        raise UserError(
-            f"--base-control is for {_titles(lambda kind: bool(kind.companion))}; {path} is {kind.title}",
-            "contradiction",
-        )
+        able = _titles(other for other in registry().values() if other.companion)
+        raise UserError(f"--base-control is for {able}; {path} is {kind.title}", "contradiction")
     for flag in flags:
         if flag not in kind.convert_flags:
-            able = ", ".join(other.title for other in registry().values() if flag in other.convert_flags)
+            able = _titles(other for other in registry().values() if flag in other.convert_flags)
             raise UserError(f"--{flag} is for {able}; {path} is {kind.title}", "contradiction")
 
 
-def _titles(test: Callable[[type[Control]], bool]) -> str:
-    """Titles of the systems that satisfy `test`."""
-    return " or ".join(kind.title for kind in registry().values() if test(kind))
+def _titles(kinds: Iterable[type[Control]]) -> str:
+    return " or ".join(kind.title for kind in kinds)
 
 
 def is_companion(kind: type[Control]) -> bool:

@@ -108,8 +108,9 @@ class ControlObjective(Objective):
                 load_control(file, self.base, shared={fingerprint: start})
                 found.append(name)
         new = [name for name in self.recipe.condition_names if name not in found]
-        parts = (f"goes on with {', '.join(found)}" * bool(found), f"begins {', '.join(new)} anew" * bool(new))
-        print_notes([f"this run {' and '.join(filter(None, parts))}"])
+        parts = [f"goes on with {', '.join(found)}"] if found else []
+        parts += [f"begins {', '.join(new)} anew"] if new else []
+        print_notes([f"this run {' and '.join(parts)}"])
 
     def condition_at(self, step: int) -> str:
         """The condition of a step: rounds of all conditions, each in random order, so that all are equally frequent.

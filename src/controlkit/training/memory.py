@@ -27,7 +27,7 @@ def checkpoint_activations(base: Base, control: Control) -> None:
     Gradients stay the same (Chen et al. 2016, arXiv 1604.06174); a step takes about a third longer.
     """
     base.checkpoint_activations()
-    with base.replacing(control.replacements()):
+    with base.replacing(control.replacements()):  # they are part of the base only within
         base.checkpoint_activations()
     for module in control.modules():
         if isinstance(module, ModelMixin) and module._supports_gradient_checkpointing:

@@ -31,9 +31,8 @@ from controlkit.errors import UserError, nearest
 
 _MIN_START = 0.6
 """Minimum start of a solver, as a fraction of the schedule; with two steps, leading spacing starts at two thirds."""
+# Set explicitly, since a base's scheduler config may contain the settings of its own sampler.
 _DPM: dict[str, Any] = {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}
-"""Set explicitly, since a base's scheduler config may contain the settings of its own sampler."""
-
 _SDE: dict[str, Any] = {**_DPM, "algorithm_type": "sde-dpmsolver++"}
 
 _VARIANCE_PRESERVING: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -52,10 +51,10 @@ _VARIANCE_PRESERVING: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 """Solver without Karras spacing -> diffusers' class and its settings.
 
-Lu et al. 2022, arXiv 2211.01095 (multistep, second order; with noise: its SDE); Zhao et al. 2023, arXiv 2302.04867;
-Karras et al. 2022, arXiv 2206.00364: algorithm 1 without and with (`heun`) its
-correction, algorithm 2 with midpoints (`dpm2`), with noise as in k-diffusion (`-a`), and times of eq. 5 (`-karras`);
-Ho et al. 2020, arXiv 2006.11239; Luo et al. 2023, arXiv 2310.04378; Liu et al. 2022, arXiv 2202.09778."""
+`dpm++`: Lu et al. 2022, arXiv 2211.01095 (multistep, second order; `-sde`: with noise). `unipc`: Zhao et al. 2023,
+arXiv 2302.04867. Karras et al. 2022, arXiv 2206.00364: algorithm 1 without (`euler`) and with its correction (`heun`),
+algorithm 2 with midpoints (`dpm2`), times of eq. 5 (`-karras`); `-a`: with noise, as in k-diffusion. `ddpm`: Ho et al.
+2020, arXiv 2006.11239. `lcm`: Luo et al. 2023, arXiv 2310.04378. `plms`: Liu et al. 2022, arXiv 2202.09778."""
 _NEEDS_SIGNAL = ("euler", "euler-a", "heun", "dpm2", "dpm2-a", "plms")
 """Solvers that divide by the signal, of which some schedules leave none at the last time; so does Karras spacing."""
 _NO_SAMPLE = ("euler-a", "heun", "dpm2", "dpm2-a", "plms")
@@ -221,7 +220,6 @@ def build_solver(
             f"{base} predicts clean latents, for which {name} is not available; use ddim or dpm++", "contradiction"
         )
     kind, settings = _VARIANCE_PRESERVING[plain]
-    # Set explicitly, since a base's scheduler config may contain the settings of its own sampler.
     takes = inspect.signature(kind.__init__).parameters
     karras = {"use_karras_sigmas": name != plain} if "use_karras_sigmas" in takes else {}
     made = kind.from_config({**scheduler.config, **karras, **settings})
