@@ -310,7 +310,22 @@ class TestConversion:
         loaded = load_control(kept.path, tiny_base)
         assert torch.equal(predicted(tiny_base, loaded, *given), predicted(tiny_base, control, *given))
         again = convert(file, tmp_path / "again.safetensors", "full", decoder=True, **settings)
-        assert same(load_file(again.path), {**inside, **rest})
+        assert same(load_file(again.path), {**inside, **rest}) and not again.notes
+
+    @pytest.mark.parametrize("to", ["controlkit", "full"])
+    def test_one_that_has_its_decoder_keeps_it_with_and_without_the_flag(self, saved, tmp_path, to):
+        file = convert(saved[1], tmp_path / "with.safetensors", to).path
+        plain, asked = (
+            convert(file, tmp_path / f"{flag}.safetensors", "controlkit", decoder=flag) for flag in (False, True)
+        )
+        assert same(load_file(asked.path), load_file(plain.path)) and asked.notes == plain.notes == ()
+
+    def test_a_decoder_that_is_incomplete_is_refused(self, saved, tmp_path, base_folder):
+        inside = load_file(convert(saved[1], tmp_path / "full.safetensors", "full").path)
+        inside.pop("model.diffusion_model.out.2.bias")
+        save_file(inside, tmp_path / "torn.safetensors")
+        with refused("damaged-file", "a ControlNet with", "out.2.bias"):
+            convert(tmp_path / "torn.safetensors", tmp_path / "b.safetensors", "controlkit", base=str(base_folder))
 
     @pytest.mark.parametrize("to", ["original", "bare", "diffusers", "difference", "control-lora"])
     def test_formats_without_a_place_for_it_are_refused(self, saved, tmp_path, base_folder, to):

@@ -38,6 +38,7 @@ from controlkit.controls.encoder_copy.original import (
     PREFIX,
     FullCheckpoint,
     Names,
+    full_note,
     without_prefix,
 )
 from controlkit.controls.file_format import (
@@ -403,7 +404,7 @@ def read_full(kind: type[Control], file: TensorFile, reference: Reference, descr
     """
     full = FullCheckpoint.of(file)
     checkpoint = _checkpoint(kind, file, full.inside, full.unknown, PREFIX)
-    checkpoint.notes.append(full.note())
+    checkpoint.notes.append(full_note(full.stable_diffusion))
     return checkpoint
 
 

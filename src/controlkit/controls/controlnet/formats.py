@@ -19,6 +19,7 @@ from controlkit.controls.encoder_copy.original import (
     FullCheckpoint,
     Names,
     from_original,
+    full_note,
     read_original,
     to_original,
     write_full,
@@ -83,28 +84,36 @@ def _read_full(kind: type[Control], file: TensorFile, reference: Reference, desc
         file = replace(file, metadata={**file.metadata, "control.config": json.dumps(config)})
     checkpoint = from_original(kind, file, kind.title, full.inside, reference, others=full.unknown, prefix=PREFIX)
     checkpoint.leftover = full.stable_diffusion
-    names = [name for name in full.stable_diffusion if is_original_name(name.removeprefix(UNET_PREFIX))]
-    if len(names) == len(full.stable_diffusion):
-        take_decoder(checkpoint)
-        return checkpoint
-    note = full.note()
-    decoder = sum(name.startswith(f"{UNET_PREFIX}output_blocks.") for name in names)
-    if decoder:
-        note += (
-            f"; its decoder ({decoder} tensors), which ControlNet 1.0 trained along with the control, is dropped, so"
-            " images differ slightly from the original code's (`convert --decoder` keeps it)"
-        )
-    checkpoint.notes.append(note)
+    if all(is_original_name(name.removeprefix(UNET_PREFIX)) for name in full.stable_diffusion):
+        take_decoder(checkpoint)  # as `_write_full` writes a control that was not read from a full checkpoint
+    else:
+        checkpoint.notes.append(_leftover_note(checkpoint))
     return checkpoint
 
 
+def _leftover_note(checkpoint: Checkpoint) -> str:
+    """A note on the Stable Diffusion in a checkpoint's file, which other formats drop."""
+    count = len(checkpoint.leftover)
+    if not checkpoint.config.get(_LOCKED, True):
+        return f"the file also contains the rest of Stable Diffusion ({count} tensors), which is dropped"
+    decoder = sum(name.startswith(f"{UNET_PREFIX}output_blocks.") for name in checkpoint.leftover)
+    if not decoder:
+        return full_note(checkpoint.leftover)
+    return (
+        f"{full_note(checkpoint.leftover)}; its decoder ({decoder} tensors), which ControlNet 1.0 trained along with"
+        " the control, is dropped, so images differ slightly from the original code's (`convert --decoder` keeps it)"
+    )
+
+
 def take_decoder(checkpoint: Checkpoint) -> None:
-    """Make the decoder of the Stable Diffusion in a checkpoint's file part of the control.
+    """Make the decoder of the Stable Diffusion in a checkpoint's file part of the control, unless it is already.
 
     Raises:
         UserError: the file has no Stable Diffusion, or not the decoder of the UNet that the control copies.
     """
-    name, prefix = checkpoint.path, UNET_PREFIX
+    if not checkpoint.config.get(_LOCKED, True):
+        return
+    name, prefix, note = checkpoint.path, UNET_PREFIX, _leftover_note(checkpoint)
     inside = {key.removeprefix(prefix) for key in checkpoint.leftover if key.startswith(prefix)}
     in_file = {key for key in inside if is_original_name(key)}
     if not in_file:
@@ -113,11 +122,11 @@ def take_decoder(checkpoint: Checkpoint) -> None:
     names = original_names(shapes)
     expected = {f"{prefix}{names[own]}": shape for own, shape in shapes.items()}
     tensors = {f"{prefix}{key}": checkpoint.leftover[f"{prefix}{key}"] for key in in_file}
-    check_names(name or Path(), DECODER_TITLE, expected, tensors)
+    check_names(name or Path(), f"a ControlNet with {DECODER_TITLE}", expected, tensors)
     for own in shapes:
         checkpoint.tensors[f"{DECODER_PREFIX}{own}"] = checkpoint.leftover.pop(f"{prefix}{names[own]}")
     checkpoint.config = {**checkpoint.config, _LOCKED: False}
-    checkpoint.notes = [note.partition("; its decoder")[0] for note in checkpoint.notes]
+    checkpoint.notes = [_leftover_note(checkpoint) if each == note else each for each in checkpoint.notes]
 
 
 def _alone(checkpoint: Checkpoint) -> Checkpoint:
@@ -145,7 +154,7 @@ def _write_bare(checkpoint: Checkpoint, reference: Reference) -> Written:
 
 def _write_full(checkpoint: Checkpoint, reference: Reference) -> Written:
     own, decoder = split(checkpoint.tensors)
-    checkpoint.notes = [note for note in checkpoint.notes if "decoder" not in note]
+    checkpoint.notes = [note for note in checkpoint.notes if note != _leftover_note(checkpoint)]
     if not decoder:
         return Written(tensors=write_full(checkpoint))
     names = original_names(decoder)

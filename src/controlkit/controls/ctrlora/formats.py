@@ -23,6 +23,7 @@ from controlkit.controls.encoder_copy.original import (
     FullCheckpoint,
     Names,
     from_original,
+    full_note,
     read_original,
     to_original,
 )
@@ -157,7 +158,7 @@ def _read_combined(kind: type[Control], file: TensorFile, reference: Reference, 
     checkpoint = from_original(kind, file, kind.title, adapter, reference, prefix=PREFIX)
     checkpoint.companion = companion
     checkpoint.leftover = full.stable_diffusion
-    checkpoint.notes.append(full.note())
+    checkpoint.notes.append(full_note(full.stable_diffusion))
     return checkpoint
 
 

@@ -2,8 +2,8 @@
 
 A ControlNet 1.1 file contains `control_model.*` only; many tools drop the prefix (`bare`). ControlNet 1.0's files and
 training checkpoints contain all of Stable Diffusion too (`full`), whose decoder was trained along with the control
-(lllyasviel/ControlNet #13; #625 shows that its weights differ from Stable Diffusion 1.5's). Only the original code uses
-that decoder: all converters, including this one, take the control alone; here a note says so.
+(lllyasviel/ControlNet #13; #625 shows that its weights differ from Stable Diffusion 1.5's). Converters take the control
+alone; here a note says so, and `convert --decoder` keeps a ControlNet's decoder.
 
 Read from .pth, .ckpt or safetensors, written as safetensors: pickles are never written.
 """
@@ -130,12 +130,10 @@ class FullCheckpoint:
                 unknown.append(name)
         return cls(inside, stable_diffusion, tuple(unknown))
 
-    def note(self) -> str:
-        """A note on what is dropped."""
-        return (
-            f"the file also contains all of Stable Diffusion ({len(self.stable_diffusion)} tensors); only the control"
-            " is used"
-        )
+
+def full_note(stable_diffusion: Collection[str]) -> str:
+    """A note on the tensors of Stable Diffusion in a file, which are dropped."""
+    return f"the file also contains all of Stable Diffusion ({len(stable_diffusion)} tensors); only the control is used"
 
 
 def without_prefix(file: TensorFile) -> tuple[dict[str, Tensor], tuple[str, ...], str]:

@@ -20,6 +20,7 @@ from controlkit.controls.encoder_copy.original import (
     PREFIX,
     FullCheckpoint,
     Names,
+    full_note,
     without_prefix,
 )
 from controlkit.controls.file_format import (
@@ -116,7 +117,7 @@ def _read(kind: type[Control], file: TensorFile, reference: Reference, descripti
 def _read_full(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
     full = FullCheckpoint.of(file)
     checkpoint = _checkpoint(kind, file, full.inside, reference, full.unknown, PREFIX)
-    checkpoint.notes.append(full.note())
+    checkpoint.notes.append(full_note(full.stable_diffusion))
     return checkpoint
 
 
