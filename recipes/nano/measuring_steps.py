@@ -90,7 +90,13 @@ class MeasuringSteps:
         adapters = ["evaluate", "control", *names, *_images(wanted.adapter_images), *few]
         guidance = ["evaluate", "control", "canny", "--sets", "seen", *_images(wanted.guidance_images), *few]
         systems = {
-            system: ["evaluate", "control", str(system_file(self.shop, system).relative_to(self.root)), *canny[3:]]
+            system: [
+                "evaluate",
+                "control",
+                str(system_file(self.shop, system).relative_to(self.root)),
+                *_images(wanted.images),
+                *few,
+            ]
             for system in wanted.systems
         }
         shipped = (self.shop.control("canny"),)
