@@ -201,8 +201,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--preview-every {every}: expected a number of steps of at least 1", "out-of-range")
     request, saved = _request(args)
     with output_folder(getattr(args, "out", None), numbered_in="images") as out:
-        from controlkit.sampling.generate import generate, refuse_overwriting
-        from controlkit.sampling.image_folder import ImageFolder
+        from controlkit.sampling.generate import generate
+        from controlkit.sampling.image_folder import ImageFolder, refuse_overwriting
         from controlkit.sampling.inputs import with_named_inputs
 
         request = with_named_inputs(request)

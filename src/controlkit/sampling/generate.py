@@ -1,9 +1,8 @@
-"""Generate the images of a request, and save them with their settings."""
+"""Generate the images of a request."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ from controlkit.bases.load import PRECISIONS, choose_device, choose_dtype, load_
 from controlkit.bases.prompt_encoding import TextOptions
 from controlkit.controls.control import Control
 from controlkit.controls.hints import Hint
-from controlkit.errors import UserError
 from controlkit.formats.load import control_class, load_control
 from controlkit.images import sequence_note, to_images, to_tensor
 from controlkit.sampling.axes import expand_folders, points_of
@@ -48,13 +46,10 @@ from controlkit.sampling.request import (
     GenerateRequest,
     check_spans,
     condition_name,
-    first_name,
-    image_name,
     mask_name,
 )
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample_prompts
-from controlkit.sampling.sheets import sheets_of
 from controlkit.sampling.step import Step
 
 
@@ -359,45 +354,6 @@ def _mask(generation: Generation, index: int, mask: ImageFile | None, frame: Fra
     grey = mask.grey(frame)
     generation.masks[mask_name(index)] = grey
     return torch.from_numpy(np.asarray(grey, dtype=np.float32) / 255)[None, None]
-
-
-def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
-    """Refuse to write the results of `request` over its own input images.
-
-    Args:
-        request: from `with_named_inputs`.
-        folder: where the images are about to be written.
-
-    Raises:
-        UserError: a result has the path of an input image.
-    """
-    written = ["preview", *(sheet.name for sheet in sheets_of(request))]
-    read = []
-    for point in points_of(request):
-        written += [image_name(point.name, seed) for seed in point.request.seeds]
-        if request.prompt_mode == "automatic":
-            written += [first_name(seed, point.name) for seed in point.request.seeds]
-        asked = point.request
-        if any((use.image or "").lower().endswith(".json") for use in asked.controls):
-            asked = with_named_inputs(asked)
-        for index, use in enumerate(asked.controls):
-            named = {None: use.image} if use.inputs is None else use.inputs
-            written += [condition_name(index, name) for name in named]
-            written += [mask_name(index)] if use.mask is not None else []
-            given = [*named.values(), use.mask]
-            read += [(use.control, value) for value in given if isinstance(value, str) and os.path.exists(value)]
-        for setting, stem in START_NAMES.items():
-            if (given_path := getattr(asked, setting)) is not None:
-                written.append(stem)
-                read += [("the request", given_path)] if os.path.exists(given_path) else []
-    inputs = {os.path.realpath(image): control for control, image in read}
-    for path in (Path(folder) / f"{name}.png" for name in written):
-        control = inputs.get(os.path.realpath(path))
-        if control is not None:
-            raise UserError(
-                f"{path} would be overwritten, but it is an image or mask of {control}; choose another folder",
-                "would-overwrite",
-            )
 
 
 @contextmanager
