@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -244,12 +243,12 @@ def generate_one(
         ]
     generation.notes += request_notes(request, base, width, height)
     generation.notes += embedding_notes(embeddings, request)
-    files: list[ControlImage | ImageFile] = [*chain(*images), *(mask for mask in masks if mask is not None)]
-    files += [file for file in started.values() if file is not None]
+    files = [*(image.file for image in chain(*images)), *masks, *started.values()]
     generation.notes += [
         note
-        for image in files
-        for note in (*sequence_note(image.data, image.path), *crop_note(image.path, image.image, *frame.covered))
+        for file in files
+        if file is not None
+        for note in (*sequence_note(file.data, file.path), *crop_note(file.path, file.image, *frame.covered))
     ]
     with _timed(generation, "condition"):
         uses = [
@@ -319,7 +318,7 @@ def _strength(request: GenerateRequest) -> float:
 
 def _hashes(use: ControlUse, images: Sequence[ControlImage], mask: ImageFile | None) -> dict[str, Any]:
     """SHA-256 of the images and the mask of a control."""
-    hashes = {each.input.name: {"image": hashlib.sha256(each.data).hexdigest()} for each in images}
+    hashes = {each.input.name: {"image": each.file.sha256} for each in images}
     of_control: dict[str, Any] = next(iter(hashes.values())) if use.inputs is None else {"inputs": hashes}
     return of_control if mask is None else {**of_control, "mask": mask.sha256}
 
