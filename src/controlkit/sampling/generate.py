@@ -25,6 +25,7 @@ from controlkit.images import sequence_note, to_images, to_tensor
 from controlkit.sampling.axes import expand_folders, points_of
 from controlkit.sampling.canvas import Canvas
 from controlkit.sampling.embeddings import embedding_file, embedding_notes, read_embeddings
+from controlkit.sampling.file_names import condition_name, mask_name
 from controlkit.sampling.identity import base_sha256, companion_sha256, control_sha256, file_sha256, pixels_sha256
 from controlkit.sampling.inputs import (
     ControlImage,
@@ -39,14 +40,7 @@ from controlkit.sampling.loras import lora_file, merged, read_lora
 from controlkit.sampling.notes import crop_note, flat_note, prompt_notes, request_notes
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.prompts import find_captioner, first_prompt
-from controlkit.sampling.request import (
-    START_NAMES,
-    ControlUse,
-    GenerateRequest,
-    check_spans,
-    condition_name,
-    mask_name,
-)
+from controlkit.sampling.request import ControlUse, GenerateRequest, check_spans
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample_prompts
 from controlkit.sampling.step import Step
@@ -106,7 +100,7 @@ class Generation:
     masks: dict[str, Image.Image] = field(default_factory=dict)
     """Masks of the controls that have one, grey, by the stem of their files: `mask0`."""
     start_images: dict[str, Image.Image] = field(default_factory=dict)
-    """The image and mask that sampling starts from, before blur, by the stem of their files (`START_NAMES`)."""
+    """The `image` and `mask` that sampling starts from, before blur, by the stem of their files."""
     first_images: list[GeneratedImage] = field(default_factory=list)
     """In prompt mode `automatic`, the images from which the prompts were made, one per seed."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -224,7 +218,7 @@ def generate_one(
             check_spans(request.controls, request.steps - start.first_step(base, request.steps))
             generation.used["strength"] = _strength(request)
             made = {"image": canvas.image, "mask": canvas.mask}
-            generation.start_images = {START_NAMES[name]: image for name, image in made.items() if image is not None}
+            generation.start_images = {name: image for name, image in made.items() if image is not None}
         embeddings = read_embeddings(request.embeddings, base)
         text = TextOptions(syntax=request.prompt_syntax, clip_skip=request.clip_skip, embeddings=embeddings)
         loras = [(read_lora(use, base), use.weight) for use in request.loras]

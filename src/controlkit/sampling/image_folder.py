@@ -15,10 +15,11 @@ from controlkit.errors import UserError
 from controlkit.files import writable_folder, write_json
 from controlkit.images import write_png
 from controlkit.sampling.axes import points_of, values_at
+from controlkit.sampling.file_names import START_NAMES, condition_name, first_name, image_name, mask_name
 from controlkit.sampling.generate import Generation
 from controlkit.sampling.identity import pixels_sha256
 from controlkit.sampling.inputs import with_named_inputs
-from controlkit.sampling.request import START_NAMES, GenerateRequest, condition_name, first_name, image_name, mask_name
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sheets import sheets_of
 
 
@@ -155,9 +156,9 @@ def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
             written += [mask_name(index)] if use.mask is not None else []
             given = [*named.values(), use.mask]
             read += [(use.control, value) for value in given if isinstance(value, str) and os.path.exists(value)]
-        for setting, stem in START_NAMES.items():
-            if (given_path := getattr(asked, setting)) is not None:
-                written.append(stem)
+        for name in START_NAMES:
+            if (given_path := getattr(asked, name)) is not None:
+                written.append(name)
                 read += [("the request", given_path)] if os.path.exists(given_path) else []
     inputs = {os.path.realpath(image): control for control, image in read}
     for path in (Path(folder) / f"{name}.png" for name in written):

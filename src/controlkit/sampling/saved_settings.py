@@ -15,7 +15,8 @@ from controlkit.errors import UserError
 from controlkit.files import read_json
 from controlkit.images import read_bytes, read_image
 from controlkit.sampling.axes import is_changed, points_of
-from controlkit.sampling.request import START_NAMES, ControlUse, GenerateRequest, condition_name, mask_name
+from controlkit.sampling.file_names import START_NAMES, condition_name, mask_name
+from controlkit.sampling.request import ControlUse, GenerateRequest
 
 if TYPE_CHECKING:
     from controlkit.sampling.generate import Generation
@@ -174,7 +175,7 @@ class SavedSettings:
 
     def _start_notes(self, name: str, new: GenerateRequest) -> list[str]:
         """A note if the saved image or mask to start from replaces the stored one."""
-        stored, saved = getattr(self.request, name), str(self._saved_start(name))
+        stored, saved = getattr(self.request, name), str(self._file(name))
         if stored is None or not getattr(new, name) == saved != stored:
             return []
         state = "has changed since (SHA-256)" if self._places(stored) else "is missing"
@@ -212,7 +213,7 @@ class SavedSettings:
         Raises:
             UserError: both are missing.
         """
-        stored, saved = getattr(self.request, name), self._saved_start(name)
+        stored, saved = getattr(self.request, name), self._file(name)
         if stored is None or self.varies:
             return stored and self._locate(stored)
         found = self._with_hash(stored, self.sha256.get(name))
@@ -223,9 +224,6 @@ class SavedSettings:
             f" --{name} FILE",
             "missing-file",
         )
-
-    def _saved_start(self, name: str) -> Path:
-        return self._file(START_NAMES[name])
 
     @property
     def _shows_part(self) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw, ImageFont
 
 from controlkit.sampling.axes import labels_of, points_of, stems_of
-from controlkit.sampling.request import image_name
+from controlkit.sampling.file_names import image_name
 
 if TYPE_CHECKING:
     from controlkit.sampling.request import GenerateRequest
