@@ -25,6 +25,7 @@ from controlkit.evaluation.evaluate_control import (
 from controlkit.evaluation.report import Report
 from controlkit.evaluation.sets import EvaluationSet, evaluation_set
 from controlkit.formats.load import save_control
+from controlkit.progress import Progress
 from controlkit.sampling.prompts import find_captioner
 from refusals import check, refused
 
@@ -219,3 +220,13 @@ def test_prompt_modes_on_the_command_line(tmp_path, capsys):
     (report,) = json.loads(capsys.readouterr().out)["reports"]
     assert [row[0] for row in report["rows"]] == ["held-out (2)", "held-out, prompt none (2)"]
     assert report["settings"]["control"]["mode"] == "guess"
+
+
+def test_progress_counts_every_call_of_the_network(sd1_scheduled_base, tiny_control, monkeypatch):
+    reports = []
+    monkeypatch.setattr(Progress, "__call__", lambda self, done, total: reports.append((done, total)))
+    use = EvalControl(control=tiny_control, condition_images=eval_set_from(0, 3).condition_images)
+    generate_controlled(sd1_scheduled_base, [use], ["x"] * 3, steps=2, sampler="heun", batch_size=2)
+    total = len(reports)
+    assert total > 2 * 2  # heun calls it twice in a step
+    assert reports == [(done, total) for done in range(1, total + 1)]

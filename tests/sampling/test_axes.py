@@ -13,7 +13,8 @@ from controlkit.apps.cli import main
 from controlkit.formats.load import save_control
 from controlkit.images import write_png
 from controlkit.sampling.axes import expand_folders, labels_of, parse_axis, points_of, values_at
-from controlkit.sampling.generate import generate, refuse_overwriting
+from controlkit.sampling.generate import generate
+from controlkit.sampling.image_folder import refuse_overwriting
 from controlkit.sampling.request import ControlUse, GenerateRequest
 from controlkit.sampling.saved_settings import read_settings
 from refusals import check, refused

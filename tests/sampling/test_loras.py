@@ -203,8 +203,15 @@ def test_a_folder_of_peft_is_scaled_by_its_configuration(tiny_base, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
     lora = read_lora(LoraUse(file=str(tmp_path)), tiny_base)
     assert lora.layers["unet", LAYERS[0]].scale == pytest.approx(6 / RANK**0.5)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with refused("wrong-type", "adapter_config.json", "mapping"):
+        read_lora(LoraUse(file=str(tmp_path)), tiny_base)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
     with refused("unsupported", "DoRA"):
+        read_lora(LoraUse(file=str(tmp_path)), tiny_base)
+    (tmp_path / "adapter_config.json").unlink()
+    save_file(state, tmp_path / "adapter_model.safetensors", {"lora_adapter_metadata": '{"unet.lora_alpha": 6'})
+    with refused("damaged-file", "lora_adapter_metadata", tmp_path):
         read_lora(LoraUse(file=str(tmp_path)), tiny_base)
 
 

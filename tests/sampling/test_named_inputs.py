@@ -20,7 +20,8 @@ from controlkit.formats.card import card_of
 from controlkit.formats.describe import describe, describe_system
 from controlkit.formats.load import load_control, save_control
 from controlkit.images import read_image
-from controlkit.sampling.generate import generate, refuse_overwriting
+from controlkit.sampling.generate import generate
+from controlkit.sampling.image_folder import refuse_overwriting
 from controlkit.sampling.inputs import with_named_inputs
 from controlkit.sampling.request import ControlUse, GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache

@@ -61,12 +61,6 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)", "usage")
 
-    def _get_option_tuples(self, option_string: str) -> list[Any]:
-        """Options that this abbreviates; none if `habits` answers it, as `--prompt` beside `--prompt-mode`."""
-        if habits.is_answered(option_string.partition("=")[0]):
-            return []
-        return list(super()._get_option_tuples(option_string))
-
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Answer a wrong choice, also a wrong verb, with the nearest."""
         if action.choices is None or value in action.choices:

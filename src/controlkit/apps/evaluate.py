@@ -45,8 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_columns(parser)
     parser.add_argument("--images", "--pictures", type=int, help="images per set (default: 96)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20)")
-    parser.add_argument("--guidance", type=float, help="guidance scale (default: nano 3, SD1 and SD2 7.5, SDXL 5)")
-    parser.add_argument("--sampler", help="ddim, dpm++, dpm++-karras, unipc or euler (default: ddim; euler for SD3)")
+    parser.add_argument(
+        "--guidance", type=float, help="guidance scale (default: nano 3, SD1 and SD2 7.5, SDXL 5, SD3 7)"
+    )
+    parser.add_argument("--sampler", help="as of generate (default: ddim; euler for SD3)")
     parser.add_argument("--weight", type=float, help="conditioning scale of the controls (default: 1)")
     parser.add_argument(
         "--mode", help="guidance mode of the controls, as of generate (default: control for nano, else balanced)"

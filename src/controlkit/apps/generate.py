@@ -24,11 +24,12 @@ IMAGE may be a folder or a glob: each of its images is combined with each prompt
 --pair with the prompt of the same place. --xy SETTING=VALUE,VALUE,... varies any setting: guidance, steps, seed=1,4-6,
 prompt=ONE|TWO, options of all controls (weight, span, mode, low, ...) or of one (1.weight, canny.weight).
 
-Names of files that exist may contain @ = : and commas. --from repeats the
-settings of a settings.json, its folder or a PNG; other options override them, and --control replaces all controls.
-Paths are tried as they are and from the folder of the settings. If an image is missing or has changed, its saved
-condition image is used, with a note; changed controls and bases are noted, too. On the CPU of the same machine the
-images are identical, bit for bit.
+Names of files that exist may contain @ = : and commas.
+
+--from repeats the settings of a settings.json, its folder or a PNG; other options override them, and --control
+replaces all controls. Paths are tried as they are and from the folder of the settings. If an image is missing or has
+changed, its saved condition image is used, with a note; changed controls and bases are noted, too. On the CPU of the
+same machine the images are identical, bit for bit.
 """
 
 from __future__ import annotations
@@ -170,7 +171,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tiled",
         action=argparse.BooleanOptionalAction,
-        default=argparse.SUPPRESS,
         help="decode large images in tiles, in less memory (default: no)",
     )
     parser.add_argument("--device", help="cpu, cuda, mps or auto (default: auto, the best available)")
@@ -201,8 +201,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--preview-every {every}: expected a number of steps of at least 1", "out-of-range")
     request, saved = _request(args)
     with output_folder(getattr(args, "out", None), numbered_in="images") as out:
-        from controlkit.sampling.generate import generate, refuse_overwriting
-        from controlkit.sampling.image_folder import ImageFolder
+        from controlkit.sampling.generate import generate
+        from controlkit.sampling.image_folder import ImageFolder, refuse_overwriting
         from controlkit.sampling.inputs import with_named_inputs
 
         request = with_named_inputs(request)

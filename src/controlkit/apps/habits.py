@@ -34,8 +34,8 @@ _OURS = {
     "num-images-per-prompt": "seeds",
     "num-inference-steps": "steps",
     "output": "out",
-    "padding-mask-crop": "only-masked",
     "output-dir": "out",
+    "padding-mask-crop": "only-masked",
     "pretrained-model-name-or-path": "base",
     "resolution": "size",
     "sampler-name": "sampler",
@@ -84,7 +84,7 @@ def explain(verbs: Mapping[str, argparse.ArgumentParser], words: Sequence[str]) 
 
 
 def _answer(verbs: Mapping[str, argparse.ArgumentParser], verb: str, option: str) -> str:
-    name = _name(option)
+    name = option.removeprefix("--").replace("_", "-").lower()
     known = _options(verbs[verb])
     if name in _ANSWERS:
         return f"{option}: {_ANSWERS[name]}"
@@ -112,16 +112,7 @@ def _positional(parser: argparse.ArgumentParser) -> list[str]:
     return [action.dest for action in parser._actions if not action.option_strings]
 
 
-def is_answered(option: str) -> bool:
-    """Whether an option of another tool has an answer of its own, so that it abbreviates none of ours."""
-    return _name(option) in _ANSWERS
-
-
-def _name(option: str) -> str:
-    return option.removeprefix("--").replace("_", "-").lower()
-
-
 def _is_known(parser: argparse.ArgumentParser, option: str) -> bool:
     """Whether argparse takes it: an option, or the beginning of one only."""
     known = _options(parser)
-    return option in known or (not is_answered(option) and sum(each.startswith(option) for each in known) == 1)
+    return option in known or sum(each.startswith(option) for each in known) == 1

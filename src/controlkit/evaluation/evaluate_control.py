@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from controlkit.sampling.prompts import captioner_name, find_captioner, first_pr
 from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.sampler import images_at_once, sample_prompts
 from controlkit.sampling.settings import base_settings, in_words, sampling_settings
+from controlkit.sampling.step import Step
 
 _SHOWN = 8
 
@@ -130,23 +132,19 @@ def evaluate_control(
         UserError: the control records no condition, or takes more than one image.
     """
     baselines = {} if baselines is None else baselines
-    evaluated = [
-        _evaluate(
-            base,
-            control,
-            each,
-            baselines,
-            steps=steps,
-            guidance=guidance,
-            sampler=sampler,
-            weight=weight,
-            mode=mode,
-            prompt_mode=prompt_mode,
-            captioner=captioner,
-        )
-        for each in _numbered(sets)
-        for prompt_mode in prompt_modes
-    ]
+    evaluated = _evaluate_each(
+        base,
+        control,
+        sets,
+        prompt_modes,
+        baselines,
+        steps=steps,
+        guidance=guidance,
+        sampler=sampler,
+        weight=weight,
+        mode=mode,
+        captioner=captioner,
+    )
     sheet: dict[str, Sequence[np.ndarray]] = {}
     for scored in evaluated:
         name = scored.eval_set.name
@@ -214,23 +212,19 @@ def evaluate_controls(
     strips: list[Sequence[Image.Image]] = []
     titles: list[str] = []
     for name, control in controls.items():
-        evaluated = [
-            _evaluate(
-                base,
-                control,
-                each,
-                baselines,
-                steps=steps,
-                guidance=guidance,
-                sampler=sampler,
-                weight=weight,
-                mode=mode,
-                prompt_mode=prompt_mode,
-                captioner=captioner,
-            )
-            for each in _numbered(sets)
-            for prompt_mode in prompt_modes
-        ]
+        evaluated = _evaluate_each(
+            base,
+            control,
+            sets,
+            prompt_modes,
+            baselines,
+            steps=steps,
+            guidance=guidance,
+            sampler=sampler,
+            weight=weight,
+            mode=mode,
+            captioner=captioner,
+        )
         every += evaluated
         named[name] = evaluated[0]
         rows += [(f"{name}, {scored.images}", scored.measure, *scored.values) for scored in evaluated]
@@ -311,6 +305,22 @@ class _Evaluated:
             parameters=images.parameters,
         )
         return settings | self.prompting | {"seeds": seeds_of(len(images.targets))}
+
+
+def _evaluate_each(
+    base: Base,
+    control: Control,
+    sets: Sequence[EvaluationSet[Example] | EvalSet],
+    prompt_modes: Sequence[str],
+    baselines: dict[str, Baselines],
+    **settings: Any,
+) -> list[_Evaluated]:
+    """`_evaluate` on each set in each prompt mode."""
+    return [
+        _evaluate(base, control, each, baselines, prompt_mode=prompt_mode, **settings)
+        for each in _numbered(sets)
+        for prompt_mode in prompt_modes
+    ]
 
 
 def _evaluate(
@@ -439,8 +449,14 @@ def generate_controlled(
     generated: list[np.ndarray] = []
     count = len(prompts)
     batch_size = batch_size or images_at_once(base.size, base.size)
-    progress = Progress("denoising steps under control", -(-count // batch_size) * steps)
-    for first in range(0, count, batch_size):
+    starts = range(0, count, batch_size)
+    progress = Progress("denoising steps under control")
+
+    def report(turn: int, step: Step) -> None:
+        whole = step.in_round(turn, len(starts))
+        progress(whole.done, whole.total)
+
+    for turn, first in enumerate(starts):
         group = slice(first, min(first + batch_size, count))
         active = [
             ActiveControl.in_mode(
@@ -461,7 +477,7 @@ def generate_controlled(
             guidance=guidance,
             sampler=sampler,
             batch_size=batch_size,
-            on_step=lambda *_: progress.advance(),
+            on_step=partial(report, turn),
         ):
             generated += [np.asarray(image) for image in to_images(batch)]
     return generated

@@ -34,14 +34,14 @@ def parse_control(text: str) -> dict[str, Any]:
     control, rest = text[:cut], text[cut + 1 :]
     if not control or not rest:
         raise UserError(f"--control {text}: {_EXPECTED}", "usage")
-    image, strength, options = _split(rest)
+    image, weight, options = _split(rest)
     if not image:
         raise UserError(f"--control {text}: {_EXPECTED}", "usage")
     settings: dict[str, Any] = {"control": control, "image": image}
-    if strength is not None:
-        parsed = _strength(strength)
+    if weight is not None:
+        parsed = _weight_and_span(weight)
         if parsed is None:
-            raise UserError(f"--control {text}: {strength!r} is not weight[:start-end]; {_EXPECTED}", "usage")
+            raise UserError(f"--control {text}: {weight!r} is not weight[:start-end]; {_EXPECTED}", "usage")
         settings |= parsed
     return _with_options(text, settings, options)
 
@@ -50,19 +50,19 @@ def _split(rest: str) -> tuple[str, str | None, list[str]]:
     """Image, weight with its span (None if there is none), and options."""
     for end in (len(rest), *(place for place in range(len(rest) - 1, 0, -1) if rest[place] in "@,")):
         if os.path.exists(rest[:end]):
-            strength, *options = _OPTION.split(rest[end:])
-            if not strength:
+            weight, *options = _OPTION.split(rest[end:])
+            if not weight:
                 return rest[:end], None, options
-            if strength[0] == "@" and _strength(strength[1:]) is not None:
-                return rest[:end], strength[1:], options
+            if weight[0] == "@" and _weight_and_span(weight[1:]) is not None:
+                return rest[:end], weight[1:], options
     body, *options = _OPTION.split(rest)
-    image, at, strength = body.rpartition("@")
-    if not at or "/" in strength or _IMAGE.search(strength):
+    image, at, weight = body.rpartition("@")
+    if not at or "/" in weight or _IMAGE.search(weight):
         return body, None, options
-    return image, strength, options
+    return image, weight, options
 
 
-def _strength(text: str) -> dict[str, float] | None:
+def _weight_and_span(text: str) -> dict[str, float] | None:
     """`weight[:start-end]`; None if it does not have that form."""
     weight, colon, span = text.partition(":")
     try:

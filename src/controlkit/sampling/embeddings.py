@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from controlkit.bases.base import Base
 from controlkit.bases.prompt_encoding import Embedding
 from controlkit.bases.weight_files import torch_load_error
 from controlkit.errors import UserError
+from controlkit.formats.tensors import read_tensor_file
 from controlkit.sampling.request import GenerateRequest
 
 _OF_ENCODER = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
@@ -73,10 +72,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise UserError(f"there is no embedding at {file}", "missing-file")
     content: Any
     if file.suffix == ".safetensors":
-        try:
-            content = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is not a complete safetensors file ({error})", "damaged-file") from error
+        content = read_tensor_file(file).tensors
     else:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)

@@ -1,9 +1,7 @@
-"""Generate the images of a request, and save them with their settings."""
+"""Generate the images of a request."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +20,12 @@ from controlkit.bases.load import PRECISIONS, choose_device, choose_dtype, load_
 from controlkit.bases.prompt_encoding import TextOptions
 from controlkit.controls.control import Control
 from controlkit.controls.hints import Hint
-from controlkit.errors import UserError
 from controlkit.formats.load import control_class, load_control
 from controlkit.images import sequence_note, to_images, to_tensor
 from controlkit.sampling.axes import expand_folders, points_of
 from controlkit.sampling.canvas import Canvas
 from controlkit.sampling.embeddings import embedding_file, embedding_notes, read_embeddings
+from controlkit.sampling.file_names import condition_name, mask_name
 from controlkit.sampling.identity import base_sha256, companion_sha256, control_sha256, file_sha256, pixels_sha256
 from controlkit.sampling.inputs import (
     ControlImage,
@@ -42,19 +40,9 @@ from controlkit.sampling.loras import lora_file, merged, read_lora
 from controlkit.sampling.notes import crop_note, flat_note, prompt_notes, request_notes
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.prompts import find_captioner, first_prompt
-from controlkit.sampling.request import (
-    START_NAMES,
-    ControlUse,
-    GenerateRequest,
-    check_spans,
-    condition_name,
-    first_name,
-    image_name,
-    mask_name,
-)
+from controlkit.sampling.request import ControlUse, GenerateRequest, check_spans
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample_prompts
-from controlkit.sampling.sheets import sheets_of
 from controlkit.sampling.step import Step
 
 
@@ -112,7 +100,7 @@ class Generation:
     masks: dict[str, Image.Image] = field(default_factory=dict)
     """Masks of the controls that have one, grey, by the stem of their files: `mask0`."""
     start_images: dict[str, Image.Image] = field(default_factory=dict)
-    """The image and mask that sampling starts from, before blur, by the stem of their files (`START_NAMES`)."""
+    """The `image` and `mask` that sampling starts from, before blur, by the stem of their files."""
     first_images: list[GeneratedImage] = field(default_factory=list)
     """In prompt mode `automatic`, the images from which the prompts were made, one per seed."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -230,7 +218,7 @@ def generate_one(
             check_spans(request.controls, request.steps - start.first_step(base, request.steps))
             generation.used["strength"] = _strength(request)
             made = {"image": canvas.image, "mask": canvas.mask}
-            generation.start_images = {START_NAMES[name]: image for name, image in made.items() if image is not None}
+            generation.start_images = {name: image for name, image in made.items() if image is not None}
         embeddings = read_embeddings(request.embeddings, base)
         text = TextOptions(syntax=request.prompt_syntax, clip_skip=request.clip_skip, embeddings=embeddings)
         loras = [(read_lora(use, base), use.weight) for use in request.loras]
@@ -249,12 +237,12 @@ def generate_one(
         ]
     generation.notes += request_notes(request, base, width, height)
     generation.notes += embedding_notes(embeddings, request)
-    files: list[ControlImage | ImageFile] = [*chain(*images), *(mask for mask in masks if mask is not None)]
-    files += [file for file in started.values() if file is not None]
+    files = [*(image.file for image in chain(*images)), *masks, *started.values()]
     generation.notes += [
         note
-        for image in files
-        for note in (*sequence_note(image.data, image.path), *crop_note(image.path, image.image, *frame.covered))
+        for file in files
+        if file is not None
+        for note in (*sequence_note(file.data, file.path), *crop_note(file.path, file.image, *frame.covered))
     ]
     with _timed(generation, "condition"):
         uses = [
@@ -324,7 +312,7 @@ def _strength(request: GenerateRequest) -> float:
 
 def _hashes(use: ControlUse, images: Sequence[ControlImage], mask: ImageFile | None) -> dict[str, Any]:
     """SHA-256 of the images and the mask of a control."""
-    hashes = {each.input.name: {"image": hashlib.sha256(each.data).hexdigest()} for each in images}
+    hashes = {each.input.name: {"image": each.file.sha256} for each in images}
     of_control: dict[str, Any] = next(iter(hashes.values())) if use.inputs is None else {"inputs": hashes}
     return of_control if mask is None else {**of_control, "mask": mask.sha256}
 
@@ -359,45 +347,6 @@ def _mask(generation: Generation, index: int, mask: ImageFile | None, frame: Fra
     grey = mask.grey(frame)
     generation.masks[mask_name(index)] = grey
     return torch.from_numpy(np.asarray(grey, dtype=np.float32) / 255)[None, None]
-
-
-def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
-    """Refuse to write the results of `request` over its own input images.
-
-    Args:
-        request: from `with_named_inputs`.
-        folder: where the images are about to be written.
-
-    Raises:
-        UserError: a result has the path of an input image.
-    """
-    written = ["preview", *(sheet.name for sheet in sheets_of(request))]
-    read = []
-    for point in points_of(request):
-        written += [image_name(point.name, seed) for seed in point.request.seeds]
-        if request.prompt_mode == "automatic":
-            written += [first_name(seed, point.name) for seed in point.request.seeds]
-        asked = point.request
-        if any((use.image or "").lower().endswith(".json") for use in asked.controls):
-            asked = with_named_inputs(asked)
-        for index, use in enumerate(asked.controls):
-            named = {None: use.image} if use.inputs is None else use.inputs
-            written += [condition_name(index, name) for name in named]
-            written += [mask_name(index)] if use.mask is not None else []
-            given = [*named.values(), use.mask]
-            read += [(use.control, value) for value in given if isinstance(value, str) and os.path.exists(value)]
-        for setting, stem in START_NAMES.items():
-            if (given_path := getattr(asked, setting)) is not None:
-                written.append(stem)
-                read += [("the request", given_path)] if os.path.exists(given_path) else []
-    inputs = {os.path.realpath(image): control for control, image in read}
-    for path in (Path(folder) / f"{name}.png" for name in written):
-        control = inputs.get(os.path.realpath(path))
-        if control is not None:
-            raise UserError(
-                f"{path} would be overwritten, but it is an image or mask of {control}; choose another folder",
-                "would-overwrite",
-            )
 
 
 @contextmanager

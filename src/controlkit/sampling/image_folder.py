@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import os
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from controlkit._version import __version__
+from controlkit.errors import UserError
 from controlkit.files import writable_folder, write_json
 from controlkit.images import write_png
 from controlkit.sampling.axes import points_of, values_at
+from controlkit.sampling.file_names import START_NAMES, condition_name, first_name, image_name, mask_name
 from controlkit.sampling.generate import Generation
 from controlkit.sampling.identity import pixels_sha256
-from controlkit.sampling.request import first_name, image_name
+from controlkit.sampling.inputs import with_named_inputs
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sheets import sheets_of
 
 
@@ -33,6 +36,7 @@ class ImageFolder:
     def __init__(self, folder: str | Path) -> None:
         self.folder = writable_folder(folder)
         self._written: set[str] = set()
+        self._firsts: set[str] = set()
         self._has_settings = False
         self._conditions: dict[tuple[str, str], str] = {}
         """Stem and hash of an image -> the stem of its file."""
@@ -75,9 +79,14 @@ class ImageFolder:
         prompts = part.used.get("prompts", [part.request.prompt] * len(part.request.seeds))
         for generated, prompt in zip(part.images, prompts, strict=False):
             name = image_name(part.name, generated.seed)
-            self._once(name, lambda: self._write(name, generated.image, part, generated.seed, prompt))  # noqa: B023
+            if name not in self._written:
+                self._write(name, generated.image, part, generated.seed, prompt)
+                self._written.add(name)
         for first in part.first_images:
-            write_png(self.folder / f"{first_name(first.seed, part.name)}.png", first.image)
+            name = first_name(first.seed, part.name)
+            if name not in self._firsts:
+                write_png(self.folder / f"{name}.png", first.image)
+                self._firsts.add(name)
 
     def _write(self, name: str, image: Image.Image, part: Generation, seed: int, prompt: str) -> None:
         settings = {"controlkit": __version__, **self._used(part)}
@@ -85,11 +94,6 @@ class ImageFolder:
         used = {**part.used, "prompts": [prompt]} if "prompts" in part.used else part.used
         text = json.dumps({**settings, "request": request, "used": used})
         write_png(self.folder / f"{name}.png", image, {"controlkit": text, "prompt": prompt})
-
-    def _once(self, name: str, write: Callable[[], None]) -> None:
-        if name not in self._written:
-            write()
-            self._written.add(name)
 
     def _settings(self, generation: Generation) -> dict[str, Any]:
         settings = {"controlkit": __version__, "request": generation.request.to_json()}
@@ -125,3 +129,42 @@ class ImageFolder:
         for sheet in sheets:
             write_png(self.folder / f"{sheet.name}.png", sheet.draw(images))
         write_json(self.folder / "xy.json", {"sheets": [sheet.to_json() for sheet in sheets]})
+
+
+def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
+    """Refuse to write the results of `request` over its own input images.
+
+    Args:
+        request: from `with_named_inputs`.
+        folder: where the images are about to be written.
+
+    Raises:
+        UserError: a result has the path of an input image.
+    """
+    written = ["preview", *(sheet.name for sheet in sheets_of(request))]
+    read = []
+    for point in points_of(request):
+        written += [image_name(point.name, seed) for seed in point.request.seeds]
+        if request.prompt_mode == "automatic":
+            written += [first_name(seed, point.name) for seed in point.request.seeds]
+        asked = point.request
+        if any((use.image or "").lower().endswith(".json") for use in asked.controls):
+            asked = with_named_inputs(asked)
+        for index, use in enumerate(asked.controls):
+            named = {None: use.image} if use.inputs is None else use.inputs
+            written += [condition_name(index, name) for name in named]
+            written += [mask_name(index)] if use.mask is not None else []
+            given = [*named.values(), use.mask]
+            read += [(use.control, value) for value in given if isinstance(value, str) and os.path.exists(value)]
+        for name in START_NAMES:
+            if (given_path := getattr(asked, name)) is not None:
+                written.append(name)
+                read += [("the request", given_path)] if os.path.exists(given_path) else []
+    inputs = {os.path.realpath(image): control for control, image in read}
+    for path in (Path(folder) / f"{name}.png" for name in written):
+        control = inputs.get(os.path.realpath(path))
+        if control is not None:
+            raise UserError(
+                f"{path} would be overwritten, but it is an image or mask of {control}; choose another folder",
+                "would-overwrite",
+            )

@@ -262,57 +262,6 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class ControlImage:
-    """An image input of a control, as read from its file."""
-
-    use: ControlUse
-    input: Input
-    path: str
-    data: bytes
-    """Content of the file."""
-    image: Image.Image
-    """Decoded as a photo: upright, RGB."""
-
-    @classmethod
-    def read(cls, use: ControlUse, kind: Kind) -> list[ControlImage]:
-        """Read all images of a control.
-
-        Raises:
-            UserError: a file is missing, damaged or not an image.
-        """
-        known = {each.name: each for each in kind.inputs}
-        files = {name: (path, read_bytes(path)) for name, path in images_of(use, kind).items()}
-        return [cls(use, known[name], path, data, decode_rgb(data, path)) for name, (path, data) in files.items()]
-
-    def condition_image(self, control: Control, frame: Frame) -> Image.Image:
-        """The condition image for `control`, of what `frame` shows.
-
-        Raises:
-            UserError: the control records no condition, and the image is not `prepared`.
-        """
-        condition, use = self.condition(control), self.use
-        if not use.prepared:
-            if condition is None:
-                raise UserError(
-                    f"{use.control} records no condition; compute the condition image with `controlkit condition` and"
-                    " pass it with --prepared",
-                    "missing-setting",
-                )
-            image = frame(self.image)
-            parameters = parameters_of(use, self.input.name)
-            _check_keys(parameters, condition, control)
-            return Image.fromarray(conditions.find(condition)(np.asarray(image), **parameters))
-        background, image = background_of(condition), self.image
-        if background != Condition.background:
-            image = decode_rgb(self.data, self.path, background)
-        return frame(image, nearest=_is_of_labels(condition))
-
-    def condition(self, control: Control) -> str | None:
-        """The condition of the input, or else of the control."""
-        return self.input.condition or control.condition
-
-
-@dataclass(frozen=True)
 class ImageFile:
     """An image or mask, as read from its file."""
 
@@ -349,6 +298,53 @@ class ImageFile:
     def grey(self, frame: Frame) -> Image.Image:
         """As grey levels, of what `frame` shows."""
         return frame(self.image).convert("L")
+
+
+@dataclass(frozen=True)
+class ControlImage:
+    """An image input of a control, as read from its file."""
+
+    use: ControlUse
+    input: Input
+    file: ImageFile
+    """Decoded as a photo: transparent over white."""
+
+    @classmethod
+    def read(cls, use: ControlUse, kind: Kind) -> list[ControlImage]:
+        """Read all images of a control.
+
+        Raises:
+            UserError: a file is missing, damaged or not an image.
+        """
+        known = {each.name: each for each in kind.inputs}
+        return [cls(use, known[name], ImageFile.read(path)) for name, path in images_of(use, kind).items()]
+
+    def condition_image(self, control: Control, frame: Frame) -> Image.Image:
+        """The condition image for `control`, of what `frame` shows.
+
+        Raises:
+            UserError: the control records no condition, and the image is not `prepared`.
+        """
+        condition, use = self.condition(control), self.use
+        if not use.prepared:
+            if condition is None:
+                raise UserError(
+                    f"{use.control} records no condition; compute the condition image with `controlkit condition` and"
+                    " pass it with --prepared",
+                    "missing-setting",
+                )
+            image = frame(self.file.image)
+            parameters = parameters_of(use, self.input.name)
+            _check_keys(parameters, condition, control)
+            return Image.fromarray(conditions.find(condition)(np.asarray(image), **parameters))
+        background, image = background_of(condition), self.file.image
+        if background != Condition.background:
+            image = decode_rgb(self.file.data, self.file.path, background)
+        return frame(image, nearest=_is_of_labels(condition))
+
+    def condition(self, control: Control) -> str | None:
+        """The condition of the input, or else of the control."""
+        return self.input.condition or control.condition
 
 
 def _is_of_labels(condition: str | None) -> bool:

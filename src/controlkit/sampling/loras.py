@@ -177,17 +177,20 @@ def _adapter_settings(config: Path, metadata: Mapping[str, str], file: str) -> _
     """From peft's `adapter_config.json`, or the metadata of diffusers' files.
 
     Raises:
-        UserError: they ask for more than a LoRA.
+        UserError: they are damaged, or ask for more than a LoRA.
     """
     values: dict[str, dict[str, Any]] = {}
     if config.is_file():
-        found = read_json(config)
-        values[""] = found if isinstance(found, dict) else {}
-    elif "lora_adapter_metadata" in metadata:
-        with suppress(ValueError):
-            for name, value in json.loads(metadata["lora_adapter_metadata"]).items():
-                component, _, setting = name.partition(".")
-                values.setdefault(component, {})[setting] = value
+        values[""] = _mapping(read_json(config), str(config))
+    elif (text := metadata.get("lora_adapter_metadata")) is not None:
+        what = f"lora_adapter_metadata of {file}"
+        try:
+            stored = _mapping(json.loads(text), what)
+        except ValueError as error:
+            raise UserError(f"{what} is not JSON ({error})", "damaged-file") from error
+        for name, value in stored.items():
+            component, _, setting = name.partition(".")
+            values.setdefault(component, {})[setting] = value
     for settings in values.values():
         if settings.get("use_dora") or settings.get("peft_type", "LORA") != "LORA":
             kind = "DoRA" if settings.get("use_dora") else settings["peft_type"]
@@ -195,6 +198,12 @@ def _adapter_settings(config: Path, metadata: Mapping[str, str], file: str) -> _
                 f"{file} is an adapter of type {kind}, which is not supported; expected a LoRA", "unsupported"
             )
     return _AdapterSettings(values)
+
+
+def _mapping(values: Any, what: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise UserError(f"{what} must be a mapping of settings, not {values!r}", "wrong-type")
+    return values
 
 
 def _is_module(pattern: str, module: str) -> bool:

@@ -64,8 +64,8 @@ def flat_note(source: ControlImage, control: Control, image: Image.Image) -> lis
     if not is_flat(np.asarray(image)):
         return []
     if source.use.prepared:
-        what = f"{source.path}, the condition image of {source.use.control},"
+        what = f"{source.file.path}, the condition image of {source.use.control},"
         why = "check its polarity and transparency, or drop --prepared if it is a photo"
     else:
-        what, why = f"{source.condition(control)} of {source.path}", "nothing was detected in the image"
+        what, why = f"{source.condition(control)} of {source.file.path}", "nothing was detected in the image"
     return [f"{what} is one flat colour: {why}"]

@@ -128,6 +128,7 @@ class Plan:
             share a branch share them.
         rows_at_once: the largest batch of residuals computed ahead.
         megabytes: limit of the residuals that the plan keeps.
+        base_key: identifies what is merged into the base (`Base.merged`), in the keys of the cache.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class Plan:
         return total
 
     def taps(self, index: int, x_t: Tensor, base: Base) -> dict[str, list[Tap]]:
-        """The taps of all controls at step `index` by injection site, in the order of the request.
+        """The taps of all controls at step `index` by point, in the order of the request.
 
         Args:
             x_t: `[parts * B, C, h, w]`, the parts one after another.

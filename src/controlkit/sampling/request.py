@@ -6,6 +6,7 @@ This module imports neither torch nor diffusers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -343,30 +344,6 @@ class GenerateRequest:
         return cls(**fields)
 
 
-def condition_name(index: int, name: str | None) -> str:
-    """File stem of a condition image: of the control at `index`, or of its input `name`."""
-    return f"condition{index}" if name is None else f"condition{index}-{name}"
-
-
-def mask_name(index: int) -> str:
-    """File stem of the mask of the control at `index`."""
-    return f"mask{index}"
-
-
-START_NAMES = {"image": "image", "mask": "mask"}
-"""Setting -> file stem of the image and mask of a request, as scaled and cropped."""
-
-
-def first_name(seed: int, name: str = "") -> str:
-    """File stem of the first image of a seed, in prompt mode `automatic`; `name` is of the combination of axes."""
-    return f"{name}-first{seed}" if name else f"first{seed}"
-
-
-def image_name(name: str, seed: int) -> str:
-    """File stem of an image; `name` is of the combination of axes (`axes.Point.name`)."""
-    return f"{name}-seed{seed}" if name else f"seed{seed}"
-
-
 def check_spans(uses: tuple[ControlUse, ...], steps: int) -> None:
     """Check that each control acts at some of `steps` steps, unless its weight is 0.
 
@@ -470,6 +447,10 @@ _ITEMS: dict[Any, tuple[type, ...]] = {
 """Type of a list field -> the types of its items."""
 
 
+_hints_of = functools.cache(get_type_hints)
+"""Evaluated once per class: every combination of axes is checked."""
+
+
 def checked_fields(kind: type, values: Any, what: str) -> dict[str, Any]:
     """`values` with lists turned into tuples, after checking keys and types against the fields of `kind`."""
     if not isinstance(values, dict):
@@ -481,7 +462,7 @@ def checked_fields(kind: type, values: Any, what: str) -> dict[str, Any]:
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
             raise UserError(f"{what} lacks {name}, which is required", "missing-setting")
-    hints = get_type_hints(kind)
+    hints = _hints_of(kind)
     for key, value in values.items():
         accepted, expected = _JSON_TYPES[hints[key]]
         numbers = _ITEMS.get(hints[key], ())

@@ -99,8 +99,9 @@ def sample_prompts(
         plan.reused = one_for_all and not last
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[group]]
         solver.begin(first_step, generators)
-        begun = None if start is None else start.begin(base, solver, first_step, generators)
-        x_t = noise_of(base, generators, width, height) * solver.initial if begun is None else begun.x_t
+        normal = partial(noise_of, base, generators, width, height)
+        begun = None if start is None else start.begin(base, solver, first_step, normal)
+        x_t = normal() * solver.initial if begun is None else begun.x_t
         masked = None if begun is None else begun.masked
         for place, t in enumerate(timesteps):
             index = first_step + place

@@ -15,7 +15,8 @@ from controlkit.errors import UserError
 from controlkit.files import read_json
 from controlkit.images import read_bytes, read_image
 from controlkit.sampling.axes import is_changed, points_of
-from controlkit.sampling.request import START_NAMES, ControlUse, GenerateRequest, condition_name, mask_name
+from controlkit.sampling.file_names import START_NAMES, condition_name, mask_name
+from controlkit.sampling.request import ControlUse, GenerateRequest
 
 if TYPE_CHECKING:
     from controlkit.sampling.generate import Generation
@@ -31,8 +32,7 @@ class SavedSettings:
     request: GenerateRequest
     """The request, with None for what it left open."""
     used: dict[str, Any]
-    """Resolved `device`, `precision`, `width`, `height`, `guidance` and `sampler`, and the `mode` of controls that name
-    none; empty in files of earlier versions."""
+    """Resolved values (`Generation.used`); empty in files of earlier versions."""
     sha256: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Hashes of the files read (`Generation.sha256`); empty in files of earlier versions."""
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -105,12 +105,11 @@ class SavedSettings:
             notes |= dict.fromkeys(old.differences(new))
             for name in START_NAMES:
                 if _differ(old.sha256, new.sha256, name):
-                    path = getattr(point.request, name)
-                    notes[f"{path} has changed since (SHA-256), so the images may differ"] = None
+                    notes[_changed(getattr(point.request, name))] = None
             for index, use in enumerate(point.request.controls):
                 for what in ("image", "mask"):
                     if _differ(old._hashes(index), new.sha256["controls"][index], what):
-                        notes[f"{getattr(use, what)} has changed since (SHA-256), so the images may differ"] = None
+                        notes[_changed(getattr(use, what))] = None
         return list(notes)
 
     def again(self, **changes: Any) -> GenerateRequest:
@@ -134,7 +133,7 @@ class SavedSettings:
         notes = []
         before, after = self.sha256, generation.sha256
         if generation.request.base == self._locate(self.request.base) and _differ(before, after, "base"):
-            notes.append(f"base {generation.request.base} has changed since (SHA-256), so the images may differ")
+            notes.append(_changed(f"base {generation.request.base}"))
         loras = [use.file for use in generation.request.loras]
         notes += _changed_files(loras, before.get("loras"), after.get("loras"))
         notes += [note for name in START_NAMES for note in self._start_notes(name, generation.request)]
@@ -148,7 +147,7 @@ class SavedSettings:
                 continue
             for part, what in (("control", "control"), ("companion", "the base control of")):
                 if _differ(self._hashes(index), hashes, part):
-                    notes.append(f"{what} {new.control} has changed since (SHA-256), so the images may differ")
+                    notes.append(_changed(f"{what} {new.control}"))
             notes += self._mask_notes(index, new)
             for name, path in self._images(index).items():
                 notes += self._image_notes(index, name, path, new, _of_input(hashes, name), same_size=same_size)
@@ -162,8 +161,7 @@ class SavedSettings:
         if path == saved != stored:
             if self._unchanged(index, name, stored) is not None:
                 return []  # another image of this control changed, so that all are taken as prepared
-            state = "has changed since (SHA-256)" if self._places(stored) else "is missing"
-            return [f"{stored} {state}; its saved condition image {saved} is used"]
+            return [f"{stored} {self._state(stored)}; its saved condition image {saved} is used"]
         if same_size and before.get("image") == after.get("image") and _differ(before, after, "condition"):
             instead = f"--control {new.control}={saved} --prepared" if name is None else saved
             return [
@@ -174,19 +172,17 @@ class SavedSettings:
 
     def _start_notes(self, name: str, new: GenerateRequest) -> list[str]:
         """A note if the saved image or mask to start from replaces the stored one."""
-        stored, saved = getattr(self.request, name), str(self._saved_start(name))
+        stored, saved = getattr(self.request, name), str(self._file(name))
         if stored is None or not getattr(new, name) == saved != stored:
             return []
-        state = "has changed since (SHA-256)" if self._places(stored) else "is missing"
-        return [f"{stored}, the {name} to start from, {state}; the saved one, {saved}, is used"]
+        return [f"{stored}, the {name} to start from, {self._state(stored)}; the saved one, {saved}, is used"]
 
     def _mask_notes(self, index: int, new: ControlUse) -> list[str]:
         """A note if the saved mask of a control replaces its mask."""
         stored, saved = self.request.controls[index].mask, str(self._file(mask_name(index)))
         if stored is None or not new.mask == saved != stored:
             return []
-        state = "has changed since (SHA-256)" if self._places(stored) else "is missing"
-        return [f"{stored}, the mask of {new.control}, {state}; the saved one, {saved}, is used"]
+        return [f"{stored}, the mask of {new.control}, {self._state(stored)}; the saved one, {saved}, is used"]
 
     def _mask(self, index: int) -> str | None:
         """The stored mask of a control, or the saved one if it is missing or has changed.
@@ -212,7 +208,7 @@ class SavedSettings:
         Raises:
             UserError: both are missing.
         """
-        stored, saved = getattr(self.request, name), self._saved_start(name)
+        stored, saved = getattr(self.request, name), self._file(name)
         if stored is None or self.varies:
             return stored and self._locate(stored)
         found = self._with_hash(stored, self.sha256.get(name))
@@ -224,14 +220,15 @@ class SavedSettings:
             "missing-file",
         )
 
-    def _saved_start(self, name: str) -> Path:
-        return self._file(START_NAMES[name])
-
     @property
     def _shows_part(self) -> bool:
         """Whether saved condition images and masks of controls show the inpainted part only, so that they replace no
         files."""
         return self.request.only_masked is not None
+
+    def _state(self, stored: str) -> str:
+        """Why a stored image cannot be used."""
+        return "has changed since (SHA-256)" if self._places(stored) else "is missing"
 
     def _saved_state(self, saved: Path) -> str:
         """Why a saved image cannot be used."""
@@ -335,8 +332,11 @@ def _changed_files(entries: Sequence[str], before: Any, after: Any) -> list[str]
     """Notes on files whose hashes differ, if as many were stored."""
     if not isinstance(before, list) or not isinstance(after, list) or len(before) != len(after):
         return []
-    changed = [entry for entry, old, new in zip(entries, before, after, strict=True) if old != new]
-    return [f"{entry} has changed since (SHA-256), so the images may differ" for entry in changed]
+    return [_changed(entry) for entry, old, new in zip(entries, before, after, strict=True) if old != new]
+
+
+def _changed(what: str) -> str:
+    return f"{what} has changed since (SHA-256), so the images may differ"
 
 
 def _of_input(hashes: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw, ImageFont
 
 from controlkit.sampling.axes import labels_of, points_of, stems_of
-from controlkit.sampling.request import image_name
+from controlkit.sampling.file_names import image_name
 
 if TYPE_CHECKING:
     from controlkit.sampling.request import GenerateRequest
@@ -39,8 +39,8 @@ class Sheet:
     def to_json(self) -> dict[str, Any]:
         """Titles, and the file of each cell."""
         files = [[f"{cell}.png" for cell in row] for row in self.cells]
-        return {"sheet": f"{self.name}.png", "title": self.title, "columns": self.columns, "rows": self.rows,
-                "images": files}  # fmt: skip
+        titles = {"title": self.title, "columns": self.columns, "rows": self.rows}
+        return {"sheet": f"{self.name}.png", **titles, "images": files}
 
     def draw(self, images: Mapping[str, Image.Image]) -> Image.Image:
         """The table.

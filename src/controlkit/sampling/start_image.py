@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,23 +40,18 @@ class StartImage:
             )
         return first
 
-    def begin(self, base: Base, solver: Solver, first: int, generators: Sequence[torch.Generator]) -> Start:
-        """The state of a batch, one image per generator, which yields its numbers in the order of diffusers: for
-        the posterior of the image, the noise, and the posterior of the masked image.
+    def begin(self, base: Base, solver: Solver, first: int, normal: Callable[[], Tensor]) -> Start:
+        """The state of a batch before its first step.
 
         Args:
             first: from `first_step`; the solver has begun there.
+            normal: draws standard normal latents `[B, C, h, w]`. It is called in the order of diffusers: for the
+                posterior of the image, the noise, and the posterior of the masked image.
 
         Raises:
             UserError: the mask covers no latent position.
         """
         height, width = (side // base.factor for side in self.pixels.shape[-2:])
-
-        def normal() -> Tensor:
-            shape = (base.latent_channels, height, width)
-            rows = [torch.randn(shape, generator=generator) for generator in generators]
-            return torch.stack(rows).to(base.device, base.dtype)
-
         mask = self._mask(base, height, width)
         from_noise = mask is not None and self.strength == 1
         z = None if from_noise and base.is_inpainting else base.encode_image(self.pixels, normal())
@@ -69,7 +64,7 @@ class StartImage:
             return Start(x_t, mask=mask, z=z, noise=noise)
         assert self.mask is not None
         hidden = base.encode_image(self.pixels * (self.mask < 0.5), normal())
-        return Start(x_t, masked=torch.cat([mask.expand(len(generators), -1, -1, -1), hidden], 1))
+        return Start(x_t, masked=torch.cat([mask.expand(len(noise), -1, -1, -1), hidden], 1))
 
     def _mask(self, base: Base, height: int, width: int) -> Tensor | None:
         """The mask of the latents, `[1, 1, h, w]` of zeros and ones."""

@@ -1,4 +1,4 @@
-"""`Step`: what a callback of sampling is told after each denoising step."""
+"""`Step`: the argument of the callback `on_step`, after each denoising step."""
 
 from __future__ import annotations
 
