@@ -162,6 +162,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="inpaint the part around the mask, with this padding in pixels, at full size, and put it back",
     )
     parser.add_argument(
+        "--hires",
+        type=float,
+        metavar="FACTOR",
+        help="a second pass: enlarge the images by this factor and sample them again from there (A1111: Hires. fix)",
+    )
+    parser.add_argument(
+        "--hires-strength", type=float, help="--strength of that second pass (default: 0.7, as in A1111)"
+    )
+    parser.add_argument(
         "--sampler",
         help="ddim, dpm++, dpm++-2m-sde, unipc, ddpm or lcm; not for nano: plms, euler, euler-a, heun, dpm2,"
         " dpm2-a; and -karras after dpm++, dpm++-2m-sde, euler, heun, dpm2, dpm2-a. SD3: euler, dpm++ or unipc. Names"
@@ -172,6 +181,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tiled",
         action=argparse.BooleanOptionalAction,
         help="decode large images in tiles, in less memory (default: no)",
+    )
+    parser.add_argument(
+        "--vae",
+        metavar="FILE",
+        help="an autoencoder in place of the base's own: a file, a diffusers folder, or a hub id",
     )
     parser.add_argument("--device", help="cpu, cuda, mps or auto (default: auto, the best available)")
     parser.add_argument("--text-device", help="device of the text encoders, such as cpu (default: --device)")
@@ -251,7 +265,7 @@ def _watch(every: int | None, out: Path) -> Callable[[Step], object]:
 
 _OPTIONS = (
     *("prompt", "prompt_mode", "captioner", "base", "negative_prompt", "steps", "guidance", "width", "height"),
-    *("image", "strength", "mask", "mask_blur", "only_masked", "tiled"),
+    *("image", "strength", "mask", "mask_blur", "only_masked", "hires", "hires_strength", "tiled", "vae"),
     *("prompt_syntax", "clip_skip"),
     *("sampler", "batch_size", "device", "text_device", "precision"),
 )

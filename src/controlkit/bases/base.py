@@ -237,11 +237,13 @@ class Base(ABC):
             if place is not None:
                 network.to(place)
             if dtype is not None:
-                network.to(torch.float32 if network is self.vae and self._upcasts(dtype) else dtype)
+                upcasts = isinstance(network, AutoencoderKL) and self.keeps_float32(network, dtype)
+                network.to(torch.float32 if upcasts else dtype)
         return self
 
-    def _upcasts(self, dtype: torch.dtype) -> bool:
-        return dtype == torch.float16 and needs_float32(self.vae, type(self).upcasts_vae)
+    def keeps_float32(self, vae: AutoencoderKL, dtype: torch.dtype) -> bool:
+        """Whether an autoencoder stays float32 in a base of this dtype, as it would overflow."""
+        return dtype == torch.float16 and needs_float32(vae, type(self).upcasts_vae)
 
     @property
     @abstractmethod

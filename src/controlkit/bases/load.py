@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle  # noqa: TID251, for the name of the error that torch raises
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -19,7 +18,8 @@ from controlkit.bases.base import Base, hash_of_halves, needs_float32
 from controlkit.bases.defaults import NANO_DEFAULTS, defaults_in
 from controlkit.bases.families import FAMILIES, KNOWN_BASES, configurations_in, family_of_folder
 from controlkit.bases.latent_rgb import NANO_LATENT_RGB
-from controlkit.bases.weight_files import torch_load_error, weight_files
+from controlkit.bases.vae import load_vae
+from controlkit.bases.weight_files import HUB_ID, torch_load_error, weight_files
 from controlkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ SINGLE_FILES = (".safetensors", ".ckpt")
 PRECISIONS = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Name -> dtype of the weights for inference."""
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-"""Pattern of an id on the Hugging Face hub."""
 _HUB_FOLDERS = tuple(dict.fromkeys(component.name for family in reversed(FAMILIES) for component in family.components))
 _WANTED_FROM_HUB = ["model_index.json"] + [
     f"{folder}/*.{suffix}" for folder in _HUB_FOLDERS for suffix in ("json", "txt", "safetensors", "model")
@@ -58,6 +56,7 @@ def load_base(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     text_device: str | torch.device | None = None,
+    vae: str | None = None,
     random_weights: bool = False,
 ) -> Base:
     """Load a base, frozen: Stable Diffusion 1.x, 2.x, XL and 3, and models of the same architectures.
@@ -70,6 +69,7 @@ def load_base(
         device: a torch device, or `auto` for the best available.
         dtype: default: float32, whatever the files contain.
         text_device: of the text encoders, such as `cpu` for large ones; default: `device`.
+        vae: an autoencoder in place of the base's own, as in `bases.vae.load_vae`.
         random_weights: build a known model without its files, to measure speed and memory.
 
     Raises:
@@ -90,6 +90,10 @@ def load_base(
             base = load_single_file(path, dtype)
         else:
             base = _load_folder(base_folder(name), str(name), dtype)
+        if vae is not None:
+            other = load_vae(vae, base.vae, dtype)
+            base.vae = other.to(torch.float32) if base.keeps_float32(other, dtype) else other
+            base.vae.eval().requires_grad_(False)
         network_channels, latent_channels = base.denoiser.config["in_channels"], base.vae.config["latent_channels"]
         if network_channels != latent_channels and not base.is_inpainting:
             raise UserError(
@@ -98,7 +102,7 @@ def load_base(
                 "unsupported",
             )
         if dtype == torch.bfloat16 and not random_weights:  # which changes the base's fingerprint
-            base.original = lambda: load_base(name)
+            base.original = lambda: load_base(name, vae=vae)
         return base.to(device=device, text_device=text_device)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from controlkit.errors import UserError
 from controlkit.files import read_json
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+"""Pattern of an id on the Hugging Face hub."""
 VARIANTS = (None, "fp16", "bf16")
 """In order of preference: full precision first."""
 STEMS = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diffusion_pytorch_model", "pytorch_model")}

@@ -453,7 +453,7 @@ def generate_controlled(
     progress = Progress("denoising steps under control")
 
     def report(turn: int, step: Step) -> None:
-        whole = step.in_round(turn, len(starts))
+        whole = step.among(turn * step.total, len(starts) * step.total)
         progress(whole.done, whole.total)
 
     for turn, first in enumerate(starts):

@@ -281,7 +281,7 @@ def labels_of(axis: Axis) -> list[str]:
         key = name.rpartition(".")[2]
         if key == "prompt":
             columns.append([str(value) or "(no prompt)" for value in values])
-        elif key in ("image", "mask", "control", "base"):
+        elif key in ("image", "mask", "control", "base", "vae"):
             columns.append([Path(str(value)).stem for value in values])
         else:
             columns.append([f"{name} {_text(value)}" for value in values])

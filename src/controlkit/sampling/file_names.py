@@ -5,6 +5,9 @@ from __future__ import annotations
 START_NAMES = ("image", "mask")
 """File stems of the image and mask of a request, scaled and cropped; also the names of these settings."""
 
+HIRES_PREFIX = "hires-"
+"""Before the file stems of condition images and masks of the second pass."""
+
 
 def condition_name(index: int, name: str | None) -> str:
     """File stem of a condition image: of the control at `index`, or of its input `name`."""

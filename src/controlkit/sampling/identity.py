@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from controlkit.bases.load import base_files
+from controlkit.bases.vae import vae_files
 from controlkit.controls.control import Control
 from controlkit.data.cache import cache_folder
 from controlkit.errors import UserError
@@ -60,6 +61,11 @@ def file_sha256(path: Path) -> str:
 def base_sha256(name: str) -> str:
     """SHA-256 of a base's file, or of the names and contents of the files read from its folder."""
     return _files_sha256(base_files(name))
+
+
+def vae_sha256(name: str) -> str:
+    """SHA-256 of the weight files of an autoencoder in place of the base's own."""
+    return _files_sha256(list(vae_files(name)))
 
 
 def control_sha256(name: str) -> str:

@@ -15,7 +15,7 @@ from controlkit.errors import UserError
 from controlkit.files import writable_folder, write_json
 from controlkit.images import write_png
 from controlkit.sampling.axes import points_of, values_at
-from controlkit.sampling.file_names import START_NAMES, condition_name, first_name, image_name, mask_name
+from controlkit.sampling.file_names import HIRES_PREFIX, START_NAMES, condition_name, first_name, image_name, mask_name
 from controlkit.sampling.generate import Generation
 from controlkit.sampling.identity import pixels_sha256
 from controlkit.sampling.inputs import with_named_inputs
@@ -152,8 +152,9 @@ def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
             asked = with_named_inputs(asked)
         for index, use in enumerate(asked.controls):
             named = {None: use.image} if use.inputs is None else use.inputs
-            written += [condition_name(index, name) for name in named]
-            written += [mask_name(index)] if use.mask is not None else []
+            stems = [condition_name(index, name) for name in named]
+            stems += [mask_name(index)] if use.mask is not None else []
+            written += stems if asked.hires is None else [*stems, *(f"{HIRES_PREFIX}{stem}" for stem in stems)]
             given = [*named.values(), use.mask]
             read += [(use.control, value) for value in given if isinstance(value, str) and os.path.exists(value)]
         for name in START_NAMES:

@@ -21,6 +21,8 @@ from controlkit.sampling.seeds import settled_seeds
 
 MAX_SIDE = 16384
 """The longest side of an image."""
+MAX_HIRES = 8
+"""The largest factor of a second pass."""
 DEFAULT_STEPS = 20
 SAMPLERS = SOLVERS
 """Names of samplers (`bases/schedules/solvers.py`)."""
@@ -235,6 +237,12 @@ class GenerateRequest:
     only_masked: int | None = None
     """Padding in pixels of `image`: inpaint only the part around the mask, at `width` x `height`, and put it back into
     `image`, whose size the result has (A1111: "Only masked"; diffusers: `padding_mask_crop`). Default: all of it."""
+    hires: float | None = None
+    """Factor of a second pass, more than 1: images are enlarged (Lanczos) and sampled again from there, as img2img with
+    the same prompt, controls and seeds (A1111: Hires. fix). Condition images are computed anew at that size. Only
+    without `image`. Default: no second pass."""
+    hires_strength: float | None = None
+    """`strength` of the second pass. Default: 0.7, as in A1111."""
     sampler: str | None = None
     """Name of the solver, ours (`ddim`, `dpm++`, `dpm++-karras`, `dpm++-2m-sde`, `dpm++-2m-sde-karras`, `unipc`,
     `plms`, `euler`, `euler-karras`, `euler-a`, `heun`, `heun-karras`, `dpm2`, `dpm2-karras`, `dpm2-a`,
@@ -249,6 +257,9 @@ class GenerateRequest:
     tiled: bool = False
     """Whether the autoencoder works in overlapping tiles of its native size, which bounds its memory for large images
     and changes them a little (diffusers: `enable_tiling`)."""
+    vae: str | None = None
+    """Autoencoder in place of the base's own: a file (.safetensors, .ckpt, .pt, .bin) in the original or diffusers'
+    format, a diffusers folder, or a hub id; of the base's family."""
     device: str = "auto"
     """A torch device; `auto` is CUDA, then MPS, then the CPU."""
     text_device: str | None = None
@@ -267,6 +278,7 @@ class GenerateRequest:
             if value is not None and not 1 <= value <= MAX_SIDE:
                 raise UserError(f"{name} is {value}; expected 1 to {MAX_SIDE} pixels", "out-of-range")
         self._check_image()
+        self._check_second_pass()
         if self.image is None:  # else the number of steps that run depends on the base, too
             check_spans(self.controls, self.steps)
         if self.batch_size is not None and self.batch_size < 1:
@@ -304,6 +316,25 @@ class GenerateRequest:
             raise UserError(f"mask_blur is {self.mask_blur}; expected 0 to {MAX_SIDE} pixels", "out-of-range")
         if self.only_masked is not None and not 0 <= self.only_masked <= MAX_SIDE:
             raise UserError(f"only_masked is {self.only_masked}; expected 0 to {MAX_SIDE} pixels", "out-of-range")
+
+    def _check_second_pass(self) -> None:
+        if self.hires is None:
+            if self.hires_strength is not None:
+                raise UserError(
+                    f"hires_strength is {self.hires_strength}, but there is no second pass; set hires, such as 2",
+                    "contradiction",
+                )
+            return
+        if self.image is not None:
+            raise UserError(
+                "hires enlarges images made from noise, and image starts from one; enlarge the image yourself, or run"
+                " img2img on the result",
+                "contradiction",
+            )
+        if not (_is_finite(self.hires) and 1 < self.hires <= MAX_HIRES):
+            raise UserError(f"hires is {self.hires}; expected a factor above 1, at most {MAX_HIRES}", "out-of-range")
+        if self.hires_strength is not None and not 0 < self.hires_strength <= 1:
+            raise UserError(f"hires_strength is {self.hires_strength}; expected more than 0, at most 1", "out-of-range")
 
     def _check_prompts(self) -> None:
         check_prompt_mode(self.prompt_mode)

@@ -55,7 +55,8 @@ def sample_prompts(
         sampler: one of `request.SAMPLERS`. Default: that of the base.
         width: in pixels; default, also of `height`: the size of the base.
         batch_size: images per batch. Default: 16 up to 256 x 256, fewer for larger ones.
-        start: the image to start from, of this size; controls' start and end then are fractions of the steps that run.
+        start: the image to start from, of this size, one for all or one per image; controls' start and end then are
+            fractions of the steps that run.
         text: how the prompts are read.
         cache: keeps residuals that do not depend on the noise, for the next call under the same condition.
         on_step: called after every denoising step. An exception that it raises ends the sampling.
@@ -100,7 +101,7 @@ def sample_prompts(
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[group]]
         solver.begin(first_step, generators)
         normal = partial(noise_of, base, generators, width, height)
-        begun = None if start is None else start.begin(base, solver, first_step, normal)
+        begun = None if start is None else start.of_images(group).begin(base, solver, first_step, normal)
         x_t = normal() * solver.initial if begun is None else begun.x_t
         masked = None if begun is None else begun.masked
         for place, t in enumerate(timesteps):

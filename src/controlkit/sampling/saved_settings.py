@@ -21,7 +21,7 @@ from controlkit.sampling.request import ControlUse, GenerateRequest
 if TYPE_CHECKING:
     from controlkit.sampling.generate import Generation
 
-_RESOLVED = ("precision", "width", "height", "guidance", "sampler", "strength")
+_RESOLVED = ("precision", "width", "height", "guidance", "sampler", "strength", "hires_strength")
 """Resolved values that the same image needs; the device is only reported."""
 
 
@@ -57,6 +57,7 @@ class SavedSettings:
         resolved = {name: used[name] for name in _RESOLVED if name in used}
         stored = self.request.to_json()
         stored["base"] = self._locate(self.request.base)
+        stored["vae"] = self.request.vae and self._locate(self.request.vae)
         axes = {name: self._axes(name, changes) for name in ("vary", "xy") if name not in changes}
         stored |= {name: self._start_file(name) for name in START_NAMES if name not in changes}
         stored["embeddings"] = [self._locate_embedding(entry) for entry in self.request.embeddings]
@@ -81,7 +82,9 @@ class SavedSettings:
         for axis in getattr(self.request, name):
             if any(is_changed(setting, self.request, changes) for setting in axis):
                 continue
-            paths = [setting for setting in axis if setting.rpartition(".")[2] in ("base", "control", "image", "mask")]
+            paths = [
+                setting for setting in axis if setting.rpartition(".")[2] in ("base", "vae", "control", "image", "mask")
+            ]
             located = {setting: [self._locate(str(value)) for value in axis[setting]] for setting in paths}
             kept.append({**axis, **located})
         return kept
@@ -134,6 +137,8 @@ class SavedSettings:
         before, after = self.sha256, generation.sha256
         if generation.request.base == self._locate(self.request.base) and _differ(before, after, "base"):
             notes.append(_changed(f"base {generation.request.base}"))
+        if generation.request.vae is not None and _differ(before, after, "vae"):
+            notes.append(_changed(f"VAE {generation.request.vae}"))
         loras = [use.file for use in generation.request.loras]
         notes += _changed_files(loras, before.get("loras"), after.get("loras"))
         notes += [note for name in START_NAMES for note in self._start_notes(name, generation.request)]

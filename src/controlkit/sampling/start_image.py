@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,31 +14,39 @@ from controlkit.bases.schedules import Solver
 from controlkit.errors import UserError
 
 
+def first_step(base: Base, steps: int, strength: float) -> int:
+    """Index of the first of `steps` steps that runs.
+
+    Raises:
+        UserError: no step remains.
+    """
+    first = base.schedule.first_step(steps, strength)
+    if first >= steps:
+        raise UserError(
+            f"strength {strength:g} of {steps} steps leaves no step to run; raise the strength or the number of steps",
+            "out-of-range",
+        )
+    return first
+
+
 @dataclass(frozen=True, kw_only=True)
 class StartImage:
     """The image that sampling starts from."""
 
     pixels: Tensor
-    """`[1, 3, H, W]` in [-1, 1]."""
+    """`[1, 3, H, W]` in [-1, 1] for all images, or `[B, 3, H, W]` with one for each."""
     strength: float
     """Fraction of the steps that run, in (0, 1]. With a mask, 1 starts from noise alone."""
     mask: Tensor | None = None
     """`[1, 1, H, W]`: at least 0.5 where the image is replaced. None is everywhere."""
 
-    def first_step(self, base: Base, steps: int) -> int:
-        """Index of the first of `steps` steps.
+    def of_images(self, images: slice) -> StartImage:
+        """The start of some of the images."""
+        return self if len(self.pixels) == 1 else replace(self, pixels=self.pixels[images])
 
-        Raises:
-            UserError: no step remains.
-        """
-        first = base.schedule.first_step(steps, self.strength)
-        if first >= steps:
-            raise UserError(
-                f"strength {self.strength:g} of {steps} steps leaves no step to run; raise the strength or the"
-                " number of steps",
-                "out-of-range",
-            )
-        return first
+    def first_step(self, base: Base, steps: int) -> int:
+        """`first_step` for its strength."""
+        return first_step(base, steps, self.strength)
 
     def begin(self, base: Base, solver: Solver, first: int, normal: Callable[[], Tensor]) -> Start:
         """The state of a batch before its first step.

@@ -49,9 +49,9 @@ class Step:
     clean: Callable[[], Tensor]
     """Computes the current estimate of the clean latents, `[len(images), C, h, w]`."""
 
-    def in_round(self, turn: int, rounds: int) -> Step:
-        """A copy that counts `rounds` equal calls of sampling, of which `turn` are done."""
-        return replace(self, done=turn * self.total + self.done, total=rounds * self.total)
+    def among(self, before: int, total: int) -> Step:
+        """A copy that counts several calls of sampling: `before` steps were done, of `total` in all."""
+        return replace(self, done=before + self.done, total=total)
 
     def preview(self) -> list[Image.Image]:
         """Small previews, one per image and one pixel per latent position, by a matrix instead of the autoencoder.

@@ -13,6 +13,7 @@ from controlkit.errors import UserError
 from controlkit.sampling.axes import Point, points_of
 from controlkit.sampling.generate import Generation, Models, base_key, generate_one
 from controlkit.sampling.inputs import with_named_inputs
+from controlkit.sampling.passes import hires_strength
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.step import Step
@@ -121,7 +122,8 @@ def _controls(request: GenerateRequest) -> tuple[str, ...]:
 
 def _work(request: GenerateRequest) -> int:
     """Proportional to the steps of a request, to estimate those of others."""
-    return request.steps * len(request.seeds)
+    second = 0 if request.hires is None else hires_strength(request)
+    return round(request.steps * len(request.seeds) * (1 + second))
 
 
 def _shared(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
