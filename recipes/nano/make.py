@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="run these steps alone")
     parser.add_argument("--leave", nargs="+", default=[], metavar="STEP", help="leave what these steps make as it is")
-    parser.add_argument("--device", help="of trainings and evaluations: cpu, cuda, mps or auto")
+    parser.add_argument("--device", help="of trainings, evaluations and studies: cpu, cuda, mps or auto")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="for trials")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and end")
     parser.add_argument("--accept-lower", action="store_true", help="adopt lower scores than those of the pages")

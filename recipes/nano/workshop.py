@@ -60,7 +60,7 @@ class Workshop:
     Args:
         root: of the repository.
         budget: minutes for each training and study; None for no limit.
-        device: of trainings and evaluations; None for their own choice.
+        device: of trainings, evaluations and studies; None for their own choice.
         given: a folder of controls to start from.
         say: tells a person something.
     """
@@ -155,6 +155,10 @@ class Workshop:
             raise UserError(f"controlkit {' '.join(arguments)} failed (exit code {process.returncode})", "unsupported")
         return Run(printed=text, interrupted=interrupted and process.returncode != 0)
 
+    @property
+    def _on_device(self) -> list[str]:
+        return [] if self.device is None else ["--device", self.device]
+
     def report(self, file: str, commands: Mapping[str, Sequence[str]], **more: Mapping[str, Any]) -> Outcome:
         """Run commands that report and write what they print as one JSON file of results.
 
@@ -162,11 +166,10 @@ class Workshop:
             commands: label => command.
             more: entries for each label besides the reports.
         """
-        device = [] if self.device is None else ["--device", self.device]
         runs: dict[str, Any] = {}
         for label, command in commands.items():
             self.say(f"  {self.shown(command)}")
-            made = json.loads(self.run([*command, *device, "--json"]).printed)
+            made = json.loads(self.run([*command, *self._on_device, "--json"]).printed)
             own = {name: values[label] for name, values in more.items() if label in values}
             runs[label] = {"command": self.shown(command), **own, "reports": shortened(made["reports"])}
         write_json(self.results / f"{file}.json", {"runs": runs})
@@ -198,7 +201,7 @@ class Workshop:
         """
         key = sha256_of(name, *arguments, *(digest(path) or "" for path in reads))[:12]
         out = self.made / "studies" / f"{file}-{key}"
-        command = ["study", name, *arguments, "--out", str(out.relative_to(self.root)), "--json"]
+        command = ["study", name, *arguments, "--out", str(out.relative_to(self.root)), *self._on_device, "--json"]
         made = self.run(command, minutes=self.budget)
         if made.interrupted:
             return Outcome(complete=False, note="stopped by the budget; it resumes")

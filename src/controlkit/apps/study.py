@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--control", help="the base control (new-condition, convergence), or the only control: a name or a file"
     )
     parser.add_argument("--out", metavar="DIR", help="folder of the study")
+    parser.add_argument("--device", help="cpu, cuda, mps or auto (default: auto)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="override a setting"
     )
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
         rows = [(setting.name, str(setting.default), setting.what) for setting in describe_settings(kind)]
         print_table(f"Settings of {args.name}", ("setting", "default", "what it is"), rows)
         return
-    values = {name: getattr(args, name) for name in ("control", "out") if hasattr(args, name)}
+    values = {name: getattr(args, name) for name in ("control", "out", "device") if hasattr(args, name)}
     if "control" in values and "controls" in {field.name for field in dataclasses.fields(kind)}:
         values["controls"] = (values.pop("control"),)
     if args.given:

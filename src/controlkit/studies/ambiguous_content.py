@@ -57,6 +57,8 @@ class AmbiguousContent:
     """Folder for the sheet and stored images (`kept/`)."""
     base: str = "nano"
     """The base."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `mps`, or `auto` for the best available."""
     controls: tuple[str, ...] = (
         "canny",
         "nano/canny",
@@ -93,7 +95,7 @@ def run_ambiguous_content(settings: AmbiguousContent) -> StudyResult:
         UserError: a control is missing or records no condition, or the `metrics` extra is not installed.
     """
     lite0()  # the scores come last, after minutes
-    base = load_base(settings.base)
+    base = load_base(settings.base, device=settings.device)
     shared: dict[str, Control] = {}
     controls = {name: load_control(name, base, shared=shared) for name in settings.controls}
     for name, control in controls.items():

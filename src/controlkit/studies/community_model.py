@@ -60,6 +60,8 @@ class CommunityModel:
     """Folder for the fine-tuned models, the sheet and stored images (`kept/`)."""
     base: str = "nano"
     """The base to fine-tune."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `mps`, or `auto` for the best available."""
     controls: tuple[str, ...] = ("canny", "nano/canny", "nano/scribble", "nano/palette")
     """Controls trained on it that contain a copy of it, or whose base control does: names or files."""
     icons: str = "data/nano/icons.npz"
@@ -158,7 +160,7 @@ class _Case:
 class _Study:
     def __init__(self, settings: CommunityModel) -> None:
         self.settings = settings
-        base = load_base(settings.base)
+        base = load_base(settings.base, device=settings.device)
         self.original = base
         shared: dict[str, Control] = {}
         self.controls = {name: load_control(name, base, shared=shared) for name in settings.controls}
@@ -202,6 +204,7 @@ class _Study:
                 "out": str(out),
                 "icons": self.settings.icons,
                 "start": start,
+                "device": self.settings.device,
                 "styles": styles,
                 "steps": steps,
                 "batch_size": self.settings.batch_size,
@@ -213,7 +216,7 @@ class _Study:
             origin="controlkit study",
         )
         run(recipe)
-        return load_base(out / "base")
+        return load_base(out / "base", device=self.settings.device)
 
     def case(self, name: str, base: Base, images: EvaluationSet[Drawing], *, style: str, how: str) -> _Case:
         """Sample and score a control on a base.

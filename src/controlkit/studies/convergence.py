@@ -36,6 +36,8 @@ class Convergence:
     """Folder for pairs, runs, results, table and figure."""
     base: str = "nano"
     """The base."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `mps`, or `auto` for the best available."""
     control: str = "nano/base"
     """The base control of the adapters."""
     icons: str = "data/nano/icons.npz"
@@ -86,6 +88,7 @@ def run_convergence(settings: Convergence) -> NewConditionResult:
         NewCondition(
             out=settings.out,
             base=settings.base,
+            device=settings.device,
             control=settings.control,
             icons=settings.icons,
             conditions=names,

@@ -40,6 +40,8 @@ class GuidanceModes:
     """Folder for the sheet and stored results (`kept/`; delete it to sample again)."""
     base: str = "nano"
     """The base."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `mps`, or `auto` for the best available."""
     control: str = "canny"
     """The control: a name or a file that adds residuals."""
     modes: tuple[str, ...] = MODES
@@ -67,7 +69,7 @@ def run_guidance_modes(settings: GuidanceModes) -> StudyResult:
     Raises:
         UserError: the control is missing or records no condition, or a mode cannot weight it.
     """
-    base = load_base(settings.base)
+    base = load_base(settings.base, device=settings.device)
     control = load_control(settings.control, base)
     if control.condition is None:
         raise UserError(f"{settings.control} records no condition, which this study scores", "missing-setting")

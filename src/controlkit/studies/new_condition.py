@@ -71,6 +71,8 @@ class NewCondition:
     """Folder for pairs, runs, results, tables and the figure."""
     base: str = "nano"
     """The base."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `mps`, or `auto` for the best available."""
     control: str = "nano/base"
     """The base control of the adapters."""
     icons: str = "data/nano/icons.npz"
@@ -165,7 +167,7 @@ class Trainings:
     def __init__(self, settings: NewCondition) -> None:
         self.settings = settings
         self.out = Path(settings.out)
-        self.base: Base = load_base(settings.base)
+        self.base: Base = load_base(settings.base, device=settings.device)
         control = find_control(settings.control)
         self.fingerprint = read_metadata(control).get("control.fingerprint", "")
         self.bench = Bench(
@@ -265,6 +267,7 @@ class Trainings:
                 "name": task.name,
                 "pairs": str(task.pairs),
                 "base": self.settings.base,
+                "device": self.settings.device,
                 "condition": task.condition.name,
                 "held_out": task.held_out,
                 "out": str(self.out / "runs" / self.bench.key / f"{label}-{rate:g}"),

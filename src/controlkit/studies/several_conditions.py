@@ -54,6 +54,8 @@ class SeveralConditions:
     """Folder for the sheet and stored results (`kept/`; delete it to sample and time again)."""
     base: str = "nano"
     """The base."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `mps`, or `auto` for the best available."""
     mixes: tuple[str, ...] = ("palette+lineart", "palette+canny", "lineart+silhouette")
     """Adapters that act together, names or files joined by `+`; a name means `nano/NAME` first."""
     weight: float = 1.0
@@ -91,7 +93,7 @@ def run_several_conditions(settings: SeveralConditions) -> StudyResult:
     Raises:
         UserError: a control is missing, is not an adapter, or records no condition.
     """
-    base = load_base(settings.base)
+    base = load_base(settings.base, device=settings.device)
     shared: dict[str, Control] = {}
     names = list(dict.fromkeys(name for mix in settings.mixes for name in mix.split("+")))
     controls = {name: _adapter(name, base, shared) for name in names}
@@ -234,10 +236,9 @@ def _speed(
 def _times(base: Base, group: Sequence[CtrLoRA], example: Example) -> dict[str, float]:
     """Milliseconds of one pass for all of `group` and of one pass each, their ratio, and the largest difference."""
     text = base.encode_text(["", example.caption])
-    t = torch.tensor([500, 500])
-    hints = [
-        control.encode(to_tensor([conditions.find(control.condition or "")(example.image)]), base) for control in group
-    ]
+    t = torch.tensor([500, 500], device=base.device)
+    images = [to_tensor([conditions.find(control.condition or "")(example.image)]) for control in group]
+    hints = [control.encode(image.to(base.device), base) for control, image in zip(group, images, strict=True)]
 
     def together() -> list[Tensor]:
         return [residuals["middle"] for residuals in CtrLoRA.forward_together(group, None, t, text, hints)]
@@ -251,6 +252,8 @@ def _times(base: Base, group: Sequence[CtrLoRA], example: Example) -> dict[str, 
         for name, run in (("together", together), ("apart", apart)):
             started = time.perf_counter()
             run()
+            if base.device.type != "cpu":
+                torch.accelerator.synchronize()
             times[name].append(time.perf_counter() - started)
     one_pass, passes = (1000 * float(np.median(times[name])) for name in ("together", "apart"))
     return {"together": one_pass, "apart": passes, "ratio": passes / one_pass, "difference": difference}

@@ -53,6 +53,8 @@ class TaskInstructions:
     """Folder for the sheet and stored results (`kept/`; delete it to sample again)."""
     base: str = "nano"
     """The base."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `mps`, or `auto` for the best available."""
     pairs: tuple[str, ...] = ()
     """Tasks whose condition images act together, joined by `+`; default: each task with the next."""
     mode: str | None = None
@@ -80,7 +82,7 @@ def run_task_instructions(settings: TaskInstructions) -> StudyResult:
     Raises:
         UserError: a file is missing or no UniControl of several conditions, or the two have different ones.
     """
-    base = load_base(settings.base)
+    base = load_base(settings.base, device=settings.device)
     control = _several(settings.control, base)
     bench = _Bench(settings, base, control.conditions)
     pairs = [_pair(text, bench.tasks) for text in settings.pairs] or list(pairwise(bench.tasks))
