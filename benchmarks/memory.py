@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
+from controlkit.bases.random import random_base
 from controlkit.bases.text import Text
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet
@@ -48,7 +49,7 @@ class Way:
 
     name: str
     control: str = "adapter"
-    """`adapter` or `controlnet`."""
+    """`adapter`, `controlnet`, or `none` to fine-tune the whole UNet without a control."""
     wasteful: bool = False
     """Gradients for weights that do not train, as in the reference."""
     bf16: bool = False
@@ -76,6 +77,7 @@ WAYS = (
     Way("ControlNet, float32, nothing saved", control="controlnet"),
     replace(PLAIN, name="ControlNet, bf16", control="controlnet"),
     replace(ALL, name="ControlNet, all switches", control="controlnet"),
+    Way("fine-tuning the base, float32, nothing saved", control="none"),
 )
 """Each of the adapter's has what the one above it has, and one thing more."""
 
@@ -135,25 +137,27 @@ class Built:
     """A base and a control that trains on it."""
 
     base: Base
-    control: Control
+    control: Control | None
+    """None if the base is fine-tuned."""
     way: Way
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters."""
-        return self.control.trainable_parameters()
+        return list(self.base.unet.parameters()) if self.control is None else self.control.trainable_parameters()
 
     def modules(self) -> Iterator[nn.Module]:
         """All that is on the device in a step."""
         yield self.base.unet
-        yield self.control
+        if self.control is not None:
+            yield self.control
         if not self.way.encoders_aside:
             yield from (self.base.vae, *self.base.text_encoders)
 
 
 def build(base: Base, way: Way, rank: int) -> Built:
     """Networks of one way, on the device and in the dtypes that it has in a step."""
-    control: Control
+    control: Control | None = None
     if way.control == "adapter":
         shared = BaseControlNet.for_base(base)
         shared.add_adapter("measured", rank)
@@ -164,12 +168,14 @@ def build(base: Base, way: Way, rank: int) -> Built:
         if way.frozen_bf16:
             nn.Module.to(shared.network, torch.bfloat16)
         control = CtrLoRA(shared, "measured")
-    else:
+    elif way.control == "controlnet":
         control = ControlNet.for_base(base).train().requires_grad_(True)
+    else:
+        base.unet.train().requires_grad_(True)
     if way.frozen_bf16:
         for network in base.networks:
             nn.Module.to(network, torch.bfloat16)
-    if way.checkpointing:
+    if way.checkpointing and control is not None:
         checkpoint_activations(base, control)
     return Built(base, control, way)
 
@@ -184,12 +190,12 @@ def take_step(built: Built, optimizer: torch.optim.Optimizer, latent: int, batch
     z, t = empty(batch, base.latent_channels, latent, latent), torch.ones(batch, dtype=torch.long, device=device)
     text = Text(empty(batch, base.tokenizer.model_max_length, base.unet.config.cross_attention_dim))
     with autocast():
-        if isinstance(built.control, ControlNet):
+        residuals = None
+        if built.control is not None:
             side = latent * base.factor
-            hint = built.control.encode(empty(batch, 3, side, side), base)
-        else:
-            hint = empty(batch, base.latent_channels, latent, latent)
-        residuals = built.control(z, t, text, hint)
+            classic = isinstance(built.control, ControlNet)
+            hint = built.control.encode(empty(batch, 3, side, side), base) if classic else empty(*z.shape)
+            residuals = built.control(z, t, text, hint)
         loss = (base.predict(z, t, text, residuals).float() - z).pow(2).mean()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -202,7 +208,7 @@ def counted(name: str, way: Way, *, size: int, batch: int, rank: int) -> dict[st
     The parts are those at the end of a step; what is left of the peak is activations, and copies for autocast.
     """
     with torch.device("meta"):
-        built = build(load_base(name, device="meta", random_weights=True), way, rank)
+        built = build(random_base(name, torch.float32), way, rank)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         live = stack.enter_context(Live())
@@ -294,7 +300,7 @@ def _materialise(module: nn.Module) -> None:
                 owner._buffers[name] = real(buffer)
 
 
-def _select_again(control: Control) -> None:
+def _select_again(control: Control | None) -> None:
     """An adapter's layers hold on to what is active in them."""
     if isinstance(control, CtrLoRA):
         control.base_control.select(None)

@@ -17,6 +17,7 @@ import busy_machine
 import controlnet_sampling
 import controlnet_training
 import ctrlora_sampling
+import finetuning_cost
 import measure
 import memory
 import startup
@@ -110,11 +111,7 @@ def test_memory_is_counted_as_it_is():
 def test_switches_save_memory(tiny_base, monkeypatch):
     import tiny
 
-    def load(*_args, **_settings):
-        base = tiny.build_tiny_base()
-        return base.to("meta")
-
-    monkeypatch.setattr(memory, "load_base", load)
+    monkeypatch.setattr(memory, "random_base", lambda name, dtype: tiny.build_tiny_base().to("meta"))
     reference, plain, everything = (
         memory.counted("tiny", way, size=64, batch=1, rank=2) for way in (memory.REFERENCE, memory.PLAIN, memory.ALL)
     )
@@ -122,6 +119,36 @@ def test_switches_save_memory(tiny_base, monkeypatch):
     assert reference["weights"] > 1.9 * plain["weights"]  # frozen ones take half, encoders nothing
     assert reference["gradients"] > plain["gradients"] == everything["gradients"]
     assert everything["rest"] < plain["rest"]
+
+
+def test_fine_tuning_the_base_trains_all_of_its_unet(tiny_base, monkeypatch):
+    import tiny
+
+    monkeypatch.setattr(memory, "random_base", lambda name, dtype: tiny.build_tiny_base().to("meta"))
+    tuned, controlled = (memory.counted("tiny", way, size=64, batch=1, rank=2) for way in finetuning_cost.WAYS[:2])
+    weights = sum(each.numel() for each in tiny_base.unet.parameters()) * 4 / memory.MEBI
+    assert tuned["gradients"] == pytest.approx(weights)
+    assert tuned["optimiser"] == pytest.approx(2 * weights, rel=0.01)
+    assert controlled["gradients"] < weights  # half of the UNet and its own layers
+    assert controlled["weights"] > tuned["weights"]
+
+
+def test_memory_of_a_known_base_is_counted_without_its_weights():
+    counted = memory.counted("sd15", finetuning_cost.CONTROLNET, size=64, batch=1, rank=1)
+    with torch.device("meta"):
+        base = memory.random_base("sd15", torch.float32)
+    frozen = sum(each.numel() for network in base.networks for each in network.parameters()) * 4 / memory.MEBI
+    control = 361_279_120 * 4 / memory.MEBI
+    assert counted["gradients"] == pytest.approx(control)
+    assert counted["weights"] == pytest.approx(frozen + control, rel=1e-3)
+    assert counted["peak"] > counted["weights"] + counted["gradients"] + counted["optimiser"]
+
+
+def test_the_cost_of_a_control_is_a_ratio_to_fine_tuning(toy):
+    args = toy(batch=1, rank=2)
+    turns = finetuning_cost.times(args, bf16=False)
+    assert set(turns.seconds) == {"fine-tuning", "ControlNet", "CtrLoRA adapter"}
+    assert all(len(each) == args.rounds for each in turns.seconds.values())
 
 
 def test_help_starts(capsys):
