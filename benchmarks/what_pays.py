@@ -117,6 +117,8 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
 
     def compare(name: str, without: Any, switched: Any) -> None:
+        if args.only and name not in args.only:
+            return
         print(f"{name} ...", flush=True)
         ways = {"without": without, "with": switched}
         turns = measure.take_turns(ways, args.rounds, device=base.device, warm_up=args.warm_up)
@@ -133,8 +135,10 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     with torch.inference_mode():
         for name, (without, switched) in unet_switches(base, size, args.batch, args.compiled).items():
             compare(name, without, switched)
-        compare("LoRA folded", *folded(base, size, args.batch, args.rank))
-    compare("fused optimiser", *optimisers(base))
+        if not args.only or "LoRA folded" in args.only:
+            compare("LoRA folded", *folded(base, size, args.batch, args.rank))
+    if not args.only or "fused optimiser" in args.only:
+        compare("fused optimiser", *optimisers(base))
     return rows
 
 
@@ -144,6 +148,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="images; calls under guidance have twice as many rows")
     parser.add_argument("--rank", type=int, default=128, help="of the LoRA that is folded")
     parser.add_argument("--compiled", action="store_true", help="also torch.compile, which takes minutes to compile")
+    parser.add_argument("--only", nargs="+", metavar="SWITCH", help="of those above by name, such as bf16")
     args = parser.parse_args()
     rows = measure_all(args)
     cells = [

@@ -20,6 +20,11 @@ def set_verbose(verbose: bool) -> None:
     _verbose = verbose
 
 
+def is_verbose() -> bool:
+    """Whether `set_verbose` is on."""
+    return _verbose
+
+
 def end_line() -> None:
     """End a progress line that was interrupted, so that other output starts on its own line."""
     global _line_open

@@ -158,7 +158,7 @@ def test_help_starts(capsys):
 
 
 def test_what_pays_compares_outputs(toy):
-    rows = what_pays.measure_all(toy(batch=2, rank=2, compiled=False))
+    rows = what_pays.measure_all(toy(batch=2, rank=2, compiled=False, only=None))
     names = {row["switch"] for row in rows}
     assert {"channels_last", "fused optimiser", "LoRA folded", "guidance in one batch"} <= names
     for row in rows:

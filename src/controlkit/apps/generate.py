@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlkit.apps.show import add_json, print_json, print_notes, print_seconds
-from controlkit.progress import Progress, end_line
+from controlkit.progress import Progress, end_line, is_verbose
 
 if TYPE_CHECKING:
     from controlkit.sampling.request import GenerateRequest
@@ -189,6 +189,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, mps or auto (default: auto, the best available)")
     parser.add_argument("--text-device", help="device of the text encoders, such as cpu (default: --device)")
+    parser.add_argument(
+        "--low-memory",
+        action=argparse.BooleanOptionalAction,
+        help="text encoders leave the device once prompts are encoded, and images are decoded one by one: the same"
+        " images in less memory (default: no)",
+    )
+    parser.add_argument(
+        "--graphs",
+        help="CUDA graphs, which make few images faster: auto, on or off (default: auto, on CUDA where the number of"
+        " steps pays for them)",
+    )
     parser.add_argument("--precision", help="fp32, fp16, bf16 or auto (default: auto, fp16 on CUDA, else fp32)")
     parser.add_argument(
         "--preview-every",
@@ -240,6 +251,7 @@ def run(args: argparse.Namespace) -> None:
                 "seconds": generation.seconds,
                 "request": request.to_json(),
                 "used": generation.used,
+                "graphs": generation.graphs.to_json(),
                 "notes": generation.notes,
             }
         )
@@ -247,6 +259,8 @@ def run(args: argparse.Namespace) -> None:
     for path in paths:
         print(path)
     print_seconds(generation.seconds)
+    if is_verbose():
+        print(generation.graphs, file=sys.stderr)
 
 
 def _watch(every: int | None, out: Path) -> Callable[[Step], object]:
@@ -267,7 +281,7 @@ _OPTIONS = (
     *("prompt", "prompt_mode", "captioner", "base", "negative_prompt", "steps", "guidance", "width", "height"),
     *("image", "strength", "mask", "mask_blur", "only_masked", "hires", "hires_strength", "tiled", "vae"),
     *("prompt_syntax", "clip_skip"),
-    *("sampler", "batch_size", "device", "text_device", "precision"),
+    *("sampler", "batch_size", "device", "text_device", "precision", "low_memory", "graphs"),
 )
 
 

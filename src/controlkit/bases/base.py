@@ -111,6 +111,7 @@ class Base(ABC):
         """What is merged into its weights now (LoRAs with their weights), for keys of caches."""
         self._active_taps: tuple[Mapping[str, Tensor], Taps] | None = None
         self._replaced: Mapping[str, nn.Module] = {}
+        self._encoders_aside = False
         for network in self.networks:
             network.eval().requires_grad_(False)
 
@@ -356,6 +357,27 @@ class Base(ABC):
         latents = self.latents
         return (z - latents.shift if latents.shift else z) * latents.scale
 
+    @contextmanager
+    def text_encoders_loaded(self, *, aside: bool) -> Iterator[None]:
+        """A context in which the text encoders are on their device.
+
+        Args:
+            aside: whether they are on the CPU afterwards, until the next context.
+        """
+        if aside or self._encoders_aside:
+            self._move_text_encoders(self.text_device or self.device)
+            self._encoders_aside = False
+        try:
+            yield
+        finally:
+            if aside:
+                self._move_text_encoders("cpu")
+                self._encoders_aside = True
+
+    def _move_text_encoders(self, device: torch.device | str) -> None:
+        for encoder in self.text_encoders:
+            encoder.to(device)
+
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents => images, clamped to [-1, 1]."""
@@ -364,6 +386,16 @@ class Base(ABC):
         z = z + latents.shift if latents.shift else z
         pixels = z.shape[2] * z.shape[3] * self.factor**2
         return torch.cat([self.vae.decode(part).sample for part in z.split(_vae_batch(pixels))]).clamp(-1, 1)
+
+    @contextmanager
+    def slicing(self, enabled: bool = True) -> Iterator[None]:
+        """A context in which the autoencoder takes one image at a time, as by `enable_slicing` of diffusers."""
+        before = self.vae.use_slicing
+        self.vae.use_slicing = enabled
+        try:
+            yield
+        finally:
+            self.vae.use_slicing = before
 
     @contextmanager
     def tiling(self, enabled: bool = True) -> Iterator[None]:

@@ -471,6 +471,15 @@ def words_of_reads(control: Control | type[Control]) -> str:
     return ", ".join([*words, *(["the base's features"] if Acts.TAPS in control.acts else [])]) or "nothing"
 
 
+def residuals_together(
+    controls: Sequence[Control], x_t: Tensor | None, t: Tensor, text: Text | None, hints: Sequence[Hint]
+) -> list[Residuals]:
+    """The residuals of one control, or of several of one shared network; as `Control.forward_together`."""
+    if len(controls) == 1:
+        return [controls[0](x_t, t, text, hints[0])]
+    return controls[0].forward_together(controls, x_t, t, text, hints)
+
+
 @lru_cache(maxsize=32)
 def _shapes(kind: type[Control], config: str) -> tuple[tuple[str, torch.Size], ...]:
     """`Control.shapes`, cached."""

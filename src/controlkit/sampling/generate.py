@@ -26,6 +26,7 @@ from controlkit.sampling.axes import expand_folders, points_of
 from controlkit.sampling.canvas import Canvas
 from controlkit.sampling.embeddings import embedding_file, embedding_notes, read_embeddings
 from controlkit.sampling.file_names import HIRES_PREFIX, condition_name, mask_name
+from controlkit.sampling.graphs import GraphReport, NetworkCalls
 from controlkit.sampling.identity import (
     base_sha256,
     companion_sha256,
@@ -129,6 +130,8 @@ class Generation:
     sampling starts from."""
     notes: list[str] = field(default_factory=list)
     """Remarks for the user, such as a cropped image or a cut prompt."""
+    graphs: GraphReport = field(default_factory=GraphReport)
+    """How the networks were called: as CUDA graphs or eagerly, and why."""
     name: str = ""
     """Beginning of its file names, for one combination of a request with axes."""
     parts: list[Generation] = field(default_factory=list)
@@ -249,6 +252,8 @@ def generate_one(
             passes.append(Pass(width=larger[0], height=larger[1], uses=uses, strength=hires_strength(request)))
         rounds = passes if captioner is None else [passes[0], *passes]
         lengths = [each.number_of_steps(base, request) for each in rounds]
+    calls = NetworkCalls(base, request.graphs, low_memory=request.low_memory)
+    generation.graphs = calls.report
 
     def draw(phase: str, prompts: Sequence[str], turn: int) -> None:
         """Draw one image per seed, in the round `turn`."""
@@ -268,6 +273,8 @@ def generate_one(
             start=here.start,
             text=text,
             cache=cache,
+            low_memory=request.low_memory,
+            calls=calls,
             on_step=None if on_step is None else lambda step: on_step(step.among(before, sum(lengths))),
         )
         made: list[GeneratedImage] = []

@@ -21,9 +21,10 @@ from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.taps import Tap, TapFunction
 from controlkit.bases.text import Text, concatenate
-from controlkit.controls.control import Acts, Control, Reads
+from controlkit.controls.control import Acts, Control, Reads, residuals_together
 from controlkit.controls.hints import Hint, expand, map_hint, rows_of, shapes_of
 from controlkit.errors import UserError
+from controlkit.sampling.graphs import NetworkCalls
 from controlkit.sampling.request import CONDITIONAL_MODES, lies_within, mode_name
 from controlkit.sampling.residual_cache import ResidualCache, digest, identity_of
 from controlkit.sampling.weighting import Weighting, check_weighted
@@ -129,6 +130,7 @@ class Plan:
         rows_at_once: the largest batch of residuals computed ahead.
         megabytes: limit of the residuals that the plan keeps.
         base_key: identifies what is merged into the base (`Base.merged`), in the keys of the cache.
+        calls: how controls that run at every step are called; default: eagerly.
     """
 
     def __init__(
@@ -141,8 +143,10 @@ class Plan:
         rows_at_once: int = ROWS_AT_ONCE,
         megabytes: float = KEPT_MEGABYTES,
         base_key: tuple[Hashable, ...] = (),
+        calls: NetworkCalls | None = None,
     ) -> None:
         self.uses = uses
+        self._calls = calls
         self._base_key = base_key
         self.timesteps = timesteps
         self.texts = texts
@@ -166,6 +170,12 @@ class Plan:
         self._replacing = {place: modules for place, use in enumerate(uses) if (modules := use.control.replacements())}
         for index in range(len(timesteps)) if self._replacing else ():
             self._check_replacements(index)
+        self._times: Sequence[float] = timesteps.tolist() if cache is not None else ()
+        self._digests: dict[int, str] = {}
+        if cache is not None:  # hashing reads the device, which no step should wait for
+            for index in range(len(timesteps)):
+                for place in self._acting(self._ahead, index):
+                    self._digests_of(uses[place], index)
 
     def residuals(self, index: int, x_t: Tensor) -> Residuals | None:
         """The sum of all residuals at step `index`, or None if no control acts.
@@ -207,6 +217,14 @@ class Plan:
             for point, function in functions.items():
                 taps.setdefault(point, []).append(_tap(function, use, (first, len(x_t))))
         return taps
+
+    def acting(self, index: int) -> tuple[int, ...]:
+        """Places of the controls that act at step `index`."""
+        return tuple(self._acting(range(len(self.uses)), index))
+
+    def tapping(self, index: int) -> list[Control]:
+        """The controls that act by taps at step `index`."""
+        return [self.uses[place].control for place in self._acting(self._tapping, index)]
 
     def passes(self, index: int) -> list[tuple[int, int, dict[str, nn.Module]]]:
         """Calls of the base at step `index`: first and last (exclusive) part of the batch, and the modules that run in
@@ -376,13 +394,14 @@ class Plan:
             read = [part.expand(batch) for index in indices for part in self._texts(first, index=index)]
             text = concatenate(*read)
         x_t = None if x_t is None else x_t[-rows:]
-        t = self.timesteps[list(indices)].repeat_interleave(rows)
+        t = torch.stack([self.timesteps[index] for index in indices]).repeat_interleave(rows)
         uses = [self.uses[place] for place in places]
+        controls = [use.control for use in uses]
         hints = [_tiled(expand(use.hint, batch), parts * len(indices)) for use in uses]
-        if len(uses) == 1:
-            computed = [first.control(x_t, t, text, hints[0])]
+        if x_t is None or self._calls is None:
+            computed = residuals_together(controls, x_t, t, text, hints)
         else:
-            computed = first.control.forward_together([use.control for use in uses], x_t, t, text, hints)
+            computed = self._calls.residuals(controls, x_t, t, text, hints)
         return [each.map(lambda tensor: tensor.expand(len(t), *tensor.shape[1:])) for each in computed]
 
     def _texts(self, use: ActiveControl, index: int) -> Sequence[Text]:
@@ -403,13 +422,23 @@ class Plan:
         return residuals.map(lambda tensor: torch.cat([fill(tensor)] * others + [tensor]))
 
     def _key(self, use: ActiveControl, index: int) -> tuple[Hashable, ...]:
+        return (identity_of(use.control), *self._digests_of(use, index), self._base_key)
+
+    def _digests_of(self, use: ActiveControl, index: int) -> tuple[Hashable, ...]:
+        """Digests of the hint and of the texts that a control reads."""
         parts = self._texts(use, index)
         read = [tensor for text in parts for tensor in text.tensors()]
-        texts = tuple(digest(tensor) for tensor in read) if Reads.TEXT in use.control.reading else ()
-        return (identity_of(use.control), digest(use.hint), len(parts), texts, self._base_key)
+        texts = tuple(map(self._digest, read)) if Reads.TEXT in use.control.reading else ()
+        return self._digest(use.hint), len(parts), texts
+
+    def _digest(self, hint: Hint) -> str:
+        """`digest` of a hint or text of the plan, which keeps it alive."""
+        if id(hint) not in self._digests:
+            self._digests[id(hint)] = digest(hint)
+        return self._digests[id(hint)]
 
     def _time(self, index: int, timed: bool) -> float | None:
-        return float(self.timesteps[index]) if timed else None
+        return self._times[index] if timed else None
 
 
 def rows_at_once(width: int, height: int) -> int:

@@ -39,6 +39,8 @@ _MODE_ALIASES = {
     "cfg-rw-normalized": "cfg-rw",
 }
 """Names of A1111 and diffusers, in lower case -> mode."""
+GRAPHS = ("auto", "on", "off")
+"""Whether networks run as CUDA graphs (`GenerateRequest.graphs`)."""
 PROMPT_MODES = ("none", "default", "automatic", "given")
 """Where the prompt comes from (`GenerateRequest.prompt_mode`)."""
 
@@ -266,9 +268,17 @@ class GenerateRequest:
     """Device of the text encoders, such as `cpu` for large ones (T5). Default: `device`."""
     precision: str = "auto"
     """Dtype of the weights: `fp32`, `fp16` or `bf16`; `auto` is fp16 on CUDA and fp32 elsewhere."""
+    low_memory: bool = False
+    """Whether the text encoders leave the device once prompts are encoded, and images are decoded one by one: the same
+    images, slower, in less memory."""
+    graphs: str = "auto"
+    """Whether networks run as CUDA graphs, which launch a step at once: `on`, `off`, or `auto`, on CUDA where the
+    number of steps pays for the capture and `low_memory` is off. Controls that act inside the base's pass (taps) run
+    without. `on` is refused where it cannot be."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", settled_seeds(self.seeds))
+        check_graphs(self.graphs)
         check_sampling(self.steps, self.guidance, self.sampler)
         if self.sampler is not None:
             object.__setattr__(self, "sampler", solver_name(self.sampler))
@@ -417,6 +427,16 @@ def mode_name(mode: str | None) -> str | None:
     if name not in MODES:
         raise UserError(f"there is no mode {mode!r}{nearest(mode, MODES)}", "unknown-name")
     return name
+
+
+def check_graphs(mode: str) -> None:
+    """Check a mode of CUDA graphs.
+
+    Raises:
+        UserError: it is none of `GRAPHS`.
+    """
+    if mode not in GRAPHS:
+        raise UserError(f"graphs is {mode!r}; expected {', '.join(GRAPHS)}{nearest(mode, GRAPHS)}", "unknown-name")
 
 
 def check_prompt_mode(mode: str) -> None:

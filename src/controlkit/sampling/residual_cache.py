@@ -70,11 +70,11 @@ def identity_of(control: Control) -> Hashable:
     Writes through `parameter.data` go unnoticed, as they do in autograd: clear the cache after them.
     """
     weights = list(control.weights())
-    states = tuple((_mark(parameter), parameter._version) for parameter in weights)
+    states = tuple((mark_of(parameter), parameter._version) for parameter in weights)
     return id(control), control.state(), states, *((str(weights[0].device), weights[0].dtype) if weights else ())
 
 
-def _mark(parameter: Tensor) -> int:
+def mark_of(parameter: Tensor) -> int:
     """A number unique to this parameter; addresses are reused."""
     mark: int | None = getattr(parameter, "_controlkit_mark", None)
     if mark is None:

@@ -15,6 +15,7 @@ from controlkit.bases.solver_names import solver_name
 from controlkit.bases.text import concatenate
 from controlkit.controls.hints import rows_of
 from controlkit.errors import UserError
+from controlkit.sampling.graphs import NetworkCalls
 from controlkit.sampling.plan import ActiveControl, Plan, rows_at_once
 from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.residual_cache import ResidualCache
@@ -44,6 +45,8 @@ def sample_prompts(
     start: StartImage | None = None,
     text: TextOptions = PLAIN,
     cache: ResidualCache | None = None,
+    low_memory: bool = False,
+    calls: NetworkCalls | None = None,
     on_step: Callable[[Step], object] | None = None,
 ) -> Iterator[Tensor]:
     """Generate one image per seed with classifier-free guidance.
@@ -59,15 +62,19 @@ def sample_prompts(
             fractions of the steps that run.
         text: how the prompts are read.
         cache: keeps residuals that do not depend on the noise, for the next call under the same condition.
+        low_memory: keep the text encoders on the CPU except while prompts are encoded, and decode image by image.
+        calls: how the networks are called, with a report of it afterwards. Default: as CUDA graphs where they pay.
         on_step: called after every denoising step. An exception that it raises ends the sampling.
 
     Yields:
         Batches of images `[b, 3, height, width]` in [0, 1], in the order of `seeds`.
 
     Raises:
-        UserError: the base does not support this size, number of steps or sampler, or needs an image and a mask; or the
-            latents are NaN or infinite.
+        UserError: the base does not support this size, number of steps or sampler, or needs an image and a mask; graphs
+            are demanded and not possible; or the latents are NaN or infinite.
     """
+    calls = NetworkCalls(base) if calls is None else calls
+    calls.begin([use.control for use in uses if use.weight != 0])
     width, height = width or base.size, height or base.size
     guidance = base.default_guidance if guidance is None else guidance
     batch_size = batch_size or images_at_once(width, height)
@@ -90,13 +97,15 @@ def sample_prompts(
         last = first + batch_size >= len(seeds)
         if plan is None or not one_for_all:
             size = (width, height)
-            texts = [base.encode_text(prompts if len(prompts) == 1 else prompts[group], size, text)]
-            if guidance > 1:
-                texts.insert(0, base.encode_text([negative_prompt], size, text))
+            with base.text_encoders_loaded(aside=low_memory):
+                texts = [base.encode_text(prompts if len(prompts) == 1 else prompts[group], size, text)]
+                if guidance > 1:
+                    texts.insert(0, base.encode_text([negative_prompt], size, text))
             texts = same_length(texts)
             active = [use.of_images(group) for use in uses]
             at_once = rows_at_once(width, height)
-            plan = Plan(active, timesteps, texts, cache, rows_at_once=at_once, base_key=base.merged)
+            plan = Plan(active, timesteps, texts, cache, rows_at_once=at_once, base_key=base.merged, calls=calls)
+            kinds = [plan.acting(place) for place in range(len(timesteps))]
         plan.reused = one_for_all and not last
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[group]]
         solver.begin(first_step, generators)
@@ -104,22 +113,26 @@ def sample_prompts(
         begun = None if start is None else start.of_images(group).begin(base, solver, first_step, normal)
         x_t = normal() * solver.initial if begun is None else begun.x_t
         masked = None if begun is None else begun.masked
+        alike = max(0, len(seeds) // batch_size - first // batch_size - 1)  # later batches of this size
         for place, t in enumerate(timesteps):
             index = first_step + place
+            calls.left = kinds[place:].count(kinds[place]) + alike * kinds.count(kinds[place])
             taken = solver.input(x_t, index)
-            prediction = _predict(base, plan, place, taken, t, guidance, masked)
+            prediction = _predict(base, plan, calls, place, taken, t, guidance, masked)
             x_t = solver.step(prediction, x_t, index)
             x_t = x_t if begun is None else begun.kept(x_t, solver, index + 1)
             done += 1
             if on_step is not None:
-                images = range(first, first + len(x_t))
+                places = range(first, first + len(x_t))
                 clean = partial(base.schedule.clean, prediction, taken, t)
-                on_step(Step(base, done, total, place + 1, len(timesteps), images, clean))
+                on_step(Step(base, done, total, place + 1, len(timesteps), places, clean))
         if not plan.reused:
             plan.release()  # else its residuals would take memory while the latents are decoded
         if not torch.isfinite(x_t).all():
             raise _not_finite(seeds[group], base.dtype)
-        yield (base.decode(x_t) + 1) / 2
+        with base.slicing(low_memory):
+            images = base.decode(x_t)
+        yield (images + 1) / 2
 
 
 def _not_finite(seeds: Sequence[int], dtype: torch.dtype) -> UserError:
@@ -147,7 +160,14 @@ def noise_of(base: Base, generators: Sequence[torch.Generator], width: int, heig
 
 
 def _predict(
-    base: Base, plan: Plan, index: int, x_t: Tensor, t: Tensor, guidance: float, masked: Tensor | None = None
+    base: Base,
+    plan: Plan,
+    calls: NetworkCalls,
+    index: int,
+    x_t: Tensor,
+    t: Tensor,
+    guidance: float,
+    masked: Tensor | None = None,
 ) -> Tensor:
     parts = len(plan.texts)
     stacked = torch.cat([x_t] * parts)
@@ -157,11 +177,10 @@ def _predict(
     for first, last, modules in plan.passes(index):
         rows = slice(first * len(x_t), last * len(x_t))
         added = None if residuals is None else residuals.rows(rows.start, rows.stop)
-        with base.replacing(modules):
-            # Only inpainting models take the masked image.
-            more = {} if masked is None else {"masked": torch.cat([masked] * (last - first))}
-            predictions.append(base.predict(stacked[rows], t, concatenate(*texts[first:last]), added, taps, **more))
-    prediction = torch.cat(predictions)
+        hidden = None if masked is None else torch.cat([masked] * (last - first))
+        text = concatenate(*texts[first:last])
+        predictions.append(calls.predict(stacked[rows], t, text, added, taps, plan.tapping(index), modules, hidden))
+    prediction = torch.cat(predictions)  # a copy: a graph's output is overwritten by its next replay
     if parts == 1:
         return prediction
     unconditional, conditional = prediction.chunk(2)

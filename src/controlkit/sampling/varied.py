@@ -106,6 +106,7 @@ class _Run:
         parts, whole = self.whole.parts, self.whole
         whole.notes = list(dict.fromkeys(note for each in parts for note in each.notes))
         whole.used = _shared([each.used for each in parts])
+        whole.graphs = whole.graphs + part.graphs
         for phase, seconds in part.seconds.items():
             whole.seconds[phase] = whole.seconds.get(phase, 0.0) + seconds
 

@@ -59,6 +59,7 @@ class Weighting:
         check_weighted(mode, base, control, layers=layers is not None, mask=mask is not None)
         by_site = weights_by_site(mode, base)
         mask = None if mask is None or bool((mask == 1).all()) else mask
+        mask = None if mask is None else mask.to(base.device)
         layers = None if layers is None else tuple(layers)
         if by_site is None and layers is None and mask is None:
             return None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from controlkit.bases.schedules.ddim import ddim_step, times_of
 from controlkit.bases.solver_names import SOLVERS
@@ -76,12 +78,13 @@ FLOW_SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
 class Solver(ABC):
     """One or two predictions per step.
 
-    A solver belongs to one number of steps and, from `begin` to the last step, to one batch of images.
+    A solver belongs to one number of steps and, from `begin` to the last step, to one batch of images. Its tables are
+    on the CPU and latents on the device, so that no step waits for the device.
     """
 
     timesteps: Tensor
-    """The descending times of the base's predictions: in 0..999, integer or fractional. As many as steps, but twice as
-    many less one for solvers of two predictions per step, and one more for `plms`."""
+    """The descending times of the base's predictions, on its device: in 0..999, integer or fractional. As many as
+    steps, but twice as many less one for solvers of two predictions per step, and one more for `plms`."""
     initial: float
     """Standard deviation of the initial latents."""
     order: int = 1
@@ -114,15 +117,16 @@ class DDIM(Solver):
 
     def __init__(self, scheduler: DDIMScheduler, steps: int, device: torch.device | str) -> None:
         self._scheduler = copy.deepcopy(scheduler)  # which stores the times of one number of steps
-        self.timesteps = times_of(self._scheduler, steps, device)
+        times = times_of(self._scheduler, steps)
+        self.timesteps = times.to(device)
         self.initial = float(self._scheduler.init_noise_sigma)
-        self._times: list[Any] = [*self.timesteps.tolist(), None]
+        self._times: list[Any] = [*times.tolist(), None]
 
     def begin(self, first: int = 0, generators: Sequence[torch.Generator] = ()) -> None:
         pass
 
     def noised(self, z: Tensor, noise: Tensor, index: int) -> Tensor:
-        return self._scheduler.add_noise(z, noise, self.timesteps[index : index + 1])
+        return _noised(self._scheduler.add_noise, z, noise, torch.tensor(self._times[index]))
 
     def input(self, x_t: Tensor, index: int) -> Tensor:
         return x_t
@@ -144,7 +148,7 @@ class DiffusersSolver(Solver):
 
     def __init__(self, scheduler: Any, steps: int, device: torch.device | str, *, length: int) -> None:
         self._scheduler = copy.deepcopy(scheduler)
-        self._steps, self._device = steps, device
+        self._steps, self._device = steps, torch.device(device)
         self._adds_noise = "generator" in inspect.signature(scheduler.step).parameters
         try:
             self.begin()
@@ -152,11 +156,12 @@ class DiffusersSolver(Solver):
             raise UserError(
                 f"steps is {steps}, which this sampler does not support: {error}", "out-of-range"
             ) from error
-        self.timesteps, self.order = self._scheduler.timesteps, self._scheduler.order
+        self._times: Tensor = self._scheduler.timesteps
+        self.timesteps, self.order = self._times.to(device), self._scheduler.order
         self.initial = float(getattr(self._scheduler, "init_noise_sigma", 1.0))
-        if float(self.timesteps[0]) < _MIN_START * length:
+        if float(self._times[0]) < _MIN_START * length:
             raise UserError(
-                f"steps is {steps}, and this sampler then starts at time {float(self.timesteps[0]):g} of"
+                f"steps is {steps}, and this sampler then starts at time {float(self._times[0]):g} of"
                 f" {length}, which is not pure noise; use 2 steps or more",
                 "out-of-range",
             )
@@ -164,7 +169,7 @@ class DiffusersSolver(Solver):
     def begin(self, first: int = 0, generators: Sequence[torch.Generator] = ()) -> None:
         scheduler = self._scheduler
         self._noise = {"generator": list(generators)} if self._adds_noise and generators else {}
-        scheduler.set_timesteps(self._steps, device=self._device)
+        scheduler.set_timesteps(self._steps)
         if scheduler.order == 1 and not isinstance(scheduler, PNDMScheduler):
             # Trailing spacing gives some numbers of steps (61, 103, ...) one time too many, below zero.
             scheduler.timesteps = scheduler.timesteps[: self._steps]
@@ -173,10 +178,14 @@ class DiffusersSolver(Solver):
         scheduler.num_inference_steps = self._steps
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
+        # UniPC's step copies entries of its table to the device, unless they are there.
+        self._sigmas = scheduler.sigmas.to(self._device) if isinstance(scheduler, UniPCMultistepScheduler) else None
 
     def noised(self, z: Tensor, noise: Tensor, index: int) -> Tensor:
-        # The scheduler takes the noise level of its own next step. The batch of t is that of z.
-        t = self.timesteps[index].expand(len(z))
+        # The scheduler takes the noise level of its own next step.
+        return _noised(self._add_noise, z, noise, self._times[index])
+
+    def _add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         if hasattr(self._scheduler, "scale_noise"):
             return self._scheduler.scale_noise(z, t, noise)
         return self._scheduler.add_noise(z, noise, t)
@@ -184,10 +193,56 @@ class DiffusersSolver(Solver):
     def input(self, x_t: Tensor, index: int) -> Tensor:
         if not hasattr(self._scheduler, "scale_model_input"):
             return x_t
-        return self._scheduler.scale_model_input(x_t, self.timesteps[index])
+        return self._scheduler.scale_model_input(x_t, self._times[index])
 
     def step(self, prediction: Tensor, x_t: Tensor, index: int) -> Tensor:
-        return self._scheduler.step(prediction, self.timesteps[index], x_t, return_dict=False, **self._noise)[0]
+        with _WithoutWaiting(x_t.device) if x_t.is_cuda else nullcontext(), self._table_on_device():
+            return self._scheduler.step(prediction, self._times[index], x_t, return_dict=False, **self._noise)[0]
+
+    @contextmanager
+    def _table_on_device(self) -> Iterator[None]:
+        scheduler = self._scheduler
+        if self._sigmas is None:
+            yield
+            return
+        scheduler.sigmas, on_host = self._sigmas, scheduler.sigmas
+        try:
+            yield
+        finally:
+            scheduler.sigmas = on_host
+
+
+def _noised(add_noise: Callable[[Tensor, Tensor, Tensor], Tensor], z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """A scheduler's noisy latents at time `t`, a scalar on the CPU.
+
+    The factors of `z` and `noise` are computed on the CPU, from one latent that is only signal and one that is only
+    noise: diffusers copies its tables to the device of the latents at every call.
+    """
+    unit = torch.eye(2).view(2, 2, 1, 1)
+    signal, sigma = add_noise(unit[:, :1], unit[:, 1:], t.expand(2)).flatten()
+    return signal * z + sigma * noise
+
+
+class _WithoutWaiting(TorchFunctionMode):
+    """A context in which a scheduler's step does not wait for its CUDA device.
+
+    Noise of generators on the CPU is copied from pinned memory, asynchronously. UniPC's systems of two equations are
+    solved without the check for singular ones, which the CPU would read: its times differ, so there are none.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.linalg.solve:
+            return torch.linalg.solve_ex(*args, **(kwargs or {})).result
+        result = func(*args, **(kwargs or {}))
+        if func is torch.randn and result.device.type == "cpu" and self._device.type != "cpu":
+            return result.pin_memory().to(self._device, non_blocking=True)
+        return result
 
 
 def build_solver(

@@ -1,0 +1,281 @@
+"""Sampling with graphs: the images of eager calls, one capture for each shape, and words where there is none."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from fake_graphs import CalledAgain, graphs_on_cpu
+
+from controlkit.controls.registry import registry
+from controlkit.images import to_tensor
+from controlkit.sampling.generate import generate
+from controlkit.sampling.graphs import PAYS_FROM, GraphReport, Graphs, NetworkCalls, graphs_of
+from controlkit.sampling.loras import merged
+from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.request import GenerateRequest
+from controlkit.sampling.sampler import sample
+from controlkit.sampling.start_image import StartImage
+from refusals import refused
+from tiny import build_tiny_sd3, build_tiny_sdxl
+
+SETTINGS = {"prompt": "red apple", "seeds": (3, 4), "steps": 4, "guidance": 3.0}
+
+
+@pytest.fixture
+def use(tiny_base, tiny_control, condition_image):
+    return ActiveControl(tiny_control, tiny_control.encode(to_tensor([condition_image]), tiny_base), weight=0.8)
+
+
+def images(base, graphs=None, mode="on", **changes):
+    """Images, and the report of the calls; without `graphs` all calls are eager."""
+    calls = NetworkCalls(base, "off" if graphs is None else mode, graphs)
+    made = torch.cat(list(sample(base, calls=calls, **{**SETTINGS, **changes})))
+    return made, calls.report
+
+
+def assert_equal(base, graphs, **changes) -> GraphReport:
+    """Images with graphs are those without, bit for bit; returns the report of the calls."""
+    made, report = images(base, graphs, **changes)
+    assert torch.equal(made, images(base, **changes)[0])
+    return report
+
+
+def test_a_base_without_control(tiny_base):
+    graphs = graphs_on_cpu()
+    report = assert_equal(tiny_base, graphs)
+    assert (report.captured, report.graph, report.eager.total()) == (1, 4, 0)
+    assert (assert_equal(tiny_base, graphs, seeds=(8, 9)).captured, len(graphs)) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "guidance"),
+    [({}, 1.0), ({"start": 0.25, "end": 0.75}, 3.0), ({"conditional_only": True, "weight": 0.3}, 3.0)],
+)
+def test_a_control_that_reads_the_noise(tiny_base, use, changes, guidance):
+    """The base and the control have a graph each; the base has another where the control does not act."""
+    report = assert_equal(tiny_base, graphs_on_cpu(), uses=[replace(use, **changes)], guidance=guidance)
+    assert report.captured == (3 if "end" in changes else 2)
+    assert report.graph == (6 if "end" in changes else 8)
+
+
+def test_weights_modes_and_masks_need_no_capture(tiny_base, tiny_control, use):
+    graphs = graphs_on_cpu()
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 20:] = 1
+    assert_equal(tiny_base, graphs, uses=[use])
+    for settings in (
+        {"weight": 0.4},
+        {"weight": (0.1, 0.2, 0.3, 0.4, 0.5)},
+        {"mask": mask},
+        {"layers": (1, 0.5, 0, 0.5, 1)},
+        {"mode": "soft"},
+    ):
+        mode = settings.pop("mode", "balanced")
+        other = ActiveControl.in_mode(mode, tiny_base, control=tiny_control, hint=use.hint.flip(-1), **settings)
+        assert assert_equal(tiny_base, graphs, uses=[other]).captured == 0
+
+
+def test_several_controls_and_batches(tiny_base, use):
+    second = replace(use, control=copy.deepcopy(use.control), end=0.8, weight=-0.5)
+    settings = {"uses": [use, second], "seeds": range(5), "batch_size": 2}
+    report = assert_equal(tiny_base, graphs_on_cpu(CalledAgain()), **settings)
+    # At both sizes: the base and two controls.
+    assert (report.captured, report.eager.total()) == (6, 0)
+
+
+@pytest.mark.parametrize(
+    "kind", [name for name, each in registry().items() if each.companion is None and len(each.inputs) == 1]
+)
+def test_every_system_of_one_image(kind, sd1_scheduled_base, condition_image):
+    base = sd1_scheduled_base
+    system = registry()[kind]
+    options = {"size_ratio": 0.5} if "taps" in str(system.acts).lower() else {}
+    torch.manual_seed(1)
+    control = system.for_base(base, **options).eval().requires_grad_(False)
+    use = ActiveControl(control, control.encode(to_tensor([condition_image]), base), end=0.8)
+    report = assert_equal(base, graphs_on_cpu(), uses=[use], mode="auto", steps=10)
+    assert bool(report.graph) != bool(options) and ("taps" in str(report)) == bool(options)
+
+
+@pytest.mark.parametrize("build", [build_tiny_sdxl, build_tiny_sd3])
+def test_other_families(build):
+    assert assert_equal(build(), graphs_on_cpu()).graph == 4
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "dpm++-2m-sde", "heun", "plms", "euler-a"])
+def test_samplers_keep_earlier_predictions(sampler, sd1_scheduled_base):
+    assert assert_equal(sd1_scheduled_base, graphs_on_cpu(CalledAgain()), sampler=sampler).captured == 1
+
+
+def test_an_image_to_start_from(sd1_scheduled_base):
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., :32] = 1
+    start = StartImage(pixels=torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64), strength=0.9, mask=mask)
+    assert assert_equal(sd1_scheduled_base, graphs_on_cpu(), start=start).captured == 1
+
+
+def test_weights_changed_in_place_are_read_by_the_next_replay(tiny_base, use):
+    base, graphs = copy.deepcopy(tiny_base), graphs_on_cpu()
+    before, _ = images(base, graphs, uses=[use])
+    with torch.no_grad():
+        base.unet.conv_in.weight.mul_(1.5)
+    assert assert_equal(base, graphs, uses=[use]).captured == 0
+    assert not torch.equal(images(base, graphs, uses=[use])[0], before)
+    with merged(base, [], [("lora", 1.0)]):
+        assert assert_equal(base, graphs, uses=[use]).captured == 0
+
+
+def test_new_weights_are_captured_again(tiny_base, use):
+    base, graphs = copy.deepcopy(tiny_base), graphs_on_cpu(CalledAgain())
+    images(base, graphs, uses=[use])
+    base.unet.conv_in.weight = torch.nn.Parameter(base.unet.conv_in.weight * 1.5, requires_grad=False)
+    assert assert_equal(base, graphs, uses=[use]).captured == 1  # the control's own graph remains
+    other = replace(use, control=copy.deepcopy(use.control))
+    assert assert_equal(base, graphs, uses=[other]).captured == 1
+
+
+def test_few_steps_are_eager_until_calls_have_added_up(tiny_base):
+    graphs = graphs_on_cpu(CalledAgain())
+    settings = {"mode": "auto", "steps": PAYS_FROM // 2, "seeds": [1]}
+    first = assert_equal(tiny_base, graphs, **settings)
+    assert (first.graph, dict(first.eager)) == (0, {"too few steps to pay for a capture": PAYS_FROM // 2})
+    assert "too few steps" in str(first)
+    assert assert_equal(tiny_base, graphs, **settings).graph == PAYS_FROM // 2
+    assert assert_equal(tiny_base, graphs_on_cpu(CalledAgain()), **{**settings, "mode": "on"}).graph == PAYS_FROM // 2
+    # Later batches of the same size count.
+    assert (
+        assert_equal(
+            tiny_base, graphs_on_cpu(CalledAgain()), **{**settings, "seeds": [1, 2, 3], "batch_size": 1}
+        ).captured
+        == 1
+    )
+
+
+def test_the_last_used_graphs_are_kept(tiny_base):
+    graphs = graphs_on_cpu(CalledAgain(), limit=2)
+    sizes = [(64, 64), (64, 32), (32, 64)]
+    for width, height in sizes:
+        assert assert_equal(tiny_base, graphs, width=width, height=height).captured == 1
+    assert len(graphs) == 2
+    assert assert_equal(tiny_base, graphs, width=64, height=32).captured == 0
+    assert assert_equal(tiny_base, graphs, width=64, height=64).captured == 1
+    assert assert_equal(tiny_base, graphs, width=64, height=32).captured == 0
+
+
+def test_graphs_beyond_the_limit_of_memory_are_dropped(tiny_base):
+    graphs = graphs_on_cpu(CalledAgain(bytes_each=2**20), megabytes=1.5)
+    for count, width in ((1, 64), (2, 32), (1, 48)):
+        report = assert_equal(tiny_base, graphs, width=width)
+        assert (len(graphs), report.bytes) == (count, count * 2**20)
+    assert "graphs hold 1 MiB" in str(report) and report.to_json()["mib"] == 1
+
+
+def test_a_failed_capture_is_not_tried_again(tiny_base):
+    class Failing:
+        tried = 0
+
+        def __call__(self, function, inputs):
+            self.tried += 1
+            raise RuntimeError("operation not permitted when stream is capturing\nlater lines")
+
+    capture = Failing()
+    graphs = graphs_on_cpu(capture)
+    for _ in range(2):
+        report = assert_equal(tiny_base, graphs, mode="auto", steps=8)
+        assert dict(report.eager) == {"capture failed: operation not permitted when stream is capturing": 8}
+    assert capture.tried == 1
+    with refused("unsupported", "not permitted", "auto"):
+        images(tiny_base, graphs_on_cpu(Failing()))
+
+
+def test_networks_in_training_and_hooked_ones_are_eager(tiny_base, use):
+    settings = {"mode": "auto", "steps": 8}
+    control = copy.deepcopy(use.control).requires_grad_(True)
+    report = assert_equal(tiny_base, graphs_on_cpu(CalledAgain()), uses=[replace(use, control=control)], **settings)
+    assert dict(report.eager) == {"a network in training": 8} and report.graph == 8
+    seen = []
+    handle = tiny_base.unet.mid_block.register_forward_hook(lambda *_: seen.append(1))
+    report = assert_equal(tiny_base, graphs_on_cpu(CalledAgain()), **settings)
+    assert "hooks on a UNetMidBlock2DCrossAttn" in str(report) and len(seen) == 16
+    with refused("unsupported", "hooks"):
+        images(tiny_base, graphs_on_cpu(CalledAgain()), mode="on")
+    handle.remove()
+
+
+def test_without_cuda_all_is_eager_and_on_is_refused(tiny_base):
+    made, report = images(tiny_base, Graphs(), mode="auto")
+    assert torch.equal(made, images(tiny_base)[0])
+    assert (report.graph, dict(report.eager)) == (0, {"graphs need CUDA, the device is cpu": 4})
+    with refused("unsupported", "CUDA", "cpu", "auto"):
+        NetworkCalls(tiny_base, "on")
+    with refused("unknown-name", "sometimes"):
+        NetworkCalls(tiny_base, "sometimes")
+
+
+def test_low_memory_has_graphs_only_if_asked(tiny_base):
+    for mode, expected in (("auto", 0), ("on", 4)):
+        calls = NetworkCalls(tiny_base, mode, graphs_on_cpu(CalledAgain()), low_memory=True)
+        list(sample(tiny_base, calls=calls, **SETTINGS))
+        assert (calls.report.graph, calls.report.eager["low memory"]) == (expected, 4 - expected)
+
+
+def test_on_is_refused_for_taps(sd1_scheduled_base, condition_image):
+    control = registry()["controlnet-xs"].for_base(sd1_scheduled_base, size_ratio=0.5).eval().requires_grad_(False)
+    use = ActiveControl(control, control.encode(to_tensor([condition_image]), sd1_scheduled_base))
+    with refused("unsupported", control.title, "taps"):
+        images(sd1_scheduled_base, graphs_on_cpu(CalledAgain()), mode="on", uses=[use])
+    graphs = graphs_on_cpu(CalledAgain())
+    assert images(sd1_scheduled_base, graphs, uses=[replace(use, weight=0)])[1].graph == 4
+
+
+def test_graphs_are_kept_with_the_base(tiny_base):
+    base = copy.deepcopy(tiny_base)
+    assert graphs_of(base) is graphs_of(base) is not graphs_of(tiny_base)
+
+
+def test_a_request_reports_its_calls(tiny_base):
+    generation = generate(GenerateRequest(prompt="red apple", steps=3), base=tiny_base)
+    assert generation.graphs.eager.total() == 3
+    both = generate(GenerateRequest(prompt="red apple", steps=3, vary=({"guidance": [1, 2]},)), base=tiny_base)
+    assert both.graphs.to_json()["why"] == {"graphs need CUDA, the device is cpu": 6}
+    with refused("unsupported", "CUDA"):
+        generate(GenerateRequest(prompt="red apple", graphs="on"), base=tiny_base)
+    with refused("unknown-name", "maybe"):
+        GenerateRequest(prompt="red apple", graphs="maybe")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+class TestOnCuda:
+    @pytest.fixture
+    def cuda(self, sd1_scheduled_base, tiny_control, condition_image):
+        base, control = copy.deepcopy((sd1_scheduled_base, tiny_control))
+        base.to("cuda")
+        control.to("cuda")
+        hint = control.encode(to_tensor([condition_image]).cuda(), base)
+        return base, ActiveControl(control, hint, weight=0.8, end=0.8)
+
+    def test_images_are_those_of_eager_calls(self, cuda):
+        base, use = cuda
+        for _ in range(2):
+            made, report = images(base, graphs_of(base), uses=[use])
+            assert (made - images(base, uses=[use])[0]).abs().max() < 1e-4
+        assert (report.captured, report.eager.total()) == (0, 0)
+        assert report.graph and graphs_of(base).bytes
+
+    @pytest.mark.parametrize("sampler", ["ddim", "unipc", "euler", "euler-a", "dpm++-2m-sde", "heun", "plms", "lcm"])
+    @pytest.mark.parametrize("mode", ["off", "on"])
+    def test_no_step_waits(self, cuda, sampler, mode):
+        base, use = cuda
+
+        def on_step(step):
+            torch.cuda.set_sync_debug_mode("default" if step.step == step.steps else "error")
+
+        settings = {**SETTINGS, "sampler": sampler, "uses": [use]}
+        try:
+            list(sample(base, calls=NetworkCalls(base, mode), **settings))  # captures
+            list(sample(base, calls=NetworkCalls(base, mode), on_step=on_step, **settings))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
