@@ -14,7 +14,7 @@ from controlkit.bases.base import Base
 from controlkit.controls.control import Control, encode_each, takes_values, words_of_inputs
 from controlkit.errors import UserError
 from controlkit.evaluation.features import LITE0
-from controlkit.evaluation.report import Report, gap_closed
+from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.evaluation.sampling import generate_uncontrolled, reconstruct
 from controlkit.evaluation.settings import control_settings, seeds_of, set_settings
 from controlkit.images import contact_sheet, to_images
@@ -102,10 +102,11 @@ def evaluate_scenes(
     }
     baseline, _, value, ceiling = scores.values()
     gaps = [gap_closed(*three) for three in zip(baseline, value, ceiling, strict=True)]
+    rows: list[Row] = [(name, *values) for name, values in scores.items()]
     report = Report(
         title=f"Two icons in their boxes ({len(scenes)} scenes)",
         columns=("", "IoU", "concept, top-1", "concept, top-5"),
-        rows=(*((name, *values) for name, values in scores.items()), ("gap closed", *gaps)),
+        rows=(*rows, ("gap closed", *gaps)),
         notes=(
             "IoU: of each box with the bounding box of what is drawn nearest to it.",
             "concept: the features of a box's crop are nearest to those of its concept, of 50; chance 0.02 and 0.1.",
@@ -122,5 +123,5 @@ def evaluate_scenes(
         },
     )
     shown = {"boxes given": [picture_of_boxes(own) for own in boxes], **groups, "scene": targets}
-    rows = [[Image.fromarray(image) for image in images[:_SHOWN]] for images in shown.values()]
-    return report, contact_sheet(rows, row_titles=list(shown), cell=96)
+    cells = [[Image.fromarray(image) for image in images[:_SHOWN]] for images in shown.values()]
+    return report, contact_sheet(cells, row_titles=list(shown), cell=96)
