@@ -100,6 +100,19 @@ def fresh_control(base, condition: str | None = "canny"):
     return ControlNet.for_base(base, condition).eval().requires_grad_(False)
 
 
+VALUES = {"boxes": [{"box": [0.1, 0.2, 0.6, 0.7], "phrase": "red apple"}]}
+"""A value of each plain input of our systems."""
+
+
+def any_hint(control, images, base):
+    """The hint of condition images, or of values if the control takes those alone."""
+    from controlkit.controls.control import encode_images, takes_one_image
+
+    if takes_one_image(control):
+        return encode_images(control, images, base)
+    return control.encode({entry.name: VALUES[entry.name] for entry in control.inputs}, base)
+
+
 def hand_made_icon(shape: str, colour: tuple[int, int, int], size: int = 96) -> np.ndarray:
     """A filled disc, square or triangle, uint8 [size, size, 4]."""
     y, x = np.mgrid[:size, :size] / (size - 1) * 2 - 1

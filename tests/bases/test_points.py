@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 
 import tiny
 from controlkit.bases.families import KNOWN_BASES
@@ -68,6 +69,10 @@ def streams_of_diffusers(base, monkeypatch):
     keep("middle", unet.mid_block)
     keep("middle.in", unet.mid_block, before=True)
     keep("time", unet.time_embedding)
+    attentions = []
+    for block in unet.modules():
+        if isinstance(block, BasicTransformerBlock):  # its second norm reads what self-attention has been added to
+            handles.append(block.norm2.register_forward_pre_hook(lambda _m, args: attentions.append(args[0].clone())))
     for block in unet.down_blocks:
         handles.append(block.register_forward_hook(lambda _m, _a, output: skips.extend(output[1])))
     concatenate = torch.cat
@@ -83,6 +88,7 @@ def streams_of_diffusers(base, monkeypatch):
         unet(x_t, t, **unet_inputs(text))
     for handle in handles:
         handle.remove()
+    found |= {f"attention.{place}": stream for place, stream in enumerate(attentions)}
     outputs = [found.pop("conv_in"), *skips]
     for place, output in enumerate(outputs):
         found[f"encoder.{place}"] = output

@@ -8,8 +8,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from parity import parts
 
+import tiny
 from controlkit.controls.apply import predict_under
-from controlkit.controls.control import encode_images
 from controlkit.controls.registry import registry
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
@@ -103,7 +103,7 @@ def test_every_system_acts_on_odd_latents_or_says_why_not(kind, tiny_base):
     with torch.no_grad():
         plain = tiny_base.predict(x_t, t, text)
         try:
-            hint = encode_images(control, image, tiny_base)
+            hint = tiny.any_hint(control, image, tiny_base)
         except UserError as error:
             assert str(WIDTH) in str(error) or str(HEIGHT) in str(error)
             assert "try" in str(error)

@@ -36,7 +36,7 @@ from parity import SEEDS, assert_same, ours, parts, theirs
 
 import tiny
 from controlkit.bases.stable_diffusion import StableDiffusion
-from controlkit.controls.control import Reads, encode_images
+from controlkit.controls.control import Reads
 from controlkit.controls.registry import registry
 from controlkit.images import to_tensor
 from controlkit.sampling.plan import ActiveControl
@@ -352,7 +352,7 @@ def test_every_system_acts_on_an_inpainting_model_or_says_why_not(
     if len(control.conditions) > 1:
         control = control.for_condition(control.conditions[0])
     assert (control.incompatibility(inpainting_base) is None) == (control.incompatibility(tiny_base) is None)
-    use = ActiveControl(control, encode_images(control, to_tensor([condition_image]), inpainting_base))
+    use = ActiveControl(control, tiny.any_hint(control, to_tensor([condition_image]), inpainting_base))
     begun = start(photo, 0.7, mask)
     made = ours(inpainting_base, [use], start=begun)
     assert made.isfinite().all()

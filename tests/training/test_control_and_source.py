@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from controlkit.conditions import find
+from controlkit.controls.control import takes_one_image
 from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.errors import UserError
 from controlkit.formats.load import load_control, save_control
@@ -27,7 +28,8 @@ from refusals import refused
 
 OWN = {"controlnet-xs": {"size_ratio": 0.5}, "ctrlora-base": {"rank": 2}, "ctrlora-adapter": {"rank": 2}}
 CONTROLS = {system: kind for system, kind in recipes().items() if issubclass(kind, ControlRecipe)}
-SYSTEMS = [system for system, kind in CONTROLS.items() if kind.training.system == system]
+EVERY = [system for system, kind in CONTROLS.items() if kind.training.system == system]
+SYSTEMS = [system for system in EVERY if takes_one_image(CONTROLS[system].control_class)]
 SOURCES = list(registry.sources())
 
 
@@ -59,7 +61,8 @@ def data(tmp_path, icons_file):
         for n in range(5)
     ]
     (pairs / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return {"icons": str(icons_file), "multigen": str(tmp_path / "multigen"), "pairs": str(tmp_path / "pairs")}
+    folders = {"multigen": str(tmp_path / "multigen"), "pairs": str(tmp_path / "pairs")}
+    return {"icons": str(icons_file), "scenes": str(icons_file), **folders}
 
 
 @pytest.fixture
@@ -104,6 +107,26 @@ def test_every_control_trains_from_every_source(system, source, settings, data, 
         made = json.loads(read_metadata(tmp_path / "run" / name)["control.made"])
         assert made["steps"] == 2 and made.get("pairs") == ({"pairs": 4 * count}.get(source))
         assert load_control(tmp_path / "run" / name, tiny_base).kind.partition("-")[0] == system.partition("-")[0]
+
+
+def test_controls_of_values_train_from_sources_that_have_them_and_no_other(settings, data, tmp_path, tiny_base):
+    systems = [system for system in EVERY if system not in SYSTEMS]
+    assert systems
+    for system in systems:
+        values = settings(system)
+        for source, kind in registry.sources().items():
+            recipe = build_recipe({**values, source: data[source], **({"condition": "boxes"} if kind.values else {})})
+            if not kind.values:
+                with refused("unsupported", "boxes (value)", source):
+                    objective_of(recipe)
+                continue
+            scores = run(recipe)
+            assert set(scores) == {"boxes: IoU"} and 0 <= scores["boxes: IoU"] <= 1
+            with Image.open(tmp_path / "run/previews/0000002.png") as preview:
+                assert json.loads(preview.text["preview"])["scores"] == scores
+            assert load_control(tmp_path / "run/mine.safetensors", tiny_base).condition == "boxes"
+            with refused("contradiction", "'canny'", "boxes"):
+                objective_of(build_recipe({**values, "out": str(tmp_path / "other"), source: data[source]}))
 
 
 def test_a_base_control_learns_several_conditions_from_pairs_in_turn(settings, data):
@@ -222,7 +245,7 @@ class TestASourceOfOnesOwn:
 
     def test_its_settings_are_listed_and_checked_with_the_others(self, shades, settings):
         assert list(by_source(recipes()["controlnet"])) == sorted([*SOURCES, "shades"])
-        with refused("missing-setting", "icons, multigen, pairs or shades"):
+        with refused("missing-setting", "icons, multigen, pairs, scenes or shades"):
             build_recipe(settings("controlnet"))
         with pytest.raises(UserError, match="shades must be 2 at least"):
             objective_of(build_recipe({**settings("controlnet"), "shades": 1}))

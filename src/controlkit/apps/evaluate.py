@@ -5,6 +5,7 @@ controlkit evaluate control canny --base nano --sheet canny.png
 controlkit evaluate control canny --prompt-mode given none automatic
 controlkit evaluate control nano/canny nano/palette nano/blur --sheet adapters.png
 controlkit evaluate control runs/mine/mine.safetensors --pairs pairs/palette
+controlkit evaluate scenes runs/nano/gligen/boxes.safetensors --icons data/nano/icons.npz
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ if TYPE_CHECKING:
     from controlkit.evaluation.report import Report
 
 
-_CHOICES = ("base", "sets", "pairs", "share", "images", "prompt_mode", "captioner")
+_CHOICES = ("base", "sets", "pairs", "share", "icons", "images", "prompt_mode", "captioner")
 """Options that select what is evaluated on what; sampling settings are in the reports."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
-    parser.add_argument("what", choices=("base", "control"), help="evaluate a base, or controls")
+    parser.add_argument(
+        "what", choices=("base", "control", "scenes"), help="evaluate a base, controls, or a control of boxes"
+    )
     parser.add_argument("names", nargs="+", metavar="name", help="a base, or controls by name or file")
     parser.add_argument("--base", help="the base of the controls (default: nano)")
     parser.add_argument(
@@ -43,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --pairs: fraction of the pairs that training holds out (default: 0.1; 1: all pairs)",
     )
     add_columns(parser)
+    parser.add_argument("--icons", help="of scenes: file of rendered icons (default: data/nano/icons.npz)")
     parser.add_argument("--images", "--pictures", type=int, help="images per set (default: 96)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20)")
     parser.add_argument(
@@ -87,7 +91,8 @@ def run(args: argparse.Namespace) -> None:
         writable_folder(Path(args.sheet).parent, "name another place with --sheet")
         if Path(args.sheet).is_dir():
             raise UserError(f"--sheet {args.sheet} is a folder; expected the name of a PNG", "wrong-kind")
-    reports = _of_base(args, settings) if args.what == "base" else _of_controls(args, settings)
+    evaluate = {"base": _of_base, "control": _of_controls, "scenes": _of_scenes}[args.what]
+    reports = evaluate(args, settings)
     if args.json:
         asked = {name: getattr(args, name) for name in ("what", "names", *_CHOICES) if hasattr(args, name)}
         print_json({"asked": asked, "reports": [report.to_json() for report in reports], "sheet": args.sheet})
@@ -122,7 +127,7 @@ def _of_base(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]
     from controlkit.images import write_png
     from controlkit.nano.evaluate_base import base_grid, evaluate_base
 
-    for name in ("base", "sets", "pairs", "share", "images", "weight", "mode", "prompt_mode", "captioner"):
+    for name in ("base", "sets", "pairs", "share", "icons", "images", "weight", "mode", "prompt_mode", "captioner"):
         if hasattr(args, name):
             option = name.replace("_", "-")
             raise UserError(f"--{option} is for controls; a base has its own images", "contradiction")
@@ -134,6 +139,29 @@ def _of_base(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]
     return evaluate_base(base, **settings)
 
 
+def _of_scenes(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]:
+    from controlkit.bases.load import load_base
+    from controlkit.errors import UserError
+    from controlkit.formats.load import load_control
+    from controlkit.images import write_png
+    from controlkit.nano.evaluate_scenes import evaluate_scenes, evaluation_scenes
+
+    for name in ("sets", "pairs", "share", "prompt_mode", "captioner", *named_columns(args)):
+        if hasattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} has no use with scenes, which are drawn", "contradiction")
+    if len(args.names) > 1:
+        raise UserError(f"expected one control, not {len(args.names)}", "usage")
+    count = getattr(args, "images", 96)
+    if count < 1:
+        raise UserError(f"--images {count}: expected at least 1", "out-of-range")
+    scenes = evaluation_scenes(getattr(args, "icons", "data/nano/icons.npz"), count)
+    base = load_base(getattr(args, "base", "nano"), device=args.device)
+    report, sheet = evaluate_scenes(base, load_control(args.names[0], base), scenes, **settings)
+    if args.sheet:
+        write_png(args.sheet, sheet)
+    return [report]
+
+
 def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]:
     from controlkit.bases.load import load_base
     from controlkit.errors import UserError
@@ -142,6 +170,8 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
     from controlkit.formats.load import load_control
     from controlkit.images import write_png
 
+    if hasattr(args, "icons"):
+        raise UserError("--icons is for scenes", "contradiction")
     chosen, count = getattr(args, "sets", ["held-out", "openmoji"]), getattr(args, "images", 96)
     if count < 1:
         raise UserError(f"--images {count}: expected at least 1", "out-of-range")

@@ -330,6 +330,19 @@ class Base(ABC):
             UserError: the base does not support the options, or a prompt has syntax that is not supported.
         """
 
+    @property
+    def pooled_width(self) -> int | None:
+        """Width of `pool_text`; None if the base has none."""
+        return None
+
+    def pool_text(self, phrases: Sequence[str]) -> Tensor:
+        """Phrases => one vector each, `[B, pooled_width]`: what its text encoder pools.
+
+        Raises:
+            UserError: the base pools no text, or a phrase contains half a character (a lone surrogate).
+        """
+        raise UserError(f"{self.name} has no vectors of phrases: its text encoder does not pool", "incompatible")
+
     @abstractmethod
     def embed_time(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
         """Time embedding `[B, D]` at times `t` `[B]`, with whatever else the network adds to it."""

@@ -160,3 +160,10 @@ class StableDiffusionXL(UNetBase):
     @classmethod
     def tokenizer_for(cls, component: Component, configurations: Configurations) -> CLIPTokenizer:
         return clip_tokenizer(pad_token="!" if component.name == "tokenizer_2" else "<|endoftext|>")
+
+    @property
+    def pooled_width(self) -> int:
+        return self.text_encoder_2.config.projection_dim
+
+    def pool_text(self, phrases: Sequence[str]) -> Tensor:
+        return self.encode_text(phrases)["pooled"]

@@ -15,7 +15,7 @@ from controlkit.bases.clip_tokenizer import clip_tokenizer
 from controlkit.bases.component import VAE, Component, Configurations, clip_components
 from controlkit.bases.latent_rgb import SD1_LATENT_RGB, LatentRGB
 from controlkit.bases.prompt_encoding import PLAIN, TextOptions, encode_prompts
-from controlkit.bases.text import Text, normed_clip_states
+from controlkit.bases.text import Text, normed_clip_states, token_ids
 from controlkit.bases.unet import UNetBase
 from controlkit.errors import UserError
 
@@ -162,6 +162,15 @@ class StableDiffusion(UNetBase):
 
         states, _ = encode_prompts(self.tokenizer, self.text_encoder, "text_encoder", prompts, options, encode)
         return Text(states.to(self.device, self.dtype))
+
+    @property
+    def pooled_width(self) -> int:
+        return self.text_encoder.config.hidden_size
+
+    @torch.no_grad()
+    def pool_text(self, phrases: Sequence[str]) -> Tensor:
+        _, pooled = normed_clip_states(self.text_encoder, token_ids(self.tokenizer, phrases))
+        return pooled.to(self.device, self.dtype)
 
     @classmethod
     def recognise(cls, shapes: Mapping[str, tuple[int, ...]], name: str) -> str | None:

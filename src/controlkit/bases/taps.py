@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from controlkit.errors import UserError
 
@@ -52,6 +53,8 @@ class Point:
     """Number of leading channels that belong to the stream, if the module's input has others after them."""
     place: int = 0
     """Index of the output, if the module returns several."""
+    added_to: str | None = None
+    """Path of the module around it to whose input the output is added; the point is on the sum."""
 
 
 @contextmanager
@@ -78,7 +81,7 @@ def tapped(
     handles = []
     try:
         for name in names:
-            handles.append(_hook(network, name, points[name], residuals.get(name), taps.get(name, ())))
+            handles += _hooks(network, name, points[name], residuals.get(name), taps.get(name, ()))
         yield
     finally:
         for handle in handles:
@@ -126,7 +129,11 @@ class _Reenterable(AbstractContextManager[None]):
         self._entered.close()
 
 
-def _hook(network: nn.Module, name: str, point: Point, residual: Tensor | None, taps: Sequence[Tap]) -> Any:
+def _hooks(
+    network: nn.Module, name: str, point: Point, residual: Tensor | None, taps: Sequence[Tap]
+) -> list[RemovableHandle]:
+    if point.added_to is not None:
+        return _hooks_on_sum(network, name, point, residual, taps)
     module = network.get_submodule(point.module)
 
     def change(stream: Tensor) -> Tensor:
@@ -148,8 +155,28 @@ def _hook(network: nn.Module, name: str, point: Point, residual: Tensor | None, 
         return (*output[:place], change(output[place]), *output[place + 1 :])
 
     if point.side == "input":
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-    return module.register_forward_hook(after)
+        return [module.register_forward_pre_hook(before, with_kwargs=True)]
+    return [module.register_forward_hook(after)]
+
+
+def _hooks_on_sum(
+    network: nn.Module, name: str, point: Point, residual: Tensor | None, taps: Sequence[Tap]
+) -> list[RemovableHandle]:
+    """Hooks of a point on the sum of a module's output and the input of the module around it."""
+    assert point.added_to is not None
+    inputs: list[Tensor] = []
+
+    def keep(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        inputs[:] = [arguments[0] if arguments else keywords["hidden_states"]]
+
+    def after(_module: nn.Module, _arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        stream = output + inputs.pop()
+        changed = _apply(name, stream, residual, taps)
+        # Exactly zero in the rows that no tap changes, unlike `changed` minus the input.
+        return output if changed is stream else output + (changed - stream)
+
+    around, module = network.get_submodule(point.added_to), network.get_submodule(point.module)
+    return [around.register_forward_pre_hook(keep, with_kwargs=True), module.register_forward_hook(after)]
 
 
 def _apply(name: str, stream: Tensor, residual: Tensor | None, taps: Sequence[Tap]) -> Tensor:

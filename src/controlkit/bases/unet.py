@@ -76,8 +76,9 @@ class UNetBase(Base):
         """Points for taps: on the stream of hidden states, and on the time embedding.
 
         `encoder.N.in` and `encoder.N` are before and after the Nth encoder block, `middle.in` and `middle` before and
-        after the middle block, and `decoder.N` is before the Nth decoder block concatenates its skip connection. `time`
-        is the time embedding, `[B, D]`, before other conditioning is added; all blocks use what taps make of it.
+        after the middle block, and `decoder.N` is before the Nth decoder block concatenates its skip connection.
+        `attention.N` is between self-attention and cross-attention of the Nth transformer block, `[B, h * w, C]`.
+        `time` is the time embedding, `[B, D]`, before other conditioning is added; all blocks use what taps make of it.
         """
         return points_of(dict(self.unet.config))
 
@@ -175,6 +176,48 @@ def encoder_blocks(config: Mapping[str, Any]) -> list[Block]:
     return blocks
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionBlock:
+    """One transformer block: self-attention, cross-attention and a feed-forward network."""
+
+    module: str
+    """Its path."""
+    channels: int
+    heads: int
+    """Of its self-attention."""
+
+
+def attention_blocks(config: Mapping[str, Any]) -> list[AttentionBlock]:
+    """Transformer blocks of a UNet in the order in which they run; `attention.N` is in the Nth."""
+    channels, layers = config["block_out_channels"], layers_of(config)
+    count = len(channels)
+    heads = config.get("num_attention_heads") or config["attention_head_dim"]  # diffusers' misnomer
+    heads = list(heads) if isinstance(heads, list | tuple) else [heads] * count
+    depths = config.get("transformer_layers_per_block", 1)
+    depths = list(depths) if isinstance(depths, list | tuple) else [depths] * count
+    upwards = config.get("reverse_transformer_layers_per_block") or list(reversed(depths))
+    blocks: list[AttentionBlock] = []
+
+    def add(path: str, width: int, head_count: int, depth: Any, layer: int) -> None:
+        for number in range(depth[layer] if isinstance(depth, list | tuple) else depth):
+            blocks.append(
+                AttentionBlock(
+                    module=f"{path}.attentions.{layer}.transformer_blocks.{number}", channels=width, heads=head_count
+                )
+            )
+
+    for place, kind in enumerate(config["down_block_types"]):
+        for layer in range(layers[place]) if "CrossAttn" in kind else ():
+            add(f"down_blocks.{place}", channels[place], heads[place], depths[place], layer)
+    if "CrossAttn" in (config.get("mid_block_type", "UNetMidBlock2DCrossAttn") or ""):
+        add("mid_block", channels[-1], heads[-1], depths[-1], 0)
+    for place, kind in enumerate(config["up_block_types"]):
+        mirror = count - 1 - place
+        for layer in range(layers[mirror] + 1) if "CrossAttn" in kind else ():
+            add(f"up_blocks.{place}", channels[mirror], heads[mirror], upwards[place], layer)
+    return blocks
+
+
 def layers_of(config: Mapping[str, Any]) -> list[int]:
     """Layers of each encoder block; the configuration may have one number for all."""
     layers = config["layers_per_block"]
@@ -191,6 +234,8 @@ def points_of(config: Mapping[str, Any]) -> dict[str, Point]:
     points["middle"] = Point(module="mid_block")
     for place, (path, channels) in enumerate(_decoder_layers(config)):
         points[f"decoder.{place}"] = Point(module=path, side="input", channels=channels)
+    for place, attention in enumerate(attention_blocks(config) if "up_block_types" in config else ()):
+        points[f"attention.{place}"] = Point(module=f"{attention.module}.attn1", added_to=attention.module)
     return points
 
 

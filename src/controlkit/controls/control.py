@@ -21,7 +21,7 @@ from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.taps import Tap, TapFunction
 from controlkit.bases.text import Text
-from controlkit.controls.hints import Hint
+from controlkit.controls.hints import Hint, concatenated
 
 if TYPE_CHECKING:
     from controlkit.controls.file_format import Checkpoint, FileFormat
@@ -166,6 +166,11 @@ class Control(nn.Module, ABC):
         the stream by its output.
         """
         return {}
+
+    def unconditional(self, hint: Hint) -> Hint:
+        """The hint with which its taps run on the unconditional branch of CFG, where it acts on both: the same, or
+        none of the condition, if it was trained to leave that out."""
+        return hint
 
     def replacements(self) -> Mapping[str, nn.Module]:
         """Path of a module of the base's denoiser -> module of the same interface that runs in its place.
@@ -452,6 +457,12 @@ def takes_one_image(control: type[Control] | Control) -> bool:
     return len(required) == 1 and required[0].kind == "image"
 
 
+def takes_values(control: type[Control] | Control, names: Collection[str]) -> bool:
+    """Whether all inputs that a control requires are plain values, and among these names."""
+    required = [entry for entry in control.inputs if entry.required]
+    return bool(required) and all(entry.kind == "value" and entry.name in names for entry in required)
+
+
 def words_of_inputs(control: type[Control] | Control) -> str:
     """A control's inputs as text: `canny (image), boxes (value, optional)`."""
     entries = (f"{entry.name} ({entry.kind}{'' if entry.required else ', optional'})" for entry in control.inputs)
@@ -462,6 +473,11 @@ def encode_images(control: Control, images: Tensor, base: Base) -> Hint:
     """The hint of condition images `[B, 3, H, W]` in [0, 1], for a control that `takes_one_image`."""
     (name,) = (entry.name for entry in control.inputs if entry.required)
     return control.encode(images if len(control.inputs) == 1 else {name: images}, base)
+
+
+def encode_each(control: Control, samples: Sequence[Mapping[str, Any]], base: Base) -> Hint:
+    """The hints of several samples, each a mapping of inputs as of `Control.encode`, as one batch."""
+    return concatenated([control.encode(dict(inputs), base) for inputs in samples])
 
 
 def words_of_reads(control: Control | type[Control]) -> str:

@@ -123,6 +123,8 @@ class FileFormat:
     """Raises `UserError` if the format cannot hold the checkpoint."""
     files: tuple[str, ...] = ()
     """File names of its folder, the one with the tensors last; empty if it is a single file."""
+    of_config: Callable[[Mapping[str, Any]], bool] | None = None
+    """Of a folder: whether its JSON config is of this format, which is asked before tensors are read. None: unknown."""
     needs_base: bool = False
     """Whether it contains only the difference from a base, so that nothing else is known without one."""
     needs_companion: bool = False

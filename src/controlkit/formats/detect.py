@@ -111,6 +111,8 @@ def _detect_folder(path: Path) -> Detected:
         for one in control.formats:
             if one.files and one.detect is not None and (path / one.files[0]).is_file():
                 config = _read_config(path / one.files[0])
+                if one.of_config is not None and not one.of_config(config):
+                    continue
                 file = replace(_weights(path, Path(one.files[-1]).stem), config=config)
                 if (words := one.detect(file)) is not None:
                     return Detected(path, control, one, words, file)

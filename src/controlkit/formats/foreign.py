@@ -67,7 +67,10 @@ _RULES = (
         "an IP-Adapter, which conditions on a reference image through cross attention",
         _has("(image_proj|ip_adapter)(\\.|$)"),
     ),
-    _Rule("GLIGEN layers (grounded boxes)", _has(".*position_net\\.", ".*fuser\\.")),
+    _Rule(
+        "GLIGEN layers of other inputs than boxes with phrases (images, keypoints, maps), which are not supported",
+        _has(".*position_net\\.", ".*fuser\\."),
+    ),
     _Rule("a motion module of AnimateDiff", _has(".*motion_modules\\.")),
     # LoRA before whole networks: its names contain theirs.
     _Rule(

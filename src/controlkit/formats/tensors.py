@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,42 @@ _OTHER_FILES = (
 )
 
 
+class _Ignored:
+    """In place of settings in a pickle: keeps nothing and runs nothing."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _ignored(name: str) -> type[_Ignored]:
+    """A class that a pickle finds under this import path."""
+    module, _, qualname = name.rpartition(".")
+    return type(qualname, (_Ignored,), {"__module__": module, "__qualname__": qualname})
+
+
+_SETTINGS: list[Any] = [
+    *map(
+        _ignored,
+        (
+            "typing.Any",
+            *("omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata"),
+            *("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig"),
+            *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Boolean", "Float", "Integer", "String")),
+        ),
+    ),
+    *(defaultdict, dict, list, int),
+]
+"""Globals of training settings by OmegaConf, which some files have beside the weights."""
+
+
 def read_tensor_file(path: str | Path) -> TensorFile:
     """Read a file of tensors; its first bytes determine the container, not its name.
 
-    A dictionary that wraps the weights as `state_dict`, as Lightning's do, is unwrapped.
+    A dictionary that wraps the weights as `state_dict`, as Lightning's do, is unwrapped; or as `model`, among other
+    entries that are no tensors, which keep their names in `others`.
 
     Raises:
         UserError: it is empty, truncated, not a file of tensors, or a pickle of more than tensors.
@@ -97,7 +130,8 @@ def _read_torch(path: Path) -> TensorFile:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; refusals become errors below
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            with torch.serialization.safe_globals(_SETTINGS):
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises pickle's errors, of a module that is not imported here
         raise torch_load_error(path, error) from error
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
@@ -105,5 +139,9 @@ def _read_torch(path: Path) -> TensorFile:
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path} contains a {type(loaded).__name__}, not named tensors", "wrong-kind")
     entries: dict[str, Any] = {str(name): value for name, value in loaded.items()}
+    model = entries.get("model")
+    if isinstance(model, Mapping) and not any(isinstance(value, Tensor) for value in entries.values()):
+        del entries["model"]
+        entries = {str(name): value for name, value in model.items()} | entries
     tensors = {name: value.detach() for name, value in entries.items() if isinstance(value, Tensor)}
     return TensorFile(path, tensors, others=tuple(name for name in entries if name not in tensors))

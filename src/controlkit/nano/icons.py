@@ -249,23 +249,38 @@ def draw(
     scale = round(size * rng.uniform(least_scale, 1.0))
     left, top = rng.integers(0, size - scale + 1, 2)
     chosen = colour or list(COLOURS)[rng.integers(len(COLOURS))]
-    background = np.clip(np.array(COLOURS[chosen]) + rng.integers(-jitter, jitter + 1, 3), 0, 255)
-    # Premultiplied alpha keeps the colour of transparent pixels out of the edges when resizing.
-    rgba = icon.rgba.astype(np.float32)
-    rgba[..., :3] *= rgba[..., 3:] / 255
-    small = cv2.resize(rgba, (scale, scale), interpolation=cv2.INTER_AREA)
-    image = np.empty((size, size, 3), np.float32)
-    image[:] = background
-    window = image[top : top + scale, left : left + scale]
-    window *= 1 - small[..., 3:] / 255
-    window += small[..., :3]
+    image = background(chosen, rng, size, jitter)
+    paste(image, icon.rgba, left, top, scale, scale)
     return Drawing(
-        image=np.clip(image + 0.5, 0, 255).astype(np.uint8),
+        image=to_uint8(image),
         caption=caption_of(icon.concept, icon.style, chosen),
         concept=icon.concept,
         style=icon.style,
         colour=chosen,
     )
+
+
+def background(colour: str, rng: np.random.Generator, size: int = 64, jitter: int = 12) -> np.ndarray:
+    """A square of a named colour, `float32 [size, size, 3]` in 0-255, off by at most `jitter` per channel."""
+    image = np.empty((size, size, 3), np.float32)
+    image[:] = np.clip(np.array(COLOURS[colour]) + rng.integers(-jitter, jitter + 1, 3), 0, 255)
+    return image
+
+
+def paste(image: np.ndarray, rgba: np.ndarray, left: int, top: int, width: int, height: int) -> None:
+    """Draw an icon `uint8 [S, T, 4]`, straight alpha, into `image` `float32 [H, W, 3]`, in place."""
+    # Premultiplied alpha keeps the colour of transparent pixels out of the edges when resizing.
+    premultiplied = rgba.astype(np.float32)
+    premultiplied[..., :3] *= premultiplied[..., 3:] / 255
+    small = cv2.resize(premultiplied, (width, height), interpolation=cv2.INTER_AREA)
+    window = image[top : top + height, left : left + width]
+    window *= 1 - small[..., 3:] / 255
+    window += small[..., :3]
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """Rounded to `uint8`."""
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
 
 
 def background_colour(image: np.ndarray) -> str:

@@ -22,7 +22,7 @@ from controlkit.bases.residuals import Residuals
 from controlkit.bases.taps import Tap, TapFunction
 from controlkit.bases.text import Text, concatenate
 from controlkit.controls.control import Acts, Control, Reads, residuals_together
-from controlkit.controls.hints import Hint, expand, map_hint, rows_of, shapes_of
+from controlkit.controls.hints import Hint, concatenated, expand, map_hint, rows_of, shapes_of
 from controlkit.errors import UserError
 from controlkit.sampling.graphs import NetworkCalls
 from controlkit.sampling.request import CONDITIONAL_MODES, lies_within, mode_name
@@ -212,7 +212,7 @@ class Plan:
             parts = parts[-1:] if use.conditional_only else parts
             batch = len(rows) // len(parts)
             text = concatenate(*(part.expand(batch) for part in parts))
-            hint = _tiled(expand(use.hint, batch), len(parts))
+            hint = self._hint_of_taps(use, batch, len(parts))
             functions = use.control.taps(base, rows, self.timesteps[index].expand(len(rows)), text, hint)
             for point, function in functions.items():
                 taps.setdefault(point, []).append(_tap(function, use, (first, len(x_t))))
@@ -225,6 +225,12 @@ class Plan:
     def tapping(self, index: int) -> list[Control]:
         """The controls that act by taps at step `index`."""
         return [self.uses[place].control for place in self._acting(self._tapping, index)]
+
+    @staticmethod
+    def _hint_of_taps(use: ActiveControl, batch: int, parts: int) -> Hint:
+        """The hint for each part of the batch, of which the last is the conditional one."""
+        unconditional = expand(use.control.unconditional(use.hint), batch)
+        return concatenated([unconditional] * (parts - 1) + [expand(use.hint, batch)])
 
     def passes(self, index: int) -> list[tuple[int, int, dict[str, nn.Module]]]:
         """Calls of the base at step `index`: first and last (exclusive) part of the batch, and the modules that run in

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from controlkit.bases.load import load_base
 from controlkit.bases.text import Text
 from controlkit.controls.apply import predict_under
-from controlkit.controls.control import Control, encode_images, takes_one_image, words_of_inputs
+from controlkit.controls.control import (
+    Control,
+    encode_each,
+    encode_images,
+    takes_one_image,
+    takes_values,
+    words_of_inputs,
+)
 from controlkit.controls.registry import find
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
@@ -47,9 +54,11 @@ class ControlObjective(Objective):
         self.recipe = recipe
         self.device = device
         kind = recipe.control_class
-        if not takes_one_image(kind):
+        if not takes_one_image(kind) and not takes_values(kind, recipe.source.values):
+            provided = " or ".join(("one condition image", *recipe.source.values))
             raise UserError(
-                f"{kind.title} takes {words_of_inputs(kind)}; training needs a control that takes one condition image",
+                f"{kind.title} takes {words_of_inputs(kind)}; for training, {recipe.source.name} provides {provided}"
+                " per sample; choose another source of data",
                 "unsupported",
             )
         self.source: Source = recipe.source(recipe)
@@ -137,8 +146,10 @@ class ControlObjective(Objective):
         control = self.control.for_condition(condition)
         text = batch.text if isinstance(batch.text, Text) else self.base.encode_text(batch.text)
         hint = batch.hint
+        if batch.inputs is not None:
+            hint = encode_each(control, batch.inputs, self.base)
         if hint is None:
-            assert batch.condition_images is not None  # a batch has one of the two
+            assert batch.condition_images is not None  # a batch has one of the three
             hint = encode_images(control, batch.condition_images, self.base)
         noisy = self.noised(self.base.schedule, batch.latents, sampling.generator)
         return self.diffusion_loss(noisy, predict_under(control, self.base, noisy.x_t, noisy.t, text, hint))
@@ -164,10 +175,8 @@ class ControlObjective(Objective):
         sets = [self.source.held_out(name) for name in names]
         for name, held_out, following in zip(names, sets, [*sets[1:], None], strict=True):
             results = self._sample(name, held_out)
-            if (kind := self.source.scored_by(name)) is not None:
-                arrays = [np.asarray(image) for image in results]
-                score = kind.mean_score(held_out.condition_images, arrays, held_out.targets, held_out.parameters)
-                scores[f"{name}: {kind.fidelity.name}"] = score
+            of_images = self.source.scores(name, held_out, [np.asarray(image) for image in results])
+            scores |= {f"{name}: {measure}": score for measure, score in of_images.items()}
             rows += [_strip(held_out.condition_images), results[:_STRIP]]
             titles += [name, f"result, {self.preview_settings['mode']}"]
             if following is None or following.targets is not held_out.targets:
@@ -179,7 +188,10 @@ class ControlObjective(Objective):
     def _sample(self, name: str, held_out: HeldOut) -> list[Image.Image]:
         """Images generated from held-out condition images with fixed seeds."""
         control = self.control.for_condition(name)
-        hint = encode_images(control, to_tensor(held_out.condition_images).to(self.device), self.base)
+        if held_out.inputs is not None:
+            hint = encode_each(control, held_out.inputs, self.base)
+        else:
+            hint = encode_images(control, to_tensor(held_out.condition_images).to(self.device), self.base)
         return preview_images(self.base, control, hint, held_out.prompts)
 
     @property

@@ -15,6 +15,7 @@ ENTRY_POINTS = "controlkit.sources"
 
 _MODULES = (
     "controlkit.nano.icon_source",
+    "controlkit.nano.scene_source",
     "controlkit.training.sources.multigen",
     "controlkit.training.sources.pairs",
 )

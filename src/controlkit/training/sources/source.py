@@ -49,9 +49,11 @@ class Batch:
     text: Text | Sequence[str]
     """Prompts or their embeddings."""
     condition_images: Tensor | None = None
-    """`[B, 3, H, W]` in [0, 1]; this or `hint`."""
+    """`[B, 3, H, W]` in [0, 1]; this, `hint` or `inputs`."""
     hint: Hint | None = None
     """The encoded condition images, of batch `B`."""
+    inputs: Sequence[Mapping[str, Any]] | None = None
+    """In place of both: the inputs of each sample, for a control whose inputs are `Source.values`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,8 @@ class HeldOut:
     prompts: Sequence[str]
     parameters: Sequence[Mapping[str, Any]] | None = None
     """Parameters of each condition image; None for the condition's defaults."""
+    inputs: Sequence[Mapping[str, Any]] | None = None
+    """The inputs of each sample, as of `Batch`; the condition images then only show them."""
 
 
 class Source(ABC):
@@ -76,6 +80,8 @@ class Source(ABC):
     settings."""
     one_condition: ClassVar[type[OneCondition]] = OneCondition
     """The settings of the condition for systems that train one, possibly with other defaults."""
+    values: ClassVar[tuple[str, ...]] = ()
+    """Names of the plain inputs that its samples have (`Batch.inputs`), for controls that take those and no image."""
     caches_encoders: ClassVar[bool] = False
     """Whether steps need neither the base's VAE nor its text encoders. They are then offloaded to the CPU, and frozen
     weights may be stored in bf16."""
@@ -115,6 +121,14 @@ class Source(ABC):
         except UserError:
             return None
         return kind if kind.requires is None else None
+
+    def scores(self, condition: str, held_out: HeldOut, images: Sequence[np.ndarray]) -> dict[str, float]:
+        """Scores of images `uint8 [H, W, 3]` generated from the held-out samples, by name."""
+        kind = self.scored_by(condition)
+        if kind is None:
+            return {}
+        score = kind.mean_score(held_out.condition_images, images, held_out.targets, held_out.parameters)
+        return {kind.fidelity.name: score}
 
     @property
     def digest(self) -> str:

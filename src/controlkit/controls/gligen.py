@@ -1,0 +1,468 @@
+"""GLIGEN (Li et al. 2023, arXiv 2301.07093): boxes with phrases, on diffusers' own modules.
+
+A grounding token is made of the text vector of a phrase and Fourier features of its box
+(`GLIGENTextBoundingboxProjection`). In each transformer block of the base, between self-attention and cross-attention,
+a gated self-attention over hidden states and grounding tokens is added to the hidden states
+(`GatedSelfAttentionDense`). diffusers builds both into the UNet (`attention_type="gated"`); here they hook into the
+unchanged base.
+
+The fraction of steps at which the original acts (tau; `gligen_scheduled_sampling_beta` of diffusers) is
+`ControlUse.end`. The other inputs of the paper (images of objects, keypoints, condition maps) are not supported.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import GatedSelfAttentionDense
+from diffusers.models.embeddings import GLIGENTextBoundingboxProjection
+from torch import Tensor, nn
+
+from controlkit.bases.base import Base
+from controlkit.bases.stable_diffusion import SD15_UNET
+from controlkit.bases.taps import Tap, TapFunction
+from controlkit.bases.text import Text
+from controlkit.bases.unet import attention_blocks, layers_of
+from controlkit.controls.control import Acts, Control, Input, Reads
+from controlkit.controls.encoder_copy.network import (
+    HEADS,
+    base_needed,
+    checked_config,
+    copy_incompatibility,
+    missing_heads,
+    with_heads,
+)
+from controlkit.controls.file_format import (
+    CONFIG_ERRORS,
+    Checkpoint,
+    FileFormat,
+    Reference,
+    TensorFile,
+    Written,
+    check_names,
+    declared_config,
+    on_one_line,
+)
+from controlkit.controls.hints import Hint, named
+from controlkit.controls.registry import control
+from controlkit.errors import UserError
+
+_Value = TypeVar("_Value")
+
+MAX_OBJECTS = 30
+"""Grounding tokens; those without a box are learned null tokens (`max_objs` in gligen/GLIGEN and diffusers)."""
+
+PHRASE_WIDTH = "phrase_width"
+"""controlkit's own setting: width of the text vectors of phrases. The others are those of the base's UNet."""
+_DEFAULTS: dict[str, Any] = {
+    "in_channels": 4,
+    "block_out_channels": None,
+    "layers_per_block": None,
+    "down_block_types": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": None,
+    "transformer_layers_per_block": 1,
+    "cross_attention_dim": None,
+    HEADS: None,
+    "num_attention_heads": None,
+}
+"""Settings of the base's UNet on which the network depends, with diffusers' defaults."""
+
+
+def boxes_problem(value: Any) -> str | None:
+    """What is wrong with boxes and phrases, to follow the input's name; None if they are valid."""
+    expected = 'a list of {"box": [x0, y0, x1, y1], "phrase": TEXT}, in fractions of width and height'
+    if not isinstance(value, list):
+        return f"must be {expected}, not {type(value).__name__}"
+    if not 1 <= len(value) <= MAX_OBJECTS:
+        return f"has {len(value)} boxes; expected 1 to {MAX_OBJECTS}"
+    for number, entry in enumerate(value, 1):
+        if (problem := _problem_of_entry(entry)) is not None:
+            return f"must be {expected}; {problem.format(f'entry {number}')}"
+    return None
+
+
+def _problem_of_entry(entry: Any) -> str | None:
+    """What is wrong with one box, with `{}` in place of its name."""
+    if not isinstance(entry, dict) or set(entry) != {"box", "phrase"}:
+        found = ", ".join(map(repr, entry)) if isinstance(entry, dict) else type(entry).__name__
+        return f"{{}} has {found or 'no keys'}"
+    box, phrase = entry["box"], entry["phrase"]
+    if not isinstance(phrase, str):
+        return "the phrase of {} is not text"
+    if not phrase.strip():
+        return "the phrase of {} is empty"
+    numbers = isinstance(box, list | tuple) and all(
+        isinstance(side, int | float) and not isinstance(side, bool) and math.isfinite(side) for side in box
+    )
+    if not numbers or len(box) != 4:
+        return "the box of {} is not four numbers"
+    listed = ", ".join(f"{side:g}" for side in box)
+    if not all(0 <= side <= 1 for side in box):
+        return f"the box of {{}} leaves 0 to 1: [{listed}]"
+    if box[0] >= box[2] or box[1] >= box[3]:
+        return f"the box of {{}} is empty: [{listed}]; expected x0 below x1 and y0 below y1"
+    return None
+
+
+@control
+class GLIGEN(Control):
+    """Gated self-attention between self-attention and cross-attention of every transformer block of the base.
+
+    The gates are zero in a new one, so that it changes nothing. Grounding tokens are computed once per condition. On
+    the unconditional branch of CFG it runs with null tokens, as in diffusers.
+    """
+
+    kind: ClassVar[str] = "gligen"
+    title: ClassVar[str] = "a GLIGEN"
+    paper: ClassVar[str] = "Li et al. 2023, arXiv 2301.07093"
+    inputs: ClassVar[tuple[Input, ...]] = (Input(name="boxes", kind="value", check=boxes_problem),)
+    reads: ClassVar[Reads] = Reads.NOTHING
+    acts: ClassVar[Acts] = Acts.TAPS
+    enters: ClassVar[str] = "transformer blocks, between self-attention and cross-attention"
+    not_elsewhere: ClassVar[str] = "other tools know it as part of a UNet, or under the original's names"
+    formats = (
+        FileFormat(
+            name="original",
+            description="the names of gligen/GLIGEN",
+            detect=lambda file: _detect_original(file),
+            read=lambda *arguments: _read_original(*arguments),
+            write=lambda checkpoint, reference: Written(tensors=_to_original(checkpoint)),
+        ),
+        FileFormat(
+            name="diffusers-unet",
+            description="diffusers' folder of a UNet with gated attention",
+            files=("config.json", "diffusion_pytorch_model.safetensors"),
+            of_config=lambda config: _is_gated_unet(config),
+            detect=lambda file: _detect_diffusers(file),
+            read=lambda *arguments: _read_diffusers(*arguments),
+            write=lambda *arguments: _write_diffusers(*arguments),
+        ),
+        FileFormat(
+            name="diffusers-unet-file",
+            description="one file of diffusers' UNet with gated attention",
+            detect=lambda file: _detect_diffusers(file),
+            read=lambda *arguments: _read_diffusers(*arguments),
+        ),
+    )
+
+    def __init__(self, config: Mapping[str, Any], condition: str | None = None) -> None:
+        super().__init__()
+        self.condition = condition
+        self._config = dict(config)
+        width = config["cross_attention_dim"]
+        self.position_net = GLIGENTextBoundingboxProjection(config[PHRASE_WIDTH], width)
+        self.fusers = nn.ModuleList(
+            GatedSelfAttentionDense(block.channels, width, block.heads, block.channels // block.heads)
+            for block in attention_blocks(config)
+        )
+        if not self.fusers:
+            raise ValueError("the UNet has no transformer blocks")
+
+    @classmethod
+    def for_base(cls, base: Base, condition: str | None = None, **options: Any) -> GLIGEN:
+        """A new one, with random weights and gates of zero.
+
+        Raises:
+            UserError: the base has no points between self-attention and cross-attention, or pools no text.
+        """
+        if (reason := _lacking(base)) is not None:
+            raise UserError(f"no GLIGEN fits the base {base.name}: {reason}", "incompatible")
+        config = config_for(dict(base.unet.config), base.pooled_width or 0)
+        return cls(config, condition).to(base.device, base.dtype)
+
+    def config(self) -> dict[str, Any]:
+        return dict(self._config)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], condition: str | None = None) -> GLIGEN:
+        return cls(with_heads(checked_config(config)), condition).eval()
+
+    @classmethod
+    def missing_setting(cls, config: Mapping[str, Any]) -> str | None:
+        return missing_heads(config)
+
+    def encode(self, inputs: Mapping[str, Any], base: Base) -> dict[str, Tensor]:
+        """Grounding tokens.
+
+        Args:
+            inputs: `boxes`, as in `boxes_problem`; an empty list is the null condition.
+
+        Returns:
+            `objects` and `null`, the tokens without any box; both `[1, MAX_OBJECTS, D]`.
+
+        Raises:
+            UserError: there are too many boxes, or one is invalid.
+        """
+        entries = inputs["boxes"]
+        if entries and (problem := boxes_problem(entries)) is not None:
+            raise UserError(f"input 'boxes' {problem}", "wrong-type")
+        weight = next(self.position_net.parameters())
+        boxes, masks = weight.new_zeros(1, MAX_OBJECTS, 4), weight.new_zeros(1, MAX_OBJECTS)
+        phrases = weight.new_zeros(1, MAX_OBJECTS, self._config[PHRASE_WIDTH])
+        null = self.position_net(boxes, masks, phrases)
+        if not entries:
+            return {"objects": null, "null": null}
+        count = len(entries)
+        boxes[0, :count] = boxes.new_tensor([entry["box"] for entry in entries])
+        masks[0, :count] = 1
+        phrases[0, :count] = base.pool_text([entry["phrase"] for entry in entries]).to(phrases)
+        return {"objects": self.position_net(boxes, masks, phrases), "null": null}
+
+    def unconditional(self, hint: Hint) -> dict[str, Tensor]:
+        null = named(hint)["null"]
+        return {"objects": null, "null": null}
+
+    def taps(self, base: Base, x_t: Tensor, t: Tensor, text: Text, hint: Hint) -> Mapping[str, TapFunction | Tap]:
+        tokens = named(hint)["objects"]
+
+        def fused(fuser: nn.Module, stream: Tensor) -> Tensor:
+            return fuser(stream, tokens) - stream
+
+        return {f"attention.{place}": partial(fused, fuser) for place, fuser in enumerate(self.fusers)}
+
+    def incompatibility(self, base: Base) -> str | None:
+        if (reason := _lacking(base)) is not None:
+            return reason
+        if (reason := copy_incompatibility(self._config, base)) is not None:
+            return reason
+        if attention_blocks(self._config) != attention_blocks(dict(base.unet.config)):
+            return "its transformer blocks are not those of the base"
+        if (width := self._config[PHRASE_WIDTH]) != base.pooled_width:
+            return f"its vectors of phrases have width {width}, the base's text encoder pools {base.pooled_width}"
+        return None
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return list(self.parameters())
+
+    @classmethod
+    def needs(cls, config: Mapping[str, Any]) -> str:
+        return base_needed(config)
+
+    @classmethod
+    def facts(cls, config: Mapping[str, Any]) -> dict[str, str]:
+        return {"gated attention": f"in {len(attention_blocks(with_heads(config)))} transformer blocks"}
+
+    def parameter_counts(self) -> dict[str, int]:
+        tokens = sum(parameter.numel() for parameter in self.position_net.parameters())
+        return {**super().parameter_counts(), "of them for grounding tokens": tokens}
+
+
+def config_for(unet_config: Mapping[str, Any], phrase_width: int) -> dict[str, Any]:
+    """The config of a network for a UNet."""
+    config = {name: unet_config.get(name, default) for name, default in _DEFAULTS.items()}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
+    # Inpainting models take more channels; a control does not see them.
+    return {**plain, "in_channels": _DEFAULTS["in_channels"] if plain["in_channels"] == 9 else plain["in_channels"]} | {
+        PHRASE_WIDTH: phrase_width
+    }
+
+
+def _lacking(base: Base) -> str | None:
+    """What of a base is missing for any GLIGEN."""
+    if "attention.0" not in base.points:
+        return "it has no point between self-attention and cross-attention (attention.N)"
+    return None if base.pooled_width else "its text encoder does not pool, so phrases have no vectors"
+
+
+# Names: `position_net` everywhere; `fusers.N` here is `BLOCK.fuser` in UNets.
+
+_FUSER = re.compile(r"(.+\.transformer_blocks\.\d+)\.fuser\.(.+)")
+_UNET_PREFIX = "model.diffusion_model."
+_ORIGINAL_UNET = re.compile(r"(input_blocks|middle_block|output_blocks|time_embed|out|label_emb)\.")
+
+
+def _original_path(module: str, layers: Sequence[int]) -> str:
+    """diffusers' path of a transformer block -> the original's.
+
+    Args:
+        layers: of each encoder block.
+    """
+    part, *numbers = re.findall(
+        r"[a-z]+_blocks?|\d+", module.replace("transformer_blocks", "").replace("attentions", "")
+    )
+    inner = numbers[-1]
+    if part == "mid_block":
+        return f"middle_block.1.transformer_blocks.{inner}"
+    block, layer = int(numbers[0]), int(numbers[1])
+    if part == "down_blocks":
+        return f"input_blocks.{1 + sum(layers[:block]) + block + layer}.1.transformer_blocks.{inner}"
+    upwards = [count + 1 for count in reversed(layers)]
+    return f"output_blocks.{sum(upwards[:block]) + layer}.1.transformer_blocks.{inner}"
+
+
+def _paths(config: Mapping[str, Any], *, original: bool) -> list[str]:
+    """Paths of the transformer blocks in a UNet, in order."""
+    modules = [block.module for block in attention_blocks(with_heads(config))]
+    return [_original_path(module, layers_of(config)) for module in modules] if original else modules
+
+
+def _to_unet_names(values: Mapping[str, _Value], paths: Sequence[str]) -> dict[str, _Value]:
+    """Values by the names that tensors have in a UNet."""
+
+    def renamed(name: str) -> str:
+        _, _, rest = name.partition("fusers.")
+        place, _, layer = rest.partition(".")
+        return f"{paths[int(place)]}.fuser.{layer}" if rest else name
+
+    return {renamed(name): value for name, value in values.items()}
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith("position_net.") or _FUSER.fullmatch(name) is not None
+
+
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(_UNET_PREFIX): value for name, value in tensors.items()}
+
+
+def _detect(names: Mapping[str, Tensor], block: str, description: str) -> str | None:
+    found = "position_net.linears.0.weight" in names and any(
+        name.startswith(block) and _FUSER.fullmatch(name) for name in names
+    )
+    return f"a GLIGEN of boxes with phrases under {description}" if found else None
+
+
+def _detect_original(file: TensorFile) -> str | None:
+    return _detect(_without_prefix(file.tensors), "input_blocks.", "the names of the original code")
+
+
+def _detect_diffusers(file: TensorFile) -> str | None:
+    return _detect(file.tensors, "down_blocks.", "the names of diffusers' UNet")
+
+
+def _is_gated_unet(config: Mapping[str, Any]) -> bool:
+    return config.get("_class_name") == UNet2DConditionModel.__name__ and config.get("attention_type") == "gated"
+
+
+def _read_original(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
+    """A file with the original's names: only the control's tensors, or with the UNet around them."""
+    tensors = _without_prefix(file.tensors)
+    own = {name: value for name, value in tensors.items() if _is_ours(name)}
+    unknown = {name: value for name, value in tensors.items() if not _is_ours(name) and not _ORIGINAL_UNET.match(name)}
+    first = tensors.get("input_blocks.0.0.weight")
+    return _checkpoint(kind, file, reference, description, own, unknown, original=True, first=first)
+
+
+def _read_diffusers(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
+    """A UNet with gated attention, or only the control's tensors with its names."""
+    own = {name: value for name, value in file.tensors.items() if _is_ours(name)}
+    unknown = {name: value for name, value in file.tensors.items() if name not in own}
+    first = file.tensors.get("conv_in.weight")
+    if unknown:
+        config = _plain(file.config or reference.unet_config or SD15_UNET)
+        try:
+            with torch.device("meta"):
+                names = UNet2DConditionModel(**{**config, "attention_type": "default"}).state_dict()
+        except CONFIG_ERRORS as error:
+            raise UserError(
+                f"{file.path} looks like {description}, but {on_one_line(error)}", "damaged-file"
+            ) from error
+        unknown = {name: value for name, value in unknown.items() if name not in names}
+    return _checkpoint(kind, file, reference, description, own, unknown, original=False, first=first)
+
+
+def _checkpoint(
+    kind: type[Control],
+    file: TensorFile,
+    reference: Reference,
+    description: str,
+    own: Mapping[str, Tensor],
+    unknown: Mapping[str, Tensor],
+    *,
+    original: bool,
+    first: Tensor | None,
+) -> Checkpoint:
+    """The checkpoint of the control's tensors with the names that they have in a UNet.
+
+    Args:
+        unknown: tensors that are neither the control's nor the UNet's.
+        first: weight of the UNet's first convolution, if the file has it.
+
+    Raises:
+        UserError: names or shapes are not those of a control for the UNet of the file, of the reference, or of Stable
+            Diffusion 1.
+    """
+    if first is not None and first.shape[1] == 9:
+        raise UserError(
+            f"{file.path} is a GLIGEN for inpainting, whose first convolution was trained too; only GLIGENs for"
+            " generation are supported",
+            "unsupported",
+        )
+    phrase_width = _phrase_width(own)
+    declared = declared_config(file.metadata)
+    unet_config = file.config or reference.unet_config or SD15_UNET
+    try:
+        config = declared or config_for(unet_config, phrase_width)
+        expected = kind.shapes(config)
+        in_file = _to_unet_names(expected, _paths(config, original=original))
+    except CONFIG_ERRORS as error:
+        raise UserError(f"{file.path} looks like {description}, but {on_one_line(error)}", "damaged-file") from error
+    try:
+        check_names(file.path, description, in_file, {**own, **unknown}, _others(file, original))
+    except UserError as error:
+        if declared or file.config or reference.unet_config:
+            raise
+        raise UserError(
+            f"{error} (compared with Stable Diffusion 1; if it was made for another base, pass that: --base)",
+            error.code,
+        ) from error
+    tensors = {name: own[place] for name, place in zip(expected, in_file, strict=True)}
+    notes = (
+        ["the UNet in the file is left out: the control acts on the base that is in use"] if first is not None else []
+    )
+    return Checkpoint(kind.kind, config, tensors, dict(file.metadata), notes=notes, path=file.path)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without private entries."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _others(file: TensorFile, original: bool) -> Sequence[str]:
+    """Entries of a file that are neither tensors nor parts of the original's checkpoint around its UNet."""
+    around = ("autoencoder", "text_encoder", "diffusion", "opt", "scheduler", "iters", "ema", "config_dict")
+    return [name for name in file.others if not (original and name in around)]
+
+
+def _phrase_width(tensors: Mapping[str, Tensor]) -> int:
+    weight = tensors.get("position_net.null_positive_feature")
+    return 0 if weight is None or weight.ndim != 1 else len(weight)
+
+
+def _to_original(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return _to_unet_names(checkpoint.tensors, _paths(checkpoint.config, original=True))
+
+
+def _write_diffusers(checkpoint: Checkpoint, reference: Reference) -> Written:
+    """The control within the UNet of a base.
+
+    Raises:
+        UserError: there is no base, or the control does not fit it.
+    """
+    unet_config, weights = reference.unet_config, reference.unet_weights
+    if unet_config is None or weights is None:
+        raise UserError("diffusers' folder contains the base's UNet too; pass the base (--base)", "missing-setting")
+    config, width = checkpoint.config, checkpoint.config[PHRASE_WIDTH]
+    if attention_blocks(config) != attention_blocks(unet_config) or width != unet_config["cross_attention_dim"]:
+        raise UserError(
+            f"{checkpoint.path} does not fit the UNet of the base, or its phrases have another width ({width}) than the"
+            " text, which diffusers does not support",
+            "incompatible",
+        )
+    return Written(
+        tensors={**weights, **_to_unet_names(checkpoint.tensors, _paths(config, original=False))},
+        configs={
+            "config.json": {
+                "_class_name": UNet2DConditionModel.__name__,
+                **_plain(unet_config),
+                "attention_type": "gated",
+            },
+        },
+    )
