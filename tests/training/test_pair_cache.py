@@ -279,7 +279,7 @@ def test_pairs_are_scaled_and_mirrored_as_their_condition_is(recipe, encoded):
     given[1] = given[1][:, ::-1].copy()
     given[1][..., 0] = 255 - given[1][..., 0]
     hints = normals.control.encode(to_tensor(given), normals.base)
-    assert torch.allclose(pairs_of(normals).hint(chosen, flipped).float(), hints, atol=2e-3)
+    assert torch.allclose(pairs_of(normals).hint(chosen, flipped), hints, atol=2e-3)
     with refused("unsupported", "openpose", "flip"):
         ControlObjective(dataclasses.replace(recipe, flip=True, condition="openpose"), CPU)
     ControlObjective(dataclasses.replace(recipe, condition="openpose"), CPU)
@@ -300,7 +300,7 @@ def test_flipped_pairs_are_flipped_on_both_sides_half_of_the_time(recipe, encode
     latents = objective.base.encode_image(turned(truths) * 2 - 1).half()
     assert torch.allclose(pairs_of(objective).latents.gather(chosen, flipped).float(), latents.float(), atol=2e-3)
     hints = objective.control.encode(turned(given), objective.base)
-    assert torch.allclose(pairs_of(objective).hint(chosen, flipped).float(), hints, atol=2e-3)
+    assert torch.allclose(pairs_of(objective).hint(chosen, flipped), hints, atol=2e-3)
     settings = {**vars(recipe), "flip": True}
     shared = {key: settings[key] for key in ("out", "pairs", "base", "flip")}
     network = ControlObjective(recipes()["controlnet-pairs"](**shared, device="cpu"), CPU)

@@ -17,7 +17,7 @@ from controlkit.bases.load import load_base
 from controlkit.bases.text import Text, TokenizedPrompts
 from controlkit.controls.apply import predict_under
 from controlkit.controls.control import Acts, Control, encode_images, takes_one_image, words_of_inputs
-from controlkit.controls.hints import Hint, map_hint
+from controlkit.controls.hints import Hint, float_hint
 from controlkit.controls.registry import find
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
@@ -191,7 +191,7 @@ class ControlObjective(Objective):
 
     def _hint(self, control: Control, batch: Batch) -> Hint:
         if batch.hint is not None:
-            return map_hint(batch.hint, lambda rows: rows.float() if rows.is_floating_point() else rows)
+            return float_hint(batch.hint)
         assert batch.condition_images is not None  # a batch has one of the two
         return encode_images(control, batch.condition_images, self.base)
 

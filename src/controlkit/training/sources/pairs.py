@@ -14,7 +14,7 @@ from controlkit.bases.base import Base
 from controlkit.conditions.condition import Condition
 from controlkit.conditions.fidelity import scored_by_target
 from controlkit.controls.control import Control
-from controlkit.controls.hints import Hint
+from controlkit.controls.hints import Hint, float_hint
 from controlkit.data.pair import SOURCE
 from controlkit.data.pairs import load_pairs, split_pairs
 from controlkit.data.prompts import PromptLimit
@@ -175,12 +175,14 @@ class ConditionPairs:
             latents=cast(Tensor, self.latents.gather(chosen, flipped)),
             text=self.texts.gather(prompts),
             condition_images=self.condition_images(chosen, flipped) if self.hints is None else None,
-            hint=self.hint(chosen, flipped),
+            hint=None if self.hints is None else self.hints.gather(chosen, flipped),
         )
 
     def hint(self, chosen: Tensor, flipped: Tensor) -> Hint | None:
         """Cached hints of the pairs with indices `chosen` `[B]`, mirrored where `flipped` `[B]`; None if not cached."""
-        return None if self.hints is None else self.hints.gather(chosen, flipped)
+        if self.hints is None:
+            return None
+        return float_hint(self.hints.gather(chosen, flipped))
 
     def condition_images(self, chosen: Tensor, flipped: Tensor) -> Tensor:
         """Condition images `uint8 [B, 3, H, W]` of the same pairs."""
