@@ -101,10 +101,13 @@ class DataAhead:
         """What `prepare(number)` returns.
 
         Raises:
-            UserError: of `prepare`.
+            UserError: of `prepare`, or a worker was killed.
             RuntimeError: a worker was killed (`worker_death`), or `prepare` raised this.
         """
-        made_for, made = next(self._iterator)
+        try:
+            made_for, made = next(self._iterator)
+        except (OSError, EOFError) as error:  # the worker died before its tensors were received
+            raise _killed(error) from error
         assert made_for == number, f"batch {made_for} in place of {number}"
         if isinstance(made, UserError):
             raise made
@@ -113,7 +116,11 @@ class DataAhead:
     def close(self) -> None:
         """End the workers; those that do not end by themselves are killed."""
         # Its destructor does the same, but an error that is on its way keeps the iterator alive.
-        self._iterator._shutdown_workers()
+        try:
+            self._iterator._shutdown_workers()
+        except RuntimeError as error:  # torch's signal handler tells of a death late; the others have been ended
+            if worker_death(error) is None:
+                raise
         for process in self.processes:
             process.join(_JOIN_SECONDS)
             if process.is_alive():
@@ -145,10 +152,12 @@ def _begin(_worker: int) -> None:
 
 def worker_death(error: BaseException) -> UserError | None:
     """The error of a run whose worker was killed, which torch raises as a RuntimeError; None for other errors."""
-    message = str(error)
-    if not (isinstance(error, RuntimeError) and message.startswith("DataLoader worker")):
-        return None
-    reason = " ".join(message.split())
+    is_death = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+    return _killed(error) if is_death else None
+
+
+def _killed(error: BaseException) -> UserError:
+    reason = " ".join(str(error).split())
     return UserError(
         f"a data worker was killed, perhaps out of memory ({reason}); run the same command to resume, with a smaller"
         " data_workers, or 0 to prepare data in the step",

@@ -123,6 +123,10 @@ class _Loop:
         try:
             with _interruptible() as signals, self._data_ahead():
                 self._steps(signals)
+        except RuntimeError as error:
+            if (death := worker_death(error)) is not None:
+                raise death from error
+            raise
         finally:
             self.log.close()
         files: list[Path] = []
@@ -159,8 +163,6 @@ class _Loop:
                     message = f"stopped at step {step + 1} of {self.recipe.steps}; run the same command to resume"
                     raise Interrupted(message, signals.number)
         except RuntimeError as error:
-            if (death := worker_death(error)) is not None:
-                raise death from error
             if not self.processes.is_peer_failure(error):
                 raise
             signals.ending = True
