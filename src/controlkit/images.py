@@ -293,10 +293,15 @@ def write_png(path: str | Path, image: Image.Image, text: dict[str, str] | None 
 
 def to_tensor(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
     """RGB images of the same size => float tensor `[B, 3, H, W]` in [0, 1]."""
+    return stacked(images).float() / 255
+
+
+def stacked(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
+    """RGB images of the same size => `uint8 [B, 3, H, W]`."""
     import torch
 
     arrays = np.stack([np.asarray(image, dtype=np.uint8) for image in images])
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous().float() / 255
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

@@ -65,7 +65,8 @@ def test_times_and_weights_of_a_recipe_reach_the_loss(sd1_scheduled_base):
         objective = Drawing.__new__(type("Drawing", (Drawing,), {"__abstractmethods__": frozenset()}))
         objective.recipe = icons_recipe(batch_size=64, **changes)
         z = torch.zeros(64, 4, 2, 2)
-        return objective.noised(sd1_scheduled_base.schedule, z, torch_generator(0, 0))
+        schedule = sd1_scheduled_base.schedule
+        return objective.noised(schedule, z, objective.draw(schedule, z.shape[1:], torch_generator(0, 0)))
 
     plain, changed = noised(), noised(time_sampling="cubic", snr_gamma=5.0)
     assert plain.weight is None and changed.weight.shape == (64,)

@@ -124,7 +124,7 @@ def test_gradients_are_the_same_with_checkpointing(system, settings, base_contro
         torch.testing.assert_close(checkpointed[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("system", ["adapter", "full", "controlnet"])
+@pytest.mark.parametrize("system", ["adapter", "full", "controlnet", "base"])
 def test_bf16_stores_what_is_frozen_in_bf16_and_trains_in_float32(system, settings, base_control, icons_file):
     plain = objective_of(system, settings, base_control, icons_file)
     small = objective_of(system, settings, base_control, icons_file, precision="bf16")

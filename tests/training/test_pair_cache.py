@@ -306,7 +306,7 @@ def test_flipped_pairs_are_flipped_on_both_sides_half_of_the_time(recipe, encode
     network = ControlObjective(recipes()["controlnet-pairs"](**shared, device="cpu"), CPU)
     with torch.no_grad():
         expected = network.control.encode(turned(given), network.base)
-        images = pairs_of(network).condition_images(chosen, flipped)
+        images = pairs_of(network).condition_images(chosen, flipped).float() / 255
         assert torch.equal(network.control.encode(images, network.base), expected)
     assert pairs_of(network).hint(chosen, flipped) is None
     # A step that mirrors some of its pairs trains on them mirrored.

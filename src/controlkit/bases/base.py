@@ -26,7 +26,7 @@ from controlkit.bases.prompt_encoding import PLAIN, TextOptions
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.schedules import RectifiedFlow, Schedule, VariancePreserving
 from controlkit.bases.taps import Point, Taps, checkpoint_with_taps, tapped
-from controlkit.bases.text import Text, cut_from
+from controlkit.bases.text import Text, cut_from, token_ids
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, sha256_of_all
 
@@ -342,6 +342,14 @@ class Base(ABC):
             UserError: the base pools no text, or a phrase contains half a character (a lone surrogate).
         """
         raise UserError(f"{self.name} has no vectors of phrases: its text encoder does not pool", "incompatible")
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """Plain prompts => token ids `[B, L]` of each of `tokenizers`, for `TokenizedPrompts`.
+
+        Raises:
+            UserError: a prompt contains half a character (a lone surrogate).
+        """
+        return tuple(token_ids(tokenizer, prompts) for tokenizer in self.tokenizers)
 
     @abstractmethod
     def embed_time(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:

@@ -246,6 +246,11 @@ class StableDiffusion3(Base):
         tokens = torch.cat([clip, self._t5_states(prompts).to(self.device, self.dtype)], 1)
         return Text(tokens, pooled=torch.cat([pooled, pooled_2], -1).to(self.device, self.dtype))
 
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        clip, clip_2, *t5 = self.tokenizers
+        ids = (token_ids(clip, prompts), token_ids(clip_2, prompts))
+        return (*ids, *(token_ids(tokenizer, prompts, T5_TOKENS) for tokenizer in t5))
+
     def embed_time(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
         return self.transformer.time_text_embed(t.expand(len(x_t)), text["pooled"])
 

@@ -75,12 +75,33 @@ def cut_from(tokenizer: Any, prompt: str, limit: int | None = None) -> str:
     return tokenizer.decode(truncated).strip() if len(ids) > limit else ""
 
 
+class TokenizedPrompts(list[str]):
+    """Prompts with their token ids, which `Base.encode_text` uses in place of tokenizing them.
+
+    Args:
+        prompts: the prompts.
+        tokenizers: of the base.
+        ids: `[B, L]` of each tokenizer, as of `Base.tokenize`.
+    """
+
+    def __init__(self, prompts: Sequence[str], tokenizers: Sequence[Any], ids: Sequence[Tensor]) -> None:
+        super().__init__(prompts)
+        self._known = list(zip(tokenizers, ids, strict=True))
+
+    def ids_of(self, tokenizer: Any, length: int | None = None) -> Tensor | None:
+        """What `token_ids` returns for these prompts, if it is known."""
+        wanted = tokenizer.model_max_length if length is None else length
+        return next((ids for known, ids in self._known if known is tokenizer and ids.shape[1] == wanted), None)
+
+
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int | None = None) -> Tensor:
     """Prompts => token ids `[B, L]`, padded or truncated to `length` (default: the tokenizer's maximum).
 
     Raises:
         UserError: a prompt contains half a character (a lone surrogate).
     """
+    if isinstance(prompts, TokenizedPrompts) and (known := prompts.ids_of(tokenizer, length)) is not None:
+        return known
     return tokenizer(
         [valid_text(prompt, "the prompt") for prompt in prompts],
         padding="max_length",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from controlkit.bases.base import Base
@@ -12,7 +14,15 @@ from controlkit.controls.control import Acts, Control
 from controlkit.controls.hints import Hint
 
 
-def predict_under(control: Control, base: Base, x_t: Tensor, t: Tensor, text: Text, hint: Hint) -> Tensor:
+def predict_under(
+    control: Control,
+    base: Base,
+    x_t: Tensor,
+    t: Tensor,
+    text: Text,
+    hint: Hint,
+    predict: Callable[..., Tensor] | None = None,
+) -> Tensor:
     """The base's prediction under a control of weight 1, `[B, C, h, w]`; differentiable in the control.
 
     Args:
@@ -20,6 +30,7 @@ def predict_under(control: Control, base: Base, x_t: Tensor, t: Tensor, text: Te
         t: `[B]`.
         text: of batch `B`.
         hint: of batch `B`.
+        predict: in place of `base.predict`, such as a CUDA graph of it.
     """
     extended = text.extended(control.tokens(hint)) if Acts.TOKENS in control.acts else text
     control_text = extended if control.reads_tokens else text
@@ -31,4 +42,4 @@ def predict_under(control: Control, base: Base, x_t: Tensor, t: Tensor, text: Te
         for point, tap in control.taps(base, x_t, t, control_text, hint).items():
             taps[point] = [tap if isinstance(tap, Tap) else Tap(function=tap)]
     with base.replacing(control.replacements()):
-        return base.predict(x_t, t, extended, residuals, taps)
+        return (predict or base.predict)(x_t, t, extended, residuals, taps)

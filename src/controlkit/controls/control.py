@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Flag, auto
 from functools import lru_cache
@@ -470,9 +471,37 @@ def words_of_inputs(control: type[Control] | Control) -> str:
 
 
 def encode_images(control: Control, images: Tensor, base: Base) -> Hint:
-    """The hint of condition images `[B, 3, H, W]` in [0, 1], for a control that `takes_one_image`."""
+    """The hint of condition images `[B, 3, H, W]`, `uint8` or in [0, 1], for a control that `takes_one_image`."""
     (name,) = (entry.name for entry in control.inputs if entry.required)
-    return control.encode(images if len(control.inputs) == 1 else {name: images}, base)
+    is_bytes = images.dtype == torch.uint8
+    given = images.float() / 255 if is_bytes else images
+    token = _in_range.set(is_bytes)
+    try:
+        return control.encode(given if len(control.inputs) == 1 else {name: given}, base)
+    finally:
+        _in_range.reset(token)
+
+
+_in_range: ContextVar[bool] = ContextVar("in_range", default=False)
+
+
+def check_range(images: Tensor) -> None:
+    """Check that condition images are in [0, 1], in a control's `encode`.
+
+    Those that were bytes are, and are not read, for which a GPU would have to wait.
+
+    Raises:
+        ValueError: a value is outside.
+    """
+    if images.is_meta or _in_range.get():
+        return
+    low, high = images.aminmax()
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
+        raise ValueError(f"condition images must be in [0, 1], got {low:.3g} to {high:.3g}")
+
+
+_ROUNDING = 1e-3
+"""Of resampled images, beyond [0, 1]."""
 
 
 def encode_each(control: Control, samples: Sequence[Mapping[str, Any]], base: Base) -> Hint:

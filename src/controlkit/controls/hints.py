@@ -21,6 +21,11 @@ def map_hint(hint: Hint, change: Callable[[Tensor], Tensor]) -> Hint:
     return change(hint) if isinstance(hint, Tensor) else {name: change(value) for name, value in hint.items()}
 
 
+def float_hint(hint: Hint) -> Hint:
+    """Its floating-point tensors in float32, as a control takes them; the others as they are."""
+    return map_hint(hint, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+
+
 def rows_of(hint: Hint) -> int:
     """The batch size: that of its largest tensor."""
     return max((len(tensor) for tensor in named(hint).values()), default=1)

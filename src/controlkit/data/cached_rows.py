@@ -97,8 +97,8 @@ class CachedRows:
         return self._segments[self._segment[index]].row(int(self._row[index]))
 
     def _replace(self, indices: Sequence[int]) -> Rows:
-        self.store.warn(f"damaged rows in {self.store.folder}: {len(indices)}; computed again")
         parts, rows = self._make(indices)
+        self.store.warn(f"damaged rows in {self.store.folder}: {len(indices)}; computed again")
         self.store.add(self.digests[list(indices)], parts, rows)
         self._locate()
         return rows

@@ -211,6 +211,25 @@ def _begin(life: object) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+_LOOK_SECONDS = 0.2
+
+
+def begin_forked() -> None:
+    """Call first in a forked worker: its parent handles signals and ends it, and it does not outlive its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Launchers and schedulers send it to all processes of a run, which then needs its workers to finish the step.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def end_with_parent() -> None:
+        # Not the parent's sentinel, whose pipe is open in forked siblings, too.
+        while os.getppid() == parent:
+            time.sleep(_LOOK_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     before = cv2.getNumThreads()

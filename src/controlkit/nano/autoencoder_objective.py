@@ -22,6 +22,7 @@ class AutoencoderObjective(Objective):
     """L1, squared and gradient loss with a small KL term (Rombach et al. 2022, section 3.1, without a GAN)."""
 
     recipe: AutoencoderRecipe
+    not_ahead = ""
 
     def __init__(self, recipe: AutoencoderRecipe, device: torch.device) -> None:
         self.recipe = recipe
@@ -35,11 +36,16 @@ class AutoencoderObjective(Objective):
             device
         )
 
+    def prepare(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images `[B, 3, 64, 64]` in [-1, 1], and noise of the posterior's shape."""
+        x = images(self.icons, self.global_batch, self.numpy_generator(step))[self.local_slice]
+        side = SIZE // 2 ** (len(self.recipe.channels) - 1)
+        shape = (self.global_batch, self.recipe.latent_channels, side, side)
+        return x, torch.randn(shape, generator=self.torch_generator(step))[self.local_slice]
+
     def loss(self, step: int) -> Tensor:
-        x = images(self.icons, self.global_batch, self.numpy_generator(step))[self.local_slice].to(self.device)
+        x, noise = self.prepared(step, self.device)
         posterior = self.network.encode(x).latent_dist
-        shape = (self.global_batch, *posterior.mean.shape[1:])
-        noise = torch.randn(shape, generator=self.torch_generator(step))[self.local_slice].to(self.device)
         z = posterior.mean + posterior.std * noise
         error = self.network.decode(z).sample - x
         horizontal = (error[..., 1:] - error[..., :-1]).abs().mean()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from controlkit.bases.defaults import DEFAULTS_KEY, NANO_DEFAULTS
 from controlkit.bases.load import load_base
 from controlkit.bases.schedules import VariancePreserving
 from controlkit.bases.stable_diffusion import StableDiffusion
+from controlkit.bases.text import token_ids
 from controlkit.errors import UserError
 from controlkit.files import write_json
 from controlkit.images import contact_sheet, to_images, write_png
@@ -27,6 +29,9 @@ from controlkit.nano.drawings import Drawings
 from controlkit.nano.icons import COLOURS, STYLES, TRAINED_STYLES, IconSets, caption_of, read_concepts
 from controlkit.nano.recipes import BaseRecipe
 from controlkit.sampling.sampler import sample_prompts
+from controlkit.training.diffusion import Draw
+from controlkit.training.graphs import Graphs
+from controlkit.training.memory import uses_bf16
 from controlkit.training.objective import Objective
 from controlkit.training.processes import Processes
 
@@ -64,6 +69,7 @@ class BaseObjective(Objective):
     """v-prediction (Salimans and Ho 2022) on the cached latents of drawings."""
 
     recipe: BaseRecipe
+    not_ahead = ""
 
     def __init__(self, recipe: BaseRecipe, device: torch.device) -> None:
         self.recipe = recipe
@@ -95,13 +101,25 @@ class BaseObjective(Objective):
             key=self.frozen,
             least_scale=recipe.least_scale,
         )
+        self.graphs = Graphs(recipe.graphs, device, bf16=uses_bf16(recipe, device), unsuitable=_no_graph(recipe))
+        self._predict = self.graphs.function(_Prediction(start.unet))
+
+    @property
+    def base_runs(self) -> str:
+        return self.graphs.words
+
+    def prepare(self, step: int) -> tuple[Tensor, Tensor, Draw]:
+        """Latents in float16, token ids, and noise with times."""
+        chosen, prompts = self._sample(step)
+        z = self.drawings.latents[torch.from_numpy(chosen[self.local_slice])]
+        ids = token_ids(self.tokenizer, prompts[self.local_slice], MAX_TOKENS)
+        return z, ids, self.draw(self.schedule, z.shape[1:], self.torch_generator(step))
 
     def loss(self, step: int) -> Tensor:
-        chosen, prompts = self._sample(step)
-        z = self.drawings.latents[torch.from_numpy(chosen[self.local_slice])].float().to(self.device)
-        text = self._text(prompts[self.local_slice])
-        noisy = self.noised(self.schedule, z, self.torch_generator(step))
-        return self.diffusion_loss(noisy, self.trained["unet"](noisy.x_t, noisy.t, encoder_hidden_states=text).sample)
+        z, ids, drawn = self.prepared(step, self.device)
+        text = self.trained["text_encoder"](ids)[0]
+        noisy = self.noised(self.schedule, z.float(), drawn)
+        return self.diffusion_loss(noisy, self._predict(noisy.x_t, noisy.t, text))
 
     def samples(self, step: int) -> list[str]:
         return [f"drawing {index}: {prompt!r}" for index, prompt in zip(*self._sample(step), strict=True)]
@@ -181,11 +199,25 @@ class BaseObjective(Objective):
             defaults=self.defaults,
         )
 
-    def _text(self, prompts: Sequence[str]) -> Tensor:
-        ids = self.tokenizer(
-            list(prompts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-        ).input_ids
-        return self.trained["text_encoder"](ids.to(self.device))[0]
+
+class _Prediction(nn.Module):
+    """A UNet's prediction, as a function of tensors only."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return self.unet(x_t, t, encoder_hidden_states=text, return_dict=False)[0]
+
+
+def _no_graph(recipe: BaseRecipe) -> str:
+    """Why the trained UNet cannot run as a CUDA graph; empty if it can."""
+    if (recipe.gradient_accumulation_steps or 1) > 1:
+        return "gradient_accumulation_steps adds to gradients that the next replay overwrites"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "several processes average the gradients of the UNet"
+    return ""
 
 
 def _note_unused_concepts(concepts: Sequence[str], path: str | None) -> None:

@@ -11,7 +11,7 @@ import torch
 from controlkit import conditions
 from controlkit.bases.base import Base, network_key
 from controlkit.controls.control import Control
-from controlkit.images import to_tensor
+from controlkit.images import stacked
 from controlkit.nano.drawings import Drawings
 from controlkit.nano.icons import TRAINED_STYLES, IconSets, draw
 from controlkit.training.recipe import ControlRecipe
@@ -37,8 +37,8 @@ class IconSource(Source):
     Settings = IconSettings
 
     def __init__(self, recipe: IconSettings) -> None:
-        for name in recipe.condition_names:
-            conditions.find(name)
+        # Conditions that networks compute are computed in the step.
+        self.prepares_ahead = all(conditions.find(name).requires is None for name in recipe.condition_names)
         self.recipe = recipe
         self.sets = IconSets(recipe.icons)
         rng = np.random.default_rng(0)
@@ -49,7 +49,6 @@ class IconSource(Source):
         self.targets = [drawing.image for drawing in self.held_out_drawings]
 
     def prepare(self, base: Base, control: Control) -> None:
-        self.device = base.device
         self.drawings = Drawings(
             self.sets.select(styles=TRAINED_STYLES, held_out=False),
             self.recipe.variants,
@@ -67,9 +66,9 @@ class IconSource(Source):
         samples = zip(chosen[local], parameters[local], strict=True)
         images = [kind(self.drawings.draw(index).image, **values) for index, values in samples]
         return Batch(
-            latents=self.drawings.latents[torch.tensor(chosen[local])].float().to(self.device),
+            latents=self.drawings.latents[torch.tensor(chosen[local])],
             text=prompts[local],
-            condition_images=to_tensor(images).to(self.device),
+            condition_images=stacked(images),
         )
 
     def samples(self, condition: str, step: Step) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from controlkit.bases.load import load_base
-from controlkit.bases.text import Text
+from controlkit.bases.text import Text, TokenizedPrompts
 from controlkit.controls.apply import predict_under
 from controlkit.controls.control import (
+    Acts,
     Control,
     encode_each,
     encode_images,
@@ -23,21 +25,35 @@ from controlkit.controls.control import (
     takes_values,
     words_of_inputs,
 )
+from controlkit.controls.hints import Hint, float_hint
 from controlkit.controls.registry import find
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
 from controlkit.formats.load import find_control, load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.images import to_tensor
+from controlkit.training.diffusion import Draw
+from controlkit.training.graphs import Graphs
 from controlkit.training.memory import CPUOffload, checkpoint_activations, store_frozen, uses_bf16
 from controlkit.training.objective import Objective, numpy_generator
 from controlkit.training.previews import preview_images, preview_settings, write_preview
 from controlkit.training.processes import print_notes
 from controlkit.training.recipe import ControlRecipe
-from controlkit.training.sources.source import HeldOut, Source, Step
+from controlkit.training.sources.source import Batch, HeldOut, Source, Step
 
 _STRIP = 8
 """Held-out samples in the image of a preview."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """What a step of training a control needs and no network computes."""
+
+    condition: str
+    batch: Batch
+    ids: tuple[Tensor, ...]
+    """Token ids of the prompts, of each tokenizer; none if the batch has embeddings."""
+    drawn: Draw
 
 
 class ControlObjective(Objective):
@@ -72,10 +88,16 @@ class ControlObjective(Objective):
         self.data = self.source.digest
         if recipe.gradient_checkpointing:
             checkpoint_activations(self.base, self.control)
-        self.stores_bf16 = self.source.caches_encoders and uses_bf16(recipe, device)
+        # Autocast rounds them in every step, also those of encoders that run in it.
+        self.stores_bf16 = uses_bf16(recipe, device)
         if self.stores_bf16:
             store_frozen(self.base, self.control)
         self.offload = CPUOffload(self.base) if self.source.caches_encoders else None
+        self.not_ahead = "" if self.source.prepares_ahead else f"the source {self.source.name} prepares no data ahead"
+        self.graphs = Graphs(
+            recipe.graphs, device, bf16=uses_bf16(recipe, device), unsuitable=_no_graph(recipe, self.control)
+        )
+        self._predict = self.graphs.base(self.base)
 
     def _build(self, kind: type[Control]) -> Control:
         """Build the control before anything is encoded, so that an unsuitable file fails at once."""
@@ -140,19 +162,50 @@ class ControlObjective(Objective):
             generator=self.torch_generator(step),
         )
 
-    def loss(self, step: int) -> Tensor:
+    @property
+    def base_runs(self) -> str:
+        return self.graphs.words
+
+    def prepare(self, step: int) -> _Prepared:
         condition, sampling = self.condition_at(step), self.sampling_step(step)
         batch = self.source.batch(condition, sampling)
-        control = self.control.for_condition(condition)
-        text = batch.text if isinstance(batch.text, Text) else self.base.encode_text(batch.text)
-        hint = batch.hint
+        side = self.base.size // self.base.factor
+        shape = (self.base.latent_channels, side, side) if batch.latents is None else batch.latents.shape[1:]
+        return _Prepared(
+            condition=condition,
+            batch=batch,
+            ids=() if isinstance(batch.text, Text) else self.base.tokenize(batch.text),
+            drawn=self.draw(self.base.schedule, shape, sampling.generator),
+        )
+
+    def loss(self, step: int) -> Tensor:
+        made: _Prepared = self.prepared(step, self.device)
+        control = self.control.for_condition(made.condition)
+        noisy = self.noised(self.base.schedule, self._latents(made.batch), made.drawn)
+        text = self._text(made)
+        hint = self._hint(control, made.batch)
+        return self.diffusion_loss(
+            noisy, predict_under(control, self.base, noisy.x_t, noisy.t, text, hint, self._predict)
+        )
+
+    def _latents(self, batch: Batch) -> Tensor:
+        if batch.latents is not None:
+            return batch.latents.float()
+        assert batch.images is not None  # a batch has one of the two
+        return self.base.encode_image(batch.images.float() / 255 * 2 - 1).float()
+
+    def _text(self, made: _Prepared) -> Text:
+        if isinstance(made.batch.text, Text):
+            return made.batch.text
+        return self.base.encode_text(TokenizedPrompts(made.batch.text, self.base.tokenizers, made.ids))
+
+    def _hint(self, control: Control, batch: Batch) -> Hint:
+        if batch.hint is not None:
+            return float_hint(batch.hint)
         if batch.inputs is not None:
-            hint = encode_each(control, batch.inputs, self.base)
-        if hint is None:
-            assert batch.condition_images is not None  # a batch has one of the three
-            hint = encode_images(control, batch.condition_images, self.base)
-        noisy = self.noised(self.base.schedule, batch.latents, sampling.generator)
-        return self.diffusion_loss(noisy, predict_under(control, self.base, noisy.x_t, noisy.t, text, hint))
+            return encode_each(control, batch.inputs, self.base)
+        assert batch.condition_images is not None  # a batch has one of the three
+        return encode_images(control, batch.condition_images, self.base)
 
     def samples(self, step: int) -> list[str]:
         condition = self.condition_at(step)
@@ -213,6 +266,17 @@ class ControlObjective(Objective):
             )
             for stem, control in self.control.finished(recipe.control_name).items()
         ]
+
+
+def _no_graph(recipe: ControlRecipe, control: Control) -> str:
+    """Why the base under this control cannot run as a CUDA graph; empty if it can."""
+    if recipe.gradient_checkpointing:
+        return "gradient_checkpointing recomputes activations in the backward pass"
+    if Acts.TAPS in control.acts:
+        return f"{control.title} acts within the base by taps"
+    if control.replacements():
+        return "this run trains a part of the base"
+    return ""
 
 
 def _strip(images: Sequence[np.ndarray]) -> list[Image.Image]:

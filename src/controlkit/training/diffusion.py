@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from controlkit.bases.schedules import Schedule
 
@@ -48,7 +48,50 @@ class Noised(NamedTuple):
         count."""
         error, power = (value.flatten(1).mean(1) for value in (squared_error, self.target.float().pow(2)))
         rows = torch.stack([error, power, torch.ones_like(error)])
-        return (rows[:, :, None] * one_hot(self.time_bin, TIME_BINS)).sum(1)
+        # Not `one_hot`, which reads the largest bin from the tensor.
+        in_bin = self.time_bin[:, None] == torch.arange(TIME_BINS, device=self.time_bin.device)
+        return (rows[:, :, None] * in_bin).sum(1)
+
+
+class Draw(NamedTuple):
+    """The random numbers of a step's noise."""
+
+    noise: Tensor
+    """Standard normal, `[B, C, h, w]`."""
+    t: Tensor
+    """Times `[B]`, in the schedule's units."""
+
+    def noised(self, schedule: Schedule, z: Tensor, snr_gamma: float | None = None) -> Noised:
+        """Noisy latents and their target.
+
+        Args:
+            z: latents `[B, C, h, w]`, on the device of the draw.
+            snr_gamma: min-SNR loss weighting (`Schedule.loss_weight`); None weights all times equally.
+        """
+        noise, t = self
+        weight = None if snr_gamma is None else schedule.loss_weight(t, snr_gamma)
+        target = schedule.target(z, noise, t)
+        return Noised(schedule.add_noise(z, noise, t), t, target, schedule.part(t, TIME_BINS), weight)
+
+
+def draw(
+    schedule: Schedule,
+    shape: Sequence[int],
+    generator: torch.Generator,
+    global_batch: int,
+    local_slice: slice,
+    time_sampling: str | None = None,
+) -> Draw:
+    """Sample noise and times on the CPU, so that every device trains on the same.
+
+    Args:
+        shape: of one latent, `[C, h, w]`.
+        global_batch: samples of the step over all processes; random numbers are sampled for all.
+        local_slice: the slice of them to return.
+        time_sampling: distribution of times (`Schedule.draw_times`).
+    """
+    noise = torch.randn((global_batch, *shape), generator=generator)[local_slice]
+    return Draw(noise, schedule.draw_times(global_batch, generator, time_sampling)[local_slice])
 
 
 def noised(
@@ -61,16 +104,6 @@ def noised(
     time_sampling: str | None = None,
     snr_gamma: float | None = None,
 ) -> Noised:
-    """Sample noise and times for latents `z` `[B, C, h, w]`, on the CPU so that every device trains on the same.
-
-    Args:
-        global_batch: samples of the step over all processes; random numbers are sampled for all.
-        local_slice: the slice of them that is `z`.
-        time_sampling: distribution of times (`Schedule.draw_times`).
-        snr_gamma: min-SNR loss weighting (`Schedule.loss_weight`); None weights all times equally.
-    """
-    noise = torch.randn((global_batch, *z.shape[1:]), generator=generator)[local_slice].to(z.device)
-    t = schedule.draw_times(global_batch, generator, time_sampling)[local_slice].to(z.device)
-    weight = None if snr_gamma is None else schedule.loss_weight(t, snr_gamma)
-    target = schedule.target(z, noise, t)
-    return Noised(schedule.add_noise(z, noise, t), t, target, schedule.part(t, TIME_BINS), weight)
+    """`draw` for latents `z` `[B, C, h, w]`, which are the slice of the global batch, and `Draw.noised` of it."""
+    drawn = draw(schedule, z.shape[1:], generator, global_batch, local_slice, time_sampling)
+    return Draw(*(part.to(z.device) for part in drawn)).noised(schedule, z, snr_gamma)

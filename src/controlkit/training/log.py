@@ -13,6 +13,11 @@ _WARM_UP, _TIMED = 2, 6
 """Untimed steps, and the step after which the remaining time is first estimated."""
 
 
+def is_timed(steps: int) -> bool:
+    """Whether `RunLog.estimate` takes the time after this number of steps, whose work must then be done."""
+    return steps in (_WARM_UP, _TIMED)
+
+
 class RunLog:
     """Writes `log.jsonl` (and TensorBoard events) in `folder` and prints progress with an estimate."""
 

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from controlkit.bases.schedules import Schedule
-from controlkit.training.diffusion import Noised, noised
+from controlkit.training.ahead import Prepare, on_device
+from controlkit.training.diffusion import Draw, Noised, draw
 from controlkit.training.recipe import Recipe
 
 
 class Objective(ABC):
-    """Networks, loss and previews: all that the loop (`trainer.py`) knows of a system."""
+    """Networks, loss and previews: all that the loop (`trainer.py`) knows of a system.
+
+    `loss` should read nothing from the device (no `item()`), for which a GPU would wait at every step.
+    """
 
     trained: nn.ModuleDict
     """The trained networks, by their names in the state."""
@@ -33,6 +37,11 @@ class Objective(ABC):
     """Number of processes. All sample the random numbers of the global batch, and each takes its slice, so that any
     number of processes trains on the same as one with the global batch."""
 
+    not_ahead: str = "this objective prepares its batches in `loss`"
+    """Why data workers cannot call `prepare`; empty if they can."""
+    ahead: Prepare | None = None
+    """Where prepared batches come from; None prepares them in the step."""
+
     by_time: Tensor | None = None
     """`Noised.by_time` of this process's slice of the last step; None if the loss has no times."""
 
@@ -44,24 +53,36 @@ class Objective(ABC):
     def loss(self, step: int) -> Tensor:
         """The loss of step `step`; the same step always samples the same data and noise."""
 
-    def noised(self, schedule: Schedule, latents: Tensor, generator: torch.Generator) -> Noised:
-        """Noisy latents for this process's slice of a step, with the recipe's time sampling and weighting."""
-        recipe = self.recipe
-        return noised(
-            schedule,
-            latents,
-            generator,
-            self.global_batch,
-            self.local_slice,
-            time_sampling=getattr(recipe, "time_sampling", None),
-            snr_gamma=getattr(recipe, "snr_gamma", None),
-        )
+    def prepare(self, step: int) -> Any:
+        """What step `step` needs and no network computes, on the CPU: data, prompts, random numbers.
+
+        Depends on the step only, uses no network and no GPU; data workers call it ahead of the step.
+        """
+        raise NotImplementedError
+
+    def prepared(self, step: int, device: torch.device) -> Any:
+        """What `prepare(step)` returns, on `device`."""
+        return on_device((self.ahead or self.prepare)(step), device)
+
+    def draw(self, schedule: Schedule, shape: Sequence[int], generator: torch.Generator) -> Draw:
+        """Noise and times of this process's slice of a step, for latents `[C, h, w]`, by the recipe's time sampling."""
+        sampling = getattr(self.recipe, "time_sampling", None)
+        return draw(schedule, shape, generator, self.global_batch, self.local_slice, sampling)
+
+    def noised(self, schedule: Schedule, latents: Tensor, drawn: Draw) -> Noised:
+        """Noisy latents of a step, with the recipe's weighting."""
+        return drawn.noised(schedule, latents, getattr(self.recipe, "snr_gamma", None))
 
     def diffusion_loss(self, noisy: Noised, prediction: Tensor) -> Tensor:
         """The weighted mean squared error of a prediction; also sets `by_time`, which is unweighted."""
         squared = noisy.squared_error(prediction)
         self.by_time = noisy.by_time(squared)
         return noisy.mean(squared)
+
+    @property
+    def base_runs(self) -> str:
+        """How the base's denoiser runs in a step: `graph`, or `eager` with the reason; empty if it has none."""
+        return ""
 
     @abstractmethod
     def preview(self, step: int, folder: Path) -> dict[str, float]:

@@ -26,6 +26,7 @@ from controlkit.data.sources import Source
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
 from controlkit.images import to_tensor
+from controlkit.training.ahead import NotAhead, in_data_worker
 
 _DTYPES = {
     "F64": torch.float64,
@@ -185,6 +186,8 @@ class PairCache:
         device = self.base.device.type
 
         def frozen(indices: Sequence[int]) -> tuple[dict[str, Part], Rows]:
+            if in_data_worker():
+                raise NotAhead
             # A damaged row is recomputed in the middle of a step, which may run under autocast.
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 return make(indices)

@@ -63,19 +63,22 @@ class Processes:
         fully_shard(step, mesh=mesh, reshard_after_forward=self._launch.reshard)  # in place
         return step
 
-    def mean(self, value: Tensor) -> float:
-        """The mean of a number over all processes."""
-        value = value.detach().float()
-        if self.count > 1:
-            value = self._accelerator.reduce(value, reduction="mean")
-        return value.item()
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        return self._reduce(value, "mean")
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all processes, on the CPU."""
+        """The sum of a tensor over all processes."""
+        return self._reduce(value, "sum")
+
+    def _reduce(self, value: Tensor, reduction: str) -> Tensor:
         value = value.detach().float()
-        if self.count > 1:
-            value = self._accelerator.reduce(value, reduction="sum")
-        return value.cpu()
+        return value if self.count == 1 else self._accelerator.reduce(value, reduction=reduction)
+
+    @property
+    def any_is_cheap(self) -> bool:
+        """Whether `any` waits for no GPU."""
+        return self.count == 1 or self._on_cpu
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""

@@ -33,8 +33,16 @@ _LEAST = {
     "score_pictures": 1,
     "gradient_accumulation_steps": 1,
     "snr_gamma": 0,
+    "data_workers": 0,
 }
 """Minimum of settings, in whichever recipe."""
+
+_CHOICES = {
+    "precision": ("fp32", "bf16", "auto"),
+    "optimizer": ("adamw", "adamw8bit"),
+    "graphs": ("auto", "on", "off"),
+}
+"""The possible values of settings."""
 
 _ADDED = {"flip": False, "gradient_checkpointing": False, "optimizer": "adamw", "least_scale": 0.6}
 _ADDED |= {"sd_locked": True, "only_mid_control": False}
@@ -81,13 +89,19 @@ class Recipe:
     """`adamw`, or `adamw8bit` with moments in 8 bits (needs bitsandbytes; worthwhile for many parameters)."""
     precision: str = "fp32"
     """`fp32`, `bf16` for autocast (faster only with bf16 hardware), or `auto`: bf16 on a CUDA device that supports it.
-    In training from pairs, frozen weights are stored in bf16, too."""
+    With bf16, the frozen weights under a control are stored in bf16, too."""
     device: str = "auto"
     """`auto` (CUDA, then MPS, then CPU) or a torch device."""
     seed: int = 0
     """Seed of everything random, together with the number of the step."""
+    data_workers: int | None = None
+    """Processes that prepare batches ahead of their steps, with the same results; 0 prepares them in the step. Null is
+    automatic: 0 on the CPU, else one per core but one, at most 8."""
+    graphs: str = "auto"
+    """Whether the base's denoiser runs as a CUDA graph in training steps: `auto` where that is possible, `on` (an error
+    where it is not) or `off`."""
     log_every: int = 20
-    """Steps between lines of the log."""
+    """Steps between lines of the log. On a GPU, losses are read and checked as often."""
     save_every: int = 500
     """Steps between checkpoints of the training state."""
     preview_every: int = 500
@@ -110,10 +124,9 @@ class Recipe:
             raise UserError(f"beta2 is {self.beta2}; it must be at least 0 and below 1", "out-of-range")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2^63", "out-of-range")
-        if self.precision not in ("fp32", "bf16", "auto"):
-            raise UserError(f"precision is {self.precision!r}; it must be fp32, bf16 or auto", "unknown-name")
-        if self.optimizer not in ("adamw", "adamw8bit"):
-            raise UserError(f"optimizer is {self.optimizer!r}; it must be adamw or adamw8bit", "unknown-name")
+        for name, (*most, last) in _CHOICES.items():
+            if values[name] not in (*most, last):
+                raise UserError(f"{name} is {values[name]!r}; it must be {', '.join(most)} or {last}", "unknown-name")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema is {self.ema}; it must be above 0 and below 1, or null for none", "out-of-range")
 

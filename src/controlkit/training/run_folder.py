@@ -24,6 +24,8 @@ _MAY_CHANGE = {
     "min_lr_rate",
     "device",
     "gradient_checkpointing",
+    "data_workers",
+    "graphs",
     "log_every",
     "save_every",
     "preview_every",

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +19,14 @@ from diffusers.training_utils import EMAModel
 from controlkit.errors import Interrupted, UserError, is_out_of_memory
 from controlkit.files import writable_folder, write_json
 from controlkit.sampling.settings import in_words
+from controlkit.training.ahead import DataAhead, number_of_workers, worker_death
 from controlkit.training.guards import LossMonitor, StallMonitor
-from controlkit.training.log import NullLog, RunLog, total_seconds
+from controlkit.training.log import NullLog, RunLog, is_timed, total_seconds
 from controlkit.training.memory import uses_bf16
 from controlkit.training.objective import Objective
 from controlkit.training.optimizers import build_optimizer
 from controlkit.training.processes import Processes
+from controlkit.training.readings import Reading, Readings
 from controlkit.training.recipe import Recipe
 from controlkit.training.run_folder import check_same_run, fingerprint, run_folder, schedule_changes
 from controlkit.training.schedule import initial_schedule, resumed_schedule
@@ -37,6 +40,9 @@ from controlkit.training.state import (
     save_state,
     step_of,
 )
+
+_READ_SECONDS = 10.0
+"""Longest time between readings of the loss, so that slow steps do not go on for long after a failure."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,8 @@ class Trained:
     """Image of the last preview."""
     seconds: float
     """Duration of the run, over all its parts."""
+    base_runs: str = ""
+    """`Objective.base_runs` at the end."""
 
 
 def train(objective: Objective | Callable[[], Objective], recipe: Recipe) -> Trained:
@@ -82,10 +90,14 @@ class _Loop:
         self.processes = Processes(objective.parameters()[0].device)
         self.loss_of = self.processes.wrap(objective)
         self.parameters = objective.parameters()
+        self.workers = number_of_workers(recipe.data_workers, self.parameters[0].device, objective.not_ahead)
         self.optimizer = build_optimizer(self.parameters, recipe)
         self.average: EMAModel | None = None
         if recipe.ema:
-            self.average = EMAModel(self.parameters, decay=recipe.ema, use_ema_warmup=True, power=0.75)
+            together = self.parameters[0].device.type == "cuda" and not self.processes.sharded
+            self.average = EMAModel(
+                self.parameters, decay=recipe.ema, use_ema_warmup=True, power=0.75, foreach=together
+            )
         self.processes.wait()  # for the first to prepare the folder
         state = _resume(self.path, recipe, objective, self.optimizer, self.average)
         self.first = 0 if state is None else state.step
@@ -98,6 +110,9 @@ class _Loop:
                 print(note, file=sys.stderr, flush=True)
             write_json(self.folder / "recipe.json", {"system": recipe.system, **dataclasses.asdict(recipe)})
         self.log = RunLog(self.folder, self.first, recipe.steps) if self.processes.first else NullLog()
+        self.readings = Readings()
+        self._read_at = time.monotonic()
+        self._loss = math.nan
         self.monitor = LossMonitor(self.first)
         # Losses on other data are not comparable.
         if state is not None and state.loss_monitor is not None and state.data == objective.data:
@@ -106,8 +121,12 @@ class _Loop:
 
     def run(self) -> Trained:
         try:
-            with _interruptible() as signals:
+            with _interruptible() as signals, self._data_ahead():
                 self._steps(signals)
+        except RuntimeError as error:
+            if (death := worker_death(error)) is not None:
+                raise death from error
+            raise
         finally:
             self.log.close()
         files: list[Path] = []
@@ -124,6 +143,7 @@ class _Loop:
             files=tuple(files),
             preview=previews[-1] if previews else None,
             seconds=total_seconds(self.folder),
+            base_runs=self.objective.base_runs,
         )
 
     def _steps(self, signals: _Signals) -> None:
@@ -131,9 +151,14 @@ class _Loop:
         try:
             for step in range(self.first, self.recipe.steps):
                 with stalls.step(step + 1):
-                    loss = self._step(step)
-                stop = self.processes.any(signals.stop_requested)
-                self._report(step + 1, loss, stop)
+                    self._step(step)
+                    reads = self._is_read(step + 1)
+                    stop = (reads or self.processes.any_is_cheap) and self.processes.any(signals.stop_requested)
+                    if reads or stop:
+                        self._read()
+                if step == self.first:
+                    self._say_how_the_base_runs()
+                self._report(step + 1, stop)
                 if stop:
                     message = f"stopped at step {step + 1} of {self.recipe.steps}; run the same command to resume"
                     raise Interrupted(message, signals.number)
@@ -150,31 +175,72 @@ class _Loop:
                 "interrupted",
             ) from error
 
-    def _step(self, step: int) -> float:
-        """One optimiser step; returns its loss."""
+    @contextmanager
+    def _data_ahead(self) -> Iterator[None]:
+        """Prepare batches in worker processes within a block, if the recipe and its data allow it."""
+        count = self.recipe.gradient_accumulation_steps or 1
+        batches = range(self.first * count, self.recipe.steps * count)
+        if not self.workers or not batches:
+            yield
+            return
+        ahead = DataAhead(self.objective.prepare, batches, min(self.workers, len(batches)))
+        self.objective.ahead = ahead
+        try:
+            yield
+        finally:
+            self.objective.ahead = None
+            ahead.close()
+
+    def _step(self, step: int) -> None:
+        """One optimiser step. Reads nothing from the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.at(step)
         with self._memory(step):
             loss = self._gradients(step)
-        value = self.processes.mean(loss)
-        if not math.isfinite(value):
-            self._restore_healthy_state()
-            raise self._diverged(f"the loss is {value}", step, value)
         by_time = self.objective.by_time
-        if self.monitor.has_diverged(value, step, None if by_time is None else self.processes.sum(by_time).tolist()):
-            self._restore_healthy_state()
-            compared = "" if by_time is None else ", compared at similar times t"
-            ratio = f"recent losses are {self.monitor.excess:.3g} times the lowest{compared}"
-            raise self._diverged(f"the loss diverged ({ratio})", step, value)
         limit = math.inf if self.recipe.max_grad_norm is None else self.recipe.max_grad_norm
-        norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters, limit)).item()
-        if not math.isfinite(norm):
-            raise self._diverged(f"the gradient norm is {norm}", step, value)
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        summed = None if by_time is None else self.processes.sum(by_time)
+        self.readings.add(step, self.processes.mean(loss), norm, summed)
         with self._memory(step):
             self.optimizer.step()
             if self.average is not None:
                 self.average.step(self.parameters)
-        return value
+
+    def _is_read(self, done: int) -> bool:
+        """Whether the numbers of the steps are read now: to log them, and before anything is saved or previewed."""
+        recipe = self.recipe
+        due = any(done % every == 0 for every in (recipe.log_every, recipe.save_every, recipe.preview_every))
+        # Processes must agree, so only a single one goes by time, for slow steps.
+        late = self.processes.count == 1 and time.monotonic() - self._read_at > _READ_SECONDS
+        return due or late or done == recipe.steps or is_timed(done - self.first)
+
+    def _read(self) -> None:
+        """Read the numbers of the steps since the last reading, and check them in order.
+
+        Weights may already have been changed by a step that fails here, but no state has been saved.
+        """
+        for reading in self.readings.read():
+            self._check(reading)
+            self._loss = reading.loss
+        self._read_at = time.monotonic()
+
+    def _check(self, reading: Reading) -> None:
+        step, loss = reading.step, reading.loss
+        if not math.isfinite(loss):
+            self._restore_healthy_state()
+            raise self._diverged(f"the loss is {loss}", step, loss)
+        if self.monitor.has_diverged(loss, step, reading.by_time):
+            self._restore_healthy_state()
+            compared = "" if reading.by_time is None else ", compared at similar times t"
+            ratio = f"recent losses are {self.monitor.excess:.3g} times the lowest{compared}"
+            raise self._diverged(f"the loss diverged ({ratio})", step, loss)
+        if not math.isfinite(reading.norm):
+            raise self._diverged(f"the gradient norm is {reading.norm}", step, loss)
+
+    def _say_how_the_base_runs(self) -> None:
+        if self.processes.first and self.parameters[0].device.type == "cuda" and self.objective.base_runs:
+            print(f"the base's denoiser runs as {self.objective.base_runs}", file=sys.stderr, flush=True)
 
     @contextmanager
     def _memory(self, step: int) -> Iterator[None]:
@@ -202,9 +268,9 @@ class _Loop:
         self.objective.by_time = by_time
         return total
 
-    def _report(self, done: int, loss: float, stop: bool) -> None:
+    def _report(self, done: int, stop: bool) -> None:
         """Save, preview and log if due. All processes call it; the first writes."""
-        recipe, last = self.recipe, done == self.recipe.steps
+        recipe, last, loss = self.recipe, done == self.recipe.steps, self._loss
         self.log.estimate(done)
         saved = done % recipe.save_every == 0 or last or stop
         if saved:

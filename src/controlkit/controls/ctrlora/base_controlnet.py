@@ -16,7 +16,7 @@ from controlkit.bases.base import Base, hash_of_halves
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.text import Text
 from controlkit.bases.unet import unet_inputs
-from controlkit.controls.control import Control, OneImage, Reads, Training
+from controlkit.controls.control import Control, OneImage, Reads, Training, check_range
 from controlkit.controls.ctrlora.formats import BASE_FORMATS
 from controlkit.controls.ctrlora.lora import (
     Adapted,
@@ -47,7 +47,6 @@ from controlkit.errors import UserError
 _ZERO_CONVOLUTIONS = ("controlnet_down_blocks", "controlnet_mid_block")
 _TRANSFERRED = "control.transferred_from"
 """Metadata key of the comma-separated fingerprints that a base control had before transfers to other bases."""
-_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,10 +354,7 @@ class BaseControlNet(OneImage):
             UserError: the size does not fit the base.
         """
         base.check_size(condition_image.shape[-1], condition_image.shape[-2])
-        if not condition_image.is_meta:
-            low, high = condition_image.aminmax()
-            if low < -_ROUNDING or high > 1 + _ROUNDING:
-                raise ValueError(f"condition images must be in [0, 1], got {low:.3g} to {high:.3g}")
+        check_range(condition_image)
         if seed is None:
             hint = base.encode_image(condition_image)
         else:

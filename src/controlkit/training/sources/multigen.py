@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from controlkit.controls.control import Control
 from controlkit.data.multigen import MultiGen
 from controlkit.data.prompts import PromptLimit, count_note, empty_note
 from controlkit.errors import UserError
-from controlkit.images import to_tensor
+from controlkit.images import stacked
+from controlkit.training.ahead import in_data_worker
 from controlkit.training.recipe import ControlRecipe
 from controlkit.training.sources.registry import source
 from controlkit.training.sources.source import Batch, HeldOut, Source, Step
@@ -35,7 +37,7 @@ class MultiGenSettings(ControlRecipe):
 
 @source
 class MultiGenSource(Source):
-    """MultiGen-20M, encoded on the fly, because a cache of millions of latents would be too large.
+    """MultiGen-20M, encoded on the fly, because every use of an image is another crop of it.
 
     Unreadable files are skipped for the next line and counted on standard error. The first lines of every task are held
     out.
@@ -43,6 +45,7 @@ class MultiGenSource(Source):
 
     name = "multigen"
     Settings = MultiGenSettings
+    prepares_ahead = True
 
     def __init__(self, recipe: MultiGenSettings) -> None:
         self.prompt_drop = recipe.prompt_drop
@@ -54,7 +57,7 @@ class MultiGenSource(Source):
                     f"{lines.path} has {len(lines)} lines, and {self.held_out_count} are held out; more are needed",
                     "empty-data",
                 )
-        self.skipped = 0
+        self._skipped = multiprocessing.Value("q", 0)  # of all data workers
         self._readers = ThreadPoolExecutor(_READERS)
 
     def notes(self, base: Base) -> list[str]:
@@ -79,12 +82,13 @@ class MultiGenSource(Source):
         seeds = rng.integers(2**63, size=count)[local]
         dropped = rng.random(count)[local] < self.prompt_drop
         jobs = zip([condition] * len(chosen), chosen.tolist(), seeds.tolist(), strict=True)
-        samples = list(self._readers.map(lambda job: self._read(*job), jobs))
-        x = to_tensor([target for _, target, _ in samples]).to(self.base.device) * 2 - 1
+        # A data worker has no threads of its parent, and others work beside it.
+        run = map if in_data_worker() else self._readers.map
+        samples = list(run(lambda job: self._read(*job), jobs))
         return Batch(
-            latents=self.base.encode_image(x).float(),
+            images=stacked([target for _, target, _ in samples]),
             text=["" if drop else prompt for (_, _, prompt), drop in zip(samples, dropped, strict=True)],
-            condition_images=to_tensor([image for image, _, _ in samples]).to(self.base.device),
+            condition_images=stacked([image for image, _, _ in samples]),
         )
 
     def samples(self, condition: str, step: Step) -> list[str]:
@@ -108,8 +112,9 @@ class MultiGenSource(Source):
                 return lines.pair(first + (index - first + step) % (end - first), self.base.size, rng)
             except UserError as error:
                 reason = error
-                self.skipped += 1
-                print(f"skipped ({self.skipped} so far): {error}", file=sys.stderr, flush=True)
+                with self._skipped.get_lock():
+                    self._skipped.value += 1
+                    print(f"skipped ({self._skipped.value} so far): {error}", file=sys.stderr, flush=True)
         raise UserError(
             f"{_MAX_SKIPPED} consecutive pairs of {condition} cannot be read; the last: {reason}", "bad-data"
         ) from reason

@@ -14,7 +14,7 @@ from controlkit.bases.base import Base
 from controlkit.conditions.condition import Condition
 from controlkit.conditions.fidelity import scored_by_target
 from controlkit.controls.control import Control
-from controlkit.controls.hints import Hint, map_hint
+from controlkit.controls.hints import Hint, float_hint
 from controlkit.data.pair import SOURCE
 from controlkit.data.pairs import load_pairs, split_pairs
 from controlkit.data.prompts import PromptLimit
@@ -22,7 +22,7 @@ from controlkit.data.readers.columns import Columns
 from controlkit.data.sources import open_image
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
-from controlkit.images import to_tensor
+from controlkit.images import stacked
 from controlkit.training.memory import uses_bf16
 from controlkit.training.pair_cache import ImageRows, PairCache
 from controlkit.training.recipe import ControlRecipe, OneCondition
@@ -93,6 +93,7 @@ class PairSource(Source):
     name = "pairs"
     Settings = PairSettings
     one_condition = PairCondition
+    prepares_ahead = True
     caches_encoders = True
 
     def __init__(self, recipe: PairSettings) -> None:
@@ -156,7 +157,7 @@ class ConditionPairs:
 
     def prepare(self, base: Base, control: Control) -> None:
         """Compute the outputs of frozen networks, or read them from the cache."""
-        self.device, self.size = base.device, base.size
+        self.size = base.size
         self.cache = PairCache(base, self.pairs, flip=self.recipe.flip, check=uses_bf16(self.recipe, base.device))
         self.latents = self.cache.latents()
         self.texts, _, self.empty = self.cache.texts()
@@ -171,26 +172,23 @@ class ConditionPairs:
         rows = [self.cache.positions[caption] for caption in self._captions(step)[local]]
         prompts = torch.where(dropped, self.empty, torch.tensor(rows))
         return Batch(
-            latents=cast(Tensor, self.latents.gather(chosen, flipped)).float().to(self.device),
-            text=self.texts.gather(prompts).map(lambda part: part.to(self.device)),
+            latents=cast(Tensor, self.latents.gather(chosen, flipped)),
+            text=self.texts.gather(prompts),
             condition_images=self.condition_images(chosen, flipped) if self.hints is None else None,
-            hint=self.hint(chosen, flipped),
+            hint=None if self.hints is None else self.hints.gather(chosen, flipped),
         )
 
     def hint(self, chosen: Tensor, flipped: Tensor) -> Hint | None:
         """Cached hints of the pairs with indices `chosen` `[B]`, mirrored where `flipped` `[B]`; None if not cached."""
         if self.hints is None:
             return None
-        return map_hint(self.hints.gather(chosen, flipped), self._on_device)
+        return float_hint(self.hints.gather(chosen, flipped))
 
     def condition_images(self, chosen: Tensor, flipped: Tensor) -> Tensor:
-        """Condition images `[B, 3, H, W]` of the same pairs, in [0, 1]."""
+        """Condition images `uint8 [B, 3, H, W]` of the same pairs."""
         sides = zip(chosen.tolist(), flipped.tolist(), strict=True)
         images = [self.pairs[index].side(SOURCE, self.size, mirrored) for index, mirrored in sides]
-        return to_tensor(images).to(self.device)
-
-    def _on_device(self, rows: Tensor) -> Tensor:
-        return (rows.float() if rows.is_floating_point() else rows).to(self.device)
+        return stacked(images)
 
     def samples(self, step: Step) -> list[str]:
         """Every pair of a step, with its sampled caption."""

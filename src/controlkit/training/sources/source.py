@@ -42,14 +42,19 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A process's samples of one step, on the base's device."""
+    """A process's samples of one step, on the CPU or the base's device.
 
-    latents: Tensor
-    """Scaled latents of the images, `[B, C, h, w]`."""
+    Floating-point tensors may have any type, and are used in float32.
+    """
+
+    latents: Tensor | None = None
+    """Scaled latents of the images, `[B, C, h, w]`; this or `images`."""
+    images: Tensor | None = None
+    """`uint8 [B, 3, H, W]`, to be encoded in the step."""
     text: Text | Sequence[str]
     """Prompts or their embeddings."""
     condition_images: Tensor | None = None
-    """`[B, 3, H, W]` in [0, 1]; this, `hint` or `inputs`."""
+    """`[B, 3, H, W]`, `uint8` or in [0, 1]; this, `hint` or `inputs`."""
     hint: Hint | None = None
     """The encoded condition images, of batch `B`."""
     inputs: Sequence[Mapping[str, Any]] | None = None
@@ -82,9 +87,10 @@ class Source(ABC):
     """The settings of the condition for systems that train one, possibly with other defaults."""
     values: ClassVar[tuple[str, ...]] = ()
     """Names of the plain inputs that its samples have (`Batch.inputs`), for controls that take those and no image."""
+    prepares_ahead: bool = False
+    """Whether `batch` uses no network, GPU or thread, so that data workers may call it ahead of the step."""
     caches_encoders: ClassVar[bool] = False
-    """Whether steps need neither the base's VAE nor its text encoders. They are then offloaded to the CPU, and frozen
-    weights may be stored in bf16."""
+    """Whether steps need neither the base's VAE nor its text encoders. They are then offloaded to the CPU."""
 
     @abstractmethod
     def __init__(self, recipe: Any) -> None:
