@@ -53,8 +53,8 @@ class Batch:
     """`uint8 [B, 3, H, W]`, to be encoded in the step."""
     text: Text | Sequence[str]
     """Prompts or their embeddings."""
-    condition_images: Tensor | None = None
-    """`[B, 3, H, W]`, `uint8` or in [0, 1]; this, `hint` or `inputs`."""
+    condition_images: Tensor | Mapping[str, Tensor] | None = None
+    """`[B, 3, H, W]`, `uint8` or in [0, 1], or those of several conditions by their names; this, `hint` or `inputs`."""
     hint: Hint | None = None
     """The encoded condition images, of batch `B`."""
     inputs: Sequence[Mapping[str, Any]] | None = None
@@ -111,6 +111,17 @@ class Source(ABC):
     @abstractmethod
     def batch(self, condition: str, step: Step) -> Batch:
         """This process's samples of a step, always the same for the same step."""
+
+    def batch_together(self, conditions: Sequence[str], step: Step) -> Batch:
+        """As `batch`, with an image of every condition for each sample.
+
+        Raises:
+            UserError: the source cannot.
+        """
+        raise UserError(
+            f"data of {self.name} have one condition for each image, and this system trains on several at once",
+            "unsupported",
+        )
 
     @abstractmethod
     def samples(self, condition: str, step: Step) -> list[str]:
