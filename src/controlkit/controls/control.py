@@ -84,7 +84,8 @@ class Training:
     one_file: bool = False
     """Whether several conditions are trained into one file, called by the recipe's setting `name`."""
     together: bool = False
-    """Whether each sample has images of all conditions, which are the control's inputs of the same names."""
+    """Whether each sample has images of all conditions at once (`Source.batch_together`), the control's inputs of the
+    same names."""
     doc: str = ""
     """One sentence of documentation."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -113,15 +113,12 @@ class Source(ABC):
         """This process's samples of a step, always the same for the same step."""
 
     def batch_together(self, conditions: Sequence[str], step: Step) -> Batch:
-        """As `batch`, with an image of every condition for each sample.
-
-        Raises:
-            UserError: the source cannot.
-        """
-        raise UserError(
-            f"data of {self.name} have one condition for each image, and this system trains on several at once",
-            "unsupported",
-        )
+        """As `batch`, with images of several conditions by their names: of all of them if the source has them for each
+        sample, else of the first alone."""
+        first = conditions[0]
+        batch = self.batch(first, step)
+        assert isinstance(batch.condition_images, Tensor)
+        return replace(batch, condition_images={first: batch.condition_images})
 
     @abstractmethod
     def samples(self, condition: str, step: Step) -> list[str]:
