@@ -465,10 +465,12 @@ class TestTraining:
 
     def test_conditions_are_dropped_as_in_the_paper(self, settings, monkeypatch):
         objective = objective_of(build_recipe(settings("local", batch_size=500)))
-        images = {name: torch.ones(500, 1) for name in ("a", "b")}
-        kept = torch.cat(list(objective._some(objective.control, images, objective.sampling_step(3)).values()), 1)
+        kept = objective.prepare(3).kept
         # All .1 + .8 / 4, none .1 + .8 / 4, one alone .8 / 4 each.
-        counts = {row: int((kept == torch.tensor(row)).all(1).sum()) for row in ((1, 1), (0, 0), (1, 0), (0, 1))}
+        counts = {
+            row: int((kept == torch.tensor(row, dtype=torch.bool)).all(1).sum())
+            for row in ((1, 1), (0, 0), (1, 0), (0, 1))
+        }
         assert list(counts.values()) == pytest.approx([150, 150, 100, 100], abs=30)
         seen = []
         encode = LocalAdapter.encode
