@@ -277,6 +277,16 @@ class TestTokens:
         assert torch.equal(with_prompt.tokens[:, length:], own * 0.5)
         assert torch.equal(with_prompt.tokens[:, :length], texts[1].tokens)
 
+    def test_or_those_that_stand_for_none_with_its_weight(self, tiny_base, hint, texts):
+        class Nulled(Telling):
+            def null_tokens(self, tokens):
+                return torch.full_like(tokens, 3.0)
+
+        length = texts[0].tokens.shape[1]
+        plan = Plan([ActiveControl(Nulled(tiny_base), hint, 0.5, conditional_only=True)], TIMES, texts)
+        assert (plan.text(0)[0].tokens[:, length:] == 1.5).all()
+        assert torch.equal(plan.text(0)[1].tokens[:, length:], Telling(tiny_base).tokens(hint) * 0.5)
+
     def test_they_are_there_from_start_to_end_and_in_the_order_of_the_request(self, tiny_base, hint, texts):
         first, second = Telling(tiny_base), Telling(tiny_base, scale=-1.0)
         uses = [ActiveControl(first, hint, end=0.5), ActiveControl(second, hint, conditional_only=True)]

@@ -29,7 +29,9 @@ from refusals import refused
 OWN = {"controlnet-xs": {"size_ratio": 0.5}, "ctrlora-base": {"rank": 2}, "ctrlora-adapter": {"rank": 2}}
 CONTROLS = {system: kind for system, kind in recipes().items() if issubclass(kind, ControlRecipe)}
 EVERY = [system for system, kind in CONTROLS.items() if kind.training.system == system]
-SYSTEMS = [system for system in EVERY if takes_one_image(CONTROLS[system].control_class)]
+SYSTEMS = [
+    system for system in EVERY if takes_one_image(CONTROLS[system].control_class) or CONTROLS[system].training.together
+]
 SOURCES = list(registry.sources())
 
 

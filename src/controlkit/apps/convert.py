@@ -14,7 +14,7 @@ import argparse
 
 from controlkit.apps.show import add_json, print_json
 
-_OPTIONS = ("base", "base_control", "dtype", "rank", "condition", "pooled", "decoder", "force")
+_OPTIONS = ("base", "base_control", "dtype", "rank", "condition", "kind", "pooled", "decoder", "force")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: that of the file)")
     parser.add_argument("--rank", type=int, help="rank of a Control-LoRA to write")
     parser.add_argument("--condition", help="name of the condition, for the metadata")
+    parser.add_argument("--kind", help="system of the control to read, for a file that contains several")
     parser.add_argument(
         "--pooled",
         action="store_true",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from controlkit.bases.component import Component, Configurations
 from controlkit.bases.defaults import DEFAULT_PROMPT
+from controlkit.bases.image_encoders import CLIP_LARGE
 from controlkit.bases.latent_rgb import LatentRGB
 from controlkit.bases.prompt_encoding import PLAIN, TextOptions
 from controlkit.bases.residuals import Residuals
@@ -582,6 +583,11 @@ class Base(ABC):
         """Default captioner of the prompt mode `automatic`, from the base's folder; None is BLIP."""
         name = self.defaults.get("captioner")
         return None if name is None else str(name)
+
+    @property
+    def default_image_encoder(self) -> str:
+        """Default encoder of image prompts (`image_encoders`), from the base's folder, else CLIP ViT-L/14."""
+        return str(self.defaults.get("image_encoder", CLIP_LARGE))
 
     @property
     def prompt_tokens(self) -> int:

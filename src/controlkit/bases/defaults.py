@@ -11,11 +11,12 @@ NANO_DEFAULTS: dict[str, Any] = {
     "mode": "control",
     "prompt": "",
     "captioner": "concepts",
+    "image_encoder": "efficientnet-lite0",
     "adapter": {"rank": 4, "learning_rate": 1e-3, "batch_size": 16},
 }
 """Defaults of nano and of bases trained with its recipes (docs/nano.md, docs/ctrlora.md): guidance scale, branches of
-CFG on which a control acts, default prompt (none, as nano knows no such words), captioner, and settings of adapter
-training."""
+CFG on which a control acts, default prompt (none, as nano knows no such words), captioner, encoder of image prompts
+(`image_encoders`), and settings of adapter training."""
 
 DEFAULT_PROMPT = "a professional, detailed, high-quality image"
 """Default prompt of bases trained on captions of all kinds (Zhang et al. 2023, arXiv 2302.05543v1, section 4.1)."""

@@ -296,10 +296,16 @@ def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Base:
     if dtype == torch.float16 and needs_float32(parts["vae"], family.upcasts_vae):
         parts["vae"].to(torch.float32)
     schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return family(
+        name=name, scheduler_config=schedule, defaults=defaults_of(folder), **family.settings_in(folder), **parts
+    )
+
+
+def defaults_of(folder: Path) -> dict[str, Any]:
+    """The defaults of a base's folder (`Base.defaults`)."""
     # A file of nano may be older than some of its defaults.
     nano = {**NANO_DEFAULTS, "latent_rgb": NANO_LATENT_RGB} if folder == nano_folder() else {}
-    defaults = {**nano, **defaults_in(folder)}
-    return family(name=name, scheduler_config=schedule, defaults=defaults, **family.settings_in(folder), **parts)
+    return {**nano, **defaults_in(folder)}
 
 
 def _load_network(kind: Any, folder: Path, **options: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from controlkit.bases.base import Base
 from controlkit.bases.component import Configurations
 from controlkit.bases.families import KNOWN_BASES, configurations_in, family_of_folder, known_by_shape
-from controlkit.bases.load import SINGLE_FILES, base_folder, check_family
+from controlkit.bases.load import SINGLE_FILES, base_folder, check_family, defaults_of
 from controlkit.bases.single_file import read_single_file
 from controlkit.bases.text import Text
 from controlkit.errors import UserError
@@ -61,7 +61,9 @@ def build_meta_base(name: str, family: type[Base], configurations: Configuration
         for component in family.components:
             if component.is_network and component.name in configurations:
                 components[component.name] = component.build(configurations[component.name])
-    return family(name=name, scheduler_config=configurations["scheduler"], **components)
+    is_folder = (not known_by_shape(name) and Path(name).suffix not in SINGLE_FILES) or Path(name).is_dir()
+    defaults = defaults_of(base_folder(name)) if is_folder else {}
+    return family(name=name, scheduler_config=configurations["scheduler"], defaults=defaults, **components)
 
 
 def meta_text(base: Base) -> Text:

@@ -22,7 +22,7 @@ from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.taps import Tap, TapFunction
 from controlkit.bases.text import Text
-from controlkit.controls.hints import Hint, concatenated
+from controlkit.controls.hints import ConditionDrop, Hint, concatenated
 
 if TYPE_CHECKING:
     from controlkit.controls.file_format import Checkpoint, FileFormat
@@ -83,6 +83,9 @@ class Training:
     names a control file: the companion if the system has one, else the initial weights."""
     one_file: bool = False
     """Whether several conditions are trained into one file, called by the recipe's setting `name`."""
+    together: bool = False
+    """Whether each sample has images of all conditions at once (`Source.batch_together`), the control's inputs of the
+    same names."""
     doc: str = ""
     """One sentence of documentation."""
 
@@ -104,8 +107,8 @@ class Control(nn.Module, ABC):
     tag: ClassVar[str | None] = None
     """Its tag on the Hugging Face hub; None is `kind`."""
 
-    inputs: ClassVar[tuple[Input, ...]] = (Input(),)
-    """Its inputs."""
+    inputs: tuple[Input, ...] = (Input(),)
+    """Its inputs; a control may set its own, which its class knows by `class_of`."""
     reads: ClassVar[Reads]
     """What its residuals depend on; for a system with a choice, all that one may read (`reading` is what one does)."""
     acts: ClassVar[Acts] = Acts.RESIDUALS
@@ -137,6 +140,8 @@ class Control(nn.Module, ABC):
 
     condition: str | None
     """Name of the condition that it was trained on (`controlkit.conditions`), or None."""
+    condition_drop: ConditionDrop | None = None
+    """Conditions that training leaves out at random."""
 
     # Computation
 
@@ -183,6 +188,14 @@ class Control(nn.Module, ABC):
     def tokens(self, hint: Hint) -> Tensor:
         """Tokens `[B, n, D]` to append to those of the prompt; n is the same for every hint."""
         raise TypeError(f"{self.title} adds no tokens")
+
+    def null_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens of the unconditional branch if it acts on the conditional one only.
+
+        Args:
+            tokens: `[B, n, D]`, those of the conditional branch, whose shape they have.
+        """
+        return torch.zeros_like(tokens)
 
     def incompatibility(self, base: Base) -> str | None:
         """Why it cannot act on `base`, in a few words such as "its channels: 3, the base's: 4"; None if it can."""
@@ -315,6 +328,15 @@ class Control(nn.Module, ABC):
         return None
 
     # Files
+
+    @classmethod
+    def class_of(cls, config: Mapping[str, Any] | None) -> type[Control]:
+        """The class of a file, or a subclass with the inputs of its control, if those depend on the config.
+
+        Args:
+            config: from the metadata of the file; None if it has none.
+        """
+        return cls
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, companion: Control | None = None) -> Control:

@@ -84,6 +84,8 @@ class Reference:
     """Loads the weights of the base's UNet with diffusers' names, for files that contain only a difference from it."""
     rank: int | None = None
     """Rank of a low-rank format to write."""
+    kind: str | None = None
+    """System of the control to read from a file that contains several; None refuses such files."""
 
     @cached_property
     def unet_weights(self) -> Mapping[str, Tensor] | None:

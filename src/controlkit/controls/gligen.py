@@ -122,7 +122,7 @@ class GLIGEN(Control):
     kind: ClassVar[str] = "gligen"
     title: ClassVar[str] = "a GLIGEN"
     paper: ClassVar[str] = "Li et al. 2023, arXiv 2301.07093"
-    inputs: ClassVar[tuple[Input, ...]] = (Input(name="boxes", kind="value", check=boxes_problem),)
+    inputs = (Input(name="boxes", kind="value", check=boxes_problem),)
     reads: ClassVar[Reads] = Reads.NOTHING
     acts: ClassVar[Acts] = Acts.TAPS
     enters: ClassVar[str] = "transformer blocks, between self-attention and cross-attention"

@@ -43,6 +43,7 @@ def card_of(
             "wrong-kind",
         )
     kind = find(facts["control.kind"])
+    system = kind.class_of(declared_config(facts))
     provenance = provenance_of(facts)
     condition = facts.get("control.condition") or "not said"
     tags = [kind.tag or kind.kind, "spatial-control", *([condition] if condition != "not said" else [])]
@@ -61,7 +62,7 @@ def card_of(
         lines += ["", "## Evaluation", "", scores]
     if image is not None:
         lines += ["", f"![condition image, generated image, target]({image})"]
-    lines += ["", "## Usage", "", *kind.usage(path.name, facts.get("control.base", NANO))]
+    lines += ["", "## Usage", "", *system.usage(path.name, facts.get("control.base", NANO))]
     if kind.companion is not None:
         role = companion_role(kind)
         lines += ["", f"Its {role}, `{facts.get(kind.companion_key)}`, must be in the same folder, or be passed:"]

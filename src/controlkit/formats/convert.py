@@ -20,7 +20,7 @@ from controlkit.controls.registry import find, registry
 from controlkit.errors import UserError, nearest
 from controlkit.files import check_overwrite, files_of, read_json, write_json
 from controlkit.formats.companions import check_companion, find_companion, read_companion
-from controlkit.formats.detect import detect, known
+from controlkit.formats.detect import Detected, detect, known
 from controlkit.formats.load import find_control, shipped_controls
 from controlkit.formats.metadata import converted_metadata, write_tensors
 from controlkit.formats.native import formats_of
@@ -82,6 +82,7 @@ def convert(
     dtype: str | None = None,
     rank: int | None = None,
     condition: str | None = None,
+    kind: str | None = None,
     pooled: bool = False,
     decoder: bool = False,
     force: bool = False,
@@ -100,6 +101,7 @@ def convert(
         dtype: of the floating-point tensors in the output.
         rank: of a low-rank format.
         condition: name of the control's condition, written into the metadata.
+        kind: system of the control to read, for a file that contains several.
         pooled: the ControlNet averages its residuals over the image, as ControlNet 1.1's shuffle does, which its
             original file does not record. Implied by the condition `shuffle` if the file has no such entry.
         decoder: keep the decoder of the Stable Diffusion in the file, which was trained along with the control; it then
@@ -122,21 +124,21 @@ def convert(
     path = find_control(source)
     if target.exists() and target.samefile(path):
         raise UserError(f"{out} is the control itself; choose another path for the output", "would-overwrite")
-    detected = known(detect(path))
-    kind, source_format = detected.control, detected.format
-    assert kind is not None and source_format is not None and source_format.read is not None
-    format_ = _writable(path, kind, to)
+    detected = _detected(path, kind)
+    system, source_format = detected.control, detected.format
+    assert system is not None and source_format is not None and source_format.read is not None
+    format_ = _writable(path, system, to)
     if rank is not None and not (format_.needs_base and to == "control-lora"):
         raise UserError(f"--rank {rank} applies to --to control-lora only, not to {to}", "contradiction")
-    reference = replace(reference_for(base), rank=rank)
-    checkpoint = source_format.read(kind, detected.file, reference, detected.description)
+    reference = replace(reference_for(base), rank=rank, kind=kind)
+    checkpoint = source_format.read(system, detected.file, reference, detected.description)
     flags = [name for name, used in (("pooled", pooled), ("decoder", decoder)) if used]
-    _check_flags(path, kind, base_control is not None, flags)
+    _check_flags(path, system, base_control is not None, flags)
     if condition is not None:
         checkpoint.metadata["control.condition"] = conditions.find(condition).name
-    kind.settle_checkpoint(checkpoint, flags)
+    system.settle_checkpoint(checkpoint, flags)
     inputs = [*files_of(path), *_files_of_base(base)]
-    if kind.companion is not None:
+    if system.companion is not None:
         inputs += _settle_companion(path, checkpoint, format_, base_control, reference)
     outputs = [target / name for name in format_.files] or [target]
     check_overwrite(outputs, inputs, force=force)
@@ -146,13 +148,24 @@ def convert(
         )
     if dtype is not None:
         _cast(checkpoint, DTYPES[dtype])
-    if is_companion(kind) and (dtype is not None or "control.fingerprint" not in checkpoint.metadata):
-        checkpoint.metadata["control.fingerprint"] = kind.fingerprint_of(checkpoint)
+    if is_companion(system) and (dtype is not None or "control.fingerprint" not in checkpoint.metadata):
+        checkpoint.metadata["control.fingerprint"] = system.fingerprint_of(checkpoint)
     assert format_.write is not None
     output = format_.write(checkpoint, reference)
     _write(target, format_, checkpoint, output)
     notes = (*dict.fromkeys((*checkpoint.notes, *output.notes)),)
     return Converted(target, path, checkpoint.kind, detected.format_name or "", to, checkpoint, notes)
+
+
+def _detected(path: Path, kind: str | None) -> Detected:
+    """The control at `path`, which must be of the system `kind` if that is given."""
+    if kind is None:
+        return known(detect(path))
+    title = find(kind).title
+    detected = detect(path, kind)
+    if detected.kind != kind:
+        raise UserError(f"{path} contains no control of the kind {kind} ({title})", "wrong-kind")
+    return known(detected)
 
 
 def format_names() -> list[str]:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from controlkit.bases.base import Base
 from controlkit.bases.meta import meta_text
 from controlkit.controls.apply import predict_under
-from controlkit.controls.control import Acts, Control, Reads, encode_images
+from controlkit.controls.control import Acts, Control, Input, Reads, encode_images
 
 _LABELS = {"unet": "UNet"}
 """Component -> label in tables, if it is not the name."""
@@ -42,8 +42,8 @@ class Cost:
 
 def is_countable(control: Control | type[Control]) -> bool:
     """Whether a control needs only images; the cost of others depends on their inputs."""
-    required = [entry for entry in control.inputs if entry.required]
-    return bool(required) and all(entry.kind == "image" for entry in required)
+    counted = _counted_inputs(control)
+    return bool(counted) and all(entry.kind == "image" for entry in counted)
 
 
 @torch.no_grad()
@@ -51,7 +51,8 @@ def cost_of(control: Control, base: Base, side: int) -> Cost:
     """The cost of a control, for images of `side` x `side` pixels.
 
     Args:
-        control: on the meta device, as `base`; it must be countable (`is_countable`). Optional inputs are left out.
+        control: on the meta device, as `base`; it must be countable (`is_countable`). Optional inputs are left out,
+            unless it has no others.
     """
     x_t, t, text = _inputs(base, side)
     inputs = _meta_images(control, side)
@@ -59,10 +60,11 @@ def cost_of(control: Control, base: Base, side: int) -> Cost:
     hint = control.encode(inputs, base)
     base_only = _count(lambda: base.predict(x_t, t, text))
     residuals = _count(lambda: control(x_t, t, text, hint)) if Acts.RESIDUALS in control.acts else 0
-    taps = _count(lambda: predict_under(control, base, x_t, t, text, hint)) - base_only - residuals
+    tokens = _count(lambda: control.tokens(hint)) if Acts.TOKENS in control.acts else 0
+    taps = _count(lambda: predict_under(control, base, x_t, t, text, hint)) - base_only - residuals - tokens
     reads = control.reading
     return Cost(
-        once=once + (0 if reads & (Reads.NOISE | Reads.TIME) else residuals),
+        once=once + tokens + (0 if reads & (Reads.NOISE | Reads.TIME) else residuals),
         step=residuals if Reads.TIME in reads and Reads.NOISE not in reads else 0,
         image=taps + (residuals if Reads.NOISE in reads else 0),
     )
@@ -80,10 +82,16 @@ def residual_sites_of(control: Control, base: Base) -> tuple[str, ...]:
 
 
 def _meta_images(control: Control, side: int) -> Any:
-    """Required inputs of a control, on the meta device."""
-    names = [entry.name for entry in control.inputs if entry.required]
+    """Counted inputs of a control, on the meta device."""
+    names = [entry.name for entry in _counted_inputs(control)]
     images = {name: torch.empty(1, 3, side, side, device="meta") for name in names}
     return next(iter(images.values())) if len(control.inputs) == 1 else images
+
+
+def _counted_inputs(control: Control | type[Control]) -> list[Input]:
+    """The required inputs; all images if none is."""
+    required = [entry for entry in control.inputs if entry.required]
+    return required or [entry for entry in control.inputs if entry.kind == "image"]
 
 
 @torch.no_grad()

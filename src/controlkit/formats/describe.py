@@ -80,7 +80,7 @@ def describe(name: str, base: str | None = None, size: int | None = None) -> dic
     }
     if checkpoint is not None:
         on_meta = _on_meta(detected.control, checkpoint).requires_grad_(True)
-        facts |= {"trainable": _trainable(on_meta), "reads": words_of_reads(on_meta)}
+        facts |= {"trainable": _trainable(on_meta), "reads": words_of_reads(on_meta), **_input_facts(on_meta)}
         facts |= _flops(detected.control, checkpoint, base, size)
         facts |= detected.control.facts(checkpoint.config)
     facts["needs"] = _needs(detected.control, checkpoint)
@@ -281,7 +281,7 @@ def _flops(kind: type[Control], checkpoint: Checkpoint, base: str | None, size: 
     return {}
 
 
-def _input_facts(kind: type[Control]) -> dict[str, str]:
+def _input_facts(kind: type[Control] | Control) -> dict[str, str]:
     """Its inputs, if they are not one condition image."""
     return {} if kind.inputs == (Input(),) else {"inputs": words_of_inputs(kind)}
 

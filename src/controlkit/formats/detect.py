@@ -44,8 +44,11 @@ class Detected:
         return None if self.format is None else self.format.name
 
 
-def detect(path: str | Path) -> Detected:
+def detect(path: str | Path, kind: str | None = None) -> Detected:
     """Detect what a file or folder is. Tensors are memory-mapped, not copied.
+
+    Args:
+        kind: of the control to look for in a file that may contain several; None is the first.
 
     Raises:
         UserError: it cannot be read: empty, truncated, not a file of tensors, a pickle of more than tensors, or a
@@ -55,7 +58,7 @@ def detect(path: str | Path) -> Detected:
     if path.is_dir():
         return _detect_folder(path)
     file = read_tensor_file(path)
-    control, file_format, description = _classify(file)
+    control, file_format, description = _classify(file, kind)
     return Detected(path, control, file_format, description, file)
 
 
@@ -72,11 +75,13 @@ def known(detected: Detected) -> Detected:
     return detected
 
 
-def _classify(file: TensorFile) -> tuple[type[Control] | None, FileFormat | None, str]:
+def _classify(file: TensorFile, wanted: str | None) -> tuple[type[Control] | None, FileFormat | None, str]:
     """System, format and description. Names determine the format; metadata decides between systems with the same
     names."""
     systems = registry()
     kind = file.metadata.get("control.kind")
+    if wanted is not None and kind is None:
+        systems = {name: system for name, system in systems.items() if name == wanted}
     if kind is not None and kind not in systems:
         return None, None, f"a control of kind {kind!r}, unknown to this version"
     if (description := unsupported_control(file.tensors)) is not None:

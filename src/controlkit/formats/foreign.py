@@ -51,7 +51,6 @@ _UNSUPPORTED_CONTROLS = (
         "a ControlNet-XS in its original layout; only diffusers' folder is supported",
         _has(".*enc_zero_convs_(in|out)"),
     ),
-    _Rule("a Uni-ControlNet checkpoint, which is not supported", _has(".*(local|global)_(adapter|control)\\.")),
     _Rule("a ControlNet-LLLite, which is not supported", _has(".*lllite")),
     _Rule(
         "a ControlNet of a diffusion transformer (SD3, Flux or similar), which is not supported",

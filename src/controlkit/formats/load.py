@@ -16,7 +16,7 @@ import torch
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.controls.control import Control
-from controlkit.controls.file_format import Reference
+from controlkit.controls.file_format import Reference, declared_config
 from controlkit.controls.registry import find
 from controlkit.errors import UserError, nearest
 from controlkit.files import files_of
@@ -131,9 +131,9 @@ def control_class(name: str | Path) -> type[Control]:
         UserError: there is no such control, or it is something else.
     """
     control_name, _ = _split_pair(name)
-    kind = known(detect(find_control(control_name))).control
-    assert kind is not None
-    return kind
+    detected = known(detect(find_control(control_name)))
+    assert detected.control is not None
+    return detected.control.class_of(declared_config(detected.file.metadata))
 
 
 def recorded_condition(name: str | Path) -> str | None:

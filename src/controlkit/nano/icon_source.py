@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from controlkit import conditions
 from controlkit.bases.base import Base, network_key
+from controlkit.conditions import find
 from controlkit.controls.control import Control
 from controlkit.images import stacked
 from controlkit.nano.drawings import Drawings
@@ -38,7 +40,7 @@ class IconSource(Source):
 
     def __init__(self, recipe: IconSettings) -> None:
         # Conditions that networks compute are computed in the step.
-        self.prepares_ahead = all(conditions.find(name).requires is None for name in recipe.condition_names)
+        self.prepares_ahead = all(find(name).requires is None for name in recipe.condition_names)
         self.recipe = recipe
         self.sets = IconSets(recipe.icons)
         rng = np.random.default_rng(0)
@@ -59,16 +61,25 @@ class IconSource(Source):
         )
 
     def batch(self, condition: str, step: Step) -> Batch:
-        kind, rng, local = conditions.find(condition), step.rng(), step.local_slice
+        batch = self.batch_together((condition,), step)
+        assert isinstance(batch.condition_images, dict)
+        return replace(batch, condition_images=batch.condition_images[condition])
+
+    def batch_together(self, conditions: Sequence[str], step: Step) -> Batch:
+        rng, local = step.rng(), step.local_slice
         chosen = [int(index) for index in rng.integers(len(self.drawings), size=step.global_batch)]
         prompts = [self.drawings.prompt(index, rng, self.recipe.prompt_drop) for index in chosen]
-        parameters = [kind.random_parameters(rng) for _ in chosen]
-        samples = zip(chosen[local], parameters[local], strict=True)
-        images = [kind(self.drawings.draw(index).image, **values) for index, values in samples]
+        drawn = [self.drawings.draw(index).image for index in chosen[local]]
+        images: dict[str, Tensor] = {}
+        for condition in conditions:
+            kind = find(condition)
+            parameters = [kind.random_parameters(rng) for _ in chosen][local]
+            made = [kind(image, **values) for image, values in zip(drawn, parameters, strict=True)]
+            images[condition] = stacked(made)
         return Batch(
             latents=self.drawings.latents[torch.tensor(chosen[local])],
             text=prompts[local],
-            condition_images=stacked(images),
+            condition_images=images,
         )
 
     def samples(self, condition: str, step: Step) -> list[str]:
@@ -76,7 +87,7 @@ class IconSource(Source):
         return [f"drawing {index}: {self.drawings.draw(int(index)).caption}" for index in chosen]
 
     def held_out(self, condition: str) -> HeldOut:
-        kind = conditions.find(condition)
+        kind = find(condition)
         return HeldOut(
             condition_images=[kind(target) for target in self.targets],
             targets=self.targets,

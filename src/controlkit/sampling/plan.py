@@ -4,8 +4,8 @@ What a control reads decides. One that reads the noisy latent runs at every step
 runs ahead, batched over time, once per (condition, prompt); its residuals are shared by all images, and by later calls
 through a cache. Controls that share a network run in one pass. Taps act at every step within the pass of the base, on
 the rows of their control only. Where a control replaces modules of the base on one branch of guidance only, the base
-runs for each branch by itself. Tokens are appended to those of the prompt at the steps where their control acts, zeros
-on the branch where it does not. A plan changes when work is done, never the result.
+runs for each branch by itself. Tokens are appended to those of the prompt at the steps where their control acts; on a
+branch where it does not, its null tokens, which are zeros for most. A plan changes when work is done, never the result.
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ class Plan:
                 use, tokens = self.uses[place], self._tokens[place]
                 for number in range(len(texts)):
                     acts = not use.conditional_only or number + 1 == len(texts)
-                    weighted = tokens * _one_weight(use) if acts else torch.zeros_like(tokens)
+                    weighted = (tokens if acts else use.control.null_tokens(tokens)) * _one_weight(use)
                     rows = max(len(weighted), len(texts[number]))
                     texts[number] = texts[number].expand(rows).extended(weighted.expand(rows, *weighted.shape[1:]))
             self._texts_of[acting] = texts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from controlkit.controls.control import (
     takes_values,
     words_of_inputs,
 )
-from controlkit.controls.hints import Hint, float_hint
+from controlkit.controls.hints import Hint, dropped, float_hint, map_hint, without
 from controlkit.controls.registry import find
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
@@ -35,12 +35,14 @@ from controlkit.images import to_tensor
 from controlkit.training.diffusion import Draw
 from controlkit.training.graphs import Graphs
 from controlkit.training.memory import CPUOffload, checkpoint_activations, store_frozen, uses_bf16
-from controlkit.training.objective import Objective, numpy_generator
+from controlkit.training.objective import Objective, numpy_generator, torch_generator
 from controlkit.training.previews import preview_images, preview_settings, write_preview
 from controlkit.training.processes import print_notes
 from controlkit.training.recipe import ControlRecipe
 from controlkit.training.sources.source import Batch, HeldOut, Source, Step
 
+_CONDITIONS, _DROPOUT = 21, 22
+"""Purposes of random numbers: dropped conditions, and dropout within networks."""
 _STRIP = 8
 """Held-out samples in the image of a preview."""
 
@@ -51,6 +53,8 @@ class _Prepared:
 
     condition: str
     batch: Batch
+    kept: Tensor | None
+    """Conditions that training does not drop (`ControlObjective._kept`)."""
     ids: tuple[Tensor, ...]
     """Token ids of the prompts, of each tokenizer; none if the batch has embeddings."""
     drawn: Draw
@@ -70,7 +74,8 @@ class ControlObjective(Objective):
         self.recipe = recipe
         self.device = device
         kind = recipe.control_class
-        if not takes_one_image(kind) and not takes_values(kind, recipe.source.values):
+        fits = takes_one_image(kind) or takes_values(kind, recipe.source.values) or recipe.training.together
+        if not fits:
             provided = " or ".join(("one condition image", *recipe.source.values))
             raise UserError(
                 f"{kind.title} takes {words_of_inputs(kind)}; for training, {recipe.source.name} provides {provided}"
@@ -83,6 +88,7 @@ class ControlObjective(Objective):
         self.frozen = self.base.content
         self.control = self._build(kind)
         self.trained = nn.ModuleDict(self.control.trained_modules())
+        self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.trained.modules())
         print_notes([*self.control.training_notes(recipe.learning_rate), *self.source.notes(self.base)])
         self.source.prepare(self.base, self.control)
         self.data = self.source.digest
@@ -168,22 +174,30 @@ class ControlObjective(Objective):
 
     def prepare(self, step: int) -> _Prepared:
         condition, sampling = self.condition_at(step), self.sampling_step(step)
-        batch = self.source.batch(condition, sampling)
+        if self.recipe.training.together:
+            others = [name for name in self.recipe.condition_names if name != condition]
+            batch = self.source.batch_together([condition, *others], sampling)
+        else:
+            batch = self.source.batch(condition, sampling)
         side = self.base.size // self.base.factor
         shape = (self.base.latent_channels, side, side) if batch.latents is None else batch.latents.shape[1:]
         return _Prepared(
             condition=condition,
             batch=batch,
+            kept=self._kept(batch, sampling),
             ids=() if isinstance(batch.text, Text) else self.base.tokenize(batch.text),
             drawn=self.draw(self.base.schedule, shape, sampling.generator),
         )
 
     def loss(self, step: int) -> Tensor:
         made: _Prepared = self.prepared(step, self.device)
-        control = self.control.for_condition(made.condition)
+        together = self.recipe.training.together
+        control = self.control if together else self.control.for_condition(made.condition)
         noisy = self.noised(self.base.schedule, self._latents(made.batch), made.drawn)
         text = self._text(made)
-        hint = self._hint(control, made.batch)
+        hint = self._hint(control, made)
+        if self.has_dropout:
+            torch.manual_seed(torch_generator(self.recipe.seed, step, _DROPOUT).initial_seed())
         return self.diffusion_loss(
             noisy, predict_under(control, self.base, noisy.x_t, noisy.t, text, hint, self._predict)
         )
@@ -199,13 +213,32 @@ class ControlObjective(Objective):
             return made.batch.text
         return self.base.encode_text(TokenizedPrompts(made.batch.text, self.base.tokenizers, made.ids))
 
-    def _hint(self, control: Control, batch: Batch) -> Hint:
-        if batch.hint is not None:
-            return float_hint(batch.hint)
+    def _hint(self, control: Control, made: _Prepared) -> Hint:
+        """The hint of a batch, without the conditions that training drops."""
+        batch, kept = made.batch, made.kept
         if batch.inputs is not None:
             return encode_each(control, batch.inputs, self.base)
-        assert batch.condition_images is not None  # a batch has one of the three
-        return encode_images(control, batch.condition_images, self.base)
+        images, hint = batch.condition_images, batch.hint
+        if isinstance(images, Mapping):
+            given = {name: each.float() / 255 if each.dtype == torch.uint8 else each for name, each in images.items()}
+            return control.encode(given if kept is None else dropped(given, kept), self.base)
+        if hint is None:
+            assert images is not None  # a batch has one of the three
+            if kept is not None and not control.hint_is_frozen:
+                images = without(images, kept[:, 0])
+            hint = encode_images(control, images, self.base)
+        hint = float_hint(hint)
+        if kept is None or not control.hint_is_frozen:
+            return hint
+        return map_hint(hint, lambda tensor: without(tensor, kept[:, 0]))
+
+    def _kept(self, batch: Batch, sampling: Step) -> Tensor | None:
+        """Which conditions of which samples training keeps, `bool [B, conditions]`; None for all."""
+        if (drop := self.control.condition_drop) is None:
+            return None
+        images = batch.condition_images
+        count = len(images) if isinstance(images, Mapping) else 1
+        return drop.kept(sampling.rng(_CONDITIONS), sampling.global_batch, count)[sampling.local_slice]
 
     def samples(self, step: int) -> list[str]:
         condition = self.condition_at(step)

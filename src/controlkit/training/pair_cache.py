@@ -174,6 +174,10 @@ class PairCache:
 
         return ImageRows(rows(False), rows(True) if self.flip else None, single=kind)
 
+    def image_keys(self) -> list[str]:
+        """Hash of the image of every pair, in their order."""
+        return self._keys(TARGET)
+
     def _keys(self, side: str) -> list[str]:
         """Hash of one side of every pair; each file is read once."""
         if side not in self._known_keys:

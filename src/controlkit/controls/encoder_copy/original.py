@@ -95,7 +95,8 @@ class Names:
     @property
     def is_copy(self) -> bool:
         """Whether these are names of an encoder copy with at most one hint network, or of an adapter of one."""
-        if any(name.startswith("input_hint_block_") for name in self.inside):  # the hint networks of several tasks
+        # The hint networks of several tasks, and features of several conditions, belong to other systems.
+        if any(name.startswith(("input_hint_block_", "feature_extractor.")) for name in self.inside):
             return False
         return (
             self.has_zero_convolutions
@@ -129,6 +130,11 @@ class FullCheckpoint:
             else:
                 unknown.append(name)
         return cls(inside, stable_diffusion, tuple(unknown))
+
+
+def is_of_stable_diffusion(name: str) -> bool:
+    """Whether a tensor of a full checkpoint belongs to Stable Diffusion."""
+    return _STABLE_DIFFUSION.match(name) is not None
 
 
 def full_note(stable_diffusion: Collection[str]) -> str:

@@ -91,7 +91,7 @@ class UniControl(Control):
     kind: ClassVar[str] = "unicontrol"
     title: ClassVar[str] = "a UniControl"
     paper: ClassVar[str] = "Qin et al. 2023, arXiv 2305.11147"
-    inputs: ClassVar[tuple[Input, ...]] = (
+    inputs = (
         Input(),
         Input(name="task", kind="value", required=False, check=task_problem),
         Input(name="instruction", kind="value", required=False, check=instruction_problem),

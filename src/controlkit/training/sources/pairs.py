@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -97,6 +98,7 @@ class PairSource(Source):
     caches_encoders = True
 
     def __init__(self, recipe: PairSettings) -> None:
+        self.together = recipe.training.together
         self.of = {name: ConditionPairs(recipe, name) for name in recipe.condition_names}
 
     def notes(self, base: Base) -> list[str]:
@@ -106,9 +108,32 @@ class PairSource(Source):
     def prepare(self, base: Base, control: Control) -> None:
         for name, pairs in self.of.items():
             pairs.prepare(base, control.for_condition(name))
+        if self.together:
+            self._check_images()
+
+    def _check_images(self) -> None:
+        """Check that the pairs of all conditions are of the same images, which are in the order of their hashes.
+
+        Raises:
+            UserError: they are not.
+        """
+        (first, own), *others = ((name, pairs.cache.image_keys()) for name, pairs in self.of.items())
+        for name, keys in others:
+            if keys != own:
+                raise UserError(
+                    f"this system trains on all conditions of an image at once, and the pairs of {first} and {name} are"
+                    f" of different images: {len(own)} and {len(keys)} to train on, of which"
+                    f" {len(set(own) & set(keys))} are the same",
+                    "bad-data",
+                )
 
     def batch(self, condition: str, step: Step) -> Batch:
         return self.of[condition].batch(step)
+
+    def batch_together(self, conditions: Sequence[str], step: Step) -> Batch:
+        batch = self.batch(conditions[0], step)
+        images = {name: self.of[name].images_of(step) for name in conditions}
+        return replace(batch, condition_images=images)
 
     def samples(self, condition: str, step: Step) -> list[str]:
         return self.of[condition].samples(step)
@@ -189,6 +214,11 @@ class ConditionPairs:
         sides = zip(chosen.tolist(), flipped.tolist(), strict=True)
         images = [self.pairs[index].side(SOURCE, self.size, mirrored) for index, mirrored in sides]
         return stacked(images)
+
+    def images_of(self, step: Step) -> Tensor:
+        """Condition images of this process's pairs of a step, `uint8 [B, 3, H, W]`."""
+        local = step.local_slice
+        return self.condition_images(torch.from_numpy(self._chosen(step))[local], self.flips(step)[local])
 
     def samples(self, step: Step) -> list[str]:
         """Every pair of a step, with its sampled caption."""

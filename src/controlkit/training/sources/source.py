@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -53,8 +53,8 @@ class Batch:
     """`uint8 [B, 3, H, W]`, to be encoded in the step."""
     text: Text | Sequence[str]
     """Prompts or their embeddings."""
-    condition_images: Tensor | None = None
-    """`[B, 3, H, W]`, `uint8` or in [0, 1]; this, `hint` or `inputs`."""
+    condition_images: Tensor | Mapping[str, Tensor] | None = None
+    """`[B, 3, H, W]`, `uint8` or in [0, 1], or those of several conditions by their names; this, `hint` or `inputs`."""
     hint: Hint | None = None
     """The encoded condition images, of batch `B`."""
     inputs: Sequence[Mapping[str, Any]] | None = None
@@ -111,6 +111,14 @@ class Source(ABC):
     @abstractmethod
     def batch(self, condition: str, step: Step) -> Batch:
         """This process's samples of a step, always the same for the same step."""
+
+    def batch_together(self, conditions: Sequence[str], step: Step) -> Batch:
+        """As `batch`, with images of several conditions by their names: of all of them if the source has them for each
+        sample, else of the first alone."""
+        first = conditions[0]
+        batch = self.batch(first, step)
+        assert isinstance(batch.condition_images, Tensor)
+        return replace(batch, condition_images={first: batch.condition_images})
 
     @abstractmethod
     def samples(self, condition: str, step: Step) -> list[str]:
