@@ -27,6 +27,7 @@ from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.bases.text import Text
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.training.diffusion import noised
+from controlkit.training.graphs import Graphs
 from controlkit.training.memory import checkpoint_activations
 from controlkit.training.objective import torch_generator
 
@@ -37,7 +38,7 @@ RATE = 1e-4
 class Side:
     """A control with a trained adapter, its optimiser, and the inputs of a step."""
 
-    def __init__(self, base: Base, rank: int, *, fused: bool, bf16: bool = False) -> None:
+    def __init__(self, base: Base, rank: int, *, fused: bool, bf16: bool = False, graphs: str = "off") -> None:
         self.base = base
         self.bf16 = bf16
         self.shared = BaseControlNet.for_base(base)
@@ -50,13 +51,15 @@ class Side:
         self.control = CtrLoRA(self.shared, ADAPTER)
         self.schedule = base.schedule
         self.optimizer = torch.optim.AdamW(adapter.parameters(), lr=RATE, fused=fused)
+        self.graphs = Graphs(graphs, base.device, bf16=bf16)
+        self.predict = self.graphs.base(base)
 
     def step(self, number: int, z: Tensor, hint: Tensor, text: Text) -> float:
         """One optimiser step from latents, hints and embeddings; returns its loss."""
         noisy = noised(self.schedule, z, torch_generator(0, number), len(z), slice(None))
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
             residuals = self.control(None, noisy.t, text, hint)
-            loss = noisy.loss(self.base.predict(noisy.x_t, noisy.t, text, residuals))
+            loss = noisy.loss(self.predict(noisy.x_t, noisy.t, text, residuals))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -89,6 +92,7 @@ def measure_steps(
     warm_up: int,
     bf16: bool = False,
     checkpointing: bool = True,
+    graphs: str = "auto",
 ) -> dict[str, Any]:
     """Seconds a step of both, their ratio, and how far their losses are apart."""
     generator = torch.Generator().manual_seed(1)
@@ -96,7 +100,7 @@ def measure_steps(
     condition_images = torch.rand(batch, 3, size, size, generator=generator).to(base.device)
     prompts = [f"thing {number}" for number in range(batch)]
 
-    own = Side(base, rank, fused=True, bf16=bf16)
+    own = Side(base, rank, fused=True, bf16=bf16, graphs=graphs)
     z, hint = base.encode_image(images * 2 - 1), own.control.encode(condition_images, base)
     text = base.encode_text(prompts, (size, size))
     other = Side(as_the_reference(base), rank, fused=False, bf16=bf16)
@@ -112,7 +116,26 @@ def measure_steps(
         return other.step(number, latents, hints, embedded)
 
     ways = {"ours": lambda number: own.step(number, z, hint, text), "reference": reference}
-    return measure.compared_steps(measure.take_turns(ways, rounds, device=base.device, warm_up=warm_up))
+    return measured_steps(ways, own, rounds=rounds, warm_up=warm_up)
+
+
+def measured_steps(ways: dict[str, Any], own: Any, *, rounds: int, warm_up: int) -> dict[str, Any]:
+    """`compared_steps` of the ways, with how ours ran, and the share of the machine's rate that the steps reach.
+
+    Args:
+        own: with `base`, `bf16`, `graphs` and `predict`: what the way `ours` steps.
+    """
+    device = own.base.device
+    turns = measure.take_turns(ways, rounds, device=device, warm_up=warm_up)
+    rate = measure.product_rate(device, torch.bfloat16 if own.bf16 else torch.float32)
+    own.predict = own.base.predict  # the operations of a graph are not seen when it is replayed
+    counted = {way: measure.operations(lambda run=run: run(0)) for way, run in ways.items()}  # type: ignore[misc]
+    return {
+        **measure.compared_steps(turns),
+        "ours_runs": own.graphs.words,
+        "product_rate": rate,
+        "share_of_rate": measure.shares(counted, turns, rate),
+    }
 
 
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:
@@ -120,18 +143,28 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     base, bf16 = measure.base_in_float32(args)
     args.size = args.size or base.size
     settings = {"size": args.size, "batch": args.batch, "rank": args.rank, "rounds": args.rounds}
+    settings["graphs"] = args.graphs
     return measure_steps(base, **settings, warm_up=args.warm_up, bf16=bf16, checkpointing=args.checkpointing)
 
 
-def report(name: str, args: argparse.Namespace, case: dict[str, Any], reference: str) -> None:
-    """Print the table and write the file."""
+def report(
+    name: str, args: argparse.Namespace, case: dict[str, Any], reference: str, float32: dict[str, Any] | None = None
+) -> None:
+    """Print the table and write the file.
+
+    Args:
+        float32: from `measure.compared_in_float32`.
+    """
+    if float32 is not None:
+        print(f"largest difference of the losses in float32: {float32['largest_difference_of_losses']:.2g}")
     seconds, rates = case["seconds_a_step"], case["steps_a_second"]
-    rows = [[name, seconds[way], rates[way]] for way, name in (("ours", "ours"), ("reference", reference))]
+    named = {"ours": "ours", "reference": reference, "compiled": f"{reference}, compiled"}
+    rows = [[name, seconds[way], rates[way]] for way, name in named.items() if way in seconds]
     print(measure.table(["step", "seconds", "steps a second"], rows))
     print(f"\n{reference} / ours: {measure.cell(case['reference_to_ours'])}")
     print(f"largest difference of the losses of {len(case['losses']['ours'])} steps:", end=" ")
-    print(f"{case['largest_difference_of_losses']:.2g}")
-    measure.finish(name, args, [case])
+    print(f"{case['largest_difference_of_losses']:.2g}; ours ran as {case['ours_runs']}")
+    measure.finish(name, args, [case], **({} if float32 is None else {"float32": float32}))
 
 
 def main() -> None:
@@ -139,9 +172,11 @@ def main() -> None:
     parser = measure.parser(__doc__, rounds=10)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--graphs", default="auto", help="of ours: auto, on or off")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="of the reference")
     args = parser.parse_args()
-    report("adapter_training", args, measure_all(args), "reference")
+    float32 = measure.compared_in_float32(args, measure_all)
+    report("adapter_training", args, measure_all(args), "reference", float32)
 
 
 if __name__ == "__main__":

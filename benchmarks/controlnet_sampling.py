@@ -18,6 +18,7 @@ the times; the images are compared.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 import measure
@@ -31,6 +32,7 @@ from controlkit.controls.controlnet import ControlNet
 from controlkit.evaluation.sets import evaluation_set
 from controlkit.formats.load import load_control
 from controlkit.images import to_tensor
+from controlkit.sampling.graphs import NetworkCalls
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample
 
@@ -83,23 +85,37 @@ def cases_of(layers: int) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     }
 
 
+def compiled_ratio(turns: measure.Turns) -> dict[str, Any]:
+    """The compiled pipeline to ours, if it ran."""
+    name = "diffusers, compiled"
+    return {"compiled_to_ours": turns.ratio(name, "ours")} if name in turns.seconds else {}
+
+
 def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every case."""
     base = measure.base_of(args)
     args.size = size = args.size or base.size
     control, image, prompt = made_up(base, size) if args.random_weights else shipped(base)
     pipeline = pipeline_of(base, control)
+    compiled_pipeline = pipeline_of(base, control) if args.compiled else None
+    if compiled_pipeline is not None:
+        compiled_pipeline.unet = torch.compile(compiled_pipeline.unet)
+        compiled_pipeline.controlnet = torch.compile(compiled_pipeline.controlnet)
     layers = len(control.network.controlnet_down_blocks) + 1
 
-    def ours(number: int, settings: dict[str, Any]) -> Tensor:
-        use = ActiveControl(control, control.encode(image, base), **settings)
+    reports: dict[str, Any] = {}
+
+    def ours(number: int, acting: dict[str, Any], mode: str = args.graphs) -> Tensor:
+        calls = NetworkCalls(base, mode)
+        use = ActiveControl(control, control.encode(image, base), **acting)
         wanted = range(1000 * number, 1000 * number + args.seeds)
-        sizes = {"width": size, "height": size, "steps": args.steps}
+        settings = {"width": size, "height": size, "steps": args.steps, "guidance": GUIDANCE, "calls": calls}
         with measure.latents_alone(base):
-            latents = list(sample(base, prompt=prompt, seeds=wanted, uses=[use], guidance=GUIDANCE, **sizes))
+            latents = list(sample(base, prompt=prompt, seeds=wanted, uses=[use], **settings))
+        reports["ours"] = calls.report.to_json()
         return torch.cat(latents) * 2 - 1
 
-    def pipeline_latents(number: int, settings: dict[str, Any]) -> Tensor:
+    def pipeline_latents(number: int, settings: dict[str, Any], pipeline: Any = pipeline) -> Tensor:
         wanted = range(1000 * number, 1000 * number + args.seeds)
         return pipeline(
             [prompt] * args.seeds,
@@ -123,15 +139,27 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
                 number, pipeline_settings
             ),
         }
+        if args.compiled:
+            ways["diffusers, compiled"] = partial(
+                pipeline_latents, settings=pipeline_settings, pipeline=compiled_pipeline
+            )
         with torch.inference_mode():
             turns = measure.take_turns(ways, args.rounds, device=base.device, warm_up=args.warm_up)
             images = {way: (base.decode(made[-1]) + 1) / 2 for way, made in turns.outputs.items()}
+            ran = dict(reports)
+            counted = {way: measure.operations(partial(run, 0)) for way, run in ways.items() if way != "ours"}
+            counted["ours"] = measure.operations(partial(ours, 0, own_settings, "off"))
+            rate = measure.product_rate(base.device, base.dtype)
             without = (base.decode(ours(len(turns.outputs["ours"]) - 1, {"weight": 0.0})) + 1) / 2
         cases.append(
             {
                 "case": name,
                 "seconds": turns.times(),
+                "network_calls": ran,
+                "product_rate": rate,
+                "share_of_rate": measure.shares(counted, turns, rate),
                 "diffusers_to_ours": turns.ratio("diffusers", "ours"),
+                **compiled_ratio(turns),
                 "largest_difference_of_images": measure.largest_difference(images["ours"], images["diffusers"]),
                 "largest_change_by_control": measure.largest_difference(images["ours"], without),
             }
@@ -144,7 +172,10 @@ def main() -> None:
     parser = measure.parser(__doc__, rounds=9)
     parser.add_argument("--seeds", type=int, default=1, help="images at once")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--graphs", default="auto", help="of ours: auto, on or off")
+    parser.add_argument("--compiled", action="store_true", help="the pipeline with torch.compile, too")
     args = parser.parse_args()
+    float32 = measure.compared_in_float32(args, measure_all)
     cases = measure_all(args)
     rows = [
         [
@@ -159,7 +190,10 @@ def main() -> None:
     ]
     columns = ["case", "ours s", "diffusers s", "diffusers / ours", "difference", "change by the control"]
     print(measure.table(columns, rows))
-    measure.finish("controlnet_sampling", args, cases)
+    more = {} if float32 is None else {"float32": float32}
+    for case in float32 or ():
+        print(f"{case['case']}, in float32: difference {case['largest_difference_of_images']:.2g}")
+    measure.finish("controlnet_sampling", args, cases, **more)
 
 
 if __name__ == "__main__":

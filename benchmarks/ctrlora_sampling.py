@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import measure
@@ -38,6 +38,7 @@ from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.evaluation.sets import evaluation_set
 from controlkit.formats.load import load_control
 from controlkit.images import to_tensor
+from controlkit.sampling.graphs import NetworkCalls
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample
@@ -122,29 +123,32 @@ def measure_case(
     steps: int,
     rounds: int,
     warm_up: int = 1,
+    graphs: str = "auto",
 ) -> dict[str, Any]:
     """Seconds of the four ways, ratios, and how far their latents are apart."""
     kept = ResidualCache(megabytes=4096)
+    reports: dict[str, Any] = {}
     hints = [control.encode(image, base) for control, image in zip(controls, images, strict=True)]
     planned = [ActiveControl(control, hint) for control, hint in zip(controls, hints, strict=True)]
     each = [ActiveControl(EveryStep(c, base), image) for c, image in zip(controls, images, strict=True)]
 
-    def draw(uses: Sequence[ActiveControl], number: int, cache: ResidualCache | None = None) -> Tensor:
+    def draw(way: str, number: int, mode: str = graphs) -> Tensor:
+        uses = {"base": [], "reference": each}.get(way, planned)
+        # The reference's own code captures no graphs.
+        calls = NetworkCalls(base, "off" if way == "reference" else mode)
         wanted = range(1000 * number, 1000 * number + seeds)
-        batches = sample(
-            base, prompt=prompt, seeds=wanted, uses=uses, width=size, height=size, steps=steps, cache=cache
-        )
-        return torch.cat(list(batches)) * 2 - 1
+        settings = {"width": size, "height": size, "steps": steps, "cache": kept if way == "again" else None}
+        latents = list(sample(base, prompt=prompt, seeds=wanted, uses=uses, calls=calls, **settings))
+        reports[way] = calls.report.to_json()
+        return torch.cat(latents) * 2 - 1
 
-    ways = {
-        "base": lambda number: draw([], number),
-        "reference": lambda number: draw(each, number),
-        "plan": lambda number: draw(planned, number),
-        "again": lambda number: draw(planned, number, kept),
-    }
+    ways: dict[str, Any] = {way: partial(draw, way) for way in ("base", "reference", "plan", "again")}
     with prompts_once(base), measure.latents_alone(base):
-        draw(planned, rounds + warm_up, kept)
+        draw("again", 10**6)
         turns = measure.take_turns(ways, rounds, device=base.device, warm_up=warm_up)
+        ran = dict(reports)
+        counted = {way: measure.operations(partial(draw, way, 0, "off")) for way in ways}
+        rate = measure.product_rate(base.device, base.dtype)
     latents = {way: made[-1] for way, made in turns.outputs.items()}
     fixed = measure.take_turns(
         {
@@ -166,6 +170,9 @@ def measure_case(
         "conditions": len(controls),
         "seeds": seeds,
         "seconds": turns.times(),
+        "network_calls": ran,
+        "product_rate": rate,
+        "share_of_rate": measure.shares(counted, turns, rate),
         "reference_to_plan": turns.ratio("reference", "plan"),
         "reference_to_again": turns.ratio("reference", "again"),
         "plan_to_base": turns.ratio("plan", "base"),
@@ -202,7 +209,7 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"{count} conditions, {seeds} seeds ...", flush=True)
             settings = {"seeds": seeds, "size": args.size, "steps": args.steps, "rounds": args.rounds}
             chosen = controls[:count], images[:count], prompt
-            cases.append(measure_case(base, *chosen, **settings, warm_up=args.warm_up))
+            cases.append(measure_case(base, *chosen, **settings, warm_up=args.warm_up, graphs=args.graphs))
     return cases
 
 
@@ -214,7 +221,9 @@ def main() -> None:
     parser.add_argument("--conditions", type=int, nargs="+", default=[1, 2], help="how many at once")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 4], help="images at once")
     parser.add_argument("--steps", type=int, default=WHOLE)
+    parser.add_argument("--graphs", default="auto", help="of ours: auto, on or off")
     args = parser.parse_args()
+    float32 = measure.compared_in_float32(args, measure_all)
     cases = measure_all(args)
     rows = []
     for case in cases:
@@ -234,7 +243,10 @@ def main() -> None:
     columns = ["conditions", "seeds", "base s", "reference s", "plan s", "again s", "reference / plan", "again / base"]
     columns += [f"{WHOLE} steps: reference / plan", f"{WHOLE} steps: again / base", "difference"]
     print(measure.table(columns, rows))
-    measure.finish("ctrlora_sampling", args, cases)
+    more = {} if float32 is None else {"float32": float32}
+    for case in float32 or ():
+        print(f"in float32, largest difference: {max(case['largest_difference_to_plan'].values()):.2g}")
+    measure.finish("ctrlora_sampling", args, cases, **more)
 
 
 if __name__ == "__main__":

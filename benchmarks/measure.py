@@ -1,5 +1,10 @@
 """Helpers of the benchmarks: interleaved timing, medians with spread, comparison of outputs, one JSON file per run.
 
+On CUDA with bf16 arithmetic, outputs are compared in float32 at a few steps first (`compared_in_float32`): in bf16 two
+correct ways of a network of random weights are as far apart as two different images. Then the ways run untimed until
+their times settle (`take_turns`), since the first minute of a fresh machine is slower; beside the seconds stands the
+share of the card's rate, counted operations over those that products of large matrices reach in that time.
+
 A machine is never quite quiet, so the ways of one case are run in turns, in an order that changes from round to round,
 and a ratio is the median of the ratios of the rounds: what slows one round slows both sides of its ratio.
 """
@@ -26,10 +31,13 @@ from torch import Tensor
 from controlkit._version import __version__
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
+from controlkit.bases.random import random_base
 from controlkit.controls.ctrlora import lora
 from controlkit.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
+SETTLING_SECONDS = 20.0
+"""The longest warm-up of one case on CUDA."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SURROUNDINGS = ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_")
 """Environment variables that affect times on a CPU."""
@@ -65,7 +73,9 @@ def take_turns(
 
     Args:
         ways: name -> what is timed; work on an accelerator counts until it is done.
+        warm_up: rounds of the warm-up; on CUDA it goes on until every way's time has settled.
     """
+    warm_up = max(warm_up, settled(ways, device)) if torch.device(device).type == "cuda" else warm_up
     turns = Turns({way: [] for way in ways}, {way: [] for way in ways})
     names = list(ways)
     gc.collect()
@@ -80,6 +90,82 @@ def take_turns(
                 turns.seconds[way].append(time.perf_counter() - started)
             turns.outputs[way].append(output)
     return turns
+
+
+def settled(
+    ways: Mapping[str, Callable[[int], Any]],
+    device: torch.device | str,
+    *,
+    limit: float = SETTLING_SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """Run all ways until none is more than a tenth faster than in the round before; returns the number of rounds.
+
+    Args:
+        limit: seconds after which it ends in any case.
+    """
+    started, before, number = clock(), dict.fromkeys(ways, math.inf), 0
+    while True:
+        is_steady = True
+        for way, run in ways.items():
+            synchronise(device)
+            began = clock()
+            run(number)
+            synchronise(device)
+            took = clock() - began
+            is_steady = is_steady and took > 0.9 * before[way]
+            before[way] = took
+        number += 1
+        if is_steady or clock() - started > limit:
+            return number
+
+
+def operations(run: Callable[[], Any]) -> int:
+    """Floating-point operations of a call: products of matrices, convolutions and attention. It runs eagerly."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def product_rate(device: torch.device | str, dtype: torch.dtype, side: int | None = None) -> float:
+    """Floating-point operations a second of the product of two square matrices, the best of several."""
+    side = side or (8192 if torch.device(device).type == "cuda" else 2048)
+    a = torch.randn(side, side, device=device).to(dtype)
+    best = math.inf
+    for _ in range(8):
+        synchronise(device)
+        started = time.perf_counter()
+        torch.mm(a, a)
+        synchronise(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
+
+
+def shares(counted: Mapping[str, int], turns: Turns, rate: float) -> dict[str, float]:
+    """Way -> the share of `rate` (operations a second) that its median time reaches."""
+    return {way: count / turns.median(way) / rate for way, count in counted.items()}
+
+
+def compared_in_float32(args: argparse.Namespace, measure_all: Callable[[argparse.Namespace], Any]) -> Any:
+    """What `measure_all` finds in float32, in one round of at most three steps; None if the arguments say float32."""
+    bf16 = (args.dtype or ("bf16" if torch.device(args.device).type == "cuda" else "fp32")) != "fp32"
+    if not bf16:
+        return None
+    changes: dict[str, Any] = {"dtype": "fp32", "rounds": 1, "warm_up": 1}
+    if hasattr(args, "compiled"):
+        changes["compiled"] = False
+    if hasattr(args, "steps"):
+        changes["steps"] = min(args.steps, 3)
+    print("in float32, for the outputs:")
+    made = measure_all(argparse.Namespace(**{**vars(args), **changes}))
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    print("timed:")
+    return made
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -163,6 +249,9 @@ def parser(description: str | None, *, rounds: int, dtype: bool = True) -> argpa
 def base_of(args: argparse.Namespace) -> Base:
     """The base and dtype of the arguments."""
     args.dtype = args.dtype or ("bf16" if torch.device(args.device).type == "cuda" else "fp32")
+    if args.random_weights and torch.device(args.device).type == "cuda":
+        with torch.device(args.device):  # where a billion random numbers take no time
+            return random_base(args.base, DTYPES[args.dtype]).to(args.device)
     return load_base(args.base, device=args.device, dtype=DTYPES[args.dtype], random_weights=args.random_weights)
 
 

@@ -23,7 +23,6 @@ import torch
 from adapter_training import Side, as_the_reference
 from ctrlora_sampling import SHIPPED, EveryStep, made_up, shipped
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from controlkit.bases.base import Base
 from controlkit.sampling.plan import ActiveControl
@@ -92,10 +91,7 @@ def measure_ways(
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     operations: dict[str, int] = {}
     for way, run in ways.items():  # also warms up
-        counter = FlopCounterMode(display=False)
-        with counter:
-            run(0)
-        operations[way] = counter.get_total_flops()
+        operations[way] = measure.operations(lambda run=run: run(0))  # type: ignore[misc]
     for number in range(rounds):
         for way, run in ways.items():
             clock = Clock(device)
@@ -120,19 +116,6 @@ def measure_ways(
             }
         )
     return cases
-
-
-def product_rate(device: torch.device, dtype: torch.dtype, side: int = 2048) -> float:
-    """Floating-point operations a second of the product of two square matrices, the best of several."""
-    a = torch.randn(side, side, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(8):
-        measure.synchronise(device)
-        started = time.perf_counter()
-        torch.mm(a, a)
-        measure.synchronise(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
 
 
 def sampling_ways(base: Base, args: argparse.Namespace) -> tuple[dict[str, Callable[[int], Any]], list[nn.Module]]:
@@ -206,7 +189,7 @@ def main() -> None:
     args = parser.parse_args()
     base = measure.base_of(args)
     args.size = args.size or base.size
-    rate = product_rate(base.device, base.dtype)
+    rate = measure.product_rate(base.device, base.dtype)
     networks: dict[str, list[nn.Module]] = {
         "autoencoder": [base.vae.encoder, base.vae.decoder],
         "text encoder": list(base.text_encoders),

@@ -30,7 +30,8 @@ def toy(base_folder):
 
     def made(**changes):
         settings = {"base": str(base_folder), "size": 64, "device": "cpu", "dtype": "fp32", "rounds": 1, "warm_up": 0}
-        return argparse.Namespace(**{**settings, "random_weights": False, "out": None, **changes})
+        settings |= {"random_weights": False, "out": None, "graphs": "auto", "compiled": False}
+        return argparse.Namespace(**{**settings, **changes})
 
     return made
 
@@ -158,7 +159,7 @@ def test_help_starts(capsys):
 
 
 def test_what_pays_compares_outputs(toy):
-    rows = what_pays.measure_all(toy(batch=2, rank=2, compiled=False, only=None))
+    rows = what_pays.measure_all(toy(batch=2, rank=2, only=None))
     names = {row["switch"] for row in rows}
     assert {"channels_last", "fused optimiser", "LoRA folded", "guidance in one batch"} <= names
     for row in rows:

@@ -207,7 +207,7 @@ def test_no_source_of_data_or_two_are_refused(recipe):
         ({"icons": None}, "missing-setting"),
         ({"pairs": "pairs"}, "contradiction", "not icons and pairs"),
     ):
-        with refused(code, "icons, multigen or pairs", *facts):
+        with refused(code, "icons, multigen, pairs or scenes", *facts):
             recipes()["ctrlora-base"](**{**vars(recipe), **change})
 
 
