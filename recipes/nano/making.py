@@ -63,6 +63,8 @@ class MakeSettings:
     """Images on which modes, guidance scales and weights are compared."""
     sampling_steps: int = 20
     """DDIM steps."""
+    gallery_steps: int = 900
+    """Optimiser steps of each LoRA on the sheet of docs/generate.md."""
     new_condition: tuple[str, ...] = ()
     """Settings of the study new-condition, `key=value`."""
     several_conditions: tuple[str, ...] = ("images=32",)

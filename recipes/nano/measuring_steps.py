@@ -16,7 +16,7 @@ from pages import marked, pages, render, without_figures
 from steps import Outcome, Step, digest
 from workshop import Workshop, made_of_files
 
-from controlkit.files import write_atomically
+from controlkit.files import sha256_of, write_atomically
 
 _GUIDANCE = (
     *(("balanced", scale, 1.0) for scale in (1.0, 2.0, 3.0)),
@@ -37,7 +37,7 @@ class MeasuringSteps:
 
     def steps(self) -> list[Step]:
         """All of them, in order."""
-        return [*self._evaluations(), *self._studies(), self._demo(), self._pages()]
+        return [*self._evaluations(), *self._studies(), self._demo(), self._gallery(), self._pages()]
 
     def _report(
         self,
@@ -257,6 +257,28 @@ class MeasuringSteps:
             minutes=0.3,
         )
 
+    def _gallery(self) -> Step:
+        sheet, script = self.shop.images / "generate.png", self.root / RECIPES / "gallery.py"
+        reads = (*self.shop.base, self.shop.control("canny"), self.shop.icons, script)
+        steps = str(self.settings.gallery_steps)
+
+        def run() -> Outcome:
+            key = sha256_of(*(digest(path) or "" for path in reads), steps)[:12]
+            where = ["--icons", str(self.shop.icons), "--work", str(self.shop.made / "gallery" / key)]
+            command = [sys.executable, str(script), *where, "--steps", steps, "--out", str(sheet)]
+            subprocess.run(command, cwd=self.root, env=self.shop.environment, check=True)
+            return Outcome()
+
+        return Step(
+            name="gallery",
+            what="the sheet of what generate can do, with two LoRAs",
+            inputs=reads,
+            outputs=(sheet,),
+            settings={"steps": steps},
+            run=run,
+            minutes=12,
+        )
+
     def _pages(self) -> Step:
         texts = {page: page.read_text(encoding="utf-8") for page in pages(self.root)}
         found = {page: text for page, text in texts.items() if marked(text)}
@@ -281,7 +303,6 @@ class MeasuringSteps:
             settings={"pages": around, "figures": digest(Path(__file__).with_name("figures.py"))},
             run=run,
             minutes=0.1,
-            intermediate=True,
             optional_inputs=True,
         )
 

@@ -123,21 +123,25 @@ class Workshop:
 
     # Commands
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables with which the staged package is imported."""
+        found = {name: value for name, value in os.environ.items() if name != "CONTROLKIT_NANO"}
+        path = [str(self.staged / "src"), *filter(None, [found.get("PYTHONPATH")])]
+        return {**found, "PYTHONPATH": os.pathsep.join(path)}
+
     def run(self, arguments: Sequence[str], *, minutes: float | None = None) -> Run:
         """Run `controlkit` on the staged package; Ctrl-C, and the end of `minutes`, interrupt it as a person would.
 
         Raises:
             UserError: it fails.
         """
-        environment = {name: value for name, value in os.environ.items() if name != "CONTROLKIT_NANO"}
-        path = [str(self.staged / "src"), *filter(None, [environment.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(path)
         interrupted = False
         with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
             process = subprocess.Popen(
                 [sys.executable, "-m", "controlkit", *arguments],
                 cwd=self.root,
-                env=environment,
+                env=self.environment,
                 stdout=printed,
                 start_new_session=True,  # Ctrl-C comes from here alone: a second one would end it without its state
             )

@@ -426,6 +426,7 @@ SMALL = {
     "adapter_images": "2",
     "guidance_images": "2",
     "sampling_steps": "2",
+    "gallery_steps": "1",
     "several_conditions": "[images=2, sampling_steps=2, 'timed=[1,2]']",
     "community_model": "[images=2, sampling_steps=2, steps=2, batch_size=2]",
     "new_condition": (

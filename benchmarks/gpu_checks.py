@@ -1,0 +1,205 @@
+"""What has to hold on a GPU before anything is timed there.
+
+    python benchmarks/gpu_checks.py --device cuda --out checks.json
+
+On nano, in float32:
+
+- sampling: every system that takes one image draws with CUDA graphs what it draws without, to 1e-4; so does the base
+  alone, under every solver of nano. Systems that act inside the base's pass run eagerly, and say so;
+- training: a ControlNet and a CtrLoRA adapter end with graphs, and with data workers, with the states (weights and
+  moments) that they have without, to 1e-4 and 1e-5;
+- resume: a run that was stopped in the middle ends with the weights of one that was not, to 1e-5.
+
+Says of each whether graphs or eager calls ran. Status 1 if a difference is above its bound, or if on CUDA `auto` ran
+eagerly where a graph is possible. On the CPU everything runs eagerly, and the comparison is of two eager runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from controlkit import conditions
+from controlkit.bases.base import Base
+from controlkit.bases.load import load_base
+from controlkit.controls.control import Acts, encode_images, takes_one_image
+from controlkit.controls.registry import registry
+from controlkit.evaluation.sets import evaluation_set
+from controlkit.files import write_json
+from controlkit.images import to_tensor
+from controlkit.sampling.graphs import NetworkCalls
+from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.sampler import sample
+from controlkit.training.recipes import build_recipe
+from controlkit.training.run import run_recipe
+
+BOUND, RESUMED_BOUND = 1e-4, 1e-5
+STEPS = 10
+"""Of sampling: enough that a capture pays."""
+SOLVERS = ("ddim", "dpm++", "unipc", "ddpm")
+TRAINED = {
+    "controlnet": {"system": "controlnet"},
+    "ctrlora": {"system": "ctrlora-adapter", "rank": 4, "control": "nano/base"},
+}
+
+
+@dataclass
+class Check:
+    """One comparison."""
+
+    name: str
+    ran: str
+    """`graph`, or `eager` with the reason."""
+    difference: float
+    bound: float
+    graph_expected: bool = False
+    """Whether eager calls are a failure on CUDA."""
+
+    def passed(self, device: torch.device) -> bool:
+        """Whether the difference is within its bound, and graphs ran where they should."""
+        eager = self.graph_expected and device.type == "cuda" and not self.ran.startswith("graph")
+        return self.difference <= self.bound and not eager
+
+
+def sampling_checks(base: Base) -> Iterator[Check]:
+    """Images with graphs against images without."""
+    drawing = evaluation_set("held-out").examples[0]
+    image = to_tensor([conditions.find("canny")(drawing.image)]).to(base.device)
+
+    def drawn(mode: str, uses: list[ActiveControl], **settings: Any) -> tuple[Tensor, str]:
+        calls = NetworkCalls(base, mode)
+        batches = sample(base, prompt=drawing.caption, seeds=(3, 4), uses=uses, steps=STEPS, calls=calls, **settings)
+        return torch.cat(list(batches)), ran_as(calls.report.to_json())
+
+    def check(name: str, uses: list[ActiveControl], *, graph_expected: bool, **settings: Any) -> Check:
+        eager, _ = drawn("off", uses, **settings)
+        made, ran = drawn("auto", uses, **settings)
+        again, _ = drawn("auto", uses, **settings)  # from graphs that were captured before
+        difference = max(measure.largest_difference(eager, each) for each in (made, again))
+        return Check(f"sampling: {name}", ran, difference, BOUND, graph_expected)
+
+    for solver in SOLVERS:
+        yield check(f"no control, {solver}", [], graph_expected=True, sampler=solver)
+    for kind in registry().values():
+        if not kind.__module__.startswith("controlkit.controls.") or not takes_one_image(kind):
+            continue
+        torch.manual_seed(0)
+        control = kind.for_base(base).to(base.device).eval().requires_grad_(False)
+        with torch.no_grad():
+            for parameter in control.parameters():
+                parameter += 0.02 * torch.randn(parameter.shape).to(parameter)
+        if len(control.conditions) > 1:
+            control = control.for_condition(control.conditions[0])
+        use = ActiveControl(control, encode_images(control, image, base))
+        yield check(kind.kind, [use], graph_expected=Acts.TAPS not in control.acts)
+
+
+def ran_as(report: dict[str, Any]) -> str:
+    """`graph` if any call did, else `eager` with the reasons."""
+    if not report["graph"]:
+        return f"eager: {', '.join(report['why'])}"
+    rest = f"; {report['eager']} eager ({', '.join(report['why'])})" if report["eager"] else ""
+    return f"graph, {report['graph']} calls{rest}"
+
+
+def write_pairs(folder: Path, count: int = 24) -> None:
+    """Pairs of held-out images and their edges."""
+    for name in ("target", "source"):
+        (folder / name).mkdir(parents=True)
+    canny = conditions.find("canny")
+    lines = []
+    for number, example in enumerate(evaluation_set("held-out").examples[:count]):
+        Image.fromarray(example.image).save(folder / "target" / f"{number}.png")
+        Image.fromarray(canny(example.image)).save(folder / "source" / f"{number}.png")
+        lines.append(
+            f'{{"target": "target/{number}.png", "source": "source/{number}.png", "prompt": "{example.caption}"}}'
+        )
+    (folder / "prompt.json").write_text("\n".join(lines), encoding="utf-8")
+
+
+def training_checks(device: str, folder: Path, steps: int = 6) -> Iterator[Check]:
+    """Runs with graphs, with workers and resumed against plain ones."""
+    write_pairs(folder / "pairs")
+
+    def run(name: str, system: dict[str, Any], **changes: Any) -> tuple[dict[str, Tensor], str]:
+        settings = {
+            **system,
+            "name": "canny",
+            "condition": "canny",
+            "pairs": str(folder / "pairs"),
+            "out": str(folder / name),
+            "steps": steps,
+            "batch_size": 4,
+            "learning_rate": 1e-4,
+            "warmup_steps": 0,
+            "min_lr_rate": 1.0,  # constant, whatever the number of steps
+            "log_every": 2,
+            "save_every": 3,
+            "preview_every": 1000,
+            "score_pictures": 1,
+            "precision": "fp32",
+            "device": device,
+            "held_out": 0.2,
+            **changes,
+        }
+        trained = run_recipe(build_recipe(settings, origin="gpu_checks"))
+        state = load_file(str(folder / name / "state.safetensors"))
+        return {key: value for key, value in state.items() if value.is_floating_point()}, trained.base_runs
+
+    for kind, system in TRAINED.items():
+        plain, _ = run(f"{kind}-plain", system, graphs="off", data_workers=0)
+        graphed, ran = run(f"{kind}-graphs", system, graphs="auto", data_workers=0)
+        yield Check(f"training {kind}: graphs", ran, apart(plain, graphed), BOUND, graph_expected=True)
+        ahead, ran = run(f"{kind}-workers", system, graphs="off", data_workers=2)
+        yield Check(f"training {kind}: data workers", ran, apart(plain, ahead), RESUMED_BOUND)
+        run(f"{kind}-resumed", system, graphs="auto", steps=3)
+        resumed, ran = run(f"{kind}-resumed", system, graphs="auto")
+        yield Check(f"training {kind}: resumed", ran, apart(graphed, resumed), RESUMED_BOUND)
+
+
+def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Largest difference of the states of two runs."""
+    if a.keys() != b.keys():
+        raise SystemExit(f"states differ in their tensors: {sorted(a.keys() ^ b.keys())[:4]}")
+    return max(measure.largest_difference(a[key], b[key]) for key in a)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all checks, print and write them; 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", choices=("sampling", "training"), default=None)
+    parser.add_argument("--out", type=Path, default=None, help="JSON file")
+    args = parser.parse_args(arguments)
+    device = torch.device(args.device)
+    checks: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        parts: dict[str, Callable[[], Iterator[Check]]] = {
+            "sampling": lambda: sampling_checks(load_base("nano", device=args.device)),
+            "training": lambda: training_checks(args.device, Path(folder)),
+        }
+        for name, part in parts.items():
+            if args.only not in (None, name):
+                continue
+            for check in part():
+                passed = check.passed(device)
+                print(f"{'ok  ' if passed else 'FAIL'} {check.name}: {check.difference:.2g} ({check.ran})", flush=True)
+                checks.append({**asdict(check), "passed": passed})
+                if args.out is not None:  # what is known counts, whatever happens next
+                    write_json(args.out, {"machine": measure.machine(device), "checks": checks})
+    return 0 if all(check["passed"] for check in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
