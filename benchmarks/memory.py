@@ -34,7 +34,6 @@ from torch.utils._pytree import tree_leaves
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.bases.random import random_base
-from controlkit.bases.text import Text
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
@@ -188,7 +187,8 @@ def take_step(built: Built, optimizer: torch.optim.Optimizer, latent: int, batch
         return torch.zeros(shape, device=device)
 
     z, t = empty(batch, base.latent_channels, latent, latent), torch.ones(batch, dtype=torch.long, device=device)
-    text = Text(empty(batch, base.tokenizer.model_max_length, base.unet.config.cross_attention_dim))
+    with device:
+        text = base.zero_text().expand(batch)
     with autocast():
         residuals = None
         if built.control is not None:
