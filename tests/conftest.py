@@ -93,6 +93,7 @@ def sd1_scheduled_base(tiny_base):
         vae=tiny_base.vae,
         unet=tiny_base.unet,
         scheduler_config=tiny.SD1_SCHEDULE,
+        defaults={"image_encoder": tiny_base.default_image_encoder},
     )
 
 

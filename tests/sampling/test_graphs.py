@@ -9,6 +9,7 @@ import pytest
 import torch
 from fake_graphs import CalledAgain, graphs_on_cpu
 
+from controlkit.controls.control import takes_one_image
 from controlkit.controls.registry import registry
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
@@ -87,7 +88,7 @@ def test_several_controls_and_batches(tiny_base, use):
 
 
 @pytest.mark.parametrize(
-    "kind", [name for name, each in registry().items() if each.companion is None and len(each.inputs) == 1]
+    "kind", [name for name, each in registry().items() if each.companion is None and takes_one_image(each)]
 )
 def test_every_system_of_one_image(kind, sd1_scheduled_base, condition_image):
     base = sd1_scheduled_base
