@@ -437,6 +437,11 @@ class Control(nn.Module, ABC):
         none."""
         return None
 
+    def copied_from(self, base: Base) -> Mapping[str, Tensor]:
+        """The tensors of a new control for `base` that are made from the base alone, by their names in
+        `copied_network`; others are ignored."""
+        return base.denoiser.state_dict()
+
     def mark_transferred(self) -> None:
         """Called before its weights are transferred to another base."""
 

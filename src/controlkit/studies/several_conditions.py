@@ -36,7 +36,7 @@ from controlkit.evaluation.settings import (
     examples_settings,
     seeds_of,
 )
-from controlkit.formats.load import load_control, shipped_controls
+from controlkit.formats.load import load_control
 from controlkit.images import contact_sheet, to_tensor, write_png
 from controlkit.sampling.request import DEFAULT_STEPS, mode_name
 from controlkit.sampling.settings import base_settings, sampling_settings, versions
@@ -59,8 +59,7 @@ class SeveralConditions:
     device: str = "auto"
     """`cpu`, `cuda`, `mps`, or `auto` for the best available."""
     mixes: tuple[str, ...] = ("palette+lineart", "palette+nano/canny", "lineart+silhouette")
-    """Controls of one condition image that act together, names or files joined by `+`; `NAME` may stand for
-    `nano/NAME`."""
+    """Controls of one condition image that act together, names or files joined by `+`."""
     weight: float = 1.0
     """Weight of every control, alone and together."""
     mode: str | None = None
@@ -133,10 +132,7 @@ def run_several_conditions(settings: SeveralConditions) -> StudyResult:
 
 
 def _loaded(name: str, base: Base, shared: dict[str, Control]) -> Control:
-    """A control by name, or as `nano/NAME`."""
-    shipped = shipped_controls()
-    known = f"nano/{name}" if name not in shipped and f"nano/{name}" in shipped else name
-    control = load_control(known, base, shared=shared)
+    control = load_control(name, base, shared=shared)
     if not takes_one_image(control) or control.condition is None:
         raise UserError(
             f"{name} is {control.title}; the study needs controls of one condition image whose file records one"
