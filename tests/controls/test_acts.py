@@ -3,12 +3,11 @@ that a plan changes when work is done and never what comes out."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from made_up import Adding, Member, Stateful, Tapping, Telling
 from torch import nn
+from without_plan import naive
 
 import tiny
 from controlkit.bases.residuals import Residuals
@@ -16,11 +15,10 @@ from controlkit.bases.taps import Tap
 from controlkit.bases.text import concatenate
 from controlkit.controls.apply import predict_under
 from controlkit.controls.control import Acts, Reads
-from controlkit.controls.hints import expand
 from controlkit.images import to_tensor
 from controlkit.sampling.plan import ActiveControl, Plan
 from controlkit.sampling.residual_cache import ResidualCache, digest
-from controlkit.sampling.sampler import initial_noise, sample, sample_prompts
+from controlkit.sampling.sampler import sample, sample_prompts
 from refusals import refused
 
 STEPS = 4
@@ -279,13 +277,15 @@ class TestTokens:
 
     def test_or_those_that_stand_for_none_with_its_weight(self, tiny_base, hint, texts):
         class Nulled(Telling):
-            def null_tokens(self, tokens):
-                return torch.full_like(tokens, 3.0)
+            def unconditional(self, hint):
+                return torch.full_like(hint, 3.0)
 
-        length = texts[0].tokens.shape[1]
-        plan = Plan([ActiveControl(Nulled(tiny_base), hint, 0.5, conditional_only=True)], TIMES, texts)
-        assert (plan.text(0)[0].tokens[:, length:] == 1.5).all()
-        assert torch.equal(plan.text(0)[1].tokens[:, length:], Telling(tiny_base).tokens(hint) * 0.5)
+        length, told = texts[0].tokens.shape[1], Telling(tiny_base)
+        for half in (True, False):
+            plan = Plan([ActiveControl(Nulled(tiny_base), hint, 0.5, conditional_only=half)], TIMES, texts)
+            nothing, own = (part.tokens[:, length:] for part in plan.text(0))
+            assert torch.equal(nothing, told.tokens(torch.full_like(hint, 3.0)) * 0.5)
+            assert torch.equal(own, told.tokens(hint) * 0.5)
 
     def test_they_are_there_from_start_to_end_and_in_the_order_of_the_request(self, tiny_base, hint, texts):
         first, second = Telling(tiny_base), Telling(tiny_base, scale=-1.0)
@@ -359,46 +359,6 @@ class OneRow(Adding):
         return super().forward(x_t, t, text, hint).rows(0, 1)
 
 
-@torch.no_grad()
-def naive(base, uses, prompts, seeds, steps=STEPS, guidance=4.0):
-    """Image by image, half by half and step by step, without a plan."""
-    images = []
-    for number, seed in enumerate(seeds):
-        solver = base.schedule.solver("ddim", steps, base.device, base.name)
-        x_t = initial_noise(base, [seed], base.size, base.size) * solver.initial
-        own = [use.of_images(slice(number, number + 1)) for use in uses]
-        for index, t in enumerate(solver.timesteps):
-            acting = [use for use in own if use.acts_at(index, steps)]
-            halves = []
-            for positive, prompt in enumerate(("", prompts[number % len(prompts)])):
-                text = base.encode_text([prompt])
-                halves.append(one_call(base, acting, x_t, t.expand(1), text, positive=bool(positive)))
-            x_t = solver.step(halves[0] + guidance * (halves[1] - halves[0]), x_t, index)
-        images.append((base.decode(x_t) + 1) / 2)
-    return torch.cat(images)
-
-
-def one_call(base, uses, x_t, t, text, *, positive):
-    told = text
-    for use in uses:
-        if Acts.TOKENS in use.control.acts:
-            acts = positive or not use.conditional_only
-            told = told.extended(use.control.tokens(use.hint) * (use.weight if acts else 0))
-    total, taps = Residuals(), {}
-    for use in uses:
-        control, read = use.control, told if use.control.reads_tokens else text
-        if use.conditional_only and not positive:
-            continue
-        if Acts.RESIDUALS in control.acts:
-            total = total + control(x_t if Reads.NOISE in control.reads else None, t, read, use.hint).scaled(use.weight)
-        if Acts.TAPS in control.acts:
-            hint = expand(use.hint, 1)
-            for point, tap in control.taps(base, x_t, t, read, hint).items():
-                scaled = partial(lambda stream, tap, weight: tap.function(stream) * weight, tap=tap, weight=use.weight)
-                taps.setdefault(point, []).append(Tap(function=scaled))
-    return base.predict(x_t, t, told, total, taps)
-
-
 class TestPlan:
     """Every way to act at once, against a loop that knows no plan."""
 
@@ -428,7 +388,7 @@ class TestPlan:
     @pytest.mark.parametrize("count", [1, 3], ids=["one hint for all", "a hint for each image"])
     def test_it_draws_what_a_loop_without_one_draws(self, tiny_base, images, count, batch_size):
         prompts = ["red apple", "cat face", "sailboat"][:count]
-        expected = naive(tiny_base, self.uses(tiny_base, images[:count]), prompts, (1, 2, 3))
+        expected = naive(tiny_base, self.uses(tiny_base, images[:count]), prompts, (1, 2, 3), STEPS, 4.0)
         uses = self.uses(tiny_base, images[:count])
         settings = {"steps": STEPS, "guidance": 4.0, "batch_size": batch_size}
         made = torch.cat(list(sample_prompts(tiny_base, prompts=prompts, seeds=(1, 2, 3), uses=uses, **settings)))

@@ -8,14 +8,47 @@ import pytest
 import torch
 
 from controlkit.apps.cli import main
+from controlkit.bases.load import load_base
+from controlkit.controls.apply import predict_under
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.controls.registry import registry
 from controlkit.formats.convert import convert
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.formats.transfer import transfer
+from controlkit.images import to_tensor
 from controlkit.nano.base_objective import save_base
 from refusals import check, refused
-from tiny import build_tiny_base, fresh_control, randomise_zero_convolutions
+from tiny import any_hint, build_tiny_base, fresh_control, randomise_zero_convolutions
+
+SYSTEMS = {kind.kind: kind for kind in registry().values() if kind.__module__.startswith("controlkit.controls.")}
+OPTIONS = {"controlnet-xs": {"size_ratio": 0.5}}  # the tiny base divides no smaller
+
+
+def variants(name, base):
+    """Fresh controls of a system for `base`, whose random weights are the same for every base."""
+    kind = SYSTEMS[name]
+    torch.manual_seed(3)
+    options = OPTIONS.get(name, {})
+    made = {"": kind.for_base(base, **options)} if kind.companion is not None else kind.variants(base, **options)
+    return {variant: control.eval().requires_grad_(False) for variant, control in made.items()}
+
+
+def trained(control):
+    """The control with other weights."""
+    torch.manual_seed(4)
+    for parameter in control.parameters():
+        parameter.add_(torch.randn(parameter.shape) * 0.05)
+    return control
+
+
+def saved(control, base, folder):
+    """The file of a control, with its companion's beside it."""
+    companion = control.shared_network
+    if control.companion is not None:
+        save_control(folder / "companion.safetensors", companion, base, dtype=torch.float32)
+    name = "companion" if control.companion is not None else None
+    return save_control(folder / "control.safetensors", control, base, companion=name, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +165,46 @@ def test_adapters_go_along_with_their_base_control(tiny_base, other, base_folder
     save_control(tmp_path / "stranger.safetensors", stranger, other)
     with refused("incompatible", adapter, "base control", old, tmp_path / "stranger.safetensors"):
         load_control(f"{adapter}+{tmp_path / 'stranger.safetensors'}", other)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_acts_on_another_base_of_the_family_as_it_is(name, tiny_base, other, tmp_path, condition_image):
+    path = saved(trained(variants(name, tiny_base)[""]), tiny_base, tmp_path)
+    control = load_control(path, other)
+    if len(control.conditions) > 1:
+        control = control.for_condition(control.conditions[0])
+    images, inputs = to_tensor([condition_image]), (torch.randn(1, 4, 16, 16), torch.tensor([500]))
+    text = other.encode_text(["red apple"])
+    with torch.no_grad():
+        made = predict_under(control, other, *inputs, text, any_hint(control, images, other))
+        assert made.isfinite().all()
+        assert (made - other.predict(*inputs, text)).abs().max() > 1e-4
+    with refused("incompatible", path, "nano"):
+        load_control(path, load_base("nano"))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_is_transferred_by_offset_or_refused_in_words(
+    name, tiny_base, other, base_folder, tmp_path, capsys
+):
+    """The offset is that of a new control for the other base from a new one for its own, on every tensor."""
+    fresh, elsewhere = variants(name, tiny_base), variants(name, other)
+    if fresh[""].copied_network() is None:
+        with refused("unsupported", SYSTEMS[name].title, "as it is"):
+            transfer(fresh[""], tiny_base, other)
+        save_base(other, tmp_path / "other")
+        path = saved(fresh[""], tiny_base, tmp_path)
+        bases = ["--from", str(base_folder), "--to", str(tmp_path / "other")]
+        assert main(["transfer", str(path), *bases, "--out", str(tmp_path / "out.safetensors")]) == 2
+        instead = "base control" if SYSTEMS[name].companion is not None else "unchanged"
+        check(capsys.readouterr().err, "wrong-kind", path, name, instead)
+        return
+    for variant, control in fresh.items():
+        before = {key: value.clone() for key, value in control.file_state().items()}
+        offset = {key: value - before[key] for key, value in elsewhere[variant].file_state().items()}
+        assert any(change.abs().max() > 1e-3 for change in offset.values())
+        known = {key: value.clone() for key, value in trained(control).file_state().items()}
+        made, _ = transfer(control, tiny_base, other)
+        for key, value in made.file_state().items():
+            assert torch.allclose(value, known[key] + offset[key], atol=1e-5), (variant, key)
+        assert all(torch.equal(value, known[key]) for key, value in control.file_state().items())

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.controls.registry import find
 from controlkit.formats.load import save_control
 from controlkit.studies import several_conditions as study
 from controlkit.studies.several_conditions import SeveralConditions, run_several_conditions
@@ -156,3 +157,31 @@ def test_a_mode_that_there_is_not_is_no_setting():
 def test_one_adapter_is_no_mix(adapters):
     with refused("contradiction", adapters[0], "two or more"):
         SeveralConditions(mixes=(adapters[0],))
+
+
+def test_controls_of_several_systems_are_judged_together(settings, adapters, tiny_base, tmp_path):
+    files = [adapters[0]]
+    for condition, system in (("canny", "controlnet"), ("silhouette", "t2i-adapter")):
+        torch.manual_seed(1)
+        control = find(system).for_base(tiny_base, condition)
+        with torch.no_grad():
+            for parameter in control.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+        files.append(str(save_control(tmp_path / f"{system}.safetensors", control, tiny_base)))
+    made = run_several_conditions(replace(settings, mixes=("+".join(files), "+".join(files[1:]))))
+    (fidelity,) = made.reports  # no two of them share a network, so there is no table of one pass for all
+    assert [row[1] for row in fidelity.rows] == files + files[1:]
+    assert any(note.startswith("together / alone is") for note in fidelity.notes)
+
+
+def test_conditions_that_lose_much_of_their_gap_are_named():
+    kept, lost = ("a+b", "a", 0.5, 0.4), ("a+b", "b", 0.5, 0.39)
+    assert study._kept([kept]) == "together / alone is at least 0.8 for every condition."
+    assert study._kept([kept, lost]) == "together / alone is below 0.8 for b in a+b (0.50 to 0.39)."
+
+
+def test_a_control_without_one_condition_is_refused(settings, tiny_base, tmp_path):
+    path = save_control(tmp_path / "several.safetensors", find("unicontrol").for_base(tiny_base), tiny_base)
+    other = save_control(tmp_path / "one.safetensors", find("t2i-adapter").for_base(tiny_base, "canny"), tiny_base)
+    with refused("wrong-kind", path, "a UniControl", "one condition"):
+        run_several_conditions(replace(settings, mixes=(f"{path}+{other}",)))

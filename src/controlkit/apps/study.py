@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 STUDIES = {
     "new-condition": "an adapter against a ControlNet on conditions new to the base control; ablation, ranks, pairs",
-    "several-conditions": "adapters together and alone: fidelity and cost",
+    "several-conditions": "controls together and alone: fidelity and cost",
     "community-model": "controls on fine-tuned bases, unchanged and transferred; a replaced text encoder",
     "task-instructions": "a UniControl under its tasks' instructions, with its HyperNet trained and frozen",
     "ambiguous-content": "the concept that results show under empty, right and conflicting prompts, by condition",

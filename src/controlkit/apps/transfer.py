@@ -14,7 +14,9 @@ from controlkit.apps.show import add_json, print_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
-    parser.add_argument("control", help="a ControlNet or a base control: a name or a file")
+    parser.add_argument(
+        "control", help="a control with a copy of its base's weights, such as a ControlNet: a name or a file"
+    )
     parser.add_argument("--from", dest="source", required=True, metavar="BASE", help="the base it was trained on")
     parser.add_argument("--to", dest="target", required=True, metavar="BASE", help="the base to transfer it to")
     parser.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write")

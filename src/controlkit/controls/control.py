@@ -173,10 +173,14 @@ class Control(nn.Module, ABC):
         """
         return {}
 
-    def unconditional(self, hint: Hint) -> Hint:
-        """The hint with which its taps run on the unconditional branch of CFG, where it acts on both: the same, or
-        none of the condition, if it was trained to leave that out."""
-        return hint
+    def unconditional(self, hint: Hint) -> Hint | None:
+        """The hint that stands for no condition, of the same shapes, if it was trained with one; else None.
+
+        The unconditional branch of CFG gets it for taps that act on both branches, which otherwise run with `hint`, and
+        for tokens, which otherwise are those of `hint`, or zeros if the control acts on the conditional branch only.
+        Residuals do not use it.
+        """
+        return None
 
     def replacements(self) -> Mapping[str, nn.Module]:
         """Path of a module of the base's denoiser -> module of the same interface that runs in its place.
@@ -188,14 +192,6 @@ class Control(nn.Module, ABC):
     def tokens(self, hint: Hint) -> Tensor:
         """Tokens `[B, n, D]` to append to those of the prompt; n is the same for every hint."""
         raise TypeError(f"{self.title} adds no tokens")
-
-    def null_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens of the unconditional branch if it acts on the conditional one only.
-
-        Args:
-            tokens: `[B, n, D]`, those of the conditional branch, whose shape they have.
-        """
-        return torch.zeros_like(tokens)
 
     def incompatibility(self, base: Base) -> str | None:
         """Why it cannot act on `base`, in a few words such as "its channels: 3, the base's: 4"; None if it can."""
@@ -440,6 +436,11 @@ class Control(nn.Module, ABC):
         """The network initialised as a copy of part of the base, which offset transfer shifts; None if there is
         none."""
         return None
+
+    def copied_from(self, base: Base) -> Mapping[str, Tensor]:
+        """The tensors of a new control for `base` that are made from the base alone, by their names in
+        `copied_network`; others are ignored."""
+        return base.denoiser.state_dict()
 
     def mark_transferred(self) -> None:
         """Called before its weights are transferred to another base."""

@@ -105,11 +105,7 @@ class PrecomputedControlNet(OneImage):
         network = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=channels)
         network = nn.Module.to(network, base.device, base.dtype)
         text = meta_text(base) if base.device.type == "meta" else base.encode_text([""])
-        with torch.no_grad():
-            x_t = torch.zeros(1, base.latent_channels, 1, 1, device=base.device, dtype=base.dtype)
-            embedded = base.embed_time(x_t, torch.zeros(1, device=base.device), text)
-            for resnet in _resnets(network):
-                resnet.conv1.bias += resnet.time_emb_proj(resnet.nonlinearity(embedded))[0]
+        network.load_state_dict(_biases_at_time_zero(network, base, text), strict=False)
         # Nothing else enters the stream that its output starts, which zero convolutions keep from the base.
         initialise_for_relu([network.controlnet_cond_embedding])
         new = cls(network, condition, prompt_tokens=None if reads_text else text.tokens.shape[1])
@@ -154,7 +150,12 @@ class PrecomputedControlNet(OneImage):
         return list(self.parameters())
 
     def copied_network(self) -> nn.Module:
-        return self.network
+        return self
+
+    def copied_from(self, base: Base) -> Mapping[str, Tensor]:
+        text = base.encode_text([""])
+        network = {**base.unet.state_dict(), **_biases_at_time_zero(base.unet, base, text)}
+        return {**{f"network.{name}": value for name, value in network.items()}, "empty_prompt": text.tokens}
 
     def config(self) -> dict[str, Any]:
         config = {**plain_config(self.network), _READS_TEXT: self.empty_prompt is None}
@@ -188,6 +189,18 @@ class PrecomputedControlNet(OneImage):
 
 def _resnets(network: nn.Module) -> list[ResnetBlock2D]:
     return [module for module in network.modules() if isinstance(module, ResnetBlock2D)]
+
+
+@torch.no_grad()
+def _biases_at_time_zero(network: nn.Module, base: Base, text: Text) -> dict[str, Tensor]:
+    """The biases of a UNet's or a ControlNet's first convolutions with what `base` adds to them at time 0, by name."""
+    x_t = torch.zeros(1, base.latent_channels, 1, 1, device=base.device, dtype=base.dtype)
+    embedded = base.embed_time(x_t, torch.zeros(1, device=base.device), text)
+    return {
+        f"{path}.conv1.bias": resnet.conv1.bias + resnet.time_emb_proj(resnet.nonlinearity(embedded))[0]
+        for path, resnet in network.named_modules()
+        if isinstance(resnet, ResnetBlock2D)
+    }
 
 
 def _attended(block: nn.Module, tokens: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Offset transfer of a control to another base of the same architecture.
 
 control of B = control of A + (B - A), on the weights that a control copies from its base (lllyasviel/ControlNet,
-tool_transfer_control.py). Zero convolutions and hint networks have no counterpart in a base and are kept.
+tool_transfer_control.py), or makes from them (`Control.copied_from`). Zero convolutions and hint networks have no
+counterpart in a base and are kept.
 """
 
 from __future__ import annotations
@@ -49,7 +50,6 @@ def transfer(control: Transferable, source: Base, target: Base) -> tuple[Transfe
     Raises:
         UserError: the bases have different shapes, or the control does not fit them.
     """
-    a, b = source.denoiser.state_dict(), target.denoiser.state_dict()
     transferred = copy.deepcopy(control)
     network = transferred.copied_network()
     if network is None:
@@ -59,6 +59,7 @@ def transfer(control: Transferable, source: Base, target: Base) -> tuple[Transfe
             "unsupported",
         )
     transferred.mark_transferred()
+    a, b = transferred.copied_from(source), transferred.copied_from(target)
     shifted = kept = 0
     offset_squared = source_squared = 0.0
     for name, value in network.state_dict().items():

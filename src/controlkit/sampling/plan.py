@@ -4,8 +4,8 @@ What a control reads decides. One that reads the noisy latent runs at every step
 runs ahead, batched over time, once per (condition, prompt); its residuals are shared by all images, and by later calls
 through a cache. Controls that share a network run in one pass. Taps act at every step within the pass of the base, on
 the rows of their control only. Where a control replaces modules of the base on one branch of guidance only, the base
-runs for each branch by itself. Tokens are appended to those of the prompt at the steps where their control acts; on a
-branch where it does not, its null tokens, which are zeros for most. A plan changes when work is done, never the result.
+runs for each branch by itself. Tokens are appended to those of the prompt at the steps where their control acts. The
+unconditional branch gets `Control.unconditional`. A plan changes when work is done, never the result.
 """
 
 from __future__ import annotations
@@ -163,9 +163,7 @@ class Plan:
         adding = [place for place, use in enumerate(uses) if Acts.RESIDUALS in use.control.acts]
         self._ahead = [place for place in adding if Reads.NOISE not in uses[place].control.reading]
         self._every = [place for place in adding if place not in self._ahead]
-        self._tokens = {
-            place: use.control.tokens(use.hint) for place, use in enumerate(uses) if Acts.TOKENS in use.control.acts
-        }
+        self._tokens = {place: _tokens(use) for place, use in enumerate(uses) if Acts.TOKENS in use.control.acts}
         self._tapping = [place for place, use in enumerate(uses) if Acts.TAPS in use.control.acts]
         self._replacing = {place: modules for place, use in enumerate(uses) if (modules := use.control.replacements())}
         for index in range(len(timesteps)) if self._replacing else ():
@@ -229,7 +227,8 @@ class Plan:
     @staticmethod
     def _hint_of_taps(use: ActiveControl, batch: int, parts: int) -> Hint:
         """The hint for each part of the batch, of which the last is the conditional one."""
-        unconditional = expand(use.control.unconditional(use.hint), batch)
+        null = use.control.unconditional(use.hint)
+        unconditional = expand(use.hint if null is None else null, batch)
         return concatenated([unconditional] * (parts - 1) + [expand(use.hint, batch)])
 
     def passes(self, index: int) -> list[tuple[int, int, dict[str, nn.Module]]]:
@@ -282,10 +281,9 @@ class Plan:
         if acting not in self._texts_of:
             texts = list(self.texts)
             for place in sorted(acting):
-                use, tokens = self.uses[place], self._tokens[place]
+                unconditional, conditional = self._tokens[place]
                 for number in range(len(texts)):
-                    acts = not use.conditional_only or number + 1 == len(texts)
-                    weighted = (tokens if acts else use.control.null_tokens(tokens)) * _one_weight(use)
+                    weighted = conditional if number + 1 == len(texts) else unconditional
                     rows = max(len(weighted), len(texts[number]))
                     texts[number] = texts[number].expand(rows).extended(weighted.expand(rows, *weighted.shape[1:]))
             self._texts_of[acting] = texts
@@ -478,6 +476,17 @@ def _tiled(hint: Hint, times: int) -> Hint:
 def _is_timed(control: Control) -> bool:
     """Whether its residuals differ between steps, also through tokens of controls that act at some steps only."""
     return Reads.TIME in control.reading or (control.reads_tokens and Reads.TEXT in control.reading)
+
+
+def _tokens(use: ActiveControl) -> tuple[Tensor, Tensor]:
+    """The weighted tokens of a control on the unconditional and on the conditional branch."""
+    conditional, null = use.control.tokens(use.hint), use.control.unconditional(use.hint)
+    if null is not None:
+        unconditional = use.control.tokens(null)
+    else:
+        unconditional = torch.zeros_like(conditional) if use.conditional_only else conditional
+    weight = _one_weight(use)
+    return unconditional * weight, conditional * weight
 
 
 def _one_weight(use: ActiveControl) -> float:

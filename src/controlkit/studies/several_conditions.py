@@ -1,14 +1,15 @@
-"""`controlkit study several-conditions`: fidelity and cost of several adapters of one base control together.
+"""`controlkit study several-conditions`: fidelity to each condition with several controls together, and their cost.
 
-CtrLoRA adds the residuals of several conditions (Xu et al. 2025, section 3.4). Here the adapters run in one batched
-pass. The study compares fidelity to each condition with that of each adapter alone, and the time with one pass per
-adapter. Samples and timings are stored in the folder of the study; running it again resumes.
+CtrLoRA adds the residuals of several conditions (Xu et al. 2025, section 3.4), and controls of any systems can be
+combined likewise. The study compares fidelity to each condition with that of its control alone. Controls that share a
+network run in one batched pass, whose time is compared with one pass each. Samples and timings are stored in the folder
+of the study; running it again resumes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
-from controlkit.controls.control import Control
-from controlkit.controls.ctrlora import CtrLoRA
+from controlkit.bases.residuals import Residuals
+from controlkit.controls.control import Control, residuals_together, takes_one_image
 from controlkit.errors import UserError
 from controlkit.evaluation.evaluate_control import EvalControl, generate_controlled
 from controlkit.evaluation.report import Report, Row, gap_closed
@@ -42,6 +42,8 @@ from controlkit.sampling.request import DEFAULT_STEPS, mode_name
 from controlkit.sampling.settings import base_settings, sampling_settings, versions
 from controlkit.studies.stored_results import StoredResults, StudyResult, study_settings, with_settings
 
+ENOUGH = 0.8
+"""Share of a condition's gap that it should keep in company."""
 _ROUNDS = 7
 _SHOWN = 8
 
@@ -56,18 +58,19 @@ class SeveralConditions:
     """The base."""
     device: str = "auto"
     """`cpu`, `cuda`, `mps`, or `auto` for the best available."""
-    mixes: tuple[str, ...] = ("palette+lineart", "palette+canny", "lineart+silhouette")
-    """Adapters that act together, names or files joined by `+`; a name means `nano/NAME` first."""
+    mixes: tuple[str, ...] = ("palette+lineart", "palette+nano/canny", "lineart+silhouette")
+    """Controls of one condition image that act together, names or files joined by `+`."""
     weight: float = 1.0
-    """Weight of every adapter, alone and together."""
+    """Weight of every control, alone and together."""
     mode: str | None = None
-    """Mode of the adapters (`ControlUse.mode`); null is that of the base."""
+    """Mode of the controls (`ControlUse.mode`); null is that of the base."""
     images: int = 48
     """Held-out images."""
     sampling_steps: int = DEFAULT_STEPS
     """DDIM steps."""
     timed: tuple[int, ...] = (1, 2, 3, 4)
-    """Numbers of conditions to time (those of the mixes in order, repeated if too few)."""
+    """Numbers of conditions to time, of controls that share a network (in the order of the mixes, repeated if too
+    few)."""
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.sampling_steps < 1 or not self.timed or min(self.timed) < 1:
@@ -82,7 +85,7 @@ class SeveralConditions:
         for mix in self.mixes:
             if len(set(mix.split("+"))) < max(2, len(mix.split("+"))):
                 raise UserError(
-                    f"{mix!r} is not a mix; join two or more different adapters with +, such as palette+lineart",
+                    f"{mix!r} is not a mix; join two or more different controls with +, such as palette+lineart",
                     "contradiction",
                 )
 
@@ -91,12 +94,12 @@ def run_several_conditions(settings: SeveralConditions) -> StudyResult:
     """Sample, score and time every mix.
 
     Raises:
-        UserError: a control is missing, is not an adapter, or records no condition.
+        UserError: a control is missing, takes more than one image, or records no single condition.
     """
     base = load_base(settings.base, device=settings.device)
     shared: dict[str, Control] = {}
     names = list(dict.fromkeys(name for mix in settings.mixes for name in mix.split("+")))
-    controls = {name: _adapter(name, base, shared) for name in names}
+    controls = {name: _loaded(name, base, shared) for name in names}
     images = evaluation_set("held-out").first(settings.images)
     mode = settings.mode or base.default_mode
     acting = {
@@ -109,7 +112,7 @@ def run_several_conditions(settings: SeveralConditions) -> StudyResult:
     fidelity, sheet = _fidelity(settings, base, controls, acting, images, stored)
     path = Path(settings.out) / "several-conditions.png"
     write_png(path, sheet)
-    speed = _speed(base, controls, acting, images, settings, stored)
+    speed = _speed(base, _sharing(controls), acting, images, settings, stored)
     shared_settings = study_settings(settings, base, mode=mode, weight=settings.weight)
     conditions_of = {
         name: condition_settings(conditions.find(control.condition or "")) for name, control in controls.items()
@@ -120,26 +123,39 @@ def run_several_conditions(settings: SeveralConditions) -> StudyResult:
         "seeds": seeds_of(len(images.examples)),
     }
     (fidelity,) = with_settings([fidelity], shared_settings | details)
+    if speed is None:
+        return StudyResult(reports=(fidelity,), files={"images": path})
     # Timing samples nothing, so its table has no mode.
     timing_settings = {"study": shared_settings["study"], "controls": details["controls"]}
     speed = replace(speed, settings={**base_settings(base), **timing_settings})
     return StudyResult(reports=(fidelity, speed), files={"images": path})
 
 
-def _adapter(name: str, base: Base, shared: dict[str, Control]) -> CtrLoRA:
-    try:
-        control = load_control(f"nano/{name}", base, shared=shared)
-    except UserError:
-        control = load_control(name, base, shared=shared)
-    if not isinstance(control, CtrLoRA) or control.condition is None:
-        raise UserError(f"{name} is not a CtrLoRA adapter with a recorded condition", "wrong-kind")
+def _loaded(name: str, base: Base, shared: dict[str, Control]) -> Control:
+    control = load_control(name, base, shared=shared)
+    if not takes_one_image(control) or control.condition is None:
+        raise UserError(
+            f"{name} is {control.title}; the study needs controls of one condition image whose file records one"
+            " condition",
+            "wrong-kind",
+        )
     return control
+
+
+def _sharing(controls: Mapping[str, Control]) -> dict[str, Control]:
+    """The most controls that share a network; empty without two."""
+    groups: dict[int, dict[str, Control]] = {}
+    for name, control in controls.items():
+        if control.shared_network is not None:
+            groups.setdefault(id(control.shared_network), {})[name] = control
+    largest = max(groups.values(), key=len, default={})
+    return largest if len(largest) > 1 else {}
 
 
 def _fidelity(
     settings: SeveralConditions,
     base: Base,
-    controls: dict[str, CtrLoRA],
+    controls: Mapping[str, Control],
     acting: dict[str, dict[str, Any]],
     images: EvaluationSet[Example],
     stored: StoredResults,
@@ -178,6 +194,7 @@ def _fidelity(
 
     alone = {name: generate([name]) for name in controls}
     rows: list[Row] = []
+    gaps: list[tuple[str, str, float, float]] = []
     strips: list[Sequence[np.ndarray]] = []
     titles: list[str] = []
     for mix in settings.mixes:
@@ -185,9 +202,11 @@ def _fidelity(
         together = generate(names)
         for name in names:
             others = [closed(name, alone[other]) for other in names if other != name]
-            rows.append((mix, name, closed(name, alone[name]), closed(name, together), max(others)))
-            strips += [condition_images[name][:_SHOWN], alone[name][:_SHOWN]]
-            titles += [f"{name}: condition", f"{name} alone"]
+            gaps.append((mix, name, closed(name, alone[name]), closed(name, together)))
+            rows.append((*gaps[-1], max(others)))
+            if f"{name} alone" not in titles:
+                strips += [condition_images[name][:_SHOWN], alone[name][:_SHOWN]]
+                titles += [f"{name}: condition", f"{name} alone"]
         strips.append(together[:_SHOWN])
         titles.append(mix)
     strips.append(targets[:_SHOWN])
@@ -195,21 +214,39 @@ def _fidelity(
         title=f"Fidelity to each condition, as gap closed ({len(targets)} images, weight {settings.weight:g})",
         columns=("mix", "condition", "alone", "together", "under the others alone"),
         rows=tuple(rows),
-        notes=("last column: fidelity to the condition under the other adapters, without its own.",),
+        notes=("last column: fidelity to the condition under the other controls, without its own.", _kept(gaps)),
     )
     cells = [[Image.fromarray(image) for image in strip] for strip in strips]
     return report, contact_sheet(cells, row_titles=[*titles, "target"], cell=80)
 
 
+def _kept(gaps: Sequence[tuple[str, str, float, float]]) -> str:
+    """Which conditions keep less than `ENOUGH` of their gap in company, as a note.
+
+    Args:
+        gaps: mix, condition, gap closed alone and together.
+    """
+    less = [
+        f"{name} in {mix} ({alone:.2f} to {together:.2f})"
+        for mix, name, alone, together in gaps
+        if together < ENOUGH * alone
+    ]
+    kept = f"below {ENOUGH} for {', '.join(less)}" if less else f"at least {ENOUGH} for every condition"
+    return f"together / alone is {kept}."
+
+
 def _speed(
     base: Base,
-    controls: dict[str, CtrLoRA],
+    controls: Mapping[str, Control],
     acting: dict[str, dict[str, Any]],
     images: EvaluationSet[Example],
     settings: SeveralConditions,
     stored: StoredResults,
-) -> Report:
-    """Time one batched pass against one pass per adapter, for one step of one image with guidance."""
+) -> Report | None:
+    """Time one batched pass of controls that share a network against one pass each, for one step of one image with
+    guidance; None without controls."""
+    if not controls:
+        return None
     names = list(controls)
     example = images.examples[0]
     machine = {"device": str(base.device), "threads": torch.get_num_threads(), "versions": versions()}
@@ -233,20 +270,26 @@ def _speed(
 
 
 @torch.inference_mode()
-def _times(base: Base, group: Sequence[CtrLoRA], example: Example) -> dict[str, float]:
+def _times(base: Base, group: Sequence[Control], example: Example) -> dict[str, float]:
     """Milliseconds of one pass for all of `group` and of one pass each, their ratio, and the largest difference."""
     text = base.encode_text(["", example.caption])
     t = torch.tensor([500, 500], device=base.device)
     images = [to_tensor([conditions.find(control.condition or "")(example.image)]) for control in group]
     hints = [control.encode(image.to(base.device), base) for control, image in zip(group, images, strict=True)]
 
-    def together() -> list[Tensor]:
-        return [residuals["middle"] for residuals in CtrLoRA.forward_together(group, None, t, text, hints)]
+    x_t = torch.zeros(2, base.latent_channels, *[base.size // base.factor] * 2, device=base.device, dtype=base.dtype)
 
-    def apart() -> list[Tensor]:
-        return [c(None, t, text, hint)["middle"] for c, hint in zip(group, hints, strict=True)]
+    def together() -> list[Residuals]:
+        return residuals_together(group, x_t, t, text, hints)
 
-    difference = max(float((a - b).abs().max()) for a, b in zip(together(), apart(), strict=True))
+    def apart() -> list[Residuals]:
+        return [control(x_t, t, text, hint) for control, hint in zip(group, hints, strict=True)]
+
+    difference = max(
+        float((one[site] - other[site]).abs().max())
+        for one, other in zip(together(), apart(), strict=True)
+        for site in one
+    )
     times: dict[str, list[float]] = {"together": [], "apart": []}
     for _ in range(_ROUNDS):
         for name, run in (("together", together), ("apart", apart)):

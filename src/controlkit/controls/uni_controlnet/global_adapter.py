@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from controlkit.bases.base import Base
 from controlkit.bases.image_encoders import CLIP_LARGE, embed_images, embedding_width
 from controlkit.controls.control import Acts, Control, OneImage, Reads, Training
 from controlkit.controls.encoder_copy.network import checked_config
-from controlkit.controls.hints import ConditionDrop, Hint
+from controlkit.controls.hints import ConditionDrop, Hint, map_hint
 from controlkit.controls.registry import control
 from controlkit.controls.uni_controlnet.formats import GLOBAL_FORMATS, GLOBAL_MODULES
 
@@ -176,9 +177,8 @@ class GlobalAdapter(OneImage):
         stream = self.ff1(self.norm1(hint.to(self.norm1.weight)))
         return self.ff2(self.norm2(stream)).unflatten(1, (self.widths["token_count"], -1))
 
-    def null_tokens(self, tokens: Tensor) -> Tensor:
-        nothing = self.norm1.weight.new_zeros(1, self.widths["embedding_width"])
-        return self.tokens(nothing).to(tokens).expand_as(tokens)
+    def unconditional(self, hint: Hint) -> Hint:
+        return map_hint(hint, torch.zeros_like)
 
     @property
     def conditional_only(self) -> bool:

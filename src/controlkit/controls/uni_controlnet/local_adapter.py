@@ -336,6 +336,15 @@ class LocalAdapter(Control):
     def copied_network(self) -> nn.Module:
         return self.network
 
+    def copied_from(self, base: Base) -> Mapping[str, Tensor]:
+        tensors = dict(base.unet.state_dict())
+        for level in range(len(self.network.down_blocks)):
+            for norm in (f"down_blocks.{level}.resnets.0.norm{number}" for number in (1, 2)):
+                if f"{norm}.weight" in tensors:
+                    tensors[f"{norm}.conv_gamma.bias"] = tensors[f"{norm}.weight"] - 1
+                    tensors[f"{norm}.conv_beta.bias"] = tensors[f"{norm}.bias"]
+        return tensors
+
     # Description
 
     @classmethod

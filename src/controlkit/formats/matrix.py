@@ -1,0 +1,129 @@
+"""Support matrix: what every system of the registry can do, as a table for docs.
+
+`python -m controlkit.formats.matrix` prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from controlkit.bases.base import Base
+from controlkit.bases.families import KNOWN_BASES
+from controlkit.bases.load import NANO
+from controlkit.bases.meta import meta_base
+from controlkit.controls.control import Acts, Control, Input
+from controlkit.controls.registry import companion_role, find, registry, trainings_of
+from controlkit.errors import UserError
+from controlkit.formats.native import formats_of
+
+_COLUMNS = (
+    "system",
+    "trains as",
+    "takes",
+    "acts by",
+    "modes by site, masks",
+    "file formats",
+    "to another base",
+    "bases",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Support:
+    """What one system can do."""
+
+    system: str
+    trainings: tuple[str, ...]
+    """Its systems in recipes."""
+    inputs: tuple[Input, ...]
+    acts: Acts
+    read: tuple[str, ...]
+    """Names of the file formats that are read."""
+    written: tuple[str, ...]
+    """Names of the file formats that are written."""
+    companion: str | None
+    """Short name of the control that it depends on."""
+    offset: bool
+    """Whether offset transfer moves it, or its companion, to another base; as it is it runs on every base that fits."""
+    bases: tuple[str, ...]
+    """`nano` and well-known bases for which it can be made."""
+
+    @property
+    def weighted_by_site(self) -> bool:
+        """Whether masks, layers and the modes that weight injection sites apply."""
+        return self.acts == Acts.RESIDUALS
+
+    def cells(self) -> tuple[str, ...]:
+        """Its row of the table."""
+        read_only = [f"{_code(name)} (read)" for name in self.read if name not in self.written]
+        formats = [_code(name) for name in self.written if name in self.read] + read_only
+        formats += [f"{_code(name)} (written)" for name in self.written if name not in self.read]
+        beside = "" if self.companion is None else f" of its {self.companion}"
+        return (
+            _code(self.system),
+            ", ".join(map(_code, self.trainings)),
+            _words_of(self.inputs),
+            ", ".join(flag.name.lower() for flag in self.acts if flag.name),
+            "yes" if self.weighted_by_site else "no",
+            ", ".join(formats),
+            f"as it is, or by offset{beside}" if self.offset else "as it is",
+            ", ".join(self.bases) or "none",
+        )
+
+
+def support_matrix() -> list[Support]:
+    """Every system of the registry; each is built for each base on the meta device."""
+    bases = {name: meta_base(name) for name in (NANO, *KNOWN_BASES)}
+    return [_support(kind, bases) for _, kind in sorted(registry().items())]
+
+
+def matrix_table() -> str:
+    """The support matrix in Markdown."""
+    rows = [_COLUMNS, ("---",) * len(_COLUMNS), *(each.cells() for each in support_matrix())]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows).replace("| --- |", "|---|").replace(" --- |", "---|")
+
+
+def _support(kind: type[Control], bases: Mapping[str, Base]) -> Support:
+    formats = formats_of(kind)
+    copying = kind if kind.companion is None else find(kind.companion)
+    return Support(
+        system=kind.kind,
+        trainings=tuple(training.system for training in trainings_of(kind)),
+        inputs=kind.inputs,
+        acts=kind.acts,
+        read=tuple(name for name, each in formats.items() if each.read is not None),
+        written=tuple(name for name, each in formats.items() if each.write is not None),
+        companion=None if kind.companion is None else companion_role(kind),
+        offset=copying.copied_network is not Control.copied_network,
+        bases=tuple(name for name, base in bases.items() if _can_be_made(kind, base)),
+    )
+
+
+def _can_be_made(kind: type[Control], base: Base) -> bool:
+    """Whether `base` supports a system, possibly with other options than the defaults."""
+    try:
+        with torch.device("meta"):
+            kind.for_base(base)
+    except UserError as error:
+        return error.code == "out-of-range"
+    return True
+
+
+def _words_of(inputs: tuple[Input, ...]) -> str:
+    images = [entry for entry in inputs if entry.kind == "image"]
+    values = [f"{entry.name}{'' if entry.required else ' (optional)'}" for entry in inputs if entry.kind == "value"]
+    if len(images) > 1:
+        some = any(not entry.required for entry in images)
+        return ", ".join([f"{'any of ' if some else ''}{len(images)} images", *values])
+    return ", ".join([*("an image" for _ in images), *values])
+
+
+def _code(name: str) -> str:
+    return f"`{name}`"
+
+
+if __name__ == "__main__":
+    print(matrix_table())

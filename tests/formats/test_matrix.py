@@ -1,0 +1,66 @@
+"""The support matrix says what is so, and the pages show it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from controlkit.bases.meta import meta_base
+from controlkit.controls.registry import find, registry
+from controlkit.formats import matrix
+from controlkit.formats.convert import format_names
+from controlkit.training.recipes import recipes
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"<!-- systems:matrix -->\n\n(.*?)\n\n<!-- /systems -->", re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def support():
+    return {each.system: each for each in matrix.support_matrix()}
+
+
+def test_pages_show_the_matrix_of_the_registry(support, monkeypatch):
+    monkeypatch.setattr(matrix, "support_matrix", lambda: list(support.values()))
+    table = matrix.matrix_table()
+    shown = {page.name: BLOCK.findall(page.read_text(encoding="utf-8")) for page in PAGES}
+    assert shown["systems.md"]
+    for page, blocks in shown.items():
+        for block in blocks:
+            assert block == table, f"{page} differs from `python -m controlkit.formats.matrix`:\n{table}"
+
+
+def test_it_has_every_system_with_its_recipes_and_formats(support):
+    assert set(support) == set(registry())
+    assert all(recipes()[system].control_class is find(name) for name in support for system in support[name].trainings)
+    named = {name for each in support.values() for name in (*each.read, *each.written)}
+    assert named == set(format_names())
+
+
+def test_offset_transfer_is_claimed_of_controls_with_a_copy(support, tiny_base):
+    for name, kind in registry().items():
+        options = {"size_ratio": 0.5} if name == "controlnet-xs" else {}  # the tiny base divides no smaller
+        control = find(kind.companion or name).for_base(tiny_base, **options)
+        assert support[name].offset == (control.copied_network() is not None), name
+
+
+def test_a_control_for_a_base_that_it_names_fits_that_base(support):
+    bases = {name: meta_base(name) for name in ("nano", "sdxl", "sd3-medium")}
+    for name, kind in registry().items():
+        assert "nano" in support[name].bases
+        for base, on_meta in bases.items():
+            if base in support[name].bases and name != "controlnet-xs":
+                with torch.device("meta"):
+                    assert kind.for_base(on_meta).incompatibility(on_meta) is None, (name, base)
+
+
+def test_a_system_of_ones_own_is_in_it(fresh_registry, monkeypatch):
+    monkeypatch.setattr(matrix, "KNOWN_BASES", {})
+    monkeypatch.setenv("CONTROLKIT_CONTROLS", str(ROOT / "examples" / "my_control.py"))
+    (own,) = [each for each in matrix.support_matrix() if each.system == "modulation"]
+    assert own.cells()[1:5] == ("`modulation`", "an image", "taps", "no")
+    assert "spade" in own.written and not own.offset
