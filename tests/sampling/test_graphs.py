@@ -88,7 +88,12 @@ def test_several_controls_and_batches(tiny_base, use):
 
 
 @pytest.mark.parametrize(
-    "kind", [name for name, each in registry().items() if each.companion is None and takes_one_image(each)]
+    "kind",
+    [
+        name
+        for name, each in registry().items()
+        if each.companion is None and takes_one_image(each) and len(each.inputs) == 1
+    ],
 )
 def test_every_system_of_one_image(kind, sd1_scheduled_base, condition_image):
     base = sd1_scheduled_base
