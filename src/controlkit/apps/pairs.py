@@ -3,8 +3,9 @@
     controlkit pairs photos --conditions canny,palette --size 512 --out pairs
     controlkit pairs --check pairs
 
-IMAGES are folders, globs in quotes, tar shards, or COCO annotation files. The pairs are listed in `pairs/pairs.jsonl`,
-which `controlkit adapt` reads. docs/pairs.md has all formats.
+IMAGES are folders, globs in quotes, tar shards, COCO annotation files, Parquet files with images, folders of
+`save_to_disk`, or datasets of the Hugging Face hub (hf://datasets/OWNER/NAME). The pairs are listed in
+`pairs/pairs.jsonl`, which `controlkit adapt` reads. docs/pairs.md has all formats.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def _make(args: argparse.Namespace) -> None:
     from controlkit.data.input_images import list_images
     from controlkit.data.making import MakeSettings
     from controlkit.data.readers.folders import two_captions_note
+    from controlkit.data.readers.image_tables import is_hub_dataset
 
     values = {name: getattr(args, name) for name in ("size", "buckets", "copy", "seed", "fixed") if hasattr(args, name)}
     settings = MakeSettings(conditions=tuple(name for name in args.conditions.split(",") if name.strip()), **values)
@@ -119,7 +121,7 @@ def _make(args: argparse.Namespace) -> None:
         workers=args.workers,
         shards=args.shards,
         engine=args.engine,
-        origin=[os.path.abspath(image) for image in args.images],
+        origin=[image if is_hub_dataset(image) else os.path.abspath(image) for image in args.images],
         progress=Progress("images", always=True),
     )
     _show(report, args.json)

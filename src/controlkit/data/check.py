@@ -65,7 +65,7 @@ class Problem:
 class CheckReport:
     """Result of a check."""
 
-    origin: Path
+    origin: Path | str
     conditions: list[str]
     pairs: int
     problems: list[Problem]
@@ -119,7 +119,11 @@ def check_pairs(
     # Column or folder name -> condition: the requested one, else what the name says.
     kinds = dict(zip(names, conditions or names, strict=True))
     if not names and not listing.problems:
-        raise UserError(f"{listing.origin} lists no condition images", "empty-data")
+        raise UserError(
+            f"{listing.origin} lists no condition images; make them: controlkit pairs {listing.origin} --conditions"
+            " canny --out DIR",
+            "empty-data",
+        )
     problems = [_entry_problem(text) for text in listing.problems]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         findings = list(pool.map(lambda record: _check_record(record, kinds), listing.records))

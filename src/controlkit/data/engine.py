@@ -22,7 +22,7 @@ from controlkit.data.readers.archives import shard_name
 from controlkit.data.readers.columns import captions_of
 from controlkit.data.readers.recognise import MANIFEST
 from controlkit.data.workers import cores, refuse_to_run_again, run_jobs
-from controlkit.errors import UserError
+from controlkit.errors import UserError, reason_of
 from controlkit.files import (
     decode_text,
     locked,
@@ -339,8 +339,8 @@ def _edited_prompts(manifest: Path) -> dict[str, str | list[str]]:
             prompts[str(entry["key"])] = captions[0] if len(captions) == 1 else list(captions)
         except (json.JSONDecodeError, KeyError, TypeError, UserError) as error:
             raise UserError(
-                f"line {number} of {manifest} is not a valid entry ({error!r}); correct it, or remove it to make the"
-                " pair again",
+                f"line {number} of {manifest} is not a valid entry ({reason_of(error)}); correct it, or remove it"
+                " to make the pair again",
                 "damaged-file",
             ) from error
     return prompts

@@ -1,17 +1,26 @@
-"""List the images to make pairs from: folders, globs, tar shards, COCO annotations."""
+"""List the images to make pairs from: folders, globs, tar shards, tables, COCO annotations."""
 
 from __future__ import annotations
 
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from controlkit.data.readers.archives import captions_and_metadata, image_of
 from controlkit.data.readers.coco import coco_images, object_parameters
+from controlkit.data.readers.image_tables import (
+    is_hub_dataset,
+    is_saved_dataset,
+    read_hub_dataset,
+    read_parquet,
+    read_saved_dataset,
+)
+from controlkit.data.readers.json_lines import METADATA, read_metadata
+from controlkit.data.readers.listing import Listing
 from controlkit.data.sources import CAPTION_SUFFIXES, TarMember, caption_beside, is_image_name, samples
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, valid_text
@@ -79,7 +88,8 @@ def list_images(
 
     Args:
         inputs: folders (searched recursively, without folders of pairs), images, globs, tar files, COCO annotation
-            files. A folder with tar shards and no images stands for the shards.
+            files, Parquet files, folders of `save_to_disk`, datasets of the hub (`hf://datasets/OWNER/NAME`). A folder
+            with tar shards or Parquet files and no images stands for these.
         images: the image folder of COCO annotations, if it is not near them.
         without: the output folder, which is skipped.
 
@@ -89,11 +99,19 @@ def list_images(
     files: list[Path] = []
     annotations: list[Path] = []
     roots: list[str] = []
+    tables: list[Listing] = []
     for source in inputs:
+        if is_hub_dataset(source):
+            tables.append(read_hub_dataset(source, str(source)))
+            continue
+        if is_saved_dataset(Path(source)):
+            tables.append(read_saved_dataset(Path(source), str(source)))
+            continue
         found, root = _expand(str(source))
         if not found or not all(path.exists() for path in found):
             raise UserError(
-                f"there are no images at {source}; pass a folder, a glob in quotes, tar files or COCO annotations",
+                f"there are no images at {source}; pass a folder, a glob in quotes, tar files, Parquet files, COCO"
+                " annotations, or hf://datasets/OWNER/NAME for a dataset of the hub",
                 "missing-file",
             )
         annotations += [path for path in found if path.suffix == ".json"]
@@ -103,7 +121,11 @@ def list_images(
     left_out = os.path.realpath(without) + os.sep if without is not None else None
     unique = dict.fromkeys(Path(os.path.abspath(path)) for path in files)
     kept = [path for path in unique if left_out is None or not os.path.realpath(path).startswith(left_out)]
-    listed = list(_from_coco(annotations, Path(images) if images else None)) if annotations else []
+    parquet = [path for path in kept if _is_table(path)]
+    kept = [path for path in kept if not _is_table(path)]
+    tables += [read_parquet([path], path) for path in parquet]
+    listed = [image for table in tables for image in _from_table(table)]
+    listed += list(_from_coco(annotations, Path(images) if images else None)) if annotations else []
     if kept:
         listed += _from_files(kept, Path(os.path.commonpath(roots)))
     if not listed and unique:
@@ -126,14 +148,29 @@ def _expand(source: str) -> tuple[list[Path], str]:
     return [Path(name) for name in names], os.path.abspath(os.path.dirname(prefix))
 
 
-def _from_files(files: Iterable[Path], root: Path) -> Iterator[InputImage]:
+def _from_files(files: Sequence[Path], root: Path) -> Iterator[InputImage]:
+    listed = _listed_captions(files, root)
     for path in files:
         if path.name.lower().endswith((".tar", ".tar.gz", ".tgz")):
             yield from _from_tar(path)
             continue
         # A name that is not UTF-8 cannot go into a manifest: its image will be skipped and reported under this name.
         name = path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode()
-        yield InputImage(key=_key(name), name=name, source=path)
+        image = InputImage(key=_key(name), name=name, source=path)
+        prompt = listed.get(path)
+        yield image if prompt is None or any(map(os.path.isfile, image.sidecars)) else replace(image, prompt=prompt)
+
+
+def _listed_captions(files: Sequence[Path], root: Path) -> dict[Path, str]:
+    """Captions in the `metadata` tables of `datasets` image folders, by the path of the image."""
+    folders = {folder for path in files for folder in path.parents if folder.is_relative_to(root)}
+    tables = [folder / name for folder in sorted(folders) for name in METADATA if (folder / name).is_file()]
+    return {
+        Path(os.path.abspath(record.image)): record.prompt
+        for table in tables
+        for record in read_metadata(table).records
+        if isinstance(record.image, Path) and record.prompt
+    }
 
 
 def _from_tar(path: Path) -> Iterator[InputImage]:
@@ -151,6 +188,24 @@ def _from_tar(path: Path) -> Iterator[InputImage]:
         yield InputImage(key=_key(f"{key}.x"), name=image.name, source=image, prompt=captions[0])
 
 
+def _is_table(path: Path) -> bool:
+    return path.suffix == ".parquet"
+
+
+def _from_table(table: Listing) -> Iterator[InputImage]:
+    if table.problems:
+        raise UserError(f"{table.origin}: {table.problems[0]}", "bad-data")
+    for record in table.records:
+        assert isinstance(record.image, TarMember)
+        key = record.image.name.partition(".")[0]
+        yield InputImage(
+            key=_key(f"{key}.x"),
+            name=f"{Path(table.origin).name}, {record.where}",
+            source=record.image,
+            prompt=record.prompt,
+        )
+
+
 def _from_coco(annotations: Sequence[Path], images: Path | None) -> Iterator[InputImage]:
     for image in coco_images(annotations, images):
         name = image.path.name
@@ -165,7 +220,10 @@ def _from_coco(annotations: Sequence[Path], images: Path | None) -> Iterator[Inp
 
 
 def _walk(folder: Path) -> list[Path]:
-    """Images below `folder`, or its tar shards if it has no images; hidden folders and folders of pairs are skipped."""
+    """Images below `folder`, or its tar shards or Parquet files if it has no images.
+
+    Hidden folders and folders of pairs are skipped.
+    """
     images: list[Path] = []
     shards: list[Path] = []
     visited = {os.path.realpath(folder)}
@@ -178,7 +236,11 @@ def _walk(folder: Path) -> list[Path]:
         ]
         visited |= {inner[name] for name in folders}
         images += [Path(parent, name) for name in sorted(names) if is_image_name(name)]
-        shards += [Path(parent, name) for name in sorted(names) if name.endswith(".tar") and not name.startswith(".")]
+        shards += [
+            Path(parent, name)
+            for name in sorted(names)
+            if name.endswith((".tar", ".parquet")) and not name.startswith(".")
+        ]
     return images or shards
 
 
