@@ -119,7 +119,7 @@ def make_pairs(
             skipped = {outcome.name: str(outcome.error) for outcome in outcomes if outcome.entry is None}
             if not good:
                 reason = next(iter(skipped.values()))
-                raise UserError(f"none of {len(images)} images can be read; the first: {reason}", "bad-image")
+                raise UserError(f"none of {len(images)} images gave a pair; the first: {reason}", "bad-image")
         except BaseException:
             if new and not _has_results(out):  # leave the folder free for other inputs and settings
                 _settings_file(out).unlink(missing_ok=True)
