@@ -140,6 +140,8 @@ def _check_conditions(images: Sequence[InputImage], settings: MakeSettings) -> N
     """Raise early what would fail for every image."""
     for name in settings.conditions:
         condition = find(name)
+        if settings.tiles and name in ("bbox", "segments"):
+            raise UserError(f"{name} draws objects of whole images, which tiles do not have", "contradiction")
         if name in ("bbox", "segments") and not any((image.objects or {}).get(name) for image in images):
             raise UserError(
                 f"{name} draws annotated objects; pass COCO's instances file (instances_*.json) too",

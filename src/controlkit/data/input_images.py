@@ -21,7 +21,7 @@ from controlkit.data.readers.image_tables import (
 )
 from controlkit.data.readers.json_lines import METADATA, read_metadata
 from controlkit.data.readers.listing import Listing
-from controlkit.data.sources import CAPTION_SUFFIXES, TarMember, caption_beside, is_image_name, samples
+from controlkit.data.sources import CAPTION_SUFFIXES, TarMember, caption_beside, is_image_name, samples, upright_size
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, valid_text
 
@@ -42,6 +42,8 @@ class InputImage:
     """Its caption if known; None: look for a .txt or .caption file beside it."""
     objects: Mapping[str, Mapping[str, Any]] | None = None
     """Condition -> parameters with annotated objects."""
+    tile: tuple[int, int, int] | None = None
+    """Left, top and side of the square of the upright image that it stands for; None: all of it."""
 
     @property
     def sidecars(self) -> list[Path]:
@@ -65,7 +67,8 @@ class InputImage:
         place = self.source if isinstance(self.source, Path) else self.source.path
         member = (self.source.start, self.source.length) if isinstance(self.source, TarMember) else ()
         first, *others = [_state(path) for path in self.sidecars] or [None]
-        about = [_state(place), member, first, self.prompt, self.objects, *filter(None, others)]
+        about: list[object] = [_state(place), member, first, self.prompt, self.objects, *filter(None, others)]
+        about += [self.tile] if self.tile else []
         return sha256_of(repr(about))[:24]
 
     def to_json(self) -> dict[str, Any]:
@@ -78,7 +81,8 @@ class InputImage:
         """Inverse of `to_json`."""
         where = dict(values["source"])
         path = Path(where.pop("path"))
-        return cls(**{**values, "source": TarMember(path=path, **where) if where else path})
+        tile = tuple(values["tile"]) if values.get("tile") else None
+        return cls(**{**values, "tile": tile, "source": TarMember(path=path, **where) if where else path})
 
 
 def list_images(
@@ -136,6 +140,65 @@ def list_images(
     if not listed:
         raise UserError(f"there are no images in {', '.join(map(str, inputs))}", "empty-data")
     return sorted(_with_unique_keys(listed), key=lambda image: image.key)
+
+
+def with_prompts(images: Sequence[InputImage], template: str) -> list[InputImage]:
+    """Give the images without a caption a prompt.
+
+    Args:
+        template: text in which `{name}` is the stem of the image's file and `{folder}` the name of its folder, with
+            spaces for `_` and `-`.
+
+    Raises:
+        UserError: the template has other fields.
+    """
+
+    def words(text: str) -> str:
+        return " ".join(re.split(r"[_\s-]+", text)).strip()
+
+    def prompt(image: InputImage) -> str:
+        place = Path(image.source if isinstance(image.source, Path) else f"{image.key}.x")
+        try:
+            return template.format(name=words(place.stem), folder=words(place.parent.name))
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"prompt is {template!r}; expected text with no fields but {{name}} and {{folder}}", "unknown-key"
+            ) from error
+
+    return [image if _has_caption(image) else replace(image, prompt=prompt(image)) for image in images]
+
+
+def _has_caption(image: InputImage) -> bool:
+    try:
+        return bool(image.caption())
+    except UserError:
+        return True  # making the pair reports what is wrong with it
+
+
+def with_tiles(images: Sequence[InputImage], side: int) -> list[InputImage]:
+    """Replace every image that holds at least two squares of `side` pixels by these: a grid, centred in it.
+
+    Only headers are read. Other images stay, also unreadable ones.
+    """
+    return [tile for image in images for tile in _tiles(image, side)]
+
+
+def _tiles(image: InputImage, side: int) -> list[InputImage]:
+    size = upright_size(image.source)
+    columns, rows = (0, 0) if size is None else (size[0] // side, size[1] // side)
+    if size is None or columns * rows < 2:
+        return [image]
+    left, top = (size[0] - columns * side) // 2, (size[1] - rows * side) // 2
+    return [
+        replace(
+            image,
+            key=f"{image.key}_tile_{row}_{column}",
+            name=f"{image.name}, tile {row}, {column}",
+            tile=(left + column * side, top + row * side, side),
+        )
+        for row in range(rows)
+        for column in range(columns)
+    ]
 
 
 def _expand(source: str) -> tuple[list[Path], str]:
