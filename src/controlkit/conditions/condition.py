@@ -251,6 +251,22 @@ class Condition:
             return self.fidelity.compare(target, result)
         return self.fidelity.compare(condition_image, self(result, **parameters))
 
+    def scores(
+        self,
+        condition_images: Sequence[np.ndarray],
+        results: Sequence[np.ndarray],
+        targets: Sequence[np.ndarray],
+        parameters: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[float]:
+        """`score` of each image, all `uint8 [H, W, 3]`.
+
+        Args:
+            parameters: those with which each condition image was made; None for the defaults.
+        """
+        settings = [{}] * len(condition_images) if parameters is None else parameters
+        samples = zip(condition_images, results, targets, settings, strict=True)
+        return [self.score(image, result, target, **own) for image, result, target, own in samples]
+
     def mean_score(
         self,
         condition_images: Sequence[np.ndarray],
@@ -258,14 +274,8 @@ class Condition:
         targets: Sequence[np.ndarray],
         parameters: Sequence[Mapping[str, Any]] | None = None,
     ) -> float:
-        """The mean of `score` over images, all `uint8 [H, W, 3]`.
-
-        Args:
-            parameters: those with which each condition image was made; None for the defaults.
-        """
-        settings = [{}] * len(condition_images) if parameters is None else parameters
-        samples = zip(condition_images, results, targets, settings, strict=True)
-        return float(np.mean([self.score(image, result, target, **own) for image, result, target, own in samples]))
+        """The mean of `scores`."""
+        return float(np.mean(self.scores(condition_images, results, targets, parameters)))
 
 
 _FORMER_FIELDS = {"draw": "random", "cuts": "croppable", "given": "provided", "seen": "input_size"}
