@@ -77,6 +77,15 @@ class Interrupted(UserError):
         return type(self), (str(self), self.signal)
 
 
+def reason_of(error: Exception) -> str:
+    """What is wrong with an entry that could not be read, without Python's terms."""
+    if isinstance(error, KeyError):
+        return f"there is no {error.args[0]!r}"
+    if isinstance(error, TypeError | AttributeError):
+        return "a value has another type"
+    return str(error)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means out of memory; on the CPU torch raises a plain RuntimeError."""
     # By name: this is also called where torch has not been imported.

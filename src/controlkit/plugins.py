@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from controlkit.errors import UserError
+from controlkit.errors import UserError, is_out_of_memory
 from controlkit.files import sha256_of
 
 
@@ -46,8 +48,35 @@ def load_plugin(what: str, load: Callable[[], object]) -> None:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or "no message"
-        raise UserError(f"{what} cannot be loaded: {type(error).__name__}: {reason}", "plugin-failed") from error
+        message = f"{what} cannot be loaded: {type(error).__name__}: {_reason(error)}"
+        raise UserError(message, "plugin-failed") from error
+
+
+@contextmanager
+def running(what: str, file: str | None) -> Iterator[None]:
+    """Run third-party code in a block; any exception becomes a `UserError` about `what`, with the line in `file`.
+
+    Raises:
+        UserError: the code raised an exception.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
+        raise UserError(
+            f"{what} failed: {type(error).__name__}: {_reason(error)} ({Path(frame.filename).name}, line"
+            f" {frame.lineno})",
+            "plugin-failed",
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or "no message"
 
 
 def _import(name: str, variable: str) -> None:

@@ -410,7 +410,8 @@ def test_evaluate_refuses_before_it_samples(words, code, facts, capsys):
         (["condition", "canny", "{image}", "--out", "{image}"], "would-overwrite", ["image.png"]),
         (["condition", "canny", "{image}", "--set", "low=1000000"], "out-of-range", ["low", 1000000, 0, 1530]),
         (["condition", "canny", "{image}", "--set", "low=250"], "contradiction", ["low", 250, "high", 200]),
-        (["condition", "canny", "."], "wrong-kind", ["controlkit pairs . --conditions canny"]),
+        (["condition", "canny", "."], "missing-setting", ["--out DIR"]),
+        (["condition", "all", "."], "wrong-kind", ["folder"]),
         (["condition", "{image}", "canny"], "usage", ["image.png", "controlkit condition canny"]),
         (["condition", "{image}"], "usage", ["image.png", "controlkit condition NAME"]),
         (

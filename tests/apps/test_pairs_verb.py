@@ -170,3 +170,70 @@ def test_frames_that_are_left_out_are_told(photos, tmp_path, capsys, shards):
     out, err = capsys.readouterr()
     assert "note: moving.gif has several frames; only the first is used" in err
     assert len(json.loads(out)["notes"]) == 1
+
+
+def test_pairs_without_captions_pass_the_check_that_making_them_advises(photos, tmp_path, capsys):
+    for text in photos.glob("*.txt"):
+        text.unlink()
+    out = tmp_path / "pairs"
+    assert run("pairs", photos, "--conditions", "canny", "--out", out, "--workers", 1) == 0
+    printed = capsys.readouterr().out
+    assert "6 pairs have an empty prompt" in printed and f"controlkit pairs --check {out}" in printed
+    assert run("pairs", "--check", out, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert not report["problems"] and report["notes"][1:] == ["6 of 6 prompts are empty"]
+    assert run("pairs", "--check", out, "--strict") == 2
+    check(capsys.readouterr().err, "bad-data", out, "6 problems")
+
+
+def test_condition_images_of_twice_the_size_are_what_training_takes(photos, tmp_path, capsys):
+    out = tmp_path / "pairs"
+    assert run("pairs", photos, "--conditions", "palette", "--out", out, "--copy", "--workers", 1) == 0
+    entries = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    (out / "pairs.jsonl").unlink()
+    lines = [{"source": entry["conditions"]["palette"], "target": entry["picture"], "prompt": "x"} for entry in entries]
+    (out / "prompt.json").write_text("\n".join(map(json.dumps, lines)))
+    path = out / entries[2]["conditions"]["palette"]
+    with Image.open(path) as image:
+        image.resize((80, 80), Image.Resampling.NEAREST).save(path)
+    assert len(read_pairs(out)) == 6
+    capsys.readouterr()
+    assert run("pairs", "--check", out, "--json") == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert any("1 condition images" in note and "80 x 80 and 40 x 40" in note for note in notes)
+    assert run("pairs", "--check", out, "--strict", "--json") == 2
+    assert json.loads(capsys.readouterr().out)["counts"] == {"scale": 1}
+
+
+def test_a_template_is_the_prompt_of_images_without_a_caption(photos, tmp_path, capsys):
+    (photos / "0.png").rename(photos / "red_big-barn.png")
+    words = ("pairs", photos, "--conditions", "canny", "--out", tmp_path / "o", "--workers", 1, "--prompt")
+    assert run(*words, "{name} in {place}") == 2
+    check(capsys.readouterr().err, "unknown-key", "{place}", "{name}", "{folder}")
+    assert run(*words, "a {name} of {folder}") == 0
+    prompts = {pair.prompt for pair in read_pairs(tmp_path / "o")}
+    assert prompts == {"a red big barn of photos", *(f"squares {number}" for number in range(1, 6))}
+
+
+def test_large_photos_are_cut_into_tiles(photos, tmp_path, capsys):
+    large = scene(9, 110)[:75]
+    Image.fromarray(large).save(photos / "large.jpg", quality=95)
+    (photos / "large.txt").write_text("large")
+    words = ("pairs", photos, "--conditions", "canny", "--out", tmp_path / "o", "--workers", 1, "--tiles")
+    assert run(*words) == 2
+    check(capsys.readouterr().err, "contradiction", "tiles", "size")
+    assert run(*words, "--size", 32) == 0
+    tiles = [pair for pair in read_pairs(tmp_path / "o") if pair.prompt == "large"]
+    assert len(tiles) == 6  # 3 x 2 in 110 x 75; the other photos are 40 x 40 and stay whole
+    decoded = np.asarray(Image.open(photos / "large.jpg").convert("RGB"))
+    found = [pair.images(32)[1] for pair in tiles]
+    assert all((tile == part).all() for tile, part in zip(found, _grid(decoded, 7, 5, 32), strict=True))
+    assert len(read_pairs(tmp_path / "o")) == 12
+    assert run(*words, "--size", 32, "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["kept"] == 12
+
+
+def _grid(image, left, top, side):
+    for row in range((image.shape[0] - top) // side):
+        for column in range((image.shape[1] - left) // side):
+            yield image[top + row * side :, left + column * side :][:side, :side]

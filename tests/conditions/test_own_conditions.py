@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
+from controlkit.formats.load import shipped_controls
 from refusals import check
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_condition.py"
@@ -76,3 +79,113 @@ def former(image, *, n: int = 1):
     facts = json.loads(made.stdout)
     assert facts["training"] == {"n": "integers, uniform from 1 to 2"}
     assert facts["cuts"] is False and facts["seen"] == "at 64 x 64"
+
+
+OWN = """
+import numpy as np
+from controlkit.conditions.condition import condition
+
+@condition("own"{fields})
+def own(image):
+    \"\"\"One line.
+
+    And more.
+    \"\"\"
+    {body}
+"""
+
+
+def write_own(path, body, fields=""):
+    path.write_text(OWN.format(body=body, fields=fields))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("body", "facts"),
+    [
+        ("return image[..., 0]", ["uint8 [48, 64]", "uint8 [48, 64, 3]"]),
+        ("return image / 255", ["float64 [48, 64, 3]"]),
+        ("return image[:20]", ["uint8 [20, 64, 3]"]),
+        ("return image > 3", ["bool"]),
+        ("return None", ["NoneType"]),
+        ("return image @ np.eye(4)", ["ValueError", "own.py, line 11"]),
+        ("raise KeyError('x')", ["KeyError", "own.py, line 11"]),
+    ],
+)
+def test_a_result_or_an_exception_is_refused_by_name_by_every_verb(body, facts, image, tmp_path):
+    own = write_own(tmp_path / "own.py", body)
+    made = controlkit("condition", "own", image, "--out", "out.png", files=[own], cwd=tmp_path)
+    assert made.returncode == 2 and "Traceback" not in made.stderr, made.stderr
+    check(made.stderr, "plugin-failed", "the condition own", *facts)
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_pairs_and_generate_refuse_a_bad_result_too(image, tmp_path):
+    own = write_own(tmp_path / "own.py", "return image[..., 0]")
+    (tmp_path / "photos").mkdir()
+    image.rename(tmp_path / "photos" / "ramp.png")
+    made = controlkit("pairs", "photos", "--conditions", "own", "--out", "made", files=[own], cwd=tmp_path)
+    assert made.returncode == 2
+    check(made.stderr, "bad-image", "the condition own returned uint8 [48, 64]")
+    shipped = shipped_controls()["canny"]
+    with safe_open(shipped, framework="np") as file:
+        metadata = {**file.metadata(), "control.condition": "own"}
+    save_file(load_file(shipped), tmp_path / "own.safetensors", metadata)
+    words = ("generate", "a", "--control", "own.safetensors=photos/ramp.png", "--steps", "1")
+    made = controlkit(*words, files=[own], cwd=tmp_path)
+    assert made.returncode == 2
+    check(made.stderr, "plugin-failed", "the condition own returned uint8 [64, 64]")
+
+
+def test_a_function_alone_is_a_condition(tmp_path):
+    own = write_own(tmp_path / "own.py", "return image")
+    made = controlkit("condition", "own", "--json", files=[own], cwd=tmp_path)
+    facts = json.loads(made.stdout)
+    assert facts["summary"] == "One line." and facts["fidelity"] == "PSNR, dB"
+
+
+@pytest.mark.parametrize(
+    ("fields", "facts"),
+    [
+        (', aliases=("sobel",)', ["'sobel'", "softedge_sobel"]),
+        (', aliases=("canny",)', ["'canny'", "the name of a condition"]),
+    ],
+)
+def test_a_name_that_is_taken_says_by_what(fields, facts, tmp_path):
+    own = write_own(tmp_path / "own.py", "return image", fields)
+    made = controlkit("condition", "--list", files=[own], cwd=tmp_path)
+    assert made.returncode == 2
+    check(made.stderr, "contradiction", "own", *facts)
+
+
+def test_names_are_found_however_they_are_written(tmp_path, image):
+    own = tmp_path / "own.py"
+    own.write_text(OWN.format(body="return image", fields="").replace('"own"', '"My-Own"'))
+    for name in ("my_own", "My-Own"):
+        made = controlkit("condition", name, image, "--out", "out.png", files=[own], cwd=tmp_path)
+        assert made.returncode == 0, made.stderr
+    listed = controlkit("condition", "--list", "--json", files=[own], cwd=tmp_path)
+    assert "My-Own" in {entry["name"] for entry in json.loads(listed.stdout)}
+
+
+def test_a_folder_of_images(tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "inner").mkdir(parents=True)
+    square = np.zeros((48, 64, 3), np.uint8)
+    square[12:36, 16:48] = 255
+    Image.fromarray(square).save(photos / "inner" / "square.png")
+    Image.new("RGB", (32, 32), "red").save(photos / "flat.jpg")
+    words = ("condition", "canny", photos, "--out", "edges", "--set", "low=20")
+    made = controlkit(*words, "--json", files=[], cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    facts = json.loads(made.stdout)
+    assert facts["written"] == 2 and facts["parameters"]["low"] == 20 and "1 of 2" in facts["notes"][0]
+    assert Image.open(tmp_path / "edges" / "inner" / "square.png").size == (64, 48)
+    assert Image.open(tmp_path / "edges" / "flat.png").size == (32, 32)
+    (photos / "broken.png").write_bytes(b"no image")
+    made = controlkit(*words, files=[], cwd=tmp_path)
+    assert made.returncode == 2 and (tmp_path / "edges" / "flat.png").exists()
+    check(made.stderr, "bad-image", "broken.png", "1 of 3")
+    made = controlkit("condition", "canny", photos, "--out", photos, files=[], cwd=tmp_path)
+    assert made.returncode == 2
+    check(made.stderr, "would-overwrite", photos)

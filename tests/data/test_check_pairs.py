@@ -52,7 +52,7 @@ def test_everything_is_found_at_once(made):
     shutil.copy(made / "pictures/image4.png", made / "pictures/image3.png")
     lines[5]["prompt"] = "  "
     (made / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{truncated\n")
-    report = check_pairs(made)
+    report = check_pairs(made, strict=True)
     found = {(problem.kind, problem.where) for problem in report.problems}
     assert {("file", "line 1"), ("file", "line 2"), ("size", "line 3"), ("changed", "line 3")} <= found
     assert {("changed", "line 4"), ("duplicate", "line 5"), ("not drawn", "line 4"), ("prompt", "line 6")} <= found

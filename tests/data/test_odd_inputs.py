@@ -239,7 +239,8 @@ def test_a_report_comes_even_where_no_sheet_can_be_written(tmp_path, capsys):
     make(tmp_path / "in", out)
     (out / "canny/image1.png").unlink()
     (out / ".controlkit/check.png").mkdir()
-    args = types.SimpleNamespace(check=str(out), images=[], out=None, conditions="", sheet=None, json=False)
+    named = {"images": [], "out": None, "conditions": "", "sheet": None, "strict": False, "json": False}
+    args = types.SimpleNamespace(check=str(out), **named)
     with pytest.raises(UserError, match=f"1 problems in {out}"):
         pairs.run(args)
     captured = capsys.readouterr()

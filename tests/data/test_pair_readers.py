@@ -55,7 +55,36 @@ def lay_metadata(folder, pairs, kind="jsonl"):
         rows.append((f"images/{number}.png", f"conditioning_images/{number}.png", prompt))
     as_csv = [",".join(row) for row in rows]
     as_json = [json.dumps(dict(zip(rows[0], row, strict=True))) for row in rows[1:]]
+    if kind == "parquet":
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        columns = dict(zip(rows[0], map(list, zip(*rows[1:], strict=True)), strict=True))
+        parquet.write_table(arrow.table(columns), folder / "metadata.parquet")
+        return
     (folder / f"metadata.{kind}").write_text("\n".join(as_csv if kind == "csv" else as_json))
+
+
+def lay_array(root, pairs, name="prompt.json", indent=None):
+    """The table of `write_pairs` as a JSON array."""
+    lay_prompt_json(root, pairs)
+    lines = (root / "prompt.json").read_text().splitlines()
+    (root / "prompt.json").unlink()
+    (root / name).write_text(json.dumps([json.loads(line) for line in lines], indent=indent))
+
+
+def lay_saved(root, pairs):
+    saved_dataset(pairs).save_to_disk(root)
+
+
+def saved_dataset(pairs):
+    """A `datasets.Dataset` with the pairs in its cells."""
+    datasets = pytest.importorskip("datasets")
+    columns = {
+        "image": [{"bytes": encoded(target), "path": None} for _, target, _ in pairs],
+        "conditioning_image": [{"bytes": encoded(source), "path": None} for source, _, _ in pairs],
+        "text": [prompt for _, _, prompt in pairs],
+    }
+    kinds = {"image": datasets.Image(), "conditioning_image": datasets.Image(), "text": datasets.Value("string")}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
 
 
 def lay_twins(root, pairs, home="pictures"):
@@ -115,6 +144,10 @@ _LAYOUTS = {
     "prompt.json": lay_prompt_json,
     "metadata.jsonl": lay_metadata,
     "metadata.csv": lambda root, pairs: lay_metadata(root, pairs, "csv"),
+    "metadata.parquet": lambda root, pairs: lay_metadata(root, pairs, "parquet"),
+    "array": lay_array,
+    "array of another name": lambda root, pairs: lay_array(root, pairs, "data.json", indent=1),
+    "save_to_disk": lay_saved,
     "train/metadata.jsonl": lambda root, pairs: lay_metadata(root / "train", pairs),
     "twins": lay_twins,
     "twins beside": lambda root, pairs: lay_twins(root, pairs, "."),
@@ -247,6 +280,11 @@ def test_everything_that_is_wrong_is_listed_at_once(tmp_path):
         ),
         ({"prompt.json": b""}, "empty-data", ["prompt.json"]),
         ({"pairs.jsonl": b'{"image": 3}'}, "bad-data", ["line 1:", "image, conditions"]),
+        ({"prompt.json": b'[{"source": 3, "target": "b.png", "prompt": "x"}]'}, "bad-data", ["entry 1: 'source' is 3"]),
+        ({"prompt.json": b'{"source": "a.png"}'}, "bad-data", ["line 1: there is no 'target'"]),
+        ({"prompt.json": b'[{"source": "a.png",\n}]'}, "damaged-file", ["prompt.json", "line 2"]),
+        ({"metadata.parquet": b"PAR1 and no more"}, "damaged-file", ["metadata.parquet"]),
+        ({"dataset_info.json": b"{}", "state.json": b"{"}, "damaged-file", ["save_to_disk"]),
         ({"a/1.png": b"", "b/1.png": b""}, "bad-data", ["a, b", "images"]),
         ({"1.png": b"", "2.png": b""}, "empty-data", ["controlkit pairs"]),
         ({"x.txt": b"hello"}, "wrong-kind", ["pairs.jsonl", "MultiGen-20M"]),
@@ -314,3 +352,68 @@ def test_a_plain_folder_of_images_gets_the_command_to_run(tmp_path):
     write_images(tmp_path)
     with refused("empty-data", f"controlkit pairs {tmp_path} --conditions canny"):
         read_pairs(tmp_path)
+
+
+def test_a_problem_is_told_without_pythons_terms(tmp_path):
+    entries = ['{"source": 3, "target": "a.png", "prompt": "x"}', '{"source": "x.png"}', "[1]", "3", "null", "{"]
+    (tmp_path / "prompt.json").write_text("\n".join(entries))
+    with refused("bad-data", *(f"line {number}:" for number in range(1, 7))) as caught:
+        read_pairs(tmp_path)
+    assert not any(word in str(caught.value) for word in ("Error(", "subscriptable", "unsupported operand", "indices"))
+
+
+def test_a_saved_dataset_of_several_splits_has_to_be_chosen_from(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    pairs = [example(number) for number in range(COUNT)]
+    splits = {"train": saved_dataset(pairs), "test": saved_dataset(pairs[:2])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path)
+    with refused("missing-setting", "train, test", f"{tmp_path}/train"):
+        read_pairs(tmp_path)
+    assert len(read_pairs(tmp_path / "test")) == 2
+
+
+def test_a_dataset_of_the_hub_is_read_by_its_address(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    pairs = [example(number) for number in range(COUNT)]
+    for name, count in (("train", COUNT), ("test", 2)):
+        saved_dataset(pairs[:count]).save_to_disk(tmp_path / name)
+    splits = {name: datasets.load_from_disk(tmp_path / name) for name in ("train", "test")}
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or splits)
+    address = "hf://datasets/owner/name"
+    with refused("missing-setting", "train, test", f"{address}/train"):
+        read_pairs(address)
+    assert [pair.prompt for pair in read_pairs(f"{address}/test")] == ["scene 0", "scene 1"]
+    assert (read_pairs(f"{address}/train/conditioning")[3].images(48)[0] == CANNY(scene(3))).all()
+    with refused("unknown-name", "'colour'", "conditioning"):
+        read_pairs(f"{address}/train/colour")
+    assert [image.prompt for image in list_images([f"{address}/test"])] == ["scene 0", "scene 1"]
+    assert set(asked) == {"owner/name"}
+
+
+def test_a_dataset_of_the_hub_that_cannot_be_had_is_refused(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with refused("download-failed", "owner/name", "HF_HUB_OFFLINE"):
+        read_pairs("hf://datasets/owner/name")
+
+
+@pytest.mark.parametrize("layout", ["parquet", "save_to_disk"])
+def test_pairs_are_made_from_the_images_and_texts_of_tables(layout, tmp_path):
+    path = lay_out(layout, tmp_path / "table")
+    made = tmp_path / "made"
+    report = make_pairs(list_images([path]), made, MakeSettings(conditions=("canny",), fixed=True), workers=1)
+    assert report.made == COUNT and not report.skipped and not report.empty_prompts
+    pairs = sorted(read_pairs(made, "canny"), key=lambda pair: pair.prompt)
+    assert [pair.prompt for pair in pairs] == [f"scene {number}" for number in range(COUNT)]
+    assert all((pair.images(48)[1] == scene(number)).all() for number, pair in enumerate(pairs))
+
+
+def test_pairs_are_made_with_the_captions_of_a_table_of_the_image_folder(tmp_path):
+    write_images(tmp_path / "a", 3, captions=False)
+    lines = [{"file_name": f"a/image{number}.png", "text": f"scene {number}"} for number in range(2)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "a/image0.txt").write_text("beside")
+    images = list_images([tmp_path])
+    assert [image.caption() for image in images] == ["beside", "scene 1", ""]

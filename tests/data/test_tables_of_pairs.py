@@ -101,7 +101,8 @@ def test_a_table_without_a_column_of_captions_says_so(kind, tmp_path):
     (note,) = pairs.notes
     assert str(tmp_path / kind) in note and "text" in note and "words" in note and "--caption-column" in note
     report = check_pairs(tmp_path)
-    assert note in report.notes and "2 of 2 prompts are empty" in report.notes and report.counts["prompt"] == 2
+    assert note in report.notes and "2 of 2 prompts are empty" in report.notes and not report.problems
+    assert check_pairs(tmp_path, strict=True).counts["prompt"] == 2
     assert [pair.prompt for pair in read_pairs(tmp_path, columns=Columns(caption="words"))] == ["one", "two"]
 
 

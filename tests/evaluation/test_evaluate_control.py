@@ -230,3 +230,38 @@ def test_progress_counts_every_call_of_the_network(sd1_scheduled_base, tiny_cont
     total = len(reports)
     assert total > 2 * 2  # heun calls it twice in a step
     assert reports == [(done, total) for done in range(1, total + 1)]
+
+
+def test_scores_of_single_images_average_to_those_of_the_table_and_follow_the_seed(tiny_base, tiny_control):
+    images = eval_set_from(0, 3)
+    report, _ = evaluate_control(tiny_base, tiny_control, [images], steps=2)
+    assert [row["seed"] for row in report.images] == [0, 1, 2]
+    for name, column in (("no_control", "no control"), ("score", "control"), ("ceiling", "ceiling")):
+        mean = np.mean([row[name] for row in report.images])
+        assert mean == pytest.approx(report.rows[0][report.columns.index(column)])
+    shifted = replace(
+        images,
+        condition_images=images.condition_images[1:],
+        targets=images.targets[1:],
+        prompts=images.prompts[1:],
+    )
+    later, _ = evaluate_control(tiny_base, tiny_control, [shifted], steps=2, seed=1)
+    assert [row["seed"] for row in later.images] == [1, 2]
+    for mine, theirs in zip(later.images, report.images[1:], strict=True):
+        assert mine["score"] == pytest.approx(theirs["score"]) and mine["prompt"] == theirs["prompt"]
+        assert mine["no_control"] == pytest.approx(theirs["no_control"])
+    assert later.settings["sets"][0]["seeds"] == [1, 2]
+    assert "images" not in report.to_json()
+
+
+def test_reports_are_written_into_a_folder(tmp_path, capsys):
+    words = ["evaluate", "control", "canny", "--sets", "held-out", "--images", "2", "--steps", "1", "--seed", "5"]
+    assert main([*words, "--out", str(tmp_path / "o"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    stored = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert stored["reports"] == printed["reports"] and printed["out"] == str(tmp_path / "o")
+    assert "gap closed" in (tmp_path / "o" / "report.md").read_text()
+    head, *rows = (tmp_path / "o" / "scores.csv").read_text().splitlines()
+    assert head.startswith("set,image,seed,prompt") and len(rows) == 2 and ",5," in rows[0]
+    assert main(["evaluate", "base", "nano", "--seed", "1"]) == 2
+    check(capsys.readouterr().err, "contradiction", "--seed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import ClassVar
 
 import huggingface_hub
@@ -13,7 +14,7 @@ from PIL import Image
 from controlkit.apps.cli import main
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.formats.card import card_of, write_card
-from controlkit.formats.load import save_control
+from controlkit.formats.load import save_control, shipped_controls
 from refusals import check, refused
 
 
@@ -47,6 +48,11 @@ def test_a_card_tells_what_the_file_tells(adapter, tiny_base):
     )
 
 
+def test_a_card_does_not_ask_for_a_base_control_that_ships():
+    card = card_of(shipped_controls()["nano/palette"])
+    assert "ships with controlkit" in card and "same folder" not in card and "+BASE_CONTROL" not in card
+
+
 def test_a_card_of_what_is_no_control_is_refused(tmp_path):
     from safetensors.torch import save_file
 
@@ -74,6 +80,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(Hub, "refuses", False)
     return Hub
 
@@ -140,3 +147,30 @@ def test_the_base_control_that_goes_along_is_the_one_of_the_fingerprint(adapter,
     save_control(tmp_path / "base.safetensors", another, tiny_base)
     assert main(["push", str(adapter), "me/mine"]) == 0
     assert hub.told[1:] == ["mine.safetensors", "README.md", "moved.safetensors"]
+
+
+def test_a_dry_run_lists_what_would_be_uploaded_and_does_nothing(adapter, hub, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "told", [])
+    assert main(["push", str(adapter), "me/mine", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" -> ")[1].split(" ")[0] for line in lines] == [
+        "me/mine/mine.safetensors",
+        "me/mine/README.md",
+        "me/mine/base.safetensors",
+    ]
+    assert hub.told == [] and not adapter.with_suffix(".md").exists()
+    assert main(["push", str(adapter), "me/mine", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"]["mine.safetensors"] == str(adapter)
+
+
+def test_offline_is_said(adapter, hub, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert main(["push", str(adapter), "me/mine"]) == 2
+    check(capsys.readouterr().err, "upload-failed", "HF_HUB_OFFLINE", "mine.safetensors")
+
+
+def test_inspect_is_sorted_and_short(adapter, capsys):
+    assert main(["inspect", str(adapter)]) == 0
+    rows = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    names = [row for row in rows if row.startswith("metadata.")]
+    assert names == sorted(names) and len(rows) < 60

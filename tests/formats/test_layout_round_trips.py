@@ -11,6 +11,7 @@ from layout_files import equal, residuals, shaken, t2i_adapter, trained_pair, we
 from safetensors.torch import save_file
 
 from controlkit.bases.load import load_base
+from controlkit.controls.controlnet.control_lora import _low_rank
 from controlkit.controls.ctrlora.base_controlnet import build_base_control
 from controlkit.controls.file_format import Reference
 from controlkit.formats.companions import read_checkpoint
@@ -376,3 +377,20 @@ class TestWithBase:
             import tiny
 
             load_control(made.path, tiny.build_tiny_base(text_width=24))
+
+
+@pytest.mark.parametrize("shape", [(400, 400), (320, 900), (64, 2000)])
+def test_a_randomised_decomposition_is_nearly_the_best_and_always_the_same(shape):
+    generator = torch.Generator().manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(shape[0], min(shape), generator=generator))
+    v, _ = torch.linalg.qr(torch.randn(shape[1], min(shape), generator=generator))
+    values = torch.arange(1, min(shape) + 1) ** -0.7
+    change = u * values @ v.T
+    state = torch.get_rng_state()
+    up, down = _low_rank(change, 16)
+    assert torch.equal(state, torch.get_rng_state())
+    assert up.shape == (shape[0], 16) and down.shape == (16, shape[1])
+    best = float(values[16:].norm())
+    assert best * 0.999 <= float((change - up @ down).norm()) <= best * 1.01
+    torch.manual_seed(5)
+    assert torch.equal(up, _low_rank(change, 16)[0])

@@ -423,3 +423,77 @@ def test_the_log_counts_the_time_of_all_parts(tmp_path):
     assert before >= 0.15
     assert total_seconds(tmp_path) == pytest.approx(seconds[-1])
     assert total_seconds(tmp_path) >= before + 0.3
+
+
+def test_a_resumed_run_says_from_where(tmp_path, capsys):
+    with pytest.raises(UserError):
+        run(tmp_path, at={7: raises(UserError("stop", "bad-data"))})
+    assert "resuming" not in capsys.readouterr().err
+    run(tmp_path)
+    assert f"resuming at step 6 of {STEPS}" in capsys.readouterr().err
+
+
+def test_another_batch_size_resumes_when_it_is_asked_for(tmp_path):
+    run(tmp_path, steps=4, batch_size=16)
+    with refused("resume-mismatch", "batch_size: 16 there, 8 now", "change_on_resume=[batch_size]"):
+        run(tmp_path, steps=6, batch_size=8)
+    with refused("resume-mismatch", "batch_size", "seed") as caught:
+        run(tmp_path, steps=6, batch_size=8, seed=5)
+    assert "change_on_resume" not in str(caught.value)
+    with refused("resume-mismatch", "seed: 0 there, 5 now"):
+        run(tmp_path, steps=6, batch_size=8, seed=5, change_on_resume=("batch_size",))
+    with refused("unknown-name", "'seed'", "batch_size"):
+        toy_recipe(tmp_path, change_on_resume=("seed",))
+    toy, _ = run(tmp_path, steps=6, batch_size=8, change_on_resume=("batch_size",))
+    assert toy.steps_seen == [4, 5]
+    toy, _ = run(tmp_path, steps=7, batch_size=8)  # from now on it is a run of this batch size
+    assert toy.steps_seen == [6]
+
+
+class Scored(Toy):
+    """A toy whose previews have given scores, by their step."""
+
+    merits: dict = {}  # noqa: RUF012
+
+    def preview(self, step, folder):
+        super().preview(step, folder)
+        return {"score": self.merits[step]}
+
+    def merit(self, scores):
+        return scores.get("score")
+
+
+def scored(out, merits, steps=STEPS, at=None, **changes):
+    recipe = toy_recipe(out, steps, preview_every=1, patience=2, **changes)
+    toy = Scored(recipe, at)
+    toy.merits = dict(enumerate(merits, 1))
+    return toy, train(toy, recipe)
+
+
+def test_patience_ends_a_run_with_the_weights_of_its_best_preview(tmp_path, capsys):
+    merits = [1.0, 3.0, 2.0, 3.0, 9.0, 9.0, 9.0, 9.0, 9.0]
+    toy, trained = scored(tmp_path / "a", merits)
+    assert toy.steps_seen == [0, 1, 2, 3] and trained.files == (tmp_path / "a" / "weights.pt",)
+    assert "stopped at step 4 of 9" in capsys.readouterr().err
+    whole = Scored(toy_recipe(tmp_path / "c", STEPS, preview_every=1))
+    whole.merits = toy.merits
+    seen = {}
+    whole.at = {step: lambda loss: seen.setdefault(len(seen), whole.weights()) and loss for step in range(STEPS)}
+    train(whole, whole.recipe)
+    assert_identical(final_weights(tmp_path / "a"), seen[2])  # weights after two steps, before the third
+    again, _ = scored(tmp_path / "a", merits)
+    assert again.steps_seen == []
+    assert_identical(final_weights(tmp_path / "a"), seen[2])
+
+
+def test_patience_counts_on_when_a_run_is_resumed(tmp_path):
+    merits = [5.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    with pytest.raises(UserError):
+        scored(tmp_path, merits, at={2: raises(UserError("stop", "bad-data"))}, save_every=1)
+    toy, _ = scored(tmp_path, merits, save_every=1)
+    assert toy.steps_seen == [2]
+
+
+def test_patience_without_a_score_is_refused(tmp_path):
+    with refused("contradiction", "patience", "score"):
+        train(Toy(recipe := toy_recipe(tmp_path, patience=2)), recipe)

@@ -1,8 +1,9 @@
-"""compute a condition image, or list the conditions
+"""compute condition images, or list the conditions
 
 controlkit condition --list
 controlkit condition canny
 controlkit condition canny photo.jpg --out edges.png --set low=50 --set high=150
+controlkit condition canny photos --out edges
 controlkit condition all photo.jpg --out sheet.png
 controlkit condition depth photo.jpg --set model=weights/dpt-large
 
@@ -16,9 +17,9 @@ import argparse
 import os
 import shutil
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from controlkit.apps.show import add_json, print_facts, print_json, print_notes
+from controlkit.apps.show import Reported, add_json, error_json, print_facts, print_json, print_notes
 from controlkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,9 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "image",
         nargs="?",
         default=None,
-        help="the image, at least 16 x 16 pixels; without one, the condition is described",
+        help="the image, at least 16 x 16 pixels, or a folder of images; without one, the condition is described",
     )
-    parser.add_argument("--out", default=None, metavar="FILE", help="PNG to write (default: NAME.png)")
+    out = "PNG to write (default: NAME.png), or folder for a folder of images"
+    parser.add_argument("--out", default=None, metavar="FILE", help=out)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="set a parameter"
     )
@@ -77,6 +79,11 @@ def run(args: argparse.Namespace) -> None:
         return
     condition = conditions.find(args.name)
     parameters = read_overrides(args.settings)
+    if os.path.isdir(args.image):
+        if args.out is None:
+            raise UserError(f"{args.image} is a folder; name the folder to write with --out DIR", "missing-setting")
+        _folder(condition, args.image, args.out, parameters, args.json)
+        return
     out = args.out or f"{condition.name}.png"
     _refuse_out(out, args.image)
     data = read_bytes(args.image)
@@ -91,6 +98,56 @@ def run(args: argparse.Namespace) -> None:
         print_json({"condition": condition.name, "parameters": values, "out": out, "notes": notes})
     else:
         print(out)
+
+
+def _folder(condition: Condition, folder: str, out: str, parameters: dict[str, Any], as_json: bool) -> None:
+    """Write the condition image of every image below a folder, as PNG files with the same paths."""
+    from pathlib import Path
+
+    import numpy as np
+    from PIL import Image
+
+    from controlkit.data.input_images import list_images
+    from controlkit.data.sources import open_image
+    from controlkit.images import is_flat, write_png
+    from controlkit.progress import Progress
+
+    if os.path.exists(out) and (not os.path.isdir(out) or os.path.samefile(out, folder)):
+        what = "the input folder" if os.path.isdir(out) else "a file"
+        raise UserError(f"--out {out} is {what}; choose another folder for the condition images", "would-overwrite")
+    images = list_images([folder], without=out)
+    progress = Progress("images", len(images), always=True)
+    skipped: dict[str, str] = {}
+    first: UserError | None = None
+    flat = 0
+    for done, image in enumerate(images, 1):
+        try:
+            condition_image = condition(np.asarray(open_image(image.source)), **parameters)
+        except UserError as error:
+            if error.code not in ("bad-image", "damaged-file", "unreadable-file", "wrong-size"):
+                raise
+            first = first or error
+            skipped[image.name] = str(error)
+            continue
+        finally:
+            progress(done)
+        flat += is_flat(condition_image)
+        text = {"condition": condition.name, "parameters": repr(parameters)}
+        write_png(Path(out) / f"{image.key}.png", Image.fromarray(condition_image), text)
+    written = len(images) - len(skipped)
+    notes = [f"{flat} of {written} condition images are one flat colour: nothing was detected"] if flat else []
+    print_notes(notes)
+    for name, reason in skipped.items():
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+    failure = None if first is None else UserError(f"{len(skipped)} of {len(images)} images were skipped", first.code)
+    if as_json:
+        facts: dict[str, Any] = {"condition": condition.name, "parameters": {**condition.defaults, **parameters}}
+        facts |= {"out": out, "written": written, "skipped": skipped, "notes": notes}
+        print_json(facts if failure is None else {**facts, "error": error_json(failure)})
+    else:
+        print(out)
+    if failure is not None:
+        raise Reported(str(failure), failure.code)
 
 
 def _sheet(image: str, out: str, as_json: bool) -> None:
@@ -135,7 +192,7 @@ def _refuse_out(out: str, image: str) -> None:
 
 
 def _refuse_exchanged(name: str, image: str | None) -> None:
-    """Refuse an image in place of the condition, and a folder in place of the image."""
+    """Refuse an image in place of the condition, and a folder for a sheet."""
     from controlkit import conditions
 
     if os.path.isfile(name) and name not in conditions.registry() and not (image and os.path.exists(image)):
@@ -144,11 +201,9 @@ def _refuse_exchanged(name: str, image: str | None) -> None:
             f"{name} is a file, not a condition; the condition comes first: controlkit condition {first} {name}",
             "usage",
         )
-    if image and os.path.isdir(image):
+    if name == "all" and image and os.path.isdir(image):
         raise UserError(
-            f"{image} is a folder; give one image, or for a whole folder: controlkit pairs {image} --conditions {name}"
-            " --out DIR",
-            "wrong-kind",
+            f"{image} is a folder; `all` makes a sheet of one image: pass an image, or name one condition", "wrong-kind"
         )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--captioner", help="of --prompt-mode automatic, as of generate")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default: auto)")
     parser.add_argument("--sheet", default=None, metavar="FILE", help="also write a contact sheet as PNG")
+    parser.add_argument("--seed", type=int, help="seed of the first image of each set, of controls (default: 0)")
+    parser.add_argument(
+        "--out",
+        default=None,
+        metavar="DIR",
+        help="also write report.json, report.md and, of controls, scores.csv with the score of each image",
+    )
     add_json(parser)
 
 
@@ -77,9 +85,8 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.files import writable_folder
     from controlkit.sampling.request import DEFAULT_STEPS, check_sampling, mode_name
 
-    settings = {
-        name: getattr(args, name) for name in ("steps", "guidance", "sampler", "weight", "mode") if hasattr(args, name)
-    }
+    names = ("steps", "guidance", "sampler", "weight", "mode", "seed")
+    settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
     check_sampling(settings.get("steps", DEFAULT_STEPS), settings.get("guidance"), settings.get("sampler"))
     if "mode" in settings:
         settings["mode"] = mode_name(settings["mode"])
@@ -91,16 +98,54 @@ def run(args: argparse.Namespace) -> None:
         writable_folder(Path(args.sheet).parent, "name another place with --sheet")
         if Path(args.sheet).is_dir():
             raise UserError(f"--sheet {args.sheet} is a folder; expected the name of a PNG", "wrong-kind")
+    if args.out:
+        writable_folder(args.out, "name another folder with --out")
+    _check_seed(args)
     evaluate = {"base": _of_base, "control": _of_controls, "scenes": _of_scenes}[args.what]
     reports = evaluate(args, settings)
+    if args.out:
+        _write(Path(args.out), reports)
     if args.json:
         asked = {name: getattr(args, name) for name in ("what", "names", *_CHOICES) if hasattr(args, name)}
-        print_json({"asked": asked, "reports": [report.to_json() for report in reports], "sheet": args.sheet})
+        values = {"asked": asked, "reports": [report.to_json() for report in reports], "sheet": args.sheet}
+        print_json({**values, "out": args.out})
         return
     for report in reports:
         show(report.table())
     if args.sheet:
         print(f"sheet: {args.sheet}")
+
+
+def _check_seed(args: argparse.Namespace) -> None:
+    from controlkit.errors import UserError
+
+    if not hasattr(args, "seed"):
+        return
+    if args.what != "control":
+        raise UserError("--seed is for controls; other evaluations have fixed seeds", "contradiction")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed {args.seed}: expected at least 0 and below 2^32", "out-of-range")
+
+
+def _write(out: Path, reports: Sequence[Report]) -> None:
+    """Write report.json, report.md and scores.csv."""
+    import csv
+    import io
+
+    from controlkit.files import write_atomically, write_json
+
+    def text(name: str, content: str) -> None:
+        write_atomically(out / name, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+
+    write_json(out / "report.json", {"reports": [report.to_json() for report in reports]})
+    text("report.md", "\n\n".join(report.to_markdown() for report in reports) + "\n")
+    rows = [row for report in reports for row in report.images]
+    if rows:
+        stream = io.StringIO(newline="")
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        text("scores.csv", stream.getvalue())
 
 
 def _add_prompt_modes(args: argparse.Namespace, settings: dict[str, Any]) -> None:

@@ -18,6 +18,9 @@ from typing import Any
 
 from controlkit.apps.show import add_json, print_json, print_table
 
+_LONGEST = 300
+"""Characters of a fact in the table."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for key, value in facts.items():
         if isinstance(value, dict):
-            rows += [(f"{key}.{name}", _text(inner)) for name, inner in value.items()]
+            rows += [(f"{key}.{name}", _text(inner)) for name, inner in sorted(value.items())]
         else:
             rows.append((key, _text(value)))
     print_table(args.name, ("fact", "value"), rows)
@@ -96,4 +99,7 @@ def _list(as_json: bool) -> None:
 
 
 def _text(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, dict | list) and len(str(value)) > _LONGEST:
+        return f"{len(value)} entries (--json shows them)"
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... (--json shows all)"

@@ -3,8 +3,9 @@
     controlkit pairs photos --conditions canny,palette --size 512 --out pairs
     controlkit pairs --check pairs
 
-IMAGES are folders, globs in quotes, tar shards, or COCO annotation files. The pairs are listed in `pairs/pairs.jsonl`,
-which `controlkit adapt` reads. docs/pairs.md has all formats.
+IMAGES are folders, globs in quotes, tar shards, COCO annotation files, Parquet files with images, folders of
+`save_to_disk`, or datasets of the Hugging Face hub (hf://datasets/OWNER/NAME). The pairs are listed in
+`pairs/pairs.jsonl`, which `controlkit adapt` reads. docs/pairs.md has all formats.
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", default=None, metavar="DIR", help="folder for the pairs")
     parser.add_argument("--check", default=None, metavar="PAIRS", help="report everything that is wrong with pairs")
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        default=False,
+        help="with --check: empty prompts and condition images of another size are problems, not notes",
+    )
     parser.add_argument("--sheet", default=None, metavar="FILE", help="with --check: PNG of some pairs, bad ones first")
     parser.add_argument(
         "--base",
@@ -53,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_columns(parser)
     parser.add_argument("--images-folder", default=None, metavar="DIR", help="folder of the images of COCO annotations")
     parser.add_argument("--size", type=int, help="scale and crop to a square of this side (default: keep)")
+    parser.add_argument("--tiles", action="store_true", help="cut large images into squares of --size")
     parser.add_argument("--buckets", action="store_true", help="scale and crop to the nearest aspect-ratio bucket")
     parser.add_argument("--copy", action="store_true", help="copy images that do not change")
     parser.add_argument("--seed", type=int, help="seed of random parameters, together with the content of each image")
@@ -62,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("found", "blip"),
         default="found",
         help="found: .txt and .caption files, COCO, tar shards; blip: also caption images without one",
+    )
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="prompt of images without a caption; {name} is the name of the file, {folder} that of its folder",
     )
     parser.add_argument("--caption-model", default=None, metavar="FOLDER", help="BLIP model: a folder or a hub id")
     parser.add_argument("--device", default="cpu", help="device of the caption model: cpu, cuda, mps")
@@ -86,7 +99,8 @@ def run(args: argparse.Namespace) -> None:
             f" {args.sheet}",
             "contradiction",
         )
-    for option in (*named_columns(args), *(["base"] if hasattr(args, "base") else [])):
+    others = [name for name, given in (("base", hasattr(args, "base")), ("strict", args.strict)) if given]
+    for option in (*named_columns(args), *others):
         raise UserError(f"--{option.replace('_', '-')} needs --check", "contradiction")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: expected at least 1", "out-of-range")
@@ -95,11 +109,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _make(args: argparse.Namespace) -> None:
     from controlkit.data.engine import make_pairs
-    from controlkit.data.input_images import list_images
+    from controlkit.data.input_images import list_images, with_prompts, with_tiles
     from controlkit.data.making import MakeSettings
     from controlkit.data.readers.folders import two_captions_note
+    from controlkit.data.readers.image_tables import is_hub_dataset
 
-    values = {name: getattr(args, name) for name in ("size", "buckets", "copy", "seed", "fixed") if hasattr(args, name)}
+    names = ("size", "tiles", "buckets", "copy", "seed", "fixed")
+    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
     settings = MakeSettings(conditions=tuple(name for name in args.conditions.split(",") if name.strip()), **values)
     images = list_images(args.images, args.images_folder, without=args.out)
     doubled = [image.source for image in images if isinstance(image.source, Path) and _differ(image)]
@@ -112,6 +128,10 @@ def _make(args: argparse.Namespace) -> None:
         images = with_captions(
             images, Path(args.out), lambda: Captioner(model, args.device), model, Progress("captions", always=True)
         )
+    if settings.tiles:
+        images = with_tiles(images, settings.size or 0)
+    if hasattr(args, "prompt"):
+        images = with_prompts(images, args.prompt)
     report = make_pairs(
         images,
         args.out,
@@ -119,7 +139,7 @@ def _make(args: argparse.Namespace) -> None:
         workers=args.workers,
         shards=args.shards,
         engine=args.engine,
-        origin=[os.path.abspath(image) for image in args.images],
+        origin=[image if is_hub_dataset(image) else os.path.abspath(image) for image in args.images],
         progress=Progress("images", always=True),
     )
     _show(report, args.json)
@@ -151,7 +171,10 @@ def _show(report: MakeReport, as_json: bool) -> None:
     if report.gone:
         print(f"{report.gone} pairs are no longer listed: their images left the input")
     if report.empty_prompts:
-        print(f"{report.empty_prompts} pairs have an empty prompt; add captions in .txt files, or use --caption blip")
+        print(
+            f"{report.empty_prompts} pairs have an empty prompt; add captions in .txt files,"
+            " --prompt TEXT for all of them, or --caption blip"
+        )
     print(f"pairs: {report.out}")
     folder = report.out if report.out.is_dir() else report.out.parent
     print(f"try next: controlkit pairs --check {folder}")
@@ -164,7 +187,7 @@ def _check(args: argparse.Namespace) -> None:
 
     names = [name for name in args.conditions.split(",") if name.strip()]
     limit = _prompt_limit(getattr(args, "base", None))
-    report = check_pairs(args.check, names, columns=columns_of(args), limit=limit)
+    report = check_pairs(args.check, names, columns=columns_of(args), limit=limit, strict=args.strict)
     sheet = Path(args.sheet) if args.sheet else pairs_folder(args.check) / ".controlkit" / "check.png"
     unwritable: UserError | None = None
     try:

@@ -34,7 +34,7 @@ from controlkit._version import __version__
 from controlkit.conditions.models import LearnedModel
 from controlkit.errors import UserError, nearest
 from controlkit.files import sha256_of
-from controlkit.plugins import load_named
+from controlkit.plugins import load_named, running
 
 RandomValue = Callable[[np.random.Generator], Any]
 """Samples the value of a parameter for one training image."""
@@ -106,12 +106,12 @@ class Condition:
 
     name: str
     """Its usual name in the field."""
-    summary: str
-    """One line for `controlkit condition --list`."""
+    summary: str = ""
+    """One line for `controlkit condition --list`; by default the first of the function's docstring."""
     function: Callable[..., np.ndarray]
     """`(image, **parameters) -> condition image`."""
-    fidelity: Fidelity
-    """The metric of how well a result follows it."""
+    fidelity: Fidelity = field(default_factory=lambda: _default_fidelity())
+    """The metric of how well a result follows it; by default PSNR between condition images."""
     aliases: tuple[str, ...] = ()
     """Other names in use."""
     random: Mapping[str, RandomValue] = field(default_factory=dict)
@@ -164,7 +164,8 @@ class Condition:
         """The condition image of `image`, both `uint8 [H, W, 3]` RGB of the same height and width.
 
         Raises:
-            UserError: a parameter is unknown, of another type or outside its limits, or the image is too small.
+            UserError: a parameter is unknown, of another type or outside its limits; the image is too small; or a
+                condition from outside of this package raised an error or returned anything else.
         """
         for key, value in parameters.items():
             if key not in self.defaults:
@@ -180,9 +181,31 @@ class Condition:
                 f"{self.name}: the image is {size}; conditions need at least {LEAST_SIDE} x {LEAST_SIDE}", "wrong-size"
             )
         image = np.ascontiguousarray(image)
-        condition_image = self.function(image, **parameters)
+        condition_image = self._computed(image, parameters)
         # A function may return its input unchanged, as a blur with sigma 0 does.
         return condition_image.copy() if np.may_share_memory(condition_image, image) else condition_image
+
+    @cached_property
+    def is_own(self) -> bool:
+        """Whether it was registered from outside of this package."""
+        return not self.function.__module__.startswith("controlkit.")
+
+    def _computed(self, image: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
+        if not self.is_own:
+            return self.function(image, **parameters)
+        with running(f"the condition {self.name}", inspect.getsourcefile(self.function)):
+            result = self.function(image, **parameters)
+        height, width, _ = image.shape
+        if not isinstance(result, np.ndarray) or result.dtype != np.uint8 or result.shape != image.shape:
+            found = type(result).__name__
+            if isinstance(result, np.ndarray):
+                found = f"{result.dtype} {list(result.shape)}"
+            raise UserError(
+                f"the condition {self.name} returned {found}; expected uint8 [{height}, {width}, 3], the size of its"
+                " image",
+                "plugin-failed",
+            )
+        return result
 
     def _check(self, key: str, value: Any) -> None:
         """Check the type and limits of a number; other parameters pass."""
@@ -228,6 +251,22 @@ class Condition:
             return self.fidelity.compare(target, result)
         return self.fidelity.compare(condition_image, self(result, **parameters))
 
+    def scores(
+        self,
+        condition_images: Sequence[np.ndarray],
+        results: Sequence[np.ndarray],
+        targets: Sequence[np.ndarray],
+        parameters: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[float]:
+        """`score` of each image, all `uint8 [H, W, 3]`.
+
+        Args:
+            parameters: those with which each condition image was made; None for the defaults.
+        """
+        settings = [{}] * len(condition_images) if parameters is None else parameters
+        samples = zip(condition_images, results, targets, settings, strict=True)
+        return [self.score(image, result, target, **own) for image, result, target, own in samples]
+
     def mean_score(
         self,
         condition_images: Sequence[np.ndarray],
@@ -235,14 +274,8 @@ class Condition:
         targets: Sequence[np.ndarray],
         parameters: Sequence[Mapping[str, Any]] | None = None,
     ) -> float:
-        """The mean of `score` over images, all `uint8 [H, W, 3]`.
-
-        Args:
-            parameters: those with which each condition image was made; None for the defaults.
-        """
-        settings = [{}] * len(condition_images) if parameters is None else parameters
-        samples = zip(condition_images, results, targets, settings, strict=True)
-        return float(np.mean([self.score(image, result, target, **own) for image, result, target, own in samples]))
+        """The mean of `scores`."""
+        return float(np.mean(self.scores(condition_images, results, targets, parameters)))
 
 
 _FORMER_FIELDS = {"draw": "random", "cuts": "croppable", "given": "provided", "seen": "input_size"}
@@ -254,11 +287,16 @@ def condition(name: str, **fields: Any) -> Callable[[Callable[..., np.ndarray]],
     fields = {_FORMER_FIELDS.get(key, key): value for key, value in fields.items()}
 
     def register(function: Callable[..., np.ndarray]) -> Condition:
+        if "summary" not in fields:
+            fields["summary"] = (inspect.getdoc(function) or "").partition("\n")[0]
         kind = Condition(name=name, function=function, **fields)
-        for key in (name, *kind.aliases):
+        keys = [_plain(key) for key in (name, *kind.aliases)]
+        for key in keys:
             if key in _REGISTRY:
-                raise ValueError(f"two conditions are called {key}")
-            _REGISTRY[key] = kind
+                other = _REGISTRY[key].name
+                role = "the name of a condition" if key == _plain(other) else f"an alias of the condition {other}"
+                raise UserError(f"cannot register the condition {name}: {key!r} is already {role}", "contradiction")
+        _REGISTRY.update(dict.fromkeys(keys, kind))
         return kind
 
     return register
@@ -283,7 +321,7 @@ def _load() -> None:
 def registry() -> dict[str, Condition]:
     """All conditions by name, without aliases."""
     _load()
-    return {name: kind for name, kind in _REGISTRY.items() if kind.name == name}
+    return {kind.name: kind for kind in _REGISTRY.values()}
 
 
 def find(name: str) -> Condition:
@@ -293,11 +331,21 @@ def find(name: str) -> Condition:
         UserError: there is none; the message lists the nearest names.
     """
     _load()
-    key = name.strip().lower().replace("-", "_")
+    key = _plain(name)
     if key not in _REGISTRY:
         known = list(_REGISTRY) if get_close_matches(key, _REGISTRY, cutoff=0.5) else list(registry())
         raise UserError(f"there is no condition {name!r}{nearest(key, known)}", "unknown-name")
     return _REGISTRY[key]
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("-", "_")
+
+
+def _default_fidelity() -> Fidelity:
+    from controlkit.conditions.fidelity import PSNR
+
+    return PSNR
 
 
 def background_of(name: str | None) -> tuple[int, int, int]:

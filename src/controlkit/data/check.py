@@ -28,7 +28,8 @@ KINDS = {
     "entry": "invalid entries",
     "file": "missing or damaged files",
     "changed": "files that differ from the manifest",
-    "size": "condition images of another shape or size than their image",
+    "size": "condition images of another shape than their image",
+    "scale": "condition images of another size than their image",
     "duplicate": "duplicate images",
     "prompt": "empty prompts",
     "flat": "condition images of one flat colour",
@@ -36,6 +37,8 @@ KINDS = {
     "not drawn": "condition images that do not match the manifest",
 }
 """Kind of problem -> heading."""
+_STRICT = ("scale", "prompt")
+"""Kinds that are problems in a strict check only: training scales both sides, and empty prompts train."""
 
 _ALIKE = 12.0
 """Mean difference, of 255, up to which two condition images count as equal: versions of OpenCV differ by less, other
@@ -65,7 +68,7 @@ class Problem:
 class CheckReport:
     """Result of a check."""
 
-    origin: Path
+    origin: Path | str
     conditions: list[str]
     pairs: int
     problems: list[Problem]
@@ -99,6 +102,7 @@ def check_pairs(
     *,
     columns: Columns = ANY_COLUMNS,
     limit: PromptLimit | None = None,
+    strict: bool = False,
 ) -> CheckReport:
     """Check every file of the pairs at `path`.
 
@@ -110,6 +114,8 @@ def check_pairs(
         sheet: number of pairs in the contact sheet.
         columns: names of uncommon columns of a table (JSON lines, CSV, Parquet).
         limit: token limit of prompts; longer ones are counted in a note.
+        strict: also list empty prompts, and condition images of another size (but the same shape), as problems.
+            Otherwise a note counts them: one can train on these pairs.
 
     Raises:
         UserError: there are no pairs, or a named column is missing.
@@ -119,13 +125,18 @@ def check_pairs(
     # Column or folder name -> condition: the requested one, else what the name says.
     kinds = dict(zip(names, conditions or names, strict=True))
     if not names and not listing.problems:
-        raise UserError(f"{listing.origin} lists no condition images", "empty-data")
+        raise UserError(
+            f"{listing.origin} lists no condition images; make them: controlkit pairs {listing.origin} --conditions"
+            " canny --out DIR",
+            "empty-data",
+        )
     problems = [_entry_problem(text) for text in listing.problems]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         findings = list(pool.map(lambda record: _check_record(record, kinds), listing.records))
-    problems += [problem for finding in findings for problem in finding.problems]
+    found = [problem for finding in findings for problem in finding.problems]
+    problems += [problem for problem in found if strict or problem.kind not in _STRICT]
     problems += _duplicates(listing.records, findings)
-    notes = [*listing.notes, *listing.outside(), *_prompt_notes(listing, limit)]
+    notes = [*listing.notes, *listing.outside(), *_prompt_notes(listing, limit), *_size_notes(found)]
     for name in names:
         verdict = _swapped(listing, name, findings)
         if verdict is not None and verdict.certainty == "possible":
@@ -177,6 +188,13 @@ def _prompt_notes(listing: Listing, limit: PromptLimit | None) -> list[str]:
     return empty + (count_note(captions, limit) if limit is not None else [])
 
 
+def _size_notes(problems: Sequence[Problem]) -> list[str]:
+    sizes = [problem for problem in problems if problem.kind == "scale"]
+    if not sizes:
+        return []
+    return [f"{len(sizes)} condition images have another size than their image, and training scales both: {sizes[0]}"]
+
+
 def _check_record(record: Record, kinds: Mapping[str, str]) -> _Findings:
     findings = _Findings()
     if any(map(is_empty, record.captions)):
@@ -200,9 +218,9 @@ def _check_record(record: Record, kinds: Mapping[str, str]) -> _Findings:
         if image is None or target is None or isinstance(source, ComputedCondition):
             continue
         if image.size != target.size:
-            difference = "shape" if shapes_differ(image.size, target.size) else "size"
+            wrong, difference = ("size", "shape") if shapes_differ(image.size, target.size) else ("scale", "size")
             sizes = " and ".join(f"{width} x {height}" for width, height in (image.size, target.size))
-            findings.problems.append(_problem("size", record, f"{name} and image differ in {difference} ({sizes})"))
+            findings.problems.append(_problem(wrong, record, f"{name} and image differ in {difference} ({sizes})"))
             continue
         findings.forward |= _compared(record, name, image, target, findings)
     return findings
@@ -273,7 +291,7 @@ def _swapped(listing: Listing, name: str, findings: Sequence[_Findings]) -> Verd
         if (
             source is None
             or isinstance(source, ComputedCondition)
-            or any(p.kind in ("file", "size") for p in finding.problems)
+            or any(p.kind in ("file", "size", "scale") for p in finding.problems)
         ):
             continue
         pairs.append((_reduced(source, name), _reduced(record.image)))

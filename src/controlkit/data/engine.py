@@ -22,7 +22,7 @@ from controlkit.data.readers.archives import shard_name
 from controlkit.data.readers.columns import captions_of
 from controlkit.data.readers.recognise import MANIFEST
 from controlkit.data.workers import cores, refuse_to_run_again, run_jobs
-from controlkit.errors import UserError
+from controlkit.errors import UserError, reason_of
 from controlkit.files import (
     decode_text,
     locked,
@@ -119,7 +119,7 @@ def make_pairs(
             skipped = {outcome.name: str(outcome.error) for outcome in outcomes if outcome.entry is None}
             if not good:
                 reason = next(iter(skipped.values()))
-                raise UserError(f"none of {len(images)} images can be read; the first: {reason}", "bad-image")
+                raise UserError(f"none of {len(images)} images gave a pair; the first: {reason}", "bad-image")
         except BaseException:
             if new and not _has_results(out):  # leave the folder free for other inputs and settings
                 _settings_file(out).unlink(missing_ok=True)
@@ -140,6 +140,8 @@ def _check_conditions(images: Sequence[InputImage], settings: MakeSettings) -> N
     """Raise early what would fail for every image."""
     for name in settings.conditions:
         condition = find(name)
+        if settings.tiles and name in ("bbox", "segments"):
+            raise UserError(f"{name} draws objects of whole images, which tiles do not have", "contradiction")
         if name in ("bbox", "segments") and not any((image.objects or {}).get(name) for image in images):
             raise UserError(
                 f"{name} draws annotated objects; pass COCO's instances file (instances_*.json) too",
@@ -339,8 +341,8 @@ def _edited_prompts(manifest: Path) -> dict[str, str | list[str]]:
             prompts[str(entry["key"])] = captions[0] if len(captions) == 1 else list(captions)
         except (json.JSONDecodeError, KeyError, TypeError, UserError) as error:
             raise UserError(
-                f"line {number} of {manifest} is not a valid entry ({error!r}); correct it, or remove it to make the"
-                " pair again",
+                f"line {number} of {manifest} is not a valid entry ({reason_of(error)}); correct it, or remove it"
+                " to make the pair again",
                 "damaged-file",
             ) from error
     return prompts

@@ -1,18 +1,27 @@
-"""List the images to make pairs from: folders, globs, tar shards, COCO annotations."""
+"""List the images to make pairs from: folders, globs, tar shards, tables, COCO annotations."""
 
 from __future__ import annotations
 
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from controlkit.data.readers.archives import captions_and_metadata, image_of
 from controlkit.data.readers.coco import coco_images, object_parameters
-from controlkit.data.sources import CAPTION_SUFFIXES, TarMember, caption_beside, is_image_name, samples
+from controlkit.data.readers.image_tables import (
+    is_hub_dataset,
+    is_saved_dataset,
+    read_hub_dataset,
+    read_parquet,
+    read_saved_dataset,
+)
+from controlkit.data.readers.json_lines import METADATA, read_metadata
+from controlkit.data.readers.listing import Listing
+from controlkit.data.sources import CAPTION_SUFFIXES, TarMember, caption_beside, is_image_name, samples, upright_size
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, valid_text
 
@@ -33,6 +42,8 @@ class InputImage:
     """Its caption if known; None: look for a .txt or .caption file beside it."""
     objects: Mapping[str, Mapping[str, Any]] | None = None
     """Condition -> parameters with annotated objects."""
+    tile: tuple[int, int, int] | None = None
+    """Left, top and side of the square of the upright image that it stands for; None: all of it."""
 
     @property
     def sidecars(self) -> list[Path]:
@@ -56,7 +67,8 @@ class InputImage:
         place = self.source if isinstance(self.source, Path) else self.source.path
         member = (self.source.start, self.source.length) if isinstance(self.source, TarMember) else ()
         first, *others = [_state(path) for path in self.sidecars] or [None]
-        about = [_state(place), member, first, self.prompt, self.objects, *filter(None, others)]
+        about: list[object] = [_state(place), member, first, self.prompt, self.objects, *filter(None, others)]
+        about += [self.tile] if self.tile else []
         return sha256_of(repr(about))[:24]
 
     def to_json(self) -> dict[str, Any]:
@@ -69,7 +81,8 @@ class InputImage:
         """Inverse of `to_json`."""
         where = dict(values["source"])
         path = Path(where.pop("path"))
-        return cls(**{**values, "source": TarMember(path=path, **where) if where else path})
+        tile = tuple(values["tile"]) if values.get("tile") else None
+        return cls(**{**values, "tile": tile, "source": TarMember(path=path, **where) if where else path})
 
 
 def list_images(
@@ -79,7 +92,8 @@ def list_images(
 
     Args:
         inputs: folders (searched recursively, without folders of pairs), images, globs, tar files, COCO annotation
-            files. A folder with tar shards and no images stands for the shards.
+            files, Parquet files, folders of `save_to_disk`, datasets of the hub (`hf://datasets/OWNER/NAME`). A folder
+            with tar shards or Parquet files and no images stands for these.
         images: the image folder of COCO annotations, if it is not near them.
         without: the output folder, which is skipped.
 
@@ -89,11 +103,19 @@ def list_images(
     files: list[Path] = []
     annotations: list[Path] = []
     roots: list[str] = []
+    tables: list[Listing] = []
     for source in inputs:
+        if is_hub_dataset(source):
+            tables.append(read_hub_dataset(source, str(source)))
+            continue
+        if is_saved_dataset(Path(source)):
+            tables.append(read_saved_dataset(Path(source), str(source)))
+            continue
         found, root = _expand(str(source))
         if not found or not all(path.exists() for path in found):
             raise UserError(
-                f"there are no images at {source}; pass a folder, a glob in quotes, tar files or COCO annotations",
+                f"there are no images at {source}; pass a folder, a glob in quotes, tar files, Parquet files, COCO"
+                " annotations, or hf://datasets/OWNER/NAME for a dataset of the hub",
                 "missing-file",
             )
         annotations += [path for path in found if path.suffix == ".json"]
@@ -103,7 +125,11 @@ def list_images(
     left_out = os.path.realpath(without) + os.sep if without is not None else None
     unique = dict.fromkeys(Path(os.path.abspath(path)) for path in files)
     kept = [path for path in unique if left_out is None or not os.path.realpath(path).startswith(left_out)]
-    listed = list(_from_coco(annotations, Path(images) if images else None)) if annotations else []
+    parquet = [path for path in kept if _is_table(path)]
+    kept = [path for path in kept if not _is_table(path)]
+    tables += [read_parquet([path], path) for path in parquet]
+    listed = [image for table in tables for image in _from_table(table)]
+    listed += list(_from_coco(annotations, Path(images) if images else None)) if annotations else []
     if kept:
         listed += _from_files(kept, Path(os.path.commonpath(roots)))
     if not listed and unique:
@@ -116,6 +142,65 @@ def list_images(
     return sorted(_with_unique_keys(listed), key=lambda image: image.key)
 
 
+def with_prompts(images: Sequence[InputImage], template: str) -> list[InputImage]:
+    """Give the images without a caption a prompt.
+
+    Args:
+        template: text in which `{name}` is the stem of the image's file and `{folder}` the name of its folder, with
+            spaces for `_` and `-`.
+
+    Raises:
+        UserError: the template has other fields.
+    """
+
+    def words(text: str) -> str:
+        return " ".join(re.split(r"[_\s-]+", text)).strip()
+
+    def prompt(image: InputImage) -> str:
+        place = Path(image.source if isinstance(image.source, Path) else f"{image.key}.x")
+        try:
+            return template.format(name=words(place.stem), folder=words(place.parent.name))
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"prompt is {template!r}; expected text with no fields but {{name}} and {{folder}}", "unknown-key"
+            ) from error
+
+    return [image if _has_caption(image) else replace(image, prompt=prompt(image)) for image in images]
+
+
+def _has_caption(image: InputImage) -> bool:
+    try:
+        return bool(image.caption())
+    except UserError:
+        return True  # making the pair reports what is wrong with it
+
+
+def with_tiles(images: Sequence[InputImage], side: int) -> list[InputImage]:
+    """Replace every image that holds at least two squares of `side` pixels by these: a grid, centred in it.
+
+    Only headers are read. Other images stay, also unreadable ones.
+    """
+    return [tile for image in images for tile in _tiles(image, side)]
+
+
+def _tiles(image: InputImage, side: int) -> list[InputImage]:
+    size = upright_size(image.source)
+    columns, rows = (0, 0) if size is None else (size[0] // side, size[1] // side)
+    if size is None or columns * rows < 2:
+        return [image]
+    left, top = (size[0] - columns * side) // 2, (size[1] - rows * side) // 2
+    return [
+        replace(
+            image,
+            key=f"{image.key}_tile_{row}_{column}",
+            name=f"{image.name}, tile {row}, {column}",
+            tile=(left + column * side, top + row * side, side),
+        )
+        for row in range(rows)
+        for column in range(columns)
+    ]
+
+
 def _expand(source: str) -> tuple[list[Path], str]:
     """The paths of an input, and the folder that their names are relative to."""
     path = Path(source)
@@ -126,14 +211,29 @@ def _expand(source: str) -> tuple[list[Path], str]:
     return [Path(name) for name in names], os.path.abspath(os.path.dirname(prefix))
 
 
-def _from_files(files: Iterable[Path], root: Path) -> Iterator[InputImage]:
+def _from_files(files: Sequence[Path], root: Path) -> Iterator[InputImage]:
+    listed = _listed_captions(files, root)
     for path in files:
         if path.name.lower().endswith((".tar", ".tar.gz", ".tgz")):
             yield from _from_tar(path)
             continue
         # A name that is not UTF-8 cannot go into a manifest: its image will be skipped and reported under this name.
         name = path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode()
-        yield InputImage(key=_key(name), name=name, source=path)
+        image = InputImage(key=_key(name), name=name, source=path)
+        prompt = listed.get(path)
+        yield image if prompt is None or any(map(os.path.isfile, image.sidecars)) else replace(image, prompt=prompt)
+
+
+def _listed_captions(files: Sequence[Path], root: Path) -> dict[Path, str]:
+    """Captions in the `metadata` tables of `datasets` image folders, by the path of the image."""
+    folders = {folder for path in files for folder in path.parents if folder.is_relative_to(root)}
+    tables = [folder / name for folder in sorted(folders) for name in METADATA if (folder / name).is_file()]
+    return {
+        Path(os.path.abspath(record.image)): record.prompt
+        for table in tables
+        for record in read_metadata(table).records
+        if isinstance(record.image, Path) and record.prompt
+    }
 
 
 def _from_tar(path: Path) -> Iterator[InputImage]:
@@ -151,6 +251,24 @@ def _from_tar(path: Path) -> Iterator[InputImage]:
         yield InputImage(key=_key(f"{key}.x"), name=image.name, source=image, prompt=captions[0])
 
 
+def _is_table(path: Path) -> bool:
+    return path.suffix == ".parquet"
+
+
+def _from_table(table: Listing) -> Iterator[InputImage]:
+    if table.problems:
+        raise UserError(f"{table.origin}: {table.problems[0]}", "bad-data")
+    for record in table.records:
+        assert isinstance(record.image, TarMember)
+        key = record.image.name.partition(".")[0]
+        yield InputImage(
+            key=_key(f"{key}.x"),
+            name=f"{Path(table.origin).name}, {record.where}",
+            source=record.image,
+            prompt=record.prompt,
+        )
+
+
 def _from_coco(annotations: Sequence[Path], images: Path | None) -> Iterator[InputImage]:
     for image in coco_images(annotations, images):
         name = image.path.name
@@ -165,7 +283,10 @@ def _from_coco(annotations: Sequence[Path], images: Path | None) -> Iterator[Inp
 
 
 def _walk(folder: Path) -> list[Path]:
-    """Images below `folder`, or its tar shards if it has no images; hidden folders and folders of pairs are skipped."""
+    """Images below `folder`, or its tar shards or Parquet files if it has no images.
+
+    Hidden folders and folders of pairs are skipped.
+    """
     images: list[Path] = []
     shards: list[Path] = []
     visited = {os.path.realpath(folder)}
@@ -178,7 +299,11 @@ def _walk(folder: Path) -> list[Path]:
         ]
         visited |= {inner[name] for name in folders}
         images += [Path(parent, name) for name in sorted(names) if is_image_name(name)]
-        shards += [Path(parent, name) for name in sorted(names) if name.endswith(".tar") and not name.startswith(".")]
+        shards += [
+            Path(parent, name)
+            for name in sorted(names)
+            if name.endswith((".tar", ".parquet")) and not name.startswith(".")
+        ]
     return images or shards
 
 

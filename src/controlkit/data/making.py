@@ -33,6 +33,8 @@ class MakeSettings:
     """Use the default parameters of conditions instead of random ones."""
     size: int | None = None
     """Side of the square that images are scaled and cropped to; with `buckets`, of the square bucket."""
+    tiles: bool = False
+    """The images were cut into squares of `size` (`with_tiles`)."""
     buckets: bool = False
     """Scale and crop images to the nearest aspect-ratio bucket."""
     copy: bool = False
@@ -48,6 +50,8 @@ class MakeSettings:
         object.__setattr__(self, "conditions", names)
         if self.size is not None and not 16 <= self.size <= 8192:
             raise UserError(f"size is {self.size}; expected 16 to 8192 pixels", "out-of-range")
+        if self.tiles and (self.size is None or self.buckets):
+            raise UserError("tiles needs size, the side of the tiles, and excludes buckets", "contradiction")
         if self.buckets:
             _ = self.bucket_sizes
 
@@ -95,7 +99,10 @@ def make_pair(image: InputImage, settings: MakeSettings) -> EncodedPair:
     # Images that other tools may read differently (EXIF rotation, alpha, 16 bits) or not at all, by their names, are
     # written again as decoded here.
     original, plain = decode_pixels(data, image.name)
-    plain = plain and image.name.lower().endswith(SUFFIXES)
+    plain = plain and image.tile is None and image.name.lower().endswith(SUFFIXES)
+    if image.tile is not None:
+        left, top, side = image.tile
+        original = np.ascontiguousarray(original[top : top + side, left : left + side])
     height, width = original.shape[:2]
     size = settings.target_size(width, height)
     fits = size == (width, height)
@@ -106,7 +113,8 @@ def make_pair(image: InputImage, settings: MakeSettings) -> EncodedPair:
     images, parameters, seeds = {}, {}, {}
     for name in settings.conditions:
         condition = find(name)
-        seed = condition_seed(settings.seed, digest, name)
+        content = digest if image.tile is None else f"{digest} {image.tile}"
+        seed = condition_seed(settings.seed, content, name)
         objects = (image.objects or {}).get(name)
         values = condition.defaults if settings.fixed else condition.random_parameters(np.random.default_rng(seed))
         images[name] = png(_compute(condition, original if objects else pixels, {**values, **(objects or {})}, size))

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from controlkit.conditions.condition import background_of
-from controlkit.errors import UserError, nearest
+from controlkit.errors import UserError, nearest, reason_of
 from controlkit.files import valid_text
 from controlkit.images import read_image
 
@@ -76,7 +76,7 @@ class MultiGen:
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{self.path}, line {index + 1}: not an entry of the task {self.task} ({error!r})", "bad-data"
+                f"{self.path}, line {index + 1}: not an entry of the task {self.task} ({reason_of(error)})", "bad-data"
             ) from error
 
     def empty_prompts(self) -> int:

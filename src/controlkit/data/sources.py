@@ -157,6 +157,20 @@ def _is_plain_jpeg(data: bytes) -> bool:
     return plain and width * height <= MAX_PIXELS and _orientation(image) == 1
 
 
+def upright_size(source: Path | TarMember) -> tuple[int, int] | None:
+    """Width and height of an image after its EXIF rotation, from its header; None if it cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            stream = source.open("rb") if isinstance(source, Path) else io.BytesIO(source.read_bytes())
+            with stream, Image.open(stream) as image:
+                width, height = image.size
+                turned = _orientation(image) >= 5
+    except Exception:  # decode_image reports it
+        return None
+    return (height, width) if turned else (width, height)
+
+
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation; 1 (upright) for a damaged EXIF block."""
     try:

@@ -95,9 +95,11 @@ def generate_baselines(
     steps: int,
     guidance: float | None,
     sampler: str | None = None,
+    seed: int = 0,
 ) -> Baselines:
-    """Compute the baseline and the ceiling of targets and their prompts."""
-    no_control = generate_uncontrolled(base, prompts, steps, guidance, sampler=sampler)
+    """Compute the baseline and the ceiling of targets and their prompts; image i has seed `seed` + i."""
+    seeds = seeds_of(len(prompts), seed)
+    no_control = generate_uncontrolled(base, prompts, steps, guidance, seeds=seeds, sampler=sampler)
     return Baselines(no_control=no_control, ceiling=reconstruct(base, targets))
 
 
@@ -113,6 +115,7 @@ def evaluate_control(
     mode: str | None = None,
     prompt_modes: Sequence[str] = ("given",),
     captioner: str | None = None,
+    seed: int = 0,
     baselines: dict[str, Baselines] | None = None,
 ) -> tuple[Report, Image.Image]:
     """Score condition following on each set: no control (baseline), this control, the target (ceiling).
@@ -122,6 +125,7 @@ def evaluate_control(
         prompt_modes: each set is scored once in each (`GenerateRequest.prompt_mode`); given are its own prompts. The
             baseline has the same prompts.
         captioner: of the prompt mode `automatic`; default: that of the base.
+        seed: of the first image of each set; the next image has the next seed.
         baselines: cache of baselines, by a hash of what they depend on; missing ones are computed and added. Pass the
             same dict to several calls to compute them once.
 
@@ -144,6 +148,7 @@ def evaluate_control(
         weight=weight,
         mode=mode,
         captioner=captioner,
+        seed=seed,
     )
     sheet: dict[str, Sequence[np.ndarray]] = {}
     for scored in evaluated:
@@ -173,6 +178,7 @@ def evaluate_control(
             "condition": condition_settings(evaluated[0].condition),
             "sets": [scored.set_settings for scored in evaluated],
         },
+        images=tuple(row for scored in evaluated for row in scored.per_image),
     )
     cells = [[Image.fromarray(image) for image in group] for group in sheet.values()]
     return report, contact_sheet(cells, row_titles=list(sheet), cell=96)
@@ -190,12 +196,13 @@ def evaluate_controls(
     mode: str | None = None,
     prompt_modes: Sequence[str] = ("given",),
     captioner: str | None = None,
+    seed: int = 0,
 ) -> tuple[Report, Image.Image]:
     """Score condition following of several controls on the same images, in one table.
 
     Args:
         controls: by their name in the table.
-        prompt_modes: as of `evaluate_control`, with `captioner`.
+        prompt_modes: as of `evaluate_control`, with `captioner` and `seed`.
 
     Returns:
         The table, and a contact sheet of condition images and results for the first eight images of the first set.
@@ -209,6 +216,7 @@ def evaluate_controls(
     rows: list[Row] = []
     facts: dict[str, Any] = {}
     acting: dict[str, Any] = {}
+    each_image: list[dict[str, Any]] = []
     strips: list[Sequence[Image.Image]] = []
     titles: list[str] = []
     for name, control in controls.items():
@@ -224,10 +232,12 @@ def evaluate_controls(
             weight=weight,
             mode=mode,
             captioner=captioner,
+            seed=seed,
         )
         every += evaluated
         named[name] = evaluated[0]
         rows += [(f"{name}, {scored.images}", scored.measure, *scored.values) for scored in evaluated]
+        each_image += [{"control": name, **row} for scored in evaluated for row in scored.per_image]
         facts[name] = {scored.eval_set.name: scored.facts for scored in evaluated}
         acting[name] = {
             **evaluated[0].acting,
@@ -249,6 +259,7 @@ def evaluate_controls(
             **sampling_settings(base, steps=steps, guidance=guidance, sampler=sampler),
             "controls": acting,
         },
+        images=tuple(each_image),
     )
     return report, contact_sheet(strips, row_titles=[*titles, "target"], cell=72)
 
@@ -267,9 +278,12 @@ class _Evaluated:
     """Steps, guidance and sampler."""
     prompting: dict[str, Any]
     """`prompt_mode` and `captioner`; empty if the prompts are those of the set."""
-    baseline: float
-    value: float
-    ceiling: float
+    baselines_each: Sequence[float]
+    values_each: Sequence[float]
+    ceilings_each: Sequence[float]
+    """Scores of each image: without control, with it, and of its target."""
+    seed: int
+    """Of the first image."""
     notes: tuple[str, ...]
     """Caveats of the scores."""
 
@@ -281,6 +295,37 @@ class _Evaluated:
     @property
     def in_words(self) -> str:
         return in_words(self.acting | self.sampling)
+
+    @property
+    def baseline(self) -> float:
+        return float(np.mean(self.baselines_each))
+
+    @property
+    def value(self) -> float:
+        return float(np.mean(self.values_each))
+
+    @property
+    def ceiling(self) -> float:
+        return float(np.mean(self.ceilings_each))
+
+    @property
+    def per_image(self) -> list[dict[str, Any]]:
+        """Scores of each image, with its seed and prompt."""
+        scores = zip(self.baselines_each, self.values_each, self.ceilings_each, strict=True)
+        return [
+            {
+                "set": self.eval_set.name,
+                "image": index,
+                "seed": self.seed + index,
+                "prompt": prompt,
+                "no_control": baseline,
+                "score": value,
+                "ceiling": ceiling,
+            }
+            for index, (prompt, (baseline, value, ceiling)) in enumerate(
+                zip(self.eval_set.prompts, scores, strict=True)
+            )
+        ]
 
     @property
     def images(self) -> str:
@@ -304,7 +349,7 @@ class _Evaluated:
             condition_images=images.condition_images,
             parameters=images.parameters,
         )
-        return settings | self.prompting | {"seeds": seeds_of(len(images.targets))}
+        return settings | self.prompting | {"seeds": seeds_of(len(images.targets), self.seed)}
 
 
 def _evaluate_each(
@@ -336,6 +381,7 @@ def _evaluate(
     mode: str | None,
     prompt_mode: str,
     captioner: str | None,
+    seed: int,
 ) -> _Evaluated:
     if control.condition is None:
         raise UserError(
@@ -355,7 +401,7 @@ def _evaluate(
     use = EvalControl(control=control, condition_images=eval_set.condition_images, weight=weight, mode=mode)
 
     def controlled_by(prompts: Sequence[str]) -> list[np.ndarray]:
-        return generate_controlled(base, [use], prompts, steps=steps, guidance=guidance, sampler=sampler)
+        return generate_controlled(base, [use], prompts, steps=steps, guidance=guidance, sampler=sampler, seed=seed)
 
     prompting: dict[str, Any] = {}
     if prompt_mode != "given":
@@ -366,12 +412,12 @@ def _evaluate(
             caption = find_captioner(captioner, base)
             prompts = caption([Image.fromarray(image) for image in controlled_by(prompts)])
         eval_set = replace(eval_set, name=f"{eval_set.name}, prompt {prompt_mode}", prompts=prompts)
-    key = sha256_of(base.content, content_of(eval_set.targets, eval_set.prompts), repr(sampling))
+    key = sha256_of(base.content, content_of(eval_set.targets, eval_set.prompts), repr(sampling), str(seed))
     if key not in baselines:
-        baselines[key] = generate_baselines(base, eval_set.targets, eval_set.prompts, steps, guidance, sampler)
+        baselines[key] = generate_baselines(base, eval_set.targets, eval_set.prompts, steps, guidance, sampler, seed)
     controlled = controlled_by(eval_set.prompts)
     baseline, value, ceiling = (
-        condition.mean_score(eval_set.condition_images, results, eval_set.targets, eval_set.parameters)
+        condition.scores(eval_set.condition_images, results, eval_set.targets, eval_set.parameters)
         for results in (baselines[key].no_control, controlled, baselines[key].ceiling)
     )
     if condition.random and eval_set.parameters is not None and not all(eval_set.parameters):
@@ -387,9 +433,10 @@ def _evaluate(
         acting=acting,
         sampling=sampling,
         prompting=prompting,
-        baseline=baseline,
-        value=value,
-        ceiling=ceiling,
+        baselines_each=baseline,
+        values_each=value,
+        ceilings_each=ceiling,
+        seed=seed,
         notes=notes,
     )
 
@@ -444,8 +491,9 @@ def generate_controlled(
     guidance: float | None = None,
     sampler: str | None = None,
     batch_size: int | None = None,
+    seed: int = 0,
 ) -> list[np.ndarray]:
-    """Generate one `uint8` image per prompt under all of `uses`; image i has seed i."""
+    """Generate one `uint8` image per prompt under all of `uses`; image i has seed `seed` + i."""
     generated: list[np.ndarray] = []
     count = len(prompts)
     batch_size = batch_size or images_at_once(base.size, base.size)
@@ -471,7 +519,7 @@ def generate_controlled(
         for batch in sample_prompts(
             base,
             prompts=prompts[group],
-            seeds=range(group.start, group.stop),
+            seeds=range(seed + group.start, seed + group.stop),
             uses=active,
             steps=steps,
             guidance=guidance,

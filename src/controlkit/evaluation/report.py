@@ -26,10 +26,14 @@ class Report:
     """Numbers of the table by name, for programs."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings that the numbers depend on, as plain values: base, control, sets, sampling, device, versions."""
+    images: tuple[dict[str, Any], ...] = ()
+    """Scores of single images, one row of plain values each; not part of `to_json`."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        values = asdict(self)
+        del values["images"]
+        return values
 
     def to_markdown(self) -> str:
         """As Markdown."""

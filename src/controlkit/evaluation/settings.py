@@ -60,9 +60,9 @@ def content_of(
     return sha256_of_all(parts())[:16]
 
 
-def seeds_of(count: int) -> list[int]:
-    """The seeds of `count` images: image i has seed i."""
-    return list(range(count))
+def seeds_of(count: int, first: int = 0) -> list[int]:
+    """The seeds of `count` images: image i has seed `first` + i."""
+    return list(range(first, first + count))
 
 
 def condition_settings(condition: Condition) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from controlkit.controls.file_format import declared_config
 from controlkit.controls.registry import companion_role, find, registry
 from controlkit.errors import UserError
 from controlkit.files import write_atomically
+from controlkit.formats.load import shipped_controls
 from controlkit.formats.metadata import provenance_of, read_metadata
 
 
@@ -65,9 +66,19 @@ def card_of(
     lines += ["", "## Usage", "", *system.usage(path.name, facts.get("control.base", NANO))]
     if kind.companion is not None:
         role = companion_role(kind)
-        lines += ["", f"Its {role}, `{facts.get(kind.companion_key)}`, must be in the same folder, or be passed:"]
-        lines += [f"`--control {path.name}+{role.upper().replace(' ', '_')}=IMAGE`."]
+        name = facts.get(kind.companion_key)
+        if _ships(facts.get(f"{kind.companion_key}_fingerprint")):
+            lines += ["", f"Its {role}, `{name}`, ships with controlkit and is found there."]
+        else:
+            lines += ["", f"Its {role}, `{name}`, must be in the same folder, or be passed:"]
+            lines += [f"`--control {path.name}+{role.upper().replace(' ', '_')}=IMAGE`."]
     return "\n".join(lines) + "\n"
+
+
+def _ships(fingerprint: str | None) -> bool:
+    """Whether a control with this fingerprint ships with controlkit."""
+    recorded = (read_metadata(path).get("control.fingerprint") for path in shipped_controls().values())
+    return fingerprint is not None and fingerprint in recorded
 
 
 def write_card(path: str | Path, **known: Any) -> Path:

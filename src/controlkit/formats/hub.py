@@ -9,7 +9,7 @@ from pathlib import Path
 from controlkit.controls.registry import registry
 from controlkit.data.sources import SUFFIXES
 from controlkit.errors import UserError
-from controlkit.formats.card import write_card
+from controlkit.formats.card import card_of, write_card
 from controlkit.formats.companions import companions_beside, fingerprint_in
 from controlkit.formats.metadata import read_metadata
 
@@ -24,24 +24,19 @@ def push(file: str | Path, repository: str, *, private: bool = False) -> str:
     Raises:
         UserError: the file is not a controlkit control, or the upload fails.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
 
+    uploads = uploads_of(file)
     path = Path(file)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; pass a .safetensors file (`controlkit convert` makes one)", "wrong-kind")
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; pass the .safetensors file of a control", "missing-file")
-    card = path.with_suffix(".md")
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"cannot upload {path.name}: HF_HUB_OFFLINE is set; unset it, or see what would be uploaded with --dry-run",
+            "upload-failed",
+        )
+    card = uploads["README.md"]
     if not card.is_file():
-        card = write_card(path)
-    uploads = {path.name: path, "README.md": card}
-    if (companion := _companion_of(path)) is not None:
-        uploads[companion.name] = companion
-    for link in _IMAGE.findall(card.read_text(encoding="utf-8")):
-        image = (path.parent / link).resolve()
-        # Security: a card from elsewhere must not select arbitrary local files for upload.
-        if image.is_relative_to(path.parent.resolve()) and image.suffix in SUFFIXES and image.is_file():
-            uploads[image.relative_to(path.parent.resolve()).as_posix()] = image
+        write_card(path)
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
@@ -49,11 +44,36 @@ def push(file: str | Path, repository: str, *, private: bool = False) -> str:
             api.upload_file(path_or_fileobj=str(source), path_in_repo=name, repo_id=repository)
     except Exception as error:  # refusals of the hub, and HTTP errors of its library
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"the hub refused {path.name} for {repository}: {reason}; check your login and the connection",
-            "upload-failed",
-        ) from error
+        if isinstance(error, HfHubHTTPError | ValueError):
+            what, advice = f"the hub refused {path.name} for {repository}", "check the name and your login"
+        else:
+            what, advice = f"cannot reach the hub to upload {path.name} to {repository}", "check the connection"
+        raise UserError(f"{what}: {reason}; {advice}", "upload-failed") from error
     return str(address)
+
+
+def uploads_of(file: str | Path) -> dict[str, Path]:
+    """What `push` uploads: name in the repository -> file. The card need not exist yet.
+
+    Raises:
+        UserError: the file is not a controlkit control.
+    """
+    path = Path(file)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; pass a .safetensors file (`controlkit convert` makes one)", "wrong-kind")
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; pass the .safetensors file of a control", "missing-file")
+    card = path.with_suffix(".md")
+    text = card.read_text(encoding="utf-8") if card.is_file() else card_of(path)
+    uploads = {path.name: path, "README.md": card}
+    if (companion := _companion_of(path)) is not None:
+        uploads[companion.name] = companion
+    for link in _IMAGE.findall(text):
+        image = (path.parent / link).resolve()
+        # Security: a card from elsewhere must not select arbitrary local files for upload.
+        if image.is_relative_to(path.parent.resolve()) and image.suffix in SUFFIXES and image.is_file():
+            uploads[image.relative_to(path.parent.resolve()).as_posix()] = image
+    return uploads
 
 
 def _companion_of(path: Path) -> Path | None:

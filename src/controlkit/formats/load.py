@@ -97,7 +97,9 @@ def shipped_controls() -> dict[str, Path]:
 
 
 def find_control(name: str | Path) -> Path:
-    """The file or folder of `name`: a path, or a shipped control.
+    """The file or folder of `name`: a path, a control trained in this folder, or a shipped control.
+
+    `mine` is `mine.safetensors`, else `runs/mine/mine.safetensors`, where `adapt --name mine` writes it.
 
     Among shipped controls, `palette` means `nano/palette` unless there is a `palette`, and aliases of a condition mean
     its control.
@@ -112,6 +114,9 @@ def find_control(name: str | Path) -> Path:
         )
     if path.exists():
         return path
+    for own in (Path(f"{name}.safetensors"), Path("runs", name, f"{path.name}.safetensors")):
+        if own.is_file():
+            return own
     shipped = shipped_controls()
     names = [str(name)]
     with suppress(UserError):

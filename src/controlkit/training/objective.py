@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,10 @@ class Objective(ABC):
     @abstractmethod
     def preview(self, step: int, folder: Path) -> dict[str, float]:
         """Write images from fixed seeds into `folder` and return named scores on held-out data."""
+
+    def merit(self, scores: Mapping[str, float]) -> float | None:
+        """What `patience` compares of the scores of a preview, higher is better; None if nothing can be compared."""
+        return None
 
     @property
     def preview_settings(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -25,6 +26,7 @@ _LEAST = {
     "log_every": 1,
     "save_every": 1,
     "preview_every": 1,
+    "patience": 1,
     "latent_channels": 1,
     "text_width": 1,
     "text_layers": 1,
@@ -49,6 +51,9 @@ _ADDED |= {"sd_locked": True, "only_mid_control": False}
 _ADDED |= {"global_average_pooling": False, "gaussian_convolutions": False}
 _ADDED |= {"image_column": None, "conditioning_image_column": None, "caption_column": None}
 """Settings added later, with the value that reproduces runs from before; with it, they do not identify a run."""
+
+CHANGEABLE = ("batch_size", "gradient_accumulation_steps", "precision")
+"""Settings that `change_on_resume` may name: those that the state of a run does not depend on."""
 
 FORMER = {"warmup_steps": 100}
 """Settings that became optional, with their number in runs from before. In what identifies a run, None counts as that
@@ -106,6 +111,12 @@ class Recipe:
     """Steps between checkpoints of the training state."""
     preview_every: int = 500
     """Steps between previews, which are scored."""
+    patience: int | None = None
+    """Previews without a better held-out score after which the run ends, with the weights of the best preview; null for
+    all `steps`."""
+    change_on_resume: tuple[str, ...] = ()
+    """Settings whose new values a run may resume with, though it began with others: `batch_size`,
+    `gradient_accumulation_steps`, `precision`."""
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -117,9 +128,8 @@ class Recipe:
             if values[name] is not None and not (values[name] > 0 and math.isfinite(values[name])):
                 raise UserError(f"{name} is {values[name]}; it must be above 0", "out-of-range")
         _check_time_sampling(values.get("time_sampling"))
-        for name in ("min_lr_rate", "prompt_drop"):
-            if name in values and not 0 <= values[name] <= 1:
-                raise UserError(f"{name} is {values[name]}; it must be between 0 and 1", "out-of-range")
+        _check_fractions(values)
+        _check_changeable(self.change_on_resume)
         if not 0 <= self.beta2 < 1:
             raise UserError(f"beta2 is {self.beta2}; it must be at least 0 and below 1", "out-of-range")
         if not 0 <= self.seed < 2**63:
@@ -139,6 +149,18 @@ class Recipe:
 def _check_time_sampling(name: str | None) -> None:
     if name is not None and name not in TIME_SAMPLINGS:
         raise UserError(f"time_sampling is {name!r}; expected one of {', '.join(TIME_SAMPLINGS)}", "unknown-name")
+
+
+def _check_changeable(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in CHANGEABLE:
+            raise UserError(f"change_on_resume has {name!r}; expected any of {', '.join(CHANGEABLE)}", "unknown-name")
+
+
+def _check_fractions(values: Mapping[str, Any]) -> None:
+    for name in ("min_lr_rate", "prompt_drop"):
+        if name in values and not 0 <= values[name] <= 1:
+            raise UserError(f"{name} is {values[name]}; it must be between 0 and 1", "out-of-range")
 
 
 def _check_name(name: str) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from controlkit.errors import UserError
 from controlkit.files import locked, read_json, remove_leftovers, sha256_of, writable_folder
 from controlkit.training.processes import Processes
-from controlkit.training.recipe import FORMER, Recipe, identifying
+from controlkit.training.recipe import CHANGEABLE, FORMER, Recipe, identifying
 from controlkit.training.state import fingerprint_of, replace_truncated, step_of
 
 # Settings that may change when a run is resumed.
@@ -29,6 +29,8 @@ _MAY_CHANGE = {
     "log_every",
     "save_every",
     "preview_every",
+    "patience",
+    "change_on_resume",
 }
 
 _SCHEDULE = ("steps", "learning_rate", "min_lr_rate", "warmup_steps")
@@ -84,11 +86,14 @@ def check_same_run(recipe: Recipe, path: Path, saved: str, done: int) -> None:
     Raises:
         UserError: it is of another recipe, or has more steps.
     """
-    if saved != fingerprint(recipe):
-        different = "; ".join(_differences(recipe, path.parent / "recipe.json"))
+    if saved != fingerprint(recipe) and saved != fingerprint(_before_change(recipe, path.parent / "recipe.json")):
+        changed = _changed(recipe, path.parent / "recipe.json")
+        different = "; ".join(changed.values()) or "see its recipe.json"
+        resume = ""
+        if changed and set(changed) <= set(CHANGEABLE):
+            resume = f", or resume with the new values: change_on_resume=[{','.join(changed)}]"
         raise UserError(
-            f"{path.parent} has a run of another recipe ({different or 'see its recipe.json'}); set another out",
-            "resume-mismatch",
+            f"{path.parent} has a run of another recipe ({different}); set another out{resume}", "resume-mismatch"
         )
     if done > recipe.steps:
         raise UserError(
@@ -98,16 +103,25 @@ def check_same_run(recipe: Recipe, path: Path, saved: str, done: int) -> None:
         )
 
 
+def _before_change(recipe: Recipe, path: Path) -> Recipe:
+    """The recipe with the values of the recorded run at `path` for the settings in `change_on_resume`."""
+    try:
+        before = read_json(path)
+        return dataclasses.replace(recipe, **{name: before[name] for name in recipe.change_on_resume})
+    except (UserError, KeyError, TypeError):
+        return recipe
+
+
 def schedule_changes(recipe: Recipe) -> str:
     """`setting: there, now` of changed settings of the learning rate schedule."""
     path = Path(recipe.out) / "recipe.json"
-    return "; ".join(_differences(recipe, path, lambda name: name in _SCHEDULE))
+    return "; ".join(_changed(recipe, path, lambda name: name in _SCHEDULE).values())
 
 
-def _differences(
+def _changed(
     recipe: Recipe, path: Path, counts: Callable[[str], bool] = lambda name: name not in _MAY_CHANGE
-) -> list[str]:
-    """`setting: there, now` of changed settings; by default those that must stay when a run is resumed."""
+) -> dict[str, str]:
+    """Setting -> `setting: there, now` of changed settings; by default those that must stay when a run is resumed."""
     try:
         before = read_json(path)
         settings = json.loads(json.dumps(dataclasses.asdict(recipe)))
@@ -116,9 +130,9 @@ def _differences(
             for name, value in settings.items()
             if counts(name) and name in before
         ]
-        return [f"{name}: {there!r} there, {now!r} now" for name, there, now in pairs if there != now]
+        return {name: f"{name}: {there!r} there, {now!r} now" for name, there, now in pairs if there != now}
     except (UserError, TypeError):
-        return []
+        return {}
 
 
 def _check_results(recipe: Recipe, folder: Path) -> None:

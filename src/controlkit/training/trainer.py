@@ -25,6 +25,7 @@ from controlkit.training.log import NullLog, RunLog, is_timed, total_seconds
 from controlkit.training.memory import uses_bf16
 from controlkit.training.objective import Objective
 from controlkit.training.optimizers import build_optimizer
+from controlkit.training.patience import Patience
 from controlkit.training.processes import Processes
 from controlkit.training.readings import Reading, Readings
 from controlkit.training.recipe import Recipe
@@ -118,6 +119,11 @@ class _Loop:
         if state is not None and state.loss_monitor is not None and state.data == objective.data:
             self.monitor.restore(state.loss_monitor, state.step)
         self.scores: dict[str, float] = {}
+        self.patience = None if recipe.patience is None else Patience(recipe.patience, self.folder / "best", self.first)
+        self._enough_before = self.patience is not None and self.patience.exhausted
+        self._enough = False
+        if self.first and self.processes.first:
+            print(f"resuming at step {self.first} of {recipe.steps}", file=sys.stderr, flush=True)
 
     def run(self) -> Trained:
         try:
@@ -130,11 +136,13 @@ class _Loop:
         finally:
             self.log.close()
         files: list[Path] = []
-        if self.first >= self.recipe.steps:
-            self._preview(self.recipe.steps)
+        if self.first >= self.recipe.steps or self._enough_before:
+            self._preview(self.first)
         with averaged(self.average, self.parameters), gathered(self.objective.trained):
             if self.processes.first:
                 files = self.objective.save(self.folder)
+        if self.patience is not None and self.processes.first:
+            files = self.patience.files(self.folder)
         self.processes.wait()
         previews = sorted((self.folder / "previews").glob("*.png"))
         return Trained(
@@ -147,6 +155,8 @@ class _Loop:
         )
 
     def _steps(self, signals: _Signals) -> None:
+        if self._enough_before:
+            return
         stalls = StallMonitor()
         try:
             for step in range(self.first, self.recipe.steps):
@@ -162,6 +172,8 @@ class _Loop:
                 if stop:
                     message = f"stopped at step {step + 1} of {self.recipe.steps}; run the same command to resume"
                     raise Interrupted(message, signals.number)
+                if self._enough:
+                    return
         except RuntimeError as error:
             if not self.processes.is_peer_failure(error):
                 raise
@@ -291,6 +303,8 @@ class _Loop:
                     " the end",
                     "out-of-memory",
                 ) from error
+        if self._enough and not saved:
+            self._save(done)
         if done % recipe.log_every == 0 or previewed or stop:
             scored = self.objective.preview_settings if self.scores else {}
             values = {"loss": loss, **(self.scores if previewed else {})}
@@ -305,6 +319,18 @@ class _Loop:
         with averaged(self.average, self.parameters), gathered(self.objective.trained):
             if self.processes.first:
                 self.scores = self.objective.preview(step, writable_folder(self.folder / "previews"))
+                if self.patience is not None and step > self.first:
+                    merit = self.objective.merit(self.scores)
+                    self._enough = self.patience.ends(step, merit, self.objective.save)
+        # All processes have to agree.
+        self._enough = self.patience is not None and self.processes.any(self._enough)
+        if self._enough and self.patience is not None and self.processes.first:
+            print(
+                f"stopped at step {step} of {self.recipe.steps}: no better score since step {self.patience.step}, whose"
+                " weights are the result",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _diverged(self, what: str, step: int, loss: float) -> UserError:
         """The error of a diverged run, after its last batch is written to diverged.json."""
@@ -407,6 +433,8 @@ def _out_of_memory(recipe: Recipe, step: int, path: Path) -> UserError:
         return UserError(f"out of memory at step {step}; {advice}", "out-of-memory")
     resume = f"resume with {hints[0]}" if hints else ""
     restart = f"start again in another out with {' or '.join(others)}" if others else ""
+    if recipe.batch_size > 1:
+        restart += "; to resume with it, add change_on_resume=[batch_size]"
     advice = ", or ".join(filter(None, (resume, restart))) or "this device is too small for it"
     return UserError(f"out of memory at step {step}; the last state is kept in {path}; {advice}", "out-of-memory")
 

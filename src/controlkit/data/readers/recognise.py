@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from controlkit.conditions import find
-from controlkit.data.readers.archives import read_parquet, read_tars
+from controlkit.data.readers.archives import read_tars
 from controlkit.data.readers.coco import read_coco
 from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.folders import has_twins, images_in, read_multigen, read_twins
-from controlkit.data.readers.json_lines import lists_images, read_manifest, read_metadata, read_prompt_json
+from controlkit.data.readers.image_tables import (
+    has_image_cells,
+    is_hub_dataset,
+    is_parquet,
+    is_saved_dataset,
+    read_hub_dataset,
+    read_parquet,
+    read_saved_dataset,
+)
+from controlkit.data.readers.json_lines import (
+    METADATA,
+    first_entry,
+    lists_images,
+    read_manifest,
+    read_metadata,
+    read_prompt_json,
+)
 from controlkit.data.readers.listing import Listing, short_name
 from controlkit.data.sources import Source
 from controlkit.errors import UserError
 
 MANIFEST = "pairs.jsonl"
 PROMPT_JSON = "prompt.json"
-_METADATA = ("metadata.jsonl", "metadata.csv")
+_TABLES = (".jsonl", ".json", ".csv")
 _HEAD = 1 << 20
 
 LAYOUTS = f"""{MANIFEST} (controlkit pairs), {PROMPT_JSON} (source, target, prompt), metadata.jsonl,
-metadata.csv and other tables of images (datasets), parquet files, tar shards, images beside folders of condition
-images, MultiGen-20M, COCO annotations"""
+metadata.csv and other tables of images (datasets), parquet files, folders of save_to_disk, datasets of the hub
+(hf://datasets/OWNER/NAME), tar shards, images beside folders of condition images, MultiGen-20M, COCO annotations"""
 
 Reader = Callable[[Path, str | None, Columns], Listing]
 
@@ -42,6 +57,8 @@ def read_listing(path: str | Path, condition: str | None = None, columns: Column
     Raises:
         UserError: there is nothing at `path`, the layout is unknown, or a named column is missing.
     """
+    if is_hub_dataset(path):
+        return read_hub_dataset(path, str(path), columns)
     path = Path(path)
     within = _one_condition(path, columns) if (path.parent / MANIFEST).is_file() else None
     if within is not None:
@@ -57,6 +74,8 @@ def read_listing(path: str | Path, condition: str | None = None, columns: Column
 
 def pairs_folder(path: str | Path) -> Path:
     """The folder for files derived from the pairs at `path`."""
+    if is_hub_dataset(path):
+        return Path()
     path = Path(path)
     while not path.exists() and glob.has_magic(str(path)):
         path = path.parent
@@ -92,8 +111,10 @@ def _folder_reader(folder: Path, columns: Columns) -> Reader | None:
             return _at(folder / name, reader)
     if (folder / "json_files").is_dir():
         return _without_columns(read_multigen, "MultiGen-20M")
-    metadata = [folder / name for name in _METADATA if (folder / name).is_file()]
-    metadata = metadata or sorted(file for name in _METADATA for file in folder.glob(f"*/{name}"))
+    if is_saved_dataset(folder):
+        return lambda path, condition, columns: read_saved_dataset(folder, path, columns)
+    metadata = [folder / name for name in METADATA if (folder / name).is_file()]
+    metadata = metadata or sorted(file for name in METADATA for file in folder.glob(f"*/{name}"))
     if metadata:
         return _at(_only_split(folder, metadata), read_metadata)
     for pattern in ("*.tar", "*.parquet", "data/*.parquet", "*/*.parquet"):
@@ -118,7 +139,7 @@ def _folder_reader(folder: Path, columns: Columns) -> Reader | None:
 def _tables(folder: Path, columns: Columns) -> list[Path]:
     """Tables with images in a folder or its subfolders; with `columns`, all tables if none has images."""
     for pattern in ("*", "*/*"):
-        files = [path for path in folder.glob(pattern) if path.suffix in (".jsonl", ".csv") and path.is_file()]
+        files = [path for path in folder.glob(pattern) if path.suffix in _TABLES and path.is_file()]
         files = sorted(file for file in files if not any(part.startswith(".") for part in file.parts[-2:]))
         found = [file for file in files if lists_images(file, columns)]
         if found or (files and columns.named):
@@ -133,10 +154,7 @@ def _file_reader(path: Path, columns: Columns) -> Reader | None:
         return _archive_reader([path])
     if path.suffix == ".csv":
         return read_metadata
-    try:
-        entry = json.loads(head.lstrip(b"\xef\xbb\xbf").strip().split(b"\n")[0])
-    except (ValueError, IndexError):
-        entry = None
+    entry = first_entry(path)
     if not isinstance(entry, dict):
         # A JSON document of several lines, or with a first line longer than `_HEAD`.
         coco = head.lstrip().startswith(b"{") and b'"images"' in head
@@ -157,7 +175,9 @@ def _file_reader(path: Path, columns: Columns) -> Reader | None:
 def _archive_reader(paths: Sequence[Path]) -> Reader | None:
     if not paths or not all(path.is_file() for path in paths):
         return None
-    if all(path.suffix == ".parquet" or _is_parquet(path) for path in paths):
+    if all(path.suffix == ".parquet" or is_parquet(path) for path in paths):
+        if len(paths) == 1 and not has_image_cells(paths[0]):
+            return _at(paths[0], read_metadata)
         return lambda path, condition, columns: read_parquet(paths, path, columns)
     return _without_columns(lambda path, condition: read_tars(paths, path), "tar shards")
 
@@ -170,11 +190,6 @@ def _without_columns(reader: Callable[[Path, str | None], Listing], what: str) -
         return reader(path, condition)
 
     return read
-
-
-def _is_parquet(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(4) == b"PAR1"
 
 
 def _at(path: Path, reader: Reader) -> Reader:

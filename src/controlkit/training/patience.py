@@ -1,0 +1,69 @@
+"""Early stopping by the held-out score of previews."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from controlkit.errors import UserError
+from controlkit.files import read_json, write_json
+
+_RECORD = "best.json"
+
+
+class Patience:
+    """Ends a run after `previews` previews without a better score, and keeps the files of the best one.
+
+    Args:
+        folder: where the files of the best preview are kept, with a record for a resumed run.
+        first: the step that the run begins or resumes at. A record of later steps is dropped.
+    """
+
+    def __init__(self, previews: int, folder: Path, first: int) -> None:
+        self._previews = previews
+        self._folder = folder
+        self._best: float | None = None
+        self._waited = 0
+        self.step = 0
+        """The step of the best preview."""
+        record = {}
+        with suppress(UserError):
+            record = read_json(folder / _RECORD)
+        if record and record["judged"] <= first:
+            self._best, self._waited, self.step = record["best"], record["waited"], record["step"]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the run has ended."""
+        return self._waited >= self._previews
+
+    def ends(self, step: int, merit: float | None, save: Callable[[Path], object]) -> bool:
+        """Whether the run ends with this preview.
+
+        Args:
+            merit: of the preview, higher is better.
+            save: writes the files of the current weights into a folder.
+
+        Raises:
+            UserError: the preview has no score to compare.
+        """
+        if merit is None:
+            raise UserError(
+                "patience needs a held-out score, and the previews of this run have none to compare", "contradiction"
+            )
+        if self._best is None or merit > self._best:
+            self._best, self._waited, self.step = merit, 0, step
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save(self._folder)
+        else:
+            self._waited += 1
+        values = {"best": self._best, "step": self.step, "waited": self._waited, "judged": step}
+        write_json(self._folder / _RECORD, values)
+        return self.exhausted
+
+    def files(self, folder: Path) -> list[Path]:
+        """Copy the files of the best preview into `folder`; returns the copies."""
+        names = sorted(path.name for path in self._folder.iterdir() if path.name != _RECORD and path.is_file())
+        return [Path(shutil.copy2(self._folder / name, folder / name)) for name in names]
