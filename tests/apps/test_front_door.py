@@ -166,7 +166,8 @@ def test_sampling_shows_progress_where_it_is_wanted(tmp_path, capsys, monkeypatc
     assert run(*words) == 0
     assert capsys.readouterr().err == ""
     assert run(*words, "--verbose") == 0
-    lines = capsys.readouterr().err.splitlines()
+    *lines, calls = capsys.readouterr().err.splitlines()
+    assert calls.startswith("network calls: 4 ")
     assert [line.partition(" denoising")[0] for line in lines] == ["1 of 4", "2 of 4", "3 of 4", "4 of 4"]
     assert " left" in lines[1] and " left" not in lines[3]
 

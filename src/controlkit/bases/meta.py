@@ -9,9 +9,10 @@ import torch
 from controlkit.bases.base import Base
 from controlkit.bases.component import Configurations
 from controlkit.bases.families import KNOWN_BASES, configurations_in, family_of_folder, known_by_shape
-from controlkit.bases.load import SINGLE_FILES, base_folder, check_family, defaults_of
+from controlkit.bases.load import NANO, SINGLE_FILES, base_folder, check_family, defaults_of
 from controlkit.bases.single_file import read_single_file
 from controlkit.bases.text import Text
+from controlkit.bases.weight_files import HUB_ID
 from controlkit.errors import UserError
 
 _REQUIRED_KEYS = {
@@ -61,7 +62,8 @@ def build_meta_base(name: str, family: type[Base], configurations: Configuration
         for component in family.components:
             if component.is_network and component.name in configurations:
                 components[component.name] = component.build(configurations[component.name])
-    is_folder = (not known_by_shape(name) and Path(name).suffix not in SINGLE_FILES) or Path(name).is_dir()
+    is_folder = name == NANO or Path(name).is_dir() or (not known_by_shape(name) and HUB_ID.fullmatch(name) is not None)
+    is_folder = is_folder and (Path(name).suffix not in SINGLE_FILES or Path(name).is_dir())
     defaults = defaults_of(base_folder(name)) if is_folder else {}
     return family(name=name, scheduler_config=configurations["scheduler"], defaults=defaults, **components)
 
