@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         what = _LIMITS.get(field.name, "results that are kept")
         limits.add_argument(
             name,
-            dest=field.name,
+            dest=f"max_{field.name}",
             type=type(field.default),
             default=field.default,
             metavar="N",
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.server.logs import log_json_lines
     from controlkit.server.service import Settings
 
-    limits = Limits(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Limits)})
+    limits = Limits(**{field.name: getattr(args, f"max_{field.name}") for field in dataclasses.fields(Limits)})
     catalogue = list_models(
         bases=getattr(args, "bases", None) or ["nano"],
         controls=args.controls,

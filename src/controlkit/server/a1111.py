@@ -224,20 +224,20 @@ def _start_image(body: ImageToImage, order: _Order) -> None:
     """The image to start from, and its mask."""
     if len(body.init_images) != 1:
         raise UserError(f"init_images has {len(body.init_images)} images; expected one", "unsupported")
-    whole = body.mask is not None and body.inpaint_full_res not in (False, 0)
-    fit = "crop" if whole else fit_of(1 if body.resize_mode in (None, 3) else body.resize_mode, "the request")
+    only_masked = bool(body.mask) and body.inpaint_full_res not in (False, 0)
+    fit = "crop" if only_masked else fit_of(1 if body.resize_mode in (None, 3) else body.resize_mode, "the request")
     order.values |= {
         "image": order.collected.add("init_images[0]", body.init_images[0], fit=fit),
         "strength": 0.75 if body.denoising_strength is None else body.denoising_strength,
     }
     order.returns_start = bool(body.include_init_images)
-    if body.mask is None:
+    if not body.mask:
         return
     blurs = [blur for blur in (body.mask_blur, body.mask_blur_x, body.mask_blur_y) if blur is not None]
     order.values |= {
         "mask": order.collected.add("mask", body.mask, fit=fit, invert=bool(body.inpainting_mask_invert)),
         "mask_blur": blurs[0] if blurs else 4,
-        "only_masked": (body.inpaint_full_res_padding or 0) if whole else None,
+        "only_masked": (body.inpaint_full_res_padding or 0) if only_masked else None,
     }
     if body.inpainting_fill not in (None, 1):
         order.notes.append(f"inpainting_fill is {body.inpainting_fill}; used: 1, the original image")
@@ -323,7 +323,9 @@ def _is_foreign(name: str, script: Any) -> bool:
     if name.lower() == "controlnet":
         return False
     args = script.get("args", []) if isinstance(script, Mapping) else script
-    return any(args) if isinstance(args, list) else bool(args)
+    if not isinstance(args, list):
+        return bool(args)
+    return bool(args) and args[0] is not False  # which switches ADetailer and others off
 
 
 def _loras(prompt: str, service: Service) -> tuple[str, list[dict[str, Any]], list[str]]:

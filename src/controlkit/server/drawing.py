@@ -161,7 +161,8 @@ class Studio:
             if spec["side"] is not None:
                 factor = spec["side"] / min(image.size)
                 size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-                self.limits.check_size(*size, None)
+                if size[0] * size[1] > self.limits.input_pixels:
+                    raise UserError(f"{name} would be scaled to {size[0]} x {size[1]}; that is too large", "bad-image")
                 image = image.resize(size, Image.Resampling.LANCZOS)
             if spec["module"] is not None:
                 found = conditions.find(spec["module"])(np.asarray(image), **spec["parameters"])

@@ -47,7 +47,7 @@ class Metrics:
                 lines += [f"# HELP {family} {text}", f"# TYPE {family} {kind}"]
             marked = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels)
             number = str(int(value)) if value == int(value) else repr(value)
-        lines.append(f"{name}{{{marked}}} {number}" if marked else f"{name} {number}")
+            lines.append(f"{name}{{{marked}}} {number}" if marked else f"{name} {number}")
         return "\n".join(lines) + "\n"
 
 

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from controlkit.errors import UserError
 from controlkit.server.limits import Limits
 
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Formats that are read: those of browsers. Others are parsers that nobody needs here."""
 _DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w.=+-]+)*;base64,", re.ASCII)
 
@@ -49,11 +49,11 @@ def checked_image(data: bytes, name: str, limits: Limits) -> bytes:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            Image.init()  # else the plugins of some formats are not there yet
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 width, height = image.size
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        formats = ", ".join(each for each in _FORMATS if each != "MPO")
-        raise UserError(f"{name} is not an image in a supported format ({formats})", "bad-image") from error
+        raise UserError(f"{name} is not an image in a supported format ({', '.join(_FORMATS)})", "bad-image") from error
     if width * height > limits.input_pixels:
         raise UserError(
             f"{name} is {width} x {height}; this server allows {limits.input_pixels / 1e6:.1f} megapixels", "bad-image"

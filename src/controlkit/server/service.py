@@ -127,7 +127,10 @@ class Service:
 
     async def cancel(self, name: str) -> Job | None:
         """Cancel a request, and return it as it is then."""
+        before = await self.job(name)
         job = await run_in_threadpool(self.store.cancel, name)
+        if before is not None and before.state == "pending" and job is not None and job.state == "cancelled":
+            self.metrics.add("controlkit_jobs_total", state="cancelled")
         self._set_events(name)
         self.supervisor.wake()
         return job
