@@ -115,7 +115,7 @@ def ask_anything(folder, cases: int) -> dict[int, int]:
             def ask(data, case):
                 if isinstance(case.body, dict) and case.media_type == "application/json":
                     case.body = enriched(data.draw, case.body)
-                answer = case.call()
+                answer = case.call(timeout=120)
                 statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
                 assert answer.status_code < 500 or (answer.status_code == 503 and "queue is full" in answer.text), (
                     case.method,

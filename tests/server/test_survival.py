@@ -96,11 +96,3 @@ def test_a_server_that_is_killed_while_it_draws_goes_on_with_its_queue(tmp_path)
     assert "red apple" not in command.log.read_text()
     db = Store(tmp_path / "queue.sqlite", queue=1, kept=9)
     assert (db.get(last).state, db.get(last).attempts) == ("pending", 0)
-
-
-def test_two_servers_do_not_share_a_queue(tmp_path, capfd):
-    from controlkit.apps.cli import main
-
-    with Command(tmp_path):
-        assert main(["serve", "--port", "0", "--queue", str(tmp_path / "queue.sqlite")]) == 2
-        assert "[in-use]" in capfd.readouterr().err

@@ -57,6 +57,7 @@ _SPINS = 2000
 SHELLS = ("bash", "zsh", "tcsh")
 _VERB_HABITS = {
     "annotate": "condition",
+    "api": "serve",
     "draw": "generate",
     "export": "convert",
     "finetune": "adapt",
@@ -67,6 +68,7 @@ _VERB_HABITS = {
     "paint": "generate",
     "preprocess": "condition",
     "sample": "generate",
+    "server": "serve",
     "txt2img": "generate",
     "upload": "push",
 }

@@ -6,7 +6,6 @@ keys of ControlNet units are refused.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import io
 import json
@@ -16,6 +15,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -140,18 +140,16 @@ class PngInfoBody(BaseModel):
 async def txt2img(body: TextToImage, request: Request) -> Answer:
     """Draw images from a prompt, and wait for them."""
     service = service_of(request)
-    order = await _order(body, service)
-    _second_pass(body, order)
-    return await _answer(body, order, service)
+    options = await current_options(service)
+    return await _answer(body, await run_in_threadpool(_text_order, body, service, options), service)
 
 
 @router.post("/img2img")
 async def img2img(body: ImageToImage, request: Request) -> Answer:
     """Draw images that start from one, and wait for them."""
     service = service_of(request)
-    order = await _order(body, service)
-    _start_image(body, order)
-    return await _answer(body, order, service)
+    options = await current_options(service)
+    return await _answer(body, await run_in_threadpool(_image_order, body, service, options), service)
 
 
 @dataclasses.dataclass
@@ -166,9 +164,9 @@ class _Order:
     returns_start: bool = False
 
 
-async def _order(body: _Body, service: Service) -> _Order:
+def _order(body: _Body, service: Service, options: Mapping[str, Any]) -> _Order:
     """What `txt2img` and `img2img` share."""
-    options = {**await current_options(service), **(body.override_settings or {})}
+    options = {**options, **(body.override_settings or {})}
     ignored = [key for key, value in (body.model_extra or {}).items() if not _means_nothing(key, value)]
     ignored += [f"override_settings.{key}" for key in body.override_settings or () if key not in _OPTIONS]
     scripts = body.alwayson_scripts or {}
@@ -203,10 +201,11 @@ async def _order(body: _Body, service: Service) -> _Order:
     return _Order(values, collected, units, ignored, notes)
 
 
-def _second_pass(body: TextToImage, order: _Order) -> None:
-    """Hires. fix."""
+def _text_order(body: TextToImage, service: Service, options: Mapping[str, Any]) -> _Order:
+    """A request from a prompt, with its second pass (Hires. fix)."""
+    order = _order(body, service, options)
     if not body.enable_hr:
-        return
+        return order
     scale = body.hr_scale or 2.0
     if body.hr_resize_x or body.hr_resize_y:
         if not (body.width and body.height):
@@ -218,10 +217,12 @@ def _second_pass(body: TextToImage, order: _Order) -> None:
     order.values |= {"hires": scale, "hires_strength": body.denoising_strength}
     if body.hr_upscaler not in (None, "", "None", "Lanczos"):
         order.notes.append(f"there is no upscaler {body.hr_upscaler}; used: Lanczos")
+    return order
 
 
-def _start_image(body: ImageToImage, order: _Order) -> None:
-    """The image to start from, and its mask."""
+def _image_order(body: ImageToImage, service: Service, options: Mapping[str, Any]) -> _Order:
+    """A request that starts from an image, with its mask."""
+    order = _order(body, service, options)
     if len(body.init_images) != 1:
         raise UserError(f"init_images has {len(body.init_images)} images; expected one", "unsupported")
     only_masked = bool(body.mask) and body.inpaint_full_res not in (False, 0)
@@ -232,7 +233,7 @@ def _start_image(body: ImageToImage, order: _Order) -> None:
     }
     order.returns_start = bool(body.include_init_images)
     if not body.mask:
-        return
+        return order
     blurs = [blur for blur in (body.mask_blur, body.mask_blur_x, body.mask_blur_y) if blur is not None]
     order.values |= {
         "mask": order.collected.add("mask", body.mask, fit=fit, invert=bool(body.inpainting_mask_invert)),
@@ -241,6 +242,7 @@ def _start_image(body: ImageToImage, order: _Order) -> None:
     }
     if body.inpainting_fill not in (None, 1):
         order.notes.append(f"inpainting_fill is {body.inpainting_fill}; used: 1, the original image")
+    return order
 
 
 async def _answer(body: _Body, order: _Order, service: Service) -> Answer:
@@ -385,7 +387,7 @@ _OPTIONS = ("sd_model_checkpoint", "sd_vae", "CLIP_stop_at_last_layers")
 
 async def current_options(service: Service) -> dict[str, Any]:
     """The options that mean something here."""
-    stored = await asyncio.to_thread(service.store.options)
+    stored = await run_in_threadpool(service.store.options)
     if stored.get("sd_model_checkpoint") not in service.catalogue.bases:
         stored["sd_model_checkpoint"] = service.catalogue.base
     if stored.get("sd_vae") not in service.catalogue.vaes:
@@ -413,7 +415,7 @@ async def set_options(body: dict[str, Any], request: Request) -> None:
             raise UserError(f"CLIP_stop_at_last_layers is {layer!r}; expected 1 to 12", "out-of-range")
         values["CLIP_stop_at_last_layers"] = int(layer)
     for key, value in values.items():
-        await asyncio.to_thread(service.store.set_option, key, value)
+        await run_in_threadpool(service.store.set_option, key, value)
 
 
 # Progress
@@ -467,7 +469,7 @@ async def png_info(body: PngInfoBody, request: Request) -> dict[str, Any]:
     """The settings that an image carries."""
     service = service_of(request)
     data = decode_base64(body.image, "image", service.limits)
-    items = await asyncio.to_thread(_text_of, data)
+    items = await run_in_threadpool(_text_of, data)
     return {"info": items.get("parameters", ""), "items": items, "parameters": {}}
 
 

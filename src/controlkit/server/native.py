@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -137,7 +137,7 @@ class Result(BaseModel):
 async def submit(body: GenerateBody, request: Request) -> Status:
     """Queue a request for images."""
     service = service_of(request)
-    spec, files = build(body, service)
+    spec, files = await run_in_threadpool(build, body, service)
     return await _status(service, await service.submit(spec, files))
 
 
@@ -145,7 +145,7 @@ async def submit(body: GenerateBody, request: Request) -> Status:
 async def jobs(request: Request, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> list[Status]:
     """The last requests, the newest first."""
     service = service_of(request)
-    return [await _status(service, job) for job in await _in_thread(service.store.recent, limit)]
+    return [await _status(service, job) for job in await run_in_threadpool(service.store.recent, limit)]
 
 
 @router.get("/jobs/{id}")
@@ -381,7 +381,3 @@ async def _known(service: Service, id: str) -> Job:
 
 def _unknown(id: str) -> HTTPException:
     return HTTPException(404, "there is no request of this id, or its result has been removed")
-
-
-async def _in_thread(function: Any, *values: Any) -> Any:
-    return await asyncio.to_thread(function, *values)

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import FormData
 from starlette.datastructures import UploadFile as SentFile
@@ -59,7 +60,8 @@ async def generations(body: GenerationsBody, request: Request) -> Created:
     """Draw images from a prompt, and wait for them."""
     service = service_of(request)
     asked = _request(service, body.prompt, body.model, body.n, body.size, body.response_format, body.seed)
-    spec, files = build(asked.model_copy(update={"controls": body.controls}), service)
+    asked = asked.model_copy(update={"controls": body.controls})
+    spec, files = await run_in_threadpool(build, asked, service)
     spec.maps = ()
     return await _created(service, spec, files)
 

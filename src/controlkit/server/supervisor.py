@@ -208,7 +208,9 @@ class Supervisor(threading.Thread):
         elif kind == "step":
             self._step(*message[1:])
         elif kind == "failed":
-            _, name, text, code = message
+            _, name, text, code, trace = message
+            if trace is not None:
+                log.error("failed", extra={"job": name, "traceback": trace})
             self._finish(name, "failed", None, None, error=text, code=code)
         else:
             _, name, values, files = message

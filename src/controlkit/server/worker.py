@@ -7,7 +7,6 @@ the worker, and the queue goes on with a new one.
 from __future__ import annotations
 
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ def run_worker(connection: Connection, catalogue: Catalogue, limits: Limits, dev
 
     Messages to the worker: `("job", id, kind, spec, files)`, `("cancel", id)`. From it: `("ready",)`, and
     of a request `("step", id, done, total, preview)`, then one of `("done", id, values, files)`, `("cancelled", id,
-    values, files)` and `("failed", id, text, code)`; no code means that the server is at fault.
+    values, files)` and `("failed", id, text, code, traceback)`; no code means that the server is at fault.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends the worker
     from controlkit.server.drawing import Studio
@@ -62,14 +61,14 @@ class _Worker:
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         except UserError as error:
-            self.send("failed", job, str(error), error.code)
+            self.send("failed", job, str(error), error.code, None)
         except Exception as error:
             if is_out_of_memory(error):
                 self.studio.models = type(self.studio.models)()
-                self.send("failed", job, "out of memory; ask for a smaller or fewer images", "out-of-memory")
+                self.send("failed", job, "out of memory; ask for a smaller or fewer images", "out-of-memory", None)
             else:
-                traceback.print_exc(file=sys.stderr)
-                self.send("failed", job, f"the server failed ({type(error).__name__}); its log has the details", None)
+                text = f"the server failed ({type(error).__name__}); its log has the details"
+                self.send("failed", job, text, None, traceback.format_exc())
         finally:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
