@@ -114,5 +114,5 @@ def test_other_machines_are_let_in_with_a_token_only(host, monkeypatch, capsys):
 
 
 def test_limits_are_positive():
-    with refused("usage", "--max-steps"):
+    with refused("out-of-range", "steps"):
         Limits(steps=0)

@@ -89,6 +89,29 @@ def enriched(draw, value):
     return [enriched(draw, each) for each in value] if isinstance(value, list) else value
 
 
+def ask_one(operation, count: int, round_: int, statuses: dict[int, int]) -> None:
+    """Ask one operation up to `count` times, and count the answers by status."""
+
+    @seed(round_)
+    @settings(
+        max_examples=count,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        deadline=None,
+        database=None,
+    )
+    @given(data=st.data(), case=operation.as_strategy())
+    def ask(data, case):
+        if isinstance(case.body, dict) and case.media_type == "application/json":
+            case.body = enriched(data.draw, case.body)
+        answer = case.call(timeout=120)
+        statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
+        is_full = answer.status_code == 503 and "queue is full" in answer.text
+        assert answer.status_code < 500 or is_full, (case.method, case.path, case.body, answer.text)
+
+    ask()
+
+
 def ask_anything(folder, cases: int) -> dict[int, int]:
     """Ask a server at least so many times; returns status -> number of answers."""
     limits = Limits(
@@ -99,32 +122,16 @@ def ask_anything(folder, cases: int) -> dict[int, int]:
         warnings.simplefilter("ignore")
         schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
         operations = [each.ok() for each in schema.get_all_operations()]
-        # Those with a body have more to get wrong.
-        shares = [6 if operation.body else 1 for operation in operations]
-        for operation, share in zip(operations, shares, strict=True):
-
-            @seed(0)
-            @settings(
-                max_examples=-(-cases * share // sum(shares)),
-                phases=[Phase.generate],
-                suppress_health_check=list(HealthCheck),
-                deadline=None,
-                database=None,
-            )
-            @given(data=st.data(), case=operation.as_strategy())
-            def ask(data, case):
-                if isinstance(case.body, dict) and case.media_type == "application/json":
-                    case.body = enriched(data.draw, case.body)
-                answer = case.call(timeout=120)
-                statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
-                assert answer.status_code < 500 or (answer.status_code == 503 and "queue is full" in answer.text), (
-                    case.method,
-                    case.path,
-                    case.body,
-                    answer.text,
-                )
-
-            ask()
+        # Those with a body have more to get wrong; the others soon repeat themselves.
+        shares = {operation.label: 6 if operation.body else 1 for operation in operations}
+        round_ = 0
+        while sum(statuses.values()) < cases:
+            asked = operations if round_ == 0 else [operation for operation in operations if operation.body]
+            left = cases - sum(statuses.values())
+            for operation in asked:
+                count = -(-left * shares[operation.label] // sum(shares[each.label] for each in asked))
+                ask_one(operation, count, round_, statuses)
+            round_ += 1
         for name in string.ascii_letters[:3]:  # it is still alive, and draws
             assert running.wait(running.submit(prompt=name))["state"] == "done"
         failed = [job for job in running.service.store.recent(cases) if job.state == "failed"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import threading
 import time
 
@@ -14,7 +15,7 @@ from controlkit.server.limits import Limits
 from controlkit.server.store import Store
 
 SMALL = {"prompt": "red apple", "steps": 1}
-LONG = {"prompt": "red apple", "steps": 150}
+LONG = {"prompt": "red apple", "steps": 60}
 CLIENTS = 50
 
 
@@ -66,6 +67,21 @@ def test_a_killed_worker_costs_a_request_nothing_but_time(tmp_path):
         assert running.wait(first)["state"] == running.wait(second)["state"] == "done"
         assert len(running.get(f"/controlkit/v1/jobs/{first}/result")["images"]) == 1
         assert "controlkit_worker_losses_total 1\n" in running.client.get("/metrics").text
+
+
+def test_a_full_disk_delays_a_result_and_loses_none(tmp_path, monkeypatch):
+    with in_thread(tmp_path) as running:
+        write, failures = running.service.store.finish, []
+
+        def fail_twice(*values, **named):
+            if len(failures) < 2:
+                failures.append(values)
+                raise sqlite3.OperationalError("database or disk is full")
+            write(*values, **named)
+
+        monkeypatch.setattr(running.service.store, "finish", fail_twice)
+        assert running.wait(running.submit(**SMALL))["state"] == "done"
+        assert len(failures) == 2
 
 
 def test_a_request_that_takes_too_long_is_ended(tmp_path):

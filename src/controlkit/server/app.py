@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from controlkit._version import __version__
 from controlkit.errors import UserError
-from controlkit.server import a1111, controlnet, native, openai
+from controlkit.server import a1111, a1111_lists, controlnet, native, openai
 from controlkit.server.guards import Guard
 from controlkit.server.metrics import Key
 from controlkit.server.service import Service, Settings
@@ -52,13 +52,14 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(QueueFull, _full)
     app.add_exception_handler(Exception, _failed)
-    for router in (native.router, a1111.router, controlnet.router, openai.router):
+    for router in (native.router, a1111.router, a1111_lists.router, controlnet.router, openai.router):
         app.include_router(router)
 
     @app.get("/healthz", tags=["operation"])
-    async def healthz() -> dict[str, str]:
-        """Whether the server runs."""
-        return {"status": "ok"}
+    async def healthz() -> Response:
+        """Whether the server runs, and its queue with it."""
+        is_alive = service.supervisor.is_alive()
+        return JSONResponse({"status": "ok" if is_alive else "the queue has stopped"}, 200 if is_alive else 503)
 
     @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
     async def metrics() -> Response:

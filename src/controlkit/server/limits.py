@@ -36,7 +36,9 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             if not getattr(self, field.name) > 0:
-                raise UserError(f"--max-{field.name} is {getattr(self, field.name)}; expected more than 0", "usage")
+                raise UserError(
+                    f"the limit {field.name} is {getattr(self, field.name)}; expected more than 0", "out-of-range"
+                )
 
     def check(self, name: str, value: int) -> None:
         """Check a number against the limit `name`.

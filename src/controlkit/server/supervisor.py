@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from controlkit.server.worker import run_worker
 
 _GRACE = 30.0
 """Seconds from a cancellation that the worker does not follow (it loads a model, or hangs) until it is ended."""
+_WRITE_AGAIN = 1.0
+"""Seconds between attempts to write to a disk that is full."""
 _LONGEST_PAUSE = 30.0
 """Seconds before the start of a new worker, at most, if one after the other ends at its start."""
 
@@ -123,7 +126,8 @@ class Supervisor(threading.Thread):
         finally:
             self._end_worker()
             if self._job is not None:
-                self._store.put_back(self._job.id, counted=False)
+                with contextlib.suppress(sqlite3.Error):  # then it counts as killed
+                    self._store.put_back(self._job.id, counted=False)
 
     def _start_worker(self) -> None:
         if self._process is not None or time.monotonic() < self._no_start_before:
@@ -148,7 +152,7 @@ class Supervisor(threading.Thread):
     def _give_work(self) -> None:
         if not self._ready or self._job is not None or self._connection is None:
             return
-        job = self._store.begin()
+        job = self._insist(self._store.begin)
         if job is None:
             return
         self._job, self._begun, self._cancelled_at, self._reason = job, time.monotonic(), None, None
@@ -170,9 +174,11 @@ class Supervisor(threading.Thread):
             self._pass_on_cancellation()
         if self._connection is not None and self._connection in ready:
             try:
-                self._hear(self._connection.recv())
+                message = self._connection.recv()
             except (EOFError, OSError):
                 self._lost_worker()
+            else:
+                self._hear(message)
         elif self._process is not None and self._process.sentinel in ready:
             self._lost_worker()
 
@@ -229,7 +235,7 @@ class Supervisor(threading.Thread):
     def _finish(self, name: str, state: Any, values: Any, files: Any, **error: Any) -> None:
         if state == "cancelled" and self._reason is not None:
             state, values, files, error = "failed", None, None, {"error": self._reason, "code": "out-of-range"}
-        self._store.finish(name, state, result=values, files=files, **error)
+        self._insist(lambda: self._store.finish(name, state, result=values, files=files, **error))
         seconds = time.monotonic() - self._begun
         self._metrics.add("controlkit_jobs_total", state=state)
         self._metrics.add("controlkit_job_seconds_sum", seconds)
@@ -238,6 +244,17 @@ class Supervisor(threading.Thread):
         log.info("ended", extra={"job": name, "state": state, "seconds": round(seconds, 3), **_known(error)})
         self._job = self.progress = None
         self._changed(name)
+
+    def _insist(self, write: Callable[[], Any]) -> Any:
+        """Write to the queue's file, again and again if need be: on a full disk, a result waits here."""
+        while True:
+            try:
+                return write()
+            except sqlite3.Error as error:
+                log.error("cannot write the queue", extra={"error": str(error)})
+                if self._stopping:
+                    raise
+                time.sleep(_WRITE_AGAIN)
 
     def _lost_worker(self) -> None:
         """Start another worker; what it worked on is begun again, a few times."""
@@ -251,7 +268,7 @@ class Supervisor(threading.Thread):
         self._metrics.add("controlkit_worker_losses_total")
         if self._job is not None:
             name = self._job.id
-            state = self._store.put_back(name, counted=True)
+            state = self._insist(lambda: self._store.put_back(name, counted=True))
             if state != "pending":
                 self._metrics.add("controlkit_jobs_total", state=state)
             self._job = self.progress = None
