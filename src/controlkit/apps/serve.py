@@ -178,7 +178,7 @@ def _is_local(host: str) -> bool:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A socket that is bound, so that an address that is taken is reported before models are loaded."""
+    """A listening socket: clients may connect from now on, and are answered once the server has started."""
     from controlkit.errors import UserError
 
     try:
@@ -186,6 +186,7 @@ def _listening(host: str, port: int) -> socket.socket:
         sock = socket.socket(family, kind)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.listen(128)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {host}, port {port}: {error}; give another --port", "in-use") from error
     return sock

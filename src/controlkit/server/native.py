@@ -308,7 +308,7 @@ def _control(use: ControlBody, index: int, collected: Images, service: Service) 
         **{name: getattr(use, name) for name in ("weight", "start", "end", "layers", "mode")},
         "prepared": use.prepared or not own,
         "parameters": (use.parameters or None) if own else None,
-        "mask": collected.add(f"control{index}-mask", use.mask),
+        "mask": collected.add(f"control{index}-mask", use.mask, fit=use.fit),
     }
     image = collected.add(f"control{index}", use.image, **done)
     images = {

@@ -107,7 +107,8 @@ def _unit(given: Mapping[str, Any], where: str, index: int, service: Service, co
     entry = service.catalogue.controls[name]
     condition, parameters = _module(unit, entry, where)
     is_own = condition is not None and condition.name == entry.condition
-    done: dict[str, Any] = {"fit": fit_of(unit.get("resize_mode"), where)}
+    fit = fit_of(unit.get("resize_mode"), where)
+    done: dict[str, Any] = {"fit": fit}
     if condition is not None and not is_own:
         done |= {"condition": condition.name, "parameters": parameters}
     image = _image(unit, "image", where)
@@ -116,7 +117,7 @@ def _unit(given: Mapping[str, Any], where: str, index: int, service: Service, co
     control = {
         "control": name,
         "image": collected.add(f"unit{index}", image, **done),
-        "mask": collected.add(f"unit{index}-mask", _image(unit, "mask", where)),
+        "mask": collected.add(f"unit{index}-mask", _image(unit, "mask", where), fit=fit),
         "weight": _number(unit, "weight", 1.0, where),
         "start": _number(unit, "guidance_start", 0.0, where),
         "end": _number(unit, "guidance_end", 1.0, where),
@@ -167,12 +168,11 @@ def sliders(condition: Condition) -> list[tuple[str, float, float, float]]:
 def threshold_parameters(condition: Condition, *thresholds: Any) -> dict[str, Any]:
     """Parameters of a condition from A1111's two thresholds; as there, one outside its limits means the default."""
     parameters: dict[str, Any] = {}
-    for (name, default, low, high), value in zip(sliders(condition), thresholds, strict=False):
+    for (name, _, low, high), value in zip(sliders(condition), thresholds, strict=False):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             continue
         whole = isinstance(condition.defaults[name], int)
         parameters[name] = round(value) if whole else float(value)
-        del default
     return parameters
 
 
