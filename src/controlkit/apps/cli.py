@@ -27,6 +27,7 @@ from controlkit.apps import (
     inspect,
     pairs,
     push,
+    serve,
     study,
     train,
     transfer,
@@ -35,12 +36,28 @@ from controlkit.apps.show import Reported, error_json, print_json
 from controlkit.apps.signals import Terminated, interruptible
 from controlkit.errors import Code, Interrupted, UserError, is_out_of_memory, nearest
 
-VERBS = (demo, condition, generate, pairs, train, adapt, evaluate, study, convert, transfer, push, inspect, cache)
+VERBS = (
+    demo,
+    condition,
+    generate,
+    pairs,
+    train,
+    adapt,
+    evaluate,
+    study,
+    convert,
+    transfer,
+    push,
+    inspect,
+    cache,
+    serve,
+)
 _SPINS = 2000
 """Turns of an OpenMP thread's waiting loop before it sleeps, a few microseconds each hundred."""
 SHELLS = ("bash", "zsh", "tcsh")
 _VERB_HABITS = {
     "annotate": "condition",
+    "api": "serve",
     "draw": "generate",
     "export": "convert",
     "finetune": "adapt",
@@ -51,6 +68,7 @@ _VERB_HABITS = {
     "paint": "generate",
     "preprocess": "condition",
     "sample": "generate",
+    "server": "serve",
     "txt2img": "generate",
     "upload": "push",
 }

@@ -93,6 +93,13 @@ class Models:
             self._controls[index, name] = load_control(name, base, shared=self.shared)
         return self._controls[index, name]
 
+    def keep_only(self, request: GenerateRequest) -> None:
+        """Forget all controls but those of `request`, and the companions that none of them has."""
+        names = {(index, use.control) for index, use in enumerate(request.controls)}
+        self._controls = {key: control for key, control in self._controls.items() if key in names}
+        kept = {id(module) for control in self._controls.values() for module in control.modules()}
+        self.shared = {name: control for name, control in self.shared.items() if id(control) in kept}
+
 
 def base_key(request: GenerateRequest) -> tuple[object, ...]:
     """What decides how the base is loaded."""

@@ -1,0 +1,200 @@
+"""serve images over HTTP: the APIs of A1111, OpenAI and one of its own
+
+    controlkit serve
+    controlkit serve --base models/ --controls controls/ --loras loras/
+    CONTROLKIT_TOKEN=... controlkit serve --host 0.0.0.0
+
+Clients use models by their names in these folders, which are listed once, at the start. docs/server.md says what to
+enter in each client. Requests wait in a file, so that none is lost if the server ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import ipaddress
+import os
+import socket
+import sys
+from pathlib import Path
+
+TOKEN = "CONTROLKIT_TOKEN"
+"""Environment variable with the token, which other users of the machine cannot read off the command line."""
+_LEAST_TOKEN = 12
+"""Characters."""
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+
+_LIMITS = {
+    "body": "megabytes of the body of a request",
+    "pixels": "width times height of a result, enlarged by hires",
+    "input_pixels": "width times height of an image that is sent",
+    "steps": "denoising steps of a request",
+    "images": "images of a request",
+    "controls": "controls of a request",
+    "queue": "requests that wait; a full queue answers 503",
+    "seconds": "time of a request, loading of models included",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb. Defaults of limits are those of `Limits`."""
+    from controlkit.server.limits import Limits
+
+    models = parser.add_argument_group("models, by the names of their files")
+    models.add_argument(
+        "--base",
+        dest="bases",
+        action="append",
+        metavar="NAME",
+        help="nano, a diffusers folder, a single file, a hub id, or a folder of these; the first is the default"
+        " (default: nano)",
+    )
+    for name, what in (
+        ("controls", "controls; those of nano are always there with it"),
+        ("loras", "LoRAs"),
+        ("vaes", "autoencoders"),
+        ("embeddings", "textual inversions"),
+    ):
+        models.add_argument(
+            f"--{name}", action="append", default=[], metavar="PATH", help=f"a file or a folder of {what}; repeat"
+        )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=7860, help="port (default: 7860, that of A1111)")
+    parser.add_argument(
+        "--token",
+        help=f"what clients must send, as a bearer token or as the password of any user; better in {TOKEN}. Required"
+        " for another host than this machine",
+    )
+    parser.add_argument(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a web page that may use the server, such as http://localhost:3000; repeat (default: none)",
+    )
+    parser.add_argument(
+        "--queue",
+        metavar="FILE",
+        help="file of the queue (default: controlkit/queue-PORT.sqlite in XDG_STATE_HOME, ~/.local/state)",
+    )
+    parser.add_argument("--device", default="auto", help="a torch device (default: CUDA, then MPS, then the CPU)")
+    parser.add_argument("--precision", default="auto", help="fp32, fp16 or bf16 (default: fp16 on CUDA, else fp32)")
+    limits = parser.add_argument_group("limits")
+    for field in dataclasses.fields(Limits):
+        name = "--keep" if field.name == "kept" else f"--max-{field.name.replace('_', '-')}"
+        what = _LIMITS.get(field.name, "results that are kept")
+        limits.add_argument(
+            name,
+            dest=f"max_{field.name}",
+            type=type(field.default),
+            default=field.default,
+            metavar="N",
+            help=f"{what} (default: {field.default})",
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the verb."""
+    from controlkit.errors import UserError
+    from controlkit.files import locked, writable_folder
+
+    try:
+        import fastapi  # noqa: F401
+        import python_multipart  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise UserError(
+            f"the server needs {error.name}; run: pip install 'controlkit[serve]'", "missing-package"
+        ) from error
+    token = getattr(args, "token", None) or os.environ.get(TOKEN) or None
+    _check_access(args.host, token)
+
+    from controlkit.server.app import create_app
+    from controlkit.server.catalogue import list_models
+    from controlkit.server.limits import Limits
+    from controlkit.server.logs import log_json_lines
+    from controlkit.server.service import Settings
+
+    limits = Limits(**{field.name: getattr(args, f"max_{field.name}") for field in dataclasses.fields(Limits)})
+    catalogue = list_models(
+        bases=getattr(args, "bases", None) or ["nano"],
+        controls=args.controls,
+        loras=args.loras,
+        vaes=args.vaes,
+        embeddings=args.embeddings,
+    )
+    for note in catalogue.skipped:
+        print(f"not offered: {note}", file=sys.stderr)
+    with _listening(args.host, args.port) as sock:
+        port = sock.getsockname()[1]
+        queue = Path(args.queue) if hasattr(args, "queue") else _state_folder() / f"queue-{port}.sqlite"
+        writable_folder(queue.parent, "give --queue another file")
+        settings = Settings(
+            catalogue=catalogue,
+            queue=queue,
+            limits=limits,
+            token=token,
+            origins=tuple(args.cors),
+            hosts=(*_LOCAL_NAMES, args.host) if _is_local(args.host) else None,
+            device=args.device,
+            precision=args.precision,
+        )
+        with locked(queue.with_name(f"{queue.name}.lock"), f"another server uses {queue}; give --queue another file"):
+            log_json_lines("warning" if args.quiet else "info")
+            config = uvicorn.Config(
+                create_app(settings),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=5,
+            )
+            print(f"http://{_shown(args.host)}:{port}", flush=True)
+            uvicorn.Server(config).run(sockets=[sock])
+
+
+def _check_access(host: str, token: str | None) -> None:
+    from controlkit.errors import UserError
+
+    if token is None:
+        if not _is_local(host):
+            raise UserError(
+                f"--host {host} lets other machines in; set {TOKEN} (for instance to the output of openssl rand -hex"
+                " 16), or leave --host out",
+                "missing-setting",
+            )
+        return
+    if len(token) < _LEAST_TOKEN or not token.isprintable() or " " in token:
+        raise UserError(f"the token must have at least {_LEAST_TOKEN} characters and no spaces", "out-of-range")
+
+
+def _is_local(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A listening socket: clients may connect from now on, and are answered once the server has started."""
+    from controlkit.errors import UserError
+
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(128)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {host}, port {port}: {error}; give another --port", "in-use") from error
+    return sock
+
+
+def _state_folder() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "controlkit"
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,343 @@
+"""A1111's API, `/sdapi/v1/`: `txt2img` and `img2img`.
+
+What clients send and this server does not know, or cannot do, is named in `info` under `ignored` and `notes`; unknown
+keys of ControlNet units are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel, ConfigDict, Field
+
+from controlkit._version import __version__
+from controlkit.bases.solver_names import SOLVERS, solver_name
+from controlkit.errors import UserError
+from controlkit.sampling.request import DEFAULT_STEPS
+from controlkit.server.a1111_lists import OPTIONS, SAMPLER_NAMES, current_options, vae_of
+from controlkit.server.native import Images
+from controlkit.server.replies import checked_prompt, consecutive_seeds, drawn, service_of
+from controlkit.server.sent_images import encode_base64
+from controlkit.server.service import Service
+from controlkit.server.spec import Spec
+from controlkit.server.store import Job
+from controlkit.server.units import Unit, enabled_units, fit_of
+
+router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
+
+_SAME: dict[str, tuple[Any, ...]] = {
+    "subseed": (-1,), "subseed_strength": (0,), "seed_resize_from_h": (0, -1), "seed_resize_from_w": (0, -1),
+    "eta": (0, 1), "s_churn": (0,), "s_tmax": (0,), "s_tmin": (0,), "s_noise": (1,), "s_min_uncond": (0,),
+    "restore_faces": (False,), "tiling": (False,), "styles": ([],), "script_name": ("",), "script_args": ([],),
+    "save_images": (False,), "send_images": (True,), "do_not_save_samples": (False, True),
+    "do_not_save_grid": (False, True), "firstphase_width": (0,), "firstphase_height": (0,),
+    "hr_second_pass_steps": (0,), "hr_prompt": ("",), "hr_negative_prompt": ("",), "hr_checkpoint_name": ("",),
+    "hr_sampler_name": ("",), "hr_scheduler": ("",), "hr_cfg": (1,), "refiner_checkpoint": ("",),
+    "refiner_switch_at": (0, 0.8, 1),
+    "image_cfg_scale": (0, 1.5), "initial_noise_multiplier": (1,), "disable_extra_networks": (False,),
+    "comments": ({},), "override_settings_restore_afterwards": (True, False), "infotext": ("",), "latent_mask": ("",),
+    "force_task_id": ("",),
+}  # fmt: skip
+"""Keys of A1111 that this server does not have -> values with which they mean nothing there."""
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+_LORA = re.compile(r"<lora:([^:<>]+)(?::(-?[\d.]+))?(?::[^<>]*)?>")
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None
+    batch_size: int | None = Field(default=None, ge=1)
+    n_iter: int | None = Field(default=None, ge=1)
+    steps: int | None = None
+    cfg_scale: Number | None = None
+    width: int | None = None
+    height: int | None = None
+    sampler_name: str | None = None
+    sampler_index: str | int | None = None
+    scheduler: str | None = None
+    clip_skip: int | None = None
+    denoising_strength: Number | None = None
+    override_settings: dict[str, Any] | None = None
+    alwayson_scripts: dict[str, Any] | None = None
+
+
+class TextToImage(_Body):
+    """Body of `txt2img`. Other keys are allowed, and named in `info`."""
+
+    enable_hr: bool | None = None
+    hr_scale: Number | None = None
+    hr_resize_x: int | None = None
+    hr_resize_y: int | None = None
+    hr_upscaler: str | None = None
+
+
+class ImageToImage(_Body):
+    """Body of `img2img`. Other keys are allowed, and named in `info`."""
+
+    init_images: list[str] = []
+    resize_mode: int | None = None
+    mask: str | None = None
+    mask_blur: Number | None = None
+    mask_blur_x: Number | None = None
+    mask_blur_y: Number | None = None
+    inpainting_fill: int | None = None
+    inpaint_full_res: bool | int | None = None
+    inpaint_full_res_padding: int | None = None
+    inpainting_mask_invert: int | None = None
+    include_init_images: bool | None = None
+
+
+class Answer(BaseModel):
+    """Images, what was asked for, and a JSON text of what was used."""
+
+    images: list[str]
+    parameters: dict[str, Any]
+    info: str
+
+
+@router.post("/txt2img")
+async def txt2img(body: TextToImage, request: Request) -> Answer:
+    """Draw images from a prompt, and wait for them."""
+    service = service_of(request)
+    options = await current_options(service)
+    return await _answer(body, await run_in_threadpool(_text_order, body, service, options), service)
+
+
+@router.post("/img2img")
+async def img2img(body: ImageToImage, request: Request) -> Answer:
+    """Draw images that start from one, and wait for them."""
+    service = service_of(request)
+    options = await current_options(service)
+    return await _answer(body, await run_in_threadpool(_image_order, body, service, options), service)
+
+
+@dataclasses.dataclass
+class _Order:
+    """A request as it is put together."""
+
+    values: dict[str, Any]
+    collected: Images
+    units: list[Unit]
+    ignored: list[str]
+    notes: list[str]
+    returns_start: bool = False
+
+
+def _order(body: _Body, service: Service, options: Mapping[str, Any]) -> _Order:
+    """What `txt2img` and `img2img` share."""
+    options = {**options, **(body.override_settings or {})}
+    ignored = [key for key, value in (body.model_extra or {}).items() if not _means_nothing(key, value)]
+    ignored += [f"override_settings.{key}" for key in body.override_settings or () if key not in OPTIONS]
+    scripts = body.alwayson_scripts or {}
+    ignored += [f"alwayson_scripts.{name}" for name, script in scripts.items() if _is_foreign(name, script)]
+    collected = Images(service)
+    units = enabled_units(scripts, service, collected)
+    count = (body.batch_size or 1) * (body.n_iter or 1)
+    service.limits.check("images", count)
+    prompt = checked_prompt(body.prompt or "", "prompt")
+    negative = checked_prompt(body.negative_prompt or "", "negative_prompt")
+    prompt, loras, missing = _loras(prompt, service)
+    notes = [f"there is no LoRA {name!r} on this server" for name in missing]
+    clip_skip = body.clip_skip or options.get("CLIP_stop_at_last_layers")
+    values = {
+        "base": _base(options, service),
+        "vae": vae_of(options, service),
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "prompt_syntax": "weighted",
+        "clip_skip": clip_skip if clip_skip is not None and clip_skip != 1 else None,
+        "embeddings": _embeddings(f"{prompt}\n{negative}", service),
+        "loras": loras,
+        "seeds": consecutive_seeds(-1 if body.seed is None else body.seed, count),
+        "steps": body.steps or min(DEFAULT_STEPS, service.limits.steps),
+        "guidance": body.cfg_scale,
+        "width": body.width,
+        "height": body.height,
+        "sampler": _sampler(body, notes),
+        "batch_size": body.batch_size,
+        "controls": [unit.control for unit in units],
+    }
+    return _Order(values, collected, units, ignored, notes)
+
+
+def _text_order(body: TextToImage, service: Service, options: Mapping[str, Any]) -> _Order:
+    """A request from a prompt, with its second pass (Hires. fix)."""
+    order = _order(body, service, options)
+    if not body.enable_hr:
+        return order
+    scale = body.hr_scale or 2.0
+    if body.hr_resize_x or body.hr_resize_y:
+        if not (body.width and body.height):
+            raise UserError("hr_resize_x and hr_resize_y need width and height", "missing-setting")
+        scales = {side / own for side, own in ((body.hr_resize_x, body.width), (body.hr_resize_y, body.height)) if side}
+        if len(scales) > 1:
+            raise UserError("hr_resize_x and hr_resize_y must keep the proportions of width and height", "unsupported")
+        scale = scales.pop()
+    order.values |= {"hires": scale, "hires_strength": body.denoising_strength}
+    if body.hr_upscaler not in (None, "", "None", "Lanczos"):
+        order.notes.append(f"there is no upscaler {body.hr_upscaler}; used: Lanczos")
+    return order
+
+
+def _image_order(body: ImageToImage, service: Service, options: Mapping[str, Any]) -> _Order:
+    """A request that starts from an image, with its mask."""
+    order = _order(body, service, options)
+    if len(body.init_images) != 1:
+        raise UserError(f"init_images has {len(body.init_images)} images; expected one", "unsupported")
+    only_masked = bool(body.mask) and body.inpaint_full_res not in (False, 0)
+    fit = "crop" if only_masked else fit_of(1 if body.resize_mode in (None, 3) else body.resize_mode, "the request")
+    order.values |= {
+        "image": order.collected.add("init_images[0]", body.init_images[0], fit=fit),
+        "strength": 0.75 if body.denoising_strength is None else body.denoising_strength,
+    }
+    order.returns_start = bool(body.include_init_images)
+    if not body.mask:
+        return order
+    blurs = [blur for blur in (body.mask_blur, body.mask_blur_x, body.mask_blur_y) if blur is not None]
+    order.values |= {
+        "mask": order.collected.add("mask", body.mask, fit=fit, invert=bool(body.inpainting_mask_invert)),
+        "mask_blur": blurs[0] if blurs else 4,
+        "only_masked": (body.inpaint_full_res_padding or 0) if only_masked else None,
+    }
+    if body.inpainting_fill not in (None, 1):
+        order.notes.append(f"inpainting_fill is {body.inpainting_fill}; used: 1, the original image")
+    return order
+
+
+async def _answer(body: _Body, order: _Order, service: Service) -> Answer:
+    maps = tuple(index for index, unit in enumerate(order.units) if unit.shows_map)
+    spec = Spec(
+        request=order.values,
+        images=order.collected.images,
+        lenient=True,
+        maps=maps,
+        ignored=tuple(order.ignored),
+        notes=tuple(order.notes),
+        start_image=order.returns_start,
+    )
+    job = await drawn(service, spec, order.collected.files)
+    roles = ("images", "maps", *(["start"] if order.returns_start else []))
+    images = [encode_base64(data) for role in roles for data in await service.files(job.id, role)]
+    return Answer(images=images, parameters=_echo(body), info=json.dumps(_info(job, order.values)))
+
+
+def _info(job: Job, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """`info` of A1111, from a request that is done."""
+    result = job.result or {}
+    used, seeds = result.get("used", {}), result.get("seeds", [])
+    count = len(seeds)
+    return {
+        "prompt": result.get("prompt", asked["prompt"]),
+        "all_prompts": [result.get("prompt")] * count,
+        "negative_prompt": result.get("negative_prompt", asked["negative_prompt"]),
+        "all_negative_prompts": [result.get("negative_prompt")] * count,
+        "seed": (seeds or asked["seeds"])[0],
+        "all_seeds": seeds,
+        "subseed": -1,
+        "all_subseeds": [-1] * count,
+        "subseed_strength": 0,
+        "width": result.get("width"),
+        "height": result.get("height"),
+        "sampler_name": SAMPLER_NAMES.get(used.get("sampler"), used.get("sampler")),
+        "cfg_scale": used.get("guidance"),
+        "steps": result.get("steps"),
+        "batch_size": asked["batch_size"] or 1,
+        "restore_faces": False,
+        "face_restoration_model": None,
+        "sd_model_name": result.get("base"),
+        "sd_model_hash": None,
+        "sd_vae_name": asked["vae"],
+        "sd_vae_hash": None,
+        "seed_resize_from_w": -1,
+        "seed_resize_from_h": -1,
+        "denoising_strength": used.get("strength", used.get("hires_strength")),
+        "extra_generation_params": {},
+        "index_of_first_image": 0,
+        "infotexts": result.get("infotexts", []),
+        "styles": [],
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(job.created)),
+        "clip_skip": result.get("clip_skip") or 1,
+        "is_using_inpainting_conditioning": False,
+        "version": f"controlkit {__version__}",
+        "job": job.id,
+        "interrupted": job.state == "cancelled",
+        "ignored": result.get("ignored", []),
+        "notes": result.get("notes", []),
+    }
+
+
+def _echo(body: _Body) -> dict[str, Any]:
+    """The body without its images, as text that is valid."""
+    values = body.model_dump(exclude={"init_images", "mask", "alwayson_scripts"})
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str).encode("utf-8", "replace"))
+    kept = {key: value for key, value in plain.items() if key not in ("controlnet_units", "auth")}
+    return json.loads(json.dumps(kept, ensure_ascii=False).encode("utf-8", "replace"), parse_constant=lambda _: None)
+
+
+def _means_nothing(key: str, value: Any) -> bool:
+    """Whether a key that is not supported has a value with which it has no effect."""
+    return key in _SAME and (value is None or value in _SAME[key])
+
+
+def _is_foreign(name: str, script: Any) -> bool:
+    """Whether a script is not known here, and asked to do something."""
+    if name.lower() == "controlnet":
+        return False
+    args = script.get("args", []) if isinstance(script, Mapping) else script
+    if not isinstance(args, list):
+        return bool(args)
+    return bool(args) and args[0] is not False  # which switches ADetailer and others off
+
+
+def _loras(prompt: str, service: Service) -> tuple[str, list[dict[str, Any]], list[str]]:
+    """A prompt without `<lora:NAME:WEIGHT>`, the LoRAs, and the names of those that are not here."""
+    loras: list[dict[str, Any]] = []
+    missing: list[str] = []
+    for name, weight in _LORA.findall(prompt):
+        try:
+            found = service.catalogue.find("loras", name)
+            loras.append({"file": found, "weight": float(weight or 1)})
+        except (UserError, ValueError):
+            missing.append(name)
+    return _LORA.sub("", prompt).strip() if loras or missing else prompt, loras, missing
+
+
+def _embeddings(prompts: str, service: Service) -> list[str]:
+    """The textual inversions whose word is in the prompts."""
+    words = {name: name.rpartition("/")[2] for name in service.catalogue.embeddings}
+    return [
+        name for name, word in words.items() if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompts, re.IGNORECASE)
+    ]
+
+
+def _sampler(body: _Body, notes: list[str]) -> str | None:
+    """The sampler of its name and that of its schedule."""
+    name = body.sampler_name or body.sampler_index
+    if name is None or str(name).lower() in ("", "automatic", "none"):
+        return None
+    scheduler = (body.scheduler or "automatic").lower()
+    found = solver_name(str(name))
+    if scheduler == "karras":
+        if f"{found}-karras" in SOLVERS:
+            return f"{found}-karras"
+        if not found.endswith("-karras"):
+            notes.append(f"{name} has no Karras spacing here; used: its own")
+    elif scheduler not in ("", "automatic", "none", "uniform", "normal"):
+        notes.append(f"there is no scheduler {body.scheduler}; used: the sampler's own")
+    return found
+
+
+def _base(options: Mapping[str, Any], service: Service) -> str:
+    name = options.get("sd_model_checkpoint")
+    return service.catalogue.find("bases", str(name)) if name else service.catalogue.base

@@ -1,0 +1,109 @@
+"""The application: all APIs on one service."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+
+from controlkit._version import __version__
+from controlkit.errors import UserError
+from controlkit.server import a1111, a1111_lists, controlnet, native, openai
+from controlkit.server.guards import Guard
+from controlkit.server.metrics import Key
+from controlkit.server.service import Service, Settings
+from controlkit.server.store import QueueFull
+
+_RETRY_AFTER = "10"
+"""Seconds."""
+
+log = logging.getLogger("controlkit.server")
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application. Its worker starts and ends with it.
+
+    Raises:
+        UserError: the file of the queue cannot be used.
+    """
+    service = Service(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        service.stop()
+
+    app = FastAPI(
+        title="controlkit",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # its page would load scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.service = service
+    app.add_exception_handler(UserError, _user_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(QueueFull, _full)
+    app.add_exception_handler(Exception, _failed)
+    for router in (native.router, a1111.router, a1111_lists.router, controlnet.router, openai.router):
+        app.include_router(router)
+
+    @app.get("/healthz", tags=["operation"])
+    async def healthz() -> Response:
+        """Whether the server runs, and its queue with it."""
+        is_alive = service.supervisor.is_alive()
+        return JSONResponse({"status": "ok" if is_alive else "the queue has stopped"}, 200 if is_alive else 503)
+
+    @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Counters in Prometheus' text format."""
+        gauges: dict[Key, float] = {("controlkit_info", (("version", __version__),)): 1}
+        for state, count in (await service.counts()).items():
+            gauges["controlkit_jobs", (("state", state),)] = count
+        text = service.metrics.text(gauges)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Guard, service=service)
+    return app
+
+
+async def _user_error(request: Request, error: Exception) -> Response:
+    code = error.code if isinstance(error, UserError) else None
+    return JSONResponse({"detail": _printable(str(error)), "code": code}, 422)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """Which fields are wrong, and why; without what was sent, which may be an image or no valid text."""
+    assert isinstance(error, RequestValidationError)
+    problems: list[dict[str, Any]] = [
+        {"loc": [_printable(str(part)) for part in each["loc"]], "msg": _printable(each["msg"]), "type": each["type"]}
+        for each in error.errors()[:20]
+    ]
+    text = "; ".join(f"{'.'.join(each['loc'][1:])}: {each['msg']}" for each in problems[:3])
+    return JSONResponse({"detail": problems, "message": text, "code": "wrong-type"}, 422)
+
+
+async def _full(request: Request, error: Exception) -> Response:
+    detail = {"detail": "the queue is full; try again later"}
+    return JSONResponse(detail, 503, headers={"Retry-After": _RETRY_AFTER})
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    log.error("failed", exc_info=error, extra={"path": request.url.path})
+    return JSONResponse({"detail": "the server failed; its log has the details"}, 500)
+
+
+def _printable(text: str) -> str:
+    """Text that can be sent as UTF-8, cut where it is long."""
+    return text[:2000].encode("utf-8", "replace").decode("utf-8")

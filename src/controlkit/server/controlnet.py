@@ -1,0 +1,144 @@
+"""The API of A1111's ControlNet extension: `/controlnet/`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+
+from controlkit import conditions
+from controlkit.conditions.condition import Condition
+from controlkit.errors import UserError
+from controlkit.server.native import listed_condition
+from controlkit.server.replies import ended, service_of
+from controlkit.server.sent_images import decode_base64, encode_base64
+from controlkit.server.units import OWN, RESOLUTION, sliders, threshold_parameters
+
+router = APIRouter(prefix="/controlnet", tags=["A1111 ControlNet"])
+
+_VERSION = 3
+"""Of the extension's API; from 2 on clients send `control_mode`."""
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class DetectBody(BaseModel):
+    """Body of `detect`."""
+
+    controlnet_module: str = "none"
+    controlnet_images: list[str] = []
+    controlnet_input_images: list[str] = []
+    """The same, as Auto-Photoshop calls them."""
+    controlnet_masks: list[Any] | None = None
+    controlnet_processor_res: int | None = None
+    controlnet_threshold_a: Number | None = None
+    controlnet_threshold_b: Number | None = None
+    low_vram: bool = False
+
+
+class Detected(BaseModel):
+    """Condition images."""
+
+    images: list[str]
+    info: str = "Success"
+
+
+@router.get("/version")
+async def version() -> dict[str, int]:
+    """Version of this API."""
+    return {"version": _VERSION}
+
+
+@router.get("/model_list")
+async def model_list(request: Request) -> dict[str, list[str]]:
+    """Controls."""
+    return {"model_list": list(service_of(request).catalogue.controls)}
+
+
+@router.get("/module_list")
+async def module_list(alias_names: bool = False) -> dict[str, Any]:
+    """Conditions, with the sliders of their parameters."""
+    names = ["none", OWN, *_modules()]
+    details: dict[str, Any] = {name: {"model_free": False, "sliders": []} for name in ("none", OWN)}
+    for name, condition in _modules().items():
+        own = [
+            {"name": parameter, "value": value, "min": low, "max": high, "step": _step(low, high)}
+            for parameter, value, low, high in sliders(condition)
+        ]
+        details[name] = {"model_free": False, "sliders": [RESOLUTION, *own]}
+    return {"module_list": names, "module_detail": details}
+
+
+@router.get("/control_types")
+async def control_types(request: Request) -> dict[str, Any]:
+    """Conditions for which there are controls, with these."""
+    controls = service_of(request).catalogue.controls
+    modules, models = ["none", OWN, *_modules()], ["None", *controls]
+    types = {
+        "All": {
+            "module_list": modules,
+            "model_list": models,
+            "default_option": "none",
+            "default_model": "None",
+        }
+    }
+    for kind in dict.fromkeys(entry.condition for entry in controls.values() if entry.condition is not None):
+        fitting = [name for name, entry in controls.items() if entry.condition == kind]
+        own = [kind] if kind in _modules() else []
+        types[kind] = {
+            "module_list": ["none", OWN, *own],
+            "model_list": ["None", *fitting],
+            "default_option": own[0] if own else "none",
+            "default_model": fitting[0],
+        }
+    return {"control_types": types}
+
+
+@router.get("/settings")
+async def settings(request: Request) -> dict[str, int]:
+    """How many units may be used at once."""
+    count = service_of(request).limits.controls
+    return {"control_net_unit_count": count, "control_net_max_models_num": count}
+
+
+@router.post("/detect")
+async def detect(body: DetectBody, request: Request) -> Detected:
+    """Condition images of images."""
+    service = service_of(request)
+    sent = body.controlnet_images or body.controlnet_input_images
+    if not sent:
+        raise UserError("controlnet_images is empty; send an image as base64", "missing-setting")
+    service.limits.check("images", len(sent))
+    files = {
+        f"controlnet_images[{place:02}]": decode_base64(text, f"controlnet_images[{place}]", service.limits)
+        for place, text in enumerate(sent)
+    }
+    module = body.controlnet_module.strip().lower()
+    spec: dict[str, Any] = {"module": None, "parameters": {}, "side": None}
+    if module not in ("", "none"):
+        condition = conditions.find(listed_condition(module))
+        parameters = threshold_parameters(condition, body.controlnet_threshold_a, body.controlnet_threshold_b)
+        side = body.controlnet_processor_res
+        spec = {"module": condition.name, "parameters": parameters, "side": _side(side)}
+    job = await service.queue("detect", spec, files)
+    ended(await service.wait(job.id))
+    return Detected(images=[encode_base64(data) for data in await service.files(job.id, "images")])
+
+
+def _side(side: int | None) -> int | None:
+    """The length of the short side that a client asks for; None for that of the image."""
+    if side is None or side <= 0:
+        return None
+    least, most = int(RESOLUTION["min"]), int(RESOLUTION["max"])  # type: ignore[call-overload]
+    if not least <= side <= most:
+        raise UserError(f"controlnet_processor_res is {side}; expected {least} to {most}", "out-of-range")
+    return side
+
+
+def _modules() -> dict[str, Condition]:
+    return {name: kind for name, kind in conditions.registry().items() if not kind.provided}
+
+
+def _step(low: float, high: float) -> float:
+    return 1 if high - low >= 50 else (high - low) / 100

@@ -1,0 +1,268 @@
+"""Work on one request, in the worker: prepare its images, draw, and describe what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from controlkit import conditions
+from controlkit._version import __version__
+from controlkit.bases.base import Base
+from controlkit.bases.prompt_encoding import TextOptions
+from controlkit.errors import UserError
+from controlkit.images import decode_image, decode_rgb, resize_cover
+from controlkit.sampling.generate import Generation, Models, generate_one
+from controlkit.sampling.inputs import check_layers
+from controlkit.sampling.request import GenerateRequest
+from controlkit.sampling.residual_cache import ResidualCache
+from controlkit.sampling.step import Step
+from controlkit.server.catalogue import Catalogue
+from controlkit.server.limits import Limits
+from controlkit.server.spec import Fit, SentImage, Spec
+
+
+class Cancelled(Exception):
+    """The request was cancelled while it was worked on."""
+
+
+@dataclass
+class Result:
+    """What the queue keeps of a request."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    """Seeds, settings that were used and notes, in JSON."""
+    files: dict[str, list[bytes]] = field(default_factory=dict)
+    """`images`, `maps` and `start`: PNG files."""
+
+
+@dataclass(kw_only=True)
+class Studio:
+    """What stays between requests: models, caches and settings of the server."""
+
+    catalogue: Catalogue
+    limits: Limits
+    device: str = "auto"
+    precision: str = "auto"
+    models: Models = field(default_factory=Models)
+    cache: ResidualCache = field(default_factory=lambda: ResidualCache(256))
+    """Small: results are the same without it."""
+
+    def draw(
+        self, spec: Spec, files: Mapping[str, bytes], on_step: Callable[[Step], object]
+    ) -> tuple[Result, Cancelled | None]:
+        """Draw the images of a request; if it is cancelled, those that are finished.
+
+        Raises:
+            UserError: an image, a model or a setting cannot be used.
+        """
+        with tempfile.TemporaryDirectory(prefix="controlkit-") as folder:
+            try:
+                return self._draw(spec, files, on_step, Path(folder))
+            except UserError as error:
+                raise self._public(error, folder) from error
+
+    def _public(self, error: UserError, folder: str) -> UserError:
+        """The error without paths of the server."""
+        text = str(error).replace(f"{folder}/", "")
+        return UserError(self.catalogue.without_paths(text), error.code)
+
+    def _draw(
+        self, spec: Spec, files: Mapping[str, bytes], on_step: Callable[[Step], object], folder: Path
+    ) -> tuple[Result, Cancelled | None]:
+        request = spec.to_request(
+            self.catalogue, lambda name: str(folder / f"{name}.png"), device=self.device, precision=self.precision
+        )
+        base = self.models.base(request)
+        width, height = request.width or base.size, request.height or base.size
+        self.limits.check_size(width, height, request.hires)
+        base.check_size(width, height)
+        for name, image in spec.images.items():
+            (folder / f"{name}.png").write_bytes(prepared(image, files[image.file], image.file, width, height))
+        notes = list(spec.notes)
+        if spec.lenient:
+            request, changed = _as_the_base_can(request, base)
+            notes += changed
+        check_layers([request])
+        finished = Generation(request)
+
+        def keep(generation: Generation) -> None:
+            nonlocal finished
+            finished = dataclasses.replace(generation, images=list(generation.images))
+
+        cancelled = None
+        try:
+            finished = generate_one(
+                request,
+                base=None,
+                controls=None,
+                cache=self.cache,
+                on_step=on_step,
+                on_images=keep,
+                models=self.models,
+            )
+        except Cancelled as error:
+            cancelled = error
+        finally:
+            self.models.keep_only(request)
+        return self._result(spec, finished, notes, base), cancelled
+
+    def _result(self, spec: Spec, made: Generation, notes: list[str], base: Base) -> Result:
+        request, used = made.request, made.used
+        names = {"base": self.catalogue.find("bases", spec.request.get("base") or self.catalogue.base)}
+        values: dict[str, Any] = {
+            **names,
+            "seeds": [each.seed for each in made.images],
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "steps": request.steps,
+            "width": request.width or base.size,
+            "height": request.height or base.size,
+            "clip_skip": request.clip_skip,
+            "used": {key: value for key, value in used.items() if key != "device"},
+            "seconds": made.seconds,
+            "notes": [self.catalogue.without_paths(note) for note in (*notes, *made.notes)],
+            "ignored": list(spec.ignored),
+        }
+        values["infotexts"] = [infotext(values, each.seed) for each in made.images]
+        images = [
+            _png(each.image, {"parameters": text}) for each, text in zip(made.images, values["infotexts"], strict=True)
+        ]
+        stems = list(made.conditions)
+        maps = [
+            _png(made.conditions[stem])
+            for stem in stems
+            if any(stem == f"condition{index}" or stem.startswith(f"condition{index}-") for index in spec.maps)
+        ]
+        start = [_png(made.start_images["image"])] if spec.start_image and "image" in made.start_images else []
+        return Result(values, {"images": images, "maps": maps, "start": start})
+
+    def detect(self, spec: Mapping[str, Any], files: Mapping[str, bytes]) -> Result:
+        """Compute condition images.
+
+        Args:
+            spec: `module`, None for the images as they are; `parameters`; and `side`, the length in pixels to which the
+                short side is scaled before, None for none.
+
+        Raises:
+            UserError: an image or a parameter cannot be used.
+        """
+        images = []
+        for name, data in files.items():
+            image = decode_rgb(data, name)
+            if spec["side"] is not None:
+                factor = spec["side"] / min(image.size)
+                size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+                if size[0] * size[1] > self.limits.input_pixels:
+                    raise UserError(f"{name} would be scaled to {size[0]} x {size[1]}; that is too large", "bad-image")
+                image = image.resize(size, Image.Resampling.LANCZOS)
+            if spec["module"] is not None:
+                found = conditions.find(spec["module"])(np.asarray(image), **spec["parameters"])
+                image = Image.fromarray(found)
+            images.append(_png(image))
+        return Result({"module": spec["module"]}, {"images": images})
+
+
+def prepared(image: SentImage, data: bytes, name: str, width: int, height: int) -> bytes:
+    """An image as sampling reads it: the bytes that were sent, or a PNG of what was made of them.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if image == SentImage(file=image.file):
+        return data
+    if image.transparent:
+        opened = decode_image(data, name)
+        alpha = opened.convert("RGBA").getchannel("A")
+        found = alpha.point(lambda value: 255 - value).convert("RGB")
+    else:
+        found = decode_rgb(data, name)
+    if image.invert:
+        found = found.point(lambda value: 255 - value)
+    if image.fit != "crop":
+        found = _fitted(found, image.fit, width, height)
+    if image.condition is not None:
+        found = resize_cover(found, width, height)
+        found = Image.fromarray(conditions.find(image.condition)(np.asarray(found), **image.parameters))
+    return _png(found)
+
+
+def _fitted(image: Image.Image, fit: Fit, width: int, height: int) -> Image.Image:
+    """An image of the size of the result, all of it."""
+    if fit == "stretch":
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+    factor = min(width / image.width, height / image.height)
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    pixels = np.asarray(image)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    colour = tuple(int(value) for value in np.median(border, axis=0))
+    whole = Image.new("RGB", (width, height), colour)
+    place = ((width - size[0]) // 2, (height - size[1]) // 2)
+    whole.paste(image.resize(size, Image.Resampling.LANCZOS), place)
+    return whole
+
+
+def _as_the_base_can(request: GenerateRequest, base: Base) -> tuple[GenerateRequest, list[str]]:
+    """The request with a sampler and a prompt syntax that the base supports, and notes on what was replaced."""
+    notes = []
+    if request.sampler is not None:
+        try:
+            base.schedule.solver(request.sampler, request.steps, "cpu", base.name)
+        except UserError:
+            notes.append(f"{base.name} does not support the sampler {request.sampler}; used: {base.default_sampler}")
+            request = dataclasses.replace(request, sampler=None)
+    if request.prompt_syntax != "plain":
+        try:
+            base.encode_text([""], options=TextOptions(syntax=request.prompt_syntax))
+        except UserError:
+            notes.append(f"{base.name} does not support weights in prompts; read as they stand")
+            request = dataclasses.replace(request, prompt_syntax="plain")
+    return request, notes
+
+
+def infotext(values: Mapping[str, Any], seed: int) -> str:
+    """The settings of an image as A1111 writes them into a PNG, which its clients read."""
+    used = values["used"]
+    settings = {
+        "Steps": values["steps"],
+        "Sampler": used.get("sampler"),
+        "CFG scale": used.get("guidance"),
+        "Seed": seed,
+        "Size": f"{values['width']}x{values['height']}",
+        "Model": values["base"],
+        "Denoising strength": used.get("strength", used.get("hires_strength")),
+        "Clip skip": values["clip_skip"],
+        "Version": f"controlkit {__version__}",
+    }
+    lines = [values["prompt"]]
+    if values["negative_prompt"]:
+        lines.append(f"Negative prompt: {values['negative_prompt']}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None))
+    return "\n".join(lines)
+
+
+def preview(step: Step) -> bytes | None:
+    """A small PNG of the first image of a batch, as far as it is; None if its base has no preview."""
+    try:
+        image = step.preview()[0]
+    except UserError:
+        return None
+    return _png(
+        image.resize((image.width * step.base.factor, image.height * step.base.factor), Image.Resampling.BICUBIC)
+    )
+
+
+def _png(image: Image.Image, text: Mapping[str, str] | None = None) -> bytes:
+    info, buffer = PngInfo(), io.BytesIO()
+    for key, value in (text or {}).items():
+        info.add_itxt(key, value) if not value.isascii() else info.add_text(key, value)
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()

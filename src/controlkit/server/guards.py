@@ -1,0 +1,171 @@
+"""What stands before every endpoint: logs, who may ask, and how much."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from controlkit.server.service import Service
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+_OPEN = ("/healthz",)
+"""Paths that answer without a token, and say nothing of the server but that it runs."""
+_PATIENCE = 30.0
+"""Seconds without a byte until a client that sends a body is given up."""
+
+log = logging.getLogger("controlkit.server")
+
+
+class Guard:
+    """ASGI middleware.
+
+    In this order: log and count the answer; the header `Host` (a web page may point its own name at 127.0.0.1); the
+    token; the header `Origin` (a web page elsewhere may not use the server, even if a browser would let it send); the
+    size of the body.
+    """
+
+    def __init__(self, app: App, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, status = time.monotonic(), 500
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, counted)
+        finally:
+            self._service.metrics.add("controlkit_http_requests_total", method=_method(scope), status=str(status))
+            facts = {"method": _method(scope), "path": scope["path"], "status": status}
+            log.info("answered", extra={**facts, "seconds": round(time.monotonic() - begun, 4)})
+
+    async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        settings = self._service.settings
+        if settings.hosts is not None and _host(headers.get("host", "")) not in settings.hosts:
+            await _refuse(send, 403, "this server is not called so; use the address that it printed at its start")
+            return
+        preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+        if (
+            settings.token is not None
+            and scope["path"] not in _OPEN
+            and not (preflight and settings.origins)
+            and not has_token(headers.get("authorization", ""), settings.token)
+        ):
+            ask = [(b"www-authenticate", b'Basic realm="controlkit", charset="UTF-8"')]
+            await _refuse(send, 401, "this server needs its token: as a bearer token, or as the password", ask)
+            return
+        if not self._is_allowed(headers):
+            await _refuse(send, 403, "web pages of another origin may not use this server (--cors ORIGIN allows one)")
+            return
+        try:
+            body = await _read(receive, headers, self._service.limits.body * 10**6)
+        except _TooLarge:
+            await _refuse(send, 413, f"the body is too large; this server allows {self._service.limits.body} MB")
+            return
+        except _Gone:
+            return
+        await self._app(scope, _again(body, receive), send)
+
+    def _is_allowed(self, headers: dict[str, str]) -> bool:
+        origin = headers.get("origin")
+        if origin is None or "*" in self._service.settings.origins or origin in self._service.settings.origins:
+            return True
+        scheme, _, rest = origin.partition("://")
+        return scheme in ("http", "https") and rest == headers.get("host")
+
+
+def has_token(header: str, token: str) -> bool:
+    """Whether a header `Authorization` has the token: as `Bearer TOKEN`, or as the password of any user (`Basic`)."""
+    scheme, _, value = header.partition(" ")
+    given = value.strip()
+    if scheme.lower() == "basic":
+        try:
+            given = base64.b64decode(given, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError, ValueError):
+            return False
+    elif scheme.lower() != "bearer":
+        return False
+    return hmac.compare_digest(given.encode(), token.encode())
+
+
+class _TooLarge(Exception):
+    """The body has more bytes than it may."""
+
+
+class _Gone(Exception):
+    """The client has gone, or sends nothing."""
+
+
+async def _read(receive: Receive, headers: dict[str, str], most: int) -> bytes:
+    length = headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > most:
+        raise _TooLarge
+    parts, size = [], 0
+    while True:
+        try:
+            message = await asyncio.wait_for(receive(), _PATIENCE)
+        except TimeoutError as error:
+            raise _Gone from error
+        if message["type"] == "http.disconnect":
+            raise _Gone
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > most:
+            raise _TooLarge
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the whole body, then what follows."""
+    given = False
+
+    async def once() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return once
+
+
+async def _refuse(send: Send, status: int, text: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    body = json.dumps({"detail": text}).encode()
+    lines = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *(headers or [])]
+    await send({"type": "http.response.start", "status": status, "headers": lines})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _host(header: str) -> str:
+    """The name in a header `Host`, without its port."""
+    try:
+        return (urlsplit(f"//{header}").hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def _method(scope: MutableMapping[str, Any]) -> str:
+    """The method; one name for all that do not exist, so that clients cannot make up labels."""
+    known = ("GET", "POST", "DELETE", "OPTIONS", "HEAD", "PUT", "PATCH")
+    return scope["method"] if scope["method"] in known else "OTHER"

@@ -1,0 +1,383 @@
+"""controlkit's own API: submit, watch, fetch and cancel requests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from controlkit import conditions
+from controlkit.errors import UserError
+from controlkit.sampling.request import DEFAULT_STEPS, MODES, SAMPLERS
+from controlkit.server.replies import checked_prompt, ended, service_of
+from controlkit.server.sent_images import decode_base64, encode_base64
+from controlkit.server.service import Service
+from controlkit.server.spec import Fit, SentImage, Spec
+from controlkit.server.store import FINISHED, Job
+
+router = APIRouter(prefix="/controlkit/v1", tags=["controlkit"])
+
+_PLACE_EVERY = 5.0
+"""Seconds between events of a request that waits."""
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Plain = bool | int | Number | list[Any]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class LoraBody(_Body):
+    """A LoRA."""
+
+    name: str
+    weight: Number = 1.0
+
+
+class ControlBody(_Body):
+    """A control; the fields are those of `ControlUse`, with images as base64."""
+
+    control: str
+    """Its name in `models`."""
+    image: str | None = None
+    """Base64 of the image, for a control that takes one."""
+    images: dict[str, str] = {}
+    """Base64 of images by input, for a control with several inputs."""
+    values: dict[str, Any] = {}
+    """Its plain inputs, such as the task of a control with several."""
+    weight: Number = 1.0
+    start: Number = 0.0
+    end: Number = 1.0
+    layers: list[Number] | None = None
+    mask: str | None = None
+    """Base64 of a grey image: where the control acts."""
+    prepared: bool = False
+    """Whether the image is a condition image already."""
+    condition: str | None = None
+    """Compute this condition image in place of the control's own."""
+    parameters: dict[str, Plain] = {}
+    """Of the condition: numbers, true and false, and lists of numbers."""
+    mode: str | None = None
+    fit: Fit = "crop"
+
+
+class GenerateBody(_Body):
+    """A request for images; the fields are those of `GenerateRequest`, with images as base64 and names of `models`."""
+
+    prompt: str = ""
+    prompt_mode: Literal["none", "default", "automatic", "given"] = "given"
+    negative_prompt: str = ""
+    prompt_syntax: Literal["plain", "weighted"] = "plain"
+    clip_skip: int | None = None
+    embeddings: list[str] = []
+    loras: list[LoraBody] = []
+    base: str | None = None
+    vae: str | None = None
+    controls: list[ControlBody] = []
+    seeds: list[int] = [0]
+    """-1 is a random one."""
+    steps: int | None = None
+    guidance: Number | None = None
+    width: int | None = None
+    height: int | None = None
+    image: str | None = None
+    strength: Number | None = None
+    mask: str | None = None
+    mask_blur: Number = 0.0
+    only_masked: int | None = None
+    hires: Number | None = None
+    hires_strength: Number | None = None
+    sampler: str | None = None
+    batch_size: int | None = None
+    tiled: bool = False
+
+
+class Status(BaseModel):
+    """A request as it is now."""
+
+    id: str
+    kind: str
+    state: Literal["pending", "running", "done", "failed", "cancelled"]
+    place: int
+    """Requests before it."""
+    step: int
+    steps: int
+    progress: float
+    """In [0, 1]."""
+    eta_seconds: float | None
+    """Estimate of the time until it ends, once it runs."""
+    created: float
+    started: float | None
+    finished: float | None
+    """Unix times in seconds."""
+    error: str | None
+    code: str | None
+
+
+class Result(BaseModel):
+    """The images of a request."""
+
+    id: str
+    state: Literal["done", "cancelled"]
+    images: list[str]
+    """Base64 of PNG files."""
+    conditions: list[str]
+    """Base64 of the condition images."""
+    info: dict[str, Any]
+    """Seeds, settings that were used, and notes."""
+
+
+@router.post("/jobs", status_code=202)
+async def submit(body: GenerateBody, request: Request) -> Status:
+    """Queue a request for images."""
+    service = service_of(request)
+    spec, files = await run_in_threadpool(build, body, service)
+    return await _status(service, await service.submit(spec, files))
+
+
+@router.get("/jobs")
+async def jobs(request: Request, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> list[Status]:
+    """The last requests, the newest first."""
+    service = service_of(request)
+    return [await _status(service, job) for job in await run_in_threadpool(service.store.recent, limit)]
+
+
+@router.get("/jobs/{id}")
+async def status(id: str, request: Request) -> Status:
+    """A request as it is now."""
+    service = service_of(request)
+    return await _status(service, await _known(service, id))
+
+
+@router.get("/jobs/{id}/result")
+async def result(id: str, request: Request) -> Result:
+    """The images of a request that has ended."""
+    service = service_of(request)
+    job = await _known(service, id)
+    if job.state not in FINISHED:
+        raise HTTPException(409, f"the request is {job.state}; ask again when it is done")
+    ended(job)
+    images, maps = [[encode_base64(data) for data in await service.files(id, role)] for role in ("images", "maps")]
+    state: Any = job.state
+    return Result(id=id, state=state, images=images, conditions=maps, info=job.result or {})
+
+
+@router.get("/jobs/{id}/preview", response_class=Response, responses={200: {"content": {"image/png": {}}}})
+async def preview(id: str, request: Request) -> Response:
+    """A small PNG of the running request's first image; 204 if there is none yet."""
+    service = service_of(request)
+    progress = service.progress_of(await _known(service, id))
+    if progress is None or progress.preview is None:
+        return Response(status_code=204)
+    return Response(progress.preview, media_type="image/png")
+
+
+@router.post("/jobs/{id}/cancel")
+async def cancel(id: str, request: Request) -> Status:
+    """Cancel a request: at once if it waits, within a step if it runs."""
+    service = service_of(request)
+    job = await service.cancel(id)
+    if job is None:
+        raise _unknown(id)
+    return await _status(service, job)
+
+
+@router.get("/jobs/{id}/events", response_class=StreamingResponse)
+async def events(id: str, request: Request, previews: bool = False) -> StreamingResponse:
+    """Server-sent events: a `status` at each change, with the base64 of a new preview if asked for, to the end."""
+    service = service_of(request)
+    await _known(service, id)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_events(service, id, previews), media_type="text/event-stream", headers=headers)
+
+
+async def _events(service: Service, id: str, previews: bool) -> AsyncIterator[str]:
+    shown, last = 0, ""
+    with service.watch(id) as event:
+        while True:
+            event.clear()
+            job = await service.job(id)
+            if job is None:
+                return
+            values = (await _status(service, job)).model_dump()
+            progress = service.progress_of(job)
+            if previews and progress is not None and progress.preview is not None and progress.previews != shown:
+                shown = progress.previews
+                values["preview"] = encode_base64(progress.preview)
+            text = json.dumps(values)
+            yield f"event: status\ndata: {text}\n\n" if text != last else ": waiting\n\n"
+            last = text
+            if job.state in FINISHED:
+                return
+            await service.wait_for_change(event, _PLACE_EVERY)
+
+
+@router.get("/models")
+async def models(request: Request) -> dict[str, Any]:
+    """What may be named: models, conditions, samplers and modes; and the limits."""
+    service = service_of(request)
+    catalogue = service.catalogue
+    return {
+        "bases": list(catalogue.bases),
+        "controls": {
+            name: {
+                "kind": entry.kind,
+                "condition": entry.condition,
+                "images": entry.images,
+                "values": entry.values,
+            }
+            for name, entry in catalogue.controls.items()
+        },
+        "loras": list(catalogue.loras),
+        "vaes": list(catalogue.vaes),
+        "embeddings": list(catalogue.embeddings),
+        "conditions": [name for name, kind in conditions.registry().items() if not kind.provided],
+        "samplers": list(SAMPLERS),
+        "modes": list(MODES),
+        "limits": vars(service.limits),
+    }
+
+
+def build(body: GenerateBody, service: Service) -> tuple[Spec, dict[str, bytes]]:
+    """The spec and the images of a request.
+
+    Raises:
+        UserError: an image, a name or a value cannot be used.
+    """
+    collected = Images(service)
+    values = body.model_dump(exclude={"controls", "loras", "image", "mask"})
+    values["prompt"] = checked_prompt(body.prompt, "prompt")
+    values["negative_prompt"] = checked_prompt(body.negative_prompt, "negative_prompt")
+    values["steps"] = min(DEFAULT_STEPS, service.limits.steps) if body.steps is None else body.steps
+    service.limits.check("images", len(body.seeds))
+    values["loras"] = [{"file": lora.name, "weight": lora.weight} for lora in body.loras]
+    for name in ("image", "mask"):
+        values[name] = collected.add(name, getattr(body, name))
+    service.limits.check("controls", len(body.controls))
+    values["controls"] = [_control(use, index, collected, service) for index, use in enumerate(body.controls)]
+    spec = Spec(request=values, images=collected.images, maps=tuple(range(len(body.controls))))
+    return spec, collected.files
+
+
+class Images:
+    """Images of a request, as they are collected from its body."""
+
+    def __init__(self, service: Service) -> None:
+        self._limits = service.limits
+        self.images: dict[str, SentImage] = {}
+        self.files: dict[str, bytes] = {}
+
+    def add(self, name: str, text: str | None, **done: Any) -> str | None:
+        """Add one sent as base64, with what is done to it; returns its name, None for none.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        return None if text is None else self.add_bytes(name, decode_base64(text, name, self._limits), **done)
+
+    def add_bytes(self, name: str, data: bytes, **done: Any) -> str:
+        """Add one whose bytes were checked."""
+        self.files[name] = data
+        self.images[name] = SentImage(file=name, **done)
+        return name
+
+
+def _control(use: ControlBody, index: int, collected: Images, service: Service) -> dict[str, Any]:
+    catalogue = service.catalogue
+    entry = catalogue.controls[catalogue.find("controls", use.control)]
+    for name in use.images:
+        if name not in entry.images:
+            raise UserError(f"{use.control} has no image {name!r}; it has {', '.join(entry.images)}", "unknown-key")
+    for name in use.values:
+        if name not in entry.values:
+            raise UserError(f"{use.control} has no plain input {name!r}", "unknown-key")
+    check_parameters(use.parameters)
+    own = use.condition is None or use.prepared
+    done: dict[str, Any] = {"fit": use.fit}
+    if not own and use.condition is not None:
+        condition = listed_condition(use.condition)
+        done |= {"condition": condition, "parameters": use.parameters}
+    values: dict[str, Any] = {
+        "control": use.control,
+        **{name: getattr(use, name) for name in ("weight", "start", "end", "layers", "mode")},
+        "prepared": use.prepared or not own,
+        "parameters": (use.parameters or None) if own else None,
+        "mask": collected.add(f"control{index}-mask", use.mask, fit=use.fit),
+    }
+    image = collected.add(f"control{index}", use.image, **done)
+    images = {
+        name: collected.add(f"control{index}-{entry.images.index(name)}", text, **done)
+        for name, text in use.images.items()
+    }
+    if not (images or use.values):
+        return {**values, "image": image}
+    if image is not None:
+        images.setdefault(entry.images[0] if entry.images else "image", image)
+    return {**values, "inputs": {**use.values, **images}}
+
+
+def listed_condition(name: str) -> str:
+    """The condition of this name, which must be computed from an image alone.
+
+    Raises:
+        UserError: there is none.
+    """
+    kind = conditions.find(name)
+    if kind.provided:
+        raise UserError(f"{kind.name} comes with the data and is not computed; send a condition image", "unsupported")
+    return kind.name
+
+
+def check_parameters(parameters: Mapping[str, Any]) -> None:
+    """Check that parameters hold no text, which might name a file or a repository.
+
+    Raises:
+        UserError: one does.
+    """
+    for name, value in parameters.items():
+        if not _is_plain(value, depth=4):
+            raise UserError(
+                f"parameter {name}: this server takes numbers, true and false, and lists of numbers", "wrong-type"
+            )
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    if isinstance(value, list):
+        return depth > 0 and all(_is_plain(each, depth - 1) for each in value)
+    return isinstance(value, (bool, int, float))
+
+
+async def _status(service: Service, job: Job) -> Status:
+    progress = service.progress_of(job)
+    return Status(
+        id=job.id,
+        kind=job.kind,
+        state=job.state,
+        place=await service.place(job),
+        step=0 if progress is None else progress.done,
+        steps=0 if progress is None else progress.total,
+        progress=float(job.state == "done") if progress is None else progress.fraction,
+        eta_seconds=None if progress is None else progress.seconds_left,
+        created=job.created,
+        started=job.started,
+        finished=job.finished,
+        error=job.error,
+        code=job.code,
+    )
+
+
+async def _known(service: Service, id: str) -> Job:
+    job = await service.job(id)
+    if job is None:
+        raise _unknown(id)
+    return job
+
+
+def _unknown(id: str) -> HTTPException:
+    return HTTPException(404, "there is no request of this id, or its result has been removed")

@@ -1,0 +1,169 @@
+"""OpenAI's images API: `/v1/images/generations` and `/v1/images/edits`, and the list of models."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import FormData
+from starlette.datastructures import UploadFile as SentFile
+
+from controlkit.errors import UserError
+from controlkit.server.native import ControlBody, GenerateBody, Images, build
+from controlkit.server.replies import checked_prompt, consecutive_seeds, drawn, service_of
+from controlkit.server.sent_images import checked_image, encode_base64
+from controlkit.server.service import Service
+
+router = APIRouter(prefix="/v1", tags=["OpenAI"])
+
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
+
+
+class GenerationsBody(BaseModel):
+    """Body of `images/generations`. Other keys are allowed and change nothing."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str
+    model: str | None = None
+    n: int | None = Field(default=None, ge=1)
+    size: str | None = None
+    response_format: str | None = None
+    seed: int | None = None
+    controls: list[ControlBody] = []
+    """Not of OpenAI: controls, as in `/controlkit/v1/jobs`."""
+
+
+class Created(BaseModel):
+    """Images."""
+
+    created: int
+    data: list[dict[str, str]]
+
+
+@router.get("/models")
+async def models(request: Request) -> dict[str, Any]:
+    """Bases."""
+    names = service_of(request).catalogue.bases
+    return {
+        "object": "list",
+        "data": [{"id": name, "object": "model", "created": 0, "owned_by": "controlkit"} for name in names],
+    }
+
+
+@router.post("/images/generations")
+async def generations(body: GenerationsBody, request: Request) -> Created:
+    """Draw images from a prompt, and wait for them."""
+    service = service_of(request)
+    asked = _request(service, body.prompt, body.model, body.n, body.size, body.response_format, body.seed)
+    asked = asked.model_copy(update={"controls": body.controls})
+    spec, files = await run_in_threadpool(build, asked, service)
+    spec.maps = ()
+    return await _created(service, spec, files)
+
+
+@router.post(
+    "/images/edits",
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["image", "prompt"],
+                        "properties": {
+                            "image": {"type": "string", "format": "binary"},
+                            "mask": {"type": "string", "format": "binary"},
+                            "prompt": {"type": "string"},
+                            "model": {"type": "string"},
+                            "n": {"type": "integer", "minimum": 1},
+                            "size": {"type": "string"},
+                            "response_format": {"type": "string"},
+                        },
+                    }
+                }
+            },
+        }
+    },
+)
+async def edits(request: Request) -> Created:
+    """Draw images that start from one, and wait for them; with a mask, where it is transparent."""
+    service = service_of(request)
+    async with request.form(max_files=4, max_fields=50) as form:
+        images = [each for name in ("image", "image[]") for each in form.getlist(name)]
+        if len(images) != 1 or not isinstance(images[0], SentFile):
+            raise UserError(f"expected one image, got {len(images)}", "unsupported")
+        data = checked_image(await images[0].read(), "image", service.limits)
+        mask = form.get("mask")
+        mask_data = checked_image(await mask.read(), "mask", service.limits) if isinstance(mask, SentFile) else None
+        words = {name: _field(form, name) for name in ("prompt", "model", "n", "size", "response_format")}
+    count = words["n"]
+    if count is not None and not re.fullmatch(r"[1-9]\d{0,5}", count, re.ASCII):
+        raise UserError(f"n is {count!r}; expected a whole number from 1", "wrong-type")
+    asked = _request(
+        service,
+        words["prompt"] or "",
+        words["model"],
+        None if count is None else int(count),
+        words["size"],
+        words["response_format"],
+        None,
+    )
+    spec, files = build(asked, service)
+    collected = Images(service)
+    spec.request["image"] = collected.add_bytes("image", data)
+    if mask_data is not None:
+        spec.request["mask"] = collected.add_bytes("mask", mask_data, transparent=True)
+    spec.images, files = collected.images, collected.files
+    return await _created(service, spec, files)
+
+
+def _field(form: FormData, name: str) -> str | None:
+    value = form.get(name)
+    return value if isinstance(value, str) else None
+
+
+def _request(
+    service: Service,
+    prompt: str,
+    model: str | None,
+    count: int | None,
+    size: str | None,
+    response_format: str | None,
+    seed: int | None,
+) -> GenerateBody:
+    """A request in the server's own terms."""
+    if response_format not in (None, "b64_json"):
+        raise UserError(
+            f"response_format is {response_format!r}; this server keeps no images at URLs, use b64_json", "unsupported"
+        )
+    service.limits.check("images", count or 1)
+    width, height = _size(size)
+    return GenerateBody(
+        prompt=checked_prompt(prompt, "prompt"),
+        base=model or None,
+        seeds=consecutive_seeds(-1 if seed is None else seed, count or 1),
+        width=width,
+        height=height,
+    )
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+    """Width and height of `512x512`; None for `auto`, the size of the base."""
+    if text is None or text in ("", "auto"):
+        return None, None
+    found = _SIZE.fullmatch(text)
+    if found is None:
+        raise UserError(f"size is {text!r}; expected WIDTHxHEIGHT, such as 512x512, or auto", "wrong-type")
+    return int(found[1]), int(found[2])
+
+
+async def _created(service: Service, spec: Any, files: dict[str, bytes]) -> Created:
+    job = await drawn(service, spec, files)
+    images = await service.files(job.id, "images")
+    return Created(created=int(time.time()), data=[{"b64_json": encode_base64(data)} for data in images])

@@ -1,0 +1,176 @@
+"""What the endpoints of all APIs share: the queue, the models, waiting for results."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastapi.concurrency import run_in_threadpool
+
+from controlkit.server.catalogue import Catalogue
+from controlkit.server.limits import Limits
+from controlkit.server.metrics import Metrics
+from controlkit.server.spec import Spec
+from controlkit.server.store import FINISHED, Job, QueueFull, Store
+from controlkit.server.supervisor import Progress, Supervisor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of a server."""
+
+    catalogue: Catalogue
+    queue: Path
+    """File of the queue."""
+    limits: Limits = field(default_factory=Limits)
+    token: str | None = None
+    """What clients must send; None for none."""
+    origins: tuple[str, ...] = ()
+    """Origins of web pages that may use the server (CORS); `*` for all."""
+    hosts: tuple[str, ...] | None = None
+    """Names in the header `Host` that are answered; None for all."""
+    device: str = "auto"
+    precision: str = "auto"
+
+
+class Service:
+    """The running server."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.catalogue, self.limits = settings, settings.catalogue, settings.limits
+        self.metrics = Metrics()
+        self.store = Store(settings.queue, queue=settings.limits.queue, kept=settings.limits.kept)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: dict[str, set[asyncio.Event]] = {}
+        self.supervisor = Supervisor(
+            self.store,
+            self.catalogue,
+            self.limits,
+            self.metrics,
+            device=settings.device,
+            precision=settings.precision,
+            changed=self._changed,
+        )
+
+    def start(self) -> None:
+        """Go on with the queue as it is in its file. Called in the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self.store.recover()
+        self.supervisor.start()
+
+    def stop(self) -> None:
+        """End the worker; what waits stays in the queue."""
+        self.supervisor.stop()
+        self.store.close()
+
+    def _changed(self, name: str) -> None:
+        """Wake those who wait for a request; called by the supervisor's thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._set_events, name)
+
+    def _set_events(self, name: str) -> None:
+        for event in self._waiting.get(name, ()):
+            event.set()
+
+    async def submit(self, spec: Spec, files: Mapping[str, bytes]) -> Job:
+        """Check a request for images and queue it.
+
+        Raises:
+            UserError: it cannot be drawn.
+            QueueFull: too many wait.
+        """
+        await run_in_threadpool(spec.check, self.catalogue, self.limits)
+        return await self.queue("generate", spec.to_json(), files)
+
+    async def queue(self, kind: str, spec: Mapping[str, Any], files: Mapping[str, bytes]) -> Job:
+        """Queue a request that was checked.
+
+        Raises:
+            QueueFull: too many wait.
+        """
+        try:
+            job = await run_in_threadpool(self.store.submit, kind, spec, files)
+        except QueueFull:
+            self.metrics.add("controlkit_refused_total")
+            raise
+        self.supervisor.wake()
+        return job
+
+    async def job(self, name: str) -> Job | None:
+        """The request of this id."""
+        return await run_in_threadpool(self.store.get, name)
+
+    async def wait(self, name: str) -> Job | None:
+        """The request of this id, once it has ended."""
+        with _Event(self._waiting, name) as event:
+            while True:
+                event.clear()
+                job = await self.job(name)
+                if job is None or job.state in FINISHED:
+                    return job
+                await event.wait()
+
+    async def wait_for_change(self, event: asyncio.Event, seconds: float) -> None:
+        """Wait until the request that `event` watches changes, or for `seconds`: its place in the queue may have."""
+        try:
+            await asyncio.wait_for(event.wait(), seconds)
+        except TimeoutError:
+            return
+
+    def watch(self, name: str) -> _Event:
+        """A context manager that yields an event which is set at each change of a request."""
+        return _Event(self._waiting, name)
+
+    async def cancel(self, name: str) -> Job | None:
+        """Cancel a request, and return it as it is then."""
+        before = await self.job(name)
+        job = await run_in_threadpool(self.store.cancel, name)
+        if before is not None and before.state == "pending" and job is not None and job.state == "cancelled":
+            self.metrics.add("controlkit_jobs_total", state="cancelled")
+        self._set_events(name)
+        self.supervisor.wake()
+        return job
+
+    async def running(self) -> Job | None:
+        """The request that is worked on."""
+        return await run_in_threadpool(self.store.running)
+
+    async def counts(self) -> dict[str, int]:
+        """State -> number of requests."""
+        return await run_in_threadpool(self.store.counts)
+
+    async def place(self, job: Job) -> int:
+        """Requests before one in the queue."""
+        return await run_in_threadpool(self.store.place, job)
+
+    async def files(self, name: str, role: str) -> list[bytes]:
+        """Images of a result, in order."""
+        return list((await run_in_threadpool(self.store.files, name, role)).values())
+
+    def progress_of(self, job: Job) -> Progress | None:
+        """How far a request is, if it runs."""
+        progress = self.supervisor.progress
+        return progress if progress is not None and progress.job == job.id else None
+
+
+@dataclass
+class _Event:
+    """Registers an event for the changes of one request, for the length of a `with` block."""
+
+    waiting: dict[str, set[asyncio.Event]]
+    name: str
+    event: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+
+    def __enter__(self) -> asyncio.Event:
+        self.waiting.setdefault(self.name, set()).add(self.event)
+        return self.event
+
+    def __exit__(self, *error: object) -> None:
+        events = self.waiting[self.name]
+        events.discard(self.event)
+        if not events:
+            del self.waiting[self.name]

@@ -1,0 +1,126 @@
+"""What the queue holds of a request: names of models, settings, and images by name, in JSON.
+
+A spec becomes a `GenerateRequest` twice: before it is queued, to check it, and in the worker, with the images written
+to a folder of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from controlkit.sampling.request import GenerateRequest
+from controlkit.server.catalogue import Catalogue
+from controlkit.server.limits import Limits
+
+Fit = Literal["crop", "stretch", "fill"]
+"""How an image gets the size of the result: scaled to cover it and cropped, stretched, or scaled to lie within it with
+the rest in the colour of its border (A1111: Crop and Resize, Just Resize, Resize and Fill)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentImage:
+    """An image that a client sent, and what is done to it before it is used."""
+
+    file: str
+    """Its name among the files of the request."""
+    fit: Fit = "crop"
+    invert: bool = False
+    """Of a mask: swap black and white."""
+    transparent: bool = False
+    """Of a mask: white where the image is transparent (OpenAI's masks)."""
+    condition: str | None = None
+    """Compute this condition image from it."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters of that condition."""
+
+
+@dataclass(kw_only=True)
+class Spec:
+    """A request for images."""
+
+    request: dict[str, Any]
+    """Fields of `GenerateRequest`, with names of the catalogue in place of models, and names of `images` in place of
+    paths."""
+    images: dict[str, SentImage] = field(default_factory=dict)
+    lenient: bool = False
+    """Whether a sampler and a prompt syntax that the base does not support are replaced by its own, with a note: for
+    clients of A1111, which always send a sampler."""
+    maps: tuple[int, ...] = ()
+    """Controls whose condition images belong to the result."""
+    ignored: tuple[str, ...] = ()
+    """What the client asked for and this server does not know."""
+    notes: tuple[str, ...] = ()
+    """What is done otherwise than the client asked."""
+    start_image: bool = False
+    """Whether the result includes the image that sampling starts from."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Spec:
+        """The spec of `to_json`."""
+        images = {name: SentImage(**image) for name, image in values["images"].items()}
+        lists = {name: tuple(values[name]) for name in ("maps", "ignored", "notes")}
+        return cls(**{**values, **lists, "images": images})
+
+    def to_request(self, catalogue: Catalogue, path: Callable[[str], str], **settings: Any) -> GenerateRequest:
+        """The request with paths of models and images.
+
+        Args:
+            path: name of an image -> its path.
+            settings: fields that the server decides, such as `device`.
+
+        Raises:
+            UserError: a model is not listed, or a setting is out of range or contradicts another.
+        """
+        values = {**self.request, **settings}
+        values["base"] = catalogue.bases[catalogue.find("bases", values.get("base") or catalogue.base)]
+        for name in ("image", "mask"):
+            if values.get(name) is not None:
+                values[name] = path(values[name])
+        if values.get("vae") is not None:
+            values["vae"] = catalogue.vaes[catalogue.find("vaes", values["vae"])]
+        values["loras"] = [
+            {**use, "file": catalogue.loras[catalogue.find("loras", use["file"])]} for use in values.get("loras", ())
+        ]
+        words = [catalogue.find("embeddings", name) for name in values.get("embeddings", ())]
+        values["embeddings"] = [f"{_word(name)}={catalogue.embeddings[name]}" for name in words]
+        values["controls"] = [_located(use, catalogue, path) for use in values.get("controls", ())]
+        return GenerateRequest.from_json(values)
+
+    def check(self, catalogue: Catalogue, limits: Limits) -> None:
+        """Check all that can be known before the models are loaded.
+
+        Raises:
+            UserError: as `to_request`, or more is asked for than the limits allow.
+        """
+        request = self.to_request(catalogue, lambda name: f"{name}.png")
+        limits.check("steps", request.steps)
+        limits.check("images", len(request.seeds))
+        limits.check("controls", len(request.controls))
+        if request.width is not None and request.height is not None:
+            limits.check_size(request.width, request.height, request.hires)
+
+
+def _word(name: str) -> str:
+    """The word of an embedding: its file's name."""
+    return name.rpartition("/")[2]
+
+
+def _located(use: Mapping[str, Any], catalogue: Catalogue, path: Callable[[str], str]) -> dict[str, Any]:
+    """A control with paths of its file and its images."""
+    entry = catalogue.controls[catalogue.find("controls", use["control"])]
+    found = {**use, "control": entry.path}
+    for name in ("image", "mask"):
+        if found.get(name) is not None:
+            found[name] = path(found[name])
+    if found.get("inputs") is not None:
+        found["inputs"] = {
+            name: path(value) if name in entry.images else value for name, value in found["inputs"].items()
+        }
+    return found

@@ -1,0 +1,58 @@
+"""Names -> models: what is listed, and how clients' names are matched."""
+
+from __future__ import annotations
+
+import pytest
+
+from controlkit.server.catalogue import list_models
+from refusals import refused
+
+
+@pytest.fixture(scope="module")
+def catalogue(models):
+    folders = {kind: [str(models / kind)] for kind in ("controls", "loras", "vaes")}
+    return list_models(**folders)
+
+
+def test_files_and_folders_are_listed_by_their_names(catalogue, models):
+    assert list(catalogue.bases) == ["nano"] and catalogue.base == "nano"
+    assert catalogue.loras == {"styles/wild": str(models / "loras" / "styles" / "wild.safetensors")}
+    assert catalogue.vaes == {"own": str(models / "vaes" / "own")}
+    assert {"canny", "nano/palette", "Edges_v2"} <= set(catalogue.controls)
+
+
+def test_what_is_no_control_is_named_and_base_controls_are_no_choice(catalogue):
+    assert "broken" not in catalogue.controls and "nano/base" not in catalogue.controls
+    (note,) = catalogue.skipped
+    assert note.startswith("broken: ")
+
+
+def test_a_folder_of_bases_and_a_base_are_told_apart(base_folder):
+    alone, folder = [list_models(bases=[str(path)]) for path in (base_folder, base_folder.parent)]
+    assert alone.bases == folder.bases == {"base": str(base_folder)}
+    assert alone.controls == {}  # those of nano are for nano
+    assert list(list_models(bases=["nano", str(base_folder)]).bases) == ["nano", "base"]
+
+
+@pytest.mark.parametrize("name", ["Edges_v2", "edges_V2", "Edges_v2.safetensors", "Edges_v2 [0123abcd]", " edges_v2 "])
+def test_names_are_matched_as_clients_send_them(catalogue, name):
+    assert catalogue.find("controls", name) == "Edges_v2"
+
+
+@pytest.mark.parametrize("name", ["", "/etc/passwd", "../Edges_v2", "controls/Edges_v2", "broken", "[", "canny]"])
+def test_names_that_are_not_listed_are_refused(catalogue, name):
+    with refused("unknown-name", repr(name)):
+        catalogue.find("controls", name)
+
+
+def test_paths_do_not_leave_the_server(catalogue, models):
+    text = f"{models / 'controls' / 'Edges_v2.safetensors'} does not fit nano"
+    assert catalogue.without_paths(text) == "Edges_v2 does not fit nano"
+
+
+def test_folders_that_do_not_exist(tmp_path):
+    with refused("missing-file", "--loras", tmp_path / "none"):
+        list_models(loras=[str(tmp_path / "none")])
+    (tmp_path / "empty").mkdir()
+    with refused("empty-data", "empty"):
+        list_models(bases=[str(tmp_path / "empty")])

@@ -1,0 +1,118 @@
+"""Who may ask, and how much."""
+
+from __future__ import annotations
+
+import pytest
+from running import in_thread
+
+from controlkit.apps.cli import main
+from controlkit.server.guards import has_token
+from controlkit.server.limits import Limits
+from refusals import check, refused
+
+TOKEN = "correct horse".replace(" ", "-")
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    with in_thread(
+        tmp_path_factory.mktemp("guarded"),
+        token=TOKEN,
+        hosts=("127.0.0.1",),
+        origins=("http://page.example",),
+        limits=Limits(body=1, queue=1),
+    ) as running:
+        yield running
+
+
+def test_every_path_but_healthz_needs_the_token(guarded):
+    paths = [(path, method) for path, methods in guarded.get("/openapi.json")["paths"].items() for method in methods]
+    assert len(paths) > 40
+    for path, method in [*paths, ("/openapi.json", "get"), ("/none", "get")]:
+        for header in ("", "Bearer wrong", f"Digest {TOKEN}", "Basic !", "Basic d3Jvbmc="):
+            answer = guarded.client.request(method, path, headers={"Authorization": header})
+            assert answer.status_code == (200 if path == "/healthz" else 401), (path, header)
+
+
+def test_the_token_is_a_bearer_or_a_password_of_any_user(guarded):
+    assert guarded.client.get("/sdapi/v1/options").is_success
+    for user in ("", "anyone"):
+        assert guarded.client.get("/sdapi/v1/options", auth=(user, TOKEN)).is_success
+    assert guarded.client.get("/sdapi/v1/options", auth=(TOKEN, "wrong")).status_code == 401
+    assert not has_token("Bearer ", TOKEN) and not has_token(TOKEN, TOKEN)
+
+
+def test_webuiapi_sends_it_as_a_password(guarded):
+    webuiapi = pytest.importorskip("webuiapi")
+    api = webuiapi.WebUIApi(port=guarded.port, username="anyone", password=TOKEN)
+    assert api.has_controlnet and api.get_options()["sd_model_checkpoint"] == "nano"
+
+
+def test_names_that_others_point_at_this_machine_are_refused(guarded):
+    for host in ("evil.example", "evil.example:7860", "127.0.0.1.evil.example", "", "["):
+        assert guarded.client.get("/healthz", headers={"Host": host}).status_code == 403
+    assert guarded.client.get("/healthz", headers={"Host": "127.0.0.1:1"}).is_success
+
+
+def test_pages_of_other_origins_are_refused_but_those_that_are_named(guarded):
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", "http://page.example.evil"):
+        answer = guarded.client.get("/healthz", headers={"Origin": origin})
+        assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
+    own = guarded.client.get("/healthz", headers={"Origin": guarded.url})
+    named = guarded.client.get("/healthz", headers={"Origin": "http://page.example"})
+    assert own.is_success and named.headers["access-control-allow-origin"] == "http://page.example"
+    ask = {"Origin": "http://page.example", "Access-Control-Request-Method": "POST", "Authorization": ""}
+    assert guarded.client.options("/sdapi/v1/txt2img", headers=ask).is_success
+
+
+def test_no_origin_is_allowed_by_default(server):
+    ask = {"Origin": "http://page.example", "Access-Control-Request-Method": "POST"}
+    assert server.client.options("/sdapi/v1/txt2img", headers=ask).status_code == 403
+    assert server.client.get("/healthz", headers={"Origin": "http://page.example"}).status_code == 403
+
+
+def test_forms_that_pages_can_post_anywhere_are_no_json(server):
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        answer = server.client.post("/sdapi/v1/txt2img", content=b'{"prompt": "x"}', headers={"Content-Type": kind})
+        assert answer.status_code == 422
+
+
+def test_a_large_body_is_refused_whether_or_not_it_tells_its_length(guarded):
+    large = b" " * (10**6 + 1)
+    headers = {"Content-Type": "application/json"}
+    for content in (large, iter([large[:700_000], large[700_000:]])):
+        assert guarded.client.post("/sdapi/v1/txt2img", content=content, headers=headers).status_code == 413
+
+
+def test_a_full_queue_answers_503_and_when_to_come_again(guarded):
+    long = {"prompt": "red apple", "steps": 150, "seeds": list(range(8)), "batch_size": 1}
+    names = [guarded.submit(**long)]
+    guarded.wait(names[0], "running")
+    names.append(guarded.submit(**long))
+    for path, body in (
+        ("/controlkit/v1/jobs", long),
+        ("/sdapi/v1/txt2img", {"prompt": "x"}),
+        ("/v1/images/generations", {"prompt": "x"}),
+    ):
+        answer = guarded.post(path, body)
+        assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
+    for name in reversed(names):
+        guarded.post(f"/controlkit/v1/jobs/{name}/cancel")
+        guarded.wait(name)
+    text = guarded.client.get("/metrics").text
+    assert "controlkit_refused_total 3\n" in text and 'controlkit_jobs_total{state="cancelled"} 2\n' in text
+    assert 'controlkit_jobs{state="cancelled"} 2\n' in text
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.com"])
+def test_other_machines_are_let_in_with_a_token_only(host, monkeypatch, capsys):
+    monkeypatch.delenv("CONTROLKIT_TOKEN", raising=False)
+    assert main(["serve", "--host", host]) == 2
+    check(capsys.readouterr().err, "missing-setting", host, "CONTROLKIT_TOKEN")
+    assert main(["serve", "--host", host, "--token", "short"]) == 2
+    check(capsys.readouterr().err, "out-of-range")
+
+
+def test_limits_are_positive():
+    with refused("out-of-range", "steps"):
+        Limits(steps=0)

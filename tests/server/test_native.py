@@ -1,0 +1,144 @@
+"""controlkit's own API: submit, watch, fetch, cancel."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from running import base64_of, drawing, image_of
+
+SMALL = {"prompt": "red apple", "steps": 2}
+LONG = {"prompt": "red apple", "steps": 150, "seeds": list(range(8)), "batch_size": 1}
+
+
+def test_a_request_is_submitted_watched_and_fetched(server):
+    control = {"control": "nano/palette", "image": base64_of(drawing()), "parameters": {"cells": 4}, "weight": 0.9}
+    name = server.submit(**SMALL, controls=[control], seeds=[3, 4])
+    status = server.wait(name)
+    assert (status["state"], status["progress"], status["place"]) == ("done", 1, 0)
+    result = server.get(f"/controlkit/v1/jobs/{name}/result")
+    assert [image_of(text).size for text in result["images"]] == [(64, 64)] * 2
+    assert len(result["conditions"]) == 1
+    assert result["info"]["seeds"] == [3, 4] and result["info"]["used"]["width"] == 64
+    assert server.get("/controlkit/v1/jobs")[0]["id"] == name
+
+
+def test_a_condition_of_another_kind_and_a_prepared_image(server):
+    edges = server.submit(**SMALL, controls=[{"control": "canny", "image": base64_of(drawing()), "condition": "canny"}])
+    server.wait(edges)
+    condition = server.get(f"/controlkit/v1/jobs/{edges}/result")["conditions"][0]
+    prepared = server.submit(**SMALL, controls=[{"control": "canny", "image": condition, "prepared": True}])
+    server.wait(prepared)
+    images = [server.get(f"/controlkit/v1/jobs/{name}/result")["images"][0] for name in (edges, prepared)]
+    assert np.array_equal(*[np.asarray(image_of(text)) for text in images])
+
+
+def test_events_tell_each_step_to_the_end(server):
+    name = server.submit(**{**SMALL, "steps": 12})
+    events = []
+    with server.client.stream("GET", f"/controlkit/v1/jobs/{name}/events") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                events.append(json.loads(line[6:]))
+    steps = [event["step"] for event in events if event["state"] == "running"]
+    assert steps == sorted(steps) and events[-1]["state"] == "done"
+
+
+def test_waiting_requests_know_their_place_and_are_cancelled_at_once(server):
+    running, *waiting = [server.submit(**LONG) for _ in range(3)]
+    server.wait(running, "running")
+    assert [server.status(name)["place"] for name in waiting] == [1, 2]
+    status = server.post(f"/controlkit/v1/jobs/{waiting[0]}/cancel").json()
+    assert status["state"] == "cancelled" and server.status(waiting[1])["place"] == 1
+    with server.client.stream("GET", f"/controlkit/v1/jobs/{running}/events?previews=true") as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                event = json.loads(line[6:])
+                if "preview" in event:
+                    break
+    assert image_of(event["preview"]).size == (64, 64)
+    assert event["eta_seconds"] is not None and 0 < event["step"] < event["steps"] == 1200
+    preview = server.client.get(f"/controlkit/v1/jobs/{running}/preview")
+    assert preview.headers["content-type"] == "image/png"
+    assert server.client.get(f"/controlkit/v1/jobs/{running}/result").status_code == 409
+    for name in (running, waiting[1]):
+        server.post(f"/controlkit/v1/jobs/{name}/cancel")
+    assert server.wait(running)["state"] == server.wait(waiting[1])["state"] == "cancelled"
+    # The worker is free, and unharmed.
+    assert server.wait(server.submit(**SMALL))["state"] == "done"
+
+
+def test_unknown_requests(server):
+    for path in ("", "/result", "/preview", "/events"):
+        assert server.client.get(f"/controlkit/v1/jobs/none{path}").status_code == 404
+    assert server.post("/controlkit/v1/jobs/none/cancel").status_code == 404
+
+
+IMAGE = base64_of(drawing())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"made_up": 1},
+        {"base": "/etc/passwd"},
+        {"vae": "../own"},
+        {"loras": [{"name": "/etc/passwd"}]},
+        {"embeddings": ["/etc/passwd"]},
+        {"image": "/etc/passwd"},
+        {"image": "file:///etc/passwd"},
+        {"image": IMAGE, "mask": "/etc/passwd"},
+        {"controls": [{"control": "/etc/passwd", "image": IMAGE}]},
+        {"controls": [{"control": "canny", "image": "/etc/passwd"}]},
+        {"controls": [{"control": "canny", "values": {"image": "/etc/passwd"}}]},
+        {"controls": [{"control": "canny", "images": {"image": "/etc/passwd"}}]},
+        {"controls": [{"control": "canny", "image": IMAGE, "mask": "/etc/passwd"}]},
+        {"controls": [{"control": "canny", "image": IMAGE, "condition": "hed", "parameters": {"model": "/etc"}}]},
+        {"controls": [{"control": "canny", "image": IMAGE, "parameters": {"low": ["/etc/passwd"]}}]},
+        {"controls": [{"control": "canny"}]},
+        {"captioner": "/etc"},
+        {"device": "cuda:9"},
+        {"vary": [{"base": ["/etc/passwd"]}]},
+        {"seeds": []},
+        {"strength": 0.5},
+        {"steps": 0},
+    ],
+)
+def test_no_path_and_no_nonsense_is_queued(server, body):
+    answer = server.post("/controlkit/v1/jobs", {**SMALL, **body})
+    assert answer.status_code == 422, answer.text
+
+
+def test_what_only_the_base_can_refuse_ends_as_failed_with_a_code(server):
+    status = server.wait(server.submit(**SMALL, width=65, height=64))
+    assert (status["state"], status["code"]) == ("failed", "wrong-size")
+    status = server.wait(server.submit(**SMALL, sampler="euler"))
+    assert (status["state"], status["code"]) == ("failed", "contradiction")
+    answer = server.client.get(f"/controlkit/v1/jobs/{status['id']}/result")
+    assert answer.status_code == 422 and "euler" in answer.json()["detail"]
+
+
+def test_models_are_listed_with_what_they_take(server):
+    models = server.get("/controlkit/v1/models")
+    assert models["controls"]["canny"] == {
+        "kind": "controlnet",
+        "condition": "canny",
+        "images": ["image"],
+        "values": [],
+    }
+    assert (models["bases"], models["loras"], models["vaes"]) == (["nano"], ["styles/wild"], ["own"])
+    assert "canny" in models["conditions"] and "bbox" not in models["conditions"]
+
+
+def test_openai_takes_controls_too(server):
+    body = {"prompt": "sailboat", "seed": 1, "controls": [{"control": "canny", "image": IMAGE}]}
+    steered, free = [
+        server.post("/v1/images/generations", each).raise_for_status().json()["data"][0]["b64_json"]
+        for each in (body, {**body, "controls": []})
+    ]
+    assert steered != free
+    for wrong in ({"size": "big"}, {"response_format": "url"}, {"model": "dall-e-2"}, {"n": 0}, {"n": 9}):
+        assert server.post("/v1/images/generations", {**body, **wrong}).status_code == 422
+    assert [each["id"] for each in server.get("/v1/models")["data"]] == ["nano"]

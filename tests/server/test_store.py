@@ -1,0 +1,114 @@
+"""The queue's file: order, limits, what is kept, and what a killed server leaves."""
+
+from __future__ import annotations
+
+import stat
+
+import pytest
+
+from controlkit.server.store import MOST_ATTEMPTS, QueueFull, Store
+from refusals import refused
+
+
+def store(tmp_path, queue=100, kept=100):
+    return Store(tmp_path / "queue.sqlite", queue=queue, kept=kept)
+
+
+def submit(db, count=1):
+    return [db.submit("generate", {"number": number}, {"image": b"bytes"}).id for number in range(count)]
+
+
+def test_requests_are_taken_in_their_order(tmp_path):
+    db = store(tmp_path)
+    names = submit(db, 3)
+    assert [db.place(db.get(name)) for name in names] == [0, 1, 2]
+    assert [db.begin().id for _ in names] == names
+    assert db.begin() is None
+
+
+def test_a_full_queue_refuses_and_a_running_request_does_not_count(tmp_path):
+    db = store(tmp_path, queue=2)
+    submit(db, 2)
+    with pytest.raises(QueueFull):
+        submit(db)
+    db.begin()
+    submit(db)
+    assert db.counts() == {"pending": 2, "running": 1}
+
+
+def test_results_replace_what_was_sent_and_the_oldest_go(tmp_path):
+    db = store(tmp_path, kept=2)
+    names = submit(db, 3)
+    for name in names:
+        db.begin()
+        db.finish(name, "done", result={"seeds": [1]}, files={"images": [b"first", b"second"]})
+    assert db.get(names[0]) is None and db.files(names[0], "images") == {}
+    assert list(db.files(names[2], "images").values()) == [b"first", b"second"]
+    assert db.files(names[2], "input") == {} and db.get(names[2]).result == {"seeds": [1]}
+
+
+def test_the_file_does_not_grow_with_the_number_of_requests(tmp_path):
+    db = store(tmp_path, kept=2)
+    sizes = []
+    for _ in range(30):
+        (name,) = submit(db)
+        db.begin()
+        db.finish(name, "done", files={"images": [b"x" * 200_000]})
+        sizes.append((tmp_path / "queue.sqlite").stat().st_size)
+    assert sizes[-1] <= max(sizes[:10])
+
+
+def test_a_killed_server_begins_again_what_it_ran_and_keeps_the_order(tmp_path):
+    names = submit(store(tmp_path), 3)
+    db = store(tmp_path)
+    assert db.begin().id == names[0]
+    db = store(tmp_path)  # without closing the other
+    db.recover()
+    assert [db.begin().id for _ in names] == names
+    assert db.get(names[0]).attempts == 2 and db.files(names[0], "input") == {"image": b"bytes"}
+
+
+def test_a_request_that_ends_the_worker_each_time_is_given_up(tmp_path):
+    db = store(tmp_path)
+    (name,) = submit(db)
+    for _ in range(MOST_ATTEMPTS):
+        assert db.begin().id == name
+        db.recover()
+    assert db.get(name).state == "failed" and db.get(name).code is None
+
+
+def test_stopping_in_order_does_not_count(tmp_path):
+    db = store(tmp_path)
+    (name,) = submit(db)
+    for _ in range(2 * MOST_ATTEMPTS):
+        assert db.begin().id == name
+        assert db.put_back(name, counted=False) == "pending"
+
+
+def test_cancelling(tmp_path):
+    db = store(tmp_path)
+    running, waiting = submit(db, 2)
+    db.begin()
+    assert db.cancel(waiting).state == "cancelled"
+    assert db.cancel(running).state == "running" and db.get(running).cancelling
+    db.recover()  # cancelled, then killed
+    assert db.get(running).state == "cancelled" and db.begin() is None
+    db.finish(running, "done")
+    assert db.get(running).state == "cancelled"  # ended once
+    assert db.cancel("unknown") is None
+
+
+def test_options_stay(tmp_path):
+    store(tmp_path).set_option("sd_vae", "own")
+    assert store(tmp_path).options() == {"sd_vae": "own"}
+
+
+def test_only_its_owner_reads_the_file(tmp_path):
+    store(tmp_path)
+    assert stat.S_IMODE((tmp_path / "queue.sqlite").stat().st_mode) == 0o600
+
+
+def test_another_file_is_not_taken_for_a_queue(tmp_path):
+    (tmp_path / "queue.sqlite").write_bytes(b"no database, but more than sixteen bytes" * 100)
+    with refused("unreadable-file", "queue.sqlite"):
+        store(tmp_path)

@@ -1,0 +1,60 @@
+"""The verb, and the example of its page."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from running import drawing
+
+from controlkit.apps.cli import main
+from controlkit.files import locked
+from refusals import check
+
+PAGE = Path(__file__).parents[2] / "docs" / "server.md"
+
+
+def test_nothing_else_needs_the_packages_of_the_server(tmp_path):
+    code = """
+import sys
+for name in ("fastapi", "uvicorn", "starlette", "python_multipart"):
+    sys.modules[name] = None
+import controlkit, controlkit.apps.cli
+assert controlkit.generate
+sys.exit(controlkit.apps.cli.main(["serve", "--port", "0"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    check(done.stderr, "missing-package", "controlkit[serve]")
+
+
+def test_two_servers_do_not_share_a_queue(tmp_path, capsys):
+    queue = tmp_path / "queue.sqlite"
+    with locked(tmp_path / "queue.sqlite.lock", "taken"):
+        assert main(["serve", "--port", "0", "--queue", str(queue)]) == 2
+    check(capsys.readouterr().err, "in-use", queue)
+
+
+def test_an_address_that_is_taken_is_reported(server, tmp_path, capsys):
+    assert main(["serve", "--port", str(server.port), "--queue", str(tmp_path / "queue.sqlite")]) == 2
+    check(capsys.readouterr().err, "in-use", server.port)
+
+
+def test_the_example_of_the_page_draws(server, tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    drawing().save(tmp_path / "drawing.png")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("http://127.0.0.1:7860", server.url), "server.md", "exec"), {})
+    assert (tmp_path / "seed1.png").is_file() and (tmp_path / "seed2.png").is_file()
+    assert "done" in capsys.readouterr().out
+
+
+def test_the_page_names_every_option_of_the_limits():
+    from controlkit.apps.cli import build_parser
+
+    (action,) = (each for each in build_parser()._actions if each.dest == "verb")
+    page = PAGE.read_text(encoding="utf-8")
+    options = [option for each in action.choices["serve"]._actions for option in each.option_strings]
+    assert [option for option in options if option.startswith("--max-") and option not in page] == []
