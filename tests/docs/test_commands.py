@@ -102,6 +102,9 @@ def test_every_command_is_one_that_its_program_takes(words, monkeypatch, fresh_r
             assert set(extras.split(",")) <= set(known)
     elif program == "bash":
         assert (ROOT / rest[0]).is_file()
+    elif program.startswith("benchmarks/") and program.endswith(".sh"):
+        # Options are read in order, and --help ends the script.
+        subprocess.run(["sh", ROOT / program, *rest, "--help"], check=True, stdout=subprocess.DEVNULL)
     else:
         pytest.fail(f"nothing checks the arguments of {program}; add it to this test, or to OTHER_PROGRAMS")
 
