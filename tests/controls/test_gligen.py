@@ -199,6 +199,31 @@ class TestTaps:
         moved = {name for name, p in control.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
         assert moved == {f"fusers.{n}.alpha_{which}" for n in range(16) for which in ("attn", "dense")}
 
+    def test_with_open_gates_a_new_one_learns_in_every_layer(self, sd_base):
+        x_t, t, text = inputs_of(sd_base)
+        torch.manual_seed(1)
+        control = GLIGEN.for_base(sd_base, "boxes", gate=0.5).train()
+        assert all(fuser.alpha_attn.tanh().item() == pytest.approx(0.5) for fuser in control.fusers)
+        hint = encode_each(control, [{"boxes": BOXES}] * 2, sd_base)
+        predict_under(control, sd_base, x_t, t, text, hint).square().mean().backward()
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in control.parameters())
+        with refused("out-of-range", "gate is 1", "below 1"):
+            GLIGEN.for_base(sd_base, "boxes", gate=1)
+
+    def test_tokens_of_a_new_one_differ_between_boxes_and_between_phrases(self, sd_base):
+        control = fresh(sd_base).requires_grad_(False)
+
+        def share_that_differs(entries):
+            """Of the variance of tokens, as the attention sees them."""
+            tokens = [control.encode({"boxes": [entry]}, sd_base)["objects"][0, 0] for entry in entries]
+            seen = control.fusers[0].norm1(control.fusers[0].linear(torch.stack(tokens)))
+            return (seen.var(0).mean() / seen.square().mean()).item()
+
+        corners = [(x / 4, y / 4) for x in range(3) for y in range(3)]
+        assert share_that_differs([{"box": [x, y, x + 0.4, y + 0.4], "phrase": "red apple"} for x, y in corners]) > 0.15
+        phrases = ["red apple", "cat face", "sailboat", "tree", "house", "heart"]
+        assert share_that_differs([{**BOXES[0], "phrase": phrase} for phrase in phrases]) > 0.15
+
     def test_checkpointing_changes_no_gradient(self, tiny_base):
         gradients = []
         for on in (False, True):
