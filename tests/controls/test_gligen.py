@@ -413,6 +413,28 @@ class TestFiles:
         card = card_of(path)
         assert "INPUTS.json" in card and "boxes (value)" in card and "gligen" in card
 
+    def test_fewer_grounding_tokens_are_kept_in_our_file_only(self, sd_base, sd_folder, tmp_path):
+        control = shaken(GLIGEN.for_base(sd_base, "boxes", max_objects=2))
+        path = save_control(tmp_path / "two.safetensors", control, sd_base, dtype=torch.float32)
+        loaded = load_control(path, sd_base)
+        hint = loaded.encode({"boxes": BOXES[:1]}, sd_base)
+        assert {name: value.shape[1] for name, value in hint.items()} == {"objects": 2, "null": 2}
+        assert torch.equal(hint["objects"][:, 1], hint["null"][:, 0])
+        with refused("out-of-range", "3 boxes", "takes 2"):
+            loaded.encode({"boxes": [*BOXES, *BOXES[:1]]}, sd_base)
+        assert describe(str(path))["boxes"] == "1 to 2"
+        for name, out in (("original", "out.safetensors"), ("diffusers-unet", "out")):
+            with refused("unsupported", path, "max_objects=30"):
+                convert(path, tmp_path / out, name, base=str(sd_folder))
+        for number in (0, 31):
+            with refused("out-of-range", f"max_objects is {number}"):
+                GLIGEN.for_base(sd_base, max_objects=number)
+
+    def test_configs_without_a_number_of_tokens_have_that_of_published_models(self, sd_base):
+        config = fresh(sd_base).config()
+        del config["max_objects"]
+        assert GLIGEN.from_config(config).max_objects == MAX_OBJECTS
+
     def test_names_of_the_original_at_stable_diffusion_1(self):
         """Read strictly: these are the names and shapes in gligen/GLIGEN's model of SD1.4, on the meta device."""
         base = meta_base("sd15")
