@@ -199,6 +199,31 @@ class TestTaps:
         moved = {name for name, p in control.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
         assert moved == {f"fusers.{n}.alpha_{which}" for n in range(16) for which in ("attn", "dense")}
 
+    def test_with_open_gates_a_new_one_learns_in_every_layer(self, sd_base):
+        x_t, t, text = inputs_of(sd_base)
+        torch.manual_seed(1)
+        control = GLIGEN.for_base(sd_base, "boxes", gate=0.5).train()
+        assert all(fuser.alpha_attn.tanh().item() == pytest.approx(0.5) for fuser in control.fusers)
+        hint = encode_each(control, [{"boxes": BOXES}] * 2, sd_base)
+        predict_under(control, sd_base, x_t, t, text, hint).square().mean().backward()
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in control.parameters())
+        with refused("out-of-range", "gate is 1", "below 1"):
+            GLIGEN.for_base(sd_base, "boxes", gate=1)
+
+    def test_tokens_of_a_new_one_differ_between_boxes_and_between_phrases(self, sd_base):
+        control = fresh(sd_base).requires_grad_(False)
+
+        def share_that_differs(entries):
+            """Of the variance of tokens, as the attention sees them."""
+            tokens = [control.encode({"boxes": [entry]}, sd_base)["objects"][0, 0] for entry in entries]
+            seen = control.fusers[0].norm1(control.fusers[0].linear(torch.stack(tokens)))
+            return (seen.var(0).mean() / seen.square().mean()).item()
+
+        corners = [(x / 4, y / 4) for x in range(3) for y in range(3)]
+        assert share_that_differs([{"box": [x, y, x + 0.4, y + 0.4], "phrase": "red apple"} for x, y in corners]) > 0.15
+        phrases = ["red apple", "cat face", "sailboat", "tree", "house", "heart"]
+        assert share_that_differs([{**BOXES[0], "phrase": phrase} for phrase in phrases]) > 0.15
+
     def test_checkpointing_changes_no_gradient(self, tiny_base):
         gradients = []
         for on in (False, True):
@@ -387,6 +412,28 @@ class TestFiles:
         assert facts["gated attention"] == "in 4 transformer blocks"
         card = card_of(path)
         assert "INPUTS.json" in card and "boxes (value)" in card and "gligen" in card
+
+    def test_fewer_grounding_tokens_are_kept_in_our_file_only(self, sd_base, sd_folder, tmp_path):
+        control = shaken(GLIGEN.for_base(sd_base, "boxes", max_objects=2))
+        path = save_control(tmp_path / "two.safetensors", control, sd_base, dtype=torch.float32)
+        loaded = load_control(path, sd_base)
+        hint = loaded.encode({"boxes": BOXES[:1]}, sd_base)
+        assert {name: value.shape[1] for name, value in hint.items()} == {"objects": 2, "null": 2}
+        assert torch.equal(hint["objects"][:, 1], hint["null"][:, 0])
+        with refused("out-of-range", "3 boxes", "takes 2"):
+            loaded.encode({"boxes": [*BOXES, *BOXES[:1]]}, sd_base)
+        assert describe(str(path))["boxes"] == "1 to 2"
+        for name, out in (("original", "out.safetensors"), ("diffusers-unet", "out")):
+            with refused("unsupported", path, "max_objects=30"):
+                convert(path, tmp_path / out, name, base=str(sd_folder))
+        for number in (0, 31):
+            with refused("out-of-range", f"max_objects is {number}"):
+                GLIGEN.for_base(sd_base, max_objects=number)
+
+    def test_configs_without_a_number_of_tokens_have_that_of_published_models(self, sd_base):
+        config = fresh(sd_base).config()
+        del config["max_objects"]
+        assert GLIGEN.from_config(config).max_objects == MAX_OBJECTS
 
     def test_names_of_the_original_at_stable_diffusion_1(self):
         """Read strictly: these are the names and shapes in gligen/GLIGEN's model of SD1.4, on the meta device."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -56,10 +57,15 @@ from controlkit.errors import UserError
 _Value = TypeVar("_Value")
 
 MAX_OBJECTS = 30
-"""Grounding tokens; those without a box are learned null tokens (`max_objs` in gligen/GLIGEN and diffusers)."""
+"""Grounding tokens of published models; those without a box are learned null tokens (`max_objs` in gligen/GLIGEN and
+diffusers)."""
 
 PHRASE_WIDTH = "phrase_width"
-"""controlkit's own setting: width of the text vectors of phrases. The others are those of the base's UNet."""
+"""controlkit's own setting: width of the text vectors of phrases."""
+OBJECTS = "max_objects"
+"""controlkit's own setting: number of grounding tokens. The others are those of the base's UNet."""
+_SILU_GAIN = 1.7
+"""Factor of weights behind SiLU that keeps the variance."""
 _DEFAULTS: dict[str, Any] = {
     "in_channels": 4,
     "block_out_channels": None,
@@ -111,12 +117,24 @@ def _problem_of_entry(entry: Any) -> str | None:
     return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of a GLIGEN."""
+
+    max_objects: int = MAX_OBJECTS
+    """Grounding tokens, 1 to 30: the most boxes it takes. Null tokens take a share of the attention, a large one beside
+    few visual tokens. Other tools compute 30, so files with another number are ours only."""
+    gate: float = 0.0
+    """Initial value of the gates (tanh of alpha), above -1 and below 1. At 0, as in the paper, a new one changes
+    nothing, and the layers behind a gate learn only once it has opened; in short runs they then ignore the boxes."""
+
+
 @control
 class GLIGEN(Control):
     """Gated self-attention between self-attention and cross-attention of every transformer block of the base.
 
-    The gates are zero in a new one, so that it changes nothing. Grounding tokens are computed once per condition. On
-    the unconditional branch of CFG it runs with null tokens, as in diffusers.
+    A new one changes nothing, unless its gates are to be open (`Options.gate`). Grounding tokens are computed once per
+    condition. On the unconditional branch of CFG it runs with null tokens, as in diffusers.
     """
 
     kind: ClassVar[str] = "gligen"
@@ -126,6 +144,7 @@ class GLIGEN(Control):
     reads: ClassVar[Reads] = Reads.NOTHING
     acts: ClassVar[Acts] = Acts.TAPS
     enters: ClassVar[str] = "transformer blocks, between self-attention and cross-attention"
+    Options = Options
     not_elsewhere: ClassVar[str] = "other tools know it as part of a UNet, or under the original's names"
     formats = (
         FileFormat(
@@ -156,6 +175,7 @@ class GLIGEN(Control):
         super().__init__()
         self.condition = condition
         self._config = dict(config)
+        self.max_objects = _max_objects(config)
         width = config["cross_attention_dim"]
         self.position_net = GLIGENTextBoundingboxProjection(config[PHRASE_WIDTH], width)
         self.fusers = nn.ModuleList(
@@ -166,16 +186,55 @@ class GLIGEN(Control):
             raise ValueError("the UNet has no transformer blocks")
 
     @classmethod
-    def for_base(cls, base: Base, condition: str | None = None, **options: Any) -> GLIGEN:
-        """A new one, with random weights and gates of zero.
+    def for_base(
+        cls,
+        base: Base,
+        condition: str | None = None,
+        *,
+        max_objects: int = Options.max_objects,
+        gate: float = Options.gate,
+        **options: Any,
+    ) -> GLIGEN:
+        """A new one, with random weights; the options are those of `Options`.
 
         Raises:
-            UserError: the base has no points between self-attention and cross-attention, or pools no text.
+            UserError: the base has no points between self-attention and cross-attention, or pools no text; or an
+                option is out of range.
         """
+        if not 1 <= max_objects <= MAX_OBJECTS:
+            raise UserError(f"max_objects is {max_objects}; it must be 1 to {MAX_OBJECTS}", "out-of-range")
+        if not -1 < gate < 1:
+            raise UserError(f"gate is {gate}; it must be above -1 and below 1", "out-of-range")
         if (reason := _lacking(base)) is not None:
             raise UserError(f"no GLIGEN fits the base {base.name}: {reason}", "incompatible")
-        config = config_for(dict(base.unet.config), base.pooled_width or 0)
-        return cls(config, condition).to(base.device, base.dtype)
+        config = config_for(dict(base.unet.config), base.pooled_width or 0, max_objects)
+        network = cls(config, condition)
+        network._initialise(gate)
+        return network.to(base.device, base.dtype)
+
+    def _initialise(self, gate: float) -> None:
+        """Initial gates, and weights that keep the variance from phrases and boxes, which contribute equally, to the
+        output of the attention.
+
+        With torch's default weights the biases dominate: on nano a tenth of the variance of a token, as the attention
+        sees it, differs between phrases with boxes, and a thirtieth between boxes.
+        """
+        first, *later = (layer for layer in self.position_net.linears if isinstance(layer, nn.Linear))
+        phrase, box = first.weight.split([self.position_net.positive_len, self.position_net.position_dim], 1)
+        weights = [(phrase, 0.5**0.5), (box, 0.5**0.5), *((layer.weight, _SILU_GAIN) for layer in later)]
+        fusers: list[Any] = list(self.fusers)
+        for fuser in fusers:
+            attention = fuser.attn
+            layers = (fuser.linear, attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
+            weights += [(layer.weight, 1.0) for layer in layers]
+            nn.init.zeros_(fuser.linear.bias)
+            nn.init.constant_(fuser.alpha_attn, math.atanh(gate))
+            nn.init.constant_(fuser.alpha_dense, math.atanh(gate))
+        for layer in (first, *later):
+            nn.init.zeros_(layer.bias)
+        with torch.no_grad():
+            for weight, gain in weights:
+                weight.normal_(std=gain * weight.shape[1] ** -0.5)
 
     def config(self) -> dict[str, Any]:
         return dict(self._config)
@@ -195,25 +254,28 @@ class GLIGEN(Control):
             inputs: `boxes`, as in `boxes_problem`; an empty list is the null condition.
 
         Returns:
-            `objects` and `null`, the tokens without any box; both `[1, MAX_OBJECTS, D]`.
+            `objects` and `null`, the tokens without any box; both `[1, max_objects, D]`.
 
         Raises:
-            UserError: there are too many boxes, or one is invalid.
+            UserError: there are more than `max_objects` boxes, or one is invalid.
         """
         entries = inputs["boxes"]
         if entries and (problem := boxes_problem(entries)) is not None:
             raise UserError(f"input 'boxes' {problem}", "wrong-type")
-        weight = next(self.position_net.parameters())
-        boxes, masks = weight.new_zeros(1, MAX_OBJECTS, 4), weight.new_zeros(1, MAX_OBJECTS)
-        phrases = weight.new_zeros(1, MAX_OBJECTS, self._config[PHRASE_WIDTH])
-        null = self.position_net(boxes, masks, phrases)
-        if not entries:
-            return {"objects": null, "null": null}
         count = len(entries)
-        boxes[0, :count] = boxes.new_tensor([entry["box"] for entry in entries])
-        masks[0, :count] = 1
-        phrases[0, :count] = base.pool_text([entry["phrase"] for entry in entries]).to(phrases)
-        return {"objects": self.position_net(boxes, masks, phrases), "null": null}
+        if count > self.max_objects:
+            raise UserError(f"input 'boxes' has {count} boxes; this control takes {self.max_objects}", "out-of-range")
+        weight = next(self.position_net.parameters())
+        # A null token does not depend on its place, so one is computed and repeated.
+        boxes, masks = weight.new_zeros(1, count + 1, 4), weight.new_zeros(1, count + 1)
+        phrases = weight.new_zeros(1, count + 1, self._config[PHRASE_WIDTH])
+        if entries:
+            boxes[0, :count] = boxes.new_tensor([entry["box"] for entry in entries])
+            masks[0, :count] = 1
+            phrases[0, :count] = base.pool_text([entry["phrase"] for entry in entries]).to(phrases)
+        tokens = self.position_net(boxes, masks, phrases)
+        null = tokens[:, count:].repeat(1, self.max_objects, 1)
+        return {"objects": torch.cat([tokens[:, :count], null[:, count:]], 1), "null": null}
 
     def unconditional(self, hint: Hint) -> dict[str, Tensor]:
         null = named(hint)["null"]
@@ -247,21 +309,33 @@ class GLIGEN(Control):
 
     @classmethod
     def facts(cls, config: Mapping[str, Any]) -> dict[str, str]:
-        return {"gated attention": f"in {len(attention_blocks(with_heads(config)))} transformer blocks"}
+        return {
+            "gated attention": f"in {len(attention_blocks(with_heads(config)))} transformer blocks",
+            "boxes": f"1 to {_max_objects(config)}",
+        }
 
     def parameter_counts(self) -> dict[str, int]:
         tokens = sum(parameter.numel() for parameter in self.position_net.parameters())
         return {**super().parameter_counts(), "of them for grounding tokens": tokens}
 
 
-def config_for(unet_config: Mapping[str, Any], phrase_width: int) -> dict[str, Any]:
+def config_for(unet_config: Mapping[str, Any], phrase_width: int, max_objects: int = MAX_OBJECTS) -> dict[str, Any]:
     """The config of a network for a UNet."""
     config = {name: unet_config.get(name, default) for name, default in _DEFAULTS.items()}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
     # Inpainting models take more channels; a control does not see them.
     return {**plain, "in_channels": _DEFAULTS["in_channels"] if plain["in_channels"] == 9 else plain["in_channels"]} | {
-        PHRASE_WIDTH: phrase_width
+        PHRASE_WIDTH: phrase_width,
+        OBJECTS: max_objects,
     }
+
+
+def _max_objects(config: Mapping[str, Any]) -> int:
+    """Grounding tokens of a config; files written before the setting was added have those of published models."""
+    number = int(config.get(OBJECTS, MAX_OBJECTS))
+    if not 1 <= number <= MAX_OBJECTS:
+        raise ValueError(f"{OBJECTS} is {number}; expected 1 to {MAX_OBJECTS}")
+    return number
 
 
 def _lacking(base: Base) -> str | None:
@@ -436,7 +510,18 @@ def _phrase_width(tensors: Mapping[str, Tensor]) -> int:
     return 0 if weight is None or weight.ndim != 1 else len(weight)
 
 
+def _check_objects(checkpoint: Checkpoint) -> None:
+    """Refuse a control that other tools would run with another number of grounding tokens."""
+    if (number := _max_objects(checkpoint.config)) != MAX_OBJECTS:
+        raise UserError(
+            f"{checkpoint.path} has {number} grounding tokens (max_objects); other tools always compute {MAX_OBJECTS},"
+            " with which it would give other images. Train it with max_objects=30 to convert it",
+            "unsupported",
+        )
+
+
 def _to_original(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    _check_objects(checkpoint)
     return _to_unet_names(checkpoint.tensors, _paths(checkpoint.config, original=True))
 
 
@@ -444,8 +529,9 @@ def _write_diffusers(checkpoint: Checkpoint, reference: Reference) -> Written:
     """The control within the UNet of a base.
 
     Raises:
-        UserError: there is no base, or the control does not fit it.
+        UserError: there is no base, the control does not fit it, or has another number of grounding tokens than 30.
     """
+    _check_objects(checkpoint)
     unet_config, weights = reference.unet_config, reference.unet_weights
     if unet_config is None or weights is None:
         raise UserError("diffusers' folder contains the base's UNet too; pass the base (--base)", "missing-setting")
