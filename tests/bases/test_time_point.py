@@ -49,6 +49,9 @@ class _Shifting(torch.nn.Module):
     def taps(self, base, x_t, t, text, hint):
         return {"time": self.tap}
 
+    def unconditional(self, hint):
+        return None
+
     def replacements(self):
         return {}
 

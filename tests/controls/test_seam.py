@@ -24,9 +24,10 @@ def lines():
 
 
 def test_few_lines_outside_of_controls_name_a_system():
-    """Words of people (conditions that come from ControlNet's annotators, studies of papers), and little else."""
+    """Words of people (conditions that come from ControlNet's annotators, studies of papers), and little else. In the
+    server they are the names of A1111's protocol."""
     name = re.compile("controlnet|ctrlora|t2i|base_?control", re.IGNORECASE)
-    found = [f"{place}: {line.strip()}" for _, place, line in lines() if name.search(line)]
+    found = [f"{place}: {line.strip()}" for room, place, line in lines() if room != "server" and name.search(line)]
     assert len(found) < 150, "\n".join(found)
 
 
