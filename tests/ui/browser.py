@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-PATIENCE = 60
+PATIENCE = 180
 """Seconds that an answer may take on a busy machine."""
 
 

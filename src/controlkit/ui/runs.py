@@ -110,9 +110,18 @@ class Workplace:
             writable_folder(sources, "give --work another folder")
             for path in images:
                 shutil.copyfile(path, sources / Path(path).name)
-            square = [] if size is None else ["--size", str(size)]
+            square = ["--copy"] if size is None else ["--copy", "--size", str(size)]
             return await run_command(
-                "pairs", str(sources), "--out", str(folder), "--conditions", condition, "--workers", "1", *square
+                "pairs",
+                str(sources),
+                "--out",
+                str(folder),
+                "--conditions",
+                condition,
+                "--copy",
+                "--workers",
+                "1",
+                *square,
             )
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -198,7 +207,7 @@ class Workplace:
             preview=previews[-1] if previews else None,
             adapter=adapter if adapter.is_file() else None,
             report=answer.get("report"),
-            error=None if error is None else self._public(str(error.get("message", ""))),
+            error=None if error is None else self.public(str(error.get("message", ""))),
         )
 
     def keep_adapter(self, name: str, adapters: Path) -> None:
@@ -207,7 +216,8 @@ class Workplace:
         if adapter is not None:
             shutil.copyfile(adapter, adapters / f"{checked_name(name)}.safetensors")
 
-    def _public(self, text: str) -> str:
+    def public(self, text: str) -> str:
+        """A text without the paths of this machine."""
         return text.replace(f"{self.folder}{os.sep}", "")
 
     def _file(self, run: Path, what: str) -> Path:

@@ -36,7 +36,7 @@ def pairs_tab(place: Workplace) -> None:
             with gr.Tab("Make pairs of images", elem_id="pairs-make-tab"):
                 images = gr.File(
                     label="Images, and a .txt file with the caption of each", file_count="multiple",
-                    elem_id="pairs-images", file_types=["image", ".txt"],
+                    elem_id="pairs-images", height=180, file_types=["image", ".txt"],
                 )  # fmt: skip
                 condition = gr.Dropdown(known, value="canny", label="Condition")
                 size = gr.Number(64, label="Side", info="scaled and cropped to a square; 0: as they are")
@@ -78,10 +78,13 @@ def pairs_tab(place: Workplace) -> None:
 async def _checked(place: Workplace, name: str) -> tuple[Any, ...]:
     """The message, the sheet, the problems and the list of pairs, after a check."""
     found = await place.check(name)
-    rows = [[KINDS.get(each["kind"], each["kind"]), each["where"], each["text"]] for each in found["problems"]]
+    rows = [
+        [KINDS.get(each["kind"], each["kind"]), place.public(each["where"]), place.public(each["text"])]
+        for each in found["problems"]
+    ]
     said = f"{found['pairs']} pairs of {', '.join(found['conditions'])}; "
     said += f"{len(rows)} problems" if rows else "nothing wrong"
-    said = "; ".join([said, *found["notes"]])
+    said = place.public("; ".join([said, *found["notes"]]))
     table = gr.update(value=rows[:_SHOWN], visible=bool(rows))
     picture = Image.open(found["sheet"]) if found.get("sheet") else None
     html = error_html(said) if rows else status_html(said)
@@ -96,7 +99,7 @@ async def _after(place: Workplace, work: Callable[[], Awaitable[object]], name: 
         await work()
         yield await _checked(place, name.strip())
     except Exception as error:
-        yield error_html(sentence(error)), *keep
+        yield error_html(place.public(sentence(error))), *keep
 
 
 def adapt_tab(place: Workplace, adapters: Path) -> None:
@@ -165,14 +168,14 @@ def adapt_tab(place: Workplace, adapters: Path) -> None:
             async for each in watch(name):
                 yield each
         except Exception as error:
-            yield error_html(sentence(error)), *[gr.skip()] * 4
+            yield error_html(place.public(sentence(error))), *[gr.skip()] * 4
 
     async def on_stop(name: str) -> Any:
         try:
             await asyncio.to_thread(place.stop, name)
             return status_html("stopping; the state is saved first")
         except Exception as error:
-            return error_html(sentence(error))
+            return error_html(place.public(sentence(error)))
 
     start.click(on_start, [name, pairs, steps, rate], outputs, **_PRIVATE)
     stop.click(on_stop, name, message, **_PRIVATE)
@@ -208,7 +211,7 @@ def _report_of_run(place: Workplace, name: str | None) -> tuple[str, Any]:
         found = "" if state.report is None else Report(**state.report).to_markdown()
         return found, Image.open(picture) if picture.is_file() else None
     except Exception as error:
-        return error_html(sentence(error)), None
+        return error_html(place.public(sentence(error))), None
 
 
 def _report_of_file(path: str) -> str:
