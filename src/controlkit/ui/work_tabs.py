@@ -45,7 +45,14 @@ def pairs_tab(place: Workplace) -> None:
             check = gr.Button("Check", elem_id="pairs-check")
         with gr.Column(scale=5, min_width=320):
             message = gr.HTML("", elem_id="pairs-message")
-            sheet = gr.Image(label="Contact sheet", interactive=False, type="pil", format="png", elem_id="pairs-sheet")
+            sheet = gr.Image(
+                label="Contact sheet",
+                interactive=False,
+                type="pil",
+                format="png",
+                elem_id="pairs-sheet",
+                buttons=["download"],
+            )
             problems = gr.Dataframe(headers=["problem", "where", "what"], interactive=False, wrap=True, visible=False)
 
     async def on_unpack(name: str, path: str | None) -> AsyncIterator[tuple[Any, ...]]:
@@ -119,20 +126,17 @@ def adapt_tab(place: Workplace, adapters: Path) -> None:
             download = gr.DownloadButton("Download the adapter", visible=False, elem_id="adapt-download")
         with gr.Column(scale=5, min_width=320):
             message = gr.HTML("", elem_id="adapt-message")
-            chart = gr.LinePlot(
-                x="step",
-                y="value",
-                color="of",
-                title="Loss and score of the previews",
-                height=240,
-                elem_id="adapt-plot",
-            )
+            with gr.Row():
+                loss = gr.LinePlot(x="step", y="loss", title="Loss", height=220, min_width=200, elem_id="adapt-loss")
+                score = gr.LinePlot(
+                    x="step", y="score", title="Score of the previews", height=220, min_width=200, elem_id="adapt-score"
+                )
             preview = gr.Image(
                 label="Held-out pairs: condition, target, result", interactive=False, type="pil", format="png",
-                elem_id="adapt-preview",
+                elem_id="adapt-preview", buttons=["download"],
             )  # fmt: skip
             report = gr.Markdown("", elem_id="adapt-report")
-    outputs = [message, chart, preview, report, download]
+    outputs = [message, loss, score, preview, report, download]
 
     def shown(state: RunState, name: str) -> tuple[Any, ...]:
         last = state.lines[-1] if state.lines else {}
@@ -140,13 +144,14 @@ def adapt_tab(place: Workplace, adapters: Path) -> None:
         if state.report is not None:
             words = "done"
         if last:
-            scores = [f"{key} {value:.4g}" for key, value in last.items() if key in ("loss",) or _is_score(key, value)]
+            scores = [f"{key} {value:.4g}" for key, value in last.items() if _is_shown(key, value)]
             words += f"; step {last['step']}, " + ", ".join(scores)
         html = error_html(state.error) if state.error and not state.is_running else status_html(f"{name}: {words}")
         done = state.adapter is not None and not state.is_running
         return (
             html,
-            _points(state),
+            _points(state.lines, "loss", lambda key: key == "loss"),
+            _points(state.lines, "score", _is_score),
             Image.open(state.preview) if state.preview is not None else None,
             Report(**state.report).to_markdown() if state.report is not None else "",
             gr.update(value=str(state.adapter) if done else None, visible=done),
@@ -168,7 +173,7 @@ def adapt_tab(place: Workplace, adapters: Path) -> None:
             async for each in watch(name):
                 yield each
         except Exception as error:
-            yield error_html(place.public(sentence(error))), *[gr.skip()] * 4
+            yield error_html(place.public(sentence(error))), *[gr.skip()] * 5
 
     async def on_stop(name: str) -> Any:
         try:
@@ -196,7 +201,9 @@ def compare_tab(place: Workplace) -> None:
                     elem_id=f"compare-{side}-file",
                 )  # fmt: skip
                 table = gr.Markdown("", elem_id=f"compare-{side}-report")
-                picture = gr.Image(label="Held-out pairs", interactive=False, type="pil", format="png")
+                picture = gr.Image(
+                    label="Held-out pairs", interactive=False, type="pil", format="png", buttons=["download"]
+                )
                 run.change(lambda name: _report_of_run(place, name), run, [table, picture], **_PRIVATE)
                 file.upload(_report_of_file, file, table, **_PRIVATE)
                 choices.append(run)
@@ -229,18 +236,21 @@ def _report_of_file(path: str) -> str:
         return error_html(sentence(error))
 
 
-def _is_score(key: str, value: Any) -> bool:
-    return key not in ("step", "seconds", "loss", "learning_rate") and isinstance(value, (int, float))
+def _is_score(key: str) -> bool:
+    return key not in ("step", "seconds", "loss", "learning_rate", "preview")
 
 
-def _points(state: RunState) -> Any:
-    """Steps, values and their names, as the chart takes them."""
+def _is_shown(key: str, value: Any) -> bool:
+    return (key == "loss" or _is_score(key)) and isinstance(value, (int, float))
+
+
+def _points(lines: list[dict[str, Any]], name: str, chosen: Callable[[str], bool]) -> Any:
+    """Steps and values as a chart takes them: of each line the first value whose key is chosen."""
     import pandas
 
-    rows = [
-        {"step": line["step"], "value": float(value), "of": key}
-        for line in state.lines
-        for key, value in line.items()
-        if key == "loss" or _is_score(key, value)
-    ]
-    return pandas.DataFrame(rows, columns=["step", "value", "of"])
+    rows = []
+    for line in lines:
+        found = [value for key, value in line.items() if chosen(key) and isinstance(value, (int, float))]
+        if found:
+            rows.append({"step": float(line["step"]), name: float(found[0])})
+    return pandas.DataFrame(rows) if rows else None
