@@ -1,6 +1,7 @@
 # Every target sets up what it needs. Needed beforehand: Python 3.11 or newer, pip and make.
 #
 #   make demo       a drawing controls an image, with images and timings
+#   make ui         the web page, on http://127.0.0.1:7860/ui
 #   make test       the tests that every change has to pass
 #   make test-slow  the tests that take minutes
 #   make lint       style, types and the import order of the rooms
@@ -15,10 +16,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-slow lint nano clean
+.PHONY: demo ui test test-slow lint nano clean
 
 demo: $(VENV)/.installed
 	$(BIN)/controlkit demo
+
+ui: $(VENV)/.installed-ui
+	$(BIN)/controlkit ui
 
 test: $(VENV)/.installed-dev
 	$(PYTEST)
@@ -47,6 +51,10 @@ $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.made pyproject.toml constraints.txt
 	$(PIP_INSTALL) -e '.[dev]'
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-ui: $(VENV)/.made pyproject.toml constraints.txt
+	$(PIP_INSTALL) -e '.[ui]'
+	touch $@
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=...")'

@@ -31,6 +31,7 @@ from controlkit.apps import (
     study,
     train,
     transfer,
+    ui,
 )
 from controlkit.apps.show import Reported, error_json, print_json
 from controlkit.apps.signals import Terminated, interruptible
@@ -51,6 +52,7 @@ VERBS = (
     inspect,
     cache,
     serve,
+    ui,
 )
 _SPINS = 2000
 """Turns of an OpenMP thread's waiting loop before it sleeps, a few microseconds each hundred."""

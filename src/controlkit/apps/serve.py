@@ -16,7 +16,14 @@ import ipaddress
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from controlkit.server.service import Service
 
 TOKEN = "CONTROLKIT_TOKEN"
 """Environment variable with the token, which other users of the machine cannot read off the command line."""
@@ -95,6 +102,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
+    serve(args)
+
+
+def serve(args: argparse.Namespace, page: Callable[[FastAPI, Service], object] | None = None, path: str = "") -> None:
+    """Serve until the process is stopped.
+
+    Args:
+        page: mounts a web page in the application.
+        path: that of the page, printed with the address.
+
+    Raises:
+        UserError: a package is missing, or an argument cannot be used.
+    """
     from controlkit.errors import UserError
     from controlkit.files import locked, writable_folder
 
@@ -127,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"not offered: {note}", file=sys.stderr)
     with _listening(args.host, args.port) as sock:
         port = sock.getsockname()[1]
-        queue = Path(args.queue) if hasattr(args, "queue") else _state_folder() / f"queue-{port}.sqlite"
+        queue = Path(args.queue) if hasattr(args, "queue") else state_folder() / f"queue-{port}.sqlite"
         writable_folder(queue.parent, "give --queue another file")
         settings = Settings(
             catalogue=catalogue,
@@ -142,13 +162,13 @@ def run(args: argparse.Namespace) -> None:
         with locked(queue.with_name(f"{queue.name}.lock"), f"another server uses {queue}; give --queue another file"):
             log_json_lines("warning" if args.quiet else "info")
             config = uvicorn.Config(
-                create_app(settings),
+                create_app(settings, page),
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=5,
             )
-            print(f"http://{_shown(args.host)}:{port}", flush=True)
+            print(f"http://{_shown(args.host)}:{port}{path}", flush=True)
             uvicorn.Server(config).run(sockets=[sock])
 
 
@@ -192,7 +212,8 @@ def _listening(host: str, port: int) -> socket.socket:
     return sock
 
 
-def _state_folder() -> Path:
+def state_folder() -> Path:
+    """Where the server keeps its queues, and the page its runs."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "controlkit"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -26,8 +26,11 @@ _RETRY_AFTER = "10"
 log = logging.getLogger("controlkit.server")
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, page: Callable[[FastAPI, Service], object] | None = None) -> FastAPI:
     """The application. Its worker starts and ends with it.
+
+    Args:
+        page: mounts a web page, behind the same guards as the APIs.
 
     Raises:
         UserError: the file of the queue cannot be used.
@@ -70,6 +73,8 @@ def create_app(settings: Settings) -> FastAPI:
         text = service.metrics.text(gauges)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    if page is not None:
+        page(app, service)
     if settings.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"], allow_headers=["*"]

@@ -1,0 +1,174 @@
+"""Rows of controls on the page: image, condition image, weight, span, mode and mask."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from controlkit.errors import UserError
+from controlkit.sampling.request import MODES
+from controlkit.server.catalogue import Catalogue
+from controlkit.ui.files import png_bytes
+
+OWN_MODE = "default"
+"""Stands for the mode that the control's system prefers."""
+
+
+@dataclass(frozen=True)
+class ControlRow:
+    """The components of one control."""
+
+    index: int
+    group: gr.Group
+    control: gr.Dropdown
+    image: gr.ImageEditor
+    preview: gr.Image
+    prepared: gr.Checkbox
+    weight: gr.Slider
+    start: gr.Slider
+    end: gr.Slider
+    mode: gr.Dropdown
+    masked: gr.Checkbox
+    mask: gr.ImageEditor
+    remove: gr.Button
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """The components that make a request."""
+        return (
+            *(self.control, self.image, self.prepared, self.weight, self.start, self.end),
+            *(self.mode, self.masked, self.mask),
+        )
+
+    def body(self, values: Mapping[Any, Any]) -> dict[str, Any] | None:
+        """The control of a request's body; None if the row names none.
+
+        Raises:
+            UserError: it has no image, or no mask where one is asked for.
+        """
+        name = values[self.control]
+        if not name:
+            return None
+        image = drawn(values[self.image])
+        if image is None:
+            raise UserError(f"control {self.index + 1} ({name}) has no image; draw or upload one", "missing-setting")
+        mode = values[self.mode]
+        found: dict[str, Any] = {
+            "control": name,
+            "image": _base64(image),
+            "prepared": values[self.prepared],
+            "weight": values[self.weight],
+            "start": values[self.start],
+            "end": values[self.end],
+            "mode": None if mode == OWN_MODE else mode,
+        }
+        if values[self.masked]:
+            mask = painted(values[self.mask])
+            if mask is None:
+                raise UserError(
+                    f"the mask of control {self.index + 1} ({name}) is empty; paint where it acts", "missing-setting"
+                )
+            found["mask"] = _base64(mask)
+        return found
+
+
+def offered(catalogue: Catalogue) -> list[str]:
+    """The controls of the catalogue that take one image and nothing else; rows have no fields for others."""
+    return [name for name, entry in catalogue.controls.items() if len(entry.images) == 1 and not entry.values]
+
+
+def control_row(index: int, catalogue: Catalogue, *, visible: bool, control: str | None, image: Any) -> ControlRow:
+    """Build a row."""
+    number = index + 1
+    with gr.Group(visible=visible, elem_id=f"control-{number}", elem_classes="control-row") as group:
+        with gr.Row(equal_height=True):
+            name = gr.Dropdown(
+                offered(catalogue), value=control, label=f"Control {number}", elem_id=f"control-{number}-name", scale=3
+            )
+            remove = gr.Button("Remove", size="sm", scale=0, min_width=90, elem_id=f"control-{number}-remove")
+        with gr.Row():
+            editor = gr.ImageEditor(
+                value=image,
+                type="pil",
+                format="png",
+                label="Image",
+                canvas_size=(512, 512),
+                height=340,
+                layers=False,
+                sources=("upload", "clipboard"),
+                brush=gr.Brush(colors=["#000000", "#ffffff"], default_color="#000000", default_size=8),
+                elem_id=f"control-{number}-image",
+                buttons=[],
+                scale=3,
+                min_width=340,
+            )
+            preview = gr.Image(
+                label="Condition image",
+                interactive=False,
+                format="png",
+                type="filepath",
+                height=340,
+                elem_id=f"control-{number}-condition",
+                elem_classes="pixels",
+                buttons=["download"],
+                scale=2,
+                min_width=180,
+            )
+        with gr.Row():
+            weight = gr.Slider(0, 2, 1, step=0.05, label="Weight", elem_id=f"control-{number}-weight", min_width=150)
+            start = gr.Slider(0, 1, 0, step=0.05, label="Start", min_width=150)
+            end = gr.Slider(0, 1, 1, step=0.05, label="End", min_width=150)
+        with gr.Row():
+            mode = gr.Dropdown([OWN_MODE, *MODES], value=OWN_MODE, label="Mode", min_width=150)
+            prepared = gr.Checkbox(False, label="The image is a condition image already", min_width=150)
+            masked = gr.Checkbox(False, label="Mask", elem_id=f"control-{number}-masked", min_width=100)
+        mask = gr.ImageEditor(
+            type="pil",
+            format="png",
+            label="Mask: paint where the control acts",
+            canvas_size=(512, 512),
+            height=340,
+            layers=False,
+            sources=(),
+            transforms=(),
+            brush=gr.Brush(colors=["#e11d48"], default_color="#e11d48", default_size=40, color_mode="fixed"),
+            visible=False,
+            elem_id=f"control-{number}-mask",
+            buttons=[],
+        )
+    return ControlRow(
+        index, group, name, editor, preview, prepared, weight, start, end, mode, masked, mask, remove
+    )  # fmt: skip
+
+
+def drawn(value: Any) -> Image.Image | None:
+    """The image of an editor, over white; None for an empty one."""
+    composite = None if value is None else value.get("composite")
+    if composite is None:
+        return None
+    image = composite.convert("RGBA")
+    if image.getchannel("A").getextrema()[1] == 0:
+        return None
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def painted(value: Any) -> Image.Image | None:
+    """The strokes of an editor, white on black; None if there are none."""
+    layers = [] if value is None else [layer for layer in value.get("layers", ()) if layer is not None]
+    if not layers:
+        return None
+    mask = Image.new("L", layers[0].size, 0)
+    for layer in layers:
+        strokes = layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha else 0)
+        mask.paste(255, (0, 0), strokes)
+    return None if mask.getextrema()[1] == 0 else mask.convert("RGB")
+
+
+def _base64(image: Image.Image) -> str:
+    return base64.b64encode(png_bytes(image)).decode("ascii")

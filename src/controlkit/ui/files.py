@@ -1,0 +1,117 @@
+"""Files that the browser shows and downloads, in a folder that only this process uses."""
+
+from __future__ import annotations
+
+import atexit
+import io
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from controlkit.errors import UserError
+
+VARIABLE = "GRADIO_TEMP_DIR"
+"""Where Gradio keeps what was uploaded and what is shown."""
+
+
+def use_private_folder() -> None:
+    """Let Gradio keep files in a new folder that only this user can read, and that is removed at the end.
+
+    Its default is one folder for all users of the machine.
+    """
+    if VARIABLE not in os.environ:
+        folder = tempfile.mkdtemp(prefix="controlkit-ui-")
+        os.environ[VARIABLE] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def result_folder() -> Path:
+    """A new folder for the files of one result."""
+    shared = Path(os.environ.get(VARIABLE, tempfile.gettempdir()))
+    shared.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="result-", dir=shared))
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """An image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_result(
+    images: Sequence[bytes], conditions: Sequence[bytes], seeds: Sequence[int], settings: Mapping[str, Any]
+) -> tuple[list[Path], list[Path], Path]:
+    """Write the images of a request with the settings that restore it.
+
+    Args:
+        images: PNG files.
+        conditions: PNG files of the condition images, in the order of the controls.
+        settings: as `controlkit generate` stores them: `request`, whose controls have the images `condition0.png` and
+            so on, and `used`.
+
+    Returns:
+        Paths of the images, of the condition images, and of a ZIP of all, from which `controlkit generate --from` draws
+        the images again.
+    """
+    folder = result_folder()
+    drawn = []
+    for seed, data in zip(seeds, images, strict=True):
+        path = folder / f"seed{seed}.png"
+        path.write_bytes(with_settings(data, {**settings, "request": {**settings["request"], "seeds": [seed]}}))
+        drawn.append(path)
+    maps = []
+    for index, data in enumerate(conditions):
+        path = folder / f"condition{index}.png"
+        path.write_bytes(data)
+        maps.append(path)
+    (folder / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    archive = folder / "images.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in (*drawn, *maps, folder / "settings.json"):
+            file.write(path, path.name)
+    return drawn, maps, archive
+
+
+def with_settings(data: bytes, settings: Mapping[str, Any]) -> bytes:
+    """A PNG with the settings in it that `controlkit generate` writes, beside the texts that it has."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        info = PngInfo()
+        for key, value in getattr(image, "text", {}).items():
+            info.add_itxt(key, value)
+        info.add_itxt("controlkit", json.dumps(settings))
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def settings_in(path: str | Path) -> dict[str, Any]:
+    """The fields of `GenerateRequest` in a PNG or a `settings.json`, as plain values.
+
+    Raises:
+        UserError: it holds none.
+    """
+    from controlkit.sampling.saved_settings import read_settings
+
+    return read_settings(path).request.to_json()
+
+
+def checked_name(text: str) -> str:
+    """A name that a client chose and that becomes the name of a folder.
+
+    Raises:
+        UserError: it is empty, or has other characters than ASCII letters, digits, `-` and `_`.
+    """
+    name = text.strip()
+    if not name or len(name) > 60 or not all(char.isascii() and (char.isalnum() or char in "-_") for char in name):
+        raise UserError(f"name is {text!r}; expected up to 60 letters, digits, - and _", "out-of-range")
+    return name

@@ -1,0 +1,438 @@
+"""The tab *Generate*: prompt, controls, settings, results, and X/Y sheets."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import AsyncIterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from fastapi.concurrency import run_in_threadpool
+from PIL import Image
+
+from controlkit import conditions
+from controlkit.errors import UserError
+from controlkit.images import resize_cover
+from controlkit.sampling.request import SAMPLERS
+from controlkit.sampling.seeds import parse_seeds
+from controlkit.server.spec import Spec
+from controlkit.ui.client import Client, sentence
+from controlkit.ui.control_rows import OWN_MODE, ControlRow, control_row, drawn, offered
+from controlkit.ui.files import png_bytes, settings_in, write_result
+from controlkit.ui.xy_sheet import AXES, draw_sheet
+
+OWN = "default"
+"""Stands for the base's own sampler."""
+_NUMBERS = ("guidance", "width", "height", "hires", "hires_strength")
+"""Number fields whose 0 means the default."""
+_FIRST_PROMPT = "sailboat, noto style, on a teal background"
+_FIRST_CONTROL = "canny"
+
+
+def error_html(text: str) -> str:
+    """A message of an error."""
+    return f'<div class="error" role="alert">{html.escape(text)}</div>'
+
+
+def status_html(text: str) -> str:
+    """A message of progress."""
+    return f'<div role="status">{html.escape(text)}</div>'
+
+
+class _Tab:
+    """The components and what they do."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.running: dict[str, str] = {}
+        """Session of a browser -> id of its request, for the button that cancels."""
+        self.cancelled: set[str] = set()
+        """Sessions whose sheet is to end."""
+
+    def build(self, blocks: gr.Blocks) -> None:
+        catalogue, limits = self.client.service.catalogue, self.client.service.limits
+        shows_nano = "nano" in catalogue.bases
+        with gr.Row():
+            with gr.Column(scale=6, min_width=320):
+                self.prompt = gr.Textbox(
+                    _FIRST_PROMPT if shows_nano else "", label="Prompt", lines=2, elem_id="prompt", max_length=10_000
+                )
+                with gr.Row():
+                    self.draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=3)
+                    self.cancel = gr.Button("Cancel", elem_id="cancel", scale=1, min_width=80)
+                self.rows = self._rows()
+                self.add = gr.Button("Add a control", size="sm", elem_id="add-control")
+                with gr.Accordion("Settings", open=False, elem_id="settings"):
+                    self._settings(list(catalogue.bases), limits.steps)
+                with gr.Accordion("X/Y sheet", open=False, elem_id="xy"):
+                    self._sheet()
+                with gr.Accordion("Settings of an image", open=False, elem_id="restore"):
+                    self.dropped = gr.File(
+                        label="A PNG from here or of `controlkit generate`, or its settings.json",
+                        file_types=[".png", ".json"],
+                        elem_id="dropped",
+                        height=120,
+                    )
+            with gr.Column(scale=5, min_width=320):
+                self._results()
+        self._connect(blocks)
+
+    def _rows(self) -> list[ControlRow]:
+        service = self.client.service
+        known = offered(service.catalogue)
+        demo = (
+            Image.open(str(files("controlkit") / "assets" / "demo" / "sailboat.png"))
+            .convert("RGB")
+            .resize((512, 512), Image.Resampling.LANCZOS)
+        )
+        first = _FIRST_CONTROL if _FIRST_CONTROL in known else next(iter(known), None)
+        rows = []
+        for index in range(service.limits.controls if known else 0):
+            is_first = index == 0
+            image = {"background": demo, "layers": [], "composite": demo} if is_first else None
+            rows.append(
+                control_row(
+                    index, service.catalogue, visible=is_first, control=first if is_first else None, image=image
+                )
+            )
+        return rows
+
+    def _settings(self, bases: list[str], most_steps: int) -> None:
+        self.negative = gr.Textbox("", label="Negative prompt", max_length=10_000)
+        with gr.Row():
+            self.base = gr.Dropdown(bases, value=bases[0], label="Base", min_width=150)
+            self.seeds = gr.Textbox("0-3", label="Seeds", info="3,5,9-12; -1 is random", elem_id="seeds", min_width=150)
+            self.steps = gr.Slider(1, most_steps, 20, step=1, label="Steps", elem_id="steps", min_width=150)
+        with gr.Row():
+            self.guidance = gr.Number(0, label="Guidance scale", info="0: the base's", min_width=120)
+            self.sampler = gr.Dropdown([OWN, *SAMPLERS], value=OWN, label="Sampler", min_width=120)
+            self.width = gr.Number(0, label="Width", info="0: the base's", precision=0, min_width=120)
+            self.height = gr.Number(0, label="Height", info="0: the base's", precision=0, min_width=120)
+        with gr.Row():
+            self.hires = gr.Number(0, label="Hires factor", info="0: one pass", elem_id="hires", min_width=150)
+            self.hires_strength = gr.Number(0, label="Hires strength", info="0: default", min_width=150)
+
+    def _sheet(self) -> None:
+        self.axes = []
+        for name, setting, values in (("X", "weight", "0, 0.5, 1, 1.5"), ("Y", "seed", "0-1")):
+            with gr.Row():
+                key = gr.Dropdown(["none", *AXES], value=setting, label=f"{name}: setting", min_width=140, scale=1)
+                text = gr.Textbox(values, label=f"{name}: values", info="comma, or | between", min_width=180, scale=2)
+            self.axes.append((key, text))
+        self.draw_sheet = gr.Button("Draw the sheet", elem_id="draw-sheet")
+        self.sheet = gr.Image(
+            label="Sheet", interactive=False, type="filepath", format="png", elem_id="sheet", buttons=["download"]
+        )
+
+    def _results(self) -> None:
+        self.message = gr.HTML("", elem_id="message")
+        self.live = gr.Image(
+            label="In the making", visible=False, interactive=False, type="filepath", format="png", height=220,
+            elem_id="live", elem_classes="pixels", buttons=[],
+        )  # fmt: skip
+        self.gallery = gr.Gallery(
+            label="Results", columns=2, height="auto", object_fit="contain", format="png", type="filepath",
+            elem_id="results", buttons=["download", "fullscreen"], interactive=False, allow_preview=False,
+        )  # fmt: skip
+        self.before = gr.Radio(["condition image", "image"], value="condition image", label="Compare with")
+        self.slider = gr.ImageSlider(
+            label="Before and after", type="filepath", format="png", elem_id="slider", interactive=False,
+            buttons=["download"], max_height=430,
+        )  # fmt: skip
+        self.download = gr.DownloadButton("Download all", visible=False, elem_id="download")
+        self.result = gr.State(None)
+        self.selected = gr.State(0)
+
+    @property
+    def request_inputs(self) -> list[Any]:
+        return [
+            *(self.prompt, self.negative, self.base, self.seeds, self.steps, self.guidance, self.sampler),
+            *(self.width, self.height, self.hires, self.hires_strength, self.shown),
+            *(component for row in self.rows for component in row.inputs),
+        ]
+
+    def _connect(self, blocks: gr.Blocks) -> None:
+        self.shown = gr.State([row.index == 0 for row in self.rows])
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        outputs = [self.message, self.live, self.gallery, self.slider, self.download, self.result, self.selected]
+        self.draw.click(self._draw, set(self.request_inputs), outputs, scroll_to_output=True, **private)
+        axes = {component for axis in self.axes for component in axis}
+        self.draw_sheet.click(self._draw_sheet, {*self.request_inputs, *axes}, [self.message, self.sheet], **private)
+        self.cancel.click(self._cancel, None, self.message, **private)
+        self.gallery.select(self._select, [self.result, self.before], [self.selected, self.slider], **private)
+        self.before.change(self._compare, [self.result, self.selected, self.before], self.slider, **private)
+        groups = [row.group for row in self.rows]
+        self.add.click(self._add_row, self.shown, [self.shown, *groups], **private)
+        self.dropped.upload(self._restore, self.dropped, [self.message, *self._restored], **private)
+        for row in self.rows:
+            self._connect_row(row, blocks, groups, private)
+
+    def _connect_row(self, row: ControlRow, blocks: gr.Blocks, groups: list[Any], private: dict[str, Any]) -> None:
+        def remove(shown: list[bool]) -> list[Any]:
+            return self._with_row(shown, row.index, False)
+
+        row.remove.click(remove, self.shown, [self.shown, *groups], **private)
+
+        async def preview(name: str | None, image: Any, prepared: bool, base: str, width: Any, height: Any) -> Any:
+            return await self._preview(name, image, prepared, base, width, height)
+
+        inputs = [row.control, row.image, row.prepared, self.base, self.width, self.height]
+        outputs = [row.preview, self.message]
+        for event in (row.control.change, row.image.change, row.image.input, row.image.upload, row.prepared.change):
+            event(preview, inputs, outputs, trigger_mode="always_last", **private)
+        if row.index == 0:
+            blocks.load(preview, inputs, outputs, **private)
+
+        def mask(masked: bool, image: Any) -> Any:
+            background = drawn(image) if masked else None
+            value = None if background is None else {"background": background, "layers": [], "composite": background}
+            return gr.update(visible=masked, value=value)
+
+        row.masked.change(mask, [row.masked, row.image], row.mask, **private)
+
+    # Rows of controls
+
+    def _with_row(self, shown: list[bool], index: int, visible: bool) -> list[Any]:
+        shown = [visible if each == index else before for each, before in enumerate(shown)]
+        return [shown, *(gr.update(visible=each) for each in shown)]
+
+    def _add_row(self, shown: list[bool]) -> list[Any]:
+        free = [index for index, visible in enumerate(shown) if not visible]
+        if not free:
+            gr.Info(self.client.sizes)
+            return [shown, *(gr.skip() for _ in shown)]
+        return self._with_row(shown, free[0], True)
+
+    async def _preview(
+        self, name: str | None, value: Any, prepared: bool, base: str, width: Any, height: Any
+    ) -> tuple[Any, Any]:
+        """The condition image that a control would be given."""
+        image = drawn(value)
+        if image is None or not name:
+            return None, gr.skip()
+        try:
+            entry = self.client.service.catalogue.controls[name]
+            condition = None if prepared or entry.condition is None else conditions.find(entry.condition)
+            if not (width and height):
+                own = await run_in_threadpool(_own_size, self.client.service.catalogue.bases[base])
+                width, height = width or own, height or own
+            self.client.service.limits.check_size(int(width), int(height), None)
+            sized = resize_cover(image, int(width), int(height))
+            computed = None if condition is None or condition.provided else condition.name
+            data = await self.client.condition_image(png_bytes(sized), computed)
+        except Exception as error:
+            return None, error_html(sentence(error))
+        return Image.open(io.BytesIO(data)), gr.skip()
+
+    # Drawing
+
+    def _body(self, values: Mapping[Any, Any]) -> dict[str, Any]:
+        """The body of a request.
+
+        Raises:
+            UserError: a value cannot be used.
+        """
+        sampler = values[self.sampler]
+        rows = [row for row in self.rows if values[self.shown][row.index]]
+        return {
+            "prompt": values[self.prompt],
+            "negative_prompt": values[self.negative],
+            "base": values[self.base],
+            "seeds": list(parse_seeds(values[self.seeds], "Seeds")),
+            "steps": values[self.steps],
+            "sampler": None if sampler == OWN else sampler,
+            **{name: _number(values[getattr(self, name)]) for name in _NUMBERS},
+            "controls": [body for row in rows if (body := row.body(values)) is not None],
+        }
+
+    async def _draw(self, values: dict[Any, Any], request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
+        session = str(request.session_hash)
+        try:
+            body = self._body(values)
+            spec, sent = await self.client.spec(body)
+            job = await self.client.submit(spec, sent)
+            self.running[session] = job.id
+            async for now in self.client.watch(job.id):
+                shown: dict[Any, Any] = {self.message: status_html(now.line)}
+                if now.preview is not None:
+                    shown[self.live] = gr.update(value=Image.open(io.BytesIO(now.preview)), visible=True)
+                yield shown
+            yield await self._finished(job.id, spec, sent)
+        except Exception as error:
+            yield {self.message: error_html(sentence(error)), self.live: gr.update(visible=False)}
+        finally:
+            self.running.pop(session, None)
+
+    async def _finished(self, name: str, spec: Spec, sent: Mapping[str, bytes]) -> dict[Any, Any]:
+        service = self.client.service
+        job = await service.job(name)
+        values = (job.result if job is not None else None) or {}
+        images, maps = [await service.files(name, role) for role in ("images", "maps")]
+        hidden = gr.update(visible=False)
+        if not images:
+            return {self.message: status_html("cancelled"), self.live: hidden}
+        settings = {"request": restorable(spec, values["seeds"]), "used": values["used"]}
+        drawn_files, map_files, archive = await run_in_threadpool(write_result, images, maps, values["seeds"], settings)
+        result = {
+            "images": [str(path) for path in drawn_files],
+            "condition image": [str(path) for path in map_files],
+            "image": await run_in_threadpool(_as_drawn, sent, spec, Path(drawn_files[0])),
+        }
+        assert job is not None and job.started is not None and job.finished is not None
+        count = "1 image" if len(images) == 1 else f"{len(images)} images"
+        words = [f"{count} in {job.finished - job.started:.1f} s", *values["notes"]]
+        if job.state == "cancelled":
+            words.insert(0, "cancelled; finished until then:")
+        return {
+            self.message: status_html("; ".join(words)),
+            self.live: hidden,
+            self.gallery: gr.update(
+                value=[(path, f"seed {seed}") for path, seed in zip(result["images"], values["seeds"], strict=True)],
+                selected_index=None,
+            ),
+            self.slider: self._compare(result, 0, "condition image"),
+            self.download: gr.update(value=str(archive), visible=True),
+            self.result: result,
+            self.selected: 0,
+        }
+
+    async def _cancel(self, request: gr.Request) -> Any:
+        session = str(request.session_hash)
+        self.cancelled.add(session)
+        name = self.running.get(session)
+        if name is None:
+            return status_html("nothing is being drawn")
+        await self.client.service.cancel(name)
+        return status_html("cancelling")
+
+    def _select(self, result: dict[str, Any] | None, before: str, event: gr.SelectData) -> tuple[int, Any]:
+        index = int(event.index)
+        return index, self._compare(result, index, before)
+
+    def _compare(self, result: dict[str, Any] | None, index: int, before: str) -> Any:
+        """The two sides of the slider; empty without a control."""
+        if not result or not result[before] or index >= len(result["images"]):
+            return None
+        return (result[before][0], result["images"][index])
+
+    # X/Y sheets
+
+    async def _draw_sheet(self, values: dict[Any, Any], request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
+        session = str(request.session_hash)
+        self.cancelled.discard(session)
+        try:
+            axes = [(values[key], values[text]) for key, text in self.axes if values[key] != "none"]
+            spec, sent = await self.client.spec(self._body(values))
+            async for line, sheet in draw_sheet(
+                self.client, spec, sent, axes, lambda: session in self.cancelled, lambda job: self._now(session, job)
+            ):
+                shown: dict[Any, Any] = {self.message: status_html(line)}
+                if sheet is not None:
+                    shown[self.sheet] = sheet
+                yield shown
+        except Exception as error:
+            yield {self.message: error_html(sentence(error))}
+        finally:
+            self.running.pop(session, None)
+
+    def _now(self, session: str, job: str) -> None:
+        self.running[session] = job
+
+    # Settings of an image
+
+    @property
+    def _restored(self) -> list[Any]:
+        """What `_restore` sets, after the message."""
+        rows = [
+            each
+            for row in self.rows
+            for each in (row.group, row.control, row.weight, row.start, row.end, row.mode, row.prepared)
+        ]
+        return [
+            *(self.prompt, self.negative, self.base, self.seeds, self.steps, self.guidance, self.sampler),
+            *(self.width, self.height, self.hires, self.hires_strength, self.shown, *rows),
+        ]
+
+    def _restore(self, path: str | None) -> list[Any]:
+        """The settings in a dropped file. Images of controls stay as they are: a PNG does not hold them."""
+        nothing = [gr.skip()] * len(self._restored)
+        if path is None:
+            return [gr.skip(), *nothing]
+        try:
+            stored = settings_in(path)
+        except UserError as error:
+            text = str(error).replace(str(Path(path).parent) + "/", "")
+            return [error_html(text), *nothing]
+        except Exception as error:
+            return [error_html(sentence(error)), *nothing]
+        catalogue, notes = self.client.service.catalogue, []
+        base = stored["base"]
+        if base not in catalogue.bases:
+            notes.append(f"there is no base {Path(base).name} here")
+            base = gr.skip()
+        uses: list[dict[str, Any]] = []
+        here = offered(catalogue)
+        for use in stored["controls"]:
+            if use["control"] in here and len(uses) < len(self.rows):
+                uses.append(use)
+            else:
+                notes.append(f"control {Path(use['control']).name} is not offered here")
+        seeds = ",".join(str(seed) for seed in stored["seeds"])
+        values = [
+            *(stored["prompt"], stored["negative_prompt"], base, seeds, stored["steps"], stored["guidance"]),
+            *(stored["sampler"] or OWN, stored["width"], stored["height"], stored["hires"], stored["hires_strength"]),
+            [index < len(uses) for index in range(len(self.rows))],
+        ]
+        for index in range(len(self.rows)):
+            if index >= len(uses):
+                values += [gr.update(visible=False), *[gr.skip()] * 6]
+                continue
+            use = uses[index]
+            mode = use["mode"] or OWN_MODE
+            own = [use["control"], use["weight"], use["start"], use["end"], mode, False]
+            values += [gr.update(visible=True), *own]
+        done = "; ".join(["settings restored; the images of controls stay as they are", *notes])
+        return [status_html(done), *values]
+
+
+def generate_tab(blocks: gr.Blocks, client: Client) -> None:
+    """Build the tab."""
+    _Tab(client).build(blocks)
+
+
+def restorable(spec: Spec, seeds: list[int]) -> dict[str, Any]:
+    """Fields of `GenerateRequest` that draw the images again from the files of `write_result`."""
+    request = {name: value for name, value in spec.request.items() if value is not None}
+    uses = []
+    for index, use in enumerate(request.get("controls", ())):
+        changes = {"image": f"condition{index}.png", "prepared": True, "parameters": None, "mask": None}
+        uses.append({**use, **changes})
+    return {**request, "seeds": seeds, "controls": uses}
+
+
+def _as_drawn(sent: Mapping[str, bytes], spec: Spec, like: Path) -> list[str]:
+    """The image of the first control as it was drawn or uploaded, in the size of a result."""
+    uses = spec.request.get("controls", ())
+    if not uses or uses[0].get("image") not in sent:
+        return []
+    with Image.open(like) as result:
+        size = result.size
+    image = Image.open(io.BytesIO(sent[uses[0]["image"]])).convert("RGB")
+    path = like.with_name("image.png")
+    resize_cover(image, *size).save(path)
+    return [str(path)]
+
+
+def _own_size(base: str) -> int:
+    """Side in pixels of what a base draws by default, from its configuration."""
+    from controlkit.bases.meta import meta_base
+
+    return meta_base(base).size
+
+
+def _number(value: Any) -> Any:
+    """A number field; 0, which Gradio makes of an empty one, means the default."""
+    return None if value in (None, 0) else value

@@ -1,0 +1,283 @@
+"""Pairs and runs of the page: folders below one, and the product's own commands that work on them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from controlkit.errors import UserError
+from controlkit.files import writable_folder
+from controlkit.ui.files import checked_name
+
+_UNPACKED = 4 * 10**9
+"""Bytes that a ZIP may hold."""
+_ENTRIES = 100_000
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run as its folder has it."""
+
+    is_running: bool
+    lines: list[dict[str, Any]]
+    """Of `log.jsonl`."""
+    preview: Path | None
+    """The newest."""
+    adapter: Path | None
+    report: dict[str, Any] | None
+    error: str | None
+
+
+@dataclass
+class Workplace:
+    """The folder of the page's work. Names come from clients; paths never do."""
+
+    folder: Path
+    device: str = "auto"
+    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def pairs(self) -> list[str]:
+        """Names of the pairs."""
+        return _names(self.folder / "pairs")
+
+    def runs(self) -> list[str]:
+        """Names of the runs."""
+        return _names(self.folder / "runs")
+
+    def reports(self) -> list[str]:
+        """Names of the runs with a report."""
+        return [name for name in self.runs() if self.state(name).report is not None]
+
+    def pairs_folder(self, name: str) -> Path:
+        """The folder of pairs of this name."""
+        return self.folder / "pairs" / checked_name(name)
+
+    def run_folder(self, name: str) -> Path:
+        """The folder of the run of this name."""
+        return self.folder / "runs" / checked_name(name)
+
+    def add_zip(self, name: str, archive: str | Path) -> Path:
+        """Unpack pairs.
+
+        Raises:
+            UserError: the name is taken, or the file is no ZIP, too large, or has entries outside of its folder.
+        """
+        folder = self._new_pairs(name)
+        try:
+            with zipfile.ZipFile(archive) as file:
+                entries = [each for each in file.infolist() if not each.is_dir()]
+                if len(entries) > _ENTRIES or sum(each.file_size for each in entries) > _UNPACKED:
+                    raise UserError(f"the ZIP is larger than {_UNPACKED / 1e9:g} GB or {_ENTRIES} files", "bad-data")
+                for each in entries:
+                    path = PurePosixPath(each.filename)
+                    if path.is_absolute() or ".." in path.parts or "\\" in each.filename or ":" in each.filename:
+                        raise UserError(f"the ZIP has an entry {each.filename!r} outside of its folder", "bad-data")
+                    target = folder / path
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with file.open(each) as source, target.open("wb") as copy:
+                        shutil.copyfileobj(source, copy)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError)):
+                raise UserError(f"the file is no ZIP that can be read ({error})", "unreadable-file") from error
+            raise
+        inside = list(folder.iterdir())
+        if len(inside) == 1 and inside[0].is_dir():  # a ZIP of one folder
+            for inner in inside[0].iterdir():
+                shutil.move(str(inner), folder / inner.name)
+            inside[0].rmdir()
+        return folder
+
+    async def make_pairs(self, name: str, images: Sequence[str], condition: str, size: int | None) -> dict[str, Any]:
+        """Make pairs of uploaded images, with captions from uploaded .txt files of the same name.
+
+        Raises:
+            UserError: they cannot be made.
+        """
+        folder = self._new_pairs(name)
+        sources = folder.with_name(f".{folder.name}-images")
+        try:
+            writable_folder(sources, "give --work another folder")
+            for path in images:
+                shutil.copyfile(path, sources / Path(path).name)
+            square = ["--copy"] if size is None else ["--copy", "--size", str(size)]
+            return await run_command(
+                "pairs",
+                str(sources),
+                "--out",
+                str(folder),
+                "--conditions",
+                condition,
+                "--copy",
+                "--workers",
+                "1",
+                *square,
+            )
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            shutil.rmtree(sources, ignore_errors=True)
+
+    async def check(self, name: str) -> dict[str, Any]:
+        """The report of `controlkit pairs --check`, with the path of its contact sheet under `sheet`.
+
+        Raises:
+            UserError: there are no pairs of this name, or they cannot be read.
+        """
+        folder = self.pairs_folder(name)
+        if not folder.is_dir():
+            raise UserError(f"there are no pairs {name!r}", "missing-file")
+        sheet = self.folder / "sheets" / f"{folder.name}.png"
+        sheet.parent.mkdir(exist_ok=True)
+        return await run_command("pairs", "--check", str(folder), "--sheet", str(sheet), accept=("bad-data",))
+
+    def _new_pairs(self, name: str) -> Path:
+        folder = self.pairs_folder(name)
+        if folder.exists():
+            raise UserError(f"there are pairs {folder.name!r} already; choose another name", "would-overwrite")
+        return writable_folder(folder, "give --work another folder")
+
+    def start(self, name: str, pairs: str, control: str, steps: int, learning_rate: float | None) -> None:
+        """Start a run, or resume it: the same settings again.
+
+        Raises:
+            UserError: it runs already, or there are no such pairs.
+        """
+        run, data = self.run_folder(name), self.pairs_folder(pairs)
+        if not data.is_dir():
+            raise UserError(f"there are no pairs {pairs!r}; make or upload some in Pairs", "missing-file")
+        if self._runs(run.name):
+            raise UserError(f"{run.name} runs already", "in-use")
+        if not 1 <= steps <= 100_000:
+            raise UserError(f"steps is {steps}; expected 1 to 100000", "out-of-range")
+        writable_folder(run.parent, "give --work another folder")
+        every = max(1, min(100, steps // 4))
+        words = ["adapt", str(data), "--control", control, "--name", "adapter", "--steps", str(steps), "--device"]
+        words += [self.device, "--out", str(run), "--set", f"preview_every={every}", "--set", "log_every=1", "--json"]
+        if learning_rate:
+            words += ["--learning-rate", f"{learning_rate:g}"]
+        with self._file(run, "out").open("wb") as out, self._file(run, "log").open("ab") as log:
+            self._processes[run.name] = subprocess.Popen(
+                [sys.executable, "-m", "controlkit", *words], stdout=out, stderr=log, stdin=subprocess.DEVNULL
+            )
+
+    def stop(self, name: str) -> None:
+        """Let a run save its state and end.
+
+        Raises:
+            UserError: it does not run.
+        """
+        name = checked_name(name)
+        if not self._runs(name):
+            raise UserError(f"{name} does not run", "unknown-name")
+        self._processes[name].send_signal(signal.SIGINT)
+
+    def stop_all(self) -> None:
+        """End all runs, as `stop`."""
+        for name, process in self._processes.items():
+            if self._runs(name):
+                process.send_signal(signal.SIGINT)
+        for process in self._processes.values():
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def state(self, name: str) -> RunState:
+        """A run as it is now."""
+        run = self.run_folder(name)
+        answer = _json(self._file(run, "out"))
+        error = answer.get("error") if isinstance(answer.get("error"), dict) else None
+        previews = sorted((run / "previews").glob("*.png"))
+        adapter = run / "adapter.safetensors"
+        return RunState(
+            is_running=self._runs(run.name),
+            lines=_lines(run / "log.jsonl"),
+            preview=previews[-1] if previews else None,
+            adapter=adapter if adapter.is_file() else None,
+            report=answer.get("report"),
+            error=None if error is None else self.public(str(error.get("message", ""))),
+        )
+
+    def keep_adapter(self, name: str, adapters: Path) -> None:
+        """Copy the adapter of a run to where the server lists controls at its next start."""
+        adapter = self.state(name).adapter
+        if adapter is not None:
+            shutil.copyfile(adapter, adapters / f"{checked_name(name)}.safetensors")
+
+    def public(self, text: str) -> str:
+        """A text without the paths of this machine."""
+        return text.replace(f"{self.folder}{os.sep}", "")
+
+    def _file(self, run: Path, what: str) -> Path:
+        return run.with_name(f".{run.name}.{what}")
+
+    def _runs(self, name: str) -> bool:
+        process = self._processes.get(name)
+        return process is not None and process.poll() is None
+
+
+async def run_command(*words: str, accept: Sequence[str] = ()) -> dict[str, Any]:
+    """What a command of controlkit answers with `--json`.
+
+    Args:
+        accept: codes of errors beside which the answer is complete.
+
+    Raises:
+        UserError: the command's own.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "controlkit", *words, "--json", "--quiet"),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, said = await process.communicate()
+    try:
+        answer: dict[str, Any] = json.loads(out)
+    except ValueError as error:
+        raise RuntimeError(said.decode(errors="replace")[-2000:]) from error
+    failed = answer.get("error")
+    if isinstance(failed, dict) and failed.get("code") not in accept:
+        raise UserError(str(failed.get("message")), failed.get("code") or "bad-data")
+    return answer
+
+
+def _names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a log that may be being written."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
