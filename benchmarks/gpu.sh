@@ -1,5 +1,5 @@
 #!/bin/sh
-# Everything that a CUDA machine has to show, in one run: checks, times, memory, and nano trained further.
+# All checks and measurements that need a CUDA machine, in one run: outputs, times, memory, and nano trained further.
 #
 #   benchmarks/gpu.sh [--quick] [--toy] [--device DEVICE] [--train SECONDS] [--out FOLDER] [PART...]
 #
@@ -9,12 +9,12 @@
 #   --quick   checks and the essential times
 #   --toy     every part at toy size; with --device cpu this runs anywhere
 #   --train   seconds for nano's base (default: 150; 0 leaves it out)
-#   --limit   seconds for everything (default: 470): parts that do not begin in them are left out
+#   --limit   seconds for everything (default: 470); parts that have not started by then are left out
 #   --out     JSON, logs and weights, together in results.tar.gz (default: gpu-results)
 #   PART      run these parts alone, by the names below
 #
-# Each part has its own limit of time. One that fails or is too slow does not stop the next. Parts are in the order of
-# what they are worth; summary.json has the status, seconds and limit of each. Status 1 if one failed.
+# Each part has its own time limit. One that fails or is too slow does not stop the next. The most important parts run
+# first; summary.json has the status, seconds and limit of each. Exits with 1 if one failed.
 set -u
 
 root=$(cd "$(dirname "$0")/.." && pwd)

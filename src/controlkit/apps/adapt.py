@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", help="fp32, bf16 or auto (default: fp32 for nano, else auto)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--optimizer", help="adamw, or adamw8bit for less memory (needs bitsandbytes)")
-    parser.add_argument("--seed", type=int, help="seed of everything random")
+    parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
     parser.add_argument("--device", help="cpu, cuda, mps or auto (default: auto)")
     parser.add_argument(
         "--set",

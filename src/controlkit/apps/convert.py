@@ -4,8 +4,8 @@
     controlkit convert canny.safetensors canny-diffusers --to diffusers
     controlkit convert lora.ckpt merged.safetensors --to merged --base-control ctrlora_sd15_basecn700k.ckpt
 
-The format of IN is detected. docs/files.md lists all formats; OUT is a folder for diffusers and peft, else a
-.safetensors file. Tensors keep their dtype, and files their metadata.
+The format of IN is detected. docs/files.md lists all formats; OUT is a folder for diffusers, diffusers-unet and peft,
+else a .safetensors file. Tensors keep their dtype, and files their metadata.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     parser.add_argument("source", metavar="IN", help="a file, a folder, or the name of a shipped control")
     parser.add_argument("out", metavar="OUT", help="the file or folder to write")
-    formats = "controlkit, diffusers, original, bare, full, difference, control-lora, peft or merged"
+    formats = "controlkit, diffusers, original, bare, full, difference, control-lora, peft, diffusers-unet or merged"
     parser.add_argument("--to", required=True, metavar="FORMAT", help=formats)
     parser.add_argument(
         "--base",
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: that of the file)")
     parser.add_argument("--rank", type=int, help="rank of a Control-LoRA to write")
     parser.add_argument("--condition", help="name of the condition, for the metadata")
-    parser.add_argument("--kind", help="system of the control to read, for a file that contains several")
+    parser.add_argument("--kind", help="system of the control to read, if the file contains several")
     parser.add_argument(
         "--pooled",
         action="store_true",

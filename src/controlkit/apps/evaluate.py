@@ -1,11 +1,13 @@
 """evaluate a base or controls on held-out images
 
-controlkit evaluate base nano --sheet grid.png
-controlkit evaluate control canny --base nano --sheet canny.png
-controlkit evaluate control canny --prompt-mode given none automatic
-controlkit evaluate control nano/canny nano/palette nano/blur --sheet adapters.png
-controlkit evaluate control runs/mine/mine.safetensors --pairs pairs/palette
-controlkit evaluate scenes runs/nano/gligen/boxes.safetensors --icons data/nano/icons.npz
+    controlkit evaluate base nano --sheet grid.png
+    controlkit evaluate control canny --base nano --sheet canny.png
+    controlkit evaluate control canny --prompt-mode given none automatic
+    controlkit evaluate control nano/canny nano/palette nano/blur --sheet adapters.png
+    controlkit evaluate control runs/mine/mine.safetensors --pairs pairs/palette
+    controlkit evaluate scenes runs/nano/gligen/boxes.safetensors --icons data/nano/icons.npz
+
+`base` needs the extra `metrics`; `scenes` needs that and rendered icons (recipes/nano/README.md, step 1).
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ _CHOICES = ("base", "sets", "pairs", "share", "icons", "images", "prompt_mode", 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     parser.add_argument(
-        "what", choices=("base", "control", "scenes"), help="evaluate a base, controls, or a control of boxes"
+        "what",
+        choices=("base", "control", "scenes"),
+        help="what to evaluate: a base; controls; or a control that takes boxes, on scenes of two icons",
     )
     parser.add_argument("names", nargs="+", metavar="name", help="a base, or controls by name or file")
     parser.add_argument("--base", help="the base of the controls (default: nano)")
@@ -47,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --pairs: fraction of the pairs that training holds out (default: 0.1; 1: all pairs)",
     )
     add_columns(parser)
-    parser.add_argument("--icons", help="of scenes: file of rendered icons (default: data/nano/icons.npz)")
-    parser.add_argument("--images", "--pictures", type=int, help="images per set (default: 96)")
+    parser.add_argument("--icons", help="for scenes: file of rendered icons (default: data/nano/icons.npz)")
+    parser.add_argument("--images", "--pictures", type=int, help="images per set, or scenes (default: 96)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20)")
     parser.add_argument(
         "--guidance", type=float, help="guidance scale (default: nano 3, SD1 and SD2 7.5, SDXL 5, SD3 7)"
@@ -64,15 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODE",
         help="a row for each: given (the captions of the images), none, default, automatic (default: given)",
     )
-    parser.add_argument("--captioner", help="of --prompt-mode automatic, as of generate")
+    parser.add_argument("--captioner", help="for --prompt-mode automatic, as of generate")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default: auto)")
     parser.add_argument("--sheet", default=None, metavar="FILE", help="also write a contact sheet as PNG")
-    parser.add_argument("--seed", type=int, help="seed of the first image of each set, of controls (default: 0)")
+    parser.add_argument("--seed", type=int, help="for controls: seed of the first image of each set (default: 0)")
     parser.add_argument(
         "--out",
         default=None,
         metavar="DIR",
-        help="also write report.json, report.md and, of controls, scores.csv with the score of each image",
+        help="also write report.json, report.md and, for controls, scores.csv with the score of each image",
     )
     add_json(parser)
 

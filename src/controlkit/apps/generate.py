@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME_OR_FILE=IMAGE[@weight[:start-end]][,KEY=VALUE...]",
         help="a control, its image, and optionally its conditioning scale, range of steps and options (above); repeat"
-        " for several. For a control with named inputs IMAGE is a .json file",
+        " for several. For a control that takes several images, or values such as boxes, IMAGE is a .json file",
     )
     parser.add_argument(
         "--prepared", action="store_true", default=False, help="all images of --control are condition images already"
@@ -165,10 +165,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hires",
         type=float,
         metavar="FACTOR",
-        help="a second pass: enlarge the images by this factor and sample them again from there (A1111: Hires. fix)",
+        help="a second pass: enlarge the images by this factor, above 1 and at most 8, and run img2img on them (A1111:"
+        " Hires. fix)",
     )
     parser.add_argument(
-        "--hires-strength", type=float, help="--strength of that second pass (default: 0.7, as in A1111)"
+        "--hires-strength", type=float, help="--strength of the second pass (default: 0.7, as in A1111)"
     )
     parser.add_argument(
         "--sampler",
@@ -192,13 +193,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--low-memory",
         action=argparse.BooleanOptionalAction,
-        help="text encoders leave the device once prompts are encoded, and images are decoded one by one: the same"
-        " images in less memory (default: no)",
+        help="move text encoders off the device once prompts are encoded, and decode images one by one: the same images"
+        " in less memory (default: no)",
     )
     parser.add_argument(
         "--graphs",
-        help="CUDA graphs, which make few images faster: auto, on or off (default: auto, on CUDA where the number of"
-        " steps pays for them)",
+        help="CUDA graphs, which speed up small batches: auto, on or off (default: auto, which uses them on CUDA if"
+        " there are enough steps)",
     )
     parser.add_argument("--precision", help="fp32, fp16, bf16 or auto (default: auto, fp16 on CUDA, else fp32)")
     parser.add_argument(

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--conditions", default="", metavar="NAME,NAME", help="conditions to compute (controlkit condition --list)"
     )
     parser.add_argument("--out", default=None, metavar="DIR", help="folder for the pairs")
-    parser.add_argument("--check", default=None, metavar="PAIRS", help="report everything that is wrong with pairs")
+    parser.add_argument("--check", default=None, metavar="PAIRS", help="report all problems of existing pairs")
     parser.add_argument(
         "--strict",
         action="store_true",
@@ -60,10 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_columns(parser)
     parser.add_argument("--images-folder", default=None, metavar="DIR", help="folder of the images of COCO annotations")
     parser.add_argument("--size", type=int, help="scale and crop to a square of this side (default: keep)")
-    parser.add_argument("--tiles", action="store_true", help="cut large images into squares of --size")
+    parser.add_argument("--tiles", action="store_true", help="with --size: cut large images into squares of that side")
     parser.add_argument("--buckets", action="store_true", help="scale and crop to the nearest aspect-ratio bucket")
-    parser.add_argument("--copy", action="store_true", help="copy images that do not change")
-    parser.add_argument("--seed", type=int, help="seed of random parameters, together with the content of each image")
+    parser.add_argument(
+        "--copy", action="store_true", help="also copy unchanged images to --out (default: refer to them)"
+    )
+    parser.add_argument(
+        "--seed", type=int, help="seed of random parameters, together with the content of each image (default: 0)"
+    )
     parser.add_argument("--fixed", action="store_true", help="use default parameters for every image")
     parser.add_argument(
         "--caption",
@@ -76,11 +80,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="prompt of images without a caption; {name} is the name of the file, {folder} that of its folder",
     )
-    parser.add_argument("--caption-model", default=None, metavar="FOLDER", help="BLIP model: a folder or a hub id")
-    parser.add_argument("--device", default="cpu", help="device of the caption model: cpu, cuda, mps")
+    parser.add_argument(
+        "--caption-model", default=None, metavar="FOLDER", help="for --caption blip: a folder or a hub id"
+    )
+    parser.add_argument("--device", default="cpu", help="device of the caption model: cpu, cuda, mps (default: cpu)")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one per core)")
     parser.add_argument("--shards", type=int, default=None, metavar="N", help="write N tar shards instead of files")
-    parser.add_argument("--engine", default="local", help="local, or ray (Ray Data, for many machines; tar shards)")
+    parser.add_argument(
+        "--engine", default="local", help="local, or ray (Ray Data, for many machines; needs --shards) (default: local)"
+    )
     add_json(parser)
 
 

@@ -4,7 +4,7 @@
     controlkit serve --base models/ --controls controls/ --loras loras/
     CONTROLKIT_TOKEN=... controlkit serve --host 0.0.0.0
 
-Clients use models by their names in these folders, which are listed once, at the start. docs/server.md says what to
+The folders are listed once, at the start. Clients name models by file name, without suffix. docs/server.md says what to
 enter in each client. Requests wait in a file, so that none is lost if the server ends.
 """
 
@@ -32,14 +32,14 @@ _LEAST_TOKEN = 12
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 _LIMITS = {
-    "body": "megabytes of the body of a request",
-    "pixels": "width times height of a result, enlarged by hires",
-    "input_pixels": "width times height of an image that is sent",
+    "body": "size of a request's body in megabytes",
+    "pixels": "width times height of a result, after the second pass",
+    "input_pixels": "width times height of an image that a client sends",
     "steps": "denoising steps of a request",
     "images": "images of a request",
     "controls": "controls of a request",
-    "queue": "requests that wait; a full queue answers 503",
-    "seconds": "time of a request, loading of models included",
+    "queue": "requests that wait; if there are more, the server answers 503",
+    "seconds": "seconds of a request, including loading models",
 }
 
 
@@ -47,49 +47,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb. Defaults of limits are those of `Limits`."""
     from controlkit.server.limits import Limits
 
-    models = parser.add_argument_group("models, by the names of their files")
+    models = parser.add_argument_group("models")
     models.add_argument(
         "--base",
         dest="bases",
         action="append",
         metavar="NAME",
-        help="nano, a diffusers folder, a single file, a hub id, or a folder of these; the first is the default"
-        " (default: nano)",
+        help="nano, a diffusers folder, a single file, a hub id, or a folder of these; repeat. Requests that name no"
+        " base use the first (default: nano)",
     )
     for name, what in (
-        ("controls", "controls; those of nano are always there with it"),
-        ("loras", "LoRAs"),
-        ("vaes", "autoencoders"),
-        ("embeddings", "textual inversions"),
+        ("controls", "controls; repeat (with nano, its shipped controls are included)"),
+        ("loras", "LoRAs; repeat"),
+        ("vaes", "autoencoders; repeat"),
+        ("embeddings", "textual inversions; repeat"),
     ):
         models.add_argument(
-            f"--{name}", action="append", default=[], metavar="PATH", help=f"a file or a folder of {what}; repeat"
+            f"--{name}", action="append", default=[], metavar="PATH", help=f"a file or a folder of {what}"
         )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=7860, help="port (default: 7860, that of A1111)")
     parser.add_argument(
         "--token",
-        help=f"what clients must send, as a bearer token or as the password of any user; better in {TOKEN}. Required"
-        " for another host than this machine",
+        help="what clients must send, as a bearer token or as the password of any user. Required if --host is reachable"
+        f" from other machines. {TOKEN} is safer: other users of this machine can read options",
     )
     parser.add_argument(
         "--cors",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="a web page that may use the server, such as http://localhost:3000; repeat (default: none)",
+        help="origin whose web pages may use the server, such as http://localhost:3000; repeat (default: none)",
     )
     parser.add_argument(
         "--queue",
         metavar="FILE",
         help="file of the queue (default: controlkit/queue-PORT.sqlite in XDG_STATE_HOME, ~/.local/state)",
     )
-    parser.add_argument("--device", default="auto", help="a torch device (default: CUDA, then MPS, then the CPU)")
-    parser.add_argument("--precision", default="auto", help="fp32, fp16 or bf16 (default: fp16 on CUDA, else fp32)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default: auto, the best available)")
+    parser.add_argument(
+        "--precision", default="auto", help="fp32, fp16, bf16 or auto (default: auto, fp16 on CUDA, else fp32)"
+    )
     limits = parser.add_argument_group("limits")
     for field in dataclasses.fields(Limits):
         name = "--keep" if field.name == "kept" else f"--max-{field.name.replace('_', '-')}"
-        what = _LIMITS.get(field.name, "results that are kept")
+        what = _LIMITS.get(field.name, "finished requests whose results are kept")
         limits.add_argument(
             name,
             dest=f"max_{field.name}",

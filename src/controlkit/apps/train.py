@@ -4,7 +4,7 @@
     controlkit train ctrlora-adapter        # list the settings of a system
 
 Systems: controlnet, ctrlora-base, ctrlora-adapter, ctrlora-full, base, autoencoder, ... (docs/training.md). A recipe of
-a control has `icons`, `multigen` or `pairs` as its source of data.
+a control has `icons`, `scenes`, `multigen` or `pairs` as its source of data.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     parser.add_argument("recipe", help="YAML file; or the name of a system, to list its settings")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="override a setting"
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="override a setting; repeat"
     )
     add_json(parser)
 
