@@ -148,8 +148,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strength",
         type=float,
-        help="fraction of the steps that run on --image, 0 to 1: the higher, the less of it remains (default: 0.8; with"
-        " --mask 1)",
+        help="fraction of the steps that run on --image, above 0 and at most 1: the higher, the less of it remains"
+        " (default: 0.8; with --mask 1)",
     )
     parser.add_argument(
         "--mask", metavar="FILE", help="inpaint --image where this image of the same size is white; keep the rest"

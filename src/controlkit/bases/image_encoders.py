@@ -34,7 +34,7 @@ _CLIP_MEAN, _CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 
 
 
 def embedding_width(encoder: str) -> int:
-    """Width of an encoder's embeddings; its weights are not loaded.
+    """Width of an encoder's embeddings, without loading its weights.
 
     Args:
         encoder: `efficientnet-lite0`, or a CLIP model with a projection: a transformers folder, or its name on the hub.
@@ -49,8 +49,12 @@ def embedding_width(encoder: str) -> int:
 def embed_images(encoder: str, images: Tensor) -> Tensor:
     """Images `[B, 3, H, W]` in [0, 1] => embeddings `[B, D]` in float32, on the device of the images.
 
+    D is `embedding_width(encoder)`. Images on the meta device give embeddings on it, without weights.
+
     Args:
-        encoder: as of `embedding_width`.
+        encoder: as in `embedding_width`.
+        images: of any size. For EfficientNet-Lite0 they are stretched to 128 x 128; for CLIP scaled and
+            center-cropped, as its processor does.
 
     Raises:
         UserError: there is no such encoder, or its package or weights are missing.
@@ -88,7 +92,7 @@ def _network(encoder: str, device: str) -> torch.nn.Module:
 
 @cache
 def lite0() -> torch.nn.Module:
-    """EfficientNet-Lite0 with its 1,000 classes, frozen.
+    """EfficientNet-Lite0 with its 1,000 classes, frozen, on the CPU; the same object in every call.
 
     Raises:
         UserError: the `metrics` extra is not installed.

@@ -1,4 +1,4 @@
-"""Autoencoders that replace that of a base: a diffusers folder, a single file, or a repository on the hub."""
+"""Load an autoencoder in place of a base's own: from a diffusers folder, a single file, or a repository on the hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from controlkit.files import read_json
 
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _ORIGINAL_PREFIX = "first_stage_model."
-"""Of the autoencoder's tensors in a whole model in the original format."""
+"""Prefix of the autoencoder's tensors in a whole model in the original format."""
 _FROM_HUB = [f"{folder}{file}" for folder in ("", "vae/") for file in ("config.json", "diffusion_pytorch_model*")]
 
 
@@ -26,26 +26,31 @@ def vae_files(name: str, *, download: bool = False) -> tuple[Path, ...]:
     """The weight files of an autoencoder.
 
     Args:
-        name: a single file (.safetensors, .ckpt, .pt, .bin), in the original format or that of diffusers, of an
-            autoencoder or a whole model; a diffusers folder of an autoencoder or a model; or an id on the hub.
+        name: a single file (.safetensors, .ckpt, .pt, .bin) of an autoencoder or a whole model, in the original format
+            or that of diffusers; a diffusers folder of an autoencoder or a model; or an id on the hub.
         download: whether a repository on the hub is downloaded; else it is looked up in the local cache.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or the hub has no such repository.
     """
     path = Path(name)
     return (path,) if path.is_file() else _weights(_folder(name, download), name).files
 
 
 def load_vae(name: str, own: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
-    """Load an autoencoder for a base; every weight comes from its files.
+    """Load an autoencoder for a base. All of its weights must be in its files.
 
     Args:
-        name: as in `vae_files`.
-        own: that of the base. A single file has its configuration.
+        name: as in `vae_files`; a repository on the hub is downloaded.
+        own: the base's own autoencoder, whose configuration is used for a single file.
+        dtype: of the weights.
+
+    Returns:
+        The autoencoder, on the CPU.
 
     Raises:
-        UserError: it is missing, damaged, of another kind, or for other latents than those of `own`.
+        UserError: it is missing, damaged or of another class, or its latents differ from those of `own` in channels,
+            scaling, shift or resolution.
     """
     path = Path(name)
     if path.is_file():

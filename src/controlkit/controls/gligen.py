@@ -1,13 +1,13 @@
 """GLIGEN (Li et al. 2023, arXiv 2301.07093): boxes with phrases, on diffusers' own modules.
 
-A grounding token is made of the text vector of a phrase and Fourier features of its box
+A grounding token is computed from the text vector of a phrase and Fourier features of its box
 (`GLIGENTextBoundingboxProjection`). In each transformer block of the base, between self-attention and cross-attention,
 a gated self-attention over hidden states and grounding tokens is added to the hidden states
-(`GatedSelfAttentionDense`). diffusers builds both into the UNet (`attention_type="gated"`); here they hook into the
+(`GatedSelfAttentionDense`). diffusers builds both into the UNet (`attention_type="gated"`); here they are taps on the
 unchanged base.
 
-The fraction of steps at which the original acts (tau; `gligen_scheduled_sampling_beta` of diffusers) is
-`ControlUse.end`. The other inputs of the paper (images of objects, keypoints, condition maps) are not supported.
+`ControlUse.end` is the fraction of steps at which it acts (tau in the paper, `gligen_scheduled_sampling_beta` in
+diffusers). The other inputs of the paper (images of objects, keypoints, condition maps) are not supported.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ from controlkit.errors import UserError
 _Value = TypeVar("_Value")
 
 MAX_OBJECTS = 30
-"""Grounding tokens of published models; those without a box are learned null tokens (`max_objs` in gligen/GLIGEN and
-diffusers)."""
+"""Number of grounding tokens of published models (`max_objs` in gligen/GLIGEN and diffusers). Tokens without a box are
+learned null tokens."""
 
 PHRASE_WIDTH = "phrase_width"
 """controlkit's own setting: width of the text vectors of phrases."""
 OBJECTS = "max_objects"
-"""controlkit's own setting: number of grounding tokens. The others are those of the base's UNet."""
+"""controlkit's own setting: number of grounding tokens. All other settings are those of the base's UNet."""
 _SILU_GAIN = 1.7
-"""Factor of weights behind SiLU that keeps the variance."""
+"""Factor of the standard deviation of weights after a SiLU, with which the variance is kept."""
 _DEFAULTS: dict[str, Any] = {
     "in_channels": 4,
     "block_out_channels": None,
@@ -82,7 +82,15 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def boxes_problem(value: Any) -> str | None:
-    """What is wrong with boxes and phrases, to follow the input's name; None if they are valid."""
+    """What is wrong with boxes and phrases; None if they are valid.
+
+    Args:
+        value: valid is a list of 1 to 30 `{"box": [x0, y0, x1, y1], "phrase": TEXT}`, in fractions of width and height
+            in [0, 1], with x0 < x1, y0 < y1 and a phrase that is not blank.
+
+    Returns:
+        Words that follow the name of the input in an error.
+    """
     expected = 'a list of {"box": [x0, y0, x1, y1], "phrase": TEXT}, in fractions of width and height'
     if not isinstance(value, list):
         return f"must be {expected}, not {type(value).__name__}"
@@ -122,19 +130,19 @@ class Options:
     """Options of a GLIGEN."""
 
     max_objects: int = MAX_OBJECTS
-    """Grounding tokens, 1 to 30: the most boxes it takes. Null tokens take a share of the attention, a large one beside
-    few visual tokens. Other tools compute 30, so files with another number are ours only."""
+    """Number of grounding tokens, 1 to 30, and so the most boxes it takes. Null tokens take a share of the attention,
+    which is large if there are few visual tokens. Other tools compute 30 and cannot run a file with another number."""
     gate: float = 0.0
-    """Initial value of the gates (tanh of alpha), above -1 and below 1. At 0, as in the paper, a new one changes
-    nothing, and the layers behind a gate learn only once it has opened; in short runs they then ignore the boxes."""
+    """Initial value of the gates (tanh of alpha), in (-1, 1). At 0, as in the paper, a new one changes nothing, and the
+    layers behind a gate learn only once it has opened; after short runs they ignore the boxes."""
 
 
 @control
 class GLIGEN(Control):
     """Gated self-attention between self-attention and cross-attention of every transformer block of the base.
 
-    A new one changes nothing, unless its gates are to be open (`Options.gate`). Grounding tokens are computed once per
-    condition. On the unconditional branch of CFG it runs with null tokens, as in diffusers.
+    A new one changes nothing, unless its gates start open (`Options.gate`). Grounding tokens are computed once per
+    request, by `encode`. On the unconditional branch of CFG it runs with null tokens, as in diffusers.
     """
 
     kind: ClassVar[str] = "gligen"
@@ -213,11 +221,11 @@ class GLIGEN(Control):
         return network.to(base.device, base.dtype)
 
     def _initialise(self, gate: float) -> None:
-        """Initial gates, and weights that keep the variance from phrases and boxes, which contribute equally, to the
-        output of the attention.
+        """Set the gates, and random weights that keep the variance from phrases and boxes, which contribute equally, to
+        the output of the attention.
 
-        With torch's default weights the biases dominate: on nano a tenth of the variance of a token, as the attention
-        sees it, differs between phrases with boxes, and a thirtieth between boxes.
+        With torch's default weights the biases dominate: on nano, only a tenth of the variance of the grounding tokens
+        that enter the attention is between phrases with boxes, and a thirtieth between boxes.
         """
         first, *later = (layer for layer in self.position_net.linears if isinstance(layer, nn.Linear))
         phrase, box = first.weight.split([self.position_net.positive_len, self.position_net.position_dim], 1)
@@ -248,13 +256,14 @@ class GLIGEN(Control):
         return missing_heads(config)
 
     def encode(self, inputs: Mapping[str, Any], base: Base) -> dict[str, Tensor]:
-        """Grounding tokens.
+        """Compute grounding tokens of the base's text width D.
 
         Args:
             inputs: `boxes`, as in `boxes_problem`; an empty list is the null condition.
 
         Returns:
-            `objects` and `null`, the tokens without any box; both `[1, max_objects, D]`.
+            `objects`, the tokens of the boxes and then null tokens; and `null`, null tokens only. Both are
+            `[1, max_objects, D]`.
 
         Raises:
             UserError: there are more than `max_objects` boxes, or one is invalid.
@@ -320,7 +329,12 @@ class GLIGEN(Control):
 
 
 def config_for(unet_config: Mapping[str, Any], phrase_width: int, max_objects: int = MAX_OBJECTS) -> dict[str, Any]:
-    """The config of a network for a UNet."""
+    """The config of a network for a UNet.
+
+    Args:
+        phrase_width: width of the text vectors of phrases.
+        max_objects: number of grounding tokens.
+    """
     config = {name: unet_config.get(name, default) for name, default in _DEFAULTS.items()}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
     # Inpainting models take more channels; a control does not see them.
@@ -331,7 +345,11 @@ def config_for(unet_config: Mapping[str, Any], phrase_width: int, max_objects: i
 
 
 def _max_objects(config: Mapping[str, Any]) -> int:
-    """Grounding tokens of a config; files written before the setting was added have those of published models."""
+    """Number of grounding tokens of a config; without the setting, as in older files, that of published models.
+
+    Raises:
+        ValueError: it is not 1 to 30.
+    """
     number = int(config.get(OBJECTS, MAX_OBJECTS))
     if not 1 <= number <= MAX_OBJECTS:
         raise ValueError(f"{OBJECTS} is {number}; expected 1 to {MAX_OBJECTS}")
@@ -339,7 +357,7 @@ def _max_objects(config: Mapping[str, Any]) -> int:
 
 
 def _lacking(base: Base) -> str | None:
-    """What of a base is missing for any GLIGEN."""
+    """What every GLIGEN needs and this base lacks; None if it has it."""
     if "attention.0" not in base.points:
         return "it has no point between self-attention and cross-attention (attention.N)"
     return None if base.pooled_width else "its text encoder does not pool, so phrases have no vectors"
@@ -356,7 +374,7 @@ def _original_path(module: str, layers: Sequence[int]) -> str:
     """diffusers' path of a transformer block -> the original's.
 
     Args:
-        layers: of each encoder block.
+        layers: number of layers of each encoder block.
     """
     part, *numbers = re.findall(
         r"[a-z]+_blocks?|\d+", module.replace("transformer_blocks", "").replace("attentions", "")
@@ -378,7 +396,7 @@ def _paths(config: Mapping[str, Any], *, original: bool) -> list[str]:
 
 
 def _to_unet_names(values: Mapping[str, _Value], paths: Sequence[str]) -> dict[str, _Value]:
-    """Values by the names that tensors have in a UNet."""
+    """Values under the names that tensors have in a UNet whose transformer blocks are at `paths`."""
 
     def renamed(name: str) -> str:
         _, _, rest = name.partition("fusers.")
@@ -526,10 +544,10 @@ def _to_original(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _write_diffusers(checkpoint: Checkpoint, reference: Reference) -> Written:
-    """The control within the UNet of a base.
+    """The control inside the UNet of a base.
 
     Raises:
-        UserError: there is no base, the control does not fit it, or has another number of grounding tokens than 30.
+        UserError: there is no base, the control does not fit it, or its number of grounding tokens is not 30.
     """
     _check_objects(checkpoint)
     unet_config, weights = reference.unet_config, reference.unet_weights

@@ -1,10 +1,10 @@
 """CUDA graphs of the network calls of sampling.
 
-At few images a denoising step takes the time in which the CPU launches its thousands of kernels, not that of their
-arithmetic. A graph launches all of them at once. It is captured for one network (the base, or the controls that run in
-one pass), its weights, and the names, shapes and dtypes of its inputs, which include the residuals of the acting
-controls. Inputs are copied into static buffers before every replay. Everything between two networks (weights, masks and
-modes of controls, guidance, the solver) runs eagerly, so changing it costs no capture.
+With few images, the CPU takes longer to launch the thousands of kernels of a denoising step than the GPU takes for
+their arithmetic. A graph launches all of them at once. It is captured for one network (the base, or the controls that
+run in one pass), its weights, and the names, shapes and dtypes of its inputs, which include the residuals of the acting
+controls. Inputs are copied into static buffers before every replay. Everything between two networks (conditioning
+scales, masks and modes of controls, guidance, the solver) runs eagerly, so changing it costs no capture.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from controlkit.sampling.request import check_graphs
 from controlkit.sampling.residual_cache import mark_of
 
 PAYS_FROM = 8
-"""Calls from which a capture pays: two calls to warm up and one to capture, for calls that then take a third to a
-fifth of their time."""
+"""Number of calls from which a capture pays: it costs two warm-up calls and one more, and a replay takes a third to a
+fifth of an eager call."""
 KEPT_GRAPHS = 16
-"""Graphs kept for later calls, the last used."""
+"""Number of graphs that are kept for later calls: the most recently used ones."""
 KEPT_MEGABYTES = 4096
-"""Limit of the memory of all graphs of a base; beyond it they are dropped before the next capture."""
+"""Limit in MiB of the memory of all graphs of a base; beyond it they are dropped before the next capture."""
 _WARM_UPS = 2
 
 Tensors = dict[str, Tensor]
@@ -53,11 +53,11 @@ class Graph:
     """Static buffers that `replay` fills."""
     replay: Callable[[], object]
     bytes: int = 0
-    """Device memory that it holds."""
+    """Device memory that it holds, in bytes."""
 
 
 Capture = Callable[[Function, Tensors], Graph]
-"""Captures a function that reads these static buffers."""
+"""Captures a function of named tensors, given the static buffers that it is to read."""
 
 
 class CudaCapture:
@@ -100,10 +100,10 @@ class Graphs:
     weight, so a graph whose weights are gone is never replayed.
 
     Args:
-        capture: default: CUDA's.
+        capture: how functions are captured; default: as CUDA graphs.
         device: type of the devices that `capture` supports.
-        limit: graphs kept.
-        megabytes: limit of their memory.
+        limit: number of graphs that are kept.
+        megabytes: limit of their memory in MiB.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Graphs:
         self.failed: dict[Hashable, str] = {}
         """Key -> why its capture failed; it is not tried again."""
         self.calls: Counter[Hashable] = Counter()
-        """Calls of each key that was not captured yet."""
+        """Key that is not captured yet -> its eager calls so far."""
         self._capture = capture or CudaCapture()
         self._limit, self._limit_bytes = limit, int(megabytes * 2**20)
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
@@ -131,7 +131,7 @@ class Graphs:
 
     @property
     def bytes(self) -> int:
-        """Device memory of all graphs."""
+        """Device memory of all graphs, in bytes."""
         return sum(graph.bytes for graph in self._graphs.values())
 
     def capture(self, key: Hashable, function: Function, inputs: Tensors) -> None:
@@ -170,7 +170,7 @@ _GRAPHS: WeakKeyDictionary[Base, Graphs] = WeakKeyDictionary()
 
 
 def graphs_of(base: Base) -> Graphs:
-    """The graphs of the base and of controls on it, kept as long as the base."""
+    """The graphs of the base and of controls on it; they live as long as the base."""
     return _GRAPHS.setdefault(base, Graphs())
 
 
@@ -185,9 +185,9 @@ class GraphReport:
     captured: int = 0
     """Graphs captured."""
     seconds: float = 0.0
-    """Time of the captures."""
+    """Time of the captures in seconds."""
     bytes: int = 0
-    """Device memory of all graphs that are kept."""
+    """Device memory of all graphs that are kept, in bytes."""
 
     def __add__(self, other: GraphReport) -> GraphReport:
         return GraphReport(
@@ -199,7 +199,8 @@ class GraphReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: `graph` and `eager` are numbers of calls, `why` those of each reason."""
+        """Plain values: `graph` and `eager` are numbers of calls, `why` the number of eager calls by reason, `mib` the
+        memory of the graphs in MiB."""
         return {
             "graph": self.graph,
             "eager": self.eager.total(),
@@ -220,9 +221,9 @@ class NetworkCalls:
     """How sampling calls its networks: as graphs or eagerly.
 
     Args:
-        mode: `on`; `off`; or `auto`, which uses graphs on CUDA where the calls that are left pay for the capture.
-        graphs: default: those kept for the base.
-        low_memory: whether `auto` is `off`, since graphs hold memory.
+        mode: `on`; `off`; or `auto`, which uses graphs on CUDA if enough calls are left to pay for the capture.
+        graphs: where graphs are kept; default: `graphs_of(base)`.
+        low_memory: whether `auto` means `off`, because graphs hold memory.
 
     Raises:
         UserError: `mode` is `on`, and the base's device has no graphs.
@@ -234,7 +235,8 @@ class NetworkCalls:
         check_graphs(mode)
         self.report = GraphReport()
         self.left = 0
-        """Calls of the current kind that are left, this one included; the sampler sets it before each step."""
+        """Number of steps left at which the same controls act, this one included; the sampler sets it before each
+        step."""
         self._base, self._mode = base, mode
         self._graphs = graphs_of(base) if graphs is None else graphs
         self._identities: dict[int, Hashable] = {}
@@ -244,7 +246,7 @@ class NetworkCalls:
             self._refuse_if_on(self._why)
 
     def begin(self, controls: Sequence[Control]) -> None:
-        """Start a call of sampling, for which networks may have changed.
+        """Prepare for sampling; networks may have changed since the last time.
 
         Raises:
             UserError: the mode is `on`, and one of these controls, or a network, cannot run as a graph.
@@ -271,10 +273,15 @@ class NetworkCalls:
         modules: Mapping[str, nn.Module],
         masked: Tensor | None,
     ) -> Tensor:
-        """`Base.predict` with `modules` in place of the base's own; valid until the next call of this kind.
+        """`Base.predict` with `modules` in place of the base's own; the result is valid until the next such call.
 
         Args:
+            x_t: `[B, C, h, w]`; the other arguments are also as in `Base.predict`.
             tapping: the controls of `taps`.
+            modules: path in the denoiser -> its replacement, as in `Base.replacing`.
+
+        Raises:
+            UserError: the mode is `on`, and the capture failed.
         """
         base = self._base
         inputs = {"x_t": x_t, "t": t, **_prefixed("text", text.named)}
@@ -296,7 +303,14 @@ class NetworkCalls:
     def residuals(
         self, controls: Sequence[Control], x_t: Tensor, t: Tensor, text: Text | None, hints: Sequence[Hint]
     ) -> list[Residuals]:
-        """The residuals of controls of one pass, for one step; valid until their next call."""
+        """The residuals of controls that run in one pass, for one step; valid until the next such call.
+
+        Args:
+            hints: one for each control.
+
+        Raises:
+            UserError: the mode is `on`, and the capture failed.
+        """
         inputs = {"x_t": x_t, "t": t, **({} if text is None else _prefixed("text", text.named))}
         for place, hint in enumerate(hints):
             inputs |= _prefixed(f"hint{place}", named(hint))
@@ -381,7 +395,8 @@ def _taps_of(control: Control) -> str:
 
 
 def _why_eager(network: nn.Module) -> str | None:
-    """Why a network cannot be captured: a graph contains no Python, and previews of a training keep its memory free."""
+    """Why a network cannot be captured: hooks are Python, which no graph contains, and previews during training must
+    not hold memory."""
     if any(parameter.requires_grad for parameter in network.parameters()):
         return "a network in training"
     for module in network.modules():
@@ -391,9 +406,9 @@ def _why_eager(network: nn.Module) -> str | None:
 
 
 def _identity(network: nn.Module) -> Hashable:
-    """Changes with everything that a graph of the network contains: modules, and the memory of its weights.
+    """A digest of everything that a graph of the network contains: its modules, and the addresses of its weights.
 
-    Weights that change in place keep it, since a replay reads them.
+    It is the same after weights changed in place, because a replay reads their new values.
     """
     made = hashlib.sha256()
     for path, module in network.named_modules():

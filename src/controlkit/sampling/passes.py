@@ -1,4 +1,4 @@
-"""Passes of a request: the images, and with `hires` the same again, enlarged."""
+"""Sampling passes of a request: one, or with `hires` a second one that starts from the enlarged images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HIRES_STRENGTH = 0.7
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One call of sampling."""
+    """One pass of sampling, at one size."""
 
     width: int
     height: int
@@ -29,12 +29,12 @@ class Pass:
     uses: Sequence[ActiveControl]
     """Controls with hints of this size."""
     start: StartImage | None = None
-    """What it starts from, once that is known."""
+    """The images that it starts from; None until they are known, or if it starts from noise."""
     strength: float | None = None
-    """Strength of `start`; None starts from noise."""
+    """Strength of `start`, in (0, 1]; None if it starts from noise."""
 
     def number_of_steps(self, base: Base, request: GenerateRequest) -> int:
-        """Denoising steps of all batches, as `Step.total` counts them."""
+        """Number of denoising steps of all batches, as `Step.total` counts them."""
         solver = base.schedule.solver(
             solver_name(request.sampler or base.default_sampler), request.steps, base.device, base.name
         )
@@ -43,7 +43,11 @@ class Pass:
         return batches * (len(solver.timesteps) - first)
 
     def starting_from(self, images: Sequence[Image.Image]) -> Pass:
-        """Starting from images, one per seed, enlarged to its size."""
+        """This pass, starting from images (one per seed) that are enlarged to its size.
+
+        Args:
+            images: of the first pass; `strength` must be set.
+        """
         assert self.strength is not None
         enlarged = [resize_cover(image, self.width, self.height) for image in images]
         return replace(self, start=StartImage(pixels=to_tensor(enlarged) * 2 - 1, strength=self.strength))

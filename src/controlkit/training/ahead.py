@@ -23,7 +23,7 @@ Prepare = Callable[[int], Any]
 """Number of a batch => what its step needs, on the CPU; always the same for the same number."""
 
 _MOST_WORKERS = 8
-"""Without `data_workers`; more than keep a fast GPU busy."""
+"""Limit of the automatic number: more than a fast GPU needs."""
 _AHEAD = 3
 """Batches that each worker prepares ahead."""
 _JOIN_SECONDS = 5.0
@@ -45,10 +45,15 @@ def number_of_workers(setting: int | None, device: torch.device, unsuitable: str
     per core but one, at most `_MOST_WORKERS`, shared by the processes that a launcher started on this machine.
 
     Args:
+        setting: at least 0, or None.
+        device: of the training.
         unsuitable: why batches cannot be prepared ahead; empty if they can.
 
+    Returns:
+        The number of workers of this process; 0 prepares each batch in its step.
+
     Raises:
-        UserError: workers are asked for and cannot run.
+        UserError: workers are requested and cannot run.
     """
     reason = unsuitable
     if not reason and not sys.platform.startswith("linux"):
@@ -63,15 +68,15 @@ def number_of_workers(setting: int | None, device: torch.device, unsuitable: str
 
 
 class DataAhead:
-    """`prepare(number)` of consecutive numbers, from forked worker processes; equal to that of this process.
+    """Calls `prepare` for consecutive batches in forked worker processes; the results equal those of this process.
 
     Workers share the memory of this process as of the fork, so they start at once and copy no data. Their errors are
-    raised here, those with `NotAhead` excepted: such a batch is prepared here.
+    raised here, except `NotAhead`: such a batch is prepared here.
 
     Args:
-        prepare: uses no network, no GPU and no thread of this process.
-        numbers: of the batches, in the order of the calls.
-        workers: at least 1.
+        prepare: must use no network, GPU or thread of this process, except where it raises `NotAhead` in a worker.
+        numbers: numbers of the batches, in the order of the calls.
+        workers: number of processes, at least 1.
     """
 
     def __init__(self, prepare: Prepare, numbers: range, workers: int) -> None:
@@ -98,11 +103,11 @@ class DataAhead:
         """The workers."""
 
     def __call__(self, number: int) -> Any:
-        """What `prepare(number)` returns.
+        """The result of `prepare(number)`.
 
         Raises:
-            UserError: of `prepare`, or a worker was killed.
-            RuntimeError: a worker was killed (`worker_death`), or `prepare` raised this.
+            UserError: `prepare` raised it, or a worker was killed.
+            RuntimeError: a worker was killed (`worker_death`), or `prepare` raised it.
         """
         try:
             made_for, made = next(self._iterator)
@@ -115,10 +120,10 @@ class DataAhead:
 
     def close(self) -> None:
         """End the workers; those that do not end by themselves are killed."""
-        # Its destructor does the same, but an error that is on its way keeps the iterator alive.
+        # The iterator's destructor does the same, but the traceback of an error keeps the iterator alive.
         try:
             self._iterator._shutdown_workers()
-        except RuntimeError as error:  # torch's signal handler tells of a death late; the others have been ended
+        except RuntimeError as error:  # torch's signal handler reports a death late; the other workers have ended
             if worker_death(error) is None:
                 raise
         for process in self.processes:
@@ -129,7 +134,7 @@ class DataAhead:
 
 
 class _Prepared(Dataset[Any]):
-    """Number of a batch -> the batch, as torch's loader wants it."""
+    """Number of a batch -> (number, batch or error), as a dataset of torch's loader."""
 
     def __init__(self, prepare: Prepare) -> None:
         self._prepare = prepare
@@ -166,9 +171,9 @@ def _killed(error: BaseException) -> UserError:
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """`value` with all its tensors on `device`: a tensor, `Text`, dataclass, named tuple, sequence or mapping.
+    """Copy all tensors of `value` to `device`: a tensor, `Text`, dataclass, named tuple, tuple, list or mapping.
 
-    Copies to a GPU are from pinned memory, and the CPU does not wait for them.
+    Copies to a GPU are from pinned memory and asynchronous. Other objects are returned as they are.
     """
     if isinstance(value, Tensor):
         if device.type == "cuda" and value.device.type == "cpu":

@@ -1,7 +1,7 @@
 """The base's denoiser as CUDA graphs: one launch for its forward pass, one for its backward pass.
 
 At the batch sizes of training, a step is bound by launching kernels, most of which are the base's. A graph replays
-them from fixed buffers, into which inputs are copied.
+them all in one launch, from fixed buffers into which inputs are copied.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from controlkit.bases.text import Text
 from controlkit.errors import UserError
 
 _MOST_SHAPES = 8
-"""Graphs of one function; each keeps its activations in memory."""
+"""Limit of the graphs of one function, one for each set of shapes; each keeps its activations in memory."""
 
 Function = Callable[..., Tensor]
 
 
 class Capture(Protocol):
-    """As `torch.cuda.make_graphed_callables`."""
+    """The signature of `torch.cuda.make_graphed_callables`, as it is used here."""
 
     def __call__(self, function: Any, inputs: tuple[Tensor, ...], *, allow_unused_input: bool) -> Function: ...
 
 
 class Graphs:
-    """Runs functions as graphs, or eagerly where the recipe or the function does not allow graphs.
+    """Runs functions as graphs, or eagerly if the recipe, the device or the function does not allow graphs.
 
     Args:
-        setting: the recipe's `graphs`.
+        setting: the recipe's `graphs`: `auto`, `on` or `off`.
         device: of the inputs.
         bf16: whether steps run under autocast to bf16.
         unsuitable: why the base cannot run as a graph; empty if it can.
@@ -66,7 +66,7 @@ class Graphs:
         return f"eager: {self.reason}" if self.reason else "graph"
 
     def fall_back(self, reason: str) -> None:
-        """Note that a function runs eagerly after all.
+        """Record and print why a function runs eagerly after all.
 
         Raises:
             UserError: graphs are required.
@@ -78,16 +78,16 @@ class Graphs:
             print(f"note: the base runs without a CUDA graph: {reason}", file=sys.stderr, flush=True)
 
     def function(self, function: Function) -> Function:
-        """`function` of tensors => the same, as one graph for each set of shapes.
+        """Wrap `function` so that it runs as one graph for each set of input shapes.
 
         Args:
-            function: launches the same kernels for inputs of the same shapes, and reads no tensor. A module, if its own
-                weights train.
+            function: takes and returns tensors. It must launch the same kernels for inputs of the same shapes and must
+                not read tensors on the CPU. If its weights train, it must be a module.
         """
         return function if self.reason else _Graphed(self, function)
 
     def base(self, base: Base) -> Callable[..., Tensor]:
-        """`base.predict` for training: with residuals of any names, as graphs."""
+        """`base.predict` for training, as graphs; without taps, masked images or replaced modules."""
         return base.predict if self.reason else _GraphedBase(self, base).predict
 
 
@@ -138,7 +138,7 @@ class _Uncached(nn.Module):
 
 
 class _GraphedBase:
-    """`Base.predict` as graphs, for each set of names of text tensors and residuals."""
+    """`Base.predict` as graphs, with a function for each set of names of text tensors and residuals."""
 
     def __init__(self, graphs: Graphs, base: Base) -> None:
         self._graphs = graphs

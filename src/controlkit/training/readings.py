@@ -1,6 +1,6 @@
 """Losses and gradient norms of steps, kept on the device and read together.
 
-Reading a number from a GPU waits for all work before it, so that the GPU idles until the next step is launched.
+Reading a number from a GPU waits for all earlier work, and the GPU then idles until the next step is launched.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class Reading:
     step: int
     loss: float
     norm: float
-    """Of the gradient, before clipping."""
+    """Norm of the gradient before clipping."""
     by_time: list[list[float]] | None
-    """`Noised.by_time`; None if the loss has no times."""
+    """`Noised.by_time` as `[3][bins]`; None if the loss has no timesteps."""
 
 
 class Readings:
@@ -34,15 +34,17 @@ class Readings:
         """Keep the numbers of a step, without reading them.
 
         Args:
-            loss: a scalar, as is `norm`.
-            by_time: `[3, bins]`.
+            step: number of the step.
+            loss: a scalar tensor.
+            norm: norm of the gradient, a scalar tensor.
+            by_time: `[3, bins]`; None if the loss has no timesteps.
         """
         numbers = [loss, norm] if by_time is None else [loss, norm, by_time]
         self._steps.append((step, None if by_time is None else by_time.shape))
         self._rows.append(torch.cat([number.detach().float().reshape(-1) for number in numbers]))
 
     def read(self) -> list[Reading]:
-        """All numbers kept, in the order of the steps, which are then forgotten."""
+        """Read all numbers that are kept, in the order of the steps, and forget them."""
         rows = torch.cat(self._rows).tolist() if self._rows else []
         readings, first = [], 0
         for (step, shape), row in zip(self._steps, self._rows, strict=True):

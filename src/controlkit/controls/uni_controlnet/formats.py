@@ -1,5 +1,5 @@
-"""Files of ShihaoZhaoZSH/Uni-ControlNet: `local_adapter.*` and `global_adapter.*`, bare, or inside a full Stable
-Diffusion checkpoint, which may contain both."""
+"""Files of ShihaoZhaoZSH/Uni-ControlNet: tensors `local_adapter.*` or `global_adapter.*`; the same without prefix; or a
+full Stable Diffusion checkpoint that contains one or both."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from controlkit.controls.file_format import (
 from controlkit.errors import UserError
 
 NETWORK, FEATURES = "network", "feature_extractor"
-"""First parts of the names of a local adapter."""
+"""First parts of the tensor names of a local adapter here."""
 GLOBAL_MODULES = frozenset({"ff1", "ff2", "norm1", "norm2"})
-"""First parts of the names of a global adapter, the same here and in the original."""
+"""First parts of the tensor names of a global adapter, the same here and in the original."""
 _LOCAL, _GLOBAL = "local_adapter.", "global_adapter."
 _NORMS = {".in_layers.0.conv_": ".norm_in.conv_", ".out_layers.0.conv_": ".norm_out.conv_"}
-"""Part of a name as that of the copied norm -> as the original has it, of what runs in its place."""
+"""Part of a denormalisation's tensor name -> the original's. Here it has the place of the norm that it replaces, in the
+original one of its own."""
 
 Names = Callable[[Collection[str]], Mapping[str, str]]
 
@@ -110,11 +111,11 @@ def _formats(
     """The formats of one adapter: `original`, `bare` and `full`.
 
     Args:
-        prefix: of its tensors.
-        other: of the other adapter's, which the same file may contain.
+        prefix: prefix of its tensors.
+        other: prefix of the other adapter's tensors, which the same file may contain.
         is_own: whether names without the prefix are its own.
         to_own: names of the original code -> names here.
-        to_original: and back.
+        to_original: names here -> names of the original code.
     """
 
     def detect(file: TensorFile, *, prefix: str, full: bool) -> str | None:

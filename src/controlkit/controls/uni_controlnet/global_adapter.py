@@ -19,7 +19,7 @@ from controlkit.controls.registry import control
 from controlkit.controls.uni_controlnet.formats import GLOBAL_FORMATS, GLOBAL_MODULES
 
 _DROPOUT = (0.1, 0.3)
-"""Of the two feed-forward networks."""
+"""Dropout of the two feed-forward networks, in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Options:
     """Encoder of the image: `efficientnet-lite0`, or a CLIP vision model with a projection (a transformers folder, or a
     name on the hub). Default: the base's, CLIP ViT-L/14 for Stable Diffusion."""
     token_count: int = 4
-    """Tokens of an image."""
+    """Number of tokens per image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,11 @@ class TrainingOptions(Options):
     start: str | None = None
     """Initial weights: a global adapter's file. Default: random."""
     keep_all: float = 0.1
-    """Fraction of samples that always keep their image."""
+    """Fraction of samples that always keep their image, in [0, 1]."""
     drop_all: float = 0.1
-    """Fraction of samples that always lose it."""
+    """Fraction of samples that are always trained without their image, in [0, 1]."""
     drop_each: float = 0.5
-    """Fraction of the other samples that lose it."""
+    """Fraction of the other samples that are trained without it, in [0, 1]."""
     prompt_drop: float = 0.5
     """Fraction of prompts replaced by the empty prompt."""
 
@@ -60,13 +60,13 @@ class GlobalAdapter(OneImage):
 
     The width between the networks is twice that of a token, their inner widths four and eight times.
 
-    An embedding of zeros stands for no image: in training with probability `drop_all` and `drop_each`, and for the
-    unconditional branch of guidance.
+    An embedding of zeros stands for no image. It replaces the embedding of the samples that training selects by
+    `drop_all` and `drop_each`, and is used on the unconditional branch of guidance.
 
     Args:
-        embedding_width: of the image encoder.
+        embedding_width: width of the image encoder's embeddings.
         token_width: width of the base's text.
-        token_count: tokens of an image.
+        token_count: number of tokens per image.
         image_encoder: see `Options`.
     """
 
@@ -127,7 +127,7 @@ class GlobalAdapter(OneImage):
         """A new one, with random weights. The options are those of `Options`.
 
         Raises:
-            UserError: there is no such encoder.
+            UserError: there is no such image encoder.
         """
         encoder = image_encoder or base.default_image_encoder
         new = cls(
@@ -173,6 +173,7 @@ class GlobalAdapter(OneImage):
         return embed_images(self.image_encoder, condition_image.to(weight.device)).to(weight.dtype)
 
     def tokens(self, hint: Hint) -> Tensor:
+        """Embeddings `[B, D]` => tokens `[B, token_count, token_width]`."""
         assert isinstance(hint, Tensor)
         stream = self.ff1(self.norm1(hint.to(self.norm1.weight)))
         return self.ff2(self.norm2(stream)).unflatten(1, (self.widths["token_count"], -1))

@@ -42,7 +42,8 @@ RELEASED = ("canny", "mlsd", "hed", "hedsketch", "openpose", "depth", "seg")
 """Conditions of the released checkpoint in the order of their channels (ShihaoZhaoZSH/Uni-ControlNet,
 src/test/test.py), by their names here."""
 FEATURE_CHANNELS = (192, 256, 384, 512)
-"""Channels of the features at each resolution of Stable Diffusion 1, whose first resolution has 320 channels."""
+"""Channels of the extractor's features at each resolution of Stable Diffusion 1, whose first resolution has 320
+channels."""
 EXTRACTOR_CHANNELS = {2: (32,), 4: (32, 64), 8: (32, 64, 128), 16: (32, 64, 128, 128)}
 """Downsampling factor of the autoencoder -> channels of the extractor's convolutions before the features (at 8 as in
 the original, models/local_adapter.py)."""
@@ -57,11 +58,11 @@ class TrainingOptions:
     start: str | None = None
     """Initial weights: a local adapter's file with the same conditions. Default: a copy of the base's encoder."""
     keep_all: float = 0.1
-    """Fraction of samples with all conditions."""
+    """Fraction of samples with all condition images, in [0, 1]."""
     drop_all: float = 0.1
-    """Fraction of samples with no condition."""
+    """Fraction of samples with no condition image, in [0, 1]."""
     drop_each: float = 0.5
-    """Fraction of the other samples without a condition, for each by itself."""
+    """In the other samples, probability that a condition image is left out, independently for each."""
     prompt_drop: float = 0.5
     """Fraction of prompts replaced by the empty prompt."""
 
@@ -76,19 +77,19 @@ class LocalAdapter(Control):
     """A copy of the base's encoder that several condition images modulate (feature denormalisation, FDN), joined to the
     base by zero convolutions.
 
-    The images are concatenated along their channels, zeros for missing ones. An extractor computes features at every
-    resolution; at the first ResNet block of each, they scale and shift both normalised streams, in place of the norms'
-    weights. Features, scales and shifts depend on the images alone, so `encode` computes them once.
+    The images are concatenated along their channels, with zeros for missing ones. An extractor computes features at
+    every resolution. In the first ResNet block of each resolution, the scales and shifts computed from them replace the
+    weights of both norms. Features, scales and shifts depend on the images alone, so `encode` computes them once.
 
     A new one differs from the original code, whose scales and shifts start random: here they start as the weights of
     the base's norms, so that the copy starts as the base's encoder.
 
     Args:
         network: encoder and middle block; its hint network is not used.
-        names: of the conditions, in the order of their channels.
+        names: conditions, in the order of their channels.
         extractor_channels: see `EXTRACTOR_CHANNELS`.
-        feature_channels: of the features, one entry per resolution.
-        condition: the one that it follows alone (`for_condition`), or None.
+        feature_channels: channels of the features, one entry per resolution.
+        condition: the only condition that it follows (`for_condition`), or None.
     """
 
     kind: ClassVar[str] = "uni-controlnet-local"
@@ -143,7 +144,7 @@ class LocalAdapter(Control):
         """A new one: encoder and middle block copied from `base`, zero convolutions, a random extractor.
 
         Args:
-            names: of its conditions; default: `condition`, or those of the release.
+            names: its conditions; default: `condition`, or the released ones.
 
         Raises:
             UserError: no extractor fits the base.
@@ -188,7 +189,7 @@ class LocalAdapter(Control):
         """As `Control.config_of`, for the released conditions.
 
         Raises:
-            ValueError: it has another number of conditions, whose names are unknown.
+            ValueError: the tensors are for another number of conditions, whose names are unknown.
         """
         extractor = f"{FEATURES}.pre_extractor."
         stages = sorted(
@@ -249,11 +250,11 @@ class LocalAdapter(Control):
     # Computation
 
     def encode(self, inputs: Tensor | Mapping[str, Any], base: Base) -> Hint:
-        """Scales and shifts of the normalised streams.
+        """Compute the scales and shifts of the normalised streams.
 
         Args:
-            inputs: condition images `[B, 3, H, W]` in [0, 1], of `condition`; or by name, any of `names` but at least
-                one.
+            inputs: condition images `[B, 3, H, W]` in [0, 1]: those of `condition`, or by name, at least one of
+                `names`.
 
         Returns:
             `LEVEL.0` and `LEVEL.1` `[B, 2 C, h, w]` for both norms of each level: scales, then shifts.
@@ -379,8 +380,8 @@ class Denormalisation(nn.Module):
     """Feature denormalisation: a group norm whose scale and shift are convolutions of the conditions' features.
 
     Args:
-        norm: in whose place it runs; its weights are the initial biases.
-        features: channels of the features.
+        norm: the norm that it replaces; its weights are the initial biases.
+        features: number of channels of the features.
     """
 
     def __init__(self, norm: nn.GroupNorm, features: int) -> None:
@@ -406,12 +407,13 @@ class Denormalisation(nn.Module):
 
 
 class FeatureExtractor(nn.Module):
-    """Condition images `[B, C, H, W]` => features of each resolution of the base, zero at first.
+    """Condition images `[B, C, H, W]` => features at each resolution of the base, initially zero.
 
     Args:
-        channels: C.
-        before: channels of convolutions before the first features; each entry after the first halves the image.
-        features: channels of the features; each entry halves the image.
+        channels: C, three for each condition.
+        before: channels of the convolutions before the first features; each entry after the first halves the
+            resolution.
+        features: channels of the features; each entry halves the resolution.
     """
 
     def __init__(self, channels: int, before: Sequence[int], features: Sequence[int]) -> None:
@@ -430,7 +432,7 @@ class FeatureExtractor(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """The features, from the finest to the coarsest."""
+        """The features `[B, F, h, w]`, from the finest resolution to the coarsest."""
         stream, features = self.pre_extractor(images), []
         for extractor, convolution in zip(self.extractors, self.zero_convs, strict=True):
             stream = extractor(stream)
