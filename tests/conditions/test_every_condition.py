@@ -183,7 +183,7 @@ def test_finished_images_are_mirrored_as_their_condition_is() -> None:
             np.testing.assert_array_equal(turned[..., 1:], image[:, ::-1, 1:])
             np.testing.assert_array_equal(turned[..., 0], 255 - image[:, ::-1, 0])
             np.testing.assert_array_equal(made.mirrored(turned), image)
-        elif name in ("openpose", "dwpose", "densepose", "mediapipe_face"):
+        elif name in ("openpose", "dwpose", "densepose", "mediapipe_face", "mediapipe_pose"):
             with refused("unsupported", name, "flip"):
                 made.mirrored(image)
         else:

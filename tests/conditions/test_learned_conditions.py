@@ -34,7 +34,8 @@ KINDS = {
 }
 EXPECTED = """
 hed hedsketch scribble_hed pidinet lineart lineart_anime mlsd openpose dwpose densepose depth depth_anything depth_zoe
-normal normal_bae seg seg_segformer seg_oneformer seg_coco mediapipe_face bbox_detected scribble_pidinet depth_leres
+normal normal_bae seg seg_segformer seg_oneformer seg_coco mediapipe_face mediapipe_pose bbox_detected
+scribble_pidinet depth_leres
 """
 
 
@@ -171,7 +172,7 @@ def test_openpose_runs_on_tiny_networks(tmp_path: Path) -> None:
     assert not check(find("openpose"), draw_scene(), {**parameters, "person_score": 1.0}).any()
 
 
-@pytest.mark.parametrize("name", sorted(set(LEARNED) - {"mediapipe_face"}))
+@pytest.mark.parametrize("name", sorted(set(LEARNED) - {"mediapipe_face", "mediapipe_pose"}))
 def test_without_weights_one_sentence_says_what_to_do(name: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -187,8 +188,3 @@ def test_without_weights_one_sentence_says_what_to_do(name: str, tmp_path: Path,
     with expected as raised:
         made(draw_scene())
     assert "\n" not in str(raised.value)
-
-
-def test_mediapipe_says_which_packages_it_needs() -> None:
-    with refused("missing-package", "pip install 'controlkit[annotators]' 'mediapipe<0.10.15'"):
-        find("mediapipe_face")(draw_scene())

