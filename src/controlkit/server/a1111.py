@@ -1,7 +1,7 @@
 """A1111's API, `/sdapi/v1/`: `txt2img` and `img2img`.
 
-What clients send and this server does not know, or cannot do, is named in `info` under `ignored` and `notes`; unknown
-keys of ControlNet units are refused.
+`info` lists unsupported keys under `ignored` and replaced values under `notes`; unknown keys of ControlNet units are
+refused.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SAME: dict[str, tuple[Any, ...]] = {
     "comments": ({},), "override_settings_restore_afterwards": (True, False), "infotext": ("",), "latent_mask": ("",),
     "force_task_id": ("",),
 }  # fmt: skip
-"""Keys of A1111 that this server does not have -> values with which they mean nothing there."""
+"""Key of A1111 that this server does not support -> values with which it has no effect in A1111."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 _LORA = re.compile(r"<lora:([^:<>]+)(?::(-?[\d.]+))?(?::[^<>]*)?>")
@@ -73,7 +73,7 @@ class _Body(BaseModel):
 
 
 class TextToImage(_Body):
-    """Body of `txt2img`. Other keys are allowed, and named in `info`."""
+    """Body of `txt2img`. Other keys are allowed, and listed in `info`."""
 
     enable_hr: bool | None = None
     hr_scale: Number | None = None
@@ -83,7 +83,7 @@ class TextToImage(_Body):
 
 
 class ImageToImage(_Body):
-    """Body of `img2img`. Other keys are allowed, and named in `info`."""
+    """Body of `img2img`. Other keys are allowed, and listed in `info`."""
 
     init_images: list[str] = []
     resize_mode: int | None = None
@@ -99,16 +99,19 @@ class ImageToImage(_Body):
 
 
 class Answer(BaseModel):
-    """Images, what was asked for, and a JSON text of what was used."""
+    """Response of `txt2img` and `img2img`."""
 
     images: list[str]
+    """Base64 of PNG files: the images, then condition images, then the start image if requested."""
     parameters: dict[str, Any]
+    """The body of the request without its images."""
     info: str
+    """JSON text: the settings that were used, `ignored` and `notes`."""
 
 
 @router.post("/txt2img")
 async def txt2img(body: TextToImage, request: Request) -> Answer:
-    """Draw images from a prompt, and wait for them."""
+    """Generate images from a prompt, and wait for them."""
     service = service_of(request)
     options = await current_options(service)
     return await _answer(body, await run_in_threadpool(_text_order, body, service, options), service)
@@ -116,7 +119,7 @@ async def txt2img(body: TextToImage, request: Request) -> Answer:
 
 @router.post("/img2img")
 async def img2img(body: ImageToImage, request: Request) -> Answer:
-    """Draw images that start from one, and wait for them."""
+    """Generate images that start from one, and wait for them."""
     service = service_of(request)
     options = await current_options(service)
     return await _answer(body, await run_in_threadpool(_image_order, body, service, options), service)
@@ -124,7 +127,7 @@ async def img2img(body: ImageToImage, request: Request) -> Answer:
 
 @dataclasses.dataclass
 class _Order:
-    """A request as it is put together."""
+    """A request while it is built from a body."""
 
     values: dict[str, Any]
     collected: Images
@@ -135,7 +138,11 @@ class _Order:
 
 
 def _order(body: _Body, service: Service, options: Mapping[str, Any]) -> _Order:
-    """What `txt2img` and `img2img` share."""
+    """The part of a request that `txt2img` and `img2img` share.
+
+    Raises:
+        UserError: a model, an image or a value cannot be used, or is above the limits.
+    """
     options = {**options, **(body.override_settings or {})}
     ignored = [key for key, value in (body.model_extra or {}).items() if not _means_nothing(key, value)]
     ignored += [f"override_settings.{key}" for key in body.override_settings or () if key not in OPTIONS]
@@ -172,7 +179,7 @@ def _order(body: _Body, service: Service, options: Mapping[str, Any]) -> _Order:
 
 
 def _text_order(body: TextToImage, service: Service, options: Mapping[str, Any]) -> _Order:
-    """A request from a prompt, with its second pass (Hires. fix)."""
+    """The request of `txt2img`, with its second pass (Hires. fix)."""
     order = _order(body, service, options)
     if not body.enable_hr:
         return order
@@ -191,7 +198,7 @@ def _text_order(body: TextToImage, service: Service, options: Mapping[str, Any])
 
 
 def _image_order(body: ImageToImage, service: Service, options: Mapping[str, Any]) -> _Order:
-    """A request that starts from an image, with its mask."""
+    """The request of `img2img`, with its mask."""
     order = _order(body, service, options)
     if len(body.init_images) != 1:
         raise UserError(f"init_images has {len(body.init_images)} images; expected one", "unsupported")
@@ -233,7 +240,7 @@ async def _answer(body: _Body, order: _Order, service: Service) -> Answer:
 
 
 def _info(job: Job, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """`info` of A1111, from a request that is done."""
+    """`info` of A1111, for a request that has ended."""
     result = job.result or {}
     used, seeds = result.get("used", {}), result.get("seeds", [])
     count = len(seeds)
@@ -278,7 +285,7 @@ def _info(job: Job, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _echo(body: _Body) -> dict[str, Any]:
-    """The body without its images, as text that is valid."""
+    """The body without its images, as values that JSON and UTF-8 can represent."""
     values = body.model_dump(exclude={"init_images", "mask", "alwayson_scripts"})
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str).encode("utf-8", "replace"))
     kept = {key: value for key, value in plain.items() if key not in ("controlnet_units", "auth")}
@@ -286,22 +293,22 @@ def _echo(body: _Body) -> dict[str, Any]:
 
 
 def _means_nothing(key: str, value: Any) -> bool:
-    """Whether a key that is not supported has a value with which it has no effect."""
+    """Whether an unsupported key has a value without effect."""
     return key in _SAME and (value is None or value in _SAME[key])
 
 
 def _is_foreign(name: str, script: Any) -> bool:
-    """Whether a script is not known here, and asked to do something."""
+    """Whether a script is unsupported and would have an effect."""
     if name.lower() == "controlnet":
         return False
     args = script.get("args", []) if isinstance(script, Mapping) else script
     if not isinstance(args, list):
         return bool(args)
-    return bool(args) and args[0] is not False  # which switches ADetailer and others off
+    return bool(args) and args[0] is not False  # False switches ADetailer and others off
 
 
 def _loras(prompt: str, service: Service) -> tuple[str, list[dict[str, Any]], list[str]]:
-    """A prompt without `<lora:NAME:WEIGHT>`, the LoRAs, and the names of those that are not here."""
+    """A prompt without `<lora:NAME:WEIGHT>`, the LoRAs in it, and the names of those that are not listed."""
     loras: list[dict[str, Any]] = []
     missing: list[str] = []
     for name, weight in _LORA.findall(prompt):
@@ -314,7 +321,7 @@ def _loras(prompt: str, service: Service) -> tuple[str, list[dict[str, Any]], li
 
 
 def _embeddings(prompts: str, service: Service) -> list[str]:
-    """The textual inversions whose word is in the prompts."""
+    """Names of the textual inversions whose word is in the prompts, in any case."""
     words = {name: name.rpartition("/")[2] for name in service.catalogue.embeddings}
     return [
         name for name, word in words.items() if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompts, re.IGNORECASE)
@@ -322,7 +329,14 @@ def _embeddings(prompts: str, service: Service) -> list[str]:
 
 
 def _sampler(body: _Body, notes: list[str]) -> str | None:
-    """The sampler of its name and that of its schedule."""
+    """The sampler for A1111's sampler and scheduler; None for the base's default.
+
+    Args:
+        notes: gets a note if the scheduler is not available.
+
+    Raises:
+        UserError: there is no such sampler.
+    """
     name = body.sampler_name or body.sampler_index
     if name is None or str(name).lower() in ("", "automatic", "none"):
         return None

@@ -1,4 +1,4 @@
-"""A1111's API, `/sdapi/v1/`: options, progress and lists of what there is."""
+"""A1111's API, `/sdapi/v1/`: options, progress, and lists of models and samplers."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class PngInfoBody(BaseModel):
 
 
 def vae_of(options: Mapping[str, Any], service: Service) -> str | None:
-    """Name of the autoencoder that options choose; None for that of the base.
+    """Name of the autoencoder that the options select; None for the base's own.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such autoencoder.
     """
     name = options.get("sd_vae")
     if not name or str(name).lower() in ("automatic", "none"):
@@ -63,11 +63,11 @@ def vae_of(options: Mapping[str, Any], service: Service) -> str | None:
 
 
 OPTIONS = ("sd_model_checkpoint", "sd_vae", "CLIP_stop_at_last_layers")
-"""Options that mean something here."""
+"""Supported options."""
 
 
 async def current_options(service: Service) -> dict[str, Any]:
-    """The options that mean something here."""
+    """The current values of the supported options."""
     stored = await run_in_threadpool(service.store.options)
     if stored.get("sd_model_checkpoint") not in service.catalogue.bases:
         stored["sd_model_checkpoint"] = service.catalogue.base
@@ -78,13 +78,13 @@ async def current_options(service: Service) -> dict[str, Any]:
 
 @router.get("/options")
 async def options(request: Request) -> dict[str, Any]:
-    """The options that mean something here."""
+    """The current values of the supported options."""
     return {**await current_options(service_of(request)), "samples_format": "png", "sd_checkpoint_hash": None}
 
 
 @router.post("/options")
 async def set_options(body: dict[str, Any], request: Request) -> None:
-    """Set options for all clients; others than those of `GET` change nothing."""
+    """Set options for all clients. Unsupported options are ignored."""
     service = service_of(request)
     values: dict[str, Any] = {}
     if (name := body.get("sd_model_checkpoint")) is not None:
@@ -104,7 +104,7 @@ async def set_options(body: dict[str, Any], request: Request) -> None:
 
 @router.get("/progress")
 async def progress(request: Request, skip_current_image: bool = False) -> dict[str, Any]:
-    """How far the running request is, with a preview."""
+    """Progress of the running request, with a preview."""
     service = service_of(request)
     job, counts = await service.running(), await service.counts()
     found = None if job is None else service.progress_of(job)
@@ -147,7 +147,7 @@ async def skip(request: Request) -> dict[str, Any]:
 
 @router.post("/png-info")
 async def png_info(body: PngInfoBody, request: Request) -> dict[str, Any]:
-    """The settings that an image carries."""
+    """The settings stored in a PNG."""
     service = service_of(request)
     data = decode_base64(body.image, "image", service.limits)
     items = await run_in_threadpool(_text_of, data)
@@ -166,7 +166,7 @@ def _text_of(data: bytes) -> dict[str, str]:
 
 @router.get("/samplers")
 async def samplers() -> list[dict[str, Any]]:
-    """Samplers; `options` has their names here."""
+    """Samplers; `options` has their names in controlkit."""
     return [{"name": SAMPLER_NAMES[name], "aliases": [name], "options": {}} for name in SOLVERS]
 
 
@@ -211,7 +211,7 @@ async def embeddings(request: Request) -> dict[str, Any]:
 
 @router.get("/scripts")
 async def scripts() -> dict[str, list[str]]:
-    """Names of scripts; `controlnet m2m` is what `webuiapi` looks for."""
+    """Names of scripts; `webuiapi` looks for `controlnet m2m`."""
     names = ["controlnet", "controlnet m2m"]
     return {"txt2img": names, "img2img": names}
 
@@ -240,19 +240,19 @@ async def upscalers() -> list[dict[str, Any]]:
 @router.get("/realesrgan-models")
 @router.get("/prompt-styles")
 async def none_of_these() -> list[dict[str, Any]]:
-    """Nothing: this server has none of these."""
+    """An empty list: this server has none of these."""
     return []
 
 
 @router.get("/cmd-flags")
 async def cmd_flags() -> dict[str, Any]:
-    """Nothing that concerns a client."""
+    """Only `api`: no other flag concerns a client."""
     return {"api": True}
 
 
 @router.get("/memory")
 async def memory() -> dict[str, Any]:
-    """Nothing: `/metrics` has what this server counts."""
+    """Empty values; `/metrics` has the server's counters."""
     return {"ram": {}, "cuda": {}}
 
 
@@ -261,4 +261,4 @@ async def memory() -> dict[str, Any]:
 @router.post("/refresh-loras")
 @router.post("/refresh-embeddings")
 async def refresh() -> None:
-    """Nothing: models are listed once, at the start."""
+    """No effect: models are listed once, at the start."""

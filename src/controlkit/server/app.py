@@ -1,4 +1,4 @@
-"""The application: all APIs on one service."""
+"""The FastAPI application: all APIs on one service."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from controlkit.server.service import Service, Settings
 from controlkit.server.store import QueueFull
 
 _RETRY_AFTER = "10"
-"""Seconds."""
+"""Seconds that a client should wait if the queue is full."""
 
 log = logging.getLogger("controlkit.server")
 
@@ -89,7 +89,7 @@ async def _user_error(request: Request, error: Exception) -> Response:
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
-    """Which fields are wrong, and why; without what was sent, which may be an image or no valid text."""
+    """Which fields are invalid, and why; without their values, which may be images or invalid text."""
     assert isinstance(error, RequestValidationError)
     problems: list[dict[str, Any]] = [
         {"loc": [_printable(str(part)) for part in each["loc"]], "msg": _printable(each["msg"]), "type": each["type"]}
@@ -110,5 +110,5 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 def _printable(text: str) -> str:
-    """Text that can be sent as UTF-8, cut where it is long."""
+    """Text that UTF-8 can represent, cut to 2,000 characters."""
     return text[:2000].encode("utf-8", "replace").decode("utf-8")

@@ -1,6 +1,6 @@
-"""The models that a server offers: names -> paths, listed once at its start.
+"""The models of a server: name -> path, listed once at its start.
 
-Clients name models; a name that is not listed is refused, so nothing that a client sends becomes a path.
+Clients send names, and one that is not listed is refused, so no text from a client becomes a path.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 @dataclass(frozen=True, kw_only=True)
 class ControlEntry:
-    """A control that is offered."""
+    """A listed control."""
 
     path: str
     """What `load_control` takes."""
     kind: str
     """Its system."""
     condition: str | None
-    """The condition that its file records."""
+    """The condition that its file records, if any."""
     images: tuple[str, ...]
     """Its inputs that are images."""
     values: tuple[str, ...]
@@ -34,7 +34,7 @@ class ControlEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Catalogue:
-    """Names of models, and where they are."""
+    """Name of each model -> its path (or hub id)."""
 
     bases: Mapping[str, str]
     """The first is the default."""
@@ -43,7 +43,7 @@ class Catalogue:
     vaes: Mapping[str, str] = field(default_factory=dict)
     embeddings: Mapping[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
-    """Why files of the controls' folders are not offered."""
+    """`NAME: REASON` for each file of `--controls` that is not listed."""
 
     @property
     def base(self) -> str:
@@ -51,13 +51,13 @@ class Catalogue:
         return next(iter(self.bases))
 
     def find(self, kind: str, name: str) -> str:
-        """The name as it is listed: case does not count, nor a suffix of files, nor a hash in brackets, as A1111 adds.
+        """The listed name that matches `name`, ignoring case, a file suffix and a hash in brackets (which A1111 adds).
 
         Args:
             kind: `bases`, `controls`, `loras`, `vaes` or `embeddings`.
 
         Raises:
-            UserError: there is none.
+            UserError: no listed name matches.
         """
         known: Mapping[str, Any] = getattr(self, kind)
         if name in known:
@@ -69,7 +69,7 @@ class Catalogue:
         raise UserError(f"there is no {kind[:-1]} {name!r} on this server{nearest(name, list(known))}", "unknown-name")
 
     def without_paths(self, text: str) -> str:
-        """An error's text with names in place of the server's paths."""
+        """`text` with names in place of the server's paths."""
         controls = {name: entry.path for name, entry in self.controls.items()}
         for listed in (self.bases, controls, self.loras, self.vaes, self.embeddings):
             for name, path in sorted(listed.items(), key=lambda each: -len(each[1])):
@@ -94,12 +94,13 @@ def list_models(
     vaes: Iterable[str] = (),
     embeddings: Iterable[str] = (),
 ) -> Catalogue:
-    """List what files and folders hold.
+    """List the models in files and folders.
 
     Args:
-        bases: `nano`, hub ids, diffusers folders, files, and folders of these.
-        controls: files, diffusers folders, and folders of these. The controls of nano are listed with it.
-        loras: files, and folders of them.
+        bases: `nano`, hub ids, diffusers folders, files, and folders of the last two.
+        controls: files, diffusers folders, and folders of these, also nested. With `nano` in `bases`, its shipped
+            controls are listed, too.
+        loras: files, and folders of them, also nested.
         vaes: as `loras`.
         embeddings: as `loras`.
 
@@ -134,7 +135,7 @@ def list_models(
 
 
 def _entry(path: str) -> ControlEntry | None:
-    """What is known of a control; None for one that only others use, such as a base control."""
+    """The entry of a control; None for one that only other controls use, such as a base control."""
     from controlkit.controls.registry import registry
     from controlkit.formats.load import control_class, recorded_condition
 
@@ -172,7 +173,11 @@ def _files_in(name: str, option: str) -> dict[str, str]:
 
 
 def _files_below(folder: Path, *, inside: bool) -> dict[str, str]:
-    """Name without suffix -> path of weight files; `inside`: also of folders within."""
+    """Name without suffix -> path of the weight files in a folder.
+
+    Args:
+        inside: whether to include nested folders.
+    """
     found = folder.rglob("*") if inside else folder.iterdir()
     files = sorted(path for path in found if path.suffix.lower() in _SUFFIXES and path.is_file())
     return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in files}

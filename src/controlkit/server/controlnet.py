@@ -18,7 +18,7 @@ from controlkit.server.units import OWN, RESOLUTION, sliders, threshold_paramete
 router = APIRouter(prefix="/controlnet", tags=["A1111 ControlNet"])
 
 _VERSION = 3
-"""Of the extension's API; from 2 on clients send `control_mode`."""
+"""Version of the extension's API; clients send `control_mode` from version 2."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -29,7 +29,7 @@ class DetectBody(BaseModel):
     controlnet_module: str = "none"
     controlnet_images: list[str] = []
     controlnet_input_images: list[str] = []
-    """The same, as Auto-Photoshop calls them."""
+    """The same under Auto-Photoshop's name."""
     controlnet_masks: list[Any] | None = None
     controlnet_processor_res: int | None = None
     controlnet_threshold_a: Number | None = None
@@ -38,7 +38,7 @@ class DetectBody(BaseModel):
 
 
 class Detected(BaseModel):
-    """Condition images."""
+    """Response of `detect`: base64 of PNG files."""
 
     images: list[str]
     info: str = "Success"
@@ -52,7 +52,7 @@ async def version() -> dict[str, int]:
 
 @router.get("/model_list")
 async def model_list(request: Request) -> dict[str, list[str]]:
-    """Controls."""
+    """Names of the controls."""
     return {"model_list": list(service_of(request).catalogue.controls)}
 
 
@@ -72,7 +72,7 @@ async def module_list(alias_names: bool = False) -> dict[str, Any]:
 
 @router.get("/control_types")
 async def control_types(request: Request) -> dict[str, Any]:
-    """Conditions for which there are controls, with these."""
+    """Conditions that controls follow, with these controls."""
     controls = service_of(request).catalogue.controls
     modules, models = ["none", OWN, *_modules()], ["None", *controls]
     types = {
@@ -97,14 +97,14 @@ async def control_types(request: Request) -> dict[str, Any]:
 
 @router.get("/settings")
 async def settings(request: Request) -> dict[str, int]:
-    """How many units may be used at once."""
+    """The largest number of units in a request."""
     count = service_of(request).limits.controls
     return {"control_net_unit_count": count, "control_net_max_models_num": count}
 
 
 @router.post("/detect")
 async def detect(body: DetectBody, request: Request) -> Detected:
-    """Condition images of images."""
+    """Compute condition images."""
     service = service_of(request)
     sent = body.controlnet_images or body.controlnet_input_images
     if not sent:
@@ -127,7 +127,11 @@ async def detect(body: DetectBody, request: Request) -> Detected:
 
 
 def _side(side: int | None) -> int | None:
-    """The length of the short side that a client asks for; None for that of the image."""
+    """The requested length of the short side in pixels; None for that of the image.
+
+    Raises:
+        UserError: it is out of range.
+    """
     if side is None or side <= 0:
         return None
     least, most = int(RESOLUTION["min"]), int(RESOLUTION["max"])  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""Work on one request, in the worker: prepare its images, draw, and describe what came out."""
+"""Run one request in the worker: prepare its images, generate, and describe the result."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from controlkit.server.spec import Fit, SentImage, Spec
 
 
 class Cancelled(Exception):
-    """The request was cancelled while it was worked on."""
+    """The request was cancelled while it ran."""
 
 
 @dataclass
 class Result:
-    """What the queue keeps of a request."""
+    """The result of a request, as the queue keeps it."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    """Seeds, settings that were used and notes, in JSON."""
+    """Seeds, settings that were used, and notes; values of JSON."""
     files: dict[str, list[bytes]] = field(default_factory=dict)
-    """`images`, `maps` and `start`: PNG files."""
+    """Role -> PNG files: `images`, `maps` (condition images) and `start` (the image that sampling starts from)."""
 
 
 @dataclass(kw_only=True)
 class Studio:
-    """What stays between requests: models, caches and settings of the server."""
+    """The state that the worker keeps between requests: models, cache and settings of the server."""
 
     catalogue: Catalogue
     limits: Limits
@@ -54,12 +54,19 @@ class Studio:
     precision: str = "auto"
     models: Models = field(default_factory=Models)
     cache: ResidualCache = field(default_factory=lambda: ResidualCache(256))
-    """Small: results are the same without it."""
+    """Limited to 256 MiB; it saves time and changes no result."""
 
     def draw(
         self, spec: Spec, files: Mapping[str, bytes], on_step: Callable[[Step], object]
     ) -> tuple[Result, Cancelled | None]:
-        """Draw the images of a request; if it is cancelled, those that are finished.
+        """Generate the images of a request.
+
+        Args:
+            files: name -> bytes of the images that the client sent.
+            on_step: called after every step; raising `Cancelled` in it cancels.
+
+        Returns:
+            The result, and None; or, if it was cancelled, the images that were finished and the exception.
 
         Raises:
             UserError: an image, a model or a setting cannot be used.
@@ -149,8 +156,9 @@ class Studio:
         """Compute condition images.
 
         Args:
-            spec: `module`, None for the images as they are; `parameters`; and `side`, the length in pixels to which the
-                short side is scaled before, None for none.
+            spec: `module`, the condition, or None for the images as they are; its `parameters`; and `side`, the length
+                in pixels to which the short side is scaled first, or None for no scaling.
+            files: name -> bytes of the images, in order.
 
         Raises:
             UserError: an image or a parameter cannot be used.
@@ -172,7 +180,12 @@ class Studio:
 
 
 def prepared(image: SentImage, data: bytes, name: str, width: int, height: int) -> bytes:
-    """An image as sampling reads it: the bytes that were sent, or a PNG of what was made of them.
+    """An image file as sampling reads it: the bytes that were sent, or a PNG if anything was done to the image.
+
+    Args:
+        data: the bytes that were sent.
+        name: the image's name in errors.
+        width: width of the result in pixels, as is `height`.
 
     Raises:
         UserError: it is damaged.
@@ -196,7 +209,7 @@ def prepared(image: SentImage, data: bytes, name: str, width: int, height: int) 
 
 
 def _fitted(image: Image.Image, fit: Fit, width: int, height: int) -> Image.Image:
-    """An image of the size of the result, all of it."""
+    """An image scaled to the size of the result without cropping: stretched, or filled up with its border's colour."""
     if fit == "stretch":
         return image.resize((width, height), Image.Resampling.LANCZOS)
     factor = min(width / image.width, height / image.height)
@@ -250,7 +263,7 @@ def infotext(values: Mapping[str, Any], seed: int) -> str:
 
 
 def preview(step: Step) -> bytes | None:
-    """A small PNG of the first image of a batch, as far as it is; None if its base has no preview."""
+    """A PNG of the current estimate of a batch's first image; None if the base has no previews."""
     try:
         image = step.preview()[0]
     except UserError:

@@ -1,4 +1,4 @@
-"""What stands before every endpoint: logs, who may ask, and how much."""
+"""Middleware before every endpoint: logging, access control, and the size limit of bodies."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 _OPEN = ("/healthz",)
-"""Paths that answer without a token, and say nothing of the server but that it runs."""
+"""Paths that answer without a token; they reveal only that the server runs."""
 _PATIENCE = 30.0
-"""Seconds without a byte until a client that sends a body is given up."""
+"""Seconds without data after which a client that sends a body is disconnected."""
 
 log = logging.getLogger("controlkit.server")
 
 
 class Guard:
-    """ASGI middleware.
+    """ASGI middleware that logs and counts every response, and checks every request.
 
-    In this order: log and count the answer; the header `Host` (a web page may point its own name at 127.0.0.1); the
-    token; the header `Origin` (a web page elsewhere may not use the server, even if a browser would let it send); the
-    size of the body.
+    Checks, in this order: the header `Host` (a web page may point its own name at 127.0.0.1; 403), the token (401), the
+    header `Origin` (browsers send some requests of foreign pages without asking; 403), and the size of the body (413).
     """
 
     def __init__(self, app: App, service: Service) -> None:
@@ -95,7 +94,7 @@ class Guard:
 
 
 def has_token(header: str, token: str) -> bool:
-    """Whether a header `Authorization` has the token: as `Bearer TOKEN`, or as the password of any user (`Basic`)."""
+    """Whether the header `Authorization` has the token: as `Bearer TOKEN`, or as the password of any user (`Basic`)."""
     scheme, _, value = header.partition(" ")
     given = value.strip()
     if scheme.lower() == "basic":
@@ -109,11 +108,11 @@ def has_token(header: str, token: str) -> bool:
 
 
 class _TooLarge(Exception):
-    """The body has more bytes than it may."""
+    """The body exceeds the size limit."""
 
 
 class _Gone(Exception):
-    """The client has gone, or sends nothing."""
+    """The client has disconnected, or stopped sending."""
 
 
 async def _read(receive: Receive, headers: dict[str, str], most: int) -> bytes:
@@ -137,7 +136,7 @@ async def _read(receive: Receive, headers: dict[str, str], most: int) -> bytes:
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the whole body, then what follows."""
+    """A `receive` that returns the whole body, then the messages after it."""
     given = False
 
     async def once() -> Message:
@@ -166,6 +165,6 @@ def _host(header: str) -> str:
 
 
 def _method(scope: MutableMapping[str, Any]) -> str:
-    """The method; one name for all that do not exist, so that clients cannot make up labels."""
+    """The method as a metrics label; `OTHER` for unknown ones, so that clients cannot create labels."""
     known = ("GET", "POST", "DELETE", "OPTIONS", "HEAD", "PUT", "PATCH")
     return scope["method"] if scope["method"] in known else "OTHER"

@@ -1,4 +1,4 @@
-"""Limits of what a client may ask for."""
+"""Limits of requests."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from dataclasses import dataclass, fields
 from controlkit.errors import UserError
 
 TEXT = 10_000
-"""Characters of a prompt."""
+"""Most characters of a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a client may ask for; more is refused before it is queued, or before anything is drawn."""
+    """Limits of requests. Most are checked before a request is queued, the others before anything is sampled.
+
+    Raises:
+        UserError: a limit is not above 0.
+    """
 
     body: int = 32
-    """Megabytes of the body of a request."""
+    """Size of a request's body in megabytes (10^6 bytes)."""
     pixels: int = 2048 * 2048
-    """Width times height of an image, of the second pass where there is one."""
+    """Width times height of a result, after the second pass if there is one."""
     input_pixels: int = 4096 * 4096
     """Width times height of an image that a client sends."""
     steps: int = 150
@@ -29,7 +33,7 @@ class Limits:
     queue: int = 64
     """Requests that wait. A full queue answers 503."""
     seconds: float = 900
-    """Time that one request may take, loading of models included."""
+    """Time of one request in seconds, including loading models."""
     kept: int = 256
     """Finished requests whose results are kept; the oldest are removed."""
 
@@ -41,16 +45,23 @@ class Limits:
                 )
 
     def check(self, name: str, value: int) -> None:
-        """Check a number against the limit `name`.
+        """Check a number against a limit.
+
+        Args:
+            name: a field of this class.
 
         Raises:
-            UserError: it is larger.
+            UserError: `value` is above the limit.
         """
         if value > getattr(self, name):
             raise UserError(f"{name} is {value}; this server allows {getattr(self, name)}", "out-of-range")
 
     def check_size(self, width: int, height: int, hires: float | None) -> None:
-        """Check the size of a result in pixels, with the factor of its second pass.
+        """Check the size of a result.
+
+        Args:
+            width: in pixels, as is `height`.
+            hires: factor of the second pass, or None.
 
         Raises:
             UserError: it has too many pixels.

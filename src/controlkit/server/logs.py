@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object on a line of standard error. Prompts and images are never logged."""
+"""Structured logs: one JSON object per line on standard error. Prompts and images are never logged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ class _JsonLines(logging.Formatter):
 
 
 def log_json_lines(level: str = "info") -> None:
-    """Write the logs of the server and of uvicorn as JSON lines."""
+    """Write the logs of the server and of uvicorn as JSON lines.
+
+    Args:
+        level: lowest level that is written: `info` or `warning`, for example.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
     for name in ("controlkit.server", "uvicorn", "uvicorn.error"):

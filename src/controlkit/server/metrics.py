@@ -7,14 +7,14 @@ from collections.abc import Mapping
 
 _HELP = {
     "controlkit_http_requests_total": ("counter", "HTTP requests that were answered"),
-    "controlkit_images_total": ("counter", "images that were drawn"),
+    "controlkit_images_total": ("counter", "images that were generated"),
     "controlkit_info": ("gauge", "version of the server"),
     "controlkit_job_seconds": ("summary", "seconds that requests ran"),
     "controlkit_jobs": ("gauge", "requests in the queue's file"),
     "controlkit_jobs_total": ("counter", "requests that ended"),
     "controlkit_refused_total": ("counter", "requests that a full queue refused"),
     "controlkit_steps_total": ("counter", "denoising steps"),
-    "controlkit_worker_losses_total": ("counter", "workers that ended by themselves"),
+    "controlkit_worker_losses_total": ("counter", "workers that crashed or were killed"),
     "controlkit_worker_starts_total": ("counter", "workers that were started"),
 }
 
@@ -29,13 +29,17 @@ class Metrics:
         self._values: dict[Key, float] = {}
 
     def add(self, name: str, amount: float = 1, **labels: str) -> None:
-        """Add to a counter."""
+        """Add `amount` to the counter `name` with these labels."""
         key = (name, tuple(sorted(labels.items())))
         with self._lock:
             self._values[key] = self._values.get(key, 0) + amount
 
     def text(self, gauges: Mapping[Key, float]) -> str:
-        """All counters, and `gauges` as they are now."""
+        """All counters, and these gauges, in Prometheus' text format.
+
+        Args:
+            gauges: (name, labels) -> current value.
+        """
         with self._lock:
             values = {**self._values, **gauges}
         lines, seen = [], set()

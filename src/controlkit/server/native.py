@@ -1,4 +1,4 @@
-"""controlkit's own API: submit, watch, fetch and cancel requests."""
+"""controlkit's own API, `/controlkit/v1/`: submit, watch, fetch and cancel requests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from controlkit.server.store import FINISHED, Job
 router = APIRouter(prefix="/controlkit/v1", tags=["controlkit"])
 
 _PLACE_EVERY = 5.0
-"""Seconds between events of a request that waits."""
+"""Most seconds between events of a request that waits: its place changes without a signal."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Plain = bool | int | Number | list[Any]
@@ -50,7 +50,7 @@ class ControlBody(_Body):
     images: dict[str, str] = {}
     """Base64 of images by input, for a control with several inputs."""
     values: dict[str, Any] = {}
-    """Its plain inputs, such as the task of a control with several."""
+    """Its plain inputs, such as a task or boxes."""
     weight: Number = 1.0
     start: Number = 0.0
     end: Number = 1.0
@@ -60,9 +60,9 @@ class ControlBody(_Body):
     prepared: bool = False
     """Whether the image is a condition image already."""
     condition: str | None = None
-    """Compute this condition image in place of the control's own."""
+    """Condition to compute from the image in place of the control's own."""
     parameters: dict[str, Plain] = {}
-    """Of the condition: numbers, true and false, and lists of numbers."""
+    """Parameters of the condition: numbers, true and false, and lists of numbers."""
     mode: str | None = None
     fit: Fit = "crop"
 
@@ -99,19 +99,19 @@ class GenerateBody(_Body):
 
 
 class Status(BaseModel):
-    """A request as it is now."""
+    """The current state of a request."""
 
     id: str
     kind: str
     state: Literal["pending", "running", "done", "failed", "cancelled"]
     place: int
-    """Requests before it."""
+    """Number of requests before it, the running one included; 0 if it does not wait."""
     step: int
     steps: int
     progress: float
     """In [0, 1]."""
     eta_seconds: float | None
-    """Estimate of the time until it ends, once it runs."""
+    """Estimated seconds until it ends; null before its second step and when it does not run."""
     created: float
     started: float | None
     finished: float | None
@@ -135,7 +135,7 @@ class Result(BaseModel):
 
 @router.post("/jobs", status_code=202)
 async def submit(body: GenerateBody, request: Request) -> Status:
-    """Queue a request for images."""
+    """Queue a request for images; the response has its id."""
     service = service_of(request)
     spec, files = await run_in_threadpool(build, body, service)
     return await _status(service, await service.submit(spec, files))
@@ -150,14 +150,14 @@ async def jobs(request: Request, limit: Annotated[int, Query(ge=1, le=100)] = 20
 
 @router.get("/jobs/{id}")
 async def status(id: str, request: Request) -> Status:
-    """A request as it is now."""
+    """The current state of a request."""
     service = service_of(request)
     return await _status(service, await _known(service, id))
 
 
 @router.get("/jobs/{id}/result")
 async def result(id: str, request: Request) -> Result:
-    """The images of a request that has ended."""
+    """The images of a request that is done or cancelled; 409 if it has not ended."""
     service = service_of(request)
     job = await _known(service, id)
     if job.state not in FINISHED:
@@ -190,7 +190,7 @@ async def cancel(id: str, request: Request) -> Status:
 
 @router.get("/jobs/{id}/events", response_class=StreamingResponse)
 async def events(id: str, request: Request, previews: bool = False) -> StreamingResponse:
-    """Server-sent events: a `status` at each change, with the base64 of a new preview if asked for, to the end."""
+    """Server-sent events until the request ends: a `status` at each change; `previews` adds the base64 of new ones."""
     service = service_of(request)
     await _known(service, id)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -220,7 +220,7 @@ async def _events(service: Service, id: str, previews: bool) -> AsyncIterator[st
 
 @router.get("/models")
 async def models(request: Request) -> dict[str, Any]:
-    """What may be named: models, conditions, samplers and modes; and the limits."""
+    """Names of models, conditions, samplers and modes; and the limits."""
     service = service_of(request)
     catalogue = service.catalogue
     return {
@@ -245,10 +245,13 @@ async def models(request: Request) -> dict[str, Any]:
 
 
 def build(body: GenerateBody, service: Service) -> tuple[Spec, dict[str, bytes]]:
-    """The spec and the images of a request.
+    """Turn a body into a spec.
+
+    Returns:
+        The spec, and its images: name -> bytes.
 
     Raises:
-        UserError: an image, a name or a value cannot be used.
+        UserError: an image, a name or a value cannot be used, or is above the limits.
     """
     collected = Images(service)
     values = body.model_dump(exclude={"controls", "loras", "image", "mask"})
@@ -266,7 +269,10 @@ def build(body: GenerateBody, service: Service) -> tuple[Spec, dict[str, bytes]]
 
 
 class Images:
-    """Images of a request, as they are collected from its body."""
+    """Collects the images of a request from its body.
+
+    `images` has how each is prepared (name -> `SentImage`), `files` their bytes (name -> bytes).
+    """
 
     def __init__(self, service: Service) -> None:
         self._limits = service.limits
@@ -274,15 +280,22 @@ class Images:
         self.files: dict[str, bytes] = {}
 
     def add(self, name: str, text: str | None, **done: Any) -> str | None:
-        """Add one sent as base64, with what is done to it; returns its name, None for none.
+        """Add an image that was sent as base64.
+
+        Args:
+            text: base64; None for no image.
+            done: fields of `SentImage`: how it is prepared.
+
+        Returns:
+            `name`; None for no image.
 
         Raises:
-            UserError: it cannot be used.
+            UserError: it is not base64 or no image, or is above the limits.
         """
         return None if text is None else self.add_bytes(name, decode_base64(text, name, self._limits), **done)
 
     def add_bytes(self, name: str, data: bytes, **done: Any) -> str:
-        """Add one whose bytes were checked."""
+        """Add an image whose bytes were checked; otherwise as `add`."""
         self.files[name] = data
         self.images[name] = SentImage(file=name, **done)
         return name
@@ -323,10 +336,10 @@ def _control(use: ControlBody, index: int, collected: Images, service: Service) 
 
 
 def listed_condition(name: str) -> str:
-    """The condition of this name, which must be computed from an image alone.
+    """The registered name of a condition that can be computed from an image.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such condition, or it comes with data sets only.
     """
     kind = conditions.find(name)
     if kind.provided:
@@ -335,10 +348,10 @@ def listed_condition(name: str) -> str:
 
 
 def check_parameters(parameters: Mapping[str, Any]) -> None:
-    """Check that parameters hold no text, which might name a file or a repository.
+    """Check that no parameter is text, which might name a file or a repository.
 
     Raises:
-        UserError: one does.
+        UserError: a parameter is not a number, a boolean or a list of these.
     """
     for name, value in parameters.items():
         if not _is_plain(value, depth=4):

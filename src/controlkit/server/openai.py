@@ -39,15 +39,17 @@ class GenerationsBody(BaseModel):
 
 
 class Created(BaseModel):
-    """Images."""
+    """Response of both endpoints."""
 
     created: int
+    """Unix time in seconds."""
     data: list[dict[str, str]]
+    """`{"b64_json": ...}` for each image: base64 of a PNG file."""
 
 
 @router.get("/models")
 async def models(request: Request) -> dict[str, Any]:
-    """Bases."""
+    """The bases, as models."""
     names = service_of(request).catalogue.bases
     return {
         "object": "list",
@@ -57,7 +59,7 @@ async def models(request: Request) -> dict[str, Any]:
 
 @router.post("/images/generations")
 async def generations(body: GenerationsBody, request: Request) -> Created:
-    """Draw images from a prompt, and wait for them."""
+    """Generate images from a prompt, and wait for them."""
     service = service_of(request)
     asked = _request(service, body.prompt, body.model, body.n, body.size, body.response_format, body.seed)
     asked = asked.model_copy(update={"controls": body.controls})
@@ -92,7 +94,7 @@ async def generations(body: GenerationsBody, request: Request) -> Created:
     },
 )
 async def edits(request: Request) -> Created:
-    """Draw images that start from one, and wait for them; with a mask, where it is transparent."""
+    """Generate images that start from one, and wait for them; with a mask, only its transparent part changes."""
     service = service_of(request)
     async with request.form(max_files=4, max_fields=50) as form:
         images = [each for name in ("image", "image[]") for each in form.getlist(name)]
@@ -137,7 +139,11 @@ def _request(
     response_format: str | None,
     seed: int | None,
 ) -> GenerateBody:
-    """A request in the server's own terms."""
+    """The request as a body of controlkit's own API.
+
+    Raises:
+        UserError: a value cannot be used, or is above the limits.
+    """
     if response_format not in (None, "b64_json"):
         raise UserError(
             f"response_format is {response_format!r}; this server keeps no images at URLs, use b64_json", "unsupported"
@@ -154,7 +160,11 @@ def _request(
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:
-    """Width and height of `512x512`; None for `auto`, the size of the base."""
+    """Width and height in pixels of a size such as `512x512`; None for `auto`, the size of the base.
+
+    Raises:
+        UserError: it is not of this form.
+    """
     if text is None or text in ("", "auto"):
         return None, None
     found = _SIZE.fullmatch(text)

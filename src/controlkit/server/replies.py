@@ -1,4 +1,4 @@
-"""What the APIs share in reading requests and answering them."""
+"""Helpers of all APIs: reading requests and waiting for results."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ from controlkit.server.store import Job
 
 
 def service_of(request: Request) -> Service:
-    """The service of the application."""
+    """The service of the application that received `request`."""
     found: Service = request.app.state.service
     return found
 
 
 async def drawn(service: Service, spec: Spec, files: dict[str, bytes]) -> Job:
-    """Queue a request for images and wait until it has ended; one that was cancelled has what was finished.
+    """Queue a request for images and wait until it has ended; if it was cancelled, it has the finished images.
+
+    Args:
+        files: name -> bytes of its images.
 
     Raises:
-        UserError: it cannot be drawn.
-        HTTPException: it failed, by no fault of the client.
-        QueueFull: too many wait.
+        UserError: it is invalid, or failed with an error that the client can fix.
+        HTTPException: as in `ended`.
+        QueueFull: the queue is full.
     """
     job = await service.submit(spec, files)
     return ended(await service.wait(job.id))
 
 
 def ended(job: Job | None) -> Job:
-    """A request that has ended well, or was cancelled.
+    """`job`, checked to be done or cancelled.
 
     Raises:
-        UserError: it cannot be drawn.
-        HTTPException: it is not known any more, or failed by no fault of the client.
+        UserError: it failed with an error that the client can fix.
+        HTTPException: 404, its result has been removed (`job` is None); 500, it failed by a fault of the server.
     """
     if job is None:
         raise HTTPException(404, "the result has been removed; the server keeps the last ones (--keep)")
@@ -49,7 +52,10 @@ def ended(job: Job | None) -> Job:
 
 
 def checked_prompt(text: str, name: str) -> str:
-    """A prompt that is valid text of a length that is allowed.
+    """`text`, checked to be valid Unicode of at most `TEXT` characters.
+
+    Args:
+        name: the prompt's name in errors.
 
     Raises:
         UserError: it is not.
@@ -60,10 +66,10 @@ def checked_prompt(text: str, name: str) -> str:
 
 
 def consecutive_seeds(seed: int, count: int) -> list[int]:
-    """`count` seeds from `seed` on; -1 is a random one, settled here so that a request begun again is the same.
+    """`count` seeds from `seed` on. -1 is a random seed, chosen here so that a request that runs again is the same.
 
     Raises:
-        UserError: a seed is not from 0 to 2^64 - 1.
+        UserError: `seed` is neither -1 nor from 0 to 2^64 - 1.
     """
     (first,) = settled_seeds((seed,))
     return [first + index for index in range(count)]

@@ -14,7 +14,7 @@ from controlkit.errors import UserError
 from controlkit.server.limits import Limits
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""Formats that are read: those of browsers. Others are parsers that nobody needs here."""
+"""Formats that are read: those of browsers. Every other parser would only add attack surface."""
 _DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w.=+-]+)*;base64,", re.ASCII)
 
 
@@ -22,10 +22,10 @@ def decode_base64(text: str, name: str, limits: Limits) -> bytes:
     """The bytes of an image sent as base64, with or without `data:image/png;base64,` before it.
 
     Args:
-        name: what it is called in errors.
+        name: the image's name in errors.
 
     Raises:
-        UserError: it is not base64, no image, or too large.
+        UserError: it is not base64, not an image, or too large.
     """
     found = _DATA_URL.match(text[:200])
     plain = text[found.end() :] if found else text
@@ -39,10 +39,10 @@ def decode_base64(text: str, name: str, limits: Limits) -> bytes:
 
 
 def checked_image(data: bytes, name: str, limits: Limits) -> bytes:
-    """`data`, checked to begin like an image of a size that is allowed; it is not decoded.
+    """`data`, checked by its header to be an image of an allowed size; it is not decoded.
 
     Raises:
-        UserError: it does not.
+        UserError: it is empty, not an image of a supported format, or has too many pixels.
     """
     if not data:
         raise UserError(f"{name} is empty", "bad-image")

@@ -1,4 +1,4 @@
-"""What the endpoints of all APIs share: the queue, the models, waiting for results."""
+"""The service behind the endpoints of all APIs: queue, models, and waiting for results."""
 
 from __future__ import annotations
 
@@ -28,17 +28,21 @@ class Settings:
     """File of the queue."""
     limits: Limits = field(default_factory=Limits)
     token: str | None = None
-    """What clients must send; None for none."""
+    """Token that clients must send; None for no access control."""
     origins: tuple[str, ...] = ()
     """Origins of web pages that may use the server (CORS); `*` for all."""
     hosts: tuple[str, ...] | None = None
-    """Names in the header `Host` that are answered; None for all."""
+    """Names allowed in the header `Host`; None for all."""
     device: str = "auto"
     precision: str = "auto"
 
 
 class Service:
-    """The running server."""
+    """The running server.
+
+    Raises:
+        UserError: the file of the queue cannot be used.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.catalogue, self.limits = settings, settings.catalogue, settings.limits
@@ -57,18 +61,18 @@ class Service:
         )
 
     def start(self) -> None:
-        """Go on with the queue as it is in its file. Called in the event loop."""
+        """Start the worker, and continue with the queue in its file. Called in the event loop."""
         self._loop = asyncio.get_running_loop()
         self.store.recover()
         self.supervisor.start()
 
     def stop(self) -> None:
-        """End the worker; what waits stays in the queue."""
+        """End the worker; requests that have not ended stay in the queue."""
         self.supervisor.stop()
         self.store.close()
 
     def _changed(self, name: str) -> None:
-        """Wake those who wait for a request; called by the supervisor's thread."""
+        """Wake the coroutines that wait for a request; called by the supervisor's thread."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._set_events, name)
 
@@ -79,9 +83,12 @@ class Service:
     async def submit(self, spec: Spec, files: Mapping[str, bytes]) -> Job:
         """Check a request for images and queue it.
 
+        Args:
+            files: name -> bytes of its images.
+
         Raises:
-            UserError: it cannot be drawn.
-            QueueFull: too many wait.
+            UserError: it is invalid or above the limits.
+            QueueFull: the queue is full.
         """
         await run_in_threadpool(spec.check, self.catalogue, self.limits)
         return await self.queue("generate", spec.to_json(), files)
@@ -89,8 +96,13 @@ class Service:
     async def queue(self, kind: str, spec: Mapping[str, Any], files: Mapping[str, bytes]) -> Job:
         """Queue a request that was checked.
 
+        Args:
+            kind: `generate` or `detect`.
+            spec: values of JSON.
+            files: name -> bytes of its images.
+
         Raises:
-            QueueFull: too many wait.
+            QueueFull: the queue is full.
         """
         try:
             job = await run_in_threadpool(self.store.submit, kind, spec, files)
@@ -101,11 +113,11 @@ class Service:
         return job
 
     async def job(self, name: str) -> Job | None:
-        """The request of this id."""
+        """The request of this id, or None."""
         return await run_in_threadpool(self.store.get, name)
 
     async def wait(self, name: str) -> Job | None:
-        """The request of this id, once it has ended."""
+        """Wait until the request of this id has ended, and return it; None if it is unknown or has been removed."""
         with _Event(self._waiting, name) as event:
             while True:
                 event.clear()
@@ -115,18 +127,19 @@ class Service:
                 await event.wait()
 
     async def wait_for_change(self, event: asyncio.Event, seconds: float) -> None:
-        """Wait until the request that `event` watches changes, or for `seconds`: its place in the queue may have."""
+        """Wait until the request that `event` watches changes, at most `seconds`; its place in the queue changes
+        without an event."""
         try:
             await asyncio.wait_for(event.wait(), seconds)
         except TimeoutError:
             return
 
     def watch(self, name: str) -> _Event:
-        """A context manager that yields an event which is set at each change of a request."""
+        """A context manager that yields an event, which is set at each change of a request."""
         return _Event(self._waiting, name)
 
     async def cancel(self, name: str) -> Job | None:
-        """Cancel a request, and return it as it is then."""
+        """Cancel a request, and return its state after that; None if it is unknown."""
         before = await self.job(name)
         job = await run_in_threadpool(self.store.cancel, name)
         if before is not None and before.state == "pending" and job is not None and job.state == "cancelled":
@@ -136,7 +149,7 @@ class Service:
         return job
 
     async def running(self) -> Job | None:
-        """The request that is worked on."""
+        """The running request, or None."""
         return await run_in_threadpool(self.store.running)
 
     async def counts(self) -> dict[str, int]:
@@ -144,15 +157,15 @@ class Service:
         return await run_in_threadpool(self.store.counts)
 
     async def place(self, job: Job) -> int:
-        """Requests before one in the queue."""
+        """Number of requests before `job`, the running one included; 0 if it does not wait."""
         return await run_in_threadpool(self.store.place, job)
 
     async def files(self, name: str, role: str) -> list[bytes]:
-        """Images of a result, in order."""
+        """Images of a result, in order; `role` is `images`, `maps` or `start`."""
         return list((await run_in_threadpool(self.store.files, name, role)).values())
 
     def progress_of(self, job: Job) -> Progress | None:
-        """How far a request is, if it runs."""
+        """The progress of a request; None if it does not run."""
         progress = self.supervisor.progress
         return progress if progress is not None and progress.job == job.id else None
 

@@ -1,7 +1,7 @@
-"""What the queue holds of a request: names of models, settings, and images by name, in JSON.
+"""The form in which the queue stores a request: settings, names of models and names of images, as JSON.
 
-A spec becomes a `GenerateRequest` twice: before it is queued, to check it, and in the worker, with the images written
-to a folder of its own.
+A spec becomes a `GenerateRequest` twice: before it is queued, to check it, and in the worker, where its images have
+been written to a temporary folder.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from controlkit.server.catalogue import Catalogue
 from controlkit.server.limits import Limits
 
 Fit = Literal["crop", "stretch", "fill"]
-"""How an image gets the size of the result: scaled to cover it and cropped, stretched, or scaled to lie within it with
-the rest in the colour of its border (A1111: Crop and Resize, Just Resize, Resize and Fill)."""
+"""How an image gets the size of the result: scaled to cover it and cropped (`crop`), stretched, or scaled to fit inside
+it with the rest in the colour of its border (`fill`). A1111: Crop and Resize, Just Resize, Resize and Fill."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SentImage:
-    """An image that a client sent, and what is done to it before it is used."""
+    """An image that a client sent, and how it is prepared."""
 
     file: str
     """Its name among the files of the request."""
     fit: Fit = "crop"
     invert: bool = False
-    """Of a mask: swap black and white."""
+    """For a mask: swap black and white."""
     transparent: bool = False
-    """Of a mask: white where the image is transparent (OpenAI's masks)."""
+    """For a mask: white where the image is transparent (OpenAI's masks)."""
     condition: str | None = None
-    """Compute this condition image from it."""
+    """Condition to compute from it; None for the image itself."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of that condition."""
 
@@ -42,18 +42,17 @@ class Spec:
     """A request for images."""
 
     request: dict[str, Any]
-    """Fields of `GenerateRequest`, with names of the catalogue in place of models, and names of `images` in place of
-    paths."""
+    """Fields of `GenerateRequest`. Models are names in the catalogue, images names in `images`."""
     images: dict[str, SentImage] = field(default_factory=dict)
     lenient: bool = False
     """Whether a sampler and a prompt syntax that the base does not support are replaced by its own, with a note: for
     clients of A1111, which always send a sampler."""
     maps: tuple[int, ...] = ()
-    """Controls whose condition images belong to the result."""
+    """Indices of the controls whose condition images belong to the result."""
     ignored: tuple[str, ...] = ()
-    """What the client asked for and this server does not know."""
+    """Names of unsupported keys and scripts that the client sent."""
     notes: tuple[str, ...] = ()
-    """What is done otherwise than the client asked."""
+    """Sentences on values that were replaced."""
     start_image: bool = False
     """Whether the result includes the image that sampling starts from."""
 
@@ -94,10 +93,10 @@ class Spec:
         return GenerateRequest.from_json(values)
 
     def check(self, catalogue: Catalogue, limits: Limits) -> None:
-        """Check all that can be known before the models are loaded.
+        """Check everything that can be checked before models are loaded.
 
         Raises:
-            UserError: as `to_request`, or more is asked for than the limits allow.
+            UserError: as in `to_request`, or a value is above the limits.
         """
         request = self.to_request(catalogue, lambda name: f"{name}.png")
         limits.check("steps", request.steps)

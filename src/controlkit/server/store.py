@@ -1,6 +1,6 @@
 """The queue: requests and their results in one SQLite file.
 
-A request that was accepted is on the disk: it survives a restart and a killed process. States go from `pending` to
+An accepted request is on the disk, so it survives a restart and a killed process. Its state goes from `pending` to
 `running` to `done`, `failed` or `cancelled`.
 """
 
@@ -24,7 +24,7 @@ from controlkit.files import writable_folder
 State = Literal["pending", "running", "done", "failed", "cancelled"]
 FINISHED = ("done", "failed", "cancelled")
 MOST_ATTEMPTS = 3
-"""How often a request is begun before one that ends the worker, or the server, each time is given up."""
+"""Attempts after which a request fails if each of them ended the worker or the server."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -55,7 +55,7 @@ CREATE TABLE IF NOT EXISTS options (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 
 
 class QueueFull(Exception):
-    """As many requests wait as may."""
+    """The queue holds as many waiting requests as it may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,20 +69,20 @@ class Job:
     """What the worker does: `generate` or `detect`."""
     state: State
     spec: dict[str, Any]
-    """The request in JSON; images are names of its files."""
+    """The request as values of JSON; images are names of its files."""
     attempts: int
-    """How often it was begun."""
+    """How many times it was started."""
     cancelling: bool
-    """Whether someone has cancelled it while it ran."""
+    """Whether it was cancelled while it ran."""
     created: float
     started: float | None
     finished: float | None
     """Unix times in seconds."""
     result: dict[str, Any] | None
-    """What is known of its images, once it is done, and of those that were finished when it was cancelled."""
+    """Seeds, settings and notes of its images, once it is done or cancelled."""
     error: str | None
     code: str | None
-    """Of a failed one, a sentence and the code of `UserError`; no code if it is the server's fault."""
+    """If it failed, a sentence and the code of a `UserError`; no code if the server is at fault."""
 
 
 _COLUMNS = ", ".join(Job.__dataclass_fields__)
@@ -96,7 +96,7 @@ class Store:
         kept: how many finished ones are kept.
 
     Raises:
-        UserError: the file cannot be written, or is no such queue.
+        UserError: the file cannot be written, or is not such a queue.
     """
 
     def __init__(self, path: str | Path, *, queue: int, kept: int) -> None:
@@ -104,7 +104,7 @@ class Store:
         self._lock = threading.RLock()
         writable_folder(self.path.parent, "give --queue another file")
         try:
-            # It holds prompts and images, which are nobody else's.
+            # It holds prompts and images, which other users must not read.
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -143,7 +143,7 @@ class Store:
             files: name -> bytes of its images.
 
         Raises:
-            QueueFull: it is not accepted.
+            QueueFull: the queue is full.
         """
         name = uuid.uuid4().hex
         with self._transaction() as db:
@@ -163,7 +163,7 @@ class Store:
         self._db.executemany("INSERT INTO files VALUES (?, ?, ?, ?)", [(job, role, *each) for each in files])
 
     def begin(self) -> Job | None:
-        """Take the first request that waits; it is `running` from then on."""
+        """Take the first request that waits, which is then `running`; None if none waits."""
         with self._transaction() as db:
             row = db.execute("SELECT id FROM jobs WHERE state = 'pending' ORDER BY sequence LIMIT 1").fetchone()
             if row is None:
@@ -175,10 +175,13 @@ class Store:
         return self.get(row[0])
 
     def put_back(self, name: str, *, counted: bool) -> State:
-        """Return a running request to its place in the queue, or end it if it was cancelled or begun too often.
+        """Return a running request to its place in the queue, or end it if it was cancelled or has no attempts left.
 
         Args:
-            counted: whether the attempt counts: not if the server was stopped in order.
+            counted: whether the attempt counts; it does not if the server was stopped normally.
+
+        Returns:
+            Its state after that.
         """
         job = self.get(name)
         if job is None or job.state != "running":
@@ -198,7 +201,7 @@ class Store:
         return "pending"
 
     def recover(self) -> None:
-        """Return to the queue what was running when the server was killed."""
+        """Return requests to the queue that were running when the server was killed."""
         for job in self._jobs("WHERE state = 'running'"):
             self.put_back(job.id, counted=True)
 
@@ -215,7 +218,7 @@ class Store:
         """End a request, and remove the oldest results beyond those that are kept.
 
         Args:
-            result: kept as JSON.
+            result: values of JSON.
             files: role -> images, in order.
         """
         with self._transaction() as db:
@@ -237,7 +240,7 @@ class Store:
             self._db.execute("PRAGMA incremental_vacuum").fetchall()
 
     def cancel(self, name: str) -> Job | None:
-        """Cancel a request: one that waits at once, one that runs as soon as the worker sees it."""
+        """Cancel a request, at once if it waits, within a step if it runs; and return it, or None if it is unknown."""
         with self._transaction() as db:
             db.execute("UPDATE jobs SET cancelling = 1 WHERE id = ? AND state = 'running'", (name,))
             waiting = db.execute("SELECT 1 FROM jobs WHERE id = ? AND state = 'pending'", (name,)).fetchone()
@@ -251,16 +254,16 @@ class Store:
         return found[0] if found else None
 
     def running(self) -> Job | None:
-        """The request that the worker works on."""
+        """The running request, or None."""
         found = self._jobs("WHERE state = 'running' LIMIT 1")
         return found[0] if found else None
 
     def recent(self, count: int) -> list[Job]:
-        """The last requests, the newest first."""
+        """The last `count` requests, the newest first."""
         return self._jobs("ORDER BY sequence DESC LIMIT ?", count)
 
     def files(self, name: str, role: str) -> dict[str, bytes]:
-        """Name -> bytes of the images of a request, in order; `role` is `input` or one of its results'."""
+        """Name -> bytes of the images of a request, in order; `role` is `input`, or a role of its result."""
         with self._lock:
             rows = self._db.execute(
                 "SELECT name, data FROM files WHERE job = ? AND role = ? ORDER BY name", (name, role)
@@ -268,7 +271,7 @@ class Store:
         return dict(rows)
 
     def place(self, job: Job) -> int:
-        """Requests before it in the queue, the running one included; 0 for one that does not wait."""
+        """Number of requests before `job`, the running one included; 0 if it does not wait."""
         if job.state != "pending":
             return 0
         with self._lock:
@@ -285,13 +288,13 @@ class Store:
         return {"pending": 0, "running": 0, **dict(rows)}
 
     def options(self) -> dict[str, Any]:
-        """Options that clients have set."""
+        """Options that clients have set: name -> value."""
         with self._lock:
             rows = self._db.execute("SELECT name, value FROM options").fetchall()
         return {name: json.loads(value) for name, value in rows}
 
     def set_option(self, name: str, value: Any) -> None:
-        """Keep an option, also across restarts."""
+        """Store an option; it survives restarts."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO options VALUES (?, ?)", (name, json.dumps(value)))
 

@@ -1,4 +1,4 @@
-"""The thread that takes requests from the queue, passes them to the worker process, and starts a new one if it ends."""
+"""The thread that passes requests from the queue to the worker process, and starts a new worker if it ends."""
 
 from __future__ import annotations
 
@@ -20,48 +20,50 @@ from controlkit.server.store import Job, Store
 from controlkit.server.worker import run_worker
 
 _GRACE = 30.0
-"""Seconds from a cancellation that the worker does not follow (it loads a model, or hangs) until it is ended."""
+"""Seconds after a cancellation until a worker that does not follow it (it loads a model, or hangs) is killed."""
 _WRITE_AGAIN = 1.0
-"""Seconds between attempts to write to a disk that is full."""
+"""Seconds between attempts to write to a full disk."""
 _LONGEST_PAUSE = 30.0
-"""Seconds before the start of a new worker, at most, if one after the other ends at its start."""
+"""Longest pause in seconds before a new worker starts, if several in a row ended while starting."""
 
 log = logging.getLogger("controlkit.server")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the running request is."""
+    """Progress of the running request."""
 
     job: str
+    """Its id."""
     done: int = 0
     total: int = 0
     """Denoising steps; 0 of 0 while models are loaded."""
     since: float | None = None
-    """When the first step was done, in seconds of the monotonic clock."""
+    """Time of the first step, in seconds of the monotonic clock."""
     preview: bytes | None = None
     """A PNG."""
     previews: int = 0
-    """Number of previews so far, which tells whether this one is new."""
+    """Number of previews so far, by which clients know whether this one is new."""
 
     @property
     def fraction(self) -> float:
-        """In [0, 1]."""
+        """Fraction of the steps that are done, in [0, 1]."""
         return self.done / self.total if self.total else 0.0
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimate; None before the second step."""
+        """Estimated seconds until the last step; None before the second step."""
         if self.since is None or self.done < 2:
             return None
         return (time.monotonic() - self.since) / (self.done - 1) * (self.total - self.done)
 
 
 class Supervisor(threading.Thread):
-    """Runs the queue. `wake` and `cancel` may be called from any thread.
+    """Runs the queue. `wake` and `stop` may be called from any other thread.
 
     Args:
-        changed: called with the id of a request whose progress or state has changed.
+        device: as in `GenerateRequest`, like `precision`.
+        changed: called in this thread with the id of a request whose progress or state has changed.
     """
 
     def __init__(
@@ -91,25 +93,25 @@ class Supervisor(threading.Thread):
         self._failures = 0
         self._no_start_before = 0.0
         self.progress: Progress | None = None
-        """Of the running request, if there is one."""
+        """Progress of the running request, if there is one."""
 
     @property
     def worker_pid(self) -> int | None:
-        """Process id of the worker."""
+        """Process id of the worker; None if there is none."""
         return None if self._process is None else self._process.pid
 
     @property
     def ready(self) -> bool:
-        """Whether the worker takes requests."""
+        """Whether the worker has started and accepts requests."""
         return self._ready
 
     def wake(self) -> None:
-        """Look at the queue again."""
+        """Make the thread look at the queue, after a request was added or cancelled."""
         with self._waking, contextlib.suppress(OSError):
             self._wake.send_bytes(b"\0")
 
     def stop(self) -> None:
-        """End the worker; a request that runs returns to the queue."""
+        """End the worker and the thread; a running request returns to the queue."""
         self._stopping = True
         self.wake()
         if self.is_alive():
@@ -246,7 +248,7 @@ class Supervisor(threading.Thread):
         self._changed(name)
 
     def _insist(self, write: Callable[[], Any]) -> Any:
-        """Write to the queue's file, again and again if need be: on a full disk, a result waits here."""
+        """Call `write`, which uses the queue's file, until it succeeds: on a full disk, a result waits here."""
         while True:
             try:
                 return write()
@@ -257,7 +259,7 @@ class Supervisor(threading.Thread):
                 time.sleep(_WRITE_AGAIN)
 
     def _lost_worker(self) -> None:
-        """Start another worker; what it worked on is begun again, a few times."""
+        """Clean up after a worker that ended. Its request returns to the queue, unless it has no attempts left."""
         self._process.join(5)
         code = self._process.exitcode
         self._end_worker()

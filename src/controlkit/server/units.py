@@ -24,7 +24,7 @@ _UNSUPPORTED = {
     "batch_image_files": [], "batch_mask_dir": None, "batch_image_dir": "", "batch_mask_gallery": [],
     "batch_modifiers": [], "batch_keyframe_idx": None, "mask_image_fg": None, "image_fg": None,
 }  # fmt: skip
-"""Keys of units that mean something only with another value than this."""
+"""Unsupported key of a unit -> value with which it has no effect."""
 _WITHOUT_EFFECT = (
     *("low_vram", "lowvram", "processor_res", "pixel_perfect", "inpaint_crop_input_image", "is_ui", "input_mode"),
     *("use_preview_as_input", "threshold_a", "threshold_b"),
@@ -61,12 +61,12 @@ _MODES = {"0": "balanced", "1": "soft", "2": "guess"}
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit that acts."""
+    """An enabled unit."""
 
     control: dict[str, Any]
-    """Fields of `ControlUse`, with names."""
+    """Fields of `ControlUse`, with names in place of paths."""
     shows_map: bool
-    """Whether the condition image belongs to the answer."""
+    """Whether the response includes the condition image."""
 
 
 def enabled_units(scripts: Mapping[str, Any], service: Service, collected: Images) -> list[Unit]:
@@ -129,7 +129,11 @@ def _unit(given: Mapping[str, Any], where: str, index: int, service: Service, co
 
 
 def _keys(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A unit with the names of keys that are used here, in any case."""
+    """A unit under the key names that are used here. Keys are matched in any case.
+
+    Raises:
+        UserError: a key is unknown.
+    """
     known = [*_KNOWN, *_WITHOUT_EFFECT, *_UNSUPPORTED, *_ALIASES]
     unit: dict[str, Any] = {}
     for key, value in given.items():
@@ -143,7 +147,7 @@ def _keys(given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _module(unit: Mapping[str, Any], entry: ControlEntry, where: str) -> tuple[Condition | None, dict[str, Any]]:
-    """The condition that is computed from the image, None for an image that is one already; and its parameters."""
+    """The condition that is computed from the image, or None if it is a condition image already; and its parameters."""
     module = _text(unit, "module", where)
     if module.lower() in ("", "none"):
         return None, {}
@@ -156,7 +160,11 @@ def _module(unit: Mapping[str, Any], entry: ControlEntry, where: str) -> tuple[C
 
 
 def sliders(condition: Condition) -> list[tuple[str, float, float, float]]:
-    """Name, default and limits of the parameters that the thresholds of A1111 set: the first two with limits."""
+    """The parameters that A1111's two thresholds set: the first two numbers with limits, except `resolution`.
+
+    Returns:
+        Name, default, lower and upper limit of each.
+    """
     found = [
         (name, float(default), *condition.limits[name])
         for name, default in condition.defaults.items()
@@ -166,7 +174,7 @@ def sliders(condition: Condition) -> list[tuple[str, float, float, float]]:
 
 
 def threshold_parameters(condition: Condition, *thresholds: Any) -> dict[str, Any]:
-    """Parameters of a condition from A1111's two thresholds; as there, one outside its limits means the default."""
+    """Parameters of a condition from A1111's two thresholds. As there, a value outside the limits means the default."""
     parameters: dict[str, Any] = {}
     for (name, _, low, high), value in zip(sliders(condition), thresholds, strict=False):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
@@ -177,10 +185,13 @@ def threshold_parameters(condition: Condition, *thresholds: Any) -> dict[str, An
 
 
 def fit_of(mode: Any, where: str) -> Fit:
-    """How an image gets the size of the result, by A1111's number or words.
+    """How an image gets the size of the result, from A1111's number or words.
+
+    Args:
+        where: the unit's name in errors.
 
     Raises:
-        UserError: they are unknown.
+        UserError: there is no such mode.
     """
     if mode is None:
         return "crop"

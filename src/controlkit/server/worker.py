@@ -1,7 +1,7 @@
-"""The worker process: holds the models and works on one request at a time.
+"""The worker process: holds the models and runs one request at a time.
 
-It is a process of its own, so that the server answers while it draws, and outlives it: a crash or a lack of memory ends
-the worker, and the queue goes on with a new one.
+It is a separate process, so that the server answers while images are generated, and survives a crash of the worker or a
+lack of memory: the queue continues with a new worker.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from controlkit.server.catalogue import Catalogue
 from controlkit.server.limits import Limits
 
 _PREVIEW_EVERY = 0.4
-"""Seconds between previews, at least: they cost time and are looked at by people."""
+"""Least seconds between previews: each costs time, and people cannot follow more."""
 
 
 def run_worker(connection: Connection, catalogue: Catalogue, limits: Limits, device: str, precision: str) -> None:
-    """Work on what the connection sends, until it closes.
+    """Run the requests that the connection sends, until it closes.
 
-    Messages to the worker: `("job", id, kind, spec, files)`, `("cancel", id)`. From it: `("ready",)`, and
-    of a request `("step", id, done, total, preview)`, then one of `("done", id, values, files)`, `("cancelled", id,
+    Messages to the worker: `("job", id, kind, spec, files)`, `("cancel", id)`. From it: `("ready",)`, and for a request
+    any number of `("step", id, done, total, preview)`, then one of `("done", id, values, files)`, `("cancelled", id,
     values, files)` and `("failed", id, text, code, traceback)`; no code means that the server is at fault.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends the worker
@@ -48,7 +48,7 @@ class _Worker:
         self.connection.send(message)
 
     def next(self) -> None:
-        """Work on the next message; one that cancels what has ended means nothing."""
+        """Handle the next message; a cancellation of a request that has ended has no effect."""
         message = self.connection.recv()
         if message[0] == "job":
             self._work(*message[1:])
