@@ -58,7 +58,7 @@ class Objective(ABC):
 
         Depends on the step only, uses no network and no GPU; data workers call it ahead of the step.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} prepares nothing ahead of its steps")
 
     def prepared(self, step: int, device: torch.device) -> Any:
         """What `prepare(step)` returns, on `device`."""

@@ -86,10 +86,11 @@ class Workplace:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with file.open(each) as source, target.open("wb") as copy:
                         shutil.copyfileobj(source, copy)
-        except BaseException as error:
+        except (zipfile.BadZipFile, OSError, RuntimeError) as error:  # also encryption, and compression it lacks
             shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError)):
-                raise UserError(f"the file is no ZIP that can be read ({error})", "unreadable-file") from error
+            raise UserError(f"the file is no ZIP that can be read ({error})", "unreadable-file") from error
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
             raise
         inside = list(folder.iterdir())
         if len(inside) == 1 and inside[0].is_dir():  # a ZIP of one folder
@@ -110,7 +111,7 @@ class Workplace:
             writable_folder(sources, "give --work another folder")
             for path in images:
                 shutil.copyfile(path, sources / Path(path).name)
-            square = ["--copy"] if size is None else ["--copy", "--size", str(size)]
+            square = [] if size is None else ["--size", str(size)]
             return await run_command(
                 "pairs",
                 str(sources),
