@@ -243,3 +243,42 @@ def declared_config(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None
+
+
+def checkpoint_of_names(
+    kind: type[Control],
+    file: TensorFile,
+    tensors: Mapping[str, Tensor],
+    reference: Reference,
+    *,
+    to_own: Callable[[Collection[str]], Mapping[str, str]],
+    to_original: Callable[[Collection[str]], Mapping[str, str]],
+    others: Sequence[str],
+    prefix: str,
+) -> Checkpoint:
+    """The checkpoint of tensors under the names of the original code; every tensor must be accounted for.
+
+    Args:
+        tensors: those of the control, without `prefix`.
+        to_own: names of the original code -> names here.
+        to_original: names here -> names of the original code.
+        others: names of the file that belong to nothing known.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape.
+    """
+    try:
+        own = {new: tensors[name] for name, new in to_own(tensors).items()}
+        config = declared_config(file.metadata) or kind.config_of(own, reference.unet_config)
+        expected = kind.shapes(config)
+        names = to_original(expected)
+    except CONFIG_ERRORS as error:
+        raise UserError(f"{file.path} looks like {kind.title}, but {on_one_line(error)}", "damaged-file") from error
+    check_names(
+        file.path,
+        kind.title,
+        {f"{prefix}{names[name]}": shape for name, shape in expected.items()},
+        {f"{prefix}{name}": value for name, value in tensors.items()},
+        others,
+    )
+    return Checkpoint(kind.kind, config, {name: own[name] for name in expected}, dict(file.metadata), path=file.path)

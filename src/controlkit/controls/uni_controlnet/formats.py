@@ -13,15 +13,12 @@ from controlkit.controls.control import Control
 from controlkit.controls.encoder_copy.names import Structure
 from controlkit.controls.encoder_copy.original import BARE_DESCRIPTION, is_of_stable_diffusion
 from controlkit.controls.file_format import (
-    CONFIG_ERRORS,
     Checkpoint,
     FileFormat,
     Reference,
     TensorFile,
     Written,
-    check_names,
-    declared_config,
-    on_one_line,
+    checkpoint_of_names,
 )
 from controlkit.errors import UserError
 
@@ -137,22 +134,16 @@ def _formats(
                 "wrong-kind",
             )
         unknown = [name for name in outside if not name.startswith(other) and not is_of_stable_diffusion(name)]
-        try:
-            own = {new: tensors[name] for name, new in to_own(tensors).items()}
-            config = declared_config(file.metadata) or kind.config_of(own, reference.unet_config)
-            expected = kind.shapes(config)
-            names = to_original(expected)
-        except CONFIG_ERRORS as error:
-            raise UserError(f"{file.path} looks like {kind.title}, but {on_one_line(error)}", "damaged-file") from error
-        check_names(
-            file.path,
-            kind.title,
-            {f"{prefix}{names[name]}": shape for name, shape in expected.items()},
-            {f"{prefix}{name}": value for name, value in tensors.items()},
-            (*unknown, *file.others),
+        checkpoint = checkpoint_of_names(
+            kind,
+            file,
+            tensors,
+            reference,
+            to_own=to_own,
+            to_original=to_original,
+            others=(*unknown, *file.others),
+            prefix=prefix,
         )
-        ordered = {name: own[name] for name in expected}
-        checkpoint = Checkpoint(kind.kind, config, ordered, dict(file.metadata), path=file.path)
         if joined:
             checkpoint.notes.append(f"the file also contains {other}*, another control")
         if len(outside) > sum(name.startswith(other) for name in outside):

@@ -24,15 +24,12 @@ from controlkit.controls.encoder_copy.original import (
     without_prefix,
 )
 from controlkit.controls.file_format import (
-    CONFIG_ERRORS,
     Checkpoint,
     FileFormat,
     Reference,
     TensorFile,
     Written,
-    check_names,
-    declared_config,
-    on_one_line,
+    checkpoint_of_names,
 )
 from controlkit.controls.unicontrol.tasks import RELEASED
 from controlkit.errors import UserError
@@ -129,22 +126,17 @@ def _checkpoint(
     others: Sequence[str],
     prefix: str,
 ) -> Checkpoint:
-    """The checkpoint of tensors with the original's names; every tensor must be accounted for."""
-    try:
-        own = {new: tensors[name] for name, new in own_names(tensors).items()}
-        config = declared_config(file.metadata) or kind.config_of(own, reference.unet_config)
-        expected = kind.shapes(config)
-        names = original_names(expected)
-    except CONFIG_ERRORS as error:
-        raise UserError(f"{file.path} looks like {kind.title}, but {on_one_line(error)}", "damaged-file") from error
-    check_names(
-        file.path,
-        kind.title,
-        {f"{prefix}{names[name]}": shape for name, shape in expected.items()},
-        {f"{prefix}{name}": value for name, value in tensors.items()},
-        others,
+    """`checkpoint_of_names` with the names of this code."""
+    return checkpoint_of_names(
+        kind,
+        file,
+        tensors,
+        reference,
+        to_own=own_names,
+        to_original=original_names,
+        others=others,
+        prefix=prefix,
     )
-    return Checkpoint(kind.kind, config, {name: own[name] for name in expected}, dict(file.metadata), path=file.path)
 
 
 def _write(checkpoint: Checkpoint, prefix: str) -> Written:
