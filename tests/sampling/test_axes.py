@@ -15,11 +15,12 @@ from controlkit.images import write_png
 from controlkit.sampling.axes import expand_folders, labels_of, parse_axis, points_of, values_at
 from controlkit.sampling.generate import generate
 from controlkit.sampling.image_folder import refuse_overwriting
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import ControlUse, GenerateRequest, LoraUse
 from controlkit.sampling.saved_settings import read_settings
 from refusals import check, refused
 
 CANNY = ControlUse(control="canny", image="a.png")
+INK, CLAY = LoraUse(file="styles/ink.safetensors", weight=0.5), LoraUse(file="styles/clay.v2.safetensors")
 
 
 def request(**settings):
@@ -77,6 +78,32 @@ class TestAxes:
         (point,) = points_of(request(controls=(CANNY, depth), vary=({"0.low": [50], "1.span": ["0-0.5"]},)))
         assert point.request.controls[0].parameters == {"low": 50} and point.request.controls[1].end == 0.5
 
+    def test_weights_and_files_of_loras(self):
+        for name, changed in (
+            ("lora.weight", [0, 1]),
+            ("lora.0.weight", [0]),
+            ("lora.clay.v2.weight", [1]),
+            ("lora.styles/ink.safetensors.weight", [0]),
+        ):
+            asked = request(loras=(INK, CLAY), controls=(CANNY,), xy=({name: [0, 0.9]}, {"weight": [0.3]}))
+            first, last = points_of(asked)
+            weights = [0.5, 1.0]
+            for index in changed:
+                weights[index] = 0.9
+            assert [use.weight for use in last.request.loras] == weights and first.request.loras[changed[0]].weight == 0
+            assert [use.file for use in last.request.loras] == [INK.file, CLAY.file]
+            assert last.request.controls[0].weight == 0.3
+            assert GenerateRequest.from_json(json.loads(json.dumps(asked.to_json()))) == asked
+        (_, point) = points_of(request(loras=(INK,), vary=({"lora.file": ["x.pt", "y.pt"]},)))
+        assert point.request.loras == (LoraUse(file="y.pt", weight=0.5),)
+        name = points_of(request(loras=(INK, CLAY), vary=({"lora.1.weight": [0.25]}, {"lora.ink.weight": [1]})))[0].name
+        assert name == "lora_1_weight0.25-lora_ink_weight1"
+
+    def test_a_control_named_lora_is_a_control(self):
+        use = ControlUse(control="lora", image="a.png")
+        (point,) = points_of(request(controls=(use,), loras=(INK,), vary=({"lora.weight": [0.1]},)))
+        assert point.request.controls[0].weight == 0.1 and point.request.loras == (INK,)
+
     def test_random_seeds_of_an_axis_are_settled(self):
         (axis,) = request(vary=({"seed": [-1, 4, -1]},)).vary
         assert axis["seed"][1] == 4 and len(set(axis["seed"])) == 3 and min(axis["seed"]) >= 0
@@ -104,6 +131,11 @@ class TestAxes:
             ({"vary": ({"steps": [*range(1, 999)]}, {"guidance": [*range(1, 99)]})}, "out-of-range", ["10000"]),
             ({"vary": ({"depth.weight": [1]},)}, "unknown-name", ["'depth'", "canny"]),
             ({"vary": ({"mode": ["controls"]},)}, "unknown-name", ["'controls'"]),
+            ({"vary": ({"lora.weight": [1]},)}, "unknown-key", ["lora.weight", "--lora"]),
+            ({"vary": ({"lora.in.weight": [1]},), "loras": (INK,)}, "unknown-name", ["'in'", INK.file]),
+            ({"vary": ({"lora.ink.weight": [1]},), "loras": (INK, INK)}, "contradiction", ["0", "1", INK.file]),
+            ({"vary": ({"lora.weight": ["much"]},), "loras": (INK,)}, "wrong-type", ["weight", "much"]),
+            ({"vary": ({"lora.rank": [1]},), "loras": (INK,), "controls": ()}, "unknown-key", ["'lora.rank'"]),
             ({"vary": ({"seed": ["a"]},)}, "wrong-type", ["seed"]),
             ({"vary": ({"seed": [2**64]},)}, "out-of-range", ["2^64"]),
             ({"vary": ([1],)}, "wrong-type", ["vary"]),
@@ -130,6 +162,8 @@ class TestAxes:
         ("canny.layers=1:0.5,0:1", {"canny.layers": ["1:0.5", "0:1"]}),
         ("mode=soft,guess", {"mode": ["soft", "guess"]}),
         ("low=50,100", {"low": [50, 100]}),
+        ("lora.weight=0,0.5", {"lora.weight": [0, 0.5]}),
+        ("lora.file=1.pt,2.pt", {"lora.file": ["1.pt", "2.pt"]}),
     ],
 )
 def test_axes_of_the_command_line(text, expected):

@@ -327,6 +327,33 @@ def test_settings_are_saved_with_the_image_and_repeat_it(tiny_base, tmp_path):
         LoraUse.parse("lora.safetensors@x")
 
 
+def test_weights_on_an_axis_draw_as_requests_of_their_own(tiny_base, tmp_path):
+    files = [tmp_path / "ink.safetensors", tmp_path / "clay.safetensors"]
+    for seed, file in enumerate(files):
+        save_file(of_kohya(halves(tiny_base, seed), 1.0), file)
+    uses = tuple(LoraUse(file=str(file)) for file in files)
+    axes = ({"lora.ink.weight": [0, 0.7]}, {"lora.clay.weight": [0, 1.2]})
+    request = GenerateRequest(prompt=PROMPT, loras=uses, steps=2, xy=axes)
+    whole = generate(request, base=tiny_base)
+    assert len({part.images[0].image.tobytes() for part in whole.parts}) == 4
+    for part, (ink, clay) in zip(whole.parts, [(0, 0), (0, 1.2), (0.7, 0), (0.7, 1.2)], strict=True):
+        alone = tuple(LoraUse(file=use.file, weight=weight) for use, weight in zip(uses, (ink, clay), strict=True))
+        single = generate(GenerateRequest(prompt=PROMPT, loras=alone, steps=2), base=tiny_base)
+        assert part.images[0].image.tobytes() == single.images[0].image.tobytes()
+    whole.save(tmp_path / "out")
+    saved = read_settings(tmp_path / "out" / "settings.json")
+    again = generate(saved.to_request(), base=tiny_base)
+    assert [part.images[0].image.tobytes() for part in again.parts] == [
+        part.images[0].image.tobytes() for part in whole.parts
+    ]
+    assert saved.to_request(loras=[vars(uses[0])]).xy == ()
+    files[1].unlink()
+    drawn: list[object] = []
+    with refused("missing-file", str(files[1])):
+        generate(request, base=tiny_base, on_images=drawn.append)
+    assert not drawn
+
+
 def test_the_command_line_builds_the_same_request():
     import argparse
 

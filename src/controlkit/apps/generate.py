@@ -22,7 +22,8 @@ The image of a control may have any size: it is scaled to cover the result and c
 
 IMAGE may be a folder or a glob: each of its images is combined with each prompt (--prompt, --prompts) and seed, or with
 --pair with the prompt of the same place. --xy SETTING=VALUE,VALUE,... varies any setting: guidance, steps, seed=1,4-6,
-prompt=ONE|TWO, options of all controls (weight, span, mode, low, ...) or of one (1.weight, canny.weight).
+prompt=ONE|TWO, options of all controls (weight, span, mode, low, ...) or of one (1.weight, canny.weight), and of LoRAs
+(lora.weight, lora.1.weight).
 
 Names of files that exist may contain @ = : and commas.
 

@@ -32,6 +32,9 @@ _LONGEST_NAME = 24
 _NOT_VARIED = ("controls", "loras", "seeds", "vary", "xy")
 """Fields of a request that are no settings of an axis; `seed` stands for `seeds`."""
 _OF_A_CONTROL = ("control", "image", *KEYS)
+_OF_A_LORA = re.compile(r"lora\.(?:(?P<which>.+)\.)?(?P<key>weight|file)")
+PATHS = ("base", "vae", "control", "image", "mask", "file")
+"""Last parts of the names of settings that are paths."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def _read(name: str, text: str, request: GenerateRequest, what: str) -> Any:
     if hint is not None:
         return text if hint in (str, str | None) else _yaml(text, what)
     key = name.rpartition(".")[2]
-    if key in ("control", "image"):
+    if key in ("control", "image") or (_lora_setting(name, request) is not None and key == "file"):
         return text
     if key in KEYS:
         read_option(key, text, what)  # spans and layers stay text, as names of files tell them
@@ -208,22 +211,32 @@ def _yaml(text: str, what: str) -> Any:
 
 def _with_settings(request: GenerateRequest, settings: Sequence[tuple[str, Any]]) -> GenerateRequest:
     """The request with other values, checked once all are set."""
-    from controlkit.sampling.request import ControlUse, checked_fields
+    from controlkit.sampling.request import ControlUse, LoraUse, checked_fields
 
     known = [each.name for each in fields(request) if each.name not in _NOT_VARIED]
     changes: dict[str, Any] = {}
     uses: list[dict[str, Any]] = [dict(vars(use)) for use in request.controls]
+    loras: list[dict[str, Any]] = [dict(vars(use)) for use in request.loras]
     for name, value in settings:
+        lora = _lora_setting(name, request)
         if name == "seed":
             changes["seeds"] = (value,)
         elif _is_of_request(name, request):
             changes[name] = value
+        elif lora is not None:
+            for index in _loras_of(name, lora["which"], request):
+                loras[index][lora["key"]] = value
         else:
             for index in _controls_of(name, request, known):
                 _set_of_control(uses[index], name.rpartition(".")[2], value)
     plain = checked_fields(type(request), {"prompt": request.prompt, **changes}, "an axis")
     controls = tuple(ControlUse(**checked_fields(ControlUse, use, "a control")) for use in uses)
-    return replace(request, **plain, controls=controls)
+    return replace(
+        request,
+        **plain,
+        controls=controls,
+        loras=tuple(LoraUse(**checked_fields(LoraUse, use, "a LoRA")) for use in loras),
+    )
 
 
 def _is_of_request(name: str, request: GenerateRequest) -> bool:
@@ -254,6 +267,28 @@ def _controls_of(name: str, request: GenerateRequest, known: Sequence[str]) -> I
     yield from chosen
 
 
+def _lora_setting(name: str, request: GenerateRequest) -> re.Match[str] | None:
+    """`lora.weight`, `lora.WHICH.weight` and the same of `file`, unless a control has that name."""
+    if any(use.control == name.rpartition(".")[0] for use in request.controls):
+        return None
+    return _OF_A_LORA.fullmatch(name)
+
+
+def _loras_of(name: str, which: str | None, request: GenerateRequest) -> list[int]:
+    """Indices of the LoRAs that a setting is of: by number, file or file name without suffix; without `which`, all."""
+    if not request.loras:
+        raise UserError(f"{name}: there are no LoRAs to set it of; pass them in loras (--lora)", "unknown-key")
+    chosen = [
+        index for index, use in enumerate(request.loras) if which in (None, str(index), use.file, Path(use.file).stem)
+    ]
+    listed = ", ".join(f"{index} ({use.file})" for index, use in enumerate(request.loras))
+    if not chosen:
+        raise UserError(f"{name}: there is no LoRA {which!r}; known: {listed}", "unknown-name")
+    if len(chosen) > 1 and which is not None:
+        raise UserError(f"{name}: {len(chosen)} LoRAs are {which!r}; name one by its number: {listed}", "contradiction")
+    return chosen
+
+
 def _set_of_control(use: dict[str, Any], key: str, value: Any) -> None:
     if isinstance(value, str) and key in ("span", "layers"):
         value = read_option(key, value, "an axis")
@@ -271,6 +306,8 @@ def is_changed(name: str, request: GenerateRequest, changes: Mapping[str, Any]) 
     """Whether changed fields of a request replace a setting of an axis."""
     if name == "seed":
         return "seeds" in changes
+    if _lora_setting(name, request) is not None:
+        return "loras" in changes
     return name in changes if _is_of_request(name, request) else "controls" in changes
 
 
@@ -281,7 +318,7 @@ def labels_of(axis: Axis) -> list[str]:
         key = name.rpartition(".")[2]
         if key == "prompt":
             columns.append([str(value) or "(no prompt)" for value in values])
-        elif key in ("image", "mask", "control", "base", "vae"):
+        elif key in PATHS:
             columns.append([Path(str(value)).stem for value in values])
         else:
             columns.append([f"{name} {_text(value)}" for value in values])
@@ -299,7 +336,8 @@ def stems_of(axis: Axis) -> list[str]:
         return [""] * len(values)
     key = re.sub(r"[^A-Za-z0-9]+", "", name.rpartition(".")[2])
     prefix = name.rpartition(".")[0]
-    slug = re.sub(r"[^A-Za-z0-9]+", "_", Path(prefix).stem if not prefix.isdecimal() else prefix)
+    of_lora, which = ("lora_", prefix[5:]) if prefix.startswith("lora.") else ("", prefix)
+    slug = of_lora + re.sub(r"[^A-Za-z0-9]+", "_", which if which.isdecimal() else Path(which).stem)
     key = f"{slug}_{key}" if prefix else key
     stems = [Path(str(value)).stem if key.endswith("image") else _text(value) for value in values]
     fits = all(re.fullmatch(rf"[A-Za-z0-9_.+-]{{1,{_LONGEST_NAME}}}", stem) for stem in stems)

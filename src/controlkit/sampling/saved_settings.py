@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from controlkit.errors import UserError
 from controlkit.files import read_json
 from controlkit.images import read_bytes, read_image
-from controlkit.sampling.axes import is_changed, points_of
+from controlkit.sampling.axes import PATHS, is_changed, points_of
 from controlkit.sampling.file_names import START_NAMES, condition_name, mask_name
 from controlkit.sampling.request import ControlUse, GenerateRequest
 
@@ -82,9 +82,7 @@ class SavedSettings:
         for axis in getattr(self.request, name):
             if any(is_changed(setting, self.request, changes) for setting in axis):
                 continue
-            paths = [
-                setting for setting in axis if setting.rpartition(".")[2] in ("base", "vae", "control", "image", "mask")
-            ]
+            paths = [setting for setting in axis if setting.rpartition(".")[2] in PATHS]
             located = {setting: [self._locate(str(value)) for value in axis[setting]] for setting in paths}
             kept.append({**axis, **located})
         return kept

@@ -13,6 +13,7 @@ from controlkit.errors import UserError
 from controlkit.sampling.axes import Point, points_of
 from controlkit.sampling.generate import Generation, Models, base_key, generate_one
 from controlkit.sampling.inputs import with_named_inputs
+from controlkit.sampling.loras import lora_file
 from controlkit.sampling.passes import hires_strength
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache
@@ -38,8 +39,11 @@ def generate_varied(
         raise UserError("the base is on an axis, so it cannot be passed loaded", "contradiction")
     if controls is not None and len({_controls(point.request) for point in points}) > 1:
         raise UserError("the control is on an axis, so controls cannot be passed loaded", "contradiction")
+    # A wrong path should not end it after the first images.
+    for file in dict.fromkeys(use.file for point in points for use in point.request.loras):
+        lora_file(file)
     if controls is None:
-        with_named_inputs(request)  # a wrong path should not end it after the first images
+        with_named_inputs(request)
     run = _Run(request, points, on_step, on_images)
     models, cache = Models(), ResidualCache() if cache is None else cache
     for number in run.order:
