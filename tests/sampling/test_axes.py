@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from controlkit.apps.cli import main
 from controlkit.formats.load import save_control
@@ -17,6 +17,7 @@ from controlkit.sampling.generate import generate
 from controlkit.sampling.image_folder import refuse_overwriting
 from controlkit.sampling.request import ControlUse, GenerateRequest, LoraUse
 from controlkit.sampling.saved_settings import read_settings
+from controlkit.sampling.sheets import Sheet
 from refusals import check, refused
 
 CANNY = ControlUse(control="canny", image="a.png")
@@ -327,3 +328,13 @@ class TestCommandLine:
         use = ControlUse(control="edges.safetensors", image="xy.png", prepared=True)
         with refused("would-overwrite", "xy.png"):
             refuse_overwriting(request(controls=(use,), xy=({"weight": [0.5, 1]},)), folder)
+
+
+def test_a_long_title_is_wrapped_so_that_values_stay_readable(monkeypatch):
+    drawn: list[str] = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, place, text, **style: drawn.append(text))
+    rows = ["lora.watercolour.weight 0.25", "w" * 300]
+    sheet = Sheet("xy", "seed 0", ["guidance 1"], rows, [["a"], ["b"]])
+    sheet.draw({name: Image.new("RGB", (128, 128)) for name in "ab"})
+    assert {"0.25", "guidance 1"} <= set(drawn)
+    assert any(text.startswith("www") and text.endswith("...") for text in drawn)

@@ -19,6 +19,8 @@ _CELL = 384
 _SMALLEST = 128
 """Smaller images are enlarged to this, so that titles fit."""
 _GAP = 6
+_LINES = 3
+"""Most lines of the title of a row or column."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,23 @@ class Sheet:
         font = ImageFont.load_default(size=size_of_text)
         line = int(size_of_text * 1.5)
         left = _GAP if not any(self.rows) else min(width, _widest(self.rows, font)) + 2 * _GAP
-        top = 2 * line + _GAP
+        rows = [_wrapped(text, left - 2 * _GAP, font) for text in self.rows]
+        columns = [_wrapped(text, width, font) for text in self.columns]
+        top = line * (1 + max(map(len, columns))) + _GAP
         size = (left + len(self.columns) * (width + _GAP), top + len(table) * (height + _GAP))
         sheet = Image.new("RGB", size, "white")
         pen = ImageDraw.Draw(sheet)
-        pen.text((_GAP, line // 6), _cut(self.title, size[0] - 2 * _GAP, font), fill="grey", font=font)
-        for column, text in enumerate(self.columns):
-            pen.text((left + column * (width + _GAP), line), _cut(text, width, font), fill="black", font=font)
-        for index, (text, row) in enumerate(zip(self.rows, table, strict=True)):
+
+        def write(x: float, y: float, lines: Sequence[str], colour: str = "black") -> None:
+            for number, text in enumerate(lines):
+                pen.text((x, y + number * line), text, fill=colour, font=font)
+
+        write(_GAP, line // 6, [_cut(self.title, size[0] - 2 * _GAP, font)], "grey")
+        for column, lines in enumerate(columns):
+            write(left + column * (width + _GAP), line, lines)
+        for index, (lines, row) in enumerate(zip(rows, table, strict=True)):
             y = top + index * (height + _GAP)
-            pen.text((_GAP, y + (height - line) // 2), _cut(text, left - 2 * _GAP, font), fill="black", font=font)
+            write(_GAP, y + (height - line * len(lines)) // 2, lines)
             for column, image in enumerate(row):
                 sheet.paste(image, (left + column * (width + _GAP), y))
         return sheet
@@ -108,6 +117,18 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 def _widest(texts: Sequence[str], font: Any) -> int:
     return max((int(font.getlength(text)) + 1 for text in texts), default=0)
+
+
+def _wrapped(text: str, width: int, font: Any) -> list[str]:
+    """`text` in lines of at most `width` pixels; what does not fit on the last one is cut off."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= width or len(lines) == _LINES:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [_cut(line, width, font) for line in lines]
 
 
 def _cut(text: str, width: int, font: Any) -> str:
