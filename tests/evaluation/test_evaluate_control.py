@@ -133,6 +133,7 @@ def test_a_report_holds_the_settings_that_its_numbers_depend_on(tiny_base, tiny_
         "sets": ["held-out"],
         "images": 2,
     }
+    assert made["graphs"]["graph"] == 0 and list(made["graphs"]["why"]) == ["graphs need CUDA, the device is cpu"]
     settings = made["reports"][0]["settings"]
     assert settings["steps"] == 2 and settings["sampler"] == "ddim"
     assert settings["guidance"] == tiny_base.default_guidance

@@ -13,7 +13,7 @@ from controlkit.controls.control import takes_one_image
 from controlkit.controls.registry import registry
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
-from controlkit.sampling.graphs import PAYS_FROM, GraphReport, Graphs, NetworkCalls, graphs_of
+from controlkit.sampling.graphs import PAYS_FROM, GraphReport, Graphs, NetworkCalls, graphs_of, tallied
 from controlkit.sampling.loras import merged
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import GenerateRequest
@@ -285,3 +285,14 @@ class TestOnCuda:
             list(sample(base, calls=NetworkCalls(base, mode), on_step=on_step, **settings))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_calls_are_tallied_over_everything_that_is_sampled(tiny_base):
+    graphs = graphs_on_cpu()
+    with tallied() as whole:
+        images(tiny_base, graphs)
+        with tallied() as part:
+            images(tiny_base)
+    images(tiny_base)
+    assert (part().graph, part().eager) == (0, {"graphs off": 4})
+    assert (whole().graph, whole().captured, whole().eager) == (4, 1, {"graphs off": 4})

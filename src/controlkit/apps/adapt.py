@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> None:
 
     adapted = adapt(recipe)
     if args.json:
-        print_json({"adapter": str(adapted.path), "report": adapted.report.to_json(), "seconds": adapted.seconds})
+        report, networks = adapted.report.to_json(), adapted.graphs.to_json()
+        print_json({"adapter": str(adapted.path), "report": report, "seconds": adapted.seconds, "graphs": networks})
         return
     show(adapted.report.table())
     print(f"adapter: {adapted.path}")

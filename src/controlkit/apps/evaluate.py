@@ -14,16 +14,19 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlkit.apps.show import add_columns, add_json, columns_of, named_columns, print_json
+from controlkit.progress import is_verbose
 
 if TYPE_CHECKING:
     from controlkit.controls.control import Control
     from controlkit.data.pair import Pair
     from controlkit.evaluation.report import Report
+    from controlkit.sampling.graphs import GraphReport
 
 
 _CHOICES = ("base", "sets", "pairs", "share", "icons", "images", "prompt_mode", "captioner")
@@ -87,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
 
     from controlkit.errors import UserError
     from controlkit.files import writable_folder
+    from controlkit.sampling.graphs import tallied
     from controlkit.sampling.request import DEFAULT_STEPS, check_sampling, mode_name
 
     names = ("steps", "guidance", "sampler", "weight", "mode", "seed")
@@ -106,16 +110,20 @@ def run(args: argparse.Namespace) -> None:
         writable_folder(args.out, "name another folder with --out")
     _check_seed(args)
     evaluate = {"base": _of_base, "control": _of_controls, "scenes": _of_scenes}[args.what]
-    reports = evaluate(args, settings)
+    with tallied() as calls:
+        reports = evaluate(args, settings)
+    networks = calls()
     if args.out:
-        _write(Path(args.out), reports)
+        _write(Path(args.out), reports, networks)
     if args.json:
         asked = {name: getattr(args, name) for name in ("what", "names", *_CHOICES) if hasattr(args, name)}
         values = {"asked": asked, "reports": [report.to_json() for report in reports], "sheet": args.sheet}
-        print_json({**values, "out": args.out})
+        print_json({**values, "out": args.out, "graphs": networks.to_json()})
         return
     for report in reports:
         show(report.table())
+    if is_verbose():
+        print(networks, file=sys.stderr)
     if args.sheet:
         print(f"sheet: {args.sheet}")
 
@@ -131,7 +139,7 @@ def _check_seed(args: argparse.Namespace) -> None:
         raise UserError(f"--seed {args.seed}: expected at least 0 and below 2^32", "out-of-range")
 
 
-def _write(out: Path, reports: Sequence[Report]) -> None:
+def _write(out: Path, reports: Sequence[Report], networks: GraphReport) -> None:
     """Write report.json, report.md and scores.csv."""
     import csv
     import io
@@ -141,7 +149,7 @@ def _write(out: Path, reports: Sequence[Report]) -> None:
     def text(name: str, content: str) -> None:
         write_atomically(out / name, lambda temporary: temporary.write_text(content, encoding="utf-8"))
 
-    write_json(out / "report.json", {"reports": [report.to_json() for report in reports]})
+    write_json(out / "report.json", {"reports": [report.to_json() for report in reports], "graphs": networks.to_json()})
     text("report.md", "\n\n".join(report.to_markdown() for report in reports) + "\n")
     rows = [row for report in reports for row in report.images]
     if rows:

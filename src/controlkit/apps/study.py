@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from controlkit.apps.show import add_json, print_json, print_table
 from controlkit.errors import UserError
+from controlkit.progress import is_verbose
 
 if TYPE_CHECKING:
     from controlkit.studies.stored_results import StudyResult
@@ -81,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
     if args.name is None:
         raise UserError(f"name a study ({', '.join(STUDIES)}), or use --list", "missing-setting")
 
+    from controlkit.sampling.graphs import tallied
     from controlkit.settings import build_settings, describe_settings, read_overrides
 
     kind, run_study = load_study(args.name)
@@ -94,9 +97,10 @@ def run(args: argparse.Namespace) -> None:
     if args.given:
         values["given"] = tuple(args.given)
     settings: Any = build_settings(kind, values | read_overrides(args.settings), f"study {args.name}")
-    result = run_study(settings)
+    with tallied() as calls:
+        result = run_study(settings)
     if args.json:
-        print_json(result.to_json())
+        print_json(result.to_json() | {"graphs": calls().to_json()})
         return
 
     from rich import print as show
@@ -105,3 +109,5 @@ def run(args: argparse.Namespace) -> None:
         show(report.table())
     for what, path in result.files.items():
         print(f"{what}: {path}")
+    if is_verbose():
+        print(calls(), file=sys.stderr)

@@ -14,6 +14,7 @@ from controlkit.evaluation.report import Report
 from controlkit.formats.card import write_card
 from controlkit.formats.load import load_control
 from controlkit.images import write_png
+from controlkit.sampling.graphs import GraphReport, tallied
 from controlkit.training.log import total_seconds
 from controlkit.training.recipe import Recipe
 from controlkit.training.run import run
@@ -31,6 +32,8 @@ class Adapted:
     report: Report
     sheet: Path
     seconds: dict[str, float]
+    graphs: GraphReport
+    """How the networks were called while the held-out pairs were sampled."""
 
 
 def adapt(recipe: Recipe) -> Adapted:
@@ -56,8 +59,9 @@ def adapt(recipe: Recipe) -> Adapted:
         shared[companion.fingerprint()] = companion
     control = load_control(path, base, shared=shared)
     _, held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition_names[0], recipe.columns), recipe.held_out)
-    report, sheet = evaluate_control(base, control, [pairs_eval_set(held_out[:MAX_HELD_OUT], base.size)])
+    with tallied() as calls:
+        report, sheet = evaluate_control(base, control, [pairs_eval_set(held_out[:MAX_HELD_OUT], base.size)])
     write_png(folder / "held-out.png", sheet)
     write_card(path, scores=report.to_markdown(), image="held-out.png", seconds=total_seconds(folder))
     seconds = {"train": trained - started, "judge": time.perf_counter() - trained}
-    return Adapted(path=path, report=report, sheet=folder / "held-out.png", seconds=seconds)
+    return Adapted(path=path, report=report, sheet=folder / "held-out.png", seconds=seconds, graphs=calls())

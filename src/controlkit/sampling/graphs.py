@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -217,6 +219,24 @@ class GraphReport:
         return f"network calls: {', '.join(ran) or 'none'}{memory}"
 
 
+_TALLIES: ContextVar[tuple[list[GraphReport], ...]] = ContextVar("tallies", default=())
+
+
+@contextmanager
+def tallied() -> Iterator[Callable[[], GraphReport]]:
+    """Count the network calls of everything that is sampled in this context.
+
+    Yields:
+        A function that returns the sum so far.
+    """
+    reports: list[GraphReport] = []
+    token = _TALLIES.set((*_TALLIES.get(), reports))
+    try:
+        yield lambda: sum(reports, GraphReport())
+    finally:
+        _TALLIES.reset(token)
+
+
 class NetworkCalls:
     """How sampling calls its networks: as graphs or eagerly.
 
@@ -234,6 +254,8 @@ class NetworkCalls:
     ) -> None:
         check_graphs(mode)
         self.report = GraphReport()
+        for reports in _TALLIES.get():
+            reports.append(self.report)
         self.left = 0
         """Number of steps left at which the same controls act, this one included; the sampler sets it before each
         step."""
