@@ -22,6 +22,7 @@ from controlkit.evaluation.evaluate_control import (
     evaluate_controls,
     generate_controlled,
 )
+from controlkit.evaluation.metrics import frechet_distance
 from controlkit.evaluation.report import Report
 from controlkit.evaluation.sets import EvaluationSet, evaluation_set
 from controlkit.formats.load import save_control
@@ -266,3 +267,26 @@ def test_reports_are_written_into_a_folder(tmp_path, capsys):
     assert head.startswith("set,image,seed,prompt") and len(rows) == 2 and ",5," in rows[0]
     assert main(["evaluate", "base", "nano", "--seed", "1"]) == 2
     check(capsys.readouterr().err, "contradiction", "--seed")
+
+
+def test_distances_to_the_targets_are_those_of_the_images(tiny_base, tiny_control, monkeypatch):
+    from controlkit.evaluation import evaluate_control as module
+
+    seen = []
+    monkeypatch.setattr(module, "lite0_features", lambda images: seen.append(images) or brightness(images))
+    first = EvaluationSet("held-out", evaluation_set("held-out").examples[:3])
+    report, _ = evaluate_control(tiny_base, tiny_control, [first], steps=2, distance=True)
+    facts = report.facts["held-out"]
+    targets, without, ceiling, made = (brightness(images) for images in [seen[1], seen[0], seen[2], seen[3]])
+    expected = [frechet_distance(features, targets) for features in (without, made, ceiling)]
+    assert [facts[name] for name in ("fd_lite0_baseline", "fd_lite0", "fd_lite0_ceiling")] == expected
+    assert report.rows[0][-1] == "{1:.1f} ({0:.1f}, {2:.1f})".format(*expected)
+    again, _ = evaluate_controls(tiny_base, {"a": tiny_control, "b": tiny_control}, [first], steps=2, distance=True)
+    assert again.facts["a"] == again.facts["b"] == report.facts
+    assert len(seen) == 4 + 5  # the targets, the baseline and the ceiling once
+    plain, _ = evaluate_control(tiny_base, tiny_control, [first], steps=2)
+    assert len(plain.columns) == len(report.columns) - 1 and "fd_lite0" not in plain.facts["held-out"]
+
+
+def brightness(images):
+    return torch.stack([torch.from_numpy(np.asarray(image, np.float32)).mean((0, 1)) for image in images])

@@ -72,6 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a row for each: given (the captions of the images), none, default, automatic (default: given)",
     )
     parser.add_argument("--captioner", help="for --prompt-mode automatic, as of generate")
+    parser.add_argument(
+        "--distance",
+        action="store_true",
+        help="for controls: also FD-lite0, the distance of the results to the targets (needs the extra metrics)",
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default: auto)")
     parser.add_argument("--sheet", default=None, metavar="FILE", help="also write a contact sheet as PNG")
     parser.add_argument("--seed", type=int, help="for controls: seed of the first image of each set (default: 0)")
@@ -93,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.sampling.graphs import tallied
     from controlkit.sampling.request import DEFAULT_STEPS, check_sampling, mode_name
 
-    names = ("steps", "guidance", "sampler", "weight", "mode", "seed")
+    names = ("steps", "guidance", "sampler", "weight", "mode", "seed", "distance")
     settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
     check_sampling(settings.get("steps", DEFAULT_STEPS), settings.get("guidance"), settings.get("sampler"))
     if "mode" in settings:
@@ -184,7 +189,7 @@ def _of_base(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]
     from controlkit.images import write_png
     from controlkit.nano.evaluate_base import base_grid, evaluate_base
 
-    for name in ("base", "sets", "pairs", "share", "icons", "images", "weight", "mode", "prompt_mode", "captioner"):
+    for name in (*_CHOICES, "weight", "mode", "distance"):
         if hasattr(args, name):
             option = name.replace("_", "-")
             raise UserError(f"--{option} is for controls; a base has its own images", "contradiction")
@@ -203,7 +208,7 @@ def _of_scenes(args: argparse.Namespace, settings: dict[str, Any]) -> list[Repor
     from controlkit.images import write_png
     from controlkit.nano.evaluate_scenes import evaluate_scenes, evaluation_scenes
 
-    for name in ("sets", "pairs", "share", "prompt_mode", "captioner", *named_columns(args)):
+    for name in ("sets", "pairs", "share", "prompt_mode", "captioner", "distance", *named_columns(args)):
         if hasattr(args, name):
             raise UserError(f"--{name.replace('_', '-')} has no use with scenes, which are drawn", "contradiction")
     if len(args.names) > 1:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from controlkit import conditions
 from controlkit.bases.base import Base
@@ -16,6 +17,8 @@ from controlkit.conditions.fidelity import scored_by_target
 from controlkit.controls.control import Control, encode_images, takes_one_image, words_of_inputs
 from controlkit.data.pairs import Pair
 from controlkit.errors import UserError
+from controlkit.evaluation.features import lite0_features
+from controlkit.evaluation.metrics import frechet_distance
 from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.evaluation.sampling import generate_uncontrolled, reconstruct
 from controlkit.evaluation.sets import EvaluationSet, Example
@@ -31,6 +34,11 @@ from controlkit.sampling.settings import base_settings, in_words, sampling_setti
 from controlkit.sampling.step import Step
 
 _SHOWN = 8
+_FD_COLUMN = ("FD-lite0 (no control, ceiling)",)
+_FD_NOTE = (
+    "FD-lite0 (lower is better): Frechet distance of EfficientNet-Lite0's features to the targets'. It compares only"
+    " between sets of the same size.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +94,25 @@ class Baselines:
     """The baseline: the same prompts and seeds without control."""
     ceiling: Sequence[np.ndarray]
     """The targets, encoded and decoded by the autoencoder."""
+    targets: Sequence[np.ndarray]
+
+    @cached_property
+    def features(self) -> Tensor:
+        """EfficientNet-Lite0 features of the targets `[N, 1280]`."""
+        return lite0_features(self.targets)
+
+    @cached_property
+    def distances(self) -> tuple[float, float]:
+        """FD-lite0 of the baseline and of the ceiling to the targets."""
+        return self.distance(self.no_control), self.distance(self.ceiling)
+
+    def distance(self, images: Sequence[np.ndarray]) -> float:
+        """FD-lite0 of images to the targets.
+
+        Raises:
+            UserError: the `metrics` extra is not installed.
+        """
+        return frechet_distance(lite0_features(images), self.features)
 
 
 def generate_baselines(
@@ -100,7 +127,7 @@ def generate_baselines(
     """Compute the baseline and the ceiling of targets and their prompts; image i has seed `seed` + i."""
     seeds = seeds_of(len(prompts), seed)
     no_control = generate_uncontrolled(base, prompts, steps, guidance, seeds=seeds, sampler=sampler)
-    return Baselines(no_control=no_control, ceiling=reconstruct(base, targets))
+    return Baselines(no_control=no_control, ceiling=reconstruct(base, targets), targets=targets)
 
 
 def evaluate_control(
@@ -116,6 +143,7 @@ def evaluate_control(
     prompt_modes: Sequence[str] = ("given",),
     captioner: str | None = None,
     seed: int = 0,
+    distance: bool = False,
     baselines: dict[str, Baselines] | None = None,
 ) -> tuple[Report, Image.Image]:
     """Score condition following on each set: no control (baseline), this control, the target (ceiling).
@@ -126,6 +154,7 @@ def evaluate_control(
             baseline has the same prompts.
         captioner: of the prompt mode `automatic`; default: that of the base.
         seed: of the first image of each set; the next image has the next seed.
+        distance: also compute FD-lite0, the Frechet distance of EfficientNet-Lite0's features to those of the targets.
         baselines: cache of baselines, by a hash of what they depend on; missing ones are computed and added. Pass the
             same dict to several calls to compute them once.
 
@@ -133,7 +162,8 @@ def evaluate_control(
         The table, and a contact sheet of the first eight images of each set.
 
     Raises:
-        UserError: the control records no condition, or takes more than one image.
+        UserError: the control records no condition, or takes more than one image; or the `metrics` extra is not
+            installed (`distance`).
     """
     baselines = {} if baselines is None else baselines
     evaluated = _evaluate_each(
@@ -149,6 +179,7 @@ def evaluate_control(
         mode=mode,
         captioner=captioner,
         seed=seed,
+        distance=distance,
     )
     sheet: dict[str, Sequence[np.ndarray]] = {}
     for scored in evaluated:
@@ -162,12 +193,13 @@ def evaluate_control(
         sheet |= {f"{name}: {title}": group[:_SHOWN] for title, group in columns.items()}
     report = Report(
         title=f"{evaluated[0].condition.name}: {evaluated[0].measure}",
-        columns=("images", "no control", "control", "ceiling", "gap closed"),
-        rows=tuple((scored.images, *scored.values) for scored in evaluated),
+        columns=("images", "no control", "control", "ceiling", "gap closed", *_FD_COLUMN[:distance]),
+        rows=tuple((scored.images, *scored.values, *scored.fd_cell) for scored in evaluated),
         notes=(
             "ceiling: the target, encoded and decoded by the autoencoder.",
             "gap closed = (control - no control) / (ceiling - no control).",
             f"{evaluated[0].in_words}.",
+            *_FD_NOTE[:distance],
             *_notes(evaluated),
         ),
         facts={scored.eval_set.name: scored.facts for scored in evaluated},
@@ -197,12 +229,13 @@ def evaluate_controls(
     prompt_modes: Sequence[str] = ("given",),
     captioner: str | None = None,
     seed: int = 0,
+    distance: bool = False,
 ) -> tuple[Report, Image.Image]:
     """Score condition following of several controls on the same images, in one table.
 
     Args:
         controls: by their name in the table.
-        prompt_modes: as of `evaluate_control`, with `captioner` and `seed`.
+        prompt_modes: as of `evaluate_control`, with `captioner`, `seed` and `distance`.
 
     Returns:
         The table, and a contact sheet of condition images and results for the first eight images of the first set.
@@ -233,10 +266,11 @@ def evaluate_controls(
             mode=mode,
             captioner=captioner,
             seed=seed,
+            distance=distance,
         )
         every += evaluated
         named[name] = evaluated[0]
-        rows += [(f"{name}, {scored.images}", scored.measure, *scored.values) for scored in evaluated]
+        rows += [(f"{name}, {scored.images}", scored.measure, *scored.values, *scored.fd_cell) for scored in evaluated]
         each_image += [{"control": name, **row} for scored in evaluated for row in scored.per_image]
         facts[name] = {scored.eval_set.name: scored.facts for scored in evaluated}
         acting[name] = {
@@ -250,9 +284,17 @@ def evaluate_controls(
     strips.append([Image.fromarray(image) for image in sets[0].images[:_SHOWN]])
     report = Report(
         title="Condition following",
-        columns=("control, images", "measure", "no control", "control", "ceiling", "gap closed"),
+        columns=(
+            *("control, images", "measure", "no control", "control", "ceiling", "gap closed"),
+            *_FD_COLUMN[:distance],
+        ),
         rows=tuple(rows),
-        notes=("ceiling: the target, encoded and decoded by the autoencoder.", *_each_acting(named), *_notes(every)),
+        notes=(
+            "ceiling: the target, encoded and decoded by the autoencoder.",
+            *_each_acting(named),
+            *_FD_NOTE[:distance],
+            *_notes(every),
+        ),
         facts=facts,
         settings={
             **base_settings(base),
@@ -284,6 +326,8 @@ class _Evaluated:
     """Scores of each image: without control, with it, and of its target."""
     seed: int
     """Of the first image."""
+    fd: tuple[float, float, float] | None
+    """FD-lite0 to the targets without control, with it, and of the ceiling; None if not asked for."""
     notes: tuple[str, ...]
     """Caveats of the scores."""
 
@@ -336,8 +380,18 @@ class _Evaluated:
         return (self.baseline, self.value, self.ceiling, gap_closed(self.baseline, self.value, self.ceiling))
 
     @property
+    def fd_cell(self) -> tuple[str, ...]:
+        if self.fd is None:
+            return ()
+        baseline, value, ceiling = self.fd
+        return (f"{value:.1f} ({baseline:.1f}, {ceiling:.1f})",)
+
+    @property
     def facts(self) -> dict[str, float]:
-        return dict(zip(("baseline", "control", "ceiling", "gap_closed"), self.values, strict=True))
+        found = dict(zip(("baseline", "control", "ceiling", "gap_closed"), self.values, strict=True))
+        if self.fd is not None:
+            found |= dict(zip(("fd_lite0_baseline", "fd_lite0", "fd_lite0_ceiling"), self.fd, strict=True))
+        return found
 
     @property
     def set_settings(self) -> dict[str, Any]:
@@ -382,6 +436,7 @@ def _evaluate(
     prompt_mode: str,
     captioner: str | None,
     seed: int,
+    distance: bool,
 ) -> _Evaluated:
     if control.condition is None:
         raise UserError(
@@ -425,6 +480,10 @@ def _evaluate(
             f"the {condition.name} parameters of {eval_set.name} are not recorded. Conditions of results are computed"
             " with the defaults, so scores are too low where other parameters were used.",
         )
+    fd = None
+    if distance:
+        without, best = baselines[key].distances
+        fd = (without, baselines[key].distance(controlled), best)
     return _Evaluated(
         condition=condition,
         eval_set=eval_set,
@@ -437,6 +496,7 @@ def _evaluate(
         values_each=value,
         ceilings_each=ceiling,
         seed=seed,
+        fd=fd,
         notes=notes,
     )
 
