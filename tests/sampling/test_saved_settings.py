@@ -15,7 +15,8 @@ from controlkit.conditions import find
 from controlkit.formats.load import find_control, shipped_controls
 from controlkit.images import write_png
 from controlkit.sampling import identity
-from controlkit.sampling.saved_settings import read_settings
+from controlkit.sampling.request import GenerateRequest
+from controlkit.sampling.saved_settings import SavedSettings, read_settings
 from refusals import check, refused
 
 DRAWING = np.full((80, 64, 3), 200, np.uint8)
@@ -256,3 +257,9 @@ def test_a_mask_and_parameters_are_restored_and_the_saved_mask_replaces_one_that
 def test_an_unknown_key_of_a_control_is_refused_with_the_nearest(drawn, capsys):
     assert run("generate", "red apple", "--control", "canny=drawing.png,wieght=1", "--steps", 1) == 2
     check(capsys.readouterr().err, "unknown-key", "'wieght'", "canny", "did you mean weight")
+
+
+def test_graphs_that_were_demanded_are_not_demanded_on_another_machine(tmp_path):
+    request = GenerateRequest(prompt="x", graphs="on")
+    saved = SavedSettings(request, {}, {}, folder=tmp_path)
+    assert saved.to_request().graphs == "auto" and saved.to_request(graphs="on").graphs == "on"

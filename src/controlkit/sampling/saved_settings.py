@@ -56,6 +56,7 @@ class SavedSettings:
         used = self.used if same_base else {}
         resolved = {name: used[name] for name in _RESOLVED if name in used}
         stored = self.request.to_json()
+        stored["graphs"] = "auto"  # `on` demands a device that has them; images do not depend on it
         stored["base"] = self._locate(self.request.base)
         stored["vae"] = self.request.vae and self._locate(self.request.vae)
         axes = {name: self._axes(name, changes) for name in ("vary", "xy") if name not in changes}
@@ -112,10 +113,6 @@ class SavedSettings:
                     if _differ(old._hashes(index), new.sha256["controls"][index], what):
                         notes[_changed(getattr(use, what))] = None
         return list(notes)
-
-    def again(self, **changes: Any) -> GenerateRequest:
-        """Former name of `to_request`."""
-        return self.to_request(**changes)
 
     def in_mode(self, mode: str) -> SavedSettings:
         """A copy with all controls in `mode`."""
