@@ -278,24 +278,36 @@ _SYSTEMS = {
 def _systems_table(results: Results) -> str:
     def ends(name: str) -> list[str]:
         gap = {"baseline": "0", "ceiling": "1"}[name]
-        both = (_facts(results, "control", images)[name] for images in ("held-out", "openmoji"))
-        return [f"{value:z.3f}, {gap}" for value in both]
+        found = [first["facts"][images] for images in ("held-out", "openmoji")]
+        scores = [f"{facts[name]:z.3f}, {gap}" for facts in found]
+        return [*scores, ", ".join(_whole(facts.get(f"fd_lite0_{name}")) for facts in found)]
 
+    measured = results.labels("systems")
+    first = results.report("systems", measured[0])
     rows = [["no control", "", "", "", *ends("baseline")]]
-    measured_systems = results.labels("systems")
     for system, title in _SYSTEMS.items():
-        if system not in measured_systems:
+        if system not in measured:
             continue
         entry = results.run("systems", system)
-        measured = entry["reports"][0]
         once, each = entry["gflop"]
         cost = f"{each:.3f}" if each else f"0 ({once:.3f} once)"
-        sets = (measured["facts"][images] for images in ("held-out", "openmoji"))
-        scores = [f"{facts['control']:.3f}, {facts['gap_closed']:.2f}" for facts in sets]
-        rows.append([title, f"{entry['parameters']:,}", cost, f"{entry['steps']:,}", *scores])
+        sets = [entry["reports"][0]["facts"][images] for images in ("held-out", "openmoji")]
+        followed = [f"{facts['control']:.3f}, {facts['gap_closed']:.2f}" for facts in sets]
+        distances = ", ".join(_whole(facts.get("fd_lite0")) for facts in sets)
+        seconds = entry.get("seconds_of_a_step")
+        steps = f"{entry['steps']:,}" + ("" if seconds is None else f", {entry['steps'] * seconds / 60:.0f} min")
+        rows.append([title, f"{entry['parameters']:,}", cost, steps, *followed, distances])
     rows.append(["ceiling", "", "", "", *ends("ceiling")])
-    columns = ("held-out concepts: edge F1, gap closed", "OpenMoji: edge F1, gap closed")
+    columns = (
+        "held-out concepts: edge F1, gap closed",
+        "OpenMoji: edge F1, gap closed",
+        "FD-lite0: held-out, OpenMoji",
+    )
     return table(("system", "parameters", "GFLOP per step", "steps trained", *columns), rows)
+
+
+def _whole(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
 
 
 # The adapters
@@ -459,6 +471,20 @@ def _community_table(results: Results) -> str:
     return table(("how", "no control", "control", "ceiling", "gap closed"), rows)
 
 
+def _ambiguous_table(results: Results) -> str:
+    concepts, fidelity = (results.report("ambiguous", index=index)["rows"] for index in (0, 1))
+    gaps = {name: values for name, *values in fidelity}
+    rows = []
+    for name, *shares in concepts[1:]:  # without chance
+        cells = [_two(share) for share in shares[:3]]
+        if name in gaps:
+            cells = [f"{cell}, {_two(gap)}" for cell, gap in zip(cells, gaps[name], strict=True)]
+        shown = f"`{name}`" if name in gaps else name
+        rows.append([shown, *cells, "" if shares[3] is None else _two(shares[3])])
+    head = ("control", "empty prompt", "right prompt", "conflicting prompt", "the concept of the conflicting prompt")
+    return table(head, rows)
+
+
 FIGURES: dict[str, Figure] = {
     "base.table": Figure("base", _base_table, block=True),
     "base.card": Figure("base", _card_table, block=True),
@@ -498,6 +524,7 @@ FIGURES: dict[str, Figure] = {
         "new-condition-control", _new_condition("lineart_color_hints", "new-condition-control")
     ),
     "several.table": Figure("several", _several_table, block=True),
+    "ambiguous.table": Figure("ambiguous", _ambiguous_table, block=True),
     "community.table": Figure("community", _community_table, block=True),
     "community.distance": Figure("community", lambda r: f"{100 * r.report('community')['facts']['distance']:.1f} %"),
 }

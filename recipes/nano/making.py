@@ -71,6 +71,8 @@ class MakeSettings:
     """Settings of the study several-conditions."""
     community_model: tuple[str, ...] = ()
     """Settings of the study community-model."""
+    ambiguous_content: tuple[str, ...] = ()
+    """Settings of the study ambiguous-content."""
 
 
 def system_file(shop: Workshop, system: str) -> Path:
@@ -96,3 +98,8 @@ def counts(texts: Sequence[str]) -> dict[str, int]:
         return {name: int(number) for name, _, number in (text.partition("=") for text in texts)}
     except ValueError as error:
         raise UserError(f"{', '.join(texts)}: expected name=number", "wrong-type") from error
+
+
+def system_log(shop: Workshop, system: str) -> Path:
+    """Where the log of that training is."""
+    return system_file(shop, system).with_suffix(".jsonl")

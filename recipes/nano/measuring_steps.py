@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from chart import draw_systems
 from figures import Results
-from making import ADAPTERS, BASE_CONDITIONS, RECIPES, MakeSettings, npm_pack, system_file
+from making import ADAPTERS, BASE_CONDITIONS, RECIPES, MakeSettings, npm_pack, system_file, system_log
 from pages import marked, pages, render, without_figures
 from steps import Outcome, Step, digest
 from workshop import Workshop, made_of_files
@@ -49,7 +52,11 @@ class MeasuringSteps:
         minutes: float,
     ) -> Step:
         def run() -> Outcome:
-            return self.shop.report(file, commands, **self._beside(file))
+            outcome = self.shop.report(file, commands, **self._beside(file))
+            if file == "systems":
+                runs = json.loads((self.shop.results / f"{file}.json").read_text(encoding="utf-8"))["runs"]
+                draw_systems(runs, self.shop.images / "systems.png")
+            return outcome
 
         sets = self.shop.assets / "evaluation"
         return Step(
@@ -71,7 +78,9 @@ class MeasuringSteps:
             return {}
         told = {system: self._described(system_file(self.shop, system)) for system in self.settings.systems}
         told["shipped"] = self._described(self.shop.control("canny"))
-        return {key: {system: one[key] for system, one in told.items()} for key in ("parameters", "gflop", "steps")}
+        values = {key: {system: one[key] for system, one in told.items()} for key in ("parameters", "gflop", "steps")}
+        seconds = {system: _seconds_of_a_step(system_log(self.shop, system)) for system in self.settings.systems}
+        return values | {"seconds_of_a_step": seconds}
 
     def _described(self, path: Path) -> dict[str, Any]:
         said = json.loads(self.shop.run(["inspect", str(path), "--base", "nano", "--json"]).printed)
@@ -96,6 +105,7 @@ class MeasuringSteps:
                 str(system_file(self.shop, system).relative_to(self.root)),
                 *_images(wanted.images),
                 *few,
+                "--distance",
             ]
             for system in wanted.systems
         }
@@ -149,9 +159,10 @@ class MeasuringSteps:
             self._report(
                 "systems",
                 "evaluate other systems on canny",
-                {**systems, "shipped": canny},
+                {**systems, "shipped": [*canny, "--distance"]},
                 (*shipped, *(system_file(self.shop, system) for system in systems)),
-                minutes=6,
+                "systems.png",
+                minutes=9,
             ),
         ]
 
@@ -188,6 +199,14 @@ class MeasuringSteps:
                 (self.shop.control("canny"), self.shop.icons),
                 {"images": "community-model.png"},
                 minutes=25,
+            ),
+            self._study(
+                "ambiguous",
+                "ambiguous-content",
+                _set(chosen.ambiguous_content),
+                (self.shop.control("canny"), *adapters),
+                {},
+                minutes=20,
             ),
         ]
 
@@ -305,6 +324,20 @@ class MeasuringSteps:
             minutes=0.1,
             optional_inputs=True,
         )
+
+
+def _seconds_of_a_step(log: Path) -> float:
+    """Median time in seconds of a training step, which a busy machine changes less than the mean.
+
+    Args:
+        log: `log.jsonl` of a run.
+    """
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return statistics.median(
+        (after["seconds"] - before["seconds"]) / (after["step"] - before["step"])
+        for before, after in pairwise([{"step": 0, "seconds": 0.0}, *lines])
+        if after["step"] > before["step"] and after["seconds"] > before["seconds"]
+    )
 
 
 def _images(count: int) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from making import ADAPTERS, BASE_CONDITIONS, RECIPES, SYSTEMS, MakeSettings, counts, npm_pack, system_file
+from making import ADAPTERS, BASE_CONDITIONS, RECIPES, SYSTEMS, MakeSettings, counts, npm_pack, system_file, system_log
 from steps import Outcome, Step
 from workshop import ASSETS, NETWORKS, Workshop, assemble_base, parts_of
 
@@ -196,7 +196,7 @@ class TrainingSteps:
                 f"system-{system}",
                 "systems.yaml",
                 (*self.shop.base, self.shop.icons),
-                {"canny.safetensors": system_file(self.shop, system)},
+                {"canny.safetensors": system_file(self.shop, system), "log.jsonl": system_log(self.shop, system)},
                 settings=(*SYSTEMS[system], f"steps={self.settings.systems_steps}"),
                 minutes=self.settings.systems_steps / 100,
             )
