@@ -50,7 +50,7 @@ def mount(app: FastAPI, service: Service, work: Path) -> None:
     Args:
         work: folder for uploaded pairs and runs.
     """
-    client, place = Client(service), Workplace(work, service.settings.device)
+    client, place = Client(service), Workplace(work, service.settings.execution.device)
     atexit.register(place.stop_all)
     with gr.Blocks(title="controlkit", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
         gr.Markdown("## controlkit")
