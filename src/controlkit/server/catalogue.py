@@ -1,4 +1,4 @@
-"""The models of a server: name -> path, listed once at its start.
+"""The models of a server: name -> path, listed at its start. The page adds adapters that it trains.
 
 Clients send names, and one that is not listed is refused, so no text from a client becomes a path.
 """

@@ -54,8 +54,8 @@ def mount(app: FastAPI, service: Service, work: Path) -> None:
     atexit.register(place.stop_all)
     with gr.Blocks(title="controlkit", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
         gr.Markdown("## controlkit")
-        with gr.Tab("Generate", id="generate"):
-            generate_tab(blocks, client)
+        with gr.Tab("Generate", id="generate") as tab:
+            generate_tab(blocks, tab, client)
         with gr.Tab("Pairs", id="pairs"):
             pairs_tab(place)
         with gr.Tab("Adapt", id="adapt"):
