@@ -12,6 +12,8 @@ from PIL import Image
 from controlkit.errors import UserError
 from controlkit.ui.files import base64_png, flattened, painted
 
+_CANVAS = 512
+"""Side in pixels; the brush is 40."""
 _PADDING = 32
 """Pixels of the image around the mask (A1111's default)."""
 
@@ -24,8 +26,8 @@ class StartFields:
             self.image = gr.ImageEditor(
                 type="pil",
                 format="png",
-                label="Image to start from; paint what is to be replaced, or nothing to change all of it",
-                canvas_size=(512, 512),
+                label="Paint what is to be replaced",
+                canvas_size=(_CANVAS, _CANVAS),
                 height=340,
                 layers=False,
                 sources=("upload", "clipboard"),
@@ -93,6 +95,8 @@ class StartFields:
         ]
 
     def taken(self, path: str | Path) -> dict[str, Any]:
-        """The value of the editor with a result in it."""
+        """The value of the editor with a result in it, enlarged to the size for which its brush is made."""
         image = Image.open(path).convert("RGB")
+        factor = max(1, _CANVAS // max(image.size))
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
         return {"background": image, "layers": [], "composite": image}
