@@ -84,8 +84,9 @@ def in_thread(folder: Path, **settings: Any) -> Iterator[Running]:
     from controlkit.server.app import create_app
     from controlkit.server.catalogue import list_models
     from controlkit.server.service import Settings
+    from controlkit.server.spec import Execution
 
-    settings = {"queue": folder / "queue.sqlite", "device": "cpu", **settings}
+    settings = {"queue": folder / "queue.sqlite", "execution": Execution(device="cpu"), **settings}
     settings.setdefault("catalogue", list_models())
     app = create_app(Settings(**settings))
     with _listening("127.0.0.1", 0) as sock:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from controlkit.bases.load import load_base
+from controlkit.formats.load import load_control, save_control, shipped_controls
 from controlkit.server.catalogue import list_models
 from refusals import refused
 
@@ -48,6 +53,43 @@ def test_names_that_are_not_listed_are_refused(catalogue, name):
 def test_paths_do_not_leave_the_server(catalogue, models):
     text = f"{models / 'controls' / 'Edges_v2.safetensors'} does not fit nano"
     assert catalogue.without_paths(text) == "Edges_v2 does not fit nano"
+    text = f"put its file into {models / 'controls'}, such as {models / 'controls' / 'other.safetensors'}"
+    assert catalogue.without_paths(text) == "put its file into controls, such as other.safetensors"
+    assert catalogue.without_paths(str(shipped_controls()["nano/palette"])) == "nano/palette"
+
+
+def test_base_controls_are_listed_for_training_and_found_by_adapters_of_other_folders(tmp_path):
+    nano_base = load_base("nano")
+    changed = load_control(shipped_controls()["nano/base"], nano_base)
+    with torch.no_grad():
+        next(changed.parameters()).add_(0.25)
+    for folder in ("bases", "adapters", "lost"):
+        (tmp_path / folder).mkdir()
+    base = save_control(tmp_path / "bases" / "mine.safetensors", changed, nano_base)
+    adapter = load_control(shipped_controls()["nano/palette"], nano_base, shared={})
+    file = tmp_path / "adapters" / "colours.safetensors"
+    save_control(file, adapter, nano_base, companion="mine")
+    with safe_open(file, "pt") as opened:
+        state, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+    with safe_open(base, "pt") as opened:
+        fingerprint = opened.metadata()["control.fingerprint"]
+    save_file(state, file, {**metadata, "control.base_control_fingerprint": fingerprint})
+    catalogue = list_models(controls=[str(tmp_path / "bases"), str(tmp_path / "adapters")])
+    assert catalogue.base_controls == {"nano/base": str(shipped_controls()["nano/base"]), "mine": str(base)}
+    assert "mine" not in catalogue.controls
+    found = load_control(catalogue.controls["colours"].path, nano_base)
+    assert found.base_control.fingerprint() == fingerprint
+    offered = list_models(controls=[str(tmp_path / "bases")]).with_control("colours", file)
+    assert offered.controls["colours"].path == catalogue.controls["colours"].path
+    assert catalogue.without_paths(f"{catalogue.controls['colours'].path}: {base}") == "colours: mine"
+
+
+def test_a_folder_of_peft_is_one_lora(tmp_path):
+    folder = tmp_path / "ink"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"x")
+    assert list_models(loras=[str(tmp_path)]).loras == {"ink": str(folder)}
 
 
 def test_folders_that_do_not_exist(tmp_path):

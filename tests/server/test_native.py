@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import tempfile
 
 import numpy as np
 import pytest
-from running import base64_of, drawing, image_of
+from PIL import Image
+from running import base64_of, drawing, image_of, in_thread
+
+from controlkit.formats.load import shipped_controls
+from controlkit.server.limits import Limits
+from refusals import refused
 
 SMALL = {"prompt": "red apple", "steps": 2}
 LONG = {"prompt": "red apple", "steps": 150, "seeds": list(range(8)), "batch_size": 1}
@@ -56,7 +64,7 @@ def test_waiting_requests_know_their_place_and_are_cancelled_at_once(server):
         for line in answer.iter_lines():
             if line.startswith("data: "):
                 event = json.loads(line[6:])
-                if "preview" in event:
+                if "preview" in event and event["step"] > 1:  # before, there is no estimate
                     break
     assert image_of(event["preview"]).size == (64, 64)
     assert event["eta_seconds"] is not None and 0 < event["step"] < event["steps"] == 1200
@@ -130,6 +138,89 @@ def test_models_are_listed_with_what_they_take(server):
     }
     assert (models["bases"], models["loras"], models["vaes"]) == (["nano"], ["styles/wild"], ["own"])
     assert "canny" in models["conditions"] and "bbox" not in models["conditions"]
+    assert models["parameters"]["canny"]["low"] == {"default": 100, "limits": [0, 1530]}
+    assert models["parameters"]["softedge_sobel"]["safe"] == {"default": False, "limits": None}
+    assert list(models["parameters"]) == models["conditions"] and "model" not in models["parameters"]["hed"]
+
+
+def _wide(colour: str = "teal") -> str:
+    return base64_of(Image.new("RGB", (160, 64), colour))
+
+
+def test_notes_and_errors_name_no_path_of_the_server(server):
+    blank, start = {"control": "canny", "image": _wide()}, {"image": _wide("red"), "strength": 0.5}
+    name = server.submit(**SMALL, controls=[blank, {**blank, "prepared": True}], **start)
+    assert server.wait(name)["state"] == "done"
+    result = server.get(f"/controlkit/v1/jobs/{name}/result")
+    notes = result["info"]["notes"]
+    # Cropped images and flat condition images, of which each names its file.
+    assert len([note for note in notes if "cropped" in note]) == 3 and len([n for n in notes if "flat" in n]) == 2
+    unit = {"image": _wide(), "model": "canny", "module": "canny"}
+    body = {"prompt": "x", "steps": 1, "alwayson_scripts": {"controlnet": {"args": [unit]}}}
+    info = server.post("/sdapi/v1/txt2img", body).raise_for_status().json()["info"]
+    assert "cropped" in info
+    mask = server.submit(**SMALL, image=_wide(), mask=base64_of(drawing()))
+    error = server.wait(mask)
+    assert error["code"] == "wrong-size"
+    detail = server.client.get(f"/controlkit/v1/jobs/{mask}/result").text
+    for text in (json.dumps(result["info"]), info, error["error"], detail):
+        assert tempfile.gettempdir() not in text and "controlkit-" not in text
+
+
+def test_condition_images_are_not_kept_and_take_the_place_of_no_result(tmp_path):
+    with in_thread(tmp_path, limits=Limits(kept=2)) as running:
+        kept = [running.submit(**SMALL) for _ in range(2)]
+        for name in kept:
+            running.wait(name)
+        body = {"controlnet_module": "canny", "controlnet_images": [base64_of(drawing())]}
+        for _ in range(3):
+            assert len(running.post("/controlnet/detect", body).raise_for_status().json()["images"]) == 1
+        damaged = {**body, "controlnet_module": "canny", "controlnet_images": [base64_of(Image.new("RGB", (8, 8)))]}
+        assert running.post("/controlnet/detect", damaged).status_code == 422
+        assert [each["id"] for each in running.get("/controlkit/v1/jobs")] == kept[::-1]
+        for name in kept:
+            assert running.get(f"/controlkit/v1/jobs/{name}/result")["images"]
+
+
+def test_a_control_is_offered_without_a_restart_and_again_when_its_file_changes(tmp_path):
+    """`offer_control` is what the page calls when a training has ended."""
+    file = tmp_path / "mine.safetensors"
+    request = {**SMALL, "controls": [{"control": "mine", "image": base64_of(drawing()), "prepared": True}]}
+    with in_thread(tmp_path) as running:
+        assert running.post("/controlkit/v1/jobs", request).status_code == 422
+
+        def image() -> np.ndarray:
+            name = running.submit(**request)
+            assert running.wait(name)["state"] == "done"
+            (text,) = running.get(f"/controlkit/v1/jobs/{name}/result")["images"]
+            return np.asarray(image_of(text))
+
+        found = []
+        for shipped in ("nano/palette", "nano/scribble"):
+            shutil.copyfile(shipped_controls()[shipped], file)
+            running.service.offer_control("mine", file)
+            found.append(image())
+            assert running.get("/controlkit/v1/models")["controls"]["mine"]["condition"] == shipped.partition("/")[2]
+        assert not np.array_equal(*found)
+        assert np.array_equal(found[1], image())
+        assert "mine" in running.get("/controlnet/model_list")["model_list"]
+        with refused("wrong-kind"):
+            running.service.offer_control("none", shipped_controls()["nano/base"])
+
+
+def test_openai_fields_that_change_nothing_are_named(server):
+    body = {"prompt": "sailboat", "seed": 1, "quality": "hd", "user": "x", "a\r\nSet-Cookie: b\u2603": 1}
+    answer = server.post("/v1/images/generations", body).raise_for_status()
+    assert answer.headers["X-Controlkit-Ignored"] == "quality, user, a%0D%0ASet-Cookie%3A%20b%E2%98%83"
+    assert "set-cookie" not in answer.headers
+    known = server.post("/v1/images/generations", {"prompt": "sailboat", "n": 1}).raise_for_status()
+    assert "X-Controlkit-Ignored" not in known.headers
+    buffer = io.BytesIO()
+    drawing().save(buffer, format="PNG")
+    files = {"image": ("a.png", buffer.getvalue(), "image/png")}
+    form = {"prompt": "sailboat", "quality": "high"}
+    edited = server.client.post("/v1/images/edits", data=form, files=files).raise_for_status()
+    assert edited.headers["X-Controlkit-Ignored"] == "quality"
 
 
 def test_openai_takes_controls_too(server):

@@ -47,6 +47,22 @@ def test_results_replace_what_was_sent_and_the_oldest_go(tmp_path):
     assert db.files(names[2], "input") == {} and db.get(names[2]).result == {"seeds": [1]}
 
 
+def test_each_kind_of_request_is_kept_by_itself(tmp_path):
+    db = store(tmp_path, kept=2)
+    (drawn,) = submit(db)
+    detected = [db.submit("detect", {}, {}).id for _ in range(4)]
+    for name in (drawn, *detected):
+        db.begin()
+        db.finish(name, "done")
+    assert db.get(drawn) is not None
+    assert [db.get(name) is None for name in detected] == [True, True, False, False]
+    db.remove(drawn)
+    assert db.get(drawn) is None
+    (waiting,) = submit(db)
+    db.remove(waiting)
+    assert db.get(waiting) is not None  # only what has ended
+
+
 def test_the_file_does_not_grow_with_the_number_of_requests(tmp_path):
     db = store(tmp_path, kept=2)
     sizes = []

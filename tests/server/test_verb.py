@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from running import drawing
+from running import Command, drawing
 
 from controlkit.apps.cli import main
 from controlkit.files import locked
@@ -49,6 +49,29 @@ def test_the_example_of_the_page_draws(server, tmp_path, monkeypatch, capsys):
     exec(compile(code.replace("http://127.0.0.1:7860", server.url), "server.md", "exec"), {})
     assert (tmp_path / "seed1.png").is_file() and (tmp_path / "seed2.png").is_file()
     assert "done" in capsys.readouterr().out
+
+
+def test_low_memory_and_graphs_reach_sampling(tmp_path):
+    with Command(tmp_path, "--low-memory", "--graphs", "on") as command:
+        status = command.running.wait(command.running.submit(prompt="red apple", steps=2))
+    # A CPU has no graphs, and `on` is refused where it cannot be.
+    assert (status["state"], status["code"]) == ("failed", "unsupported"), status
+
+
+def test_settings_of_the_server_are_those_of_each_request(monkeypatch):
+    from controlkit.sampling.generate import Generation
+    from controlkit.server import drawing as module
+    from controlkit.server.catalogue import list_models
+    from controlkit.server.limits import Limits
+    from controlkit.server.spec import Execution, Spec
+
+    asked = []
+    monkeypatch.setattr(module, "generate_one", lambda request, **_: asked.append(request) or Generation(request))
+    execution = Execution(device="cpu", precision="fp32", low_memory=True, graphs="off")
+    studio = module.Studio(catalogue=list_models(), limits=Limits(), execution=execution)
+    studio.draw(Spec(request={"prompt": "", "low_memory": False, "graphs": "on"}), {}, lambda step: None)
+    (request,) = asked
+    assert {name: getattr(request, name) for name in vars(execution)} == vars(execution)
 
 
 def test_the_page_names_every_option_of_the_limits():

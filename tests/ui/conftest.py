@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from browser import PATIENCE, Browser, missing
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from controlkit.bases.load import nano_folder
 
 REASON = missing()
 
@@ -61,9 +68,38 @@ class Served:
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory) -> Iterator[Served]:
+def models(tmp_path_factory) -> Path:
+    """A folder with a LoRA of nano in peft's format that changes images much, nano's own autoencoder under another
+    name, and an embedding."""
+    folder = tmp_path_factory.mktemp("models")
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q"
+    (weights,) = (nano_folder() / "unet").glob("*.safetensors")
+    with safe_open(weights, "pt") as file:
+        rows, columns = file.get_slice(f"{name}.weight").get_shape()
+    generator = torch.Generator().manual_seed(0)
+    lora = {
+        f"base_model.model.{name}.lora_A.weight": torch.randn(2, columns, generator=generator),
+        f"base_model.model.{name}.lora_B.weight": torch.randn(rows, 2, generator=generator),
+    }
+    (folder / "loras" / "wild").mkdir(parents=True)
+    save_file(lora, folder / "loras" / "wild" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (folder / "loras" / "wild" / "adapter_config.json").write_text(json.dumps(settings))
+    shutil.copytree(nano_folder() / "vae", folder / "vaes" / "own")
+    (weights,) = (nano_folder() / "text_encoder").glob("*.safetensors")
+    with safe_open(weights, "pt") as file:
+        (words,) = [key for key in file.keys() if key.endswith("token_embedding.weight")]  # noqa: SIM118
+        width = file.get_slice(words).get_shape()[1]
+    (folder / "embeddings").mkdir()
+    save_file({"emb_params": torch.zeros(1, width)}, folder / "embeddings" / "wavy.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory, models) -> Iterator[Served]:
     pytest.importorskip("gradio")
-    process = Served(tmp_path_factory.mktemp("ui"))
+    words = [word for kind in ("loras", "vaes", "embeddings") for word in (f"--{kind}", str(models / kind))]
+    process = Served(tmp_path_factory.mktemp("ui"), *words)
     try:
         yield process
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 
 import numpy as np
@@ -27,8 +28,10 @@ def _condition(page) -> Image.Image:
 def _draw(page, count: int) -> list[Image.Image]:
     before = page.images("#results")
     page.click("#draw")
-    page.until(lambda: (page.images("#results") not in ([], before) and "images in" in page.text("#message"))
-               or "1 image in" in page.text("#message"), "results")  # fmt: skip
+    page.until(
+        lambda: page.images("#results") not in ([], before) and re.match(r"\d+ images? in", page.text("#message")),
+        "results",
+    )
     found = page.images("#results")
     assert len(found) == count
     return [page.fetch(url) for url in found]

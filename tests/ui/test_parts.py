@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import zipfile
 
 import pytest
@@ -45,3 +46,32 @@ def test_a_zip_stays_in_its_folder(tmp_path, entry):
     (tmp_path / "b.zip").write_bytes(b"no zip")
     with refused("unreadable-file"):
         place.add_zip("mine", tmp_path / "b.zip")
+
+
+def test_an_adapter_is_offered_when_its_run_ends_and_not_when_it_fails(tmp_path, monkeypatch):
+    """With a script in place of the training, which writes what `adapt` writes."""
+    from controlkit.ui.runs import Workplace
+
+    script = tmp_path / "python"
+    script.write_text(
+        f"#!{sys.executable}\n"
+        "import pathlib, sys\n"
+        "words = sys.argv[3:]\n"
+        "out = pathlib.Path(words[words.index('--out') + 1])\n"
+        "out.mkdir()\n"
+        "(out / 'adapter.safetensors').write_text(words[words.index('--control') + 1])\n"
+        "sys.exit('bad' in out.name)\n"
+    )
+    script.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(script))
+    offered = []
+    place = Workplace(tmp_path / "work", offer=lambda name, path: offered.append((name, path.read_text())))
+    place.pairs_folder("mine").mkdir(parents=True)
+    for name in ("good", "bad"):
+        place.start(name, "mine", base="nano", control="base.safetensors", steps=1, learning_rate=None)
+        for _ in range(600):
+            if not place.state(name).is_running:
+                break
+            time.sleep(0.1)
+    assert offered == [("good", "base.safetensors")]  # whoever sees the run ended, sees it offered
+    assert [path.name for path in place.adapters.iterdir()] == ["good.safetensors"]

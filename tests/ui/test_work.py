@@ -62,6 +62,18 @@ def test_pairs_are_made_trained_on_stopped_resumed_and_compared(page, served, tm
         assert list(adapter.keys())
     assert (served.work / "adapters" / "first.safetensors").read_bytes() == file.read_bytes()
 
+    page.click_text("button[role=tab]", "Generate")
+    page.click("#control-1-name input")
+    page.click_text("#control-1-name [role=option]", "first")
+    page.click("#draw")
+    page.until(lambda: "4 images in" in page.text("#message"), "results", 240)
+    models = httpx.get(f"{served.root}/controlkit/v1/models", trust_env=False).json()
+    assert models["controls"]["first"]["condition"] == "canny"
+    page.click_text("button[role=tab]", "Adapt")
+    page.fill("#adapt-name input", "canny")  # would take the place of a control
+    page.click("#adapt-start")
+    page.until(lambda: "canny already" in page.text("#adapt-message .error"), "error")
+
     page.click_text("button[role=tab]", "Compare")
     report = json.loads((served.work / "runs" / ".first.out").read_text())["report"]
     (tmp_path / "other.json").write_text(json.dumps({"report": {**report, "title": "another title"}}))

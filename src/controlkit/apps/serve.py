@@ -45,6 +45,7 @@ _LIMITS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb. Defaults of limits are those of `Limits`."""
+    from controlkit.sampling.request import GRAPHS
     from controlkit.server.limits import Limits
 
     models = parser.add_argument_group("models")
@@ -87,6 +88,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default: auto, the best available)")
     parser.add_argument(
         "--precision", default="auto", help="fp32, fp16, bf16 or auto (default: auto, fp16 on CUDA, else fp32)"
+    )
+    parser.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="move text encoders off the device once prompts are encoded, and decode images one by one: the same images"
+        " in less memory",
+    )
+    parser.add_argument(
+        "--graphs",
+        default="auto",
+        choices=GRAPHS,
+        help="CUDA graphs, which speed up small batches (default: auto, which uses them on CUDA if there are enough"
+        " steps)",
     )
     limits = parser.add_argument_group("limits")
     for field in dataclasses.fields(Limits):
@@ -136,6 +150,7 @@ def serve(args: argparse.Namespace, page: Callable[[FastAPI, Service], object] |
     from controlkit.server.limits import Limits
     from controlkit.server.logs import log_json_lines
     from controlkit.server.service import Settings
+    from controlkit.server.spec import Execution
 
     limits = Limits(**{field.name: getattr(args, f"max_{field.name}") for field in dataclasses.fields(Limits)})
     catalogue = list_models(
@@ -158,8 +173,12 @@ def serve(args: argparse.Namespace, page: Callable[[FastAPI, Service], object] |
             token=token,
             origins=tuple(args.cors),
             hosts=(*_LOCAL_NAMES, args.host) if _is_local(args.host) else None,
-            device=args.device,
-            precision=args.precision,
+            execution=Execution(
+                device=args.device,
+                precision=args.precision,
+                low_memory=getattr(args, "low_memory", False),
+                graphs=args.graphs,
+            ),
         )
         with locked(queue.with_name(f"{queue.name}.lock"), f"another server uses {queue}; give --queue another file"):
             log_json_lines("warning" if args.quiet else "info")

@@ -37,9 +37,11 @@ def run(args: argparse.Namespace) -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         raise UserError(f"the page needs {error.name}; run: pip install 'controlkit[ui]'", "missing-package") from error
-    from controlkit.ui.page import ADAPTERS, PATH, mount
+    from controlkit.ui.page import PATH, mount
+    from controlkit.ui.runs import Workplace
 
     work = writable_folder(Path(args.work) if hasattr(args, "work") else serve.state_folder() / "ui", "give --work")
-    (work / ADAPTERS).mkdir(exist_ok=True)
-    args.controls = [*args.controls, str(work / ADAPTERS)]
+    adapters = Workplace(work).adapters
+    adapters.mkdir(exist_ok=True)
+    args.controls = [*args.controls, str(adapters)]
     serve.serve(args, lambda app, service: mount(app, service, work), path=PATH)

@@ -164,7 +164,7 @@ def _order(body: _Body, service: Service, options: Mapping[str, Any]) -> _Order:
         "negative_prompt": negative,
         "prompt_syntax": "weighted",
         "clip_skip": clip_skip if clip_skip is not None and clip_skip != 1 else None,
-        "embeddings": _embeddings(f"{prompt}\n{negative}", service),
+        "embeddings": service.catalogue.embeddings_in(f"{prompt}\n{negative}"),
         "loras": loras,
         "seeds": consecutive_seeds(-1 if body.seed is None else body.seed, count),
         "steps": body.steps or min(DEFAULT_STEPS, service.limits.steps),
@@ -318,14 +318,6 @@ def _loras(prompt: str, service: Service) -> tuple[str, list[dict[str, Any]], li
         except (UserError, ValueError):
             missing.append(name)
     return _LORA.sub("", prompt).strip() if loras or missing else prompt, loras, missing
-
-
-def _embeddings(prompts: str, service: Service) -> list[str]:
-    """Names of the textual inversions whose word is in the prompts, in any case."""
-    words = {name: name.rpartition("/")[2] for name in service.catalogue.embeddings}
-    return [
-        name for name, word in words.items() if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompts, re.IGNORECASE)
-    ]
 
 
 def _sampler(body: _Body, notes: list[str]) -> str | None:

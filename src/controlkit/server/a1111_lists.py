@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from controlkit.bases.solver_names import SOLVERS
 from controlkit.errors import UserError
+from controlkit.server.catalogue import word_of
 from controlkit.server.replies import service_of
 from controlkit.server.sent_images import decode_base64, encode_base64
 from controlkit.server.service import Service
@@ -205,7 +206,7 @@ async def loras(request: Request) -> list[dict[str, Any]]:
 @router.get("/embeddings")
 async def embeddings(request: Request) -> dict[str, Any]:
     """Textual inversions."""
-    words = [name.rpartition("/")[2] for name in service_of(request).catalogue.embeddings]
+    words = [word_of(name) for name in service_of(request).catalogue.embeddings]
     return {"loaded": {word: {} for word in words}, "skipped": {}}
 
 

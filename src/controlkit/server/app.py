@@ -77,7 +77,11 @@ def create_app(settings: Settings, page: Callable[[FastAPI, Service], object] | 
         page(app, service)
     if settings.origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=list(settings.origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[openai.IGNORED],
         )
     app.add_middleware(Guard, service=service)
     return app

@@ -1,4 +1,4 @@
-"""The models of a server: name -> path, listed once at its start.
+"""The models of a server: name -> path, listed at its start. The page adds adapters that it trains.
 
 Clients send names, and one that is not listed is refused, so no text from a client becomes a path.
 """
@@ -6,13 +6,19 @@ Clients send names, and one that is not listed is refused, so no text from a cli
 from __future__ import annotations
 
 import os
+import re
+import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import controlkit
 from controlkit.errors import UserError, nearest
 
+_DESCRIPTIONS = ("config.json", "adapter_config.json")
+"""A folder with one of these is one model, of diffusers or peft."""
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -30,6 +36,8 @@ class ControlEntry:
     """Its inputs that are images."""
     values: tuple[str, ...]
     """Its inputs that are plain values."""
+    version: int = 0
+    """Time at which its file was written, in nanoseconds, if that was after the start of the server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +47,8 @@ class Catalogue:
     bases: Mapping[str, str]
     """The first is the default."""
     controls: Mapping[str, ControlEntry] = field(default_factory=dict)
+    base_controls: Mapping[str, str] = field(default_factory=dict)
+    """Controls that only others use: no choice for a request, but adapters are trained on them."""
     loras: Mapping[str, str] = field(default_factory=dict)
     vaes: Mapping[str, str] = field(default_factory=dict)
     embeddings: Mapping[str, str] = field(default_factory=dict)
@@ -50,11 +60,23 @@ class Catalogue:
         """Name of the default base."""
         return next(iter(self.bases))
 
+    def with_control(self, name: str, path: str | Path) -> Catalogue:
+        """A catalogue with one more control, or a new file in place of a listed one.
+
+        Raises:
+            UserError: the file is not a control, or one that only others use.
+        """
+        entry = _entry(str(path), self.base_controls)
+        if entry is None:
+            raise UserError(f"{name} is a control that only others use", "wrong-kind")
+        entry = replace(entry, version=Path(path).stat().st_mtime_ns)
+        return replace(self, controls={**self.controls, name: entry})
+
     def find(self, kind: str, name: str) -> str:
         """The listed name that matches `name`, ignoring case, a file suffix and a hash in brackets (which A1111 adds).
 
         Args:
-            kind: `bases`, `controls`, `loras`, `vaes` or `embeddings`.
+            kind: `bases`, `controls`, `base_controls`, `loras`, `vaes` or `embeddings`.
 
         Raises:
             UserError: no listed name matches.
@@ -66,15 +88,39 @@ class Catalogue:
         for each in known:
             if _plain(each) == plain:
                 return each
-        raise UserError(f"there is no {kind[:-1]} {name!r} on this server{nearest(name, list(known))}", "unknown-name")
+        raise UserError(
+            f"there is no {kind[:-1].replace('_', ' ')} {name!r} on this server{nearest(name, list(known))}",
+            "unknown-name",
+        )
+
+    def embeddings_in(self, prompts: str) -> list[str]:
+        """Names of the textual inversions whose word is in the prompts, in any case."""
+        return [
+            name
+            for name in self.embeddings
+            if re.search(rf"(?<!\w){re.escape(word_of(name))}(?!\w)", prompts, re.IGNORECASE)
+        ]
 
     def without_paths(self, text: str) -> str:
-        """`text` with names in place of the server's paths."""
+        """`text` with names in place of the server's paths, and of their folders the last part."""
         controls = {name: entry.path for name, entry in self.controls.items()}
-        for listed in (self.bases, controls, self.loras, self.vaes, self.embeddings):
-            for name, path in sorted(listed.items(), key=lambda each: -len(each[1])):
-                text = text.replace(path, name) if os.sep in path else text
+        named: dict[str, str] = {}
+        for listed in (self.bases, controls, self.loras, self.vaes, self.embeddings, self.base_controls):
+            for name, path in listed.items():  # `ADAPTER+BASE` is two
+                named |= {each: name for each in (path, *path.split("+")) if os.sep in each}
+        folders = {str(Path(path).parent) for path in named if "+" not in path}
+        folders |= {str(Path(controlkit.__file__).parent), str(Path.home()), tempfile.gettempdir()}
+        named = {**{folder: Path(folder).name for folder in folders if len(Path(folder).parts) > 1}, **named}
+        for path in sorted(named, key=len, reverse=True):
+            if path in folders:
+                text = text.replace(f"{path}{os.sep}", "")
+            text = text.replace(path, named[path])
         return text
+
+
+def word_of(name: str) -> str:
+    """The word that stands for a textual inversion: its file's name."""
+    return name.rpartition("/")[2]
 
 
 def _plain(name: str) -> str:
@@ -116,9 +162,14 @@ def list_models(
     if "nano" in named_bases:
         files = {**{name: str(path) for name, path in shipped_controls().items()}, **files}
     listed, skipped = {}, []
+    base_controls = {}
+    for name, path in files.items():
+        with suppress(UserError):  # said below
+            if _is_for_others(path):
+                base_controls[name] = path
     for name, path in files.items():
         try:
-            entry = _entry(path)
+            entry = _entry(path, base_controls)
         except UserError as error:
             skipped.append(f"{name}: {error}")
             continue
@@ -127,6 +178,7 @@ def list_models(
     return Catalogue(
         bases=named_bases,
         controls=listed,
+        base_controls=base_controls,
         loras={name: path for each in loras for name, path in _files_in(each, "--loras").items()},
         vaes={name: path for each in vaes for name, path in _files_in(each, "--vaes").items()},
         embeddings={name: path for each in embeddings for name, path in _files_in(each, "--embeddings").items()},
@@ -134,21 +186,46 @@ def list_models(
     )
 
 
-def _entry(path: str) -> ControlEntry | None:
-    """The entry of a control; None for one that only other controls use, such as a base control."""
+def _is_for_others(path: str) -> bool:
+    """Whether only other controls use this one, as adapters do a base control."""
     from controlkit.controls.registry import registry
+    from controlkit.formats.load import control_class
+
+    return control_class(path).kind in {each.companion for each in registry().values()}
+
+
+def _entry(path: str, base_controls: Mapping[str, str]) -> ControlEntry | None:
+    """The entry of a control; None for one that only other controls use."""
     from controlkit.formats.load import control_class, recorded_condition
 
-    kind = control_class(path)
-    if kind.kind in {each.companion for each in registry().values()}:
+    if _is_for_others(path):
         return None
+    kind = control_class(path)
     return ControlEntry(
-        path=path,
+        path=path if kind.companion is None else _with_companion(path, base_controls),
         kind=kind.kind,
         condition=recorded_condition(path),
         images=tuple(each.name for each in kind.inputs if each.kind == "image"),
         values=tuple(each.name for each in kind.inputs if each.kind == "value"),
     )
+
+
+def _with_companion(path: str, base_controls: Mapping[str, str]) -> str:
+    """`ADAPTER+BASE` if the base control of an adapter is neither in its folder nor shipped, but listed."""
+    from controlkit.formats.companions import find_companion, read_checkpoint
+    from controlkit.formats.load import shipped_controls
+
+    own = [Path(each) for each in base_controls.values() if Path(each).is_file()]
+    shipped = [*shipped_controls().values()]
+    if not set(own) - set(shipped):
+        return path
+    with suppress(UserError):  # said when it is used
+        checkpoint = read_checkpoint(Path(path))
+        if checkpoint.companion is None:
+            found = find_companion(Path(path), checkpoint, [*shipped, *own])
+            is_far = found not in shipped and found.parent != Path(path).parent
+            return f"{path}+{found}" if is_far else path
+    return path
 
 
 def _bases_in(name: str) -> dict[str, str]:
@@ -163,11 +240,12 @@ def _bases_in(name: str) -> dict[str, str]:
 
 def _files_in(name: str, option: str) -> dict[str, str]:
     path = Path(name)
-    if path.is_file() or (path / "config.json").is_file():
+    if path.is_file() or any((path / each).is_file() for each in _DESCRIPTIONS):
         return {path.stem: str(path)}
     if not path.is_dir():
         raise UserError(f"{option} {name}: there is no such file or folder", "missing-file")
-    folders = {each.parent.relative_to(path).as_posix(): str(each.parent) for each in sorted(path.rglob("config.json"))}
+    described = sorted(each for name in _DESCRIPTIONS for each in path.rglob(name))
+    folders = {each.parent.relative_to(path).as_posix(): str(each.parent) for each in described}
     files = _files_below(path, inside=True)
     return {**folders, **{name: file for name, file in files.items() if str(Path(file).parent) not in folders.values()}}
 

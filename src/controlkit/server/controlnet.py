@@ -8,10 +8,9 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from controlkit import conditions
-from controlkit.conditions.condition import Condition
 from controlkit.errors import UserError
-from controlkit.server.native import listed_condition
-from controlkit.server.replies import ended, service_of
+from controlkit.server.parameters import computed_conditions, listed_condition
+from controlkit.server.replies import detected, service_of
 from controlkit.server.sent_images import decode_base64, encode_base64
 from controlkit.server.units import OWN, RESOLUTION, sliders, threshold_parameters
 
@@ -59,9 +58,9 @@ async def model_list(request: Request) -> dict[str, list[str]]:
 @router.get("/module_list")
 async def module_list(alias_names: bool = False) -> dict[str, Any]:
     """Conditions, with the sliders of their parameters."""
-    names = ["none", OWN, *_modules()]
+    names = ["none", OWN, *computed_conditions()]
     details: dict[str, Any] = {name: {"model_free": False, "sliders": []} for name in ("none", OWN)}
-    for name, condition in _modules().items():
+    for name, condition in computed_conditions().items():
         own = [
             {"name": parameter, "value": value, "min": low, "max": high, "step": _step(low, high)}
             for parameter, value, low, high in sliders(condition)
@@ -74,7 +73,7 @@ async def module_list(alias_names: bool = False) -> dict[str, Any]:
 async def control_types(request: Request) -> dict[str, Any]:
     """Conditions that controls follow, with these controls."""
     controls = service_of(request).catalogue.controls
-    modules, models = ["none", OWN, *_modules()], ["None", *controls]
+    modules, models = ["none", OWN, *computed_conditions()], ["None", *controls]
     types = {
         "All": {
             "module_list": modules,
@@ -85,7 +84,7 @@ async def control_types(request: Request) -> dict[str, Any]:
     }
     for kind in dict.fromkeys(entry.condition for entry in controls.values() if entry.condition is not None):
         fitting = [name for name, entry in controls.items() if entry.condition == kind]
-        own = [kind] if kind in _modules() else []
+        own = [kind] if kind in computed_conditions() else []
         types[kind] = {
             "module_list": ["none", OWN, *own],
             "model_list": ["None", *fitting],
@@ -121,9 +120,7 @@ async def detect(body: DetectBody, request: Request) -> Detected:
         parameters = threshold_parameters(condition, body.controlnet_threshold_a, body.controlnet_threshold_b)
         side = body.controlnet_processor_res
         spec = {"module": condition.name, "parameters": parameters, "side": _side(side)}
-    job = await service.queue("detect", spec, files)
-    ended(await service.wait(job.id))
-    return Detected(images=[encode_base64(data) for data in await service.files(job.id, "images")])
+    return Detected(images=[encode_base64(data) for data in await detected(service, spec, files)])
 
 
 def _side(side: int | None) -> int | None:
@@ -138,10 +135,6 @@ def _side(side: int | None) -> int | None:
     if not least <= side <= most:
         raise UserError(f"controlnet_processor_res is {side}; expected {least} to {most}", "out-of-range")
     return side
-
-
-def _modules() -> dict[str, Condition]:
-    return {name: kind for name, kind in conditions.registry().items() if not kind.provided}
 
 
 def _step(low: float, high: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.step import Step
 from controlkit.server.catalogue import Catalogue
 from controlkit.server.limits import Limits
-from controlkit.server.spec import Fit, SentImage, Spec
+from controlkit.server.spec import Execution, Fit, SentImage, Spec
 
 
 class Cancelled(Exception):
@@ -50,11 +51,16 @@ class Studio:
 
     catalogue: Catalogue
     limits: Limits
-    device: str = "auto"
-    precision: str = "auto"
+    execution: Execution = field(default_factory=Execution)
     models: Models = field(default_factory=Models)
     cache: ResidualCache = field(default_factory=lambda: ResidualCache(256))
     """Limited to 256 MiB; it saves time and changes no result."""
+
+    def use(self, catalogue: Catalogue) -> None:
+        """Use the models of `catalogue`. Controls are loaded again if it is another: a file may have been replaced."""
+        if catalogue != self.catalogue:
+            self.catalogue = catalogue
+            self.models.keep_only(GenerateRequest(prompt=""))
 
     def draw(
         self, spec: Spec, files: Mapping[str, bytes], on_step: Callable[[Step], object]
@@ -75,18 +81,21 @@ class Studio:
             try:
                 return self._draw(spec, files, on_step, Path(folder))
             except UserError as error:
-                raise self._public(error, folder) from error
+                raise UserError(self._public(str(error), folder), error.code) from error
 
-    def _public(self, error: UserError, folder: str) -> UserError:
-        """The error without paths of the server."""
-        text = str(error).replace(f"{folder}/", "")
-        return UserError(self.catalogue.without_paths(text), error.code)
+    def _public(self, text: str, folder: str | Path) -> str:
+        """A note or an error without paths of the server.
+
+        Args:
+            folder: that of the images of the request.
+        """
+        return self.catalogue.without_paths(text.replace(f"{folder}{os.sep}", ""))
 
     def _draw(
         self, spec: Spec, files: Mapping[str, bytes], on_step: Callable[[Step], object], folder: Path
     ) -> tuple[Result, Cancelled | None]:
         request = spec.to_request(
-            self.catalogue, lambda name: str(folder / f"{name}.png"), device=self.device, precision=self.precision
+            self.catalogue, lambda name: str(folder / f"{name}.png"), **dataclasses.asdict(self.execution)
         )
         base = self.models.base(request)
         width, height = request.width or base.size, request.height or base.size
@@ -120,6 +129,7 @@ class Studio:
             cancelled = error
         finally:
             self.models.keep_only(request)
+        notes = [self._public(note, folder) for note in (*notes, *finished.notes)]
         return self._result(spec, finished, notes, base), cancelled
 
     def _result(self, spec: Spec, made: Generation, notes: list[str], base: Base) -> Result:
@@ -136,7 +146,7 @@ class Studio:
             "clip_skip": request.clip_skip,
             "used": {key: value for key, value in used.items() if key != "device"},
             "seconds": made.seconds,
-            "notes": [self.catalogue.without_paths(note) for note in (*notes, *made.notes)],
+            "notes": notes,
             "ignored": list(spec.ignored),
         }
         values["infotexts"] = [infotext(values, each.seed) for each in made.images]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Query, Request
@@ -11,9 +11,9 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from controlkit import conditions
 from controlkit.errors import UserError
 from controlkit.sampling.request import DEFAULT_STEPS, MODES, SAMPLERS
+from controlkit.server.parameters import check_parameters, computed_conditions, listed_condition, parameters_of
 from controlkit.server.replies import checked_prompt, ended, service_of
 from controlkit.server.sent_images import decode_base64, encode_base64
 from controlkit.server.service import Service
@@ -220,9 +220,9 @@ async def _events(service: Service, id: str, previews: bool) -> AsyncIterator[st
 
 @router.get("/models")
 async def models(request: Request) -> dict[str, Any]:
-    """Names of models, conditions, samplers and modes; and the limits."""
+    """Names of models, conditions with their parameters, samplers and modes; and the limits."""
     service = service_of(request)
-    catalogue = service.catalogue
+    catalogue, computed = service.catalogue, computed_conditions()
     return {
         "bases": list(catalogue.bases),
         "controls": {
@@ -237,7 +237,14 @@ async def models(request: Request) -> dict[str, Any]:
         "loras": list(catalogue.loras),
         "vaes": list(catalogue.vaes),
         "embeddings": list(catalogue.embeddings),
-        "conditions": [name for name, kind in conditions.registry().items() if not kind.provided],
+        "conditions": list(computed),
+        "parameters": {
+            name: {
+                each.name: {"default": each.default, "limits": None if each.limits is None else list(each.limits)}
+                for each in parameters_of(kind)
+            }
+            for name, kind in computed.items()
+        },
         "samplers": list(SAMPLERS),
         "modes": list(MODES),
         "limits": vars(service.limits),
@@ -333,37 +340,6 @@ def _control(use: ControlBody, index: int, collected: Images, service: Service) 
     if image is not None:
         images.setdefault(entry.images[0] if entry.images else "image", image)
     return {**values, "inputs": {**use.values, **images}}
-
-
-def listed_condition(name: str) -> str:
-    """The registered name of a condition that can be computed from an image.
-
-    Raises:
-        UserError: there is no such condition, or it comes with data sets only.
-    """
-    kind = conditions.find(name)
-    if kind.provided:
-        raise UserError(f"{kind.name} comes with the data and is not computed; send a condition image", "unsupported")
-    return kind.name
-
-
-def check_parameters(parameters: Mapping[str, Any]) -> None:
-    """Check that no parameter is text, which might name a file or a repository.
-
-    Raises:
-        UserError: a parameter is not a number, a boolean or a list of these.
-    """
-    for name, value in parameters.items():
-        if not _is_plain(value, depth=4):
-            raise UserError(
-                f"parameter {name}: this server takes numbers, true and false, and lists of numbers", "wrong-type"
-            )
-
-
-def _is_plain(value: Any, depth: int) -> bool:
-    if isinstance(value, list):
-        return depth > 0 and all(_is_plain(each, depth - 1) for each in value)
-    return isinstance(value, (bool, int, float))
 
 
 async def _status(service: Service, job: Job) -> Status:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
+from collections.abc import Iterable
 from typing import Any
+from urllib.parse import quote
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import FormData
@@ -20,11 +23,18 @@ from controlkit.server.service import Service
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
+log = logging.getLogger("controlkit.server")
+
+IGNORED = "X-Controlkit-Ignored"
+"""Header of a response: fields of the request that this server does not support, separated by commas."""
+_MOST_NAMED = 20
+_WORDS = ("prompt", "model", "n", "size", "response_format")
+"""Text fields of `images/edits`."""
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 
 
 class GenerationsBody(BaseModel):
-    """Body of `images/generations`. Other keys are allowed and change nothing."""
+    """Body of `images/generations`. Other keys are allowed; a header of the response names them."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -58,9 +68,10 @@ async def models(request: Request) -> dict[str, Any]:
 
 
 @router.post("/images/generations")
-async def generations(body: GenerationsBody, request: Request) -> Created:
+async def generations(body: GenerationsBody, request: Request, response: Response) -> Created:
     """Generate images from a prompt, and wait for them."""
     service = service_of(request)
+    _name_ignored(body.model_extra or {}, request, response)
     asked = _request(service, body.prompt, body.model, body.n, body.size, body.response_format, body.seed)
     asked = asked.model_copy(update={"controls": body.controls})
     spec, files = await run_in_threadpool(build, asked, service)
@@ -93,7 +104,7 @@ async def generations(body: GenerationsBody, request: Request) -> Created:
         }
     },
 )
-async def edits(request: Request) -> Created:
+async def edits(request: Request, response: Response) -> Created:
     """Generate images that start from one, and wait for them; with a mask, only its transparent part changes."""
     service = service_of(request)
     async with request.form(max_files=4, max_fields=50) as form:
@@ -103,7 +114,8 @@ async def edits(request: Request) -> Created:
         data = checked_image(await images[0].read(), "image", service.limits)
         mask = form.get("mask")
         mask_data = checked_image(await mask.read(), "mask", service.limits) if isinstance(mask, SentFile) else None
-        words = {name: _field(form, name) for name in ("prompt", "model", "n", "size", "response_format")}
+        words = {name: _field(form, name) for name in _WORDS}
+        _name_ignored((name for name in form if name not in (*_WORDS, "image", "image[]", "mask")), request, response)
     count = words["n"]
     if count is not None and not re.fullmatch(r"[1-9]\d{0,5}", count, re.ASCII):
         raise UserError(f"n is {count!r}; expected a whole number from 1", "wrong-type")
@@ -123,6 +135,14 @@ async def edits(request: Request) -> Created:
         spec.request["mask"] = collected.add_bytes("mask", mask_data, transparent=True)
     spec.images, files = collected.images, collected.files
     return await _created(service, spec, files)
+
+
+def _name_ignored(fields: Iterable[str], request: Request, response: Response) -> None:
+    """Name unsupported fields in the response and in the log, percent-encoded: they are the client's text."""
+    names = [quote(name[:60], safe="[]", errors="replace") for name in dict.fromkeys(fields)][:_MOST_NAMED]
+    if names:
+        response.headers[IGNORED] = ", ".join(names)
+        log.info("ignored fields", extra={"path": request.url.path, "fields": names})
 
 
 def _field(form: FormData, name: str) -> str | None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from fastapi import HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
 
 from controlkit.errors import CODES, UserError
 from controlkit.files import valid_text
@@ -32,6 +36,29 @@ async def drawn(service: Service, spec: Spec, files: dict[str, bytes]) -> Job:
     """
     job = await service.submit(spec, files)
     return ended(await service.wait(job.id))
+
+
+async def detected(service: Service, spec: Mapping[str, Any], files: Mapping[str, bytes]) -> list[bytes]:
+    """Compute condition images, and wait for them. They are not kept.
+
+    Args:
+        spec: as `Studio.detect` takes it.
+        files: name -> bytes of the images, in order.
+
+    Returns:
+        PNG files, in that order.
+
+    Raises:
+        UserError: an image or a parameter cannot be used.
+        HTTPException: as in `ended`.
+        QueueFull: the queue is full.
+    """
+    job = await service.queue("detect", spec, files)
+    try:
+        ended(await service.wait(job.id))
+        return await service.files(job.id, "images")
+    finally:
+        await run_in_threadpool(service.store.remove, job.id)
 
 
 def ended(job: Job | None) -> Job:

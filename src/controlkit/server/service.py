@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from fastapi.concurrency import run_in_threadpool
 from controlkit.server.catalogue import Catalogue
 from controlkit.server.limits import Limits
 from controlkit.server.metrics import Metrics
-from controlkit.server.spec import Spec
+from controlkit.server.spec import Execution, Spec
 from controlkit.server.store import FINISHED, Job, QueueFull, Store
 from controlkit.server.supervisor import Progress, Supervisor
 
@@ -33,8 +34,7 @@ class Settings:
     """Origins of web pages that may use the server (CORS); `*` for all."""
     hosts: tuple[str, ...] | None = None
     """Names allowed in the header `Host`; None for all."""
-    device: str = "auto"
-    precision: str = "auto"
+    execution: Execution = field(default_factory=Execution)
 
 
 class Service:
@@ -45,20 +45,37 @@ class Service:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.catalogue, self.limits = settings, settings.catalogue, settings.limits
+        self.settings, self.limits = settings, settings.limits
         self.metrics = Metrics()
+        self._offering = threading.Lock()
         self.store = Store(settings.queue, queue=settings.limits.queue, kept=settings.limits.kept)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: dict[str, set[asyncio.Event]] = {}
         self.supervisor = Supervisor(
             self.store,
-            self.catalogue,
+            settings.catalogue,
             self.limits,
             self.metrics,
-            device=settings.device,
-            precision=settings.precision,
+            execution=settings.execution,
             changed=self._changed,
         )
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The models that clients may name."""
+        return self.supervisor.catalogue
+
+    def offer_control(self, name: str, path: Path) -> None:
+        """Offer one more control, or a new file of one, from the next request on. May be called from any thread.
+
+        Args:
+            path: of a file that the server itself has written; never of a client.
+
+        Raises:
+            UserError: it is not a control.
+        """
+        with self._offering:
+            self.supervisor.catalogue = self.catalogue.with_control(name, path)
 
     def start(self) -> None:
         """Start the worker, and continue with the queue in its file. Called in the event loop."""

@@ -11,13 +11,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from controlkit.sampling.request import GenerateRequest
-from controlkit.server.catalogue import Catalogue
+from controlkit.sampling.request import GenerateRequest, check_graphs
+from controlkit.server.catalogue import Catalogue, word_of
 from controlkit.server.limits import Limits
 
 Fit = Literal["crop", "stretch", "fill"]
 """How an image gets the size of the result: scaled to cover it and cropped (`crop`), stretched, or scaled to fit inside
 it with the rest in the colour of its border (`fill`). A1111: Crop and Resize, Just Resize, Resize and Fill."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How the server runs all requests; the fields are those of `GenerateRequest`."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    low_memory: bool = False
+    graphs: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_graphs(self.graphs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +101,7 @@ class Spec:
             {**use, "file": catalogue.loras[catalogue.find("loras", use["file"])]} for use in values.get("loras", ())
         ]
         words = [catalogue.find("embeddings", name) for name in values.get("embeddings", ())]
-        values["embeddings"] = [f"{_word(name)}={catalogue.embeddings[name]}" for name in words]
+        values["embeddings"] = [f"{word_of(name)}={catalogue.embeddings[name]}" for name in words]
         values["controls"] = [_located(use, catalogue, path) for use in values.get("controls", ())]
         return GenerateRequest.from_json(values)
 
@@ -104,11 +117,6 @@ class Spec:
         limits.check("controls", len(request.controls))
         if request.width is not None and request.height is not None:
             limits.check_size(request.width, request.height, request.hires)
-
-
-def _word(name: str) -> str:
-    """The word of an embedding: its file's name."""
-    return name.rpartition("/")[2]
 
 
 def _located(use: Mapping[str, Any], catalogue: Catalogue, path: Callable[[str], str]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Store:
 
     Args:
         queue: how many requests may wait.
-        kept: how many finished ones are kept.
+        kept: how many finished ones of each kind are kept.
 
     Raises:
         UserError: the file cannot be written, or is not such a queue.
@@ -231,13 +231,20 @@ class Store:
                 db.execute("DELETE FROM files WHERE job = ?", (name,))
                 for role, images in (files or {}).items():
                     self._write_files(name, role, [(f"{number:06}", data) for number, data in enumerate(images)])
+            # Each kind by itself, so that condition images do not take the place of results.
             db.execute(
                 "DELETE FROM jobs WHERE sequence IN (SELECT sequence FROM jobs WHERE state IN"
-                " ('done', 'failed', 'cancelled') ORDER BY finished DESC, sequence DESC LIMIT -1 OFFSET ?)",
-                (self._kept,),
+                " ('done', 'failed', 'cancelled') AND kind = (SELECT kind FROM jobs WHERE id = ?)"
+                " ORDER BY finished DESC, sequence DESC LIMIT -1 OFFSET ?)",
+                (name, self._kept),
             )
         with self._lock:
             self._db.execute("PRAGMA incremental_vacuum").fetchall()
+
+    def remove(self, name: str) -> None:
+        """Remove a request that has ended, and its files."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM jobs WHERE id = ? AND state IN ('done', 'failed', 'cancelled')", (name,))
 
     def cancel(self, name: str) -> Job | None:
         """Cancel a request, at once if it waits, within a step if it runs; and return it, or None if it is unknown."""

@@ -16,6 +16,7 @@ from typing import Any
 from controlkit.server.catalogue import Catalogue
 from controlkit.server.limits import Limits
 from controlkit.server.metrics import Metrics
+from controlkit.server.spec import Execution
 from controlkit.server.store import Job, Store
 from controlkit.server.worker import run_worker
 
@@ -62,7 +63,7 @@ class Supervisor(threading.Thread):
     """Runs the queue. `wake` and `stop` may be called from any other thread.
 
     Args:
-        device: as in `GenerateRequest`, like `precision`.
+        execution: how the worker runs requests.
         changed: called in this thread with the id of a request whose progress or state has changed.
     """
 
@@ -73,13 +74,14 @@ class Supervisor(threading.Thread):
         limits: Limits,
         metrics: Metrics,
         *,
-        device: str,
-        precision: str,
+        execution: Execution,
         changed: Callable[[str], object],
     ) -> None:
         super().__init__(name="supervisor", daemon=True)
         self._store, self._limits, self._metrics, self._changed = store, limits, metrics, changed
-        self._arguments = (catalogue, limits, device, precision)
+        self.catalogue = catalogue
+        """The models that requests may use from now on."""
+        self._execution = execution
         self._wakes, self._wake = multiprocessing.Pipe(duplex=False)
         self._waking = threading.Lock()
         self._stopping = False
@@ -136,7 +138,8 @@ class Supervisor(threading.Thread):
             return
         context = multiprocessing.get_context("spawn")  # a fork would share locks and CUDA with this process
         ours, theirs = context.Pipe()
-        self._process = context.Process(target=run_worker, args=(theirs, *self._arguments), daemon=True)
+        arguments = (self.catalogue, self._limits, self._execution)
+        self._process = context.Process(target=run_worker, args=(theirs, *arguments), daemon=True)
         self._process.start()
         theirs.close()  # so that the worker's end is the only one, and its death closes ours
         self._connection, self._ready = ours, False
@@ -161,7 +164,8 @@ class Supervisor(threading.Thread):
         self.progress = Progress(job.id)
         log.info("began", extra={"job": job.id, "kind": job.kind, "attempt": job.attempts})
         with contextlib.suppress(OSError):  # a worker that has just ended; `_listen` sees it
-            self._connection.send(("job", job.id, job.kind, job.spec, self._store.files(job.id, "input")))
+            files = self._store.files(job.id, "input")
+            self._connection.send(("job", job.id, job.kind, job.spec, files, self.catalogue))
         self._changed(job.id)
 
     def _listen(self) -> None:

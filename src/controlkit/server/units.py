@@ -10,7 +10,8 @@ from controlkit import conditions
 from controlkit.conditions.condition import Condition
 from controlkit.errors import UserError, nearest
 from controlkit.server.catalogue import ControlEntry
-from controlkit.server.native import Images, listed_condition
+from controlkit.server.native import Images
+from controlkit.server.parameters import listed_condition, parameters_of
 from controlkit.server.service import Service
 from controlkit.server.spec import Fit
 
@@ -166,11 +167,11 @@ def sliders(condition: Condition) -> list[tuple[str, float, float, float]]:
         Name, default, lower and upper limit of each.
     """
     found = [
-        (name, float(default), *condition.limits[name])
-        for name, default in condition.defaults.items()
-        if name in condition.limits and not isinstance(default, bool) and isinstance(default, (int, float))
+        (each.name, float(each.default), *each.limits)
+        for each in parameters_of(condition)
+        if each.limits is not None and each.name != "resolution"
     ]
-    return [each for each in found if each[0] != "resolution"][:2]
+    return found[:2]
 
 
 def threshold_parameters(condition: Condition, *thresholds: Any) -> dict[str, Any]:

@@ -16,22 +16,24 @@ from typing import Any
 from controlkit.errors import UserError, is_out_of_memory
 from controlkit.server.catalogue import Catalogue
 from controlkit.server.limits import Limits
+from controlkit.server.spec import Execution
 
 _PREVIEW_EVERY = 0.4
 """Least seconds between previews: each costs time, and people cannot follow more."""
 
 
-def run_worker(connection: Connection, catalogue: Catalogue, limits: Limits, device: str, precision: str) -> None:
+def run_worker(connection: Connection, catalogue: Catalogue, limits: Limits, execution: Execution) -> None:
     """Run the requests that the connection sends, until it closes.
 
-    Messages to the worker: `("job", id, kind, spec, files)`, `("cancel", id)`. From it: `("ready",)`, and for a request
-    any number of `("step", id, done, total, preview)`, then one of `("done", id, values, files)`, `("cancelled", id,
-    values, files)` and `("failed", id, text, code, traceback)`; no code means that the server is at fault.
+    Messages to the worker: `("job", id, kind, spec, files, catalogue)`, `("cancel", id)`. From it: `("ready",)`, and
+    for a request any number of `("step", id, done, total, preview)`, then one of `("done", id, values, files)`,
+    `("cancelled", id, values, files)` and `("failed", id, text, code, traceback)`; no code means that the server is at
+    fault.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends the worker
     from controlkit.server.drawing import Studio
 
-    worker = _Worker(connection, Studio(catalogue=catalogue, limits=limits, device=device, precision=precision))
+    worker = _Worker(connection, Studio(catalogue=catalogue, limits=limits, execution=execution))
     try:
         worker.send("ready")
         while True:
@@ -53,9 +55,12 @@ class _Worker:
         if message[0] == "job":
             self._work(*message[1:])
 
-    def _work(self, job: str, kind: str, spec: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    def _work(
+        self, job: str, kind: str, spec: Mapping[str, Any], files: Mapping[str, bytes], catalogue: Catalogue
+    ) -> None:
         import torch
 
+        self.studio.use(catalogue)
         try:
             self._answer(job, kind, spec, files)
         except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from controlkit.errors import UserError
 from controlkit.server.native import GenerateBody, build
+from controlkit.server.replies import detected
 from controlkit.server.service import Service
 from controlkit.server.spec import Spec
 from controlkit.server.store import FINISHED, Job, QueueFull
@@ -116,16 +117,13 @@ class Client:
             return f"step {progress.done} of {progress.total}{estimate}"
         return str(job.state)
 
-    async def condition_image(self, image: bytes, condition: str | None) -> bytes:
+    async def condition_image(self, image: bytes, condition: str | None, parameters: Mapping[str, Any]) -> bytes:
         """The condition image of an image; None for the image as the server reads it.
 
         Raises:
             UserError: it cannot be computed.
             QueueFull: too many wait.
         """
-        spec: dict[str, Any] = {"module": condition, "parameters": {}, "side": None}
-        job = await self.service.queue("detect", spec, {"image": image})
-        async for _ in self.watch(job.id):
-            pass
-        (found,) = await self.service.files(job.id, "images")
+        spec: dict[str, Any] = {"module": condition, "parameters": dict(parameters), "side": None}
+        (found,) = await detected(self.service, spec, {"image": image})
         return found

@@ -1,19 +1,21 @@
-"""Rows of controls on the page: image, condition image, weight, span, mode and mask."""
+"""Rows of controls on the page: image, condition image, weight, span, mode, parameters and mask."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
+from controlkit import conditions
 from controlkit.errors import UserError
 from controlkit.sampling.request import MODES
 from controlkit.server.catalogue import Catalogue
-from controlkit.ui.files import png_bytes
+from controlkit.ui.files import base64_png, flattened, painted
+from controlkit.ui.parameters import ParameterFields, parameter_fields
 
 OWN_MODE = "default"
 """Stands for the mode that the control's system prefers."""
@@ -36,17 +38,21 @@ class ControlRow:
     masked: gr.Checkbox
     mask: gr.ImageEditor
     remove: gr.Button
+    parameters: ParameterFields
 
     @property
     def inputs(self) -> tuple[Any, ...]:
         """The components that make a request."""
         return (
             *(self.control, self.image, self.prepared, self.weight, self.start, self.end),
-            *(self.mode, self.masked, self.mask),
+            *(self.mode, self.masked, self.mask, *self.parameters.inputs),
         )
 
-    def body(self, values: Mapping[Any, Any]) -> dict[str, Any] | None:
+    def body(self, values: Mapping[Any, Any], condition: str | None) -> dict[str, Any] | None:
         """The control of a request's body; None if the row names none.
+
+        Args:
+            condition: that of the control, if its file records one.
 
         Raises:
             UserError: it has no image, or no mask where one is asked for.
@@ -60,8 +66,9 @@ class ControlRow:
         mode = values[self.mode]
         found: dict[str, Any] = {
             "control": name,
-            "image": _base64(image),
+            "image": base64_png(image),
             "prepared": values[self.prepared],
+            "parameters": {} if values[self.prepared] else self.parameters.values(values, condition),
             "weight": values[self.weight],
             "start": values[self.start],
             "end": values[self.end],
@@ -73,13 +80,29 @@ class ControlRow:
                 raise UserError(
                     f"the mask of control {self.index + 1} ({name}) is empty; paint where it acts", "missing-setting"
                 )
-            found["mask"] = _base64(mask)
+            found["mask"] = base64_png(mask)
         return found
 
 
 def offered(catalogue: Catalogue) -> list[str]:
     """The controls of the catalogue that take one image and nothing else; rows have no fields for others."""
     return [name for name, entry in catalogue.controls.items() if len(entry.images) == 1 and not entry.values]
+
+
+def condition_of(catalogue: Catalogue, name: str | None) -> str | None:
+    """Name of the condition of a control, if its file records one that this version knows."""
+    entry = catalogue.controls.get(name or "")
+    if entry is None or entry.condition is None:
+        return None
+    with suppress(UserError):
+        return conditions.find(entry.condition).name
+    return None
+
+
+def computed_condition(catalogue: Catalogue, name: str | None) -> str | None:
+    """As `condition_of`; None for one that comes with the data and is not computed."""
+    found = condition_of(catalogue, name)
+    return None if found is None or conditions.find(found).provided else found
 
 
 def control_row(index: int, catalogue: Catalogue, *, visible: bool, control: str | None, image: Any) -> ControlRow:
@@ -127,6 +150,7 @@ def control_row(index: int, catalogue: Catalogue, *, visible: bool, control: str
             mode = gr.Dropdown([OWN_MODE, *MODES], value=OWN_MODE, label="Mode", min_width=150)
             prepared = gr.Checkbox(False, label="The image is a condition image already", min_width=150)
             masked = gr.Checkbox(False, label="Mask", elem_id=f"control-{number}-masked", min_width=100)
+        parameters = parameter_fields(condition_of(catalogue, control), f"control-{number}-parameters")
         mask = gr.ImageEditor(
             type="pil",
             format="png",
@@ -142,33 +166,10 @@ def control_row(index: int, catalogue: Catalogue, *, visible: bool, control: str
             buttons=[],
         )
     return ControlRow(
-        index, group, name, editor, preview, prepared, weight, start, end, mode, masked, mask, remove
+        index, group, name, editor, preview, prepared, weight, start, end, mode, masked, mask, remove, parameters
     )  # fmt: skip
 
 
-def drawn(value: Any) -> Image.Image | None:
-    """The image of an editor, over white; None for an empty one."""
-    composite = None if value is None else value.get("composite")
-    if composite is None:
-        return None
-    image = composite.convert("RGBA")
-    if image.getchannel("A").getextrema()[1] == 0:
-        return None
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
-
-
-def painted(value: Any) -> Image.Image | None:
-    """The strokes of an editor, white on black; None if there are none."""
-    layers = [] if value is None else [layer for layer in value.get("layers", ()) if layer is not None]
-    if not layers:
-        return None
-    mask = Image.new("L", layers[0].size, 0)
-    for layer in layers:
-        strokes = layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha else 0)
-        mask.paste(255, (0, 0), strokes)
-    return None if mask.getextrema()[1] == 0 else mask.convert("RGB")
-
-
-def _base64(image: Image.Image) -> str:
-    return base64.b64encode(png_bytes(image)).decode("ascii")
+def drawn(value: Mapping[str, Any] | None) -> Image.Image | None:
+    """The image of an editor with what is drawn on it, over white; None for an empty one."""
+    return flattened(None if value is None else value.get("composite"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import base64
 import io
 import json
 import os
@@ -47,8 +48,39 @@ def png_bytes(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def base64_png(image: Image.Image) -> str:
+    """An image as a PNG file in base64."""
+    return base64.b64encode(png_bytes(image)).decode("ascii")
+
+
+def flattened(image: Image.Image | None) -> Image.Image | None:
+    """An image of an editor over white, RGB; None for an empty one."""
+    if image is None:
+        return None
+    image = image.convert("RGBA")
+    if image.getchannel("A").getextrema()[1] == 0:
+        return None
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def painted(value: Mapping[str, Any] | None) -> Image.Image | None:
+    """The strokes of an editor, white on black; None if there are none."""
+    layers = [] if value is None else [layer for layer in value.get("layers", ()) if layer is not None]
+    if not layers:
+        return None
+    mask = Image.new("L", layers[0].size, 0)
+    for layer in layers:
+        strokes = layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha else 0)
+        mask.paste(255, (0, 0), strokes)
+    return None if mask.getextrema()[1] == 0 else mask.convert("RGB")
+
+
 def write_result(
-    images: Sequence[bytes], conditions: Sequence[bytes], seeds: Sequence[int], settings: Mapping[str, Any]
+    images: Sequence[bytes],
+    conditions: Sequence[bytes],
+    seeds: Sequence[int],
+    settings: Mapping[str, Any],
+    sent: Mapping[str, bytes],
 ) -> tuple[list[Path], list[Path], Path]:
     """Write the images of a request with the settings that restore it.
 
@@ -57,6 +89,7 @@ def write_result(
         conditions: PNG files of the condition images, in the order of the controls.
         settings: as `controlkit generate` stores them: `request`, whose controls have the images `condition0.png` and
             so on, and `used`.
+        sent: name -> bytes of the other files that `request` names, such as `mask.png`.
 
     Returns:
         Paths of the images, of the condition images, and of a ZIP of all, from which `controlkit generate --from` draws
@@ -73,10 +106,14 @@ def write_result(
         path = folder / f"condition{index}.png"
         path.write_bytes(data)
         maps.append(path)
+    others = []
+    for name, data in sent.items():
+        others.append(folder / name)
+        others[-1].write_bytes(data)
     (folder / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     archive = folder / "images.zip"
     with zipfile.ZipFile(archive, "w") as file:
-        for path in (*drawn, *maps, folder / "settings.json"):
+        for path in (*drawn, *maps, *others, folder / "settings.json"):
             file.write(path, path.name)
     return drawn, maps, archive
 

@@ -13,20 +13,32 @@ import gradio as gr
 from fastapi.concurrency import run_in_threadpool
 from PIL import Image
 
-from controlkit import conditions
 from controlkit.errors import UserError
 from controlkit.images import resize_cover
 from controlkit.sampling.request import SAMPLERS
 from controlkit.sampling.seeds import parse_seeds
+from controlkit.server.catalogue import word_of
 from controlkit.server.spec import Spec
 from controlkit.ui.client import Client, sentence
-from controlkit.ui.control_rows import OWN_MODE, ControlRow, control_row, drawn, offered
-from controlkit.ui.files import png_bytes, settings_in, write_result
+from controlkit.ui.control_rows import (
+    OWN_MODE,
+    ControlRow,
+    computed_condition,
+    condition_of,
+    control_row,
+    drawn,
+    offered,
+)
+from controlkit.ui.files import png_bytes, settings_in
+from controlkit.ui.loras import LoraFields
+from controlkit.ui.restoring import Restored
+from controlkit.ui.results import SIDES, write_files
+from controlkit.ui.start_image import StartFields
 from controlkit.ui.xy_sheet import AXES, draw_sheet
 
 OWN = "default"
-"""Stands for the base's own sampler."""
-_NUMBERS = ("guidance", "width", "height", "hires", "hires_strength")
+"""Stands for the base's own sampler, and its own autoencoder."""
+_NUMBERS = ("guidance", "width", "height", "hires", "hires_strength", "clip_skip")
 """Number fields whose 0 means the default."""
 _FIRST_PROMPT = "sailboat, noto style, on a teal background"
 _FIRST_CONTROL = "canny"
@@ -45,8 +57,8 @@ def status_html(text: str) -> str:
 class _Tab:
     """The components and what they do."""
 
-    def __init__(self, client: Client) -> None:
-        self.client = client
+    def __init__(self, client: Client, tab: gr.Tab) -> None:
+        self.client, self.tab = client, tab
         self.running: dict[str, str] = {}
         """Session of a browser -> id of its request, for the button that cancels."""
         self.cancelled: set[str] = set()
@@ -65,6 +77,8 @@ class _Tab:
                     self.cancel = gr.Button("Cancel", elem_id="cancel", scale=1, min_width=80)
                 self.rows = self._rows()
                 self.add = gr.Button("Add a control", size="sm", elem_id="add-control")
+                self.start = StartFields()
+                self.loras = LoraFields(list(catalogue.loras))
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
                     self._settings(list(catalogue.bases), limits.steps)
                 with gr.Accordion("X/Y sheet", open=False, elem_id="xy"):
@@ -90,8 +104,8 @@ class _Tab:
         )
         first = _FIRST_CONTROL if _FIRST_CONTROL in known else next(iter(known), None)
         rows = []
-        for index in range(service.limits.controls if known else 0):
-            is_first = index == 0
+        for index in range(service.limits.controls):
+            is_first = index == 0 and first is not None
             image = {"background": demo, "layers": [], "composite": demo} if is_first else None
             rows.append(
                 control_row(
@@ -114,6 +128,13 @@ class _Tab:
         with gr.Row():
             self.hires = gr.Number(0, label="Hires factor", info="0: one pass", elem_id="hires", min_width=150)
             self.hires_strength = gr.Number(0, label="Hires strength", info="0: default", min_width=150)
+            self.clip_skip = gr.Number(0, label="Clip skip", info="0: the base's", precision=0, min_width=120)
+            vaes = list(self.client.service.catalogue.vaes)
+            self.vae = gr.Dropdown(
+                [OWN, *vaes], value=OWN, label="VAE", visible=bool(vaes), elem_id="vae", min_width=150
+            )
+        if words := [word_of(name) for name in self.client.service.catalogue.embeddings]:
+            gr.Markdown(f"Words of embeddings, for both prompts: {', '.join(words)}", elem_id="words")
 
     def _sheet(self) -> None:
         self.axes = []
@@ -137,7 +158,7 @@ class _Tab:
             label="Results", columns=2, height="auto", object_fit="contain", format="png", type="filepath",
             elem_id="results", buttons=["download", "fullscreen"], interactive=False, allow_preview=False,
         )  # fmt: skip
-        self.before = gr.Radio(["condition image", "image"], value="condition image", label="Compare with")
+        self.before = gr.Radio(list(SIDES), value=SIDES[0], label="Compare with")
         self.slider = gr.ImageSlider(
             label="Before and after", type="filepath", format="png", elem_id="slider", interactive=False,
             buttons=["download"], max_height=430,
@@ -150,14 +171,16 @@ class _Tab:
     def request_inputs(self) -> list[Any]:
         return [
             *(self.prompt, self.negative, self.base, self.seeds, self.steps, self.guidance, self.sampler),
-            *(self.width, self.height, self.hires, self.hires_strength, self.shown),
+            *(self.width, self.height, self.hires, self.hires_strength, self.clip_skip, self.vae, self.shown),
+            *(*self.start.inputs, *self.loras.inputs),
             *(component for row in self.rows for component in row.inputs),
         ]
 
     def _connect(self, blocks: gr.Blocks) -> None:
-        self.shown = gr.State([row.index == 0 for row in self.rows])
+        self.shown = gr.State([row.group.visible for row in self.rows])
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        outputs = [self.message, self.live, self.gallery, self.slider, self.download, self.result, self.selected]
+        outputs = [self.message, self.live, self.gallery, self.before, self.slider, self.download]
+        outputs += [self.result, self.selected]
         self.draw.click(self._draw, set(self.request_inputs), outputs, scroll_to_output=True, **private)
         axes = {component for axis in self.axes for component in axis}
         self.draw_sheet.click(self._draw_sheet, {*self.request_inputs, *axes}, [self.message, self.sheet], **private)
@@ -166,7 +189,11 @@ class _Tab:
         self.before.change(self._compare, [self.result, self.selected, self.before], self.slider, **private)
         groups = [row.group for row in self.rows]
         self.add.click(self._add_row, self.shown, [self.shown, *groups], **private)
+        self.start.take.click(self._take, [self.result, self.selected], [self.start.image, self.message], **private)
         self.dropped.upload(self._restore, self.dropped, [self.message, *self._restored], **private)
+        lists = [row.control for row in self.rows]
+        for event in (blocks.load, self.tab.select):
+            event(self._listed, None, lists, **private)
         for row in self.rows:
             self._connect_row(row, blocks, groups, private)
 
@@ -176,15 +203,21 @@ class _Tab:
 
         row.remove.click(remove, self.shown, [self.shown, *groups], **private)
 
-        async def preview(name: str | None, image: Any, prepared: bool, base: str, width: Any, height: Any) -> Any:
-            return await self._preview(name, image, prepared, base, width, height)
+        async def preview(values: dict[Any, Any]) -> Any:
+            return await self._preview(row, values)
 
-        inputs = [row.control, row.image, row.prepared, self.base, self.width, self.height]
+        inputs = {row.control, row.image, row.prepared, *row.parameters.inputs, self.base, self.width, self.height}
         outputs = [row.preview, self.message]
-        for event in (row.control.change, row.image.change, row.image.input, row.image.upload, row.prepared.change):
-            event(preview, inputs, outputs, trigger_mode="always_last", **private)
+        changes = [row.control.change, row.image.change, row.image.input, row.image.upload, row.prepared.change]
+        changes += [field.change for field in row.parameters.fields]
+        gr.on(changes, preview, inputs, outputs, trigger_mode="always_last", **private)
         if row.index == 0:
             blocks.load(preview, inputs, outputs, **private)
+
+        def parameters(name: str | None) -> list[Any]:
+            return row.parameters.updates(condition_of(self.client.service.catalogue, name))
+
+        row.control.input(parameters, row.control, list(row.parameters.outputs), **private)
 
         def mask(masked: bool, image: Any) -> Any:
             background = drawn(image) if masked else None
@@ -206,26 +239,36 @@ class _Tab:
             return [shown, *(gr.skip() for _ in shown)]
         return self._with_row(shown, free[0], True)
 
-    async def _preview(
-        self, name: str | None, value: Any, prepared: bool, base: str, width: Any, height: Any
-    ) -> tuple[Any, Any]:
+    def _listed(self) -> Any:
+        """Lists of the controls that the server has now: one may have been trained since the page was built."""
+        names = offered(self.client.service.catalogue)
+        updates = [gr.update(choices=names) for _ in self.rows]
+        return updates[0] if len(updates) == 1 else updates
+
+    async def _preview(self, row: ControlRow, values: dict[Any, Any]) -> tuple[Any, Any]:
         """The condition image that a control would be given."""
-        image = drawn(value)
+        name, image = values[row.control], drawn(values[row.image])
         if image is None or not name:
             return None, gr.skip()
+        width, height, catalogue = values[self.width], values[self.height], self.client.service.catalogue
         try:
-            entry = self.client.service.catalogue.controls[name]
-            condition = None if prepared or entry.condition is None else conditions.find(entry.condition)
+            condition = None if values[row.prepared] else computed_condition(catalogue, name)
             if not (width and height):
-                own = await run_in_threadpool(_own_size, self.client.service.catalogue.bases[base])
+                own = await run_in_threadpool(_own_size, catalogue.bases[values[self.base]])
                 width, height = width or own, height or own
             self.client.service.limits.check_size(int(width), int(height), None)
             sized = resize_cover(image, int(width), int(height))
-            computed = None if condition is None or condition.provided else condition.name
-            data = await self.client.condition_image(png_bytes(sized), computed)
+            parameters = row.parameters.values(values, condition)
+            data = await self.client.condition_image(png_bytes(sized), condition, parameters)
         except Exception as error:
             return None, error_html(sentence(error))
         return Image.open(io.BytesIO(data)), gr.skip()
+
+    def _take(self, result: dict[str, Any] | None, index: int) -> tuple[Any, Any]:
+        """Put the selected result into the start image."""
+        if not result:
+            return gr.skip(), error_html("there is no result yet; draw one first")
+        return self.start.taken(result["images"][index]), gr.skip()
 
     # Drawing
 
@@ -235,7 +278,7 @@ class _Tab:
         Raises:
             UserError: a value cannot be used.
         """
-        sampler = values[self.sampler]
+        sampler, vae, catalogue = values[self.sampler], values[self.vae], self.client.service.catalogue
         rows = [row for row in self.rows if values[self.shown][row.index]]
         return {
             "prompt": values[self.prompt],
@@ -245,7 +288,15 @@ class _Tab:
             "steps": values[self.steps],
             "sampler": None if sampler == OWN else sampler,
             **{name: _number(values[getattr(self, name)]) for name in _NUMBERS},
-            "controls": [body for row in rows if (body := row.body(values)) is not None],
+            "vae": None if vae == OWN else vae,
+            "loras": self.loras.body(values),
+            "embeddings": catalogue.embeddings_in(f"{values[self.prompt]}\n{values[self.negative]}"),
+            **self.start.body(values),
+            "controls": [
+                body
+                for row in rows
+                if (body := row.body(values, computed_condition(catalogue, values[row.control]))) is not None
+            ],
         }
 
     async def _draw(self, values: dict[Any, Any], request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
@@ -253,6 +304,7 @@ class _Tab:
         try:
             body = self._body(values)
             spec, sent = await self.client.spec(body)
+            spec.start_image = spec.request["image"] is not None
             job = await self.client.submit(spec, sent)
             self.running[session] = job.id
             async for now in self.client.watch(job.id):
@@ -270,17 +322,11 @@ class _Tab:
         service = self.client.service
         job = await service.job(name)
         values = (job.result if job is not None else None) or {}
-        images, maps = [await service.files(name, role) for role in ("images", "maps")]
+        images, maps, start = [await service.files(name, role) for role in ("images", "maps", "start")]
         hidden = gr.update(visible=False)
         if not images:
             return {self.message: status_html("cancelled"), self.live: hidden}
-        settings = {"request": restorable(spec, values["seeds"]), "used": values["used"]}
-        drawn_files, map_files, archive = await run_in_threadpool(write_result, images, maps, values["seeds"], settings)
-        result = {
-            "images": [str(path) for path in drawn_files],
-            "condition image": [str(path) for path in map_files],
-            "image": await run_in_threadpool(_as_drawn, sent, spec, Path(drawn_files[0])),
-        }
+        result, archive = await run_in_threadpool(write_files, spec, sent, values, images, maps, start)
         assert job is not None and job.started is not None and job.finished is not None
         count = "1 image" if len(images) == 1 else f"{len(images)} images"
         words = [f"{count} in {job.finished - job.started:.1f} s", *values["notes"]]
@@ -293,7 +339,8 @@ class _Tab:
                 value=[(path, f"seed {seed}") for path, seed in zip(result["images"], values["seeds"], strict=True)],
                 selected_index=None,
             ),
-            self.slider: self._compare(result, 0, "condition image"),
+            self.before: gr.update(value=_side(result)),
+            self.slider: self._compare(result, 0, _side(result)),
             self.download: gr.update(value=str(archive), visible=True),
             self.result: result,
             self.selected: 0,
@@ -351,79 +398,55 @@ class _Tab:
             for row in self.rows
             for each in (row.group, row.control, row.weight, row.start, row.end, row.mode, row.prepared)
         ]
+        parameters = [each for row in self.rows for each in row.parameters.outputs]
         return [
             *(self.prompt, self.negative, self.base, self.seeds, self.steps, self.guidance, self.sampler),
-            *(self.width, self.height, self.hires, self.hires_strength, self.shown, *rows),
+            *(self.width, self.height, self.hires, self.hires_strength, self.clip_skip, self.vae),
+            *(*self.start.settings, *self.loras.outputs, self.shown, *rows, *parameters),
         ]
 
     def _restore(self, path: str | None) -> list[Any]:
-        """The settings in a dropped file. Images of controls stay as they are: a PNG does not hold them."""
+        """The settings in a dropped file. Images stay as they are: a PNG does not hold them."""
         nothing = [gr.skip()] * len(self._restored)
         if path is None:
             return [gr.skip(), *nothing]
         try:
-            stored = settings_in(path)
+            stored = Restored.of(settings_in(path), self.client.service.catalogue, len(self.rows))
         except UserError as error:
             text = str(error).replace(str(Path(path).parent) + "/", "")
             return [error_html(text), *nothing]
         except Exception as error:
             return [error_html(sentence(error)), *nothing]
-        catalogue, notes = self.client.service.catalogue, []
-        base = stored["base"]
-        if base not in catalogue.bases:
-            notes.append(f"there is no base {Path(base).name} here")
-            base = gr.skip()
-        uses: list[dict[str, Any]] = []
-        here = offered(catalogue)
-        for use in stored["controls"]:
-            if use["control"] in here and len(uses) < len(self.rows):
-                uses.append(use)
-            else:
-                notes.append(f"control {Path(use['control']).name} is not offered here")
-        seeds = ",".join(str(seed) for seed in stored["seeds"])
+        fields, own = stored.fields, [gr.skip() if value is None else value for value in (stored.base, stored.vae)]
         values = [
-            *(stored["prompt"], stored["negative_prompt"], base, seeds, stored["steps"], stored["guidance"]),
-            *(stored["sampler"] or OWN, stored["width"], stored["height"], stored["hires"], stored["hires_strength"]),
-            [index < len(uses) for index in range(len(self.rows))],
+            *(fields["prompt"], fields["negative_prompt"], own[0], stored.seeds, fields["steps"], fields["guidance"]),
+            *(fields["sampler"] or OWN, fields["width"], fields["height"], fields["hires"], fields["hires_strength"]),
+            *(fields["clip_skip"], own[1], *self.start.updates(fields), *self.loras.updates(stored.loras)),
+            [index < len(stored.controls) for index in range(len(self.rows))],
         ]
-        for index in range(len(self.rows)):
-            if index >= len(uses):
+        parameters: list[Any] = []
+        for index, row in enumerate(self.rows):
+            if index >= len(stored.controls):
                 values += [gr.update(visible=False), *[gr.skip()] * 6]
+                parameters += [gr.skip()] * len(row.parameters.outputs)
                 continue
-            use = uses[index]
-            mode = use["mode"] or OWN_MODE
-            own = [use["control"], use["weight"], use["start"], use["end"], mode, False]
-            values += [gr.update(visible=True), *own]
-        done = "; ".join(["settings restored; the images of controls stay as they are", *notes])
-        return [status_html(done), *values]
+            use = stored.controls[index]
+            values += [gr.update(visible=True), *(use[key] for key in ("control", "weight", "start", "end"))]
+            values += [use["mode"] or OWN_MODE, False]
+            condition = condition_of(self.client.service.catalogue, use["control"])
+            parameters += row.parameters.updates(condition, use["parameters"])
+        done = "; ".join(["settings restored; images of controls and the start image stay as they are", *stored.notes])
+        return [status_html(done), *values, *parameters]
 
 
-def generate_tab(blocks: gr.Blocks, client: Client) -> None:
-    """Build the tab."""
-    _Tab(client).build(blocks)
+def generate_tab(blocks: gr.Blocks, tab: gr.Tab, client: Client) -> None:
+    """Build the contents of `tab`."""
+    _Tab(client, tab).build(blocks)
 
 
-def restorable(spec: Spec, seeds: list[int]) -> dict[str, Any]:
-    """Fields of `GenerateRequest` that draw the images again from the files of `write_result`."""
-    request = {name: value for name, value in spec.request.items() if value is not None}
-    uses = []
-    for index, use in enumerate(request.get("controls", ())):
-        changes = {"image": f"condition{index}.png", "prepared": True, "parameters": None, "mask": None}
-        uses.append({**use, **changes})
-    return {**request, "seeds": seeds, "controls": uses}
-
-
-def _as_drawn(sent: Mapping[str, bytes], spec: Spec, like: Path) -> list[str]:
-    """The image of the first control as it was drawn or uploaded, in the size of a result."""
-    uses = spec.request.get("controls", ())
-    if not uses or uses[0].get("image") not in sent:
-        return []
-    with Image.open(like) as result:
-        size = result.size
-    image = Image.open(io.BytesIO(sent[uses[0]["image"]])).convert("RGB")
-    path = like.with_name("image.png")
-    resize_cover(image, *size).save(path)
-    return [str(path)]
+def _side(result: Mapping[str, Any]) -> str:
+    """What a result is compared with at first."""
+    return next((side for side in SIDES if result[side]), SIDES[0])
 
 
 def _own_size(base: str) -> int:

@@ -11,15 +11,14 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 
 from controlkit.server.service import Service
+from controlkit.ui.adapt_tab import adapt_tab
 from controlkit.ui.client import Client
 from controlkit.ui.generate_tab import generate_tab
 from controlkit.ui.guard import NoAddresses
 from controlkit.ui.runs import Workplace
-from controlkit.ui.work_tabs import adapt_tab, compare_tab, pairs_tab
+from controlkit.ui.work_tabs import compare_tab, pairs_tab
 
 PATH = "/ui"
-ADAPTERS = "adapters"
-"""Folder, within that of the page's work, of trained adapters: the server lists them at its next start."""
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 _EVENTS_AT_ONCE = 32
 """Handlers that run at once; they wait for the server's queue, which is the limit."""
@@ -50,16 +49,16 @@ def mount(app: FastAPI, service: Service, work: Path) -> None:
     Args:
         work: folder for uploaded pairs and runs.
     """
-    client, place = Client(service), Workplace(work, service.settings.device)
+    client, place = Client(service), Workplace(work, service.settings.execution.device, service.offer_control)
     atexit.register(place.stop_all)
     with gr.Blocks(title="controlkit", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
         gr.Markdown("## controlkit")
-        with gr.Tab("Generate", id="generate"):
-            generate_tab(blocks, client)
+        with gr.Tab("Generate", id="generate") as tab:
+            generate_tab(blocks, tab, client)
         with gr.Tab("Pairs", id="pairs"):
             pairs_tab(place)
         with gr.Tab("Adapt", id="adapt"):
-            adapt_tab(place, work / ADAPTERS)
+            adapt_tab(place, service)
         with gr.Tab("Compare", id="compare"):
             compare_tab(place)
     blocks.queue(default_concurrency_limit=_EVENTS_AT_ONCE, api_open=False)

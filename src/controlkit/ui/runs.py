@@ -9,8 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -44,7 +45,16 @@ class Workplace:
 
     folder: Path
     device: str = "auto"
+    offer: Callable[[str, Path], object] = lambda name, path: None
+    """Called with the name and the file of an adapter that was trained, from a thread of its own."""
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _endings: dict[str, threading.Thread] = field(default_factory=dict)
+    """Threads that wait for the end of a run, to offer its adapter."""
+
+    @property
+    def adapters(self) -> Path:
+        """Folder of trained adapters; the server lists those that it finds there at its start."""
+        return self.folder / "adapters"
 
     def pairs(self) -> list[str]:
         """Names of the pairs."""
@@ -149,8 +159,12 @@ class Workplace:
             raise UserError(f"there are pairs {folder.name!r} already; choose another name", "would-overwrite")
         return writable_folder(folder, "give --work another folder")
 
-    def start(self, name: str, pairs: str, control: str, steps: int, learning_rate: float | None) -> None:
+    def start(self, name: str, pairs: str, *, base: str, control: str, steps: int, learning_rate: float | None) -> None:
         """Start a run, or resume it: the same settings again.
+
+        Args:
+            base: what `adapt --base` takes.
+            control: what `adapt --control` takes: the base control.
 
         Raises:
             UserError: it runs already, or there are no such pairs.
@@ -164,14 +178,33 @@ class Workplace:
             raise UserError(f"steps is {steps}; expected 1 to 100000", "out-of-range")
         writable_folder(run.parent, "give --work another folder")
         every = max(1, min(100, steps // 4))
-        words = ["adapt", str(data), "--control", control, "--name", "adapter", "--steps", str(steps), "--device"]
-        words += [self.device, "--out", str(run), "--set", f"preview_every={every}", "--set", "log_every=1", "--json"]
+        words = ["adapt", str(data), "--base", base, "--control", control, "--name", "adapter", "--steps", str(steps)]
+        words += ["--set", f"preview_every={every}", "--set", "log_every=1"]
+        words += ["--device", self.device, "--out", str(run), "--json"]
         if learning_rate:
             words += ["--learning-rate", f"{learning_rate:g}"]
         with self._file(run, "out").open("wb") as out, self._file(run, "log").open("ab") as log:
             self._processes[run.name] = subprocess.Popen(
                 [sys.executable, "-m", "controlkit", *words], stdout=out, stderr=log, stdin=subprocess.DEVNULL
             )
+
+        ending = threading.Thread(target=self._end, args=(run.name, self._processes[run.name]), daemon=True)
+        self._endings[run.name] = ending
+        ending.start()
+
+    def _end(self, name: str, process: subprocess.Popen[bytes]) -> None:
+        """Wait for the end of a run, and offer its adapter."""
+        if process.wait() != 0:
+            return
+        adapter = self.run_folder(name) / "adapter.safetensors"
+        if not adapter.is_file():
+            return
+        kept = self.adapters / f"{name}.safetensors"
+        self.adapters.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(".part")
+        shutil.copyfile(adapter, part)
+        part.replace(kept)  # whole, and the worker may have the old one open
+        self.offer(name, kept)
 
     def stop(self, name: str) -> None:
         """Let a run save its state and end.
@@ -186,8 +219,8 @@ class Workplace:
 
     def stop_all(self) -> None:
         """End all runs, as `stop`."""
-        for name, process in self._processes.items():
-            if self._runs(name):
+        for process in self._processes.values():
+            if process.poll() is None:
                 process.send_signal(signal.SIGINT)
         for process in self._processes.values():
             try:
@@ -211,12 +244,6 @@ class Workplace:
             error=None if error is None else self.public(str(error.get("message", ""))),
         )
 
-    def keep_adapter(self, name: str, adapters: Path) -> None:
-        """Copy the adapter of a run to where the server lists controls at its next start."""
-        adapter = self.state(name).adapter
-        if adapter is not None:
-            shutil.copyfile(adapter, adapters / f"{checked_name(name)}.safetensors")
-
     def public(self, text: str) -> str:
         """A text without the paths of this machine."""
         return text.replace(f"{self.folder}{os.sep}", "")
@@ -225,8 +252,8 @@ class Workplace:
         return run.with_name(f".{run.name}.{what}")
 
     def _runs(self, name: str) -> bool:
-        process = self._processes.get(name)
-        return process is not None and process.poll() is None
+        ending = self._endings.get(name)
+        return ending is not None and ending.is_alive()
 
 
 async def run_command(*words: str, accept: Sequence[str] = ()) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""Stored settings, as far as this server can use them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from controlkit.errors import UserError
+from controlkit.server.catalogue import Catalogue
+from controlkit.ui.control_rows import offered
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Settings of a file, with the models that the server lists."""
+
+    fields: Mapping[str, Any]
+    """Of `GenerateRequest`, as plain values."""
+    base: str | None
+    """Name of the base; None if it is not listed."""
+    vae: str | None
+    """Name of the autoencoder; None for the base's own, or if it is not listed."""
+    loras: Mapping[str, float]
+    """Name -> weight of those that are listed."""
+    controls: tuple[Mapping[str, Any], ...]
+    """Fields of `ControlUse` of those that are offered."""
+    notes: tuple[str, ...]
+    """What is missing, in sentences."""
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], catalogue: Catalogue, most: int) -> Restored:
+        """Find the models of stored settings in a catalogue.
+
+        Args:
+            most: number of controls that the page has room for.
+        """
+        notes: list[str] = []
+
+        def find(kind: str, name: str, what: str) -> str | None:
+            for each in (name, Path(name).name):  # of the command line, a path
+                try:
+                    return catalogue.find(kind, each)
+                except UserError:
+                    continue
+            notes.append(f"there is no {what} {Path(name).name} here")
+            return None
+
+        base = find("bases", fields["base"], "base")
+        vae = None if fields["vae"] is None else find("vaes", fields["vae"], "VAE")
+        loras = {}
+        for use in fields["loras"]:
+            if (name := find("loras", use["file"], "LoRA")) is not None:
+                loras[name] = use["weight"]
+        here = offered(catalogue)
+        controls: list[Mapping[str, Any]] = []
+        for use in fields["controls"]:
+            if use["control"] in here and len(controls) < most:
+                controls.append(use)
+            else:
+                notes.append(f"control {Path(use['control']).name} is not offered here")
+        return cls(fields, base, vae, loras, tuple(controls), tuple(notes))
+
+    @property
+    def seeds(self) -> str:
+        """The seeds as the page's field has them."""
+        return ",".join(str(seed) for seed in self.fields["seeds"])

@@ -1,0 +1,153 @@
+"""Start images, inpainting, LoRAs and parameters of conditions in a browser, on nano."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_generate import _condition, _draw, _pixels, _seeds
+
+from controlkit import conditions
+from controlkit.sampling.generate import generate
+from controlkit.sampling.saved_settings import read_settings
+
+
+def _open(page, name: str) -> None:
+    page.click(f"#{name} > button, #{name} .label-wrap")
+
+
+def _alone(page) -> None:
+    """Only the prompt, with one seed."""
+    _condition(page)
+    page.click("#control-1-remove")
+    page.until(lambda: not [each for each in page.all("#control-1") if each.is_displayed()], "removal")
+    _seeds(page, "5")
+
+
+def _halves(folder):
+    image = Image.new("RGB", (64, 64), (250, 230, 40))
+    image.paste((30, 60, 200), (0, 0, 64, 32))
+    image.save(folder / "halves.png")
+    return folder / "halves.png", image
+
+
+def test_an_image_is_the_start_and_strength_says_how_much_remains(page, tmp_path):
+    _alone(page)
+    path, image = _halves(tmp_path)
+    _open(page, "start")
+    page.upload("#start-image", path)
+    far = []
+    for strength in ("0.2", "1"):
+        page.fill("#start-strength input[type=number]", strength)
+        far.append(np.abs(_pixels(_draw(page, 1)[0]) - _pixels(image)).mean())
+    assert far[0] < 0.5 * far[1]
+    # It is what a result is compared with.
+    assert page.one("input[type=radio][value='start image'], label.selected input").is_selected()
+    page.click("#start-take")  # the result is the next start
+    page.fill("#start-strength input[type=number]", "0.05")
+    taken = _pixels(page.fetch(page.images("#results")[0]))
+    assert np.abs(_pixels(_draw(page, 1)[0]) - taken).mean() < 0.5 * far[1]
+
+
+def test_what_is_painted_is_inpainted_and_the_rest_stays(page, tmp_path):
+    _alone(page)
+    path, image = _halves(tmp_path)
+    _open(page, "start")
+    page.upload("#start-image", path)
+    page.until(lambda: page.all("#start-image canvas"), "canvas")
+    page.stroke("#start-image", (0.3, 0.75), (0.5, 0.75), (0.7, 0.75))
+    (free,) = _draw(page, 1)
+    changed = np.abs(_pixels(free) - _pixels(image)).mean(axis=(1, 2))
+    assert changed[:20].mean() < 0.25 * changed[40:56].mean()
+    page.fill("#start-blur input", "2")
+    page.click("#start-only input")
+    _draw(page, 1)
+    page.click("#download")
+    archive = page.until(lambda: next(iter(page.downloads.glob("*.zip")), None), "download")
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(tmp_path / "result")
+    archive.unlink()
+    saved = read_settings(tmp_path / "result" / "settings.json")
+    assert (saved.request.mask_blur, saved.request.only_masked) == (2, 32)
+    (made,) = generate(saved.to_request()).images
+    shown = page.fetch(page.images("#results")[0])
+    assert np.abs(_pixels(made.image) - _pixels(shown)).max() <= 2
+
+
+def test_a_lora_a_vae_and_an_embedding_are_used(page):
+    _alone(page)
+    (free,) = _draw(page, 1)
+    assert "wavy" in page.text("#words")
+    _open(page, "loras")
+    page.click("#lora-names input")
+    page.click_text("#lora-names [role=option]", "wild")
+    page.fill("#lora-1-weight input", "0")
+    (without,) = _draw(page, 1)
+    page.fill("#lora-1-weight input", "1.5")
+    (styled,) = _draw(page, 1)
+    assert np.array_equal(_pixels(without), _pixels(free))
+    assert np.abs(_pixels(styled) - _pixels(free)).mean() > 2
+    page.click("#vae input")
+    page.click_text("#vae [role=option]", "own")
+    assert np.array_equal(_pixels(_draw(page, 1)[0]), _pixels(styled))
+    before = page.one("#prompt textarea").get_attribute("value")
+    page.fill("#prompt textarea", f"{before} wavy")
+    worded = _pixels(_draw(page, 1)[0])
+    assert "not used" not in page.text("#message") and not np.array_equal(worded, _pixels(styled))
+
+
+def test_parameters_of_a_condition_are_fields_and_change_its_image(page):
+    first = _pixels(_condition(page))
+    _open(page, "control-1-parameters")
+    fields = page.until(lambda: page.all("#control-1-parameters input[type=number]"), "fields")
+    assert [each.get_attribute("value") for each in fields if each.is_displayed()] == ["100", "200"]
+    page.fill("#control-1-parameters input[type=number]", "1000")
+    page.until(lambda: "high" in page.text("#message .error") or (_pixels(_condition(page)) != first).any(), "preview")
+    page.fill("#control-1-parameters input[type=number]", "9999")
+    said = page.until(lambda: "from 0 to 1530" in page.text("#message .error") and page.text("#message"), "error")
+    assert "Traceback" not in said
+    page.click("#draw")
+    page.until(lambda: "from 0 to 1530" in page.text("#message .error"), "error")
+    # Another control has its own.
+    page.click("#control-1-name input")
+    page.click_text("#control-1-name [role=option]", "nano/palette")
+    page.until(lambda: "Parameters of palette" in page.text("#control-1-parameters"), "parameters")
+    page.fill("#control-1-parameters input[type=number]", "2")
+    page.until(lambda: len(np.unique(_pixels(_condition(page)).reshape(-1, 3), axis=0)) <= 4, "two cells")
+    _seeds(page, "1")
+    _draw(page, 1)
+    condition = page.image("#slider")
+    assert len(np.unique(_pixels(condition).reshape(-1, 3), axis=0)) <= 4
+    assert conditions.find("palette").defaults["cells"] > 2
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_more_settings_are_restored_from_a_dropped_file(page, tmp_path, listed):
+    request = {
+        "prompt": "house, fluent style",
+        "seeds": [3],
+        "steps": 7,
+        "clip_skip": 2,
+        "loras": [{"file": "loras/wild" if listed else "loras/none.safetensors", "weight": 0.75}],
+        "vae": "vaes/own" if listed else "none",
+        "controls": [{"control": "canny", "image": "a.png", "parameters": {"low": 40}}],
+    }
+    (tmp_path / "settings.json").write_text(json.dumps({"request": request}))
+    _condition(page)
+    _open(page, "restore")
+    page.upload("#dropped", tmp_path / "settings.json")
+    page.until(lambda: "restored" in page.text("#message"), "settings")
+    assert ("none here" in page.text("#message")) != listed
+    _open(page, "control-1-parameters")
+    page.until(
+        lambda: page.all("#control-1-parameters input[type=number]")[0].get_attribute("value") == "40", "parameter"
+    )
+    _open(page, "settings")
+    assert page.one("#vae input").get_attribute("value") == ("own" if listed else "default")
+    _open(page, "loras")
+    if listed:
+        assert float(page.one("#lora-1-weight input").get_attribute("value")) == 0.75
+    _draw(page, 1)
