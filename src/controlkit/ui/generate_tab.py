@@ -49,6 +49,11 @@ def error_html(text: str) -> str:
     return f'<div class="error" role="alert">{html.escape(text)}</div>'
 
 
+def is_error(message: str | None) -> bool:
+    """Whether a message is one of `error_html`."""
+    return (message or "").startswith('<div class="error"')
+
+
 def status_html(text: str) -> str:
     """A message of progress."""
     return f'<div role="status">{html.escape(text)}</div>'
@@ -207,6 +212,7 @@ class _Tab:
             return await self._preview(row, values)
 
         inputs = {row.control, row.image, row.prepared, *row.parameters.inputs, self.base, self.width, self.height}
+        inputs.add(self.message)
         outputs = [row.preview, self.message]
         changes = [row.control.change, row.image.change, row.image.input, row.image.upload, row.prepared.change]
         changes += [field.change for field in row.parameters.fields]
@@ -262,7 +268,8 @@ class _Tab:
             data = await self.client.condition_image(png_bytes(sized), condition, parameters)
         except Exception as error:
             return None, error_html(sentence(error))
-        return Image.open(io.BytesIO(data)), gr.skip()
+        # What was wrong is not any more; other messages stay.
+        return Image.open(io.BytesIO(data)), "" if is_error(values[self.message]) else gr.skip()
 
     def _take(self, result: dict[str, Any] | None, index: int) -> tuple[Any, Any]:
         """Put the selected result into the start image."""
