@@ -24,6 +24,8 @@ _LABELS = {
     "controlnet": "ControlNet: + noise",
 }
 
+_MARKERS = "vos^DP*X"
+
 
 def gflop_of_image(entry: Mapping[str, Any]) -> float:
     """GFLOP of a control for one image of one condition.
@@ -48,7 +50,7 @@ def draw_systems(runs: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = [system for system in _LABELS if system in runs]
-    figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=110)
+    figure = Figure(figsize=(11.5, 4.2), layout="constrained", dpi=110)
     for axis, (images, title) in zip(
         figure.subplots(1, 2, sharey=True),
         (("held-out", "held-out concepts"), ("openmoji", "OpenMoji, a style that nano has not seen")),
@@ -60,13 +62,13 @@ def draw_systems(runs: Mapping[str, Any], path: Path) -> None:
         }
         ladder = [points[system] for system in LADDER if system in points]
         axis.plot([cost for cost, _ in ladder], [gap for _, gap in ladder], color="tab:blue", linewidth=1, zorder=1)
-        for system, (cost, gap) in points.items():
-            axis.scatter(cost, gap, color="tab:blue" if system in LADDER else "tab:gray", zorder=2)
-            aside: dict[str, Any] = {"xytext": (-7, 2), "ha": "right"} if cost > 1 else {"xytext": (7, -9)}
-            axis.annotate(_LABELS[system], (cost, gap), textcoords="offset points", fontsize=8, **aside)
+        for number, (system, (cost, gap)) in enumerate(points.items()):
+            colour = "tab:blue" if system in LADDER else "tab:gray"
+            axis.scatter(cost, gap, s=60, color=colour, marker=_MARKERS[number], label=_LABELS[system], zorder=2)
         axis.axhline(1, color="gray", linewidth=0.7, linestyle=":")
         axis.set_xscale("log")
-        axis.margins(x=0.12, y=0.12)
+        axis.margins(0.1)
         axis.set(title=title, xlabel=f"GFLOP of the control for an image of {STEPS} steps")
         axis.set_ylabel("gap closed" if images == "held-out" else "")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=9)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
