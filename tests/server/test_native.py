@@ -209,9 +209,9 @@ def test_a_control_is_offered_without_a_restart_and_again_when_its_file_changes(
 
 
 def test_openai_fields_that_change_nothing_are_named(server):
-    body = {"prompt": "sailboat", "seed": 1, "quality": "hd", "user": "x", "a\r\nSet-Cookie: b\u2603": 1}
+    body = {"prompt": "sailboat", "seed": 1, "quality": "hd", "user": "x", "a\r\nSet-Cookie: b\u2603": 1, "": 2}
     answer = server.post("/v1/images/generations", body).raise_for_status()
-    assert answer.headers["X-Controlkit-Ignored"] == "quality, user, a%0D%0ASet-Cookie%3A%20b%E2%98%83"
+    assert answer.headers["X-Controlkit-Ignored"] == 'quality, user, a%0D%0ASet-Cookie%3A%20b%E2%98%83, ""'
     assert "set-cookie" not in answer.headers
     known = server.post("/v1/images/generations", {"prompt": "sailboat", "n": 1}).raise_for_status()
     assert "X-Controlkit-Ignored" not in known.headers

@@ -139,7 +139,8 @@ async def edits(request: Request, response: Response) -> Created:
 
 def _name_ignored(fields: Iterable[str], request: Request, response: Response) -> None:
     """Name unsupported fields in the response and in the log, percent-encoded: they are the client's text."""
-    names = [quote(name[:60], safe="[]", errors="replace") for name in dict.fromkeys(fields)][:_MOST_NAMED]
+    # A header must not end with a space, as it would after an empty name.
+    names = [quote(name[:60], safe="[]", errors="replace") or '""' for name in dict.fromkeys(fields)][:_MOST_NAMED]
     if names:
         response.headers[IGNORED] = ", ".join(names)
         log.info("ignored fields", extra={"path": request.url.path, "fields": names})
