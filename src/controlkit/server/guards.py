@@ -61,7 +61,7 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         settings = self._service.settings
         if settings.hosts is not None and _host(headers.get("host", "")) not in settings.hosts:
-            await _refuse(send, 403, "this server is not called so; use the address that it printed at its start")
+            await refuse(send, 403, "this server is not called so; use the address that it printed at its start")
             return
         preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
         if (
@@ -71,19 +71,19 @@ class Guard:
             and not has_token(headers.get("authorization", ""), settings.token)
         ):
             ask = [(b"www-authenticate", b'Basic realm="controlkit", charset="UTF-8"')]
-            await _refuse(send, 401, "this server needs its token: as a bearer token, or as the password", ask)
+            await refuse(send, 401, "this server needs its token: as a bearer token, or as the password", ask)
             return
         if not self._is_allowed(headers):
-            await _refuse(send, 403, "web pages of another origin may not use this server (--cors ORIGIN allows one)")
+            await refuse(send, 403, "web pages of another origin may not use this server (--cors ORIGIN allows one)")
             return
         try:
             body = await _read(receive, headers, self._service.limits.body * 10**6)
         except _TooLarge:
-            await _refuse(send, 413, f"the body is too large; this server allows {self._service.limits.body} MB")
+            await refuse(send, 413, f"the body is too large; this server allows {self._service.limits.body} MB")
             return
         except _Gone:
             return
-        await self._app(scope, _again(body, receive), send)
+        await self._app(scope, replaying(body, receive), send)
 
     def _is_allowed(self, headers: dict[str, str]) -> bool:
         origin = headers.get("origin")
@@ -135,7 +135,7 @@ async def _read(receive: Receive, headers: dict[str, str], most: int) -> bytes:
             return b"".join(parts)
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
+def replaying(body: bytes, receive: Receive) -> Receive:
     """A `receive` that returns the whole body, then the messages after it."""
     given = False
 
@@ -149,7 +149,8 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return once
 
 
-async def _refuse(send: Send, status: int, text: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+async def refuse(send: Send, status: int, text: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    """Answer a request with an error."""
     body = json.dumps({"detail": text}).encode()
     lines = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *(headers or [])]
     await send({"type": "http.response.start", "status": status, "headers": lines})

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+from controlkit.server.guards import App, Receive, Send, refuse, replaying
 
-_REFUSED = b'{"detail": "send the bytes of a file, not its address"}'
+_REFUSED = "send the bytes of a file, not its address"
 
 
 class NoAddresses:
@@ -25,7 +22,7 @@ class NoAddresses:
             await self._app(scope, receive, send)
             return
         if "=http" in scope["path"].lower():  # /file=http://..., /proxy=http://...
-            await _refuse(send)
+            await refuse(send, 422, _REFUSED)
             return
         kinds = [value for name, value in scope["headers"] if name.lower() == b"content-type"]
         if scope["method"] != "POST" or not any(b"json" in kind for kind in kinds):
@@ -44,18 +41,9 @@ class NoAddresses:
         except (ValueError, RecursionError):
             has = True
         if has:
-            await _refuse(send)
+            await refuse(send, 422, _REFUSED)
             return
-        given = False
-
-        async def again() -> Message:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self._app(scope, again, send)
+        await self._app(scope, replaying(body, receive), send)
 
 
 def _has_address(value: Any) -> bool:
@@ -66,9 +54,3 @@ def _has_address(value: Any) -> bool:
             return True
         return any(_has_address(each) for each in value.values())
     return isinstance(value, list) and any(_has_address(each) for each in value)
-
-
-async def _refuse(send: Send) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(_REFUSED)).encode())]
-    await send({"type": "http.response.start", "status": 422, "headers": headers})
-    await send({"type": "http.response.body", "body": _REFUSED})
