@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from controlkit.data.pairs import read_pairs, split_pairs
     from controlkit.data.readers.columns import Columns
     from controlkit.evaluation.adapt import adapt
-    from controlkit.evaluation.evaluate_control import evaluate_control, pairs_eval_set
+    from controlkit.evaluation.eval_set import pairs_eval_set
+    from controlkit.evaluation.evaluate_control import evaluate_control
     from controlkit.evaluation.sets import evaluation_set
     from controlkit.formats.convert import convert
     from controlkit.formats.describe import describe, describe_base, describe_system
@@ -60,7 +61,7 @@ _PLACES = {
     "load_control": "formats.load:load_control",
     "make_pairs": "data.engine:make_pairs",
     "manage_cache": "data.cache_report:manage_cache",
-    "pairs_eval_set": "evaluation.evaluate_control:pairs_eval_set",
+    "pairs_eval_set": "evaluation.eval_set:pairs_eval_set",
     "read_pairs": "data.pairs:read_pairs",
     "read_recipe": "training.recipes:read_recipe",
     "read_settings": "sampling.saved_settings:read_settings",

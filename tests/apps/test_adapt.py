@@ -18,7 +18,8 @@ from controlkit.bases.load import load_base
 from controlkit.conditions import find
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.data.pairs import read_pairs
-from controlkit.evaluation.evaluate_control import evaluate_control, pairs_eval_set
+from controlkit.evaluation.eval_set import pairs_eval_set
+from controlkit.evaluation.evaluate_control import evaluate_control
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.nano.icons import IconSets, draw

@@ -25,7 +25,8 @@ from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.file_format import FileFormat, renaming
 from controlkit.data.pairs import write_pairs
 from controlkit.errors import UserError
-from controlkit.evaluation.evaluate_control import EvalSet, evaluate_control
+from controlkit.evaluation.eval_set import EvalSet
+from controlkit.evaluation.evaluate_control import evaluate_control
 from controlkit.formats.card import card_of
 from controlkit.formats.convert import convert
 from controlkit.formats.describe import describe, describe_system

@@ -15,15 +15,11 @@ import controlkit
 from controlkit.apps.cli import main
 from controlkit.controls.controlnet_xs import ControlNetXS
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
-from controlkit.evaluation.evaluate_control import (
-    EvalControl,
-    EvalSet,
-    evaluate_control,
-    evaluate_controls,
-    generate_controlled,
-)
+from controlkit.evaluation.eval_set import EvalSet
+from controlkit.evaluation.evaluate_control import evaluate_control, evaluate_controls
 from controlkit.evaluation.metrics import frechet_distance
 from controlkit.evaluation.report import Report
+from controlkit.evaluation.sampling import EvalControl, generate_controlled
 from controlkit.evaluation.sets import EvaluationSet, evaluation_set
 from controlkit.formats.load import save_control
 from controlkit.progress import Progress
@@ -270,7 +266,7 @@ def test_reports_are_written_into_a_folder(tmp_path, capsys):
 
 
 def test_distances_to_the_targets_are_those_of_the_images(tiny_base, tiny_control, monkeypatch):
-    from controlkit.evaluation import evaluate_control as module
+    from controlkit.evaluation import baselines as module
 
     seen = []
     monkeypatch.setattr(module, "lite0_features", lambda images: seen.append(images) or brightness(images))

@@ -18,7 +18,8 @@ from controlkit.conditions import find
 from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.data.pairs import write_pairs
 from controlkit.evaluation.adapt import adapt
-from controlkit.evaluation.evaluate_control import EvalSet, evaluate_control, pairs_eval_set
+from controlkit.evaluation.eval_set import EvalSet, pairs_eval_set
+from controlkit.evaluation.evaluate_control import evaluate_control
 from controlkit.formats.load import load_control, save_control
 from controlkit.nano.icons import IconSets, draw
 from controlkit.training.control_objective import ControlObjective

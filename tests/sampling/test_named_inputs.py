@@ -15,7 +15,8 @@ from controlkit import conditions
 from controlkit.apps.cli import main
 from controlkit.controls import registry
 from controlkit.data.pairs import write_pairs
-from controlkit.evaluation.evaluate_control import EvalSet, evaluate_control
+from controlkit.evaluation.eval_set import EvalSet
+from controlkit.evaluation.evaluate_control import evaluate_control
 from controlkit.formats.card import card_of
 from controlkit.formats.describe import describe, describe_system
 from controlkit.formats.load import load_control, save_control

@@ -13,7 +13,7 @@ from controlkit.bases.load import load_base, nano_folder
 from controlkit.conditions import find
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import CtrLoRA
-from controlkit.evaluation.evaluate_control import EvalControl, generate_controlled
+from controlkit.evaluation.sampling import EvalControl, generate_controlled
 from controlkit.evaluation.sets import evaluation_set
 from controlkit.formats.load import find_control, load_control, shipped_controls
 from controlkit.images import to_tensor

@@ -227,7 +227,8 @@ def _of_scenes(args: argparse.Namespace, settings: dict[str, Any]) -> list[Repor
 def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]:
     from controlkit.bases.load import load_base
     from controlkit.errors import UserError
-    from controlkit.evaluation.evaluate_control import evaluate_control, evaluate_controls, pairs_eval_set
+    from controlkit.evaluation.eval_set import pairs_eval_set
+    from controlkit.evaluation.evaluate_control import evaluate_control, evaluate_controls
     from controlkit.evaluation.sets import evaluation_set
     from controlkit.formats.load import load_control
     from controlkit.images import write_png

@@ -9,7 +9,8 @@ from pathlib import Path
 from controlkit.bases.load import choose_device, load_base
 from controlkit.data.pairs import read_pairs, split_pairs
 from controlkit.errors import UserError
-from controlkit.evaluation.evaluate_control import evaluate_control, pairs_eval_set
+from controlkit.evaluation.eval_set import pairs_eval_set
+from controlkit.evaluation.evaluate_control import evaluate_control
 from controlkit.evaluation.report import Report
 from controlkit.formats.card import write_card
 from controlkit.formats.load import load_control

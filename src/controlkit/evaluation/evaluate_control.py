@@ -4,34 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.conditions.fidelity import scored_by_target
-from controlkit.controls.control import Control, encode_images, takes_one_image, words_of_inputs
-from controlkit.data.pairs import Pair
+from controlkit.controls.control import Control, takes_one_image, words_of_inputs
 from controlkit.errors import UserError
-from controlkit.evaluation.features import lite0_features
-from controlkit.evaluation.metrics import frechet_distance
+from controlkit.evaluation.baselines import Baselines, generate_baselines
+from controlkit.evaluation.eval_set import EvalSet, examples_eval_set
 from controlkit.evaluation.report import Report, Row, gap_closed
-from controlkit.evaluation.sampling import generate_uncontrolled, reconstruct
+from controlkit.evaluation.sampling import EvalControl, generate_controlled
 from controlkit.evaluation.sets import EvaluationSet, Example
 from controlkit.evaluation.settings import condition_settings, content_of, control_settings, seeds_of, set_settings
 from controlkit.files import sha256_of
-from controlkit.images import contact_sheet, resize_cover, to_images, to_tensor
-from controlkit.progress import Progress
-from controlkit.sampling.plan import ActiveControl
+from controlkit.images import contact_sheet
 from controlkit.sampling.prompts import captioner_name, find_captioner, first_prompt
 from controlkit.sampling.request import DEFAULT_STEPS
-from controlkit.sampling.sampler import images_at_once, sample_prompts
 from controlkit.sampling.settings import base_settings, in_words, sampling_settings
-from controlkit.sampling.step import Step
 
 _SHOWN = 8
 _FD_COLUMN = ("FD-lite0 (no control, ceiling)",)
@@ -41,93 +34,7 @@ _FD_NOTE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalSet:
-    """Condition images with their target images and prompts; images are `uint8 [H, W, 3]`."""
-
-    name: str
-    condition_images: Sequence[np.ndarray]
-    targets: Sequence[np.ndarray]
-    prompts: Sequence[str]
-    parameters: Sequence[Mapping[str, Any]] | None = None
-    """Condition parameters of each condition image; None if all were computed with the defaults."""
-
-
 AnySet = TypeVar("AnySet", EvaluationSet[Example], EvalSet, EvaluationSet[Example] | EvalSet)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalControl:
-    """A control with one condition image per prompt, its weight and its mode."""
-
-    control: Control
-    condition_images: Sequence[np.ndarray]
-    weight: float = 1.0
-    mode: str | None = None
-    """One of `request.MODES`; None is the default of the base."""
-
-
-def examples_eval_set(condition: conditions.Condition, examples: EvaluationSet[Example], size: int) -> EvalSet:
-    """Scale the images of a set to `size` x `size` and compute their condition images."""
-    targets = [np.asarray(resize_cover(Image.fromarray(image), size, size)) for image in examples.images]
-    condition_images = [condition(target) for target in targets]
-    return EvalSet(name=examples.name, condition_images=condition_images, targets=targets, prompts=examples.captions)
-
-
-def pairs_eval_set(pairs: Sequence[Pair], size: int) -> EvalSet:
-    """Read pairs from disk at `size` x `size`."""
-    images = [pair.images(size) for pair in pairs]
-    return EvalSet(
-        name="held-out pairs",
-        condition_images=[source for source, _ in images],
-        targets=[target for _, target in images],
-        prompts=[pair.prompt for pair in pairs],
-        parameters=[pair.parameters for pair in pairs],
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Baselines:
-    """Images that a control is compared with; they depend on the prompts and seeds, not on the condition."""
-
-    no_control: Sequence[np.ndarray]
-    """The baseline: the same prompts and seeds without control."""
-    ceiling: Sequence[np.ndarray]
-    """The targets, encoded and decoded by the autoencoder."""
-    targets: Sequence[np.ndarray]
-
-    @cached_property
-    def features(self) -> Tensor:
-        """EfficientNet-Lite0 features of the targets `[N, 1280]`."""
-        return lite0_features(self.targets)
-
-    @cached_property
-    def distances(self) -> tuple[float, float]:
-        """FD-lite0 of the baseline and of the ceiling to the targets."""
-        return self.distance(self.no_control), self.distance(self.ceiling)
-
-    def distance(self, images: Sequence[np.ndarray]) -> float:
-        """FD-lite0 of images to the targets.
-
-        Raises:
-            UserError: the `metrics` extra is not installed.
-        """
-        return frechet_distance(lite0_features(images), self.features)
-
-
-def generate_baselines(
-    base: Base,
-    targets: Sequence[np.ndarray],
-    prompts: Sequence[str],
-    steps: int,
-    guidance: float | None,
-    sampler: str | None = None,
-    seed: int = 0,
-) -> Baselines:
-    """Compute the baseline and the ceiling of targets and their prompts; image i has seed `seed` + i."""
-    seeds = seeds_of(len(prompts), seed)
-    no_control = generate_uncontrolled(base, prompts, steps, guidance, seeds=seeds, sampler=sampler)
-    return Baselines(no_control=no_control, ceiling=reconstruct(base, targets), targets=targets)
 
 
 def evaluate_control(
@@ -540,52 +447,3 @@ def _each_acting(evaluated: Mapping[str, _Evaluated]) -> list[str]:
 
 def _notes(evaluated: Sequence[_Evaluated]) -> list[str]:
     return list(dict.fromkeys(note for scored in evaluated for note in scored.notes))
-
-
-def generate_controlled(
-    base: Base,
-    uses: Sequence[EvalControl],
-    prompts: Sequence[str],
-    *,
-    steps: int,
-    guidance: float | None = None,
-    sampler: str | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-) -> list[np.ndarray]:
-    """Generate one `uint8` image per prompt under all of `uses`; image i has seed `seed` + i."""
-    generated: list[np.ndarray] = []
-    count = len(prompts)
-    batch_size = batch_size or images_at_once(base.size, base.size)
-    starts = range(0, count, batch_size)
-    progress = Progress("denoising steps under control")
-
-    def report(turn: int, step: Step) -> None:
-        whole = step.among(turn * step.total, len(starts) * step.total)
-        progress(whole.done, whole.total)
-
-    for turn, first in enumerate(starts):
-        group = slice(first, min(first + batch_size, count))
-        active = [
-            ActiveControl.in_mode(
-                use.mode,
-                base,
-                control=use.control,
-                hint=encode_images(use.control, to_tensor(use.condition_images[group]).to(base.device), base),
-                weight=use.weight,
-            )
-            for use in uses
-        ]
-        for batch in sample_prompts(
-            base,
-            prompts=prompts[group],
-            seeds=range(seed + group.start, seed + group.stop),
-            uses=active,
-            steps=steps,
-            guidance=guidance,
-            sampler=sampler,
-            batch_size=batch_size,
-            on_step=partial(report, turn),
-        ):
-            generated += [np.asarray(image) for image in to_images(batch)]
-    return generated

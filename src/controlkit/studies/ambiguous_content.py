@@ -22,11 +22,10 @@ from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.controls.control import Control
 from controlkit.errors import UserError
-from controlkit.evaluation.evaluate_control import EvalControl, generate_controlled
 from controlkit.evaluation.features import LITE0, lite0, lite0_features
 from controlkit.evaluation.metrics import retrieval_accuracy
 from controlkit.evaluation.report import Report, Row, gap_closed
-from controlkit.evaluation.sampling import generate_uncontrolled, reconstruct
+from controlkit.evaluation.sampling import EvalControl, generate_controlled, generate_uncontrolled, reconstruct
 from controlkit.evaluation.sets import EvaluationSet
 from controlkit.evaluation.settings import (
     condition_settings,

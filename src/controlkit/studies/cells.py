@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.data.pairs import read_pairs
-from controlkit.evaluation.evaluate_control import EvalControl, EvalSet, generate_controlled
+from controlkit.evaluation.eval_set import EvalSet
 from controlkit.evaluation.report import gap_closed
-from controlkit.evaluation.sampling import generate_uncontrolled, reconstruct
+from controlkit.evaluation.sampling import EvalControl, generate_controlled, generate_uncontrolled, reconstruct
 from controlkit.evaluation.settings import condition_settings, content_of, seeds_of, set_settings
 from controlkit.files import read_json, sha256_of, write_json
 from controlkit.images import contact_sheet, write_png

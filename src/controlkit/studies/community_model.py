@@ -26,9 +26,8 @@ from controlkit.bases.load import load_base
 from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.controls.control import Control
 from controlkit.errors import UserError
-from controlkit.evaluation.evaluate_control import EvalControl, generate_controlled
 from controlkit.evaluation.report import Report, Row, gap_closed
-from controlkit.evaluation.sampling import generate_uncontrolled, reconstruct
+from controlkit.evaluation.sampling import EvalControl, generate_controlled, generate_uncontrolled, reconstruct
 from controlkit.evaluation.sets import EvaluationSet
 from controlkit.evaluation.settings import condition_settings, content_of, control_settings, seeds_of, set_settings
 from controlkit.formats.load import load_control

@@ -21,7 +21,7 @@ from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.data.pairs import MANIFEST, read_pairs, split_pairs, write_pairs
 from controlkit.errors import UserError, nearest
-from controlkit.evaluation.evaluate_control import examples_eval_set, pairs_eval_set
+from controlkit.evaluation.eval_set import examples_eval_set, pairs_eval_set
 from controlkit.evaluation.report import Report
 from controlkit.evaluation.sets import evaluation_set
 from controlkit.files import read_json, sha256_of, write_atomically, write_json

@@ -25,9 +25,8 @@ from controlkit.bases.load import load_base
 from controlkit.bases.residuals import Residuals
 from controlkit.controls.control import Control, residuals_together, takes_one_image
 from controlkit.errors import UserError
-from controlkit.evaluation.evaluate_control import EvalControl, generate_controlled
 from controlkit.evaluation.report import Report, Row, gap_closed
-from controlkit.evaluation.sampling import generate_uncontrolled, reconstruct
+from controlkit.evaluation.sampling import EvalControl, generate_controlled, generate_uncontrolled, reconstruct
 from controlkit.evaluation.sets import EvaluationSet, Example, evaluation_set
 from controlkit.evaluation.settings import (
     condition_settings,

@@ -27,9 +27,8 @@ from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.controls.unicontrol import UniControl
 from controlkit.errors import UserError
-from controlkit.evaluation.evaluate_control import EvalControl, generate_controlled
 from controlkit.evaluation.report import Report, Row, gap_closed
-from controlkit.evaluation.sampling import generate_uncontrolled, reconstruct
+from controlkit.evaluation.sampling import EvalControl, generate_controlled, generate_uncontrolled, reconstruct
 from controlkit.evaluation.sets import evaluation_set
 from controlkit.evaluation.settings import content_of, control_settings, examples_settings
 from controlkit.formats.load import load_control

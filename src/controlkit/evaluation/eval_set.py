@@ -1,0 +1,46 @@
+"""Condition images, targets and prompts of an evaluation, from a set of images or from pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from controlkit import conditions
+from controlkit.data.pairs import Pair
+from controlkit.evaluation.sets import EvaluationSet, Example
+from controlkit.images import resize_cover
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """Condition images with their target images and prompts; images are `uint8 [H, W, 3]`."""
+
+    name: str
+    condition_images: Sequence[np.ndarray]
+    targets: Sequence[np.ndarray]
+    prompts: Sequence[str]
+    parameters: Sequence[Mapping[str, Any]] | None = None
+    """Condition parameters of each condition image; None if all were computed with the defaults."""
+
+
+def examples_eval_set(condition: conditions.Condition, examples: EvaluationSet[Example], size: int) -> EvalSet:
+    """Scale the images of a set to `size` x `size` and compute their condition images."""
+    targets = [np.asarray(resize_cover(Image.fromarray(image), size, size)) for image in examples.images]
+    condition_images = [condition(target) for target in targets]
+    return EvalSet(name=examples.name, condition_images=condition_images, targets=targets, prompts=examples.captions)
+
+
+def pairs_eval_set(pairs: Sequence[Pair], size: int) -> EvalSet:
+    """Read pairs from disk at `size` x `size`."""
+    images = [pair.images(size) for pair in pairs]
+    return EvalSet(
+        name="held-out pairs",
+        condition_images=[source for source, _ in images],
+        targets=[target for _, target in images],
+        prompts=[pair.prompt for pair in pairs],
+        parameters=[pair.parameters for pair in pairs],
+    )
