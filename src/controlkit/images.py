@@ -271,16 +271,19 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def resize_cover(image: Image.Image, width: int, height: int, *, nearest: bool = False) -> Image.Image:
-    """Scale `image` to cover `width` x `height` and crop at the centre.
+def resize_cover(
+    image: Image.Image, width: int, height: int, *, nearest: bool = False, place: float = 0.5
+) -> Image.Image:
+    """Scale `image` to cover `width` x `height` and crop it.
 
     Args:
         nearest: nearest-neighbour resampling, for maps whose colours are labels.
+        place: position of the crop, from 0 (left, top) to 1.
     """
     if image.size == (width, height):
         return image
     method = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
-    return ImageOps.fit(image, (width, height), method=method)
+    return ImageOps.fit(image, (width, height), method=method, centering=(place, place))
 
 
 def write_png(path: str | Path, image: Image.Image, text: dict[str, str] | None = None) -> None:

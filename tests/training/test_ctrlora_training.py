@@ -22,7 +22,7 @@ from controlkit.formats.load import load_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.training.control_objective import ControlObjective
 from controlkit.training.recipes import read_recipe, recipes
-from controlkit.training.run import run
+from controlkit.training.run import objective_of, run
 from controlkit.training.sources.multigen import MultiGenSource
 from controlkit.training.sources.source import Step
 from controlkit.training.state import load_state
@@ -200,6 +200,15 @@ def test_the_recipe_for_stable_diffusion_trains_on_multigen(multigen, base_folde
     # hed has no annotator without weights here, so only canny can be scored.
     assert [name.partition(":")[0] for name in scores] == ["canny"]
     assert (tmp_path / "run" / "hed.safetensors").is_file()
+
+
+def test_multigen_as_pairs_encodes_no_image_in_a_step(multigen, base_folder, tmp_path, monkeypatch):
+    changes = [f"pairs={multigen}", "multigen=null", "crops=2", f"base={base_folder}", f"out={tmp_path / 'run'}"]
+    changes += ["conditions=[canny, hed]", "rank=2", "steps=2", "batch_size=2", "precision=fp32", "device=cpu"]
+    recipe = read_recipe(RECIPES / "sd15" / "ctrlora-base.yaml", changes)
+    objective = objective_of(recipe)
+    monkeypatch.setattr(type(objective.base), "encode_image", lambda *_: pytest.fail("encoded in a step"))
+    assert all(objective.loss(step).isfinite() for step in range(4))
 
 
 def test_no_source_of_data_or_two_are_refused(recipe):

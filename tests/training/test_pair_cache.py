@@ -318,6 +318,37 @@ def test_flipped_pairs_are_flipped_on_both_sides_half_of_the_time(recipe, encode
         assert mirrored.isfinite() and not torch.equal(one.loss(0), mirrored)
 
 
+def test_pairs_are_cropped_at_several_places_on_both_sides_alike(recipe, folder, tmp_path, encoded):
+    wide = tmp_path / "wide"
+    write_pairs(wide, [(np.tile(a, (1, 2, 1)), np.hstack([b, 255 - b]), text) for a, b, text in map(drawing, range(4))])
+    for name in ("source", "target"):  # a square pair among them
+        Image.fromarray(drawing(9)[name == "target"]).save(wide / name / "00000.png")
+    cropped = dataclasses.replace(recipe, pairs=str(wide), crops=2)
+    objective = ControlObjective(cropped, CPU)
+    pairs = pairs_of(objective).pairs
+    assert len(pairs) == 2 * objective.source.facts()["pairs"] == 6
+    squares = sum(pair.place == 0.5 for pair in pairs) // 2
+    assert encoded["images"] == 2 * (6 - squares)  # a square image has only one crop
+    for index, pair in enumerate(pairs):
+        whole = np.asarray(Image.open(pair.target))
+        left = int(pair.place * (whole.shape[1] - 64))
+        assert np.array_equal(pair.images(64)[1], whole[:, left : left + 64])
+        chosen = torch.tensor([index])
+        latent = objective.base.encode_image(to_tensor([pair.images(64)[1]]) * 2 - 1).half()
+        assert torch.allclose(pairs_of(objective).latents.gather(chosen).float(), latent.float(), atol=2e-3)
+        hint = objective.control.encode(to_tensor([pair.images(64)[0]]), objective.base)
+        assert torch.allclose(pairs_of(objective).hint(chosen, torch.tensor([False])), hint, atol=2e-3)
+    before = dict(encoded)
+    objective.loss(0)
+    ControlObjective(cropped, CPU).loss(1)
+    assert encoded == before
+    assert "crops" not in identifying(recipe) and fingerprint(cropped) != fingerprint(
+        dataclasses.replace(cropped, crops=3)
+    )
+    with refused("out-of-range", "crops"):
+        dataclasses.replace(recipe, crops=0)
+
+
 def test_flips_change_neither_what_else_a_step_draws_nor_runs_without_them(recipe):
     without, flipping = ControlObjective(recipe, CPU), ControlObjective(dataclasses.replace(recipe, flip=True), CPU)
     pairs_of(flipping).flips = pairs_of(without).flips

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from controlkit.data.readers.columns import Columns
 
 _SETTINGS = (
-    *("steps", "base", "name", "condition", "rank", "batch_size", "learning_rate", "flip"),
+    *("steps", "base", "name", "condition", "rank", "batch_size", "learning_rate", "flip", "crops"),
     *("precision", "gradient_checkpointing", "optimizer", "seed", "device"),
 )
 
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="pairs per step (default: 16 for nano, else 4)")
     parser.add_argument("--learning-rate", type=float, help="peak learning rate (default: 1e-3 for nano, else 1e-5)")
     parser.add_argument("--flip", action="store_true", help="flip half of the pairs at random")
+    parser.add_argument("--crops", type=int, help="square crops of each pair (default: 1, at the centre)")
     parser.add_argument("--precision", help="fp32, bf16 or auto (default: fp32 for nano, else auto)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--optimizer", help="adamw, or adamw8bit for less memory (needs bitsandbytes)")

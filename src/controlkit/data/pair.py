@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ class Pair:
     """The condition of `source`, if known; it decides how condition images are scaled and flipped."""
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """The condition's parameters for `source`, if known; scores compute the condition of a result with them."""
+    place: float = 0.5
+    """Position of the square crop along the long side, from 0 (left, top) to 1."""
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -41,11 +43,11 @@ class Pair:
         return (self.prompt, *self.more_prompts)
 
     def images(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Condition image and image, both `uint8 [size, size, 3]`, centre-cropped."""
+        """Condition image and image, both `uint8 [size, size, 3]`, cropped at `place`."""
         return self.side(SOURCE, size), self.side(TARGET, size)
 
     def side(self, side: str, size: int, mirrored: bool = False) -> np.ndarray:
-        """One side of the pair, `SOURCE` or `TARGET`: `uint8 [size, size, 3]`, centre-cropped.
+        """One side of the pair, `SOURCE` or `TARGET`: `uint8 [size, size, 3]`, cropped at `place`.
 
         Args:
             mirrored: flip the pair horizontally.
@@ -56,7 +58,8 @@ class Pair:
         condition = find(self.condition) if side == SOURCE and self.condition is not None else None
         nearest = condition is not None and condition.resize == "nearest"
         background = Condition.background if condition is None else condition.background
-        image = np.asarray(resize_cover(open_image(getattr(self, side), background), size, size, nearest=nearest))
+        whole = open_image(getattr(self, side), background)
+        image = np.asarray(resize_cover(whole, size, size, nearest=nearest, place=self.place))
         if not mirrored:
             return image
         return left_right(image) if condition is None else condition.mirrored(image)
@@ -64,3 +67,12 @@ class Pair:
     def key(self) -> str:
         """Hash of the bytes of both sides."""
         return sha256_of(self.source.read_bytes(), self.target.read_bytes())
+
+    def crops(self, count: int) -> list[Pair]:
+        """The pair at `count` evenly spaced places; a square one, whose crops are all the same, `count` times."""
+        if count == 1:
+            return [self]
+        width, height = open_image(self.target).size
+        if width == height:
+            return [self] * count
+        return [replace(self, place=(number + 0.5) / count) for number in range(count)]

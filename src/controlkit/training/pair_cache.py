@@ -39,6 +39,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_CENTRE = 0.5
+"""`Pair.place` of the centre crop, whose rows have the hash of the image alone."""
 
 
 class ImageRows:
@@ -115,7 +117,7 @@ class PairCache:
 
     def content(self) -> str:
         """Hash of the pairs (condition image, image and captions), independent of their order."""
-        sides = zip(self._keys(SOURCE), self._keys(TARGET), self.pairs, strict=True)
+        sides = zip(self._crop_keys(SOURCE), self._crop_keys(TARGET), self.pairs, strict=True)
         return sha256_of(*sorted(sha256_of(source, target, *pair.captions) for source, target, pair in sides))
 
     @cached_property
@@ -155,7 +157,7 @@ class PairCache:
         size = self.base.size
         special = self._transforms if side == SOURCE else ""
         sources, keys = [getattr(pair, side) for pair in self.pairs], self._keys(side)
-        digests = digests_of(keys)
+        digests = digests_of(self._crop_keys(side))
 
         def rows(mirrored: bool) -> CachedRows:
             def make(indices: Sequence[int]) -> tuple[dict[str, Part], Rows]:
@@ -181,9 +183,17 @@ class PairCache:
     def _keys(self, side: str) -> list[str]:
         """Hash of one side of every pair; each file is read once."""
         if side not in self._known_keys:
+            sources = [getattr(pair, side) for pair in self.pairs]
+            distinct = list(dict.fromkeys(sources))  # a pair may be cropped at several places
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                self._known_keys[side] = list(pool.map(_key_of, [getattr(pair, side) for pair in self.pairs]))
+                keys = dict(zip(distinct, pool.map(_key_of, distinct), strict=True))
+            self._known_keys[side] = [keys[source] for source in sources]
         return self._known_keys[side]
+
+    def _crop_keys(self, side: str) -> list[str]:
+        """Hash of one side of every pair and of the place where it is cropped."""
+        keys = zip(self._keys(side), self.pairs, strict=True)
+        return [key if pair.place == _CENTRE else sha256_of(key, repr(pair.place)) for key, pair in keys]
 
     def _rows(self, kind: str, model: str, transform: str, digests: np.ndarray, make: Make, what: str) -> CachedRows:
         store = Store(Spec(kind=kind, model=model, transform=transform), note=Path(self.base.name).name)

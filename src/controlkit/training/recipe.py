@@ -31,6 +31,7 @@ _LEAST = {
     "text_width": 1,
     "text_layers": 1,
     "variants": 1,
+    "crops": 1,
     "rank": 1,
     "score_pictures": 1,
     "gradient_accumulation_steps": 1,
@@ -46,7 +47,7 @@ _CHOICES = {
 }
 """The possible values of settings."""
 
-_ADDED = {"flip": False, "gradient_checkpointing": False, "optimizer": "adamw", "least_scale": 0.6}
+_ADDED = {"flip": False, "crops": 1, "gradient_checkpointing": False, "optimizer": "adamw", "least_scale": 0.6}
 _ADDED |= {"sd_locked": True, "only_mid_control": False}
 _ADDED |= {"global_average_pooling": False, "gaussian_convolutions": False}
 _ADDED |= {"image_column": None, "conditioning_image_column": None, "caption_column": None}

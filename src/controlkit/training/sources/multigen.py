@@ -37,7 +37,8 @@ class MultiGenSettings(ControlRecipe):
 
 @source
 class MultiGenSource(Source):
-    """MultiGen-20M, encoded on the fly, because every use of an image is another crop of it.
+    """MultiGen-20M, encoded in the step, because every use of an image is another crop of it. `PairSource` reads the
+    same folder with a few fixed crops, whose latents are cached.
 
     Unreadable files are skipped for the next line and counted on standard error. The first lines of every task are held
     out.

@@ -61,6 +61,9 @@ class PairSettings(ControlRecipe):
     flip: bool = False
     """Flip half of the pairs at random, condition image and image together. Not for images with text, or prompts with
     left and right."""
+    crops: int = 1
+    """Square crops of each pair, evenly spaced along the long side of its image, each encoded once and cached; 1 is the
+    centre crop. The only crop of square images and of held-out pairs."""
     score_pictures: int = 16
     """Held-out pairs on which each preview scores fidelity to the condition."""
 
@@ -150,7 +153,7 @@ class PairSource(Source):
         return sha256_of(first, *more) if more else first
 
     def facts(self) -> dict[str, int]:
-        return {"pairs": sum(len(pairs.pairs) for pairs in self.of.values())}
+        return {"pairs": sum(pairs.count for pairs in self.of.values())}
 
 
 class ConditionPairs:
@@ -166,7 +169,9 @@ class ConditionPairs:
             # Its model would need memory beside the trained networks, and may be missing.
             self.condition = scored_by_target(self.condition)
         self.found = load_pairs(recipe.pairs, condition, recipe.columns)
-        self.pairs, self.held_out = split_pairs(self.found.pairs, recipe.held_out)
+        training, self.held_out = split_pairs(self.found.pairs, recipe.held_out)
+        self.count = len(training)
+        self.pairs = [crop for pair in training for crop in pair.crops(recipe.crops)]
 
     def notes(self, base: Base) -> list[str]:
         """Notes of the reader, on empty or long prompts, and on condition images of another size."""
