@@ -39,7 +39,7 @@ def times(args: argparse.Namespace, *, bf16: bool) -> measure.Turns:
             def autocast() -> Any:
                 return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=bf16)
 
-            memory.take_step(built, optimizer, args.size // built.base.factor, args.batch, autocast)
+            memory.take_step(built, optimizer, built.base.predict, args.size // built.base.factor, args.batch, autocast)
 
         steps[way.name] = step
     return measure.take_turns(steps, args.rounds, device=args.device, warm_up=args.warm_up)

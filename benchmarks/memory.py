@@ -37,6 +37,7 @@ from controlkit.bases.random import random_base
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.training.graphs import Capture, Graphs
 from controlkit.training.memory import checkpoint_activations
 
 MEBI = 2**20
@@ -60,6 +61,8 @@ class Way:
     checkpointing: bool = False
     eight_bit: bool = False
     """AdamW with moments of 8 bits."""
+    graphs: bool = False
+    """The base runs as CUDA graphs, whose pool of memory lasts from step to step."""
 
 
 REFERENCE = Way("as the reference does", wasteful=True)
@@ -73,12 +76,14 @@ WAYS = (
     replace(PLAIN, name="+ frozen weights in bf16"),
     replace(ALL, name="+ gradient checkpointing", eight_bit=False),
     replace(ALL, name="+ 8-bit optimiser"),
+    replace(PLAIN, name="ours, bf16, base as a graph", graphs=True),
     Way("ControlNet, float32, nothing saved", control="controlnet"),
     replace(PLAIN, name="ControlNet, bf16", control="controlnet"),
+    replace(PLAIN, name="ControlNet, bf16, base as a graph", control="controlnet", graphs=True),
     replace(ALL, name="ControlNet, all switches", control="controlnet"),
     Way("fine-tuning the base, float32, nothing saved", control="none"),
 )
-"""Each of the adapter's has what the one above it has, and one thing more."""
+"""Each of the adapter's without a graph has what the one above it has, and one thing more."""
 
 
 class Live(TorchDispatchMode):
@@ -108,6 +113,43 @@ class Live(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self.now -= size
         del self._seen[key]
+
+
+class CountedGraph:
+    """Stands in for `torch.cuda.make_graphed_callables`: holds the memory of a graph, and computes nothing.
+
+    The graphs of the forward and the backward pass share one pool, as large as both passes need at once. Their outputs
+    are part of it.
+    """
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+
+    def __call__(self, function: Any, inputs: tuple[Tensor, ...], *, allow_unused_input: bool) -> Callable[..., Tensor]:
+        live = self._live
+        before, peak, live.peak = live.now, live.peak, live.now
+        output = function(*inputs)
+        trained = [tensor for tensor in inputs if tensor.requires_grad]
+        gradients = torch.autograd.grad(output, trained, torch.ones_like(output), allow_unused=allow_unused_input)
+        output = output.detach()
+        pool = live.peak - before
+        results = [output, *(gradient for gradient in gradients if gradient is not None)]
+        rest = torch.empty(pool - sum(tensor.numel() * tensor.element_size() for tensor in results), dtype=torch.uint8)
+        live.peak = max(peak, live.now)
+        of_inputs = iter(gradients)
+        filled = [next(of_inputs) if tensor.requires_grad else None for tensor in inputs]
+
+        class Replay(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *_: Tensor) -> Tensor:
+                ctx.pool = rest
+                return output.detach()
+
+            @staticmethod
+            def backward(ctx: Any, *_: Any) -> Any:
+                return tuple(None if gradient is None else gradient.detach() for gradient in filled)
+
+        return Replay.apply
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -179,8 +221,21 @@ def build(base: Base, way: Way, rank: int) -> Built:
     return Built(base, control, way)
 
 
-def take_step(built: Built, optimizer: torch.optim.Optimizer, latent: int, batch: int, autocast: Any) -> None:
-    """One step from a latent, a hint and an embedding; what the numbers are does not matter here."""
+def predict_of(built: Built, device: torch.device, capture: Capture | None = None) -> Callable[..., Tensor]:
+    """`Base.predict` of a way, as graphs where it says so."""
+    if not built.way.graphs:
+        return built.base.predict
+    return Graphs("on", device, bf16=built.way.bf16, capture=capture).base(built.base)
+
+
+def take_step(
+    built: Built, optimizer: torch.optim.Optimizer, predict: Any, latent: int, batch: int, autocast: Any
+) -> None:
+    """One step from a latent, a hint and an embedding; what the numbers are does not matter here.
+
+    Args:
+        predict: `Base.predict`, or its graphs.
+    """
     base, device = built.base, built.parameters[0].device
 
     def empty(*shape: int) -> Tensor:
@@ -196,7 +251,7 @@ def take_step(built: Built, optimizer: torch.optim.Optimizer, latent: int, batch
             classic = isinstance(built.control, ControlNet)
             hint = built.control.encode(empty(batch, 3, side, side), base) if classic else empty(*z.shape)
             residuals = built.control(z, t, text, hint)
-        loss = (base.predict(z, t, text, residuals).float() - z).pow(2).mean()
+        loss = (predict(z, t, text, residuals).float() - z).pow(2).mean()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -223,9 +278,10 @@ def counted(name: str, way: Way, *, size: int, batch: int, rank: int) -> dict[st
         def autocast() -> Any:
             return torch.autocast("cpu", torch.bfloat16, enabled=way.bf16)
 
+        predict = predict_of(built, torch.device("cpu"), CountedGraph(live))
         for _ in range(2):
             live.peak = live.now
-            take_step(built, optimizer, size // built.base.factor, batch, autocast)
+            take_step(built, optimizer, predict, size // built.base.factor, batch, autocast)
         gradients = sum(p.grad.numel() * p.grad.element_size() for p in _with_gradients(built))
         state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
         peak = live.peak
@@ -252,11 +308,12 @@ def measured(name: str, way: Way, *, size: int, batch: int, rank: int) -> dict[s
     def autocast() -> Any:
         return torch.autocast("cuda", torch.bfloat16, enabled=way.bf16)
 
+    predict = predict_of(built, torch.device("cuda"))
     torch.cuda.empty_cache()
     for _ in range(3):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        take_step(built, optimizer, size // base.factor, batch, autocast)
+        take_step(built, optimizer, predict, size // base.factor, batch, autocast)
     torch.cuda.synchronize()
     return {"peak": torch.cuda.max_memory_allocated() / MEBI}
 
@@ -339,7 +396,11 @@ def main() -> None:
     for way in chosen:
         print(f"{way.name} ...", flush=True)
         parts = measured(args.base, way, **settings) if cuda else counted(args.base, way, **settings)
-        saved = cases[-1]["mebibytes"]["peak"] - parts["peak"] if cases and way.control == "adapter" else None
+        saved = (
+            cases[-1]["mebibytes"]["peak"] - parts["peak"]
+            if cases and way.control == "adapter" and not way.graphs
+            else None
+        )
         cases.append({"way": way.name, "how": how, "mebibytes": parts, "saved_by_this": saved})
         rows.append([way.name, *(round(value) for value in parts.values()), "" if saved is None else round(saved)])
     columns = ["way", *(f"{part}, MiB" for part in cases[0]["mebibytes"]), "this saves, MiB"]

@@ -122,6 +122,17 @@ def test_switches_save_memory(tiny_base, monkeypatch):
     assert everything["rest"] < plain["rest"]
 
 
+def test_graphs_keep_the_activations_of_the_base(tiny_base, monkeypatch):
+    import tiny
+
+    monkeypatch.setattr(memory, "random_base", lambda name, dtype: tiny.build_tiny_base().to("meta"))
+    graphed = memory.replace(memory.PLAIN, graphs=True)
+    without, with_graphs = (memory.counted("tiny", way, size=64, batch=2, rank=2) for way in (memory.PLAIN, graphed))
+    for part in ("weights", "gradients", "optimiser"):
+        assert with_graphs[part] == without[part]
+    assert without["rest"] < with_graphs["rest"] < 2.5 * without["rest"]
+
+
 def test_fine_tuning_the_base_trains_all_of_its_unet(tiny_base, monkeypatch):
     import tiny
 
