@@ -12,6 +12,7 @@ from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.formats.load import save_control
 from controlkit.studies.cells import Cell
 from controlkit.studies.convergence import METHODS, Convergence, run_convergence, steps_to, tables
+from controlkit.studies.new_condition import Trainings
 from refusals import refused
 
 
@@ -72,6 +73,21 @@ def test_a_control_that_is_past_the_share_trains_no_further(settings, monkeypatc
     assert {each.steps for each in made.cells} == {1}
     assert made.reports[0].rows[0][2:] == ("at most 1", "at most 1")
     assert made.reports[2].rows[0][1:] == (0.6, None)
+
+
+def test_a_condition_without_a_gap_is_refused_before_the_others_train_on(settings, monkeypatch):
+    monkeypatch.setattr(Cell, "gap_closed", property(lambda self: math.nan if self.task == "sketch" else 0.1))
+    trained = []
+    cell_of = Trainings.cell
+
+    def cell(self, *what):
+        trained.append(what)
+        return cell_of(self, *what)
+
+    monkeypatch.setattr(Trainings, "cell", cell)
+    with refused("unsupported", "sketch", "no gap"):
+        run_convergence(Convergence(**settings))
+    assert [(what[0], what[-1]) for what in trained] == [("palette", 1), ("sketch", 1)]
 
 
 def test_steps_lie_between_two_budgets_on_a_logarithmic_scale():

@@ -44,7 +44,7 @@ class Convergence:
     """Rendered icons (`recipes/nano/build_pictures.py`), the source of the pairs."""
     colour: tuple[str, ...] = ("palette", "pixel", "lineart_color_hints")
     """Conditions that are scored by colour."""
-    spatial: tuple[str, ...] = ("lineart_xdog", "sketch", "scribble_xdog")
+    spatial: tuple[str, ...] = ("lineart_xdog", "sketch", "illusion")
     """Conditions that are scored by lines or shapes."""
     share: float = 0.5
     """Share of the gap to reach, in (0, 1)."""
@@ -80,7 +80,7 @@ def run_convergence(settings: Convergence) -> NewConditionResult:
     """Train and evaluate what is missing, and report.
 
     Raises:
-        UserError: icons, the base control or matplotlib are missing.
+        UserError: icons, the base control or matplotlib are missing, or a condition has no gap to close.
     """
     require_matplotlib()  # the figure comes last, after an hour
     names = (*settings.colour, *settings.spatial)
@@ -105,6 +105,14 @@ def run_convergence(settings: Convergence) -> NewConditionResult:
     )
     progress = Progress("controls of the study", len(names) * len(METHODS))
     cells: list[Cell] = []
+    for name in names:  # each with its first cell, before hours of training
+        first = trainings.cell(name, settings.pairs, ADAPTER, min(settings.budgets))
+        if math.isnan(first.gap_closed):
+            raise UserError(
+                f"{name} has no gap to close: images without control score {first.baseline:.3g}, as targets do; choose"
+                " another condition in colour or spatial",
+                "unsupported",
+            )
     for name in names:
         for method in METHODS:
             for steps in sorted(settings.budgets):
