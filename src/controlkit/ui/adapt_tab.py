@@ -70,7 +70,7 @@ class _Tab:
                 x="step", y="score", title="Score of the previews", height=220, min_width=200, elem_id="adapt-score"
             )
         self.preview = gr.Image(
-            label="Held-out pairs: condition, target, result", interactive=False, type="pil", format="png",
+            label="Held-out pairs: condition image, result, target", interactive=False, type="pil", format="png",
             elem_id="adapt-preview", buttons=["download"],
         )  # fmt: skip
         self.report = gr.Markdown("", elem_id="adapt-report")
