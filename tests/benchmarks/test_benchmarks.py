@@ -180,3 +180,9 @@ def test_what_pays_compares_outputs(toy):
 def test_what_a_busy_machine_costs_is_measured_beside_a_busy_process():
     case = busy_machine.measure_all(1, 0, batch=1, steps=1, demo=False, only=["one thread"])
     assert set(case["busy / alone"]) == {"train, one thread"}
+
+
+def test_calls_of_a_unet_are_timed_beside_a_busy_process():
+    case = busy_machine.measure_calls("nano", 32, calls=1, rounds=1, only=["one thread"])
+    assert set(case["seconds"]) == {"call, one thread, alone", "call, one thread, busy"}
+    assert min(case["seconds"].values()) > 0 and case["busy / alone"]["call, one thread"] > 0
