@@ -466,9 +466,30 @@ def _several_table(results: Results) -> str:
     return table(("mix", "condition", "alone", "together", "under the others alone"), rows)
 
 
+_MEAN_OF_STYLES, _TEXT_ENCODERS = -2, -1
+"""The last reports of the study of community models."""
+
+
 def _community_table(results: Results) -> str:
-    rows = [[name, *map(_three, values[:3]), _two(values[3])] for name, *values in results.report("community")["rows"]]
-    return table(("how", "no control", "control", "ceiling", "gap closed"), rows)
+    rows = [
+        [f"`{name}`", *map(_two, values)]
+        for name, *values in results.report("community", index=_MEAN_OF_STYLES)["rows"]
+    ]
+    return table(("control", "nano", "community model, control as it is", "community model, control by offset"), rows)
+
+
+def _text_encoder_table(results: Results) -> str:
+    report = results.report("community", index=_TEXT_ENCODERS)
+    rows = []
+    for name, *_, closed, backgrounds in report["rows"]:
+        control, _, model = name.partition(": ")
+        rows.append([f"`{control}`", model, _two(closed), _two(backgrounds)])
+    return table(("control", "model", "gap closed", "background as asked"), rows)
+
+
+def _community_distances(results: Results) -> str:
+    distances = results.report("community")["facts"]["distances"].values()
+    return f"{100 * min(distances):.1f} to {100 * max(distances):.1f} %"
 
 
 def _ambiguous_table(results: Results) -> str:
@@ -526,6 +547,7 @@ FIGURES: dict[str, Figure] = {
     "several.table": Figure("several", _several_table, block=True),
     "ambiguous.table": Figure("ambiguous", _ambiguous_table, block=True),
     "community.table": Figure("community", _community_table, block=True),
-    "community.distance": Figure("community", lambda r: f"{100 * r.report('community')['facts']['distance']:.1f} %"),
+    "community.text-encoders": Figure("community", _text_encoder_table, block=True),
+    "community.distance": Figure("community", _community_distances),
 }
 """Name in the pages => figure."""

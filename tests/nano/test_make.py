@@ -429,7 +429,7 @@ SMALL = {
     "gallery_steps": "1",
     "several_conditions": "[images=2, sampling_steps=2, 'timed=[1,2]']",
     "ambiguous_content": "[images=2, sampling_steps=2, 'controls=[canny]']",
-    "community_model": "[images=2, sampling_steps=2, steps=2, batch_size=2]",
+    "community_model": "[images=2, sampling_steps=2, steps=2, text_steps=2, batch_size=2]",
     "new_condition": (
         "[images=2, sampling_steps=2, 'budgets=[1,2]', pairs=6, batch_size=2, rank=2, 'ranks=[2,3]',"
         " 'pair_counts=[4,6]', detail_steps=2, 'conditions=[palette,lineart_color_hints]']"
