@@ -17,7 +17,7 @@ from controlkit.apps.cli import main
 from controlkit.bases.load import load_base
 from controlkit.conditions import find
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
-from controlkit.data.pairs import read_pairs
+from controlkit.data.pairs import read_pairs, write_pairs
 from controlkit.evaluation.eval_set import pairs_eval_set
 from controlkit.evaluation.evaluate_control import evaluate_control
 from controlkit.formats.load import load_control, save_control
@@ -252,6 +252,17 @@ def test_pairs_of_one_condition_need_no_name_of_it(pairs, base_control, base_fol
     words += ["--rank", 2, "--steps", 2, "--out", tmp_path / "run"]
     assert main([str(word) for word in words]) == 0
     assert read_metadata(tmp_path / "run" / "adapter.safetensors")["control.condition"] == "blur"
+
+
+def test_the_condition_that_pairs_record_counts_more_than_the_name_of_their_folder(tmp_path):
+    from controlkit.apps.adapt import _condition_of
+    from controlkit.data.readers.columns import Columns
+
+    write_pairs(tmp_path / "blur", [(np.zeros((32, 32, 3), np.uint8),) * 2 + ("x",)])
+    assert _condition_of(str(tmp_path / "blur"), Columns()) == "blur"
+    lines = [{"picture": "target/00000.png", "conditions": {"canny": "source/00000.png"}, "prompt": "x"}]
+    (tmp_path / "blur" / "pairs.jsonl").write_text(json.dumps(lines[0]))
+    assert _condition_of(str(tmp_path / "blur"), Columns()) == "canny"
 
 
 def test_scores_draw_a_result_s_condition_with_the_parameters_of_the_given_one(pairs, tmp_path):

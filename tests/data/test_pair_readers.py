@@ -17,7 +17,7 @@ from controlkit.data.engine import make_pairs
 from controlkit.data.input_images import list_images
 from controlkit.data.making import MakeSettings
 from controlkit.data.multigen import MultiGen
-from controlkit.data.pairs import Pair, pairs_folder, read_pairs, split_pairs, write_pairs
+from controlkit.data.pairs import Pair, load_pairs, pairs_folder, read_pairs, split_pairs, write_pairs
 from controlkit.data.sources import members, read_condition_image
 from refusals import refused
 
@@ -214,6 +214,16 @@ def test_several_conditions_have_to_be_chosen_from(tmp_path):
         read_pairs(tmp_path, "cany")
     with refused("missing-file", tmp_path / "palete"):
         read_pairs(tmp_path / "palete")
+
+
+def test_pairs_that_are_read_as_another_condition_than_they_record_say_so(tmp_path):
+    write_images(tmp_path / "in", 2)
+    settings = MakeSettings(conditions=("canny",), size=32)
+    make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", settings, workers=1)
+    assert load_pairs(tmp_path / "out").notes == load_pairs(tmp_path / "out", "canny").notes == []
+    assert load_pairs(tmp_path / "out", "identity").notes == []
+    (note,) = load_pairs(tmp_path / "out", "blur").notes
+    assert "canny" in note and "blur" in note
 
 
 def test_a_manifest_may_call_its_image_image(tmp_path):

@@ -18,6 +18,7 @@ from several_processes import torchrun
 from controlkit.bases.load import load_base
 from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.controls.ctrlora import BaseControlNet
+from controlkit.data.pair import Pair
 from controlkit.data.pairs import read_pairs, write_pairs
 from controlkit.data.readers.archives import write_tar
 from controlkit.data.sources import ComputedCondition
@@ -347,6 +348,14 @@ def test_pairs_are_cropped_at_several_places_on_both_sides_alike(recipe, folder,
     )
     with refused("out-of-range", "crops"):
         dataclasses.replace(recipe, crops=0)
+
+
+def test_pairs_with_objects_of_coco_have_keys(tiny_base, tmp_path):
+    Image.fromarray(drawing(0)[1]).save(tmp_path / "0.png")
+    boxes = ((("objects", [{"bbox": [4, 8, 16, 24], "category_id": 3}])),)
+    source = ComputedCondition(target=tmp_path / "0.png", condition="bbox", parameters=boxes)
+    pair = Pair(source=source, target=tmp_path / "0.png", prompt="x", condition="bbox")
+    assert PairCache(tiny_base, pair.crops(1)).content() == PairCache(tiny_base, pair.crops(2)[:1]).content()
 
 
 def test_flips_change_neither_what_else_a_step_draws_nor_runs_without_them(recipe):

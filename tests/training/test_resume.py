@@ -450,6 +450,15 @@ def test_another_batch_size_resumes_when_it_is_asked_for(tmp_path):
     assert toy.steps_seen == [6]
 
 
+def test_a_change_that_saved_no_state_can_be_changed_again(tmp_path):
+    run(tmp_path, steps=4, batch_size=16)
+    changed = {"steps": 6, "change_on_resume": ("batch_size",)}
+    with refused("out-of-memory", "batch_size"):
+        run(tmp_path, at={4: raises(torch.OutOfMemoryError("CUDA out of memory"))}, batch_size=8, **changed)
+    toy, _ = run(tmp_path, batch_size=4, **changed)
+    assert toy.steps_seen == [4, 5]
+
+
 class Scored(Toy):
     """A toy whose previews have given scores, by their step."""
 
@@ -475,6 +484,7 @@ def test_patience_ends_a_run_with_the_weights_of_its_best_preview(tmp_path, caps
     toy, trained = scored(tmp_path / "a", merits)
     assert toy.steps_seen == [0, 1, 2, 3] and trained.files == (tmp_path / "a" / "weights.pt",)
     assert "stopped at step 4 of 9" in capsys.readouterr().err
+    assert trained.step == 2 and trained.scores == {"score": 3.0}
     whole = Scored(toy_recipe(tmp_path / "c", STEPS, preview_every=1))
     whole.merits = toy.merits
     seen = {}

@@ -57,7 +57,7 @@ class Toy(Objective):
         (folder / f"{step}.txt").write_text("seen")
         return {"score": float(step)}
 
-    def save(self, folder):
+    def save(self, folder, step):
         path = folder / "weights.pt"
         torch.save(self.network.state_dict(), path)
         return [path]

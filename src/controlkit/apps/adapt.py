@@ -113,12 +113,14 @@ def _columns(values: Mapping[str, Any]) -> Columns:
 
 
 def _condition_of(pairs: str, columns: Columns) -> str | None:
-    """The condition named by PAIRS/NAME, or the only one recorded in the pairs; else None."""
+    """The condition that the pairs record: the one named by PAIRS/NAME if there are several, else the only one. If none
+    is known, that of the folder's name; else None."""
     from controlkit import conditions
     from controlkit.data.readers.listing import short_name
     from controlkit.data.readers.recognise import read_listing
 
-    if Path(pairs).name in conditions.registry():
-        return Path(pairs).name
-    names = {short_name(name) for name in read_listing(pairs, columns=columns).conditions}
-    return names.pop() if len(names) == 1 and names <= set(conditions.registry()) else None
+    recorded = {short_name(name) for name in read_listing(pairs, columns=columns).conditions}
+    known = recorded & set(conditions.registry())
+    if len(recorded) == len(known) == 1:
+        return known.pop()
+    return Path(pairs).name if Path(pairs).name in conditions.registry() else None

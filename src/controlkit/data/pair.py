@@ -10,7 +10,7 @@ import numpy as np
 
 from controlkit.conditions import find
 from controlkit.conditions.condition import Condition, left_right
-from controlkit.data.sources import Source, open_image
+from controlkit.data.sources import ComputedCondition, Source, open_image, upright_size
 from controlkit.files import sha256_of
 from controlkit.images import resize_cover
 
@@ -72,7 +72,9 @@ class Pair:
         """The pair at `count` evenly spaced places; a square one, whose crops are all the same, `count` times."""
         if count == 1:
             return [self]
-        width, height = open_image(self.target).size
+        target = self.target
+        size = None if isinstance(target, ComputedCondition) else upright_size(target)  # of the header: much faster
+        width, height = size or open_image(target).size
         if width == height:
             return [self] * count
         return [replace(self, place=(number + 0.5) / count) for number in range(count)]

@@ -87,7 +87,7 @@ def load_pairs(path: str | Path, condition: str | None = None, columns: Columns 
     return PairSet(
         pairs=[pair for _, pair in listed],
         where=[where for where, _ in listed],
-        notes=[*listing.notes, *listing.outside()],
+        notes=[*listing.notes, *listing.renamed(condition), *listing.outside()],
     )
 
 

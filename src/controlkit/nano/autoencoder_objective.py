@@ -70,7 +70,7 @@ class AutoencoderObjective(Objective):
         return {"psnr": (-10 * torch.log10(squared)).mean().item(), "latent_std": z.std().item()}
 
     @torch.no_grad()
-    def save(self, folder: Path) -> list[Path]:
+    def save(self, folder: Path, step: int) -> list[Path]:
         latents = self.network.encode(self.held_out).latent_dist.mode()
         # SD's convention (Rombach et al. 2022, appendix G): latents times this have unit variance.
         self.network.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))

@@ -149,7 +149,7 @@ class BaseObjective(Objective):
         rows = [images[seed::_PREVIEW_SEEDS] for seed in seeds]
         write_png(path, contact_sheet(rows, cell=96))
 
-    def save(self, folder: Path) -> list[Path]:
+    def save(self, folder: Path, step: int) -> list[Path]:
         """Write a diffusers folder into `folder/base`."""
         base = self._base()
         out = folder / "base"

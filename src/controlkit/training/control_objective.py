@@ -294,9 +294,9 @@ class ControlObjective(Objective):
     def preview_settings(self) -> dict[str, Any]:
         return preview_settings(self.base, self.control.for_condition(self.recipe.condition_names[0]))
 
-    def save(self, folder: Path) -> list[Path]:
+    def save(self, folder: Path, step: int) -> list[Path]:
         recipe = self.recipe
-        metadata = {**self.source.facts(), **recipe.summary()}
+        metadata = {**self.source.facts(), **recipe.summary(), "steps": step}
         on_companion = recipe.control_class.companion is not None and recipe.started_from is not None
         companion = Path(recipe.started_from or "").stem if on_companion else "base"
         return [

@@ -102,7 +102,7 @@ class Objective(ABC):
         return ()
 
     @abstractmethod
-    def save(self, folder: Path) -> list[Path]:
+    def save(self, folder: Path, step: int) -> list[Path]:
         """Write the finished networks into `folder`; returns the files."""
 
     def numpy_generator(self, step: int) -> np.random.Generator:

@@ -184,10 +184,10 @@ class PairCache:
         """Hash of one side of every pair; each file is read once."""
         if side not in self._known_keys:
             sources = [getattr(pair, side) for pair in self.pairs]
-            distinct = list(dict.fromkeys(sources))  # a pair may be cropped at several places
+            distinct = {id(source): source for source in sources}  # the crops of a pair share theirs
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                keys = dict(zip(distinct, pool.map(_key_of, distinct), strict=True))
-            self._known_keys[side] = [keys[source] for source in sources]
+                keys = dict(zip(distinct, pool.map(_key_of, distinct.values()), strict=True))
+            self._known_keys[side] = [keys[id(source)] for source in sources]
         return self._known_keys[side]
 
     def _crop_keys(self, side: str) -> list[str]:

@@ -28,23 +28,29 @@ class Patience:
         self._waited = 0
         self.step = 0
         """The step of the best preview."""
+        self.scores: dict[str, float] = {}
+        """The scores of the best preview."""
         record = {}
         with suppress(UserError):
             record = read_json(folder / _RECORD)
         if record and record["judged"] <= first:
             self._best, self._waited, self.step = record["best"], record["waited"], record["step"]
+            self.scores = record.get("scores", {})
 
     @property
     def exhausted(self) -> bool:
         """Whether the run has ended."""
         return self._waited >= self._previews
 
-    def ends(self, step: int, merit: float | None, save: Callable[[Path], object]) -> bool:
+    def ends(
+        self, step: int, scores: dict[str, float], merit: float | None, save: Callable[[Path, int], object]
+    ) -> bool:
         """Whether the run ends with this preview.
 
         Args:
-            merit: of the preview, higher is better.
-            save: writes the files of the current weights into a folder.
+            scores: of the preview, by name.
+            merit: what of them counts, higher is better.
+            save: writes the files of the current weights, of a step, into a folder.
 
         Raises:
             UserError: the preview has no score to compare.
@@ -54,12 +60,12 @@ class Patience:
                 "patience needs a held-out score, and the previews of this run have none to compare", "contradiction"
             )
         if self._best is None or merit > self._best:
-            self._best, self._waited, self.step = merit, 0, step
+            self._best, self._waited, self.step, self.scores = merit, 0, step, scores
             self._folder.mkdir(parents=True, exist_ok=True)
-            save(self._folder)
+            save(self._folder, step)
         else:
             self._waited += 1
-        values = {"best": self._best, "step": self.step, "waited": self._waited, "judged": step}
+        values = {"best": self._best, "step": self.step, "waited": self._waited, "judged": step, "scores": self.scores}
         write_json(self._folder / _RECORD, values)
         return self.exhausted
 

@@ -16,7 +16,7 @@ def run(recipe: Recipe) -> dict[str, float]:
     """Train `recipe` and write the results into its folder, with a card beside every control.
 
     Returns:
-        The scores of the last preview.
+        The scores of the last preview, or with `patience` of the best.
     """
     return run_recipe(recipe).scores
 
@@ -29,7 +29,7 @@ def run_recipe(recipe: Recipe) -> Trained:
             rows = [f"| {name} | {value:.4g} |" for name, value in trained.scores.items()]
             sampling = f" ({in_words(trained.scored)})" if trained.scored else ""
             table = ["| | |", "|---|---|", *rows]
-            scores = "\n".join([f"On a few held-out images, after the last step{sampling}:", "", *table])
+            scores = "\n".join([f"On a few held-out images, after {trained.step:,} steps{sampling}:", "", *table])
             image = None if trained.preview is None else trained.preview.relative_to(path.parent)
             write_card(path, scores=scores if rows else "", image=image, seconds=trained.seconds)
     return trained

@@ -50,14 +50,16 @@ _READ_SECONDS = 10.0
 class Trained:
     """A finished run."""
 
+    step: int
+    """Steps after which the files were written: fewer than those of the run if `patience` chose an earlier preview."""
     scores: dict[str, float]
-    """Scores of the last preview."""
+    """Scores of the preview after that step."""
     scored: dict[str, Any]
     """Settings of its samples: `Objective.preview_settings`."""
     files: tuple[Path, ...]
     """Files of the finished networks; empty in all processes but the first."""
     preview: Path | None
-    """Image of the last preview."""
+    """Image of that preview."""
     seconds: float
     """Duration of the run, over all its parts."""
     base_runs: str = ""
@@ -106,10 +108,12 @@ class _Loop:
             self.schedule, note = initial_schedule(recipe)
         else:
             self.schedule, note = resumed_schedule(recipe, state.step, state.learning_rate, schedule_changes(recipe))
-        if self.processes.first:
-            if note:
-                print(note, file=sys.stderr, flush=True)
-            write_json(self.folder / "recipe.json", {"system": recipe.system, **dataclasses.asdict(recipe)})
+        if self.processes.first and note:
+            print(note, file=sys.stderr, flush=True)
+        # A resumed run is checked against the recipe of its state: a changed one is recorded with the first new state.
+        self._is_recorded = state is None or state.fingerprint == fingerprint(recipe)
+        if self._is_recorded:
+            self._record()
         self.log = RunLog(self.folder, self.first, recipe.steps) if self.processes.first else NullLog()
         self.readings = Readings()
         self._read_at = time.monotonic()
@@ -140,13 +144,18 @@ class _Loop:
             self._preview(self.first)
         with averaged(self.average, self.parameters), gathered(self.objective.trained):
             if self.processes.first:
-                files = self.objective.save(self.folder)
+                files = self.objective.save(self.folder, self.recipe.steps)
+        step, scores = self.recipe.steps, self.scores
         if self.patience is not None and self.processes.first:
-            files = self.patience.files(self.folder)
+            files, step = self.patience.files(self.folder), self.patience.step
+            scores = self.patience.scores or scores
         self.processes.wait()
         previews = sorted((self.folder / "previews").glob("*.png"))
+        of_step = [path for path in previews if path.stem.isdecimal() and int(path.stem) == step]
+        previews = of_step or previews
         return Trained(
-            scores=self.scores,
+            step=step,
+            scores=scores,
             scored=self.objective.preview_settings,
             files=tuple(files),
             preview=previews[-1] if previews else None,
@@ -321,7 +330,7 @@ class _Loop:
                 self.scores = self.objective.preview(step, writable_folder(self.folder / "previews"))
                 if self.patience is not None and step > self.first:
                     merit = self.objective.merit(self.scores)
-                    self._enough = self.patience.ends(step, merit, self.objective.save)
+                    self._enough = self.patience.ends(step, self.scores, merit, self.objective.save)
         # All processes have to agree.
         self._enough = self.patience is not None and self.processes.any(self._enough)
         if self._enough and self.patience is not None and self.processes.first:
@@ -359,6 +368,10 @@ class _Loop:
         if step_of(self.path) > self.monitor.healthy_step:
             previous.replace(self.path)
 
+    def _record(self) -> None:
+        if self.processes.first:
+            write_json(self.folder / "recipe.json", {"system": self.recipe.system, **dataclasses.asdict(self.recipe)})
+
     def _save(self, step: int) -> None:
         if self.processes.first and self.path.exists() and step_of(self.path) <= self.monitor.healthy_step:
             # A state saved after the loss had risen does not replace one from before.
@@ -375,6 +388,9 @@ class _Loop:
             frozen=self.objective.frozen,
             loss_monitor=self.monitor.state(),
         )
+        if not self._is_recorded:
+            self._record()
+            self._is_recorded = True
 
 
 @contextmanager

@@ -96,6 +96,15 @@ class Listing:
                 return _registered(wanted)
         return names[0] if len(names) == 1 else None
 
+    def renamed(self, condition: str | None) -> list[str]:
+        """A note if the only condition of this listing is a known one and is read as another."""
+        name, wanted = self.chosen(condition), _wanted(condition)
+        recorded = None if name is None else _registered(short_name(name))
+        asked = wanted and _registered(wanted)
+        if asked is None or recorded is None or asked == recorded:
+            return []
+        return [f"the pairs record the condition {recorded}; they are read as {asked}, as asked for"]
+
     def pairs(self, condition: str | None = None) -> tuple[list[tuple[str, Pair]], list[str]]:
         """`(where, pair)` of every record, and the problems, including records without this condition.
 
