@@ -165,6 +165,15 @@ def test_missing_json_is_said_in_words(tmp_path):
             read_json(path)
 
 
+def test_a_link_stays_and_permissions_are_kept(tmp_path):
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "real.json").chmod(0o600)
+    (tmp_path / "link.json").symlink_to("real.json")
+    write_json(tmp_path / "link.json", 1)
+    assert (tmp_path / "link.json").is_symlink() and read_json(tmp_path / "real.json") == 1
+    assert (tmp_path / "real.json").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_hash_knows_where_its_parts_end():
     assert sha256_of("ab", "c") != sha256_of("a", "bc")
     assert sha256_of("ab", b"c") == sha256_of(b"ab", "c")

@@ -22,7 +22,8 @@ from controlkit.errors import UserError
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a temporary path beside `path`, flush to disk, then rename over `path`.
 
-    Readers see the old file or the new one, never a part, even if the process is killed while writing.
+    Readers see the old file or the new one, never a part, even if the process is killed while writing. A symbolic link
+    stays, and its file is replaced; a replaced file keeps its permissions.
 
     Raises:
         UserError: the folder is not writable or the disk is full; nothing is left behind.
@@ -33,6 +34,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         raise UserError(f"cannot write {path}: it is {kind}; choose another name", "write-failed")
     temporary: Path | None = None
     try:
+        path = path.resolve() if path.is_symlink() else path
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)
@@ -40,7 +43,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         reason = getattr(error, "strerror", None) or error

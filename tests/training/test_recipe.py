@@ -107,6 +107,11 @@ def test_what_is_not_a_recipe_is_refused_in_words(file, text, code, fact):
         read_recipe(file(text))
 
 
+def test_a_setting_that_is_set_twice_is_refused(file):
+    with refused("damaged-file", "steps is set twice"):
+        read_recipe(file("\n".join(f"{k}: {v}" for k, v in MINIMAL.items()) + "\nsteps: 3\nsteps: 7\n"))
+
+
 def test_a_missing_file_is_named(tmp_path):
     with refused("missing-file", "nothing.yaml"):
         read_recipe(tmp_path / "nothing.yaml")

@@ -133,6 +133,18 @@ def recipe_class(system: str) -> type[Recipe]:
     return recipes()[system]
 
 
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML in which a repeated key is an error, not the last of its values."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is set twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in the YAML file `path`, with `key=value` overrides.
 
@@ -142,7 +154,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _NoDuplicates)
     except FileNotFoundError as error:
         files = [*Path(path).parent.glob("*.yaml"), *Path("recipes").rglob("*.yaml")]
         known = [*recipes(), *dict.fromkeys(map(str, sorted(files)))]
