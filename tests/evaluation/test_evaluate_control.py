@@ -15,6 +15,9 @@ import controlkit
 from controlkit.apps.cli import main
 from controlkit.controls.controlnet_xs import ControlNetXS
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.data.engine import make_pairs
+from controlkit.data.input_images import list_images
+from controlkit.data.making import MakeSettings
 from controlkit.evaluation.eval_set import EvalSet
 from controlkit.evaluation.evaluate_control import evaluate_control, evaluate_controls
 from controlkit.evaluation.metrics import frechet_distance
@@ -35,6 +38,15 @@ def eval_set_from(first, count):
     return EvalSet(
         name="held-out pairs", condition_images=given, targets=targets, prompts=[one.caption for one in drawings]
     )
+
+
+def write_examples(folder, count):
+    """Images of the held-out set as PNG files."""
+    folder.mkdir()
+    paths = [folder / f"{number}.png" for number in range(count)]
+    for path, example in zip(paths, evaluation_set("held-out").examples, strict=False):
+        Image.fromarray(example.image).save(path)
+    return paths
 
 
 def test_two_sets_of_one_name_have_baselines_and_ceilings_of_their_own(tiny_base, tiny_control):
@@ -116,6 +128,27 @@ def test_a_mode_that_a_control_cannot_act_in_is_refused_before_anything_is_sampl
 def test_a_repeated_name_is_refused(words, facts, capsys):
     assert main(["evaluate", "control", *words]) == 2
     check(capsys.readouterr().err, "contradiction", *facts)
+
+
+def test_pairs_of_another_condition_are_refused(tiny_base, tiny_control, base_folder, tmp_path, capsys):
+    file = save_control(tmp_path / "ours.safetensors", tiny_control, tiny_base)
+    write_examples(tmp_path / "images", 2)
+    settings = MakeSettings(conditions=("canny", "grayscale"))
+    make_pairs(list_images([tmp_path / "images"]), tmp_path / "pairs", settings, workers=1)
+    words = ["evaluate", "control", str(file), "--base", str(base_folder), "--steps", "1", "--share", "1", "--pairs"]
+    assert main([*words, str(tmp_path / "pairs" / "grayscale")]) == 2
+    check(capsys.readouterr().err, "contradiction", file, "canny", tmp_path / "pairs" / "grayscale", "PAIRS/canny")
+    assert main([*words, str(tmp_path / "pairs" / "canny")]) == 0
+
+
+@pytest.mark.parametrize("recorded", [None, "identity", "somebody_elses"])
+def test_pairs_of_no_known_condition_are_evaluated(recorded, tiny_base, tiny_control, base_folder, tmp_path):
+    file = save_control(tmp_path / "ours.safetensors", tiny_control, tiny_base)
+    (image,) = write_examples(tmp_path / "images", 1)
+    entry = {"file_name": image.name, "text": "a scene", f"{recorded or 'conditioning'}_image": image.name}
+    (image.parent / "metadata.jsonl").write_text(json.dumps(entry))
+    words = ["evaluate", "control", str(file), "--base", str(base_folder), "--steps", "1", "--share", "1"]
+    assert main([*words, "--pairs", str(image.parent)]) == 0
 
 
 def test_a_report_holds_the_settings_that_its_numbers_depend_on(tiny_base, tiny_control, base_folder, tmp_path, capsys):

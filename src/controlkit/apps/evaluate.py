@@ -16,6 +16,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -255,8 +256,9 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
     if pairs:
         if len(controls) > 1:
             raise UserError(f"--pairs have one condition: evaluate one control, not {len(controls)}", "contradiction")
-        held_out = [pairs_eval_set(pairs, base.size)]
-        report, sheet = evaluate_control(base, next(iter(controls.values())), held_out, **settings)
+        ((name, control),) = controls.items()
+        _check_condition(name, control, pairs, args.pairs)
+        report, sheet = evaluate_control(base, control, [pairs_eval_set(pairs, base.size)], **settings)
     elif len(controls) == 1:
         report, sheet = evaluate_control(base, next(iter(controls.values())), sets, **settings)
     else:
@@ -264,6 +266,29 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
     if args.sheet:
         write_png(args.sheet, sheet)
     return [report]
+
+
+def _check_condition(name: str, control: Control, pairs: Sequence[Pair], path: str) -> None:
+    """Check that the condition images of pairs are of the control's condition, where both are known.
+
+    Raises:
+        UserError: they are of another one.
+    """
+    from controlkit.conditions import find
+    from controlkit.errors import UserError
+
+    known: list[str] = []
+    for condition in (control.condition, pairs[0].condition):
+        with suppress(UserError):
+            known += [] if condition is None else [find(condition).name]
+    # `identity` stands for condition images of any kind.
+    if len(set(known)) == 2 and "identity" not in known:
+        ours, theirs = known
+        raise UserError(
+            f"{name} is a control of {ours}, but the condition images of {path} are {theirs}; give pairs of {ours}: if"
+            f" the folder has several conditions, --pairs PAIRS/{ours}",
+            "contradiction",
+        )
 
 
 def _held_out(args: argparse.Namespace, count: int) -> list[Pair]:
