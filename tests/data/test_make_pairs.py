@@ -256,6 +256,28 @@ def test_shards_are_the_same_bytes_every_time_and_hold_the_same_pairs(tmp_path):
     assert [entry["prompt"] for entry in lines(again)] == [f"scene {n}" for n in range(5)]
 
 
+@pytest.mark.parametrize("name", ["shards.tar", "part/table.parquet"])
+def test_a_folder_of_images_and_shards_is_refused(name, tmp_path):
+    (image,) = write_images(tmp_path / "in", 1)
+    shard = tmp_path / "in" / name
+    shard.parent.mkdir(exist_ok=True)
+    write_archive(shard, {"a.png": encoded(scene(0))})
+    with refused("contradiction", tmp_path / "in", image, shard):
+        list_images([tmp_path / "in"])
+    assert len(list_images([image])) == 1
+
+
+def test_captions_in_a_table_and_earlier_output_are_no_shards_among_images(tmp_path):
+    folder = tmp_path / "in"
+    write_images(folder, 2, captions=False)
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = arrow.table({"file_name": ["image0.png"], "text": ["a caption"]})
+    parquet.write_table(table, folder / "metadata.parquet")
+    (folder / "out").mkdir()
+    write_archive(folder / "out" / "shard.tar", {"a.png": encoded(scene(0))})
+    assert [image.caption() for image in list_images([folder], without=folder / "out")] == ["a caption", ""]
+
+
 def test_images_come_from_folders_globs_tars_and_coco(tmp_path):
     paths = write_images(tmp_path / "in/deep", 3)
     (tmp_path / "in/.hidden").mkdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,9 @@ def list_images(
         without: the output folder, which is skipped.
 
     Raises:
-        UserError: an input does not exist, or there are no images.
+        UserError: an input does not exist, a folder has both images and shards, or there are no images.
     """
+    left_out = os.path.realpath(without) + os.sep if without is not None else None
     files: list[Path] = []
     annotations: list[Path] = []
     roots: list[str] = []
@@ -120,11 +121,10 @@ def list_images(
             )
         annotations += [path for path in found if path.suffix == ".json"]
         files += [path for path in found if path.suffix != ".json" and not path.is_dir()]
-        files += [file for path in found if path.is_dir() for file in _walk(path)]
+        files += [file for path in found if path.is_dir() for file in _walk(path, left_out)]
         roots += [root] if any(path.suffix != ".json" for path in found) else []
-    left_out = os.path.realpath(without) + os.sep if without is not None else None
     unique = dict.fromkeys(Path(os.path.abspath(path)) for path in files)
-    kept = [path for path in unique if left_out is None or not os.path.realpath(path).startswith(left_out)]
+    kept = _outside(unique, left_out)
     parquet = [path for path in kept if _is_table(path)]
     kept = [path for path in kept if not _is_table(path)]
     tables += [read_parquet([path], path) for path in parquet]
@@ -282,10 +282,13 @@ def _from_coco(annotations: Sequence[Path], images: Path | None) -> Iterator[Inp
         )
 
 
-def _walk(folder: Path) -> list[Path]:
+def _walk(folder: Path, left_out: str | None) -> list[Path]:
     """Images below `folder`, or its tar shards or Parquet files if it has no images.
 
-    Hidden folders and folders of pairs are skipped.
+    Hidden folders and folders of pairs are skipped, and files below `left_out` if there are others.
+
+    Raises:
+        UserError: it has both.
     """
     images: list[Path] = []
     shards: list[Path] = []
@@ -304,7 +307,21 @@ def _walk(folder: Path) -> list[Path]:
             for name in sorted(names)
             if name.endswith((".tar", ".parquet")) and not name.startswith(".")
         ]
-    return images or shards
+    own_images, own_shards = _outside(images, left_out), _outside(shards, left_out)
+    # A `datasets` image folder has captions in a table.
+    beside = [path for path in own_shards if path.name not in METADATA]
+    if own_images and beside:
+        raise UserError(
+            f"{folder} has images, such as {own_images[0]}, and tar shards or Parquet files, such as {beside[0]}; pass"
+            " the ones that you mean: a folder with them alone, or a glob in quotes",
+            "contradiction",
+        )
+    return own_images or own_shards or images or shards
+
+
+def _outside(paths: Iterable[Path], folder: str | None) -> list[Path]:
+    """The paths that are not below `folder`, a real path that ends with a separator."""
+    return [path for path in paths if folder is None or not os.path.realpath(path).startswith(folder)]
 
 
 def _key(name: str) -> str:
