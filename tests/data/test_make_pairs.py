@@ -278,6 +278,17 @@ def test_captions_in_a_table_and_earlier_output_are_no_shards_among_images(tmp_p
     assert [image.caption() for image in list_images([folder], without=folder / "out")] == ["a caption", ""]
 
 
+def test_entries_of_a_caption_table_that_cannot_be_read_are_refused(tmp_path):
+    folder = tmp_path / "in"
+    write_images(folder, 2, captions=False)
+    good = '{"file_name": "image0.png", "text": "a caption"}'
+    (folder / "metadata.jsonl").write_text(good + '\n{"file_name": "image1.png", "text": "broken}\n')
+    with refused("bad-data", folder / "metadata.jsonl", "line 2"):
+        list_images([folder])
+    (folder / "metadata.jsonl").write_text(good)
+    assert [image.caption() for image in list_images([folder])] == ["a caption", ""]
+
+
 def test_images_come_from_folders_globs_tars_and_coco(tmp_path):
     paths = write_images(tmp_path / "in/deep", 3)
     (tmp_path / "in/.hidden").mkdir()

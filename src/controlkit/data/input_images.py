@@ -20,7 +20,7 @@ from controlkit.data.readers.image_tables import (
     read_saved_dataset,
 )
 from controlkit.data.readers.json_lines import METADATA, read_metadata
-from controlkit.data.readers.listing import Listing
+from controlkit.data.readers.listing import Listing, problems_error
 from controlkit.data.sources import CAPTION_SUFFIXES, TarMember, caption_beside, is_image_name, samples, upright_size
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, valid_text
@@ -98,7 +98,8 @@ def list_images(
         without: the output folder, which is skipped.
 
     Raises:
-        UserError: an input does not exist, a folder has both images and shards, or there are no images.
+        UserError: an input does not exist, a folder has both images and shards, a table has entries that cannot be
+            read, or there are no images.
     """
     left_out = os.path.realpath(without) + os.sep if without is not None else None
     files: list[Path] = []
@@ -212,7 +213,7 @@ def _expand(source: str) -> tuple[list[Path], str]:
 
 
 def _from_files(files: Sequence[Path], root: Path) -> Iterator[InputImage]:
-    listed = _listed_captions(files, root)
+    captions = _listed_captions(files, root)
     for path in files:
         if path.name.lower().endswith((".tar", ".tar.gz", ".tgz")):
             yield from _from_tar(path)
@@ -220,18 +221,26 @@ def _from_files(files: Sequence[Path], root: Path) -> Iterator[InputImage]:
         # A name that is not UTF-8 cannot go into a manifest: its image will be skipped and reported under this name.
         name = path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode()
         image = InputImage(key=_key(name), name=name, source=path)
-        prompt = listed.get(path)
+        prompt = captions.get(path)
         yield image if prompt is None or any(map(os.path.isfile, image.sidecars)) else replace(image, prompt=prompt)
 
 
 def _listed_captions(files: Sequence[Path], root: Path) -> dict[Path, str]:
-    """Captions in the `metadata` tables of `datasets` image folders, by the path of the image."""
+    """Captions in the `metadata` tables of `datasets` image folders, by the path of the image.
+
+    Raises:
+        UserError: a table has entries that cannot be read.
+    """
     folders = {folder for path in files for folder in path.parents if folder.is_relative_to(root)}
-    tables = [folder / name for folder in sorted(folders) for name in METADATA if (folder / name).is_file()]
+    paths = [folder / name for folder in sorted(folders) for name in METADATA if (folder / name).is_file()]
+    tables = [read_metadata(path) for path in paths]
+    for table in tables:
+        if table.problems:
+            raise problems_error(table.origin, table.problems)
     return {
         Path(os.path.abspath(record.image)): record.prompt
         for table in tables
-        for record in read_metadata(table).records
+        for record in table.records
         if isinstance(record.image, Path) and record.prompt
     }
 
