@@ -26,6 +26,9 @@ def request_notes(request: GenerateRequest, base: Base, width: int, height: int)
     # Weighted prompts are read in chunks and never cut.
     prompts = (request.prompt, request.negative_prompt) if request.prompt_syntax == "plain" else ()
     notes = prompt_notes(prompts, base)
+    guidance = base.default_guidance if request.guidance is None else request.guidance
+    if guidance <= 1 and request.negative_prompt.strip():
+        notes.append(f"guidance {guidance:g} switches guidance off, so the negative prompt changes nothing")
     sides, area = (width / base.size, height / base.size), width * height / base.size**2
     if not (0.5 < area < 2 and all(0.5 < side < 2 for side in sides)):
         notes.append(
