@@ -205,6 +205,31 @@ def test_condition_images_of_twice_the_size_are_what_training_takes(photos, tmp_
     assert json.loads(capsys.readouterr().out)["counts"] == {"scale": 1}
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("--size", 32), ("--tiles",), ("--buckets",), ("--copy",), ("--seed", 0), ("--fixed",), ("--prompt", "x")),
+        *(("--images-folder", "x"), ("--caption", "blip"), ("--caption-model", "x"), ("--device", "cuda")),
+        *(("--workers", 1), ("--shards", 2), ("--engine", "ray")),
+    ],
+)
+def test_a_check_refuses_options_of_making(words, tmp_path, capsys):
+    assert run("pairs", "--check", tmp_path, *words) == 2
+    check(capsys.readouterr().err, "contradiction", words[0], "--check")
+
+
+@pytest.mark.parametrize("words", [("--caption-model", "x"), ("--device", "cuda")])
+def test_options_of_the_caption_model_need_it(words, photos, tmp_path, capsys):
+    assert run("pairs", photos, "--conditions", "canny", "--out", tmp_path / "o", *words) == 2
+    check(capsys.readouterr().err, "contradiction", words[0], "--caption blip")
+
+
+def test_a_folder_of_coco_images_needs_annotations(photos, tmp_path, capsys):
+    words = ("--conditions", "canny", "--out", tmp_path / "o", "--images-folder", tmp_path)
+    assert run("pairs", photos, *words) == 2
+    check(capsys.readouterr().err, "contradiction", "--images-folder", photos)
+
+
 def test_a_template_is_the_prompt_of_images_without_a_caption(photos, tmp_path, capsys):
     (photos / "0.png").rename(photos / "red_big-barn.png")
     words = ("pairs", photos, "--conditions", "canny", "--out", tmp_path / "o", "--workers", 1, "--prompt")

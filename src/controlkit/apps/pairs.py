@@ -97,6 +97,8 @@ def run(args: argparse.Namespace) -> None:
     if args.check is not None:
         if args.images or args.out:
             raise UserError("--check reads existing pairs and excludes IMAGES and --out", "contradiction")
+        for option in _of_making(args):
+            raise UserError(f"--{option} is for making pairs; --check reads existing ones", "contradiction")
         _check(args)
         return
     if not args.images or not args.conditions or not args.out:
@@ -110,9 +112,24 @@ def run(args: argparse.Namespace) -> None:
     others = [name for name, given in (("base", hasattr(args, "base")), ("strict", args.strict)) if given]
     for option in (*named_columns(args), *others):
         raise UserError(f"--{option.replace('_', '-')} needs --check", "contradiction")
+    if args.caption != "blip":
+        for option in ("caption-model", "device"):
+            if option in _of_making(args):
+                raise UserError(f"--{option} needs --caption blip", "contradiction")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: expected at least 1", "out-of-range")
     _make(args)
+
+
+def _of_making(args: argparse.Namespace) -> list[str]:
+    """The options on the command line that are for making pairs only, without `--`."""
+    defaults: dict[str, object] = {
+        **dict.fromkeys(("size", "tiles", "buckets", "copy", "seed", "fixed", "prompt")),
+        **dict.fromkeys(("images_folder", "caption_model", "workers", "shards")),
+        **{"caption": "found", "device": "cpu", "engine": "local"},
+    }
+    given = [name for name, default in defaults.items() if getattr(args, name, default) != default]
+    return [name.replace("_", "-") for name in given]
 
 
 def _make(args: argparse.Namespace) -> None:

@@ -124,6 +124,12 @@ def list_images(
         files += [path for path in found if path.suffix != ".json" and not path.is_dir()]
         files += [file for path in found if path.is_dir() for file in _walk(path, left_out)]
         roots += [root] if any(path.suffix != ".json" for path in found) else []
+    if images is not None and not annotations:
+        raise UserError(
+            f"{images} is for the images of COCO annotations (--images-folder), and there are none in"
+            f" {', '.join(map(str, inputs))}",
+            "contradiction",
+        )
     unique = dict.fromkeys(Path(os.path.abspath(path)) for path in files)
     kept = _outside(unique, left_out)
     parquet = [path for path in kept if _is_table(path)]
