@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from controlkit.apps.cli import main
+from controlkit.bases.load import load_base
+from controlkit.bases.prompt_encoding import Embedding
 from controlkit.sampling.notes import request_notes
 from controlkit.sampling.request import ControlUse, GenerateRequest
 
@@ -124,6 +127,22 @@ def test_a_negative_prompt_without_guidance_is_told(guidance, default, negative,
     notes = request_notes(request, base, 64, 64)  # type: ignore[arg-type]
     assert len(notes) == told
     assert not told or ("guidance 1 " in notes[0] and "negative prompt" in notes[0])
+
+
+def test_the_vectors_of_a_learned_word_count_as_tokens_that_are_read():
+    nano = load_base("nano")
+    prompt = "emb style, red apple on a blue background with stars"
+    width = nano.text_encoder.get_input_embeddings().weight.shape[1]
+
+    def notes(vectors, text=prompt):
+        learned = [Embedding("emb", {"text_encoder": torch.zeros(vectors, width)})]
+        return request_notes(GenerateRequest(prompt=text), nano, nano.size, nano.size, learned)
+
+    assert notes(1) == []
+    (note,) = notes(nano.prompt_tokens - 2 - 3)
+    assert note.endswith("'apple on a blue background with stars'")
+    (note,) = notes(12, "emb and emb, emb")
+    assert note.endswith("'emb , emb'")
 
 
 def test_size_and_weight_are_told_by_generate(lines, tmp_path, capsys):

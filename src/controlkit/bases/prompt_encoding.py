@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -95,6 +96,26 @@ def encode_prompts(
     return torch.cat(_one_length(joined)), pooled[firsts]
 
 
+def cut_from_plain(tokenizer: Any, prompt: str, embeddings: Sequence[Embedding]) -> str:
+    """The part of a plain prompt with learned words that encoders do not read; empty if there is none.
+
+    Raises:
+        UserError: the prompt contains half a character (a lone surrogate).
+    """
+    # All encoders have as many vectors for a word.
+    words = _Words(tokenizer, next(iter(embeddings[0].vectors)), embeddings)
+    units = list(words.units(prompt))
+    ends = accumulate(map(len, units))
+    unread = [unit for unit, end in zip(units, ends, strict=True) if end > words.length]
+    parts: list[str] = []
+    for learned, group in groupby(unread, lambda unit: unit[0] in words.vectors):
+        if learned:
+            parts += map(words.name_of, group)
+        else:
+            parts.append(tokenizer.decode([token for unit in group for token in unit]))
+    return " ".join(filter(None, map(str.strip, parts)))
+
+
 def same_length(texts: Sequence[Text]) -> list[Text]:
     """Texts with hidden states of one length: repeated to the least common multiple, which leaves cross attention as it
     was."""
@@ -138,6 +159,10 @@ class _Words:
                 yield self._ids[piece.lower()]
             else:
                 yield from ([token] for token in self._plain(piece))
+
+    def name_of(self, unit: list[int]) -> str:
+        """The word with these ids."""
+        return next(name for name, ids in self._ids.items() if ids == unit)
 
     def _plain(self, text: str) -> list[int]:
         text = valid_text(text, "the prompt")

@@ -246,7 +246,7 @@ def generate_one(
             control.with_values(values_of(use, control))
             for use, control in zip(request.controls, controls, strict=True)
         ]
-    generation.notes += request_notes(request, base, width, height)
+    generation.notes += request_notes(request, base, width, height, embeddings)
     generation.notes += embedding_notes(embeddings, request)
     files = [*(image.file for image in chain(*images)), *masks, *started.values()]
     generation.notes += _file_notes(files, frame)
@@ -300,7 +300,7 @@ def generate_one(
         generation.first_images, generation.images = generation.images, []
         with _timed(generation, "caption"):
             prompts = captioner([first.image for first in generation.first_images])
-        generation.notes += prompt_notes(prompts, base)
+        generation.notes += prompt_notes(prompts, base, embeddings)
         generation.used["prompts"] = list(prompts)
         draw("sample again", prompts, 1)
     if larger is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
 
 from controlkit.bases.base import Base
+from controlkit.bases.prompt_encoding import Embedding, cut_from_plain
 from controlkit.controls.control import Control
 from controlkit.images import is_flat
 from controlkit.sampling.inputs import ControlImage
@@ -15,17 +16,23 @@ from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.seeds import same_noise
 
 
-def prompt_notes(prompts: Iterable[str], base: Base) -> list[str]:
-    """Notes on prompts that are cut."""
-    cuts = [base.cut_from(prompt) for prompt in dict.fromkeys(prompts) if prompt]
+def prompt_notes(prompts: Iterable[str], base: Base, embeddings: Sequence[Embedding] = ()) -> list[str]:
+    """Notes on prompts that are cut, where `embeddings` stand for words."""
+
+    def cut(prompt: str) -> str:
+        return cut_from_plain(base.tokenizer, prompt, embeddings) if embeddings else base.cut_from(prompt)
+
+    cuts = [cut(prompt) for prompt in dict.fromkeys(prompts) if prompt]
     return [f"the base reads {base.prompt_tokens} tokens of a prompt; it does not see {cut!r}" for cut in cuts if cut]
 
 
-def request_notes(request: GenerateRequest, base: Base, width: int, height: int) -> list[str]:
+def request_notes(
+    request: GenerateRequest, base: Base, width: int, height: int, embeddings: Sequence[Embedding] = ()
+) -> list[str]:
     """Notes on the prompts, the size in pixels and the weights of a request."""
     # Weighted prompts are read in chunks and never cut.
     prompts = (request.prompt, request.negative_prompt) if request.prompt_syntax == "plain" else ()
-    notes = prompt_notes(prompts, base)
+    notes = prompt_notes(prompts, base, embeddings)
     guidance = base.default_guidance if request.guidance is None else request.guidance
     if guidance <= 1 and request.negative_prompt.strip():
         notes.append(f"guidance {guidance:g} switches guidance off, so the negative prompt changes nothing")
