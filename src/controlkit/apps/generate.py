@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -343,7 +343,18 @@ def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings |
     request = expand_folders(request, pair=args.pair)
     if args.xy:
         request = replace(request, xy=tuple(parse_axis(text, request, "--xy") for text in args.xy))
+        _check_axes(request, settings)
     return request, saved
+
+
+def _check_axes(request: GenerateRequest, settings: Mapping[str, Any]) -> None:
+    """Check that no axis replaces one of the `settings` that options give; the prompt may be the first of several."""
+    from controlkit.errors import UserError
+
+    given = {"seed" if name == "seeds" else name for name in settings if name != "prompt"}
+    for name in sorted(given & {name for axis in request.xy for name in axis}):
+        option = name.replace("_", "-")
+        raise UserError(f"--xy {name}=... sets it for every image; leave out --{option}", "contradiction")
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
