@@ -101,8 +101,9 @@ class Studio:
         width, height = request.width or base.size, request.height or base.size
         self.limits.check_size(width, height, request.hires)
         base.check_size(width, height)
+        covered = _covered(spec, files, width, height)
         for name, image in spec.images.items():
-            (folder / f"{name}.png").write_bytes(prepared(image, files[image.file], image.file, width, height))
+            (folder / f"{name}.png").write_bytes(prepared(image, files[image.file], image.file, *covered))
         notes = list(spec.notes)
         if spec.lenient:
             request, changed = _as_the_base_can(request, base)
@@ -189,13 +190,29 @@ class Studio:
         return Result({"module": spec["module"]}, {"images": images})
 
 
+def _covered(spec: Spec, files: Mapping[str, bytes], width: int, height: int) -> tuple[int, int]:
+    """The size that images are scaled to cover, as `Frame.covered`.
+
+    Args:
+        width: width of what is sampled in pixels, as is `height`.
+
+    Raises:
+        UserError: the image that sampling starts from is damaged.
+    """
+    start = spec.request.get("image")
+    if start is None or spec.request.get("only_masked") is None:
+        return width, height
+    file = spec.images[start].file
+    return decode_rgb(files[file], file).size  # a part of the image is sampled, and all of it is the result
+
+
 def prepared(image: SentImage, data: bytes, name: str, width: int, height: int) -> bytes:
     """An image file as sampling reads it: the bytes that were sent, or a PNG if anything was done to the image.
 
     Args:
         data: the bytes that were sent.
         name: the image's name in errors.
-        width: width of the result in pixels, as is `height`.
+        width: width in pixels that sampling scales the image to cover, as is `height`.
 
     Raises:
         UserError: it is damaged.
