@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from controlkit.conditions import find
+from controlkit.conditions.condition import background_of
+from controlkit.images import decode_rgb
+from controlkit.sampling.inputs import ImageFile
 from controlkit.server.catalogue import list_models
-from controlkit.server.drawing import Studio
+from controlkit.server.drawing import Studio, prepared
 from controlkit.server.limits import Limits
+from controlkit.server.native import ControlBody, GenerateBody, build
 from controlkit.server.spec import Execution, SentImage, Spec
 
 
@@ -51,3 +57,35 @@ def test_condition_images_show_the_part_of_the_start_image_that_is_sampled(fit):
     found = np.asarray(Image.open(io.BytesIO(data)))
     assert np.array_equal(found, find("canny")(lines)[:, :64])
     assert np.flatnonzero(found.max(axis=(0, 2))).tolist() == [7, 59]
+
+
+def transparent(colour: tuple[int, int, int]) -> bytes:
+    """A square of `colour` in the middle of a transparent image."""
+    image = Image.new("RGBA", (64, 64))
+    image.paste((*colour, 255), (16, 16, 48, 48))
+    return png(image)
+
+
+@pytest.mark.parametrize("fit", ["crop", "stretch", "fill"])
+def test_masks_are_black_where_they_are_transparent(tmp_path, fit):
+    data = transparent((255, 255, 255))
+    (tmp_path / "sent.png").write_bytes(data)
+    expected = np.asarray(ImageFile.read_mask(str(tmp_path / "sent.png")).image)
+    for invert in (False, True):
+        sent = SentImage(file="mask", mask=True, fit=fit, invert=invert)
+        found = np.asarray(decode_rgb(prepared(sent, data, "mask", 64, 64), "mask", (0, 0, 0)))
+        assert np.array_equal(found, 255 - expected if invert else expected)
+
+
+@pytest.mark.parametrize("fit", ["crop", "stretch", "fill"])
+@pytest.mark.parametrize("control", ["canny", "nano/palette"])
+def test_condition_images_have_their_background_where_they_are_transparent(control, fit):
+    service = SimpleNamespace(catalogue=list_models(), limits=Limits())
+    data = transparent((200, 100, 50))
+    text = base64.b64encode(data).decode()
+    use = ControlBody(control=control, image=text, prepared=True, fit=fit)
+    spec, files = build(GenerateBody(prompt="x", controls=[use]), service)
+    image = spec.images["control0"]
+    background = background_of(service.catalogue.controls[control].condition)
+    found = decode_rgb(prepared(image, files[image.file], "image", 64, 64), "image", background)
+    assert np.array_equal(np.asarray(found), np.asarray(decode_rgb(data, "image", background)))

@@ -213,7 +213,7 @@ def _image_order(body: ImageToImage, service: Service, options: Mapping[str, Any
         return order
     blurs = [blur for blur in (body.mask_blur, body.mask_blur_x, body.mask_blur_y) if blur is not None]
     order.values |= {
-        "mask": order.collected.add("mask", body.mask, fit=fit, invert=bool(body.inpainting_mask_invert)),
+        "mask": order.collected.add("mask", body.mask, fit=fit, mask=True, invert=bool(body.inpainting_mask_invert)),
         "mask_blur": blurs[0] if blurs else 4,
         "only_masked": (body.inpaint_full_res_padding or 0) if only_masked else None,
     }

@@ -36,8 +36,19 @@ class ControlEntry:
     """Its inputs that are images."""
     values: tuple[str, ...]
     """Its inputs that are plain values."""
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    """Input -> its condition, for inputs with one of their own."""
     version: int = 0
     """Time at which its file was written, in nanoseconds, if that was after the start of the server."""
+
+    def condition_of(self, image: str | None = None) -> str | None:
+        """The condition of an input, if any.
+
+        Args:
+            image: name of the input; None for the first.
+        """
+        name = image or next(iter(self.images), "")
+        return self.conditions.get(name, self.condition)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +218,7 @@ def _entry(path: str, base_controls: Mapping[str, str]) -> ControlEntry | None:
         condition=recorded_condition(path),
         images=tuple(each.name for each in kind.inputs if each.kind == "image"),
         values=tuple(each.name for each in kind.inputs if each.kind == "value"),
+        conditions={each.name: each.condition for each in kind.inputs if each.condition is not None},
     )
 
 

@@ -19,6 +19,7 @@ from controlkit import conditions
 from controlkit._version import __version__
 from controlkit.bases.base import Base
 from controlkit.bases.prompt_encoding import TextOptions
+from controlkit.conditions.condition import BLACK, background_of
 from controlkit.errors import UserError
 from controlkit.images import decode_image, decode_rgb, resize_cover
 from controlkit.sampling.generate import Generation, Models, generate_one
@@ -217,14 +218,14 @@ def prepared(image: SentImage, data: bytes, name: str, width: int, height: int) 
     Raises:
         UserError: it is damaged.
     """
-    if image == SentImage(file=image.file):
+    if image.fit == "crop" and image.condition is None and not (image.invert or image.transparent):
         return data
     if image.transparent:
         opened = decode_image(data, name)
         alpha = opened.convert("RGBA").getchannel("A")
         found = alpha.point(lambda value: 255 - value).convert("RGB")
     else:
-        found = decode_rgb(data, name)
+        found = decode_rgb(data, name, BLACK if image.mask else background_of(image.shows))
     if image.invert:
         found = found.point(lambda value: 255 - value)
     if image.fit != "crop":

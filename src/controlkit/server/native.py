@@ -328,11 +328,15 @@ def _control(use: ControlBody, index: int, collected: Images, service: Service) 
         **{name: getattr(use, name) for name in ("weight", "start", "end", "layers", "mode")},
         "prepared": use.prepared or not own,
         "parameters": (use.parameters or None) if own else None,
-        "mask": collected.add(f"control{index}-mask", use.mask, fit=use.fit),
+        "mask": collected.add(f"control{index}-mask", use.mask, fit=use.fit, mask=True),
     }
-    image = collected.add(f"control{index}", use.image, **done)
+
+    def shown(name: str | None) -> str | None:
+        return entry.condition_of(name) if use.prepared else None
+
+    image = collected.add(f"control{index}", use.image, **done, shows=shown(None))
     images = {
-        name: collected.add(f"control{index}-{entry.images.index(name)}", text, **done)
+        name: collected.add(f"control{index}-{entry.images.index(name)}", text, **done, shows=shown(name))
         for name, text in use.images.items()
     }
     if not (images or use.values):

@@ -40,10 +40,14 @@ class SentImage:
     file: str
     """Its name among the files of the request."""
     fit: Fit = "crop"
+    mask: bool = False
+    """Whether it is a mask, which is black where it is transparent."""
     invert: bool = False
     """For a mask: swap black and white."""
     transparent: bool = False
     """For a mask: white where the image is transparent (OpenAI's masks)."""
+    shows: str | None = None
+    """Condition that it shows already, in whose background colour it is where it is transparent; None for others."""
     condition: str | None = None
     """Condition to compute from it; None for the image itself."""
     parameters: Mapping[str, Any] = field(default_factory=dict)

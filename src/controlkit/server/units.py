@@ -112,13 +112,15 @@ def _unit(given: Mapping[str, Any], where: str, index: int, service: Service, co
     done: dict[str, Any] = {"fit": fit}
     if condition is not None and not is_own:
         done |= {"condition": condition.name, "parameters": parameters}
+    elif condition is None:
+        done["shows"] = entry.condition_of()
     image = _image(unit, "image", where)
     if image is None:
         raise UserError(f"{where} has no image", "missing-setting")
     control = {
         "control": name,
         "image": collected.add(f"unit{index}", image, **done),
-        "mask": collected.add(f"unit{index}-mask", _image(unit, "mask", where), fit=fit),
+        "mask": collected.add(f"unit{index}-mask", _image(unit, "mask", where), fit=fit, mask=True),
         "weight": _number(unit, "weight", 1.0, where),
         "start": _number(unit, "guidance_start", 0.0, where),
         "end": _number(unit, "guidance_end", 1.0, where),
