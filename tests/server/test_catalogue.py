@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -98,3 +100,28 @@ def test_folders_that_do_not_exist(tmp_path):
     (tmp_path / "empty").mkdir()
     with refused("empty-data", "empty"):
         list_models(bases=[str(tmp_path / "empty")])
+
+
+@pytest.mark.parametrize("kind", ["loras", "vaes", "embeddings"])
+def test_of_files_with_the_same_name_the_first_is_listed_and_the_others_are_named(tmp_path, kind):
+    for file in ("a/ink.ckpt", "a/ink.safetensors", "b/ink.pt", "b/oil.pt"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(b"x")
+    catalogue = list_models(**{kind: [str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "a")]})
+    kept = tmp_path / "a" / "ink.safetensors"
+    assert getattr(catalogue, kind) == {"ink": str(kept), "oil": str(tmp_path / "b" / "oil.pt")}
+    lost = {str(tmp_path / file) for file in ("a/ink.ckpt", "b/ink.pt")}
+    assert all(note.startswith("ink: ") and str(kept) in note for note in catalogue.skipped)
+    assert {path for path in lost if any(path in note for note in catalogue.skipped)} == lost
+
+
+def test_a_control_does_not_replace_another_or_a_shipped_one(tmp_path):
+    shipped = shipped_controls()
+    for folder, name, source in (("a", "mine", "canny"), ("b", "mine", "nano/palette"), ("b", "canny", "nano/palette")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        shutil.copy(shipped[source], tmp_path / folder / f"{name}.safetensors")
+    catalogue = list_models(controls=[str(tmp_path / "a"), str(tmp_path / "b")])
+    assert catalogue.controls["mine"].path == str(tmp_path / "a" / "mine.safetensors")
+    assert catalogue.controls["canny"].path == str(shipped["canny"])
+    assert sorted(note.partition(":")[0] for note in catalogue.skipped) == ["canny", "mine"]
+    assert all(str(tmp_path / "b") in note for note in catalogue.skipped)

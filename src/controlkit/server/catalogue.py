@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Catalogue:
     vaes: Mapping[str, str] = field(default_factory=dict)
     embeddings: Mapping[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
-    """`NAME: REASON` for each file of `--controls` that is not listed."""
+    """`NAME: REASON` for each file that is not listed: it is no control, or its name is taken."""
 
     @property
     def base(self) -> str:
@@ -151,7 +152,7 @@ def list_models(
     vaes: Iterable[str] = (),
     embeddings: Iterable[str] = (),
 ) -> Catalogue:
-    """List the models in files and folders.
+    """List the models in files and folders. Of equal names the first is listed, and a shipped control before others.
 
     Args:
         bases: `nano`, hub ids, diffusers folders, files, and folders of the last two.
@@ -166,14 +167,14 @@ def list_models(
     """
     from controlkit.formats.load import shipped_controls
 
-    named_bases = {name: path for each in bases for name, path in _bases_in(each).items()}
+    skipped: list[str] = []
+    named_bases = _named((found for each in bases for found in _bases_in(each)), skipped)
     if not named_bases:
         raise UserError(f"there is no base in {', '.join(bases)}; give --base nano, a model or a folder", "empty-data")
-    files = {name: path for each in controls for name, path in _files_in(each, "--controls").items()}
-    if "nano" in named_bases:
-        files = {**{name: str(path) for name, path in shipped_controls().items()}, **files}
-    listed, skipped = {}, []
-    base_controls = {}
+    shipped = shipped_controls() if "nano" in named_bases else {}
+    own = (found for each in controls for found in _files_in(each, "--controls"))
+    files = _named(chain(((name, str(path)) for name, path in shipped.items()), own), skipped)
+    listed, base_controls = {}, {}
     for name, path in files.items():
         with suppress(UserError):  # said below
             if _is_for_others(path):
@@ -190,11 +191,25 @@ def list_models(
         bases=named_bases,
         controls=listed,
         base_controls=base_controls,
-        loras={name: path for each in loras for name, path in _files_in(each, "--loras").items()},
-        vaes={name: path for each in vaes for name, path in _files_in(each, "--vaes").items()},
-        embeddings={name: path for each in embeddings for name, path in _files_in(each, "--embeddings").items()},
+        loras=_named((found for each in loras for found in _files_in(each, "--loras")), skipped),
+        vaes=_named((found for each in vaes for found in _files_in(each, "--vaes")), skipped),
+        embeddings=_named((found for each in embeddings for found in _files_in(each, "--embeddings")), skipped),
         skipped=tuple(skipped),
     )
+
+
+def _named(found: Iterable[tuple[str, str]], skipped: list[str]) -> dict[str, str]:
+    """Name -> path of the first model with each name.
+
+    Args:
+        found: names and paths.
+        skipped: gets a note on each of the others.
+    """
+    named: dict[str, str] = {}
+    for name, path in found:
+        if named.setdefault(name, path) != path:
+            skipped.append(f"{name}: {path} has the name of {named[name]}, which is offered; rename one of them")
+    return named
 
 
 def _is_for_others(path: str) -> bool:
@@ -240,34 +255,37 @@ def _with_companion(path: str, base_controls: Mapping[str, str]) -> str:
     return path
 
 
-def _bases_in(name: str) -> dict[str, str]:
+def _bases_in(name: str) -> list[tuple[str, str]]:
     path = Path(name)
     if not path.is_dir():
-        return {path.stem if path.is_file() else name: name}
+        return [(path.stem if path.is_file() else name, name)]
     if (path / "model_index.json").is_file():
-        return {path.name: name}
-    folders = {each.name: str(each) for each in sorted(path.iterdir()) if (each / "model_index.json").is_file()}
-    return {**folders, **_files_below(path, inside=False)}
+        return [(path.name, name)]
+    folders = [(each.name, str(each)) for each in sorted(path.iterdir()) if (each / "model_index.json").is_file()]
+    return [*folders, *_files_below(path, inside=False)]
 
 
-def _files_in(name: str, option: str) -> dict[str, str]:
+def _files_in(name: str, option: str) -> list[tuple[str, str]]:
     path = Path(name)
     if path.is_file() or any((path / each).is_file() for each in _DESCRIPTIONS):
-        return {path.stem: str(path)}
+        return [(path.stem, str(path))]
     if not path.is_dir():
         raise UserError(f"{option} {name}: there is no such file or folder", "missing-file")
-    described = sorted(each for name in _DESCRIPTIONS for each in path.rglob(name))
-    folders = {each.parent.relative_to(path).as_posix(): str(each.parent) for each in described}
+    described = sorted({each.parent for name in _DESCRIPTIONS for each in path.rglob(name)})
     files = _files_below(path, inside=True)
-    return {**folders, **{name: file for name, file in files.items() if str(Path(file).parent) not in folders.values()}}
+    return [
+        *((each.relative_to(path).as_posix(), str(each)) for each in described),
+        *((name, file) for name, file in files if Path(file).parent not in described),
+    ]
 
 
-def _files_below(folder: Path, *, inside: bool) -> dict[str, str]:
-    """Name without suffix -> path of the weight files in a folder.
+def _files_below(folder: Path, *, inside: bool) -> list[tuple[str, str]]:
+    """Name without suffix and path of the weight files in a folder; of equal names, safetensors first.
 
     Args:
         inside: whether to include nested folders.
     """
     found = folder.rglob("*") if inside else folder.iterdir()
-    files = sorted(path for path in found if path.suffix.lower() in _SUFFIXES and path.is_file())
-    return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in files}
+    files = [path for path in found if path.suffix.lower() in _SUFFIXES and path.is_file()]
+    files.sort(key=lambda path: (path.with_suffix(""), _SUFFIXES.index(path.suffix.lower())))
+    return [(path.relative_to(folder).with_suffix("").as_posix(), str(path)) for path in files]
