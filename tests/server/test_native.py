@@ -119,6 +119,16 @@ def test_no_path_and_no_nonsense_is_queued(server, body):
     assert answer.status_code == 422, answer.text
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"condition": "hed", "prepared": True}, {"condition": "no such", "prepared": True}, {"images": {"image": IMAGE}}],
+)
+def test_fields_of_a_control_that_contradict_each_other_are_refused(server, change):
+    control = {"control": "canny", "image": IMAGE, **change}
+    answer = server.post("/controlkit/v1/jobs", {**SMALL, "controls": [control]})
+    assert answer.status_code == 422 and answer.json()["code"] == "contradiction", answer.text
+
+
 def test_what_only_the_base_can_refuse_ends_as_failed_with_a_code(server):
     status = server.wait(server.submit(**SMALL, width=65, height=64))
     assert (status["state"], status["code"]) == ("failed", "wrong-size")

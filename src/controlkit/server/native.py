@@ -317,10 +317,18 @@ def _control(use: ControlBody, index: int, collected: Images, service: Service) 
     for name in use.values:
         if name not in entry.values:
             raise UserError(f"{use.control} has no plain input {name!r}", "unknown-key")
+    first = entry.images[0] if entry.images else "image"
+    if use.image is not None and first in use.images:
+        raise UserError(f"{use.control}: image and images.{first} are the same input; send one", "contradiction")
+    if use.prepared and use.condition is not None:
+        raise UserError(
+            f"{use.control}: nothing is computed from a prepared image; send it without condition {use.condition!r}",
+            "contradiction",
+        )
     check_parameters(use.parameters)
-    own = use.condition is None or use.prepared
+    own = use.condition is None
     done: dict[str, Any] = {"fit": use.fit}
-    if not own and use.condition is not None:
+    if use.condition is not None:
         condition = listed_condition(use.condition)
         done |= {"condition": condition, "parameters": use.parameters}
     values: dict[str, Any] = {
@@ -342,7 +350,7 @@ def _control(use: ControlBody, index: int, collected: Images, service: Service) 
     if not (images or use.values):
         return {**values, "image": image}
     if image is not None:
-        images.setdefault(entry.images[0] if entry.images else "image", image)
+        images[first] = image
     return {**values, "inputs": {**use.values, **images}}
 
 
