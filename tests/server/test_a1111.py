@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,11 @@ from running import base64_of, drawing, image_of
 
 from controlkit.conditions import find
 from controlkit.images import resize_cover
+from controlkit.server.catalogue import list_models
+from controlkit.server.limits import Limits
+from controlkit.server.native import Images
+from controlkit.server.units import enabled_units
+from refusals import refused as user_error
 
 SMALL = {"prompt": "red apple", "width": 64, "height": 64, "steps": 2, "seed": 1, "sampler_name": "DDIM"}
 
@@ -33,6 +39,12 @@ def refused(server, *facts, path="/sdapi/v1/txt2img", code=None, **body):
 
 def unit(**changes):
     return {"image": base64_of(drawing()), "module": "canny", "model": "canny", **changes}
+
+
+@pytest.fixture(scope="module")
+def catalogue_only():
+    """The part of a service that reads a request, without a worker."""
+    return SimpleNamespace(catalogue=list_models(), limits=Limits())
 
 
 def with_units(*units, name="ControlNet"):
@@ -149,6 +161,36 @@ def test_masks_and_weight_and_mode_of_a_unit(server):
     balanced, soft = [drawn(server, **with_units(unit(control_mode=mode)))[0][0] for mode in (0, 1)]
     words, _ = drawn(server, **with_units(unit(control_mode="My prompt is more important")))
     assert np.array_equal(words[0], soft) and not np.array_equal(balanced, soft)
+
+
+def test_a_mask_beside_the_image_is_that_of_the_unit(catalogue_only):
+    image, mask, other = [base64_of(Image.new("RGB", (64, 64), colour)) for colour in ("red", "white", "black")]
+
+    def masks(**changes):
+        collected = Images(catalogue_only)
+        (found,) = enabled_units({"ControlNet": {"args": [unit(**changes)]}}, catalogue_only, collected)
+        return collected.files.get(found.control["mask"])
+
+    own = masks(image=image, mask=mask)
+    assert own is not None and masks(image=image) is None
+    assert masks(image={"image": image, "mask": mask}) == own
+    assert masks(image={"image": image, "mask": mask}, mask=mask) == own
+    assert masks(image={"image": image}, mask=mask) == own
+    with user_error("contradiction", "unit 0"):
+        masks(image={"image": image, "mask": mask}, mask=other)
+
+
+def test_thresholds_that_auto_does_not_use_are_named(catalogue_only):
+    def ignored(**changes):
+        (found,) = enabled_units({"ControlNet": [unit(**changes)]}, catalogue_only, Images(catalogue_only))
+        return found.ignored
+
+    place = "alwayson_scripts.ControlNet.args[0]"
+    assert ignored(module="auto", threshold_a=20, threshold_b=40) == (f"{place}.threshold_a", f"{place}.threshold_b")
+    assert ignored(module="auto", threshold_b=40) == (f"{place}.threshold_b",)
+    for nothing in ({}, {"threshold_a": -1, "threshold_b": None}, {"threshold_a": 100, "threshold_b": 200}):
+        assert ignored(module="auto", **nothing) == ()
+    assert ignored(module="canny", threshold_a=20, threshold_b=40) == ()
 
 
 def test_loras_are_taken_out_of_the_prompt(server):

@@ -150,6 +150,7 @@ def _order(body: _Body, service: Service, options: Mapping[str, Any]) -> _Order:
     ignored += [f"alwayson_scripts.{name}" for name, script in scripts.items() if _is_foreign(name, script)]
     collected = Images(service)
     units = enabled_units(scripts, service, collected)
+    ignored += [key for unit in units for key in unit.ignored]
     count = (body.batch_size or 1) * (body.n_iter or 1)
     service.limits.check("images", count)
     prompt = checked_prompt(body.prompt or "", "prompt")

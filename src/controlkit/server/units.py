@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from controlkit import conditions
@@ -28,9 +28,11 @@ _UNSUPPORTED = {
 """Unsupported key of a unit -> value with which it has no effect."""
 _WITHOUT_EFFECT = (
     *("low_vram", "lowvram", "processor_res", "pixel_perfect", "inpaint_crop_input_image", "is_ui", "input_mode"),
-    *("use_preview_as_input", "threshold_a", "threshold_b"),
+    "use_preview_as_input",
 )
 """Keys that change nothing here: condition images always have the size of the result."""
+_THRESHOLDS = ("threshold_a", "threshold_b")
+"""Parameters of a module that is named; `auto` keeps the defaults."""
 _ALIASES = {
     "input_image": "image",
     "mask_image": "mask",
@@ -68,6 +70,8 @@ class Unit:
     """Fields of `ControlUse`, with names in place of paths."""
     shows_map: bool
     """Whether the response includes the condition image."""
+    ignored: tuple[str, ...] = ()
+    """Its keys whose values are not used."""
 
 
 def enabled_units(scripts: Mapping[str, Any], service: Service, collected: Images) -> list[Unit]:
@@ -88,7 +92,8 @@ def enabled_units(scripts: Mapping[str, Any], service: Service, collected: Image
                 raise UserError(f"alwayson_scripts.{name}.args[{place}]: expected a unit, by key", "wrong-type")
             found = _unit(unit, f"unit {place}", len(units), service, collected)
             if found is not None:
-                units.append(found)
+                ignored = tuple(f"alwayson_scripts.{name}.args[{place}].{key}" for key in found.ignored)
+                units.append(replace(found, ignored=ignored))
     return units
 
 
@@ -120,7 +125,7 @@ def _unit(given: Mapping[str, Any], where: str, index: int, service: Service, co
     control = {
         "control": name,
         "image": collected.add(f"unit{index}", image, **done),
-        "mask": collected.add(f"unit{index}-mask", _image(unit, "mask", where), fit=fit, mask=True),
+        "mask": collected.add(f"unit{index}-mask", _mask(unit, where), fit=fit, mask=True),
         "weight": _number(unit, "weight", 1.0, where),
         "start": _number(unit, "guidance_start", 0.0, where),
         "end": _number(unit, "guidance_end", 1.0, where),
@@ -128,7 +133,10 @@ def _unit(given: Mapping[str, Any], where: str, index: int, service: Service, co
         "prepared": not is_own,
         "parameters": (parameters or None) if is_own else None,
     }
-    return Unit(control, condition is not None and unit.get("save_detected_map") is not False)
+    ignored: tuple[str, ...] = ()
+    if condition is not None and _text(unit, "module", where).lower() == OWN:
+        ignored = tuple(key for key in _THRESHOLDS if _sets(condition, key, unit.get(key)))
+    return Unit(control, condition is not None and unit.get("save_detected_map") is not False, ignored)
 
 
 def _keys(given: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -137,7 +145,7 @@ def _keys(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         UserError: a key is unknown.
     """
-    known = [*_KNOWN, *_WITHOUT_EFFECT, *_UNSUPPORTED, *_ALIASES]
+    known = [*_KNOWN, *_THRESHOLDS, *_WITHOUT_EFFECT, *_UNSUPPORTED, *_ALIASES]
     unit: dict[str, Any] = {}
     for key, value in given.items():
         lower = key.lower()
@@ -187,6 +195,12 @@ def threshold_parameters(condition: Condition, *thresholds: Any) -> dict[str, An
     return parameters
 
 
+def _sets(condition: Condition, key: str, value: Any) -> bool:
+    """Whether a threshold would change a parameter of the condition."""
+    values = [value if each == key else None for each in _THRESHOLDS]
+    return any(condition.defaults[name] != number for name, number in threshold_parameters(condition, *values).items())
+
+
 def fit_of(mode: Any, where: str) -> Fit:
     """How an image gets the size of the result, from A1111's number or words.
 
@@ -231,6 +245,19 @@ def _image(unit: Mapping[str, Any], key: str, where: str) -> str | None:
     if not isinstance(value, str):
         raise UserError(f"{where}: {key} must be an image as base64", "wrong-type")
     return value
+
+
+def _mask(unit: Mapping[str, Any], where: str) -> str | None:
+    """The mask, by its own key or beside the image in the older form.
+
+    Raises:
+        UserError: both are given and differ, or one is no text.
+    """
+    own, image = _image(unit, "mask", where), unit.get("image")
+    beside = _image({"mask": image}, "mask", where) if isinstance(image, Mapping) else None
+    if own is not None and beside is not None and own != beside:
+        raise UserError(f"{where} has two masks, mask and image.mask; send one", "contradiction")
+    return beside if own is None else own
 
 
 def _number(unit: Mapping[str, Any], key: str, default: float, where: str) -> float:
