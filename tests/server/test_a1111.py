@@ -13,6 +13,7 @@ from running import base64_of, drawing, image_of
 
 from controlkit.conditions import find
 from controlkit.images import resize_cover
+from controlkit.server.a1111 import _loras
 from controlkit.server.catalogue import list_models
 from controlkit.server.limits import Limits
 from controlkit.server.native import Images
@@ -275,6 +276,29 @@ def test_interrupt_ends_the_running_request_within_a_step_and_returns_what_is_fi
     info = json.loads(values["info"])
     assert answers[0].status_code == 200 and info["interrupted"]
     assert 1 <= len(values["images"]) < 8 and info["all_seeds"] == list(range(1, 1 + len(values["images"])))
+
+
+@pytest.mark.parametrize(
+    ("weight", "code"),
+    [
+        ("0.8:0.2", "unsupported"),
+        ("te=0.2:unet=0.8", "unsupported"),
+        ("abc", "wrong-type"),
+        ("", "wrong-type"),
+        ("0.5.", "wrong-type"),
+        ("nan", "wrong-type"),
+    ],
+)
+def test_weights_of_loras_are_one_number(server, weight, code):
+    for name in ("styles/wild", "not listed"):
+        refused(server, f"<lora:{name}:{weight}>", code=code, prompt=f"red apple <lora:{name}:{weight}>")
+
+
+@pytest.mark.parametrize(("tail", "weight"), [("", 1), (":0.8", 0.8), (":-.5", -0.5), (": 2 ", 2)])
+def test_weights_of_loras(tail, weight, models):
+    service = SimpleNamespace(catalogue=list_models(loras=[str(models / "loras")]))
+    prompt, loras, missing = _loras(f"red apple <lora:styles/wild{tail}>", service)
+    assert (prompt, missing) == ("red apple", []) and loras == [{"file": "styles/wild", "weight": weight}]
 
 
 def test_png_info_reads_any_image(server):

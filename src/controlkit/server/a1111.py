@@ -48,7 +48,8 @@ _SAME: dict[str, tuple[Any, ...]] = {
 """Key of A1111 that this server does not support -> values with which it has no effect in A1111."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
-_LORA = re.compile(r"<lora:([^:<>]+)(?::(-?[\d.]+))?(?::[^<>]*)?>")
+_LORA = re.compile(r"<lora:([^:<>]+)(?::([^<>]*))?>")
+_WEIGHT = re.compile(r"[+-]?(\d{1,9}(\.\d*)?|\.\d+)", re.ASCII)
 
 
 class _Body(BaseModel):
@@ -309,16 +310,38 @@ def _is_foreign(name: str, script: Any) -> bool:
 
 
 def _loras(prompt: str, service: Service) -> tuple[str, list[dict[str, Any]], list[str]]:
-    """A prompt without `<lora:NAME:WEIGHT>`, the LoRAs in it, and the names of those that are not listed."""
+    """A prompt without `<lora:NAME:WEIGHT>`, the LoRAs in it, and the names of those that are not listed.
+
+    Raises:
+        UserError: a weight is not one number.
+    """
     loras: list[dict[str, Any]] = []
     missing: list[str] = []
-    for name, weight in _LORA.findall(prompt):
+    for name, weight in (each.groups() for each in _LORA.finditer(prompt)):
+        number = _lora_weight(name, weight)
         try:
             found = service.catalogue.find("loras", name)
-            loras.append({"file": found, "weight": float(weight or 1)})
-        except (UserError, ValueError):
+        except UserError:
             missing.append(name)
+        else:
+            loras.append({"file": found, "weight": number})
     return _LORA.sub("", prompt).strip() if loras or missing else prompt, loras, missing
+
+
+def _lora_weight(name: str, text: str | None) -> float:
+    """The weight of `<lora:NAME:TEXT>`; 1 for None.
+
+    Raises:
+        UserError: it is not one number.
+    """
+    if text is None:
+        return 1.0
+    if _WEIGHT.fullmatch(text.strip()):
+        return float(text)
+    given = f"<lora:{name}:{text}>: the weight is {text!r}; expected one number, such as 0.8"
+    if ":" in text or "=" in text:
+        raise UserError(f"{given}: separate weights for the text encoder and the UNet are not supported", "unsupported")
+    raise UserError(given, "wrong-type")
 
 
 def _sampler(body: _Body, notes: list[str]) -> str | None:
