@@ -233,6 +233,18 @@ def test_openai_fields_that_change_nothing_are_named(server):
     assert edited.headers["X-Controlkit-Ignored"] == "quality"
 
 
+def test_openai_masks_and_images_are_uploaded_files(server):
+    buffer = io.BytesIO()
+    drawing().save(buffer, format="PNG")
+    image, mask = [(name, ("a.png", buffer.getvalue(), "image/png")) for name in ("image", "mask")]
+    for text in (IMAGE, f"data:image/png;base64,{IMAGE}", ""):
+        for field, files in (("mask", [image]), ("image", [mask])):
+            answer = server.client.post("/v1/images/edits", data={"prompt": "x", field: text}, files=files)
+            assert answer.status_code == 422 and f"one {field}" in answer.text, answer.text
+    answer = server.client.post("/v1/images/edits", data={"prompt": "x"}, files=[image, mask, mask])
+    assert answer.status_code == 422 and "one mask" in answer.text
+
+
 def test_openai_takes_controls_too(server):
     body = {"prompt": "sailboat", "seed": 1, "controls": [{"control": "canny", "image": IMAGE}]}
     steered, free = [

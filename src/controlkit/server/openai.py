@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -110,10 +110,14 @@ async def edits(request: Request, response: Response) -> Created:
     async with request.form(max_files=4, max_fields=50) as form:
         images = [each for name in ("image", "image[]") for each in form.getlist(name)]
         if len(images) != 1 or not isinstance(images[0], SentFile):
-            raise UserError(f"expected one image, got {len(images)}", "unsupported")
+            raise UserError(f"expected one image, an uploaded file, got {_told(images)}", "unsupported")
         data = checked_image(await images[0].read(), "image", service.limits)
-        mask = form.get("mask")
-        mask_data = checked_image(await mask.read(), "mask", service.limits) if isinstance(mask, SentFile) else None
+        mask_data = None
+        masks = form.getlist("mask")
+        if masks:
+            if len(masks) != 1 or not isinstance(masks[0], SentFile):
+                raise UserError(f"expected one mask, an uploaded file, got {_told(masks)}", "unsupported")
+            mask_data = checked_image(await masks[0].read(), "mask", service.limits)
         words = {name: _field(form, name) for name in _WORDS}
         _name_ignored((name for name in form if name not in (*_WORDS, "image", "image[]", "mask")), request, response)
     count = words["n"]
@@ -144,6 +148,11 @@ def _name_ignored(fields: Iterable[str], request: Request, response: Response) -
     if names:
         response.headers[IGNORED] = ", ".join(names)
         log.info("ignored fields", extra={"path": request.url.path, "fields": names})
+
+
+def _told(fields: Sequence[object]) -> str:
+    """What was sent in place of one file, for an error."""
+    return "text" if len(fields) == 1 else str(len(fields))
 
 
 def _field(form: FormData, name: str) -> str | None:
