@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import subprocess
 import sys
 import time
 import zipfile
 
 import pytest
+from PIL import Image
 
 from refusals import check, refused
 
@@ -75,3 +78,36 @@ def test_an_adapter_is_offered_when_its_run_ends_and_not_when_it_fails(tmp_path,
             time.sleep(0.1)
     assert offered == [("good", "base.safetensors")]  # whoever sees the run ended, sees it offered
     assert [path.name for path in place.adapters.iterdir()] == ["good.safetensors"]
+
+
+def test_uploads_of_the_same_name_are_all_made_into_pairs(tmp_path):
+    from controlkit.ui.runs import Workplace
+
+    def upload(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(content, str):
+            path.write_text(content)
+        else:
+            Image.new("RGB", (64, 64), content).save(path)
+        return str(path)
+
+    place = Workplace(tmp_path / "work")
+    colours = {
+        "a/cat.png": (200, 0, 0),
+        "b/cat.png": (0, 200, 0),
+        "c/Cat.webp": (0, 0, 200),
+        "a/cat-2.png": (90, 90, 90),
+    }
+    files = [upload(name, colour) for name, colour in colours.items()] + [upload("a/cat-2.txt", "a grey cat")]
+    asyncio.run(place.make_pairs("mine", files, "grayscale", None))
+    lines = [json.loads(line) for line in (place.pairs_folder("mine") / "pairs.jsonl").read_text().splitlines()]
+    folder = place.pairs_folder("mine")
+    made = {Image.open(folder / line["picture"]).convert("RGB").getpixel((9, 9))[:2]: line["prompt"] for line in lines}
+    assert len(lines) == len(made) == 4  # no picture is lost
+    assert [line["prompt"] for line in lines if line["key"] == "cat-2"] == ["a grey cat"]
+    assert made[90, 90] == "a grey cat" and sorted(made.values()) == ["", "", "", "a grey cat"]
+    two = [*files[:2], upload("b/cat.txt", "a green cat")]
+    with refused("bad-data", "cat"):
+        asyncio.run(place.make_pairs("other", two, "grayscale", None))
+    assert place.pairs() == ["mine"]

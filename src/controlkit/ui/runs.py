@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -112,15 +114,18 @@ class Workplace:
     async def make_pairs(self, name: str, images: Sequence[str], condition: str, size: int | None) -> dict[str, Any]:
         """Make pairs of uploaded images, with captions from uploaded .txt files of the same name.
 
+        Images of the same name get a number.
+
         Raises:
-            UserError: they cannot be made.
+            UserError: they cannot be made, or several images of the same name have a caption.
         """
+        names = _distinct_names(images)
         folder = self._new_pairs(name)
         sources = folder.with_name(f".{folder.name}-images")
         try:
             writable_folder(sources, "give --work another folder")
-            for path in images:
-                shutil.copyfile(path, sources / Path(path).name)
+            for path, file in zip(images, names, strict=True):
+                shutil.copyfile(path, sources / file)
             square = [] if size is None else ["--size", str(size)]
             return await run_command(
                 "pairs",
@@ -309,3 +314,32 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return found
+
+
+def _distinct_names(files: Sequence[str]) -> list[str]:
+    """Names for files from several folders, such that no two images have the same stem, in any case.
+
+    Raises:
+        UserError: it cannot be known which of the images a caption belongs to.
+    """
+    paths = [Path(file) for file in files]
+    captions = Counter(path.stem.lower() for path in paths if path.suffix.lower() == ".txt")
+    images = Counter(path.stem.lower() for path in paths if path.suffix.lower() != ".txt")
+    for stem, count in captions.items():
+        if count > 1 or images[stem] > 1:
+            raise UserError(
+                f"several files are named {stem}, and one is a caption; rename them, each caption as its image",
+                "bad-data",
+            )
+    names, taken = [], set(images) | set(captions)
+    used: set[str] = set()
+    for path in paths:
+        stem = path.stem
+        if path.suffix.lower() != ".txt":
+            if stem.lower() in used:
+                numbered = (f"{path.stem}-{number}" for number in itertools.count(2))
+                stem = next(each for each in numbered if each.lower() not in taken)
+            used.add(stem.lower())
+            taken.add(stem.lower())
+        names.append(f"{stem}{path.suffix}")
+    return names
