@@ -115,13 +115,13 @@ def test_of_files_with_the_same_name_the_first_is_listed_and_the_others_are_name
     assert {path for path in lost if any(path in note for note in catalogue.skipped)} == lost
 
 
-def test_a_control_does_not_replace_another_or_a_shipped_one(tmp_path):
+def test_a_control_replaces_no_other_and_a_shipped_one_with_a_note(tmp_path):
     shipped = shipped_controls()
     for folder, name, source in (("a", "mine", "canny"), ("b", "mine", "nano/palette"), ("b", "canny", "nano/palette")):
         (tmp_path / folder).mkdir(exist_ok=True)
         shutil.copy(shipped[source], tmp_path / folder / f"{name}.safetensors")
     catalogue = list_models(controls=[str(tmp_path / "a"), str(tmp_path / "b")])
     assert catalogue.controls["mine"].path == str(tmp_path / "a" / "mine.safetensors")
-    assert catalogue.controls["canny"].path == str(shipped["canny"])
+    assert catalogue.controls["canny"].path == str(tmp_path / "b" / "canny.safetensors")
     assert sorted(note.partition(":")[0] for note in catalogue.skipped) == ["canny", "mine"]
     assert all(str(tmp_path / "b") in note for note in catalogue.skipped)

@@ -152,7 +152,7 @@ def list_models(
     vaes: Iterable[str] = (),
     embeddings: Iterable[str] = (),
 ) -> Catalogue:
-    """List the models in files and folders. Of equal names the first is listed, and a shipped control before others.
+    """List the models in files and folders. Of equal names the first is listed, and shipped controls last.
 
     Args:
         bases: `nano`, hub ids, diffusers folders, files, and folders of the last two.
@@ -173,7 +173,7 @@ def list_models(
         raise UserError(f"there is no base in {', '.join(bases)}; give --base nano, a model or a folder", "empty-data")
     shipped = shipped_controls() if "nano" in named_bases else {}
     own = (found for each in controls for found in _files_in(each, "--controls"))
-    files = _named(chain(((name, str(path)) for name, path in shipped.items()), own), skipped)
+    files = _named(chain(own, ((name, str(path)) for name, path in shipped.items())), skipped)
     listed, base_controls = {}, {}
     for name, path in files.items():
         with suppress(UserError):  # said below
