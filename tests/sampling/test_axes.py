@@ -298,7 +298,7 @@ class TestCommandLine:
             (("--guidance", 5), "guidance=2,3", "--guidance"),
             (("--seeds", 4), "seed=1,2", "--seed"),
             (("--seed", 7), "seeds=1,2", "--seed"),
-            (("--clip-skip", 1), "clip_skip=1,2", "--clip-skip"),
+            (("--clip-skip", 3), "clip_skip=1,2", "--clip-skip"),
         ],
     )
     def test_an_option_that_an_axis_replaces_is_refused(self, folder, capsys, given, axis, option):
@@ -306,7 +306,7 @@ class TestCommandLine:
         check(capsys.readouterr().err, "contradiction", f"leave out {option}")
 
     def test_settings_repeat_the_whole(self, folder, capsys):
-        words = ("apple", "--prompt", "cat", "--control", "edges.safetensors=photos,prepared", "--xy", "guidance=1,2")
+        words = ("apple", "--prompt", "cat", "--control", "edges.safetensors=photos,prepared", "--xy", "steps=1,2")
         assert run(*words, "--seed", "-1", "--out", "one") == 0
         assert main(["generate", "--from", "one", "--out", "two"]) == 0
         assert names("one") == names("two") and len(names("one")) == 8 + 4 + 2 + 2
@@ -328,7 +328,7 @@ class TestCommandLine:
         assert main(["generate", "--from", "one", "--out", "five"]) == 2
         check(capsys.readouterr().err, "missing-file", "photos/two.png")
         # Its own file has its condition image.
-        (path,) = (path for path in Path("one").glob("promptapple-0_imagetwo-guidance2-*.png"))
+        (path,) = (path for path in Path("one").glob("promptapple-0_imagetwo-steps2-*.png"))
         assert main(["generate", "--from", str(path), "--out", "six"]) == 0
         assert np.array_equal(pixels(path), pixels(next(Path("six").glob("seed*.png"))))
 

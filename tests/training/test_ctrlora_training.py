@@ -294,7 +294,7 @@ def test_two_processes_train_what_one_with_the_whole_batch_trains(recipe, tmp_pa
         assert named and apart < 1e-3 * size, (moment, apart / size)
     # Nearly all weights agree.
     start = tmp_path / "start"
-    ControlObjective(whole, CPU).save(start)
+    ControlObjective(whole, CPU).save(start, 0)
     for name in ("base", *recipe.conditions):
         before, one, two = (load_file(Path(out) / f"{name}.safetensors") for out in (start, whole.out, halves.out))
         assert before.keys() == one.keys() == two.keys()

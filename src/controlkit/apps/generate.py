@@ -348,13 +348,16 @@ def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings |
 
 
 def _check_axes(request: GenerateRequest, settings: Mapping[str, Any]) -> None:
-    """Check that no axis replaces one of the `settings` that options give; the prompt may be the first of several."""
+    """Check that no axis replaces a value that options give, unless it is one of the axis's own."""
     from controlkit.errors import UserError
 
-    given = {"seed" if name == "seeds" else name for name in settings if name != "prompt"}
-    for name in sorted(given & {name for axis in request.xy for name in axis}):
-        option = name.replace("_", "-")
-        raise UserError(f"--xy {name}=... sets it for every image; leave out --{option}", "contradiction")
+    given = {name: [value] for name, value in settings.items() if name != "seeds"}
+    if "seeds" in settings:
+        given["seed"] = list(settings["seeds"])
+    for name, values in (item for axis in request.xy for item in axis.items()):
+        if any(value not in values for value in given.get(name, ())):
+            option = name.replace("_", "-")
+            raise UserError(f"--xy {name}=... sets it for every image; leave out --{option}", "contradiction")
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

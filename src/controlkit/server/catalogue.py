@@ -174,6 +174,7 @@ def list_models(
     shipped = shipped_controls() if "nano" in named_bases else {}
     own = (found for each in controls for found in _files_in(each, "--controls"))
     files = _named(chain(own, ((name, str(path)) for name, path in shipped.items())), skipped)
+    files = {name: files[name] for name in (*shipped, *files)}  # clients choose the first by default
     listed, base_controls = {}, {}
     for name, path in files.items():
         with suppress(UserError):  # said below
