@@ -11,10 +11,10 @@ import mmap
 import re
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from controlkit.conditions.condition import background_of
+from controlkit.data.transforms import CENTRE, View, apply_view
 from controlkit.errors import UserError, nearest, reason_of
 from controlkit.files import valid_text
 from controlkit.images import read_image
@@ -96,24 +96,14 @@ class MultiGen:
         condition_path, image_path, prompt = self.entry(index)
         condition = np.asarray(read_image(condition_path, background_of(self.task)))
         image = np.asarray(read_image(image_path))
-        place = 0.5 if rng is None else float(rng.random())
-        return _square(condition, place, size), _square(image, place, size), prompt
+        view = CENTRE if rng is None else View(place=float(rng.random()))
+        return apply_view(condition, view, size), apply_view(image, view, size), prompt
 
 
 def _text(prompt: object) -> str:
     if prompt is not None and not isinstance(prompt, str):
         raise TypeError(f"its prompt is {prompt!r}; expected text")
     return prompt or ""
-
-
-def _square(image: np.ndarray, place: float, size: int) -> np.ndarray:
-    """The square crop at `place` (0 to 1) along the long side, resized to `size`."""
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = round(place * (height - side)), round(place * (width - side))
-    part = image[top : top + side, left : left + side]
-    method = cv2.INTER_AREA if side > size else cv2.INTER_LANCZOS4
-    return part if side == size else cv2.resize(part, (size, size), interpolation=method)
 
 
 def _line_starts(path: Path) -> np.ndarray:
