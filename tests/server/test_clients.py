@@ -338,3 +338,28 @@ def test_masks_of_openai_are_transparent_where_the_image_changes(server):
     image = image_of(answer.json()["data"][0]["b64_json"])
     changed = np.abs(np.asarray(image, np.int16) - np.asarray(drawing(), np.int16)).mean(axis=(0, 2))
     assert changed[:30].mean() < 0.2 * changed[34:].mean()
+
+
+def test_the_settings_in_a_png_name_all_models_and_their_prompt_draws_the_image_again(webui):
+    settings = {"width": 64, "height": 64, "seed": 7, "override_settings": {"sd_vae": "own"}}
+    prompt, negative = "red apple <lora:styles/wild:0.8>", "blue, green"
+    unit = {"image": base64_of(drawing()), "module": "canny", "model": "canny", "weight": 0.5, "guidance_end": 0.75}
+    units = {"controlnet": {"args": [{**unit, "threshold_a": 50, "control_mode": 2, "resize_mode": 0}]}}
+    drawn = webui.txt2img(prompt=prompt, negative_prompt=negative, alwayson_scripts=units, **settings)
+    shown, told, values = drawn.image.info["parameters"].split("\n")
+    assert (shown, told) == (prompt, "Negative prompt: blue, green")
+    assert "VAE: own, " in values
+    unit_told = values.split('ControlNet 0: "')[1].split('"')[0]
+    fields = dict(field.split(": ") for field in unit_told.split(", "))
+    assert fields == {
+        "Module": "canny",
+        "Model": "canny",
+        "Weight": "0.5",
+        "Resize Mode": "Just Resize",
+        "Low": "50",
+        "Guidance Start": "0.0",
+        "Guidance End": "0.75",
+        "Control Mode": "ControlNet is more important",
+    }
+    again = webui.txt2img(prompt=shown, negative_prompt=negative, alwayson_scripts=units, **settings)
+    assert np.array_equal(np.asarray(again.image), np.asarray(drawn.image))

@@ -16,7 +16,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from controlkit import conditions
-from controlkit._version import __version__
 from controlkit.bases.base import Base
 from controlkit.bases.prompt_encoding import TextOptions
 from controlkit.conditions.condition import BLACK, background_of
@@ -28,6 +27,7 @@ from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.step import Step
 from controlkit.server.catalogue import Catalogue
+from controlkit.server.infotext import infotext
 from controlkit.server.limits import Limits
 from controlkit.server.spec import Execution, Fit, SentImage, Spec
 
@@ -151,7 +151,7 @@ class Studio:
             "notes": notes,
             "ignored": list(spec.ignored),
         }
-        values["infotexts"] = [infotext(values, each.seed) for each in made.images]
+        values["infotexts"] = [infotext(spec, request, self.catalogue, values, each.seed) for each in made.images]
         images = [
             _png(each.image, {"parameters": text}) for each, text in zip(made.images, values["infotexts"], strict=True)
         ]
@@ -267,27 +267,6 @@ def _as_the_base_can(request: GenerateRequest, base: Base) -> tuple[GenerateRequ
             notes.append(f"{base.name} does not support weights in prompts; read as they stand")
             request = dataclasses.replace(request, prompt_syntax="plain")
     return request, notes
-
-
-def infotext(values: Mapping[str, Any], seed: int) -> str:
-    """The settings of an image as A1111 writes them into a PNG, which its clients read."""
-    used = values["used"]
-    settings = {
-        "Steps": values["steps"],
-        "Sampler": used.get("sampler"),
-        "CFG scale": used.get("guidance"),
-        "Seed": seed,
-        "Size": f"{values['width']}x{values['height']}",
-        "Model": values["base"],
-        "Denoising strength": used.get("strength", used.get("hires_strength")),
-        "Clip skip": values["clip_skip"],
-        "Version": f"controlkit {__version__}",
-    }
-    lines = [values["prompt"]]
-    if values["negative_prompt"]:
-        lines.append(f"Negative prompt: {values['negative_prompt']}")
-    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None))
-    return "\n".join(lines)
 
 
 def preview(step: Step) -> bytes | None:
