@@ -28,7 +28,8 @@ from controlkit.images import contact_sheet, to_tensor, write_png
 from controlkit.nano.icons import TRAINED_STYLES, IconSets, draw
 from controlkit.progress import Progress
 from controlkit.sampling.generate import generate
-from controlkit.sampling.request import ControlUse, GenerateRequest, LoraUse
+from controlkit.sampling.request import GenerateRequest
+from controlkit.sampling.uses import ControlUse, LoraUse
 
 RANK, BATCH, RATE = 16, 16, 2e-3
 DRAWING = "src/controlkit/assets/demo/sailboat.png"

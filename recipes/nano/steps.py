@@ -49,7 +49,8 @@ class Step:
     training: bool = False
     """Whether it trains: it is limited by the budget, and an unfinished result is used."""
     intermediate: bool = False
-    """Whether its outputs are only read by other steps, so that they may be missing while none of those runs."""
+    """Whether its outputs are only read by other steps, so that they may be missing while none of those runs and none
+    asks for it by name."""
     data: bool = False
     """Whether outputs that are there without a record are taken as they are. With `intermediate`, a step without a
     record runs only where they are missing and another step needs them."""
@@ -189,6 +190,9 @@ def plan(
         makers_of_it = (makers.get(path) for path in step.inputs)
         before = next((maker.name for maker in makers_of_it if maker is not None and maker.name in why), None)
         reason = f"after {before}" if before else outdated(step, records, stand_in)
+        lost = next((path for path in step.outputs if not path.exists()), None)
+        if reason is None and lost is not None and step.name in only:
+            reason = f"{lost.name} is missing"
         if reason is not None:
             why[step.name] = reason
         elif step.intermediate:

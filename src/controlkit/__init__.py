@@ -33,16 +33,17 @@ if TYPE_CHECKING:
     from controlkit.formats.load import load_control, save_control
     from controlkit.nano.evaluate_base import evaluate_base
     from controlkit.sampling.generate import generate
-    from controlkit.sampling.request import ControlUse, GenerateRequest, LoraUse
+    from controlkit.sampling.request import GenerateRequest
     from controlkit.sampling.saved_settings import read_settings
+    from controlkit.sampling.uses import ControlUse, LoraUse
     from controlkit.training.recipes import build_recipe, read_recipe
     from controlkit.training.run import run as train
 
 _PLACES = {
     "Columns": "data.readers.columns:Columns",
-    "ControlUse": "sampling.request:ControlUse",
+    "ControlUse": "sampling.uses:ControlUse",
     "GenerateRequest": "sampling.request:GenerateRequest",
-    "LoraUse": "sampling.request:LoraUse",
+    "LoraUse": "sampling.uses:LoraUse",
     "MakeSettings": "data.making:MakeSettings",
     "adapt": "evaluation.adapt:adapt",
     "build_recipe": "training.recipes:build_recipe",

@@ -136,7 +136,7 @@ def to_rgb(
         UserError: the value range is ambiguous: non-integer values outside [0, 1], integers below 0 or above 65535,
             NaN or Inf.
     """
-    image = _upright(image)
+    image = upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image, name)
     alpha = None
@@ -263,7 +263,7 @@ def is_flat(image: np.ndarray) -> bool:
     return bool(np.ptp(image, axis=(0, 1)).max(initial=0) <= _NEAR)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
     """Apply EXIF rotation; a damaged EXIF block is ignored."""
     try:
         return ImageOps.exif_transpose(image)

@@ -482,7 +482,7 @@ def test_out_of_memory_is_one_sentence(image, tmp_path, capsys, monkeypatch):
     def full(*_args, **_kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
-    monkeypatch.setattr("controlkit.sampling.generate.sample_prompts", full)
+    monkeypatch.setattr("controlkit.sampling.single.sample_prompts", full)
     assert run("generate", "x", "--out", tmp_path / "new", "--json") == 2
     out, err = capsys.readouterr()
     check(err, "out-of-memory", "--batch-size", "--device")

@@ -27,8 +27,9 @@ from controlkit.formats.load import load_control, save_control
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import sample
+from controlkit.sampling.uses import ControlUse
 from controlkit.training.recipes import build_recipe
 from controlkit.training.run import run
 from refusals import refused

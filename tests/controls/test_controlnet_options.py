@@ -29,9 +29,10 @@ from controlkit.formats.transfer import transfer
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl, Plan
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import initial_noise, sample
+from controlkit.sampling.uses import ControlUse
 from controlkit.training.control_objective import ControlObjective
 from controlkit.training.memory import checkpoint_activations
 from controlkit.training.recipe import identifying

@@ -30,9 +30,10 @@ from controlkit.formats.transfer import transfer
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl, Plan
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import initial_noise, sample
 from controlkit.sampling.saved_settings import read_settings
+from controlkit.sampling.uses import ControlUse
 from refusals import check, refused
 
 BOXES = [{"box": [0.0, 0.1, 0.4, 0.6], "phrase": "red apple"}, {"box": [0.5, 0.25, 1, 0.75], "phrase": "cat face"}]

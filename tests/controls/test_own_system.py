@@ -35,8 +35,9 @@ from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.saved_settings import read_settings
+from controlkit.sampling.uses import ControlUse
 from controlkit.training.control_objective import ControlObjective
 from controlkit.training.recipes import build_recipe, read_recipe, recipes
 from controlkit.training.run import objective_of

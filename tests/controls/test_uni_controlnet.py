@@ -32,9 +32,10 @@ from controlkit.formats.transfer import transfer
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl, Plan
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample
+from controlkit.sampling.uses import ControlUse
 from controlkit.training.recipes import build_recipe, read_recipe
 from controlkit.training.run import objective_of
 from controlkit.training.run import run as train

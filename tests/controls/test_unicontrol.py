@@ -29,10 +29,12 @@ from controlkit.formats.load import load_control, save_control
 from controlkit.formats.transfer import transfer
 from controlkit.images import to_images, to_tensor
 from controlkit.sampling.generate import generate
+from controlkit.sampling.inputs import parse_control_use
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample, sample_prompts
+from controlkit.sampling.uses import ControlUse
 from controlkit.training.diffusion import noised
 from controlkit.training.recipes import build_recipe, read_recipe
 from controlkit.training.run import objective_of
@@ -516,7 +518,7 @@ def test_a_task_on_the_command_line(path, tiny_base, condition_image, tmp_path, 
     Image.fromarray(condition_image).convert("RGB").save("photo.png")
 
     def made(options, **inputs):
-        use = ControlUse.parse(f"uni.safetensors=photo.png{options}") if not inputs else ControlUse(**inputs)
+        use = parse_control_use(f"uni.safetensors=photo.png{options}") if not inputs else ControlUse(**inputs)
         return generate(GenerateRequest(prompt="cat face", controls=(use,), steps=2), base=tiny_base)
 
     inline = made(",task=canny,low=20,high=60")

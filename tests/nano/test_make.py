@@ -113,6 +113,11 @@ def test_what_only_other_steps_read_may_be_missing_until_one_of_them_runs(chain)
     go(build(intermediate=True))
     (folder / "middle").unlink()
     assert go(build(intermediate=True))[0] == []
+    assert go(build(intermediate=True), only=["copy"]) == (
+        ["copy"],
+        {"copy": "middle is missing", "double": "not asked for"},
+    )
+    (folder / "middle").unlink()
     (folder / "end").unlink()
     assert go(build(intermediate=True)) == (["copy", "double"], {"copy": "double needs it", "double": "end is missing"})
 

@@ -15,9 +15,10 @@ from controlkit.images import write_png
 from controlkit.sampling.axes import expand_folders, labels_of, parse_axis, points_of, values_at
 from controlkit.sampling.generate import generate
 from controlkit.sampling.image_folder import refuse_overwriting
-from controlkit.sampling.request import ControlUse, GenerateRequest, LoraUse
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.saved_settings import read_settings
 from controlkit.sampling.sheets import Sheet
+from controlkit.sampling.uses import ControlUse, LoraUse
 from refusals import check, refused
 
 CANNY = ControlUse(control="canny", image="a.png")
@@ -232,7 +233,7 @@ def test_each_image_is_that_of_its_own_request(folder, tiny_base):
 
 
 def test_the_base_is_loaded_once_and_steps_are_counted_over_all(folder, monkeypatch):
-    from controlkit.sampling import generate as module
+    from controlkit.sampling import models as module
 
     loaded, load = [], module.load_base
     monkeypatch.setattr(module, "load_base", lambda *args, **settings: loaded.append(args) or load(*args, **settings))

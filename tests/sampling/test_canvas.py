@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw
 from controlkit.apps.cli import main
 from controlkit.images import write_png
 from controlkit.sampling.generate import generate
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.saved_settings import read_settings
+from controlkit.sampling.uses import ControlUse
 from refusals import check, refused
 
 SEED = 3

@@ -20,10 +20,12 @@ from controlkit.controls.controlnet_xs import ControlNetXS
 from controlkit.controls.t2i_adapter import T2IAdapterControl
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
+from controlkit.sampling.inputs import parse_control_use
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import CONDITIONAL_MODES, MODES, ControlUse, GenerateRequest
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import initial_noise, sample
+from controlkit.sampling.uses import CONDITIONAL_MODES, MODES, ControlUse
 from controlkit.sampling.weighting import Weighting, resolution_weights, soft_weights
 from refusals import refused
 from tiny import SD1_SCHEDULE, build_tiny_sd3, fresh_control, randomise_zero_convolutions
@@ -322,7 +324,7 @@ NAMES = {
 def test_names_of_other_tools():
     for name, mode in NAMES.items():
         assert ControlUse(control="canny", image="a.png", mode=name).mode == mode
-        assert ControlUse.parse(f"canny=a.png@0.5,mode={name}").mode == mode
+        assert parse_control_use(f"canny=a.png@0.5,mode={name}").mode == mode
 
 
 def test_everything_of_a_control_in_a_request(tiny_base, tiny_control, tmp_path, condition_image, monkeypatch):
@@ -332,7 +334,7 @@ def test_everything_of_a_control_in_a_request(tiny_base, tiny_control, tmp_path,
     Image.fromarray(photo).save("photo.png")
     Image.fromarray((LEFT[0, 0].numpy() * 255).astype(np.uint8)).save("mask.png")
     text = "canny=photo.png@0.8:0-0.5,mode=guess,mask=mask.png,layers=1:1:0.5:1:1,low=20,high=60"
-    use = ControlUse.parse(text)
+    use = parse_control_use(text)
     request = GenerateRequest(prompt="red apple", controls=(use,), seeds=(1,), steps=4)
     assert GenerateRequest.from_json(request.to_json()) == request
     monkeypatch.setattr(tiny_control, "condition", "canny")

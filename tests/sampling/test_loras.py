@@ -21,10 +21,11 @@ from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
 from controlkit.sampling.loras import merged, read_lora
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import GenerateRequest, LoraUse
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample_prompts
 from controlkit.sampling.saved_settings import read_settings
+from controlkit.sampling.uses import LoraUse
 from refusals import refused
 from tiny import build_tiny_sd3, build_tiny_sdxl
 

@@ -9,9 +9,10 @@ from PIL import Image
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import MODES, ControlUse, GenerateRequest
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import sample
 from controlkit.sampling.saved_settings import SavedSettings
+from controlkit.sampling.uses import MODES, ControlUse
 from refusals import refused
 
 

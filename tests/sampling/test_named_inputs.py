@@ -23,10 +23,11 @@ from controlkit.formats.load import load_control, save_control
 from controlkit.images import read_image
 from controlkit.sampling.generate import generate
 from controlkit.sampling.image_folder import refuse_overwriting
-from controlkit.sampling.inputs import with_named_inputs
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.inputs import parse_control_use, with_named_inputs
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.saved_settings import read_settings
+from controlkit.sampling.uses import ControlUse
 from controlkit.training.recipes import build_recipe
 from controlkit.training.run import objective_of
 from controlkit.training.run import run as train
@@ -209,7 +210,7 @@ def test_a_request_with_them_survives_json(folder):
     ],
 )
 def test_wrong_inputs_are_refused_before_a_base_is_loaded(folder, use, code, facts, monkeypatch):
-    monkeypatch.setattr("controlkit.sampling.generate.load_base", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("controlkit.sampling.models.load_base", lambda *_, **__: pytest.fail("loaded"))
     with refused(code, *facts):
         generate(request(ControlUse(**use)))
 
@@ -297,11 +298,11 @@ def test_a_plain_input_beside_the_image(folder, capsys):
     (named,) = with_named_inputs(request(use)).controls
     assert named.inputs == {"photo": "images/edges.png", "strength": 0.5} and named.parameters is None
     with refused("contradiction", "strength", "twice"):
-        with_named_inputs(request(ControlUse.parse("optional.safetensors=inputs.json,strength=1")))
+        with_named_inputs(request(parse_control_use("optional.safetensors=inputs.json,strength=1")))
 
 
 def test_parameters_of_one_image_among_several(folder, tiny_base, condition_image):
-    use = ControlUse.parse("scene.safetensors=images/inputs.json,edges.low=20,edges.high=60")
+    use = parse_control_use("scene.safetensors=images/inputs.json,edges.low=20,edges.high=60")
     assert use.parameters == {"edges.low": 20, "edges.high": 60}
     made = generate(request(use), base=tiny_base)
     assert np.array_equal(
@@ -323,7 +324,7 @@ def test_parameters_of_one_image_among_several(folder, tiny_base, condition_imag
 
 
 def test_options_are_checked_before_the_base_is_loaded(folder, monkeypatch):
-    monkeypatch.setattr("controlkit.sampling.generate.load_base", None)
+    monkeypatch.setattr("controlkit.sampling.models.load_base", None)
     photo, base = "images/edges.png", {"base": "nano"}
     for text, settings, code, facts in (
         (f"canny={photo},lwo=50", base, "unknown-key", ["'lwo'", "low"]),
@@ -334,10 +335,10 @@ def test_options_are_checked_before_the_base_is_loaded(folder, monkeypatch):
         (f"optional.safetensors={photo},layers=1:1", {}, "out-of-range", [2, 1, "middle"]),
     ):
         with refused(code, *facts):
-            generate(request(ControlUse.parse(text), **settings))
+            generate(request(parse_control_use(text), **settings))
     with refused("out-of-range", 2, 7):
         layers = {"layers": [[1.0] * 7, [1.0, 1.0]]}
-        generate(request(ControlUse.parse(f"canny={photo}"), **base, vary=(layers,)))
+        generate(request(parse_control_use(f"canny={photo}"), **base, vary=(layers,)))
 
 
 def test_odd_names_of_files_from_the_command_line(folder, capsys):

@@ -14,7 +14,8 @@ from controlkit.apps.cli import main
 from controlkit.bases.load import load_base
 from controlkit.bases.prompt_encoding import Embedding
 from controlkit.sampling.notes import request_notes
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import GenerateRequest
+from controlkit.sampling.uses import ControlUse
 
 
 def run(*words: object) -> int:

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlkit.errors import UserError
-from controlkit.sampling.request import MODES, ControlUse, GenerateRequest
+from controlkit.sampling.inputs import parse_control_use
+from controlkit.sampling.request import GenerateRequest
+from controlkit.sampling.uses import MODES, ControlUse
 from refusals import refused
 
 
@@ -29,10 +31,10 @@ from refusals import refused
     ],
 )
 def test_forms_of_a_control(text, expected):
-    use = ControlUse.parse(text)
+    use = parse_control_use(text)
     assert (use.control, use.image, use.weight, use.start, use.end) == expected
     assert use.prepared is False
-    assert ControlUse.parse(text, prepared=True).prepared is True
+    assert parse_control_use(text, prepared=True).prepared is True
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_forms_of_a_control(text, expected):
 )
 def test_wrong_controls_are_refused(text, code, facts):
     with refused(code, *facts):
-        ControlUse.parse(text)
+        parse_control_use(text)
 
 
 @pytest.mark.parametrize(
@@ -96,35 +98,35 @@ def test_impossible_requests_are_refused(settings, code, facts):
     ],
 )
 def test_options_of_a_control(text, expected):
-    use = ControlUse.parse(text)
+    use = parse_control_use(text)
     assert {name: getattr(use, name) for name in expected} == expected
 
 
 def test_options_override_what_holds_for_all_controls():
-    use = ControlUse.parse("canny=a.png,prepared=false,mode=guess", prepared=True, mode="balanced")
+    use = parse_control_use("canny=a.png,prepared=false,mode=guess", prepared=True, mode="balanced")
     assert (use.prepared, use.mode) == (False, "guess")
-    assert ControlUse.parse("canny=a.png", prepared=True, mode="balanced").mode == "balanced"
+    assert parse_control_use("canny=a.png", prepared=True, mode="balanced").mode == "balanced"
 
 
 def test_names_of_files_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.png@0.5", "b.png@1,mode=guess", "c,mask=x.png", "d,mode=guess.png", "e:1=2@3"):
         (tmp_path / name).touch()
-    use = ControlUse.parse("canny=a.png@0.5")
+    use = parse_control_use("canny=a.png@0.5")
     assert (use.image, use.weight) == ("a.png@0.5", 1.0)
-    use = ControlUse.parse("canny=a.png@0.5@0.7,mode=control")
+    use = parse_control_use("canny=a.png@0.5@0.7,mode=control")
     assert (use.image, use.weight, use.mode) == ("a.png@0.5", 0.7, "control")
-    assert ControlUse.parse("canny=b.png@1,mode=guess").image == "b.png@1,mode=guess"
-    use = ControlUse.parse("canny=b.png@1,mode=guess,mode=control")
+    assert parse_control_use("canny=b.png@1,mode=guess").image == "b.png@1,mode=guess"
+    use = parse_control_use("canny=b.png@1,mode=guess,mode=control")
     assert (use.image, use.mode) == ("b.png@1,mode=guess", "control")
-    assert ControlUse.parse("canny=c,mask=x.png").mask is None
-    use = ControlUse.parse("canny=p.png@0.5,mask=d,mode=guess.png,mode=control")
+    assert parse_control_use("canny=c,mask=x.png").mask is None
+    use = parse_control_use("canny=p.png@0.5,mask=d,mode=guess.png,mode=control")
     assert (use.mask, use.mode) == ("d,mode=guess.png", "control")
-    use = ControlUse.parse("canny=e:1=2@3@0.5:0-1")
+    use = parse_control_use("canny=e:1=2@3@0.5:0-1")
     assert (use.image, use.weight) == ("e:1=2@3", 0.5)
     # A file whose name is only the beginning of the image's does not shorten it.
     (tmp_path / "me").touch()
-    assert ControlUse.parse("canny=me@home.png").image == "me@home.png"
+    assert parse_control_use("canny=me@home.png").image == "me@home.png"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_names_of_files_come_first(tmp_path, monkeypatch):
 )
 def test_wrong_options_are_refused(text, code, facts):
     with refused(code, *facts):
-        ControlUse.parse(text)
+        parse_control_use(text)
 
 
 def test_a_part_without_a_whole_step_is_refused_in_words():
@@ -162,9 +164,9 @@ def test_a_path_may_have_equals_signs(tmp_path):
     control = tmp_path / "rate=1" / "canny.safetensors"
     control.parent.mkdir()
     control.touch()
-    use = ControlUse.parse(f"{control}=a=b.png@0.5")
+    use = parse_control_use(f"{control}=a=b.png@0.5")
     assert (use.control, use.image, use.weight) == (str(control), "a=b.png", 0.5)
-    assert ControlUse.parse("canny=a=b.png").image == "a=b.png"
+    assert parse_control_use("canny=a=b.png").image == "a=b.png"
 
 
 uses = st.builds(
@@ -203,7 +205,7 @@ def test_a_request_survives_json(request):
 @given(st.text(alphabet="aB=@:-./0159 ,", max_size=24))
 def test_any_text_is_a_control_or_refused_in_words(text):
     try:
-        use = ControlUse.parse(text)
+        use = parse_control_use(text)
     except UserError:
         return
     assert use.control and use.image and 0 <= use.start <= use.end <= 1 and math.isfinite(use.weight)

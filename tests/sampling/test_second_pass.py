@@ -14,8 +14,9 @@ from PIL import Image
 from controlkit.images import resize_cover
 from controlkit.sampling.generate import generate
 from controlkit.sampling.image_folder import refuse_overwriting
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.saved_settings import read_settings
+from controlkit.sampling.uses import ControlUse
 from refusals import refused
 
 SETTINGS = {"prompt": "red apple", "steps": 4, "guidance": 4.0, "width": 64, "height": 48}

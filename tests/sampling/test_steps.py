@@ -26,7 +26,8 @@ from controlkit.bases.schedules.rectified_flow import RectifiedFlow
 from controlkit.bases.schedules.variance_preserving import VariancePreserving
 from controlkit.nano.evaluation_sets import read_set
 from controlkit.sampling.generate import generate
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import GenerateRequest
+from controlkit.sampling.uses import ControlUse
 from refusals import check, refused
 
 

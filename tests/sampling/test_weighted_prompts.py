@@ -18,9 +18,10 @@ from controlkit.images import to_tensor
 from controlkit.sampling.embeddings import read_embeddings
 from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import sample_prompts
 from controlkit.sampling.saved_settings import read_settings
+from controlkit.sampling.uses import ControlUse
 from refusals import refused
 from tiny import SD1_SCHEDULE, build_tiny_base, build_tiny_sd3, build_tiny_sdxl
 

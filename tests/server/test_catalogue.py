@@ -125,3 +125,14 @@ def test_a_control_replaces_no_other_and_a_shipped_one_with_a_note(tmp_path):
     assert catalogue.controls["canny"].path == str(tmp_path / "b" / "canny.safetensors")
     assert sorted(note.partition(":")[0] for note in catalogue.skipped) == ["canny", "mine"]
     assert all(str(tmp_path / "b") in note for note in catalogue.skipped)
+
+
+def test_of_textual_inversions_with_one_word_the_first_is_listed(tmp_path):
+    for name in ("a/cat", "b/Cat", "b/dog"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_file({"emb_params": torch.zeros(1, 8)}, tmp_path / f"{name}.safetensors")
+    catalogue = list_models(embeddings=[str(tmp_path)])
+    assert list(catalogue.embeddings) == ["a/cat", "b/dog"]
+    assert catalogue.embeddings_in("a cat and a dog") == ["a/cat", "b/dog"]
+    (note,) = catalogue.skipped
+    assert note.startswith("b/Cat: ") and "a/cat" in note

@@ -12,7 +12,8 @@ from running import base64_of, drawing, image_of
 
 from controlkit.conditions import find
 from controlkit.sampling.generate import generate
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import GenerateRequest
+from controlkit.sampling.uses import ControlUse
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from PIL import Image
 from controlkit.conditions import find
 from controlkit.conditions.condition import background_of
 from controlkit.images import decode_rgb
-from controlkit.sampling.inputs import ImageFile
+from controlkit.sampling.input_images import ImageFile
 from controlkit.server.catalogue import list_models
 from controlkit.server.drawing import Studio, prepared
 from controlkit.server.limits import Limits
@@ -89,3 +89,25 @@ def test_condition_images_have_their_background_where_they_are_transparent(contr
     background = background_of(service.catalogue.controls[control].condition)
     found = decode_rgb(prepared(image, files[image.file], "image", 64, 64), "image", background)
     assert np.array_equal(np.asarray(found), np.asarray(decode_rgb(data, "image", background)))
+
+
+@pytest.mark.parametrize("fit", ["stretch", "fill"])
+def test_condition_images_of_labels_keep_their_colours(fit):
+    labels = np.zeros((40, 30, 3), np.uint8)
+    labels[:20, :10], labels[20:, 15:] = (200, 100, 50), (10, 20, 30)
+    sent = SentImage(file="map", fit=fit, shows="silhouette")
+    found = np.asarray(decode_rgb(prepared(sent, png(Image.fromarray(labels)), "map", 64, 64), "map"))
+    assert {tuple(colour) for colour in found.reshape(-1, 3)} == {tuple(colour) for colour in labels.reshape(-1, 3)}
+
+
+def test_masks_of_openai_are_turned_as_their_exif_says():
+    image = Image.new("RGBA", (64, 32), (0, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 16, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", exif=exif)
+    sent = SentImage(file="mask", mask=True, transparent=True)
+    found = decode_rgb(prepared(sent, buffer.getvalue(), "mask", 32, 64), "mask")
+    assert found.size == (32, 64)
+    assert found.getpixel((16, 4)) == (255, 255, 255) and found.getpixel((16, 40)) == (0, 0, 0)

@@ -59,14 +59,14 @@ def test_low_memory_and_graphs_reach_sampling(tmp_path):
 
 
 def test_settings_of_the_server_are_those_of_each_request(monkeypatch):
-    from controlkit.sampling.generate import Generation
+    from controlkit.sampling.generation import Generation
     from controlkit.server import drawing as module
     from controlkit.server.catalogue import list_models
     from controlkit.server.limits import Limits
     from controlkit.server.spec import Execution, Spec
 
     asked = []
-    monkeypatch.setattr(module, "generate_one", lambda request, **_: asked.append(request) or Generation(request))
+    monkeypatch.setattr(module, "generate_single", lambda request, **_: asked.append(request) or Generation(request))
     execution = Execution(device="cpu", precision="fp32", low_memory=True, graphs="off")
     studio = module.Studio(catalogue=list_models(), limits=Limits(), execution=execution)
     studio.draw(Spec(request={"prompt": "", "low_memory": False, "graphs": "on"}), {}, lambda step: None)

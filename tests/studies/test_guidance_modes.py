@@ -9,7 +9,7 @@ from PIL import Image
 
 from controlkit.controls.controlnet_xs import ControlNetXS
 from controlkit.formats.load import save_control
-from controlkit.sampling.request import MODES
+from controlkit.sampling.uses import MODES
 from controlkit.studies import guidance_modes as study
 from controlkit.studies.guidance_modes import GuidanceModes, run_guidance_modes
 from refusals import refused

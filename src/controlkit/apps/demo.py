@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.bases.load import load_base
     from controlkit.images import contact_sheet, read_image, write_png
     from controlkit.sampling.generate import generate
-    from controlkit.sampling.request import ControlUse, GenerateRequest
+    from controlkit.sampling.request import GenerateRequest
+    from controlkit.sampling.uses import ControlUse
 
     start = time.perf_counter()
     base = load_base()

@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.errors import UserError
     from controlkit.files import writable_folder
     from controlkit.sampling.graphs import tallied
-    from controlkit.sampling.request import DEFAULT_STEPS, check_sampling, mode_name
+    from controlkit.sampling.request import DEFAULT_STEPS, check_sampling
+    from controlkit.sampling.uses import mode_name
 
     names = ("steps", "guidance", "sampler", "weight", "mode", "seed", "distance")
     settings = {name: getattr(args, name) for name in names if hasattr(args, name)}

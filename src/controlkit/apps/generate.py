@@ -289,7 +289,7 @@ _OPTIONS = (
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """Settings of the request that are options as they are, and lists of files."""
-    from controlkit.sampling.request import LoraUse
+    from controlkit.sampling.uses import LoraUse
 
     settings: dict[str, Any] = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
     if hasattr(args, "embeddings"):
@@ -305,14 +305,15 @@ def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings |
 
     from controlkit.errors import UserError
     from controlkit.sampling.axes import expand_folders, parse_axis
-    from controlkit.sampling.request import ControlUse, GenerateRequest
+    from controlkit.sampling.inputs import parse_control_use
+    from controlkit.sampling.request import GenerateRequest
     from controlkit.sampling.saved_settings import read_settings
     from controlkit.sampling.seeds import seeds_of_options
 
     if args.prepared and not args.control:
         raise UserError("--prepared applies to the images of --control, and there is none", "contradiction")
     settings = _settings(args)
-    uses = tuple(ControlUse.parse(text, prepared=args.prepared, mode=args.mode) for text in args.control)
+    uses = tuple(parse_control_use(text, prepared=args.prepared, mode=args.mode) for text in args.control)
     saved = read_settings(args.saved) if hasattr(args, "saved") else None
     prompts = _prompts(args)
     if prompts:

@@ -356,6 +356,15 @@ def background_of(name: str | None) -> tuple[int, int, int]:
     return Condition.background
 
 
+def is_of_labels(name: str | None) -> bool:
+    """Whether colours of the condition `name` are labels, which interpolation would mix; False if it is None or
+    unknown."""
+    if name is not None:
+        with suppress(UserError):
+            return find(name).resize == "nearest"
+    return False
+
+
 def uniform(low: float, high: float) -> RandomValue:
     """A float between `low` and `high`."""
     return Distribution(f"uniform from {low} to {high}", lambda rng: float(rng.uniform(low, high)))

@@ -19,6 +19,9 @@ import yaml
 
 from controlkit.errors import UserError, nearest
 from controlkit.sampling.control_text import KEYS, read_option
+from controlkit.sampling.json_values import checked_fields
+from controlkit.sampling.seeds import parse_seeds
+from controlkit.sampling.uses import ControlUse, LoraUse
 
 if TYPE_CHECKING:
     from controlkit.sampling.request import GenerateRequest
@@ -181,8 +184,6 @@ def parse_axis(text: str, request: GenerateRequest, option: str) -> dict[str, li
         raise UserError(f"{option} {text}: expected SETTING=VALUE,VALUE,..., such as guidance=1,3,5", "usage")
     name = "seed" if name == "seeds" else name
     if name == "seed":
-        from controlkit.sampling.seeds import parse_seeds
-
         return {name: list(parse_seeds(rest, option))}
     parts = [part.strip() for part in rest.split("|" if "|" in rest else ",")]
     return {name: [_read(name, part, request, f"{option} {text}") for part in parts]}
@@ -211,8 +212,6 @@ def _yaml(text: str, what: str) -> Any:
 
 def _with_settings(request: GenerateRequest, settings: Sequence[tuple[str, Any]]) -> GenerateRequest:
     """The request with other values, checked once all are set."""
-    from controlkit.sampling.request import ControlUse, LoraUse, checked_fields
-
     known = [each.name for each in fields(request) if each.name not in _NOT_VARIED]
     changes: dict[str, Any] = {}
     uses: list[dict[str, Any]] = [dict(vars(use)) for use in request.controls]

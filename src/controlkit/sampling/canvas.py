@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from controlkit.errors import UserError
 from controlkit.images import resize_cover, to_tensor
-from controlkit.sampling.inputs import Frame, ImageFile
+from controlkit.sampling.input_images import Frame, ImageFile
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.start_image import StartImage
 

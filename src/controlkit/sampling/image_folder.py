@@ -16,7 +16,7 @@ from controlkit.files import writable_folder, write_json
 from controlkit.images import write_png
 from controlkit.sampling.axes import points_of, values_at
 from controlkit.sampling.file_names import HIRES_PREFIX, START_NAMES, condition_name, first_name, image_name, mask_name
-from controlkit.sampling.generate import Generation
+from controlkit.sampling.generation import Generation
 from controlkit.sampling.identity import pixels_sha256
 from controlkit.sampling.inputs import with_named_inputs
 from controlkit.sampling.request import GenerateRequest

@@ -1,29 +1,23 @@
-"""Inputs of the controls of a request: named inputs checked against each control, and images read."""
+"""Named inputs of the controls of a request, checked against each control."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from controlkit import conditions
-from controlkit.conditions.condition import BLACK, WHITE, Condition, background_of
-from controlkit.controls.control import Control, Input, takes_one_image, words_of_inputs
+from controlkit.controls.control import Control, takes_one_image, words_of_inputs
 from controlkit.errors import UserError, nearest
 from controlkit.files import read_json
 from controlkit.formats.describe import residual_sites
 from controlkit.formats.load import control_class, recorded_condition
-from controlkit.images import decode_rgb, read_bytes, resize_cover
 from controlkit.sampling.axes import points_of
-from controlkit.sampling.control_text import KEYS
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.control_text import KEYS, parse_control
+from controlkit.sampling.request import GenerateRequest
+from controlkit.sampling.uses import ControlUse
 from controlkit.sampling.weighting import check_number_of_layers
 
 Kind = type[Control] | Control
@@ -55,7 +49,23 @@ def with_named_inputs(request: GenerateRequest, kinds: Sequence[Kind] | None = N
     return dataclasses.replace(request, controls=uses)
 
 
-def with_plain_inputs(settings: dict[str, Any]) -> dict[str, Any]:
+def parse_control_use(text: str, **settings: Any) -> ControlUse:
+    """Parse `NAME_OR_FILE=IMAGE[@weight[:start-end]][,KEY=VALUE...]`, as on the command line (`parse_control`).
+
+    Args:
+        text: the argument of `--control`.
+        settings: defaults of what the text leaves open, such as `prepared` and `mode`.
+
+    Raises:
+        UserError: it does not have that form.
+    """
+    parsed = {**settings, **parse_control(text)}
+    if parsed.get("prepared") and "parameters" in parsed:
+        parsed = _with_plain_inputs(parsed)  # the other parameters contradict a prepared image
+    return ControlUse(**parsed)
+
+
+def _with_plain_inputs(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a `ControlUse` with the plain inputs of its control among `parameters` moved to `inputs`.
 
     A control that does not exist is left to `with_named_inputs`.
@@ -174,7 +184,7 @@ def _check_parameters(use: ControlUse, kind: Kind) -> None:
     for each in kind.inputs:
         condition = each.condition or recorded
         if each.name in images and condition is not None and _is_known(condition):
-            _check_keys(parameters_of(use, each.name), condition, kind)
+            check_keys(parameters_of(use, each.name), condition, kind)
 
 
 def parameters_of(use: ControlUse, name: str) -> dict[str, Any]:
@@ -184,7 +194,7 @@ def parameters_of(use: ControlUse, name: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in mine.items()}
 
 
-def _check_keys(parameters: Mapping[str, Any], condition: str, kind: Kind) -> None:
+def check_keys(parameters: Mapping[str, Any], condition: str, kind: Kind) -> None:
     known = conditions.find(condition).defaults
     for key in parameters:
         if key not in known:
@@ -227,129 +237,6 @@ def values_of(use: ControlUse, kind: Kind) -> dict[str, Any]:
     """Input -> value, for the inputs of a control that are not images."""
     inputs: Mapping[str, Any] = use.inputs or {}
     return {each.name: inputs[each.name] for each in kind.inputs if each.kind == "value" and each.name in inputs}
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The size of what is sampled, and the part of images that it shows."""
-
-    width: int
-    height: int
-    """Both in pixels."""
-    full: tuple[int, int] | None = None
-    """Width and height of the image that `region` is a part of."""
-    region: tuple[int, int, int, int] | None = None
-    """Left, top, right and bottom in pixels of that image. None is all of it."""
-
-    @property
-    def covered(self) -> tuple[int, int]:
-        """The size that images are scaled to cover."""
-        return self.full or (self.width, self.height)
-
-    def __call__(self, image: Image.Image, *, nearest: bool = False) -> Image.Image:
-        """Scale an image to cover the whole size, crop it at the centre, and take the region, as diffusers does.
-
-        Args:
-            nearest: nearest-neighbour resampling, for maps whose colours are labels.
-        """
-        image = resize_cover(image, *self.covered, nearest=nearest)
-        if self.region is None:
-            return image
-        from diffusers.image_processor import VaeImageProcessor
-
-        processor = VaeImageProcessor(resample="nearest" if nearest else "lanczos")
-        return processor.resize(image.crop(self.region), self.height, self.width, resize_mode="fill")
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """An image or mask, as read from its file."""
-
-    path: str
-    data: bytes
-    """Content of the file."""
-    image: Image.Image
-    """Upright, RGB."""
-
-    @classmethod
-    def read(cls, path: str, background: tuple[int, int, int] = WHITE) -> ImageFile:
-        """Read an image; where it is transparent, it shows `background`.
-
-        Raises:
-            UserError: the file is missing, damaged or not an image.
-        """
-        data = read_bytes(path)
-        return cls(path, data, decode_rgb(data, path, background))
-
-    @classmethod
-    def read_mask(cls, path: str | None) -> ImageFile | None:
-        """Read a mask, if there is one; black where it is transparent.
-
-        Raises:
-            UserError: as `read`.
-        """
-        return None if path is None else cls.read(path, BLACK)
-
-    @property
-    def sha256(self) -> str:
-        """Hex SHA-256 of the file."""
-        return hashlib.sha256(self.data).hexdigest()
-
-    def grey(self, frame: Frame) -> Image.Image:
-        """As grey levels, of what `frame` shows."""
-        return frame(self.image).convert("L")
-
-
-@dataclass(frozen=True)
-class ControlImage:
-    """An image input of a control, as read from its file."""
-
-    use: ControlUse
-    input: Input
-    file: ImageFile
-    """Decoded as a photo: transparent over white."""
-
-    @classmethod
-    def read(cls, use: ControlUse, kind: Kind) -> list[ControlImage]:
-        """Read all images of a control.
-
-        Raises:
-            UserError: a file is missing, damaged or not an image.
-        """
-        known = {each.name: each for each in kind.inputs}
-        return [cls(use, known[name], ImageFile.read(path)) for name, path in images_of(use, kind).items()]
-
-    def condition_image(self, control: Control, frame: Frame) -> Image.Image:
-        """The condition image for `control`, of what `frame` shows.
-
-        Raises:
-            UserError: the control records no condition, and the image is not `prepared`.
-        """
-        condition, use = self.condition(control), self.use
-        if not use.prepared:
-            if condition is None:
-                raise UserError(
-                    f"{use.control} records no condition; compute the condition image with `controlkit condition` and"
-                    " pass it with --prepared",
-                    "missing-setting",
-                )
-            image = frame(self.file.image)
-            parameters = parameters_of(use, self.input.name)
-            _check_keys(parameters, condition, control)
-            return Image.fromarray(conditions.find(condition)(np.asarray(image), **parameters))
-        background, image = background_of(condition), self.file.image
-        if background != Condition.background:
-            image = decode_rgb(self.file.data, self.file.path, background)
-        return frame(image, nearest=_is_of_labels(condition))
-
-    def condition(self, control: Control) -> str | None:
-        """The condition of the input, or else of the control."""
-        return self.input.condition or control.condition
-
-
-def _is_of_labels(condition: str | None) -> bool:
-    """Whether colours of the condition are labels, which interpolation would mix."""
-    return condition is not None and _is_known(condition) and conditions.find(condition).resize == "nearest"
 
 
 def _is_known(condition: str) -> bool:

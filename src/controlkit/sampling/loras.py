@@ -21,7 +21,7 @@ from controlkit.bases.base import Base
 from controlkit.errors import UserError
 from controlkit.files import read_json
 from controlkit.formats.tensors import read_tensor_file
-from controlkit.sampling.request import LoraUse
+from controlkit.sampling.uses import LoraUse
 
 _HALF = re.compile(
     r"(?P<path>.+?)(?:\.processor)?\.(?:(?P<attention>to_(?:q|k|v|out))_lora|lora(?:_linear_layer)?)[._]"

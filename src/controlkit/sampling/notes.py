@@ -1,17 +1,11 @@
-"""Notes on a request: cut prompts, cropped images, unusual sizes, negative weights, flat condition images."""
+"""Notes on a request: cut prompts, unusual sizes, negative weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-from PIL import Image
-
 from controlkit.bases.base import Base
 from controlkit.bases.prompt_encoding import Embedding, cut_from_plain
-from controlkit.controls.control import Control
-from controlkit.images import is_flat
-from controlkit.sampling.inputs import ControlImage
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.seeds import same_noise
 
@@ -54,28 +48,3 @@ def request_notes(
         if use.weight < 0
     ]
     return notes
-
-
-def crop_note(path: str, image: Image.Image, width: int, height: int) -> list[str]:
-    """A note if scaling and cropping to the size of the result cuts a pixel or more off a control's image."""
-    factor = max(width / image.width, height / image.height)
-    across, down = image.width * factor - width, image.height * factor - height
-    if max(across, down) < 1:
-        return []
-    where = "at the sides" if across > down else "at the top and bottom"
-    return [
-        f"{path} is {image.width} x {image.height}; scaled to cover {width} x {height}, it is cropped {where}. Match"
-        " its aspect ratio with --width and --height, or crop it yourself"
-    ]
-
-
-def flat_note(source: ControlImage, control: Control, image: Image.Image) -> list[str]:
-    """A note if a condition image is one flat colour."""
-    if not is_flat(np.asarray(image)):
-        return []
-    if source.use.prepared:
-        what = f"{source.file.path}, the condition image of {source.use.control},"
-        why = "check its polarity and transparency, or drop --prepared if it is a photo"
-    else:
-        what, why = f"{source.condition(control)} of {source.file.path}", "nothing was detected in the image"
-    return [f"{what} is one flat colour: {why}"]

@@ -11,9 +11,10 @@ from controlkit.bases.base import Base
 from controlkit.bases.solver_names import solver_name
 from controlkit.images import resize_cover, to_tensor
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import GenerateRequest, check_spans
+from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import images_at_once
 from controlkit.sampling.start_image import StartImage, first_step
+from controlkit.sampling.uses import check_spans
 
 HIRES_STRENGTH = 0.7
 """Default strength of the second pass, as in A1111."""

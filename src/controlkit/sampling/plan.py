@@ -25,8 +25,8 @@ from controlkit.controls.control import Acts, Control, Reads, residuals_together
 from controlkit.controls.hints import Hint, concatenated, expand, map_hint, rows_of, shapes_of
 from controlkit.errors import UserError
 from controlkit.sampling.graphs import NetworkCalls
-from controlkit.sampling.request import CONDITIONAL_MODES, lies_within, mode_name
 from controlkit.sampling.residual_cache import ResidualCache, digest, identity_of
+from controlkit.sampling.uses import CONDITIONAL_MODES, lies_within, mode_name
 from controlkit.sampling.weighting import Weighting, check_weighted
 
 ROWS_AT_ONCE = 32

@@ -6,18 +6,16 @@ This module imports neither torch nor diffusers.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
-import math
-import os
 from dataclasses import dataclass
-from types import NoneType
-from typing import Any, get_type_hints
+from typing import Any
 
 from controlkit.bases.prompt_syntax import check_syntax, parse_weighted
 from controlkit.bases.solver_names import SOLVERS, solver_name
 from controlkit.errors import UserError, nearest
+from controlkit.sampling.axes import check_axes, points_of
+from controlkit.sampling.json_values import checked_fields, is_finite, plain_mapping
 from controlkit.sampling.seeds import settled_seeds
+from controlkit.sampling.uses import ControlUse, LoraUse, check_spans
 
 MAX_SIDE = 16384
 """The longest side of an image."""
@@ -26,150 +24,10 @@ MAX_HIRES = 8
 DEFAULT_STEPS = 20
 SAMPLERS = SOLVERS
 """Names of samplers (`bases/schedules/solvers.py`)."""
-MODES = ("balanced", "control", "soft", "guess", "cfg-rw", "cfg-rw-literal")
-"""How a control acts under classifier-free guidance (`ControlUse.mode`)."""
-CONDITIONAL_MODES = ("control", "guess", "cfg-rw", "cfg-rw-literal")
-"""The modes in which a control acts on the conditional branch only."""
-_MODE_ALIASES = {
-    "my prompt is more important": "soft",
-    "controlnet is more important": "guess",
-    "guess_mode": "guess",
-    "guess mode": "guess",
-    "cfg-rw-normalised": "cfg-rw",
-    "cfg-rw-normalized": "cfg-rw",
-}
-"""Names of A1111 and diffusers, in lower case -> mode."""
 GRAPHS = ("auto", "on", "off")
 """Whether networks run as CUDA graphs (`GenerateRequest.graphs`)."""
 PROMPT_MODES = ("none", "default", "automatic", "given")
 """Where the prompt comes from (`GenerateRequest.prompt_mode`)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlUse:
-    """One control with its image or inputs, its weight and the steps at which it acts."""
-
-    control: str
-    """Name of a control that ships, or a path."""
-    image: str | None = None
-    """Path of the image (with `prepared`: of the condition image), for a control that takes one; or of a `.json` file
-    with `inputs`, whose paths are relative to that file. For a control that takes one plain value, the file holds
-    that value."""
-    inputs: dict[str, Any] | None = None
-    """Inputs by name (`Control.inputs`) in place of `image`: paths of images, and plain values."""
-    weight: float = 1.0
-    """Conditioning scale: the factor of its residuals (A1111: control weight)."""
-    start: float = 0.0
-    """Fraction of the steps at which it starts, in [0, 1]."""
-    end: float = 1.0
-    """Fraction of the steps at which it ends, in [0, 1]."""
-    layers: tuple[float, ...] | None = None
-    """One more factor for each of its residuals, from the outermost in: decoder skips, then middle. Default: 1."""
-    mask: str | None = None
-    """Path of a grey image: the control acts in full where it is white, not at all where it is black or transparent.
-    Scaled and cropped like `image`, then averaged down to each injection site. Default: everywhere."""
-    prepared: bool = False
-    """Whether `image` is already a condition image. Otherwise the control's condition is computed from it."""
-    parameters: dict[str, Any] | None = None
-    """Parameters of that condition, such as `low` of canny, and plain inputs of the control, such as the `task` of a
-    control with several. Parameters of one image among several are named `INPUT.PARAMETER`. Default: the condition's
-    own."""
-    mode: str | None = None
-    """How it acts under classifier-free guidance (CFG). Per-site weights multiply `weight` and `layers`.
-
-    | mode | branches | weights by site | known as |
-    |---|---|---|---|
-    | `balanced` | both | 1 | diffusers' default; A1111: "Balanced" |
-    | `control` | conditional | 1 | guidance amplifies the control |
-    | `soft` | both | soft | A1111: "My prompt is more important" |
-    | `guess` | conditional | soft | diffusers: `guess_mode`; A1111's third Control Mode |
-    | `cfg-rw-literal` | conditional | resolution | CFG resolution weighting (Zhang et al. 2023, section 3.4) |
-    | `cfg-rw` | conditional | resolution, at most 1 | the same, normalised |
-
-    On the conditional branch only, a control runs half as often. `sampling/weighting.py` defines the weights. Default:
-    that of the base, `control` for nano, else `balanced`."""
-
-    def __post_init__(self) -> None:
-        if (self.image is None) == (self.inputs is None):
-            raise UserError(f"{self.control} needs either an image or named inputs, not both", "contradiction")
-        if self.parameters is not None:
-            if self.prepared:
-                raise UserError(
-                    f"{self.control} has condition parameters ({', '.join(self.parameters)}) and a prepared condition"
-                    " image; parameters are for an image from which the condition is computed",
-                    "contradiction",
-                )
-            object.__setattr__(self, "parameters", _plain(self.parameters, f"parameters of {self.control}"))
-        if self.inputs is not None:
-            object.__setattr__(self, "inputs", _plain(self.inputs, f"inputs of {self.control}"))
-        if self.layers is not None and not (self.layers and all(map(_is_finite, self.layers))):
-            raise UserError(
-                f"the layers of {self.control} are {list(self.layers)}; expected one finite number per residual",
-                "out-of-range",
-            )
-        if not _is_finite(self.weight):
-            raise UserError(f"the weight of {self.control} is {self.weight}; expected a finite number", "out-of-range")
-        if not 0 <= self.start <= self.end <= 1:
-            raise UserError(
-                f"{self.control} starts at {self.start} and ends at {self.end}; expected 0 <= start <= end <= 1",
-                "out-of-range",
-            )
-        object.__setattr__(self, "mode", mode_name(self.mode))
-
-    def acts_at(self, index: int, steps: int) -> bool:
-        """Whether it acts at step `index` of `steps`."""
-        return lies_within(index, steps, self.start, self.end)
-
-    @classmethod
-    def parse(cls, text: str, **settings: Any) -> ControlUse:
-        """Parse `NAME_OR_FILE=IMAGE[@weight[:start-end]][,KEY=VALUE...]`, as on the command line.
-
-        See `control_text.parse_control`.
-
-        Args:
-            text: the argument of `--control`.
-            settings: defaults of what the text leaves open, such as `prepared` and `mode`.
-
-        Raises:
-            UserError: it does not have that form.
-        """
-        from controlkit.sampling.control_text import parse_control
-
-        parsed = {**settings, **parse_control(text)}
-        if parsed.get("prepared") and "parameters" in parsed:
-            from controlkit.sampling.inputs import with_plain_inputs
-
-            parsed = with_plain_inputs(parsed)  # the other parameters contradict a prepared image
-        return cls(**parsed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraUse:
-    """A LoRA of the base, with its weight."""
-
-    file: str
-    """A file of kohya, diffusers or peft, or a folder of the latter two."""
-    weight: float = 1.0
-    """Factor of what it adds to the base's weights."""
-
-    def __post_init__(self) -> None:
-        if not _is_finite(self.weight):
-            raise UserError(f"the weight of {self.file} is {self.weight}; expected a finite number", "out-of-range")
-
-    @classmethod
-    def parse(cls, text: str) -> LoraUse:
-        """Parse `FILE[@weight]`, as on the command line; the name of a file that exists may contain `@`.
-
-        Raises:
-            UserError: what follows `@` is no number.
-        """
-        file, at, weight = text.rpartition("@")
-        if not at or os.path.exists(text):
-            return cls(file=text)
-        try:
-            return cls(file=file, weight=float(weight))
-        except ValueError as error:
-            raise UserError(f"--lora {text}: {weight!r} is not a weight; expected FILE[@weight]", "usage") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,10 +155,8 @@ class GenerateRequest:
             self._check_axes()
 
     def _check_axes(self) -> None:
-        from controlkit.sampling.axes import check_axes, points_of
-
         for name in ("vary", "xy"):
-            axes = tuple(_plain(axis, name) for axis in check_axes(getattr(self, name), name))
+            axes = tuple(plain_mapping(axis, name) for axis in check_axes(getattr(self, name), name))
             for axis in axes:
                 if any(type(seed) is not int for seed in axis.get("seed", ())):
                     raise UserError(f"seed of {name} is {axis['seed']}; expected integers", "wrong-type")
@@ -322,7 +178,7 @@ class GenerateRequest:
         if self.mask is None and (self.mask_blur or self.only_masked is not None):
             name = "mask_blur" if self.mask_blur else "only_masked"
             raise UserError(f"{name} is {getattr(self, name)}, but there is no mask", "contradiction")
-        if not (_is_finite(self.mask_blur) and 0 <= self.mask_blur <= MAX_SIDE):
+        if not (is_finite(self.mask_blur) and 0 <= self.mask_blur <= MAX_SIDE):
             raise UserError(f"mask_blur is {self.mask_blur}; expected 0 to {MAX_SIDE} pixels", "out-of-range")
         if self.only_masked is not None and not 0 <= self.only_masked <= MAX_SIDE:
             raise UserError(f"only_masked is {self.only_masked}; expected 0 to {MAX_SIDE} pixels", "out-of-range")
@@ -341,7 +197,7 @@ class GenerateRequest:
                 " img2img on the result",
                 "contradiction",
             )
-        if not (_is_finite(self.hires) and 1 < self.hires <= MAX_HIRES):
+        if not (is_finite(self.hires) and 1 < self.hires <= MAX_HIRES):
             raise UserError(f"hires is {self.hires}; expected a factor above 1, at most {MAX_HIRES}", "out-of-range")
         if self.hires_strength is not None and not 0 < self.hires_strength <= 1:
             raise UserError(f"hires_strength is {self.hires_strength}; expected more than 0, at most 1", "out-of-range")
@@ -385,21 +241,6 @@ class GenerateRequest:
         return cls(**fields)
 
 
-def check_spans(uses: tuple[ControlUse, ...], steps: int) -> None:
-    """Check that each control acts at some of `steps` steps, unless its weight is 0.
-
-    Raises:
-        UserError: one does not.
-    """
-    for use in uses:
-        if use.weight and not any(use.acts_at(index, steps) for index in range(steps)):
-            raise UserError(
-                f"{use.control} acts from {use.start:g} to {use.end:g}, which contains none of the {steps} steps; widen"
-                " the range, or set its weight to 0 to switch it off",
-                "out-of-range",
-            )
-
-
 def check_sampling(steps: int, guidance: float | None, sampler: str | None = None) -> None:
     """Check sampling settings; None leaves a setting to the base.
 
@@ -410,23 +251,8 @@ def check_sampling(steps: int, guidance: float | None, sampler: str | None = Non
         solver_name(sampler)
     if not 1 <= steps <= 1000:
         raise UserError(f"steps is {steps}; expected 1 to 1000", "out-of-range")
-    if guidance is not None and not (_is_finite(guidance) and guidance >= 1):
+    if guidance is not None and not (is_finite(guidance) and guidance >= 1):
         raise UserError(f"guidance is {guidance}; expected 1 (off) or more", "out-of-range")
-
-
-def mode_name(mode: str | None) -> str | None:
-    """The mode of this name, which may be that of another tool; None leaves it to the base.
-
-    Raises:
-        UserError: there is none.
-    """
-    if mode is None:
-        return None
-    name = mode.strip().lower()
-    name = _MODE_ALIASES.get(name, name)
-    if name not in MODES:
-        raise UserError(f"there is no mode {mode!r}{nearest(mode, MODES)}", "unknown-name")
-    return name
 
 
 def check_graphs(mode: str) -> None:
@@ -447,78 +273,3 @@ def check_prompt_mode(mode: str) -> None:
     """
     if mode not in PROMPT_MODES:
         raise UserError(f"there is no prompt mode {mode!r}{nearest(mode, PROMPT_MODES)}", "unknown-name")
-
-
-def _plain(inputs: Any, what: str) -> dict[str, Any]:
-    """Inputs or parameters as JSON stores them: tuples as lists, paths as text."""
-    try:
-        plain = json.loads(json.dumps(inputs, default=os.fspath, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"the {what} must be JSON values and paths: {error}", "wrong-type") from error
-    if not isinstance(plain, dict) or not plain:
-        raise UserError(f"the {what} must be a mapping from names, not {inputs!r}", "wrong-type")
-    return plain
-
-
-def _is_finite(value: float) -> bool:
-    """Whether a float can hold it; integers of JSON and Python may be larger."""
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def lies_within(index: int, steps: int, start: float, end: float) -> bool:
-    """Whether step `index` of `steps` lies within the fractions `start` to `end`, counted as in diffusers."""
-    return index / steps >= start and (index + 1) / steps <= end
-
-
-_JSON_TYPES: dict[Any, tuple[type | tuple[type, ...], str]] = {
-    str: (str, "text"),
-    str | None: ((str, NoneType), "text or null"),
-    dict[str, Any] | None: ((dict, NoneType), "a mapping from names, or null"),
-    bool: (bool, "true or false"),
-    int: (int, "an integer"),
-    float: ((int, float), "a number"),
-    int | None: ((int, NoneType), "an integer or null"),
-    tuple[int, ...]: ((list, tuple), "a list of integers"),
-    tuple[str, ...]: ((list, tuple), "a list of texts"),
-    tuple[float, ...] | None: ((list, tuple, NoneType), "a list of numbers, or null"),
-    tuple[ControlUse, ...]: ((list, tuple), "a list of controls"),
-    tuple[LoraUse, ...]: ((list, tuple), "a list of LoRAs"),
-    float | None: ((int, float, NoneType), "a number or null"),
-    tuple[dict[str, Any], ...]: ((list, tuple), "a list of mappings from settings to values"),
-}
-"""Type of a field -> the JSON types it accepts, and their description."""
-_ITEMS: dict[Any, tuple[type, ...]] = {
-    tuple[int, ...]: (int,),
-    tuple[str, ...]: (str,),
-    tuple[float, ...] | None: (int, float),
-}
-"""Type of a list field -> the types of its items."""
-
-
-_hints_of = functools.cache(get_type_hints)
-"""Evaluated once per class: every combination of axes is checked."""
-
-
-def checked_fields(kind: type, values: Any, what: str) -> dict[str, Any]:
-    """`values` with lists turned into tuples, after checking keys and types against the fields of `kind`."""
-    if not isinstance(values, dict):
-        raise UserError(f"{what} must be a mapping of settings, not {type(values).__name__}", "wrong-type")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in values:
-        if key not in fields:
-            raise UserError(f"unknown setting {str(key)!r}{nearest(str(key), list(fields))}", "unknown-key")
-    for name, field in fields.items():
-        if name not in values and field.default is dataclasses.MISSING:
-            raise UserError(f"{what} lacks {name}, which is required", "missing-setting")
-    hints = _hints_of(kind)
-    for key, value in values.items():
-        accepted, expected = _JSON_TYPES[hints[key]]
-        numbers = _ITEMS.get(hints[key], ())
-        items = value if numbers and isinstance(value, (list, tuple)) else ()
-        wrong_number = isinstance(value, bool) and hints[key] is not bool
-        if not isinstance(value, accepted) or wrong_number or any(type(item) not in numbers for item in items):
-            raise UserError(f"{key} is {value!r}; expected {expected}", "wrong-type")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

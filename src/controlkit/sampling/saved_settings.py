@@ -16,10 +16,11 @@ from controlkit.files import read_json
 from controlkit.images import read_bytes, read_image
 from controlkit.sampling.axes import PATHS, is_changed, points_of
 from controlkit.sampling.file_names import START_NAMES, condition_name, mask_name
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import GenerateRequest
+from controlkit.sampling.uses import ControlUse
 
 if TYPE_CHECKING:
-    from controlkit.sampling.generate import Generation
+    from controlkit.sampling.generation import Generation
 
 _RESOLVED = ("precision", "width", "height", "guidance", "sampler", "strength", "hires_strength")
 """Resolved values that the same image needs; the device is only reported."""

@@ -11,12 +11,14 @@ from controlkit.bases.base import Base
 from controlkit.controls.control import Control
 from controlkit.errors import UserError
 from controlkit.sampling.axes import Point, points_of
-from controlkit.sampling.generate import Generation, Models, base_key, generate_one
+from controlkit.sampling.generation import Generation
 from controlkit.sampling.inputs import with_named_inputs
 from controlkit.sampling.loras import lora_file
+from controlkit.sampling.models import Models, base_key
 from controlkit.sampling.passes import hires_strength
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache
+from controlkit.sampling.single import generate_single
 from controlkit.sampling.step import Step
 
 
@@ -47,7 +49,7 @@ def generate_varied(
     run = _Run(request, points, on_step, on_images)
     models, cache = Models(), ResidualCache() if cache is None else cache
     for number in run.order:
-        part = generate_one(
+        part = generate_single(
             points[number].request,
             base=base,
             controls=controls,

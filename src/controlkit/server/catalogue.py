@@ -188,13 +188,14 @@ def list_models(
             continue
         if entry is not None:
             listed[name] = entry
+    inversions = _named((found for each in embeddings for found in _files_in(each, "--embeddings")), skipped)
     return Catalogue(
         bases=named_bases,
         controls=listed,
         base_controls=base_controls,
         loras=_named((found for each in loras for found in _files_in(each, "--loras")), skipped),
         vaes=_named((found for each in vaes for found in _files_in(each, "--vaes")), skipped),
-        embeddings=_named((found for each in embeddings for found in _files_in(each, "--embeddings")), skipped),
+        embeddings=_with_own_words(inversions, skipped),
         skipped=tuple(skipped),
     )
 
@@ -211,6 +212,21 @@ def _named(found: Iterable[tuple[str, str]], skipped: list[str]) -> dict[str, st
         if named.setdefault(name, path) != path:
             skipped.append(f"{name}: {path} has the name of {named[name]}, which is offered; rename one of them")
     return named
+
+
+def _with_own_words(embeddings: Mapping[str, str], skipped: list[str]) -> dict[str, str]:
+    """The textual inversions of which no earlier one has the word.
+
+    Args:
+        embeddings: name -> path.
+        skipped: gets a note on each of the others.
+    """
+    first: dict[str, str] = {}
+    for name in embeddings:
+        owner = first.setdefault(word_of(name).lower(), name)
+        if owner != name:
+            skipped.append(f"{name}: its word {word_of(name)} is that of {owner}, which is offered; rename one of them")
+    return {name: embeddings[name] for name in first.values()}
 
 
 def _is_for_others(path: str) -> bool:

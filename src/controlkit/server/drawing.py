@@ -18,13 +18,15 @@ from PIL.PngImagePlugin import PngInfo
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.bases.prompt_encoding import TextOptions
-from controlkit.conditions.condition import BLACK, background_of
+from controlkit.conditions.condition import BLACK, background_of, is_of_labels
 from controlkit.errors import UserError
-from controlkit.images import decode_image, decode_rgb, resize_cover
-from controlkit.sampling.generate import Generation, Models, generate_one
+from controlkit.images import decode_image, decode_rgb, resize_cover, upright
+from controlkit.sampling.generation import Generation
 from controlkit.sampling.inputs import check_layers
+from controlkit.sampling.models import Models
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache
+from controlkit.sampling.single import generate_single
 from controlkit.sampling.step import Step
 from controlkit.server.catalogue import Catalogue
 from controlkit.server.infotext import infotext
@@ -118,7 +120,7 @@ class Studio:
 
         cancelled = None
         try:
-            finished = generate_one(
+            finished = generate_single(
                 request,
                 base=None,
                 controls=None,
@@ -221,33 +223,34 @@ def prepared(image: SentImage, data: bytes, name: str, width: int, height: int) 
     if image.fit == "crop" and image.condition is None and not (image.invert or image.transparent):
         return data
     if image.transparent:
-        opened = decode_image(data, name)
-        alpha = opened.convert("RGBA").getchannel("A")
+        alpha = upright(decode_image(data, name)).convert("RGBA").getchannel("A")
         found = alpha.point(lambda value: 255 - value).convert("RGB")
     else:
         found = decode_rgb(data, name, BLACK if image.mask else background_of(image.shows))
     if image.invert:
         found = found.point(lambda value: 255 - value)
     if image.fit != "crop":
-        found = _fitted(found, image.fit, width, height)
+        found = _fitted(found, image.fit, width, height, nearest=is_of_labels(image.shows))
     if image.condition is not None:
         found = resize_cover(found, width, height)
         found = Image.fromarray(conditions.find(image.condition)(np.asarray(found), **image.parameters))
     return _png(found)
 
 
-def _fitted(image: Image.Image, fit: Fit, width: int, height: int) -> Image.Image:
+def _fitted(image: Image.Image, fit: Fit, width: int, height: int, *, nearest: bool) -> Image.Image:
     """An image scaled to the size of the result without cropping: stretched, or filled up with its border's colour."""
+    method = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
     if fit == "stretch":
-        return image.resize((width, height), Image.Resampling.LANCZOS)
+        return image.resize((width, height), method)
     factor = min(width / image.width, height / image.height)
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     pixels = np.asarray(image)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    colour = tuple(int(value) for value in np.median(border, axis=0))
-    whole = Image.new("RGB", (width, height), colour)
+    colours, counts = np.unique(border, axis=0, return_counts=True)
+    colour = colours[counts.argmax()] if nearest else np.median(border, axis=0)
+    whole = Image.new("RGB", (width, height), tuple(int(value) for value in colour))
     place = ((width - size[0]) // 2, (height - size[1]) // 2)
-    whole.paste(image.resize(size, Image.Resampling.LANCZOS), place)
+    whole.paste(image.resize(size, method), place)
     return whole
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from controlkit._version import __version__
-from controlkit.sampling.request import ControlUse, GenerateRequest
+from controlkit.sampling.request import GenerateRequest
+from controlkit.sampling.uses import ControlUse
 from controlkit.server.catalogue import Catalogue
 from controlkit.server.spec import Fit, SentImage, Spec
 

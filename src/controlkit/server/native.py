@@ -12,7 +12,8 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from controlkit.errors import UserError
-from controlkit.sampling.request import DEFAULT_STEPS, MODES, SAMPLERS
+from controlkit.sampling.request import DEFAULT_STEPS, SAMPLERS
+from controlkit.sampling.uses import MODES
 from controlkit.server.parameters import check_parameters, computed_conditions, listed_condition, parameters_of
 from controlkit.server.replies import checked_prompt, ended, service_of
 from controlkit.server.sent_images import decode_base64, encode_base64

@@ -47,7 +47,8 @@ class SentImage:
     transparent: bool = False
     """For a mask: white where the image is transparent (OpenAI's masks)."""
     shows: str | None = None
-    """Condition that it shows already, in whose background colour it is where it is transparent; None for others."""
+    """Condition that it shows already, which decides its colour where it is transparent and how it is scaled; None for
+    others."""
     condition: str | None = None
     """Condition to compute from it; None for the image itself."""
     parameters: Mapping[str, Any] = field(default_factory=dict)

@@ -38,8 +38,9 @@ from controlkit.formats.load import load_control
 from controlkit.images import contact_sheet, write_png
 from controlkit.nano.evaluation_sets import read_set
 from controlkit.nano.icons import Drawing, caption_of
-from controlkit.sampling.request import DEFAULT_STEPS, mode_name
+from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.settings import sampling_settings
+from controlkit.sampling.uses import mode_name
 from controlkit.studies.stored_results import StoredResults, StudyResult, study_settings, with_settings
 
 PROMPTS = ("empty", "right", "conflicting")

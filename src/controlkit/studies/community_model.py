@@ -36,8 +36,8 @@ from controlkit.images import contact_sheet, write_png
 from controlkit.nano.base_objective import save_base
 from controlkit.nano.evaluation_sets import read_set
 from controlkit.nano.icons import TRAINED_STYLES, Drawing, background_colour
-from controlkit.sampling.request import mode_name
 from controlkit.sampling.settings import sampling_settings
+from controlkit.sampling.uses import mode_name
 from controlkit.studies.stored_results import StoredResults, StudyResult, study_settings, with_settings
 from controlkit.training.recipes import build_recipe
 from controlkit.training.run import run

@@ -19,7 +19,7 @@ from controlkit.errors import UserError
 from controlkit.evaluation.report import Report, Row
 from controlkit.files import write_atomically
 from controlkit.progress import Progress
-from controlkit.sampling.request import mode_name
+from controlkit.sampling.uses import mode_name
 from controlkit.studies.cells import Cell
 from controlkit.studies.figure import plot, require_matplotlib, sheet_of
 from controlkit.studies.new_condition import NewCondition, NewConditionResult, Trainings

@@ -24,8 +24,9 @@ from controlkit.evaluation.settings import condition_settings, content_of, contr
 from controlkit.formats.load import load_control
 from controlkit.images import contact_sheet, write_png
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import DEFAULT_STEPS, MODES, mode_name
+from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.settings import base_settings, sampling_settings
+from controlkit.sampling.uses import MODES, mode_name
 from controlkit.studies.stored_results import StoredResults, StudyResult
 
 _SHOWN = 8

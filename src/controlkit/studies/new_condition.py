@@ -29,7 +29,7 @@ from controlkit.formats.load import find_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.nano.icons import TRAINED_STYLES, IconSets, draw
 from controlkit.progress import Progress
-from controlkit.sampling.request import mode_name
+from controlkit.sampling.uses import mode_name
 from controlkit.studies.cells import Bench, Cell, Task
 from controlkit.studies.figure import plot, require_matplotlib, sheet_of
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, REPORTS

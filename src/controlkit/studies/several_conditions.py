@@ -37,8 +37,9 @@ from controlkit.evaluation.settings import (
 )
 from controlkit.formats.load import load_control
 from controlkit.images import contact_sheet, to_tensor, write_png
-from controlkit.sampling.request import DEFAULT_STEPS, mode_name
+from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.settings import base_settings, sampling_settings, versions
+from controlkit.sampling.uses import mode_name
 from controlkit.studies.stored_results import StoredResults, StudyResult, study_settings, with_settings
 
 ENOUGH = 0.8

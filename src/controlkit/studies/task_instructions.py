@@ -33,8 +33,9 @@ from controlkit.evaluation.sets import evaluation_set
 from controlkit.evaluation.settings import content_of, control_settings, examples_settings
 from controlkit.formats.load import load_control
 from controlkit.images import contact_sheet, write_png
-from controlkit.sampling.request import DEFAULT_STEPS, mode_name
+from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.settings import sampling_settings
+from controlkit.sampling.uses import mode_name
 from controlkit.studies.stored_results import StoredResults, StudyResult, study_settings, with_settings
 
 _SHOWN = 8

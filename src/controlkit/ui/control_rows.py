@@ -12,7 +12,7 @@ from PIL import Image
 
 from controlkit import conditions
 from controlkit.errors import UserError
-from controlkit.sampling.request import MODES
+from controlkit.sampling.uses import MODES
 from controlkit.server.catalogue import Catalogue
 from controlkit.ui.files import base64_png, flattened, painted
 from controlkit.ui.parameters import ParameterFields, parameter_fields
