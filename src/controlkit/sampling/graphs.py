@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +52,10 @@ class Graph:
     inputs: Tensors
     """Static buffers that it reads."""
     outputs: Tensors
-    """Static buffers that `replay` fills."""
+    """Static buffers that `replay` fills; valid until the replay of any graph, since all share a pool."""
     replay: Callable[[], object]
     bytes: int = 0
-    """Device memory that it holds, in bytes."""
+    """Device memory by which its capture made the pool grow, in bytes."""
 
 
 Capture = Callable[[Function, Tensors], Graph]
@@ -65,18 +65,17 @@ Capture = Callable[[Function, Tensors], Graph]
 class CudaCapture:
     """Captures functions as CUDA graphs that share one pool of memory.
 
-    Graphs of one pool may overwrite each other's intermediate tensors, never an output, and do not run at the same
-    time.
+    They do not run at the same time, and the replay of one may overwrite outputs of those captured after it.
     """
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        """The graphs of the pool."""
 
     def __call__(self, function: Function, inputs: Tensors) -> Graph:
         device = next(iter(inputs.values())).device
         with torch.cuda.device(device):
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
             # Libraries allocate workspaces and choose kernels in their first calls, which a capture cannot contain.
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
@@ -87,12 +86,21 @@ class CudaCapture:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
+            if not self._alive:  # a pool that has lost all its graphs cannot be captured into again
+                self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate meanwhile, such as those of a server.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                outputs = function(inputs)
+            # A capture that fails leaves its own stream current, and its pool in recording.
+            with torch.cuda.stream(torch.cuda.current_stream()):
+                try:
+                    # Other threads may allocate meanwhile, such as those of a server.
+                    with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                        outputs = function(inputs)
+                except BaseException:
+                    self._alive = WeakSet()
+                    raise
+            self._alive.add(graph)
             grown = max(0, torch.cuda.memory_reserved() - before)
-        return Graph(inputs, outputs, graph.replay, grown + sum(map(_bytes_of, inputs.values())))
+        return Graph(inputs, outputs, graph.replay, grown)
 
 
 class Graphs:
@@ -124,6 +132,8 @@ class Graphs:
         self._capture = capture or CudaCapture()
         self._limit, self._limit_bytes = limit, int(megabytes * 2**20)
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self._pool_bytes = 0
+        """Of the pool, which keeps the memory of dropped graphs for the next ones."""
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -134,7 +144,8 @@ class Graphs:
     @property
     def bytes(self) -> int:
         """Device memory of all graphs, in bytes."""
-        return sum(graph.bytes for graph in self._graphs.values())
+        buffers = (tensor for graph in self._graphs.values() for tensor in graph.inputs.values())
+        return self._pool_bytes + sum(map(_bytes_of, buffers))
 
     def capture(self, key: Hashable, function: Function, inputs: Tensors) -> None:
         """Capture `function` for inputs like these.
@@ -149,14 +160,15 @@ class Graphs:
         buffers = {name: torch.empty_like(tensor) for name, tensor in inputs.items()}
         _copy(inputs, buffers)
         try:
-            self._graphs[key] = self._capture(function, buffers)
+            graph = self._graphs[key] = self._capture(function, buffers)
         except RuntimeError as error:
             self.failed[key] = (str(error).splitlines() or [type(error).__name__])[0]
             raise
+        self._pool_bytes += graph.bytes
         self.calls.pop(key, None)
 
     def replay(self, key: Hashable, inputs: Tensors) -> Tensors:
-        """The outputs of the graph under `key`, valid until its next replay."""
+        """The outputs of the graph under `key`, valid until the next replay of any."""
         graph = self._graphs[key]
         self._graphs.move_to_end(key)
         _copy(inputs, graph.inputs)
@@ -166,6 +178,7 @@ class Graphs:
     def clear(self) -> None:
         """Drop all graphs and free their memory."""
         self._graphs.clear()
+        self._pool_bytes = 0
 
 
 _GRAPHS: WeakKeyDictionary[Base, Graphs] = WeakKeyDictionary()

@@ -174,13 +174,15 @@ def _predict(
     texts = [part.expand(len(x_t)) for part in plan.text(index)]
     residuals, taps = plan.residuals(index, stacked), plan.taps(index, stacked, base)
     predictions = []
-    for first, last, modules in plan.passes(index):
+    passes = plan.passes(index)
+    for first, last, modules in passes:
         rows = slice(first * len(x_t), last * len(x_t))
         added = None if residuals is None else residuals.rows(rows.start, rows.stop)
         hidden = None if masked is None else torch.cat([masked] * (last - first))
         text = concatenate(*texts[first:last])
-        predictions.append(calls.predict(stacked[rows], t, text, added, taps, plan.tapping(index), modules, hidden))
-    prediction = torch.cat(predictions)  # a copy: a graph's output is overwritten by its next replay
+        made = calls.predict(stacked[rows], t, text, added, taps, plan.tapping(index), modules, hidden)
+        predictions.append(made.clone() if len(passes) > 1 else made)  # the next call may overwrite a graph's output
+    prediction = torch.cat(predictions)
     if parts == 1:
         return prediction
     unconditional, conditional = prediction.chunk(2)

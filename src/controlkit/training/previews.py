@@ -13,6 +13,7 @@ from controlkit.bases.base import Base
 from controlkit.controls.control import Control
 from controlkit.controls.hints import Hint
 from controlkit.images import contact_sheet, to_images, write_png
+from controlkit.sampling.graphs import NetworkCalls
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample_prompts
 from controlkit.sampling.settings import sampling_settings
@@ -34,6 +35,7 @@ def preview_images(base: Base, control: Control, hint: Hint, prompts: Sequence[s
         seeds=range(len(prompts)),
         uses=[ActiveControl.in_mode(None, base, control=control, hint=hint)],
         steps=_STEPS,
+        calls=NetworkCalls(base, "off"),  # graphs would hold memory beside the training
     )
     return [image for batch in batches for image in to_images(batch)]
 
