@@ -164,6 +164,7 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "largest_change_by_control": measure.largest_difference(images["ours"], without),
             }
         )
+        measure.so_far("controlnet_sampling", args, cases)
     return cases
 
 

@@ -210,6 +210,7 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
             settings = {"seeds": seeds, "size": args.size, "steps": args.steps, "rounds": args.rounds}
             chosen = controls[:count], images[:count], prompt
             cases.append(measure_case(base, *chosen, **settings, warm_up=args.warm_up, graphs=args.graphs))
+            measure.so_far("ctrlora_sampling", args, cases)
     return cases
 
 

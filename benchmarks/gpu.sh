@@ -9,7 +9,7 @@
 #   --quick   checks and the essential times
 #   --toy     every part at toy size; with --device cpu this runs anywhere
 #   --train   seconds for nano's base (default: 150; 0 leaves it out)
-#   --limit   seconds for everything (default: 470); parts that have not started by then are left out
+#   --limit   seconds for everything (default: 470); parts whose own limit does not fit in are left out
 #   --out     JSON, logs and weights, together in results.tar.gz (default: gpu-results)
 #   PART      run these parts alone, by the names below
 #
@@ -50,7 +50,7 @@ if [ "$toy" ]; then
     adapter1="--batch 1" adapter4="--batch 2" control4="--batch 2" four="--seeds 2"
     nano="--trial 1 --set batch_size=2 --set variants=1"
 else
-    model="--base sd15 --random-weights" size="--rounds 5" steps="--steps 20" rank="--rank 128"
+    model="--base sd15 --random-weights" size="--rounds 3" steps="--steps 20" rank="--rank 128"
     adapter1="--batch 1 --no-checkpointing" adapter4="--batch 4" control4="--batch 4" four="--seeds 4"
     nano="--set batch_size=512 --set variants=24 --set learning_rate=1e-3 --set precision=bf16"
 fi
@@ -64,13 +64,12 @@ part() {
     printf '%s ...\n' "$name"
     started=$(date +%s)
     left=$((limit_of_all - (started - began)))
-    if [ "$left" -lt 10 ]; then
+    [ -z "$toy" ] || limit=$left
+    if [ "$left" -lt "$limit" ] || [ "$left" -lt 10 ]; then
         printf '%s: left out, no time\n' "$name"
         printf '%s\tleft out\t0\t%s\n' "$name" "$limit" >>"$rows"
         return
     fi
-    [ -z "$toy" ] || limit=$left
-    [ "$limit" -lt "$left" ] || limit=$left
     timeout -k 10 "$limit" "$@" >"$out/$name.log" 2>&1
     status=$?
     seconds=$(($(date +%s) - started))
@@ -86,10 +85,13 @@ part() {
 
 # shellcheck disable=SC2086 # the settings are lists of words
 {
-    part checks 100 "$python" "$bench/gpu_checks.py" --device "$device" --out "$out/checks.json"
-    part ctrlora_sampling 60 "$python" "$bench/ctrlora_sampling.py" $model $size $steps $rank --device "$device" \
+    part training_checks 45 "$python" "$bench/gpu_checks.py" --only training --device "$device" \
+        --out "$out/training_checks.json"
+    part sampling_checks 60 "$python" "$bench/gpu_checks.py" --only sampling --device "$device" \
+        --out "$out/sampling_checks.json"
+    part ctrlora_sampling 75 "$python" "$bench/ctrlora_sampling.py" $model $size $steps $rank --device "$device" \
         --conditions 1 --seeds 1 4 --out "$out/ctrlora_sampling.json"
-    part adapter_training 40 "$python" "$bench/adapter_training.py" $model $size $rank --device "$device" $adapter1 \
+    part adapter_training 45 "$python" "$bench/adapter_training.py" $model $size $rank --device "$device" $adapter1 \
         --out "$out/adapter_training.json"
     if [ "$train" != 0 ] && [ -z "$quick" ]; then
         part nano $((train + 30)) "$python" "$bench/train_for.py" recipes/nano/base-concepts.yaml --seconds "$train" \
@@ -98,15 +100,16 @@ part() {
     if [ -z "$quick" ]; then
         part controlnet_training 60 "$python" "$bench/controlnet_training.py" $model $size --device "$device" $control4 \
             --out "$out/controlnet_training.json"
-        part adapter_training_batch 40 "$python" "$bench/adapter_training.py" $model $size $rank --device "$device" \
+        part adapter_training_batch 45 "$python" "$bench/adapter_training.py" $model $size $rank --device "$device" \
             $adapter4 --out "$out/adapter_training_batch.json"
-        part controlnet_sampling 75 "$python" "$bench/controlnet_sampling.py" $model $size $steps $four \
+        part controlnet_sampling 80 "$python" "$bench/controlnet_sampling.py" $model $size $steps $four \
             --device "$device" --out "$out/controlnet_sampling.json"
-        part finetuning_cost 40 "$python" "$bench/finetuning_cost.py" $model $size $rank --device "$device" $control4 \
+        part finetuning_cost 60 "$python" "$bench/finetuning_cost.py" $model $size $rank --device "$device" $control4 \
             --out "$out/finetuning_cost.json"
         if [ -z "$toy" ]; then
-            part memory 45 "$python" "$bench/memory.py" --device "$device" --out "$out/memory.json" \
-                --only "as the reference does" "ours, bf16" "+ frozen weights in bf16" "+ gradient checkpointing"
+            part memory 70 "$python" "$bench/memory.py" --device "$device" --out "$out/memory.json" \
+                --only "as the reference does" "+ frozen weights in bf16" "+ gradient checkpointing" \
+                "ours, bf16, base as a graph" "ControlNet, bf16" "ControlNet, bf16, base as a graph"
             part what_pays 45 "$python" "$bench/what_pays.py" $model $size --device "$device" --batch 4 \
                 --out "$out/what_pays.json"
             part controlnet_sampling_compiled 120 "$python" "$bench/controlnet_sampling.py" $model $size $steps $four \

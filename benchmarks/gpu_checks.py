@@ -10,8 +10,10 @@ On nano, in float32:
   moments) that they have without, to 1e-4 and 1e-5;
 - resume: a run that was stopped in the middle ends with the weights of one that was not, to 1e-5.
 
-Says of each whether graphs or eager calls ran. Status 1 if a difference is above its bound, or if on CUDA `auto` ran
-eagerly where a graph is possible. On the CPU everything runs eagerly, and the comparison is of two eager runs.
+Says of each whether graphs or eager calls ran. Status 1 if a difference is above its bound, if a check ends with an
+error (the others still run), or if on CUDA `auto` ran eagerly where a graph is possible. Convolutions are in float32,
+not TF32. On the CPU everything runs eagerly, and the comparison is of two eager runs. The global adapter needs the
+extra `metrics`.
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +38,7 @@ from torch import Tensor
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
-from controlkit.controls.control import Acts, encode_images, takes_one_image
+from controlkit.controls.control import Acts, Control, encode_images, takes_one_image
 from controlkit.controls.registry import registry
 from controlkit.evaluation.sets import evaluation_set
 from controlkit.files import write_json
@@ -61,7 +66,8 @@ class Check:
     name: str
     ran: str
     """`graph`, or `eager` with the reason."""
-    difference: float
+    difference: float | None
+    """None if it ended with an error."""
     bound: float
     graph_expected: bool = False
     """Whether eager calls are a failure on CUDA."""
@@ -69,10 +75,25 @@ class Check:
     def passed(self, device: torch.device) -> bool:
         """Whether the difference is within its bound, and graphs ran where they should."""
         eager = self.graph_expected and device.type == "cuda" and not self.ran.startswith("graph")
-        return self.difference <= self.bound and not eager
+        return self.difference is not None and self.difference <= self.bound and not eager
 
 
-def sampling_checks(base: Base) -> Iterator[Check]:
+Group = tuple[str, Callable[[], Iterator[Check]]]
+"""A name, and checks of which the later ones need the earlier ones."""
+
+
+def run_groups(groups: Iterable[Group]) -> Iterator[Check]:
+    """The checks of all groups. An error ends its group, with a check that tells it, and not the others."""
+    for name, checks in groups:
+        try:
+            yield from checks()
+        except Exception as error:
+            traceback.print_exc()
+            told = " ".join(str(error).split())[:300]
+            yield Check(name, f"error: {type(error).__name__}: {told}", None, BOUND)
+
+
+def sampling_groups(base: Base) -> Iterator[Group]:
     """Images with graphs against images without."""
     drawing = evaluation_set("held-out").examples[0]
     image = to_tensor([conditions.find("canny")(drawing.image)]).to(base.device)
@@ -82,18 +103,14 @@ def sampling_checks(base: Base) -> Iterator[Check]:
         batches = sample(base, prompt=drawing.caption, seeds=(3, 4), uses=uses, steps=STEPS, calls=calls, **settings)
         return torch.cat(list(batches)), ran_as(calls.report.to_json())
 
-    def check(name: str, uses: list[ActiveControl], *, graph_expected: bool, **settings: Any) -> Check:
+    def check(name: str, uses: list[ActiveControl], *, graph_expected: bool, **settings: Any) -> Iterator[Check]:
         eager, _ = drawn("off", uses, **settings)
         made, ran = drawn("auto", uses, **settings)
         again, _ = drawn("auto", uses, **settings)  # from graphs that were captured before
         difference = max(measure.largest_difference(eager, each) for each in (made, again))
-        return Check(f"sampling: {name}", ran, difference, BOUND, graph_expected)
+        yield Check(f"sampling: {name}", ran, difference, BOUND, graph_expected)
 
-    for solver in SOLVERS:
-        yield check(f"no control, {solver}", [], graph_expected=True, sampler=solver)
-    for kind in registry().values():
-        if not kind.__module__.startswith("controlkit.controls.") or not takes_one_image(kind):
-            continue
+    def of_system(kind: type[Control]) -> Iterator[Check]:
         torch.manual_seed(0)
         control = kind.for_base(base).to(base.device).eval().requires_grad_(False)
         with torch.no_grad():
@@ -102,7 +119,14 @@ def sampling_checks(base: Base) -> Iterator[Check]:
         if len(control.conditions) > 1:
             control = control.for_condition(control.conditions[0])
         use = ActiveControl(control, encode_images(control, image, base))
-        yield check(kind.kind, [use], graph_expected=Acts.TAPS not in control.acts)
+        yield from check(kind.kind, [use], graph_expected=Acts.TAPS not in control.acts)
+
+    for solver in SOLVERS:
+        name = f"no control, {solver}"
+        yield f"sampling: {name}", partial(check, name, [], graph_expected=True, sampler=solver)
+    for kind in registry().values():
+        if kind.__module__.startswith("controlkit.controls.") and takes_one_image(kind):
+            yield f"sampling: {kind.kind}", partial(of_system, kind)
 
 
 def ran_as(report: dict[str, Any]) -> str:
@@ -128,7 +152,7 @@ def write_pairs(folder: Path, count: int = 24) -> None:
     (folder / "prompt.json").write_text("\n".join(lines), encoding="utf-8")
 
 
-def training_checks(device: str, folder: Path, steps: int = 6) -> Iterator[Check]:
+def training_groups(device: str, folder: Path, steps: int = 6) -> Iterator[Group]:
     """Runs with graphs, with workers and resumed against plain ones."""
     write_pairs(folder / "pairs")
 
@@ -157,7 +181,7 @@ def training_checks(device: str, folder: Path, steps: int = 6) -> Iterator[Check
         state = load_file(str(folder / name / "state.safetensors"))
         return {key: value for key, value in state.items() if value.is_floating_point()}, trained.base_runs
 
-    for kind, system in TRAINED.items():
+    def of_system(kind: str, system: dict[str, Any]) -> Iterator[Check]:
         plain, _ = run(f"{kind}-plain", system, graphs="off", data_workers=0)
         graphed, ran = run(f"{kind}-graphs", system, graphs="auto", data_workers=0)
         yield Check(f"training {kind}: graphs", ran, apart(plain, graphed), BOUND, graph_expected=True)
@@ -167,11 +191,14 @@ def training_checks(device: str, folder: Path, steps: int = 6) -> Iterator[Check
         resumed, ran = run(f"{kind}-resumed", system, graphs="auto")
         yield Check(f"training {kind}: resumed", ran, apart(graphed, resumed), RESUMED_BOUND)
 
+    for kind, system in TRAINED.items():
+        yield f"training {kind}", partial(of_system, kind, system)
+
 
 def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """Largest difference of the states of two runs."""
     if a.keys() != b.keys():
-        raise SystemExit(f"states differ in their tensors: {sorted(a.keys() ^ b.keys())[:4]}")
+        raise ValueError(f"states differ in their tensors: {sorted(a.keys() ^ b.keys())[:4]}")
     return max(measure.largest_difference(a[key], b[key]) for key in a)
 
 
@@ -184,20 +211,19 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     checks: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        parts: dict[str, Callable[[], Iterator[Check]]] = {
-            "sampling": lambda: sampling_checks(load_base("nano", device=args.device)),
-            "training": lambda: training_checks(args.device, Path(folder)),
+    with tempfile.TemporaryDirectory() as folder, measure.without_tf32():
+        parts: dict[str, Callable[[], Iterator[Group]]] = {
+            "sampling": lambda: sampling_groups(load_base("nano", device=args.device)),
+            "training": lambda: training_groups(args.device, Path(folder)),
         }
-        for name, part in parts.items():
-            if args.only not in (None, name):
-                continue
-            for check in part():
-                passed = check.passed(device)
-                print(f"{'ok  ' if passed else 'FAIL'} {check.name}: {check.difference:.2g} ({check.ran})", flush=True)
-                checks.append({**asdict(check), "passed": passed})
-                if args.out is not None:  # what is known counts, whatever happens next
-                    write_json(args.out, {"machine": measure.machine(device), "checks": checks})
+        chosen = [args.only] if args.only else list(parts)
+        for check in chain(*(run_groups(parts[name]()) for name in chosen)):
+            passed = check.passed(device)
+            told = "" if check.difference is None else f"{check.difference:.2g} "
+            print(f"{'ok  ' if passed else 'FAIL'} {check.name}: {told}({check.ran})", flush=True)
+            checks.append({**asdict(check), "passed": passed})
+            if args.out is not None:  # what is known counts, whatever happens next
+                write_json(args.out, {"machine": measure.machine(device), "checks": checks})
     return 0 if all(check["passed"] for check in checks) else 1
 
 

@@ -73,9 +73,12 @@ def take_turns(
 
     Args:
         ways: name -> what is timed; work on an accelerator counts until it is done.
-        warm_up: rounds of the warm-up; on CUDA it goes on until every way's time has settled.
+        warm_up: rounds of the warm-up; on CUDA as many as every way's time takes to settle, at least two, whose outputs
+            are not kept.
     """
-    warm_up = max(warm_up, settled(ways, device)) if torch.device(device).type == "cuda" else warm_up
+    if torch.device(device).type == "cuda":
+        settled(ways, device)
+        warm_up = 0
     turns = Turns({way: [] for way in ways}, {way: [] for way in ways})
     names = list(ways)
     gc.collect()
@@ -160,12 +163,23 @@ def compared_in_float32(args: argparse.Namespace, measure_all: Callable[[argpars
     if hasattr(args, "steps"):
         changes["steps"] = min(args.steps, 3)
     print("in float32, for the outputs:")
-    made = measure_all(argparse.Namespace(**{**vars(args), **changes}))
+    with without_tf32():
+        made = measure_all(argparse.Namespace(**{**vars(args), **changes}))
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     print("timed:")
     return made
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """A block in which convolutions on CUDA do not round float32 to 10 bits, which is the default."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -291,16 +305,35 @@ def finish(name: str, args: argparse.Namespace, cases: Sequence[Mapping[str, Any
         name: of the benchmark, which its file starts with.
         more: other parts of the file.
     """
-    device = getattr(args, "device", "cpu")
+    path = _file(name, args)
+    _write(path, name, args, cases, **more)
+    _partial(path).unlink(missing_ok=True)
+    print(f"\nwritten to {path}")
+    return path
+
+
+def so_far(name: str, args: argparse.Namespace, cases: Sequence[Mapping[str, Any]]) -> None:
+    """Write the cases that are finished beside the file of `finish`, which replaces them."""
+    path = _file(name, args)
+    _write(_partial(path), name, args, cases)
+
+
+def _file(name: str, args: argparse.Namespace) -> Path:
+    device, base = getattr(args, "device", "cpu"), Path(str(getattr(args, "base", "nano"))).name
+    parts = [name, base, getattr(args, "size", None), torch.device(device).type]
+    return Path(args.out or RESULTS / ("-".join(str(part) for part in parts if part) + ".json"))
+
+
+def _partial(path: Path) -> Path:
+    return path.with_suffix(".partial.json")
+
+
+def _write(path: Path, name: str, args: argparse.Namespace, cases: Sequence[Mapping[str, Any]], **more: Any) -> None:
     setting = {
         key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "out"
     }
-    base = Path(str(getattr(args, "base", "nano"))).name
-    parts = [name, base, getattr(args, "size", None), torch.device(device).type]
-    path = args.out or RESULTS / ("-".join(str(part) for part in parts if part) + ".json")
-    write_json(path, {"benchmark": name, "setting": setting, "machine": machine(device), "cases": cases, **more})
-    print(f"\nwritten to {path}")
-    return path
+    on = machine(getattr(args, "device", "cpu"))
+    write_json(path, {"benchmark": name, "setting": setting, "machine": on, "cases": cases, **more})
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

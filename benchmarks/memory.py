@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py --device cuda          # measured: torch.cuda.max_memory_allocated
     python benchmarks/memory.py                        # counted, without running a step: minutes, under 2 GB
-    python benchmarks/memory.py --base sd15 --size 512 --batch 1 --only "ours, bf16" "all switches"
+    python benchmarks/memory.py --base sd15 --size 512 --batch 1 --only "ours, bf16, base as a graph"
 
 One step each of: training a CtrLoRA adapter as the reference does (gradients for the base control and the UNet's
 decoder, autoencoder and text encoder in memory, float32), ours with one switch after another, and a whole ControlNet
@@ -17,6 +17,7 @@ workspaces of libraries are not in it.
 from __future__ import annotations
 
 import argparse
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,7 +33,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from controlkit.bases.base import Base
-from controlkit.bases.load import load_base
 from controlkit.bases.random import random_base
 from controlkit.controls.control import Control
 from controlkit.controls.controlnet import ControlNet
@@ -292,8 +292,10 @@ def counted(name: str, way: Way, *, size: int, batch: int, rank: int) -> dict[st
 
 def measured(name: str, way: Way, *, size: int, batch: int, rank: int) -> dict[str, float]:
     """Peak in MiB by CUDA's allocator."""
+    gc.collect()  # graphs of the way before
     torch.cuda.empty_cache()
-    base = load_base(name, device="cuda", random_weights=True)
+    with torch.device("cuda"):  # where a billion random numbers take no time
+        base = random_base(name, torch.float32).to("cuda")
     built = build(base, way, rank)
     if way.encoders_aside:
         for network in (base.vae, *base.text_encoders):
@@ -384,7 +386,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--device", default="cpu", help="cuda measures, cpu counts")
-    parser.add_argument("--only", nargs="+", default=None, metavar="WAY", help="some of the ways, by name")
+    parser.add_argument(
+        "--only", nargs="+", choices=[way.name for way in WAYS], metavar="WAY", help="some of the ways, by name"
+    )
     parser.add_argument("--out", default=None, help="the JSON file (default: in benchmarks/results)")
     args = parser.parse_args()
     chosen = [way for way in WAYS if args.only is None or way.name in args.only]
@@ -402,6 +406,7 @@ def main() -> None:
             else None
         )
         cases.append({"way": way.name, "how": how, "mebibytes": parts, "saved_by_this": saved})
+        measure.so_far("memory", args, cases)
         rows.append([way.name, *(round(value) for value in parts.values()), "" if saved is None else round(saved)])
     columns = ["way", *(f"{part}, MiB" for part in cases[0]["mebibytes"]), "this saves, MiB"]
     print(f"\n{how}:\n\n{measure.table(columns, rows)}")

@@ -4,14 +4,15 @@
         --set start=nano --set batch_size=512 --set variants=24 --set learning_rate=1e-3
 
 What is set up before the first step (icons drawn, latents encoded) counts as time. A trial of a few steps then tells
-how long one takes. The folder gets what the recipe's training writes, and `train_for.json` with steps, images and
-seconds.
+how long one takes, by steps without preview, capture or state. The folder gets what the recipe's training writes, and
+`train_for.json` with steps, images and seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from controlkit.training.recipe import Recipe
 from controlkit.training.recipes import read_recipe
 from controlkit.training.run import run_recipe
 
+TRIALS = 3
 SPARE = 0.95
 """Fraction of the time that is left which is planned for."""
 
@@ -32,17 +34,21 @@ def steps_that_fit(left: float, each: float, done: int) -> int:
     return done + max(1, int(SPARE * left / each))
 
 
+def seconds_of_a_step(folder: Path, trial: int) -> float:
+    """Pace between the first and the second `trial` steps of a run; the last ones include what ends it."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    first, second = (next(line for line in lines if line["step"] == number * trial) for number in (1, 2))
+    return float(second["seconds"] - first["seconds"]) / trial
+
+
 def train_for(recipe: Recipe, seconds: float, trial: int) -> dict[str, object]:
     """Train for about `seconds` in all."""
     started = time.perf_counter()
     # Only the last part is long enough to be worth previews and states in between.
-    quiet = dataclasses.replace(recipe, preview_every=10**6, save_every=10**6)
-    run_recipe(dataclasses.replace(quiet, steps=trial))
+    quiet = dataclasses.replace(recipe, preview_every=10**6, save_every=10**6, log_every=trial)
+    run_recipe(dataclasses.replace(quiet, steps=TRIALS * trial))
     first = time.perf_counter() - started
-    before = total_seconds(Path(recipe.out))
-    run_recipe(dataclasses.replace(quiet, steps=3 * trial))
-    each = (total_seconds(Path(recipe.out)) - before) / (2 * trial)
-    steps = steps_that_fit(seconds - (time.perf_counter() - started), each, 3 * trial)
+    steps = steps_that_fit(seconds - first, seconds_of_a_step(Path(recipe.out), trial), TRIALS * trial)
     before = total_seconds(Path(recipe.out))
     trained = run_recipe(dataclasses.replace(recipe, steps=steps))
     batch = recipe.batch_size * getattr(recipe, "accumulate", 1)
@@ -52,7 +58,7 @@ def train_for(recipe: Recipe, seconds: float, trial: int) -> dict[str, object]:
         "images": steps * batch,
         "seconds": time.perf_counter() - started,
         "seconds_of_first_steps": first,
-        "images_a_second": (steps - 3 * trial) * batch / (trained.seconds - before),
+        "images_a_second": (steps - TRIALS * trial) * batch / (trained.seconds - before),
         "ran": trained.base_runs,
         "files": [str(path) for path in trained.files],
     }
@@ -65,7 +71,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--trial", type=int, default=20, help="steps of the trial, which runs three times as many")
+    parser.add_argument("--trial", type=int, default=20, help="a third of the steps of the trial")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     args = parser.parse_args()
     recipe = read_recipe(args.recipe, [*args.settings, f"out={args.out}", f"device={args.device}"])

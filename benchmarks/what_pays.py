@@ -131,6 +131,7 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "largest_relative_difference": measure.largest_difference(plain, other) / plain.abs().max().item(),
             }
         )
+        measure.so_far("what_pays", args, rows)
 
     with torch.inference_mode():
         for name, (without, switched) in unet_switches(base, size, args.batch, args.compiled).items():

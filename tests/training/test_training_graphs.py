@@ -18,9 +18,11 @@ from torch import nn
 
 from controlkit.data.pairs import write_pairs
 from controlkit.nano import base_objective
+from controlkit.sampling import graphs as sampling_graphs
 from controlkit.training import control_objective, graphs
 from controlkit.training.graphs import Graphs
 from controlkit.training.objective import Objective
+from controlkit.training.previews import preview_images
 from controlkit.training.recipes import build_recipe
 from controlkit.training.run import objective_of, run_recipe
 from refusals import refused
@@ -215,3 +217,10 @@ def test_an_objective_without_a_base_says_nothing():
         loss = preview = save = None
 
     assert Plain.base_runs.fget(None) == ""
+
+
+def test_previews_capture_no_graphs_that_would_hold_memory_beside_the_training(tiny_base, tiny_control, monkeypatch):
+    graphs = sampling_graphs.Graphs(lambda *_: pytest.fail("captured"), device="cpu")
+    monkeypatch.setattr(sampling_graphs, "graphs_of", lambda base: graphs)
+    hint = tiny_control.encode(torch.zeros(1, 3, 64, 64), tiny_base)
+    assert len(preview_images(tiny_base, tiny_control, hint, ["red apple"])) == 1

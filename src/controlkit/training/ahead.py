@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
 import os
 import sys
@@ -93,6 +94,7 @@ class DataAhead:
             generator=torch.Generator(),  # the loader draws a seed, and must not advance the default generator
         )
         before, threads = set(multiprocessing.active_children()), cv2.getNumThreads()
+        gc.collect()  # what no one uses need not be in every worker
         # A forked child has none of OpenCV's threads, and must not wait for them.
         cv2.setNumThreads(1)
         try:
@@ -151,6 +153,7 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _begin(_worker: int) -> None:
+    gc.freeze()  # garbage of the parent may hold CUDA graphs, which cannot be destroyed here
     begin_forked()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # their threads are not forked either
 
