@@ -230,7 +230,7 @@ class Base(ABC):
             text_device: device of the text encoders from now on, whatever `device` is: large ones can stay on the CPU.
         """
         if dtype == torch.bfloat16 and self.dtype != dtype and self.original is None:
-            _ = self.fingerprint, self.content  # cached_property: computed before the cast
+            _ = self.fingerprint, self.content, self.former_content  # cached_property: computed before the cast
         if text_device is not None:
             self.text_device = torch.device(text_device)
         for network in self.networks:
@@ -296,9 +296,16 @@ class Base(ABC):
 
     @cached_property
     def content(self) -> str:
-        """Hash of everything that determines its images: all weights and configurations, and the noise schedule."""
+        """Hash of everything that determines its images: weights, configurations, tokenizers and the noise schedule."""
         if self.original is not None:
             return self._original.content
+        return sha256_of(self.former_content, *map(tokenizer_key, self.tokenizers))[:16]
+
+    @cached_property
+    def former_content(self) -> str:
+        """`content` as earlier versions recorded it, without tokenizers."""
+        if self.original is not None:
+            return self._original.former_content
         others = [network_key(network) for network in self.networks if network is not self.denoiser]
         schedule = _canonical_config(self.scheduler_config)
         return sha256_of(self.fingerprint, _canonical_config(dict(self.denoiser.config)), *others, schedule)[:16]
@@ -307,8 +314,9 @@ class Base(ABC):
     def _original(self) -> Base:
         assert self.original is not None
         base = self.original()
-        # Both are computed now, so that the file is read once.
-        self.__dict__["fingerprint"], self.__dict__["content"] = base.fingerprint, base.content
+        # All are computed now, so that the file is read once.
+        for name in ("fingerprint", "content", "former_content"):
+            self.__dict__[name] = getattr(base, name)
         return base
 
     @cached_property
@@ -628,6 +636,13 @@ def network_key(network: nn.Module) -> str:
     settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     weights = (parameter.detach().cpu().float().contiguous().numpy().tobytes() for parameter in network.parameters())
     return sha256_of_all(chain([_canonical_config(settings)], weights))
+
+
+def tokenizer_key(tokenizer: Any) -> str:
+    """Hash of a tokenizer: vocabulary, padding and length."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    settings = (getattr(tokenizer, "model_max_length", None), str(getattr(tokenizer, "pad_token", None)))
+    return sha256_of(repr(vocabulary), repr(settings))
 
 
 def hash_of_halves(weights: Iterable[Tensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from copy import deepcopy
 from functools import cache
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from controlkit.bases.weight_files import weight_files
 from controlkit.errors import UserError
+from controlkit.files import sha256_of
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig
@@ -43,6 +46,25 @@ def embedding_width(encoder: str) -> int:
         UserError: there is no such encoder.
     """
     return _WIDTHS[encoder] if encoder in _WIDTHS else int(_clip_config(encoder).projection_dim)
+
+
+@cache
+def encoder_key(encoder: str) -> str:
+    """Identity of an encoder's weights: hash of the files of a folder, the commit of one on the hub; empty for
+    EfficientNet-Lite0, whose weights are those of its package.
+
+    Raises:
+        UserError: there is no such encoder.
+    """
+    if encoder in _WIDTHS:
+        return ""
+    if (weights := weight_files(Path(encoder))) is None:
+        return str(getattr(_clip_config(encoder), "_commit_hash", None) or "")
+    digests = []
+    for path in (Path(encoder) / "config.json", *weights.files):
+        with path.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return sha256_of(*digests)
 
 
 @torch.no_grad()

@@ -252,6 +252,10 @@ class Control(nn.Module, ABC):
         """What a frozen hint depends on besides the inputs and the base's autoencoder, for its cache key."""
         return json.dumps(self.config(), sort_keys=True)
 
+    def frozen_encoder(self) -> str:
+        """Identity of the weights of a frozen network of its own that makes its hints; empty if it has none."""
+        return ""
+
     def state(self) -> Hashable:
         """What its residuals depend on besides weights, hint and `reads`, such as a selection."""
         return None

@@ -228,9 +228,15 @@ def check_names(
         for name, shape in sorted(expected.items())
         if name in tensors and tuple(tensors[name].shape) != tuple(shape)
     ]
+    mismatched += [
+        f"{name} has the dtype {str(tensors[name].dtype).removeprefix('torch.')}, which is no floating point"
+        for name in sorted(expected)
+        if name in tensors and not tensors[name].is_floating_point()
+    ]
     if mismatched:
         problems.append(
-            mismatched[0] + (f", and {len(mismatched) - 1} more shapes are wrong" if len(mismatched) > 1 else "")
+            mismatched[0]
+            + (f", and {len(mismatched) - 1} more shapes or dtypes are wrong" if len(mismatched) > 1 else "")
         )
     if problems:
         raise UserError(f"{path} looks like {what}, but {'; '.join(problems)}", "damaged-file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from controlkit.bases.base import Base, hash_of_halves
 from controlkit.conditions import Condition
 from controlkit.controls.control import Control
 from controlkit.evaluation.sets import EvaluationSet, Example
-from controlkit.files import sha256_of_all
+from controlkit.files import sha256_of, sha256_of_all
 from controlkit.sampling.plan import ActiveControl
 
 
@@ -82,9 +83,18 @@ def control_settings(base: Base, control: Control, *, weight: float, mode: str |
         "kind": control.kind,
         "condition": control.condition,
         "fingerprint": hash_of_halves(control.weights()),
+        "settings": _settings_key(control),
         "weight": float(weight),
         "mode": ActiveControl.mode_in(mode, base, control),
     }
     if isinstance(companion := control.shared_network, Control):
         settings["companion"] = companion.fingerprint()
     return settings
+
+
+def _settings_key(control: Control) -> str:
+    """Hash of what a control's results depend on besides its weights: configuration, hint settings, state and buffers."""
+    plain = json.dumps(control.config(), sort_keys=True, default=str)
+    return sha256_of(plain, repr(control.hint_settings()), repr(control.state()), hash_of_halves(control.buffers()))[
+        :16
+    ]

@@ -17,7 +17,7 @@ from controlkit.errors import UserError
 from controlkit.files import read_json
 from controlkit.formats.foreign import CLASSES, identify, unsupported_control
 from controlkit.formats.native import DIFFUSERS, NATIVE
-from controlkit.formats.tensors import read_tensor_file
+from controlkit.formats.tensors import read_tensor_file, unscaled
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,11 @@ def _weights(folder: Path, stem: str) -> TensorFile:
         return replace(read_tensor_file(weights.files[0]), path=folder)
     tensors: dict[str, Tensor] = {}
     for shard in weights.files:
-        tensors |= read_tensor_file(shard).tensors
-    return TensorFile(folder, tensors)
+        part = read_tensor_file(shard, scaled=True).tensors
+        if twice := sorted(tensors.keys() & part.keys()):
+            raise UserError(f"{twice[0]} is in {shard} and in another shard of {folder}", "damaged-file")
+        tensors |= part
+    return TensorFile(folder, unscaled(tensors))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

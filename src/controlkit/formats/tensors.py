@@ -64,11 +64,14 @@ _SETTINGS: list[Any] = [
 """Globals of training settings by OmegaConf, which some files have beside the weights."""
 
 
-def read_tensor_file(path: str | Path) -> TensorFile:
+def read_tensor_file(path: str | Path, *, scaled: bool = False) -> TensorFile:
     """Read a file of tensors; its first bytes determine the container, not its name.
 
     A dictionary that wraps the weights as `state_dict`, as Lightning's do, is unwrapped; or as `model`, among other
     entries that are no tensors, which keep their names in `others`.
+
+    Args:
+        scaled: whether float8 weights stay apart from their scales, for `unscaled` of all shards together.
 
     Raises:
         UserError: it is empty, truncated, not a file of tensors, or a pickle of more than tensors.
@@ -86,7 +89,7 @@ def read_tensor_file(path: str | Path) -> TensorFile:
     if size == 0:
         raise UserError(f"{path} is empty (0 bytes)", "damaged-file")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
-        return _read_safetensors(path)
+        return _read_safetensors(path, scaled=scaled)
     for start, description in _OTHER_FILES:
         if head.lower().lstrip().startswith(start):
             raise UserError(f"{path} {description}", "wrong-kind")
@@ -98,31 +101,44 @@ def read_tensor_file(path: str | Path) -> TensorFile:
 def unscaled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """float8 weights with a scale (`X.scale_weight`, as written by ComfyUI) => float32; others unchanged.
 
-    The marker of such a file (`scaled_fp8`) and input scales are dropped.
+    The marker of such a file (`scaled_fp8`) and the scales of its layers are dropped.
+
+    Raises:
+        UserError: a scale is neither one number nor one for each row of its weight.
     """
-    scaled = {name.removesuffix(".scale_weight") for name in tensors if name.endswith(".scale_weight")}
-    if not scaled and "scaled_fp8" not in tensors:
+    if "scaled_fp8" not in tensors and not any(name.endswith(".scale_weight") for name in tensors):
         return tensors
     weights: dict[str, Tensor] = {}
     for name, value in tensors.items():
         layer, _, last = name.rpartition(".")
-        if last in ("scale_weight", "scale_input") or name == "scaled_fp8":
+        of_layer = last in ("scale_weight", "scale_input") and f"{layer}.weight" in tensors
+        if of_layer or name == "scaled_fp8":
             continue
-        weights[name] = (
-            value.float() * tensors[f"{layer}.scale_weight"].float()
-            if (last == "weight" and layer in scaled)
-            else value
-        )
+        scale = tensors.get(f"{layer}.scale_weight") if last == "weight" else None
+        weights[name] = value if scale is None else value.float() * _broadcast(scale, value, name)
     return weights
 
 
-def _read_safetensors(path: Path) -> TensorFile:
+def _broadcast(scale: Tensor, weight: Tensor, name: str) -> Tensor:
+    """A scale in the shape that multiplies the rows of a weight."""
+    rows = weight.shape[0] if weight.ndim else 1
+    if scale.numel() not in (1, rows) or (scale.numel() > 1 and scale.shape[0] != rows):
+        raise UserError(
+            f"the scale of {name} has the shape {tuple(scale.shape)}; expected one number, or one for each of its"
+            f" {rows} rows",
+            "damaged-file",
+        )
+    return scale.float().reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def _read_safetensors(path: Path, *, scaled: bool) -> TensorFile:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return TensorFile(path, unscaled(tensors), file.metadata() or {})
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a complete safetensors file ({on_one_line(error)})", "damaged-file") from error
+    return TensorFile(path, tensors if scaled else unscaled(tensors), metadata)
 
 
 def _read_torch(path: Path) -> TensorFile:

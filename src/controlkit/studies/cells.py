@@ -70,7 +70,10 @@ class Task:
         pixels = [np.ascontiguousarray(image).tobytes() for image in images]
         pairs = read_pairs(self.pairs, self.condition.name)
         sides = [side.read_bytes() for pair in pairs for side in (pair.source, pair.target)]
-        return sha256_of(*pixels, *self.eval_set.prompts, *sides, *(text for pair in pairs for text in pair.captions))
+        parameters = self.eval_set.parameters or ()
+        recorded = [repr(list(map(dict, parameters)))] if any(parameters) else []
+        captions = (text for pair in pairs for text in pair.captions)
+        return sha256_of(*pixels, *self.eval_set.prompts, *sides, *captions, *recorded)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +130,7 @@ class Bench:
         self.base = base
         # Results from before there were modes are in this one.
         modes = [] if mode == "balanced" else [mode]
-        self.key = sha256_of(base.fingerprint, str(sampling_steps), *setting, *modes)[:12]
+        self.key = sha256_of(base.content, str(sampling_steps), *setting, *modes)[:12]
         self.mode = mode
         self.sampling_steps = sampling_steps
         self.results = folder / f"results-{self.key}"
@@ -214,4 +217,5 @@ class Bench:
 
 
 def _score(task: Task, results: Sequence[np.ndarray]) -> float:
-    return task.condition.mean_score(task.eval_set.condition_images, results, task.eval_set.targets)
+    examples = task.eval_set
+    return task.condition.mean_score(examples.condition_images, results, examples.targets, examples.parameters)

@@ -25,8 +25,8 @@ from controlkit.evaluation.eval_set import examples_eval_set, pairs_eval_set
 from controlkit.evaluation.report import Report
 from controlkit.evaluation.sets import evaluation_set
 from controlkit.files import read_json, sha256_of, write_atomically, write_json
+from controlkit.formats.companions import fingerprint_in
 from controlkit.formats.load import find_control
-from controlkit.formats.metadata import read_metadata
 from controlkit.nano.icons import TRAINED_STYLES, IconSets, draw
 from controlkit.progress import Progress
 from controlkit.sampling.uses import mode_name
@@ -169,7 +169,7 @@ class Trainings:
         self.out = Path(settings.out)
         self.base: Base = load_base(settings.base, device=settings.device)
         control = find_control(settings.control)
-        self.fingerprint = read_metadata(control).get("control.fingerprint", "")
+        self.fingerprint = fingerprint_in(control)
         self.bench = Bench(
             self.out, self.base, [self.fingerprint], sampling_steps=settings.sampling_steps, mode=settings.mode
         )

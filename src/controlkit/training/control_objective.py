@@ -85,8 +85,10 @@ class ControlObjective(Objective):
         self.source: Source = recipe.source(recipe)
         self.base = load_base(recipe.base, device=device)
         self.base.check_text_to_image("training")
-        self.frozen = self.base.content
+        self.frozen, self.frozen_before = self.base.content, self.base.former_content
         self.control = self._build(kind)
+        if (encoder := self.control.frozen_encoder()) != "":
+            self.frozen = sha256_of(self.frozen, encoder)
         self.trained = nn.ModuleDict(self.control.trained_modules())
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.trained.modules())
         print_notes([*self.control.training_notes(recipe.learning_rate), *self.source.notes(self.base)])
@@ -120,7 +122,8 @@ class ControlObjective(Objective):
                 )
             if kind.companion is not None:
                 companion = loaded
-                self.frozen = sha256_of(self.frozen, loaded.fingerprint())
+                used = loaded.fingerprint()
+                self.frozen, self.frozen_before = sha256_of(self.frozen, used), sha256_of(self.frozen_before, used)
             else:
                 start = loaded
                 if recipe.training.several and not recipe.training.one_file:

@@ -30,7 +30,9 @@ class Objective(ABC):
     data: str = ""
     """Hash of the training data, if it can change before a run is resumed."""
     frozen: str = ""
-    """Fingerprint of the frozen weights; a resumed run needs the same."""
+    """Fingerprint of what is frozen; a resumed run needs the same."""
+    frozen_before: str = ""
+    """`frozen` as earlier versions recorded it."""
     process: int = 0
     """Index of this process."""
     processes: int = 1

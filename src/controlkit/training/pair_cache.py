@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlkit.bases.base import Base, network_key
+from controlkit.bases.base import Base, network_key, tokenizer_key
 from controlkit.bases.text import Text
 from controlkit.conditions import find
 from controlkit.conditions.condition import Condition, left_right, no_mirror
@@ -141,7 +141,7 @@ class PairCache:
         `positions` has the row of every caption.
         """
         position, prompts = self.positions, list(self.positions)
-        tokenizers = [_tokenizer_key(tokenizer) for tokenizer in self.base.tokenizers]
+        tokenizers = [tokenizer_key(tokenizer) for tokenizer in self.base.tokenizers]
         settings = (str(self.base.dtype), self.base.size, getattr(self.base, "zero_empty", False))
         model = sha256_of(*(network_key(network) for network in self.base.text_encoders), *tokenizers, repr(settings))
 
@@ -227,13 +227,6 @@ def _stored(tensor: Tensor) -> Tensor:
 
 def _key_of(source: Source) -> str:
     return sha256_of(source.read_bytes())
-
-
-def _tokenizer_key(tokenizer: object) -> str:
-    """Hash of a tokenizer: vocabulary, padding and length."""
-    vocabulary = sorted(tokenizer.get_vocab().items())  # type: ignore[attr-defined]
-    settings = (getattr(tokenizer, "model_max_length", None), str(getattr(tokenizer, "pad_token", None)))
-    return sha256_of(repr(vocabulary), repr(settings))
 
 
 def _as_rows(tensors: dict[str, Tensor]) -> tuple[dict[str, Part], Rows]:

@@ -418,9 +418,9 @@ def _resume(
     if state is None:
         return None
     check_same_run(recipe, path, state.fingerprint, state.step)
-    if state.frozen and state.frozen != objective.frozen:
+    if state.frozen and state.frozen not in (objective.frozen, objective.frozen_before):
         raise UserError(
-            f"the weights of the base, or of the base control, have changed since the run in {path.parent} began; set"
+            f"the weights of the base, of the base control or of an encoder have changed since the run in {path.parent} began; set"
             " another out",
             "resume-mismatch",
         )

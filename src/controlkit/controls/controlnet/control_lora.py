@@ -19,7 +19,15 @@ from controlkit.controls.control import Control
 from controlkit.controls.controlnet.difference import check_base
 from controlkit.controls.encoder_copy.names import Structure, config_of
 from controlkit.controls.encoder_copy.original import to_original
-from controlkit.controls.file_format import Checkpoint, Reference, TensorFile, Written, check_names, on_one_line
+from controlkit.controls.file_format import (
+    Checkpoint,
+    Reference,
+    TensorFile,
+    Written,
+    check_names,
+    declared_config,
+    on_one_line,
+)
 from controlkit.errors import UserError
 from controlkit.progress import Progress
 
@@ -46,7 +54,7 @@ def read(kind: type[Control], file: TensorFile, reference: Reference, descriptio
         from_base = {name: value.to(dtype) for name, value in unet.items() if original_name(name) is not None}
         stored = _full_tensors(file.path, renamed, unet)
         tensors = {**from_base, **stored}
-        config = config_of(tensors, reference.unet_config)
+        config = declared_config(file.metadata) or config_of(tensors, reference.unet_config)
         expected = kind.shapes(config)
     except (ValueError, KeyError, TypeError, RuntimeError, StopIteration) as error:
         raise UserError(f"{path} looks like {description}, but {on_one_line(error)}", "damaged-file") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from controlkit.bases.base import Base
-from controlkit.bases.image_encoders import CLIP_LARGE, embed_images, embedding_width
+from controlkit.bases.image_encoders import CLIP_LARGE, embed_images, embedding_width, encoder_key
 from controlkit.controls.control import Acts, Control, OneImage, Reads, Training
 from controlkit.controls.encoder_copy.network import checked_config
 from controlkit.controls.hints import ConditionDrop, Hint, map_hint
@@ -142,6 +142,13 @@ class GlobalAdapter(OneImage):
     @classmethod
     def from_config(cls, config: Mapping[str, Any], condition: str | None = None) -> GlobalAdapter:
         return cls(**checked_config(config), condition=condition)
+
+    def frozen_encoder(self) -> str:
+        return encoder_key(self.image_encoder)
+
+    def hint_settings(self) -> Hashable:
+        encoder = self.frozen_encoder()
+        return super().hint_settings() if encoder == "" else (super().hint_settings(), encoder)
 
     def config(self) -> dict[str, Any]:
         return {**self.widths, "image_encoder": self.image_encoder}
