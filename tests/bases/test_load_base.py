@@ -302,3 +302,19 @@ def test_the_fingerprint_of_a_folder_needs_its_denoising_network_only(base_folde
     weights.write_bytes(weights.read_bytes()[:100])
     with refused("damaged-file", base_folder):
         load.denoiser_fingerprint(base_folder)
+
+
+def test_the_content_of_a_base_counts_its_tokenizer(base_folder, tmp_path):
+    shutil.copytree(base_folder, tmp_path / "other")
+    before = load_base(base_folder)
+    path = tmp_path / "other" / "tokenizer" / "tokenizer.json"
+    text = json.loads(path.read_text())
+    vocabulary = text["model"]["vocab"]
+    one, other = list(vocabulary)[3:5]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    path.write_text(json.dumps(text))
+    after = load_base(tmp_path / "other")
+    assert (after.fingerprint, after.former_content) == (before.fingerprint, before.former_content)
+    assert after.content != before.content
+    cast = load_base(tmp_path / "other", dtype=torch.bfloat16)
+    assert (cast.content, cast.former_content) == (after.content, after.former_content)

@@ -13,7 +13,7 @@ from controlkit.bases import load as loading
 from controlkit.bases.load import load_base
 from controlkit.bases.weight_files import weight_files
 from controlkit.formats.load import load_control
-from controlkit.formats.tensors import read_tensor_file
+from controlkit.formats.tensors import read_tensor_file, unscaled
 from refusals import refused
 
 STEM = "diffusion_pytorch_model"
@@ -138,3 +138,19 @@ def test_weights_in_float8_with_scales_are_scaled(tmp_path):
     read = read_tensor_file(tmp_path / "a.safetensors").tensors
     assert set(read) == {"layer.weight", "layer.bias"} and read["layer.bias"].dtype == torch.float16
     assert (read["layer.weight"] - weight).abs().max() < 0.07 * weight.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (1,), ()])
+def test_scales_of_float8_are_of_a_weight_or_of_its_rows(shape):
+    weight, scale = torch.randn(6, 6), torch.rand(shape) + 0.5
+    made = unscaled({"layer.weight": weight, "layer.scale_weight": scale})
+    expected = weight * (scale.reshape(-1, 1) if scale.numel() > 1 else scale)
+    torch.testing.assert_close(made, {"layer.weight": expected})
+
+
+def test_scales_that_fit_no_weight_are_refused_or_stay_for_strict_loading():
+    for shape in ((4,), (1, 6), (6, 6)):
+        with refused("damaged-file", "layer.weight", shape):
+            unscaled({"layer.weight": torch.ones(6, 6), "layer.scale_weight": torch.ones(shape)})
+    of_none = {"other.scale_weight": torch.ones(1), "other.scale_input": torch.ones(1)}
+    assert set(unscaled({"layer.weight": torch.ones(2, 2), **of_none})) == {"layer.weight", *of_none}

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from controlkit.apps.cli import main
-from controlkit.bases.image_encoders import LITE0, embed_images
+from controlkit.bases.image_encoders import LITE0, embed_images, encoder_key
 from controlkit.bases.load import load_base
 from controlkit.bases.meta import meta_base
 from controlkit.bases.text import Text
@@ -290,6 +290,24 @@ class TestGlobal:
         assert control.config()["image_encoder"] == str(tmp_path / "clip")
         with refused("missing-weights", "nowhere", LITE0):
             GlobalAdapter.for_base(tiny_base, image_encoder=str(tmp_path / "nowhere"))
+
+    def test_hints_are_of_the_weights_of_the_encoder_not_of_its_path(self, tiny_base, tmp_path):
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        small = CLIPVisionConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+            patch_size=8, projection_dim=24,
+        )  # fmt: skip
+        found = []
+        for _ in range(2):
+            CLIPVisionModelWithProjection(small).save_pretrained(tmp_path / "clip")
+            encoder_key.cache_clear()  # which lasts as long as a process, as the network does
+            found.append(GlobalAdapter.for_base(tiny_base, image_encoder=str(tmp_path / "clip")))
+            keys = [(control.hint_settings(), control.frozen_encoder()) for control in (found[-1], found[-1])]
+            assert keys[0] == keys[1]
+            found[-1] = keys[0]
+        assert found[0][0] != found[1][0] and found[0][1] != found[1][1] != ""
+        assert GlobalAdapter.for_base(tiny_base, image_encoder=LITE0).frozen_encoder() == ""
 
     def test_one_of_another_width_is_refused(self, global_file, tiny_base):
         assert load_control(global_file, tiny_base).conditions == ("identity",)

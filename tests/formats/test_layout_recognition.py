@@ -11,7 +11,8 @@ import pytest
 import torch
 from diffusers import ControlNetModel
 from layout_files import trained_pair, weights_of
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.file_format import TensorFile
@@ -225,6 +226,24 @@ def test_folders(tmp_path, base_folder, tiny_control):
     for name in ("half", "parts"):
         state = load_control(tmp_path / name).state_dict()
         assert all(torch.equal(value, tiny_control.state_dict()[key]) for key, value in state.items())
+    first, second, *_ = sorted((tmp_path / "parts").glob("*.safetensors"))
+    name, value = next((name, value) for name, value in load_file(first).items() if name.endswith(".weight"))
+    save_file({**load_file(second), f"{name.removesuffix('.weight')}.scale_weight": torch.tensor(2.0)}, second)
+    assert torch.equal(load_control(tmp_path / "parts").file_state()[name], 2 * value)
+    save_file({**load_file(second), name: value}, second)
+    not_read(tmp_path / "parts", "damaged-file", name, second.name)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_are_refused(tiny_control, tiny_base, tmp_path, dtype):
+    path = save_control(tmp_path / "a.safetensors", tiny_control, tiny_base)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name].to(dtype)}, path, metadata)
+    with refused("damaged-file", name, str(dtype).removeprefix("torch.")):
+        load_control(path)
 
 
 def test_describe_tells_every_kind(tiny_control, tiny_base, tmp_path):

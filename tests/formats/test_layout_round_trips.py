@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -353,6 +354,15 @@ class TestWithBase:
             convert(controlnet, tmp_path / "e.safetensors", layout, **rank)
         with refused("missing-setting", "--base"):
             convert(made.path, tmp_path / "e.safetensors", "controlkit", base="sd15")
+
+    def test_a_control_lora_keeps_what_its_tensors_do_not_tell(self, tiny_control, tiny_base, base_folder, tmp_path):
+        pooled = copy.deepcopy(tiny_control)
+        pooled.network.register_to_config(global_pool_conditions=True, controlnet_conditioning_channel_order="bgr")
+        save_control(tmp_path / "pooled.safetensors", pooled, tiny_base)
+        path = tmp_path / "cl.safetensors"
+        convert(tmp_path / "pooled.safetensors", path, "control-lora", base=str(base_folder), rank=2)
+        loaded = load_control(path, load_base(base_folder))
+        assert loaded.conditional_only and json.dumps(loaded.config()) == json.dumps(pooled.config())
 
     def test_a_control_lora_of_low_rank_comes_back(self, tiny_control, tiny_base, base_folder, tmp_path):
         network = tiny_control.to_diffusers()

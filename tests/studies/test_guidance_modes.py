@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -56,3 +58,21 @@ def test_a_control_without_residuals_is_refused(tiny_base, base_folder, tmp_path
     path = save_control(tmp_path / "inside.safetensors", control, tiny_base)
     with refused("unsupported", control.title):
         run_guidance_modes(GuidanceModes(out=str(tmp_path / "s"), base=str(base_folder), control=str(path), images=1))
+
+
+def test_a_control_of_another_configuration_is_sampled_anew(settings, tiny_base, tiny_control, monkeypatch):
+    calls = []
+    controlled = study.generate_controlled
+    monkeypatch.setattr(
+        study, "generate_controlled", lambda *args, **more: calls.append(1) or controlled(*args, **more)
+    )
+    settings = replace(settings, modes=("control",))
+    run_guidance_modes(settings)
+    before = len(calls)
+    run_guidance_modes(settings)
+    assert len(calls) == before
+    pooled = copy.deepcopy(tiny_control)
+    pooled.network.register_to_config(global_pool_conditions=True)
+    save_control(settings.control, pooled, tiny_base)
+    run_guidance_modes(settings)
+    assert len(calls) == 2 * before

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from controlkit import progress
 from controlkit.apps.cli import main
+from controlkit.conditions import find
 from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.data.pairs import read_pairs, write_pairs
+from controlkit.evaluation.eval_set import EvalSet
 from controlkit.formats.load import save_control
 from controlkit.nano.icons import IconSets, draw
-from controlkit.studies.cells import Cell
+from controlkit.studies.cells import Cell, Task, _score
 from controlkit.studies.new_condition import NewCondition, run_new_condition
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, claims
 from refusals import refused
@@ -220,3 +225,43 @@ def test_pairs_of_other_icons_are_not_taken_for_these(settings, icons_file, tmp_
         np.savez(other, **arrays)
     with refused("resume-mismatch", Path(settings["out"]) / "pairs", other):
         run_new_condition(NewCondition(**{**small, "icons": str(other)}))
+
+
+def test_cells_are_of_one_base_with_all_its_parts_and_of_one_base_control(settings, tiny_base, tmp_path):
+    small = {**settings, "parts": ("budgets",), "budgets": (1,)}
+    base = tmp_path / "other"
+    shutil.copytree(settings["base"], base)
+    control = Path(settings["control"])
+    without_metadata = load_file(control)
+    save_file(without_metadata, control)  # whose fingerprint is computed
+
+    def results():
+        run_new_condition(NewCondition(**{**small, "base": str(base)}))
+        return {path.name for path in Path(settings["out"]).glob("results-*")}
+
+    first = results()
+    assert results() == first and len(first) == 1
+    weights = base / "text_encoder" / "model.safetensors"
+    save_file({name: 1.5 * value for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    assert len(results()) == 2
+    save_file({name: 1.5 * value for name, value in without_metadata.items()}, control)
+    assert len(results()) == 3
+
+
+def test_recorded_parameters_of_a_condition_count_in_the_score_and_in_the_key_of_a_cell(tiny_base, tmp_path):
+    condition = find("pixel")
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    write_pairs(tmp_path, [(image, image, "x")])
+
+    def task(parameters):
+        source = condition(image, **parameters)
+        held_out = EvalSet(
+            name="held-out", targets=[image], prompts=["x"], condition_images=[source], parameters=[parameters]
+        )
+        return Task(name="pixel", condition=condition, pairs=tmp_path, held_out=0.1, eval_set=held_out)
+
+    recorded = task({"cells": 8})
+    of_another = replace(recorded, eval_set=replace(recorded.eval_set, parameters=None))
+    assert _score(recorded, [image]) < _score(of_another, [image])  # a distance
+    same = replace(recorded, eval_set=replace(recorded.eval_set, parameters=[{"cells": 9}]))
+    assert recorded.content != same.content

@@ -507,3 +507,17 @@ def test_patience_counts_on_when_a_run_is_resumed(tmp_path):
 def test_patience_without_a_score_is_refused(tmp_path):
     with refused("contradiction", "patience", "score"):
         train(Toy(recipe := toy_recipe(tmp_path, patience=2)), recipe)
+
+
+def test_a_state_resumes_with_the_frozen_weights_that_it_records_also_in_the_form_of_earlier_versions(tmp_path):
+    def train_to(steps, frozen, frozen_before=""):
+        recipe = toy_recipe(tmp_path, steps)
+        toy = Toy(recipe)
+        toy.frozen, toy.frozen_before = frozen, frozen_before
+        train(toy, recipe)
+        return toy.steps_seen
+
+    assert train_to(3, "weights") == [0, 1, 2]
+    assert train_to(6, "weights and tokenizer", frozen_before="weights") == [3, 4, 5]
+    with refused("resume-mismatch", tmp_path):
+        train_to(9, "others", frozen_before="weights")

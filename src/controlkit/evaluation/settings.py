@@ -93,8 +93,7 @@ def control_settings(base: Base, control: Control, *, weight: float, mode: str |
 
 
 def _settings_key(control: Control) -> str:
-    """Hash of what a control's results depend on besides its weights: configuration, hint settings, state and buffers."""
+    """Hash of what a control's results depend on besides its weights."""
     plain = json.dumps(control.config(), sort_keys=True, default=str)
-    return sha256_of(plain, repr(control.hint_settings()), repr(control.state()), hash_of_halves(control.buffers()))[
-        :16
-    ]
+    buffers = hash_of_halves(control.buffers())
+    return sha256_of(plain, repr(control.hint_settings()), repr(control.state()), buffers)[:16]
