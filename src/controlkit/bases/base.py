@@ -5,13 +5,11 @@ All networks are diffusers or transformers classes, so whatever diffusers loads 
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from controlkit.bases.component import Component, Configurations
 from controlkit.bases.defaults import DEFAULT_PROMPT
+from controlkit.bases.identity import canonical_config, hash_of_halves, network_key, tokenizer_key
 from controlkit.bases.image_encoders import CLIP_LARGE
 from controlkit.bases.latent_rgb import LatentRGB
 from controlkit.bases.prompt_encoding import PLAIN, TextOptions
@@ -29,7 +28,7 @@ from controlkit.bases.schedules import RectifiedFlow, Schedule, VariancePreservi
 from controlkit.bases.taps import Point, Taps, checkpoint_with_taps, tapped
 from controlkit.bases.text import Text, cut_from, token_ids
 from controlkit.errors import UserError
-from controlkit.files import sha256_of, sha256_of_all
+from controlkit.files import sha256_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,8 +306,8 @@ class Base(ABC):
         if self.original is not None:
             return self._original.former_content
         others = [network_key(network) for network in self.networks if network is not self.denoiser]
-        schedule = _canonical_config(self.scheduler_config)
-        return sha256_of(self.fingerprint, _canonical_config(dict(self.denoiser.config)), *others, schedule)[:16]
+        schedule = canonical_config(self.scheduler_config)
+        return sha256_of(self.fingerprint, canonical_config(dict(self.denoiser.config)), *others, schedule)[:16]
 
     @property
     def _original(self) -> Base:
@@ -628,34 +627,6 @@ class Base(ABC):
                 raise UserError(
                     f"{name} {value} does not fit {self.name}: the largest side is {largest} pixels", "wrong-size"
                 )
-
-
-def network_key(network: nn.Module) -> str:
-    """Hash of the weights and the configuration of a diffusers or transformers network."""
-    config: Any = network.config
-    settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    weights = (parameter.detach().cpu().float().contiguous().numpy().tobytes() for parameter in network.parameters())
-    return sha256_of_all(chain([_canonical_config(settings)], weights))
-
-
-def tokenizer_key(tokenizer: Any) -> str:
-    """Hash of a tokenizer: vocabulary, padding and length."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    settings = (getattr(tokenizer, "model_max_length", None), str(getattr(tokenizer, "pad_token", None)))
-    return sha256_of(repr(vocabulary), repr(settings))
-
-
-def hash_of_halves(weights: Iterable[Tensor]) -> str:
-    """Hash of weights as float16: equal for float32 and float16 copies of a network, different in bfloat16."""
-    weights_fp16 = (value.detach().to("cpu", torch.float16).contiguous() for value in weights)
-    return sha256_of_all(tensor.numpy().tobytes() for tensor in weights_fp16)[:16]
-
-
-def _canonical_config(config: Mapping[str, Any]) -> str:
-    """A configuration as JSON, without entries on its origin, library version and dtype."""
-    ignored = ("transformers_version", "dtype", "torch_dtype")
-    kept = {name: value for name, value in config.items() if not name.startswith("_") and name not in ignored}
-    return json.dumps(kept, sort_keys=True, default=str)
 
 
 PIXELS_AT_ONCE = 2**19

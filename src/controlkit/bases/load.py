@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from controlkit.bases.base import Base, hash_of_halves, needs_float32
+from controlkit.bases.base import Base, needs_float32
 from controlkit.bases.defaults import NANO_DEFAULTS, defaults_in
 from controlkit.bases.families import FAMILIES, KNOWN_BASES, configurations_in, family_of_folder
+from controlkit.bases.identity import hash_of_halves
 from controlkit.bases.latent_rgb import NANO_LATENT_RGB
 from controlkit.bases.vae import load_vae
 from controlkit.bases.weight_files import HUB_ID, torch_load_error, weight_files

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from controlkit.bases.base import Base, hash_of_halves
+from controlkit.bases.base import Base
+from controlkit.bases.identity import hash_of_halves
 from controlkit.conditions import Condition
 from controlkit.controls.control import Control
 from controlkit.evaluation.sets import EvaluationSet, Example

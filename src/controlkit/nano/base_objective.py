@@ -16,8 +16,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from controlkit.bases.base import Base, network_key
+from controlkit.bases.base import Base
 from controlkit.bases.defaults import DEFAULTS_KEY, NANO_DEFAULTS
+from controlkit.bases.identity import network_key
 from controlkit.bases.load import load_base
 from controlkit.bases.schedules import VariancePreserving
 from controlkit.bases.stable_diffusion import StableDiffusion

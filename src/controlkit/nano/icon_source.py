@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlkit.bases.base import Base, network_key
+from controlkit.bases.base import Base
+from controlkit.bases.identity import network_key
 from controlkit.conditions import find
 from controlkit.controls.control import Control
 from controlkit.images import stacked

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlkit.bases.base import Base, network_key, tokenizer_key
+from controlkit.bases.base import Base
+from controlkit.bases.identity import network_key, tokenizer_key
 from controlkit.bases.text import Text
 from controlkit.conditions import find
 from controlkit.conditions.condition import Condition, left_right, no_mirror

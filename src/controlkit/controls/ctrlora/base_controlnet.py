@@ -12,7 +12,8 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor, nn
 
-from controlkit.bases.base import Base, hash_of_halves
+from controlkit.bases.base import Base
+from controlkit.bases.identity import hash_of_halves
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.text import Text
 from controlkit.bases.unet import unet_inputs
