@@ -279,6 +279,19 @@ class TestCtrLoRA:
         ups = [name for name in made if name.endswith(".up.weight")]
         assert ups and all(torch.equal(made[name], 2 * weights_of(path)[name]) for name in ups)
 
+    def test_what_a_peft_folder_says_of_its_layers_is_true_or_refused(self, pair, tmp_path):
+        folder = through(pair[1], ("peft",), tmp_path)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        for changes, code, facts in (
+            ({"r": 2 * config["r"]}, "damaged-file", (config["r"], 2 * config["r"])),
+            ({"fan_in_fan_out": True}, "unsupported", ("fan_in_fan_out",)),
+            ({"use_dora": True, "lora_bias": True}, "unsupported", ("use_dora", "lora_bias")),
+            ({"rank_pattern": {"a": 2}}, "unsupported", ("rank_pattern",)),
+        ):
+            (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+            with refused(code, folder, *facts):
+                load_control(folder)
+
 
 @pytest.mark.parametrize("kind", ["full_adapter", "full_adapter_xl", "light_adapter"])
 @pytest.mark.parametrize("between", ["controlkit", "original", "diffusers"])

@@ -54,6 +54,11 @@ def read(kind: type[Control], file: TensorFile, reference: Reference, descriptio
         expected = kind.shapes(config)
     except CONFIG_ERRORS as error:
         raise UserError(f"{path} looks like {title}, but {on_one_line(error)}", "damaged-file") from error
+    if inferred["rank"] != file.config["r"]:
+        raise UserError(
+            f"{path}: {CONFIG} says rank {file.config['r']}, and its tensors have rank {inferred['rank']}",
+            "damaged-file",
+        )
     check_names(path, title, expected, tensors, file.others)
     ordered = {name: tensors[name] for name in expected}
     return Checkpoint(kind.kind, config, ordered, dict(file.metadata), path=path)
@@ -98,11 +103,12 @@ def _scale(file: TensorFile) -> float:
         UserError: it is another kind of LoRA than CtrLoRA's.
     """
     config, path = file.config, file.path
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("rank_pattern"):
+    others = [key for key in ("use_dora", "rank_pattern", "fan_in_fan_out", "lora_bias") if config.get(key)]
+    if config.get("peft_type") != "LORA" or others:
+        also = f" with {', '.join(others)}" if others else ""
         raise UserError(
-            f"{path} is a PEFT adapter of type"
-            f" {config.get('peft_type')}{' with DoRA' if config.get('use_dora') else ''}; CtrLoRA needs plain"
-            " LoRA with one rank for all layers",
+            f"{path} is a PEFT adapter of type {config.get('peft_type')}{also}; CtrLoRA needs plain LoRA with one rank"
+            " for all layers",
             "unsupported",
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
