@@ -313,9 +313,9 @@ def finish(name: str, args: argparse.Namespace, cases: Sequence[Mapping[str, Any
 
 
 def so_far(name: str, args: argparse.Namespace, cases: Sequence[Mapping[str, Any]]) -> None:
-    """Write the cases that are finished beside the file of `finish`, which replaces them."""
-    path = _file(name, args)
-    _write(_partial(path), name, args, cases)
+    """Write the cases that are finished beside the file of `--out`, which `finish` puts in their place."""
+    if args.out is not None:
+        _write(_partial(Path(args.out)), name, args, cases)
 
 
 def _file(name: str, args: argparse.Namespace) -> Path:
