@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from figures import Missing, Results
 from pages import changed_figures
+from results import Missing, Results
 from steps import digest
 from workshop import ASSETS, IMAGES, RESULTS, Workshop
 

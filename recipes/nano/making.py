@@ -43,6 +43,18 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
 """Controls that are trained on the same images to compare them => settings of recipes/nano/systems.yaml."""
 
 
+TOGETHER = {
+    "t2i-adapter": "palette",
+    "controlnet-precomputed": "palette",
+    "controlnet-precomputed-text": "silhouette",
+    "controlnet-lite": "palette",
+    "controlnet-mlp": "palette",
+    "controlnet-xs": "palette",
+    "ctrlora-full": "palette",
+}
+"""Systems that are sampled together with another control => the adapter that is the other one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MakeSettings:
     """What is trained and measured. The defaults are those of the pages."""
@@ -55,6 +67,14 @@ class MakeSettings:
     """Systems that are compared on canny."""
     systems_steps: int = 1600
     """Optimiser steps of each."""
+    local_steps: int = 3600
+    """Optimiser steps of Uni-ControlNet's local adapter."""
+    unicontrol_steps: int = 1800
+    """Optimiser steps of UniControl, and of one with a frozen HyperNet."""
+    gligen_steps: int = 2400
+    """Optimiser steps of GLIGEN."""
+    scenes: int = 96
+    """Scenes on which GLIGEN is evaluated."""
     images: int = 96
     """Images of each set on which canny controls are evaluated."""
     adapter_images: int = 32
@@ -67,16 +87,22 @@ class MakeSettings:
     """Optimiser steps of each LoRA on the sheet of docs/generate.md."""
     new_condition: tuple[str, ...] = ()
     """Settings of the study new-condition, `key=value`."""
+    convergence: tuple[str, ...] = ("images=24",)
+    """Settings of the study convergence."""
     several_conditions: tuple[str, ...] = ("images=32",)
     """Settings of the study several-conditions."""
     community_model: tuple[str, ...] = ()
     """Settings of the study community-model."""
+    several_systems: tuple[str, ...] = ("images=16", "timed=[1]")
+    """Settings of the study several-conditions of other systems."""
+    task_instructions: tuple[str, ...] = ("images=24",)
+    """Settings of the study task-instructions."""
     ambiguous_content: tuple[str, ...] = ()
     """Settings of the study ambiguous-content."""
 
 
 def system_file(shop: Workshop, system: str) -> Path:
-    """Where the canny control of a system is that is trained to be compared."""
+    """Where the control of a system is that is trained to be told of, not to ship."""
     return shop.made / "systems" / f"{system}.safetensors"
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from chart import draw_systems
-from figures import Results
-from making import ADAPTERS, BASE_CONDITIONS, RECIPES, MakeSettings, npm_pack, system_file, system_log
+from making import ADAPTERS, BASE_CONDITIONS, RECIPES, TOGETHER, MakeSettings, npm_pack, system_file, system_log
 from pages import marked, pages, render, without_figures
+from results import Results
 from steps import Outcome, Step, digest
 from workshop import Workshop, made_of_files
 
@@ -28,6 +28,9 @@ _GUIDANCE = (
     *(("control", 3.0, weight) for weight in (0.7, 1.5)),
 )
 """Mode, guidance scale and weight of each row of the table in docs/nano.md."""
+
+_TELLING = ("figures", "results", "tables_of_nano", "tables_of_studies", "tables_of_systems")
+"""Modules that make text of results."""
 
 
 class MeasuringSteps:
@@ -90,6 +93,9 @@ class MeasuringSteps:
         steps = made_of_files({"": path})[""].get("steps", 0)
         return {"parameters": said["parameters"], "gflop": gflop, "steps": steps}
 
+    def _system(self, name: str) -> str:
+        return str(system_file(self.shop, name).relative_to(self.root))
+
     def _evaluations(self) -> list[Step]:
         wanted = self.settings
         few = [] if wanted.sampling_steps == 20 else ["--steps", str(wanted.sampling_steps)]
@@ -102,7 +108,7 @@ class MeasuringSteps:
             system: [
                 "evaluate",
                 "control",
-                str(system_file(self.shop, system).relative_to(self.root)),
+                self._system(system),
                 *_images(wanted.images),
                 *few,
                 "--distance",
@@ -110,7 +116,10 @@ class MeasuringSteps:
             for system in wanted.systems
         }
         shipped = (self.shop.control("canny"),)
-        sheets = {image: ["--sheet", str(self.shop.images / image)] for image in ("nano.png", "canny.png")}
+        shown = ("nano.png", "canny.png", "uni-controlnet.png", "boxes.png")
+        sheets = {image: ["--sheet", str(self.shop.images / image)] for image in shown}
+        several = [*_images(wanted.adapter_images), *few, *sheets["uni-controlnet.png"]]
+        scenes = ["--icons", str(self.shop.icons.relative_to(self.root)), *_images(wanted.scenes), *few]
         return [
             self._report(
                 "base", "evaluate the base", {"default": [*base, *sheets["nano.png"]]}, (), "nano.png", minutes=3
@@ -164,6 +173,22 @@ class MeasuringSteps:
                 "systems.png",
                 minutes=9,
             ),
+            self._report(
+                "uni-controlnet-local",
+                "evaluate each condition of Uni-ControlNet's local adapter",
+                {"default": ["evaluate", "control", self._system("uni-controlnet-local"), *several]},
+                (system_file(self.shop, "uni-controlnet-local"),),
+                "uni-controlnet.png",
+                minutes=6,
+            ),
+            self._report(
+                "scenes",
+                "evaluate GLIGEN on scenes of two icons",
+                {"default": ["evaluate", "scenes", self._system("gligen"), *scenes, *sheets["boxes.png"]]},
+                (system_file(self.shop, "gligen"), self.shop.icons),
+                "boxes.png",
+                minutes=2,
+            ),
         ]
 
     def _studies(self) -> list[Step]:
@@ -173,6 +198,9 @@ class MeasuringSteps:
         mode = ("mode=control", "parts=[budgets]", "budgets=[25,100,500]")
         learned = (self.shop.control("nano/base"), self.shop.icons, pairs)
         chosen = self.settings
+        together = [system for system in TOGETHER if system in chosen.systems]
+        mixes = [f"{self._system(system)}+{TOGETHER[system]}" for system in together]
+        unicontrols = (("control", "unicontrol"), ("frozen", "unicontrol-frozen"))
         return [
             *self._openmoji(pairs),
             self._study(
@@ -191,7 +219,31 @@ class MeasuringSteps:
                 {},
                 minutes=90,
             ),
+            self._study(
+                "convergence",
+                "convergence",
+                _set(chosen.convergence),
+                (self.shop.control("nano/base"), self.shop.icons),
+                {"figure": "convergence.png"},
+                minutes=240,
+            ),
             self._study("several", "several-conditions", _set(chosen.several_conditions), adapters, {}, minutes=15),
+            self._study(
+                "several-systems",
+                "several-conditions",
+                _set((*chosen.several_systems, f"mixes=[{','.join(mixes)}]")),
+                (*adapters, *(system_file(self.shop, system) for system in together)),
+                {},
+                minutes=6,
+            ),
+            self._study(
+                "task-instructions",
+                "task-instructions",
+                _set((*chosen.task_instructions, *(f"{name}={self._system(file)}" for name, file in unicontrols))),
+                tuple(system_file(self.shop, file) for _, file in unicontrols),
+                {},
+                minutes=25,
+            ),
             self._study(
                 "community",
                 "community-model",
@@ -313,13 +365,14 @@ class MeasuringSteps:
 
         made = [*self._evaluations(), *self._studies()]
         results = {path for step in made for path in step.outputs if path.parent == self.shop.results}
+        code = [digest(path) for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in _TELLING]
         around = {str(page.relative_to(self.root)): without_figures(text) for page, text in found.items()}
         return Step(
             name="pages",
             what="figures of nano in the pages",
             inputs=tuple(sorted(results)),
             outputs=tuple(staged.values()),
-            settings={"pages": around, "figures": digest(Path(__file__).with_name("figures.py"))},
+            settings={"pages": around, "figures": code},
             run=run,
             minutes=0.1,
             optional_inputs=True,

@@ -18,7 +18,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from figures import FIGURES, Missing, Results
+from figures import FIGURES
+from results import Missing, Results
 
 from controlkit.errors import UserError, nearest
 

@@ -201,6 +201,34 @@ class TrainingSteps:
                 minutes=self.settings.systems_steps / 100,
             )
             for system in self.settings.systems
+        ] + [
+            self._training(
+                "system-uni-controlnet-local",
+                "uni-controlnet-local.yaml",
+                (*self.shop.base, self.shop.icons),
+                {"local.safetensors": system_file(self.shop, "uni-controlnet-local")},
+                settings=(f"steps={self.settings.local_steps}",),
+                minutes=self.settings.local_steps / 47,
+            ),
+            *(
+                self._training(
+                    f"system-{name}",
+                    "unicontrol.yaml",
+                    (*self.shop.base, self.shop.icons),
+                    {"unicontrol.safetensors": system_file(self.shop, name)},
+                    settings=(*options, f"steps={self.settings.unicontrol_steps}"),
+                    minutes=self.settings.unicontrol_steps / 60,
+                )
+                for name, options in (("unicontrol", ()), ("unicontrol-frozen", ("freeze_hypernet=true",)))
+            ),
+            self._training(
+                "system-gligen",
+                "gligen.yaml",
+                (*self.shop.base, self.shop.icons, self.root / RECIPES / "concepts.txt"),
+                {"boxes.safetensors": system_file(self.shop, "gligen")},
+                settings=(f"steps={self.settings.gligen_steps}",),
+                minutes=self.settings.gligen_steps / 51,
+            ),
         ]
 
     def _training(

@@ -29,6 +29,7 @@ import adopt
 import figures
 import making
 import pages
+import results as results_of
 import steps
 import workshop
 from steps import Outcome, Records, Step
@@ -162,7 +163,7 @@ def test_data_that_is_there_is_taken_and_records_that_ship_are_known(chain):
 
 
 def test_the_figures_of_the_pages_are_those_of_their_json():
-    results, missing = figures.Results(ROOT / "benchmarks" / "results" / "nano"), set()
+    results, missing = results_of.Results(ROOT / "benchmarks" / "results" / "nano"), set()
     marked = [page for page in pages.pages(ROOT) if pages.marked(page.read_text(encoding="utf-8"))]
     assert {"README.md", "nano.md", "ctrlora.md", "benchmarks.md", "files.md"} <= {page.name for page in marked}
     for page in marked:
@@ -190,12 +191,12 @@ def test_every_figure_is_in_a_page():
 )
 def test_a_mark_that_cannot_be_filled_is_refused(text, code, facts, tmp_path):
     with refused(code, *facts):
-        pages.render(text, figures.Results(tmp_path))
+        pages.render(text, results_of.Results(tmp_path))
 
 
 def test_a_figure_follows_its_json_and_figures_of_an_earlier_base_say_so(tmp_path):
     shipped = ROOT / "benchmarks" / "results" / "nano"
-    earlier = figures.Results(shipped).base_of("canny")
+    earlier = results_of.Results(shipped).base_of("canny")
     for name in ("base.json", "canny.json"):
         shutil.copy(shipped / name, tmp_path)
     value = read_json(tmp_path / "base.json")
@@ -208,13 +209,13 @@ def test_a_figure_follows_its_json_and_figures_of_an_earlier_base_say_so(tmp_pat
         "Right for <!-- nano:base.top5 -->0.66<!-- /nano -->, F1 <!-- nano:canny.row -->0<!-- /nano -->"
         "\n\n<!-- nano:canny.table -->\n\n|\n\n<!-- /nano -->\n"
     )
-    text, missing = pages.render(page, figures.Results(tmp_path))
+    text, missing = pages.render(page, results_of.Results(tmp_path))
     assert "0.805<!-- /nano -->" in text and missing == []
     assert f"Measured on nano as it was before (base {earlier})." in text
     assert "(on earlier weights)<!-- /nano -->" in text
     changed = pages.changed_figures(page, text)
     assert (changed[0], changed[2]) == ("base.top5: 0.66 -> 0.805", "canny.table: table")
-    assert pages.render("a <!-- nano:several.table -->x<!-- /nano -->", figures.Results(tmp_path))[1] == [
+    assert pages.render("a <!-- nano:several.table -->x<!-- /nano -->", results_of.Results(tmp_path))[1] == [
         "several.table"
     ]
 
@@ -427,6 +428,13 @@ SMALL = {
     "pairs": "12",
     "systems": "[controlnet-mlp, controlnet-precomputed-text]",
     "systems_steps": "2",
+    "local_steps": "2",
+    "gligen_steps": "2",
+    "unicontrol_steps": "2",
+    "several_systems": "[images=2, sampling_steps=2, 'timed=[1]']",
+    "task_instructions": "[images=2, sampling_steps=2]",
+    "scenes": "2",
+    "convergence": "[images=2, sampling_steps=2, 'budgets=[1,2]', pairs=6, batch_size=2, rank=2]",
     "images": "2",
     "adapter_images": "2",
     "guidance_images": "2",
@@ -479,7 +487,7 @@ def test_new_weights_are_adopted_with_all_that_follows_from_them(repository, tmp
     names = {path.stem for path in (assets / "controls/nano").glob("*.safetensors")}
     assert names == {"base", *making.BASE_CONDITIONS, *making.ADAPTERS}
     assert (assets / "nano/README.md").is_file()
-    results = figures.Results(repository / "benchmarks/results/nano")
+    results = results_of.Results(repository / "benchmarks/results/nano")
     for page in pages.pages(repository):
         text = page.read_text(encoding="utf-8")
         if pages.marked(text):

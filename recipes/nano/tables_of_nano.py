@@ -1,0 +1,174 @@
+"""What is told of the base, its canny ControlNet and its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from results import Results, rounded, table, three, two
+
+AUTOENCODER, COLOUR, _HELD_OUT, SEEN, RETRIEVAL = range(5)
+"""Reports of `controlkit evaluate base`."""
+
+
+def value(
+    results: Results, report: int, row: int, column: int = 1, file: str = "base", label: str = "default"
+) -> float:
+    """A number of a report on the base."""
+    found: float = results.report(file, label, report)["rows"][row][column]
+    return found
+
+
+def _count(results: Results, report: int) -> int:
+    """Images of a report's set."""
+    return int(results.report("base", index=report)["settings"]["sets"][0]["images"])
+
+
+def base_table(results: Results) -> str:
+    def distance(title: str, report: int, column: int, left: bool = True) -> list[str]:
+        shuffled, made, ceiling = (f"{value(results, report, row, column):.0f}" for row in range(3))
+        share = value(results, report, 3, column) if left else None
+        told = "" if share is None else ("all left" if share >= 1 else f"{share:.2f} left")
+        return [title, f"{shuffled} (shuffled)", made, ceiling, told]
+
+    found = results.report("base", index=RETRIEVAL)["facts"]
+    seen, unseen = _count(results, SEEN), _count(results, _HELD_OUT)
+    rows = [
+        [
+            f"autoencoder PSNR, {results.report('base')['settings']['sets'][row]['images']} images of {what}",
+            "",
+            f"{value(results, AUTOENCODER, row):.1f} dB (SSIM {value(results, AUTOENCODER, row, 2):.3f})",
+            "",
+            "",
+        ]
+        for row, what in enumerate(("held-out concepts", "OpenMoji"))
+    ]
+    rows += [
+        [
+            "background colour, 240 prompts: 12 colours x 20 held-out concepts",
+            f"{value(results, COLOUR, 0):.3f} (chance)",
+            three(value(results, COLOUR, 1)),
+            three(value(results, COLOUR, 2)),
+            "",
+        ],
+        [
+            f"right concept among the 5 nearest of 50 trained concepts, {seen} prompts",
+            f"{value(results, RETRIEVAL, 0):.2f} (chance)",
+            three(value(results, RETRIEVAL, 1)),
+            three(value(results, RETRIEVAL, 2)),
+            f"{found['retrieval_share_of_ceiling']:.2f} of the ceiling",
+        ],
+        distance("lite0 feature distance to the caption's own image, trained concepts", SEEN, 3),
+        distance(f"joint FD-lite0 (features and caption), the same {seen}", SEEN, 2),
+        distance(f"FD-lite0, the same {seen}", SEEN, 1, left=False),
+        distance(f"lite0 feature distance, {unseen} images of held-out concepts", _HELD_OUT, 3),
+        distance("joint FD-lite0, held-out", _HELD_OUT, 2),
+        distance("FD-lite0, held-out", _HELD_OUT, 1, left=False),
+    ]
+    return table(("measure", "baseline", "nano", "ceiling", ""), rows)
+
+
+def card_table(results: Results) -> str:
+    def distance(what: str, report: int) -> list[str]:
+        shuffled, made, ceiling = (f"{value(results, report, row, 3):.0f}" for row in range(3))
+        return [what, f"{shuffled} (captions shuffled)", made, ceiling]
+
+    rows = [
+        [
+            f"autoencoder, {_count(results, AUTOENCODER)} images of held-out concepts",
+            "",
+            f"{value(results, AUTOENCODER, 0):.1f} dB PSNR",
+            "",
+        ],
+        [
+            "the background colour that the prompt asks for",
+            f"{value(results, COLOUR, 0):.2f} (chance)",
+            two(value(results, COLOUR, 1)),
+            two(value(results, COLOUR, 2)),
+        ],
+        [
+            "the right concept among the 5 nearest of 50 that were trained on",
+            f"{value(results, RETRIEVAL, 0):.2f} (chance)",
+            two(value(results, RETRIEVAL, 1)),
+            three(value(results, RETRIEVAL, 2)),
+        ],
+        distance("distance of EfficientNet-Lite0's features to the caption's own image, trained concepts", SEEN),
+        distance("the same, concepts that were never trained on", _HELD_OUT),
+    ]
+    return table(("measure", "baseline", "nano", "ceiling"), rows)
+
+
+def base_row(report: int, column: int, *digits: int) -> Callable[[Results], str]:
+    """Baseline, nano and ceiling, separated by slashes."""
+    return lambda results: " / ".join(
+        rounded(value(results, report, row, column), count) for row, count in enumerate(digits)
+    )
+
+
+def sampling(label: str) -> Callable[[Results], str]:
+    """The right concept among five under other sampling settings."""
+    return lambda results: three(value(results, RETRIEVAL, 1, file="base-sampling", label=label))
+
+
+# Its canny ControlNet
+
+
+def _facts(results: Results, label: str, images: str) -> Mapping[str, float]:
+    facts: Mapping[str, float] = results.report("canny", label)["facts"][images]
+    return facts
+
+
+def canny_table(results: Results) -> str:
+    rows = []
+    for images, title in (("held-out", "held-out concepts"), ("openmoji", "OpenMoji, a style never trained on")):
+        made, balanced = _facts(results, "control", images), _facts(results, "balanced", images)
+        told = {one["name"]: one["images"] for one in results.report("canny", "control")["settings"]["sets"]}
+        values = [three(made[name]) for name in ("baseline", "control", "ceiling", "gap_closed")]
+        rows.append(
+            [f"{title} ({told[images]} images)", *values, f"{balanced['control']:.3f}, {balanced['gap_closed']:.2f}"]
+        )
+    head = ("canny edge F1 (one pixel of tolerance)", "no control", "control", "ceiling", "gap closed")
+    return table((*head, "with `--mode balanced`"), rows)
+
+
+def canny_summary(images: str, form: str) -> Callable[[Results], str]:
+    def make(results: Results) -> str:
+        made, balanced = _facts(results, "control", images), _facts(results, "balanced", images)
+        ends = " / ".join(two(made[name]) for name in ("baseline", "control", "ceiling"))
+        return form.format(ends=ends, gap=two(made["gap_closed"]), balanced=two(balanced["gap_closed"]))
+
+    return make
+
+
+def guidance_table(results: Results) -> str:
+    rows = []
+    for label in results.labels("guidance"):
+        report = results.report("guidance", label)
+        control, facts = report["settings"]["control"], next(iter(report["facts"].values()))
+        told = [control["mode"], f"{report['settings']['guidance']:g}", f"{control['weight']:g}"]
+        if told == ["control", "3", "1"]:  # nano's defaults
+            told = [f"**{text}**" for text in told]
+        rows.append([*told, three(facts["control"]), two(facts["gap_closed"])])
+    return table(("mode", "guidance", "weight", "edge F1", "gap closed"), rows)
+
+
+# The adapters
+
+
+def adapters_table(results: Results) -> str:
+    entry = results.run("adapters", "control")
+    balanced = results.report("adapters", "balanced")["facts"]
+    rows = []
+    for name, sets in entry["reports"][0]["facts"].items():
+        measure = next(row[1] for row in entry["reports"][0]["rows"] if row[0].startswith(f"{name},")).partition(" (")[
+            0
+        ]
+        made = entry["made"][name]
+        digits = 2 if "PSNR" in measure or "distance" in measure else 3
+        held, other = sets["held-out"], sets["openmoji"]
+        new = f" (new, {made['steps']:,} steps)" if "pairs" in made else ""
+        gaps = [balanced[name][images]["gap_closed"] for images in ("held-out", "openmoji")]
+        values = [rounded(held[key], digits) for key in ("baseline", "control", "ceiling")]
+        closed = [two(held["gap_closed"]), two(other["gap_closed"]), ", ".join(map(two, gaps))]
+        rows.append([f"`{name}`{new}", measure, *values, *closed])
+    head = ("adapter", "measure", "no control", "adapter", "ceiling", "gap closed", "OpenMoji: gap closed", "balanced")
+    return table(head, rows)
