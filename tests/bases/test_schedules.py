@@ -137,3 +137,14 @@ def test_noise_is_not_predicted_where_a_schedule_ends_in_pure_noise(solver):
 def test_what_is_no_prediction_is_refused():
     with refused("unsupported", "prediction_type", "score", "epsilon"):
         VariancePreserving({**SD1_SCHEDULE, "prediction_type": "score"})
+
+
+def test_training_leaves_the_tables_of_the_solvers_on_the_cpu():
+    schedule = VariancePreserving({**SD1_SCHEDULE, "prediction_type": "v_prediction"})
+    z, t = torch.zeros(1, 4, 8, 8, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+    for call in (schedule.add_noise, schedule.target):
+        assert call(z, z, t).is_meta
+    before = VariancePreserving(schedule.config)
+    x_t = torch.ones(1, 4, 8, 8)
+    assert schedule.noise_at_the_end == before.noise_at_the_end
+    assert torch.equal(schedule.clean(x_t, x_t, torch.tensor(7)), before.clean(x_t, x_t, torch.tensor(7)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,8 @@ class VariancePreserving(Schedule):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._scheduler = DDIMScheduler.from_config({"steps_offset": 1, **config, "clip_sample": False})
+        # These calls move the tables of their scheduler to the device; those of the solvers stay on the CPU.
+        self._of_training = copy.deepcopy(self._scheduler)
         self.config = dict(self._scheduler.config)
         self.length = int(self.config["num_train_timesteps"])
         self.prediction = str(self.config["prediction_type"])
@@ -42,12 +45,12 @@ class VariancePreserving(Schedule):
             )
 
     def add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return self._scheduler.add_noise(z, noise, t)
+        return self._of_training.add_noise(z, noise, t)
 
     def target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         if self.prediction == "epsilon":
             return noise
-        return z if self.prediction == "sample" else self._scheduler.get_velocity(z, noise, t)
+        return z if self.prediction == "sample" else self._of_training.get_velocity(z, noise, t)
 
     def clean(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         alpha_bar = self._scheduler.alphas_cumprod[round(float(t))]
