@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -117,11 +118,17 @@ class _Graphed:
         trains = isinstance(self._function, nn.Module)
         try:
             # A cast that autocast cached before the capture would be replayed from memory that is freed.
-            with torch.autocast(device, torch.bfloat16, enabled=graphs.bf16, cache_enabled=False):
+            autocast = torch.autocast(device, torch.bfloat16, enabled=graphs.bf16, cache_enabled=False)
+            with _own_stream(device), autocast:
                 return graphs.capture(function if trains else function.forward, buffers, allow_unused_input=True)
         except RuntimeError as error:  # also out of memory: graphs take some more
             graphs.fall_back(f"the capture failed ({' '.join(str(error).split())[:200]})")
             return self._function
+
+
+def _own_stream(device: str) -> AbstractContextManager[Any]:
+    """A context after which the current stream is the one before; a capture that fails leaves its own."""
+    return torch.cuda.stream(torch.cuda.current_stream()) if device == "cuda" else nullcontext()
 
 
 class _Uncached(nn.Module):
