@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import tables_of_nano as nano
+import tables_of_speed as speed
 import tables_of_studies as studies
 import tables_of_systems as systems
-from results import Figure, three
+from results import Figure, Speed, three
 
-FIGURES: dict[str, Figure] = {
+_STEPS = (
+    ("adapter", "cpu", "adapter_training-sd15-256-cpu"),
+    ("adapter", "h200-1", "adapter_training-sd15-512-cuda-no-checkpointing"),
+    ("adapter", "h200-4", "adapter_training-sd15-512-cuda-batch-4"),
+    ("controlnet", "cpu", "controlnet_training-sd15-256-cpu"),
+    ("controlnet", "h200-4", "controlnet_training-sd15-512-cuda-batch-4"),
+)
+"""Training steps in the README: network, where, file of results."""
+
+FIGURES: dict[str, Figure | Speed] = {
     "base.table": Figure("base", nano.base_table, block=True),
     "base.card": Figure("base", nano.card_table, block=True),
     "base.top5": Figure("base", lambda r: three(nano.value(r, nano.RETRIEVAL, 1))),
@@ -55,6 +65,45 @@ FIGURES: dict[str, Figure] = {
     "ambiguous.table": Figure("ambiguous", studies.ambiguous_table, block=True),
     "community.table": Figure("community", studies.community_table, block=True),
     "community.text-encoders": Figure("community", studies.text_encoder_table, block=True),
+    "speed.ctrlora-sampling": Speed(speed.ctrlora_sampling, block=True),
+    "speed.controlnet-sampling": Speed(speed.controlnet_sampling, block=True),
+    "speed.adapter-training": Speed(speed.adapter_training, block=True),
+    "speed.controlnet-training": Speed(speed.controlnet_training, block=True),
+    "speed.memory": Speed(speed.memory, block=True),
+    "speed.what-pays": Speed(speed.what_pays("what_pays-nano-64-cpu", "nano, 4 images (8 rows under CFG)"), block=True),
+    "speed.what-pays-sd15": Speed(
+        speed.what_pays(
+            "what_pays-sd15-256-cpu",
+            "Stable Diffusion 1.5 at 256 x 256, 1 image (2 rows), one core of an Intel Xeon without bf16 arithmetic",
+        ),
+        block=True,
+    ),
+    "speed.ctrlora-nano-1": Speed(speed.time_of("ctrlora_sampling-nano-64-cpu", "seconds", "plan")),
+    "speed.ctrlora-nano-4": Speed(speed.time_of("ctrlora_sampling-nano-64-cpu", "seconds", "plan", case=1)),
+    "speed.ctrlora-h200-1": Speed(speed.time_of("ctrlora_sampling-sd15-512-cuda", "seconds", "plan")),
+    "speed.ctrlora-h200-4": Speed(speed.time_of("ctrlora_sampling-sd15-512-cuda", "seconds", "plan", case=1)),
+    "speed.ctrlora-h200-reference-1": Speed(speed.time_of("ctrlora_sampling-sd15-512-cuda", "seconds", "reference")),
+    "speed.ctrlora-h200-reference-4": Speed(
+        speed.time_of("ctrlora_sampling-sd15-512-cuda", "seconds", "reference", case=1)
+    ),
+    "speed.controlnet-h200": Speed(speed.time_of("controlnet_sampling-sd15-512-cuda", "seconds", "ours")),
+    "speed.controlnet-h200-diffusers": Speed(
+        speed.time_of("controlnet_sampling-sd15-512-cuda", "seconds", "diffusers")
+    ),
+    **{
+        f"speed.{name}-step-{place}{suffix}": Speed(speed.time_of(file, "seconds_a_step", way))
+        for name, place, file in _STEPS
+        for way, suffix in (("ours", ""), ("reference", "-reference"))
+    },
+    "speed.adapter-ratio": Speed(speed.ratio_of("adapter_training-sd15-256-cpu", "reference_to_ours")),
+    "speed.adapter-ratio-without": Speed(
+        speed.ratio_of("adapter_training-sd15-256-cpu-no-checkpointing", "reference_to_ours")
+    ),
+    "speed.adapter-ratio-h200": Speed(speed.ratio_of("adapter_training-sd15-512-cuda-batch-4", "reference_to_ours")),
+    "speed.controlnet-ratio": Speed(speed.ratio_of("controlnet_training-sd15-256-cpu", "reference_to_ours")),
+    "speed.peak": Speed(speed.peak_of("+ frozen weights in bf16")),
+    "speed.peak-checkpointing": Speed(speed.peak_of("+ gradient checkpointing")),
+    "speed.peak-controlnet": Speed(speed.peak_of("ControlNet, float32, nothing saved")),
     "community.distance": Figure("community", studies.community_distances),
 }
 """Name in the pages => figure."""

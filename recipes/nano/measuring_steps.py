@@ -29,7 +29,7 @@ _GUIDANCE = (
 )
 """Mode, guidance scale and weight of each row of the table in docs/nano.md."""
 
-_TELLING = ("figures", "results", "tables_of_nano", "tables_of_studies", "tables_of_systems")
+_TELLING = ("figures", "results", "tables_of_nano", "tables_of_speed", "tables_of_studies", "tables_of_systems")
 """Modules that make text of results."""
 
 

@@ -85,6 +85,24 @@ class Figure:
         return f"\n\n{self.make(results)}{earlier}\n\n"
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Text that is made from results of benchmarks, which do not depend on nano's weights."""
+
+    make: Callable[[Results], str]
+    block: bool = False
+    """Whether it stands in lines of its own."""
+    file: str = "benchmarks"
+
+    def text(self, results: Results) -> str:
+        """What belongs between the marks.
+
+        Raises:
+            Missing: a result is not there.
+        """
+        return f"\n\n{self.make(results)}\n\n" if self.block else self.make(results)
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table."""
 

@@ -1,0 +1,201 @@
+"""What is told of speed and memory, from the JSON files in benchmarks/results that the scripts in benchmarks write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from results import Missing, Results, table, two
+
+from controlkit.files import read_json
+
+Rows = list[list[str]]
+
+
+def cases(results: Results, file: str) -> list[Mapping[str, Any]]:
+    """The cases of a benchmark.
+
+    Raises:
+        Missing: it has no file.
+    """
+    path = results.folder.parent / f"{file}.json"
+    if not path.is_file():
+        raise Missing(file)
+    found: list[Mapping[str, Any]] = read_json(path)["cases"]
+    return found
+
+
+def seconds(value: float) -> str:
+    """Three significant digits, two below a second."""
+    return f"{value:#.2g}" if value < 1 else f"{value:#.3g}".rstrip(".")
+
+
+def ratio(values: Mapping[str, float]) -> str:
+    """A median with its spread; of a single round there is none."""
+    if values["lowest"] == values["highest"]:
+        return f"{two(values['median'])} (one round)"
+    return f"{two(values['median'])} ({two(values['lowest'])} to {two(values['highest'])})"
+
+
+def small(value: float) -> str:
+    """A difference, in two digits."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+# Sampling
+
+_CTRLORA = (
+    ("nano, 20 steps", "ctrlora_sampling-nano-64-cpu"),
+    ("SD1.5, 2 steps", "ctrlora_sampling-sd15-256-cpu-1-seed"),
+    ("SD1.5, 1 step", "ctrlora_sampling-sd15-256-cpu"),
+    ("SD1.5, 1 step", "ctrlora_sampling-sd15-256-cpu-4-seeds"),
+    ("SD1.5, 20 steps, H200", "ctrlora_sampling-sd15-512-cuda"),
+)
+
+
+def ctrlora_sampling(results: Results) -> str:
+    """Sampling with CtrLoRA."""
+    rows, before = [], ""
+    for title, file in _CTRLORA:
+        for case in cases(results, file):
+            taken = [seconds(case["seconds"][way]["median"]) for way in ("base", "reference", "plan", "again")]
+            counts = [str(case["conditions"]), str(case["seeds"])]
+            again = two(case["again_to_base"]["median"])
+            rows.append(["" if title == before else title, *counts, *taken, ratio(case["reference_to_plan"]), again])
+            before = title
+    head = ("base", "conditions", "images", "no control s", "reference s", "plan s", "again s")
+    return table((*head, "reference / plan", "again / no control"), rows)
+
+
+_CONTROLNET = (
+    ("nano, 20 steps, 25 rounds", "controlnet_sampling-nano-64-cpu"),
+    ("SD1.5, 4 steps, 3 rounds", "controlnet_sampling-sd15-256-cpu"),
+    ("SD1.5, 20 steps, 4 images, H200, 2 rounds", "controlnet_sampling-sd15-512-cuda"),
+)
+_CASES = ("always on", "ends at half of the steps", "conditional branch only")
+
+
+def controlnet_sampling(results: Results) -> str:
+    """Sampling with a ControlNet."""
+    rows = []
+    for title, file in _CONTROLNET:
+        for place, (case, name) in enumerate(zip(cases(results, file), _CASES, strict=True)):
+            taken = [seconds(case["seconds"][way]["median"]) for way in ("ours", "diffusers")]
+            rows.append(["" if place else title, name, *taken, ratio(case["diffusers_to_ours"])])
+    return table(("base", "control", "ours s", "diffusers s", "diffusers / ours"), rows)
+
+
+# Training
+
+_ADAPTER = (
+    ("nano, batch 16, `--no-checkpointing`", "adapter_training-nano-64-cpu-no-checkpointing"),
+    ("SD1.5, batch 1, rank 128", "adapter_training-sd15-256-cpu"),
+    ("SD1.5, batch 1, rank 128, `--no-checkpointing`", "adapter_training-sd15-256-cpu-no-checkpointing"),
+    ("SD1.5, batch 1, rank 128, `--no-checkpointing`, H200", "adapter_training-sd15-512-cuda-no-checkpointing"),
+    ("SD1.5, batch 4, rank 128, H200", "adapter_training-sd15-512-cuda-batch-4"),
+)
+_WHOLE = (
+    ("nano, batch 16", "controlnet_training-nano-64-cpu"),
+    ("SD1.5, batch 1", "controlnet_training-sd15-256-cpu"),
+    ("SD1.5, batch 4, H200", "controlnet_training-sd15-512-cuda-batch-4"),
+)
+
+
+def _training(files: Sequence[tuple[str, str]], reference: str, shorter: str) -> Callable[[Results], str]:
+    def make(results: Results) -> str:
+        rows = []
+        for title, file in files:
+            (case,) = cases(results, file)
+            taken = [seconds(case["seconds_a_step"][way]["median"]) for way in ("ours", "reference")]
+            difference = small(case["largest_difference_of_losses"])
+            rows.append([title, *taken, ratio(case["reference_to_ours"]), difference])
+        head = ("base", "ours s", f"{reference} s", f"{shorter} / ours", "largest difference of losses")
+        return table(head, rows)
+
+    return make
+
+
+adapter_training = _training(_ADAPTER, "reference", "reference")
+controlnet_training = _training(_WHOLE, "diffusers' script", "script")
+
+
+# Memory
+
+_WAYS = {
+    "as the reference does": "adapter of rank 128, as the reference, without checkpointing",
+    "without gradients that no one uses": "no unused gradients",
+    "+ text encoder and autoencoder aside": "+ text encoder and autoencoder offloaded",
+    "+ bf16 arithmetic": "+ bf16 arithmetic (autocast keeps copies of the weights)",
+    "+ frozen weights in bf16": "+ frozen weights in bf16: `precision: bf16`",
+    "+ gradient checkpointing": "+ gradient checkpointing",
+    "+ 8-bit optimiser": "+ 8-bit optimiser",
+    "ours, bf16, base as a graph": "`precision: bf16`, base as a CUDA graph",
+    "ControlNet, float32, nothing saved": "whole ControlNet, float32",
+    "ControlNet, bf16": "whole ControlNet, bf16",
+    "ControlNet, bf16, base as a graph": "whole ControlNet, bf16, base as a CUDA graph",
+    "ControlNet, all switches": "whole ControlNet, all switches",
+}
+
+
+def _peaks(results: Results, file: str) -> dict[str, Mapping[str, float]]:
+    return {case["way"]: case["mebibytes"] for case in cases(results, file)}
+
+
+def memory(results: Results) -> str:
+    """Peak memory of a training step."""
+    counted, measured = (_peaks(results, f"memory-sd15-512-{device}") for device in ("cpu", "cuda"))
+    rows = []
+    for way, title in _WAYS.items():
+        parts = [f"{counted[way][part]:,.0f}" for part in ("peak", "weights", "gradients", "optimiser", "rest")]
+        rows.append([title, *parts, f"{measured[way]['peak']:,.0f}" if way in measured else ""])
+    head = ("what", "counted peak", "weights", "gradients", "optimiser", "the rest", "measured peak, H200")
+    return table(head, rows)
+
+
+# What pays
+
+_SWITCHES = {
+    "channels_last": "channels_last, a UNet call",
+    "bf16": "bf16 weights, a UNet call",
+    "guidance in one batch": "both CFG branches in one batch",
+    "LoRA folded": "LoRA of rank 128 merged for the call, a control call",
+    "fused optimiser": "fused AdamW",
+}
+
+
+def what_pays(file: str, title: str) -> Callable[[Results], str]:
+    """Optimisations, each against the same work without it."""
+
+    def make(results: Results) -> str:
+        rows = []
+        for case in cases(results, file):
+            taken = [seconds(case["seconds"][way]["median"]) for way in ("without", "with")]
+            rows.append([_SWITCHES[case["switch"]], *taken, ratio(case["without_to_with"])])
+        return table((title, "without s", "with s", "without / with"), rows)
+
+    return make
+
+
+# Single figures
+
+
+def time_of(file: str, *path: str | int, case: int = 0) -> Callable[[Results], str]:
+    """The median of one way, such as `seconds`, `ours`."""
+    return lambda results: f"{seconds(_median(cases(results, file)[case], path))} s"
+
+
+def ratio_of(file: str, name: str, *, case: int = 0) -> Callable[[Results], str]:
+    """The median of a ratio."""
+    return lambda results: f"{cases(results, file)[case][name]['median']:.1f}"
+
+
+def peak_of(way: str) -> Callable[[Results], str]:
+    """The measured peak of a way, in MiB."""
+    return lambda results: f"{_peaks(results, 'memory-sd15-512-cuda')[way]['peak']:,.0f}"
+
+
+def _median(values: Any, path: Sequence[str | int]) -> float:
+    for name in path:
+        values = values[name]
+    return float(values["median"])
