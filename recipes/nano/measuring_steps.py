@@ -17,7 +17,7 @@ from making import ADAPTERS, BASE_CONDITIONS, RECIPES, TOGETHER, MakeSettings, n
 from pages import marked, pages, render, without_figures
 from results import Results
 from steps import Outcome, Step, digest
-from workshop import Workshop, made_of_files
+from workshop import RESULTS, Workshop, made_of_files
 
 from controlkit.files import sha256_of, write_atomically
 
@@ -356,7 +356,8 @@ class MeasuringSteps:
         staged = {page: self.shop.staged / page.relative_to(self.root) for page in found}
 
         def run() -> Outcome:
-            results, without = Results(self.shop.results), set()
+            results = Results(self.shop.results, (self.root / RESULTS).parent)
+            without: set[str] = set()
             for page, copy in staged.items():
                 text, missing = render(found[page], results, str(page.relative_to(self.root)))
                 without |= set(missing)

@@ -19,10 +19,12 @@ class Results:
 
     Args:
         folder: of the files.
+        benchmarks: folder of the results of benchmarks; default: the one that `folder` is in.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, benchmarks: Path | None = None) -> None:
         self.folder = folder
+        self.benchmarks = folder.parent if benchmarks is None else benchmarks
         self._files: dict[str, Any] = {}
 
     def run(self, file: str, label: str = "default") -> Mapping[str, Any]:

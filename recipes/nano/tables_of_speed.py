@@ -18,7 +18,7 @@ def cases(results: Results, file: str) -> list[Mapping[str, Any]]:
     Raises:
         Missing: it has no file.
     """
-    path = results.folder.parent / f"{file}.json"
+    path = results.benchmarks / f"{file}.json"
     if not path.is_file():
         raise Missing(file)
     found: list[Mapping[str, Any]] = read_json(path)["cases"]

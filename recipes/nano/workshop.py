@@ -103,9 +103,11 @@ class Workshop:
             if not is_made or not (self.assets / source.name).exists():
                 _replace(source, self.assets / source.name)
         for folder in (RESULTS, IMAGES):
-            if not (self.staged / folder).is_dir() and (self.root / folder).is_dir():
-                shutil.copytree(self.root / folder, self.staged / folder)
             (self.staged / folder).mkdir(parents=True, exist_ok=True)
+            for source in (self.root / folder).iterdir() if (self.root / folder).is_dir() else ():
+                copy = self.staged / folder / source.name
+                if not copy.exists() or copy.stat().st_mtime < source.stat().st_mtime:  # else a step made it since
+                    _replace(source, copy)
 
     @property
     def base(self) -> tuple[Path, ...]:
