@@ -83,7 +83,7 @@ def test_runs_from_before_there_were_these_settings_are_the_same_runs():
     ("change", "code", "facts"),
     [
         ({"gradient_accumulation_steps": 0}, "out-of-range", ["is 0", "at least 1"]),
-        ({"snr_gamma": -1.0}, "out-of-range", ["is -1.0", "at least 0"]),
+        ({"snr_gamma": -1.0}, "out-of-range", ["is -1.0", "above 0"]),
         ({"time_sampling": "even"}, "unknown-name", ["'even'", "uniform, cubic, logit-normal"]),
     ],
 )

@@ -35,7 +35,6 @@ _LEAST = {
     "rank": 1,
     "score_pictures": 1,
     "gradient_accumulation_steps": 1,
-    "snr_gamma": 0,
     "data_workers": 0,
 }
 """Minimum of settings, in whichever recipe."""
@@ -125,9 +124,10 @@ class Recipe:
             value = values.get(name)
             if value is not None and not (value >= least and math.isfinite(value)):
                 raise UserError(f"{name} is {values[name]}; it must be at least {least}", "out-of-range")
-        for name in ("learning_rate", "max_grad_norm"):
-            if values[name] is not None and not (values[name] > 0 and math.isfinite(values[name])):
-                raise UserError(f"{name} is {values[name]}; it must be above 0", "out-of-range")
+        for name in ("learning_rate", "max_grad_norm", "snr_gamma"):
+            value = values.get(name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise UserError(f"{name} is {value}; it must be above 0", "out-of-range")
         _check_time_sampling(values.get("time_sampling"))
         _check_fractions(values)
         _check_changeable(self.change_on_resume)
@@ -195,7 +195,7 @@ class ControlRecipe(Recipe, ABC):
     """Distribution of training times: `uniform`, `cubic` (more noisy ones) or `logit-normal` (more in the middle). None
     is the base's own: uniform for Stable Diffusion and nano."""
     snr_gamma: float | None = None
-    """Gamma of min-SNR loss weighting (5 in Hang et al. 2023); None weights all times equally."""
+    """Gamma of min-SNR loss weighting, above 0 (5 in Hang et al. 2023); None weights all times equally."""
     prompt_drop: float = 0.5
     """Fraction of prompts replaced by the empty prompt."""
     score_pictures: int = 32
