@@ -20,6 +20,24 @@ from controlkit.errors import UserError, nearest
 Settings = TypeVar("Settings")
 
 
+_BOOL = "tag:yaml.org,2002:bool"
+
+
+class YAMLReader(yaml.SafeLoader):
+    """YAML in which only true and false are booleans, as in YAML 1.2.
+
+    In YAML 1.1, on, off, yes and no are, too, so that `graphs: off` would not be text. Settings that are booleans take
+    these words still (`build_settings`).
+    """
+
+
+YAMLReader.yaml_implicit_resolvers = {
+    first: [entry for entry in entries if entry[0] != _BOOL]
+    for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+YAMLReader.add_implicit_resolver(_BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 def read_overrides(overrides: Sequence[str], option: str = "--set") -> dict[str, Any]:
     """Parse `key=value` overrides; values are YAML.
 
@@ -35,7 +53,7 @@ def read_overrides(overrides: Sequence[str], option: str = "--set") -> dict[str,
         if not equals:
             raise UserError(f"{option} {override}: expected key=value", "usage")
         try:
-            values[key.strip()] = yaml.safe_load(value)
+            values[key.strip()] = yaml.load(value, YAMLReader)
         except (yaml.YAMLError, ValueError) as error:  # an impossible date is a ValueError
             raise UserError(f"{option} {override}: {value!r} is not a YAML value", "wrong-type") from error
     return values

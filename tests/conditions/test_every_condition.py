@@ -267,6 +267,7 @@ def test_a_misspelt_parameter_gets_a_proposal() -> None:
         ("blur", {"sigma": float("nan")}, "out-of-range", ["0 to 1", "nan"]),
         ("noise", {"seed": -1}, "out-of-range", ["from 0", -1]),
         ("blur", {"sigma": True}, "wrong-type", ["number", "True"]),
+        ("silhouette", {"fill_holes": "off"}, "wrong-type", ["fill_holes", "true or false", "'off'"]),
     ],
 )
 def test_parameters_out_of_limits_are_refused(name: str, parameters: dict, code: str, facts: list) -> None:

@@ -67,6 +67,7 @@ def test_every_shipped_recipe_loads(path):
         ({"learning_rate": math.nan}, "out-of-range", ["learning_rate", "above 0"]),
         ({"learning_rate": math.inf}, "out-of-range", ["learning_rate", "inf"]),
         ({"max_grad_norm": -1}, "out-of-range", ["max_grad_norm", -1, "above 0"]),
+        ({"snr_gamma": 0}, "out-of-range", ["snr_gamma", 0, "above 0"]),
         ({"precision": "fp8"}, "unknown-name", ["precision", "fp8", "fp32, bf16 or auto"]),
         ({"ema": 1.0}, "out-of-range", ["ema", 1.0, 0]),
         ({"prompt_drop": 2}, "out-of-range", ["prompt_drop", 2, "0 and 1"]),
@@ -122,6 +123,24 @@ def test_a_missing_file_is_named(tmp_path):
 def test_numbers_that_yaml_takes_for_text_are_numbers(file):
     recipe = read_recipe(file("\n".join(f"{k}: {v}" for k, v in MINIMAL.items()) + "\nlearning_rate: 3e-4\n"))
     assert recipe.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize("word", ["on", "off"])
+def test_words_that_are_booleans_in_old_yaml_are_text_where_text_is_expected(file, word):
+    text = "\n".join(f"{k}: {v}" for k, v in MINIMAL.items())
+    assert read_recipe(file(f"{text}\ngraphs: {word}\n")).graphs == word
+    assert read_recipe(file(text), [f"graphs={word}"]).graphs == word
+    for name in ("no", "Yes", "true-colours"):
+        assert read_recipe(file(text), [f"name={name}"]).name == name
+
+
+@pytest.mark.parametrize(("word", "value"), [("on", True), ("Yes", True), ("TRUE", True), ("off", False)])
+def test_the_same_words_are_booleans_where_a_boolean_is_expected(file, word, value):
+    text = "\n".join(f"{k}: {v}" for k, v in {**MINIMAL, "gradient_checkpointing": word}.items())
+    assert read_recipe(file(text)).gradient_checkpointing is value
+    assert read_recipe(file(MINIMAL), [f"gradient_checkpointing={word}"]).gradient_checkpointing is value
+    with refused("wrong-type", "gradient_checkpointing", "'maybe'", "true or false"):
+        read_recipe(file(MINIMAL), ["gradient_checkpointing=maybe"])
 
 
 def test_settings_on_the_command_line_win(file):

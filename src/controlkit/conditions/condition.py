@@ -208,9 +208,14 @@ class Condition:
         return result
 
     def _check(self, key: str, value: Any) -> None:
-        """Check the type and limits of a number; other parameters pass."""
+        """Check the type of a number or boolean, and the limits of a number; other parameters pass."""
         default = self.defaults[key]
-        if isinstance(default, bool) or not isinstance(default, (int, float)):
+        if isinstance(default, bool):
+            # Any text is true to Python, also `off`.
+            if not isinstance(value, bool | np.bool_):
+                raise UserError(f"{self.name}: {key} must be true or false, not {value!r}", "wrong-type")
+            return
+        if not isinstance(default, (int, float)):
             return
         kind = numbers.Integral if isinstance(default, int) else numbers.Real
         if isinstance(value, bool) or not isinstance(value, kind):

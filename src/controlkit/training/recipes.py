@@ -19,7 +19,7 @@ import yaml
 
 from controlkit.bases.defaults import NANO_DEFAULTS, defaults_in
 from controlkit.errors import UserError, nearest
-from controlkit.settings import build_settings, check_keys, read_overrides
+from controlkit.settings import YAMLReader, build_settings, check_keys, read_overrides
 from controlkit.training.recipe import ControlRecipe, Recipe, SeveralConditions
 
 
@@ -133,8 +133,8 @@ def recipe_class(system: str) -> type[Recipe]:
     return recipes()[system]
 
 
-class _NoDuplicates(yaml.SafeLoader):
-    """YAML in which a repeated key is an error, not the last of its values."""
+class _NoDuplicates(YAMLReader):
+    """`YAMLReader` in which a repeated key is an error, not the last of its values."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
