@@ -485,6 +485,25 @@ class TestTraining:
         begun(start=str(plain))
         assert "2e-06" not in capsys.readouterr().err
 
+    def test_it_stays_what_it_goes_on_from(self, base_folder, icons_file, tmp_path):
+        base = load_base(base_folder)
+
+        def begun(start, **settings):
+            control = acting(base, **{"only_mid_control": False, **start})
+            if control.only_mid_control:
+                control._silence_skips()
+            file = save_control(tmp_path / "start.safetensors", control, base, dtype=torch.float32)
+            recipe = self.recipe(base_folder, icons_file, tmp_path / "run", start=str(file), **settings)
+            return ControlObjective(recipe, CPU).control
+
+        middle = begun({"only_mid_control": True})
+        assert middle.only_mid_control
+        skips = list(middle.network.controlnet_down_blocks.parameters())
+        assert not any(parameter.requires_grad or parameter.any() for parameter in skips)
+        assert begun({}, only_mid_control=True).only_mid_control
+        assert begun({"global_average_pooling": True}).conditional_only
+        assert begun({}, global_average_pooling=True).conditional_only
+
     def test_runs_from_before_these_settings_go_on(self, base_folder, icons_file, tmp_path):
         recipe = self.recipe(base_folder, icons_file, tmp_path / "run")
         new_settings = {field.name for field in dataclasses.fields(ControlNet.Options)}

@@ -39,7 +39,7 @@ from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample
 from controlkit.training.recipes import build_recipe
-from controlkit.training.run import run
+from controlkit.training.run import objective_of, run
 from refusals import check, refused
 from tiny import SD1_SCHEDULE, build_tiny_sdxl
 
@@ -289,6 +289,18 @@ class TestTraining:
         before = control.file_state()
         for name, value in made.file_state().items():
             torch.testing.assert_close(value, before[name], atol=2e-3, rtol=2e-3)
+        same = {**values, "start": str(start), "out": str(tmp_path / "other")}
+        assert objective_of(build_recipe({**same, "colours": 1, "light": True})).control.config() == control.config()
+
+    def test_options_that_contradict_the_file_to_start_from_are_refused(self, sd_base, icons_file, tmp_path):
+        save_base(sd_base, tmp_path / "base")
+        start = save_control(tmp_path / "a.safetensors", fresh(load_base(tmp_path / "base")), sd_base)
+        values = {"system": "t2i-adapter", "base": str(tmp_path / "base"), "icons": str(icons_file), "steps": 1}
+        values |= {"condition": "canny", "start": str(start), "out": str(tmp_path / "run")}
+        with refused("contradiction", "colours is 1", 3, "start"):
+            objective_of(build_recipe({**values, "colours": 1}))
+        with refused("contradiction", "light is True", False, "start"):
+            objective_of(build_recipe({**values, "light": True}))
 
     def test_options_choose_the_network(self, sd_base, icons_file, tmp_path):
         save_base(sd_base, tmp_path / "base")

@@ -482,6 +482,9 @@ class TestTraining:
             assert torch.equal(value, other.state_dict()[name]), name
         more = settings(part, start=str(tmp_path / part / f"{part}.safetensors"), out=str(tmp_path / "more"))
         assert objective_of(build_recipe(more)).control.kind == one.kind
+        if part == "global":
+            with refused("contradiction", "token_count is 7", 4, "start"):
+                objective_of(build_recipe({**more, "token_count": 7}))
 
     def test_conditions_are_dropped_as_in_the_paper(self, settings, monkeypatch):
         objective = objective_of(build_recipe(settings("local", batch_size=500)))

@@ -10,7 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Flag, auto
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -23,6 +23,7 @@ from controlkit.bases.residuals import Residuals
 from controlkit.bases.taps import Tap, TapFunction
 from controlkit.bases.text import Text
 from controlkit.controls.hints import ConditionDrop, Hint, concatenated
+from controlkit.errors import UserError
 
 if TYPE_CHECKING:
     from controlkit.controls.file_format import Checkpoint, FileFormat
@@ -402,19 +403,29 @@ class Control(nn.Module, ABC):
         start: Control | None = None,
         companion: Control | None = None,
     ) -> Control:
-        """A control ready to train: `start`, or a new one.
+        """A control ready to train: `start` as it is, or a new one.
 
         Args:
             options: the recipe's settings that belong to the system (`Options`, `Training.options`).
             name: of the control and its file.
             seed: of random initialisation.
+
+        Raises:
+            UserError: an option other than its default contradicts `start`.
         """
         (condition,) = conditions
         if start is None:
             torch.manual_seed(seed)
             start = cls.for_base(base, condition, **options)
+        else:
+            _check_options(start, options)
         start.condition = condition
         return start.requires_grad_(True).train()
+
+    @classmethod
+    def options_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of `Options` that a config determines, by name; the others only initialise a new control."""
+        return {name: config[name] for name in _defaults(cls.Options) if name in config}
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Modules that a run trains, by their names in its state."""
@@ -550,6 +561,32 @@ def residuals_together(
     if len(controls) == 1:
         return [controls[0](x_t, t, text, hints[0])]
     return controls[0].forward_together(controls, x_t, t, text, hints)
+
+
+def _check_options(start: Control, options: Mapping[str, Any]) -> None:
+    """Check that options other than their defaults are those of the control that training starts from.
+
+    Raises:
+        UserError: one is not, or it initialises new controls only.
+    """
+    existing = start.options_of(start.config())
+    for name, default in _defaults(start.Options).items():
+        wanted = options.get(name, default)
+        if wanted == default or (name in existing and existing[name] == wanted):
+            continue
+        if name not in existing:
+            raise UserError(
+                f"{name} initialises a new control, but start gives the weights; remove one", "contradiction"
+            )
+        raise UserError(
+            f"{name} is {wanted!r}, but {existing[name]!r} in the control to start from, whose value is kept; remove"
+            f" {name}, or start from another control",
+            "contradiction",
+        )
+
+
+def _defaults(options: type | None) -> dict[str, Any]:
+    return {} if options is None else {field.name: field.default for field in fields(options)}
 
 
 @lru_cache(maxsize=32)

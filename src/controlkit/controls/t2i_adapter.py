@@ -65,8 +65,8 @@ class AdapterTraining(Options):
     """Recipe settings of a T2I-Adapter."""
 
     start: str | None = None
-    """Initial weights: a T2I-Adapter file or folder in any format, with its own `colours` and `light`. Default: random
-    weights."""
+    """Initial weights: a T2I-Adapter file or folder in any format, which determines `colours` and `light`. Default:
+    random weights."""
     time_sampling: str | None = "cubic"
     """Distribution of training times: `cubic` favours noisy ones, at which the layout is decided (Mou et al. 2024,
     section 3.3); `uniform`; `logit-normal`. None is the base's own."""
@@ -170,6 +170,10 @@ class T2IAdapterControl(OneImage):
 
     def config(self) -> dict[str, Any]:
         return plain_config(self.network)
+
+    @classmethod
+    def options_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {"colours": config["in_channels"], "light": config["adapter_type"] == LIGHT}
 
     def file_state(self) -> dict[str, Tensor]:
         return dict(self.network.state_dict())

@@ -270,6 +270,14 @@ class ControlNet(OneImage):
         return [parameter for parameter in self.parameters() if parameter not in silent]
 
     @classmethod
+    def options_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "sd_locked": config.get(_LOCKED, True),
+            "only_mid_control": config.get(_ONLY_MIDDLE, False),
+            "global_average_pooling": config.get(_POOLS, False),
+        }
+
+    @classmethod
     def for_training(
         cls,
         base: Base,
@@ -291,16 +299,11 @@ class ControlNet(OneImage):
         return control
 
     def _continue_with(self, base: Base, options: Mapping[str, Any]) -> None:
-        """Apply the options of a recipe that starts from it.
+        """Change it by the options of a recipe that starts from it, where they add to what it is.
 
         Raises:
-            UserError: an option contradicts it.
+            UserError: it has a decoder, and `sd_locked` is true.
         """
-        if options.get("gaussian_convolutions"):
-            raise UserError(
-                "gaussian_convolutions initialises a new ControlNet, but start gives the weights; remove one",
-                "contradiction",
-            )
         if not options.get("sd_locked", True) and self.decoder is None:
             self.unlock(base)
         elif options.get("sd_locked", True) and self.decoder is not None:
@@ -308,7 +311,8 @@ class ControlNet(OneImage):
                 f"the ControlNet to start from contains {DECODER_TITLE}; set sd_locked: false to train both on",
                 "contradiction",
             )
-        self.only_mid_control = bool(options.get("only_mid_control"))
+        if options.get("only_mid_control"):
+            self.only_mid_control = True
         if options.get("global_average_pooling"):
             self.network.register_to_config(**{_POOLS: True})
 
