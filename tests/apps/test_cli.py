@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from controlkit.apps import demo
 from controlkit.apps.cli import main
@@ -181,6 +182,13 @@ def test_a_cropped_image_is_noted(image, tmp_path, capsys):
         err = capsys.readouterr().err
         assert all(fact in err for fact in facts)
         assert ("note:" in err) == bool(facts)
+
+
+def test_a_base_for_what_is_no_control_is_refused(tmp_path, capsys):
+    save_file({"some.weight": np.zeros(2, np.float32)}, tmp_path / "other.safetensors")
+    assert run("inspect", tmp_path / "other.safetensors") == 0
+    assert run("inspect", tmp_path / "other.safetensors", "--base", "nano") == 2
+    check(capsys.readouterr().err, "contradiction", "--base nano", tmp_path / "other.safetensors")
 
 
 def test_inspect_tells_what_the_shipped_control_is(capsys):
@@ -403,6 +411,9 @@ def test_evaluate_refuses_before_it_samples(words, code, facts, capsys):
         (["generate", "x", "--width", str(2**40)], "out-of-range", ["width", 2**40, 1, 16384]),
         (["inspect", "canny", "--size", str(2**40)], "out-of-range", ["--size", 2**40, 1, 16384]),
         (["inspect", "canny", "--rank", "4"], "contradiction", ["--rank", "ctrlora", "canny"]),
+        (["inspect", "nano", "--base", "nothing"], "contradiction", ["--base nothing", "nano is a base"]),
+        (["inspect", "canny", "--base", "sdxl"], "incompatible", ["canny", "sdxl", "--base"]),
+        (["inspect", "canny", "--base", "nothing"], "missing-file", ["nothing"]),
         (["condition", "canny", "{image}", "--set", "low=2024-13-01"], "wrong-type", ["low=2024-13-01", "YAML"]),
         (["condition", "canny", "{image}", "--set", f"low={'9' * 400}"], "out-of-range", ["low", "0", "1530"]),
         (["condition", "all", "{image}", "--set", "low=3"], "contradiction", ["all", "--set"]),

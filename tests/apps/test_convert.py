@@ -12,10 +12,13 @@ from safetensors.torch import load_file
 
 from controlkit import conditions, progress
 from controlkit.apps.cli import main
+from controlkit.conditions.condition import is_of_labels
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.controls.gligen import GLIGEN
+from controlkit.controls.uni_controlnet import LocalAdapter
+from controlkit.controls.unicontrol import UniControl
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
-from controlkit.sampling.inputs import _is_of_labels
 from refusals import check
 
 
@@ -115,6 +118,33 @@ def test_options_that_would_do_nothing_are_refused(file, tmp_path, capsys, words
     assert "[would-overwrite]" in capsys.readouterr().err
 
 
+def test_a_base_that_does_not_fit_is_refused_even_where_nothing_needs_it(file, tmp_path, capsys):
+    assert run("convert", file, tmp_path / "new.safetensors", "--to", "original", "--base", "sdxl") == 2
+    check(capsys.readouterr().err, "incompatible", file, "sdxl", "--base")
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+def test_only_conditions_that_a_control_has_are_recorded(tiny_base, tmp_path, capsys):
+    unicontrol = UniControl.for_base(tiny_base, tasks={"canny": "canny to image", "grayscale": "grayscale to image"})
+    local = LocalAdapter.for_base(tiny_base, names=["canny", "palette"])
+    gligen = tmp_path / "gligen.safetensors"
+    save_control(gligen, GLIGEN.for_base(tiny_base), tiny_base)
+    of_tasks = save_control(tmp_path / "unicontrol.safetensors", unicontrol, tiny_base)
+    of_images = save_control(tmp_path / "local.safetensors", local, tiny_base)
+    out = tmp_path / "new.safetensors"
+    for path, condition, code, facts in (
+        (of_tasks, "depth", "unknown-name", ["depth", "canny", "grayscale"]),
+        (of_images, "depth", "contradiction", ["depth", "canny (image", "palette (image"]),
+        (of_images, "canny", "contradiction", ["canny (image", "palette (image"]),
+        (gligen, "canny", "contradiction", ["boxes (value)"]),
+    ):
+        assert run("convert", path, out, "--to", "controlkit", "--condition", condition) == 2
+        check(capsys.readouterr().err, code, path, *facts)
+        assert not out.exists()
+    assert run("convert", of_tasks, out, "--to", "controlkit", "--condition", "grayscale") == 0
+    assert load_control(out, tiny_base).conditions == ("grayscale",)
+
+
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -183,7 +213,7 @@ def test_labels_are_not_mixed_whatever_name_a_file_gives_to_its_condition(tiny_c
     control = copy.copy(tiny_control)
     for name, labels in (("segmentation", True), ("canny", False), ("somebody's own", False), (None, False)):
         control.condition = name
-        assert _is_of_labels(control.condition) == labels
+        assert is_of_labels(control.condition) == labels
 
 
 def test_a_shuffle_whose_file_says_nothing_pools(file, tmp_path, tiny_base, base_folder, capsys):

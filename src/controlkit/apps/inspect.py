@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
     if args.name in systems:
         facts = describe_system(args.name, base or NANO, args.rank, args.size)
     elif is_base(args.name):
+        if base is not None:
+            raise UserError(f"--base {base} is for systems and controls; {args.name} is a base", "contradiction")
         facts = describe_base(args.name, args.size)
     else:
         facts = describe(args.name, base, args.size)

@@ -213,6 +213,11 @@ class Control(nn.Module, ABC):
         """The conditions that it follows, each by `for_condition`; empty if the file records none."""
         return () if self.condition is None else (self.condition,)
 
+    @classmethod
+    def conditions_in(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The names of which its condition must be one; empty if its config does not determine them."""
+        return ()
+
     def with_values(self, values: Mapping[str, Any]) -> Control:
         """The control that the plain values among its inputs select, such as one of its conditions.
 

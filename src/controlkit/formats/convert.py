@@ -14,7 +14,8 @@ from torch import Tensor
 from controlkit import conditions
 from controlkit.bases.families import KNOWN_BASES, known_by_shape
 from controlkit.bases.load import SINGLE_FILES, base_folder, base_path, load_base
-from controlkit.controls.control import Control
+from controlkit.bases.meta import meta_base
+from controlkit.controls.control import Control, words_of_inputs
 from controlkit.controls.file_format import Checkpoint, FileFormat, Reference, Written
 from controlkit.controls.registry import find, registry
 from controlkit.errors import UserError, nearest
@@ -96,11 +97,11 @@ def convert(
         out: file to write, or folder for formats that are folders.
         to: name of a format (`format_names`).
         base: nano, a diffusers folder, a single file, a hub id, or a well-known base (`sd15`), of which only the
-            settings are available; for files that depend on their base.
+            settings are available; for files that depend on their base. The control must fit it.
         base_control: file of an adapter's base control; by default it is searched next to the adapter.
         dtype: of the floating-point tensors in the output.
         rank: of a low-rank format.
-        condition: name of the control's condition, written into the metadata.
+        condition: name of the control's condition, written into the metadata; one of its own if it has several.
         kind: system of the control to read, for a file that contains several.
         pooled: the ControlNet averages its residuals over the image, as ControlNet 1.1's shuffle does, which its
             original file does not record. Implied by the condition `shuffle` if the file has no such entry.
@@ -134,8 +135,10 @@ def convert(
     checkpoint = source_format.read(system, detected.file, reference, detected.description)
     flags = [name for name, used in (("pooled", pooled), ("decoder", decoder)) if used]
     _check_flags(path, system, base_control is not None, flags)
+    if base is not None:
+        check_base(system, checkpoint, base)
     if condition is not None:
-        checkpoint.metadata["control.condition"] = conditions.find(condition).name
+        checkpoint.metadata["control.condition"] = _checked_condition(path, system, checkpoint, condition)
     system.settle_checkpoint(checkpoint, flags)
     inputs = [*files_of(path), *_files_of_base(base)]
     if system.companion is not None:
@@ -181,6 +184,44 @@ def _check_flags(path: Path, kind: type[Control], companion: bool, flags: Sequen
         if flag not in kind.convert_flags:
             able = _titles(other for other in registry().values() if flag in other.convert_flags)
             raise UserError(f"--{flag} is for {able}; {path} is {kind.title}", "contradiction")
+
+
+def check_base(kind: type[Control], checkpoint: Checkpoint, base: str) -> None:
+    """Check that the control of a checkpoint fits a base, from configurations alone.
+
+    Raises:
+        UserError: there is no such base, or it does not fit.
+    """
+    on_meta = meta_base(base)
+    with torch.device("meta"):
+        control = kind.from_config(checkpoint.config)
+    if (reason := control.incompatibility(on_meta)) is not None:
+        raise UserError(
+            f"{checkpoint.path} does not fit the base {base}: {reason}; pass the base that it was made for as --base,"
+            " or none",
+            "incompatible",
+        )
+
+
+def _checked_condition(path: Path, kind: type[Control], checkpoint: Checkpoint, condition: str) -> str:
+    """The name of a condition that the control of a checkpoint may record.
+
+    Raises:
+        UserError: there is no such condition, or the control cannot be of it.
+    """
+    name = conditions.find(condition).name
+    known = kind.conditions_in(checkpoint.config)
+    if known and name not in known:
+        message = f"--condition {condition}: {path} has no condition {name!r}{nearest(name, known)}"
+        raise UserError(message, "unknown-name")
+    kind = kind.class_of(checkpoint.config)
+    if not any(entry.kind == "image" and entry.condition is None for entry in kind.inputs):
+        raise UserError(
+            f"--condition {condition} has no effect on {path}: the inputs of {kind.title} are {words_of_inputs(kind)};"
+            " remove it",
+            "contradiction",
+        )
+    return name
 
 
 def _titles(kinds: Iterable[type[Control]]) -> str:

@@ -30,7 +30,7 @@ from controlkit.controls.file_format import Checkpoint
 from controlkit.controls.registry import companion_role, find, registry, role_of
 from controlkit.errors import UserError, nearest
 from controlkit.formats.companions import SUFFIXES, read_checkpoint
-from controlkit.formats.convert import reference_for
+from controlkit.formats.convert import check_base, reference_for
 from controlkit.formats.cost import base_flops, cost_of, cost_without_base, is_countable, residual_sites_of
 from controlkit.formats.detect import Detected, detect
 from controlkit.formats.load import find_control, shipped_controls
@@ -43,16 +43,18 @@ def describe(name: str, base: str | None = None, size: int | None = None) -> dic
     """Facts about a shipped control, a control file in any format, or another file of tensors.
 
     Args:
-        base: that it was made for, as in `convert`; for files that depend on their base.
+        base: that it was made for, as in `convert`; for files that depend on their base, and for FLOPs.
         size: side of the image for FLOPs, in pixels; default: that of its training if the file records it, else of its
             family.
 
     Raises:
-        UserError: there is no such file, it cannot be read, or its content is inconsistent.
+        UserError: there is no such file, it cannot be read, its content is inconsistent, or the base does not fit it.
     """
     path = find_control(name)
     detected = detect(path)
     if detected.control is None or detected.format is None or detected.format.read is None:
+        if base is not None:
+            raise UserError(f"--base {base} is for controls; {path} is {detected.description}", "contradiction")
         return {
             "kind": "none: not a supported control",
             "what": detected.description,
@@ -66,6 +68,8 @@ def describe(name: str, base: str | None = None, size: int | None = None) -> dic
         if lacks_base
         else detected.format.read(detected.control, detected.file, reference_for(base), detected.description)
     )
+    if checkpoint is not None and base is not None:
+        check_base(detected.control, checkpoint, base)
     counts = _tensor_counts(detected.file.tensors if checkpoint is None else checkpoint.tensors)
     facts: dict[str, Any] = {
         "kind": detected.kind,

@@ -234,6 +234,10 @@ class UniControl(Control):
         known = conditions.registry()
         return tuple(task for task in self.tasks if task in known)
 
+    @classmethod
+    def conditions_in(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(str(name) for name, _ in config["tasks"])
+
     def for_condition(self, condition: str) -> Control:
         return self.for_task(condition)
 
