@@ -9,7 +9,7 @@ import itertools
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -57,6 +57,22 @@ def read_overrides(overrides: Sequence[str], option: str = "--set") -> dict[str,
         except (yaml.YAMLError, ValueError) as error:  # an impossible date is a ValueError
             raise UserError(f"{option} {override}: {value!r} is not a YAML value", "wrong-type") from error
     return values
+
+
+def check_overrides(overrides: Mapping[str, Any], options: Mapping[str, Any], option: str = "--set") -> None:
+    """Check that overrides do not contradict options of the command line.
+
+    Args:
+        overrides: as of `read_overrides`.
+        options: setting -> value, of the options in use.
+
+    Raises:
+        UserError: both name a setting, with different values.
+    """
+    for key in overrides.keys() & options.keys():
+        one, other = options[key], overrides[key]
+        if one != other and str(one) != str(other):
+            raise UserError(f"{key} is {one}, and {option} {key}={other}; give one of them", "contradiction")
 
 
 def build_settings(kind: type[Settings], values: dict[str, Any], origin: str) -> Settings:

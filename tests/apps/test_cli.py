@@ -19,8 +19,10 @@ from controlkit.apps.show import print_json, print_table
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.conditions import registry
+from controlkit.evaluation import evaluate_control
 from controlkit.formats.load import save_control
 from controlkit.sampling.request import GenerateRequest
+from controlkit.studies.community_model import CommunityModel
 from refusals import check
 from tiny import fresh_control
 
@@ -396,13 +398,23 @@ def test_controls_of_a_base_of_another_size_are_judged_at_that_size(base_folder,
         (["control", "canny", "--images", "0"], "out-of-range", ["--images", 0, 1]),
         (["control", "canny", "canny"], "contradiction", ["canny"]),
         (["control", "canny", "--sheet", "."], "wrong-kind", ["--sheet .", "folder", "PNG"]),
+        (["control", "canny", "--sets", "held-out", "--images", "1", "--distance"], "out-of-range", ["FD", 2, 1]),
+        (["control", "canny", "nano/blur", "--images", "1", "--distance"], "out-of-range", ["FD", 2, 1]),
         (["base", "nano", "--pictures", "3"], "contradiction", ["--images", "controls"]),
         (["base", "nano", "nano"], "usage", ["one base", 2]),
     ],
 )
-def test_evaluate_refuses_before_it_samples(words, code, facts, capsys):
+def test_evaluate_refuses_before_it_samples(words, code, facts, capsys, monkeypatch):
+    for name in ("generate_baselines", "generate_controlled"):
+        monkeypatch.setattr(evaluate_control, name, lambda *_, **__: pytest.fail("it samples"))
     assert run("evaluate", *words) == 2
     check(capsys.readouterr().err, code, *facts)
+
+
+def test_settings_of_a_study_are_listed_as_json_too(capsys):
+    assert run("study", "community-model", "--help-settings", "--json") == 0
+    listed = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    assert listed["images"]["default"] == CommunityModel.images and listed["images"]["what"]
 
 
 @pytest.mark.parametrize(
@@ -436,6 +448,21 @@ def test_evaluate_refuses_before_it_samples(words, code, facts, capsys):
             ["study", "several-conditions", "--set", "mixes=[palette+palette]"],
             "contradiction",
             ["'palette+palette'", "two or more"],
+        ),
+        (
+            ["study", "several-conditions", "--out", "{image}.a", "--set", "out={image}.b"],
+            "contradiction",
+            ["out is ", ".a", "--set out=", ".b"],
+        ),
+        (
+            ["adapt", "pairs", "--control", "nano/base", "--out", "a", "--set", "out=b"],
+            "contradiction",
+            ["out is a", "--set out=b"],
+        ),
+        (
+            ["adapt", "pairs", "--control", "nano/base", "--steps", "3", "--set", "steps=4"],
+            "contradiction",
+            ["steps is 3", "--set steps=4"],
         ),
         (["study", "several-conditions", "--set", "mixes=[]"], "missing-setting", ["mixes", "palette+lineart"]),
         (["study", "community-model", "--set", "images=0"], "out-of-range", ["images", 0, "at least 1"]),

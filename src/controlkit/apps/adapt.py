@@ -63,19 +63,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     from controlkit import conditions
-    from controlkit.settings import read_overrides
+    from controlkit.settings import check_overrides, read_overrides
     from controlkit.training.recipes import adapter_settings, build_recipe
 
     values = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
-    values |= named_columns(args) | read_overrides(args.overrides)
+    values |= named_columns(args)
+    fixed = {"system": "ctrlora-adapter", "pairs": args.pairs, "control": args.control}
+    overrides = read_overrides(args.overrides)
+    check_overrides(overrides, values | fixed | ({} if args.out is None else {"out": args.out}))
+    values |= overrides
     name = values.get("name", "adapter")
     if "condition" not in values and (found := _condition_of(args.pairs, _columns(values))) is not None:
         values["condition"] = found
     recipe = build_recipe(
         {
-            "system": "ctrlora-adapter",
-            "pairs": args.pairs,
-            "control": args.control,
+            **fixed,
             "out": args.out or f"runs/{name}",
             **adapter_settings(str(values.get("base", "nano"))),
             **values,

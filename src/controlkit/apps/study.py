@@ -84,19 +84,20 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"name a study ({', '.join(STUDIES)}), or use --list", "missing-setting")
 
     from controlkit.sampling.graphs import tallied
-    from controlkit.settings import build_settings, describe_settings, read_overrides
+    from controlkit.settings import build_settings, check_overrides, read_overrides
 
     kind, run_study = load_study(args.name)
     if args.help_settings:
-        rows = [(setting.name, str(setting.default), setting.what) for setting in describe_settings(kind)]
-        print_table(f"Settings of {args.name}", ("setting", "default", "what it is"), rows)
+        _list_settings(args.name, kind, args.json)
         return
     values = {name: getattr(args, name) for name in ("control", "out", "device") if hasattr(args, name)}
     if "control" in values and "controls" in {field.name for field in dataclasses.fields(kind)}:
         values["controls"] = (values.pop("control"),)
     if args.given:
         values["given"] = tuple(args.given)
-    settings: Any = build_settings(kind, values | read_overrides(args.settings), f"study {args.name}")
+    overrides = read_overrides(args.settings)
+    check_overrides(overrides, values)
+    settings: Any = build_settings(kind, values | overrides, f"study {args.name}")
     with tallied() as calls:
         result = run_study(settings)
     if args.json:
@@ -111,3 +112,14 @@ def run(args: argparse.Namespace) -> None:
         print(f"{what}: {path}")
     if is_verbose():
         print(calls(), file=sys.stderr)
+
+
+def _list_settings(name: str, kind: type, as_json: bool) -> None:
+    from controlkit.settings import describe_settings
+
+    settings = describe_settings(kind)
+    if as_json:
+        print_json([vars(setting) for setting in settings])
+        return
+    rows = [(setting.name, str(setting.default), setting.what) for setting in settings]
+    print_table(f"Settings of {name}", ("setting", "default", "what it is"), rows)

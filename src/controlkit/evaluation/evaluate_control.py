@@ -69,8 +69,8 @@ def evaluate_control(
         The table, and a contact sheet of the first eight images of each set.
 
     Raises:
-        UserError: the control records no condition, or takes more than one image; or the `metrics` extra is not
-            installed (`distance`).
+        UserError: the control records no condition, or takes more than one image; or, with `distance`, a set has one
+            image, or the `metrics` extra is not installed.
     """
     baselines = {} if baselines is None else baselines
     evaluated = _evaluate_each(
@@ -321,7 +321,18 @@ def _evaluate_each(
     baselines: dict[str, Baselines],
     **settings: Any,
 ) -> list[_Evaluated]:
-    """`_evaluate` on each set in each prompt mode."""
+    """`_evaluate` on each set in each prompt mode.
+
+    Raises:
+        UserError: a distance is asked for of a set of one image; raised before anything is sampled.
+    """
+    for images in sets if settings["distance"] else ():
+        count = len(images.targets if isinstance(images, EvalSet) else images.images)
+        if count < 2:
+            raise UserError(
+                f"FD-lite0 needs at least 2 images, and {images.name} has {count}; evaluate more, or no distance",
+                "out-of-range",
+            )
     return [
         _evaluate(base, control, each, baselines, prompt_mode=prompt_mode, **settings)
         for each in _numbered(sets)
