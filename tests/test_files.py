@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -137,6 +138,12 @@ def test_a_full_disk_is_said_in_words_for_weights_too(tmp_path):
     assert f"UserError: cannot write {path}" in done.stderr.strip().splitlines()[-1]
     assert names(tmp_path) == ["x.safetensors"]
     assert path.read_text() == "old"
+
+
+def test_json_that_is_written_has_null_for_what_is_no_number(tmp_path):
+    path = tmp_path / "report.json"
+    write_json(path, {"closed": float("nan"), "rows": [("a", float("inf"), 1.5)]})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"closed": None, "rows": [["a", None, 1.5]]}
 
 
 def test_json_goes_and_comes_back(tmp_path):

@@ -7,9 +7,10 @@ import contextlib
 import glob
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,21 @@ def remove_leftovers(path: str | Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    """Write `value` as indented JSON, atomically, with null for NaN and infinity."""
+    value = with_null(value)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     if any(0xD800 <= ord(letter) < 0xE000 for letter in text):  # surrogates of a file name that is not UTF-8
         text = json.dumps(value, indent=2)
     write_atomically(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+
+
+def with_null(value: Any) -> Any:
+    """`value` with null in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: with_null(inner) for key, inner in value.items()}
+    return [with_null(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_json(path: str | Path) -> Any:

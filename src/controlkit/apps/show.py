@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from controlkit.errors import UserError
@@ -49,7 +48,9 @@ def columns_of(args: argparse.Namespace) -> Columns:
 
 def print_json(value: Any) -> None:
     """Print one JSON object on standard output."""
-    print(json.dumps(_with_null(value), default=str, allow_nan=False))
+    from controlkit.files import with_null
+
+    print(json.dumps(with_null(value), default=str, allow_nan=False))
 
 
 class Reported(UserError):
@@ -59,15 +60,6 @@ class Reported(UserError):
 def error_json(error: UserError) -> dict[str, str | None]:
     """An error as `--json` prints it, under `error`."""
     return {"code": error.code, "message": str(error)}
-
-
-def _with_null(value: Any) -> Any:
-    """`value` with null in place of NaN and infinity, which JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _with_null(inner) for key, inner in value.items()}
-    return [_with_null(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def print_notes(notes: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -150,6 +151,7 @@ class Bench:
             measured = dataclasses.asdict(self._measure(task, method, recipe))
             write_json(path, {**measured, "settings": self._settings(task, recipe)})
         stored = read_json(path)
+        stored |= {name: math.nan for name in ("score", "baseline", "ceiling") if stored[name] is None}
         return Cell(**{field.name: stored[field.name] for field in dataclasses.fields(Cell)})
 
     def _settings(self, task: Task, recipe: ControlRecipe) -> dict[str, Any]:

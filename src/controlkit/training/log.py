@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from controlkit.files import with_null
+
 _WARM_UP, _TIMED = 2, 6
 """Untimed steps, and the step after which the remaining time is first estimated."""
 
@@ -53,7 +55,8 @@ class RunLog:
             settings: how the values were computed; in the JSON line only.
         """
         seconds = round(self._before + time.monotonic() - self._started, 3)
-        self._stream.write(json.dumps({"step": step, "seconds": seconds, **values, **(settings or {})}) + "\n")
+        line = with_null({"step": step, "seconds": seconds, **values, **(settings or {})})
+        self._stream.write(json.dumps(line, allow_nan=False) + "\n")
         if self._board is not None:
             for key, value in values.items():
                 self._board.add_scalar(key, value, step)

@@ -12,6 +12,7 @@ from PIL import Image
 from controlkit.bases.base import Base
 from controlkit.controls.control import Control
 from controlkit.controls.hints import Hint
+from controlkit.files import with_null
 from controlkit.images import contact_sheet, to_images, write_png
 from controlkit.sampling.graphs import NetworkCalls
 from controlkit.sampling.plan import ActiveControl
@@ -49,5 +50,6 @@ def write_preview(
     settings: Mapping[str, Any],
 ) -> None:
     """Write `STEP.png`, with scores and sampling settings in the PNG text chunk `preview`."""
-    text = json.dumps({"step": step, "scores": dict(scores), "settings": dict(settings)})
+    values = {"step": step, "scores": dict(scores), "settings": dict(settings)}
+    text = json.dumps(with_null(values), allow_nan=False)
     write_png(folder / f"{step:07d}.png", contact_sheet(rows, row_titles=titles, cell=96), {"preview": text})
