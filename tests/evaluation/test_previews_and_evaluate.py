@@ -25,6 +25,7 @@ from controlkit.nano.icons import IconSets, draw
 from controlkit.training.control_objective import ControlObjective
 from controlkit.training.recipes import recipes
 from controlkit.training.run import run
+from refusals import refused
 from tiny import randomise_zero_convolutions
 
 CPU = torch.device("cpu")
@@ -140,6 +141,29 @@ def test_an_adapters_card_and_report_are_in_the_base_s_own_mode(adapt_recipe):
     own = load_base(adapt_recipe.base).default_mode
     assert made.report.settings["control"]["mode"] == own == "control"
     assert f"mode {own}, weight 1, guidance 3, 20 ddim steps" in made.path.with_suffix(".md").read_text()
+
+
+def test_cards_of_others_and_edited_cards_stay(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    card = tmp_path / "run" / "canny.md"
+    card.write_text("thesis")
+    with refused("would-overwrite", card):
+        run(recipe)
+    card.unlink()
+    run(recipe)
+    assert WORDS in card.read_text()
+    card.write_text("edited")
+    run(recipe)
+    assert card.read_text() == "edited"
+    run(dataclasses.replace(recipe, steps=3))
+    assert WORDS in card.read_text()
+
+
+def test_an_edited_card_of_an_adapter_stays(adapt_recipe):
+    card = adapt(adapt_recipe).path.with_suffix(".md")
+    card.write_text("edited")
+    adapt(adapt_recipe)
+    assert card.read_text() == "edited"
 
 
 def test_the_mode_is_the_base_s(adapt_recipe, monkeypatch):

@@ -504,9 +504,38 @@ def test_patience_counts_on_when_a_run_is_resumed(tmp_path):
     assert toy.steps_seen == [2]
 
 
-def test_patience_without_a_score_is_refused(tmp_path):
+def test_patience_without_a_score_is_refused_before_the_first_step(tmp_path):
+    toy = Toy(toy_recipe(tmp_path / "run", patience=2))
     with refused("contradiction", "patience", "score"):
-        train(Toy(recipe := toy_recipe(tmp_path, patience=2)), recipe)
+        train(toy, toy.recipe)
+    assert toy.steps_seen == [] and not (tmp_path / "run").exists()
+
+
+def test_patience_of_a_run_that_had_finished_keeps_its_files(tmp_path):
+    merits = [1.0, 3.0, 2.0]
+    before = Scored(toy_recipe(tmp_path, 3, preview_every=1))
+    before.merits = dict(enumerate(merits, 1))
+    train(before, before.recipe)
+    toy, trained = scored(tmp_path, merits, steps=3)
+    assert toy.steps_seen == [] and trained.finished_before
+    assert trained.step == 3 and trained.files == (tmp_path / "weights.pt",)
+    assert_identical(final_weights(tmp_path), before.weights())
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "recipe.json"])
+def test_a_new_run_does_not_overwrite_files_of_others(tmp_path, name):
+    (tmp_path / name).write_text("[1]")
+    with refused("would-overwrite", tmp_path / name, "another out"):
+        run(tmp_path)
+    assert (tmp_path / name).read_text() == "[1]"
+
+
+def test_a_run_that_saved_no_state_can_begin_again(tmp_path):
+    with pytest.raises(UserError):
+        run(tmp_path, at={1: raises(UserError("stop", "bad-data"))})
+    assert (tmp_path / "log.jsonl").exists() and not (tmp_path / "state.safetensors").exists()
+    toy, _ = run(tmp_path)
+    assert len(toy.steps_seen) == STEPS
 
 
 def test_a_state_resumes_with_the_frozen_weights_that_it_records_also_in_the_form_of_earlier_versions(tmp_path):

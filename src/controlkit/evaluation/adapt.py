@@ -18,7 +18,7 @@ from controlkit.images import write_png
 from controlkit.sampling.graphs import GraphReport, tallied
 from controlkit.training.log import total_seconds
 from controlkit.training.recipe import Recipe
-from controlkit.training.run import run
+from controlkit.training.run import run_recipe
 from controlkit.training.sources.pairs import PairSettings
 
 MAX_HELD_OUT = 64
@@ -49,7 +49,7 @@ def adapt(recipe: Recipe) -> Adapted:
             "wrong-kind",
         )
     started = time.perf_counter()
-    run(recipe)
+    result = run_recipe(recipe)
     trained = time.perf_counter()
     folder = Path(recipe.out)
     base = load_base(recipe.base, device=choose_device(recipe.device))
@@ -62,7 +62,10 @@ def adapt(recipe: Recipe) -> Adapted:
     _, held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition_names[0], recipe.columns), recipe.held_out)
     with tallied() as calls:
         report, sheet = evaluate_control(base, control, [pairs_eval_set(held_out[:MAX_HELD_OUT], base.size)])
-    write_png(folder / "held-out.png", sheet)
-    write_card(path, scores=report.to_markdown(), image="held-out.png", seconds=total_seconds(folder))
+    # The card of a run that had finished may have been edited; without the sheet, it is only that of training.
+    sheet_path = folder / "held-out.png"
+    if not (result.finished_before and sheet_path.exists() and path.with_suffix(".md").exists()):
+        write_card(path, scores=report.to_markdown(), image=sheet_path.name, seconds=total_seconds(folder))
+    write_png(sheet_path, sheet)
     seconds = {"train": trained - started, "judge": time.perf_counter() - trained}
-    return Adapted(path=path, report=report, sheet=folder / "held-out.png", seconds=seconds, graphs=calls())
+    return Adapted(path=path, report=report, sheet=sheet_path, seconds=seconds, graphs=calls())

@@ -284,6 +284,10 @@ class ControlObjective(Objective):
             found.append(score if kind.fidelity.higher_is_better else -score)
         return sum(found) / len(found)
 
+    @property
+    def has_merit(self) -> bool:
+        return all(self.source.scored_by(name) is not None for name in self.recipe.condition_names)
+
     def _sample(self, name: str, held_out: HeldOut) -> list[Image.Image]:
         """Images generated from held-out condition images with fixed seeds."""
         control = self.control.for_condition(name)

@@ -95,6 +95,11 @@ class Objective(ABC):
         return None
 
     @property
+    def has_merit(self) -> bool:
+        """Whether `merit` will compare the previews of this run."""
+        return type(self).merit is not Objective.merit
+
+    @property
     def preview_settings(self) -> dict[str, Any]:
         """Settings of the samples that `preview` scores, as JSON values: guidance mode and scale, steps, sampler."""
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,7 +36,12 @@ class Patience:
             record = read_json(folder / _RECORD)
         if record and record["judged"] <= first:
             self._best, self._waited, self.step = record["best"], record["waited"], record["step"]
-            self.scores = record.get("scores", {})
+            self.scores = {name: math.nan if v is None else v for name, v in record.get("scores", {}).items()}
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is a best preview."""
+        return self._best is not None
 
     @property
     def exhausted(self) -> bool:

@@ -15,6 +15,8 @@ from controlkit.training.trainer import Trained, train
 def run(recipe: Recipe) -> dict[str, float]:
     """Train `recipe` and write the results into its folder, with a card beside every control.
 
+    Cards of a run that had finished before are kept, as they may have been edited.
+
     Returns:
         The scores of the last preview, or with `patience` of the best.
     """
@@ -25,7 +27,8 @@ def run_recipe(recipe: Recipe) -> Trained:
     """`run`, returning files, preview and time, too."""
     trained = train(lambda: objective_of(recipe), recipe)
     for path in trained.files:
-        if path.suffix == ".safetensors":
+        kept = trained.finished_before and path.with_suffix(".md").exists()
+        if path.suffix == ".safetensors" and not kept:
             rows = [f"| {name} | {value:.4g} |" for name, value in trained.scores.items()]
             sampling = f" ({in_words(trained.scored)})" if trained.scored else ""
             table = ["| | |", "|---|---|", *rows]

@@ -36,6 +36,7 @@ _MAY_CHANGE = {
 _SCHEDULE = ("steps", "learning_rate", "min_lr_rate", "warmup_steps")
 
 _LOCK = ".lock"
+_RECIPE = "recipe.json"
 
 
 @contextmanager
@@ -86,8 +87,8 @@ def check_same_run(recipe: Recipe, path: Path, saved: str, done: int) -> None:
     Raises:
         UserError: it is of another recipe, or has more steps.
     """
-    if saved != fingerprint(recipe) and saved != fingerprint(_before_change(recipe, path.parent / "recipe.json")):
-        changed = _changed(recipe, path.parent / "recipe.json")
+    if saved != fingerprint(recipe) and saved != fingerprint(_before_change(recipe, path.parent / _RECIPE)):
+        changed = _changed(recipe, path.parent / _RECIPE)
         different = "; ".join(changed.values()) or "see its recipe.json"
         resume = ""
         if changed and set(changed) <= set(CHANGEABLE):
@@ -114,7 +115,7 @@ def _before_change(recipe: Recipe, path: Path) -> Recipe:
 
 def schedule_changes(recipe: Recipe) -> str:
     """`setting: there, now` of changed settings of the learning rate schedule."""
-    path = Path(recipe.out) / "recipe.json"
+    path = Path(recipe.out) / _RECIPE
     return "; ".join(_changed(recipe, path, lambda name: name in _SCHEDULE).values())
 
 
@@ -136,10 +137,25 @@ def _changed(
 
 
 def _check_results(recipe: Recipe, folder: Path) -> None:
-    """Check that a new run would not overwrite files that it did not write."""
-    for name in recipe.results:
+    """Check that a new run would not overwrite files that it did not write.
+
+    A run that ended before its first state has left its log and recipe.
+    """
+    cards = [Path(name).with_suffix(".md").name for name in recipe.results if name.endswith(".safetensors")]
+    begun = [] if _is_recipe(folder / _RECIPE) else [_RECIPE, "log.jsonl"]
+    for name in (*recipe.results, *cards, *begun):
         if (folder / name).exists():
-            another = "another name or another out" if hasattr(recipe, "name") else "another out"
+            named = name not in begun and hasattr(recipe, "name")
+            another = "another name or another out" if named else "another out"
             raise UserError(
                 f"{folder / name} exists already, but no state of a run to resume; set {another}", "would-overwrite"
             )
+
+
+def _is_recipe(path: Path) -> bool:
+    """Whether a file is the record of a run's recipe."""
+    try:
+        values = read_json(path)
+    except UserError:
+        return False
+    return isinstance(values, dict) and isinstance(values.get("system"), str)

@@ -62,6 +62,8 @@ class Trained:
     """Image of that preview."""
     seconds: float
     """Duration of the run, over all its parts."""
+    finished_before: bool = False
+    """Whether the run had finished already, so that nothing was trained."""
     base_runs: str = ""
     """`Objective.base_runs` at the end."""
 
@@ -86,6 +88,12 @@ def train(objective: Objective | Callable[[], Objective], recipe: Recipe) -> Tra
 
 class _Loop:
     def __init__(self, objective: Objective, recipe: Recipe) -> None:
+        if recipe.patience is not None and not objective.has_merit:
+            raise UserError(
+                f"patience is {recipe.patience}, but the previews of this run have no held-out score to compare; set"
+                " patience: null",
+                "contradiction",
+            )
         self.objective = objective
         self.recipe = recipe
         self.folder = writable_folder(recipe.out)
@@ -140,13 +148,15 @@ class _Loop:
         finally:
             self.log.close()
         files: list[Path] = []
-        if self.first >= self.recipe.steps or self._enough_before:
+        finished_before = self.first >= self.recipe.steps or self._enough_before
+        if finished_before:
             self._preview(self.first)
         with averaged(self.average, self.parameters), gathered(self.objective.trained):
             if self.processes.first:
                 files = self.objective.save(self.folder, self.recipe.steps)
         step, scores = self.recipe.steps, self.scores
-        if self.patience is not None and self.processes.first:
+        # A run that was finished before patience was set has judged no preview: its files are the result.
+        if self.patience is not None and self.patience.judged and self.processes.first:
             files, step = self.patience.files(self.folder), self.patience.step
             scores = self.patience.scores or scores
         self.processes.wait()
@@ -161,6 +171,7 @@ class _Loop:
             preview=previews[-1] if previews else None,
             seconds=total_seconds(self.folder),
             base_runs=self.objective.base_runs,
+            finished_before=finished_before,
         )
 
     def _steps(self, signals: _Signals) -> None:
