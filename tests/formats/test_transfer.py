@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from controlkit.apps.cli import main
 from controlkit.bases.load import load_base
@@ -121,6 +122,25 @@ def test_the_verb_writes_a_control_of_the_other_base(tiny_base, other, base_fold
     assert load_control(tmp_path / "canny.safetensors", tiny_base).condition == "canny"
     assert main([*command, "--out", str(tmp_path / "moved.pt")]) == 2
     assert ".safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_transferred_file_keeps_its_dtype_and_what_others_wrote_into_it(
+    tiny_base, other, base_folder, tmp_path, dtype
+):
+    save_base(other, tmp_path / "other")
+    theirs = {"modelspec.author": "somebody", "modelspec.license": "openrail", "ss_note": "mine"}
+    file = save_control(tmp_path / "a.safetensors", fresh_control(tiny_base), tiny_base, dtype=dtype)
+    outdated = {"modelspec.hash_sha256": "0x00", "modelspec.title": "a", "control.own": "old"}
+    save_file(load_file(file), file, {**read_metadata(file), **theirs, **outdated})
+    out = tmp_path / "moved.safetensors"
+    words = ["transfer", str(file), "--from", str(base_folder), "--to", str(tmp_path / "other"), "--out", str(out)]
+    assert main(words) == 0
+    assert {value.dtype for value in load_file(out).values()} == {dtype}
+    metadata = read_metadata(out)
+    assert theirs.items() <= metadata.items()
+    assert metadata["modelspec.title"] == "moved" and metadata["control.base_fingerprint"] == other.fingerprint
+    assert not {"modelspec.hash_sha256", "control.own"} & metadata.keys()
 
 
 def test_a_control_of_another_base_is_not_moved_from_this_one(tiny_base, other, base_folder, tmp_path, capsys):

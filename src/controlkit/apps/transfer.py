@@ -32,9 +32,10 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.controls.registry import companion_role
     from controlkit.errors import UserError
     from controlkit.files import check_overwrite, files_of
-    from controlkit.formats.load import find_control, load_control, save_control
-    from controlkit.formats.metadata import provenance_of, read_metadata
-    from controlkit.formats.transfer import LIMITS, transfer
+    from controlkit.formats.companions import read_checkpoint
+    from controlkit.formats.load import find_control, load_control, reference_to, save_control
+    from controlkit.formats.metadata import provenance_of
+    from controlkit.formats.transfer import LIMITS, dtype_of, kept_metadata, transfer
 
     if Path(args.out).suffix != ".safetensors":
         raise UserError(f"--out {args.out}: expected a .safetensors file", "usage")
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"{args.control} ({control.kind}) contains no copy of a base to transfer; {instead}", "wrong-kind"
         )
-    metadata = read_metadata(find_control(args.control)) if find_control(args.control).is_file() else {}
+    checkpoint = read_checkpoint(find_control(args.control), reference_to(source))
+    metadata = checkpoint.metadata
     fingerprint = metadata.get("control.base_fingerprint", source.fingerprint)
     if fingerprint != source.fingerprint:
         raise UserError(
@@ -60,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
         )
     transferred, offset = transfer(control, source, target)
     origin = {**provenance_of(metadata), "transferred": args.control, "from": source.name, "to": target.name}
-    path = save_control(args.out, transferred, target, made=origin)
+    kept, dtype = kept_metadata(metadata), dtype_of(checkpoint)
+    path = save_control(args.out, transferred, target, made=origin, dtype=dtype, further=kept)
     if args.json:
         print_json({"control": str(path), **vars(offset), "limits": LIMITS})
         return

@@ -6,6 +6,7 @@ by content (`detect.py`) and read in a format of their system (`Control.formats`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -34,6 +35,7 @@ def save_control(
     companion: str | None = None,
     made: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
+    further: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a control as one safetensors file, atomically.
 
@@ -42,8 +44,9 @@ def save_control(
             fingerprint decides.
         made: provenance (steps, seed, recipe, ...), stored as `control.made`.
         dtype: of the weights in the file.
+        further: metadata to keep beside that of every control, which overrides it.
     """
-    metadata = control_metadata(path, control, base, made)
+    metadata = {**(further or {}), **control_metadata(path, control, base, made)}
     if companion is not None:
         metadata[control.companion_key] = companion
     state = control.file_state()
@@ -66,7 +69,7 @@ def load_control(name: str | Path, base: Base | None = None, *, shared: dict[str
     """
     control_name, companion_file = _split_pair(name)
     path = find_control(control_name)
-    reference = _reference(base)
+    reference = reference_to(base)
     checkpoint = read_checkpoint(path, reference)
     kind = find(checkpoint.kind)
     companion = None
@@ -179,7 +182,8 @@ def _split_pair(name: str | Path) -> tuple[str | Path, Path | None]:
     return control_name, find_control(companion)
 
 
-def _reference(base: Base | None) -> Reference:
+def reference_to(base: Base | None) -> Reference:
+    """What reading a file may need of a loaded base."""
     if base is None:
         return Reference()
 

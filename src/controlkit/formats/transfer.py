@@ -8,13 +8,16 @@ counterpart in a base and are kept.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import TypeVar
 
 import torch
 
 from controlkit.bases.base import Base
 from controlkit.controls.control import Control
+from controlkit.controls.file_format import Checkpoint
 from controlkit.errors import UserError
 
 LIMITS = (
@@ -24,6 +27,9 @@ LIMITS = (
     " but is not in its file (ControlNet 1.0)."
 )
 """Shown with every transferred control."""
+
+_OF_TENSORS = ("modelspec.hash_sha256",)
+"""Metadata that describes the tensors of a file."""
 
 Transferable = TypeVar("Transferable", bound=Control)
 
@@ -38,6 +44,18 @@ class Offset:
     """Number of tensors without a counterpart in the bases."""
     distance: float
     """Norm of B - A over norm of A, on the shifted tensors."""
+
+
+def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of a control's file that is true of the transferred control, too, such as author and licence."""
+    ours = ("control.", *_OF_TENSORS)
+    return {key: value for key, value in metadata.items() if not key.startswith(ours)}
+
+
+def dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype in which a file holds a control: the most precise one of several, and float16 for 8 bits."""
+    dtypes = {value.dtype for value in checkpoint.tensors.values() if value.is_floating_point()}
+    return reduce(torch.promote_types, (dtype if dtype.itemsize > 1 else torch.float16 for dtype in dtypes))
 
 
 @torch.no_grad()
