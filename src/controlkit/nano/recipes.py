@@ -63,7 +63,7 @@ class BaseRecipe(Recipe):
     """Distribution of training times: `uniform`, `cubic` (more noisy ones) or `logit-normal` (more in the middle). None
     is the base's own: uniform for Stable Diffusion and nano."""
     snr_gamma: float | None = None
-    """Gamma of min-SNR loss weighting (5 in Hang et al. 2023); None weights all times equally."""
+    """Gamma of min-SNR loss weighting, above 0 (5 in Hang et al. 2023); None weights all times equally."""
     channels: tuple[int, ...] = (48, 96, 160)
     """Channels of the UNet at each resolution."""
     attention: tuple[bool, ...] = (False, True, True)
