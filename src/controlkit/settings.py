@@ -10,6 +10,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -71,6 +72,9 @@ def check_overrides(overrides: Mapping[str, Any], options: Mapping[str, Any], op
     """
     for key in overrides.keys() & options.keys():
         one, other = options[key], overrides[key]
+        if isinstance(one, float) and isinstance(other, str):
+            with suppress(ValueError):
+                other = float(other)  # YAML 1.1 reads 1e-4 as text
         if one != other and str(one) != str(other):
             raise UserError(f"{key} is {one}, and {option} {key}={other}; give one of them", "contradiction")
 

@@ -550,3 +550,11 @@ def test_half_precision_draws_nearly_the_same(precision, image, tmp_path):
         assert run(*command, "--steps", 2, "--precision", name, "--out", tmp_path / name) == 0
     one, two = (np.asarray(Image.open(tmp_path / name / "seed0.png"), float) for name in ("fp32", precision))
     assert 0 < np.abs(one - two).mean() < (2 if precision == "fp16" else 12)
+
+
+def test_an_option_and_the_same_override_in_other_words_agree():
+    from controlkit.settings import check_overrides, read_overrides
+
+    check_overrides(read_overrides(["learning_rate=1e-4", "steps=5"]), {"learning_rate": 1e-4, "steps": 5})
+    with refused("contradiction", 1e-4, "learning_rate=0.001"):
+        check_overrides(read_overrides(["learning_rate=1e-3"]), {"learning_rate": 1e-4})
