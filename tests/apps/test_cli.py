@@ -23,7 +23,7 @@ from controlkit.evaluation import evaluate_control
 from controlkit.formats.load import save_control
 from controlkit.sampling.request import GenerateRequest
 from controlkit.studies.community_model import CommunityModel
-from refusals import check
+from refusals import check, refused
 from tiny import fresh_control
 
 
