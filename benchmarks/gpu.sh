@@ -9,7 +9,8 @@
 #   --quick   checks and the essential times
 #   --toy     every part at toy size; with --device cpu this runs anywhere
 #   --train   seconds for nano's base (default: 150; 0 leaves it out)
-#   --limit   seconds for everything (default: 470); parts whose own limit does not fit in are left out
+#   --limit   seconds for everything (default: 470); parts whose own limit does not fit in are left out, so that a longer
+#             --train needs a higher one
 #   --out     JSON, logs and weights, together in results.tar.gz (default: gpu-results)
 #   PART      run these parts alone, by the names below
 #

@@ -255,7 +255,7 @@ def parser(description: str | None, *, rounds: int, dtype: bool = True) -> argpa
     if dtype:
         parser.add_argument("--dtype", choices=DTYPES, default=None, help="default: bf16 on CUDA, else fp32")
     parser.add_argument("--rounds", type=int, default=rounds, help="timed rounds")
-    parser.add_argument("--warm-up", type=int, default=1, help="untimed rounds before them")
+    parser.add_argument("--warm-up", type=int, default=1, help="untimed rounds before them; on CUDA until times settle")
     parser.add_argument("--out", type=Path, default=None, help="the JSON file (default: in benchmarks/results)")
     return parser
 

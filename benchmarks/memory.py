@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py --device cuda          # measured: torch.cuda.max_memory_allocated
     python benchmarks/memory.py                        # counted, without running a step: minutes, under 2 GB
-    python benchmarks/memory.py --base sd15 --size 512 --batch 1 --only "ours, bf16, base as a graph"
+    python benchmarks/memory.py --base sd15 --size 512 --batch 1 --only "ours, bf16, base as a graph" --out graph.json
 
 One step each of: training a CtrLoRA adapter as the reference does (gradients for the base control and the UNet's
 decoder, autoencoder and text encoder in memory, float32), ours with one switch after another, and a whole ControlNet

@@ -25,6 +25,7 @@ from controlkit.training.recipes import read_recipe
 from controlkit.training.run import run_recipe
 
 TRIALS = 3
+"""Parts of the trial, of which the second is timed."""
 SPARE = 0.95
 """Fraction of the time that is left which is planned for."""
 

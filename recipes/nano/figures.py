@@ -1,4 +1,4 @@
-"""The figures of nano in the pages, by name."""
+"""The figures in the pages, by name."""
 
 from __future__ import annotations
 

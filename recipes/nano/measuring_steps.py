@@ -225,7 +225,7 @@ class MeasuringSteps:
                 _set(chosen.convergence),
                 (self.shop.control("nano/base"), self.shop.icons),
                 {"figure": "convergence.png"},
-                minutes=240,
+                minutes=55,
             ),
             self._study("several", "several-conditions", _set(chosen.several_conditions), adapters, {}, minutes=15),
             self._study(
@@ -367,13 +367,14 @@ class MeasuringSteps:
         made = [*self._evaluations(), *self._studies()]
         results = {path for step in made for path in step.outputs if path.parent == self.shop.results}
         code = [digest(path) for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in _TELLING]
+        measured = {path.name: digest(path) for path in sorted((self.root / RESULTS).parent.glob("*.json"))}
         around = {str(page.relative_to(self.root)): without_figures(text) for page, text in found.items()}
         return Step(
             name="pages",
             what="figures of nano in the pages",
             inputs=tuple(sorted(results)),
             outputs=tuple(staged.values()),
-            settings={"pages": around, "figures": code},
+            settings={"pages": around, "figures": code, "benchmarks": measured},
             run=run,
             minutes=0.1,
             optional_inputs=True,

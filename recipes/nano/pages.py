@@ -1,4 +1,4 @@
-"""The figures of nano in the pages, written from the JSON files in benchmarks/results/nano.
+"""The figures of nano, of speed and of memory in the pages, written from the JSON files in benchmarks/results.
 
 A page marks a figure by comments:
 

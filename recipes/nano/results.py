@@ -95,6 +95,7 @@ class Speed:
     block: bool = False
     """Whether it stands in lines of its own."""
     file: str = "benchmarks"
+    """What `Figure.file` is for others."""
 
     def text(self, results: Results) -> str:
         """What belongs between the marks.
@@ -115,18 +116,22 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def rounded(value: float | None, digits: int) -> str:
+    """A number with so many decimals; empty for None."""
     return "" if value is None else f"{value:z.{digits}f}"
 
 
 def two(value: float) -> str:
+    """Two decimals."""
     return f"{value:z.2f}"
 
 
 def three(value: float) -> str:
+    """Three decimals."""
     return f"{value:z.3f}"
 
 
 def report_titled(results: Results, file: str, start: str) -> Mapping[str, Any]:
+    """The report whose title begins so."""
     found: Mapping[str, Any] = next(
         report for report in results.run(file)["reports"] if report["title"].startswith(start)
     )

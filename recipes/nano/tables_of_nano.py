@@ -24,6 +24,8 @@ def _count(results: Results, report: int) -> int:
 
 
 def base_table(results: Results) -> str:
+    """How good the base is."""
+
     def distance(title: str, report: int, column: int, left: bool = True) -> list[str]:
         shuffled, made, ceiling = (f"{value(results, report, row, column):.0f}" for row in range(3))
         share = value(results, report, 3, column) if left else None
@@ -68,6 +70,8 @@ def base_table(results: Results) -> str:
 
 
 def card_table(results: Results) -> str:
+    """How good the base is, for its model card."""
+
     def distance(what: str, report: int) -> list[str]:
         shuffled, made, ceiling = (f"{value(results, report, row, 3):.0f}" for row in range(3))
         return [what, f"{shuffled} (captions shuffled)", made, ceiling]
@@ -118,6 +122,7 @@ def _facts(results: Results, label: str, images: str) -> Mapping[str, float]:
 
 
 def canny_table(results: Results) -> str:
+    """How closely the canny ControlNet is followed."""
     rows = []
     for images, title in (("held-out", "held-out concepts"), ("openmoji", "OpenMoji, a style never trained on")):
         made, balanced = _facts(results, "control", images), _facts(results, "balanced", images)
@@ -131,6 +136,8 @@ def canny_table(results: Results) -> str:
 
 
 def canny_summary(images: str, form: str) -> Callable[[Results], str]:
+    """The same in one line."""
+
     def make(results: Results) -> str:
         made, balanced = _facts(results, "control", images), _facts(results, "balanced", images)
         ends = " / ".join(two(made[name]) for name in ("baseline", "control", "ceiling"))
@@ -140,6 +147,7 @@ def canny_summary(images: str, form: str) -> Callable[[Results], str]:
 
 
 def guidance_table(results: Results) -> str:
+    """The canny ControlNet by mode, guidance scale and weight."""
     rows = []
     for label in results.labels("guidance"):
         report = results.report("guidance", label)
@@ -155,6 +163,7 @@ def guidance_table(results: Results) -> str:
 
 
 def adapters_table(results: Results) -> str:
+    """How closely each adapter is followed."""
     entry = results.run("adapters", "control")
     balanced = results.report("adapters", "balanced")["facts"]
     rows = []

@@ -12,22 +12,51 @@ from controlkit.files import read_json
 Rows = list[list[str]]
 
 
-def cases(results: Results, file: str) -> list[Mapping[str, Any]]:
-    """The cases of a benchmark.
+def content(results: Results, file: str) -> Mapping[str, Any]:
+    """The file of a benchmark: `setting`, `machine`, `cases`.
 
     Raises:
-        Missing: it has no file.
+        Missing: there is none.
     """
     path = results.benchmarks / f"{file}.json"
     if not path.is_file():
         raise Missing(file)
-    found: list[Mapping[str, Any]] = read_json(path)["cases"]
+    found: Mapping[str, Any] = read_json(path)
     return found
 
 
-def seconds(value: float) -> str:
-    """Three significant digits, two below a second."""
-    return f"{value:#.2g}" if value < 1 else f"{value:#.3g}".rstrip(".")
+def cases(results: Results, file: str) -> list[Mapping[str, Any]]:
+    """The cases of a benchmark; raises as `content`."""
+    found: list[Mapping[str, Any]] = content(results, file)["cases"]
+    return found
+
+
+def title(results: Results, file: str, *names: str) -> str:
+    """A row's title from the setting of its run: base, the settings of these names, and the card.
+
+    Args:
+        names: of `steps`, `seeds`, `batch`, `rank`, `checkpointing`, `rounds`.
+    """
+    found = content(results, file)
+    setting = found["setting"]
+    words = [{"sd15": "SD1.5"}.get(setting["base"], setting["base"])]
+    for name in names:
+        value = setting.get(name)
+        if name == "checkpointing":
+            words += ["`--no-checkpointing`"] if value is False or file.endswith("no-checkpointing") else []
+        elif name == "seeds":
+            words += [f"{value} images"] if value > 1 else []
+        elif name in ("steps", "rounds"):
+            words.append(f"{value} {name if value > 1 else name.removesuffix('s')}")
+        else:
+            words.append(f"{name} {value}")
+    card = found["machine"].get("accelerator", "").split()
+    return ", ".join([*words, *card[-1:]])
+
+
+def seconds(value: float, digits: int = 3) -> str:
+    """Significant digits, two or more."""
+    return f"{value:#.{digits}g}".rstrip(".")
 
 
 def ratio(values: Mapping[str, float]) -> str:
@@ -46,32 +75,33 @@ def small(value: float) -> str:
 # Sampling
 
 _CTRLORA = (
-    ("nano, 20 steps", "ctrlora_sampling-nano-64-cpu"),
-    ("SD1.5, 2 steps", "ctrlora_sampling-sd15-256-cpu-1-seed"),
-    ("SD1.5, 1 step", "ctrlora_sampling-sd15-256-cpu"),
-    ("SD1.5, 1 step", "ctrlora_sampling-sd15-256-cpu-4-seeds"),
-    ("SD1.5, 20 steps, H200", "ctrlora_sampling-sd15-512-cuda"),
+    "ctrlora_sampling-nano-64-cpu",
+    "ctrlora_sampling-sd15-256-cpu-1-seed",
+    "ctrlora_sampling-sd15-256-cpu",
+    "ctrlora_sampling-sd15-256-cpu-4-seeds",
+    "ctrlora_sampling-sd15-512-cuda",
 )
 
 
 def ctrlora_sampling(results: Results) -> str:
     """Sampling with CtrLoRA."""
     rows, before = [], ""
-    for title, file in _CTRLORA:
+    for file in _CTRLORA:
+        name = title(results, file, "steps")
         for case in cases(results, file):
             taken = [seconds(case["seconds"][way]["median"]) for way in ("base", "reference", "plan", "again")]
             counts = [str(case["conditions"]), str(case["seeds"])]
             again = two(case["again_to_base"]["median"])
-            rows.append(["" if title == before else title, *counts, *taken, ratio(case["reference_to_plan"]), again])
-            before = title
+            rows.append(["" if name == before else name, *counts, *taken, ratio(case["reference_to_plan"]), again])
+            before = name
     head = ("base", "conditions", "images", "no control s", "reference s", "plan s", "again s")
     return table((*head, "reference / plan", "again / no control"), rows)
 
 
 _CONTROLNET = (
-    ("nano, 20 steps, 25 rounds", "controlnet_sampling-nano-64-cpu"),
-    ("SD1.5, 4 steps, 3 rounds", "controlnet_sampling-sd15-256-cpu"),
-    ("SD1.5, 20 steps, 4 images, H200, 2 rounds", "controlnet_sampling-sd15-512-cuda"),
+    "controlnet_sampling-nano-64-cpu",
+    "controlnet_sampling-sd15-256-cpu",
+    "controlnet_sampling-sd15-512-cuda",
 )
 _CASES = ("always on", "ends at half of the steps", "conditional branch only")
 
@@ -79,45 +109,47 @@ _CASES = ("always on", "ends at half of the steps", "conditional branch only")
 def controlnet_sampling(results: Results) -> str:
     """Sampling with a ControlNet."""
     rows = []
-    for title, file in _CONTROLNET:
+    for file in _CONTROLNET:
+        base = title(results, file, "steps", "seeds", "rounds")
         for place, (case, name) in enumerate(zip(cases(results, file), _CASES, strict=True)):
             taken = [seconds(case["seconds"][way]["median"]) for way in ("ours", "diffusers")]
-            rows.append(["" if place else title, name, *taken, ratio(case["diffusers_to_ours"])])
+            rows.append(["" if place else base, name, *taken, ratio(case["diffusers_to_ours"])])
     return table(("base", "control", "ours s", "diffusers s", "diffusers / ours"), rows)
 
 
 # Training
 
 _ADAPTER = (
-    ("nano, batch 16, `--no-checkpointing`", "adapter_training-nano-64-cpu-no-checkpointing"),
-    ("SD1.5, batch 1, rank 128", "adapter_training-sd15-256-cpu"),
-    ("SD1.5, batch 1, rank 128, `--no-checkpointing`", "adapter_training-sd15-256-cpu-no-checkpointing"),
-    ("SD1.5, batch 1, rank 128, `--no-checkpointing`, H200", "adapter_training-sd15-512-cuda-no-checkpointing"),
-    ("SD1.5, batch 4, rank 128, H200", "adapter_training-sd15-512-cuda-batch-4"),
+    "adapter_training-nano-64-cpu-no-checkpointing",
+    "adapter_training-sd15-256-cpu",
+    "adapter_training-sd15-256-cpu-no-checkpointing",
+    "adapter_training-sd15-512-cuda-no-checkpointing",
+    "adapter_training-sd15-512-cuda-batch-4",
 )
 _WHOLE = (
-    ("nano, batch 16", "controlnet_training-nano-64-cpu"),
-    ("SD1.5, batch 1", "controlnet_training-sd15-256-cpu"),
-    ("SD1.5, batch 4, H200", "controlnet_training-sd15-512-cuda-batch-4"),
+    "controlnet_training-nano-64-cpu",
+    "controlnet_training-sd15-256-cpu",
+    "controlnet_training-sd15-512-cuda-batch-4",
 )
 
 
-def _training(files: Sequence[tuple[str, str]], reference: str, shorter: str) -> Callable[[Results], str]:
+def _training(files: Sequence[str], settings: Sequence[str], reference: str, shorter: str) -> Callable[[Results], str]:
     def make(results: Results) -> str:
         rows = []
-        for title, file in files:
+        for file in files:
             (case,) = cases(results, file)
             taken = [seconds(case["seconds_a_step"][way]["median"]) for way in ("ours", "reference")]
             difference = small(case["largest_difference_of_losses"])
-            rows.append([title, *taken, ratio(case["reference_to_ours"]), difference])
+            base = title(results, file, *settings)
+            rows.append([base, *taken, ratio(case["reference_to_ours"]), difference])
         head = ("base", "ours s", f"{reference} s", f"{shorter} / ours", "largest difference of losses")
         return table(head, rows)
 
     return make
 
 
-adapter_training = _training(_ADAPTER, "reference", "reference")
-controlnet_training = _training(_WHOLE, "diffusers' script", "script")
+adapter_training = _training(_ADAPTER, ("batch", "rank", "checkpointing"), "reference", "reference")
+controlnet_training = _training(_WHOLE, ("batch",), "diffusers' script", "script")
 
 
 # Memory
@@ -145,6 +177,8 @@ def _peaks(results: Results, file: str) -> dict[str, Mapping[str, float]]:
 def memory(results: Results) -> str:
     """Peak memory of a training step."""
     counted, measured = (_peaks(results, f"memory-sd15-512-{device}") for device in ("cpu", "cuda"))
+    if absent := _WAYS.keys() - counted.keys():
+        raise Missing(f"memory-sd15-512-cpu: {', '.join(sorted(absent))}")
     rows = []
     for way, title in _WAYS.items():
         parts = [f"{counted[way][part]:,.0f}" for part in ("peak", "weights", "gradients", "optimiser", "rest")]
@@ -171,7 +205,7 @@ def what_pays(file: str, title: str) -> Callable[[Results], str]:
         rows = []
         for case in cases(results, file):
             taken = [seconds(case["seconds"][way]["median"]) for way in ("without", "with")]
-            rows.append([_SWITCHES[case["switch"]], *taken, ratio(case["without_to_with"])])
+            rows.append([_SWITCHES.get(case["switch"], case["switch"]), *taken, ratio(case["without_to_with"])])
         return table((title, "without s", "with s", "without / with"), rows)
 
     return make
@@ -182,12 +216,17 @@ def what_pays(file: str, title: str) -> Callable[[Results], str]:
 
 def time_of(file: str, *path: str | int, case: int = 0) -> Callable[[Results], str]:
     """The median of one way, such as `seconds`, `ours`."""
-    return lambda results: f"{seconds(_median(cases(results, file)[case], path))} s"
+
+    def make(results: Results) -> str:
+        value = _median(cases(results, file)[case], path)
+        return f"{seconds(value, 2 if value < 1 else 3)} s"
+
+    return make
 
 
 def ratio_of(file: str, name: str, *, case: int = 0) -> Callable[[Results], str]:
     """The median of a ratio."""
-    return lambda results: f"{cases(results, file)[case][name]['median']:.1f}"
+    return lambda results: two(cases(results, file)[case][name]["median"])
 
 
 def peak_of(way: str) -> Callable[[Results], str]:

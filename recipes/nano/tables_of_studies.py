@@ -52,6 +52,7 @@ def _conditions_of(values: Mapping[tuple[str, str, int], float]) -> dict[str, st
 
 
 def budgets_table(results: Results) -> str:
+    """Gap closed by number of steps."""
     values = _closed(_cells(results, "new-condition"))
     steps = _steps_of(values)
     rows = [
@@ -64,6 +65,7 @@ def budgets_table(results: Results) -> str:
 
 
 def mode_table(results: Results) -> str:
+    """The same in nano's own mode."""
     values = _closed(_cells(results, "new-condition-control"))
     steps = _steps_of(values)
     rows = [
@@ -75,6 +77,7 @@ def mode_table(results: Results) -> str:
 
 
 def claims_table(results: Results) -> str:
+    """Which of CtrLoRA's claims hold."""
     report = next(one for one in results.run("new-condition")["reports"] if "reproduce" in one["title"])
     tasks = [task for task in _NEW_CONDITIONS if task in report["columns"]]
     at = {task: report["columns"].index(task) for task in tasks}
@@ -93,6 +96,7 @@ _ABLATION = {
 
 
 def ablation_table(results: Results) -> str:
+    """From a ControlNet to the adapter, one change at a time."""
     detail = _study(results, "new-condition")["detail"]
     cells = [cell for cell in _cells(results, "new-condition") if cell["task"] == detail]
     values, trained = _closed(cells), {cell["method"]: cell["parameters"] for cell in cells}
@@ -106,6 +110,7 @@ def ablation_table(results: Results) -> str:
 
 
 def ranks_and_pairs_table(results: Results) -> str:
+    """Gap closed by rank and by number of pairs."""
     ranks = report_titled(results, "new-condition", "Rank,")["rows"]
     pairs = report_titled(results, "new-condition", "Pairs,")["rows"]
     rows = [
@@ -144,6 +149,7 @@ _CONVERGENCE = {
 
 
 def convergence_table(results: Results) -> str:
+    """Steps to a share of the gap."""
     report = results.report("convergence")
     rows = [
         [_CONVERGENCE.get(name, name.partition(", ")[0]), kind, *map(str, steps)]
@@ -153,6 +159,7 @@ def convergence_table(results: Results) -> str:
 
 
 def several_table(results: Results) -> str:
+    """Two adapters at once."""
     rows = [
         [mix.replace("+", " + "), name, *map(two, values)] for mix, name, *values in results.report("several")["rows"]
     ]
@@ -164,6 +171,7 @@ _MEAN_OF_STYLES, _TEXT_ENCODERS = -2, -1
 
 
 def community_table(results: Results) -> str:
+    """A base of another style, by condition."""
     rows = [
         [f"`{name}`", *map(two, values)] for name, *values in results.report("community", index=_MEAN_OF_STYLES)["rows"]
     ]
@@ -171,6 +179,7 @@ def community_table(results: Results) -> str:
 
 
 def text_encoder_table(results: Results) -> str:
+    """A base with a replaced text encoder."""
     report = results.report("community", index=_TEXT_ENCODERS)
     rows = []
     for name, *_, closed, backgrounds in report["rows"]:
@@ -180,11 +189,13 @@ def text_encoder_table(results: Results) -> str:
 
 
 def community_distances(results: Results) -> str:
+    """How far the styles are from nano."""
     distances = results.report("community")["facts"]["distances"].values()
     return f"{100 * min(distances):.1f} to {100 * max(distances):.1f} %"
 
 
 def ambiguous_table(results: Results) -> str:
+    """Prompts against conditions."""
     concepts, fidelity = (results.report("ambiguous", index=index)["rows"] for index in (0, 1))
     gaps = {name: values for name, *values in fidelity}
     rows = []

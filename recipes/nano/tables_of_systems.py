@@ -22,6 +22,8 @@ _SYSTEMS = {
 
 
 def systems_table(results: Results) -> str:
+    """Systems trained alike on canny."""
+
     def ends(name: str) -> list[str]:
         gap = {"baseline": "0", "ceiling": "1"}[name]
         found = [first["facts"][images] for images in ("held-out", "openmoji")]
@@ -57,6 +59,7 @@ def _whole(value: float | None) -> str:
 
 
 def local_table(results: Results) -> str:
+    """Each condition of Uni-ControlNet's local adapter."""
     report = results.report("uni-controlnet-local")
     adapters = results.report("adapters", "control")["facts"]
     rows = []
@@ -84,6 +87,7 @@ _TOGETHER = {
 
 
 def several_systems_table(results: Results) -> str:
+    """Systems together with an adapter."""
     found: dict[str, list[Sequence[Any]]] = {}
     for mix, *row in results.report("several-systems")["rows"]:
         found.setdefault(mix, []).append(row)
@@ -95,6 +99,7 @@ def several_systems_table(results: Results) -> str:
 
 
 def task_instructions_table(results: Results) -> str:
+    """UniControl under its tasks' own and other instructions."""
     own, frozen = (report_titled(results, "task-instructions", start)["rows"] for start in _INSTRUCTIONS)
     rows = []
     for (condition, value, others, _), (_, _, without, difference, low, high) in zip(own, frozen, strict=False):
@@ -118,6 +123,7 @@ _SCENES = {
 
 
 def scenes_table(results: Results) -> str:
+    """GLIGEN on scenes of two icons."""
     report = results.report("scenes")
     rows = [[title, *map(three, report["facts"][name].values())] for name, title in _SCENES.items()]
     gaps = next(row for row in report["rows"] if row[0] == "gap closed")[1:]

@@ -22,13 +22,15 @@ Settings = TypeVar("Settings")
 
 
 _BOOL = "tag:yaml.org,2002:bool"
+_WORDS_OF_TRUTH = {"on": True, "yes": True, "off": False, "no": False}
+"""Booleans of YAML 1.1 that `YAMLReader` leaves as text."""
 
 
 class YAMLReader(yaml.SafeLoader):
     """YAML in which only true and false are booleans, as in YAML 1.2.
 
     In YAML 1.1, on, off, yes and no are, too, so that `graphs: off` would not be text. Settings that are booleans take
-    these words still (`build_settings`).
+    these words still (`build_settings`); parameters of conditions take true and false only.
     """
 
 
@@ -71,12 +73,19 @@ def check_overrides(overrides: Mapping[str, Any], options: Mapping[str, Any], op
         UserError: both name a setting, with different values.
     """
     for key in overrides.keys() & options.keys():
-        one, other = options[key], overrides[key]
-        if isinstance(one, float) and isinstance(other, str):
-            with suppress(ValueError):
-                other = float(other)  # YAML 1.1 reads 1e-4 as text
+        one, other = options[key], _like(options[key], overrides[key])
         if one != other and str(one) != str(other):
             raise UserError(f"{key} is {one}, and {option} {key}={other}; give one of them", "contradiction")
+
+
+def _like(option: Any, value: Any) -> Any:
+    """The value of an override in the type of an option, as building the settings reads it."""
+    if isinstance(option, bool) and isinstance(value, str):
+        return _WORDS_OF_TRUTH.get(value.lower(), value)
+    if isinstance(option, float) and isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)  # YAML 1.1 reads 1e-4 as text
+    return tuple(value) if isinstance(option, tuple) and isinstance(value, list) else value
 
 
 def build_settings(kind: type[Settings], values: dict[str, Any], origin: str) -> Settings:

@@ -555,6 +555,7 @@ def test_half_precision_draws_nearly_the_same(precision, image, tmp_path):
 def test_an_option_and_the_same_override_in_other_words_agree():
     from controlkit.settings import check_overrides, read_overrides
 
-    check_overrides(read_overrides(["learning_rate=1e-4", "steps=5"]), {"learning_rate": 1e-4, "steps": 5})
+    words = ["learning_rate=1e-4", "steps=5", "flip=on", "given=[a, b]"]
+    check_overrides(read_overrides(words), {"learning_rate": 1e-4, "steps": 5, "flip": True, "given": ("a", "b")})
     with refused("contradiction", 1e-4, "learning_rate=0.001"):
         check_overrides(read_overrides(["learning_rate=1e-3"]), {"learning_rate": 1e-4})

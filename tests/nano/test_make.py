@@ -351,7 +351,7 @@ def smaller_sets(path: Path, count: int) -> None:
 def repository(tmp_path, tiny_base, icons_file) -> Path:
     """A copy of the repository whose nano is the tiny base, without controls, and whose recipes take two steps."""
     root = tmp_path / "repository"
-    for name in ("src", "docs", "recipes", "README.md", "benchmarks/results/nano"):
+    for name in ("src", "docs", "recipes", "README.md", "benchmarks/results"):
         source, copy = ROOT / name, root / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, copy)
@@ -421,6 +421,13 @@ def test_figures_are_written_from_their_json_without_making_anything_else(reposi
     assert page.read_text(encoding="utf-8") == right
     assert "docs/nano.md: base.top5: 0.999 -> " in said and "assets" not in said
     assert "nothing to adopt" in run_make(repository, "--only", "pages", "adopt")
+
+    path = repository / "benchmarks/results/controlnet_training-sd15-256-cpu.json"
+    value = read_json(path)
+    value["cases"][0]["reference_to_ours"]["median"] = 7.5
+    write_json(path, value)
+    said = run_make(repository, "--only", "pages", "adopt")
+    assert "docs/benchmarks.md: speed.controlnet-ratio: 1.59 -> 7.50" in said
 
 
 SMALL = {

@@ -330,7 +330,8 @@ def _evaluate_each(
         count = len(images.targets if isinstance(images, EvalSet) else images.images)
         if count < 2:
             raise UserError(
-                f"FD-lite0 needs at least 2 images, and {images.name} has {count}; evaluate more, or no distance",
+                f"FD-lite0 needs at least 2 images, and {images.name} has {count}; evaluate more images, or leave out"
+                " --distance",
                 "out-of-range",
             )
     return [

@@ -26,7 +26,7 @@ class EvalControl:
     condition_images: Sequence[np.ndarray]
     weight: float = 1.0
     mode: str | None = None
-    """One of `request.MODES`; None is the default of the base."""
+    """One of `uses.MODES`; None is the default of the base."""
 
 
 def generate_uncontrolled(

@@ -197,8 +197,7 @@ def check_base(kind: type[Control], checkpoint: Checkpoint, base: str) -> None:
         control = kind.from_config(checkpoint.config)
     if (reason := control.incompatibility(on_meta)) is not None:
         raise UserError(
-            f"{checkpoint.path} does not fit the base {base}: {reason}; pass the base that it was made for as --base,"
-            " or none",
+            f"{checkpoint.path} does not fit the base {base}: {reason}; pass the base that it was made for as --base",
             "incompatible",
         )
 

@@ -22,6 +22,7 @@ from controlkit.sampling.control_text import KEYS, read_option
 from controlkit.sampling.json_values import checked_fields
 from controlkit.sampling.seeds import parse_seeds
 from controlkit.sampling.uses import ControlUse, LoraUse
+from controlkit.settings import YAMLReader
 
 if TYPE_CHECKING:
     from controlkit.sampling.request import GenerateRequest
@@ -205,7 +206,7 @@ def _read(name: str, text: str, request: GenerateRequest, what: str) -> Any:
 
 def _yaml(text: str, what: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, YAMLReader)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{what}: {text!r} is not a YAML value", "wrong-type") from error
 

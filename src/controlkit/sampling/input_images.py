@@ -155,7 +155,7 @@ class RequestImages:
     """All images and masks of a request."""
 
     start: ImageFile | None
-    """The image that sampling starts from, as its mask is `start_mask`."""
+    """The image that sampling starts from; `start_mask` is its mask."""
     start_mask: ImageFile | None
     controls: Sequence[Sequence[ControlImage]]
     """The images of each control."""

@@ -195,6 +195,16 @@ def parameters_of(use: ControlUse, name: str) -> dict[str, Any]:
 
 
 def check_keys(parameters: Mapping[str, Any], condition: str, kind: Kind) -> None:
+    """Check that all are parameters of a condition.
+
+    Args:
+        parameters: of one image of a control.
+        condition: of that image.
+        kind: the control, whose plain inputs are suggested, too.
+
+    Raises:
+        UserError: one is not.
+    """
     known = conditions.find(condition).defaults
     for key in parameters:
         if key not in known:

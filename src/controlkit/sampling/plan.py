@@ -76,7 +76,7 @@ class ActiveControl:
         mask: Tensor | None = None,
         **settings: Any,
     ) -> ActiveControl:
-        """Build one that acts in `mode` (one of `request.MODES`); None is the default of the base.
+        """Build one that acts in `mode` (one of `uses.MODES`); None is the default of the base.
 
         Args:
             layers: one factor per residual.

@@ -87,7 +87,7 @@ class _Loaded:
     prompt: str
     """Of the first images."""
     captioner: Captioner | None
-    """That makes the prompts of the second images, if there are any."""
+    """Makes the prompts of the second images; None if there are none."""
 
     @property
     def frame(self) -> Frame:

@@ -48,7 +48,7 @@ class Weighting:
         """The weighting of `control` on `base`; None if all factors are 1.
 
         Args:
-            mode: one of `request.MODES`.
+            mode: one of `uses.MODES`.
             layers: one factor per residual.
             mask: `[1, 1, H, W]` in [0, 1].
 

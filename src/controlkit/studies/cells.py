@@ -121,7 +121,7 @@ class Bench:
         base: the base of all controls.
         setting: what else the numbers depend on (such as the base control); other settings get other files.
         sampling_steps: denoising steps of the evaluation.
-        mode: mode of the controls, one of `request.MODES`.
+        mode: mode of the controls, one of `uses.MODES`.
     """
 
     def __init__(
@@ -129,9 +129,7 @@ class Bench:
     ) -> None:
         self.folder = folder
         self.base = base
-        # Results from before there were modes are in this one.
-        modes = [] if mode == "balanced" else [mode]
-        self.key = sha256_of(base.content, str(sampling_steps), *setting, *modes)[:12]
+        self.key = sha256_of(base.content, str(sampling_steps), *setting, mode)[:12]
         self.mode = mode
         self.sampling_steps = sampling_steps
         self.results = folder / f"results-{self.key}"

@@ -431,8 +431,8 @@ def _resume(
     check_same_run(recipe, path, state.fingerprint, state.step)
     if state.frozen and state.frozen not in (objective.frozen, objective.frozen_before):
         raise UserError(
-            f"the weights of the base, of the base control or of an image encoder have changed since the run in"
-            f" {path.parent} began; set another out",
+            f"the base, the base control or an image encoder has changed since the run in {path.parent} began; set"
+            " another out",
             "resume-mismatch",
         )
     if state.data and state.data != objective.data and Processes.is_first():
