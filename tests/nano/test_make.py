@@ -36,10 +36,6 @@ from steps import Outcome, Records, Step
 
 ROOT = Path(__file__).parents[2]
 
-NOT_MEASURED: set[str] = set()
-"""Files of results that pages name and that `make nano` has not written yet."""
-
-
 # Steps
 
 
@@ -172,7 +168,7 @@ def test_the_figures_of_the_pages_are_those_of_their_json():
         assert pages.changed_figures(text, rendered) == []
         assert rendered == text
         missing |= {figures.FIGURES[name].file for name in without}
-    assert missing == NOT_MEASURED
+    assert missing == set()
 
 
 def test_every_figure_is_in_a_page():
