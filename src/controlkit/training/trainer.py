@@ -431,8 +431,8 @@ def _resume(
     check_same_run(recipe, path, state.fingerprint, state.step)
     if state.frozen and state.frozen not in (objective.frozen, objective.frozen_before):
         raise UserError(
-            f"the base, the base control or an image encoder has changed since the run in {path.parent} began; set"
-            " another out",
+            "the weights or settings of the base, of the base control or of an image encoder have changed since the run"
+            f" in {path.parent} began; set another out",
             "resume-mismatch",
         )
     if state.data and state.data != objective.data and Processes.is_first():
