@@ -116,9 +116,9 @@ class MeasuringSteps:
             for system in wanted.systems
         }
         shipped = (self.shop.control("canny"),)
-        shown = ("nano.png", "canny.png", "uni-controlnet.png", "boxes.png")
+        shown = ("nano.png", "canny.png", "boxes.png")
         sheets = {image: ["--sheet", str(self.shop.images / image)] for image in shown}
-        several = [*_images(wanted.adapter_images), *few, *sheets["uni-controlnet.png"]]
+        several = [*_images(wanted.adapter_images), *few]
         scenes = ["--icons", str(self.shop.icons.relative_to(self.root)), *_images(wanted.scenes), *few]
         return [
             self._report(
@@ -178,7 +178,6 @@ class MeasuringSteps:
                 "evaluate each condition of Uni-ControlNet's local adapter",
                 {"default": ["evaluate", "control", self._system("uni-controlnet-local"), *several]},
                 (system_file(self.shop, "uni-controlnet-local"),),
-                "uni-controlnet.png",
                 minutes=6,
             ),
             self._report(
