@@ -120,14 +120,14 @@ def rounded(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:z.{digits}f}"
 
 
-def two(value: float) -> str:
-    """Two decimals."""
-    return f"{value:z.2f}"
+def two(value: float | None) -> str:
+    """Two decimals; empty for None."""
+    return rounded(value, 2)
 
 
-def three(value: float) -> str:
-    """Three decimals."""
-    return f"{value:z.3f}"
+def three(value: float | None) -> str:
+    """Three decimals; empty for None."""
+    return rounded(value, 3)
 
 
 def report_titled(results: Results, file: str, start: str) -> Mapping[str, Any]:
