@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pages import pages
 from steps import Outcome, digest
 
 from controlkit.errors import UserError
@@ -108,6 +109,9 @@ class Workshop:
                 copy = self.staged / folder / source.name
                 if not copy.exists() or copy.stat().st_mtime < source.stat().st_mtime:  # else a step made it since
                     _replace(source, copy)
+        for page in pages(self.root):  # as written in place; a step says whether to write them anew
+            if not (copy := self.staged / page.relative_to(self.root)).exists():
+                _replace(page, copy)
 
     @property
     def base(self) -> tuple[Path, ...]:
