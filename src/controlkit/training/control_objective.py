@@ -87,7 +87,7 @@ class ControlObjective(Objective):
         self.base.check_text_to_image("training")
         self.frozen, self.frozen_before = self.base.content, self.base.former_content
         self.control = self._build(kind)
-        if (encoder := self.control.frozen_encoder()) != "":
+        if encoder := self.control.frozen_encoder():
             self.frozen = sha256_of(self.frozen, encoder)
         self.trained = nn.ModuleDict(self.control.trained_modules())
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.trained.modules())

@@ -148,7 +148,7 @@ class GlobalAdapter(OneImage):
 
     def hint_settings(self) -> Hashable:
         encoder = self.frozen_encoder()
-        return super().hint_settings() if encoder == "" else (super().hint_settings(), encoder)
+        return (super().hint_settings(), encoder) if encoder else super().hint_settings()
 
     def config(self) -> dict[str, Any]:
         return {**self.widths, "image_encoder": self.image_encoder}
