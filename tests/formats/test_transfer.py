@@ -14,6 +14,7 @@ from controlkit.controls.apply import predict_under
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.controls.registry import registry
 from controlkit.formats.convert import convert
+from controlkit.formats.describe import describe
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.formats.transfer import transfer
@@ -185,6 +186,12 @@ def test_adapters_go_along_with_their_base_control(tiny_base, other, base_folder
     save_control(tmp_path / "stranger.safetensors", stranger, other)
     with refused("incompatible", adapter, "base control", old, tmp_path / "stranger.safetensors"):
         load_control(f"{adapter}+{tmp_path / 'stranger.safetensors'}", other)
+    with refused("incompatible", adapter, "base control", old, tmp_path / "stranger.safetensors"):
+        describe(f"{adapter}+{tmp_path / 'stranger.safetensors'}")
+    assert describe(f"{adapter}+{there}") == describe(str(adapter))
+    for use in (load_control, describe):
+        with refused("contradiction", there, "no base control"):
+            use(f"{there}+{adapter}")
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

@@ -20,6 +20,7 @@ from controlkit.images import to_tensor
 from controlkit.nano.icons import background_colour
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample
+from refusals import refused
 
 PROMPT = "red apple, noto style, on a blue background"
 
@@ -174,3 +175,12 @@ def test_several_adapters_at_once_just_work(tmp_path, nano):
     image = tmp_path / "a.png"
     assert main([*words, "--control", f"palette={image}", "--control", f"nano/scribble={image}@0.7:0-0.8"]) == 0
     assert (tmp_path / "out" / "seed0.png").is_file()
+
+
+def test_damaged_weights_are_named_by_the_network_that_has_them(nano, edges):
+    damaged = load_control("canny", nano)
+    name, weight = next(iter(damaged.named_parameters()))
+    weight.data.view(-1)[0] = torch.nan
+    use = ActiveControl(damaged, damaged.encode(edges, nano))
+    with refused("damaged-file", damaged.title, name):
+        list(sample(nano, prompt=PROMPT, seeds=[0], steps=2, uses=[use]))

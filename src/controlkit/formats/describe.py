@@ -29,11 +29,11 @@ from controlkit.controls.control import (
 from controlkit.controls.file_format import Checkpoint
 from controlkit.controls.registry import companion_role, find, registry, role_of
 from controlkit.errors import UserError, nearest
-from controlkit.formats.companions import SUFFIXES, read_checkpoint
+from controlkit.formats.companions import SUFFIXES, check_companion, read_checkpoint, read_companion
 from controlkit.formats.convert import check_base, reference_for
 from controlkit.formats.cost import base_flops, cost_of, cost_without_base, is_countable, residual_sites_of
 from controlkit.formats.detect import Detected, detect
-from controlkit.formats.load import find_control, shipped_controls
+from controlkit.formats.load import find_control, require_companion, shipped_controls, split_pair
 
 _SIZES = {768: 512, 1024: 768, 2048: 1024}
 """Text width of a control -> native image size of its base, if the file does not record it."""
@@ -41,6 +41,8 @@ _SIZES = {768: 512, 1024: 768, 2048: 1024}
 
 def describe(name: str, base: str | None = None, size: int | None = None) -> dict[str, Any]:
     """Facts about a shipped control, a control file in any format, or another file of tensors.
+
+    Of `ADAPTER+BASE`, facts about the adapter, after a check that it was trained on that base control.
 
     Args:
         base: that it was made for, as in `convert`; for files that depend on their base, and for FLOPs.
@@ -50,8 +52,11 @@ def describe(name: str, base: str | None = None, size: int | None = None) -> dic
     Raises:
         UserError: there is no such file, it cannot be read, its content is inconsistent, or the base does not fit it.
     """
-    path = find_control(name)
+    control_name, companion = split_pair(name)
+    path = find_control(control_name)
     detected = detect(path)
+    if companion is not None:
+        require_companion(control_name, detected.control)
     if detected.control is None or detected.format is None or detected.format.read is None:
         if base is not None:
             raise UserError(f"--base {base} is for controls; {path} is {detected.description}", "contradiction")
@@ -70,6 +75,9 @@ def describe(name: str, base: str | None = None, size: int | None = None) -> dic
     )
     if checkpoint is not None and base is not None:
         check_base(detected.control, checkpoint, base)
+    if checkpoint is not None and companion is not None:
+        assert detected.control.companion is not None
+        check_companion(path, checkpoint, companion, read_companion(detected.control.companion, companion))
     counts = _tensor_counts(detected.file.tensors if checkpoint is None else checkpoint.tensors)
     facts: dict[str, Any] = {
         "kind": detected.kind,

@@ -67,11 +67,13 @@ def load_control(name: str | Path, base: Base | None = None, *, shared: dict[str
     Raises:
         UserError: it does not exist, is damaged, is something else, or does not fit the base.
     """
-    control_name, companion_file = _split_pair(name)
+    control_name, companion_file = split_pair(name)
     path = find_control(control_name)
     reference = reference_to(base)
     checkpoint = read_checkpoint(path, reference)
     kind = find(checkpoint.kind)
+    if companion_file is not None:
+        require_companion(control_name, kind)
     companion = None
     if kind.companion is not None:
         shipped = shipped_controls().values()
@@ -138,7 +140,7 @@ def control_class(name: str | Path) -> type[Control]:
     Raises:
         UserError: there is no such control, or it is something else.
     """
-    control_name, _ = _split_pair(name)
+    control_name, _ = split_pair(name)
     detected = known(detect(find_control(control_name)))
     assert detected.control is not None
     return detected.control.class_of(declared_config(detected.file.metadata))
@@ -150,7 +152,7 @@ def recorded_condition(name: str | Path) -> str | None:
     Raises:
         UserError: there is no such control.
     """
-    control_name, _ = _split_pair(name)
+    control_name, _ = split_pair(name)
     return detect(find_control(control_name)).file.metadata.get("control.condition") or None
 
 
@@ -160,7 +162,7 @@ def control_files(name: str | Path) -> list[Path]:
     Raises:
         UserError: there is no such control.
     """
-    control_name, companion = _split_pair(name)
+    control_name, companion = split_pair(name)
     return sorted(files_of(find_control(control_name))) + ([] if companion is None else sorted(files_of(companion)))
 
 
@@ -174,7 +176,16 @@ def check_fits(control: Control, base: Base, name: str) -> None:
         raise UserError(f"the control {name} does not fit the base {base.name}: {reason}", "incompatible")
 
 
-def _split_pair(name: str | Path) -> tuple[str | Path, Path | None]:
+def require_companion(name: str | Path, kind: type[Control] | None) -> None:
+    """Raise if a control named as `NAME+COMPANION` has no companion."""
+    if kind is None or kind.companion is None:
+        what = "not a supported control" if kind is None else kind.title
+        raise UserError(
+            f"{name} is {what}, which has no base control; pass it without the part from + on", "contradiction"
+        )
+
+
+def split_pair(name: str | Path) -> tuple[str | Path, Path | None]:
     """`ADAPTER+BASE` as two, if it is that and not a name."""
     control_name, plus, companion = str(name).rpartition("+")
     if not plus or Path(name).exists() or not Path(control_name).exists():

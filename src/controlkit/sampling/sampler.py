@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from controlkit.bases.base import Base
 from controlkit.bases.prompt_encoding import PLAIN, TextOptions, same_length
 from controlkit.bases.solver_names import solver_name
 from controlkit.bases.text import concatenate
+from controlkit.controls.control import Control
 from controlkit.controls.hints import rows_of
 from controlkit.errors import UserError
 from controlkit.sampling.graphs import NetworkCalls
@@ -129,17 +130,26 @@ def sample_prompts(
         if not plan.reused:
             plan.release()  # else its residuals would take memory while the latents are decoded
         if not torch.isfinite(x_t).all():
-            raise _not_finite(seeds[group], base.dtype)
+            raise _not_finite(seeds[group], base, [use.control for use in uses])
         with base.slicing(low_memory):
             images = base.decode(x_t)
         yield (images + 1) / 2
 
 
-def _not_finite(seeds: Sequence[int], dtype: torch.dtype) -> UserError:
+def _not_finite(seeds: Sequence[int], base: Base, controls: Sequence[Control]) -> UserError:
+    what = f"seeds {', '.join(map(str, seeds))} produced NaN or Inf"
+    cause = "the file is damaged"
     advice = "lower the control weights or the guidance scale"
-    if dtype == torch.float16:
+    if base.dtype == torch.float16:
+        cause = "the file is damaged, or its weights overflow fp16: try --precision bf16 or fp32"
         advice = f"in fp16 this is usually overflow: try --precision bf16 or fp32, or {advice}"
-    return UserError(f"seeds {', '.join(map(str, seeds))} produced NaN or Inf; {advice}", "not-finite")
+    networks: list[tuple[str, nn.Module]] = [(control.title, control) for control in controls]
+    networks += [(f"the {part} of {base.name}", network) for part, network in base.named_networks().items()]
+    for owner, network in networks:
+        for name, weight in network.named_parameters():
+            if not torch.isfinite(weight).all():
+                return UserError(f"{what}: the weight {name} of {owner} has some; {cause}", "damaged-file")
+    return UserError(f"{what}; {advice}", "not-finite")
 
 
 def images_at_once(width: int, height: int) -> int:
