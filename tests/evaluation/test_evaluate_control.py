@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 from dataclasses import replace
 
@@ -139,6 +140,21 @@ def test_pairs_of_another_condition_are_refused(tiny_base, tiny_control, base_fo
     assert main([*words, str(tmp_path / "pairs" / "grayscale")]) == 2
     check(capsys.readouterr().err, "contradiction", file, "canny", tmp_path / "pairs" / "grayscale", "PAIRS/canny")
     assert main([*words, str(tmp_path / "pairs" / "canny")]) == 0
+
+
+def test_the_pairs_held_out_are_those_that_the_control_records(
+    tiny_base, tiny_control, base_folder, tmp_path, capsys
+):
+    file = save_control(tmp_path / "ours.safetensors", tiny_control, tiny_base, made={"held_out": 0.5})
+    write_examples(tmp_path / "images", 4)
+    make_pairs(list_images([tmp_path / "images"]), tmp_path / "pairs", MakeSettings(conditions=("canny",)), workers=1)
+    words = ["evaluate", "control", str(file), "--base", str(base_folder), "--steps", "1"]
+    words += ["--pairs", str(tmp_path / "pairs"), "--out", str(tmp_path / "out")]
+    for further, count, noted in ((), 2, False), (("--share", "0.25"), 1, False), (("--share", "1"), 4, True):
+        assert main([*words, *further]) == 0
+        rows = list(csv.DictReader((tmp_path / "out" / "scores.csv").open()))
+        assert len({row["image"] for row in rows}) == count
+        assert ("held_out 0.5" in capsys.readouterr().err) == noted
 
 
 @pytest.mark.parametrize("recorded", [None, "identity", "somebody_elses"])

@@ -108,6 +108,7 @@ def test_every_control_trains_from_every_source(system, source, settings, data, 
     for name in recipe.results:
         made = json.loads(read_metadata(tmp_path / "run" / name)["control.made"])
         assert made["steps"] == 2 and made.get("pairs") == ({"pairs": 4 * count}.get(source))
+        assert ("held_out" in made) == (source == "pairs")
         assert load_control(tmp_path / "run" / name, tiny_base).kind.partition("-")[0] == system.partition("-")[0]
 
 

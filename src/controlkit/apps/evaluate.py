@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--share",
         type=float,
-        help="with --pairs: fraction of the pairs that training holds out (default: 0.1; 1: all pairs)",
+        help="with --pairs: fraction of the pairs that training holds out (default: as the control records, else 0.1;"
+        " 1: all pairs)",
     )
     add_columns(parser)
     parser.add_argument("--icons", help="for scenes: file of rendered icons (default: data/nano/icons.npz)")
@@ -165,6 +166,8 @@ def _write(out: Path, reports: Sequence[Report], networks: GraphReport) -> None:
         writer.writeheader()
         writer.writerows(rows)
         text("scores.csv", stream.getvalue())
+    else:
+        (out / "scores.csv").unlink(missing_ok=True)  # of an earlier report in this folder
 
 
 def _add_prompt_modes(args: argparse.Namespace, settings: dict[str, Any]) -> None:
@@ -296,8 +299,8 @@ def _held_out(args: argparse.Namespace, count: int) -> list[Pair]:
     """The pairs of --pairs that training holds out."""
     from controlkit.data.pairs import read_pairs, split_pairs
     from controlkit.errors import UserError
+    from controlkit.formats.load import recorded_held_out
 
-    share = getattr(args, "share", 0.1)
     if not hasattr(args, "pairs"):
         if hasattr(args, "share"):
             raise UserError("--share needs --pairs", "contradiction")
@@ -306,7 +309,16 @@ def _held_out(args: argparse.Namespace, count: int) -> list[Pair]:
         return []
     if hasattr(args, "sets"):
         raise UserError("--sets and --pairs exclude each other; give one", "contradiction")
-    if not 0 < share <= 1:
+    recorded = recorded_held_out(args.names[0])
+    usual = 0.1 if recorded is None else recorded
+    share = getattr(args, "share", usual)
+    if hasattr(args, "share") and not 0 < share <= 1:
         raise UserError(f"--share {share}: expected a fraction above 0 and up to 1", "out-of-range")
+    if recorded is not None and share > recorded:
+        print(
+            f"note: {args.names[0]} was trained with held_out {recorded:g}; --share {share:g} includes pairs that it was"
+            " trained on, if it was trained on these",
+            file=sys.stderr,
+        )
     pairs = read_pairs(args.pairs, columns=columns_of(args))
     return (pairs if share == 1 else split_pairs(pairs, share)[1])[:count]

@@ -23,7 +23,7 @@ from controlkit.errors import UserError, nearest
 from controlkit.files import files_of
 from controlkit.formats.companions import load_companion, read_checkpoint
 from controlkit.formats.detect import detect, known
-from controlkit.formats.metadata import control_metadata, write_tensors
+from controlkit.formats.metadata import control_metadata, provenance_of, write_tensors
 from controlkit.formats.native import require_settings
 
 
@@ -154,6 +154,17 @@ def recorded_condition(name: str | Path) -> str | None:
     """
     control_name, _ = split_pair(name)
     return detect(find_control(control_name)).file.metadata.get("control.condition") or None
+
+
+def recorded_held_out(name: str | Path) -> float | None:
+    """The fraction of pairs that a control's training held out, if its file records it.
+
+    Raises:
+        UserError: there is no such control.
+    """
+    control_name, _ = split_pair(name)
+    share = provenance_of(detect(find_control(control_name)).file.metadata).get("held_out")
+    return share if isinstance(share, int | float) and 0 <= share < 1 else None
 
 
 def control_files(name: str | Path) -> list[Path]:

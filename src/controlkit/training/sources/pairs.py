@@ -101,6 +101,7 @@ class PairSource(Source):
     caches_encoders = True
 
     def __init__(self, recipe: PairSettings) -> None:
+        self.recipe = recipe
         self.together = recipe.training.together
         self.of = {name: ConditionPairs(recipe, name) for name in recipe.condition_names}
 
@@ -152,8 +153,8 @@ class PairSource(Source):
         first, *more = (pairs.content for pairs in self.of.values())
         return sha256_of(first, *more) if more else first
 
-    def facts(self) -> dict[str, int]:
-        return {"pairs": sum(pairs.count for pairs in self.of.values())}
+    def facts(self) -> dict[str, int | float]:
+        return {"pairs": sum(pairs.count for pairs in self.of.values()), "held_out": self.recipe.held_out}
 
 
 class ConditionPairs:

@@ -149,6 +149,6 @@ class Source(ABC):
         """Hash of the prepared data, if it can change before a run is resumed."""
         return ""
 
-    def facts(self) -> dict[str, int]:
+    def facts(self) -> dict[str, int | float]:
         """Facts on the data for the metadata of the results."""
         return {}
