@@ -142,9 +142,7 @@ def test_pairs_of_another_condition_are_refused(tiny_base, tiny_control, base_fo
     assert main([*words, str(tmp_path / "pairs" / "canny")]) == 0
 
 
-def test_the_pairs_held_out_are_those_that_the_control_records(
-    tiny_base, tiny_control, base_folder, tmp_path, capsys
-):
+def test_the_pairs_held_out_are_those_that_the_control_records(tiny_base, tiny_control, base_folder, tmp_path, capsys):
     file = save_control(tmp_path / "ours.safetensors", tiny_control, tiny_base, made={"held_out": 0.5})
     write_examples(tmp_path / "images", 4)
     make_pairs(list_images([tmp_path / "images"]), tmp_path / "pairs", MakeSettings(conditions=("canny",)), workers=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -462,20 +463,21 @@ def test_a_change_that_saved_no_state_can_be_changed_again(tmp_path):
 class Scored(Toy):
     """A toy whose previews have given scores, by their step."""
 
-    merits: dict = {}  # noqa: RUF012
+    by_step: dict = {}  # noqa: RUF012
 
     def preview(self, step, folder):
         super().preview(step, folder)
-        return {"score": self.merits[step]}
+        found = self.by_step[step]
+        return dict(zip(("score", "other"), found, strict=True)) if isinstance(found, tuple) else {"score": found}
 
-    def merit(self, scores):
-        return scores.get("score")
+    def merits(self, scores):
+        return list(scores.values())
 
 
 def scored(out, merits, steps=STEPS, at=None, **changes):
     recipe = toy_recipe(out, steps, preview_every=1, patience=2, **changes)
     toy = Scored(recipe, at)
-    toy.merits = dict(enumerate(merits, 1))
+    toy.by_step = dict(enumerate(merits, 1))
     return toy, train(toy, recipe)
 
 
@@ -486,7 +488,7 @@ def test_patience_ends_a_run_with_the_weights_of_its_best_preview(tmp_path, caps
     assert "stopped at step 4 of 9" in capsys.readouterr().err
     assert trained.step == 2 and trained.scores == {"score": 3.0}
     whole = Scored(toy_recipe(tmp_path / "c", STEPS, preview_every=1))
-    whole.merits = toy.merits
+    whole.by_step = toy.by_step
     seen = {}
     whole.at = {step: lambda loss: seen.setdefault(len(seen), whole.weights()) and loss for step in range(STEPS)}
     train(whole, whole.recipe)
@@ -494,6 +496,14 @@ def test_patience_ends_a_run_with_the_weights_of_its_best_preview(tmp_path, caps
     again, _ = scored(tmp_path / "a", merits)
     assert again.steps_seen == []
     assert_identical(final_weights(tmp_path / "a"), seen[2])
+
+
+def test_patience_weighs_scores_of_different_units_alike(tmp_path):
+    # Raw means would rise: a decibel more of one condition against a fifth of the other's F1.
+    toy, trained = scored(tmp_path / "a", [(0.5, 20.0), (0.4, 21.0), (0.4, 21.5)])
+    assert toy.steps_seen == [0, 1, 2] and trained.step == 1
+    _, trained = scored(tmp_path / "b", [(math.nan, 20.0), (0.5, 20.0), (0.51, 19.9), (math.nan, 99.0)], steps=4)
+    assert trained.step == 3
 
 
 def test_patience_counts_on_when_a_run_is_resumed(tmp_path):
@@ -514,7 +524,7 @@ def test_patience_without_a_score_is_refused_before_the_first_step(tmp_path):
 def test_patience_of_a_run_that_had_finished_keeps_its_files(tmp_path):
     merits = [1.0, 3.0, 2.0]
     before = Scored(toy_recipe(tmp_path, 3, preview_every=1))
-    before.merits = dict(enumerate(merits, 1))
+    before.by_step = dict(enumerate(merits, 1))
     train(before, before.recipe)
     toy, trained = scored(tmp_path, merits, steps=3)
     assert toy.steps_seen == [] and trained.finished_before

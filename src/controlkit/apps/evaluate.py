@@ -316,8 +316,8 @@ def _held_out(args: argparse.Namespace, count: int) -> list[Pair]:
         raise UserError(f"--share {share}: expected a fraction above 0 and up to 1", "out-of-range")
     if recorded is not None and share > recorded:
         print(
-            f"note: {args.names[0]} was trained with held_out {recorded:g}; --share {share:g} includes pairs that it was"
-            " trained on, if it was trained on these",
+            f"note: {args.names[0]} was trained with held_out {recorded:g}; --share {share:g} includes pairs that"
+            " it was trained on, if it was trained on these",
             file=sys.stderr,
         )
     pairs = read_pairs(args.pairs, columns=columns_of(args))

@@ -188,7 +188,7 @@ class Bench:
             task=task.name,
             method=method,
             rank=getattr(recipe, "rank", None),
-            pairs=objective.source.facts()["pairs"],
+            pairs=int(objective.source.facts()["pairs"]),
             steps=recipe.steps,
             rate=recipe.learning_rate,
             score=score,

@@ -274,18 +274,18 @@ class ControlObjective(Objective):
         write_preview(folder, step, rows, titles, scores, self.preview_settings)
         return scores
 
-    def merit(self, scores: Mapping[str, float]) -> float | None:
-        """The mean score of the conditions, with the sign of distances changed."""
+    def merits(self, scores: Mapping[str, float]) -> list[float] | None:
+        """The score of each condition, with the sign of distances changed."""
         found = []
         for name in self.recipe.condition_names:
             kind = self.source.scored_by(name)
             if kind is None or (score := scores.get(f"{name}: {kind.fidelity.name}")) is None:
                 return None
             found.append(score if kind.fidelity.higher_is_better else -score)
-        return sum(found) / len(found)
+        return found
 
     @property
-    def has_merit(self) -> bool:
+    def has_merits(self) -> bool:
         return all(self.source.scored_by(name) is not None for name in self.recipe.condition_names)
 
     def _sample(self, name: str, held_out: HeldOut) -> list[Image.Image]:

@@ -90,14 +90,14 @@ class Objective(ABC):
     def preview(self, step: int, folder: Path) -> dict[str, float]:
         """Write images from fixed seeds into `folder` and return named scores on held-out data."""
 
-    def merit(self, scores: Mapping[str, float]) -> float | None:
+    def merits(self, scores: Mapping[str, float]) -> list[float] | None:
         """What `patience` compares of the scores of a preview, higher is better; None if nothing can be compared."""
         return None
 
     @property
-    def has_merit(self) -> bool:
-        """Whether `merit` will compare the previews of this run."""
-        return type(self).merit is not Objective.merit
+    def has_merits(self) -> bool:
+        """Whether `merits` will compare the previews of this run."""
+        return type(self).merits is not Objective.merits
 
     @property
     def preview_settings(self) -> dict[str, Any]:

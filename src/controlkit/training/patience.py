@@ -25,7 +25,7 @@ class Patience:
     def __init__(self, previews: int, folder: Path, first: int) -> None:
         self._previews = previews
         self._folder = folder
-        self._best: float | None = None
+        self._best: list[float] | None = None
         self._waited = 0
         self.step = 0
         """The step of the best preview."""
@@ -35,7 +35,9 @@ class Patience:
         with suppress(UserError):
             record = read_json(folder / _RECORD)
         if record and record["judged"] <= first:
-            self._best, self._waited, self.step = record["best"], record["waited"], record["step"]
+            best = record["best"]  # a number, of files by earlier versions
+            self._best = [math.nan if v is None else v for v in (best if isinstance(best, list) else [best])]
+            self._waited, self.step = record["waited"], record["step"]
             self.scores = {name: math.nan if v is None else v for name, v in record.get("scores", {}).items()}
 
     @property
@@ -49,24 +51,24 @@ class Patience:
         return self._waited >= self._previews
 
     def ends(
-        self, step: int, scores: dict[str, float], merit: float | None, save: Callable[[Path, int], object]
+        self, step: int, scores: dict[str, float], merits: list[float] | None, save: Callable[[Path, int], object]
     ) -> bool:
         """Whether the run ends with this preview.
 
         Args:
             scores: of the preview, by name.
-            merit: what of them counts, higher is better.
+            merits: what of them counts, higher is better; those of several conditions may be in different units.
             save: writes the files of the current weights, of a step, into a folder.
 
         Raises:
             UserError: the preview has no score to compare.
         """
-        if merit is None:
+        if merits is None:
             raise UserError(
                 "patience needs a held-out score, and the previews of this run have none to compare", "contradiction"
             )
-        if self._best is None or merit > self._best:
-            self._best, self._waited, self.step, self.scores = merit, 0, step, scores
+        if self._best is None or _gain(self._best, merits) > 0:
+            self._best, self._waited, self.step, self.scores = merits, 0, step, scores
             self._folder.mkdir(parents=True, exist_ok=True)
             save(self._folder, step)
         else:
@@ -79,3 +81,11 @@ class Patience:
         """Copy the files of the best preview into `folder`; returns the copies."""
         names = sorted(path.name for path in self._folder.iterdir() if path.name != _RECORD and path.is_file())
         return [Path(shutil.copy2(self._folder / name, folder / name)) for name in names]
+
+
+def _gain(old: list[float], new: list[float]) -> float:
+    """The mean relative difference of scores, each in its own unit; any number is better than NaN."""
+    if not all(map(math.isfinite, old)) or len(old) != len(new):
+        return 1.0 if all(map(math.isfinite, new)) else 0.0
+    largest = (max(abs(a), abs(b)) for a, b in zip(old, new, strict=True))
+    return sum((b - a) / (most or 1) for a, b, most in zip(old, new, largest, strict=True)) / len(old)

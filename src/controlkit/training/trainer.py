@@ -88,7 +88,7 @@ def train(objective: Objective | Callable[[], Objective], recipe: Recipe) -> Tra
 
 class _Loop:
     def __init__(self, objective: Objective, recipe: Recipe) -> None:
-        if recipe.patience is not None and not objective.has_merit:
+        if recipe.patience is not None and not objective.has_merits:
             raise UserError(
                 f"patience is {recipe.patience}, but the previews of this run have no held-out score to compare; set"
                 " patience: null",
@@ -340,8 +340,8 @@ class _Loop:
             if self.processes.first:
                 self.scores = self.objective.preview(step, writable_folder(self.folder / "previews"))
                 if self.patience is not None and step > self.first:
-                    merit = self.objective.merit(self.scores)
-                    self._enough = self.patience.ends(step, self.scores, merit, self.objective.save)
+                    merits = self.objective.merits(self.scores)
+                    self._enough = self.patience.ends(step, self.scores, merits, self.objective.save)
         # All processes have to agree.
         self._enough = self.patience is not None and self.processes.any(self._enough)
         if self._enough and self.patience is not None and self.processes.first:
