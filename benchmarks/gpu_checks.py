@@ -38,7 +38,8 @@ from torch import Tensor
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
-from controlkit.controls.control import Acts, Control, encode_images, takes_one_image
+from controlkit.controls.control import Acts, Control
+from controlkit.controls.inputs import encode_images, takes_one_image
 from controlkit.controls.registry import registry
 from controlkit.evaluation.sets import evaluation_set
 from controlkit.files import write_json

@@ -106,7 +106,7 @@ VALUES = {"boxes": [{"box": [0.1, 0.2, 0.6, 0.7], "phrase": "red apple"}]}
 
 def any_hint(control, images, base):
     """The hint of condition images, or of values if the control takes those alone."""
-    from controlkit.controls.control import encode_images, takes_one_image
+    from controlkit.controls.inputs import encode_images, takes_one_image
 
     if takes_one_image(control):
         return encode_images(control, images, base)

@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from controlkit.bases.residuals import Residuals
-from controlkit.controls.control import Control, Input, Reads
+from controlkit.controls.control import Control, Reads
+from controlkit.controls.inputs import Input
 from controlkit.controls.registry import control
 
 

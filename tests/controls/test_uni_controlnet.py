@@ -20,7 +20,8 @@ from controlkit.bases.meta import meta_base
 from controlkit.bases.text import Text
 from controlkit.conditions import find
 from controlkit.controls.apply import predict_under
-from controlkit.controls.control import Acts, Input, Reads
+from controlkit.controls.control import Acts, Reads
+from controlkit.controls.inputs import Input
 from controlkit.controls.uni_controlnet import GlobalAdapter, LocalAdapter
 from controlkit.controls.uni_controlnet.formats import local_names
 from controlkit.controls.uni_controlnet.local_adapter import RELEASED

@@ -18,7 +18,8 @@ from controlkit.bases.load import load_base
 from controlkit.bases.text import Text
 from controlkit.conditions import find
 from controlkit.controls.apply import predict_under
-from controlkit.controls.control import Acts, Reads, encode_images
+from controlkit.controls.control import Acts, Reads
+from controlkit.controls.inputs import encode_images
 from controlkit.controls.unicontrol import UniControl
 from controlkit.controls.unicontrol.tasks import RELEASED
 from controlkit.evaluation.sets import evaluation_set

@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_graphs import CalledAgain, OnePool, graphs_on_cpu
 
-from controlkit.controls.control import takes_one_image
+from controlkit.controls.inputs import takes_one_image
 from controlkit.controls.registry import registry
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate

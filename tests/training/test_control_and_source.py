@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from controlkit.conditions import find
-from controlkit.controls.control import takes_one_image
 from controlkit.controls.ctrlora import BaseControlNet
+from controlkit.controls.inputs import takes_one_image
 from controlkit.errors import UserError
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata

@@ -10,8 +10,8 @@ from test_data_ahead import settings  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_training import Toy, toy_recipe
 
-from controlkit.controls.control import encode_images
 from controlkit.controls.ctrlora import BaseControlNet
+from controlkit.controls.inputs import encode_images
 from controlkit.training import trainer
 from controlkit.training.readings import Readings
 from controlkit.training.recipes import build_recipe

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Flag, auto
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,8 @@ from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.taps import Tap, TapFunction
 from controlkit.bases.text import Text
-from controlkit.controls.hints import ConditionDrop, Hint, concatenated
+from controlkit.controls.hints import ConditionDrop, Hint
+from controlkit.controls.inputs import Input, takes_one_image, words_of_inputs
 from controlkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,22 +51,6 @@ class Acts(Flag):
     """It acts inside the base's forward pass, at every step (`Control.taps`)."""
     TOKENS = auto()
     """It appends tokens to those of the prompt (`Control.tokens`)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Input:
-    """One input of a control."""
-
-    name: str = "image"
-    kind: Literal["image", "value"] = "image"
-    """A condition image, `[B, 3, H, W]` in [0, 1]; or a JSON value, such as boxes with phrases."""
-    condition: str | None = None
-    """Of an image: the condition that extracts it from a photo; None is the control's own."""
-    required: bool = True
-    """Whether the control needs it."""
-    check: Callable[[Any], str | None] | None = None
-    """Validates a value before anything is loaded: a message to follow the input's name, such as "must be a list of
-    boxes"; None if it is valid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -493,63 +477,6 @@ class OneImage(Control):
     @abstractmethod
     def encode(self, condition_image: Tensor, base: Base) -> Hint:
         """Condition images `[B, 3, H, W]` in [0, 1] => hint `[B, ...]`, computed once per condition image."""
-
-
-def takes_one_image(control: type[Control] | Control) -> bool:
-    """Whether a control requires exactly one input, a condition image."""
-    required = [entry for entry in control.inputs if entry.required]
-    return len(required) == 1 and required[0].kind == "image"
-
-
-def takes_values(control: type[Control] | Control, names: Collection[str]) -> bool:
-    """Whether all inputs that a control requires are plain values, and among these names."""
-    required = [entry for entry in control.inputs if entry.required]
-    return bool(required) and all(entry.kind == "value" and entry.name in names for entry in required)
-
-
-def words_of_inputs(control: type[Control] | Control) -> str:
-    """A control's inputs as text: `canny (image), boxes (value, optional)`."""
-    entries = (f"{entry.name} ({entry.kind}{'' if entry.required else ', optional'})" for entry in control.inputs)
-    return ", ".join(entries)
-
-
-def encode_images(control: Control, images: Tensor, base: Base) -> Hint:
-    """The hint of condition images `[B, 3, H, W]`, `uint8` or in [0, 1], for a control that `takes_one_image`."""
-    (name,) = (entry.name for entry in control.inputs if entry.required)
-    is_bytes = images.dtype == torch.uint8
-    given = images.float() / 255 if is_bytes else images
-    token = _in_range.set(is_bytes)
-    try:
-        return control.encode(given if len(control.inputs) == 1 else {name: given}, base)
-    finally:
-        _in_range.reset(token)
-
-
-_in_range: ContextVar[bool] = ContextVar("in_range", default=False)
-
-
-def check_range(images: Tensor) -> None:
-    """Check that condition images are in [0, 1], in a control's `encode`.
-
-    Those that were bytes are, and are not read, for which a GPU would have to wait.
-
-    Raises:
-        ValueError: a value is outside.
-    """
-    if images.is_meta or _in_range.get():
-        return
-    low, high = images.aminmax()
-    if low < -_ROUNDING or high > 1 + _ROUNDING:
-        raise ValueError(f"condition images must be in [0, 1], got {low:.3g} to {high:.3g}")
-
-
-_ROUNDING = 1e-3
-"""Of resampled images, beyond [0, 1]."""
-
-
-def encode_each(control: Control, samples: Sequence[Mapping[str, Any]], base: Base) -> Hint:
-    """The hints of several samples, each a mapping of inputs as of `Control.encode`, as one batch."""
-    return concatenated([control.encode(dict(inputs), base) for inputs in samples])
 
 
 def words_of_reads(control: Control | type[Control]) -> str:

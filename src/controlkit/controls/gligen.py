@@ -30,7 +30,7 @@ from controlkit.bases.stable_diffusion import SD15_UNET
 from controlkit.bases.taps import Tap, TapFunction
 from controlkit.bases.text import Text
 from controlkit.bases.unet import attention_blocks, layers_of
-from controlkit.controls.control import Acts, Control, Input, Reads
+from controlkit.controls.control import Acts, Control, Reads
 from controlkit.controls.encoder_copy.network import (
     HEADS,
     base_needed,
@@ -51,6 +51,7 @@ from controlkit.controls.file_format import (
     on_one_line,
 )
 from controlkit.controls.hints import Hint, named
+from controlkit.controls.inputs import Input
 from controlkit.controls.registry import control
 from controlkit.errors import UserError
 

@@ -12,7 +12,8 @@ from PIL import Image
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.conditions.fidelity import scored_by_target
-from controlkit.controls.control import Control, takes_one_image, words_of_inputs
+from controlkit.controls.control import Control
+from controlkit.controls.inputs import takes_one_image, words_of_inputs
 from controlkit.errors import UserError
 from controlkit.evaluation.baselines import Baselines, generate_baselines
 from controlkit.evaluation.eval_set import EvalSet, examples_eval_set

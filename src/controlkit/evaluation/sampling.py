@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from controlkit.bases.base import Base
-from controlkit.controls.control import Control, encode_images
+from controlkit.controls.control import Control
+from controlkit.controls.inputs import encode_images
 from controlkit.images import to_images, to_tensor
 from controlkit.progress import Progress
 from controlkit.sampling.plan import ActiveControl

@@ -15,8 +15,9 @@ from controlkit import conditions
 from controlkit.bases.families import KNOWN_BASES, known_by_shape
 from controlkit.bases.load import SINGLE_FILES, base_folder, base_path, load_base
 from controlkit.bases.meta import meta_base
-from controlkit.controls.control import Control, words_of_inputs
+from controlkit.controls.control import Control
 from controlkit.controls.file_format import Checkpoint, FileFormat, Reference, Written
+from controlkit.controls.inputs import words_of_inputs
 from controlkit.controls.registry import find, registry
 from controlkit.errors import UserError, nearest
 from controlkit.files import check_overwrite, files_of, read_json, write_json

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from controlkit.bases.base import Base
 from controlkit.bases.meta import meta_text
 from controlkit.controls.apply import predict_under
-from controlkit.controls.control import Acts, Control, Input, Reads, encode_images
+from controlkit.controls.control import Acts, Control, Reads
+from controlkit.controls.inputs import Input, encode_images
 
 _LABELS = {"unet": "UNet"}
 """Component -> label in tables, if it is not the name."""

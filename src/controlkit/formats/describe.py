@@ -17,16 +17,9 @@ from controlkit.bases.load import NANO, SINGLE_FILES, denoiser_fingerprint
 from controlkit.bases.meta import build_meta_base, family_and_configurations, meta_base
 from controlkit.bases.single_file import read_single_file
 from controlkit.bases.weight_files import HUB_ID
-from controlkit.controls.control import (
-    Acts,
-    Control,
-    Input,
-    Reads,
-    takes_one_image,
-    words_of_inputs,
-    words_of_reads,
-)
+from controlkit.controls.control import Acts, Control, Reads, words_of_reads
 from controlkit.controls.file_format import Checkpoint
+from controlkit.controls.inputs import Input, takes_one_image, words_of_inputs
 from controlkit.controls.registry import companion_role, find, registry, role_of
 from controlkit.errors import UserError, nearest
 from controlkit.formats.companions import SUFFIXES, check_companion, read_checkpoint, read_companion

@@ -14,7 +14,8 @@ from controlkit.bases.base import Base
 from controlkit.bases.families import KNOWN_BASES
 from controlkit.bases.load import NANO
 from controlkit.bases.meta import meta_base
-from controlkit.controls.control import Acts, Control, Input
+from controlkit.controls.control import Acts, Control
+from controlkit.controls.inputs import Input
 from controlkit.controls.registry import companion_role, find, registry, trainings_of
 from controlkit.errors import UserError
 from controlkit.formats.native import formats_of

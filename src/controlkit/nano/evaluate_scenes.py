@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from controlkit.bases.base import Base
-from controlkit.controls.control import Control, encode_each, takes_values, words_of_inputs
+from controlkit.controls.control import Control
+from controlkit.controls.inputs import encode_each, takes_values, words_of_inputs
 from controlkit.errors import UserError
 from controlkit.evaluation.features import LITE0
 from controlkit.evaluation.report import Report, Row, gap_closed

@@ -9,7 +9,8 @@ import numpy as np
 
 from controlkit import conditions
 from controlkit.bases.base import Base
-from controlkit.controls.control import Control, takes_values
+from controlkit.controls.control import Control
+from controlkit.controls.inputs import takes_values
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
 from controlkit.nano.icons import TRAINED_STYLES, IconSets, read_concepts

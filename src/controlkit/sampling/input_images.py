@@ -13,7 +13,8 @@ from PIL import Image
 
 from controlkit import conditions
 from controlkit.conditions.condition import BLACK, WHITE, Condition, background_of, is_of_labels
-from controlkit.controls.control import Control, Input
+from controlkit.controls.control import Control
+from controlkit.controls.inputs import Input
 from controlkit.errors import UserError
 from controlkit.images import decode_rgb, is_flat, read_bytes, resize_cover, sequence_note
 from controlkit.sampling.inputs import Kind, check_keys, images_of, parameters_of

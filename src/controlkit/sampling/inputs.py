@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from controlkit import conditions
-from controlkit.controls.control import Control, takes_one_image, words_of_inputs
+from controlkit.controls.control import Control
+from controlkit.controls.inputs import takes_one_image, words_of_inputs
 from controlkit.errors import UserError, nearest
 from controlkit.files import read_json
 from controlkit.formats.describe import residual_sites

@@ -23,7 +23,8 @@ from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.bases.residuals import Residuals
-from controlkit.controls.control import Control, residuals_together, takes_one_image
+from controlkit.controls.control import Control, residuals_together
+from controlkit.controls.inputs import takes_one_image
 from controlkit.errors import UserError
 from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.evaluation.sampling import EvalControl, generate_controlled, generate_uncontrolled, reconstruct

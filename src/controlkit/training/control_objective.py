@@ -16,16 +16,9 @@ from torch import Tensor, nn
 from controlkit.bases.load import load_base
 from controlkit.bases.text import Text, TokenizedPrompts
 from controlkit.controls.apply import predict_under
-from controlkit.controls.control import (
-    Acts,
-    Control,
-    encode_each,
-    encode_images,
-    takes_one_image,
-    takes_values,
-    words_of_inputs,
-)
+from controlkit.controls.control import Acts, Control
 from controlkit.controls.hints import Hint, dropped, float_hint, map_hint, without
+from controlkit.controls.inputs import encode_each, encode_images, takes_one_image, takes_values, words_of_inputs
 from controlkit.controls.registry import find
 from controlkit.errors import UserError
 from controlkit.files import sha256_of

@@ -17,8 +17,9 @@ from controlkit.bases.identity import network_key, tokenizer_key
 from controlkit.bases.text import Text
 from controlkit.conditions import find
 from controlkit.conditions.condition import Condition, left_right, no_mirror
-from controlkit.controls.control import Control, encode_images
+from controlkit.controls.control import Control
 from controlkit.controls.hints import Hint, expand, named
+from controlkit.controls.inputs import encode_images
 from controlkit.data.cache import Spec, Store
 from controlkit.data.cached_rows import CachedRows, Make
 from controlkit.data.pair import SOURCE, TARGET, Pair

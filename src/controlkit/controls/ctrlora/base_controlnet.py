@@ -17,7 +17,7 @@ from controlkit.bases.identity import hash_of_halves
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.text import Text
 from controlkit.bases.unet import unet_inputs
-from controlkit.controls.control import Control, OneImage, Reads, Training, check_range
+from controlkit.controls.control import Control, OneImage, Reads, Training
 from controlkit.controls.ctrlora.formats import BASE_FORMATS
 from controlkit.controls.ctrlora.lora import (
     Adapted,
@@ -42,6 +42,7 @@ from controlkit.controls.encoder_copy.network import (
 )
 from controlkit.controls.file_format import Checkpoint
 from controlkit.controls.hints import Hint
+from controlkit.controls.inputs import check_range
 from controlkit.controls.registry import control
 from controlkit.errors import UserError
 

@@ -20,7 +20,7 @@ from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.text import Text
 from controlkit.bases.unet import unet_inputs
-from controlkit.controls.control import Control, Input, Reads, Training
+from controlkit.controls.control import Control, Reads, Training
 from controlkit.controls.encoder_copy.names import config_of
 from controlkit.controls.encoder_copy.network import (
     HINT_SETTINGS,
@@ -34,6 +34,7 @@ from controlkit.controls.encoder_copy.network import (
     with_heads,
 )
 from controlkit.controls.hints import ConditionDrop, Hint
+from controlkit.controls.inputs import Input
 from controlkit.controls.registry import control
 from controlkit.controls.uni_controlnet.formats import FEATURES, LOCAL_FORMATS, NETWORK, copied_tensors
 from controlkit.errors import UserError, nearest

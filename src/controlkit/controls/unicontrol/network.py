@@ -18,7 +18,7 @@ from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.text import Text
 from controlkit.bases.unet import unet_inputs
-from controlkit.controls.control import Control, Input, Reads, Training
+from controlkit.controls.control import Control, Reads, Training
 from controlkit.controls.encoder_copy.names import config_of
 from controlkit.controls.encoder_copy.network import (
     HINT_SETTINGS,
@@ -33,6 +33,7 @@ from controlkit.controls.encoder_copy.network import (
     with_heads,
 )
 from controlkit.controls.hints import Hint
+from controlkit.controls.inputs import Input
 from controlkit.controls.registry import control
 from controlkit.controls.unicontrol.formats import FORMATS, copied_tensors
 from controlkit.controls.unicontrol.tasks import (
