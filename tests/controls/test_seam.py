@@ -10,7 +10,7 @@ from controlkit.controls.registry import registry
 
 PACKAGE = Path(controlkit.__file__).parent
 APART = ("controls", "nano", "assets")
-CONTRACT = ("apply", "control", "file_format", "hints", "registry")
+CONTRACT = ("apply", "control", "file_format", "hints", "inputs", "registry")
 """Modules of `controls/` that are no system."""
 
 
