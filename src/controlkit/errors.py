@@ -61,8 +61,8 @@ class UserError(Exception):
         return type(self), (str(self), self.code)  # by default, unpickling in another process loses the code
 
 
-class Interrupted(UserError):
-    """Work that a signal stopped and that the same command resumes.
+class Interrupted(KeyboardInterrupt):
+    """Work that Ctrl-C or SIGTERM stopped, saved, and that the same call resumes.
 
     Args:
         message: as of `UserError`.
@@ -70,7 +70,7 @@ class Interrupted(UserError):
     """
 
     def __init__(self, message: str, signal: int) -> None:
-        super().__init__(message, "interrupted")
+        super().__init__(message)
         self.signal = signal
 
     def __reduce__(self) -> tuple[Any, ...]:

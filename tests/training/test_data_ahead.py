@@ -21,7 +21,7 @@ from toy_training import Toy, toy_recipe
 
 from controlkit.bases.text import TokenizedPrompts
 from controlkit.data.pairs import write_pairs
-from controlkit.errors import UserError
+from controlkit.errors import Interrupted, UserError
 from controlkit.training import ahead
 from controlkit.training.ahead import DataAhead, in_data_worker, number_of_workers, on_device
 from controlkit.training.control_objective import ControlObjective
@@ -291,7 +291,7 @@ def test_ctrl_c_for_the_whole_group_saves_and_leaves_no_worker(tmp_path, number)
         return loss
 
     before = children()
-    with refused("interrupted", "step 5"):
+    with pytest.raises(Interrupted, match="step 5"):
         train(Prepared(recipe, at={4: ctrl_c}), recipe)
     assert children() == before
     continued = Prepared(recipe)

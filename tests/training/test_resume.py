@@ -16,7 +16,7 @@ import torch
 from several_processes import torchrun
 from toy_training import Toy, toy_recipe
 
-from controlkit.errors import UserError
+from controlkit.errors import Interrupted, UserError
 from controlkit.training import state
 from controlkit.training.guards import LossMonitor, StallMonitor
 from controlkit.training.log import total_seconds
@@ -226,7 +226,7 @@ def test_ctrl_c_saves_after_its_step_and_ends(tmp_path, number):
         signal.raise_signal(number)
         return loss
 
-    with refused("interrupted", "step 5", STEPS) as caught:
+    with pytest.raises(Interrupted, match=f"step 5 of {STEPS}") as caught:
         run(tmp_path, at={4: ctrl_c})
     assert caught.value.signal == number
     assert signal.getsignal(number) == before

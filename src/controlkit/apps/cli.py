@@ -178,9 +178,12 @@ def _run(words: Sequence[str]) -> int:
         with _verbosity(quiet=args.quiet, verbose=args.verbose):
             args.run(args)
         return 0
+    except Interrupted as error:
+        _report(UserError(str(error), "interrupted"), as_json)
+        return 128 + error.signal
     except UserError as error:
         _report(error, as_json and not isinstance(error, Reported))
-        return 128 + error.signal if isinstance(error, Interrupted) else 2
+        return 2
     except BrokenPipeError:
         sys.stderr.close()
         return 141
