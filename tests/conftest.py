@@ -62,18 +62,13 @@ def cache(_no_cache_at_home, tmp_path_factory, monkeypatch) -> Path:
 def fresh_registry():
     """The registry of systems as it is when nothing was looked up yet, and afterwards as it was."""
     from controlkit.controls import registry
-    from controlkit.training.recipes import recipes
-
-    def forget():
-        for cached in (registry._load, recipes):
-            cached.cache_clear()
 
     known = dict(registry.registry())
-    forget()
+    registry._load.cache_clear()
     yield
     registry._REGISTRY.clear()
     registry._REGISTRY.update(known)
-    forget()
+    registry._load.cache_clear()
 
 
 @pytest.fixture(scope="session")

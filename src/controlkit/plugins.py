@@ -12,6 +12,7 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from controlkit.errors import UserError, is_out_of_memory
 from controlkit.files import sha256_of
@@ -73,6 +74,20 @@ def running(what: str, file: str | None) -> Iterator[None]:
             f" {frame.lineno})",
             "plugin-failed",
         ) from error
+
+
+def is_same_source(first: Any, second: Any) -> bool:
+    """Whether two classes or functions are of the same name and file.
+
+    A notebook runs a cell again, or a script imports a file that the environment names, too.
+    """
+    return _source_of(first) == _source_of(second)
+
+
+def _source_of(thing: Any) -> tuple[str, str]:
+    module = sys.modules.get(thing.__module__)
+    file = getattr(module, "__file__", None)
+    return str(Path(file).resolve()) if file else thing.__module__, thing.__qualname__
 
 
 def _reason(error: Exception) -> str:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from controlkit.formats.load import shipped_controls
-from refusals import check
+from refusals import check, refused
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_condition.py"
 
@@ -189,3 +189,31 @@ def test_a_folder_of_images(tmp_path):
     made = controlkit("condition", "canny", photos, "--out", photos, files=[], cwd=tmp_path)
     assert made.returncode == 2
     check(made.stderr, "would-overwrite", photos)
+
+
+def test_a_condition_that_its_file_registers_again_is_replaced(monkeypatch):
+    from controlkit.conditions import condition as module
+
+    module.registry()  # loaded first, to be whole afterwards
+    monkeypatch.setattr(module, "_REGISTRY", dict(module._REGISTRY))
+
+    def registered(number, **fields):
+        def mine(image):
+            """Mine."""
+            return np.full_like(image, number)
+
+        return module.condition("mine", channels=1, **fields)(mine)
+
+    image = np.zeros((16, 16, 3), np.uint8)
+    registered(1, aliases=("own",))
+    registered(2)
+    assert (module.find("mine")(image) == 2).all()
+    with refused("unknown-name", "own"):
+        module.find("own")
+
+    def other(image):
+        """Another."""
+        return image
+
+    with refused("contradiction", "mine"):
+        module.condition("mine", channels=1)(other)

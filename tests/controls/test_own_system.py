@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -383,6 +384,17 @@ class TestWhereItIsFound:
         monkeypatch.setenv(registry.VARIABLE, str(tmp_path / "taken.py"))
         with refused("plugin-failed", "a shift", "'controlnet'"):
             recipes()
+
+    def test_a_system_that_is_registered_again_is_trained_as_it_is_now(self, fresh_registry, monkeypatch, tmp_path):
+        # As a notebook does that runs a cell again, or a script that imports the file that the environment names.
+        (tmp_path / "shift.py").write_text(shift_of_the_page())
+        monkeypatch.setenv(registry.VARIABLE, str(tmp_path / "shift.py"))
+        first = recipes()["shift"].control_class
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "shift", raising=False)
+        second = importlib.import_module("shift").Shift
+        assert second is not first
+        assert registry.find("shift") is second and recipes()["shift"].control_class is second
 
     def test_two_files_of_one_name_are_two_modules(self, fresh_registry, monkeypatch, tmp_path):
         files = []

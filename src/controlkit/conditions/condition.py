@@ -34,7 +34,7 @@ from controlkit._version import __version__
 from controlkit.conditions.models import LearnedModel
 from controlkit.errors import UserError, nearest
 from controlkit.files import sha256_of
-from controlkit.plugins import load_named, running
+from controlkit.plugins import is_same_source, load_named, running
 
 RandomValue = Callable[[np.random.Generator], Any]
 """Samples the value of a parameter for one training image."""
@@ -296,6 +296,10 @@ def condition(name: str, **fields: Any) -> Callable[[Callable[..., np.ndarray]],
             fields["summary"] = (inspect.getdoc(function) or "").partition("\n")[0]
         kind = Condition(name=name, function=function, **fields)
         keys = [_plain(key) for key in (name, *kind.aliases)]
+        old = _REGISTRY.get(keys[0])
+        if old is not None and old.name == name and is_same_source(old.function, function):
+            for key in [key for key, other in _REGISTRY.items() if other is old]:
+                del _REGISTRY[key]
         for key in keys:
             if key in _REGISTRY:
                 other = _REGISTRY[key].name

@@ -11,7 +11,7 @@ from typing import TypeVar
 from controlkit import controls
 from controlkit.controls.control import Control, Training
 from controlkit.errors import UserError, nearest
-from controlkit.plugins import load_entry_points, load_named
+from controlkit.plugins import is_same_source, load_entry_points, load_named
 
 VARIABLE = "CONTROLKIT_CONTROLS"
 """Environment variable: import paths or Python files that register systems, separated as in PATH."""
@@ -35,7 +35,7 @@ def control(kind: Registered) -> Registered:
     if missing:
         raise ValueError(f"{kind.__qualname__} lacks {', '.join(missing)}")
     other = _REGISTRY.get(kind.kind)
-    if other is not None and (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
+    if other is not None and not is_same_source(other, kind):
         raise ValueError(f"{kind.__qualname__}: the kind {kind.kind!r} is taken by {other.__qualname__}")
     _REGISTRY[kind.kind] = kind
     return kind

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -43,13 +43,19 @@ _OTHERS = {
 """Recipes that train no control: system -> `module:class`, imported on demand."""
 
 
-@cache
 def recipes() -> dict[str, type[Recipe]]:
     """Every `system` of `controlkit train` -> the class of its recipes."""
-    from controlkit.controls.registry import registry, trainings_of
+    from controlkit.controls.registry import registry
+
+    return _recipes_of(tuple(registry().values()))  # a notebook may register a system again
+
+
+@lru_cache(maxsize=1)
+def _recipes_of(kinds: tuple[Any, ...]) -> dict[str, type[Recipe]]:
+    from controlkit.controls.registry import trainings_of
 
     classes: dict[str, type[Recipe]] = {system: resolve_name(place) for system, place in _OTHERS.items()}
-    for kind in registry().values():
+    for kind in kinds:
         for training in trainings_of(kind):
             for system in (training.system, *training.also):
                 if system in classes:
