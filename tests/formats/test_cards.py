@@ -14,7 +14,8 @@ from PIL import Image
 from controlkit.apps.cli import main
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.formats.card import card_of, write_card
-from controlkit.formats.load import save_control, shipped_controls
+from controlkit.formats.load import load_control, save_control, shipped_controls
+from controlkit.formats.metadata import read_metadata
 from refusals import check, refused
 
 
@@ -174,3 +175,12 @@ def test_inspect_is_sorted_and_short(adapter, capsys):
     rows = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     names = [row for row in rows if row.startswith("metadata.")]
     assert names == sorted(names) and len(rows) < 60
+
+
+def test_the_same_control_is_saved_as_the_same_bytes(adapter, tiny_base, tmp_path):
+    saved = [
+        save_control(tmp_path / str(number) / "canny.safetensors", control, tiny_base, made={"note": "ä\n"})
+        for number, control in enumerate([load_control("canny")] * 4)
+    ]
+    assert len({path.read_bytes() for path in saved}) == 1
+    assert json.loads(read_metadata(saved[0])["control.made"]) == {"note": "ä\n"}

@@ -31,7 +31,7 @@ def write_tensors(
     metadata: dict[str, str],
     dtype: torch.dtype | None = torch.float16,
 ) -> Path:
-    """Write `tensors` with `metadata`, atomically.
+    """Write `tensors` with `metadata`, atomically; the same content gives the same bytes.
 
     Args:
         dtype: of every floating-point tensor in the file; None keeps their own.
@@ -48,8 +48,25 @@ def write_tensors(
             tensor = tensor.clone()
         storages.add(tensor.untyped_storage().data_ptr())
         stored[name] = tensor
-    write_atomically(path, lambda temporary: save_file(stored, temporary, metadata))
+
+    def write(temporary: Path) -> None:
+        save_file(stored, temporary, metadata)
+        _sort_metadata(temporary)
+
+    write_atomically(path, write)
     return path
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata in the header of a safetensors file, whose library writes them in random order."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # the tensors stay where they are
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def control_metadata(path: str | Path, control: Control, base: Base, made: dict[str, Any] | None) -> dict[str, str]:
