@@ -22,6 +22,15 @@ def test_a_trained_control_is_found_by_its_name_in_the_folder_where_it_was_train
     assert recorded_condition("mine") == "palette"
 
 
+def test_a_folder_of_pairs_does_not_hide_the_control_that_ships(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("canny").mkdir()
+    (Path("canny") / "0.png").write_bytes(b"")
+    assert find_control("canny") == shipped_controls()["canny"]
+    (Path("canny") / "config.json").write_text("{}")
+    assert find_control("canny") == Path("canny")
+
+
 def test_a_trained_control_comes_before_a_shipped_one_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_control("canny") == shipped_controls()["canny"]

@@ -129,7 +129,8 @@ def _detect_folder(path: Path) -> Detected:
         weights = next(path.glob("*.safetensors"), None)
         hint = f"; {weights.name} in it may be a control: pass that file" if weights else ""
         raise UserError(
-            f"{path} is neither diffusers' nor PEFT's folder of a control: it has no config.json{hint}", "wrong-kind"
+            f"the folder {path} is neither diffusers' nor PEFT's folder of a control: it has no config.json{hint}",
+            "wrong-kind",
         )
     config = _read_config(path / "config.json")
     name = str(config.get("_class_name", "model of no class"))

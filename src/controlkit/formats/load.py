@@ -106,7 +106,8 @@ def find_control(name: str | Path) -> Path:
 
     `mine` is `mine.safetensors`, else `runs/mine/mine.safetensors`, where `adapt --name mine` writes it.
 
-    Among shipped controls, `palette` means `nano/palette` unless there is a `palette`, and aliases of a condition mean
+    A shipped control comes before a folder of its name that holds no control, such as one of pairs. Among shipped
+    controls, `palette` means `nano/palette` unless there is a `palette`, and aliases of a condition mean
     its control.
 
     Raises:
@@ -117,12 +118,15 @@ def find_control(name: str | Path) -> Path:
         raise UserError(
             "the control is empty; pass a file, a folder, or the name of a shipped control", "missing-setting"
         )
+    shipped = shipped_controls()
+    # A folder of pairs is named like its condition, and so is the control that ships for it.
+    if path.is_dir() and str(name) in shipped and not any(path.glob("*.json")):
+        return shipped[str(name)]
     if path.exists():
         return path
     for own in (Path(f"{name}.safetensors"), Path("runs", name, f"{path.name}.safetensors")):
         if own.is_file():
             return own
-    shipped = shipped_controls()
     names = [str(name)]
     with suppress(UserError):
         names.append(conditions.find(str(name)).name)
