@@ -19,7 +19,8 @@ from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.data.engine import make_pairs
 from controlkit.data.input_images import list_images
 from controlkit.data.making import MakeSettings
-from controlkit.evaluation.eval_set import EvalSet
+from controlkit.data.pairs import read_pairs
+from controlkit.evaluation.eval_set import EvalSet, pairs_eval_set
 from controlkit.evaluation.evaluate_control import evaluate_control, evaluate_controls
 from controlkit.evaluation.metrics import frechet_distance
 from controlkit.evaluation.report import Report
@@ -333,3 +334,31 @@ def test_distances_to_the_targets_are_those_of_the_images(tiny_base, tiny_contro
 
 def brightness(images):
     return torch.stack([torch.from_numpy(np.asarray(image, np.float32)).mean((0, 1)) for image in images])
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "fact"),
+    [
+        ({"prompt_modes": "none"}, "wrong-type", "prompt_modes"),
+        ({"prompt_modes": ()}, "wrong-type", "prompt_modes"),
+        ({"prompt_modes": ("foo",)}, "unknown-name", "foo"),
+        ({"steps": 0}, "out-of-range", "steps"),
+        ({"guidance": 0.5}, "out-of-range", "guidance"),
+        ({"weight": "1"}, "out-of-range", "weight"),
+        ({"sets": []}, "wrong-type", "sets"),
+        ({"sets": evaluation_set("held-out")}, "wrong-type", "sets"),
+        ({"sets": [evaluation_set("held-out").first(0)]}, "empty-data", "held-out"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_sampled(settings, code, fact, tiny_base, tiny_control):
+    with refused(code, fact):
+        evaluate_control(tiny_base, tiny_control, **{"sets": [evaluation_set("held-out").first(1)], **settings})
+
+
+def test_images_of_another_condition_are_refused(tiny_base, tiny_control, tmp_path):
+    write_examples(tmp_path / "images", 2)
+    settings = MakeSettings(conditions=("grayscale",))
+    make_pairs(list_images([tmp_path / "images"]), tmp_path / "pairs", settings, workers=1)
+    pairs = pairs_eval_set(read_pairs(tmp_path / "pairs" / "grayscale"), 64)
+    with refused("contradiction", "canny", "grayscale"):
+        evaluate_control(tiny_base, tiny_control, [pairs], steps=1)

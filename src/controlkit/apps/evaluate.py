@@ -16,7 +16,6 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -278,15 +277,10 @@ def _check_condition(name: str, control: Control, pairs: Sequence[Pair], path: s
     Raises:
         UserError: they are of another one.
     """
-    from controlkit.conditions import find
     from controlkit.errors import UserError
+    from controlkit.evaluation.eval_set import different_conditions
 
-    known: list[str] = []
-    for condition in (control.condition, pairs[0].condition):
-        with suppress(UserError):
-            known += [] if condition is None else [find(condition).name]
-    # `identity` stands for condition images of any kind.
-    if len(set(known)) == 2 and "identity" not in known:
+    if known := different_conditions(control.condition, pairs[0].condition):
         ours, theirs = known
         raise UserError(
             f"{name} is a control of {ours}, but the condition images of {path} are {theirs}; give pairs of {ours}: if"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from controlkit import conditions
 from controlkit.data.pairs import Pair
+from controlkit.errors import UserError
 from controlkit.evaluation.sets import EvaluationSet, Example
 from controlkit.images import resize_cover
 
@@ -25,13 +27,21 @@ class EvalSet:
     prompts: Sequence[str]
     parameters: Sequence[Mapping[str, Any]] | None = None
     """Condition parameters of each condition image; None if all were computed with the defaults."""
+    condition: str | None = None
+    """Condition of the condition images; None if it is not known."""
 
 
 def examples_eval_set(condition: conditions.Condition, examples: EvaluationSet[Example], size: int) -> EvalSet:
     """Scale the images of a set to `size` x `size` and compute their condition images."""
     targets = [np.asarray(resize_cover(Image.fromarray(image), size, size)) for image in examples.images]
     condition_images = [condition(target) for target in targets]
-    return EvalSet(name=examples.name, condition_images=condition_images, targets=targets, prompts=examples.captions)
+    return EvalSet(
+        name=examples.name,
+        condition_images=condition_images,
+        targets=targets,
+        prompts=examples.captions,
+        condition=condition.name,
+    )
 
 
 def pairs_eval_set(pairs: Sequence[Pair], size: int) -> EvalSet:
@@ -43,4 +53,14 @@ def pairs_eval_set(pairs: Sequence[Pair], size: int) -> EvalSet:
         targets=[target for _, target in images],
         prompts=[pair.prompt for pair in pairs],
         parameters=[pair.parameters for pair in pairs],
+        condition=pairs[0].condition if pairs else None,
     )
+
+
+def different_conditions(*names: str | None) -> tuple[str, ...]:
+    """The registered conditions of these names, if they are several; `identity` stands for images of any kind."""
+    known = []
+    for name in filter(None, names):
+        with suppress(UserError):
+            known.append(conditions.find(name).name)
+    return tuple(dict.fromkeys(known)) if len(set(known)) > 1 and "identity" not in known else ()

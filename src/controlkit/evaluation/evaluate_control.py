@@ -16,6 +16,7 @@ from controlkit.controls.control import Control
 from controlkit.controls.inputs import takes_one_image, words_of_inputs
 from controlkit.errors import UserError
 from controlkit.evaluation.baselines import Baselines, generate_baselines
+from controlkit.evaluation.checks import check_evaluation
 from controlkit.evaluation.eval_set import EvalSet, examples_eval_set
 from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.evaluation.sampling import EvalControl, generate_controlled
@@ -322,24 +323,14 @@ def _evaluate_each(
     baselines: dict[str, Baselines],
     **settings: Any,
 ) -> list[_Evaluated]:
-    """`_evaluate` on each set in each prompt mode.
-
-    Raises:
-        UserError: a distance is asked for of a set of one image; raised before anything is sampled.
-    """
-    for images in sets if settings["distance"] else ():
-        count = len(images.targets if isinstance(images, EvalSet) else images.images)
-        if count < 2:
-            raise UserError(
-                f"FD-lite0 needs at least 2 images, and {images.name} has {count}; evaluate more images, or leave out"
-                " --distance",
-                "out-of-range",
-            )
-    return [
-        _evaluate(base, control, each, baselines, prompt_mode=prompt_mode, **settings)
-        for each in _numbered(sets)
-        for prompt_mode in prompt_modes
-    ]
+    """`_evaluate` on each set in each prompt mode, after all settings and sets are checked."""
+    check_evaluation(control, sets, prompt_modes, **settings)
+    with base.in_use:
+        return [
+            _evaluate(base, control, each, baselines, prompt_mode=prompt_mode, **settings)
+            for each in _numbered(sets)
+            for prompt_mode in prompt_modes
+        ]
 
 
 def _evaluate(

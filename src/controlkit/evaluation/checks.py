@@ -1,0 +1,58 @@
+"""Settings and sets of an evaluation of controls, checked before anything is sampled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from controlkit.controls.control import Control
+from controlkit.errors import UserError
+from controlkit.evaluation.eval_set import EvalSet, different_conditions
+from controlkit.evaluation.sets import EvaluationSet, Example
+from controlkit.sampling.request import check_prompt_mode, check_sampling
+
+
+def check_evaluation(
+    control: Control,
+    sets: Sequence[EvaluationSet[Example] | EvalSet],
+    prompt_modes: Sequence[str],
+    *,
+    steps: int,
+    guidance: float | None,
+    sampler: str | None,
+    weight: float,
+    distance: bool,
+    **_others: Any,
+) -> None:
+    """Check the arguments of `evaluate_control`.
+
+    Raises:
+        UserError: a setting is invalid; there is no set, or one is empty, of another condition, or of one image where
+            a distance is asked for.
+    """
+    check_sampling(steps, guidance, sampler)
+    if isinstance(prompt_modes, str) or not prompt_modes:
+        raise UserError(f"prompt_modes is {prompt_modes!r}; expected a list, such as ('given',)", "wrong-type")
+    for prompt_mode in prompt_modes:
+        check_prompt_mode(prompt_mode)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise UserError(f"weight is {weight!r}; expected a finite number", "out-of-range")
+    if not isinstance(sets, Sequence) or not sets:
+        raise UserError("sets must be a list of one set of images or more", "wrong-type")
+    for images in sets:
+        count = len(images.targets if isinstance(images, EvalSet) else images.images)
+        if not count:
+            raise UserError(f"{images.name} has no images to evaluate on", "empty-data")
+        theirs = images.condition if isinstance(images, EvalSet) else None
+        if known := different_conditions(control.condition, theirs):
+            raise UserError(
+                f"the control is of {known[0]}, but the condition images of {images.name} are of {known[1]}",
+                "contradiction",
+            )
+        if distance and count < 2:
+            raise UserError(
+                f"FD-lite0 needs at least 2 images, and {images.name} has {count}; evaluate more images, or leave out"
+                " --distance",
+                "out-of-range",
+            )
