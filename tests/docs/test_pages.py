@@ -58,7 +58,7 @@ def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
 def test_the_examples_of_the_page_for_python_run_one_after_another(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     drawing = Image.open(str(files("controlkit") / "assets" / "demo" / "sailboat.png")).convert("RGB")
     (tmp_path / "photos").mkdir()
     drawing.save(tmp_path / "photo.png")

@@ -4,16 +4,63 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from controlkit.errors import UserError
 from controlkit.sampling.inputs import parse_control_use
 from controlkit.sampling.request import GenerateRequest
-from controlkit.sampling.uses import MODES, ControlUse
+from controlkit.sampling.uses import MODES, ControlUse, LoraUse
 from refusals import refused
+
+
+def test_values_of_python_become_those_of_json():
+    use = ControlUse(
+        control=Path("canny"), image=Path("a.png"), weight=np.float32(0.5), layers=[1, 2], mask=Path("m.png")
+    )
+    request = GenerateRequest(
+        prompt="a",
+        controls=[use],
+        seeds=np.arange(3),
+        steps=np.int64(2),
+        guidance=torch.tensor(3.0),
+        image=Path("b.png"),
+    )
+    assert GenerateRequest.from_json(json.loads(json.dumps(request.to_json()))) == request
+    assert request.seeds == (0, 1, 2) and type(request.steps) is int and request.controls == (use,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts"),
+    [
+        ({"seeds": 5}, ["seeds", 5]),
+        ({"seeds": "12"}, ["seeds", "12"]),
+        ({"steps": "2"}, ["steps", "2"]),
+        ({"steps": 2.5}, ["steps", 2.5]),
+        ({"prompt": None}, ["prompt", None]),
+        ({"prompt": ["a", "b"]}, ["prompt"]),
+        ({"controls": ControlUse(control="canny", image="a.png")}, ["controls"]),
+        ({"controls": ["canny=a.png"]}, ["controls", "ControlUse"]),
+        ({"tiled": 1}, ["tiled", "true or false"]),
+        ({"image": Image.new("RGB", (4, 4))}, ["image", "images="]),
+    ],
+)
+def test_values_of_other_types_are_refused_when_the_request_is_built(settings, facts):
+    with refused("wrong-type", *facts):
+        GenerateRequest(**{"prompt": "a", **settings})
+
+
+def test_values_of_other_types_are_refused_in_a_control_and_a_lora():
+    with refused("wrong-type", "image", "images="):
+        ControlUse(control="canny", image=np.zeros((4, 4, 3), np.uint8))
+    with refused("wrong-type", "weight", "half"):
+        LoraUse(file="a.safetensors", weight="half")
 
 
 @pytest.mark.parametrize(

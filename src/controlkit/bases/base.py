@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
 from typing import Any, ClassVar
 
 import torch
@@ -112,6 +113,8 @@ class Base(ABC):
         self._active_taps: tuple[Mapping[str, Tensor], Taps] | None = None
         self._replaced: Mapping[str, nn.Module] = {}
         self._encoders_aside = False
+        self.in_use = RLock()
+        """Held while its weights or settings are changed for a time, as by the LoRAs of one call of `generate`."""
         for network in self.networks:
             network.eval().requires_grad_(False)
 
@@ -396,6 +399,8 @@ class Base(ABC):
         if aside or self._encoders_aside:
             self._move_text_encoders(self.text_device or self.device)
             self._encoders_aside = False
+        self.in_use = RLock()
+        """Held while its weights or settings are changed for a time, as by the LoRAs of one call of `generate`."""
         try:
             yield
         finally:

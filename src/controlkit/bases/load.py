@@ -55,7 +55,7 @@ def load_base(
     name: str | Path = NANO,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     text_device: str | torch.device | None = None,
     vae: str | None = None,
     random_weights: bool = False,
@@ -67,8 +67,9 @@ def load_base(
     Args:
         name: `nano`; a diffusers folder; a single `.safetensors` or `.ckpt` file; an id on the Hugging Face hub; or,
             with `random_weights`, one of `KNOWN_BASES`.
-        device: a torch device, or `auto` for the best available.
-        dtype: default: float32, whatever the files contain.
+        device: a torch device, or `auto` for the best available, as `GenerateRequest` has it.
+        dtype: a torch dtype, or a name of `PRECISIONS`, such as `auto`, as `GenerateRequest.precision` has it. Default:
+            float32, whatever the files contain.
         text_device: of the text encoders, such as `cpu` for large ones; default: `device`.
         vae: an autoencoder in place of the base's own, as in `bases.vae.load_vae`.
         random_weights: build a known model without its files, to measure speed and memory.
@@ -76,8 +77,8 @@ def load_base(
     Raises:
         UserError: it is missing, incomplete or another kind of model, or the device is not available.
     """
-    dtype = dtype or torch.float32
     device = choose_device(device) if isinstance(device, str) else device
+    dtype = choose_dtype(dtype, device) if isinstance(dtype, str) else dtype or torch.float32
     _check_device(device)
     path = Path(name)
     with _reading(name):

@@ -10,7 +10,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -119,11 +119,12 @@ def values_at(request: GenerateRequest, point: Point) -> dict[str, Any]:
     return {name: values[index] for axis, index in axes for name, values in axis.items()}
 
 
-def expand_folders(request: GenerateRequest, *, pair: bool = False) -> GenerateRequest:
+def expand_folders(request: GenerateRequest, *, pair: bool = False, given: Collection[str] = ()) -> GenerateRequest:
     """A request with the images of folders and globs in place of them, as axes of `vary`.
 
     Args:
         pair: let all images, and the prompts of `vary`, advance together instead of crossing them.
+        given: names of images in memory, which are no folders.
 
     Raises:
         UserError: a folder or glob has no images, or the numbers of what is paired differ.
@@ -131,7 +132,7 @@ def expand_folders(request: GenerateRequest, *, pair: bool = False) -> GenerateR
     found: list[dict[str, list[Any]]] = []
     uses = list(request.controls)
     for index, use in enumerate(uses):
-        listed = _listed(use.image)
+        listed = None if use.image in given else _listed(use.image)
         if listed is not None:
             uses[index] = replace(use, image=listed[0])
             if len(listed) > 1:

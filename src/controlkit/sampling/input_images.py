@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -65,23 +66,28 @@ class ImageFile:
     """Upright, RGB."""
 
     @classmethod
-    def read(cls, path: str, background: tuple[int, int, int] = WHITE) -> ImageFile:
+    def read(
+        cls, path: str, background: tuple[int, int, int] = WHITE, given: Mapping[str, bytes] = MappingProxyType({})
+    ) -> ImageFile:
         """Read an image; where it is transparent, it shows `background`.
+
+        Args:
+            given: content of files in memory, by path.
 
         Raises:
             UserError: the file is missing, damaged or not an image.
         """
-        data = read_bytes(path)
+        data = given[path] if path in given else read_bytes(path)
         return cls(path, data, decode_rgb(data, path, background))
 
     @classmethod
-    def read_mask(cls, path: str | None) -> ImageFile | None:
+    def read_mask(cls, path: str | None, given: Mapping[str, bytes]) -> ImageFile | None:
         """Read a mask, if there is one; black where it is transparent.
 
         Raises:
             UserError: as `read`.
         """
-        return None if path is None else cls.read(path, BLACK)
+        return None if path is None else cls.read(path, BLACK, given)
 
     @property
     def sha256(self) -> str:
@@ -103,14 +109,14 @@ class ControlImage:
     """Decoded as a photo: transparent over white."""
 
     @classmethod
-    def read(cls, use: ControlUse, kind: Kind) -> list[ControlImage]:
+    def read(cls, use: ControlUse, kind: Kind, given: Mapping[str, bytes]) -> list[ControlImage]:
         """Read all images of a control.
 
         Raises:
             UserError: a file is missing, damaged or not an image.
         """
         known = {each.name: each for each in kind.inputs}
-        return [cls(use, known[name], ImageFile.read(path)) for name, path in images_of(use, kind).items()]
+        return [cls(use, known[name], ImageFile.read(path, given=given)) for name, path in images_of(use, kind).items()]
 
     def condition_image(self, control: Control, frame: Frame) -> Image.Image:
         """The condition image for `control`, of what `frame` shows.
@@ -164,22 +170,23 @@ class RequestImages:
     """The mask of each control."""
 
     @classmethod
-    def read(cls, request: GenerateRequest, kinds: Sequence[Kind]) -> RequestImages:
+    def read(cls, request: GenerateRequest, kinds: Sequence[Kind], given: Mapping[str, bytes]) -> RequestImages:
         """Read them.
 
         Args:
             request: with named inputs.
             kinds: the systems of its controls.
+            given: content of files in memory, by path.
 
         Raises:
             UserError: a file is missing, damaged or not an image.
         """
         uses = request.controls
         return cls(
-            controls=[ControlImage.read(use, kind) for use, kind in zip(uses, kinds, strict=True)],
-            masks=[ImageFile.read_mask(use.mask) for use in uses],
-            start=None if request.image is None else ImageFile.read(request.image),
-            start_mask=ImageFile.read_mask(request.mask),
+            controls=[ControlImage.read(use, kind, given) for use, kind in zip(uses, kinds, strict=True)],
+            masks=[ImageFile.read_mask(use.mask, given) for use in uses],
+            start=None if request.image is None else ImageFile.read(request.image, given=given),
+            start_mask=ImageFile.read_mask(request.mask, given),
         )
 
     def notes(self, frame: Frame) -> list[str]:

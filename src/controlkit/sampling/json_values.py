@@ -7,6 +7,8 @@ import functools
 import json
 import math
 import os
+import reprlib
+from collections.abc import Iterable, Mapping
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -65,8 +67,52 @@ def checked_fields(kind: type, values: Any, what: str) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-_hints_of = functools.cache(get_type_hints)
-"""Evaluated once per class: every combination of axes is checked."""
+def settle_fields(instance: Any, what: str = "") -> None:
+    """Turn the fields of a frozen dataclass into values of JSON where Python has others, and check their types.
+
+    Lists and arrays become tuples, paths text, and numbers of numpy and torch plain ones.
+
+    Args:
+        what: the name of the instance in errors, if it is part of another.
+
+    Raises:
+        UserError: a value has the wrong type.
+    """
+    kind: type = type(instance)
+    for name, hint in _hints_of(kind).items():
+        value = getattr(instance, name)
+        settled = _settled(value, hint)
+        if not _has_type(settled, hint) or not _has_parts(settled, hint):
+            subject = f"{name} of {what}" if what else name
+            message = f"{subject} is {reprlib.repr(value)}; expected {_in_words(hint)}"
+            if hasattr(value, "__array_interface__"):
+                message += "; an image in memory is passed by a name: generate(request, images={name: image})"
+            raise UserError(message, "wrong-type")
+        object.__setattr__(instance, name, settled)
+
+
+def _settled(value: Any, hint: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if get_origin(hint) is tuple or any(get_origin(each) is tuple for each in get_args(hint)):
+        if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+            return tuple(_settled(each, None) for each in value)
+        return value
+    if hasattr(value, "dtype") and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return value
+
+
+def _has_parts(value: Any, hint: Any) -> bool:
+    """Whether the items of a tuple of dataclasses are those."""
+    item = get_args(hint)[0] if get_origin(hint) is tuple else None
+    return not (isinstance(item, type) and dataclasses.is_dataclass(item)) or all(isinstance(e, item) for e in value)
+
+
+@functools.cache
+def _hints_of(kind: Any) -> dict[str, Any]:
+    """Evaluated once per class: every combination of axes is checked."""
+    return get_type_hints(kind)
 
 
 def _has_type(value: Any, hint: Any) -> bool:
@@ -95,7 +141,9 @@ _PLAIN = {
 
 def _in_words(hint: Any) -> str:
     if get_origin(hint) is tuple:
-        return f"a list of {_PLAIN.get(get_args(hint)[0], ('', 'mappings'))[1]}"
+        item = get_args(hint)[0]
+        usual = getattr(item, "__name__", "") if dataclasses.is_dataclass(item) else "mappings"
+        return f"a list of {_PLAIN.get(item, ('', usual))[1]}"
     if get_origin(hint) is dict:
         return "a mapping from names"
     if get_args(hint):

@@ -13,7 +13,7 @@ from controlkit.bases.prompt_syntax import check_syntax, parse_weighted
 from controlkit.bases.solver_names import SOLVERS, solver_name
 from controlkit.errors import UserError, nearest
 from controlkit.sampling.axes import check_axes, points_of
-from controlkit.sampling.json_values import checked_fields, is_finite, plain_mapping
+from controlkit.sampling.json_values import checked_fields, is_finite, plain_mapping, settle_fields
 from controlkit.sampling.seeds import settled_seeds
 from controlkit.sampling.uses import ControlUse, LoraUse, check_spans
 
@@ -112,8 +112,8 @@ class GenerateRequest:
     Diffusion 3) `euler`, `dpm++` and `unipc`. `lcm` needs a model or LoRA distilled for it, 50 steps at the most.
     Default: that of the base, `ddim`, or `euler` for Stable Diffusion 3."""
     batch_size: int | None = None
-    """Images per batch; changes the memory needed, not the images. Default: 16 up to 256 x 256, fewer for larger ones
-    (4 of 512 x 512)."""
+    """Images per batch; changes the memory needed, and images by rounding only. Default: 16 up to 256 x 256, fewer for
+    larger ones (4 of 512 x 512)."""
     tiled: bool = False
     """Whether the autoencoder works in overlapping tiles of its native size, which bounds its memory for large images
     and changes them a little (diffusers: `enable_tiling`)."""
@@ -135,6 +135,7 @@ class GenerateRequest:
     without. `on` is refused where it cannot be."""
 
     def __post_init__(self) -> None:
+        settle_fields(self)
         object.__setattr__(self, "seeds", settled_seeds(self.seeds))
         check_graphs(self.graphs)
         check_sampling(self.steps, self.guidance, self.sampler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,15 +41,21 @@ def generate_single(
     *,
     base: Base | None,
     controls: Sequence[Control] | None,
+    given: Mapping[str, bytes],
     cache: ResidualCache | None,
     on_step: Callable[[Step], object] | None,
     on_images: Callable[[Generation], object] | None,
     models: Models,
 ) -> Generation:
-    """`generate` for a request without axes; `models` keeps what is loaded for the next one."""
+    """`generate` for a request without axes.
+
+    Args:
+        given: content of files in memory, by the name that stands for each in the request.
+        models: keeps what is loaded for the next request.
+    """
     generation = Generation(request)
     with _timed(generation, "load"):
-        loaded = _load(generation, base, controls, models)
+        loaded = _load(generation, base, controls, given, models)
     with _timed(generation, "condition"):
         passes = _passes(generation, loaded)
     draw = _Draw(generation, loaded, passes, cache, on_step, on_images)
@@ -99,13 +105,19 @@ class _Loaded:
         return prompt_notes(prompts, self.base, self.text.embeddings) if self.text.syntax == "plain" else []
 
 
-def _load(generation: Generation, base: Base | None, controls: Sequence[Control] | None, models: Models) -> _Loaded:
+def _load(
+    generation: Generation,
+    base: Base | None,
+    controls: Sequence[Control] | None,
+    given: Mapping[str, bytes],
+    models: Models,
+) -> _Loaded:
     """Read all files and load all models; adds hashes, resolved values and notes to `generation`."""
     request = generation.request
     # Inputs first: a wrong path should not cost the loading of a model.
     kinds: Sequence[Kind] = controls or [control_class(use.control) for use in request.controls]
     generation.request = request = with_named_inputs(request, kinds)
-    images = RequestImages.read(request, kinds)
+    images = RequestImages.read(request, kinds, given)
     lora_hashes = [file_sha256(lora_file(use.file)) for use in request.loras]
     generation.sha256 = _hashes(request, images, lora_hashes)
     if base is None:

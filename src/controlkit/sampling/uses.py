@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from controlkit.errors import UserError, nearest
-from controlkit.sampling.json_values import is_finite, plain_mapping
+from controlkit.sampling.json_values import is_finite, plain_mapping, settle_fields
 
 MODES = ("balanced", "control", "soft", "guess", "cfg-rw", "cfg-rw-literal")
 """How a control acts under classifier-free guidance (`ControlUse.mode`)."""
@@ -72,6 +72,7 @@ class ControlUse:
     that of the base, `control` for nano, else `balanced`."""
 
     def __post_init__(self) -> None:
+        settle_fields(self, "a control")
         if (self.image is None) == (self.inputs is None):
             raise UserError(f"{self.control} needs either an image or named inputs, not both", "contradiction")
         if self.parameters is not None:
@@ -113,6 +114,7 @@ class LoraUse:
     """Factor of what it adds to the base's weights."""
 
     def __post_init__(self) -> None:
+        settle_fields(self, "a LoRA")
         if not is_finite(self.weight):
             raise UserError(f"the weight of {self.file} is {self.weight}; expected a finite number", "out-of-range")
 

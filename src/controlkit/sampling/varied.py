@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,11 +27,15 @@ def generate_varied(
     *,
     base: Base | None,
     controls: Sequence[Control] | None,
+    given: Mapping[str, bytes],
     cache: ResidualCache | None,
     on_step: Callable[[Step], object] | None,
     on_images: Callable[[Generation], object] | None,
 ) -> Generation:
     """`generate` for a request with axes; combinations of one base run one after another.
+
+    Args:
+        given: content of files in memory, by the name that stands for each in the request.
 
     Raises:
         UserError: as `generate`, or what the caller loaded is on an axis.
@@ -53,6 +57,7 @@ def generate_varied(
             points[number].request,
             base=base,
             controls=controls,
+            given=given,
             cache=cache,
             on_step=None if on_step is None else partial(run.advance, number),
             on_images=None if on_images is None else partial(run.add, number),

@@ -124,6 +124,7 @@ class Studio:
                 request,
                 base=None,
                 controls=None,
+                given={},
                 cache=self.cache,
                 on_step=on_step,
                 on_images=keep,
