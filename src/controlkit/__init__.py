@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from controlkit.sampling.uses import ControlUse, LoraUse
     from controlkit.training.recipe import Recipe
     from controlkit.training.recipes import build_recipe, read_recipe
+    from controlkit.training.results import TrainStep
     from controlkit.training.run import run as train
 
 _PLACES = {
@@ -61,6 +62,7 @@ _PLACES = {
     "Report": "evaluation.report:Report",
     "ResidualCache": "sampling.residual_cache:ResidualCache",
     "Step": "sampling.step:Step",
+    "TrainStep": "training.results:TrainStep",
     "adapt": "evaluation.adapt:adapt",
     "build_recipe": "training.recipes:build_recipe",
     "check_pairs": "data.check:check_pairs",
@@ -104,6 +106,7 @@ __all__ = [
     "Report",
     "ResidualCache",
     "Step",
+    "TrainStep",
     "UserError",
     "__version__",
     "adapt",

@@ -238,6 +238,29 @@ def test_ctrl_c_saves_after_its_step_and_ends(tmp_path, number):
     assert [line["step"] for line in log_of(tmp_path)] == list(range(1, STEPS + 1))
 
 
+def test_the_caller_is_told_of_every_step_and_may_end_the_run_at_any(tmp_path):
+    class Enough(Exception):
+        pass
+
+    told = []
+
+    def on_step(step):
+        told.append((step.step, step.steps))
+        assert math.isfinite(step.loss) or step.step == 1
+        if step.step == 5:
+            raise Enough
+
+    recipe = toy_recipe(tmp_path, STEPS)
+    with pytest.raises(Enough):
+        train(Toy(recipe), recipe, on_step)
+    assert load_state(tmp_path / "state.safetensors").step == 5
+    whole, _ = run(tmp_path / "whole")
+    continued = Toy(recipe)
+    train(continued, recipe, lambda step: told.append((step.step, step.steps)))
+    assert told == [(number, STEPS) for number in range(1, STEPS + 1)]
+    assert_identical(whole.weights(), continued.weights())
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     def impatient(loss):
         signal.raise_signal(signal.SIGINT)

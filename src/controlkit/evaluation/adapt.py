@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from controlkit.images import write_png
 from controlkit.sampling.graphs import GraphReport, tallied
 from controlkit.training.log import total_seconds
 from controlkit.training.recipe import Recipe
+from controlkit.training.results import TrainStep
 from controlkit.training.run import run_recipe
 from controlkit.training.sources.pairs import PairSettings
 
@@ -37,8 +39,11 @@ class Adapted:
     """How the networks were called while the held-out pairs were sampled."""
 
 
-def adapt(recipe: Recipe) -> Adapted:
+def adapt(recipe: Recipe, on_step: Callable[[TrainStep], object] | None = None) -> Adapted:
     """Train the control of a recipe on pairs and score it on the held-out ones, with baseline and ceiling.
+
+    Args:
+        on_step: as of `train`.
 
     Raises:
         UserError: the recipe does not train a control on pairs, or training fails.
@@ -49,7 +54,7 @@ def adapt(recipe: Recipe) -> Adapted:
             "wrong-kind",
         )
     started = time.perf_counter()
-    result = run_recipe(recipe)
+    result = run_recipe(recipe, on_step)
     trained = time.perf_counter()
     folder = Path(recipe.out)
     base = load_base(recipe.base, device=choose_device(recipe.device))

@@ -29,6 +29,7 @@ from controlkit.training.patience import Patience
 from controlkit.training.processes import Processes
 from controlkit.training.readings import Reading, Readings
 from controlkit.training.recipe import Recipe
+from controlkit.training.results import Trained, TrainStep
 from controlkit.training.run_folder import check_same_run, fingerprint, run_folder, schedule_changes
 from controlkit.training.schedule import initial_schedule, resumed_schedule
 from controlkit.training.sharding import copy_full, full_tensor, gathered
@@ -46,29 +47,11 @@ _READ_SECONDS = 10.0
 """Longest time between readings of the loss, so that slow steps do not go on for long after a failure."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trained:
-    """A finished run."""
-
-    step: int
-    """Steps after which the files were written: fewer than those of the run if `patience` chose an earlier preview."""
-    scores: dict[str, float]
-    """Scores of the preview after that step."""
-    scored: dict[str, Any]
-    """Settings of its samples: `Objective.preview_settings`."""
-    files: tuple[Path, ...]
-    """Files of the finished networks; empty in all processes but the first."""
-    preview: Path | None
-    """Image of that preview."""
-    seconds: float
-    """Duration of the run, over all its parts."""
-    finished_before: bool = False
-    """Whether the run had finished already, so that nothing was trained."""
-    base_runs: str = ""
-    """`Objective.base_runs` at the end."""
-
-
-def train(objective: Objective | Callable[[], Objective], recipe: Recipe) -> Trained:
+def train(
+    objective: Objective | Callable[[], Objective],
+    recipe: Recipe,
+    on_step: Callable[[TrainStep], object] | None = None,
+) -> Trained:
     """Train `objective` by `recipe`, or resume the run in its folder.
 
     Data and noise of a step depend on (seed, step) only, so a resumed run ends with the same weights as one that was
@@ -77,17 +60,20 @@ def train(objective: Objective | Callable[[], Objective], recipe: Recipe) -> Tra
 
     Args:
         objective: or a function that builds it, called once the folder is locked and checked.
+        on_step: called after every step, in the first process. If it raises an exception, the state is saved, and the
+            run ends with that exception.
 
     Raises:
-        UserError: the folder has a run of another recipe; the run was interrupted; or the loss is not finite or
-            diverged (the last good state stays).
+        UserError: the folder has a run of another recipe, or the loss is not finite or diverged (the last good state
+            stays).
+        Interrupted: a signal ended the run.
     """
     with run_folder(recipe):
-        return _Loop(objective if isinstance(objective, Objective) else objective(), recipe).run()
+        return _Loop(objective if isinstance(objective, Objective) else objective(), recipe, on_step).run()
 
 
 class _Loop:
-    def __init__(self, objective: Objective, recipe: Recipe) -> None:
+    def __init__(self, objective: Objective, recipe: Recipe, on_step: Callable[[TrainStep], object] | None) -> None:
         if recipe.patience is not None and not objective.has_merits:
             raise UserError(
                 f"patience is {recipe.patience}, but the previews of this run have no held-out score to compare; set"
@@ -96,6 +82,7 @@ class _Loop:
             )
         self.objective = objective
         self.recipe = recipe
+        self.on_step = on_step
         self.folder = writable_folder(recipe.out)
         self.path = self.folder / "state.safetensors"
         self.processes = Processes(objective.parameters()[0].device)
@@ -192,6 +179,7 @@ class _Loop:
                 if stop:
                     message = f"stopped at step {step + 1} of {self.recipe.steps}; run the same command to resume"
                     raise Interrupted(message, signals.number)
+                self._tell(step + 1)
                 if self._enough:
                     return
         except RuntimeError as error:
@@ -334,6 +322,18 @@ class _Loop:
                 {"preview": scored} if previewed and scored else {},
             )
             self.log.progress(done, {"loss": loss, **self.scores}, in_words(scored) if scored else "")
+
+    def _tell(self, done: int) -> None:
+        """Call `on_step`."""
+        if self.on_step is None or not self.processes.first:
+            return
+        steps = self.recipe.steps
+        try:
+            self.on_step(TrainStep(step=done, steps=steps, loss=self._loss, scores=dict(self.scores)))
+        except BaseException:
+            if not self.processes.sharded:
+                self._save(done)
+            raise
 
     def _preview(self, step: int) -> None:
         with averaged(self.average, self.parameters), gathered(self.objective.trained):
