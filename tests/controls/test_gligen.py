@@ -20,7 +20,8 @@ from controlkit.bases.unet import attention_blocks
 from controlkit.controls.apply import predict_under
 from controlkit.controls.controlnet_xs import ControlNetXS
 from controlkit.controls.encoder_copy.network import plain_config
-from controlkit.controls.gligen import GLIGEN, MAX_OBJECTS, boxes_problem
+from controlkit.controls.gligen import GLIGEN
+from controlkit.controls.gligen.boxes import MAX_OBJECTS, boxes_problem
 from controlkit.controls.inputs import encode_each
 from controlkit.formats.card import card_of
 from controlkit.formats.convert import convert
