@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -51,33 +53,96 @@ def test_a_zip_stays_in_its_folder(tmp_path, entry):
         place.add_zip("mine", tmp_path / "b.zip")
 
 
+def _training(folder, code: str) -> str:
+    """A script to run in place of python, whose training is `code`: it may use `words`, the command, and `out`."""
+    script = folder / "python"
+    begin = "import json, os, pathlib, signal, sys, time\nwords = sys.argv[3:]\n"
+    begin += "out = pathlib.Path(words[words.index('--out') + 1])\nout.mkdir(exist_ok=True)\n"
+    script.write_text(f"#!{sys.executable}\n{begin}{code}")
+    script.chmod(0o700)
+    return str(script)
+
+
+def _start(place, name: str = "one") -> None:
+    place.pairs_folder("mine").mkdir(parents=True, exist_ok=True)
+    place.start(name, "mine", base="nano", control="base.safetensors", steps=1, learning_rate=None)
+
+
+def _until(what) -> None:
+    end = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_an_adapter_is_offered_when_its_run_ends_and_not_when_it_fails(tmp_path, monkeypatch):
-    """With a script in place of the training, which writes what `adapt` writes."""
     from controlkit.ui.runs import Workplace
 
-    script = tmp_path / "python"
-    script.write_text(
-        f"#!{sys.executable}\n"
-        "import pathlib, sys\n"
-        "words = sys.argv[3:]\n"
-        "out = pathlib.Path(words[words.index('--out') + 1])\n"
-        "out.mkdir()\n"
-        "(out / 'adapter.safetensors').write_text(words[words.index('--control') + 1])\n"
-        "sys.exit('bad' in out.name)\n"
-    )
-    script.chmod(0o700)
-    monkeypatch.setattr(sys, "executable", str(script))
+    code = "(out / 'adapter.safetensors').write_text(words[words.index('--control') + 1])\n"
+    code += "sys.exit('bad' in out.name)\n"
+    monkeypatch.setattr(sys, "executable", _training(tmp_path, code))
     offered = []
     place = Workplace(tmp_path / "work", offer=lambda name, path: offered.append((name, path.read_text())))
-    place.pairs_folder("mine").mkdir(parents=True)
     for name in ("good", "bad"):
-        place.start(name, "mine", base="nano", control="base.safetensors", steps=1, learning_rate=None)
-        for _ in range(600):
-            if not place.state(name).is_running:
-                break
-            time.sleep(0.1)
+        _start(place, name)
+        _until(lambda name=name: not place.state(name).is_running)
     assert offered == [("good", "base.safetensors")]  # whoever sees the run ended, sees it offered
     assert [path.name for path in place.adapters.iterdir()] == ["good.safetensors"]
+
+
+_COUNTS_SIGNALS = """
+signals = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: signals.append(number))
+(out / "ready").touch()
+while not signals:
+    time.sleep(0.05)
+time.sleep(1)
+(out / "signals").write_text(str(len(signals)))
+"""
+"""A second signal ends a training before its state is saved."""
+
+
+def test_a_run_that_is_stopped_again_gets_one_signal(tmp_path, monkeypatch):
+    from controlkit.ui.runs import Workplace
+
+    monkeypatch.setattr(sys, "executable", _training(tmp_path, _COUNTS_SIGNALS))
+    place = Workplace(tmp_path / "work")
+    for _ in range(2):  # a run that was resumed can be stopped, too
+        _start(place)
+        folder = place.run_folder("one")
+        _until((folder / "ready").exists)
+        place.stop("one")
+        time.sleep(0.2)
+        place.stop("one")
+        place.stop_all()
+        assert (folder / "signals").read_text() == "1"
+        (folder / "ready").unlink()
+        _until(lambda: not place.state("one").is_running)
+    with refused("unknown-name", "one"):
+        place.stop("one")
+
+
+def test_ctrl_c_in_the_terminal_of_the_server_is_one_signal_for_a_run(tmp_path):
+    work, training = tmp_path / "work", _training(tmp_path, _COUNTS_SIGNALS)
+    code = f"""
+import pathlib, sys, time
+sys.executable = {training!r}
+from controlkit.ui.runs import Workplace
+place = Workplace(pathlib.Path({str(work)!r}))
+place.pairs_folder("mine").mkdir(parents=True)
+try:
+    place.start("one", "mine", base="nano", control="base.safetensors", steps=1, learning_rate=None)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.3)  # as a server that ends its requests first
+    place.stop_all()
+"""
+    server = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    _until((work / "runs" / "one" / "ready").exists)
+    os.killpg(server.pid, signal.SIGINT)  # as a terminal does: to all processes of its foreground group
+    server.wait(60)
+    assert (work / "runs" / "one" / "signals").read_text() == "1"
 
 
 def test_uploads_of_the_same_name_are_all_made_into_pairs(tmp_path):

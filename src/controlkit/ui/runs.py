@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -52,6 +51,8 @@ class Workplace:
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _endings: dict[str, threading.Thread] = field(default_factory=dict)
     """Threads that wait for the end of a run, to offer its adapter."""
+    _stopping: set[str] = field(default_factory=set)
+    """Names of the runs whose process was told to stop: a second signal would end it before its state is saved."""
 
     @property
     def adapters(self) -> Path:
@@ -190,9 +191,13 @@ class Workplace:
             words += ["--learning-rate", f"{learning_rate:g}"]
         with self._file(run, "out").open("wb") as out, self._file(run, "log").open("ab") as log:
             self._processes[run.name] = subprocess.Popen(
-                [sys.executable, "-m", "controlkit", *words], stdout=out, stderr=log, stdin=subprocess.DEVNULL
+                [sys.executable, "-m", "controlkit", *words],
+                stdout=out,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C in the server's terminal would be a second signal beside `stop_all`'s
             )
-
+        self._stopping.discard(run.name)
         ending = threading.Thread(target=self._end, args=(run.name, self._processes[run.name]), daemon=True)
         self._endings[run.name] = ending
         ending.start()
@@ -212,7 +217,7 @@ class Workplace:
         self.offer(name, kept)
 
     def stop(self, name: str) -> None:
-        """Let a run save its state and end.
+        """Let a run save its state and end; without effect if it is stopping already.
 
         Raises:
             UserError: it does not run.
@@ -220,13 +225,15 @@ class Workplace:
         name = checked_name(name)
         if not self._runs(name):
             raise UserError(f"{name} does not run", "unknown-name")
-        self._processes[name].send_signal(signal.SIGINT)
+        if name not in self._stopping:
+            self._stopping.add(name)
+            self._processes[name].terminate()
 
     def stop_all(self) -> None:
         """End all runs, as `stop`."""
-        for process in self._processes.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
+        for name in self._processes:
+            if self._runs(name):
+                self.stop(name)
         for process in self._processes.values():
             try:
                 process.wait(30)
