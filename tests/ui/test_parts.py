@@ -90,6 +90,32 @@ def test_an_adapter_is_offered_when_its_run_ends_and_not_when_it_fails(tmp_path,
     assert [path.name for path in place.adapters.iterdir()] == ["good.safetensors"]
 
 
+def test_a_report_stays_until_another_training_is_completed(tmp_path, monkeypatch):
+    from controlkit.ui.runs import Workplace
+
+    code = "(out / 'begun').touch()\n"
+    code += "while not (out / 'answer').exists():\n    time.sleep(0.05)\n"
+    code += "print((out / 'answer').read_text())\n(out / 'answer').unlink()\n"
+    monkeypatch.setattr(sys, "executable", _training(tmp_path, code))
+    place = Workplace(tmp_path / "work")
+    folder = place.run_folder("one")
+    failed = {"error": {"message": "out of memory", "code": "out-of-memory"}}
+    shown = None
+    for answer in ({"report": {"title": "first"}}, failed, failed, {}, {"report": {"title": "second"}}):
+        _start(place)
+        _until((folder / "begun").exists)
+        assert place.state("one").report == shown and not place.state("one").is_complete
+        (folder / "begun").unlink()
+        (folder / "answer.new").write_text(json.dumps(answer))
+        (folder / "answer.new").rename(folder / "answer")
+        _until(lambda: not place.state("one").is_running)
+        state = place.state("one")
+        shown = answer.get("report", shown)
+        assert state.report == shown and place.reports() == ["one"]
+        assert state.is_complete == ("report" in answer)
+        assert (state.error is None) == ("error" not in answer)
+
+
 _COUNTS_SIGNALS = """
 signals = []
 for number in (signal.SIGINT, signal.SIGTERM):

@@ -83,7 +83,7 @@ class _Tab:
         last = state.lines[-1] if state.lines else {}
         words = "running" if state.is_running else "stopped; start it again to resume"
         done = state.adapter is not None and not state.is_running
-        if state.report is not None and not state.is_running:
+        if state.is_complete and not state.is_running:
             words = f"done; Generate offers it as {name}"
         if last:
             scores = [f"{key} {value:.4g}" for key, value in last.items() if _is_shown(key, value)]

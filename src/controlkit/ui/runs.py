@@ -37,7 +37,10 @@ class RunState:
     """The newest."""
     adapter: Path | None
     report: dict[str, Any] | None
+    """Of the last training that was completed."""
     error: str | None
+    is_complete: bool
+    """Whether the last training was completed."""
 
 
 @dataclass
@@ -189,10 +192,13 @@ class Workplace:
         words += ["--device", self.device, "--out", str(run), "--json"]
         if learning_rate:
             words += ["--learning-rate", f"{learning_rate:g}"]
-        with self._file(run, "out").open("wb") as out, self._file(run, "log").open("ab") as log:
+        out = self._file(run, "out")
+        if "report" in _json(out):  # kept until another training is completed
+            out.replace(self._file(run, "report"))
+        with out.open("wb") as answer, self._file(run, "log").open("ab") as log:
             self._processes[run.name] = subprocess.Popen(
                 [sys.executable, "-m", "controlkit", *words],
-                stdout=out,
+                stdout=answer,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C in the server's terminal would be a second signal beside `stop_all`'s
@@ -244,6 +250,7 @@ class Workplace:
         """A run as it is now."""
         run = self.run_folder(name)
         answer = _json(self._file(run, "out"))
+        report = answer.get("report")
         error = answer.get("error") if isinstance(answer.get("error"), dict) else None
         previews = sorted((run / "previews").glob("*.png"))
         adapter = run / "adapter.safetensors"
@@ -252,8 +259,9 @@ class Workplace:
             lines=_lines(run / "log.jsonl"),
             preview=previews[-1] if previews else None,
             adapter=adapter if adapter.is_file() else None,
-            report=answer.get("report"),
+            report=report or _json(self._file(run, "report")).get("report"),
             error=None if error is None else self.public(str(error.get("message", ""))),
+            is_complete=report is not None,
         )
 
     def public(self, text: str) -> str:
