@@ -11,9 +11,11 @@ import sys
 import time
 import zipfile
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from controlkit.data.pairs import read_pairs, write_pairs
 from refusals import check, refused
 
 
@@ -51,6 +53,51 @@ def test_a_zip_stays_in_its_folder(tmp_path, entry):
     (tmp_path / "b.zip").write_bytes(b"no zip")
     with refused("unreadable-file"):
         place.add_zip("mine", tmp_path / "b.zip")
+
+
+def _pairs(folder) -> dict:
+    """Files of pairs: name -> content."""
+    images = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
+    write_pairs(folder, [(image, image, "a thing") for image in images])
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("above", ["", "mine/", "mine/mine/"])
+@pytest.mark.parametrize("system", ["linux", "macos"])
+def test_a_zip_is_read_as_systems_make_it(tmp_path, above, system):
+    from controlkit.ui.runs import Workplace
+
+    files = {f"{above}{name}": data for name, data in _pairs(tmp_path / "made").items()}
+    if system == "macos":
+        files |= {f"__MACOSX/{name.rpartition('/')[0]}/._{name.rpartition('/')[2]}": b"\0\5" for name in files}
+        files |= {f"{above}.DS_Store": b"\0"}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for name, data in files.items():
+            file.writestr(name, data)
+    place = Workplace(tmp_path / "work")
+    place.add_zip("mine", tmp_path / "a.zip")
+    assert len(read_pairs(place.pairs_folder("mine"))) == 3
+    assert [path.name for path in (tmp_path / "work" / "pairs").iterdir()] == ["mine"]
+
+
+def test_a_zip_without_pairs_leaves_its_name_free(tmp_path):
+    from controlkit.ui.runs import Workplace
+
+    files = _pairs(tmp_path / "made")
+    with zipfile.ZipFile(tmp_path / "wrong.zip", "w") as file:
+        file.writestr("readme.md", "text")
+    with zipfile.ZipFile(tmp_path / "right.zip", "w") as file:
+        for name, data in files.items():
+            file.writestr(name, data)
+    place = Workplace(tmp_path / "work")
+    with refused("wrong-kind") as caught:
+        place.add_zip("mine", tmp_path / "wrong.zip")
+    assert str(tmp_path) not in str(caught.value)
+    assert place.pairs() == [] and list((tmp_path / "work" / "pairs").iterdir()) == []
+    place.add_zip("mine", tmp_path / "right.zip")
+    assert place.pairs() == ["mine"]
+    with refused("would-overwrite", "mine"):
+        place.add_zip("mine", tmp_path / "right.zip")
 
 
 def _training(folder, code: str) -> str:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import zipfile
 from collections import Counter
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from controlkit.data.readers.recognise import read_listing
 from controlkit.errors import UserError
 from controlkit.files import writable_folder
 from controlkit.ui.files import checked_name
@@ -24,6 +26,8 @@ from controlkit.ui.files import checked_name
 _UNPACKED = 4 * 10**9
 """Bytes that a ZIP may hold."""
 _ENTRIES = 100_000
+_ADDED = (".DS_Store", "Thumbs.db", "desktop.ini")
+"""Files that file managers add to folders; macOS also adds `__MACOSX` and `._NAME`."""
 
 
 @dataclass(frozen=True)
@@ -86,33 +90,24 @@ class Workplace:
         """Unpack pairs.
 
         Raises:
-            UserError: the name is taken, or the file is no ZIP, too large, or has entries outside of its folder.
+            UserError: the name is taken, or the file is no ZIP, too large, has entries outside of its folder, or has no
+                pairs.
         """
-        folder = self._new_pairs(name)
-        try:
-            with zipfile.ZipFile(archive) as file:
-                entries = [each for each in file.infolist() if not each.is_dir()]
-                if len(entries) > _ENTRIES or sum(each.file_size for each in entries) > _UNPACKED:
-                    raise UserError(f"the ZIP is larger than {_UNPACKED / 1e9:g} GB or {_ENTRIES} files", "bad-data")
-                for each in entries:
-                    path = PurePosixPath(each.filename)
-                    if path.is_absolute() or ".." in path.parts or "\\" in each.filename or ":" in each.filename:
-                        raise UserError(f"the ZIP has an entry {each.filename!r} outside of its folder", "bad-data")
-                    target = folder / path
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with file.open(each) as source, target.open("wb") as copy:
-                        shutil.copyfileobj(source, copy)
-        except (zipfile.BadZipFile, OSError, RuntimeError) as error:  # also encryption, and compression it lacks
-            shutil.rmtree(folder, ignore_errors=True)
-            raise UserError(f"the file is no ZIP that can be read ({error})", "unreadable-file") from error
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        inside = list(folder.iterdir())
-        if len(inside) == 1 and inside[0].is_dir():  # a ZIP of one folder
-            for inner in inside[0].iterdir():
-                shutil.move(str(inner), folder / inner.name)
-            inside[0].rmdir()
+        folder = self._free_pairs(name)
+        writable_folder(folder.parent, "give --work another folder")
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as aside:
+            top = Path(aside) / "zip"
+            top.mkdir()
+            _unpack(archive, top)
+            while len(inside := list(top.iterdir())) == 1 and inside[0].is_dir():  # a ZIP of one folder
+                top = inside[0]
+            try:
+                read_listing(top)
+            except UserError as error:
+                text = str(error).replace(f"{top}{os.sep}", "").replace(str(top), "the ZIP")
+                raise UserError(text, error.code) from error
+            self._free_pairs(name)
+            top.rename(folder)
         return folder
 
     async def make_pairs(self, name: str, images: Sequence[str], condition: str, size: int | None) -> dict[str, Any]:
@@ -124,7 +119,7 @@ class Workplace:
             UserError: they cannot be made, or several images of the same name have a caption.
         """
         names = _distinct_names(images)
-        folder = self._new_pairs(name)
+        folder = writable_folder(self._free_pairs(name), "give --work another folder")
         sources = folder.with_name(f".{folder.name}-images")
         try:
             writable_folder(sources, "give --work another folder")
@@ -162,11 +157,11 @@ class Workplace:
         sheet.parent.mkdir(exist_ok=True)
         return await run_command("pairs", "--check", str(folder), "--sheet", str(sheet), accept=("bad-data",))
 
-    def _new_pairs(self, name: str) -> Path:
+    def _free_pairs(self, name: str) -> Path:
         folder = self.pairs_folder(name)
         if folder.exists():
             raise UserError(f"there are pairs {folder.name!r} already; choose another name", "would-overwrite")
-        return writable_folder(folder, "give --work another folder")
+        return folder
 
     def start(self, name: str, pairs: str, *, base: str, control: str, steps: int, learning_rate: float | None) -> None:
         """Start a run, or resume it: the same settings again.
@@ -300,6 +295,31 @@ async def run_command(*words: str, accept: Sequence[str] = ()) -> dict[str, Any]
     if isinstance(failed, dict) and failed.get("code") not in accept:
         raise UserError(str(failed.get("message")), failed.get("code") or "bad-data")
     return answer
+
+
+def _unpack(archive: str | Path, folder: Path) -> None:
+    """Unpack a ZIP, without the files that file managers add.
+
+    Raises:
+        UserError: it cannot be read, is too large, or has entries outside of its folder.
+    """
+    try:
+        with zipfile.ZipFile(archive) as file:
+            entries = [each for each in file.infolist() if not each.is_dir()]
+            if len(entries) > _ENTRIES or sum(each.file_size for each in entries) > _UNPACKED:
+                raise UserError(f"the ZIP is larger than {_UNPACKED / 1e9:g} GB or {_ENTRIES} files", "bad-data")
+            for each in entries:
+                path = PurePosixPath(each.filename)
+                if path.is_absolute() or ".." in path.parts or "\\" in each.filename or ":" in each.filename:
+                    raise UserError(f"the ZIP has an entry {each.filename!r} outside of its folder", "bad-data")
+                if path.parts[0] == "__MACOSX" or path.name in _ADDED or path.name.startswith("._"):
+                    continue
+                target = folder / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with file.open(each) as source, target.open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
+    except (zipfile.BadZipFile, OSError, RuntimeError) as error:  # also encryption, and compression it lacks
+        raise UserError(f"the file is no ZIP that can be read ({error})", "unreadable-file") from error
 
 
 def _names(folder: Path) -> list[str]:
