@@ -6,6 +6,7 @@ import json
 import re
 import zipfile
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -166,6 +167,25 @@ def test_drawing_is_cancelled(page):
     page.until(lambda: "step" in page.text("#message"), "progress")
     page.click("#cancel")
     page.until(lambda: "cancelled" in page.text("#message"), "end")
+
+
+@pytest.mark.parametrize("button", ["draw", "draw-sheet"])
+def test_what_nobody_waits_for_is_not_drawn(page, served, button):
+    def newest() -> dict:
+        jobs = httpx.get(f"{served.root}/controlkit/v1/jobs", trust_env=False).json()
+        return next(job for job in jobs if job["kind"] == "generate")
+
+    _condition(page)
+    _seeds(page, "0-15")
+    page.fill("#steps input[type=number]", "150")
+    if button == "draw-sheet":
+        page.click("#xy > button, #xy .label-wrap")
+    page.click(f"#{button}")
+    page.until(lambda: "step" in page.text("#message"), "progress")
+    name = newest()["id"]
+    page.open(f"{served.url}/")
+    page.until(lambda: newest()["state"] == "cancelled", "cancellation", 30)
+    assert newest()["id"] == name  # no other cell of the sheet
 
 
 def test_it_fits_a_phone(page):

@@ -64,8 +64,8 @@ class _Tab:
 
     def __init__(self, client: Client, tab: gr.Tab) -> None:
         self.client, self.tab = client, tab
-        self.running: dict[str, str] = {}
-        """Session of a browser -> id of its request, for the button that cancels."""
+        self.running: dict[tuple[str, str], str] = {}
+        """Session of a browser, and `images` or `sheet` -> id of its request, for the button that cancels."""
         self.cancelled: set[str] = set()
         """Sessions whose sheet is to end."""
 
@@ -313,7 +313,7 @@ class _Tab:
             spec, sent = await self.client.spec(body)
             spec.start_image = spec.request["image"] is not None
             job = await self.client.submit(spec, sent)
-            self.running[session] = job.id
+            self.running[session, "images"] = job.id
             async for now in self.client.watch(job.id):
                 shown: dict[Any, Any] = {self.message: status_html(now.line)}
                 if now.preview is not None:
@@ -323,7 +323,7 @@ class _Tab:
         except Exception as error:
             yield {self.message: error_html(sentence(error)), self.live: gr.update(visible=False)}
         finally:
-            self.running.pop(session, None)
+            await self._left(session, "images")
 
     async def _finished(self, name: str, spec: Spec, sent: Mapping[str, bytes]) -> dict[Any, Any]:
         service = self.client.service
@@ -356,11 +356,16 @@ class _Tab:
     async def _cancel(self, request: gr.Request) -> Any:
         session = str(request.session_hash)
         self.cancelled.add(session)
-        name = self.running.get(session)
-        if name is None:
-            return status_html("nothing is being drawn")
-        await self.client.service.cancel(name)
-        return status_html("cancelling")
+        names = [name for (owner, _), name in self.running.items() if owner == session]
+        for name in names:
+            await self.client.service.cancel(name)
+        return status_html("cancelling" if names else "nothing is being drawn")
+
+    async def _left(self, session: str, kind: str) -> None:
+        """Forget a request. If its browser has gone, it still runs, and nobody can have its images: it is cancelled."""
+        name = self.running.pop((session, kind), None)
+        if name is not None:
+            await self.client.service.cancel(name)
 
     def _select(self, result: dict[str, Any] | None, before: str, event: gr.SelectData) -> tuple[int, Any]:
         index = int(event.index)
@@ -390,10 +395,10 @@ class _Tab:
         except Exception as error:
             yield {self.message: error_html(sentence(error))}
         finally:
-            self.running.pop(session, None)
+            await self._left(session, "sheet")
 
     def _now(self, session: str, job: str) -> None:
-        self.running[session] = job
+        self.running[session, "sheet"] = job
 
     # Settings of an image
 
