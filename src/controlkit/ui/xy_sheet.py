@@ -35,6 +35,8 @@ async def draw_sheet(
 ) -> AsyncIterator[tuple[str, Image.Image | None]]:
     """Draw the cells one after the other; yields progress in words, and at the end the sheet.
 
+    If it is stopped or a cell fails, the sheet has the finished cells, and others are grey.
+
     Args:
         axes: setting and values, as `--xy` takes them; the first are the columns.
         stopped: whether to end.
@@ -44,27 +46,40 @@ async def draw_sheet(
         UserError: an axis or the request cannot be used.
         QueueFull: too many requests wait.
     """
-    request = sheet_request(spec, axes)
+    request, catalogue = sheet_request(spec, axes), client.service.catalogue
     points = points_of(request)
     if len(points) > _MOST_CELLS:
         raise UserError(f"the sheet has {len(points)} cells; at most {_MOST_CELLS}", "out-of-range")
     images: dict[str, Image.Image] = {}
-    for number, point in enumerate(points):
-        if stopped():
-            yield f"cancelled after {number} of {len(points)} cells", None
-            return
-        cell = dataclasses.replace(spec, request=point.request.to_json(), maps=())
-        job = await client.submit(cell, files)
-        begun(job.id)
-        async for now in client.watch(job.id):
-            yield f"cell {number + 1} of {len(points)}: {now.line}", None
-        drawn = await client.service.files(job.id, "images")
-        if not drawn:
-            yield f"cancelled after {number} of {len(points)} cells", None
-            return
-        images[image_name(point.name, point.request.seeds[0])] = Image.open(io.BytesIO(drawn[0]))
+    try:
+        for number, point in enumerate(points):
+            if stopped():
+                break
+            words = catalogue.embeddings_in(f"{point.request.prompt}\n{point.request.negative_prompt}")
+            values = {**point.request.to_json(), "embeddings": words}
+            job = await client.submit(dataclasses.replace(spec, request=values, maps=()), files)
+            begun(job.id)
+            async for now in client.watch(job.id):
+                yield f"cell {number + 1} of {len(points)}: {now.line}", None
+            drawn = await client.service.files(job.id, "images")
+            if not drawn:
+                break
+            images[image_name(point.name, point.request.seeds[0])] = Image.open(io.BytesIO(drawn[0]))
+    except Exception:
+        if images:
+            yield f"{len(images)} of {len(points)} cells", await run_in_threadpool(_sheet, request, images)
+        raise
+    done = f"{len(points)} cells"
+    if len(images) < len(points):
+        done = f"cancelled after {len(images)} of {len(points)} cells"
+    yield done, await run_in_threadpool(_sheet, request, images) if images else None
+
+
+def _sheet(request: GenerateRequest, images: Mapping[str, Image.Image]) -> Image.Image:
+    """The sheet of a request, grey where there is no image."""
     (sheet,) = sheets_of(request)
-    yield f"{len(points)} cells", await run_in_threadpool(sheet.draw, images)
+    blank = Image.new("RGB", next(iter(images.values())).size, "lightgrey")
+    return sheet.draw({cell: images.get(cell, blank) for row in sheet.cells for cell in row})
 
 
 def sheet_request(spec: Spec, axes: Sequence[tuple[str, str]]) -> GenerateRequest:
