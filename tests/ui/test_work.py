@@ -45,7 +45,21 @@ def test_pairs_are_made_trained_on_stopped_resumed_and_compared(page, served, tm
     page.fill("#adapt-pairs input", "shapes")
     page.click("#adapt-start")
     page.until(lambda: "step" in page.text("#adapt-message"), "a step", 240)
+    page.open(f"{served.url}/")
+    page.click_text("button[role=tab]", "Adapt")
+    page.fill("#adapt-name input", "first")
+    shown = page.until(lambda: "first: running; step" in page.text("#adapt-message") and page.text("#adapt-message"))
+    page.until(lambda: page.text("#adapt-message") != shown, "another step")
+    page.click("#adapt-start")  # it runs already: it is watched
+    page.until(lambda: "first runs already" in page.text("body"), "information")
+    page.fill("#adapt-name input", "second")
+    page.until(lambda: page.text("#adapt-message") == "", "nothing of a new name")
+    page.fill("#adapt-name input", "first")
+    page.until(lambda: "first: running; step" in page.text("#adapt-message"), "a step", 240)
     page.click("#adapt-stop")
+    page.until(lambda: "stopping" in page.text("#adapt-message"), "stopping")
+    page.click("#adapt-stop")
+    page.fill("#adapt-pairs input", "shapes")
     page.until(lambda: "stopped at step" in page.text("#adapt-message"), "stop", 120)
     done = json.loads((served.work / "runs" / "first" / "log.jsonl").read_text().splitlines()[-1])["step"]
 
@@ -95,6 +109,8 @@ def test_problems_of_pairs_are_listed_and_errors_are_sentences(page, tmp_path):
                 file.write(path, f"source/{index}.png")
         rows = [{"source": f"source/{n}.png", "target": f"target/{n}.png", "prompt": "circle"} for n in range(4)]
         file.writestr("prompt.json", "\n".join(map(json.dumps, rows)))
+    page.click("#pairs-unpack")
+    page.until(lambda: "choose a ZIP" in page.text("#pairs-message .error"), "error")
     page.fill("#pairs-name textarea, #pairs-name input", "../broken")
     page.upload("#pairs-zip", archive)
     page.until(lambda: "pairs.zip" in page.text("#pairs-zip"), "upload")

@@ -24,8 +24,10 @@ _BASE_CONTROL = "nano/base"
 class _Tab:
     """The components and what they do."""
 
-    def __init__(self, place: Workplace, service: Service) -> None:
-        self.place, self.service = place, service
+    def __init__(self, place: Workplace, service: Service, tab: gr.Tab) -> None:
+        self.place, self.service, self.tab = place, service, tab
+        self.watching: dict[str, object] = {}
+        """Session of a browser -> mark of the handler that shows a run; another one takes its place."""
 
     def build(self) -> None:
         with gr.Row():
@@ -35,7 +37,8 @@ class _Tab:
                 self._results()
         outputs = [self.message, self.loss, self.score, self.preview, self.report, self.download]
         inputs = [self.name, self.pairs, self.base, self.control, self.steps, self.rate]
-        self.start.click(self._start, inputs, outputs, **PRIVATE)
+        self.start.click(self._start, inputs, outputs, trigger_mode="multiple", **PRIVATE)
+        gr.on([self.name.change, self.tab.select], self._look, self.name, outputs, trigger_mode="multiple", **PRIVATE)
         self.stop.click(self._stop, self.name, self.message, **PRIVATE)
         self.pairs.focus(lambda: gr.update(choices=self.place.pairs()), None, self.pairs, **PRIVATE)
         self.name.focus(lambda: gr.update(choices=self.place.runs()), None, self.name, **PRIVATE)
@@ -82,6 +85,8 @@ class _Tab:
     def _shown(self, state: RunState, name: str) -> tuple[Any, ...]:
         last = state.lines[-1] if state.lines else {}
         words = "running" if state.is_running else "stopped; start it again to resume"
+        if state.is_stopping:
+            words = "stopping; the state is saved first"
         done = state.adapter is not None and not state.is_running
         if state.is_complete and not state.is_running:
             words = f"done; Generate offers it as {name}"
@@ -98,17 +103,43 @@ class _Tab:
             gr.update(value=str(state.adapter) if done else None, visible=done),
         )
 
-    async def _watch(self, name: str) -> AsyncIterator[tuple[Any, ...]]:
-        while True:
-            state = await asyncio.to_thread(self.place.state, name)
-            yield self._shown(state, name)
-            if not state.is_running:
-                return
-            await asyncio.sleep(1)
+    async def _watch(self, name: str, session: str) -> AsyncIterator[tuple[Any, ...]]:
+        mark = self.watching[session] = object()
+        try:
+            while True:
+                state = await asyncio.to_thread(self.place.state, name)
+                if self.watching.get(session) is not mark:
+                    return
+                yield self._shown(state, name)
+                if not state.is_running:
+                    return
+                await asyncio.sleep(1)
+        finally:
+            if self.watching.get(session) is mark:
+                del self.watching[session]
+
+    async def _look(self, name: str | None, request: gr.Request) -> AsyncIterator[Any]:
+        """Show the run that is named, while it runs; nothing for a new name."""
+        session, name = str(request.session_hash), (name or "").strip()
+        self.watching.pop(session, None)
+        if name not in await asyncio.to_thread(self.place.runs):
+            yield "", None, None, None, "", gr.update(visible=False)
+            return
+        async for each in self._watch(name, session):
+            yield each
 
     async def _start(
-        self, name: str | None, pairs: str | None, base: str, control: str | None, steps: float, rate: float | None
+        self,
+        name: str | None,
+        pairs: str | None,
+        base: str,
+        control: str | None,
+        steps: float,
+        rate: float | None,
+        request: gr.Request,
     ) -> AsyncIterator[Any]:
+        session = str(request.session_hash)
+        self.watching.pop(session, None)
         try:
             name, catalogue = (name or "").strip(), self.service.catalogue
             if not control:
@@ -116,16 +147,21 @@ class _Tab:
             other = catalogue.controls.get(name)
             if other is not None and not other.path.startswith(str(self.place.adapters)):
                 raise UserError(f"there is a control {name} already; choose another name", "would-overwrite")
-            await asyncio.to_thread(
-                self.place.start,
-                name,
-                pairs or "",
-                base=catalogue.bases[catalogue.find("bases", base)],
-                control=catalogue.base_controls[catalogue.find("base_controls", control)],
-                steps=int(steps or 0),
-                learning_rate=rate,
-            )
-            async for each in self._watch(name):
+            try:
+                await asyncio.to_thread(
+                    self.place.start,
+                    name,
+                    pairs or "",
+                    base=catalogue.bases[catalogue.find("bases", base)],
+                    control=catalogue.base_controls[catalogue.find("base_controls", control)],
+                    steps=int(steps or 0),
+                    learning_rate=rate,
+                )
+            except UserError as error:
+                if error.code != "in-use":
+                    raise
+                gr.Info(str(error))
+            async for each in self._watch(name, session):
                 yield each
         except Exception as error:
             yield error_html(self._public(sentence(error))), *[gr.skip()] * 5
@@ -138,9 +174,9 @@ class _Tab:
             return error_html(self._public(sentence(error)))
 
 
-def adapt_tab(place: Workplace, service: Service) -> None:
-    """Build the tab."""
-    _Tab(place, service).build()
+def adapt_tab(place: Workplace, service: Service, tab: gr.Tab) -> None:
+    """Build the contents of `tab`."""
+    _Tab(place, service, tab).build()
 
 
 def _is_score(key: str) -> bool:

@@ -57,8 +57,8 @@ def mount(app: FastAPI, service: Service, work: Path) -> None:
             generate_tab(blocks, tab, client)
         with gr.Tab("Pairs", id="pairs"):
             pairs_tab(place)
-        with gr.Tab("Adapt", id="adapt"):
-            adapt_tab(place, service)
+        with gr.Tab("Adapt", id="adapt") as tab:
+            adapt_tab(place, service, tab)
         with gr.Tab("Compare", id="compare"):
             compare_tab(place)
     blocks.queue(default_concurrency_limit=_EVENTS_AT_ONCE, api_open=False)

@@ -45,6 +45,8 @@ class RunState:
     error: str | None
     is_complete: bool
     """Whether the last training was completed."""
+    is_stopping: bool
+    """Whether it still runs, but was told to stop."""
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Workplace:
     device: str = "auto"
     offer: Callable[[str, Path], object] = lambda name, path: None
     """Called with the name and the file of an adapter that was trained, from a thread of its own."""
+    _starting: threading.Lock = field(default_factory=threading.Lock)
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _endings: dict[str, threading.Thread] = field(default_factory=dict)
     """Threads that wait for the end of a run, to offer its adapter."""
@@ -173,20 +176,25 @@ class Workplace:
         Raises:
             UserError: it runs already, or there are no such pairs.
         """
-        run, data = self.run_folder(name), self.pairs_folder(pairs)
-        if not data.is_dir():
-            raise UserError(f"there are no pairs {pairs!r}; make or upload some in Pairs", "missing-file")
-        if self._runs(run.name):
-            raise UserError(f"{run.name} runs already", "in-use")
-        if not 1 <= steps <= 100_000:
-            raise UserError(f"steps is {steps}; expected 1 to 100000", "out-of-range")
-        writable_folder(run.parent, "give --work another folder")
-        every = max(1, min(100, steps // 4))
-        words = ["adapt", str(data), "--base", base, "--control", control, "--name", "adapter", "--steps", str(steps)]
-        words += ["--set", f"preview_every={every}", "--set", "log_every=1"]
-        words += ["--device", self.device, "--out", str(run), "--json"]
-        if learning_rate:
-            words += ["--learning-rate", f"{learning_rate:g}"]
+        with self._starting:
+            run = self.run_folder(name)
+            if self._runs(run.name):
+                raise UserError(f"{run.name} runs already", "in-use")
+            data = self.pairs_folder(pairs)
+            if not data.is_dir():
+                raise UserError(f"there are no pairs {pairs!r}; make or upload some in Pairs", "missing-file")
+            if not 1 <= steps <= 100_000:
+                raise UserError(f"steps is {steps}; expected 1 to 100000", "out-of-range")
+            writable_folder(run.parent, "give --work another folder")
+            every = max(1, min(100, steps // 4))
+            words = ["adapt", str(data), "--base", base, "--control", control, "--name", "adapter"]
+            words += ["--steps", str(steps), "--set", f"preview_every={every}", "--set", "log_every=1"]
+            words += ["--device", self.device, "--out", str(run), "--json"]
+            if learning_rate:
+                words += ["--learning-rate", f"{learning_rate:g}"]
+            self._run(run, words)
+
+    def _run(self, run: Path, words: Sequence[str]) -> None:
         out = self._file(run, "out")
         if "report" in _json(out):  # kept until another training is completed
             out.replace(self._file(run, "report"))
@@ -257,6 +265,7 @@ class Workplace:
             report=report or _json(self._file(run, "report")).get("report"),
             error=None if error is None else self.public(str(error.get("message", ""))),
             is_complete=report is not None,
+            is_stopping=run.name in self._stopping and self._runs(run.name),
         )
 
     def public(self, text: str) -> str:

@@ -58,15 +58,18 @@ def pairs_tab(place: Workplace) -> None:
 
     async def on_unpack(name: str, path: str | None) -> AsyncIterator[tuple[Any, ...]]:
         async def work() -> None:
-            if path is not None:
-                await asyncio.to_thread(place.add_zip, name, path)
+            if path is None:
+                raise UserError("choose a ZIP of pairs", "missing-setting")
+            await asyncio.to_thread(place.add_zip, name, path)
 
         async for each in _after(place, work, name):
             yield each
 
     async def on_make(name: str, paths: list[str] | None, kind: str, side: float | None) -> AsyncIterator[Any]:
         async def work() -> None:
-            await place.make_pairs(name, paths or [], kind, int(side) if side else None)
+            if not paths:
+                raise UserError("choose images to make pairs of", "missing-setting")
+            await place.make_pairs(name, paths, kind, int(side) if side else None)
 
         async for each in _after(place, work, name):
             yield each
@@ -81,6 +84,7 @@ def pairs_tab(place: Workplace) -> None:
     unpack.click(on_unpack, [name, archive], outputs, **PRIVATE)
     make.click(on_make, [name, images, condition, size], outputs, **PRIVATE)
     check.click(on_check, chosen, outputs, **PRIVATE)
+    chosen.focus(lambda: gr.update(choices=place.pairs()), None, chosen, **PRIVATE)
 
 
 async def _checked(place: Workplace, name: str) -> tuple[Any, ...]:
