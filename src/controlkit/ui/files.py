@@ -19,6 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from controlkit.errors import UserError
 
+PAGE_FIELDS = ("prepared", "parameters")
+"""Fields of a control that the settings of a result keep as they were on the page, under `page`."""
 VARIABLE = "GRADIO_TEMP_DIR"
 """Where Gradio keeps what was uploaded and what is shown."""
 
@@ -88,7 +90,7 @@ def write_result(
         images: PNG files.
         conditions: PNG files of the condition images, in the order of the controls.
         settings: as `controlkit generate` stores them: `request`, whose controls have the images `condition0.png` and
-            so on, and `used`.
+            so on, and `used`; and `page`, with the `PAGE_FIELDS` of each of the `controls`.
         sent: name -> bytes of the other files that `request` names, such as `mask.png`.
 
     Returns:
@@ -134,12 +136,33 @@ def with_settings(data: bytes, settings: Mapping[str, Any]) -> bytes:
 def settings_in(path: str | Path) -> dict[str, Any]:
     """The fields of `GenerateRequest` in a PNG or a `settings.json`, as plain values.
 
+    Of a result of the page, controls are as they were on the page: its request has their condition images.
+
     Raises:
         UserError: it holds none.
     """
+    from controlkit.sampling.request import GenerateRequest
     from controlkit.sampling.saved_settings import read_settings
 
-    return read_settings(path).request.to_json()
+    fields, own = read_settings(path).request.to_json(), _page_controls(Path(path))
+    for index, use in enumerate(fields["controls"]):
+        if index < len(own):
+            use |= {name: own[index].get(name, use[name]) for name in PAGE_FIELDS}
+        elif use["image"] == f"condition{index}.png":  # a result of an earlier version's page
+            use["prepared"] = False
+    return GenerateRequest.from_json(fields).to_json()
+
+
+def _page_controls(path: Path) -> list[dict[str, Any]]:
+    """What `write_result` was given of controls under `page`; empty for other files."""
+    if path.suffix.lower() == ".png":
+        with Image.open(path) as image:
+            values = json.loads(getattr(image, "text", {})["controlkit"])
+    else:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    page = values.get("page")
+    found = page.get("controls") if isinstance(page, dict) else None
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
 def checked_name(text: str) -> str:

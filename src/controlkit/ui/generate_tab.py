@@ -429,11 +429,16 @@ class _Tab:
             return [error_html(text), *nothing]
         except Exception as error:
             return [error_html(sentence(error)), *nothing]
-        fields, own = stored.fields, [gr.skip() if value is None else value for value in (stored.base, stored.vae)]
+        fields, base = stored.fields, gr.skip() if stored.base is None else stored.base
+        vae = OWN if stored.vae is None else stored.vae
+        notes, most = list(stored.notes), self.client.service.limits.steps
+        if fields["steps"] > most:
+            notes.append(f"steps is {most}, the most here, in place of {fields['steps']}")
         values = [
-            *(fields["prompt"], fields["negative_prompt"], own[0], stored.seeds, fields["steps"], fields["guidance"]),
-            *(fields["sampler"] or OWN, fields["width"], fields["height"], fields["hires"], fields["hires_strength"]),
-            *(fields["clip_skip"], own[1], *self.start.updates(fields), *self.loras.updates(stored.loras)),
+            *(fields["prompt"], fields["negative_prompt"], base, stored.seeds, min(fields["steps"], most)),
+            *(fields["guidance"], fields["sampler"] or OWN, fields["width"], fields["height"], fields["hires"]),
+            *(fields["hires_strength"], fields["clip_skip"], vae),
+            *(*self.start.updates(fields), *self.loras.updates(stored.loras)),
             [index < len(stored.controls) for index in range(len(self.rows))],
         ]
         parameters: list[Any] = []
@@ -443,11 +448,13 @@ class _Tab:
                 parameters += [gr.skip()] * len(row.parameters.outputs)
                 continue
             use = stored.controls[index]
-            values += [gr.update(visible=True), *(use[key] for key in ("control", "weight", "start", "end"))]
-            values += [use["mode"] or OWN_MODE, False]
+            # Draw checks the value against the slider's ends.
+            weight = gr.update(value=use["weight"], minimum=min(0, use["weight"]), maximum=max(2, use["weight"]))
+            values += [gr.update(visible=True), use["control"], weight, use["start"], use["end"]]
+            values += [use["mode"] or OWN_MODE, use["prepared"]]
             condition = condition_of(self.client.service.catalogue, use["control"])
             parameters += row.parameters.updates(condition, use["parameters"])
-        done = "; ".join(["settings restored; images of controls and the start image stay as they are", *stored.notes])
+        done = "; ".join(["settings restored; images of controls and the start image stay as they are", *notes])
         return [status_html(done), *values, *parameters]
 
 

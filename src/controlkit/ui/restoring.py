@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from controlkit import conditions
 from controlkit.errors import UserError
+from controlkit.sampling.request import GenerateRequest
 from controlkit.server.catalogue import Catalogue
-from controlkit.ui.control_rows import offered
+from controlkit.server.parameters import parameters_of
+from controlkit.ui.control_rows import computed_condition, offered
+
+_WITHOUT_FIELDS = {
+    each.name: each.default
+    for each in dataclasses.fields(GenerateRequest)
+    if each.name in ("prompt_mode", "captioner", "prompt_syntax", "vary", "xy", "tiled")
+}
+"""Fields of `GenerateRequest` that change images and that the page has not -> their defaults."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +64,28 @@ class Restored:
         for use in fields["loras"]:
             if (name := find("loras", use["file"], "LoRA")) is not None:
                 loras[name] = use["weight"]
+        ignored = [name for name, default in _WITHOUT_FIELDS.items() if fields[name] != default]
         here = offered(catalogue)
         controls: list[Mapping[str, Any]] = []
         for use in fields["controls"]:
             if use["control"] in here and len(controls) < most:
                 controls.append(use)
+                ignored += [f"{name} of {use['control']}" for name in _ignored(use, catalogue)]
             else:
                 notes.append(f"control {Path(use['control']).name} is not offered here")
+        if ignored:
+            notes.append(f"the page has no fields for {', '.join(ignored)}: images will differ")
         return cls(fields, base, vae, loras, tuple(controls), tuple(notes))
 
     @property
     def seeds(self) -> str:
         """The seeds as the page's field has them."""
         return ",".join(str(seed) for seed in self.fields["seeds"])
+
+
+def _ignored(use: Mapping[str, Any], catalogue: Catalogue) -> list[str]:
+    """Fields and parameters of a `ControlUse` that the page cannot restore."""
+    condition = computed_condition(catalogue, use["control"])
+    known = [] if condition is None else [each.name for each in parameters_of(conditions.find(condition))]
+    found = [name for name in ("layers", "mask") if use[name] is not None]
+    return [*found, *(name for name in use["parameters"] or {} if name not in known)]

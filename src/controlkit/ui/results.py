@@ -11,7 +11,7 @@ from PIL import Image
 
 from controlkit.images import resize_cover
 from controlkit.server.spec import Spec
-from controlkit.ui.files import write_result
+from controlkit.ui.files import PAGE_FIELDS, write_result
 
 SIDES = ("condition image", "image", "start image")
 """What a result can be compared with: the condition image and the image of the first control, and the image that
@@ -38,7 +38,8 @@ def write_files(
     """
     request, named = restorable(spec, values["seeds"])
     files = {file: sent[name] for file, name in named.items()}
-    settings = {"request": request, "used": values["used"]}
+    own = [{name: use.get(name) for name in PAGE_FIELDS} for use in spec.request.get("controls", ())]
+    settings = {"request": request, "used": values["used"], "page": {"controls": own}}
     drawn, conditions, archive = write_result(images, maps, values["seeds"], settings, files)
     begun = []
     if start:

@@ -1,0 +1,81 @@
+"""Settings of files as the page can use them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from controlkit.sampling.saved_settings import read_settings
+from controlkit.server.catalogue import list_models
+from controlkit.server.spec import SentImage, Spec
+from refusals import refused
+
+pytest.importorskip("gradio")
+
+_REQUEST = {"prompt": "house", "seeds": [3], "steps": 9}
+
+
+def _file(folder, request, **others):
+    path = folder / "settings.json"
+    path.write_text(json.dumps({"request": {**_REQUEST, **request}, **others}))
+    return path
+
+
+def _notes(folder, request) -> str:
+    from controlkit.ui.files import settings_in
+    from controlkit.ui.restoring import Restored
+
+    found = Restored.of(settings_in(_file(folder, request)), list_models(), 3)
+    return " ".join(found.notes)
+
+
+@pytest.mark.parametrize(
+    ("request_", "named"),
+    [
+        ({"prompt_syntax": "weighted"}, "prompt_syntax"),
+        ({"tiled": True}, "tiled"),
+        ({"prompt": "", "prompt_mode": "none"}, "prompt_mode"),
+        ({"xy": [{"guidance": [1, 3]}]}, "xy"),
+        ({"controls": [{"control": "canny", "image": "a.png", "layers": [0, 1]}]}, "layers of canny"),
+        ({"controls": [{"control": "canny", "image": "a.png", "mask": "m.png"}]}, "mask of canny"),
+        ({"controls": [{"control": "canny", "image": "a.png", "parameters": {"lows": [1]}}]}, "lows of canny"),
+    ],
+)
+def test_settings_that_the_page_cannot_hold_are_named(tmp_path, request_, named):
+    assert named in _notes(tmp_path, request_)
+
+
+def test_settings_that_the_page_holds_are_not_noted(tmp_path):
+    control = {"control": "canny", "image": "a.png", "weight": 0.5, "parameters": {"low": 40}, "mode": "soft"}
+    assert _notes(tmp_path, {"controls": [control], "clip_skip": 2, "batch_size": 2, "precision": "fp32"}) == ""
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("parts", ["seed3.png", "settings.json"])
+def test_a_result_has_the_controls_of_the_page_and_of_its_files(tmp_path, prepared, parts, monkeypatch):
+    """The page restores how condition images were computed; `generate --from` uses those that were."""
+    from controlkit.ui.files import VARIABLE, png_bytes, settings_in
+    from controlkit.ui.results import write_files
+
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    data = png_bytes(Image.new("RGB", (64, 64)))
+    parameters = None if prepared else {"low": 40}
+    control = {"control": "canny", "image": "control0", "prepared": prepared, "parameters": parameters}
+    spec = Spec(request={**_REQUEST, "controls": [control]}, images={"control0": SentImage(file="control0")})
+    found, _ = write_files(spec, {"control0": data}, {"seeds": [3], "used": {}}, [data], [data], [])
+    path = tmp_path / found["images"][0]
+    (use,) = settings_in(path.with_name(parts))["controls"]
+    assert (use["prepared"], use["parameters"]) == (prepared, parameters)
+    (use,) = read_settings(path.with_name(parts)).request.controls
+    assert (use.prepared, use.parameters, use.image) == (True, None, "condition0.png")
+
+
+def test_values_of_a_page_are_checked_as_others(tmp_path):
+    from controlkit.ui.files import settings_in
+
+    control = {"control": "canny", "image": "condition0.png", "prepared": True}
+    page = {"controls": [{"prepared": False, "parameters": "low"}]}
+    with refused("wrong-type"):
+        settings_in(_file(tmp_path, {"controls": [control]}, page=page))
