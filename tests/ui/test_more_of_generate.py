@@ -62,6 +62,9 @@ def test_what_is_painted_is_inpainted_and_the_rest_stays(page, tmp_path):
     (free,) = _draw(page, 1)
     changed = np.abs(_pixels(free) - _pixels(image)).mean(axis=(1, 2))
     assert changed[:20].mean() < 0.25 * changed[40:56].mean()
+    page.fill("#start-blur input", "-3")
+    page.click("#draw")
+    page.until(lambda: "mask_blur is -3" in page.text("#message .error"), "a sentence")
     page.fill("#start-blur input", "2")
     page.click("#start-only input")
     _draw(page, 1)
@@ -100,12 +103,12 @@ def test_a_lora_a_vae_and_an_embedding_are_used(page):
 
 
 def test_parameters_of_a_condition_are_fields_and_change_its_image(page):
-    first = _pixels(_condition(page))
+    _condition(page)
     _open(page, "control-1-parameters")
     fields = page.until(lambda: page.all("#control-1-parameters input[type=number]"), "fields")
     assert [each.get_attribute("value") for each in fields if each.is_displayed()] == ["100", "200"]
     page.fill("#control-1-parameters input[type=number]", "1000")
-    page.until(lambda: "high" in page.text("#message .error") or (_pixels(_condition(page)) != first).any(), "preview")
+    page.until(lambda: "high" in page.text("#message .error"), "error")
     page.fill("#control-1-parameters input[type=number]", "9999")
     said = page.until(lambda: "from 0 to 1530" in page.text("#message .error") and page.text("#message"), "error")
     assert "Traceback" not in said
@@ -125,6 +128,98 @@ def test_parameters_of_a_condition_are_fields_and_change_its_image(page):
     condition = page.image("#slider")
     assert len(np.unique(_pixels(condition).reshape(-1, 3), axis=0)) <= 4
     assert conditions.find("palette").defaults["cells"] > 2
+
+
+def _restore(page, path) -> str:
+    """Drop a file, and what the page says then."""
+    if not [each for each in page.all("#dropped") if each.is_displayed()]:
+        _open(page, "restore")
+    clear = "#dropped button[aria-label='Clear'], #dropped button[aria-label='Remove this file']"
+    if [each for each in page.all(clear) if each.is_displayed()]:
+        page.click(clear)
+        page.until(lambda: not [each for each in page.all(clear) if each.is_displayed()], "removal")
+    page.fill("#prompt textarea", "before")
+    page.upload("#dropped", path)
+    page.until(lambda: page.one("#prompt textarea").get_attribute("value") != "before", "settings")
+    return page.text("#message")
+
+
+def _value(page, css: str) -> str:
+    return page.one(css).get_attribute("value")
+
+
+def test_a_result_restores_the_parameters_it_was_drawn_with(page, tmp_path):
+    low = "#control-1-parameters input[type=number]"
+    request = {"prompt": "house", "seeds": [3], "steps": 4}
+    given = {"control": "canny", "image": "a.png", "parameters": {"low": 40}}
+    (tmp_path / "given.json").write_text(json.dumps({"request": {**request, "controls": [given]}}))
+    other = {"control": "canny", "image": "a.png", "prepared": True, "weight": 2.5}
+    (tmp_path / "other.json").write_text(json.dumps({"request": {**request, "vae": "vaes/own", "controls": [other]}}))
+    _condition(page)
+    _open(page, "settings")
+    _restore(page, tmp_path / "given.json")
+    _open(page, "control-1-parameters")
+    page.until(lambda: _value(page, low) == "40", "parameter")
+    _draw(page, 1)
+    page.click("#download")
+    archive = page.until(lambda: next(iter(page.downloads.glob("*.zip")), None), "download")
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(tmp_path / "result")
+    archive.unlink()
+    _restore(page, tmp_path / "other.json")
+    assert _value(page, "#vae input") == "own" and page.one("#control-1-prepared input").is_selected()
+    _restore(page, tmp_path / "result" / "seed3.png")
+    page.until(lambda: _value(page, low) == "40", "parameter")
+    assert _value(page, "#vae input") == "default" and not page.one("#control-1-prepared input").is_selected()
+
+
+def test_values_beyond_the_sliders_are_restored_and_drawn(page, tmp_path):
+    request = {"prompt": "house", "seeds": [3], "steps": 4}
+    _condition(page)
+    for weight in (2.5, -0.5, 0.5):
+        control = {"control": "canny", "image": "a.png", "weight": weight}
+        (tmp_path / f"{weight}.json").write_text(json.dumps({"request": {**request, "controls": [control]}}))
+        _restore(page, tmp_path / f"{weight}.json")
+        assert float(_value(page, "#control-1-weight input[type=number]")) == weight
+        _draw(page, 1)
+    (tmp_path / "long.json").write_text(json.dumps({"request": {**request, "steps": 200}}))
+    assert "150" in _restore(page, tmp_path / "long.json")
+    _open(page, "settings")
+    assert _value(page, "#steps input[type=number]") == "150"
+
+
+def test_the_condition_image_follows_the_size(page):
+    _condition(page)
+    _open(page, "settings")
+    page.fill("#width input", "128")
+    page.until(lambda: _condition(page).size == (128, 64), "condition image of that width")
+    page.fill("#height input", "128")
+    page.until(lambda: _condition(page).size == (128, 128), "condition image of that height")
+
+
+def test_the_condition_image_is_what_the_control_gets(page, tmp_path):
+    """Of a map of labels as of a photo: the one is scaled without new colours, the other smoothly."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 2, (100, 100, 1), dtype=np.uint8) * 255
+    Image.fromarray(np.repeat(noise, 3, axis=2)).save(tmp_path / "a.png")
+    _condition(page)
+    page.click("#control-1-name input")
+    page.click_text("#control-1-name [role=option]", "nano/silhouette")
+    page.click("#control-1-image button[aria-label='Clear canvas']")
+    page.upload("#control-1-image", tmp_path / "a.png")
+    _seeds(page, "1")
+
+    def is_used() -> bool:
+        return np.array_equal(_pixels(page.image("#slider")), _pixels(_condition(page)))
+
+    _draw(page, 1)
+    page.until(is_used, "condition image as it was used", 20)
+    before = _pixels(_condition(page))
+    page.click("#control-1-prepared input")
+    page.until(lambda: (_pixels(_condition(page)) != before).any(), "condition image")
+    _draw(page, 1)
+    page.until(is_used, "condition image as it was used", 20)
+    assert set(np.unique(_pixels(_condition(page)))) == {0, 255}
 
 
 @pytest.mark.parametrize("listed", [True, False])

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from controlkit import conditions
 from controlkit.data.pairs import read_pairs, write_pairs
 from refusals import check, refused
 
@@ -53,6 +54,41 @@ def test_a_zip_stays_in_its_folder(tmp_path, entry):
     (tmp_path / "b.zip").write_bytes(b"no zip")
     with refused("unreadable-file"):
         place.add_zip("mine", tmp_path / "b.zip")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "control0.png is 90 x 40; Match its aspect ratio with --width and --height, or crop it yourself",
+            "the image of control 2 is 90 x 40; Match its aspect ratio with Width and Height in Settings, or crop it"
+            " yourself",
+        ),
+        ("control1-mask.png is black", "the mask of control 3 is black"),
+        ("image.png has changed", "the start image has changed"),
+        ("my-image.png and control1 stay", "my-image.png and control1 stay"),
+    ],
+)
+def test_notes_name_what_the_page_shows(text, shown):
+    from controlkit.ui.client import in_words_of_page
+
+    assert in_words_of_page(text, [2, 3]) == shown
+
+
+def test_condition_images_without_a_model_do_not_wait_for_the_queue(monkeypatch):
+    from controlkit.ui.client import Client
+
+    async def never(*_):
+        raise AssertionError("it was queued")
+
+    monkeypatch.setattr("controlkit.ui.client.detected", never)
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    client, image = Client(None), Image.fromarray(pixels)
+    found = asyncio.run(client.condition_image(image, "canny", {"low": 40}))
+    assert np.array_equal(found, conditions.find("canny")(pixels, low=40))
+    assert np.array_equal(asyncio.run(client.condition_image(image, None, {})), pixels)
+    with refused("out-of-range", 1530):
+        asyncio.run(client.condition_image(image, "canny", {"low": 9999}))
 
 
 def _pairs(folder) -> dict:

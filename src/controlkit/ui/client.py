@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import logging
-from collections.abc import AsyncIterator, Mapping
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from fastapi.concurrency import run_in_threadpool
+from PIL import Image
 from pydantic import ValidationError
 
+from controlkit import conditions
 from controlkit.errors import UserError
 from controlkit.server.native import GenerateBody, build
 from controlkit.server.replies import detected
 from controlkit.server.service import Service
 from controlkit.server.spec import Spec
 from controlkit.server.store import FINISHED, Job, QueueFull
+from controlkit.ui.files import png_bytes
 
 log = logging.getLogger("controlkit.server")
 
@@ -30,6 +37,32 @@ def sentence(error: BaseException) -> str:
         return "the queue is full; try again later"
     log.error("failed", exc_info=error)
     return FAILED
+
+
+_OPTIONS = {
+    "--width and --height": "Width and Height in Settings",
+    "drop --prepared": "untick that it is a condition image",
+    "image.png": "the start image",
+    "mask.png": "the mask of the start image",
+}
+
+
+def in_words_of_page(text: str, numbers: Sequence[int]) -> str:
+    """A note or an error of a request, with what the page shows in place of files and options.
+
+    Args:
+        numbers: those of the page for the controls of the request, in order.
+    """
+
+    def control(found: re.Match[str]) -> str:
+        index = int(found[1])
+        number = numbers[index] if index < len(numbers) else index + 1
+        return f"the {found[2] or 'image'} of control {number}"
+
+    text = re.sub(r"\bcontrol(\d+)(?:-(mask))?\.png", control, text)
+    for words, shown in _OPTIONS.items():
+        text = re.sub(rf"(?<![\w-]){re.escape(words)}(?!\w)", shown, text)
+    return text
 
 
 @dataclass(frozen=True)
@@ -48,6 +81,7 @@ class Client:
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self._computing = asyncio.Semaphore()
 
     @property
     def sizes(self) -> str:
@@ -117,13 +151,23 @@ class Client:
             return f"step {progress.done} of {progress.total}{estimate}"
         return str(job.state)
 
-    async def condition_image(self, image: bytes, condition: str | None, parameters: Mapping[str, Any]) -> bytes:
-        """The condition image of an image; None for the image as the server reads it.
+    async def condition_image(
+        self, image: Image.Image, condition: str | None, parameters: Mapping[str, Any]
+    ) -> Image.Image:
+        """The condition image of an image; None for the image as it is.
+
+        One that a model computes waits in the queue; others are computed here, one after the other.
 
         Raises:
             UserError: it cannot be computed.
             QueueFull: too many wait.
         """
+        if condition is None:
+            return image
+        kind = conditions.find(condition)
+        if kind.requires is None and not kind.is_own:
+            async with self._computing:
+                return Image.fromarray(await run_in_threadpool(kind, np.asarray(image), **parameters))
         spec: dict[str, Any] = {"module": condition, "parameters": dict(parameters), "side": None}
-        (found,) = await detected(self.service, spec, {"image": image})
-        return found
+        (found,) = await detected(self.service, spec, {"image": png_bytes(image)})
+        return Image.open(io.BytesIO(found))

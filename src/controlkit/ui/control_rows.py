@@ -148,7 +148,10 @@ def control_row(index: int, catalogue: Catalogue, *, visible: bool, control: str
             end = gr.Slider(0, 1, 1, step=0.05, label="End", min_width=150)
         with gr.Row():
             mode = gr.Dropdown([OWN_MODE, *MODES], value=OWN_MODE, label="Mode", min_width=150)
-            prepared = gr.Checkbox(False, label="The image is a condition image already", min_width=150)
+            prepared = gr.Checkbox(
+                False, label="The image is a condition image already", min_width=150,
+                elem_id=f"control-{number}-prepared",
+            )  # fmt: skip
             masked = gr.Checkbox(False, label="Mask", elem_id=f"control-{number}-masked", min_width=100)
         parameters = parameter_fields(condition_of(catalogue, control), f"control-{number}-parameters")
         mask = gr.ImageEditor(

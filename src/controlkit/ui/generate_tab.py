@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ import gradio as gr
 from fastapi.concurrency import run_in_threadpool
 from PIL import Image
 
+from controlkit.conditions.condition import is_of_labels
 from controlkit.errors import UserError
 from controlkit.images import resize_cover
 from controlkit.sampling.request import SAMPLERS
 from controlkit.sampling.seeds import parse_seeds
 from controlkit.server.catalogue import word_of
 from controlkit.server.spec import Spec
-from controlkit.ui.client import Client, sentence
+from controlkit.ui.client import Client, in_words_of_page, sentence
 from controlkit.ui.control_rows import (
     OWN_MODE,
     ControlRow,
@@ -29,7 +30,7 @@ from controlkit.ui.control_rows import (
     drawn,
     offered,
 )
-from controlkit.ui.files import png_bytes, settings_in
+from controlkit.ui.files import settings_in
 from controlkit.ui.loras import LoraFields
 from controlkit.ui.restoring import Restored
 from controlkit.ui.results import SIDES, write_files
@@ -128,8 +129,10 @@ class _Tab:
         with gr.Row():
             self.guidance = gr.Number(0, label="Guidance scale", info="0: the base's", min_width=120)
             self.sampler = gr.Dropdown([OWN, *SAMPLERS], value=OWN, label="Sampler", min_width=120)
-            self.width = gr.Number(0, label="Width", info="0: the base's", precision=0, min_width=120)
-            self.height = gr.Number(0, label="Height", info="0: the base's", precision=0, min_width=120)
+            self.width, self.height = (
+                gr.Number(0, label=name.title(), info="0: the base's", precision=0, elem_id=name, min_width=120)
+                for name in ("width", "height")
+            )
         with gr.Row():
             self.hires = gr.Number(0, label="Hires factor", info="0: one pass", elem_id="hires", min_width=150)
             self.hires_strength = gr.Number(0, label="Hires strength", info="0: default", min_width=150)
@@ -215,7 +218,7 @@ class _Tab:
         inputs.add(self.message)
         outputs = [row.preview, self.message]
         changes = [row.control.change, row.image.change, row.image.input, row.image.upload, row.prepared.change]
-        changes += [field.change for field in row.parameters.fields]
+        changes += [field.change for field in (*row.parameters.fields, self.base, self.width, self.height)]
         gr.on(changes, preview, inputs, outputs, trigger_mode="always_last", **private)
         if row.index == 0:
             blocks.load(preview, inputs, outputs, **private)
@@ -263,13 +266,14 @@ class _Tab:
                 own = await run_in_threadpool(_own_size, catalogue.bases[values[self.base]])
                 width, height = width or own, height or own
             self.client.service.limits.check_size(int(width), int(height), None)
-            sized = resize_cover(image, int(width), int(height))
+            of_labels = values[row.prepared] and is_of_labels(condition_of(catalogue, name))
+            sized = resize_cover(image, int(width), int(height), nearest=of_labels)
             parameters = row.parameters.values(values, condition)
-            data = await self.client.condition_image(png_bytes(sized), condition, parameters)
+            found = await self.client.condition_image(sized, condition, parameters)
         except Exception as error:
             return None, error_html(sentence(error))
         # What was wrong is not any more; other messages stay.
-        return Image.open(io.BytesIO(data)), "" if is_error(values[self.message]) else gr.skip()
+        return found, "" if is_error(values[self.message]) else gr.skip()
 
     def _take(self, result: dict[str, Any] | None, index: int) -> tuple[Any, Any]:
         """Put the selected result into the start image."""
@@ -308,6 +312,7 @@ class _Tab:
 
     async def _draw(self, values: dict[Any, Any], request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
         session = str(request.session_hash)
+        numbers = [row.index + 1 for row in self.rows if values[self.shown][row.index] and values[row.control]]
         try:
             body = self._body(values)
             spec, sent = await self.client.spec(body)
@@ -319,13 +324,16 @@ class _Tab:
                 if now.preview is not None:
                     shown[self.live] = gr.update(value=Image.open(io.BytesIO(now.preview)), visible=True)
                 yield shown
-            yield await self._finished(job.id, spec, sent)
+            yield await self._finished(job.id, spec, sent, numbers)
         except Exception as error:
-            yield {self.message: error_html(sentence(error)), self.live: gr.update(visible=False)}
+            text = in_words_of_page(sentence(error), numbers)
+            yield {self.message: error_html(text), self.live: gr.update(visible=False)}
         finally:
             await self._left(session, "images")
 
-    async def _finished(self, name: str, spec: Spec, sent: Mapping[str, bytes]) -> dict[Any, Any]:
+    async def _finished(
+        self, name: str, spec: Spec, sent: Mapping[str, bytes], numbers: Sequence[int]
+    ) -> dict[Any, Any]:
         service = self.client.service
         job = await service.job(name)
         values = (job.result if job is not None else None) or {}
@@ -336,7 +344,8 @@ class _Tab:
         result, archive = await run_in_threadpool(write_files, spec, sent, values, images, maps, start)
         assert job is not None and job.started is not None and job.finished is not None
         count = "1 image" if len(images) == 1 else f"{len(images)} images"
-        words = [f"{count} in {job.finished - job.started:.1f} s", *values["notes"]]
+        words = [f"{count} in {job.finished - job.started:.1f} s"]
+        words += [in_words_of_page(note, numbers) for note in values["notes"]]
         if job.state == "cancelled":
             words.insert(0, "cancelled; finished until then:")
         return {

@@ -42,16 +42,14 @@ class StartFields:
                     0, 1, 0, step=0.05, label="Strength", info="0: 0.8, or 1 with a mask; more changes more",
                     elem_id="start-strength", min_width=180,
                 )  # fmt: skip
-                self.blur = gr.Number(
-                    0, label="Mask blur", info="in pixels", elem_id="start-blur", min_width=110, minimum=0
-                )
+                self.blur = gr.Number(0, label="Mask blur", info="in pixels", elem_id="start-blur", min_width=110)
             with gr.Row():
                 self.only = gr.Checkbox(
                     False, label="Only masked", info="sample the part around the mask alone, and put it back",
                     elem_id="start-only", min_width=180,
                 )  # fmt: skip
                 self.padding = gr.Number(
-                    _PADDING, label="Padding", info="of that part, in pixels", precision=0, min_width=110, minimum=0
+                    _PADDING, label="Padding", info="of that part, in pixels", precision=0, min_width=110
                 )
 
     @property
