@@ -222,6 +222,31 @@ def test_the_condition_image_is_what_the_control_gets(page, tmp_path):
     assert set(np.unique(_pixels(_condition(page)))) == {0, 255}
 
 
+def test_a_mask_belongs_to_its_image_and_stays_while_it_is_hidden(page, tmp_path):
+    _condition(page)
+    _seeds(page, "7")
+    (free,) = _draw(page, 1)
+    page.click("#control-1-masked input")
+    page.one("#control-1-mask canvas")
+    page.stroke("#control-1-mask", (0.3, 0.5), (0.4, 0.5), (0.7, 0.5))
+    (masked,) = _draw(page, 1)
+    page.click("#control-1-masked input")
+    page.until(lambda: not [each for each in page.all("#control-1-mask") if each.is_displayed()], "no mask")
+    assert np.array_equal(_pixels(_draw(page, 1)[0]), _pixels(free))
+    page.click("#control-1-masked input")
+    page.one("#control-1-mask canvas")
+    assert np.array_equal(_pixels(_draw(page, 1)[0]), _pixels(masked))
+    # Another image: what was painted on the one before is gone.
+    Image.new("RGB", (128, 64), "white").save(tmp_path / "wide.png")
+    page.click("#control-1-image button[aria-label='Clear canvas']")
+    page.upload("#control-1-image", tmp_path / "wide.png")
+    page.click("#draw")
+    page.until(lambda: "mask of control 1" in page.text("#message .error"), "error")
+    assert "empty" in page.text("#message .error")
+    page.stroke("#control-1-mask", (0.3, 0.5), (0.4, 0.5), (0.7, 0.5))
+    _draw(page, 1)
+
+
 @pytest.mark.parametrize("listed", [True, False])
 def test_more_settings_are_restored_from_a_dropped_file(page, tmp_path, listed):
     request = {

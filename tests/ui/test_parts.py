@@ -17,6 +17,7 @@ from PIL import Image
 
 from controlkit import conditions
 from controlkit.data.pairs import read_pairs, write_pairs
+from controlkit.server.catalogue import list_models
 from refusals import check, refused
 
 
@@ -73,6 +74,22 @@ def test_notes_name_what_the_page_shows(text, shown):
     from controlkit.ui.client import in_words_of_page
 
     assert in_words_of_page(text, [2, 3]) == shown
+
+
+def test_a_mask_of_another_shape_is_refused():
+    import gradio
+
+    from controlkit.ui.control_rows import control_row
+
+    with gradio.Blocks():
+        row = control_row(1, list_models(), visible=True, control="canny", image=None)
+    values = dict.fromkeys(row.inputs) | {row.control: "canny", row.mode: "default", row.masked: True}
+    values[row.mask] = {"layers": [Image.new("RGBA", (64, 64), "red")]}
+    values[row.image] = {"composite": Image.new("RGB", (64, 64))}
+    assert row.body(values, "canny")["mask"]
+    values[row.image] = {"composite": Image.new("RGB", (64, 32))}
+    with refused("contradiction", "control 2", "canny"):
+        row.body(values, "canny")
 
 
 def test_condition_images_without_a_model_do_not_wait_for_the_queue(monkeypatch):

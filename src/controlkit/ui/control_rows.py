@@ -11,6 +11,7 @@ import gradio as gr
 from PIL import Image
 
 from controlkit import conditions
+from controlkit.data.pairs import shapes_differ
 from controlkit.errors import UserError
 from controlkit.sampling.uses import MODES
 from controlkit.server.catalogue import Catalogue
@@ -79,6 +80,12 @@ class ControlRow:
             if mask is None:
                 raise UserError(
                     f"the mask of control {self.index + 1} ({name}) is empty; paint where it acts", "missing-setting"
+                )
+            if shapes_differ(mask.size, image.size):
+                raise UserError(
+                    f"the mask of control {self.index + 1} ({name}) was painted on an image of another shape;"
+                    " untick Mask, tick it again and paint it anew",
+                    "contradiction",
                 )
             found["mask"] = base64_png(mask)
         return found
@@ -176,3 +183,9 @@ def control_row(index: int, catalogue: Catalogue, *, visible: bool, control: str
 def drawn(value: Mapping[str, Any] | None) -> Image.Image | None:
     """The image of an editor with what is drawn on it, over white; None for an empty one."""
     return flattened(None if value is None else value.get("composite"))
+
+
+def background(value: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The value of an editor to paint on the image of another one; None for an empty one."""
+    image = drawn(value)
+    return None if image is None else {"background": image, "layers": [], "composite": image}

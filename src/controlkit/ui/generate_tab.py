@@ -14,6 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from PIL import Image
 
 from controlkit.conditions.condition import is_of_labels
+from controlkit.data.pairs import shapes_differ
 from controlkit.errors import UserError
 from controlkit.images import resize_cover
 from controlkit.sampling.request import SAMPLERS
@@ -24,13 +25,14 @@ from controlkit.ui.client import Client, in_words_of_page, sentence
 from controlkit.ui.control_rows import (
     OWN_MODE,
     ControlRow,
+    background,
     computed_condition,
     condition_of,
     control_row,
     drawn,
     offered,
 )
-from controlkit.ui.files import settings_in
+from controlkit.ui.files import painted, settings_in
 from controlkit.ui.loras import LoraFields
 from controlkit.ui.restoring import Restored
 from controlkit.ui.results import SIDES, write_files
@@ -228,12 +230,18 @@ class _Tab:
 
         row.control.input(parameters, row.control, list(row.parameters.outputs), **private)
 
-        def mask(masked: bool, image: Any) -> Any:
-            background = drawn(image) if masked else None
-            value = None if background is None else {"background": background, "layers": [], "composite": background}
-            return gr.update(visible=masked, value=value)
+        def mask(masked: bool, image: Any, mask: Any) -> Any:
+            strokes, shown = painted(mask), drawn(image)
+            fits = strokes is not None and shown is not None and not shapes_differ(strokes.size, shown.size)
+            if not masked or fits:  # what is painted stays, also while it is hidden
+                return gr.update(visible=masked or "hidden")
+            return gr.update(visible=True, value=background(image))
 
-        row.masked.change(mask, [row.masked, row.image], row.mask, **private)
+        def other_image(masked: bool, image: Any) -> Any:
+            return background(image) if masked else None
+
+        row.masked.change(mask, [row.masked, row.image, row.mask], row.mask, **private)
+        gr.on([row.image.upload, row.image.clear], other_image, [row.masked, row.image], row.mask, **private)
 
     # Rows of controls
 
