@@ -228,6 +228,8 @@ def test_a_mask_belongs_to_its_image_and_stays_while_it_is_hidden(page, tmp_path
     (free,) = _draw(page, 1)
     page.click("#control-1-masked input")
     page.one("#control-1-mask canvas")
+    page.click("#draw")  # the editor has its image by the time of the answer
+    page.until(lambda: "mask of control 1" in page.text("#message .error"), "error")
     page.stroke("#control-1-mask", (0.3, 0.5), (0.4, 0.5), (0.7, 0.5))
     (masked,) = _draw(page, 1)
     page.click("#control-1-masked input")
