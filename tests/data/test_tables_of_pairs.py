@@ -355,3 +355,23 @@ def test_captions_of_coco_are_texts(caption, prompt, tmp_path):
             read_pairs(tmp_path / "captions.json", "canny")
     else:
         assert read_pairs(tmp_path / "captions.json", "canny")[0].prompt == prompt
+
+
+def test_a_caption_cut_off_by_an_unquoted_comma_is_refused(tmp_path):
+    draw_images(tmp_path)
+    header = "image,conditioning_image,text\n"
+    rows = [f"images/{n}.png,conditioning_images/{n}.png," for n in range(COUNT)]
+    table = tmp_path / "train.csv"
+    table.write_text(header + rows[0] + "a red apple, on a wooden table\n" + rows[1] + '"a pear, ripe"\n')
+    with refused("bad-data", "1 problems", "line 2:", "quotes"):
+        read_pairs(tmp_path)
+    # Empty cells at the end of a line, as spreadsheets write them, are no text.
+    table.write_text(header + rows[0] + "a red apple,,\n" + rows[1] + '"a pear, ripe"\n')
+    assert [pair.prompt for pair in read_pairs(tmp_path)] == ["a red apple", "a pear, ripe"]
+
+
+def test_an_unquoted_comma_in_the_captions_of_an_image_folder_is_refused(tmp_path):
+    write_images(tmp_path, 1, captions=False)
+    (tmp_path / "metadata.csv").write_text("file_name,text\nimage0.png,a red apple, on a wooden table\n")
+    with refused("bad-data", "line 2:", "quotes"):
+        list_images([tmp_path])

@@ -120,8 +120,10 @@ def first_entry(path: Path) -> Any:
     Raises:
         UserError: it is a CSV or Parquet file and cannot be read.
     """
-    if path.suffix == ".csv" or is_parquet(path):
+    if is_parquet(path):
         return next(_entries(path), ("", None))[1]
+    if path.suffix == ".csv":
+        return next(_csv_rows(_text(path)), ("", None, False))[1]
     try:
         with path.open("rb") as stream:
             text = stream.read(_HEAD).decode("utf-8-sig", "ignore").lstrip()
@@ -179,6 +181,8 @@ def _listing(
     problems: list[str] = []
     for where, entry in lines:
         try:
+            if isinstance(entry, UserError):
+                raise entry
             if isinstance(entry, Exception):
                 raise UserError(f"not an object with {expected} ({entry})", "bad-data")
             if not isinstance(entry, Mapping):
@@ -266,12 +270,23 @@ def _json_lines(text: str) -> Iterator[Line]:
 
 
 def _csv_lines(text: str) -> Iterator[Line]:
+    for where, row, surplus in _csv_rows(text):
+        if surplus:
+            yield where, UserError("more cells than columns; put texts that contain commas in quotes", "bad-data")
+        else:
+            yield where, row
+
+
+def _csv_rows(text: str) -> Iterator[tuple[str, Any, bool]]:
+    """Where each row is, the row (or the exception that parsing it raised), and whether text was left over after the
+    last column."""
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         for row in reader:
-            yield f"line {reader.line_num}", {str(name): value for name, value in row.items() if name is not None}
+            surplus = any(map(str.strip, row.pop(None, None) or ()))
+            yield f"line {reader.line_num}", {str(name): value for name, value in row.items()}, surplus
     except csv.Error as error:  # a stray quote swallows the rest up to a limit, after which the reader cannot continue
-        yield f"line {reader.line_num + 1}", ValueError(str(error))
+        yield f"line {reader.line_num + 1}", ValueError(str(error)), False
 
 
 def _names_image(value: Any) -> bool:
