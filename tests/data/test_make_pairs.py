@@ -22,6 +22,7 @@ from PIL import Image
 from controlkit.conditions import find
 from controlkit.data.engine import make_pairs
 from controlkit.data.input_images import InputImage, list_images
+from controlkit.data.jobs import Outcome, ShardJob
 from controlkit.data.making import MakeSettings, condition_seed, make_pair, png
 from controlkit.data.pairs import read_pairs
 from controlkit.data.sources import decode_pixels, members, open_image
@@ -501,3 +502,104 @@ def test_png_keeps_every_pixel(number, grey):
     image = decode_image(png(pixels), "x")
     assert image.mode == ("L" if grey else "RGB")
     assert np.array_equal(np.asarray(to_rgb(image)), pixels)
+
+
+def same_time(*paths):
+    """Give files one modification time, as an unpacked archive has."""
+    for path in paths:
+        os.utime(path, (1.7e9, 1.7e9))
+
+
+def write_bitmaps(folder, count=3):
+    """Images and captions of one size in bytes and one modification time."""
+    folder.mkdir()
+    paths = [folder / f"{number}.bmp" for number in range(count)]
+    for number, path in enumerate(paths):
+        Image.fromarray(scene(number)).save(path)
+        path.with_suffix(".txt").write_text(f"scene {number}")
+        same_time(path, path.with_suffix(".txt"))
+    return paths
+
+
+@pytest.mark.parametrize("shards", [None, 1])
+def test_images_that_were_exchanged_are_made_again(tmp_path, shards):
+    first, second, _ = write_bitmaps(tmp_path / "in")
+
+    def go():
+        return make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1, shards=shards)
+
+    go()
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
+    report = go()
+    assert report.made == (2 if shards is None else 3)
+    for pair, number in zip(read_pairs(tmp_path / "out", "noise"), (1, 0, 2), strict=True):
+        assert np.array_equal(pair.images(32)[1], Image.fromarray(scene(number)).resize((32, 32), Image.LANCZOS))
+    assert go().made == 0
+
+
+def test_an_image_that_takes_the_key_of_another_is_made(tmp_path):
+    (path,) = write_bitmaps(tmp_path / "in", 1)
+    make_pairs(list_images([path.parent]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    Image.fromarray(scene(5)).save(tmp_path / "in/0.BMP", format="BMP")
+    same_time(tmp_path / "in/0.BMP")
+    report = make_pairs(list_images([path.parent]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    assert report.made == 2
+    for entry in lines(report):
+        digest = hashlib.sha256((tmp_path / "in" / entry["original"]["name"]).read_bytes()).hexdigest()
+        assert entry["original"]["sha256"] == digest
+
+
+@pytest.mark.parametrize("shards", [None, 2])
+def test_pairs_of_copied_images_are_kept(tmp_path, shards):
+    write_images(tmp_path / "in", 3)
+
+    def go(conditions=("canny", "noise")):
+        settings = MakeSettings(conditions=conditions, size=32)
+        return make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", settings, workers=1, shards=shards)
+
+    report = go()
+    if shards is None:
+        report.out.write_text(report.out.read_text().replace("scene 0", "edited by hand"))
+    shutil.copytree(tmp_path / "in", tmp_path / "copy")  # other times
+    shutil.rmtree(tmp_path / "in")
+    (tmp_path / "copy").rename(tmp_path / "in")
+    before = contents(tmp_path / "out")
+    report = go()
+    assert (report.made, report.kept) == (0, 3)
+    assert contents(tmp_path / "out") == before
+    if shards is None:
+        (tmp_path / "in/image0.png").chmod(0o600)
+        assert go(("canny", "noise", "palette")).made == 3
+        assert lines(report)[0]["prompt"] == "edited by hand"
+
+
+@pytest.mark.parametrize("shards", [None, 1])
+def test_pairs_recorded_by_earlier_versions_are_kept_where_the_image_is_the_same(tmp_path, shards):
+    write_bitmaps(tmp_path / "in")
+    images = list_images([tmp_path / "in"])
+    out = tmp_path / "out"
+    make_pairs(images, out, CANNY_AND_NOISE, workers=1, shards=shards)
+
+    def as_before(record):
+        (image,) = (image for image in images if image.key == record["key"])
+        return {
+            **{name: record[name] for name in ("key", "name", "entry", "files", "error", "note")},
+            "stamp": image.former_stamp(),
+        }
+
+    state = out / ".controlkit/pairs"
+    if shards is None:
+        records = map(json.loads, (state / "journal.jsonl").read_text().splitlines())
+        (state / "journal.jsonl").write_text("".join(json.dumps(as_before(record)) + "\n" for record in records))
+    else:
+        (path,) = state.glob("pairs-*.json")
+        record = json.loads(path.read_text())
+        outcomes = [as_before(outcome) for outcome in record["outcomes"]]
+        job = ShardJob(images=images, settings=CANNY_AND_NOISE, path=out / "pairs-00000-of-00001.tar")
+        job.write_record([Outcome(**outcome) for outcome in outcomes])
+    assert make_pairs(images, out, CANNY_AND_NOISE, workers=1, shards=shards).made == 0
+    Image.fromarray(scene(7)).save(tmp_path / "in/0.bmp")
+    same_time(tmp_path / "in/0.bmp")
+    assert make_pairs(images, out, CANNY_AND_NOISE, workers=1, shards=shards).made == (1 if shards is None else 3)

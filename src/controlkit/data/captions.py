@@ -104,6 +104,9 @@ def with_captions(
     uncaptioned = [image for image in images if _is_uncaptioned(image)]
     path = out / STATE / "captions.jsonl"
     known = {(key, stamp): text for name, key, stamp, text in _read(path) if name == model}
+    for image in uncaptioned:
+        if (image.key, image.stamp()) not in known and (image.key, image.former_stamp()) in known:
+            known[image.key, image.stamp()] = known[image.key, image.former_stamp()]
     todo = [image for image in uncaptioned if (image.key, image.stamp()) not in known]
     if todo:
         captioner = load()

@@ -204,15 +204,20 @@ def _files(
     journal = out / STATE / "journal.jsonl"
     before = {outcome.key: outcome for outcome in _read_journal(journal)}
 
+    unchanged = {
+        image.key: outcome
+        for image in images
+        if image.key in before and (outcome := before[image.key].if_current(image)) is not None
+    }
+
     def with_edit(outcome: Outcome) -> Outcome:
         """The outcome with the prompt edited in the manifest, if neither image nor caption changed since."""
-        earlier = before.get(outcome.key)
-        if outcome.entry is None or outcome.key not in edited or earlier is None or earlier.stamp != outcome.stamp:
+        same = unchanged.get(outcome.key)
+        if outcome.entry is None or outcome.key not in edited or same is None or same.stamp != outcome.stamp:
             return outcome
         return replace(outcome, entry={**outcome.entry, "prompt": edited[outcome.key]})
 
-    fresh = {p.key: before[p.key] for p in images if p.key in before and _is_fresh(before[p.key], p, settings, out)}
-    done = {key: with_edit(outcome) for key, outcome in fresh.items()}
+    done = {key: with_edit(outcome) for key, outcome in unchanged.items() if _is_complete(outcome, settings, out)}
     todo = [image for image in images if image.key not in done]
     progress(len(done), len(images))
     count = max(1, min(_MOST_IN_A_JOB, len(todo) // (4 * workers)))
@@ -232,9 +237,9 @@ def _files(
     _warn_lost_edits(edited, before, done)
     ordered = [done[image.key] for image in images]
     good = [outcome for outcome in ordered if outcome.entry is not None]
-    if good and (
-        len(good) > kept or {outcome.key for outcome in good} != set(before) or not (out / MANIFEST).is_file()
-    ):
+    stamped_anew = any(outcome.stamp != before[key].stamp for key, outcome in unchanged.items())
+    complete = {outcome.key for outcome in good} == set(before) and (out / MANIFEST).is_file()
+    if good and (len(good) > kept or stamped_anew or not complete):
         _write_lines(out / MANIFEST, (outcome.entry for outcome in good))
         _write_lines(journal, (vars(outcome) for outcome in good))
     return ordered, len(good) - kept, len(set(before) - {image.key for image in images})
@@ -293,10 +298,9 @@ def _run(jobs: Sequence[ShardJob], workers: int, engine: str) -> Iterator[list[O
     return run_jobs(make_shard, jobs, workers)
 
 
-def _is_fresh(outcome: Outcome, image: InputImage, settings: MakeSettings, out: Path) -> bool:
-    if outcome.entry is None or outcome.stamp != image.stamp():
-        return False
-    if not set(settings.conditions) <= set(outcome.entry["conditions"]):
+def _is_complete(outcome: Outcome, settings: MakeSettings, out: Path) -> bool:
+    """Whether an earlier outcome has all conditions of `settings`, and its files are there."""
+    if outcome.entry is None or not set(settings.conditions) <= set(outcome.entry["conditions"]):
         return False
     try:
         return all((out / name).stat().st_size == size for name, size in outcome.files.items())

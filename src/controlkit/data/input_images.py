@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -63,13 +64,35 @@ class InputImage:
         return caption_beside(self.source) if isinstance(self.source, Path) else ""
 
     def stamp(self) -> str:
-        """Hash of size and time of the image and caption files, and of the annotations; reads no file."""
-        place = self.source if isinstance(self.source, Path) else self.source.path
+        """Hash of path, size and times of the image and caption files, and of the annotations; reads no file.
+
+        Equal stamps mean an unchanged image. The time of the last change of the inode also tells files apart that were
+        exchanged, or written again under their former modification time.
+        """
         member = (self.source.start, self.source.length) if isinstance(self.source, TarMember) else ()
-        first, *others = [_state(path) for path in self.sidecars] or [None]
-        about: list[object] = [_state(place), member, first, self.prompt, self.objects, *filter(None, others)]
-        about += [self.tile] if self.tile else []
+        states = [_state(path) for path in (self._file, *self.sidecars)]
+        return sha256_of(json.dumps([str(self._file), member, states, self.prompt, self.objects, self.tile]))[:24]
+
+    def former_stamp(self) -> str:
+        """`stamp` as it was recorded before it contained the path and the time of the inode."""
+        member = (self.source.start, self.source.length) if isinstance(self.source, TarMember) else ()
+        first, *others = [_former_state(path) for path in self.sidecars] or [None]
+        about: list[object] = [_former_state(self._file), member, first, self.prompt, self.objects]
+        about += [*filter(None, others), *([self.tile] if self.tile else [])]
         return sha256_of(repr(about))[:24]
+
+    def content(self, digest: str, caption: str) -> str:
+        """Hash of everything that its pair is made from, wherever the files are.
+
+        Args:
+            digest: SHA-256 of the image's bytes.
+            caption: its caption.
+        """
+        return sha256_of(digest, self.name, caption, json.dumps([self.objects, self.tile]))[:24]
+
+    @property
+    def _file(self) -> Path:
+        return self.source if isinstance(self.source, Path) else self.source.path
 
     def to_json(self) -> dict[str, Any]:
         """Serialise for another process."""
@@ -359,9 +382,15 @@ def _with_unique_keys(images: Sequence[InputImage]) -> Iterator[InputImage]:
         yield image if key == image.key else replace(image, key=key)
 
 
-def _state(path: Path) -> tuple[int, int] | None:
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """Size in bytes, and times of the last change of the bytes and of the inode; None if there is no file."""
     try:
         stat = path.stat()
     except OSError:
         return None
-    return stat.st_size, stat.st_mtime_ns
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _former_state(path: Path) -> tuple[int, int] | None:
+    state = _state(path)
+    return None if state is None else state[:2]

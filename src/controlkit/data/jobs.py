@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from controlkit.data.input_images import STATE, InputImage
-from controlkit.data.making import EncodedPair, MakeSettings, make_pair
+from controlkit.data.making import EncodedPair, MakeSettings, make_pair, sha256
 from controlkit.data.readers.archives import write_tar
 from controlkit.data.workers import sign_of_life
 from controlkit.errors import UserError
@@ -38,6 +38,29 @@ class Outcome:
     """Why it was skipped."""
     note: str | None = None
     """Part of its file that was not used."""
+    content: str | None = None
+    """`InputImage.content` when the image was read; None if it was skipped, and in records of earlier versions."""
+
+    def if_current(self, image: InputImage) -> Outcome | None:
+        """This outcome with the present stamp of `image`; None if the image or its caption changed since.
+
+        If only the stamp differs (files were copied, or their permissions changed), the image is read and compared.
+        """
+        stamp = image.stamp()
+        if stamp == self.stamp:
+            return self
+        if self.entry is None:
+            return None
+        try:
+            digest = sha256(image.source.read_bytes())
+            content = image.content(digest, image.caption())
+        except (OSError, UserError):  # making the pair reports it
+            return None
+        if self.content is None:
+            same = digest == self.entry["original"]["sha256"] and self.stamp == image.former_stamp()
+        else:
+            same = content == self.content
+        return replace(self, stamp=stamp, content=content) if same else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +87,6 @@ class ShardJob:
         return _from_to(self.images)
 
     @property
-    def key(self) -> str:
-        """Hash of everything that determines the shard's bytes."""
-        content = (f"{image.key} {image.stamp()}" for image in self.images)
-        return sha256_of(_VERSION, repr(self.settings), *content)
-
-    @property
     def record(self) -> Path:
         """Completion record of the shard, written after it."""
         return self.path.parent / STATE / f"{self.path.stem}.json"
@@ -78,11 +95,37 @@ class ShardJob:
         """Results for its images, if the shard on disk is the result of this job."""
         try:
             record = read_json(self.record)
-            if record["key"] == self.key and self.path.stat().st_size == record["bytes"]:
-                return [Outcome(**outcome) for outcome in record["outcomes"]]
+            outcomes = [Outcome(**outcome) for outcome in record["outcomes"]]
+            if record["key"] != self._key(outcomes) or self.path.stat().st_size != record["bytes"]:
+                return None
         except (UserError, OSError, KeyError, TypeError):
             return None
-        return None
+        if [outcome.key for outcome in outcomes] != [image.key for image in self.images]:
+            return None
+        current: list[Outcome] = []
+        for outcome, image in zip(outcomes, self.images, strict=True):
+            same = outcome.if_current(image)
+            if same is None:
+                return None
+            current.append(same)
+        if current != outcomes:
+            self.write_record(current)
+        return current
+
+    def write_record(self, outcomes: Sequence[Outcome]) -> None:
+        """Record that the shard on disk is complete.
+
+        Raises:
+            UserError: the folder is not writable.
+        """
+        values = [vars(outcome) for outcome in outcomes]
+        size = self.path.stat().st_size
+        write_json(self.record, {"key": self._key(outcomes), "bytes": size, "outcomes": values})
+
+    def _key(self, outcomes: Iterable[Outcome]) -> str:
+        """Hash of everything that determines the shard's bytes."""
+        content = (f"{outcome.key} {outcome.stamp}" for outcome in outcomes)
+        return sha256_of(_VERSION, repr(self.settings), *content)
 
     def to_json(self) -> str:
         """Serialise for another machine."""
@@ -107,16 +150,13 @@ def make_files(job: FilesJob) -> list[Outcome]:
     outcomes = []
     home = os.path.realpath(job.out)
     for image in job.images:
-        pair = _make_or_skip(image, job.settings)
-        if isinstance(pair, Outcome):
-            outcomes.append(pair)
-            continue
-        entry, files = _entry_and_files(pair, image, job.out, home)
-        for name, data in files.items():
-            _write(job.out, name, data)
-        sizes = {name: len(data) for name, data in files.items()}
-        outcome = Outcome(key=image.key, name=image.name, stamp=image.stamp(), entry=entry, files=sizes)
-        outcomes.append(replace(outcome, note=pair.note))
+        outcome, pair = _make_or_skip(image, job.settings)
+        if pair is not None:
+            entry, files = _entry_and_files(pair, image, job.out, home)
+            for name, data in files.items():
+                _write(job.out, name, data)
+            outcome = replace(outcome, entry=entry, files={name: len(data) for name, data in files.items()})
+        outcomes.append(outcome)
     return outcomes
 
 
@@ -137,9 +177,9 @@ def make_shard(job: ShardJob) -> list[Outcome]:
 
     def members() -> Iterator[tuple[str, bytes]]:
         for image in job.images:
-            pair = _make_or_skip(image, settings)
-            if isinstance(pair, Outcome):
-                outcomes.append(pair)
+            outcome, pair = _make_or_skip(image, settings)
+            outcomes.append(outcome)
+            if pair is None:
                 continue
             assert pair.image is not None
             yield f"{image.key}.{pair.suffix}", pair.image
@@ -147,22 +187,23 @@ def make_shard(job: ShardJob) -> list[Outcome]:
                 yield f"{image.key}.{name}.png", data
             yield f"{image.key}.txt", pair.entry["prompt"].encode()
             yield f"{image.key}.json", json.dumps(pair.entry, ensure_ascii=False, sort_keys=True).encode()
-            outcome = Outcome(key=image.key, name=image.name, stamp=image.stamp(), entry=pair.entry)
-            outcomes.append(replace(outcome, note=pair.note))
 
     write_tar(job.path, members())
-    size = job.path.stat().st_size
-    write_json(job.record, {"key": job.key, "bytes": size, "outcomes": [vars(outcome) for outcome in outcomes]})
+    job.write_record(outcomes)
     return outcomes
 
 
-def _make_or_skip(image: InputImage, settings: MakeSettings) -> EncodedPair | Outcome:
+def _make_or_skip(image: InputImage, settings: MakeSettings) -> tuple[Outcome, EncodedPair | None]:
+    """The pair of an image and its outcome, without files; None instead of the pair if the image is skipped."""
+    outcome = Outcome(key=image.key, name=image.name, stamp=image.stamp())
     try:
-        return make_pair(image, settings)
+        pair = make_pair(image, settings)
     except UserError as error:
-        return Outcome(key=image.key, name=image.name, stamp=image.stamp(), error=str(error))
+        return replace(outcome, error=str(error)), None
     finally:
         sign_of_life()
+    content = image.content(pair.entry["original"]["sha256"], pair.entry["prompt"])
+    return replace(outcome, entry=pair.entry, note=pair.note, content=content), pair
 
 
 def _from_to(images: Sequence[InputImage]) -> str:
