@@ -234,11 +234,11 @@ def test_a_manifest_may_call_its_image_image(tmp_path):
     manifest = tmp_path / "out/pairs.jsonl"
     manifest.write_text(manifest.read_text().replace('"picture"', '"image"'))
     assert read_pairs(tmp_path / "out") == expected == read_pairs(manifest)
+    (tmp_path / "out/again.jsonl").write_bytes(manifest.read_bytes())
+    assert read_pairs(tmp_path / "out/again.jsonl") == expected
     assert check_pairs(tmp_path / "out").problems == []
     shutil.copy(tmp_path / "out" / "pictures/image1.png", tmp_path / "out" / "pictures/image0.png")
     assert ("changed", "line 1") in {(p.kind, p.where) for p in check_pairs(tmp_path / "out").problems}
-    (tmp_path / "out/again.jsonl").write_bytes(manifest.read_bytes())
-    assert read_pairs(tmp_path / "out/again.jsonl") == expected
 
 
 def test_conditions_of_a_tar_are_chosen_by_path_too(tmp_path):
@@ -427,3 +427,31 @@ def test_pairs_are_made_with_the_captions_of_a_table_of_the_image_folder(tmp_pat
     (tmp_path / "a/image0.txt").write_text("beside")
     images = list_images([tmp_path])
     assert [image.caption() for image in images] == ["beside", "scene 1", ""]
+
+
+def test_files_that_changed_since_the_pairs_were_made_are_listed(tmp_path):
+    paths = write_images(tmp_path / "in", 4)
+    out = tmp_path / "out"
+    make_pairs(list_images([tmp_path / "in"]), out, MakeSettings(conditions=("canny", "palette")), workers=1)
+    assert len(read_pairs(out, "canny")) == 4
+    save(paths[0], scene(9))
+    save(out / "canny/image2.png", CANNY(scene(9)))
+    with refused("bad-data", "2 problems", f"line 1: {out}", "image0.png", "line 3:", "canny/image2.png", "sha256"):
+        read_pairs(out, "canny")
+    with refused("bad-data", "1 problems", "line 1:"):
+        read_pairs(out, "palette")
+    # Lines without hashes, as other tools write them, are taken as they are.
+    lines = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    (out / "pairs.jsonl").write_text("\n".join(json.dumps({**line, "sha256": {}}) for line in lines))
+    assert len(read_pairs(out, "canny")) == 4
+
+
+def test_shards_of_ours_whose_bytes_changed_are_listed(tmp_path):
+    write_images(tmp_path / "in", 2)
+    settings = MakeSettings(conditions=("canny",))
+    make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", settings, workers=1, shards=1)
+    (path,) = (tmp_path / "out").glob("*.tar")
+    files = {member.name: member.read_bytes() for member in members(path)}
+    write_archive(path, {**files, "image0.png": files["image1.png"]})
+    with refused("bad-data", "1 problems", "image0.png"):
+        read_pairs(path)

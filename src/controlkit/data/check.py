@@ -199,9 +199,7 @@ def _check_record(record: Record, kinds: Mapping[str, str]) -> _Findings:
     findings = _Findings()
     if any(map(is_empty, record.captions)):
         findings.problems.append(_problem("prompt", record, "empty prompt"))
-    target = _opened(
-        record, record.image, record.recorded("sha256", "picture") or record.recorded("sha256", "image"), findings
-    )
+    target = _opened(record, record.image, record.sha256(), findings)
     if target is not None:
         findings.pixels = hashlib.sha256(repr(target.size).encode() + target.tobytes()).hexdigest()
     for name, kind in kinds.items():
@@ -211,7 +209,7 @@ def _check_record(record: Record, kinds: Mapping[str, str]) -> _Findings:
             continue
         if isinstance(source, ComputedCondition) and (target is None or find(source.condition).requires is not None):
             continue  # detectors are too slow to run for a check
-        image = _opened(record, source, record.recorded("sha256", "conditions", name), findings, condition=kind)
+        image = _opened(record, source, record.sha256(name), findings, condition=kind)
         colour = None if image is None else _flat_colour(image)
         if colour is not None:
             findings.problems.append(_problem("flat", record, f"{name} is one flat colour, {colour}"))

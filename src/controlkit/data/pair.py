@@ -34,6 +34,8 @@ class Pair:
     """The condition of `source`, if known; it decides how condition images are scaled and flipped."""
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """The condition's parameters for `source`, if known; scores compute the condition of a result with them."""
+    sha256: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Side (`SOURCE`, `TARGET`) -> hex SHA-256 of its file, where a manifest records it."""
     place: float = 0.5
     """Position of the square crop along the long side, from 0 (left, top) to 1."""
 

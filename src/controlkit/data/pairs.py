@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -12,15 +13,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from controlkit.data.pair import Pair
+from controlkit.data.pair import SOURCE, TARGET, Pair
 from controlkit.data.prompts import PromptLimit, count_note, empty_note, is_empty
 from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.listing import problems_error
 from controlkit.data.readers.recognise import PROMPT_JSON, pairs_folder, read_listing
-from controlkit.data.sources import ComputedCondition, Source, open_image
+from controlkit.data.sources import ComputedCondition, Source, read_file
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, write_atomically
-from controlkit.images import write_png
+from controlkit.images import decode_rgb, write_png
 
 __all__ = [
     "MANIFEST",
@@ -66,7 +67,7 @@ def read_pairs(path: str | Path, condition: str | None = None, columns: Columns 
 
     Raises:
         UserError: the layout is unknown, the condition is ambiguous, a named column is missing, or files are missing,
-            damaged or mismatched; all files are reported at once.
+            damaged or mismatched, or differ from the SHA-256 in their manifest; all files are reported at once.
     """
     return load_pairs(path, condition, columns).pairs
 
@@ -83,7 +84,13 @@ def load_pairs(path: str | Path, condition: str | None = None, columns: Columns 
         for (where, _), found in zip(listed, pool.map(lambda entry: _problems(entry[1]), listed), strict=True):
             problems += [f"{where}: {problem}" for problem in found]
     if problems:
-        raise problems_error(listing.origin, problems, "fix or remove these lines")
+        advice = "fix or remove these lines"
+        if any(_CHANGED in problem for problem in problems):
+            advice += (
+                "; make pairs of changed images again with controlkit pairs, and remove `sha256` from lines whose files"
+                " you changed on purpose"
+            )
+        raise problems_error(listing.origin, problems, advice)
     return PairSet(
         pairs=[pair for _, pair in listed],
         where=[where for where, _ in listed],
@@ -130,15 +137,24 @@ def shapes_differ(first: tuple[int, int], second: tuple[int, int]) -> bool:
     return abs(first[0] * second[1] - first[1] * second[0]) > max(first + second)
 
 
+_CHANGED = "differs from the manifest (SHA-256)"
+
+
 def _problems(pair: Pair) -> list[str]:
     found: list[str] = []
     sizes: list[tuple[int, int]] = []
-    files: list[Source] = [pair.target] if isinstance(pair.source, ComputedCondition) else [pair.source, pair.target]
-    for source in files:
+    for side in (SOURCE, TARGET):
+        source: Source = getattr(pair, side)
+        if isinstance(source, ComputedCondition):
+            continue
         try:
-            sizes.append(open_image(source).size)
+            data = read_file(source)
+            sizes.append(decode_rgb(data, str(source)).size)
         except UserError as error:
             found.append(str(error))
+            continue
+        if side in pair.sha256 and pair.sha256[side] != hashlib.sha256(data).hexdigest():
+            found.append(f"{source} {_CHANGED}")
     if len(sizes) == 2 and shapes_differ(sizes[0], sizes[1]):
         shapes = " and ".join(f"{width} x {height}" for width, height in sizes)
         found.append(f"{pair.source} and {pair.target} have different shapes ({shapes})")

@@ -20,7 +20,7 @@ from controlkit.conditions import find
 from controlkit.conditions.condition import background_of
 from controlkit.errors import UserError
 from controlkit.files import decode_text, sha256_of
-from controlkit.images import MAX_PIXELS, decode_image, decode_rgb, keeps_colours, read_image, to_rgb
+from controlkit.images import MAX_PIXELS, decode_image, decode_rgb, keeps_colours, read_bytes, to_rgb
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 """Suffixes of image files, in lower case."""
@@ -93,9 +93,16 @@ def open_image(source: Source, background: tuple[int, int, int] = (255, 255, 255
     """
     if isinstance(source, ComputedCondition):
         return source.compute()
-    if isinstance(source, TarMember):
-        return decode_rgb(source.read_bytes(), str(source), background)
-    return read_image(source, background)
+    return decode_rgb(read_file(source), str(source), background)
+
+
+def read_file(source: Path | TarMember) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        UserError: it is missing, or cannot be read.
+    """
+    return source.read_bytes() if isinstance(source, TarMember) else read_bytes(source)
 
 
 def read_condition_image(source: Source, condition: str | None) -> Image.Image:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.conditions import find
-from controlkit.data.pair import Pair
+from controlkit.data.pair import SOURCE, TARGET, Pair
 from controlkit.data.sources import ComputedCondition, Source
 from controlkit.errors import UserError, nearest
 from controlkit.files import valid_text
@@ -43,6 +43,12 @@ class Record:
         for key in keys:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
+
+    def sha256(self, condition: str | None = None) -> str | None:
+        """The recorded hex SHA-256 of the file of the image, or of a condition image; None if there is none."""
+        names = [("conditions", condition)] if condition is not None else [("picture",), ("image",)]
+        found = (self.recorded("sha256", *keys) for keys in names)
+        return next((digest for digest in found if isinstance(digest, str)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +143,11 @@ class Listing:
                 more_prompts=record.captions[1:],
                 condition=kind,
                 parameters=_parameters(record, str(name), source, kind),
+                sha256={
+                    side: digest
+                    for side, digest in ((SOURCE, record.sha256(str(name))), (TARGET, record.sha256()))
+                    if digest is not None
+                },
             )
             found.append((record.where, pair))
         return found, problems
