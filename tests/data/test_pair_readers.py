@@ -14,11 +14,12 @@ from PIL import Image
 from controlkit.conditions import find
 from controlkit.data.check import check_pairs
 from controlkit.data.engine import make_pairs
-from controlkit.data.input_images import list_images
+from controlkit.data.input_images import list_images, with_tiles
 from controlkit.data.making import MakeSettings
 from controlkit.data.multigen import MultiGen
 from controlkit.data.pairs import Pair, load_pairs, pairs_folder, read_pairs, split_pairs, write_pairs
 from controlkit.data.sources import members, read_condition_image
+from controlkit.files import sha256_of
 from refusals import refused
 
 COUNT = 5
@@ -455,3 +456,39 @@ def test_shards_of_ours_whose_bytes_changed_are_listed(tmp_path):
     write_archive(path, {**files, "image0.png": files["image1.png"]})
     with refused("bad-data", "1 problems", "image0.png"):
         read_pairs(path)
+
+
+def hashed_split(pairs, share):
+    """The split of pairs without tiles: by the hash of each image."""
+    ranked = sorted(pairs, key=lambda pair: sha256_of(pair.target.read_bytes()))
+    count = min(len(pairs) - 1, max(1, round(share * len(pairs))))
+    return ranked[count:], ranked[:count]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
+def test_tiles_of_one_image_are_held_out_together_or_not_at_all(tmp_path, share):
+    write_images(tmp_path / "in", 4, height=64, width=64)
+    save(tmp_path / "in/small.png", scene(7, 40, 40))
+    save(tmp_path / "in/wide.png", scene(8, 32, 512))
+    settings = MakeSettings(conditions=("canny",), size=32, tiles=True)
+    make_pairs(with_tiles(list_images([tmp_path / "in"]), 32), tmp_path / "out", settings, workers=1)
+    pairs = read_pairs(tmp_path / "out")
+    training, held_out = split_pairs(pairs, share)
+    assert len(training) + len(held_out) == len(pairs) == 33
+    assert 1 <= len(held_out) <= max(1, round(share * len(pairs)))
+    assert not {pair.original for pair in training} & {pair.original for pair in held_out}
+    # Tiles of a single image can only be split among themselves.
+    training, held_out = split_pairs([pair for pair in pairs if pair.original == pairs[0].original], share)
+    assert training and held_out
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.99])
+def test_pairs_without_tiles_are_split_by_the_hash_of_each_image(tmp_path, share):
+    write_images(tmp_path / "in", 12)
+    shutil.copy(tmp_path / "in/image3.png", tmp_path / "in/copy.png")
+    settings = MakeSettings(conditions=("canny",), size=32)
+    make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", settings, workers=1)
+    pairs = read_pairs(tmp_path / "out")
+    assert split_pairs(pairs, share) == hashed_split(pairs, share)
+    pairs = [replace(pair, original=None) for pair in pairs]
+    assert split_pairs(pairs, share) == hashed_split(pairs, share)

@@ -36,6 +36,8 @@ class Pair:
     """The condition's parameters for `source`, if known; scores compute the condition of a result with them."""
     sha256: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Side (`SOURCE`, `TARGET`) -> hex SHA-256 of its file, where a manifest records it."""
+    original: str | None = None
+    """Hex SHA-256 of the image file that `target` was made from, where a manifest records it; tiles share it."""
     place: float = 0.5
     """Position of the square crop along the long side, from 0 (left, top) to 1."""
 

@@ -117,8 +117,10 @@ def write_pairs(folder: str | Path, pairs: Iterable[tuple[np.ndarray, np.ndarray
 def split_pairs(pairs: Sequence[Pair], share: float = 0.1) -> tuple[list[Pair], list[Pair]]:
     """Split into (training, held-out) pairs by the hash of their images, with at least one pair each.
 
+    Tiles of one image are not separated, unless all pairs are tiles of one image.
+
     Args:
-        share: held-out fraction.
+        share: held-out fraction; with tiles at most about that.
 
     Raises:
         UserError: there are fewer than two pairs.
@@ -127,9 +129,34 @@ def split_pairs(pairs: Sequence[Pair], share: float = 0.1) -> tuple[list[Pair], 
         raise UserError(
             f"got {len(pairs)} pairs; at least 2 are needed, one to train on and one held out", "empty-data"
         )
-    ranked = sorted(pairs, key=lambda pair: sha256_of(pair.target.read_bytes()))
     count = min(len(pairs) - 1, max(1, round(share * len(pairs))))
-    return ranked[count:], ranked[:count]
+    groups = _ranked(pairs)
+    if len(groups) == 1:
+        return groups[0][count:], groups[0][:count]
+    chosen: set[int] = set()
+    for index, group in enumerate(groups):
+        if len(group) <= count:
+            chosen.add(index)
+            count -= len(group)
+    chosen = chosen or {min(range(len(groups)), key=lambda index: len(groups[index]))}
+    held_out = [pair for index, group in enumerate(groups) if index in chosen for pair in group]
+    return [pair for index, group in enumerate(groups) if index not in chosen for pair in group], held_out
+
+
+def _ranked(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """The pairs in an order that depends on their images alone, with tiles of one image together."""
+    digests = [sha256_of(pair.target.read_bytes()) for pair in pairs]
+    targets: dict[str, set[str]] = {}
+    for pair, digest in zip(pairs, digests, strict=True):
+        if pair.original is not None:
+            targets.setdefault(pair.original, set()).add(digest)
+    groups: dict[tuple[str, int], list[Pair]] = {}
+    for index, (pair, digest) in enumerate(zip(pairs, digests, strict=True)):
+        # Different images made from one file are tiles. Other pairs are ranked one by one, copies of an image too.
+        tiled = pair.original is not None and len(targets[pair.original]) > 1
+        key = (sha256_of(str(pair.original)), -1) if tiled else (digest, index)
+        groups.setdefault(key, []).append(pair)
+    return [groups[key] for key in sorted(groups)]
 
 
 def shapes_differ(first: tuple[int, int], second: tuple[int, int]) -> bool:

@@ -136,6 +136,7 @@ class Listing:
             except UserError as error:
                 problems.append(f"{record.where}: {error}")
                 continue
+            original = record.recorded("original", "sha256")
             pair = Pair(
                 source=source,
                 target=record.image,
@@ -148,6 +149,7 @@ class Listing:
                     for side, digest in ((SOURCE, record.sha256(str(name))), (TARGET, record.sha256()))
                     if digest is not None
                 },
+                original=original if isinstance(original, str) else None,
             )
             found.append((record.where, pair))
         return found, problems
