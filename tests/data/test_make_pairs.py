@@ -603,3 +603,52 @@ def test_pairs_recorded_by_earlier_versions_are_kept_where_the_image_is_the_same
     Image.fromarray(scene(7)).save(tmp_path / "in/0.bmp")
     same_time(tmp_path / "in/0.bmp")
     assert make_pairs(images, out, CANNY_AND_NOISE, workers=1, shards=shards).made == (1 if shards is None else 3)
+
+
+def turned_photo(folder, orientation):
+    """A white object on black in a photo of 120 x 60 pixels with an EXIF rotation, and COCO's list of it."""
+    folder.mkdir()
+    pixels = np.zeros((60, 120, 3), np.uint8)
+    pixels[10:30, 80:110] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(folder / "a.jpg", exif=exif, quality=95)
+    corners = [80, 10, 110, 10, 110, 30, 80, 30]
+    objects = [{"id": 1, "image_id": 0, "category_id": 1, "bbox": [80, 10, 30, 20], "segmentation": [corners]}]
+    return objects
+
+
+@pytest.mark.parametrize("orientation", [1, 5, 6, 7, 8])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_objects_of_turned_photos_are_drawn_where_they_are(tmp_path, orientation, scale):
+    objects = turned_photo(tmp_path / "in", orientation)
+    for entry in objects:  # the list may be of a larger version of the photo
+        entry["bbox"] = [scale * side for side in entry["bbox"]]
+        entry["segmentation"] = [[scale * side for side in entry["segmentation"][0]]]
+    listed = {"images": [{"id": 0, "file_name": "a.jpg", "width": 120 * scale, "height": 60 * scale}]}
+    path = tmp_path / "in/instances.json"
+    path.write_text(json.dumps({**listed, "annotations": objects}))
+    shown = np.asarray(read_image(tmp_path / "in/a.jpg")).min(axis=2) > 128
+    settings = MakeSettings(conditions=("bbox", "segments"))
+    make_pairs(list_images([path]), tmp_path / "out", settings, workers=1)
+    for name in settings.conditions:
+        for source in (read_pairs(tmp_path / "out", name)[0].source, read_pairs(path, name)[0].source):
+            drawn = np.asarray(open_image(source)).any(axis=2)
+            assert drawn.shape == shown.shape and (drawn == shown).mean() > 0.99
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_annotations_of_an_image_of_another_shape_are_refused(tmp_path, orientation):
+    objects = turned_photo(tmp_path / "in", orientation)
+    path = tmp_path / "in/instances.json"
+    Image.fromarray(scene(0, 60, 120)).save(tmp_path / "in/b.png")
+    objects += [{**objects[0], "id": 2, "image_id": 1}]
+    images = [
+        {"id": 0, "file_name": "a.jpg", "width": 100, "height": 100},
+        {"id": 1, "file_name": "b.png", "width": 120, "height": 60},
+    ]
+    path.write_text(json.dumps({"images": images, "annotations": objects}))
+    report = make_pairs(list_images([path]), tmp_path / "out", MakeSettings(conditions=("bbox",)), workers=1)
+    assert report.made == 1 and "100 x 100" in report.skipped["a.jpg"]
+    with refused("bad-data", "1 problems", "a.jpg:", "100 x 100"):
+        read_pairs(path, "bbox")

@@ -15,12 +15,11 @@ import numpy as np
 from PIL import Image
 
 from controlkit.conditions import find
-from controlkit.data.pairs import shapes_differ
 from controlkit.data.prompts import PromptLimit, count_note, empty_note, is_empty
 from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.listing import Listing, Record
 from controlkit.data.readers.recognise import read_listing
-from controlkit.data.sources import ComputedCondition, Source, open_image, read_condition_image
+from controlkit.data.sources import ComputedCondition, Source, open_image, read_condition_image, shapes_differ
 from controlkit.data.swap_check import Verdict, find_swapped_sides
 from controlkit.errors import UserError
 

@@ -15,7 +15,7 @@ from PIL import Image
 from controlkit.conditions import Condition, find
 from controlkit.data.buckets import Buckets
 from controlkit.data.input_images import InputImage
-from controlkit.data.sources import SUFFIXES, decode_pixels
+from controlkit.data.sources import SUFFIXES, compute_upright, decode_pixels
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
 from controlkit.images import resize_cover, sequence_note
@@ -117,7 +117,11 @@ def make_pair(image: InputImage, settings: MakeSettings) -> EncodedPair:
         seed = condition_seed(settings.seed, content, name)
         objects = (image.objects or {}).get(name)
         values = condition.defaults if settings.fixed else condition.random_parameters(np.random.default_rng(seed))
-        images[name] = png(_compute(condition, original if objects else pixels, {**values, **(objects or {})}, size))
+        if objects:
+            drawn = _compute(condition, original, {**values, **objects}, size, data)
+        else:
+            drawn = _compute(condition, pixels, values, size)
+        images[name] = png(drawn)
         parameters[name] = {"objects": len(next(iter(objects.values())))} if objects else values
         if not settings.fixed:
             seeds[name] = seed
@@ -165,12 +169,23 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def _compute(
-    condition: Condition, image: np.ndarray, parameters: Mapping[str, Any], size: tuple[int, int]
+    condition: Condition,
+    image: np.ndarray,
+    parameters: Mapping[str, Any],
+    size: tuple[int, int],
+    annotated: bytes | None = None,
 ) -> np.ndarray:
     """The condition image at `size`. Annotations are drawn on the full image and cropped afterwards with nearest
-    neighbours, since their coordinates refer to the full image."""
+    neighbours, since their coordinates refer to the full image.
+
+    Args:
+        annotated: the bytes of the image file, if `parameters` has annotations.
+    """
     try:
-        result = condition(image, **parameters)
+        if annotated is None:
+            result = condition(image, **parameters)
+        else:
+            result = compute_upright(condition, image, annotated, parameters)
     except (cv2.error, ValueError, ArithmeticError, IndexError) as error:
         height, width = image.shape[:2]
         reason = " ".join(str(error).split())

@@ -18,7 +18,7 @@ from controlkit.data.prompts import PromptLimit, count_note, empty_note, is_empt
 from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.listing import problems_error
 from controlkit.data.readers.recognise import PROMPT_JSON, pairs_folder, read_listing
-from controlkit.data.sources import ComputedCondition, Source, read_file
+from controlkit.data.sources import ComputedCondition, Source, read_file, shapes_differ
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, write_atomically
 from controlkit.images import decode_rgb, write_png
@@ -31,7 +31,6 @@ __all__ = [
     "load_pairs",
     "pairs_folder",
     "read_pairs",
-    "shapes_differ",
     "split_pairs",
     "write_pairs",
 ]
@@ -159,22 +158,20 @@ def _ranked(pairs: Sequence[Pair]) -> list[list[Pair]]:
     return [groups[key] for key in sorted(groups)]
 
 
-def shapes_differ(first: tuple[int, int], second: tuple[int, int]) -> bool:
-    """Whether two sizes (width, height) have different aspect ratios, within one pixel."""
-    return abs(first[0] * second[1] - first[1] * second[0]) > max(first + second)
-
-
 _CHANGED = "differs from the manifest (SHA-256)"
 
 
 def _problems(pair: Pair) -> list[str]:
     found: list[str] = []
     sizes: list[tuple[int, int]] = []
-    for side in (SOURCE, TARGET):
+    data = b""
+    for side in (TARGET, SOURCE):
         source: Source = getattr(pair, side)
-        if isinstance(source, ComputedCondition):
-            continue
         try:
+            if isinstance(source, ComputedCondition):
+                if sizes:
+                    source.check(sizes[0], data)
+                continue
             data = read_file(source)
             sizes.append(decode_rgb(data, str(source)).size)
         except UserError as error:
@@ -183,6 +180,6 @@ def _problems(pair: Pair) -> list[str]:
         if side in pair.sha256 and pair.sha256[side] != hashlib.sha256(data).hexdigest():
             found.append(f"{source} {_CHANGED}")
     if len(sizes) == 2 and shapes_differ(sizes[0], sizes[1]):
-        shapes = " and ".join(f"{width} x {height}" for width, height in sizes)
+        shapes = " and ".join(f"{width} x {height}" for width, height in reversed(sizes))
         found.append(f"{pair.source} and {pair.target} have different shapes ({shapes})")
     return found

@@ -8,15 +8,16 @@ import os
 import re
 import tarfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from controlkit.conditions import find
+from controlkit.conditions import Condition, find
 from controlkit.conditions.condition import background_of
 from controlkit.errors import UserError
 from controlkit.files import decode_text, sha256_of
@@ -69,9 +70,26 @@ class ComputedCondition:
     parameters: tuple[tuple[str, object], ...] = ()
 
     def compute(self) -> Image.Image:
-        """The condition image at the size of the image."""
-        target = np.asarray(open_image(self.target))
-        return Image.fromarray(find(self.condition)(target, **dict(self.parameters)))
+        """The condition image at the size of the image.
+
+        Raises:
+            UserError: the image cannot be read, or its annotations are for an image of another shape.
+        """
+        data = read_file(self.target)
+        target = np.asarray(decode_rgb(data, str(self.target)))
+        return Image.fromarray(compute_upright(find(self.condition), target, data, dict(self.parameters)))
+
+    def check(self, size: tuple[int, int], data: bytes) -> None:
+        """Check that annotations are for an image of the shape of this one.
+
+        Args:
+            size: width and height of the upright image.
+            data: the bytes of its file.
+
+        Raises:
+            UserError: they are not.
+        """
+        _turn(dict(self.parameters), size, data)
 
     def read_bytes(self) -> bytes:
         """Hash of everything the condition image depends on; not the bytes of an image file."""
@@ -79,6 +97,55 @@ class ComputedCondition:
 
     def __str__(self) -> str:
         return f"{self.condition} of {self.target}"
+
+
+_TURNS = {
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes an image upright, of those that exchange width and height."""
+
+
+def compute_upright(condition: Condition, image: np.ndarray, data: bytes, parameters: Mapping[str, Any]) -> np.ndarray:
+    """The condition image `uint8 [H, W, 3]` of an upright image, also from annotations whose coordinates refer to the
+    image before its EXIF rotation.
+
+    Args:
+        image: the upright image, `uint8 [H, W, 3]`.
+        data: the bytes of its file.
+        parameters: those of the condition; `size` is the width and height that coordinates refer to.
+
+    Raises:
+        UserError: an image of that size has another shape than this one, upright or not.
+    """
+    height, width = image.shape[:2]
+    turn = _turn(parameters, (width, height), data)
+    if turn is None:
+        return condition(image, **parameters)
+    drawn = condition(np.zeros((width, height, 3), np.uint8), **parameters)
+    return np.asarray(Image.fromarray(drawn).transpose(turn))
+
+
+def _turn(parameters: Mapping[str, Any], upright: tuple[int, int], data: bytes) -> Image.Transpose | None:
+    """What turns a drawing of annotations upright; None if they refer to the upright image, whose size is given."""
+    size = parameters.get("size")
+    if size is None or not shapes_differ(size, upright):
+        return None
+    turn = _TURNS.get(_orientation_of(data))
+    if turn is None or shapes_differ(size, upright[::-1]):
+        raise UserError(
+            f"the annotations are for an image of {size[0]:g} x {size[1]:g}, and the image is {upright[0]} x"
+            f" {upright[1]}; correct width and height in the list, or take the image that it was made for",
+            "bad-data",
+        )
+    return turn
+
+
+def shapes_differ(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether two sizes (width, height) have different aspect ratios, within one pixel."""
+    return abs(first[0] * second[1] - first[1] * second[0]) > max(*first, *second)
 
 
 Source = Path | TarMember | ComputedCondition
@@ -176,6 +243,16 @@ def upright_size(source: Path | TarMember) -> tuple[int, int] | None:
     except Exception:  # decode_image reports it
         return None
     return (height, width) if turned else (width, height)
+
+
+def _orientation_of(data: bytes) -> int:
+    """EXIF orientation in the bytes of an image file; 1 (upright) if they cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return _orientation(Image.open(io.BytesIO(data)))
+    except Exception:  # decode_image reports it
+        return 1
 
 
 def _orientation(image: Image.Image) -> int:
