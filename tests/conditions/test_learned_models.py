@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -216,3 +217,22 @@ def test_classes_are_scaled_a_few_at_a_time_without_changing_the_answer() -> Non
     scores = torch.randn(37, 9, 11, generator=torch.Generator().manual_seed(0))
     scaled = torch.nn.functional.interpolate(scores[None], (50, 63), mode="bilinear", align_corners=False)[0]
     assert torch.equal(labels_at(scores, 50, 63, at_once=8), scaled.argmax(dim=0))
+
+
+def test_a_condition_is_told_apart_by_its_weights(tmp_path: Path, monkeypatch) -> None:
+    def hashes() -> tuple[str, str]:
+        condition = dataclasses.replace(find("depth"))  # with an empty cache
+        return condition.content, condition.revision
+
+    found = []
+    for number, name in enumerate(("a", "b")):
+        folder = tmp_path / name / "Intel" / "dpt-large"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"x" * (7 + number))
+        monkeypatch.setenv("CONTROLKIT_MODELS", str(tmp_path / name))
+        found += [hashes(), hashes()]
+    assert found[0] == found[1] and found[2] == found[3]
+    assert not set(found[0]) & set(found[2])
+    monkeypatch.setenv("CONTROLKIT_MODELS", str(tmp_path / "none"))
+    assert hashes()[0] != found[0][0]  # without weights there is a hash too, and no download

@@ -217,3 +217,46 @@ def test_a_condition_that_its_file_registers_again_is_replaced(monkeypatch):
 
     with refused("contradiction", "mine"):
         module.condition("mine", channels=1)(other)
+
+
+HELPED = '''
+from controlkit.conditions.condition import condition
+from helper import shade
+
+
+@condition("own", summary="{summary}")
+def own(image, *, level: int = {level}):
+    """{text}"""
+    return image * 0 + shade(level)  # {comment}
+'''
+
+
+def test_pairs_are_made_again_when_the_code_of_their_condition_changed(image, tmp_path):
+    (tmp_path / "photos").mkdir()
+    image.rename(tmp_path / "photos" / "ramp.png")
+    own, helper = tmp_path / "own.py", tmp_path / "helper.py"
+    path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    facts = {"summary": "a", "text": "b", "comment": "c", "level": 1}
+
+    def made():
+        words = ("pairs", "photos", "--conditions", "own,canny", "--out", "out", "--json")
+        run = subprocess.run(
+            [sys.executable, "-m", "controlkit", *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "CONTROLKIT_CONDITIONS": str(own), "PYTHONPATH": os.pathsep.join(path)},
+        )
+        assert run.returncode == 0, run.stderr
+        return json.loads(run.stdout)["made"]
+
+    own.write_text(HELPED.format(**facts))
+    helper.write_text("def shade(level):\n    return level\n")
+    assert made() == 1
+    own.write_text(HELPED.format(**{**facts, "summary": "A", "text": "B", "comment": "C"}))
+    assert made() == 0
+    own.write_text(HELPED.format(**{**facts, "level": 2}))
+    assert made() == 1
+    helper.write_text("def shade(level):\n    return 100 * level\n")
+    assert made() == 1
+    assert np.asarray(Image.open(tmp_path / "out" / "own" / "ramp.png")).max() == 200

@@ -652,3 +652,16 @@ def test_annotations_of_an_image_of_another_shape_are_refused(tmp_path, orientat
     assert report.made == 1 and "100 x 100" in report.skipped["a.jpg"]
     with refused("bad-data", "1 problems", "a.jpg:", "100 x 100"):
         read_pairs(path, "bbox")
+
+
+@pytest.mark.parametrize("shards", [None, 2])
+def test_pairs_are_made_again_when_a_condition_changed(tmp_path, monkeypatch, shards):
+    write_images(tmp_path / "in", 3)
+
+    def made():
+        images = list_images([tmp_path / "in"])
+        return make_pairs(images, tmp_path / "out", CANNY_AND_NOISE, workers=1, shards=shards).made
+
+    assert [made(), made()] == [3, 0]
+    monkeypatch.setitem(vars(find("noise")), "revision", "another")
+    assert [made(), made()] == [3, 0]

@@ -31,7 +31,8 @@ from typing import Any, Literal
 import numpy as np
 
 from controlkit._version import __version__
-from controlkit.conditions.models import LearnedModel
+from controlkit.conditions.code import essential_code, imported_beside
+from controlkit.conditions.models import LearnedModel, weights_state
 from controlkit.errors import UserError, nearest
 from controlkit.files import sha256_of
 from controlkit.plugins import is_same_source, load_named, running
@@ -155,10 +156,29 @@ class Condition:
 
     @cached_property
     def content(self) -> str:
-        """Hash of what determines its images: the source file, the defaults and the learned model."""
+        """Hash of what determines its images: the source file and modules beside it that it imports, the defaults, the
+        weights of the learned model on this machine, and the version of this package."""
+        code = [path.read_bytes() for path in self._sources] or [b""]
+        return sha256_of(
+            self.name, code[0], repr(self.defaults), repr(self.requires), __version__, *code[1:], *self._weights
+        )
+
+    @cached_property
+    def revision(self) -> str:
+        """`content` for images that are kept for long: versions of this package that change neither the code, except
+        comments, texts and decorators, nor the weights have the same."""
+        random = [f"{name} {value}" for name, value in self.random.items() if isinstance(value, Distribution)]
+        code = [essential_code(path) for path in self._sources]
+        return sha256_of(self.name, repr(self.defaults), repr(random), *code, *self._weights)
+
+    @cached_property
+    def _sources(self) -> list[Path]:
         source = inspect.getsourcefile(self.function)
-        code = Path(source).read_bytes() if source is not None and Path(source).is_file() else b""
-        return sha256_of(self.name, code, repr(self.defaults), repr(self.requires), __version__)
+        return imported_beside(Path(source)) if source is not None and Path(source).is_file() else []
+
+    @property
+    def _weights(self) -> list[str]:
+        return [] if self.requires is None else weights_state(self.requires)
 
     def __call__(self, image: np.ndarray, **parameters: Any) -> np.ndarray:
         """The condition image of `image`, both `uint8 [H, W, 3]` RGB of the same height and width.

@@ -18,7 +18,9 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,19 +113,17 @@ def find_folder(condition: str, model: LearnedModel, override: str | None = None
                 "missing-file",
             )
         hub = str(override)
-    root = os.environ.get("CONTROLKIT_MODELS")
-    if root and _complete(Path(root).expanduser() / hub, model):
-        return Path(root).expanduser() / hub
-    reason = "not in the hub's cache"
-    for offline in (True, False):
-        try:
-            folder = _snapshot(hub, model, offline)
-        except Exception as error:  # huggingface_hub passes on errors of its HTTP library and of the system
-            reason = _reason(hub, error)
-        else:
-            if _complete(folder, model):
-                return folder
-            reason = f"there is no {_expected(model)} in it"
+    local = _local_folder(hub, model)
+    if local is not None:
+        return local
+    try:
+        folder = _snapshot(hub, model, offline=False)
+    except Exception as error:  # huggingface_hub passes on errors of its HTTP library and of the system
+        reason = _reason(hub, error)
+    else:
+        if _complete(folder, model):
+            return folder
+        reason = f"there is no {_expected(model)} in it"
     origin = model.terms if hub == model.hub else f"set by {parameter}"
     files = "".join(f" {name}" for name in model.files)
     raise UserError(
@@ -131,6 +131,39 @@ def find_folder(condition: str, model: LearnedModel, override: str | None = None
         f" run `hf download {hub}{files}`, put them into $CONTROLKIT_MODELS/{hub}, or set {parameter} to their folder",
         "missing-weights",
     )
+
+
+def _local_folder(hub: str, model: LearnedModel) -> Path | None:
+    """The folder with the weights, if they are on this machine."""
+    root = os.environ.get("CONTROLKIT_MODELS")
+    if root and _complete(Path(root).expanduser() / hub, model):
+        return Path(root).expanduser() / hub
+    try:
+        folder = _snapshot(hub, model, offline=True)
+    except Exception:  # see find_folder
+        return None
+    return folder if _complete(folder, model) else None
+
+
+def weights_state(model: LearnedModel) -> list[str]:
+    """Name, size and time of every file of `model` and its companions on this machine, as `find_folder` finds them
+    without a download; of a Python package, its version."""
+    states: list[str] = []
+    for each in (model, *model.companions):
+        if "/" not in each.hub:
+            with suppress(metadata.PackageNotFoundError):
+                states.append(f"{each.hub} {metadata.version(re.split('[<>=!~]', each.hub)[0])}")
+            continue
+        folder = _local_folder(each.hub, each)
+        if folder is None:
+            continue
+        patterns = each.files or (*_SETTINGS_AND_WEIGHTS, "*.bin")
+        for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+            stat = path.stat()
+            # In the hub's cache files are links to files named after their content.
+            content = path.resolve().name if path.is_symlink() else stat.st_mtime_ns
+            states.append(f"{each.hub} {path.name} {stat.st_size} {content}")
+    return states
 
 
 def _snapshot(hub: str, model: LearnedModel, offline: bool) -> Path:

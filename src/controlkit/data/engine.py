@@ -299,8 +299,8 @@ def _run(jobs: Sequence[ShardJob], workers: int, engine: str) -> Iterator[list[O
 
 
 def _is_complete(outcome: Outcome, settings: MakeSettings, out: Path) -> bool:
-    """Whether an earlier outcome has all conditions of `settings`, and its files are there."""
-    if outcome.entry is None or not set(settings.conditions) <= set(outcome.entry["conditions"]):
+    """Whether an earlier outcome has all conditions of `settings` as they are now, and its files are there."""
+    if outcome.entry is None or not set(settings.conditions) <= set(outcome.entry["conditions"]) or outcome.outdated:
         return False
     try:
         return all((out / name).stat().st_size == size for name, size in outcome.files.items())

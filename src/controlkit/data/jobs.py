@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from controlkit.conditions import find
 from controlkit.data.input_images import STATE, InputImage
 from controlkit.data.making import EncodedPair, MakeSettings, make_pair, sha256
 from controlkit.data.readers.archives import write_tar
@@ -40,6 +41,13 @@ class Outcome:
     """Part of its file that was not used."""
     content: str | None = None
     """`InputImage.content` when the image was read; None if it was skipped, and in records of earlier versions."""
+    conditions: dict[str, str] = field(default_factory=dict)
+    """Condition -> its `revision`; empty in records of earlier versions, whose condition images are kept."""
+
+    @property
+    def outdated(self) -> list[str]:
+        """Its conditions whose code, defaults or weights changed since."""
+        return [name for name, revision in self.conditions.items() if find(name).revision != revision]
 
     def if_current(self, image: InputImage) -> Outcome | None:
         """This outcome with the present stamp of `image`; None if the image or its caption changed since.
@@ -105,7 +113,7 @@ class ShardJob:
         current: list[Outcome] = []
         for outcome, image in zip(outcomes, self.images, strict=True):
             same = outcome.if_current(image)
-            if same is None:
+            if same is None or same.outdated:
                 return None
             current.append(same)
         if current != outcomes:
@@ -203,7 +211,8 @@ def _make_or_skip(image: InputImage, settings: MakeSettings) -> tuple[Outcome, E
     finally:
         sign_of_life()
     content = image.content(pair.entry["original"]["sha256"], pair.entry["prompt"])
-    return replace(outcome, entry=pair.entry, note=pair.note, content=content), pair
+    revisions = {name: find(name).revision for name in settings.conditions}
+    return replace(outcome, entry=pair.entry, note=pair.note, content=content, conditions=revisions), pair
 
 
 def _from_to(images: Sequence[InputImage]) -> str:
