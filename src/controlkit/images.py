@@ -95,7 +95,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         if width * height > MAX_PIXELS:
             if image.format not in ("JPEG", "MPO") or width * height > MAX_JPEG_PIXELS:
                 raise _too_large(name, width * height)
-            _scale_down(image)
+            scale_down(image)
         image.load()
     except UnidentifiedImageError as error:
         raise UserError(f"{name} is not an image in a supported format (PNG, JPEG, WebP, ...)", "bad-image") from error
@@ -106,9 +106,12 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     return image
 
 
-def _scale_down(image: Image.Image) -> None:
-    """Have a JPEG file decoded at the largest of 1/2, 1/4 and 1/8 of its size that has at most `MAX_PIXELS`."""
+def scale_down(image: Image.Image) -> None:
+    """Have a JPEG file of more than `MAX_PIXELS` decoded at the largest of 1/2, 1/4 and 1/8 of its size that has at
+    most as many; `image.size` becomes that size."""
     width, height = image.size
+    if width * height <= MAX_PIXELS or image.format not in ("JPEG", "MPO"):
+        return
     for divisor in (2, 4, 8):
         size = (-(-width // divisor), -(-height // divisor))
         if size[0] * size[1] <= MAX_PIXELS:

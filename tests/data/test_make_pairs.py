@@ -21,7 +21,7 @@ from PIL import Image
 
 from controlkit.conditions import find
 from controlkit.data.engine import make_pairs
-from controlkit.data.input_images import InputImage, list_images
+from controlkit.data.input_images import InputImage, list_images, with_tiles
 from controlkit.data.jobs import Outcome, ShardJob
 from controlkit.data.making import MakeSettings, condition_seed, make_pair, png
 from controlkit.data.pairs import read_pairs
@@ -665,3 +665,68 @@ def test_pairs_are_made_again_when_a_condition_changed(tmp_path, monkeypatch, sh
     assert [made(), made()] == [3, 0]
     monkeypatch.setitem(vars(find("noise")), "revision", "another")
     assert [made(), made()] == [3, 0]
+
+
+@pytest.mark.parametrize("shards", [None, 1])
+def test_an_image_that_could_not_be_read_is_tried_again(tmp_path, monkeypatch, shards):
+    write_images(tmp_path / "in", 3)
+    (tmp_path / "in/image0.png").write_bytes(b"no image")
+    (tmp_path / "in/image1.png").rename(tmp_path / "away.png")
+    (tmp_path / "in/image1.png").symlink_to(tmp_path / "later.png")
+
+    def go():
+        return make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1, shards=shards)
+
+    assert (go().made, sorted(go().skipped)) == (1, ["image0.png", "image1.png"])
+
+    def offline(self):
+        raise OSError("stale file handle")
+
+    with monkeypatch.context() as patch:  # a disk that fails for a moment changes no stamp
+        shutil.rmtree(tmp_path / "out")
+        (tmp_path / "in/image1.png").unlink()
+        (tmp_path / "away.png").rename(tmp_path / "in/image1.png")
+        real = type(tmp_path).read_bytes
+        patch.setattr(type(tmp_path), "read_bytes", lambda p: (offline if p.name == "image1.png" else real)(p))
+        assert sorted(go().skipped) == ["image0.png", "image1.png"]
+    report = go()
+    assert len(read_pairs(tmp_path / "out", "canny")) == 2 and sorted(report.skipped) == ["image0.png"]
+    # A file that is no image does not cost its shard in every run.
+    assert go().made == 0
+
+
+def test_an_unexpected_error_of_one_image_costs_only_this_image(tmp_path, monkeypatch):
+    write_images(tmp_path / "in", 3)
+    real = find("canny").function
+
+    def fails(image, **parameters):
+        if np.array_equal(image, read_image(tmp_path / "in/image1.png").resize((32, 32), Image.LANCZOS)):
+            raise RuntimeError("the detector is confused")
+        return real(image, **parameters)
+
+    monkeypatch.setitem(vars(find("canny")), "function", fails)
+    for shards in (None, 1):
+        out = tmp_path / f"out{shards}"
+        report = make_pairs(list_images([tmp_path / "in"]), out, CANNY_AND_NOISE, workers=1, shards=shards)
+        assert report.made == 2
+        assert report.skipped == {"image1.png": "RuntimeError: the detector is confused"}
+
+
+@pytest.mark.parametrize("turn", [1, 6])
+def test_tiles_of_a_photograph_that_is_read_scaled_down(tmp_path, monkeypatch, turn):
+    # The photographs of telephones, in small: 67 megapixels would take this test a minute.
+    monkeypatch.setattr("controlkit.images.MAX_PIXELS", 100 * 100)
+    monkeypatch.setattr("controlkit.data.sources.MAX_PIXELS", 100 * 100)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    (tmp_path / "in").mkdir()
+    Image.fromarray(scene(0, 120, 160)).save(tmp_path / "in/a.jpg", exif=exif)
+    settings = MakeSettings(conditions=("canny",), size=24, tiles=True)
+    images = with_tiles(list_images([tmp_path / "in"]), 24)
+    wanted = read_image(tmp_path / "in/a.jpg")
+    assert wanted.size == ((80, 60) if turn == 1 else (60, 80)) and len(images) == 6
+    report = make_pairs(images, tmp_path / "out", settings, workers=1)
+    assert report.made == 6 and not report.skipped
+    first = read_pairs(tmp_path / "out")[0].images(24)[1]
+    left, top, side = images[0].tile
+    assert np.array_equal(first, np.asarray(wanted)[top : top + side, left : left + side])

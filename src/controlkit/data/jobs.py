@@ -17,7 +17,7 @@ from controlkit.data.input_images import STATE, InputImage
 from controlkit.data.making import EncodedPair, MakeSettings, make_pair, sha256
 from controlkit.data.readers.archives import write_tar
 from controlkit.data.workers import sign_of_life
-from controlkit.errors import UserError
+from controlkit.errors import UserError, is_out_of_memory
 from controlkit.files import read_json, sha256_of, write_json
 
 _VERSION = "1"
@@ -41,6 +41,8 @@ class Outcome:
     """Part of its file that was not used."""
     content: str | None = None
     """`InputImage.content` when the image was read; None if it was skipped, and in records of earlier versions."""
+    code: str | None = None
+    """Code of `error`; None for an unexpected one, and in records of earlier versions."""
     conditions: dict[str, str] = field(default_factory=dict)
     """Condition -> its `revision`; empty in records of earlier versions, whose condition images are kept."""
 
@@ -113,7 +115,8 @@ class ShardJob:
         current: list[Outcome] = []
         for outcome, image in zip(outcomes, self.images, strict=True):
             same = outcome.if_current(image)
-            if same is None or same.outdated:
+            # An unchanged file that is no image stays one; other reasons, such as permissions, may be gone.
+            if same is None or same.outdated or (same.error is not None and same.code != "bad-image"):
                 return None
             current.append(same)
         if current != outcomes:
@@ -207,7 +210,11 @@ def _make_or_skip(image: InputImage, settings: MakeSettings) -> tuple[Outcome, E
     try:
         pair = make_pair(image, settings)
     except UserError as error:
-        return replace(outcome, error=str(error)), None
+        return replace(outcome, error=str(error), code=error.code), None
+    except Exception as error:
+        if is_out_of_memory(error):  # not a matter of this image alone
+            raise
+        return replace(outcome, error=f"{type(error).__name__}: {error}"), None
     finally:
         sign_of_life()
     content = image.content(pair.entry["original"]["sha256"], pair.entry["prompt"])

@@ -21,7 +21,7 @@ from controlkit.conditions import Condition, find
 from controlkit.conditions.condition import background_of
 from controlkit.errors import UserError
 from controlkit.files import decode_text, sha256_of
-from controlkit.images import MAX_PIXELS, decode_image, decode_rgb, keeps_colours, read_bytes, to_rgb
+from controlkit.images import MAX_PIXELS, decode_image, decode_rgb, keeps_colours, read_bytes, scale_down, to_rgb
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 """Suffixes of image files, in lower case."""
@@ -232,12 +232,13 @@ def _is_plain_jpeg(data: bytes) -> bool:
 
 
 def upright_size(source: Path | TarMember) -> tuple[int, int] | None:
-    """Width and height of an image after its EXIF rotation, from its header; None if it cannot be read."""
+    """Width and height of an image as `open_image` returns it, from its header; None if it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             stream = source.open("rb") if isinstance(source, Path) else io.BytesIO(source.read_bytes())
             with stream, Image.open(stream) as image:
+                scale_down(image)
                 width, height = image.size
                 turned = _orientation(image) >= 5
     except Exception:  # decode_image reports it
