@@ -375,3 +375,50 @@ def test_an_unquoted_comma_in_the_captions_of_an_image_folder_is_refused(tmp_pat
     (tmp_path / "metadata.csv").write_text("file_name,text\nimage0.png,a red apple, on a wooden table\n")
     with refused("bad-data", "line 2:", "quotes"):
         list_images([tmp_path])
+
+
+def write_linked(folder):
+    """A Parquet file that names its images by path."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    draw_images(folder, 2)
+    names = ("images", "conditioning_images")
+    cells = [[{"bytes": None, "path": f"{name}/{number}.png"} for number in range(2)] for name in names]
+    table = arrow.table({"image": cells[0], "conditioning_image": cells[1], "text": ["one", "two"]})
+    parquet.write_table(table, folder / "train.parquet")
+
+
+def test_images_that_a_parquet_file_names_are_read_again_when_they_change(tmp_path):
+    write_linked(tmp_path)
+    assert (read_pairs(tmp_path)[1].images(48)[1] == scene(1)).all()
+    (shard,) = (tmp_path / ".controlkit").glob("*.tar")
+    unpacked = shard.stat().st_mtime_ns
+    assert len(read_pairs(tmp_path)) == 2 and shard.stat().st_mtime_ns == unpacked
+    Image.fromarray(scene(9)).save(tmp_path / "images/1.png")
+    assert (read_pairs(tmp_path)[1].images(48)[1] == scene(9)).all()
+    # A shard of an earlier version does not say what it was made from.
+    write_archive(shard, {member.name: member.read_bytes() for member in members(shard) if member.name[0] != "."})
+    Image.fromarray(scene(8)).save(tmp_path / "images/1.png")
+    assert (read_pairs(tmp_path)[1].images(48)[1] == scene(8)).all()
+
+
+def test_images_that_a_parquet_file_names_and_that_are_missing_are_listed(tmp_path):
+    write_linked(tmp_path)
+    (tmp_path / "images/1.png").rename(tmp_path / "away.png")
+    (tmp_path / "conditioning_images/0.png").unlink()
+    with refused("bad-data", "2 problems", "row 0: there is no conditioning_images/0.png", "row 1:", "images/1.png"):
+        read_pairs(tmp_path)
+    assert not list((tmp_path / ".controlkit").glob("*.tar"))
+    (tmp_path / "away.png").rename(tmp_path / "images/1.png")
+    Image.fromarray(CANNY(scene(0))).save(tmp_path / "conditioning_images/0.png")
+    assert len(read_pairs(tmp_path)) == 2
+
+
+def test_what_a_killed_unpacking_left_is_removed(tmp_path):
+    write_table(tmp_path / "train.parquet", ["one", "two"])
+    read_pairs(tmp_path)
+    (shard,) = (tmp_path / ".controlkit").glob("*.tar")
+    shard.unlink()
+    left = shard.with_name(f".{shard.name}.abc.tar")
+    left.write_bytes(b"half a shard")
+    assert len(read_pairs(tmp_path)) == 2
+    assert not left.exists() and shard.exists()

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from controlkit.data.readers.archives import read_tars, write_tar
 from controlkit.data.readers.columns import (
     ANY_COLUMNS,
@@ -21,15 +23,17 @@ from controlkit.data.readers.columns import (
     captions_in,
     first_of,
 )
-from controlkit.data.readers.listing import Listing, outside_note, short_name
+from controlkit.data.readers.listing import Listing, outside_note, problems_error, short_name
 from controlkit.data.sources import members
 from controlkit.errors import UserError, nearest
-from controlkit.files import sha256_of
+from controlkit.files import remove_leftovers, sha256_of, writable_folder
 
 _VERSION = "2"
 """Version of the unpacked tar shards."""
 _NOTES = ".notes.json"
 """Member of an unpacked shard with notes on the table. Without a key, it is not a sample."""
+_LINKED = ".linked.json"
+"""Member with size and time of every file that the table refers to by path."""
 _MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"BM": "bmp", b"GIF8": "gif", b"II*": "tif"}
 _SAVED, _SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
 _HUB = re.compile(r"hf:/{1,2}datasets/([^/]+/[^/]+)(?:/(.+))?")
@@ -205,15 +209,40 @@ def _parquet_tables(paths: Sequence[Path]) -> Iterator[_Table]:
 
 
 def _unpacked(shard: Path, tables: Iterable[_Table], origin: Path | str, columns: Columns) -> Listing:
-    """The listing of a shard, which is written first if it does not exist."""
-    if not shard.is_file():
-        write_tar(shard, _members(tables, columns))
+    """The listing of a shard, which is written first if it does not exist or files that it was made from changed."""
+    if not _is_fresh(shard):
+        # Processes of one run read their pairs at the same time: the first unpacks them.
+        with FileLock(writable_folder(shard.parent, "copy the table to a writable folder") / f"{shard.name}.lock"):
+            if not _is_fresh(shard):
+                remove_leftovers(shard)
+                write_tar(shard, _members(tables, origin, columns))
     listing = read_tars([shard], origin)
     start = f"{shard.name}:"
     records = [replace(record, where=_row(record.where.removeprefix(start))) for record in listing.records]
     problems = [_row(text.removeprefix(start)) for text in listing.problems]
-    notes = next((member.read_bytes() for member in members(shard) if member.name == _NOTES), b"[]")
-    return Listing(origin=origin, records=records, problems=problems, notes=json.loads(notes))
+    return Listing(origin=origin, records=records, problems=problems, notes=_hidden(shard, _NOTES) or [])
+
+
+def _is_fresh(shard: Path) -> bool:
+    """Whether a shard exists, and the files that were copied into it are unchanged; False for earlier versions."""
+    if not shard.is_file():
+        return False
+    linked = _hidden(shard, _LINKED)
+    return linked is not None and all(_state(Path(path)) == state for path, state in linked.items())
+
+
+def _hidden(shard: Path, name: str) -> Any:
+    """The value in a JSON member of a shard that is not a sample; None if there is none."""
+    found = next((member.read_bytes() for member in members(shard) if member.name == name), b"null")
+    return json.loads(found)
+
+
+def _state(path: Path) -> list[int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _row(text: str) -> str:
@@ -222,8 +251,12 @@ def _row(text: str) -> str:
     return f"row {int(number)}{colon}{rest}" if number.isdecimal() else text
 
 
-def _members(tables: Iterable[_Table], chosen: Columns) -> Iterator[tuple[str, bytes]]:
-    """Members of the tar shard: images and text of each row, and notes at the end."""
+def _members(tables: Iterable[_Table], origin: object, chosen: Columns) -> Iterator[tuple[str, bytes]]:
+    """Members of the tar shard: images and text of each row, and notes at the end.
+
+    Raises:
+        UserError: files that the tables refer to are missing.
+    """
     import pyarrow as arrow
 
     number = 0
@@ -238,7 +271,7 @@ def _members(tables: Iterable[_Table], chosen: Columns) -> Iterator[tuple[str, b
             for batch in table.batches([image, *condition_columns, *texts]):
                 for row in batch.to_pylist():
                     for name in (image, *condition_columns):
-                        data = linked.bytes_of(row[name], table.folder)
+                        data = linked.bytes_of(row[name], table.folder, f"row {number}")
                         if data is not None:
                             middle = "" if name == image else f"{names[name]}."
                             yield f"{number:09d}.{middle}{_kind(data)}", data
@@ -246,6 +279,9 @@ def _members(tables: Iterable[_Table], chosen: Columns) -> Iterator[tuple[str, b
                     number += 1
         except (arrow.ArrowException, OSError) as error:
             raise UserError(f"{table.name} is damaged ({error})", "damaged-file") from error
+    if linked.problems:
+        raise problems_error(origin, linked.problems, "add the files, or remove these rows")
+    yield _LINKED, json.dumps(linked.states).encode()
     if linked.outside:
         notes.append(outside_note(table.folder, len(linked.outside), linked.count, linked.outside[0]))
     if notes:
@@ -310,8 +346,11 @@ class _Linked:
     count: int = 0
     outside: list[Path] = field(default_factory=list)
     """Paths outside of its folder."""
+    states: dict[str, list[int] | None] = field(default_factory=dict)
+    """Absolute path -> size in bytes and times."""
+    problems: list[str] = field(default_factory=list)
 
-    def bytes_of(self, value: Any, folder: Path) -> bytes | None:
+    def bytes_of(self, value: Any, folder: Path, where: str) -> bytes | None:
         if not isinstance(value, Mapping):
             return value
         data, path = value.get("bytes"), value.get("path")
@@ -321,7 +360,14 @@ class _Linked:
         self.count += 1
         if not os.path.abspath(file).startswith(os.path.join(os.path.abspath(folder), "")):
             self.outside.append(file)
-        return file.read_bytes() if file.is_file() else b""
+        self.states[os.path.abspath(file)] = _state(file)
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            reason = f"there is no {path}" if missing else f"cannot read {path}: {error.strerror or error}"
+            self.problems.append(f"{where}: {reason}")
+            return None
 
 
 def _kind(data: bytes) -> str:
