@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from pair_files import encoded, scene, write_archive, write_images
-from PIL import Image
+from PIL import Image, features
 
 from controlkit.conditions import find
 from controlkit.data.check import check_pairs
@@ -492,3 +492,69 @@ def test_pairs_without_tiles_are_split_by_the_hash_of_each_image(tmp_path, share
     assert split_pairs(pairs, share) == hashed_split(pairs, share)
     pairs = [replace(pair, original=None) for pair in pairs]
     assert split_pairs(pairs, share) == hashed_split(pairs, share)
+
+
+def test_twins_in_folders_are_matched_by_path(tmp_path):
+    for name in ("a", "b/c"):
+        save(tmp_path / f"images/{name}/0.png", scene(len(name))).with_suffix(".txt").write_text(f"scene {name}")
+        save(tmp_path / f"canny/{name}/0.png", CANNY(scene(len(name))))
+    pairs = read_pairs(tmp_path)
+    assert [pair.prompt for pair in pairs] == ["scene a", "scene b/c"]
+    assert all(np.array_equal(pair.images(48)[0], CANNY(pair.images(48)[1])) for pair in pairs)
+    (tmp_path / "canny/a/0.png").unlink()
+    save(tmp_path / "canny/d/0.png", scene(3))
+    with refused("bad-data", "2 problems", "a/0.png: there is no condition image", "canny/d/0.png:"):
+        read_pairs(tmp_path)
+
+
+def test_images_further_down_beside_a_flat_layout_are_problems(tmp_path):
+    root = lay_out("twins", tmp_path)
+    save(root / "conditioning/more/7.png", scene(7))
+    save(root / "pictures/more/8.png", scene(8))
+    with refused("bad-data", "2 problems", "conditioning/more/7.png:", "more/8.png: there is no condition image"):
+        read_pairs(root)
+
+
+def test_files_of_other_image_formats_are_counted(tmp_path):
+    root = lay_out("twins", tmp_path)
+    for name in ("pictures/8.HEIC", "conditioning/8.jp2", "pictures/._8.heic"):
+        (root / name).write_bytes(b"x")
+    (note,) = load_pairs(root).notes
+    assert note.startswith(f"2 files in {root}") and ".heic, .jp2" in note
+    notes = []
+    assert len(list_images([root / "pictures"], notes=notes)) == COUNT
+    assert len(notes) == 1 and notes[0].startswith("1 files in") and ".heic" in notes[0]
+
+
+def test_avif_files_are_images_where_pillow_reads_them(tmp_path):
+    if not features.check("avif"):
+        pytest.skip("Pillow was built without AVIF")
+    (tmp_path / "in").mkdir()
+    Image.fromarray(scene(1)).save(tmp_path / "in/a.avif")
+    make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", MakeSettings(conditions=("canny",)), workers=1)
+    assert read_pairs(tmp_path / "out")[0].images(48)[1].std() > 0
+
+
+def test_captions_are_found_by_suffixes_in_upper_case(tmp_path):
+    for name, suffix in (("a.PNG", ".TXT"), ("b.png", ".CAPTION")):
+        path = save(tmp_path / name, scene(1))
+        path.with_suffix(suffix).write_text("in capitals")
+    assert [image.caption() for image in list_images([tmp_path])] == ["in capitals"] * 2
+    save(tmp_path / "canny/a.png", CANNY(scene(1)))
+    save(tmp_path / "canny/b.png", CANNY(scene(1)))
+    assert [pair.prompt for pair in read_pairs(tmp_path)] == ["in capitals"] * 2
+
+
+def test_an_empty_caption_file_leaves_the_caption_of_the_table(tmp_path):
+    write_images(tmp_path, 1, captions=False)
+    (tmp_path / "image0.txt").write_text(" \n")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "image0.png", "text": "of the table"}')
+    assert [image.caption() for image in list_images([tmp_path])] == ["of the table"]
+
+
+def test_a_table_of_captions_under_an_unknown_name_is_noted(tmp_path):
+    write_images(tmp_path, 1, captions=False)
+    (tmp_path / "metadata.csv").write_text("file_name,beschreibung\nimage0.png,ein Apfel\n")
+    notes = []
+    assert [image.caption() for image in list_images([tmp_path], notes=notes)] == [""]
+    assert len(notes) == 1 and "beschreibung" in notes[0]

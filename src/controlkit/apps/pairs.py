@@ -24,6 +24,7 @@ from controlkit.apps.show import (
     error_json,
     named_columns,
     print_json,
+    print_notes,
     print_table,
 )
 from controlkit.errors import UserError
@@ -142,10 +143,11 @@ def _make(args: argparse.Namespace) -> None:
     names = ("size", "tiles", "buckets", "copy", "seed", "fixed")
     values = {name: getattr(args, name) for name in names if hasattr(args, name)}
     settings = MakeSettings(conditions=tuple(name for name in args.conditions.split(",") if name.strip()), **values)
-    images = list_images(args.images, args.images_folder, without=args.out)
+    notes: list[str] = []
+    images = list_images(args.images, args.images_folder, without=args.out, notes=notes)
     doubled = [image.source for image in images if isinstance(image.source, Path) and _differ(image)]
-    if doubled:
-        print(f"note: {two_captions_note(doubled)}", file=sys.stderr)
+    notes += [two_captions_note(doubled)] if doubled else []
+    print_notes(notes)
     if args.caption == "blip":
         from controlkit.data.captions import BLIP, Captioner, with_captions
 

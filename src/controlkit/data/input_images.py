@@ -22,7 +22,18 @@ from controlkit.data.readers.image_tables import (
 )
 from controlkit.data.readers.json_lines import METADATA, read_metadata
 from controlkit.data.readers.listing import Listing, problems_error
-from controlkit.data.sources import CAPTION_SUFFIXES, TarMember, caption_beside, is_image_name, samples, upright_size
+from controlkit.data.sources import (
+    CAPTION_SUFFIXES,
+    TarMember,
+    caption_beside,
+    caption_files,
+    is_image_name,
+    is_unread_image,
+    samples,
+    unread_note,
+    upright_size,
+    walk,
+)
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, valid_text
 
@@ -51,7 +62,7 @@ class InputImage:
         """Possible caption files, which need not exist."""
         if not isinstance(self.source, Path) or self.prompt is not None:
             return []
-        return [self.source.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+        return [file for suffix in CAPTION_SUFFIXES for file in caption_files(self.source, suffix)]
 
     def caption(self) -> str:
         """The caption, empty if there is none.
@@ -76,7 +87,8 @@ class InputImage:
     def former_stamp(self) -> str:
         """`stamp` as it was recorded before it contained the path and the time of the inode."""
         member = (self.source.start, self.source.length) if isinstance(self.source, TarMember) else ()
-        first, *others = [_former_state(path) for path in self.sidecars] or [None]
+        beside = [path for path in self.sidecars if path.suffix in CAPTION_SUFFIXES]
+        first, *others = [_former_state(path) for path in beside] or [None]
         about: list[object] = [_former_state(self._file), member, first, self.prompt, self.objects]
         about += [*filter(None, others), *([self.tile] if self.tile else [])]
         return sha256_of(repr(about))[:24]
@@ -109,7 +121,10 @@ class InputImage:
 
 
 def list_images(
-    inputs: Sequence[str | Path], images: str | Path | None = None, without: str | Path | None = None
+    inputs: Sequence[str | Path],
+    images: str | Path | None = None,
+    without: str | Path | None = None,
+    notes: list[str] | None = None,
 ) -> list[InputImage]:
     """Every image below the inputs, sorted by key.
 
@@ -119,12 +134,14 @@ def list_images(
             with tar shards or Parquet files and no images stands for these.
         images: the image folder of COCO annotations, if it is not near them.
         without: the output folder, which is skipped.
+        notes: list to append notes to: on files that are not read, on captions that are not found.
 
     Raises:
         UserError: an input does not exist, a folder has both images and shards, a table has entries that cannot be
             read, or there are no images.
     """
     left_out = os.path.realpath(without) + os.sep if without is not None else None
+    notes = [] if notes is None else notes
     files: list[Path] = []
     annotations: list[Path] = []
     roots: list[str] = []
@@ -145,7 +162,7 @@ def list_images(
             )
         annotations += [path for path in found if path.suffix == ".json"]
         files += [path for path in found if path.suffix != ".json" and not path.is_dir()]
-        files += [file for path in found if path.is_dir() for file in _walk(path, left_out)]
+        files += [file for path in found if path.is_dir() for file in _walk(path, left_out, notes)]
         roots += [root] if any(path.suffix != ".json" for path in found) else []
     if images is not None and not annotations:
         raise UserError(
@@ -161,7 +178,7 @@ def list_images(
     listed = [image for table in tables for image in _from_table(table)]
     listed += list(_from_coco(annotations, Path(images) if images else None)) if annotations else []
     if kept:
-        listed += _from_files(kept, Path(os.path.commonpath(roots)))
+        listed += _from_files(kept, Path(os.path.commonpath(roots)), notes)
     if not listed and unique:
         raise UserError(
             f"all images of {', '.join(map(str, inputs))} are in the output folder {without}; choose another --out",
@@ -241,8 +258,8 @@ def _expand(source: str) -> tuple[list[Path], str]:
     return [Path(name) for name in names], os.path.abspath(os.path.dirname(prefix))
 
 
-def _from_files(files: Sequence[Path], root: Path) -> Iterator[InputImage]:
-    captions = _listed_captions(files, root)
+def _from_files(files: Sequence[Path], root: Path, notes: list[str]) -> Iterator[InputImage]:
+    captions = _listed_captions(files, root, notes)
     for path in files:
         if path.name.lower().endswith((".tar", ".tar.gz", ".tgz")):
             yield from _from_tar(path)
@@ -251,10 +268,10 @@ def _from_files(files: Sequence[Path], root: Path) -> Iterator[InputImage]:
         name = path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode()
         image = InputImage(key=_key(name), name=name, source=path)
         prompt = captions.get(path)
-        yield image if prompt is None or any(map(os.path.isfile, image.sidecars)) else replace(image, prompt=prompt)
+        yield image if prompt is None or _has_caption(image) else replace(image, prompt=prompt)
 
 
-def _listed_captions(files: Sequence[Path], root: Path) -> dict[Path, str]:
+def _listed_captions(files: Sequence[Path], root: Path, notes: list[str]) -> dict[Path, str]:
     """Captions in the `metadata` tables of `datasets` image folders, by the path of the image.
 
     Raises:
@@ -266,6 +283,7 @@ def _listed_captions(files: Sequence[Path], root: Path) -> dict[Path, str]:
     for table in tables:
         if table.problems:
             raise problems_error(table.origin, table.problems)
+        notes += table.notes
     return {
         Path(os.path.abspath(record.image)): record.prompt
         for table in tables
@@ -320,7 +338,7 @@ def _from_coco(annotations: Sequence[Path], images: Path | None) -> Iterator[Inp
         )
 
 
-def _walk(folder: Path, left_out: str | None) -> list[Path]:
+def _walk(folder: Path, left_out: str | None, notes: list[str]) -> list[Path]:
     """Images below `folder`, or its tar shards or Parquet files if it has no images.
 
     Hidden folders and folders of pairs are skipped, and files below `left_out` if there are others.
@@ -328,23 +346,10 @@ def _walk(folder: Path, left_out: str | None) -> list[Path]:
     Raises:
         UserError: it has both.
     """
-    images: list[Path] = []
-    shards: list[Path] = []
-    visited = {os.path.realpath(folder)}
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        inner = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders)}
-        folders[:] = [
-            name
-            for name, real in inner.items()
-            if not name.startswith(".") and real not in visited and not os.path.exists(os.path.join(real, STATE))
-        ]
-        visited |= {inner[name] for name in folders}
-        images += [Path(parent, name) for name in sorted(names) if is_image_name(name)]
-        shards += [
-            Path(parent, name)
-            for name in sorted(names)
-            if name.endswith((".tar", ".parquet")) and not name.startswith(".")
-        ]
+    files = list(walk(folder, lambda real: os.path.exists(os.path.join(real, STATE))))
+    notes += unread_note(folder, _outside((path for path in files if is_unread_image(path.name)), left_out))
+    images = [path for path in files if is_image_name(path.name)]
+    shards = [path for path in files if path.name.endswith((".tar", ".parquet")) and not path.name.startswith(".")]
     own_images, own_shards = _outside(images, left_out), _outside(shards, left_out)
     # A `datasets` image folder has captions in a table.
     beside = [path for path in own_shards if path.name not in METADATA]

@@ -8,14 +8,14 @@ import os
 import re
 import tarfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 from controlkit.conditions import Condition, find
 from controlkit.conditions.condition import background_of
@@ -23,8 +23,16 @@ from controlkit.errors import UserError
 from controlkit.files import decode_text, sha256_of
 from controlkit.images import MAX_PIXELS, decode_image, decode_rgb, keeps_colours, read_bytes, scale_down, to_rgb
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""Suffixes of image files, in lower case."""
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *((".avif",) if features.check("avif") else ()),
+)
+"""Suffixes of image files, in lower case. Pillow reads AVIF from version 11.3, if it was built with it."""
+_OTHER_SUFFIXES = (
+    *(".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".ppm", ".pgm", ".pnm", ".tga", ".dds", ".exr", ".hdr"),
+    *(".psd", ".svg", ".ico", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
+)
+"""Suffixes of images that are not read."""
 
 _ORIENTATION = 0x0112
 _MARKER = re.compile(rb"\xff[^\x00]")
@@ -325,11 +333,51 @@ def samples(path: Path, problems: list[str] | None = None) -> dict[str, dict[str
 
 def is_image_name(name: str) -> bool:
     """Whether a file name has an image suffix and is not hidden."""
-    return name.lower().endswith(SUFFIXES) and not name.rpartition("/")[2].startswith(".")
+    return name.lower().endswith(SUFFIXES) and not _is_hidden(name)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".")
+
+
+def is_unread_image(name: str) -> bool:
+    """Whether a file name has the suffix of an image in a format that is not read, and is not hidden."""
+    return name.lower().endswith(_OTHER_SUFFIXES) and not name.lower().endswith(SUFFIXES) and not _is_hidden(name)
+
+
+def unread_note(folder: Path, unread: Sequence[Path]) -> list[str]:
+    """A note on files with `is_unread_image`, if there are any."""
+    if not unread:
+        return []
+    kinds = ", ".join(sorted({path.suffix.lower() for path in unread}))
+    return [f"{len(unread)} files in {folder} with other image suffixes are not read: {kinds}; convert them to PNG"]
+
+
+def walk(folder: Path, leave_out: Callable[[str], bool] = lambda real: False) -> Iterator[Path]:
+    """Files below a folder, sorted within theirs; linked folders are followed once, hidden ones are skipped.
+
+    Args:
+        leave_out: whether to skip the folder at a real path.
+    """
+    visited = {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        inner = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders)}
+        folders[:] = [
+            name
+            for name, real in inner.items()
+            if not name.startswith(".") and real not in visited and not leave_out(real)
+        ]
+        visited |= {inner[name] for name in folders}
+        yield from (Path(parent, name) for name in sorted(names))
 
 
 CAPTION_SUFFIXES = (".txt", ".caption")
-"""Suffixes of caption files beside images; `.caption` is the default of kohya's trainers."""
+"""Suffixes of caption files beside images, in lower case; `.caption` is the default of kohya's trainers."""
+
+
+def caption_files(image: Path, suffix: str) -> list[Path]:
+    """Possible caption files beside an image with a suffix in lower or upper case; they need not exist."""
+    return [image.with_suffix(suffix), image.with_suffix(suffix.upper())]
 
 
 def caption_beside(image: Path) -> str:
@@ -338,8 +386,8 @@ def caption_beside(image: Path) -> str:
     Raises:
         UserError: a file is not UTF-8 (or UTF-16) text.
     """
-    texts = (read_caption(image.with_suffix(suffix)) for suffix in CAPTION_SUFFIXES)
-    return next(filter(None, texts), "")
+    files = (file for suffix in CAPTION_SUFFIXES for file in caption_files(image, suffix))
+    return next(filter(None, map(read_caption, files)), "")
 
 
 def captions_differ(image: Path) -> bool:
@@ -348,8 +396,8 @@ def captions_differ(image: Path) -> bool:
     Raises:
         UserError: a file is not UTF-8 (or UTF-16) text.
     """
-    files = [image.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
-    return all(map(os.path.isfile, files)) and len(set(filter(None, map(read_caption, files)))) > 1
+    files = [file for suffix in CAPTION_SUFFIXES for file in caption_files(image, suffix)]
+    return len(set(filter(None, map(read_caption, filter(os.path.isfile, files))))) > 1
 
 
 def read_caption(path: Path) -> str:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from controlkit.data.multigen import MultiGen
 from controlkit.data.readers.listing import Listing, Record
-from controlkit.data.sources import CAPTION_SUFFIXES, caption_beside, captions_differ, is_image_name
+from controlkit.data.sources import (
+    CAPTION_SUFFIXES,
+    caption_beside,
+    captions_differ,
+    is_image_name,
+    is_unread_image,
+    unread_note,
+    walk,
+)
 from controlkit.errors import UserError
 
 IMAGE_FOLDERS = ("target", "targets", "image", "images", "img", "picture", "pictures", "photo", "photos", "train")
@@ -30,29 +38,32 @@ def read_twins(folder: Path, condition: str | None = None) -> Listing:
     """Images with caption files (`apple.png`, `apple.txt` or `apple.caption`) and folders of condition images with the
     same stems: the layout of kohya's ControlNet trainers.
 
-    The images are in `folder` itself or in one subfolder; every other subfolder with images is a condition.
+    The images are in `folder` itself or in one subfolder; every other subfolder with images is a condition. Subfolders
+    may have folders inside, the same in each.
 
     Raises:
         UserError: the image folder is ambiguous, or stems are not unique.
     """
-    folders = {path: images_in(path) for path in (folder, *_subfolders(folder))}
-    folders = {path: files for path, files in folders.items() if files}
-    home = _home(folder, list(folders))
+    below = _folders(folder)
+    folders = {path: files for path, files in below.items() if any(is_image_name(file.name) for file in files)}
+    home = _home(folder, folders)
     by_name = {path.name: _by_stem(path, files) for path, files in folders.items() if path != home}
     conditions = {name: stems for name, stems in by_name.items() if stems}
     records, problems, ambiguous = [], [], []
     for stem, image in _by_stem(home, folders[home]).items():
         twins = {name: stems.pop(stem) for name, stems in conditions.items() if stem in stems}
+        where = image.relative_to(home).as_posix()
         try:
             prompt = caption_beside(image)
             ambiguous += [image] if captions_differ(image) else []
         except UserError as error:
-            problems.append(f"{image.name}: {error}")
+            problems.append(f"{where}: {error}")
             continue
-        records.append(Record(where=image.name, image=image, conditions=twins, captions=(prompt,)))
-    for name, unmatched in conditions.items():
-        problems += [f"{name}/{path.name}: there is no image {stem} in {home.name}" for stem, path in unmatched.items()]
+        records.append(Record(where=where, image=image, conditions=twins, captions=(prompt,)))
+    for stem, path in (item for unmatched in conditions.values() for item in unmatched.items()):
+        problems.append(f"{path.relative_to(folder).as_posix()}: there is no image {stem} in {home.name}")
     notes = [two_captions_note(ambiguous)] if ambiguous else []
+    notes += unread_note(folder, [path for files in below.values() for path in files if is_unread_image(path.name)])
     return Listing(origin=folder, records=records, problems=problems, notes=notes)
 
 
@@ -65,8 +76,8 @@ def two_captions_note(images: Sequence[Path]) -> str:
 def has_twins(folder: Path) -> bool:
     """Whether two of `folder` and its subfolders contain images with the same stem."""
     known: set[str] = set()
-    for place in (folder, *_subfolders(folder)):
-        stems = {path.stem for path in images_in(place)}
+    for place, files in _folders(folder).items():
+        stems = {_stem(place, path) for path in files if is_image_name(path.name)}
         if stems & known:
             return True
         known |= stems
@@ -100,15 +111,22 @@ def read_multigen(folder: Path, condition: str | None = None) -> Listing:
     return Listing(origin=lines.path, records=records, problems=problems, folder=folder)
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _folders(folder: Path) -> dict[Path, list[Path]]:
+    """`folder` with the files in it, and its subfolders with all files below them."""
+    found: dict[Path, list[Path]] = {folder: []}
+    for path in walk(folder):
+        inside = path.relative_to(folder).parts
+        found.setdefault(folder if len(inside) == 1 else folder / inside[0], []).append(path)
+    return dict(sorted(found.items()))
 
 
-def _home(folder: Path, folders: list[Path]) -> Path:
+def _home(folder: Path, folders: Mapping[Path, list[Path]]) -> Path:
     """The folder of images among folders of condition images."""
     if folder in folders:
         return folder
-    captioned = [path for path in folders if any(next(path.glob(f"*{suffix}"), None) for suffix in CAPTION_SUFFIXES)]
+    captioned = [
+        path for path, files in folders.items() if any(file.suffix.lower() in CAPTION_SUFFIXES for file in files)
+    ]
     named = [path for path in folders if path.name.lower() in IMAGE_FOLDERS]
     for found in (captioned, named):
         if len(found) == 1:
@@ -121,13 +139,19 @@ def _home(folder: Path, folders: list[Path]) -> Path:
     )
 
 
-def _by_stem(folder: Path, files: list[Path]) -> dict[str, Path]:
+def _by_stem(folder: Path, files: Sequence[Path]) -> dict[str, Path]:
+    """The images among files below a folder, by their path in it without the suffix."""
     found: dict[str, Path] = {}
-    for path in files:
-        if path.stem in found:
+    for path in filter(lambda path: is_image_name(path.name), files):
+        stem = _stem(folder, path)
+        if stem in found:
             raise UserError(
-                f"{folder} has both {found[path.stem].name} and {path.name}; stems must be unique: rename one",
+                f"{folder} has both {found[stem].name} and {path.name}; stems must be unique: rename one",
                 "bad-data",
             )
-        found[path.stem] = path
+        found[stem] = path
     return found
+
+
+def _stem(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).with_suffix("").as_posix()
