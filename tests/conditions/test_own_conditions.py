@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from controlkit.apps.cli import main
 from controlkit.formats.load import shipped_controls
 from refusals import check, refused
 
@@ -260,3 +261,44 @@ def test_pairs_are_made_again_when_the_code_of_their_condition_changed(image, tm
     helper.write_text("def shade(level):\n    return 100 * level\n")
     assert made() == 1
     assert np.asarray(Image.open(tmp_path / "out" / "own" / "ramp.png")).max() == 200
+
+
+def test_links_that_lead_nowhere_and_earlier_output_in_a_folder_of_images(tmp_path, image, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    image.rename(photos / "b.png")
+    (photos / "a.png").symlink_to("nothing.png")
+    assert main(["condition", "canny", "photos", "--out", "photos/canny"]) == 2
+    check(capsys.readouterr().err, "missing-file", "a.png", "1 of 2")
+    (photos / "a.png").unlink()
+    for _ in range(2):
+        assert main(["condition", "palette", "photos", "--out", "photos/palette"]) == 0
+        written = [path.relative_to(photos).as_posix() for path in photos.rglob("*.png")]
+        assert sorted(written) == ["b.png", "canny/b.png", "palette/b.png"]
+    # A folder with images of its own stays one.
+    (tmp_path / "photos" / "mine").mkdir()
+    Image.new("RGB", (32, 32)).save(photos / "mine" / "c.png")
+    assert main(["condition", "canny", "photos/palette", "--out", "photos/mine"]) == 0
+    assert main(["condition", "canny", "photos", "--out", "edges"]) == 0
+    assert sorted(path.name for path in (tmp_path / "edges").rglob("*.png")) == ["b.png", "b.png", "c.png"]
+
+
+def test_a_missing_model_is_not_taken_for_a_missing_image(tmp_path, image, capsys):
+    assert main(["condition", "depth", str(tmp_path), "--out", str(tmp_path / "out"), "--set", "model=./none"]) == 2
+    check(capsys.readouterr().err, "missing-file", "none")
+
+
+def test_an_image_without_out_replaces_nothing(tmp_path, image, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["condition", "canny", "ramp.png"]) == 0
+    before = (tmp_path / "canny.png").read_bytes()
+    (tmp_path / "canny.png").write_bytes(b"mine")
+    assert main(["condition", "canny", "ramp.png"]) == 2
+    check(capsys.readouterr().err, "would-overwrite", "canny.png", "--out")
+    assert (tmp_path / "canny.png").read_bytes() == b"mine"
+    assert main(["condition", "canny", "ramp.png", "--out", "canny.png"]) == 0  # a named file is meant
+    assert (tmp_path / "canny.png").read_bytes() == before
+    (tmp_path / "conditions.png").write_bytes(b"mine")
+    assert main(["condition", "all", "ramp.png"]) == 2
+    assert (tmp_path / "conditions.png").read_bytes() == b"mine"

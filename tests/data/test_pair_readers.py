@@ -557,4 +557,4 @@ def test_a_table_of_captions_under_an_unknown_name_is_noted(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,beschreibung\nimage0.png,ein Apfel\n")
     notes = []
     assert [image.caption() for image in list_images([tmp_path], notes=notes)] == [""]
-    assert len(notes) == 1 and "beschreibung" in notes[0]
+    assert len(notes) == 1 and str(tmp_path / "metadata.csv") in notes[0]

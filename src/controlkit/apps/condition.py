@@ -74,8 +74,9 @@ def run(args: argparse.Namespace) -> None:
     if args.name == "all":
         if args.settings:
             raise UserError("all computes every condition with its defaults; name one to use --set", "contradiction")
-        _refuse_out(args.out or "conditions.png", args.image)
-        _sheet(args.image, args.out or "conditions.png", args.json)
+        out = args.out or _free("conditions.png")
+        _refuse_out(out, args.image)
+        _sheet(args.image, out, args.json)
         return
     condition = conditions.find(args.name)
     parameters = read_overrides(args.settings)
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{args.image} is a folder; name the folder to write with --out DIR", "missing-setting")
         _folder(condition, args.image, args.out, parameters, args.json)
         return
-    out = args.out or f"{condition.name}.png"
+    out = args.out or _free(f"{condition.name}.png")
     _refuse_out(out, args.image)
     data = read_bytes(args.image)
     condition_image = condition(np.asarray(decode_rgb(data, args.image)), **parameters)
@@ -107,24 +108,33 @@ def _folder(condition: Condition, folder: str, out: str, parameters: dict[str, A
     import numpy as np
     from PIL import Image
 
-    from controlkit.data.input_images import list_images
+    from controlkit.data.input_images import CONDITION_IMAGES, list_images
     from controlkit.data.sources import open_image
+    from controlkit.files import writable_folder
     from controlkit.images import is_flat, write_png
     from controlkit.progress import Progress
 
     if os.path.exists(out) and (not os.path.isdir(out) or os.path.samefile(out, folder)):
         what = "the input folder" if os.path.isdir(out) else "a file"
         raise UserError(f"--out {out} is {what}; choose another folder for the condition images", "would-overwrite")
-    images = list_images([folder], without=out)
+    notes: list[str] = []
+    images = list_images([folder], without=out, notes=notes)
+    if not os.path.isdir(out) or not os.listdir(out):
+        writable_folder(Path(out) / CONDITION_IMAGES)
     progress = Progress("images", len(images), always=True)
     skipped: dict[str, str] = {}
     first: UserError | None = None
     flat = 0
     for done, image in enumerate(images, 1):
+        opened = False
         try:
-            condition_image = condition(np.asarray(open_image(image.source)), **parameters)
+            pixels = np.asarray(open_image(image.source))
+            opened = True
+            condition_image = condition(pixels, **parameters)
         except UserError as error:
-            if error.code not in ("bad-image", "damaged-file", "unreadable-file", "wrong-size"):
+            # A link may lead nowhere; a missing file of the condition concerns all images.
+            is_missing = error.code == "missing-file" and not opened
+            if not is_missing and error.code not in ("bad-image", "damaged-file", "unreadable-file", "wrong-size"):
                 raise
             first = first or error
             skipped[image.name] = str(error)
@@ -135,7 +145,7 @@ def _folder(condition: Condition, folder: str, out: str, parameters: dict[str, A
         text = {"condition": condition.name, "parameters": repr(parameters)}
         write_png(Path(out) / f"{image.key}.png", Image.fromarray(condition_image), text)
     written = len(images) - len(skipped)
-    notes = [f"{flat} of {written} condition images are one flat colour: nothing was detected"] if flat else []
+    notes += [f"{flat} of {written} condition images are one flat colour: nothing was detected"] if flat else []
     print_notes(notes)
     for name, reason in skipped.items():
         print(f"skipped {name}: {reason}", file=sys.stderr)
@@ -181,6 +191,13 @@ def _sheet(image: str, out: str, as_json: bool) -> None:
         print_json({"conditions": list(images)[1:], "out": out, "notes": notes})
     else:
         print(out)
+
+
+def _free(out: str) -> str:
+    """The name of the output where none was given, if there is no such file."""
+    if os.path.exists(out):
+        raise UserError(f"{out} already exists; name the file to write with --out", "would-overwrite")
+    return out
 
 
 def _refuse_out(out: str, image: str) -> None:

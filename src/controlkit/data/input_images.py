@@ -13,6 +13,7 @@ from typing import Any
 
 from controlkit.data.readers.archives import captions_and_metadata, image_of
 from controlkit.data.readers.coco import coco_images, object_parameters
+from controlkit.data.readers.columns import CAPTION_COLUMNS
 from controlkit.data.readers.image_tables import (
     is_hub_dataset,
     is_saved_dataset,
@@ -39,6 +40,8 @@ from controlkit.files import sha256_of, valid_text
 
 STATE = Path(".controlkit") / "pairs"
 """State for later runs, below a folder of pairs."""
+CONDITION_IMAGES = Path(".controlkit") / "condition"
+"""Mark of a folder that `controlkit condition` wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +132,9 @@ def list_images(
     """Every image below the inputs, sorted by key.
 
     Args:
-        inputs: folders (searched recursively, without folders of pairs), images, globs, tar files, COCO annotation
-            files, Parquet files, folders of `save_to_disk`, datasets of the hub (`hf://datasets/OWNER/NAME`). A folder
-            with tar shards or Parquet files and no images stands for these.
+        inputs: folders (searched recursively, without those that `pairs` and `condition` wrote), images, globs, tar
+            files, COCO annotation files, Parquet files, folders of `save_to_disk`, datasets of the hub
+            (`hf://datasets/OWNER/NAME`). A folder with tar shards or Parquet files and no images stands for these.
         images: the image folder of COCO annotations, if it is not near them.
         without: the output folder, which is skipped.
         notes: list to append notes to: on files that are not read, on captions that are not found.
@@ -283,7 +286,9 @@ def _listed_captions(files: Sequence[Path], root: Path, notes: list[str]) -> dic
     for table in tables:
         if table.problems:
             raise problems_error(table.origin, table.problems)
-        notes += table.notes
+        if table.records and not any(record.prompt for record in table.records):
+            names = ", ".join(CAPTION_COLUMNS[:3])
+            notes.append(f"{table.origin} has no captions in columns called {names} or similar; rename theirs")
     return {
         Path(os.path.abspath(record.image)): record.prompt
         for table in tables
@@ -341,12 +346,13 @@ def _from_coco(annotations: Sequence[Path], images: Path | None) -> Iterator[Inp
 def _walk(folder: Path, left_out: str | None, notes: list[str]) -> list[Path]:
     """Images below `folder`, or its tar shards or Parquet files if it has no images.
 
-    Hidden folders and folders of pairs are skipped, and files below `left_out` if there are others.
+    Hidden folders, folders of pairs and of condition images are skipped, and files below `left_out` if there are
+    others.
 
     Raises:
         UserError: it has both.
     """
-    files = list(walk(folder, lambda real: os.path.exists(os.path.join(real, STATE))))
+    files = list(walk(folder, _is_output))
     notes += unread_note(folder, _outside((path for path in files if is_unread_image(path.name)), left_out))
     images = [path for path in files if is_image_name(path.name)]
     shards = [path for path in files if path.name.endswith((".tar", ".parquet")) and not path.name.startswith(".")]
@@ -360,6 +366,10 @@ def _walk(folder: Path, left_out: str | None, notes: list[str]) -> list[Path]:
             "contradiction",
         )
     return own_images or own_shards or images or shards
+
+
+def _is_output(folder: str) -> bool:
+    return any(os.path.exists(os.path.join(folder, mark)) for mark in (STATE, CONDITION_IMAGES))
 
 
 def _outside(paths: Iterable[Path], folder: str | None) -> list[Path]:
