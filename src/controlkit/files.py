@@ -100,10 +100,16 @@ def decode_text(data: bytes) -> str:
     """Decode UTF-8 with or without a byte order mark, or UTF-16 with one: what common editors save.
 
     Raises:
-        UnicodeDecodeError: (a ValueError) neither encoding fits.
+        UnicodeDecodeError: (a ValueError) neither encoding fits, or the text has NUL characters, as UTF-16 without a
+            byte order mark read as UTF-8 has.
     """
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return data.decode("utf-16" if utf16 else "utf-8-sig")
+    encoding = "utf-16" if utf16 else "utf-8-sig"
+    text = data.decode(encoding)
+    if "\0" in text:
+        at = data.index(b"\0")
+        raise UnicodeDecodeError(encoding, data, at, at + 1, "NUL characters; UTF-16 needs a byte order mark")
+    return text
 
 
 def valid_text(text: str, what: str) -> str:

@@ -124,3 +124,29 @@ def test_shards_of_ours_are_checked_like_the_manifest(tmp_path):
     path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
     (problem,) = check_pairs(tmp_path / "out").problems
     assert "image2" in problem.where and problem.kind in ("file", "changed")
+
+
+def test_inverted_edges_are_noted(tmp_path):
+    write_pairs(tmp_path / "pairs", [(255 - source, target, "x") for source, target in pairs_of("canny")])
+    report = check_pairs(tmp_path / "pairs", ["canny"])
+    assert any("canny" in note and "8 images" in note and "inverted" in note for note in report.notes)
+    write_pairs(tmp_path / "good", [(source, target, "x") for source, target in pairs_of("canny")])
+    assert not any("inverted" in note for note in check_pairs(tmp_path / "good", ["canny"]).notes)
+    # A silhouette may fill its image.
+    filled = np.full((64, 64, 3), 255, np.uint8)
+    filled[:9] = 0
+    write_pairs(tmp_path / "filled", [(filled, scene(n, 64, 64), "x") for n in range(4)])
+    assert not any("inverted" in note for note in check_pairs(tmp_path / "filled", ["silhouette"]).notes)
+
+
+def test_segmentation_maps_of_indices_are_noted(tmp_path):
+    labels = np.arange(64 * 64).reshape(64, 64) // 512 % 150
+    palette = find("seg").palette
+    for name, source in (
+        ("indices", np.repeat(labels[..., None], 3, axis=2).astype(np.uint8)),
+        ("map", palette[labels]),
+    ):
+        write_pairs(tmp_path / name, [(source, scene(n, 64, 64), "x") for n in range(4)])
+    (note,) = (note for note in check_pairs(tmp_path / "indices", ["seg"]).notes if "colours" in note)
+    assert "4 images" in note and "line 1" in note
+    assert not any("colours" in note for note in check_pairs(tmp_path / "map", ["seg"]).notes)

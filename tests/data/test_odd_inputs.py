@@ -292,3 +292,13 @@ def test_a_stray_quote_in_a_large_table_is_told_with_its_line(tmp_path):
     (tmp_path / "metadata.csv").write_text('file_name,conditioning_image,text\n0.png,0.png,"open\n' + rows)
     with refused("bad-data", "line 2:", "field larger than field limit"):
         read_pairs(tmp_path)
+
+
+def test_captions_in_utf_16_without_a_byte_order_mark_are_refused(tmp_path):
+    write_images(tmp_path / "in", 2)
+    (tmp_path / "in/image0.txt").write_bytes("a red apple".encode("utf-16-le"))
+    report = make(tmp_path / "in", tmp_path / "out")
+    assert report.made == 1 and "byte order mark" in report.skipped["image0.png"]
+    (tmp_path / "in/image0.txt").write_bytes("a red apple".encode("utf-16"))
+    make(tmp_path / "in", tmp_path / "out")
+    assert prompts(tmp_path / "out")["image0"] == "a red apple"

@@ -123,6 +123,8 @@ class Condition:
     """3, or 1 if the three channels are always equal."""
     values: tuple[int, ...] | None = None
     """The only values in its images; None for any from 0 to 255."""
+    palette: np.ndarray | None = field(default=None, compare=False)
+    """The only colours of its images, `uint8 [N, 3]`; None for any."""
     mirrors: bool = True
     """Whether flipping the image exactly flips the condition image.
 

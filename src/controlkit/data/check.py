@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 
 from controlkit.conditions import find
+from controlkit.conditions.condition import BLACK
+from controlkit.conditions.pixels import packed
 from controlkit.data.prompts import PromptLimit, count_note, empty_note, is_empty
 from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.listing import Listing, Record
@@ -46,6 +48,8 @@ _FLAT = 2
 """Range of values, of 255, within which an image is one flat colour."""
 _SIDE = 768
 """Longest side, in pixels, of images in the check for swapped sides."""
+_OUTSIDE = 0.1
+"""Share of pixels outside the palette from which a map is unusual; scaling mixes colours at the borders of regions."""
 _SAMPLE = 48
 """Pairs per condition in the check for swapped sides, where no manifest records parameters."""
 
@@ -92,6 +96,8 @@ class _Findings:
     """Hash of the image's pixels; None if it cannot be read."""
     forward: dict[str, bool] = field(default_factory=dict)
     """Condition -> whether its image matches the recorded parameters; empty where none are recorded."""
+    unusual: dict[str, str] = field(default_factory=dict)
+    """Condition -> how its image differs from those that the condition computes."""
 
 
 def check_pairs(
@@ -136,6 +142,7 @@ def check_pairs(
     problems += [problem for problem in found if strict or problem.kind not in _STRICT]
     problems += _duplicates(listing.records, findings)
     notes = [*listing.notes, *listing.outside(), *_prompt_notes(listing, limit), *_size_notes(found)]
+    notes += _unusual_notes(listing.records, findings)
     for name in names:
         verdict = _swapped(listing, name, findings)
         if verdict is not None and verdict.certainty == "possible":
@@ -212,6 +219,8 @@ def _check_record(record: Record, kinds: Mapping[str, str]) -> _Findings:
         colour = None if image is None else _flat_colour(image)
         if colour is not None:
             findings.problems.append(_problem("flat", record, f"{name} is one flat colour, {colour}"))
+        elif image is not None and (text := _unusual(kind, np.asarray(image))) is not None:
+            findings.unusual[name] = text
         if image is None or target is None or isinstance(source, ComputedCondition):
             continue
         if image.size != target.size:
@@ -246,6 +255,32 @@ def _compared(
         text = f"{name} does not match the image and the recorded parameters (mean difference {forward:.0f} of 255)"
         findings.problems.append(_problem("not drawn", record, text))
     return {name: False}
+
+
+def _unusual(name: str, image: np.ndarray) -> str | None:
+    """How a condition image `uint8 [H, W, 3]` differs from those that the condition computes; None if it does not, or
+    the condition is unknown."""
+    try:
+        condition = find(name)
+    except UserError:
+        return None
+    lines = condition.values == (0, 255) and condition.resize == "smooth"
+    if lines and condition.background == BLACK and np.median(image) == 255:
+        return f"are mostly white, and {condition.name} is white on black: inverted?"
+    if condition.palette is None:
+        return None
+    known = packed(np.vstack([condition.palette, [condition.background]])[None].astype(np.uint8))
+    if np.isin(packed(image), known).mean() >= 1 - _OUTSIDE:
+        return None
+    return f"have other colours than {condition.name}: indices of classes, or another palette?"
+
+
+def _unusual_notes(records: Sequence[Record], findings: Sequence[_Findings]) -> list[str]:
+    where: dict[tuple[str, str], list[str]] = {}
+    for record, finding in zip(records, findings, strict=True):
+        for found in finding.unusual.items():
+            where.setdefault(found, []).append(record.where)
+    return [f"{name}: {len(all_)} images {text} Such as {all_[0]}" for (name, text), all_ in where.items()]
 
 
 def _flat_colour(image: Image.Image) -> tuple[int, ...] | None:

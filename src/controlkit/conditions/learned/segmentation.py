@@ -37,6 +37,7 @@ _TASK = "the task is semantic"
     aliases=("segmentation", "segbase", "seg_ade20k", "seg_upernet", "seg_ufade20k"),
     fidelity=CLASS_IOU,
     requires=UPERNET,
+    palette=ADE20K,
     resize="nearest",
     input_size=BY_SETTINGS,
 )
@@ -58,6 +59,7 @@ def seg(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     aliases=("segformer",),
     fidelity=CLASS_IOU,
     requires=SEGFORMER,
+    palette=ADE20K,
     resize="nearest",
     input_size=BY_SETTINGS,
 )
@@ -77,6 +79,7 @@ def seg_segformer(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     aliases=("oneformer", "seg_ofade20k"),
     fidelity=CLASS_IOU,
     requires=ONEFORMER_ADE20K,
+    palette=ADE20K,
     resize="nearest",
     input_size=BY_SETTINGS,
 )
@@ -96,6 +99,7 @@ def seg_oneformer(image: np.ndarray, *, model: str | None = None) -> np.ndarray:
     aliases=("seg_ofcoco", "oneformer_coco"),
     fidelity=CLASS_IOU,
     requires=ONEFORMER_COCO,
+    palette=COCO_PANOPTIC,
     resize="nearest",
     input_size=BY_SETTINGS,
 )
