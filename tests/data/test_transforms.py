@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pair_files import scene
+from PIL import Image
 
 from controlkit.conditions import find
 from controlkit.data.buckets import BucketBatches, Buckets
+from controlkit.data.pair import Pair
 from controlkit.data.transforms import CENTRE, View, apply_view, apply_view_to_pair, compute_pair, random_view
 from controlkit.errors import UserError
 from refusals import refused
@@ -137,3 +139,21 @@ def test_an_epoch_shows_everything_and_every_batch_has_one_bucket(counts, batch_
 def test_epochs_and_seeds_differ():
     first, second = (BucketBatches(buckets=[(64, 64)] * 30, batch_size=5, seed=seed) for seed in (0, 1))
     assert first.batch(0) != first.batch(6) and first.batch(0) != second.batch(0)
+
+
+def test_reversed_normals_are_flipped_in_their_third_channel(tmp_path):
+    normals = np.full((32, 32, 3), (200, 90, 250), np.uint8)
+    for name, pixels in (("plain", normals), ("reversed", normals[..., ::-1])):
+        Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / f"{name}.png")
+    plain, turned = (
+        Pair(
+            source=tmp_path / f"{name}.png", target=tmp_path / "plain.png", prompt="", condition="normal", **parameters
+        )
+        for name, parameters in (("plain", {}), ("reversed", {"parameters": {"reverse": True}}))
+    )
+    assert np.array_equal(plain.side("source", 32, mirrored=True)[..., ::-1], turned.side("source", 32, mirrored=True))
+    assert turned.side("source", 32, mirrored=True)[0, 0].tolist() == [250, 90, 55]
+    view = View(flip=True)
+    pixels = np.ascontiguousarray(normals[..., ::-1])
+    made, _ = apply_view_to_pair(pixels, normals, view, 32, find("normal"), {"reverse": True})
+    assert made[0, 0].tolist() == [250, 90, 55]

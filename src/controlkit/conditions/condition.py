@@ -46,8 +46,9 @@ VARIABLE = "CONTROLKIT_CONDITIONS"
 LEAST_SIDE = 16
 """Smallest height and width of an image in pixels. Any size from there on works, and the size is preserved."""
 
-Mirror = Callable[[np.ndarray], np.ndarray]
-"""Condition image => condition image of the flipped image, both `uint8 [H, W, 3]`."""
+Mirror = Callable[..., np.ndarray]
+"""Condition image => condition image of the flipped image, both `uint8 [H, W, 3]`. Keyword-only parameters get the
+values of the condition's parameters of the same names."""
 
 Resize = Literal["smooth", "nearest"]
 
@@ -253,15 +254,20 @@ class Condition:
         """Every parameter for one training image: those of `random` are sampled, the others are the defaults."""
         return {**self.defaults, **{name: sample(rng) for name, sample in self.random.items()}}
 
-    def mirrored(self, image: np.ndarray) -> np.ndarray:
+    def mirrored(self, image: np.ndarray, parameters: Mapping[str, Any] | None = None) -> np.ndarray:
         """Flip a finished condition image, `uint8 [H, W, 3]`.
+
+        Args:
+            parameters: those with which it was made; None for the defaults.
 
         Raises:
             UserError: its colours distinguish left from right.
         """
         if self.mirror_finished is None:
             raise no_mirror(self.name)
-        return self.mirror_finished(image)
+        accepted = inspect.signature(self.mirror_finished).parameters.values()
+        names = {p.name for p in accepted if p.kind is p.KEYWORD_ONLY} & set(parameters or {})
+        return self.mirror_finished(image, **{name: (parameters or {})[name] for name in names})
 
     def score(
         self, condition_image: np.ndarray, result: np.ndarray, target: np.ndarray | None = None, **parameters: Any

@@ -22,10 +22,15 @@ def grey(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
 
-def mirrored_normals(image: np.ndarray) -> np.ndarray:
-    """Flip a normal map: mirror it, and negate the x component (red)."""
+def mirrored_normals(image: np.ndarray, *, reverse: bool = False) -> np.ndarray:
+    """Flip a normal map: mirror it, and negate the x component.
+
+    Args:
+        reverse: x is in the third channel (blue) instead of the first (red).
+    """
     flipped = np.ascontiguousarray(image[:, ::-1])
-    flipped[..., 0] = 255 - flipped[..., 0]
+    channel = 2 if reverse else 0
+    flipped[..., channel] = 255 - flipped[..., channel]
     return flipped
 
 

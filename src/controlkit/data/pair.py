@@ -66,7 +66,7 @@ class Pair:
         image = np.asarray(resize_cover(whole, size, size, nearest=nearest, place=self.place))
         if not mirrored:
             return image
-        return left_right(image) if condition is None else condition.mirrored(image)
+        return left_right(image) if condition is None else condition.mirrored(image, self.parameters)
 
     def key(self) -> str:
         """Hash of the bytes of both sides."""

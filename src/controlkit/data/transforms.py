@@ -58,12 +58,18 @@ def apply_view(image: np.ndarray, view: View, size: int, *, nearest: bool = Fals
 
 
 def apply_view_to_pair(
-    source: np.ndarray, target: np.ndarray, view: View, size: int, condition: Condition | None = None
+    source: np.ndarray,
+    target: np.ndarray,
+    view: View,
+    size: int,
+    condition: Condition | None = None,
+    parameters: Mapping[str, Any] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same view of a finished condition image and its image, both `uint8 [size, size, 3]`.
 
     Args:
         condition: the condition, if known: label maps keep their colours, normals are flipped in x.
+        parameters: those with which the condition image was made, if known.
 
     Raises:
         UserError: the view is flipped, and images of this condition cannot be.
@@ -71,7 +77,7 @@ def apply_view_to_pair(
     nearest = condition is not None and condition.resize == "nearest"
     cropped = apply_view(source, View(place=view.place), size, nearest=nearest)
     if view.flip:
-        cropped = left_right(cropped) if condition is None else condition.mirrored(cropped)
+        cropped = left_right(cropped) if condition is None else condition.mirrored(cropped, parameters)
     return cropped, apply_view(target, view, size)
 
 
