@@ -31,6 +31,7 @@ __all__ = [
     "load_pairs",
     "pairs_folder",
     "read_pairs",
+    "shapes_differ",
     "split_pairs",
     "write_pairs",
 ]
