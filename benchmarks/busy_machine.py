@@ -41,7 +41,7 @@ cli.share_processors()
 import torch
 from controlkit.bases.load import load_base
 from controlkit.controls.apply import predict_under
-from controlkit.controls.control import encode_images
+from controlkit.controls.inputs import encode_images
 from controlkit.controls.registry import find
 base, batch = load_base("nano"), int(sys.argv[1])
 control = find("controlnet").for_training(base, ["canny"], {}, name="canny", seed=0)

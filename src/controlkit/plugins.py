@@ -87,7 +87,8 @@ def is_same_source(first: Any, second: Any) -> bool:
 def _source_of(thing: Any) -> tuple[str, str]:
     module = sys.modules.get(thing.__module__)
     file = getattr(module, "__file__", None)
-    return str(Path(file).resolve()) if file else thing.__module__, thing.__qualname__
+    name = getattr(thing, "__qualname__", type(thing).__qualname__)
+    return str(Path(file).resolve()) if file else thing.__module__, name
 
 
 def _reason(error: Exception) -> str:

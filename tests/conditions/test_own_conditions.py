@@ -218,6 +218,9 @@ def test_a_condition_that_its_file_registers_again_is_replaced(monkeypatch):
 
     with refused("contradiction", "mine"):
         module.condition("mine", channels=1)(other)
+    with refused("contradiction", "canny"):
+        registered(3, aliases=("canny",))
+    assert (module.find("mine")(image) == 2).all()
 
 
 HELPED = '''

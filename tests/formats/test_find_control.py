@@ -27,6 +27,14 @@ def test_a_folder_of_pairs_does_not_hide_the_control_that_ships(tmp_path, monkey
     Path("canny").mkdir()
     (Path("canny") / "0.png").write_bytes(b"")
     assert find_control("canny") == shipped_controls()["canny"]
+    Path("palette").mkdir()
+    assert find_control("palette") == shipped_controls()["nano/palette"]
+    Path("mine").mkdir()
+    assert find_control("mine") == Path("mine")
+    own = Path("runs/canny/canny.safetensors")
+    own.parent.mkdir(parents=True)
+    shutil.copy(shipped_controls()["nano/palette"], own)
+    assert find_control("canny") == own
     (Path("canny") / "config.json").write_text("{}")
     assert find_control("canny") == Path("canny")
 

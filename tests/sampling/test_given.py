@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 from pathlib import Path
@@ -102,13 +103,34 @@ def test_controls_that_are_not_those_of_the_request_are_refused(file, photo, tin
 def test_calls_in_threads_with_one_base_run_one_after_another(tiny_base):
     steps: list[int] = []
     request = ck.GenerateRequest(prompt="a", steps=8, guidance=1.0)
+    lock = tiny_base.in_use
 
     def call(number):
-        ck.generate(request, base=tiny_base, on_step=lambda step: steps.append(number))
+        def on_step(step):
+            steps.append(number)
+            if step.done == 1 and number < 3:  # while this call goes on
+                threads.append(threading.Thread(target=call, args=(number + 1,)))
+                threads[-1].start()
 
-    threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+        ck.generate(request, base=tiny_base, on_step=on_step)
+
+    threads = [threading.Thread(target=call, args=(0,))]
+    threads[0].start()
+    for thread in threads:  # which grows
         thread.join()
-    assert sorted(steps) == sorted([0, 1, 2, 3] * 8) and len(list(itertools.groupby(steps))) == 4
+    assert [number for number, _ in itertools.groupby(steps)] == [0, 1, 2, 3] and len(steps) == 32
+    assert tiny_base.in_use is lock
+
+
+def test_a_base_can_be_copied(tiny_base):
+    copied = copy.deepcopy(tiny_base)
+    assert copied.in_use is not tiny_base.in_use and copied.fingerprint == tiny_base.fingerprint
+
+
+def test_settings_that_name_the_vae_of_a_base_that_is_passed_are_kept(tiny_base, tmp_path):
+    tiny_base.vae.save_pretrained(tmp_path / "vae")
+    base = copy.copy(tiny_base)
+    base.vae_name = str(tmp_path / "vae")
+    for vae in (None, base.vae_name):
+        made = ck.generate(ck.GenerateRequest(prompt="a", steps=1, vae=vae), base=base)
+        assert made.request.vae == base.vae_name

@@ -41,6 +41,8 @@ def test_values_of_python_become_those_of_json():
     [
         ({"seeds": 5}, ["seeds", 5]),
         ({"seeds": "12"}, ["seeds", "12"]),
+        ({"seeds": np.int64(5)}, ["seeds", "a list of integers"]),
+        ({"seeds": torch.tensor(5)}, ["seeds", "tensor(5)"]),
         ({"steps": "2"}, ["steps", "2"]),
         ({"steps": 2.5}, ["steps", 2.5]),
         ({"prompt": None}, ["prompt", None]),

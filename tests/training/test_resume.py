@@ -527,6 +527,30 @@ def test_patience_weighs_scores_of_different_units_alike(tmp_path):
     assert toy.steps_seen == [0, 1, 2] and trained.step == 1
     _, trained = scored(tmp_path / "b", [(math.nan, 20.0), (0.5, 20.0), (0.51, 19.9), (math.nan, 99.0)], steps=4)
     assert trained.step == 3
+    _, trained = scored(tmp_path / "c", [(5.0, 1.0), (math.inf, 1.0), (6.0, 1.0)], steps=3)
+    assert trained.step == 2
+
+
+def test_a_run_with_patience_by_an_earlier_version_goes_on_with_its_best_preview(tmp_path):
+    previews = [(0.5, 26.5), (0.1, 9.0), (0.1, 9.0), (0.1, 9.0)]
+    with pytest.raises(UserError):
+        scored(tmp_path, previews, at={2: raises(UserError("stop", "bad-data"))}, save_every=1)
+    record = json.loads((tmp_path / "best/best.json").read_text())
+    del record["scale"]
+    (tmp_path / "best/best.json").write_text(json.dumps({**record, "best": 13.5}))
+    _, trained = scored(tmp_path, previews, save_every=1)
+    assert trained.step == 1
+
+
+def test_a_caller_who_ends_a_run_does_not_save_weights_that_are_not_finite(tmp_path):
+    def enough(step):
+        if step.step == 5:
+            raise KeyError
+
+    recipe = toy_recipe(tmp_path, STEPS, save_every=3, log_every=50)
+    with refused("diverged", "step 4"):
+        train(Toy(recipe, at={3: lambda loss: loss * math.nan}), recipe, enough)
+    assert load_state(tmp_path / "state.safetensors").step == 3
 
 
 def test_patience_counts_on_when_a_run_is_resumed(tmp_path):

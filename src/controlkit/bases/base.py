@@ -99,6 +99,8 @@ class Base(ABC):
         self.scheduler_config = dict(scheduler_config)
         self.original: Callable[[], Base] | None = None
         """Loads the base again with the weights as stored, if those here were cast on loading."""
+        self.vae_name: str | None = None
+        """What stands in place of its own autoencoder, as passed to `load_base`."""
         self.text_device: torch.device | None = None
         """Device of the text encoders, if not that of the other networks."""
         expected = {component.name: component for component in self.components if not component.is_scheduler}
@@ -117,6 +119,12 @@ class Base(ABC):
         """Held while its weights or settings are changed for a time, as by the LoRAs of one call of `generate`."""
         for network in self.networks:
             network.eval().requires_grad_(False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "in_use"}  # a lock cannot be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, in_use=RLock())
 
     @classmethod
     def settings_in(cls, folder: Path) -> dict[str, Any]:
@@ -399,8 +407,6 @@ class Base(ABC):
         if aside or self._encoders_aside:
             self._move_text_encoders(self.text_device or self.device)
             self._encoders_aside = False
-        self.in_use = RLock()
-        """Held while its weights or settings are changed for a time, as by the LoRAs of one call of `generate`."""
         try:
             yield
         finally:

@@ -96,6 +96,7 @@ def load_base(
             other = load_vae(vae, base.vae, dtype)
             base.vae = other.to(torch.float32) if base.keeps_float32(other, dtype) else other
             base.vae.eval().requires_grad_(False)
+            base.vae_name = vae
         network_channels, latent_channels = base.denoiser.config["in_channels"], base.vae.config["latent_channels"]
         if network_channels != latent_channels and not base.is_inpainting:
             raise UserError(

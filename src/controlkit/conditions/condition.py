@@ -316,7 +316,13 @@ _FORMER_FIELDS = {"draw": "random", "cuts": "croppable", "given": "provided", "s
 
 
 def condition(name: str, **fields: Any) -> Callable[[Callable[..., np.ndarray]], Condition]:
-    """Register the decorated function as condition `name`; `fields` are the other fields of `Condition`."""
+    """Register the decorated function as condition `name`; `fields` are the other fields of `Condition`.
+
+    A function of the same name and file replaces the condition of that name, as when a notebook runs a cell again.
+
+    Raises:
+        UserError: the name or an alias is that of another condition.
+    """
     fields = {_FORMER_FIELDS.get(key, key): value for key, value in fields.items()}
 
     def register(function: Callable[..., np.ndarray]) -> Condition:
@@ -325,14 +331,15 @@ def condition(name: str, **fields: Any) -> Callable[[Callable[..., np.ndarray]],
         kind = Condition(name=name, function=function, **fields)
         keys = [_plain(key) for key in (name, *kind.aliases)]
         old = _REGISTRY.get(keys[0])
-        if old is not None and old.name == name and is_same_source(old.function, function):
-            for key in [key for key, other in _REGISTRY.items() if other is old]:
-                del _REGISTRY[key]
+        if old is not None and not (old.name == name and is_same_source(old.function, function)):
+            old = None
         for key in keys:
-            if key in _REGISTRY:
+            if key in _REGISTRY and _REGISTRY[key] is not old:
                 other = _REGISTRY[key].name
                 role = "the name of a condition" if key == _plain(other) else f"an alias of the condition {other}"
                 raise UserError(f"cannot register the condition {name}: {key!r} is already {role}", "contradiction")
+        for key in [key for key, other in _REGISTRY.items() if other is old]:
+            del _REGISTRY[key]
         _REGISTRY.update(dict.fromkeys(keys, kind))
         return kind
 

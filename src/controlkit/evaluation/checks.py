@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from controlkit.controls.control import Control
@@ -31,12 +32,14 @@ def check_evaluation(
         UserError: a setting is invalid; there is no set, or one is empty, of another condition, or of one image where
             a distance is asked for.
     """
-    check_sampling(steps, guidance, sampler)
+    if isinstance(steps, bool) or not isinstance(steps, Integral):
+        raise UserError(f"steps is {steps!r}; expected an integer", "wrong-type")
+    check_sampling(int(steps), guidance, sampler)
     if isinstance(prompt_modes, str) or not prompt_modes:
         raise UserError(f"prompt_modes is {prompt_modes!r}; expected a list, such as ('given',)", "wrong-type")
     for prompt_mode in prompt_modes:
         check_prompt_mode(prompt_mode)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
         raise UserError(f"weight is {weight!r}; expected a finite number", "out-of-range")
     if not isinstance(sets, Sequence) or not sets:
         raise UserError("sets must be a list of one set of images or more", "wrong-type")

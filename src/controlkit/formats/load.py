@@ -106,8 +106,8 @@ def find_control(name: str | Path) -> Path:
 
     `mine` is `mine.safetensors`, else `runs/mine/mine.safetensors`, where `adapt --name mine` writes it.
 
-    A shipped control comes before a folder of its name that holds no control, such as one of pairs. Among shipped
-    controls, `palette` means `nano/palette` unless there is a `palette`, and aliases of a condition mean
+    All of these come before a folder of that name that holds no control, such as one of pairs. Among shipped controls,
+    `palette` means `nano/palette` unless there is a `palette`, and aliases of a condition mean
     its control.
 
     Raises:
@@ -118,21 +118,22 @@ def find_control(name: str | Path) -> Path:
         raise UserError(
             "the control is empty; pass a file, a folder, or the name of a shipped control", "missing-setting"
         )
-    shipped = shipped_controls()
-    # A folder of pairs is named like its condition, and so is the control that ships for it.
-    if path.is_dir() and str(name) in shipped and not any(path.glob("*.json")):
-        return shipped[str(name)]
-    if path.exists():
+    # A folder of pairs is named like its condition, and so are the controls of it.
+    is_other = path.is_dir() and not any(path.glob("*.json"))
+    if path.exists() and not is_other:
         return path
     for own in (Path(f"{name}.safetensors"), Path("runs", name, f"{path.name}.safetensors")):
         if own.is_file():
             return own
+    shipped = shipped_controls()
     names = [str(name)]
     with suppress(UserError):
         names.append(conditions.find(str(name)).name)
     for candidate in (form.format(wanted) for wanted in names for form in ("{}", "nano/{}")):
         if candidate in shipped:
             return shipped[candidate]
+    if is_other:
+        return path
     raise UserError(
         f"there is no control {str(name)!r} and no such file{nearest(str(name), list(shipped))}", "missing-file"
     )

@@ -9,11 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from controlkit.bases.base import Base
-from controlkit.bases.load import PRECISIONS
+from controlkit.bases.load import PRECISIONS, choose_device
 from controlkit.controls.control import Control
 from controlkit.errors import UserError
 from controlkit.formats.load import recorded_condition
@@ -71,7 +70,7 @@ def _png(name: str, image: Image.Image | np.ndarray) -> bytes:
 def with_what_is_loaded(
     request: GenerateRequest, base: Base | None, controls: Sequence[Control] | None
 ) -> GenerateRequest:
-    """The request with the name of a base that is passed loaded, after checking what is passed against it.
+    """The request with the names of a base that is passed loaded and of its VAE, after checking what is passed.
 
     Raises:
         UserError: they contradict each other or do not fit together.
@@ -80,16 +79,22 @@ def with_what_is_loaded(
         _check_controls(request, controls)
     if base is None:
         return request
-    if request.vae is not None:
+    if request.vae not in (None, base.vae_name):
         raise UserError(
-            f"vae is {request.vae}, but the base is passed loaded; load it with that autoencoder:"
-            " load_base(name, vae=...)",
+            f"vae is {request.vae}, but the base passed has {base.vae_name or 'its own'}; load it with that"
+            " autoencoder: load_base(name, vae=...)",
             "contradiction",
         )
     if request.precision != "auto" and PRECISIONS.get(request.precision) != base.dtype:
-        raise UserError(f"precision is {request.precision}, but the base passed is {base.dtype}", "contradiction")
-    if request.device != "auto" and torch.device(request.device).type != base.device.type:
-        raise UserError(f"device is {request.device}, but the base passed is on {base.device}", "contradiction")
+        raise UserError(
+            f"precision is {request.precision}, but the base passed is {base.dtype}; load it so, or leave it at auto",
+            "contradiction",
+        )
+    if request.device != "auto" and choose_device(request.device).type != base.device.type:
+        raise UserError(
+            f"device is {request.device}, but the base passed is on {base.device}; load it there, or leave it at auto",
+            "contradiction",
+        )
     for use, control in zip(request.controls, controls or (), strict=False):
         weight = next(control.parameters(), None)
         if weight is not None and (weight.dtype, weight.device) != (base.dtype, base.device):
@@ -98,7 +103,9 @@ def with_what_is_loaded(
                 f" {base.device}; load it for this base: load_control(name, base)",
                 "incompatible",
             )
-    return replace(request, base=base.name)
+    if (request.base, request.vae) == (base.name, base.vae_name):
+        return request
+    return replace(request, base=base.name, vae=base.vae_name)
 
 
 def _check_controls(request: GenerateRequest, controls: Sequence[Control]) -> None:

@@ -79,27 +79,42 @@ def settle_fields(instance: Any, what: str = "") -> None:
         UserError: a value has the wrong type.
     """
     kind: type = type(instance)
-    for name, hint in _hints_of(kind).items():
+    for name, hint, plain, items in _expected_in(kind):
         value = getattr(instance, name)
+        if type(value) in plain or (type(value) is tuple and items and all(type(each) in items for each in value)):
+            continue
         settled = _settled(value, hint)
         if not _has_type(settled, hint) or not _has_parts(settled, hint):
             subject = f"{name} of {what}" if what else name
             message = f"{subject} is {reprlib.repr(value)}; expected {_in_words(hint)}"
-            if hasattr(value, "__array_interface__"):
+            if getattr(value, "ndim", 0) or hasattr(value, "getbands"):
                 message += "; an image in memory is passed by a name: generate(request, images={name: image})"
             raise UserError(message, "wrong-type")
         object.__setattr__(instance, name, settled)
 
 
+@functools.cache
+def _expected_in(kind: type) -> list[tuple[str, Any, frozenset[type], frozenset[type]]]:
+    """Name, type, exact types of values that are right as they are, and of items of such tuples, of each field."""
+    expected = []
+    for name, hint in _hints_of(kind).items():
+        parts = [hint] if get_origin(hint) in (tuple, dict) or not get_args(hint) else list(get_args(hint))
+        plain = {int, float} if float in parts else set()
+        plain |= {part for part in parts if isinstance(part, type)}
+        plain |= {dict for part in parts if get_origin(part) is dict}
+        items = {get_origin(get_args(part)[0]) or get_args(part)[0] for part in parts if get_origin(part) is tuple}
+        expected.append((name, hint, frozenset(plain), frozenset(items | ({int} if float in items else set()))))
+    return expected
+
+
 def _settled(value: Any, hint: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if get_origin(hint) is tuple or any(get_origin(each) is tuple for each in get_args(hint)):
-        if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
-            return tuple(_settled(each, None) for each in value)
-        return value
     if hasattr(value, "dtype") and getattr(value, "ndim", None) == 0:
         return value.item()
+    is_list = get_origin(hint) is tuple or any(get_origin(each) is tuple for each in get_args(hint))
+    if is_list and isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+        return tuple(_settled(each, None) for each in value)
     return value
 
 

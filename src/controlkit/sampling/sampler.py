@@ -144,7 +144,8 @@ def _not_finite(seeds: Sequence[int], base: Base, controls: Sequence[Control]) -
         cause = "the file is damaged, or its weights overflow fp16: try --precision bf16 or fp32"
         advice = f"in fp16 this is usually overflow: try --precision bf16 or fp32, or {advice}"
     networks: list[tuple[str, nn.Module]] = [(control.title, control) for control in controls]
-    networks += [(f"the {part} of {base.name}", network) for part, network in base.named_networks().items()]
+    merged = " with the LoRAs merged into it" if base.merged else ""
+    networks += [(f"the {part} of {base.name}{merged}", network) for part, network in base.named_networks().items()]
     for owner, network in networks:
         for name, weight in network.named_parameters():
             if not torch.isfinite(weight).all():

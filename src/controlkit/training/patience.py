@@ -26,6 +26,8 @@ class Patience:
         self._previews = previews
         self._folder = folder
         self._best: list[float] | None = None
+        self._scale: list[float] = []
+        """The largest magnitude of each condition's score so far; their units may differ."""
         self._waited = 0
         self.step = 0
         """The step of the best preview."""
@@ -37,6 +39,7 @@ class Patience:
         if record and record["judged"] <= first:
             best = record["best"]  # a number, of files by earlier versions
             self._best = [math.nan if v is None else v for v in (best if isinstance(best, list) else [best])]
+            self._scale = record.get("scale", [])
             self._waited, self.step = record["waited"], record["step"]
             self.scores = {name: math.nan if v is None else v for name, v in record.get("scores", {}).items()}
 
@@ -49,6 +52,17 @@ class Patience:
     def exhausted(self) -> bool:
         """Whether the run has ended."""
         return self._waited >= self._previews
+
+    def _is_better(self, merits: list[float]) -> bool:
+        """Whether a preview is better than the best; extends the scale of each condition."""
+        finite = [abs(merit) if math.isfinite(merit) else 0.0 for merit in merits]
+        before = self._scale if len(self._scale) == len(merits) else [0.0] * len(merits)
+        self._scale = [max(pair) for pair in zip(before, finite, strict=True)]
+        if self._best is None:
+            return True
+        if len(self._best) != len(merits):  # the mean, of a run by an earlier version
+            return sum(merits) / len(merits) > sum(self._best) / len(self._best)
+        return _total(merits, self._scale) > _total(self._best, self._scale)
 
     def ends(
         self, step: int, scores: dict[str, float], merits: list[float] | None, save: Callable[[Path, int], object]
@@ -67,14 +81,14 @@ class Patience:
             raise UserError(
                 "patience needs a held-out score, and the previews of this run have none to compare", "contradiction"
             )
-        if self._best is None or _gain(self._best, merits) > 0:
+        if self._is_better(merits):
             self._best, self._waited, self.step, self.scores = merits, 0, step, scores
             self._folder.mkdir(parents=True, exist_ok=True)
             save(self._folder, step)
         else:
             self._waited += 1
-        values = {"best": self._best, "step": self.step, "waited": self._waited, "judged": step, "scores": self.scores}
-        write_json(self._folder / _RECORD, values)
+        record = {"best": self._best, "scale": self._scale, "step": self.step, "waited": self._waited}
+        write_json(self._folder / _RECORD, {**record, "judged": step, "scores": self.scores})
         return self.exhausted
 
     def files(self, folder: Path) -> list[Path]:
@@ -83,9 +97,7 @@ class Patience:
         return [Path(shutil.copy2(self._folder / name, folder / name)) for name in names]
 
 
-def _gain(old: list[float], new: list[float]) -> float:
-    """The mean relative difference of scores, each in its own unit; any number is better than NaN."""
-    if not all(map(math.isfinite, old)) or len(old) != len(new):
-        return 1.0 if all(map(math.isfinite, new)) else 0.0
-    largest = (max(abs(a), abs(b)) for a, b in zip(old, new, strict=True))
-    return sum((b - a) / (most or 1) for a, b, most in zip(old, new, largest, strict=True)) / len(old)
+def _total(merits: list[float], scale: list[float]) -> float:
+    """The sum of scores, each in parts of the largest of its condition; NaN counts as the worst."""
+    total = sum(merit / (most or 1.0) for merit, most in zip(merits, scale, strict=True))
+    return -math.inf if math.isnan(total) else total

@@ -60,8 +60,8 @@ def train(
 
     Args:
         objective: or a function that builds it, called once the folder is locked and checked.
-        on_step: called after every step, in the first process. If it raises an exception, the state is saved, and the
-            run ends with that exception.
+        on_step: called after every step, in the first process. If it raises an exception, the state is saved (unless
+            weights are sharded over processes), and the run ends with that exception.
 
     Raises:
         UserError: the folder has a run of another recipe, or the loss is not finite or diverged (the last good state
@@ -292,7 +292,7 @@ class _Loop:
         """Save, preview and log if due. All processes call it; the first writes."""
         recipe, last, loss = self.recipe, done == self.recipe.steps, self._loss
         self.log.estimate(done)
-        saved = done % recipe.save_every == 0 or last or stop
+        saved = self._is_saved(done) or stop
         if saved:
             self._save(done)
         previewed = done % recipe.preview_every == 0 or last
@@ -323,6 +323,9 @@ class _Loop:
             )
             self.log.progress(done, {"loss": loss, **self.scores}, in_words(scored) if scored else "")
 
+    def _is_saved(self, done: int) -> bool:
+        return done % self.recipe.save_every == 0 or done == self.recipe.steps
+
     def _tell(self, done: int) -> None:
         """Call `on_step`."""
         if self.on_step is None or not self.processes.first:
@@ -331,7 +334,8 @@ class _Loop:
         try:
             self.on_step(TrainStep(step=done, steps=steps, loss=self._loss, scores=dict(self.scores)))
         except BaseException:
-            if not self.processes.sharded:
+            if not self.processes.sharded and not self._is_saved(done):
+                self._read()  # losses are checked before anything is saved
                 self._save(done)
             raise
 
