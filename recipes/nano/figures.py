@@ -69,6 +69,7 @@ FIGURES: dict[str, Figure | Speed] = {
     "speed.controlnet-sampling": Speed(speed.controlnet_sampling, block=True),
     "speed.adapter-training": Speed(speed.adapter_training, block=True),
     "speed.controlnet-training": Speed(speed.controlnet_training, block=True),
+    "base.steps-or-width": Speed(nano.steps_or_width_table, block=True, file="steps-or-width"),
     "speed.memory": Speed(speed.memory, block=True),
     "speed.what-pays": Speed(speed.what_pays("what_pays-nano-64-cpu", "nano, 4 images (8 rows under CFG)"), block=True),
     "speed.what-pays-sd15": Speed(

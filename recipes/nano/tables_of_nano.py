@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from results import Results, rounded, table, three, two
+from tables_of_speed import content
 
 AUTOENCODER, COLOUR, _HELD_OUT, SEEN, RETRIEVAL = range(5)
 """Reports of `controlkit evaluate base`."""
+_AMONG_FIVE = "right concept among 5 of 50"
+_SHOWN_CONCEPTS = ("owl", "sailboat", "mushroom")
+"""Of `steps_or_width.py`."""
 
 
 def value(
@@ -181,3 +185,25 @@ def adapters_table(results: Results) -> str:
         rows.append([f"`{name}`{new}", measure, *values, *closed])
     head = ("adapter", "measure", "no control", "adapter", "ceiling", "gap closed", "OpenMoji: gap closed", "balanced")
     return table(head, rows)
+
+
+def steps_or_width_table(results: Results) -> str:
+    """Bases that go on from nano's by three ways: how many of their images are right."""
+    found = content(results, "steps-or-width")
+    rows = [
+        ("nano as it is", "nano"),
+        ("1,500 steps more, all 461 concepts", "all"),
+        ("1,500 steps more, 56 of the concepts", "few"),
+        ("1,500 steps more, all concepts, a UNet of twice the width", "wide"),
+        ("true drawings through the autoencoder", "autoencoder"),
+    ]
+    hard = [name for name in found["nano"] if name in found["autoencoder"]]
+
+    def cells(name: str) -> list[str]:
+        each = found[name]
+        among_five = "" if _AMONG_FIVE not in each else three(each[_AMONG_FIVE])
+        shown = [two(sum(each[concept] for concept in hard) / len(hard)), *(two(each[c]) for c in _SHOWN_CONCEPTS)]
+        return [among_five, *shown]
+
+    head = ["", "right among 5 of 50", "nearest of 461: all eight", *_SHOWN_CONCEPTS]
+    return table(head, [[title, *cells(name)] for title, name in rows if name in found])
