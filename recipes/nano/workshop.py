@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pages import pages
+from pages import pages, without_figures
 from steps import Outcome, digest
 
 from controlkit.errors import UserError
@@ -109,8 +109,9 @@ class Workshop:
                 copy = self.staged / folder / source.name
                 if not copy.exists() or copy.stat().st_mtime < source.stat().st_mtime:  # else a step made it since
                     _replace(source, copy)
-        for page in pages(self.root):  # as written in place; a step says whether to write them anew
-            if not (copy := self.staged / page.relative_to(self.root)).exists():
+        for page in pages(self.root):  # figures that a step wrote stay, unless the text around them was edited since
+            copy = self.staged / page.relative_to(self.root)
+            if not copy.exists() or _text_of(copy) != _text_of(page):
                 _replace(page, copy)
 
     @property
@@ -453,6 +454,10 @@ def _interrupt(process: subprocess.Popen[bytes]) -> None:
             process.wait(_PATIENCE)
             return
     process.wait()
+
+
+def _text_of(page: Path) -> str:
+    return without_figures(page.read_text(encoding="utf-8"))
 
 
 def _replace(source: Path, destination: Path) -> None:

@@ -290,6 +290,23 @@ def test_a_base_is_assembled_from_parts_and_what_ships(shop, tmp_path):
     assert load_base(out).fingerprint == other.fingerprint
 
 
+def test_text_that_was_edited_in_place_is_staged_anew_and_figures_that_were_made_stay(shop):
+    plain, figures = shop.root / "docs" / "plain.md", shop.root / "docs" / "figures.md"
+    plain.parent.mkdir()
+    plain.write_text("before")
+    figures.write_text("<!-- nano:base.top5 -->0.1<!-- /nano --> before")
+    shop.prepare(keep_base=True)
+    staged = shop.staged / "docs"
+    (staged / "figures.md").write_text("<!-- nano:base.top5 -->0.2<!-- /nano --> before")
+    plain.write_text("after")
+    shop.prepare(keep_base=True)
+    assert (staged / "plain.md").read_text() == "after"
+    assert (staged / "figures.md").read_text() == "<!-- nano:base.top5 -->0.2<!-- /nano --> before"
+    figures.write_text("<!-- nano:base.top5 -->0.1<!-- /nano --> after")
+    shop.prepare(keep_base=True)
+    assert (staged / "figures.md").read_text() == figures.read_text()
+
+
 def test_a_training_starts_from_a_control_of_this_base_else_from_one_that_fits(shop, tiny_control, tmp_path):
     shipped = shop.root / workshop.ASSETS / "controls" / "canny.safetensors"
     other = tiny.build_tiny_base(seed=7)
