@@ -81,7 +81,7 @@ class ImageFile:
         return cls(path, data, decode_rgb(data, path, background))
 
     @classmethod
-    def read_mask(cls, path: str | None, given: Mapping[str, bytes]) -> ImageFile | None:
+    def read_mask(cls, path: str | None, given: Mapping[str, bytes] = MappingProxyType({})) -> ImageFile | None:
         """Read a mask, if there is one; black where it is transparent.
 
         Raises:

@@ -72,7 +72,7 @@ class ControlUse:
     that of the base, `control` for nano, else `balanced`."""
 
     def __post_init__(self) -> None:
-        settle_fields(self, "a control")
+        settle_fields(self, self.control if isinstance(self.control, str) else "a control")
         if (self.image is None) == (self.inputs is None):
             raise UserError(f"{self.control} needs either an image or named inputs, not both", "contradiction")
         if self.parameters is not None:
@@ -114,7 +114,7 @@ class LoraUse:
     """Factor of what it adds to the base's weights."""
 
     def __post_init__(self) -> None:
-        settle_fields(self, "a LoRA")
+        settle_fields(self, self.file if isinstance(self.file, str) else "a LoRA")
         if not is_finite(self.weight):
             raise UserError(f"the weight of {self.file} is {self.weight}; expected a finite number", "out-of-range")
 
