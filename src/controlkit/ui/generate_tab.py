@@ -47,14 +47,12 @@ _FIRST_PROMPT = "sailboat, noto style, on a teal background"
 _FIRST_CONTROL = "canny"
 
 
-def error_html(text: str) -> str:
+_OF_CONDITION = 'data-of="condition image"'
+
+
+def error_html(text: str, attribute: str = "") -> str:
     """A message of an error."""
-    return f'<div class="error" role="alert">{html.escape(text)}</div>'
-
-
-def is_error(message: str | None) -> bool:
-    """Whether a message is one of `error_html`."""
-    return (message or "").startswith('<div class="error"')
+    return f'<div class="error" role="alert" {attribute}>{html.escape(text)}</div>'
 
 
 def status_html(text: str) -> str:
@@ -279,9 +277,9 @@ class _Tab:
             parameters = row.parameters.values(values, condition)
             found = await self.client.condition_image(sized, condition, parameters)
         except Exception as error:
-            return None, error_html(sentence(error))
-        # What was wrong is not any more; other messages stay.
-        return found, "" if is_error(values[self.message]) else gr.skip()
+            return None, error_html(sentence(error), _OF_CONDITION)
+        # What was wrong with a condition image is not any more; other messages stay, errors of Draw among them.
+        return found, "" if _OF_CONDITION in (values[self.message] or "") else gr.skip()
 
     def _take(self, result: dict[str, Any] | None, index: int) -> tuple[Any, Any]:
         """Put the selected result into the start image."""
