@@ -256,3 +256,15 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def file_state(path: Path) -> tuple[int, int, int] | None:
+    """Size in bytes of a file, and the times of the last change of its bytes and of its inode; None if there is none.
+
+    The time of the inode also changes when files are exchanged, or written again under their former modification time.
+    """
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

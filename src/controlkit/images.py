@@ -266,6 +266,11 @@ def is_flat(image: np.ndarray) -> bool:
     return bool(np.ptp(image, axis=(0, 1)).max(initial=0) <= _NEAR)
 
 
+def shapes_differ(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether two sizes (width, height) have different aspect ratios, within one pixel."""
+    return abs(first[0] * second[1] - first[1] * second[0]) > max(*first, *second)
+
+
 def upright(image: Image.Image) -> Image.Image:
     """Apply EXIF rotation; a damaged EXIF block is ignored."""
     try:

@@ -38,6 +38,15 @@ def _draw(page, count: int) -> list[Image.Image]:
     return [page.fetch(url) for url in found]
 
 
+def _unpack_results(page, folder) -> None:
+    """Download the archive of the results and unpack it."""
+    page.click("#download")
+    archive = page.until(lambda: next(iter(page.downloads.glob("*.zip")), None), "download")
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(folder)
+    archive.unlink()
+
+
 def _seeds(page, text: str) -> None:
     if not [each for each in page.all("#seeds textarea, #seeds input") if each.is_displayed()]:
         page.click("#settings > button, #settings .label-wrap")
@@ -57,11 +66,7 @@ def test_it_opens_with_a_drawing_and_one_button_draws(page, served, tmp_path):
     outside = [url for url in page.requested() if not url.startswith((served.root, "data:", "blob:", "chrome"))]
     assert outside == []  # it works without the internet
 
-    page.click("#download")
-    archive = page.until(lambda: next(iter(page.downloads.glob("*.zip")), None), "download")
-    with zipfile.ZipFile(archive) as file:
-        file.extractall(tmp_path)
-    archive.unlink()
+    _unpack_results(page, tmp_path)
     made = generate(read_settings(tmp_path / "settings.json").to_request())
     assert [one.seed for one in made.images] == [0, 1, 2, 3]
     for one, shown in zip(made.images, images, strict=True):

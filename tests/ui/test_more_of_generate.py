@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_generate import _condition, _draw, _pixels, _seeds
+from test_generate import _condition, _draw, _pixels, _seeds, _unpack_results
 
 from controlkit import conditions
 from controlkit.sampling.generate import generate
@@ -68,11 +67,7 @@ def test_what_is_painted_is_inpainted_and_the_rest_stays(page, tmp_path):
     page.fill("#start-blur input", "2")
     page.click("#start-only input")
     _draw(page, 1)
-    page.click("#download")
-    archive = page.until(lambda: next(iter(page.downloads.glob("*.zip")), None), "download")
-    with zipfile.ZipFile(archive) as file:
-        file.extractall(tmp_path / "result")
-    archive.unlink()
+    _unpack_results(page, tmp_path / "result")
     saved = read_settings(tmp_path / "result" / "settings.json")
     assert (saved.request.mask_blur, saved.request.only_masked) == (2, 32)
     (made,) = generate(saved.to_request()).images
@@ -161,11 +156,7 @@ def test_a_result_restores_the_parameters_it_was_drawn_with(page, tmp_path):
     _open(page, "control-1-parameters")
     page.until(lambda: _value(page, low) == "40", "parameter")
     _draw(page, 1)
-    page.click("#download")
-    archive = page.until(lambda: next(iter(page.downloads.glob("*.zip")), None), "download")
-    with zipfile.ZipFile(archive) as file:
-        file.extractall(tmp_path / "result")
-    archive.unlink()
+    _unpack_results(page, tmp_path / "result")
     _restore(page, tmp_path / "other.json")
     assert _value(page, "#vae input") == "own" and page.one("#control-1-prepared input").is_selected()
     _restore(page, tmp_path / "result" / "seed3.png")

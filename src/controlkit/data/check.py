@@ -21,9 +21,10 @@ from controlkit.data.prompts import PromptLimit, count_note, empty_note, is_empt
 from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.listing import Listing, Record
 from controlkit.data.readers.recognise import read_listing
-from controlkit.data.sources import ComputedCondition, Source, open_image, read_condition_image, shapes_differ
+from controlkit.data.sources import ComputedCondition, Source, open_image, read_condition_image
 from controlkit.data.swap_check import Verdict, find_swapped_sides
 from controlkit.errors import UserError
+from controlkit.images import shapes_differ
 
 KINDS = {
     "entry": "invalid entries",

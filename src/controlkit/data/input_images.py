@@ -36,7 +36,7 @@ from controlkit.data.sources import (
     walk,
 )
 from controlkit.errors import UserError
-from controlkit.files import sha256_of, valid_text
+from controlkit.files import file_state, sha256_of, valid_text
 
 STATE = Path(".controlkit") / "pairs"
 """State for later runs, below a folder of pairs."""
@@ -84,7 +84,7 @@ class InputImage:
         exchanged, or written again under their former modification time.
         """
         member = (self.source.start, self.source.length) if isinstance(self.source, TarMember) else ()
-        states = [_state(path) for path in (self._file, *self.sidecars)]
+        states = [file_state(path) for path in (self._file, *self.sidecars)]
         return sha256_of(json.dumps([str(self._file), member, states, self.prompt, self.objects, self.tile]))[:24]
 
     def former_stamp(self) -> str:
@@ -397,15 +397,6 @@ def _with_unique_keys(images: Sequence[InputImage]) -> Iterator[InputImage]:
         yield image if key == image.key else replace(image, key=key)
 
 
-def _state(path: Path) -> tuple[int, int, int] | None:
-    """Size in bytes, and times of the last change of the bytes and of the inode; None if there is no file."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
 def _former_state(path: Path) -> tuple[int, int] | None:
-    state = _state(path)
+    state = file_state(path)
     return None if state is None else state[:2]

@@ -15,7 +15,8 @@ from PIL import Image
 from controlkit.conditions import Condition, find
 from controlkit.data.buckets import Buckets
 from controlkit.data.input_images import InputImage
-from controlkit.data.sources import SUFFIXES, compute_upright, decode_pixels
+from controlkit.data.sources import SUFFIXES, decode_pixels
+from controlkit.data.turned import compute_upright
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
 from controlkit.images import resize_cover, sequence_note

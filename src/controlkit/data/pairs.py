@@ -18,10 +18,10 @@ from controlkit.data.prompts import PromptLimit, count_note, empty_note, is_empt
 from controlkit.data.readers.columns import ANY_COLUMNS, Columns
 from controlkit.data.readers.listing import problems_error
 from controlkit.data.readers.recognise import PROMPT_JSON, pairs_folder, read_listing
-from controlkit.data.sources import ComputedCondition, Source, read_file, shapes_differ
+from controlkit.data.sources import ComputedCondition, Source, read_file
 from controlkit.errors import UserError
 from controlkit.files import sha256_of, write_atomically
-from controlkit.images import decode_rgb, write_png
+from controlkit.images import decode_rgb, shapes_differ, write_png
 
 __all__ = [
     "MANIFEST",
@@ -31,7 +31,6 @@ __all__ = [
     "load_pairs",
     "pairs_folder",
     "read_pairs",
-    "shapes_differ",
     "split_pairs",
     "write_pairs",
 ]

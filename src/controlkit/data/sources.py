@@ -8,17 +8,17 @@ import os
 import re
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, features
 
-from controlkit.conditions import Condition, find
+from controlkit.conditions import find
 from controlkit.conditions.condition import background_of
+from controlkit.data.turned import compute_upright, orientation, turn_of
 from controlkit.errors import UserError
 from controlkit.files import decode_text, sha256_of
 from controlkit.images import MAX_PIXELS, decode_image, decode_rgb, keeps_colours, read_bytes, scale_down, to_rgb
@@ -34,7 +34,6 @@ _OTHER_SUFFIXES = (
 )
 """Suffixes of images that are not read."""
 
-_ORIENTATION = 0x0112
 _MARKER = re.compile(rb"\xff[^\x00]")
 """A marker inside a JPEG scan, where the value 255 is stored as 255, 0."""
 
@@ -97,7 +96,7 @@ class ComputedCondition:
         Raises:
             UserError: they are not.
         """
-        _turn(dict(self.parameters), size, data)
+        turn_of(dict(self.parameters), size, data)
 
     def read_bytes(self) -> bytes:
         """Hash of everything the condition image depends on; not the bytes of an image file."""
@@ -105,55 +104,6 @@ class ComputedCondition:
 
     def __str__(self) -> str:
         return f"{self.condition} of {self.target}"
-
-
-_TURNS = {
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation -> what makes an image upright, of those that exchange width and height."""
-
-
-def compute_upright(condition: Condition, image: np.ndarray, data: bytes, parameters: Mapping[str, Any]) -> np.ndarray:
-    """The condition image `uint8 [H, W, 3]` of an upright image, also from annotations whose coordinates refer to the
-    image before its EXIF rotation.
-
-    Args:
-        image: the upright image, `uint8 [H, W, 3]`.
-        data: the bytes of its file.
-        parameters: those of the condition; `size` is the width and height that coordinates refer to.
-
-    Raises:
-        UserError: an image of that size has another shape than this one, upright or not.
-    """
-    height, width = image.shape[:2]
-    turn = _turn(parameters, (width, height), data)
-    if turn is None:
-        return condition(image, **parameters)
-    drawn = condition(np.zeros((width, height, 3), np.uint8), **parameters)
-    return np.asarray(Image.fromarray(drawn).transpose(turn))
-
-
-def _turn(parameters: Mapping[str, Any], upright: tuple[int, int], data: bytes) -> Image.Transpose | None:
-    """What turns a drawing of annotations upright; None if they refer to the upright image, whose size is given."""
-    size = parameters.get("size")
-    if size is None or not shapes_differ(size, upright):
-        return None
-    turn = _TURNS.get(_orientation_of(data))
-    if turn is None or shapes_differ(size, upright[::-1]):
-        raise UserError(
-            f"the annotations are for an image of {size[0]:g} x {size[1]:g}, and the image is {upright[0]} x"
-            f" {upright[1]}; correct width and height in the list, or take the image that it was made for",
-            "bad-data",
-        )
-    return turn
-
-
-def shapes_differ(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether two sizes (width, height) have different aspect ratios, within one pixel."""
-    return abs(first[0] * second[1] - first[1] * second[0]) > max(*first, *second)
 
 
 Source = Path | TarMember | ComputedCondition
@@ -211,7 +161,7 @@ def decode_pixels(data: bytes, name: str) -> tuple[np.ndarray, bool]:
             pixels.flags.writeable = False  # like Pillow's: a condition must not modify the input of the next one
             return pixels, True
     image = decode_image(data, name)
-    upright = image.mode in ("RGB", "L") and "transparency" not in image.info and _orientation(image) == 1
+    upright = image.mode in ("RGB", "L") and "transparency" not in image.info and orientation(image) == 1
     plain = upright and keeps_colours(image)
     return np.asarray(image if plain and image.mode == "RGB" else to_rgb(image, name=name)), plain
 
@@ -236,7 +186,7 @@ def _is_plain_jpeg(data: bytes) -> bool:
         return False
     width, height = image.size
     plain = image.format == "JPEG" and image.mode in ("RGB", "L") and keeps_colours(image)
-    return plain and width * height <= MAX_PIXELS and _orientation(image) == 1
+    return plain and width * height <= MAX_PIXELS and orientation(image) == 1
 
 
 def upright_size(source: Path | TarMember) -> tuple[int, int] | None:
@@ -248,30 +198,10 @@ def upright_size(source: Path | TarMember) -> tuple[int, int] | None:
             with stream, Image.open(stream) as image:
                 scale_down(image)
                 width, height = image.size
-                turned = _orientation(image) >= 5
+                turned = orientation(image) >= 5
     except Exception:  # decode_image reports it
         return None
     return (height, width) if turned else (width, height)
-
-
-def _orientation_of(data: bytes) -> int:
-    """EXIF orientation in the bytes of an image file; 1 (upright) if they cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return _orientation(Image.open(io.BytesIO(data)))
-    except Exception:  # decode_image reports it
-        return 1
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation; 1 (upright) for a damaged EXIF block."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged blocks warn
-            return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # Pillow's parsers raise all kinds of errors on a damaged block
-        return 1
 
 
 def members(path: Path) -> Iterator[TarMember]:

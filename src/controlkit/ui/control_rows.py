@@ -11,8 +11,8 @@ import gradio as gr
 from PIL import Image
 
 from controlkit import conditions
-from controlkit.data.pairs import shapes_differ
 from controlkit.errors import UserError
+from controlkit.images import shapes_differ
 from controlkit.sampling.uses import MODES
 from controlkit.server.catalogue import Catalogue
 from controlkit.ui.files import base64_png, flattened, painted

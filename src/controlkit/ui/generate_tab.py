@@ -14,9 +14,8 @@ from fastapi.concurrency import run_in_threadpool
 from PIL import Image
 
 from controlkit.conditions.condition import is_of_labels
-from controlkit.data.pairs import shapes_differ
 from controlkit.errors import UserError
-from controlkit.images import resize_cover
+from controlkit.images import resize_cover, shapes_differ
 from controlkit.sampling.request import SAMPLERS
 from controlkit.sampling.seeds import parse_seeds
 from controlkit.server.catalogue import word_of

@@ -26,7 +26,7 @@ from controlkit.data.readers.columns import (
 from controlkit.data.readers.listing import Listing, outside_note, problems_error, short_name
 from controlkit.data.sources import members
 from controlkit.errors import UserError, nearest
-from controlkit.files import remove_leftovers, sha256_of, writable_folder
+from controlkit.files import file_state, remove_leftovers, sha256_of, writable_folder
 
 _VERSION = "2"
 """Version of the unpacked tar shards."""
@@ -228,21 +228,13 @@ def _is_fresh(shard: Path) -> bool:
     if not shard.is_file():
         return False
     linked = _hidden(shard, _LINKED)
-    return linked is not None and all(_state(Path(path)) == state for path, state in linked.items())
+    return linked is not None and all(list(file_state(Path(path)) or ()) == state for path, state in linked.items())
 
 
 def _hidden(shard: Path, name: str) -> Any:
     """The value in a JSON member of a shard that is not a sample; None if there is none."""
     found = next((member.read_bytes() for member in members(shard) if member.name == name), b"null")
     return json.loads(found)
-
-
-def _state(path: Path) -> list[int] | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _row(text: str) -> str:
@@ -346,8 +338,8 @@ class _Linked:
     count: int = 0
     outside: list[Path] = field(default_factory=list)
     """Paths outside of its folder."""
-    states: dict[str, list[int] | None] = field(default_factory=dict)
-    """Absolute path -> size in bytes and times."""
+    states: dict[str, list[int]] = field(default_factory=dict)
+    """Absolute path -> `file_state`; empty if there is no file."""
     problems: list[str] = field(default_factory=list)
 
     def bytes_of(self, value: Any, folder: Path, where: str) -> bytes | None:
@@ -360,7 +352,7 @@ class _Linked:
         self.count += 1
         if not os.path.abspath(file).startswith(os.path.join(os.path.abspath(folder), "")):
             self.outside.append(file)
-        self.states[os.path.abspath(file)] = _state(file)
+        self.states[os.path.abspath(file)] = list(file_state(file) or ())
         try:
             return file.read_bytes()
         except OSError as error:
