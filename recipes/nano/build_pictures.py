@@ -1,8 +1,8 @@
 """Render the icon packages that nano is trained on.
 
-    cd DIR && npm pack @iconify-json/noto @iconify-json/fluent-emoji-flat @iconify-json/twemoji \
-        @iconify-json/emojione @iconify-json/openmoji
     python recipes/nano/build_pictures.py DIR data/nano/icons.npz
+
+DIR has the packages that README.md beside this file names.
 """
 
 import sys

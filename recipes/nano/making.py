@@ -15,6 +15,12 @@ from controlkit.errors import UserError
 
 RECIPES = Path("recipes/nano")
 
+ICON_PACKAGES = (
+    *("@iconify-json/noto@1.2.9", "@iconify-json/fluent-emoji-flat@1.2.6", "@iconify-json/twemoji@1.2.5"),
+    *("@iconify-json/emojione@1.2.3", "@iconify-json/openmoji@1.2.29"),
+)
+"""npm packages of the icon sets. Other versions draw other icons, and everything is trained anew."""
+
 BASE_CONDITIONS = (
     *("canny", "softedge_sobel", "scribble", "color_regions", "silhouette", "grayscale"),
     *("blur", "inpaint", "outpaint"),

@@ -70,6 +70,8 @@ class Planned:
     step: Step
     runs: bool
     why: str
+    needed: bool = False
+    """Whether its outputs have to be there: it was asked for by name, or a step that runs reads them."""
 
 
 class Records:
@@ -112,8 +114,20 @@ class Records:
         return str(self.values.get(step.name, {}).get("note", ""))
 
     def minutes(self, step: Step) -> float:
-        """What a step took last time if it did all of it, else its estimate."""
-        return float(self.values[step.name]["minutes"]) if self.is_complete(step) else step.minutes
+        """What a step takes: its estimate, or what it took last time if that is longer (a resumed run took less)."""
+        return max(float(self.values[step.name]["minutes"]), step.minutes) if self.is_complete(step) else step.minutes
+
+    def contents(self, step: Step) -> dict[str, str | None]:
+        """Recorded path => content of a step's outputs when they were last written, or else last read."""
+        if step.name in self.values:
+            return dict(self.values[step.name]["outputs"])
+        names = {self.name(path) for path in step.outputs}
+        return {
+            name: content
+            for known in self.values.values()
+            for name, content in known["inputs"].items()
+            if name in names
+        }
 
 
 def digest(path: Path) -> str | None:
@@ -196,14 +210,21 @@ def plan(
         if reason is not None:
             why[step.name] = reason
         elif step.intermediate:
-            stand_in |= records.values.get(step.name, {}).get("outputs", {})
+            stand_in |= records.contents(step)
+    needed = {name for name in only if name in why}
     for step in reversed(steps):  # what a step reads has to be there when it runs
         for path in step.inputs if step.name in why and not step.optional_inputs else ():
             maker = makers.get(path)
-            if maker is not None and not path.exists() and maker.name not in why and maker.name not in leave:
-                why[maker.name] = f"{step.name} needs it"
+            if maker is not None and not path.exists() and maker.name not in leave:
+                why.setdefault(maker.name, f"{step.name} needs it")
+                needed.add(maker.name)
     return [
-        Planned(step=step, runs=step.name in why, why=why.get(step.name) or _why_not(step, only, leave))
+        Planned(
+            step=step,
+            runs=step.name in why,
+            why=why.get(step.name) or _why_not(step, only, leave),
+            needed=step.name in needed,
+        )
         for step in steps
     ]
 
@@ -224,7 +245,8 @@ def run_plan(planned: Sequence[Planned], records: Records, say: Callable[[str], 
         step = one.step
         if not one.runs:
             continue
-        if one.why.startswith("after ") and outdated(step, records) is None:
+        there = all(path.exists() for path in step.outputs)
+        if one.why.startswith("after ") and outdated(step, records) is None and (there or not one.needed):
             say(f"{step.name}: up to date")
             continue
         missing = [records.name(path) for path in step.inputs if not path.exists()]

@@ -6,7 +6,18 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from making import ADAPTERS, BASE_CONDITIONS, RECIPES, SYSTEMS, MakeSettings, counts, npm_pack, system_file, system_log
+from making import (
+    ADAPTERS,
+    BASE_CONDITIONS,
+    ICON_PACKAGES,
+    RECIPES,
+    SYSTEMS,
+    MakeSettings,
+    counts,
+    npm_pack,
+    system_file,
+    system_log,
+)
 from steps import Outcome, Step
 from workshop import ASSETS, NETWORKS, Workshop, assemble_base, parts_of
 
@@ -31,13 +42,12 @@ class TrainingSteps:
     # Data
 
     def _icons(self) -> list[Step]:
-        from controlkit.nano.icons import STYLES, render_sets
+        from controlkit.nano.icons import render_sets
 
         packages = self.root / "data" / "icons"
-        names = [f"@{file.replace('iconify-json-', 'iconify-json/')}" for file in STYLES.values()]
 
         def fetch() -> Outcome:
-            return npm_pack(packages, *names)
+            return npm_pack(packages, *ICON_PACKAGES)
 
         def draw() -> Outcome:
             render_sets(str(packages), str(self.shop.icons))
@@ -48,7 +58,7 @@ class TrainingSteps:
                 name="packages",
                 what="icon packages from npm",
                 outputs=(packages,),
-                settings={"packages": names},
+                settings={"packages": ICON_PACKAGES},
                 run=fetch,
                 intermediate=True,
                 data=True,
@@ -130,7 +140,7 @@ class TrainingSteps:
                 {"canny.safetensors": self.shop.control("canny")},
                 start="canny",
                 places=("",),
-                minutes=174,
+                minutes=116,
                 intermediate=False,
             ),
             self._training(

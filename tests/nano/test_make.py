@@ -155,6 +155,31 @@ def test_data_that_is_there_is_taken_and_records_that_ship_are_known(chain):
     assert [one.why for one in steps.plan(build(data=True), records)] == ["up to date", "up to date"]
 
 
+def test_data_without_a_record_counts_as_what_was_last_read_until_a_step_needs_it(chain):
+    build, go, folder = chain
+    data = {"data": True, "intermediate": True}
+    (folder / "middle").write_text("5")
+    assert go(build(**data))[0] == ["double"]
+    (folder / "middle").unlink()
+    assert go(build(**data)) == ([], {"copy": "up to date", "double": "up to date"})
+    (folder / "end").unlink()
+    assert go(build(**data))[0] == ["copy", "double"]
+
+
+def test_a_step_without_a_record_runs_when_it_is_asked_for_together_with_the_one_before_it(chain):
+    build, go, folder = chain
+    source = folder / "source"
+    source.unlink()
+
+    def fetch() -> Outcome:
+        source.write_text("1")
+        return Outcome()
+
+    data = {"data": True, "intermediate": True}
+    made = [Step(name="fetch", what="", outputs=(source,), run=fetch, **data), *build(**data)]
+    assert go(made, only=["fetch", "copy"])[0] == ["copy"]
+
+
 # Pages
 
 
