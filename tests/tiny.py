@@ -250,6 +250,14 @@ def t5_tokenizer():
     return T5TokenizerFast(vocab=vocab, extra_ids=0)
 
 
+def unet_systems():
+    """Kind -> class of every system of controlkit that can be made for a UNet."""
+    from controlkit.controls.registry import registry
+
+    systems = {name: kind for name, kind in registry().items() if kind.__module__.startswith("controlkit.controls.")}
+    return {name: kind for name, kind in systems.items() if name != "controlnet-sd3"}
+
+
 def build_tiny_sd3(seed: int = 0, *, t5: bool = True):
     """A base with a transformer of three joint blocks and three text encoders, 64 x 64 images, random weights."""
     from controlkit.bases.sd3 import StableDiffusion3
@@ -264,3 +272,13 @@ def build_tiny_sd3(seed: int = 0, *, t5: bool = True):
     if t5:
         parts["tokenizer_3"] = t5_tokenizer()
     return StableDiffusion3(name="tiny-sd3", scheduler_config=SD3_PARTS["scheduler"], **parts)
+
+
+def saved_pipeline(base, folder):
+    """A Stable Diffusion 3 as diffusers' folder."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    parts = {one.name: getattr(base, one.name) for one in base.components if not one.is_scheduler}
+    scheduler = FlowMatchEulerDiscreteScheduler(**base.scheduler_config)
+    StableDiffusion3Pipeline(**parts, scheduler=scheduler).save_pretrained(folder)
+    return folder

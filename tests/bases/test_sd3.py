@@ -20,7 +20,6 @@ from controlkit.bases.sd3 import StableDiffusion3
 from controlkit.bases.single_file import read_single_file
 from controlkit.bases.taps import Tap
 from controlkit.controls.control import Acts
-from controlkit.controls.registry import registry
 from controlkit.formats.describe import describe_base
 from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl
@@ -183,16 +182,16 @@ def test_sizes_that_do_not_fit(base, width, fact):
         base.check_size(width, 64)
 
 
-BUILT_IN = [kind for kind in registry().values() if kind.__module__.startswith("controlkit.")]
+OF_UNETS = list(tiny.unet_systems().values())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BUILT_IN if kind.acts != Acts.TOKENS])
+@pytest.mark.parametrize("kind", [kind for kind in OF_UNETS if kind.acts != Acts.TOKENS])
 def test_controls_of_a_unet_are_refused_in_words(base, kind):
     with refused("incompatible", base.name):
         kind.for_base(base)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BUILT_IN if kind.acts == Acts.TOKENS])
+@pytest.mark.parametrize("kind", [kind for kind in OF_UNETS if kind.acts == Acts.TOKENS])
 def test_controls_that_add_tokens_alone_act(base, kind):
     control = kind.for_base(base).eval()
     assert control.incompatibility(base) is None

@@ -13,14 +13,13 @@ from without_plan import naive, one_call
 import tiny
 from controlkit.bases.text import concatenate
 from controlkit.controls.control import Acts
-from controlkit.controls.registry import registry
 from controlkit.images import to_tensor
 from controlkit.sampling.plan import ActiveControl, Plan
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample
 from refusals import refused
 
-SYSTEMS = {kind.kind: kind for kind in registry().values() if kind.__module__.startswith("controlkit.controls.")}
+SYSTEMS = tiny.unet_systems()
 PAIRS = list(combinations_with_replacement(SYSTEMS, 2))
 OPTIONS = {"controlnet-xs": {"size_ratio": 0.5}}  # the tiny base divides no smaller
 TIMES = torch.tensor([801, 401])

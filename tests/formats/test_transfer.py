@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny
 from controlkit.apps.cli import main
 from controlkit.bases.load import load_base
 from controlkit.controls.apply import predict_under
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
-from controlkit.controls.registry import registry
 from controlkit.formats.convert import convert
 from controlkit.formats.describe import describe
 from controlkit.formats.load import load_control, save_control
@@ -23,7 +23,7 @@ from controlkit.nano.base_objective import save_base
 from refusals import check, refused
 from tiny import any_hint, build_tiny_base, fresh_control, randomise_zero_convolutions
 
-SYSTEMS = {kind.kind: kind for kind in registry().values() if kind.__module__.startswith("controlkit.controls.")}
+SYSTEMS = tiny.unet_systems()
 OPTIONS = {"controlnet-xs": {"size_ratio": 0.5}}  # the tiny base divides no smaller
 
 

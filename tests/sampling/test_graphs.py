@@ -22,7 +22,7 @@ from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import sample
 from controlkit.sampling.start_image import StartImage
 from refusals import refused
-from tiny import build_tiny_sd3, build_tiny_sdxl
+from tiny import build_tiny_sd3, build_tiny_sdxl, unet_systems
 
 SETTINGS = {"prompt": "red apple", "seeds": (3, 4), "steps": 4, "guidance": 3.0}
 
@@ -94,7 +94,7 @@ def test_several_controls_and_batches(tiny_base, use, capture):
     "kind",
     [
         name
-        for name, each in registry().items()
+        for name, each in unet_systems().items()
         if each.companion is None and takes_one_image(each) and len(each.inputs) == 1
     ],
 )
@@ -107,6 +107,15 @@ def test_every_system_of_one_image(kind, sd1_scheduled_base, condition_image):
     use = ActiveControl(control, control.encode(to_tensor([condition_image]), base), end=0.8)
     report = assert_equal(base, graphs_on_cpu(), uses=[use], mode="auto", steps=10)
     assert bool(report.graph) != bool(options) and ("taps" in str(report)) == bool(options)
+
+
+def test_a_control_of_a_transformer(condition_image):
+    base = build_tiny_sd3()
+    control = registry()["controlnet-sd3"].for_base(base).eval().requires_grad_(False)
+    torch.nn.init.normal_(control.network.controlnet_blocks[0].weight)
+    use = ActiveControl(control, control.encode(to_tensor([condition_image]), base), end=0.8)
+    report = assert_equal(base, graphs_on_cpu(), uses=[use], mode="auto", steps=10)
+    assert report.captured == 2  # the base and the control
 
 
 @pytest.mark.parametrize("build", [build_tiny_sdxl, build_tiny_sd3])

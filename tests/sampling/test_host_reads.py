@@ -10,10 +10,11 @@ import torch
 from fake_control import FakeControl
 from host_reads import HostReads
 
+import tiny
 from controlkit.bases.schedules.solvers import FLOW_SOLVERS, _WithoutWaiting
 from controlkit.controls.control import Acts, Reads
 from controlkit.controls.hints import map_hint
-from controlkit.controls.registry import registry
+from controlkit.controls.registry import find
 from controlkit.sampling.plan import ActiveControl, Plan
 from controlkit.sampling.request import SAMPLERS
 from controlkit.sampling.residual_cache import ResidualCache
@@ -65,11 +66,11 @@ def test_no_step_of_inpainting_reads_the_device(sampler, on_meta):
     assert reads_of_loop(base, sampler=sampler, uses=[use], start=start) == []
 
 
-@pytest.mark.parametrize("kind", [name for name, each in registry().items() if each.companion is None])
+@pytest.mark.parametrize("kind", [name for name, each in tiny.unet_systems().items() if each.companion is None])
 def test_no_control_reads_the_device(kind, sd1_scheduled_base):
     base = copy.deepcopy(sd1_scheduled_base)
-    options = {"size_ratio": 0.5} if Acts.TAPS in registry()[kind].acts else {}
-    control = registry()[kind].for_base(base, **options).eval().requires_grad_(False)
+    options = {"size_ratio": 0.5} if Acts.TAPS in tiny.unet_systems()[kind].acts else {}
+    control = tiny.unet_systems()[kind].for_base(base, **options).eval().requires_grad_(False)
     inputs = [each for each in control.inputs if each.kind == "image"]
     if [each.name for each in control.inputs] != ["image"] or len(inputs) != 1:
         pytest.skip("has named inputs")
@@ -80,6 +81,14 @@ def test_no_control_reads_the_device(kind, sd1_scheduled_base):
         "control", base, control=control, hint=map_hint(hint, lambda tensor: tensor.to("meta")), weight=0.5
     )
     assert reads_of_loop(base, uses=[use]) == []
+
+
+def test_no_control_of_a_transformer_reads_the_device():
+    base = build_tiny_sd3()
+    control = find("controlnet-sd3").for_base(base).eval().requires_grad_(False)
+    hint = control.encode(torch.zeros(1, 3, 64, 64), base).to("meta")
+    base.to("meta")
+    assert reads_of_loop(base, uses=[ActiveControl(control.to("meta"), hint, weight=0.5)], sampler="euler") == []
 
 
 def test_a_read_is_noticed(on_meta):

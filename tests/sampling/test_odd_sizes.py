@@ -10,7 +10,6 @@ from parity import parts
 
 import tiny
 from controlkit.controls.apply import predict_under
-from controlkit.controls.registry import registry
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
@@ -84,7 +83,7 @@ def test_tiled_decoding_is_that_of_diffusers(sd1_scheduled_base):
     assert np.abs(ours() - expected).max() > 1
 
 
-BUILT_IN = [kind for kind in registry().values() if kind.__module__.startswith("controlkit.controls.")]
+BUILT_IN = list(tiny.unet_systems().values())
 
 
 @pytest.mark.parametrize("kind", BUILT_IN, ids=lambda kind: kind.kind)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from controlkit.bases.load import load_base
 from controlkit.conditions import find
 from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.controls.inputs import takes_one_image
@@ -25,6 +26,7 @@ from controlkit.training.run_folder import fingerprint
 from controlkit.training.sources import registry
 from controlkit.training.sources.source import Batch, HeldOut, Source, Step
 from refusals import refused
+from tiny import build_tiny_sd3, saved_pipeline
 
 OWN = {"controlnet-xs": {"size_ratio": 0.5}, "ctrlora-base": {"rank": 2}, "ctrlora-adapter": {"rank": 2}}
 CONTROLS = {system: kind for system, kind in recipes().items() if issubclass(kind, ControlRecipe)}
@@ -67,8 +69,13 @@ def data(tmp_path, icons_file):
     return {"icons": str(icons_file), "scenes": str(icons_file), **folders}
 
 
+@pytest.fixture(scope="module")
+def sd3_folder(tmp_path_factory):
+    return saved_pipeline(build_tiny_sd3(), tmp_path_factory.mktemp("sd3"))
+
+
 @pytest.fixture
-def settings(tmp_path, base_folder, tiny_base):
+def settings(tmp_path, base_folder, sd3_folder, tiny_base):
     def of(system):
         own = dict(OWN.get(system, {}))
         if system == "ctrlora-adapter":
@@ -82,7 +89,7 @@ def settings(tmp_path, base_folder, tiny_base):
         return {
             "system": system,
             "out": str(tmp_path / "run"),
-            "base": str(base_folder),
+            "base": str(sd3_folder if system == "controlnet-sd3" else base_folder),
             "device": "cpu",
             **common,
         } | own
@@ -92,7 +99,7 @@ def settings(tmp_path, base_folder, tiny_base):
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_every_control_trains_from_every_source(system, source, settings, data, tmp_path, tiny_base):
+def test_every_control_trains_from_every_source(system, source, settings, data, tmp_path):
     recipe = build_recipe({**settings(system), source: data[source]})
     assert isinstance(recipe, recipes()[system]) and type(recipe) is by_source(recipes()[system])[source]
     scores = run(recipe)
@@ -105,11 +112,12 @@ def test_every_control_trains_from_every_source(system, source, settings, data, 
         assert preview.height >= 96 * (2 * count + (1 if source == "icons" else count))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
+    base = load_base(recipe.base)
     for name in recipe.results:
         made = json.loads(read_metadata(tmp_path / "run" / name)["control.made"])
         assert made["steps"] == 2 and made.get("pairs") == ({"pairs": 4 * count}.get(source))
         assert ("held_out" in made) == (source == "pairs")
-        assert load_control(tmp_path / "run" / name, tiny_base).kind.partition("-")[0] == system.partition("-")[0]
+        assert load_control(tmp_path / "run" / name, base).kind.partition("-")[0] == system.partition("-")[0]
 
 
 def test_controls_of_values_train_from_sources_that_have_them_and_no_other(settings, data, tmp_path, tiny_base):

@@ -82,6 +82,10 @@ class Reference:
     """Config of the base's UNet, for settings that shapes do not determine."""
     unet: Callable[[], Mapping[str, Tensor]] | None = None
     """Loads the weights of the base's UNet with diffusers' names, for files that contain only a difference from it."""
+    transformer_config: Mapping[str, Any] | None = None
+    """Config of the base's transformer."""
+    transformer: Callable[[], Mapping[str, Tensor]] | None = None
+    """Loads the weights of the base's transformer with diffusers' names, for files that share some of them."""
     rank: int | None = None
     """Rank of a low-rank format to write."""
     kind: str | None = None
@@ -91,6 +95,11 @@ class Reference:
     def unet_weights(self) -> Mapping[str, Tensor] | None:
         """The weights that `unet` loads, cached."""
         return None if self.unet is None else self.unet()
+
+    @cached_property
+    def transformer_weights(self) -> Mapping[str, Tensor] | None:
+        """The weights that `transformer` loads, cached."""
+        return None if self.transformer is None else self.transformer()
 
 
 @dataclass(frozen=True, kw_only=True)

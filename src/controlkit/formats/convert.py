@@ -23,7 +23,7 @@ from controlkit.errors import UserError, nearest
 from controlkit.files import check_overwrite, files_of, read_json, write_json
 from controlkit.formats.companions import check_companion, find_companion, read_companion
 from controlkit.formats.detect import Detected, detect, known
-from controlkit.formats.load import find_control, shipped_controls
+from controlkit.formats.load import denoiser_reference, find_control, reference_to, shipped_controls
 from controlkit.formats.metadata import converted_metadata, write_tensors
 from controlkit.formats.native import formats_of
 
@@ -234,7 +234,7 @@ def is_companion(kind: type[Control]) -> bool:
 
 
 def reference_for(base: str | None) -> Reference:
-    """Config of a base's UNet, and its weights, loaded on demand.
+    """Config of a base's denoiser, and its weights, loaded on demand.
 
     Raises:
         UserError: there is no such base.
@@ -242,19 +242,18 @@ def reference_for(base: str | None) -> Reference:
     if base is None:
         return Reference()
     if known_by_shape(base):
-        _, configurations = KNOWN_BASES[base]
-        if "unet" not in configurations:
-            raise UserError(f"{base} has no UNet, which every convertible control needs", "incompatible")
-        return Reference(unet_config=dict(configurations["unet"]))
-
+        family, configurations = KNOWN_BASES[base]
+        component = family.denoiser_component().name
+        return denoiser_reference(component, dict(configurations[component]))
     if Path(base).suffix in SINGLE_FILES and not Path(base).is_dir():
-        unet = load_base(base).unet
-        return Reference(unet_config=dict(unet.config), unet=unet.state_dict)
+        return reference_to(load_base(base))
 
     def weights() -> Mapping[str, Tensor]:
-        return load_base(base).unet.state_dict()
+        return load_base(base).denoiser.state_dict()
 
-    return Reference(unet_config=read_json(base_folder(base) / "unet" / "config.json"), unet=weights)
+    folder = base_folder(base)
+    component = "unet" if (folder / "unet").is_dir() else "transformer"
+    return denoiser_reference(component, read_json(folder / component / "config.json"), weights)
 
 
 def _files_of_base(base: str | None) -> list[Path]:

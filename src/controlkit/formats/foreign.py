@@ -53,8 +53,11 @@ _UNSUPPORTED_CONTROLS = (
     ),
     _Rule("a ControlNet-LLLite, which is not supported", _has(".*lllite")),
     _Rule(
-        "a ControlNet of a diffusion transformer (SD3, Flux or similar), which is not supported",
-        _has("controlnet_(blocks|x_embedder|single_blocks)|.*controlnet_blocks"),
+        "a ControlNet of a diffusion transformer (Flux, Qwen-Image or similar), which is not supported",
+        lambda names: (
+            _has("controlnet_(blocks|x_embedder|single_blocks)|.*controlnet_blocks")(names)
+            and not _has("pos_embed_input\\.")(names)  # Stable Diffusion 3's
+        ),
     ),
     _Rule(
         "a style adapter of the T2I-Adapter family, which is not supported",

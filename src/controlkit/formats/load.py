@@ -6,7 +6,7 @@ by content (`detect.py`) and read in a format of their system (`Control.formats`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -216,6 +216,23 @@ def reference_to(base: Base | None) -> Reference:
 
     def weights() -> dict[str, torch.Tensor]:
         # Files are read on the CPU, where these are added to them.
-        return {name: value.cpu() for name, value in base.unet.state_dict().items()}
+        return {name: value.cpu() for name, value in base.denoiser.state_dict().items()}
 
-    return Reference(unet_config=dict(base.unet.config), unet=weights)
+    return denoiser_reference(type(base).denoiser_component().name, dict(base.denoiser.config), weights)
+
+
+def denoiser_reference(
+    component: str,
+    config: Mapping[str, Any] | None,
+    weights: Callable[[], Mapping[str, torch.Tensor]] | None = None,
+) -> Reference:
+    """A reference to the denoiser of a base.
+
+    Args:
+        component: its name in the base's folder, `unet` or `transformer`.
+        config: its config, as in diffusers' folder.
+        weights: loads its weights.
+    """
+    if component == "unet":
+        return Reference(unet_config=config, unet=weights)
+    return Reference(transformer_config=config, transformer=weights)
