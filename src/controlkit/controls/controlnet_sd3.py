@@ -61,7 +61,7 @@ class Options:
     num_layers: int = 12
     """Blocks copied from the base, from the first on (12 in diffusers); fewer if the base has fewer."""
     reads_pooled: bool = False
-    """Whether it reads the pooled prompt, and the condition's latent is shifted as the base's latents are. diffusers runs
+    """Whether it reads the pooled prompt, and the condition's latent is shifted as the base's are. diffusers runs
     such a control so, too; ComfyUI does not."""
 
 
