@@ -89,7 +89,7 @@ class Drawings:
             colours += [drawing.colour for drawing in drawings]
             with torch.no_grad():
                 chunks.append(encode(to_tensor([drawing.image for drawing in drawings]) * 2 - 1).half().cpu())
-        latents = torch.cat(chunks)
+        latents = torch.cat(chunks).contiguous()  # a slice of channels in an autoencoder without quant convolutions
         metadata = {"key": key, "colours": " ".join(colours)}
         write_atomically(path, lambda temporary: save_file({"latents": latents}, temporary, metadata))
         return latents, colours
