@@ -21,6 +21,7 @@ from controlkit.bases.single_file import read_single_file
 from controlkit.bases.taps import Tap
 from controlkit.controls.control import Acts
 from controlkit.formats.describe import describe_base
+from controlkit.formats.load import load_control, save_control
 from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import GenerateRequest
@@ -192,8 +193,8 @@ def test_controls_of_a_unet_are_refused_in_words(base, kind):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in OF_UNETS if kind.acts == Acts.TOKENS])
-def test_controls_that_add_tokens_alone_act(base, kind):
-    control = kind.for_base(base).eval()
+def test_controls_that_add_tokens_alone_act(base, kind, tmp_path):
+    control = load_control(save_control(tmp_path / "tokens.safetensors", kind.for_base(base), base), base)
     assert control.incompatibility(base) is None
     use = ActiveControl(control, torch.rand(1, next(control.parameters()).shape[-1]))
     settings = {"prompt": "red apple", "seeds": (1,), "steps": 2, "guidance": 4.0}

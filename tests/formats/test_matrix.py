@@ -12,6 +12,7 @@ from controlkit.bases.meta import meta_base
 from controlkit.controls.registry import find, registry
 from controlkit.formats import matrix
 from controlkit.formats.convert import format_names
+from controlkit.formats.describe import describe_system
 from controlkit.training.recipes import recipes
 from tiny import build_tiny_sd3
 
@@ -59,6 +60,11 @@ def test_a_control_for_a_base_that_it_names_fits_that_base(support):
             if base in support[name].bases and name != "controlnet-xs":
                 with torch.device("meta"):
                     assert kind.for_base(on_meta).incompatibility(on_meta) is None, (name, base)
+
+
+def test_a_system_is_described_for_a_base_that_it_is_made_for():
+    assert describe_system("controlnet-mlp")["base"] == "nano"
+    assert describe_system("controlnet-sd3", size=256)["base"] == "sd3-medium"
 
 
 def test_a_system_of_ones_own_is_in_it(fresh_registry, monkeypatch):

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a base (nano, a folder, a file, a hub id, or sd15, sd21, sdxl, sd3-medium, sd35-medium, sd35-large), a"
         " control's name or file, any other file of tensors, or a system (controlnet, ctrlora, t2i-adapter)",
     )
-    parser.add_argument("--base", help="the base of a system (default: nano), or of a control file")
+    parser.add_argument(
+        "--base", help="the base of a system (default: nano, or the first it is made for), or of a control file"
+    )
     parser.add_argument(
         "--size", type=int, default=None, help="side in pixels at which operations are counted (default: the base's)"
     )
@@ -41,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
-    from controlkit.bases.load import NANO
     from controlkit.controls.registry import registry
     from controlkit.errors import UserError
     from controlkit.formats.describe import describe, describe_base, describe_system, is_base
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         ranked = ", ".join(name for name, kind in systems.items() if kind.companion is not None)
         raise UserError(f"--rank applies to {ranked}, not to {args.name}", "contradiction")
     if args.name in systems:
-        facts = describe_system(args.name, base or NANO, args.rank, args.size)
+        facts = describe_system(args.name, base, args.rank, args.size)
     elif is_base(args.name):
         if base is not None:
             raise UserError(f"--base {base} is for systems and controls; {args.name} is a base", "contradiction")

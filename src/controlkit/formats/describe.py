@@ -154,12 +154,15 @@ def describe_base(name: str, size: int | None = None) -> dict[str, Any]:
     return facts
 
 
-def describe_system(system: str, base: str, rank: int | None = None, size: int | None = None) -> dict[str, Any]:
+def describe_system(
+    system: str, base: str | None = None, rank: int | None = None, size: int | None = None
+) -> dict[str, Any]:
     """Facts about a system for `base`: its tensors, FLOPs, inputs and requirements.
 
     Args:
         system: a kind of the registry.
-        base: as in `describe_base`; its configuration suffices.
+        base: as in `describe_base`; its configuration suffices. Default: `nano`, or the first well-known base that the
+            system is made for.
         rank: of a system that has one.
         size: side of the image for FLOPs, in pixels; default: the base's native size.
 
@@ -170,7 +173,10 @@ def describe_system(system: str, base: str, rank: int | None = None, size: int |
         raise UserError(f"there is no control system {system!r}{nearest(system, list(registry()))}", "unknown-name")
     if rank is not None and rank < 1:
         raise UserError(f"rank is {rank}; expected 1 or more", "out-of-range")
-    kind, on_meta = find(system), meta_base(base)
+    kind = find(system)
+    if base is None:
+        base = next((name for name in (NANO, *KNOWN_BASES) if can_be_made(kind, meta_base(name))), NANO)
+    on_meta = meta_base(base)
     side = _side(on_meta, size)
     with torch.device("meta"):
         variants = kind.variants(on_meta, **({} if rank is None else {"rank": rank}))
@@ -191,6 +197,16 @@ def describe_system(system: str, base: str, rank: int | None = None, size: int |
         facts[f"GFLOP at {side} x {side}"] = cost_of(first, on_meta, side).to_json()
     facts |= _input_facts(kind)
     return {**facts, "reads": words_of_reads(first), "enters at": kind.enters}
+
+
+def can_be_made(kind: type[Control], base: Base) -> bool:
+    """Whether `base` supports a system, possibly with other options than the defaults."""
+    try:
+        with torch.device("meta"):
+            kind.for_base(base)
+    except UserError as error:
+        return error.code == "out-of-range"
+    return True
 
 
 def memory_of(parameters: int) -> str:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from controlkit.bases.base import Base
 from controlkit.bases.families import KNOWN_BASES
 from controlkit.bases.load import NANO
@@ -17,7 +15,7 @@ from controlkit.bases.meta import meta_base
 from controlkit.controls.control import Acts, Control
 from controlkit.controls.inputs import Input
 from controlkit.controls.registry import companion_role, find, registry, trainings_of
-from controlkit.errors import UserError
+from controlkit.formats.describe import can_be_made
 from controlkit.formats.native import formats_of
 
 _COLUMNS = (
@@ -99,18 +97,8 @@ def _support(kind: type[Control], bases: Mapping[str, Base]) -> Support:
         written=tuple(name for name, each in formats.items() if each.write is not None),
         companion=None if kind.companion is None else companion_role(kind),
         offset=copying.copied_network is not Control.copied_network,
-        bases=tuple(name for name, base in bases.items() if _can_be_made(kind, base)),
+        bases=tuple(name for name, base in bases.items() if can_be_made(kind, base)),
     )
-
-
-def _can_be_made(kind: type[Control], base: Base) -> bool:
-    """Whether `base` supports a system, possibly with other options than the defaults."""
-    try:
-        with torch.device("meta"):
-            kind.for_base(base)
-    except UserError as error:
-        return error.code == "out-of-range"
-    return True
 
 
 def _words_of(inputs: tuple[Input, ...]) -> str:
