@@ -85,7 +85,7 @@ def test_fsdp_is_asked_for_as_accelerate_says_it():
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed precision, bf16, is not used: the recipe's precision is"),
         (
             {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
-            "gradient accumulation over 4 steps is not used: raise batch_size",
+            "gradient accumulation, 4 steps, is not used: the recipe's gradient_accumulation_steps is",
         ),
         ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "gradient clipping is not used: the recipe's max_grad_norm is"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "torch.compile is not used"),

@@ -67,7 +67,7 @@ def unused_settings(environment: Mapping[str, str] = os.environ) -> list[str]:
         notes.append(f"mixed precision, {precision}, is not used: the recipe's precision is")
     steps = setting("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     if steps not in (None, "1"):
-        notes.append(f"gradient accumulation over {steps} steps is not used: raise batch_size")
+        notes.append(f"gradient accumulation, {steps} steps, is not used: the recipe's gradient_accumulation_steps is")
     if setting("ACCELERATE_GRADIENT_CLIPPING") is not None:
         notes.append("gradient clipping is not used: the recipe's max_grad_norm is")
     if setting("ACCELERATE_DYNAMO_BACKEND") is not None:
