@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from running import Command, drawing
 
-from controlkit.apps.cli import main
+from controlkit.apps.cli import build_parser, main
+from controlkit.apps.serve import _origin
 from controlkit.files import locked
 from refusals import check
 
@@ -40,6 +42,35 @@ def test_two_servers_do_not_share_a_queue(tmp_path, capsys):
 def test_an_address_that_is_taken_is_reported(server, tmp_path, capsys):
     assert main(["serve", "--port", str(server.port), "--queue", str(tmp_path / "queue.sqlite")]) == 2
     check(capsys.readouterr().err, "in-use", server.port)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "fact"),
+    [
+        (["--port", "70000"], "out-of-range", "70000"),
+        (["--port", "-1"], "out-of-range", "-1"),
+        (["--base", "models/none.safetensors"], "missing-file", "models/none.safetensors"),
+        (["--base", "/none"], "missing-file", "/none"),
+        (["--device", "toaster"], "device-unavailable", "toaster"),
+        (["--precision", "fp8"], "unknown-name", "fp8"),
+        (["--cors", "localhost:3000"], "wrong-type", "localhost:3000"),
+        (["--cors", "http://page.example/path"], "wrong-type", "/path"),
+        (["--token", "p\u00e4ssword-12345"], "out-of-range", "ASCII"),
+    ],
+)
+def test_what_no_request_could_use_is_refused_at_the_start(tmp_path, capsys, words, code, fact):
+    assert main(["serve", "--port", "0", "--queue", str(tmp_path / "queue.sqlite"), *words]) == 2
+    check(capsys.readouterr().err, code, fact)
+
+
+def test_origins_are_compared_as_browsers_send_them():
+    assert [_origin(text) for text in ("http://Page.example/", "*", "https://[::1]:3000")] == [
+        *("http://page.example", "*", "https://[::1]:3000"),
+    ]
+
+
+def test_fractions_of_seconds():
+    assert build_parser().parse_args(["serve", "--max-seconds", "0.5"]).max_seconds == 0.5
 
 
 def test_the_example_of_the_page_draws(server, tmp_path, monkeypatch, capsys):
@@ -75,8 +106,6 @@ def test_settings_of_the_server_are_those_of_each_request(monkeypatch):
 
 
 def test_the_page_names_every_option_of_the_limits():
-    from controlkit.apps.cli import build_parser
-
     (action,) = (each for each in build_parser()._actions if each.dest == "verb")
     page = PAGE.read_text(encoding="utf-8")
     options = [option for each in action.choices["serve"]._actions for option in each.option_strings]

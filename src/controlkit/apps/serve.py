@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import ipaddress
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable
@@ -144,6 +145,8 @@ def serve(args: argparse.Namespace, page: Callable[[FastAPI, Service], object] |
         ) from error
     token = getattr(args, "token", None) or os.environ.get(TOKEN) or None
     _check_access(args.host, token)
+    origins = tuple(_origin(each) for each in args.cors)
+    _check_execution(args.device, args.precision)
 
     from controlkit.server.app import create_app
     from controlkit.server.catalogue import list_models
@@ -171,7 +174,7 @@ def serve(args: argparse.Namespace, page: Callable[[FastAPI, Service], object] |
             queue=queue,
             limits=limits,
             token=token,
-            origins=tuple(args.cors),
+            origins=origins,
             hosts=(*_LOCAL_NAMES, args.host) if _is_local(args.host) else None,
             execution=Execution(
                 device=args.device,
@@ -204,8 +207,44 @@ def _check_access(host: str, token: str | None) -> None:
                 "missing-setting",
             )
         return
-    if len(token) < _LEAST_TOKEN or not token.isprintable() or " " in token:
-        raise UserError(f"the token must have at least {_LEAST_TOKEN} characters and no spaces", "out-of-range")
+    if len(token) < _LEAST_TOKEN or not (token.isascii() and token.isprintable()) or " " in token:
+        raise UserError(
+            f"the token must have at least {_LEAST_TOKEN} characters, all ASCII and none a space", "out-of-range"
+        )
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers send it: in lower case, and without a slash at its end.
+
+    Raises:
+        UserError: it is no origin, so that no browser would send it.
+    """
+    from controlkit.errors import UserError
+
+    origin = text.strip().lower().removesuffix("/")
+    if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
+        raise UserError(
+            f"--cors {text}: expected an origin, scheme and host without a path, such as http://localhost:3000",
+            "wrong-type",
+        )
+    return origin
+
+
+def _check_execution(device: str, precision: str) -> None:
+    """Check `--device` and `--precision` now: requests would fail one by one.
+
+    Raises:
+        UserError: there is no such device or precision.
+    """
+    import torch
+
+    from controlkit.bases.load import choose_device, choose_dtype
+    from controlkit.errors import UserError
+
+    chosen = choose_device(device)
+    choose_dtype(precision, chosen)
+    if chosen.type == "cuda" and (chosen.index or 0) >= (count := torch.cuda.device_count()):
+        raise UserError(f"--device {device}: torch finds {count} CUDA devices here; try cpu", "device-unavailable")
 
 
 def _is_local(host: str) -> bool:
@@ -219,16 +258,22 @@ def _is_local(host: str) -> bool:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A listening socket: clients may connect from now on, and are answered once the server has started."""
+    """A listening socket: clients may connect from now on, and are answered once the server has started.
+
+    Raises:
+        UserError: there is no such port, or the address is taken or not of this machine.
+    """
     from controlkit.errors import UserError
 
+    if not 0 <= port <= 65535:  # getaddrinfo would take it modulo 2^16
+        raise UserError(f"--port {port}: expected 0 to 65535; 0 is any free port", "out-of-range")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(128)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(f"cannot listen on {host}, port {port}: {error}; give another --port", "in-use") from error
     return sock
 

@@ -22,6 +22,9 @@ _DESCRIPTIONS = ("config.json", "adapter_config.json")
 """A folder with one of these is one model, of diffusers or peft."""
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
+_FOLDERS = ("CONTROLKIT_MODELS", "HF_HOME", "HF_HUB_CACHE")
+"""Environment variables with folders of models."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ControlEntry:
@@ -119,9 +122,11 @@ class Catalogue:
         named: dict[str, str] = {}
         for listed in (self.bases, controls, self.loras, self.vaes, self.embeddings, self.base_controls):
             for name, path in listed.items():  # `ADAPTER+BASE` is two
-                named |= {each: name for each in (path, *path.split("+")) if os.sep in each}
+                given = [each for each in (path, *path.split("+")) if os.sep in each]
+                named |= {each: name for each in (*given, *(os.path.abspath(each) for each in given))}
         folders = {str(Path(path).parent) for path in named if "+" not in path}
         folders |= {str(Path(controlkit.__file__).parent), str(Path.home()), tempfile.gettempdir()}
+        folders |= {os.environ[name] for name in _FOLDERS if os.environ.get(name)}
         named = {**{folder: Path(folder).name for folder in folders if len(Path(folder).parts) > 1}, **named}
         for path in sorted(named, key=len, reverse=True):
             if path in folders:
@@ -163,7 +168,7 @@ def list_models(
         embeddings: as `loras`.
 
     Raises:
-        UserError: one does not exist, or there is no base.
+        UserError: a path does not exist, or there is no base.
     """
     from controlkit.formats.load import shipped_controls
 
@@ -273,9 +278,20 @@ def _with_companion(path: str, base_controls: Mapping[str, str]) -> str:
 
 
 def _bases_in(name: str) -> list[tuple[str, str]]:
+    from controlkit.bases.load import NANO
+    from controlkit.bases.weight_files import HUB_ID
+
     path = Path(name)
+    if path.is_file():
+        return [(path.stem, name)]
     if not path.is_dir():
-        return [(path.stem if path.is_file() else name, name)]
+        if name != NANO and (path.suffix.lower() in _SUFFIXES or not HUB_ID.fullmatch(name)):
+            raise UserError(
+                f"--base {name}: there is no such file or folder, and it is no id of the Hugging Face hub"
+                " (OWNER/NAME); correct the path",
+                "missing-file",
+            )
+        return [(name, name)]
     if (path / "model_index.json").is_file():
         return [(path.name, name)]
     folders = [(each.name, str(each)) for each in sorted(path.iterdir()) if (each / "model_index.json").is_file()]

@@ -32,7 +32,7 @@ class Limits:
     """Controls of one request."""
     queue: int = 64
     """Requests that wait. A full queue answers 503."""
-    seconds: float = 900
+    seconds: float = 900.0
     """Time of one request in seconds, including loading models."""
     kept: int = 256
     """Finished requests whose results are kept; the oldest are removed."""
