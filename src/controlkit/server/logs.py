@@ -25,14 +25,14 @@ class _JsonLines(logging.Formatter):
 
 
 def log_json_lines(level: str = "info") -> None:
-    """Write the logs of the server and of uvicorn as JSON lines.
+    """Write the logs of the server, of uvicorn and of asyncio as JSON lines.
 
     Args:
         level: lowest level that is written: `info` or `warning`, for example.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
-    for name in ("controlkit.server", "uvicorn", "uvicorn.error"):
+    for name in ("controlkit.server", "uvicorn", "uvicorn.error", "asyncio"):
         logger = logging.getLogger(name)
         logger.handlers = [handler] if name != "uvicorn.error" else []
         logger.propagate = name == "uvicorn.error"

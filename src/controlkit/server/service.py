@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi.concurrency import run_in_threadpool
 
+from controlkit.errors import UserError
 from controlkit.server.catalogue import Catalogue
 from controlkit.server.limits import Limits
 from controlkit.server.metrics import Metrics
@@ -35,6 +36,10 @@ class Settings:
     hosts: tuple[str, ...] | None = None
     """Names allowed in the header `Host`; None for all."""
     execution: Execution = field(default_factory=Execution)
+
+
+class QueueStopped(Exception):
+    """The thread that runs the queue has ended, so nothing would run a request."""
 
 
 class Service:
@@ -104,10 +109,14 @@ class Service:
             files: name -> bytes of its images.
 
         Raises:
-            UserError: it is invalid or above the limits.
+            UserError: it is invalid or above the limits. Its message names no path of the server.
             QueueFull: the queue is full.
+            QueueStopped: the queue has stopped.
         """
-        await run_in_threadpool(spec.check, self.catalogue, self.limits)
+        try:
+            await run_in_threadpool(spec.check, self.catalogue, self.limits)
+        except UserError as error:
+            raise UserError(self.catalogue.without_paths(str(error)), error.code) from error
         return await self.queue("generate", spec.to_json(), files)
 
     async def queue(self, kind: str, spec: Mapping[str, Any], files: Mapping[str, bytes]) -> Job:
@@ -120,7 +129,10 @@ class Service:
 
         Raises:
             QueueFull: the queue is full.
+            QueueStopped: the queue has stopped.
         """
+        if not self.supervisor.is_alive():
+            raise QueueStopped
         try:
             job = await run_in_threadpool(self.store.submit, kind, spec, files)
         except QueueFull:

@@ -123,36 +123,68 @@ class Supervisor(threading.Thread):
         """Run the queue until `stop`."""
         try:
             while not self._stopping:
-                self._start_worker()
-                self._give_work()
-                self._listen()
-                self._watch_time()
+                try:
+                    self._start_worker()
+                    self._give_work()
+                    self._listen()
+                    self._watch_time()
+                except Exception as error:  # accepted requests must run, whatever happens
+                    if not self._stopping:
+                        self._begin_anew(error)
         finally:
             self._end_worker()
             if self._job is not None:
                 with contextlib.suppress(sqlite3.Error):  # then it counts as killed
                     self._store.put_back(self._job.id, counted=False)
 
+    def _begin_anew(self, error: Exception) -> None:
+        """Go on after an unexpected exception, with a new worker and without its request."""
+        log.error("the queue failed and goes on", exc_info=error)
+        time.sleep(_WRITE_AGAIN)
+        try:
+            self._lost_worker()
+        except Exception as second:
+            log.error("the queue failed again", exc_info=second)
+
     def _start_worker(self) -> None:
         if self._process is not None or time.monotonic() < self._no_start_before:
             return
         context = multiprocessing.get_context("spawn")  # a fork would share locks and CUDA with this process
-        ours, theirs = context.Pipe()
-        arguments = (self.catalogue, self._limits, self._execution)
-        self._process = context.Process(target=run_worker, args=(theirs, *arguments), daemon=True)
-        self._process.start()
-        theirs.close()  # so that the worker's end is the only one, and its death closes ours
-        self._connection, self._ready = ours, False
+        try:
+            ours, theirs = context.Pipe()
+            try:
+                arguments = (theirs, self.catalogue, self._limits, self._execution)
+                process = context.Process(target=run_worker, args=arguments, daemon=True)
+                process.start()
+            except OSError:
+                ours.close()
+                raise
+            finally:
+                theirs.close()  # so that the worker's end is the only one, and its death closes ours
+        except OSError as error:  # too many open files or processes, or no memory
+            log.error("cannot start the worker", extra={"error": str(error)})
+            self._pause_after_failure()
+            return
+        self._process, self._connection, self._ready = process, ours, False
         self._metrics.add("controlkit_worker_starts_total")
 
     def _end_worker(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
+        process, connection = self._process, self._connection
         self._process = self._connection = None
         self._ready = False
+        with contextlib.suppress(OSError):
+            if connection is not None:
+                connection.close()
+        with contextlib.suppress(OSError):
+            if process is not None:
+                process.kill()
+                process.join()
+
+    def _pause_after_failure(self) -> None:
+        """Count a worker that ended or did not start, and start no other for longer after each in a row."""
+        self._failures += 1
+        pause = 0.0 if self._failures == 1 else min(2.0**self._failures, _LONGEST_PAUSE)
+        self._no_start_before = time.monotonic() + pause
 
     def _give_work(self) -> None:
         if not self._ready or self._job is not None or self._connection is None:
@@ -163,8 +195,8 @@ class Supervisor(threading.Thread):
         self._job, self._begun, self._cancelled_at, self._reason = job, time.monotonic(), None, None
         self.progress = Progress(job.id)
         log.info("began", extra={"job": job.id, "kind": job.kind, "attempt": job.attempts})
+        files = self._insist(lambda: self._store.files(job.id, "input"))
         with contextlib.suppress(OSError):  # a worker that has just ended; `_listen` sees it
-            files = self._store.files(job.id, "input")
             self._connection.send(("job", job.id, job.kind, job.spec, files, self.catalogue))
         self._changed(job.id)
 
@@ -191,7 +223,8 @@ class Supervisor(threading.Thread):
     def _pass_on_cancellation(self) -> None:
         if self._job is None or self._cancelled_at is not None:
             return
-        job = self._store.get(self._job.id)
+        name = self._job.id
+        job = self._insist(lambda: self._store.get(name))
         if job is not None and job.cancelling:
             self._cancel()
 
@@ -264,12 +297,12 @@ class Supervisor(threading.Thread):
 
     def _lost_worker(self) -> None:
         """Clean up after a worker that ended. Its request returns to the queue, unless it has no attempts left."""
-        self._process.join(5)
-        code = self._process.exitcode
+        code = None
+        if self._process is not None:
+            self._process.join(5)
+            code = self._process.exitcode
         self._end_worker()
-        self._failures += 1
-        pause = 0.0 if self._failures == 1 else min(2.0**self._failures, _LONGEST_PAUSE)
-        self._no_start_before = time.monotonic() + pause
+        self._pause_after_failure()
         log.error("the worker ended", extra={"exitcode": code, "job": None if self._job is None else self._job.id})
         self._metrics.add("controlkit_worker_losses_total")
         if self._job is not None:
