@@ -61,8 +61,8 @@ def test_a_zip_stays_in_its_folder(tmp_path, entry):
     ("text", "shown"),
     [
         (
-            "control0.png is 90 x 40; Match its aspect ratio with --width and --height, or crop it yourself",
-            "the image of control 2 is 90 x 40; Match its aspect ratio with Width and Height in Settings, or crop it"
+            "control0.png is 90 x 40; Choose a width and height of its aspect ratio, or crop it yourself",
+            "the image of control 2 is 90 x 40; Choose a Width and Height in Settings of its aspect ratio, or crop it"
             " yourself",
         ),
         ("control1-mask.png is black", "the mask of control 3 is black"),

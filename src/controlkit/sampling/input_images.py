@@ -218,5 +218,5 @@ def _crop_note(file: ImageFile, frame: Frame) -> list[str]:
     where = "at the sides" if across > down else "at the top and bottom"
     return [
         f"{file.path} is {image.width} x {image.height}; scaled to cover {width} x {height}, it is cropped {where}."
-        " Match its aspect ratio with --width and --height, or crop it yourself"
+        " Choose a width and height of its aspect ratio, or crop it yourself"
     ]

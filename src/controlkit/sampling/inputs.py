@@ -210,7 +210,7 @@ def check_keys(parameters: Mapping[str, Any], condition: str, kind: Kind) -> Non
     for key in parameters:
         if key not in known:
             raise UserError(
-                f"--control has no option {key!r}, and {condition} no parameter of this name"
+                f"{key!r} is neither an option of a control nor a parameter of {condition}"
                 f"{nearest(key, [*KEYS, *_plain_inputs(kind), *known])}",
                 "unknown-key",
             )

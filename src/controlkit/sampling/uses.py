@@ -73,8 +73,10 @@ class ControlUse:
 
     def __post_init__(self) -> None:
         settle_fields(self, self.control if isinstance(self.control, str) else "a control")
-        if (self.image is None) == (self.inputs is None):
-            raise UserError(f"{self.control} needs either an image or named inputs, not both", "contradiction")
+        if self.image is None and self.inputs is None:
+            raise UserError(f"{self.control} has no image; give it one, or named inputs", "missing-setting")
+        if self.image is not None and self.inputs is not None:
+            raise UserError(f"{self.control} has an image and named inputs; give it one of them", "contradiction")
         if self.parameters is not None:
             if self.prepared:
                 raise UserError(

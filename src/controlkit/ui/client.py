@@ -40,7 +40,7 @@ def sentence(error: BaseException) -> str:
 
 
 _OPTIONS = {
-    "--width and --height": "Width and Height in Settings",
+    "a width and height": "a Width and Height in Settings",
     "drop --prepared": "untick that it is a condition image",
     "image.png": "the start image",
     "mask.png": "the mask of the start image",
