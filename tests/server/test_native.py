@@ -177,6 +177,47 @@ def test_notes_and_errors_name_no_path_of_the_server(server):
         assert tempfile.gettempdir() not in text and "controlkit-" not in text
 
 
+@pytest.mark.parametrize(
+    "control",
+    [
+        {"image": IMAGE, "start": 0.9, "end": 0.1},
+        {"image": IMAGE, "values": {}, "images": {"image": IMAGE}},
+        {},
+        {"image": IMAGE, "mode": "loud"},
+        {"image": IMAGE, "parameters": {"made_up": 1}},
+    ],
+)
+def test_refusals_name_no_path_of_the_server(server, control):
+    answer = server.post("/controlkit/v1/jobs", {**SMALL, "controls": [{"control": "canny", **control}]})
+    if answer.status_code == 202:
+        answer = server.client.get(f"/controlkit/v1/jobs/{server.wait(answer.json()['id'])['id']}/result")
+    assert answer.status_code == 422
+    assert "safetensors" not in answer.text and "assets" not in answer.text and ".png" not in answer.text, answer.text
+
+
+def test_images_are_named_by_their_fields(server):
+    name = server.submit(**SMALL, controls=[{"control": "canny", "image": _wide()}], image=_wide("red"), strength=0.5)
+    server.wait(name)
+    notes = server.get(f"/controlkit/v1/jobs/{name}/result")["info"]["notes"]
+    cropped = [note.partition(" is ")[0] for note in notes if "cropped" in note]
+    assert cropped == ["controls[0].image", "image"] and not any("--" in note for note in notes)
+
+
+def test_random_seeds_are_chosen_once(server):
+    name = server.submit(**SMALL, seeds=[-1, 5])
+    stored = server.service.store.get(name).spec["request"]["seeds"]
+    assert stored[1] == 5 and stored[0] >= 0
+    server.wait(name)
+    assert server.get(f"/controlkit/v1/jobs/{name}/result")["info"]["seeds"] == stored
+
+
+def test_the_limit_of_pixels_holds_for_the_result_of_masked_inpainting(server):
+    large, mask = [base64_of(Image.new("RGB", (512, 512), colour)) for colour in ("teal", "white")]
+    name = server.submit(**SMALL, width=64, height=64, image=large, mask=mask, only_masked=0)
+    status = server.wait(name)
+    assert (status["state"], status["code"]) == ("failed", "out-of-range") and "512 x 512" in status["error"]
+
+
 def test_condition_images_are_not_kept_and_take_the_place_of_no_result(tmp_path):
     with in_thread(tmp_path, limits=Limits(kept=2)) as running:
         kept = [running.submit(**SMALL) for _ in range(2)]
@@ -228,6 +269,7 @@ def test_openai_fields_that_change_nothing_are_named(server):
     buffer = io.BytesIO()
     drawing().save(buffer, format="PNG")
     files = {"image": ("a.png", buffer.getvalue(), "image/png")}
+    assert server.client.post("/v1/images/edits", files=files).json()["error"]["code"] == "missing-setting"
     form = {"prompt": "sailboat", "quality": "high"}
     edited = server.client.post("/v1/images/edits", data=form, files=files).raise_for_status()
     assert edited.headers["X-Controlkit-Ignored"] == "quality"

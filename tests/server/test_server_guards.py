@@ -65,6 +65,54 @@ def test_pages_of_other_origins_are_refused_but_those_that_are_named(guarded):
     assert guarded.client.options("/sdapi/v1/txt2img", headers=ask).is_success
 
 
+def test_pages_can_read_why_they_are_refused(guarded, monkeypatch):
+    page = {"Origin": "http://page.example"}
+    wrong = guarded.client.get("/healthz/none", headers={**page, "Authorization": "Bearer wrong"})
+    large = guarded.client.post("/sdapi/v1/txt2img", content=b" " * (10**6 + 1), headers=page)
+    monkeypatch.setattr(guarded.service, "counts", None)
+    broken = guarded.client.get("/metrics", headers=page)
+    assert [answer.status_code for answer in (wrong, large, broken)] == [401, 413, 500]
+    for answer, code in ((wrong, "wrong-token"), (large, "too-large"), (broken, "server-failed")):
+        assert answer.headers["access-control-allow-origin"] == "http://page.example"
+        assert answer.json()["code"] == code and answer.json()["message"]
+
+
+def test_errors_have_the_shape_that_the_schema_names(guarded):
+    guard, ours, openai = {"Authorization": "Bearer wrong"}, "/controlkit/v1/jobs", "/v1/images/generations"
+    answers = [
+        guarded.client.get(ours, headers=guard),
+        guarded.client.get(f"{ours}/none"),
+        guarded.client.put(ours),
+        guarded.client.get("/none"),
+        guarded.post(ours, {"prompt": 1}),
+        guarded.post(ours, {"base": "none"}),
+    ]
+    assert [answer.status_code for answer in answers] == [401, 404, 405, 404, 422, 422]
+    for answer in answers:
+        assert set(answer.json()) == {"detail", "message", "code"} and answer.json()["message"]
+    answers = [
+        guarded.client.get("/v1/models", headers=guard),
+        guarded.client.put(openai),
+        guarded.post(openai, {"prompt": 1}),
+        guarded.post(openai, {"prompt": "x", "model": "none"}),
+    ]
+    assert [answer.status_code for answer in answers] == [401, 405, 422, 422]
+    for answer in answers:
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "code", "param"} and error["message"] and error["code"]
+    paths = guarded.get("/openapi.json")["paths"]
+    for path, model in ((ours, "Problem"), (openai, "OpenAIProblem")):
+        for status in ("401", "413", "422", "503"):
+            schema = paths[path]["post"]["responses"][status]["content"]["application/json"]["schema"]
+            assert schema["$ref"].rpartition("/")[2] == model
+
+
+def test_fields_are_described_in_the_schema(guarded):
+    schemas = guarded.get("/openapi.json")["components"]["schemas"]
+    assert "random" in schemas["GenerateBody"]["properties"]["seeds"]["description"]
+    assert "PNG" in schemas["Answer"]["properties"]["images"]["description"]
+
+
 def test_no_origin_is_allowed_by_default(server):
     ask = {"Origin": "http://page.example", "Access-Control-Request-Method": "POST"}
     assert server.client.options("/sdapi/v1/txt2img", headers=ask).status_code == 403

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sqlite3
 import threading
 import time
+from multiprocessing.context import SpawnProcess
 
 import httpx
+import pytest
 from running import Command, in_thread
 
 from controlkit.server.limits import Limits
@@ -67,6 +70,58 @@ def test_a_killed_worker_costs_a_request_nothing_but_time(tmp_path):
         assert running.wait(first)["state"] == running.wait(second)["state"] == "done"
         assert len(running.get(f"/controlkit/v1/jobs/{first}/result")["images"]) == 1
         assert "controlkit_worker_losses_total 1\n" in running.client.get("/metrics").text
+
+
+def test_a_worker_that_cannot_be_started_is_started_later(tmp_path, monkeypatch):
+    """As with too many open files, while clients hold connections."""
+    with in_thread(tmp_path) as running:
+        assert running.wait(running.submit(**SMALL))["state"] == "done"
+        supervisor, failures = running.service.supervisor, []
+        start = SpawnProcess.start
+
+        def fail_twice(process):
+            if len(failures) < 2:
+                failures.append(process)
+                raise OSError(errno.EMFILE, "Too many open files")
+            start(process)
+
+        monkeypatch.setattr(SpawnProcess, "start", fail_twice)
+        os.kill(supervisor.worker_pid, signal.SIGKILL)
+        assert running.wait(running.submit(**SMALL))["state"] == "done"
+        assert len(failures) == 2 and running.client.get("/healthz").is_success
+
+
+def test_the_queue_survives_an_exception(tmp_path, monkeypatch):
+    with in_thread(tmp_path) as running:
+        files, failures = running.service.store.files, []
+
+        def fail_once(*values):
+            if not failures:
+                failures.append(values)
+                raise MemoryError
+            return files(*values)
+
+        monkeypatch.setattr(running.service.store, "files", fail_once)
+        assert running.wait(running.submit(**SMALL))["state"] == "done"
+        assert len(failures) == 1
+
+
+def test_a_stopped_queue_accepts_nothing(tmp_path):
+    with in_thread(tmp_path) as running:
+        running.service.supervisor.stop()
+        for path in ("/controlkit/v1/jobs", "/sdapi/v1/txt2img", "/v1/images/generations"):
+            answer = running.post(path, {"prompt": "x"})
+            assert answer.status_code == 503 and "queue-stopped" in answer.text
+        assert running.get("/controlkit/v1/jobs") == []
+
+
+def test_a_request_whose_client_has_gone_is_cancelled(tmp_path):
+    with in_thread(tmp_path) as running:
+        body = {"prompt": "red apple", "steps": 150, "n_iter": 16, "batch_size": 1, "width": 64, "height": 64}
+        with pytest.raises(httpx.ReadTimeout):
+            running.post("/sdapi/v1/txt2img", body, timeout=3)
+        (job,) = running.get("/controlkit/v1/jobs")
+        assert running.wait(job["id"])["state"] == "cancelled"
 
 
 def test_a_full_disk_delays_a_result_and_loses_none(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,19 +10,20 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from controlkit._version import __version__
 from controlkit.errors import UserError
 from controlkit.server import a1111, a1111_lists, controlnet, native, openai
-from controlkit.server.guards import Guard
+from controlkit.server.guards import Guard, Log
 from controlkit.server.metrics import Key
-from controlkit.server.service import Service, Settings
+from controlkit.server.problems import problem
+from controlkit.server.replies import IGNORED, in_words_of_clients
+from controlkit.server.service import QueueStopped, Service, Settings
 from controlkit.server.store import QueueFull
 
 _RETRY_AFTER = "10"
 """Seconds that a client should wait if the queue is full."""
-
-log = logging.getLogger("controlkit.server")
 
 
 def create_app(settings: Settings, page: Callable[[FastAPI, Service], object] | None = None) -> FastAPI:
@@ -54,7 +54,8 @@ def create_app(settings: Settings, page: Callable[[FastAPI, Service], object] | 
     app.add_exception_handler(UserError, _user_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(QueueFull, _full)
-    app.add_exception_handler(Exception, _failed)
+    app.add_exception_handler(QueueStopped, _stopped)
+    app.add_exception_handler(StarletteHTTPException, _http_error)
     for router in (native.router, a1111.router, a1111_lists.router, controlnet.router, openai.router):
         app.include_router(router)
 
@@ -75,42 +76,55 @@ def create_app(settings: Settings, page: Callable[[FastAPI, Service], object] | 
 
     if page is not None:
         page(app, service)
+    app.add_middleware(Guard, service=service)
     if settings.origins:
+        # Around the guard, so that pages can read why it refuses a request.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=[openai.IGNORED],
+            expose_headers=[IGNORED],
         )
-    app.add_middleware(Guard, service=service)
+    app.add_middleware(Log, service=service)
     return app
 
 
 async def _user_error(request: Request, error: Exception) -> Response:
-    code = error.code if isinstance(error, UserError) else None
-    return JSONResponse({"detail": _printable(str(error)), "code": code}, 422)
+    assert isinstance(error, UserError)
+    return _answer(request, 422, in_words_of_clients(str(error), request.app.state.service.catalogue), error.code)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
     """Which fields are invalid, and why; without their values, which may be images or invalid text."""
     assert isinstance(error, RequestValidationError)
-    problems: list[dict[str, Any]] = [
+    fields: list[dict[str, Any]] = [
         {"loc": [_printable(str(part)) for part in each["loc"]], "msg": _printable(each["msg"]), "type": each["type"]}
         for each in error.errors()[:20]
     ]
-    text = "; ".join(f"{'.'.join(each['loc'][1:])}: {each['msg']}" for each in problems[:3])
-    return JSONResponse({"detail": problems, "message": text, "code": "wrong-type"}, 422)
+    text = "; ".join(f"{'.'.join(each['loc'][1:])}: {each['msg']}".removeprefix(": ") for each in fields[:3])
+    return _answer(request, 422, text, "wrong-type", fields)
 
 
 async def _full(request: Request, error: Exception) -> Response:
-    detail = {"detail": "the queue is full; try again later"}
-    return JSONResponse(detail, 503, headers={"Retry-After": _RETRY_AFTER})
+    response = _answer(request, 503, "the queue is full; try again later", "queue-full")
+    response.headers["Retry-After"] = _RETRY_AFTER
+    return response
 
 
-async def _failed(request: Request, error: Exception) -> Response:
-    log.error("failed", exc_info=error, extra={"path": request.url.path})
-    return JSONResponse({"detail": "the server failed; its log has the details"}, 500)
+async def _stopped(request: Request, error: Exception) -> Response:
+    return _answer(request, 503, "the queue has stopped; the server must be started again", "queue-stopped")
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException)
+    response = _answer(request, error.status_code, str(error.detail))
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _answer(request: Request, status: int, text: str, code: str | None = None, fields: Any = None) -> Response:
+    return JSONResponse(problem(request.url.path, status, _printable(text), code, fields), status)
 
 
 def _printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Middleware before every endpoint: logging, access control, and the size limit of bodies."""
+"""Middleware before every endpoint: logging, access control, the size limit of bodies, and errors of the server."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from controlkit.server.problems import problem
 from controlkit.server.service import Service
 
 Message = MutableMapping[str, Any]
@@ -28,12 +29,8 @@ _PATIENCE = 30.0
 log = logging.getLogger("controlkit.server")
 
 
-class Guard:
-    """ASGI middleware that logs and counts every response, and checks every request.
-
-    Checks, in this order: the header `Host` (a web page may point its own name at 127.0.0.1; 403), the token (401), the
-    header `Origin` (browsers send some requests of foreign pages without asking; 403), and the size of the body (413).
-    """
+class Log:
+    """ASGI middleware that logs and counts every response."""
 
     def __init__(self, app: App, service: Service) -> None:
         self._app, self._service = app, service
@@ -51,35 +48,65 @@ class Guard:
             await send(message)
 
         try:
-            await self._answer(scope, receive, counted)
+            await self._app(scope, receive, counted)
         finally:
             self._service.metrics.add("controlkit_http_requests_total", method=_method(scope), status=str(status))
             facts = {"method": _method(scope), "path": scope["path"], "status": status}
             log.info("answered", extra={**facts, "seconds": round(time.monotonic() - begun, 4)})
 
+
+class Guard:
+    """ASGI middleware that checks every request, and answers one that fails by a fault of the server (500).
+
+    Checks, in this order: the header `Host` (a web page may point its own name at 127.0.0.1; 403), the token (401), the
+    header `Origin` (browsers send some requests of foreign pages without asking; 403), and the size of the body (413).
+    """
+
+    def __init__(self, app: App, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_begun = False
+
+        async def noticed(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, noticed)
+        except Exception as error:
+            log.error("failed", exc_info=error, extra={"path": scope["path"]})
+            if has_begun:
+                raise
+            await refuse(scope, send, 500, "the server failed; its log has the details")
+
     async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         settings = self._service.settings
         if settings.hosts is not None and _host(headers.get("host", "")) not in settings.hosts:
-            await refuse(send, 403, "this server is not called so; use the address that it printed at its start")
+            await refuse(scope, send, 403, "this server is not called so; use the address that it printed at its start")
             return
-        preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
         if (
             settings.token is not None
             and scope["path"] not in _OPEN
-            and not (preflight and settings.origins)
             and not has_token(headers.get("authorization", ""), settings.token)
         ):
             ask = [(b"www-authenticate", b'Basic realm="controlkit", charset="UTF-8"')]
-            await refuse(send, 401, "this server needs its token: as a bearer token, or as the password", ask)
+            await refuse(scope, send, 401, "this server needs its token: as a bearer token, or as the password", ask)
             return
         if not self._is_allowed(headers):
-            await refuse(send, 403, "web pages of another origin may not use this server (--cors ORIGIN allows one)")
+            text = "web pages of another origin may not use this server (--cors ORIGIN allows one)"
+            await refuse(scope, send, 403, text)
             return
+        most = self._service.limits.body
         try:
-            body = await _read(receive, headers, self._service.limits.body * 10**6)
+            body = await _read(receive, headers, most * 10**6)
         except _TooLarge:
-            await refuse(send, 413, f"the body is too large; this server allows {self._service.limits.body} MB")
+            await refuse(scope, send, 413, f"the body is too large; this server allows {most} MB")
             return
         except _Gone:
             return
@@ -149,9 +176,20 @@ def replaying(body: bytes, receive: Receive) -> Receive:
     return once
 
 
-async def refuse(send: Send, status: int, text: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
-    """Answer a request with an error."""
-    body = json.dumps({"detail": text}).encode()
+async def refuse(
+    scope: MutableMapping[str, Any],
+    send: Send,
+    status: int,
+    text: str,
+    headers: list[tuple[bytes, bytes]] | None = None,
+) -> None:
+    """Answer a request with an error.
+
+    Args:
+        text: a sentence for the client.
+        headers: of the response, besides its own.
+    """
+    body = json.dumps(problem(scope["path"], status, text)).encode()
     lines = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *(headers or [])]
     await send({"type": "http.response.start", "status": status, "headers": lines})
     await send({"type": "http.response.body", "body": body})

@@ -9,28 +9,31 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from controlkit.errors import UserError
 from controlkit.sampling.request import DEFAULT_STEPS, SAMPLERS
+from controlkit.sampling.seeds import settled_seeds
 from controlkit.sampling.uses import MODES
+from controlkit.server.bodies import Body, Number
 from controlkit.server.parameters import check_parameters, computed_conditions, listed_condition, parameters_of
-from controlkit.server.replies import checked_prompt, ended, service_of
+from controlkit.server.problems import responses
+from controlkit.server.replies import checked_prompt, ended, in_words_of_clients, service_of
 from controlkit.server.sent_images import decode_base64, encode_base64
 from controlkit.server.service import Service
 from controlkit.server.spec import Fit, SentImage, Spec
 from controlkit.server.store import FINISHED, Job
 
-router = APIRouter(prefix="/controlkit/v1", tags=["controlkit"])
+router = APIRouter(prefix="/controlkit/v1", tags=["controlkit"], responses=responses())
+_OF_ONE = responses(404)
 
 _PLACE_EVERY = 5.0
 """Most seconds between events of a request that waits: its place changes without a signal."""
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
 Plain = bool | int | Number | list[Any]
 
 
-class _Body(BaseModel):
+class _Body(Body, BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
@@ -38,6 +41,7 @@ class LoraBody(_Body):
     """A LoRA."""
 
     name: str
+    """Its name in `models`."""
     weight: Number = 1.0
 
 
@@ -53,9 +57,13 @@ class ControlBody(_Body):
     values: dict[str, Any] = {}
     """Its plain inputs, such as a task or boxes."""
     weight: Number = 1.0
+    """Conditioning scale."""
     start: Number = 0.0
+    """Fraction of the steps at which it starts, in [0, 1]."""
     end: Number = 1.0
+    """Fraction of the steps at which it ends, in [0, 1]."""
     layers: list[Number] | None = None
+    """One more factor for each of its residuals, from the outermost in."""
     mask: str | None = None
     """Base64 of a grey image: where the control acts."""
     prepared: bool = False
@@ -65,7 +73,9 @@ class ControlBody(_Body):
     parameters: dict[str, Plain] = {}
     """Parameters of the condition: numbers, true and false, and lists of numbers."""
     mode: str | None = None
+    """One of the modes in `models`; default: that of the base."""
     fit: Fit = "crop"
+    """How its images get the size of the result."""
 
 
 class GenerateBody(_Body):
@@ -75,32 +85,53 @@ class GenerateBody(_Body):
     prompt_mode: Literal["none", "default", "automatic", "given"] = "given"
     negative_prompt: str = ""
     prompt_syntax: Literal["plain", "weighted"] = "plain"
+    """Whether `(word:1.2)`, `[word]` and `BREAK` have a meaning."""
     clip_skip: int | None = None
+    """Layer of the text encoder, counted from the last; default: that of the base."""
     embeddings: list[str] = []
+    """Names of textual inversions."""
     loras: list[LoraBody] = []
     base: str | None = None
+    """Name of the base; default: the first."""
     vae: str | None = None
+    """Name of an autoencoder; default: the base's own."""
     controls: list[ControlBody] = []
     seeds: list[int] = [0]
-    """-1 is a random one."""
+    """One image for each; -1 is a random one."""
     steps: int | None = None
+    """Denoising steps."""
     guidance: Number | None = None
+    """Classifier-free guidance scale; default: that of the base."""
     width: int | None = None
+    """In pixels; default: the size of the base."""
     height: int | None = None
+    """In pixels; default: the size of the base."""
     image: str | None = None
+    """Base64 of an image to start from."""
     strength: Number | None = None
+    """Fraction of the steps that run on `image`, in (0, 1]."""
     mask: str | None = None
+    """Base64 of a grey image of the size of `image`, white where it changes."""
     mask_blur: Number = 0.0
+    """Standard deviation in pixels of the result."""
     only_masked: int | None = None
+    """Padding in pixels of `image`: only the part around the mask is sampled; default: all of it."""
     hires: Number | None = None
+    """Factor of a second pass, more than 1; default: none."""
     hires_strength: Number | None = None
+    """`strength` of the second pass; default: 0.7."""
     sampler: str | None = None
+    """Name of the solver; default: that of the base."""
     batch_size: int | None = None
+    """Images per batch."""
     tiled: bool = False
+    """Whether the autoencoder works in tiles."""
 
 
 class Status(BaseModel):
     """The current state of a request."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
     kind: str
@@ -124,6 +155,8 @@ class Status(BaseModel):
 class Result(BaseModel):
     """The images of a request."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     id: str
     state: Literal["done", "cancelled"]
     images: list[str]
@@ -134,7 +167,7 @@ class Result(BaseModel):
     """Seeds, settings that were used, and notes."""
 
 
-@router.post("/jobs", status_code=202)
+@router.post("/jobs", status_code=202, responses=responses(503))
 async def submit(body: GenerateBody, request: Request) -> Status:
     """Queue a request for images; the response has its id."""
     service = service_of(request)
@@ -149,14 +182,14 @@ async def jobs(request: Request, limit: Annotated[int, Query(ge=1, le=100)] = 20
     return [await _status(service, job) for job in await run_in_threadpool(service.store.recent, limit)]
 
 
-@router.get("/jobs/{id}")
+@router.get("/jobs/{id}", responses=_OF_ONE)
 async def status(id: str, request: Request) -> Status:
     """The current state of a request."""
     service = service_of(request)
     return await _status(service, await _known(service, id))
 
 
-@router.get("/jobs/{id}/result")
+@router.get("/jobs/{id}/result", responses=responses(404, 409))
 async def result(id: str, request: Request) -> Result:
     """The images of a request that is done or cancelled; 409 if it has not ended."""
     service = service_of(request)
@@ -166,10 +199,16 @@ async def result(id: str, request: Request) -> Result:
     ended(job)
     images, maps = [[encode_base64(data) for data in await service.files(id, role)] for role in ("images", "maps")]
     state: Any = job.state
-    return Result(id=id, state=state, images=images, conditions=maps, info=job.result or {})
+    info = dict(job.result or {})
+    info["notes"] = [in_words_of_clients(note, service.catalogue) for note in info.get("notes", ())]
+    return Result(id=id, state=state, images=images, conditions=maps, info=info)
 
 
-@router.get("/jobs/{id}/preview", response_class=Response, responses={200: {"content": {"image/png": {}}}})
+@router.get(
+    "/jobs/{id}/preview",
+    response_class=Response,
+    responses={**_OF_ONE, 200: {"content": {"image/png": {}}}, 204: {"description": "There is no preview yet"}},
+)
 async def preview(id: str, request: Request) -> Response:
     """A small PNG of the running request's first image; 204 if there is none yet."""
     service = service_of(request)
@@ -179,7 +218,7 @@ async def preview(id: str, request: Request) -> Response:
     return Response(progress.preview, media_type="image/png")
 
 
-@router.post("/jobs/{id}/cancel")
+@router.post("/jobs/{id}/cancel", responses=_OF_ONE)
 async def cancel(id: str, request: Request) -> Status:
     """Cancel a request: at once if it waits, within a step if it runs."""
     service = service_of(request)
@@ -189,7 +228,7 @@ async def cancel(id: str, request: Request) -> Status:
     return await _status(service, job)
 
 
-@router.get("/jobs/{id}/events", response_class=StreamingResponse)
+@router.get("/jobs/{id}/events", response_class=StreamingResponse, responses=_OF_ONE)
 async def events(id: str, request: Request, previews: bool = False) -> StreamingResponse:
     """Server-sent events until the request ends: a `status` at each change; `previews` adds the base64 of new ones."""
     service = service_of(request)
@@ -267,6 +306,7 @@ def build(body: GenerateBody, service: Service) -> tuple[Spec, dict[str, bytes]]
     values["negative_prompt"] = checked_prompt(body.negative_prompt, "negative_prompt")
     values["steps"] = min(DEFAULT_STEPS, service.limits.steps) if body.steps is None else body.steps
     service.limits.check("images", len(body.seeds))
+    values["seeds"] = list(settled_seeds(body.seeds))  # here, so that a request that runs again is the same
     values["loras"] = [{"file": lora.name, "weight": lora.weight} for lora in body.loras]
     for name in ("image", "mask"):
         values[name] = collected.add(name, getattr(body, name))
@@ -307,6 +347,10 @@ class Images:
         self.files[name] = data
         self.images[name] = SentImage(file=name, **done)
         return name
+
+    def add_again(self, name: str, other: str, **done: Any) -> None:
+        """Add the file of an image that was added as `other`, prepared in another way."""
+        self.images[name] = SentImage(file=self.images[other].file, **done)
 
 
 def _control(use: ControlBody, index: int, collected: Images, service: Service) -> dict[str, Any]:
@@ -369,7 +413,7 @@ async def _status(service: Service, job: Job) -> Status:
         created=job.created,
         started=job.started,
         finished=job.finished,
-        error=job.error,
+        error=None if job.error is None else in_words_of_clients(job.error, service.catalogue),
         code=job.code,
     )
 

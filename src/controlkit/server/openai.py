@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
-from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -16,24 +14,22 @@ from starlette.datastructures import FormData
 from starlette.datastructures import UploadFile as SentFile
 
 from controlkit.errors import UserError
+from controlkit.server.bodies import Body
 from controlkit.server.native import ControlBody, GenerateBody, Images, build
-from controlkit.server.replies import checked_prompt, consecutive_seeds, drawn, service_of
+from controlkit.server.problems import responses
+from controlkit.server.replies import checked_prompt, consecutive_seeds, drawn, name_ignored, service_of
 from controlkit.server.sent_images import checked_image, encode_base64
 from controlkit.server.service import Service
+from controlkit.server.spec import Spec
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"])
+router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=responses(503, openai=True))
 
-log = logging.getLogger("controlkit.server")
-
-IGNORED = "X-Controlkit-Ignored"
-"""Header of a response: fields of the request that this server does not support, separated by commas."""
-_MOST_NAMED = 20
 _WORDS = ("prompt", "model", "n", "size", "response_format")
 """Text fields of `images/edits`."""
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 
 
-class GenerationsBody(BaseModel):
+class GenerationsBody(Body, BaseModel):
     """Body of `images/generations`. Other keys are allowed; a header of the response names them."""
 
     model_config = ConfigDict(extra="allow")
@@ -50,6 +46,8 @@ class GenerationsBody(BaseModel):
 
 class Created(BaseModel):
     """Response of both endpoints."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     created: int
     """Unix time in seconds."""
@@ -71,12 +69,12 @@ async def models(request: Request) -> dict[str, Any]:
 async def generations(body: GenerationsBody, request: Request, response: Response) -> Created:
     """Generate images from a prompt, and wait for them."""
     service = service_of(request)
-    _name_ignored(body.model_extra or {}, request, response)
+    name_ignored(body.model_extra or {}, request, response)
     asked = _request(service, body.prompt, body.model, body.n, body.size, body.response_format, body.seed)
     asked = asked.model_copy(update={"controls": body.controls})
     spec, files = await run_in_threadpool(build, asked, service)
     spec.maps = ()
-    return await _created(service, spec, files)
+    return await _created(request, spec, files)
 
 
 @router.post(
@@ -119,7 +117,9 @@ async def edits(request: Request, response: Response) -> Created:
                 raise UserError(f"expected one mask, an uploaded file, got {_told(masks)}", "unsupported")
             mask_data = checked_image(await masks[0].read(), "mask", service.limits)
         words = {name: _field(form, name) for name in _WORDS}
-        _name_ignored((name for name in form if name not in (*_WORDS, "image", "image[]", "mask")), request, response)
+        if words["prompt"] is None:
+            raise UserError("prompt is missing; send what the image is to show", "missing-setting")
+        name_ignored((name for name in form if name not in (*_WORDS, "image", "image[]", "mask")), request, response)
     count = words["n"]
     if count is not None and not re.fullmatch(r"[1-9]\d{0,5}", count, re.ASCII):
         raise UserError(f"n is {count!r}; expected a whole number from 1", "wrong-type")
@@ -138,16 +138,7 @@ async def edits(request: Request, response: Response) -> Created:
     if mask_data is not None:
         spec.request["mask"] = collected.add_bytes("mask", mask_data, transparent=True)
     spec.images, files = collected.images, collected.files
-    return await _created(service, spec, files)
-
-
-def _name_ignored(fields: Iterable[str], request: Request, response: Response) -> None:
-    """Name unsupported fields in the response and in the log, percent-encoded: they are the client's text."""
-    # A header must not end with a space, as it would after an empty name.
-    names = [quote(name[:60], safe="[]", errors="replace") or '""' for name in dict.fromkeys(fields)][:_MOST_NAMED]
-    if names:
-        response.headers[IGNORED] = ", ".join(names)
-        log.info("ignored fields", extra={"path": request.url.path, "fields": names})
+    return await _created(request, spec, files)
 
 
 def _told(fields: Sequence[object]) -> str:
@@ -203,7 +194,7 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
     return int(found[1]), int(found[2])
 
 
-async def _created(service: Service, spec: Any, files: dict[str, bytes]) -> Created:
-    job = await drawn(service, spec, files)
-    images = await service.files(job.id, "images")
+async def _created(request: Request, spec: Spec, files: dict[str, bytes]) -> Created:
+    job = await drawn(request, spec, files)
+    images = await service_of(request).files(job.id, "images")
     return Created(created=int(time.time()), data=[{"b64_json": encode_base64(data)} for data in images])

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import logging
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
+from urllib.parse import quote
 
-from fastapi import HTTPException, Request
+from fastapi import HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from controlkit.errors import CODES, UserError
 from controlkit.files import valid_text
 from controlkit.sampling.seeds import settled_seeds
+from controlkit.server.catalogue import Catalogue
 from controlkit.server.limits import TEXT
 from controlkit.server.service import Service
 from controlkit.server.spec import Spec
 from controlkit.server.store import Job
+
+IGNORED = "X-Controlkit-Ignored"
+"""Header of a response: fields of the request that this server does not support, separated by commas."""
+_MOST_NAMED = 20
+_LOOK_EVERY = 1.0
+"""Seconds between looks whether a client that waits for its images is still there."""
+_FILE = re.compile(r"\b(?:(image|mask|init_images\[0\])\.png|(control|unit)(\d+)(?:-(\w+))?(?:\.png)?)(?!\w)")
+"""An image of a request, as errors and notes name it."""
+
+log = logging.getLogger("controlkit.server")
 
 
 def service_of(request: Request) -> Service:
@@ -23,8 +38,33 @@ def service_of(request: Request) -> Service:
     return found
 
 
-async def drawn(service: Service, spec: Spec, files: dict[str, bytes]) -> Job:
-    """Queue a request for images and wait until it has ended; if it was cancelled, it has the finished images.
+def in_words_of_clients(text: str, catalogue: Catalogue) -> str:
+    """A note or an error of a request without paths of the server, and with the fields of images in place of files."""
+    return _FILE.sub(_field_of, catalogue.without_paths(text))
+
+
+def _field_of(found: re.Match[str]) -> str:
+    """The field in which a client sent an image."""
+    field, kind, index, part = found.groups()
+    if kind is None:
+        return str(field)
+    part = part or "image"
+    part = f"images[{part}]" if part.isdecimal() else part
+    return f"controls[{index}].{part}" if kind == "control" else f"the {part} of unit {index}"
+
+
+def name_ignored(fields: Iterable[str], request: Request, response: Response) -> None:
+    """Name unsupported fields in the response and in the log, percent-encoded: they are the client's text."""
+    # A header must not end with a space, as it would after an empty name.
+    names = [quote(name[:60], safe="[]", errors="replace") or '""' for name in dict.fromkeys(fields)][:_MOST_NAMED]
+    if names:
+        response.headers[IGNORED] = ", ".join(names)
+        log.info("ignored fields", extra={"path": request.url.path, "fields": names})
+
+
+async def drawn(request: Request, spec: Spec, files: dict[str, bytes]) -> Job:
+    """Queue a request for images and wait until it has ended; if it was cancelled, it has the finished images. It is
+    cancelled if its client disconnects.
 
     Args:
         files: name -> bytes of its images.
@@ -33,9 +73,20 @@ async def drawn(service: Service, spec: Spec, files: dict[str, bytes]) -> Job:
         UserError: it is invalid, or failed with an error that the client can fix.
         HTTPException: as in `ended`.
         QueueFull: the queue is full.
+        QueueStopped: the queue has stopped.
     """
+    service = service_of(request)
     job = await service.submit(spec, files)
-    return ended(await service.wait(job.id))
+    waiting = asyncio.ensure_future(service.wait(job.id))
+    try:
+        while not (await asyncio.wait([waiting], timeout=_LOOK_EVERY))[0]:
+            if await request.is_disconnected():
+                log.info("the client has gone", extra={"job": job.id})
+                await service.cancel(job.id)
+                break
+        return ended(await waiting)
+    finally:
+        waiting.cancel()
 
 
 async def detected(service: Service, spec: Mapping[str, Any], files: Mapping[str, bytes]) -> list[bytes]:
@@ -52,6 +103,7 @@ async def detected(service: Service, spec: Mapping[str, Any], files: Mapping[str
         UserError: an image or a parameter cannot be used.
         HTTPException: as in `ended`.
         QueueFull: the queue is full.
+        QueueStopped: the queue has stopped.
     """
     job = await service.queue("detect", spec, files)
     try:

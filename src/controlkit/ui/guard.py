@@ -22,7 +22,7 @@ class NoAddresses:
             await self._app(scope, receive, send)
             return
         if "=http" in scope["path"].lower():  # /file=http://..., /proxy=http://...
-            await refuse(send, 422, _REFUSED)
+            await refuse(scope, send, 422, _REFUSED)
             return
         kinds = [value for name, value in scope["headers"] if name.lower() == b"content-type"]
         if scope["method"] != "POST" or not any(b"json" in kind for kind in kinds):
@@ -41,7 +41,7 @@ class NoAddresses:
         except (ValueError, RecursionError):
             has = True
         if has:
-            await refuse(send, 422, _REFUSED)
+            await refuse(scope, send, 422, _REFUSED)
             return
         await self._app(scope, replaying(body, receive), send)
 
