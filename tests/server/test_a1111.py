@@ -13,9 +13,10 @@ from running import base64_of, drawing, image_of
 
 from controlkit.conditions import find
 from controlkit.images import resize_cover
-from controlkit.server.a1111 import _loras
+from controlkit.server.a1111 import ImageToImage, TextToImage, _image_order, _loras, _text_order
 from controlkit.server.catalogue import list_models
 from controlkit.server.limits import Limits
+from controlkit.server.modules import named_module, named_modules
 from controlkit.server.native import Images
 from controlkit.server.units import enabled_units
 from refusals import refused as user_error
@@ -150,30 +151,203 @@ def test_resize_modes(server):
     assert (maps["Resize and Fill"][:10] == maps["Resize and Fill"][0, 0]).all()
 
 
-def test_masks_and_weight_and_mode_of_a_unit(server):
+def test_region_and_weight_and_mode_of_a_unit(server):
     white, black = [base64_of(Image.new("L", (64, 64), level)) for level in (255, 0)]
     free, _ = drawn(server)
     plain, _ = drawn(server, **with_units(unit()))
     for mask, expected in ((white, plain), (black, free)):
-        for key in ("mask", "mask_image", "effective_region_mask"):
-            made, _ = drawn(server, **with_units(unit(**{key: mask})))
-            assert np.array_equal(made[0], expected[0])
+        made, _ = drawn(server, **with_units(unit(effective_region_mask=mask)))
+        assert np.array_equal(made[0], expected[0])
     assert np.array_equal(drawn(server, **with_units(unit(weight=0)))[0][0], free[0])
     balanced, soft = [drawn(server, **with_units(unit(control_mode=mode)))[0][0] for mode in (0, 1)]
     words, _ = drawn(server, **with_units(unit(control_mode="My prompt is more important")))
     assert np.array_equal(words[0], soft) and not np.array_equal(balanced, soft)
 
 
+def half(size: int = 64) -> Image.Image:
+    """A mask of the right half."""
+    mask = Image.new("L", (size, size))
+    mask.paste(255, (size // 2, 0, size, size))
+    return mask
+
+
+def blackened(image: Image.Image, mask: Image.Image) -> np.ndarray:
+    pixels = np.array(image)
+    pixels[np.asarray(mask) > 127] = 0
+    return pixels
+
+
+@pytest.mark.parametrize("module", ["inpaint", "auto"])
+def test_the_mask_of_a_unit_is_the_hole_of_inpainting(server, module):
+    expected = blackened(drawing(), half())
+    filled, _ = drawn(server, **with_units(unit(model="nano/inpaint", module=module, mask=base64_of(half()))))
+    assert np.array_equal(filled[1], expected)
+    given = unit(model="nano/inpaint", module="none", image=base64_of(Image.fromarray(expected)))
+    assert np.array_equal(filled[0], drawn(server, **with_units(given))[0][0])
+    body = {"controlnet_module": "inpaint", "controlnet_images": [base64_of(drawing())]}
+    detected = server.post("/controlnet/detect", {**body, "controlnet_masks": [base64_of(half())]}).json()["images"]
+    assert np.array_equal(np.asarray(image_of(detected[0])), expected)
+    assert server.post("/controlnet/detect", body).json()["code"] == "missing-setting"
+
+
+def test_a_unit_without_an_image_uses_that_of_img2img_and_its_mask(server):
+    own, none = unit(model="nano/inpaint", module="inpaint", mask=base64_of(half())), {"resize_mode": 1}
+    body = {"init_images": [base64_of(drawing())], "mask": base64_of(half()), "mask_blur": 0, "inpaint_full_res": False}
+    without = {key: own[key] for key in ("module", "model")}
+    first, second = [
+        drawn(server, path="img2img", **{**body, **none, **with_units(each)})[0] for each in (own, without)
+    ]
+    assert np.array_equal(first[0], second[0]) and np.array_equal(second[1], blackened(drawing(), half()))
+    (edges,) = [drawn(server, path="img2img", **{**body, **with_units({"module": "canny", "model": "canny"})})[0][1]]
+    assert np.array_equal(edges, find("canny")(np.asarray(drawing())))
+
+
+def units_of(service, *units, **more):
+    collected = Images(service)
+    return enabled_units({"ControlNet": {"args": list(units)}}, service, collected, **more), collected
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "facts"),
+    [
+        ({"mask": base64_of(half())}, "unsupported", ("effective_region_mask", "canny")),
+        ({"module": "inpaint"}, "missing-setting", ("mask",)),
+        ({"module": "inpaint_only"}, "unsupported", ("inpaint",)),
+        ({"input_image": base64_of(half())}, "contradiction", ("image", "input_image")),
+        ({"mask": "a", "mask_image": "b"}, "contradiction", ("mask", "mask_image")),
+        ({"threshold_a": "100"}, "wrong-type", ("threshold_a", "'100'")),
+        ({"module": "auto", "threshold_b": "much"}, "wrong-type", ("threshold_b",)),
+        ({"enabled": "maybe"}, "wrong-type", ("enabled", "'maybe'")),
+    ],
+)
+def test_values_of_a_unit_without_a_use_are_refused(catalogue_only, changes, code, facts):
+    with user_error(code, "unit 0", *facts):
+        units_of(catalogue_only, unit(**changes))
+
+
+def test_two_names_of_a_key_may_have_the_same_value(catalogue_only):
+    found, _ = units_of(catalogue_only, unit(input_image=base64_of(drawing()), lowvram=True, low_vram=True))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("off", [False, 0, "false", "False", "0", "no"])
+def test_switches_are_read_as_a1111_reads_them(catalogue_only, off):
+    assert units_of(catalogue_only, unit(enabled=off))[0] == []
+    assert len(units_of(catalogue_only, unit(enabled="true"))[0]) == 1
+
+
+def test_modules_under_the_names_of_a1111(catalogue_only):
+    def image(module, **settings):
+        return units_of(catalogue_only, unit(module=module, **settings))[1].images["unit0"]
+
+    assert (image("softedge_hedsafe").condition, image("softedge_hedsafe").parameters) == ("hed", {"safe": True})
+    assert (image("softedge_pidisafe").condition, image("lineart_coarse").parameters) == ("pidinet", {"coarse": True})
+    for settings, sigma in (({}, 9 / 512), ({"threshold_a": 4, "processor_res": 256}, 4 / 256)):
+        assert image("blur_gaussian", **settings).parameters == {"sigma": sigma}
+    assert (image("invert").condition, image("Invert (from white bg & black line)").invert) == (None, True)
+
+
+def test_inverted_condition_images(server):
+    edges = find("canny")(np.asarray(drawing()))
+    dark = unit(module="invert", image=base64_of(Image.fromarray(255 - edges)))
+    inverted, light = [drawn(server, **with_units(each))[0] for each in (dark, unit())]
+    assert np.array_equal(inverted, light)
+
+
+def test_every_listed_module_but_auto_is_known_to_detect():
+    names = named_modules()
+    assert "auto" not in names
+    for name in names:
+        named_module(name, {}, "detect")
+
+
+def test_detect_names_what_it_does_not_use(server):
+    body = {"controlnet_module": "canny", "controlnet_images": [base64_of(drawing())]}
+    answer = server.post("/controlnet/detect", {**body, "controlnet_pixel_perfect": True}).raise_for_status()
+    assert answer.headers["X-Controlkit-Ignored"] == "controlnet_pixel_perfect"
+    for changes in ({"controlnet_masks": [base64_of(half())]}, {"controlnet_module": "auto"}):
+        assert server.post("/controlnet/detect", {**body, **changes}).json()["code"] == "unsupported"
+
+
+def test_unsupported_options_are_named(server):
+    answer = server.post("/sdapi/v1/options", {**server.get("/sdapi/v1/options"), "eta_ddim": 0.5}).raise_for_status()
+    assert answer.headers["X-Controlkit-Ignored"] == "eta_ddim"
+
+
+def order_of(catalogue_only, kind, **body):
+    build, model = {"txt2img": (_text_order, TextToImage), "img2img": (_image_order, ImageToImage)}[kind]
+    return build(model(**{**SMALL, **body}), catalogue_only, {})
+
+
+def test_sizes_of_an_image_to_start_from(catalogue_only):
+    def fit(**body):
+        order = order_of(catalogue_only, "img2img", init_images=[base64_of(drawing())], **body)
+        return order.collected.images["init_images[0]"].fit, order.notes
+
+    assert fit() == fit(resize_mode=0) == ("stretch", [])
+    assert (fit(resize_mode=1)[0], fit(resize_mode=2)[0]) == ("crop", "fill")
+    latent, notes = fit(resize_mode=3)
+    assert latent == "stretch" and "resize_mode is 3" in notes[0]
+
+
+def test_blur_of_a_mask(catalogue_only):
+    def blur(**body):
+        images = {"init_images": [base64_of(drawing())], "mask": base64_of(half())}
+        return order_of(catalogue_only, "img2img", **images, **body).values["mask_blur"]
+
+    assert (blur(), blur(mask_blur=2), blur(mask_blur=2, mask_blur_x=7)) == (4, 2, 2)
+    assert blur(mask_blur_x=3, mask_blur_y=3) == 3
+    with user_error("unsupported", "mask_blur_x", 3, 4):
+        blur(mask_blur_x=3)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "eta", "is_named"),
+    [
+        ("DDIM", None, False),
+        ("DDIM", 0, False),
+        ("DDIM", 1, True),
+        ("Euler a", 1, False),
+        ("Euler a", 0, True),
+        ("DPM++ 2M", 1, False),
+        (None, 1, True),
+    ],
+)
+def test_eta_is_named_where_it_would_have_an_effect(catalogue_only, sampler, eta, is_named):
+    order = order_of(catalogue_only, "txt2img", sampler_name=sampler, eta=eta)
+    assert ("eta" in order.ignored) == is_named
+
+
+def test_zero_steps_and_a_zero_scale_are_refused(server):
+    refused(server, "steps", code="out-of-range", steps=0)
+    refused(server, "hires", code="out-of-range", enable_hr=True, hr_scale=0)
+    images, _ = drawn(server, enable_hr=True, hr_scale=0, hr_resize_x=96, hr_resize_y=96)
+    assert images[0].shape == (96, 96, 3)
+
+
+@pytest.mark.parametrize("path", ["/sdapi/v1/txt2img", "/controlkit/v1/jobs", "/v1/images/generations"])
+def test_deep_bodies_are_refused_before_they_are_queued(server, path):
+    deep: object = 1
+    for _ in range(260):
+        deep = [deep]
+    before = server.get("/controlkit/v1/jobs", params={"limit": 1})
+    control = {"control": "canny", "image": base64_of(drawing()), "values": {"x": deep}}
+    body = (
+        {"prompt": "x", "controls": [control]} if path.startswith("/controlkit") else {"prompt": "x", "made_up": deep}
+    )
+    answer = server.post(path, body)
+    assert answer.status_code == 422 and "nested" in answer.text, answer.text
+    assert server.get("/controlkit/v1/jobs", params={"limit": 1}) == before
+
+
 def test_a_mask_beside_the_image_is_that_of_the_unit(catalogue_only):
     image, mask, other = [base64_of(Image.new("RGB", (64, 64), colour)) for colour in ("red", "white", "black")]
 
     def masks(**changes):
-        collected = Images(catalogue_only)
-        (found,) = enabled_units({"ControlNet": {"args": [unit(**changes)]}}, catalogue_only, collected)
-        return collected.files.get(found.control["mask"])
+        _, collected = units_of(catalogue_only, unit(**{"module": "inpaint", **changes}))
+        return collected.files[collected.images["unit0"].hole]
 
     own = masks(image=image, mask=mask)
-    assert own is not None and masks(image=image) is None
     assert masks(image={"image": image, "mask": mask}) == own
     assert masks(image={"image": image, "mask": mask}, mask=mask) == own
     assert masks(image={"image": image}, mask=mask) == own

@@ -19,6 +19,7 @@ from controlkit.server.drawing import Studio, prepared
 from controlkit.server.limits import Limits
 from controlkit.server.native import ControlBody, GenerateBody, build
 from controlkit.server.spec import Execution, SentImage, Spec
+from refusals import refused
 
 
 def png(image: Image.Image) -> bytes:
@@ -98,6 +99,31 @@ def test_condition_images_of_labels_keep_their_colours(fit):
     sent = SentImage(file="map", fit=fit, shows="silhouette")
     found = np.asarray(decode_rgb(prepared(sent, png(Image.fromarray(labels)), "map", 64, 64), "map"))
     assert {tuple(colour) for colour in found.reshape(-1, 3)} == {tuple(colour) for colour in labels.reshape(-1, 3)}
+
+
+def test_masks_of_a1111_are_where_alpha_is_above_its_half():
+    image = Image.new("RGBA", (64, 64), (255, 255, 255, 128))
+    image.putpixel((1, 1), (0, 0, 0, 129))
+    sent = SentImage(file="mask", mask=True, by_alpha=True)
+    found = np.asarray(decode_rgb(prepared(sent, png(image), "mask", 64, 64), "mask"))
+    assert np.argwhere(found[..., 0]).tolist() == [[1, 1]] and found[1, 1, 0] == 255
+    opaque = Image.new("L", (64, 64), 100)
+    for form in (opaque, opaque.convert("RGBA")):
+        found = np.asarray(decode_rgb(prepared(sent, png(form), "mask", 64, 64), "mask"))
+        assert (found == 100).all()
+
+
+@pytest.mark.parametrize("fit", ["crop", "stretch", "fill"])
+def test_holes_follow_their_image(fit):
+    image, mask = Image.new("RGB", (64, 32), "white"), Image.new("L", (64, 32))
+    mask.paste(255, (0, 0, 32, 32))
+    sent = SentImage(file="image", fit=fit, condition="inpaint", hole="mask")
+    hole = (SentImage(file="mask", mask=True), png(mask))
+    found = np.asarray(decode_rgb(prepared(sent, png(image), "image", 64, 64, hole=hole), "image"))[..., 0]
+    assert (found[:, :32] == 0).all() and (found[16:48, 32:] == 255).all()
+    assert (found[:16] == (0 if fit == "fill" else found[32])).all()  # what is filled up is a part of the hole
+    with refused("wrong-size", "mask", "64 x 32", "image", "32 x 32"):
+        prepared(sent, png(image.resize((32, 32))), "image", 64, 64, hole=hole)
 
 
 def test_masks_of_openai_are_turned_as_their_exif_says():

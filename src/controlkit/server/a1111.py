@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
@@ -21,20 +21,29 @@ from controlkit._version import __version__
 from controlkit.bases.solver_names import SOLVERS, solver_name
 from controlkit.errors import UserError
 from controlkit.sampling.request import DEFAULT_STEPS
-from controlkit.server.a1111_lists import OPTIONS, SAMPLER_NAMES, current_options, vae_of
+from controlkit.server.a1111_lists import OPTIONS, current_options, vae_of
+from controlkit.server.bodies import Body, Number
+from controlkit.server.infotext import SAMPLER_NAMES
 from controlkit.server.native import Images
-from controlkit.server.replies import checked_prompt, consecutive_seeds, drawn, service_of
+from controlkit.server.problems import responses
+from controlkit.server.replies import (
+    checked_prompt,
+    consecutive_seeds,
+    drawn,
+    in_words_of_clients,
+    service_of,
+)
 from controlkit.server.sent_images import encode_base64
 from controlkit.server.service import Service
 from controlkit.server.spec import Spec
 from controlkit.server.store import Job
-from controlkit.server.units import Unit, enabled_units, fit_of
+from controlkit.server.units import Start, Unit, enabled_units, fit_of
 
-router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
+router = APIRouter(prefix="/sdapi/v1", tags=["A1111"], responses=responses(503))
 
 _SAME: dict[str, tuple[Any, ...]] = {
     "subseed": (-1,), "subseed_strength": (0,), "seed_resize_from_h": (0, -1), "seed_resize_from_w": (0, -1),
-    "eta": (0, 1), "s_churn": (0,), "s_tmax": (0,), "s_tmin": (0,), "s_noise": (1,), "s_min_uncond": (0,),
+    "s_churn": (0,), "s_tmax": (0,), "s_tmin": (0,), "s_noise": (1,), "s_min_uncond": (0,),
     "restore_faces": (False,), "tiling": (False,), "styles": ([],), "script_name": ("",), "script_args": ([],),
     "save_images": (False,), "send_images": (True,), "do_not_save_samples": (False, True),
     "do_not_save_grid": (False, True), "firstphase_width": (0,), "firstphase_height": (0,),
@@ -43,16 +52,19 @@ _SAME: dict[str, tuple[Any, ...]] = {
     "refiner_switch_at": (0, 0.8, 1),
     "image_cfg_scale": (0, 1.5), "initial_noise_multiplier": (1,), "disable_extra_networks": (False,),
     "comments": ({},), "override_settings_restore_afterwards": (True, False), "infotext": ("",), "latent_mask": ("",),
-    "force_task_id": ("",),
+    "force_task_id": ("",), "mask_round": (True,),
 }  # fmt: skip
 """Key of A1111 that this server does not support -> values with which it has no effect in A1111."""
-
-Number = Annotated[float, Field(allow_inf_nan=False)]
+_ETA: dict[str, tuple[float, ...]] = {
+    "ddim": (0,),
+    **dict.fromkeys(("euler-a", "dpm2-a", "dpm2-a-karras", "dpm++-2m-sde", "dpm++-2m-sde-karras"), (1,)),
+}
+"""Sampler that has an `eta` in A1111 -> its value here."""
 _LORA = re.compile(r"<lora:([^:<>]+)(?::([^<>]*))?>")
 _WEIGHT = re.compile(r"[+-]?(\d{1,9}(\.\d*)?|\.\d+)", re.ASCII)
 
 
-class _Body(BaseModel):
+class _Body(Body, BaseModel):
     model_config = ConfigDict(extra="allow")
 
     prompt: str | None = None
@@ -67,6 +79,7 @@ class _Body(BaseModel):
     sampler_name: str | None = None
     sampler_index: str | int | None = None
     scheduler: str | None = None
+    eta: Number | None = None
     clip_skip: int | None = None
     denoising_strength: Number | None = None
     override_settings: dict[str, Any] | None = None
@@ -102,6 +115,8 @@ class ImageToImage(_Body):
 class Answer(BaseModel):
     """Response of `txt2img` and `img2img`."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     images: list[str]
     """Base64 of PNG files: the images, then condition images, then the start image if requested."""
     parameters: dict[str, Any]
@@ -115,7 +130,7 @@ async def txt2img(body: TextToImage, request: Request) -> Answer:
     """Generate images from a prompt, and wait for them."""
     service = service_of(request)
     options = await current_options(service)
-    return await _answer(body, await run_in_threadpool(_text_order, body, service, options), service)
+    return await _answer(body, await run_in_threadpool(_text_order, body, service, options), request)
 
 
 @router.post("/img2img")
@@ -123,7 +138,7 @@ async def img2img(body: ImageToImage, request: Request) -> Answer:
     """Generate images that start from one, and wait for them."""
     service = service_of(request)
     options = await current_options(service)
-    return await _answer(body, await run_in_threadpool(_image_order, body, service, options), service)
+    return await _answer(body, await run_in_threadpool(_image_order, body, service, options), request)
 
 
 @dataclasses.dataclass
@@ -138,8 +153,13 @@ class _Order:
     returns_start: bool = False
 
 
-def _order(body: _Body, service: Service, options: Mapping[str, Any]) -> _Order:
+def _order(
+    body: _Body, service: Service, options: Mapping[str, Any], collected: Images, start: Start | None = None
+) -> _Order:
     """The part of a request that `txt2img` and `img2img` share.
+
+    Args:
+        collected: has the images of `start`, and gets those of the units.
 
     Raises:
         UserError: a model, an image or a value cannot be used, or is above the limits.
@@ -149,8 +169,7 @@ def _order(body: _Body, service: Service, options: Mapping[str, Any]) -> _Order:
     ignored += [f"override_settings.{key}" for key in body.override_settings or () if key not in OPTIONS]
     scripts = body.alwayson_scripts or {}
     ignored += [f"alwayson_scripts.{name}" for name, script in scripts.items() if _is_foreign(name, script)]
-    collected = Images(service)
-    units = enabled_units(scripts, service, collected)
+    units = enabled_units(scripts, service, collected, start)
     ignored += [key for unit in units for key in unit.ignored]
     count = (body.batch_size or 1) * (body.n_iter or 1)
     service.limits.check("images", count)
@@ -159,6 +178,9 @@ def _order(body: _Body, service: Service, options: Mapping[str, Any]) -> _Order:
     prompt, loras, missing = _loras(prompt, service)
     notes = [f"there is no LoRA {name!r} on this server" for name in missing]
     clip_skip = body.clip_skip or options.get("CLIP_stop_at_last_layers")
+    sampler = _sampler(body, notes)
+    if _has_eta(body, sampler):
+        ignored.append("eta")
     values = {
         "base": _base(options, service),
         "vae": vae_of(options, service),
@@ -169,11 +191,11 @@ def _order(body: _Body, service: Service, options: Mapping[str, Any]) -> _Order:
         "embeddings": service.catalogue.embeddings_in(f"{prompt}\n{negative}"),
         "loras": loras,
         "seeds": consecutive_seeds(-1 if body.seed is None else body.seed, count),
-        "steps": body.steps or min(DEFAULT_STEPS, service.limits.steps),
+        "steps": min(DEFAULT_STEPS, service.limits.steps) if body.steps is None else body.steps,
         "guidance": body.cfg_scale,
         "width": body.width,
         "height": body.height,
-        "sampler": _sampler(body, notes),
+        "sampler": sampler,
         "batch_size": body.batch_size,
         "controls": [unit.control for unit in units],
     }
@@ -182,10 +204,10 @@ def _order(body: _Body, service: Service, options: Mapping[str, Any]) -> _Order:
 
 def _text_order(body: TextToImage, service: Service, options: Mapping[str, Any]) -> _Order:
     """The request of `txt2img`, with its second pass (Hires. fix)."""
-    order = _order(body, service, options)
+    order = _order(body, service, options, Images(service))
     if not body.enable_hr:
         return order
-    scale = body.hr_scale or 2.0
+    scale = 2.0 if body.hr_scale is None else body.hr_scale
     if body.hr_resize_x or body.hr_resize_y:
         if not (body.width and body.height):
             raise UserError("hr_resize_x and hr_resize_y need width and height", "missing-setting")
@@ -201,22 +223,29 @@ def _text_order(body: TextToImage, service: Service, options: Mapping[str, Any])
 
 def _image_order(body: ImageToImage, service: Service, options: Mapping[str, Any]) -> _Order:
     """The request of `img2img`, with its mask."""
-    order = _order(body, service, options)
     if len(body.init_images) != 1:
         raise UserError(f"init_images has {len(body.init_images)} images; expected one", "unsupported")
     only_masked = bool(body.mask) and body.inpaint_full_res not in (False, 0)
-    fit = "crop" if only_masked else fit_of(1 if body.resize_mode in (None, 3) else body.resize_mode, "the request")
+    mode = 0 if body.resize_mode in (None, 3) else body.resize_mode
+    collected, fit = Images(service), "crop" if only_masked else fit_of(mode, "the request")
+    image = collected.add("init_images[0]", body.init_images[0], fit=fit)
+    mask = None
+    if body.mask:
+        inverts = bool(body.inpainting_mask_invert)
+        mask = collected.add("mask", body.mask, fit=fit, mask=True, by_alpha=True, invert=inverts)
+    order = _order(body, service, options, collected, Start(image="init_images[0]", mask=mask, fit=fit))
     order.values |= {
-        "image": order.collected.add("init_images[0]", body.init_images[0], fit=fit),
+        "image": image,
         "strength": 0.75 if body.denoising_strength is None else body.denoising_strength,
     }
     order.returns_start = bool(body.include_init_images)
-    if not body.mask:
+    if body.resize_mode == 3:
+        order.notes.append("resize_mode is 3 (latent upscale); used: 0, stretched")
+    if mask is None:
         return order
-    blurs = [blur for blur in (body.mask_blur, body.mask_blur_x, body.mask_blur_y) if blur is not None]
     order.values |= {
-        "mask": order.collected.add("mask", body.mask, fit=fit, mask=True, invert=bool(body.inpainting_mask_invert)),
-        "mask_blur": blurs[0] if blurs else 4,
+        "mask": mask,
+        "mask_blur": _mask_blur(body),
         "only_masked": (body.inpaint_full_res_padding or 0) if only_masked else None,
     }
     if body.inpainting_fill not in (None, 1):
@@ -224,7 +253,25 @@ def _image_order(body: ImageToImage, service: Service, options: Mapping[str, Any
     return order
 
 
-async def _answer(body: _Body, order: _Order, service: Service) -> Answer:
+def _mask_blur(body: ImageToImage) -> float:
+    """The blur of the mask in pixels. As in A1111, `mask_blur` replaces that of both axes, whose default is 4.
+
+    Raises:
+        UserError: the axes have different ones.
+    """
+    if body.mask_blur is not None:
+        return body.mask_blur
+    across, down = (4.0 if blur is None else blur for blur in (body.mask_blur_x, body.mask_blur_y))
+    if across != down:
+        raise UserError(
+            f"mask_blur_x is {across:g} and mask_blur_y is {down:g}; one blur for both is supported, send mask_blur",
+            "unsupported",
+        )
+    return across
+
+
+async def _answer(body: _Body, order: _Order, request: Request) -> Answer:
+    service = service_of(request)
     maps = tuple(index for index, unit in enumerate(order.units) if unit.shows_map)
     spec = Spec(
         request=order.values,
@@ -235,13 +282,14 @@ async def _answer(body: _Body, order: _Order, service: Service) -> Answer:
         notes=tuple(order.notes),
         start_image=order.returns_start,
     )
-    job = await drawn(service, spec, order.collected.files)
+    echo = _echo(body)
+    job = await drawn(request, spec, order.collected.files)
     roles = ("images", "maps", *(["start"] if order.returns_start else []))
     images = [encode_base64(data) for role in roles for data in await service.files(job.id, role)]
-    return Answer(images=images, parameters=_echo(body), info=json.dumps(_info(job, order.values)))
+    return Answer(images=images, parameters=echo, info=json.dumps(_info(job, order.values, service)))
 
 
-def _info(job: Job, asked: Mapping[str, Any]) -> dict[str, Any]:
+def _info(job: Job, asked: Mapping[str, Any], service: Service) -> dict[str, Any]:
     """`info` of A1111, for a request that has ended."""
     result = job.result or {}
     used, seeds = result.get("used", {}), result.get("seeds", [])
@@ -282,7 +330,7 @@ def _info(job: Job, asked: Mapping[str, Any]) -> dict[str, Any]:
         "job": job.id,
         "interrupted": job.state == "cancelled",
         "ignored": result.get("ignored", []),
-        "notes": result.get("notes", []),
+        "notes": [in_words_of_clients(note, service.catalogue) for note in result.get("notes", ())],
     }
 
 
@@ -366,6 +414,12 @@ def _sampler(body: _Body, notes: list[str]) -> str | None:
     elif scheduler not in ("", "automatic", "none", "uniform", "normal"):
         notes.append(f"there is no scheduler {body.scheduler}; used: the sampler's own")
     return found
+
+
+def _has_eta(body: _Body, sampler: str | None) -> bool:
+    """Whether `eta` asks for another value than the sampler has here."""
+    values = _ETA.get(sampler) if sampler is not None else ()
+    return body.eta is not None and values is not None and body.eta not in values
 
 
 def _base(options: Mapping[str, Any], service: Service) -> str:

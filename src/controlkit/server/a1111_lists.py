@@ -7,45 +7,26 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from PIL import Image
-from pydantic import BaseModel
 
 from controlkit.bases.solver_names import SOLVERS
 from controlkit.errors import UserError
+from controlkit.server.bodies import Body
 from controlkit.server.catalogue import word_of
-from controlkit.server.replies import service_of
+from controlkit.server.infotext import SAMPLER_NAMES
+from controlkit.server.problems import responses
+from controlkit.server.replies import name_ignored, service_of
 from controlkit.server.sent_images import decode_base64, encode_base64
 from controlkit.server.service import Service
 
-router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
+router = APIRouter(prefix="/sdapi/v1", tags=["A1111"], responses=responses())
 
-SAMPLER_NAMES = {
-    "ddim": "DDIM",
-    "dpm++": "DPM++ 2M",
-    "dpm++-karras": "DPM++ 2M Karras",
-    "dpm++-2m-sde": "DPM++ 2M SDE",
-    "dpm++-2m-sde-karras": "DPM++ 2M SDE Karras",
-    "unipc": "UniPC",
-    "plms": "PLMS",
-    "euler": "Euler",
-    "euler-karras": "Euler Karras",
-    "euler-a": "Euler a",
-    "heun": "Heun",
-    "heun-karras": "Heun Karras",
-    "dpm2": "DPM2",
-    "dpm2-karras": "DPM2 Karras",
-    "dpm2-a": "DPM2 a",
-    "dpm2-a-karras": "DPM2 a Karras",
-    "ddpm": "DDPM",
-    "lcm": "LCM",
-}
-"""Sampler -> its name in A1111."""
 _SCHEDULERS = ("automatic", "karras")
 
 
-class PngInfoBody(BaseModel):
+class PngInfoBody(Body):
     """Body of `png-info`."""
 
     image: str
@@ -65,6 +46,8 @@ def vae_of(options: Mapping[str, Any], service: Service) -> str | None:
 
 OPTIONS = ("sd_model_checkpoint", "sd_vae", "CLIP_stop_at_last_layers")
 """Supported options."""
+_FIXED = {"samples_format": "png", "sd_checkpoint_hash": None}
+"""Options that clients read, and send back with others."""
 
 
 async def current_options(service: Service) -> dict[str, Any]:
@@ -80,13 +63,14 @@ async def current_options(service: Service) -> dict[str, Any]:
 @router.get("/options")
 async def options(request: Request) -> dict[str, Any]:
     """The current values of the supported options."""
-    return {**await current_options(service_of(request)), "samples_format": "png", "sd_checkpoint_hash": None}
+    return {**await current_options(service_of(request)), **_FIXED}
 
 
 @router.post("/options")
-async def set_options(body: dict[str, Any], request: Request) -> None:
-    """Set options for all clients. Unsupported options are ignored."""
+async def set_options(body: dict[str, Any], request: Request, response: Response) -> None:
+    """Set options for all clients. Others change nothing; a header of the response and the log name them."""
     service = service_of(request)
+    name_ignored((key for key in body if key not in (*OPTIONS, *_FIXED)), request, response)
     values: dict[str, Any] = {}
     if (name := body.get("sd_model_checkpoint")) is not None:
         values["sd_model_checkpoint"] = service.catalogue.find("bases", str(name))

@@ -105,8 +105,13 @@ class Studio:
         self.limits.check_size(width, height, request.hires)
         base.check_size(width, height)
         covered = _covered(spec, files, width, height)
+        self.limits.check_size(*covered, None)  # the size of the result, if only a part of the image is sampled
         for name, image in spec.images.items():
-            (folder / f"{name}.png").write_bytes(prepared(image, files[image.file], image.file, *covered))
+            hole = None if image.hole is None else spec.images[image.hole]
+            data = prepared(
+                image, files[image.file], image.file, *covered, hole=None if hole is None else (hole, files[hole.file])
+            )
+            (folder / f"{name}.png").write_bytes(data)
         notes = list(spec.notes)
         if spec.lenient:
             request, changed = _as_the_base_can(request, base)
@@ -171,27 +176,44 @@ class Studio:
         """Compute condition images.
 
         Args:
-            spec: `module`, the condition, or None for the images as they are; its `parameters`; and `side`, the length
-                in pixels to which the short side is scaled first, or None for no scaling.
-            files: name -> bytes of the images, in order.
+            spec: `module`, the condition, or None for the images as they are; its `parameters`; `side`, the length in
+                pixels to which the short side is scaled first, or None for no scaling; and optionally `invert`, whether
+                colours are inverted, and `holes`, the name of the mask of each image that has one.
+            files: name -> bytes of the images, in order, and of the masks.
 
         Raises:
-            UserError: an image or a parameter cannot be used.
+            UserError: an image or a parameter cannot be used. Its message names no path of the server.
         """
-        images = []
-        for name, data in files.items():
-            image = decode_rgb(data, name)
-            if spec["side"] is not None:
-                factor = spec["side"] / min(image.size)
-                size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-                if size[0] * size[1] > self.limits.input_pixels:
-                    raise UserError(f"{name} would be scaled to {size[0]} x {size[1]}; that is too large", "bad-image")
-                image = image.resize(size, Image.Resampling.LANCZOS)
-            if spec["module"] is not None:
-                found = conditions.find(spec["module"])(np.asarray(image), **spec["parameters"])
-                image = Image.fromarray(found)
-            images.append(_png(image))
+        holes: Mapping[str, str] = spec.get("holes") or {}
+        try:
+            images = [
+                _png(self._detected(spec, data, name, files.get(holes.get(name, "")), holes.get(name, "")))
+                for name, data in files.items()
+                if name not in holes.values()
+            ]
+        except UserError as error:
+            raise UserError(self.catalogue.without_paths(str(error)), error.code) from error
         return Result({"module": spec["module"]}, {"images": images})
+
+    def _detected(
+        self, spec: Mapping[str, Any], data: bytes, name: str, hole: bytes | None, name_of_hole: str
+    ) -> Image.Image:
+        image = decode_rgb(data, name)
+        mask = None if hole is None else _mask_of(image, SentImage(file=name_of_hole, mask=True), hole, name)
+        if spec["side"] is not None:
+            factor = spec["side"] / min(image.size)
+            size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+            if size[0] * size[1] > self.limits.input_pixels:
+                raise UserError(f"{name} would be scaled to {size[0]} x {size[1]}; that is too large", "bad-image")
+            image = image.resize(size, Image.Resampling.LANCZOS)
+            mask = None if mask is None else mask.resize(size, Image.Resampling.LANCZOS)
+        if spec.get("invert"):
+            image = image.point(lambda value: 255 - value)
+        if mask is not None:
+            return _with_hole(image, mask)
+        if spec["module"] is None:
+            return image
+        return Image.fromarray(conditions.find(spec["module"])(np.asarray(image), **spec["parameters"]))
 
 
 def _covered(spec: Spec, files: Mapping[str, bytes], width: int, height: int) -> tuple[int, int]:
@@ -210,49 +232,113 @@ def _covered(spec: Spec, files: Mapping[str, bytes], width: int, height: int) ->
     return decode_rgb(files[file], file).size  # a part of the image is sampled, and all of it is the result
 
 
-def prepared(image: SentImage, data: bytes, name: str, width: int, height: int) -> bytes:
+def prepared(
+    image: SentImage,
+    data: bytes,
+    name: str,
+    width: int,
+    height: int,
+    *,
+    hole: tuple[SentImage, bytes] | None = None,
+) -> bytes:
     """An image file as sampling reads it: the bytes that were sent, or a PNG if anything was done to the image.
 
     Args:
         data: the bytes that were sent.
         name: the image's name in errors.
         width: width in pixels that sampling scales the image to cover, as is `height`.
+        hole: a mask of the size of the image, which becomes black where it is white, and its bytes.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or the mask has another size.
     """
-    if image.fit == "crop" and image.condition is None and not (image.invert or image.transparent):
+    changes = (image.condition, image.invert, image.transparent, image.by_alpha)
+    if image.fit == "crop" and not any(changes):
         return data
-    if image.transparent:
-        alpha = upright(decode_image(data, name)).convert("RGBA").getchannel("A")
-        found = alpha.point(lambda value: 255 - value).convert("RGB")
-    else:
-        found = decode_rgb(data, name, BLACK if image.mask else background_of(image.shows))
-    if image.invert:
-        found = found.point(lambda value: 255 - value)
+    found = _decoded(image, data, name)
+    if hole is not None:
+        mask = _mask_of(found, *hole, name)
+        if image.fit != "crop":
+            mask = _fitted(mask, image.fit, width, height, nearest=False, border=(255, 255, 255))
+        mask = resize_cover(mask, width, height)
     if image.fit != "crop":
         found = _fitted(found, image.fit, width, height, nearest=is_of_labels(image.shows))
-    if image.condition is not None:
+    if hole is not None:
+        found = _with_hole(resize_cover(found, width, height), mask)
+    elif image.condition is not None:
         found = resize_cover(found, width, height)
         found = Image.fromarray(conditions.find(image.condition)(np.asarray(found), **image.parameters))
     return _png(found)
 
 
-def _fitted(image: Image.Image, fit: Fit, width: int, height: int, *, nearest: bool) -> Image.Image:
-    """An image scaled to the size of the result without cropping: stretched, or filled up with its border's colour."""
+def _decoded(image: SentImage, data: bytes, name: str) -> Image.Image:
+    """An image in RGB at its own size; arguments and errors as of `prepared`."""
+    if image.transparent or image.by_alpha:
+        alpha = upright(decode_image(data, name)).convert("RGBA").getchannel("A")
+    if image.transparent:
+        found = alpha.point(lambda value: 255 - value).convert("RGB")
+    elif image.by_alpha and alpha.getextrema() != (255, 255):
+        found = alpha.point(lambda value: 255 if value > 128 else 0).convert("RGB")
+    else:
+        found = decode_rgb(data, name, BLACK if image.mask else background_of(image.shows))
+    return found.point(lambda value: 255 - value) if image.invert else found
+
+
+def _mask_of(image: Image.Image, mask: SentImage, data: bytes, name: str) -> Image.Image:
+    """The mask of an image.
+
+    Args:
+        name: the image's name in errors.
+
+    Raises:
+        UserError: it is damaged, or not of the size of the image.
+    """
+    found = _decoded(mask, data, mask.file)
+    if found.size != image.size:
+        sizes = [f"{each.width} x {each.height}" for each in (found, image)]
+        raise UserError(f"{mask.file} is {sizes[0]} and {name} is {sizes[1]}; send a mask of its size", "wrong-size")
+    return found
+
+
+def _with_hole(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """An image that is black where its mask is light (above 127)."""
+    pixels = np.array(image)
+    pixels[np.asarray(mask.convert("L")) > 127] = 0
+    return Image.fromarray(pixels)
+
+
+def _fitted(
+    image: Image.Image,
+    fit: Fit,
+    width: int,
+    height: int,
+    *,
+    nearest: bool,
+    border: tuple[int, int, int] | None = None,
+) -> Image.Image:
+    """An image scaled to the size of the result without cropping: stretched, or filled up.
+
+    Args:
+        border: colour of what is filled up; default: that of the image's border.
+    """
     method = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
     if fit == "stretch":
         return image.resize((width, height), method)
     factor = min(width / image.width, height / image.height)
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    pixels = np.asarray(image)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    colours, counts = np.unique(border, axis=0, return_counts=True)
-    colour = colours[counts.argmax()] if nearest else np.median(border, axis=0)
-    whole = Image.new("RGB", (width, height), tuple(int(value) for value in colour))
+    whole = Image.new("RGB", (width, height), border or _border_colour(image, nearest=nearest))
     place = ((width - size[0]) // 2, (height - size[1]) // 2)
     whole.paste(image.resize(size, method), place)
     return whole
+
+
+def _border_colour(image: Image.Image, *, nearest: bool) -> tuple[int, int, int]:
+    """The median colour of an image's border; of labels (`nearest`), the most frequent."""
+    pixels = np.asarray(image)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    colours, counts = np.unique(border, axis=0, return_counts=True)
+    red, green, blue = colours[counts.argmax()] if nearest else np.median(border, axis=0)
+    return int(red), int(green), int(blue)
 
 
 def _as_the_base_can(request: GenerateRequest, base: Base) -> tuple[GenerateRequest, list[str]]:

@@ -20,6 +20,28 @@ _MODES = {
 }
 """Modes that A1111 has -> its words; others are written by their own names."""
 
+SAMPLER_NAMES = {
+    "ddim": "DDIM",
+    "dpm++": "DPM++ 2M",
+    "dpm++-karras": "DPM++ 2M Karras",
+    "dpm++-2m-sde": "DPM++ 2M SDE",
+    "dpm++-2m-sde-karras": "DPM++ 2M SDE Karras",
+    "unipc": "UniPC",
+    "plms": "PLMS",
+    "euler": "Euler",
+    "euler-karras": "Euler Karras",
+    "euler-a": "Euler a",
+    "heun": "Heun",
+    "heun-karras": "Heun Karras",
+    "dpm2": "DPM2",
+    "dpm2-karras": "DPM2 Karras",
+    "dpm2-a": "DPM2 a",
+    "dpm2-a-karras": "DPM2 a Karras",
+    "ddpm": "DDPM",
+    "lcm": "LCM",
+}
+"""Sampler -> its name in A1111."""
+
 
 def infotext(spec: Spec, request: GenerateRequest, catalogue: Catalogue, values: Mapping[str, Any], seed: int) -> str:
     """The prompts and all settings of one image, as text.
@@ -34,7 +56,7 @@ def infotext(spec: Spec, request: GenerateRequest, catalogue: Catalogue, values:
     units = [_unit(spec, index, use, catalogue, used["mode"]) for index, use in enumerate(request.controls)]
     settings = {
         "Steps": request.steps,
-        "Sampler": used.get("sampler"),
+        "Sampler": SAMPLER_NAMES.get(used.get("sampler"), used.get("sampler")),
         "CFG scale": used.get("guidance"),
         "Seed": seed,
         "Size": f"{values['width']}x{values['height']}",
@@ -65,7 +87,7 @@ def _unit(spec: Spec, index: int, use: ControlUse, catalogue: Catalogue, default
     parameters = use.parameters or image.parameters
     mode = use.mode or default_mode
     fields = {
-        "Module": image.condition or module,
+        "Module": image.condition or ("invert" if image.invert else module),
         "Model": name,
         "Weight": use.weight,
         "Resize Mode": _FITS[image.fit],

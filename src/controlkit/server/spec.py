@@ -43,14 +43,20 @@ class SentImage:
     mask: bool = False
     """Whether it is a mask, which is black where it is transparent."""
     invert: bool = False
-    """For a mask: swap black and white."""
+    """Swap black and white, and other colours likewise."""
     transparent: bool = False
     """For a mask: white where the image is transparent (OpenAI's masks)."""
+    by_alpha: bool = False
+    """For a mask: of an image that is transparent anywhere, white where its alpha is above 128, else black (A1111's
+    masks)."""
     shows: str | None = None
     """Condition that it shows already, which decides its colour where it is transparent and how it is scaled; None for
     others."""
     condition: str | None = None
     """Condition to compute from it; None for the image itself."""
+    hole: str | None = None
+    """Another image: a mask of the same size, where this one becomes black in place of the hole that `condition` would
+    choose."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of that condition."""
 

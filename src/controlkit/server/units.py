@@ -7,18 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from controlkit import conditions
-from controlkit.conditions.condition import Condition
 from controlkit.errors import UserError, nearest
 from controlkit.server.catalogue import ControlEntry
+from controlkit.server.modules import HOLES, OWN, THRESHOLDS, Module, named_module, unused_thresholds
 from controlkit.server.native import Images
-from controlkit.server.parameters import listed_condition, parameters_of
 from controlkit.server.service import Service
 from controlkit.server.spec import Fit
 
-OWN = "auto"
-"""Module that stands for the control's own condition."""
-RESOLUTION = {"name": "Resolution", "value": 512, "min": 64, "max": 2048, "step": 1}
-"""The first slider of each module."""
 _UNSUPPORTED = {
     "batch_images": "", "output_dir": "", "loopback": False, "advanced_weighting": None, "ipadapter_input": None,
     "pulid_mode": "Fidelity", "union_control_type": "Unknown", "generated_image": None, "animatediff_batch": False,
@@ -31,19 +26,16 @@ _WITHOUT_EFFECT = (
     "use_preview_as_input",
 )
 """Keys that change nothing here: condition images always have the size of the result."""
-_THRESHOLDS = ("threshold_a", "threshold_b")
-"""Parameters of a module that is named; `auto` keeps the defaults."""
 _ALIASES = {
     "input_image": "image",
     "mask_image": "mask",
-    "effective_region_mask": "mask",
     "guidance": "guidance_end",
     "lowvram": "low_vram",
     "preprocessor": "module",
 }
 _KNOWN = (
     *("enabled", "image", "mask", "module", "model", "weight", "resize_mode", "guidance_start", "guidance_end"),
-    *("control_mode", "guessmode", "hr_option", "save_detected_map"),
+    *("control_mode", "guessmode", "hr_option", "save_detected_map", "effective_region_mask"),
 )
 _FITS: dict[str, Fit] = {
     "0": "stretch",
@@ -59,6 +51,8 @@ _FITS: dict[str, Fit] = {
     "outer fit (shrink to fit)": "fill",
 }
 """Words of A1111, in lower case -> how an image gets the size of the result."""
+_SWITCHES = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+"""Texts and numbers that A1111 takes for a switch, in lower case."""
 _MODES = {"0": "balanced", "1": "soft", "2": "guess"}
 
 
@@ -74,8 +68,25 @@ class Unit:
     """Its keys whose values are not used."""
 
 
-def enabled_units(scripts: Mapping[str, Any], service: Service, collected: Images) -> list[Unit]:
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The images of `img2img`, which a unit without an image uses, as in A1111."""
+
+    image: str
+    """Name of the image that sampling starts from."""
+    mask: str | None
+    """Name of the mask; it is the hole of a unit for inpainting that has no image of its own."""
+    fit: Fit
+
+
+def enabled_units(
+    scripts: Mapping[str, Any], service: Service, collected: Images, start: Start | None = None
+) -> list[Unit]:
     """The enabled units of `alwayson_scripts`, whose names are matched in any case.
+
+    Args:
+        collected: gets their images.
+        start: the images of `img2img`.
 
     Raises:
         UserError: a unit has an unknown key, or a value that cannot be used.
@@ -90,16 +101,18 @@ def enabled_units(scripts: Mapping[str, Any], service: Service, collected: Image
         for place, unit in enumerate(args):
             if not isinstance(unit, Mapping):
                 raise UserError(f"alwayson_scripts.{name}.args[{place}]: expected a unit, by key", "wrong-type")
-            found = _unit(unit, f"unit {place}", len(units), service, collected)
+            found = _unit(unit, f"unit {place}", len(units), service, collected, start)
             if found is not None:
                 ignored = tuple(f"alwayson_scripts.{name}.args[{place}].{key}" for key in found.ignored)
                 units.append(replace(found, ignored=ignored))
     return units
 
 
-def _unit(given: Mapping[str, Any], where: str, index: int, service: Service, collected: Images) -> Unit | None:
+def _unit(
+    given: Mapping[str, Any], where: str, index: int, service: Service, collected: Images, start: Start | None
+) -> Unit | None:
     unit = _keys(given, where)
-    if not unit.get("enabled", True):
+    if not _switch(unit, "enabled", True, where):
         return None
     for key, nothing in _UNSUPPORTED.items():
         if unit.get(key) not in (nothing, None, "", [], False):
@@ -111,94 +124,100 @@ def _unit(given: Mapping[str, Any], where: str, index: int, service: Service, co
         raise UserError(f"{where} has no model; choose one of /controlnet/model_list", "missing-setting")
     name = service.catalogue.find("controls", model)
     entry = service.catalogue.controls[name]
-    condition, parameters = _module(unit, entry, where)
-    is_own = condition is not None and condition.name == entry.condition
+    module, ignored = _module(unit, entry, where)
+    is_own = _add_image(unit, module, entry, where, f"unit{index}", collected, start)
+    region = _image(unit, "effective_region_mask", where)
     fit = fit_of(unit.get("resize_mode"), where)
-    done: dict[str, Any] = {"fit": fit}
-    if condition is not None and not is_own:
-        done |= {"condition": condition.name, "parameters": parameters}
-    elif condition is None:
-        done["shows"] = entry.condition_of()
-    image = _image(unit, "image", where)
-    if image is None:
-        raise UserError(f"{where} has no image", "missing-setting")
     control = {
         "control": name,
-        "image": collected.add(f"unit{index}", image, **done),
-        "mask": collected.add(f"unit{index}-mask", _mask(unit, where), fit=fit, mask=True),
+        "image": f"unit{index}",
+        "mask": collected.add(f"unit{index}-effective_region_mask", region, fit=fit, mask=True),
         "weight": _number(unit, "weight", 1.0, where),
         "start": _number(unit, "guidance_start", 0.0, where),
         "end": _number(unit, "guidance_end", 1.0, where),
         "mode": _mode(unit, where),
         "prepared": not is_own,
-        "parameters": (parameters or None) if is_own else None,
+        "parameters": (dict(module.parameters) or None) if is_own else None,
     }
-    ignored: tuple[str, ...] = ()
-    if condition is not None and _text(unit, "module", where).lower() == OWN:
-        ignored = tuple(key for key in _THRESHOLDS if _sets(condition, key, unit.get(key)))
-    return Unit(control, condition is not None and unit.get("save_detected_map") is not False, ignored)
+    computes = module.condition is not None or module.inverts
+    return Unit(control, computes and _switch(unit, "save_detected_map", True, where), ignored)
+
+
+def _add_image(
+    unit: Mapping[str, Any],
+    module: Module,
+    entry: ControlEntry,
+    where: str,
+    name: str,
+    collected: Images,
+    start: Start | None,
+) -> bool:
+    """Add the image of a unit under `name`.
+
+    Returns:
+        Whether sampling computes the condition image from it: by the control's own condition. Otherwise it is one.
+    """
+    image, mask, condition = _image(unit, "image", where), _mask(unit, where), module.condition
+    if image is None and start is None:
+        raise UserError(f"{where} has no image", "missing-setting")
+    hole = None
+    if condition is not None and condition.name in HOLES:
+        hole = collected.add(f"{name}-mask", mask, mask=True)
+        if hole is None and image is None and start is not None:
+            hole = start.mask
+        if hole is None:
+            raise UserError(
+                f"{where} has no mask; {condition.name} needs one, white where the image changes", "missing-setting"
+            )
+    elif mask is not None:
+        raise UserError(
+            f"{where} has a mask, which is the hole of a module for inpainting; its module is"
+            f" {_text(unit, 'module', where) or 'none'}. Where the control acts is effective_region_mask",
+            "unsupported",
+        )
+    done: dict[str, Any] = {}
+    is_own = condition is not None and condition.name == entry.condition and hole is None
+    if condition is None:
+        done = {"shows": entry.condition_of(), "invert": module.inverts}
+    elif not is_own:
+        done = {"condition": condition.name, "parameters": module.parameters, "hole": hole}
+    if image is not None:
+        collected.add(name, image, fit=fit_of(unit.get("resize_mode"), where), **done)
+    elif start is not None:
+        collected.add_again(name, start.image, fit=start.fit, **done)
+    return is_own
 
 
 def _keys(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A unit under the key names that are used here. Keys are matched in any case.
 
     Raises:
-        UserError: a key is unknown.
+        UserError: a key is unknown, or two names of one key have different values.
     """
-    known = [*_KNOWN, *_THRESHOLDS, *_WITHOUT_EFFECT, *_UNSUPPORTED, *_ALIASES]
+    known = [*_KNOWN, *THRESHOLDS, *_WITHOUT_EFFECT, *_UNSUPPORTED, *_ALIASES]
     unit: dict[str, Any] = {}
+    names: dict[str, str] = {}
     for key, value in given.items():
         lower = key.lower()
         if lower not in known:
             raise UserError(f"{where} has an unknown key {key!r}{nearest(lower, known)}", "unknown-key")
         ours = _ALIASES.get(lower, lower)
         if unit.get(ours) in (None, ""):
-            unit[ours] = value
+            unit[ours], names[ours] = value, key
+        elif value not in (None, "", unit[ours]):
+            raise UserError(f"{where}: {names[ours]} and {key} are the same and differ; send one", "contradiction")
     return unit
 
 
-def _module(unit: Mapping[str, Any], entry: ControlEntry, where: str) -> tuple[Condition | None, dict[str, Any]]:
-    """The condition that is computed from the image, or None if it is a condition image already; and its parameters."""
+def _module(unit: Mapping[str, Any], entry: ControlEntry, where: str) -> tuple[Module, tuple[str, ...]]:
+    """What is done to the image of a unit; and its keys that `auto` does not use."""
     module = _text(unit, "module", where)
-    if module.lower() in ("", "none"):
-        return None, {}
-    if module.lower() == OWN:
-        if entry.condition is None:
-            raise UserError(f"{where}: the control records no condition; choose a module", "missing-setting")
-        return conditions.find(entry.condition), {}
-    condition = conditions.find(listed_condition(module))
-    return condition, threshold_parameters(condition, unit.get("threshold_a"), unit.get("threshold_b"))
-
-
-def sliders(condition: Condition) -> list[tuple[str, float, float, float]]:
-    """The parameters that A1111's two thresholds set: the first two numbers with limits, except `resolution`.
-
-    Returns:
-        Name, default, lower and upper limit of each.
-    """
-    found = [
-        (each.name, float(each.default), *each.limits)
-        for each in parameters_of(condition)
-        if each.limits is not None and each.name != "resolution"
-    ]
-    return found[:2]
-
-
-def threshold_parameters(condition: Condition, *thresholds: Any) -> dict[str, Any]:
-    """Parameters of a condition from A1111's two thresholds. As there, a value outside the limits means the default."""
-    parameters: dict[str, Any] = {}
-    for (name, _, low, high), value in zip(sliders(condition), thresholds, strict=False):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            continue
-        whole = isinstance(condition.defaults[name], int)
-        parameters[name] = round(value) if whole else float(value)
-    return parameters
-
-
-def _sets(condition: Condition, key: str, value: Any) -> bool:
-    """Whether a threshold would change a parameter of the condition."""
-    values = [value if each == key else None for each in _THRESHOLDS]
-    return any(condition.defaults[name] != number for name, number in threshold_parameters(condition, *values).items())
+    if module.lower() != OWN:
+        return named_module(module, unit, where), ()
+    if entry.condition is None:
+        raise UserError(f"{where}: the control records no condition; choose a module", "missing-setting")
+    condition = conditions.find(entry.condition)
+    return Module(condition=condition), unused_thresholds(condition, unit, where)
 
 
 def fit_of(mode: Any, where: str) -> Fit:
@@ -221,7 +240,7 @@ def fit_of(mode: Any, where: str) -> Fit:
 def _mode(unit: Mapping[str, Any], where: str) -> str | None:
     mode = unit.get("control_mode")
     if mode is None:
-        return "guess" if unit.get("guessmode") else None
+        return "guess" if _switch(unit, "guessmode", False, where) else None
     if isinstance(mode, (str, int)) and not isinstance(mode, bool):
         return _MODES.get(str(mode), str(mode))
     raise UserError(f"{where}: control_mode is {mode!r}; expected 0, 1, 2 or words", "wrong-type")
@@ -258,6 +277,16 @@ def _mask(unit: Mapping[str, Any], where: str) -> str | None:
     if own is not None and beside is not None and own != beside:
         raise UserError(f"{where} has two masks, mask and image.mask; send one", "contradiction")
     return beside if own is None else own
+
+
+def _switch(unit: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
+    value = unit.get(key)
+    if value is None:
+        return default
+    found = _SWITCHES.get(str(value).strip().lower())
+    if found is None:
+        raise UserError(f"{where}: {key} is {value!r}; expected true or false", "wrong-type")
+    return found
 
 
 def _number(unit: Mapping[str, Any], key: str, default: float, where: str) -> float:
