@@ -29,7 +29,8 @@ def test_webuiapi_draws_from_a_prompt(webui):
     result = webui.txt2img(prompt="red apple", width=64, height=64, seed=7, batch_size=2)
     assert [image.size for image in result.images] == [(64, 64)] * 2
     assert result.info["all_seeds"] == [7, 8]
-    assert result.info["ignored"] == [] and result.parameters["prompt"] == "red apple"
+    # It sends an eta of 1, with which A1111's DDIM adds noise.
+    assert result.info["ignored"] == ["eta"] and result.parameters["prompt"] == "red apple"
     assert "Seed: 7" in result.image.info["parameters"]
     again = webui.txt2img(prompt="red apple", width=64, height=64, seed=8)
     assert np.array_equal(np.asarray(again.image), np.asarray(result.images[1]))

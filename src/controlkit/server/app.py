@@ -17,7 +17,7 @@ from controlkit.errors import UserError
 from controlkit.server import a1111, a1111_lists, controlnet, native, openai
 from controlkit.server.guards import Guard, Log
 from controlkit.server.metrics import Key
-from controlkit.server.problems import problem
+from controlkit.server.problems import problem, responses
 from controlkit.server.replies import IGNORED, in_words_of_clients
 from controlkit.server.service import QueueStopped, Service, Settings
 from controlkit.server.store import QueueFull
@@ -65,7 +65,7 @@ def create_app(settings: Settings, page: Callable[[FastAPI, Service], object] | 
         is_alive = service.supervisor.is_alive()
         return JSONResponse({"status": "ok" if is_alive else "the queue has stopped"}, 200 if is_alive else 503)
 
-    @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
+    @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse, responses=responses())
     async def metrics() -> Response:
         """Counters in Prometheus' text format."""
         gauges: dict[Key, float] = {("controlkit_info", (("version", __version__),)): 1}

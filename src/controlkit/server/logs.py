@@ -24,6 +24,23 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class _Seldom(logging.Filter):
+    """Drops what was logged in the last seconds: asyncio repeats an error of `accept` thousands of times a second."""
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        super().__init__()
+        self._seconds = seconds
+        self._last: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage().partition("\n")[0]
+        is_new = record.created - self._last.get(text, -self._seconds) >= self._seconds
+        if is_new:
+            recent = {each: at for each, at in self._last.items() if record.created - at < self._seconds}
+            self._last = {**recent, text: record.created}
+        return is_new
+
+
 def log_json_lines(level: str = "info") -> None:
     """Write the logs of the server, of uvicorn and of asyncio as JSON lines.
 
@@ -37,3 +54,4 @@ def log_json_lines(level: str = "info") -> None:
         logger.handlers = [handler] if name != "uvicorn.error" else []
         logger.propagate = name == "uvicorn.error"
         logger.setLevel(level.upper())
+    logging.getLogger("asyncio").addFilter(_Seldom())

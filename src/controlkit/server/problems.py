@@ -83,4 +83,4 @@ def responses(*statuses: int, openai: bool = False) -> dict[int | str, dict[str,
         statuses: its own, besides those that every endpoint has.
     """
     model = OpenAIProblem if openai else Problem
-    return {status: {"model": model} for status in sorted({401, 403, 413, 422, 500, *statuses})}
+    return {status: {"model": model} for status in sorted({400, 401, 403, 413, 422, 500, *statuses})}

@@ -28,6 +28,8 @@ _LOOK_EVERY = 1.0
 """Seconds between looks whether a client that waits for its images is still there."""
 _FILE = re.compile(r"\b(?:(image|mask|init_images\[0\])\.png|(control|unit)(\d+)(?:-(\w+))?(?:\.png)?)(?!\w)")
 """An image of a request, as errors and notes name it."""
+_OPTION = re.compile(r"(?<![\w-])--(image|mask|prepared|vae|seed)\b")
+"""An option of the command line that is also a field of requests."""
 
 log = logging.getLogger("controlkit.server")
 
@@ -39,8 +41,8 @@ def service_of(request: Request) -> Service:
 
 
 def in_words_of_clients(text: str, catalogue: Catalogue) -> str:
-    """A note or an error of a request without paths of the server, and with the fields of images in place of files."""
-    return _FILE.sub(_field_of, catalogue.without_paths(text))
+    """A note or an error of a request without paths of the server, and with fields in place of files and options."""
+    return _OPTION.sub(r"\1", _FILE.sub(_field_of, catalogue.without_paths(text)))
 
 
 def _field_of(found: re.Match[str]) -> str:
