@@ -155,9 +155,10 @@ def test_a_request_with_them_survives_json(folder):
     ):
         with refused("wrong-type", "scene", *facts):
             ControlUse(control="scene", inputs=inputs)
-    for settings in ({}, {"image": "a.png", "inputs": {"a": 1}}):
-        with refused("contradiction", "scene", "image", "inputs"):
-            ControlUse(control="scene", **settings)
+    with refused("missing-setting", "scene", "image", "inputs"):
+        ControlUse(control="scene")
+    with refused("contradiction", "scene", "image", "inputs"):
+        ControlUse(control="scene", image="a.png", inputs={"a": 1})
     with refused("wrong-type", "inputs", "mapping", "null", 3):
         GenerateRequest.from_json({"prompt": "x", "controls": [{"control": "scene", "inputs": 3}]})
 

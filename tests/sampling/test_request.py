@@ -293,7 +293,7 @@ def test_any_text_is_a_control_or_refused_in_words(text):
             "wrong-type",
             ["parameters", "mapping"],
         ),
-        ({"prompt": "x", "controls": [{"control": "canny"}]}, "contradiction", ["canny", "image"]),
+        ({"prompt": "x", "controls": [{"control": "canny"}]}, "missing-setting", ["canny", "image"]),
         ({"prompt": "x", "controls": ["canny=a.png"]}, "wrong-type", ["control", "str"]),
         ([], "wrong-type", ["settings", "list"]),
     ],
