@@ -8,7 +8,8 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from diffusers import ControlNetModel
+from safetensors.torch import load_file, save_file
 
 from controlkit import conditions, progress
 from controlkit.apps.cli import main
@@ -201,6 +202,41 @@ def test_what_is_there_is_replaced_only_if_that_is_asked_for(file, tmp_path, cap
     assert run("convert", file, out, "--to", "original", "--force") == 0
     assert run("convert", file, folder, "--to", "diffusers", "--force") == 0
     assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_a_folder_of_another_format_is_refused_as_readers_prefer_its_files(file, tiny_base, tmp_path, capsys):
+    shared = BaseControlNet.for_base(tiny_base)
+    shared.add_adapter("palette", 2, seed=0)
+    save_control(tmp_path / "base.safetensors", shared, tiny_base)
+    adapter = CtrLoRA(shared, "palette", "palette")
+    path = save_control(tmp_path / "palette.safetensors", adapter, tiny_base, companion="base")
+    folder = tmp_path / "folder"
+    assert run("convert", path, folder, "--to", "peft") == 0
+    before = contents(folder)
+    assert run("convert", file, folder, "--to", "diffusers", "--force") == 2
+    check(capsys.readouterr().err, "would-overwrite", folder, "adapter_config.json", "adapter_model.safetensors")
+    assert contents(folder) == before
+    assert run("convert", path, folder, "--to", "peft", "--force") == 0  # the same format replaces its own files
+
+
+@pytest.mark.parametrize("options", [{"max_shard_size": "20KB"}, {"variant": "fp16"}])
+def test_weights_that_diffusers_would_load_instead_are_refused(file, tiny_base, tmp_path, capsys, options):
+    folder, new = tmp_path / "folder", tmp_path / "new.safetensors"
+    assert run("convert", file, folder, "--to", "diffusers") == 0
+    old = ControlNetModel.from_pretrained(folder)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    old.save_pretrained(folder, **options)
+    stale = sorted(path.name for path in folder.iterdir() if path.name != "config.json")
+    tensors = {name: value + 1 for name, value in load_file(file).items()}
+    save_file(tensors, new, read_metadata(file))
+    assert run("convert", new, folder, "--to", "diffusers", "--force") == 2
+    check(capsys.readouterr().err, "would-overwrite", folder, stale[0])
+    assert not (folder / "diffusion_pytorch_model.safetensors").exists()
+    for name in stale:
+        (folder / name).unlink()
+    assert run("convert", new, folder, "--to", "diffusers", "--force") == 0
+    loaded = ControlNetModel.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
 
 
 def test_a_condition_s_other_name_is_stored_as_its_own(file, tmp_path):

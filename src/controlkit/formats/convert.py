@@ -16,7 +16,7 @@ from controlkit.bases.families import KNOWN_BASES, known_by_shape
 from controlkit.bases.load import SINGLE_FILES, base_folder, base_path, load_base
 from controlkit.bases.meta import meta_base
 from controlkit.controls.control import Control
-from controlkit.controls.file_format import Checkpoint, FileFormat, Reference, Written
+from controlkit.controls.file_format import Checkpoint, FileFormat, Reference, Written, listed
 from controlkit.controls.inputs import words_of_inputs
 from controlkit.controls.registry import find, registry
 from controlkit.errors import UserError, nearest
@@ -26,6 +26,12 @@ from controlkit.formats.detect import Detected, detect, known
 from controlkit.formats.load import denoiser_reference, find_control, reference_to, shipped_controls
 from controlkit.formats.metadata import converted_metadata, write_tensors
 from controlkit.formats.native import formats_of
+
+_OF_MODELS = (
+    *("config.json", "adapter_config.json", "model_index.json", "unet"),
+    *("adapter_model*", "diffusion_pytorch_model*", "*.index*.json", "*.fp16.*", "*.bf16.*", "*.bin"),
+)
+"""Names by which readers of a folder detect its model and find its weights."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """Name -> dtype of a file's tensors."""
@@ -108,7 +114,8 @@ def convert(
             original file does not record. Implied by the condition `shuffle` if the file has no such entry.
         decoder: keep the decoder of the Stable Diffusion in the file, which was trained along with the control; it then
             replaces that of the base.
-        force: replace an existing file, or write into a folder that is not empty.
+        force: replace an existing file, or write into a folder that is not empty. A folder with other files of a model
+            is refused all the same, as readers would load those.
 
     Raises:
         UserError: the source is not a control or is damaged, the format cannot hold it, something that it needs is
@@ -144,12 +151,7 @@ def convert(
     inputs = [*files_of(path), *_files_of_base(base)]
     if system.companion is not None:
         inputs += _settle_companion(path, checkpoint, format_, base_control, reference)
-    outputs = [target / name for name in format_.files] or [target]
-    check_overwrite(outputs, inputs, force=force)
-    if format_.files and target.is_dir() and any(target.iterdir()) and not force:
-        raise UserError(
-            f"the folder {out} is not empty; choose another, or pass --force to write into it", "would-overwrite"
-        )
+    _check_outputs(target, format_, inputs, force=force)
     if dtype is not None:
         _cast(checkpoint, DTYPES[dtype])
     if is_companion(system) and (dtype is not None or "control.fingerprint" not in checkpoint.metadata):
@@ -275,6 +277,28 @@ def _check_target(out: Path, to: str) -> None:
         raise UserError(f"{out} is a folder; the format {to} is a single file, so pass a file name", "wrong-kind")
     if out.suffix != ".safetensors":
         raise UserError(f"{out} must end in .safetensors, the only file type that is written", "unsupported")
+
+
+def _check_outputs(target: Path, format_: FileFormat, inputs: Iterable[Path], *, force: bool) -> None:
+    """Check that writing `target` replaces no input, and nothing else without `force`.
+
+    Raises:
+        UserError: it would, or other files in the folder would be read in place of the new ones.
+    """
+    check_overwrite([target / name for name in format_.files] or [target], inputs, force=force)
+    if not format_.files or not target.is_dir():
+        return
+    if any(target.iterdir()) and not force:
+        raise UserError(
+            f"the folder {target} is not empty; choose another, or pass --force to write into it", "would-overwrite"
+        )
+    found = {path.name for pattern in _OF_MODELS for path in target.glob(pattern)}
+    if others := sorted(found - set(format_.files)):
+        raise UserError(
+            f"the folder {target} has other files of a model, which would be read in place of the new ones:"
+            f" {listed(others)}; delete them, or choose another folder",
+            "would-overwrite",
+        )
 
 
 def _writable(path: Path, kind: type[Control], to: str) -> FileFormat:
