@@ -239,6 +239,27 @@ def test_weights_that_diffusers_would_load_instead_are_refused(file, tiny_base, 
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
 
 
+def test_weights_beyond_a_type_s_range_are_refused_and_those_below_it_noted(file, tmp_path, capsys):
+    tensors = {name: value.clone() for name, value in load_file(file).items()}  # as it is written over
+    metadata, large, small = read_metadata(file), "conv_in.weight", "conv_in.bias"
+    tensors[small] = torch.full_like(tensors[small], 1e-9)
+    save_file(tensors, file, metadata)
+    out = tmp_path / "half.safetensors"
+    words = ("convert", file, out, "--to", "controlkit", "--dtype")
+    assert run(*words, "float16", "--json") == 0
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert small in note and "float16" in note
+    assert run(*words, "bfloat16", "--force", "--json") == 0
+    assert not json.loads(capsys.readouterr().out)["notes"]
+    out.unlink()
+    tensors[large][0] = 1e5
+    save_file(tensors, file, metadata)
+    assert run(*words, "float16") == 2
+    check(capsys.readouterr().err, "out-of-range", file, large, "float16", "65504")
+    assert not out.exists()
+    assert run(*words, "bfloat16") == 0
+
+
 def test_a_condition_s_other_name_is_stored_as_its_own(file, tmp_path):
     out = tmp_path / "out.safetensors"
     assert run("convert", file, out, "--to", "original", "--condition", "segmentation") == 0

@@ -106,7 +106,7 @@ def convert(
         base: nano, a diffusers folder, a single file, a hub id, or a well-known base (`sd15`), of which only the
             settings are available; for files that depend on their base. The control must fit it.
         base_control: file of an adapter's base control; by default it is searched next to the adapter.
-        dtype: of the floating-point tensors in the output.
+        dtype: of the floating-point tensors in the output; their values must be in its range.
         rank: of a low-rank format.
         condition: name of the control's condition, written into the metadata; one of its own if it has several.
         kind: system of the control to read, for a file that contains several.
@@ -344,9 +344,29 @@ def _write(target: Path, format_: FileFormat, source: Checkpoint, output: Writte
 
 
 def _cast(content: Checkpoint, dtype: torch.dtype) -> None:
+    """Cast the floating-point tensors of a checkpoint and its companion; tensors that become all zero are noted.
+
+    Raises:
+        UserError: finite values exceed the range of `dtype`.
+    """
+    overflowing, vanished = [], []
     for tensors in (content.tensors, content.leftover):
         for name, value in tensors.items():
-            if value.is_floating_point():
-                tensors[name] = value.to(dtype)
+            if not value.is_floating_point():
+                continue
+            cast = tensors[name] = value.to(dtype)
+            if bool((cast.isinf() & value.isfinite()).any()):
+                overflowing.append(name)
+            elif bool(value.any()) and not bool(cast.any()):
+                vanished.append(name)
+    short = str(dtype).removeprefix("torch.")
+    if overflowing:
+        raise UserError(
+            f"{content.path} does not fit {short}, whose largest value is {torch.finfo(dtype).max:g}:"
+            f" {listed(overflowing)} would become infinite; use --dtype bfloat16 or float32",
+            "out-of-range",
+        )
+    if vanished:
+        content.notes.append(f"too small for {short}, now all zero: {listed(vanished)}")
     if content.companion is not None:
         _cast(content.companion, dtype)
