@@ -138,6 +138,24 @@ def test_pairs_of_ones_own_are_studied_and_judged_on_their_held_out_tenth(
     assert "2 of 2 cells of the study" in capsys.readouterr().err
 
 
+def test_numbers_of_pairs_of_ones_own_are_numbers_trained_on(settings, icons_file, tmp_path):
+    folder = tmp_path / "mine"
+    drawings = [draw(icon, np.random.default_rng(0)) for icon in IconSets(icons_file).icons[:10]]
+    write_pairs(folder, [(drawing.image, drawing.image, drawing.caption) for drawing in drawings])
+    changes = {"conditions": (), "detail": "mine", "given": (f"mine={folder}@canny",), "parts": ("pairs",)}
+    settings = {**settings, **changes, "detail_steps": 1}
+    study = run_new_condition(NewCondition(**{**settings, "pair_counts": (3, 6, 9)}))
+    assert [cell.pairs for cell in study.cells] == [3, 6, 9]
+    assert [row[0] for row in study.reports[0].rows] == [3, 6, 9]
+    assert len({cell.run for cell in study.cells}) == 3
+    images = {str(task["sets"]) for task in study.reports[0].settings["tasks"].values()}
+    assert len(images) == 1  # all are evaluated on the same
+    before = sorted(Path(settings["out"]).rglob("*"))
+    with refused("out-of-range", "pair_counts", "10", folder, "9 pairs"):
+        run_new_condition(NewCondition(**{**settings, "pair_counts": (3, 10)}))
+    assert sorted(Path(settings["out"]).rglob("*")) == before
+
+
 def test_wrong_settings_are_refused_before_anything_runs(settings):
     for change, code, facts in (
         ({"parts": ("budget",)}, "unknown-name", ["'budget'", "budgets"]),

@@ -58,6 +58,8 @@ PARTS = {
 }
 
 _ORIGIN = "drawn-from.json"
+_HELD_OUT = 0.1
+"""Fraction of given pairs that is evaluated on."""
 
 RATES = dict.fromkeys(METHODS, 1e-3)
 """The learning rate of each method: the same for all, as in the paper; the part `rates` compares others."""
@@ -86,7 +88,7 @@ class NewCondition:
     budgets: tuple[int, ...] = (25, 50, 100, 250, 500, 1000)
     """Optimiser steps."""
     pairs: int = 1000
-    """Training pairs."""
+    """Training pairs; given folders are trained on whole, except for the tenth that is evaluated on."""
     batch_size: int = 16
     """Pairs per step."""
     rank: int = 4
@@ -96,7 +98,7 @@ class NewCondition:
     ranks: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     """Ranks to compare."""
     pair_counts: tuple[int, ...] = (100, 300, 1000, 3000, 5000)
-    """Numbers of pairs to compare."""
+    """Numbers of pairs to compare; of a given condition, up to those in its folder."""
     detail_steps: int = 500
     """Optimiser steps for ranks and pairs."""
     rate_condition: str = "lineart_xdog"
@@ -173,6 +175,7 @@ class Trainings:
         self.bench = Bench(
             self.out, self.base, [self.fingerprint], sampling_steps=settings.sampling_steps, mode=settings.mode
         )
+        self.given = {name: _Given(folder, by) for name, folder, by in map(_parse_given, settings.given)}
         self.tasks: dict[tuple[str, int], Task] = {}
         self.jobs: dict[str, Callable[[], Iterator[_Job]]] = {
             "rates": self.rates,
@@ -222,24 +225,37 @@ class Trainings:
         for name in self.names():
             for method in (ADAPTER, CONTROLNET):
                 for steps in sorted(self.settings.budgets):
-                    yield partial(self.cell, name, self.settings.pairs, method, steps)
+                    yield partial(self.cell, name, self.count(name), method, steps)
 
     def ablation(self) -> Iterator[_Job]:
         for method in METHODS:
             for steps in sorted(self.settings.budgets):
-                yield partial(self.cell, self.settings.detail, self.settings.pairs, method, steps)
+                yield partial(self.cell, self.settings.detail, self.count(self.settings.detail), method, steps)
 
     def ranks(self) -> Iterator[_Job]:
         settings = self.settings
         for rank in settings.ranks:
-            yield partial(self.cell, settings.detail, settings.pairs, ADAPTER, settings.detail_steps, rank=rank)
+            count = self.count(settings.detail)
+            yield partial(self.cell, settings.detail, count, ADAPTER, settings.detail_steps, rank=rank)
 
     def pairs(self) -> Iterator[_Job]:
+        if self.settings.detail in self.given:
+            most = self.count(self.settings.detail)
+            if above := [count for count in self.settings.pair_counts if count > most]:
+                raise UserError(
+                    f"pair_counts has {', '.join(map(str, above))}, but {self.given[self.settings.detail].folder} has"
+                    f" {most} pairs to train on; give numbers up to that",
+                    "out-of-range",
+                )
         for count in self.settings.pair_counts:
             yield partial(self.cell, self.settings.detail, count, ADAPTER, self.settings.detail_steps)
 
     def names(self) -> list[str]:
-        return [*self.settings.conditions, *(_parse_given(text)[0] for text in self.settings.given)]
+        return [*self.settings.conditions, *self.given]
+
+    def count(self, name: str) -> int:
+        """Number of training pairs of the condition `name`; of a given one, all of its folder."""
+        return len(self.given[name].training) if name in self.given else self.settings.pairs
 
     def cell(
         self, name: str, pairs: int, method: str, steps: int, *, rank: int | None = None, rate: float | None = None
@@ -258,6 +274,7 @@ class Trainings:
                 task.pairs.name,
                 method.replace("+ ", "").replace(" ", "-"),
                 *([f"r{system['rank']}"] if "rank" in system else []),
+                *([f"{pairs}-pairs"] if name in self.given and pairs < self.count(name) else []),
                 *([] if steps in self.settings.budgets else [f"{steps}-steps"]),
             ]
         )
@@ -293,17 +310,15 @@ class Trainings:
         return self.tasks[name, count]
 
     def _task(self, name: str, count: int) -> Task:
-        for text in self.settings.given:
-            given_name, folder, scored_by = _parse_given(text)
-            if given_name == name:
-                held_out = split_pairs(read_pairs(folder))[1]
-                return Task(
-                    name=name,
-                    condition=conditions.find(scored_by),
-                    pairs=folder,
-                    held_out=0.1,
-                    eval_set=pairs_eval_set(held_out[: self.settings.images], self.base.size),
-                )
+        if name in self.given:
+            given = self.given[name]
+            return Task(
+                name=name,
+                condition=conditions.find(given.scored_by),
+                pairs=given.folder,
+                held_out=given.share_without(count),
+                eval_set=pairs_eval_set(given.held_out[: self.settings.images], self.base.size),
+            )
         condition = conditions.find(name)
         images = evaluation_set("held-out").first(self.settings.images)
         return Task(
@@ -365,6 +380,39 @@ def icon_pairs(
         rng = np.random.default_rng((seed, number, 13))
         drawing = draw(icons[int(rng.integers(len(icons)))], rng)
         yield condition(drawing.image, **condition.random_parameters(rng)), drawing.image, drawing.caption
+
+
+class _Given:
+    """Pairs of one's own: a tenth is held out and evaluated on.
+
+    Args:
+        folder: of the pairs.
+        scored_by: name of the condition that scores fidelity.
+    """
+
+    def __init__(self, folder: Path, scored_by: str) -> None:
+        self.folder = folder
+        self.scored_by = scored_by
+        self.pairs = read_pairs(folder)
+        self.training, self.held_out = split_pairs(self.pairs, _HELD_OUT)
+
+    def share_without(self, count: int) -> float:
+        """The fraction of pairs to hold out so that `count` are trained on, and none that is evaluated on.
+
+        Raises:
+            UserError: there is none, as tiles of one image are not separated.
+        """
+        if count == len(self.training):
+            return _HELD_OUT
+        share = 1 - count / len(self.pairs)
+        training = split_pairs(self.pairs, share)[0]
+        if len(training) != count or any(pair in self.held_out for pair in training):
+            raise UserError(
+                f"{self.folder} has tiles of one image, which are not separated, so {count} of its pairs cannot be"
+                " chosen; leave out the part pairs",
+                "unsupported",
+            )
+        return share
 
 
 def _moved(line: str, folder: str) -> str:

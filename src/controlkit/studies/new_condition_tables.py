@@ -119,7 +119,7 @@ def pairs_report(cells: Sequence[Cell]) -> list[Report]:
             title=f"Pairs, on {cells[0].task}, {cells[0].steps} steps",
             columns=("pairs", "score", "gap closed"),
             rows=tuple(rows),
-            notes=("of each number of pairs, one is held out for previews.",),
+            notes=("pairs: those trained on, without held-out ones.",),
         )
     ]
 
