@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from controlkit import conditions, progress
 from controlkit.apps.cli import main
 from controlkit.conditions.condition import is_of_labels
+from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.controls.gligen import GLIGEN
 from controlkit.controls.uni_controlnet import LocalAdapter
@@ -258,6 +259,29 @@ def test_weights_beyond_a_type_s_range_are_refused_and_those_below_it_noted(file
     check(capsys.readouterr().err, "out-of-range", file, large, "float16", "65504")
     assert not out.exists()
     assert run(*words, "bfloat16") == 0
+
+
+@pytest.mark.parametrize(
+    ("to", "settings"),
+    [
+        ("diffusers", {"only_mid_control": True}),
+        ("original", {"only_mid_control": True, "global_average_pooling": True}),
+        ("bare", {"channel_order": "bgr"}),
+    ],
+)
+def test_settings_without_a_place_in_a_format_are_noted_and_come_back(tiny_base, tmp_path, capsys, to, settings):
+    order = settings.pop("channel_order", "rgb")
+    control = ControlNet.for_base(tiny_base, **settings)
+    control.channel_order = order
+    file = save_control(tmp_path / "control.safetensors", control, tiny_base)
+    out = tmp_path / ("folder" if to == "diffusers" else "out.safetensors")
+    assert run("convert", file, out, "--to", to, "--json") == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    names = [*settings, *(["BGR"] if order == "bgr" else [])]
+    assert len(notes) == len(names) and all(any(name in note for note in notes) for name in names)
+    assert run("convert", out, tmp_path / "again.safetensors", "--to", "controlkit") == 0
+    again = load_control(tmp_path / "again.safetensors", tiny_base).config()
+    assert json.dumps(again, sort_keys=True) == json.dumps(control.config(), sort_keys=True)
 
 
 def test_a_condition_s_other_name_is_stored_as_its_own(file, tmp_path):

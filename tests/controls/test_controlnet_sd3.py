@@ -192,7 +192,9 @@ def test_diffusers_folder_is_read_and_written(base, image, tmp_path):
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in control.file_state().items())
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     assert config["force_zeros_for_pooled_projection"] is True and "base_layers" not in config
-    # The tiny base has three blocks and two heads; in every real one the numbers agree.
+    # The tiny base has three blocks and two heads; in every real one the numbers agree. Other tools keep no metadata.
+    assert same(base, control, load_control(tmp_path / "folder", base), image)
+    network.save_pretrained(tmp_path / "folder")
     with refused("incompatible", "blocks of the base: 2, the base's: 3"):
         load_control(tmp_path / "folder", base)
     (tmp_path / "folder" / "config.json").write_text(json.dumps({**config, "base_layers": 3}))
@@ -382,3 +384,14 @@ def test_it_is_trained_resumed_and_used(folder, tmp_path):
     made = generate(GenerateRequest(prompt="red apple", base=str(folder), controls=(use,), steps=2))
     plain = generate(GenerateRequest(prompt="red apple", base=str(folder), steps=2))
     assert made.images[0].image.tobytes() != plain.images[0].image.tobytes()
+
+
+def test_own_settings_come_back_from_diffusers_folder_and_are_noted(base, tmp_path):
+    control = ControlNetSD3.for_base(base)
+    control.pixels = STABILITY_CANNY_PIXELS
+    file = save_control(tmp_path / "mine.safetensors", control, base)
+    made = convert(file, tmp_path / "folder", "diffusers")
+    (note,) = made.notes
+    assert "pixels" in note
+    assert "pixels" not in json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert load_control(tmp_path / "folder", base).config() == control.config()

@@ -228,7 +228,11 @@ def test_files_get_the_weights_of_a_base_on_the_cpu(tiny_base):
             return "on the CPU"
 
     unet = SimpleNamespace(config=tiny_base.unet.config, state_dict=lambda: {"conv_in.weight": OnAnotherDevice()})
-    assert files.reference_to(SimpleNamespace(unet=unet)).unet_weights == {"conv_in.weight": "on the CPU"}
+
+    class Elsewhere(type(tiny_base)):
+        denoiser = unet
+
+    assert files.reference_to(object.__new__(Elsewhere)).unet_weights == {"conv_in.weight": "on the CPU"}
 
 
 def test_a_file_that_does_not_hold_what_it_announces_is_told_in_a_whole_sentence(saved):

@@ -7,6 +7,7 @@ are read too; missing metadata is inferred from shapes.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import diffusers
@@ -68,8 +69,12 @@ def _write(checkpoint: Checkpoint, reference: Reference) -> Written:
 
 
 def _read_diffusers(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
-    """A diffusers folder, with the system's own names."""
+    """A diffusers folder, with the system's own names. Settings that diffusers' class lacks are in the metadata."""
     config = {key: value for key, value in file.config.items() if not key.startswith("_")}
+    if file.metadata.get("control.kind") == kind.kind:
+        known = _settings_of(_diffusers_network(kind))
+        declared = declared_config(file.metadata) or {}
+        config = {**{key: value for key, value in declared.items() if key not in known}, **config}
     try:
         expected = kind.shapes(config)
     except CONFIG_ERRORS as error:
@@ -82,13 +87,32 @@ def _read_diffusers(kind: type[Control], file: TensorFile, reference: Reference,
 def _write_diffusers(checkpoint: Checkpoint, reference: Reference) -> Written:
     require_settings(checkpoint)
     kind = find(checkpoint.kind)
-    network = getattr(diffusers, kind.diffusers_class or "")
-    parameters = inspect.signature(network.__init__).parameters
-    config = {key: value for key, value in checkpoint.config.items() if key in parameters}
+    network = _diffusers_network(kind)
+    known = _settings_of(network)
+    config = {key: value for key, value in checkpoint.config.items() if key in known}
+    notes = []
     if other_settings := sorted(set(checkpoint.config) - set(config)):
         _require_shapes(kind, checkpoint, config, other_settings)
+        notes.append(
+            f"diffusers' {network.__name__} lacks its settings {_values(checkpoint, other_settings)}; only controlkit"
+            " reads them, from the metadata of the weights"
+        )
     header = {"_class_name": network.__name__, "_diffusers_version": diffusers.__version__}
-    return Written(tensors=checkpoint.tensors, configs={_CONFIG: {**header, **config}})
+    return Written(tensors=checkpoint.tensors, configs={_CONFIG: {**header, **config}}, notes=notes)
+
+
+def _diffusers_network(kind: type[Control]) -> Any:
+    """diffusers' class of the system's network."""
+    return getattr(diffusers, kind.diffusers_class or "")
+
+
+def _settings_of(network: Any) -> Collection[str]:
+    """Names of the settings of a network of diffusers."""
+    return inspect.signature(network.__init__).parameters.keys()
+
+
+def _values(checkpoint: Checkpoint, names: Iterable[str]) -> str:
+    return ", ".join(f"{name} {checkpoint.config[name]}" for name in names)
 
 
 def _require_shapes(
@@ -98,13 +122,12 @@ def _require_shapes(
 
     Args:
         config: what of the checkpoint's config diffusers' class takes.
-        own: the names of the other settings.
+        other_settings: names of those that it lacks.
     """
     if kind.shapes(config) != kind.shapes(checkpoint.config):
-        listed = ", ".join(f"{name} {checkpoint.config[name]}" for name in other_settings)
         raise UserError(
             f"{checkpoint.path} cannot be written as diffusers' folder: diffusers' {kind.diffusers_class}"
-            f" lacks its settings {listed}; write it as {NATIVE.name}",
+            f" lacks its settings {_values(checkpoint, other_settings)}; write it as {NATIVE.name}",
             "unsupported",
         )
 

@@ -144,19 +144,36 @@ def _alone(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
+_UNRECORDED = {
+    "global_pool_conditions": (True, "averages its residuals over the image (global_average_pooling)"),
+    "only_mid_control": (True, "adds to the middle block only (only_mid_control)"),
+    "controlnet_conditioning_channel_order": ("bgr", "takes condition images in the order BGR"),
+}
+"""Setting -> a value that the original code's files cannot record, and in words."""
+
+
+def _setting_notes(checkpoint: Checkpoint) -> list[str]:
+    """Notes on settings that other tools do not find in a file of the original code's names."""
+    return [
+        f"it {words}, which no tensor shows; only controlkit reads that from the metadata, so set it in other tools"
+        for name, (value, words) in _UNRECORDED.items()
+        if checkpoint.config.get(name) == value
+    ]
+
+
 def _write(checkpoint: Checkpoint, reference: Reference) -> Written:
-    return Written(tensors=to_original(_alone(checkpoint), PREFIX))
+    return Written(tensors=to_original(_alone(checkpoint), PREFIX), notes=_setting_notes(checkpoint))
 
 
 def _write_bare(checkpoint: Checkpoint, reference: Reference) -> Written:
-    return Written(tensors=to_original(_alone(checkpoint)))
+    return Written(tensors=to_original(_alone(checkpoint)), notes=_setting_notes(checkpoint))
 
 
 def _write_full(checkpoint: Checkpoint, reference: Reference) -> Written:
     own, decoder = split(checkpoint.tensors)
     checkpoint.notes = [note for note in checkpoint.notes if note != _leftover_note(checkpoint)]
     if not decoder:
-        return Written(tensors=write_full(checkpoint))
+        return Written(tensors=write_full(checkpoint), notes=_setting_notes(checkpoint))
     names = original_names(decoder)
     control = to_original(replace(checkpoint, tensors=own), PREFIX)
     renamed = {f"{UNET_PREFIX}{names[name]}": value for name, value in decoder.items()}
@@ -168,15 +185,20 @@ def _write_full(checkpoint: Checkpoint, reference: Reference) -> Written:
             " strict=False, as ControlNet 1.1's files",
         )
     )
-    return Written(tensors={**checkpoint.leftover, **control, **renamed}, notes=notes)
+    tensors = {**checkpoint.leftover, **control, **renamed}
+    return Written(tensors=tensors, notes=[*_setting_notes(checkpoint), *notes])
 
 
 def _write_difference(checkpoint: Checkpoint, reference: Reference) -> Written:
-    return difference.write(_alone(checkpoint), reference)
+    return _with_setting_notes(difference.write(_alone(checkpoint), reference), checkpoint)
 
 
 def _write_control_lora(checkpoint: Checkpoint, reference: Reference) -> Written:
-    return control_lora.write(_alone(checkpoint), reference)
+    return _with_setting_notes(control_lora.write(_alone(checkpoint), reference), checkpoint)
+
+
+def _with_setting_notes(written: Written, checkpoint: Checkpoint) -> Written:
+    return replace(written, notes=[*written.notes, *_setting_notes(checkpoint)])
 
 
 FORMATS = (
