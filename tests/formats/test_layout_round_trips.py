@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel, T2IAdapter
 from layout_files import equal, residuals, shaken, t2i_adapter, trained_pair, weights_of
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from controlkit.bases.load import load_base
 from controlkit.controls.controlnet.control_lora import _low_rank
@@ -18,7 +18,7 @@ from controlkit.controls.file_format import Reference
 from controlkit.formats.companions import read_checkpoint
 from controlkit.formats.convert import convert
 from controlkit.formats.detect import detect
-from controlkit.formats.load import load_control, save_control
+from controlkit.formats.load import load_control, save_control, shipped_controls
 from controlkit.formats.metadata import read_metadata
 from refusals import refused
 
@@ -80,6 +80,16 @@ def test_a_file_of_the_original_code_needs_no_metadata(controlnet, tiny_control,
         assert equal(control.state_dict(), tiny_control.state_dict())
         back = convert(tmp_path / name, tmp_path / f"{name}.safetensors", "controlkit", base=str(base_folder))
         assert equal(weights_of(back.path), weights_of(controlnet))
+
+
+def test_the_base_is_asked_for_where_channels_are_no_multiples_of_the_first(tmp_path):
+    shipped = shipped_controls()["canny"]  # of 48, 96 and 160 channels
+    plain, out = tmp_path / "plain.pth", tmp_path / "again.safetensors"
+    torch.save(load_file(shipped), plain)
+    with refused("missing-setting", plain, "attention heads", "--base"):
+        convert(plain, out, "controlkit")
+    convert(plain, out, "controlkit", base="nano")
+    assert load_control(out, load_base("nano")).config()["attention_head_dim"] == 8
 
 
 def test_a_network_of_no_known_base_needs_the_base_for_its_heads(controlnet, tiny_base, base_folder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,7 +83,8 @@ def missing_heads(config: Mapping[str, Any]) -> str | None:
 
 def with_heads(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with some number of heads, for results that do not depend on it, such as shapes."""
-    return dict(config) if has_heads(config) else {**config, HEADS: config["block_out_channels"][0]}
+    # Each block's channels must be a multiple of it.
+    return dict(config) if has_heads(config) else {**config, HEADS: math.gcd(*config["block_out_channels"])}
 
 
 def checked_config(config: Any) -> dict[str, Any]:
