@@ -201,8 +201,16 @@ def test_other_images_are_other_numbers_and_a_budget_of_a_part_has_a_run_of_its_
     small = {**settings, "parts": ("budgets", "ranks"), "budgets": (2,), "detail_steps": 1, "ranks": (2,)}
     first = run_new_condition(NewCondition(**small))
     assert [cell.steps for cell in first.cells] == [2, 2, 1]
+    states = {path: path.read_bytes() for path in Path(settings["out"]).rglob("state.safetensors")}
+    capsys.readouterr()
     second = run_new_condition(NewCondition(**{**small, "images": 1}))
     assert [cell.score for cell in first.cells] != [cell.score for cell in second.cells]
+    # The same training is evaluated again.
+    assert [cell.run for cell in first.cells] == [cell.run for cell in second.cells]
+    assert {path: path.read_bytes() for path in Path(settings["out"]).rglob("state.safetensors")} == states
+    assert all(b.seconds >= a.seconds for a, b in zip(first.cells, second.cells, strict=True))
+    again = run_new_condition(NewCondition(**small))
+    assert again.cells == first.cells
     folder = next((Path(settings["out"]) / "pairs").iterdir())
     write_pairs(folder, [(pair.images(64)[0], pair.images(64)[1], "other") for pair in read_pairs(folder)])
     capsys.readouterr()
@@ -226,6 +234,18 @@ def test_pairs_that_changed_are_learned_from_the_beginning(settings):
     run_new_condition(NewCondition(**small))
     first, second = (path for path in (Path(settings["out"]) / "runs").glob("*/*"))
     assert (first / "state.safetensors").read_bytes() != (second / "state.safetensors").read_bytes()
+
+
+def test_a_damaged_file_of_a_cell_is_measured_again(settings, capsys):
+    small = {**settings, "parts": ("ranks",), "detail_steps": 1, "ranks": (2,)}
+    (cell,) = run_new_condition(NewCondition(**small)).cells
+    path = next(Path(settings["out"]).glob("results-*/*.json"))
+    for damaged in ('{"task": "palette"}', "[]", "{"):
+        path.write_text(damaged)
+        capsys.readouterr()
+        (again,) = run_new_condition(NewCondition(**small)).cells
+        assert replace(again, seconds=cell.seconds) == cell
+        assert str(path) in capsys.readouterr().err
 
 
 def test_a_budget_between_two_that_were_run_is_run_too(settings):
@@ -282,4 +302,5 @@ def test_recorded_parameters_of_a_condition_count_in_the_score_and_in_the_key_of
     of_another = replace(recorded, eval_set=replace(recorded.eval_set, parameters=None))
     assert _score(recorded, [image]) < _score(of_another, [image])  # a distance
     same = replace(recorded, eval_set=replace(recorded.eval_set, parameters=[{"cells": 9}]))
-    assert recorded.content != same.content
+    assert recorded.images_content != same.images_content
+    assert recorded.pairs_content == same.pairs_content

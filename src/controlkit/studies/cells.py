@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.data.pairs import read_pairs
+from controlkit.errors import UserError
 from controlkit.evaluation.eval_set import EvalSet
 from controlkit.evaluation.report import gap_closed
 from controlkit.evaluation.sampling import EvalControl, generate_controlled, generate_uncontrolled, reconstruct
@@ -51,7 +52,7 @@ class Task:
         """Settings that scores depend on besides the control, as plain values."""
         return {
             "condition": condition_settings(self.condition),
-            "pairs": {"folder": str(self.pairs), "held_out": self.held_out, "content": self.content[:16]},
+            "pairs": {"folder": str(self.pairs), "held_out": self.held_out, "content": self.pairs_content[:16]},
             "sets": [
                 set_settings(
                     self.eval_set.name,
@@ -65,16 +66,20 @@ class Task:
         }
 
     @cached_property
-    def content(self) -> str:
-        """Hash of the training pairs and the evaluation images, as files of the same name may change."""
-        images = (*self.eval_set.condition_images, *self.eval_set.targets)
-        pixels = [np.ascontiguousarray(image).tobytes() for image in images]
+    def pairs_content(self) -> str:
+        """Hash of the training pairs, as files of the same name may change."""
         pairs = read_pairs(self.pairs, self.condition.name)
         sides = [side.read_bytes() for pair in pairs for side in (pair.source, pair.target)]
+        return sha256_of(*sides, *(text for pair in pairs for text in pair.captions))
+
+    @cached_property
+    def images_content(self) -> str:
+        """Hash of the evaluation images, their prompts and parameters."""
+        images = (*self.eval_set.condition_images, *self.eval_set.targets)
+        pixels = [np.ascontiguousarray(image).tobytes() for image in images]
         parameters = self.eval_set.parameters or ()
         recorded = [repr(list(map(dict, parameters)))] if any(parameters) else []
-        captions = (text for pair in pairs for text in pair.captions)
-        return sha256_of(*pixels, *self.eval_set.prompts, *sides, *captions, *recorded)
+        return sha256_of(*pixels, *self.eval_set.prompts, *recorded)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +116,19 @@ def _steps_done(folder: Path) -> int:
         return 0
 
 
+def _stored_cell(path: Path) -> Cell | None:
+    """The cell in a file; None if there is none, or the file is damaged."""
+    if not path.exists():
+        return None
+    try:
+        stored = read_json(path)
+        stored |= {name: math.nan for name in ("score", "baseline", "ceiling") if stored[name] is None}
+        return Cell(**{field.name: stored[field.name] for field in dataclasses.fields(Cell)})
+    except (UserError, KeyError, TypeError):
+        print(f"note: {path} is damaged and does not count", file=sys.stderr)
+        return None
+
+
 class Bench:
     """Trains and evaluates each cell once and stores it in its own file.
 
@@ -136,21 +154,25 @@ class Bench:
         self._baselines: dict[tuple[str, str], tuple[float, float]] = {}
 
     def cell(self, task: Task, method: str, recipe: ControlRecipe) -> Cell:
-        """Train by `recipe`, resuming from fewer steps, and evaluate on the images of the task."""
+        """Train by `recipe`, resuming from fewer steps, and evaluate on the images of the task.
+
+        Other images are evaluated on the same training.
+        """
         settings = {name: value for name, value in identifying(recipe).items() if name != "out"}
-        identity = sha256_of(task.name, method, task.content, repr(sorted(settings.items())))[:24]
+        content = (task.pairs_content, task.images_content)
+        identity = sha256_of(task.name, method, *content, repr(sorted(settings.items())))[:24]
         path = self.results / f"{identity}.json"
-        if not path.exists():
+        if _stored_cell(path) is None:
             # Pairs of the same name may have changed; training must not resume from weights of other pairs.
-            out = f"{recipe.out}-{task.content[:8]}"
+            out = f"{recipe.out}-{task.pairs_content[:8]}"
             if _steps_done(Path(out)) > recipe.steps:
                 out += f"-{recipe.steps}-steps"
             recipe = dataclasses.replace(recipe, out=out)
             measured = dataclasses.asdict(self._measure(task, method, recipe))
             write_json(path, {**measured, "settings": self._settings(task, recipe)})
-        stored = read_json(path)
-        stored |= {name: math.nan for name in ("score", "baseline", "ceiling") if stored[name] is None}
-        return Cell(**{field.name: stored[field.name] for field in dataclasses.fields(Cell)})
+        cell = _stored_cell(path)
+        assert cell is not None
+        return cell
 
     def _settings(self, task: Task, recipe: ControlRecipe) -> dict[str, Any]:
         """Settings that a cell depends on, as plain values, for readers of its file."""
@@ -163,9 +185,9 @@ class Bench:
             "recipe": {"system": recipe.system, **identifying(recipe)},
         }
 
-    def sheet_path(self, run: str, steps: int) -> Path:
+    def sheet_path(self, task: Task, run: str, steps: int) -> Path:
         """Path of a strip of the first images of a cell."""
-        return self.folder / "pictures" / self.key / f"{run}-{steps:05d}.png"
+        return self.folder / "pictures" / self.key / f"{run}-{task.images_content[:8]}-{steps:05d}.png"
 
     def _measure(self, task: Task, method: str, recipe: ControlRecipe) -> Cell:
         print(f"{task.name}: {method}, {recipe.steps} steps", file=sys.stderr)
@@ -181,7 +203,8 @@ class Bench:
         baseline, ceiling = self._baselines_of(task)
         score = _score(task, results)
         rows = [[Image.fromarray(image) for image in results[:_SHOWN]]]
-        write_png(self.sheet_path(Path(recipe.out).name, recipe.steps), contact_sheet(rows, cell=self.base.size, gap=0))
+        sheet = self.sheet_path(task, Path(recipe.out).name, recipe.steps)
+        write_png(sheet, contact_sheet(rows, cell=self.base.size, gap=0))
         closed = gap_closed(baseline, score, ceiling)
         print(f"{task.name}: {method}, {recipe.steps} steps: {score:.3f}, gap closed {closed:.2f}", file=sys.stderr)
         return Cell(
@@ -200,10 +223,10 @@ class Bench:
         )
 
     def _seconds_before(self, recipe: ControlRecipe) -> float:
-        """Time that the same run took with fewer steps."""
-        stored = [read_json(path) for path in self.results.glob("*.json")]
-        same = [entry for entry in stored if entry["run"] == Path(recipe.out).name]
-        return max((entry["seconds"] for entry in same if entry["steps"] < recipe.steps), default=0.0)
+        """Time that the same run took for its steps so far, which it does not take again."""
+        stored = [_stored_cell(path) for path in self.results.glob("*.json")]
+        same = [cell for cell in stored if cell is not None and cell.run == Path(recipe.out).name]
+        return max((cell.seconds for cell in same if cell.steps <= recipe.steps), default=0.0)
 
     def _baselines_of(self, task: Task) -> tuple[float, float]:
         """Scores of the baseline (no control, same prompts and seeds) and the ceiling (targets through the

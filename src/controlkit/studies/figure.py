@@ -91,7 +91,7 @@ def sheet_of(cells: Sequence[Cell], tasks: Mapping[str, Task], bench: Bench, ste
         strips: dict[str, Path] = {}
         for method in dict.fromkeys(cell.method for cell in of_task):
             cell = min((c for c in of_task if c.method == method), key=lambda cell: abs(cell.steps - steps))
-            strips[f"{method}, {cell.steps} steps"] = bench.sheet_path(cell.run, cell.steps)
+            strips[f"{method}, {cell.steps} steps"] = bench.sheet_path(task, cell.run, cell.steps)
         count = 8
         side = bench.base.size
         rows.append([Image.fromarray(image).resize((side, side)) for image in task.eval_set.condition_images[:count]])
