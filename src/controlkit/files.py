@@ -130,6 +130,18 @@ def valid_text(text: str, what: str) -> str:
     return text
 
 
+def one_spelling(path: str | Path) -> Path:
+    """`path` relative to the working folder if it is in it, else absolute: the same however it was spelled."""
+    absolute = Path(os.path.abspath(path))  # links stay, as `Path.resolve` would not leave them
+    folder = Path.cwd()
+    return absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute
+
+
+def spelled(name: str) -> str:
+    """`one_spelling` of the name of a file or folder; other names, such as those of what ships, stay."""
+    return str(one_spelling(name)) if Path(name).exists() else name
+
+
 def files_of(path: str | Path) -> list[Path]:
     """The file itself, or every file below a folder."""
     path = Path(path)

@@ -95,9 +95,11 @@ def test_controls_on_fine_tuned_bases_directly_and_by_offset(settings, tiny_base
     assert (kept - own).pow(2).mean() < 0.1 * (replaced - own).pow(2).mean()
 
 
-def test_it_leaves_out_the_text_encoder_and_refuses_what_it_cannot_compare(settings, tiny_base, tmp_path):
+def test_it_leaves_out_the_text_encoder_and_refuses_what_it_cannot_compare(settings, tiny_base, tmp_path, monkeypatch):
     settings = {**settings, "styles": ("noto",), "controls": settings["controls"][1:], "text_steps": None}
+    monkeypatch.chdir(tmp_path)
     made = run_community_model(CommunityModel(**settings))
+    assert run_community_model(CommunityModel(**{**settings, "out": "study"})).reports[0].rows == made.reports[0].rows
     assert len(made.reports) == 2 and not (tmp_path / "study/bases/text-encoder-kept").exists()
     adapter = save_control(tmp_path / "t.safetensors", T2IAdapterControl.for_base(tiny_base, "canny"), tiny_base)
     with refused("wrong-kind", adapter, "t2i-adapter"):

@@ -248,6 +248,19 @@ def test_a_damaged_file_of_a_cell_is_measured_again(settings, capsys):
         assert str(path) in capsys.readouterr().err
 
 
+def test_paths_may_be_spelled_in_several_ways(settings, tmp_path, monkeypatch, capsys):
+    small = {**settings, "parts": ("ranks",), "detail_steps": 1, "ranks": (2,)}
+    monkeypatch.chdir(tmp_path)
+    first = run_new_condition(NewCondition(**{**small, "out": "study", "control": "base.safetensors"})).cells
+    capsys.readouterr()
+    absolute = {"out": str(tmp_path / "study"), "control": str(tmp_path / "base.safetensors")}
+    for paths in (absolute, {"out": "./study/../study", "control": f"../{tmp_path.name}/base.safetensors"}):
+        assert run_new_condition(NewCondition(**{**small, **paths})).cells == first
+    assert "steps" not in capsys.readouterr().err
+    more = run_new_condition(NewCondition(**{**small, **absolute, "images": 1})).cells  # of the same run
+    assert [cell.run for cell in more] == [cell.run for cell in first]
+
+
 def test_a_budget_between_two_that_were_run_is_run_too(settings):
     small = {**settings, "parts": ("budgets",), "detail_steps": 3}
     run_new_condition(NewCondition(**{**small, "budgets": (1, 3)}))

@@ -30,6 +30,7 @@ from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.evaluation.sampling import EvalControl, generate_controlled, generate_uncontrolled, reconstruct
 from controlkit.evaluation.sets import EvaluationSet
 from controlkit.evaluation.settings import condition_settings, content_of, control_settings, seeds_of, set_settings
+from controlkit.files import one_spelling, spelled
 from controlkit.formats.load import load_control
 from controlkit.formats.transfer import LIMITS, transfer
 from controlkit.images import contact_sheet, write_png
@@ -159,6 +160,7 @@ class _Case:
 class _Study:
     def __init__(self, settings: CommunityModel) -> None:
         self.settings = settings
+        self.out = one_spelling(settings.out)  # runs are found again by their recipes, which name paths
         base = load_base(settings.base, device=settings.device)
         self.original = base
         shared: dict[str, Control] = {}
@@ -186,7 +188,7 @@ class _Study:
         """The base fine-tuned on all styles, with its own text encoder and with one trained from random weights."""
         settings = self.settings
         assert settings.text_steps is not None  # the caller checks
-        start = Path(settings.out) / "bases" / "random-text-encoder"
+        start = self.out / "bases" / "random-text-encoder"
         if not (start / "model_index.json").is_file():
             save_base(_with_random_text_encoder(self.original), start, self.original.dtype)
         styles, steps = list(settings.styles), settings.text_steps
@@ -196,13 +198,13 @@ class _Study:
         }
 
     def _fine_tuned(self, name: str, start: str, styles: list[str], steps: int) -> Base:
-        out = Path(self.settings.out) / "bases" / name
+        out = self.out / "bases" / name
         recipe = build_recipe(
             {
                 "system": "base",
                 "out": str(out),
-                "icons": self.settings.icons,
-                "start": start,
+                "icons": spelled(self.settings.icons),
+                "start": spelled(start),
                 "device": self.settings.device,
                 "styles": styles,
                 "steps": steps,

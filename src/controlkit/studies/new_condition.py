@@ -24,7 +24,7 @@ from controlkit.errors import UserError, nearest
 from controlkit.evaluation.eval_set import examples_eval_set, pairs_eval_set
 from controlkit.evaluation.report import Report
 from controlkit.evaluation.sets import evaluation_set
-from controlkit.files import read_json, sha256_of, write_atomically, write_json
+from controlkit.files import one_spelling, read_json, sha256_of, spelled, write_atomically, write_json
 from controlkit.formats.companions import fingerprint_in
 from controlkit.formats.load import find_control
 from controlkit.nano.icons import TRAINED_STYLES, IconSets, draw
@@ -168,14 +168,15 @@ class Trainings:
 
     def __init__(self, settings: NewCondition) -> None:
         self.settings = settings
-        self.out = Path(settings.out)
+        # Runs and cells are found again by their recipes, however the paths in those are spelled.
+        self.out = one_spelling(settings.out)
         self.base: Base = load_base(settings.base, device=settings.device)
         control = find_control(settings.control)
         self.fingerprint = fingerprint_in(control)
         self.bench = Bench(
             self.out, self.base, [self.fingerprint], sampling_steps=settings.sampling_steps, mode=settings.mode
         )
-        self.given = {name: _Given(folder, by) for name, folder, by in map(_parse_given, settings.given)}
+        self.given = {name: _Given(one_spelling(folder), by) for name, folder, by in map(_parse_given, settings.given)}
         self.tasks: dict[tuple[str, int], Task] = {}
         self.jobs: dict[str, Callable[[], Iterator[_Job]]] = {
             "rates": self.rates,
@@ -265,7 +266,7 @@ class Trainings:
         rate = RATES[method] if rate is None else rate
         system: dict[str, Any] = dict(METHODS[method])
         if method in (ADAPTER, FULL_TUNING):
-            system["control"] = self.settings.control
+            system["control"] = spelled(self.settings.control)
         if method == ADAPTER:
             system["rank"] = rank or self.settings.rank
         label = "-".join(
@@ -283,7 +284,7 @@ class Trainings:
                 **system,
                 "name": task.name,
                 "pairs": str(task.pairs),
-                "base": self.settings.base,
+                "base": spelled(self.settings.base),
                 "device": self.settings.device,
                 "condition": task.condition.name,
                 "held_out": task.held_out,
