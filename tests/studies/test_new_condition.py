@@ -19,6 +19,7 @@ from controlkit.conditions import find
 from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.data.pairs import read_pairs, write_pairs
 from controlkit.evaluation.eval_set import EvalSet
+from controlkit.evaluation.sets import evaluation_set
 from controlkit.formats.load import save_control
 from controlkit.nano.icons import IconSets, draw
 from controlkit.studies.cells import Cell, Task, _score
@@ -163,11 +164,20 @@ def test_wrong_settings_are_refused_before_anything_runs(settings):
         ({"given": ("folder",)}, "usage", ["'folder'", "NAME=FOLDER"]),
         ({"budgets": ()}, "out-of-range", ["budgets", "at least 1"]),
         ({"parts": ()}, "missing-setting", ["parts", "budgets"]),
+        ({"parts": ("ranks",), "ranks": ()}, "missing-setting", ["ranks"]),
+        ({"parts": ("pairs",), "pair_counts": ()}, "missing-setting", ["pair_counts", "pairs"]),
+        ({"sampling_steps": 1001}, "out-of-range", ["sampling_steps", "1001", "1000"]),
         ({"given": ("palette=folder",)}, "contradiction", ["palette"]),
         ({"mode": "control-net"}, "unknown-name", ["'control-net'", "did you mean control"]),
     ):
         with refused(code, *facts):
             NewCondition(**{**settings, **change})
+
+
+def test_more_images_than_there_are_are_refused_before_training(settings):
+    with refused("out-of-range", "images", 100_000, len(evaluation_set("held-out").examples)):
+        run_new_condition(NewCondition(**{**settings, "images": 100_000}))
+    assert not list(Path(settings["out"]).glob("runs/*"))
 
 
 def test_a_claim_that_fails_is_said_to_fail():
@@ -203,7 +213,10 @@ def test_other_images_are_other_numbers_and_a_budget_of_a_part_has_a_run_of_its_
     assert [cell.steps for cell in first.cells] == [2, 2, 1]
     states = {path: path.read_bytes() for path in Path(settings["out"]).rglob("state.safetensors")}
     capsys.readouterr()
+    table = first.files["table"].read_text()
+    assert "images 2" in table and "budgets [2]" in table
     second = run_new_condition(NewCondition(**{**small, "images": 1}))
+    assert first.files["table"].read_text() == table and "images 1" in second.files["table"].read_text()
     assert [cell.score for cell in first.cells] != [cell.score for cell in second.cells]
     # The same training is evaluated again.
     assert [cell.run for cell in first.cells] == [cell.run for cell in second.cells]

@@ -41,7 +41,13 @@ from controlkit.nano.icons import Drawing, caption_of
 from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.settings import sampling_settings
 from controlkit.sampling.uses import mode_name
-from controlkit.studies.stored_results import StoredResults, StudyResult, study_settings, with_settings
+from controlkit.studies.stored_results import (
+    StoredResults,
+    StudyResult,
+    check_sampling_steps,
+    study_settings,
+    with_settings,
+)
 
 PROMPTS = ("empty", "right", "conflicting")
 """Kinds of prompts."""
@@ -80,6 +86,7 @@ class AmbiguousContent:
     """DDIM steps."""
 
     def __post_init__(self) -> None:
+        check_sampling_steps(self.sampling_steps)
         object.__setattr__(self, "mode", mode_name(self.mode))
         for name in ("images", "nearest", "sampling_steps"):
             if getattr(self, name) < 1:

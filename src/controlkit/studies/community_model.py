@@ -39,7 +39,13 @@ from controlkit.nano.evaluation_sets import read_set
 from controlkit.nano.icons import TRAINED_STYLES, Drawing, background_colour
 from controlkit.sampling.settings import sampling_settings
 from controlkit.sampling.uses import mode_name
-from controlkit.studies.stored_results import StoredResults, StudyResult, study_settings, with_settings
+from controlkit.studies.stored_results import (
+    StoredResults,
+    StudyResult,
+    check_sampling_steps,
+    study_settings,
+    with_settings,
+)
 from controlkit.training.recipes import build_recipe
 from controlkit.training.run import run
 
@@ -85,6 +91,7 @@ class CommunityModel:
     """Mode of the controls (`ControlUse.mode`); the table in docs/files.md has `balanced`."""
 
     def __post_init__(self) -> None:
+        check_sampling_steps(self.sampling_steps)
         object.__setattr__(self, "mode", mode_name(self.mode))
         for name in ("images", "sampling_steps", "steps", "batch_size"):
             if getattr(self, name) < 1:

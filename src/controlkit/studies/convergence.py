@@ -24,6 +24,7 @@ from controlkit.studies.cells import Cell
 from controlkit.studies.figure import plot, require_matplotlib, sheet_of
 from controlkit.studies.new_condition import NewCondition, NewConditionResult, Trainings
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET
+from controlkit.studies.stored_results import check_sampling_steps, settings_key, tables_text
 
 METHODS = (ADAPTER, CONTROLNET)
 
@@ -65,6 +66,7 @@ class Convergence:
     of the gap at any number of steps (docs/ctrlora.md)."""
 
     def __post_init__(self) -> None:
+        check_sampling_steps(self.sampling_steps)
         for name in (*self.colour, *self.spatial):
             conditions.find(name)
         if not self.colour or not self.spatial:
@@ -121,9 +123,9 @@ def run_convergence(settings: Convergence) -> NewConditionResult:
                     break
             progress.advance()
     reports = trainings.with_settings(tables(cells, settings), settings)
-    stem = f"convergence-{trainings.bench.key}"
+    stem = f"convergence-{trainings.bench.key}-{settings_key(settings)}"
     files: dict[str, Path] = {name: trainings.out / f"{stem}{end}" for name, end in _FILES.items()}
-    text = "\n\n".join(report.to_markdown() for report in reports) + "\n"
+    text = tables_text(settings, reports)
     write_atomically(files["table"], lambda temporary: temporary.write_text(text, encoding="utf-8"))
     plot({"budgets": cells}, files["figure"])
     tasks = {name: trainings.task(name, settings.pairs) for name in names}

@@ -27,7 +27,7 @@ from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.settings import base_settings, sampling_settings
 from controlkit.sampling.uses import MODES, mode_name
-from controlkit.studies.stored_results import StoredResults, StudyResult
+from controlkit.studies.stored_results import StoredResults, StudyResult, check_sampling_steps
 
 _SHOWN = 8
 
@@ -54,6 +54,7 @@ class GuidanceModes:
     """Denoising steps."""
 
     def __post_init__(self) -> None:
+        check_sampling_steps(self.sampling_steps)
         if self.images < 1 or self.sampling_steps < 1 or not self.modes:
             raise UserError(
                 f"images {self.images}, sampling_steps {self.sampling_steps}, modes {list(self.modes)}: expected"

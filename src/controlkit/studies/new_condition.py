@@ -23,7 +23,7 @@ from controlkit.data.pairs import MANIFEST, read_pairs, split_pairs, write_pairs
 from controlkit.errors import UserError, nearest
 from controlkit.evaluation.eval_set import examples_eval_set, pairs_eval_set
 from controlkit.evaluation.report import Report
-from controlkit.evaluation.sets import evaluation_set
+from controlkit.evaluation.sets import EvaluationSet, evaluation_set
 from controlkit.files import one_spelling, read_json, sha256_of, spelled, write_atomically, write_json
 from controlkit.formats.companions import fingerprint_in
 from controlkit.formats.load import find_control
@@ -33,7 +33,14 @@ from controlkit.sampling.uses import mode_name
 from controlkit.studies.cells import Bench, Cell, Task
 from controlkit.studies.figure import plot, require_matplotlib, sheet_of
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, REPORTS
-from controlkit.studies.stored_results import StudyResult, study_settings, with_settings
+from controlkit.studies.stored_results import (
+    StudyResult,
+    check_sampling_steps,
+    settings_key,
+    study_settings,
+    tables_text,
+    with_settings,
+)
 from controlkit.training.recipe import ControlRecipe
 from controlkit.training.recipes import build_recipe
 
@@ -108,13 +115,14 @@ class NewCondition:
     rate_steps: int = 250
     """Optimiser steps for learning rates."""
     images: int = 64
-    """Held-out images per control."""
+    """Held-out images per control; of a given condition, up to its held-out tenth."""
     sampling_steps: int = 10
     """DDIM steps of these images."""
     mode: str = "balanced"
     """Mode of the controls (`ControlUse.mode`); the tables and the paper have `balanced`."""
 
     def __post_init__(self) -> None:
+        check_sampling_steps(self.sampling_steps)
         if not self.parts:
             raise UserError(f"parts is empty; give at least one of {', '.join(PARTS)}", "missing-setting")
         for part in self.parts:
@@ -125,11 +133,12 @@ class NewCondition:
         for name in self.given:
             _parse_given(name)
         object.__setattr__(self, "mode", mode_name(self.mode))
-        counts = (*self.budgets, *self.ranks, *self.pair_counts, self.pairs, self.images, self.sampling_steps)
+        counts = (*self.budgets, *self.ranks, *self.pair_counts, self.pairs, self.images)
         if min(counts) < 1 or not self.budgets:
-            raise UserError(
-                "budgets, ranks, pair_counts, pairs, images and sampling_steps must be at least 1", "out-of-range"
-            )
+            raise UserError("budgets, ranks, pair_counts, pairs and images must be at least 1", "out-of-range")
+        for part, name in (("ranks", "ranks"), ("pairs", "pair_counts"), ("rates", "rates")):
+            if part in self.parts and not getattr(self, name):
+                raise UserError(f"{name} is empty; give at least one, or leave out the part {part}", "missing-setting")
         known = [*self.conditions, *(_parse_given(name)[0] for name in self.given)]
         if repeated := sorted({name for name in known if known.count(name) > 1}):
             raise UserError(f"conditions {', '.join(repeated)} repeat; name each once", "contradiction")
@@ -185,6 +194,20 @@ class Trainings:
             "ranks": self.ranks,
             "pairs": self.pairs,
         }
+
+    @cached_property
+    def held_out(self) -> EvaluationSet[Any]:
+        """The held-out images, of which each control gets the first.
+
+        Raises:
+            UserError: there are fewer than the settings ask for.
+        """
+        held_out = evaluation_set("held-out")
+        if self.settings.images > (most := len(held_out.examples)):
+            raise UserError(
+                f"images is {self.settings.images}; expected up to the {most} held-out ones", "out-of-range"
+            )
+        return held_out
 
     @cached_property
     def sets(self) -> IconSets:
@@ -321,7 +344,7 @@ class Trainings:
                 eval_set=pairs_eval_set(given.held_out[: self.settings.images], self.base.size),
             )
         condition = conditions.find(name)
-        images = evaluation_set("held-out").first(self.settings.images)
+        images = self.held_out.first(self.settings.images)
         return Task(
             name=name,
             condition=condition,
@@ -360,14 +383,16 @@ class Trainings:
     def _write(self, cells_of: Mapping[str, Sequence[Cell]], reports: Sequence[Report]) -> dict[str, Path]:
         # The tables of some parts do not replace those of all.
         parts = [] if tuple(cells_of) == NewCondition.parts else list(cells_of)
-        name = "-".join(["new-condition", self.bench.key, *parts])
+        # So do not those of other settings.
+        stem = f"new-condition-{self.bench.key}-{settings_key(self.settings)}"
+        name = "-".join([stem, *parts])
         files = {"table": self.out / f"{name}.md"}
-        text = "\n\n".join(report.to_markdown() for report in reports) + "\n"
+        text = tables_text(self.settings, reports)
         write_atomically(files["table"], lambda temporary: temporary.write_text(text, encoding="utf-8"))
         files["figure"] = plot(cells_of, self.out / f"{name}.png")
         if "budgets" in cells_of:
-            tasks = {name: self.task(name, self.settings.pairs) for name in self.names()}
-            files["images"] = self.out / f"new-condition-{self.bench.key}-images.png"
+            tasks = {name: self.task(name, self.count(name)) for name in self.names()}
+            files["images"] = self.out / f"{stem}-images.png"
             sheet_of(cells_of["budgets"], tasks, self.bench, self.settings.detail_steps, files["images"])
         return files
 

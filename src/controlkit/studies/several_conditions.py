@@ -41,7 +41,13 @@ from controlkit.images import contact_sheet, to_tensor, write_png
 from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.settings import base_settings, sampling_settings, versions
 from controlkit.sampling.uses import mode_name
-from controlkit.studies.stored_results import StoredResults, StudyResult, study_settings, with_settings
+from controlkit.studies.stored_results import (
+    StoredResults,
+    StudyResult,
+    check_sampling_steps,
+    study_settings,
+    with_settings,
+)
 
 ENOUGH = 0.8
 """Share of a condition's gap that it should keep in company."""
@@ -74,6 +80,7 @@ class SeveralConditions:
     few)."""
 
     def __post_init__(self) -> None:
+        check_sampling_steps(self.sampling_steps)
         if self.images < 1 or self.sampling_steps < 1 or not self.timed or min(self.timed) < 1:
             raise UserError(
                 f"images {self.images}, sampling_steps {self.sampling_steps}, timed {list(self.timed)}: expected"

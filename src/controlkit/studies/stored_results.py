@@ -86,6 +86,42 @@ class StoredResults:
         return self._folder / f"{kind}-{sha256_of(_plain(settings))[:16]}.{suffix}"
 
 
+def check_sampling_steps(steps: int) -> None:
+    """Check the setting `sampling_steps` of a study.
+
+    Raises:
+        UserError: it is not from 1 to 1000.
+    """
+    if not 1 <= steps <= 1000:
+        raise UserError(f"sampling_steps is {steps}; expected 1 to 1000", "out-of-range")
+
+
+def settings_key(study: Any) -> str:
+    """Hash of a study's settings other than `out` and `device`, for names of files."""
+    settings = {name: value for name, value in dataclasses.asdict(study).items() if name not in _NOT_IN_RESULTS}
+    return sha256_of(_plain(settings))[:8]
+
+
+def changed_settings(study: Any) -> str:
+    """A study's settings that differ from its defaults, as text: `budgets [25, 100], images 8`; empty if none does."""
+    values = {
+        field.name: getattr(study, field.name)
+        for field in dataclasses.fields(study)
+        if field.name not in _NOT_IN_RESULTS and getattr(study, field.name) != field.default
+    }
+    shown = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def tables_text(study: Any, reports: Sequence[Report]) -> str:
+    """The tables of a study in Markdown, with its settings."""
+    settings = f"Settings: {changed_settings(study) or 'the defaults'}."
+    return "\n\n".join([*(report.to_markdown() for report in reports), settings]) + "\n"
+
+
+_NOT_IN_RESULTS = ("out", "device")
+
+
 def study_settings(study: Any, base: Base, *, mode: str, weight: float = 1.0) -> dict[str, Any]:
     """Settings that the numbers of a study depend on, as plain values.
 

@@ -36,7 +36,13 @@ from controlkit.images import contact_sheet, write_png
 from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.settings import sampling_settings
 from controlkit.sampling.uses import mode_name
-from controlkit.studies.stored_results import StoredResults, StudyResult, study_settings, with_settings
+from controlkit.studies.stored_results import (
+    StoredResults,
+    StudyResult,
+    check_sampling_steps,
+    study_settings,
+    with_settings,
+)
 
 _SHOWN = 8
 
@@ -67,6 +73,7 @@ class TaskInstructions:
     """Bootstrap samples."""
 
     def __post_init__(self) -> None:
+        check_sampling_steps(self.sampling_steps)
         if self.images < 2 or self.sampling_steps < 1 or self.resamples < 1:
             raise UserError(
                 f"images {self.images}, sampling_steps {self.sampling_steps}, resamples {self.resamples}: expected at"
