@@ -105,6 +105,21 @@ def test_a_base_control_in_another_type_says_its_own_fingerprint(tiny_base, tmp_
     assert said == load_control(out, tiny_base).fingerprint() != read_metadata(file)["control.fingerprint"]
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_adapters_of_a_base_control_load_with_it_in_another_type(tiny_base, base_folder, tmp_path, recorded):
+    shared = BaseControlNet.for_base(tiny_base)
+    shared.add_adapter("palette", 2, seed=0)
+    base, out = tmp_path / "base.safetensors", tmp_path / "cast" / "base.safetensors"
+    save_control(base, shared, tiny_base, dtype=torch.float32)
+    control = CtrLoRA(shared, "palette", "palette")
+    adapter = save_control(tmp_path / "cast" / "palette.safetensors", control, tiny_base, companion="base")
+    if not recorded:
+        save_file({name: value.clone() for name, value in load_file(base).items()}, base)
+    assert run("convert", base, out, "--to", "controlkit", "--dtype", "bfloat16", "--base", base_folder) == 0
+    assert load_control(adapter, tiny_base).shared_network.fingerprint() == read_metadata(out)["control.fingerprint"]
+    assert load_control(f"{adapter}+{out}", tiny_base)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "facts"),
     [

@@ -17,8 +17,10 @@ from controlkit.formats.native import require_settings
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 """Suffixes of files searched for a companion; detection goes by content."""
 
-_TRANSFERRED = "control.transferred_from"
-_FINGERPRINT = "control.fingerprint"
+FINGERPRINT = "control.fingerprint"
+"""Metadata with the fingerprint of a companion's weights."""
+_EARLIER = "control.transferred_from"
+"""Metadata with its fingerprints before transfers and casts, separated by commas."""
 
 
 def read_checkpoint(path: Path, reference: Reference | None = None) -> Checkpoint:
@@ -114,7 +116,7 @@ def find_companion(path: Path, checkpoint: Checkpoint, elsewhere: Iterable[Path]
     """The file of the companion that a control was trained on.
 
     A controlkit file records it; its name is tried first, then all other files in the folder, then one transferred from
-    it to another base (`transfer`). Other tools record nothing: then the only companion in the folder is used.
+    it to another base (`transfer`) or cast to another dtype (`convert`). Other tools record nothing: then the only companion in the folder is used.
 
     Raises:
         UserError: there is none, or there are several candidates.
@@ -139,7 +141,7 @@ def find_companion(path: Path, checkpoint: Checkpoint, elsewhere: Iterable[Path]
     for candidate in (*named, *elsewhere):
         # Skip unreadable files; the companion may be another one.
         with suppress(UserError):
-            if candidate.is_file() and read_metadata(candidate).get(_FINGERPRINT) == fingerprint:
+            if candidate.is_file() and read_metadata(candidate).get(FINGERPRINT) == fingerprint:
                 return candidate
     for candidate in companions_beside(path, control.companion):
         with suppress(UserError):
@@ -172,13 +174,22 @@ def fingerprint_in(path: Path) -> str:
     Raises:
         UserError: the file is damaged or something else.
     """
-    recorded = read_metadata(path).get(_FINGERPRINT)
+    recorded = read_metadata(path).get(FINGERPRINT)
     return recorded if recorded is not None else fingerprint_of(read_checkpoint(path))
 
 
 def fingerprint_of(checkpoint: Checkpoint) -> str:
     """The fingerprint of a companion's checkpoint: recorded, or else computed from its weights."""
-    return checkpoint.metadata.get(_FINGERPRINT) or find(checkpoint.kind).fingerprint_of(checkpoint)
+    return checkpoint.metadata.get(FINGERPRINT) or find(checkpoint.kind).fingerprint_of(checkpoint)
+
+
+def renew_fingerprint(checkpoint: Checkpoint) -> None:
+    """Record the fingerprint of a companion whose weights were cast; controls that were trained on it still load."""
+    former, now = checkpoint.metadata[FINGERPRINT], find(checkpoint.kind).fingerprint_of(checkpoint)
+    if now == former:
+        return
+    checkpoint.metadata[FINGERPRINT] = now
+    checkpoint.metadata[_EARLIER] = ",".join([*_earlier_fingerprints(checkpoint.metadata), former])
 
 
 def _build(checkpoint: Checkpoint) -> Control:
@@ -187,5 +198,5 @@ def _build(checkpoint: Checkpoint) -> Control:
 
 
 def _earlier_fingerprints(metadata: dict[str, str]) -> list[str]:
-    """The fingerprints before its transfers to other bases; empty without any."""
-    return [fingerprint for fingerprint in metadata.get(_TRANSFERRED, "").split(",") if fingerprint]
+    """The fingerprints before its transfers to other bases and its casts; empty without any."""
+    return [fingerprint for fingerprint in metadata.get(_EARLIER, "").split(",") if fingerprint]

@@ -21,7 +21,14 @@ from controlkit.controls.inputs import words_of_inputs
 from controlkit.controls.registry import find, registry
 from controlkit.errors import UserError, nearest
 from controlkit.files import check_overwrite, files_of, read_json, write_json
-from controlkit.formats.companions import check_companion, find_companion, read_companion
+from controlkit.formats.companions import (
+    FINGERPRINT,
+    check_companion,
+    find_companion,
+    fingerprint_of,
+    read_companion,
+    renew_fingerprint,
+)
 from controlkit.formats.detect import Detected, detect, known
 from controlkit.formats.load import denoiser_reference, find_control, reference_to, shipped_controls
 from controlkit.formats.metadata import converted_metadata, write_tensors
@@ -152,10 +159,12 @@ def convert(
     if system.companion is not None:
         inputs += _settle_companion(path, checkpoint, format_, base_control, reference)
     _check_outputs(target, format_, inputs, force=force)
+    if is_companion(system):
+        checkpoint.metadata[FINGERPRINT] = fingerprint_of(checkpoint)
     if dtype is not None:
         _cast(checkpoint, DTYPES[dtype])
-    if is_companion(system) and (dtype is not None or "control.fingerprint" not in checkpoint.metadata):
-        checkpoint.metadata["control.fingerprint"] = system.fingerprint_of(checkpoint)
+        if is_companion(system):
+            renew_fingerprint(checkpoint)
     assert format_.write is not None
     output = format_.write(checkpoint, reference)
     _write(target, format_, checkpoint, output)

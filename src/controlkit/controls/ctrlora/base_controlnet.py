@@ -576,7 +576,7 @@ def build_base_control(config: Mapping[str, Any], state: Mapping[str, Tensor]) -
 
 
 def earlier_fingerprints(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """The fingerprints of a base control before its transfers to other bases; empty without any."""
+    """The fingerprints of a base control before its transfers to other bases and its casts; empty without any."""
     return tuple(filter(None, metadata.get(_TRANSFERRED, "").split(",")))
 
 
