@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
+from safetensors.torch import save_file
 
 from controlkit.apps.cli import main
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
@@ -55,8 +56,6 @@ def test_a_card_does_not_ask_for_a_base_control_that_ships():
 
 
 def test_a_card_of_what_is_no_control_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with refused("wrong-kind", tmp_path / "other.safetensors", "control.kind"):
         card_of(tmp_path / "other.safetensors")
@@ -162,6 +161,29 @@ def test_a_dry_run_lists_what_would_be_uploaded_and_does_nothing(adapter, hub, m
     assert hub.told == [] and not adapter.with_suffix(".md").exists()
     assert main(["push", str(adapter), "me/mine", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["files"]["mine.safetensors"] == str(adapter)
+
+
+def test_only_controls_are_uploaded_whatever_lies_beside_them(adapter, hub, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(hub, "told", [])
+    torch.save({"a": torch.zeros(1)}, tmp_path / "pickle.pth")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name in ("pickle.pth", "other.safetensors"):
+        (tmp_path / name).with_suffix(".md").write_text("a card")
+        assert main(["push", str(tmp_path / name), "me/mine"]) == 2
+        check(capsys.readouterr().err, "wrong-kind", tmp_path / name)
+    card = adapter.with_suffix(".md")
+    card.write_bytes("caf\u00e9".encode("latin-1"))
+    assert main(["push", str(adapter), "me/mine"]) == 2
+    check(capsys.readouterr().err, "damaged-file", card, "UTF-8")
+    assert main(["push", "nano/canny", "me/mine"]) == 2
+    check(capsys.readouterr().err, "unsupported", "nano/canny", "ships")
+    assert hub.told == []
+
+
+def test_a_control_trained_in_this_folder_is_pushed_by_its_name(adapter, hub, monkeypatch):
+    monkeypatch.chdir(adapter.parent)
+    assert main(["push", adapter.stem, "me/mine"]) == 0
+    assert hub.told[1] == adapter.name
 
 
 def test_offline_is_said(adapter, hub, monkeypatch, capsys):

@@ -261,7 +261,7 @@ def test_describe_tells_every_kind(tiny_control, tiny_base, tmp_path):
     assert describe(str(made))["parameters"] == facts["parameters"]
     torch.save(weights_of(made), tmp_path / "lora.ckpt")
     foreign = describe(str(tmp_path / "lora.ckpt"))
-    assert foreign["layout"] == "original" and foreign["metadata"] == {} and foreign["condition"] == "not said"
+    assert foreign["layout"] == "original" and foreign["metadata"] == {} and foreign["condition"] == "not recorded"
 
 
 def test_loading_a_controlnet_keeps_to_its_class(tiny_control, tmp_path):

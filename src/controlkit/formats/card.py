@@ -46,8 +46,8 @@ def card_of(
     kind = find(facts["control.kind"])
     system = kind.class_of(declared_config(facts))
     provenance = provenance_of(facts)
-    condition = facts.get("control.condition") or "not said"
-    tags = [kind.tag or kind.kind, "spatial-control", *([condition] if condition != "not said" else [])]
+    condition = facts.get("control.condition")
+    tags = [kind.tag or kind.kind, "spatial-control", *([condition] if condition else [])]
     header = {
         "library_name": "controlkit",
         "pipeline_tag": "text-to-image",
@@ -91,7 +91,7 @@ def write_card(path: str | Path, **known: Any) -> Path:
 
 def _fact_rows(facts: Mapping[str, str], seconds: float | None) -> dict[str, Any]:
     rows = {
-        "condition": facts.get("control.condition") or "not said",
+        "condition": facts.get("control.condition") or "not recorded",
         "base": facts.get("control.base", ""),
         "base's fingerprint": facts.get("control.base_fingerprint", ""),
         "resolution": facts.get("modelspec.resolution", ""),

@@ -89,7 +89,7 @@ def describe(name: str, base: str | None = None, size: int | None = None) -> dic
         facts |= _flops(detected.control, checkpoint, base, size)
         facts |= detected.control.facts(checkpoint.config)
     facts["needs"] = _needs(detected.control, checkpoint)
-    facts["condition"] = detected.file.metadata.get("control.condition") or "not said"
+    facts["condition"] = detected.file.metadata.get("control.condition") or "not recorded"
     if checkpoint is not None and "rank" in checkpoint.config:
         facts["rank"] = checkpoint.config["rank"]
     if checkpoint is not None and checkpoint.notes:

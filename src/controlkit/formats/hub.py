@@ -11,6 +11,7 @@ from controlkit.data.sources import SUFFIXES
 from controlkit.errors import UserError
 from controlkit.formats.card import card_of, write_card
 from controlkit.formats.companions import companions_beside, fingerprint_in
+from controlkit.formats.load import find_control, shipped_controls
 from controlkit.formats.metadata import read_metadata
 
 _IMAGE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
@@ -27,8 +28,8 @@ def push(file: str | Path, repository: str, *, private: bool = False) -> str:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    uploads = uploads_of(file)
-    path = Path(file)
+    path = _file_of(file)
+    uploads = uploads_of(path)
     if constants.HF_HUB_OFFLINE:
         raise UserError(
             f"cannot upload {path.name}: HF_HUB_OFFLINE is set; unset it, or see what would be uploaded with --dry-run",
@@ -55,16 +56,20 @@ def push(file: str | Path, repository: str, *, private: bool = False) -> str:
 def uploads_of(file: str | Path) -> dict[str, Path]:
     """What `push` uploads: name in the repository -> file. The card need not exist yet.
 
+    Args:
+        file: a path, or the name of a control that was trained in this folder.
+
     Raises:
-        UserError: the file is not a controlkit control.
+        UserError: there is no such file, it is not a controlkit control, or its card is not UTF-8.
     """
-    path = Path(file)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; pass a .safetensors file (`controlkit convert` makes one)", "wrong-kind")
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; pass the .safetensors file of a control", "missing-file")
+    path = _file_of(file)
     card = path.with_suffix(".md")
-    text = card.read_text(encoding="utf-8") if card.is_file() else card_of(path)
+    text = card_of(path)  # refuses what is no control, also where a card exists
+    if card.is_file():
+        try:
+            text = card.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"the card {card} is not UTF-8 text ({error}); save it as UTF-8", "damaged-file") from error
     uploads = {path.name: path, "README.md": card}
     if (companion := _companion_of(path)) is not None:
         uploads[companion.name] = companion
@@ -74,6 +79,20 @@ def uploads_of(file: str | Path) -> dict[str, Path]:
         if image.is_relative_to(path.parent.resolve()) and image.suffix in SUFFIXES and image.is_file():
             uploads[image.relative_to(path.parent.resolve()).as_posix()] = image
     return uploads
+
+
+def _file_of(name: str | Path) -> Path:
+    """The file of a control of one's own.
+
+    Raises:
+        UserError: there is none, it is a folder, or it ships with controlkit.
+    """
+    path = find_control(name)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; pass a .safetensors file (`controlkit convert` makes one)", "wrong-kind")
+    if path in shipped_controls().values():
+        raise UserError(f"{name} ships with controlkit ({path}); pass the file of a control of your own", "unsupported")
+    return path
 
 
 def _companion_of(path: Path) -> Path | None:
