@@ -33,14 +33,16 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.errors import UserError
     from controlkit.files import check_overwrite, files_of
     from controlkit.formats.companions import read_checkpoint
-    from controlkit.formats.load import find_control, load_control, reference_to, save_control
+    from controlkit.formats.load import find_control, load_control, reference_to, save_control, split_pair
     from controlkit.formats.metadata import provenance_of
     from controlkit.formats.transfer import LIMITS, dtype_of, kept_metadata, transfer
 
     if Path(args.out).suffix != ".safetensors":
         raise UserError(f"--out {args.out}: expected a .safetensors file", "usage")
-    read = [find_control(args.control), base_path(args.source), base_path(args.target)]
-    check_overwrite([Path(args.out)], [one for path in read for one in files_of(path)], force=args.force)
+    name, companion = split_pair(args.control)
+    path = find_control(name)
+    read = [path, *([companion] if companion else []), base_path(args.source), base_path(args.target)]
+    check_overwrite([Path(args.out)], [file for each in read for file in files_of(each)], force=args.force)
     source, target = load_base(args.source), load_base(args.target)
     for base in (source, target):
         base.check_text_to_image("transfer")
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"{args.control} ({control.kind}) contains no copy of a base to transfer; {instead}", "wrong-kind"
         )
-    checkpoint = read_checkpoint(find_control(args.control), reference_to(source))
+    checkpoint = read_checkpoint(path, reference_to(source))
     metadata = checkpoint.metadata
     fingerprint = metadata.get("control.base_fingerprint", source.fingerprint)
     if fingerprint != source.fingerprint:
@@ -63,9 +65,11 @@ def run(args: argparse.Namespace) -> None:
     transferred, offset = transfer(control, source, target)
     origin = {**provenance_of(metadata), "transferred": args.control, "from": source.name, "to": target.name}
     kept, dtype = kept_metadata(metadata), dtype_of(checkpoint)
-    path = save_control(args.out, transferred, target, made=origin, dtype=dtype, further=kept)
+    written = save_control(args.out, transferred, target, made=origin, dtype=dtype, further=kept)
     if args.json:
-        print_json({"control": str(path), **vars(offset), "limits": LIMITS})
+        print_json({"control": str(written), **vars(offset), "limits": LIMITS})
         return
-    print(f"{path}: {offset.moved} tensors shifted, {offset.kept} unchanged; the bases differ by {offset.distance:.1%}")
+    print(
+        f"{written}: {offset.moved} tensors shifted, {offset.kept} unchanged; the bases differ by {offset.distance:.1%}"
+    )
     print(LIMITS)

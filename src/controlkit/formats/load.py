@@ -27,6 +27,10 @@ from controlkit.formats.metadata import control_metadata, provenance_of, write_t
 from controlkit.formats.native import require_settings
 
 
+_MARKS = ("config.json", "adapter_config.json", "model_index.json")
+"""Files that mark the folder of a model; pairs have other JSON files."""
+
+
 def save_control(
     path: str | Path,
     control: Control,
@@ -119,7 +123,7 @@ def find_control(name: str | Path) -> Path:
             "the control is empty; pass a file, a folder, or the name of a shipped control", "missing-setting"
         )
     # A folder of pairs is named like its condition, and so are the controls of it.
-    is_other = path.is_dir() and not any(path.glob("*.json"))
+    is_other = path.is_dir() and not any((path / name).is_file() for name in _MARKS)
     if path.exists() and not is_other:
         return path
     for own in (Path(f"{name}.safetensors"), Path("runs", name, f"{path.name}.safetensors")):
@@ -202,11 +206,23 @@ def require_companion(name: str | Path, kind: type[Control] | None) -> None:
 
 
 def split_pair(name: str | Path) -> tuple[str | Path, Path | None]:
-    """`ADAPTER+BASE` as two, if it is that and not a name."""
+    """`ADAPTER+BASE`, of paths or names of controls, as two, if it is that and not the name of one control.
+
+    Raises:
+        UserError: ADAPTER is a control, and BASE is none.
+    """
     control_name, plus, companion = str(name).rpartition("+")
-    if not plus or Path(name).exists() or not Path(control_name).exists():
+    if not plus or _is_found(name) or not _is_found(control_name):
         return name, None
     return control_name, find_control(companion)
+
+
+def _is_found(name: str | Path) -> bool:
+    try:
+        find_control(name)
+    except UserError:
+        return False
+    return True
 
 
 def reference_to(base: Base | None) -> Reference:
