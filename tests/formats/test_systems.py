@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from controlkit.apps.cli import main
+from controlkit.controls.gligen import GLIGEN
 from controlkit.formats.convert import reference_for
-from controlkit.formats.describe import describe_base, describe_system, is_base
+from controlkit.formats.describe import describe, describe_base, describe_system, is_base
+from controlkit.formats.load import save_control, shipped_controls
+from controlkit.formats.metadata import read_metadata
 from refusals import refused
 
 
@@ -77,6 +80,27 @@ def test_every_base_that_verbs_take_can_be_inspected(tmp_path, monkeypatch):
 def test_a_rank_that_is_none_is_refused():
     with refused("out-of-range", "rank", "0", "1 or more"):
         describe_system("ctrlora", "nano", rank=0)
+
+
+@pytest.mark.parametrize("resolution", ["513x513", "\u00b2x\u00b2", "0x0", "", "wide"])
+def test_a_recorded_resolution_that_does_not_fit_does_not_count(tmp_path, resolution):
+    shipped, file = shipped_controls()["canny"], tmp_path / "canny.safetensors"
+    save_file(load_file(shipped), file, {**read_metadata(shipped), "modelspec.resolution": resolution})
+    assert describe(str(file))["GFLOP at 64 x 64"] == describe("canny")["GFLOP at 64 x 64"]
+
+
+def test_a_size_at_which_nothing_is_counted_is_refused(tiny_base, tmp_path):
+    gligen = save_control(tmp_path / "gligen.safetensors", GLIGEN.for_base(tiny_base), tiny_base)
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name in (gligen, tmp_path / "other.safetensors"):
+        with refused("contradiction", "--size 128", name):
+            describe(str(name), size=128)
+    with refused("contradiction", "--size 128", "gligen"):
+        describe_system("gligen", "nano", size=128)
+
+
+def test_a_misspelled_name_of_what_ships_is_not_asked_of_the_hub():
+    assert not is_base("nano/cany") and is_base("somebody/model")
 
 
 def test_ctrlora_has_the_known_size(capsys):

@@ -116,7 +116,8 @@ def find_companion(path: Path, checkpoint: Checkpoint, elsewhere: Iterable[Path]
     """The file of the companion that a control was trained on.
 
     A controlkit file records it; its name is tried first, then all other files in the folder, then one transferred from
-    it to another base (`transfer`) or cast to another dtype (`convert`). Other tools record nothing: then the only companion in the folder is used.
+    it to another base (`transfer`) or cast to another dtype (`convert`). Other tools record nothing: then the only
+    companion in the folder is used.
 
     Raises:
         UserError: there is none, or there are several candidates.

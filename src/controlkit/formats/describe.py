@@ -53,6 +53,7 @@ def describe(name: str, base: str | None = None, size: int | None = None) -> dic
     if detected.control is None or detected.format is None or detected.format.read is None:
         if base is not None:
             raise UserError(f"--base {base} is for controls; {path} is {detected.description}", "contradiction")
+        _check_size_counts(name, {}, size)
         return {
             "kind": "none: not a supported control",
             "what": detected.description,
@@ -88,6 +89,7 @@ def describe(name: str, base: str | None = None, size: int | None = None) -> dic
         facts |= {"trainable": _trainable(on_meta), "reads": words_of_reads(on_meta), **_input_facts(on_meta)}
         facts |= _flops(detected.control, checkpoint, base, size)
         facts |= detected.control.facts(checkpoint.config)
+    _check_size_counts(name, facts, size)
     facts["needs"] = _needs(detected.control, checkpoint)
     facts["condition"] = detected.file.metadata.get("control.condition") or "not recorded"
     if checkpoint is not None and "rank" in checkpoint.config:
@@ -103,7 +105,8 @@ def is_base(name: str) -> bool:
     if name == NANO or known_by_shape(name) or _is_base_folder(path):
         return True
     if not path.exists():
-        return bool(HUB_ID.fullmatch(name)) and path.suffix not in SUFFIXES and name not in shipped_controls()
+        shipped = {control.partition("/")[0] for control in shipped_controls()}
+        return bool(HUB_ID.fullmatch(name)) and path.suffix not in SUFFIXES and path.parts[0] not in shipped
     if path.is_dir() or path.suffix not in SINGLE_FILES or path.stat().st_size == 0:
         return False
     try:
@@ -150,7 +153,7 @@ def describe_base(name: str, size: int | None = None) -> dict[str, Any]:
     facts["latent"] = f"{on_meta.latent_channels} channels, 1/{on_meta.factor} of the image's size"
     facts["own size"] = f"{on_meta.size} x {on_meta.size}"
     facts |= on_meta.sites_in_words()
-    facts[f"GFLOP at {side} x {side}"] = base_flops(on_meta, side)
+    facts[f"{_COUNTED} {side} x {side}"] = base_flops(on_meta, side)
     return facts
 
 
@@ -187,6 +190,8 @@ def describe_system(
         else:
             facts |= _control_counts(control)
     first = next(iter(variants.values()))
+    if not is_countable(first):
+        _check_size_counts(system, facts, size)
     config = first.config()
     facts |= kind.facts(config)
     needs = kind.needs(config)
@@ -194,7 +199,7 @@ def describe_system(
         needs = f"{role_of(kind)}: its {companion_role(kind)}; both: {needs}"
     facts["needs"] = needs
     if is_countable(first):
-        facts[f"GFLOP at {side} x {side}"] = cost_of(first, on_meta, side).to_json()
+        facts[f"{_COUNTED} {side} x {side}"] = cost_of(first, on_meta, side).to_json()
     facts |= _input_facts(kind)
     return {**facts, "reads": words_of_reads(first), "enters at": kind.enters}
 
@@ -212,6 +217,20 @@ def can_be_made(kind: type[Control], base: Base) -> bool:
 def memory_of(parameters: int) -> str:
     """Memory of this many weights, as text."""
     return f"{2 * parameters / 2**20:,.0f} MiB in fp16, {4 * parameters / 2**20:,.0f} MiB in fp32"
+
+
+_COUNTED = "GFLOP at"
+"""Start of the fact that depends on the size."""
+
+
+def _check_size_counts(name: str, facts: Mapping[str, Any], size: int | None) -> None:
+    """Refuse a size where nothing is counted at it."""
+    if size is not None and not any(fact.startswith(_COUNTED) for fact in facts):
+        raise UserError(
+            f"--size {size} has no effect on {name}, whose operations are not counted; remove it, or name a base that it"
+            " fits (--base)",
+            "contradiction",
+        )
 
 
 def _side(base: Base, size: int | None) -> int:
@@ -288,17 +307,19 @@ def _flops(kind: type[Control], checkpoint: Checkpoint, base: str | None, size: 
     if not is_countable(kind):
         return {}
     on_meta = _fitting_base(kind, checkpoint, base)
-    resolution = checkpoint.metadata.get("modelspec.resolution", "").partition("x")[0]
-    native = int(resolution) if resolution.isdigit() else _SIZES.get(checkpoint.config.get("cross_attention_dim", 0))
+    recorded = checkpoint.metadata.get("modelspec.resolution", "").partition("x")[0]
+    native = int(recorded) if recorded.isdecimal() else _SIZES.get(checkpoint.config.get("cross_attention_dim", 0))
     control = _on_meta(kind, checkpoint)
     if on_meta is not None:
+        if native is not None and (native < on_meta.size_multiple or native % on_meta.size_multiple):
+            native = None  # other tools may have written anything
         side = _side(on_meta, size or native or on_meta.size)
-        return {f"GFLOP at {side} x {side}": cost_of(control, on_meta, side).to_json()}
+        return {f"{_COUNTED} {side} x {side}": cost_of(control, on_meta, side).to_json()}
     side = size or native or 512
     if kind.acts is not Acts.RESIDUALS or control.reading is not Reads.NOTHING or not takes_one_image(kind):
         return {}
     with suppress(AttributeError):  # it reads the base, which is unknown
-        return {f"GFLOP at {side} x {side}": cost_without_base(control, side).to_json()}
+        return {f"{_COUNTED} {side} x {side}": cost_without_base(control, side).to_json()}
     return {}
 
 

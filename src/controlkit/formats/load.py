@@ -26,7 +26,6 @@ from controlkit.formats.detect import detect, known
 from controlkit.formats.metadata import control_metadata, provenance_of, write_tensors
 from controlkit.formats.native import require_settings
 
-
 _MARKS = ("config.json", "adapter_config.json", "model_index.json")
 """Files that mark the folder of a model; pairs have other JSON files."""
 
