@@ -19,7 +19,7 @@ from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.controls.gligen import GLIGEN
 from controlkit.controls.uni_controlnet import LocalAdapter
 from controlkit.controls.unicontrol import UniControl
-from controlkit.formats.load import load_control, save_control
+from controlkit.formats.load import load_control, save_control, shipped_controls
 from controlkit.formats.metadata import read_metadata
 from refusals import check
 
@@ -194,6 +194,40 @@ def test_the_weights_of_a_folder_are_not_written_over_by_themselves(file, tmp_pa
     assert run("convert", weights, tmp_path / "cn", "--to", "diffusers", "--dtype", "float16", *force) == 2
     check(capsys.readouterr().err, "would-overwrite", weights)
     assert contents(tmp_path) == before
+
+
+def test_metadata_of_the_tensors_is_dropped_and_all_other_kept(file, tmp_path):
+    metadata = {**read_metadata(file), "modelspec.hash_sha256": "0x1", "modelspec.author": "somebody"}
+    save_file({name: value.clone() for name, value in load_file(file).items()}, file, metadata)
+    out = tmp_path / "half.safetensors"
+    assert run("convert", file, out, "--to", "controlkit", "--dtype", "float16") == 0
+    kept = read_metadata(out)
+    assert kept["modelspec.author"] == "somebody" and "modelspec.hash_sha256" not in kept
+
+
+def test_metadata_of_a_sharded_folder_is_kept(file, tmp_path):
+    folder, back = tmp_path / "folder", tmp_path / "back.safetensors"
+    assert run("convert", file, folder, "--to", "diffusers") == 0
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    tensors, metadata = load_file(weights), read_metadata(weights)
+    parts = {f"diffusion_pytorch_model-0000{place + 1}-of-00002.safetensors": place for place in (0, 1)}
+    weight_map = {}
+    for name, place in parts.items():
+        part = {key: tensors[key] for key in sorted(tensors)[place::2]}
+        save_file(part, folder / name, metadata)
+        weight_map |= dict.fromkeys(part, name)
+    weights.unlink()
+    (folder / f"{weights.name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert run("convert", folder, back, "--to", "controlkit") == 0
+    assert read_metadata(back)["control.condition"] == read_metadata(file)["control.condition"] == "canny"
+    assert read_metadata(back)["control.base"] == read_metadata(file)["control.base"]
+
+
+def test_a_merged_adapter_is_of_the_architecture_of_its_base_control(tmp_path):
+    out = tmp_path / "merged.safetensors"
+    assert run("convert", "nano/palette", out, "--to", "merged") == 0
+    base = shipped_controls()["nano/base"]
+    assert read_metadata(out)["modelspec.architecture"] == read_metadata(base)["modelspec.architecture"]
 
 
 def test_a_base_is_not_written_over(file, base_folder, tmp_path, capsys):

@@ -39,9 +39,9 @@ def run(args: argparse.Namespace) -> None:
 
     if Path(args.out).suffix != ".safetensors":
         raise UserError(f"--out {args.out}: expected a .safetensors file", "usage")
-    name, companion = split_pair(args.control)
+    name, base_control = split_pair(args.control)
     path = find_control(name)
-    read = [path, *([companion] if companion else []), base_path(args.source), base_path(args.target)]
+    read = [path, *([base_control] if base_control else []), base_path(args.source), base_path(args.target)]
     check_overwrite([Path(args.out)], [file for each in read for file in files_of(each)], force=args.force)
     source, target = load_base(args.source), load_base(args.target)
     for base in (source, target):

@@ -227,8 +227,8 @@ def _check_size_counts(name: str, facts: Mapping[str, Any], size: int | None) ->
     """Refuse a size where nothing is counted at it."""
     if size is not None and not any(fact.startswith(_COUNTED) for fact in facts):
         raise UserError(
-            f"--size {size} has no effect on {name}, whose operations are not counted; remove it, or name a base that it"
-            " fits (--base)",
+            f"--size {size} has no effect on {name}, whose operations are not counted; remove it, or name a base that"
+            " it fits (--base)",
             "contradiction",
         )
 

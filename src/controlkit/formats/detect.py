@@ -149,12 +149,14 @@ def _weights(folder: Path, stem: str) -> TensorFile:
     if len(weights.files) == 1:
         return replace(read_tensor_file(weights.files[0]), path=folder)
     tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
     for shard in weights.files:
-        part = read_tensor_file(shard, scaled=True).tensors
-        if twice := sorted(tensors.keys() & part.keys()):
+        part = read_tensor_file(shard, scaled=True)
+        if twice := sorted(tensors.keys() & part.tensors.keys()):
             raise UserError(f"{twice[0]} is in {shard} and in another shard of {folder}", "damaged-file")
-        tensors |= part
-    return TensorFile(folder, unscaled(tensors))
+        tensors |= part.tensors
+        metadata = {**part.metadata, **metadata}
+    return TensorFile(folder, unscaled(tensors), metadata)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

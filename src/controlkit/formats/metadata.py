@@ -91,8 +91,12 @@ def control_metadata(path: str | Path, control: Control, base: Base, made: dict[
     }
 
 
+OF_TENSORS = ("modelspec.hash_sha256",)
+"""Metadata that describes the tensors of a file, and so of no file that is made from it."""
+
+
 def converted_metadata(checkpoint: Checkpoint, title: str) -> dict[str, str]:
-    """Metadata for a converted file: that of its source, and controlkit's own."""
+    """Metadata for a converted file: that of its source other than `OF_TENSORS`, and controlkit's own."""
     family = ARCHITECTURES.get(checkpoint.config.get("cross_attention_dim", 0), "unknown")
     kind = find(checkpoint.kind)
     metadata = {
@@ -103,7 +107,7 @@ def converted_metadata(checkpoint: Checkpoint, title: str) -> dict[str, str]:
         "modelspec.title": title,
         "control.condition": "",
         "control.hint_range": "[0, 1]",
-        **checkpoint.metadata,
+        **{key: value for key, value in checkpoint.metadata.items() if key not in OF_TENSORS},
         "control.kind": checkpoint.kind,
         "control.config": json.dumps(checkpoint.config),
     }

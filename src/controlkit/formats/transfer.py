@@ -19,6 +19,7 @@ from controlkit.bases.base import Base
 from controlkit.controls.control import Control
 from controlkit.controls.file_format import Checkpoint
 from controlkit.errors import UserError
+from controlkit.formats.metadata import OF_TENSORS
 
 LIMITS = (
     "Transfer assumes that training moved the control little from its base; after long training the unchanged control"
@@ -27,9 +28,6 @@ LIMITS = (
     " but is not in its file (ControlNet 1.0)."
 )
 """Shown with every transferred control."""
-
-_OF_TENSORS = ("modelspec.hash_sha256",)
-"""Metadata that describes the tensors of a file."""
 
 Transferable = TypeVar("Transferable", bound=Control)
 
@@ -48,7 +46,7 @@ class Offset:
 
 def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata of a control's file that is true of the transferred control, too, such as author and licence."""
-    ours = ("control.", *_OF_TENSORS)
+    ours = ("control.", *OF_TENSORS)
     return {key: value for key, value in metadata.items() if not key.startswith(ours)}
 
 

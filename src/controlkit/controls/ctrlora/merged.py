@@ -10,6 +10,8 @@ from controlkit.controls.encoder_copy.network import HEADS, missing_heads
 from controlkit.controls.file_format import Checkpoint, Reference, Written
 from controlkit.errors import UserError
 
+_ARCHITECTURE = "modelspec.architecture"
+
 
 def write(checkpoint: Checkpoint, reference: Reference) -> Written:
     """A base control with its own names: W + up @ down, and the adapter's norms and zero convolutions."""
@@ -34,8 +36,10 @@ def write(checkpoint: Checkpoint, reference: Reference) -> Written:
     adapter_metadata = {key: value for key, value in checkpoint.metadata.items() if key != "control.kind"}
     metadata = {**base.metadata, **adapter_metadata}
     dropped = ("control.base_control", "control.base_control_fingerprint", "control.rank", "control.transferred_from")
-    for key in (*dropped, "modelspec.architecture", "modelspec.title"):
+    for key in (*dropped, _ARCHITECTURE, "modelspec.title"):
         metadata.pop(key, None)
+    if _ARCHITECTURE in base.metadata:
+        metadata[_ARCHITECTURE] = base.metadata[_ARCHITECTURE]
     metadata["control.merged"] = checkpoint.metadata.get("modelspec.title") or checkpoint.condition or "an adapter"
     merged = Checkpoint(BaseControlNet.kind, control.config(), tensors, metadata)
     metadata["control.fingerprint"] = BaseControlNet.fingerprint_of(merged)
