@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from controlkit.apps import demo
 from controlkit.apps.cli import main
 from controlkit.apps.show import print_json, print_table
+from controlkit.apps.study import STUDIES
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.conditions import registry
@@ -465,6 +466,16 @@ def test_settings_of_a_study_are_listed_as_json_too(capsys):
             ["steps is 3", "--set steps=4"],
         ),
         (["study", "several-conditions", "--set", "mixes=[]"], "missing-setting", ["mixes", "palette+lineart"]),
+        (
+            ["study", "several-conditions", "--control", "canny"],
+            "contradiction",
+            ["--control", "several-conditions", "--help-settings"],
+        ),
+        (["study", "convergence", "--given", "a=b"], "contradiction", ["--given", "convergence"]),
+        *(
+            (["study", name, "--set", "sampling_steps=1001"], "out-of-range", ["sampling_steps", 1001, 1000])
+            for name in STUDIES
+        ),
         (["study", "community-model", "--set", "images=0"], "out-of-range", ["images", 0, "at least 1"]),
         (["study", "new-condition", "--set", "budgets=25"], "wrong-type", ["budgets", 25, "a list of", "[25, 50, 100"]),
         (["study", "new-condition", "--set", "rank=[a]"], "wrong-type", ["rank", "['a']", "such as 4"]),

@@ -83,6 +83,8 @@ def test_all_digits_come_before_halves_and_safetensors_before_files_of_torch(tmp
     [
         ({"weight_map": {"a": "../../etc/passwd"}}, "damaged-file", "../../etc/passwd"),
         ({"weight_map": {"a": "gone.safetensors"}}, "missing-file", "gone.safetensors"),
+        ({"weight_map": {"a": ["x"]}}, "damaged-file", "['x']"),
+        ({"weight_map": {"a": "x.safetensors", "b": 1}}, "damaged-file", "1"),
         ({"weight_map": {}}, "damaged-file", "weight_map"),
         ([1], "damaged-file", "weight_map"),
     ],

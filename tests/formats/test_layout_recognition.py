@@ -41,6 +41,7 @@ def not_read(path, code, *facts):
 
 
 FOREIGN = {
+    "LoHa": ["lora_unet_down_blocks_0_attentions_0_proj_in.hada_w1_a", "lora_unet_mid_block.hada_w2_b"],
     "LoRA for the UNet": ["lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight", "lora_te_x.alpha"],
     "LoRA for the UNet.": ["unet.down_blocks.0.attentions.0.attn1.to_q.lora_A.weight"],
     "LoRA for a diffusion transformer": ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"],
@@ -143,6 +144,17 @@ def test_a_torn_file_of_torch_save(tmp_path):
         not_read(tmp_path / "a.pth", "damaged-file", "torch.save")
     torch.save(torch.zeros(3), tmp_path / "b.pth")
     not_read(tmp_path / "b.pth", "wrong-kind", "Tensor")
+
+
+def test_a_loha_is_not_said_to_be_usable(tmp_path):
+    save_file({"lora_unet_mid_block.hada_w1_a": torch.zeros(2, 2)}, tmp_path / "a.safetensors")
+    words = describe(str(tmp_path / "a.safetensors"))["what"]
+    assert "LoHa" in words and "--lora" not in words
+
+
+def test_tensors_without_values_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(3), "b": torch.zeros(3, device="meta")}, tmp_path / "a.pth")
+    not_read(tmp_path / "a.pth", "damaged-file", "b")
 
 
 @pytest.fixture

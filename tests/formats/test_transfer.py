@@ -64,6 +64,7 @@ def test_an_untrained_control_becomes_the_other_bases_untrained_control(tiny_bas
     unet = other.unet.state_dict()
     shifted = [name for name in made.network.state_dict() if name in unet]
     assert len(shifted) == offset.moved > 0 and offset.distance > 0
+    assert offset.moved + offset.kept == len(control.file_state())
     for name in shifted:
         assert torch.allclose(made.network.state_dict()[name], unet[name], atol=1e-6), name
     for name, value in made.hint_network.state_dict().items():
@@ -90,7 +91,8 @@ def test_a_base_control_moves_too_and_its_zero_convolutions_stay(tiny_base, othe
     with torch.no_grad():
         control.network.controlnet_mid_block.weight.fill_(0.5)
     made, offset = transfer(control, tiny_base, other)
-    assert offset.kept == sum(name.startswith("controlnet_") for name in control.network.state_dict())
+    assert offset.kept == sum(name.startswith("controlnet_") for name in control.file_state())
+    assert offset.moved + offset.kept == len(control.file_state())
     assert torch.equal(made.network.controlnet_mid_block.weight, control.network.controlnet_mid_block.weight)
     assert torch.allclose(made.network.conv_in.weight, other.unet.conv_in.weight, atol=1e-6)
 

@@ -109,5 +109,9 @@ def test_it_leaves_out_the_text_encoder_and_refuses_what_it_cannot_compare(setti
     for name in ("styles", "controls"):
         with refused("missing-setting", name):
             CommunityModel(**{name: ()})
+    with refused("contradiction", "styles", "noto"):
+        CommunityModel(styles=("noto", "twemoji", "noto"))
+    with refused("contradiction", "controls", "canny"):
+        CommunityModel(controls=("canny", "canny"))
     with refused("out-of-range", "text_steps", 0):
         CommunityModel(text_steps=0)

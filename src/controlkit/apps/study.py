@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="new-condition: add a condition from a folder of pairs, scored by CONDITION",
     )
     parser.add_argument(
-        "--control", help="the base control (new-condition, convergence), or the only control: a name or a file"
+        "--control",
+        help="the base control (new-condition, convergence), or the only control (others but several-conditions): a"
+        " name or a file",
     )
     parser.add_argument("--out", metavar="DIR", help="folder of the study")
     parser.add_argument("--device", help="cpu, cuda, mps or auto (default: auto)")
@@ -90,11 +92,7 @@ def run(args: argparse.Namespace) -> None:
     if args.help_settings:
         _list_settings(args.name, kind, args.json)
         return
-    values = {name: getattr(args, name) for name in ("control", "out", "device") if hasattr(args, name)}
-    if "control" in values and "controls" in {field.name for field in dataclasses.fields(kind)}:
-        values["controls"] = (values.pop("control"),)
-    if args.given:
-        values["given"] = tuple(args.given)
+    values = _values_of(args, kind)
     overrides = read_overrides(args.settings)
     check_overrides(overrides, values)
     settings: Any = build_settings(kind, values | overrides, f"study {args.name}")
@@ -112,6 +110,27 @@ def run(args: argparse.Namespace) -> None:
         print(f"{what}: {path}")
     if is_verbose():
         print(calls(), file=sys.stderr)
+
+
+def _values_of(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Settings of the study `kind` that options give.
+
+    Raises:
+        UserError: it has no such setting.
+    """
+    values = {name: getattr(args, name) for name in ("control", "out", "device") if hasattr(args, name)}
+    if args.given:
+        values["given"] = tuple(args.given)
+    known = {field.name for field in dataclasses.fields(kind)}
+    if "control" in values and "controls" in known:
+        values["controls"] = (values.pop("control"),)
+    if unknown := [name for name in ("control", "given") if name in values and name not in known]:
+        raise UserError(
+            f"--{unknown[0]} has no effect on {args.name}; controlkit study {args.name} --help-settings lists its"
+            " settings",
+            "contradiction",
+        )
+    return values
 
 
 def _list_settings(name: str, kind: type, as_json: bool) -> None:

@@ -57,10 +57,11 @@ def _find(folder: Path, stem: str, container: str, variant: str | None) -> tuple
     shard_of = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shard_of, dict) or not shard_of:
         raise UserError(f"{index} lists no weight files (weight_map)", "damaged-file")
-    shards = sorted(set(shard_of.values()))
-    for shard in shards:
+    for shard in shard_of.values():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise UserError(f"{index} names {shard!r}, which is not a file of its folder", "damaged-file")
+    shards = sorted(set(shard_of.values()))
+    for shard in shards:
         if not (folder / shard).is_file():
             raise UserError(
                 f"{index} names {shard}, which is missing ({len(shards)} shards in all); download it again",

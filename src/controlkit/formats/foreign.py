@@ -75,6 +75,7 @@ _RULES = (
     ),
     _Rule("a motion module of AnimateDiff", _has(".*motion_modules\\.")),
     # LoRA before whole networks: its names contain theirs.
+    _Rule("a LoHa or LoKr (LyCORIS): it changes the base and is not supported", _has(".*\\.(hada|lokr)_w[12]")),
     _Rule(
         "a LoRA for the UNet: it changes the base and is not a control (pass it with --lora)",
         _has("(lora_unet_|unet\\..*lora|base_model\\.model\\.unet|lycoris_)"),

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from controlkit.bases.weight_files import torch_load_error
-from controlkit.controls.file_format import TensorFile, on_one_line
+from controlkit.controls.file_format import TensorFile, listed, on_one_line
 from controlkit.errors import UserError
 
 _LARGEST_HEADER = 100_000_000
@@ -160,4 +160,9 @@ def _read_torch(path: Path) -> TensorFile:
         del entries["model"]
         entries = {str(name): value for name, value in model.items()} | entries
     tensors = {name: value.detach() for name, value in entries.items() if isinstance(value, Tensor)}
+    if empty := [name for name, value in tensors.items() if value.is_meta]:
+        raise UserError(
+            f"{path} has no values for {listed(empty)} (saved on the device meta); save the loaded weights",
+            "damaged-file",
+        )
     return TensorFile(path, tensors, others=tuple(name for name in entries if name not in tensors))

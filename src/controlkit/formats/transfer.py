@@ -39,7 +39,7 @@ class Offset:
     moved: int
     """Number of shifted tensors."""
     kept: int
-    """Number of tensors without a counterpart in the bases."""
+    """Number of the control's other tensors, which have no counterpart in the bases."""
     distance: float
     """Norm of B - A over norm of A, on the shifted tensors."""
 
@@ -76,11 +76,10 @@ def transfer(control: Transferable, source: Base, target: Base) -> tuple[Transfe
         )
     transferred.mark_transferred()
     a, b = transferred.copied_from(source), transferred.copied_from(target)
-    shifted = kept = 0
+    shifted = 0
     offset_squared = source_squared = 0.0
     for name, value in network.state_dict().items():
         if name not in a:
-            kept += 1
             continue
         if name not in b or a[name].shape != b[name].shape or a[name].shape != value.shape:
             target_shape = list(b[name].shape) if name in b else "none"
@@ -98,6 +97,7 @@ def transfer(control: Transferable, source: Base, target: Base) -> tuple[Transfe
         raise UserError(
             f"the control shares no tensor with {source.name}: it was made for another architecture", "incompatible"
         )
+    kept = len(transferred.file_state()) - shifted
     return transferred, Offset(
         moved=shifted, kept=kept, distance=(offset_squared / source_squared) ** 0.5 if source_squared else 0.0
     )

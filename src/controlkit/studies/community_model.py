@@ -101,8 +101,14 @@ class CommunityModel:
         for name in ("controls", "styles"):
             if not getattr(self, name):
                 raise UserError(f"{name} is empty; give at least one", "missing-setting")
+            _check_distinct(name, getattr(self, name))
         if unknown := sorted(set(self.styles) - set(TRAINED_STYLES)):
             raise UserError(f"styles has {', '.join(unknown)}; known: {', '.join(TRAINED_STYLES)}", "unknown-name")
+
+
+def _check_distinct(name: str, values: Sequence[str]) -> None:
+    if repeated := sorted({value for value in values if values.count(value) > 1}):
+        raise UserError(f"{name} repeats {', '.join(repeated)}; name each once", "contradiction")
 
 
 def run_community_model(settings: CommunityModel) -> StudyResult:
