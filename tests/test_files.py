@@ -13,10 +13,12 @@ import pytest
 from controlkit.errors import UserError, nearest
 from controlkit.files import (
     numbered_folder,
+    one_spelling,
     output_folder,
     read_json,
     remove_leftovers,
     sha256_of,
+    spelled,
     writable_folder,
     write_atomically,
     write_json,
@@ -26,6 +28,16 @@ from refusals import refused
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_path_has_one_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("a/b", "./a/b", "a/../a/b", tmp_path / "a" / "b"):
+        assert str(one_spelling(path)) == "a/b"
+    assert one_spelling("../x") == tmp_path.parent / "x" == one_spelling(tmp_path.parent / "x")
+    (tmp_path / "a").mkdir()
+    assert spelled(str(tmp_path / "a")) == "a"
+    assert spelled("nano/./base") == "nano/./base"  # a name
 
 
 def test_a_file_is_written_with_its_folders(tmp_path):
