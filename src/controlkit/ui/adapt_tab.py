@@ -123,7 +123,14 @@ class _Tab:
         session, name = str(request.session_hash), (name or "").strip()
         self.watching.pop(session, None)
         if name not in await asyncio.to_thread(self.place.runs):
-            yield "", None, None, None, "", gr.update(visible=False)
+            nothing = ("", None, None, None, "", gr.update(visible=False))
+            yield nothing
+            # What the former watch was sending may arrive after that.
+            mark = self.watching[session] = object()
+            await asyncio.sleep(1)
+            if self.watching.get(session) is mark:
+                del self.watching[session]
+                yield nothing
             return
         async for each in self._watch(name, session):
             yield each
