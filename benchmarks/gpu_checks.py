@@ -4,7 +4,7 @@
 
 On nano, in float32:
 
-- sampling: every system that takes one image draws with CUDA graphs what it draws without, to 1e-4; so does the base
+- sampling: every system of nano that takes one image draws with CUDA graphs what it draws without, to 1e-4; so does the base
   alone, under every solver of nano. Systems that act inside the base's pass run eagerly, and say so;
 - training: a ControlNet and a CtrLoRA adapter end with graphs, and with data workers, with the states (weights and
   moments) that they have without, to 1e-4 and 1e-5;
@@ -38,11 +38,13 @@ from torch import Tensor
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
+from controlkit.bases.meta import meta_base
 from controlkit.controls.control import Acts, Control
 from controlkit.controls.inputs import encode_images, takes_one_image
 from controlkit.controls.registry import registry
 from controlkit.evaluation.sets import evaluation_set
 from controlkit.files import write_json
+from controlkit.formats.describe import can_be_made
 from controlkit.images import to_tensor
 from controlkit.sampling.graphs import NetworkCalls
 from controlkit.sampling.plan import ActiveControl
@@ -125,8 +127,10 @@ def sampling_groups(base: Base) -> Iterator[Group]:
     for solver in SOLVERS:
         name = f"no control, {solver}"
         yield f"sampling: {name}", partial(check, name, [], graph_expected=True, sampler=solver)
+    on_meta = meta_base("nano")
     for kind in registry().values():
-        if kind.__module__.startswith("controlkit.controls.") and takes_one_image(kind):
+        is_own = kind.__module__.startswith("controlkit.controls.")
+        if is_own and takes_one_image(kind) and can_be_made(kind, on_meta):
             yield f"sampling: {kind.kind}", partial(of_system, kind)
 
 
