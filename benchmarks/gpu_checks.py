@@ -4,8 +4,8 @@
 
 On nano, in float32:
 
-- sampling: every system of nano that takes one image draws with CUDA graphs what it draws without, to 1e-4; so does the base
-  alone, under every solver of nano. Systems that act inside the base's pass run eagerly, and say so;
+- sampling: every system of nano that takes one image draws with CUDA graphs what it draws without, to 1e-4; so does
+  the base alone, under every solver of nano. Systems that act inside the base's pass run eagerly, and say so;
 - training: a ControlNet and a CtrLoRA adapter end with graphs, and with data workers, with the states (weights and
   moments) that they have without, to 1e-4 and 1e-5;
 - resume: a run that was stopped in the middle ends with the weights of one that was not, to 1e-5.

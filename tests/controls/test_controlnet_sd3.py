@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from controlkit.apps.cli import main
 from controlkit.bases.load import load_base
-from controlkit.controls.controlnet_sd3 import STABILITY_CANNY_PIXELS, ControlNetSD3
+from controlkit.controls.controlnet_sd3 import ControlNetSD3
+from controlkit.controls.controlnet_sd3.network import STABILITY_CANNY_PIXELS
 from controlkit.formats.convert import convert
 from controlkit.formats.describe import describe
 from controlkit.formats.load import load_control, save_control

@@ -1,17 +1,12 @@
-"""ControlNet for the transformer of Stable Diffusion 3 and 3.5, on diffusers' `SD3ControlNetModel`.
+"""ControlNet for Stable Diffusion 3 on diffusers' `SD3ControlNetModel`.
 
 The first blocks of the transformer, copied, run beside it on the noisy latent plus the latent of the condition image.
 Each of their outputs is added after a run of the base's blocks (diffusers, models/transformers/transformer_sd3.py):
 with 12 outputs and 24 blocks, after two blocks each.
-
-Stability AI's own ControlNets for Stable Diffusion 3.5 have blocks over the image alone, and their files lack the
-position embedding, which is the base's (Stability-AI/sd3.5, sd3_impls.py and sd3_infer.py).
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,17 +18,10 @@ from torch import Tensor, nn
 from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.text import Text
-from controlkit.controls.control import Control, OneImage, Reads, Training
+from controlkit.controls.control import OneImage, Reads, Training
+from controlkit.controls.controlnet_sd3.formats import FORMATS, ZEROS, config_of
 from controlkit.controls.encoder_copy.network import checked_config, plain_config
-from controlkit.controls.file_format import (
-    CONFIG_ERRORS,
-    Checkpoint,
-    FileFormat,
-    Reference,
-    TensorFile,
-    check_names,
-    on_one_line,
-)
+from controlkit.controls.file_format import Checkpoint
 from controlkit.controls.hints import Hint
 from controlkit.controls.inputs import check_range
 from controlkit.controls.registry import control
@@ -49,9 +37,6 @@ USUAL_PIXELS = (2.0, -1.0)
 STABILITY_CANNY_PIXELS = (127.5, 0.5)
 """`image * 255 * 0.5 + 0.5`, for the canny ControlNet of Stable Diffusion 3.5 large (Stability-AI/sd3.5,
 sd3_infer.py, `vae_encode`)."""
-HEAD_WIDTH = 64
-"""Channels of an attention head in all Stable Diffusion 3."""
-_ZEROS = "force_zeros_for_pooled_projection"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,124 +58,6 @@ class Start(Options):
     """Initial weights: such a ControlNet in any format. Default: a copy of the base's first blocks."""
     prompt_drop: float = 0.5
     """Fraction of prompts replaced by the empty prompt."""
-
-
-def _is_of_stability(tensors: Collection[str]) -> bool:
-    """Whether names are those of Stability AI's files; diffusers' differ within the blocks."""
-    return {"pos_embed_input.proj.weight", "transformer_blocks.0.adaLN_modulation.1.weight"} <= set(tensors)
-
-
-def _detect_stability(file: TensorFile) -> str | None:
-    return "a ControlNet of Stability AI for Stable Diffusion 3.5" if _is_of_stability(file.tensors) else None
-
-
-def _lacks_positions(config: Mapping[str, Any]) -> bool:
-    return config.get("_class_name") == SD3ControlNetModel.__name__ and config.get("use_pos_embed") is False
-
-
-def _read_folder(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
-    """diffusers' folder without the position embedding, which its pipeline takes from the base, too."""
-    config = {key: value for key, value in file.config.items() if not key.startswith("_")}
-    return _with_positions(kind, file, dict(file.tensors), config, reference, description)
-
-
-def _read_stability(kind: type[Control], file: TensorFile, reference: Reference, description: str) -> Checkpoint:
-    tensors = dict(file.tensors)
-    which = tensors.pop("control_type", None)
-    try:
-        own = _from_stability(tensors)
-        config = {**_config_of(own), _ZEROS: False}
-    except CONFIG_ERRORS as error:
-        raise UserError(f"{file.path} looks like {description}, but {on_one_line(error)}", "damaged-file") from error
-    checkpoint = _with_positions(kind, file, own, config, reference, description)
-    condition = None if which is None else _STABILITY_CONDITIONS.get(round(float(which)))
-    if condition is not None:
-        checkpoint.metadata.setdefault("control.condition", condition)
-        kind.settle_checkpoint(checkpoint, ())
-    return checkpoint
-
-
-_STABILITY_CONDITIONS = {0: "blur", 1: "canny", 2: "depth_midas"}
-"""Value of `control_type` in a file -> condition (ComfyUI, comfy/controlnet.py, `load_controlnet_sd35`)."""
-_STABILITY_NAMES = {
-    "attn.proj": "attn.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-    "adaLN_modulation.1": "norm1.linear",
-}
-_IN_BLOCK = re.compile(r"(transformer_blocks\.\d+)\.(.+)\.(weight|bias)")
-
-
-def _from_stability(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under Stability AI's names => under diffusers'; others keep their names.
-
-    (diffusers, scripts/convert_sd3_controlnet_to_diffusers.py.)
-    """
-    own: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        match = _IN_BLOCK.fullmatch(name)
-        if match is None:
-            own[name] = value
-        elif match[2] == "attn.qkv":
-            for which, part in zip("qkv", value.chunk(3), strict=True):
-                own[f"{match[1]}.attn.to_{which}.{match[3]}"] = part
-        else:
-            own[f"{match[1]}.{_STABILITY_NAMES.get(match[2], match[2])}.{match[3]}"] = value
-    return own
-
-
-def _with_positions(
-    kind: type[Control],
-    file: TensorFile,
-    tensors: dict[str, Tensor],
-    config: dict[str, Any],
-    reference: Reference,
-    description: str,
-) -> Checkpoint:
-    """The checkpoint of a file without a position embedding, completed by that of the base.
-
-    Raises:
-        UserError: there is no base of this family, or names or shapes do not fit.
-    """
-    base_config, weights = reference.transformer_config, reference.transformer_weights
-    if base_config is None or weights is None:
-        raise UserError(
-            f"{file.path} is {description}, which shares the position embedding of its base; pass that base with its"
-            " weights (--base)",
-            "missing-setting",
-        )
-    shared = ("sample_size", "patch_size", "in_channels", "pos_embed_max_size")
-    config |= {**{name: base_config[name] for name in shared}, "use_pos_embed": True, "pos_embed_type": "sincos"}
-    dtype = next(iter(tensors.values())).dtype
-    tensors |= {name: value.to(dtype) for name, value in weights.items() if name.startswith("pos_embed.")}
-    try:
-        expected = kind.shapes(config)
-    except CONFIG_ERRORS as error:
-        raise UserError(f"{file.path} looks like {description}, but {on_one_line(error)}", "damaged-file") from error
-    check_names(file.path, description, expected, tensors, file.others)
-    checkpoint = Checkpoint(kind.kind, config, tensors, dict(file.metadata), path=file.path)
-    checkpoint.notes.append("its position embedding is not in the file and comes from the base")
-    return checkpoint
-
-
-FORMATS = (
-    FileFormat(
-        name="diffusers-sd35",
-        description="diffusers' folder of Stability AI's ControlNets, without a position embedding",
-        detect=lambda file: "a ControlNet for Stable Diffusion 3.5 as diffusers' folder",
-        read=_read_folder,
-        files=("config.json", "diffusion_pytorch_model.safetensors"),
-        of_config=_lacks_positions,
-        needs_base=True,
-    ),
-    FileFormat(
-        name="original",
-        description="the names of Stability AI's files",
-        detect=_detect_stability,
-        read=_read_stability,
-        needs_base=True,
-    ),
-)
 
 
 @control
@@ -265,7 +132,7 @@ class ControlNetSD3(OneImage):
             **plain_config(transformer),
             "num_layers": copied,
             "dual_attention_layers": [layer for layer in transformer.config.dual_attention_layers if layer < copied],
-            _ZEROS: not reads_pooled,
+            ZEROS: not reads_pooled,
         }
         network = SD3ControlNetModel.from_config(config)
         own = network.state_dict()
@@ -292,7 +159,7 @@ class ControlNetSD3(OneImage):
     @classmethod
     def config_of(cls, tensors: Mapping[str, Tensor], unet_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """As `Control.config_of`; the pooled prompt is not read, as in diffusers by default and in ComfyUI."""
-        return _config_of(tensors)
+        return config_of(tensors)
 
     @classmethod
     def is_native(cls, tensors: Mapping[str, Tensor]) -> bool:
@@ -320,7 +187,7 @@ class ControlNetSD3(OneImage):
         check_range(condition_image)
         factor, offset = self.pixels
         latent = base.encode_image(condition_image * factor + offset)
-        if self.network.config[_ZEROS]:
+        if self.network.config[ZEROS]:
             latent = latent + base.latents.shift * base.latents.scale
         return latent.to(self.network.pos_embed_input.proj.weight)
 
@@ -331,7 +198,7 @@ class ControlNetSD3(OneImage):
             x_t,
             controlnet_cond=hint,
             encoder_hidden_states=None if config["joint_attention_dim"] is None else text.tokens,
-            pooled_projections=torch.zeros_like(pooled) if config[_ZEROS] else pooled,
+            pooled_projections=torch.zeros_like(pooled) if config[ZEROS] else pooled,
             timestep=t.expand(len(x_t)),
             return_dict=False,
         )[0]
@@ -339,7 +206,7 @@ class ControlNetSD3(OneImage):
         return Residuals({f"block.{place}": outputs[int(place / interval)] for place in range(self.base_layers - 1)})
 
     def hint_settings(self) -> Hashable:
-        return (self.pixels, bool(self.network.config[_ZEROS]))
+        return (self.pixels, bool(self.network.config[ZEROS]))
 
     def incompatibility(self, base: Base) -> str | None:
         own, transformer = self.network.config, base.denoiser
@@ -368,7 +235,7 @@ class ControlNetSD3(OneImage):
 
     @classmethod
     def options_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {"num_layers": config["num_layers"], "reads_pooled": not config.get(_ZEROS, True)}
+        return {"num_layers": config["num_layers"], "reads_pooled": not config.get(ZEROS, True)}
 
     def copied_network(self) -> nn.Module:
         return self.network
@@ -397,7 +264,7 @@ class ControlNetSD3(OneImage):
         facts = {"blocks": f"{config['num_layers']}, for the {layers} of the base"}
         if config["joint_attention_dim"] is None:
             facts["text"] = "the pooled prompt only"
-        elif config.get(_ZEROS, True):
+        elif config.get(ZEROS, True):
             facts["text"] = "the prompt's tokens only"
         return facts
 
@@ -422,35 +289,3 @@ def _transformer_of(base: Base, title: str) -> SD3Transformer2DModel:
             f"{title} needs a transformer of two blocks or more; that of {base.name} has one", "incompatible"
         )
     return denoiser
-
-
-def _config_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The config of a network with diffusers' names, inferred from shapes.
-
-    Raises:
-        KeyError, ValueError: a tensor is missing, or the width is no multiple of `HEAD_WIDTH`.
-    """
-    width = tensors["controlnet_blocks.0.weight"].shape[0]
-    if width % HEAD_WIDTH:
-        raise ValueError(f"its width {width} is no multiple of {HEAD_WIDTH}, the channels of an attention head")
-    latent = tensors.get("pos_embed.proj.weight", tensors["pos_embed_input.proj.weight"])
-    context = tensors.get("context_embedder.weight")
-    positions = tensors.get("pos_embed.pos_embed")
-    layers = len([name for name in tensors if re.fullmatch(r"controlnet_blocks\.\d+\.weight", name)])
-    return {
-        "patch_size": latent.shape[2],
-        "in_channels": latent.shape[1],
-        "num_layers": layers,
-        "attention_head_dim": HEAD_WIDTH,
-        "num_attention_heads": width // HEAD_WIDTH,
-        "joint_attention_dim": None if context is None else context.shape[1],
-        "caption_projection_dim": width,
-        "pooled_projection_dim": tensors["time_text_embed.text_embedder.linear_1.weight"].shape[1],
-        "pos_embed_max_size": None if positions is None else math.isqrt(positions.shape[1]),
-        "extra_conditioning_channels": tensors["pos_embed_input.proj.weight"].shape[1] - latent.shape[1],
-        "dual_attention_layers": [
-            layer for layer in range(layers) if f"transformer_blocks.{layer}.attn2.to_q.weight" in tensors
-        ],
-        "qk_norm": "rms_norm" if "transformer_blocks.0.attn.norm_q.weight" in tensors else None,
-        _ZEROS: True,
-    }
