@@ -7,6 +7,8 @@
 - channels_last: the UNet's weights and the latents in that memory format, one call under guidance;
 - bf16: the same call with weights and latents in bf16;
 - torch.compile: the same call compiled (with `--compiled`; compiling is not in the time);
+- bf16 steps: a forward and backward pass of the UNet under autocast, as training does it, over weights in float32;
+- fp32 attention in bf16 steps (on the CPU): the same, against autocast's attention;
 - guidance in one batch: both halves in one call, against one call for each;
 - LoRA folded: one CtrLoRA condition whose layers make W + up @ down for the call where that is less work, against
   layers that always add the LoRA's product;
@@ -31,6 +33,7 @@ from controlkit.bases.text import Text
 from controlkit.bases.unet import unet_inputs
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import BaseControlNet
+from controlkit.training.precision import attention_precision
 
 
 def inputs(base: Base, size: int, rows: int) -> tuple[Tensor, Tensor, Text]:
@@ -67,6 +70,31 @@ def unet_switches(base: Base, size: int, batch: int, compiled: bool) -> dict[str
     if compiled:
         fast = torch.compile(base.unet)
         switches["torch.compile"] = (plain, lambda _: fast(x, t, **unet_inputs(text), return_dict=False)[0])
+    return switches
+
+
+def step_switches(base: Base, size: int, batch: int) -> dict[str, tuple[Any, Any]]:
+    """Switch -> passes forward and backward without it, and with it; the gradient of the first layer's weight."""
+    x, t, text = inputs(base, size, batch)
+    unet = copy.deepcopy(base.unet).float().requires_grad_(True).train()
+    first = next(unet.parameters())
+
+    def passes(*, bf16: bool, suited: bool) -> Callable[[int], Tensor]:
+        def step(_: int) -> Tensor:
+            unet.zero_grad()
+            with attention_precision(base.device, bf16=bf16 and suited):
+                with torch.autocast(base.device.type, torch.bfloat16, enabled=bf16):
+                    made = unet(x.float(), t, **unet_inputs(text), return_dict=False)[0]
+                made.float().square().mean().backward()
+            assert first.grad is not None
+            return first.grad.clone()
+
+        return step
+
+    in_bf16 = passes(bf16=True, suited=True)
+    switches: dict[str, tuple[Any, Any]] = {"bf16 steps": (passes(bf16=False, suited=True), in_bf16)}
+    if base.device.type == "cpu":
+        switches["fp32 attention in bf16 steps"] = (passes(bf16=True, suited=False), in_bf16)
     return switches
 
 
@@ -138,6 +166,8 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
             compare(name, without, switched)
         if not args.only or "LoRA folded" in args.only:
             compare("LoRA folded", *folded(base, size, args.batch, args.rank))
+    for name, (without, switched) in step_switches(base, size, args.batch).items():
+        compare(name, without, switched)
     if not args.only or "fused optimiser" in args.only:
         compare("fused optimiser", *optimisers(base))
     return rows

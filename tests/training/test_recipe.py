@@ -216,14 +216,3 @@ def test_reading_a_recipe_loads_neither_torch_nor_diffusers():
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize(("precision", "expected"), [("fp32", False), ("bf16", True), ("auto", False)])
-def test_without_a_word_arithmetic_on_a_processor_is_float32(precision, expected):
-    import torch
-
-    from controlkit.training.memory import uses_bf16
-
-    path = Path(__file__).parents[2] / "recipes/sd15/ctrlora-adapter.yaml"
-    recipe = read_recipe(path, [f"precision={precision}"])
-    assert uses_bf16(recipe, torch.device("cpu")) is expected

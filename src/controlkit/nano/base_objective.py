@@ -32,8 +32,8 @@ from controlkit.nano.recipes import BaseRecipe
 from controlkit.sampling.sampler import sample_prompts
 from controlkit.training.diffusion import Draw
 from controlkit.training.graphs import Graphs
-from controlkit.training.memory import uses_bf16
 from controlkit.training.objective import Objective
+from controlkit.training.precision import uses_bf16
 from controlkit.training.processes import Processes
 
 MAX_TOKENS = 24

@@ -27,8 +27,9 @@ from controlkit.formats.metadata import read_metadata
 from controlkit.images import to_tensor
 from controlkit.training.diffusion import Draw
 from controlkit.training.graphs import Graphs
-from controlkit.training.memory import CPUOffload, checkpoint_activations, store_frozen, uses_bf16
+from controlkit.training.memory import CPUOffload, checkpoint_activations, store_frozen
 from controlkit.training.objective import Objective, numpy_generator, torch_generator
+from controlkit.training.precision import uses_bf16
 from controlkit.training.previews import preview_images, preview_settings, write_preview
 from controlkit.training.processes import print_notes
 from controlkit.training.recipe import ControlRecipe

@@ -11,14 +11,6 @@ from torch import nn
 
 from controlkit.bases.base import Base
 from controlkit.controls.control import Control
-from controlkit.training.recipe import Recipe
-
-
-def uses_bf16(recipe: Recipe, device: torch.device) -> bool:
-    """Whether a recipe computes in bf16 on `device`."""
-    if recipe.precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return recipe.precision == "bf16"
 
 
 def checkpoint_activations(base: Base, control: Control) -> None:

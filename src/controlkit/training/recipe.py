@@ -93,8 +93,8 @@ class Recipe:
     optimizer: str = "adamw"
     """`adamw`, or `adamw8bit` with moments in 8 bits (needs bitsandbytes; worthwhile for many parameters)."""
     precision: str = "fp32"
-    """`fp32`, `bf16` for autocast (faster only with bf16 hardware), or `auto`: bf16 on a CUDA device that supports it.
-    With bf16, the frozen weights under a control are stored in bf16, too."""
+    """`fp32`, `bf16` for autocast (faster only with bf16 hardware), or `auto`: bf16 on a CUDA device that supports it
+    and on a CPU with AMX. With bf16, the frozen weights under a control are stored in bf16, too."""
     device: str = "auto"
     """`auto` (CUDA, then MPS, then CPU) or a torch device."""
     seed: int = 0

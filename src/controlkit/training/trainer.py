@@ -22,10 +22,10 @@ from controlkit.sampling.settings import in_words
 from controlkit.training.ahead import DataAhead, number_of_workers, worker_death
 from controlkit.training.guards import LossMonitor, StallMonitor
 from controlkit.training.log import NullLog, RunLog, is_timed, total_seconds
-from controlkit.training.memory import uses_bf16
 from controlkit.training.objective import Objective
 from controlkit.training.optimizers import build_optimizer
 from controlkit.training.patience import Patience
+from controlkit.training.precision import attention_precision, uses_bf16
 from controlkit.training.processes import Processes
 from controlkit.training.readings import Reading, Readings
 from controlkit.training.recipe import Recipe
@@ -278,13 +278,16 @@ class _Loop:
         total, by_time = torch.zeros((), device=device), None
         self.optimizer.zero_grad(set_to_none=True)
         # Each batch has its own random numbers, as the steps of a run with one batch per step have.
-        for batch in range(step * count, (step + 1) * count):
-            with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(self.recipe, device)):
-                loss = self.loss_of(batch) / count
-            loss.backward()
-            total += loss.detach().reshape(())
-            if (sums := self.objective.by_time) is not None:
-                by_time = sums if by_time is None else by_time + sums
+        bf16 = uses_bf16(self.recipe, device)
+        recomputed = getattr(self.recipe, "gradient_checkpointing", False)
+        with attention_precision(device, bf16=bf16, recomputed=recomputed):
+            for batch in range(step * count, (step + 1) * count):
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    loss = self.loss_of(batch) / count
+                loss.backward()
+                total += loss.detach().reshape(())
+                if (sums := self.objective.by_time) is not None:
+                    by_time = sums if by_time is None else by_time + sums
         self.objective.by_time = by_time
         return total
 

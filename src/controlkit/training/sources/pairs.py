@@ -24,8 +24,8 @@ from controlkit.data.sources import open_image
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
 from controlkit.images import stacked
-from controlkit.training.memory import uses_bf16
 from controlkit.training.pair_cache import ImageRows, PairCache
+from controlkit.training.precision import uses_bf16
 from controlkit.training.recipe import ControlRecipe, OneCondition
 from controlkit.training.sources.registry import source
 from controlkit.training.sources.source import Batch, HeldOut, Source, Step
