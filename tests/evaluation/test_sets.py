@@ -52,6 +52,10 @@ def test_a_control_is_judged_on_it(fresh_registry, tiny_base, tiny_control, base
     assert main([*words, "--pictures", "2", "--json"]) == 0
     (report,) = json.loads(capsys.readouterr().out)["reports"]
     assert [row[0] for row in report["rows"]] == ["photos (2)"]
+    assert main([*words, "--images", "4", "--json"]) == 0
+    told = capsys.readouterr()
+    assert [row[0] for row in json.loads(told.out)["reports"][0]["rows"]] == ["photos (3)"]
+    assert "photos has 3 images, fewer than 4" in told.err
     base = load_base(base_folder)
     several, _ = evaluate_controls(base, {"one": load_control(file, base)}, [photos(2)], steps=1)
     assert [*several.rows[0][2:]] == report["rows"][0][1:]

@@ -96,6 +96,8 @@ def test_what_it_cannot_do_is_refused_before_it_samples(settings, monkeypatch, t
         AmbiguousContent(controls=())
     with refused("unknown-name", "prompt"):
         AmbiguousContent(mode="prompt")
+    with refused("out-of-range", "images is 100000", "seen"):
+        run_ambiguous_content(AmbiguousContent(**{**settings, "images": 100_000}))
     ambiguous_content.lite0.cache_clear()
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with refused("missing-package", "controlkit[metrics]"):

@@ -104,6 +104,9 @@ def test_it_leaves_out_the_text_encoder_and_refuses_what_it_cannot_compare(setti
     adapter = save_control(tmp_path / "t.safetensors", T2IAdapterControl.for_base(tiny_base, "canny"), tiny_base)
     with refused("wrong-kind", adapter, "t2i-adapter"):
         run_community_model(CommunityModel(**{**settings, "controls": (str(adapter),)}))
+    with refused("out-of-range", "images is 100000", "noto"):
+        run_community_model(CommunityModel(**{**settings, "images": 100_000, "out": str(tmp_path / "more")}))
+    assert not (tmp_path / "more").exists()
     with refused("unknown-name", "openmoji", "twemoji"):
         CommunityModel(styles=("openmoji",))
     for name in ("styles", "controls"):

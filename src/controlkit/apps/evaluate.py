@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from controlkit.controls.control import Control
     from controlkit.data.pair import Pair
     from controlkit.evaluation.report import Report
+    from controlkit.evaluation.sets import EvaluationSet
     from controlkit.sampling.graphs import GraphReport
 
 
@@ -246,7 +247,7 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"{option}: {repeated} repeats; name each once", "contradiction")
     pairs = _held_out(args, count)
-    sets = [] if pairs else [evaluation_set(name).first(count) for name in chosen]
+    sets = [] if pairs else [_first(evaluation_set(name), count) for name in chosen]
     base = load_base(getattr(args, "base", "nano"), device=args.device)
     shared: dict[str, Any] = {}
     controls: dict[str, Control] = {}
@@ -287,6 +288,13 @@ def _check_condition(name: str, control: Control, pairs: Sequence[Pair], path: s
             f" the folder has several conditions, --pairs PAIRS/{ours}",
             "contradiction",
         )
+
+
+def _first(images: EvaluationSet[Any], count: int) -> EvaluationSet[Any]:
+    """The first `count` images of a set; a note says so if it has fewer."""
+    if (most := len(images.examples)) < count:
+        print(f"note: the set {images.name} has {most} images, fewer than {count}: all are used", file=sys.stderr)
+    return images.first(count)
 
 
 def _held_out(args: argparse.Namespace, count: int) -> list[Pair]:

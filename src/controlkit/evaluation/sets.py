@@ -49,8 +49,18 @@ class EvaluationSet(Generic[SomeExample]):
         return [example.caption for example in self.examples]
 
     def first(self, count: int) -> EvaluationSet[SomeExample]:
-        """A set of the first `count` examples."""
+        """A set of the first `count` examples, or of all if there are fewer."""
         return EvaluationSet(self.name, self.examples[:count])
+
+    def take(self, count: int) -> EvaluationSet[SomeExample]:
+        """A set of the first `count` examples, for the setting `images`.
+
+        Raises:
+            UserError: there are fewer.
+        """
+        if count > (most := len(self.examples)):
+            raise UserError(f"images is {count}; expected up to {most}, all of the set {self.name}", "out-of-range")
+        return self.first(count)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,7 +108,7 @@ def run_ambiguous_content(settings: AmbiguousContent) -> StudyResult:
     for name, control in controls.items():
         if control.condition is None:
             raise UserError(f"{name} records no condition; this study needs one", "missing-setting")
-    images = EvaluationSet("seen", read_set("seen").examples[: settings.images])
+    images = EvaluationSet("seen", read_set("seen").examples).take(settings.images)
     gallery = read_set("seen-again")
     study = _Study(settings, base, controls, images, gallery)
     made: dict[str, dict[str, list[np.ndarray]]] = {_NO_CONTROL: {p: study.uncontrolled(p) for p in PROMPTS}}

@@ -117,14 +117,14 @@ def run_community_model(settings: CommunityModel) -> StudyResult:
     Raises:
         UserError: icons or a control are missing, or a control contains no copy of its base or records no condition.
     """
-    study = _Study(settings)
+    drawings = read_set("held-out").examples
     in_style = {
-        style: [drawing for drawing in read_set("held-out").examples if drawing.style == style]
+        style: EvaluationSet(style, tuple(one for one in drawings if one.style == style)).take(settings.images)
         for style in settings.styles
     }
+    study = _Study(settings)
     cases: list[_Case] = []
-    for style, drawings in in_style.items():
-        images = EvaluationSet(style, tuple(drawings[: settings.images]))
+    for style, images in in_style.items():
         for name in settings.controls:
             cases.append(study.case(name, study.original, images, style=style, how=ORIGINAL))
             for way in WAYS:
@@ -312,7 +312,7 @@ def _with_random_text_encoder(base: Base) -> Base:
 
 def _text_encoder_cases(study: _Study) -> list[_Case]:
     examples = [drawing for drawing in read_set("held-out").examples if drawing.style in study.settings.styles]
-    images = EvaluationSet("all styles", tuple(examples[: study.settings.images]))
+    images = EvaluationSet("all styles", tuple(examples)).take(study.settings.images)
     cases = []
     for name in study.settings.controls:
         cases.append(study.case(name, study.original, images, style=ORIGINAL, how=ORIGINAL))

@@ -77,7 +77,7 @@ def run_guidance_modes(settings: GuidanceModes) -> StudyResult:
     condition = conditions.find(control.condition)
     modes = [ActiveControl.mode_in(mode, base, control) for mode in settings.modes]
     acting = {mode: control_settings(base, control, weight=settings.weight, mode=mode) for mode in dict.fromkeys(modes)}
-    images = evaluation_set("held-out").first(settings.images)
+    images = evaluation_set("held-out").take(settings.images)
     targets, steps = images.images, settings.sampling_steps
     condition_images = [condition(target) for target in targets]
     sampling = sampling_settings(base, steps=steps)

@@ -202,12 +202,7 @@ class Trainings:
         Raises:
             UserError: there are fewer than the settings ask for.
         """
-        held_out = evaluation_set("held-out")
-        if self.settings.images > (most := len(held_out.examples)):
-            raise UserError(
-                f"images is {self.settings.images}; expected up to the {most} held-out ones", "out-of-range"
-            )
-        return held_out
+        return evaluation_set("held-out").take(self.settings.images)
 
     @cached_property
     def sets(self) -> IconSets:

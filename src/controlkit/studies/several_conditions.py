@@ -108,7 +108,7 @@ def run_several_conditions(settings: SeveralConditions) -> StudyResult:
     shared: dict[str, Control] = {}
     names = list(dict.fromkeys(name for mix in settings.mixes for name in mix.split("+")))
     controls = {name: _loaded(name, base, shared) for name in names}
-    images = evaluation_set("held-out").first(settings.images)
+    images = evaluation_set("held-out").take(settings.images)
     mode = settings.mode or base.default_mode
     acting = {
         name: control_settings(base, control, weight=settings.weight, mode=mode) for name, control in controls.items()

@@ -129,7 +129,7 @@ class _Bench:
 
     def __init__(self, settings: TaskInstructions, base: Base, tasks: Sequence[str]) -> None:
         self.settings, self.base, self.tasks = settings, base, tasks
-        self.examples = evaluation_set("held-out").first(settings.images)
+        self.examples = evaluation_set("held-out").take(settings.images)
         self.targets, self.prompts = self.examples.images, self.examples.captions
         self.kinds = {task: conditions.find(task) for task in tasks}
         self.given = {task: [kind(target) for target in self.targets] for task, kind in self.kinds.items()}
