@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from condition_scenes import draw_scene
 
-from controlkit.conditions import find
+from controlkit.conditions import find, masks
 from controlkit.conditions.fidelity import psnr
 from controlkit.conditions.pixels import enlarge
 from controlkit.conditions.provided import category_colour
@@ -143,11 +143,48 @@ def test_masks_hide_in_black_and_leave_the_rest() -> None:
             assert 0.01 < (made == 0).mean() < 0.9, name
 
 
-def test_inpaint_box_spans_an_eighth_at_least_and_takes_a_given_box() -> None:
+def test_inpaint_hides_a_quarter_and_reaches_further_after_the_middle() -> None:
+    """CtrLoRA's rectangles have two extents between 20 and 80 %, the larger one after the middle."""
     image = np.full((80, 80, 3), 200, np.uint8)
-    for seed in range(50):
+    shares = []
+    for seed in range(200):
         hidden = find("inpaint")(image, seed=seed)[..., 0] == 0
-        assert hidden.any(axis=0).sum() >= 9 and hidden.any(axis=1).sum() >= 9
+        shares.append(hidden.mean())
+        for axis in (0, 1):
+            (inside,) = np.nonzero(hidden.any(axis=axis))
+            before, after = 40 - inside[0], inside[-1] + 1 - 40
+            assert 8 <= before <= after <= 32
+    assert 0.2 < np.mean(shares) < 0.3
+    assert np.percentile(shares, 5) < 0.14 and np.percentile(shares, 95) > 0.36
+
+
+def test_brush_strokes_zigzag_up_and_down(monkeypatch) -> None:
+    """Each step is 48 to 96 degrees off the horizontal, up and down by turns, as CtrLoRA's are."""
+    strokes = []
+    monkeypatch.setattr(masks.cv2, "polylines", lambda _mask, paths, *_: strokes.append(paths[0][:, 0]))
+    for seed in range(20):
+        find("inpaint_brush")(np.full((4000, 4000, 3), 200, np.uint8), seed=seed)
+    lengths = [len(stroke) - 1 for stroke in strokes]
+    assert min(lengths) == 4 and max(lengths) == 18
+    angles = []
+    for stroke in strokes:
+        inside = np.all((stroke > 0) & (stroke < 3999), axis=1)  # a point at the border was moved there
+        steps = np.diff(stroke, axis=0)
+        signs = np.where(np.arange(len(steps)) % 2, 1, -1)
+        long = (np.hypot(*steps.T) > 50) & inside[1:]
+        angles += np.degrees(np.arctan2(steps[:, 1] * signs, steps[:, 0]))[long].tolist()
+    assert min(angles) > 47 and max(angles) < 97 and 65 < np.mean(angles) < 79
+
+
+def test_random_parameters_are_normal_within_their_range() -> None:
+    rng = np.random.default_rng(0)
+    values = np.array([find("jpeg").random["quality"](rng) for _ in range(2000)])
+    assert values.min() == 10 and values.max() == 30
+    assert 4.5 < values.std() < 6.5  # a normal distribution within one standard deviation has 0.54 of it
+
+
+def test_inpaint_takes_a_given_box() -> None:
+    image = np.full((80, 80, 3), 200, np.uint8)
     made = find("inpaint")(image, box=[0.25, 0, 0.5, 1])
     assert np.all(made[:, 20:40] == 0) and np.all(made[:, :20] == 200) and np.all(made[:, 40:] == 200)
     for box, code in (

@@ -419,20 +419,23 @@ def uniform_int(low: int, high: int) -> RandomValue:
     return Distribution(f"integers, uniform from {low} to {high}", lambda rng: int(rng.integers(low, high + 1)))
 
 
-def clipped_normal(low: float, high: float) -> RandomValue:
-    """A float, normal around the middle of `low` and `high`, which are three standard deviations away; clipped.
+def truncated_normal(low: float, high: float) -> RandomValue:
+    """A float, normal around the middle of `low` and `high`, which are one standard deviation away; redrawn outside.
 
-    CtrLoRA's `discrete_normal(low, high)` does not clip, so its values can leave the range and even be negative.
+    CtrLoRA's `discrete_normal(low, high)` does not redraw, so its values can leave the range and even be negative.
     """
-    return Distribution(
-        f"normal around the middle of {low} to {high}, clipped",
-        lambda rng: float(np.clip(rng.normal((low + high) / 2, (high - low) / 6), low, high)),
-    )
+
+    def draw(rng: np.random.Generator) -> float:
+        while not low <= (value := rng.normal((low + high) / 2, (high - low) / 2)) <= high:
+            pass
+        return float(value)
+
+    return Distribution(f"normal around the middle of {low} to {high}, within it", draw)
 
 
-def clipped_normal_int(low: int, high: int) -> RandomValue:
-    """`clipped_normal`, rounded to an integer."""
-    real = clipped_normal(low, high)
+def truncated_normal_int(low: int, high: int) -> RandomValue:
+    """`truncated_normal`, rounded to an integer."""
+    real = truncated_normal(low, high)
     return Distribution(f"integers, {real}", lambda rng: round(real(rng)))
 
 

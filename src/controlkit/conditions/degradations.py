@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from controlkit.conditions.condition import clipped_normal, clipped_normal_int, condition, seed, uniform
+from controlkit.conditions.condition import condition, seed, truncated_normal, truncated_normal_int, uniform
 from controlkit.conditions.fidelity import PSNR, RESTORED_PSNR
 from controlkit.conditions.pixels import length, smoothed, to_uint8
 
@@ -15,7 +15,7 @@ from controlkit.conditions.pixels import length, smoothed, to_uint8
     summary="the image out of focus (Gaussian)",
     aliases=("gaussian_blur", "deblur"),
     fidelity=PSNR,
-    random={"sigma": clipped_normal(0.004, 0.030)},
+    random={"sigma": truncated_normal(0.004, 0.030)},
     limits={"sigma": (0, 1)},
 )
 def blur(image: np.ndarray, *, sigma: float = 0.017) -> np.ndarray:
@@ -33,7 +33,7 @@ def blur(image: np.ndarray, *, sigma: float = 0.017) -> np.ndarray:
     summary="JPEG with visible artefacts",
     aliases=("jpeg_artifacts", "compression"),
     fidelity=RESTORED_PSNR,
-    random={"quality": clipped_normal_int(10, 30)},
+    random={"quality": truncated_normal_int(10, 30)},
     limits={"quality": (1, 100)},
 )
 def jpeg(image: np.ndarray, *, quality: int = 20) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from controlkit.conditions.condition import BLACK, clipped_normal, condition, seed, uniform
+from controlkit.conditions.condition import BLACK, condition, seed, truncated_normal, uniform
 from controlkit.conditions.fidelity import RESTORED_PSNR
 from controlkit.conditions.pixels import length
 from controlkit.errors import UserError
@@ -26,8 +26,9 @@ from controlkit.errors import UserError
 def inpaint(image: np.ndarray, *, box: Sequence[float] | None = None, seed: int = 0) -> np.ndarray:
     """A black rectangle near the middle.
 
-    CtrLoRA, annotator/inpainting: four sides, normal between 20 and 80 % of the image. Its rectangle can be empty or
-    leave the image; here it spans at least an eighth of the image in both directions.
+    CtrLoRA, annotator/inpainting and scripts/tool_make_cond_images.py: in each direction two extents, normal between 20
+    and 80 % of the image; half of the smaller lies before the middle, half of the larger after it. Extents outside that
+    range, which can leave an empty rectangle or one beyond the image, are drawn again here.
 
     Args:
         box: left, top, right, bottom as fractions of width and height, in place of a random rectangle.
@@ -57,11 +58,10 @@ def inpaint(image: np.ndarray, *, box: Sequence[float] | None = None, seed: int 
 
 
 def _span(rng: np.random.Generator) -> tuple[float, float]:
-    """Two sides in order, from 0.2 to 0.8, at least an eighth apart."""
-    side = clipped_normal(0.2, 0.8)
-    low, high = sorted((side(rng), side(rng)))
-    missing = max(0.0, 0.125 - (high - low)) / 2
-    return low - missing, high + missing
+    """Two sides in order, around the middle."""
+    extent = truncated_normal(0.2, 0.8)
+    smaller, larger = sorted((extent(rng), extent(rng)))
+    return (1 - smaller) / 2, (1 + larger) / 2
 
 
 @condition(
@@ -77,21 +77,21 @@ def _span(rng: np.random.Generator) -> tuple[float, float]:
 def inpaint_brush(image: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """Black, jagged brush strokes.
 
-    CtrLoRA, annotator/inpainting_brush: 5 to 9 strokes of 4 to 18 vertices, 2 to 10 % of the short side wide, turning
-    by 2 pi / 5 +- 2 pi / 15, the mask flipped at random.
+    CtrLoRA, annotator/inpainting_brush (after Yu et al. 2019, arXiv 1806.03589): 5 to 9 strokes of 4 to 18 steps, 2 to
+    10 % of the short side wide. Steps turn up and down by turns, each by 2 pi / 5 give or take 2 pi / 15; after each
+    stroke, the mask is flipped at random.
     """
     rng = np.random.default_rng(seed)
     height, width = image.shape[:2]
     mask = np.zeros((height, width), np.uint8)
     step = np.hypot(height, width) / 8
     for _ in range(int(rng.integers(5, 10))):
-        turn = rng.uniform(2 * np.pi / 5 - 2 * np.pi / 15, 2 * np.pi / 5 + 2 * np.pi / 15)
+        narrowest, widest = 2 * np.pi / 5 + rng.uniform(0, 2 * np.pi / 15, 2) * [-1, 1]
         thickness = max(1, round(length(image, rng.uniform(0.02, 0.10))))
         point = rng.uniform(0, [width, height])
         vertices = [point]
-        for index in range(int(rng.integers(4, 19)) - 1):
-            # Every second turn goes back, so that a stroke wanders instead of closing a circle.
-            angle = rng.uniform(0, turn) if index % 2 else np.pi + rng.uniform(0, turn)
+        for index in range(int(rng.integers(4, 19))):
+            angle = rng.uniform(narrowest, widest) * (1 if index % 2 else -1)
             reach = np.clip(rng.normal(step, step / 2), 0, 2 * step)
             point = np.clip(point + reach * np.array([np.cos(angle), np.sin(angle)]), 0, [width - 1, height - 1])
             vertices.append(point)
@@ -99,9 +99,9 @@ def inpaint_brush(image: np.ndarray, *, seed: int = 0) -> np.ndarray:
         cv2.polylines(mask, [path[:, None]], False, 255, thickness)
         for x, y in path.tolist():
             cv2.circle(mask, (x, y), thickness // 2, 255, -1)
-    for axis in (0, 1):
-        if rng.random() < 0.5:
-            mask = np.flip(mask, axis)
+        for axis in (0, 1):
+            if rng.random() < 0.5:
+                mask = np.ascontiguousarray(np.flip(mask, axis))
     masked = image.copy()
     masked[mask > 0] = 0
     return masked
