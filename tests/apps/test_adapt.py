@@ -263,6 +263,9 @@ def test_the_condition_that_pairs_record_counts_more_than_the_name_of_their_fold
     lines = [{"picture": "target/00000.png", "conditions": {"canny": "source/00000.png"}, "prompt": "x"}]
     (tmp_path / "blur" / "pairs.jsonl").write_text(json.dumps(lines[0]))
     assert _condition_of(str(tmp_path / "blur"), Columns()) == "canny"
+    lines = [{"picture": "target/00000.png", "conditions": {"Canny_Edges": "source/00000.png"}, "prompt": "x"}]
+    (tmp_path / "blur" / "pairs.jsonl").write_text(json.dumps(lines[0]))
+    assert _condition_of(str(tmp_path / "blur"), Columns()) == "canny"
 
 
 def test_scores_draw_a_result_s_condition_with_the_parameters_of_the_given_one(pairs, tmp_path):

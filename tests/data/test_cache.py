@@ -240,6 +240,15 @@ def test_what_was_used_longest_ago_goes_first(cache, monkeypatch):
     assert sum(path.stat().st_size for path in segments(cache)) <= limit
 
 
+def test_rows_that_cannot_fit_evict_no_others(cache, monkeypatch):
+    cached(100, spec=Spec(kind="latents", model="a", transform=""))
+    (kept,) = segments(cache)
+    monkeypatch.setenv("CONTROLKIT_CACHE_MB", str(kept.stat().st_size / 1e6))
+    with refused("out-of-range", cache, "CONTROLKIT_CACHE_MB"):
+        Store(Spec(kind="latents", model="b", transform="")).make_room(kept.stat().st_size + 1)
+    assert kept.exists()
+
+
 def test_other_peoples_files_in_the_folder_are_left(cache, monkeypatch):
     (cache / "models").mkdir(parents=True)
     foreign = cache / "models" / "weights.safetensors"

@@ -145,6 +145,28 @@ def test_a_prompt_edited_in_the_manifest_stays(tmp_path):
     assert sorted(entry["prompt"] for entry in lines(again)) == ["", "edited by hand", "scene 1"]
 
 
+def test_a_line_removed_from_the_manifest_comes_back(tmp_path):
+    """As the error says that names a damaged line."""
+    write_images(tmp_path / "in", 3)
+    report = make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    before = report.out.read_text()
+    report.out.write_text("".join(before.splitlines(keepends=True)[::2]))
+    again = make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)
+    assert (again.made, again.kept) == (0, 3) and again.out.read_text() == before
+
+
+def test_an_image_with_the_name_of_a_tile_has_a_key_of_its_own(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(scene(0, 24, 48)).save(tmp_path / "in/apple.png")
+    Image.fromarray(scene(1, 24, 24)).save(tmp_path / "in/apple_tile_0_0.png")
+    settings = MakeSettings(conditions=("canny",), size=24, tiles=True)
+    for made, kept in ((3, 0), (0, 3)):
+        images = with_tiles(list_images([tmp_path / "in"]), 24)
+        report = make_pairs(images, tmp_path / "out", settings, workers=1)
+        assert (report.made, report.kept) == (made, kept)
+    assert len({entry["key"].casefold() for entry in lines(report)}) == 3
+
+
 def test_an_edited_prompt_that_a_changed_image_undoes_is_reported(tmp_path, capsys):
     write_images(tmp_path / "in", 3)
     report = make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1)

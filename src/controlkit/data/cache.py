@@ -167,16 +167,22 @@ class Store:
                     facts = path.stat()
                     files.append((facts.st_mtime, facts.st_size, path))
         used = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
-            if used + needed <= self.limit:
-                return
-            if not path.name.startswith(".") and remove_unused(path):
-                used -= size
-        if used + needed > self.limit:
+        if used + needed <= self.limit:
+            return
+        # First whether it suffices: rows that cannot be stored should cost no others.
+        kept = sum(size for _, size, path in files if path.name.startswith(".") or in_use(path))
+        if kept + needed <= self.limit:
+            for _, size, path in sorted(files):
+                if used + needed <= self.limit:
+                    return
+                if not path.name.startswith(".") and remove_unused(path):
+                    used -= size
+            kept = used
+        if kept + needed > self.limit:
             raise UserError(
                 f"{_megabytes(needed)} of {self.spec.kind} do not fit into the cache {self.root}: its limit is"
-                f" {_megabytes(self.limit)}, of which {_megabytes(used)} are in use; set {LIMIT_VARIABLE} to"
-                f" {-(-(used + needed) // 10**6)} or more",
+                f" {_megabytes(self.limit)}, of which {_megabytes(kept)} are in use; set {LIMIT_VARIABLE} to"
+                f" {-(-(kept + needed) // 10**6)} or more",
                 "out-of-range",
             )
 

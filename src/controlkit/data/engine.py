@@ -238,7 +238,7 @@ def _files(
     ordered = [done[image.key] for image in images]
     good = [outcome for outcome in ordered if outcome.entry is not None]
     stamped_anew = any(outcome.stamp != before[key].stamp for key, outcome in unchanged.items())
-    complete = {outcome.key for outcome in good} == set(before) and (out / MANIFEST).is_file()
+    complete = {outcome.key for outcome in good} == set(before) == edited.keys()
     if good and (len(good) > kept or stamped_anew or not complete):
         _write_lines(out / MANIFEST, (outcome.entry for outcome in good))
         _write_lines(journal, (vars(outcome) for outcome in good))

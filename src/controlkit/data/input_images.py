@@ -230,7 +230,8 @@ def with_tiles(images: Sequence[InputImage], side: int) -> list[InputImage]:
 
     Only headers are read. Other images stay, also unreadable ones.
     """
-    return [tile for image in images for tile in _tiles(image, side)]
+    tiles = [tile for image in images for tile in _tiles(image, side)]
+    return sorted(_with_unique_keys(tiles), key=lambda image: image.key)  # an image may have the key of a tile
 
 
 def _tiles(image: InputImage, side: int) -> list[InputImage]:
@@ -390,7 +391,7 @@ def _with_unique_keys(images: Sequence[InputImage]) -> Iterator[InputImage]:
         key, number = image.key, 2
         # Some file systems ignore case.
         if key.casefold() in taken:
-            key = f"{image.key}_{image.name.rpartition('.')[2].lower()}"
+            key = f"{image.key}_{image.name.rpartition('.')[2].partition(',')[0].lower()}"
         while key.casefold() in taken:
             key, number = f"{image.key}_{number}", number + 1
         taken.add(key.casefold())
