@@ -54,6 +54,20 @@ def test_images_in_pairs_out(photos, tmp_path, capsys):
     assert len(read_pairs(out, "palette")) == len(read_pairs(out / "canny")) == 6
 
 
+def test_a_condition_added_later_keeps_the_prompts(photos, tmp_path, capsys):
+    out = tmp_path / "pairs"
+    words = ("pairs", photos, "--size", 32, "--out", out, "--workers", 1)
+    assert run(*words, "--conditions", "canny", "--prompt", "number {name}") == 0
+    manifest = out / "pairs.jsonl"
+    manifest.write_text(manifest.read_text().replace("number 0", "my own words"))
+    assert run(*words, "--conditions", "palette") == 0
+    expected = ["my own words", *(f"squares {number}" for number in range(1, 6))]
+    assert sorted(json.loads(line)["prompt"] for line in manifest.read_text().splitlines()) == sorted(expected)
+    assert "edited" not in capsys.readouterr().err
+    assert run(*words, "--conditions", "palette", "--prompt", "an image") == 0  # given again, it is another one
+    assert "an image" in manifest.read_text()
+
+
 def test_torn_images_are_listed_with_a_count(photos, tmp_path, capsys):
     (photos / "2.png").write_bytes(b"torn")
     assert run("pairs", photos, "--conditions", "canny", "--out", tmp_path / "o", "--workers", 1) == 0

@@ -73,13 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--caption",
         choices=("found", "blip"),
-        default="found",
-        help="found: .txt and .caption files, COCO, tar shards; blip: also caption images without one",
+        default=argparse.SUPPRESS,
+        help="found: .txt and .caption files, COCO, tar shards; blip: also caption images without one (default: as"
+        " OUT was made before, else found)",
     )
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
-        help="prompt of images without a caption; {name} is the name of the file, {folder} that of its folder",
+        help="prompt of images without a caption; {name} is the name of the file, {folder} that of its folder (default:"
+        " as OUT was made before, else empty)",
     )
     parser.add_argument(
         "--caption-model", default=None, metavar="FOLDER", help="for --caption blip: a folder or a hub id"
@@ -113,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     others = [name for name, given in (("base", hasattr(args, "base")), ("strict", args.strict)) if given]
     for option in (*named_columns(args), *others):
         raise UserError(f"--{option.replace('_', '-')} needs --check", "contradiction")
-    if args.caption != "blip":
+    if _prompts_of(args)["caption"] != "blip":
         for option in ("caption-model", "device"):
             if option in _of_making(args):
                 raise UserError(f"--{option} needs --caption blip", "contradiction")
@@ -126,11 +128,23 @@ def _of_making(args: argparse.Namespace) -> list[str]:
     """The options on the command line that are for making pairs only, without `--`."""
     defaults: dict[str, object] = {
         **dict.fromkeys(("size", "tiles", "buckets", "copy", "seed", "fixed", "prompt")),
-        **dict.fromkeys(("images_folder", "caption_model", "workers", "shards")),
-        **{"caption": "found", "device": "cpu", "engine": "local"},
+        **dict.fromkeys(("images_folder", "caption", "caption_model", "workers", "shards")),
+        **{"device": "cpu", "engine": "local"},
     }
     given = [name for name, default in defaults.items() if getattr(args, name, default) != default]
     return [name.replace("_", "-") for name in given]
+
+
+def _prompts_of(args: argparse.Namespace) -> dict[str, str | None]:
+    """Where prompts come from: what was given, else what the folder was made with before."""
+    from controlkit.data.engine import recorded_prompts
+
+    values: dict[str, str | None] = {"caption": "found", "caption_model": None, "prompt": None}
+    values |= recorded_prompts(args.out)
+    if getattr(args, "caption", None) == "found":
+        values["caption_model"] = None
+    given = {name: getattr(args, name, None) for name in values}
+    return values | {name: value for name, value in given.items() if value is not None}
 
 
 def _make(args: argparse.Namespace) -> None:
@@ -148,17 +162,18 @@ def _make(args: argparse.Namespace) -> None:
     doubled = [image.source for image in images if isinstance(image.source, Path) and _differ(image)]
     notes += [two_captions_note(doubled)] if doubled else []
     print_notes(notes)
-    if args.caption == "blip":
+    prompts = _prompts_of(args)
+    if prompts["caption"] == "blip":
         from controlkit.data.captions import BLIP, Captioner, with_captions
 
-        model = args.caption_model or BLIP
+        model = prompts["caption_model"] or BLIP
         images = with_captions(
             images, Path(args.out), lambda: Captioner(model, args.device), model, Progress("captions", always=True)
         )
     if settings.tiles:
         images = with_tiles(images, settings.size or 0)
-    if hasattr(args, "prompt"):
-        images = with_prompts(images, args.prompt)
+    if prompts["prompt"] is not None:
+        images = with_prompts(images, prompts["prompt"])
     report = make_pairs(
         images,
         args.out,
@@ -167,6 +182,7 @@ def _make(args: argparse.Namespace) -> None:
         shards=args.shards,
         engine=args.engine,
         origin=[image if is_hub_dataset(image) else os.path.abspath(image) for image in args.images],
+        prompts=prompts,
         progress=Progress("images", always=True),
     )
     _show(report, args.json)

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -72,6 +72,7 @@ def make_pairs(
     shards: int | None = None,
     engine: str = "local",
     origin: Sequence[str] = (),
+    prompts: Mapping[str, str | None] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> MakeReport:
     """Make the pairs of `images` in the folder `out`: files and `pairs.jsonl`, or `shards` tar shards.
@@ -83,6 +84,7 @@ def make_pairs(
         shards: number of tar shards; None writes files.
         engine: `local`, or `ray` (Ray Data; writes shards).
         origin: the inputs that the images were listed from; one folder takes one set of inputs.
+        prompts: how the prompts of `images` were made, recorded for `recorded_prompts`; None leaves the record.
         progress: called as images are finished.
 
     Raises:
@@ -109,7 +111,7 @@ def make_pairs(
     (writable_folder(out) / STATE).mkdir(parents=True, exist_ok=True)
     with locked(out / STATE / "lock", f"another run is writing to {out}; wait for it, or choose another --out"):
         new = not _settings_file(out).exists()
-        settings = _merge_settings(out, settings, shards, origin)
+        settings = _merge_settings(out, settings, shards, origin, prompts)
         try:
             if shards is None:
                 outcomes, made, gone = _files(images, out, settings, workers, progress)
@@ -151,7 +153,19 @@ def _check_conditions(images: Sequence[InputImage], settings: MakeSettings) -> N
             condition(np.zeros((64, 64, 3), np.uint8))
 
 
-def _merge_settings(out: Path, settings: MakeSettings, shards: int | None, origin: Sequence[str]) -> MakeSettings:
+def recorded_prompts(out: str | Path) -> dict[str, str | None]:
+    """How the prompts of the pairs in a folder were made; empty if it records none."""
+    path = _settings_file(Path(out))
+    return dict(read_json(path).get("prompts") or {}) if path.is_file() else {}
+
+
+def _merge_settings(
+    out: Path,
+    settings: MakeSettings,
+    shards: int | None,
+    origin: Sequence[str],
+    prompts: Mapping[str, str | None] | None,
+) -> MakeSettings:
     """The settings of this run plus the conditions of earlier ones, recorded in `out`.
 
     Raises:
@@ -159,6 +173,8 @@ def _merge_settings(out: Path, settings: MakeSettings, shards: int | None, origi
     """
     path = _settings_file(out)
     state: dict[str, Any] = {"settings": asdict(settings), "shards": shards, "origin": list(origin)}
+    if recorded := recorded_prompts(out) if prompts is None else dict(prompts):
+        state["prompts"] = recorded
     if path.is_file():
         before = read_json(path)
         earlier = MakeSettings(**{**before["settings"], "conditions": tuple(before["settings"]["conditions"])})
