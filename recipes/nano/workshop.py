@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ NETWORKS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_inde
 """What a base's folder consists of; its model card is not among them."""
 
 _TRIAL = 0.1
-"""Part of a new training's budget in which the time of a step is measured."""
+"""Part of a new training's budget for the steps in which their time is measured."""
 _OF_BUDGET = 0.9
 """Part of what is left of the budget that the steps are to take."""
 _PATIENCE = 120
@@ -137,8 +138,10 @@ class Workshop:
         path = [str(self.staged / "src"), *filter(None, [found.get("PYTHONPATH")])]
         return {**found, "PYTHONPATH": os.pathsep.join(path)}
 
-    def run(self, arguments: Sequence[str], *, minutes: float | None = None) -> Run:
-        """Run `controlkit` on the staged package; Ctrl-C, and the end of `minutes`, interrupt it as a person would.
+    def run(
+        self, arguments: Sequence[str], *, minutes: float | None = None, until: Callable[[], bool] = lambda: False
+    ) -> Run:
+        """Run `controlkit` on the staged package; Ctrl-C, the end of `minutes` and `until` interrupt it as a person would.
 
         Raises:
             UserError: it fails.
@@ -152,11 +155,15 @@ class Workshop:
                 stdout=printed,
                 start_new_session=True,  # Ctrl-C comes from here alone: a second one would end it without its state
             )
+            end = None if minutes is None else time.monotonic() + 60 * minutes
             try:
-                process.wait(None if minutes is None else 60 * minutes)
-            except subprocess.TimeoutExpired:
-                interrupted = True
-                _interrupt(process)
+                while not interrupted:
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(1)
+                        break
+                    interrupted = until() or (end is not None and time.monotonic() >= end)
+                if interrupted:
+                    _interrupt(process)
             except BaseException:
                 _interrupt(process)
                 raise
@@ -271,8 +278,10 @@ class Workshop:
             command += ["--set", override]
         finished, minutes, aim = False, self.budget, steps
         if minutes and not _steps_done(out):  # to learn how many steps fit
-            finished = not self.run([*command, "--set", f"steps={steps}"], minutes=_TRIAL * minutes).interrupted
-            minutes *= 1 - _TRIAL
+            began, trial = time.monotonic(), 60 * _TRIAL * minutes
+            whole_run = [*command, "--set", f"steps={steps}"]
+            finished = not self.run(whole_run, minutes=minutes, until=lambda: total_seconds(out) >= trial).interrupted
+            minutes = max(0.0, minutes - (time.monotonic() - began) / 60)
         if minutes and (done := _steps_done(out)):
             each = total_seconds(out) / done / 60
             aim = min(steps, done + max(1, int(_OF_BUDGET * minutes / each)))
