@@ -141,7 +141,9 @@ class Workshop:
     def run(
         self, arguments: Sequence[str], *, minutes: float | None = None, until: Callable[[], bool] = lambda: False
     ) -> Run:
-        """Run `controlkit` on the staged package; Ctrl-C, the end of `minutes` and `until` interrupt it as a person would.
+        """Run `controlkit` on the staged package.
+
+        Ctrl-C, the end of `minutes`, and `until` when it is true interrupt it as a person would.
 
         Raises:
             UserError: it fails.
