@@ -166,6 +166,11 @@ def test_the_image_is_not_overwritten(folder, capsys):
     assert run(*words, "--out", "out") == 2
     check(capsys.readouterr().err, "would-overwrite", "out/image.png")
     assert run(*words, "--out", "other") == 0
+    before = (folder / "out/image.png").read_bytes()
+    made = generate(GenerateRequest(prompt="red apple", image="out/image.png", mask="out/mask.png", steps=2))
+    with refused("would-overwrite", "out/image.png"):
+        made.save("out")
+    assert (folder / "out/image.png").read_bytes() == before
 
 
 @pytest.mark.parametrize(

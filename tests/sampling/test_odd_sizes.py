@@ -10,12 +10,14 @@ from parity import parts
 
 import tiny
 from controlkit.controls.apply import predict_under
+from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import sample
+from controlkit.sampling.uses import ControlUse
 
 WIDTH, HEIGHT = 68, 52
 """Latents of 17 x 13 at the tiny base's factor of 4."""
@@ -81,6 +83,21 @@ def test_tiled_decoding_is_that_of_diffusers(sd1_scheduled_base):
     assert not base.vae.use_tiling
     assert np.abs(ours() - np.asarray(theirs()).astype(int)).max() <= 1
     assert np.abs(ours() - expected).max() > 1
+
+
+def test_tiled_encoding_of_condition_images(sd1_scheduled_base, monkeypatch):
+    """Those of CtrLoRA are encoded by the autoencoder."""
+    base = sd1_scheduled_base
+    shared = BaseControlNet.for_base(base)
+    shared.add_adapter("one", 2, seed=0)
+    tiled = []
+    encode = type(base.vae).encode
+    monkeypatch.setattr(type(base.vae), "encode", lambda vae, x: tiled.append(vae.use_tiling) or encode(vae, x))
+    use = ControlUse(control="one", image="black")
+    asked = GenerateRequest(prompt="red apple", steps=1, width=128, height=96, controls=(use,), tiled=True)
+    images = {"black": np.zeros((96, 128, 3), np.uint8)}
+    generate(asked, base=base, controls={"one": CtrLoRA(shared.eval(), "one", "canny")}, images=images)
+    assert tiled and all(tiled)
 
 
 BUILT_IN = list(tiny.unet_systems().values())

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_columns(parser)
     parser.add_argument("--icons", help="for scenes: file of rendered icons (default: data/nano/icons.npz)")
-    parser.add_argument("--images", "--pictures", type=int, help="images per set, or scenes (default: 96)")
+    parser.add_argument("--images", "--pictures", type=int, help="images per set, or scenes (default: 96; of pairs 64)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20)")
     parser.add_argument(
         "--guidance", type=float, help="guidance scale (default: nano 3, SD1 and SD2 7.5, SDXL 5, SD3 7)"
@@ -232,6 +232,7 @@ def _of_scenes(args: argparse.Namespace, settings: dict[str, Any]) -> list[Repor
 def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Report]:
     from controlkit.bases.load import load_base
     from controlkit.errors import UserError
+    from controlkit.evaluation.adapt import MAX_HELD_OUT
     from controlkit.evaluation.eval_set import pairs_eval_set
     from controlkit.evaluation.evaluate_control import evaluate_control, evaluate_controls
     from controlkit.evaluation.sets import evaluation_set
@@ -240,7 +241,8 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
 
     if hasattr(args, "icons"):
         raise UserError("--icons is for scenes", "contradiction")
-    chosen, count = getattr(args, "sets", ["held-out", "openmoji"]), getattr(args, "images", 96)
+    chosen = getattr(args, "sets", ["held-out", "openmoji"])
+    count = getattr(args, "images", MAX_HELD_OUT if hasattr(args, "pairs") else 96)
     if count < 1:
         raise UserError(f"--images {count}: expected at least 1", "out-of-range")
     for option, names in (("--sets", chosen), ("evaluate control", args.names)):

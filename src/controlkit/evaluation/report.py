@@ -50,7 +50,7 @@ class Report:
         table = Table(title=escape(self.title), caption=escape("\n".join(self.notes)) or None, title_justify="left")
         for index, column in enumerate(self.columns):
             is_text = index == 0 or any(isinstance(row[index], str) for row in self.rows)
-            table.add_column(column, justify="left" if is_text else "right")
+            table.add_column(column, justify="left" if is_text else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*(escape(_show(value)) for value in row))
         return table

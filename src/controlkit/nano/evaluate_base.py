@@ -106,7 +106,9 @@ def _colour(
 ) -> Report:
     concepts = sorted({drawing.concept for drawing in images.examples})[:20]
     asked = list(product(concepts, COLOURS))
-    prompts = [caption_of(concept, TRAINED_STYLES[i % 4], colour) for i, (concept, colour) in enumerate(asked)]
+    # Shifted by one for each concept, so that every colour is asked for in every style.
+    styles = [TRAINED_STYLES[(i + i // len(COLOURS)) % len(TRAINED_STYLES)] for i in range(len(asked))]
+    prompts = [caption_of(concept, style, colour) for (concept, colour), style in zip(asked, styles, strict=True)]
     made = [
         background_colour(image) for image in generate_uncontrolled(base, prompts, steps, guidance, sampler=sampler)
     ]

@@ -56,11 +56,19 @@ def read_embeddings(entries: Sequence[str], base: Base) -> list[Embedding]:
     return list(embeddings.values())
 
 
+_UNUSED = "is not used: its word is in neither prompt"
+
+
+def is_unused(note: str) -> bool:
+    """Whether a note says that an embedding is not used."""
+    return note.endswith(_UNUSED)
+
+
 def embedding_notes(embeddings: Sequence[Embedding], request: GenerateRequest) -> list[str]:
     """Notes on embeddings whose word is in no prompt."""
     prompts = f"{request.prompt}\n{request.negative_prompt}"
     return [
-        f"the embedding {each.name} is not used: its word is in neither prompt"
+        f"the embedding {each.name} {_UNUSED}"
         for each in embeddings
         if not re.search(rf"(?<!\w){re.escape(each.name)}(?!\w)", prompts, re.IGNORECASE)
     ]

@@ -63,7 +63,11 @@ class Generation:
         """Write images, condition images, sheets and `settings.json` into `folder`; returns the paths of the images.
 
         Each PNG stores its settings in the text chunk `controlkit`, which `read_settings` reads.
-        """
-        from controlkit.sampling.image_folder import ImageFolder
 
+        Raises:
+            UserError: an image would replace one that the request reads.
+        """
+        from controlkit.sampling.image_folder import ImageFolder, refuse_overwriting
+
+        refuse_overwriting(self.request, folder)
         return ImageFolder(folder).finish(self)

@@ -131,11 +131,15 @@ class ImageFolder:
         write_json(self.folder / "xy.json", {"sheets": [sheet.to_json() for sheet in sheets]})
 
 
+def _is_file(image: object) -> bool:
+    return isinstance(image, (str, os.PathLike)) and os.path.exists(image)
+
+
 def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
     """Refuse to write the results of `request` over its own input images.
 
     Args:
-        request: from `with_named_inputs`.
+        request: images in memory are in no folder.
         folder: where the images are about to be written.
 
     Raises:
@@ -156,11 +160,11 @@ def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
             stems += [mask_name(index)] if use.mask is not None else []
             written += stems if asked.hires is None else [*stems, *(f"{HIRES_PREFIX}{stem}" for stem in stems)]
             given = [*named.values(), use.mask]
-            read += [(use.control, value) for value in given if isinstance(value, str) and os.path.exists(value)]
+            read += [(use.control, value) for value in given if _is_file(value)]
         for name in START_NAMES:
             if (given_path := getattr(asked, name)) is not None:
                 written.append(name)
-                read += [("the request", given_path)] if os.path.exists(given_path) else []
+                read += [("the request", given_path)] if _is_file(given_path) else []
     inputs = {os.path.realpath(image): control for control, image in read}
     for path in (Path(folder) / f"{name}.png" for name in written):
         control = inputs.get(os.path.realpath(path))

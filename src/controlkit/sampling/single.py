@@ -56,7 +56,7 @@ def generate_single(
     generation = Generation(request)
     with _timed(generation, "load"):
         loaded = _load(generation, base, controls, given, models)
-    with _timed(generation, "condition"):
+    with _timed(generation, "condition"), loaded.base.tiling(request.tiled):
         passes = _passes(generation, loaded)
     draw = _Draw(generation, loaded, passes, cache, on_step, on_images)
     prompts = [loaded.prompt]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ from controlkit.bases.base import Base
 from controlkit.controls.control import Control
 from controlkit.errors import UserError
 from controlkit.sampling.axes import Point, points_of
+from controlkit.sampling.embeddings import is_unused
 from controlkit.sampling.generation import Generation
 from controlkit.sampling.inputs import with_named_inputs
 from controlkit.sampling.loras import lora_file
@@ -115,7 +117,9 @@ class _Run:
         self._gather(number, part)
         self._ended = self._done
         parts, whole = self.whole.parts, self.whole
-        whole.notes = list(dict.fromkeys(note for each in parts for note in each.notes))
+        counts = Counter(note for each in parts for note in dict.fromkeys(each.notes))
+        # Another prompt may have the word of an embedding.
+        whole.notes = [note for note, count in counts.items() if count == len(parts) or not is_unused(note)]
         whole.used = _shared([each.used for each in parts])
         whole.graphs = whole.graphs + part.graphs
         for phase, seconds in part.seconds.items():
