@@ -94,9 +94,9 @@ def test_tiled_encoding_of_condition_images(sd1_scheduled_base, monkeypatch):
     encode = type(base.vae).encode
     monkeypatch.setattr(type(base.vae), "encode", lambda vae, x: tiled.append(vae.use_tiling) or encode(vae, x))
     use = ControlUse(control="one", image="black")
-    asked = GenerateRequest(prompt="red apple", steps=1, width=128, height=96, controls=(use,), tiled=True)
+    asked = GenerateRequest(prompt="red apple", steps=2, width=128, height=96, controls=(use,), tiled=True)
     images = {"black": np.zeros((96, 128, 3), np.uint8)}
-    generate(asked, base=base, controls={"one": CtrLoRA(shared.eval(), "one", "canny")}, images=images)
+    generate(asked, base=base, controls=[CtrLoRA(shared.eval(), "one", "canny")], images=images)
     assert tiled and all(tiled)
 
 
