@@ -191,7 +191,7 @@ def steps_or_width_table(results: Results) -> str:
     """Bases that go on from nano's by three ways: how many of their images are right."""
     found = content(results, "steps-or-width")
     rows = [
-        ("nano as it is", "nano"),
+        ("nano as it was", "nano"),
         ("1,500 steps more, all 461 concepts", "all"),
         ("1,500 steps more, 56 of the concepts", "few"),
         ("1,500 steps more, all concepts, a UNet of twice the width", "wide"),

@@ -17,7 +17,10 @@ from PIL import Image
 
 from controlkit import conditions
 from controlkit.data.pairs import read_pairs, write_pairs
+from controlkit.errors import UserError
+from controlkit.evaluation.report import Report
 from controlkit.server.catalogue import list_models
+from controlkit.server.limits import Limits
 from refusals import check, refused
 
 
@@ -55,6 +58,44 @@ def test_a_zip_stays_in_its_folder(tmp_path, entry):
     (tmp_path / "b.zip").write_bytes(b"no zip")
     with refused("unreadable-file"):
         place.add_zip("mine", tmp_path / "b.zip")
+
+
+def test_a_damaged_zip_is_told_as_such(tmp_path):
+    from controlkit.ui.runs import Workplace
+
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("fine.txt", "words " * 1000 + "more")
+    whole = (tmp_path / "a.zip").read_bytes()
+    place = Workplace(tmp_path / "work")
+    for at in range(38, len(whole), 3):
+        (tmp_path / "b.zip").write_bytes(whole[:at] + b"\xff\xff\xff" + whole[at + 3 :])
+        with pytest.raises(UserError):  # there are no pairs in it, whether it can be read or not
+            place.add_zip("mine", tmp_path / "b.zip")
+    assert place.pairs() == []
+
+
+def test_reports_are_read_from_what_the_verbs_print(tmp_path):
+    from controlkit.ui.work_tabs import _report_of_file
+
+    first, second = (Report(title=title, columns=("images", "score"), rows=(("a", 1.0),)) for title in ("one", "two"))
+    path = tmp_path / "printed.json"
+    path.write_text(json.dumps({"asked": {}, "reports": [first.to_json(), second.to_json()]}))
+    assert _report_of_file(str(path)) == f"{first.to_markdown()}\n\n{second.to_markdown()}"
+    path.write_text(json.dumps({"report": first.to_json()}))
+    assert _report_of_file(str(path)) == first.to_markdown()
+    for other in ([], {"reports": [{}]}, {"report": 1}, {}):
+        path.write_text(json.dumps(other))
+        assert "holds no report" in _report_of_file(str(path))
+
+
+@pytest.mark.parametrize(("steps", "images"), [(10, 2), (20, 1), (100, 4)])
+def test_first_values_are_within_the_limits(steps, images):
+    from controlkit.sampling.seeds import parse_seeds
+    from controlkit.ui.generate_tab import first_seeds, first_steps
+
+    limits = Limits(steps=steps, images=images)
+    assert len(parse_seeds(first_seeds(limits), "Seeds")) == images
+    assert first_steps(limits) == min(20, steps)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from PIL import Image
 from controlkit.conditions.condition import is_of_labels
 from controlkit.errors import UserError
 from controlkit.images import resize_cover, shapes_differ
-from controlkit.sampling.request import SAMPLERS
+from controlkit.sampling.request import DEFAULT_STEPS, SAMPLERS
 from controlkit.sampling.seeds import parse_seeds
 from controlkit.server.catalogue import word_of
+from controlkit.server.limits import Limits
 from controlkit.server.spec import Spec
 from controlkit.ui.client import Client, in_words_of_page, sentence
 from controlkit.ui.control_rows import (
@@ -47,6 +48,16 @@ _FIRST_CONTROL = "canny"
 
 
 _OF_CONDITION = 'data-of="condition image"'
+
+
+def first_seeds(limits: Limits) -> str:
+    """The seeds that the page shows at first: four, if the server draws as many."""
+    return "0" if limits.images == 1 else f"0-{min(4, limits.images) - 1}"
+
+
+def first_steps(limits: Limits) -> int:
+    """The steps that the page shows at first."""
+    return min(DEFAULT_STEPS, limits.steps)
 
 
 def error_html(text: str, attribute: str = "") -> str:
@@ -85,7 +96,7 @@ class _Tab:
                 self.start = StartFields()
                 self.loras = LoraFields(list(catalogue.loras))
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
-                    self._settings(list(catalogue.bases), limits.steps)
+                    self._settings(list(catalogue.bases), limits)
                 with gr.Accordion("X/Y sheet", open=False, elem_id="xy"):
                     self._sheet()
                 with gr.Accordion("Settings of an image", open=False, elem_id="restore"):
@@ -119,12 +130,16 @@ class _Tab:
             )
         return rows
 
-    def _settings(self, bases: list[str], most_steps: int) -> None:
+    def _settings(self, bases: list[str], limits: Limits) -> None:
         self.negative = gr.Textbox("", label="Negative prompt", max_length=10_000)
         with gr.Row():
             self.base = gr.Dropdown(bases, value=bases[0], label="Base", min_width=150)
-            self.seeds = gr.Textbox("0-3", label="Seeds", info="3,5,9-12; -1 is random", elem_id="seeds", min_width=150)
-            self.steps = gr.Slider(1, most_steps, 20, step=1, label="Steps", elem_id="steps", min_width=150)
+            self.seeds = gr.Textbox(
+                first_seeds(limits), label="Seeds", info="3,5,9-12; -1 is random", elem_id="seeds", min_width=150
+            )
+            self.steps = gr.Slider(
+                1, limits.steps, first_steps(limits), step=1, label="Steps", elem_id="steps", min_width=150
+            )
         with gr.Row():
             self.guidance = gr.Number(0, label="Guidance scale", info="0: the base's", min_width=120)
             self.sampler = gr.Dropdown([OWN, *SAMPLERS], value=OWN, label="Sampler", min_width=120)

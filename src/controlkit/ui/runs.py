@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import threading
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -306,6 +308,10 @@ async def run_command(*words: str, accept: Sequence[str] = ()) -> dict[str, Any]
     return answer
 
 
+_UNREADABLE = (zipfile.BadZipFile, OSError, RuntimeError, EOFError, zlib.error, lzma.LZMAError)
+"""What damaged archives raise, encrypted ones, and ones of a compression that Python lacks."""
+
+
 def _unpack(archive: str | Path, folder: Path) -> None:
     """Unpack a ZIP, without the files that file managers add.
 
@@ -321,13 +327,13 @@ def _unpack(archive: str | Path, folder: Path) -> None:
                 path = PurePosixPath(each.filename)
                 if path.is_absolute() or ".." in path.parts or "\\" in each.filename or ":" in each.filename:
                     raise UserError(f"the ZIP has an entry {each.filename!r} outside of its folder", "bad-data")
-                if path.parts[0] == "__MACOSX" or path.name in _ADDED or path.name.startswith("._"):
+                if not path.parts or path.parts[0] == "__MACOSX" or path.name in _ADDED or path.name.startswith("._"):
                     continue
                 target = folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with file.open(each) as source, target.open("wb") as copy:
                     shutil.copyfileobj(source, copy)
-    except (zipfile.BadZipFile, OSError, RuntimeError) as error:  # also encryption, and compression it lacks
+    except _UNREADABLE as error:
         raise UserError(f"the file is no ZIP that can be read ({error})", "unreadable-file") from error
 
 

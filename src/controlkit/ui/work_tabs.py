@@ -131,7 +131,7 @@ def compare_tab(place: Workplace) -> None:
                     label="Held-out pairs", interactive=False, type="pil", format="png", buttons=["download"]
                 )
                 run.change(lambda name: _report_of_run(place, name), run, [table, picture], **PRIVATE)
-                file.upload(_report_of_file, file, table, **PRIVATE)
+                file.upload(lambda path: (_report_of_file(path), None), file, [table, picture], **PRIVATE)
                 choices.append(run)
     refresh.click(lambda: [gr.update(choices=place.reports())] * 2, None, choices, **PRIVATE)
 
@@ -148,13 +148,15 @@ def _report_of_run(place: Workplace, name: str | None) -> tuple[str, Any]:
 
 
 def _report_of_file(path: str) -> str:
+    """The reports in the output of `controlkit evaluate --json` or `controlkit adapt --json`, as Markdown."""
     from controlkit.files import read_json
 
     try:
         values = read_json(Path(path))
-        values = values.get("report", values)
+        found = values if isinstance(values, dict) else {}
+        reports = found.get("reports", [found.get("report", found)])
         try:
-            return Report(**values).to_markdown()
+            return "\n\n".join(Report(**report).to_markdown() for report in reports)
         except TypeError as error:
             raise UserError("the file holds no report of `controlkit evaluate --json`", "wrong-kind") from error
     except Exception as error:
