@@ -8,6 +8,7 @@ import pytest
 from condition_scenes import draw_scene
 
 from controlkit.conditions import find, masks
+from controlkit.conditions.coco import BOX_COLOURS
 from controlkit.conditions.fidelity import psnr
 from controlkit.conditions.pixels import enlarge
 from controlkit.conditions.provided import category_colour
@@ -224,12 +225,14 @@ def test_boxes_are_filled_the_largest_first_and_scaled() -> None:
     small = {"bbox": [20, 20, 20, 20], "category_id": 2}
     large = {"bbox": [0, 0, 100, 100], "category_id": 1}
     made = find("bbox")(image, boxes=[small, large], size=[200, 100])
-    assert tuple(made[15, 15]) == category_colour(2)
-    assert tuple(made[5, 5]) == category_colour(1)
+    assert tuple(made[15, 15]) == (0, 255, 0)  # UniControl's bicycle
+    assert tuple(made[5, 5]) == (255, 0, 0)  # and its person
     assert not made[:, 60:].any()
     bare = find("bbox")(image, boxes=[[-10, -10, 20, 20]])
     assert tuple(bare[9, 9]) == category_colour(0) and not bare[10:].any()
     assert len({category_colour(number) for number in range(91)}) == 91
+    last = find("bbox")(image, boxes=[{"bbox": [0, 0, 20, 20], "category_id": 90}])
+    assert tuple(last[5, 5]) == (160, 96, 96) and len(set(BOX_COLOURS.values())) == len(BOX_COLOURS) == 80
 
 
 @pytest.mark.parametrize("name", ["bbox", "segments"])

@@ -10,10 +10,10 @@ import torch
 from condition_scenes import draw_scene
 
 from controlkit.conditions import find
+from controlkit.conditions.coco import COCO_CATEGORIES
 from controlkit.conditions.fidelity import class_iou, depth_rmse, normal_angle
 from controlkit.conditions.learned import detection, pose, wholebody
 from controlkit.conditions.learned.densepose import draw_parts, viridis
-from controlkit.conditions.learned.detection import COCO_CATEGORIES
 from controlkit.conditions.learned.palettes import ADE20K, COCO_PANOPTIC
 from controlkit.conditions.learned.skeleton import (
     COLOURS,

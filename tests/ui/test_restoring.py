@@ -47,9 +47,32 @@ def test_settings_that_the_page_cannot_hold_are_named(tmp_path, request_, named)
     assert named in _notes(tmp_path, request_)
 
 
+def test_an_embedding_that_is_not_here_is_named(tmp_path):
+    assert "no embedding wavy" in _notes(tmp_path, {"embeddings": ["wavy=x/y.safetensors"], "prompt": "wavy"})
+
+
 def test_settings_that_the_page_holds_are_not_noted(tmp_path):
     control = {"control": "canny", "image": "a.png", "weight": 0.5, "parameters": {"low": 40}, "mode": "soft"}
     assert _notes(tmp_path, {"controls": [control], "clip_skip": 2, "batch_size": 2, "precision": "fp32"}) == ""
+
+
+@pytest.mark.parametrize("name", ["palette", "nano/palette", "Nano/Palette"])
+def test_controls_of_the_command_line_are_found_by_their_names(tmp_path, name):
+    from controlkit.ui.files import settings_in
+    from controlkit.ui.restoring import Restored
+
+    path = _file(tmp_path, {"controls": [{"control": name, "image": "a.png"}]})
+    found = Restored.of(settings_in(path), list_models(), 3)
+    assert [use["control"] for use in found.controls] == ["nano/palette"] and found.notes == ()
+
+
+def test_a_transparent_condition_image_lies_over_the_background_of_its_condition():
+    from controlkit.ui.control_rows import drawn
+
+    image = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    image.putpixel((3, 3), (255, 255, 255, 255))
+    assert drawn({"composite": image}, (0, 0, 0)).getpixel((0, 0)) == (0, 0, 0)
+    assert drawn({"composite": image}).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("prepared", [False, True])

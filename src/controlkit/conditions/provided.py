@@ -14,6 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from controlkit.conditions.coco import BOX_COLOURS
 from controlkit.conditions.condition import BLACK, condition
 from controlkit.conditions.fidelity import IMAGE_COLOUR_DISTANCE, IMAGE_EDGE_F1, RESTORED_PSNR
 from controlkit.errors import UserError
@@ -59,9 +60,10 @@ def bbox(
     boxes: Sequence[Any] | None = None,
     size: Sequence[float] | None = None,
 ) -> np.ndarray:
-    """Boxes filled with the colour of their class (`category_colour`) on black, the largest first.
+    """Boxes filled with the colour of their class on black, the largest first.
 
-    CtrLoRA, annotator/bbox, draws YOLOv4 detections the same way.
+    CtrLoRA, annotator/bbox, draws YOLOv4 detections the same way, and in the same colours (`coco.BOX_COLOURS`). Classes
+    that COCO's 80 lack have those of `category_colour`.
 
     Args:
         boxes: COCO objects with `bbox` (left, top, width, height) and `category_id`, or bare
@@ -88,7 +90,7 @@ def bbox(
     for _, left, top, right, bottom, category in sorted(found, key=lambda box: -box[0]):
         rows = slice(max(0, round(top * down)), max(0, round(bottom * down)))
         columns = slice(max(0, round(left * across)), max(0, round(right * across)))
-        canvas[rows, columns] = category_colour(category)
+        canvas[rows, columns] = BOX_COLOURS.get(category) or category_colour(category)
     return canvas
 
 

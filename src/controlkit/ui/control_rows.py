@@ -11,6 +11,7 @@ import gradio as gr
 from PIL import Image
 
 from controlkit import conditions
+from controlkit.conditions.condition import background_of
 from controlkit.errors import UserError
 from controlkit.images import shapes_differ
 from controlkit.sampling.uses import MODES
@@ -49,6 +50,10 @@ class ControlRow:
             *(self.mode, self.masked, self.mask, *self.parameters.inputs),
         )
 
+    def given(self, values: Mapping[Any, Any], condition: str | None) -> Image.Image | None:
+        """The row's image; a transparent one over white, as a condition image over its condition's background."""
+        return drawn(values[self.image], background_of(condition if values[self.prepared] else None))
+
     def body(self, values: Mapping[Any, Any], condition: str | None) -> dict[str, Any] | None:
         """The control of a request's body; None if the row names none.
 
@@ -61,7 +66,7 @@ class ControlRow:
         name = values[self.control]
         if not name:
             return None
-        image = drawn(values[self.image])
+        image = self.given(values, condition)
         if image is None:
             raise UserError(f"control {self.index + 1} ({name}) has no image; draw or upload one", "missing-setting")
         mode = values[self.mode]
@@ -180,9 +185,9 @@ def control_row(index: int, catalogue: Catalogue, *, visible: bool, control: str
     )  # fmt: skip
 
 
-def drawn(value: Mapping[str, Any] | None) -> Image.Image | None:
-    """The image of an editor with what is drawn on it, over white; None for an empty one."""
-    return flattened(None if value is None else value.get("composite"))
+def drawn(value: Mapping[str, Any] | None, over: tuple[int, int, int] = (255, 255, 255)) -> Image.Image | None:
+    """The image of an editor with what is drawn on it, over a colour; None for an empty one."""
+    return flattened(None if value is None else value.get("composite"), over)
 
 
 def background(value: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -55,14 +55,14 @@ def base64_png(image: Image.Image) -> str:
     return base64.b64encode(png_bytes(image)).decode("ascii")
 
 
-def flattened(image: Image.Image | None) -> Image.Image | None:
-    """An image of an editor over white, RGB; None for an empty one."""
+def flattened(image: Image.Image | None, over: tuple[int, int, int] = (255, 255, 255)) -> Image.Image | None:
+    """An image of an editor over a colour, RGB; None for an empty one."""
     if image is None:
         return None
     image = image.convert("RGBA")
     if image.getchannel("A").getextrema()[1] == 0:
         return None
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*over, 255)), image).convert("RGB")
 
 
 def painted(value: Mapping[str, Any] | None) -> Image.Image | None:

@@ -276,10 +276,11 @@ class _Tab:
 
     async def _preview(self, row: ControlRow, values: dict[Any, Any]) -> tuple[Any, Any]:
         """The condition image that a control would be given."""
-        name, image = values[row.control], drawn(values[row.image])
+        name, catalogue = values[row.control], self.client.service.catalogue
+        image = row.given(values, condition_of(catalogue, name))
         if image is None or not name:
             return None, gr.skip()
-        width, height, catalogue = values[self.width], values[self.height], self.client.service.catalogue
+        width, height = values[self.width], values[self.height]
         try:
             condition = None if values[row.prepared] else computed_condition(catalogue, name)
             if not (width and height):

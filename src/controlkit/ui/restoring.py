@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from controlkit import conditions
 from controlkit.errors import UserError
+from controlkit.sampling.embeddings import embedding_file
 from controlkit.sampling.request import GenerateRequest
 from controlkit.server.catalogue import Catalogue
 from controlkit.server.parameters import parameters_of
@@ -64,13 +66,18 @@ class Restored:
         for use in fields["loras"]:
             if (name := find("loras", use["file"], "LoRA")) is not None:
                 loras[name] = use["weight"]
+        for word in (embedding_file(entry)[0] for entry in fields["embeddings"]):
+            if not catalogue.embeddings_in(word):
+                notes.append(f"there is no embedding {word} here")
         ignored = [name for name, default in _WITHOUT_FIELDS.items() if fields[name] != default]
         here = offered(catalogue)
         controls: list[Mapping[str, Any]] = []
         for use in fields["controls"]:
-            if use["control"] in here and len(controls) < most:
+            name = _offered_as(use["control"], catalogue, here)
+            if name is not None and len(controls) < most:
+                use = {**use, "control": name}
                 controls.append(use)
-                ignored += [f"{name} of {use['control']}" for name in _ignored(use, catalogue)]
+                ignored += [f"{each} of {name}" for each in _ignored(use, catalogue)]
             else:
                 notes.append(f"control {Path(use['control']).name} is not offered here")
         if ignored:
@@ -81,6 +88,16 @@ class Restored:
     def seeds(self) -> str:
         """The seeds as the page's field has them."""
         return ",".join(str(seed) for seed in self.fields["seeds"])
+
+
+def _offered_as(name: str, catalogue: Catalogue, here: Sequence[str]) -> str | None:
+    """The offered control of a name of the command line: a path, or an adapter of nano without `nano/`."""
+    for each in (name, Path(name).name, f"nano/{name}"):
+        with suppress(UserError):
+            found = catalogue.find("controls", each)
+            if found in here:
+                return found
+    return None
 
 
 def _ignored(use: Mapping[str, Any], catalogue: Catalogue) -> list[str]:

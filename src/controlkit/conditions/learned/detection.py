@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from controlkit.conditions.coco import COCO_CATEGORIES
 from controlkit.conditions.condition import BLACK, condition, find
 from controlkit.conditions.fidelity import CLASS_IOU
 from controlkit.conditions.learned.inputs import BY_SETTINGS, prepare, read_inputs
@@ -16,9 +17,6 @@ RT_DETR = LearnedModel(hub="PekingU/rtdetr_r50vd_coco_o365", licence="Apache-2.0
 
 _SIGMOID = ("rt_detr", "rt_detr_v2", "d_fine")
 _SOFTMAX = ("detr", "yolos", "conditional_detr", "deformable_detr")
-_ABSENT = frozenset((12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
-COCO_CATEGORIES = tuple(number for number in range(1, 91) if number not in _ABSENT)
-"""Category ids of COCO's 80 classes in order; detectors of 80 classes number them without gaps."""
 PERSON = 1
 """COCO's category id of people."""
 
