@@ -71,6 +71,28 @@ def test_sets_of_one_name_are_told_apart_for_several_controls_too(tiny_base, tin
     assert list(report.facts["one"]) == ["seen", "seen 2"]
 
 
+def test_what_is_known_beforehand_is_refused_before_anything_is_sampled(tiny_base, tiny_control, monkeypatch):
+    def unexpected(*_args, **_settings):
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr("controlkit.evaluation.evaluate_control.generate_controlled", unexpected)
+    bare = copy.copy(tiny_control)
+    bare.condition = None
+    with refused("missing-setting", "the control bare records no condition"):
+        evaluate_controls(tiny_base, {"one": tiny_control, "bare": bare}, [eval_set_from(0, 2)], steps=2)
+    with refused("unsupported", "no default prompt"):
+        evaluate_control(tiny_base, tiny_control, [eval_set_from(0, 2)], steps=2, prompt_modes=("given", "default"))
+    with refused("missing-weights", "nosuch"):
+        evaluate_control(
+            tiny_base,
+            tiny_control,
+            [eval_set_from(0, 2)],
+            steps=2,
+            prompt_modes=("given", "automatic"),
+            captioner="nosuch/model",
+        )
+
+
 def test_baselines_are_shared_by_content_and_settings_not_by_name(tiny_base, tiny_control):
     baselines = {}
     first = eval_set_from(0, 2)

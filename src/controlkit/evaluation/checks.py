@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from controlkit.bases.base import Base
 from controlkit.controls.control import Control
+from controlkit.controls.inputs import takes_one_image, words_of_inputs
 from controlkit.errors import UserError
 from controlkit.evaluation.eval_set import EvalSet, different_conditions
 from controlkit.evaluation.sets import EvaluationSet, Example
+from controlkit.sampling.prompts import find_captioner, first_prompt
 from controlkit.sampling.request import check_prompt_mode, check_sampling
 
 
@@ -59,3 +62,38 @@ def check_evaluation(
                 " --distance",
                 "out-of-range",
             )
+
+
+def check_control(control: Control, name: str | None = None) -> None:
+    """Check that a control can be scored.
+
+    Args:
+        name: of the control, for the error.
+
+    Raises:
+        UserError: its file records no condition, or it takes other inputs than one image.
+    """
+    whose = "the control" if name is None else f"the control {name}"
+    if control.condition is None:
+        raise UserError(
+            f"{whose} records no condition; write one with `controlkit convert IN OUT --to controlkit --condition"
+            " NAME`",
+            "missing-setting",
+        )
+    if not takes_one_image(control):
+        raise UserError(
+            f"{whose} takes {words_of_inputs(control)}; evaluation passes one condition image only", "unsupported"
+        )
+
+
+def check_prompts(base: Base, prompt_modes: Sequence[str], captioner: str | None) -> None:
+    """Check that a base has the prompts that the modes ask for.
+
+    Raises:
+        UserError: it has no default prompt, or the captioner cannot be loaded.
+    """
+    for prompt_mode in prompt_modes:
+        if prompt_mode != "given":
+            first_prompt(prompt_mode, "", base)
+        if prompt_mode == "automatic":
+            find_captioner(captioner, base)

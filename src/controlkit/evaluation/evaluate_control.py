@@ -13,10 +13,9 @@ from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.conditions.fidelity import scored_by_target
 from controlkit.controls.control import Control
-from controlkit.controls.inputs import takes_one_image, words_of_inputs
 from controlkit.errors import UserError
 from controlkit.evaluation.baselines import Baselines, generate_baselines
-from controlkit.evaluation.checks import check_evaluation
+from controlkit.evaluation.checks import check_control, check_evaluation, check_prompts
 from controlkit.evaluation.eval_set import EvalSet, examples_eval_set
 from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.evaluation.sampling import EvalControl, generate_controlled
@@ -161,6 +160,8 @@ def evaluate_controls(
     each_image: list[dict[str, Any]] = []
     strips: list[Sequence[Image.Image]] = []
     titles: list[str] = []
+    for name, control in controls.items():
+        check_control(control, name)
     for name, control in controls.items():
         evaluated = _evaluate_each(
             base,
@@ -324,7 +325,9 @@ def _evaluate_each(
     **settings: Any,
 ) -> list[_Evaluated]:
     """`_evaluate` on each set in each prompt mode, after all settings and sets are checked."""
+    check_control(control)
     check_evaluation(control, sets, prompt_modes, **settings)
+    check_prompts(base, prompt_modes, settings["captioner"])
     with base.in_use:
         return [
             _evaluate(base, control, each, baselines, prompt_mode=prompt_mode, **settings)
@@ -349,17 +352,7 @@ def _evaluate(
     seed: int,
     distance: bool,
 ) -> _Evaluated:
-    if control.condition is None:
-        raise UserError(
-            "the control's file records no condition; write one with `controlkit convert IN OUT --to controlkit"
-            " --condition NAME`",
-            "missing-setting",
-        )
-    if not takes_one_image(control):
-        raise UserError(
-            f"{control.title} takes {words_of_inputs(control)}; evaluation passes one condition image only",
-            "unsupported",
-        )
+    assert control.condition is not None  # check_control
     condition, notes = _scorable(conditions.find(control.condition))
     eval_set = images if isinstance(images, EvalSet) else examples_eval_set(condition, images, base.size)
     acting = control_settings(base, control, weight=weight, mode=mode)
