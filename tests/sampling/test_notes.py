@@ -52,6 +52,13 @@ def test_white_lines_on_transparency_stay_white_lines(lines, tmp_path, capsys):
     assert str(lines) in note and "nano/palette" in note and "is one flat colour: check" in note
 
 
+def test_a_black_mask_is_noted(lines, tmp_path, capsys):
+    Image.new("L", (64, 64)).save(tmp_path / "black.png")
+    control = f"canny={lines},mask={tmp_path / 'black.png'}"
+    words = ("generate", "x", "--control", control, "--prepared", "--steps", 1, "--out", tmp_path / "out")
+    assert notes_of(capsys, *words) == ["the mask of canny is black everywhere, so the control does not act"]
+
+
 def test_black_lines_on_transparency_are_flat_where_white_ones_are_expected(lines, tmp_path, capsys):
     rgba = np.array(Image.open(lines))
     rgba[..., :3] = 0

@@ -86,4 +86,7 @@ def _mask(generation: Generation, index: int, images: RequestImages, frame: Fram
         return None
     grey = mask.grey(frame)
     generation.masks[prefix + mask_name(index)] = grey
+    if grey.getextrema()[1] == 0:
+        name = generation.request.controls[index].control
+        generation.notes.append(f"the mask of {name} is black everywhere, so the control does not act")
     return torch.from_numpy(np.asarray(grey, dtype=np.float32) / 255)[None, None]
