@@ -320,6 +320,17 @@ class TestCommandLine:
         assert [axis for axis in read_settings("three").request.vary] == [
             {"0.image": ["photos/one.png", "photos/two.png"]}
         ]
+        assert "prompt had 2 values here" in capsys.readouterr().err
+        # Of settings that vary together, the others stay.
+        words = ("apple", "--prompt", "cat", "--pair", "--control", "edges.safetensors=photos,prepared")
+        assert run(*words, "--steps", 1, "--out", "paired") == 0
+        assert main(["generate", "boat", "--from", "paired", "--out", "boats"]) == 0
+        assert read_settings("boats").request.vary == ({"0.image": ["photos/one.png", "photos/two.png"]},)
+        assert run("apple", "--control", "edges.safetensors=photos/one.png,prepared", "--steps", 1, "--xy",
+                   "mode=soft,control", "--out", "modes") == 0  # fmt: skip
+        assert main(["generate", "--from", "modes", "--mode", "guess", "--out", "guess"]) == 0
+        guess = read_settings("guess").request
+        assert guess.xy == () and [use.mode for use in guess.controls] == ["guess"]
         # An image that has changed is noted; one that is gone ends it.
         write_png("photos/two.png", Image.new("RGB", (64, 64), "red"))
         capsys.readouterr()

@@ -338,6 +338,7 @@ def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings |
         for name, of_kind in (("controls", uses), ("loras", settings.get("loras", ()))):
             if of_kind:
                 settings[name] = [vars(use) for use in of_kind]
+        print_notes(saved.replaced(settings))
         request = saved.to_request(**settings)
     if len(prompts) > 1:
         request = replace(request, vary=({"prompt": prompts}, *request.vary))

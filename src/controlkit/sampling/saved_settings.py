@@ -79,15 +79,26 @@ class SavedSettings:
         return bool(self.request.vary or self.request.xy)
 
     def _axes(self, name: str, changes: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
-        """The axes of one field without those of settings that change, with paths as they exist now."""
+        """The axes of one field without the settings that change, with paths as they exist now."""
         kept = []
         for axis in getattr(self.request, name):
-            if any(is_changed(setting, self.request, changes) for setting in axis):
-                continue
-            paths = [setting for setting in axis if setting.rpartition(".")[2] in PATHS]
-            located = {setting: [self._locate(str(value)) for value in axis[setting]] for setting in paths}
-            kept.append({**axis, **located})
+            stays = {key: values for key, values in axis.items() if not is_changed(key, self.request, changes)}
+            paths = [key for key in stays if key.rpartition(".")[2] in PATHS]
+            located = {key: [self._locate(str(value)) for value in stays[key]] for key in paths}
+            kept += [{**stays, **located}] if stays else []
         return kept
+
+    def replaced(self, changes: Mapping[str, Any]) -> list[str]:
+        """Notes on settings of axes that `changes` replace by one value for all images."""
+        given = {
+            key: len(values)
+            for name in ("vary", "xy")
+            if name not in changes
+            for axis in getattr(self.request, name)
+            for key, values in axis.items()
+            if is_changed(key, self.request, changes)
+        }
+        return [f"{key} had {count} values here; the one that is given replaces them" for key, count in given.items()]
 
     def _located(self, use: Mapping[str, Any]) -> dict[str, Any]:
         """Paths of a control of a request with axes: as they exist, without a look at their content."""
@@ -116,9 +127,16 @@ class SavedSettings:
         return list(notes)
 
     def in_mode(self, mode: str) -> SavedSettings:
-        """A copy with all controls in `mode`."""
+        """A copy with all controls in `mode`, also where the mode varies."""
         uses = tuple(dataclasses.replace(use, mode=mode) for use in self.request.controls)
-        return dataclasses.replace(self, request=dataclasses.replace(self.request, controls=uses))
+        axes: dict[str, Any] = {}
+        for name in ("vary", "xy"):
+            without = (
+                {key: values for key, values in axis.items() if key.rpartition(".")[2] != "mode"}
+                for axis in getattr(self.request, name)
+            )
+            axes[name] = tuple(filter(None, without))
+        return dataclasses.replace(self, request=dataclasses.replace(self.request, controls=uses, **axes))
 
     def differences(self, generation: Generation) -> list[str]:
         """Notes on images, controls, base and conditions that changed between these settings and `generation`.
