@@ -79,6 +79,10 @@ FIGURES: dict[str, Figure | Speed] = {
         ),
         block=True,
     ),
+    "speed.what-pays-amx": Speed(
+        speed.what_pays("what_pays-nano-64-cpu-amx", "nano, 32 images (64 rows in a call), one core with AMX"),
+        block=True,
+    ),
     "speed.ctrlora-nano-1": Speed(speed.time_of("ctrlora_sampling-nano-64-cpu", "seconds", "plan")),
     "speed.ctrlora-nano-4": Speed(speed.time_of("ctrlora_sampling-nano-64-cpu", "seconds", "plan", case=1)),
     "speed.ctrlora-h200-1": Speed(speed.time_of("ctrlora_sampling-sd15-512-cuda", "seconds", "plan")),

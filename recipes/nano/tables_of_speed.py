@@ -192,6 +192,8 @@ def memory(results: Results) -> str:
 _SWITCHES = {
     "channels_last": "channels_last, a UNet call",
     "bf16": "bf16 weights, a UNet call",
+    "bf16 steps": "bf16 autocast, a UNet's passes forward and backward",
+    "fp32 attention in bf16 steps": "the same, attention in float32",
     "guidance in one batch": "both CFG branches in one batch",
     "LoRA folded": "LoRA of rank 128 merged for the call, a control call",
     "fused optimiser": "fused AdamW",
