@@ -33,7 +33,8 @@ def test_webuiapi_draws_from_a_prompt(webui):
     assert result.info["ignored"] == ["eta"] and result.parameters["prompt"] == "red apple"
     assert "Seed: 7" in result.image.info["parameters"]
     again = webui.txt2img(prompt="red apple", width=64, height=64, seed=8)
-    assert np.array_equal(np.asarray(again.image), np.asarray(result.images[1]))
+    # Batches of another size round differently.
+    assert np.abs(np.asarray(again.image, int) - np.asarray(result.images[1], int)).max() <= 1
 
 
 def test_webuiapi_whose_default_sampler_the_base_does_not_have_still_draws(webui):

@@ -73,16 +73,17 @@ def check_control(control: Control, name: str | None = None) -> None:
     Raises:
         UserError: its file records no condition, or it takes other inputs than one image.
     """
-    whose = "the control" if name is None else f"the control {name}"
+    named = "" if name is None else f" {name}"
     if control.condition is None:
         raise UserError(
-            f"{whose} records no condition; write one with `controlkit convert IN OUT --to controlkit --condition"
-            " NAME`",
+            f"the control{named} records no condition; write one with `controlkit convert IN OUT --to controlkit"
+            " --condition NAME`",
             "missing-setting",
         )
     if not takes_one_image(control):
         raise UserError(
-            f"{whose} takes {words_of_inputs(control)}; evaluation passes one condition image only", "unsupported"
+            f"{control.title}{named} takes {words_of_inputs(control)}; evaluation passes one condition image only",
+            "unsupported",
         )
 
 
