@@ -11,12 +11,10 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlkit.apps.show import add_columns, add_json, named_columns, print_json
-from controlkit.errors import UserError
 
 if TYPE_CHECKING:
     from controlkit.data.readers.columns import Columns
@@ -120,20 +118,12 @@ def _condition_of(pairs: str, columns: Columns) -> str | None:
     """The condition that the pairs record: the one named by PAIRS/NAME if there are several, else the only one. If none
     is known, that of the folder's name; else None."""
     from controlkit import conditions
+    from controlkit.conditions.condition import known_name
     from controlkit.data.readers.listing import short_name
     from controlkit.data.readers.recognise import read_listing
 
     recorded = {short_name(name) for name in read_listing(pairs, columns=columns).conditions}
-    known = {name for name in map(_known_condition, recorded) if name is not None}
+    known = {name for name in map(known_name, recorded) if name is not None}
     if len(recorded) == len(known) == 1:
         return known.pop()
     return Path(pairs).name if Path(pairs).name in conditions.registry() else None
-
-
-def _known_condition(name: str) -> str | None:
-    """The name of the condition that is called so, also by an alias."""
-    from controlkit import conditions
-
-    with suppress(UserError):
-        return conditions.find(name).name
-    return None

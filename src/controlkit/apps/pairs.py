@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,13 +116,14 @@ def run(args: argparse.Namespace) -> None:
     others = [name for name, given in (("base", hasattr(args, "base")), ("strict", args.strict)) if given]
     for option in (*named_columns(args), *others):
         raise UserError(f"--{option.replace('_', '-')} needs --check", "contradiction")
-    if _prompts_of(args)["caption"] != "blip":
+    prompts = _prompts_of(args)
+    if prompts["caption"] != "blip":
         for option in ("caption-model", "device"):
             if option in _of_making(args):
                 raise UserError(f"--{option} needs --caption blip", "contradiction")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: expected at least 1", "out-of-range")
-    _make(args)
+    _make(args, prompts)
 
 
 def _of_making(args: argparse.Namespace) -> list[str]:
@@ -147,7 +149,7 @@ def _prompts_of(args: argparse.Namespace) -> dict[str, str | None]:
     return values | {name: value for name, value in given.items() if value is not None}
 
 
-def _make(args: argparse.Namespace) -> None:
+def _make(args: argparse.Namespace, prompts: Mapping[str, str | None]) -> None:
     from controlkit.data.engine import make_pairs
     from controlkit.data.input_images import list_images, with_prompts, with_tiles
     from controlkit.data.making import MakeSettings
@@ -162,7 +164,6 @@ def _make(args: argparse.Namespace) -> None:
     doubled = [image.source for image in images if isinstance(image.source, Path) and _differ(image)]
     notes += [two_captions_note(doubled)] if doubled else []
     print_notes(notes)
-    prompts = _prompts_of(args)
     if prompts["caption"] == "blip":
         from controlkit.data.captions import BLIP, Captioner, with_captions
 

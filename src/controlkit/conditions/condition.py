@@ -392,6 +392,13 @@ def _default_fidelity() -> Fidelity:
     return PSNR
 
 
+def known_name(name: str) -> str | None:
+    """The name of the condition that is called so, also by an alias; None if it is unknown."""
+    with suppress(UserError):
+        return find(name).name
+    return None
+
+
 def background_of(name: str | None) -> tuple[int, int, int]:
     """Background colour of the condition `name`; white if it is None or unknown."""
     if name is not None:

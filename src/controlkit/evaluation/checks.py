@@ -13,7 +13,7 @@ from controlkit.controls.inputs import takes_one_image, words_of_inputs
 from controlkit.errors import UserError
 from controlkit.evaluation.eval_set import EvalSet, different_conditions
 from controlkit.evaluation.sets import EvaluationSet, Example
-from controlkit.sampling.prompts import find_captioner, first_prompt
+from controlkit.sampling.prompts import first_prompt
 from controlkit.sampling.request import check_prompt_mode, check_sampling
 
 
@@ -87,14 +87,12 @@ def check_control(control: Control, name: str | None = None) -> None:
         )
 
 
-def check_prompts(base: Base, prompt_modes: Sequence[str], captioner: str | None) -> None:
+def check_prompt_modes(base: Base, prompt_modes: Sequence[str]) -> None:
     """Check that a base has the prompts that the modes ask for.
 
     Raises:
-        UserError: it has no default prompt, or the captioner cannot be loaded.
+        UserError: it has no default prompt.
     """
     for prompt_mode in prompt_modes:
         if prompt_mode != "given":
             first_prompt(prompt_mode, "", base)
-        if prompt_mode == "automatic":
-            find_captioner(captioner, base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from controlkit import conditions
+from controlkit.conditions.condition import known_name
 from controlkit.data.pairs import Pair
-from controlkit.errors import UserError
 from controlkit.evaluation.sets import EvaluationSet, Example
 from controlkit.images import resize_cover
 
@@ -59,8 +58,5 @@ def pairs_eval_set(pairs: Sequence[Pair], size: int) -> EvalSet:
 
 def different_conditions(*names: str | None) -> tuple[str, ...]:
     """The registered conditions of these names, if they are several; `identity` stands for images of any kind."""
-    known = []
-    for name in filter(None, names):
-        with suppress(UserError):
-            known.append(conditions.find(name).name)
-    return tuple(dict.fromkeys(known)) if len(set(known)) > 1 and "identity" not in known else ()
+    known = dict.fromkeys(filter(None, (known_name(name) for name in names if name)))
+    return tuple(known) if len(known) > 1 and "identity" not in known else ()

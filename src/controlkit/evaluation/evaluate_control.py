@@ -15,7 +15,7 @@ from controlkit.conditions.fidelity import scored_by_target
 from controlkit.controls.control import Control
 from controlkit.errors import UserError
 from controlkit.evaluation.baselines import Baselines, generate_baselines
-from controlkit.evaluation.checks import check_control, check_evaluation, check_prompts
+from controlkit.evaluation.checks import check_control, check_evaluation, check_prompt_modes
 from controlkit.evaluation.eval_set import EvalSet, examples_eval_set
 from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.evaluation.sampling import EvalControl, generate_controlled
@@ -23,7 +23,7 @@ from controlkit.evaluation.sets import EvaluationSet, Example
 from controlkit.evaluation.settings import condition_settings, content_of, control_settings, seeds_of, set_settings
 from controlkit.files import sha256_of
 from controlkit.images import contact_sheet
-from controlkit.sampling.prompts import captioner_name, find_captioner, first_prompt
+from controlkit.sampling.prompts import Captioner, captioner_name, find_captioner, first_prompt
 from controlkit.sampling.request import DEFAULT_STEPS
 from controlkit.sampling.settings import base_settings, in_words, sampling_settings
 
@@ -73,6 +73,7 @@ def evaluate_control(
         UserError: the control records no condition, or takes more than one image; or, with `distance`, a set has one
             image, or the `metrics` extra is not installed.
     """
+    check_control(control)
     baselines = {} if baselines is None else baselines
     evaluated = _evaluate_each(
         base,
@@ -325,12 +326,12 @@ def _evaluate_each(
     **settings: Any,
 ) -> list[_Evaluated]:
     """`_evaluate` on each set in each prompt mode, after all settings and sets are checked."""
-    check_control(control)
     check_evaluation(control, sets, prompt_modes, **settings)
-    check_prompts(base, prompt_modes, settings["captioner"])
+    check_prompt_modes(base, prompt_modes)
+    caption = find_captioner(settings["captioner"], base) if "automatic" in prompt_modes else None
     with base.in_use:
         return [
-            _evaluate(base, control, each, baselines, prompt_mode=prompt_mode, **settings)
+            _evaluate(base, control, each, baselines, prompt_mode=prompt_mode, caption=caption, **settings)
             for each in _numbered(sets)
             for prompt_mode in prompt_modes
         ]
@@ -349,6 +350,7 @@ def _evaluate(
     mode: str | None,
     prompt_mode: str,
     captioner: str | None,
+    caption: Captioner | None,
     seed: int,
     distance: bool,
 ) -> _Evaluated:
@@ -367,8 +369,8 @@ def _evaluate(
         prompting = {"prompt_mode": prompt_mode}
         prompts = [first_prompt(prompt_mode, "", base)] * len(eval_set.prompts)
         if prompt_mode == "automatic":
+            assert caption is not None
             prompting["captioner"] = captioner_name(captioner, base)
-            caption = find_captioner(captioner, base)
             prompts = caption([Image.fromarray(image) for image in controlled_by(prompts)])
         eval_set = replace(eval_set, name=f"{eval_set.name}, prompt {prompt_mode}", prompts=prompts)
     key = sha256_of(base.content, content_of(eval_set.targets, eval_set.prompts), repr(sampling), str(seed))

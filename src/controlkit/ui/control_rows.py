@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import gradio as gr
 from PIL import Image
 
 from controlkit import conditions
-from controlkit.conditions.condition import background_of
+from controlkit.conditions.condition import WHITE, background_of, known_name
 from controlkit.errors import UserError
 from controlkit.images import shapes_differ
 from controlkit.sampling.uses import MODES
@@ -104,11 +103,7 @@ def offered(catalogue: Catalogue) -> list[str]:
 def condition_of(catalogue: Catalogue, name: str | None) -> str | None:
     """Name of the condition of a control, if its file records one that this version knows."""
     entry = catalogue.controls.get(name or "")
-    if entry is None or entry.condition is None:
-        return None
-    with suppress(UserError):
-        return conditions.find(entry.condition).name
-    return None
+    return None if entry is None or entry.condition is None else known_name(entry.condition)
 
 
 def computed_condition(catalogue: Catalogue, name: str | None) -> str | None:
@@ -185,7 +180,7 @@ def control_row(index: int, catalogue: Catalogue, *, visible: bool, control: str
     )  # fmt: skip
 
 
-def drawn(value: Mapping[str, Any] | None, over: tuple[int, int, int] = (255, 255, 255)) -> Image.Image | None:
+def drawn(value: Mapping[str, Any] | None, over: tuple[int, int, int] = WHITE) -> Image.Image | None:
     """The image of an editor with what is drawn on it, over a colour; None for an empty one."""
     return flattened(None if value is None else value.get("composite"), over)
 

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from controlkit.conditions.condition import WHITE
 from controlkit.errors import UserError
 
 PAGE_FIELDS = ("prepared", "parameters")
@@ -55,7 +56,7 @@ def base64_png(image: Image.Image) -> str:
     return base64.b64encode(png_bytes(image)).decode("ascii")
 
 
-def flattened(image: Image.Image | None, over: tuple[int, int, int] = (255, 255, 255)) -> Image.Image | None:
+def flattened(image: Image.Image | None, over: tuple[int, int, int] = WHITE) -> Image.Image | None:
     """An image of an editor over a colour, RGB; None for an empty one."""
     if image is None:
         return None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.conditions import find
+from controlkit.conditions.condition import known_name
 from controlkit.data.pair import SOURCE, TARGET, Pair
 from controlkit.data.sources import ComputedCondition, Source
 from controlkit.errors import UserError, nearest
@@ -96,17 +97,17 @@ class Listing:
                 return name
         if wanted is not None:
             for name in names:
-                if _registered(name) is not None and _registered(name) == _registered(wanted):
+                if known_name(name) is not None and known_name(name) == known_name(wanted):
                     return name
-            if self.computes and _registered(wanted):
-                return _registered(wanted)
+            if self.computes and known_name(wanted):
+                return known_name(wanted)
         return names[0] if len(names) == 1 else None
 
     def renamed(self, condition: str | None) -> list[str]:
         """A note if the only condition of this listing is a known one and is read as another."""
         name, wanted = self.chosen(condition), _wanted(condition)
-        recorded = None if name is None else _registered(short_name(name))
-        asked = wanted and _registered(wanted)
+        recorded = None if name is None else known_name(short_name(name))
+        asked = wanted and known_name(wanted)
         if asked is None or recorded is None or asked == recorded:
             return []
         return [f"the pairs record the condition {recorded}; they are read as {asked}, as asked for"]
@@ -122,7 +123,7 @@ class Listing:
             raise self._ambiguous(condition)
         found, problems = [], list(self.problems)
         requested = _wanted(condition)
-        kind = (requested and _registered(requested)) or _registered(short_name(str(name)))
+        kind = (requested and known_name(requested)) or known_name(short_name(str(name)))
         for record in self.records:
             source = record.conditions.get(str(name))
             if source is None and self.computes and not isinstance(record.image, ComputedCondition):
@@ -208,10 +209,3 @@ def _wanted(condition: str | None) -> str | None:
 
 def _plain(name: str) -> str:
     return name.strip().lower().replace("-", "_")
-
-
-def _registered(name: str) -> str | None:
-    try:
-        return find(name).name
-    except UserError:
-        return None
