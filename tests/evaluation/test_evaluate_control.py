@@ -23,7 +23,7 @@ from controlkit.data.pairs import read_pairs
 from controlkit.evaluation.eval_set import EvalSet, pairs_eval_set
 from controlkit.evaluation.evaluate_control import evaluate_control, evaluate_controls
 from controlkit.evaluation.metrics import frechet_distance
-from controlkit.evaluation.report import Report
+from controlkit.evaluation.report import Report, read_reports
 from controlkit.evaluation.sampling import EvalControl, generate_controlled
 from controlkit.evaluation.sets import EvaluationSet, evaluation_set
 from controlkit.formats.load import save_control
@@ -267,6 +267,19 @@ def test_tables_show_whole_numbers_and_small_ones_readably():
     assert "| 1,234,567 | 0.0003 | 0.250 |" in report.to_markdown()
     assert "| 2 | 0.001 | nan |" in report.to_markdown()
     assert report.to_json()["rows"][0] == (1234567, 3e-4, 0.25)
+
+
+def test_reports_are_read_from_what_the_verbs_print(tmp_path):
+    first, second = (Report(title=title, columns=("images", "score"), rows=(("a", 1.0),)) for title in ("one", "two"))
+    path = tmp_path / "printed.json"
+    path.write_text(json.dumps({"asked": {}, "reports": [first.to_json(), second.to_json()]}))
+    assert [report.to_markdown() for report in read_reports(path)] == [first.to_markdown(), second.to_markdown()]
+    path.write_text(json.dumps({"report": first.to_json()}))
+    assert [report.to_markdown() for report in read_reports(path)] == [first.to_markdown()]
+    for other in ([], {"reports": [{}]}, {"reports": 5}, {"report": 1}, {}):
+        path.write_text(json.dumps(other))
+        with refused("wrong-kind", "holds no report"):
+            read_reports(path)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from PIL import Image
 from controlkit import conditions
 from controlkit.data.pairs import read_pairs, write_pairs
 from controlkit.errors import UserError
-from controlkit.evaluation.report import Report
 from controlkit.server.catalogue import list_models
 from controlkit.server.limits import Limits
 from refusals import check, refused
@@ -74,24 +73,10 @@ def test_a_damaged_zip_is_told_as_such(tmp_path):
     assert place.pairs() == []
 
 
-def test_reports_are_read_from_what_the_verbs_print(tmp_path):
-    from controlkit.ui.work_tabs import _report_of_file
-
-    first, second = (Report(title=title, columns=("images", "score"), rows=(("a", 1.0),)) for title in ("one", "two"))
-    path = tmp_path / "printed.json"
-    path.write_text(json.dumps({"asked": {}, "reports": [first.to_json(), second.to_json()]}))
-    assert _report_of_file(str(path)) == f"{first.to_markdown()}\n\n{second.to_markdown()}"
-    path.write_text(json.dumps({"report": first.to_json()}))
-    assert _report_of_file(str(path)) == first.to_markdown()
-    for other in ([], {"reports": [{}]}, {"report": 1}, {}):
-        path.write_text(json.dumps(other))
-        assert "holds no report" in _report_of_file(str(path))
-
-
 @pytest.mark.parametrize(("steps", "images"), [(10, 2), (20, 1), (100, 4)])
 def test_first_values_are_within_the_limits(steps, images):
     from controlkit.sampling.seeds import parse_seeds
-    from controlkit.ui.generate_tab import first_seeds, first_steps
+    from controlkit.ui.first_values import first_seeds, first_steps
 
     limits = Limits(steps=steps, images=images)
     assert len(parse_seeds(first_seeds(limits), "Seeds")) == images

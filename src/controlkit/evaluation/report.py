@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from controlkit.errors import UserError
+from controlkit.files import read_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,6 +58,16 @@ class Report:
         for row in self.rows:
             table.add_row(*(escape(_show(value)) for value in row))
         return table
+
+
+def read_reports(path: str | Path) -> list[Report]:
+    """The reports in the output of `controlkit evaluate --json` or `controlkit adapt --json`."""
+    values = read_json(Path(path))
+    found = values if isinstance(values, dict) else {}
+    try:
+        return [Report(**report) for report in found.get("reports", [found.get("report", found)])]
+    except TypeError as error:
+        raise UserError(f"{path} holds no report of `controlkit evaluate --json`", "wrong-kind") from error
 
 
 def gap_closed(baseline: float, value: float, ceiling: float) -> float:

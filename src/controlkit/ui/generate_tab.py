@@ -16,7 +16,7 @@ from PIL import Image
 from controlkit.conditions.condition import is_of_labels
 from controlkit.errors import UserError
 from controlkit.images import resize_cover, shapes_differ
-from controlkit.sampling.request import DEFAULT_STEPS, SAMPLERS
+from controlkit.sampling.request import SAMPLERS
 from controlkit.sampling.seeds import parse_seeds
 from controlkit.server.catalogue import word_of
 from controlkit.server.limits import Limits
@@ -33,6 +33,7 @@ from controlkit.ui.control_rows import (
     offered,
 )
 from controlkit.ui.files import painted, settings_in
+from controlkit.ui.first_values import FIRST_CONTROL, FIRST_PROMPT, first_seeds, first_steps
 from controlkit.ui.loras import LoraFields
 from controlkit.ui.restoring import Restored
 from controlkit.ui.results import SIDES, write_files
@@ -43,21 +44,7 @@ OWN = "default"
 """Stands for the base's own sampler, and its own autoencoder."""
 _NUMBERS = ("guidance", "width", "height", "hires", "hires_strength", "clip_skip")
 """Number fields whose 0 means the default."""
-_FIRST_PROMPT = "sailboat, noto style, on a teal background"
-_FIRST_CONTROL = "canny"
-
-
 _OF_CONDITION = 'data-of="condition image"'
-
-
-def first_seeds(limits: Limits) -> str:
-    """The seeds that the page shows at first: four, if the server draws as many."""
-    return "0" if limits.images == 1 else f"0-{min(4, limits.images) - 1}"
-
-
-def first_steps(limits: Limits) -> int:
-    """The steps that the page shows at first."""
-    return min(DEFAULT_STEPS, limits.steps)
 
 
 def error_html(text: str, attribute: str = "") -> str:
@@ -86,7 +73,7 @@ class _Tab:
         with gr.Row():
             with gr.Column(scale=6, min_width=320):
                 self.prompt = gr.Textbox(
-                    _FIRST_PROMPT if shows_nano else "", label="Prompt", lines=2, elem_id="prompt", max_length=10_000
+                    FIRST_PROMPT if shows_nano else "", label="Prompt", lines=2, elem_id="prompt", max_length=10_000
                 )
                 with gr.Row():
                     self.draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=3)
@@ -118,7 +105,7 @@ class _Tab:
             .convert("RGB")
             .resize((512, 512), Image.Resampling.LANCZOS)
         )
-        first = _FIRST_CONTROL if _FIRST_CONTROL in known else next(iter(known), None)
+        first = FIRST_CONTROL if FIRST_CONTROL in known else next(iter(known), None)
         rows = []
         for index in range(service.limits.controls):
             is_first = index == 0 and first is not None

@@ -13,7 +13,7 @@ from PIL import Image
 from controlkit import conditions
 from controlkit.data.check import KINDS
 from controlkit.errors import UserError
-from controlkit.evaluation.report import Report
+from controlkit.evaluation.report import Report, read_reports
 from controlkit.ui.client import sentence
 from controlkit.ui.generate_tab import error_html, status_html
 from controlkit.ui.runs import Workplace
@@ -148,16 +148,8 @@ def _report_of_run(place: Workplace, name: str | None) -> tuple[str, Any]:
 
 
 def _report_of_file(path: str) -> str:
-    """The reports in the output of `controlkit evaluate --json` or `controlkit adapt --json`, as Markdown."""
-    from controlkit.files import read_json
-
+    """The reports in an uploaded file, as Markdown."""
     try:
-        values = read_json(Path(path))
-        found = values if isinstance(values, dict) else {}
-        reports = found.get("reports", [found.get("report", found)])
-        try:
-            return "\n\n".join(Report(**report).to_markdown() for report in reports)
-        except TypeError as error:
-            raise UserError("the file holds no report of `controlkit evaluate --json`", "wrong-kind") from error
+        return "\n\n".join(report.to_markdown() for report in read_reports(path))
     except Exception as error:
-        return error_html(sentence(error))
+        return error_html(sentence(error).replace(str(Path(path)), Path(path).name))
