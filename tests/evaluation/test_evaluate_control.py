@@ -19,6 +19,7 @@ from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.data.engine import make_pairs
 from controlkit.data.input_images import list_images
 from controlkit.data.making import MakeSettings
+from controlkit.data.pair import SOURCE
 from controlkit.data.pairs import read_pairs
 from controlkit.evaluation.eval_set import EvalSet, pairs_eval_set
 from controlkit.evaluation.evaluate_control import evaluate_control, evaluate_controls
@@ -397,3 +398,29 @@ def test_images_of_another_condition_are_refused(tiny_base, tiny_control, tmp_pa
     pairs = pairs_eval_set(read_pairs(tmp_path / "pairs" / "grayscale"), 64)
     with refused("contradiction", "canny", "grayscale"):
         evaluate_control(tiny_base, tiny_control, [pairs], steps=1)
+
+
+def test_the_targets_of_larger_pairs_score_perfectly(tiny_base, tiny_control, tmp_path):
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(evaluation_set("held-out").first(2).images):
+        Image.fromarray(image).resize((288, 256), Image.Resampling.BICUBIC).save(tmp_path / "images" / f"{index}.png")
+    make_pairs(list_images([tmp_path / "images"]), tmp_path / "pairs", MakeSettings(conditions=("canny",)), workers=1)
+    canny = controlkit.find_condition("canny")
+
+    pairs = read_pairs(tmp_path / "pairs" / "canny")
+    ours = pairs_eval_set(pairs, 64)
+    assert ours.scores(canny, ours.targets) == [1, 1] and ours.scaled == 0
+    assert all(
+        np.array_equal(image, pair.side(SOURCE, 64)) for image, pair in zip(ours.condition_images, pairs, strict=True)
+    )
+    same_size = pairs_eval_set(pairs, 256)
+    assert same_size.references is None  # cropped, not scaled
+    assert same_size.scores(canny, same_size.targets) == pytest.approx([1, 1], abs=0.01)
+
+    foreign = pairs_eval_set([replace(pair, parameters={}) for pair in pairs], 64)
+    assert foreign.scaled == 2 and foreign.references is None
+    own = np.mean(foreign.scores(canny, foreign.targets))
+    assert own < 0.8
+    notes, other = (evaluate_control(tiny_base, tiny_control, [each], steps=1)[0].notes for each in (foreign, ours))
+    assert any(f"the targets themselves score {own:.3f}" in note for note in notes)
+    assert not any("themselves" in note for note in other)

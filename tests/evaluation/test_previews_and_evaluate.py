@@ -16,7 +16,11 @@ from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.conditions import find
 from controlkit.controls.ctrlora import BaseControlNet
-from controlkit.data.pairs import write_pairs
+from controlkit.data.engine import make_pairs
+from controlkit.data.input_images import list_images
+from controlkit.data.making import MakeSettings
+from controlkit.data.pair import TARGET
+from controlkit.data.pairs import read_pairs, write_pairs
 from controlkit.evaluation.adapt import adapt
 from controlkit.evaluation.eval_set import EvalSet, pairs_eval_set
 from controlkit.evaluation.evaluate_control import evaluate_control
@@ -97,6 +101,23 @@ def test_a_preview_of_pairs_scores_as_evaluate_does(adapt_recipe, tmp_path):
     assert score == pytest.approx(scores[None].facts[eval_set.name]["control"], abs=1e-6)
     assert score != pytest.approx(scores["balanced"].facts[eval_set.name]["control"], abs=1e-6)
     assert scores[None].settings["control"]["mode"] == objective.preview_settings["mode"] == "control"
+
+
+def test_a_preview_of_larger_pairs_scores_as_evaluate_does(adapt_recipe, tmp_path):
+    pairs = read_pairs(tmp_path / "pairs")
+    (tmp_path / "images").mkdir()
+    for index, pair in enumerate(pairs):
+        Image.fromarray(pair.side(TARGET, 256)).save(tmp_path / "images" / f"{index}.png")
+    make_pairs(list_images([tmp_path / "images"]), tmp_path / "large", MakeSettings(conditions=("canny",)), workers=1)
+    recipe = dataclasses.replace(adapt_recipe, pairs=str(tmp_path / "large" / "canny"), condition="canny")
+    objective = ControlObjective(recipe, CPU)
+    acting(objective.control)
+    objective.control.eval()
+    (score,) = objective.preview(1, tmp_path).values()
+    eval_set = pairs_eval_set(objective.source.of["canny"].held_out, objective.base.size)
+    assert eval_set.references is not None
+    report, _ = evaluate_control(objective.base, objective.control, [eval_set], steps=10)
+    assert score == pytest.approx(report.facts[eval_set.name]["control"], abs=1e-6)
 
 
 def test_a_preview_of_icons_scores_as_evaluate_does(recipe, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,6 +68,28 @@ class Pair:
             return image
         return left_right(image) if condition is None else condition.mirrored(image, self.parameters)
 
+    def is_scaled(self, size: int) -> bool:
+        """Whether the condition image of this size is scaled."""
+        return min(open_image(self.source).size) != size
+
+    @property
+    def is_reproducible(self) -> bool:
+        """Whether the condition image can be computed from the image: by recorded parameters, without a network."""
+        if self.condition is None or not self.parameters:
+            return False
+        condition = find(self.condition)
+        return condition.requires is None and not condition.provided
+
+    def reference(self, size: int) -> np.ndarray:
+        """What scores compare the condition of a result with, `uint8 [size, size, 3]`.
+
+        Scaling makes lines thinner, so that no image has exactly the edges of a larger one scaled down. So this is the
+        condition of the scaled image where the condition image is scaled and reproducible, else the condition image.
+        """
+        if self.condition is None or not self.is_reproducible or not self.is_scaled(size):
+            return self.side(SOURCE, size)
+        return find(self.condition)(self.side(TARGET, size), **self.parameters)
+
     def key(self) -> str:
         """Hash of the bytes of both sides."""
         return sha256_of(self.source.read_bytes(), self.target.read_bytes())
@@ -82,3 +104,10 @@ class Pair:
         if width == height:
             return [self] * count
         return [replace(self, place=(number + 0.5) / count) for number in range(count)]
+
+
+def references_of(pairs: Sequence[Pair], size: int) -> list[np.ndarray] | None:
+    """`Pair.reference` of each; None if all are the condition images."""
+    if not any(pair.is_reproducible and pair.is_scaled(size) for pair in pairs):
+        return None
+    return [pair.reference(size) for pair in pairs]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from controlkit import conditions
 from controlkit.conditions.condition import known_name
-from controlkit.data.pairs import Pair
+from controlkit.data.pair import Pair, references_of
 from controlkit.evaluation.sets import EvaluationSet, Example
 from controlkit.images import resize_cover
 
@@ -28,6 +28,15 @@ class EvalSet:
     """Condition parameters of each condition image; None if all were computed with the defaults."""
     condition: str | None = None
     """Condition of the condition images; None if it is not known."""
+    references: Sequence[np.ndarray] | None = None
+    """What the conditions of results are compared with; None for the condition images."""
+    scaled: int = 0
+    """How many references are condition images that were scaled to this size."""
+
+    def scores(self, condition: conditions.Condition, results: Sequence[np.ndarray]) -> list[float]:
+        """How well each result, `uint8 [H, W, 3]`, follows its condition image (`Condition.scores`)."""
+        references = self.condition_images if self.references is None else self.references
+        return condition.scores(references, results, self.targets, self.parameters)
 
 
 def examples_eval_set(condition: conditions.Condition, examples: EvaluationSet[Example], size: int) -> EvalSet:
@@ -44,7 +53,7 @@ def examples_eval_set(condition: conditions.Condition, examples: EvaluationSet[E
 
 
 def pairs_eval_set(pairs: Sequence[Pair], size: int) -> EvalSet:
-    """Read pairs from disk at `size` x `size`."""
+    """Read pairs from disk at `size` x `size`; references are `Pair.reference`."""
     images = [pair.images(size) for pair in pairs]
     return EvalSet(
         name="held-out pairs",
@@ -53,6 +62,8 @@ def pairs_eval_set(pairs: Sequence[Pair], size: int) -> EvalSet:
         prompts=[pair.prompt for pair in pairs],
         parameters=[pair.parameters for pair in pairs],
         condition=pairs[0].condition if pairs else None,
+        references=references_of(pairs, size),
+        scaled=sum(pair.is_scaled(size) and not pair.is_reproducible for pair in pairs),
     )
 
 

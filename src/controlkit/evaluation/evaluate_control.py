@@ -312,6 +312,7 @@ class _Evaluated:
             images.targets,
             images.prompts,
             condition_images=images.condition_images,
+            references=images.references or (),
             parameters=images.parameters,
         )
         return settings | self.prompting | {"seeds": seeds_of(len(images.targets), self.seed)}
@@ -378,13 +379,18 @@ def _evaluate(
         baselines[key] = generate_baselines(base, eval_set.targets, eval_set.prompts, steps, guidance, sampler, seed)
     controlled = controlled_by(eval_set.prompts)
     baseline, value, ceiling = (
-        condition.scores(eval_set.condition_images, results, eval_set.targets, eval_set.parameters)
+        eval_set.scores(condition, results)
         for results in (baselines[key].no_control, controlled, baselines[key].ceiling)
     )
     if condition.random and eval_set.parameters is not None and not all(eval_set.parameters):
         notes += (
             f"the {condition.name} parameters of {eval_set.name} are not recorded. Conditions of results are computed"
             " with the defaults, so scores are too low where other parameters were used.",
+        )
+    if eval_set.scaled and condition.fidelity.against == "condition":
+        notes += (
+            f"{eval_set.scaled} condition images of {eval_set.name} were scaled to the base's size, which thins lines:"
+            f" the targets themselves score {np.mean(eval_set.scores(condition, eval_set.targets)):.3f}.",
         )
     fd = None
     if distance:

@@ -23,6 +23,7 @@ def set_settings(
     prompts: Sequence[str],
     *,
     condition_images: Sequence[np.ndarray] = (),
+    references: Sequence[np.ndarray] = (),
     parameters: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Name, size and content hash of a set of images `uint8 [H, W, 3]`.
@@ -32,9 +33,10 @@ def set_settings(
         images: the targets.
         prompts: one per image.
         condition_images: one per image.
+        references: of the scores, one per image, if they are not the condition images.
         parameters: condition parameters of each condition image; None if all were computed with the defaults.
     """
-    content = content_of(images, prompts, condition_images)
+    content = content_of(images, prompts, [*condition_images, *references])
     settings: dict[str, Any] = {"name": name, "images": len(images), "content": content}
     if parameters is not None:
         settings["condition_parameters"] = [dict(values) for values in parameters]

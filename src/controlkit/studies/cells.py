@@ -59,6 +59,7 @@ class Task:
                     self.eval_set.targets,
                     self.eval_set.prompts,
                     condition_images=self.eval_set.condition_images,
+                    references=self.eval_set.references or (),
                     parameters=self.eval_set.parameters,
                 )
             ],
@@ -75,7 +76,7 @@ class Task:
     @cached_property
     def images_content(self) -> str:
         """Hash of the evaluation images, their prompts and parameters."""
-        images = (*self.eval_set.condition_images, *self.eval_set.targets)
+        images = (*self.eval_set.condition_images, *self.eval_set.targets, *(self.eval_set.references or ()))
         pixels = [np.ascontiguousarray(image).tobytes() for image in images]
         parameters = self.eval_set.parameters or ()
         recorded = [repr(list(map(dict, parameters)))] if any(parameters) else []
@@ -241,4 +242,4 @@ class Bench:
 
 def _score(task: Task, results: Sequence[np.ndarray]) -> float:
     examples = task.eval_set
-    return task.condition.mean_score(examples.condition_images, results, examples.targets, examples.parameters)
+    return float(np.mean(examples.scores(task.condition, results)))

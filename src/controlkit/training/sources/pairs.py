@@ -16,7 +16,7 @@ from controlkit.conditions.condition import Condition
 from controlkit.conditions.fidelity import scored_by_target
 from controlkit.controls.control import Control
 from controlkit.controls.hints import Hint, float_hint
-from controlkit.data.pair import SOURCE
+from controlkit.data.pair import SOURCE, references_of
 from controlkit.data.pairs import load_pairs, split_pairs
 from controlkit.data.prompts import PromptLimit
 from controlkit.data.readers.columns import Columns
@@ -241,6 +241,7 @@ class ConditionPairs:
             targets=targets,
             prompts=[pair.prompt for pair in pairs],
             parameters=[pair.parameters for pair in pairs],
+            references=references_of(pairs, self.size),
         )
 
     def _chosen(self, step: Step) -> np.ndarray:

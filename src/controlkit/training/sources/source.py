@@ -71,6 +71,8 @@ class HeldOut:
     prompts: Sequence[str]
     parameters: Sequence[Mapping[str, Any]] | None = None
     """Parameters of each condition image; None for the condition's defaults."""
+    references: Sequence[np.ndarray] | None = None
+    """What scores compare the conditions of results with; None for the condition images."""
     inputs: Sequence[Mapping[str, Any]] | None = None
     """The inputs of each sample, as of `Batch`; the condition images then only show them."""
 
@@ -141,7 +143,8 @@ class Source(ABC):
         kind = self.scored_by(condition)
         if kind is None:
             return {}
-        score = kind.mean_score(held_out.condition_images, images, held_out.targets, held_out.parameters)
+        references = held_out.condition_images if held_out.references is None else held_out.references
+        score = kind.mean_score(references, images, held_out.targets, held_out.parameters)
         return {kind.fidelity.name: score}
 
     @property
