@@ -10,7 +10,6 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -27,10 +26,11 @@ _WORDS_OF_TRUTH = {"on": True, "yes": True, "off": False, "no": False}
 
 
 class YAMLReader(yaml.SafeLoader):
-    """YAML in which only true and false are booleans, as in YAML 1.2.
+    """YAML in which only true and false are booleans, and 1e-4 is a number, as in YAML 1.2.
 
-    In YAML 1.1, on, off, yes and no are, too, so that `graphs: off` would not be text. Settings that are booleans take
-    these words still (`build_settings`); parameters of conditions take true and false only.
+    In YAML 1.1, on, off, yes and no are booleans, too, so that `graphs: off` would not be text, and 1e-4 is text.
+    Settings that are booleans take these words still (`build_settings`); parameters of conditions take true and false
+    only.
     """
 
 
@@ -39,6 +39,9 @@ YAMLReader.yaml_implicit_resolvers = {
     for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 YAMLReader.add_implicit_resolver(_BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+YAMLReader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?|\d*\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def read_overrides(overrides: Sequence[str], option: str = "--set") -> dict[str, Any]:
@@ -82,9 +85,6 @@ def _like(option: Any, value: Any) -> Any:
     """The value of an override in the type of an option, as building the settings reads it."""
     if isinstance(option, bool) and isinstance(value, str):
         return _WORDS_OF_TRUTH.get(value.lower(), value)
-    if isinstance(option, float) and isinstance(value, str):
-        with suppress(ValueError):
-            return float(value)  # YAML 1.1 reads 1e-4 as text
     return tuple(value) if isinstance(option, tuple) and isinstance(value, list) else value
 
 
@@ -172,7 +172,6 @@ def _typed(kind: type[Settings], values: dict[str, Any], origin: str) -> Setting
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
-    # YAML 1.1 reads 3e-4 as text; jsonargparse parses such text again against the field's type.
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     try:
         return kind(**parser.parse_object(plain).as_dict())

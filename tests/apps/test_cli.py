@@ -563,6 +563,16 @@ def test_half_precision_draws_nearly_the_same(precision, image, tmp_path):
     assert 0 < np.abs(one - two).mean() < (2 if precision == "fp16" else 12)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-2", 0.01), ("-.5E3", -500), ("1.e+4", 1e4), ("[1e-3, 2]", [1e-3, 2]), ("e4", "e4"), ("1e-2x", "1e-2x")],
+)
+def test_values_are_numbers_as_in_yaml_1_2(text, value):
+    from controlkit.settings import read_overrides
+
+    assert read_overrides([f"sigma={text}"]) == {"sigma": value}
+
+
 def test_an_option_and_the_same_override_in_other_words_agree():
     from controlkit.settings import check_overrides, read_overrides
 

@@ -176,6 +176,7 @@ def test_the_pairs_held_out_are_those_that_the_control_records(tiny_base, tiny_c
         assert main([*words, *further]) == 0
         rows = list(csv.DictReader((tmp_path / "out" / "scores.csv").open()))
         assert len({row["image"] for row in rows}) == count
+        assert {row["set"] for row in rows} == {"pairs" if further == ("--share", "1") else "held-out pairs"}
         assert ("held_out 0.5" in capsys.readouterr().err) == noted
 
 

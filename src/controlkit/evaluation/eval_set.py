@@ -52,11 +52,11 @@ def examples_eval_set(condition: conditions.Condition, examples: EvaluationSet[E
     )
 
 
-def pairs_eval_set(pairs: Sequence[Pair], size: int) -> EvalSet:
+def pairs_eval_set(pairs: Sequence[Pair], size: int, name: str = "held-out pairs") -> EvalSet:
     """Read pairs from disk at `size` x `size`; references are `Pair.reference`."""
     images = [pair.images(size) for pair in pairs]
     return EvalSet(
-        name="held-out pairs",
+        name=name,
         condition_images=[source for source, _ in images],
         targets=[target for _, target in images],
         prompts=[pair.prompt for pair in pairs],
