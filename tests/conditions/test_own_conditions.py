@@ -287,6 +287,21 @@ def test_links_that_lead_nowhere_and_earlier_output_in_a_folder_of_images(tmp_pa
     assert sorted(path.name for path in (tmp_path / "edges").rglob("*.png")) == ["b.png", "b.png", "c.png"]
 
 
+@pytest.mark.parametrize("content", [None, b"mine"])
+def test_images_of_others_in_the_folder_of_the_output_stay(content, tmp_path, image, capsys):
+    (tmp_path / "photos").mkdir()
+    image.rename(tmp_path / "photos" / "b.png")
+    (tmp_path / "edges").mkdir()
+    if content is None:
+        Image.new("RGB", (32, 32)).save(tmp_path / "edges" / "b.png")
+    else:
+        (tmp_path / "edges" / "b.png").write_bytes(content)
+    before = (tmp_path / "edges" / "b.png").read_bytes()
+    assert main(["condition", "canny", str(tmp_path / "photos"), "--out", str(tmp_path / "edges")]) == 2
+    check(capsys.readouterr().err, "would-overwrite", tmp_path / "edges" / "b.png", "--out")
+    assert (tmp_path / "edges" / "b.png").read_bytes() == before
+
+
 def test_a_missing_model_is_not_taken_for_a_missing_image(tmp_path, image, capsys):
     assert main(["condition", "depth", str(tmp_path), "--out", str(tmp_path / "out"), "--set", "model=./none"]) == 2
     check(capsys.readouterr().err, "missing-file", "none")

@@ -190,6 +190,39 @@ def test_other_settings_do_not_mix_in_one_folder(tmp_path):
         make_pairs(images, tmp_path / "out", CANNY_AND_NOISE, workers=1, shards=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "shards"),
+    [("canny/0.png", None), ("pictures/0.png", None), ("pairs.jsonl", None), ("pairs-00001-of-00002.tar", 2)],
+)
+def test_files_of_others_are_not_written_over(name, shards, tmp_path):
+    write_images(tmp_path / "in", 2)
+    theirs = tmp_path / "out" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"mine")
+    settings = MakeSettings(conditions=("canny",), size=32)
+    images = list_images([tmp_path / "in"])
+    with refused("would-overwrite", theirs if shards or "/" not in name else theirs.parent, "--out"):
+        make_pairs(images, tmp_path / "out", settings, workers=1, shards=shards)
+    assert theirs.read_bytes() == b"mine"
+    theirs.unlink()
+    assert make_pairs(images, tmp_path / "out", settings, workers=1, shards=shards).made == 2
+
+
+def test_a_run_that_fails_at_once_leaves_the_folder_free(tmp_path, monkeypatch):
+    write_images(tmp_path / "in", 2)
+    images = list_images([tmp_path / "in"])
+
+    def failing(jobs_function, jobs, workers):
+        (tmp_path / "out" / "canny").mkdir()
+        (tmp_path / "out" / "canny" / "0.png").write_bytes(b"part")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("controlkit.data.engine.run_jobs", failing)
+        make_pairs(images, tmp_path / "out", MakeSettings(conditions=("canny",)), workers=1)
+    assert make_pairs(images, tmp_path / "out", MakeSettings(conditions=("canny",), seed=1), workers=1).made == 2
+
+
 def test_truncated_images_are_skipped_and_reported(tmp_path):
     paths = write_images(tmp_path / "in", 4)
     paths[1].write_bytes(paths[1].read_bytes()[:60])

@@ -17,6 +17,7 @@ import argparse
 import os
 import shutil
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlkit.apps.show import Reported, add_json, error_json, print_facts, print_json, print_notes
@@ -103,8 +104,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _folder(condition: Condition, folder: str, out: str, parameters: dict[str, Any], as_json: bool) -> None:
     """Write the condition image of every image below a folder, as PNG files with the same paths."""
-    from pathlib import Path
-
     import numpy as np
     from PIL import Image
 
@@ -121,6 +120,11 @@ def _folder(condition: Condition, folder: str, out: str, parameters: dict[str, A
     images = list_images([folder], without=out, notes=notes)
     if not os.path.isdir(out) or not os.listdir(out):
         writable_folder(Path(out) / CONDITION_IMAGES)
+    for image in images:
+        if (path := Path(out) / f"{image.key}.png").exists() and not _is_written_here(path):
+            raise UserError(
+                f"{path} exists, and `controlkit condition` did not write it; choose another --out", "would-overwrite"
+            )
     progress = Progress("images", len(images), always=True)
     skipped: dict[str, str] = {}
     first: UserError | None = None
@@ -158,6 +162,17 @@ def _folder(condition: Condition, folder: str, out: str, parameters: dict[str, A
         print(out)
     if failure is not None:
         raise Reported(str(failure), failure.code)
+
+
+def _is_written_here(path: Path) -> bool:
+    """Whether a PNG file is a condition image of this command, which it may replace."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return "condition" in image.info
+    except OSError:
+        return False
 
 
 def _sheet(image: str, out: str, as_json: bool) -> None:

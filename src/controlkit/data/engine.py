@@ -16,7 +16,7 @@ import numpy as np
 
 from controlkit.conditions import find
 from controlkit.data.input_images import STATE, InputImage
-from controlkit.data.jobs import FilesJob, Outcome, ShardJob, make_files, make_shard
+from controlkit.data.jobs import PICTURES, FilesJob, Outcome, ShardJob, make_files, make_shard
 from controlkit.data.making import MakeSettings
 from controlkit.data.readers.archives import shard_name
 from controlkit.data.readers.columns import captions_of
@@ -124,6 +124,8 @@ def make_pairs(
                 raise UserError(f"none of {len(images)} images gave a pair; the first: {reason}", "bad-image")
         except BaseException:
             if new and not _has_results(out):  # leave the folder free for other inputs and settings
+                for name in (*settings.conditions, PICTURES):  # empty before this run: see _in_the_way
+                    shutil.rmtree(out / name, ignore_errors=True)
                 _settings_file(out).unlink(missing_ok=True)
             raise
     return MakeReport(
@@ -194,10 +196,20 @@ def _merge_settings(
         state["settings"] = asdict(settings)
         if json.loads(json.dumps(state)) == before:
             return settings
-    elif (out / MANIFEST).exists():
-        raise UserError(f"{out} has a {MANIFEST} of another origin; choose another --out", "would-overwrite")
+    elif (found := _in_the_way(out, settings, shards)) is not None:
+        raise UserError(f"{found} was not made by this command; choose another --out", "would-overwrite")
     write_json(path, state)
     return settings
+
+
+def _in_the_way(out: Path, settings: MakeSettings, shards: int | None) -> Path | None:
+    """What is in a folder without settings and would be overwritten, or mixed with pairs."""
+    if shards is not None:
+        names = [MANIFEST, *(shard_name(index, shards) for index in range(shards))]
+        return next((out / name for name in names if (out / name).exists()), None)
+    folders = [out / name for name in (*settings.conditions, PICTURES)]
+    filled = [folder for folder in folders if folder.is_dir() and any(folder.iterdir())]
+    return next(iter([*filled, out / MANIFEST] if (out / MANIFEST).exists() else filled), None)
 
 
 def _settings_file(out: Path) -> Path:

@@ -152,6 +152,10 @@ class ShardJob:
         return cls(images=images, settings=settings, path=Path(values["path"]))
 
 
+PICTURES = "pictures"
+"""Folder of images that are copied, or differ from the original."""
+
+
 def make_files(job: FilesJob) -> list[Outcome]:
     """Write the pairs of a job as files; a file under its final name is always complete.
 
@@ -242,7 +246,7 @@ def _entry_and_files(
             location = real
         location = location.replace(os.sep, "/")
     else:
-        location = f"pictures/{image.key}.{pair.suffix}"
+        location = f"{PICTURES}/{image.key}.{pair.suffix}"
         files[location] = pair.image
     return {"key": image.key, "picture": location, "conditions": paths, **pair.entry}, files
 
