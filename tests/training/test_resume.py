@@ -370,6 +370,20 @@ def test_memory_that_does_not_suffice_for_a_preview_costs_no_step(tmp_path, monk
     assert toy.steps_seen[0] == 2 and toy.previews[0] == 4
 
 
+@pytest.mark.parametrize("last", [2, STEPS])
+def test_a_preview_that_a_kill_prevented_is_made_when_the_run_is_resumed(last, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyError):
+        patched.setattr(Toy, "preview", lambda *_: raises(KeyError("killed"))(0))
+        run(tmp_path, preview_every=last, save_every=last)
+    toy, _ = run(tmp_path, preview_every=last, save_every=last)
+    assert toy.steps_seen == list(range(last, STEPS)) and toy.previews[0] == last
+    assert len(set(toy.previews)) == len(toy.previews)
+    (line,) = [line for line in log_of(tmp_path) if line["step"] == last]
+    assert line["score"] == last
+    again, _ = run(tmp_path, preview_every=last, save_every=last)
+    assert again.previews == [STEPS]  # of a finished run, for its scores
+
+
 @pytest.mark.parametrize(
     "error",
     [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")],
@@ -457,6 +471,22 @@ def test_a_resumed_run_says_from_where(tmp_path, capsys):
     assert f"resuming at step 6 of {STEPS}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("asked_again", [True, False])
+def test_a_run_of_another_batch_size_resumes_from_the_state_before_the_change(asked_again, tmp_path):
+    changes = {"batch_size": 8, "change_on_resume": ("batch_size",)}
+    run(tmp_path, steps=4, batch_size=16)
+    run(tmp_path, steps=6, **changes)
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+    if not asked_again:
+        with refused("resume-mismatch", "batch_size: 16 there, 8 now", "change_on_resume=[batch_size]"):
+            run(tmp_path, steps=6, batch_size=8)
+    for steps in (6, 7):
+        toy, _ = run(tmp_path, steps=steps, **changes)
+        assert toy.steps_seen[-1] == steps - 1
+    assert load_state(path).step == 7
+
+
 def test_another_batch_size_resumes_when_it_is_asked_for(tmp_path):
     run(tmp_path, steps=4, batch_size=16)
     with refused("resume-mismatch", "batch_size: 16 there, 8 now", "change_on_resume=[batch_size]"):
@@ -498,7 +528,7 @@ class Scored(Toy):
 
 
 def scored(out, merits, steps=STEPS, at=None, **changes):
-    recipe = toy_recipe(out, steps, preview_every=1, patience=2, **changes)
+    recipe = toy_recipe(out, steps, preview_every=1, **{"patience": 2, **changes})
     toy = Scored(recipe, at)
     toy.by_step = dict(enumerate(merits, 1))
     return toy, train(toy, recipe)
@@ -559,6 +589,28 @@ def test_patience_counts_on_when_a_run_is_resumed(tmp_path):
         scored(tmp_path, merits, at={2: raises(UserError("stop", "bad-data"))}, save_every=1)
     toy, _ = scored(tmp_path, merits, save_every=1)
     assert toy.steps_seen == [2]
+
+
+@pytest.mark.parametrize("killed", ["in a step", "in a preview"])
+def test_patience_decides_the_same_after_a_kill_between_states(killed, tmp_path, monkeypatch):
+    merits = [1.0, 9.0, 5.0, 5.0, 6.0, 2.0, 2.0, 2.0, 2.0]
+    settings = {"save_every": 5, "patience": 4}
+    scored(tmp_path / "whole", merits, **settings)
+    preview = Scored.preview
+
+    def failing(self, step, folder):
+        return raises(KeyError("killed"))(0) if step == 5 else preview(self, step, folder)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyError):
+        if killed == "in a preview":
+            patched.setattr(Scored, "preview", failing)
+        scored(tmp_path / "run", merits, at={5: raises(KeyError("killed"))}, **settings)
+    _, trained = scored(tmp_path / "run", merits, **settings)
+    assert trained.step == 2
+    assert json.loads((tmp_path / "run/best/best.json").read_text()) == json.loads(
+        (tmp_path / "whole/best/best.json").read_text()
+    )
+    assert_identical(final_weights(tmp_path / "run"), final_weights(tmp_path / "whole"))
 
 
 def test_patience_without_a_score_is_refused_before_the_first_step(tmp_path):

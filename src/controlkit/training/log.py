@@ -27,6 +27,8 @@ class RunLog:
         """Drop lines after `first_step`, which a resumed run writes again."""
         self.path = folder / "log.jsonl"
         self.steps = steps
+        self.last_step = 0
+        """The step of the last line that was kept."""
         self._first = first_step
         self._before = 0.0
         self._started = self._warm = time.monotonic()
@@ -37,7 +39,7 @@ class RunLog:
             try:
                 values = json.loads(line)
                 if values["step"] <= first_step:
-                    self._before = float(values["seconds"])
+                    self._before, self.last_step = float(values["seconds"]), values["step"]
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 # The last line of a killed run may be truncated.
@@ -92,6 +94,8 @@ class RunLog:
 
 class NullLog:
     """The log of all processes but the first: nothing."""
+
+    last_step = 0
 
     def write(self, step: int, values: dict[str, float], settings: Mapping[str, Any] | None = None) -> None:
         """Do nothing."""

@@ -29,6 +29,8 @@ class Patience:
         self._scale: list[float] = []
         """The largest magnitude of each condition's score so far; their units may differ."""
         self._waited = 0
+        self.last_step = 0
+        """The step of the last preview that was judged."""
         self.step = 0
         """The step of the best preview."""
         self.scores: dict[str, float] = {}
@@ -40,7 +42,7 @@ class Patience:
             best = record["best"]  # a number, of files by earlier versions
             self._best = [math.nan if v is None else v for v in (best if isinstance(best, list) else [best])]
             self._scale = record.get("scale", [])
-            self._waited, self.step = record["waited"], record["step"]
+            self._waited, self.step, self.last_step = record["waited"], record["step"], record["judged"]
             self.scores = {name: math.nan if v is None else v for name, v in record.get("scores", {}).items()}
 
     @property
@@ -89,6 +91,7 @@ class Patience:
             self._waited += 1
         record = {"best": self._best, "scale": self._scale, "step": self.step, "waited": self._waited}
         write_json(self._folder / _RECORD, {**record, "judged": step, "scores": self.scores})
+        self.last_step = step
         return self.exhausted
 
     def files(self, folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from controlkit.errors import UserError
-from controlkit.files import locked, read_json, remove_leftovers, sha256_of, writable_folder
+from controlkit.files import locked, read_json, remove_leftovers, sha256_of, writable_folder, write_json
 from controlkit.training.processes import Processes
 from controlkit.training.recipe import CHANGEABLE, FORMER, Recipe, identifying
 from controlkit.training.state import fingerprint_of, replace_truncated, step_of
@@ -37,6 +37,8 @@ _SCHEDULE = ("steps", "learning_rate", "min_lr_rate", "warmup_steps")
 
 _LOCK = ".lock"
 _RECIPE = "recipe.json"
+_PREVIOUS_RECIPE = "recipe.previous.json"
+"""The recipe before `change_on_resume`: that of the previous state, until a second new state is saved."""
 
 
 @contextmanager
@@ -87,8 +89,9 @@ def check_same_run(recipe: Recipe, path: Path, saved: str, done: int) -> None:
     Raises:
         UserError: it is of another recipe, or has more steps.
     """
-    if saved != fingerprint(recipe) and saved != fingerprint(_before_change(recipe, path.parent / _RECIPE)):
-        changed = _changed(recipe, path.parent / _RECIPE)
+    records = [path.parent / name for name in (_RECIPE, _PREVIOUS_RECIPE)]
+    if saved not in (fingerprint(recipe), *(fingerprint(_before_change(recipe, record)) for record in records)):
+        changed = next(filter(None, (_changed(recipe, record) for record in records)), {})
         different = "; ".join(changed.values()) or "see its recipe.json"
         resume = ""
         if changed and set(changed) <= set(CHANGEABLE):
@@ -102,6 +105,14 @@ def check_same_run(recipe: Recipe, path: Path, saved: str, done: int) -> None:
             " another out",
             "resume-mismatch",
         )
+
+
+def record_recipe(recipe: Recipe) -> None:
+    """Write the recipe of a run into its folder; if `change_on_resume` changed it, keep the former one, too."""
+    path = Path(recipe.out) / _RECIPE
+    if _changed(recipe, path):
+        path.replace(path.with_name(_PREVIOUS_RECIPE))
+    write_json(path, {"system": recipe.system, **dataclasses.asdict(recipe)})
 
 
 def _before_change(recipe: Recipe, path: Path) -> Recipe:

@@ -30,7 +30,7 @@ from controlkit.training.processes import Processes
 from controlkit.training.readings import Reading, Readings
 from controlkit.training.recipe import Recipe
 from controlkit.training.results import Trained, TrainStep
-from controlkit.training.run_folder import check_same_run, fingerprint, run_folder, schedule_changes
+from controlkit.training.run_folder import check_same_run, fingerprint, record_recipe, run_folder, schedule_changes
 from controlkit.training.schedule import initial_schedule, resumed_schedule
 from controlkit.training.sharding import copy_full, full_tensor, gathered
 from controlkit.training.state import (
@@ -121,6 +121,9 @@ class _Loop:
         self.patience = None if recipe.patience is None else Patience(recipe.patience, self.folder / "best", self.first)
         self._enough_before = self.patience is not None and self.patience.exhausted
         self._enough = False
+        # A run that was killed in a preview has saved the state of its step, and logged nothing.
+        due = self.first > 0 and self._is_previewed(self.first)
+        self._misses_preview = self.processes.any(self.processes.first and due and self.log.last_step < self.first)
         if self.first and self.processes.first:
             print(f"resuming at step {self.first} of {recipe.steps}", file=sys.stderr, flush=True)
 
@@ -136,7 +139,7 @@ class _Loop:
             self.log.close()
         files: list[Path] = []
         finished_before = self.first >= self.recipe.steps or self._enough_before
-        if finished_before:
+        if finished_before and not self._misses_preview:
             self._preview(self.first)
         with averaged(self.average, self.parameters), gathered(self.objective.trained):
             if self.processes.first:
@@ -162,7 +165,10 @@ class _Loop:
         )
 
     def _steps(self, signals: _Signals) -> None:
-        if self._enough_before:
+        if self._misses_preview:
+            self._try_preview(self.first)
+            self._log(self.first, previewed=True)
+        if self._enough_before or self._enough:
             return
         stalls = StallMonitor()
         try:
@@ -293,41 +299,38 @@ class _Loop:
 
     def _report(self, done: int, stop: bool) -> None:
         """Save, preview and log if due. All processes call it; the first writes."""
-        recipe, last, loss = self.recipe, done == self.recipe.steps, self._loss
         self.log.estimate(done)
         saved = self._is_saved(done) or stop
         if saved:
             self._save(done)
-        previewed = done % recipe.preview_every == 0 or last
+        previewed = self._is_previewed(done)
         if previewed:
-            try:
-                self._preview(done)
-            except Exception as error:
-                # Otherwise, the same command would repeat steps and fail at the same preview.
-                if not saved and not self.processes.sharded:
-                    self._save(done)
-                if not is_out_of_memory(error):
-                    raise
-                raise UserError(
-                    f"out of memory in the preview after step {done}; the state of step {step_of(self.path)} is kept in"
-                    f" {self.path}. The same command resumes from it; set preview_every above steps to preview only at"
-                    " the end",
-                    "out-of-memory",
-                ) from error
+            self._try_preview(done, saved=saved)
         if self._enough and not saved:
             self._save(done)
-        if done % recipe.log_every == 0 or previewed or stop:
-            scored = self.objective.preview_settings if self.scores else {}
-            values = {"loss": loss, **(self.scores if previewed else {})}
-            self.log.write(
-                done,
-                {**values, "learning_rate": self.schedule.at(done - 1)},
-                {"preview": scored} if previewed and scored else {},
-            )
-            self.log.progress(done, {"loss": loss, **self.scores}, in_words(scored) if scored else "")
+        if done % self.recipe.log_every == 0 or previewed or stop:
+            self._log(done, previewed=previewed)
+
+    def _log(self, done: int, *, previewed: bool) -> None:
+        scored = self.objective.preview_settings if self.scores else {}
+        self.log.write(
+            done,
+            {
+                "loss": self._loss,
+                **(self.scores if previewed else {}),
+                "learning_rate": self.schedule.at(done - 1),
+            },
+            {"preview": scored} if previewed and scored else {},
+        )
+        self.log.progress(done, {"loss": self._loss, **self.scores}, in_words(scored) if scored else "")
 
     def _is_saved(self, done: int) -> bool:
-        return done % self.recipe.save_every == 0 or done == self.recipe.steps
+        # With patience, a resumed run needs the state of every preview that has been judged.
+        judged = self.patience is not None and self._is_previewed(done)
+        return done % self.recipe.save_every == 0 or done == self.recipe.steps or judged
+
+    def _is_previewed(self, done: int) -> bool:
+        return done % self.recipe.preview_every == 0 or done == self.recipe.steps
 
     def _tell(self, done: int) -> None:
         """Call `on_step`."""
@@ -342,11 +345,28 @@ class _Loop:
                 self._save(done)
             raise
 
+    def _try_preview(self, done: int, saved: bool = True) -> None:
+        try:
+            self._preview(done)
+        except Exception as error:
+            # Otherwise, the same command would repeat steps before it fails at the same preview.
+            if not saved and not self.processes.sharded:
+                self._save(done)
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"out of memory in the preview after step {done}; the state of step {step_of(self.path)} is kept in"
+                f" {self.path}. The same command makes this preview again; set preview_every above steps to preview"
+                " only at the end",
+                "out-of-memory",
+            ) from error
+
     def _preview(self, step: int) -> None:
         with averaged(self.average, self.parameters), gathered(self.objective.trained):
             if self.processes.first:
                 self.scores = self.objective.preview(step, writable_folder(self.folder / "previews"))
-                if self.patience is not None and step > self.first:
+                is_new = step > self.first or self._misses_preview
+                if self.patience is not None and is_new and step > self.patience.last_step:
                     merits = self.objective.merits(self.scores)
                     self._enough = self.patience.ends(step, self.scores, merits, self.objective.save)
         # All processes have to agree.
@@ -388,7 +408,7 @@ class _Loop:
 
     def _record(self) -> None:
         if self.processes.first:
-            write_json(self.folder / "recipe.json", {"system": self.recipe.system, **dataclasses.asdict(self.recipe)})
+            record_recipe(self.recipe)
 
     def _save(self, step: int) -> None:
         if self.processes.first and self.path.exists() and step_of(self.path) <= self.monitor.healthy_step:
