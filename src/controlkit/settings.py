@@ -172,6 +172,10 @@ def _typed(kind: type[Settings], values: dict[str, Any], origin: str) -> Setting
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if values.get(field.name, field) is None and not _takes_null(hints[field.name]):
+            raise UserError(f"{origin}: {field.name} is null; expected {_expected(field, hints)}", "wrong-type")
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     try:
         return kind(**parser.parse_object(plain).as_dict())
@@ -180,8 +184,12 @@ def _typed(kind: type[Settings], values: dict[str, Any], origin: str) -> Setting
         key = re.search(r'Parser key "(\w+)"', reason)
         field = next((field for field in dataclasses.fields(kind) if key and field.name == key[1]), None)  # type: ignore[arg-type]
         if field is not None and field.name in values:
-            reason = f"{field.name} is {values[field.name]!r}; expected {_expected(field, get_type_hints(kind))}"
+            reason = f"{field.name} is {values[field.name]!r}; expected {_expected(field, hints)}"
         raise UserError(f"{origin}: {reason}", "wrong-type") from error
+
+
+def _takes_null(hint: Any) -> bool:
+    return hint in (None, NoneType, Any) or any(map(_takes_null, get_args(hint)))
 
 
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}

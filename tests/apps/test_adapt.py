@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import controlkit
 from controlkit.apps.cli import main
 from controlkit.bases.load import load_base
 from controlkit.conditions import find
@@ -24,7 +25,7 @@ from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.nano.icons import IconSets, draw
 from controlkit.training.recipes import adapter_settings
-from refusals import check
+from refusals import check, refused
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +84,26 @@ def test_pairs_in_adapter_and_score_out(pairs, base_control, base_folder, tmp_pa
     (line,) = (line for line in printed.splitlines() if line.startswith("try next: controlkit "))
     words = [word.replace("IMAGE", str(pairs / "target/0.png")) for word in shlex.split(line)[3:]]
     assert main([*words, "--steps", "2", "--out", str(tmp_path / "drawn")]) == 0
+
+
+def test_what_to_try_next_names_a_base_control_that_was_given_by_name(
+    pairs, base_control, base_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "several").mkdir(parents=True)
+    base_control.rename(tmp_path / "runs" / "several" / "several.safetensors")
+    assert adapt(pairs, "several", base_folder, tmp_path / "runs" / "mine") == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("try next: controlkit "))
+    words = [word.replace("IMAGE", str(pairs / "target/0.png")) for word in shlex.split(line)[3:]]
+    assert main([*words, "--steps", "2", "--out", str(tmp_path / "drawn")]) == 0
+
+
+def test_a_control_of_several_conditions_is_not_adapted(tmp_path):
+    recipe = controlkit.build_recipe(
+        {"system": "ctrlora-base", "pairs": "p", "conditions": ["canny", "palette"], "out": str(tmp_path), "steps": 2}
+    )
+    with refused("wrong-kind", "canny, palette", "controlkit train", "controlkit evaluate"):
+        controlkit.adapt(recipe)
 
 
 def test_a_run_that_goes_on_with_other_pairs_says_so(pairs, base_control, base_folder, tmp_path, capsys):
@@ -191,7 +212,7 @@ def test_an_adapter_can_be_judged_on_its_held_out_pairs_later(pairs, base_contro
     assert report["rows"] == made["report"]["rows"]
     assert main([*command, "--pairs", str(pairs), "--share", "1", "--pictures", "5"]) == 0
     (report,) = json.loads(capsys.readouterr().out)["reports"]
-    assert report["rows"][0][0] == "held-out pairs (5)"
+    assert report["rows"][0][0] == "pairs (5)"
     for words, code, facts in (
         (["--share", "0.5"], "contradiction", ["--share", "--pairs"]),
         (["--pairs", str(pairs), "--share", "2"], "out-of-range", ["--share 2.0"]),

@@ -60,6 +60,8 @@ def test_every_shipped_recipe_loads(path):
         ({"steps": 1.5}, "wrong-type", ["steps", 1.5]),
         ({"steps": True}, "wrong-type", ["steps", "True"]),
         ({"steps": None}, "wrong-type", ["steps"]),
+        ({"condition": None}, "wrong-type", ["condition is null", "text"]),
+        ({"min_lr_rate": None}, "wrong-type", ["min_lr_rate is null", "a number"]),
         ({"steps": 0}, "out-of-range", ["steps", 0, 1]),
         ({"batch_size": -1}, "out-of-range", ["batch_size", -1, "at least 1"]),
         ({"learning_rate": "fast"}, "wrong-type", ["learning_rate", "fast"]),
@@ -84,6 +86,24 @@ def test_wrong_recipes_are_refused_in_words(file, change, code, facts):
     with refused(code, *facts) as caught:
         read_recipe(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("system", "change", "facts"),
+    [
+        ("uni-controlnet-global", {"keep_all": -1}, ["keep_all", -1, "0 and 1"]),
+        ("uni-controlnet-global", {"drop_each": math.nan}, ["drop_each", "nan"]),
+        ("uni-controlnet-local", {"keep_all": 0.7, "drop_all": 0.7}, ["keep_all + drop_all", 1.4]),
+        ("controlnet-xs", {"size_ratio": 0}, ["size_ratio", 0]),
+    ],
+)
+def test_fractions_of_systems_are_checked_before_anything_is_loaded(file, system, change, facts):
+    values = {**MINIMAL, "system": system, **change}
+    if system == "uni-controlnet-local":
+        values |= {"conditions": ["canny", "palette"]}
+        del values["condition"]
+    with refused("out-of-range", *facts):
+        read_recipe(file(values))
 
 
 @pytest.mark.parametrize("missing", ["out", "steps", "condition"])

@@ -487,6 +487,22 @@ def test_a_run_of_another_batch_size_resumes_from_the_state_before_the_change(as
     assert load_state(path).step == 7
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, 1), (1, None)])
+def test_one_batch_per_step_is_the_default(before, after, tmp_path):
+    run(tmp_path, steps=4, gradient_accumulation_steps=before)
+    toy, _ = run(tmp_path, steps=6, gradient_accumulation_steps=after)
+    assert toy.steps_seen == [4, 5]
+
+
+def test_a_run_of_fewer_batches_per_step_goes_on_with_the_next_batch(tmp_path):
+    changes = {"change_on_resume": ("gradient_accumulation_steps",)}
+    run(tmp_path, steps=3, gradient_accumulation_steps=4)
+    toy, _ = run(tmp_path, steps=6, gradient_accumulation_steps=1, **changes)
+    assert toy.steps_seen == [12, 13, 14]  # after 3 steps of 4
+    toy, _ = run(tmp_path, steps=8, gradient_accumulation_steps=2, **changes)
+    assert toy.steps_seen == [15, 16, 17, 18]
+
+
 def test_another_batch_size_resumes_when_it_is_asked_for(tmp_path):
     run(tmp_path, steps=4, batch_size=16)
     with refused("resume-mismatch", "batch_size: 16 there, 8 now", "change_on_resume=[batch_size]"):

@@ -88,7 +88,13 @@ def run(args: argparse.Namespace) -> None:
     from rich import print as show
 
     from controlkit.evaluation.adapt import adapt
+    from controlkit.formats.load import find_control, shipped_controls
+    from controlkit.training.processes import Processes
+    from controlkit.training.run import run_recipe
 
+    if not Processes.is_first():
+        run_recipe(recipe)  # the first process evaluates, and prints
+        return
     adapted = adapt(recipe)
     if args.json:
         report, networks = adapted.report.to_json(), adapted.graphs.to_json()
@@ -99,7 +105,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"sheet: {adapted.sheet}")
     prepared = " --prepared" if conditions.find(values.get("condition", "identity")).provided else ""
     file = str(adapted.path)
-    if Path(args.control).is_file() and Path(args.control).parent.resolve() != adapted.path.parent.resolve():
+    control_file = find_control(args.control)
+    ships = control_file in shipped_controls().values()
+    if not ships and control_file.parent.resolve() != adapted.path.parent.resolve():
         file += f"+{args.control}"  # a base control that does not ship has to be named, or lie beside the adapter
     base = values.get("base", "nano")
     base_option = f" --base {shlex.quote(base)}" if base != "nano" else ""

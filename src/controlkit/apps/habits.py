@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 
 _OURS = {
@@ -54,7 +55,21 @@ _FORM = {
 }
 """Options of ours that are not used like theirs."""
 
+_SETTINGS = {
+    "adam-beta2": "beta2",
+    "adam-weight-decay": "weight_decay",
+    "checkpointing-steps": "save_every",
+    "dataloader-num-workers": "data_workers",
+    "lr-warmup-steps": "warmup_steps",
+    "proportion-empty-prompts": "prompt_drop",
+    "validation-steps": "preview_every",
+}
+"""Options of diffusers' scripts -> our settings."""
+
 _ANSWERS = {
+    "dataset-name": "pairs are a folder or file here (docs/pairs.md): controlkit adapt PAIRS, or pairs in a recipe",
+    "lr-scheduler": "the learning rate falls by a cosine; --set min_lr_rate=1 keeps it constant",
+    "num-train-epochs": "training is measured in optimiser steps: use --steps N, or steps in a recipe",
     "resume-from-checkpoint": "run the same command again to resume",
     "resume": "run the same command again to resume",
 }
@@ -97,11 +112,28 @@ def _answer(verbs: Mapping[str, argparse.ArgumentParser], verb: str, option: str
         return f"{option}: {ours} takes no option: controlkit {verb} {ours.upper()}"
     if close := get_close_matches(f"--{name}", known, n=3, cutoff=0.7):
         return f"there is no option {option}; did you mean {', '.join(close)}?"
-    if "--set" in known:
+    if (settings := _settings_of(verb)) is not None:
+        setting = _SETTINGS.get(name, ours.replace("-", "_"))
+        if setting in settings:
+            return f"there is no option {option}; settings are passed as --set {setting}=VALUE"
+        if close := get_close_matches(setting, settings, n=3, cutoff=0.7):
+            return f"there is no option {option}; did you mean --set {'=VALUE, --set '.join(close)}=VALUE?"
+    elif "--set" in known:
         return f"there is no option {option}; settings are passed as --set {ours.replace('-', '_')}=VALUE"
     if others := [other for other in verbs if f"--{ours}" in _options(verbs[other])]:
         return f"{verb} has no option {option}; {_FORM.get(ours, f'--{ours}')} is an option of {', '.join(others)}"
     return f"there is no option {option} (see controlkit {verb} --help)"
+
+
+def _settings_of(verb: str) -> list[str] | None:
+    """The settings that --set takes, if they are those of recipes."""
+    if verb not in ("adapt", "train"):
+        return None
+    from controlkit.training.recipes import by_source, recipes
+
+    kinds = {"adapt": ["ctrlora-adapter"], "train": list(recipes())}[verb]
+    each = [source for kind in kinds for source in (by_source(recipes()[kind]).values() or [recipes()[kind]])]
+    return sorted({field.name for kind in each for field in fields(kind)})
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:

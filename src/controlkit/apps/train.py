@@ -44,9 +44,12 @@ def run(args: argparse.Namespace) -> None:
     recipe = read_recipe(args.recipe, args.settings)
 
     from controlkit.sampling.settings import in_words
+    from controlkit.training.processes import Processes
     from controlkit.training.run import run_recipe
 
     trained = run_recipe(recipe)
+    if not Processes.is_first():
+        return
     if args.json:
         print_json({"out": recipe.out, "scores": trained.scores, "preview": trained.scored})
         return

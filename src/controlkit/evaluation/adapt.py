@@ -18,6 +18,7 @@ from controlkit.formats.load import load_control
 from controlkit.images import write_png
 from controlkit.sampling.graphs import GraphReport, tallied
 from controlkit.training.log import total_seconds
+from controlkit.training.processes import Processes
 from controlkit.training.recipe import Recipe
 from controlkit.training.results import TrainStep
 from controlkit.training.run import run_recipe
@@ -45,12 +46,20 @@ def adapt(recipe: Recipe, on_step: Callable[[TrainStep], object] | None = None) 
     Args:
         on_step: as of `train`.
 
+    Under `torchrun`, every process evaluates, and the first writes.
+
     Raises:
-        UserError: the recipe does not train a control on pairs, or training fails.
+        UserError: the recipe does not train a control of one condition on pairs, or training fails.
     """
     if not isinstance(recipe, PairSettings):
         raise UserError(
             f"adapt trains a control on pairs; a recipe of system {recipe.system} does not: use `controlkit train`",
+            "wrong-kind",
+        )
+    if len(recipe.condition_names) > 1:
+        raise UserError(
+            f"adapt scores one condition; this recipe trains {', '.join(recipe.condition_names)}: use"
+            " `controlkit train` and then `controlkit evaluate`",
             "wrong-kind",
         )
     started = time.perf_counter()
@@ -67,10 +76,13 @@ def adapt(recipe: Recipe, on_step: Callable[[TrainStep], object] | None = None) 
     _, held_out = split_pairs(read_pairs(recipe.pairs, recipe.condition_names[0], recipe.columns), recipe.held_out)
     with tallied() as calls:
         report, sheet = evaluate_control(base, control, [pairs_eval_set(held_out[:MAX_HELD_OUT], base.size)])
-    # The card of a run that had finished may have been edited; without the sheet, it is only that of training.
+    seconds = {"train": trained - started, "judge": time.perf_counter() - trained}
     sheet_path = folder / "held-out.png"
+    adapted = Adapted(path=path, report=report, sheet=sheet_path, seconds=seconds, graphs=calls())
+    if not Processes.is_first():
+        return adapted
+    # The card of a run that had finished may have been edited; without the sheet, it is only that of training.
     if not (result.finished_before and sheet_path.exists() and path.with_suffix(".md").exists()):
         write_card(path, scores=report.to_markdown(), image=sheet_path.name, seconds=total_seconds(folder))
     write_png(sheet_path, sheet)
-    seconds = {"train": trained - started, "judge": time.perf_counter() - trained}
-    return Adapted(path=path, report=report, sheet=sheet_path, seconds=seconds, graphs=calls())
+    return adapted

@@ -94,5 +94,5 @@ def pixels_sha256(image: Image.Image) -> str:
 def _files_sha256(files: list[Path]) -> str:
     if len(files) == 1:
         return file_sha256(files[0])
-    home = os.path.commonpath(files)
+    home = os.path.commonpath([os.path.abspath(file) for file in files])  # one may be relative, another not
     return sha256_of_all(part for file in files for part in (os.path.relpath(file, home), file_sha256(file)))

@@ -194,7 +194,8 @@ class ControlObjective(Objective):
         text = self._text(made)
         hint = self._hint(control, made)
         if self.has_dropout:
-            torch.manual_seed(torch_generator(self.recipe.seed, step, _DROPOUT).initial_seed())
+            # Each process has other samples, and so other masks.
+            torch.manual_seed(torch_generator(self.recipe.seed, step, _DROPOUT).initial_seed() + self.process)
         return self.diffusion_loss(
             noisy, predict_under(control, self.base, noisy.x_t, noisy.t, text, hint, self._predict)
         )

@@ -159,9 +159,13 @@ def _check_changeable(names: Sequence[str]) -> None:
 
 
 def _check_fractions(values: Mapping[str, Any]) -> None:
-    for name in ("min_lr_rate", "prompt_drop"):
+    for name in ("min_lr_rate", "prompt_drop", "keep_all", "drop_all", "drop_each"):
         if name in values and not 0 <= values[name] <= 1:
             raise UserError(f"{name} is {values[name]}; it must be between 0 and 1", "out-of-range")
+    if not 0 < values.get("size_ratio", 1) <= 1:
+        raise UserError(f"size_ratio is {values['size_ratio']}; it must be above 0 and at most 1", "out-of-range")
+    if (both := values.get("keep_all", 0) + values.get("drop_all", 0)) > 1:
+        raise UserError(f"keep_all + drop_all is {both:g}; it must be at most 1", "out-of-range")
 
 
 def _check_name(name: str) -> None:

@@ -90,7 +90,8 @@ def check_same_run(recipe: Recipe, path: Path, saved: str, done: int) -> None:
         UserError: it is of another recipe, or has more steps.
     """
     records = [path.parent / name for name in (_RECIPE, _PREVIOUS_RECIPE)]
-    if saved not in (fingerprint(recipe), *(fingerprint(_before_change(recipe, record)) for record in records)):
+    same = [recipe, *(_before_change(recipe, record) for record in records)]
+    if saved not in {fingerprint(each) for known in same for each in _spellings(known)}:
         changed = next(filter(None, (_changed(recipe, record) for record in records)), {})
         different = "; ".join(changed.values()) or "see its recipe.json"
         resume = ""
@@ -105,6 +106,13 @@ def check_same_run(recipe: Recipe, path: Path, saved: str, done: int) -> None:
             " another out",
             "resume-mismatch",
         )
+
+
+def _spellings(recipe: Recipe) -> list[Recipe]:
+    """The recipe, and the one that says the same in the other words: one batch per step is 1 or None."""
+    other = {None: 1, 1: None}
+    count = recipe.gradient_accumulation_steps
+    return [recipe, dataclasses.replace(recipe, gradient_accumulation_steps=other.get(count, count))]
 
 
 def record_recipe(recipe: Recipe) -> None:

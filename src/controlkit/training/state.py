@@ -34,6 +34,8 @@ class RunState:
     frozen: str
     loss_monitor: dict[str, Any] | None = None
     """`LossMonitor.state`; None in states of earlier versions."""
+    batches: int | None = None
+    """Batches of all steps done; None in states of earlier versions."""
 
     @property
     def learning_rate(self) -> float:
@@ -45,6 +47,7 @@ def save_state(
     path: Path | None,
     *,
     step: int,
+    batches: int,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: list[Tensor] | None,
@@ -82,6 +85,7 @@ def save_state(
         return
     metadata = {
         "step": str(step),
+        "batches": str(batches),
         "fingerprint": fingerprint,
         "data": data,
         "frozen": frozen,
@@ -212,6 +216,7 @@ def load_state(path: Path) -> RunState:
             data=metadata.get("data", ""),
             frozen=metadata.get("frozen", ""),
             loss_monitor=json.loads(metadata.get("watch", "null")),
+            batches=int(metadata["batches"]) if "batches" in metadata else None,
         )
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(

@@ -99,6 +99,9 @@ class _Loop:
         self.processes.wait()  # for the first to prepare the folder
         state = _resume(self.path, recipe, objective, self.optimizer, self.average)
         self.first = 0 if state is None else state.step
+        self._batches_per_step = recipe.gradient_accumulation_steps or 1
+        done = None if state is None else state.batches
+        self._batches_before = self.first * self._batches_per_step if done is None else done
         if state is None:
             self.schedule, note = initial_schedule(recipe)
         else:
@@ -204,8 +207,7 @@ class _Loop:
     @contextmanager
     def _data_ahead(self) -> Iterator[None]:
         """Prepare batches in worker processes within a block, if the recipe and its data allow it."""
-        count = self.recipe.gradient_accumulation_steps or 1
-        batches = range(self.first * count, self.recipe.steps * count)
+        batches = range(self._batches_before, self._batches(self.recipe.steps).start)
         if not self.workers or not batches:
             yield
             return
@@ -278,18 +280,23 @@ class _Loop:
                 raise
             raise _out_of_memory(self.recipe, step + 1, self.path) from error
 
+    def _batches(self, step: int) -> range:
+        """Numbers of the batches of a step. They go on where a resumed run has other numbers of batches per step."""
+        first = self._batches_before + (step - self.first) * self._batches_per_step
+        return range(first, first + self._batches_per_step)
+
     def _gradients(self, step: int) -> torch.Tensor:
         device = self.parameters[0].device
-        count = self.recipe.gradient_accumulation_steps or 1
+        batches = self._batches(step)
         total, by_time = torch.zeros((), device=device), None
         self.optimizer.zero_grad(set_to_none=True)
         # Each batch has its own random numbers, as the steps of a run with one batch per step have.
         bf16 = uses_bf16(self.recipe, device)
         recomputed = getattr(self.recipe, "gradient_checkpointing", False)
         with attention_precision(device, bf16=bf16, recomputed=recomputed):
-            for batch in range(step * count, (step + 1) * count):
+            for batch in batches:
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    loss = self.loss_of(batch) / count
+                    loss = self.loss_of(batch) / len(batches)
                 loss.backward()
                 total += loss.detach().reshape(())
                 if (sums := self.objective.by_time) is not None:
@@ -385,9 +392,7 @@ class _Loop:
         if self.processes.first:
             path = self.folder / "diverged.json"
             rate = self.schedule.at(step)
-            count = self.recipe.gradient_accumulation_steps or 1
-            batches = range(step * count, (step + 1) * count)
-            samples = [name for batch in batches for name in self.objective.samples(batch)]
+            samples = [name for batch in self._batches(step) for name in self.objective.samples(batch)]
             write_json(path, {"step": step + 1, "loss": repr(loss), "learning_rate": rate, "batch": samples})
             details = f" {path} lists the samples of this step." if samples else ""
         kept = "no state was saved yet"
@@ -418,6 +423,7 @@ class _Loop:
         save_state(
             self.path if self.processes.first else None,
             step=step,
+            batches=self._batches(step).start,
             module=self.objective.trained,
             optimizer=self.optimizer,
             average=[] if average is None else [*average.shadow_params, torch.tensor(average.optimization_step)],

@@ -55,7 +55,7 @@ class PairSettings(ControlRecipe):
     preview_every: int = 100
     """Steps between previews, which are scored."""
     held_out: float = 0.1
-    """Fraction of the pairs held out of training and used for evaluation."""
+    """Fraction of the pairs held out of training and used for evaluation; at least one pair is."""
     prompt_drop: float = 0.3
     """Fraction of prompts replaced by the empty prompt (0.3 in CtrLoRA's reference)."""
     flip: bool = False
