@@ -216,6 +216,25 @@ def test_an_adapter_is_offered_when_its_run_ends_and_not_when_it_fails(tmp_path,
     assert [path.name for path in place.adapters.iterdir()] == ["good.safetensors"]
 
 
+def test_an_adapter_of_a_run_that_outlived_its_server_is_kept_by_the_next(tmp_path, monkeypatch):
+    from controlkit.ui.runs import Workplace
+
+    code = "print(json.dumps({'report': {}}) if 'good' in out.name else '')\n"
+    code += "(out / 'adapter.safetensors').write_text('trained')\n"
+    monkeypatch.setattr(sys, "executable", _training(tmp_path, code))
+    killed = Workplace(tmp_path / "work")
+    monkeypatch.setattr(killed, "_end", lambda name, process: process.wait())
+    for name in ("good", "unfinished"):
+        _start(killed, name)
+        _until(lambda name=name: not killed.state(name).is_running)
+    place = Workplace(tmp_path / "work")
+    place.keep_finished()
+    assert [path.name for path in place.adapters.iterdir()] == ["good.safetensors"]
+    (place.adapters / "good.safetensors").write_text("newer")
+    place.keep_finished()
+    assert (place.adapters / "good.safetensors").read_text() == "newer"
+
+
 def test_a_report_stays_until_another_training_is_completed(tmp_path, monkeypatch):
     from controlkit.ui.runs import Workplace
 

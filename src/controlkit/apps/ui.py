@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
     from controlkit.ui.runs import Workplace
 
     work = writable_folder(Path(args.work) if hasattr(args, "work") else serve.state_folder() / "ui", "give --work")
-    adapters = Workplace(work).adapters
-    adapters.mkdir(exist_ok=True)
-    args.controls = [*args.controls, str(adapters)]
+    place = Workplace(work)
+    place.adapters.mkdir(exist_ok=True)
+    place.keep_finished()
+    args.controls = [*args.controls, str(place.adapters)]
     serve.serve(args, lambda app, service: mount(app, service, work), path=PATH)

@@ -217,15 +217,28 @@ class Workplace:
         """Wait for the end of a run, and offer its adapter."""
         if process.wait() != 0:
             return
+        if (kept := self._keep(name)) is not None:
+            self.offer(name, kept)
+
+    def _keep(self, name: str) -> Path | None:
+        """Copy the adapter of a run to the adapters; returns the copy."""
         adapter = self.run_folder(name) / "adapter.safetensors"
         if not adapter.is_file():
-            return
+            return None
         kept = self.adapters / f"{name}.safetensors"
         self.adapters.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(".part")
         shutil.copyfile(adapter, part)
         part.replace(kept)  # whole, and the worker may have the old one open
-        self.offer(name, kept)
+        return kept
+
+    def keep_finished(self) -> None:
+        """Keep the adapters of runs that were completed after their server had been killed."""
+        for name in self.runs():
+            adapter, kept = self.run_folder(name) / "adapter.safetensors", self.adapters / f"{name}.safetensors"
+            is_new = adapter.is_file() and (not kept.exists() or kept.stat().st_mtime < adapter.stat().st_mtime)
+            if is_new and self.state(name).is_complete:
+                self._keep(name)
 
     def stop(self, name: str) -> None:
         """Let a run save its state and end; without effect if it is stopping already.
