@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from controlkit.apps.cli import main
 from controlkit.bases.load import load_base
 from controlkit.controls.controlnet_sd3 import ControlNetSD3
-from controlkit.controls.controlnet_sd3.network import STABILITY_CANNY_PIXELS
+from controlkit.controls.controlnet_sd3.network import STABILITY_CANNY_PIXELS, STABILITY_DEPTH_PIXELS, USUAL_PIXELS
 from controlkit.formats.convert import convert
 from controlkit.formats.describe import describe
 from controlkit.formats.load import load_control, save_control
@@ -281,28 +281,34 @@ def test_a_file_of_stability(wide, image, kind, condition, tmp_path):
     save_file(tensors, tmp_path / "sd3.5_large_controlnet.safetensors")
     control = load_control(tmp_path / "sd3.5_large_controlnet.safetensors", wide)
     assert control.condition == condition
-    assert (control.pixels == STABILITY_CANNY_PIXELS) == (condition == "canny")
+    of_conditions = {"canny": STABILITY_CANNY_PIXELS, "depth_midas": STABILITY_DEPTH_PIXELS}
+    assert control.pixels == of_conditions.get(condition, USUAL_PIXELS)
     own = control.network.state_dict()
     assert all(torch.equal(own[name], value) for name, value in network.state_dict().items())
     assert torch.equal(own["pos_embed.proj.weight"], wide.transformer.pos_embed.proj.weight)
-    pixels = image * 255 * 0.5 + 0.5 if condition == "canny" else image * 2 - 1
-    assert torch.equal(control.encode(image, wide), wide.encode_image(pixels))
+    # As ComfyUI's load_controlnet_sd35 passes them on; its autoencoder is given depth as 2 x - 1 after that.
+    pixels = {"canny": image * 255 * 0.5 + 0.5, "depth_midas": (1 - image) * 2 - 1}.get(condition, image * 2 - 1)
+    assert torch.allclose(control.encode(image, wide), wide.encode_image(pixels), atol=1e-5)
     with refused("missing-setting", "--base"):
         load_control(tmp_path / "sd3.5_large_controlnet.safetensors")
     assert describe(tmp_path / "sd3.5_large_controlnet.safetensors")["layout"] == "original"
 
 
-def test_a_canny_folder_of_stability_is_converted_with_its_input_range(wide, tmp_path):
+@pytest.mark.parametrize(
+    ("condition", "said", "pixels"),
+    [("canny", "127.5", STABILITY_CANNY_PIXELS), ("depth_zoe", "near in white", STABILITY_DEPTH_PIXELS)],
+)
+def test_a_folder_of_stability_is_converted_with_its_input_range(wide, condition, said, pixels, tmp_path):
     network_of_stability(wide).save_pretrained(tmp_path / "cn")
     made = convert(
         tmp_path / "cn",
         tmp_path / "c.safetensors",
         to="controlkit",
         base=str(saved_pipeline(wide, tmp_path / "base")),
-        condition="canny",
+        condition=condition,
     )
-    assert any("127.5" in note for note in made.notes)
-    assert load_control(tmp_path / "c.safetensors", wide).pixels == STABILITY_CANNY_PIXELS
+    assert any(said in note for note in made.notes)
+    assert load_control(tmp_path / "c.safetensors", wide).pixels == pixels
 
 
 def test_a_damaged_file_is_refused(base, tmp_path):

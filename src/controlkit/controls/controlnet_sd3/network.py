@@ -37,6 +37,9 @@ USUAL_PIXELS = (2.0, -1.0)
 STABILITY_CANNY_PIXELS = (127.5, 0.5)
 """`image * 255 * 0.5 + 0.5`, for the canny ControlNet of Stable Diffusion 3.5 large (Stability-AI/sd3.5,
 sd3_infer.py, `vae_encode`)."""
+STABILITY_DEPTH_PIXELS = (-2.0, 1.0)
+"""`(1 - image) * 2 - 1`, for its depth ControlNet, to which far is white; depth maps here, as in other tools, show near
+in white (ComfyUI, comfy/controlnet.py, `load_controlnet_sd35`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,12 +247,21 @@ class ControlNetSD3(OneImage):
 
     @classmethod
     def settle_checkpoint(cls, checkpoint: Checkpoint, flags: Collection[str]) -> None:
-        """Record the input range of Stability AI's canny ControlNet, which no tensor shows."""
+        """Record the input range of Stability AI's canny and depth ControlNets, which no tensor shows."""
         config = checkpoint.config
-        if checkpoint.condition == "canny" and config["joint_attention_dim"] is None and PIXELS not in config:
+        if config["joint_attention_dim"] is not None or PIXELS in config:
+            return
+        kind = (checkpoint.condition or "").partition("_")[0]  # depth_zoe: depth
+        if kind == "canny":
             config[PIXELS] = list(STABILITY_CANNY_PIXELS)
             checkpoint.notes.append(
                 "its autoencoder gets condition images as 127.5 x + 0.5, as in Stability AI's code for canny"
+            )
+        elif kind == "depth":
+            config[PIXELS] = list(STABILITY_DEPTH_PIXELS)
+            checkpoint.notes.append(
+                "its autoencoder gets condition images inverted, as in ComfyUI: it was trained on maps with far in"
+                " white, and takes maps with near in white here"
             )
 
     @classmethod
