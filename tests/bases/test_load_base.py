@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from controlkit.bases import base as base_module
@@ -187,6 +187,28 @@ def test_a_base_of_other_channels_is_refused(base_folder, tiny_base, channels):
     """Of depth, and of editing by instructions."""
     with_channels(base_folder, tiny_base, channels)
     not_loaded(base_folder, "unsupported", f"{channels} channels", "4", "inpainting")
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "facts"),
+    [
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, ("EDMEulerScheduler",)),
+        ("scheduler/scheduler_config.json", {"_class_name": None, "sigma_data": 0.5}, ("EDM", "sigma_data")),
+        ("vae/config.json", {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, ("latents_mean and latents_std",)),
+    ],
+)
+def test_a_base_of_edm_or_with_normalised_latents_is_refused(base_folder, part, settings, facts):
+    path = base_folder / part
+    config = {**json.loads(path.read_text()), **settings}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    not_loaded(base_folder, "unsupported", *facts)
+
+
+def test_a_schedule_without_betas_is_diffusers_own(base_folder):
+    """As configurations of schedulers are often written, with what differs from the class's defaults."""
+    path = base_folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "PNDMScheduler", "prediction_type": "epsilon"}))
+    assert load_base(base_folder).schedule.config["beta_schedule"] == DDIMScheduler().config["beta_schedule"]
 
 
 def test_a_device_without_numbers_is_refused(base_folder):

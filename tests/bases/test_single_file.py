@@ -132,6 +132,13 @@ def test_an_empty_tensor_says_that_it_predicts_v(tensors, tmp_path):
     assert zero.schedule.ends_in_pure_noise and zero.schedule.config["timestep_spacing"] == "trailing"
 
 
+@pytest.mark.parametrize("mark", ["edm_mean", "edm_vpred.sigma_max"])
+def test_a_file_of_edm_is_refused(tensors, mark, tmp_path):
+    save_file({**tensors, mark: torch.zeros(4)}, tmp_path / "model.safetensors")
+    with refused("unsupported", tmp_path / "model.safetensors", "EDM"):
+        load_single_file(tmp_path / "model.safetensors", torch.float32, PARTS)
+
+
 @pytest.mark.parametrize("held", [{"state_dict": torch.zeros(2)}, {0: torch.zeros(2)}])
 def test_a_file_that_holds_something_else_is_refused_in_words(tmp_path, held):
     torch.save(held, tmp_path / "x.ckpt")

@@ -86,9 +86,9 @@ def test_autoencoders_that_are_refused(base_folder, other_vae, tiny_base, tmp_pa
         load_base(base_folder, vae=str(tmp_path / "more.safetensors"))
     with refused("wrong-kind", "UNet2DConditionModel"):
         load_base(base_folder, vae=str(base_folder / "unet"))
-    for key, value in (("scaling_factor", 0.5), ("latent_channels", 3)):
+    for key, value in (("scaling_factor", 0.5), ("latent_channels", 3), ("latents_mean", [0.0] * 4)):
         folder = tmp_path / key
-        AutoencoderKL.from_config({**other_vae.config, key: value}).save_pretrained(folder)
+        AutoencoderKL.from_config({**other_vae.config, key: value, "_use_default_values": []}).save_pretrained(folder)
         with refused("incompatible", key):
             load_base(base_folder, vae=str(folder))
     folder = tmp_path / "hole"

@@ -55,6 +55,28 @@ def configurations_in(folder: Path) -> dict[str, dict[str, Any]]:
     return configurations
 
 
+def check_configurations(configurations: Configurations, name: str) -> None:
+    """Check that a base's noise schedule and autoencoder are of a kind that is supported.
+
+    Raises:
+        UserError: they are not.
+    """
+    scheduler, vae = configurations.get("scheduler", {}), configurations.get("vae", {})
+    kind = str(scheduler.get("_class_name", ""))
+    if kind.startswith("EDM") or "sigma_data" in scheduler:
+        raise UserError(
+            f"{name} has a noise schedule of EDM ({kind or 'with sigma_data'}), as Playground v2.5 and CosXL, which is"
+            " not supported; use a model with a variance preserving schedule, such as the Stable Diffusion XL base",
+            "unsupported",
+        )
+    if normalised := [key for key in ("latents_mean", "latents_std") if vae.get(key) is not None]:
+        raise UserError(
+            f"the autoencoder of {name} normalises its latents by {' and '.join(normalised)}, which is not supported;"
+            " use a model whose latents have a scaling_factor alone, such as the Stable Diffusion XL base",
+            "unsupported",
+        )
+
+
 def family_of_file(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[type[Base], str]:
     """The family of a single file in the original format, and the known model that it matches.
 

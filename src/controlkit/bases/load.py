@@ -16,7 +16,13 @@ from safetensors import SafetensorError
 
 from controlkit.bases.base import Base, needs_float32
 from controlkit.bases.defaults import NANO_DEFAULTS, defaults_in
-from controlkit.bases.families import FAMILIES, KNOWN_BASES, configurations_in, family_of_folder
+from controlkit.bases.families import (
+    FAMILIES,
+    KNOWN_BASES,
+    check_configurations,
+    configurations_in,
+    family_of_folder,
+)
 from controlkit.bases.identity import hash_of_halves
 from controlkit.bases.latent_rgb import NANO_LATENT_RGB
 from controlkit.bases.vae import load_vae
@@ -285,6 +291,7 @@ def check_family(family: type[Base] | None, folder: Path, name: str) -> type[Bas
 
 def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Base:
     family = check_family(family_of_folder(folder), folder, name)
+    check_configurations(configurations_in(folder), name)
     parts: dict[str, Any] = {}
     for component in family.components:
         where = folder / component.name

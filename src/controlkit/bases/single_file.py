@@ -25,7 +25,7 @@ from torch import nn
 
 from controlkit.bases.base import Base
 from controlkit.bases.component import Component, Configurations
-from controlkit.bases.families import configurations_in, family_of_file
+from controlkit.bases.families import check_configurations, configurations_in, family_of_file
 from controlkit.bases.weight_files import torch_load_error
 from controlkit.errors import UserError
 
@@ -97,6 +97,7 @@ def load_single_file(path: Path, dtype: torch.dtype, parts: Configurations | Non
         UserError: it is damaged, contains more than tensors, is not a complete model, or lacks weights.
     """
     file = read_single_file(path, parts)
+    check_configurations(file.configurations, str(path))
     for note in file.notes:
         print(note, file=sys.stderr)
     with _config_folder(file) as folder:

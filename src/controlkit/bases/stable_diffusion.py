@@ -228,7 +228,10 @@ def with_prediction(
     known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
 ) -> Configurations:
     """Configurations with the prediction type that a single file declares, in modelspec's metadata or, as in ComfyUI,
-    by empty tensors `v_pred` and `ztsnr`; unchanged if it declares none."""
+    by empty tensors `v_pred` and `ztsnr`; with a scheduler of EDM for the tensors that mark Playground v2.5 and CosXL
+    (ComfyUI, comfy/supported_models.py); unchanged if it declares none."""
+    if "edm_mean" in shapes or "edm_vpred.sigma_max" in shapes:
+        return {**known, "scheduler": {**known["scheduler"], "_class_name": "EDMEulerScheduler"}}
     prediction = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
     if prediction is None and "v_pred" in shapes:
         prediction = "v_prediction"

@@ -146,7 +146,7 @@ def _autoencoder_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_latents(name: str, config: Any, own: AutoencoderKL) -> None:
-    for key in ("latent_channels", "scaling_factor", "shift_factor"):
+    for key in ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std"):
         expected, given = own.config[key], config[key]
         if given != expected:
             raise UserError(
