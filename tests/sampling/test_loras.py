@@ -216,6 +216,16 @@ def test_a_folder_of_peft_is_scaled_by_its_configuration(tiny_base, tmp_path):
         read_lora(LoraUse(file=str(tmp_path)), tiny_base)
 
 
+@pytest.mark.parametrize(("layout", "name"), [("kohya", "lora"), ("diffusers", "lora"), ("kohya", "adapter_model")])
+def test_the_configuration_of_another_adapter_scales_no_file(tiny_base, tmp_path, layout, name):
+    file = tmp_path / f"{name}.safetensors"
+    save_file(WRITERS[layout](halves(tiny_base), 2.0), file)
+    alone = read_lora(LoraUse(file=str(file)), tiny_base)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 24}))
+    beside = read_lora(LoraUse(file=str(file)), tiny_base)
+    assert all(layer.scale == alone.layers[place].scale == 1.0 for place, layer in beside.layers.items())
+
+
 def test_a_file_saved_by_diffusers_keeps_its_alpha(tiny_base, tmp_path):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict

@@ -99,7 +99,9 @@ def read_lora(use: LoraUse, base: Base) -> Lora:
     tensors = _with_alphas({name.removeprefix(_PEFT_PREFIX): value for name, value in file.tensors.items()})
     if any(name.startswith(_KOHYA) for name in tensors):
         tensors = _of_kohya(tensors, use.file, base)
-    config = path.parent / "adapter_config.json"
+    # peft names the pair so; the folder of another file may hold the configuration of another adapter.
+    is_of_peft = path.stem == "adapter_model" and not any(name.endswith(".alpha") for name in file.tensors)
+    config = path.parent / "adapter_config.json" if is_of_peft else None
     settings = _adapter_settings(config, file.metadata, use.file)
     halves: dict[tuple[str, str], dict[str, Tensor]] = {}
     unmatched = list(file.others)
@@ -173,14 +175,14 @@ class _AdapterSettings:
         return float(alpha) / (rank**0.5 if values.get("use_rslora") else rank)
 
 
-def _adapter_settings(config: Path, metadata: Mapping[str, str], file: str) -> _AdapterSettings:
+def _adapter_settings(config: Path | None, metadata: Mapping[str, str], file: str) -> _AdapterSettings:
     """From peft's `adapter_config.json`, or the metadata of diffusers' files.
 
     Raises:
         UserError: they are damaged, or ask for more than a LoRA.
     """
     values: dict[str, dict[str, Any]] = {}
-    if config.is_file():
+    if config is not None and config.is_file():
         values[""] = _mapping(read_json(config), str(config))
     elif (text := metadata.get("lora_adapter_metadata")) is not None:
         what = f"lora_adapter_metadata of {file}"
