@@ -68,6 +68,15 @@ def test_dtypes_stay_unless_one_is_asked_for(tiny_control, tiny_base, tmp_path, 
     assert {value.dtype for value in weights_of(asked).values()} == {torch.float16}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_float8_is_cast_to_every_dtype(controlnet, dtype, tmp_path):
+    in_float8 = {name: value.to(torch.float8_e4m3fn) for name, value in weights_of(controlnet).items()}
+    save_file(in_float8, tmp_path / "8.safetensors", read_metadata(controlnet))
+    made = convert(tmp_path / "8.safetensors", tmp_path / "cast.safetensors", "controlkit", dtype=dtype)
+    cast = {name: value.to(getattr(torch, dtype)) for name, value in in_float8.items()}
+    assert equal(weights_of(made.path), cast) and not made.notes
+
+
 def test_a_file_of_the_original_code_needs_no_metadata(controlnet, tiny_control, tiny_base, base_folder, tmp_path):
     """As .pth of lllyasviel/ControlNet: a plain dictionary, with or without a wrapper, in either container."""
     state = weights_of(through(controlnet, ("original",), tmp_path))

@@ -364,6 +364,7 @@ def _cast(content: Checkpoint, dtype: torch.dtype) -> None:
             if not value.is_floating_point():
                 continue
             cast = tensors[name] = value.to(dtype)
+            value = value.float() if value.itemsize == 1 else value  # torch tests no float8 for finite values
             if bool((cast.isinf() & value.isfinite()).any()):
                 overflowing.append(name)
             elif bool(value.any()) and not bool(cast.any()):
