@@ -21,6 +21,7 @@ from controlkit.formats.detect import detect
 from controlkit.formats.load import load_control, save_control, shipped_controls
 from controlkit.formats.metadata import read_metadata
 from refusals import refused
+from tiny import fresh_control
 
 CONTROLNET_LAYOUTS = ("controlkit", "diffusers", "original", "bare")
 
@@ -375,6 +376,24 @@ class TestWithBase:
         back = convert(made.path, tmp_path / "back.safetensors", "controlkit", base=str(base_folder))
         for name, value in weights_of(controlnet).items():
             torch.testing.assert_close(weights_of(back.path)[name], value, rtol=1e-6, atol=1e-7)
+
+    @pytest.mark.parametrize("layout", ["difference", "control-lora"])
+    def test_a_change_in_float8_is_not_rounded_with_the_base(self, tiny_base, base_folder, tmp_path, layout):
+        """As ComfyUI's users store them: the file's own rounding is all that is lost."""
+        controlnet = save_control(
+            tmp_path / "a.safetensors", shaken(fresh_control(tiny_base), size=0.02), tiny_base, dtype=torch.float32
+        )
+        rank = {"rank": 64} if layout == "control-lora" else {}
+        made = convert(controlnet, tmp_path / "d.safetensors", layout, base=str(base_folder), **rank)
+        stored = weights_of(made.path)
+        in_float8 = {name: value.to(torch.float8_e4m3fn) if value.ndim > 1 else value for name, value in stored.items()}
+        save_file(in_float8, tmp_path / "8.safetensors", read_metadata(made.path))
+        save_file({name: value.float() for name, value in in_float8.items()}, tmp_path / "32.safetensors")
+        base = load_base(base_folder)
+        loaded = load_control(tmp_path / "8.safetensors", base).file_state()
+        expected = load_control(tmp_path / "32.safetensors", base).file_state()
+        for name, value in expected.items():
+            torch.testing.assert_close(loaded[name], value, rtol=1e-3, atol=1e-5)
 
     @pytest.mark.parametrize("layout", ["difference", "control-lora"])
     def test_what_differs_from_a_base_needs_it(self, controlnet, base_folder, tmp_path, layout):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from controlkit.controls.control import Control
-from controlkit.controls.controlnet.difference import check_base
+from controlkit.controls.controlnet.difference import check_base, wider
 from controlkit.controls.encoder_copy.names import Structure, config_of
 from controlkit.controls.encoder_copy.original import to_original
 from controlkit.controls.file_format import (
@@ -50,7 +50,7 @@ def read(kind: type[Control], file: TensorFile, reference: Reference, descriptio
         diffusers_name, original_name = structure.to_diffusers(), structure.to_original()
         renamed = {new: value for name, value in in_file.items() if (new := diffusers_name(name)) is not None}
         unknown = {name: value for name, value in in_file.items() if diffusers_name(name) is None}
-        dtype = next(value.dtype for value in renamed.values() if value.is_floating_point())
+        dtype = next(wider(value).dtype for value in renamed.values() if value.is_floating_point())
         from_base = {name: value.to(dtype) for name, value in unet.items() if original_name(name) is not None}
         stored = _full_tensors(file.path, renamed, unet)
         tensors = {**from_base, **stored}
@@ -118,7 +118,7 @@ def _full_tensors(path: Path, renamed: Mapping[str, Tensor], unet: Mapping[str, 
                 f" its weight in the base {tuple(weight.shape)}",
                 "incompatible",
             )
-        tensors[f"{layer}.weight"] = (weight.double() + (up @ down).reshape(weight.shape)).to(value.dtype)
+        tensors[f"{layer}.weight"] = (weight.double() + (up @ down).reshape(weight.shape)).to(wider(value).dtype)
     return tensors
 
 

@@ -40,7 +40,7 @@ def read(kind: type[Control], file: TensorFile, reference: Reference, descriptio
     checkpoint = from_original(kind, file, description, inside, reference, others=tuple(others), prefix=prefix)
     check_base(file.path, checkpoint, reference.unet_weights)
     checkpoint.tensors = {
-        name: value if name not in reference.unet_weights else _sum(value, reference.unet_weights[name])
+        name: value if name not in reference.unet_weights else _sum(wider(value), reference.unet_weights[name])
         for name, value in checkpoint.tensors.items()
     }
     return checkpoint
@@ -81,6 +81,11 @@ def check_base(path: Path | str, checkpoint: Checkpoint, unet: Mapping[str, Tens
                 f" control and {tuple(unet[name].shape)} in the base",
                 "incompatible",
             )
+
+
+def wider(value: Tensor) -> Tensor:
+    """A tensor of float8 in float16, else itself: float8 holds a small change, but not a weight together with it."""
+    return value.half() if value.itemsize == 1 else value
 
 
 def _sum(value: Tensor, other: Tensor) -> Tensor:
