@@ -58,6 +58,27 @@ def other():
     return build_tiny_base(seed=7)
 
 
+@pytest.mark.parametrize("layout", ["difference", "control-lora"])
+def test_a_difference_added_to_another_base_records_that_base(tiny_base, other, layout, tmp_path):
+    for base, name in ((tiny_base, "a"), (other, "b")):
+        save_base(base, tmp_path / name)
+    control = randomise_zero_convolutions(fresh_control(load_base(tmp_path / "a")))
+    file = save_control(tmp_path / "c.safetensors", control, load_base(tmp_path / "a"), dtype=torch.float32)
+    rank = {"rank": 2} if layout == "control-lora" else {}
+    convert(file, tmp_path / "d.safetensors", layout, base=str(tmp_path / "a"), **rank)
+    same = convert(tmp_path / "d.safetensors", tmp_path / "same.safetensors", "controlkit", base=str(tmp_path / "a"))
+    assert read_metadata(same.path) == read_metadata(file)
+    assert not any("offset" in note for note in same.notes)
+    moved = convert(tmp_path / "d.safetensors", tmp_path / "m.safetensors", "controlkit", base=str(tmp_path / "b"))
+    found = load_base(tmp_path / "b")
+    recorded = read_metadata(moved.path)
+    assert (recorded["control.base"], recorded["control.base_fingerprint"]) == (found.name, found.fingerprint)
+    assert any("offset" in note and str(tmp_path / "b") in note for note in moved.notes)
+    # Moved once, it is not moved again.
+    command = ["transfer", str(moved.path), "--from", str(tmp_path / "a"), "--to", str(tmp_path / "b")]
+    assert main([*command, "--out", str(tmp_path / "twice.safetensors")]) == 2
+
+
 def test_an_untrained_control_becomes_the_other_bases_untrained_control(tiny_base, other):
     control = fresh_control(tiny_base)
     made, offset = transfer(control, tiny_base, other)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from controlkit import conditions
 from controlkit.bases.families import KNOWN_BASES, known_by_shape
+from controlkit.bases.identity import hash_of_halves
 from controlkit.bases.load import SINGLE_FILES, base_folder, base_path, load_base
 from controlkit.bases.meta import meta_base
 from controlkit.controls.control import Control
@@ -152,6 +153,7 @@ def convert(
     _check_flags(path, system, base_control is not None, flags)
     if base is not None:
         check_base(system, checkpoint, base)
+        _settle_base(checkpoint, source_format, base, reference)
     if condition is not None:
         checkpoint.metadata["control.condition"] = _checked_condition(path, system, checkpoint, condition)
     system.settle_checkpoint(checkpoint, flags)
@@ -265,6 +267,23 @@ def reference_for(base: str | None) -> Reference:
     folder = base_folder(base)
     component = "unet" if (folder / "unet").is_dir() else "transformer"
     return denoiser_reference(component, read_json(folder / component / "config.json"), weights)
+
+
+def _settle_base(checkpoint: Checkpoint, source_format: FileFormat, base: str, reference: Reference) -> None:
+    """Record the base to which a difference was added, if its file records another: as that of the sum, `transfer`
+    would take the wrong one."""
+    recorded = checkpoint.metadata.get("control.base_fingerprint")
+    if recorded is None or not source_format.needs_base or reference.unet_weights is None:
+        return
+    fingerprint = hash_of_halves(reference.unet_weights.values())
+    if recorded == fingerprint:
+        return
+    former = checkpoint.metadata.get("control.base", "")
+    checkpoint.notes.append(
+        f"it is the difference from the base {former} ({recorded}), added to another base {base} ({fingerprint}): the"
+        " control is moved to that one by their offset, as `controlkit transfer` does"
+    )
+    checkpoint.metadata |= {"control.base": base, "control.base_fingerprint": fingerprint}
 
 
 def _files_of_base(base: str | None) -> list[Path]:
