@@ -10,6 +10,7 @@ from torch import nn
 from without_plan import naive
 
 import tiny
+from controlkit.bases.prompt_encoding import TextOptions
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.taps import Tap
 from controlkit.bases.text import concatenate
@@ -286,6 +287,20 @@ class TestTokens:
             nothing, own = (part.tokens[:, length:] for part in plan.text(0))
             assert torch.equal(nothing, told.tokens(torch.full_like(hint, 3.0)) * 0.5)
             assert torch.equal(own, told.tokens(hint) * 0.5)
+
+    def test_on_the_conditional_branch_they_act_whatever_the_length_of_the_negative_prompt(
+        self, tiny_base, hint, texts, x_t
+    ):
+        long = tiny_base.encode_text(["cat BREAK cat BREAK cat"], options=TextOptions(syntax="weighted"))
+        assert long.tokens.shape[1] == 3 * texts[0].tokens.shape[1]
+        uses = [ActiveControl(Telling(tiny_base), hint)]
+        made = []
+        for negative in (texts[0], long):
+            plan = Plan(uses, TIMES, [negative, texts[1]])
+            assert len(set(self.lengths(plan, 0))) == 1
+            made.append(tiny_base.predict(x_t[:1], TIMES[:1], plan.text(0)[1]))
+        without = tiny_base.predict(x_t[:1], TIMES[:1], texts[1])
+        assert (made[0] - made[1]).abs().max() < 1e-5 < (made[0] - without).abs().max() / 10
 
     def test_they_are_there_from_start_to_end_and_in_the_order_of_the_request(self, tiny_base, hint, texts):
         first, second = Telling(tiny_base), Telling(tiny_base, scale=-1.0)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from controlkit.bases.base import Base
+from controlkit.bases.prompt_encoding import same_length
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.taps import Tap, TapFunction
 from controlkit.bases.text import Text, concatenate
@@ -124,7 +125,7 @@ class Plan:
         uses: the controls.
         timesteps: of the schedule, in the order of sampling.
         texts: the prompts of each part of the batch (one part, or negative and positive for guidance); batch 1
-            for all images, or one row per image.
+            for all images, or one row per image. Prompts of fewer tokens are repeated to one length.
         cache: cache of residuals that do not depend on the noise, before all weights: modes, layers and masks that
             share a branch share them.
         rows_at_once: the largest batch of residuals computed ahead.
@@ -149,7 +150,11 @@ class Plan:
         self._calls = calls
         self._base_key = base_key
         self.timesteps = timesteps
-        self.texts = texts
+        self.texts = same_length(texts)
+        # Of a prompt that is repeated, tokens beside it are repeated, too: cross attention is then that of the prompt
+        # alone with them, whatever the length of the negative prompt. On both branches alike, as all parts of a batch
+        # have one length.
+        self._repeats = self.texts[-1].tokens.shape[1] // texts[-1].tokens.shape[1]
         self.cache = cache
         self.rows_at_once = rows_at_once
         self.reused = False
@@ -284,6 +289,7 @@ class Plan:
                 unconditional, conditional = self._tokens[place]
                 for number in range(len(texts)):
                     weighted = conditional if number + 1 == len(texts) else unconditional
+                    weighted = weighted.repeat(1, self._repeats, 1)
                     rows = max(len(weighted), len(texts[number]))
                     texts[number] = texts[number].expand(rows).extended(weighted.expand(rows, *weighted.shape[1:]))
             self._texts_of[acting] = texts

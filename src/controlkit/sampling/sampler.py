@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from controlkit.bases.base import Base
-from controlkit.bases.prompt_encoding import PLAIN, TextOptions, same_length
+from controlkit.bases.prompt_encoding import PLAIN, TextOptions
 from controlkit.bases.solver_names import solver_name
 from controlkit.bases.text import concatenate
 from controlkit.controls.control import Control
@@ -102,7 +102,6 @@ def sample_prompts(
                 texts = [base.encode_text(prompts if len(prompts) == 1 else prompts[group], size, text)]
                 if guidance > 1:
                     texts.insert(0, base.encode_text([negative_prompt], size, text))
-            texts = same_length(texts)
             active = [use.of_images(group) for use in uses]
             at_once = rows_at_once(width, height)
             plan = Plan(active, timesteps, texts, cache, rows_at_once=at_once, base_key=base.merged, calls=calls)
