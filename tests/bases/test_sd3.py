@@ -249,6 +249,22 @@ def test_a_single_file_loads_with_a_local_configuration(layers, tmp_path):
     assert torch.allclose(base.predict(x_t, t, base.encode_text([PROMPT])), expected, atol=1e-5)
 
 
+def test_in_float16_the_layers_of_t5_that_overflow_stay_float32(folder):
+    """As transformers loads them (`_keep_in_fp32_modules`)."""
+
+    def dtypes_of(base):
+        return {name: value.dtype for name, value in base.text_encoder_3.named_parameters()}
+
+    base = load_base(folder)
+    wo = next(name for name in dtypes_of(base) if name.endswith("DenseReluDense.wo.weight"))
+    before = base.text_encoder_3.get_parameter(wo).clone()
+    dtypes = dtypes_of(load_base(folder, dtype=torch.float16))
+    base.to(dtype=torch.float16)
+    assert dtypes_of(base) == dtypes
+    assert dtypes[wo] == torch.float32 and torch.equal(base.text_encoder_3.get_parameter(wo), before)
+    assert base.to(dtype=torch.bfloat16).text_encoder_3.get_parameter(wo).dtype == torch.bfloat16
+
+
 def test_a_single_file_is_described_by_what_is_in_it(tmp_path):
     """Blocks, positions and dual attention are read from the file; real text encoders are counted without weights."""
     config = {**KNOWN_BASES["sd35-medium"][1]["transformer"], "num_layers": 2, "dual_attention_layers": [0]}

@@ -250,7 +250,7 @@ class Base(ABC):
                 network.to(place)
             if dtype is not None:
                 upcasts = isinstance(network, AutoencoderKL) and self.keeps_float32(network, dtype)
-                network.to(torch.float32 if upcasts else dtype)
+                _cast(network, torch.float32 if upcasts else dtype)
         return self
 
     def keeps_float32(self, vae: AutoencoderKL, dtype: torch.dtype) -> bool:
@@ -648,6 +648,16 @@ batches of small images."""
 def _vae_batch(pixels: int) -> int:
     """Images of `pixels` pixels per call of an autoencoder."""
     return max(1, PIXELS_AT_ONCE // pixels)
+
+
+def _cast(network: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a network; in float16, modules that transformers names stay float32, as when it loads them: T5's `wo`
+    overflows."""
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
+    before = {name: value.data for name, value in network.named_parameters() if kept & set(name.split("."))}
+    network.to(dtype)
+    for name, value in before.items():
+        network.get_parameter(name).data = value.float()
 
 
 def needs_float32(vae: AutoencoderKL, default: bool) -> bool:
