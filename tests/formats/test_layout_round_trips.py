@@ -366,6 +366,14 @@ class TestWithBase:
         with refused("unsupported", "full", "Stable Diffusion", "--to original"):
             convert(controlnet, tmp_path / "not.safetensors", "full")
 
+    def test_inpainting_of_controlnet_1_1_is_noted_where_it_may_be_that(self, controlnet, base_folder, tmp_path):
+        settings = {"condition": "inpaint", "base": str(base_folder)}
+        torch.save(weights_of(through(controlnet, ("original",), tmp_path)), tmp_path / "v11p.pth")
+        (note,) = convert(tmp_path / "v11p.pth", tmp_path / "mine.safetensors", "controlkit", **settings).notes
+        assert "control_v11p_sd15_inpaint" in note and "-1" in note
+        ours = convert(controlnet, tmp_path / "ours.safetensors", "controlkit", **settings)
+        assert ours.checkpoint.condition == "inpaint" and not ours.notes
+
     def test_differences_add_up_again(self, controlnet, tiny_control, tiny_base, base_folder, tmp_path):
         made = convert(controlnet, tmp_path / "d.safetensors", "difference", base=str(base_folder))
         state = weights_of(made.path)

@@ -335,7 +335,8 @@ class ControlNet(OneImage):
     @classmethod
     def settle_checkpoint(cls, checkpoint: Checkpoint, flags: Collection[str]) -> None:
         """Record that it pools its residuals, which no tensor shows: with `pooled`, or if the condition is `shuffle`
-        and the file has no such entry. With `decoder`, take the decoder of the Stable Diffusion in its file along."""
+        and the file has no such entry. With `decoder`, take the decoder of the Stable Diffusion in its file along. Note
+        what ControlNet 1.1's inpaint expects, which no tensor shows either."""
         if "decoder" in flags:
             take_decoder(checkpoint)
         pooled = "pooled" in flags
@@ -344,6 +345,11 @@ class ControlNet(OneImage):
             pooled = True
         if pooled:
             checkpoint.config[_POOLS] = True
+        if checkpoint.condition == "inpaint" and "control.made" not in checkpoint.metadata:
+            checkpoint.notes.append(
+                "ControlNet 1.1's inpaint (control_v11p_sd15_inpaint) was trained with its hole at -1, which is not"
+                " supported: holes are black here, which that one takes for a black part of the image"
+            )
 
     @classmethod
     def needs(cls, config: Mapping[str, Any]) -> str:
