@@ -298,13 +298,13 @@ def test_the_end_of_a_prompt_with_a_cut_character_is_not_looked_for(tiny_base):
 
 def test_bf16_is_read_as_such_and_nothing_is_hashed_before_it_is_asked_for(base_folder, monkeypatch):
     read, hashed = [], []
-    own_load_network, own_hash = load._load_network, base_module.hash_of_halves
+    own_load_network, own_hash = load.load_network, base_module.hash_of_halves
 
-    def whole(kind, folder, **options):
-        read.append(options.get("dtype", options.get("torch_dtype")))
-        return own_load_network(kind, folder, **options)
+    def whole(component, folder, dtype):
+        read.append(dtype)
+        return own_load_network(component, folder, dtype)
 
-    monkeypatch.setattr(load, "_load_network", whole)
+    monkeypatch.setattr(load, "load_network", whole)
     monkeypatch.setattr(base_module, "hash_of_halves", lambda weights: hashed.append(1) or own_hash(weights))
     made = load_base(base_folder, dtype=torch.bfloat16)
     list(sample(made, prompt="red apple", seeds=[0], steps=1))

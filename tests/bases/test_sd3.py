@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -202,6 +203,9 @@ def test_controls_that_add_tokens_alone_act(base, kind, tmp_path):
     assert made.isfinite().all() and (made - plain).abs().max() > 1e-3
 
 
+T5 = {"tokenizer_3": "TokenizerFast", "text_encoder_3": "EncoderModel"}
+
+
 def real_width(layers):
     """A transformer by whose widths diffusers knows Stable Diffusion 3, with a few blocks and narrow text."""
     return {
@@ -242,11 +246,23 @@ def test_a_single_file_loads_with_a_local_configuration(layers, tmp_path):
         weights.unlink()
     found = read_single_file(file)
     assert found.companion == tmp_path / "model" and found.left_out == ("tokenizer_3", "text_encoder_3")
+    assert not found.beside
     base = load_base(file)
     assert base.fingerprint == local.fingerprint
     x_t, t = torch.randn(1, 4, 16, 16), torch.tensor([400.0])
     expected = local.predict(x_t, t, local.encode_text([PROMPT]))
     assert torch.allclose(base.predict(x_t, t, base.encode_text([PROMPT])), expected, atol=1e-5)
+    if layers == 1:  # T5 of another folder, beside the file
+        whole = build_tiny_sd3()
+        index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+        index |= {name: ["transformers", f"T5{kind}"] for name, kind in T5.items()}
+        (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+        whole.tokenizer_3.save_pretrained(tmp_path / "model" / "tokenizer_3")
+        whole.text_encoder_3.save_pretrained(tmp_path / "model" / "text_encoder_3")
+        assert read_single_file(file).beside == ("text_encoder_3",) and not read_single_file(file).left_out
+        for dtype in (torch.float32, torch.float16):
+            t5, own = (load_base(file, dtype=dtype).text_encoder_3.state_dict(), whole.text_encoder_3.state_dict())
+            assert all(torch.allclose(t5[name].float(), value, atol=1e-3) for name, value in own.items())
 
 
 def test_in_float16_the_layers_of_t5_that_overflow_stay_float32(folder):

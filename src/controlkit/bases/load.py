@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from controlkit.bases.base import Base, needs_float32
+from controlkit.bases.component import Component
 from controlkit.bases.defaults import NANO_DEFAULTS, defaults_in
 from controlkit.bases.families import (
     FAMILIES,
@@ -149,7 +150,7 @@ def denoiser_fingerprint(name: str | Path) -> str:
     folder = base_folder(name)
     component = check_family(family_of_folder(folder), folder, str(name)).denoiser_component()
     with _reading(name):
-        network = _load_network(component.load_class(), folder / component.name, torch_dtype=torch.float16)
+        network = load_network(component, folder / component.name, torch.float16)
     return hash_of_halves(network.state_dict().values())
 
 
@@ -297,12 +298,10 @@ def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Base:
         where = folder / component.name
         if component.is_scheduler or (component.optional and not where.is_dir()):
             continue
-        kind = component.load_class()
         if component.is_tokenizer:
-            parts[component.name] = kind.from_pretrained(where)
+            parts[component.name] = component.load_class().from_pretrained(where)
         else:
-            argument = "dtype" if component.library == "transformers" else "torch_dtype"
-            parts[component.name] = _load_network(kind, where, **{argument: dtype})
+            parts[component.name] = load_network(component, where, dtype)
     if dtype == torch.float16 and needs_float32(parts["vae"], family.upcasts_vae):
         parts["vae"].to(torch.float32)
     schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
@@ -318,14 +317,19 @@ def defaults_of(folder: Path) -> dict[str, Any]:
     return {**nano, **defaults_in(folder)}
 
 
-def _load_network(kind: Any, folder: Path, **options: Any) -> Any:
-    """A diffusers or transformers network; every weight comes from its files, none is initialised at random."""
+def load_network(component: Component, folder: Path, dtype: torch.dtype) -> Any:
+    """A diffusers or transformers network; every weight comes from its files, none is initialised at random.
+
+    Raises:
+        ValueError: weights are missing.
+    """
     files = weight_files(folder)
     if files is None:
         raise ValueError(f"{folder.name} has no weights")
     # Both libraries load torch files with weights_only.
-    selected = {"variant": files.variant, "use_safetensors": files.safetensors}
-    network, loading_info = kind.from_pretrained(folder, output_loading_info=True, **selected, **options)
+    selected: dict[str, Any] = {"variant": files.variant, "use_safetensors": files.safetensors}
+    selected["dtype" if component.library == "transformers" else "torch_dtype"] = dtype
+    network, loading_info = component.load_class().from_pretrained(folder, output_loading_info=True, **selected)
     if missing := sorted(loading_info["missing_keys"]):
         raise ValueError(f"{folder.name} lacks {len(missing)} of its weights, such as {missing[0]}")
     return network

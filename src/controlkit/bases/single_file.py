@@ -26,7 +26,8 @@ from torch import nn
 from controlkit.bases.base import Base
 from controlkit.bases.component import Component, Configurations
 from controlkit.bases.families import check_configurations, configurations_in, family_of_file
-from controlkit.bases.weight_files import torch_load_error
+from controlkit.bases.load import load_network
+from controlkit.bases.weight_files import torch_load_error, weight_files
 from controlkit.errors import UserError
 
 
@@ -42,6 +43,8 @@ class SingleFile:
     """Component -> configuration."""
     companion: Path | None
     """The diffusers folder beside the file, if there is one."""
+    beside: tuple[str, ...]
+    """Networks that the file lacks and whose weights are in `companion`."""
     left_out: tuple[str, ...]
     """Optional components that are not available."""
     notes: tuple[str, ...]
@@ -64,10 +67,13 @@ def read_single_file(path: Path, parts: Configurations | None = None) -> SingleF
     folder = path.with_suffix("")
     companion = folder if (folder / "model_index.json").is_file() else None
     notes: list[str] = []
+    in_file, file_notes = family.configurations_of_file(parts or family.known[kind], shapes, metadata)
+    configurations, beside = in_file, list[str]()
     if companion is not None:
-        configurations: Configurations = configurations_in(companion)
+        configurations = configurations_in(companion)
+        lacking = [part.name for part in family.components if part.is_network and part.name not in in_file]
+        beside = [name for name in lacking if weight_files(companion / name) is not None]
     else:
-        configurations, file_notes = family.configurations_of_file(parts or family.known[kind], shapes, metadata)
         notes += [f"{path} {note}" for note in file_notes]
     optional = [component for component in family.components if component.optional]
     missing = [part.name for part in optional if not _is_available(part, family, configurations, companion)]
@@ -82,6 +88,7 @@ def read_single_file(path: Path, parts: Configurations | None = None) -> SingleF
         kind=kind,
         configurations=configurations,
         companion=companion,
+        beside=tuple(beside),
         left_out=tuple(component.name for component in optional) if missing else (),
         notes=tuple(notes),
     )
@@ -130,6 +137,10 @@ def _load_pipeline(file: SingleFile, folder: Path, dtype: torch.dtype) -> Any:
 
     path, kind = file.path, file.kind
     options: dict[str, Any] = {"config": str(folder), "local_files_only": True, "torch_dtype": dtype}
+    for component in file.family.components:
+        # diffusers looks for them in the folder, too, but not under the names that transformers gives its files.
+        if component.name in file.beside:
+            options[component.name] = load_network(component, folder / component.name, dtype)
     try:
         pipeline = getattr(diffusers, file.family.pipeline)
         return pipeline.from_single_file(str(path), **options, **dict.fromkeys(file.left_out))
