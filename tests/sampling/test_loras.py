@@ -14,6 +14,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from parity import NEGATIVE, PROMPT, SEEDS, STEPS, assert_same, generators, ours, parts
+from PIL import Image
 from safetensors.torch import save_file
 
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
@@ -25,7 +26,7 @@ from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample_prompts
 from controlkit.sampling.saved_settings import read_settings
-from controlkit.sampling.uses import LoraUse
+from controlkit.sampling.uses import ControlUse, LoraUse
 from refusals import refused
 from tiny import build_tiny_sd3, build_tiny_sdxl
 
@@ -244,6 +245,24 @@ def test_a_file_saved_by_diffusers_keeps_its_alpha(tiny_base, tmp_path):
         made = tiny_base.predict(x_t, torch.tensor([500]), text)
     expected = unet(x_t, torch.tensor([500]), encoder_hidden_states=text.tokens).sample
     assert torch.allclose(made, expected, atol=1e-4)
+
+
+def test_layers_in_a_decoder_that_a_control_replaces_are_noted(tiny_base, tiny_control, condition_image, tmp_path):
+    file, image = tmp_path / "lora.safetensors", tmp_path / "image.png"
+    save_file(of_kohya(halves(tiny_base, text=[]), 1.0), file)
+    Image.fromarray(condition_image).save(image)
+    own = copy.deepcopy(tiny_control)
+    own.unlock(tiny_base)
+
+    def notes(control, **settings):
+        use = ControlUse(control="mine", image=str(image), prepared=True, **settings)
+        request = GenerateRequest(prompt=PROMPT, steps=1, loras=(LoraUse(file=str(file)),), controls=(use,))
+        made = generate(request, base=tiny_base, controls=[control])
+        return [note for note in made.notes if str(file) in note]
+
+    (note,) = notes(own)
+    assert f"1 of {len(LAYERS)} layers" in note and "mine" in note
+    assert not notes(tiny_control) and not notes(own, weight=0.0)
 
 
 def test_a_lora_of_a_transformer_is_merged(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from controlkit.bases.base import Base
+from controlkit.controls.control import Control
 from controlkit.errors import UserError
 from controlkit.files import read_json
 from controlkit.formats.tensors import read_tensor_file
@@ -157,6 +158,29 @@ def merged(base: Base, loras: Sequence[tuple[Lora, float]], key: Sequence[Any]) 
             for place, weight in weights.items():
                 weight.copy_(before[place])
         base.merged = was
+
+
+def replacement_notes(
+    loras: Iterable[tuple[str, Lora]], controls: Iterable[tuple[str, Control]], base: Base
+) -> list[str]:
+    """Notes on layers of LoRAs in modules of the base that controls replace, where nothing reads them.
+
+    Args:
+        loras: with the name of each.
+        controls: those that act, with the name of each.
+    """
+    denoiser = base.denoiser_component().name
+    replacing = [(name, tuple(f"{path}." for path in control.replacements())) for name, control in controls]
+    notes = []
+    for file, lora in loras:
+        for name, paths in replacing:
+            idle = [place for place in lora.layers if place[0] == denoiser and f"{place[1]}.".startswith(paths)]
+            if idle:
+                notes.append(
+                    f"{len(idle)} of {len(lora.layers)} layers of {file} are in the part of the base that {name}"
+                    " replaces, and have no effect where it acts"
+                )
+    return notes
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from controlkit.sampling.graphs import NetworkCalls
 from controlkit.sampling.identity import base_sha256, companion_sha256, control_sha256, file_sha256, vae_sha256
 from controlkit.sampling.input_images import Frame, RequestImages
 from controlkit.sampling.inputs import Kind, values_of, with_named_inputs
-from controlkit.sampling.loras import Lora, lora_file, merged, read_lora
+from controlkit.sampling.loras import Lora, lora_file, merged, read_lora, replacement_notes
 from controlkit.sampling.models import Models
 from controlkit.sampling.notes import prompt_notes, request_notes
 from controlkit.sampling.passes import Pass, enlarged_size, hires_strength
@@ -155,6 +155,9 @@ def _load(
         captioner=captioner,
     )
     generation.notes += [note for lora, _ in loras for note in lora.notes]
+    named = [(use.file, lora) for use, (lora, _) in zip(request.loras, loras, strict=True)]
+    acting = [(use.control, each) for use, each in zip(request.controls, controls, strict=True) if use.weight]
+    generation.notes += replacement_notes(named, acting, base)
     generation.notes += request_notes(request, base, width, height, embeddings)
     generation.notes += embedding_notes(embeddings, request)
     generation.notes += images.notes(loaded.frame)
