@@ -6,7 +6,7 @@ import tables_of_nano as nano
 import tables_of_speed as speed
 import tables_of_studies as studies
 import tables_of_systems as systems
-from results import Figure, Speed, three
+from results import Figure, Speed, three, two
 
 _STEPS = (
     ("adapter", "cpu", "adapter_training-sd15-256-cpu"),
@@ -46,6 +46,7 @@ FIGURES: dict[str, Figure | Speed] = {
     "canny.guidance": Figure("guidance", nano.guidance_table, block=True),
     "systems.table": Figure("systems", systems.systems_table, block=True),
     "adapters.table": Figure("adapters", nano.adapters_table, block=True),
+    "quick-start.gap": Figure("quick-start", lambda r: two(r.report("quick-start")["rows"][0][4])),
     "new-condition.budgets": Figure("new-condition", studies.budgets_table, block=True),
     "new-condition.claims": Figure("new-condition", studies.claims_table, block=True),
     "new-condition.ablation": Figure("new-condition", studies.ablation_table, block=True),

@@ -89,6 +89,8 @@ class MakeSettings:
     """Images on which modes, guidance scales and weights are compared."""
     sampling_steps: int = 20
     """DDIM steps."""
+    quick_start_steps: int = 100
+    """Optimiser steps of the README's adapter."""
     gallery_steps: int = 900
     """Optimiser steps of each LoRA on the sheet of docs/generate.md."""
     new_condition: tuple[str, ...] = ()

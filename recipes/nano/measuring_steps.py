@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -43,7 +44,10 @@ class MeasuringSteps:
 
     def steps(self) -> list[Step]:
         """All of them, in order."""
-        return [*self._evaluations(), *self._studies(), self._demo(), self._gallery(), self._pages()]
+        return [*self._measured(), self._demo(), self._gallery(), self._pages()]
+
+    def _measured(self) -> list[Step]:
+        return [*self._evaluations(), self._quick_start(), *self._studies()]
 
     def _report(
         self,
@@ -310,6 +314,33 @@ class MeasuringSteps:
             minutes=minutes,
         )
 
+    def _quick_start(self) -> Step:
+        script = self.root / "examples" / "captioned_images.py"
+        steps = str(self.settings.quick_start_steps)
+
+        def run() -> Outcome:
+            work = self.shop.made / "quick-start"
+            photos, pairs, adapter = work / "photos", work / "pairs", work / "run"
+            shutil.rmtree(work, ignore_errors=True)
+            command = [sys.executable, str(script), str(photos)]
+            subprocess.run(command, cwd=self.root, env=self.shop.environment, check=True, stdout=sys.stderr)
+            of_palette = str(pairs / "palette")
+            self.shop.run(["pairs", str(photos), "--conditions", "palette", "--size", "64", "--out", str(pairs)])
+            named = ["--control", "nano/base", "--name", "mine", "--steps", steps, "--out", str(adapter)]
+            self.shop.run(["adapt", of_palette, *named])
+            file = str(adapter / "mine.safetensors")
+            return self.shop.report("quick-start", {"default": ["evaluate", "control", file, "--pairs", of_palette]})
+
+        return Step(
+            name="quick-start",
+            what="the README's adapter",
+            inputs=(*self.shop.base, self.shop.control("nano/base"), self.shop.assets / "evaluation", script),
+            outputs=(self.shop.results / "quick-start.json",),
+            settings={"steps": steps},
+            run=run,
+            minutes=2,
+        )
+
     def _demo(self) -> Step:
         sheet = self.shop.images / "demo.png"
 
@@ -363,8 +394,7 @@ class MeasuringSteps:
                 write_atomically(copy, partial(Path.write_text, data=text, encoding="utf-8"))
             return Outcome(note=f"not measured yet: {', '.join(sorted(without))}" if without else "")
 
-        made = [*self._evaluations(), *self._studies()]
-        results = {path for step in made for path in step.outputs if path.parent == self.shop.results}
+        results = {path for step in self._measured() for path in step.outputs if path.parent == self.shop.results}
         code = [digest(path) for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in _TELLING]
         measured = {path.name: digest(path) for path in sorted((self.root / RESULTS).parent.glob("*.json"))}
         around = {str(page.relative_to(self.root)): without_figures(text) for page, text in found.items()}

@@ -403,7 +403,7 @@ def icons_of_known_concepts(source: Path, copy: Path) -> None:
 def repository(tmp_path, tiny_base, icons_file) -> Path:
     """A copy of the repository whose nano is the tiny base, without controls, and whose recipes take two steps."""
     root = tmp_path / "repository"
-    for name in ("src", "docs", "recipes", "README.md", "benchmarks/results"):
+    for name in ("src", "docs", "examples", "recipes", "README.md", "benchmarks/results"):
         source, copy = ROOT / name, root / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, copy)
@@ -498,6 +498,7 @@ SMALL = {
     "adapter_images": "2",
     "guidance_images": "2",
     "sampling_steps": "2",
+    "quick_start_steps": "1",
     "gallery_steps": "1",
     "several_conditions": "[images=2, sampling_steps=2, 'timed=[1,2]']",
     "ambiguous_content": "[images=2, sampling_steps=2, 'controls=[canny]']",
