@@ -223,6 +223,21 @@ def test_a_run_that_fails_at_once_leaves_the_folder_free(tmp_path, monkeypatch):
     assert make_pairs(images, tmp_path / "out", MakeSettings(conditions=("canny",), seed=1), workers=1).made == 2
 
 
+def test_shards_that_fail_at_once_leave_a_folder_of_others(tmp_path, monkeypatch):
+    write_images(tmp_path / "in", 2)
+    theirs = tmp_path / "out" / "canny" / "mine.png"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"mine")
+
+    def failing(jobs_function, jobs, workers):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("controlkit.data.engine.run_jobs", failing)
+        make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", CANNY_AND_NOISE, workers=1, shards=2)
+    assert theirs.read_bytes() == b"mine"
+
+
 def test_truncated_images_are_skipped_and_reported(tmp_path):
     paths = write_images(tmp_path / "in", 4)
     paths[1].write_bytes(paths[1].read_bytes()[:60])

@@ -124,8 +124,8 @@ def make_pairs(
                 raise UserError(f"none of {len(images)} images gave a pair; the first: {reason}", "bad-image")
         except BaseException:
             if new and not _has_results(out):  # leave the folder free for other inputs and settings
-                for name in (*settings.conditions, PICTURES):  # empty before this run: see _in_the_way
-                    shutil.rmtree(out / name, ignore_errors=True)
+                for folder in _folders(out, settings, shards):  # empty before this run
+                    shutil.rmtree(folder, ignore_errors=True)
                 _settings_file(out).unlink(missing_ok=True)
             raise
     return MakeReport(
@@ -202,14 +202,16 @@ def _merge_settings(
     return settings
 
 
+def _folders(out: Path, settings: MakeSettings, shards: int | None) -> list[Path]:
+    """The folders that a run writes images into; none for shards."""
+    return [out / name for name in (*settings.conditions, PICTURES)] if shards is None else []
+
+
 def _in_the_way(out: Path, settings: MakeSettings, shards: int | None) -> Path | None:
     """What is in a folder without settings and would be overwritten, or mixed with pairs."""
-    if shards is not None:
-        names = [MANIFEST, *(shard_name(index, shards) for index in range(shards))]
-        return next((out / name for name in names if (out / name).exists()), None)
-    folders = [out / name for name in (*settings.conditions, PICTURES)]
-    filled = [folder for folder in folders if folder.is_dir() and any(folder.iterdir())]
-    return next(iter([*filled, out / MANIFEST] if (out / MANIFEST).exists() else filled), None)
+    files = [out / MANIFEST, *(out / shard_name(index, shards or 0) for index in range(shards or 0))]
+    filled = (path for path in _folders(out, settings, shards) if path.is_dir() and any(path.iterdir()))
+    return next((path for path in files if path.exists()), None) or next(filled, None)
 
 
 def _settings_file(out: Path) -> Path:
