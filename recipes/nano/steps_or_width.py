@@ -104,7 +104,8 @@ def measure(out: Path, icons: str) -> None:
         base = load_base(folder)
         result[name] = {**gallery.named(base), "parameters of the UNet": sum(p.numel() for p in base.unet.parameters())}
         if (log := out / name / "log.jsonl").is_file():
-            losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+            lines = [json.loads(line) for line in log.read_text().splitlines()]
+            losses = [line["loss"] for line in lines if "loss" in line]
             result[name]["loss, last third"] = float(np.mean(losses[-len(losses) // 3 :]))
         print(name, json.dumps(result[name]), file=sys.stderr, flush=True)
     write_json(out / "steps-or-width.json", result)

@@ -371,7 +371,7 @@ def test_memory_that_does_not_suffice_for_a_preview_costs_no_step(tmp_path, monk
 
 
 @pytest.mark.parametrize("last", [2, STEPS])
-def test_a_preview_that_a_kill_prevented_is_made_when_the_run_is_resumed(last, tmp_path, monkeypatch):
+def test_a_preview_that_a_kill_prevented_is_made_when_the_run_is_resumed(last, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched, pytest.raises(KeyError):
         patched.setattr(Toy, "preview", lambda *_: raises(KeyError("killed"))(0))
         run(tmp_path, preview_every=last, save_every=last)
@@ -379,7 +379,9 @@ def test_a_preview_that_a_kill_prevented_is_made_when_the_run_is_resumed(last, t
     assert toy.steps_seen == list(range(last, STEPS)) and toy.previews[0] == last
     assert len(set(toy.previews)) == len(toy.previews)
     (line,) = [line for line in log_of(tmp_path) if line["step"] == last]
-    assert line["score"] == last
+    assert line["score"] == last and "loss" not in line
+    (shown,) = [told for told in capsys.readouterr().err.splitlines() if told.startswith(f"step {last}/")]
+    assert "loss" not in shown and "left" not in shown  # no step has been done yet
     again, _ = run(tmp_path, preview_every=last, save_every=last)
     assert again.previews == [STEPS]  # of a finished run, for its scores
 

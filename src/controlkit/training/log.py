@@ -79,11 +79,11 @@ class RunLog:
         Args:
             scored: how the samples of the scores were generated.
         """
-        seconds = time.monotonic() - self._started
-        left = seconds / max(1, step - self._first) * (self.steps - step)
+        done, seconds = step - self._first, time.monotonic() - self._started
+        left = f"  {clock(seconds / done * (self.steps - step))} left" if done else ""
         shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
         beside = f" ({scored})" if scored else ""
-        print(f"step {step}/{self.steps}  {shown}{beside}  {clock(left)} left", file=sys.stderr, flush=True)
+        print(f"step {step}/{self.steps}  {shown}{beside}{left}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Flush and close."""

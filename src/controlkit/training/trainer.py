@@ -320,16 +320,17 @@ class _Loop:
 
     def _log(self, done: int, *, previewed: bool) -> None:
         scored = self.objective.preview_settings if self.scores else {}
+        loss = {} if math.isnan(self._loss) else {"loss": self._loss}  # a resumed run has none before its first step
         self.log.write(
             done,
             {
-                "loss": self._loss,
+                **loss,
                 **(self.scores if previewed else {}),
                 "learning_rate": self.schedule.at(done - 1),
             },
             {"preview": scored} if previewed and scored else {},
         )
-        self.log.progress(done, {"loss": self._loss, **self.scores}, in_words(scored) if scored else "")
+        self.log.progress(done, {**loss, **self.scores}, in_words(scored) if scored else "")
 
     def _is_saved(self, done: int) -> bool:
         # With patience, a resumed run needs the state of every preview that has been judged.
