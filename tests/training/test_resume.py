@@ -370,6 +370,18 @@ def test_memory_that_does_not_suffice_for_a_preview_costs_no_step(tmp_path, monk
     assert toy.steps_seen[0] == 2 and toy.previews[0] == 4
 
 
+def test_training_leaves_the_random_state_of_its_caller(tmp_path):
+    before = torch.get_rng_state()
+
+    def reseeds(loss):
+        torch.manual_seed(7)  # as dropout does
+        return loss
+
+    recipe = toy_recipe(tmp_path, 2)
+    train(lambda: Toy(recipe, {1: reseeds}), recipe)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("last", [2, STEPS])
 def test_a_preview_that_a_kill_prevented_is_made_when_the_run_is_resumed(last, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched, pytest.raises(KeyError):

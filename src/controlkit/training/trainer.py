@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 
+from controlkit.bases.load import choose_device
 from controlkit.errors import Interrupted, UserError, is_out_of_memory
 from controlkit.files import writable_folder, write_json
 from controlkit.sampling.settings import in_words
@@ -68,7 +69,10 @@ def train(
             stays).
         Interrupted: a signal ended the run.
     """
-    with run_folder(recipe):
+    device = choose_device(recipe.device)
+    seeded = [device] if device.type == "cuda" else []
+    # Dropout and new networks seed torch's own generators, which are the caller's.
+    with run_folder(recipe), torch.random.fork_rng(seeded):
         return _Loop(objective if isinstance(objective, Objective) else objective(), recipe, on_step).run()
 
 
