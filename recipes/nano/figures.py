@@ -106,6 +106,11 @@ FIGURES: dict[str, Figure | Speed] = {
         speed.ratio_of("adapter_training-sd15-256-cpu-no-checkpointing", "reference_to_ours")
     ),
     "speed.adapter-ratio-h200": Speed(speed.ratio_of("adapter_training-sd15-512-cuda-batch-4", "reference_to_ours")),
+    "speed.controlnet-ratio-h200": Speed(
+        speed.ratio_of("controlnet_training-sd15-512-cuda-batch-4", "reference_to_ours")
+    ),
+    "speed.ctrlora-ratio-h200-1": Speed(speed.ratio_of("ctrlora_sampling-sd15-512-cuda", "reference_to_plan")),
+    "speed.ctrlora-ratio-h200-4": Speed(speed.ratio_of("ctrlora_sampling-sd15-512-cuda", "reference_to_plan", case=1)),
     "speed.controlnet-ratio": Speed(speed.ratio_of("controlnet_training-sd15-256-cpu", "reference_to_ours")),
     "speed.peak": Speed(speed.peak_of("+ frozen weights in bf16")),
     "speed.peak-checkpointing": Speed(speed.peak_of("+ gradient checkpointing")),

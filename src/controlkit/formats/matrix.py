@@ -20,12 +20,12 @@ from controlkit.formats.native import formats_of
 
 _COLUMNS = (
     "system",
-    "trains as",
-    "takes",
-    "acts by",
-    "modes by site, masks",
+    "in recipes",
+    "input",
+    "mechanism",
+    "per-layer weights, masks",
     "file formats",
-    "to another base",
+    "on other bases",
     "bases",
 )
 
@@ -46,7 +46,7 @@ class Support:
     companion: str | None
     """Short name of the control that it depends on."""
     offset: bool
-    """Whether offset transfer moves it, or its companion, to another base; as it is it runs on every base that fits."""
+    """Whether `transfer` moves it, or its companion, to another base; unchanged it runs on every base that fits."""
     bases: tuple[str, ...]
     """`nano` and well-known bases for which it can be made."""
 
@@ -68,7 +68,7 @@ class Support:
             ", ".join(flag.name.lower() for flag in self.acts if flag.name),
             "yes" if self.weighted_by_site else "no",
             ", ".join(formats),
-            f"as it is, or by offset{beside}" if self.offset else "as it is",
+            f"unchanged, or by `transfer`{beside}" if self.offset else "unchanged",
             ", ".join(self.bases) or "none",
         )
 
