@@ -82,8 +82,8 @@ class Figure:
         """
         base, now = results.base_of(self.file), results.base_of("base")
         if not self.block:
-            return f"{self.make(results)}{' (on earlier weights)' if base != now else ''}"
-        earlier = f"\n\nMeasured on nano as it was before (base {base})." if base != now else ""
+            return f"{self.make(results)}{' (earlier nano weights)' if base != now else ''}"
+        earlier = f"\n\nMeasured with earlier weights of nano (base {base})." if base != now else ""
         return f"\n\n{self.make(results)}{earlier}\n\n"
 
 

@@ -232,8 +232,8 @@ def test_a_figure_follows_its_json_and_figures_of_an_earlier_base_say_so(tmp_pat
     )
     text, missing = pages.render(page, results_of.Results(tmp_path))
     assert "0.805<!-- /nano -->" in text and missing == []
-    assert f"Measured on nano as it was before (base {earlier})." in text
-    assert "(on earlier weights)<!-- /nano -->" in text
+    assert f"Measured with earlier weights of nano (base {earlier})." in text
+    assert "(earlier nano weights)<!-- /nano -->" in text
     changed = pages.changed_figures(page, text)
     assert (changed[0], changed[2]) == ("base.top5: 0.66 -> 0.805", "canny.table: table")
     assert pages.render("a <!-- nano:several.table -->x<!-- /nano -->", results_of.Results(tmp_path))[1] == [
@@ -553,7 +553,7 @@ def test_new_weights_are_adopted_with_all_that_follows_from_them(repository, tmp
         if pages.marked(text):
             rendered, missing = pages.render(text, results)
             assert rendered == text and set(missing) <= NOT_OF_TRIALS
-            assert "as it was before" not in text
+            assert "earlier weights of nano" not in text
 
     for path in adopted_files(repository):
         assert str(tmp_path).encode() not in path.read_bytes(), path
