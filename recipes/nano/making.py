@@ -59,6 +59,8 @@ TOGETHER = {
     "ctrlora-full": "palette",
 }
 """Systems that are sampled together with another control => the adapter that is the other one."""
+WITH_CANNY = ("palette", "nano/grayscale", "silhouette", "pixel")
+"""Adapters that are sampled together with the canny ControlNet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,8 @@ class MakeSettings:
     """Settings of the study several-conditions."""
     community_model: tuple[str, ...] = ()
     """Settings of the study community-model."""
+    several_canny: tuple[str, ...] = ("images=16", "timed=[1]")
+    """Settings of the study several-conditions of the canny ControlNet with adapters."""
     several_systems: tuple[str, ...] = ("images=16", "timed=[1]")
     """Settings of the study several-conditions of other systems."""
     task_instructions: tuple[str, ...] = ("images=24",)

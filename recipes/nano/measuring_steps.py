@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from chart import draw_systems
-from making import ADAPTERS, BASE_CONDITIONS, RECIPES, TOGETHER, MakeSettings, npm_pack, system_file, system_log
+from making import (
+    ADAPTERS,
+    BASE_CONDITIONS,
+    RECIPES,
+    TOGETHER,
+    WITH_CANNY,
+    MakeSettings,
+    npm_pack,
+    system_file,
+    system_log,
+)
 from pages import marked, pages, render, without_figures
 from results import Results
 from steps import Outcome, Step, digest
@@ -231,6 +241,14 @@ class MeasuringSteps:
                 minutes=55,
             ),
             self._study("several", "several-conditions", _set(chosen.several_conditions), adapters, {}, minutes=15),
+            self._study(
+                "several-canny",
+                "several-conditions",
+                _set((*chosen.several_canny, f"mixes=[{','.join(f'canny+{name}' for name in WITH_CANNY)}]")),
+                (self.shop.control("canny"), *adapters),
+                {"images": "together.png"},
+                minutes=5,
+            ),
             self._study(
                 "several-systems",
                 "several-conditions",

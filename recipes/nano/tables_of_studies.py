@@ -158,12 +158,16 @@ def convergence_table(results: Results) -> str:
     return table(("condition", "kind", "steps of the adapter", "steps of the ControlNet"), rows)
 
 
-def several_table(results: Results) -> str:
-    """Two adapters at once."""
-    rows = [
-        [mix.replace("+", " + "), name, *map(two, values)] for mix, name, *values in results.report("several")["rows"]
-    ]
-    return table(("mix", "condition", "alone", "together", "under the others alone"), rows)
+def several_table(file: str) -> Callable[[Results], str]:
+    """Two controls at once."""
+
+    def make(results: Results) -> str:
+        rows = [
+            [mix.replace("+", " + "), name, *map(two, values)] for mix, name, *values in results.report(file)["rows"]
+        ]
+        return table(("mix", "condition", "alone", "together", "under the other alone"), rows)
+
+    return make
 
 
 _MEAN_OF_STYLES, _TEXT_ENCODERS = -2, -1

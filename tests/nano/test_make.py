@@ -491,6 +491,7 @@ SMALL = {
     "gligen_steps": "2",
     "unicontrol_steps": "2",
     "several_systems": "[images=2, sampling_steps=2, 'timed=[1]']",
+    "several_canny": "[images=2, sampling_steps=2, 'timed=[1]']",
     "task_instructions": "[images=2, sampling_steps=2]",
     "scenes": "2",
     "convergence": "[images=2, sampling_steps=2, 'budgets=[1,2]', pairs=6, batch_size=2, rank=2]",
