@@ -189,7 +189,7 @@ def text_encoder_table(results: Results) -> str:
     for name, *_, closed, backgrounds in report["rows"]:
         control, _, model = name.partition(": ")
         rows.append([f"`{control}`", model, two(closed), two(backgrounds)])
-    return table(("control", "model", "gap closed", "background as asked"), rows)
+    return table(("control", "model", "gap closed", "background colour correct"), rows)
 
 
 def community_distances(results: Results) -> str:

@@ -32,7 +32,7 @@ def _icons(folder, count: int = 20) -> list:
 def test_pairs_are_made_trained_on_stopped_resumed_and_compared(page, served, tmp_path):
     page.click_text("button[role=tab]", "Pairs")
     page.fill("#pairs-name textarea, #pairs-name input", "shapes")
-    page.click_text("button[role=tab]", "Make pairs of images")
+    page.click_text("button[role=tab]", "Make pairs from images")
     page.upload("#pairs-images", *_icons(tmp_path))
     page.until(lambda: "shape19" in page.text("#pairs-images"), "uploads")
     page.click("#pairs-make")

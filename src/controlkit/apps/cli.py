@@ -107,7 +107,11 @@ class _PrintCompletion(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = _Parser(prog="controlkit", description="Spatial controls for text-to-image diffusion models.")
+    parser = _Parser(
+        prog="controlkit",
+        description="Spatial controls for text-to-image diffusion models.",
+        epilog="Begin with: controlkit demo. Examples of a verb: controlkit VERB --help. Documentation: docs/.",
+    )
     parser.add_argument("--version", action="version", version=f"controlkit {__version__}")
     parser.add_argument(
         "--print-completion",

@@ -246,7 +246,7 @@ def _list(as_json: bool) -> None:
     if as_json:
         print_json([_facts(c) for c in everything])
         return
-    rows = [("name", "needs", "what it is")]
+    rows = [("name", "needs", "description")]
     rows += [(c.name, "a model" if c.requires else "nothing", c.summary) for c in everything]
     first, second = (max(len(row[place]) for row in rows) + 2 for place in (0, 1))
     # Lines are cut on a terminal only, so that grep finds every word.

@@ -1,4 +1,4 @@
-"""generate images from a drawing with nano, in seconds
+"""generate 20 images from a drawing with nano
 
 controlkit demo
 """

@@ -4,6 +4,7 @@
         --control canny=drawing.png@0.9:0-0.8 --seeds 4 --out images
     controlkit generate "red apple" --control canny=drawing.png@0.8,mode=guess,mask=left.png,low=50
     controlkit generate "red apple" --control canny=drawing.png --xy weight=0.5,1 --xy guidance=1,3,5
+    controlkit generate "a red house" --base sd15.safetensors --control control_v11p_sd15_canny.pth=edges.png --prepared
     controlkit generate --from images/settings.json --steps 50
 
 The image of a control may have any size: it is scaled to cover the result and center-cropped. Options of a control:

@@ -1,4 +1,4 @@
-"""show what a file, control, base or system contains: kind, tensors, parameters, operations, metadata
+"""show what a file, control, base or system contains
 
 controlkit inspect
 controlkit inspect canny

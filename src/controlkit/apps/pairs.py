@@ -1,4 +1,4 @@
-"""compute training pairs from images, or check pairs; run again to resume
+"""make training pairs from images, or check pairs; run again to resume
 
     controlkit pairs photos --conditions canny,palette --size 512 --out pairs
     controlkit pairs --check pairs

@@ -1,11 +1,11 @@
-"""serve images over HTTP: the APIs of A1111, OpenAI and one of its own
+"""serve image generation over HTTP: A1111's API, OpenAI's and its own
 
     controlkit serve
     controlkit serve --base models/ --controls controls/ --loras loras/
     CONTROLKIT_TOKEN=... controlkit serve --host 0.0.0.0
 
 The folders are listed once, at the start. Clients name models by file name, without suffix. docs/server.md says what to
-enter in each client. Requests wait in a file, so that none is lost if the server ends.
+enter in each client. Waiting requests are kept in a file and survive a restart.
 """
 
 from __future__ import annotations

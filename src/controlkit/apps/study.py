@@ -18,7 +18,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from controlkit.apps.show import add_json, print_json, print_table
+from controlkit.apps.show import add_json, as_written, print_json, print_table
 from controlkit.errors import UserError
 from controlkit.progress import is_verbose
 
@@ -140,5 +140,5 @@ def _list_settings(name: str, kind: type, as_json: bool) -> None:
     if as_json:
         print_json([vars(setting) for setting in settings])
         return
-    rows = [(setting.name, str(setting.default), setting.what) for setting in settings]
-    print_table(f"Settings of {name}", ("setting", "default", "what it is"), rows)
+    rows = [(setting.name, as_written(setting.default), setting.what) for setting in settings]
+    print_table(f"Settings of {name}", ("setting", "default", "description"), rows)

@@ -1,10 +1,13 @@
 """train any system from a YAML recipe; run again to resume
 
     controlkit train recipes/nano/controlnet-canny.yaml --set steps=3000
+    controlkit train recipes/sd15/controlnet.yaml --set pairs=pairs/canny --set condition=canny
     controlkit train ctrlora-adapter        # list the settings of a system
 
-Systems: controlnet, ctrlora-base, ctrlora-adapter, ctrlora-full, base, autoencoder, ... (docs/training.md). A recipe of
-a control has `icons`, `scenes`, `multigen` or `pairs` as its source of data.
+Systems: controlnet, controlnet-lite, controlnet-mlp, controlnet-precomputed, controlnet-sd3, controlnet-xs, ctrlora-base,
+ctrlora-adapter, ctrlora-full, gligen, t2i-adapter, uni-controlnet-global, uni-controlnet-local, unicontrol; autoencoder and
+base for nano. docs/training.md describes them. A recipe of a control has `icons`, `scenes`, `multigen` or `pairs` as its
+source of data.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from controlkit.apps.show import add_json, print_json, print_table
+from controlkit.apps.show import add_json, as_written, print_json, print_table
 from controlkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,10 +79,10 @@ def _list(kind: type[Recipe], as_json: bool) -> None:
     rows = [
         (
             each.name,
-            "required" if each.required else str(each.default),
+            "required" if each.required else as_written(each.default),
             "" if found == everywhere else ", ".join(found),
             each.what,
         )
         for each, found in sorted(listed.values(), key=lambda row: row[1] != everywhere)
     ]
-    print_table(kind.__doc__ or "", ("setting", "default", "only with", "what it is"), rows)
+    print_table(kind.__doc__ or "", ("setting", "default", "only with", "description"), rows)

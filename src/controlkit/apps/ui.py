@@ -1,4 +1,4 @@
-"""open a web page: generate, make pairs, train and compare in the browser
+"""serve the same with a web page: generate, make pairs, train, compare
 
     controlkit ui
     controlkit ui --base models/ --controls controls/

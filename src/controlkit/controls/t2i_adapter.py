@@ -69,7 +69,7 @@ class AdapterTraining(Options):
     random weights."""
     time_sampling: str | None = "cubic"
     """Distribution of training times: `cubic` favours noisy ones, at which the layout is decided (Mou et al. 2024,
-    section 3.3); `uniform`; `logit-normal`. None is the base's own."""
+    section 3.3); `uniform`; `logit-normal`. null is the base's own."""
 
 
 @control

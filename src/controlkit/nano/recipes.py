@@ -54,16 +54,16 @@ class BaseRecipe(Recipe):
     start: str | None = None
     """The base to start from, `nano` or a diffusers folder, with its own channels and text settings."""
     styles: tuple[str, ...] | None = None
-    """Styles of icons to train on; None for all four. A single one gives a community model of a base."""
+    """Styles of icons to train on; null for all four. A single one gives a community model of a base."""
     concepts: str | None = None
-    """Text file of the concepts to train on, one per line; None for all drawable ones."""
+    """Text file of the concepts to train on, one per line; null for all drawable ones."""
     least_scale: float = LEAST_SCALE
     """Minimum side of an icon as a fraction of the drawing's."""
     time_sampling: str | None = None
-    """Distribution of training times: `uniform`, `cubic` (more noisy ones) or `logit-normal` (more in the middle). None
+    """Distribution of training times: `uniform`, `cubic` (more noisy ones) or `logit-normal` (more in the middle); null
     is the base's own: uniform for Stable Diffusion and nano."""
     snr_gamma: float | None = None
-    """Gamma of min-SNR loss weighting, above 0 (5 in Hang et al. 2023); None weights all times equally."""
+    """Gamma of min-SNR loss weighting, above 0 (5 in Hang et al. 2023); null weights all times equally."""
     channels: tuple[int, ...] = (48, 96, 160)
     """Channels of the UNet at each resolution."""
     attention: tuple[bool, ...] = (False, True, True)

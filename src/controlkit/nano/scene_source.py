@@ -31,7 +31,7 @@ class SceneSettings(ControlRecipe):
     scenes: str
     """File of rendered icons (`recipes/nano/build_pictures.py`), of which scenes are composed."""
     concepts: str | None = None
-    """File of the concepts to draw, one per line; None for all but the held-out ones."""
+    """File of the concepts to draw, one per line; null for all but the held-out ones."""
     box_drop: float = 0.1
     """Fraction of samples without boxes, for the unconditional branch of guidance (0.1 in gligen/GLIGEN)."""
 

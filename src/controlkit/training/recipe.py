@@ -75,7 +75,7 @@ class Recipe:
     batch_size: int = 32
     """Images per step."""
     gradient_accumulation_steps: int | None = None
-    """Batches per optimiser step, whose gradients are averaged; None is 1."""
+    """Batches per optimiser step, whose gradients are averaged; null for 1."""
     learning_rate: float = 3e-4
     """Peak learning rate of AdamW."""
     warmup_steps: int | None = None
@@ -196,10 +196,10 @@ class ControlRecipe(Recipe, ABC):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: much less memory, about a third more time."""
     time_sampling: str | None = None
-    """Distribution of training times: `uniform`, `cubic` (more noisy ones) or `logit-normal` (more in the middle). None
+    """Distribution of training times: `uniform`, `cubic` (more noisy ones) or `logit-normal` (more in the middle); null
     is the base's own: uniform for Stable Diffusion and nano."""
     snr_gamma: float | None = None
-    """Gamma of min-SNR loss weighting, above 0 (5 in Hang et al. 2023); None weights all times equally."""
+    """Gamma of min-SNR loss weighting, above 0 (5 in Hang et al. 2023); null weights all times equally."""
     prompt_drop: float = 0.5
     """Fraction of prompts replaced by the empty prompt."""
     score_pictures: int = 32
@@ -248,7 +248,7 @@ class OneCondition(ControlRecipe):
     condition: str
     """Name of the condition (`controlkit condition --list`)."""
     name: str | None = None
-    """Name of the control and of its file; None for the name of the condition."""
+    """Name of the control and of its file; null for the name of the condition."""
 
     @property
     def condition_names(self) -> tuple[str, ...]:

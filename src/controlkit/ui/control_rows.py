@@ -133,6 +133,7 @@ def control_row(index: int, catalogue: Catalogue, *, visible: bool, control: str
                 sources=("upload", "clipboard"),
                 brush=gr.Brush(colors=["#000000", "#ffffff"], default_color="#000000", default_size=8),
                 elem_id=f"control-{number}-image",
+                elem_classes="control-image",
                 buttons=[],
                 scale=3,
                 min_width=340,

@@ -76,7 +76,7 @@ class _Tab:
                     FIRST_PROMPT if shows_nano else "", label="Prompt", lines=2, elem_id="prompt", max_length=10_000
                 )
                 with gr.Row():
-                    self.draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=3)
+                    self.draw = gr.Button("Generate", variant="primary", elem_id="draw", scale=3)
                     self.cancel = gr.Button("Cancel", elem_id="cancel", scale=1, min_width=80)
                 self.rows = self._rows()
                 self.add = gr.Button("Add a control", size="sm", elem_id="add-control")
@@ -152,7 +152,7 @@ class _Tab:
                 key = gr.Dropdown(["none", *AXES], value=setting, label=f"{name}: setting", min_width=140, scale=1)
                 text = gr.Textbox(values, label=f"{name}: values", info="comma, or | between", min_width=180, scale=2)
             self.axes.append((key, text))
-        self.draw_sheet = gr.Button("Draw the sheet", elem_id="draw-sheet")
+        self.draw_sheet = gr.Button("Generate the sheet", elem_id="draw-sheet")
         self.sheet = gr.Image(
             label="Sheet", interactive=False, type="filepath", format="png", elem_id="sheet", buttons=["download"]
         )
@@ -280,7 +280,7 @@ class _Tab:
             found = await self.client.condition_image(sized, condition, parameters)
         except Exception as error:
             return None, error_html(sentence(error), _OF_CONDITION)
-        # What was wrong with a condition image is not any more; other messages stay, errors of Draw among them.
+        # What was wrong with a condition image is not any more; other messages stay, errors of Generate among them.
         return found, "" if _OF_CONDITION in (values[self.message] or "") else gr.skip()
 
     def _take(self, result: dict[str, Any] | None, index: int) -> tuple[Any, Any]:
@@ -465,7 +465,7 @@ class _Tab:
                 parameters += [gr.skip()] * len(row.parameters.outputs)
                 continue
             use = stored.controls[index]
-            # Draw checks the value against the slider's ends.
+            # Generate checks the value against the slider's ends.
             weight = gr.update(value=use["weight"], minimum=min(0, use["weight"]), maximum=max(2, use["weight"]))
             values += [gr.update(visible=True), use["control"], weight, use["start"], use["end"]]
             values += [use["mode"] or OWN_MODE, use["prepared"]]

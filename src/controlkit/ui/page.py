@@ -25,6 +25,8 @@ _EVENTS_AT_ONCE = 32
 _CSS = """
 .control-row { border-left: 3px solid var(--color-accent); }
 .pixels img { width: 100%; height: 100%; object-fit: contain; }
+/* The editor centres its image once, by the width it has before the condition image beside it is there. */
+@media (min-width: 768px) { .control-image { max-width: 60%; } }
 .pixels img, #results img, #slider img { image-rendering: pixelated; }
 #message:empty, #message .prose:empty { display: none; }
 .error { color: #b91c1c; background: #fef2f2; border: 1px solid #fecaca; border-radius: 8px; padding: 8px 12px; }

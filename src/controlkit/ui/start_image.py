@@ -36,10 +36,10 @@ class StartFields:
                 elem_id="start-image",
                 buttons=[],
             )
-            self.take = gr.Button("Take the selected result", size="sm", elem_id="start-take")
+            self.take = gr.Button("Use the selected result", size="sm", elem_id="start-take")
             with gr.Row():
                 self.strength = gr.Slider(
-                    0, 1, 0, step=0.05, label="Strength", info="0: 0.8, or 1 with a mask; more changes more",
+                    0, 1, 0, step=0.05, label="Strength", info="higher changes more; 0: 0.8, or 1 with a mask",
                     elem_id="start-strength", min_width=180,
                 )  # fmt: skip
                 self.blur = gr.Number(0, label="Mask blur", info="in pixels", elem_id="start-blur", min_width=110)

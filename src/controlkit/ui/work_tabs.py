@@ -34,7 +34,7 @@ def pairs_tab(place: Workplace) -> None:
             with gr.Tab("Upload a ZIP of pairs"):
                 archive = gr.File(label="ZIP in any format of docs/pairs.md", file_types=[".zip"], elem_id="pairs-zip")
                 unpack = gr.Button("Upload and check", variant="primary", elem_id="pairs-unpack")
-            with gr.Tab("Make pairs of images", elem_id="pairs-make-tab"):
+            with gr.Tab("Make pairs from images", elem_id="pairs-make-tab"):
                 images = gr.File(
                     label="Images, and a .txt file with the caption of each", file_count="multiple",
                     elem_id="pairs-images", height=180, file_types=["image", ".txt"],

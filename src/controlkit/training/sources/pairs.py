@@ -41,7 +41,7 @@ class PairSettings(ControlRecipe):
     pairs: str
     """Pairs in any layout of docs/pairs.md."""
     image_column: str | None = None
-    """Image column if `pairs` is a table (JSON lines, CSV, Parquet); None finds it by name."""
+    """Image column if `pairs` is a table (JSON lines, CSV, Parquet); null finds it by name."""
     conditioning_image_column: str | None = None
     """The same for condition images."""
     caption_column: str | None = None
