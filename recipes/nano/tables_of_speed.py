@@ -163,10 +163,10 @@ _WAYS = {
     "+ gradient checkpointing": "+ gradient checkpointing",
     "+ 8-bit optimiser": "+ 8-bit optimiser",
     "ours, bf16, base as a graph": "`precision: bf16`, base as a CUDA graph",
-    "ControlNet, float32, nothing saved": "whole ControlNet, float32",
-    "ControlNet, bf16": "whole ControlNet, bf16",
-    "ControlNet, bf16, base as a graph": "whole ControlNet, bf16, base as a CUDA graph",
-    "ControlNet, all switches": "whole ControlNet, all switches",
+    "ControlNet, float32, nothing saved": "full ControlNet, float32",
+    "ControlNet, bf16": "full ControlNet, bf16",
+    "ControlNet, bf16, base as a graph": "full ControlNet, bf16, base as a CUDA graph",
+    "ControlNet, all switches": "full ControlNet, all switches",
 }
 
 

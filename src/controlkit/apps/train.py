@@ -4,10 +4,10 @@
     controlkit train recipes/sd15/controlnet.yaml --set pairs=pairs/canny --set condition=canny
     controlkit train ctrlora-adapter        # list the settings of a system
 
-Systems: controlnet, controlnet-lite, controlnet-mlp, controlnet-precomputed, controlnet-sd3, controlnet-xs, ctrlora-base,
-ctrlora-adapter, ctrlora-full, gligen, t2i-adapter, uni-controlnet-global, uni-controlnet-local, unicontrol; autoencoder and
-base for nano. docs/training.md describes them. A recipe of a control has `icons`, `scenes`, `multigen` or `pairs` as its
-source of data.
+Systems: controlnet, controlnet-lite, controlnet-mlp, controlnet-precomputed, controlnet-sd3, controlnet-xs,
+ctrlora-base, ctrlora-adapter, ctrlora-full, gligen, t2i-adapter, uni-controlnet-global, uni-controlnet-local,
+unicontrol; autoencoder and base for nano. docs/training.md describes them. A recipe of a control has `icons`, `scenes`,
+`multigen` or `pairs` as its source of data.
 """
 
 from __future__ import annotations
