@@ -47,6 +47,7 @@ FIGURES: dict[str, Figure | Speed] = {
     "systems.table": Figure("systems", systems.systems_table, block=True),
     "adapters.table": Figure("adapters", nano.adapters_table, block=True),
     "quick-start.gap": Figure("quick-start", lambda r: two(r.report("quick-start")["rows"][0][4])),
+    "quick-start.base": Figure("quick-start", lambda r: two(r.report("quick-start", "base control")["rows"][0][4])),
     "new-condition.budgets": Figure("new-condition", studies.budgets_table, block=True),
     "new-condition.claims": Figure("new-condition", studies.claims_table, block=True),
     "new-condition.ablation": Figure("new-condition", studies.ablation_table, block=True),

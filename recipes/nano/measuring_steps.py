@@ -347,7 +347,14 @@ class MeasuringSteps:
             named = ["--control", "nano/base", "--name", "mine", "--steps", steps, "--out", str(adapter)]
             self.shop.run(["adapt", of_palette, *named])
             file = str(adapter / "mine.safetensors")
-            return self.shop.report("quick-start", {"default": ["evaluate", "control", file, "--pairs", of_palette]})
+            held_out = ["--pairs", of_palette]
+            return self.shop.report(
+                "quick-start",
+                {
+                    "default": ["evaluate", "control", file, *held_out],
+                    "base control": ["evaluate", "control", "nano/base", *held_out],
+                },
+            )
 
         return Step(
             name="quick-start",
@@ -355,6 +362,7 @@ class MeasuringSteps:
             inputs=(*self.shop.base, self.shop.control("nano/base"), self.shop.assets / "evaluation", script),
             outputs=(self.shop.results / "quick-start.json",),
             settings={"steps": steps},
+            version=2,
             run=run,
             minutes=2,
         )

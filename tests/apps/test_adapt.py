@@ -222,6 +222,18 @@ def test_an_adapter_can_be_judged_on_its_held_out_pairs_later(pairs, base_contro
         check(capsys.readouterr().err, code, *facts)
 
 
+def test_a_base_control_is_judged_on_pairs_by_their_condition(pairs, base_control, base_folder, tmp_path, capsys):
+    command = ["evaluate", "control", str(base_control), "--base", str(base_folder), "--json"]
+    assert main([*command, "--pairs", str(pairs)]) == 2  # which do not record their condition
+    check(capsys.readouterr().err, "missing-setting", "records no condition")
+    made = str(tmp_path / "made")
+    assert main(["pairs", str(pairs / "target"), "--conditions", "canny", "--size", "64", "--out", made]) == 0
+    capsys.readouterr()
+    assert main([*command, "--pairs", made]) == 0
+    (report,) = json.loads(capsys.readouterr().out)["reports"]
+    assert report["title"].startswith("canny: edge F1") and len(report["rows"]) == 1
+
+
 def test_pairs_of_another_size_than_they_are_drawn_at_are_told_of(pairs, base_control, base_folder, tmp_path, capsys):
     assert adapt(pairs, base_control, base_folder, tmp_path / "run") == 0
     assert "note: condition images" not in capsys.readouterr().err

@@ -59,6 +59,8 @@ def test_bare_controlkit_prints_its_help(capsys):
         (["study", "new-conditon"], ["new-condition"]),
         (["evaluate", "controls", "canny"], ["'controls'", "control"]),
         (["generate", "x", "--stps", "3"], ["--stps", "--steps"]),
+        (["generate", "x", "--neg", "y"], ["no option --neg;", "--negative-prompt"]),
+        (["evaluate", "control", "canny", "--condition", "x"], ["no option --condition;"]),
         (["adapt", "--train_batch_size", "4", "--max_train_steps=10"], ["--batch-size", "--steps"]),
         (["train", "recipe.yaml", "--max_train_steps", "10"], ["--set steps="]),
         (["train", "recipe.yaml", "--train_batch_size", "4"], ["--set batch_size="]),
@@ -95,7 +97,7 @@ def test_hints_name_options_that_exist():
 
 
 def test_options_that_are_known_or_come_behind_two_dashes_get_no_hint():
-    assert habits.explain(verbs(), ["generate", "x", "--neg", "y", "--", "--cfg"]) is None
+    assert habits.explain(verbs(), ["generate", "x", "--negative-prompt", "y", "--", "--cfg"]) is None
     assert habits.explain(verbs(), ["--cfg"]) is None
 
 

@@ -78,6 +78,10 @@ _VERB_HABITS = {
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any) -> None:
+        # Abbreviated, an option that a verb lacks is taken for another one: `--condition` for a column.
+        super().__init__(**{"allow_abbrev": False, **settings})
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)", "usage")
 

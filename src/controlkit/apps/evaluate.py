@@ -264,6 +264,7 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
             raise UserError(f"--pairs have one condition: evaluate one control, not {len(controls)}", "contradiction")
         ((name, control),) = controls.items()
         _check_condition(name, control, pairs, args.pairs)
+        control.condition = control.condition or pairs[0].condition  # a base control has none
         called = "pairs" if getattr(args, "share", None) == 1 else "held-out pairs"
         report, sheet = evaluate_control(base, control, [pairs_eval_set(pairs, base.size, called)], **settings)
     elif len(controls) == 1:

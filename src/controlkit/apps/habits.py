@@ -110,7 +110,8 @@ def _answer(verbs: Mapping[str, argparse.ArgumentParser], verb: str, option: str
         return f"{option}: use {_FORM.get(ours, f'--{ours}')}"
     if ours in _positional(verbs[verb]):
         return f"{option}: {ours} takes no option: controlkit {verb} {ours.upper()}"
-    if close := get_close_matches(f"--{name}", known, n=3, cutoff=0.7):
+    begun = [each for each in known if each.startswith(f"--{name}")]
+    if close := begun[:3] or get_close_matches(f"--{name}", known, n=3, cutoff=0.7):
         return f"there is no option {option}; did you mean {', '.join(close)}?"
     if (settings := _settings_of(verb)) is not None:
         setting = _SETTINGS.get(name, ours.replace("-", "_"))
@@ -145,6 +146,5 @@ def _positional(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _is_known(parser: argparse.ArgumentParser, option: str) -> bool:
-    """Whether argparse takes it: an option, or the beginning of one only."""
-    known = _options(parser)
-    return option in known or sum(each.startswith(option) for each in known) == 1
+    """Whether argparse takes it. Abbreviations are not taken: an unknown option could be one of another option."""
+    return option in _options(parser)
