@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import threading
 
 import pytest
 
@@ -74,6 +75,26 @@ def test_the_file_does_not_grow_with_the_number_of_requests(tmp_path):
     assert sizes[-1] <= max(sizes[:10])
 
 
+def test_the_file_returns_the_space_of_what_is_removed(tmp_path):
+    def blank():
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return db.execute("PRAGMA freelist_count").fetchone()[0], (tmp_path / "queue.sqlite").stat().st_size
+
+    queue = store(tmp_path)
+    db = queue._db
+    names = [queue.submit("detect", {}, {"image": b"x" * 2_000_000}).id for _ in range(2)]
+    assert blank()[1] > 4_000_000
+    for name in names:
+        queue.begin()
+        queue.finish(name, "done", files={"images": [b"x" * 500_000]})
+    free, size = blank()
+    assert free == 0 and 1_000_000 < size < 1_500_000
+    for name in names:
+        queue.remove(name)
+    free, size = blank()
+    assert free == 0 and size < 200_000
+
+
 def test_a_killed_server_begins_again_what_it_ran_and_keeps_the_order(tmp_path):
     names = submit(store(tmp_path), 3)
     db = store(tmp_path)
@@ -112,6 +133,23 @@ def test_cancelling(tmp_path):
     db.finish(running, "done")
     assert db.get(running).state == "cancelled"  # ended once
     assert db.cancel("unknown") is None
+
+
+def test_a_request_that_is_being_cancelled_is_not_begun(tmp_path, monkeypatch):
+    db = store(tmp_path)
+    (name,) = submit(db)
+    finish, begun = db.finish, []
+    thread = threading.Thread(target=lambda: begun.append(db.begin()))
+
+    def finish_late(*values):
+        thread.start()
+        thread.join(0.2)  # `begin` has the time to take it, if nothing keeps it from that
+        finish(*values)
+
+    monkeypatch.setattr(db, "finish", finish_late)
+    assert db.cancel(name).state == "cancelled"
+    thread.join()
+    assert begun == [None]
 
 
 def test_options_stay(tmp_path):

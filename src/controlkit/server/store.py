@@ -238,22 +238,29 @@ class Store:
                 " ORDER BY finished DESC, sequence DESC LIMIT -1 OFFSET ?)",
                 (name, self._kept),
             )
+        self._shrink()
+
+    def _shrink(self) -> None:
+        """Return the pages of deleted rows to the disk."""
         with self._lock:
-            self._db.execute("PRAGMA incremental_vacuum").fetchall()
+            # `execute` would free one page: the pragma frees one at each step, and returns no row.
+            self._db.executescript("PRAGMA incremental_vacuum")
 
     def remove(self, name: str) -> None:
         """Remove a request that has ended, and its files."""
         with self._transaction() as db:
             db.execute("DELETE FROM jobs WHERE id = ? AND state IN ('done', 'failed', 'cancelled')", (name,))
+        self._shrink()
 
     def cancel(self, name: str) -> Job | None:
         """Cancel a request, at once if it waits, within a step if it runs; and return it, or None if it is unknown."""
-        with self._transaction() as db:
-            db.execute("UPDATE jobs SET cancelling = 1 WHERE id = ? AND state = 'running'", (name,))
-            waiting = db.execute("SELECT 1 FROM jobs WHERE id = ? AND state = 'pending'", (name,)).fetchone()
-        if waiting:
-            self.finish(name, "cancelled")
-        return self.get(name)
+        with self._lock:  # else `begin` could take it before it is finished here, and it would run to its end
+            with self._transaction() as db:
+                db.execute("UPDATE jobs SET cancelling = 1 WHERE id = ? AND state = 'running'", (name,))
+                waiting = db.execute("SELECT 1 FROM jobs WHERE id = ? AND state = 'pending'", (name,)).fetchone()
+            if waiting:
+                self.finish(name, "cancelled")
+            return self.get(name)
 
     def get(self, name: str) -> Job | None:
         """The request of this id, or None."""
