@@ -318,6 +318,44 @@ def test_eta_is_named_where_it_would_have_an_effect(catalogue_only, sampler, eta
     assert ("eta" in order.ignored) == is_named
 
 
+@pytest.mark.parametrize("scheduler", [None, "", "Automatic"])
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        ("DPM++ 2M", "dpm++-karras"),
+        ("DPM2", "dpm2-karras"),
+        ("DPM2 a", "dpm2-a-karras"),
+        ("DPM++ 2M Karras", "dpm++-karras"),
+        ("DPM++ 2M SDE Karras", "dpm++-2m-sde-karras"),
+        ("Euler", "euler"),
+        ("Euler a", "euler-a"),
+        ("Heun", "heun"),
+        ("DDIM", "ddim"),
+    ],
+)
+def test_samplers_have_their_schedule_of_a1111(catalogue_only, name, sampler, scheduler):
+    order = order_of(catalogue_only, "txt2img", sampler_name=name, scheduler=scheduler)
+    assert (order.values["sampler"], order.notes) == (sampler, [])
+
+
+def test_a_schedule_that_is_chosen_is_used_and_one_that_is_missing_is_named(catalogue_only):
+    def sampler(**body):
+        order = order_of(catalogue_only, "txt2img", **body)
+        return order.values["sampler"], order.notes
+
+    assert sampler(sampler_name="DPM++ 2M", scheduler="Uniform") == ("dpm++", [])
+    assert sampler(sampler_name="Euler", scheduler="Karras") == ("euler-karras", [])
+    for scheduler in ("Automatic", "Exponential"):
+        found, (note,) = sampler(sampler_name="DPM++ 2M SDE", scheduler=scheduler)
+        assert found == "dpm++-2m-sde" and "exponential" in note.lower()
+
+
+def test_a_base_without_karras_spacing_keeps_the_sampler(server):
+    _, info = drawn(server, sampler_name="DPM++ 2M", scheduler="Automatic")
+    assert info["sampler_name"] == "DPM++ 2M"
+    assert any("dpm++-karras" in note for note in info["notes"])
+
+
 def test_zero_steps_and_a_zero_scale_are_refused(server):
     refused(server, "steps", code="out-of-range", steps=0)
     refused(server, "hires", code="out-of-range", enable_hr=True, hr_scale=0)

@@ -60,6 +60,8 @@ _ETA: dict[str, tuple[float, ...]] = {
     **dict.fromkeys(("euler-a", "dpm2-a", "dpm2-a-karras", "dpm++-2m-sde", "dpm++-2m-sde-karras"), (1,)),
 }
 """Sampler that has an `eta` in A1111 -> its value here."""
+_SCHEDULES = {"dpm++": "Karras", "dpm2": "Karras", "dpm2-a": "Karras", "dpm++-2m-sde": "exponential"}
+"""Sampler -> its schedule in A1111 (since 1.9) if none is chosen: modules/sd_samplers_kdiffusion.py. Others are uniform."""
 _LORA = re.compile(r"<lora:([^:<>]+)(?::([^<>]*))?>")
 _WEIGHT = re.compile(r"[+-]?(\d{1,9}(\.\d*)?|\.\d+)", re.ASCII)
 
@@ -396,7 +398,7 @@ def _sampler(body: _Body, notes: list[str]) -> str | None:
     """The sampler for A1111's sampler and scheduler; None for the base's default.
 
     Args:
-        notes: gets a note if the scheduler is not available.
+        notes: gets a note if the schedule is not available.
 
     Raises:
         UserError: there is no such sampler.
@@ -406,12 +408,17 @@ def _sampler(body: _Body, notes: list[str]) -> str | None:
         return None
     scheduler = (body.scheduler or "automatic").lower()
     found = solver_name(str(name))
+    if scheduler in ("", "automatic", "none"):
+        own = _SCHEDULES.get(found)
+        if own == "exponential":
+            notes.append(f"A1111 has an exponential schedule for {name}, which is not available here; used: uniform")
+        return f"{found}-karras" if own == "Karras" else found
     if scheduler == "karras":
         if f"{found}-karras" in SOLVERS:
             return f"{found}-karras"
         if not found.endswith("-karras"):
             notes.append(f"{name} has no Karras spacing here; used: its own")
-    elif scheduler not in ("", "automatic", "none", "uniform", "normal"):
+    elif scheduler not in ("uniform", "normal"):
         notes.append(f"there is no scheduler {body.scheduler}; used: the sampler's own")
     return found
 

@@ -23,7 +23,7 @@ from controlkit.server.service import Service
 
 router = APIRouter(prefix="/sdapi/v1", tags=["A1111"], responses=responses())
 
-_SCHEDULERS = ("automatic", "karras")
+_SCHEDULERS = ("automatic", "uniform", "karras")
 
 
 class PngInfoBody(Body):

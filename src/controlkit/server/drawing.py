@@ -345,11 +345,11 @@ def _as_the_base_can(request: GenerateRequest, base: Base) -> tuple[GenerateRequ
     """The request with a sampler and a prompt syntax that the base supports, and notes on what was replaced."""
     notes = []
     if request.sampler is not None:
-        try:
-            base.schedule.solver(request.sampler, request.steps, "cpu", base.name)
-        except UserError:
-            notes.append(f"{base.name} does not support the sampler {request.sampler}; used: {base.default_sampler}")
-            request = dataclasses.replace(request, sampler=None)
+        sampler = _supported_sampler(request.sampler, request.steps, base)
+        if sampler != request.sampler:
+            used = sampler or base.default_sampler
+            notes.append(f"{base.name} does not support the sampler {request.sampler}; used: {used}")
+            request = dataclasses.replace(request, sampler=sampler)
     if request.prompt_syntax != "plain":
         try:
             base.encode_text([""], options=TextOptions(syntax=request.prompt_syntax))
@@ -357,6 +357,17 @@ def _as_the_base_can(request: GenerateRequest, base: Base) -> tuple[GenerateRequ
             notes.append(f"{base.name} does not support weights in prompts; read as they stand")
             request = dataclasses.replace(request, prompt_syntax="plain")
     return request, notes
+
+
+def _supported_sampler(name: str, steps: int, base: Base) -> str | None:
+    """The sampler if the base supports it, else the same without Karras spacing; None if it supports neither."""
+    for each in (name, name.removesuffix("-karras")):
+        try:
+            base.schedule.solver(each, steps, "cpu", base.name)
+        except UserError:
+            continue
+        return each
+    return None
 
 
 def preview(step: Step) -> bytes | None:
