@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from controlkit.bases.clip_tokenizer import clip_tokenizer
 from controlkit.bases.prompt_encoding import Embedding, TextOptions, same_length
-from controlkit.bases.prompt_syntax import parse_weighted
+from controlkit.bases.prompt_syntax import STRONGER, WEAKER, Span, parse_weighted
 from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.images import to_tensor
 from controlkit.sampling.embeddings import read_embeddings
@@ -106,6 +106,15 @@ def test_a_break_ends_a_part_also_within_brackets_but_not_within_a_word():
         [("red ", 1), ("apple", 1.1)],
         [("blue", 1.1), (" BREAKFAST", 1)],
     ]
+
+
+def test_long_prompts_of_brackets_and_white_space_are_parsed():
+    space = " " * 9_000
+    assert parse_weighted(f"{space}a{space}BREAK{space}BREAK b") == [[Span(f"{space}a", 1)], [], [Span("b", 1)]]
+    assert parse_weighted("(" * 5_000 + "a" + ")" * 4_999) == [[Span("a", pytest.approx(STRONGER**5_000))]]
+    assert parse_weighted("[" + ":1" * 4_000) == [[Span(":1" * 4_000, WEAKER)]]
+    with refused("unsupported", "alternating"):
+        parse_weighted("[" + "|" * 9_000 + "]")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 from controlkit.errors import UserError, nearest
 
 SYNTAXES = ("plain", "weighted")
@@ -15,15 +17,15 @@ STRONGER, WEAKER = 1.1, 1 / 1.1
 _TOKEN = re.compile(
     r"\\(?P<escaped>[()\[\]\\])"
     r"|(?P<open>[(\[])"
-    r"|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"
+    r"|:\s*(?P<weight>[+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)"
     r"|(?P<close>[)\]])"
-    r"|\s*\b(?P<stop>BREAK)\b\s*"
+    r"|(?:(?<!\s)\s+)?\b(?P<stop>BREAK)\b\s*"  # white space is tried from its start only: in linear time
 )
 _ESCAPED = re.compile(r"\\[()\[\]\\]")
 _OTHER_SYNTAX = (
     (re.compile(r"<(?:lora|lyco)\s*:[^>]*>"), "use --lora FILE@WEIGHT in place of it"),
     (re.compile(r"<hypernet\s*:[^>]*>"), "hypernetworks are not supported; remove it"),
-    (re.compile(r"\[[^\[\]]*\|[^\[\]]*\]"), r"alternating words are not supported; escape the brackets (\[ \])"),
+    (re.compile(r"\[[^\[\]|]*\|[^\[\]]*\]"), r"alternating words are not supported; escape the brackets (\[ \])"),
     (
         re.compile(r"\[[^\[\]]*:\s*[\d.]+\s*\]"),
         r"prompt editing is not supported; escape the brackets (\[ \]), or write (word:weight) for a weight",
@@ -66,15 +68,12 @@ def parse_weighted(prompt: str) -> list[list[Span]]:
     """
     _check_supported(prompt)
     texts: list[str | None] = []  # None is a BREAK
-    weights: list[float] = []
+    factors: list[tuple[int, int, float]] = []  # first text, the one after the last, factor of their weights
     opened: dict[str, list[int]] = {"(": [], "[": []}
-
-    def add(text: str | None) -> None:
-        texts.append(text)
-        weights.append(1.0)
+    add = texts.append
 
     def multiply(first: int, factor: float) -> None:
-        weights[first:] = [weight * factor for weight in weights[first:]]
+        factors.append((first, len(texts), factor))
 
     place = 0
     for token in _TOKEN.finditer(prompt):
@@ -97,7 +96,17 @@ def parse_weighted(prompt: str) -> list[list[Span]]:
     for partner, factor in (("(", STRONGER), ("[", WEAKER)):
         for first in opened[partner]:
             multiply(first, factor)
-    return _parts(texts, weights)
+    return _parts(texts, _products(factors, len(texts)))
+
+
+def _products(factors: list[tuple[int, int, float]], count: int) -> list[float]:
+    """The product of the factors of each text, in their order."""
+    weights = np.ones(count)  # numpy, since thousands of brackets may each have thousands of texts
+    with np.errstate(over="ignore"):
+        for first, end, factor in factors:
+            weights[first:end] *= factor
+    found: list[float] = weights.tolist()
+    return found
 
 
 def _check_supported(prompt: str) -> None:
