@@ -378,6 +378,22 @@ def test_deep_bodies_are_refused_before_they_are_queued(server, path):
     assert server.get("/controlkit/v1/jobs", params={"limit": 1}) == before
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/controlkit/v1/jobs", {"seeds": [[]] * 50_000}),
+        ("/controlkit/v1/jobs", {"controls": [{"control": "canny", "values": {"x": [[1] * 100] * 200}}]}),
+        ("/controlkit/v1/jobs", {str(key): 1 for key in range(50_000)}),
+        ("/sdapi/v1/options", {str(key): 1 for key in range(50_000)}),
+        ("/controlnet/detect", {"controlnet_images": [1] * 50_000}),
+    ],
+)
+def test_bodies_of_too_many_items_are_refused_by_one_error(server, path, body):
+    answer = server.post(path, body)
+    assert answer.status_code == 422 and "more than 10000 items" in answer.json()["message"], answer.text
+    assert len(answer.json()["detail"]) == 1
+
+
 def test_a_mask_beside_the_image_is_that_of_the_unit(catalogue_only):
     image, mask, other = [base64_of(Image.new("RGB", (64, 64), colour)) for colour in ("red", "white", "black")]
 

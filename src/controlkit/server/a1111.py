@@ -61,7 +61,7 @@ _ETA: dict[str, tuple[float, ...]] = {
 }
 """Sampler that has an `eta` in A1111 -> its value here."""
 _SCHEDULES = {"dpm++": "Karras", "dpm2": "Karras", "dpm2-a": "Karras", "dpm++-2m-sde": "exponential"}
-"""Sampler -> its schedule in A1111 (since 1.9) if none is chosen: modules/sd_samplers_kdiffusion.py. Others are uniform."""
+"""Sampler -> its schedule in A1111 1.9 (modules/sd_samplers_kdiffusion.py) if none is chosen. Others are uniform."""
 _LORA = re.compile(r"<lora:([^:<>]+)(?::([^<>]*))?>")
 _WEIGHT = re.compile(r"[+-]?(\d{1,9}(\.\d*)?|\.\d+)", re.ASCII)
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from PIL import Image
+from pydantic import BeforeValidator
 
 from controlkit.bases.solver_names import SOLVERS
 from controlkit.errors import UserError
-from controlkit.server.bodies import Body
+from controlkit.server.bodies import Body, checked_structure
 from controlkit.server.catalogue import word_of
 from controlkit.server.infotext import SAMPLER_NAMES
 from controlkit.server.problems import responses
@@ -24,6 +25,10 @@ from controlkit.server.service import Service
 router = APIRouter(prefix="/sdapi/v1", tags=["A1111"], responses=responses())
 
 _SCHEDULERS = ("automatic", "uniform", "karras")
+
+
+OptionsBody = Annotated[dict[str, Any], BeforeValidator(checked_structure)]
+"""Body of `options`: values by name."""
 
 
 class PngInfoBody(Body):
@@ -67,7 +72,7 @@ async def options(request: Request) -> dict[str, Any]:
 
 
 @router.post("/options")
-async def set_options(body: dict[str, Any], request: Request, response: Response) -> None:
+async def set_options(body: OptionsBody, request: Request, response: Response) -> None:
     """Set options for all clients. Others change nothing; a header of the response and the log name them."""
     service = service_of(request)
     name_ignored((key for key in body if key not in (*OPTIONS, *_FIXED)), request, response)

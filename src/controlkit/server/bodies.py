@@ -8,12 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST_DEPTH = 32
 """Levels of lists and objects in a body. Python's recursion ends at a few hundred."""
+MOST_ITEMS = 10_000
+"""Items of all lists and objects in a body. pydantic describes each invalid one, which takes a kilobyte."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Body(BaseModel):
-    """A body whose lists and objects are nested at most `MOST_DEPTH` deep.
+    """A body whose lists and objects are nested at most `MOST_DEPTH` deep and have at most `MOST_ITEMS` items.
 
     Bodies name `BaseModel` as a base, too: ruff knows models by it.
     """
@@ -22,19 +24,22 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _is_shallow(cls, values: Any) -> Any:
-        check_depth(values)
-        return values
+    def _is_small(cls, values: Any) -> Any:
+        return checked_structure(values)
 
 
-def check_depth(values: Any) -> None:
-    """Check how deep lists and objects are nested.
+def checked_structure(values: Any) -> Any:
+    """`values`, checked for the number and the depth of its lists and objects.
 
     Raises:
-        ValueError: deeper than `MOST_DEPTH`.
+        ValueError: it has more than `MOST_ITEMS` items, or is nested deeper than `MOST_DEPTH`.
     """
     level = [values] if isinstance(values, (dict, list)) else []
+    items = 0
     for _ in range(MOST_DEPTH + 1):
+        items += sum(len(value) for value in level)
+        if items > MOST_ITEMS:
+            raise ValueError(f"lists and objects have more than {MOST_ITEMS} items; send a smaller body")
         level = [
             each
             for value in level
@@ -42,5 +47,5 @@ def check_depth(values: Any) -> None:
             if isinstance(each, (dict, list))
         ]
         if not level:
-            return
+            return values
     raise ValueError(f"lists and objects are nested deeper than {MOST_DEPTH} levels; send a flatter body")
