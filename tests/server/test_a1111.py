@@ -272,6 +272,16 @@ def test_detect_names_what_it_does_not_use(server):
 def test_unsupported_options_are_named(server):
     answer = server.post("/sdapi/v1/options", {**server.get("/sdapi/v1/options"), "eta_ddim": 0.5}).raise_for_status()
     assert answer.headers["X-Controlkit-Ignored"] == "eta_ddim"
+    fixed = {"samples_format": "webp", "sd_checkpoint_hash": "abc"}
+    answer = server.post("/sdapi/v1/options", fixed).raise_for_status()
+    assert answer.headers["X-Controlkit-Ignored"] == "samples_format, sd_checkpoint_hash"
+
+
+@pytest.mark.parametrize("script", [{"units": [unit()]}, {"arg": [unit()]}, unit(), {"args": [unit()], "units": []}])
+def test_units_in_another_place_than_args_are_refused(catalogue_only, script):
+    with user_error("unknown-key", "alwayson_scripts.controlnet", "args"):
+        enabled_units({"controlnet": script}, catalogue_only, Images(catalogue_only))
+    assert enabled_units({"controlnet": {}}, catalogue_only, Images(catalogue_only)) == []
 
 
 def order_of(catalogue_only, kind, **body):

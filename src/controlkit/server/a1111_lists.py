@@ -52,7 +52,7 @@ def vae_of(options: Mapping[str, Any], service: Service) -> str | None:
 OPTIONS = ("sd_model_checkpoint", "sd_vae", "CLIP_stop_at_last_layers")
 """Supported options."""
 _FIXED = {"samples_format": "png", "sd_checkpoint_hash": None}
-"""Options that clients read, and send back with others."""
+"""Options that clients read, and send back with others; other values change nothing."""
 
 
 async def current_options(service: Service) -> dict[str, Any]:
@@ -75,7 +75,7 @@ async def options(request: Request) -> dict[str, Any]:
 async def set_options(body: OptionsBody, request: Request, response: Response) -> None:
     """Set options for all clients. Others change nothing; a header of the response and the log name them."""
     service = service_of(request)
-    name_ignored((key for key in body if key not in (*OPTIONS, *_FIXED)), request, response)
+    name_ignored((key for key, value in body.items() if not _is_supported(key, value)), request, response)
     values: dict[str, Any] = {}
     if (name := body.get("sd_model_checkpoint")) is not None:
         values["sd_model_checkpoint"] = service.catalogue.find("bases", str(name))
@@ -87,6 +87,11 @@ async def set_options(body: OptionsBody, request: Request, response: Response) -
         values["CLIP_stop_at_last_layers"] = int(layer)
     for key, value in values.items():
         await run_in_threadpool(service.store.set_option, key, value)
+
+
+def _is_supported(option: str, value: Any) -> bool:
+    """Whether an option can be set, or has this value anyway."""
+    return option in OPTIONS or (option in _FIXED and value == _FIXED[option])
 
 
 # Progress

@@ -89,12 +89,17 @@ def enabled_units(
         start: the images of `img2img`.
 
     Raises:
-        UserError: a unit has an unknown key, or a value that cannot be used.
+        UserError: the script or a unit has an unknown key, or a value that cannot be used.
     """
     units: list[Unit] = []
     for name, script in scripts.items():
         if name.lower() != "controlnet":
             continue
+        if isinstance(script, Mapping) and (unknown := [key for key in script if key != "args"]):
+            raise UserError(
+                f"alwayson_scripts.{name} has an unknown key {unknown[0]!r}; expected args, a list of units",
+                "unknown-key",
+            )
         args = script.get("args", []) if isinstance(script, Mapping) else script
         if not isinstance(args, Sequence) or isinstance(args, str):
             raise UserError(f"alwayson_scripts.{name}: expected args, a list of units", "wrong-type")
