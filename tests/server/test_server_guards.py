@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import time
+
 import pytest
 from running import in_thread
 
@@ -130,6 +133,29 @@ def test_a_large_body_is_refused_whether_or_not_it_tells_its_length(guarded):
     headers = {"Content-Type": "application/json"}
     for content in (large, iter([large[:700_000], large[700_000:]])):
         assert guarded.client.post("/sdapi/v1/txt2img", content=content, headers=headers).status_code == 413
+
+
+def unfinished(guarded) -> socket.socket:
+    """A connection that has sent a part of its body."""
+    sock = socket.create_connection(("127.0.0.1", guarded.port), timeout=60)
+    lines = ["POST /v1/images/generations HTTP/1.1", "Host: 127.0.0.1", f"Authorization: Bearer {TOKEN}"]
+    sock.sendall("\r\n".join([*lines, "Content-Length: 100", "", "{"]).encode())
+    return sock
+
+
+def test_a_body_that_does_not_arrive_is_refused(guarded, monkeypatch):
+    monkeypatch.setattr("controlkit.server.guards._PATIENCE", 0.2)
+    with unfinished(guarded) as sock, sock.makefile("rb") as file:
+        answer = file.read().decode()  # the server closes the connection
+    assert answer.startswith("HTTP/1.1 408 ") and '"code": "timeout"' in answer
+
+
+def test_clients_that_leave_are_counted_by_themselves(guarded):
+    unfinished(guarded).close()
+    end = time.monotonic() + 60
+    while 'status="499"} 1\n' not in (text := guarded.client.get("/metrics").text):
+        assert time.monotonic() < end, text
+    assert 'method="POST",status="500"' not in text
 
 
 def test_a_full_queue_answers_503_and_when_to_come_again(guarded):

@@ -105,6 +105,17 @@ def test_a_killed_server_begins_again_what_it_ran_and_keeps_the_order(tmp_path):
     assert db.get(names[0]).attempts == 2 and db.files(names[0], "input") == {"image": b"bytes"}
 
 
+def test_detections_end_with_the_server_since_their_clients_have_gone(tmp_path):
+    db = store(tmp_path)
+    names = [db.submit("detect", {}, {"image": b"bytes"}).id for _ in range(3)]
+    db.finish(db.begin().id, "done", files={"images": [b"edges"]})
+    db.begin()
+    (drawn,) = submit(db)
+    db.recover()
+    assert [db.get(name) for name in names] == [None] * 3
+    assert db.begin().id == drawn and db.files(names[0], "images") == {}
+
+
 def test_a_request_that_ends_the_worker_each_time_is_given_up(tmp_path):
     db = store(tmp_path)
     (name,) = submit(db)

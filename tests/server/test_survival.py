@@ -12,7 +12,7 @@ from multiprocessing.context import SpawnProcess
 
 import httpx
 import pytest
-from running import Command, in_thread
+from running import Command, base64_of, drawing, in_thread
 
 from controlkit.server.limits import Limits
 from controlkit.server.store import Store
@@ -122,6 +122,55 @@ def test_a_request_whose_client_has_gone_is_cancelled(tmp_path):
             running.post("/sdapi/v1/txt2img", body, timeout=3)
         (job,) = running.get("/controlkit/v1/jobs")
         assert running.wait(job["id"])["state"] == "cancelled"
+
+
+def test_a_detection_whose_client_has_gone_is_cancelled_and_removed(tmp_path):
+    with in_thread(tmp_path) as running:
+        long = running.submit(**{**LONG, "steps": 150, "seeds": list(range(16)), "batch_size": 1})
+        running.wait(long, "running")
+        body = {"controlnet_module": "canny", "controlnet_images": [base64_of(drawing())]}
+        with pytest.raises(httpx.ReadTimeout):
+            running.post("/controlnet/detect", body, timeout=3)
+        end = time.monotonic() + 60
+        while len(running.get("/controlkit/v1/jobs")) > 1:
+            assert time.monotonic() < end
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(running.post("/controlnet/detect", body)))
+        thread.start()
+        while (job := running.get("/controlkit/v1/jobs")[0])["kind"] != "detect":
+            assert time.monotonic() < end
+        running.post(f"/controlkit/v1/jobs/{job['id']}/cancel")
+        thread.join(60)
+        assert (answers[0].status_code, answers[0].json()["code"]) == (409, "not-finished")
+        assert len(running.get("/controlkit/v1/jobs")) == 1
+
+
+def test_clients_that_wait_learn_that_the_server_stops_and_where_their_result_will_be(tmp_path):
+    answers = {}
+
+    def ask(url, path, body):
+        answers[path] = httpx.post(f"{url}{path}", json=body, timeout=300, trust_env=False)
+
+    bodies = {
+        "/sdapi/v1/txt2img": {"prompt": "red apple", "steps": 150, "n_iter": 16},
+        "/v1/images/generations": {"prompt": "red apple"},
+        "/controlnet/detect": {"controlnet_module": "canny", "controlnet_images": [base64_of(drawing())]},
+    }
+    with Command(tmp_path) as command:
+        threads = []
+        for count, (path, body) in enumerate(bodies.items(), 1):
+            threads.append(threading.Thread(target=ask, args=(command.running.url, path, body)))
+            threads[-1].start()
+            while len(jobs := command.running.get("/controlkit/v1/jobs")) < count:
+                assert threads[-1].is_alive()
+    for thread in threads:
+        thread.join(60)
+    assert [answer.status_code for answer in answers.values()] == [503] * 3
+    first = answers["/sdapi/v1/txt2img"].json()
+    assert first["code"] == "unavailable" and f"/controlkit/v1/jobs/{jobs[2]['id']}/result" in first["message"]
+    assert jobs[1]["id"] in answers["/v1/images/generations"].json()["error"]["message"]
+    assert "again" in answers["/controlnet/detect"].json()["message"]
+    assert "Traceback" not in command.log.read_text()
 
 
 def test_a_full_disk_delays_a_result_and_loses_none(tmp_path, monkeypatch):

@@ -100,7 +100,7 @@ async def settings(request: Request) -> dict[str, int]:
     return {"control_net_unit_count": count, "control_net_max_models_num": count}
 
 
-@router.post("/detect", responses=responses(503))
+@router.post("/detect", responses=responses(409, 503))
 async def detect(body: DetectBody, request: Request, response: Response) -> Detected:
     """Compute condition images."""
     service = service_of(request)
@@ -131,7 +131,7 @@ async def detect(body: DetectBody, request: Request, response: Response) -> Dete
         "invert": module.inverts,
         "holes": _holes(condition, images, masks),
     }
-    return Detected(images=[encode_base64(data) for data in await detected(service, spec, {**images, **masks})])
+    return Detected(images=[encode_base64(data) for data in await detected(request, spec, {**images, **masks})])
 
 
 def _decoded(field: str, sent: Sequence[str | None], limits: Limits) -> dict[str, bytes]:

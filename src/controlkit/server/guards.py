@@ -24,7 +24,9 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 _OPEN = ("/healthz",)
 """Paths that answer without a token; they reveal only that the server runs."""
 _PATIENCE = 30.0
-"""Seconds without data after which a client that sends a body is disconnected."""
+"""Seconds without data after which a client that sends a body is refused."""
+_CLIENT_LEFT = 499
+"""Status in logs and metrics of a client that left before its response began, as in nginx."""
 
 log = logging.getLogger("controlkit.server")
 
@@ -39,7 +41,7 @@ class Log:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, status = time.monotonic(), 500
+        begun, status = time.monotonic(), _CLIENT_LEFT
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -56,10 +58,12 @@ class Log:
 
 
 class Guard:
-    """ASGI middleware that checks every request, and answers one that fails by a fault of the server (500).
+    """ASGI middleware that checks every request, and answers one that fails by a fault of the server (500), or that the
+    server ends when it stops (503).
 
     Checks, in this order: the header `Host` (a web page may point its own name at 127.0.0.1; 403), the token (401), the
-    header `Origin` (browsers send some requests of foreign pages without asking; 403), and the size of the body (413).
+    header `Origin` (browsers send some requests of foreign pages without asking; 403), and the body: its size (413)
+    and that it arrives (408).
     """
 
     def __init__(self, app: App, service: Service) -> None:
@@ -78,6 +82,9 @@ class Guard:
 
         try:
             await self._answer(scope, receive, noticed)
+        except asyncio.CancelledError:  # only uvicorn cancels, when it stops and a request does not end
+            if not has_begun:
+                await refuse(scope, send, 503, "the server is stopping; send the request again later")
         except Exception as error:
             log.error("failed", exc_info=error, extra={"path": scope["path"]})
             if has_begun:
@@ -107,6 +114,10 @@ class Guard:
             body = await _read(receive, headers, most * 10**6)
         except _TooLarge:
             await refuse(scope, send, 413, f"the body is too large; this server allows {most} MB")
+            return
+        except TimeoutError:
+            text = f"the body did not arrive: no data for {_PATIENCE:g} seconds; send the request again"
+            await refuse(scope, send, 408, text, [(b"connection", b"close")])  # the rest would be read as a request
             return
         except _Gone:
             return
@@ -139,19 +150,26 @@ class _TooLarge(Exception):
 
 
 class _Gone(Exception):
-    """The client has disconnected, or stopped sending."""
+    """The client has disconnected."""
 
 
 async def _read(receive: Receive, headers: dict[str, str], most: int) -> bytes:
+    """The body.
+
+    Args:
+        most: its largest size in bytes.
+
+    Raises:
+        _TooLarge: it exceeds `most`.
+        _Gone: the client has disconnected.
+        TimeoutError: the client sent nothing for `_PATIENCE` seconds.
+    """
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > most:
         raise _TooLarge
     parts, size = [], 0
     while True:
-        try:
-            message = await asyncio.wait_for(receive(), _PATIENCE)
-        except TimeoutError as error:
-            raise _Gone from error
+        message = await asyncio.wait_for(receive(), _PATIENCE)
         if message["type"] == "http.disconnect":
             raise _Gone
         parts.append(message.get("body", b""))

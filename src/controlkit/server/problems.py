@@ -12,6 +12,7 @@ STATUSES = {
     403: "not-allowed",
     404: "not-found",
     405: "wrong-method",
+    408: "timeout",
     409: "not-finished",
     413: "too-large",
     422: "invalid",
@@ -83,4 +84,4 @@ def responses(*statuses: int, openai: bool = False) -> dict[int | str, dict[str,
         statuses: its own, besides those that every endpoint has.
     """
     model = OpenAIProblem if openai else Problem
-    return {status: {"model": model} for status in sorted({400, 401, 403, 413, 422, 500, *statuses})}
+    return {status: {"model": model} for status in sorted({400, 401, 403, 408, 413, 422, 500, *statuses})}

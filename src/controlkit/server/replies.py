@@ -73,12 +73,22 @@ async def drawn(request: Request, spec: Spec, files: dict[str, bytes]) -> Job:
 
     Raises:
         UserError: it is invalid, or failed with an error that the client can fix.
-        HTTPException: as in `ended`.
+        HTTPException: as in `ended`; 503, the server stops.
         QueueFull: the queue is full.
         QueueStopped: the queue has stopped.
     """
+    job = await service_of(request).submit(spec, files)
+    return ended(await _waited(request, job))
+
+
+async def _waited(request: Request, job: Job) -> Job | None:
+    """Wait until a request has ended, and return it; None if it has been removed. It is cancelled if its client
+    disconnects.
+
+    Raises:
+        HTTPException: 503, the server stops.
+    """
     service = service_of(request)
-    job = await service.submit(spec, files)
     waiting = asyncio.ensure_future(service.wait(job.id))
     try:
         while not (await asyncio.wait([waiting], timeout=_LOOK_EVERY))[0]:
@@ -86,13 +96,19 @@ async def drawn(request: Request, spec: Spec, files: dict[str, bytes]) -> Job:
                 log.info("the client has gone", extra={"job": job.id})
                 await service.cancel(job.id)
                 break
-        return ended(await waiting)
+        return await waiting
+    except asyncio.CancelledError:
+        later = "send it again later"
+        if job.kind == "generate":  # the queue's file keeps it
+            later = f"it runs when the server starts again, with the result at /controlkit/v1/jobs/{job.id}/result"
+        raise HTTPException(503, f"the server is stopping before the request {job.id} has ended; {later}") from None
     finally:
         waiting.cancel()
 
 
-async def detected(service: Service, spec: Mapping[str, Any], files: Mapping[str, bytes]) -> list[bytes]:
-    """Compute condition images, and wait for them. They are not kept.
+async def detected(request: Request, spec: Mapping[str, Any], files: Mapping[str, bytes]) -> list[bytes]:
+    """Compute condition images, and wait for them. They are not kept. The request is cancelled if its client
+    disconnects.
 
     Args:
         spec: as `Studio.detect` takes it.
@@ -103,13 +119,16 @@ async def detected(service: Service, spec: Mapping[str, Any], files: Mapping[str
 
     Raises:
         UserError: an image or a parameter cannot be used.
-        HTTPException: as in `ended`.
+        HTTPException: as in `ended`; 409, it was cancelled; 503, the server stops.
         QueueFull: the queue is full.
         QueueStopped: the queue has stopped.
     """
+    service = service_of(request)
     job = await service.queue("detect", spec, files)
+    found = await _waited(request, job)
     try:
-        ended(await service.wait(job.id))
+        if ended(found).state == "cancelled":
+            raise HTTPException(409, f"the request {job.id} was cancelled before it had ended; send it again")
         return await service.files(job.id, "images")
     finally:
         await run_in_threadpool(service.store.remove, job.id)

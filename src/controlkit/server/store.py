@@ -201,7 +201,10 @@ class Store:
         return "pending"
 
     def recover(self) -> None:
-        """Return requests to the queue that were running when the server was killed."""
+        """Return requests to the queue that were running when the server was killed. Those of `detect` are removed: no
+        client waits for them any more."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM jobs WHERE kind = 'detect'")
         for job in self._jobs("WHERE state = 'running'"):
             self.put_back(job.id, counted=True)
 
