@@ -287,6 +287,18 @@ def test_openai_masks_and_images_are_uploaded_files(server):
     assert answer.status_code == 422 and "one mask" in answer.text
 
 
+def test_openai_masks_are_transparent_somewhere_and_text_is_no_file(server):
+    buffer = io.BytesIO()
+    drawing().convert("RGBA").save(buffer, format="PNG")
+    image, mask = [(name, ("a.png", buffer.getvalue(), "image/png")) for name in ("image", "mask")]
+    answer = server.client.post("/v1/images/edits", data={"prompt": "x"}, files=[image, mask])
+    assert answer.status_code == 422 and "no transparent pixel" in answer.json()["error"]["message"]
+    for field in ("prompt", "n"):
+        files = [image, (field, (f"{field}.txt", b"2", "text/plain"))]
+        answer = server.client.post("/v1/images/edits", data={"prompt": "x"} if field == "n" else {}, files=files)
+        assert answer.status_code == 422 and f"{field} is an uploaded file" in answer.json()["error"]["message"]
+
+
 def test_openai_takes_controls_too(server):
     body = {"prompt": "sailboat", "seed": 1, "controls": [{"control": "canny", "image": IMAGE}]}
     steered, free = [

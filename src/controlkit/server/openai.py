@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +15,7 @@ from starlette.datastructures import FormData
 from starlette.datastructures import UploadFile as SentFile
 
 from controlkit.errors import UserError
+from controlkit.images import decode_image
 from controlkit.server.bodies import Body
 from controlkit.server.native import ControlBody, GenerateBody, Images, build
 from controlkit.server.problems import responses
@@ -74,6 +76,7 @@ async def generations(body: GenerationsBody, request: Request, response: Respons
     asked = asked.model_copy(update={"controls": body.controls})
     spec, files = await run_in_threadpool(build, asked, service)
     spec.maps = ()
+    body.controls.clear()  # their images are in `files`, and the body stays in memory while the client waits
     return await _created(request, spec, files)
 
 
@@ -116,6 +119,7 @@ async def edits(request: Request, response: Response) -> Created:
             if len(masks) != 1 or not isinstance(masks[0], SentFile):
                 raise UserError(f"expected one mask, an uploaded file, got {_told(masks)}", "unsupported")
             mask_data = checked_image(await masks[0].read(), "mask", service.limits)
+            await run_in_threadpool(_check_mask, mask_data)
         words = {name: _field(form, name) for name in _WORDS}
         if words["prompt"] is None:
             raise UserError("prompt is missing; send what the image is to show", "missing-setting")
@@ -146,9 +150,27 @@ def _told(fields: Sequence[object]) -> str:
     return "text" if len(fields) == 1 else str(len(fields))
 
 
+def _check_mask(data: bytes) -> None:
+    """Check that a mask has a transparent pixel: where none is, nothing would change.
+
+    Raises:
+        UserError: it has none, or is damaged.
+    """
+    alpha = np.asarray(decode_image(data, "mask").convert("RGBA").getchannel("A"))
+    if alpha.min() > 127:
+        raise UserError("mask has no transparent pixel; make it transparent where the image changes", "bad-image")
+
+
 def _field(form: FormData, name: str) -> str | None:
+    """A text field of a form; None if it was not sent.
+
+    Raises:
+        UserError: it was sent as a file.
+    """
     value = form.get(name)
-    return value if isinstance(value, str) else None
+    if isinstance(value, SentFile):
+        raise UserError(f"{name} is an uploaded file; expected text, a field without a file name", "wrong-type")
+    return value
 
 
 def _request(
