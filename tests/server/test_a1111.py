@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -269,6 +270,16 @@ def test_detect_names_what_it_does_not_use(server):
         assert server.post("/controlnet/detect", {**body, **changes}).json()["code"] == "unsupported"
 
 
+def test_detect_keeps_the_order_of_its_images(catalogue_only):
+    from controlkit.server.controlnet import _decoded
+    from controlkit.server.replies import in_words_of_clients
+
+    names = list(_decoded("controlnet_images", [base64_of(half(8))] * 101, catalogue_only.limits))
+    assert names == sorted(names)
+    said = in_words_of_clients(f"{names[100]} is damaged, {names[0]} is not", catalogue_only.catalogue)
+    assert said == "controlnet_images[100] is damaged, controlnet_images[0] is not"
+
+
 def test_unsupported_options_are_named(server):
     answer = server.post("/sdapi/v1/options", {**server.get("/sdapi/v1/options"), "eta_ddim": 0.5}).raise_for_status()
     assert answer.headers["X-Controlkit-Ignored"] == "eta_ddim"
@@ -368,7 +379,7 @@ def test_a_base_without_karras_spacing_keeps_the_sampler(server):
 
 def test_zero_steps_and_a_zero_scale_are_refused(server):
     refused(server, "steps", code="out-of-range", steps=0)
-    refused(server, "hires", code="out-of-range", enable_hr=True, hr_scale=0)
+    refused(server, "hr_scale", code="out-of-range", enable_hr=True, hr_scale=0)
     images, _ = drawn(server, enable_hr=True, hr_scale=0, hr_resize_x=96, hr_resize_y=96)
     assert images[0].shape == (96, 96, 3)
 
@@ -436,6 +447,7 @@ def test_loras_are_taken_out_of_the_prompt(server):
     plain, _ = drawn(server)
     wild, info = drawn(server, prompt="red apple <lora:styles/wild:0.8>")
     assert not np.array_equal(wild, plain) and info["prompt"] == "red apple"
+    assert np.array_equal(drawn(server, prompt="red apple <lyco:styles/wild:0.8>")[0], wild)
     none, info = drawn(server, prompt="red apple<lora:styles/wild:0>")
     assert np.array_equal(none, plain)
     _, info = drawn(server, prompt="red apple <lora:../../secret:1>")
@@ -491,9 +503,58 @@ def test_hires_by_its_size(server):
     refused(server, code="unsupported", enable_hr=True, hr_resize_x=96, hr_resize_y=128)
 
 
-def test_an_image_returns_with_the_others_if_asked(server):
-    images, _ = drawn(server, path="img2img", init_images=[base64_of(drawing())], include_init_images=True)
-    assert np.array_equal(images[1], np.asarray(drawing()))
+def test_the_start_image_and_its_mask_return_in_the_parameters_if_asked(server):
+    sent = {"init_images": [base64_of(drawing())], "mask": base64_of(half())}
+    for body, expected in (({}, {"init_images": None, "mask": None}), ({"include_init_images": True}, sent)):
+        answer = server.post("/sdapi/v1/img2img", {**SMALL, **sent, **body}).raise_for_status().json()
+        assert len(answer["images"]) == 1
+        assert {key: answer["parameters"][key] for key in sent} == expected
+
+
+def test_batches_have_one_image_as_in_a1111(catalogue_only):
+    values = order_of(catalogue_only, "txt2img", n_iter=3).values
+    assert (values["batch_size"], len(values["seeds"])) == (1, 3)
+    values = order_of(catalogue_only, "txt2img", n_iter=3, batch_size=2).values
+    assert (values["batch_size"], len(values["seeds"])) == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("img2img", {"denoising_strength": 2}, "denoising_strength is 2"),
+        ("txt2img", {"enable_hr": True, "denoising_strength": 2}, "denoising_strength is 2"),
+        ("txt2img", {"enable_hr": True, "hr_scale": 0.5}, "hr_scale is 0.5"),
+        ("txt2img", {"cfg_scale": 0.5}, "cfg_scale is 0.5"),
+        ("txt2img", {"negative_prompt": "<lora:x:1>"}, "not in negative_prompt"),
+    ],
+)
+def test_errors_have_the_names_of_a1111(server, path, body, field):
+    start = {"init_images": [base64_of(drawing())]} if path == "img2img" else {}
+    answer = server.post(f"/sdapi/v1/{path}", {**SMALL, **start, **body})
+    assert answer.status_code == 422 and field in answer.json()["message"], answer.text
+
+
+def test_a_waiting_client_keeps_only_what_it_sent(server, monkeypatch):
+    from controlkit.server import replies
+
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)
+    image, wait, kept = base64_of(Image.fromarray(noise)), replies._waited, []
+
+    async def measured(*values):
+        job = await wait(*values)
+        kept.append(tracemalloc.get_traced_memory()[0] - before)
+        return job
+
+    monkeypatch.setattr(replies, "_waited", measured)
+    body = json.dumps({**SMALL, "init_images": [image], **with_units(unit(enabled=False))}).encode()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0] + len(body)  # FastAPI keeps the bytes
+        headers = {"Content-Type": "application/json"}
+        server.client.post("/sdapi/v1/img2img", content=body, headers=headers).raise_for_status()
+    finally:
+        tracemalloc.stop()
+    assert kept[0] < len(body) / 2
 
 
 def test_interrupt_ends_the_running_request_within_a_step_and_returns_what_is_finished(server):

@@ -62,7 +62,7 @@ _ETA: dict[str, tuple[float, ...]] = {
 """Sampler that has an `eta` in A1111 -> its value here."""
 _SCHEDULES = {"dpm++": "Karras", "dpm2": "Karras", "dpm2-a": "Karras", "dpm++-2m-sde": "exponential"}
 """Sampler -> its schedule in A1111 1.9 (modules/sd_samplers_kdiffusion.py) if none is chosen. Others are uniform."""
-_LORA = re.compile(r"<lora:([^:<>]+)(?::([^<>]*))?>")
+_LORA = re.compile(r"<(?:lora|lyco):([^:<>]+)(?::([^<>]*))?>")
 _WEIGHT = re.compile(r"[+-]?(\d{1,9}(\.\d*)?|\.\d+)", re.ASCII)
 
 
@@ -120,9 +120,9 @@ class Answer(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     images: list[str]
-    """Base64 of PNG files: the images, then condition images, then the start image if requested."""
+    """Base64 of PNG files: the images, then condition images."""
     parameters: dict[str, Any]
-    """The body of the request without its images."""
+    """The body of the request without its images; with `include_init_images`, those of `img2img` are kept."""
     info: str
     """JSON text: the settings that were used, `ignored` and `notes`."""
 
@@ -152,7 +152,6 @@ class _Order:
     units: list[Unit]
     ignored: list[str]
     notes: list[str]
-    returns_start: bool = False
 
 
 def _order(
@@ -198,7 +197,7 @@ def _order(
         "width": body.width,
         "height": body.height,
         "sampler": sampler,
-        "batch_size": body.batch_size,
+        "batch_size": body.batch_size or 1,
         "controls": [unit.control for unit in units],
     }
     return _Order(values, collected, units, ignored, notes)
@@ -240,7 +239,6 @@ def _image_order(body: ImageToImage, service: Service, options: Mapping[str, Any
         "image": image,
         "strength": 0.75 if body.denoising_strength is None else body.denoising_strength,
     }
-    order.returns_start = bool(body.include_init_images)
     if body.resize_mode == 3:
         order.notes.append("resize_mode is 3 (latent upscale); used: 0, stretched")
     if mask is None:
@@ -282,12 +280,11 @@ async def _answer(body: _Body, order: _Order, request: Request) -> Answer:
         maps=maps,
         ignored=tuple(order.ignored),
         notes=tuple(order.notes),
-        start_image=order.returns_start,
     )
     echo = _echo(body)
+    _release_images(body)
     job = await drawn(request, spec, order.collected.files)
-    roles = ("images", "maps", *(["start"] if order.returns_start else []))
-    images = [encode_base64(data) for role in roles for data in await service.files(job.id, role)]
+    images = [encode_base64(data) for role in ("images", "maps") for data in await service.files(job.id, role)]
     return Answer(images=images, parameters=echo, info=json.dumps(_info(job, order.values, service)))
 
 
@@ -311,7 +308,7 @@ def _info(job: Job, asked: Mapping[str, Any], service: Service) -> dict[str, Any
         "sampler_name": SAMPLER_NAMES.get(used.get("sampler"), used.get("sampler")),
         "cfg_scale": used.get("guidance"),
         "steps": result.get("steps"),
-        "batch_size": asked["batch_size"] or 1,
+        "batch_size": asked["batch_size"],
         "restore_faces": False,
         "face_restoration_model": None,
         "sd_model_name": result.get("base"),
@@ -337,11 +334,21 @@ def _info(job: Job, asked: Mapping[str, Any], service: Service) -> dict[str, Any
 
 
 def _echo(body: _Body) -> dict[str, Any]:
-    """The body without its images, as values that JSON and UTF-8 can represent."""
+    """`parameters` of the response, as values that JSON and UTF-8 can represent."""
     values = body.model_dump(exclude={"init_images", "mask", "alwayson_scripts"})
+    if isinstance(body, ImageToImage):
+        keeps = bool(body.include_init_images)
+        values |= {"init_images": body.init_images if keeps else None, "mask": body.mask if keeps else None}
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str).encode("utf-8", "replace"))
     kept = {key: value for key, value in plain.items() if key not in ("controlnet_units", "auth")}
     return json.loads(json.dumps(kept, ensure_ascii=False).encode("utf-8", "replace"), parse_constant=lambda _: None)
+
+
+def _release_images(body: _Body) -> None:
+    """Remove the images from a body, which is in memory as long as its client waits."""
+    body.alwayson_scripts = None
+    if isinstance(body, ImageToImage):
+        body.init_images, body.mask = [], None
 
 
 def _means_nothing(key: str, value: Any) -> bool:
@@ -360,15 +367,17 @@ def _is_foreign(name: str, script: Any) -> bool:
 
 
 def _loras(prompt: str, service: Service) -> tuple[str, list[dict[str, Any]], list[str]]:
-    """A prompt without `<lora:NAME:WEIGHT>`, the LoRAs in it, and the names of those that are not listed.
+    """A prompt without `<lora:NAME:WEIGHT>` and `<lyco:NAME:WEIGHT>`, which are the same in A1111; the LoRAs in it, and
+    the names of those that are not listed.
 
     Raises:
         UserError: a weight is not one number.
     """
     loras: list[dict[str, Any]] = []
     missing: list[str] = []
-    for name, weight in (each.groups() for each in _LORA.finditer(prompt)):
-        number = _lora_weight(name, weight)
+    for each in _LORA.finditer(prompt):
+        name, weight = each.groups()
+        number = _lora_weight(each[0], weight)
         try:
             found = service.catalogue.find("loras", name)
         except UserError:
@@ -378,8 +387,8 @@ def _loras(prompt: str, service: Service) -> tuple[str, list[dict[str, Any]], li
     return _LORA.sub("", prompt).strip() if loras or missing else prompt, loras, missing
 
 
-def _lora_weight(name: str, text: str | None) -> float:
-    """The weight of `<lora:NAME:TEXT>`; 1 for None.
+def _lora_weight(tag: str, text: str | None) -> float:
+    """The weight `text` of a tag such as `<lora:NAME:TEXT>`; 1 for None.
 
     Raises:
         UserError: it is not one number.
@@ -388,7 +397,7 @@ def _lora_weight(name: str, text: str | None) -> float:
         return 1.0
     if _WEIGHT.fullmatch(text.strip()):
         return float(text)
-    given = f"<lora:{name}:{text}>: the weight is {text!r}; expected one number, such as 0.8"
+    given = f"{tag}: the weight is {text!r}; expected one number, such as 0.8"
     if ":" in text or "=" in text:
         raise UserError(f"{given}: separate weights for the text encoder and the UNet are not supported", "unsupported")
     raise UserError(given, "wrong-type")

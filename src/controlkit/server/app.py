@@ -92,7 +92,8 @@ def create_app(settings: Settings, page: Callable[[FastAPI, Service], object] | 
 
 async def _user_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, UserError)
-    return _answer(request, 422, in_words_of_clients(str(error), request.app.state.service.catalogue), error.code)
+    text = in_words_of_clients(str(error), request.app.state.service.catalogue, request.url.path)
+    return _answer(request, 422, text, error.code)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

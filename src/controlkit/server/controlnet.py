@@ -131,13 +131,14 @@ async def detect(body: DetectBody, request: Request, response: Response) -> Dete
         "invert": module.inverts,
         "holes": _holes(condition, images, masks),
     }
-    return Detected(images=[encode_base64(data) for data in await detected(request, spec, {**images, **masks})])
+    made = await detected(service, spec, {**images, **masks}, request)
+    return Detected(images=[encode_base64(data) for data in made])
 
 
 def _decoded(field: str, sent: Sequence[str | None], limits: Limits) -> dict[str, bytes]:
-    """Name -> bytes of the images of a list, without those that are empty."""
+    """Name -> bytes of the images of a list, without those that are empty. The names sort in the order of the list."""
     return {
-        f"{field}[{place:02}]": decode_base64(text or "", f"{field}[{place}]", limits)
+        f"{field}[{place:06}]": decode_base64(text or "", f"{field}[{place}]", limits)
         for place, text in enumerate(sent)
         if text or field == "controlnet_images"
     }

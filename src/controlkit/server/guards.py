@@ -111,7 +111,7 @@ class Guard:
             return
         most = self._service.limits.body
         try:
-            body = await _read(receive, headers, most * 10**6)
+            replay = replaying(await _read(receive, headers, most * 10**6), receive)
         except _TooLarge:
             await refuse(scope, send, 413, f"the body is too large; this server allows {most} MB")
             return
@@ -121,7 +121,7 @@ class Guard:
             return
         except _Gone:
             return
-        await self._app(scope, replaying(body, receive), send)
+        await self._app(scope, replay, send)
 
     def _is_allowed(self, headers: dict[str, str]) -> bool:
         origin = headers.get("origin")
@@ -181,15 +181,14 @@ async def _read(receive: Receive, headers: dict[str, str], most: int) -> bytes:
 
 
 def replaying(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that returns the whole body, then the messages after it."""
-    given = False
+    """A `receive` that returns the whole body, then the messages after it. It keeps no body that it has returned."""
+    kept: list[bytes] = [body]
+    del body
 
     async def once() -> Message:
-        nonlocal given
-        if given:
+        if not kept:
             return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": kept.pop(), "more_body": False}
 
     return once
 

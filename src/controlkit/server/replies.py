@@ -30,6 +30,18 @@ _FILE = re.compile(r"\b(?:(image|mask|init_images\[0\])\.png|(control|unit)(\d+)
 """An image of a request, as errors and notes name it."""
 _OPTION = re.compile(r"(?<![\w-])--(image|mask|prepared|vae|seed)\b")
 """An option of the command line that is also a field of requests."""
+_PLACE = re.compile(r"\b(controlnet_(?:images|masks))\[0*(\d+)\]")
+"""An image of `detect`, whose number has zeros before it, so that names have the order of the images."""
+_ADVICE_ON_LORAS = re.compile(r"use --lora FILE@WEIGHT in place of it; or use prompt syntax plain")
+_A1111 = "/sdapi/"
+_A1111_FIELDS = {
+    "strength": "denoising_strength",
+    "hires_strength": "denoising_strength",
+    "guidance": "cfg_scale",
+    "hires": "hr_scale",
+}
+"""Field of `GenerateRequest`, with which an error begins -> its name in A1111."""
+_A1111_FIELD = re.compile(rf"^({'|'.join(_A1111_FIELDS)})\b(?!\.)")
 
 log = logging.getLogger("controlkit.server")
 
@@ -40,9 +52,17 @@ def service_of(request: Request) -> Service:
     return found
 
 
-def in_words_of_clients(text: str, catalogue: Catalogue) -> str:
-    """A note or an error of a request without paths of the server, and with fields in place of files and options."""
-    return _OPTION.sub(r"\1", _FILE.sub(_field_of, catalogue.without_paths(text)))
+def in_words_of_clients(text: str, catalogue: Catalogue, path: str = "") -> str:
+    """A note or an error of a request without paths of the server, and with fields in place of files and options.
+
+    Args:
+        path: that of the request; below A1111's, fields have the names of its API.
+    """
+    is_a1111 = path.startswith(_A1111)
+    text = _PLACE.sub(r"\1[\2]", _FILE.sub(_field_of, catalogue.without_paths(text)))
+    place = "write it in prompt, not in negative_prompt" if is_a1111 else "send it in loras; or use prompt_syntax plain"
+    text = _OPTION.sub(r"\1", _ADVICE_ON_LORAS.sub(place, text))
+    return _A1111_FIELD.sub(lambda found: _A1111_FIELDS[found[1]], text) if is_a1111 else text
 
 
 def _field_of(found: re.Match[str]) -> str:
@@ -69,7 +89,7 @@ async def drawn(request: Request, spec: Spec, files: dict[str, bytes]) -> Job:
     cancelled if its client disconnects.
 
     Args:
-        files: name -> bytes of its images.
+        files: name -> bytes of its images; empty once they are on the disk.
 
     Raises:
         UserError: it is invalid, or failed with an error that the client can fix.
@@ -78,21 +98,26 @@ async def drawn(request: Request, spec: Spec, files: dict[str, bytes]) -> Job:
         QueueStopped: the queue has stopped.
     """
     job = await service_of(request).submit(spec, files)
-    return ended(await _waited(request, job))
+    # Many clients may wait, each with megabytes of images.
+    files.clear()
+    if request.headers.get("content-type", "").startswith("application/json"):
+        (await request.json()).clear()  # it was parsed once, and FastAPI keeps what it was parsed to
+    return ended(await _waited(service_of(request), job, request))
 
 
-async def _waited(request: Request, job: Job) -> Job | None:
-    """Wait until a request has ended, and return it; None if it has been removed. It is cancelled if its client
-    disconnects.
+async def _waited(service: Service, job: Job, request: Request | None) -> Job | None:
+    """Wait until a request has ended, and return it; None if it has been removed.
+
+    Args:
+        request: that of its client; it is cancelled if the client disconnects.
 
     Raises:
         HTTPException: 503, the server stops.
     """
-    service = service_of(request)
     waiting = asyncio.ensure_future(service.wait(job.id))
     try:
         while not (await asyncio.wait([waiting], timeout=_LOOK_EVERY))[0]:
-            if await request.is_disconnected():
+            if request is not None and await request.is_disconnected():
                 log.info("the client has gone", extra={"job": job.id})
                 await service.cancel(job.id)
                 break
@@ -106,13 +131,15 @@ async def _waited(request: Request, job: Job) -> Job | None:
         waiting.cancel()
 
 
-async def detected(request: Request, spec: Mapping[str, Any], files: Mapping[str, bytes]) -> list[bytes]:
-    """Compute condition images, and wait for them. They are not kept. The request is cancelled if its client
-    disconnects.
+async def detected(
+    service: Service, spec: Mapping[str, Any], files: Mapping[str, bytes], request: Request | None = None
+) -> list[bytes]:
+    """Compute condition images, and wait for them. They are not kept.
 
     Args:
         spec: as `Studio.detect` takes it.
         files: name -> bytes of the images, in order.
+        request: that of the client; the computation is cancelled if the client disconnects.
 
     Returns:
         PNG files, in that order.
@@ -123,9 +150,8 @@ async def detected(request: Request, spec: Mapping[str, Any], files: Mapping[str
         QueueFull: the queue is full.
         QueueStopped: the queue has stopped.
     """
-    service = service_of(request)
     job = await service.queue("detect", spec, files)
-    found = await _waited(request, job)
+    found = await _waited(service, job, request)
     try:
         if ended(found).state == "cancelled":
             raise HTTPException(409, f"the request {job.id} was cancelled before it had ended; send it again")
