@@ -61,7 +61,9 @@ def _whole(value: float | None) -> str:
 def local_table(results: Results) -> str:
     """Each condition of Uni-ControlNet's local adapter."""
     report = results.report("uni-controlnet-local")
-    adapters = results.report("adapters", "control")["facts"]
+    # Only controls of one base are compared.
+    of_one_base = results.base_of("adapters") == results.base_of("uni-controlnet-local")
+    adapters = results.report("adapters", "control")["facts"] if of_one_base else {}
     rows = []
     for name, sets in report["facts"].items():
         condition = name.rpartition(", ")[2]
@@ -72,6 +74,8 @@ def local_table(results: Results) -> str:
         values = [rounded(held[key], digits) for key in ("baseline", "control", "ceiling")]
         rows.append([condition, measure, *values, two(held["gap_closed"]), two(other["gap_closed"]), ", ".join(closed)])
     head = ("condition", "measure", "no control", "local adapter", "ceiling", "gap closed", "OpenMoji: gap closed")
+    if not of_one_base:
+        return table(head, [row[: len(head)] for row in rows])
     return table((*head, "CtrLoRA adapter: held-out, OpenMoji"), rows)
 
 
