@@ -128,7 +128,7 @@ def test_settings_restore_the_image(folder, capsys):
     assert run("generate", "red apple", *words, "--out", "first") == 0
     settings = json.loads((folder / "first/settings.json").read_text())
     assert settings["used"]["strength"] == 0.6
-    assert set(settings["sha256"]) == {"base", "controls", "image", "mask"}
+    assert set(settings["sha256"]) == {"base", "controls", "image", "mask", "image_pixels", "mask_pixels"}
     restored = read_settings("first").to_request()
     asked = (restored.image, restored.mask, restored.mask_blur, restored.strength)
     assert asked == ("photo.png", "mask.png", 2.0, 0.6)
@@ -145,6 +145,23 @@ def test_settings_restore_the_image(folder, capsys):
     (folder / "first/image.png").unlink()
     assert run("generate", "--from", "first", "--out", "fourth") == 2
     check(capsys.readouterr().err, "missing-file", "photo.png", "first/image.png", "--image")
+
+
+@pytest.mark.parametrize("name", ["image", "mask"])
+def test_a_saved_image_that_another_run_replaced_is_not_restored(folder, capsys, name):
+    words = ("--image", "small-photo.png", "--mask", "small-mask.png", "--steps", 2, "--out", "first")
+    assert run("generate", "red apple", *words) == 0
+    path = f"small-{'photo' if name == 'image' else 'mask'}.png"
+    (folder / path).unlink()
+    Image.new("RGB" if name == "image" else "L", (64, 64), "white").save(f"first/{name}.png")
+    capsys.readouterr()
+    assert run("generate", "--from", "first/seed0.png", "--out", "second") == 2
+    check(capsys.readouterr().err, "missing-file", path, f"first/{name}.png", "SHA-256", f"--{name}")
+    # Settings of earlier versions have no hash to compare.
+    settings = json.loads((folder / "first/settings.json").read_text())
+    del settings["sha256"][f"{name}_pixels"]
+    (folder / "first/settings.json").write_text(json.dumps(settings))
+    assert run("generate", "--from", "first", "--out", "second") == 0
 
 
 def test_saved_images_of_the_masked_part_replace_nothing(folder, capsys):

@@ -249,6 +249,9 @@ def test_a_mask_and_parameters_are_restored_and_the_saved_mask_replaces_one_that
     (home / "drawing.png").unlink()
     again = read_settings(masked).to_request().controls[0]
     assert again.prepared and again.parameters is None and again.mask == str(masked / "mask0.png")
+    write_png(masked / "mask0.png", Image.fromarray(255 - half))
+    with refused("missing-file", "mask.png", masked / "mask0.png", "SHA-256"):
+        read_settings(masked).to_request()
     (masked / "mask0.png").unlink()
     with refused("missing-file", "mask.png", masked / "mask0.png"):
         read_settings(masked).to_request()

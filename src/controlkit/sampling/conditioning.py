@@ -86,6 +86,8 @@ def _mask(generation: Generation, index: int, images: RequestImages, frame: Fram
         return None
     grey = mask.grey(frame)
     generation.masks[prefix + mask_name(index)] = grey
+    if not prefix:
+        generation.sha256["controls"][index]["mask_pixels"] = pixels_sha256(grey)
     if grey.getextrema()[1] == 0:
         name = generation.request.controls[index].control
         generation.notes.append(f"the mask of {name} is black everywhere, so the control does not act")

@@ -45,10 +45,11 @@ class Generation:
     per seed."""
     sha256: dict[str, Any] = field(default_factory=dict)
     """Hex SHA-256 of the files read: `base`, `vae`, each of `embeddings` and `loras`, and for each of `controls` its
-    `image`, `mask`, `control`, `companion` (such as the base control of an adapter) and `condition` (the pixels of the
-    condition image, of the first pass). None for a base, and left out for a VAE and controls, that the caller loaded.
-    `image` and `condition` of named inputs are under `inputs` and their names. `image` and `mask` are of the files that
-    sampling starts from."""
+    `image`, `mask`, `control`, `companion` (such as the base control of an adapter), `condition` and `mask_pixels` (the
+    pixels of the condition image and mask as saved, of the first pass). None for a base, and left out for a VAE and
+    controls, that the caller loaded. `image` and `condition` of named inputs are under `inputs` and their names.
+    `image` and `mask` are of the files that sampling starts from, `image_pixels` and `mask_pixels` of their
+    `start_images`."""
     notes: list[str] = field(default_factory=list)
     """Remarks for the user, such as a cropped image or a cut prompt."""
     graphs: GraphReport = field(default_factory=GraphReport)

@@ -213,11 +213,13 @@ class SavedSettings:
         if use.mask is None:
             return None
         found = self._with_hash(use.mask, self._hashes(index).get("mask"))
-        if found is not None or (saved.is_file() and not self._shows_part):
-            return found or str(saved)
+        if found is not None:
+            return found
+        if not self._shows_part and _has_pixels(saved, self._hashes(index).get("mask_pixels")):
+            return str(saved)
         raise UserError(
-            f"{use.mask}, the mask of {use.control}, is missing or has changed (SHA-256), and {saved}"
-            f" {self._saved_state(saved)}; pass --control {use.control}=IMAGE,mask=MASK",
+            f"{use.mask}, the mask of {use.control}, {self._state(use.mask)}, and {saved}"
+            f" {_saved_state(saved, shows_part=self._shows_part)}; pass --control {use.control}=IMAGE,mask=MASK",
             "missing-file",
         )
 
@@ -231,10 +233,12 @@ class SavedSettings:
         if stored is None or self.varies:
             return stored and self._locate(stored)
         found = self._with_hash(stored, self.sha256.get(name))
-        if found is not None or saved.is_file():
-            return found or str(saved)
+        if found is not None:
+            return found
+        if _has_pixels(saved, self.sha256.get(f"{name}_pixels")):
+            return str(saved)
         raise UserError(
-            f"{stored}, the {name} to start from, is missing or has changed (SHA-256), and {saved} is missing; pass"
+            f"{stored}, the {name} to start from, {self._state(stored)}, and {saved} {_saved_state(saved)}; pass"
             f" --{name} FILE",
             "missing-file",
         )
@@ -248,12 +252,6 @@ class SavedSettings:
     def _state(self, stored: str) -> str:
         """Why a stored image cannot be used."""
         return "has changed since (SHA-256)" if self._places(stored) else "is missing"
-
-    def _saved_state(self, saved: Path) -> str:
-        """Why a saved image cannot be used."""
-        if not saved.is_file():
-            return "is missing"
-        return "shows the inpainted part only" if self._shows_part else "has changed (SHA-256)"
 
     def _hashes(self, index: int) -> Mapping[str, Any]:
         """Stored hashes of the control at `index`."""
@@ -331,20 +329,31 @@ class SavedSettings:
         Raises:
             UserError: it is missing, or has changed.
         """
-        from controlkit.sampling.identity import pixels_sha256
-
         use, saved = self.request.controls[index], self._saved(index, name)
         expected = _of_input(self._hashes(index), name).get("condition")
-        if saved.is_file() and not self._shows_part and expected in (None, pixels_sha256(read_image(saved))):
+        if not self._shows_part and _has_pixels(saved, expected):
             return str(saved)
         role, form = ("image", "IMAGE") if name is None else (f"input {name!r}", "INPUTS.json")
-        image_state = "has changed (SHA-256)" if self._places(path) else "is missing"
-        saved_state = self._saved_state(saved)
+        saved_state = _saved_state(saved, shows_part=self._shows_part)
         raise UserError(
-            f"{path}, the {role} of {use.control}, {image_state}, and its condition image {saved} {saved_state}; pass"
-            f" --control {use.control}={form}",
+            f"{path}, the {role} of {use.control}, {self._state(path)}, and its condition image {saved} {saved_state};"
+            f" pass --control {use.control}={form}",
             "missing-file",
         )
+
+
+def _has_pixels(saved: Path, expected: str | None) -> bool:
+    """Whether a saved image exists and has the stored hash; settings of earlier versions have none of some images."""
+    from controlkit.sampling.identity import pixels_sha256
+
+    return saved.is_file() and expected in (None, pixels_sha256(read_image(saved)))
+
+
+def _saved_state(saved: Path, *, shows_part: bool = False) -> str:
+    """Why a saved image cannot be used."""
+    if not saved.is_file():
+        return "is missing"
+    return "shows the inpainted part only" if shows_part else "has changed since (SHA-256)"
 
 
 def _changed_files(entries: Sequence[str], before: Any, after: Any) -> list[str]:

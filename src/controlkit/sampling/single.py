@@ -20,7 +20,14 @@ from controlkit.sampling.embeddings import embedding_file, embedding_notes, read
 from controlkit.sampling.file_names import HIRES_PREFIX
 from controlkit.sampling.generation import GeneratedImage, Generation
 from controlkit.sampling.graphs import NetworkCalls
-from controlkit.sampling.identity import base_sha256, companion_sha256, control_sha256, file_sha256, vae_sha256
+from controlkit.sampling.identity import (
+    base_sha256,
+    companion_sha256,
+    control_sha256,
+    file_sha256,
+    pixels_sha256,
+    vae_sha256,
+)
 from controlkit.sampling.input_images import Frame, RequestImages
 from controlkit.sampling.inputs import Kind, values_of, with_named_inputs
 from controlkit.sampling.loras import Lora, lora_file, merged, read_lora, replacement_notes
@@ -133,6 +140,7 @@ def _load(
         generation.used["strength"] = _strength(request)
         made = {"image": canvas.image, "mask": canvas.mask}
         generation.start_images = {name: image for name, image in made.items() if image is not None}
+        generation.sha256 |= {f"{name}_pixels": pixels_sha256(image) for name, image in generation.start_images.items()}
     embeddings = read_embeddings(request.embeddings, base)
     loras = [(read_lora(use, base), use.weight) for use in request.loras]
     prompt = first_prompt(request.prompt_mode, request.prompt, base)
