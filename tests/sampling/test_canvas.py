@@ -147,6 +147,20 @@ def test_settings_restore_the_image(folder, capsys):
     check(capsys.readouterr().err, "missing-file", "photo.png", "first/image.png", "--image")
 
 
+@pytest.mark.parametrize("options", [(), ("--only-masked", 8)])
+@pytest.mark.parametrize("gone", ["photo.png", "mask.png"])
+def test_a_missing_image_or_mask_is_replaced_so_that_both_fit(folder, capsys, gone, options):
+    """Saved ones have the shape of the result, 64 x 64; the files have 150 x 100."""
+    words = ("--image", "photo.png", "--mask", "mask.png", "--steps", 2, *options)
+    assert run("generate", "red apple", *words, "--out", "first") == 0
+    (folder / gone).unlink()
+    capsys.readouterr()
+    assert run("generate", "--from", "first", "--out", "second") == 0
+    assert (opened("first/seed0.png") == opened("second/seed0.png")).all()
+    said = capsys.readouterr().err
+    assert said.count("to start from") == 1 and f"{gone}, the" in said and "is missing" in said
+
+
 @pytest.mark.parametrize("name", ["image", "mask"])
 def test_a_saved_image_that_another_run_replaced_is_not_restored(folder, capsys, name):
     words = ("--image", "small-photo.png", "--mask", "small-mask.png", "--steps", 2, "--out", "first")

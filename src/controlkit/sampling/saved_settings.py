@@ -61,7 +61,7 @@ class SavedSettings:
         stored["base"] = self._locate(self.request.base)
         stored["vae"] = self.request.vae and self._locate(self.request.vae)
         axes = {name: self._axes(name, changes) for name in ("vary", "xy") if name not in changes}
-        stored |= {name: self._start_file(name) for name in START_NAMES if name not in changes}
+        stored |= self._start_files([name for name in START_NAMES if name not in changes])
         stored["embeddings"] = [self._locate_embedding(entry) for entry in self.request.embeddings]
         for lora in stored["loras"]:
             lora["file"] = self._locate(lora["file"])
@@ -194,6 +194,8 @@ class SavedSettings:
         stored, saved = getattr(self.request, name), str(self._file(name))
         if stored is None or not getattr(new, name) == saved != stored:
             return []
+        if self._with_hash(stored, self.sha256.get(name)) is not None:
+            return []  # the other one is missing or changed, so that both are taken as saved
         return [f"{stored}, the {name} to start from, {self._state(stored)}; the saved one, {saved}, is used"]
 
     def _mask_notes(self, index: int, new: ControlUse) -> list[str]:
@@ -223,25 +225,31 @@ class SavedSettings:
             "missing-file",
         )
 
-    def _start_file(self, name: str) -> str | None:
-        """The stored image or mask to start from, or the saved one if it is missing or has changed.
+    def _start_files(self, names: Sequence[str]) -> dict[str, str | None]:
+        """The stored image and mask to start from, or the saved ones if one is missing or has changed.
+
+        Args:
+            names: `image`, `mask` or both.
 
         Raises:
-            UserError: both are missing.
+            UserError: one is missing, and so is the saved one.
         """
-        stored, saved = getattr(self.request, name), self._file(name)
-        if stored is None or self.varies:
-            return stored and self._locate(stored)
-        found = self._with_hash(stored, self.sha256.get(name))
-        if found is not None:
-            return found
-        if _has_pixels(saved, self.sha256.get(f"{name}_pixels")):
-            return str(saved)
-        raise UserError(
-            f"{stored}, the {name} to start from, {self._state(stored)}, and {saved} {_saved_state(saved)}; pass"
-            f" --{name} FILE",
-            "missing-file",
-        )
+        stored = {name: path for name in names if (path := getattr(self.request, name)) is not None}
+        if self.varies:
+            return {name: self._locate(path) for name, path in stored.items()}
+        found = {name: self._with_hash(path, self.sha256.get(name)) for name, path in stored.items()}
+        saved = {name: self._file(name) for name in stored}
+        usable = {name: _has_pixels(saved[name], self.sha256.get(f"{name}_pixels")) for name in stored}
+        for name, path in stored.items():
+            if found[name] is None and not usable[name]:
+                raise UserError(
+                    f"{path}, the {name} to start from, {self._state(path)}, and {saved[name]}"
+                    f" {_saved_state(saved[name])}; pass --{name} FILE",
+                    "missing-file",
+                )
+        if None in found.values() and self.request.only_masked is None and all(usable.values()):
+            found = dict.fromkeys(found)  # saved ones are scaled and cropped, so that the other would not fit
+        return {name: path or str(saved[name]) for name, path in found.items()}
 
     @property
     def _shows_part(self) -> bool:
@@ -291,8 +299,10 @@ class SavedSettings:
         return {name: use.inputs[name] for name in names if isinstance(use.inputs.get(name), str)}
 
     def _places(self, stored: str) -> list[str]:
-        """The existing files that a stored path may mean."""
-        return [place for place in dict.fromkeys((stored, str(self.folder / stored))) if Path(place).is_file()]
+        """The existing files that a stored path may mean; `mask.png` never means the saved mask."""
+        saved = [str(self._file(name)) for name in START_NAMES]
+        places = dict.fromkeys((stored, str(self.folder / stored)))
+        return [place for place in places if place not in saved and Path(place).is_file()]
 
     def _saved(self, index: int, name: str | None) -> Path:
         return self._file(condition_name(index, name))
