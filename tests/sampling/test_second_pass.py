@@ -86,6 +86,21 @@ def test_the_last_pass_is_what_a_folder_shows_and_repeats(base_folder, ring, tmp
     assert np.abs(pixels(generate(again)) - pixels(made)[1:]).max() <= 1
 
 
+@pytest.mark.parametrize("what", ["image", "mask"])
+@pytest.mark.parametrize("hires", [None, 2])
+def test_a_note_says_that_the_second_pass_enlarges_a_saved_condition_image(tmp_path, monkeypatch, what, hires):
+    monkeypatch.chdir(tmp_path)
+    for name in ("image", "mask"):
+        Image.new("RGB", (32, 32), "white").save(f"{name}0.png")
+    use = ControlUse(control="canny", image="image0.png", mask="mask0.png", prepared=True)
+    asked = GenerateRequest(prompt="red apple", steps=2, controls=(use,), hires=hires)
+    generate(asked).save("out")
+    (tmp_path / f"{what}0.png").rename("elsewhere.png")
+    saved = read_settings("out")
+    (note,) = saved.differences(generate(saved.to_request()))
+    assert note.startswith(f"{what}0.png") and ("second pass" in note) == (hires is not None)
+
+
 @pytest.mark.parametrize(
     ("settings", "code"),
     [

@@ -180,7 +180,7 @@ class SavedSettings:
         if path == saved != stored:
             if self._unchanged(index, name, stored) is not None:
                 return []  # another image of this control changed, so that all are taken as prepared
-            return [f"{stored} {self._state(stored)}; its saved condition image {saved} is used"]
+            return [f"{stored} {self._state(stored)}; its saved condition image {saved} is used{self._enlarged}"]
         if same_size and before.get("image") == after.get("image") and _differ(before, after, "condition"):
             instead = f"--control {new.control}={saved} --prepared" if name is None else saved
             return [
@@ -203,7 +203,8 @@ class SavedSettings:
         stored, saved = self.request.controls[index].mask, str(self._file(mask_name(index)))
         if stored is None or not new.mask == saved != stored:
             return []
-        return [f"{stored}, the mask of {new.control}, {self._state(stored)}; the saved one, {saved}, is used"]
+        replaced = f"{stored}, the mask of {new.control}, {self._state(stored)}"
+        return [f"{replaced}; the saved one, {saved}, is used{self._enlarged}"]
 
     def _mask(self, index: int) -> str | None:
         """The stored mask of a control, or the saved one if it is missing or has changed.
@@ -256,6 +257,11 @@ class SavedSettings:
         """Whether saved condition images and masks of controls show the inpainted part only, so that they replace no
         files."""
         return self.request.only_masked is not None
+
+    @property
+    def _enlarged(self) -> str:
+        """End of notes on a saved condition image or mask, which is of the first pass."""
+        return "" if self.request.hires is None else ", and enlarged for the second pass, so the images may differ"
 
     def _state(self, stored: str) -> str:
         """Why a stored image cannot be used."""
