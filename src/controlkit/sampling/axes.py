@@ -10,6 +10,7 @@ import glob
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -313,17 +314,29 @@ def is_changed(name: str, request: GenerateRequest, changes: Mapping[str, Any]) 
 
 
 def labels_of(axis: Axis) -> list[str]:
-    """The title of each position of an axis: `guidance 3`, a prompt, or the name of an image."""
+    """The title of each position of an axis: `guidance 3`, a prompt, or the name of an image.
+
+    Of paths, names are shown without folder and suffix unless two have the same.
+    """
     columns = []
     for name, values in axis.items():
         key = name.rpartition(".")[2]
         if key == "prompt":
             columns.append([str(value) or "(no prompt)" for value in values])
         elif key in PATHS:
-            columns.append([Path(str(value)).stem for value in values])
+            columns.append(_path_labels(key, values))
         else:
             columns.append([f"{name} {_text(value)}" for value in values])
     return [", ".join(parts) for parts in zip(*columns, strict=True)]
+
+
+def _path_labels(key: str, values: Sequence[Any]) -> list[str]:
+    """Titles of paths; None stands for no mask or image, or for the base's own VAE."""
+    names = {str(value): Path(str(value)).stem for value in values if value is not None}
+    counts = Counter(names.values())
+    shown = {path: path if counts[name] > 1 else name for path, name in names.items()}
+    absent = "default vae" if key == "vae" else f"no {key}"
+    return [absent if value is None else shown[str(value)] for value in values]
 
 
 def _text(value: Any) -> str:

@@ -84,7 +84,9 @@ class SavedSettings:
         for axis in getattr(self.request, name):
             stays = {key: values for key, values in axis.items() if not is_changed(key, self.request, changes)}
             paths = [key for key in stays if key.rpartition(".")[2] in PATHS]
-            located = {key: [self._locate(str(value)) for value in stays[key]] for key in paths}
+            located = {
+                key: [None if value is None else self._locate(str(value)) for value in stays[key]] for key in paths
+            }
             kept += [{**stays, **located}] if stays else []
         return kept
 
@@ -117,14 +119,32 @@ class SavedSettings:
         for point, part, new in zip(before, self.parts, generation.parts, strict=True):
             old = SavedSettings(point.request, part.get("used", {}), part.get("sha256", {}), folder=self.folder)
             notes |= dict.fromkeys(old.differences(new))
-            for name in START_NAMES:
-                if _differ(old.sha256, new.sha256, name):
-                    notes[_changed(getattr(point.request, name))] = None
-            for index, use in enumerate(point.request.controls):
-                for what in ("image", "mask"):
-                    if _differ(old._hashes(index), new.sha256["controls"][index], what):
-                        notes[_changed(getattr(use, what))] = None
+            notes |= dict.fromkeys(old._file_differences(START_NAMES, old.request, new.request, old.sha256, new.sha256))
+            uses = zip(old.request.controls, new.request.controls, new.sha256["controls"], strict=False)
+            for index, (use, now, hashes) in enumerate(uses):
+                changed = old._file_differences(("image", "mask"), use, now, old._hashes(index), hashes)
+                notes |= dict.fromkeys(changed)
         return list(notes)
+
+    def _file_differences(
+        self,
+        names: Sequence[str],
+        old: GenerateRequest | ControlUse,
+        new: GenerateRequest | ControlUse,
+        before: Mapping[str, Any],
+        after: Mapping[str, Any],
+    ) -> list[str]:
+        """Notes on files that changed under the same path.
+
+        Args:
+            names: fields of `old` and `new` that are paths, and keys of their hashes `before` and `after`.
+        """
+        stored = {name: path for name in names if (path := getattr(old, name)) is not None}
+        return [
+            _changed(path)
+            for name, path in stored.items()
+            if getattr(new, name) == self._locate(path) and _differ(before, after, name)
+        ]
 
     def in_mode(self, mode: str) -> SavedSettings:
         """A copy with all controls in `mode`, also where the mode varies."""
