@@ -182,6 +182,10 @@ def test_titles():
     assert labels_of({"guidance": [1, 2.5, None]}) == ["guidance 1", "guidance 2.5", "guidance default"]
     assert labels_of({"prompt": ["a cat", ""]}) == ["a cat", "(no prompt)"]
     assert labels_of({"prompt": ["a"], "image": ["x/b.png"]}) == ["a, b"]
+    assert labels_of({"control": ["canny", "nano/canny", "nano/depth"]}) == ["canny", "nano/canny", "depth"]
+    assert labels_of({"image": ["x/1.png", "y/1.png", "x/2.png", "x/2.png"]}) == ["x/1.png", "y/1.png", "2", "2"]
+    assert labels_of({"mask": [None, "m.png"]}) == ["no mask", "m"]
+    assert labels_of({"vae": [None, "None.safetensors"]}) == ["default vae", "None"]
 
 
 def test_folders_and_globs_become_axes(folder):
@@ -353,6 +357,37 @@ class TestCommandLine:
         use = ControlUse(control="edges.safetensors", image="xy.png", prepared=True)
         with refused("would-overwrite", "xy.png"):
             refuse_overwriting(request(controls=(use,), xy=({"weight": [0.5, 1]},)), folder)
+        # Condition images of several combinations are numbered.
+        write_png("condition0.1.png", Image.new("RGB", (64, 64)))
+        use = ControlUse(control="edges.safetensors", image="condition0.1.png", prepared=True)
+        refuse_overwriting(request(controls=(use,)), folder)
+        with refused("would-overwrite", "condition0.1.png"):
+            refuse_overwriting(request(controls=(use,), vary=({"0.image": ["same.png", use.image]},)), folder)
+
+    def test_a_mask_in_one_combination_only_is_restored(self, folder, tiny_base):
+        use = ControlUse(control="edges.safetensors", image="same.png", prepared=True)
+        write_png("m.png", Image.new("L", (64, 64), 128))
+        asked = request(base="base", steps=2, controls=(use,), xy=({"mask": [None, "m.png"]},))
+        made = generate(asked)
+        made.save("out")
+        assert json.loads(Path("out/xy.json").read_text())["sheets"][0]["columns"] == ["no mask", "m"]
+        saved = read_settings("out")
+        again = generate(saved.to_request())
+        assert saved.differences(again) == []
+        for one, other in zip(made.images, again.images, strict=True):
+            assert np.array_equal(pixels(one.image), pixels(other.image))
+
+    def test_what_options_replace_has_not_changed(self, folder, capsys):
+        for words in (("--control", "edges.safetensors={},prepared"), ("--image", "{}")):
+            before, after = ([word.format(path) for word in words] for path in ("same.png", "photos/two.png"))
+            assert run("apple", *before, "--xy", "guidance=1,2", "--out", "one") == 0
+            capsys.readouterr()
+            assert main(["generate", "--from", "one", *after, "--out", "two"]) == 0
+            assert "has changed" not in capsys.readouterr().err
+        # Fewer controls than before are compared as far as there are any.
+        control = ("--control", "edges.safetensors=same.png,prepared")
+        assert run("apple", *control, *control, "--xy", "guidance=1,2", "--out", "one") == 0
+        assert main(["generate", "--from", "one", *control, "--out", "two"]) == 0
 
 
 def test_a_long_title_is_wrapped_so_that_values_stay_readable(monkeypatch):

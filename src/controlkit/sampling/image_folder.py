@@ -146,8 +146,10 @@ def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
         UserError: a result has the path of an input image.
     """
     written = ["preview", *(sheet.name for sheet in sheets_of(request))]
+    shared: dict[str, None] = {}  # stems of condition images, masks and start images
     read = []
-    for point in points_of(request):
+    points = points_of(request)
+    for point in points:
         written += [image_name(point.name, seed) for seed in point.request.seeds]
         if request.prompt_mode == "automatic":
             written += [first_name(seed, point.name) for seed in point.request.seeds]
@@ -158,13 +160,17 @@ def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
             named = {None: use.image} if use.inputs is None else use.inputs
             stems = [condition_name(index, name) for name in named]
             stems += [mask_name(index)] if use.mask is not None else []
-            written += stems if asked.hires is None else [*stems, *(f"{HIRES_PREFIX}{stem}" for stem in stems)]
+            shared |= dict.fromkeys(stems)
+            shared |= {} if asked.hires is None else dict.fromkeys(f"{HIRES_PREFIX}{stem}" for stem in stems)
             given = [*named.values(), use.mask]
             read += [(use.control, value) for value in given if _is_file(value)]
         for name in START_NAMES:
             if (given_path := getattr(asked, name)) is not None:
-                written.append(name)
+                shared[name] = None
                 read += [("the request", given_path)] if _is_file(given_path) else []
+    written += shared
+    if len(points) > 1:  # those that differ between the combinations are numbered
+        written += [path.stem for path in Path(folder).glob("*.png") if _without_number(path.stem) in shared]
     inputs = {os.path.realpath(image): control for control, image in read}
     for path in (Path(folder) / f"{name}.png" for name in written):
         control = inputs.get(os.path.realpath(path))
@@ -173,3 +179,9 @@ def refuse_overwriting(request: GenerateRequest, folder: str | Path) -> None:
                 f"{path} would be overwritten, but it is an image or mask of {control}; choose another folder",
                 "would-overwrite",
             )
+
+
+def _without_number(stem: str) -> str | None:
+    """`condition0` of `condition0.1`; None if there is no number."""
+    name, _, number = stem.rpartition(".")
+    return name if number.isdecimal() else None
