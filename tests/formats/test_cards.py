@@ -139,6 +139,39 @@ def test_a_card_does_not_pick_files_of_this_machine(adapter, hub, tmp_path):
     assert hub.told[1:] == ["mine.safetensors", "README.md", "base.safetensors", "pictures/a.png"]
 
 
+def test_images_are_found_however_the_card_shows_them(adapter, hub, tmp_path, capsys):
+    names = ["sheet.PNG", "title.png", "sp ace.png", "angle d.png", "a(1).png", "tag.png", "double tag.jpg", "in.png"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    adapter.with_suffix(".md").write_text(
+        """![a](sheet.PNG) ![b [c]](title.png "a title") ![d](sp%20ace.png) ![e](<angle d.png>) ![f](a(1).png)
+        <img width=8 src=tag.png> <IMG SRC="double tag.jpg"/> [![g](in.png)](https://example.org/a.png)
+        ![h](https://example.org/h.png) ![i](data:image/png;base64,AAAA) ![j](http://[) ![k](%00.png)
+        [the control](mine.safetensors) [a discussion](discussions/1) [below](#usage)"""
+    )
+    assert main(["push", str(adapter), "me/mine"]) == 0
+    assert sorted(hub.told[1:]) == sorted(["mine.safetensors", "README.md", "base.safetensors", *names])
+    assert capsys.readouterr().err == ""
+
+
+def test_files_of_a_card_that_are_not_uploaded_are_noted(adapter, hub, tmp_path, capsys):
+    for name in ("notes.txt", "drawing.svg", "photo.png"):
+        (tmp_path / name).write_text("x")
+    adapter.with_suffix(".md").write_text(
+        "![a](gone.png) ![b](drawing.svg) <img src='../far.png'> [notes](notes.txt) [photo](photo.png) [c](LICENSE)"
+    )
+    assert main(["push", str(adapter), "me/mine", "--dry-run", "--json"]) == 0
+    printed = capsys.readouterr()
+    notes = json.loads(printed.out)["notes"]
+    assert printed.err.splitlines() == [f"note: {note}" for note in notes]
+    expected = {"gone.png": "exist", "drawing.svg": ".png", "../far.png": "outside", "notes.txt": "", "photo.png": ""}
+    assert len(notes) == len(expected)
+    for note, (name, reason) in zip(notes, expected.items(), strict=True):
+        assert f" {name}, " in note and reason in note
+    assert main(["push", str(adapter), "me/mine"]) == 0
+    assert capsys.readouterr().err == printed.err
+
+
 def test_the_base_control_that_goes_along_is_the_one_of_the_fingerprint(adapter, hub, tiny_base, tmp_path):
     (tmp_path / "base.safetensors").rename(tmp_path / "moved.safetensors")
     another = BaseControlNet.for_base(tiny_base)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from controlkit.apps.show import add_json, print_json
+from controlkit.apps.show import add_json, print_json, print_notes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
-    from controlkit.formats.hub import push, uploads_of
+    from controlkit.formats.hub import left_out, push, uploads_of
 
+    notes = left_out(args.file)
+    print_notes(notes)
     if args.dry_run:
         uploads = uploads_of(args.file)
         if args.json:
-            print_json({"repository": args.repository, "files": {name: str(path) for name, path in uploads.items()}})
+            files = {name: str(path) for name, path in uploads.items()}
+            print_json({"repository": args.repository, "files": files, "notes": notes})
             return
         for name, path in uploads.items():
             size = f"{path.stat().st_size:,} bytes" if path.is_file() else "to be written"
@@ -37,6 +40,6 @@ def run(args: argparse.Namespace) -> None:
         return
     address = push(args.file, args.repository, private=args.private)
     if args.json:
-        print_json({"address": address})
+        print_json({"address": address, "notes": notes})
         return
     print(address)

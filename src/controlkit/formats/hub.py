@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,17 +10,17 @@ from controlkit.controls.registry import registry
 from controlkit.data.sources import SUFFIXES
 from controlkit.errors import UserError
 from controlkit.formats.card import card_of, write_card
+from controlkit.formats.card_links import images_in, links_in
 from controlkit.formats.companions import companions_beside, fingerprint_in
 from controlkit.formats.load import find_control, shipped_controls
 from controlkit.formats.metadata import read_metadata
-
-_IMAGE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
 
 
 def push(file: str | Path, repository: str, *, private: bool = False) -> str:
     """Upload a control, its card as README.md, and the images in the card; returns the URL.
 
-    An adapter's base control is uploaded too if it is in the same folder, by its fingerprint.
+    An adapter's base control is uploaded too if it is in the same folder, by its fingerprint. `left_out` names
+    files that the card links to and that are not uploaded.
 
     Raises:
         UserError: the file is not a controlkit control, or the upload fails.
@@ -63,22 +63,65 @@ def uploads_of(file: str | Path) -> dict[str, Path]:
         UserError: there is no such file, it is not a controlkit control, or its card is not UTF-8.
     """
     path = _file_of(file)
-    card = path.with_suffix(".md")
-    text = card_of(path)  # refuses what is no control, also where a card exists
-    if card.is_file():
-        try:
-            text = card.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"the card {card} is not UTF-8 text ({error}); save it as UTF-8", "damaged-file") from error
-    uploads = {path.name: path, "README.md": card}
+    text = _card_text(path)
+    uploads = {path.name: path, "README.md": path.with_suffix(".md")}
     if (companion := _companion_of(path)) is not None:
         uploads[companion.name] = companion
-    for link in _IMAGE.findall(text):
+    for link in images_in(text):
         image = (path.parent / link).resolve()
-        # Security: a card from elsewhere must not select arbitrary local files for upload.
-        if image.is_relative_to(path.parent.resolve()) and image.suffix in SUFFIXES and image.is_file():
+        if _obstacle(image, path.parent) is None:
             uploads[image.relative_to(path.parent.resolve()).as_posix()] = image
     return uploads
+
+
+def left_out(file: str | Path) -> list[str]:
+    """Notes on local files that the card links to and that `push` does not upload.
+
+    Raises:
+        UserError: as `uploads_of`.
+    """
+    path, uploads = _file_of(file), uploads_of(file).values()
+    text, sent = _card_text(path), [source.resolve() for source in uploads]
+    images = images_in(text)
+    # Other links may lead to files of the repository that are not here.
+    links = [*images, *(link for link in links_in(text) if os.path.isfile(path.parent / link))]
+    return [
+        f"the card {'shows' if link in images else 'links to'} {link}, which is not uploaded:"
+        f" {_obstacle(target, path.parent) or 'it is not shown as an image'}"
+        for link in dict.fromkeys(links)
+        if (target := (path.parent / link).resolve()) not in sent
+    ]
+
+
+def _obstacle(image: Path, folder: Path) -> str | None:
+    """Why an image of a card is not uploaded; None if it is.
+
+    Args:
+        image: resolved.
+        folder: of the card.
+    """
+    # Security: a card from elsewhere must not select arbitrary local files for upload.
+    if not image.is_relative_to(folder.resolve()):
+        return f"it is outside the card's folder {folder}"
+    if not os.path.isfile(image):
+        return "it does not exist"
+    return None if image.suffix.lower() in SUFFIXES else f"its suffix is none of {', '.join(SUFFIXES)}"
+
+
+def _card_text(path: Path) -> str:
+    """The text of a control's card, as it exists or would be written.
+
+    Raises:
+        UserError: the file is not a controlkit control, or its card is not UTF-8.
+    """
+    card = path.with_suffix(".md")
+    text = card_of(path)  # refuses what is no control, also where a card exists
+    if not card.is_file():
+        return text
+    try:
+        return card.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the card {card} is not UTF-8 text ({error}); save it as UTF-8", "damaged-file") from error
 
 
 def _file_of(name: str | Path) -> Path:
