@@ -162,10 +162,12 @@ def check_overwrite(written: Iterable[Path], read: Iterable[Path], *, force: boo
     for source in filter(Path.exists, read):
         for path in existing:
             if path.samefile(source):
-                raise UserError(f"{path} is an input and would be overwritten; choose another --out", "would-overwrite")
+                raise UserError(
+                    f"{path} is an input and would be overwritten; choose another output", "would-overwrite"
+                )
     if existing and not force:
         raise UserError(
-            f"{existing[0]} already exists; choose another --out, or pass --force to replace it", "would-overwrite"
+            f"{existing[0]} already exists; choose another output, or pass --force to replace it", "would-overwrite"
         )
 
 
