@@ -23,6 +23,7 @@ from controlkit.conditions.learned.skeleton import (
     from_coco,
     pose_f1,
     read_points,
+    whole_body_f1,
 )
 from refusals import refused
 
@@ -88,6 +89,36 @@ def test_pose_f1() -> None:
     assert pose_f1(drawn(somebody(120)), two) == pytest.approx(2 / 3)
     points = read_points(two)
     assert all(len(found) == 2 for found in points.values()) and len(points) == 18
+
+
+@pytest.mark.parametrize("side", [64, 256, 512])
+def test_the_pose_f1_of_whole_bodies_is_that_of_the_body(side: int) -> None:
+    zoom = side / 512
+    rng = np.random.default_rng(0)
+    # Fingers spread from the wrist, and a face from ear to ear over nose and eyes.
+    fan = np.concatenate([[(0, 0)], rng.uniform(-24, 24, (20, 2))])
+    outline = rng.uniform((-24, -14), (24, 24), (68, 2))
+
+    def drawn(
+        x: float = 256, *, turned: bool = False, has_body: bool = True, hands: bool = True, face: bool = True
+    ) -> np.ndarray:
+        body = somebody(x) * ((1, -1) if turned else (1, 1)) + ((0, 512) if turned else (0, 0))
+        person = Person(
+            body=body * zoom if has_body else np.full((18, 2), np.nan),
+            hands=((body[4] + fan) * zoom, (body[7] - fan) * zoom) if hands else (),
+            face=(body[0] + outline) * zoom if face else None,
+        )
+        return draw_people([person], side, side)
+
+    whole = drawn()
+    assert whole_body_f1(whole, whole) == 1
+    bare = drawn(hands=False, face=False)
+    assert whole_body_f1(whole, bare) == whole_body_f1(bare, whole) == whole_body_f1(bare, bare) == 1
+    assert whole_body_f1(whole, drawn(has_body=False)) < 0.1, "hands and face alone"
+    assert whole_body_f1(whole, np.zeros_like(whole)) == 0
+    assert whole_body_f1(whole, drawn(100)) == 0
+    assert whole_body_f1(whole, drawn(turned=True)) < 0.3, "only the hips stay in place"
+    assert whole_body_f1(drawn(has_body=False), drawn(has_body=False)) == 1, "nobody in either"
 
 
 def test_measures_of_depth_normals_and_classes() -> None:

@@ -41,6 +41,15 @@ LIMBS = (
 _FINGERS = tuple(
     (0 if joint == 0 else 4 * finger + joint, 4 * finger + joint + 1) for finger in range(5) for joint in range(4)
 )
+_HAND, _FACE = (0, 0, 255), (255, 255, 255)
+_FINGER_COLOURS = tuple(
+    tuple(int(255 * part) for part in colorsys.hsv_to_rgb(number / len(_FINGERS), 1, 1))
+    for number in range(len(_FINGERS))
+)
+_SHARED = frozenset(index for index, colour in enumerate(COLOURS) if colour in (_HAND, *_FINGER_COLOURS))
+"""Points of the body with a colour that hands have, too: the nose and both knees."""
+_COVERS = {4: _HAND, 7: _HAND, **dict.fromkeys((14, 15, 16, 17), _FACE)}
+"""Points of the body that a hand or a face may cover, with the colour of its dots: wrists; eyes and ears."""
 # COCO's 17 points have no neck and another order; -1 is the middle of the shoulders.
 _FROM_COCO = (0, -1, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
 
@@ -72,7 +81,7 @@ def draw_people(people: Iterable[Person], height: int, width: int) -> np.ndarray
             _draw_hand(canvas, hand)
         if person.face is not None:
             radius = max(1, round(length(canvas, 3 / 512)))
-            _draw_points(canvas, person.face, [(255, 255, 255)] * len(person.face), radius)
+            _draw_points(canvas, person.face, [_FACE] * len(person.face), radius)
     return canvas
 
 
@@ -92,13 +101,12 @@ def _draw_body(canvas: np.ndarray, points: np.ndarray) -> None:
 
 
 def _draw_hand(canvas: np.ndarray, points: np.ndarray) -> None:
-    for number, (start, end) in enumerate(_FINGERS):
+    for (start, end), colour in zip(_FINGERS, _FINGER_COLOURS, strict=True):
         pair = points[[start, end]]
         if np.isfinite(pair).all():
-            colour = [int(255 * part) for part in colorsys.hsv_to_rgb(number / len(_FINGERS), 1, 1)]
             first, second = pair.astype(int).tolist()
             cv2.line(canvas, first, second, colour, max(1, round(length(canvas, 2 / 512))))
-    _draw_points(canvas, points, [(0, 0, 255)] * len(points), max(1, round(length(canvas, 4 / 512))))
+    _draw_points(canvas, points, [_HAND] * len(points), max(1, round(length(canvas, 4 / 512))))
 
 
 def _draw_points(canvas: np.ndarray, points: np.ndarray, colours: Sequence[Sequence[int]], radius: int) -> None:
@@ -110,31 +118,69 @@ def _draw_points(canvas: np.ndarray, points: np.ndarray, colours: Sequence[Seque
 def read_points(image: np.ndarray) -> dict[int, np.ndarray]:
     """Index -> centres `[N, 2]` (x, y) of the body's points in a skeleton image, if there are any.
 
-    A point is a connected patch of exactly its colour. Covered points are missed, and the points of hands are blue like
-    the left knee.
+    A point is a connected patch of exactly its colour. Covered points are missed, and parts of hands have the colours
+    of the nose and the knees.
     """
     colours, points = packed(image), {}
     for index, colour in enumerate(COLOURS):
-        mask = (colours == packed(np.array([[colour]], np.uint8))[0, 0]).astype(np.uint8)
-        count, _, _, centres = cv2.connectedComponentsWithStats(mask, connectivity=8)
+        count, _, _, centres = cv2.connectedComponentsWithStats(_where(colours, colour), connectivity=8)
         if count > 1:
             points[index] = centres[1:]
     return points
 
 
+def _where(colours: np.ndarray, colour: Sequence[int]) -> np.ndarray:
+    """Mask `uint8 [H, W]` of the pixels of a colour, from `packed` colours."""
+    return (colours == packed(np.array([[colour]], np.uint8))[0, 0]).astype(np.uint8)
+
+
 def pose_f1(reference: np.ndarray, result: np.ndarray, reach: float = 0.05) -> float:
-    """F1, in [0, 1], of the body's points in two skeleton images `uint8 [H, W, 3]`.
+    """F1, in [0, 1], of the body's points in two skeleton images `uint8 [H, W, 3]` without hands and faces.
 
     PCK (percentage of correct keypoints) in both directions, with `reach` times the longer side as radius: a point is
     correct if the other image has one of its kind that near, so missing and surplus people count. Two images without
     people score 1.
     """
     true, predicted = read_points(reference), read_points(result)
+    return _points_f1(true, predicted, true, predicted, reach * max(reference.shape[:2]))
+
+
+def whole_body_f1(reference: np.ndarray, result: np.ndarray, reach: float = 0.05) -> float:
+    """`pose_f1` of the body in images that may have hands and faces, which do not count themselves.
+
+    Nose and knees are left out, because hands have their colours. A wrist is also correct near a hand of the other
+    image, and an eye or ear near a face, because these may cover it there.
+    """
+    true, predicted = (
+        {index: points for index, points in read_points(image).items() if index not in _SHARED}
+        for image in (reference, result)
+    )
+    near_true, near_predicted = _with_covers(reference, true), _with_covers(result, predicted)
+    return _points_f1(true, predicted, near_true, near_predicted, reach * max(reference.shape[:2]))
+
+
+def _with_covers(image: np.ndarray, points: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """The points, with the pixels of what may cover others of their kind."""
+    colours, found = packed(image), dict(points)
+    for index, cover in _COVERS.items():
+        pixels = np.argwhere(_where(colours, cover))[:, ::-1].astype(float)
+        if len(pixels):
+            found[index] = np.concatenate([points.get(index, np.empty((0, 2))), pixels])
+    return found
+
+
+def _points_f1(
+    true: dict[int, np.ndarray],
+    predicted: dict[int, np.ndarray],
+    near_true: dict[int, np.ndarray],
+    near_predicted: dict[int, np.ndarray],
+    radius: float,
+) -> float:
+    """F1 of points, each correct within `radius` of one of its kind in `near_true` or `near_predicted`."""
     if not true and not predicted:
         return 1.0
-    radius = reach * max(reference.shape[:2])
-    found = [_near(points, predicted.get(index), radius) for index, points in true.items()]
-    correct = [_near(points, true.get(index), radius) for index, points in predicted.items()]
+    found = [_near(points, near_predicted.get(index), radius) for index, points in true.items()]
+    correct = [_near(points, near_true.get(index), radius) for index, points in predicted.items()]
     recall, precision = (float(np.concatenate(part).mean()) if part else 0.0 for part in (found, correct))
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
@@ -146,3 +192,4 @@ def _near(points: np.ndarray, others: np.ndarray | None, radius: float) -> np.nd
 
 
 POSE_F1 = Fidelity(name="pose F1", compare=pose_f1)
+WHOLE_BODY_F1 = Fidelity(name="pose F1 without nose and knees", compare=whole_body_f1)

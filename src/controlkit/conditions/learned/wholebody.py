@@ -11,7 +11,7 @@ import numpy as np
 
 from controlkit.conditions.condition import BLACK, condition
 from controlkit.conditions.learned.pose import frame
-from controlkit.conditions.learned.skeleton import POSE_F1, Person, draw_people, from_coco
+from controlkit.conditions.learned.skeleton import WHOLE_BODY_F1, Person, draw_people, from_coco
 from controlkit.conditions.models import LearnedModel, find_folder, load_once
 from controlkit.errors import UserError
 
@@ -33,7 +33,7 @@ _MAX_PEOPLE = 32
     summary="people as coloured skeletons with hands and face (DWPose)",
     background=BLACK,
     aliases=("openpose_full", "dw_openpose", "dw_openpose_full"),
-    fidelity=POSE_F1,
+    fidelity=WHOLE_BODY_F1,
     limits={"score": (0, 1), "person_score": (0, 1)},
     mirrors=False,
     requires=DWPOSE,
