@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from controlkit.conditions import find
 from controlkit.conditions.fidelity import (
     colour_distance,
     dark_edge_f1,
@@ -59,6 +60,19 @@ def test_mean_iou() -> None:
     assert mean_iou(left, wider) == pytest.approx((20 / 30 + 10 / 20) / 2)
     assert mean_iou(left, np.full_like(left, 200)) == pytest.approx(0.25), "nearest to white everywhere"
     assert mean_iou(lines(), lines()) == 1
+    flat, lighter, spot = np.full_like(left, 120), np.full_like(left, 130), np.full_like(left, 120)
+    spot[:, :10] = (250, 20, 20)
+    assert mean_iou(flat, flat) == mean_iou(flat, lighter) == 1
+    assert mean_iou(flat, spot) == pytest.approx(3 / 4), "one region, where the result has another"
+
+
+@pytest.mark.parametrize("name", ["silhouette", "illusion"])
+def test_regions_of_a_result_count_where_the_condition_image_has_one(name: str) -> None:
+    grey, spot = np.full((64, 64, 3), 120, np.uint8), np.full((64, 64, 3), 120, np.uint8)
+    spot[12:52, 12:52] = (255, 0, 0)
+    condition = find(name)
+    assert condition.score(condition(grey), grey) == 1
+    assert condition.score(condition(grey), spot) < 0.7
     assert mean_iou(np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2), plain_ramp()) == 1
 
 

@@ -10,6 +10,9 @@ import numpy as np
 from controlkit.conditions.condition import Condition, Fidelity
 from controlkit.conditions.pixels import nearest_colour, packed, three_channels
 
+_SAME_REGION = 64
+"""Greatest distance in RGB of colours that can be the same region in two region maps."""
+
 
 def edge_f1(reference: np.ndarray, result: np.ndarray, tolerance: int = 1) -> float:
     """F1 of the edge pixels of two edge images, in [0, 1].
@@ -57,13 +60,17 @@ def mean_iou(reference: np.ndarray, result: np.ndarray, most: int = 64) -> float
     """Mean intersection over union, in [0, 1], of single-colour regions in two `uint8` region maps.
 
     The colours are those of `reference` (its `most` largest regions). A pixel of `result` counts for the nearest of
-    them, because the maps of two images seldom share exact colours.
+    them, because the maps of two images seldom share exact colours. A reference of one colour has no other to be
+    nearer to: a pixel counts within 64 levels of it.
     """
     colours, labels = np.unique(packed(reference), return_inverse=True)
     if len(colours) > most:
         largest = np.sort(np.argsort(np.bincount(labels.ravel()), kind="stable")[-most:])
         colours = colours[largest]
     palette = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], axis=1).astype(np.uint8)
+    if len(palette) == 1:
+        distance = np.linalg.norm(result.astype(np.float32) - palette[0], axis=-1)
+        return float((distance <= _SAME_REGION).mean())
     true, predicted = nearest_colour(reference, palette), nearest_colour(result, palette)
     size = len(palette)
     counts = np.bincount(true.ravel() * size + predicted.ravel(), minlength=size * size).reshape(size, size)
