@@ -16,6 +16,7 @@ import controlkit
 from controlkit.apps.cli import main
 from controlkit.controls.controlnet_xs import ControlNetXS
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.controls.unicontrol import UniControl
 from controlkit.data.engine import make_pairs
 from controlkit.data.input_images import list_images
 from controlkit.data.making import MakeSettings
@@ -81,6 +82,10 @@ def test_what_is_known_beforehand_is_refused_before_anything_is_sampled(tiny_bas
     bare.condition = None
     with refused("missing-setting", "the control bare records no condition"):
         evaluate_controls(tiny_base, {"one": tiny_control, "bare": bare}, [eval_set_from(0, 2)], steps=2)
+    learned = copy.copy(tiny_control)
+    learned.condition = "hed"
+    with refused("missing-weights", "hed"):
+        evaluate_controls(tiny_base, {"one": tiny_control, "hed": learned}, [evaluation_set("seen").first(2)], steps=2)
     with refused("unsupported", "no default prompt"):
         evaluate_control(tiny_base, tiny_control, [eval_set_from(0, 2)], steps=2, prompt_modes=("given", "default"))
     with refused("missing-weights", "nosuch"):
@@ -166,6 +171,20 @@ def test_pairs_of_another_condition_are_refused(tiny_base, tiny_control, base_fo
     assert main([*words, str(tmp_path / "pairs" / "canny")]) == 0
 
 
+def test_a_control_of_several_conditions_is_evaluated_in_that_of_the_pairs(tiny_base, base_folder, tmp_path, capsys):
+    tasks = {"canny": "canny edge to image", "palette": "palette to image"}
+    control = UniControl.for_base(tiny_base, tasks=tasks)
+    file = save_control(tmp_path / "ours.safetensors", control, tiny_base)
+    write_examples(tmp_path / "images", 2)
+    settings = MakeSettings(conditions=("canny", "grayscale"))
+    make_pairs(list_images([tmp_path / "images"]), tmp_path / "pairs", settings, workers=1)
+    words = ["evaluate", "control", str(file), "--base", str(base_folder), "--steps", "1", "--share", "1", "--pairs"]
+    assert main([*words, str(tmp_path / "pairs" / "canny")]) == 0
+    assert "canny: edge F1" in capsys.readouterr().out
+    assert main([*words, str(tmp_path / "pairs" / "grayscale")]) == 2
+    check(capsys.readouterr().err, "contradiction", file, "canny, palette", "are grayscale")
+
+
 def test_the_pairs_held_out_are_those_that_the_control_records(tiny_base, tiny_control, base_folder, tmp_path, capsys):
     file = save_control(tmp_path / "ours.safetensors", tiny_control, tiny_base, made={"held_out": 0.5})
     write_examples(tmp_path / "images", 4)
@@ -177,7 +196,12 @@ def test_the_pairs_held_out_are_those_that_the_control_records(tiny_base, tiny_c
         rows = list(csv.DictReader((tmp_path / "out" / "scores.csv").open()))
         assert len({row["image"] for row in rows}) == count
         assert {row["set"] for row in rows} == {"pairs" if further == ("--share", "1") else "held-out pairs"}
-        assert ("held_out 0.5" in capsys.readouterr().err) == noted
+        said = capsys.readouterr().err
+        assert ("held_out 0.5" in said) == noted and "fewer" not in said
+    assert main([*words, "--share", "1", "--images", "5"]) == 0
+    assert "4 pairs, fewer than 5" in capsys.readouterr().err
+    assert main([*words, "--images", "2"]) == 0
+    assert "fewer" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recorded", [None, "identity", "somebody_elses"])

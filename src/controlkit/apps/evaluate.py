@@ -256,12 +256,16 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
     for name in args.names:
         control = load_control(name, base, shared=shared)
         if len(control.conditions) > 1:
-            controls |= {f"{name}, {each}": control.for_condition(each) for each in control.conditions}
+            followed = _of_the_pairs(name, control, pairs, args.pairs) if pairs else control.conditions
+            controls |= {f"{name}, {each}": control.for_condition(each) for each in followed}
         else:
             controls[name] = control
     if pairs:
         if len(controls) > 1:
-            raise UserError(f"--pairs have one condition: evaluate one control, not {len(controls)}", "contradiction")
+            raise UserError(
+                f"--pairs have one condition: evaluate one control, not {len(controls)} ({'; '.join(controls)})",
+                "contradiction",
+            )
         ((name, control),) = controls.items()
         _check_condition(name, control, pairs, args.pairs)
         control.condition = control.condition or pairs[0].condition  # a base control has none
@@ -274,6 +278,26 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
     if args.sheet:
         write_png(args.sheet, sheet)
     return [report]
+
+
+def _of_the_pairs(name: str, control: Control, pairs: Sequence[Pair], path: str) -> list[str]:
+    """The conditions of a control that the condition images of pairs may be of: one, if theirs is known.
+
+    Raises:
+        UserError: they are of another one.
+    """
+    from controlkit.errors import UserError
+    from controlkit.evaluation.eval_set import different_conditions
+
+    theirs = pairs[0].condition
+    followed = [each for each in control.conditions if not different_conditions(each, theirs)]
+    if not followed:
+        raise UserError(
+            f"{name} is a control of {', '.join(control.conditions)}, but the condition images of {path} are {theirs};"
+            " give pairs of one of these",
+            "contradiction",
+        )
+    return followed
 
 
 def _check_condition(name: str, control: Control, pairs: Sequence[Pair], path: str) -> None:
@@ -327,4 +351,10 @@ def _held_out(args: argparse.Namespace, count: int) -> list[Pair]:
             file=sys.stderr,
         )
     pairs = read_pairs(args.pairs, columns=columns_of(args))
-    return (pairs if share == 1 else split_pairs(pairs, share)[1])[:count]
+    chosen = pairs if share == 1 else split_pairs(pairs, share)[1]
+    if hasattr(args, "images") and len(chosen) < count:
+        held_out = "" if share == 1 else "held-out "
+        print(
+            f"note: {args.pairs} has {len(chosen)} {held_out}pairs, fewer than {count}: all are used", file=sys.stderr
+        )
+    return chosen[:count]

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
+from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.controls.control import Control
 from controlkit.controls.inputs import takes_one_image, words_of_inputs
@@ -85,6 +88,18 @@ def check_control(control: Control, name: str | None = None) -> None:
             f"{control.title}{named} takes {words_of_inputs(control)}; evaluation passes one condition image only",
             "unsupported",
         )
+
+
+def check_computable(control: Control) -> None:
+    """Check that the condition of a control can be computed here; one that needs a model is computed once.
+
+    Raises:
+        UserError: it is unknown, or needs annotations, a package or weights that are missing.
+    """
+    assert control.condition is not None  # check_control
+    condition = conditions.find(control.condition)
+    if condition.requires is not None or condition.provided:
+        condition(np.zeros((64, 64, 3), np.uint8))
 
 
 def check_prompt_modes(base: Base, prompt_modes: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from controlkit.conditions.fidelity import scored_by_target
 from controlkit.controls.control import Control
 from controlkit.errors import UserError
 from controlkit.evaluation.baselines import Baselines, generate_baselines
-from controlkit.evaluation.checks import check_control, check_evaluation, check_prompt_modes
+from controlkit.evaluation.checks import check_computable, check_control, check_evaluation, check_prompt_modes
 from controlkit.evaluation.eval_set import EvalSet, examples_eval_set
 from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.evaluation.sampling import EvalControl, generate_controlled
@@ -150,7 +150,7 @@ def evaluate_controls(
         The table, and a contact sheet of condition images and results for the first eight images of the first set.
 
     Raises:
-        UserError: a control records no condition, or takes more than one image.
+        UserError: a control records no condition, or one that cannot be computed here; or it takes more than one image.
     """
     baselines: dict[str, Baselines] = {}
     every: list[_Evaluated] = []
@@ -163,6 +163,7 @@ def evaluate_controls(
     titles: list[str] = []
     for name, control in controls.items():
         check_control(control, name)
+        check_computable(control)
     for name, control in controls.items():
         evaluated = _evaluate_each(
             base,
