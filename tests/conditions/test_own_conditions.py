@@ -192,6 +192,26 @@ def test_a_folder_of_images(tmp_path):
     check(made.stderr, "would-overwrite", photos)
 
 
+def test_a_folder_notes_renamed_images_and_animations(tmp_path, image, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    picture = Image.open(image).convert("RGB")
+    for name in ("a.jpg", "a.png", "the house.v2.png", "plain.png"):
+        picture.save(photos / name)
+    picture.save(photos / "moving.gif", save_all=True, append_images=[Image.new("RGB", picture.size, "red")])
+    assert main(["condition", "canny", "photos", "--out", "edges"]) == 0
+    said = capsys.readouterr().err
+    assert "a.png -> a_png.png, the house.v2.png -> the_house_v2.png" in said
+    assert "a.jpg ->" not in said and "plain.png ->" not in said
+    assert "moving.gif has several frames" in said
+    for number in range(5):
+        picture.save(photos / f"photo {number}.png")
+    assert main(["condition", "canny", "photos", "--out", "edges", "--json"]) == 0
+    (renamed,) = (note for note in json.loads(capsys.readouterr().out)["notes"] if "->" in note)
+    assert renamed.count("->") == 5 and renamed.endswith("and 2 more")
+
+
 def test_a_condition_that_its_file_registers_again_is_replaced(monkeypatch):
     from controlkit.conditions import condition as module
 

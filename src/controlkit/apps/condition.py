@@ -17,6 +17,7 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,11 @@ from controlkit.errors import UserError
 
 if TYPE_CHECKING:
     from controlkit.conditions import Condition
+    from controlkit.data.input_images import InputImage
 
 _COLUMNS, _TILE = 6, 168
+_LISTED = 5
+"""How many renamed condition images a note lists."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,9 +112,9 @@ def _folder(condition: Condition, folder: str, out: str, parameters: dict[str, A
     from PIL import Image
 
     from controlkit.data.input_images import CONDITION_IMAGES, list_images
-    from controlkit.data.sources import open_image
+    from controlkit.data.sources import read_file
     from controlkit.files import writable_folder
-    from controlkit.images import is_flat, write_png
+    from controlkit.images import decode_rgb, is_flat, sequence_note, write_png
     from controlkit.progress import Progress
 
     if os.path.exists(out) and (not os.path.isdir(out) or os.path.samefile(out, folder)):
@@ -132,7 +136,8 @@ def _folder(condition: Condition, folder: str, out: str, parameters: dict[str, A
     for done, image in enumerate(images, 1):
         opened = False
         try:
-            pixels = np.asarray(open_image(image.source))
+            data = read_file(image.source)
+            pixels = np.asarray(decode_rgb(data, str(image.source)))
             opened = True
             condition_image = condition(pixels, **parameters)
         except UserError as error:
@@ -146,9 +151,11 @@ def _folder(condition: Condition, folder: str, out: str, parameters: dict[str, A
         finally:
             progress(done)
         flat += is_flat(condition_image)
+        notes += sequence_note(data, image.name)
         text = {"condition": condition.name, "parameters": repr(parameters)}
         write_png(Path(out) / f"{image.key}.png", Image.fromarray(condition_image), text)
     written = len(images) - len(skipped)
+    notes += _renamed([image for image in images if image.name not in skipped])
     notes += [f"{flat} of {written} condition images are one flat colour: nothing was detected"] if flat else []
     print_notes(notes)
     for name, reason in skipped.items():
@@ -162,6 +169,19 @@ def _folder(condition: Condition, folder: str, out: str, parameters: dict[str, A
         print(out)
     if failure is not None:
         raise Reported(str(failure), failure.code)
+
+
+def _renamed(images: Sequence[InputImage]) -> list[str]:
+    """A note if condition images have other names than their image files, without the suffix."""
+    others = [
+        f"{image.name} -> {image.key}.png"
+        for image in images
+        if isinstance(image.source, Path) and image.key != image.name.rpartition(".")[0]
+    ]
+    if not others:
+        return []
+    more = f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
+    return [f"condition images with other names than their images: {', '.join(others[:_LISTED])}{more}"]
 
 
 def _is_written_here(path: Path) -> bool:
