@@ -196,6 +196,18 @@ def test_images_under_16_pixels_are_refused(name: str) -> None:
         find(name)(draw_scene(15, 40), **needed(name))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if find(name).greatest_side])
+def test_longer_images_than_it_can_take_are_refused(name: str) -> None:
+    greatest = find(name).greatest_side
+    assert greatest is not None
+    few = {"drops": 0.01} if name == "raindrop" else {}  # for time
+    assert find(name)(np.zeros((16, greatest, 3), np.uint8), **few).shape == (16, greatest, 3)
+    with refused("wrong-size", name, f"{greatest + 1} x 16", greatest):
+        find(name)(np.zeros((16, greatest + 1, 3), np.uint8))
+    with refused("wrong-size", name, f"16 x {greatest + 1}", greatest):
+        find(name)(np.zeros((greatest + 1, 16, 3), np.uint8))
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if "seed" in find(name).defaults])
 def test_another_seed_gives_another_image(name: str) -> None:
     made, image = find(name), draw_scene()

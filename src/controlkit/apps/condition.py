@@ -296,6 +296,7 @@ def _facts(c: Condition) -> dict[str, object]:
         "resize": c.resize,
         "background": list(c.background),
         "least_side": LEAST_SIDE,
+        "greatest_side": c.greatest_side,
         "seen": c.input_size,
         "fidelity": c.fidelity.name,
         "needs": c.requires.as_json() if c.requires else None,
@@ -304,8 +305,6 @@ def _facts(c: Condition) -> dict[str, object]:
 
 def _describe(c: Condition, as_json: bool) -> None:
     """Describe one condition."""
-    from controlkit.conditions.condition import LEAST_SIDE
-
     if as_json:
         print_json(_facts(c))
         return
@@ -322,7 +321,7 @@ def _describe(c: Condition, as_json: bool) -> None:
     facts += [
         ("channels", "1, repeated as RGB" if c.channels == 1 else "RGB"),
         ("values", "0 to 255" if c.values is None else ", ".join(map(str, c.values))),
-        ("size", f"at least {LEAST_SIDE} x {LEAST_SIDE}; the condition image has the same. Computed {c.input_size}"),
+        ("size", f"{_sizes(c)}; the condition image has the same. Computed {c.input_size}"),
         ("flip", _flip(c)),
         ("crop", "commutes with cropping" if c.croppable else "changes under cropping: compute it again"),
         ("scaling", "nearest pixel, as colours are labels" if c.resize == "nearest" else "smooth"),
@@ -335,6 +334,13 @@ def _describe(c: Condition, as_json: bool) -> None:
 
 def _colour(colour: tuple[int, int, int]) -> str:
     return {(0, 0, 0): "black", (255, 255, 255): "white"}.get(colour, "red {}, green {}, blue {}".format(*colour))
+
+
+def _sizes(c: Condition) -> str:
+    from controlkit.conditions.condition import LEAST_SIDE
+
+    least = f"at least {LEAST_SIDE} x {LEAST_SIDE}"
+    return least if c.greatest_side is None else f"{least}, sides up to {c.greatest_side}"
 
 
 def _flip(c: Condition) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from controlkit.conditions.condition import condition, seed, uniform_int
 from controlkit.conditions.fidelity import COLOUR_DISTANCE, MEAN_IOU, PALETTE_DISTANCE, PSNR
 from controlkit.conditions.pixels import (
+    REMAP_SIDE,
     disc,
     enlarge,
     grey,
@@ -79,6 +80,7 @@ def pixel(image: np.ndarray, *, cells: int = 96, colours: int = 12) -> np.ndarra
     fidelity=PALETTE_DISTANCE,
     random={"seed": seed()},
     limits={"scale": (0.02, 4)},
+    greatest_side=REMAP_SIDE,
     mirrors=False,
     croppable=False,
 )

@@ -145,6 +145,8 @@ class Condition:
     provided: bool = False
     """Whether its content comes with the data (annotations, finished condition images) and cannot be computed from
     an image alone."""
+    greatest_side: int | None = None
+    """Largest height and width in pixels that it can be computed at; None for any."""
     input_size: str = "as it is"
     """The size at which its detector reads the image, in words."""
     requires: LearnedModel | None = None
@@ -187,8 +189,8 @@ class Condition:
         """The condition image of `image`, both `uint8 [H, W, 3]` RGB of the same height and width.
 
         Raises:
-            UserError: a parameter is unknown, of another type or outside its limits; the image is too small; or a
-                condition from outside of this package raised an error or returned anything else.
+            UserError: a parameter is unknown, of another type or outside its limits; the image is too small or too
+                long; or a condition from outside of this package raised an error or returned anything else.
         """
         for key, value in parameters.items():
             if key not in self.defaults:
@@ -198,10 +200,16 @@ class Condition:
             self._check(key, value)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+        size = f"{image.shape[1]} x {image.shape[0]}"
         if min(image.shape[:2]) < LEAST_SIDE:
-            size = f"{image.shape[1]} x {image.shape[0]}"
             raise UserError(
                 f"{self.name}: the image is {size}; conditions need at least {LEAST_SIDE} x {LEAST_SIDE}", "wrong-size"
+            )
+        if self.greatest_side is not None and max(image.shape[:2]) > self.greatest_side:
+            raise UserError(
+                f"{self.name}: the image is {size}; it takes at most {self.greatest_side} pixels a side: crop or scale"
+                " the image",
+                "wrong-size",
             )
         image = np.ascontiguousarray(image)
         condition_image = self._computed(image, parameters)

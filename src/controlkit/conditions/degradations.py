@@ -35,6 +35,7 @@ def blur(image: np.ndarray, *, sigma: float = 0.017) -> np.ndarray:
     fidelity=RESTORED_PSNR,
     random={"quality": truncated_normal_int(10, 30)},
     limits={"quality": (1, 100)},
+    greatest_side=65500,  # libjpeg's
 )
 def jpeg(image: np.ndarray, *, quality: int = 20) -> np.ndarray:
     """The image encoded and decoded at `quality` of 100 (OpenCV).

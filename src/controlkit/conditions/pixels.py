@@ -6,6 +6,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
+REMAP_SIDE = 32766
+"""Largest height and width of images that OpenCV's `remap` takes."""
+
 
 def short_side(image: np.ndarray) -> int:
     """The smaller of height and width of `[H, W, ...]`."""

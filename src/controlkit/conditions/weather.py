@@ -11,7 +11,7 @@ import numpy as np
 
 from controlkit.conditions.condition import condition, seed, uniform
 from controlkit.conditions.fidelity import RESTORED_PSNR
-from controlkit.conditions.pixels import length, short_side, smooth_field, smoothed, to_uint8
+from controlkit.conditions.pixels import REMAP_SIDE, length, short_side, smooth_field, smoothed, to_uint8
 
 
 @condition(
@@ -92,6 +92,7 @@ def rain(
     fidelity=RESTORED_PSNR,
     random={"drops": uniform(10, 40), "seed": seed()},
     limits={"drops": (0, 2000), "size": (0, 0.5)},
+    greatest_side=REMAP_SIDE,
     mirrors=False,
 )
 def raindrop(image: np.ndarray, *, drops: float = 25.0, size: float = 0.045, seed: int = 0) -> np.ndarray:
