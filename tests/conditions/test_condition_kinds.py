@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
 from condition_scenes import draw_scene
+from PIL import Image
 
+from controlkit.apps.cli import main
 from controlkit.conditions import find, masks
 from controlkit.conditions.coco import BOX_COLOURS
 from controlkit.conditions.fidelity import psnr
 from controlkit.conditions.pixels import enlarge
 from controlkit.conditions.provided import category_colour
-from refusals import refused
+from refusals import check, refused
 
 
 def disc_image(size: int, colour: tuple[int, int, int] = (220, 40, 40)) -> np.ndarray:
@@ -196,6 +200,17 @@ def test_inpaint_takes_a_given_box() -> None:
     ):
         with refused(code, "inpaint", "box", repr(box)):
             find("inpaint")(image, box=box)
+
+
+def test_lists_are_asked_for_as_the_command_line_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(disc_image(64)).save(tmp_path / "photo.png")
+    words = ["condition", "inpaint", str(tmp_path / "photo.png"), "--out", str(tmp_path / "out.png"), "--set"]
+    assert main([*words, "box=0.1,0.1,0.5,0.5"]) == 2
+    said = capsys.readouterr().err
+    check(said, "wrong-type", "[left,top,right,bottom]", "[0.1,0.1,0.5,0.5]")
+    assert main([*words, "box=[0.1,0.1,0.5,0.5]"]) == 0
+    with refused("wrong-type", "bbox", "[width,height]"):
+        find("bbox")(disc_image(64), boxes=[[0, 0, 9, 9]], size="640,480")
 
 
 def test_outpaint_keeps_the_middle() -> None:

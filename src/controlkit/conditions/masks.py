@@ -45,7 +45,9 @@ def inpaint(image: np.ndarray, *, box: Sequence[float] | None = None, seed: int 
         try:
             left, top, right, bottom = (float(side) for side in box)
         except (TypeError, ValueError) as error:
-            message = f"inpaint: box must be left,top,right,bottom as fractions, not {box!r}"
+            message = (
+                f"inpaint: box must be [left,top,right,bottom] as fractions, such as [0.1,0.1,0.5,0.5], not {box!r}"
+            )
             raise UserError(message, "wrong-type") from error
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise UserError(

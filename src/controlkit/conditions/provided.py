@@ -164,7 +164,9 @@ def _scale(image: np.ndarray, name: str, size: Sequence[float] | None) -> tuple[
     try:
         width, height = (float(side) for side in size)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{name}: size must be width,height, not {size!r}", "wrong-type") from error
+        raise UserError(
+            f"{name}: size must be [width,height], such as [640,480], not {size!r}", "wrong-type"
+        ) from error
     if not (width > 0 and height > 0):
         raise UserError(f"{name}: size must be positive, not {size!r}", "out-of-range")
     return image.shape[1] / width, image.shape[0] / height
