@@ -192,6 +192,18 @@ def test_a_folder_of_images(tmp_path):
     check(made.stderr, "would-overwrite", photos)
 
 
+def test_the_description_says_what_to_do_with_finished_images(capsys):
+    for name, said in (
+        ("silhouette", ["flipped with its image ", "cropped with its image"]),
+        ("inpaint", ["stay in place", "best recomputed from the cropped image"]),
+        ("normal", ["vectors mirrored", "cropped with its image"]),
+        ("openpose", ["cannot be flipped"]),
+    ):
+        assert main(["condition", name]) == 0
+        out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert all(" ".join(words.split()) in out for words in said), out
+
+
 def test_a_folder_notes_renamed_images_and_animations(tmp_path, image, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photos = tmp_path / "photos"

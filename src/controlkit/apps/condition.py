@@ -323,7 +323,7 @@ def _describe(c: Condition, as_json: bool) -> None:
         ("values", "0 to 255" if c.values is None else ", ".join(map(str, c.values))),
         ("size", f"{_sizes(c)}; the condition image has the same. Computed {c.input_size}"),
         ("flip", _flip(c)),
-        ("crop", "commutes with cropping" if c.croppable else "changes under cropping: compute it again"),
+        ("crop", "cropped with its image" if c.croppable else "best recomputed from the cropped image"),
         ("scaling", "nearest pixel, as colours are labels" if c.resize == "nearest" else "smooth"),
         ("transparency", f"shown on {_colour(c.background)}"),
         ("score", c.fidelity.name),
@@ -349,5 +349,5 @@ def _flip(c: Condition) -> str:
     if c.mirror_finished is None:
         return "condition images cannot be flipped: their colours encode left and right"
     if c.mirror_finished is not left_right:
-        return "flips the condition image and its vectors"
-    return "commutes with flipping" if c.mirrors else "random parts do not flip with the image; condition images do"
+        return "flipped with its image, and its vectors mirrored"
+    return "flipped with its image" + ("" if c.mirrors else "; recomputed, random parts or annotations stay in place")

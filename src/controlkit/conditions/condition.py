@@ -127,16 +127,17 @@ class Condition:
     palette: np.ndarray | None = field(default=None, compare=False)
     """The only colours of its images, `uint8 [N, 3]`; None for any."""
     mirrors: bool = True
-    """Whether flipping the image exactly flips the condition image.
+    """Whether flipping the image flips the condition image, up to details such as the blocks of JPEG.
 
     False for random conditions: with the same seed, the mask or noise stays in place."""
     mirror_finished: Mirror | None = left_right
     """Flips a finished condition image. For most, this is the flip of the image. None if its colours distinguish left
     from right, so that it cannot be flipped."""
     croppable: bool = True
-    """Whether a crop of a condition image is the condition image of the crop, except near its edges and for lengths
-    that are fractions of the short side. False where it depends on the entire image: a frame around it, depth
-    normalised from the farthest point to the nearest. These should be computed again after a crop."""
+    """Whether a finished condition image can be cropped with its image: the crop is close to the condition image of
+    the crop, except near its edges, for lengths that are fractions of the short side, and for colours and thresholds
+    taken from the entire image. False where it would be another one: a frame around the image, depth normalised from
+    the farthest point to the nearest. These should be computed again after a crop."""
     resize: Resize = "smooth"
     """Interpolation of a finished condition image: `nearest` for maps whose colours are labels."""
     background: tuple[int, int, int] = WHITE
