@@ -8,9 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pages import changed_figures
+from pages import changed_figures, render
 from results import Missing, Results
-from steps import digest
 from workshop import ASSETS, IMAGES, RESULTS, Workshop
 
 from controlkit.errors import UserError
@@ -20,15 +19,14 @@ MOST_BYTES = 36_000_000
 
 
 def changes(workshop: Workshop) -> list[Path]:
-    """The staged files that differ from those in place, relative to the root."""
+    """The staged files that steps have made and that differ from those in place, relative to the root."""
     staged = (one for one in workshop.staged.rglob("*") if one.is_file() and not one.name.startswith("."))
     found = sorted(one.relative_to(workshop.staged) for one in staged)
     mine = (ASSETS / "nano", ASSETS / "controls", RESULTS, IMAGES)
     return [
         path
         for path in found
-        if (path.suffix == ".md" or any(path.is_relative_to(folder) for folder in mine))
-        and digest(workshop.staged / path) != digest(workshop.root / path)
+        if (path.suffix == ".md" or any(path.is_relative_to(folder) for folder in mine)) and workshop.is_made(path)
     ]
 
 
@@ -96,9 +94,14 @@ def adopt(workshop: Workshop, unfinished: Sequence[str], *, accept_lower: bool) 
     moved = changes(workshop)
     if not moved:
         return []
+    failed: list[str] = []
+    for path in filter(workshop.is_edited, moved):
+        if path.suffix == ".md" and (workshop.root / path).is_file():
+            _write_figures(workshop, path)
+        else:
+            failed.append(_both_changed(workshop, path))
     before, now = (scores(Results(root / RESULTS)) for root in (workshop.root, workshop.staged))
     lower = lower_scores(before, now)
-    failed: list[str] = []
     # Figures of the weights that are in place may come one by one; new weights come with all that follows from them.
     if any(path.is_relative_to(ASSETS) and path.suffix != ".md" for path in moved):
         failed += problems(workshop)
@@ -117,6 +120,18 @@ def adopt(workshop: Workshop, unfinished: Sequence[str], *, accept_lower: bool) 
             told.append(f"{path}: {'new' if not old.exists() else 'replaced'}, {new.stat().st_size:,} bytes")
     _move(workshop, moved)
     return told
+
+
+def _write_figures(workshop: Workshop, path: Path) -> None:
+    """Stage the page in place, which was edited since its copy was made, with the figures of the staged results."""
+    results = Results(workshop.results, (workshop.root / RESULTS).parent)
+    text, _ = render((workshop.root / path).read_text(encoding="utf-8"), results, str(path))
+    (workshop.staged / path).write_text(text, encoding="utf-8")
+
+
+def _both_changed(workshop: Workshop, path: Path) -> str:
+    staged = (workshop.staged / path).relative_to(workshop.root)
+    return f"{path} was edited, and made anew in {staged}; copy the one to keep over the other, and run again"
 
 
 def _move(workshop: Workshop, paths: Sequence[Path]) -> None:

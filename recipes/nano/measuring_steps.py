@@ -407,15 +407,15 @@ class MeasuringSteps:
         )
 
     def _pages(self) -> Step:
-        texts = {page: page.read_text(encoding="utf-8") for page in pages(self.root)}
-        found = {page: text for page, text in texts.items() if marked(text)}
+        found = {page: text for page in pages(self.root) if marked(text := page.read_text(encoding="utf-8"))}
         staged = {page: self.shop.staged / page.relative_to(self.root) for page in found}
 
         def run() -> Outcome:
             results = Results(self.shop.results, (self.root / RESULTS).parent)
             without: set[str] = set()
             for page, copy in staged.items():
-                text, missing = render(found[page], results, str(page.relative_to(self.root)))
+                # Read again: it may have been edited while the steps before ran.
+                text, missing = render(page.read_text(encoding="utf-8"), results, str(page.relative_to(self.root)))
                 without |= set(missing)
                 write_atomically(copy, partial(Path.write_text, data=text, encoding="utf-8"))
             return Outcome(note=f"not measured yet: {', '.join(sorted(without))}" if without else "")

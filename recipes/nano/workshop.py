@@ -104,16 +104,58 @@ class Workshop:
             is_made = source.name == "controls" or (source.name == "nano" and keep_base)
             if not is_made or not (self.assets / source.name).exists():
                 _replace(source, self.assets / source.name)
+        for folder in (ASSETS / "controls", ASSETS / "nano"):
+            for source in _files_in(self.root / folder):
+                self._stage(source)
         for folder in (RESULTS, IMAGES):
             (self.staged / folder).mkdir(parents=True, exist_ok=True)
-            for source in (self.root / folder).iterdir() if (self.root / folder).is_dir() else ():
-                copy = self.staged / folder / source.name
-                if not copy.exists() or copy.stat().st_mtime < source.stat().st_mtime:  # else a step made it since
-                    _replace(source, copy)
-        for page in pages(self.root):  # figures that a step wrote stay, unless the text around them was edited since
-            copy = self.staged / page.relative_to(self.root)
-            if not copy.exists() or _text_of(copy) != _text_of(page):
-                _replace(page, copy)
+            for source in _files_in(self.root / folder):
+                self._stage(source)
+        for page in pages(self.root):
+            self._stage(page)
+        write_json(self._copied, {"copied": self.copied})
+
+    def _stage(self, source: Path) -> None:
+        """Copy a file into the stage, unless a step has made it anew there.
+
+        A page is copied, too, if the text around its figures was edited; results and images, if they are newer than
+        what the step made.
+        """
+        path = source.relative_to(self.root)
+        copy, name = self.staged / path, path.as_posix()
+        now, staged, before = digest(source), digest(copy), self.copied.get(name)
+        stays = staged not in (None, before)
+        if stays and path.suffix == ".md":
+            stays = _text_of(copy) == _text_of(source)
+        elif stays and now != before and not path.is_relative_to(ASSETS):
+            stays = copy.stat().st_mtime >= source.stat().st_mtime
+        if not stays and staged != now:
+            _replace(source, copy)
+        if not stays or staged == now or before is None:
+            self.copied[name] = now
+
+    @cached_property
+    def copied(self) -> dict[str, str | None]:
+        """File relative to the root => its content when it was last copied into the stage.
+
+        It tells what a step has made from what was edited in place since.
+        """
+        known: dict[str, str | None] = read_json(self._copied)["copied"] if self._copied.is_file() else {}
+        return known
+
+    @property
+    def _copied(self) -> Path:
+        return self.work / "copied.json"
+
+    def is_made(self, path: Path) -> bool:
+        """Whether the staged file, relative to the root, was made by a step: it is neither the one in place nor the one
+        that was copied."""
+        staged = digest(self.staged / path)
+        return staged != digest(self.root / path) and staged != self.copied.get(path.as_posix())
+
+    def is_edited(self, path: Path) -> bool:
+        """Whether the file in place, relative to the root, has changed since it was copied into the stage."""
+        return digest(self.root / path) != self.copied.get(path.as_posix())
 
     @property
     def base(self) -> tuple[Path, ...]:
@@ -465,6 +507,10 @@ def _interrupt(process: subprocess.Popen[bytes]) -> None:
             process.wait(_PATIENCE)
             return
     process.wait()
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
 def _text_of(page: Path) -> str:

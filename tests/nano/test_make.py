@@ -332,6 +332,73 @@ def test_text_that_was_edited_in_place_is_staged_anew_and_figures_that_were_made
     assert (staged / "figures.md").read_text() == figures.read_text()
 
 
+_EMPTY = '{"runs": {}}'
+
+
+@pytest.fixture
+def staged(tmp_path):
+    """A workshop whose root has a page with a figure, one without, and two results; the first result is made anew."""
+    made = workshop.Workshop(tmp_path)
+    shutil.copytree(ROOT / workshop.RESULTS, tmp_path / workshop.RESULTS)
+    (tmp_path / workshop.ASSETS).mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/figures.md").write_text("Top 5: <!-- nano:base.top5 -->0.1<!-- /nano --> before")
+    (tmp_path / "docs/plain.md").write_text("before")
+    made.prepare(keep_base=True)
+    value = read_json(made.results / "base.json")
+    value["runs"]["default"]["reports"][4]["rows"][1][1] = 0.805
+    write_json(made.results / "base.json", value)
+    (made.staged / "docs/figures.md").write_text("Top 5: <!-- nano:base.top5 -->0.805<!-- /nano --> before")
+    return made
+
+
+def test_what_was_edited_while_steps_ran_is_not_reverted(staged):
+    root = staged.root
+    (root / "docs/plain.md").write_text("after")
+    (root / "docs/figures.md").write_text("Top 5: <!-- nano:base.top5 -->0.1<!-- /nano --> after")
+    (root / workshop.RESULTS / "canny.json").write_text(_EMPTY)
+    resumed = workshop.Workshop(root)
+    assert {path.name for path in adopt.changes(resumed)} == {"base.json", "figures.md"}
+    told = adopt.adopt(resumed, [], accept_lower=True)
+    assert (root / "docs/plain.md").read_text() == "after"
+    assert (root / "docs/figures.md").read_text() == "Top 5: <!-- nano:base.top5 -->0.805<!-- /nano --> after"
+    assert "docs/figures.md: base.top5: 0.1 -> 0.805" in told
+    assert (root / workshop.RESULTS / "canny.json").read_text() == _EMPTY
+    resumed.prepare(keep_base=True)
+    assert (staged.results / "canny.json").read_text() == _EMPTY and adopt.changes(resumed) == []
+
+
+def test_a_result_that_was_both_edited_and_made_anew_is_refused_until_one_is_chosen(staged):
+    place = staged.root / workshop.RESULTS / "base.json"
+    place.write_text(_EMPTY)
+    os.utime(place, (1, 1))  # the staged one is newer
+    for _ in range(2):
+        with refused("would-overwrite", workshop.RESULTS / "base.json", staged.results.relative_to(staged.root)):
+            adopt.adopt(staged, [], accept_lower=True)
+        staged = workshop.Workshop(staged.root)
+        staged.prepare(keep_base=True)  # the next run knows it, too
+    assert place.read_text() == _EMPTY
+    assert "0.1" in (staged.root / "docs/figures.md").read_text()
+    shutil.copy(staged.results / "base.json", place)
+    staged.prepare(keep_base=True)
+    assert [path.name for path in adopt.changes(staged)] == ["figures.md"]
+
+
+def test_a_control_that_was_replaced_in_place_is_staged_unless_one_was_made(tmp_path):
+    shop = workshop.Workshop(tmp_path)
+    place = tmp_path / workshop.ASSETS / "controls"
+    place.mkdir(parents=True)
+    for name in ("kept.bin", "made.bin"):
+        (place / name).write_text("before")
+    shop.prepare(keep_base=False)
+    staged = shop.assets / "controls"
+    (staged / "made.bin").write_text("made")
+    (place / "kept.bin").write_text("after")
+    shop.prepare(keep_base=False)
+    assert (staged / "kept.bin").read_text() == "after" and (staged / "made.bin").read_text() == "made"
+    assert [path.name for path in adopt.changes(shop)] == ["made.bin"]
+
+
 def test_a_training_starts_from_a_control_of_this_base_else_from_one_that_fits(shop, tiny_control, tmp_path):
     shipped = shop.root / workshop.ASSETS / "controls" / "canny.safetensors"
     other = tiny.build_tiny_base(seed=7)
