@@ -77,6 +77,9 @@ def test_controls_on_fine_tuned_bases_directly_and_by_offset(settings, tiny_base
     monkeypatch.setattr(community_model, "generate_uncontrolled", samples)
     assert run_community_model(CommunityModel(**settings)).reports == made.reports
 
+    with refused("resume-mismatch", tmp_path / "study" / "bases", "learning_rate", 0.001, 0.002):
+        run_community_model(CommunityModel(**{**settings, "learning_rate": 2e-3}))
+
     tuned = load_base(tmp_path / "study" / "bases" / "twemoji" / "base")
     assert tuned.fingerprint != tiny_base.fingerprint
     # What is not trained is the same.

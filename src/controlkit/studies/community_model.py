@@ -30,7 +30,7 @@ from controlkit.evaluation.report import Report, Row, gap_closed
 from controlkit.evaluation.sampling import EvalControl, generate_controlled, generate_uncontrolled, reconstruct
 from controlkit.evaluation.sets import EvaluationSet
 from controlkit.evaluation.settings import condition_settings, content_of, control_settings, seeds_of, set_settings
-from controlkit.files import one_spelling, spelled
+from controlkit.files import one_spelling, read_json, spelled
 from controlkit.formats.load import load_control
 from controlkit.formats.transfer import LIMITS, transfer
 from controlkit.images import contact_sheet, write_png
@@ -174,6 +174,7 @@ class _Study:
     def __init__(self, settings: CommunityModel) -> None:
         self.settings = settings
         self.out = one_spelling(settings.out)  # runs are found again by their recipes, which name paths
+        self._check_recorded_rates()
         base = load_base(settings.base, device=settings.device)
         self.original = base
         shared: dict[str, Control] = {}
@@ -189,6 +190,21 @@ class _Study:
         self._tuned: dict[str, Base] = {}
         self._ceilings: dict[tuple[str, str], list[np.ndarray]] = {}
         self._moved: dict[tuple[str, str], tuple[Control, float]] = {}
+
+    def _check_recorded_rates(self) -> None:
+        """Check the learning rate of the fine-tunings in the folder, which training lets change when it resumes.
+
+        Raises:
+            UserError: one has another rate than the settings.
+        """
+        for path in sorted((self.out / "bases").glob("*/recipe.json")):
+            rate = read_json(path)["learning_rate"]
+            if rate != self.settings.learning_rate:
+                raise UserError(
+                    f"{path.parent} was fine-tuned with learning_rate {rate:g}, and the study has"
+                    f" {self.settings.learning_rate:g}; set learning_rate={rate:g}, or another out",
+                    "resume-mismatch",
+                )
 
     def tuned(self, style: str) -> Base:
         """The base fine-tuned on a style."""
