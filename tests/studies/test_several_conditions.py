@@ -44,7 +44,7 @@ def settings(adapters, base_folder, tmp_path):
         mixes=("+".join(adapters),),
         images=3,
         sampling_steps=2,
-        timed=(1, 3),
+        timed=(1, 2, 3),
     )
 
 
@@ -81,9 +81,10 @@ def test_a_mix_is_judged_by_each_of_its_conditions_and_timed(settings, adapters,
     fidelity, speed = made.reports
     assert [row[1] for row in fidelity.rows] == adapters
     assert all(isinstance(value, float) and math.isfinite(value) for row in fidelity.rows for value in row[2:])
-    assert [row[0] for row in speed.rows] == [1, 3]
+    assert [row[0] for row in speed.rows] == [2, 3]
     assert all(isinstance(value, float) for row in speed.rows for value in row[1:])
     assert all(row[-1] < 1e-4 for row in speed.rows)
+    assert all(lowest <= ratio <= highest for *_, ratio, lowest, highest, _ in speed.rows)
     assert made.files["images"].is_file()
     assert fidelity.settings["mode"] == tiny_base.default_mode
     assert fidelity.settings["base"]["fingerprint"] == tiny_base.fingerprint
@@ -95,9 +96,9 @@ def test_a_mix_is_judged_by_each_of_its_conditions_and_timed(settings, adapters,
 
 def test_a_study_that_ran_resumes(settings, sampled):
     first = run_several_conditions(settings)
-    assert sampled == {"sampled": [0, 1, 1, 2], "timed": [1, 3]}
+    assert sampled == {"sampled": [0, 1, 1, 2], "timed": [2, 3]}
     again = run_several_conditions(settings)
-    assert sampled == {"sampled": [0, 1, 1, 2], "timed": [1, 3]}
+    assert sampled == {"sampled": [0, 1, 1, 2], "timed": [2, 3]}
     assert again.reports == first.reports
 
 
@@ -144,7 +145,7 @@ def test_kept_images_that_are_damaged_are_sampled_again(settings, sampled, capsy
         path.write_bytes(b"torn")
     capsys.readouterr()
     run_several_conditions(settings)
-    assert sampled == {"sampled": [0, 1, 1, 2] * 2, "timed": [1, 3] * 2}
+    assert sampled == {"sampled": [0, 1, 1, 2] * 2, "timed": [2, 3] * 2}
     said = capsys.readouterr().err
     assert (said.count("is damaged; sampling again"), said.count("is damaged; measuring again")) == (4, 2)
 
@@ -178,6 +179,36 @@ def test_conditions_that_lose_much_of_their_gap_are_named():
     kept, lost = ("a+b", "a", 0.5, 0.4), ("a+b", "b", 0.5, 0.39)
     assert study._kept([kept]) == "together / alone is at least 0.8 for every condition."
     assert study._kept([kept, lost]) == "together / alone is below 0.8 for b in a+b (0.50 to 0.39)."
+
+
+def test_conditions_whose_control_closes_no_gap_alone_have_no_ratio():
+    kept, none, nan = ("a+b", "a", 0.5, 0.4), ("a+c", "c", -0.5, -0.45), ("a+d", "d", math.nan, math.nan)
+    said = study._kept([kept, none, nan])
+    assert "at least 0.8" in said and "below" not in said and "no ratio for c in a+c, d in a+d" in said
+    assert "0.8" not in study._kept([none])
+
+
+def test_both_ways_are_timed_first_in_turns_and_the_ratio_is_of_the_rounds(tiny_base, monkeypatch):
+    """A clock whose second measurement of each round takes twice as long: the order must not decide the ratio."""
+    shared = BaseControlNet.for_base(tiny_base)
+    shared.add_adapter("palette", 2, seed=1)
+    (example,) = study.evaluation_set("held-out").take(1).examples
+    now, calls = 0.0, 0
+
+    def clock() -> float:
+        nonlocal now, calls
+        now += (0.0, 1.0, 0.0, 2.0)[calls % 4]
+        calls += 1
+        return now
+
+    monkeypatch.setattr(study.time, "perf_counter", clock)
+    times = study._times(tiny_base, [CtrLoRA(shared, "palette", "palette")] * 2, example)
+    assert (times["lowest"], times["highest"]) == (0.5, 2.0) and calls == 4 * study._ROUNDS
+    assert {times["together"], times["apart"]} == {1000.0, 2000.0}
+
+
+def test_one_condition_is_not_timed(settings):
+    assert len(run_several_conditions(replace(settings, timed=(1,))).reports) == 1
 
 
 def test_a_control_without_one_condition_is_refused(settings, tiny_base, tmp_path):

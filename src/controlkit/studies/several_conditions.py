@@ -75,9 +75,9 @@ class SeveralConditions:
     """Held-out images."""
     sampling_steps: int = DEFAULT_STEPS
     """DDIM steps."""
-    timed: tuple[int, ...] = (1, 2, 3, 4)
+    timed: tuple[int, ...] = (2, 3, 4)
     """Numbers of conditions to time, of controls that share a network (in the order of the mixes, repeated if too
-    few)."""
+    few); 1 times nothing, as one pass is all that one control takes."""
 
     def __post_init__(self) -> None:
         check_sampling_steps(self.sampling_steps)
@@ -234,13 +234,20 @@ def _kept(gaps: Sequence[tuple[str, str, float, float]]) -> str:
     Args:
         gaps: mix, condition, gap closed alone and together.
     """
+    closed = [gap for gap in gaps if gap[2] > 0]  # NaN is not
     less = [
         f"{name} in {mix} ({alone:.2f} to {together:.2f})"
-        for mix, name, alone, together in gaps
+        for mix, name, alone, together in closed
         if together < ENOUGH * alone
     ]
-    kept = f"below {ENOUGH} for {', '.join(less)}" if less else f"at least {ENOUGH} for every condition"
-    return f"together / alone is {kept}."
+    none = [f"{name} in {mix}" for mix, name, alone, _ in gaps if not alone > 0]
+    every = "every other condition" if none else "every condition"
+    share = f"below {ENOUGH} for {', '.join(less)}" if less else f"at least {ENOUGH} for {every}"
+    kept = f"together / alone is {share}."
+    if not none:
+        return kept
+    without = f"no ratio for {', '.join(none)}: alone, the control closes none of the gap"
+    return f"{without}; {kept}" if closed else f"{without}."
 
 
 def _speed(
@@ -252,34 +259,51 @@ def _speed(
     stored: StoredResults,
 ) -> Report | None:
     """Time one batched pass of controls that share a network against one pass each, for one step of one image with
-    guidance; None without controls."""
-    if not controls:
+    guidance; None without controls or numbers above 1."""
+    counts = [count for count in settings.timed if count > 1]
+    if not controls or not counts:
         return None
     names = list(controls)
     example = images.examples[0]
     machine = {"device": str(base.device), "threads": torch.get_num_threads(), "versions": versions()}
     rows: list[Row] = []
-    for count in settings.timed:
+    for count in counts:
         chosen = [names[index % len(names)] for index in range(count)]
         timed = {
             **machine,
+            "rounds": _ROUNDS,
             "set": content_of([example.image], [example.caption]),
             "controls": [acting[name]["fingerprint"] for name in chosen],
         }
         group = [controls[name] for name in chosen]
         times = stored.numbers(f"timing {count}", timed, partial(_times, base, group, example))
-        rows.append((count, *(times[name] for name in ("together", "apart", "ratio", "difference"))))
+        rows.append((count, *(times[name] for name in _TIMES)))
     return Report(
         title="Cost of the controls per step, milliseconds",
-        columns=("conditions", "one pass", "one after another", "ratio", "largest difference"),
+        columns=("conditions", *_TIMES.values()),
         rows=tuple(rows),
-        notes=(f"medians of {_ROUNDS} rounds, the two in turns; {torch.get_num_threads()} threads, {base.device}.",),
+        notes=(
+            f"medians of {_ROUNDS} rounds, the two in turns, in an order that changes from round to round; ratio: one"
+            f" after another / one pass, of each round. {torch.get_num_threads()} threads, {base.device}.",
+        ),
     )
+
+
+_TIMES = {
+    "together": "one pass",
+    "apart": "one after another",
+    "ratio": "ratio",
+    "lowest": "lowest ratio",
+    "highest": "highest ratio",
+    "difference": "largest difference",
+}
+"""Values of `_times` => their columns."""
 
 
 @torch.inference_mode()
 def _times(base: Base, group: Sequence[Control], example: Example) -> dict[str, float]:
-    """Milliseconds of one pass for all of `group` and of one pass each, their ratio, and the largest difference."""
+    """Medians over rounds of the milliseconds of one pass for all of `group`, of one pass each, and of their ratio; the
+    lowest and highest ratio, and the largest difference of the residuals."""
     text = base.encode_text(["", example.caption])
     t = torch.tensor([500, 500], device=base.device)
     images = [to_tensor([conditions.find(control.condition or "")(example.image)]) for control in group]
@@ -298,13 +322,16 @@ def _times(base: Base, group: Sequence[Control], example: Example) -> dict[str, 
         for one, other in zip(together(), apart(), strict=True)
         for site in one
     )
-    times: dict[str, list[float]] = {"together": [], "apart": []}
+    ways = [("together", together), ("apart", apart)]
+    times: dict[str, list[float]] = {name: [] for name, _ in ways}
     for _ in range(_ROUNDS):
-        for name, run in (("together", together), ("apart", apart)):
+        for name, run in ways:
             started = time.perf_counter()
             run()
             if base.device.type != "cpu":
                 torch.accelerator.synchronize()
-            times[name].append(time.perf_counter() - started)
-    one_pass, passes = (1000 * float(np.median(times[name])) for name in ("together", "apart"))
-    return {"together": one_pass, "apart": passes, "ratio": passes / one_pass, "difference": difference}
+            times[name].append(1000 * (time.perf_counter() - started))
+        ways.reverse()
+    ratios = [apart / together for together, apart in zip(times["together"], times["apart"], strict=True)]
+    medians = {name: float(np.median(values)) for name, values in (times | {"ratio": ratios}).items()}
+    return medians | {"lowest": min(ratios), "highest": max(ratios), "difference": difference}
