@@ -89,6 +89,12 @@ def test_another_concept_is_another_one():
     assert all(mine != other for mine, other in zip(known, other_concepts(known, known * 2), strict=True))
 
 
+def test_more_nearest_concepts_than_there_are_are_refused_before_it_samples(settings, features, tmp_path):
+    with refused("out-of-range", "nearest is 60", "1 to 50"):
+        run_ambiguous_content(AmbiguousContent(**settings, nearest=60))
+    assert not (tmp_path / "study").exists()
+
+
 def test_what_it_cannot_do_is_refused_before_it_samples(settings, monkeypatch, tiny_base, tiny_control, tmp_path):
     with refused("out-of-range", "images", 0):
         AmbiguousContent(images=0)

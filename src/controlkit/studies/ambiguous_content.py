@@ -99,9 +99,16 @@ def run_ambiguous_content(settings: AmbiguousContent) -> StudyResult:
     """Sample every control under every kind of prompt, and score concepts and fidelity.
 
     Raises:
-        UserError: a control is missing or records no condition, or the `metrics` extra is not installed.
+        UserError: a control is missing or records no condition, `nearest` is more than the concepts of the set, or the
+            `metrics` extra is not installed.
     """
     lite0()  # the scores come last, after minutes
+    gallery = read_set("seen-again")
+    count = len({drawing.concept for drawing in gallery.examples})
+    if settings.nearest > count:
+        raise UserError(
+            f"nearest is {settings.nearest}; the set has {count} concepts, so give 1 to {count}", "out-of-range"
+        )
     base = load_base(settings.base, device=settings.device)
     shared: dict[str, Control] = {}
     controls = {name: load_control(name, base, shared=shared) for name in settings.controls}
@@ -109,7 +116,6 @@ def run_ambiguous_content(settings: AmbiguousContent) -> StudyResult:
         if control.condition is None:
             raise UserError(f"{name} records no condition; this study needs one", "missing-setting")
     images = EvaluationSet("seen", read_set("seen").examples).take(settings.images)
-    gallery = read_set("seen-again")
     study = _Study(settings, base, controls, images, gallery)
     made: dict[str, dict[str, list[np.ndarray]]] = {_NO_CONTROL: {p: study.uncontrolled(p) for p in PROMPTS}}
     for name in controls:
