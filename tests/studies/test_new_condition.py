@@ -174,6 +174,13 @@ def test_wrong_settings_are_refused_before_anything_runs(settings):
             NewCondition(**{**settings, **change})
 
 
+def test_a_control_that_is_no_base_control_is_refused_before_anything_runs(settings, tiny_base, tiny_control, tmp_path):
+    path = save_control(tmp_path / "canny.safetensors", tiny_control, tiny_base)
+    with refused("wrong-kind", path, "ControlNet", "base control", "nano/base"):
+        run_new_condition(NewCondition(**{**settings, "control": str(path)}))
+    assert not Path(settings["out"]).exists()
+
+
 def test_more_images_than_there_are_are_refused_before_training(settings):
     with refused("out-of-range", "images", 100_000, len(evaluation_set("held-out").examples)):
         run_new_condition(NewCondition(**{**settings, "images": 100_000}))

@@ -19,6 +19,7 @@ import numpy as np
 from controlkit import conditions
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
+from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.data.pairs import MANIFEST, read_pairs, split_pairs, write_pairs
 from controlkit.errors import UserError, nearest
 from controlkit.evaluation.eval_set import examples_eval_set, pairs_eval_set
@@ -26,6 +27,7 @@ from controlkit.evaluation.report import Report
 from controlkit.evaluation.sets import EvaluationSet, evaluation_set
 from controlkit.files import one_spelling, read_json, sha256_of, spelled, write_atomically, write_json
 from controlkit.formats.companions import fingerprint_in
+from controlkit.formats.detect import detect
 from controlkit.formats.load import find_control
 from controlkit.nano.icons import TRAINED_STYLES, IconSets, draw
 from controlkit.progress import Progress
@@ -180,8 +182,7 @@ class Trainings:
         # Runs and cells are found again by their recipes, however the paths in those are spelled.
         self.out = one_spelling(settings.out)
         self.base: Base = load_base(settings.base, device=settings.device)
-        control = find_control(settings.control)
-        self.fingerprint = fingerprint_in(control)
+        self.fingerprint = _base_control_fingerprint(settings.control)
         self.bench = Bench(
             self.out, self.base, [self.fingerprint], sampling_steps=settings.sampling_steps, mode=settings.mode
         )
@@ -434,6 +435,21 @@ class _Given:
                 "unsupported",
             )
         return share
+
+
+def _base_control_fingerprint(name: str) -> str:
+    """The fingerprint of a base control.
+
+    Raises:
+        UserError: it is missing, or another kind of control.
+    """
+    path = find_control(name)
+    detected = detect(path)
+    if detected.kind != BaseControlNet.kind:
+        raise UserError(
+            f"{name} is {detected.description}; this study needs a base control, such as nano/base", "wrong-kind"
+        )
+    return fingerprint_in(path)
 
 
 def _moved(line: str, folder: str) -> str:
