@@ -294,7 +294,25 @@ def test_pairs_of_other_icons_are_not_taken_for_these(settings, icons_file, tmp_
     other = tmp_path / "other.npz"
     with np.load(icons_file) as arrays:
         np.savez(other, **arrays)
-    with refused("resume-mismatch", Path(settings["out"]) / "pairs", other):
+    pairs = Path(settings["out"]) / "pairs"
+    with refused("resume-mismatch", pairs / "palette-6", other):
+        run_new_condition(NewCondition(**{**small, "icons": str(other)}))
+    # Among more pairs, the same folder lists the first of them.
+    more = {**small, "parts": ("ranks", "pairs"), "pair_counts": (8,), "icons": str(other)}
+    with refused("resume-mismatch", pairs / "palette-6", other):
+        run_new_condition(NewCondition(**more))
+    assert not (pairs / "palette-8").exists()
+
+
+def test_pairs_that_are_listed_from_others_record_their_icons(settings, icons_file, tmp_path):
+    small = {**settings, "parts": ("pairs",), "pair_counts": (4,), "detail_steps": 1}
+    run_new_condition(NewCondition(**small))
+    pairs = Path(settings["out"]) / "pairs"
+    other = tmp_path / "other.npz"
+    with np.load(icons_file) as arrays:
+        np.savez(other, **arrays)
+    shutil.rmtree(pairs / "palette-6")
+    with refused("resume-mismatch", pairs / "palette-4", other):
         run_new_condition(NewCondition(**{**small, "icons": str(other)}))
 
 

@@ -355,23 +355,35 @@ class Trainings:
             max(self.settings.pairs, *self.settings.pair_counts) if self._detailed(condition) else self.settings.pairs
         )
         all_pairs = self.out / "pairs" / f"{condition.name}-{most}"
+        folder = all_pairs.with_name(f"{condition.name}-{count}")
         icons = Path(self.settings.icons)
         origin = {"icons": sha256_of(icons.read_bytes())} if icons.is_file() else {}
+        for made in (all_pairs, folder):
+            self._check_origin(made, origin)
         if not (all_pairs / MANIFEST).is_file():
             write_pairs(all_pairs, icon_pairs(self.sets, condition, most))
             write_json(all_pairs / _ORIGIN, origin)
-        elif origin and (all_pairs / _ORIGIN).is_file() and read_json(all_pairs / _ORIGIN) != origin:
-            raise UserError(
-                f"the pairs in {all_pairs} were computed from other icons than {self.settings.icons}; choose another"
-                " --out, or delete that folder",
-                "resume-mismatch",
-            )
-        folder = all_pairs.with_name(f"{condition.name}-{count}")
         if folder != all_pairs and not (folder / MANIFEST).is_file():
+            if (all_pairs / _ORIGIN).is_file():
+                write_json(folder / _ORIGIN, read_json(all_pairs / _ORIGIN))
             lines = (all_pairs / MANIFEST).read_text(encoding="utf-8").splitlines()[:count]
             listed = "".join(_moved(line, f"../{all_pairs.name}") + "\n" for line in lines)
             write_atomically(folder / MANIFEST, lambda temporary: temporary.write_text(listed, encoding="utf-8"))
         return folder
+
+    def _check_origin(self, folder: Path, origin: dict[str, str]) -> None:
+        """Check that pairs which are in `folder` already were computed from these icons.
+
+        Raises:
+            UserError: they were computed from others.
+        """
+        recorded = folder / _ORIGIN
+        if origin and (folder / MANIFEST).is_file() and recorded.is_file() and read_json(recorded) != origin:
+            raise UserError(
+                f"the pairs in {folder} were computed from other icons than {self.settings.icons}; choose another"
+                " --out, or delete that folder",
+                "resume-mismatch",
+            )
 
     def _detailed(self, condition: conditions.Condition) -> bool:
         return condition.name == self.settings.detail and "pairs" in self.settings.parts
