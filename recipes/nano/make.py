@@ -19,7 +19,7 @@ from pathlib import Path
 from adopt import adopt, changes
 from making import MakeSettings
 from measuring_steps import MeasuringSteps
-from steps import Planned, Records, Step, outdated, plan, plan_table, run_plan
+from steps import SHIPPED, Planned, Records, Step, outdated, plan, plan_table, run_plan
 from training_steps import TrainingSteps
 from workshop import PACKAGE, RESULTS, Workshop
 
@@ -74,6 +74,8 @@ def make(args: argparse.Namespace, root: Path = ROOT) -> None:
         raise UserError(
             f"--base {args.base}: there is no such file or folder; or give shipped, scratch or further", "missing-file"
         )
+    if args.controls is not None and not args.controls.is_dir():
+        raise UserError(f"--controls {args.controls}: there is no such folder", "missing-file")
     given = args.controls or (folder if folder.is_dir() else folder.parent if folder.is_file() else None)
     settings = build_settings(MakeSettings, read_overrides(args.settings), "make")
     shop = Workshop(root, budget=args.budget, device=args.device, given=given, say=_say)
@@ -111,7 +113,9 @@ def _adopt(
 ) -> None:
     # The base's own step depends on where its weights were given, which is no part of the repository.
     made = {
-        step.name: records.values[step.name] for step in steps if step.name in records.values and step.name != "nano"
+        step.name: {name: value for name, value in records.values[step.name].items() if name != SHIPPED}
+        for step in steps
+        if step.name in records.values and step.name != "nano"
     }
     if changes(shop):
         write_json(shop.results / "made.json", {"steps": made})

@@ -48,6 +48,8 @@ class Step:
     """Estimate on two CPU cores."""
     training: bool = False
     """Whether it trains: it is limited by the budget, and an unfinished result is used."""
+    starts: bool = False
+    """Whether a training starts from a file that was given or that ships, if nothing is here to resume from."""
     intermediate: bool = False
     """Whether its outputs are only read by other steps, so that they may be missing while none of those runs and none
     asks for it by name."""
@@ -74,6 +76,10 @@ class Planned:
     """Whether its outputs have to be there: it was asked for by name, or a step that runs reads them."""
 
 
+SHIPPED = "shipped"
+"""Key of a record that ships: its step was run elsewhere, so nothing is here to resume from."""
+
+
 class Records:
     """What is known of the steps that were run.
 
@@ -88,6 +94,8 @@ class Records:
         self.path = path
         known = path if path.is_file() or shipped is None else shipped
         self.values: dict[str, Any] = read_json(known)["steps"] if known.is_file() else {}
+        if known == shipped:
+            self.values = {name: {**value, SHIPPED: True} for name, value in self.values.items()}
 
     def name(self, path: Path) -> str:
         """`path` as it is recorded."""
@@ -169,6 +177,8 @@ def outdated(step: Step, records: Records, stand_in: Mapping[str, str | None] | 
         if now != known["inputs"].get(name):
             return f"{name} {'is missing' if now is None else 'changed'}"
     if not known["complete"]:
+        if known.get(SHIPPED):
+            return "unfinished; starts from the one that ships" if step.starts else "unfinished; starts anew"
         return known["note"] or "unfinished"
     for name, now in there.items():
         if now is None and not step.intermediate:

@@ -263,5 +263,6 @@ class TrainingSteps:
             run=partial(self.shop.train, name, self.root / RECIPES / recipe, reads, results, settings, start, places),
             minutes=minutes,
             training=True,
+            starts=start is not None,
             intermediate=intermediate,
         )

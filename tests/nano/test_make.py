@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "nano"))
 
 import adopt
 import figures
+import make
 import making
 import pages
 import results as results_of
@@ -153,6 +155,31 @@ def test_data_that_is_there_is_taken_and_records_that_ship_are_known(chain):
     shipped = shutil.move(folder / "make.json", folder / "shipped.json")
     records = Records(folder, folder / "make.json", shipped)
     assert [one.why for one in steps.plan(build(data=True), records)] == ["up to date", "up to date"]
+
+
+def test_an_unfinished_step_that_ships_has_nothing_to_resume_from(chain):
+    build, _, folder = chain
+    records = Records(folder, folder / "make.json")
+    step = build(training=True)[0]
+    step.run()
+    records.write(step, Outcome(complete=False, note="3 of 9 steps are done; it resumes"), 1.0)
+    assert steps.outdated(step, Records(folder, folder / "make.json")) == "3 of 9 steps are done; it resumes"
+    shipped = shutil.move(folder / "make.json", folder / "shipped.json")
+    for _ in range(2):  # the same where the records of another step are written
+        records = Records(folder, folder / "make.json", shipped)
+        assert steps.outdated(step, records) == "unfinished; starts anew"
+        starting = build(training=True, starts=True)[0]
+        assert steps.outdated(starting, records) == "unfinished; starts from the one that ships"
+        other = build()[1]
+        other.run()
+        records.write(other, Outcome(), 1.0)
+    records.write(step, Outcome(complete=False, note="4 of 9 steps are done; it resumes"), 1.0)
+    assert steps.outdated(step, Records(folder, folder / "make.json")) == "4 of 9 steps are done; it resumes"
+
+
+def test_controls_that_are_not_there_are_refused():
+    with refused("missing-file", "--controls", "nowhere"):
+        make.make(argparse.Namespace(budget=None, base="shipped", controls=Path("nowhere")))
 
 
 def test_data_without_a_record_counts_as_what_was_last_read_until_a_step_needs_it(chain):
