@@ -121,3 +121,5 @@ def test_contradictions_are_refused():
         Convergence(budgets=())
     with refused("unknown-name", "pallete"):
         Convergence(colour=("pallete",))
+    with refused("out-of-range", "pairs is 1", "at least 2"):
+        Convergence(pairs=1)

@@ -164,6 +164,8 @@ def test_wrong_settings_are_refused_before_anything_runs(settings):
         ({"given": ("folder",)}, "usage", ["'folder'", "NAME=FOLDER"]),
         ({"budgets": ()}, "out-of-range", ["budgets", "at least 1"]),
         ({"parts": ()}, "missing-setting", ["parts", "budgets"]),
+        ({"pairs": 1}, "out-of-range", ["pairs", "at least 2"]),
+        ({"pair_counts": (1, 4)}, "out-of-range", ["pair_counts", "at least 2"]),
         ({"parts": ("ranks",), "ranks": ()}, "missing-setting", ["ranks"]),
         ({"parts": ("pairs",), "pair_counts": ()}, "missing-setting", ["pair_counts", "pairs"]),
         ({"sampling_steps": 1001}, "out-of-range", ["sampling_steps", "1001", "1000"]),
@@ -286,6 +288,14 @@ def test_a_budget_between_two_that_were_run_is_run_too(settings):
     run_new_condition(NewCondition(**{**small, "budgets": (1, 3)}))
     cells = run_new_condition(NewCondition(**{**small, "budgets": (1, 2, 3)})).cells
     assert [cell.steps for cell in cells if cell.method == ADAPTER] == [1, 2, 3]
+
+
+def test_another_batch_size_has_runs_of_its_own(settings):
+    small = {**settings, "parts": ("ranks",), "detail_steps": 1, "ranks": (2,)}
+    (first,) = run_new_condition(NewCondition(**small)).cells
+    (second,) = run_new_condition(NewCondition(**{**small, "batch_size": 3})).cells
+    assert first.run != second.run
+    assert run_new_condition(NewCondition(**small)).cells == (first,)
 
 
 def test_pairs_of_other_icons_are_not_taken_for_these(settings, icons_file, tmp_path):

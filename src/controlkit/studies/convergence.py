@@ -71,8 +71,12 @@ class Convergence:
             conditions.find(name)
         if not self.colour or not self.spatial:
             raise UserError("give at least one condition in each of colour and spatial", "missing-setting")
-        if not self.budgets or min(self.budgets) < 1 or min(self.images, self.sampling_steps, self.pairs) < 1:
-            raise UserError("budgets, images, sampling_steps and pairs must be at least 1", "out-of-range")
+        if not self.budgets or min(self.budgets) < 1 or min(self.images, self.sampling_steps) < 1:
+            raise UserError("budgets, images and sampling_steps must be at least 1", "out-of-range")
+        if self.pairs < 2:
+            raise UserError(
+                f"pairs is {self.pairs}; expected at least 2, as one is held out for previews", "out-of-range"
+            )
         if not 0 < self.share < 1:
             raise UserError(f"share is {self.share}; expected a fraction above 0 and below 1", "out-of-range")
         object.__setattr__(self, "mode", mode_name(self.mode))

@@ -138,6 +138,10 @@ class NewCondition:
         counts = (*self.budgets, *self.ranks, *self.pair_counts, self.pairs, self.images)
         if min(counts) < 1 or not self.budgets:
             raise UserError("budgets, ranks, pair_counts, pairs and images must be at least 1", "out-of-range")
+        if min((self.pairs, *self.pair_counts)) < 2:
+            raise UserError(
+                "pairs and pair_counts must be at least 2, as one pair is held out for previews", "out-of-range"
+            )
         for part, name in (("ranks", "ranks"), ("pairs", "pair_counts"), ("rates", "rates")):
             if part in self.parts and not getattr(self, name):
                 raise UserError(f"{name} is empty; give at least one, or leave out the part {part}", "missing-setting")
@@ -288,6 +292,7 @@ class Trainings:
             system["control"] = spelled(self.settings.control)
         if method == ADAPTER:
             system["rank"] = rank or self.settings.rank
+        batch_size = self.settings.batch_size
         label = "-".join(
             [
                 *([] if task.pairs.name.startswith(task.name) else [task.name]),
@@ -296,6 +301,8 @@ class Trainings:
                 *([f"r{system['rank']}"] if "rank" in system else []),
                 *([f"{pairs}-pairs"] if name in self.given and pairs < self.count(name) else []),
                 *([] if steps in self.settings.budgets else [f"{steps}-steps"]),
+                # Names of runs at the default are as before, so that they resume.
+                *([] if batch_size == NewCondition.batch_size else [f"batch-{batch_size}"]),
             ]
         )
         recipe = build_recipe(
@@ -309,7 +316,7 @@ class Trainings:
                 "held_out": task.held_out,
                 "out": str(self.out / "runs" / self.bench.key / f"{label}-{rate:g}"),
                 "steps": steps,
-                "batch_size": self.settings.batch_size,
+                "batch_size": batch_size,
                 "learning_rate": rate,
                 "min_lr_rate": 1.0,
                 "warmup_steps": 10,
