@@ -148,12 +148,15 @@ def files_of(path: str | Path) -> list[Path]:
     return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
 
 
-def check_overwrite(written: Iterable[Path], read: Iterable[Path], *, force: bool) -> None:
+def check_overwrite(
+    written: Iterable[Path], read: Iterable[Path], *, force: bool, output: str = "another output"
+) -> None:
     """Refuse to overwrite an input file, and any other existing file unless `force`.
 
     Args:
         written: output files.
         read: input files.
+        output: what the error advises to choose.
 
     Raises:
         UserError: names the file.
@@ -162,12 +165,10 @@ def check_overwrite(written: Iterable[Path], read: Iterable[Path], *, force: boo
     for source in filter(Path.exists, read):
         for path in existing:
             if path.samefile(source):
-                raise UserError(
-                    f"{path} is an input and would be overwritten; choose another output", "would-overwrite"
-                )
+                raise UserError(f"{path} is an input and would be overwritten; choose {output}", "would-overwrite")
     if existing and not force:
         raise UserError(
-            f"{existing[0]} already exists; choose another output, or pass --force to replace it", "would-overwrite"
+            f"{existing[0]} already exists; choose {output}, or pass --force to replace it", "would-overwrite"
         )
 
 

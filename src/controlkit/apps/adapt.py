@@ -2,7 +2,7 @@
 
     controlkit adapt pairs/ --control nano/base --name mine --steps 500
     controlkit adapt pairs/palette --base stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --control ctrlora_sd15_basecn700k.ckpt --name mine
+        --control sd15_basecn700k.ckpt --name mine
 
 `pairs/` may have any format of docs/pairs.md, such as the output of `controlkit pairs`; `pairs/canny` selects one of
 its conditions. Run again to resume.

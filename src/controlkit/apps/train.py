@@ -1,13 +1,10 @@
 """train any system from a YAML recipe; run again to resume
 
-    controlkit train recipes/nano/controlnet-canny.yaml --set steps=3000
     controlkit train recipes/sd15/controlnet.yaml --set pairs=pairs/canny --set condition=canny
     controlkit train ctrlora-adapter        # list the settings of a system
 
-Systems: controlnet, controlnet-lite, controlnet-mlp, controlnet-precomputed, controlnet-sd3, controlnet-xs,
-ctrlora-base, ctrlora-adapter, ctrlora-full, gligen, t2i-adapter, uni-controlnet-global, uni-controlnet-local,
-unicontrol; autoencoder and base for nano. docs/training.md describes them. A recipe of a control has `icons`, `scenes`,
-`multigen` or `pairs` as its source of data.
+docs/training.md lists the systems. A recipe of a control has `icons`, `scenes`, `multigen` or `pairs` as its source of
+data.
 """
 
 from __future__ import annotations

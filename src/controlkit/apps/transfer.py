@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
     name, base_control = split_pair(args.control)
     path = find_control(name)
     read = [path, *([base_control] if base_control else []), base_path(args.source), base_path(args.target)]
-    check_overwrite([Path(args.out)], [file for each in read for file in files_of(each)], force=args.force)
+    inputs = [file for each in read for file in files_of(each)]
+    check_overwrite([Path(args.out)], inputs, force=args.force, output="another --out")
     source, target = load_base(args.source), load_base(args.target)
     for base in (source, target):
         base.check_text_to_image("transfer")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import numpy as np
-
 from controlkit.errors import UserError, nearest
 
 SYNTAXES = ("plain", "weighted")
@@ -101,7 +99,9 @@ def parse_weighted(prompt: str) -> list[list[Span]]:
 
 def _products(factors: list[tuple[int, int, float]], count: int) -> list[float]:
     """The product of the factors of each text, in their order."""
-    weights = np.ones(count)  # numpy, since thousands of brackets may each have thousands of texts
+    import numpy as np  # not with the module, which every verb's --help imports
+
+    weights = np.ones(count)  # thousands of brackets may each have thousands of texts
     with np.errstate(over="ignore"):
         for first, end, factor in factors:
             weights[first:end] *= factor
