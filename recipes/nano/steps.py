@@ -118,8 +118,9 @@ class Records:
         return bool(self.values.get(step.name, {}).get("complete"))
 
     def note(self, step: Step) -> str:
-        """The note of the last run."""
-        return str(self.values.get(step.name, {}).get("note", ""))
+        """The note of the last run; none of a run elsewhere."""
+        known = self.values.get(step.name, {})
+        return "" if known.get(SHIPPED) else str(known.get("note", ""))
 
     def minutes(self, step: Step) -> float:
         """What a step takes: its estimate, or what it took last time if that is longer (a resumed run took less)."""

@@ -167,7 +167,7 @@ def test_an_unfinished_step_that_ships_has_nothing_to_resume_from(chain):
     shipped = shutil.move(folder / "make.json", folder / "shipped.json")
     for _ in range(2):  # the same where the records of another step are written
         records = Records(folder, folder / "make.json", shipped)
-        assert steps.outdated(step, records) == "unfinished; starts anew"
+        assert steps.outdated(step, records) == "unfinished; starts anew" and records.note(step) == ""
         starting = build(training=True, starts=True)[0]
         assert steps.outdated(starting, records) == "unfinished; starts from the one that ships"
         other = build()[1]
