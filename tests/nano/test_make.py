@@ -558,14 +558,14 @@ def test_the_plan_names_every_step_why_it_runs_and_how_long_it_takes(repository)
 
 
 def test_figures_are_written_from_their_json_without_making_anything_else(repository):
-    page = repository / "docs/nano.md"
+    page = repository / "docs/nano-notes.md"
     right = page.read_text(encoding="utf-8")
     wrong = re.sub(r"(<!-- nano:base.top5 -->)0\.\d+", r"\g<1>0.999", right)
     assert wrong != right
     page.write_text(wrong, encoding="utf-8")
     said = run_make(repository, "--only", "pages", "adopt")
     assert page.read_text(encoding="utf-8") == right
-    assert "docs/nano.md: base.top5: 0.999 -> " in said and "assets" not in said
+    assert "docs/nano-notes.md: base.top5: 0.999 -> " in said and "assets" not in said
     assert "nothing to adopt" in run_make(repository, "--only", "pages", "adopt")
 
     path = repository / "benchmarks/results/controlnet_training-sd15-256-cpu.json"
