@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import json
 import re
 import sys
 import textwrap
@@ -209,6 +210,10 @@ def _expected(field: dataclasses.Field[Any], hints: dict[str, Any]) -> str:
     default = _default(field)
     if default is None or default == ():
         return describe(hints[field.name])
-    plain = list(default) if isinstance(default, tuple) else default
-    example = yaml.safe_dump(plain, default_flow_style=True, width=1000)
-    return f"{describe(hints[field.name])}, such as {example.splitlines()[0]}"
+    return f"{describe(hints[field.name])}, such as {as_written(default)}"
+
+
+def as_written(value: Any) -> str:
+    """A setting's value as a recipe writes it: `null`, `true`, `[a, b]`."""
+    plain = json.loads(json.dumps(value, default=str))  # tuples as lists
+    return str(yaml.safe_dump(plain, default_flow_style=True, width=1000).splitlines()[0])

@@ -86,14 +86,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?%)?|-|", re.IGNORECASE)
 
 
-def as_written(value: Any) -> str:
-    """A setting's value as a recipe writes it: `null`, `true`, `[a, b]`."""
-    import yaml
-
-    plain = json.loads(json.dumps(value, default=str))  # tuples as lists
-    return str(yaml.safe_dump(plain, default_flow_style=True, width=1000)).removesuffix("\n").removesuffix("\n...")
-
-
 def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
     """Print facts about one thing on standard output, one per line."""
     from rich.console import Console

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from controlkit.apps.show import add_json, as_written, print_json, print_table
+from controlkit.apps.show import add_json, print_json, print_table
 from controlkit.errors import UserError
 from controlkit.progress import is_verbose
 
@@ -134,7 +134,7 @@ def _values_of(args: argparse.Namespace, kind: type) -> dict[str, Any]:
 
 
 def _list_settings(name: str, kind: type, as_json: bool) -> None:
-    from controlkit.settings import describe_settings
+    from controlkit.settings import as_written, describe_settings
 
     settings = describe_settings(kind)
     if as_json:

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from controlkit.apps.show import add_json, as_written, print_json, print_table
+from controlkit.apps.show import add_json, print_json, print_table
 from controlkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _list(kind: type[Recipe], as_json: bool) -> None:
     """List every setting with the data sources that have it; a setting with two defaults is listed twice."""
-    from controlkit.settings import describe_settings
+    from controlkit.settings import as_written, describe_settings
     from controlkit.training.recipes import by_source
 
     choice: dict[str, type[Recipe]] = {**by_source(kind)}
