@@ -67,6 +67,7 @@ class MeasuringSteps:
         reads: tuple[Path, ...],
         *images: str,
         minutes: float,
+        version: int = 1,
     ) -> Step:
         def run() -> Outcome:
             outcome = self.shop.report(file, commands, **self._beside(file))
@@ -82,6 +83,7 @@ class MeasuringSteps:
             inputs=(*self.shop.base, *reads, sets),
             outputs=(self.shop.results / f"{file}.json", *(self.shop.images / image for image in images)),
             settings={"commands": {label: self.shop.shown(command) for label, command in commands.items()}},
+            version=version,
             run=run,
             minutes=minutes,
         )
@@ -136,7 +138,13 @@ class MeasuringSteps:
         scenes = ["--icons", str(self.shop.icons.relative_to(self.root)), *_images(wanted.scenes), *few]
         return [
             self._report(
-                "base", "evaluate the base", {"default": [*base, *sheets["nano.png"]]}, (), "nano.png", minutes=3
+                "base",
+                "evaluate the base",
+                {"default": [*base, *sheets["nano.png"]]},
+                (),
+                "nano.png",
+                minutes=3,
+                version=2,
             ),
             self._report(
                 "base-sampling",
@@ -150,6 +158,7 @@ class MeasuringSteps:
                 },
                 (),
                 minutes=18,
+                version=2,
             ),
             self._report(
                 "canny",

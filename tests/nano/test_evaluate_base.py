@@ -37,6 +37,13 @@ def test_a_base_is_judged_with_its_settings(tiny_base, monkeypatch):
     monkeypatch.setattr(module, "read_set", few)
     monkeypatch.setattr(module, "COLOURS", ("white",))
     monkeypatch.setattr(module, "lite0_features", small_features)
+    judged = []
+
+    def retrieval(features, concepts, gallery, gallery_concepts):
+        judged.append((features, gallery))
+        return 0.5
+
+    monkeypatch.setattr(module, "retrieval_accuracy", retrieval)
     reports = module.evaluate_base(tiny_base, steps=1)
     assert "steps" not in reports[0].settings  # nothing is sampled for the autoencoder
     assert [report.settings["steps"] for report in reports[1:]] == [1] * 4
@@ -49,3 +56,7 @@ def test_a_base_is_judged_with_its_settings(tiny_base, monkeypatch):
         "deviation": 128.0,
     }
     json.dumps([report.settings for report in reports], allow_nan=False)
+    # The ceiling of the right concept is of other images than the gallery that it is looked for in.
+    (_, gallery), (ceiling, _) = judged
+    assert torch.equal(gallery, small_features(few("seen").images))
+    assert torch.equal(ceiling, small_features(module.reconstruct(tiny_base, few("seen-again").images)))
