@@ -43,7 +43,13 @@ def _closed(cells: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, int], fl
 
 
 def _steps_of(values: Mapping[tuple[str, str, int], float], method: str = "adapter") -> list[int]:
-    return sorted({steps for _, name, steps in values if name == method})
+    """The budgets, without the base control alone (0 steps)."""
+    return sorted({steps for _, name, steps in values if name == method and steps})
+
+
+def _untrained(values: Mapping[tuple[str, str, int], float]) -> bool:
+    """Whether the base control alone was evaluated."""
+    return any(not steps for _, _, steps in values)
 
 
 def _conditions_of(values: Mapping[tuple[str, str, int], float]) -> dict[str, str]:
@@ -51,12 +57,16 @@ def _conditions_of(values: Mapping[tuple[str, str, int], float]) -> dict[str, st
     return {task: title for task, title in _NEW_CONDITIONS.items() if task in tasks}
 
 
+def _two(value: float | None) -> str:
+    return "" if value is None else two(value)
+
+
 def budgets_table(results: Results) -> str:
     """Gap closed by number of steps."""
     values = _closed(_cells(results, "new-condition"))
-    steps = _steps_of(values)
+    steps = [*([0] if _untrained(values) else []), *_steps_of(values)]
     rows = [
-        [f"{title}: {method}", *(two(values[task, method, count]) for count in steps)]
+        [f"{title}: {method}", *(_two(values.get((task, method, count))) for count in steps)]
         for task, title in _conditions_of(values).items()
         for method in ("adapter", "ControlNet")
     ]
@@ -67,9 +77,13 @@ def budgets_table(results: Results) -> str:
 def mode_table(results: Results) -> str:
     """The same in nano's own mode."""
     values = _closed(_cells(results, "new-condition-control"))
-    steps = _steps_of(values)
+    steps = [*([0] if _untrained(values) else []), *_steps_of(values)]
+    both = ("adapter", "ControlNet")
     rows = [
-        [title, *(", ".join(two(values[task, method, n]) for method in ("adapter", "ControlNet")) for n in steps)]
+        [
+            title,
+            *(", ".join(two(values[task, method, n]) for method in both if (task, method, n) in values) for n in steps),
+        ]
         for task, title in _conditions_of(values).items()
     ]
     head = [f"{steps[0]} steps", *(f"{count:,}" for count in steps[1:])]

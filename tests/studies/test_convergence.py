@@ -47,7 +47,10 @@ def test_it_trains_both_kinds_and_resumes(settings, capsys, monkeypatch):
     monkeypatch.setattr(Cell, "gap_closed", property(lambda self: 0.1 * self.steps))
     made = run_convergence(Convergence(**settings))
     assert {(each.task, each.method, each.steps) for each in made.cells} == {
-        (task, method, steps) for task in ("palette", "sketch") for method in METHODS for steps in (1, 2)
+        (task, method, steps)
+        for task in ("palette", "sketch")
+        for method in METHODS
+        for steps in ((0, 1, 2) if method == METHODS[0] else (1, 2))
     }
     steps, claims, curves = made.reports
     assert [row[:2] for row in steps.rows] == [
@@ -57,7 +60,7 @@ def test_it_trains_both_kinds_and_resumes(settings, capsys, monkeypatch):
         ("median, spatial", "spatial"),
     ]
     assert steps.rows[0][2:] == ("over 2", "over 2") and set(claims.rows[0][1:]) == {"undecided"}
-    assert len(curves.rows) == 4 and None not in curves.rows[0]
+    assert len(curves.rows) == 4 and None not in curves.rows[0] and curves.rows[1][1] is None
     assert steps.settings["mode"] == "control" and steps.settings["study"]["colour"] == ("palette",)
     assert steps.settings["tasks"]["palette, 4 pairs"]["condition"]["name"] == "palette"
     assert all(path.is_file() for path in made.files.values())
@@ -68,26 +71,27 @@ def test_it_trains_both_kinds_and_resumes(settings, capsys, monkeypatch):
 
 
 def test_a_control_that_is_past_the_share_trains_no_further(settings, monkeypatch):
-    monkeypatch.setattr(Cell, "gap_closed", property(lambda self: 0.6 if self.steps == 1 else 0.7))
+    monkeypatch.setattr(Cell, "gap_closed", property(lambda self: (0.2, 0.6, 0.7)[self.steps]))
     made = run_convergence(Convergence(**settings))
-    assert {each.steps for each in made.cells} == {1}
+    assert {each.steps for each in made.cells} == {0, 1}
     assert made.reports[0].rows[0][2:] == ("at most 1", "at most 1")
-    assert made.reports[2].rows[0][1:] == (0.6, None)
+    assert made.reports[2].rows[0][1:] == (0.2, 0.6, None)
+
+
+def test_where_the_base_control_alone_is_past_the_share_no_adapter_trains(settings, monkeypatch):
+    monkeypatch.setattr(Cell, "gap_closed", property(lambda self: 0.6))
+    made = run_convergence(Convergence(**settings))
+    assert {(each.method, each.steps) for each in made.cells} == {(METHODS[0], 0), (METHODS[1], 1)}
+    assert made.reports[0].rows[0][2:] == (0, "at most 1")
+    assert made.reports[0].facts["steps"][f"palette: {METHODS[0]}"] == 0
+    assert all(path.is_file() for path in made.files.values())
 
 
 def test_a_condition_without_a_gap_is_refused_before_the_others_train_on(settings, monkeypatch):
     monkeypatch.setattr(Cell, "gap_closed", property(lambda self: math.nan if self.task == "sketch" else 0.1))
-    trained = []
-    cell_of = Trainings.cell
-
-    def cell(self, *what):
-        trained.append(what)
-        return cell_of(self, *what)
-
-    monkeypatch.setattr(Trainings, "cell", cell)
+    monkeypatch.setattr(Trainings, "cell", lambda *_, **__: pytest.fail("a control trained"))
     with refused("unsupported", "sketch", "no gap"):
         run_convergence(Convergence(**settings))
-    assert [(what[0], what[-1]) for what in trained] == [("palette", 1), ("sketch", 1)]
 
 
 def test_steps_lie_between_two_budgets_on_a_logarithmic_scale():
@@ -96,6 +100,9 @@ def test_steps_lie_between_two_budgets_on_a_logarithmic_scale():
     assert steps_to(run[::-1], 0.2) == pytest.approx(40)
     assert steps_to(run, 0.0) == 10
     assert math.isinf(steps_to(run, 0.7))
+    untrained = cell(0, 0.1)
+    assert steps_to([untrained, *run], 0.05) == 0
+    assert steps_to([untrained, cell(10, 0.2)], 0.15) == 10
 
 
 def test_medians_tell_whether_colour_is_slower():

@@ -19,11 +19,12 @@ from controlkit.conditions import find
 from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.data.pairs import read_pairs, write_pairs
 from controlkit.evaluation.eval_set import EvalSet
+from controlkit.evaluation.sampling import EvalControl, generate_controlled
 from controlkit.evaluation.sets import evaluation_set
-from controlkit.formats.load import save_control
+from controlkit.formats.load import load_control, save_control
 from controlkit.nano.icons import IconSets, draw
 from controlkit.studies.cells import Cell, Task, _score
-from controlkit.studies.new_condition import NewCondition, run_new_condition
+from controlkit.studies.new_condition import NewCondition, Trainings, run_new_condition
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, claims
 from refusals import refused
 
@@ -136,7 +137,7 @@ def test_pairs_of_ones_own_are_studied_and_judged_on_their_held_out_tenth(
     assert len(read_pairs(folder)) == 10
     monkeypatch.setattr(progress, "_SILENT", 0)
     assert main([*command, "--verbose"]) == 0
-    assert "2 of 2 cells of the study" in capsys.readouterr().err
+    assert "3 of 3 cells of the study" in capsys.readouterr().err
 
 
 def test_numbers_of_pairs_of_ones_own_are_numbers_trained_on(settings, icons_file, tmp_path):
@@ -183,6 +184,21 @@ def test_a_control_that_is_no_base_control_is_refused_before_anything_runs(setti
     assert not Path(settings["out"]).exists()
 
 
+def test_the_adapter_at_step_0_is_the_base_control_alone(settings):
+    few = {**settings, "parts": ("budgets",), "budgets": (1,)}
+    made = run_new_condition(NewCondition(**few))
+    untrained = next(cell for cell in made.cells if not cell.steps)
+    trainings = Trainings(NewCondition(**few))
+    task, base = trainings.task("palette", 6), trainings.base
+    control = load_control(settings["control"], base)
+    use = EvalControl(control=control, condition_images=task.eval_set.condition_images, mode="balanced")
+    images = generate_controlled(base, [use], task.eval_set.prompts, steps=2)
+    assert untrained.score == pytest.approx(_score(task, images), abs=1e-6)
+    assert untrained.seconds == 0 and untrained.method == ADAPTER
+    table = made.reports[0]
+    assert table.columns[1:] == ("0", "1") and table.rows[0][1] == untrained.gap_closed and table.rows[1][1] is None
+
+
 def test_more_images_than_there_are_are_refused_before_training(settings):
     with refused("out-of-range", "images", 100_000, len(evaluation_set("held-out").examples)):
         run_new_condition(NewCondition(**{**settings, "images": 100_000}))
@@ -208,7 +224,8 @@ def test_a_claim_that_fails_is_said_to_fail():
         )
 
     good = [cell(ADAPTER, 100, 0.5), cell(CONTROLNET, 100, 0.1), cell(ADAPTER, 500, 0.4), cell(CONTROLNET, 500, 0.6)]
-    assert claims(good) == {
+    untrained = cell(ADAPTER, 0, 0.2)
+    assert claims([untrained, *good]) == {
         "ahead at every budget up to 250 steps": {"palette": True},
         "level (within 0.02) or ahead at 500 steps": {"palette": False},
         "at most a tenth of the parameters": {"palette": True},
@@ -219,7 +236,7 @@ def test_a_claim_that_fails_is_said_to_fail():
 def test_other_images_are_other_numbers_and_a_budget_of_a_part_has_a_run_of_its_own(settings, capsys):
     small = {**settings, "parts": ("budgets", "ranks"), "budgets": (2,), "detail_steps": 1, "ranks": (2,)}
     first = run_new_condition(NewCondition(**small))
-    assert [cell.steps for cell in first.cells] == [2, 2, 1]
+    assert [cell.steps for cell in first.cells] == [0, 2, 2, 1]
     states = {path: path.read_bytes() for path in Path(settings["out"]).rglob("state.safetensors")}
     capsys.readouterr()
     table = first.files["table"].read_text()
@@ -287,7 +304,7 @@ def test_a_budget_between_two_that_were_run_is_run_too(settings):
     small = {**settings, "parts": ("budgets",), "detail_steps": 3}
     run_new_condition(NewCondition(**{**small, "budgets": (1, 3)}))
     cells = run_new_condition(NewCondition(**{**small, "budgets": (1, 2, 3)})).cells
-    assert [cell.steps for cell in cells if cell.method == ADAPTER] == [1, 2, 3]
+    assert [cell.steps for cell in cells if cell.method == ADAPTER] == [0, 1, 2, 3]
 
 
 def test_another_batch_size_has_runs_of_its_own(settings):

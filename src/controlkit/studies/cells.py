@@ -154,22 +154,27 @@ class Bench:
         self.results = folder / f"results-{self.key}"
         self._baselines: dict[tuple[str, str], tuple[float, float]] = {}
 
-    def cell(self, task: Task, method: str, recipe: ControlRecipe) -> Cell:
+    def cell(self, task: Task, method: str, recipe: ControlRecipe, *, trained: bool = True) -> Cell:
         """Train by `recipe`, resuming from fewer steps, and evaluate on the images of the task.
 
         Other images are evaluated on the same training.
+
+        Args:
+            trained: False evaluates the control as training starts from it, as the cell of 0 steps.
         """
         settings = {name: value for name, value in identifying(recipe).items() if name != "out"}
+        if not trained:
+            settings["steps"] = 0
         content = (task.pairs_content, task.images_content)
         identity = sha256_of(task.name, method, *content, repr(sorted(settings.items())))[:24]
         path = self.results / f"{identity}.json"
         if _stored_cell(path) is None:
             # Pairs of the same name may have changed; training must not resume from weights of other pairs.
             out = f"{recipe.out}-{task.pairs_content[:8]}"
-            if _steps_done(Path(out)) > recipe.steps:
+            if trained and _steps_done(Path(out)) > recipe.steps:
                 out += f"-{recipe.steps}-steps"
             recipe = dataclasses.replace(recipe, out=out)
-            measured = dataclasses.asdict(self._measure(task, method, recipe))
+            measured = dataclasses.asdict(self._measure(task, method, recipe, trained=trained))
             write_json(path, {**measured, "settings": self._settings(task, recipe)})
         cell = _stored_cell(path)
         assert cell is not None
@@ -190,13 +195,15 @@ class Bench:
         """Path of a strip of the first images of a cell."""
         return self.folder / "pictures" / self.key / f"{run}-{task.images_content[:8]}-{steps:05d}.png"
 
-    def _measure(self, task: Task, method: str, recipe: ControlRecipe) -> Cell:
-        print(f"{task.name}: {method}, {recipe.steps} steps", file=sys.stderr)
+    def _measure(self, task: Task, method: str, recipe: ControlRecipe, *, trained: bool) -> Cell:
+        steps = recipe.steps if trained else 0
+        print(f"{task.name}: {method}, {steps} steps", file=sys.stderr)
         started = time.perf_counter()
         objective = objective_of(recipe)
         assert isinstance(objective, ControlObjective)
-        train(objective, recipe)
-        seconds = time.perf_counter() - started
+        if trained:
+            train(objective, recipe)
+        seconds = time.perf_counter() - started + self._seconds_before(recipe) if trained else 0.0
         control = objective.control.eval()
         use = EvalControl(control=control, condition_images=task.eval_set.condition_images, mode=self.mode)
         prompts = task.eval_set.prompts
@@ -204,22 +211,22 @@ class Bench:
         baseline, ceiling = self._baselines_of(task)
         score = _score(task, results)
         rows = [[Image.fromarray(image) for image in results[:_SHOWN]]]
-        sheet = self.sheet_path(task, Path(recipe.out).name, recipe.steps)
+        sheet = self.sheet_path(task, Path(recipe.out).name, steps)
         write_png(sheet, contact_sheet(rows, cell=self.base.size, gap=0))
         closed = gap_closed(baseline, score, ceiling)
-        print(f"{task.name}: {method}, {recipe.steps} steps: {score:.3f}, gap closed {closed:.2f}", file=sys.stderr)
+        print(f"{task.name}: {method}, {steps} steps: {score:.3f}, gap closed {closed:.2f}", file=sys.stderr)
         return Cell(
             task=task.name,
             method=method,
             rank=getattr(recipe, "rank", None),
             pairs=int(objective.source.facts()["pairs"]),
-            steps=recipe.steps,
+            steps=steps,
             rate=recipe.learning_rate,
             score=score,
             baseline=baseline,
             ceiling=ceiling,
             parameters=sum(parameter.numel() for parameter in objective.parameters()),
-            seconds=seconds + self._seconds_before(recipe),
+            seconds=seconds,
             run=Path(recipe.out).name,
         )
 

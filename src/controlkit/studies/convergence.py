@@ -111,8 +111,9 @@ def run_convergence(settings: Convergence) -> NewConditionResult:
     )
     progress = Progress("controls of the study", len(names) * len(METHODS))
     cells: list[Cell] = []
-    for name in names:  # each with its first cell, before hours of training
-        first = trainings.cell(name, settings.pairs, ADAPTER, min(settings.budgets))
+    untrained: dict[str, Cell] = {}
+    for name in names:  # before hours of training
+        first = untrained[name] = trainings.untrained(name, settings.pairs)
         if math.isnan(first.gap_closed):
             raise UserError(
                 f"{name} has no gap to close: images without control score {first.baseline:.3g}, as targets do; choose"
@@ -120,8 +121,10 @@ def run_convergence(settings: Convergence) -> NewConditionResult:
                 "unsupported",
             )
     for name in names:
+        cells.append(untrained[name])
         for method in METHODS:
-            for steps in sorted(settings.budgets):
+            past = method == ADAPTER and untrained[name].gap_closed >= settings.share
+            for steps in () if past else sorted(settings.budgets):
                 cells.append(trainings.cell(name, settings.pairs, method, steps))
                 if cells[-1].gap_closed >= settings.share:
                     break
@@ -144,12 +147,14 @@ _FILES = {"table": ".md", "figure": ".png", "images": "-images.png"}
 def steps_to(cells: Sequence[Cell], share: float) -> float:
     """Steps at which the cells of one run reach `share` of the gap: between two budgets, on a logarithmic scale.
 
-    The first budget is an upper bound if it is past the share; infinite if none is.
+    0 if the base control alone is past the share; the first budget, if past it, is an upper bound; infinite if none is.
     """
     ordered = sorted(cells, key=lambda cell: cell.steps)
     if ordered[0].gap_closed >= share:
         return float(ordered[0].steps)
     for before, after in pairwise(ordered):
+        if after.gap_closed >= share and not before.steps:
+            return float(after.steps)
         if after.gap_closed >= share:
             way = (share - before.gap_closed) / (after.gap_closed - before.gap_closed)
             return float(before.steps * (after.steps / before.steps) ** way)
@@ -177,7 +182,7 @@ def tables(cells: Sequence[Cell], settings: Convergence) -> list[Report]:
     least, most = min(settings.budgets), max(settings.budgets)
 
     def shown(value: float) -> str | int:
-        if value <= least:
+        if 0 < value <= least:
             return f"at most {least}"
         return f"over {most}" if math.isinf(value) else round(value)
 
@@ -191,7 +196,7 @@ def tables(cells: Sequence[Cell], settings: Convergence) -> list[Report]:
     }
     rows += [(f"median, {kind}", kind, *(shown(middle[kind, m]) for m in METHODS)) for kind in ("colour", "spatial")]
     slower = {method: _is_slower(middle["colour", method], middle["spatial", method]) for method in METHODS}
-    budgets = sorted(settings.budgets)
+    budgets = sorted({0, *settings.budgets})
     curves: list[Row] = []
     for (task, method), run in runs.items():
         closed = {cell.steps: cell.gap_closed for cell in run}
@@ -202,7 +207,10 @@ def tables(cells: Sequence[Cell], settings: Convergence) -> list[Report]:
             title=f"Optimiser steps to {settings.share:.0%} of the gap",
             columns=("condition", "kind", *METHODS),
             rows=tuple(rows),
-            notes=("between two budgets, steps are interpolated on a logarithmic scale. One seed.",),
+            notes=(
+                "between two budgets, steps are interpolated on a logarithmic scale; 0: the base control alone is past"
+                " the share. One seed.",
+            ),
             facts={"steps": plain, "colour_is_slower": slower},
         ),
         Report(
@@ -214,6 +222,6 @@ def tables(cells: Sequence[Cell], settings: Convergence) -> list[Report]:
             title="Gap closed by number of steps",
             columns=("condition: method", *map(str, budgets)),
             rows=tuple(curves),
-            notes=("a control is trained no further once it is past the share.",),
+            notes=("0: the base control alone. A control is trained no further once it is past the share.",),
         ),
     ]

@@ -70,9 +70,12 @@ def plot(cells_of: Mapping[str, Sequence[Cell]], path: Path) -> Path:
 def _panel(axis: Axes, title: str, cells: Sequence[Cell], along: str, by: str | None, label: str) -> None:
     for line in dict.fromkeys(getattr(cell, by) if by else "adapter" for cell in cells):
         points = [cell for cell in cells if not by or getattr(cell, by) == line]
+        points = [cell for cell in points if cell.steps]
         x: list[Any] = [getattr(cell, along) for cell in points]
         axis.plot(x, [cell.gap_closed for cell in points], marker="o", markersize=4, label=line)
-    ticks = sorted({getattr(cell, along) for cell in cells})
+    for untrained in (cell for cell in cells if not cell.steps):  # 0 has no place on a logarithmic axis
+        axis.axhline(untrained.gap_closed, color="C0", linewidth=0.9, linestyle="--", label="base control alone")
+    ticks = sorted({getattr(cell, along) for cell in cells if cell.steps})
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()

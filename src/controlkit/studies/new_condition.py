@@ -179,7 +179,7 @@ _Job = Callable[[], Cell]
 
 
 class Trainings:
-    """The trainings of the study, each computed once (`cell`), and its reports."""
+    """The trainings of the study, each computed once (`cell`), what each starts from (`untrained`), and its reports."""
 
     def __init__(self, settings: NewCondition) -> None:
         self.settings = settings
@@ -247,6 +247,7 @@ class Trainings:
 
     def budgets(self) -> Iterator[_Job]:
         for name in self.names():
+            yield partial(self.untrained, name, self.count(name))
             for method in (ADAPTER, CONTROLNET):
                 for steps in sorted(self.settings.budgets):
                     yield partial(self.cell, name, self.count(name), method, steps)
@@ -281,10 +282,21 @@ class Trainings:
         """Number of training pairs of the condition `name`; of a given one, all of its folder."""
         return len(self.given[name].training) if name in self.given else self.settings.pairs
 
+    def untrained(self, name: str, pairs: int) -> Cell:
+        """Evaluate the adapter at step 0: the base control alone."""
+        # Step 1 stands for any: nothing is trained, and the cell does not depend on the budgets.
+        return self.bench.cell(self.task(name, pairs), ADAPTER, self._recipe(name, pairs, ADAPTER, 1), trained=False)
+
     def cell(
         self, name: str, pairs: int, method: str, steps: int, *, rank: int | None = None, rate: float | None = None
     ) -> Cell:
         """Train `method` on `pairs` pairs of the condition `name`, and evaluate it."""
+        recipe = self._recipe(name, pairs, method, steps, rank=rank, rate=rate)
+        return self.bench.cell(self.task(name, pairs), method, recipe)
+
+    def _recipe(
+        self, name: str, pairs: int, method: str, steps: int, *, rank: int | None = None, rate: float | None = None
+    ) -> ControlRecipe:
         task = self.task(name, pairs)
         rate = RATES[method] if rate is None else rate
         system: dict[str, Any] = dict(METHODS[method])
@@ -328,7 +340,7 @@ class Trainings:
             origin="controlkit study",
         )
         assert isinstance(recipe, ControlRecipe)
-        return self.bench.cell(task, method, recipe)
+        return recipe
 
     def task(self, name: str, count: int) -> Task:
         """The condition `name` with `count` pairs, computed once."""

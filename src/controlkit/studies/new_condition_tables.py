@@ -29,11 +29,14 @@ def budgets_report(cells: Sequence[Cell]) -> list[Report]:
     for cell in cells:
         by_row.setdefault((cell.task, cell.method), {})[cell.steps] = cell
     rows: list[Row] = [
-        (f"{task}: {method}", *(row[steps].gap_closed for steps in budgets)) for (task, method), row in by_row.items()
+        (f"{task}: {method}", *(row[steps].gap_closed if steps in row else None for steps in budgets))
+        for (task, method), row in by_row.items()
     ]
     baselines = {cell.task: (cell.baseline, cell.ceiling) for cell in cells}
     trained = {cell.method: cell.parameters for cell in cells}
     notes = [f"trained: {', '.join(f'{method} {count:,} parameters' for method, count in trained.items())}."]
+    if 0 in budgets:
+        notes.append("0 steps: the base control alone.")
     notes += [f"{task}: no control {low:.3f}, ceiling {high:.3f}." for task, (low, high) in baselines.items()]
     return [
         Report(
@@ -52,7 +55,7 @@ def claims(cells: Iterable[Cell]) -> dict[str, dict[str, bool]]:
     score = {(cell.task, cell.method, cell.steps): cell.gap_closed for cell in cells}
     size = {cell.method: cell.parameters for cell in cells}
     tasks = sorted({task for task, _, _ in score})
-    budgets = sorted({steps for _, _, steps in score})
+    budgets = sorted({steps for _, _, steps in score if steps})
     most = max(budgets)
 
     def both(task: str, steps: int) -> tuple[float, float]:
