@@ -255,8 +255,8 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
     controls: dict[str, Control] = {}
     for name in args.names:
         control = load_control(name, base, shared=shared)
+        followed = _of_the_pairs(name, control, pairs, args.pairs) if pairs else control.conditions
         if len(control.conditions) > 1:
-            followed = _of_the_pairs(name, control, pairs, args.pairs) if pairs else control.conditions
             controls |= {f"{name}, {each}": control.for_condition(each) for each in followed}
         else:
             controls[name] = control
@@ -266,8 +266,7 @@ def _of_controls(args: argparse.Namespace, settings: dict[str, Any]) -> list[Rep
                 f"--pairs have one condition: evaluate one control, not {len(controls)} ({'; '.join(controls)})",
                 "contradiction",
             )
-        ((name, control),) = controls.items()
-        _check_condition(name, control, pairs, args.pairs)
+        (control,) = controls.values()
         control.condition = control.condition or pairs[0].condition  # a base control has none
         called = "pairs" if getattr(args, "share", None) == 1 else "held-out pairs"
         report, sheet = evaluate_control(base, control, [pairs_eval_set(pairs, base.size, called)], **settings)
@@ -284,38 +283,22 @@ def _of_the_pairs(name: str, control: Control, pairs: Sequence[Pair], path: str)
     """The conditions of a control that the condition images of pairs may be of: one, if theirs is known.
 
     Raises:
-        UserError: they are of another one.
+        UserError: they are of none of them.
     """
     from controlkit.errors import UserError
     from controlkit.evaluation.eval_set import different_conditions
 
     theirs = pairs[0].condition
     followed = [each for each in control.conditions if not different_conditions(each, theirs)]
-    if not followed:
+    if control.conditions and not followed:
+        ours = ", ".join(control.conditions)
+        wanted = ours if len(control.conditions) == 1 else "one of these"
         raise UserError(
-            f"{name} is a control of {', '.join(control.conditions)}, but the condition images of {path} are {theirs};"
-            " give pairs of one of these",
+            f"{name} is a control of {ours}, but the condition images of {path} are {theirs}; give pairs of {wanted}:"
+            f" if the folder has several conditions, --pairs PAIRS/{control.conditions[0]}",
             "contradiction",
         )
     return followed
-
-
-def _check_condition(name: str, control: Control, pairs: Sequence[Pair], path: str) -> None:
-    """Check that the condition images of pairs are of the control's condition, where both are known.
-
-    Raises:
-        UserError: they are of another one.
-    """
-    from controlkit.errors import UserError
-    from controlkit.evaluation.eval_set import different_conditions
-
-    if known := different_conditions(control.condition, pairs[0].condition):
-        ours, theirs = known
-        raise UserError(
-            f"{name} is a control of {ours}, but the condition images of {path} are {theirs}; give pairs of {ours}: if"
-            f" the folder has several conditions, --pairs PAIRS/{ours}",
-            "contradiction",
-        )
 
 
 def _first(images: EvaluationSet[Any], count: int) -> EvaluationSet[Any]:
