@@ -131,7 +131,6 @@ with open(sys.argv[2], "w", encoding="utf-8") as file:
     json.dump({"parts": parts, "seconds": sum(part["seconds"] for part in parts)}, file, indent=2)
 END
 rm -f "$rows"
-# One file to take away: figures, logs and trained weights, without states and caches.
-(cd "$out" && tar -czf results.tar.gz --exclude=results.tar.gz --exclude='state*.safetensors' \
-    --exclude=latents.safetensors .)
+# One file to take away: figures, logs and trained weights, without states.
+(cd "$out" && tar -czf results.tar.gz --exclude=results.tar.gz --exclude='state*.safetensors' .)
 exit $failed

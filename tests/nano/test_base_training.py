@@ -109,6 +109,15 @@ def test_memory_that_is_short_in_a_preview_leaves_what_trains_as_it_is(recipe, t
     assert all(network.training for network in objective.trained.values())
 
 
+def test_another_run_on_the_same_drawings_does_not_encode_them_again(recipe, tmp_path, capsys):
+    first = BaseObjective(recipe, CPU).drawings
+    assert "encoding" in capsys.readouterr().err
+    other = BaseObjective(with_settings(recipe, out=str(tmp_path / "other"), steps=2), CPU).drawings
+    assert "encoding" not in capsys.readouterr().err
+    assert torch.equal(other.latents, first.latents) and other.colours == first.colours
+    assert first.colours == [first.draw(index).colour for index in range(len(first))]
+
+
 def test_icons_that_changed_are_drawn_and_encoded_again(recipe, icons_file, tmp_path):
     recipe = with_settings(recipe, icons=str(tmp_path / "icons.npz"))
     shutil.copyfile(icons_file, recipe.icons)

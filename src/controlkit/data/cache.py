@@ -76,7 +76,7 @@ class Spec:
     """Identity of a store: equal specs share one."""
 
     kind: str
-    """`latents`, `hints`, `texts`."""
+    """`latents`, `hints`, `texts`, or `drawings` (of nano)."""
     model: str
     """Hash of the networks, and of all settings that the rows depend on."""
     transform: str

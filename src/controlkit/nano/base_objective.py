@@ -97,7 +97,6 @@ class BaseObjective(Objective):
             [icon for icon in icons if icon.style in (recipe.styles or TRAINED_STYLES)],
             recipe.variants,
             recipe.seed,
-            path=Path(recipe.out) / "latents.safetensors",
             encode=lambda x: self.vae.encode(x.to(device)).latent_dist.mode() * self.vae.config.scaling_factor,
             key=self.frozen,
             least_scale=recipe.least_scale,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from controlkit.files import sha256_of, write_atomically
+from controlkit.data.cache import Spec, Store
+from controlkit.data.cached_rows import CachedRows
+from controlkit.data.segments import Part, Rows, digests_of
+from controlkit.files import sha256_of
 from controlkit.images import to_tensor
-from controlkit.nano.icons import LEAST_SCALE, Drawing, Icon, caption_of, draw
+from controlkit.nano.icons import COLOURS, LEAST_SCALE, Drawing, Icon, caption_of, draw
+from controlkit.training.pair_cache import as_rows, gather_rows, start_of_process
 
 _BATCH = 64
 
@@ -22,8 +22,8 @@ _BATCH = 64
 class Drawings:
     """`variants` drawings of each icon (random background, scale and position) with their latents.
 
-    Drawings are composed on demand, which costs less than storing them. Latents are cached in `path` for the same
-    icons, seed and autoencoder.
+    Drawings are composed on demand, which costs less than storing them. Latents are cached, for every run with the
+    same icons, seed and autoencoder (`data.cache`).
 
     Args:
         encode: images `[b, 3, 64, 64]` in [-1, 1] => scaled latents.
@@ -37,7 +37,6 @@ class Drawings:
         variants: int,
         seed: int,
         *,
-        path: Path,
         encode: Callable[[Tensor], Tensor],
         key: str,
         least_scale: float = LEAST_SCALE,
@@ -46,9 +45,9 @@ class Drawings:
         self.variants = variants
         self.seed = seed
         self.least_scale = least_scale
-        contents = [part for icon in icons for part in (icon.style, icon.concept, icon.rgba.tobytes())]
-        full_key = sha256_of(*contents, repr((variants, seed, least_scale)), key)
-        self.latents, self.colours = self._read(path, full_key) or self._encode(path, full_key, encode)
+        rows = gather_rows(self._rows(encode, key), torch.arange(len(self)))
+        self.latents = rows["latents"]
+        self.colours = [list(COLOURS)[index] for index in rows["colour"].flatten().tolist()]
 
     def __len__(self) -> int:
         return len(self.icons) * self.variants
@@ -67,29 +66,24 @@ class Drawings:
         colour = None if rng.random() < 0.2 else self.colours[index]
         return caption_of(icon.concept, style, colour)
 
-    @staticmethod
-    def _read(path: Path, key: str) -> tuple[Tensor, list[str]] | None:
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("key") != key:
-                    return None
-                return file.get_tensor("latents"), metadata["colours"].split()
-        except (SafetensorError, KeyError):  # damaged: encode again
-            return None
+    def _rows(self, encode: Callable[[Tensor], Tensor], key: str) -> CachedRows:
+        """Latent and colour of every drawing."""
+        names = list(COLOURS)
 
-    def _encode(self, path: Path, key: str, encode: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[str]]:
-        print(f"encoding {len(self)} drawings, cached in {path}", file=sys.stderr, flush=True)
-        chunks: list[Tensor] = []
-        colours: list[str] = []
-        for first in range(0, len(self), _BATCH):
-            drawings = [self.draw(index) for index in range(first, min(first + _BATCH, len(self)))]
-            colours += [drawing.colour for drawing in drawings]
+        def make(indices: Sequence[int]) -> tuple[dict[str, Part], Rows]:
+            drawings = [self.draw(index) for index in indices]
             with torch.no_grad():
-                chunks.append(encode(to_tensor([drawing.image for drawing in drawings]) * 2 - 1).half().cpu())
-        latents = torch.cat(chunks).contiguous()  # a slice of channels in an autoencoder without quant convolutions
-        metadata = {"key": key, "colours": " ".join(colours)}
-        write_atomically(path, lambda temporary: save_file({"latents": latents}, temporary, metadata))
-        return latents, colours
+                latents = encode(to_tensor([drawing.image for drawing in drawings]) * 2 - 1).half()
+            colours = torch.tensor([[names.index(drawing.colour)] for drawing in drawings], dtype=torch.uint8)
+            return as_rows({"latents": latents, "colour": colours})
+
+        contents = [sha256_of(icon.rgba.tobytes()) for icon in self.icons]
+        digests = digests_of(
+            [
+                sha256_of(contents[index // self.variants], repr((self.seed, index, self.least_scale, names)))
+                for index in range(len(self))
+            ]
+        )
+        store = Store(Spec(kind="drawings", model=key, transform="icons on coloured backgrounds"), note="nano")
+        what = "encoding {count} drawings"
+        return CachedRows(store, digests, make, what=what, batch=_BATCH, start=start_of_process())

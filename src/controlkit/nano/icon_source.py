@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,7 +55,6 @@ class IconSource(Source):
             self.sets.select(styles=TRAINED_STYLES, held_out=False),
             self.recipe.variants,
             self.recipe.seed,
-            path=Path(self.recipe.out) / "latents.safetensors",
             encode=lambda x: base.encode_image(x.to(base.device)),
             key=network_key(base.vae),
         )

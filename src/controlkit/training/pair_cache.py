@@ -62,10 +62,10 @@ class ImageRows:
 
         A mapping of tensors, if the network returns one.
         """
-        rows = _gather(self.unflipped, chosen)
+        rows = gather_rows(self.unflipped, chosen)
         if flipped is not None and flipped.any():
             assert self.mirrored is not None
-            for name, mirrored in _gather(self.mirrored, chosen[flipped]).items():
+            for name, mirrored in gather_rows(self.mirrored, chosen[flipped]).items():
                 rows[name][flipped] = mirrored
         if self.single is None or self.single not in rows:
             return rows
@@ -83,7 +83,7 @@ class TextRows:
 
     def gather(self, chosen: Tensor) -> Text:
         """Embeddings of the prompts whose indices are `chosen` `[B]`, on the CPU."""
-        return Text(**_gather(self.rows, chosen))
+        return Text(**gather_rows(self.rows, chosen))
 
 
 class PairCache:
@@ -149,7 +149,7 @@ class PairCache:
 
         def embed(indices: Sequence[int]) -> tuple[dict[str, Part], Rows]:
             text = self.base.encode_text([prompts[index] for index in indices])
-            return _as_rows(text.named)
+            return as_rows(text.named)
 
         digests = digests_of([sha256_of(prompt) for prompt in prompts])
         rows = self._rows("texts", model, "prompts", digests, embed, "embedding {count} prompts")
@@ -171,7 +171,7 @@ class PairCache:
                         )
                 encoded = encode(to_tensor(images).to(self.base.device))
                 tensors = {kind: encoded} if isinstance(encoded, Tensor) else named(expand(encoded, len(images)))
-                return _as_rows({name: _stored(tensor) for name, tensor in tensors.items()})
+                return as_rows({name: _stored(tensor) for name, tensor in tensors.items()})
 
             transform = f"{size} x {size}, centre, sRGB{special}" + (", mirrored" if mirrored else "")
             return self._rows(kind, model, transform, digests, make, f"encoding {{count}} pairs ({kind})")
@@ -208,12 +208,16 @@ class PairCache:
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 return make(indices)
 
-        # Of torchrun and accelerate; process groups are initialised only after the objective is built.
-        start = int(os.environ.get("RANK", "0")) / int(os.environ.get("WORLD_SIZE", "1"))
-        rows = CachedRows(store, digests, frozen, what=what, start=start)
+        rows = CachedRows(store, digests, frozen, what=what, start=start_of_process())
         if self.check:
             rows.check()
         return rows
+
+
+def start_of_process() -> float:
+    """`CachedRows.start` of this process of a run."""
+    # Of torchrun and accelerate; process groups are initialised only after the objective is built.
+    return int(os.environ.get("RANK", "0")) / int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _is_unusual(condition: Condition) -> bool:
@@ -231,7 +235,7 @@ def _key_of(source: Source) -> str:
     return sha256_of(source.read_bytes())
 
 
-def _as_rows(tensors: dict[str, Tensor]) -> tuple[dict[str, Part], Rows]:
+def as_rows(tensors: dict[str, Tensor]) -> tuple[dict[str, Part], Rows]:
     """Tensors `[B, ...]` of any type as the parts of a row and their bytes."""
     parts, rows = {}, {}
     for name, tensor in tensors.items():
@@ -240,7 +244,8 @@ def _as_rows(tensors: dict[str, Tensor]) -> tuple[dict[str, Part], Rows]:
     return parts, rows
 
 
-def _gather(rows: CachedRows, chosen: Tensor) -> dict[str, Tensor]:
+def gather_rows(rows: CachedRows, chosen: Tensor) -> dict[str, Tensor]:
+    """The tensors of the rows `chosen` `[B]`, as `as_rows` took them, on the CPU."""
     gathered = rows.gather(chosen.numpy())
     return {
         name: torch.from_numpy(gathered[name]).view(_DTYPES[part.dtype]).reshape(len(chosen), *part.shape)
