@@ -121,12 +121,13 @@ class _Tab:
     async def _look(self, name: str | None, request: gr.Request) -> AsyncIterator[Any]:
         """Show the run that is named, while it runs; nothing for a new name."""
         session, name = str(request.session_hash), (name or "").strip()
-        self.watching.pop(session, None)
+        mark = self.watching[session] = object()
         if name not in await asyncio.to_thread(self.place.runs):
+            if self.watching.get(session) is not mark:
+                return  # Start was pressed meanwhile: what it says stays
             nothing = ("", None, None, None, "", gr.update(visible=False))
             yield nothing
             # What the former watch was sending may arrive after that.
-            mark = self.watching[session] = object()
             await asyncio.sleep(1)
             if self.watching.get(session) is mark:
                 del self.watching[session]
