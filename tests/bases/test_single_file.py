@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -11,7 +13,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from controlkit.bases.families import family_of_file
 from controlkit.bases.load import load_base
-from controlkit.bases.single_file import load_single_file
+from controlkit.bases.meta import meta_base
+from controlkit.bases.single_file import load_single_file, write_config
+from controlkit.bases.stable_diffusion import StableDiffusion
 from refusals import refused
 from tiny import _TINY_TEXT, SD1_SCHEDULE, SDXL_PARTS
 
@@ -151,3 +155,33 @@ def test_a_file_of_9_channels_is_an_inpainting_model(tensors, tmp_path):
     save_file({**tensors, "model.diffusion_model.input_blocks.0.0.weight": wide}, tmp_path / "model.safetensors")
     base = load_single_file(tmp_path / "model.safetensors", torch.float32, PARTS)
     assert base.is_inpainting and base.latent_channels == 4
+
+
+@pytest.mark.parametrize("mark", ["model.diffusion_model.out.2.scale_weight", "scaled_fp8"])
+def test_scaled_float8_is_refused_not_read_without_its_scales(tensors, mark, tmp_path):
+    save_file({**tensors, mark: torch.ones(1)}, tmp_path / "model.safetensors")
+    with refused("unsupported", tmp_path / "model.safetensors", mark, "float16"):
+        load_single_file(tmp_path / "model.safetensors", torch.float32, PARTS)
+
+
+def test_the_folder_beside_a_file_sets_its_defaults(tensors, tmp_path):
+    save_file(tensors, tmp_path / "model.safetensors")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_config(folder, StableDiffusion, PARTS)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_controlkit": {"guidance": 2.5}}))
+    assert load_single_file(tmp_path / "model.safetensors", torch.float32, PARTS).default_guidance == 2.5
+    assert meta_base(str(tmp_path / "model.safetensors")).default_guidance == 2.5
+
+
+def test_what_version_2_predicts_is_told_by_its_channels():
+    known = StableDiffusion.known["sd21"]
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    for channels, prediction, size in ((4, "v_prediction", 96), (9, "epsilon", 64)):
+        made, (note,) = StableDiffusion.configurations_of_file(known, {name: (320, channels, 3, 3)}, {})
+        assert (made["scheduler"]["prediction_type"], made["unet"]["sample_size"]) == (prediction, size)
+        assert "beside the file" in note
+    declared = {"modelspec.prediction_type": "v"}
+    made, notes = StableDiffusion.configurations_of_file(known, {name: (320, 9, 3, 3)}, declared)
+    assert made["scheduler"]["prediction_type"] == "v_prediction" and not notes

@@ -13,10 +13,12 @@ from original_names import original_vae
 from safetensors.torch import save_file
 
 from controlkit.bases.load import load_base
+from controlkit.bases.vae import load_vae
 from controlkit.sampling.generate import generate
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.saved_settings import read_settings
 from refusals import refused
+from tiny import SDXL_PARTS
 
 SETTINGS = {"prompt": "red apple", "steps": 2, "guidance": 4.0}
 
@@ -103,3 +105,30 @@ def test_autoencoders_that_are_refused(base_folder, other_vae, tiny_base, tmp_pa
     (folder / "config.json").write_text(json.dumps([]))
     with refused("wrong-kind", "hole"):
         load_base(base_folder, vae=str(folder))
+
+
+def test_former_names_of_the_attention_are_read(tmp_path):
+    own = AutoencoderKL(**SDXL_PARTS["vae"])
+    weights = own.state_dict()
+    former = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    renamed = {}
+    for key, value in weights.items():
+        for now, before in former.items():
+            key = key.replace(now, before)
+        renamed[key] = value
+    assert renamed.keys() != weights.keys()
+    save_file(renamed, tmp_path / "former.safetensors")
+    made = load_vae(str(tmp_path / "former.safetensors"), own, torch.float32)
+    assert all(torch.equal(value, weights[key]) for key, value in made.state_dict().items())
+
+
+def test_a_file_of_another_family_is_refused_where_it_can_be_told(base_folder, other_vae, tmp_path):
+    AutoencoderKL.from_config({**other_vae.config, "scaling_factor": 0.5}).save_pretrained(tmp_path / "vae")
+    with refused("incompatible", "scaling_factor", 0.5):
+        load_base(base_folder, vae=str(tmp_path / "vae" / "diffusion_pytorch_model.safetensors"))
+    # A whole model in the original format is known by its UNet and text encoders.
+    whole = {name: value.contiguous() for name, value in original_vae(other_vae).items()}
+    parts = ("model.diffusion_model.label_emb.0.0.weight", "conditioner.embedders.1.model.ln_final.weight")
+    save_file({**whole, **{part: torch.zeros(1) for part in parts}}, tmp_path / "xl.safetensors")
+    with refused("incompatible", "scaling_factor", 0.13025):
+        load_base(base_folder, vae=str(tmp_path / "xl.safetensors"))

@@ -219,6 +219,15 @@ def test_every_weight_and_setting_of_a_folder_counts(base_folder):
         before = now
 
 
+def test_weights_in_half_precision_and_in_torch_files_count(base_folder):
+    for name in ("unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.bin"):
+        part = base_folder / name
+        (part.parent / "diffusion_pytorch_model.safetensors").rename(part)
+        before = identity.base_sha256(str(base_folder))
+        part.write_bytes(part.read_bytes() + b" ")
+        assert identity.base_sha256(str(base_folder)) != before
+
+
 def test_a_condition_image_s_hash_is_of_its_pixels():
     edges = Image.fromarray(find("canny")(DRAWING))
     assert identity.pixels_sha256(edges) == identity.pixels_sha256(edges.copy())

@@ -220,8 +220,11 @@ def base_files(name: str | Path) -> list[Path]:
     path = _from_hub(str(name), local_files_only=True) if on_hub else base_path(name)
     if not path.is_dir():
         return [path]
-    files = {file for pattern in _WANTED_FROM_HUB for file in path.glob(pattern)}
-    return sorted(file for file in files if not any(file.match(pattern) for pattern in _UNWANTED_FROM_HUB))
+    files = {file for pattern in _WANTED_FROM_HUB for file in path.glob(pattern) if file.suffix != ".safetensors"}
+    for component in check_family(family_of_folder(path), path, str(name)).components:
+        if component.is_network and (weights := weight_files(path / component.name)) is not None:
+            files |= set(weights.files)
+    return sorted(files)
 
 
 def choose_device(name: str) -> torch.device:

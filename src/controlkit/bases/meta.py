@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,9 +63,11 @@ def build_meta_base(name: str, family: type[Base], configurations: Configuration
         for component in family.components:
             if component.is_network and component.name in configurations:
                 components[component.name] = component.build(configurations[component.name])
-    is_folder = name == NANO or Path(name).is_dir() or (not known_by_shape(name) and HUB_ID.fullmatch(name) is not None)
-    is_folder = is_folder and (Path(name).suffix not in SINGLE_FILES or Path(name).is_dir())
-    defaults = defaults_of(base_folder(name)) if is_folder else {}
+    defaults: dict[str, Any] = {}
+    if Path(name).suffix in SINGLE_FILES and not Path(name).is_dir():
+        defaults = defaults_of(Path(name).with_suffix(""))  # the folder beside the file, if there is one
+    elif name == NANO or Path(name).is_dir() or (not known_by_shape(name) and HUB_ID.fullmatch(name) is not None):
+        defaults = defaults_of(base_folder(name))
     return family(name=name, scheduler_config=configurations["scheduler"], defaults=defaults, **components)
 
 

@@ -26,9 +26,12 @@ from torch import nn
 from controlkit.bases.base import Base
 from controlkit.bases.component import Component, Configurations
 from controlkit.bases.families import check_configurations, configurations_in, family_of_file
-from controlkit.bases.load import load_network
+from controlkit.bases.load import defaults_of, load_network
 from controlkit.bases.weight_files import torch_load_error, weight_files
 from controlkit.errors import UserError
+
+_SCALES = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8")
+"""Ends of the names by which ComfyUI marks quantised weights, which are to be multiplied by a scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,12 @@ def read_single_file(path: Path, parts: Configurations | None = None) -> SingleF
     if not path.is_file():
         raise UserError(f"there is no base at {path}", "missing-file")
     shapes, metadata = _read_shapes(path)
+    if scale := next((name for name in shapes if name.endswith(_SCALES)), None):
+        raise UserError(
+            f"{path} has scaled float8 weights ({scale}), which are read of controls but not of bases; use the float16"
+            " file of the model",
+            "unsupported",
+        )
     family, kind = family_of_file(shapes, str(path))
     folder = path.with_suffix("")
     companion = folder if (folder / "model_index.json").is_file() else None
@@ -114,6 +123,8 @@ def load_single_file(path: Path, dtype: torch.dtype, parts: Configurations | Non
         if component.is_network and components[component.name] is not None:
             _check_complete(path, component.name, components[component.name])
     scheduler = components.pop("scheduler")
+    if file.companion is not None:
+        components |= {"defaults": defaults_of(file.companion), **file.family.settings_in(file.companion)}
     base = file.family(name=str(path), scheduler_config=dict(scheduler.config), **components)
     return base.to(dtype=dtype)
 

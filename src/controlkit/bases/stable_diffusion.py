@@ -179,7 +179,9 @@ class StableDiffusion(UNetBase):
         check_autoencoder(shapes, name)
         if not any(key.startswith("cond_stage_model.") for key in shapes):
             raise UserError(
-                f"{name} is not a complete model: it has no text encoder (cond_stage_model.*)", "wrong-kind"
+                f"{name} is not a complete model: it has no text encoder (cond_stage_model.*); use a complete file, or"
+                " a diffusers folder",
+                "wrong-kind",
             )
         return "sd21" if any(key.startswith("cond_stage_model.model.") for key in shapes) else "sd15"
 
@@ -190,13 +192,21 @@ class StableDiffusion(UNetBase):
         known = with_channels(known, shapes)
         configurations = with_prediction(known, shapes, metadata)
         is_version_2 = known["unet"]["cross_attention_dim"] == SD21_UNET["cross_attention_dim"]
+        notes = []
         if is_version_2 and configurations is known:
-            return configurations, [
-                "does not declare its prediction type: treated as a 768 x 768 model, which predicts v"
-            ]
+            guess = "a 768 x 768 model, which predicts v"
+            # The released inpainting model, unlike the others (Stability-AI/stablediffusion,
+            # configs/stable-diffusion/v2-inpainting-inference.yaml).
+            if known["unet"]["in_channels"] != SD21_UNET["in_channels"]:
+                guess = "the 512 x 512 inpainting model, which predicts the noise"
+                configurations = {**known, "scheduler": {**known["scheduler"], "prediction_type": "epsilon"}}
+            notes.append(
+                f"does not declare its prediction type: treated as {guess}; if it is another, put a diffusers folder"
+                " with its configuration beside the file, of the same name without suffix"
+            )
         if is_version_2 and configurations["scheduler"]["prediction_type"] == "epsilon":  # the 512 x 512 models
-            return {**configurations, "unet": {**configurations["unet"], "sample_size": 64}}, []
-        return configurations, []
+            configurations = {**configurations, "unet": {**configurations["unet"], "sample_size": 64}}
+        return configurations, notes
 
     @classmethod
     def tokenizer_for(cls, component: Component, configurations: Configurations) -> CLIPTokenizer:
@@ -212,7 +222,9 @@ def check_autoencoder(shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
     """
     if not any(key.startswith("first_stage_model.") for key in shapes):
         raise UserError(
-            f"{name} is not a complete model: it has a UNet but no autoencoder (first_stage_model.*)", "wrong-kind"
+            f"{name} is not a complete model: it has no autoencoder (first_stage_model.*); use a complete file, or a"
+            " diffusers folder",
+            "wrong-kind",
         )
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from controlkit.bases.families import family_of_file
 from controlkit.bases.weight_files import HUB_ID, WeightFiles, torch_load_error, weight_files
 from controlkit.errors import UserError
 from controlkit.files import read_json
@@ -19,6 +20,7 @@ from controlkit.files import read_json
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _ORIGINAL_PREFIX = "first_stage_model."
 """Prefix of the autoencoder's tensors in a whole model in the original format."""
+_FORMER_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 _FROM_HUB = [f"{folder}{file}" for folder in ("", "vae/") for file in ("config.json", "diffusion_pytorch_model*")]
 
 
@@ -106,7 +108,11 @@ def _weights(folder: Path, name: str) -> WeightFiles:
 
 
 def _of_file(path: Path, own: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
-    tensors = _autoencoder_in(_tensors(path))
+    tensors = _tensors(path)
+    for config in (_config_beside(path), _config_of_model(tensors, path)):
+        if config is not None:
+            _check_latents(str(path), AutoencoderKL.from_config(config).config, own)
+    tensors = _renamed(_autoencoder_in(tensors))
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(own.config)
     if not any(key.startswith("encoder.down_blocks.") for key in tensors):
@@ -122,6 +128,35 @@ def _of_file(path: Path, own: AutoencoderKL, dtype: torch.dtype) -> AutoencoderK
         )
     vae.load_state_dict({key: value.to(dtype) for key, value in tensors.items()}, assign=True)
     return vae
+
+
+def _config_beside(path: Path) -> dict[str, Any] | None:
+    """The configuration of an autoencoder in the folder of its file, which the file alone does not have."""
+    beside = path.with_name("config.json")
+    config = read_json(beside) if beside.is_file() else None
+    return config if isinstance(config, dict) and config.get("_class_name") == "AutoencoderKL" else None
+
+
+def _config_of_model(tensors: dict[str, Tensor], path: Path) -> dict[str, Any] | None:
+    """The configuration of the autoencoder of a whole model in the original format, which its UNet tells."""
+    if not any(key.startswith("model.diffusion_model.") for key in tensors):
+        return None
+    try:
+        family, kind = family_of_file({key: tuple(value.shape) for key, value in tensors.items()}, str(path))
+    except UserError:  # of no known family; the shapes are compared
+        return None
+    return dict(family.known[kind]["vae"])
+
+
+def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names of today's diffusers; older files name those of the attention otherwise."""
+    renamed = {}
+    for key, value in tensors.items():
+        head, attention, tail = key.partition(".attentions.")
+        for former, name in _FORMER_ATTENTION.items() if attention else ():
+            tail = tail.replace(former, name)
+        renamed[head + attention + tail] = value
+    return renamed
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
