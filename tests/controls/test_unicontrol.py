@@ -381,6 +381,22 @@ class TestTraining:
         with refused("contradiction", "instructions", "2"):
             objective_of(build_recipe({**settings, "out": str(tmp_path / "third"), "instructions": ["one"]}))
 
+    @pytest.mark.parametrize("trained", [["canny"], ["canny", "palette"], ["palette"]])
+    def test_a_file_of_one_task_that_learns_another_selects_neither(self, trained, settings, tiny_base, tmp_path):
+        one, out = tmp_path / "one.safetensors", tmp_path / "out.safetensors"
+        save_control(one, UniControl.for_base(tiny_base, "canny"), tiny_base)
+        recipe = build_recipe({**settings, "start": str(one), "conditions": trained})
+        start = load_control(one, tiny_base)
+        control = UniControl.for_training(tiny_base, recipe.conditions, recipe.options, name="uni", seed=0, start=start)
+        save_control(out, control, tiny_base)
+        made = load_control(out)
+        if trained == ["canny"]:
+            assert made.conditions == ("canny",) and made.mixture == {"canny": 1.0}
+        else:
+            assert made.conditions == ("canny", "palette")
+            with refused("missing-setting", "canny, palette"):
+                made.with_values({})
+
     @pytest.mark.parametrize("frozen", [False, True])
     def test_the_hypernet_learns_unless_it_is_frozen(self, settings, frozen):
         objective = objective_of(build_recipe({**settings, "freeze_hypernet": frozen}))

@@ -370,6 +370,8 @@ class UniControl(Control):
             for condition in conditions:
                 known = control.tasks.get(condition, instruction_of(condition))
                 control.add_task(condition, given.get(condition, known))
+            if len(control.tasks) > 1:  # a file of one task had selected it
+                control.condition = control.mixture = control.instruction = None
         control.requires_grad_(True)
         for task, adapter in zip(control.tasks, control.task_adapters, strict=True):
             adapter.requires_grad_(task in conditions)
