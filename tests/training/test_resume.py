@@ -677,6 +677,36 @@ def test_a_run_that_saved_no_state_can_begin_again(tmp_path):
     assert len(toy.steps_seen) == STEPS
 
 
+def test_a_new_run_does_not_overwrite_the_log_of_another(tmp_path):
+    run(tmp_path)
+    for path in tmp_path.glob("state*"):
+        path.unlink()
+    before = {name: (tmp_path / name).read_bytes() for name in ("log.jsonl", "recipe.json", "weights.pt")}
+    with refused("would-overwrite", tmp_path / "recipe.json", "seed: 0 there, 1 now", "another out"):
+        run(tmp_path, seed=1)
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    for again in ({}, {"learning_rate": 0.01, "batch_size": 8}):  # as errors advise before the first state
+        assert len(run(tmp_path, **again)[0].steps_seen) == STEPS
+        for path in tmp_path.glob("state*"):
+            path.unlink()
+
+
+def test_a_run_that_logged_nothing_leaves_its_folder_to_another(tmp_path):
+    with pytest.raises(UserError):
+        run(tmp_path, at={0: raises(UserError("stop", "bad-data"))})
+    toy, _ = run(tmp_path, seed=1)
+    assert len(toy.steps_seen) == STEPS
+
+
+def test_patience_returns_its_own_files_alone(tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "another.safetensors").write_bytes(b"of an earlier run")
+    for _ in range(2):  # also when the finished run is restarted
+        _, trained = scored(tmp_path, [1.0, 3.0, 2.0, 2.0])
+        assert trained.files == (tmp_path / "weights.pt",)
+    assert not (tmp_path / "another.safetensors").exists()
+
+
 def test_a_state_resumes_with_the_frozen_weights_that_it_records_also_in_the_form_of_earlier_versions(tmp_path):
     def train_to(steps, frozen, frozen_before=""):
         recipe = toy_recipe(tmp_path, steps)

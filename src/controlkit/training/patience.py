@@ -35,6 +35,8 @@ class Patience:
         """The step of the best preview."""
         self.scores: dict[str, float] = {}
         """The scores of the best preview."""
+        self._files: list[str] | None = None
+        """Names of the files of the best preview; None if the record is by an earlier version."""
         record = {}
         with suppress(UserError):
             record = read_json(folder / _RECORD)
@@ -43,6 +45,7 @@ class Patience:
             self._best = [math.nan if v is None else v for v in (best if isinstance(best, list) else [best])]
             self._scale = record.get("scale", [])
             self._waited, self.step, self.last_step = record["waited"], record["step"], record["judged"]
+            self._files = record.get("files")
             self.scores = {name: math.nan if v is None else v for name, v in record.get("scores", {}).items()}
 
     @property
@@ -67,14 +70,14 @@ class Patience:
         return _total(merits, self._scale) > _total(self._best, self._scale)
 
     def ends(
-        self, step: int, scores: dict[str, float], merits: list[float] | None, save: Callable[[Path, int], object]
+        self, step: int, scores: dict[str, float], merits: list[float] | None, save: Callable[[Path, int], list[Path]]
     ) -> bool:
         """Whether the run ends with this preview.
 
         Args:
             scores: of the preview, by name.
             merits: what of them counts, higher is better; those of several conditions may be in different units.
-            save: writes the files of the current weights, of a step, into a folder.
+            save: writes the files of the current weights, of a step, into a folder; returns the files.
 
         Raises:
             UserError: the preview has no score to compare.
@@ -86,17 +89,20 @@ class Patience:
         if self._is_better(merits):
             self._best, self._waited, self.step, self.scores = merits, 0, step, scores
             self._folder.mkdir(parents=True, exist_ok=True)
-            save(self._folder, step)
+            self._files = [path.name for path in save(self._folder, step)]
         else:
             self._waited += 1
         record = {"best": self._best, "scale": self._scale, "step": self.step, "waited": self._waited}
-        write_json(self._folder / _RECORD, {**record, "judged": step, "scores": self.scores})
+        judged = {"judged": step, "scores": self.scores, "files": self._files}
+        write_json(self._folder / _RECORD, {**record, **judged})
         self.last_step = step
         return self.exhausted
 
     def files(self, folder: Path) -> list[Path]:
         """Copy the files of the best preview into `folder`; returns the copies."""
-        names = sorted(path.name for path in self._folder.iterdir() if path.name != _RECORD and path.is_file())
+        names = self._files
+        if names is None:
+            names = sorted(path.name for path in self._folder.iterdir() if path.name != _RECORD and path.is_file())
         return [Path(shutil.copy2(self._folder / name, folder / name)) for name in names]
 
 

@@ -301,6 +301,10 @@ class SeveralConditions(ControlRecipe):
 
 def identifying(recipe: Recipe) -> dict[str, Any]:
     """The settings that identify a run; those of `_ADDED` only if they differ from earlier runs."""
-    settings = dataclasses.asdict(recipe)
-    settings |= {name: value for name, value in FORMER.items() if settings[name] is None}
-    return {name: value for name, value in settings.items() if name not in _ADDED or value != _ADDED[name]}
+    return identifying_settings(dataclasses.asdict(recipe))
+
+
+def identifying_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`identifying`, of the settings of a recipe that may be recorded in a file."""
+    known = {**settings, **{name: value for name, value in FORMER.items() if settings.get(name) is None}}
+    return {name: value for name, value in known.items() if name not in _ADDED or value != _ADDED[name]}

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from controlkit.errors import UserError
 from controlkit.files import locked, read_json, remove_leftovers, sha256_of, writable_folder, write_json
 from controlkit.training.processes import Processes
-from controlkit.training.recipe import CHANGEABLE, FORMER, Recipe, identifying
+from controlkit.training.recipe import CHANGEABLE, FORMER, Recipe, identifying_settings
 from controlkit.training.state import fingerprint_of, replace_truncated, step_of
 
 # Settings that may change when a run is resumed.
@@ -78,9 +79,13 @@ def fingerprint(recipe: Recipe) -> str:
 
     Settings that are None do not count, so that later versions can add optional ones.
     """
-    settings = identifying(recipe).items()
-    fixed = {key: value for key, value in settings if key not in _MAY_CHANGE and value is not None}
-    return sha256_of(recipe.system, repr(sorted(fixed.items())))
+    return sha256_of(recipe.system, repr(sorted(_fixed(dataclasses.asdict(recipe)).items())))
+
+
+def _fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a recipe's settings that must be the same when a run is resumed."""
+    known = identifying_settings(settings).items()
+    return {name: value for name, value in known if name not in _MAY_CHANGE and value is not None}
 
 
 def check_same_run(recipe: Recipe, path: Path, saved: str, done: int) -> None:
@@ -158,23 +163,38 @@ def _changed(
 def _check_results(recipe: Recipe, folder: Path) -> None:
     """Check that a new run would not overwrite files that it did not write.
 
-    A run that ended before its first state has left its log and recipe.
+    A run that ended before its first state has left its recipe and log, and begins again.
     """
     cards = [Path(name).with_suffix(".md").name for name in recipe.results if name.endswith(".safetensors")]
-    begun = [] if _is_recipe(folder / _RECIPE) else [_RECIPE, "log.jsonl"]
+    begun = [] if _has_begun(recipe, folder) else [_RECIPE, "log.jsonl"]
     for name in (*recipe.results, *cards, *begun):
         if (folder / name).exists():
             named = name not in begun and hasattr(recipe, "name")
             another = "another name or another out" if named else "another out"
+            different = "" if named else "; ".join(_changed(recipe, folder / _RECIPE).values())
+            of_another = f" and is of another recipe ({different})" if different else ""
             raise UserError(
-                f"{folder / name} exists already, but no state of a run to resume; set {another}", "would-overwrite"
+                f"{folder / name} exists already{of_another}, but no state of a run to resume; set {another}",
+                "would-overwrite",
             )
 
 
-def _is_recipe(path: Path) -> bool:
-    """Whether a file is the record of a run's recipe."""
+def _has_begun(recipe: Recipe, folder: Path) -> bool:
+    """Whether recipe and log in `folder` are of this run, or of one that ended before its first line of the log.
+
+    Settings that a run may change after it ran out of memory may differ.
+    """
     try:
-        values = read_json(path)
+        before = read_json(folder / _RECIPE)
     except UserError:
         return False
-    return isinstance(values, dict) and isinstance(values.get("system"), str)
+    if not isinstance(before, dict) or not isinstance(before.get("system"), str):
+        return False
+    log = folder / "log.jsonl"
+    if not (log.exists() and log.stat().st_size):
+        return True
+    now = json.loads(json.dumps({"system": recipe.system, **dataclasses.asdict(recipe)}))
+    there, here = (
+        {name: value for name, value in _fixed(each).items() if name not in CHANGEABLE} for each in (before, now)
+    )
+    return there == here
