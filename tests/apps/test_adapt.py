@@ -141,6 +141,16 @@ def test_an_adapter_never_takes_the_place_of_its_base_control(pairs, base_contro
         check(capsys.readouterr().err, code, "name", repr(name))
 
 
+def test_a_sheet_of_another_run_is_not_overwritten(pairs, base_control, base_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "held-out.png").write_bytes(b"another's")
+    assert adapt(pairs, base_control, base_folder, out) == 2
+    check(capsys.readouterr().err, "would-overwrite", out / "held-out.png", "another out")
+    assert [path.name for path in out.iterdir()] == ["held-out.png"]
+    assert (out / "held-out.png").read_bytes() == b"another's"
+
+
 def test_an_adapter_is_judged_on_the_device_of_the_recipe(pairs, base_control, base_folder, tmp_path, monkeypatch):
     from controlkit.evaluation import adapt as judging
 

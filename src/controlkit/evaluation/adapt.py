@@ -49,7 +49,8 @@ def adapt(recipe: Recipe, on_step: Callable[[TrainStep], object] | None = None) 
     Under `torchrun`, every process evaluates, and the first writes.
 
     Raises:
-        UserError: the recipe does not train a control of one condition on pairs, or training fails.
+        UserError: the recipe does not train a control of one condition on pairs, the sheet of another run would be
+            overwritten, or training fails.
     """
     if not isinstance(recipe, PairSettings):
         raise UserError(
@@ -62,10 +63,15 @@ def adapt(recipe: Recipe, on_step: Callable[[TrainStep], object] | None = None) 
             " `controlkit train` and then `controlkit evaluate`",
             "wrong-kind",
         )
+    folder = Path(recipe.out)
+    sheet_path = folder / "held-out.png"
+    if Processes.is_first() and sheet_path.exists() and not (folder / "state.safetensors").exists():
+        raise UserError(
+            f"{sheet_path} exists already, but no state of a run to resume; set another out", "would-overwrite"
+        )
     started = time.perf_counter()
     result = run_recipe(recipe, on_step)
     trained = time.perf_counter()
-    folder = Path(recipe.out)
     base = load_base(recipe.base, device=choose_device(recipe.device))
     path = folder / f"{recipe.control_name}.safetensors"
     shared = {}
@@ -77,7 +83,6 @@ def adapt(recipe: Recipe, on_step: Callable[[TrainStep], object] | None = None) 
     with tallied() as calls:
         report, sheet = evaluate_control(base, control, [pairs_eval_set(held_out[:MAX_HELD_OUT], base.size)])
     seconds = {"train": trained - started, "judge": time.perf_counter() - trained}
-    sheet_path = folder / "held-out.png"
     adapted = Adapted(path=path, report=report, sheet=sheet_path, seconds=seconds, graphs=calls())
     if not Processes.is_first():
         return adapted
