@@ -129,6 +129,21 @@ def test_a_finished_run_goes_on_at_its_last_rate_as_the_note_says(tmp_path, caps
     assert [rates(tmp_path / "more")[step] for step in range(7, 13)] == [rate] * 6
 
 
+@pytest.mark.parametrize("warmup", [None, 40])
+def test_a_run_that_goes_on_at_its_last_rate_does_not_warm_up_again(warmup, tmp_path, capsys):
+    """The warm-up of the longer run is longer than the steps done."""
+    run(tmp_path, 20, warmup_steps=warmup)
+    rate = float(f"{rates(tmp_path)[20]:.3g}")
+    stays = {"warmup_steps": warmup, "learning_rate": rate, "min_lr_rate": 1.0}
+    capsys.readouterr()
+    for stop in (26, 50):
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(tmp_path, 200, {stop: power_cut}, **stays)
+    run(tmp_path, 200, **stays)
+    assert "note" not in capsys.readouterr().err
+    assert [rates(tmp_path)[step] for step in range(21, 201)] == [rate] * 180
+
+
 def test_another_rate_in_the_middle_of_a_run_is_said(tmp_path, capsys):
     with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path, 9, {5: power_cut})

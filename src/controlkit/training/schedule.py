@@ -82,8 +82,10 @@ def resumed_schedule(recipe: Recipe, done: int, last: float, changed: str = "") 
                 f" warms up over {schedule.warmup}"
             )
     before, now = f"{last:.3g}", f"{schedule.at(done):.3g}"
-    if before == now:
-        return schedule, ""
+    # A run that has reached the rate of the new cosine stays on it, without another warm-up.
+    warm = dataclasses.replace(schedule, warmup=min(schedule.warmup, done))
+    if math.isclose(warm.at(done - 1), last, rel_tol=1e-9) or f"{warm.at(done):.3g}" == before:
+        return warm, ""
     return schedule, (
         f"note: the learning rate jumps from {before} at step {done} to {now} at step {done + 1}, because the schedule"
         f" changed ({changed or f'steps is {recipe.steps} now'}); to stay at {before}, set learning_rate={before}"
