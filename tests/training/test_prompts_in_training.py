@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from controlkit.controls.ctrlora import BaseControlNet
@@ -90,6 +91,22 @@ def test_every_caption_has_its_own_embedding(recipe, folder):
     before = objective.data
     swapped = [dataclasses.replace(pair, more_prompts=pair.more_prompts[::-1]) for pair in pairs_of(objective).pairs]
     assert PairCache(objective.base, swapped).content() != before
+
+
+@pytest.mark.parametrize("changed", ["prompt", "condition image"])
+def test_changed_held_out_pairs_are_told_apart_from_changed_training_pairs(changed, recipe, folder):
+    before = ControlObjective(recipe, CPU)
+    (pair,) = pairs_of(before).held_out
+    place = int(pair.target.stem)
+    if changed == "prompt":
+        lines = (folder / "prompt.json").read_text().splitlines()
+        lines[place] = lines[place].replace("plain", "other")
+        (folder / "prompt.json").write_text("\n".join(lines))
+    else:
+        Image.new("RGB", (64, 64), "red").save(pair.source)
+    after = ControlObjective(recipe, CPU)
+    assert after.data == before.data and after.held_out_data != before.held_out_data
+    assert ControlObjective(recipe, CPU).held_out_data == after.held_out_data
 
 
 def test_a_run_that_was_interrupted_draws_the_same_captions(recipe, folder, tmp_path):

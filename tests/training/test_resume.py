@@ -707,6 +707,22 @@ def test_patience_returns_its_own_files_alone(tmp_path):
     assert not (tmp_path / "another.safetensors").exists()
 
 
+def test_changed_held_out_data_is_told_of_but_not_of_states_that_do_not_record_it(tmp_path, capsys):
+    def train_to(steps, held_out, **changes):
+        toy = Scored(toy_recipe(tmp_path, steps, **changes))
+        toy.by_step = dict.fromkeys(range(steps + 1), 1.0)
+        toy.data, toy.held_out_data = "pairs", held_out
+        train(toy, toy.recipe)
+        return capsys.readouterr().err
+
+    for steps, held_out in ((2, ""), (4, "some"), (6, "some")):
+        assert "held-out data" not in train_to(steps, held_out)
+    said = train_to(8, "others")
+    assert f"the held-out data has changed since the run in {tmp_path} stopped" in said and "patience" not in said
+    assert "held-out data" not in train_to(10, "others")
+    assert "patience compares them" in train_to(12, "some", patience=9)
+
+
 def test_a_state_resumes_with_the_frozen_weights_that_it_records_also_in_the_form_of_earlier_versions(tmp_path):
     def train_to(steps, frozen, frozen_before=""):
         recipe = toy_recipe(tmp_path, steps)

@@ -87,7 +87,7 @@ class ControlObjective(Objective):
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.trained.modules())
         print_notes([*self.control.training_notes(recipe.learning_rate), *self.source.notes(self.base)])
         self.source.prepare(self.base, self.control)
-        self.data = self.source.digest
+        self.data, self.held_out_data = self.source.digest, self.source.held_out_digest
         if recipe.gradient_checkpointing:
             checkpoint_activations(self.base, self.control)
         # Autocast rounds them in every step, also those of encoders that run in it.

@@ -29,6 +29,8 @@ class Objective(ABC):
     """Its recipe."""
     data: str = ""
     """Hash of the training data, if it can change before a run is resumed."""
+    held_out_data: str = ""
+    """Hash of the held-out data, if it can change before a run is resumed."""
     frozen: str = ""
     """Fingerprint of what is frozen; a resumed run needs the same."""
     frozen_before: str = ""

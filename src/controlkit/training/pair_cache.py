@@ -119,8 +119,7 @@ class PairCache:
 
     def content(self) -> str:
         """Hash of the pairs (condition image, image and captions), independent of their order."""
-        sides = zip(self._crop_keys(SOURCE), self._crop_keys(TARGET), self.pairs, strict=True)
-        return sha256_of(*sorted(sha256_of(source, target, *pair.captions) for source, target, pair in sides))
+        return _content(self.pairs, self._crop_keys(SOURCE), self._crop_keys(TARGET))
 
     @cached_property
     def positions(self) -> dict[str, int]:
@@ -185,11 +184,7 @@ class PairCache:
     def _keys(self, side: str) -> list[str]:
         """Hash of one side of every pair; each file is read once."""
         if side not in self._known_keys:
-            sources = [getattr(pair, side) for pair in self.pairs]
-            distinct = {id(source): source for source in sources}  # the crops of a pair share theirs
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                keys = dict(zip(distinct, pool.map(_key_of, distinct.values()), strict=True))
-            self._known_keys[side] = [keys[id(source)] for source in sources]
+            self._known_keys[side] = _keys_of([getattr(pair, side) for pair in self.pairs])
         return self._known_keys[side]
 
     def _crop_keys(self, side: str) -> list[str]:
@@ -233,6 +228,24 @@ def _stored(tensor: Tensor) -> Tensor:
 
 def _key_of(source: Source) -> str:
     return sha256_of(source.read_bytes())
+
+
+def _keys_of(sources: Sequence[Source]) -> list[str]:
+    """Hash of every file; each is read once."""
+    distinct = {id(source): source for source in sources}  # the crops of a pair share theirs
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        keys = dict(zip(distinct, pool.map(_key_of, distinct.values()), strict=True))
+    return [keys[id(source)] for source in sources]
+
+
+def _content(pairs: Sequence[Pair], sources: Sequence[str], targets: Sequence[str]) -> str:
+    sides = zip(sources, targets, pairs, strict=True)
+    return sha256_of(*sorted(sha256_of(source, target, *pair.captions) for source, target, pair in sides))
+
+
+def content_of(pairs: Sequence[Pair]) -> str:
+    """`PairCache.content` of pairs that have no cache and are not cropped."""
+    return _content(pairs, _keys_of([pair.source for pair in pairs]), _keys_of([pair.target for pair in pairs]))
 
 
 def as_rows(tensors: dict[str, Tensor]) -> tuple[dict[str, Part], Rows]:

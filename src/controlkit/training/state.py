@@ -34,6 +34,8 @@ class RunState:
     frozen: str
     loss_monitor: dict[str, Any] | None = None
     """`LossMonitor.state`; None in states of earlier versions."""
+    held_out: str = ""
+    """Hash of the held-out data; empty in states of earlier versions."""
     batches: int | None = None
     """Batches of all steps done; None in states of earlier versions."""
 
@@ -53,6 +55,7 @@ def save_state(
     average: list[Tensor] | None,
     fingerprint: str,
     data: str,
+    held_out: str,
     frozen: str,
     loss_monitor: dict[str, Any],
 ) -> None:
@@ -88,6 +91,7 @@ def save_state(
         "batches": str(batches),
         "fingerprint": fingerprint,
         "data": data,
+        "held_out": held_out,
         "frozen": frozen,
         "groups": json.dumps(state["param_groups"]),
         "watch": json.dumps(loss_monitor),
@@ -214,6 +218,7 @@ def load_state(path: Path) -> RunState:
             average=average or None,
             fingerprint=metadata["fingerprint"],
             data=metadata.get("data", ""),
+            held_out=metadata.get("held_out", ""),
             frozen=metadata.get("frozen", ""),
             loss_monitor=json.loads(metadata.get("watch", "null")),
             batches=int(metadata["batches"]) if "batches" in metadata else None,

@@ -434,6 +434,7 @@ class _Loop:
             average=[] if average is None else [*average.shadow_params, torch.tensor(average.optimization_step)],
             fingerprint=fingerprint(self.recipe),
             data=self.objective.data,
+            held_out=self.objective.held_out_data,
             frozen=self.objective.frozen,
             loss_monitor=self.monitor.state(),
         )
@@ -477,6 +478,14 @@ def _resume(
         print(
             f"note: the data has changed since the run in {path.parent} stopped. It resumes with the current data;"
             " images held out now may have been trained on before, which makes its scores too good",
+            file=sys.stderr,
+            flush=True,
+        )
+    elif state.held_out and state.held_out != objective.held_out_data and Processes.is_first():
+        compared = "" if recipe.patience is None else ", with which patience compares them"
+        print(
+            f"note: the held-out data has changed since the run in {path.parent} stopped. Scores from now on are of"
+            f" other samples than those before{compared}",
             file=sys.stderr,
             flush=True,
         )

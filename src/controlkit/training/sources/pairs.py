@@ -24,7 +24,7 @@ from controlkit.data.sources import open_image
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
 from controlkit.images import stacked
-from controlkit.training.pair_cache import ImageRows, PairCache
+from controlkit.training.pair_cache import ImageRows, PairCache, content_of
 from controlkit.training.precision import uses_bf16
 from controlkit.training.recipe import ControlRecipe, OneCondition
 from controlkit.training.sources.registry import source
@@ -153,6 +153,10 @@ class PairSource(Source):
         first, *more = (pairs.content for pairs in self.of.values())
         return sha256_of(first, *more) if more else first
 
+    @property
+    def held_out_digest(self) -> str:
+        return sha256_of(*(pairs.held_out_content for pairs in self.of.values()))
+
     def facts(self) -> dict[str, int | float]:
         return {"pairs": sum(pairs.count for pairs in self.of.values()), "held_out": self.recipe.held_out}
 
@@ -193,6 +197,7 @@ class ConditionPairs:
         self.latents = self.cache.latents()
         self.texts, _, self.empty = self.cache.texts()
         self.content = self.cache.content()
+        self.held_out_content = content_of(self.held_out)
         self.hints: ImageRows | None = self.cache.hints(control) if control.hint_is_frozen else None
 
     def batch(self, step: Step) -> Batch:

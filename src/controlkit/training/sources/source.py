@@ -149,7 +149,12 @@ class Source(ABC):
 
     @property
     def digest(self) -> str:
-        """Hash of the prepared data, if it can change before a run is resumed."""
+        """Hash of the prepared training data, if it can change before a run is resumed."""
+        return ""
+
+    @property
+    def held_out_digest(self) -> str:
+        """Hash of the held-out data, if it can change before a run is resumed."""
         return ""
 
     def facts(self) -> dict[str, int | float]:
