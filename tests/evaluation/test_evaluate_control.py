@@ -291,8 +291,16 @@ def test_the_mode_stands_beside_the_numbers(tiny_base, tiny_control):
 def test_tables_show_whole_numbers_and_small_ones_readably():
     report = Report(title="t", columns=("a", "b", "c"), rows=((1234567, 3e-4, 0.25), (2, 1e-3, np.nan)))
     assert "| 1,234,567 | 0.0003 | 0.250 |" in report.to_markdown()
-    assert "| 2 | 0.001 | nan |" in report.to_markdown()
+    assert "| 2 | 0.001 | - |" in report.to_markdown()
     assert report.to_json()["rows"][0] == (1234567, 3e-4, 0.25)
+
+
+def test_a_ceiling_below_no_control_leaves_no_gap_to_close(tiny_base, tiny_control, monkeypatch):
+    scores = iter(([0.275], [0.257], [0.259]))  # no control, control, ceiling; higher is better
+    monkeypatch.setattr(EvalSet, "scores", lambda *_: next(scores))
+    report, _ = evaluate_control(tiny_base, tiny_control, [eval_set_from(0, 1)], steps=1)
+    assert "| held-out pairs (1) | 0.275 | 0.257 | 0.259 | - |" in report.to_markdown()
+    assert any("held-out pairs (1): no gap to close" in note for note in report.notes)
 
 
 def test_reports_are_read_from_what_the_verbs_print(tmp_path):

@@ -47,9 +47,15 @@ def test_retrieval_finds_its_own_and_misses_noise():
 
 
 def test_gap_closed_works_for_scores_and_distances():
-    assert gap_closed(0.2, 0.5, 0.8) == pytest.approx(0.5)
-    assert gap_closed(30, 10, 10) == 1
-    assert np.isnan(gap_closed(1, 1, 1))
+    assert gap_closed(0.2, 0.5, 0.8, higher_is_better=True) == pytest.approx(0.5)
+    assert gap_closed(30, 10, 10, higher_is_better=False) == 1
+
+
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_no_gap_is_closed_where_the_ceiling_is_not_better_than_the_baseline(higher_is_better):
+    worse = 0.259 if higher_is_better else 0.291
+    assert np.isnan(gap_closed(1, 1, 1, higher_is_better=higher_is_better))
+    assert np.isnan(gap_closed(0.275, 0.257, worse, higher_is_better=higher_is_better))
 
 
 def test_psnr_and_ssim_of_equal_and_different_images():

@@ -18,7 +18,7 @@ from refusals import refused
 
 def cell(steps: int, closed: float, task: str = "palette", method: str = METHODS[0]) -> Cell:
     values = {"rank": 4, "pairs": 6, "rate": 1e-3, "baseline": 0.0, "ceiling": 1.0, "parameters": 1, "seconds": 1.0}
-    return Cell(task=task, method=method, steps=steps, score=closed, run="run", **values)
+    return Cell(task=task, method=method, steps=steps, score=closed, higher_is_better=True, run="run", **values)
 
 
 @pytest.fixture

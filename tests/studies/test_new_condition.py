@@ -23,7 +23,7 @@ from controlkit.evaluation.sampling import EvalControl, generate_controlled
 from controlkit.evaluation.sets import evaluation_set
 from controlkit.formats.load import load_control, save_control
 from controlkit.nano.icons import IconSets, draw
-from controlkit.studies.cells import Cell, Task, _score
+from controlkit.studies.cells import Cell, Task, _score, _stored_cell
 from controlkit.studies.new_condition import NewCondition, Trainings, run_new_condition
 from controlkit.studies.new_condition_tables import ADAPTER, CONTROLNET, claims
 from refusals import refused
@@ -218,6 +218,7 @@ def test_a_claim_that_fails_is_said_to_fail():
             score=score,
             baseline=0.0,
             ceiling=1.0,
+            higher_is_better=True,
             parameters=parameters,
             run="r",
             seconds=1.0,
@@ -260,7 +261,8 @@ def test_other_images_are_other_numbers_and_a_budget_of_a_part_has_a_run_of_its_
 def test_nothing_is_claimed_of_budgets_that_were_not_run():
     def cell(method):
         numbers = {"steps": 500, "rate": 1e-3, "score": 0.5, "baseline": 0.0, "ceiling": 1.0, "seconds": 1.0}
-        return Cell(task="palette", method=method, rank=None, pairs=6, parameters=10, run="r", **numbers)
+        same = {"rank": None, "pairs": 6, "higher_is_better": True, "parameters": 10, "run": "r"}
+        return Cell(task="palette", method=method, **same, **numbers)
 
     assert not [claim for claim in claims([cell(ADAPTER), cell(CONTROLNET)]) if "up to 250" in claim]
 
@@ -273,6 +275,15 @@ def test_pairs_that_changed_are_learned_from_the_beginning(settings):
     run_new_condition(NewCondition(**small))
     first, second = (path for path in (Path(settings["out"]) / "runs").glob("*/*"))
     assert (first / "state.safetensors").read_bytes() != (second / "state.safetensors").read_bytes()
+
+
+def test_a_cell_of_an_earlier_version_has_the_direction_of_its_settings(tmp_path):
+    numbers = {"steps": 5, "rate": 1e-3, "score": 2.0, "baseline": 3.0, "ceiling": 1.0, "seconds": 1.0}
+    of_cell = {"task": "palette", "method": ADAPTER, "rank": 4, "pairs": 6, "parameters": 10, "run": "r", **numbers}
+    path = tmp_path / "cell.json"
+    path.write_text(json.dumps({**of_cell, "settings": {"condition": {"higher_is_better": False}}}))
+    cell = _stored_cell(path)
+    assert cell is not None and cell.gap_closed == 0.5
 
 
 def test_a_damaged_file_of_a_cell_is_measured_again(settings, capsys):

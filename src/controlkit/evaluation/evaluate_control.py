@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -289,7 +290,8 @@ class _Evaluated:
 
     @property
     def values(self) -> tuple[float, float, float, float]:
-        return (self.baseline, self.value, self.ceiling, gap_closed(self.baseline, self.value, self.ceiling))
+        scores = (self.baseline, self.value, self.ceiling)
+        return (*scores, gap_closed(*scores, higher_is_better=self.condition.fidelity.higher_is_better))
 
     @property
     def fd_cell(self) -> tuple[str, ...]:
@@ -452,4 +454,9 @@ def _each_acting(evaluated: Mapping[str, _Evaluated]) -> list[str]:
 
 
 def _notes(evaluated: Sequence[_Evaluated]) -> list[str]:
-    return list(dict.fromkeys(note for scored in evaluated for note in scored.notes))
+    no_gap = [
+        f"{scored.condition.name} on {scored.images}: no gap to close, as the ceiling is not better than no control."
+        for scored in evaluated
+        if math.isnan(scored.values[-1]) and not math.isnan(scored.value)
+    ]
+    return list(dict.fromkeys([*(note for scored in evaluated for note in scored.notes), *no_gap]))

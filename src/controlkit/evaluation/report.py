@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 Row = tuple[str | int | float | None, ...]
-"""The first entry names the row; None is a number that does not exist."""
+"""The first entry names the row; None and NaN are numbers that do not exist, shown as `-`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +70,22 @@ def read_reports(path: str | Path) -> list[Report]:
         raise UserError(f"{path} holds no report of `controlkit evaluate --json`", "wrong-kind") from error
 
 
-def gap_closed(baseline: float, value: float, ceiling: float) -> float:
+def gap_closed(baseline: float, value: float, ceiling: float, *, higher_is_better: bool) -> float:
     """(value - baseline) / (ceiling - baseline): 0 at the baseline, 1 at the ceiling.
 
-    Holds for scores and for distances; NaN if baseline and ceiling are equal.
+    NaN if the ceiling is not better than the baseline: there is no gap, and the ratio would praise a value that is
+    worse than both.
+
+    Args:
+        higher_is_better: False for distances.
     """
-    return (value - baseline) / (ceiling - baseline) if ceiling != baseline else float("nan")
+    gap = ceiling - baseline
+    has_gap = gap > 0 if higher_is_better else gap < 0
+    return (value - baseline) / gap if has_gap else float("nan")
 
 
 def _show(value: str | int | float | None) -> str:
-    if value is None:
+    if value is None or value != value:  # NaN
         return "-"
     if isinstance(value, str):
         return value

@@ -155,7 +155,7 @@ def _distribution(
         )
     columns = ("", "FD-lite0", "joint FD-lite0", "paired distance")
     (_, *baseline), (_, *value), (_, *best) = rows
-    left = [1 - gap_closed(b, v, c) for b, v, c in zip(baseline, value, best, strict=True)]
+    left = [1 - gap_closed(b, v, c, higher_is_better=False) for b, v, c in zip(baseline, value, best, strict=True)]
     return Report(
         title=f"Distance to {len(targets)} images of {SETS[images.name]} (lower is better)",
         columns=columns,

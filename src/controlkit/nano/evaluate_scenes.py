@@ -102,7 +102,7 @@ def evaluate_scenes(
         name: (mean_iou(images, boxes), *concept_accuracies(images, boxes, concepts)) for name, images in groups.items()
     }
     baseline, _, value, ceiling = scores.values()
-    gaps = [gap_closed(*three) for three in zip(baseline, value, ceiling, strict=True)]
+    gaps = [gap_closed(*three, higher_is_better=True) for three in zip(baseline, value, ceiling, strict=True)]
     rows: list[Row] = [(name, *values) for name, values in scores.items()]
     report = Report(
         title=f"Two icons in their boxes ({len(scenes)} scenes)",

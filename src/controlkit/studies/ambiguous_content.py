@@ -228,7 +228,7 @@ class _Study:
             closed = []
             for prompt in PROMPTS:
                 low, value = (kind.mean_score(given, made[which][prompt], targets) for which in (_NO_CONTROL, name))
-                closed.append(gap_closed(low, value, high))
+                closed.append(gap_closed(low, value, high, higher_is_better=kind.fidelity.higher_is_better))
             rows.append((name, *closed))
         return Report(
             title=f"Fidelity to the condition, as gap closed ({len(targets)} images)",

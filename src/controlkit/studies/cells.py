@@ -96,6 +96,8 @@ class Cell:
     score: float
     baseline: float
     ceiling: float
+    higher_is_better: bool
+    """False if the scores are distances."""
     parameters: int
     """Number of trained parameters."""
     run: str
@@ -106,7 +108,7 @@ class Cell:
     @property
     def gap_closed(self) -> float:
         """0 without control, 1 at the target through the autoencoder."""
-        return gap_closed(self.baseline, self.score, self.ceiling)
+        return gap_closed(self.baseline, self.score, self.ceiling, higher_is_better=self.higher_is_better)
 
 
 def _steps_done(folder: Path) -> int:
@@ -123,6 +125,8 @@ def _stored_cell(path: Path) -> Cell | None:
         return None
     try:
         stored = read_json(path)
+        if "higher_is_better" not in stored:  # earlier versions wrote it among the settings only
+            stored["higher_is_better"] = stored["settings"]["condition"]["higher_is_better"]
         stored |= {name: math.nan for name in ("score", "baseline", "ceiling") if stored[name] is None}
         return Cell(**{field.name: stored[field.name] for field in dataclasses.fields(Cell)})
     except (UserError, KeyError, TypeError):
@@ -213,9 +217,7 @@ class Bench:
         rows = [[Image.fromarray(image) for image in results[:_SHOWN]]]
         sheet = self.sheet_path(task, Path(recipe.out).name, steps)
         write_png(sheet, contact_sheet(rows, cell=self.base.size, gap=0))
-        closed = gap_closed(baseline, score, ceiling)
-        print(f"{task.name}: {method}, {steps} steps: {score:.3f}, gap closed {closed:.2f}", file=sys.stderr)
-        return Cell(
+        cell = Cell(
             task=task.name,
             method=method,
             rank=getattr(recipe, "rank", None),
@@ -225,10 +227,13 @@ class Bench:
             score=score,
             baseline=baseline,
             ceiling=ceiling,
+            higher_is_better=task.condition.fidelity.higher_is_better,
             parameters=sum(parameter.numel() for parameter in objective.parameters()),
             seconds=seconds,
             run=Path(recipe.out).name,
         )
+        print(f"{task.name}: {method}, {steps} steps: {score:.3f}, gap closed {cell.gap_closed:.2f}", file=sys.stderr)
+        return cell
 
     def _seconds_before(self, recipe: ControlRecipe) -> float:
         """Time that the same run took for its steps so far, which it does not take again."""

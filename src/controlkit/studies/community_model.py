@@ -161,7 +161,7 @@ class _Case:
 
     @property
     def closed(self) -> float:
-        return gap_closed(*self.scores)
+        return gap_closed(*self.scores, higher_is_better=self.condition.fidelity.higher_is_better)
 
     @property
     def backgrounds(self) -> float:

@@ -116,8 +116,8 @@ def run_convergence(settings: Convergence) -> NewConditionResult:
         first = untrained[name] = trainings.untrained(name, settings.pairs)
         if math.isnan(first.gap_closed):
             raise UserError(
-                f"{name} has no gap to close: images without control score {first.baseline:.3g}, as targets do; choose"
-                " another condition in colour or spatial",
+                f"{name} has no gap to close: images without control score {first.baseline:.3g}, targets through the"
+                f" autoencoder only {first.ceiling:.3g}; choose another condition in colour or spatial",
                 "unsupported",
             )
     for name in names:

@@ -105,7 +105,8 @@ def run_guidance_modes(settings: GuidanceModes) -> StudyResult:
                 partial(generate_controlled, base, [use], prompts, steps=steps),
             )
             values = [score(group) for group in (no_control, results, ceiling)]
-            rows.append((title, mode, *values, gap_closed(*values)))
+            closed = gap_closed(*values, higher_is_better=condition.fidelity.higher_is_better)
+            rows.append((title, mode, *values, closed))
             strips.append(results)
             titles.append(mode)
     direction = "higher" if condition.fidelity.higher_is_better else "lower"

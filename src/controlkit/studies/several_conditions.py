@@ -198,7 +198,8 @@ def _fidelity(
         def score(images: Sequence[np.ndarray]) -> float:
             return kinds[name].mean_score(condition_images[name], images, targets)
 
-        return gap_closed(score(no_control), score(results), score(ceiling))
+        direction = kinds[name].fidelity.higher_is_better
+        return gap_closed(score(no_control), score(results), score(ceiling), higher_is_better=direction)
 
     alone = {name: generate([name]) for name in controls}
     rows: list[Row] = []

@@ -207,7 +207,7 @@ class _Bench:
             float(self._scores(task, images, order).mean())
             for images in (self.without[empty_prompts], results, ceiling)
         ]
-        return gap_closed(*means)
+        return gap_closed(*means, higher_is_better=self.kinds[task].fidelity.higher_is_better)
 
     def swapped(self, control: UniControl) -> Report:
         """One condition image with the adapter of its task, under the instruction of each task."""
@@ -269,7 +269,12 @@ class _Bench:
             scores = {name: self._scores(task, results) for name, results in images.items()}
             baseline, ceiling = (self._scores(task, results) for results in (self.without[False], self.ceiling))
             trained, still = (
-                gap_closed(float(baseline.mean()), float(scores[name].mean()), float(ceiling.mean()))
+                gap_closed(
+                    float(baseline.mean()),
+                    float(scores[name].mean()),
+                    float(ceiling.mean()),
+                    higher_is_better=self.kinds[task].fidelity.higher_is_better,
+                )
                 for name in ("trained", "frozen")
             )
             gap = (ceiling[resampled].mean(1) - baseline[resampled].mean(1)).astype(float)
