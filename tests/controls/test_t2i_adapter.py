@@ -302,6 +302,11 @@ class TestTraining:
         with refused("contradiction", "light is True", False, "start"):
             objective_of(build_recipe({**values, "light": True}))
 
+    @pytest.mark.parametrize("colours", [0, 2])
+    def test_condition_images_are_colour_or_grey(self, tiny_base, colours):
+        with refused("out-of-range", "colours", colours, 3, 1):
+            T2IAdapterControl.for_base(tiny_base, colours=colours)
+
     def test_options_choose_the_network(self, sd_base, icons_file, tmp_path):
         save_base(sd_base, tmp_path / "base")
         values = {"system": "t2i-adapter", "base": str(tmp_path / "base"), "icons": str(icons_file), "steps": 1}

@@ -95,9 +95,10 @@ def test_wrong_recipes_are_refused_in_words(file, change, code, facts):
         ("uni-controlnet-global", {"drop_each": math.nan}, ["drop_each", "nan"]),
         ("uni-controlnet-local", {"keep_all": 0.7, "drop_all": 0.7}, ["keep_all + drop_all", 1.4]),
         ("controlnet-xs", {"size_ratio": 0}, ["size_ratio", 0]),
+        ("uni-controlnet-global", {"token_count": 0}, ["token_count", 0, "at least 1"]),
     ],
 )
-def test_fractions_of_systems_are_checked_before_anything_is_loaded(file, system, change, facts):
+def test_settings_of_systems_are_checked_before_anything_is_loaded(file, system, change, facts):
     values = {**MINIMAL, "system": system, **change}
     if system == "uni-controlnet-local":
         values |= {"conditions": ["canny", "palette"]}

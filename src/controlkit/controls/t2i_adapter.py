@@ -119,7 +119,7 @@ class T2IAdapterControl(OneImage):
         """A new one, with random weights; `colours` and `light` as in `config_for`.
 
         Raises:
-            UserError: no adapter fits the base's encoder.
+            UserError: no adapter fits the base's encoder, or `colours` is neither 1 nor 3.
         """
         config = config_for(dict(base.unet.config), base.factor, colours=colours, light=light)
         return cls(nn.Module.to(T2IAdapter(**config), base.device, base.dtype), condition)
@@ -221,8 +221,10 @@ def config_for(unet_config: Mapping[str, Any], factor: int, *, colours: int = 3,
         light: the small network with a quarter of the inner channels, if it fits.
 
     Raises:
-        UserError: none fits.
+        UserError: none fits, or `colours` is neither 1 nor 3.
     """
+    if colours not in (1, 3):
+        raise UserError(f"colours is {colours}; it must be 3 (RGB) or 1 (grey)", "out-of-range")
     stages = encoder_stages(unet_config, factor)
     channels = [widths for widths, _ in stages]
     # The last of `channels` is the middle block's, which XL reaches too; a light network adds its last stage itself.

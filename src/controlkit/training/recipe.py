@@ -33,6 +33,7 @@ _LEAST = {
     "variants": 1,
     "crops": 1,
     "rank": 1,
+    "token_count": 1,
     "score_pictures": 1,
     "gradient_accumulation_steps": 1,
     "data_workers": 0,
