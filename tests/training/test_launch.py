@@ -75,8 +75,29 @@ def test_fsdp_is_asked_for_as_accelerate_says_it():
     fsdp = {"ACCELERATE_USE_FSDP": "true"}
     assert launch_settings({**fsdp, "FSDP_RESHARD_AFTER_FORWARD": "true"}) == Launch(shards=True, reshard=True)
     assert launch_settings({**fsdp, "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"}) == Launch(shards=True)
+    assert launch_settings({**fsdp, "FSDP_RESHARD_AFTER_FORWARD": "NO_SHARD"}) == Launch()
     with refused("unsupported", "FSDP", "false"):
         launch_settings({**fsdp, "FSDP_OFFLOAD_PARAMS": "true"})
+
+
+@pytest.mark.parametrize(
+    ("version", "strategy", "reshard", "expected"),
+    [
+        ("1", "FULL_SHARD", "true", True),
+        ("1", "SHARD_GRAD_OP", "true", False),
+        ("1", "2", "true", False),
+        ("1", "HYBRID_SHARD", "true", True),
+        ("1", "HYBRID_SHARD_ZERO2", "true", False),
+        ("1", "FULL_SHARD", "shard_grad_op", False),
+        ("2", "FULL_SHARD", "true", True),
+        ("2", "FULL_SHARD", "false", False),
+    ],
+)
+def test_the_strategy_counts_in_fsdp1_and_the_boolean_in_fsdp2(version, strategy, reshard, expected):
+    """`accelerate launch` sets all three, the last with FSDP2's default."""
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": version, "FSDP_SHARDING_STRATEGY": strategy}
+    settings = launch_settings({**environment, "FSDP_RESHARD_AFTER_FORWARD": reshard})
+    assert settings == Launch(shards=True, reshard=expected)
 
 
 @pytest.mark.parametrize(

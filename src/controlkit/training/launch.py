@@ -18,6 +18,10 @@ _NO_OFFLOAD = (
 
 _NO_SHARD, _HYBRID = ("no_shard", "3"), ("hybrid_shard", "hybrid_shard_zero2", "4", "5")
 """FSDP's strategies, by name and by accelerate's numbers."""
+_FULL, _GRADIENTS_ONLY = ("full_shard", "1"), ("shard_grad_op", "2")
+_STRATEGIES = (*_FULL, *_GRADIENTS_ONLY, *_NO_SHARD, *_HYBRID)
+_RESHARDS = ("true", *_FULL, "hybrid_shard", "4")
+"""Settings that shard weights again after the forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +53,17 @@ def launch_settings(environment: Mapping[str, str] = os.environ) -> Launch:
         raise UserError(f"FSDP is configured to offload parameters, {_NO_OFFLOAD.format('false')}", "unsupported")
     if environment.get("FSDP_SHARDING_STRATEGY", "").lower() in _NO_SHARD:
         return Launch()
-    # FSDP2 has a boolean, FSDP1 the name of a strategy.
-    strategy = environment.get("FSDP_RESHARD_AFTER_FORWARD", environment.get("FSDP_SHARDING_STRATEGY", "false"))
-    return Launch(shards=True, reshard=strategy.lower() in ("true", "1", "full_shard"))
+    strategy = _strategy(environment)
+    return Launch() if strategy in _NO_SHARD else Launch(shards=True, reshard=strategy in _RESHARDS)
+
+
+def _strategy(environment: Mapping[str, str]) -> str:
+    """What FSDP shards, in lower case: a strategy (FSDP1), or whether weights are sharded again (FSDP2)."""
+    strategy = environment.get("FSDP_SHARDING_STRATEGY", "false").lower()
+    reshard = environment.get("FSDP_RESHARD_AFTER_FORWARD", strategy).lower()
+    # accelerate always sets both. In version 1 the boolean is FSDP2's default, but a strategy is the user's.
+    is_first = environment.get("FSDP_VERSION") == "1"
+    return strategy if is_first and strategy in _STRATEGIES and reshard not in _STRATEGIES else reshard
 
 
 def unused_settings(environment: Mapping[str, str] = os.environ) -> list[str]:
