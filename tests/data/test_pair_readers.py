@@ -223,6 +223,7 @@ def test_pairs_that_are_read_as_another_condition_than_they_record_say_so(tmp_pa
     make_pairs(list_images([tmp_path / "in"]), tmp_path / "out", settings, workers=1)
     assert load_pairs(tmp_path / "out").notes == load_pairs(tmp_path / "out", "canny").notes == []
     assert load_pairs(tmp_path / "out", "identity").notes == []
+    assert load_pairs(tmp_path / "out", "identity").recorded == "canny"
     (note,) = load_pairs(tmp_path / "out", "blur").notes
     assert "canny" in note and "blur" in note
 

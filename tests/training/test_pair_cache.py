@@ -32,6 +32,7 @@ from controlkit.training.recipe import identifying
 from controlkit.training.recipes import recipes
 from controlkit.training.run import run
 from controlkit.training.run_folder import fingerprint
+from controlkit.training.sources.pairs import PairSource
 from refusals import refused
 
 CPU = torch.device("cpu")
@@ -57,6 +58,22 @@ def recipe(folder, base_folder, tiny_base, tmp_path):
     save_control(control, BaseControlNet.for_base(tiny_base), tiny_base, dtype=torch.float32)
     settings = {"out": str(tmp_path / "run"), "pairs": str(folder), "base": str(base_folder)}
     return recipes()["ctrlora-adapter"](**settings, control=str(control), rank=2, batch_size=4, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "condition", "says"),
+    [("canny", None, True), ("Canny_Edges", None, True), ("mine", None, False), ("canny", "canny", False)],
+)
+def test_a_recipe_that_names_no_condition_says_which_one_the_pairs_record(
+    folder, recipe, tiny_base, recorded, condition, says
+):
+    lines = [json.loads(line) for line in (folder / "prompt.json").read_text().splitlines()]
+    entries = [{"image": e["target"], "conditions": {recorded: e["source"]}, "prompt": e["prompt"]} for e in lines]
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries))
+    if condition is not None:
+        recipe = dataclasses.replace(recipe, condition=condition)
+    notes = PairSource(recipe).notes(tiny_base)
+    assert any("identity" in note and "set condition=canny" in note for note in notes) == says
 
 
 @pytest.fixture

@@ -128,12 +128,8 @@ def _condition_of(pairs: str, columns: Columns) -> str | None:
     """The condition that the pairs record: the one named by PAIRS/NAME if there are several, else the only one. If none
     is known, that of the folder's name; else None."""
     from controlkit import conditions
-    from controlkit.conditions.condition import known_name
-    from controlkit.data.readers.listing import short_name
     from controlkit.data.readers.recognise import read_listing
 
-    recorded = {short_name(name) for name in read_listing(pairs, columns=columns).conditions}
-    known = {name for name in map(known_name, recorded) if name is not None}
-    if len(recorded) == len(known) == 1:
-        return known.pop()
+    if (recorded := read_listing(pairs, columns=columns).recorded) is not None:
+        return recorded
     return Path(pairs).name if Path(pairs).name in conditions.registry() else None

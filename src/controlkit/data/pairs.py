@@ -47,6 +47,8 @@ class PairSet:
     pairs: list[Pair]
     where: list[str]
     """Where each is listed: `line 7`, or its key."""
+    recorded: str | None
+    """The condition that they record, if it is a known one and the only one."""
     notes: list[str]
     """Warnings."""
 
@@ -93,6 +95,7 @@ def load_pairs(path: str | Path, condition: str | None = None, columns: Columns 
     return PairSet(
         pairs=[pair for _, pair in listed],
         where=[where for where, _ in listed],
+        recorded=listing.recorded,
         notes=[*listing.notes, *listing.renamed(condition), *listing.outside()],
     )
 

@@ -84,6 +84,13 @@ class Listing:
         """Names of all conditions, in order of first occurrence."""
         return list(dict.fromkeys(name for record in self.records for name in record.conditions))
 
+    @property
+    def recorded(self) -> str | None:
+        """The known name of the condition that it records; None if it records several, or an unknown one."""
+        names = {short_name(name) for name in self.conditions}
+        known = {name for name in map(known_name, names) if name is not None}
+        return known.pop() if len(names) == len(known) == 1 else None
+
     def chosen(self, condition: str | None) -> str | None:
         """The name of `condition` in this listing; None if it is not there.
 

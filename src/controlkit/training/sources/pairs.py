@@ -30,6 +30,8 @@ from controlkit.training.recipe import ControlRecipe, OneCondition
 from controlkit.training.sources.registry import source
 from controlkit.training.sources.source import Batch, HeldOut, Source, Step
 
+_UNNAMED = "identity"
+"""The condition of pairs whose recipe names none."""
 _FLIPS, _CAPTIONS = 11, 12
 """Purposes of random numbers: flips and choices of captions have their own, so that they do not change the others."""
 
@@ -84,7 +86,7 @@ class PairSettings(ControlRecipe):
 class PairCondition(OneCondition):
     """The settings of one condition for pairs, whose condition may have no name here."""
 
-    condition: str = "identity"
+    condition: str = _UNNAMED
     """Condition that scores fidelity; `identity` compares the result with the target."""
     name: str = "control"
     """Name of the control and of its file."""
@@ -169,6 +171,7 @@ class ConditionPairs:
 
     def __init__(self, recipe: PairSettings, condition: str) -> None:
         self.recipe = recipe
+        self.name = condition
         self.condition = conditions.find(condition)
         if self.condition.requires is not None:
             # Its model would need memory beside the trained networks, and may be missing.
@@ -182,6 +185,12 @@ class ConditionPairs:
         """Notes of the reader, on empty or long prompts, and on condition images of another size."""
         limit = PromptLimit(reader="this base", tokens=base.prompt_tokens, cut_from=base.cut_from)
         notes = [*self.found.notes, *self.found.prompt_notes(limit)]
+        recorded = self.found.recorded
+        if self.name == _UNNAMED and recorded not in (None, _UNNAMED):
+            notes.append(
+                f"the pairs record the condition {recorded}, but the recipe's condition is {_UNNAMED}: the control is"
+                f" saved and scored as {_UNNAMED}. For a control of {recorded}, set condition={recorded}"
+            )
         side, size = min(open_image(self.pairs[0].source).size), base.size
         if side != size and not self.condition.provided:
             notes.append(
