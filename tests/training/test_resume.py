@@ -87,6 +87,15 @@ def test_every_preview_is_in_the_log_whatever_log_every_is(tmp_path):
     assert [line["step"] for line in lines if "score" in line] == [3, 6, 8]
 
 
+def test_progress_says_of_which_earlier_step_its_scores_are(tmp_path, capsys):
+    run(tmp_path, steps=5, preview_every=3)
+    lines = {line.split("/")[0]: line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")}
+    assert "score" not in lines["step 2"]
+    assert "score 3" in lines["step 3"] and "preview of" not in lines["step 3"]
+    assert "score 3 (preview of step 3)" in lines["step 4"]
+    assert "score 5" in lines["step 5"] and "preview of" not in lines["step 5"]
+
+
 def test_a_finished_run_goes_on_when_it_is_given_more_steps(tmp_path):
     run(tmp_path, steps=6)
     more, _ = run(tmp_path, steps=9)

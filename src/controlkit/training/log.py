@@ -77,7 +77,7 @@ class RunLog:
         """Print progress and the remaining time on standard error.
 
         Args:
-            scored: how the samples of the scores were generated.
+            scored: how the samples of the scores were generated, or of which earlier step they are.
         """
         done, seconds = step - self._first, time.monotonic() - self._started
         left = f"  {clock(seconds / done * (self.steps - step))} left" if done else ""

@@ -125,6 +125,7 @@ class _Loop:
         if state is not None and state.loss_monitor is not None and state.data == objective.data:
             self.monitor.restore(state.loss_monitor, state.step)
         self.scores: dict[str, float] = {}
+        self._scored_step = 0
         self.patience = None if recipe.patience is None else Patience(recipe.patience, self.folder / "best", self.first)
         self._enough_before = self.patience is not None and self.patience.exhausted
         self._enough = False
@@ -323,7 +324,7 @@ class _Loop:
             self._log(done, previewed=previewed)
 
     def _log(self, done: int, *, previewed: bool) -> None:
-        scored = self.objective.preview_settings if self.scores else {}
+        scored = self.objective.preview_settings if previewed and self.scores else {}
         loss = {} if math.isnan(self._loss) else {"loss": self._loss}  # a resumed run has none before its first step
         self.log.write(
             done,
@@ -332,9 +333,12 @@ class _Loop:
                 **(self.scores if previewed else {}),
                 "learning_rate": self.schedule.at(done - 1),
             },
-            {"preview": scored} if previewed and scored else {},
+            {"preview": scored} if scored else {},
         )
-        self.log.progress(done, {**loss, **self.scores}, in_words(scored) if scored else "")
+        beside = in_words(scored) if scored else ""
+        if self.scores and not previewed:
+            beside = f"preview of step {self._scored_step}"
+        self.log.progress(done, {**loss, **self.scores}, beside)
 
     def _is_saved(self, done: int) -> bool:
         # With patience, a resumed run needs the state of every preview that has been judged.
@@ -377,6 +381,7 @@ class _Loop:
         with averaged(self.average, self.parameters), gathered(self.objective.trained):
             if self.processes.first:
                 self.scores = self.objective.preview(step, writable_folder(self.folder / "previews"))
+                self._scored_step = step
                 is_new = step > self.first or self._misses_preview
                 if self.patience is not None and is_new and step > self.patience.last_step:
                     merits = self.objective.merits(self.scores)
