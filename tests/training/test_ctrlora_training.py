@@ -129,7 +129,7 @@ def test_base_training_goes_on_with_the_adapters_beside_its_start(recipe, tmp_pa
     load_control(tmp_path / "further" / "canny.safetensors", load_base(recipe.base))
 
 
-def test_base_training_refuses_adapters_that_it_cannot_go_on_with(recipe, tmp_path):
+def test_base_training_refuses_adapters_that_it_cannot_go_on_with(recipe, tmp_path, capsys):
     run(recipe)
     start = str(tmp_path / "run" / "base.safetensors")
     further = dataclasses.replace(recipe, out=str(tmp_path / "further"), start=start)
@@ -139,8 +139,18 @@ def test_base_training_refuses_adapters_that_it_cannot_go_on_with(recipe, tmp_pa
     tensors = load_file(file)
     tensors[next(name for name in tensors if name.startswith("controlnet_down_blocks"))] += 1
     save_file(tensors, file, read_metadata(file))
+    capsys.readouterr()
     with refused("incompatible", "canny", "alone"):
         ControlObjective(further, CPU)
+    assert "goes on with" not in capsys.readouterr().err
+
+
+def test_shipped_adapters_that_were_trained_alone_begin_anew(recipe, capsys):
+    changes = {"base": "nano", "start": "nano/base", "conditions": ("canny", "palette"), "rank": 4}
+    control = ControlObjective(dataclasses.replace(recipe, **changes), CPU).control
+    assert "goes on with canny and begins palette anew" in capsys.readouterr().err
+    assert list(control.adapters) == ["canny", "palette"]
+    assert all(adapter.shares_base for adapter in control.adapters.values())
 
 
 def test_multigen_crops_condition_and_image_alike(multigen):

@@ -250,6 +250,10 @@ class Control(nn.Module, ABC):
         """What its residuals depend on besides weights, hint and `reads`, such as a selection."""
         return None
 
+    def is_trained_alone(self) -> bool:
+        """Whether it was trained on a fixed companion, so that training the companion cannot train it further."""
+        return False
+
     # Construction
 
     @classmethod

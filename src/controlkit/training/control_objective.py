@@ -22,7 +22,7 @@ from controlkit.controls.inputs import encode_each, encode_images, takes_one_ima
 from controlkit.controls.registry import find
 from controlkit.errors import UserError
 from controlkit.files import sha256_of
-from controlkit.formats.load import find_control, load_control, save_control
+from controlkit.formats.load import find_control, load_control, save_control, shipped_controls
 from controlkit.formats.metadata import read_metadata
 from controlkit.images import to_tensor
 from controlkit.training.diffusion import Draw
@@ -105,6 +105,7 @@ class ControlObjective(Objective):
         """Build the control before anything is encoded, so that an unsuitable file fails at once."""
         recipe = self.recipe
         start = companion = None
+        notes: list[str] = []
         if (path := recipe.started_from) is not None:
             loaded = load_control(path, self.base)
             expected = find(kind.companion or kind.kind)
@@ -121,8 +122,8 @@ class ControlObjective(Objective):
             else:
                 start = loaded
                 if recipe.training.several and not recipe.training.one_file:
-                    self._load_dependents(start, find_control(path).parent)
-        return kind.for_training(
+                    notes = self._load_dependents(start, find_control(path))
+        control = kind.for_training(
             self.base,
             recipe.condition_names,
             recipe.options,
@@ -131,20 +132,27 @@ class ControlObjective(Objective):
             start=start,
             companion=companion,
         )
+        print_notes(notes)
+        return control
 
-    def _load_dependents(self, start: Control, folder: Path) -> None:
-        """Load the controls of the trained conditions in a folder that were trained on `start`."""
+    def _load_dependents(self, start: Control, path: Path) -> list[str]:
+        """Load the controls of the trained conditions beside the file of `start` that were trained on it; notes."""
         fingerprint = start.fingerprint()
+        ships = path in shipped_controls().values()
         found = []
         for name in self.recipe.condition_names:
-            file = folder / f"{name}.safetensors"
-            if file.is_file() and fingerprint in read_metadata(file).values():
-                load_control(file, self.base, shared={fingerprint: start})
-                found.append(name)
+            file = path.parent / f"{name}.safetensors"
+            if not file.is_file() or fingerprint not in read_metadata(file).values():
+                continue
+            # Users can move their own files to begin anew, but not those of the package.
+            if ships and load_control(file, self.base).is_trained_alone():
+                continue
+            load_control(file, self.base, shared={fingerprint: start})
+            found.append(name)
         new = [name for name in self.recipe.condition_names if name not in found]
         parts = [f"goes on with {', '.join(found)}"] if found else []
         parts += [f"begins {', '.join(new)} anew"] if new else []
-        print_notes([f"this run {' and '.join(parts)}"])
+        return [f"this run {' and '.join(parts)}"]
 
     def condition_at(self, step: int) -> str:
         """The condition of a step: rounds of all conditions, each in random order, so that all are equally frequent.

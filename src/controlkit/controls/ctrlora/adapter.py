@@ -95,6 +95,9 @@ class CtrLoRA(OneImage):
     def hint_settings(self) -> Hashable:
         return self.posterior_seed
 
+    def is_trained_alone(self) -> bool:
+        return self.base_control.own_part_of(self.adapter) is not None
+
     def weights(self) -> Iterable[nn.Parameter]:
         adapter = self.base_control.adapters[self.adapter].parameters()
         return [*self.base_control.network.parameters(), *adapter]

@@ -268,6 +268,21 @@ class BaseControlNet(OneImage):
         self._adapters[_key(name)] = adapter.requires_grad_(False).train(self.training)
         return adapter
 
+    def own_part_of(self, name: str) -> str | None:
+        """The first zero convolution or norm in which an adapter differs from the network; None if there is none.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        adapter = self._find(name)
+        for path, layer in self.layers.items():
+            part = adapter.part(path, layer)
+            if isinstance(part, Affine) and not all(
+                torch.equal(value, layer.get_parameter(key)) for key, value in part.named_parameters()
+            ):
+                return path
+        return None
+
     def share_base(self, name: str) -> Adapter:
         """Let the network's zero convolutions and norms serve an adapter in place of its own, as in base training.
 
@@ -275,12 +290,8 @@ class BaseControlNet(OneImage):
             ValueError: there is no such adapter, or its own zero convolutions and norms differ from the network's.
         """
         own = self._find(name)
-        for path, layer in self.layers.items():
-            part = own.part(path, layer)
-            if isinstance(part, Affine) and not all(
-                torch.equal(value, layer.get_parameter(key)) for key, value in part.named_parameters()
-            ):
-                raise ValueError(f"the adapter {name!r} has zero convolutions and norms of its own ({path})")
+        if (path := self.own_part_of(name)) is not None:
+            raise ValueError(f"the adapter {name!r} has zero convolutions and norms of its own ({path})")
         shared = Adapter(name, self.layers, own.rank, shares_base=True)
         names = shared.state_dict().keys()
         shared.load_state_dict({key: value for key, value in own.state_dict().items() if key in names})
