@@ -337,6 +337,17 @@ def test_settings_without_a_place_in_a_format_are_noted_and_come_back(tiny_base,
     assert json.dumps(again, sort_keys=True) == json.dumps(control.config(), sort_keys=True)
 
 
+def test_notes_are_on_standard_error_and_not_printed_with_quiet(tiny_base, tmp_path, capsys):
+    control = ControlNet.for_base(tiny_base, only_mid_control=True)
+    file, out = save_control(tmp_path / "control.safetensors", control, tiny_base), tmp_path / "out.safetensors"
+    assert run("convert", file, out, "--to", "original") == 0
+    printed = capsys.readouterr()
+    assert "note: " in printed.err and "note: " not in printed.out
+    assert run("convert", file, out, "--to", "original", "--force", "--quiet") == 0
+    quiet = capsys.readouterr()
+    assert (quiet.out, quiet.err) == (printed.out, "")
+
+
 def test_a_condition_s_other_name_is_stored_as_its_own(file, tmp_path):
     out = tmp_path / "out.safetensors"
     assert run("convert", file, out, "--to", "original", "--condition", "segmentation") == 0
@@ -363,7 +374,7 @@ def test_a_shuffle_whose_file_says_nothing_pools(file, tmp_path, tiny_base, base
         assert run("convert", out, tmp_path / str(number), "--to", "diffusers") == 0
         config = json.loads((tmp_path / str(number) / "config.json").read_text())
         assert config.get("global_pool_conditions", False) == pools
-    assert "pooled residuals" in capsys.readouterr().out
+    assert "pooled residuals" in capsys.readouterr().err
     # A file that says that it does not pool is believed.
     assert run("convert", plain, tmp_path / "ours.safetensors", "--to", "controlkit", "--condition", "shuffle") == 0
     assert not load_control(tmp_path / "ours.safetensors", tiny_base).conditional_only

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from controlkit.apps.show import add_json, print_json
+from controlkit.apps.show import add_json, print_json, print_notes
 
 _OPTIONS = ("base", "base_control", "dtype", "rank", "condition", "kind", "pooled", "decoder", "force")
 
@@ -65,6 +65,5 @@ def run(args: argparse.Namespace) -> None:
         f"{facts['kind']}: {facts['tensors']:,} tensors, {facts['parameters']:,} parameters,"
         f" {converted.from_format} -> {converted.to_format}"
     )
-    for note in converted.notes:
-        print(f"note: {note}")
+    print_notes(converted.notes)
     print(converted.path)

@@ -247,8 +247,7 @@ def _check(args: argparse.Namespace) -> None:
     else:
         for problem in report.problems:
             print(problem)
-        for note in report.notes:
-            print(f"note: {note}")
+        print_notes(report.notes)
         if report.problems:
             rows = [(KINDS[kind], str(count)) for kind, count in report.counts.items()]
             print_table(f"{report.origin}: {report.pairs} pairs", ("problem", "count"), rows)
