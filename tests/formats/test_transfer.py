@@ -204,6 +204,9 @@ def test_adapters_go_along_with_their_base_control(tiny_base, other, base_folder
     # An adapter that is baked in is part of what it was made for no longer.
     merged = convert(adapter, tmp_path / "merged.safetensors", "merged", base_control=there).path
     assert "control.transferred_from" not in read_metadata(merged)
+    # It contains the transferred base control, and so a copy of the other base.
+    for key in ("control.base", "control.base_fingerprint"):
+        assert read_metadata(merged)[key] == read_metadata(there)[key] != read_metadata(adapter)[key]
     stranger = BaseControlNet.for_base(other)
     stranger.network.conv_in.weight.data.add_(1)
     save_control(tmp_path / "stranger.safetensors", stranger, other)

@@ -11,6 +11,8 @@ from controlkit.controls.file_format import Checkpoint, Reference, Written
 from controlkit.errors import UserError
 
 _ARCHITECTURE = "modelspec.architecture"
+_OF_BASE = ("control.base", "control.base_fingerprint")
+"""Metadata on the base of a control."""
 
 
 def write(checkpoint: Checkpoint, reference: Reference) -> Written:
@@ -34,7 +36,9 @@ def write(checkpoint: Checkpoint, reference: Reference) -> Written:
     control = shared.merged("merged")
     tensors = {name: value.to(base.tensors[name].dtype) for name, value in control.file_state().items()}
     adapter_metadata = {key: value for key, value in checkpoint.metadata.items() if key != "control.kind"}
-    metadata = {**base.metadata, **adapter_metadata}
+    # The base control may have been transferred, so that its base is another than the one that the adapter records.
+    of_base = {key: base.metadata[key] for key in _OF_BASE if key in base.metadata}
+    metadata = {**base.metadata, **adapter_metadata, **of_base}
     dropped = ("control.base_control", "control.base_control_fingerprint", "control.rank", "control.transferred_from")
     for key in (*dropped, _ARCHITECTURE, "modelspec.title"):
         metadata.pop(key, None)
