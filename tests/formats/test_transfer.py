@@ -79,6 +79,28 @@ def test_a_difference_added_to_another_base_records_that_base(tiny_base, other, 
     assert main([*command, "--out", str(tmp_path / "twice.safetensors")]) == 2
 
 
+@pytest.mark.parametrize("layout", ["difference", "control-lora"])
+def test_a_difference_from_another_base_than_the_controls_own_comes_back_with_that_base(
+    tiny_base, other, layout, tmp_path
+):
+    for base, name in ((tiny_base, "a"), (other, "b")):
+        save_base(base, tmp_path / name)
+    control = randomise_zero_convolutions(fresh_control(load_base(tmp_path / "a")))
+    file = save_control(tmp_path / "c.safetensors", control, load_base(tmp_path / "a"), dtype=torch.float32)
+    rank = {"rank": 64} if layout == "control-lora" else {}
+    difference = convert(file, tmp_path / "d.safetensors", layout, base=str(tmp_path / "b"), **rank).path
+    assert read_metadata(difference)["control.base"] == read_metadata(file)["control.base"]
+    back = convert(difference, tmp_path / "back.safetensors", "controlkit", base=str(tmp_path / "b"))
+    assert read_metadata(back.path) == read_metadata(file)
+    assert not any("offset" in note for note in back.notes)
+    for name, value in load_file(file).items():
+        assert torch.allclose(load_file(back.path)[name], value, atol=1e-5), name
+    moved = convert(difference, tmp_path / "moved.safetensors", "controlkit", base=str(tmp_path / "a"))
+    assert any("offset" in note and str(tmp_path / "b") in note and other.fingerprint in note for note in moved.notes)
+    command = ["transfer", str(back.path), "--from", str(tmp_path / "a"), "--to", str(tmp_path / "b")]
+    assert main([*command, "--out", str(tmp_path / "there.safetensors")]) == 0
+
+
 def test_an_untrained_control_becomes_the_other_bases_untrained_control(tiny_base, other):
     control = fresh_control(tiny_base)
     made, offset = transfer(control, tiny_base, other)

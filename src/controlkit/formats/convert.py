@@ -41,6 +41,9 @@ _OF_MODELS = (
 )
 """Names by which readers of a folder detect its model and find its weights."""
 
+_SUBTRACTED, _SUBTRACTED_FINGERPRINT = "control.difference_from", "control.difference_from_fingerprint"
+"""Metadata of a difference: the base that was subtracted, which need not be the one that the control was trained on."""
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """Name -> dtype of a file's tensors."""
 
@@ -163,12 +166,7 @@ def convert(
     _check_outputs(target, format_, inputs, force=force)
     if is_companion(system):
         checkpoint.metadata[FINGERPRINT] = fingerprint_of(checkpoint)
-    if dtype is not None:
-        _cast(checkpoint, DTYPES[dtype])
-        if is_companion(system):
-            renew_fingerprint(checkpoint)
-    assert format_.write is not None
-    output = format_.write(checkpoint, reference)
+    output = _output(checkpoint, format_, reference, base, dtype)
     _write(target, format_, checkpoint, output)
     notes = (*dict.fromkeys((*checkpoint.notes, *output.notes)),)
     return Converted(target, path, checkpoint.kind, detected.format_name or "", to, checkpoint, notes)
@@ -270,20 +268,29 @@ def reference_for(base: str | None) -> Reference:
 
 
 def _settle_base(checkpoint: Checkpoint, source_format: FileFormat, base: str, reference: Reference) -> None:
-    """Record the base to which a difference was added, if its file records another: as that of the sum, `transfer`
-    would take the wrong one."""
-    recorded = checkpoint.metadata.get("control.base_fingerprint")
+    """Record the base to which a difference was added, if it was taken from another: `transfer` would take the wrong
+    one. A file that does not record from which it was taken was taken from the control's own."""
+    metadata = checkpoint.metadata
+    subtracted = metadata.pop(_SUBTRACTED, None), metadata.pop(_SUBTRACTED_FINGERPRINT, None)
+    own = metadata.get("control.base", ""), metadata.get("control.base_fingerprint")
+    former, recorded = own if None in subtracted else subtracted
     if recorded is None or not source_format.needs_base or reference.unet_weights is None:
         return
     fingerprint = hash_of_halves(reference.unet_weights.values())
     if recorded == fingerprint:
         return
-    former = checkpoint.metadata.get("control.base", "")
     checkpoint.notes.append(
         f"it is the difference from the base {former} ({recorded}), added to another base {base} ({fingerprint}): the"
         " control is moved to that one by their offset, as `controlkit transfer` does"
     )
-    checkpoint.metadata |= {"control.base": base, "control.base_fingerprint": fingerprint}
+    metadata |= {"control.base": base, "control.base_fingerprint": fingerprint}
+
+
+def _record_subtracted(checkpoint: Checkpoint, base: str, reference: Reference) -> None:
+    """Record the base that was subtracted from a control, for `_settle_base`."""
+    if reference.unet_weights is not None:
+        fingerprint = hash_of_halves(reference.unet_weights.values())
+        checkpoint.metadata |= {_SUBTRACTED: base, _SUBTRACTED_FINGERPRINT: fingerprint}
 
 
 def _files_of_base(base: str | None) -> list[Path]:
@@ -361,6 +368,21 @@ def _settle_companion(
     content.metadata[kind.companion_key] = file.stem
     content.metadata[f"{kind.companion_key}_fingerprint"] = fingerprint
     return files_of(file)
+
+
+def _output(
+    checkpoint: Checkpoint, format_: FileFormat, reference: Reference, base: str | None, dtype: str | None
+) -> Written:
+    """What a format writes of a checkpoint, with the base that it subtracted, if any, in the metadata."""
+    assert format_.write is not None
+    if dtype is not None:
+        _cast(checkpoint, DTYPES[dtype])
+        if is_companion(find(checkpoint.kind)):
+            renew_fingerprint(checkpoint)
+    output = format_.write(checkpoint, reference)
+    if base is not None and format_.needs_base:
+        _record_subtracted(output.checkpoint or checkpoint, base, reference)
+    return output
 
 
 def _write(target: Path, format_: FileFormat, source: Checkpoint, output: Written) -> None:

@@ -1,7 +1,8 @@
 """Metadata of safetensors files.
 
 Strings, as safetensors requires: the fields of modelspec 1.0.1, which other tools show, and controlkit's in
-`control.*`: `kind`, `config`, `condition`, `base` and `base_fingerprint`, `hint_range`, and the provenance `made`.
+`control.*`: `kind`, `config`, `condition`, `base` and `base_fingerprint`, `hint_range`, and the provenance `made`. The
+difference of a control from a base also has `difference_from` and `difference_from_fingerprint`, of that base.
 """
 
 from __future__ import annotations
