@@ -252,6 +252,13 @@ class TestCtrLoRA:
                 convert(source, tmp_path / "folder", "diffusers")
         assert load_control(through(made.path, ("original",), tmp_path), tiny_base).condition == "palette"
 
+    def test_a_merged_control_is_rounded_to_a_dtype_once(self, pair, tiny_base, tmp_path):
+        _, path, _ = pair
+        exact = weights_of(convert(path, tmp_path / "merged.safetensors", "merged").path)
+        half = convert(path, tmp_path / "half.safetensors", "merged", dtype="bfloat16").path
+        assert equal(weights_of(half), {name: value.bfloat16() for name, value in exact.items()})
+        assert read_metadata(half)["control.fingerprint"] == load_control(half, tiny_base).fingerprint()
+
     def test_a_training_checkpoint_gives_adapter_and_merged_control(self, pair, tiny_base, base_folder, tmp_path):
         """As the reference's Lightning checkpoints: Stable Diffusion, base control and LoRA in one file."""
         control, path, base_path = pair
@@ -402,6 +409,24 @@ class TestWithBase:
         expected = load_control(tmp_path / "32.safetensors", base).file_state()
         for name, value in expected.items():
             torch.testing.assert_close(loaded[name], value, rtol=1e-3, atol=1e-5)
+
+    @pytest.mark.parametrize("layout", ["difference", "control-lora"])
+    def test_a_difference_and_not_the_control_is_rounded_to_a_dtype(self, tiny_base, base_folder, tmp_path, layout):
+        control = shaken(fresh_control(tiny_base), size=1e-3)  # so small a change that float16 rounds much of it away
+        path = save_control(tmp_path / "a.safetensors", control, tiny_base, dtype=torch.float32)
+        options = {"base": str(base_folder), **({"rank": 64} if layout == "control-lora" else {})}
+        exact = weights_of(convert(path, tmp_path / "exact.safetensors", layout, **options).path)
+        made = convert(path, tmp_path / "half.safetensors", layout, dtype="float16", **options)
+        assert equal(weights_of(made.path), {name: value.half() for name, value in exact.items()})
+        assert made.to_json()["dtypes"] == {"float16": len(exact)}
+
+    def test_a_difference_beyond_a_dtypes_range_is_refused(self, tiny_control, tiny_base, base_folder, tmp_path):
+        control = copy.deepcopy(tiny_control)
+        control.network.conv_in.bias.data[0] = 1e5
+        path = save_control(tmp_path / "a.safetensors", control, tiny_base, dtype=torch.float32)
+        with refused("out-of-range", path, "input_blocks.0.0.bias", "65504"):
+            convert(path, tmp_path / "d.safetensors", "difference", base=str(base_folder), dtype="float16")
+        assert not (tmp_path / "d.safetensors").exists()
 
     @pytest.mark.parametrize("layout", ["difference", "control-lora"])
     def test_what_differs_from_a_base_needs_it(self, controlnet, base_folder, tmp_path, layout):

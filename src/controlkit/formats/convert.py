@@ -59,6 +59,8 @@ class Converted:
     to_format: str
     checkpoint: Checkpoint = field(repr=False)
     notes: tuple[str, ...]
+    dtypes: Mapping[str, int]
+    """Dtype -> number of tensors in the file."""
 
     @property
     def from_layout(self) -> str:
@@ -77,7 +79,6 @@ class Converted:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values for reports."""
-        dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in self.checkpoint.tensors.values())
         return {
             "path": str(self.path),
             "layout": self.to_format,
@@ -86,7 +87,7 @@ class Converted:
             "condition": self.checkpoint.condition,
             "tensors": len(self.checkpoint.tensors),
             "parameters": self.checkpoint.parameters,
-            "dtypes": dict(dtypes),
+            "dtypes": dict(self.dtypes),
             "notes": list(self.notes),
         }
 
@@ -169,7 +170,8 @@ def convert(
     output = _output(checkpoint, format_, reference, base, dtype)
     _write(target, format_, checkpoint, output)
     notes = (*dict.fromkeys((*checkpoint.notes, *output.notes)),)
-    return Converted(target, path, checkpoint.kind, detected.format_name or "", to, checkpoint, notes)
+    dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in output.tensors.values())
+    return Converted(target, path, checkpoint.kind, detected.format_name or "", to, checkpoint, notes, dtypes)
 
 
 def _detected(path: Path, kind: str | None) -> Detected:
@@ -373,13 +375,21 @@ def _settle_companion(
 def _output(
     checkpoint: Checkpoint, format_: FileFormat, reference: Reference, base: str | None, dtype: str | None
 ) -> Written:
-    """What a format writes of a checkpoint, with the base that it subtracted, if any, in the metadata."""
+    """What a format writes of a checkpoint, with the base that it subtracted, if any, in the metadata.
+
+    Raises:
+        UserError: the format cannot hold the checkpoint, or finite values exceed the range of `dtype`.
+    """
     assert format_.write is not None
+    # A difference is small beside the weights and so beside their rounding error: it is computed first, then cast.
+    is_computed = format_.needs_base or format_.needs_companion
     if dtype is not None:
-        _cast(checkpoint, DTYPES[dtype])
+        _cast(checkpoint, torch.float32 if is_computed else DTYPES[dtype])
         if is_companion(find(checkpoint.kind)):
             renew_fingerprint(checkpoint)
     output = format_.write(checkpoint, reference)
+    if dtype is not None and is_computed:
+        output = _cast_output(output, checkpoint.path, DTYPES[dtype])
     if base is not None and format_.needs_base:
         _record_subtracted(output.checkpoint or checkpoint, base, reference)
     return output
@@ -399,25 +409,46 @@ def _cast(content: Checkpoint, dtype: torch.dtype) -> None:
     Raises:
         UserError: finite values exceed the range of `dtype`.
     """
-    overflowing, vanished = [], []
     for tensors in (content.tensors, content.leftover):
-        for name, value in tensors.items():
-            if not value.is_floating_point():
-                continue
-            cast = tensors[name] = value.to(dtype)
-            value = value.float() if value.itemsize == 1 else value  # torch tests no float8 for finite values
-            if bool((cast.isinf() & value.isfinite()).any()):
-                overflowing.append(name)
-            elif bool(value.any()) and not bool(cast.any()):
-                vanished.append(name)
+        content.notes += _cast_tensors(tensors, dtype, content.path)
+    if content.companion is not None:
+        _cast(content.companion, dtype)
+
+
+def _cast_output(output: Written, path: Path | None, dtype: torch.dtype) -> Written:
+    """Cast the floating-point tensors of a format's output, as `_cast`; the fingerprint is that of the cast weights."""
+    tensors = dict(output.tensors)
+    notes = _cast_tensors(tensors, dtype, path)
+    if output.checkpoint is not None and FINGERPRINT in output.checkpoint.metadata:
+        _cast(output.checkpoint, dtype)
+        output.checkpoint.metadata[FINGERPRINT] = find(output.checkpoint.kind).fingerprint_of(output.checkpoint)
+    return replace(output, tensors=tensors, notes=(*output.notes, *notes))
+
+
+def _cast_tensors(tensors: dict[str, Tensor], dtype: torch.dtype, path: Path | None) -> list[str]:
+    """Cast the floating-point ones in place; returns notes on those that become all zero.
+
+    Args:
+        path: of the control, for errors.
+
+    Raises:
+        UserError: finite values exceed the range of `dtype`.
+    """
+    overflowing, vanished = [], []
+    for name, value in tensors.items():
+        if not value.is_floating_point():
+            continue
+        cast = tensors[name] = value.to(dtype)
+        value = value.float() if value.itemsize == 1 else value  # torch tests no float8 for finite values
+        if bool((cast.isinf() & value.isfinite()).any()):
+            overflowing.append(name)
+        elif bool(value.any()) and not bool(cast.any()):
+            vanished.append(name)
     short = str(dtype).removeprefix("torch.")
     if overflowing:
         raise UserError(
-            f"{content.path} does not fit {short}, whose largest value is {torch.finfo(dtype).max:g}:"
+            f"{path} does not fit {short}, whose largest value is {torch.finfo(dtype).max:g}:"
             f" {listed(overflowing)} would become infinite; use --dtype bfloat16 or float32",
             "out-of-range",
         )
-    if vanished:
-        content.notes.append(f"too small for {short}, now all zero: {listed(vanished)}")
-    if content.companion is not None:
-        _cast(content.companion, dtype)
+    return [f"too small for {short}, now all zero: {listed(vanished)}"] if vanished else []
