@@ -10,11 +10,12 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from controlkit.apps.cli import main
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.formats.card import card_of, write_card
+from controlkit.formats.convert import convert
 from controlkit.formats.load import load_control, save_control, shipped_controls
 from controlkit.formats.metadata import read_metadata
 from refusals import check, refused
@@ -53,6 +54,30 @@ def test_a_card_tells_what_the_file_tells(adapter, tiny_base):
 def test_a_card_does_not_ask_for_a_base_control_that_ships():
     card = card_of(shipped_controls()["nano/palette"])
     assert "ships with controlkit" in card and "same folder" not in card and "+BASE_CONTROL" not in card
+
+
+def test_the_card_of_a_converted_control_does_not_make_up_its_base_and_its_base_control(adapter, base_folder, tmp_path):
+    """As files of the original code, which record neither."""
+    convert(adapter, tmp_path / "original.safetensors", "original")
+    torch.save(load_file(tmp_path / "original.safetensors"), tmp_path / "lora.ckpt")
+    converted = convert(tmp_path / "lora.ckpt", tmp_path / "converted.safetensors", "controlkit", base=str(base_folder))
+    card = card_of(converted.path)
+    assert "for a base that is not recorded." in card and "Its base control is not recorded; pass it:" in card
+    assert "--base BASE " in card and "converted.safetensors+BASE_CONTROL=IMAGE" in card
+    for made_up in ("None", "``", "|  |", "nano", "| base |"):
+        assert made_up not in card
+    tensors, facts = load_file(converted.path), read_metadata(converted.path)
+    save_file(tensors, converted.path, {**facts, "modelspec.architecture": "stable-diffusion-v1/ctrlora"})
+    assert "for a base of `stable-diffusion-v1`." in card_of(converted.path)
+
+
+def test_the_card_of_an_adapter_whose_base_control_has_no_name_has_its_fingerprint(adapter):
+    tensors, facts = load_file(adapter), read_metadata(adapter)
+    fingerprint = facts["control.base_control_fingerprint"]
+    save_file(tensors, adapter, {key: value for key, value in facts.items() if key != "control.base_control"})
+    card = card_of(adapter)
+    assert f"Its base control, `{fingerprint}`, must be in the same folder" in card
+    assert f"| base control | {fingerprint} |" in card
 
 
 def test_a_card_of_what_is_no_control_is_refused(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from controlkit.bases.load import NANO
+from controlkit.controls.control import Control
 from controlkit.controls.file_format import declared_config
 from controlkit.controls.registry import companion_role, find, registry
 from controlkit.errors import UserError
@@ -56,23 +56,41 @@ def card_of(
     }
     lines = ["---", *(f"{key}: {value}" for key, value in header.items()), "---", "", f"# {path.stem}", ""]
     title = f"{kind.title[0].upper()}{kind.title[1:]}"
-    lines += [f"{title} for the base `{facts.get('control.base', '')}`.", "", *_table(_fact_rows(facts, seconds))]
+    lines += [f"{title} for {_base_of(facts)}.", "", *_table(_fact_rows(facts, seconds))]
     if provenance:
         lines += ["", "## Training", "", *_table(provenance)]
     if scores:
         lines += ["", "## Evaluation", "", scores]
     if image is not None:
         lines += ["", f"![condition image, generated image, target]({image})"]
-    lines += ["", "## Usage", "", *system.usage(path.name, facts.get("control.base", NANO))]
+    lines += ["", "## Usage", "", *system.usage(path.name, facts.get("control.base") or "BASE")]
     if kind.companion is not None:
-        role = companion_role(kind)
-        name = facts.get(kind.companion_key)
-        if _ships(facts.get(f"{kind.companion_key}_fingerprint")):
-            lines += ["", f"Its {role}, `{name}`, ships with controlkit and is found there."]
-        else:
-            lines += ["", f"Its {role}, `{name}`, must be in the same folder, or be passed:"]
-            lines += [f"`--control {path.name}+{role.upper().replace(' ', '_')}=IMAGE`."]
+        lines += ["", *_companion_usage(path.name, kind, facts)]
     return "\n".join(lines) + "\n"
+
+
+def _base_of(facts: Mapping[str, str]) -> str:
+    """The base of a control, or else its architecture, in words."""
+    if base := facts.get("control.base"):
+        return f"the base `{base}`"
+    architecture = facts.get("modelspec.architecture", "").partition("/")[0]
+    return f"a base of `{architecture}`" if architecture not in ("", "unknown") else "a base that is not recorded"
+
+
+def _recorded_companion(kind: type[Control], facts: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """Name and fingerprint of a control's companion, as far as its file records them."""
+    return facts.get(kind.companion_key), facts.get(f"{kind.companion_key}_fingerprint")
+
+
+def _companion_usage(file: str, kind: type[Control], facts: Mapping[str, str]) -> list[str]:
+    """Lines that say where the companion of a control is found."""
+    role, (name, fingerprint) = companion_role(kind), _recorded_companion(kind, facts)
+    passed = f"`--control {file}+{role.upper().replace(' ', '_')}=IMAGE`."
+    if not (recorded := name or fingerprint):
+        return [f"Its {role} is not recorded; pass it:", passed]
+    if _ships(fingerprint):
+        return [f"Its {role}, `{recorded}`, ships with controlkit and is found there."]
+    return [f"Its {role}, `{recorded}`, must be in the same folder, or be passed:", passed]
 
 
 def _ships(fingerprint: str | None) -> bool:
@@ -90,19 +108,23 @@ def write_card(path: str | Path, **known: Any) -> Path:
 
 
 def _fact_rows(facts: Mapping[str, str], seconds: float | None) -> dict[str, Any]:
+    recorded = {
+        "base": facts.get("control.base"),
+        "base's fingerprint": facts.get("control.base_fingerprint"),
+        "resolution": facts.get("modelspec.resolution"),
+    }
     rows = {
         "condition": facts.get("control.condition") or "not recorded",
-        "base": facts.get("control.base", ""),
-        "base's fingerprint": facts.get("control.base_fingerprint", ""),
-        "resolution": facts.get("modelspec.resolution", ""),
+        **{name: fact for name, fact in recorded.items() if fact},
         "condition images": f"RGB in {facts.get('control.hint_range', '[0, 1]')}",
     }
     if "control.rank" in facts:
         rows["rank"] = facts["control.rank"]
     kind = find(facts["control.kind"])
     if kind.companion is not None:
-        fingerprint = facts.get(f"{kind.companion_key}_fingerprint")
-        rows[companion_role(kind)] = f"{facts.get(kind.companion_key)} ({fingerprint})"
+        name, fingerprint = _recorded_companion(kind, facts)
+        if recorded_companion := name or fingerprint:
+            rows[companion_role(kind)] = f"{name} ({fingerprint})" if name and fingerprint else recorded_companion
     if (config := declared_config(facts)) is not None:
         rows |= kind.facts(config)
     if seconds is not None:
