@@ -52,7 +52,7 @@ def test_the_decomposition_of_a_control_lora_shows_progress(file, base_folder, t
     assert run(*words) == 0
     assert "layers" not in capsys.readouterr().err
     assert run(*words, "--force", "--verbose") == 0
-    assert re.search(r"(\d+) of \1 layers$", capsys.readouterr().err.strip())
+    assert re.search(r"(\d+) of \1 layers$", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_a_control_that_ships_is_found_by_its_name(tmp_path, capsys):
