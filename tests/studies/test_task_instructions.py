@@ -32,8 +32,10 @@ def files(tiny_base, tmp_path):
 
 
 @pytest.fixture
-def settings(files, base_folder, tmp_path):
+def settings(files, base_folder, tmp_path, monkeypatch):
     control, frozen = files
+    # Through the autoencoder of the tiny base, whose weights are random, targets score no better than without control.
+    monkeypatch.setattr(study, "reconstruct", lambda base, images: list(images))
     out = str(tmp_path / "study")
     return TaskInstructions(
         control=control, frozen=frozen, base=str(base_folder), out=out, images=3, sampling_steps=2, resamples=200
@@ -72,6 +74,14 @@ def test_it_compares_instructions_and_hypernets_and_samples_nothing_twice(settin
     sampled.clear()
     again = run_task_instructions(replace(settings, resamples=300))
     assert sampled == [] and again.reports[0].rows == swapped.rows
+
+
+def test_without_a_gap_there_is_neither_a_difference_nor_an_interval(settings, monkeypatch):
+    black = [np.zeros((64, 64, 3), np.uint8)] * settings.images
+    monkeypatch.setattr(study, "generate_uncontrolled", lambda *_: black)
+    monkeypatch.setattr(study, "reconstruct", lambda *_: black)
+    compared = run_task_instructions(settings).reports[2]
+    assert np.isnan([row[1:] for row in compared.rows]).all()
 
 
 def test_without_a_frozen_one_nothing_is_compared(settings, files):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,11 +82,11 @@ def gap_closed(baseline: float, value: float, ceiling: float, *, higher_is_bette
     """
     gap = ceiling - baseline
     has_gap = gap > 0 if higher_is_better else gap < 0
-    return (value - baseline) / gap if has_gap else float("nan")
+    return (value - baseline) / gap if has_gap else math.nan  # one object, so that equal reports are equal
 
 
 def _show(value: str | int | float | None) -> str:
-    if value is None or value != value:  # NaN
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, str):
         return value

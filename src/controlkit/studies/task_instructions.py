@@ -13,6 +13,7 @@ Images are stored in the folder of the study; running it again resumes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -278,6 +279,8 @@ class _Bench:
                 for name in ("trained", "frozen")
             )
             gap = (ceiling[resampled].mean(1) - baseline[resampled].mean(1)).astype(float)
+            if math.isnan(trained):  # no gap to close, so the difference is of nothing either
+                gap[:] = math.nan
             differences.append((scores["trained"] - scores["frozen"])[resampled].mean(1) / gap)
             gaps.append((trained, still))
             low, high = np.quantile(differences[-1], (0.025, 0.975))
