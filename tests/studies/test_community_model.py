@@ -75,7 +75,8 @@ def test_controls_on_fine_tuned_bases_directly_and_by_offset(settings, tiny_base
 
     monkeypatch.setattr(community_model, "generate_controlled", samples)
     monkeypatch.setattr(community_model, "generate_uncontrolled", samples)
-    assert run_community_model(CommunityModel(**settings)).reports == made.reports
+    # Some gap may be NaN, which equals nothing: the tiny base's autoencoder has random weights.
+    assert repr(run_community_model(CommunityModel(**settings)).reports) == repr(made.reports)
 
     with refused("resume-mismatch", tmp_path / "study" / "bases", "learning_rate", 0.001, 0.002):
         run_community_model(CommunityModel(**{**settings, "learning_rate": 2e-3}))
