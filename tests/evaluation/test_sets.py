@@ -58,7 +58,8 @@ def test_a_control_is_judged_on_it(fresh_registry, tiny_base, tiny_control, base
     assert "photos has 3 images, fewer than 4" in told.err
     base = load_base(base_folder)
     several, _ = evaluate_controls(base, {"one": load_control(file, base)}, [photos(2)], steps=1)
-    assert [*several.rows[0][2:]] == report["rows"][0][1:]
+    # Not the gap closed, which may be NaN here and is null in JSON.
+    assert [*several.rows[0][2:5]] == report["rows"][0][1:4]
 
 
 def write_package(folder, module, code):

@@ -247,7 +247,8 @@ def _check(args: argparse.Namespace) -> None:
     else:
         for problem in report.problems:
             print(problem)
-        print_notes(report.notes)
+        for note in report.notes:  # findings of the check, which --quiet keeps
+            print(f"note: {note}")
         if report.problems:
             rows = [(KINDS[kind], str(count)) for kind, count in report.counts.items()]
             print_table(f"{report.origin}: {report.pairs} pairs", ("problem", "count"), rows)
