@@ -43,13 +43,8 @@ def _closed(cells: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, int], fl
 
 
 def _steps_of(values: Mapping[tuple[str, str, int], float], method: str = "adapter") -> list[int]:
-    """The budgets, without the base control alone (0 steps)."""
-    return sorted({steps for _, name, steps in values if name == method and steps})
-
-
-def _untrained(values: Mapping[tuple[str, str, int], float]) -> bool:
-    """Whether the base control alone was evaluated."""
-    return any(not steps for _, _, steps in values)
+    """The budgets; 0 is the base control alone."""
+    return sorted({steps for _, name, steps in values if name == method})
 
 
 def _conditions_of(values: Mapping[tuple[str, str, int], float]) -> dict[str, str]:
@@ -64,7 +59,7 @@ def _two(value: float | None) -> str:
 def budgets_table(results: Results) -> str:
     """Gap closed by number of steps."""
     values = _closed(_cells(results, "new-condition"))
-    steps = [*([0] if _untrained(values) else []), *_steps_of(values)]
+    steps = _steps_of(values)
     rows = [
         [f"{title}: {method}", *(_two(values.get((task, method, count))) for count in steps)]
         for task, title in _conditions_of(values).items()
@@ -77,7 +72,7 @@ def budgets_table(results: Results) -> str:
 def mode_table(results: Results) -> str:
     """The same in nano's own mode."""
     values = _closed(_cells(results, "new-condition-control"))
-    steps = [*([0] if _untrained(values) else []), *_steps_of(values)]
+    steps = _steps_of(values)
     both = ("adapter", "ControlNet")
     rows = [
         [
@@ -116,7 +111,7 @@ def ablation_table(results: Results) -> str:
     values, trained = _closed(cells), {cell["method"]: cell["parameters"] for cell in cells}
     steps = _steps_of(values)
     rows = [
-        [title, f"{trained[method]:,}", *(two(values[detail, method, count]) for count in steps)]
+        [title, f"{trained[method]:,}", *(_two(values.get((detail, method, count))) for count in steps)]
         for method, title in _ABLATION.items()
     ]
     head = [f"{steps[0]} steps", *(f"{count:,}" for count in steps[1:])]

@@ -138,12 +138,10 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
 
 
 def _config_of_model(tensors: dict[str, Tensor], path: Path) -> dict[str, Any] | None:
-    """The configuration of the autoencoder of a whole model in the original format, which its UNet tells."""
-    if not any(key.startswith("model.diffusion_model.") for key in tensors):
-        return None
+    """The configuration of the autoencoder of a whole model in the original format, which its other networks tell."""
     try:
         family, kind = family_of_file({key: tuple(value.shape) for key, value in tensors.items()}, str(path))
-    except UserError:  # of no known family; the shapes are compared
+    except UserError:  # an autoencoder alone, or of no known family: its shapes are compared
         return None
     return dict(family.known[kind]["vae"])
 

@@ -69,8 +69,7 @@ def plot(cells_of: Mapping[str, Sequence[Cell]], path: Path) -> Path:
 
 def _panel(axis: Axes, title: str, cells: Sequence[Cell], along: str, by: str | None, label: str) -> None:
     for line in dict.fromkeys(getattr(cell, by) if by else "adapter" for cell in cells):
-        points = [cell for cell in cells if not by or getattr(cell, by) == line]
-        points = [cell for cell in points if cell.steps]
+        points = [cell for cell in cells if cell.steps and (not by or getattr(cell, by) == line)]
         x: list[Any] = [getattr(cell, along) for cell in points]
         axis.plot(x, [cell.gap_closed for cell in points], marker="o", markersize=4, label=line)
     for untrained in (cell for cell in cells if not cell.steps):  # 0 has no place on a logarithmic axis
