@@ -196,7 +196,9 @@ def test_the_adapter_at_step_0_is_the_base_control_alone(settings):
     assert untrained.score == pytest.approx(_score(task, images), abs=1e-6)
     assert untrained.seconds == 0 and untrained.method == ADAPTER
     table = made.reports[0]
-    assert table.columns[1:] == ("0", "1") and table.rows[0][1] == untrained.gap_closed and table.rows[1][1] is None
+    assert table.columns[1:] == ("0", "1") and table.rows[1][1] is None
+    # Through the autoencoder of the tiny base, whose weights are random, there may be no gap.
+    assert table.rows[0][1] == pytest.approx(untrained.gap_closed, nan_ok=True)
 
 
 def test_more_images_than_there_are_are_refused_before_training(settings):
