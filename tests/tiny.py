@@ -250,12 +250,16 @@ def t5_tokenizer():
     return T5TokenizerFast(vocab=vocab, extra_ids=0)
 
 
+OF_TRANSFORMERS = {"controlnet-sd3": "sd3-medium", "controlnet-flux": "flux1-dev"}
+"""Kind of a system for a transformer -> a known base that it is for."""
+
+
 def unet_systems():
     """Kind -> class of every system of controlkit that can be made for a UNet."""
     from controlkit.controls.registry import registry
 
     systems = {name: kind for name, kind in registry().items() if kind.__module__.startswith("controlkit.controls.")}
-    return {name: kind for name, kind in systems.items() if name != "controlnet-sd3"}
+    return {name: kind for name, kind in systems.items() if name not in OF_TRANSFORMERS}
 
 
 def build_tiny_sd3(seed: int = 0, *, t5: bool = True):
@@ -274,11 +278,66 @@ def build_tiny_sd3(seed: int = 0, *, t5: bool = True):
     return StableDiffusion3(name="tiny-sd3", scheduler_config=SD3_PARTS["scheduler"], **parts)
 
 
-def saved_pipeline(base, folder):
-    """A Stable Diffusion 3 as diffusers' folder."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+FLUX_PARTS = {
+    "transformer": {
+        "in_channels": 16,
+        "num_layers": 3,
+        "num_single_layers": 4,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 16,
+        "guidance_embeds": True,
+        "axes_dims_rope": [2, 2, 4],
+    },
+    "vae": {
+        **SD3_PARTS["vae"],
+        "block_out_channels": [8, 8, 8, 16],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "sample_size": 64,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+    },
+    "text_encoder": SD3_PARTS["text_encoder"],
+    "text_encoder_2": SD3_PARTS["text_encoder_3"],
+    "scheduler": {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True},
+}
+"""The parts of a tiny FLUX.1 dev, under the names of a diffusers folder."""
+
+
+def build_tiny_flux(seed: int = 0, **transformer):
+    """A base with a transformer of three double and four single blocks and two text encoders, 64 x 64 images, random
+    weights.
+
+    Args:
+        transformer: other settings of the transformer.
+    """
+    from controlkit.bases.flux import Flux
+
+    torch.manual_seed(seed)
+    configurations = {**FLUX_PARTS, "transformer": {**FLUX_PARTS["transformer"], **transformer}}
+    parts = {one.name: one.build(configurations[one.name]) for one in Flux.components if one.is_network}
+    parts["tokenizer"] = Flux.tokenizer_for(Flux.components[0], FLUX_PARTS)
+    return Flux(name="tiny-flux", scheduler_config=FLUX_PARTS["scheduler"], tokenizer_2=t5_tokenizer(), **parts)
+
+
+def tiny_of_known(name: str):
+    """The tiny base of the family of a known one."""
+    return build_tiny_flux() if name.startswith("flux") else build_tiny_sd3()
+
+
+def parts_of(base):
+    """Arguments of diffusers' pipeline of a rectified flow."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
     parts = {one.name: getattr(base, one.name) for one in base.components if not one.is_scheduler}
-    scheduler = FlowMatchEulerDiscreteScheduler(**base.scheduler_config)
-    StableDiffusion3Pipeline(**parts, scheduler=scheduler).save_pretrained(folder)
+    return {**parts, "scheduler": FlowMatchEulerDiscreteScheduler(**base.scheduler_config)}
+
+
+def saved_pipeline(base, folder):
+    """A Stable Diffusion 3 or a FLUX.1 as diffusers' folder."""
+    import diffusers
+
+    getattr(diffusers, base.pipeline)(**parts_of(base)).save_pretrained(folder)
     return folder

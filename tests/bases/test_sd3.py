@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel, StableDiffusion3Pipeline
 from original_names import original_clip_of_sd3, original_sd3, original_vae
 from safetensors.torch import save_file
 
@@ -105,9 +105,10 @@ def test_t5_may_be_missing_from_a_folder(folder):
 
 
 def test_a_transformer_of_another_family_is_refused(folder):
-    config = FluxTransformer2DModel(num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=1)
+    sizes = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 1, "axes_dims_rope": (4, 6, 6)}
+    config = QwenImageTransformer2DModel(**sizes)
     config.save_config(folder / "transformer")
-    with refused("wrong-kind", folder, "FluxTransformer2DModel", "SD3Transformer2DModel"):
+    with refused("wrong-kind", folder, "QwenImageTransformer2DModel", "SD3Transformer2DModel"):
         load_base(folder)
 
 

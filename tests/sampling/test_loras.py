@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
-from controlkit.sampling.loras import merged, read_lora
+from controlkit.sampling.loras import _of_flux, merged, read_lora
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache
@@ -28,7 +28,7 @@ from controlkit.sampling.sampler import sample_prompts
 from controlkit.sampling.saved_settings import read_settings
 from controlkit.sampling.uses import ControlUse, LoraUse
 from refusals import refused
-from tiny import build_tiny_sd3, build_tiny_sdxl
+from tiny import build_tiny_flux, build_tiny_sd3, build_tiny_sdxl
 
 RANK = 3
 UNET = "down_blocks.1.attentions.0.transformer_blocks.0"
@@ -265,8 +265,9 @@ def test_layers_in_a_decoder_that_a_control_replaces_are_noted(tiny_base, tiny_c
     assert not notes(tiny_control) and not notes(own, weight=0.0)
 
 
-def test_a_lora_of_a_transformer_is_merged(tmp_path):
-    base = build_tiny_sd3()
+@pytest.mark.parametrize("build", [build_tiny_sd3, build_tiny_flux])
+def test_a_lora_of_a_transformer_is_merged(build, tmp_path):
+    base = build()
     place = "transformer_blocks.1.attn.to_q"
     down, up = torch.randn(2, 16), torch.randn(16, 2)
     file = tmp_path / "lora.safetensors"
@@ -275,6 +276,30 @@ def test_a_lora_of_a_transformer_is_merged(tmp_path):
     with merged(base, [(read_lora(LoraUse(file=str(file)), base), 0.5)], ["lora"]):
         assert torch.allclose(base.transformer.get_submodule(place).weight, before + 0.5 * up @ down, atol=1e-6)
     assert torch.equal(base.transformer.get_submodule(place).weight, before)
+
+
+@pytest.mark.parametrize("of_kohya", [True, False])
+def test_loras_of_flux_under_names_of_other_tools(of_kohya):
+    """kohya's and XLabs' have one layer for query, key and value; the widths of FLUX.1 are fixed in diffusers."""
+    down, up, alpha = torch.randn(2, 3072), torch.randn(9216, 2), torch.tensor(1.0)
+    kohya, xlabs = "lora_unet_double_blocks_7_img_attn_qkv", "double_blocks.7.processor.qkv_lora1"
+    tensors = (
+        {f"{kohya}.lora_down.weight": down, f"{kohya}.lora_up.weight": up, f"{kohya}.alpha": alpha}
+        if of_kohya
+        else {f"{xlabs}.down.weight": down, f"{xlabs}.up.weight": up}
+    )
+    made = _of_flux(tensors, "lora.safetensors")
+    assert len(made) == 6
+    for which, part in zip("qkv", up.chunk(3), strict=True):
+        name = f"transformer.transformer_blocks.7.attn.to_{which}.lora"
+        product = made[f"{name}_B.weight"] @ made[f"{name}_A.weight"]
+        assert torch.allclose(product, part @ down / (2 if of_kohya else 1), atol=1e-5)
+    if not of_kohya:
+        return
+    if of_kohya:
+        unknown = {name.replace("_7_", "_99_"): value for name, value in tensors.items()}
+        with refused("unsupported", "lora.safetensors", "lora_unet_double_blocks_99"):
+            _of_flux(unknown, "lora.safetensors")
 
 
 def test_the_base_is_as_before_also_after_an_error(tiny_base, tmp_path):

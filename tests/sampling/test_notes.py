@@ -106,14 +106,16 @@ def test_frames_that_are_left_out_are_told(tmp_path, capsys):
     ],
 )
 def test_sizes_far_from_what_a_base_was_trained_at_are_told(size, width, height, far):
-    base = SimpleNamespace(name="a base", size=size, cut_from=lambda prompt: "", default_guidance=3)
+    base = SimpleNamespace(
+        name="a base", size=size, cut_from=lambda prompt: "", default_guidance=3, reads_guidance=False
+    )
     notes = request_notes(GenerateRequest(prompt="x"), base, width, height)  # type: ignore[arg-type]
     assert bool(notes) == far
     assert not far or f"a base was trained at {size} x {size}; at {width} x {height} expect" in notes[0]
 
 
 def test_a_negative_weight_is_told_and_no_other():
-    base = SimpleNamespace(name="a base", size=64, cut_from=lambda prompt: "", default_guidance=3)
+    base = SimpleNamespace(name="a base", size=64, cut_from=lambda prompt: "", default_guidance=3, reads_guidance=False)
     uses = tuple(ControlUse(control=f"c{weight}", image="x.png", weight=weight) for weight in (-0.5, 0, 1, 1.5))
     (note,) = request_notes(GenerateRequest(prompt="x", controls=uses), base, 64, 64)  # type: ignore[arg-type]
     assert note.startswith("the weight of c-0.5 is -0.5: ") and "negative" in note
@@ -130,7 +132,9 @@ def test_a_negative_weight_is_told_and_no_other():
     ],
 )
 def test_a_negative_prompt_without_guidance_is_told(guidance, default, negative, told):
-    base = SimpleNamespace(name="a base", size=64, cut_from=lambda prompt: "", default_guidance=default)
+    base = SimpleNamespace(
+        name="a base", size=64, cut_from=lambda prompt: "", default_guidance=default, reads_guidance=False
+    )
     request = GenerateRequest(prompt="x", negative_prompt=negative, guidance=guidance)
     notes = request_notes(request, base, 64, 64)  # type: ignore[arg-type]
     assert len(notes) == told

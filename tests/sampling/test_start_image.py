@@ -15,6 +15,8 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
     HeunDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
@@ -245,6 +247,29 @@ def test_stable_diffusion_3_equals_diffusers(photo, mask, strength, masked):
     ).images
     result = ours(base, prompt="red apple", start=start(photo, strength, mask if masked else None))
     assert_same(result, (base.decode(latents) + 1) / 2, 1e-3)
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.75, 1.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_flux_equals_diffusers(photo, mask, strength, masked):
+    base = tiny.build_tiny_flux()
+    pipeline = (FluxInpaintPipeline if masked else FluxImg2ImgPipeline)(**tiny.parts_of(base))
+    pipeline.set_progress_bar_config(disable=True)
+    more = {"mask_image": mask.expand(len(SEEDS), -1, -1, -1)} if masked else {}
+    expected = pipeline(
+        ["red apple"] * len(SEEDS),
+        image=batch(photo),
+        strength=strength,
+        height=64,
+        width=64,
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        output_type="pt",
+        **more,
+    ).images
+    result = ours(base, prompt="red apple", guidance=4.0, start=start(photo, strength, mask if masked else None))
+    assert_same(result, expected, 1e-3)
 
 
 def build_sd3_of_16_channels():

@@ -60,9 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", "--pictures", type=int, help="images per set, or scenes (default: 96; of pairs 64)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20)")
     parser.add_argument(
-        "--guidance", type=float, help="guidance scale (default: nano 3, SD1 and SD2 7.5, SDXL 5, SD3 7)"
+        "--guidance",
+        type=float,
+        help="guidance scale (default: nano 3, SD1 and SD2 7.5, SDXL 5, SD3 7, FLUX.1 dev 3.5)",
     )
-    parser.add_argument("--sampler", help="as of generate (default: ddim; euler for SD3)")
+    parser.add_argument("--sampler", help="as of generate (default: ddim; euler for SD3 and FLUX.1)")
     parser.add_argument("--weight", type=float, help="conditioning scale of the controls (default: 1)")
     parser.add_argument(
         "--mode", help="guidance mode of the controls, as of generate (default: control for nano, else balanced)"

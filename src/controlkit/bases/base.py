@@ -268,6 +268,11 @@ class Base(ABC):
         return self.latents.channels
 
     @property
+    def denoiser_channels(self) -> int:
+        """Channels of the latents that its network takes, those of a mask and an image among them."""
+        return int(self.denoiser.config["in_channels"])
+
+    @property
     def factor(self) -> int:
         """Pixels per latent position, along each side."""
         return self.latents.factor
@@ -333,6 +338,20 @@ class Base(ABC):
     def schedule(self) -> Schedule:
         """The noise schedule that it was trained with."""
         return type(self).schedule_class(self.scheduler_config)
+
+    def schedule_for(self, width: int, height: int) -> Schedule:
+        """The noise schedule of images of a size in pixels, on which some schedules depend."""
+        return self.schedule.for_tokens((width // self.size_multiple) * (height // self.size_multiple))
+
+    @property
+    def reads_guidance(self) -> bool:
+        """Whether its network reads the guidance scale (guidance distillation, Meng et al. 2023, arXiv 2210.03142):
+        there are then no branches of CFG."""
+        return False
+
+    def guided(self, text: Text, guidance: float) -> Text:
+        """A text for a guidance scale, on a base that reads it."""
+        return text
 
     @abstractmethod
     def encode_text(

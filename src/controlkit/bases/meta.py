@@ -18,7 +18,7 @@ from controlkit.errors import UserError
 
 _REQUIRED_KEYS = {
     "unet": ("block_out_channels", "in_channels", "cross_attention_dim", "sample_size"),
-    "transformer": ("in_channels", "sample_size", "patch_size", "num_layers", "joint_attention_dim"),
+    "transformer": ("in_channels", "patch_size", "num_layers", "joint_attention_dim"),
     "vae": ("block_out_channels",),
 }
 """Network -> required keys of its configuration."""

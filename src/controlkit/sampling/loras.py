@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from controlkit.bases.base import Base
+from controlkit.bases.flux import Flux
 from controlkit.controls.control import Control
 from controlkit.errors import UserError
 from controlkit.files import read_json
@@ -97,9 +98,13 @@ def read_lora(use: LoraUse, base: Base) -> Lora:
     for part, kind in _OTHER_KINDS:
         if any(part in name for name in file.tensors):
             raise UserError(f"{use.file} is {kind}, which is not supported; expected a LoRA", "unsupported")
-    tensors = _with_alphas({name.removeprefix(_PEFT_PREFIX): value for name, value in file.tensors.items()})
-    if any(name.startswith(_KOHYA) for name in tensors):
-        tensors = _of_kohya(tensors, use.file, base)
+    stored = {name.removeprefix(_PEFT_PREFIX): value for name, value in file.tensors.items()}
+    if isinstance(base, Flux):
+        tensors = _with_alphas(_of_flux(stored, use.file))
+    else:
+        tensors = _with_alphas(stored)
+        if any(name.startswith(_KOHYA) for name in tensors):
+            tensors = _of_kohya(tensors, use.file, base)
     # peft names the pair so; the folder of another file may hold the configuration of another adapter.
     is_of_peft = path.stem == "adapter_model" and not any(name.endswith(".alpha") for name in file.tensors)
     config = path.parent / "adapter_config.json" if is_of_peft else None
@@ -273,6 +278,25 @@ def _of_kohya(tensors: Mapping[str, Tensor], file: str, base: Base) -> dict[str,
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} has names of layers that diffusers cannot map: {reason}", "unsupported") from error
     return {**{name: value for name, value in tensors.items() if name not in halves}, **mapped}
+
+
+def _of_flux(tensors: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
+    """Tensors of a LoRA for FLUX.1 under kohya's or XLabs' names under those of diffusers, with alphas multiplied in;
+    others unchanged.
+
+    Raises:
+        UserError: diffusers cannot map the names.
+    """
+    from diffusers.loaders import FluxLoraLoaderMixin
+
+    if not any(name.startswith(_KOHYA) or ".processor." in name for name in tensors):
+        return dict(tensors)
+    try:
+        mapped: dict[str, Tensor] = FluxLoraLoaderMixin.lora_state_dict(dict(tensors))
+    except (ValueError, KeyError, IndexError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} has names of layers that diffusers cannot map: {reason}", "unsupported") from error
+    return mapped
 
 
 def _place(found: re.Match[str], base: Base) -> tuple[str, str] | None:

@@ -28,7 +28,12 @@ def request_notes(
     prompts = (request.prompt, request.negative_prompt) if request.prompt_syntax == "plain" else ()
     notes = prompt_notes(prompts, base, embeddings)
     guidance = base.default_guidance if request.guidance is None else request.guidance
-    if guidance <= 1 and request.negative_prompt.strip():
+    if base.reads_guidance and request.negative_prompt.strip():
+        notes.append(
+            f"the network of {base.name} reads the guidance scale and has no branch for a negative prompt, which"
+            " changes nothing"
+        )
+    elif guidance <= 1 and request.negative_prompt.strip():
         notes.append(f"guidance {guidance:g} switches guidance off, so the negative prompt changes nothing")
     sides, area = (width / base.size, height / base.size), width * height / base.size**2
     if not (0.5 < area < 2 and all(0.5 < side < 2 for side in sides)):

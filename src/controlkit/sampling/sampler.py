@@ -55,7 +55,8 @@ def sample_prompts(
     Args:
         prompts: one for all images, or one per image.
         uses: controls, with one hint for all images or one per image.
-        guidance: guidance scale; 1 switches guidance off. Default: that of the base.
+        guidance: guidance scale; 1 switches guidance off. Default: that of the base. A base that reads it
+            (`Base.reads_guidance`) has no unconditional branch.
         sampler: one of `request.SAMPLERS`. Default: that of the base.
         width: in pixels; default, also of `height`: the size of the base.
         batch_size: images per batch. Default: 16 up to 256 x 256, fewer for larger ones.
@@ -80,7 +81,8 @@ def sample_prompts(
     guidance = base.default_guidance if guidance is None else guidance
     batch_size = batch_size or images_at_once(width, height)
     base.check_size(width, height)
-    solver = base.schedule.solver(solver_name(sampler or base.default_sampler), steps, base.device, base.name)
+    schedule = base.schedule_for(width, height)
+    solver = schedule.solver(solver_name(sampler or base.default_sampler), steps, base.device, base.name)
     if base.is_inpainting and (start is None or start.mask is None):
         raise UserError(
             f"{base.name} is an inpainting model, which needs an image and a mask: pass --image and --mask, or use a"
@@ -100,7 +102,8 @@ def sample_prompts(
             size = (width, height)
             with base.text_encoders_loaded(aside=low_memory):
                 texts = [base.encode_text(prompts if len(prompts) == 1 else prompts[group], size, text)]
-                if guidance > 1:
+                texts = [base.guided(each, guidance) for each in texts]
+                if guidance > 1 and not base.reads_guidance:
                     texts.insert(0, base.encode_text([negative_prompt], size, text))
             active = [use.of_images(group) for use in uses]
             at_once = rows_at_once(width, height)
@@ -124,7 +127,7 @@ def sample_prompts(
             done += 1
             if on_step is not None:
                 places = range(first, first + len(x_t))
-                clean = partial(base.schedule.clean, prediction, taken, t)
+                clean = partial(schedule.clean, prediction, taken, t)
                 on_step(Step(base, done, total, place + 1, len(timesteps), places, clean))
         if not plan.reused:
             plan.release()  # else its residuals would take memory while the latents are decoded

@@ -342,7 +342,7 @@ def _border_colour(image: Image.Image, *, nearest: bool) -> tuple[int, int, int]
 
 
 def _as_the_base_can(request: GenerateRequest, base: Base) -> tuple[GenerateRequest, list[str]]:
-    """The request with a sampler and a prompt syntax that the base supports, and notes on what was replaced."""
+    """The request with a sampler and a reading of prompts that the base supports, and notes on what was replaced."""
     notes = []
     if request.sampler is not None:
         sampler = _supported_sampler(request.sampler, request.steps, base)
@@ -356,6 +356,14 @@ def _as_the_base_can(request: GenerateRequest, base: Base) -> tuple[GenerateRequ
         except UserError:
             notes.append(f"{base.name} does not support weights in prompts; read as they stand")
             request = dataclasses.replace(request, prompt_syntax="plain")
+    if request.clip_skip is not None:
+        try:
+            base.encode_text([""], options=TextOptions(clip_skip=request.clip_skip))
+        except UserError as error:
+            if error.code != "unsupported":
+                raise
+            notes.append(f"{base.name} does not support clip_skip; left out")
+            request = dataclasses.replace(request, clip_skip=None)
     return request, notes
 
 

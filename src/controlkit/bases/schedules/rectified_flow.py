@@ -1,11 +1,14 @@
-"""Rectified flow (Liu et al. 2023; Esser et al. 2024, arXiv 2403.03206): Stable Diffusion 3 and related models."""
+"""Rectified flow (Liu et al. 2023; Esser et al. 2024, arXiv 2403.03206): Stable Diffusion 3, FLUX.1 and related
+models."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
@@ -18,6 +21,9 @@ from controlkit.errors import UserError
 class RectifiedFlow(Schedule):
     """x_t = (1 - sigma) z + sigma noise with sigma = t / length; the network predicts noise - z.
 
+    A schedule with dynamic shifting has the shift of `for_tokens` when sampling; training times, as in diffusers'
+    scripts, have none.
+
     Args:
         config: of diffusers' `FlowMatchEulerDiscreteScheduler`.
     """
@@ -28,6 +34,21 @@ class RectifiedFlow(Schedule):
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
         self.config = dict(self._scheduler.config)
         self.length = int(self.config["num_train_timesteps"])
+        self.shift = 1.0 if self.config["use_dynamic_shifting"] else float(self.config["shift"])
+        """Of the noise levels (Esser et al. 2024, eq. 23)."""
+
+    def for_tokens(self, count: int) -> RectifiedFlow:
+        """With the shift exp(mu), or mu if the configuration says `linear`; mu is linear in the number of tokens
+        (diffusers, pipelines/flux/pipeline_flux.py, `calculate_shift`)."""
+        config = self.config
+        if not config["use_dynamic_shifting"]:
+            return self
+        least, most = (int(config[f"{name}_image_seq_len"]) for name in ("base", "max"))
+        low, high = float(config["base_shift"]), float(config["max_shift"])
+        mu = low + (high - low) * (count - least) / (most - least)
+        schedule = copy.copy(self)
+        schedule.shift = mu if config["time_shift_type"] == "linear" else math.exp(mu)
+        return schedule
 
     @property
     def default_time_sampling(self) -> str:
@@ -64,22 +85,35 @@ class RectifiedFlow(Schedule):
             )
         # `euler` is the base's own scheduler; the others are diffusers' flow solvers with this schedule's shift.
         kind, settings = FLOW_SOLVERS[name]
-        shift = {"flow_shift": self.config["shift"]} if kind is not FlowMatchEulerDiscreteScheduler else {}
-        scheduler = (
-            self._scheduler
-            if kind is FlowMatchEulerDiscreteScheduler
-            else kind.from_config({"num_train_timesteps": self.length, **settings, **shift})
-        )
+        if kind is FlowMatchEulerDiscreteScheduler:
+            own = kind.from_config({**self.config, "use_dynamic_shifting": False, "shift": self.shift})
+            return DiffusersSolver(own, steps, device, length=self.length, sigmas=self._sigmas(steps))
+        scheduler = kind.from_config({"num_train_timesteps": self.length, **settings, "flow_shift": self.shift})
         return DiffusersSolver(scheduler, steps, device, length=self.length)
+
+    def _sigmas(self, steps: int) -> list[float] | None:
+        """Noise levels of the steps before the shift; None is the scheduler's choice, which without dynamic shifting
+        depends on the shift."""
+        if not self.config["use_dynamic_shifting"]:
+            return None
+        return np.linspace(1, 1 / self.length, steps).tolist()
 
     def _uniform(self, count: int, generator: torch.Generator) -> Tensor:
         return self._at(torch.rand(count, generator=generator))
 
     def _at(self, fraction: Tensor) -> Tensor:
         """With the schedule's shift (Esser et al. 2024, eq. 23), so that training covers the times of sampling."""
-        shift = float(self.config["shift"])
+        shift = self.shift
         shifted = shift * fraction / (1 + (shift - 1) * fraction) if not math.isclose(shift, 1) else fraction
         return shifted * self.length
 
     def _sigma(self, t: Tensor, like: Tensor) -> Tensor:
         return (t.to(like.device, like.dtype) / self.length).view(-1, *[1] * (like.ndim - 1))
+
+
+class EvenlySpacedFlow(RectifiedFlow):
+    """A rectified flow whose steps begin at noise levels 1, 1 - 1 / steps, ..., 1 / steps before the shift, as in
+    diffusers' pipelines of FLUX.1."""
+
+    def _sigmas(self, steps: int) -> list[float]:
+        return [(steps - step) / steps for step in range(steps)]

@@ -92,6 +92,10 @@ class Schedule(ABC):
             UserError: it does not support the schedule or this number of steps.
         """
 
+    def for_tokens(self, count: int) -> Schedule:
+        """The schedule of images of `count` tokens, for schedules that depend on it."""
+        return self
+
     def first_step(self, steps: int, strength: float) -> int:
         """Index of the first of `steps` steps when sampling starts from an image, as in diffusers.
 

@@ -141,13 +141,23 @@ class DiffusersSolver(Solver):
     Args:
         scheduler: configured as a pipeline's by `from_config(pipeline.scheduler.config)`.
         length: of the schedule.
+        sigmas: noise levels of the steps, for schedulers of a flow; default: the scheduler's.
 
     Raises:
         UserError: with so few steps it would start in the middle of the schedule.
     """
 
-    def __init__(self, scheduler: Any, steps: int, device: torch.device | str, *, length: int) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        steps: int,
+        device: torch.device | str,
+        *,
+        length: int,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
         self._scheduler = copy.deepcopy(scheduler)
+        self._chosen = {} if sigmas is None else {"sigmas": list(sigmas)}
         self._steps, self._device = steps, torch.device(device)
         self._adds_noise = "generator" in inspect.signature(scheduler.step).parameters
         try:
@@ -169,7 +179,7 @@ class DiffusersSolver(Solver):
     def begin(self, first: int = 0, generators: Sequence[torch.Generator] = ()) -> None:
         scheduler = self._scheduler
         self._noise = {"generator": list(generators)} if self._adds_noise and generators else {}
-        scheduler.set_timesteps(self._steps)
+        scheduler.set_timesteps(self._steps, **self._chosen)
         if scheduler.order == 1 and not isinstance(scheduler, PNDMScheduler):
             # Trailing spacing gives some numbers of steps (61, 103, ...) one time too many, below zero.
             scheduler.timesteps = scheduler.timesteps[: self._steps]
