@@ -14,7 +14,7 @@ from controlkit.formats import matrix
 from controlkit.formats.convert import format_names
 from controlkit.formats.describe import describe_system
 from controlkit.training.recipes import recipes
-from tiny import build_tiny_sd3
+from tiny import OF_TRANSFORMERS, tiny_of_known
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"<!-- systems:matrix -->\n\n(.*?)\n\n<!-- /systems -->", re.DOTALL)
@@ -44,18 +44,17 @@ def test_it_has_every_system_with_its_recipes_and_formats(support):
 
 
 def test_offset_transfer_is_claimed_of_controls_with_a_copy(support, tiny_base):
-    sd3 = build_tiny_sd3()
     for name, kind in registry().items():
         options = {"size_ratio": 0.5} if name == "controlnet-xs" else {}  # the tiny base divides no smaller
-        base = tiny_base if "nano" in support[name].bases else sd3
+        base = tiny_base if "nano" in support[name].bases else tiny_of_known(OF_TRANSFORMERS[name])
         control = find(kind.companion or name).for_base(base, **options)
         assert support[name].offset == (control.copied_network() is not None), name
 
 
 def test_a_control_for_a_base_that_it_names_fits_that_base(support):
-    bases = {name: meta_base(name) for name in ("nano", "sdxl", "sd3-medium")}
+    bases = {name: meta_base(name) for name in ("nano", "sdxl", "sd3-medium", "flux1-dev")}
     for name, kind in registry().items():
-        assert {"nano", "sd3-medium"} & set(support[name].bases)
+        assert OF_TRANSFORMERS.get(name, "nano") in support[name].bases
         for base, on_meta in bases.items():
             if base in support[name].bases and name != "controlnet-xs":
                 with torch.device("meta"):
@@ -64,7 +63,7 @@ def test_a_control_for_a_base_that_it_names_fits_that_base(support):
 
 def test_a_system_is_described_for_a_base_that_it_is_made_for():
     assert describe_system("controlnet-mlp")["base"] == "nano"
-    assert describe_system("controlnet-sd3", size=256)["base"] == "sd3-medium"
+    assert {name: describe_system(name, size=256)["base"] for name in OF_TRANSFORMERS} == OF_TRANSFORMERS
 
 
 def test_a_system_of_ones_own_is_in_it(fresh_registry, monkeypatch):

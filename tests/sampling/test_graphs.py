@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_graphs import CalledAgain, OnePool, graphs_on_cpu
 
-from controlkit.controls.inputs import takes_one_image
+from controlkit.controls.inputs import encode_images, takes_one_image
 from controlkit.controls.registry import registry
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
@@ -22,7 +22,14 @@ from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import sample
 from controlkit.sampling.start_image import StartImage
 from refusals import refused
-from tiny import build_tiny_sd3, build_tiny_sdxl, unet_systems
+from tiny import (
+    OF_TRANSFORMERS,
+    build_tiny_flux,
+    build_tiny_sd3,
+    build_tiny_sdxl,
+    tiny_of_known,
+    unet_systems,
+)
 
 SETTINGS = {"prompt": "red apple", "seeds": (3, 4), "steps": 4, "guidance": 3.0}
 
@@ -109,16 +116,17 @@ def test_every_system_of_one_image(kind, sd1_scheduled_base, condition_image):
     assert bool(report.graph) != bool(options) and ("taps" in str(report)) == bool(options)
 
 
-def test_a_control_of_a_transformer(condition_image):
-    base = build_tiny_sd3()
-    control = registry()["controlnet-sd3"].for_base(base).eval().requires_grad_(False)
+@pytest.mark.parametrize("system", OF_TRANSFORMERS)
+def test_a_control_of_a_transformer(system, condition_image):
+    base = tiny_of_known(OF_TRANSFORMERS[system])
+    control = registry()[system].for_base(base).eval().requires_grad_(False)
     torch.nn.init.normal_(control.network.controlnet_blocks[0].weight)
-    use = ActiveControl(control, control.encode(to_tensor([condition_image]), base), end=0.8)
+    use = ActiveControl(control, encode_images(control, to_tensor([condition_image]), base), end=0.8)
     report = assert_equal(base, graphs_on_cpu(), uses=[use], mode="auto", steps=10)
     assert report.captured == 2  # the base and the control
 
 
-@pytest.mark.parametrize("build", [build_tiny_sdxl, build_tiny_sd3])
+@pytest.mark.parametrize("build", [build_tiny_sdxl, build_tiny_sd3, build_tiny_flux])
 def test_other_families(build):
     assert assert_equal(build(), graphs_on_cpu()).graph == 4
 

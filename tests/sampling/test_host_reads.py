@@ -14,13 +14,14 @@ import tiny
 from controlkit.bases.schedules.solvers import FLOW_SOLVERS, _WithoutWaiting
 from controlkit.controls.control import Acts, Reads
 from controlkit.controls.hints import map_hint
+from controlkit.controls.inputs import encode_images
 from controlkit.controls.registry import find
 from controlkit.sampling.plan import ActiveControl, Plan
 from controlkit.sampling.request import SAMPLERS
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample
 from controlkit.sampling.start_image import StartImage
-from tiny import build_tiny_sd3
+from tiny import OF_TRANSFORMERS, build_tiny_flux, build_tiny_sd3, tiny_of_known
 
 SETTINGS = {"prompt": "red apple", "seeds": [3, 4], "steps": 3, "guidance": 3.0}
 
@@ -54,9 +55,10 @@ def test_no_step_reads_the_device(sampler, on_meta):
     assert reads_of_loop(base, sampler=sampler) == []
 
 
+@pytest.mark.parametrize("build", [build_tiny_sd3, build_tiny_flux])
 @pytest.mark.parametrize("sampler", FLOW_SOLVERS)
-def test_no_step_of_a_rectified_flow_reads_the_device(sampler):
-    assert reads_of_loop(build_tiny_sd3().to("meta"), sampler=sampler) == []
+def test_no_step_of_a_rectified_flow_reads_the_device(sampler, build):
+    assert reads_of_loop(build().to("meta"), sampler=sampler) == []
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "unipc", "euler", "plms"])
@@ -83,10 +85,11 @@ def test_no_control_reads_the_device(kind, sd1_scheduled_base):
     assert reads_of_loop(base, uses=[use]) == []
 
 
-def test_no_control_of_a_transformer_reads_the_device():
-    base = build_tiny_sd3()
-    control = find("controlnet-sd3").for_base(base).eval().requires_grad_(False)
-    hint = control.encode(torch.zeros(1, 3, 64, 64), base).to("meta")
+@pytest.mark.parametrize("system", OF_TRANSFORMERS)
+def test_no_control_of_a_transformer_reads_the_device(system):
+    base = tiny_of_known(OF_TRANSFORMERS[system])
+    control = find(system).for_base(base).eval().requires_grad_(False)
+    hint = encode_images(control, torch.zeros(1, 3, 64, 64), base).to("meta")
     base.to("meta")
     assert reads_of_loop(base, uses=[ActiveControl(control.to("meta"), hint, weight=0.5)], sampler="euler") == []
 

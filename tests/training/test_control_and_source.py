@@ -26,7 +26,7 @@ from controlkit.training.run_folder import fingerprint
 from controlkit.training.sources import registry
 from controlkit.training.sources.source import Batch, HeldOut, Source, Step
 from refusals import refused
-from tiny import build_tiny_sd3, saved_pipeline
+from tiny import OF_TRANSFORMERS, saved_pipeline, tiny_of_known
 
 OWN = {"controlnet-xs": {"size_ratio": 0.5}, "ctrlora-base": {"rank": 2}, "ctrlora-adapter": {"rank": 2}}
 CONTROLS = {system: kind for system, kind in recipes().items() if issubclass(kind, ControlRecipe)}
@@ -70,12 +70,16 @@ def data(tmp_path, icons_file):
 
 
 @pytest.fixture(scope="module")
-def sd3_folder(tmp_path_factory):
-    return saved_pipeline(build_tiny_sd3(), tmp_path_factory.mktemp("sd3"))
+def transformers(tmp_path_factory):
+    """System for a transformer -> folder of a tiny base."""
+    return {
+        system: saved_pipeline(tiny_of_known(name), tmp_path_factory.mktemp(system))
+        for system, name in OF_TRANSFORMERS.items()
+    }
 
 
 @pytest.fixture
-def settings(tmp_path, base_folder, sd3_folder, tiny_base):
+def settings(tmp_path, base_folder, transformers, tiny_base):
     def of(system):
         own = dict(OWN.get(system, {}))
         if system == "ctrlora-adapter":
@@ -89,7 +93,7 @@ def settings(tmp_path, base_folder, sd3_folder, tiny_base):
         return {
             "system": system,
             "out": str(tmp_path / "run"),
-            "base": str(sd3_folder if system == "controlnet-sd3" else base_folder),
+            "base": str(transformers.get(system, base_folder)),
             "device": "cpu",
             **common,
         } | own

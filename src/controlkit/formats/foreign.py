@@ -53,18 +53,16 @@ _UNSUPPORTED_CONTROLS = (
     ),
     _Rule("a ControlNet-LLLite, which is not supported", _has(".*lllite")),
     _Rule(
-        "a ControlNet of a diffusion transformer (Flux, Qwen-Image or similar), which is not supported",
-        lambda names: (
-            _has("controlnet_(blocks|x_embedder|single_blocks)|.*controlnet_blocks")(names)
-            and not _has("pos_embed_input\\.")(names)  # Stable Diffusion 3's
-        ),
-    ),
-    _Rule(
         "a style adapter of the T2I-Adapter family, which is not supported",
         _has("style_embedding", "transformer_layes"),
     ),
 )
 _RULES = (
+    _Rule(
+        "a ControlNet of a diffusion transformer (Qwen-Image or similar, or FLUX.1 under XLabs' original names), which"
+        " is not supported; of FLUX.1 and Stable Diffusion 3 those in diffusers' format are",
+        _has("controlnet_(blocks|x_embedder|single_blocks)|.*controlnet_blocks"),
+    ),
     _Rule(
         "an IP-Adapter, which conditions on a reference image through cross attention",
         _has("(image_proj|ip_adapter)(\\.|$)"),
