@@ -14,6 +14,7 @@ from PIL import Image
 from controlkit.apps import generate as verb
 from controlkit.apps.cli import main
 from controlkit.bases.latent_rgb import (
+    FLUX_LATENT_RGB,
     NANO_LATENT_RGB,
     SD1_LATENT_RGB,
     SD3_LATENT_RGB,
@@ -42,6 +43,7 @@ def test_the_estimate_of_clean_latents_inverts_the_noise(prediction):
 
 def test_matrices_have_a_row_for_each_channel():
     assert [len(rows) for rows in (SD1_LATENT_RGB, SDXL_LATENT_RGB, SD3_LATENT_RGB, NANO_LATENT_RGB)] == [4, 4, 16, 5]
+    assert len(FLUX_LATENT_RGB) == 17
 
 
 def test_a_fit_finds_a_linear_autoencoder():

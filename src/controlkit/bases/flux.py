@@ -300,8 +300,9 @@ def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
 
 def positions(latents: Tensor) -> Tensor:
     """Positions of the tokens of `pack`, `[h / 2 * w / 2, 3]`: 0, row, column."""
+    # In float32, as bfloat16 would round those above 256.
     rows, columns = (
-        torch.arange(side // PACK, device=latents.device, dtype=latents.dtype) for side in latents.shape[2:]
+        torch.arange(side // PACK, device=latents.device, dtype=torch.float32) for side in latents.shape[2:]
     )
     row, column = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1)
@@ -309,4 +310,4 @@ def positions(latents: Tensor) -> Tensor:
 
 def text_positions(text: Text) -> Tensor:
     """Positions of a text's tokens, `[L, 3]`: all 0."""
-    return text.tokens.new_zeros(text.tokens.shape[1], 3)
+    return text.tokens.new_zeros(text.tokens.shape[1], 3, dtype=torch.float32)
