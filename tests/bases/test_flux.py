@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, FluxPipeline, StableDiffusion3Pipeline
 from safetensors.torch import save_file
 
 import tiny
@@ -249,6 +249,13 @@ def test_what_it_is_told_on_meta_is_what_it_is_told(base):
         name: value.shape for name, value in told.named.items()
     }
     assert [meta_base(name).architecture for name in Flux.known] == ["flux-1-dev", "flux-1-schnell"]
+
+
+def test_its_size_is_that_of_its_own_autoencoder(base, folder, tmp_path):
+    other = AutoencoderKL.from_config({**base.vae.config, "sample_size": 32})
+    other.save_pretrained(tmp_path / "vae")
+    replaced = load_base(folder, vae=str(tmp_path / "vae"))
+    assert replaced.vae.config.sample_size == 32 and replaced.size == base.size == 64
 
 
 def test_half_precision(folder):

@@ -173,7 +173,7 @@ def union_of(base, condition=None):
 
 
 @pytest.mark.parametrize(
-    ("task", "mode"), [("canny", 0), ("tile", 1), ("depth", 2), ("pose", 4), ("gray", 5), ("lq", 6)]
+    ("task", "mode"), [("canny", 0), ("tile", 1), ("depth", 2), ("pose", 4), ("gray", 5), ("LQ", 6)]
 )
 def test_a_task_of_a_union_is_a_mode_of_diffusers(base, image, theirs, task, mode):
     control = union_of(base)
@@ -195,6 +195,17 @@ def test_a_union_needs_a_task_and_others_take_none(base, image):
     assert {"canny", "openpose", "grayscale"} < set(control.conditions) and not ControlNetFlux.for_base(base).conditions
     with refused("unsupported", "union"):
         ControlNetFlux.for_training(base, ["canny"], {}, name="mine", seed=0, start=control)
+
+
+def test_a_union_of_fewer_modes_has_fewer_tasks(base, image, tmp_path):
+    network = ControlNetFlux.from_config({**ControlNetFlux.for_base(base).config(), "num_mode": 2}).network
+    network.save_pretrained(tmp_path / "union")
+    assert describe(tmp_path / "union")["tasks"] == "canny, downscale"
+    with refused("unknown-name", "depth"):
+        convert(tmp_path / "union", tmp_path / "u.safetensors", to="controlkit", condition="depth")
+    with refused("unknown-name", "'depth'"):
+        union = ControlNetFlux(network, base_blocks=(3, 4))
+        union.encode({"image": image, "task": "depth"}, base)
 
 
 def test_a_folder_of_a_union_from_the_command_line(base, folder, tmp_path):

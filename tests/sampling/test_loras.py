@@ -288,18 +288,34 @@ def test_loras_of_flux_under_names_of_other_tools(of_kohya):
         if of_kohya
         else {f"{xlabs}.down.weight": down, f"{xlabs}.up.weight": up}
     )
-    made = _of_flux(tensors, "lora.safetensors")
-    assert len(made) == 6
+    # diffusers leaves out layers of T5 and biases of a whole file without a word.
+    left = {
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_k": ("lora_down.weight", "lora_up.weight", "alpha"),
+        "lora_unet_double_blocks_99_img_attn_proj": ("lora_down.weight", "lora_up.weight", "alpha"),
+        "lora_transformer_foo": ("lora_down.weight", "lora_up.weight"),
+        "lora_unet_double_blocks_7_img_attn_qkv": ("diff_b",),
+    }
+    unknown = {f"{layer}.{part}": torch.ones(2, 2) for layer, parts in left.items() for part in parts}
+    text = {f"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_{half}.weight": down for half in ("down", "up")}
+    made = _of_flux({**tensors, **unknown, **text})
+    assert all(made.pop(name) is value for name, value in unknown.items())
+    assert {name.partition(".")[0] for name in made} == {"transformer", "text_encoder"} and len(made) == 6 + 2
     for which, part in zip("qkv", up.chunk(3), strict=True):
         name = f"transformer.transformer_blocks.7.attn.to_{which}.lora"
         product = made[f"{name}_B.weight"] @ made[f"{name}_A.weight"]
         assert torch.allclose(product, part @ down / (2 if of_kohya else 1), atol=1e-5)
-    if not of_kohya:
-        return
-    if of_kohya:
-        unknown = {name.replace("_7_", "_99_"): value for name, value in tensors.items()}
-        with refused("unsupported", "lora.safetensors", "lora_unet_double_blocks_99"):
-            _of_flux(unknown, "lora.safetensors")
+
+
+def test_layers_of_flux_that_fit_nowhere_are_named(tmp_path):
+    base, place = build_tiny_flux(), "transformer_blocks.1.attn.to_q"
+    halves = {
+        f"transformer.{place}.lora_A.weight": torch.ones(2, 16),
+        f"transformer.{place}.lora_B.weight": torch.ones(16, 2),
+    }
+    layer = "lora_te3_encoder_block_0_layer_0_SelfAttention_k"
+    save_file({**halves, f"{layer}.lora_down.weight": torch.ones(2, 4)}, tmp_path / "lora.safetensors")
+    lora = read_lora(LoraUse(file=str(tmp_path / "lora.safetensors")), base)
+    assert len(lora.layers) == 1 and layer in lora.notes[0]
 
 
 def test_the_base_is_as_before_also_after_an_error(tiny_base, tmp_path):

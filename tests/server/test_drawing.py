@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from controlkit.conditions import find
 from controlkit.conditions.condition import background_of
@@ -20,6 +22,7 @@ from controlkit.server.limits import Limits
 from controlkit.server.native import ControlBody, GenerateBody, build
 from controlkit.server.spec import Execution, SentImage, Spec
 from refusals import refused
+from tiny import build_tiny_flux, saved_pipeline
 
 
 def png(image: Image.Image) -> bytes:
@@ -137,3 +140,24 @@ def test_masks_of_openai_are_turned_as_their_exif_says():
     found = decode_rgb(prepared(sent, buffer.getvalue(), "mask", 32, 64), "mask")
     assert found.size == (32, 64)
     assert found.getpixel((16, 4)) == (255, 255, 255) and found.getpixel((16, 40)) == (0, 0, 0)
+
+
+def test_what_flux_does_not_read_is_left_out_with_notes(tmp_path):
+    """And its guidance scale is Forge's distilled one, which other bases do not read."""
+    folder = saved_pipeline(build_tiny_flux(), tmp_path / "flux")
+    words = tmp_path / "words" / "ugly.safetensors"
+    words.parent.mkdir()
+    save_file({"emb_params": torch.zeros(1, 16)}, words)
+    catalogue = list_models(bases=["nano", str(folder)], embeddings=[str(words.parent)])
+    studio = Studio(catalogue=catalogue, limits=Limits(), execution=Execution(device="cpu"))
+    request = {"prompt": "a (house:1.2)", "negative_prompt": "ugly", "prompt_syntax": "weighted", "steps": 2}
+    request |= {"embeddings": ["ugly"], "clip_skip": 2, "sampler": "ddim", "guidance": 1.0}
+    for base, guidance in (("flux", 3.0), ("nano", 1.0)):
+        spec = Spec(request={**request, "base": base}, lenient=True, read_guidance=3.0)
+        if base == "nano":
+            spec.request |= {"clip_skip": None, "embeddings": []}
+        result, _ = studio.draw(spec, {}, lambda step: None)
+        assert result.values["used"]["guidance"] == guidance
+        said = "\n".join(result.values["notes"])
+        refused_by = ("weights in prompts", "textual inversions", "clip_skip", "the sampler ddim")
+        assert [f"flux does not support {what}" in said for what in refused_by] == [base == "flux"] * 4, said

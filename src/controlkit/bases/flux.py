@@ -32,7 +32,7 @@ from controlkit.errors import UserError
 PACK = 2
 """Side length in latent positions of a token of the transformer."""
 USUAL_GUIDANCE = 3.5
-"""Default guidance scale of diffusers' pipelines and training script of FLUX.1 dev."""
+"""Default guidance scale of diffusers' text-to-image pipeline and training script of FLUX.1 dev."""
 T5_TOKENS = 512
 """Tokens of a prompt that T5 reads in diffusers' pipeline (`max_sequence_length`)."""
 
@@ -108,6 +108,10 @@ class Flux(Base):
     vae: AutoencoderKL
     transformer: FluxTransformer2DModel
 
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        self._size = int(self.vae.config.sample_size)
+
     @property
     def denoiser(self) -> FluxTransformer2DModel:
         return self.transformer
@@ -133,8 +137,8 @@ class Flux(Base):
 
     @property
     def size(self) -> int:
-        """That of its autoencoder: the transformer's configuration has none."""
-        return int(self.vae.config.sample_size)
+        """That of its own autoencoder: the transformer's configuration has none."""
+        return self._size
 
     @property
     def reads_guidance(self) -> bool:
@@ -235,8 +239,7 @@ class Flux(Base):
         )
 
     def guided(self, text: Text, guidance: float) -> Text:
-        """As `Base.guided`. On a base that does not read it, controls of `dev` keep the usual scale, as in diffusers'
-        pipelines by default."""
+        """As `Base.guided`. On a base that does not read it, controls of `dev` are told the usual scale."""
         if not self.reads_guidance:
             return text
         return Text(**{**text.named, "guidance": torch.full_like(text["guidance"], guidance)})

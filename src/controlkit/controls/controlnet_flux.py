@@ -116,7 +116,7 @@ class ControlNetFlux(Control):
         self.network = network
         self.condition = condition
         self.base_blocks = base_blocks
-        self.mode = MODES.get(condition or "") if self._is_union else None
+        self.mode = _tasks(network.config).get(condition or "")
         """Of a union: the selected mode; None if the inputs must select one."""
 
     @classmethod
@@ -209,17 +209,17 @@ class ControlNetFlux(Control):
     def conditions(self) -> tuple[str, ...]:
         if self.condition is not None or not self._is_union:
             return super().conditions
-        return tuple(task for task in MODES if known_name(task))
+        return tuple(task for task in _tasks(self.network.config) if known_name(task))
 
     @classmethod
     def conditions_in(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
-        return () if config.get("num_mode") is None else tuple(MODES)
+        return tuple(_tasks(config))
 
     def for_condition(self, condition: str) -> Control:
         return self.with_values({"task": condition}) if self._is_union else self
 
     def with_values(self, values: Mapping[str, Any]) -> Control:
-        task = values.get("task")
+        task, tasks = values.get("task"), _tasks(self.network.config)
         if not self._is_union:
             if task is not None:
                 raise UserError(f"the control is no union of tasks; remove task={task}", "contradiction")
@@ -227,15 +227,15 @@ class ControlNetFlux(Control):
         if task is None:
             if self.mode is None:
                 raise UserError(
-                    f"the control has several tasks: {', '.join(MODES)}; select one: --control FILE=IMAGE,task=canny,"
-                    ' or the input "task" in a .json file',
+                    f"the control has several tasks: {', '.join(tasks)}; select one: --control FILE=IMAGE,task=canny, or"
+                    ' the input "task" in a .json file',
                     "missing-setting",
                 )
             return self
         condition = known_name(task)
-        mode = MODES.get(condition or task)
-        if mode is None or mode >= self.network.config.num_mode:
-            raise UserError(f"the control has no task {task!r}{nearest(task, list(MODES))}", "unknown-name")
+        mode = tasks.get(condition or task.strip().lower())
+        if mode is None:
+            raise UserError(f"the control has no task {task!r}{nearest(task, list(tasks))}", "unknown-name")
         view = copy.copy(self)  # shares all modules
         view.mode, view.condition = mode, condition
         return view
@@ -361,11 +361,16 @@ class ControlNetFlux(Control):
         if config.get("conditioning_embedding_channels") is not None:
             facts["condition image"] = "through convolutions, as XLabs'"
         if config.get("num_mode") is not None:
-            facts["tasks"] = ", ".join(MODES)
+            facts["tasks"] = ", ".join(_tasks(config))
         return facts
 
     def parameter_counts(self) -> dict[str, int]:
         return {"parameters": sum(parameter.numel() for parameter in self.parameters())}
+
+
+def _tasks(config: Mapping[str, Any]) -> dict[str, int]:
+    """Tasks of a network with this config -> their modes; empty if it is no union."""
+    return {task: mode for task, mode in MODES.items() if mode < (config.get("num_mode") or 0)}
 
 
 def _spread(family: str, outputs: Sequence[Tensor], blocks: int, *, in_turns: bool = False) -> dict[str, Tensor]:

@@ -32,6 +32,8 @@ _HALF = re.compile(
 """Name of one of the two matrices of a layer: of peft (`lora_A`), of diffusers now (`lora.down`) and before
 (`processor.to_q_lora.down`, `lora_linear_layer.down`)."""
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+_KOHYA_FLUX = (*_KOHYA, "lora_te3_", "lora_transformer_")
+_PART_OF_LAYER = re.compile(r"\.((lora_)?(down|up)\.weight|alpha)$")
 _TEXT_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _PEFT_PREFIX = "base_model.model."
 _OTHER_KINDS = (
@@ -100,7 +102,7 @@ def read_lora(use: LoraUse, base: Base) -> Lora:
             raise UserError(f"{use.file} is {kind}, which is not supported; expected a LoRA", "unsupported")
     stored = {name.removeprefix(_PEFT_PREFIX): value for name, value in file.tensors.items()}
     if isinstance(base, Flux):
-        tensors = _with_alphas(_of_flux(stored, use.file))
+        tensors = _with_alphas(_of_flux(stored))
     else:
         tensors = _with_alphas(stored)
         if any(name.startswith(_KOHYA) for name in tensors):
@@ -280,23 +282,29 @@ def _of_kohya(tensors: Mapping[str, Tensor], file: str, base: Base) -> dict[str,
     return {**{name: value for name, value in tensors.items() if name not in halves}, **mapped}
 
 
-def _of_flux(tensors: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
-    """Tensors of a LoRA for FLUX.1 under kohya's or XLabs' names under those of diffusers, with alphas multiplied in;
-    others unchanged.
+def _of_flux(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a LoRA for FLUX.1 under kohya's or XLabs' names under those of diffusers, with kohya's alphas
+    multiplied in; others unchanged, and layers that diffusers does not know.
 
-    Raises:
-        UserError: diffusers cannot map the names.
+    diffusers is given one layer at a time: of a whole file it leaves out some without a word.
     """
     from diffusers.loaders import FluxLoraLoaderMixin
 
-    if not any(name.startswith(_KOHYA) or ".processor." in name for name in tensors):
-        return dict(tensors)
-    try:
-        mapped: dict[str, Tensor] = FluxLoraLoaderMixin.lora_state_dict(dict(tensors))
-    except (ValueError, KeyError, IndexError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} has names of layers that diffusers cannot map: {reason}", "unsupported") from error
-    return mapped
+    renamed: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        other = not (name.startswith(_KOHYA_FLUX) or ".processor." in name)
+        if other or (layer := _PART_OF_LAYER.sub("", name)) == name:
+            renamed[name] = value
+        else:
+            layers.setdefault(layer, {})[name] = value
+    for parts in layers.values():
+        try:
+            mapped = FluxLoraLoaderMixin.lora_state_dict(dict(parts))
+        except Exception:  # of many types, for names that it does not know
+            mapped = {}
+        renamed |= mapped or parts
+    return renamed
 
 
 def _place(found: re.Match[str], base: Base) -> tuple[str, str] | None:

@@ -76,6 +76,7 @@ class _Body(Body, BaseModel):
     n_iter: int | None = Field(default=None, ge=1)
     steps: int | None = None
     cfg_scale: Number | None = None
+    distilled_cfg_scale: Number | None = None
     width: int | None = None
     height: int | None = None
     sampler_name: str | None = None
@@ -277,6 +278,7 @@ async def _answer(body: _Body, order: _Order, request: Request) -> Answer:
         request=order.values,
         images=order.collected.images,
         lenient=True,
+        read_guidance=body.distilled_cfg_scale,
         maps=maps,
         ignored=tuple(order.ignored),
         notes=tuple(order.notes),

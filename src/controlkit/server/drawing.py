@@ -114,6 +114,8 @@ class Studio:
             (folder / f"{name}.png").write_bytes(data)
         notes = list(spec.notes)
         if spec.lenient:
+            if base.reads_guidance and spec.read_guidance is not None:
+                request = dataclasses.replace(request, guidance=spec.read_guidance)
             request, changed = _as_the_base_can(request, base)
             notes += changed
         check_layers([request])
@@ -350,21 +352,28 @@ def _as_the_base_can(request: GenerateRequest, base: Base) -> tuple[GenerateRequ
             used = sampler or base.default_sampler
             notes.append(f"{base.name} does not support the sampler {request.sampler}; used: {used}")
             request = dataclasses.replace(request, sampler=sampler)
-    if request.prompt_syntax != "plain":
-        try:
-            base.encode_text([""], options=TextOptions(syntax=request.prompt_syntax))
-        except UserError:
+    weighted = TextOptions(syntax="weighted")
+    if (request.prompt_syntax != "plain" or request.embeddings) and not _reads_prompts(base, weighted):
+        if request.prompt_syntax != "plain":
             notes.append(f"{base.name} does not support weights in prompts; read as they stand")
-            request = dataclasses.replace(request, prompt_syntax="plain")
-    if request.clip_skip is not None:
-        try:
-            base.encode_text([""], options=TextOptions(clip_skip=request.clip_skip))
-        except UserError as error:
-            if error.code != "unsupported":
-                raise
-            notes.append(f"{base.name} does not support clip_skip; left out")
-            request = dataclasses.replace(request, clip_skip=None)
+        if request.embeddings:
+            notes.append(f"{base.name} does not support textual inversions; their words are read as they stand")
+        request = dataclasses.replace(request, prompt_syntax="plain", embeddings=())
+    if request.clip_skip is not None and not _reads_prompts(base, TextOptions(clip_skip=request.clip_skip)):
+        notes.append(f"{base.name} does not support clip_skip; left out")
+        request = dataclasses.replace(request, clip_skip=None)
     return request, notes
+
+
+def _reads_prompts(base: Base, options: TextOptions) -> bool:
+    """Whether the base supports a way of reading prompts."""
+    try:
+        base.encode_text([""], options=options)
+    except UserError as error:
+        if error.code != "unsupported":
+            raise
+        return False
+    return True
 
 
 def _supported_sampler(name: str, steps: int, base: Base) -> str | None:

@@ -69,8 +69,10 @@ class Spec:
     """Fields of `GenerateRequest`. Models are names in the catalogue, images names in `images`."""
     images: dict[str, SentImage] = field(default_factory=dict)
     lenient: bool = False
-    """Whether a sampler and a prompt syntax that the base does not support are replaced by its own, with a note: for
-    clients of A1111, which always send a sampler."""
+    """Whether a sampler and a reading of prompts that the base does not support are replaced by its own, with a note:
+    for clients of A1111, which always send a sampler."""
+    read_guidance: float | None = None
+    """Guidance scale for a base that reads it, in place of the request's (`distilled_cfg_scale` of Forge)."""
     maps: tuple[int, ...] = ()
     """Indices of the controls whose condition images belong to the result."""
     ignored: tuple[str, ...] = ()
