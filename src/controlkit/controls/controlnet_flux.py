@@ -227,8 +227,8 @@ class ControlNetFlux(Control):
         if task is None:
             if self.mode is None:
                 raise UserError(
-                    f"the control has several tasks: {', '.join(tasks)}; select one: --control FILE=IMAGE,task=canny, or"
-                    ' the input "task" in a .json file',
+                    f"the control has several tasks: {', '.join(tasks)}; select one: --control FILE=IMAGE,task=canny,"
+                    ' or the input "task" in a .json file',
                     "missing-setting",
                 )
             return self
