@@ -53,11 +53,13 @@ def read_bytes(path: str | Path) -> bytes:
         UserError: there is no such file, or it cannot be read.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"there is no image at {path}: it is a folder; give the name of one image", "unreadable-file")
-    if not path.is_file():
-        raise UserError(f"there is no image at {path}", "missing-file")
     try:
+        if path.is_dir():
+            raise UserError(
+                f"there is no image at {path}: it is a folder; give the name of one image", "unreadable-file"
+            )
+        if not path.is_file():
+            raise UserError(f"there is no image at {path}", "missing-file")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}", "unreadable-file") from error

@@ -276,3 +276,77 @@ def _grid(image, left, top, side):
     for row in range((image.shape[0] - top) // side):
         for column in range((image.shape[1] - left) // side):
             yield image[top + row * side :, left + column * side :][:side, :side]
+
+
+def test_a_condition_added_later_writes_over_nothing(photos, tmp_path, capsys):
+    out = tmp_path / "pairs"
+    words = ("pairs", photos, "--size", 32, "--out", out, "--workers", 1, "--conditions")
+    assert run(*words, "canny") == 0
+    own = out / "blur" / "0.png"
+    own.parent.mkdir()
+    own.write_text("mine")
+    assert run(*words, "canny,blur") == 2
+    check(capsys.readouterr().err, "would-overwrite", own.parent)
+    assert own.read_text() == "mine"
+    own.unlink()
+    assert run(*words, "canny,blur") == 0 and own.is_file()
+
+
+def test_a_folder_of_pairs_is_no_folder_of_photos(photos, tmp_path, capsys):
+    out = tmp_path / "pairs"
+    assert run("pairs", photos, "--conditions", "canny", "--size", 32, "--out", out, "--workers", 1) == 0
+    for words in (("pairs", out, "--conditions", "blur"), ("condition", "blur", out)):
+        assert run(*words, "--out", tmp_path / "other") == 2
+        check(capsys.readouterr().err, "wrong-kind", out, "folder of its images")
+
+
+def test_a_sheet_is_written_over_no_file_of_the_pairs(photos, tmp_path, capsys):
+    out = tmp_path / "pairs"
+    assert run("pairs", photos, "--conditions", "canny", "--size", 32, "--out", out, "--workers", 1) == 0
+    before = {path: path.read_bytes() for path in (out / "pairs.jsonl", out / "canny" / "1.png")}
+    for path, code in zip(before, ("usage", "would-overwrite"), strict=True):
+        assert run("pairs", "--check", out, "--sheet", path) == 2
+        check(capsys.readouterr().err, code, path)
+        assert path.read_bytes() == before[path]
+    assert run("pairs", "--check", out, "--sheet", out / "sheet.png") == 0
+    assert (out / "sheet.png").is_file()
+
+
+def test_edited_prompts_of_images_that_are_gone_are_named(photos, tmp_path, capsys):
+    out = tmp_path / "pairs"
+    words = ("pairs", photos, "--conditions", "canny", "--size", 32, "--out", out, "--workers", 1)
+    assert run(*words) == 0
+    manifest = out / "pairs.jsonl"
+    manifest.write_text(manifest.read_text().replace("squares 3", "edited by hand"))
+    (photos / "3.png").rename(tmp_path / "3.png")
+    capsys.readouterr()
+    assert run(*words) == 0
+    said = capsys.readouterr().err
+    assert "1 prompts edited" in said and "are gone: 3" in said
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"picture": "a\ud800.png"}, "not valid text"),
+        ({"picture": "x" * 5000}, "too long"),
+        ({"prompt": "a\ud800"}, "not valid text"),
+        ({"conditions": {"canny\ud800": "canny/0.png"}}, "not valid text"),
+        (None, "4300 digits"),
+    ],
+)
+def test_an_odd_line_is_one_problem_among_others(photos, tmp_path, capsys, entry, said):
+    out = tmp_path / "pairs"
+    assert run("pairs", photos, "--conditions", "canny", "--size", 32, "--out", out, "--workers", 1) == 0
+    first, *others = (out / "pairs.jsonl").read_text().splitlines()
+    changed = "1" * 5000 if entry is None else json.dumps({**json.loads(first), **entry})
+    (out / "pairs.jsonl").write_text("\n".join([changed, *others]))
+    capsys.readouterr()
+    assert run("pairs", "--check", out) == 2
+    printed = capsys.readouterr().out
+    assert "line 1" in printed and said in printed
+
+
+def test_a_template_of_other_fields_is_refused(photos, tmp_path, capsys):
+    assert run("pairs", photos, "--conditions", "canny", "--out", tmp_path / "pairs", "--prompt", "{name[x]}") == 2
+    check(capsys.readouterr().err, "unknown-key", "{name}", "{folder}")

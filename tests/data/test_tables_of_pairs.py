@@ -16,7 +16,7 @@ from controlkit.data.input_images import list_images
 from controlkit.data.making import MakeSettings
 from controlkit.data.pairs import load_pairs, read_pairs
 from controlkit.data.prompts import PromptLimit
-from controlkit.data.readers.columns import CAPTION_COLUMNS, Columns
+from controlkit.data.readers.columns import CAPTION_COLUMNS, Columns, captions_in
 from controlkit.data.sources import members
 from refusals import check, refused
 
@@ -422,3 +422,8 @@ def test_what_a_killed_unpacking_left_is_removed(tmp_path):
     left.write_bytes(b"half a shard")
     assert len(read_pairs(tmp_path)) == 2
     assert not left.exists() and shard.exists()
+
+
+def test_a_blank_caption_hides_no_other():
+    assert captions_in({"text": " ", "caption": "a dog"}) == captions_in({"text": None, "caption": "a dog"}) == "a dog"
+    assert captions_in({"text": ["a", "b"]}) == ["a", "b"] and captions_in({"text": "", "caption": []}) is None

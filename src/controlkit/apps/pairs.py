@@ -224,6 +224,20 @@ def _show(report: MakeReport, as_json: bool) -> None:
     print(f"try next: controlkit pairs --check {folder}")
 
 
+def _check_sheet_name(sheet: Path, pairs: Path) -> None:
+    """Check that a sheet is written over no file of the pairs.
+
+    Raises:
+        UserError: it is, or its name does not end in .png.
+    """
+    if sheet.suffix.lower() != ".png":
+        raise UserError(f"--sheet {sheet}: expected a name ending in .png", "usage")
+    target, folder = sheet.resolve(), pairs.resolve()
+    below = target.relative_to(folder).parts if target.is_relative_to(folder) else ()
+    if len(below) > 1 and not below[0].startswith(".") and sheet.exists():
+        raise UserError(f"--sheet {sheet} is an image of the pairs; choose another name", "would-overwrite")
+
+
 def _check(args: argparse.Namespace) -> None:
     from controlkit.data.check import KINDS, check_pairs, check_sheet, to_json
     from controlkit.data.pairs import pairs_folder
@@ -233,6 +247,7 @@ def _check(args: argparse.Namespace) -> None:
     limit = _prompt_limit(getattr(args, "base", None))
     report = check_pairs(args.check, names, columns=columns_of(args), limit=limit, strict=args.strict)
     sheet = Path(args.sheet) if args.sheet else pairs_folder(args.check) / ".controlkit" / "check.png"
+    _check_sheet_name(sheet, pairs_folder(args.check))
     unwritable: UserError | None = None
     try:
         write_png(sheet, check_sheet(report))

@@ -24,6 +24,7 @@ from controlkit.data.readers.recognise import read_listing
 from controlkit.data.sources import ComputedCondition, Source, open_image, read_condition_image
 from controlkit.data.swap_check import Verdict, find_swapped_sides
 from controlkit.errors import UserError
+from controlkit.files import valid_text
 from controlkit.images import shapes_differ
 
 KINDS = {
@@ -206,6 +207,11 @@ def _check_record(record: Record, kinds: Mapping[str, str]) -> _Findings:
     findings = _Findings()
     if any(map(is_empty, record.captions)):
         findings.problems.append(_problem("prompt", record, "empty prompt"))
+    for caption in record.captions:
+        try:
+            valid_text(caption, "the prompt")
+        except UserError as error:
+            findings.problems.append(_problem("entry", record, str(error)))
     target = _opened(record, record.image, record.sha256(), findings)
     if target is not None:
         findings.pixels = hashlib.sha256(repr(target.size).encode() + target.tobytes()).hexdigest()

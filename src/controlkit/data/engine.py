@@ -192,6 +192,9 @@ def _merge_settings(
                 f"{out} was made with other settings ({'; '.join(different)}); use the same, or choose another --out",
                 "resume-mismatch",
             )
+        added = [out / name for name in settings.conditions if name not in earlier.conditions and shards is None]
+        if filled := [path for path in added if path.is_dir() and any(path.iterdir())]:
+            raise UserError(f"{filled[0]} was not made by this command; choose another --out", "would-overwrite")
         settings = replace(settings, conditions=tuple(dict.fromkeys((*earlier.conditions, *settings.conditions))))
         state["settings"] = asdict(settings)
         if json.loads(json.dumps(state)) == before:
@@ -276,16 +279,19 @@ def _files(
 
 
 def _warn_lost_edits(edited: dict[str, str | list[str]], before: dict[str, Outcome], done: dict[str, Outcome]) -> None:
-    """Name edited prompts of the manifest that were replaced because the image or its caption changed as well."""
+    """Name edited prompts of the manifest that are lost, because the image or its caption changed too or is gone."""
     lost = []
-    for key, outcome in done.items():
-        entries = [each.entry for each in (before.get(key), outcome) if each is not None and each.entry is not None]
+    for key in dict.fromkeys((*done, *before)):
+        entries = [
+            each.entry for each in (before.get(key), done.get(key)) if each is not None and each.entry is not None
+        ]
         if key in edited and entries and edited[key] not in [entry["prompt"] or "" for entry in entries]:
             lost.append(key)
     if lost:
         named = ", ".join(lost[:_NAMED]) + (f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else "")
         print(
-            f"note: {len(lost)} prompts edited in {MANIFEST} are replaced, as images or captions changed too: {named}",
+            f"note: {len(lost)} prompts edited in {MANIFEST} are lost, as their images or captions changed too or are"
+            f" gone: {named}",
             file=sys.stderr,
             flush=True,
         )

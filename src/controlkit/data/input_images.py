@@ -23,6 +23,7 @@ from controlkit.data.readers.image_tables import (
 )
 from controlkit.data.readers.json_lines import METADATA, read_metadata
 from controlkit.data.readers.listing import Listing, problems_error
+from controlkit.data.readers.recognise import MANIFEST
 from controlkit.data.sources import (
     CAPTION_SUFFIXES,
     TarMember,
@@ -210,7 +211,7 @@ def with_prompts(images: Sequence[InputImage], template: str) -> list[InputImage
         place = Path(image.source if isinstance(image.source, Path) else f"{image.key}.x")
         try:
             return template.format(name=words(place.stem), folder=words(place.parent.name))
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
             raise UserError(
                 f"prompt is {template!r}; expected text with no fields but {{name}} and {{folder}}", "unknown-key"
             ) from error
@@ -351,13 +352,19 @@ def _walk(folder: Path, left_out: str | None, notes: list[str]) -> list[Path]:
     others.
 
     Raises:
-        UserError: it has both.
+        UserError: it has both, or is itself a folder of pairs.
     """
     files = list(walk(folder, _is_output))
     notes += unread_note(folder, _outside((path for path in files if is_unread_image(path.name)), left_out))
     images = [path for path in files if is_image_name(path.name)]
     shards = [path for path in files if path.name.endswith((".tar", ".parquet")) and not path.name.startswith(".")]
     own_images, own_shards = _outside(images, left_out), _outside(shards, left_out)
+    if own_images and (folder / MANIFEST).is_file() and _is_output(str(folder)):
+        raise UserError(
+            f"{folder} is a folder of pairs, whose condition images would be taken for photos; pass the folder of its"
+            " images",
+            "wrong-kind",
+        )
     # A `datasets` image folder has captions in a table.
     beside = [path for path in own_shards if path.name not in METADATA]
     if own_images and beside:

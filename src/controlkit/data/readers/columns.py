@@ -97,7 +97,8 @@ def all_of(wanted: Sequence[str], known: Iterable[str]) -> list[str]:
 
 def captions_in(entry: Mapping[str, Any]) -> Any:
     """The value of the first non-empty caption column; None if there is none."""
-    return next((entry[name] for name in all_of(CAPTION_COLUMNS, entry) if entry[name] not in (None, "", [])), None)
+    found = (entry[name] for name in all_of(CAPTION_COLUMNS, entry))
+    return next((value for value in found if value not in (None, []) and str(value).strip()), None)
 
 
 def captions_of(value: Any) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from controlkit.data.readers.image_tables import is_parquet
 from controlkit.data.readers.listing import Listing, Record
 from controlkit.data.sources import is_image_name
 from controlkit.errors import Code, UserError
-from controlkit.files import decode_text
+from controlkit.files import decode_text, valid_text
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Tables of a `datasets` image folder."""
@@ -41,7 +41,7 @@ def read_manifest(path: Path, condition: str | None = None, columns: Columns = A
         listed = _value(entry, "conditions")
         if not isinstance(listed, Mapping):
             raise UserError(f"'conditions' is {_shown(listed)}; expected an object of file names", "bad-data")
-        conditions = {str(name): _file(path.parent, listed, name) for name in listed}
+        conditions = {valid_text(str(name), "the condition"): _file(path.parent, listed, name) for name in listed}
         image = _file(path.parent, entry, "picture" if "picture" in entry else "image")
         captions = captions_of(_value(entry, "prompt"))
         return Record(where=where, image=image, conditions=conditions, captions=captions, metadata=entry)
@@ -162,7 +162,7 @@ def _file(folder: Path, entry: Mapping[str, Any], name: str) -> Path:
     value = _value(entry, name)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{name!r} is {_shown(value)}; expected the name of a file", "bad-data")
-    return folder / value
+    return folder / valid_text(value, "the name")
 
 
 def _shown(value: Any) -> str:
@@ -265,7 +265,7 @@ def _json_lines(text: str) -> Iterator[Line]:
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # a ValueError also for a number of too many digits
                 yield f"line {number}", ValueError(str(error))
 
 
