@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -14,11 +13,9 @@ from diffusers import (
     StableDiffusion3ControlNetPipeline,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformer_training import check_training
 
-from controlkit.apps.cli import main
-from controlkit.bases.load import load_base
 from controlkit.controls.controlnet_sd3 import ControlNetSD3
 from controlkit.controls.controlnet_sd3.network import STABILITY_CANNY_PIXELS, STABILITY_DEPTH_PIXELS, USUAL_PIXELS
 from controlkit.formats.convert import convert
@@ -26,11 +23,8 @@ from controlkit.formats.describe import describe
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.formats.transfer import transfer
-from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import sample
-from controlkit.sampling.uses import ControlUse
 from refusals import refused
 from tiny import SD3_PARTS, build_tiny_sd3, saved_pipeline
 
@@ -362,35 +356,7 @@ def test_an_image_of_another_size_is_refused(base, size):
 
 
 def test_it_is_trained_resumed_and_used(folder, tmp_path):
-    pairs, rows = tmp_path / "pairs", []
-    generator = np.random.default_rng(0)
-    for number in range(6):
-        blocks = generator.integers(0, 256, (6, 6, 3), np.uint8)
-        row = {"text": "red apple", "file_name": f"images/{number}.png", "canny": f"canny/{number}.png"}
-        for name, image in (
-            (row["file_name"], blocks),
-            (row["canny"], np.where(blocks > 128, 255, 0).astype(np.uint8)),
-        ):
-            (pairs / name).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).resize((64, 64)).save(pairs / name)
-        rows.append(json.dumps(row))
-    (pairs / "metadata.jsonl").write_text("\n".join(rows))
-    settings = {"system": "controlnet-sd3", "base": folder, "pairs": pairs, "out": tmp_path / "run", "name": "mine"}
-    settings |= {"condition": "canny", "batch_size": 2, "log_every": 1, "learning_rate": 0.01, "device": "cpu"}
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
-    for steps in (2, 4):
-        assert main(["train", str(recipe), "--set", f"steps={steps}", "--set", "score_pictures=2"]) == 0
-    base = load_base(folder)
-    control = load_control(tmp_path / "run" / "mine.safetensors", base)
-    assert control.condition == "canny"
-    assert any(value.abs().max() > 0 for name, value in control.file_state().items() if "controlnet_blocks" in name)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert len(losses) == 4
-    use = ControlUse(control=str(tmp_path / "run" / "mine.safetensors"), image=str(pairs / "images" / "0.png"))
-    made = generate(GenerateRequest(prompt="red apple", base=str(folder), controls=(use,), steps=2))
-    plain = generate(GenerateRequest(prompt="red apple", base=str(folder), steps=2))
-    assert made.images[0].image.tobytes() != plain.images[0].image.tobytes()
+    check_training(folder, tmp_path, system="controlnet-sd3")
 
 
 def test_own_settings_come_back_from_diffusers_folder_and_are_noted(base, tmp_path):

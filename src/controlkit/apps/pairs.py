@@ -245,9 +245,10 @@ def _check(args: argparse.Namespace) -> None:
 
     names = [name for name in args.conditions.split(",") if name.strip()]
     limit = _prompt_limit(getattr(args, "base", None))
+    if args.sheet:
+        _check_sheet_name(Path(args.sheet), pairs_folder(args.check))
     report = check_pairs(args.check, names, columns=columns_of(args), limit=limit, strict=args.strict)
     sheet = Path(args.sheet) if args.sheet else pairs_folder(args.check) / ".controlkit" / "check.png"
-    _check_sheet_name(sheet, pairs_folder(args.check))
     unwritable: UserError | None = None
     try:
         write_png(sheet, check_sheet(report))

@@ -100,13 +100,11 @@ def read_lora(use: LoraUse, base: Base) -> Lora:
     for part, kind in _OTHER_KINDS:
         if any(part in name for name in file.tensors):
             raise UserError(f"{use.file} is {kind}, which is not supported; expected a LoRA", "unsupported")
-    stored = {name.removeprefix(_PEFT_PREFIX): value for name, value in file.tensors.items()}
+    tensors = _with_alphas({name.removeprefix(_PEFT_PREFIX): value for name, value in file.tensors.items()})
     if isinstance(base, Flux):
-        tensors = _with_alphas(_of_flux(stored))
-    else:
-        tensors = _with_alphas(stored)
-        if any(name.startswith(_KOHYA) for name in tensors):
-            tensors = _of_kohya(tensors, use.file, base)
+        tensors = _of_flux(tensors)
+    elif any(name.startswith(_KOHYA) for name in tensors):
+        tensors = _of_kohya(tensors, use.file, base)
     # peft names the pair so; the folder of another file may hold the configuration of another adapter.
     is_of_peft = path.stem == "adapter_model" and not any(name.endswith(".alpha") for name in file.tensors)
     config = path.parent / "adapter_config.json" if is_of_peft else None
