@@ -99,6 +99,32 @@ def tiny_control(tiny_base):
 
 
 @pytest.fixture(scope="session")
+def union_folder(tmp_path_factory) -> Path:
+    """A folder of a ControlNet Union for nano with two tasks, `union`, and of one with a task recorded, `depth`."""
+    import torch
+
+    from controlkit.bases.load import load_base
+    from controlkit.controls.controlnet_union import ControlNetUnion
+    from controlkit.formats.convert import convert
+    from controlkit.formats.load import save_control
+
+    folder, base = tmp_path_factory.mktemp("unions"), load_base("nano")
+    torch.manual_seed(0)
+    control = tiny.randomise_zero_convolutions(ControlNetUnion.for_base(base, tasks=["canny", "depth"]))
+    path = save_control(folder / "union.safetensors", control, base)
+    convert(path, folder / "depth.safetensors", to="controlkit", condition="depth")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unions(union_folder):
+    """The catalogue of a server with `union_folder`."""
+    from controlkit.server.catalogue import list_models
+
+    return list_models(controls=[str(union_folder)])
+
+
+@pytest.fixture(scope="session")
 def _saved_base(tiny_base, tmp_path_factory) -> Path:
     from controlkit.nano.base_objective import save_base
 

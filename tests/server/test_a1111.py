@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from running import base64_of, drawing, image_of
+from running import base64_of, drawing, image_of, in_thread
 
 from controlkit.conditions import find
 from controlkit.images import resize_cover
@@ -224,6 +224,53 @@ def units_of(service, *units, **more):
 def test_values_of_a_unit_without_a_use_are_refused(catalogue_only, changes, code, facts):
     with user_error(code, "unit 0", *facts):
         units_of(catalogue_only, unit(**changes))
+
+
+@pytest.fixture(scope="module")
+def with_unions(unions):
+    return SimpleNamespace(catalogue=unions, limits=Limits())
+
+
+@pytest.mark.parametrize(
+    ("changes", "task"),
+    [
+        ({"union_control_type": "Hard Edge", "module": "lineart"}, "canny"),
+        ({"union_control_type": "depth", "module": "none"}, "depth"),
+        ({"union_control_type": "Hard Edge", "module": "auto"}, "canny"),
+        ({"union_control_type": "Unknown", "module": "canny"}, "canny"),
+        ({"module": "depth_midas"}, "depth"),
+    ],
+)
+def test_a_unit_names_the_task_of_a_control_with_several(with_unions, changes, task):
+    (found,), _ = units_of(with_unions, unit(model="union", **changes))
+    assert found.control["inputs"] == {"image": "unit0", "task": task} and found.ignored == ()
+
+
+def test_the_type_of_a_union_is_checked_and_ignored_by_other_controls(with_unions):
+    with user_error("missing-setting", "unit 0", "union_control_type", "hard edge"):
+        units_of(with_unions, unit(model="union", module="none"))
+    with user_error("unknown-name", "unit 0", "'Hard Edges'", "hard edge"):
+        units_of(with_unions, unit(model="union", union_control_type="Hard Edges"))
+    (found,), _ = units_of(with_unions, unit(union_control_type="Hard Edge"))
+    assert found.ignored == ("alwayson_scripts.ControlNet.args[0].union_control_type",)
+    (recorded,), _ = units_of(with_unions, unit(model="depth", module="none"))
+    assert recorded.control["image"] == "unit0"
+
+
+def test_a_union_draws_by_its_tasks(unions, tmp_path):
+    edges = base64_of(Image.fromarray(find("canny")(np.asarray(drawing()))))
+    with in_thread(tmp_path / "server", catalogue=unions) as running:
+        units = [
+            unit(model="union", union_control_type="Hard Edge"),
+            unit(model="union", union_control_type="Hard Edge", module="none", image=edges),
+            unit(model="union", union_control_type="Depth", module="none", image=edges),
+            unit(model="depth", module="none", image=edges),
+        ]
+        canny, prepared, depth, recorded = (drawn(running, **with_units(each))[0][0] for each in units)
+        listed = running.get("/controlkit/v1/models")["controls"]
+    assert np.array_equal(canny, prepared) and np.array_equal(depth, recorded)
+    assert not np.array_equal(canny, depth)
+    assert listed["union"]["tasks"] == ["canny", "depth"] and listed["canny"]["tasks"] == []
 
 
 def test_two_names_of_a_key_may_have_the_same_value(catalogue_only):

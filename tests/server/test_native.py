@@ -145,6 +145,7 @@ def test_models_are_listed_with_what_they_take(server):
         "condition": "canny",
         "images": ["image"],
         "values": [],
+        "tasks": [],
     }
     assert (models["bases"], models["loras"], models["vaes"]) == (["nano"], ["styles/wild"], ["own"])
     assert "canny" in models["conditions"] and "bbox" not in models["conditions"]

@@ -96,9 +96,10 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory, models) -> Iterator[Served]:
+def served(tmp_path_factory, models, union_folder) -> Iterator[Served]:
     pytest.importorskip("gradio")
     words = [word for kind in ("loras", "vaes", "embeddings") for word in (f"--{kind}", str(models / kind))]
+    words += ["--controls", str(union_folder)]
     process = Served(tmp_path_factory.mktemp("ui"), *words)
     try:
         yield process

@@ -97,6 +97,25 @@ def test_a_lora_a_vae_and_an_embedding_are_used(page):
     assert "not used" not in page.text("#message") and not np.array_equal(worded, _pixels(styled))
 
 
+def test_a_task_says_what_the_image_of_a_union_is(page, tmp_path):
+    before = _condition(page)
+    assert not [each for each in page.all("#control-1-task") if each.is_displayed()]
+    page.click("#control-1-name input")
+    page.click_text("#control-1-name [role=option]", "union")
+    page.until(lambda: [each for each in page.all("#control-1-task input") if each.is_displayed()], "tasks")
+    _seeds(page, "5")
+    page.click("#draw")
+    page.until(lambda: "several tasks" in page.text("#message .error"), "error")
+    page.click("#control-1-task input")
+    page.click_text("#control-1-task [role=option]", "canny")
+    page.until(lambda: "several tasks" not in page.text("#message") and page.image("#control-1-condition"), "image")
+    page.until(lambda: np.array_equal(_pixels(page.image("#control-1-condition")), _pixels(before)), "edges")
+    _draw(page, 1)
+    _unpack_results(page, tmp_path / "result")
+    (use,) = read_settings(tmp_path / "result" / "settings.json").request.controls
+    assert use.inputs["task"] == "canny"
+
+
 def test_parameters_of_a_condition_are_fields_and_change_its_image(page):
     _condition(page)
     _open(page, "control-1-parameters")

@@ -112,10 +112,31 @@ def test_a_mask_of_another_shape_is_refused():
     values = dict.fromkeys(row.inputs) | {row.control: "canny", row.mode: "default", row.masked: True}
     values[row.mask] = {"layers": [Image.new("RGBA", (64, 64), "red")]}
     values[row.image] = {"composite": Image.new("RGB", (64, 64))}
-    assert row.body(values, "canny")["mask"]
+    assert row.body(values, list_models())["mask"]
     values[row.image] = {"composite": Image.new("RGB", (64, 32))}
     with refused("contradiction", "control 2", "canny"):
-        row.body(values, "canny")
+        row.body(values, list_models())
+
+
+def test_a_row_chooses_a_task_of_a_control_with_several(unions):
+    gradio = pytest.importorskip("gradio")
+
+    from controlkit.ui.control_rows import control_row, offered, task_update
+
+    assert {"union", "depth"} <= set(offered(unions)) and task_update(unions, "canny")["visible"] is False
+    assert task_update(unions, "union")["choices"] == ["canny", "depth"]
+    assert [task_update(unions, name)["value"] for name in ("union", "depth")] == [None, "depth"]
+    assert task_update(unions, "union", "canny")["value"] == "canny"
+    with gradio.Blocks():
+        row = control_row(1, unions, visible=True, control="union", image=None)
+    values = dict.fromkeys(row.inputs) | {row.control: "union", row.mode: "default"}
+    values[row.image] = {"composite": Image.new("RGB", (64, 64))}
+    with refused("missing-setting", "control 2 (union)", "task"):
+        row.body(values, unions)
+    assert row.condition(values, unions) is None
+    values[row.task] = "depth"
+    assert row.body(values, unions)["values"] == {"task": "depth"} and row.condition(values, unions) == "depth"
+    assert row.body({**values, row.control: "canny"}, unions)["values"] == {}
 
 
 def test_condition_images_without_a_model_do_not_wait_for_the_queue(monkeypatch):

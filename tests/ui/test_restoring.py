@@ -47,6 +47,19 @@ def test_settings_that_the_page_cannot_hold_are_named(tmp_path, request_, named)
     assert named in _notes(tmp_path, request_)
 
 
+def test_a_task_is_restored(tmp_path, unions):
+    from controlkit.ui.files import settings_in
+    from controlkit.ui.restoring import Restored
+
+    def notes(**inputs):
+        control = {"control": "union", "inputs": {"image": "a.png", **inputs}, "parameters": {"low": 40}}
+        return " ".join(Restored.of(settings_in(_file(tmp_path, {"controls": [control]})), unions, 3).notes)
+
+    assert notes(task="canny") == ""
+    assert "task palette of union" in notes(task="palette")
+    assert "input depth of union" in notes(task="canny", depth="b.png")
+
+
 def test_an_embedding_that_is_not_here_is_named(tmp_path):
     assert "no embedding wavy" in _notes(tmp_path, {"embeddings": ["wavy=x/y.safetensors"], "prompt": "wavy"})
 

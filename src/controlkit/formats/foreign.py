@@ -13,7 +13,6 @@ _TEXT_WIDTHS = ((768,), (1024,), (1280,))
 
 CLASSES = {
     "UNetControlNetXSModel": "a UNet fused with a ControlNet-XS; only a folder of the adapter alone is supported",
-    "ControlNetUnionModel": "a ControlNet Union (several conditions in one network), which is not supported",
     "MultiAdapter": "several T2I-Adapters in one folder; pass one of them",
     "UNet2DConditionModel": "a UNet (UNet2DConditionModel): part of a base, not a control",
     "AutoencoderKL": "an autoencoder: part of a base, not a control",
@@ -44,8 +43,8 @@ def _only(pattern: str) -> _Test:
 _UNSUPPORTED_CONTROLS = (
     _Rule("a fuser of CoAdapters, which is not supported", _has("spatial_feat_mapping", "task_embedding")),
     _Rule(
-        "a ControlNet Union (several conditions in one network), which is not supported",
-        _has("task_embedding|.*control_add_embedding\\."),
+        "a ControlNet Union under the original code's names; only diffusers' names are supported",
+        _has(".*control_add_embedding\\.", ".*input_blocks\\."),
     ),
     _Rule(
         "a ControlNet-XS in its original layout; only diffusers' folder is supported",

@@ -104,9 +104,11 @@ def _support(kind: type[Control], bases: Mapping[str, Base]) -> Support:
 def _words_of(inputs: tuple[Input, ...]) -> str:
     images = [entry for entry in inputs if entry.kind == "image"]
     values = [f"{entry.name}{'' if entry.required else ' (optional)'}" for entry in inputs if entry.kind == "value"]
+    optional = sum(not entry.required for entry in images)
+    if 0 < optional < len(images):
+        return ", ".join([*("an image" for _ in images[optional:]), *values, f"{optional} more images (optional)"])
     if len(images) > 1:
-        some = any(not entry.required for entry in images)
-        return ", ".join([f"{'any of ' if some else ''}{len(images)} images", *values])
+        return ", ".join([f"{'any of ' if optional else ''}{len(images)} images", *values])
     return ", ".join([*("an image" for _ in images), *values])
 
 

@@ -13,15 +13,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import controlkit
 from controlkit.errors import UserError, nearest
 
+if TYPE_CHECKING:
+    from controlkit.controls.control import Control
+
+TASK = "task"
+"""The plain input that selects one of a control's tasks."""
 _DESCRIPTIONS = ("config.json", "adapter_config.json")
 """A folder with one of these is one model, of diffusers or peft."""
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-
 _FOLDERS = ("CONTROLKIT_MODELS", "HF_HOME", "HF_HUB_CACHE")
 """Environment variables with folders of models."""
 
@@ -40,6 +44,10 @@ class ControlEntry:
     """Its inputs that are images."""
     values: tuple[str, ...]
     """Its inputs that are plain values."""
+    one_image: bool = True
+    """Whether it requires one image and nothing else, but perhaps a task."""
+    tasks: tuple[str, ...] = ()
+    """The names that its input `task` may have."""
     conditions: Mapping[str, str] = field(default_factory=dict)
     """Input -> its condition, for inputs with one of their own."""
     version: int = 0
@@ -244,6 +252,7 @@ def _is_for_others(path: str) -> bool:
 
 def _entry(path: str, base_controls: Mapping[str, str]) -> ControlEntry | None:
     """The entry of a control; None for one that only other controls use."""
+    from controlkit.controls.inputs import takes_one_image
     from controlkit.formats.load import control_class, recorded_condition
 
     if _is_for_others(path):
@@ -255,8 +264,21 @@ def _entry(path: str, base_controls: Mapping[str, str]) -> ControlEntry | None:
         condition=recorded_condition(path),
         images=tuple(each.name for each in kind.inputs if each.kind == "image"),
         values=tuple(each.name for each in kind.inputs if each.kind == "value"),
+        one_image=takes_one_image(kind),
+        tasks=_tasks(path, kind),
         conditions={each.name: each.condition for each in kind.inputs if each.condition is not None},
     )
+
+
+def _tasks(path: str, kind: type[Control]) -> tuple[str, ...]:
+    """The tasks of a control that has such an input and several of them."""
+    from controlkit.formats.companions import read_checkpoint
+
+    if all(each.name != TASK for each in kind.inputs):
+        return ()
+    with suppress(UserError):  # said when it is used
+        return kind.conditions_in(read_checkpoint(Path(path)).config)
+    return ()
 
 
 def _with_companion(path: str, base_controls: Mapping[str, str]) -> str:

@@ -271,6 +271,7 @@ async def models(request: Request) -> dict[str, Any]:
                 "condition": entry.condition,
                 "images": entry.images,
                 "values": entry.values,
+                "tasks": entry.tasks,
             }
             for name, entry in catalogue.controls.items()
         },

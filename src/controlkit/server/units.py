@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from controlkit import conditions
+from controlkit.conditions.condition import known_name
 from controlkit.errors import UserError, nearest
-from controlkit.server.catalogue import ControlEntry
+from controlkit.server.catalogue import TASK, ControlEntry
 from controlkit.server.modules import HOLES, OWN, THRESHOLDS, Module, named_module, unused_thresholds
 from controlkit.server.native import Images
 from controlkit.server.service import Service
@@ -16,7 +17,7 @@ from controlkit.server.spec import Fit
 
 _UNSUPPORTED = {
     "batch_images": "", "output_dir": "", "loopback": False, "advanced_weighting": None, "ipadapter_input": None,
-    "pulid_mode": "Fidelity", "union_control_type": "Unknown", "generated_image": None, "animatediff_batch": False,
+    "pulid_mode": "Fidelity", "generated_image": None, "animatediff_batch": False,
     "batch_image_files": [], "batch_mask_dir": None, "batch_image_dir": "", "batch_mask_gallery": [],
     "batch_modifiers": [], "batch_keyframe_idx": None, "mask_image_fg": None, "image_fg": None,
 }  # fmt: skip
@@ -33,10 +34,23 @@ _ALIASES = {
     "lowvram": "low_vram",
     "preprocessor": "module",
 }
+_TYPE = "union_control_type"
+"""Key that selects a task of a control with several."""
 _KNOWN = (
     *("enabled", "image", "mask", "module", "model", "weight", "resize_mode", "guidance_start", "guidance_end"),
-    *("control_mode", "guessmode", "hr_option", "save_detected_map", "effective_region_mask"),
+    *("control_mode", "guessmode", "hr_option", "save_detected_map", "effective_region_mask", _TYPE),
 )
+_TASKS = {
+    "openpose": "openpose",
+    "depth": "depth",
+    "soft edge": "hed",
+    "hard edge": "canny",
+    "normal map": "normal",
+    "segmentation": "seg",
+    "tile": "downscale",
+    "inpaint": "inpaint",
+}
+"""`union_control_type`, in lower case -> the task of a control with several."""
 _FITS: dict[str, Fit] = {
     "0": "stretch",
     "just resize": "stretch",
@@ -129,13 +143,22 @@ def _unit(
         raise UserError(f"{where} has no model; choose one of /controlnet/model_list", "missing-setting")
     name = service.catalogue.find("controls", model)
     entry = service.catalogue.controls[name]
+    task = _given_task(unit, entry, where)
+    if task is not None:
+        entry = replace(entry, condition=known_name(task))
     module, ignored = _module(unit, entry, where)
+    if entry.tasks and entry.condition is None:
+        task = _task_of(module, where)
+        entry = replace(entry, condition=task)
+    if not entry.tasks and _type_of(unit, where):
+        ignored = (*ignored, _TYPE)
     is_own = _add_image(unit, module, entry, where, f"unit{index}", collected, start)
     region = _image(unit, "effective_region_mask", where)
     fit = fit_of(unit.get("resize_mode"), where)
+    image = f"unit{index}"
     control = {
         "control": name,
-        "image": f"unit{index}",
+        **({"image": image} if task is None else {"inputs": {"image": image, TASK: task}}),
         "mask": collected.add(f"unit{index}-effective_region_mask", region, fit=fit, mask=True),
         "weight": _number(unit, "weight", 1.0, where),
         "start": _number(unit, "guidance_start", 0.0, where),
@@ -223,6 +246,40 @@ def _module(unit: Mapping[str, Any], entry: ControlEntry, where: str) -> tuple[M
         raise UserError(f"{where}: the control records no condition; choose a module", "missing-setting")
     condition = conditions.find(entry.condition)
     return Module(condition=condition), unused_thresholds(condition, unit, where)
+
+
+def _type_of(unit: Mapping[str, Any], where: str) -> str:
+    """The type of union control that a unit names, in lower case; empty if none."""
+    name = _text(unit, _TYPE, where).lower()
+    return "" if name == "unknown" else name
+
+
+def _given_task(unit: Mapping[str, Any], entry: ControlEntry, where: str) -> str | None:
+    """The task that a unit names, if its control has several.
+
+    Raises:
+        UserError: there is no such type.
+    """
+    name = _type_of(unit, where)
+    if not name or not entry.tasks:
+        return None
+    if name not in _TASKS:
+        raise UserError(f"{where}: there is no {_TYPE} {unit[_TYPE]!r}{nearest(name, list(_TASKS))}", "unknown-name")
+    return _TASKS[name]
+
+
+def _task_of(module: Module, where: str) -> str:
+    """The task of a unit that names none: what its module computes.
+
+    Raises:
+        UserError: it computes nothing.
+    """
+    if module.condition is None:
+        raise UserError(
+            f"{where}: the control has several tasks; select one by {_TYPE} ({', '.join(_TASKS)}) or by the module",
+            "missing-setting",
+        )
+    return module.condition.name
 
 
 def fit_of(mode: Any, where: str) -> Fit:

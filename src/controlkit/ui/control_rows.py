@@ -14,7 +14,7 @@ from controlkit.conditions.condition import WHITE, background_of, known_name
 from controlkit.errors import UserError
 from controlkit.images import shapes_differ
 from controlkit.sampling.uses import MODES
-from controlkit.server.catalogue import Catalogue
+from controlkit.server.catalogue import TASK, Catalogue
 from controlkit.ui.files import base64_png, flattened, painted
 from controlkit.ui.parameters import ParameterFields, parameter_fields
 
@@ -29,6 +29,7 @@ class ControlRow:
     index: int
     group: gr.Group
     control: gr.Dropdown
+    task: gr.Dropdown
     image: gr.ImageEditor
     preview: gr.Image
     prepared: gr.Checkbox
@@ -45,33 +46,40 @@ class ControlRow:
     def inputs(self) -> tuple[Any, ...]:
         """The components that make a request."""
         return (
-            *(self.control, self.image, self.prepared, self.weight, self.start, self.end),
+            *(self.control, self.task, self.image, self.prepared, self.weight, self.start, self.end),
             *(self.mode, self.masked, self.mask, *self.parameters.inputs),
         )
 
-    def given(self, values: Mapping[Any, Any], condition: str | None) -> Image.Image | None:
-        """The row's image; a transparent one over white, as a condition image over its condition's background."""
-        return drawn(values[self.image], background_of(condition if values[self.prepared] else None))
+    def condition(self, values: Mapping[Any, Any], catalogue: Catalogue) -> str | None:
+        """The condition of the row's control, or of its task."""
+        return condition_of(catalogue, values[self.control], values[self.task])
 
-    def body(self, values: Mapping[Any, Any], condition: str | None) -> dict[str, Any] | None:
+    def given(self, values: Mapping[Any, Any], catalogue: Catalogue) -> Image.Image | None:
+        """The row's image; a transparent one over white, as a condition image over its condition's background."""
+        condition = self.condition(values, catalogue) if values[self.prepared] else None
+        return drawn(values[self.image], background_of(condition))
+
+    def body(self, values: Mapping[Any, Any], catalogue: Catalogue) -> dict[str, Any] | None:
         """The control of a request's body; None if the row names none.
 
-        Args:
-            condition: that of the control, if its file records one.
-
         Raises:
-            UserError: it has no image, or no mask where one is asked for.
+            UserError: it has no image, no mask where one is asked for, or several tasks of which none is chosen.
         """
         name = values[self.control]
         if not name:
             return None
-        image = self.given(values, condition)
+        condition = computed(self.condition(values, catalogue))
+        image = self.given(values, catalogue)
         if image is None:
             raise UserError(f"control {self.index + 1} ({name}) has no image; draw or upload one", "missing-setting")
+        tasks, task = tasks_of(catalogue, name), values[self.task]
+        if tasks and task is None:
+            raise UserError(f"control {self.index + 1} ({name}) has several tasks; choose one", "missing-setting")
         mode = values[self.mode]
         found: dict[str, Any] = {
             "control": name,
             "image": base64_png(image),
+            "values": {TASK: task} if tasks else {},
             "prepared": values[self.prepared],
             "parameters": {} if values[self.prepared] else self.parameters.values(values, condition),
             "weight": values[self.weight],
@@ -96,20 +104,39 @@ class ControlRow:
 
 
 def offered(catalogue: Catalogue) -> list[str]:
-    """The controls of the catalogue that take one image and nothing else; rows have no fields for others."""
-    return [name for name, entry in catalogue.controls.items() if len(entry.images) == 1 and not entry.values]
+    """The controls of the catalogue that need one image, and perhaps a task; rows have no fields for others."""
+    return [name for name, entry in catalogue.controls.items() if entry.one_image]
 
 
-def condition_of(catalogue: Catalogue, name: str | None) -> str | None:
-    """Name of the condition of a control, if its file records one that this version knows."""
+def tasks_of(catalogue: Catalogue, name: str | None) -> tuple[str, ...]:
+    """The tasks of a control of which a row selects one; empty if it has no such choice."""
     entry = catalogue.controls.get(name or "")
-    return None if entry is None or entry.condition is None else known_name(entry.condition)
+    return () if entry is None else entry.tasks
 
 
-def computed_condition(catalogue: Catalogue, name: str | None) -> str | None:
-    """As `condition_of`; None for one that comes with the data and is not computed."""
-    found = condition_of(catalogue, name)
-    return None if found is None or conditions.find(found).provided else found
+def condition_of(catalogue: Catalogue, name: str | None, task: str | None = None) -> str | None:
+    """Name of the condition of a control, or of a task of it, if there is one that this version knows."""
+    entry = catalogue.controls.get(name or "")
+    if entry is None:
+        return None
+    condition = task if task in entry.tasks else entry.condition
+    return None if condition is None else known_name(condition)
+
+
+def computed(condition: str | None) -> str | None:
+    """A condition; None for one that comes with the data and is not computed."""
+    return None if condition is None or conditions.find(condition).provided else condition
+
+
+def task_update(catalogue: Catalogue, name: str | None, task: str | None = None) -> Any:
+    """An update of a row's tasks to those of a control.
+
+    Args:
+        task: the chosen one; default: the condition that the file records.
+    """
+    tasks, recorded = tasks_of(catalogue, name), condition_of(catalogue, name)
+    chosen = task if task in tasks else recorded if recorded in tasks else None
+    return gr.update(choices=list(tasks), value=chosen, visible=bool(tasks))
 
 
 def control_row(index: int, catalogue: Catalogue, *, visible: bool, control: str | None, image: Any) -> ControlRow:
@@ -120,6 +147,11 @@ def control_row(index: int, catalogue: Catalogue, *, visible: bool, control: str
             name = gr.Dropdown(
                 offered(catalogue), value=control, label=f"Control {number}", elem_id=f"control-{number}-name", scale=3
             )
+            tasks = list(tasks_of(catalogue, control))
+            task = gr.Dropdown(
+                tasks, value=None, label="Task", visible=bool(tasks), elem_id=f"control-{number}-task", scale=2,
+                min_width=120,
+            )  # fmt: skip
             remove = gr.Button("Remove", size="sm", scale=0, min_width=90, elem_id=f"control-{number}-remove")
         with gr.Row():
             editor = gr.ImageEditor(
@@ -177,7 +209,7 @@ def control_row(index: int, catalogue: Catalogue, *, visible: bool, control: str
             buttons=[],
         )
     return ControlRow(
-        index, group, name, editor, preview, prepared, weight, start, end, mode, masked, mask, remove, parameters
+        index, group, name, task, editor, preview, prepared, weight, start, end, mode, masked, mask, remove, parameters
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from controlkit.errors import UserError
 from controlkit.images import resize_cover, shapes_differ
 from controlkit.sampling.request import SAMPLERS
 from controlkit.sampling.seeds import parse_seeds
-from controlkit.server.catalogue import word_of
+from controlkit.server.catalogue import TASK, word_of
 from controlkit.server.limits import Limits
 from controlkit.server.spec import Spec
 from controlkit.ui.client import Client, in_words_of_page, sentence
@@ -26,11 +26,12 @@ from controlkit.ui.control_rows import (
     OWN_MODE,
     ControlRow,
     background,
-    computed_condition,
+    computed,
     condition_of,
     control_row,
     drawn,
     offered,
+    task_update,
 )
 from controlkit.ui.files import painted, settings_in
 from controlkit.ui.first_values import FIRST_CONTROL, FIRST_PROMPT, first_seeds, first_steps
@@ -215,19 +216,24 @@ class _Tab:
         async def preview(values: dict[Any, Any]) -> Any:
             return await self._preview(row, values)
 
-        inputs = {row.control, row.image, row.prepared, *row.parameters.inputs, self.base, self.width, self.height}
-        inputs.add(self.message)
+        inputs = {row.control, row.task, row.image, row.prepared, *row.parameters.inputs, self.message}
+        inputs |= {self.base, self.width, self.height}
         outputs = [row.preview, self.message]
-        changes = [row.control.change, row.image.change, row.image.input, row.image.upload, row.prepared.change]
+        changes = [row.control.change, row.task.change, row.image.change, row.image.input, row.image.upload]
+        changes.append(row.prepared.change)
         changes += [field.change for field in (*row.parameters.fields, self.base, self.width, self.height)]
         gr.on(changes, preview, inputs, outputs, trigger_mode="always_last", **private)
         if row.index == 0:
             blocks.load(preview, inputs, outputs, **private)
 
-        def parameters(name: str | None) -> list[Any]:
-            return row.parameters.updates(condition_of(self.client.service.catalogue, name))
+        def parameters(name: str | None, task: str | None) -> list[Any]:
+            return row.parameters.updates(condition_of(self.client.service.catalogue, name, task))
 
-        row.control.input(parameters, row.control, list(row.parameters.outputs), **private)
+        def other_control(name: str | None) -> list[Any]:
+            return [task_update(self.client.service.catalogue, name), *parameters(name, None)]
+
+        row.control.input(other_control, row.control, [row.task, *row.parameters.outputs], **private)
+        row.task.input(parameters, [row.control, row.task], list(row.parameters.outputs), **private)
 
         def mask(masked: bool, image: Any, mask: Any) -> Any:
             strokes, shown = painted(mask), drawn(image)
@@ -264,17 +270,17 @@ class _Tab:
     async def _preview(self, row: ControlRow, values: dict[Any, Any]) -> tuple[Any, Any]:
         """The condition image that a control would be given."""
         name, catalogue = values[row.control], self.client.service.catalogue
-        image = row.given(values, condition_of(catalogue, name))
+        own, image = row.condition(values, catalogue), row.given(values, catalogue)
         if image is None or not name:
             return None, gr.skip()
         width, height = values[self.width], values[self.height]
         try:
-            condition = None if values[row.prepared] else computed_condition(catalogue, name)
+            condition = None if values[row.prepared] else computed(own)
             if not (width and height):
-                own = await run_in_threadpool(_own_size, catalogue.bases[values[self.base]])
-                width, height = width or own, height or own
+                side = await run_in_threadpool(_own_size, catalogue.bases[values[self.base]])
+                width, height = width or side, height or side
             self.client.service.limits.check_size(int(width), int(height), None)
-            of_labels = values[row.prepared] and is_of_labels(condition_of(catalogue, name))
+            of_labels = values[row.prepared] and is_of_labels(own)
             sized = resize_cover(image, int(width), int(height), nearest=of_labels)
             parameters = row.parameters.values(values, condition)
             found = await self.client.condition_image(sized, condition, parameters)
@@ -311,11 +317,7 @@ class _Tab:
             "loras": self.loras.body(values),
             "embeddings": catalogue.embeddings_in(f"{values[self.prompt]}\n{values[self.negative]}"),
             **self.start.body(values),
-            "controls": [
-                body
-                for row in rows
-                if (body := row.body(values, computed_condition(catalogue, values[row.control]))) is not None
-            ],
+            "controls": [body for row in rows if (body := row.body(values, catalogue)) is not None],
         }
 
     async def _draw(self, values: dict[Any, Any], request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
@@ -425,7 +427,7 @@ class _Tab:
         rows = [
             each
             for row in self.rows
-            for each in (row.group, row.control, row.weight, row.start, row.end, row.mode, row.prepared)
+            for each in (row.group, row.control, row.task, row.weight, row.start, row.end, row.mode, row.prepared)
         ]
         parameters = [each for row in self.rows for each in row.parameters.outputs]
         return [
@@ -461,15 +463,16 @@ class _Tab:
         parameters: list[Any] = []
         for index, row in enumerate(self.rows):
             if index >= len(stored.controls):
-                values += [gr.update(visible=False), *[gr.skip()] * 6]
+                values += [gr.update(visible=False), *[gr.skip()] * 7]
                 parameters += [gr.skip()] * len(row.parameters.outputs)
                 continue
             use = stored.controls[index]
             # Generate checks the value against the slider's ends.
             weight = gr.update(value=use["weight"], minimum=min(0, use["weight"]), maximum=max(2, use["weight"]))
-            values += [gr.update(visible=True), use["control"], weight, use["start"], use["end"]]
-            values += [use["mode"] or OWN_MODE, use["prepared"]]
-            condition = condition_of(self.client.service.catalogue, use["control"])
+            catalogue, task = self.client.service.catalogue, (use["inputs"] or {}).get(TASK)
+            values += [gr.update(visible=True), use["control"], task_update(catalogue, use["control"], task)]
+            values += [weight, use["start"], use["end"], use["mode"] or OWN_MODE, use["prepared"]]
+            condition = condition_of(catalogue, use["control"], task)
             parameters += row.parameters.updates(condition, use["parameters"])
         done = "; ".join(["settings restored; images of controls and the start image stay as they are", *notes])
         return [status_html(done), *values, *parameters]

@@ -13,9 +13,9 @@ from controlkit import conditions
 from controlkit.errors import UserError
 from controlkit.sampling.embeddings import embedding_file
 from controlkit.sampling.request import GenerateRequest
-from controlkit.server.catalogue import Catalogue
+from controlkit.server.catalogue import TASK, Catalogue
 from controlkit.server.parameters import parameters_of
-from controlkit.ui.control_rows import computed_condition, offered
+from controlkit.ui.control_rows import computed, condition_of, offered, tasks_of
 
 _WITHOUT_FIELDS = {
     each.name: each.default
@@ -102,7 +102,12 @@ def _offered_as(name: str, catalogue: Catalogue, here: Sequence[str]) -> str | N
 
 def _ignored(use: Mapping[str, Any], catalogue: Catalogue) -> list[str]:
     """Fields and parameters of a `ControlUse` that the page cannot restore."""
-    condition = computed_condition(catalogue, use["control"])
+    inputs = use["inputs"] or {}
+    task = inputs.get(TASK)
+    condition = computed(condition_of(catalogue, use["control"], task))
     known = [] if condition is None else [each.name for each in parameters_of(conditions.find(condition))]
     found = [name for name in ("layers", "mask") if use[name] is not None]
+    found += [f"input {name}" for name in inputs if name not in ("image", TASK)]
+    if task is not None and task not in tasks_of(catalogue, use["control"]):
+        found.append(f"task {task}")
     return [*found, *(name for name in use["parameters"] or {} if name not in known)]

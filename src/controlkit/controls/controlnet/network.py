@@ -192,7 +192,8 @@ class ControlNet(OneImage):
     @classmethod
     def is_native(cls, tensors: Mapping[str, Tensor]) -> bool:
         families = {name.partition(".")[0] for name in tensors}
-        return {"controlnet_down_blocks", "controlnet_cond_embedding"} <= families
+        # Unions have these names and more.
+        return {"controlnet_down_blocks", "controlnet_cond_embedding"} <= families and "task_embedding" not in families
 
     @classmethod
     def missing_setting(cls, config: Mapping[str, Any]) -> str | None:
