@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,19 +19,23 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from controlkit.apps.cli import main
+from controlkit.apps.evaluate import _of_the_pairs
 from controlkit.bases.meta import meta_base
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.controlnet_union import RELEASED, ControlNetUnion
+from controlkit.formats.card import card_of
 from controlkit.formats.convert import convert
 from controlkit.formats.detect import detect
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.formats.transfer import transfer
+from controlkit.sampling.axes import points_of
 from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import sample
 from controlkit.sampling.uses import ControlUse
+from controlkit.server.catalogue import list_models
 from controlkit.training.recipes import build_recipe
 from controlkit.training.run import objective_of
 from controlkit.training.run import run as train
@@ -166,12 +171,20 @@ def test_it_needs_a_task_that_it_has(base, control, image):
         control.encode({"image": image, "task": "cany"}, base)
     with refused("unknown-name", "'palette'"):
         control.for_condition("palette")
-    with refused("contradiction", "two images", "depth"):
-        control.encode({"image": image, "task": "depth", "depth": image}, base)
+    for task in ("depth", "depth_zoe"):  # of one type
+        with refused("contradiction", "two images", task, "depth"):
+            control.encode({"image": image, "task": task, "depth": image}, base)
     with pytest.raises(ValueError, match="0, 1"):
         control.encode({"image": image * 3, "task": "depth"}, base)
     assert control.conditions == ("openpose", "depth", "hed", "canny", "normal", "seg", "downscale", "inpaint")
     assert control.for_condition("pidinet").condition == "pidinet" and control.condition is None
+
+
+def test_pairs_of_every_task_are_followed(control):
+    for name, found in (("scribble", ["scribble"]), ("canny", ["canny"]), (None, list(control.conditions))):
+        assert _of_the_pairs("union", control, [SimpleNamespace(condition=name)], "pairs") == found
+    with refused("contradiction", "palette"):
+        _of_the_pairs("union", control, [SimpleNamespace(condition="palette")], "pairs")
 
 
 def test_the_first_release_has_six_types(base, image):
@@ -199,6 +212,48 @@ def test_new_tasks_join_those_of_a_release_and_change_no_other(base, control, im
     assert torch.equal(first, second)
 
 
+def test_aliases_of_conditions_are_their_tasks(base):
+    assert ControlNetUnion.for_base(base, tasks=["canny", "deblur", "blur"]).tasks == {"canny": 0, "blur": 1}
+    started = ControlNetUnion.for_training(
+        base, ["tile", "soft_edge"], {}, name="union", seed=0, start=ControlNetUnion.for_base(base)
+    )
+    assert started.tasks == dict(RELEASED)
+
+
+@pytest.mark.parametrize("tasks", [{"canny": [1]}, {"canny": "x"}, {"canny": 9}, {"canny": -1}, ["canny"]])
+def test_a_file_with_malformed_tasks_is_damaged(base, tmp_path, tasks):
+    path = save_control(tmp_path / "union.safetensors", ControlNetUnion.for_base(base, "canny"), base)
+    metadata = read_metadata(path)
+    config = json.dumps({**json.loads(metadata["control.config"]), "tasks": tasks})
+    save_file(load_file(path), path, {**metadata, "control.config": config})
+    with refused("damaged-file", path):
+        load_control(path, base)
+    (said,) = list_models(controls=[str(path)]).skipped
+    assert said.startswith("union: ") and "damaged" not in said
+
+
+def test_the_card_shows_tasks_that_the_file_has(base, tmp_path):
+    two = ControlNetUnion.for_base(base, tasks=["canny", "palette"])
+    card = card_of(save_control(tmp_path / "two.safetensors", two, base))
+    assert '{"image": "first.png", "task": "canny", "palette": "second.png"}' in card
+    one = card_of(save_control(tmp_path / "one.safetensors", ControlNetUnion.for_base(base, "canny"), base))
+    assert "task=canny" in one and "second.png" not in one
+
+
+def test_a_task_is_an_axis_and_stays_when_the_image_is_one():
+    def uses(xy, **use):
+        control = ControlUse(control="union.safetensors", **use)
+        return [
+            point.request.controls[0] for point in points_of(GenerateRequest(prompt="a", controls=(control,), xy=xy))
+        ]
+
+    saved = {"inputs": {"image": "a.png", "task": "canny", "depth": "d.png"}}
+    images = uses(({"image": ["b.png", "c.png"]},), **saved)
+    assert [use.inputs for use in images] == [{**saved["inputs"], "image": name} for name in ("b.png", "c.png")]
+    tasks = uses(({"task": ["canny", "hed"]},), prepared=True, **saved)
+    assert [use.inputs["task"] for use in tasks] == ["canny", "hed"]
+
+
 def test_tasks_on_the_command_line(base, control, tmp_path, monkeypatch):
     StableDiffusionXLPipeline(**parts(base)).save_pretrained(folder := tmp_path / "base")
     save_control(tmp_path / "union.safetensors", control, base, dtype=torch.float32)
@@ -211,6 +266,8 @@ def test_tasks_on_the_command_line(base, control, tmp_path, monkeypatch):
     (tmp_path / "inputs.json").write_text(json.dumps(inputs))
     assert main([*words, "--control", "union.safetensors=inputs.json,prepared", "--out", "b"]) == 0
     assert main([*words, "--control", "union.safetensors=photo.png", "--out", "c"]) == 2
+    xy = ["--prepared", "--xy", "task=canny,depth"]
+    assert main([*words, "--control", "union.safetensors=photo.png", *xy, "--out", "sheet"]) == 0
     (tmp_path / "inputs.json").write_text(json.dumps({**inputs, "palette": "depth.png"}))
     assert main([*words, "--control", "union.safetensors=inputs.json,prepared", "--out", "c"]) == 2
     use = ControlUse(control="union.safetensors", inputs=inputs, prepared=True)

@@ -63,7 +63,7 @@ FOREIGN = {
     "an IP-Adapter": ["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"],
     "a textual inversion": ["emb_params"],
     "a ControlNet-LLLite": ["lllite_unet_input_blocks_4_1_attn1_to_k.down.0.weight"],
-    "a ControlNet Union": ["task_embedding", "zero_convs.0.0.weight", "input_hint_block.0.weight"],
+    "a ControlNet Union": ["control_add_embedding.linear_1.bias", "task_embedding", "input_blocks.0.0.weight"],
     "a ControlNet-XS in its original layout": ["control_model.enc_zero_convs_in.0.0.weight"],
     "a ControlNet of a diffusion transformer": ["controlnet_blocks.0.weight", "x_embedder.weight"],
     "a motion module": ["down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import tracemalloc
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -235,6 +236,7 @@ def with_unions(unions):
     ("changes", "task"),
     [
         ({"union_control_type": "Hard Edge", "module": "lineart"}, "canny"),
+        ({"union_control_type": "Hard Edge", "module": "canny"}, "canny"),
         ({"union_control_type": "depth", "module": "none"}, "depth"),
         ({"union_control_type": "Hard Edge", "module": "auto"}, "canny"),
         ({"union_control_type": "Unknown", "module": "canny"}, "canny"),
@@ -247,14 +249,36 @@ def test_a_unit_names_the_task_of_a_control_with_several(with_unions, changes, t
 
 
 def test_the_type_of_a_union_is_checked_and_ignored_by_other_controls(with_unions):
-    with user_error("missing-setting", "unit 0", "union_control_type", "hard edge"):
-        units_of(with_unions, unit(model="union", module="none"))
+    for module in ("none", "auto", "grayscale"):
+        with user_error("missing-setting", "unit 0", "canny, depth", "union_control_type", "hard edge"):
+            units_of(with_unions, unit(model="union", module=module))
     with user_error("unknown-name", "unit 0", "'Hard Edges'", "hard edge"):
         units_of(with_unions, unit(model="union", union_control_type="Hard Edges"))
+    with user_error("unknown-name", "unit 0", "'Tile'", "canny, depth"):
+        units_of(with_unions, unit(model="union", union_control_type="Tile"))
     (found,), _ = units_of(with_unions, unit(union_control_type="Hard Edge"))
     assert found.ignored == ("alwayson_scripts.ControlNet.args[0].union_control_type",)
-    (recorded,), _ = units_of(with_unions, unit(model="depth", module="none"))
-    assert recorded.control["image"] == "unit0"
+
+
+def test_a_file_that_records_a_task_keeps_it_unless_the_module_is_another(with_unions):
+    for module in ("none", "auto", "grayscale"):
+        (found,), _ = units_of(with_unions, unit(model="depth", module=module))
+        assert found.control["image"] == "unit0"
+    (found,), _ = units_of(with_unions, unit(model="depth", module="canny"))
+    assert found.control["inputs"]["task"] == "canny"
+
+
+def test_a_type_means_any_task_of_it(with_unions):
+    entry = replace(with_unions.catalogue.controls["union"], tasks=("softedge_sobel", "scribble", "blur"))
+    catalogue = replace(with_unions.catalogue, controls={"union": entry})
+    only = SimpleNamespace(catalogue=catalogue, limits=Limits())
+    for kind, module, task in (
+        ("Soft Edge", "none", "scribble"),
+        ("Soft Edge", "softedge_sobel", "softedge_sobel"),
+        ("Tile", "none", "blur"),
+    ):
+        (found,), _ = units_of(only, unit(model="union", union_control_type=kind, module=module))
+        assert found.control["inputs"]["task"] == task
 
 
 def test_a_union_draws_by_its_tasks(unions, tmp_path):
@@ -266,10 +290,13 @@ def test_a_union_draws_by_its_tasks(unions, tmp_path):
             unit(model="union", union_control_type="Depth", module="none", image=edges),
             unit(model="depth", module="none", image=edges),
         ]
-        canny, prepared, depth, recorded = (drawn(running, **with_units(each))[0][0] for each in units)
+        (canny, told), (prepared, _), (depth, _), (recorded, _) = (
+            (images[0], info) for images, info in (drawn(running, **with_units(each)) for each in units)
+        )
         listed = running.get("/controlkit/v1/models")["controls"]
     assert np.array_equal(canny, prepared) and np.array_equal(depth, recorded)
     assert not np.array_equal(canny, depth)
+    assert "Module: canny, Model: union" in told["infotexts"][0]
     assert listed["union"]["tasks"] == ["canny", "depth"] and listed["canny"]["tasks"] == []
 
 

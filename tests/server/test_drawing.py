@@ -158,6 +158,9 @@ def test_what_flux_does_not_read_is_left_out_with_notes(tmp_path):
             spec.request |= {"clip_skip": None, "embeddings": []}
         result, _ = studio.draw(spec, {}, lambda step: None)
         assert result.values["used"]["guidance"] == guidance
+        settings = result.values["infotexts"][0]
+        assert ("CFG scale: 1.0, Distilled CFG Scale: 3.0" in settings) == (base == "flux")
+        assert "CFG scale: 1.0" in settings
         said = "\n".join(result.values["notes"])
         refused_by = ("weights in prompts", "textual inversions", "clip_skip", "the sampler ddim")
         assert [f"flux does not support {what}" in said for what in refused_by] == [base == "flux"] * 4, said

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from running import base64_of, drawing, image_of, in_thread
 
 from controlkit.formats.load import shipped_controls
 from controlkit.server.limits import Limits
+from controlkit.server.native import ControlBody, Images, _control
 from refusals import refused
 
 SMALL = {"prompt": "red apple", "steps": 2}
@@ -136,6 +138,20 @@ def test_what_only_the_base_can_refuse_ends_as_failed_with_a_code(server):
     assert (status["state"], status["code"]) == ("failed", "contradiction")
     answer = server.client.get(f"/controlkit/v1/jobs/{status['id']}/result")
     assert answer.status_code == 422 and "euler" in answer.json()["detail"]
+
+
+def test_a_task_says_how_an_image_is_decoded_and_has_to_be_chosen(unions):
+    service = SimpleNamespace(catalogue=unions, limits=Limits())
+    image = base64_of(drawing())
+
+    def shown(control, **values):
+        collected = Images(service)
+        _control(ControlBody(control=control, image=image, prepared=True, values=values), 0, collected, service)
+        return collected.images["control0"].shows
+
+    assert shown("union", task="canny") == shown("depth", task="Canny") == "canny" and shown("depth") == "depth"
+    with refused("missing-setting", "union", "canny, depth", "values.task"):
+        shown("union")
 
 
 def test_models_are_listed_with_what_they_take(server):

@@ -126,9 +126,11 @@ def test_a_row_chooses_a_task_of_a_control_with_several(unions):
     assert {"union", "depth"} <= set(offered(unions)) and task_update(unions, "canny")["visible"] is False
     assert task_update(unions, "union")["choices"] == ["canny", "depth"]
     assert [task_update(unions, name)["value"] for name in ("union", "depth")] == [None, "depth"]
-    assert task_update(unions, "union", "canny")["value"] == "canny"
+    assert task_update(unions, "union", "Canny")["value"] == "canny"
     with gradio.Blocks():
         row = control_row(1, unions, visible=True, control="union", image=None)
+        recorded = control_row(0, unions, visible=True, control="depth", image=None)
+    assert (row.task.value, recorded.task.value) == (None, "depth")
     values = dict.fromkeys(row.inputs) | {row.control: "union", row.mode: "default"}
     values[row.image] = {"composite": Image.new("RGB", (64, 64))}
     with refused("missing-setting", "control 2 (union)", "task"):

@@ -55,7 +55,7 @@ def test_a_task_is_restored(tmp_path, unions):
         control = {"control": "union", "inputs": {"image": "a.png", **inputs}, "parameters": {"low": 40}}
         return " ".join(Restored.of(settings_in(_file(tmp_path, {"controls": [control]})), unions, 3).notes)
 
-    assert notes(task="canny") == ""
+    assert notes(task="canny") == notes(task="Canny") == ""
     assert "task palette of union" in notes(task="palette")
     assert "input depth of union" in notes(task="canny", depth="b.png")
 

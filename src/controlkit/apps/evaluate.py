@@ -292,6 +292,9 @@ def _of_the_pairs(name: str, control: Control, pairs: Sequence[Pair], path: str)
 
     theirs = pairs[0].condition
     followed = [each for each in control.conditions if not different_conditions(each, theirs)]
+    if not followed and control.condition is None:  # names that it knows besides
+        every = control.conditions_in(control.config())
+        followed = [each for each in every if not different_conditions(each, theirs)]
     if control.conditions and not followed:
         ours = ", ".join(control.conditions)
         wanted = ours if len(control.conditions) == 1 else "one of these"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,9 +93,9 @@ def _first(tasks: Mapping[str, int]) -> list[str]:
 
 def _tasks(config: Mapping[str, Any]) -> dict[str, int]:
     """Tasks of a network with this config -> control types."""
-    count = config.get("num_control_type", 6)
-    tasks = config.get(_TASKS) or RELEASED
-    return {str(name): int(place) for name, place in tasks.items() if int(place) < count}
+    if own := config.get(_TASKS):
+        return {str(name): int(place) for name, place in own.items()}
+    return {name: place for name, place in RELEASED.items() if place < config.get("num_control_type", 6)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +198,7 @@ class ControlNetUnion(Control):
         if "CrossAttn" not in (unet.get("mid_block_type") or ""):
             raise UserError(f"{cls.title} needs attention in the middle block, which {base.name} lacks", "incompatible")
         names = tasks or ((condition,) if condition else None)
-        types = dict(RELEASED) if names is None else {name: place for place, name in enumerate(names)}
+        types = dict(RELEASED) if names is None else {name: place for place, name in enumerate(_tasks_of(names))}
         width = unet["block_out_channels"][0]
         config = {name: value for name, value in unet.items() if name in _settings()}
         config |= {
@@ -240,7 +241,8 @@ class ControlNetUnion(Control):
     @classmethod
     def class_of(cls, config: Mapping[str, Any] | None) -> type[Control]:
         tasks = (config or {}).get(_TASKS)
-        return _with_inputs(cls, tuple(tasks.items())) if isinstance(tasks, dict) and tasks else cls
+        known = isinstance(tasks, dict) and tasks and all(isinstance(place, int) for place in tasks.values())
+        return _with_inputs(cls, tuple(cast(dict[str, int], tasks).items())) if known else cls
 
     @classmethod
     def is_native(cls, tensors: Mapping[str, Tensor]) -> bool:
@@ -296,7 +298,7 @@ class ControlNetUnion(Control):
 
     def add_tasks(self, names: Sequence[str]) -> None:
         """Append tasks that it lacks: a random embedding each, and no effect on the time embedding yet."""
-        new = [name for name in names if name not in self.tasks]
+        new = [name for name in _tasks_of(names) if name not in self.tasks]
         if not new:
             return
         config, embedding = self.config(), self.network.task_embedding
@@ -330,7 +332,7 @@ class ControlNetUnion(Control):
 
         Raises:
             ValueError: a value is outside [0, 1].
-            UserError: no task is selected, there is none of that name, or two images are for one.
+            UserError: no task is selected, there is none of that name, or two images are of one control type.
         """
         images = {name: value for name, value in inputs.items() if name not in ("image", "task")}
         first = inputs["image"]
@@ -338,14 +340,15 @@ class ControlNetUnion(Control):
             inputs = {"task": next(iter(self.tasks)), **inputs}
         selected = cast(str, self.with_values(inputs).condition)
         task = self._known(selected)
-        if task in images:
-            raise UserError(f"two images are for the task {task}; give one", "contradiction")
+        kinds = [self.tasks[self._known(name)] for name in (task, *images)]
+        if len(set(kinds)) < len(kinds):
+            names = ", ".join(name for name in (task, *images) if kinds.count(self.tasks[self._known(name)]) > 1)
+            raise UserError(f"two images are for one control type: {names}; give one of them", "contradiction")
         weight = next(self.hint_network.parameters())
         types = torch.zeros(len(first), self.network.config["num_control_type"], device=weight.device)
         hint: dict[str, Tensor] = {}
-        for place, (name, image) in enumerate({task: first, **images}.items()):
+        for place, (kind, image) in enumerate(zip(kinds, (first, *images.values()), strict=True)):
             check_range(image)
-            kind = self.tasks[self._known(name)]
             types[:, kind] = 1
             hint[f"features.{place}"] = self.hint_network(image.to(weight.device, weight.dtype))
             hint[f"type.{place}"] = torch.full((len(first),), kind, device=weight.device)
@@ -413,12 +416,17 @@ class ControlNetUnion(Control):
 
     @classmethod
     def usage(cls, file: str, base: str) -> list[str]:
-        return [
-            f'    controlkit generate "PROMPT" --base {base} --control {file}=IMAGE,task=TASK --seeds 4',
-            "",
-            "Images of several tasks pass the network together if a .json file lists them:"
-            ' `{"image": "pose.png", "task": "openpose", "depth": "depth.png"}`.',
-        ]
+        first, *others = [entry.name for entry in cls.inputs[2:]]
+        lines = [f'    controlkit generate "PROMPT" --base {base} --control {file}=IMAGE,task={first} --seeds 4']
+        if others:
+            example = json.dumps({"image": "first.png", "task": first, others[0]: "second.png"})
+            lines += ["", f"Images of several tasks pass the network together if a .json file lists them: `{example}`."]
+        return lines
+
+
+def _tasks_of(names: Sequence[str]) -> list[str]:
+    """Tasks of the names of conditions, which may be aliases."""
+    return list(dict.fromkeys(known_name(name) or name for name in names))
 
 
 @cache

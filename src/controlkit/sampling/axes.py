@@ -292,16 +292,22 @@ def _loras_of(name: str, which: str | None, request: GenerateRequest) -> list[in
 
 
 def _set_of_control(use: dict[str, Any], key: str, value: Any) -> None:
+    from controlkit.sampling.inputs import is_listing, with_plain_inputs  # which imports this module
+
     if isinstance(value, str) and key in ("span", "layers"):
         value = read_option(key, value, "an axis")
     if key == "span":
         use["start"], use["end"] = value
+    elif key in (use["inputs"] or ()) and not is_listing(value):
+        use["inputs"] = {**use["inputs"], key: value}
     elif key == "image":
         use |= {"image": value, "inputs": None}
     elif key in _OF_A_CONTROL:
         use[key] = value
     else:
         use["parameters"] = {**(use["parameters"] or {}), key: value}
+        if use["prepared"]:
+            use |= with_plain_inputs(use)  # the other parameters contradict a prepared image
 
 
 def is_changed(name: str, request: GenerateRequest, changes: Mapping[str, Any]) -> bool:

@@ -62,11 +62,11 @@ def parse_control_use(text: str, **settings: Any) -> ControlUse:
     """
     parsed = {**settings, **parse_control(text)}
     if parsed.get("prepared") and "parameters" in parsed:
-        parsed = _with_plain_inputs(parsed)  # the other parameters contradict a prepared image
+        parsed = with_plain_inputs(parsed)  # the other parameters contradict a prepared image
     return ControlUse(**parsed)
 
 
-def _with_plain_inputs(settings: dict[str, Any]) -> dict[str, Any]:
+def with_plain_inputs(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a `ControlUse` with the plain inputs of its control among `parameters` moved to `inputs`.
 
     A control that does not exist is left to `with_named_inputs`.
@@ -76,14 +76,14 @@ def _with_plain_inputs(settings: dict[str, Any]) -> dict[str, Any]:
     except UserError:
         return settings
     image, inputs = settings.get("image"), settings.get("inputs")
-    if any(key in _plain_inputs(kind) for key in settings["parameters"]) and _is_listing(image):
+    if any(key in _plain_inputs(kind) for key in settings["parameters"]) and is_listing(image):
         image, inputs = None, _read_inputs(Path(str(image)), kind)
     return {**settings, **_moved(kind, image, inputs, settings["parameters"])}
 
 
-def _is_listing(image: str | None) -> bool:
+def is_listing(image: Any) -> bool:
     """Whether an image is a `.json` file of inputs."""
-    return image is not None and image.lower().endswith(".json")
+    return isinstance(image, str) and image.lower().endswith(".json")
 
 
 def _moved(
@@ -107,7 +107,7 @@ def _plain_inputs(kind: Kind) -> list[str]:
 
 
 def _named(use: ControlUse, kind: Kind) -> ControlUse:
-    if _is_listing(use.image):
+    if is_listing(use.image):
         use = dataclasses.replace(use, image=None, inputs=_read_inputs(Path(str(use.image)), kind))
     use = dataclasses.replace(use, **_moved(kind, use.image, use.inputs, use.parameters))
     if use.parameters is not None and (use.inputs is not None or takes_one_image(kind)):

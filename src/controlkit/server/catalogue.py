@@ -276,9 +276,7 @@ def _tasks(path: str, kind: type[Control]) -> tuple[str, ...]:
 
     if all(each.name != TASK for each in kind.inputs):
         return ()
-    with suppress(UserError):  # said when it is used
-        return kind.conditions_in(read_checkpoint(Path(path)).config)
-    return ()
+    return kind.conditions_in(read_checkpoint(Path(path)).config)
 
 
 def _with_companion(path: str, base_controls: Mapping[str, str]) -> str:

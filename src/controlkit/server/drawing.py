@@ -161,7 +161,10 @@ class Studio:
             "notes": notes,
             "ignored": list(spec.ignored),
         }
-        values["infotexts"] = [infotext(spec, request, self.catalogue, values, each.seed) for each in made.images]
+        values["infotexts"] = [
+            infotext(spec, request, self.catalogue, values, each.seed, reads_guidance=base.reads_guidance)
+            for each in made.images
+        ]
         images = [
             _png(each.image, {"parameters": text}) for each, text in zip(made.images, values["infotexts"], strict=True)
         ]

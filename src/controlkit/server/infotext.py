@@ -9,7 +9,7 @@ from typing import Any
 from controlkit._version import __version__
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.uses import ControlUse
-from controlkit.server.catalogue import Catalogue
+from controlkit.server.catalogue import TASK, Catalogue
 from controlkit.server.spec import Fit, SentImage, Spec
 
 _FITS: Mapping[Fit, str] = {"crop": "Crop and Resize", "stretch": "Just Resize", "fill": "Resize and Fill"}
@@ -43,13 +43,22 @@ SAMPLER_NAMES = {
 """Sampler -> its name in A1111."""
 
 
-def infotext(spec: Spec, request: GenerateRequest, catalogue: Catalogue, values: Mapping[str, Any], seed: int) -> str:
+def infotext(
+    spec: Spec,
+    request: GenerateRequest,
+    catalogue: Catalogue,
+    values: Mapping[str, Any],
+    seed: int,
+    *,
+    reads_guidance: bool = False,
+) -> str:
     """The prompts and all settings of one image, as text.
 
     Args:
         spec: as it was sent, with the names of models.
         request: made from it.
         values: `base`, `width`, `height` and `used` of the result.
+        reads_guidance: whether the base is told the guidance scale, which Forge calls distilled.
     """
     used = values["used"]
     loras = [f"<lora:{use['file']}:{use['weight']:g}>" for use in spec.request.get("loras", ())]
@@ -57,7 +66,8 @@ def infotext(spec: Spec, request: GenerateRequest, catalogue: Catalogue, values:
     settings = {
         "Steps": request.steps,
         "Sampler": SAMPLER_NAMES.get(used.get("sampler"), used.get("sampler")),
-        "CFG scale": used.get("guidance"),
+        "CFG scale": 1.0 if reads_guidance else used.get("guidance"),
+        "Distilled CFG Scale": used.get("guidance") if reads_guidance else None,
         "Seed": seed,
         "Size": f"{values['width']}x{values['height']}",
         "Model": values["base"],
@@ -82,8 +92,10 @@ def _unit(spec: Spec, index: int, use: ControlUse, catalogue: Catalogue, default
     """A control as a unit of A1111's ControlNet extension."""
     sent = spec.request["controls"][index]
     name = catalogue.find("controls", sent["control"])
-    module = "none" if use.prepared else catalogue.controls[name].condition or "auto"
-    image = spec.images.get(sent.get("image") or "", SentImage(file=""))
+    inputs = sent.get("inputs") or {}
+    task = inputs.get(TASK) if isinstance(inputs.get(TASK), str) else None
+    module = "none" if use.prepared else task or catalogue.controls[name].condition or "auto"
+    image = spec.images.get(sent.get("image") or inputs.get("image") or "", SentImage(file=""))
     parameters = use.parameters or image.parameters
     mode = use.mode or default_mode
     fields = {

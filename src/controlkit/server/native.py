@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Query, Request
@@ -11,11 +12,13 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
+from controlkit.conditions.condition import known_name
 from controlkit.errors import UserError
 from controlkit.sampling.request import DEFAULT_STEPS, SAMPLERS
 from controlkit.sampling.seeds import settled_seeds
 from controlkit.sampling.uses import MODES
 from controlkit.server.bodies import Body, Number
+from controlkit.server.catalogue import TASK, ControlEntry
 from controlkit.server.parameters import check_parameters, computed_conditions, listed_condition, parameters_of
 from controlkit.server.problems import responses
 from controlkit.server.replies import checked_prompt, ended, in_words_of_clients, service_of
@@ -363,6 +366,7 @@ def _control(use: ControlBody, index: int, collected: Images, service: Service) 
     for name in use.values:
         if name not in entry.values:
             raise UserError(f"{use.control} has no plain input {name!r}", "unknown-key")
+    entry = _with_task(use, entry)
     first = entry.images[0] if entry.images else "image"
     if use.image is not None and first in use.images:
         raise UserError(f"{use.control}: image and images.{first} are the same input; send one", "contradiction")
@@ -398,6 +402,20 @@ def _control(use: ControlBody, index: int, collected: Images, service: Service) 
     if image is not None:
         images[first] = image
     return {**values, "inputs": {**use.values, **images}}
+
+
+def _with_task(use: ControlBody, entry: ControlEntry) -> ControlEntry:
+    """The entry of a control with the condition of the task that a request selects.
+
+    Raises:
+        UserError: the control has several, and none is selected.
+    """
+    task = use.values.get(TASK)
+    if entry.tasks and task is None and entry.condition is None:
+        raise UserError(
+            f"{use.control} has the tasks {', '.join(entry.tasks)}; select one as values.{TASK}", "missing-setting"
+        )
+    return replace(entry, condition=known_name(task)) if entry.tasks and isinstance(task, str) else entry
 
 
 async def _status(service: Service, job: Job) -> Status:

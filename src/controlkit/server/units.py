@@ -40,17 +40,17 @@ _KNOWN = (
     *("enabled", "image", "mask", "module", "model", "weight", "resize_mode", "guidance_start", "guidance_end"),
     *("control_mode", "guessmode", "hr_option", "save_detected_map", "effective_region_mask", _TYPE),
 )
-_TASKS = {
-    "openpose": "openpose",
-    "depth": "depth",
-    "soft edge": "hed",
-    "hard edge": "canny",
-    "normal map": "normal",
-    "segmentation": "seg",
-    "tile": "downscale",
-    "inpaint": "inpaint",
+_TASKS: Mapping[str, tuple[str, ...]] = {
+    "openpose": ("openpose", "dwpose"),
+    "depth": ("depth", "depth_anything", "depth_leres", "depth_zoe"),
+    "soft edge": ("hed", "pidinet", "scribble", "softedge_sobel", "scribble_hed", "scribble_pidinet"),
+    "hard edge": ("canny", "lineart", "lineart_anime", "mlsd", "lines_lsd"),
+    "normal map": ("normal", "normal_bae"),
+    "segmentation": ("seg", "segments"),
+    "tile": ("downscale", "blur"),
+    "inpaint": ("inpaint", "inpaint_brush", "outpaint"),
 }
-"""`union_control_type`, in lower case -> the task of a control with several."""
+"""`union_control_type`, in lower case -> tasks of that type, in the order of preference."""
 _FITS: dict[str, Fit] = {
     "0": "stretch",
     "just resize": "stretch",
@@ -143,13 +143,10 @@ def _unit(
         raise UserError(f"{where} has no model; choose one of /controlnet/model_list", "missing-setting")
     name = service.catalogue.find("controls", model)
     entry = service.catalogue.controls[name]
-    task = _given_task(unit, entry, where)
+    task = _task(unit, name, entry, where) if entry.tasks else None
     if task is not None:
         entry = replace(entry, condition=known_name(task))
     module, ignored = _module(unit, entry, where)
-    if entry.tasks and entry.condition is None:
-        task = _task_of(module, where)
-        entry = replace(entry, condition=task)
     if not entry.tasks and _type_of(unit, where):
         ignored = (*ignored, _TYPE)
     is_own = _add_image(unit, module, entry, where, f"unit{index}", collected, start)
@@ -249,37 +246,45 @@ def _module(unit: Mapping[str, Any], entry: ControlEntry, where: str) -> tuple[M
 
 
 def _type_of(unit: Mapping[str, Any], where: str) -> str:
-    """The type of union control that a unit names, in lower case; empty if none."""
-    name = _text(unit, _TYPE, where).lower()
-    return "" if name == "unknown" else name
-
-
-def _given_task(unit: Mapping[str, Any], entry: ControlEntry, where: str) -> str | None:
-    """The task that a unit names, if its control has several.
+    """The type of union control that a unit names, in lower case; empty if none.
 
     Raises:
         UserError: there is no such type.
     """
-    name = _type_of(unit, where)
-    if not name or not entry.tasks:
-        return None
+    name = _text(unit, _TYPE, where).lower()
+    if name in ("", "unknown"):
+        return ""
     if name not in _TASKS:
         raise UserError(f"{where}: there is no {_TYPE} {unit[_TYPE]!r}{nearest(name, list(_TASKS))}", "unknown-name")
-    return _TASKS[name]
+    return name
 
 
-def _task_of(module: Module, where: str) -> str:
-    """The task of a unit that names none: what its module computes.
+def _task(unit: Mapping[str, Any], name: str, entry: ControlEntry, where: str) -> str | None:
+    """The task that a unit selects of a control with several: by its type, or by what its module computes; None is the
+    task that the file records.
+
+    Args:
+        name: of the control.
 
     Raises:
-        UserError: it computes nothing.
+        UserError: the control has no such task, or none is selected.
     """
-    if module.condition is None:
-        raise UserError(
-            f"{where}: the control has several tasks; select one by {_TYPE} ({', '.join(_TASKS)}) or by the module",
-            "missing-setting",
-        )
-    return module.condition.name
+    kind, module = _type_of(unit, where), _text(unit, "module", where)
+    computed = None if module.lower() == OWN else named_module(module, unit, where).condition
+    found = [task for task in _TASKS.get(kind, ()) if task in entry.tasks]
+    if computed is not None and computed.name in (found if kind else entry.tasks):
+        return computed.name
+    if found:
+        return found[0]
+    has = f"{name} has the tasks {', '.join(entry.tasks)}"
+    if kind:
+        raise UserError(f"{where}: {_TYPE} is {unit[_TYPE]!r}, but {has}", "unknown-name")
+    if entry.condition is not None:
+        return None
+    chosen = f"none is {computed.name!r}; " if computed is not None else ""
+    raise UserError(
+        f"{where}: {has}; {chosen}select one by {_TYPE} ({', '.join(_TASKS)}) or by the module", "missing-setting"
+    )
 
 
 def fit_of(mode: Any, where: str) -> Fit:

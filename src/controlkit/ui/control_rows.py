@@ -128,15 +128,22 @@ def computed(condition: str | None) -> str | None:
     return None if condition is None or conditions.find(condition).provided else condition
 
 
-def task_update(catalogue: Catalogue, name: str | None, task: str | None = None) -> Any:
-    """An update of a row's tasks to those of a control.
+def known_task(catalogue: Catalogue, name: str | None, task: Any) -> str | None:
+    """The task of a control that is called so, also by an alias; None if it has none."""
+    tasks = tasks_of(catalogue, name)
+    names = (task, known_name(task)) if isinstance(task, str) else ()
+    return next((each for each in names if each in tasks), None)
+
+
+def task_update(catalogue: Catalogue, name: str | None, task: Any = None) -> dict[str, Any]:
+    """What shows the tasks of a control in a row.
 
     Args:
         task: the chosen one; default: the condition that the file records.
     """
-    tasks, recorded = tasks_of(catalogue, name), condition_of(catalogue, name)
-    chosen = task if task in tasks else recorded if recorded in tasks else None
-    return gr.update(choices=list(tasks), value=chosen, visible=bool(tasks))
+    tasks = tasks_of(catalogue, name)
+    chosen = known_task(catalogue, name, condition_of(catalogue, name) if task is None else task)
+    return {"choices": list(tasks), "value": chosen, "visible": bool(tasks)}
 
 
 def control_row(index: int, catalogue: Catalogue, *, visible: bool, control: str | None, image: Any) -> ControlRow:
@@ -147,9 +154,8 @@ def control_row(index: int, catalogue: Catalogue, *, visible: bool, control: str
             name = gr.Dropdown(
                 offered(catalogue), value=control, label=f"Control {number}", elem_id=f"control-{number}-name", scale=3
             )
-            tasks = list(tasks_of(catalogue, control))
             task = gr.Dropdown(
-                tasks, value=None, label="Task", visible=bool(tasks), elem_id=f"control-{number}-task", scale=2,
+                **task_update(catalogue, control), label="Task", elem_id=f"control-{number}-task", scale=2,
                 min_width=120,
             )  # fmt: skip
             remove = gr.Button("Remove", size="sm", scale=0, min_width=90, elem_id=f"control-{number}-remove")

@@ -230,7 +230,7 @@ class _Tab:
             return row.parameters.updates(condition_of(self.client.service.catalogue, name, task))
 
         def other_control(name: str | None) -> list[Any]:
-            return [task_update(self.client.service.catalogue, name), *parameters(name, None)]
+            return [gr.update(**task_update(self.client.service.catalogue, name)), *parameters(name, None)]
 
         row.control.input(other_control, row.control, [row.task, *row.parameters.outputs], **private)
         row.task.input(parameters, [row.control, row.task], list(row.parameters.outputs), **private)
@@ -470,9 +470,10 @@ class _Tab:
             # Generate checks the value against the slider's ends.
             weight = gr.update(value=use["weight"], minimum=min(0, use["weight"]), maximum=max(2, use["weight"]))
             catalogue, task = self.client.service.catalogue, (use["inputs"] or {}).get(TASK)
-            values += [gr.update(visible=True), use["control"], task_update(catalogue, use["control"], task)]
+            tasks = task_update(catalogue, use["control"], task)
+            values += [gr.update(visible=True), use["control"], gr.update(**tasks)]
             values += [weight, use["start"], use["end"], use["mode"] or OWN_MODE, use["prepared"]]
-            condition = condition_of(catalogue, use["control"], task)
+            condition = condition_of(catalogue, use["control"], tasks["value"])
             parameters += row.parameters.updates(condition, use["parameters"])
         done = "; ".join(["settings restored; images of controls and the start image stay as they are", *notes])
         return [status_html(done), *values, *parameters]

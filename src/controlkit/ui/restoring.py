@@ -15,7 +15,7 @@ from controlkit.sampling.embeddings import embedding_file
 from controlkit.sampling.request import GenerateRequest
 from controlkit.server.catalogue import TASK, Catalogue
 from controlkit.server.parameters import parameters_of
-from controlkit.ui.control_rows import computed, condition_of, offered, tasks_of
+from controlkit.ui.control_rows import computed, condition_of, known_task, offered
 
 _WITHOUT_FIELDS = {
     each.name: each.default
@@ -103,11 +103,11 @@ def _offered_as(name: str, catalogue: Catalogue, here: Sequence[str]) -> str | N
 def _ignored(use: Mapping[str, Any], catalogue: Catalogue) -> list[str]:
     """Fields and parameters of a `ControlUse` that the page cannot restore."""
     inputs = use["inputs"] or {}
-    task = inputs.get(TASK)
+    task = known_task(catalogue, use["control"], inputs.get(TASK))
     condition = computed(condition_of(catalogue, use["control"], task))
     known = [] if condition is None else [each.name for each in parameters_of(conditions.find(condition))]
     found = [name for name in ("layers", "mask") if use[name] is not None]
     found += [f"input {name}" for name in inputs if name not in ("image", TASK)]
-    if task is not None and task not in tasks_of(catalogue, use["control"]):
-        found.append(f"task {task}")
+    if task is None and TASK in inputs:
+        found.append(f"task {inputs[TASK]}")
     return [*found, *(name for name in use["parameters"] or {} if name not in known)]
