@@ -108,6 +108,27 @@ def test_a_result_has_the_controls_of_the_page_and_of_its_files(tmp_path, prepar
     assert (use.prepared, use.parameters, use.image) == (True, None, "condition0.png")
 
 
+def test_a_result_of_a_task_has_it_in_its_files(tmp_path, unions, monkeypatch):
+    from controlkit.ui.files import VARIABLE, png_bytes, settings_in
+    from controlkit.ui.restoring import Restored
+    from controlkit.ui.results import write_files
+
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    data = png_bytes(Image.new("RGB", (64, 64)))
+    inputs = {"image": "control0", "task": "canny"}
+    control = {"control": "union", "image": None, "inputs": inputs, "prepared": False, "parameters": {"low": 40}}
+    spec = Spec(request={**_REQUEST, "controls": [control]}, images={"control0": SentImage(file="control0")})
+    found, _ = write_files(spec, {"control0": data}, {"seeds": [3], "used": {}}, [data], [data], [])
+    assert len(found["image"]) == len(found["condition image"]) == 1
+    path = tmp_path / found["images"][0]
+    stored = Restored.of(settings_in(path), unions, 3)
+    (use,) = stored.controls
+    assert (use["inputs"]["task"], use["prepared"], use["parameters"]) == ("canny", False, {"low": 40})
+    assert stored.notes == ()
+    (use,) = read_settings(path.with_name("settings.json")).request.controls
+    assert use.prepared and use.inputs == {"image": "condition0.png", "task": "canny"}
+
+
 def test_values_of_a_page_are_checked_as_others(tmp_path):
     from controlkit.ui.files import settings_in
 

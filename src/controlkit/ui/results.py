@@ -66,19 +66,22 @@ def restorable(spec: Spec, seeds: Sequence[int]) -> tuple[dict[str, Any], dict[s
         if use.get("mask") is not None:
             mask = f"mask{index}.png"
             named[mask] = use["mask"]
-        changes = {"image": f"condition{index}.png", "prepared": True, "parameters": None, "mask": mask}
-        uses.append({**use, **changes})
+        image: dict[str, Any] = {"image": f"condition{index}.png"}
+        if use.get("inputs") is not None:
+            image = {"image": None, "inputs": {**use["inputs"], **image}}
+        uses.append({**use, **image, "prepared": True, "parameters": None, "mask": mask})
     return {**request, "seeds": list(seeds), "controls": uses}, named
 
 
 def _as_drawn(sent: Mapping[str, bytes], spec: Spec, like: Path) -> list[Path]:
     """The image of the first control as it was drawn or uploaded, in the size of a result."""
     uses = spec.request.get("controls", ())
-    if not uses or uses[0].get("image") not in sent:
+    name = None if not uses else uses[0].get("image") or (uses[0].get("inputs") or {}).get("image")
+    if name is None or name not in sent:
         return []
     with Image.open(like) as result:
         size = result.size
-    image = Image.open(io.BytesIO(sent[uses[0]["image"]])).convert("RGB")
+    image = Image.open(io.BytesIO(sent[name])).convert("RGB")
     path = like.with_name("drawn.png")
     resize_cover(image, *size).save(path)
     return [path]
