@@ -276,9 +276,8 @@ def test_more_settings_are_restored_from_a_dropped_file(page, tmp_path, listed):
     page.until(lambda: "restored" in page.text("#message"), "settings")
     assert ("none here" in page.text("#message")) != listed
     _open(page, "control-1-parameters")
-    page.until(
-        lambda: page.all("#control-1-parameters input[type=number]")[0].get_attribute("value") == "40", "parameter"
-    )
+    fields = "#control-1-parameters input[type=number]"
+    page.until(lambda: [each.get_attribute("value") for each in page.all(fields)][:1] == ["40"], "parameter")
     _open(page, "settings")
     assert page.one("#vae input").get_attribute("value") == ("own" if listed else "default")
     _open(page, "loras")

@@ -105,7 +105,9 @@ class SavedSettings:
     def _located(self, use: Mapping[str, Any]) -> dict[str, Any]:
         """Paths of a control of a request with axes: as they exist, without a look at their content."""
         inputs = use["inputs"] and {
-            name: self._locate(value) if isinstance(value, str) else value for name, value in use["inputs"].items()
+            # A text may be a task, and a folder have its name.
+            name: self._locate(value) if isinstance(value, str) and (self.folder / value).is_file() else value
+            for name, value in use["inputs"].items()
         }
         paths = {name: use[name] and self._locate(use[name]) for name in ("image", "mask")}
         return {**paths, "inputs": inputs}
