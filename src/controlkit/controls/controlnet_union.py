@@ -338,12 +338,13 @@ class ControlNetUnion(Control):
         first = inputs["image"]
         if self.condition is None and first.is_meta:  # to count operations, of which all tasks have the same
             inputs = {"task": next(iter(self.tasks)), **inputs}
-        selected = cast(str, self.with_values(inputs).condition)
-        task = self._known(selected)
-        kinds = [self.tasks[self._known(name)] for name in (task, *images)]
-        if len(set(kinds)) < len(kinds):
-            names = ", ".join(name for name in (task, *images) if kinds.count(self.tasks[self._known(name)]) > 1)
-            raise UserError(f"two images are for one control type: {names}; give one of them", "contradiction")
+        task = self._known(cast(str, self.with_values(inputs).condition))
+        names = (task, *images)
+        kinds = [self.tasks[self._known(name)] for name in names]
+        if twice := [name for name, kind in zip(names, kinds, strict=True) if kinds.count(kind) > 1]:
+            raise UserError(
+                f"two images are for one control type: {', '.join(twice)}; give one of them", "contradiction"
+            )
         weight = next(self.hint_network.parameters())
         types = torch.zeros(len(first), self.network.config["num_control_type"], device=weight.device)
         hint: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ from controlkit._version import __version__
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.uses import ControlUse
 from controlkit.server.catalogue import TASK, Catalogue
-from controlkit.server.spec import Fit, SentImage, Spec
+from controlkit.server.spec import Fit, SentImage, Spec, image_name
 
 _FITS: Mapping[Fit, str] = {"crop": "Crop and Resize", "stretch": "Just Resize", "fill": "Resize and Fill"}
 _MODES = {
@@ -92,10 +92,10 @@ def _unit(spec: Spec, index: int, use: ControlUse, catalogue: Catalogue, default
     """A control as a unit of A1111's ControlNet extension."""
     sent = spec.request["controls"][index]
     name = catalogue.find("controls", sent["control"])
-    inputs = sent.get("inputs") or {}
-    task = inputs.get(TASK) if isinstance(inputs.get(TASK), str) else None
-    module = "none" if use.prepared else task or catalogue.controls[name].condition or "auto"
-    image = spec.images.get(sent.get("image") or inputs.get("image") or "", SentImage(file=""))
+    task = (use.inputs or {}).get(TASK)
+    own = task if isinstance(task, str) else None
+    module = "none" if use.prepared else own or catalogue.controls[name].condition or "auto"
+    image = spec.images.get(image_name(sent) or "", SentImage(file=""))
     parameters = use.parameters or image.parameters
     mode = use.mode or default_mode
     fields = {

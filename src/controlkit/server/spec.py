@@ -132,6 +132,12 @@ class Spec:
             limits.check_size(request.width, request.height, request.hires)
 
 
+def image_name(use: Mapping[str, Any]) -> str | None:
+    """Name of the image of a control of a request, which other inputs may stand beside."""
+    name: str | None = use.get("image") or (use.get("inputs") or {}).get("image")
+    return name
+
+
 def _located(use: Mapping[str, Any], catalogue: Catalogue, path: Callable[[str], str]) -> dict[str, Any]:
     """A control with paths of its file and its images."""
     entry = catalogue.controls[catalogue.find("controls", use["control"])]

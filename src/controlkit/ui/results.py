@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from controlkit.images import resize_cover
-from controlkit.server.spec import Spec
+from controlkit.server.spec import Spec, image_name
 from controlkit.ui.files import PAGE_FIELDS, write_result
 
 SIDES = ("condition image", "image", "start image")
@@ -76,7 +76,7 @@ def restorable(spec: Spec, seeds: Sequence[int]) -> tuple[dict[str, Any], dict[s
 def _as_drawn(sent: Mapping[str, bytes], spec: Spec, like: Path) -> list[Path]:
     """The image of the first control as it was drawn or uploaded, in the size of a result."""
     uses = spec.request.get("controls", ())
-    name = None if not uses else uses[0].get("image") or (uses[0].get("inputs") or {}).get("image")
+    name = image_name(uses[0]) if uses else None
     if name is None or name not in sent:
         return []
     with Image.open(like) as result:
