@@ -46,6 +46,19 @@ def read_image(path: str | Path, background: tuple[int, int, int] = (255, 255, 2
     return decode_rgb(read_bytes(path), str(path), background)
 
 
+def check_exists(path: str | Path) -> None:
+    """Check that there is a file at the `path` of an image.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"there is no image at {path}: it is a folder; give the name of one image", "unreadable-file")
+    if not path.is_file():
+        raise UserError(f"there is no image at {path}", "missing-file")
+
+
 def read_bytes(path: str | Path) -> bytes:
     """The bytes of the image file `path`.
 
@@ -54,12 +67,7 @@ def read_bytes(path: str | Path) -> bytes:
     """
     path = Path(path)
     try:
-        if path.is_dir():
-            raise UserError(
-                f"there is no image at {path}: it is a folder; give the name of one image", "unreadable-file"
-            )
-        if not path.is_file():
-            raise UserError(f"there is no image at {path}", "missing-file")
+        check_exists(path)
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}", "unreadable-file") from error

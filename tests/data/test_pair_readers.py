@@ -263,6 +263,11 @@ def test_coco_objects_become_condition_images(tmp_path):
     assert source[10:30, 6:18].any(axis=2).all() and not source[:8].any()
     assert not pairs[0].images(48)[0].any()
     assert read_pairs(root / "annotations/instances_val2017.json", "segments")[2].images(48)[0].any()
+    # The folder has them, too, and what is computed from images.
+    for name in ("bbox", "segments", "canny"):
+        (pair,) = (pair for pair in read_pairs(root / name) if pair.prompt == "scene 2")
+        assert pair.condition == name and pair.images(48)[0].any()
+    assert np.array_equal(read_pairs(root / "canny")[2].images(48)[0], CANNY(scene(2)))
 
 
 def test_everything_that_is_wrong_is_listed_at_once(tmp_path):
@@ -460,8 +465,8 @@ def test_shards_of_ours_whose_bytes_changed_are_listed(tmp_path):
 
 
 def hashed_split(pairs, share):
-    """The split of pairs without tiles: by the hash of each image."""
-    ranked = sorted(pairs, key=lambda pair: sha256_of(pair.target.read_bytes()))
+    """The split of pairs without tiles: by the hash of each original, or of each image."""
+    ranked = sorted(pairs, key=lambda pair: sha256_of(pair.original or pair.target.read_bytes()))
     count = min(len(pairs) - 1, max(1, round(share * len(pairs))))
     return ranked[count:], ranked[:count]
 
@@ -493,6 +498,19 @@ def test_pairs_without_tiles_are_split_by_the_hash_of_each_image(tmp_path, share
     assert split_pairs(pairs, share) == hashed_split(pairs, share)
     pairs = [replace(pair, original=None) for pair in pairs]
     assert split_pairs(pairs, share) == hashed_split(pairs, share)
+
+
+def test_pairs_made_again_hold_out_the_same_images(tmp_path):
+    write_images(tmp_path / "in", 12, height=64, width=64)
+    held_out = []
+    for name, settings in (
+        ("one", MakeSettings(conditions=("canny",), size=32)),
+        ("larger", MakeSettings(conditions=("canny",), size=48)),
+        ("other", MakeSettings(conditions=("palette",), size=32)),
+    ):
+        make_pairs(list_images([tmp_path / "in"]), tmp_path / name, settings, workers=1)
+        held_out.append([pair.original for pair in split_pairs(read_pairs(tmp_path / name), 0.25)[1]])
+    assert held_out[0] == held_out[1] == held_out[2] and len(set(held_out[0])) == 3
 
 
 def test_twins_in_folders_are_matched_by_path(tmp_path):

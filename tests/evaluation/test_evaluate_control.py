@@ -411,6 +411,8 @@ def brightness(images):
         ({"prompt_modes": "none"}, "wrong-type", "prompt_modes"),
         ({"prompt_modes": ()}, "wrong-type", "prompt_modes"),
         ({"prompt_modes": ("foo",)}, "unknown-name", "foo"),
+        ({"prompt_modes": ("none", "given", "none")}, "contradiction", "none repeats"),
+        ({"captioner": "concepts"}, "contradiction", "automatic"),
         ({"steps": 0}, "out-of-range", "steps"),
         ({"guidance": 0.5}, "out-of-range", "guidance"),
         ({"weight": "1"}, "out-of-range", "weight"),
@@ -433,6 +435,24 @@ def test_images_of_another_condition_are_refused(tiny_base, tiny_control, tmp_pa
         evaluate_control(tiny_base, tiny_control, [pairs], steps=1)
 
 
+@pytest.mark.parametrize("condition", ["identity", "lineart_given", "bbox"])
+def test_a_control_of_finished_pairs_is_evaluated_on_pairs_only(condition, tiny_base, tiny_control, tmp_path):
+    other = copy.copy(tiny_control)
+    other.condition = condition
+    with refused("unsupported", condition, "--pairs"):
+        evaluate_control(tiny_base, other, [evaluation_set("held-out").first(1)], steps=1)
+    with refused("unsupported", f"mine is of {condition}"):
+        evaluate_controls(tiny_base, {"mine": other}, [evaluation_set("held-out").first(1)], steps=1)
+    assert evaluate_control(tiny_base, other, [replace(eval_set_from(0, 1), condition=condition)], steps=1)
+
+
+def test_pairs_of_another_size_than_the_base_are_refused(tiny_base, tiny_control):
+    larger = [np.zeros((128, 128, 3), np.uint8)]
+    for name in ("targets", "condition_images", "references"):
+        with refused("wrong-size", "128 x 128", "pairs_eval_set(pairs, 64)"):
+            evaluate_control(tiny_base, tiny_control, [replace(eval_set_from(0, 1), **{name: larger})], steps=1)
+
+
 def test_the_targets_of_larger_pairs_score_perfectly(tiny_base, tiny_control, tmp_path):
     (tmp_path / "images").mkdir()
     for index, image in enumerate(evaluation_set("held-out").first(2).images):
@@ -442,7 +462,7 @@ def test_the_targets_of_larger_pairs_score_perfectly(tiny_base, tiny_control, tm
 
     pairs = read_pairs(tmp_path / "pairs" / "canny")
     ours = pairs_eval_set(pairs, 64)
-    assert ours.scores(canny, ours.targets) == [1, 1] and ours.scaled == 0
+    assert ours.scores(canny, ours.targets) == [1, 1] and (ours.scaled, ours.computed_larger) == (0, 2)
     assert all(
         np.array_equal(image, pair.side(SOURCE, 64)) for image, pair in zip(ours.condition_images, pairs, strict=True)
     )
@@ -457,3 +477,5 @@ def test_the_targets_of_larger_pairs_score_perfectly(tiny_base, tiny_control, tm
     notes, other = (evaluate_control(tiny_base, tiny_control, [each], steps=1)[0].notes for each in (foreign, ours))
     assert any(f"the targets themselves score {own:.3f}" in note for note in notes)
     assert not any("themselves" in note for note in other)
+    assert any("2 condition images" in note and "--size 64" in note for note in other)
+    assert not any("--size 64" in note for note in notes)

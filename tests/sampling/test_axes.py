@@ -129,6 +129,14 @@ class TestAxes:
             ({"vary": ({"guidance": 3},)}, "wrong-type", ["guidance", 3]),
             ({"vary": ({"guidance": [1, 2], "steps": [3]},)}, "contradiction", ["2 of guidance", "1 of steps"]),
             ({"vary": ({"steps": [1]},), "xy": ({"steps": [2]},)}, "contradiction", ["steps"]),
+            ({"xy": ({"weight": [0, 1]}, {"0.weight": [1]})}, "contradiction", ["weight and 0.weight"]),
+            ({"xy": ({"canny.weight": [1]}, {"0.weight": [1]})}, "contradiction", ["canny.weight and 0.weight"]),
+            ({"vary": ({"span": ["0-1"], "start": [0.5]},)}, "contradiction", ["span and start"]),
+            (
+                {"xy": ({"lora.weight": [1]}, {"lora.0.weight": [1]}), "loras": (INK,)},
+                "contradiction",
+                ["lora.weight and lora.0.weight"],
+            ),
             ({"xy": ({"steps": [1]}, {"guidance": [2]}, {"prompt": ["y"]})}, "contradiction", [3]),
             ({"vary": ({"steps": [*range(1, 999)]}, {"guidance": [*range(1, 99)]})}, "out-of-range", ["10000"]),
             ({"vary": ({"depth.weight": [1]},)}, "unknown-name", ["'depth'", "canny"]),
@@ -249,6 +257,31 @@ def test_the_base_is_loaded_once_and_steps_are_counted_over_all(folder, monkeypa
     assert steps[0][1] == 8 and [images for _, _, images in steps] == [[0], [1], *[[2]] * 3, *[[3]] * 3]
 
 
+@pytest.mark.parametrize(
+    ("axis", "code", "fact"),
+    [
+        ({"image": ["same.png", "missing.png"]}, "missing-file", "missing.png"),
+        ({"mask": ["same.png", "missing.png"]}, "missing-file", "missing.png"),
+        ({"low": [10, 5000]}, "out-of-range", "5000"),
+        ({"sampler": ["ddim", "euler"]}, "contradiction", "euler"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_the_first_image(axis, code, fact, folder, tiny_base, tiny_control):
+    use = ControlUse(control="edges.safetensors", image="same.png")
+    asked = request(base="base", controls=(use,), steps=2, vary=(axis,))
+    made = []
+    for passed in ({}, {"base": tiny_base, "controls": [tiny_control]}):
+        with refused(code, fact):
+            generate(asked, on_step=made.append, **passed)
+    assert made == []
+
+
+def test_images_in_memory_are_no_missing_files(folder, tiny_base):
+    use = ControlUse(control="edges.safetensors", image="drawn", prepared=True)
+    asked = request(controls=(use,), steps=1, vary=({"weight": [0, 1]},))
+    assert len(generate(asked, base=tiny_base, images={"drawn": Image.open("same.png")}).images) == 2
+
+
 def test_what_is_passed_loaded_cannot_vary(tiny_base, tiny_control):
     with refused("contradiction", "base"):
         generate(request(vary=({"precision": ["fp32", "bf16"]},)), base=tiny_base)
@@ -258,6 +291,14 @@ def test_what_is_passed_loaded_cannot_vary(tiny_base, tiny_control):
 
 
 class TestCommandLine:
+    def test_prompts_on_an_axis_need_no_other(self, folder, capsys):
+        control = ("--control", "edges.safetensors=same.png,prepared")
+        assert run(*control, "--xy", "prompt=apple|cat face", "--out", "out") == 0
+        made = read_settings(Path("out")).request
+        assert made.xy == ({"prompt": ["apple", "cat face"]},)
+        assert run("dog", *control, "--xy", "prompt=apple|cat face", "--out", "other") == 2
+        check(capsys.readouterr().err, "contradiction", "leave out --prompt")
+
     def test_prompts_and_images_are_crossed_or_paired(self, folder, capsys):
         Path("prompts.txt").write_text("\ufeffapple\n\n  cat face \n", encoding="utf-8")
         control = ("--control", "edges.safetensors=photos,prepared")

@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sets",
         nargs="+",
+        action="extend",
         help="sets of images for controls: held-out and openmoji (the default), seen, seen-again (seen, rendered anew)",
     )
     parser.add_argument("--pairs", metavar="PATH", help="evaluate on held-out pairs instead of sets")
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-mode",
         nargs="+",
+        action="extend",
         metavar="MODE",
         help="a row for each: given (the captions of the images), none, default, automatic (default: given)",
     )
@@ -116,6 +118,8 @@ def run(args: argparse.Namespace) -> None:
         writable_folder(Path(args.sheet).parent, "name another place with --sheet")
         if Path(args.sheet).is_dir():
             raise UserError(f"--sheet {args.sheet} is a folder; expected the name of a PNG", "wrong-kind")
+        if Path(args.sheet).suffix.lower() != ".png":
+            raise UserError(f"--sheet {args.sheet}: expected a name ending in .png", "wrong-kind")
     if args.out:
         writable_folder(args.out, "name another folder with --out")
     _check_seed(args)

@@ -323,7 +323,8 @@ def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings |
     if prompts:
         settings["prompt"] = prompts[0]
     _settle_prompt(settings)
-    if saved is None and settings.get("prompt") is None:
+    varies = any(text.partition("=")[0].strip() == "prompt" for text in args.xy)
+    if saved is None and settings.get("prompt") is None and not varies:
         raise UserError(
             "no prompt; give one, --prompt-mode none, default or automatic, or --from FILE to repeat saved settings",
             "missing-setting",
@@ -337,7 +338,7 @@ def _request(args: argparse.Namespace) -> tuple[GenerateRequest, SavedSettings |
     if seeds is not None:
         settings["seeds"] = seeds
     if saved is None:
-        request = GenerateRequest(controls=uses, **settings)
+        request = GenerateRequest(controls=uses, **{"prompt": "", **settings})
     else:
         for name, of_kind in (("controls", uses), ("loras", settings.get("loras", ()))):
             if of_kind:

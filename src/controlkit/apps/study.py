@@ -6,7 +6,8 @@
     controlkit study several-conditions
 
 new-condition, convergence and community-model need data/nano/icons.npz (step 1 of recipes/nano/README.md), the first
-two also matplotlib (pip install 'controlkit[studies]'); ambiguous-content needs pip install 'controlkit[metrics]'.
+two also matplotlib (pip install 'controlkit[studies]'); ambiguous-content and image-prompt need pip install
+'controlkit[metrics]'.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ STUDIES = {
     "task-instructions": "a UniControl under its tasks' instructions, with its HyperNet trained and frozen",
     "ambiguous-content": "the concept that results show under empty, right and conflicting prompts, by condition",
     "convergence": "steps to half of the gap, of colour against spatial conditions",
+    "image-prompt": "what results take from an image prompt, by its weight, with and without a caption",
     "guidance-modes": "every guidance mode on the same seeds, with an empty and with a full prompt",
 }
 """Name -> what is measured."""

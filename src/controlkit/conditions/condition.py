@@ -198,7 +198,7 @@ class Condition:
                 raise UserError(
                     f"{self.name} has no parameter {key!r}{nearest(key, list(self.defaults))}", "unknown-key"
                 )
-            self._check(key, value)
+            self.check(key, value)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
         size = f"{image.shape[1]} x {image.shape[0]}"
@@ -239,8 +239,16 @@ class Condition:
             )
         return result
 
-    def _check(self, key: str, value: Any) -> None:
-        """Check the type of a number or boolean, and the limits of a number; other parameters pass."""
+    def check(self, key: str, value: Any) -> None:
+        """Check the type of a number or boolean, and the limits of a number; other parameters pass.
+
+        Args:
+            key: one of its parameters.
+            value: of it.
+
+        Raises:
+            UserError: it is invalid.
+        """
         default = self.defaults[key]
         if isinstance(default, bool):
             # Any text is true to Python, also `off`.

@@ -119,7 +119,9 @@ def write_pairs(folder: str | Path, pairs: Iterable[tuple[np.ndarray, np.ndarray
 def split_pairs(pairs: Sequence[Pair], share: float = 0.1) -> tuple[list[Pair], list[Pair]]:
     """Split into (training, held-out) pairs by the hash of their images, with at least one pair each.
 
-    Tiles of one image are not separated, unless all pairs are tiles of one image.
+    Of pairs whose manifest records the file that each image was made from, it is the hash of that file, so that pairs
+    made again at another size or of another condition are split alike. Tiles of one image are not separated, unless all
+    pairs are tiles of one image.
 
     Args:
         share: held-out fraction; with tiles at most about that.
@@ -156,8 +158,8 @@ def _ranked(pairs: Sequence[Pair]) -> list[list[Pair]]:
     for index, (pair, digest) in enumerate(zip(pairs, digests, strict=True)):
         # Different images made from one file are tiles. Other pairs are ranked one by one, copies of an image too.
         tiled = pair.original is not None and len(targets[pair.original]) > 1
-        key = (sha256_of(str(pair.original)), -1) if tiled else (digest, index)
-        groups.setdefault(key, []).append(pair)
+        made_from = digest if pair.original is None else sha256_of(pair.original)
+        groups.setdefault((made_from, -1 if tiled else index), []).append(pair)
     return [groups[key] for key in sorted(groups)]
 
 

@@ -164,7 +164,7 @@ def evaluate_controls(
     titles: list[str] = []
     for name, control in controls.items():
         check_control(control, name)
-        check_computable(control)
+        check_computable(control, name)
     for name, control in controls.items():
         evaluated = _evaluate_each(
             base,
@@ -330,7 +330,7 @@ def _evaluate_each(
     **settings: Any,
 ) -> list[_Evaluated]:
     """`_evaluate` on each set in each prompt mode, after all settings and sets are checked."""
-    check_evaluation(control, sets, prompt_modes, **settings)
+    check_evaluation(base, control, sets, prompt_modes, **settings)
     check_prompt_modes(base, prompt_modes)
     caption = find_captioner(settings["captioner"], base) if "automatic" in prompt_modes else None
     with base.in_use:
@@ -394,6 +394,12 @@ def _evaluate(
         notes += (
             f"{eval_set.scaled} condition images of {eval_set.name} were scaled to the base's size, which thins lines:"
             f" the targets themselves score {np.mean(eval_set.scores(condition, eval_set.targets)):.3f}.",
+        )
+    if eval_set.computed_larger:
+        notes += (
+            f"{eval_set.computed_larger} condition images of {eval_set.name} were computed at another size and scaled"
+            f" to {base.size} pixels, where {condition.name} may look different: generating computes them at"
+            f" {base.size}. Pairs made with --size {base.size} show what the control does there.",
         )
     fd = None
     if distance:

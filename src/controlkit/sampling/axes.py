@@ -89,9 +89,7 @@ def points_of(request: GenerateRequest) -> list[Point]:
     """
     axes = (*request.vary, *request.xy)
     names = [name for axis in axes for name in axis]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{twice} is on two axes; give all its values on one", "contradiction")
+    _check_once(names, request)
     lengths = [len(next(iter(axis.values()))) for axis in axes]
     count = 1
     for length in lengths:
@@ -112,6 +110,37 @@ def points_of(request: GenerateRequest) -> list[Point]:
     if len({(point.name.casefold(), point.request.seeds) for point in points}) < len(points):
         points = [replace(point, name=f"{number:04d}-{point.name}") for number, point in enumerate(points)]
     return points
+
+
+def _check_once(names: Sequence[str], request: GenerateRequest) -> None:
+    """Check that no setting is on two axes, by whatever names.
+
+    Raises:
+        UserError: one is, or a name is unknown.
+    """
+    named: dict[tuple[str | int, ...], str] = {}
+    for name in names:
+        for setting in _settings_of(name, request):
+            if setting in named:
+                both = name if named[setting] == name else f"{named[setting]} and {name} are one setting, which"
+                raise UserError(f"{both} is on two axes; give all its values on one", "contradiction")
+            named[setting] = name
+
+
+def _settings_of(name: str, request: GenerateRequest) -> set[tuple[str | int, ...]]:
+    """What a setting of an axis replaces: fields of the request, of its controls and of its LoRAs."""
+    lora, key = _lora_setting(name, request), name.rpartition(".")[2]
+    if name == "seed" or _is_of_request(name, request):
+        return {(name,)}
+    if lora is not None:
+        return {("lora", index, lora["key"]) for index in _loras_of(name, lora["which"], request)}
+    keys = ("start", "end") if key == "span" else (key,)
+    places = _controls_of(name, request, _known_names(request))
+    return {("control", index, each) for index in places for each in keys}
+
+
+def _known_names(request: GenerateRequest) -> list[str]:
+    return [each.name for each in fields(request) if each.name not in _NOT_VARIED]
 
 
 def values_at(request: GenerateRequest, point: Point) -> dict[str, Any]:
@@ -215,7 +244,7 @@ def _yaml(text: str, what: str) -> Any:
 
 def _with_settings(request: GenerateRequest, settings: Sequence[tuple[str, Any]]) -> GenerateRequest:
     """The request with other values, checked once all are set."""
-    known = [each.name for each in fields(request) if each.name not in _NOT_VARIED]
+    known = _known_names(request)
     changes: dict[str, Any] = {}
     uses: list[dict[str, Any]] = [dict(vars(use)) for use in request.controls]
     loras: list[dict[str, Any]] = [dict(vars(use)) for use in request.loras]

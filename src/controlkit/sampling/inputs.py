@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from controlkit.errors import UserError, nearest
 from controlkit.files import read_json
 from controlkit.formats.describe import residual_sites
 from controlkit.formats.load import control_class, recorded_condition
+from controlkit.images import check_exists
 from controlkit.sampling.axes import points_of
 from controlkit.sampling.control_text import KEYS, parse_control
 from controlkit.sampling.request import GenerateRequest
@@ -38,16 +39,40 @@ def with_named_inputs(request: GenerateRequest, kinds: Sequence[Kind] | None = N
         UserError: a control does not exist, or an input is missing, unknown or of the wrong type.
     """
     if request.vary or request.xy:
-        classes: dict[str, Kind] = {}
-        for point in points_of(request):
-            for use in point.request.controls:
-                if use.control not in classes:
-                    classes[use.control] = control_class(use.control)
-            with_named_inputs(point.request, [classes[use.control] for use in point.request.controls])
+        check_inputs((point.request for point in points_of(request)), kinds)
         return request
     kinds = kinds or [control_class(use.control) for use in request.controls]
     uses = tuple(_named(use, kind) for use, kind in zip(request.controls, kinds, strict=True))
     return dataclasses.replace(request, controls=uses)
+
+
+def check_inputs(
+    requests: Iterable[GenerateRequest], kinds: Sequence[Kind] | None = None, given: Collection[str] = ()
+) -> None:
+    """Check the inputs of requests without axes against their controls, and that their images exist.
+
+    Args:
+        kinds: as of `with_named_inputs`, the same for all requests.
+        given: names of images in memory, which are no files.
+
+    Raises:
+        UserError: as `with_named_inputs`, or an image is missing.
+    """
+    classes: dict[str, Kind] = {}
+    found = set(given)
+    for request in requests:
+        for use in request.controls:
+            if kinds is None and use.control not in classes:
+                classes[use.control] = control_class(use.control)
+        own = kinds or [classes[use.control] for use in request.controls]
+        named = with_named_inputs(request, own)
+        paths = [request.image, request.mask]
+        for use, kind in zip(named.controls, own, strict=True):
+            paths += [use.mask, *images_of(use, kind).values()]
+        for path in paths:
+            if path is not None and path not in found:
+                check_exists(path)
+                found.add(path)
 
 
 def parse_control_use(text: str, **settings: Any) -> ControlUse:
@@ -196,7 +221,7 @@ def parameters_of(use: ControlUse, name: str) -> dict[str, Any]:
 
 
 def check_keys(parameters: Mapping[str, Any], condition: str, kind: Kind) -> None:
-    """Check that all are parameters of a condition.
+    """Check that all are parameters of a condition, of valid types and within their limits.
 
     Args:
         parameters: of one image of a control.
@@ -206,9 +231,12 @@ def check_keys(parameters: Mapping[str, Any], condition: str, kind: Kind) -> Non
     Raises:
         UserError: one is not.
     """
-    known = conditions.find(condition).defaults
-    for key in parameters:
-        if key not in known:
+    found = conditions.find(condition)
+    known = found.defaults
+    for key, value in parameters.items():
+        if key in known:
+            found.check(key, value)
+        else:
             raise UserError(
                 f"{key!r} is neither an option of a control nor a parameter of {condition}"
                 f"{nearest(key, [*KEYS, *_plain_inputs(kind), *known])}",

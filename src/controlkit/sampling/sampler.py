@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from controlkit.bases.base import Base
 from controlkit.bases.prompt_encoding import PLAIN, TextOptions
+from controlkit.bases.schedules import Solver
 from controlkit.bases.solver_names import solver_name
 from controlkit.bases.text import concatenate
 from controlkit.controls.control import Control
@@ -30,6 +31,16 @@ def sample(base: Base, *, prompt: str, seeds: Sequence[int], **settings: Any) ->
 
 
 @torch.inference_mode()
+def solver_of(base: Base, sampler: str | None, steps: int, width: int, height: int) -> Solver:
+    """The solver of a sampler for images of a size in pixels; None is the sampler of the base.
+
+    Raises:
+        UserError: the base does not support the sampler or this number of steps.
+    """
+    schedule = base.schedule_for(width, height)
+    return schedule.solver(solver_name(sampler or base.default_sampler), steps, base.device, base.name)
+
+
 def sample_prompts(
     base: Base,
     *,
@@ -81,8 +92,7 @@ def sample_prompts(
     guidance = base.default_guidance if guidance is None else guidance
     batch_size = batch_size or images_at_once(width, height)
     base.check_size(width, height)
-    schedule = base.schedule_for(width, height)
-    solver = schedule.solver(solver_name(sampler or base.default_sampler), steps, base.device, base.name)
+    schedule, solver = base.schedule_for(width, height), solver_of(base, sampler, steps, width, height)
     if base.is_inpainting and (start is None or start.mask is None):
         raise UserError(
             f"{base.name} is an inpainting model, which needs an image and a mask: pass --image and --mask, or use a"

@@ -14,12 +14,13 @@ from controlkit.errors import UserError
 from controlkit.sampling.axes import Point, points_of
 from controlkit.sampling.embeddings import is_unused
 from controlkit.sampling.generation import Generation
-from controlkit.sampling.inputs import with_named_inputs
+from controlkit.sampling.inputs import check_inputs
 from controlkit.sampling.loras import lora_file
 from controlkit.sampling.models import Models, base_key
 from controlkit.sampling.passes import hires_strength
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache
+from controlkit.sampling.sampler import solver_of
 from controlkit.sampling.single import generate_single
 from controlkit.sampling.step import Step
 
@@ -47,14 +48,17 @@ def generate_varied(
         raise UserError("the base is on an axis, so it cannot be passed loaded", "contradiction")
     if controls is not None and len({_controls(point.request) for point in points}) > 1:
         raise UserError("the control is on an axis, so controls cannot be passed loaded", "contradiction")
-    # A wrong path should not end it after the first images.
+    # A wrong value should not end it after the first images.
     for file in dict.fromkeys(use.file for point in points for use in point.request.loras):
         lora_file(file)
-    if controls is None:
-        with_named_inputs(request)
+    check_inputs((point.request for point in points), controls, given)
     run = _Run(request, points, on_step, on_images)
     models, cache = Models(), ResidualCache() if cache is None else cache
+    checked: set[object] = set()
     for number in run.order:
+        if (key := base_key(points[number].request)) not in checked:
+            checked.add(key)
+            _check_samplers(models.base(points[number].request) if base is None else base, points, key)
         part = generate_single(
             points[number].request,
             base=base,
@@ -130,6 +134,18 @@ class _Run:
         self._parts[number] = part
         self.whole.parts = [self._parts[each] for each in sorted(self._parts)]
         self.whole.images = [image for each in self.whole.parts for image in each.images]
+
+
+def _check_samplers(base: Base, points: Sequence[Point], key: object) -> None:
+    """Check the sampler and the steps of all combinations of one base.
+
+    Raises:
+        UserError: the base does not take one.
+    """
+    for request in (point.request for point in points if base_key(point.request) == key):
+        width, height = request.width or base.size, request.height or base.size
+        base.check_size(width, height)
+        solver_of(base, request.sampler, request.steps, width, height)
 
 
 def _controls(request: GenerateRequest) -> tuple[str, ...]:

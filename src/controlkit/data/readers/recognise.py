@@ -30,7 +30,7 @@ from controlkit.data.readers.json_lines import (
     read_prompt_json,
 )
 from controlkit.data.readers.listing import Listing, short_name
-from controlkit.data.sources import Source
+from controlkit.data.sources import ComputedCondition, Source
 from controlkit.errors import UserError
 
 MANIFEST = "pairs.jsonl"
@@ -92,7 +92,12 @@ def _one_condition(path: Path, columns: Columns) -> Listing | None:
     name = listing.chosen(path.name) if listing is not None else None
     if listing is None or name is None or path.name not in (name, *_names_of(name)):
         return None
-    records = [replace(record, conditions=_only(record.conditions, name)) for record in listing.records]
+    records = []
+    for record in listing.records:
+        own = _only(record.conditions, name)
+        if listing.computes and not own and not isinstance(record.image, ComputedCondition):
+            own = {name: ComputedCondition(target=record.image, condition=name)}
+        records.append(replace(record, conditions=own))
     return replace(listing, records=records)
 
 
@@ -130,7 +135,11 @@ def _folder_reader(folder: Path, columns: Columns) -> Reader | None:
     tables = _tables(folder, columns)
     if tables:
         return _at(_only_split(folder, tables), _file_reader(tables[0], columns) or read_metadata)
-    annotations = sorted(folder.glob("annotations/captions_*.json")) or sorted(folder.glob("annotations/*.json"))
+    # The captions of a file of objects are read with it.
+    captions = sorted(folder.glob("annotations/captions_*.json"))
+    objects = [path.with_name(path.name.replace("captions_", "instances_", 1)) for path in captions]
+    annotations = [two if two.is_file() else one for one, two in zip(captions, objects, strict=True)]
+    annotations = annotations or sorted(folder.glob("annotations/*.json"))
     if annotations:
         return _at(_only_split(folder, annotations), _without_columns(read_coco, "COCO annotations"))
     return _without_columns(read_twins, "folders of images of the same names") if has_twins(folder) else None
