@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from pathlib import Path
@@ -27,7 +28,9 @@ from controlkit.bases.schedules.rectified_flow import RectifiedFlow
 from controlkit.bases.schedules.variance_preserving import VariancePreserving
 from controlkit.nano.evaluation_sets import read_set
 from controlkit.sampling.generate import generate
+from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import GenerateRequest
+from controlkit.sampling.sampler import sample_prompts
 from controlkit.sampling.uses import ControlUse
 from refusals import check, refused
 
@@ -39,6 +42,19 @@ def test_the_estimate_of_clean_latents_inverts_the_noise(prediction):
     times = t.expand(2)
     estimate = schedule.clean(schedule.target(z, noise, times), schedule.add_noise(z, noise, times), t)
     assert torch.allclose(estimate, z, atol=1e-4)
+
+
+def test_steps_keep_no_graph_even_with_a_control_in_training(tiny_base, tiny_control, monkeypatch):
+    modes, predict = [], tiny_base.predict
+    monkeypatch.setattr(
+        tiny_base,
+        "predict",
+        lambda *args, **more: modes.append(torch.is_inference_mode_enabled()) or predict(*args, **more),
+    )
+    control = copy.deepcopy(tiny_control).requires_grad_(True)
+    use = ActiveControl(control=control, hint=control.encode(torch.rand(1, 3, 64, 64), tiny_base))
+    (batch,) = sample_prompts(tiny_base, prompts=["a"], seeds=[0], steps=2, uses=[use])
+    assert modes and all(modes) and not batch.requires_grad
 
 
 def test_matrices_have_a_row_for_each_channel():

@@ -30,7 +30,6 @@ def sample(base: Base, *, prompt: str, seeds: Sequence[int], **settings: Any) ->
     return sample_prompts(base, prompts=[prompt], seeds=seeds, **settings)
 
 
-@torch.inference_mode()
 def solver_of(base: Base, sampler: str | None, steps: int, width: int, height: int) -> Solver:
     """The solver of a sampler for images of a size in pixels; None is the sampler of the base.
 
@@ -41,6 +40,7 @@ def solver_of(base: Base, sampler: str | None, steps: int, width: int, height: i
     return schedule.solver(solver_name(sampler or base.default_sampler), steps, base.device, base.name)
 
 
+@torch.inference_mode()
 def sample_prompts(
     base: Base,
     *,
