@@ -46,6 +46,7 @@ FIGURES: dict[str, Figure | Speed] = {
     "canny.guidance": Figure("guidance", nano.guidance_table, block=True),
     "systems.table": Figure("systems", systems.systems_table, block=True),
     "adapters.table": Figure("adapters", nano.adapters_table, block=True),
+    "further.table": Figure("further", nano.further_table, block=True),
     "quick-start.gap": Figure("quick-start", lambda r: two(r.report("quick-start")["rows"][0][4])),
     "quick-start.base": Figure("quick-start", lambda r: two(r.report("quick-start", "base control")["rows"][0][4])),
     "new-condition.budgets": Figure("new-condition", studies.budgets_table, block=True),
@@ -53,12 +54,19 @@ FIGURES: dict[str, Figure | Speed] = {
     "new-condition.ablation": Figure("new-condition", studies.ablation_table, block=True),
     "new-condition.ranks-and-pairs": Figure("new-condition", studies.ranks_and_pairs_table, block=True),
     "new-condition.mode-control": Figure("new-condition-control", studies.mode_table, block=True),
+    "new-condition.seconds": Figure("new-condition", studies.seconds_of_an_adapter),
     "new-condition.pixel": Figure("new-condition", studies.new_condition("pixel")),
     "new-condition.hints": Figure("new-condition", studies.new_condition("lineart_color_hints")),
     "new-condition.hints-control": Figure(
         "new-condition-control", studies.new_condition("lineart_color_hints", "new-condition-control")
     ),
-    "uni-controlnet-local.table": Figure("uni-controlnet-local", systems.local_table, block=True),
+    "uni-controlnet-local.table": Figure(
+        "uni-controlnet-local", systems.conditions_table("uni-controlnet-local"), block=True
+    ),
+    "image-prompt.table": Figure("image-prompt", systems.image_prompt_table, block=True),
+    "guidance-modes.table": Figure("guidance-modes", studies.guidance_modes_table, block=True),
+    "guidance-modes.ends": Figure("guidance-modes", studies.guidance_modes_ends),
+    "several-balanced.both": Figure("several-balanced", studies.both_of_a_mix),
     "several-systems.table": Figure("several-systems", systems.several_systems_table, block=True),
     "task-instructions.table": Figure("task-instructions", systems.task_instructions_table, block=True),
     "scenes.table": Figure("scenes", systems.scenes_table, block=True),
@@ -86,6 +94,16 @@ FIGURES: dict[str, Figure | Speed] = {
         speed.what_pays("what_pays-nano-64-cpu-amx", "nano, 32 images (64 rows in a call), one core with AMX"),
         block=True,
     ),
+    "speed.busy": Speed(speed.busy_table, block=True),
+    "speed.demo": Speed(speed.time_of("busy_machine-nano-64-cpu", "seconds", "demo, ours, alone")),
+    "speed.demo-busy": Speed(speed.time_of("busy_machine-nano-64-cpu", "seconds", "demo, ours, busy")),
+    **{
+        f"speed.call-{wait}-{when}": Speed(
+            speed.time_of("busy_machine-sd15-256-cpu", "seconds", f"call, {wait}, {when}")
+        )
+        for wait in ("ours", "spinning")
+        for when in ("alone", "busy")
+    },
     "speed.ctrlora-nano-1": Speed(speed.time_of("ctrlora_sampling-nano-64-cpu", "seconds", "plan")),
     "speed.ctrlora-nano-4": Speed(speed.time_of("ctrlora_sampling-nano-64-cpu", "seconds", "plan", case=1)),
     "speed.ctrlora-h200-1": Speed(speed.time_of("ctrlora_sampling-sd15-512-cuda", "seconds", "plan")),

@@ -35,6 +35,9 @@ ADAPTERS = {
 }
 """Adapters that are trained on the finished base control => their conditions."""
 
+FURTHER = ("raindrop", "low_light", "illusion")
+"""Conditions of adapters that are trained to be told of, not to ship."""
+
 
 SYSTEMS: dict[str, tuple[str, ...]] = {
     "controlnet-mlp": ("system=controlnet-mlp",),
@@ -61,6 +64,8 @@ TOGETHER = {
 """Systems that are sampled together with another control => the adapter that is the other one."""
 WITH_CANNY = ("palette", "nano/grayscale", "silhouette", "pixel")
 """Adapters that are sampled together with the canny ControlNet."""
+BALANCED = ("palette", "nano/canny")
+"""Adapters that are sampled together in the mode `balanced`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +74,18 @@ class MakeSettings:
 
     adapter_steps: tuple[str, ...] = ("palette=1000", "pixel=1000", "lineart_color_hints=1000", "lineart=500")
     """Optimiser steps of each adapter."""
+    further_steps: tuple[str, ...] = ("raindrop=500", "low_light=300", "illusion=300")
+    """Optimiser steps of each adapter that does not ship."""
     pairs: int = 1000
-    """Pairs to learn each of them from."""
+    """Pairs to learn each adapter from."""
     systems: tuple[str, ...] = tuple(SYSTEMS)
     """Systems that are compared on canny."""
     systems_steps: int = 1600
     """Optimiser steps of each."""
     local_steps: int = 3600
     """Optimiser steps of Uni-ControlNet's local adapter."""
+    global_steps: int = 1500
+    """Optimiser steps of Uni-ControlNet's global adapter."""
     unicontrol_steps: int = 1800
     """Optimiser steps of UniControl, and of one with a frozen HyperNet."""
     gligen_steps: int = 2400
@@ -107,6 +116,12 @@ class MakeSettings:
     """Settings of the study several-conditions of the canny ControlNet with adapters."""
     several_systems: tuple[str, ...] = ("images=16", "timed=[1]")
     """Settings of the study several-conditions of other systems."""
+    several_balanced: tuple[str, ...] = ("images=32", "timed=[1]")
+    """Settings of the study several-conditions in the mode `balanced`."""
+    guidance_modes: tuple[str, ...] = ()
+    """Settings of the study guidance-modes."""
+    image_prompt: tuple[str, ...] = ()
+    """Settings of the study image-prompt."""
     task_instructions: tuple[str, ...] = ("images=24",)
     """Settings of the study task-instructions."""
     ambiguous_content: tuple[str, ...] = ()

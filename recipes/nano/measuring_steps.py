@@ -16,7 +16,9 @@ from typing import Any
 from chart import draw_systems
 from making import (
     ADAPTERS,
+    BALANCED,
     BASE_CONDITIONS,
+    FURTHER,
     RECIPES,
     TOGETHER,
     WITH_CANNY,
@@ -93,6 +95,10 @@ class MeasuringSteps:
         if file == "adapters":
             files = {f"nano/{name}": self.shop.control(f"nano/{name}") for name in (*BASE_CONDITIONS, *ADAPTERS)}
             return {"made": {"control": made_of_files(files)}}
+        if file == "further":
+            files = {name: system_file(self.shop, name) for name in FURTHER}
+            scores = {name: _of_condition_images(name, self.settings) for name in FURTHER}
+            return {"made": {"default": made_of_files(files)}, "condition_images": {"default": scores}}
         if file != "systems":
             return {}
         told = {system: self._described(system_file(self.shop, system)) for system in self.settings.systems}
@@ -132,9 +138,10 @@ class MeasuringSteps:
             for system in wanted.systems
         }
         shipped = (self.shop.control("canny"),)
-        shown = ("nano.png", "canny.png", "boxes.png")
+        shown = ("nano.png", "canny.png", "boxes.png", "uni-controlnet.png")
         sheets = {image: ["--sheet", str(self.shop.images / image)] for image in shown}
         several = [*_images(wanted.adapter_images), *few]
+        further = ["evaluate", "control", *map(self._system, FURTHER), *several]
         scenes = ["--icons", str(self.shop.icons.relative_to(self.root)), *_images(wanted.scenes), *few]
         return [
             self._report(
@@ -189,6 +196,13 @@ class MeasuringSteps:
                 minutes=12,
             ),
             self._report(
+                "further",
+                "evaluate adapters that do not ship",
+                {"default": further},
+                tuple(system_file(self.shop, name) for name in FURTHER),
+                minutes=2,
+            ),
+            self._report(
                 "systems",
                 "evaluate other systems on canny",
                 {**systems, "shipped": [*canny, "--distance"]},
@@ -199,8 +213,14 @@ class MeasuringSteps:
             self._report(
                 "uni-controlnet-local",
                 "evaluate each condition of Uni-ControlNet's local adapter",
-                {"default": ["evaluate", "control", self._system("uni-controlnet-local"), *several]},
+                {
+                    "default": [
+                        *("evaluate", "control", self._system("uni-controlnet-local"), *several),
+                        *sheets["uni-controlnet.png"],
+                    ]
+                },
                 (system_file(self.shop, "uni-controlnet-local"),),
+                "uni-controlnet.png",
                 minutes=6,
             ),
             self._report(
@@ -265,6 +285,30 @@ class MeasuringSteps:
                 (*adapters, *(system_file(self.shop, system) for system in together)),
                 {},
                 minutes=6,
+            ),
+            self._study(
+                "several-balanced",
+                "several-conditions",
+                _set((*chosen.several_balanced, "mode=balanced", f"mixes=[{'+'.join(BALANCED)}]")),
+                adapters,
+                {},
+                minutes=3,
+            ),
+            self._study(
+                "guidance-modes",
+                "guidance-modes",
+                _set(chosen.guidance_modes),
+                (self.shop.control("canny"), self.shop.assets / "evaluation"),
+                {"images": "guidance-modes.png"},
+                minutes=5,
+            ),
+            self._study(
+                "image-prompt",
+                "image-prompt",
+                ["--control", self._system("uni-controlnet-global"), *_set(chosen.image_prompt)],
+                (system_file(self.shop, "uni-controlnet-global"), self.shop.assets / "evaluation"),
+                {},
+                minutes=5,
             ),
             self._study(
                 "task-instructions",
@@ -371,7 +415,7 @@ class MeasuringSteps:
             inputs=(*self.shop.base, self.shop.control("nano/base"), self.shop.assets / "evaluation", script),
             outputs=(self.shop.results / "quick-start.json",),
             settings={"steps": steps},
-            version=2,
+            version=3,
             run=run,
             minutes=2,
         )
@@ -457,6 +501,19 @@ def _seconds_of_a_step(log: Path) -> float:
         for before, after in pairwise([{"step": 0, "seconds": 0.0}, *lines])
         if after["step"] > before["step"] and after["seconds"] > before["seconds"]
     )
+
+
+def _of_condition_images(name: str, settings: MakeSettings) -> float | None:
+    """What the condition images themselves score on held-out images, where the score compares with the target."""
+    from controlkit import conditions
+    from controlkit.evaluation.sets import evaluation_set
+
+    condition = conditions.find(name)
+    if condition.fidelity.against != "target":
+        return None
+    targets = evaluation_set("held-out").first(settings.adapter_images).images
+    given = [condition(target) for target in targets]
+    return condition.mean_score(given, given, targets)
 
 
 def _images(count: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from results import Results, rounded, table, three, two
 from tables_of_speed import content
@@ -185,6 +186,23 @@ def adapters_table(results: Results) -> str:
         rows.append([f"`{name}`{new}", measure, *values, *closed])
     head = ("adapter", "measure", "no control", "adapter", "ceiling", "gap closed", "OpenMoji: gap closed", "balanced")
     return table(head, rows)
+
+
+def further_table(results: Results) -> str:
+    """Adapters that do not ship."""
+    entry = results.run("further")
+    report, rows = entry["reports"][0], []
+    for name, steps in ((name, made["steps"]) for name, made in entry["made"].items()):
+        label = next(label for label in report["facts"] if name in (label, Path(label).stem))
+        measure = next(row[1] for row in report["rows"] if row[0].startswith(f"{label},")).partition(" (")[0]
+        held, other = (report["facts"][label][images] for images in ("held-out", "openmoji"))
+        values = [rounded(held[key], 2 if "PSNR" in measure else 3) for key in ("baseline", "control", "ceiling")]
+        own = two(entry["condition_images"][name])
+        rows.append(
+            [f"{name} ({steps:,} steps)", measure, *values, two(held["gap_closed"]), two(other["gap_closed"]), own]
+        )
+    head = ("adapter", "measure", "no control", "adapter", "ceiling", "gap closed", "OpenMoji: gap closed")
+    return table((*head, "the condition image itself"), rows)
 
 
 def steps_or_width_table(results: Results) -> str:

@@ -213,6 +213,28 @@ def what_pays(file: str, title: str) -> Callable[[Results], str]:
     return make
 
 
+_WAITS = ("ours", "spinning", "passive", "one thread")
+_WORK = {
+    "demo": ("demo, alone", "demo, beside one busy process"),
+    "train": (
+        "{steps} training steps of a ControlNet on nano, batch {batch}, alone",
+        "the same, beside one busy process",
+    ),
+}
+"""Work of `busy_machine.py` => rows, alone and beside a busy process."""
+
+
+def busy_table(results: Results) -> str:
+    """Ways to wait for another thread, on a quiet and on a busy machine."""
+    case = cases(results, "busy_machine-nano-64-cpu")[0]
+    rows = [
+        [title.format(**case), *(seconds(case["seconds"][f"{work}, {wait}, {when}"]["median"]) for wait in _WAITS)]
+        for work, titles in _WORK.items()
+        for title, when in zip(titles, ("alone", "busy"), strict=True)
+    ]
+    return table(("", "ours", "300,000 spins", "no spin", "one thread"), rows)
+
+
 # Single figures
 
 
@@ -239,4 +261,4 @@ def peak_of(way: str) -> Callable[[Results], str]:
 def _median(values: Any, path: Sequence[str | int]) -> float:
     for name in path:
         values = values[name]
-    return float(values["median"])
+    return float(values["median"] if isinstance(values, Mapping) else values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -147,6 +148,14 @@ def new_condition(task: str, file: str = "new-condition") -> Callable[[Results],
     return make
 
 
+def seconds_of_an_adapter(results: Results) -> str:
+    """The time of 500 steps of an adapter, the median of the conditions."""
+    cells = [cell for cell in _cells(results, "new-condition") if cell["method"] == "adapter" and cell["steps"] == 500]
+    if not cells:
+        raise Missing("new-condition: an adapter after 500 steps")
+    return f"{statistics.median(cell['seconds'] for cell in cells):.0f} s"
+
+
 # The other studies
 
 
@@ -177,6 +186,33 @@ def several_table(file: str) -> Callable[[Results], str]:
         return table(("mix", "condition", "alone", "together", "under the other alone"), rows)
 
     return make
+
+
+def both_of_a_mix(results: Results) -> str:
+    """`palette from 0.60 to 0.62`: each control of a mix, alone and together."""
+    rows = results.report("several-balanced")["rows"]
+    return " and ".join(
+        f"{name.rpartition('/')[2]} from {two(alone)} to {two(both)}" for _, name, alone, both, *_ in rows
+    )
+
+
+def guidance_modes_table(results: Results) -> str:
+    """Each guidance mode with an empty and with a full prompt."""
+    found: dict[str, list[str]] = {}
+    for _, mode, _, score, _, closed in results.report("guidance-modes")["rows"]:
+        found.setdefault(mode, []).append(f"{two(score)}, {two(closed)}")
+    rows = [[f"`{mode}`", *cells] for mode, cells in found.items()]
+    return table(("mode", "empty prompt: edge F1, gap closed", "full prompt"), rows)
+
+
+def guidance_modes_ends(results: Results) -> str:
+    """`no control 0.36 and 0.38, ceiling 0.91`."""
+    ends = {
+        prompt: (no_control, ceiling)
+        for prompt, _, no_control, _, ceiling, _ in results.report("guidance-modes")["rows"]
+    }
+    empty, full = ends.values()
+    return f"no control {two(empty[0])} and {two(full[0])}, ceiling {two(full[1])}"
 
 
 _MEAN_OF_STYLES, _TEXT_ENCODERS = -2, -1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +58,42 @@ def _whole(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
 
 
-def local_table(results: Results) -> str:
-    """Each condition of Uni-ControlNet's local adapter."""
-    report = results.report("uni-controlnet-local")
-    # Only controls of one base are compared.
-    of_one_base = results.base_of("adapters") == results.base_of("uni-controlnet-local")
-    adapters = results.report("adapters", "control")["facts"] if of_one_base else {}
+def conditions_table(file: str) -> Callable[[Results], str]:
+    """Each condition of one control that has several."""
+
+    def make(results: Results) -> str:
+        report = results.report(file)
+        # Only controls of one base are compared.
+        of_one_base = results.base_of("adapters") == results.base_of(file)
+        adapters = results.report("adapters", "control")["facts"] if of_one_base else {}
+        rows = []
+        for name, sets in report["facts"].items():
+            condition = name.rpartition(", ")[2]
+            measure = next(row[1] for row in report["rows"] if row[0].startswith(f"{name},")).partition(" (")[0]
+            held, digits = sets["held-out"], 2 if "PSNR" in measure else 3
+            own = adapters.get(f"nano/{condition}")
+            values = [rounded(held[key], digits) for key in ("baseline", "control", "ceiling")]
+            closed = [] if own is None else _closed(own)
+            rows.append([condition, measure, *values, *_closed(sets), ", ".join(closed)])
+        head = ("condition", "measure", "no control", "control", "ceiling", "gap closed", "OpenMoji: gap closed")
+        if not of_one_base:
+            return table(head, [row[: len(head)] for row in rows])
+        return table((*head, "CtrLoRA adapter: held-out, OpenMoji"), rows)
+
+    return make
+
+
+def _closed(sets: Mapping[str, Mapping[str, float]]) -> list[str]:
+    return [two(sets[images]["gap_closed"]) for images in ("held-out", "openmoji")]
+
+
+def image_prompt_table(results: Results) -> str:
+    """What results take from an image prompt."""
     rows = []
-    for name, sets in report["facts"].items():
-        condition = name.rpartition(", ")[2]
-        measure = next(row[1] for row in report["rows"] if row[0].startswith(f"{name},")).partition(" (")[0]
-        held, other, digits = sets["held-out"], sets["openmoji"], 2 if "PSNR" in measure else 3
-        own = adapters.get(f"nano/{condition}")
-        closed = [] if own is None else [two(own[images]["gap_closed"]) for images in ("held-out", "openmoji")]
-        values = [rounded(held[key], digits) for key in ("baseline", "control", "ceiling")]
-        rows.append([condition, measure, *values, two(held["gap_closed"]), two(other["gap_closed"]), ", ".join(closed)])
-    head = ("condition", "measure", "no control", "local adapter", "ceiling", "gap closed", "OpenMoji: gap closed")
-    if not of_one_base:
-        return table(head, [row[: len(head)] for row in rows])
-    return table((*head, "CtrLoRA adapter: held-out, OpenMoji"), rows)
+    for prompt, weight, right, distance in results.report("image-prompt")["rows"]:
+        told = weight if isinstance(weight, str) else f"{weight:g}"
+        rows.append([prompt, told, two(right), f"{distance:.0f}"])
+    return table(("prompt", "weight of the image prompt", "right concept", "distance"), rows)
 
 
 _TOGETHER = {

@@ -9,6 +9,7 @@ from pathlib import Path
 from making import (
     ADAPTERS,
     BASE_CONDITIONS,
+    FURTHER,
     ICON_PACKAGES,
     RECIPES,
     SYSTEMS,
@@ -156,49 +157,61 @@ class TrainingSteps:
         ]
 
     def _adapters(self) -> list[Step]:
+        new, further = (counts(steps) for steps in (self.settings.adapter_steps, self.settings.further_steps))
+        return [
+            self._pairs("pairs", "pairs for the new adapters", tuple(ADAPTERS.values())),
+            *(
+                self._adapter(name, ADAPTERS[name], steps, self.shop.control(f"nano/{name}"), intermediate=False)
+                for name, steps in new.items()
+            ),
+            self._pairs("pairs-further", "pairs for adapters that do not ship", FURTHER),
+            *(
+                self._adapter(name, name, steps, system_file(self.shop, name), intermediate=True)
+                for name, steps in further.items()
+            ),
+        ]
+
+    def _pairs(self, name: str, what: str, conditions: Sequence[str]) -> Step:
         folder = self.shop.made / "pairs"
 
         def write() -> Outcome:
-            from controlkit import conditions
+            from controlkit.conditions import find
             from controlkit.data.pairs import write_pairs
             from controlkit.nano.icons import IconSets
             from controlkit.studies.new_condition import icon_pairs
 
             sets = IconSets(str(self.shop.icons))
-            for name in ADAPTERS.values():
-                write_pairs(folder / name, icon_pairs(sets, conditions.find(name), self.settings.pairs))
+            for condition in conditions:
+                write_pairs(folder / condition, icon_pairs(sets, find(condition), self.settings.pairs))
             return Outcome()
 
-        pairs = Step(
-            name="pairs",
-            what="pairs for the new adapters",
+        return Step(
+            name=name,
+            what=what,
             inputs=(self.shop.icons,),
-            outputs=tuple(folder / name for name in ADAPTERS.values()),
+            outputs=tuple(folder / condition for condition in conditions),
             settings={"pairs": self.settings.pairs},
             run=write,
             intermediate=True,
         )
-        return [
-            pairs,
-            *(
-                self._training(
-                    f"adapter-{name}",
-                    "ctrlora-adapter.yaml",
-                    (*self.shop.base, self.shop.control("nano/base"), folder / ADAPTERS[name]),
-                    {f"{name}.safetensors": self.shop.control(f"nano/{name}")},
-                    settings=(
-                        f"pairs={(folder / ADAPTERS[name]).relative_to(self.root)}",
-                        f"condition={ADAPTERS[name]}",
-                        f"name={name}",
-                        f"steps={steps}",
-                    ),
-                    places=("ctrlora", "nano"),
-                    minutes=4 * steps / 500,
-                    intermediate=False,
-                )
-                for name, steps in counts(self.settings.adapter_steps).items()
+
+    def _adapter(self, name: str, condition: str, steps: int, file: Path, *, intermediate: bool) -> Step:
+        pairs = self.shop.made / "pairs" / condition
+        return self._training(
+            f"adapter-{name}",
+            "ctrlora-adapter.yaml",
+            (*self.shop.base, self.shop.control("nano/base"), pairs),
+            {f"{name}.safetensors": file},
+            settings=(
+                f"pairs={pairs.relative_to(self.root)}",
+                f"condition={condition}",
+                f"name={name}",
+                f"steps={steps}",
             ),
-        ]
+            places=("ctrlora", "nano"),
+            minutes=4 * steps / 500,
+            intermediate=intermediate,
+        )
 
     def _systems(self) -> list[Step]:
         return [
@@ -219,6 +232,14 @@ class TrainingSteps:
                 {"local.safetensors": system_file(self.shop, "uni-controlnet-local")},
                 settings=(f"steps={self.settings.local_steps}",),
                 minutes=self.settings.local_steps / 47,
+            ),
+            self._training(
+                "system-uni-controlnet-global",
+                "uni-controlnet-global.yaml",
+                (*self.shop.base, self.shop.icons),
+                {"global.safetensors": system_file(self.shop, "uni-controlnet-global")},
+                settings=(f"steps={self.settings.global_steps}",),
+                minutes=self.settings.global_steps / 100,
             ),
             *(
                 self._training(

@@ -581,11 +581,16 @@ SMALL = {
     "pairs": "12",
     "systems": "[controlnet-mlp, controlnet-precomputed-text]",
     "systems_steps": "2",
+    "further_steps": "[raindrop=2, low_light=2, illusion=2]",
     "local_steps": "2",
+    "global_steps": "2",
     "gligen_steps": "2",
     "unicontrol_steps": "2",
     "several_systems": "[images=2, sampling_steps=2, 'timed=[1]']",
     "several_canny": "[images=2, sampling_steps=2, 'timed=[1]']",
+    "several_balanced": "[images=2, sampling_steps=2, 'timed=[1]']",
+    "guidance_modes": "[images=2, sampling_steps=2]",
+    "image_prompt": "[images=2, sampling_steps=2]",
     "task_instructions": "[images=2, sampling_steps=2]",
     "scenes": "2",
     "convergence": "[images=2, sampling_steps=2, 'budgets=[1,2]', pairs=6, batch_size=2, rank=2]",
@@ -611,7 +616,9 @@ def adopted_files(root: Path) -> list[Path]:
     return [path for folder in folders for path in (root / folder).rglob("*") if path.is_file()]
 
 
-NOT_OF_TRIALS = {"new-condition.pixel", "new-condition.hints", "new-condition.hints-control"}
+NOT_OF_TRIALS = {
+    *("new-condition.pixel", "new-condition.hints", "new-condition.hints-control", "new-condition.seconds"),
+}
 """Figures of 25 and 500 steps, which a trial does not train."""
 
 
