@@ -162,6 +162,8 @@ def test_json_goes_and_comes_back(tmp_path):
     value = {"prompt": "a “red” apfel – ä", "seeds": [1, 2], "none": None}
     write_json(tmp_path / "a.json", value)
     assert read_json(tmp_path / "a.json") == value
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.json").read_bytes())
+    assert read_json(tmp_path / "a.json") == value
 
 
 def test_json_that_cannot_be_written_leaves_nothing(tmp_path):

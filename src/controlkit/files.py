@@ -87,7 +87,7 @@ def read_json(path: str | Path) -> Any:
         UserError: the file is missing, unreadable or not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(decode_text(Path(path).read_bytes()))
     except FileNotFoundError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", "missing-file") from error
     except OSError as error:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionGLIGENPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tiny
@@ -345,6 +346,27 @@ class TestBoxes:
         file.write_text(json.dumps(value))
         assert main(["generate", "x", "--base", "no-such-base", "--control", f"{path}={file}"]) == 2
         check(capsys.readouterr().err, "wrong-type", "boxes", *facts)
+
+    def test_boxes_move_with_the_inpainted_part(self, sd_base, control, tmp_path, monkeypatch):
+        path = str(save_control(tmp_path / "mine.safetensors", control, sd_base))
+        drawing = Image.new("RGB", (128, 128), "teal")
+        mask = Image.new("L", drawing.size)
+        mask.paste(255, (64, 64, 128, 128))
+        given, encode = [], GLIGEN.encode
+        monkeypatch.setattr(
+            GLIGEN, "encode", lambda self, inputs, base: given.append(inputs["boxes"]) or encode(self, inputs, base)
+        )
+        boxes = [{"box": [0.5, 0.75, 1, 1], "phrase": "a"}, {"box": [0, 0, 0.25, 0.25], "phrase": "b"}]
+        settings = {"prompt": "x", "image": "drawing", "mask": "mask", "only_masked": 0, "steps": 2}
+        images = {"drawing": drawing, "mask": mask}
+
+        def notes_with(*entries):
+            use = ControlUse(control=path, inputs={"boxes": list(entries)})
+            return generate(GenerateRequest(**settings, controls=[use]), base=sd_base, images=images).notes
+
+        assert not notes_with(*boxes)
+        assert given.pop() == [{"box": [0, 0.5, 1, 1], "phrase": "a"}]
+        assert notes_with(boxes[1]) == [f"no boxes of {path} are in the inpainted part"] and given.pop() == []
 
     def test_files_that_are_missing_or_no_json_and_uses_without_boxes_are_refused(self, sd_base, control, tmp_path):
         path = str(save_control(tmp_path / "mine.safetensors", control, sd_base))

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.formats.card import card_of
+from controlkit.formats.convert import convert
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from refusals import refused
@@ -118,3 +120,50 @@ def test_a_broken_base_control_beside_an_adapter_does_not_hide_the_right_one(sav
     assert load_control(folder / "palette.safetensors", tiny_base).condition == "palette"
     (folder / f"{name}.safetensors").write_bytes((folder / "moved.safetensors").read_bytes()[:-1000])
     assert load_control(folder / "palette.safetensors", tiny_base).condition == "palette"
+
+
+def bare_of(source, path):
+    """The adapter as the reference writes it: without metadata."""
+    save_file(load_file(convert(source, path, "original").path), path)
+    return path
+
+
+def test_a_merged_adapter_is_no_base_control_of_another(saved, tiny_base, tmp_path):
+    folder, _ = saved
+    convert(folder / "palette.safetensors", tmp_path / "pair" / "merged.safetensors", "merged")
+    adapter = bare_of(folder / "blur.safetensors", tmp_path / "pair" / "blur.safetensors")
+    with refused("missing-companion", adapter, "its folder has none"):
+        load_control(adapter, tiny_base)
+    with refused("wrong-kind", "merged.safetensors is a control of palette", adapter):
+        load_control(f"{adapter}+{tmp_path / 'pair' / 'merged.safetensors'}", tiny_base)
+    shutil.copy(folder / "base.safetensors", tmp_path / "pair" / "base.safetensors")
+    assert load_control(adapter, tiny_base)
+
+
+def test_a_cast_base_control_does_not_replace_the_one_that_was_trained_on(saved, tiny_base, tmp_path):
+    folder, _ = saved
+    adapter, half = folder / "palette.safetensors", tmp_path / "half" / "base.safetensors"
+    convert(folder / "base.safetensors", half, "controlkit", dtype="bfloat16")
+    again = convert(adapter, tmp_path / "again" / "palette.safetensors", "controlkit", base_control=half).path
+    assert read_metadata(again) == read_metadata(adapter)
+    for base_control in (folder / "base.safetensors", half):
+        assert load_control(f"{again}+{base_control}", tiny_base)
+
+
+def test_a_conversion_tells_what_it_wrote_and_what_it_did_not(saved, tiny_base, base_folder, tmp_path):
+    folder, _ = saved
+    merged = convert(folder / "palette.safetensors", tmp_path / "merged.safetensors", "merged")
+    written = load_file(merged.path)
+    told = merged.to_json()
+    assert (told["kind"], told["tensors"]) == ("ctrlora-base", len(written))
+    assert told["parameters"] == sum(value.numel() for value in written.values())
+    card = card_of(merged.path)
+    assert f'controlkit generate "PROMPT" --base {tiny_base.name}' in card and "controlkit adapt" not in card
+
+    tensors = load_file(convert(folder / "base.safetensors", tmp_path / "b.safetensors", "original").path)
+    tensors = {name: value for name, value in tensors.items() if ".lora_layer." not in name}
+    tensors |= load_file(convert(folder / "palette.safetensors", tmp_path / "a.safetensors", "original").path)
+    save_file({**tensors, "model.diffusion_model.x": torch.zeros(1)}, tmp_path / "whole.safetensors")
+    out = tmp_path / "out" / "palette.safetensors"
+    made = convert(tmp_path / "whole.safetensors", out, "controlkit", base=str(base_folder), condition="palette")
+    assert any("its base control" in note and "--to merged" in note for note in made.notes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from controlkit.bases.residuals import Residuals
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.images import to_tensor
 from controlkit.sampling.plan import ActiveControl
-from controlkit.sampling.residual_cache import ResidualCache, digest
+from controlkit.sampling.residual_cache import ResidualCache, digest, identity_of
 from controlkit.sampling.sampler import sample
 
 
@@ -120,6 +122,12 @@ def test_the_cache_stays_within_its_bound_and_drops_what_was_used_least_recently
     assert cache.get("too large") is None
     cache.clear()
     assert len(cache) == 0 == cache.bytes
+
+
+def test_a_control_loaded_in_inference_mode_has_a_key(tiny_base, uses):
+    with torch.inference_mode():
+        control = copy.deepcopy(uses[0].control)
+    assert identity_of(control) == identity_of(control) != identity_of(uses[0].control)
 
 
 def test_an_adapter_in_the_place_of_another_is_another(tiny_base, uses):

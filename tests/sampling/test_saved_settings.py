@@ -275,3 +275,20 @@ def test_graphs_that_were_demanded_are_not_demanded_on_another_machine(tmp_path)
     request = GenerateRequest(prompt="x", graphs="on")
     saved = SavedSettings(request, {}, {}, folder=tmp_path)
     assert saved.to_request().graphs == "auto" and saved.to_request(graphs="on").graphs == "on"
+
+
+def test_a_mask_beside_saved_settings_brings_its_own_strength(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_png(tmp_path / "drawing.png", Image.fromarray(DRAWING))
+    write_png(tmp_path / "mask.png", Image.new("L", (64, 80), 255))
+    run("generate", "red apple", "--image", "drawing.png", "--steps", 2, "--out", "first")
+    run("generate", "red apple", "--image", "drawing.png", "--strength", 0.5, "--steps", 2, "--out", "given")
+    for name, strength in (("first", 1.0), ("given", 0.5)):
+        assert run("generate", "--from", name, "--mask", "mask.png", "--out", f"{name}-masked") == 0
+        assert read_settings(tmp_path / f"{name}-masked").used["strength"] == strength
+
+
+def test_a_second_pass_beside_saved_settings_tells_that_the_saved_image_is_enlarged(drawn, capsys):
+    (drawn.parent / "home" / "drawing.png").unlink()
+    (note, *_) = notes_of(capsys, "--from", drawn, "--hires", 1.5, "--steps", 2)
+    assert "its saved condition image" in note and "enlarged for the second pass" in note

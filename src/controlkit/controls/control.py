@@ -376,8 +376,14 @@ class Control(nn.Module, ABC):
         """
 
     @classmethod
-    def usage(cls, file: str, base: str) -> list[str]:
-        """Lines of its model card that show how to use the file."""
+    def usage(cls, file: str, base: str, condition: str | None) -> list[str]:
+        """Lines of its model card that show how to use the file.
+
+        Args:
+            file: its name.
+            base: name of the base.
+            condition: that the file records.
+        """
         source = "IMAGE" if takes_one_image(cls) else "INPUTS.json"
         note = [] if takes_one_image(cls) else ["", f"`INPUTS.json` lists its inputs: {words_of_inputs(cls)}."]
         return [f'    controlkit generate "PROMPT" --base {base} --control {file}={source} --seeds 4', *note]

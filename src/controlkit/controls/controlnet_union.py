@@ -416,7 +416,7 @@ class ControlNetUnion(Control):
         return {"tasks": "; ".join(", ".join(names) for names in of_type)}
 
     @classmethod
-    def usage(cls, file: str, base: str) -> list[str]:
+    def usage(cls, file: str, base: str, condition: str | None) -> list[str]:
         first, *others = [entry.name for entry in cls.inputs[2:]]
         lines = [f'    controlkit generate "PROMPT" --base {base} --control {file}=IMAGE,task={first} --seeds 4']
         if others:

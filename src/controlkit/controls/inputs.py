@@ -31,6 +31,9 @@ class Input:
     check: Callable[[Any], str | None] | None = None
     """Validates a value before anything is loaded: a message to follow the input's name, such as "must be a list of
     boxes"; None if it is valid."""
+    part: Callable[[Any, tuple[float, float, float, float]], Any] | None = None
+    """Makes a valid value one of a part of the image: left, top, right and bottom in fractions of width and height.
+    None if values have no place."""
 
 
 def takes_one_image(control: type[Control] | Control) -> bool:

@@ -63,7 +63,7 @@ def card_of(
         lines += ["", "## Evaluation", "", scores]
     if image is not None:
         lines += ["", f"![condition image, generated image, target]({image})"]
-    lines += ["", "## Usage", "", *system.usage(path.name, facts.get("control.base") or "BASE")]
+    lines += ["", "## Usage", "", *system.usage(path.name, facts.get("control.base") or "BASE", condition)]
     if kind.companion is not None:
         lines += ["", *_companion_usage(path.name, kind, facts)]
     return "\n".join(lines) + "\n"

@@ -80,10 +80,12 @@ def load_companion(
     file = file or find_companion(path, checkpoint, elsewhere)
     # The reference's adapters do not record their base control; adapters with the same file share it.
     key = f"file:{file.resolve()}"
-    if fingerprint:
-        key = check_companion(path, checkpoint, file, read_companion(kind, file, reference))
-    if key not in shared:
-        shared[key] = _build(read_companion(kind, file, reference))
+    if fingerprint or key not in shared:
+        companion = read_companion(kind, file, reference)
+        found = check_companion(path, checkpoint, file, companion)
+        key = found if fingerprint else key
+        if key not in shared:
+            shared[key] = _build(companion)
     return shared[key]
 
 
@@ -104,6 +106,12 @@ def check_companion(
         UserError: it is another.
     """
     found, expected = fingerprint or fingerprint_of(companion), required_fingerprint(checkpoint)
+    if expected is None and companion.condition is not None:
+        raise UserError(
+            f"{file} is a control of {companion.condition}, not the {role_of(find(companion.kind))} that {path} was"
+            " trained on",
+            "wrong-kind",
+        )
     if expected is not None and expected not in (found, *_earlier_fingerprints(companion.metadata)):
         raise UserError(
             f"{path} was trained on another {role_of(find(companion.kind))} ({expected}) than {file} ({found})",
@@ -127,7 +135,9 @@ def find_companion(path: Path, checkpoint: Checkpoint, elsewhere: Iterable[Path]
     title = companion_role(control)
     fingerprint = required_fingerprint(checkpoint)
     if not fingerprint:
-        candidates = list(companions_beside(path, control.companion))
+        # A control of a condition, such as a merged adapter, is not what an adapter was trained on.
+        beside = companions_beside(path, control.companion)
+        candidates = [file for file in beside if not read_metadata(file).get("control.condition")]
         if len(candidates) == 1:
             return candidates[0]
         names = ", ".join(file.name for file in candidates)

@@ -19,7 +19,7 @@ from controlkit.bases.meta import meta_base
 from controlkit.controls.control import Control
 from controlkit.controls.file_format import Checkpoint, FileFormat, Reference, Written, listed
 from controlkit.controls.inputs import words_of_inputs
-from controlkit.controls.registry import find, registry
+from controlkit.controls.registry import find, registry, role_of
 from controlkit.errors import UserError, nearest
 from controlkit.files import check_overwrite, files_of, read_json, write_json
 from controlkit.formats.companions import (
@@ -61,6 +61,8 @@ class Converted:
     notes: tuple[str, ...]
     dtypes: Mapping[str, int]
     """Dtype -> number of tensors in the file."""
+    parameters: int
+    """Number of elements of the tensors in the file."""
 
     @property
     def from_layout(self) -> str:
@@ -85,8 +87,8 @@ class Converted:
             "from": {"path": str(self.source), "layout": self.from_format},
             "kind": self.kind,
             "condition": self.checkpoint.condition,
-            "tensors": len(self.checkpoint.tensors),
-            "parameters": self.checkpoint.parameters,
+            "tensors": sum(self.dtypes.values()),
+            "parameters": self.parameters,
             "dtypes": dict(self.dtypes),
             "notes": list(self.notes),
         }
@@ -171,7 +173,18 @@ def convert(
     _write(target, format_, checkpoint, output)
     notes = (*dict.fromkeys((*checkpoint.notes, *output.notes)),)
     dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in output.tensors.values())
-    return Converted(target, path, checkpoint.kind, detected.format_name or "", to, checkpoint, notes, dtypes)
+    written = output.checkpoint or checkpoint
+    return Converted(
+        path=target,
+        source=path,
+        kind=written.kind,
+        from_format=detected.format_name or "",
+        to_format=to,
+        checkpoint=checkpoint,
+        notes=notes,
+        dtypes=dtypes,
+        parameters=sum(value.numel() for value in output.tensors.values()),
+    )
 
 
 def _detected(path: Path, kind: str | None) -> Detected:
@@ -357,6 +370,13 @@ def _settle_companion(
     """Read the companion, if it was passed or writing needs it, and record it in the metadata; returns its files."""
     kind = find(content.kind)
     assert kind.companion is not None
+    key = f"{kind.companion_key}_fingerprint"
+    if content.companion is not None and not format_.needs_companion and base_control is None:
+        content.notes.append(
+            f"its {role_of(find(content.companion.kind))} ({len(content.companion.tensors)} tensors with the adapter's"
+            " norms and zero convolutions) is not written; --to merged keeps both"
+        )
+        return []
     if base_control is not None:
         file = find_control(base_control)
     elif format_.needs_companion and content.companion is None:
@@ -367,8 +387,9 @@ def _settle_companion(
     companion = find(kind.companion)
     fingerprint = companion.fingerprint_of(content.companion)
     check_companion(path, content, file, content.companion, fingerprint)
-    content.metadata[kind.companion_key] = file.stem
-    content.metadata[f"{kind.companion_key}_fingerprint"] = fingerprint
+    # One that was cast or moved to another base since has another fingerprint than the one trained on.
+    if key not in content.metadata:
+        content.metadata |= {kind.companion_key: file.stem, key: fingerprint}
     return files_of(file)
 
 

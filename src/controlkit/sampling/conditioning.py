@@ -65,6 +65,12 @@ def _hint(
 ) -> Hint:
     use, hashes = generation.request.controls[index], generation.sha256["controls"][index]
     inputs = values_of(use, control)
+    if (part := frame.part) is not None:
+        for entry in control.inputs:
+            if entry.part is not None and entry.name in inputs:
+                inputs[entry.name] = entry.part(inputs[entry.name], part)
+                if not inputs[entry.name]:
+                    generation.notes.append(f"no {entry.name} of {use.control} are in the inpainted part")
     sources = images.controls[index]
     for source in sources:
         name = None if use.inputs is None else source.input.name

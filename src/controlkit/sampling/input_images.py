@@ -36,6 +36,15 @@ class Frame:
     """Left, top, right and bottom in pixels of that image. None is all of it."""
 
     @property
+    def part(self) -> tuple[float, float, float, float] | None:
+        """Left, top, right and bottom of the region in fractions of the whole image; None if it is all of it."""
+        if self.region is None:
+            return None
+        width, height = self.covered
+        left, top, right, bottom = self.region
+        return left / width, top / height, right / width, bottom / height
+
+    @property
     def covered(self) -> tuple[int, int]:
         """The size that images are scaled to cover."""
         return self.full or (self.width, self.height)

@@ -70,7 +70,9 @@ def identity_of(control: Control) -> Hashable:
     Writes through `parameter.data` go unnoticed, as they do in autograd: clear the cache after them.
     """
     weights = list(control.weights())
-    states = tuple((mark_of(parameter), parameter._version) for parameter in weights)
+    # Those of `torch.inference_mode` cannot be changed in place outside of it, and have no version.
+    versions = (0 if parameter.is_inference() else parameter._version for parameter in weights)
+    states = tuple(zip(map(mark_of, weights), versions, strict=True))
     return id(control), control.state(), states, *((str(weights[0].device), weights[0].dtype) if weights else ())
 
 

@@ -56,6 +56,8 @@ class SavedSettings:
         same_base = changes.get("base", self.request.base) == self.request.base
         used = self.used if same_base else {}
         resolved = {name: used[name] for name in _RESOLVED if name in used}
+        if self.request.strength is None and "mask" in changes:
+            resolved.pop("strength", None)  # its default depends on whether there is a mask
         stored = self.request.to_json()
         stored["graphs"] = "auto"  # `on` demands a device that has them; images do not depend on it
         stored["base"] = self._locate(self.request.base)
@@ -189,20 +191,30 @@ class SavedSettings:
             for part, what in (("control", "control"), ("companion", "the base control of")):
                 if _differ(self._hashes(index), hashes, part):
                     notes.append(_changed(f"{what} {new.control}"))
-            notes += self._mask_notes(index, new)
+            enlarged = _enlarged(generation.request)
+            notes += [note + enlarged for note in self._mask_notes(index, new)]
             for name, path in self._images(index).items():
-                notes += self._image_notes(index, name, path, new, _of_input(hashes, name), same_size=same_size)
+                hashes_of_it = _of_input(hashes, name)
+                notes += self._image_notes(index, name, path, new, hashes_of_it, enlarged, same_size=same_size)
         return notes
 
     def _image_notes(
-        self, index: int, name: str | None, stored: str, new: ControlUse, after: Mapping[str, Any], *, same_size: bool
+        self,
+        index: int,
+        name: str | None,
+        stored: str,
+        new: ControlUse,
+        after: Mapping[str, Any],
+        enlarged: str,
+        *,
+        same_size: bool,
     ) -> list[str]:
         """Notes on one image of a control, whose path in the settings is `stored`."""
         before, path, saved = _of_input(self._hashes(index), name), _path(new, name), str(self._saved(index, name))
         if path == saved != stored:
             if self._unchanged(index, name, stored) is not None:
                 return []  # another image of this control changed, so that all are taken as prepared
-            return [f"{stored} {self._state(stored)}; its saved condition image {saved} is used{self._enlarged}"]
+            return [f"{stored} {self._state(stored)}; its saved condition image {saved} is used{enlarged}"]
         if same_size and before.get("image") == after.get("image") and _differ(before, after, "condition"):
             instead = f"--control {new.control}={saved} --prepared" if name is None else saved
             return [
@@ -226,7 +238,7 @@ class SavedSettings:
         if stored is None or not new.mask == saved != stored:
             return []
         replaced = f"{stored}, the mask of {new.control}, {self._state(stored)}"
-        return [f"{replaced}; the saved one, {saved}, is used{self._enlarged}"]
+        return [f"{replaced}; the saved one, {saved}, is used"]
 
     def _mask(self, index: int) -> str | None:
         """The stored mask of a control, or the saved one if it is missing or has changed.
@@ -279,11 +291,6 @@ class SavedSettings:
         """Whether saved condition images and masks of controls show the inpainted part only, so that they replace no
         files."""
         return self.request.only_masked is not None
-
-    @property
-    def _enlarged(self) -> str:
-        """End of notes on a saved condition image or mask, which is of the first pass."""
-        return "" if self.request.hires is None else ", and enlarged for the second pass, so the images may differ"
 
     def _state(self, stored: str) -> str:
         """Why a stored image cannot be used."""
@@ -403,6 +410,11 @@ def _changed_files(entries: Sequence[str], before: Any, after: Any) -> list[str]
 
 def _changed(what: str) -> str:
     return f"{what} has changed since (SHA-256), so the images may differ"
+
+
+def _enlarged(request: GenerateRequest) -> str:
+    """End of notes on a saved condition image or mask, which is of the first pass."""
+    return "" if request.hires is None else ", and enlarged for the second pass, so the images may differ"
 
 
 def _of_input(hashes: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:

@@ -81,7 +81,8 @@ class ControlUse:
             if self.prepared:
                 raise UserError(
                     f"{self.control} has condition parameters ({', '.join(self.parameters)}) and a prepared condition"
-                    " image; parameters are for an image from which the condition is computed",
+                    " image; parameters are for an image from which the condition is computed. Other inputs, such as"
+                    " a task, go into inputs: {'image': ..., 'task': ...}",
                     "contradiction",
                 )
             object.__setattr__(self, "parameters", plain_mapping(self.parameters, f"parameters of {self.control}"))

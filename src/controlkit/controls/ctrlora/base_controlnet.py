@@ -473,7 +473,9 @@ class BaseControlNet(OneImage):
         return {_TRANSFERRED: ",".join(self.transferred_from)} if self.transferred_from else {}
 
     @classmethod
-    def usage(cls, file: str, base: str) -> list[str]:
+    def usage(cls, file: str, base: str, condition: str | None) -> list[str]:
+        if condition is not None:  # an adapter merged into it, or one that was trained whole
+            return super().usage(file, base, condition)
         return [f"    controlkit adapt PAIRS --base {base} --control {file} --name mine"]
 
     @classmethod

@@ -31,6 +31,25 @@ def boxes_problem(value: Any) -> str | None:
     return None
 
 
+def boxes_in_part(value: list[dict[str, Any]], part: tuple[float, float, float, float]) -> list[dict[str, Any]]:
+    """Boxes in fractions of a part of the image, cut at its edges, without those outside of it.
+
+    Args:
+        value: valid boxes with phrases.
+        part: left, top, right and bottom of the part, in fractions of the image.
+    """
+    left, top, right, bottom = part
+    across, down = right - left, bottom - top
+    found = []
+    for entry in value:
+        x0, y0, x1, y1 = entry["box"]
+        sides = [(x0 - left) / across, (y0 - top) / down, (x1 - left) / across, (y1 - top) / down]
+        inside = [min(max(side, 0.0), 1.0) for side in sides]
+        if inside[0] < inside[2] and inside[1] < inside[3]:
+            found.append({**entry, "box": inside})
+    return found
+
+
 def _problem_of_entry(entry: Any) -> str | None:
     """What is wrong with one box, with `{}` in place of its name."""
     if not isinstance(entry, dict) or set(entry) != {"box", "phrase"}:

@@ -36,7 +36,7 @@ from controlkit.controls.encoder_copy.network import (
     with_heads,
 )
 from controlkit.controls.file_format import FileFormat, Written
-from controlkit.controls.gligen.boxes import MAX_OBJECTS, boxes_problem
+from controlkit.controls.gligen.boxes import MAX_OBJECTS, boxes_in_part, boxes_problem
 from controlkit.controls.gligen.config import PHRASE_WIDTH, config_for, max_objects_of
 from controlkit.controls.gligen.formats import (
     detect_diffusers,
@@ -79,7 +79,7 @@ class GLIGEN(Control):
     kind: ClassVar[str] = "gligen"
     title: ClassVar[str] = "a GLIGEN"
     paper: ClassVar[str] = "Li et al. 2023, arXiv 2301.07093"
-    inputs = (Input(name="boxes", kind="value", check=boxes_problem),)
+    inputs = (Input(name="boxes", kind="value", check=boxes_problem, part=boxes_in_part),)
     reads: ClassVar[Reads] = Reads.NOTHING
     acts: ClassVar[Acts] = Acts.TAPS
     enters: ClassVar[str] = "transformer blocks, between self-attention and cross-attention"

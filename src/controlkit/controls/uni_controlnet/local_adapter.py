@@ -367,7 +367,7 @@ class LocalAdapter(Control):
         return {**super().parameter_counts(), **counts}
 
     @classmethod
-    def usage(cls, file: str, base: str) -> list[str]:
+    def usage(cls, file: str, base: str, condition: str | None) -> list[str]:
         example = json.dumps({cls.inputs[0].name: "photo.png"})
         names = ", ".join(entry.name for entry in cls.inputs)
         return [

@@ -410,7 +410,7 @@ class UniControl(Control):
         return {**super().parameter_counts(), **counts}
 
     @classmethod
-    def usage(cls, file: str, base: str) -> list[str]:
+    def usage(cls, file: str, base: str, condition: str | None) -> list[str]:
         return [
             f'    controlkit generate "PROMPT" --base {base} --control {file}=INPUTS.json --seeds 4',
             "",
