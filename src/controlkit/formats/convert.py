@@ -371,17 +371,16 @@ def _settle_companion(
     kind = find(content.kind)
     assert kind.companion is not None
     key = f"{kind.companion_key}_fingerprint"
-    if content.companion is not None and not format_.needs_companion and base_control is None:
-        content.notes.append(
-            f"its {role_of(find(content.companion.kind))} ({len(content.companion.tensors)} tensors with the adapter's"
-            " norms and zero convolutions) is not written; --to merged keeps both"
-        )
-        return []
     if base_control is not None:
         file = find_control(base_control)
     elif format_.needs_companion and content.companion is None:
         file = find_companion(path, content, shipped_controls().values())
     else:
+        if content.companion is not None and not format_.needs_companion:
+            content.notes.append(
+                f"its {role_of(find(content.companion.kind))} ({len(content.companion.tensors)} tensors with the"
+                " adapter's norms and zero convolutions) is not written; --to merged keeps both"
+            )
         return []
     content.companion = read_companion(kind.companion, file, reference)
     companion = find(kind.companion)

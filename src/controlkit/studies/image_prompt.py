@@ -1,7 +1,7 @@
 """`controlkit study image-prompt`: what results take from an image prompt, by its weight, with and without a caption.
 
-For controls that turn an image into tokens of the prompt, such as Uni-ControlNet's global adapter (Zhao et al. 2023,
-arXiv 2305.16322, section 3.2), whose results need not follow the image pixel by pixel. Each image prompt is a drawing
+For controls that turn an image into tokens of the prompt, such as the global adapter of Zhao et al. 2023 (arXiv
+2305.16322, section 3.2), whose results need not follow the image pixel by pixel. Each image prompt is a drawing
 of a concept that nano was trained on; results are compared with another drawing of the same caption. Samples are
 stored in the folder of the study; running it again resumes.
 """
