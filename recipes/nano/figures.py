@@ -54,6 +54,7 @@ FIGURES: dict[str, Figure | Speed] = {
     "new-condition.ablation": Figure("new-condition", studies.ablation_table, block=True),
     "new-condition.ranks-and-pairs": Figure("new-condition", studies.ranks_and_pairs_table, block=True),
     "new-condition.mode-control": Figure("new-condition-control", studies.mode_table, block=True),
+    "new-condition.ends": Figure("new-condition", studies.ends_of_new_conditions),
     "new-condition.seconds": Figure("new-condition", studies.seconds_of_an_adapter),
     "new-condition.pixel": Figure("new-condition", studies.new_condition("pixel")),
     "new-condition.hints": Figure("new-condition", studies.new_condition("lineart_color_hints")),

@@ -251,7 +251,7 @@ class MeasuringSteps:
                 [*given, *_set(("ranks=[2,4,8,32,64]", "pair_counts=[100,1000,5000]", *chosen.new_condition))],
                 learned,
                 {"figure": "new-condition.png", "images": "new-condition-pictures.png"},
-                minutes=400,
+                minutes=100,
             ),
             self._study(
                 "new-condition-control",
@@ -259,7 +259,7 @@ class MeasuringSteps:
                 [*given, *_set((*mode, *chosen.new_condition))],
                 learned,
                 {},
-                minutes=90,
+                minutes=30,
             ),
             self._study(
                 "convergence",

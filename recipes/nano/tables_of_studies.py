@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from results import Missing, Results, report_titled, table, two
+from results import Missing, Results, report_titled, rounded, table, two
 
 _NEW_CONDITIONS = {
     "palette": "palette",
@@ -146,6 +146,29 @@ def new_condition(task: str, file: str = "new-condition") -> Callable[[Results],
         )
 
     return make
+
+
+_MEASURES = (
+    ("colour distance in L*a*b*", ("palette", "pixel", "lineart_color_hints"), 1, ""),
+    ("edge F1", ("openmoji",), 2, ""),
+    ("PSNR to the true image", ("haze",), 1, " dB"),
+)
+"""Measure, the conditions that it scores, decimals, unit."""
+
+
+def ends_of_new_conditions(results: Results) -> str:
+    """Scores of each condition without control and at the ceiling."""
+    ends = {cell["task"]: (cell["baseline"], cell["ceiling"]) for cell in _cells(results, "new-condition")}
+    told = []
+    for measure, tasks, digits, unit in _MEASURES:
+        values = [
+            f"{_NEW_CONDITIONS[task].partition(' (')[0]} {rounded(ends[task][0], digits)} and"
+            f" {rounded(ends[task][1], digits)}{unit}"
+            for task in tasks
+            if task in ends
+        ]
+        told += [f"{measure}: {', '.join(values)}"] if values else []
+    return "; ".join(told)
 
 
 def seconds_of_an_adapter(results: Results) -> str:
