@@ -222,6 +222,7 @@ class MeasuringSteps:
                 (system_file(self.shop, "uni-controlnet-local"),),
                 "uni-controlnet.png",
                 minutes=6,
+                version=2,
             ),
             self._report(
                 "scenes",

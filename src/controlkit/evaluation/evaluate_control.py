@@ -194,6 +194,9 @@ def evaluate_controls(
         for title, group in ((name, evaluated[0].eval_set.condition_images), ("result", evaluated[0].controlled)):
             strips.append([Image.fromarray(image) for image in group[:_SHOWN]])
             titles.append(title)
+    short = [title.rpartition("/")[2] for title in titles[::2]]
+    if len(set(short)) == len(short):  # of files their names, where these differ
+        titles[::2] = short
     strips.append([Image.fromarray(image) for image in sets[0].images[:_SHOWN]])
     report = Report(
         title="Condition following",
