@@ -84,7 +84,8 @@ def _adapt(page: Browser, archive: Path, folder: Path) -> None:
     page.click("#adapt-start")
     page.until(lambda: "mine: done" in page.text("#adapt-message"), "end of the training", LONG)
     page.until(lambda: "gap closed" in page.text("#adapt-report"), "report")
-    page.driver.execute_script("document.activeElement.blur()")  # closes the list of pairs
+    # Closes the list of pairs.
+    page.driver.execute_script("const i = document.querySelector('#adapt-pairs input'); i.focus(); i.blur()")
     page.driver.execute_script("window.scrollTo(0, 0)")
     time.sleep(2)
     page.screenshot(folder / "ui-adapt.png")
