@@ -130,6 +130,12 @@ def three(value: float | None) -> str:
     return rounded(value, 3)
 
 
+def measure_of(report: Mapping[str, Any], name: str) -> tuple[str, int]:
+    """What a control's rows in a report of several measure, and the decimals that it is told with."""
+    measure = next(str(row[1]) for row in report["rows"] if row[0].startswith(f"{name},")).partition(" (")[0]
+    return measure, 2 if "PSNR" in measure or "distance" in measure else 3
+
+
 def report_titled(results: Results, file: str, start: str) -> Mapping[str, Any]:
     """The report whose title begins so."""
     found: Mapping[str, Any] = next(

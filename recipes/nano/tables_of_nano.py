@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from results import Results, rounded, table, three, two
+from results import Results, measure_of, rounded, table, three, two
 from tables_of_speed import content
 
 AUTOENCODER, COLOUR, _HELD_OUT, SEEN, RETRIEVAL = range(5)
@@ -173,11 +173,8 @@ def adapters_table(results: Results) -> str:
     balanced = results.report("adapters", "balanced")["facts"]
     rows = []
     for name, sets in entry["reports"][0]["facts"].items():
-        measure = next(row[1] for row in entry["reports"][0]["rows"] if row[0].startswith(f"{name},")).partition(" (")[
-            0
-        ]
+        measure, digits = measure_of(entry["reports"][0], name)
         made = entry["made"][name]
-        digits = 2 if "PSNR" in measure or "distance" in measure else 3
         held, other = sets["held-out"], sets["openmoji"]
         new = f" (new, {made['steps']:,} steps)" if "pairs" in made else ""
         gaps = [balanced[name][images]["gap_closed"] for images in ("held-out", "openmoji")]
@@ -192,15 +189,14 @@ def further_table(results: Results) -> str:
     """Adapters that do not ship."""
     entry = results.run("further")
     report, rows = entry["reports"][0], []
-    for name, steps in ((name, made["steps"]) for name, made in entry["made"].items()):
-        label = next(label for label in report["facts"] if name in (label, Path(label).stem))
-        measure = next(row[1] for row in report["rows"] if row[0].startswith(f"{label},")).partition(" (")[0]
-        held, other = (report["facts"][label][images] for images in ("held-out", "openmoji"))
-        values = [rounded(held[key], 2 if "PSNR" in measure else 3) for key in ("baseline", "control", "ceiling")]
+    for label, sets in report["facts"].items():
+        name = Path(label).stem
+        measure, digits = measure_of(report, label)
+        held, other = sets["held-out"], sets["openmoji"]
+        values = [rounded(held[key], digits) for key in ("baseline", "control", "ceiling")]
+        title = f"{name} ({entry['made'][name]['steps']:,} steps)"
         own = two(entry["condition_images"][name])
-        rows.append(
-            [f"{name} ({steps:,} steps)", measure, *values, two(held["gap_closed"]), two(other["gap_closed"]), own]
-        )
+        rows.append([title, measure, *values, two(held["gap_closed"]), two(other["gap_closed"]), own])
     head = ("adapter", "measure", "no control", "adapter", "ceiling", "gap closed", "OpenMoji: gap closed")
     return table((*head, "the condition image itself"), rows)
 

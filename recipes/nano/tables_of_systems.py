@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from results import Results, report_titled, rounded, table, three, two
+from results import Results, measure_of, report_titled, rounded, table, three, two
 
 _SYSTEMS = {
     "controlnet-mlp": "ControlNet-mlp",
@@ -69,8 +69,8 @@ def conditions_table(file: str) -> Callable[[Results], str]:
         rows = []
         for name, sets in report["facts"].items():
             condition = name.rpartition(", ")[2]
-            measure = next(row[1] for row in report["rows"] if row[0].startswith(f"{name},")).partition(" (")[0]
-            held, digits = sets["held-out"], 2 if "PSNR" in measure else 3
+            measure, digits = measure_of(report, name)
+            held = sets["held-out"]
             own = adapters.get(f"nano/{condition}")
             values = [rounded(held[key], digits) for key in ("baseline", "control", "ceiling")]
             closed = [] if own is None else _closed(own)

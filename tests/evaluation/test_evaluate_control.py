@@ -462,7 +462,7 @@ def test_the_targets_of_larger_pairs_score_perfectly(tiny_base, tiny_control, tm
 
     pairs = read_pairs(tmp_path / "pairs" / "canny")
     ours = pairs_eval_set(pairs, 64)
-    assert ours.scores(canny, ours.targets) == [1, 1] and (ours.scaled, ours.computed_larger) == (0, 2)
+    assert ours.scores(canny, ours.targets) == [1, 1] and (ours.scaled, ours.rescaled) == (0, 2)
     assert all(
         np.array_equal(image, pair.side(SOURCE, 64)) for image, pair in zip(ours.condition_images, pairs, strict=True)
     )

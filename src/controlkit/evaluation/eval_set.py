@@ -32,7 +32,7 @@ class EvalSet:
     """What the conditions of results are compared with; None for the condition images."""
     scaled: int = 0
     """How many references are condition images that were scaled to this size."""
-    computed_larger: int = 0
+    rescaled: int = 0
     """How many condition images were scaled to this size, while their references are computed at it."""
 
     def scores(self, condition: conditions.Condition, results: Sequence[np.ndarray]) -> list[float]:
@@ -66,7 +66,7 @@ def pairs_eval_set(pairs: Sequence[Pair], size: int, name: str = "held-out pairs
         condition=pairs[0].condition if pairs else None,
         references=references_of(pairs, size),
         scaled=sum(pair.is_scaled(size) and not pair.is_reproducible for pair in pairs),
-        computed_larger=sum(pair.is_scaled(size) and pair.is_reproducible for pair in pairs),
+        rescaled=sum(pair.is_scaled(size) and pair.is_reproducible for pair in pairs),
     )
 
 

@@ -398,9 +398,9 @@ def _evaluate(
             f"{eval_set.scaled} condition images of {eval_set.name} were scaled to the base's size, which thins lines:"
             f" the targets themselves score {np.mean(eval_set.scores(condition, eval_set.targets)):.3f}.",
         )
-    if eval_set.computed_larger:
+    if eval_set.rescaled:
         notes += (
-            f"{eval_set.computed_larger} condition images of {eval_set.name} were computed at another size and scaled"
+            f"{eval_set.rescaled} condition images of {eval_set.name} were computed at another size and scaled"
             f" to {base.size} pixels, where {condition.name} may look different: generating computes them at"
             f" {base.size}. Pairs made with --size {base.size} show what the control does there.",
         )
