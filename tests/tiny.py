@@ -250,7 +250,11 @@ def t5_tokenizer():
     return T5TokenizerFast(vocab=vocab, extra_ids=0)
 
 
-OF_TRANSFORMERS = {"controlnet-sd3": "sd3-medium", "controlnet-flux": "flux1-dev"}
+OF_TRANSFORMERS = {
+    "controlnet-sd3": "sd3-medium",
+    "controlnet-flux": "flux1-dev",
+    "controlnet-z-image": "z-image",
+}
 """Kind of a system for a transformer -> a known base that it is for."""
 
 
@@ -322,9 +326,69 @@ def build_tiny_flux(seed: int = 0, **transformer):
     return Flux(name="tiny-flux", scheduler_config=FLUX_PARTS["scheduler"], tokenizer_2=t5_tokenizer(), **parts)
 
 
+Z_IMAGE_PARTS = {
+    "transformer": {
+        "in_channels": 4,
+        "dim": 32,
+        "n_layers": 4,
+        "n_refiner_layers": 2,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": 16,
+        "axes_dims": [4, 4, 8],
+        "axes_lens": [600, 32, 32],
+    },
+    "vae": FLUX_PARTS["vae"],
+    "text_encoder": {
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 1024,
+    },
+    "scheduler": {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": False},
+}
+"""The parts of a tiny Z-Image Turbo, under the names of a diffusers folder."""
+
+
+def qwen_tokenizer():
+    """A tokenizer of Qwen's kind that reads bytes, with the form of its chat template."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    vocab = {letter: place for place, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], pad_token="<|endoftext|>", model_max_length=131072)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+def build_tiny_z_image(seed: int = 0, **transformer):
+    """A base with a transformer of four layers and a language model as text encoder, 64 x 64 images, random weights.
+
+    Args:
+        transformer: other settings of the transformer.
+    """
+    from controlkit.bases.z_image import ZImage
+
+    torch.manual_seed(seed)
+    configurations = {**Z_IMAGE_PARTS, "transformer": {**Z_IMAGE_PARTS["transformer"], **transformer}}
+    parts = {one.name: one.build(configurations[one.name]) for one in ZImage.components if one.is_network}
+    for name in ("x_pad_token", "cap_pad_token"):
+        torch.nn.init.normal_(getattr(parts["transformer"], name))
+    return ZImage(name="tiny-z-image", scheduler_config=Z_IMAGE_PARTS["scheduler"], tokenizer=qwen_tokenizer(), **parts)
+
+
 def tiny_of_known(name: str):
     """The tiny base of the family of a known one."""
-    return build_tiny_flux() if name.startswith("flux") else build_tiny_sd3()
+    builds = {"flux": build_tiny_flux, "z-image": build_tiny_z_image}
+    return next((build for start, build in builds.items() if name.startswith(start)), build_tiny_sd3)()
 
 
 def parts_of(base):

@@ -16,11 +16,12 @@ from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.uses import ControlUse
 
 
-def check_training(folder: Path, tmp_path: Path, **own: str) -> None:
+def check_training(folder: Path, tmp_path: Path, *, trains: str = "controlnet_blocks", **own: str) -> None:
     """Train a control from pairs, resume, load and use it.
 
     Args:
         folder: a tiny base.
+        trains: part of the names of layers that are zero before training.
         own: settings of the recipe, among them `system`.
     """
     pairs, rows = tmp_path / "pairs", []
@@ -45,7 +46,7 @@ def check_training(folder: Path, tmp_path: Path, **own: str) -> None:
     base = load_base(folder)
     control = load_control(tmp_path / "run" / "mine.safetensors", base)
     assert control.condition == "canny"
-    assert any(value.abs().max() > 0 for name, value in control.file_state().items() if "controlnet_blocks" in name)
+    assert any(value.abs().max() > 0 for name, value in control.file_state().items() if trains in name)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(losses) == 4
     use = ControlUse(control=str(tmp_path / "run" / "mine.safetensors"), image=str(pairs / "images" / "0.png"))

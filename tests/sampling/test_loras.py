@@ -17,10 +17,11 @@ from parity import NEGATIVE, PROMPT, SEEDS, STEPS, assert_same, generators, ours
 from PIL import Image
 from safetensors.torch import save_file
 
+from controlkit.bases.flux import Flux
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
-from controlkit.sampling.loras import _of_flux, merged, read_lora
+from controlkit.sampling.loras import _of_transformer, merged, read_lora
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.residual_cache import ResidualCache
@@ -28,7 +29,7 @@ from controlkit.sampling.sampler import sample_prompts
 from controlkit.sampling.saved_settings import read_settings
 from controlkit.sampling.uses import ControlUse, LoraUse
 from refusals import refused
-from tiny import build_tiny_flux, build_tiny_sd3, build_tiny_sdxl
+from tiny import build_tiny_flux, build_tiny_sd3, build_tiny_sdxl, build_tiny_z_image
 
 RANK = 3
 UNET = "down_blocks.1.attentions.0.transformer_blocks.0"
@@ -265,11 +266,18 @@ def test_layers_in_a_decoder_that_a_control_replaces_are_noted(tiny_base, tiny_c
     assert not notes(tiny_control) and not notes(own, weight=0.0)
 
 
-@pytest.mark.parametrize("build", [build_tiny_sd3, build_tiny_flux])
-def test_a_lora_of_a_transformer_is_merged(build, tmp_path):
+@pytest.mark.parametrize(
+    ("build", "place"),
+    [
+        (build_tiny_sd3, "transformer_blocks.1.attn.to_q"),
+        (build_tiny_flux, "transformer_blocks.1.attn.to_q"),
+        (build_tiny_z_image, "layers.1.attention.to_q"),
+    ],
+)
+def test_a_lora_of_a_transformer_is_merged(build, place, tmp_path):
     base = build()
-    place = "transformer_blocks.1.attn.to_q"
-    down, up = torch.randn(2, 16), torch.randn(16, 2)
+    width = base.transformer.get_submodule(place).in_features
+    down, up = torch.randn(2, width), torch.randn(width, 2)
     file = tmp_path / "lora.safetensors"
     save_file({f"transformer.{place}.lora_A.weight": down, f"transformer.{place}.lora_B.weight": up}, file)
     before = base.transformer.get_submodule(place).weight.clone()
@@ -297,13 +305,37 @@ def test_loras_of_flux_under_names_of_other_tools(of_kohya):
     }
     unknown = {f"{layer}.{part}": torch.ones(2, 2) for layer, parts in left.items() for part in parts}
     text = {f"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_{half}.weight": down for half in ("down", "up")}
-    made = _of_flux({**tensors, **unknown, **text})
+    made = _of_transformer({**tensors, **unknown, **text}, Flux)
     assert all(made.pop(name) is value for name, value in unknown.items())
     assert {name.partition(".")[0] for name in made} == {"transformer", "text_encoder"} and len(made) == 6 + 2
     for which, part in zip("qkv", up.chunk(3), strict=True):
         name = f"transformer.transformer_blocks.7.attn.to_{which}.lora"
         product = made[f"{name}_B.weight"] @ made[f"{name}_A.weight"]
         assert torch.allclose(product, part @ down / (2 if of_kohya else 1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "alpha"),
+    [
+        ("diffusion_model.layers.1.attention.to_q.lora_A diffusion_model.layers.1.attention.to_q.lora_B", None),
+        ("diffusion_model.layers.1.attention.to_q.lora_down diffusion_model.layers.1.attention.to_q.lora_up", 1.0),
+        ("lora_unet_layers_1_attention_to_q.lora_down lora_unet_layers_1_attention_to_q.lora_up", 1.0),
+    ],
+)
+def test_loras_of_z_image_under_names_of_other_tools(names, alpha, tmp_path):
+    """ComfyUI's, ai-toolkit's and kohya's."""
+    base, place = build_tiny_z_image(), "layers.1.attention.to_q"
+    halves = [torch.randn(2, 32), torch.randn(32, 2)]
+    tensors = {f"{name}.weight": half for name, half in zip(names.split(), halves, strict=True)}
+    if alpha is not None:
+        tensors[f"{names.split()[0].removesuffix('.lora_down')}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    before = base.transformer.get_submodule(place).weight.clone()
+    lora = read_lora(LoraUse(file=str(tmp_path / "lora.safetensors")), base)
+    with merged(base, [(lora, 1.0)], ["lora"]):
+        added = base.transformer.get_submodule(place).weight - before
+    assert torch.allclose(added, halves[1] @ halves[0] * (1 if alpha is None else alpha / 2), atol=1e-5)
+    assert not lora.notes
 
 
 def test_layers_of_flux_that_fit_nowhere_are_named(tmp_path):

@@ -32,6 +32,8 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
+    ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
 )
 from fake_control import FakeControl
 from parity import SEEDS, assert_same, ours, parts, theirs
@@ -264,6 +266,30 @@ def test_flux_equals_diffusers(photo, mask, strength, masked):
         width=64,
         num_inference_steps=STEPS,
         guidance_scale=4.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        output_type="pt",
+        **more,
+    ).images
+    result = ours(base, prompt="red apple", guidance=4.0, start=start(photo, strength, mask if masked else None))
+    assert_same(result, expected, 1e-3)
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.75, 1.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_z_image_equals_diffusers(photo, mask, strength, masked):
+    base = tiny.build_tiny_z_image()
+    pipeline = (ZImageInpaintPipeline if masked else ZImageImg2ImgPipeline)(**tiny.parts_of(base))
+    pipeline.set_progress_bar_config(disable=True)
+    more = {"mask_image": mask.expand(len(SEEDS), -1, -1, -1)} if masked else {}
+    expected = pipeline(
+        ["red apple"] * len(SEEDS),
+        negative_prompt=["cat face"] * len(SEEDS),
+        image=batch(photo),
+        strength=strength,
+        height=64,
+        width=64,
+        num_inference_steps=STEPS,
+        guidance_scale=3.0,
         generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
         output_type="pt",
         **more,

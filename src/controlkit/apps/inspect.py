@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default=None,
         help="a base (nano, a folder, a file, a hub id, or sd15, sd21, sdxl, sd3-medium, sd35-medium, sd35-large,"
-        " flux1-dev, flux1-schnell), a control's name or file, any other file of tensors, or a"
+        " flux1-dev, flux1-schnell, z-image, z-image-turbo), a control's name or file, any other file of tensors, or a"
         " system (controlnet, ctrlora, t2i-adapter)",
     )
     parser.add_argument(

@@ -67,8 +67,14 @@ class Base(ABC):
     images."""
     known: ClassVar[Mapping[str, Configurations]]
     """Name of a well-known model -> its configurations: enough to count its parameters without a download."""
+    required_settings: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Network -> settings that its configuration must have."""
     pipeline: ClassVar[str]
     """Class name of its diffusers pipeline."""
+    lora_loader: ClassVar[str | None] = None
+    """Class of `diffusers.loaders` that maps other tools' names of layers of LoRAs, for a transformer."""
+    lora_names: ClassVar[str] = ""
+    """Pattern of the beginnings of the names that it maps."""
     index_entries: ClassVar[Mapping[str, Any]] = {}
     """Entries of its `model_index.json` besides the components."""
     schedule_class: ClassVar[type[RectifiedFlow | VariancePreserving]] = VariancePreserving
@@ -630,6 +636,10 @@ class Base(ABC):
     def prompt_tokens(self) -> int:
         """Maximum length of a prompt in tokens, including those that mark its begin and end."""
         return self.tokenizer.model_max_length
+
+    def fitted(self, *texts: Text) -> list[Text]:
+        """Texts of one run, without padding that none of them needs, for bases that pad prompts of any length."""
+        return list(texts)
 
     def cut_from(self, prompt: str) -> str:
         """The part of a prompt beyond the maximum length; empty if nothing is truncated.

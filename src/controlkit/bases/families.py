@@ -12,10 +12,11 @@ from controlkit.bases.flux import Flux
 from controlkit.bases.sd3 import StableDiffusion3
 from controlkit.bases.sdxl import StableDiffusionXL
 from controlkit.bases.stable_diffusion import StableDiffusion
+from controlkit.bases.z_image import ZImage
 from controlkit.errors import UserError
 from controlkit.files import read_json
 
-FAMILIES: tuple[type[Base], ...] = (Flux, StableDiffusion3, StableDiffusionXL, StableDiffusion)
+FAMILIES: tuple[type[Base], ...] = (ZImage, Flux, StableDiffusion3, StableDiffusionXL, StableDiffusion)
 """In the order in which they are tried on a folder or a file."""
 
 KNOWN_BASES: Mapping[str, tuple[type[Base], Configurations]] = {

@@ -95,7 +95,13 @@ class Flux(Base):
         "flux1-dev": _known(FLUX1_DEV_TRANSFORMER, FLUX1_DEV_SCHEDULER),
         "flux1-schnell": _known(FLUX1_SCHNELL_TRANSFORMER, FLUX1_SCHNELL_SCHEDULER),
     }
+    required_settings: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "transformer": ("in_channels", "patch_size", "num_layers", "joint_attention_dim"),
+        "vae": ("block_out_channels",),
+    }
     pipeline: ClassVar[str] = "FluxPipeline"
+    lora_loader: ClassVar[str | None] = "FluxLoraLoaderMixin"
+    lora_names: ClassVar[str] = r"lora_(unet|te\d?|transformer)_|.*\.processor\."
     schedule_class: ClassVar[type[RectifiedFlow]] = EvenlySpacedFlow
     usual_guidance: ClassVar[float] = USUAL_GUIDANCE
     usual_latent_rgb: ClassVar[LatentRGB] = FLUX_LATENT_RGB

@@ -42,7 +42,7 @@ PRECISIONS = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16"
 
 _HUB_FOLDERS = tuple(dict.fromkeys(component.name for family in reversed(FAMILIES) for component in family.components))
 _WANTED_FROM_HUB = ["model_index.json"] + [
-    f"{folder}/*.{suffix}" for folder in _HUB_FOLDERS for suffix in ("json", "txt", "safetensors", "model")
+    f"{folder}/*.{suffix}" for folder in _HUB_FOLDERS for suffix in ("json", "txt", "jinja", "safetensors", "model")
 ]
 """Nothing of the root, where many repositories keep a second copy of the model in one file."""
 _HALF_PRECISION = ["*fp16*", "*bf16*"]
@@ -67,7 +67,7 @@ def load_base(
     vae: str | None = None,
     random_weights: bool = False,
 ) -> Base:
-    """Load a base, frozen: Stable Diffusion 1.x, 2.x, XL and 3, FLUX.1, and models of the same architectures.
+    """Load a base, frozen: Stable Diffusion 1.x, 2.x, XL and 3, FLUX.1, Z-Image, and models of the same architectures.
 
     Inpainting models (UNets of 9 input channels) only generate, from an image and a mask (`Base.is_inpainting`).
 

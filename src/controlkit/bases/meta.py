@@ -16,13 +16,6 @@ from controlkit.bases.text import Text
 from controlkit.bases.weight_files import HUB_ID
 from controlkit.errors import UserError
 
-_REQUIRED_KEYS = {
-    "unet": ("block_out_channels", "in_channels", "cross_attention_dim", "sample_size"),
-    "transformer": ("in_channels", "patch_size", "num_layers", "joint_attention_dim"),
-    "vae": ("block_out_channels",),
-}
-"""Network -> required keys of its configuration."""
-
 
 def meta_base(name: str) -> Base:
     """A base as `load_base` takes it, or one of `KNOWN_BASES`, on the meta device, without tokenizers.
@@ -47,7 +40,7 @@ def family_and_configurations(name: str) -> tuple[type[Base], Configurations]:
     folder = base_folder(name)
     family = check_family(family_of_folder(folder), folder, name)
     parts = configurations_in(folder)
-    for part, required in _REQUIRED_KEYS.items():
+    for part, required in family.required_settings.items():
         lacking = [key for key in required if part in parts and key not in parts[part]]
         if lacking:
             raise UserError(

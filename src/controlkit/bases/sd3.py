@@ -128,6 +128,10 @@ class StableDiffusion3(Base):
         "sd35-medium": _known(SD35_MEDIUM_TRANSFORMER),
         "sd35-large": _known(SD35_LARGE_TRANSFORMER),
     }
+    required_settings: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "transformer": ("in_channels", "patch_size", "num_layers", "joint_attention_dim"),
+        "vae": ("block_out_channels",),
+    }
     pipeline: ClassVar[str] = "StableDiffusion3Pipeline"
     schedule_class: ClassVar[type[RectifiedFlow]] = RectifiedFlow
     usual_guidance: ClassVar[float] = 7.0

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -23,6 +23,11 @@ ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2", 2048: 
 
 class UNetBase(Base):
     """A base whose denoiser is a UNet with cross attention."""
+
+    required_settings: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "unet": ("block_out_channels", "in_channels", "cross_attention_dim", "sample_size"),
+        "vae": ("block_out_channels",),
+    }
 
     _unet: UNet2DConditionModel
 

@@ -59,7 +59,7 @@ _UNSUPPORTED_CONTROLS = (
 _RULES = (
     _Rule(
         "a ControlNet of a diffusion transformer (Qwen-Image or similar, or FLUX.1 under XLabs' original names), which"
-        " is not supported; of FLUX.1 and Stable Diffusion 3 those in diffusers' format are",
+        " is not supported; of FLUX.1, Stable Diffusion 3 and Z-Image those in diffusers' format are",
         _has("controlnet_(blocks|x_embedder|single_blocks)|.*controlnet_blocks"),
     ),
     _Rule(
@@ -101,7 +101,7 @@ _RULES = (
         _has("down_blocks\\.", "up_blocks\\.", "conv_norm_out\\.", "mid_block\\.", "time_embedding\\."),
     ),
     _Rule(
-        "a diffusion transformer (SD3, Flux or similar): a base, not a control",
+        "a diffusion transformer (SD3, FLUX.1 or similar): a base, not a control",
         _has("(model\\.diffusion_model\\.)?(double_blocks|joint_blocks|(single_)?transformer_blocks)\\."),
     ),
     _Rule(

@@ -6,6 +6,7 @@ replaced modules stay in place.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from controlkit.bases.base import Base
-from controlkit.bases.flux import Flux
 from controlkit.controls.control import Control
 from controlkit.errors import UserError
 from controlkit.files import read_json
@@ -32,8 +32,7 @@ _HALF = re.compile(
 """Name of one of the two matrices of a layer: of peft (`lora_A`), of diffusers now (`lora.down`) and before
 (`processor.to_q_lora.down`, `lora_linear_layer.down`)."""
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
-_KOHYA_FLUX = (*_KOHYA, "lora_te3_", "lora_transformer_")
-_PART_OF_LAYER = re.compile(r"\.((lora_)?(down|up)\.weight|alpha)$")
+_PART_OF_LAYER = re.compile(r"\.((lora_)?(down|up)\.weight|lora_[AB]\.weight|alpha)$")
 _TEXT_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _PEFT_PREFIX = "base_model.model."
 _OTHER_KINDS = (
@@ -101,8 +100,8 @@ def read_lora(use: LoraUse, base: Base) -> Lora:
         if any(part in name for name in file.tensors):
             raise UserError(f"{use.file} is {kind}, which is not supported; expected a LoRA", "unsupported")
     tensors = _with_alphas({name.removeprefix(_PEFT_PREFIX): value for name, value in file.tensors.items()})
-    if isinstance(base, Flux):
-        tensors = _of_flux(tensors)
+    if base.lora_loader is not None:
+        tensors = _of_transformer(tensors, base)
     elif any(name.startswith(_KOHYA) for name in tensors):
         tensors = _of_kohya(tensors, use.file, base)
     # peft names the pair so; the folder of another file may hold the configuration of another adapter.
@@ -280,25 +279,24 @@ def _of_kohya(tensors: Mapping[str, Tensor], file: str, base: Base) -> dict[str,
     return {**{name: value for name, value in tensors.items() if name not in halves}, **mapped}
 
 
-def _of_flux(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a LoRA for FLUX.1 under kohya's or XLabs' names under those of diffusers, with kohya's alphas
+def _of_transformer(tensors: Mapping[str, Tensor], base: Base | type[Base]) -> dict[str, Tensor]:
+    """Tensors of a LoRA for a transformer under other tools' names under those of diffusers, with kohya's alphas
     multiplied in; others unchanged, and layers that diffusers does not know.
 
     diffusers is given one layer at a time: of a whole file it leaves out some without a word.
     """
-    from diffusers.loaders import FluxLoraLoaderMixin
-
+    loader = getattr(importlib.import_module("diffusers.loaders"), base.lora_loader or "")
+    known = re.compile(base.lora_names)
     renamed: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        other = not (name.startswith(_KOHYA_FLUX) or ".processor." in name)
-        if other or (layer := _PART_OF_LAYER.sub("", name)) == name:
+        if known.match(name) is None or (layer := _PART_OF_LAYER.sub("", name)) == name:
             renamed[name] = value
         else:
             layers.setdefault(layer, {})[name] = value
     for parts in layers.values():
         try:
-            mapped = FluxLoraLoaderMixin.lora_state_dict(dict(parts))
+            mapped = loader.lora_state_dict(dict(parts))
         except Exception:  # of many types, for names that it does not know
             mapped = {}
         renamed |= mapped or parts

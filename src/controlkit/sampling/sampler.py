@@ -115,6 +115,7 @@ def sample_prompts(
                 texts = [base.guided(each, guidance) for each in texts]
                 if guidance > 1 and not base.reads_guidance:
                     texts.insert(0, base.encode_text([negative_prompt], size, text))
+                texts = base.fitted(*texts)
             active = [use.of_images(group) for use in uses]
             at_once = rows_at_once(width, height)
             plan = Plan(active, timesteps, texts, cache, rows_at_once=at_once, base_key=base.merged, calls=calls)

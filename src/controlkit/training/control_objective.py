@@ -199,7 +199,7 @@ class ControlObjective(Objective):
         together = self.recipe.training.together
         control = self.control if together else self.control.for_condition(made.condition)
         noisy = self.noised(self.base.schedule, self._latents(made.batch), made.drawn)
-        text = self._text(made)
+        (text,) = self.base.fitted(self._text(made))
         hint = self._hint(control, made)
         if self.has_dropout:
             # Each process has other samples, and so other masks.
