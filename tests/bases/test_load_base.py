@@ -19,9 +19,7 @@ from controlkit.errors import UserError
 from controlkit.sampling.sampler import images_at_once, sample
 from refusals import refused
 
-PART_CODES = {"unet": "wrong-kind", "tokenizer": "damaged-file"} | dict.fromkeys(
-    ("vae", "text_encoder", "scheduler"), "missing-file"
-)
+PART_CODES = {"unet": "wrong-kind"} | dict.fromkeys(("vae", "text_encoder", "tokenizer", "scheduler"), "missing-file")
 
 
 def not_loaded(folder, code, *facts):

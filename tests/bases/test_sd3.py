@@ -98,9 +98,14 @@ def test_a_folder_loads(base, folder):
     assert made.images[0].image.size == (64, 64)
 
 
-def test_t5_may_be_missing_from_a_folder(folder):
-    for part in ("tokenizer_3", "text_encoder_3"):
+def test_t5_may_be_missing_from_a_folder_whose_index_does_not_list_it(folder):
+    parts = ("tokenizer_3", "text_encoder_3")
+    for part in parts:
         shutil.rmtree(folder / part)
+    with refused("missing-file", folder, "model_index.json", "tokenizer_3"):
+        load_base(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, **{part: [None, None] for part in parts}}))
     assert load_base(folder).text_encoder_3 is None
 
 

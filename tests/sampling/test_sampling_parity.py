@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from parity import SEEDS, assert_same, ours, parts, theirs
 
+from controlkit.bases.stable_diffusion import StableDiffusion
+from controlkit.controls.encoder_copy.network import plain_config
 from controlkit.images import to_tensor
+from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.request import GenerateRequest
 from tiny import fresh_control, randomise_zero_convolutions
 
 
@@ -109,3 +113,39 @@ def test_weight_zero_is_no_control(tiny_base, tiny_control, hint_image):
 def test_a_span_without_a_whole_step_is_no_control(tiny_base, tiny_control, hint_image):
     use = active(tiny_control, hint_image, tiny_base, start=0.25, end=0.35)
     assert torch.equal(ours(tiny_base, [use]), ours(tiny_base))
+
+
+@pytest.fixture
+def distilled(sd1_scheduled_base):
+    """A base whose UNet embeds the guidance scale."""
+    base = sd1_scheduled_base
+    torch.manual_seed(4)
+    unet = UNet2DConditionModel.from_config({**plain_config(base.unet), "time_cond_proj_dim": 8})
+    with torch.no_grad():  # zero in a new one
+        torch.nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.3)
+    return StableDiffusion(
+        name="distilled",
+        tokenizer=base.tokenizer,
+        text_encoder=base.text_encoder,
+        vae=base.vae,
+        unet=unet,
+        scheduler_config=base.scheduler_config,
+    )
+
+
+def test_a_unet_that_reads_the_guidance_scale(distilled):
+    made = []
+    for guidance in (1.0, 4.0, 8.0):
+        expected = theirs(StableDiffusionPipeline(**parts(distilled)), guidance_scale=guidance, height=64, width=64)
+        made.append(ours(distilled, guidance=guidance))
+        assert_same(made[-1], expected, 1e-3)
+    assert (made[0] - made[2]).abs().max() > 1e-2
+    x_t, t, text = torch.randn(1, 4, 16, 16), torch.tensor([300]), distilled.encode_text(["red apple"])
+    assert torch.equal(
+        distilled.predict(x_t, t, text), distilled.predict(x_t, t, distilled.guided(text, distilled.default_guidance))
+    )
+
+
+def test_what_such_a_unet_does_not_read_is_told(distilled):
+    request = GenerateRequest(prompt="red apple", negative_prompt="cat face", steps=2)
+    assert any("no branch for a negative prompt" in note for note in generate(request, base=distilled).notes)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from controlkit.bases.component import Component, Configurations
@@ -83,6 +84,8 @@ class Base(ABC):
     """Default guidance scale of the family."""
     usual_sampler: ClassVar[str] = "ddim"
     """Default sampler of the family."""
+    learns_words: ClassVar[bool] = True
+    """Whether its text encoders take textual inversions."""
     usual_latent_rgb: ClassVar[LatentRGB] = ()
     """Linear approximation of the family's autoencoder, for previews; empty if unknown."""
     upcasts_vae: ClassVar[bool] = False
@@ -407,11 +410,15 @@ class Base(ABC):
     def encode_image(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Images `[B, 3, H, W]` => scaled latents: the mode of the posterior, or a sample of it.
 
+        An autoencoder in float16 that overflows is cast to float32 for good.
+
         Args:
             noise: standard normal `[B, C, h, w]` of the sample; for one image, of several samples.
         """
         x = x.to(self.vae.device, self.vae.dtype)  # which may be offloaded while the network trains
-        posteriors = [self.vae.encode(images).latent_dist for images in x.split(_vae_batch(x.shape[2] * x.shape[3]))]
+        parts = x.split(_vae_batch(x.shape[2] * x.shape[3]))
+        moments = [self._finite(lambda part: self.vae.encode(part).latent_dist.parameters, part) for part in parts]
+        posteriors = [DiagonalGaussianDistribution(each) for each in moments]
         z = torch.cat([posterior.mode() for posterior in posteriors])
         if noise is not None:
             z = z + torch.cat([posterior.std for posterior in posteriors]) * noise.to(z.device, z.dtype)
@@ -445,12 +452,24 @@ class Base(ABC):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents => images, clamped to [-1, 1]."""
+        """Scaled latents => images, clamped to [-1, 1].
+
+        An autoencoder in float16 that overflows is cast to float32 for good.
+        """
         latents = self.latents
         z = z.to(self.vae.dtype) / latents.scale
         z = z + latents.shift if latents.shift else z
-        pixels = z.shape[2] * z.shape[3] * self.factor**2
-        return torch.cat([self.vae.decode(part).sample for part in z.split(_vae_batch(pixels))]).clamp(-1, 1)
+        parts = z.split(_vae_batch(z.shape[2] * z.shape[3] * self.factor**2))
+        images = torch.cat([self._finite(lambda part: self.vae.decode(part).sample, part) for part in parts])
+        return images.clamp(-1, 1)
+
+    def _finite(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`run` of the autoencoder on `x`. One that overflows float16 is cast to float32, which it then keeps."""
+        made = run(x.to(self.vae.dtype))
+        if self.vae.dtype != torch.float16 or made.isfinite().all():
+            return made
+        self.vae.to(torch.float32)
+        return run(x.float())
 
     @contextmanager
     def slicing(self, enabled: bool = True) -> Iterator[None]:

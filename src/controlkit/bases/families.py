@@ -58,12 +58,30 @@ def configurations_in(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_configurations(configurations: Configurations, name: str) -> None:
-    """Check that a base's noise schedule and autoencoder are of a kind that is supported.
+    """Check that the parts of a base are of a kind that is supported.
 
     Raises:
         UserError: they are not.
     """
-    scheduler, vae = configurations.get("scheduler", {}), configurations.get("vae", {})
+    scheduler, vae, unet = (configurations.get(part, {}) for part in ("scheduler", "vae", "unet"))
+    if quantised := [part for part, config in configurations.items() if config.get("quantization_config")]:
+        raise UserError(
+            f"the weights of {', '.join(quantised)} of {name} are quantised, which is not supported; use the folder of"
+            " the model in float16 or bfloat16",
+            "unsupported",
+        )
+    if classes := [key for key in ("class_embed_type", "num_class_embeds") if unet.get(key) is not None]:
+        raise UserError(
+            f"the UNet of {name} is conditioned on a class or an image ({classes[0]}), as that of Stable unCLIP, which"
+            " is not supported; use a text-to-image model",
+            "unsupported",
+        )
+    if masked := [part for part, config in configurations.items() if config.get("use_attention_mask")]:
+        raise UserError(
+            f"the {masked[0]} of {name} masks the padding of prompts (use_attention_mask), which is not supported; use"
+            " a model without it, as the released ones of Stable Diffusion",
+            "unsupported",
+        )
     kind = str(scheduler.get("_class_name", ""))
     if kind.startswith("EDM") or "sigma_data" in scheduler:
         raise UserError(

@@ -100,6 +100,7 @@ class Flux(Base):
         "vae": ("block_out_channels",),
     }
     pipeline: ClassVar[str] = "FluxPipeline"
+    learns_words: ClassVar[bool] = False
     lora_loader: ClassVar[str | None] = "FluxLoraLoaderMixin"
     lora_names: ClassVar[str] = r"lora_(unet|te\d?|transformer)_|.*\.processor\."
     schedule_class: ClassVar[type[RectifiedFlow]] = EvenlySpacedFlow

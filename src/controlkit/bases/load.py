@@ -29,6 +29,7 @@ from controlkit.bases.latent_rgb import NANO_LATENT_RGB
 from controlkit.bases.vae import load_vae
 from controlkit.bases.weight_files import HUB_ID, torch_load_error, weight_files
 from controlkit.errors import UserError
+from controlkit.files import read_json
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -45,6 +46,8 @@ _WANTED_FROM_HUB = ["model_index.json"] + [
     f"{folder}/*.{suffix}" for folder in _HUB_FOLDERS for suffix in ("json", "txt", "jinja", "safetensors", "model")
 ]
 """Nothing of the root, where many repositories keep a second copy of the model in one file."""
+_VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model")
+"""Files of a tokenizer that are its whole vocabulary."""
 _HALF_PRECISION = ["*fp16*", "*bf16*"]
 _UNWANTED_FROM_HUB = [*_HALF_PRECISION, "*non_ema*", "*ema_only*", "*/onnx*"]
 
@@ -295,22 +298,27 @@ def check_family(family: type[Base] | None, folder: Path, name: str) -> type[Bas
 
 def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Base:
     family = check_family(family_of_folder(folder), folder, name)
-    check_configurations(configurations_in(folder), name)
     parts: dict[str, Any] = {}
     for component in family.components:
         where = folder / component.name
-        if component.is_scheduler or (component.optional and not where.is_dir()):
+        if component.is_scheduler:
+            continue
+        if not where.is_dir():
+            _check_left_out(component, family, folder, name)
             continue
         if component.is_tokenizer:
-            parts[component.name] = component.load_class().from_pretrained(where)
+            _check_vocabulary(where, f"{name}/{component.name}")
+            parts[component.name] = component.load_class().from_pretrained(where, local_files_only=True)
         else:
             parts[component.name] = load_network(component, where, dtype)
     if dtype == torch.float16 and needs_float32(parts["vae"], family.upcasts_vae):
         parts["vae"].to(torch.float32)
     schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    return family(
+    base = family(
         name=name, scheduler_config=schedule, defaults=defaults_of(folder), **family.settings_in(folder), **parts
     )
+    _ = base.schedule  # cached_property: an unknown setting is an error now
+    return base
 
 
 def defaults_of(folder: Path) -> dict[str, Any]:
@@ -336,6 +344,49 @@ def load_network(component: Component, folder: Path, dtype: torch.dtype) -> Any:
     if missing := sorted(loading_info["missing_keys"]):
         raise ValueError(f"{folder.name} lacks {len(missing)} of its weights, such as {missing[0]}")
     return network
+
+
+def _check_vocabulary(folder: Path, name: str) -> None:
+    """Check that the folder of a tokenizer has a vocabulary; transformers makes an empty tokenizer of one without.
+
+    Raises:
+        UserError: it has none.
+    """
+    of_pairs = all((folder / file).is_file() for file in ("vocab.json", "merges.txt"))
+    if not of_pairs and not any((folder / file).is_file() for file in _VOCABULARIES):
+        raise UserError(
+            f"{name} has no vocabulary: expected vocab.json with merges.txt, or {' or '.join(_VOCABULARIES)}; the"
+            " download may be incomplete",
+            "missing-file",
+        )
+
+
+def _check_left_out(component: Component, family: type[Base], folder: Path, name: str) -> None:
+    """Check that a base can do without a component whose folder is missing, as Stable Diffusion 3 without T5.
+
+    Raises:
+        UserError: it is not optional, it is listed in `model_index.json`, or its other half is there: a text encoder
+            needs its tokenizer.
+    """
+    if not component.optional:
+        raise UserError(
+            f"{name} is an incomplete diffusers folder: {component.name} is missing; it needs"
+            f" {', '.join(part.name for part in family.components if not part.optional)}",
+            "missing-file",
+        )
+    index = folder / "model_index.json"
+    content = read_json(index) if index.is_file() else {}
+    listed = content.get(component.name) if isinstance(content, dict) else None
+    if listed and any(listed):
+        raise UserError(
+            f"{name} is an incomplete diffusers folder: {index.name} lists {component.name}, which is missing; download"
+            " it, or set its entry to [null, null] to do without",
+            "missing-file",
+        )
+    names = ("tokenizer", "text_encoder")
+    other = component.name.replace(*(names if component.is_tokenizer else reversed(names)))
+    if (folder / other).is_dir():
+        raise UserError(f"{name} has {other} without {component.name}, which it needs", "missing-file")
 
 
 def _from_hub(name: str, **options: Any) -> Path:
@@ -414,6 +465,7 @@ def _check_folder(folder: Path, name: str) -> None:
             "missing-file",
         )
     family = check_family(family_of_folder(folder), folder, name)
+    check_configurations(configurations_in(folder), name)
     for component in family.components:
         path = folder / component.name
         if component.is_network and path.is_dir() and weight_files(path) is None:

@@ -133,6 +133,7 @@ class StableDiffusion3(Base):
         "vae": ("block_out_channels",),
     }
     pipeline: ClassVar[str] = "StableDiffusion3Pipeline"
+    learns_words: ClassVar[bool] = False
     schedule_class: ClassVar[type[RectifiedFlow]] = RectifiedFlow
     usual_guidance: ClassVar[float] = 7.0
     usual_latent_rgb: ClassVar[LatentRGB] = SD3_LATENT_RGB

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from controlkit.bases.base import Base, Latents
@@ -111,10 +112,40 @@ class UNetBase(Base):
             return self.unet(
                 x_t if masked is None else torch.cat([x_t, masked], 1),
                 t,
+                timestep_cond=self._guidance_embedding(text),
                 **unet_inputs(text),
                 **_unet_arguments(arguments, x_t, self._skips),
                 return_dict=False,
             )[0]
+
+    @property
+    def size(self) -> int:
+        """That of the UNet, or of the autoencoder if the UNet has none."""
+        side = self.unet.config.sample_size
+        if side is None:
+            return int(self.vae.config.sample_size)
+        return int(min(side) if isinstance(side, list | tuple) else side) * self.factor
+
+    @property
+    def reads_guidance(self) -> bool:
+        """Whether its UNet embeds the guidance scale beside the time, as latent consistency models do (Luo et al. 2023,
+        arXiv 2310.04378)."""
+        return self.unet.config.get("time_cond_proj_dim") is not None
+
+    def guided(self, text: Text, guidance: float) -> Text:
+        if not self.reads_guidance:
+            return text
+        return Text(**text.named, guidance=text.tokens.new_full((len(text),), guidance))
+
+    def _guidance_embedding(self, text: Text) -> Tensor | None:
+        """Sinusoids of the guidance scale less 1, `[B, D]` (diffusers, `get_guidance_scale_embedding`); None for a UNet
+        that does not read it. A text without a scale, as in training, has the default."""
+        width = self.unet.config.get("time_cond_proj_dim")
+        if width is None:
+            return None
+        default = text.tokens.new_full((len(text),), self.default_guidance)
+        scale = text.named.get("guidance", default).float() - 1
+        return get_timestep_embedding(1000 * scale, width, downscale_freq_shift=1).to(text.tokens.dtype)
 
     @cached_property
     def _skips(self) -> int:
@@ -130,7 +161,8 @@ class UNetBase(Base):
         return Text(tokens, pooled=torch.zeros(1, pooled), time_ids=torch.zeros(1, 6))
 
     def embed_time(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
-        embedded = self.unet.time_embedding(self.unet.get_time_embed(sample=x_t, timestep=t))
+        sinusoids = self.unet.get_time_embed(sample=x_t, timestep=t)
+        embedded = self.unet.time_embedding(sinusoids, self._guidance_embedding(text))
         inputs = unet_inputs(text)
         extra = self.unet.get_aug_embed(
             emb=embedded,

@@ -107,6 +107,7 @@ class ZImage(Base):
         "vae": ("block_out_channels",),
     }
     pipeline: ClassVar[str] = "ZImagePipeline"
+    learns_words: ClassVar[bool] = False
     lora_loader: ClassVar[str | None] = "ZImageLoraLoaderMixin"
     lora_names: ClassVar[str] = r"lora_unet_|diffusion_model\."
     schedule_class: ClassVar[type[RectifiedFlow]] = EvenlySpacedFlow

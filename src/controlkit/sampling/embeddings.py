@@ -38,8 +38,15 @@ def read_embeddings(entries: Sequence[str], base: Base) -> list[Embedding]:
             kohya (`clip_l`, `clip_g`); torch files are read with `weights_only`.
 
     Raises:
-        UserError: a file is missing, damaged, no textual inversion, or of another base; or two have one word.
+        UserError: a file is missing, damaged, no textual inversion, or of another base; two have one word; or the base
+            takes none.
     """
+    if entries and not base.learns_words:
+        raise UserError(
+            f"textual inversions are not supported for {base.name}, whose network is a"
+            f" {type(base.denoiser).__name__}; leave them out",
+            "unsupported",
+        )
     widths = {
         name: getattr(base, name).get_input_embeddings().weight.shape[1]
         for name in base.named_networks()

@@ -146,6 +146,8 @@ def sample_prompts(
             raise _not_finite(seeds[group], base, [use.control for use in uses])
         with base.slicing(low_memory):
             images = base.decode(x_t)
+        if not torch.isfinite(images).all():
+            raise _not_finite(seeds[group], base, [])
         yield (images + 1) / 2
 
 

@@ -285,7 +285,12 @@ def build_solver(
             f"{base} predicts clean latents, for which {name} is not available; use ddim or dpm++", "contradiction"
         )
     kind, settings = _VARIANCE_PRESERVING[plain]
+    spacing = {"use_karras_sigmas": name != plain}
+    if name != plain:  # a base's own spacing would contradict it
+        spacing |= {"use_exponential_sigmas": False, "use_beta_sigmas": False}
     takes = inspect.signature(kind.__init__).parameters
-    karras = {"use_karras_sigmas": name != plain} if "use_karras_sigmas" in takes else {}
-    made = kind.from_config({**scheduler.config, **karras, **settings})
+    spacing = {key: value for key, value in spacing.items() if key in takes}
+    made = kind.from_config({**scheduler.config, **spacing, **settings})
+    if plain == "lcm" and steps > (most := int(made.config["original_inference_steps"])):
+        raise UserError(f"lcm takes at most {most} steps, not {steps}; 4 to 8 are usual", "out-of-range")
     return DiffusersSolver(made, steps, device, length=len(scheduler.alphas_cumprod))

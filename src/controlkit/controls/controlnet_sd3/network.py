@@ -187,6 +187,12 @@ class ControlNetSD3(OneImage):
             UserError: the size does not fit the base.
         """
         base.check_size(condition_image.shape[-1], condition_image.shape[-2])
+        largest = self.network.config["pos_embed_max_size"] * base.size_multiple
+        if (side := max(condition_image.shape[-2:])) > largest:
+            raise UserError(
+                f"{side} pixels are more than the {largest} for which {self.title} has positions; use a smaller size",
+                "wrong-size",
+            )
         check_range(condition_image)
         factor, offset = self.pixels
         latent = base.encode_image(condition_image * factor + offset)
