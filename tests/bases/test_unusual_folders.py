@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ import torch
 from controlkit.apps.cli import main
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
+from controlkit.bases.meta import reading_base
 from controlkit.controls.controlnet_sd3 import ControlNetSD3
 from controlkit.sampling.embeddings import read_embeddings
 from controlkit.sampling.generate import generate
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import sample
 from refusals import refused
-from tiny import build_tiny_flux, build_tiny_sd3, saved_pipeline
+from tiny import build_tiny_flux, build_tiny_sd3, build_tiny_z_image, saved_pipeline
 
 
 def changed(path, **settings):
@@ -89,6 +91,19 @@ def test_a_missing_tokenizer_is_not_looked_up_elsewhere(base_folder, monkeypatch
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it asks a server"))
     with refused("missing-file", "tokenizer is missing"):
         load_base(base_folder.name)
+
+
+@pytest.mark.parametrize(
+    ("build", "tokens"),
+    [(build_tiny_sd3, 256), (partial(build_tiny_sd3, t5=False), 77), (build_tiny_flux, 512), (build_tiny_z_image, 512)],
+)
+def test_how_much_of_a_prompt_is_read_needs_no_weights(build, tokens, tmp_path):
+    folder = saved_pipeline(build(), tmp_path / "base")
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    reading = reading_base(str(folder))
+    assert reading.prompt_tokens == tokens
+    assert not reading.cut_from("a " * 30) and reading.cut_from("a " * 600)
 
 
 # Optional components of Stable Diffusion 3

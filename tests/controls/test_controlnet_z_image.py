@@ -10,6 +10,7 @@ from diffusers import ZImageControlNetModel, ZImageControlNetPipeline
 from safetensors.torch import load_file, save_file
 from transformer_training import check_training
 
+from controlkit.bases.meta import meta_base
 from controlkit.controls.apply import predict_under
 from controlkit.controls.controlnet_z_image import DESIGNS, ControlNetZImage
 from controlkit.formats.convert import convert
@@ -148,6 +149,14 @@ def test_a_new_one_copies_the_base_and_leaves_it_as_it_is(base, image, design):
     assert torch.equal(state[f"control_layers.1.{name}"], of_base[f"layers.2.{name}"])
     assert torch.equal(state[f"control_noise_refiner.1.{name}"], of_base[f"noise_refiner.1.{name}"])
     assert torch.equal(steered(base, control, image), ours(base))
+
+
+def test_a_new_one_for_z_image_has_the_size_of_the_first_released():
+    base = meta_base("z-image")
+    with torch.device("meta"):
+        control = ControlNetZImage.for_base(base)
+    assert control.parameter_counts() == {"parameters": 1_550_778_368}
+    assert control.network.control_layers_places == [0, 5, 10, 15, 20, 25]
 
 
 @pytest.mark.parametrize("design", DESIGNS)

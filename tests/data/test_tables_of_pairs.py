@@ -255,7 +255,7 @@ def test_the_check_counts_what_stable_diffusion_or_a_named_base_cuts(tmp_path, c
     assert main([*words, "--base", "nano", "--caption-column", "text"]) == 0
     assert "3 of 3 prompts are longer than the 24 tokens that nano reads" in capsys.readouterr().out
     assert main([*words, "--base", str(tmp_path / "nothing")]) == 2
-    assert "there is no tokenizer" in capsys.readouterr().err
+    assert "there is no base at" in capsys.readouterr().err
     assert main([*words, "--caption-column", "words"]) == 2
     assert "its columns are image, conditioning_image, text" in capsys.readouterr().err
     assert main(["pairs", str(tmp_path), "--conditions", "canny", "--out", "x", "--caption-column", "text"]) == 2

@@ -281,13 +281,14 @@ def _check(args: argparse.Namespace) -> None:
 def _prompt_limit(base: str | None) -> PromptLimit:
     """How much of a prompt `base` reads; by default the 77 tokens of Stable Diffusion."""
     from controlkit.bases.clip_tokenizer import clip_tokenizer
-    from controlkit.bases.load import load_tokenizer
-    from controlkit.bases.text import cut_from
+    from controlkit.bases.meta import reading_base
+    from controlkit.bases.text import CLIP_TOKENS, cut_from
     from controlkit.data.prompts import PromptLimit
 
-    tokenizer = clip_tokenizer() if base is None else load_tokenizer(base)
+    if base is not None:
+        reading = reading_base(base)
+        return PromptLimit(reader=base, tokens=reading.prompt_tokens, cut_from=reading.cut_from)
+    tokenizer = clip_tokenizer()
     return PromptLimit(
-        reader=base or "Stable Diffusion",
-        tokens=tokenizer.model_max_length,
-        cut_from=lambda prompt: cut_from(tokenizer, prompt),
+        reader="Stable Diffusion", tokens=CLIP_TOKENS, cut_from=lambda prompt: cut_from(tokenizer, prompt)
     )

@@ -22,10 +22,11 @@ def network_key(network: nn.Module) -> str:
 
 
 def tokenizer_key(tokenizer: Any) -> str:
-    """Hash of a tokenizer: vocabulary, padding and length."""
+    """Hash of a tokenizer: vocabulary, padding, length, and the chat template of a language model."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     settings = (getattr(tokenizer, "model_max_length", None), str(getattr(tokenizer, "pad_token", None)))
-    return sha256_of(repr(vocabulary), repr(settings))
+    template = getattr(tokenizer, "chat_template", None)
+    return sha256_of(repr(vocabulary), repr(settings), *([] if template is None else [repr(template)]))
 
 
 def hash_of_halves(weights: Iterable[Tensor]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,9 +30,6 @@ from controlkit.bases.vae import load_vae
 from controlkit.bases.weight_files import HUB_ID, torch_load_error, weight_files
 from controlkit.errors import UserError
 from controlkit.files import read_json
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
 
 NANO = "nano"
 SINGLE_FILES = (".safetensors", ".ckpt")
@@ -157,32 +154,40 @@ def denoiser_fingerprint(name: str | Path) -> str:
     return hash_of_halves(network.state_dict().values())
 
 
-def load_tokenizer(name: str | Path) -> CLIPTokenizer:
-    """Load only the tokenizer of a base, by the names that `load_base` takes; no weights are read.
+def load_tokenizer(component: Component, folder: Path, name: str) -> Any:
+    """A tokenizer of a diffusers folder.
 
     Raises:
-        UserError: it is missing.
+        UserError: its folder has no vocabulary; transformers would make an empty tokenizer of it.
     """
-    from transformers import CLIPTokenizer
-
-    from controlkit.bases.clip_tokenizer import clip_tokenizer
-
-    path = Path(name)
-    if path.suffix in SINGLE_FILES and not path.is_dir():
-        if not path.is_file():
-            raise UserError(f"there is no base at {name}", "missing-file")
-        return clip_tokenizer()  # single files contain none and all use this one
-    folder = nano_folder() if str(name) == NANO else path
-    try:
-        if not folder.exists() and HUB_ID.fullmatch(str(name)):
-            return CLIPTokenizer.from_pretrained(str(name), subfolder="tokenizer")
-        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+    where = folder / component.name
+    of_pairs = all((where / file).is_file() for file in ("vocab.json", "merges.txt"))
+    if not of_pairs and not any((where / file).is_file() for file in _VOCABULARIES):
         raise UserError(
-            f"there is no tokenizer at {name} ({reason}); pass `nano`, a diffusers folder, a single file, or a hub id",
+            f"{name}/{component.name} has no vocabulary: expected vocab.json with merges.txt, or"
+            f" {' or '.join(_VOCABULARIES)}; the download may be incomplete",
             "missing-file",
-        ) from error
+        )
+    return component.load_class().from_pretrained(where, local_files_only=True)
+
+
+def folder_without_weights(name: str | Path) -> Path:
+    """The diffusers folder for `name`, of which configurations and tokenizers are needed: of a model on the hub only
+    these are fetched.
+
+    Raises:
+        UserError: there is none.
+    """
+    if str(name) == NANO:
+        return nano_folder()
+    path = Path(name)
+    if not path.exists() and HUB_ID.fullmatch(str(name)):
+        return _from_hub(str(name), weights=False)
+    if not path.is_dir():
+        raise UserError(
+            f"there is no base at {name}; pass `nano`, a diffusers folder, a single file, or a hub id", "missing-file"
+        )
+    return path
 
 
 def base_folder(name: str | Path) -> Path:
@@ -307,8 +312,7 @@ def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Base:
             _check_left_out(component, family, folder, name)
             continue
         if component.is_tokenizer:
-            _check_vocabulary(where, f"{name}/{component.name}")
-            parts[component.name] = component.load_class().from_pretrained(where, local_files_only=True)
+            parts[component.name] = load_tokenizer(component, folder, name)
         else:
             parts[component.name] = load_network(component, where, dtype)
     if dtype == torch.float16 and needs_float32(parts["vae"], family.upcasts_vae):
@@ -346,21 +350,6 @@ def load_network(component: Component, folder: Path, dtype: torch.dtype) -> Any:
     return network
 
 
-def _check_vocabulary(folder: Path, name: str) -> None:
-    """Check that the folder of a tokenizer has a vocabulary; transformers makes an empty tokenizer of one without.
-
-    Raises:
-        UserError: it has none.
-    """
-    of_pairs = all((folder / file).is_file() for file in ("vocab.json", "merges.txt"))
-    if not of_pairs and not any((folder / file).is_file() for file in _VOCABULARIES):
-        raise UserError(
-            f"{name} has no vocabulary: expected vocab.json with merges.txt, or {' or '.join(_VOCABULARIES)}; the"
-            " download may be incomplete",
-            "missing-file",
-        )
-
-
 def _check_left_out(component: Component, family: type[Base], folder: Path, name: str) -> None:
     """Check that a base can do without a component whose folder is missing, as Stable Diffusion 3 without T5.
 
@@ -389,18 +378,21 @@ def _check_left_out(component: Component, family: type[Base], folder: Path, name
         raise UserError(f"{name} has {other} without {component.name}, which it needs", "missing-file")
 
 
-def _from_hub(name: str, **options: Any) -> Path:
+def _from_hub(name: str, *, weights: bool = True, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        wanted: dict[str, Any] = {"allow_patterns": _WANTED_FROM_HUB, "ignore_patterns": _UNWANTED_FROM_HUB}
+        patterns = [each for each in _WANTED_FROM_HUB if weights or not each.endswith(".safetensors")]
+        wanted: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": _UNWANTED_FROM_HUB}
         folder = Path(snapshot_download(name, **wanted, **options))
-        if without_weights := [
-            part
-            for part in _HUB_FOLDERS
-            if (folder / part / "config.json").is_file() and not _has_weights(folder / part)
-        ]:
+        if weights and (
+            without_weights := [
+                part
+                for part in _HUB_FOLDERS
+                if (folder / part / "config.json").is_file() and not _has_weights(folder / part)
+            ]
+        ):
             # The repository has these in half precision only, or as torch files.
             more = [f"{part}/*.{suffix}" for part in without_weights for suffix in ("json", "safetensors", "bin")]
             unwanted = [pattern for pattern in _UNWANTED_FROM_HUB if pattern not in _HALF_PRECISION]
