@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 
 import pytest
 import torch
-from diffusers import ZImageControlNetModel, ZImageControlNetPipeline
+from diffusers import ZImageControlNetInpaintPipeline, ZImageControlNetModel, ZImageControlNetPipeline
 from safetensors.torch import load_file, save_file
 from transformer_training import check_training
 
+from controlkit.apps.cli import main
 from controlkit.bases.meta import meta_base
 from controlkit.controls.apply import predict_under
 from controlkit.controls.controlnet_z_image import DESIGNS, ControlNetZImage
@@ -18,6 +20,7 @@ from controlkit.formats.describe import describe
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
 from controlkit.formats.transfer import transfer
+from controlkit.images import to_images
 from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.sampler import sample_prompts
 from controlkit.training.memory import checkpoint_activations
@@ -99,12 +102,13 @@ def refined_by_the_control(base, network):
         taken.remove()
 
 
-def theirs(base, network, image, *, size=(64, 64), scale=0.6):
-    pipeline = ZImageControlNetPipeline(**parts_of(base), controlnet=network)
+def theirs(base, network, condition_image, *, size=(64, 64), scale=0.6, **masked):
+    kind = ZImageControlNetInpaintPipeline if masked else ZImageControlNetPipeline
+    pipeline = kind(**parts_of(base), controlnet=network)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         list(PROMPTS),
-        control_image=image.expand(len(SEEDS), -1, -1, -1) * 2 - 1,
+        control_image=condition_image.expand(len(SEEDS), -1, -1, -1) * 2 - 1,
         negative_prompt=["dog"] * len(SEEDS),
         num_inference_steps=4,
         guidance_scale=3.0,
@@ -113,6 +117,7 @@ def theirs(base, network, image, *, size=(64, 64), scale=0.6):
         height=size[1],
         generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
         output_type="pt",
+        **masked,
     ).images
 
 
@@ -138,6 +143,45 @@ def test_later_versions_are_those_of_the_original(base, image, design, channels)
     with refined_by_the_control(base, network):
         assert (made - theirs(base, network, image)).abs().max() < 1e-4
     assert (made - alone).abs().max() > 1e-3  # diffusers keeps the refiner of the base as it is
+
+
+def test_a_masked_image_is_that_of_diffusers(base, image):
+    original = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    mask = torch.zeros(1, 3, 64, 64)
+    mask[..., 10:50, 20:] = 1
+    control = ControlNetZImage(network_of("2.1", channels=9), base_layers=4)
+    inputs = {"image": image, "original": original, "mask": mask}
+    made = ours(base, ActiveControl(control, control.encode(inputs, base), weight=0.6))
+    network = network_of("2.1", channels=9)
+    with refined_by_the_control(base, network):
+        expected = theirs(
+            base,
+            network,
+            image,
+            image=original.expand(2, -1, -1, -1) * 2 - 1,
+            mask_image=mask.expand(2, -1, -1, -1)[:, :1],
+        )
+    assert (made - expected).abs().max() < 1e-4
+    assert (made - steered(base, control, {"image": image}, weight=0.6)).abs().max() > 1e-3
+    with refused("contradiction", "original", "mask"):
+        control.encode({"image": image, "mask": mask}, base)
+
+
+def test_a_masked_image_from_the_command_line(base, folder, tmp_path):
+    control = ControlNetZImage(network_of("2.1", channels=9), base_layers=4, condition="canny")
+    path = save_control(tmp_path / "union.safetensors", control, base, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("photo", "mask"):
+        (pixels,) = to_images(torch.rand(1, 3, 64, 64, generator=generator))
+        pixels.save(tmp_path / f"{name}.png")
+    inputs = {"image": "photo.png", "original": "photo.png", "mask": "mask.png"}
+    (tmp_path / "inputs.json").write_text(json.dumps(inputs))
+    words = ["generate", "cat", "--base", str(folder), "--steps", "2", "--out"]
+    made = []
+    for source in ("inputs.json", "photo.png"):
+        assert main([*words, str(tmp_path / source[:-4]), "--control", f"{path}={tmp_path / source}"]) == 0
+        made.append(next((tmp_path / source[:-4]).glob("*.png")).read_bytes())
+    assert made[0] != made[1]
 
 
 @pytest.mark.parametrize("design", ["1.0", "2.1"])

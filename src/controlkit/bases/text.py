@@ -21,7 +21,8 @@ class Text:
     Args:
         tokens: `[B, L, D]`, hidden states for cross attention.
         others: more tensors of batch `B`, by name. Stable Diffusion XL has `pooled` `[B, D2]`, one vector per prompt,
-            and `time_ids` `[B, 6]`: original size, crop and target size. Stable Diffusion 3 has `pooled`.
+            and `time_ids` `[B, 6]`: original size, crop and target size. Stable Diffusion 3 has `pooled`,
+            Z-Image `mask` `[B, L]`, which tokens are of the prompt.
     """
 
     def __init__(self, tokens: Tensor, **others: Tensor) -> None:

@@ -28,7 +28,7 @@ from controlkit.bases.base import Base
 from controlkit.bases.taps import TapFunction
 from controlkit.bases.text import Text
 from controlkit.bases.z_image import PATCH, Sequences, ZImage, padded, patches
-from controlkit.controls.control import Acts, Control, OneImage, Reads, Training
+from controlkit.controls.control import Acts, Control, Reads, Training
 from controlkit.controls.encoder_copy.network import checked_config, plain_config
 from controlkit.controls.file_format import (
     CONFIG_ERRORS,
@@ -40,7 +40,7 @@ from controlkit.controls.file_format import (
     on_one_line,
 )
 from controlkit.controls.hints import Hint
-from controlkit.controls.inputs import check_range
+from controlkit.controls.inputs import Input, check_range
 from controlkit.controls.registry import control
 from controlkit.errors import UserError
 
@@ -56,6 +56,13 @@ _EMBEDDER = f"control_all_x_embedder.{PATCH}-1.weight"
 _REFINERS = "control_noise_refiner."
 _PLACES = {3: range(0, 30, 10), 6: range(0, 30, 5), 10: range(0, 30, 3), 15: range(0, 30, 2)}
 """Number of copied layers -> the layers after which their outputs are added, of the released files."""
+
+
+_INPAINTING = (
+    Input(name="original", condition="identity", required=False),
+    Input(name="mask", condition="identity", required=False),
+)
+"""Inputs of networks that also read a masked image: the image, and where to inpaint it (white)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +107,7 @@ def _read_unused(kind: type[Control], file: TensorFile, reference: Reference, de
 
 
 @control
-class ControlNetZImage(OneImage):
+class ControlNetZImage(Control):
     """Copies of layers of the base's transformer, joined to it by zero-initialised linear layers.
 
     It runs inside the base's forward pass, whose tokens it reads once they are refined.
@@ -143,6 +150,7 @@ class ControlNetZImage(OneImage):
         self.network = network
         self.condition = condition
         self.base_layers = base_layers
+        self.inputs = _inputs(network.config)
 
     @classmethod
     def for_base(
@@ -229,6 +237,10 @@ class ControlNetZImage(OneImage):
         }
 
     @classmethod
+    def class_of(cls, config: Mapping[str, Any] | None) -> type[Control]:
+        return _InpaintingZImage if len(_inputs(config or {})) > 1 else cls
+
+    @classmethod
     def is_native(cls, tensors: Mapping[str, Tensor]) -> bool:
         return {_EMBEDDER, "control_layers.0.before_proj.weight"} <= set(tensors)
 
@@ -241,19 +253,30 @@ class ControlNetZImage(OneImage):
     # Computation
 
     @torch.no_grad()
-    def encode(self, condition_image: Tensor, base: Base) -> Tensor:
-        """The latents of condition images, the mode of the posterior.
+    def encode(self, inputs: Any, base: Base) -> Tensor:
+        """The latents of condition images, the mode of the posterior; with `original` and `mask` also where the image
+        is kept and its latent without the rest, `[B, 2 * C + 1, h, w]`.
 
         Args:
-            condition_image: `[B, 3, H, W]` in [0, 1].
+            inputs: condition images `[B, 3, H, W]` in [0, 1]; of a network that reads a masked image a mapping with
+                them as `image`, and optionally `original` and `mask` (white where to inpaint).
 
         Raises:
             ValueError: a value is outside [0, 1].
-            UserError: the size does not fit the base.
+            UserError: the size does not fit the base, or one of `original` and `mask` is missing.
         """
-        base.check_size(condition_image.shape[-1], condition_image.shape[-2])
-        check_range(condition_image)
-        return base.encode_image(condition_image * 2 - 1)
+        given = {"image": inputs} if isinstance(inputs, Tensor) else inputs
+        if ("original" in given) != ("mask" in given):
+            raise UserError("inpainting takes both original and mask; one is missing", "contradiction")
+        for image in given.values():
+            base.check_size(image.shape[-1], image.shape[-2])
+            check_range(image)
+        hint = base.encode_image(given["image"] * 2 - 1)
+        if "mask" not in given:
+            return hint
+        kept = (given["mask"][:, :1] < 0.5).to(hint)
+        masked = base.encode_image((given["original"] * 2 - 1).to(hint) * kept)
+        return torch.cat([hint, nn.functional.interpolate(kept, hint.shape[-2:]), masked], 1)
 
     def taps(self, base: Base, x_t: Tensor, t: Tensor, text: Text, hint: Hint) -> Mapping[str, TapFunction]:
         """At `refiner.0.in` or `layer.0.in` all layers of the control run on the base's tokens; their outputs are added
@@ -274,7 +297,7 @@ class ControlNetZImage(OneImage):
         def embedded() -> Tensor:
             embedder = network.control_all_x_embedder[f"{PATCH}-1"]
             tokens = patches(hint.to(embedder.weight))
-            # Further channels are a mask and the latent of a masked image, all zero if nothing is inpainted.
+            # Channels of a masked image are zero if nothing is inpainted.
             tokens = _with_channels(tokens, embedder.in_features)
             return padded(embedder(tokens), base.transformer.x_pad_token, sequences.padded_image_tokens)
 
@@ -376,6 +399,18 @@ class ControlNetZImage(OneImage):
 
     def parameter_counts(self) -> dict[str, int]:
         return {"parameters": sum(parameter.numel() for parameter in self.parameters())}
+
+
+class _InpaintingZImage(ControlNetZImage):
+    """One that also reads a masked image."""
+
+    __doc__ = ControlNetZImage.__doc__
+    inputs = (Input(), *_INPAINTING)
+
+
+def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
+    """Of a network that reads latents of C channels, or C of the condition, one of a mask and C of a masked image."""
+    return (Input(), *_INPAINTING) if (config.get("control_in_dim") or 0) % 2 else (Input(),)
 
 
 def _with_channels(tokens: Tensor, width: int) -> Tensor:

@@ -113,7 +113,7 @@ class RectifiedFlow(Schedule):
 
 class EvenlySpacedFlow(RectifiedFlow):
     """A rectified flow whose steps begin at noise levels 1, 1 - 1 / steps, ..., 1 / steps before the shift, as in
-    diffusers' pipelines of FLUX.1."""
+    diffusers' pipelines of FLUX.1 and Z-Image."""
 
     def _sigmas(self, steps: int) -> list[float]:
         return [(steps - step) / steps for step in range(steps)]
