@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from controlkit.apps.cli import main
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.controls.registry import find
 from controlkit.formats.card import card_of, write_card
 from controlkit.formats.convert import convert
 from controlkit.formats.load import load_control, save_control, shipped_controls
 from controlkit.formats.metadata import read_metadata
 from refusals import check, refused
+from tiny import OF_TRANSFORMERS, tiny_of_known
 
 
 @pytest.fixture
@@ -264,3 +266,11 @@ def test_the_same_control_is_saved_as_the_same_bytes(adapter, tiny_base, tmp_pat
     ]
     assert len({path.read_bytes() for path in saved}) == 1
     assert json.loads(read_metadata(saved[0])["control.made"]) == {"note": "ä\n"}
+
+
+@pytest.mark.parametrize("system", ["controlnet-union", *OF_TRANSFORMERS])
+def test_a_controlnet_of_any_family_is_one_for_other_tools(system, tiny_base, tmp_path):
+    base = tiny_of_known(OF_TRANSFORMERS[system]) if system in OF_TRANSFORMERS else tiny_base
+    path = save_control(tmp_path / "mine.safetensors", find(system).for_base(base, "canny"), base)
+    assert read_metadata(path)["modelspec.architecture"] == f"{base.architecture}/control-net"
+    assert '["controlnet", "spatial-control", "canny"]' in card_of(path)

@@ -94,6 +94,8 @@ class ControlNetFlux(Control):
     kind: ClassVar[str] = "controlnet-flux"
     title: ClassVar[str] = "a ControlNet for FLUX.1"
     paper: ClassVar[str] = "Zhang, Rao and Agrawala 2023, arXiv 2302.05543"
+    architecture: ClassVar[str | None] = "control-net"
+    tag: ClassVar[str | None] = "controlnet"
     inputs = (Input(), Input(name="task", kind="value", required=False, check=_task_problem))
     reads: ClassVar[Reads] = Reads.NOISE | Reads.TIME | Reads.TEXT
     enters: ClassVar[str] = "after the transformer's blocks"

@@ -145,6 +145,8 @@ class ControlNetUnion(Control):
     kind: ClassVar[str] = "controlnet-union"
     title: ClassVar[str] = "a ControlNet Union"
     paper: ClassVar[str] = "xinsir 2024, github.com/xinsir6/ControlNetPlus"
+    architecture: ClassVar[str | None] = "control-net"
+    tag: ClassVar[str | None] = "controlnet"
     inputs = _inputs(RELEASED)
     reads: ClassVar[Reads] = Reads.NOISE | Reads.TIME | Reads.TEXT
     enters: ClassVar[str] = "decoder skips and middle"

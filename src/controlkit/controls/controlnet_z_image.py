@@ -119,6 +119,8 @@ class ControlNetZImage(Control):
     kind: ClassVar[str] = "controlnet-z-image"
     title: ClassVar[str] = "a ControlNet for Z-Image"
     paper: ClassVar[str] = "alibaba-pai 2025, github.com/aigc-apps/VideoX-Fun"
+    architecture: ClassVar[str | None] = "control-net"
+    tag: ClassVar[str | None] = "controlnet"
     reads: ClassVar[Reads] = Reads.NOTHING
     acts: ClassVar[Acts] = Acts.TAPS
     enters: ClassVar[str] = "after the transformer's layers, whose tokens it reads at every step"

@@ -79,6 +79,8 @@ class ControlNetSD3(OneImage):
     kind: ClassVar[str] = "controlnet-sd3"
     title: ClassVar[str] = "a ControlNet for Stable Diffusion 3"
     paper: ClassVar[str] = "Zhang, Rao and Agrawala 2023, arXiv 2302.05543; Esser et al. 2024, arXiv 2403.03206"
+    architecture: ClassVar[str | None] = "control-net"
+    tag: ClassVar[str | None] = "controlnet"
     reads: ClassVar[Reads] = Reads.NOISE | Reads.TIME | Reads.TEXT
     enters: ClassVar[str] = "after the transformer's blocks"
     hint_is_frozen: ClassVar[bool] = True
