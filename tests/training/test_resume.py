@@ -652,6 +652,40 @@ def test_patience_decides_the_same_after_a_kill_between_states(killed, tmp_path,
     assert_identical(final_weights(tmp_path / "run"), final_weights(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("best_at", [3, 9, 12])
+def test_patience_judges_the_same_from_the_state_before_a_truncated_one(best_at, tmp_path):
+    merits = [float(step) / 100 + 9.0 * (step == best_at) for step in range(1, 13)]
+    settings = {"steps": 12, "patience": 10, "preview_every": 3}
+
+    def go(name):
+        recipe = toy_recipe(tmp_path / name, **settings)
+        toy = Scored(recipe)
+        toy.by_step = dict(enumerate(merits, 1))
+        return toy, train(toy, recipe)
+
+    go("whole")
+    go("torn")
+    path = tmp_path / "torn/state.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+    toy, trained = go("torn")
+    assert toy.steps_seen == [9, 10, 11] and trained.step == best_at
+    records = [json.loads((tmp_path / name / "best/best.json").read_text()) for name in ("whole", "torn")]
+    assert records[0] == records[1]
+    assert_identical(final_weights(tmp_path / "torn"), final_weights(tmp_path / "whole"))
+
+
+def test_patience_of_an_earlier_version_keeps_its_best_preview_when_the_state_is_truncated(tmp_path):
+    merits = [1.0, 9.0, 5.0, 5.0]
+    scored(tmp_path, merits, steps=4, patience=3)
+    record = json.loads((tmp_path / "best/best.json").read_text())
+    del record["history"]
+    (tmp_path / "best/best.json").write_text(json.dumps(record))
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+    toy, trained = scored(tmp_path, merits, steps=4, patience=3)
+    assert toy.steps_seen == [3] and trained.step == 2
+
+
 def test_patience_without_a_score_is_refused_before_the_first_step(tmp_path):
     toy = Toy(toy_recipe(tmp_path / "run", patience=2))
     with refused("contradiction", "patience", "score"):

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from controlkit.errors import UserError
 from controlkit.files import read_json, write_json
@@ -19,7 +20,7 @@ class Patience:
 
     Args:
         folder: where the files of the best preview are kept, with a record for a resumed run.
-        first: the step that the run begins or resumes at. A record of later steps is dropped.
+        first: the step that the run begins or resumes at. What was judged at later steps is dropped.
     """
 
     def __init__(self, previews: int, folder: Path, first: int) -> None:
@@ -37,15 +38,21 @@ class Patience:
         """The scores of the best preview."""
         self._files: list[str] | None = None
         """Names of the files of the best preview; None if the record is by an earlier version."""
+        self._history: list[dict[str, Any]] = []
+        """What was known after each preview, for a run that resumes from an earlier state."""
         record = {}
         with suppress(UserError):
             record = read_json(folder / _RECORD)
-        if record and record["judged"] <= first:
-            best = record["best"]  # a number, of files by earlier versions
+        if record:
+            self._restore(record if record["judged"] <= first else _cut_back(record, first))
+
+    def _restore(self, record: dict[str, Any]) -> None:
+        self._history = record.get("history", [])
+        self._scale = record.get("scale", [])
+        self._waited, self.last_step = record["waited"], record["judged"]
+        if (best := record["best"]) is not None:  # a number, of files by earlier versions
             self._best = [math.nan if v is None else v for v in (best if isinstance(best, list) else [best])]
-            self._scale = record.get("scale", [])
-            self._waited, self.step, self.last_step = record["waited"], record["step"], record["judged"]
-            self._files = record.get("files")
+            self.step, self._files = record["step"], record.get("files")
             self.scores = {name: math.nan if v is None else v for name, v in record.get("scores", {}).items()}
 
     @property
@@ -92,9 +99,10 @@ class Patience:
             self._files = [path.name for path in save(self._folder, step)]
         else:
             self._waited += 1
-        record = {"best": self._best, "scale": self._scale, "step": self.step, "waited": self._waited}
-        judged = {"judged": step, "scores": self.scores, "files": self._files}
-        write_json(self._folder / _RECORD, {**record, **judged})
+        known = {"judged": step, "scale": self._scale, "waited": self._waited}
+        self._history.append(known)
+        best = {"best": self._best, "step": self.step, "scores": self.scores, "files": self._files}
+        write_json(self._folder / _RECORD, {**known, **best, "history": self._history})
         self.last_step = step
         return self.exhausted
 
@@ -104,6 +112,15 @@ class Patience:
         if names is None:
             names = sorted(path.name for path in self._folder.iterdir() if path.name != _RECORD and path.is_file())
         return [Path(shutil.copy2(self._folder / name, folder / name)) for name in names]
+
+
+def _cut_back(record: dict[str, Any], first: int) -> dict[str, Any]:
+    """A record as it was at the step `first`, without its best preview if that was later."""
+    history = [known for known in record.get("history", []) if known["judged"] <= first]
+    # A record by an earlier version has no history, and does not tell how long the run had waited.
+    before = history[-1] if history else {"judged": first, "waited": 0}
+    cut = {**record, **before, "history": history}
+    return cut if record["step"] <= first else {**cut, "best": None}
 
 
 def _total(merits: list[float], scale: list[float]) -> float:
