@@ -20,7 +20,7 @@ from controlkit.nano.icons import TRAINED_STYLES, Icon, IconSets
 from controlkit.nano.scene_metrics import concept_accuracies, crop, drawn_pixels, found_boxes, mean_iou
 from controlkit.nano.scenes import by_style, draw_scene, picture_of_boxes, pixels_of
 from controlkit.training.recipes import build_recipe, read_recipe
-from controlkit.training.run import objective_of
+from controlkit.training.run import objective_of, run_recipe
 from refusals import check, refused
 
 
@@ -140,6 +140,17 @@ class TestTraining:
         held_out = {one.concept for one in IconSets(icons_file).select(styles=TRAINED_STYLES, held_out=True)}
         source = objective_of(recipe).source
         assert held_out and not any(set(scene.concepts) & held_out for scene in source.held_out_scenes)
+
+    def test_patience_compares_the_fit_of_boxes(self, recipe, monkeypatch):
+        fits = iter([0.5, 0.4])
+        monkeypatch.setattr("controlkit.nano.scene_source.mean_iou", lambda images, boxes: next(fits))
+        trained = run_recipe(dataclasses.replace(recipe, steps=3, preview_every=1, patience=1))
+        assert trained.step == 1 and trained.scores == {"boxes: IoU": 0.5}
+
+    def test_patience_of_a_control_of_condition_images_compares_their_fidelity(self, recipe, icons_file):
+        settings = {"system": "controlnet", "scenes": str(icons_file), "out": recipe.out, "condition": "canny"}
+        source = objective_of(build_recipe({**settings, "base": recipe.base, "steps": 1, "device": "cpu"})).source
+        assert source.measure("canny").name == "edge F1" and source.measure("canny").higher_is_better
 
     def test_settings_out_of_range_and_icons_that_do_not_suffice_are_refused(self, recipe, tmp_path):
         with refused("out-of-range", "box_drop", "1.5"):

@@ -18,10 +18,12 @@ from controlkit.nano.scene_metrics import mean_iou
 from controlkit.nano.scenes import Scene, by_style, draw_scene, picture_of_boxes, scene_caption
 from controlkit.training.recipe import ControlRecipe, OneCondition
 from controlkit.training.sources.registry import source
-from controlkit.training.sources.source import Batch, HeldOut, Source, Step
+from controlkit.training.sources.source import Batch, HeldOut, Measure, Source, Step
 
 BOXES = "boxes"
 """Name of the condition, and of a control's input."""
+_IOU = "IoU"
+"""Name of the score of a control that takes boxes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,10 @@ class SceneSource(Source):
     def scores(self, condition: str, held_out: HeldOut, images: Sequence[np.ndarray]) -> dict[str, float]:
         if not self.takes_boxes:
             return super().scores(condition, held_out, images)
-        return {"IoU": mean_iou(images, [scene.boxes for scene in self.held_out_scenes])}
+        return {_IOU: mean_iou(images, [scene.boxes for scene in self.held_out_scenes])}
+
+    def measure(self, condition: str) -> Measure | None:
+        return Measure(_IOU) if self.takes_boxes else super().measure(condition)
 
     def _scenes(self, step: Step) -> list[Scene]:
         """The scenes of a step, of all processes."""

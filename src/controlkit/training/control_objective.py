@@ -281,15 +281,15 @@ class ControlObjective(Objective):
         """The score of each condition, with the sign of distances changed."""
         found = []
         for name in self.recipe.condition_names:
-            kind = self.source.scored_by(name)
-            if kind is None or (score := scores.get(f"{name}: {kind.fidelity.name}")) is None:
+            measure = self.source.measure(name)
+            if measure is None or (score := scores.get(f"{name}: {measure.name}")) is None:
                 return None
-            found.append(score if kind.fidelity.higher_is_better else -score)
+            found.append(score if measure.higher_is_better else -score)
         return found
 
     @property
     def has_merits(self) -> bool:
-        return all(self.source.scored_by(name) is not None for name in self.recipe.condition_names)
+        return all(self.source.measure(name) is not None for name in self.recipe.condition_names)
 
     def _sample(self, name: str, held_out: HeldOut) -> list[Image.Image]:
         """Images generated from held-out condition images with fixed seeds."""

@@ -77,6 +77,16 @@ class HeldOut:
     """The inputs of each sample, as of `Batch`; the condition images then only show them."""
 
 
+@dataclass(frozen=True)
+class Measure:
+    """The score by which previews are compared."""
+
+    name: str
+    """Its name in `Source.scores`."""
+    higher_is_better: bool = True
+    """False for distances."""
+
+
 class Source(ABC):
     """Images with prompts and condition images. A run creates one, prepares it and asks it for batches."""
 
@@ -146,6 +156,11 @@ class Source(ABC):
         references = held_out.condition_images if held_out.references is None else held_out.references
         score = kind.mean_score(references, images, held_out.targets, held_out.parameters)
         return {kind.fidelity.name: score}
+
+    def measure(self, condition: str) -> Measure | None:
+        """Which of `scores` compares previews of the condition; None if none does. Goes with `scores`."""
+        kind = self.scored_by(condition)
+        return None if kind is None else Measure(kind.fidelity.name, kind.fidelity.higher_is_better)
 
     @property
     def digest(self) -> str:
