@@ -25,6 +25,7 @@ from controlkit.training.trainer import train
 from refusals import refused
 
 STEPS = 9
+WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available")
 
 
 def run(out, steps=STEPS, at=None, **changes):
@@ -389,6 +390,13 @@ def test_training_leaves_the_random_state_of_its_caller(tmp_path):
     recipe = toy_recipe(tmp_path, 2)
     train(lambda: Toy(recipe, {1: reseeds}), recipe)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=WITHOUT_CUDA)])
+def test_a_device_that_cannot_be_used_is_refused_before_anything_is_written(device, tmp_path):
+    with refused("device-unavailable", f"device {device} cannot be used here", "try cpu"):
+        train(lambda: pytest.fail("loaded"), toy_recipe(tmp_path / "run", device=device))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("last", [2, STEPS])

@@ -86,7 +86,7 @@ def load_base(
     """
     device = choose_device(device) if isinstance(device, str) else device
     dtype = choose_dtype(dtype, device) if isinstance(dtype, str) else dtype or torch.float32
-    _check_device(device)
+    check_device(device)
     path = Path(name)
     with _reading(name):
         if random_weights:
@@ -413,7 +413,12 @@ def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
-def _check_device(device: str | torch.device) -> None:
+def check_device(device: str | torch.device) -> None:
+    """Check that tensors can be made on a device.
+
+    Raises:
+        UserError: they cannot.
+    """
     try:
         if torch.empty(0, device=device).device.type == "meta":
             raise RuntimeError("it has shapes but no data")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 
-from controlkit.bases.load import choose_device
+from controlkit.bases.load import check_device, choose_device
 from controlkit.errors import Interrupted, UserError, is_out_of_memory
 from controlkit.files import writable_folder, write_json
 from controlkit.sampling.settings import in_words
@@ -65,11 +65,12 @@ def train(
             weights are sharded over processes), and the run ends with that exception.
 
     Raises:
-        UserError: the folder has a run of another recipe, or the loss is not finite or diverged (the last good state
-            stays).
+        UserError: the device cannot be used, the folder has a run of another recipe, or the loss is not finite or
+            diverged (the last good state stays).
         Interrupted: a signal ended the run.
     """
     device = choose_device(recipe.device)
+    check_device(device)  # before its random state is forked
     seeded = [device] if device.type == "cuda" else []
     # Dropout and new networks seed torch's own generators, which are the caller's.
     with run_folder(recipe), torch.random.fork_rng(seeded):
