@@ -81,6 +81,14 @@ def test_a_run_that_goes_on_unchanged_says_nothing(tmp_path, capsys):
         assert list(rates(out).values()) == [Schedule.of(toy_recipe(out, 20, **settings)).at(n) for n in range(20)]
 
 
+def as_of_an_earlier_version(out):
+    """Recorded recipes had no `data_workers` when every run without `warmup_steps` had 100."""
+    path = Path(out) / "recipe.json"
+    recipe = json.loads(path.read_text())
+    del recipe["data_workers"]
+    path.write_text(json.dumps(recipe))
+
+
 def test_a_run_from_before_warm_up_was_bounded_goes_on_bit_for_bit(tmp_path, capsys):
     """There every run without the setting had a warm-up of 100 steps."""
     before, now = {"warmup_steps": 100}, {"warmup_steps": None}
@@ -88,6 +96,7 @@ def test_a_run_from_before_warm_up_was_bounded_goes_on_bit_for_bit(tmp_path, cap
     whole = run(tmp_path / "whole", 9, **before)
     with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path / "broken", 9, {5: power_cut}, **before)
+    as_of_an_earlier_version(tmp_path / "broken")
     capsys.readouterr()
     continued = run(tmp_path / "broken", 9, **now)
     assert "keeps the 100 warm-up steps" in capsys.readouterr().err
@@ -98,8 +107,27 @@ def test_a_run_from_before_warm_up_was_bounded_goes_on_bit_for_bit(tmp_path, cap
 
 def test_the_warm_up_of_before_is_no_difference_between_recipes(tmp_path):
     run(tmp_path, 6, warmup_steps=100)
+    as_of_an_earlier_version(tmp_path)
     with refused("resume-mismatch", "(seed: 0 there, 1 now)"):
         run(tmp_path, 6, warmup_steps=None, seed=1)
+
+
+@pytest.mark.parametrize(("there", "now"), [(None, 100), (100, None), (None, 2), (2, None)])
+def test_another_warm_up_is_another_recipe(there, now, tmp_path):
+    run(tmp_path, 6, warmup_steps=there)
+    before = (tmp_path / "recipe.json").read_bytes()
+    with refused("resume-mismatch", f"(warmup_steps: {there} there, {now} now)"):
+        run(tmp_path, 9, warmup_steps=now)
+    assert (tmp_path / "recipe.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("there", "now", "steps"), [(None, 1, 9), (1, None, 9), (None, 100, 500), (100, None, 500)])
+def test_a_warm_up_may_be_said_in_other_words(there, now, steps, tmp_path):
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path, steps, {5: power_cut}, warmup_steps=there, log_every=100, preview_every=500)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path, steps, {8: power_cut}, warmup_steps=now, log_every=100, preview_every=500)
+    assert json.loads((tmp_path / "recipe.json").read_text())["warmup_steps"] == now
 
 
 def test_a_finished_run_with_more_steps_says_where_its_rate_goes(tmp_path, capsys):

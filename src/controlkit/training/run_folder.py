@@ -15,6 +15,7 @@ from controlkit.errors import UserError
 from controlkit.files import locked, read_json, remove_leftovers, sha256_of, writable_folder, write_json
 from controlkit.training.processes import Processes
 from controlkit.training.recipe import CHANGEABLE, FORMER, Recipe, identifying_settings
+from controlkit.training.schedule import default_warm_up
 from controlkit.training.state import fingerprint_of, replace_truncated, step_of
 
 # Settings that may change when a run is resumed.
@@ -34,7 +35,8 @@ _MAY_CHANGE = {
     "change_on_resume",
 }
 
-_SCHEDULE = ("steps", "learning_rate", "min_lr_rate", "warmup_steps")
+_WARM_UP = "warmup_steps"
+_SCHEDULE = ("steps", "learning_rate", "min_lr_rate", _WARM_UP)
 
 _LOCK = ".lock"
 _RECIPE = "recipe.json"
@@ -96,7 +98,9 @@ def check_same_run(recipe: Recipe, path: Path, saved: str, done: int) -> None:
     """
     records = [path.parent / name for name in (_RECIPE, _PREVIOUS_RECIPE)]
     same = [recipe, *(_before_change(recipe, record) for record in records)]
-    if saved not in {fingerprint(each) for known in same for each in _spellings(known)}:
+    is_same = saved in {fingerprint(each) for known in same for each in _spellings(known)}
+    # In fingerprints, no warm-up steps are those of earlier versions.
+    if not is_same or _WARM_UP in _changed(recipe, records[0]):
         changed = next(filter(None, (_changed(recipe, record) for record in records)), {})
         different = "; ".join(changed.values()) or "see its recipe.json"
         resume = ""
@@ -114,10 +118,17 @@ def check_same_run(recipe: Recipe, path: Path, saved: str, done: int) -> None:
 
 
 def _spellings(recipe: Recipe) -> list[Recipe]:
-    """The recipe, and the one that says the same in the other words: one batch per step is 1 or None."""
-    other = {None: 1, 1: None}
-    count = recipe.gradient_accumulation_steps
-    return [recipe, dataclasses.replace(recipe, gradient_accumulation_steps=other.get(count, count))]
+    """The recipe, and those that say the same in other words: one batch per step and the default warm-up, or None."""
+    words = {"gradient_accumulation_steps": 1, _WARM_UP: default_warm_up(recipe.steps)}
+    spellings = [recipe]
+    for name, number in words.items():
+        other: dict[Any, Any] = {None: number, number: None}
+        spellings += [
+            dataclasses.replace(each, **{name: other[value]})
+            for each in spellings
+            if (value := getattr(each, name)) in other
+        ]
+    return spellings
 
 
 def record_recipe(recipe: Recipe) -> None:
@@ -149,15 +160,21 @@ def _changed(
     """Setting -> `setting: there, now` of changed settings; by default those that must stay when a run is resumed."""
     try:
         before = read_json(path)
-        settings = json.loads(json.dumps(dataclasses.asdict(recipe)))
-        pairs = [
-            (name, *(FORMER.get(name) if v is None else v for v in (before[name], value)))
-            for name, value in settings.items()
-            if counts(name) and name in before
-        ]
-        return {name: f"{name}: {there!r} there, {now!r} now" for name, there, now in pairs if there != now}
-    except (UserError, TypeError):
+    except UserError:
         return {}
+    if not isinstance(before, dict):
+        return {}
+    settings = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    same = {_WARM_UP} if _has_same_warm_up(recipe, before) else set()
+    changed = [name for name, now in settings.items() if name in before and before[name] != now and name not in same]
+    return {name: f"{name}: {before[name]!r} there, {settings[name]!r} now" for name in changed if counts(name)}
+
+
+def _has_same_warm_up(recipe: Recipe, before: Mapping[str, Any]) -> bool:
+    """Whether the warm-up of the recorded recipe `before` is that of `recipe`, or what an earlier version recorded."""
+    there, now, default = before.get(_WARM_UP), recipe.warmup_steps, default_warm_up(recipe.steps)
+    by_earlier_version = "data_workers" not in before and there == FORMER[_WARM_UP] and now is None
+    return by_earlier_version or (default if there is None else there) == (default if now is None else now)
 
 
 def _check_results(recipe: Recipe, folder: Path) -> None:

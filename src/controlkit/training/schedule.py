@@ -12,6 +12,11 @@ _PART = 5
 """Without `warmup_steps`, warm-up takes at most 1 / 5 of a run."""
 
 
+def default_warm_up(steps: int) -> int:
+    """Warm-up steps of a run without `warmup_steps`: 100, or a fifth of the run if that is less."""
+    return min(FORMER["warmup_steps"], max(1, steps // _PART))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Linear warm-up times a cosine from the peak at the first step to `least` of it at the last."""
@@ -26,10 +31,8 @@ class Schedule:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Schedule:
-        """The schedule of a recipe. Without `warmup_steps`: 100 steps, or a fifth of the run if that is less."""
-        warmup = recipe.warmup_steps
-        if warmup is None:
-            warmup = min(FORMER["warmup_steps"], max(1, recipe.steps // _PART))
+        """The schedule of a recipe."""
+        warmup = default_warm_up(recipe.steps) if recipe.warmup_steps is None else recipe.warmup_steps
         return cls(peak=recipe.learning_rate, steps=recipe.steps, warmup=warmup, least=recipe.min_lr_rate)
 
     def at(self, step: int) -> float:
