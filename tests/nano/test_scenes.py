@@ -141,6 +141,15 @@ class TestTraining:
         source = objective_of(recipe).source
         assert held_out and not any(set(scene.concepts) & held_out for scene in source.held_out_scenes)
 
+    def test_a_line_is_a_concept_and_those_that_are_not_drawn_are_noted(self, recipe, icons_file, tmp_path, capsys):
+        known = sorted({icon.concept for icon in IconSets(icons_file).select(styles=TRAINED_STYLES, held_out=False)})
+        path = tmp_path / "concepts.txt"
+        path.write_text(f"{known[0].replace('-', ' ')} \n\n{known[1]}\nno such thing")
+        source = objective_of(dataclasses.replace(recipe, concepts=str(path))).source
+        assert {icon.concept for group in source.styles.values() for icon in group} == set(known[:2])
+        said = capsys.readouterr().err
+        assert f"note: 1 concepts in {path} are not trained on" in said and "no-such-thing" in said
+
     def test_patience_compares_the_fit_of_boxes(self, recipe, monkeypatch):
         fits = iter([0.5, 0.4])
         monkeypatch.setattr("controlkit.nano.scene_source.mean_iou", lambda images, boxes: next(fits))

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,19 +26,17 @@ from controlkit.errors import UserError
 from controlkit.files import write_json
 from controlkit.images import contact_sheet, to_images, write_png
 from controlkit.nano.drawings import Drawings
-from controlkit.nano.icons import COLOURS, STYLES, TRAINED_STYLES, IconSets, caption_of, read_concepts
+from controlkit.nano.icons import COLOURS, STYLES, TRAINED_STYLES, IconSets, caption_of, read_concepts, unused_concepts
 from controlkit.nano.recipes import BaseRecipe
 from controlkit.sampling.sampler import sample_prompts
 from controlkit.training.diffusion import Draw
 from controlkit.training.graphs import Graphs
 from controlkit.training.objective import Objective
 from controlkit.training.precision import uses_bf16
-from controlkit.training.processes import Processes
+from controlkit.training.processes import print_notes
 
 MAX_TOKENS = 24
 _PREVIEW_SEEDS = 3
-_NAMED = 4
-"""Maximum number of concepts that a note names."""
 VOCABULARY = 1200
 
 SCHEDULER = {
@@ -91,8 +88,9 @@ class BaseObjective(Objective):
             raise UserError(
                 f"none of the concepts in {recipe.concepts} is in three sets of {recipe.icons}", "empty-data"
             )
-        if known is not None:
-            _note_unused_concepts(sorted(set(known) - {icon.concept for icon in icons}), recipe.concepts)
+        if known is not None and recipe.concepts is not None:
+            reasons = "unknown, held out, in fewer than three icon sets, or in an excluded group"
+            print_notes(unused_concepts(recipe.concepts, known, {icon.concept for icon in icons}, reasons))
         self.drawings = Drawings(
             [icon for icon in icons if icon.style in (recipe.styles or TRAINED_STYLES)],
             recipe.variants,
@@ -181,12 +179,8 @@ class BaseObjective(Objective):
         defaults = {field.name: field.default for field in dataclasses.fields(self.recipe)}
         settings = ("channels", "attention", "text_width", "text_layers")
         unused = [name for name in settings if getattr(self.recipe, name) != defaults[name]]
-        if unused and Processes.is_first():
-            print(
-                f"note: {', '.join(unused)} of the recipe are not used: those of {self.recipe.start} are",
-                file=sys.stderr,
-                flush=True,
-            )
+        if unused:
+            print_notes([f"{', '.join(unused)} of the recipe are not used: those of {self.recipe.start} are"])
 
     def _base(self) -> Base:
         return StableDiffusion(
@@ -218,18 +212,6 @@ def _no_graph(recipe: BaseRecipe) -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return "several processes average the gradients of the UNet"
     return ""
-
-
-def _note_unused_concepts(concepts: Sequence[str], path: str | None) -> None:
-    """Note concepts of a file that are not trained on."""
-    if concepts and Processes.is_first():
-        more = f" and {len(concepts) - _NAMED} more" if len(concepts) > _NAMED else ""
-        print(
-            f"note: {len(concepts)} concepts in {path} are not trained on, because they are held out, in fewer than"
-            f" three icon sets, or in an excluded group: {', '.join(concepts[:_NAMED])}{more}",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def train_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:

@@ -27,6 +27,8 @@ from controlkit.errors import UserError
 from controlkit.evaluation.sets import Example
 from controlkit.files import write_atomically
 
+_NAMED = 4
+"""Maximum number of concepts that a note names."""
 STYLES = {
     "noto": "iconify-json-noto",
     "fluent": "iconify-json-fluent-emoji-flat",
@@ -206,20 +208,35 @@ class Drawing(Example):
 
 
 def read_concepts(path: str | Path) -> frozenset[str]:
-    """Concepts in a text file, one per line.
+    """Concepts in a text file, one per line, with spaces or hyphens: `alarm clock` is `alarm-clock`.
 
     Raises:
         UserError: it is unreadable or empty.
     """
     try:
-        names = frozenset(Path(path).read_text(encoding="utf-8").split())
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
         raise UserError(f"there is no file of concepts {path}", "missing-file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the concepts in {path} ({error})", "unreadable-file") from error
+    names = frozenset("-".join(line.split()) for line in lines if line.strip())
     if not names:
         raise UserError(f"{path} is empty; it must list concepts, one per line", "empty-data")
     return names
+
+
+def unused_concepts(path: str, names: Collection[str], used: Collection[str], reasons: str) -> list[str]:
+    """A note on the names in a file of concepts that are not `used`, if there are any.
+
+    Args:
+        reasons: why names may not be.
+    """
+    unused = sorted(set(names) - set(used))
+    if not unused:
+        return []
+    more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
+    named = ", ".join(unused[:_NAMED])
+    return [f"{len(unused)} concepts in {path} are not trained on, because they are {reasons}: {named}{more}"]
 
 
 def caption_of(concept: str, style: str | None = None, colour: str | None = None) -> str:

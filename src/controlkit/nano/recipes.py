@@ -56,7 +56,7 @@ class BaseRecipe(Recipe):
     styles: tuple[str, ...] | None = None
     """Styles of icons to train on; null for all four. A single one gives a community model of a base."""
     concepts: str | None = None
-    """Text file of the concepts to train on, one per line; null for all drawable ones."""
+    """Text file of the concepts to train on, one per line, with spaces or hyphens; null for all drawable ones."""
     least_scale: float = LEAST_SCALE
     """Minimum side of an icon as a fraction of the drawing's."""
     time_sampling: str | None = None

@@ -13,7 +13,7 @@ from controlkit.controls.control import Control
 from controlkit.controls.inputs import takes_values
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
-from controlkit.nano.icons import TRAINED_STYLES, IconSets, read_concepts
+from controlkit.nano.icons import TRAINED_STYLES, IconSets, read_concepts, unused_concepts
 from controlkit.nano.scene_metrics import mean_iou
 from controlkit.nano.scenes import Scene, by_style, draw_scene, picture_of_boxes, scene_caption
 from controlkit.training.recipe import ControlRecipe, OneCondition
@@ -33,7 +33,7 @@ class SceneSettings(ControlRecipe):
     scenes: str
     """File of rendered icons (`recipes/nano/build_pictures.py`), of which scenes are composed."""
     concepts: str | None = None
-    """File of the concepts to draw, one per line; null for all but the held-out ones."""
+    """File of the concepts to draw, one per line, with spaces or hyphens; null for all but the held-out ones."""
     box_drop: float = 0.1
     """Fraction of samples without boxes, for the unconditional branch of guidance (0.1 in gligen/GLIGEN)."""
 
@@ -69,12 +69,19 @@ class SceneSource(Source):
             if not self.takes_boxes:
                 conditions.find(name)
         sets = IconSets(recipe.scenes)
-        concepts = None if recipe.concepts is None else read_concepts(recipe.concepts)
-        self.styles = by_style(sets.select(styles=TRAINED_STYLES, held_out=False, concepts=concepts))
+        self.concepts = None if recipe.concepts is None else read_concepts(recipe.concepts)
+        self.styles = by_style(sets.select(styles=TRAINED_STYLES, held_out=False, concepts=self.concepts))
         if not self.styles:
             raise UserError(f"{recipe.scenes} has no style with two of the concepts of this recipe", "empty-data")
         rng = np.random.default_rng(0)
         self.held_out_scenes = [draw_scene(self.styles, rng) for _ in range(recipe.score_pictures)]
+
+    def notes(self, base: Base) -> list[str]:
+        if self.concepts is None or self.recipe.concepts is None:
+            return []
+        drawn = {icon.concept for icons in self.styles.values() for icon in icons}
+        reasons = "unknown, held out, or the only ones of their style"
+        return unused_concepts(self.recipe.concepts, self.concepts, drawn, reasons)
 
     def prepare(self, base: Base, control: Control) -> None:
         self.base = base
