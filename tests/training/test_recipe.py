@@ -95,6 +95,17 @@ def test_wrong_recipes_are_refused_in_words(file, change, code, facts):
         ("uni-controlnet-global", {"drop_each": math.nan}, ["drop_each", "nan"]),
         ("uni-controlnet-local", {"keep_all": 0.7, "drop_all": 0.7}, ["keep_all + drop_all", 1.4]),
         ("controlnet-xs", {"size_ratio": 0}, ["size_ratio", 0]),
+        ("controlnet-xs", {"time_embedding_mix": 5}, ["time_embedding_mix", 5, "0 and 1"]),
+        ("controlnet-xs", {"time_embedding_mix": math.nan}, ["time_embedding_mix", "nan"]),
+        ("t2i-adapter", {"colours": 2}, ["colours", 2, "3 (RGB) or 1 (grey)"]),
+        ("controlnet-sd3", {"num_layers": 0}, ["num_layers", 0, 1]),
+        ("controlnet-flux", {"num_layers": 0}, ["num_layers", 0, 1]),
+        ("controlnet-flux", {"num_single_layers": -1}, ["num_single_layers", -1, 0]),
+        ("controlnet-z-image", {"num_layers": 0}, ["num_layers", 0, 1]),
+        ("gligen", {"gate": 1}, ["gate", "below 1"]),
+        ("gligen", {"gate": math.nan}, ["gate", "nan"]),
+        ("gligen", {"max_objects": 31}, ["max_objects", 31, 30]),
+        ("t2i-adapter", {"steps": 0, "colours": 3}, ["steps", 0, 1]),
         ("uni-controlnet-global", {"token_count": 0}, ["token_count", 0, "at least 1"]),
     ],
 )
@@ -105,6 +116,26 @@ def test_settings_of_systems_are_checked_before_anything_is_loaded(file, system,
         del values["condition"]
     with refused("out-of-range", *facts):
         read_recipe(file(values))
+
+
+@pytest.mark.parametrize(
+    ("system", "change", "code", "facts"),
+    [
+        ("controlnet-z-image", {"design": "2.0"}, "unknown-name", ["design", "'2.0'", "1.0 or 2.1"]),
+        ("controlnet-xs", {"time_embedding_mix": 0.5}, "contradiction", ["0.5", "learn_time_embedding"]),
+        ("controlnet-xs", {"name": "a/b"}, "wrong-type", ["a/b"]),  # checked beside the system's own
+    ],
+)
+def test_options_of_systems_that_are_no_numbers_are_checked_as_well(file, system, change, code, facts):
+    with refused(code, *facts):
+        read_recipe(file({**MINIMAL, "system": system, **change}))
+
+
+@pytest.mark.parametrize("name", ["kl_weight", "gradient_weight", "square_weight"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_weights_of_losses_are_checked(name, value):
+    with refused("out-of-range", name, value, "at least 0"):
+        AutoencoderRecipe(out="x", icons="i", steps=1, **{name: value})
 
 
 @pytest.mark.parametrize("missing", ["out", "steps", "condition"])

@@ -70,6 +70,11 @@ class Options:
     num_single_layers: int = 4
     """Single blocks copied from the base, from the first on (4 in diffusers' script); 0 is none."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("num_layers", 1), ("num_single_layers", 0)):
+            if (value := getattr(self, name)) < least:
+                raise UserError(f"{name} is {value}; expected {least} or more", "out-of-range")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Start(Options):
@@ -143,9 +148,7 @@ class ControlNetFlux(Control):
                 f"{cls.title} needs the transformer of FLUX.1; {base.name} has a {type(transformer).__name__}",
                 "incompatible",
             )
-        for name, value, least in (("num_layers", num_layers, 1), ("num_single_layers", num_single_layers, 0)):
-            if value < least:
-                raise UserError(f"{name} is {value}; expected {least} or more", "out-of-range")
+        Options(num_layers=num_layers, num_single_layers=num_single_layers)  # refuses wrong ones
         blocks = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
         config = plain_config(transformer)
         config |= {"num_layers": min(num_layers, blocks[0]), "num_single_layers": min(num_single_layers, blocks[1])}

@@ -56,6 +56,18 @@ class Options:
     """Mix of the control's time embedding with the base's, from 0 (the base's) to 1 (the control's): the fraction of
     the control's is this to the power of 0.3. Below 1 only with `learn_time_embedding`."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.time_embedding_mix <= 1:
+            raise UserError(
+                f"time_embedding_mix is {self.time_embedding_mix}; it must be between 0 and 1", "out-of-range"
+            )
+        if self.time_embedding_mix < 1 and not self.learn_time_embedding:
+            raise UserError(
+                f"time_embedding_mix is {self.time_embedding_mix}, and learn_time_embedding false; set it true, or"
+                " time_embedding_mix to 1",
+                "contradiction",
+            )
+
 
 @control
 class ControlNetXS(OneImage):

@@ -75,6 +75,13 @@ class Options:
     """How the condition's tokens are refined: 1.0, in layers of their own; 2.1, in layers whose outputs also enter the
     base's refiner."""
 
+    def __post_init__(self) -> None:
+        if self.num_layers < 1:
+            raise UserError(f"num_layers is {self.num_layers}; expected 1 or more", "out-of-range")
+        if self.design not in ("1.0", "2.1"):
+            # In 2.0 the same layers run on tokens that are refined and on those that are not.
+            raise UserError(f"design is {self.design!r}; expected 1.0 or 2.1", "unknown-name")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Start(Options):
@@ -176,11 +183,7 @@ class ControlNetZImage(Control):
                 f"{cls.title} needs the transformer of Z-Image; {base.name} has a {type(transformer).__name__}",
                 "incompatible",
             )
-        if num_layers < 1:
-            raise UserError(f"num_layers is {num_layers}; expected 1 or more", "out-of-range")
-        if design not in ("1.0", "2.1"):
-            # In 2.0 the same layers run on tokens that are refined and on those that are not.
-            raise UserError(f"design is {design!r}; expected 1.0 or 2.1", "unknown-name")
+        Options(num_layers=num_layers, design=design)  # refuses wrong ones
         layers = len(transformer.layers)
         places = sorted({place * layers // min(num_layers, layers) for place in range(min(num_layers, layers))})
         refiners = len(transformer.noise_refiner)

@@ -59,6 +59,10 @@ class Options:
     light: bool = False
     """The small network with a quarter of the inner channels, if it fits."""
 
+    def __post_init__(self) -> None:
+        if self.colours not in (1, 3):
+            raise UserError(f"colours is {self.colours}; it must be 3 (RGB) or 1 (grey)", "out-of-range")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterTraining(Options):
@@ -223,8 +227,7 @@ def config_for(unet_config: Mapping[str, Any], factor: int, *, colours: int = 3,
     Raises:
         UserError: none fits, or `colours` is neither 1 nor 3.
     """
-    if colours not in (1, 3):
-        raise UserError(f"colours is {colours}; it must be 3 (RGB) or 1 (grey)", "out-of-range")
+    Options(colours=colours, light=light)  # refuses wrong ones
     stages = encoder_stages(unet_config, factor)
     channels = [widths for widths, _ in stages]
     # The last of `channels` is the middle block's, which XL reaches too; a light network adds its last stage itself.

@@ -36,6 +36,9 @@ _LEAST = {
     "token_count": 1,
     "score_pictures": 1,
     "gradient_accumulation_steps": 1,
+    "kl_weight": 0,
+    "gradient_weight": 0,
+    "square_weight": 0,
     "data_workers": 0,
 }
 """Minimum of settings, in whichever recipe."""

@@ -8,7 +8,7 @@ is loaded. Recipes of controls combine the settings of all controls (`recipe.Con
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -105,11 +105,23 @@ def _from_source(kind: type[ControlRecipe], source: Any) -> type[ControlRecipe]:
     training = kind.training
     condition = SeveralConditions if training.several else source.one_condition
     own = () if training.options is None else (training.options,)
-    facts = {"__doc__": kind.__doc__, "__module__": __name__, "__annotations__": {}, "source": source}
+    facts: dict[str, Any] = {"__doc__": kind.__doc__, "__module__": __name__, "__annotations__": {}, "source": source}
+    if hasattr(training.options, "__post_init__"):
+        facts["__post_init__"] = _checked_by(training.options)
     _check_conflicts(kind.control_class, own, (source.Settings, condition))
     name = f"{kind.__name__}From{source.name.title()}"
     # Dataclasses pass on inherited defaults, too, so those that change defaults of every recipe come first.
     return dataclass(frozen=True, kw_only=True)(type(name, (*own, source.Settings, condition, kind), facts))
+
+
+def _checked_by(options: Any) -> Callable[[Any], None]:
+    """`__post_init__` of recipes whose options have one themselves, which would replace that of the other settings."""
+
+    def check(recipe: ControlRecipe) -> None:
+        super(options.__mro__[-2], recipe).__post_init__()
+        options(**recipe.options)
+
+    return check
 
 
 def _check_conflicts(kind: Any, own: tuple[type, ...], shared: tuple[type[ControlRecipe], ...]) -> None:

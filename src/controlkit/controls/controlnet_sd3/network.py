@@ -52,6 +52,10 @@ class Options:
     """Whether it reads the pooled prompt, and the condition's latent is shifted as the base's are. diffusers runs
     such a control so, too; ComfyUI does not."""
 
+    def __post_init__(self) -> None:
+        if self.num_layers < 1:
+            raise UserError(f"num_layers is {self.num_layers}; expected 1 or more", "out-of-range")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Start(Options):
@@ -130,8 +134,7 @@ class ControlNetSD3(OneImage):
         """
         transformer = _transformer_of(base, cls.title)
         layers = len(transformer.transformer_blocks)
-        if num_layers < 1:
-            raise UserError(f"num_layers is {num_layers}; expected 1 or more", "out-of-range")
+        Options(num_layers=num_layers)  # refuses wrong ones
         copied = min(num_layers, layers - 1)
         config = {
             **plain_config(transformer),

@@ -67,6 +67,12 @@ class Options:
     """Initial value of the gates (tanh of alpha), in (-1, 1). At 0, as in the paper, a new one changes nothing, and the
     layers behind a gate learn only once it has opened; after short runs they ignore the boxes."""
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_objects <= MAX_OBJECTS:
+            raise UserError(f"max_objects is {self.max_objects}; it must be 1 to {MAX_OBJECTS}", "out-of-range")
+        if not -1 < self.gate < 1:
+            raise UserError(f"gate is {self.gate}; it must be above -1 and below 1", "out-of-range")
+
 
 @control
 class GLIGEN(Control):
@@ -140,10 +146,7 @@ class GLIGEN(Control):
             UserError: the base has no points between self-attention and cross-attention, or pools no text; or an
                 option is out of range.
         """
-        if not 1 <= max_objects <= MAX_OBJECTS:
-            raise UserError(f"max_objects is {max_objects}; it must be 1 to {MAX_OBJECTS}", "out-of-range")
-        if not -1 < gate < 1:
-            raise UserError(f"gate is {gate}; it must be above -1 and below 1", "out-of-range")
+        Options(max_objects=max_objects, gate=gate)  # refuses wrong ones
         if (reason := _lacking(base)) is not None:
             raise UserError(f"no GLIGEN fits the base {base.name}: {reason}", "incompatible")
         config = config_for(dict(base.unet.config), base.pooled_width or 0, max_objects)
