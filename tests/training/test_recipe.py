@@ -131,6 +131,27 @@ def test_options_of_systems_that_are_no_numbers_are_checked_as_well(file, system
         read_recipe(file({**MINIMAL, "system": system, **change}))
 
 
+@pytest.mark.parametrize("name", ["base", "state", "latents", "state.previous"])
+def test_conditions_do_not_overwrite_the_files_of_their_run(file, name):
+    values = {**MINIMAL, "system": "ctrlora-base", "conditions": ["canny", name]}
+    del values["condition"]
+    with refused("would-overwrite", f"condition {name!r}"):
+        read_recipe(file(values))
+    one = {**MINIMAL, "condition": name}
+    if name != "base":
+        with refused("would-overwrite", f"condition {name!r}"):
+            read_recipe(file(one))
+    assert read_recipe(file({**one, "name": "mine"})).results == ("mine.safetensors",)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".hidden"])
+def test_conditions_with_a_file_each_are_names_of_files(file, name):
+    values = {**MINIMAL, "system": "ctrlora-base", "conditions": ["canny", name]}
+    del values["condition"]
+    with refused("wrong-type", f"condition {name!r}"):
+        read_recipe(file(values))
+
+
 @pytest.mark.parametrize("name", ["kl_weight", "gradient_weight", "square_weight"])
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_weights_of_losses_are_checked(name, value):

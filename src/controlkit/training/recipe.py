@@ -14,6 +14,9 @@ from controlkit.errors import UserError
 RESERVED_NAMES = ("state", "state.previous", "state.damaged", "latents")
 """Stems of a run's own files, which its results must not use."""
 
+_TOGETHER = "base"
+"""Stem of what all conditions of a run share, where each has a file of its own."""
+
 TIME_SAMPLINGS = ("uniform", "cubic", "logit-normal")
 """The names of `bases.schedules.TIME_SAMPLINGS`, repeated because that module imports torch."""
 
@@ -172,11 +175,11 @@ def _check_fractions(values: Mapping[str, Any]) -> None:
         raise UserError(f"keep_all + drop_all is {both:g}; it must be at most 1", "out-of-range")
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, setting: str = "name", reserved: Sequence[str] = RESERVED_NAMES) -> None:
     if not name or "/" in name or name.startswith("."):
-        raise UserError(f"name {name!r} is not a valid file name", "wrong-type")
-    if name in RESERVED_NAMES:
-        raise UserError(f"name {name!r} is reserved for the run's own files; choose another", "would-overwrite")
+        raise UserError(f"{setting} {name!r} is not a valid file name", "wrong-type")
+    if name in reserved:
+        raise UserError(f"{setting} {name!r} is reserved for the run's own files; choose another", "would-overwrite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,8 +271,7 @@ class OneCondition(ControlRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.name is not None:
-            _check_name(self.name)
+        _check_name(self.control_name, "condition" if self.name is None else "name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +293,7 @@ class SeveralConditions(ControlRecipe):
     def results(self) -> tuple[str, ...]:
         if self.training.one_file:
             return (f"{self.control_name}.safetensors",)
-        return ("base.safetensors", *(f"{name}.safetensors" for name in self.conditions))
+        return tuple(f"{name}.safetensors" for name in (_TOGETHER, *self.conditions))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -301,6 +303,9 @@ class SeveralConditions(ControlRecipe):
             raise UserError(f"conditions must be different names, got {list(self.conditions)}", "contradiction")
         if self.training.one_file:
             _check_name(self.control_name)
+        else:
+            for name in self.conditions:
+                _check_name(name, "condition", (*RESERVED_NAMES, _TOGETHER))
 
 
 def identifying(recipe: Recipe) -> dict[str, Any]:
