@@ -11,8 +11,8 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from types import NoneType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -21,28 +21,39 @@ from controlkit.errors import UserError, nearest
 Settings = TypeVar("Settings")
 
 
-_BOOL = "tag:yaml.org,2002:bool"
+_BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float"))
 _WORDS_OF_TRUTH = {"on": True, "yes": True, "off": False, "no": False}
 """Booleans of YAML 1.1 that `YAMLReader` leaves as text."""
 
 
 class YAMLReader(yaml.SafeLoader):
-    """YAML in which only true and false are booleans, and 1e-4 is a number, as in YAML 1.2.
+    """YAML in which booleans and numbers are those of YAML 1.2; 10_000 is a number, too.
 
-    In YAML 1.1, on, off, yes and no are booleans, too, so that `graphs: off` would not be text, and 1e-4 is text.
-    Settings that are booleans take these words still (`build_settings`); parameters of conditions take true and false
-    only.
+    In YAML 1.1, on, off, yes and no are booleans, so that `graphs: off` would not be text, 1e-4 is text, 010 is 8 and
+    1:30 is 90. Settings that are booleans take these words still (`build_settings`); parameters of conditions take true
+    and false only.
     """
 
 
 YAMLReader.yaml_implicit_resolvers = {
-    first: [entry for entry in entries if entry[0] != _BOOL]
+    first: [entry for entry in entries if entry[0] not in (_BOOL, _INT, _FLOAT)]
     for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 YAMLReader.add_implicit_resolver(_BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+YAMLReader.add_implicit_resolver(_INT, re.compile(r"([-+]?\d+(_\d+)*|0o[0-7]+|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
 YAMLReader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?|\d*\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    _FLOAT,
+    re.compile(r"([-+]?(\.\d+|\d+(_\d+)*(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+.0123456789"),
 )
+
+
+def _read_int(reader: YAMLReader, node: yaml.ScalarNode) -> int:
+    text = str(reader.construct_scalar(node))
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+YAMLReader.add_constructor(_INT, _read_int)
 
 
 def read_overrides(overrides: Sequence[str], option: str = "--set") -> dict[str, Any]:
@@ -174,10 +185,18 @@ def _typed(kind: type[Settings], values: dict[str, Any], origin: str) -> Setting
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
     hints = get_type_hints(kind)
+    plain: dict[str, Any] = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        if values.get(field.name, field) is None and not _takes_null(hints[field.name]):
+        if field.name not in values:
+            continue
+        value, hint = values[field.name], hints[field.name]
+        if value is None and not _takes_null(hint):
             raise UserError(f"{origin}: {field.name} is null; expected {_expected(field, hints)}", "wrong-type")
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        try:
+            plain[field.name] = _with_numbers(value, hint)
+        except (ValueError, yaml.YAMLError) as error:
+            expected = _expected(field, hints)
+            raise UserError(f"{origin}: {field.name} is {value!r}; expected {expected}", "wrong-type") from error
     try:
         return kind(**parser.parse_object(plain).as_dict())
     except ArgumentError as error:
@@ -187,6 +206,25 @@ def _typed(kind: type[Settings], values: dict[str, Any], origin: str) -> Setting
         if field is not None and field.name in values:
             reason = f"{field.name} is {values[field.name]!r}; expected {_expected(field, hints)}"
         raise UserError(f"{origin}: {reason}", "wrong-type") from error
+
+
+def _with_numbers(value: Any, hint: Any) -> Any:
+    """The value of a setting, in which texts are numbers where numbers are expected, and 1e3 is a whole number.
+
+    Raises:
+        ValueError, YAMLError: such a text is no number. The parser would read those of YAML 1.1.
+    """
+    if isinstance(value, list | tuple):
+        of_list = [get_args(each)[0] for each in (hint, *get_args(hint)) if get_origin(each) is tuple]
+        return [_with_numbers(each, of_list[0] if of_list else Any) for each in value]
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if str in kinds or not (int in kinds or float in kinds):
+        return value
+    if isinstance(value, str):
+        value = yaml.load(value, YAMLReader)
+        if not isinstance(value, int | float):
+            raise ValueError("no number")
+    return int(value) if float not in kinds and isinstance(value, float) and value.is_integer() else value
 
 
 def _takes_null(hint: Any) -> bool:

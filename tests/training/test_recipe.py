@@ -198,6 +198,37 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(file):
     assert recipe.learning_rate == 3e-4
 
 
+@pytest.mark.parametrize(
+    ("text", "steps"), [("010", 10), ("089", 89), ("1e3", 1000), ("1.5e3", 1500), ("7.0", 7), ("10_000", 10_000)]
+)
+def test_whole_numbers_are_those_of_yaml_1_2(file, text, steps):
+    values = "\n".join(f"{k}: {v}" for k, v in {**MINIMAL, "steps": text}.items())
+    assert read_recipe(file(values)).steps == steps
+    assert read_recipe(file(MINIMAL), [f"steps={text}"]).steps == steps
+    assert read_recipe(file({**MINIMAL, "steps": text})).steps == steps  # in quotes
+    autoencoder = {"system": "autoencoder", "out": "x", "steps": 3, "icons": "i.npz"}
+    assert read_recipe(file(autoencoder), ["channels=[1.6e1, 010_000]"]).channels == (16, 10_000)
+
+
+@pytest.mark.parametrize("text", ["60:0", "1:30.5", "0b11", "1__0", "[", "true", "1.5e0", "1e-3", ".inf", "2024-01-01"])
+def test_what_is_no_whole_number_in_yaml_1_2_is_refused(file, text):
+    values = "\n".join(f"{k}: {v}" for k, v in {**MINIMAL, "steps": text}.items())
+    for change in ({"steps": text}, {"batch_size": text}):
+        with refused("wrong-type", next(iter(change)), "expected a whole number"):
+            read_recipe(file({**MINIMAL, **change}))
+    if text != "[":
+        with refused("wrong-type", "steps", "expected a whole number"):
+            read_recipe(file(values))
+
+
+@pytest.mark.parametrize("text", ["1:30", "1:30.5", "0x"])
+def test_what_is_no_number_in_yaml_1_2_is_refused(file, text):
+    with refused("wrong-type", "learning_rate", repr(text), "expected a number"):
+        read_recipe(file(MINIMAL), [f"learning_rate={text}"])
+    with refused("wrong-type", "snr_gamma", repr(text), "a number or null"):
+        read_recipe(file(MINIMAL), [f"snr_gamma={text}"])
+
+
 @pytest.mark.parametrize("word", ["on", "off"])
 def test_words_that_are_booleans_in_old_yaml_are_text_where_text_is_expected(file, word):
     text = "\n".join(f"{k}: {v}" for k, v in MINIMAL.items())
