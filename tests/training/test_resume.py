@@ -16,10 +16,12 @@ import torch
 from several_processes import torchrun
 from toy_training import Toy, toy_recipe
 
+from controlkit.apps.cli import main
 from controlkit.errors import Interrupted, UserError
 from controlkit.training import state
 from controlkit.training.guards import LossMonitor, StallMonitor
 from controlkit.training.log import total_seconds
+from controlkit.training.results import Trained
 from controlkit.training.state import load_state
 from controlkit.training.trainer import train
 from refusals import refused
@@ -596,6 +598,32 @@ def test_patience_ends_a_run_with_the_weights_of_its_best_preview(tmp_path, caps
     again, _ = scored(tmp_path / "a", merits)
     assert again.steps_seen == []
     assert_identical(final_weights(tmp_path / "a"), seen[2])
+
+
+def test_a_run_that_patience_ended_says_how_to_go_on(tmp_path, capsys):
+    merits = [1.0, 3.0, 2.0, 2.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0]
+    scored(tmp_path, merits)
+    before = {name: (tmp_path / name).read_bytes() for name in ("recipe.json", "log.jsonl", "weights.pt")}
+    capsys.readouterr()
+    toy, trained = scored(tmp_path, merits, steps=12)
+    said = capsys.readouterr().err
+    assert said.startswith("stopped by patience at step 4 of 12; raise or remove patience") and said.count("\n") == 1
+    assert toy.steps_seen == [] and trained.finished_before and trained.stopped_before and trained.step == 2
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    toy, trained = scored(tmp_path, merits, steps=12, patience=3)
+    assert "resuming at step 4 of 12" in capsys.readouterr().err
+    assert toy.steps_seen[0] == 4 and not trained.stopped_before
+    assert json.loads((tmp_path / "recipe.json").read_text())["steps"] == 12
+
+
+@pytest.mark.parametrize(("stopped", "word"), [(True, "stopped"), (False, "finished")])
+def test_the_command_says_how_a_run_ended(stopped, word, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"system: autoencoder\nout: {tmp_path}/run\nsteps: 3\nicons: i.npz\n")
+    ended = Trained(step=2, scores={}, scored={}, files=(), preview=None, seconds=1.0, stopped_before=stopped)
+    monkeypatch.setattr("controlkit.training.run.run_recipe", lambda recipe: ended)
+    assert main(["train", str(path)]) == 0
+    assert capsys.readouterr().out == f"{word}: {tmp_path}/run\n"
 
 
 def test_patience_weighs_scores_of_different_units_alike(tmp_path):

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"out": recipe.out, "scores": trained.scores, "preview": trained.scored})
         return
-    print(f"finished: {recipe.out}")
+    print(f"{'stopped' if trained.stopped_before else 'finished'}: {recipe.out}")
     how = f" ({in_words(trained.scored)})" if trained.scored else ""
     for name, value in trained.scores.items():
         print(f"{name}: {value:.4g}{how}")

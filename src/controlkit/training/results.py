@@ -39,5 +39,7 @@ class Trained:
     """Duration of the run, over all its parts."""
     finished_before: bool = False
     """Whether the run had finished already, so that nothing was trained."""
+    stopped_before: bool = False
+    """Whether `patience` had ended the run already, before its last step, so that nothing was trained."""
     base_runs: str = ""
     """`Objective.base_runs` at the end."""

@@ -107,15 +107,22 @@ class _Loop:
         self._batches_per_step = recipe.gradient_accumulation_steps or 1
         done = None if state is None else state.batches
         self._batches_before = self.first * self._batches_per_step if done is None else done
+        self.patience = None if recipe.patience is None else Patience(recipe.patience, self.folder / "best", self.first)
+        self._enough_before = self.patience is not None and self.patience.exhausted
+        self._stopped_before = self._enough_before and self.first < recipe.steps
+        self._enough = False
         if state is None:
             self.schedule, note = initial_schedule(recipe)
         else:
             self.schedule, note = resumed_schedule(recipe, state.step, state.learning_rate, schedule_changes(recipe))
+        if self._stopped_before:
+            stopped = f"stopped by patience at step {self.first} of {recipe.steps}"
+            note = f"{stopped}; raise or remove patience to go on (patience is {recipe.patience})"
         if self.processes.first and note:
             print(note, file=sys.stderr, flush=True)
         # A resumed run is checked against the recipe of its state: a changed one is recorded with the first new state.
         self._is_recorded = state is None or state.fingerprint == fingerprint(recipe)
-        if self._is_recorded:
+        if self._is_recorded and not self._stopped_before:
             self._record()
         self.log = RunLog(self.folder, self.first, recipe.steps) if self.processes.first else NullLog()
         self.readings = Readings()
@@ -127,13 +134,10 @@ class _Loop:
             self.monitor.restore(state.loss_monitor, state.step)
         self.scores: dict[str, float] = {}
         self._scored_step = 0
-        self.patience = None if recipe.patience is None else Patience(recipe.patience, self.folder / "best", self.first)
-        self._enough_before = self.patience is not None and self.patience.exhausted
-        self._enough = False
         # A run that was killed in a preview has saved the state of its step, and logged nothing.
         due = self.first > 0 and self._is_previewed(self.first)
         self._misses_preview = self.processes.any(self.processes.first and due and self.log.last_step < self.first)
-        if self.first and self.processes.first:
+        if self.first and self.processes.first and not self._stopped_before:
             print(f"resuming at step {self.first} of {recipe.steps}", file=sys.stderr, flush=True)
 
     def run(self) -> Trained:
@@ -171,6 +175,7 @@ class _Loop:
             seconds=total_seconds(self.folder),
             base_runs=self.objective.base_runs,
             finished_before=finished_before,
+            stopped_before=self._stopped_before,
         )
 
     def _steps(self, signals: _Signals) -> None:
