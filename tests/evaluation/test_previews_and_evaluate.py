@@ -25,6 +25,7 @@ from controlkit.evaluation.adapt import adapt
 from controlkit.evaluation.eval_set import EvalSet, pairs_eval_set
 from controlkit.evaluation.evaluate_control import evaluate_control
 from controlkit.formats.load import load_control, save_control
+from controlkit.nano.icon_source import IconSource
 from controlkit.nano.icons import IconSets, draw
 from controlkit.training.control_objective import ControlObjective
 from controlkit.training.recipes import recipes
@@ -178,6 +179,20 @@ def test_cards_of_others_and_edited_cards_stay(recipe, tmp_path):
     assert card.read_text() == "edited"
     run(dataclasses.replace(recipe, steps=3))
     assert WORDS in card.read_text()
+
+
+def test_a_card_is_written_anew_when_a_finished_run_has_weights_of_another_step(recipe, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.4, 0.4, 0.4])
+    monkeypatch.setattr(IconSource, "scores", lambda *_: {"edge F1": next(scores)})
+    patient = dataclasses.replace(recipe, preview_every=1, patience=5)
+    run(patient)
+    card = tmp_path / "run" / "canny.md"
+    assert "after 1 steps" in card.read_text()
+    run(dataclasses.replace(patient, patience=None))
+    assert "after 2 steps" in card.read_text()
+    card.write_text("edited")
+    run(dataclasses.replace(patient, patience=None))
+    assert card.read_text() == "edited"
 
 
 def test_an_edited_card_of_an_adapter_stays(adapt_recipe):

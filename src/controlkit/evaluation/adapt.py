@@ -87,7 +87,7 @@ def adapt(recipe: Recipe, on_step: Callable[[TrainStep], object] | None = None) 
     if not Processes.is_first():
         return adapted
     # The card of a run that had finished may have been edited; without the sheet, it is only that of training.
-    if not (result.finished_before and sheet_path.exists() and path.with_suffix(".md").exists()):
+    if not (result.same_files and sheet_path.exists() and path.with_suffix(".md").exists()):
         write_card(path, scores=report.to_markdown(), image=sheet_path.name, seconds=total_seconds(folder))
     write_png(sheet_path, sheet)
     return adapted

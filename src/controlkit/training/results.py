@@ -41,5 +41,7 @@ class Trained:
     """Whether the run had finished already, so that nothing was trained."""
     stopped_before: bool = False
     """Whether `patience` had ended the run already, before its last step, so that nothing was trained."""
+    same_files: bool = False
+    """Whether the run had finished already, with files of the same step."""
     base_runs: str = ""
     """`Objective.base_runs` at the end."""
