@@ -131,6 +131,15 @@ def test_options_of_systems_that_are_no_numbers_are_checked_as_well(file, system
         read_recipe(file({**MINIMAL, "system": system, **change}))
 
 
+def test_a_tilde_is_the_home_folder_in_every_path(file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    recipe = read_recipe(file({**MINIMAL, "out": "~/runs/x"}), ["icons=~/icons.npz", "start=~"])
+    assert (recipe.out, recipe.icons) == ("/home/someone/runs/x", "/home/someone/icons.npz")
+    assert recipe.start is None  # in YAML, ~ alone is null
+    assert read_recipe(file({**MINIMAL, "base": "~"})).base == "/home/someone"
+    assert read_recipe(file({**MINIMAL, "name": "~x", "base": "a/~/b"})).base == "a/~/b"
+
+
 @pytest.mark.parametrize("name", ["base", "state", "latents", "state.previous"])
 def test_conditions_do_not_overwrite_the_files_of_their_run(file, name):
     values = {**MINIMAL, "system": "ctrlora-base", "conditions": ["canny", name]}

@@ -8,6 +8,7 @@ is loaded. Recipes of controls combine the settings of all controls (`recipe.Con
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -29,7 +30,7 @@ def adapter_settings(base: str) -> dict[str, Any]:
     They come from the base's folder, as for nano (docs/ctrlora.md), or else from Xu et al. 2025 (section 4.1), with a
     batch size of 4.
     """
-    defaults = NANO_DEFAULTS if base == "nano" else defaults_in(Path(base))
+    defaults = NANO_DEFAULTS if base == "nano" else defaults_in(Path(_without_tilde(base)))
     if isinstance(own := defaults.get("adapter"), dict):
         return dict(own)
     paper = {"rank": 128, "learning_rate": 1e-5, "batch_size": 4, "min_lr_rate": 1.0, "warmup_steps": 0, "beta2": 0.999}
@@ -188,9 +189,17 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return build_recipe(values, origin=str(path))
 
 
+def _without_tilde(value: Any) -> Any:
+    """The value of a setting, with the home folder in place of `~`: no text but a path begins so."""
+    return os.path.expanduser(value) if isinstance(value, str) and (value + "/").startswith("~/") else value
+
+
 def build_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
-    """A recipe of the system `values["system"]` from plain values; errors begin with `origin`."""
-    values = dict(values)
+    """A recipe of the system `values["system"]` from plain values; errors begin with `origin`.
+
+    A path may begin with `~`, the home folder.
+    """
+    values = {key: _without_tilde(value) for key, value in values.items()}
     system = values.pop("system", None)
     if not isinstance(system, str):
         raise UserError(f"{origin}: system is {system!r}{nearest(str(system), list(recipes()))}", "missing-setting")
