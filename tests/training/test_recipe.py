@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controlkit.errors import UserError
+from controlkit.files import write_atomically
 from controlkit.nano.recipes import AutoencoderRecipe
 from controlkit.training.recipes import build_recipe, read_recipe, recipes
 from controlkit.training.run_folder import fingerprint
@@ -151,6 +153,18 @@ def test_conditions_do_not_overwrite_the_files_of_their_run(file, name):
         with refused("would-overwrite", f"condition {name!r}"):
             read_recipe(file(one))
     assert read_recipe(file({**one, "name": "mine"})).results == ("mine.safetensors",)
+
+
+@pytest.mark.parametrize("letter", ["n", "é", "\udce9"])
+def test_a_name_is_not_too_long_for_a_file(file, letter, tmp_path):
+    size = len(os.fsencode(letter))
+    values = {**MINIMAL, "name": letter * (200 // size)}
+    (name,) = build_recipe(values).results
+    write_atomically(tmp_path / name, lambda temporary: temporary.write_text("of a control"))
+    with refused("out-of-range", "name has", "200"):
+        build_recipe({**values, "name": letter * (200 // size + 1)})
+    with refused("out-of-range", "condition has", "200"):
+        build_recipe({**MINIMAL, "condition": letter * 245})
 
 
 @pytest.mark.parametrize("name", ["", "a/b", ".hidden"])

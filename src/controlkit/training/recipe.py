@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ RESERVED_NAMES = ("state", "state.previous", "state.damaged", "latents")
 
 _TOGETHER = "base"
 """Stem of what all conditions of a run share, where each has a file of its own."""
+
+_LONGEST_NAME = 200
+"""Bytes of a name. File systems allow 255, which must suffice for temporary files, too."""
 
 TIME_SAMPLINGS = ("uniform", "cubic", "logit-normal")
 """The names of `bases.schedules.TIME_SAMPLINGS`, repeated because that module imports torch."""
@@ -178,6 +182,11 @@ def _check_fractions(values: Mapping[str, Any]) -> None:
 def _check_name(name: str, setting: str = "name", reserved: Sequence[str] = RESERVED_NAMES) -> None:
     if not name or "/" in name or name.startswith("."):
         raise UserError(f"{setting} {name!r} is not a valid file name", "wrong-type")
+    if (length := len(os.fsencode(name))) > _LONGEST_NAME:
+        raise UserError(
+            f"{setting} has {length} bytes; a file's name has room for {_LONGEST_NAME}: choose a shorter one",
+            "out-of-range",
+        )
     if name in reserved:
         raise UserError(f"{setting} {name!r} is reserved for the run's own files; choose another", "would-overwrite")
 
