@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from controlkit.errors import UserError
 from controlkit.files import write_atomically
 from controlkit.nano.recipes import AutoencoderRecipe
-from controlkit.training.recipes import build_recipe, read_recipe, recipes
+from controlkit.training.recipe import ControlRecipe
+from controlkit.training.recipes import build_recipe, by_source, read_recipe, recipes
 from controlkit.training.run_folder import fingerprint
 from controlkit.training.schedule import Schedule
 from refusals import refused
@@ -131,6 +133,20 @@ def test_settings_of_systems_are_checked_before_anything_is_loaded(file, system,
 def test_options_of_systems_that_are_no_numbers_are_checked_as_well(file, system, change, code, facts):
     with refused(code, *facts):
         read_recipe(file({**MINIMAL, "system": system, **change}))
+
+
+def test_the_page_names_the_systems_whose_prompt_drop_does_not_depend_on_the_source():
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    (named,) = re.findall(r"`prompt_drop` stays 0.5 for ([^.]*), which", page)
+    drops = {}
+    for system, kind in recipes().items():
+        ships = issubclass(kind, ControlRecipe) and kind.control_class.__module__.startswith("controlkit.")
+        for recipe in [by_source(kind)["pairs"]] if ships else []:
+            defaults = {field.name: field.default for field in dataclasses.fields(recipe)}
+            assert (defaults["steps"], defaults["batch_size"]) == (500, 16)
+            drops[system.removesuffix("-pairs")] = defaults["prompt_drop"]
+    assert set(drops.values()) == {0.3, 0.5}
+    assert {system for system, drop in drops.items() if drop == 0.5} == set(re.findall("`(.*?)`", named))
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(file, monkeypatch):
