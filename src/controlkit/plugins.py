@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -45,10 +45,11 @@ def load_plugin(what: str, load: Callable[[], object]) -> None:
         UserError: `load` fails.
     """
     try:
-        load()
+        with redirect_stdout(sys.stderr):  # standard output is for results
+            load()
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         message = f"{what} cannot be loaded: {type(error).__name__}: {_reason(error)}"
         raise UserError(message, "plugin-failed") from error
 
@@ -64,7 +65,7 @@ def running(what: str, file: str | None) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
         frames = traceback.extract_tb(error.__traceback__)
@@ -91,7 +92,7 @@ def _source_of(thing: Any) -> tuple[str, str]:
     return str(Path(file).resolve()) if file else thing.__module__, name
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or "no message"
 
 
@@ -100,7 +101,7 @@ def _import(name: str, variable: str) -> None:
     if not name.endswith(".py"):
         import_module(name)
         return
-    path = Path(name).resolve()
+    path = Path(name).expanduser().resolve()
     if not path.is_file():
         raise UserError(f"{variable} names {name}, which does not exist", "missing-file")
     module_name = f"controlkit_own_{sha256_of(str(path))[:8]}_{path.stem}"

@@ -350,3 +350,11 @@ def test_an_odd_line_is_one_problem_among_others(photos, tmp_path, capsys, entry
 def test_a_template_of_other_fields_is_refused(photos, tmp_path, capsys):
     assert run("pairs", photos, "--conditions", "canny", "--out", tmp_path / "pairs", "--prompt", "{name[x]}") == 2
     check(capsys.readouterr().err, "unknown-key", "{name}", "{folder}")
+
+
+def test_a_home_folder_after_an_option_is_expanded(photos, tmp_path, monkeypatch):
+    """Shells leave the `~` of `--out=~/pairs` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(photos)
+    assert run("pairs", photos, "--conditions", "canny", "--size", 32, "--out=~/made", "--workers", 1) == 0
+    assert len(read_pairs(tmp_path / "made", "canny")) == 6 and not (photos / "~").exists()

@@ -11,6 +11,7 @@ import pytest
 from condition_scenes import draw_scene, needed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from controlkit.conditions import Condition, find, registry
 from controlkit.conditions.condition import background_of
@@ -289,8 +290,13 @@ def test_parameters_out_of_limits_are_refused(name: str, parameters: dict, code:
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 64, 4), (1, 64, 64, 3)])
 def test_only_rgb_arrays_are_taken(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="expected uint8"):
+    with refused("wrong-type", "canny", list(shape), "expected an array uint8"):
         find("canny")(np.zeros(shape, np.uint8))
+
+
+def test_a_picture_is_no_array() -> None:
+    with refused("wrong-type", "the image is Image", "np.asarray"):
+        find("canny")(Image.new("RGB", (64, 64)))
 
 
 def test_the_number_of_threads_does_not_matter() -> None:

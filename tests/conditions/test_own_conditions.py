@@ -59,6 +59,17 @@ def test_a_file_that_fails_is_named(tmp_path, image):
     check(made.stderr, "missing-file", "CONTROLKIT_CONDITIONS", "nothing.py")
 
 
+def test_one_that_fails_on_every_image_is_no_fault_of_the_images(tmp_path, image):
+    (tmp_path / "own.py").write_text(
+        "from controlkit.conditions.condition import condition\n\n\n"
+        "@condition('failing')\ndef failing(image):\n    raise RuntimeError('no')\n"
+    )
+    words = ("pairs", image, "--conditions", "failing", "--out", "pairs", "--workers", 1)
+    made = controlkit(*words, files=[tmp_path / "own.py"], cwd=tmp_path)
+    assert made.returncode == 2
+    check(made.stderr, "plugin-failed", "failing", "RuntimeError")
+
+
 def test_all_conditions_of_one_image_on_one_sheet(image, tmp_path):
     made = controlkit("condition", "all", image, "--out", "sheet.png", "--json", files=[], cwd=tmp_path)
     assert made.returncode == 0, made.stderr
@@ -127,7 +138,7 @@ def test_pairs_and_generate_refuse_a_bad_result_too(image, tmp_path):
     image.rename(tmp_path / "photos" / "ramp.png")
     made = controlkit("pairs", "photos", "--conditions", "own", "--out", "made", files=[own], cwd=tmp_path)
     assert made.returncode == 2
-    check(made.stderr, "bad-image", "the condition own returned uint8 [48, 64]")
+    check(made.stderr, "plugin-failed", "the condition own returned uint8 [48, 64]")
     shipped = shipped_controls()["canny"]
     with safe_open(shipped, framework="np") as file:
         metadata = {**file.metadata(), "control.condition": "own"}

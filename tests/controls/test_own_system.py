@@ -345,6 +345,7 @@ class TestWhereItIsFound:
         [
             ("class :", r"SyntaxError: invalid syntax"),
             ("1 / 0", r"ZeroDivisionError: division by zero$"),
+            ("raise SystemExit(3)", r"SystemExit: 3$"),
             ("import nothing_of_this_name", r"ModuleNotFoundError: .*nothing_of_this_name"),
             ("raise SystemError('two\\nlines')", r"SystemError: two lines$"),
             (
@@ -357,7 +358,7 @@ class TestWhereItIsFound:
                 r"'controlnet' is taken by ControlNet",
             ),
         ],
-        ids=["syntax", "fails", "import", "two lines", "lacks methods", "taken"],
+        ids=["syntax", "fails", "ends", "import", "two lines", "lacks methods", "taken"],
     )
     def test_a_file_that_does_not_do_is_told_of_in_one_sentence(
         self, fresh_registry, monkeypatch, tmp_path, text, says, capsys
@@ -371,6 +372,12 @@ class TestWhereItIsFound:
         assert main(["inspect", "canny"]) == 2
         told = capsys.readouterr().err
         assert "Traceback" not in told and "broken.py" in told
+
+    def test_what_a_file_prints_is_no_result(self, fresh_registry, monkeypatch, tmp_path, capsys):
+        (tmp_path / "talks.py").write_text("print('hello')")
+        monkeypatch.setenv(registry.VARIABLE, str(tmp_path / "talks.py"))
+        registry.registry()
+        assert capsys.readouterr() == ("", "hello\n")
 
     def test_one_that_is_missing_or_trains_by_a_taken_name_is_told_of(self, fresh_registry, monkeypatch, tmp_path):
         monkeypatch.setenv(registry.VARIABLE, str(tmp_path / "nothing.py"))

@@ -209,6 +209,13 @@ def test_the_base_control_that_goes_along_is_the_one_of_the_fingerprint(adapter,
     assert hub.told[1:] == ["mine.safetensors", "README.md", "moved.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["bad name/x y", "a/b/c", "https://huggingface.co/a/b"])
+def test_a_name_that_the_hub_does_not_take_is_refused(name, adapter, hub, capsys):
+    for words in ([], ["--dry-run"]):
+        assert main(["push", str(adapter), name, *words]) == 2
+        check(capsys.readouterr().err, "usage", name)
+
+
 def test_a_dry_run_lists_what_would_be_uploaded_and_does_nothing(adapter, hub, monkeypatch, capsys):
     monkeypatch.setattr(hub, "told", [])
     assert main(["push", str(adapter), "me/mine", "--dry-run"]) == 0

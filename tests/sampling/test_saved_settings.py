@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from controlkit.images import write_png
 from controlkit.sampling import identity
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.saved_settings import SavedSettings, read_settings
+from controlkit.sampling.uses import ControlUse, LoraUse
 from refusals import check, refused
 
 DRAWING = np.full((80, 64, 3), 200, np.uint8)
@@ -292,3 +294,13 @@ def test_a_second_pass_beside_saved_settings_tells_that_the_saved_image_is_enlar
     (drawn.parent / "home" / "drawing.png").unlink()
     (note, *_) = notes_of(capsys, "--from", drawn, "--hires", 1.5, "--steps", 2)
     assert "its saved condition image" in note and "enlarged for the second pass" in note
+
+
+def test_changes_are_as_a_request_takes_them(drawn, tmp_path):
+    stored = read_settings(drawn)
+    use = ControlUse(control="canny", image=tmp_path / "drawing.png", weight=0.5)
+    changed = stored.to_request(controls=(use,), loras=[LoraUse(file="x.safetensors")], seeds=(4,))
+    assert changed.controls == (use,) and changed.loras == (LoraUse(file="x.safetensors"),)
+    assert stored.to_request(image=Path("drawing.png")).image == "drawing.png"
+    with refused("unknown-key", "promt"):
+        stored.to_request(promt="x")

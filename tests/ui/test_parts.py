@@ -59,6 +59,24 @@ def test_a_zip_stays_in_its_folder(tmp_path, entry):
         place.add_zip("mine", tmp_path / "b.zip")
 
 
+@pytest.mark.parametrize("listed", ["../../../secret.png", "{folder}/secret.png"])
+def test_a_zip_lists_its_own_files_only(tmp_path, listed):
+    """Else an upload would show any image of the server, on the contact sheet and in previews."""
+    from controlkit.ui.runs import Workplace
+
+    Image.new("RGB", (16, 16)).save(tmp_path / "secret.png")
+    path = listed.format(folder=tmp_path)
+    row = {"image": "own.png", "conditions": {"canny": path}, "prompt": "x"}
+    place = Workplace(tmp_path / "work")
+    for name, rows in (("pairs.jsonl", row), ("prompt.json", {"source": path, "target": "own.png", "prompt": "x"})):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+            file.write(tmp_path / "secret.png", "own.png")
+            file.writestr(name, json.dumps(rows) + "\n")
+        with refused("bad-data", "outside of its folder"):
+            place.add_zip("mine", tmp_path / "a.zip")
+    assert place.pairs() == []
+
+
 def test_a_damaged_zip_is_told_as_such(tmp_path):
     from controlkit.ui.runs import Workplace
 

@@ -179,7 +179,7 @@ def _run(words: Sequence[str]) -> int:
     as_json = "--json" in words
     try:
         parser = build_parser()
-        args = _parse(parser, words)
+        args = _parse(parser, [_expanded(word) for word in words])
         if args.verb is None:
             parser.print_help()
             return 0
@@ -205,6 +205,13 @@ def _run(words: Sequence[str]) -> int:
         advice = "use a smaller --batch-size, smaller images, or another --device"
         _report(UserError(f"out of memory; {advice}", "out-of-memory"), as_json)
         return 2
+
+
+def _expanded(word: str) -> str:
+    """`--out=~/x` with the home folder in place of `~`, which shells leave there."""
+    option, equals, value = word.partition("=")
+    at_home = equals and option.startswith("--") and value.startswith("~/")
+    return f"{option}={os.path.expanduser(value)}" if at_home else word
 
 
 def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:

@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
-    from controlkit.formats.hub import left_out, push, uploads_of
+    from controlkit.formats.hub import checked_repository, left_out, push, uploads_of
 
+    checked_repository(args.repository)
     notes = left_out(args.file)
     print_notes(notes)
     if args.dry_run:

@@ -190,8 +190,9 @@ class Condition:
         """The condition image of `image`, both `uint8 [H, W, 3]` RGB of the same height and width.
 
         Raises:
-            UserError: a parameter is unknown, of another type or outside its limits; the image is too small or too
-                long; or a condition from outside of this package raised an error or returned anything else.
+            UserError: a parameter is unknown, of another type or outside its limits; the image is of another type, too
+                small or too long; or a condition from outside of this package raised an error or returned anything
+                else.
         """
         for key, value in parameters.items():
             if key not in self.defaults:
@@ -199,8 +200,13 @@ class Condition:
                     f"{self.name} has no parameter {key!r}{nearest(key, list(self.defaults))}", "unknown-key"
                 )
             self.check(key, value)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            given = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise UserError(
+                f"{self.name}: the image is {given}; expected an array uint8 [H, W, 3] of RGB, such as"
+                ' np.asarray(picture.convert("RGB"))',
+                "wrong-type",
+            )
         size = f"{image.shape[1]} x {image.shape[0]}"
         if min(image.shape[:2]) < LEAST_SIDE:
             raise UserError(

@@ -120,8 +120,11 @@ def make_pairs(
             good = [outcome for outcome in outcomes if outcome.entry is not None]
             skipped = {outcome.name: str(outcome.error) for outcome in outcomes if outcome.entry is None}
             if not good:
-                reason = next(iter(skipped.values()))
-                raise UserError(f"none of {len(images)} images gave a pair; the first: {reason}", "bad-image")
+                first = outcomes[0]
+                raise UserError(
+                    f"none of {len(images)} images gave a pair; the first: {first.error}",
+                    "plugin-failed" if first.code == "plugin-failed" else "bad-image",
+                )
         except BaseException:
             if new and not _has_results(out):  # leave the folder free for other inputs and settings
                 for folder in _folders(out, settings, shards):  # empty before this run

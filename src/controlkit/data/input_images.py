@@ -125,7 +125,7 @@ class InputImage:
 
 
 def list_images(
-    inputs: Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
     images: str | Path | None = None,
     without: str | Path | None = None,
     notes: list[str] | None = None,
@@ -133,9 +133,9 @@ def list_images(
     """Every image below the inputs, sorted by key.
 
     Args:
-        inputs: folders (searched recursively, without those that `pairs` and `condition` wrote), images, globs, tar
-            files, COCO annotation files, Parquet files, folders of `save_to_disk`, datasets of the hub
-            (`hf://datasets/OWNER/NAME`). A folder with tar shards or Parquet files and no images stands for these.
+        inputs: one or several: folders (searched recursively, without those that `pairs` and `condition` wrote),
+            images, globs, tar files, COCO annotation files, Parquet files, folders of `save_to_disk`, datasets of the
+            hub (`hf://datasets/OWNER/NAME`). A folder with tar shards or Parquet files and no images stands for these.
         images: the image folder of COCO annotations, if it is not near them.
         without: the output folder, which is skipped.
         notes: list to append notes to: on files that are not read, on captions that are not found.
@@ -144,6 +144,8 @@ def list_images(
         UserError: an input does not exist, a folder has both images and shards, a table has entries that cannot be
             read, or there are no images.
     """
+    if isinstance(inputs, str | Path):
+        inputs = [inputs]
     left_out = os.path.realpath(without) + os.sep if without is not None else None
     notes = [] if notes is None else notes
     files: list[Path] = []

@@ -42,6 +42,8 @@ class MakeSettings:
     """Copy images that need no change, instead of referring to the originals."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.conditions, str):
+            raise UserError(f"conditions is {self.conditions!r}; expected a list of names", "wrong-type")
         names = tuple(find(name).name for name in self.conditions)
         if not names or len(set(names)) != len(names):
             raise UserError(

@@ -49,7 +49,13 @@ class EvaluationSet(Generic[SomeExample]):
         return [example.caption for example in self.examples]
 
     def first(self, count: int) -> EvaluationSet[SomeExample]:
-        """A set of the first `count` examples, or of all if there are fewer."""
+        """A set of the first `count` examples, or of all if there are fewer.
+
+        Raises:
+            UserError: the count is negative.
+        """
+        if count < 0:
+            raise UserError(f"the number of images is {count}; expected 0 or more", "out-of-range")
         return EvaluationSet(self.name, self.examples[:count])
 
     def take(self, count: int) -> EvaluationSet[SomeExample]:

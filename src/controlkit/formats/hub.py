@@ -23,13 +23,14 @@ def push(file: str | Path, repository: str, *, private: bool = False) -> str:
     files that the card links to and that are not uploaded.
 
     Raises:
-        UserError: the file is not a controlkit control, or the upload fails.
+        UserError: the file is not a controlkit control, the name is none of a repository, or the upload fails.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
     path = _file_of(file)
     uploads = uploads_of(path)
+    checked_repository(repository)
     if constants.HF_HUB_OFFLINE:
         raise UserError(
             f"cannot upload {path.name}: HF_HUB_OFFLINE is set; unset it, or see what would be uploaded with --dry-run",
@@ -51,6 +52,25 @@ def push(file: str | Path, repository: str, *, private: bool = False) -> str:
             what, advice = f"cannot reach the hub to upload {path.name} to {repository}", "check the connection"
         raise UserError(f"{what}: {reason}; {advice}", "upload-failed") from error
     return str(address)
+
+
+def checked_repository(name: str) -> str:
+    """The name of a repository on the hub.
+
+    Raises:
+        UserError: the hub does not allow it.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(
+            f"{name!r} is not the name of a repository; expected NAME/REPOSITORY of letters, digits, -, _ and .",
+            "usage",
+        ) from error
+    return name
 
 
 def uploads_of(file: str | Path) -> dict[str, Path]:

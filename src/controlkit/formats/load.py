@@ -48,7 +48,12 @@ def save_control(
         made: provenance (steps, seed, recipe, ...), stored as `control.made`.
         dtype: of the weights in the file.
         further: metadata to keep beside that of every control, which overrides it.
+
+    Raises:
+        UserError: the name does not end in .safetensors, or the file cannot be written.
     """
+    if Path(path).suffix != ".safetensors":
+        raise UserError(f"{path} must end in .safetensors, the only file type that is written", "unsupported")
     metadata = {**(further or {}), **control_metadata(path, control, base, made)}
     if companion is not None:
         metadata[control.companion_key] = companion

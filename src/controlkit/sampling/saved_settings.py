@@ -45,7 +45,7 @@ class SavedSettings:
     tried from here."""
 
     def to_request(self, **changes: Any) -> GenerateRequest:
-        """The request that generates the same images, with `changes`.
+        """The request that generates the same images, with `changes`, which are as `GenerateRequest` takes them.
 
         Another base resolves its own defaults. The saved condition image replaces an image that is missing or has
         changed; `differences` reports it.
@@ -73,6 +73,7 @@ class SavedSettings:
             if "controls" not in changes:
                 use["control"] = self._locate_control(use["control"])
                 use |= self._located(use) if self.varies else {**self._inputs(index), "mask": self._mask(index)}
+        changes = {name: _plain(value) for name, value in changes.items()}
         return GenerateRequest.from_json({**stored, **resolved, **axes, **changes})
 
     @property
@@ -406,6 +407,15 @@ def _changed_files(entries: Sequence[str], before: Any, after: Any) -> list[str]
     if not isinstance(before, list) or not isinstance(after, list) or len(before) != len(after):
         return []
     return [_changed(entry) for entry, old, new in zip(entries, before, after, strict=True) if old != new]
+
+
+def _plain(value: Any) -> Any:
+    """A value of a request's field as JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _changed(what: str) -> str:

@@ -176,7 +176,7 @@ class _Tab:
 
     async def _stop(self, name: str) -> Any:
         try:
-            await asyncio.to_thread(self.place.stop, name)
+            await asyncio.to_thread(self.place.stop, name or "")
             return status_html("stopping; the state is saved first")
         except Exception as error:
             return error_html(self._public(sentence(error)))

@@ -95,8 +95,8 @@ class Workplace:
         """Unpack pairs.
 
         Raises:
-            UserError: the name is taken, or the file is no ZIP, too large, has entries outside of its folder, or has no
-                pairs.
+            UserError: the name is taken, or the file is no ZIP, too large, has or lists files outside of its folder, or
+                has no pairs.
         """
         folder = self._free_pairs(name)
         writable_folder(folder.parent, "give --work another folder")
@@ -107,7 +107,9 @@ class Workplace:
             while len(inside := list(top.iterdir())) == 1 and inside[0].is_dir():  # a ZIP of one folder
                 top = inside[0]
             try:
-                read_listing(top)
+                # Security: what an upload lists must not be read from elsewhere on this machine.
+                if read_listing(top).outside():
+                    raise UserError("the ZIP lists files outside of its folder", "bad-data")
             except UserError as error:
                 text = str(error).replace(f"{top}{os.sep}", "").replace(str(top), "the ZIP")
                 raise UserError(text, error.code) from error
