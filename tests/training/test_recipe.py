@@ -191,6 +191,12 @@ def test_conditions_with_a_file_each_are_names_of_files(file, name):
         read_recipe(file(values))
 
 
+@pytest.mark.parametrize(("channels", "said"), [([8] * 7, "7 entries"), ([8, 12], "[8, 12]"), ([], "[]")])
+def test_levels_of_an_autoencoder_that_do_not_fit_its_images(channels, said):
+    with refused("out-of-range", "channels", said):
+        build_recipe({"system": "autoencoder", "out": "run", "icons": "icons.npz", "steps": 2, "channels": channels})
+
+
 @pytest.mark.parametrize("name", ["kl_weight", "gradient_weight", "square_weight"])
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_weights_of_losses_are_checked(name, value):

@@ -98,8 +98,18 @@ class BaseRecipe(Recipe):
         return ("base",)
 
 
+_MOST_LEVELS = 6
+"""Down to 2 x 2: a single position has no variance to normalise by."""
+
+
 def _check_channels(channels: Sequence[int]) -> None:
     if not channels or any(width < 8 or width % 8 for width in channels):
         raise UserError(
             f"channels are {list(channels)}; they must be multiples of 8, one for each resolution", "out-of-range"
+        )
+    if len(channels) > _MOST_LEVELS:
+        raise UserError(
+            f"channels has {len(channels)} entries; expected at most {_MOST_LEVELS}, as images of 64 x 64 are halved for"
+            " each but the first",
+            "out-of-range",
         )
