@@ -109,7 +109,7 @@ def _check_channels(channels: Sequence[int]) -> None:
         )
     if len(channels) > _MOST_LEVELS:
         raise UserError(
-            f"channels has {len(channels)} entries; expected at most {_MOST_LEVELS}, as images of 64 x 64 are halved for"
-            " each but the first",
+            f"channels has {len(channels)} entries; expected at most {_MOST_LEVELS}, as images of 64 x 64 are halved"
+            " for each but the first",
             "out-of-range",
         )
