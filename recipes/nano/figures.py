@@ -64,6 +64,7 @@ FIGURES: dict[str, Figure | Speed] = {
     "uni-controlnet-local.table": Figure(
         "uni-controlnet-local", systems.conditions_table("uni-controlnet-local"), block=True
     ),
+    "controlnet-union.table": Figure("controlnet-union", systems.conditions_table("controlnet-union"), block=True),
     "image-prompt.table": Figure("image-prompt", systems.image_prompt_table, block=True),
     "guidance-modes.table": Figure("guidance-modes", studies.guidance_modes_table, block=True),
     "guidance-modes.ends": Figure("guidance-modes", studies.guidance_modes_ends),

@@ -84,6 +84,8 @@ class MakeSettings:
     """Optimiser steps of each."""
     local_steps: int = 3600
     """Optimiser steps of Uni-ControlNet's local adapter."""
+    union_steps: int = 3600
+    """Optimiser steps of ControlNet Union."""
     global_steps: int = 1500
     """Optimiser steps of Uni-ControlNet's global adapter."""
     unicontrol_steps: int = 1800

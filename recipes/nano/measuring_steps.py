@@ -138,7 +138,7 @@ class MeasuringSteps:
             for system in wanted.systems
         }
         shipped = (self.shop.control("canny"),)
-        shown = ("nano.png", "canny.png", "boxes.png", "uni-controlnet.png")
+        shown = ("nano.png", "canny.png", "boxes.png", "uni-controlnet.png", "controlnet-union.png")
         sheets = {image: ["--sheet", str(self.shop.images / image)] for image in shown}
         several = [*_images(wanted.adapter_images), *few]
         further = ["evaluate", "control", *map(self._system, FURTHER), *several]
@@ -210,19 +210,26 @@ class MeasuringSteps:
                 "systems.png",
                 minutes=9,
             ),
-            self._report(
-                "uni-controlnet-local",
-                "evaluate each condition of Uni-ControlNet's local adapter",
-                {
-                    "default": [
-                        *("evaluate", "control", self._system("uni-controlnet-local"), *several),
-                        *sheets["uni-controlnet.png"],
-                    ]
-                },
-                (system_file(self.shop, "uni-controlnet-local"),),
-                "uni-controlnet.png",
-                minutes=6,
-                version=2,
+            *(
+                self._report(
+                    name,
+                    what,
+                    {"default": ["evaluate", "control", self._system(name), *several, *sheets[image]]},
+                    (system_file(self.shop, name),),
+                    image,
+                    minutes=minutes,
+                    version=version,
+                )
+                for name, what, image, minutes, version in (
+                    (
+                        "uni-controlnet-local",
+                        "evaluate each condition of Uni-ControlNet's local adapter",
+                        "uni-controlnet.png",
+                        6,
+                        2,
+                    ),
+                    ("controlnet-union", "evaluate each task of ControlNet Union", "controlnet-union.png", 8, 1),
+                )
             ),
             self._report(
                 "scenes",

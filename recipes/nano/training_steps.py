@@ -225,21 +225,20 @@ class TrainingSteps:
             )
             for system in self.settings.systems
         ] + [
-            self._training(
-                "system-uni-controlnet-local",
-                "uni-controlnet-local.yaml",
-                (*self.shop.base, self.shop.icons),
-                {"local.safetensors": system_file(self.shop, "uni-controlnet-local")},
-                settings=(f"steps={self.settings.local_steps}",),
-                minutes=self.settings.local_steps / 47,
-            ),
-            self._training(
-                "system-uni-controlnet-global",
-                "uni-controlnet-global.yaml",
-                (*self.shop.base, self.shop.icons),
-                {"global.safetensors": system_file(self.shop, "uni-controlnet-global")},
-                settings=(f"steps={self.settings.global_steps}",),
-                minutes=self.settings.global_steps / 100,
+            *(
+                self._training(
+                    f"system-{name}",
+                    f"{name}.yaml",
+                    (*self.shop.base, self.shop.icons),
+                    {f"{file}.safetensors": system_file(self.shop, name)},
+                    settings=(f"steps={steps}",),
+                    minutes=steps / steps_a_minute,
+                )
+                for name, file, steps, steps_a_minute in (
+                    ("uni-controlnet-local", "local", self.settings.local_steps, 47),
+                    ("uni-controlnet-global", "global", self.settings.global_steps, 100),
+                    ("controlnet-union", "union", self.settings.union_steps, 100),
+                )
             ),
             *(
                 self._training(
