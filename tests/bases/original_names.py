@@ -168,3 +168,88 @@ def original_clip_of_sd3(first, second) -> dict:
     made = {f"text_encoders.clip_l.transformer.{name}": value for name, value in first.state_dict().items()}
     made.pop("text_encoders.clip_l.transformer.text_projection.weight")
     return made | {f"text_encoders.clip_g.transformer.{name}": value for name, value in second.state_dict().items()}
+
+
+def original_z_image(transformer) -> dict:
+    """Z-Image's transformer, as ComfyUI's files hold it: query, key and value in one layer."""
+    state, made = transformer.state_dict(), {}
+    renamed = {
+        "all_final_layer.2-1.": "final_layer.",
+        "all_x_embedder.2-1.": "x_embedder.",
+        ".attention.to_out.0.": ".attention.out.",
+        ".attention.norm_q.": ".attention.q_norm.",
+        ".attention.norm_k.": ".attention.k_norm.",
+    }
+    for name, value in state.items():
+        if ".attention.to_q." in name:
+            parts = [state[name.replace("to_q", f"to_{part}")] for part in "qkv"]
+            made[name.replace("to_q", "qkv")] = torch.cat(parts)
+        elif ".attention.to_k." not in name and ".attention.to_v." not in name:
+            for own, original in renamed.items():
+                name = name.replace(own, original)
+            made[name] = value
+    return made
+
+
+_FLUX = {
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "context_embedder": "txt_in",
+    "x_embedder": "img_in",
+    "proj_out": "final_layer.linear",
+}
+_FLUX_DOUBLE = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+_FLUX_NORMS = {
+    "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+    "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+}
+_FLUX_SINGLE = {"norm.linear": "modulation.lin", "proj_out": "linear2"}
+
+
+def original_flux(transformer) -> dict:
+    """FLUX.1's transformer under the names of Black Forest Labs."""
+    state, made = transformer.state_dict(), {}
+    parts = ("weight", "bias")
+    for own, original in _FLUX.items():
+        made |= {f"{original}.{part}": state[f"{own}.{part}"] for part in parts if f"{own}.{part}" in state}
+    for part in parts:  # scale and shift change places
+        made[f"final_layer.adaLN_modulation.1.{part}"] = torch.cat(
+            list(reversed(state[f"norm_out.linear.{part}"].chunk(2)))
+        )
+    for place in range(len(transformer.transformer_blocks)):
+        own, original = f"transformer_blocks.{place}", f"double_blocks.{place}"
+        for part in parts:
+            for mine, theirs in _FLUX_DOUBLE.items():
+                made[f"{original}.{theirs}.{part}"] = state[f"{own}.{mine}.{part}"]
+            for stream, names in (
+                ("img", ("to_q", "to_k", "to_v")),
+                ("txt", ("add_q_proj", "add_k_proj", "add_v_proj")),
+            ):
+                together = [state[f"{own}.attn.{name}.{part}"] for name in names]
+                made[f"{original}.{stream}_attn.qkv.{part}"] = torch.cat(together)
+        made |= {f"{original}.{theirs}": state[f"{own}.{mine}"] for mine, theirs in _FLUX_NORMS.items()}
+    for place in range(len(transformer.single_transformer_blocks)):
+        own, original = f"single_transformer_blocks.{place}", f"single_blocks.{place}"
+        for part in parts:
+            for mine, theirs in _FLUX_SINGLE.items():
+                made[f"{original}.{theirs}.{part}"] = state[f"{own}.{mine}.{part}"]
+            together = [state[f"{own}.{name}.{part}"] for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+            made[f"{original}.linear1.{part}"] = torch.cat(together)
+        for mine, theirs in (("attn.norm_q", "query_norm"), ("attn.norm_k", "key_norm")):
+            made[f"{original}.norm.{theirs}.scale"] = state[f"{own}.{mine}.weight"]
+    return made

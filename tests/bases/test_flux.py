@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, StableDiffusion3Pipeline
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from original_names import original_flux
 from safetensors.torch import save_file
 
 import tiny
@@ -218,11 +220,35 @@ def test_what_it_does_not_read_of_a_prompt_is_told(base):
     assert base.cut_from("a " * 600).split() == ["a"] * 89 and not base.cut_from(PROMPT)
 
 
+@pytest.fixture
+def of_tiny_width(monkeypatch):
+    """diffusers' conversion with the width of the tiny base, in place of FLUX.1's, which is a constant there."""
+    code = convert_flux_transformer_checkpoint_to_diffusers.__code__
+    narrow = code.replace(co_consts=tuple(16 if value == 3072 else value for value in code.co_consts))
+    monkeypatch.setattr(convert_flux_transformer_checkpoint_to_diffusers, "__code__", narrow)
+
+
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_a_single_file_is_refused_in_words(prefix, tmp_path):
-    file = tmp_path / "flux1-dev.safetensors"
-    save_file({f"{prefix}double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, file)
-    with refused("unsupported", file, "FLUX.1", "diffusers folder"):
+def test_a_single_file_takes_the_other_parts_from_the_folder_beside_it(base, prefix, tmp_path, of_tiny_width):
+    file = tmp_path / "mine.safetensors"
+    save_file({f"{prefix}{name}": value.contiguous() for name, value in original_flux(base.transformer).items()}, file)
+    with refused("missing-file", file, "transformer of flux1-dev alone", "text_encoder", "vae", tmp_path / "mine"):
+        load_base(file)
+    folder = saved_pipeline(base, tmp_path / "mine")
+    for weights in (folder / "transformer").glob("*.safetensors"):
+        weights.unlink()
+    loaded = load_base(file)
+    assert loaded.fingerprint == base.fingerprint
+    assert torch.equal(ours(loaded), ours(base))
+    facts = describe_base(str(file))
+    assert facts["transformer"]["parameters"] == sum(value.numel() for value in base.transformer.parameters())
+
+
+def test_the_folder_of_another_model_beside_a_file_is_refused(schnell, tmp_path):
+    file = tmp_path / "mine.safetensors"
+    save_file({name: value.contiguous() for name, value in original_flux(schnell.transformer).items()}, file)
+    saved_pipeline(build_tiny_flux(), tmp_path / "mine")
+    with refused("contradiction", file, "guidance_embeds True", tmp_path / "mine" / "transformer"):
         load_base(file)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import ZImagePipeline
+from original_names import original_z_image
 from safetensors.torch import save_file
 
 import tiny
@@ -202,11 +203,21 @@ def test_what_it_does_not_read_of_a_prompt_is_told(base):
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_a_single_file_is_refused_in_words(prefix, tmp_path):
-    file = tmp_path / "z_image_turbo_bf16.safetensors"
-    save_file({f"{prefix}layers.0.adaLN_modulation.0.weight": torch.zeros(2, 2)}, file)
-    with refused("unsupported", file, "Z-Image", "diffusers folder"):
+def test_a_single_file_takes_the_other_parts_from_the_folder_beside_it(base, prefix, tmp_path):
+    file = tmp_path / "mine.safetensors"
+    save_file(
+        {f"{prefix}{name}": value.contiguous() for name, value in original_z_image(base.transformer).items()}, file
+    )
+    with refused("missing-file", file, "transformer of z-image alone", "text_encoder", "vae", tmp_path / "mine"):
         load_base(file)
+    folder = saved_pipeline(base, tmp_path / "mine")
+    for weights in (folder / "transformer").glob("*.safetensors"):
+        weights.unlink()
+    loaded = load_base(file)
+    assert loaded.fingerprint == base.fingerprint
+    assert torch.equal(ours(loaded), ours(base))
+    facts = describe_base(str(file))
+    assert facts["transformer"]["parameters"] == sum(value.numel() for value in base.transformer.parameters())
 
 
 def test_real_sizes_are_counted_without_weights():

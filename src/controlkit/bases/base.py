@@ -171,6 +171,11 @@ class Base(ABC):
         return known, []
 
     @classmethod
+    def settings_of_file(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Settings of the denoiser that the shapes of a single file determine, to compare with the folder beside it."""
+        return {}
+
+    @classmethod
     @abstractmethod
     def tokenizer_for(cls, component: Component, configurations: Configurations) -> Any:
         """The tokenizer of single files and well-known models.

@@ -64,6 +64,7 @@ FLUX1_DEV_SCHEDULER: dict[str, Any] = {
 }
 FLUX1_SCHNELL_SCHEDULER: dict[str, Any] = {**FLUX1_DEV_SCHEDULER, "shift": 1.0, "use_dynamic_shifting": False}
 
+_BLOCK = re.compile(r"(model\.diffusion_model\.)?(double|single)_blocks\.(\d+)\.")
 _ORIGINAL = re.compile(r"(model\.diffusion_model\.)?double_blocks\.0\.img_attn\.")
 
 
@@ -275,11 +276,26 @@ class Flux(Base):
     def recognise(cls, shapes: Mapping[str, tuple[int, ...]], name: str) -> str | None:
         if not any(_ORIGINAL.match(key) for key in shapes):
             return None
-        raise UserError(
-            f"{name} is a single file of FLUX.1, which is not supported, as controlkit does not ship T5's tokenizer;"
-            " pass a diffusers folder or an id on the hub",
-            "unsupported",
-        )
+        return "flux1-dev" if cls.settings_of_file(shapes)["guidance_embeds"] else "flux1-schnell"
+
+    @classmethod
+    def configurations_of_file(
+        cls, known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
+    ) -> tuple[Configurations, list[str]]:
+        """A file has the transformer alone."""
+        return {part: known[part] for part in ("transformer", "scheduler")}, []
+
+    @classmethod
+    def settings_of_file(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        blocks = {
+            family: len({int(found[3]) for key in shapes if (found := _BLOCK.match(key)) and found[2] == family})
+            for family in ("double", "single")
+        }
+        return {
+            "guidance_embeds": any("guidance_in." in key for key in shapes),
+            "num_layers": blocks["double"],
+            "num_single_layers": blocks["single"],
+        }
 
     @classmethod
     def tokenizer_for(cls, component: Component, configurations: Configurations) -> CLIPTokenizer:

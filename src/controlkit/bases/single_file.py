@@ -78,12 +78,19 @@ def read_single_file(path: Path, parts: Configurations | None = None) -> SingleF
     notes: list[str] = []
     in_file, file_notes = family.configurations_of_file(parts or family.known[kind], shapes, metadata)
     configurations, beside = in_file, list[str]()
+    lacking = [part for part in family.components if part.is_network and part.name not in in_file]
     if companion is not None:
         configurations = configurations_in(companion)
-        lacking = [part.name for part in family.components if part.is_network and part.name not in in_file]
-        beside = [name for name in lacking if weight_files(companion / name) is not None]
+        beside = [part.name for part in lacking if weight_files(companion / part.name) is not None]
+        _check_settings(path, family, shapes, companion, configurations)
     else:
         notes += [f"{path} {note}" for note in file_notes]
+    if needed := [part.name for part in lacking if not part.optional and part.name not in beside]:
+        raise UserError(
+            f"{path} holds {' and '.join(name for name in in_file if name != 'scheduler')} of {kind} alone; put"
+            f" {', '.join(needed)}, the tokenizers and model_index.json into a diffusers folder {folder}",
+            "missing-file",
+        )
     optional = [component for component in family.components if component.optional]
     missing = [part.name for part in optional if not _is_available(part, family, configurations, companion)]
     if missing:
@@ -101,6 +108,25 @@ def read_single_file(path: Path, parts: Configurations | None = None) -> SingleF
         left_out=tuple(component.name for component in optional) if missing else (),
         notes=tuple(notes),
     )
+
+
+def _check_settings(
+    path: Path, family: type[Base], shapes: dict[str, tuple[int, ...]], folder: Path, configurations: Configurations
+) -> None:
+    """Check that the folder beside a file is of its model.
+
+    Raises:
+        UserError: the configuration of the denoiser says otherwise than the file.
+    """
+    component = family.denoiser_component()
+    said = configurations.get(component.name, {})
+    for name, value in family.settings_of_file(shapes).items():
+        if said.get(name, value) != value:
+            raise UserError(
+                f"{folder / component.config_file} says {name} {said[name]}, but in {path} it is {value}; use the"
+                " folder of the model that the file was made from",
+                "contradiction",
+            )
 
 
 def load_single_file(path: Path, dtype: torch.dtype, parts: Configurations | None = None) -> Base:

@@ -72,6 +72,7 @@ Z_IMAGE_SCHEDULER: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 6.0, 
 Z_IMAGE_TURBO_SCHEDULER: dict[str, Any] = {**Z_IMAGE_SCHEDULER, "shift": 3.0}
 
 _ORIGINAL = re.compile(r"(model\.diffusion_model\.)?layers\.0\.adaLN_modulation\.0\.weight")
+_LAYER = re.compile(r"(model\.diffusion_model\.)?layers\.(\d+)\.")
 
 
 def _known(scheduler: dict[str, Any]) -> Configurations:
@@ -322,13 +323,19 @@ class ZImage(Base):
 
     @classmethod
     def recognise(cls, shapes: Mapping[str, tuple[int, ...]], name: str) -> str | None:
-        if not any(_ORIGINAL.match(key) for key in shapes):
-            return None
-        raise UserError(
-            f"{name} is a single file of Z-Image, which is not supported, as controlkit does not ship Qwen3's"
-            " tokenizer; pass a diffusers folder or an id on the hub",
-            "unsupported",
-        )
+        return "z-image" if any(_ORIGINAL.match(key) for key in shapes) else None
+
+    @classmethod
+    def configurations_of_file(
+        cls, known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
+    ) -> tuple[Configurations, list[str]]:
+        """A file has the transformer alone."""
+        return {part: known[part] for part in ("transformer", "scheduler")}, []
+
+    @classmethod
+    def settings_of_file(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        numbers = {int(found[2]) for key in shapes if (found := _LAYER.match(key))}
+        return {"n_layers": len(numbers)}
 
     @classmethod
     def tokenizer_for(cls, component: Component, configurations: Configurations) -> Any:
