@@ -286,21 +286,23 @@ def test_a_lora_of_a_transformer_is_merged(build, place, tmp_path):
     assert torch.equal(base.transformer.get_submodule(place).weight, before)
 
 
-@pytest.mark.parametrize("of_kohya", [True, False])
-def test_loras_of_flux_under_names_of_other_tools(of_kohya):
-    """kohya's and XLabs' have one layer for query, key and value; the widths of FLUX.1 are fixed in diffusers."""
+@pytest.mark.parametrize("tool", ["kohya", "comfyui", "xlabs"])
+def test_loras_of_flux_under_names_of_other_tools(tool):
+    """They have one layer for query, key and value; the widths of FLUX.1 are fixed in diffusers."""
     down, up, alpha = torch.randn(2, 3072), torch.randn(9216, 2), torch.tensor(1.0)
     kohya, xlabs = "lora_unet_double_blocks_7_img_attn_qkv", "double_blocks.7.processor.qkv_lora1"
-    tensors = (
-        {f"{kohya}.lora_down.weight": down, f"{kohya}.lora_up.weight": up, f"{kohya}.alpha": alpha}
-        if of_kohya
-        else {f"{xlabs}.down.weight": down, f"{xlabs}.up.weight": up}
-    )
+    comfyui = "diffusion_model.double_blocks.7.img_attn.qkv"
+    tensors = {
+        "kohya": {f"{kohya}.lora_down.weight": down, f"{kohya}.lora_up.weight": up, f"{kohya}.alpha": alpha},
+        "comfyui": {f"{comfyui}.lora_A.weight": down, f"{comfyui}.lora_B.weight": up},
+        "xlabs": {f"{xlabs}.down.weight": down, f"{xlabs}.up.weight": up},
+    }[tool]
     # diffusers leaves out layers of T5 and biases of a whole file without a word.
     left = {
         "lora_te3_encoder_block_0_layer_0_SelfAttention_k": ("lora_down.weight", "lora_up.weight", "alpha"),
         "lora_unet_double_blocks_99_img_attn_proj": ("lora_down.weight", "lora_up.weight", "alpha"),
         "lora_transformer_foo": ("lora_down.weight", "lora_up.weight"),
+        "diffusion_model.double_blocks.99.img_attn.proj": ("lora_A.weight", "lora_B.weight"),
         "lora_unet_double_blocks_7_img_attn_qkv": ("diff_b",),
     }
     unknown = {f"{layer}.{part}": torch.ones(2, 2) for layer, parts in left.items() for part in parts}
@@ -311,7 +313,7 @@ def test_loras_of_flux_under_names_of_other_tools(of_kohya):
     for which, part in zip("qkv", up.chunk(3), strict=True):
         name = f"transformer.transformer_blocks.7.attn.to_{which}.lora"
         product = made[f"{name}_B.weight"] @ made[f"{name}_A.weight"]
-        assert torch.allclose(product, part @ down / (2 if of_kohya else 1), atol=1e-5)
+        assert torch.allclose(product, part @ down / (2 if tool == "kohya" else 1), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ class Flux(Base):
     pipeline: ClassVar[str] = "FluxPipeline"
     learns_words: ClassVar[bool] = False
     lora_loader: ClassVar[str | None] = "FluxLoraLoaderMixin"
-    lora_names: ClassVar[str] = r"lora_(unet|te\d?|transformer)_|.*\.processor\."
+    lora_names: ClassVar[str] = r"lora_(unet|te\d?|transformer)_|diffusion_model\.|.*\.processor\."
     schedule_class: ClassVar[type[RectifiedFlow]] = EvenlySpacedFlow
     usual_guidance: ClassVar[float] = USUAL_GUIDANCE
     usual_latent_rgb: ClassVar[LatentRGB] = FLUX_LATENT_RGB

@@ -294,13 +294,27 @@ def _of_transformer(tensors: Mapping[str, Tensor], base: Base | type[Base]) -> d
             renamed[name] = value
         else:
             layers.setdefault(layer, {})[name] = value
-    for parts in layers.values():
-        try:
-            mapped = loader.lora_state_dict(dict(parts))
-        except Exception:  # of many types, for names that it does not know
-            mapped = {}
-        renamed |= mapped or parts
+    for layer, parts in layers.items():
+        renamed |= _mapped(loader, parts) or _mapped(loader, _as_kohya(layer, parts)) or parts
     return renamed
+
+
+def _mapped(loader: Any, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of one layer under diffusers' names; empty if diffusers does not know it."""
+    try:
+        mapped = loader.lora_state_dict(dict(parts))
+    except Exception:  # of many types, for names that it does not know
+        return {}
+    return {} if set(mapped) == set(parts) else dict(mapped)
+
+
+def _as_kohya(layer: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of one layer, which ComfyUI calls as the original network does, under kohya's names."""
+    path = layer.removeprefix("diffusion_model.").replace(".", "_")
+    ends = {
+        name: name.removeprefix(layer).replace("lora_A", "lora_down").replace("lora_B", "lora_up") for name in parts
+    }
+    return {f"lora_unet_{path}{ends[name]}": value for name, value in parts.items()}
 
 
 def _place(found: re.Match[str], base: Base) -> tuple[str, str] | None:
