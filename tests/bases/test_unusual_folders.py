@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 
 from controlkit.apps.cli import main
 from controlkit.bases.base import Base
@@ -20,7 +22,7 @@ from controlkit.sampling.generate import generate
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import sample
 from refusals import refused
-from tiny import build_tiny_flux, build_tiny_sd3, build_tiny_z_image, saved_pipeline
+from tiny import build_tiny_flux, build_tiny_sd3, build_tiny_z_image, parts_of, saved_pipeline
 
 
 def changed(path, **settings):
@@ -58,6 +60,14 @@ def test_an_autoencoder_that_overflows_float16_runs_in_float32(overflowing):
     image = torch.rand(1, 3, 64, 64)
     encoded = copy.deepcopy(overflowing).to(dtype=torch.float16).encode_image(image)
     assert encoded.isfinite().all() and (encoded.float() - overflowing.encode_image(image)).abs().max() < 0.1
+
+
+def test_several_threads_find_that_it_overflows(overflowing):
+    halved = copy.deepcopy(overflowing).to(dtype=torch.float16)
+    latents = torch.randn(4, 4, 16, 16).half()
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda latent: halved.decode(latent[None]), latents))
+    assert all(image.isfinite().all() for image in made) and halved.vae.dtype == torch.float32
 
 
 def test_one_that_does_not_stays_in_float16(tiny_base):
@@ -106,15 +116,32 @@ def test_how_much_of_a_prompt_is_read_needs_no_weights(build, tokens, tmp_path):
     assert not reading.cut_from("a " * 30) and reading.cut_from("a " * 600)
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_told_of(base_folder, file):
+    (base_folder / "tokenizer" / file).write_text("{")
+    for read in (load_base, reading_base):
+        with refused("damaged-file", base_folder):
+            read(str(base_folder))
+
+
 # Optional components of Stable Diffusion 3
 
 
-@pytest.mark.parametrize(("left", "there"), [("tokenizer_3", "text_encoder_3"), ("text_encoder_3", "tokenizer_3")])
-def test_t5_needs_its_tokenizer(sd3_folder, left, there):
-    shutil.rmtree(sd3_folder / left)
+def test_t5_needs_its_tokenizer(sd3_folder):
     (sd3_folder / "model_index.json").unlink()
-    with refused("missing-file", f"{there} without {left}"):
+    shutil.rmtree(sd3_folder / "tokenizer_3")
+    with refused("missing-file", "text_encoder_3 without tokenizer_3"):
         load_base(sd3_folder)
+
+
+def test_a_tokenizer_may_be_there_without_its_encoder(tmp_path):
+    """As diffusers saves a pipeline that was loaded without T5."""
+    pipeline = StableDiffusion3Pipeline(**{**parts_of(build_tiny_sd3()), "text_encoder_3": None})
+    pipeline.save_pretrained(tmp_path / "base")
+    assert (tmp_path / "base" / "tokenizer_3").is_dir()
+    base = load_base(tmp_path / "base")
+    assert base.text_encoder_3 is None and base.encode_text(["a"]).tokens.shape[1] == 77 + 256
+    assert reading_base(str(tmp_path / "base")).prompt_tokens == 77
 
 
 # Settings of networks

@@ -373,6 +373,18 @@ class TestWhereItIsFound:
         told = capsys.readouterr().err
         assert "Traceback" not in told and "broken.py" in told
 
+    def test_options_may_put_a_setting_into_another_form(self, fresh_registry, monkeypatch, tmp_path):
+        field = '    """Channels of the features."""\n'
+        text = EXAMPLE.read_text().replace(
+            field,
+            f"{field}\n    def __post_init__(self) -> None:\n"
+            "        object.__setattr__(self, 'width', 8 * round(self.width / 8))\n",
+        )
+        (tmp_path / "own.py").write_text(text)
+        monkeypatch.setenv(registry.VARIABLE, str(tmp_path / "own.py"))
+        values = {"system": "modulation", "out": "run", "icons": "icons.npz", "condition": "canny", "steps": 1}
+        assert build_recipe({**values, "width": 30}).width == 32
+
     def test_what_a_file_prints_is_no_result(self, fresh_registry, monkeypatch, tmp_path, capsys):
         (tmp_path / "talks.py").write_text("print('hello')")
         monkeypatch.setenv(registry.VARIABLE, str(tmp_path / "talks.py"))

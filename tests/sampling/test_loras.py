@@ -340,6 +340,28 @@ def test_loras_of_z_image_under_names_of_other_tools(names, alpha, tmp_path):
     assert not lora.notes
 
 
+@pytest.mark.parametrize("layer", ["attention.qkv", "attention.out", "feed_forward.w1"])
+def test_layers_of_z_image_as_the_original_calls_them(layer, tmp_path):
+    """ComfyUI's: query, key and value are one layer."""
+    base = build_tiny_z_image()
+    width = {"attention.qkv": 96, "attention.out": 32, "feed_forward.w1": 85}[layer]
+    down, up = torch.randn(2, 32), torch.randn(width, 2)
+    name = f"diffusion_model.layers.1.{layer}"
+    save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "lora.safetensors")
+    block = base.transformer.layers[1]
+    own = {
+        "attention.qkv": ["attention.to_q", "attention.to_k", "attention.to_v"],
+        "attention.out": ["attention.to_out.0"],
+    }
+    places = own.get(layer, [layer])
+    before = torch.cat([block.get_submodule(place).weight.clone() for place in places])
+    lora = read_lora(LoraUse(file=str(tmp_path / "lora.safetensors")), base)
+    with merged(base, [(lora, 1.0)], ["lora"]):
+        after = torch.cat([block.get_submodule(place).weight for place in places])
+        assert torch.allclose(after - before, up @ down, atol=1e-5)
+    assert not lora.notes
+
+
 def test_layers_of_flux_that_fit_nowhere_are_named(tmp_path):
     base, place = build_tiny_flux(), "transformer_blocks.1.attn.to_q"
     halves = {

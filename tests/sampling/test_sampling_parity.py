@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline, UNet2DConditionModel
@@ -9,6 +11,7 @@ from parity import SEEDS, assert_same, ours, parts, theirs
 
 from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.controls.encoder_copy.network import plain_config
+from controlkit.controls.registry import find
 from controlkit.images import to_tensor
 from controlkit.sampling.generate import generate
 from controlkit.sampling.plan import ActiveControl
@@ -144,6 +147,33 @@ def test_a_unet_that_reads_the_guidance_scale(distilled):
     assert torch.equal(
         distilled.predict(x_t, t, text), distilled.predict(x_t, t, distilled.guided(text, distilled.default_guidance))
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_guidance_scale_is_embedded_in_float32(distilled, dtype):
+    """1000 times the scale are angles: 7.3 in bfloat16 is 7.3125."""
+    exact = distilled._guidance_embedding(distilled.guided(distilled.encode_text(["a"]), 7.3))
+    halved = copy.deepcopy(distilled).to(dtype=dtype)
+    made = halved._guidance_embedding(halved.guided(halved.encode_text(["a"]), 7.3))
+    assert made.dtype == dtype and torch.allclose(made.float(), exact, atol=5e-3)
+
+
+COPIES = (
+    "controlnet",
+    "controlnet-precomputed",
+    "uni-controlnet-local",
+    "unicontrol",
+    "controlnet-union",
+    "ctrlora-base",
+)
+
+
+@pytest.mark.parametrize("system", COPIES)
+def test_a_copy_of_such_a_unet_does_not_read_it(distilled, system):
+    before = distilled.fingerprint
+    control = find(system).for_base(distilled)
+    assert not any("cond_proj" in name for name in control.file_state())
+    assert distilled.unet.time_embedding.cond_proj is not None and distilled.fingerprint == before
 
 
 def test_what_such_a_unet_does_not_read_is_told(distilled):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -74,6 +75,28 @@ def test_a_zip_lists_its_own_files_only(tmp_path, listed):
             file.writestr(name, json.dumps(rows) + "\n")
         with refused("bad-data", "outside of its folder"):
             place.add_zip("mine", tmp_path / "a.zip")
+    assert place.pairs() == []
+
+
+@pytest.mark.parametrize("target", ["secret.png", "nothing.png"])
+def test_a_table_in_a_zip_is_not_followed_out_of_it(tmp_path, target):
+    """Nor does the answer tell whether a file is there."""
+    import pyarrow
+    from pyarrow import parquet
+
+    from controlkit.ui.runs import Workplace
+
+    Image.new("RGB", (16, 16)).save(tmp_path / "secret.png")
+    own = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(own, "PNG")
+    cell = {"bytes": None, "path": str(tmp_path / target)}
+    rows = {"image": [cell], "canny": [{"bytes": own.getvalue(), "path": None}], "text": ["x"]}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "pairs.parquet")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.write(tmp_path / "pairs.parquet", "pairs.parquet")
+    place = Workplace(tmp_path / "work")
+    with refused("bad-data", "outside of its folder"):
+        place.add_zip("mine", tmp_path / "a.zip")
     assert place.pairs() == []
 
 

@@ -470,10 +470,18 @@ class Base(ABC):
 
     def _finite(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`run` of the autoencoder on `x`. One that overflows float16 is cast to float32, which it then keeps."""
-        made = run(x.to(self.vae.dtype))
-        if self.vae.dtype != torch.float16 or made.isfinite().all():
-            return made
-        self.vae.to(torch.float32)
+        if self.vae.dtype != torch.float16 or x.is_meta:
+            return run(x.to(self.vae.dtype))
+        try:
+            made = run(x.half())
+            if made.isfinite().all():
+                return made
+        except RuntimeError:
+            with _CASTING:
+                if self.vae.dtype == torch.float16:
+                    raise  # else another thread has cast it meanwhile
+        with _CASTING:
+            self.vae.to(torch.float32)
         return run(x.float())
 
     @contextmanager
@@ -692,6 +700,9 @@ class Base(ABC):
                     f"{name} {value} does not fit {self.name}: the largest side is {largest} pixels", "wrong-size"
                 )
 
+
+_CASTING = RLock()
+"""Held while an autoencoder that overflows is cast, which several threads may use."""
 
 PIXELS_AT_ONCE = 2**19
 """Pixels per call of an autoencoder: two images of 512 x 512, whose largest float32 activations take 256 MiB, or whole

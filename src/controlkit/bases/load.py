@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle  # noqa: TID251, for the name of the error that torch raises
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -88,7 +88,7 @@ def load_base(
     dtype = choose_dtype(dtype, device) if isinstance(dtype, str) else dtype or torch.float32
     check_device(device)
     path = Path(name)
-    with _reading(name):
+    with reading(name):
         if random_weights:
             from controlkit.bases.random import random_base
 
@@ -117,8 +117,8 @@ def load_base(
 
 
 @contextmanager
-def _reading(name: str | Path) -> Iterator[None]:
-    """A block that loads a base; what the libraries raise becomes one sentence."""
+def reading(name: str | Path) -> Iterator[None]:
+    """A block that loads a base, or parts of it; what the libraries raise becomes one sentence."""
     path = Path(name)
     try:
         with _quiet_libraries():
@@ -149,7 +149,7 @@ def denoiser_fingerprint(name: str | Path) -> str:
         return load_base(name, dtype=torch.float16).fingerprint
     folder = base_folder(name)
     component = check_family(family_of_folder(folder), folder, str(name)).denoiser_component()
-    with _reading(name):
+    with reading(name):
         network = load_network(component, folder / component.name, torch.float16)
     return hash_of_halves(network.state_dict().values())
 
@@ -217,7 +217,8 @@ def base_path(name: str | Path) -> Path:
 
 
 def base_files(name: str | Path) -> list[Path]:
-    """The files that `load_base` reads for `name`, in order: the single file, or those of its folder.
+    """The files that `load_base` reads for `name`, in order: those of its folder, or the single file with what it needs
+    of the folder beside it.
 
     Hub ids are looked up in the local cache only.
 
@@ -227,10 +228,19 @@ def base_files(name: str | Path) -> list[Path]:
     on_hub = str(name) != NANO and not Path(name).exists() and HUB_ID.fullmatch(str(name))
     path = _from_hub(str(name), local_files_only=True) if on_hub else base_path(name)
     if not path.is_dir():
-        return [path]
-    files = {file for pattern in _WANTED_FROM_HUB for file in path.glob(pattern) if file.suffix != ".safetensors"}
-    for component in check_family(family_of_folder(path), path, str(name)).components:
-        if component.is_network and (weights := weight_files(path / component.name)) is not None:
+        from controlkit.bases.single_file import read_single_file
+
+        file = read_single_file(path)
+        return [path] if file.companion is None else [path, *_files_of(file.companion, file.beside)]
+    family = check_family(family_of_folder(path), path, str(name))
+    return _files_of(path, [component.name for component in family.components if component.is_network])
+
+
+def _files_of(folder: Path, networks: Iterable[str]) -> list[Path]:
+    """Configurations and tokenizers of a diffusers folder, and the weights of these networks."""
+    files = {file for pattern in _WANTED_FROM_HUB for file in folder.glob(pattern) if file.suffix != ".safetensors"}
+    for network in networks:
+        if (weights := weight_files(folder / network)) is not None:
             files |= set(weights.files)
     return sorted(files)
 
@@ -354,8 +364,8 @@ def _check_left_out(component: Component, family: type[Base], folder: Path, name
     """Check that a base can do without a component whose folder is missing, as Stable Diffusion 3 without T5.
 
     Raises:
-        UserError: it is not optional, it is listed in `model_index.json`, or its other half is there: a text encoder
-            needs its tokenizer.
+        UserError: it is not optional, it is listed in `model_index.json`, or it is the tokenizer of a text encoder that
+            is there.
     """
     if not component.optional:
         raise UserError(
@@ -372,10 +382,9 @@ def _check_left_out(component: Component, family: type[Base], folder: Path, name
             " it, or set its entry to [null, null] to do without",
             "missing-file",
         )
-    names = ("tokenizer", "text_encoder")
-    other = component.name.replace(*(names if component.is_tokenizer else reversed(names)))
-    if (folder / other).is_dir():
-        raise UserError(f"{name} has {other} without {component.name}, which it needs", "missing-file")
+    encoder = component.name.replace("tokenizer", "text_encoder")
+    if component.is_tokenizer and (folder / encoder).is_dir():
+        raise UserError(f"{name} has {encoder} without {component.name}, which it needs", "missing-file")
 
 
 def _from_hub(name: str, *, weights: bool = True, **options: Any) -> Path:

@@ -19,6 +19,7 @@ from controlkit.bases.load import (
     defaults_of,
     folder_without_weights,
     load_tokenizer,
+    reading,
 )
 from controlkit.bases.single_file import read_single_file
 from controlkit.bases.text import Text
@@ -93,9 +94,16 @@ def reading_base(name: str) -> Base:
     Raises:
         UserError: there is no such base, its configuration is incomplete, or a tokenizer is missing.
     """
+    with reading(name):
+        return _reading_base(name)
+
+
+def _reading_base(name: str) -> Base:
     tokenizers: dict[str, Any] = {}
+    folder: Path | None
     if Path(name).suffix in SINGLE_FILES and not Path(name).is_dir():
-        family, configurations = family_and_configurations(name)
+        file = read_single_file(Path(name))
+        family, configurations, folder = file.family, file.configurations, file.companion
     else:
         folder = folder_without_weights(name)
         family = check_family(family_of_folder(folder), folder, name)
@@ -106,7 +114,7 @@ def reading_base(name: str) -> Base:
     for component in family.components:
         if not component.is_tokenizer or component.name.replace("tokenizer", "text_encoder") in left_out:
             continue
-        if Path(name).suffix in SINGLE_FILES and not Path(name).is_dir():
+        if folder is None:
             tokenizers[component.name] = family.tokenizer_for(component, configurations)
         else:
             tokenizers[component.name] = load_tokenizer(component, folder, name)

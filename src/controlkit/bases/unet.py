@@ -135,7 +135,8 @@ class UNetBase(Base):
     def guided(self, text: Text, guidance: float) -> Text:
         if not self.reads_guidance:
             return text
-        return Text(**text.named, guidance=text.tokens.new_full((len(text),), guidance))
+        # In float32: 1000 times the scale are angles.
+        return Text(**text.named, guidance=text.tokens.new_full((len(text),), guidance, dtype=torch.float32))
 
     def _guidance_embedding(self, text: Text) -> Tensor | None:
         """Sinusoids of the guidance scale less 1, `[B, D]` (diffusers, `get_guidance_scale_embedding`); None for a UNet
@@ -143,8 +144,8 @@ class UNetBase(Base):
         width = self.unet.config.get("time_cond_proj_dim")
         if width is None:
             return None
-        default = text.tokens.new_full((len(text),), self.default_guidance)
-        scale = text.named.get("guidance", default).float() - 1
+        default = text.tokens.new_full((len(text),), self.default_guidance, dtype=torch.float32)
+        scale = text.named.get("guidance", default) - 1
         return get_timestep_embedding(1000 * scale, width, downscale_freq_shift=1).to(text.tokens.dtype)
 
     @cached_property

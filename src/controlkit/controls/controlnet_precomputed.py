@@ -28,6 +28,7 @@ from controlkit.controls.controlnet_lite import initialise_for_relu
 from controlkit.controls.encoder_copy.network import (
     base_needed,
     checked_config,
+    copied_encoder,
     copy_incompatibility,
     hint_channels_for,
     hint_incompatibility,
@@ -102,7 +103,7 @@ class PrecomputedControlNet(OneImage):
                 "incompatible",
             )
         channels = hint_channels_for(base, cls.title)
-        network = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=channels)
+        network = copied_encoder(base.unet, conditioning_embedding_out_channels=channels)
         network = nn.Module.to(network, base.device, base.dtype)
         text = meta_text(base) if base.device.type == "meta" else base.encode_text([""])
         network.load_state_dict(_biases_at_time_zero(network, base, text), strict=False)

@@ -295,7 +295,9 @@ def _of_transformer(tensors: Mapping[str, Tensor], base: Base | type[Base]) -> d
         else:
             layers.setdefault(layer, {})[name] = value
     for layer, parts in layers.items():
-        renamed |= _mapped(loader, parts) or _mapped(loader, _as_kohya(layer, parts)) or parts
+        # diffusers knows more layers by kohya's names than by ComfyUI's.
+        as_kohya = _as_kohya(layer, parts) if layer.startswith("diffusion_model.") else {}
+        renamed |= _mapped(loader, as_kohya) or _mapped(loader, parts) or parts
     return renamed
 
 

@@ -120,7 +120,9 @@ def _checked_by(options: Any) -> Callable[[Any], None]:
 
     def check(recipe: ControlRecipe) -> None:
         super(options.__mro__[-2], recipe).__post_init__()
-        options(**recipe.options)
+        made = options(**recipe.options)
+        for field in dataclasses.fields(options):  # which it may have put into another form
+            object.__setattr__(recipe, field.name, getattr(made, field.name))
 
     return check
 

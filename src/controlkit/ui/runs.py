@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from controlkit.data.readers.listing import own_files_only
 from controlkit.data.readers.recognise import read_listing
 from controlkit.errors import UserError
 from controlkit.files import writable_folder
@@ -108,7 +109,9 @@ class Workplace:
                 top = inside[0]
             try:
                 # Security: what an upload lists must not be read from elsewhere on this machine.
-                if read_listing(top).outside():
+                with own_files_only():
+                    listing = read_listing(top)
+                if listing.outside():
                     raise UserError("the ZIP lists files outside of its folder", "bad-data")
             except UserError as error:
                 text = str(error).replace(f"{top}{os.sep}", "").replace(str(top), "the ZIP")

@@ -28,6 +28,7 @@ from controlkit.controls.encoder_copy.names import config_of
 from controlkit.controls.encoder_copy.network import (
     base_needed,
     checked_config,
+    copied_encoder,
     copy_incompatibility,
     hint_channels_for,
     hint_incompatibility,
@@ -146,7 +147,7 @@ class ControlNet(OneImage):
                 encoder.
         """
         channels = hint_channels_for(base, cls.title)
-        network = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=channels)
+        network = copied_encoder(base.unet, conditioning_embedding_out_channels=channels)
         network.register_to_config(**{_POOLS: global_average_pooling})
         control = cls(nn.Module.to(network, base.device, base.dtype), condition, only_mid_control=only_mid_control)
         if gaussian_convolutions:

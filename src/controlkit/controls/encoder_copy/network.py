@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 
 from controlkit.bases.base import Base
 from controlkit.bases.unet import ARCHITECTURES, layers_of
@@ -26,6 +26,16 @@ HINT_SETTINGS = (
     "global_pool_conditions",
 )
 """Settings of diffusers' network that concern its hint network."""
+
+
+def copied_encoder(unet: UNet2DConditionModel, **options: Any) -> ControlNetModel:
+    """diffusers' `ControlNetModel.from_unet`, also of a UNet that embeds the guidance scale; its copy does not."""
+    embedding = unet.time_embedding
+    projection, embedding.cond_proj = embedding.cond_proj, None
+    try:
+        return ControlNetModel.from_unet(unet, **options)
+    finally:
+        embedding.cond_proj = projection
 
 
 def hint_channels_for(base: Base, title: str) -> tuple[int, ...]:

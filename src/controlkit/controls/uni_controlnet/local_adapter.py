@@ -26,6 +26,7 @@ from controlkit.controls.encoder_copy.network import (
     HINT_SETTINGS,
     base_needed,
     checked_config,
+    copied_encoder,
     copy_incompatibility,
     hint_incompatibility,
     missing_heads,
@@ -157,7 +158,7 @@ class LocalAdapter(Control):
                 f" {known}",
                 "incompatible",
             )
-        network = ControlNetModel.from_unet(base.unet)
+        network = copied_encoder(base.unet)
         new = cls(
             network,
             names or ((condition,) if condition else RELEASED),

@@ -24,6 +24,7 @@ from controlkit.controls.encoder_copy.network import (
     HINT_SETTINGS,
     base_needed,
     checked_config,
+    copied_encoder,
     copy_incompatibility,
     hint_channels_for,
     hint_incompatibility,
@@ -171,7 +172,7 @@ class UniControl(Control):
         if tasks is None:
             tasks = RELEASED if condition is None else {condition: instruction_of(condition)}
         channels = hint_channels_for(base, cls.title)
-        new = cls(ControlNetModel.from_unet(base.unet), tasks, hint_channels=channels, condition=condition)
+        new = cls(copied_encoder(base.unet), tasks, hint_channels=channels, condition=condition)
         return new.to(base.device, base.dtype)
 
     @classmethod

@@ -23,7 +23,7 @@ from controlkit.data.readers.columns import (
     captions_in,
     first_of,
 )
-from controlkit.data.readers.listing import Listing, outside_note, problems_error, short_name
+from controlkit.data.readers.listing import Listing, check_own, outside_note, problems_error, short_name
 from controlkit.data.sources import members
 from controlkit.errors import UserError, nearest
 from controlkit.files import file_state, remove_leftovers, sha256_of, writable_folder
@@ -350,7 +350,9 @@ class _Linked:
             return data
         file = folder / path
         self.count += 1
-        if not os.path.abspath(file).startswith(os.path.join(os.path.abspath(folder), "")):
+        inside = os.path.abspath(file).startswith(os.path.join(os.path.abspath(folder), ""))
+        check_own(inside)
+        if not inside:
             self.outside.append(file)
         self.states[os.path.abspath(file)] = list(file_state(file) or ())
         try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,6 +188,29 @@ def problems_error(origin: object, problems: Sequence[str], advice: str = "fix o
     more = f"\n... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     listed = "\n".join(problems[:_SHOWN])
     return UserError(f"{len(problems)} problems in {origin}; {advice}:\n{listed}{more}", "bad-data")
+
+
+_OWN_ONLY: ContextVar[bool] = ContextVar("own_only", default=False)
+
+
+@contextmanager
+def own_files_only() -> Iterator[None]:
+    """A context in which tables of images refuse paths outside of their folder before they read them."""
+    token = _OWN_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _OWN_ONLY.reset(token)
+
+
+def check_own(inside: bool) -> None:
+    """Check a listed file within `own_files_only`.
+
+    Raises:
+        UserError: it is not inside of its folder.
+    """
+    if _OWN_ONLY.get() and not inside:
+        raise UserError("the table lists files outside of its folder", "bad-data")
 
 
 def outside_note(origin: object, count: int, total: int, first: object) -> str:
