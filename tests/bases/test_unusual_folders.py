@@ -15,7 +15,7 @@ from diffusers import StableDiffusion3Pipeline
 from controlkit.apps.cli import main
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
-from controlkit.bases.meta import reading_base
+from controlkit.bases.meta import prompt_reader
 from controlkit.controls.controlnet_sd3 import ControlNetSD3
 from controlkit.sampling.embeddings import read_embeddings
 from controlkit.sampling.generate import generate
@@ -111,7 +111,7 @@ def test_how_much_of_a_prompt_is_read_needs_no_weights(build, tokens, tmp_path):
     folder = saved_pipeline(build(), tmp_path / "base")
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
-    reading = reading_base(str(folder))
+    reading = prompt_reader(str(folder))
     assert reading.prompt_tokens == tokens
     assert not reading.cut_from("a " * 30) and reading.cut_from("a " * 600)
 
@@ -119,7 +119,7 @@ def test_how_much_of_a_prompt_is_read_needs_no_weights(build, tokens, tmp_path):
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_damaged_tokenizer_is_told_of(base_folder, file):
     (base_folder / "tokenizer" / file).write_text("{")
-    for read in (load_base, reading_base):
+    for read in (load_base, prompt_reader):
         with refused("damaged-file", base_folder):
             read(str(base_folder))
 
@@ -141,7 +141,7 @@ def test_a_tokenizer_may_be_there_without_its_encoder(tmp_path):
     assert (tmp_path / "base" / "tokenizer_3").is_dir()
     base = load_base(tmp_path / "base")
     assert base.text_encoder_3 is None and base.encode_text(["a"]).tokens.shape[1] == 77 + 256
-    assert reading_base(str(tmp_path / "base")).prompt_tokens == 77
+    assert prompt_reader(str(tmp_path / "base")).prompt_tokens == 77
 
 
 # Settings of networks

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import tiny
 from controlkit.bases.load import base_files, load_base
-from controlkit.bases.meta import build_meta_base, meta_base, meta_text, reading_base
+from controlkit.bases.meta import build_meta_base, meta_base, meta_text, prompt_reader
 from controlkit.bases.prompt_encoding import TextOptions
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.taps import Tap
@@ -216,7 +216,7 @@ def test_a_single_file_takes_the_other_parts_from_the_folder_beside_it(base, pre
     loaded = load_base(file)
     assert loaded.fingerprint == base.fingerprint
     assert torch.equal(ours(loaded), ours(base))
-    assert reading_base(str(file)).prompt_tokens == 512
+    assert prompt_reader(str(file)).prompt_tokens == 512
     read = {path.relative_to(tmp_path).as_posix() for path in base_files(file)}
     assert {"mine.safetensors", "mine/vae/diffusion_pytorch_model.safetensors", "mine/tokenizer/tokenizer.json"} < read
     facts = describe_base(str(file))

@@ -281,12 +281,12 @@ def _check(args: argparse.Namespace) -> None:
 def _prompt_limit(base: str | None) -> PromptLimit:
     """How much of a prompt `base` reads; by default the 77 tokens of Stable Diffusion."""
     from controlkit.bases.clip_tokenizer import clip_tokenizer
-    from controlkit.bases.meta import reading_base
+    from controlkit.bases.meta import prompt_reader
     from controlkit.bases.text import CLIP_TOKENS, cut_from
     from controlkit.data.prompts import PromptLimit
 
     if base is not None:
-        reading = reading_base(base)
+        reading = prompt_reader(base)
         return PromptLimit(reader=base, tokens=reading.prompt_tokens, cut_from=reading.cut_from)
     tokenizer = clip_tokenizer()
     return PromptLimit(

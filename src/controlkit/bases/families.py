@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,38 +63,30 @@ def check_configurations(configurations: Configurations, name: str) -> None:
     Raises:
         UserError: they are not.
     """
+    for reason, advice in _unsupported(configurations):
+        raise UserError(f"{name} {reason}, which is not supported; use {advice}", "unsupported")
+
+
+def _unsupported(configurations: Configurations) -> Iterator[tuple[str, str]]:
+    """What of these configurations is not supported, and what to use instead."""
     scheduler, vae, unet = (configurations.get(part, {}) for part in ("scheduler", "vae", "unet"))
     if quantised := [part for part, config in configurations.items() if config.get("quantization_config")]:
-        raise UserError(
-            f"the weights of {', '.join(quantised)} of {name} are quantised, which is not supported; use the folder of"
-            " the model in float16 or bfloat16",
-            "unsupported",
-        )
-    if classes := [key for key in ("class_embed_type", "num_class_embeds") if unet.get(key) is not None]:
-        raise UserError(
-            f"the UNet of {name} is conditioned on a class or an image ({classes[0]}), as that of Stable unCLIP, which"
-            " is not supported; use a text-to-image model",
-            "unsupported",
-        )
-    if masked := [part for part, config in configurations.items() if config.get("use_attention_mask")]:
-        raise UserError(
-            f"the {masked[0]} of {name} masks the padding of prompts (use_attention_mask), which is not supported; use"
-            " a model without it, as the released ones of Stable Diffusion",
-            "unsupported",
-        )
+        yield f"has quantised weights ({', '.join(quantised)})", "the folder of the model in float16 or bfloat16"
+    for key in ("class_embed_type", "num_class_embeds"):
+        if unet.get(key) is not None:
+            reason = f"has a UNet that is conditioned on a class or an image ({key}), as that of Stable unCLIP"
+            yield reason, "a text-to-image model"
+    for part, config in configurations.items():
+        if config.get("use_attention_mask"):
+            reason = f"masks the padding of prompts in its {part} (use_attention_mask)"
+            yield reason, "a model without it, as the released ones of Stable Diffusion"
     kind = str(scheduler.get("_class_name", ""))
     if kind.startswith("EDM") or "sigma_data" in scheduler:
-        raise UserError(
-            f"{name} has a noise schedule of EDM ({kind or 'with sigma_data'}), as Playground v2.5 and CosXL, which is"
-            " not supported; use a model with a variance preserving schedule, such as the Stable Diffusion XL base",
-            "unsupported",
-        )
+        reason = f"has a noise schedule of EDM ({kind or 'with sigma_data'}), as Playground v2.5 and CosXL"
+        yield reason, "a model with a variance preserving schedule, such as the Stable Diffusion XL base"
     if normalised := [key for key in ("latents_mean", "latents_std") if vae.get(key) is not None]:
-        raise UserError(
-            f"the autoencoder of {name} normalises its latents by {' and '.join(normalised)}, which is not supported;"
-            " use a model whose latents have a scaling_factor alone, such as the Stable Diffusion XL base",
-            "unsupported",
-        )
+        reason = f"has an autoencoder that normalises its latents by {' and '.join(normalised)}"
+        yield reason, "a model whose latents have a scaling_factor alone, such as the Stable Diffusion XL base"
 
 
 def family_of_file(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[type[Base], str]:

@@ -16,7 +16,6 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel
 
-from controlkit.bases.base import Base, Latents
 from controlkit.bases.clip_tokenizer import clip_tokenizer
 from controlkit.bases.component import VAE, Component, Configurations, clip_components
 from controlkit.bases.latent_rgb import FLUX_LATENT_RGB, LatentRGB
@@ -27,6 +26,7 @@ from controlkit.bases.sd3 import SD3_TEXT_ENCODER_3, SD3_VAE
 from controlkit.bases.stable_diffusion import SD15_TEXT_ENCODER
 from controlkit.bases.taps import Point, Taps
 from controlkit.bases.text import Text, cut_from, normed_clip_states, token_ids
+from controlkit.bases.transformer import TransformerBase
 from controlkit.errors import UserError
 
 PACK = 2
@@ -78,7 +78,7 @@ def _known(transformer: dict[str, Any], scheduler: dict[str, Any]) -> Configurat
     }
 
 
-class Flux(Base):
+class Flux(TransformerBase):
     """A rectified flow in a transformer of double blocks (image and text apart) and single blocks (together).
 
     The network reads latents in tokens of 2 x 2 positions.
@@ -101,13 +101,12 @@ class Flux(Base):
         "vae": ("block_out_channels",),
     }
     pipeline: ClassVar[str] = "FluxPipeline"
-    learns_words: ClassVar[bool] = False
+    family_title: ClassVar[str] = "FLUX.1"
     lora_loader: ClassVar[str | None] = "FluxLoraLoaderMixin"
     lora_names: ClassVar[str] = r"lora_(unet|te\d?|transformer)_|diffusion_model\.|.*\.processor\."
     schedule_class: ClassVar[type[RectifiedFlow]] = EvenlySpacedFlow
     usual_guidance: ClassVar[float] = USUAL_GUIDANCE
     usual_latent_rgb: ClassVar[LatentRGB] = FLUX_LATENT_RGB
-    usual_sampler: ClassVar[str] = "euler"
 
     tokenizer: CLIPTokenizer
     tokenizer_2: Any
@@ -116,37 +115,17 @@ class Flux(Base):
     vae: AutoencoderKL
     transformer: FluxTransformer2DModel
 
-    def __init__(self, **parts: Any) -> None:
-        super().__init__(**parts)
-        self._size = int(self.vae.config.sample_size)
-
-    @property
-    def denoiser(self) -> FluxTransformer2DModel:
-        return self.transformer
-
     @property
     def architecture(self) -> str:
         return "flux-1-dev" if self.reads_guidance else "flux-1-schnell"
 
     @property
-    def latents(self) -> Latents:
-        config = self.vae.config
-        return Latents(
-            channels=self.denoiser_channels,
-            factor=2 ** (len(config.block_out_channels) - 1),
-            scale=config.scaling_factor,
-            shift=config.shift_factor or 0.0,
-            patch=PACK,
-        )
+    def patch(self) -> int:
+        return PACK
 
     @property
     def denoiser_channels(self) -> int:
         return int(self.transformer.config.in_channels) // PACK**2
-
-    @property
-    def size(self) -> int:
-        """That of its own autoencoder: the transformer's configuration has none."""
-        return self._size
 
     @property
     def reads_guidance(self) -> bool:
@@ -230,13 +209,7 @@ class Flux(Base):
         Raises:
             UserError: `options` asks for them.
         """
-        if options.by_chunks or options.clip_skip is not None:
-            raise UserError(
-                f"{self.name} is of FLUX.1's family, for which weighted prompts, textual inversions and clip_skip are"
-                " not supported; use prompt syntax plain and none of them. It reads words as they stand"
-                f" (up to {self.prompt_tokens} tokens)",
-                "unsupported",
-            )
+        self.check_plain(options)
         _, pooled = normed_clip_states(self.text_encoder, token_ids(self.tokenizer, prompts))
         ids = token_ids(self.tokenizer_2, prompts, T5_TOKENS)
         tokens = self.text_encoder_2(ids.to(self.text_encoder_2.device))[0]

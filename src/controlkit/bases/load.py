@@ -88,7 +88,7 @@ def load_base(
     dtype = choose_dtype(dtype, device) if isinstance(dtype, str) else dtype or torch.float32
     check_device(device)
     path = Path(name)
-    with reading(name):
+    with loading(name):
         if random_weights:
             from controlkit.bases.random import random_base
 
@@ -117,7 +117,7 @@ def load_base(
 
 
 @contextmanager
-def reading(name: str | Path) -> Iterator[None]:
+def loading(name: str | Path) -> Iterator[None]:
     """A block that loads a base, or parts of it; what the libraries raise becomes one sentence."""
     path = Path(name)
     try:
@@ -149,7 +149,7 @@ def denoiser_fingerprint(name: str | Path) -> str:
         return load_base(name, dtype=torch.float16).fingerprint
     folder = base_folder(name)
     component = check_family(family_of_folder(folder), folder, str(name)).denoiser_component()
-    with reading(name):
+    with loading(name):
         network = load_network(component, folder / component.name, torch.float16)
     return hash_of_halves(network.state_dict().values())
 

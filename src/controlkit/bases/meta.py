@@ -19,7 +19,7 @@ from controlkit.bases.load import (
     defaults_of,
     folder_without_weights,
     load_tokenizer,
-    reading,
+    loading,
 )
 from controlkit.bases.single_file import read_single_file
 from controlkit.bases.text import Text
@@ -85,7 +85,7 @@ def _on_meta(
     return family(name=name, scheduler_config=configurations["scheduler"], defaults=defaults, **parts)
 
 
-def reading_base(name: str) -> Base:
+def prompt_reader(name: str) -> Base:
     """A base on the meta device with its tokenizers, to see how much of a prompt it reads; no weights are needed.
 
     Args:
@@ -94,11 +94,11 @@ def reading_base(name: str) -> Base:
     Raises:
         UserError: there is no such base, its configuration is incomplete, or a tokenizer is missing.
     """
-    with reading(name):
-        return _reading_base(name)
+    with loading(name):
+        return _prompt_reader(name)
 
 
-def _reading_base(name: str) -> Base:
+def _prompt_reader(name: str) -> Base:
     tokenizers: dict[str, Any] = {}
     folder: Path | None
     if Path(name).suffix in SINGLE_FILES and not Path(name).is_dir():

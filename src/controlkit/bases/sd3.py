@@ -16,17 +16,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
 
-from controlkit.bases.base import Base, Latents
 from controlkit.bases.clip_tokenizer import clip_tokenizer
 from controlkit.bases.component import VAE, Component, Configurations, clip_components
 from controlkit.bases.latent_rgb import SD3_LATENT_RGB, LatentRGB
 from controlkit.bases.prompt_encoding import PLAIN, TextOptions
 from controlkit.bases.residuals import Residuals
-from controlkit.bases.schedules import RectifiedFlow
 from controlkit.bases.sdxl import SDXL_TEXT_ENCODER_2
 from controlkit.bases.stable_diffusion import SD15_TEXT_ENCODER, SD15_VAE, check_autoencoder
 from controlkit.bases.taps import Point, Taps
 from controlkit.bases.text import CLIP_TOKENS, Text, clip_states, cut_from, token_ids
+from controlkit.bases.transformer import TransformerBase
 from controlkit.errors import UserError
 
 SD3_MEDIUM_TRANSFORMER: dict[str, Any] = {
@@ -109,7 +108,7 @@ def _known(transformer: dict[str, Any]) -> Configurations:
     }
 
 
-class StableDiffusion3(Base):
+class StableDiffusion3(TransformerBase):
     """A rectified flow in a transformer with joint attention over image and text.
 
     T5, by far its largest network, is optional: without it, its tokens are zeros.
@@ -133,11 +132,9 @@ class StableDiffusion3(Base):
         "vae": ("block_out_channels",),
     }
     pipeline: ClassVar[str] = "StableDiffusion3Pipeline"
-    learns_words: ClassVar[bool] = False
-    schedule_class: ClassVar[type[RectifiedFlow]] = RectifiedFlow
+    family_title: ClassVar[str] = "Stable Diffusion 3"
     usual_guidance: ClassVar[float] = 7.0
     usual_latent_rgb: ClassVar[LatentRGB] = SD3_LATENT_RGB
-    usual_sampler: ClassVar[str] = "euler"
 
     tokenizer: CLIPTokenizer
     tokenizer_2: CLIPTokenizer
@@ -149,24 +146,13 @@ class StableDiffusion3(Base):
     transformer: SD3Transformer2DModel
 
     @property
-    def denoiser(self) -> SD3Transformer2DModel:
-        return self.transformer
-
-    @property
     def architecture(self) -> str:
         kind = "3.5" if self.transformer.config.qk_norm else "3"
         return f"stable-diffusion-v{kind}"
 
     @property
-    def latents(self) -> Latents:
-        config = self.vae.config
-        return Latents(
-            channels=self.transformer.config.in_channels,
-            factor=2 ** (len(config.block_out_channels) - 1),
-            scale=config.scaling_factor,
-            shift=config.shift_factor or 0.0,
-            patch=self.transformer.config.patch_size,
-        )
+    def patch(self) -> int:
+        return int(self.transformer.config.patch_size)
 
     @property
     def largest_size(self) -> int:
@@ -235,13 +221,7 @@ class StableDiffusion3(Base):
         Raises:
             UserError: `options` asks for them.
         """
-        if options.by_chunks:
-            raise UserError(
-                f"{self.name} is of Stable Diffusion 3's family, for which weighted prompts and textual inversions are"
-                " not supported; use prompt syntax plain and no embeddings. It reads words as they stand"
-                f" (up to {self.prompt_tokens} tokens)",
-                "unsupported",
-            )
+        self.check_plain(options, clip_skip=True)
         skip = options.clip_skip
         first, pooled = clip_states(self.text_encoder, token_ids(self.tokenizer, prompts), skip)
         second, pooled_2 = clip_states(self.text_encoder_2, token_ids(self.tokenizer_2, prompts), skip)

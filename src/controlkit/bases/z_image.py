@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Qwen3Model
 
-from controlkit.bases.base import Base, Latents
 from controlkit.bases.component import VAE, Component, Configurations
 from controlkit.bases.flux import FLUX1_VAE
 from controlkit.bases.latent_rgb import FLUX_LATENT_RGB, LatentRGB
@@ -26,6 +25,7 @@ from controlkit.bases.residuals import Residuals
 from controlkit.bases.schedules import EvenlySpacedFlow, RectifiedFlow
 from controlkit.bases.taps import Point, Taps
 from controlkit.bases.text import Text, TokenizedPrompts
+from controlkit.bases.transformer import TransformerBase
 from controlkit.errors import UserError
 from controlkit.files import valid_text
 
@@ -84,7 +84,7 @@ def _known(scheduler: dict[str, Any]) -> Configurations:
     }
 
 
-class ZImage(Base):
+class ZImage(TransformerBase):
     """A rectified flow in a transformer whose layers read image tokens and prompt tokens in one sequence, after refiner
     layers for each.
 
@@ -108,13 +108,12 @@ class ZImage(Base):
         "vae": ("block_out_channels",),
     }
     pipeline: ClassVar[str] = "ZImagePipeline"
-    learns_words: ClassVar[bool] = False
+    family_title: ClassVar[str] = "Z-Image"
     lora_loader: ClassVar[str | None] = "ZImageLoraLoaderMixin"
     lora_names: ClassVar[str] = r"lora_unet_|diffusion_model\."
     schedule_class: ClassVar[type[RectifiedFlow]] = EvenlySpacedFlow
     usual_guidance: ClassVar[float] = 5.0
     usual_latent_rgb: ClassVar[LatentRGB] = FLUX_LATENT_RGB
-    usual_sampler: ClassVar[str] = "euler"
 
     text_encoder: Qwen3Model
     vae: AutoencoderKL
@@ -122,7 +121,6 @@ class ZImage(Base):
 
     def __init__(self, **parts: Any) -> None:
         super().__init__(**parts)
-        self._size = int(self.vae.config.sample_size)
         if _NAME not in self.transformer.all_x_embedder:
             raise UserError(
                 f"the network of {self.name} reads tokens of {', '.join(self.transformer.all_x_embedder)} latent"
@@ -131,28 +129,12 @@ class ZImage(Base):
             )
 
     @property
-    def denoiser(self) -> ZImageTransformer2DModel:
-        return self.transformer
-
-    @property
     def architecture(self) -> str:
         return "z-image"
 
     @property
-    def latents(self) -> Latents:
-        config = self.vae.config
-        return Latents(
-            channels=self.denoiser_channels,
-            factor=2 ** (len(config.block_out_channels) - 1),
-            scale=config.scaling_factor,
-            shift=config.shift_factor or 0.0,
-            patch=PATCH,
-        )
-
-    @property
-    def size(self) -> int:
-        """That of its own autoencoder: the transformer's configuration has none."""
-        return self._size
+    def patch(self) -> int:
+        return PATCH
 
     @property
     def largest_size(self) -> int:
@@ -244,13 +226,7 @@ class ZImage(Base):
         Raises:
             UserError: `options` asks for them.
         """
-        if options.by_chunks or options.clip_skip is not None:
-            raise UserError(
-                f"{self.name} is of Z-Image's family, for which weighted prompts, textual inversions and clip_skip are"
-                " not supported; use prompt syntax plain and none of them. It reads words as they stand"
-                f" (up to {self.prompt_tokens} tokens)",
-                "unsupported",
-            )
+        self.check_plain(options)
         (ids,) = self.tokenize(prompts)
         mask = self._is_of_prompt(ids)
         longest = int(mask.sum(1).max())
