@@ -15,14 +15,11 @@ import tiny
 from controlkit.bases.flux import USUAL_GUIDANCE, Flux, pack, positions, unpack
 from controlkit.bases.load import load_base
 from controlkit.bases.meta import build_meta_base, meta_base, meta_text
-from controlkit.bases.prompt_encoding import TextOptions
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.schedules import RectifiedFlow
 from controlkit.bases.taps import Tap
-from controlkit.controls.control import Acts
 from controlkit.formats.describe import describe_base
 from controlkit.sampling.generate import generate
-from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import sample
 from refusals import refused
@@ -189,30 +186,6 @@ def test_sizes_that_do_not_fit(base):
     base.check_size(96, 16)
     with refused("wrong-size", "width 72", "multiple of 16"):
         base.check_size(72, 64)
-
-
-OF_UNETS = list(tiny.unet_systems().values())
-
-
-@pytest.mark.parametrize("kind", [kind for kind in OF_UNETS if kind.acts != Acts.TOKENS])
-def test_controls_of_a_unet_are_refused_in_words(base, kind):
-    with refused("incompatible", base.name):
-        kind.for_base(base)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in OF_UNETS if kind.acts == Acts.TOKENS])
-def test_controls_that_add_tokens_alone_act(base, kind):
-    control = kind.for_base(base).eval()
-    assert control.incompatibility(base) is None
-    use = ActiveControl(control, torch.rand(1, next(control.parameters()).shape[-1]))
-    made, plain = ours(base, uses=[use]), ours(base)
-    assert made.isfinite().all() and (made - plain).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize(("options", "said"), [({"syntax": "weighted"}, "weighted"), ({"clip_skip": 2}, "clip_skip")])
-def test_other_readings_of_prompts_are_refused(base, options, said):
-    with refused("unsupported", base.name, said):
-        base.encode_text([PROMPT], options=TextOptions(**options))
 
 
 def test_what_it_does_not_read_of_a_prompt_is_told(base):

@@ -20,11 +20,8 @@ from controlkit.bases.residuals import Residuals
 from controlkit.bases.sd3 import StableDiffusion3
 from controlkit.bases.single_file import read_single_file
 from controlkit.bases.taps import Tap
-from controlkit.controls.control import Acts
 from controlkit.formats.describe import describe_base
-from controlkit.formats.load import load_control, save_control
 from controlkit.sampling.generate import generate
-from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import sample
 from refusals import refused
@@ -188,25 +185,6 @@ def test_sizes_that_do_not_fit(base, width, fact):
     base.check_size(96, 8)
     with refused("wrong-size", f"width {width}", fact):
         base.check_size(width, 64)
-
-
-OF_UNETS = list(tiny.unet_systems().values())
-
-
-@pytest.mark.parametrize("kind", [kind for kind in OF_UNETS if kind.acts != Acts.TOKENS])
-def test_controls_of_a_unet_are_refused_in_words(base, kind):
-    with refused("incompatible", base.name):
-        kind.for_base(base)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in OF_UNETS if kind.acts == Acts.TOKENS])
-def test_controls_that_add_tokens_alone_act(base, kind, tmp_path):
-    control = load_control(save_control(tmp_path / "tokens.safetensors", kind.for_base(base), base), base)
-    assert control.incompatibility(base) is None
-    use = ActiveControl(control, torch.rand(1, next(control.parameters()).shape[-1]))
-    settings = {"prompt": "red apple", "seeds": (1,), "steps": 2, "guidance": 4.0}
-    made, plain = (torch.cat(list(sample(base, uses=uses, **settings))) for uses in ([use], []))
-    assert made.isfinite().all() and (made - plain).abs().max() > 1e-3
 
 
 T5 = {"tokenizer_3": "TokenizerFast", "text_encoder_3": "EncoderModel"}

@@ -11,17 +11,14 @@ from safetensors.torch import save_file
 import tiny
 from controlkit.bases.load import base_files, load_base
 from controlkit.bases.meta import build_meta_base, meta_base, meta_text, prompt_reader
-from controlkit.bases.prompt_encoding import TextOptions
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.taps import Tap
 from controlkit.bases.text import TokenizedPrompts
 from controlkit.bases.z_image import ZImage, padded_length, patches, unpatched
-from controlkit.controls.control import Acts
 from controlkit.formats.describe import describe_base
 from controlkit.sampling.generate import generate
-from controlkit.sampling.plan import ActiveControl
 from controlkit.sampling.request import GenerateRequest
-from controlkit.sampling.sampler import sample, sample_prompts
+from controlkit.sampling.sampler import sample_prompts
 from refusals import refused
 from tiny import build_tiny_z_image, parts_of, saved_pipeline
 
@@ -169,31 +166,6 @@ def test_sizes_that_do_not_fit(base):
         base.check_size(72, 64)
     with refused("wrong-size", "528", "512"):
         base.check_size(64, 528)
-
-
-OF_UNETS = list(tiny.unet_systems().values())
-
-
-@pytest.mark.parametrize("kind", [kind for kind in OF_UNETS if kind.acts != Acts.TOKENS])
-def test_controls_of_a_unet_are_refused_in_words(base, kind):
-    with refused("incompatible", base.name):
-        kind.for_base(base)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in OF_UNETS if kind.acts == Acts.TOKENS])
-def test_controls_that_add_tokens_alone_act(base, kind):
-    control = kind.for_base(base).eval()
-    assert control.incompatibility(base) is None
-    use = ActiveControl(control, torch.rand(1, next(control.parameters()).shape[-1]))
-    settings = {"prompt": SHORT, "seeds": SEEDS, "steps": 2, "guidance": 2.0}
-    made, plain = (torch.cat(list(sample(base, uses=uses, **settings))) for uses in ([use], []))
-    assert made.isfinite().all() and (made - plain).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize(("options", "said"), [({"syntax": "weighted"}, "weighted"), ({"clip_skip": 2}, "clip_skip")])
-def test_other_readings_of_prompts_are_refused(base, options, said):
-    with refused("unsupported", base.name, said):
-        base.encode_text([SHORT], options=TextOptions(**options))
 
 
 def test_what_it_does_not_read_of_a_prompt_is_told(base):

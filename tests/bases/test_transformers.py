@@ -1,0 +1,45 @@
+"""What holds of every base with a transformer: controls for UNets, controls that add tokens, readings of prompts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tiny
+from controlkit.bases.prompt_encoding import TextOptions
+from controlkit.controls.control import Acts
+from controlkit.formats.load import load_control, save_control
+from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.sampler import sample
+from refusals import refused
+
+OF_UNETS = list(tiny.unet_systems().values())
+
+
+@pytest.fixture(scope="module", params=[tiny.build_tiny_sd3, tiny.build_tiny_flux, tiny.build_tiny_z_image])
+def base(request):
+    return request.param()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OF_UNETS if kind.acts != Acts.TOKENS])
+def test_controls_of_a_unet_are_refused_in_words(base, kind):
+    with refused("incompatible", base.name):
+        kind.for_base(base)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OF_UNETS if kind.acts == Acts.TOKENS])
+def test_controls_that_add_tokens_alone_act(base, kind, tmp_path):
+    control = load_control(save_control(tmp_path / "tokens.safetensors", kind.for_base(base), base), base)
+    assert control.incompatibility(base) is None
+    use = ActiveControl(control, torch.rand(1, next(control.parameters()).shape[-1]))
+    settings = {"prompt": "red apple", "seeds": (1,), "steps": 2, "guidance": 4.0}
+    made, plain = (torch.cat(list(sample(base, uses=uses, **settings))) for uses in ([use], []))
+    assert made.isfinite().all() and (made - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("options", "said"), [({"syntax": "weighted"}, "weighted"), ({"clip_skip": 2}, "clip_skip")])
+def test_other_readings_of_prompts_are_refused(base, options, said):
+    if "clip_skip" in options and base.family_title == "Stable Diffusion 3":
+        pytest.skip("has layers of CLIP to choose from")
+    with refused("unsupported", base.name, base.family_title, said):
+        base.encode_text(["red apple"], options=TextOptions(**options))
