@@ -251,6 +251,7 @@ def t5_tokenizer():
 
 
 OF_TRANSFORMERS = {
+    "controlnet-qwen-image": "qwen-image",
     "controlnet-sd3": "sd3-medium",
     "controlnet-flux": "flux1-dev",
     "controlnet-z-image": "z-image",
@@ -385,9 +386,83 @@ def build_tiny_z_image(seed: int = 0, **transformer):
     return ZImage(name="tiny-z-image", scheduler_config=Z_IMAGE_PARTS["scheduler"], tokenizer=qwen_tokenizer(), **parts)
 
 
+QWEN_IMAGE_PARTS = {
+    "transformer": {
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 4,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "axes_dims_rope": [4, 4, 8],
+    },
+    "vae": {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 1, 1, 2],
+        "num_res_blocks": 1,
+        "latents_mean": [-0.2, 0.1, 0.3, 0.0],
+        "latents_std": [0.5, 0.8, 1.2, 0.9],
+    },
+    "text_encoder": {
+        "text_config": {
+            "vocab_size": 300,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+        },
+    },
+    "scheduler": {
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+        "use_dynamic_shifting": True,
+        "base_shift": 0.5,
+        "max_shift": 0.9,
+        "max_image_seq_len": 8192,
+        "shift_terminal": 0.02,
+    },
+}
+"""The parts of a tiny Qwen-Image, under the names of a diffusers folder."""
+
+
+def build_tiny_qwen_image(seed: int = 0, **transformer):
+    """A base with a transformer of four double blocks, a language model as text encoder and an autoencoder of video,
+    random weights.
+
+    Args:
+        transformer: other settings of the transformer.
+    """
+    from controlkit.bases.qwen_image import QwenImage
+
+    torch.manual_seed(seed)
+    configurations = {**QWEN_IMAGE_PARTS, "transformer": {**QWEN_IMAGE_PARTS["transformer"], **transformer}}
+    parts = {one.name: one.build(configurations[one.name]) for one in QwenImage.components if one.is_network}
+    with torch.no_grad():
+        # Else images are almost gray, and prompts have almost no effect on them.
+        parts["vae"].decoder.conv_out.weight.mul_(12)
+        for block in parts["transformer"].transformer_blocks:
+            for weight in (block.img_mod[1].weight, block.txt_mod[1].weight, block.attn.to_out[0].weight):
+                weight.mul_(10)
+    scheduler = QWEN_IMAGE_PARTS["scheduler"]
+    base = QwenImage(name="tiny-qwen-image", scheduler_config=scheduler, tokenizer=qwen_tokenizer(), **parts)
+    base._own_size = 64  # which none of its configurations has
+    return base
+
+
 def tiny_of_known(name: str):
     """The tiny base of the family of a known one."""
-    builds = {"flux": build_tiny_flux, "z-image": build_tiny_z_image}
+    builds = {"flux": build_tiny_flux, "z-image": build_tiny_z_image, "qwen-image": build_tiny_qwen_image}
     return next((build for start, build in builds.items() if name.startswith(start)), build_tiny_sd3)()
 
 

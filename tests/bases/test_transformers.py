@@ -16,7 +16,10 @@ from refusals import refused
 OF_UNETS = list(tiny.unet_systems().values())
 
 
-@pytest.fixture(scope="module", params=[tiny.build_tiny_sd3, tiny.build_tiny_flux, tiny.build_tiny_z_image])
+@pytest.fixture(
+    scope="module",
+    params=[tiny.build_tiny_sd3, tiny.build_tiny_flux, tiny.build_tiny_z_image, tiny.build_tiny_qwen_image],
+)
 def base(request):
     return request.param()
 
@@ -32,7 +35,7 @@ def test_controls_that_add_tokens_alone_act(base, kind, tmp_path):
     control = load_control(save_control(tmp_path / "tokens.safetensors", kind.for_base(base), base), base)
     assert control.incompatibility(base) is None
     use = ActiveControl(control, torch.rand(1, next(control.parameters()).shape[-1]))
-    settings = {"prompt": "red apple", "seeds": (1,), "steps": 2, "guidance": 4.0}
+    settings = {"prompt": "red apple", "seeds": (1,), "steps": 2, "guidance": 4.0, "width": 64, "height": 64}
     made, plain = (torch.cat(list(sample(base, uses=uses, **settings))) for uses in ([use], []))
     assert made.isfinite().all() and (made - plain).abs().max() > 1e-3
 

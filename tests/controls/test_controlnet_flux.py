@@ -123,6 +123,15 @@ def test_one_of_dev_on_schnell_is_told_the_usual_guidance(image, theirs, base):
     assert (ours(schnell, use, guidance=None) - expected).abs().max() < 1e-3
 
 
+def test_under_guidance_of_schnell_it_acts_on_both_branches(image, theirs, base):
+    schnell = build_tiny_flux(guidance_embeds=False)
+    control = trained(ControlNetFlux.for_base(base))
+    guided = {"true_cfg_scale": 2.5, "negative_prompt": ["blue table"] * len(SEEDS)}
+    expected = theirs(control.network, image * 2 - 1, base=schnell, guidance_scale=3.5, **guided)
+    use = ActiveControl(control, control.encode({"image": image}, schnell))
+    assert (ours(schnell, use, guidance=2.5, negative_prompt="blue table") - expected).abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_new_one_copies_the_base_and_leaves_it_unchanged(base, image, layers):
     control = ControlNetFlux.for_base(base, num_layers=layers, num_single_layers=layers).eval()

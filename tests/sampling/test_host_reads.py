@@ -21,7 +21,14 @@ from controlkit.sampling.request import SAMPLERS
 from controlkit.sampling.residual_cache import ResidualCache
 from controlkit.sampling.sampler import sample
 from controlkit.sampling.start_image import StartImage
-from tiny import OF_TRANSFORMERS, build_tiny_flux, build_tiny_sd3, build_tiny_z_image, tiny_of_known
+from tiny import (
+    OF_TRANSFORMERS,
+    build_tiny_flux,
+    build_tiny_qwen_image,
+    build_tiny_sd3,
+    build_tiny_z_image,
+    tiny_of_known,
+)
 
 SETTINGS = {"prompt": "red apple", "seeds": [3, 4], "steps": 3, "guidance": 3.0}
 
@@ -55,7 +62,7 @@ def test_no_step_reads_the_device(sampler, on_meta):
     assert reads_of_loop(base, sampler=sampler) == []
 
 
-@pytest.mark.parametrize("build", [build_tiny_sd3, build_tiny_flux, build_tiny_z_image])
+@pytest.mark.parametrize("build", [build_tiny_sd3, build_tiny_flux, build_tiny_z_image, build_tiny_qwen_image])
 @pytest.mark.parametrize("sampler", FLOW_SOLVERS)
 def test_no_step_of_a_rectified_flow_reads_the_device(sampler, build):
     assert reads_of_loop(build().to("meta"), sampler=sampler) == []

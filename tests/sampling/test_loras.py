@@ -29,7 +29,7 @@ from controlkit.sampling.sampler import sample_prompts
 from controlkit.sampling.saved_settings import read_settings
 from controlkit.sampling.uses import ControlUse, LoraUse
 from refusals import refused
-from tiny import build_tiny_flux, build_tiny_sd3, build_tiny_sdxl, build_tiny_z_image
+from tiny import build_tiny_flux, build_tiny_qwen_image, build_tiny_sd3, build_tiny_sdxl, build_tiny_z_image
 
 RANK = 3
 UNET = "down_blocks.1.attentions.0.transformer_blocks.0"
@@ -272,6 +272,7 @@ def test_layers_in_a_decoder_that_a_control_replaces_are_noted(tiny_base, tiny_c
         (build_tiny_sd3, "transformer_blocks.1.attn.to_q"),
         (build_tiny_flux, "transformer_blocks.1.attn.to_q"),
         (build_tiny_z_image, "layers.1.attention.to_q"),
+        (build_tiny_qwen_image, "transformer_blocks.1.attn.to_q"),
     ],
 )
 def test_a_lora_of_a_transformer_is_merged(build, place, tmp_path):
@@ -338,6 +339,32 @@ def test_loras_of_z_image_under_names_of_other_tools(names, alpha, tmp_path):
         added = base.transformer.get_submodule(place).weight - before
     assert torch.allclose(added, halves[1] @ halves[0] * (1 if alpha is None else alpha / 2), atol=1e-5)
     assert not lora.notes
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "diffusion_model.{}.lora_A diffusion_model.{}.lora_B",  # ai-toolkit's
+        "diffusion_model.{}.lora_down diffusion_model.{}.lora_up",
+        "lora_unet_{_}.lora_down lora_unet_{_}.lora_up",  # musubi-tuner's
+        "{}.lora_A.default {}.lora_B.default",  # DiffSynth-Studio's
+    ],
+)
+@pytest.mark.parametrize(
+    "place",
+    ["transformer_blocks.1.attn.to_q", "transformer_blocks.1.attn.add_k_proj", "transformer_blocks.1.img_mod.1"],
+)
+def test_loras_of_qwen_image_under_names_of_other_tools(names, place, tmp_path):
+    base = build_tiny_qwen_image()
+    layer = base.transformer.get_submodule(place)
+    halves = [torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2)]
+    named = names.replace("{}", place).replace("{_}", place.replace(".", "_")).split()
+    save_file({f"{name}.weight": half for name, half in zip(named, halves, strict=True)}, tmp_path / "lora.safetensors")
+    before = layer.weight.clone()
+    lora = read_lora(LoraUse(file=str(tmp_path / "lora.safetensors")), base)
+    with merged(base, [(lora, 1.0)], ["lora"]):
+        added = base.transformer.get_submodule(place).weight - before
+    assert torch.allclose(added, halves[1] @ halves[0], atol=1e-5) and not lora.notes
 
 
 @pytest.mark.parametrize("layer", ["attention.qkv", "attention.out", "feed_forward.w1"])

@@ -23,6 +23,8 @@ from diffusers import (
     KDPM2DiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3InpaintPipeline,
     StableDiffusionControlNetImg2ImgPipeline,
@@ -261,9 +263,21 @@ Z_IMAGE = (
 )
 
 
+QWEN_IMAGE = (
+    tiny.build_tiny_qwen_image,
+    QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
+    {"true_cfg_scale": 4.0, "negative_prompt": ["cat face"] * len(SEEDS)},
+)
+
+
 @pytest.mark.parametrize("strength", [0.5, 0.75, 1.0])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("build", "plain", "inpainting", "settings"), [FLUX, Z_IMAGE], ids=["flux", "z-image"])
+@pytest.mark.parametrize(
+    ("build", "plain", "inpainting", "settings"),
+    [FLUX, Z_IMAGE, QWEN_IMAGE],
+    ids=["flux", "z-image", "qwen-image"],
+)
 def test_other_transformers_equal_diffusers(photo, mask, strength, masked, build, plain, inpainting, settings):
     base = build()
     pipeline = (inpainting if masked else plain)(**tiny.parts_of(base))

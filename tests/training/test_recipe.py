@@ -106,6 +106,7 @@ def test_wrong_recipes_are_refused_in_words(file, change, code, facts):
         ("controlnet-flux", {"num_layers": 0}, ["num_layers", 0, 1]),
         ("controlnet-flux", {"num_single_layers": -1}, ["num_single_layers", -1, 0]),
         ("controlnet-z-image", {"num_layers": 0}, ["num_layers", 0, 1]),
+        ("controlnet-qwen-image", {"num_layers": 0}, ["num_layers", 0, 1]),
         ("gligen", {"gate": 1}, ["gate", "below 1"]),
         ("gligen", {"gate": math.nan}, ["gate", "nan"]),
         ("gligen", {"max_objects": 31}, ["max_objects", 31, 30]),

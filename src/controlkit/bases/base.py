@@ -15,7 +15,7 @@ from threading import RLock
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
@@ -40,11 +40,25 @@ class Latents:
     channels: int
     factor: int
     """Downsampling factor of the autoencoder: pixels per latent position, along each side."""
-    scale: float = 1.0
-    """Latents are (z - shift) * scale of the autoencoder's output z, for about unit variance."""
-    shift: float = 0.0
+    scale: float | tuple[float, ...] = 1.0
+    """Latents are (z - shift) * scale of the autoencoder's output z, for about unit variance; one number for all
+    channels, or one for each."""
+    shift: float | tuple[float, ...] = 0.0
     patch: int = 1
     """Patch size: latent positions per token, along each side."""
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """Output of the autoencoder `[B, C, h, w]` => scaled latents."""
+        return (z - _by_channel(self.shift, z)) * _by_channel(self.scale, z)
+
+    def unscaled(self, z: Tensor) -> Tensor:
+        """The inverse of `scaled`."""
+        return z / _by_channel(self.scale, z) + _by_channel(self.shift, z)
+
+
+def _by_channel(values: float | tuple[float, ...], like: Tensor) -> Tensor | float:
+    """One number, or one for each channel as `[1, C, 1, 1]`."""
+    return values if isinstance(values, (int, float)) else torch.tensor(values).to(like).view(1, -1, 1, 1)
 
 
 class Base(ABC):
@@ -91,7 +105,7 @@ class Base(ABC):
     upcasts_vae: ClassVar[bool] = False
     """Whether the autoencoder overflows float16, if its configuration does not say."""
 
-    vae: AutoencoderKL
+    vae: Any
     tokenizer: Any
     text_encoder: Any
 
@@ -263,11 +277,11 @@ class Base(ABC):
             if place is not None:
                 network.to(place)
             if dtype is not None:
-                upcasts = isinstance(network, AutoencoderKL) and self.keeps_float32(network, dtype)
+                upcasts = network is self.vae and self.keeps_float32(self.vae, dtype)
                 _cast(network, torch.float32 if upcasts else dtype)
         return self
 
-    def keeps_float32(self, vae: AutoencoderKL, dtype: torch.dtype) -> bool:
+    def keeps_float32(self, vae: Any, dtype: torch.dtype) -> bool:
         """Whether an autoencoder stays float32 in a base of this dtype, as it would overflow."""
         return dtype == torch.float16 and needs_float32(vae, type(self).upcasts_vae)
 
@@ -285,6 +299,11 @@ class Base(ABC):
     def denoiser_channels(self) -> int:
         """Channels of the latents that its network takes, those of a mask and an image among them."""
         return int(self.denoiser.config["in_channels"])
+
+    @property
+    def vae_channels(self) -> int:
+        """Channels of the latents of its autoencoder."""
+        return int(self.vae.config["latent_channels"])
 
     @property
     def factor(self) -> int:
@@ -367,6 +386,11 @@ class Base(ABC):
         """A text for a guidance scale, on a base that reads it."""
         return text
 
+    def combined(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
+        """Predictions of both branches => that of classifier-free guidance (Ho and Salimans 2022, arXiv
+        2207.12598)."""
+        return unconditional + guidance * (conditional - unconditional)
+
     @abstractmethod
     def encode_text(
         self, prompts: Sequence[str], size: tuple[int, int] | None = None, options: TextOptions = PLAIN
@@ -422,7 +446,7 @@ class Base(ABC):
         """
         x = x.to(self.vae.device, self.vae.dtype)  # which may be offloaded while the network trains
         parts = x.split(_vae_batch(x.shape[2] * x.shape[3]))
-        moments = [self._finite(lambda part: self.vae.encode(part).latent_dist.parameters, part) for part in parts]
+        moments = [self._finite(self._moments, part) for part in parts]
         posteriors = [DiagonalGaussianDistribution(each) for each in moments]
         z = torch.cat([posterior.mode() for posterior in posteriors])
         if noise is not None:
@@ -431,8 +455,17 @@ class Base(ABC):
 
     def scaled(self, z: Tensor) -> Tensor:
         """Output of the autoencoder => scaled latents."""
-        latents = self.latents
-        return (z - latents.shift if latents.shift else z) * latents.scale
+        return self.latents.scaled(z)
+
+    def _moments(self, x: Tensor) -> Tensor:
+        """Images => mean and logarithm of the variance of the autoencoder's posterior, `[B, 2 * C, h, w]`."""
+        moments: Tensor = self.vae.encode(x).latent_dist.parameters
+        return moments
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        """Output of the autoencoder's encoder => images, not clamped."""
+        images: Tensor = self.vae.decode(z).sample
+        return images
 
     @contextmanager
     def text_encoders_loaded(self, *, aside: bool) -> Iterator[None]:
@@ -461,11 +494,9 @@ class Base(ABC):
 
         An autoencoder in float16 that overflows is cast to float32 for good.
         """
-        latents = self.latents
-        z = z.to(self.vae.dtype) / latents.scale
-        z = z + latents.shift if latents.shift else z
+        z = self.latents.unscaled(z.to(self.vae.dtype))
         parts = z.split(_vae_batch(z.shape[2] * z.shape[3] * self.factor**2))
-        images = torch.cat([self._finite(lambda part: self.vae.decode(part).sample, part) for part in parts])
+        images = torch.cat([self._finite(self._pixels, part) for part in parts])
         return images.clamp(-1, 1)
 
     def _finite(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -724,7 +755,7 @@ def _cast(network: nn.Module, dtype: torch.dtype) -> None:
         network.get_parameter(name).data = value.float()
 
 
-def needs_float32(vae: AutoencoderKL, default: bool) -> bool:
+def needs_float32(vae: Any, default: bool) -> bool:
     """Whether an autoencoder overflows float16: `force_upcast` of its config if set, else `default`."""
     config = dict(vae.config)
     # diffusers fills in True where the config has no entry, as for Stable Diffusion 1, which needs no upcast.

@@ -9,6 +9,7 @@ from typing import Any
 from controlkit.bases.base import Base
 from controlkit.bases.component import Configurations
 from controlkit.bases.flux import Flux
+from controlkit.bases.qwen_image import QwenImage
 from controlkit.bases.sd3 import StableDiffusion3
 from controlkit.bases.sdxl import StableDiffusionXL
 from controlkit.bases.stable_diffusion import StableDiffusion
@@ -16,7 +17,7 @@ from controlkit.bases.z_image import ZImage
 from controlkit.errors import UserError
 from controlkit.files import read_json
 
-FAMILIES: tuple[type[Base], ...] = (ZImage, Flux, StableDiffusion3, StableDiffusionXL, StableDiffusion)
+FAMILIES: tuple[type[Base], ...] = (QwenImage, ZImage, Flux, StableDiffusion3, StableDiffusionXL, StableDiffusion)
 """In the order in which they are tried on a folder or a file."""
 
 KNOWN_BASES: Mapping[str, tuple[type[Base], Configurations]] = {
@@ -84,7 +85,8 @@ def _unsupported(configurations: Configurations) -> Iterator[tuple[str, str]]:
     if kind.startswith("EDM") or "sigma_data" in scheduler:
         reason = f"has a noise schedule of EDM ({kind or 'with sigma_data'}), as Playground v2.5 and CosXL"
         yield reason, "a model with a variance preserving schedule, such as the Stable Diffusion XL base"
-    if normalised := [key for key in ("latents_mean", "latents_std") if vae.get(key) is not None]:
+    normalised = [key for key in ("latents_mean", "latents_std") if vae.get(key) is not None]
+    if normalised and vae.get("_class_name", "AutoencoderKL") == "AutoencoderKL":
         reason = f"has an autoencoder that normalises its latents by {' and '.join(normalised)}"
         yield reason, "a model whose latents have a scaling_factor alone, such as the Stable Diffusion XL base"
 

@@ -67,7 +67,8 @@ def load_base(
     vae: str | None = None,
     random_weights: bool = False,
 ) -> Base:
-    """Load a base, frozen: Stable Diffusion 1.x, 2.x, XL and 3, FLUX.1, Z-Image, and models of the same architectures.
+    """Load a base, frozen: Stable Diffusion 1.x, 2.x, XL and 3, FLUX.1, Z-Image, Qwen-Image, and models of the same
+    architectures.
 
     Inpainting models (UNets of 9 input channels) only generate, from an image and a mask (`Base.is_inpainting`).
 
@@ -104,7 +105,7 @@ def load_base(
             base.vae = other.to(torch.float32) if base.keeps_float32(other, dtype) else other
             base.vae.eval().requires_grad_(False)
             base.vae_name = vae
-        network_channels, latent_channels = base.denoiser_channels, base.vae.config["latent_channels"]
+        network_channels, latent_channels = base.denoiser_channels, base.vae_channels
         if network_channels != latent_channels and not base.is_inpainting:
             raise UserError(
                 f"{name} is neither a text-to-image nor an inpainting model: its network takes {network_channels}"

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -26,7 +27,7 @@ from torch import nn
 from controlkit.bases.base import Base
 from controlkit.bases.component import Component, Configurations
 from controlkit.bases.families import check_configurations, configurations_in, family_of_file
-from controlkit.bases.load import defaults_of, load_network
+from controlkit.bases.load import defaults_of, load_network, load_tokenizer
 from controlkit.bases.weight_files import torch_load_error, weight_files
 from controlkit.errors import UserError
 
@@ -178,8 +179,10 @@ def _load_pipeline(file: SingleFile, folder: Path, dtype: torch.dtype) -> Any:
         # diffusers looks for them in the folder, too, but not under the names that transformers gives its files.
         if component.name in file.beside:
             options[component.name] = load_network(component, folder / component.name, dtype)
+    pipeline = getattr(diffusers, file.family.pipeline)
     try:
-        pipeline = getattr(diffusers, file.family.pipeline)
+        if not hasattr(pipeline, "from_single_file"):
+            return _parts_of_folder(file, folder, options)
         return pipeline.from_single_file(str(path), **options, **dict.fromkeys(file.left_out))
     except SingleFileComponentError as error:
         raise UserError(
@@ -193,6 +196,20 @@ def _load_pipeline(file: SingleFile, folder: Path, dtype: torch.dtype) -> Any:
         raise UserError(
             f"{path} looks like {kind} but lacks some of its weights: it is truncated or another model", "damaged-file"
         ) from error
+
+
+def _parts_of_folder(file: SingleFile, folder: Path, options: dict[str, Any]) -> SimpleNamespace:
+    """As `_load_pipeline`, of a family whose pipeline diffusers does not load from a file: the denoiser from the file,
+    the other components of `options` and `folder`."""
+    denoiser = file.family.denoiser_component()
+    settings = {name: options[name] for name in ("config", "local_files_only", "torch_dtype")}
+    parts = {denoiser.name: denoiser.load_class().from_single_file(str(file.path), subfolder=denoiser.name, **settings)}
+    for component in file.family.components:
+        if component.is_tokenizer:
+            parts[component.name] = load_tokenizer(component, folder, str(folder))
+        elif component.is_scheduler:
+            parts[component.name] = component.load_class().from_pretrained(folder / component.name)
+    return SimpleNamespace(**{**options, **parts})
 
 
 @contextmanager

@@ -1,11 +1,9 @@
-"""Bases with a diffusion transformer, all rectified flows: what Stable Diffusion 3, FLUX.1 and Z-Image share."""
+"""What bases with a diffusion transformer share; all are rectified flows."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from typing import Any, ClassVar
-
-from diffusers import AutoencoderKL
 
 from controlkit.bases.base import Base, Latents
 from controlkit.bases.prompt_encoding import TextOptions
@@ -21,13 +19,14 @@ class TransformerBase(Base):
     usual_sampler: ClassVar[str] = "euler"
     family_title: ClassVar[str]
     """Name of its family, in text."""
+    usual_size: ClassVar[int] = 1024
+    """Native side length in pixels, if no configuration says."""
 
-    vae: AutoencoderKL
     transformer: Any
 
     def __init__(self, **parts: Any) -> None:
         super().__init__(**parts)
-        self._own_size = int(self.vae.config.sample_size)
+        self._own_size = int(self.vae.config.get("sample_size") or self.usual_size)
 
     @property
     def denoiser(self) -> Any:

@@ -39,7 +39,7 @@ def vae_files(name: str, *, download: bool = False) -> tuple[Path, ...]:
     return (path,) if path.is_file() else _weights(_folder(name, download), name).files
 
 
-def load_vae(name: str, own: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
+def load_vae(name: str, own: Any, dtype: torch.dtype) -> Any:
     """Load an autoencoder for a base. All of its weights must be in its files.
 
     Args:
@@ -60,13 +60,13 @@ def load_vae(name: str, own: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL
     folder = _folder(name, download=True)
     weights = _weights(folder, name)
     config = read_json(folder / "config.json")
-    kind = config.get("_class_name") if isinstance(config, dict) else None
-    if kind != "AutoencoderKL":
-        raise UserError(f"--vae {name} is of the class {kind}; expected AutoencoderKL", "wrong-kind")
-    _check_latents(name, AutoencoderKL.from_config(config).config, own)
+    given, kind = config.get("_class_name") if isinstance(config, dict) else None, type(own)
+    if given != kind.__name__:
+        raise UserError(f"--vae {name} is of the class {given}; expected {kind.__name__}", "wrong-kind")
+    _check_latents(name, kind.from_config(config).config, own)
     variant: dict[str, Any] = {"variant": weights.variant, "use_safetensors": weights.safetensors}
     try:
-        vae, loaded = AutoencoderKL.from_pretrained(folder, output_loading_info=True, torch_dtype=dtype, **variant)
+        vae, loaded = kind.from_pretrained(folder, output_loading_info=True, torch_dtype=dtype, **variant)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"--vae {name} cannot be loaded: {' '.join(str(error).split())[:200]}", "damaged-file"
@@ -107,7 +107,13 @@ def _weights(folder: Path, name: str) -> WeightFiles:
     return found
 
 
-def _of_file(path: Path, own: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
+def _of_file(path: Path, own: Any, dtype: torch.dtype) -> AutoencoderKL:
+    if not isinstance(own, AutoencoderKL):
+        raise UserError(
+            f"--vae {path} is a single file, which is not supported for the class {type(own).__name__}; pass the"
+            " autoencoder as a diffusers folder",
+            "unsupported",
+        )
     tensors = _tensors(path)
     for config in (_config_beside(path), _config_of_model(tensors, path)):
         if config is not None:
@@ -178,17 +184,23 @@ def _autoencoder_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in named.items() if key.startswith(_PARTS)}
 
 
-def _check_latents(name: str, config: Any, own: AutoencoderKL) -> None:
-    for key in ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std"):
-        expected, given = own.config[key], config[key]
+def _check_latents(name: str, config: Any, own: Any) -> None:
+    for key in ("latent_channels", "z_dim", "scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        expected, given = own.config.get(key), config.get(key)
         if given != expected:
             raise UserError(
                 f"--vae {name} has {key} {given}, and that of the base {expected}: it is of another family, and its"
                 " latents mean something else",
                 "incompatible",
             )
-    expected, given = (2 ** (len(each["block_out_channels"]) - 1) for each in (own.config, config))
+    expected, given = (_factor(each) for each in (own.config, config))
     if given != expected:
         raise UserError(
             f"--vae {name} has {given} pixels per latent position, and that of the base {expected}", "incompatible"
         )
+
+
+def _factor(config: Any) -> int:
+    """Pixels per latent position, along each side."""
+    halvings = config.get("temperal_downsample") or config["block_out_channels"][1:]
+    return int(2 ** len(halvings))

@@ -6,7 +6,7 @@ Turbo is distilled to about 8 steps without guidance; the model that it was made
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, ClassVar
@@ -19,18 +19,14 @@ from transformers import Qwen3Model
 
 from controlkit.bases.component import VAE, Component, Configurations
 from controlkit.bases.flux import FLUX1_VAE
+from controlkit.bases.language_model import LanguageModelBase
 from controlkit.bases.latent_rgb import FLUX_LATENT_RGB, LatentRGB
-from controlkit.bases.prompt_encoding import PLAIN, TextOptions
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.schedules import EvenlySpacedFlow, RectifiedFlow
 from controlkit.bases.taps import Point, Taps
-from controlkit.bases.text import Text, TokenizedPrompts
-from controlkit.bases.transformer import TransformerBase
+from controlkit.bases.text import Text
 from controlkit.errors import UserError
-from controlkit.files import valid_text
 
-PROMPT_TOKENS = 512
-"""Tokens of a prompt, those of the chat template included, in diffusers' pipeline (`max_sequence_length`)."""
 PATCH = 2
 """Side length in latent positions of a token of the transformer."""
 PAD = 32
@@ -84,7 +80,7 @@ def _known(scheduler: dict[str, Any]) -> Configurations:
     }
 
 
-class ZImage(TransformerBase):
+class ZImage(LanguageModelBase):
     """A rectified flow in a transformer whose layers read image tokens and prompt tokens in one sequence, after refiner
     layers for each.
 
@@ -109,6 +105,7 @@ class ZImage(TransformerBase):
     }
     pipeline: ClassVar[str] = "ZImagePipeline"
     family_title: ClassVar[str] = "Z-Image"
+    tokenizer_title: ClassVar[str] = "Qwen3's tokenizer"
     lora_loader: ClassVar[str | None] = "ZImageLoraLoaderMixin"
     lora_names: ClassVar[str] = r"lora_unet_|diffusion_model\."
     schedule_class: ClassVar[type[RectifiedFlow]] = EvenlySpacedFlow
@@ -213,89 +210,31 @@ class ZImage(TransformerBase):
             return made
         return layer(*inputs)
 
-    @torch.no_grad()
-    def encode_text(
-        self, prompts: Sequence[str], size: tuple[int, int] | None = None, options: TextOptions = PLAIN
-    ) -> Text:
-        """Prompts => the penultimate states of Qwen3 `[B, PROMPT_TOKENS, D]`, and which of them are of the prompt
-        (`mask`, `bool [B, PROMPT_TOKENS]`).
-
-        Weighted prompts, textual inversions and other layers are not supported: the encoder is a language model, which
-        reads the prompt in a chat template.
-
-        Raises:
-            UserError: `options` asks for them.
-        """
-        self.check_plain(options)
-        (ids,) = self.tokenize(prompts)
-        mask = self._is_of_prompt(ids)
-        longest = int(mask.sum(1).max())
-        device = self.text_encoder.device
-        states = self.text_encoder(
-            input_ids=ids[:, :longest].to(device),
-            attention_mask=mask[:, :longest].to(device),
-            output_hidden_states=True,
-        ).hidden_states[-2]
-        states = states * mask[:, :longest, None].to(states)
-        tokens = pad(states, (0, 0, 0, PROMPT_TOKENS - longest))
-        return Text(tokens.to(self.device, self.dtype), mask=mask.to(self.device))
-
-    def fitted(self, *texts: Text) -> list[Text]:
-        """As `Base.fitted`: without the padding that no prompt needs, and `even` (`[B, 0]`) if all then have the same
-        length, so that attention needs no mask."""
-        if any(text["mask"].is_meta for text in texts):
-            return list(texts)
-        lengths = torch.cat([padded_length(text["mask"]) for text in texts]).tolist()
-        longest = max(lengths)
-        made = []
-        for text in texts:
-            even = {"even": text.tokens.new_zeros(len(text), 0)} if min(lengths) == longest else {}
-            made.append(Text(text.tokens[:, :longest], mask=text["mask"][:, :longest], **even))
-        return made
-
-    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        known = prompts.ids_of(self.tokenizer, PROMPT_TOKENS) if isinstance(prompts, TokenizedPrompts) else None
-        if known is not None:
-            return (known,)
-        made = self.tokenizer(
-            [self._chat(valid_text(prompt, "the prompt")) for prompt in prompts],
-            padding="max_length",
-            padding_side="right",
-            max_length=PROMPT_TOKENS,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return (made.input_ids,)
-
-    def _is_of_prompt(self, ids: Tensor) -> Tensor:
-        """Which tokens `bool [B, L]` are not padding, which ends every row."""
-        own = ids != self.tokenizer.pad_token_id
-        return own.flip(1).cummax(1).values.flip(1)
-
-    def _chat(self, prompt: str) -> str:
-        """A prompt in the chat template, as in diffusers' pipeline."""
+    def chat(self, prompt: str) -> str:
+        """A prompt in the tokenizer's chat template, as in diffusers' pipeline."""
         chat: str = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
         )
         return chat
 
+    def states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The penultimate ones."""
+        states: Tensor = self.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[
+            -2
+        ]
+        return states
+
+    @property
+    def text_width(self) -> int:
+        return int(self.transformer.config.cap_feat_dim)
+
+    def padded_length(self, mask: Tensor) -> Tensor:
+        """A multiple of `PAD`, with learned tokens."""
+        return padded_length(mask)
+
     def embed_time(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
         clean = 1 - t.expand(len(x_t)).float() / self.schedule.length
         return self.transformer.t_embedder(clean * self.transformer.t_scale).to(x_t.dtype)
-
-    def zero_text(self) -> Text:
-        tokens = torch.zeros(1, PROMPT_TOKENS, self.transformer.config.cap_feat_dim)
-        return Text(tokens, mask=torch.ones(1, PROMPT_TOKENS, dtype=torch.bool))
-
-    @property
-    def prompt_tokens(self) -> int:
-        return PROMPT_TOKENS
-
-    def cut_from(self, prompt: str) -> str:
-        before = self._chat("\0").partition("\0")[0]
-        room = PROMPT_TOKENS - len(self.tokenizer(before).input_ids)
-        ids = self.tokenizer(valid_text(prompt, "the prompt"), verbose=False).input_ids
-        return self.tokenizer.decode(ids[room:]).strip()
 
     @classmethod
     def recognise(cls, shapes: Mapping[str, tuple[int, ...]], name: str) -> str | None:
@@ -312,17 +251,6 @@ class ZImage(TransformerBase):
     def settings_of_file(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         numbers = {int(found[2]) for key in shapes if (found := _LAYER.match(key))}
         return {"n_layers": len(numbers)}
-
-    @classmethod
-    def tokenizer_for(cls, component: Component, configurations: Configurations) -> Any:
-        """None ships.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            "controlkit does not ship Qwen3's tokenizer; pass the base as a diffusers folder", "missing-file"
-        )
 
 
 class Sequences:

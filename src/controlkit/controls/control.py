@@ -39,7 +39,7 @@ class Reads(Flag):
     TIME = auto()
     """The time t: computed once per step, shared by all images unless NOISE is set."""
     TEXT = auto()
-    """The prompt: computed for both branches of classifier-free guidance."""
+    """The prompt: computed for both branches of classifier-free guidance, unless `Control.one_prompt`."""
 
 
 class Acts(Flag):
@@ -96,6 +96,9 @@ class Control(nn.Module, ABC):
     """Its inputs; a control may set its own, which its class knows by `class_of`."""
     reads: ClassVar[Reads]
     """What its residuals depend on; for a system with a choice, all that one may read (`reading` is what one does)."""
+    one_prompt: ClassVar[bool] = False
+    """Whether its residuals for the prompt act on the unconditional branch, too, in place of those for the negative
+    prompt."""
     acts: ClassVar[Acts] = Acts.RESIDUALS
     enters: ClassVar[str]
     """Where it acts, as text: `decoder skips and middle`."""

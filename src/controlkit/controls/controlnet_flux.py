@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from controlkit.controls.encoder_copy.network import checked_config, plain_confi
 from controlkit.controls.hints import Hint
 from controlkit.controls.inputs import Input, check_range
 from controlkit.controls.registry import control
+from controlkit.controls.transformer_blocks import count_of, spread
 from controlkit.errors import UserError, nearest
 
 BASE_BLOCKS = "base_blocks"
@@ -103,6 +103,7 @@ class ControlNetFlux(Control):
     tag: ClassVar[str | None] = "controlnet"
     inputs = (Input(), Input(name="task", kind="value", required=False, check=_task_problem))
     reads: ClassVar[Reads] = Reads.NOISE | Reads.TIME | Reads.TEXT
+    one_prompt: ClassVar[bool] = True
     enters: ClassVar[str] = "after the transformer's blocks"
     hint_is_frozen: ClassVar[bool] = True
     Options = Options
@@ -182,8 +183,8 @@ class ControlNetFlux(Control):
         return {
             "patch_size": 1 if hint is None else math.isqrt(tensors["x_embedder.weight"].shape[1] // hint.shape[0]),
             "in_channels": tensors["x_embedder.weight"].shape[1],
-            "num_layers": _count(tensors, "controlnet_blocks"),
-            "num_single_layers": _count(tensors, "controlnet_single_blocks"),
+            "num_layers": count_of(tensors, "controlnet_blocks"),
+            "num_single_layers": count_of(tensors, "controlnet_single_blocks"),
             "attention_head_dim": _HEAD_WIDTH,
             "num_attention_heads": width // _HEAD_WIDTH,
             "joint_attention_dim": tensors["context_embedder.weight"].shape[1],
@@ -287,8 +288,8 @@ class ControlNetFlux(Control):
             return_dict=False,
         )
         return Residuals(
-            _spread("block", double or (), self.base_blocks[0], in_turns=self._reads_pixels)
-            | _spread("single", single or (), self.base_blocks[1])
+            spread("block", double or (), self.base_blocks[0], in_turns=self._reads_pixels)
+            | spread("single", single or (), self.base_blocks[1])
         )
 
     @property
@@ -376,15 +377,3 @@ class ControlNetFlux(Control):
 def _tasks(config: Mapping[str, Any]) -> dict[str, int]:
     """Tasks of a network with this config -> their modes; empty if it is no union."""
     return {task: mode for task, mode in MODES.items() if mode < (config.get("num_mode") or 0)}
-
-
-def _spread(family: str, outputs: Sequence[Tensor], blocks: int, *, in_turns: bool = False) -> dict[str, Tensor]:
-    """The output after each of the base's blocks: for runs of blocks, or in turns."""
-    if not outputs:
-        return {}
-    run = math.ceil(blocks / len(outputs))
-    return {f"{family}.{place}": outputs[place % len(outputs) if in_turns else place // run] for place in range(blocks)}
-
-
-def _count(tensors: Mapping[str, Tensor], family: str) -> int:
-    return len([name for name in tensors if re.fullmatch(rf"{family}\.\d+\.weight", name)])

@@ -58,8 +58,8 @@ _UNSUPPORTED_CONTROLS = (
 )
 _RULES = (
     _Rule(
-        "a ControlNet of a diffusion transformer (Qwen-Image or similar, or FLUX.1 under XLabs' original names), which"
-        " is not supported; of FLUX.1, Stable Diffusion 3 and Z-Image those in diffusers' format are",
+        "a ControlNet of a diffusion transformer (HunyuanDiT, Sana or similar, or FLUX.1 under XLabs' original names),"
+        " which is not supported; of Stable Diffusion 3, FLUX.1, Z-Image and Qwen-Image those in diffusers' format are",
         _has("controlnet_(blocks|x_embedder|single_blocks)|.*controlnet_blocks"),
     ),
     _Rule(

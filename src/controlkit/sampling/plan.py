@@ -420,8 +420,9 @@ class Plan:
         return texts[-self._parts(use) :]
 
     def _parts(self, use: ActiveControl) -> int:
-        """How many parts a control runs for: one if it acts on one only, or does not read the prompts."""
-        return 1 if use.conditional_only or Reads.TEXT not in use.control.reading else len(self.texts)
+        """How many parts a control runs for: one if it acts on one only, or reads at most one of the prompts."""
+        one = use.conditional_only or use.control.one_prompt or Reads.TEXT not in use.control.reading
+        return 1 if one else len(self.texts)
 
     def _all_parts(self, use: ActiveControl, residuals: Residuals) -> Residuals:
         """Expand residuals to every part of the batch; zeros where the control does not act."""

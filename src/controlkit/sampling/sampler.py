@@ -132,7 +132,9 @@ def sample_prompts(
             index = first_step + place
             calls.left = kinds[place:].count(kinds[place]) + alike * kinds.count(kinds[place])
             taken = solver.input(x_t, index)
-            prediction = _predict(base, plan, calls, place, taken, t, guidance, masked)
+            *others, prediction = _predict(base, plan, calls, place, taken, t, masked)
+            for unconditional in others:
+                prediction = base.combined(unconditional, prediction, guidance)
             x_t = solver.step(prediction, x_t, index)
             x_t = x_t if begun is None else begun.kept(x_t, solver, index + 1)
             done += 1
@@ -186,15 +188,9 @@ def noise_of(base: Base, generators: Sequence[torch.Generator], width: int, heig
 
 
 def _predict(
-    base: Base,
-    plan: Plan,
-    calls: NetworkCalls,
-    index: int,
-    x_t: Tensor,
-    t: Tensor,
-    guidance: float,
-    masked: Tensor | None = None,
-) -> Tensor:
+    base: Base, plan: Plan, calls: NetworkCalls, index: int, x_t: Tensor, t: Tensor, masked: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The network's prediction for each part of the plan."""
     parts = len(plan.texts)
     stacked = torch.cat([x_t] * parts)
     texts = [part.expand(len(x_t)) for part in plan.text(index)]
@@ -208,8 +204,4 @@ def _predict(
         text = concatenate(*texts[first:last])
         made = calls.predict(stacked[rows], t, text, added, taps, plan.tapping(index), modules, hidden)
         predictions.append(made.clone() if len(passes) > 1 else made)  # the next call may overwrite a graph's output
-    prediction = torch.cat(predictions)
-    if parts == 1:
-        return prediction
-    unconditional, conditional = prediction.chunk(2)
-    return unconditional + guidance * (conditional - unconditional)
+    return torch.cat(predictions).chunk(parts)

@@ -86,7 +86,10 @@ class RectifiedFlow(Schedule):
         # `euler` is the base's own scheduler; the others are diffusers' flow solvers with this schedule's shift.
         kind, settings = FLOW_SOLVERS[name]
         if kind is FlowMatchEulerDiscreteScheduler:
-            own = kind.from_config({**self.config, "use_dynamic_shifting": False, "shift": self.shift})
+            changed: dict[str, Any] = {"use_dynamic_shifting": False, "shift": self.shift}
+            if steps == 1:
+                changed["shift_terminal"] = None  # which is that of the last of several steps
+            own = kind.from_config({**self.config, **changed})
             return DiffusersSolver(own, steps, device, length=self.length, sigmas=self._sigmas(steps))
         scheduler = kind.from_config({"num_train_timesteps": self.length, **settings, "flow_shift": self.shift})
         return DiffusersSolver(scheduler, steps, device, length=self.length)
@@ -113,7 +116,7 @@ class RectifiedFlow(Schedule):
 
 class EvenlySpacedFlow(RectifiedFlow):
     """A rectified flow whose steps begin at noise levels 1, 1 - 1 / steps, ..., 1 / steps before the shift, as in
-    diffusers' pipelines of FLUX.1 and Z-Image."""
+    diffusers' pipelines of FLUX.1, Z-Image and Qwen-Image."""
 
     def _sigmas(self, steps: int) -> list[float]:
         return [(steps - step) / steps for step in range(steps)]

@@ -202,7 +202,7 @@ class ControlNetSD3(OneImage):
         factor, offset = self.pixels
         latent = base.encode_image(condition_image * factor + offset)
         if self.network.config[ZEROS]:
-            latent = latent + base.latents.shift * base.latents.scale
+            latent = latent - base.latents.scaled(torch.zeros_like(latent))
         return latent.to(self.network.pos_embed_input.proj.weight)
 
     def forward(self, x_t: Tensor | None, t: Tensor, text: Text | None, hint: Hint) -> Residuals:

@@ -1,0 +1,131 @@
+"""Bases that read prompts by a language model, in a chat template: what Z-Image and Qwen-Image share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from controlkit.bases.component import Component, Configurations
+from controlkit.bases.prompt_encoding import PLAIN, TextOptions
+from controlkit.bases.text import Text, TokenizedPrompts
+from controlkit.bases.transformer import TransformerBase
+from controlkit.errors import UserError
+from controlkit.files import valid_text
+
+PROMPT_TOKENS = 512
+"""Tokens of a prompt that the network reads, in diffusers' pipelines (`max_sequence_length`)."""
+
+
+class LanguageModelBase(TransformerBase):
+    """A base whose text encoder is a causal language model.
+
+    All prompts have one length and a mask, `Text["mask"]` `bool [B, PROMPT_TOKENS]`: which tokens are of the prompt.
+    `fitted` leaves out what no prompt of a run needs.
+    """
+
+    left_out: ClassVar[int] = 0
+    """First tokens of the chat, whose states the network does not read."""
+    tokenizer_title: ClassVar[str]
+    """Its tokenizer in text."""
+
+    @abstractmethod
+    def chat(self, prompt: str) -> str:
+        """A prompt in the chat template."""
+
+    @abstractmethod
+    def states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token ids and mask `[B, L]` => the states of the language model that the network reads, `[B, L, D]`."""
+
+    @property
+    @abstractmethod
+    def text_width(self) -> int:
+        """Channels of those states."""
+
+    def padded_length(self, mask: Tensor) -> Tensor:
+        """Number of tokens of prompts `bool [B, L]` with the padding that the network reads, `[B]`."""
+        return mask.sum(1)
+
+    @torch.no_grad()
+    def encode_text(
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None, options: TextOptions = PLAIN
+    ) -> Text:
+        """Prompts => states `[B, PROMPT_TOKENS, D]`, zero after the prompt, and `mask`.
+
+        Weighted prompts, textual inversions and other layers are not supported, because the encoder is a language model
+        that reads the prompt in a chat template.
+
+        Raises:
+            UserError: `options` asks for them.
+        """
+        self.check_plain(options)
+        (ids,) = self.tokenize(prompts)
+        mask = self._is_of_prompt(ids)
+        longest = int(mask.sum(1).max())
+        device = self.text_encoder.device
+        states = self.states(ids[:, :longest].to(device), mask[:, :longest].to(device))
+        states = (states * mask[:, :longest, None].to(states))[:, self.left_out :]
+        tokens = pad(states, (0, 0, 0, PROMPT_TOKENS - states.shape[1]))
+        return Text(tokens.to(self.device, self.dtype), mask=mask[:, self.left_out :].to(self.device))
+
+    def fitted(self, *texts: Text) -> list[Text]:
+        """As `Base.fitted`: without the padding that no prompt needs, and `even` (`[B, 0]`) if all then have the same
+        length, so that attention needs no mask."""
+        if any(text["mask"].is_meta for text in texts):
+            return list(texts)
+        lengths = torch.cat([self.padded_length(text["mask"]) for text in texts]).tolist()
+        longest = max(lengths)
+        made = []
+        for text in texts:
+            even = {"even": text.tokens.new_zeros(len(text), 0)} if min(lengths) == longest else {}
+            made.append(Text(text.tokens[:, :longest], mask=text["mask"][:, :longest], **even))
+        return made
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        length = self.left_out + PROMPT_TOKENS
+        known = prompts.ids_of(self.tokenizer, length) if isinstance(prompts, TokenizedPrompts) else None
+        if known is not None:
+            return (known,)
+        made = self.tokenizer(
+            [self.chat(valid_text(prompt, "the prompt")) for prompt in prompts],
+            padding="max_length",
+            padding_side="right",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return (made.input_ids,)
+
+    def _is_of_prompt(self, ids: Tensor) -> Tensor:
+        """Which tokens `bool [B, L]` are not padding, which ends every row."""
+        own = ids != self.tokenizer.pad_token_id
+        return own.flip(1).cummax(1).values.flip(1)
+
+    def zero_text(self) -> Text:
+        mask = torch.ones(1, PROMPT_TOKENS, dtype=torch.bool)
+        return Text(torch.zeros(1, PROMPT_TOKENS, self.text_width), mask=mask)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return PROMPT_TOKENS
+
+    def cut_from(self, prompt: str) -> str:
+        before = self.chat("\0").partition("\0")[0]
+        room = self.left_out + PROMPT_TOKENS - len(self.tokenizer(before).input_ids)
+        ids = self.tokenizer(valid_text(prompt, "the prompt"), verbose=False).input_ids
+        return self.tokenizer.decode(ids[room:]).strip()
+
+    @classmethod
+    def tokenizer_for(cls, component: Component, configurations: Configurations) -> Any:
+        """None ships.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"controlkit does not ship {cls.tokenizer_title}; pass the base as a diffusers folder", "missing-file"
+        )
