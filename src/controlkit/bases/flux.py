@@ -252,13 +252,6 @@ class Flux(TransformerBase):
         return "flux1-dev" if cls.settings_of_file(shapes)["guidance_embeds"] else "flux1-schnell"
 
     @classmethod
-    def configurations_of_file(
-        cls, known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
-    ) -> tuple[Configurations, list[str]]:
-        """A file has the transformer alone."""
-        return {part: known[part] for part in ("transformer", "scheduler")}, []
-
-    @classmethod
     def settings_of_file(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         blocks = {
             family: len({int(found[3]) for key in shapes if (found := _BLOCK.match(key)) and found[2] == family})

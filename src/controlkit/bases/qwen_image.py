@@ -242,13 +242,6 @@ class QwenImage(LanguageModelBase):
         return "qwen-image" if own <= set(shapes) else None
 
     @classmethod
-    def configurations_of_file(
-        cls, known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
-    ) -> tuple[Configurations, list[str]]:
-        """A file has the transformer alone."""
-        return {part: known[part] for part in ("transformer", "scheduler")}, []
-
-    @classmethod
     def settings_of_file(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         numbers = {int(found[1]) for key in shapes if (found := _BLOCK.match(key))}
         return {"num_layers": len(numbers)}

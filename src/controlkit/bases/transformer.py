@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from controlkit.bases.base import Base, Latents
+from controlkit.bases.component import Configurations
 from controlkit.bases.prompt_encoding import TextOptions
 from controlkit.bases.schedules import RectifiedFlow
 from controlkit.errors import UserError
@@ -53,6 +55,13 @@ class TransformerBase(Base):
         """That of the transformer, or of its own autoencoder if the transformer's configuration has none."""
         side = self.transformer.config.get("sample_size")
         return self._own_size if side is None else int(side) * self.factor
+
+    @classmethod
+    def configurations_of_file(
+        cls, known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
+    ) -> tuple[Configurations, list[str]]:
+        """A file has the transformer alone."""
+        return {part: known[part] for part in ("transformer", "scheduler")}, []
 
     def check_plain(self, options: TextOptions, *, clip_skip: bool = False) -> None:
         """Check that prompts are read as they stand.

@@ -241,13 +241,6 @@ class ZImage(LanguageModelBase):
         return "z-image" if any(_ORIGINAL.match(key) for key in shapes) else None
 
     @classmethod
-    def configurations_of_file(
-        cls, known: Configurations, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
-    ) -> tuple[Configurations, list[str]]:
-        """A file has the transformer alone."""
-        return {part: known[part] for part in ("transformer", "scheduler")}, []
-
-    @classmethod
     def settings_of_file(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         numbers = {int(found[2]) for key in shapes if (found := _LAYER.match(key))}
         return {"n_layers": len(numbers)}

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from controlkit.bases.base import Base
 from controlkit.bases.flux import pack, positions, text_positions
@@ -30,7 +30,7 @@ from controlkit.controls.encoder_copy.network import checked_config, plain_confi
 from controlkit.controls.hints import Hint
 from controlkit.controls.inputs import Input, check_range
 from controlkit.controls.registry import control
-from controlkit.controls.transformer_blocks import count_of, spread
+from controlkit.controls.transformer_control import TransformerControl, count_of, spread, with_weights_of
 from controlkit.errors import UserError, nearest
 
 BASE_BLOCKS = "base_blocks"
@@ -87,7 +87,7 @@ class Start(Options):
 
 
 @control
-class ControlNetFlux(Control):
+class ControlNetFlux(TransformerControl):
     """A trainable copy of the first blocks of the base's transformer, joined to it by zero-initialised linear layers.
 
     A union has an embedding of modes, of which a task selects one; its token stands before those of the prompt.
@@ -99,13 +99,12 @@ class ControlNetFlux(Control):
     kind: ClassVar[str] = "controlnet-flux"
     title: ClassVar[str] = "a ControlNet for FLUX.1"
     paper: ClassVar[str] = "Zhang, Rao and Agrawala 2023, arXiv 2302.05543"
-    architecture: ClassVar[str | None] = "control-net"
-    tag: ClassVar[str | None] = "controlnet"
+    transformer = FluxTransformer2DModel
+    family_title: ClassVar[str] = "FLUX.1"
     inputs = (Input(), Input(name="task", kind="value", required=False, check=_task_problem))
     reads: ClassVar[Reads] = Reads.NOISE | Reads.TIME | Reads.TEXT
     one_prompt: ClassVar[bool] = True
     enters: ClassVar[str] = "after the transformer's blocks"
-    hint_is_frozen: ClassVar[bool] = True
     Options = Options
     diffusers_class: ClassVar[str | None] = "FluxControlNetModel"
     trainings = (
@@ -143,21 +142,14 @@ class ControlNetFlux(Control):
         Raises:
             UserError: the base has another network, `num_layers` is below 1 or `num_single_layers` below 0.
         """
-        transformer = base.denoiser
-        if not isinstance(transformer, FluxTransformer2DModel):
-            raise UserError(
-                f"{cls.title} needs the transformer of FLUX.1; {base.name} has a {type(transformer).__name__}",
-                "incompatible",
-            )
+        transformer = cls.transformer_of(base)
         Options(num_layers=num_layers, num_single_layers=num_single_layers)  # refuses wrong ones
         blocks = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
         config = plain_config(transformer)
         config |= {"num_layers": min(num_layers, blocks[0]), "num_single_layers": min(num_single_layers, blocks[1])}
         del config["out_channels"]  # which a ControlNet does not have
-        network = FluxControlNetModel.from_config(config)
-        own = network.state_dict()
-        network.load_state_dict({name: value for name, value in transformer.state_dict().items() if name in own}, False)
-        return cls(nn.Module.to(network, base.device, base.dtype), condition, base_blocks=blocks)
+        network = with_weights_of(FluxControlNetModel.from_config(config), transformer, base)
+        return cls(network, condition, base_blocks=blocks)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], condition: str | None = None) -> ControlNetFlux:
@@ -198,12 +190,6 @@ class ControlNetFlux(Control):
     @classmethod
     def is_native(cls, tensors: Mapping[str, Tensor]) -> bool:
         return {"controlnet_x_embedder.weight", "x_embedder.weight", "controlnet_blocks.0.weight"} <= set(tensors)
-
-    def file_state(self) -> dict[str, Tensor]:
-        return dict(self.network.state_dict())
-
-    def load_file_state(self, state: Mapping[str, Tensor]) -> None:
-        self.network.load_state_dict(dict(state), strict=True, assign=True)
 
     # Tasks of a union
 
@@ -299,22 +285,16 @@ class ControlNetFlux(Control):
     def hint_settings(self) -> Hashable:
         return self._reads_pixels
 
-    def incompatibility(self, base: Base) -> str | None:
-        own, transformer = self.network.config, base.denoiser
-        if not isinstance(transformer, FluxTransformer2DModel):
-            return f"it needs the transformer of FLUX.1; the base has a {type(transformer).__name__}"
-        of_base = transformer.config
+    def sizes_beside(self, transformer: Any) -> Mapping[str, tuple[Any, Any]]:
+        own, of_base = self.network.config, transformer.config
         blocks = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
-        for what, mine, theirs in (
-            ("channels", self.network.inner_dim, transformer.inner_dim),
-            ("double and single blocks of the base", list(self.base_blocks), list(blocks)),
-            ("channels of a token", own["in_channels"], of_base.in_channels),
-            ("text width", own["joint_attention_dim"], of_base.joint_attention_dim),
-            ("pooled text width", own["pooled_projection_dim"], of_base.pooled_projection_dim),
-        ):
-            if mine != theirs:
-                return f"its {what}: {mine}, the base's: {theirs}"
-        return None
+        return {
+            "channels": (self.network.inner_dim, transformer.inner_dim),
+            "double and single blocks of the base": (list(self.base_blocks), list(blocks)),
+            "channels of a token": (own["in_channels"], of_base.in_channels),
+            "text width": (own["joint_attention_dim"], of_base.joint_attention_dim),
+            "pooled text width": (own["pooled_projection_dim"], of_base.pooled_projection_dim),
+        }
 
     # Training
 
@@ -343,12 +323,6 @@ class ControlNetFlux(Control):
             )
         return super().for_training(base, conditions, options, name=name, seed=seed, start=start, companion=companion)
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        return list(self.parameters())
-
-    def copied_network(self) -> nn.Module:
-        return self.network
-
     # Description
 
     @classmethod
@@ -369,9 +343,6 @@ class ControlNetFlux(Control):
         if config.get("num_mode") is not None:
             facts["tasks"] = ", ".join(_tasks(config))
         return facts
-
-    def parameter_counts(self) -> dict[str, int]:
-        return {"parameters": sum(parameter.numel() for parameter in self.parameters())}
 
 
 def _tasks(config: Mapping[str, Any]) -> dict[str, int]:

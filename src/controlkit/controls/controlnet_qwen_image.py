@@ -8,7 +8,7 @@ told which; its ControlNet for inpainting reads a masked image and the mask.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -26,7 +26,7 @@ from controlkit.controls.encoder_copy.network import checked_config, plain_confi
 from controlkit.controls.hints import Hint
 from controlkit.controls.inputs import Input, check_range
 from controlkit.controls.registry import control
-from controlkit.controls.transformer_blocks import count_of, spread
+from controlkit.controls.transformer_control import TransformerControl, count_of, spread, with_weights_of
 from controlkit.errors import UserError
 
 BASE_BLOCKS = "base_blocks"
@@ -60,7 +60,7 @@ class Start(Options):
 
 
 @control
-class ControlNetQwenImage(Control):
+class ControlNetQwenImage(TransformerControl):
     """A trainable copy of the first blocks of the base's transformer, joined to it by zero-initialised linear layers.
 
     Args:
@@ -70,12 +70,11 @@ class ControlNetQwenImage(Control):
     kind: ClassVar[str] = "controlnet-qwen-image"
     title: ClassVar[str] = "a ControlNet for Qwen-Image"
     paper: ClassVar[str] = "Zhang, Rao and Agrawala 2023, arXiv 2302.05543"
-    architecture: ClassVar[str | None] = "control-net"
-    tag: ClassVar[str | None] = "controlnet"
+    transformer = QwenImageTransformer2DModel
+    family_title: ClassVar[str] = "Qwen-Image"
     reads: ClassVar[Reads] = Reads.NOISE | Reads.TIME | Reads.TEXT
     one_prompt: ClassVar[bool] = True
     enters: ClassVar[str] = "after the transformer's blocks"
-    hint_is_frozen: ClassVar[bool] = True
     Options = Options
     diffusers_class: ClassVar[str | None] = "QwenImageControlNetModel"
     trainings = (
@@ -110,21 +109,14 @@ class ControlNetQwenImage(Control):
         Raises:
             UserError: the base has another network, or `num_layers` is below 1.
         """
-        transformer = base.denoiser
-        if not isinstance(transformer, QwenImageTransformer2DModel):
-            raise UserError(
-                f"{cls.title} needs the transformer of Qwen-Image; {base.name} has a {type(transformer).__name__}",
-                "incompatible",
-            )
+        transformer = cls.transformer_of(base)
         Options(num_layers=num_layers)  # refuses wrong ones
         blocks = len(transformer.transformer_blocks)
         of_base = plain_config(transformer)
         shared = ("patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads")
         config = {name: of_base[name] for name in (*shared, "joint_attention_dim", "axes_dims_rope")}
         network = QwenImageControlNetModel(**config, num_layers=min(num_layers, blocks))
-        own = network.state_dict()
-        network.load_state_dict({name: value for name, value in transformer.state_dict().items() if name in own}, False)
-        return cls(nn.Module.to(network, base.device, base.dtype), condition, base_blocks=blocks)
+        return cls(with_weights_of(network, transformer, base), condition, base_blocks=blocks)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], condition: str | None = None) -> ControlNetQwenImage:
@@ -165,11 +157,8 @@ class ControlNetQwenImage(Control):
     def is_native(cls, tensors: Mapping[str, Tensor]) -> bool:
         return {"controlnet_x_embedder.weight", "img_in.weight", "controlnet_blocks.0.weight"} <= set(tensors)
 
-    def file_state(self) -> dict[str, Tensor]:
-        return dict(self.network.state_dict())
-
     def load_file_state(self, state: Mapping[str, Tensor]) -> None:
-        self.network.load_state_dict(dict(state), strict=True, assign=True)
+        super().load_file_state(state)
         # Its rotary embeddings are no buffers: those of a network that was built on the meta device have no values.
         old = self.network.pos_embed
         if old.pos_freqs.is_meta:
@@ -215,23 +204,14 @@ class ControlNetQwenImage(Control):
         )
         return Residuals(spread("block", outputs or (), self.base_blocks))
 
-    def hint_settings(self) -> Hashable:
-        return None
-
-    def incompatibility(self, base: Base) -> str | None:
-        own, transformer = self.network.config, base.denoiser
-        if not isinstance(transformer, QwenImageTransformer2DModel):
-            return f"it needs the transformer of Qwen-Image; the base has a {type(transformer).__name__}"
-        of_base = transformer.config
-        for what, mine, theirs in (
-            ("channels", self.network.inner_dim, transformer.inner_dim),
-            ("blocks of the base", self.base_blocks, len(transformer.transformer_blocks)),
-            ("channels of a token", own["in_channels"], of_base.in_channels),
-            ("text width", own["joint_attention_dim"], of_base.joint_attention_dim),
-        ):
-            if mine != theirs:
-                return f"its {what}: {mine}, the base's: {theirs}"
-        return None
+    def sizes_beside(self, transformer: Any) -> Mapping[str, tuple[Any, Any]]:
+        own, of_base = self.network.config, transformer.config
+        return {
+            "channels": (self.network.inner_dim, transformer.inner_dim),
+            "blocks of the base": (self.base_blocks, len(transformer.transformer_blocks)),
+            "channels of a token": (own["in_channels"], of_base.in_channels),
+            "text width": (own["joint_attention_dim"], of_base.joint_attention_dim),
+        }
 
     # Training
 
@@ -259,12 +239,6 @@ class ControlNetQwenImage(Control):
             )
         return super().for_training(base, conditions, options, name=name, seed=seed, start=start, companion=companion)
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        return list(self.parameters())
-
-    def copied_network(self) -> nn.Module:
-        return self.network
-
     # Description
 
     @classmethod
@@ -275,9 +249,6 @@ class ControlNetQwenImage(Control):
     @classmethod
     def facts(cls, config: Mapping[str, Any]) -> dict[str, str]:
         return {"blocks": f"{config['num_layers']}, for the {config.get(BASE_BLOCKS, QWEN_IMAGE_BLOCKS)} of the base"}
-
-    def parameter_counts(self) -> dict[str, int]:
-        return {"parameters": sum(parameter.numel() for parameter in self.parameters())}
 
 
 class _InpaintingQwenImage(ControlNetQwenImage):

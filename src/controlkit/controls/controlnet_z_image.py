@@ -14,8 +14,7 @@ from the base's own; here, as in the original, they enter it.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -42,6 +41,7 @@ from controlkit.controls.file_format import (
 from controlkit.controls.hints import Hint
 from controlkit.controls.inputs import Input, check_range
 from controlkit.controls.registry import control
+from controlkit.controls.transformer_control import TransformerControl, count_of
 from controlkit.errors import UserError
 
 DESIGNS = {"1.0": None, "2.0": "control_layers", "2.1": "control_noise_refiner"}
@@ -114,7 +114,7 @@ def _read_unused(kind: type[Control], file: TensorFile, reference: Reference, de
 
 
 @control
-class ControlNetZImage(Control):
+class ControlNetZImage(TransformerControl):
     """Copies of layers of the base's transformer, joined to it by zero-initialised linear layers.
 
     It runs inside the base's forward pass, whose tokens it reads once they are refined.
@@ -126,12 +126,11 @@ class ControlNetZImage(Control):
     kind: ClassVar[str] = "controlnet-z-image"
     title: ClassVar[str] = "a ControlNet for Z-Image"
     paper: ClassVar[str] = "alibaba-pai 2025, github.com/aigc-apps/VideoX-Fun"
-    architecture: ClassVar[str | None] = "control-net"
-    tag: ClassVar[str | None] = "controlnet"
+    transformer = ZImageTransformer2DModel
+    family_title: ClassVar[str] = "Z-Image"
     reads: ClassVar[Reads] = Reads.NOTHING
     acts: ClassVar[Acts] = Acts.TAPS
     enters: ClassVar[str] = "after the transformer's layers, whose tokens it reads at every step"
-    hint_is_frozen: ClassVar[bool] = True
     Options = Options
     diffusers_class: ClassVar[str | None] = "ZImageControlNetModel"
     formats = (
@@ -177,12 +176,7 @@ class ControlNetZImage(Control):
         Raises:
             UserError: the base has another network, or an option is not one of those that can be trained.
         """
-        transformer = base.denoiser
-        if not isinstance(transformer, ZImageTransformer2DModel):
-            raise UserError(
-                f"{cls.title} needs the transformer of Z-Image; {base.name} has a {type(transformer).__name__}",
-                "incompatible",
-            )
+        transformer = cls.transformer_of(base)
         Options(num_layers=num_layers, design=design)  # refuses wrong ones
         layers = len(transformer.layers)
         places = sorted({place * layers // min(num_layers, layers) for place in range(min(num_layers, layers))})
@@ -227,16 +221,16 @@ class ControlNetZImage(Control):
         width, inputs = tensors[_EMBEDDER].shape
         if width % _HEAD_WIDTH:
             raise ValueError(f"its width {width} is no multiple of {_HEAD_WIDTH}, the channels of an attention head")
-        count = _count(tensors, "control_layers")
+        count = count_of(tensors, "control_layers")
         if count not in _PLACES:
             raise ValueError(f"it has {count} layers; their places are known for {', '.join(map(str, _PLACES))}")
         return {
             "control_layers_places": list(_PLACES[count]),
-            "control_refiner_layers_places": list(range(max(2, _count(tensors, "control_noise_refiner")))),
+            "control_refiner_layers_places": list(range(max(2, count_of(tensors, "control_noise_refiner")))),
             "control_in_dim": inputs // PATCH**2,
             "add_control_noise_refiner": DESIGNS[_design_of(tensors)],
             "dim": width,
-            "n_refiner_layers": max(2, _count(tensors, "control_noise_refiner")),
+            "n_refiner_layers": max(2, count_of(tensors, "control_noise_refiner")),
             "n_heads": width // _HEAD_WIDTH,
             "n_kv_heads": width // _HEAD_WIDTH,
         }
@@ -248,12 +242,6 @@ class ControlNetZImage(Control):
     @classmethod
     def is_native(cls, tensors: Mapping[str, Tensor]) -> bool:
         return {_EMBEDDER, "control_layers.0.before_proj.weight"} <= set(tensors)
-
-    def file_state(self) -> dict[str, Tensor]:
-        return dict(self.network.state_dict())
-
-    def load_file_state(self, state: Mapping[str, Tensor]) -> None:
-        self.network.load_state_dict(dict(state), strict=True, assign=True)
 
     # Computation
 
@@ -337,26 +325,20 @@ class ControlNetZImage(Control):
         """Which of `DESIGNS` it has."""
         return _design_named(self.network.add_control_noise_refiner)
 
-    def hint_settings(self) -> Hashable:
-        return None
-
     def incompatibility(self, base: Base) -> str | None:
-        own, transformer = self.network.config, base.denoiser
-        if not isinstance(transformer, ZImageTransformer2DModel):
-            return f"it needs the transformer of Z-Image; the base has a {type(transformer).__name__}"
-        of_base = transformer.config
-        refiners = len(transformer.noise_refiner)
-        if own["control_in_dim"] < of_base.in_channels:
-            return f"its latent channels: {own['control_in_dim']}, the base's: {of_base.in_channels}"
-        for what, mine, theirs in (
-            ("channels", own["dim"], of_base.dim),
-            ("attention heads", own["n_heads"], of_base.n_heads),
-            ("layers of the base", self.base_layers, len(transformer.layers)),
-            ("refiner layers", own["n_refiner_layers"], refiners),
-        ):
-            if mine != theirs:
-                return f"its {what}: {mine}, the base's: {theirs}"
-        return None
+        channels = self.network.config["control_in_dim"]
+        if isinstance(base.denoiser, self.transformer) and channels < base.denoiser.config.in_channels:
+            return f"its latent channels: {channels}, the base's: {base.denoiser.config.in_channels}"
+        return super().incompatibility(base)
+
+    def sizes_beside(self, transformer: Any) -> Mapping[str, tuple[Any, Any]]:
+        own, of_base = self.network.config, transformer.config
+        return {
+            "channels": (own["dim"], of_base.dim),
+            "attention heads": (own["n_heads"], of_base.n_heads),
+            "layers of the base": (self.base_layers, len(transformer.layers)),
+            "refiner layers": (own["n_refiner_layers"], len(transformer.noise_refiner)),
+        }
 
     # Training
 
@@ -366,12 +348,6 @@ class ControlNetZImage(Control):
             "num_layers": len(config["control_layers_places"]),
             "design": _design_named(config.get("add_control_noise_refiner")),
         }
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        return list(self.parameters())
-
-    def copied_network(self) -> nn.Module:
-        return self.network
 
     def copied_from(self, base: Base) -> Mapping[str, Tensor]:
         transformer, network = base.denoiser, self.network
@@ -402,9 +378,6 @@ class ControlNetZImage(Control):
             "layers": f"{len(places)}, whose outputs are added after layers {', '.join(map(str, places))} of {layers}",
         }
 
-    def parameter_counts(self) -> dict[str, int]:
-        return {"parameters": sum(parameter.numel() for parameter in self.parameters())}
-
 
 class _InpaintingZImage(ControlNetZImage):
     """One that also reads a masked image."""
@@ -429,13 +402,9 @@ def _design_of(tensors: Mapping[str, Tensor]) -> str:
     before = tensors.get("control_noise_refiner.0.before_proj.weight")
     if before is not None:
         return "2.1" if before.is_meta or bool(before.any()) else "2.0"
-    return "1.0" if _count(tensors, "control_noise_refiner") else "2.0"
+    return "1.0" if count_of(tensors, "control_noise_refiner") else "2.0"
 
 
 def _design_named(setting: str | None) -> str:
     """The design that `add_control_noise_refiner` of a config means."""
     return next(name for name, value in DESIGNS.items() if value == setting)
-
-
-def _count(tensors: Mapping[str, Tensor], family: str) -> int:
-    return len({name.split(".")[1] for name in tensors if re.match(rf"{family}\.\d+\.", name)})

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import SD3ControlNetModel, SD3Transformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from controlkit.bases.base import Base
 from controlkit.bases.residuals import Residuals
@@ -25,6 +25,7 @@ from controlkit.controls.file_format import Checkpoint
 from controlkit.controls.hints import Hint
 from controlkit.controls.inputs import check_range
 from controlkit.controls.registry import control
+from controlkit.controls.transformer_control import TransformerControl, with_weights_of
 from controlkit.errors import UserError
 
 BASE_LAYERS = "base_layers"
@@ -68,7 +69,7 @@ class Start(Options):
 
 
 @control
-class ControlNetSD3(OneImage):
+class ControlNetSD3(TransformerControl, OneImage):
     """A trainable copy of the first blocks of the base's transformer, joined to it by zero-initialised linear layers.
 
     Args:
@@ -83,11 +84,10 @@ class ControlNetSD3(OneImage):
     kind: ClassVar[str] = "controlnet-sd3"
     title: ClassVar[str] = "a ControlNet for Stable Diffusion 3"
     paper: ClassVar[str] = "Zhang, Rao and Agrawala 2023, arXiv 2302.05543; Esser et al. 2024, arXiv 2403.03206"
-    architecture: ClassVar[str | None] = "control-net"
-    tag: ClassVar[str | None] = "controlnet"
+    transformer = SD3Transformer2DModel
+    family_title: ClassVar[str] = "Stable Diffusion 3"
     reads: ClassVar[Reads] = Reads.NOISE | Reads.TIME | Reads.TEXT
     enters: ClassVar[str] = "after the transformer's blocks"
-    hint_is_frozen: ClassVar[bool] = True
     Options = Options
     formats = FORMATS
     diffusers_class: ClassVar[str | None] = "SD3ControlNetModel"
@@ -130,9 +130,13 @@ class ControlNetSD3(OneImage):
         The last block of the base is never copied: it has no output for the text.
 
         Raises:
-            UserError: the base has another network, or `num_layers` is below 1.
+            UserError: the base has another network, or one block, or `num_layers` is below 1.
         """
-        transformer = _transformer_of(base, cls.title)
+        transformer = cls.transformer_of(base)
+        if len(transformer.transformer_blocks) < 2:
+            raise UserError(
+                f"{cls.title} needs a transformer of two blocks or more; that of {base.name} has one", "incompatible"
+            )
         layers = len(transformer.transformer_blocks)
         Options(num_layers=num_layers)  # refuses wrong ones
         copied = min(num_layers, layers - 1)
@@ -142,10 +146,8 @@ class ControlNetSD3(OneImage):
             "dual_attention_layers": [layer for layer in transformer.config.dual_attention_layers if layer < copied],
             ZEROS: not reads_pooled,
         }
-        network = SD3ControlNetModel.from_config(config)
-        own = network.state_dict()
-        network.load_state_dict({name: value for name, value in transformer.state_dict().items() if name in own}, False)
-        return cls(nn.Module.to(network, base.device, base.dtype), condition, base_layers=layers)
+        network = with_weights_of(SD3ControlNetModel.from_config(config), transformer, base)
+        return cls(network, condition, base_layers=layers)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], condition: str | None = None) -> ControlNetSD3:
@@ -173,12 +175,6 @@ class ControlNetSD3(OneImage):
     def is_native(cls, tensors: Mapping[str, Tensor]) -> bool:
         families = {name.partition(".")[0] for name in tensors}
         return {"controlnet_blocks", "pos_embed_input", "transformer_blocks", "pos_embed"} <= families
-
-    def file_state(self) -> dict[str, Tensor]:
-        return dict(self.network.state_dict())
-
-    def load_file_state(self, state: Mapping[str, Tensor]) -> None:
-        self.network.load_state_dict(dict(state), strict=True, assign=True)
 
     # Computation
 
@@ -223,36 +219,27 @@ class ControlNetSD3(OneImage):
         return (self.pixels, bool(self.network.config[ZEROS]))
 
     def incompatibility(self, base: Base) -> str | None:
-        own, transformer = self.network.config, base.denoiser
-        if not isinstance(transformer, SD3Transformer2DModel):
-            return f"it needs the transformer of Stable Diffusion 3; the base has a {type(transformer).__name__}"
-        if own["extra_conditioning_channels"]:
+        if isinstance(base.denoiser, self.transformer) and self.network.config["extra_conditioning_channels"]:
             return "it reads an inpainting mask beside its condition image, which is not supported"
-        of_base, layers = transformer.config, len(transformer.transformer_blocks)
-        width, of_base_width = self.network.inner_dim, transformer.inner_dim
-        for what, mine, theirs in (
-            ("channels", width, of_base_width),
-            ("blocks of the base", self.base_layers, layers),
-            ("latent channels", own["in_channels"], of_base.in_channels),
-            ("patch size", own["patch_size"], of_base.patch_size),
-            ("text width", own["joint_attention_dim"] or of_base.joint_attention_dim, of_base.joint_attention_dim),
-            ("pooled text width", own["pooled_projection_dim"], of_base.pooled_projection_dim),
-        ):
-            if mine != theirs:
-                return f"its {what}: {mine}, the base's: {theirs}"
-        return None
+        return super().incompatibility(base)
+
+    def sizes_beside(self, transformer: Any) -> Mapping[str, tuple[Any, Any]]:
+        own, of_base = self.network.config, transformer.config
+        return {
+            "channels": (self.network.inner_dim, transformer.inner_dim),
+            "blocks of the base": (self.base_layers, len(transformer.transformer_blocks)),
+            "latent channels": (own["in_channels"], of_base.in_channels),
+            "patch size": (own["patch_size"], of_base.patch_size),
+            # Some do not read the prompt's tokens.
+            "text width": (own["joint_attention_dim"] or of_base.joint_attention_dim, of_base.joint_attention_dim),
+            "pooled text width": (own["pooled_projection_dim"], of_base.pooled_projection_dim),
+        }
 
     # Training
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        return list(self.parameters())
 
     @classmethod
     def options_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         return {"num_layers": config["num_layers"], "reads_pooled": not config.get(ZEROS, True)}
-
-    def copied_network(self) -> nn.Module:
-        return self.network
 
     # Files and description
 
@@ -290,25 +277,3 @@ class ControlNetSD3(OneImage):
         elif config.get(ZEROS, True):
             facts["text"] = "the prompt's tokens only"
         return facts
-
-    def parameter_counts(self) -> dict[str, int]:
-        return {"parameters": sum(parameter.numel() for parameter in self.parameters())}
-
-
-def _transformer_of(base: Base, title: str) -> SD3Transformer2DModel:
-    """The transformer of Stable Diffusion 3.
-
-    Raises:
-        UserError: the base has another network, or one block.
-    """
-    denoiser = base.denoiser
-    if not isinstance(denoiser, SD3Transformer2DModel):
-        raise UserError(
-            f"{title} needs the transformer of Stable Diffusion 3; {base.name} has a {type(denoiser).__name__}",
-            "incompatible",
-        )
-    if len(denoiser.transformer_blocks) < 2:
-        raise UserError(
-            f"{title} needs a transformer of two blocks or more; that of {base.name} has one", "incompatible"
-        )
-    return denoiser
