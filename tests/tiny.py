@@ -251,6 +251,7 @@ def t5_tokenizer():
 
 
 OF_TRANSFORMERS = {
+    "controlnet-qwen-image-fun": "qwen-image",
     "controlnet-qwen-image": "qwen-image",
     "controlnet-sd3": "sd3-medium",
     "controlnet-flux": "flux1-dev",

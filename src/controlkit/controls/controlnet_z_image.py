@@ -39,7 +39,8 @@ from controlkit.controls.file_format import (
     on_one_line,
 )
 from controlkit.controls.hints import Hint
-from controlkit.controls.inputs import Input, check_range
+from controlkit.controls.inputs import Input
+from controlkit.controls.masked_image import INPAINTING, latents_of
 from controlkit.controls.registry import control
 from controlkit.controls.transformer_control import TransformerControl, count_of
 from controlkit.errors import UserError
@@ -56,13 +57,6 @@ _EMBEDDER = f"control_all_x_embedder.{PATCH}-1.weight"
 _REFINERS = "control_noise_refiner."
 _PLACES = {3: range(0, 30, 10), 6: range(0, 30, 5), 10: range(0, 30, 3), 15: range(0, 30, 2)}
 """Number of copied layers -> the layers after which their outputs are added, of the released files."""
-
-
-_INPAINTING = (
-    Input(name="original", condition="identity", required=False),
-    Input(name="mask", condition="identity", required=False),
-)
-"""Inputs of networks that also read a masked image: the image, and where to inpaint it (white)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +241,7 @@ class ControlNetZImage(TransformerControl):
 
     @torch.no_grad()
     def encode(self, inputs: Any, base: Base) -> Tensor:
-        """The latents of condition images, the mode of the posterior; with `original` and `mask` also where the image
-        is kept and its latent without the rest, `[B, 2 * C + 1, h, w]`.
+        """`latents_of` the condition images.
 
         Args:
             inputs: condition images `[B, 3, H, W]` in [0, 1]; of a network that reads a masked image a mapping with
@@ -258,18 +251,7 @@ class ControlNetZImage(TransformerControl):
             ValueError: a value is outside [0, 1].
             UserError: the size does not fit the base, or one of `original` and `mask` is missing.
         """
-        given = {"image": inputs} if isinstance(inputs, Tensor) else inputs
-        if ("original" in given) != ("mask" in given):
-            raise UserError("inpainting takes both original and mask; one is missing", "contradiction")
-        for image in given.values():
-            base.check_size(image.shape[-1], image.shape[-2])
-            check_range(image)
-        hint = base.encode_image(given["image"] * 2 - 1)
-        if "mask" not in given:
-            return hint
-        kept = (given["mask"][:, :1] < 0.5).to(hint)
-        masked = base.encode_image((given["original"] * 2 - 1).to(hint) * kept)
-        return torch.cat([hint, nn.functional.interpolate(kept, hint.shape[-2:]), masked], 1)
+        return latents_of({"image": inputs} if isinstance(inputs, Tensor) else inputs, base)
 
     def taps(self, base: Base, x_t: Tensor, t: Tensor, text: Text, hint: Hint) -> Mapping[str, TapFunction]:
         """At `refiner.0.in` or `layer.0.in` all layers of the control run on the base's tokens; their outputs are added
@@ -383,12 +365,12 @@ class _InpaintingZImage(ControlNetZImage):
     """One that also reads a masked image."""
 
     __doc__ = ControlNetZImage.__doc__
-    inputs = (Input(), *_INPAINTING)
+    inputs = (Input(), *INPAINTING)
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
     """Of a network that reads latents of C channels, or C of the condition, one of a mask and C of a masked image."""
-    return (Input(), *_INPAINTING) if (config.get("control_in_dim") or 0) % 2 else (Input(),)
+    return (Input(), *INPAINTING) if (config.get("control_in_dim") or 0) % 2 else (Input(),)
 
 
 def _with_channels(tokens: Tensor, width: int) -> Tensor:

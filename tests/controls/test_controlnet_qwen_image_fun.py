@@ -1,0 +1,249 @@
+"""Fun ControlNet of Qwen-Image: equality with the original's order, masked images, files, training, errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformer_training import check_training
+
+from controlkit.apps.cli import main
+from controlkit.bases.flux import pack, unpack
+from controlkit.bases.meta import meta_base
+from controlkit.controls.apply import predict_under
+from controlkit.controls.controlnet_qwen_image_fun import ControlNetQwenImageFun, Network
+from controlkit.formats.describe import describe
+from controlkit.formats.load import load_control, save_control
+from controlkit.formats.metadata import read_metadata
+from controlkit.formats.transfer import transfer
+from controlkit.images import to_images
+from controlkit.sampling.plan import ActiveControl
+from controlkit.sampling.sampler import sample_prompts
+from controlkit.training.memory import checkpoint_activations
+from refusals import refused
+from tiny import build_tiny_qwen_image, saved_pipeline
+
+PROMPTS = ("cat", "red apple on a blue table")
+
+
+@pytest.fixture(scope="module")
+def base():
+    return build_tiny_qwen_image()
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def folder(base, tmp_path):
+    return saved_pipeline(base, tmp_path / "qwen-image")
+
+
+def trained(base, seed=1, **options):
+    """A control with zero-initialised layers as after training."""
+    torch.manual_seed(seed)
+    control = ControlNetQwenImageFun.for_base(base, num_layers=2, **options)
+    for name, parameter in control.named_parameters():
+        if "_proj" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return control.eval().requires_grad_(False)
+
+
+def ours(base, *uses, **changes):
+    settings = {"seeds": (3, 11), "steps": 3, "guidance": 4.0, "negative_prompt": "dog", "width": 64, "height": 64}
+    return torch.cat(list(sample_prompts(base, prompts=PROMPTS, uses=uses, **{**settings, **changes})))
+
+
+def in_the_original_order(base, control, x_t, t, text, condition, scale):
+    """The base's prediction by VideoX-Fun's rules: the control's blocks run before the base's, on its embedded image
+    and prompt, and a scaled output follows each block that was copied."""
+    network, transformer = control.network, base.transformer
+    image, prompt = transformer.img_in(pack(x_t)), transformer.txt_in(transformer.txt_norm(text.tokens))
+    time = transformer.time_text_embed(t / 1000, image)
+    shapes = [[(1, x_t.shape[2] // 2, x_t.shape[3] // 2)]] * len(x_t)
+    rotation = transformer.pos_embed(shapes, max_txt_seq_len=prompt.shape[1], device=x_t.device)
+    others = (text["mask"], time, rotation)
+    words, tokens, hints = prompt, network.control_img_in(condition), []
+    tokens = network.control_blocks[0].before_proj(tokens) + image
+    for block in network.control_blocks:
+        words, tokens = block(tokens, words, *others)
+        hints.append(block.after_proj(tokens))
+    for place, block in enumerate(transformer.transformer_blocks):
+        prompt, image = block(image, prompt, *others)
+        if place in network.config.control_layers:
+            image = image + hints[network.config.control_layers.index(place)] * scale
+    return unpack(transformer.proj_out(transformer.norm_out(image, time)), x_t.shape[2] // 2, x_t.shape[3] // 2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_predictions_are_those_of_the_original_order(base, image, masked):
+    control = trained(base)
+    inputs = {"image": image}
+    if masked:
+        mask = torch.zeros(1, 3, 64, 64)
+        mask[..., 10:50, 20:] = 1
+        inputs |= {"original": 1 - image, "mask": mask}
+    latents = [base.encode_image(image * 2 - 1), torch.zeros(1, 1, 8, 8), torch.zeros(1, 4, 8, 8)]
+    if masked:  # videox_fun/pipeline/pipeline_qwenimage_control.py
+        latents[1] = torch.nn.functional.interpolate(1 - mask[:, :1], (8, 8))
+        latents[2] = base.encode_image(((1 - image) * 2 - 1) * (mask < 0.5))
+    hint = control.encode(inputs, base)
+    assert torch.allclose(hint, pack(torch.cat(latents, 1)), atol=1e-6)
+    torch.manual_seed(4)
+    x_t, t, text = torch.randn(2, 4, 8, 8), torch.tensor([500.0, 20.0]), base.encode_text(PROMPTS)
+    expected = in_the_original_order(base, control, x_t, t, text, hint, 1.0)
+    made = predict_under(control, base, x_t, t, text, hint.expand(2, -1, -1))
+    assert torch.allclose(made, expected, atol=1e-5)
+    assert not torch.allclose(made, base.predict(x_t, t, text), atol=0.01)
+
+
+def test_a_weight_scales_what_is_added(base, image):
+    control = trained(base)
+    hint = control.encode(image, base)
+    plain, whole, half = ours(base), *(ours(base, ActiveControl(control, hint, weight=each)) for each in (1.0, 0.5))
+    assert (whole - plain).abs().max() > (half - plain).abs().max() > 0.005
+    assert torch.equal(ours(base, ActiveControl(control, hint, weight=0.0)), plain)
+
+
+def test_two_of_them_and_one_on_a_branch(base, image):
+    first, second = trained(base), trained(base, seed=2)
+    hints = [control.encode(image, base) for control in (first, second)]
+    both = ours(base, ActiveControl(first, hints[0]), ActiveControl(second, hints[1], conditional_only=True))
+    for alone in (ActiveControl(first, hints[0]), ActiveControl(second, hints[1])):
+        assert (both - ours(base, alone)).abs().max() > 1e-3
+
+
+def test_a_masked_image_from_the_command_line(base, folder, tmp_path):
+    path = save_control(tmp_path / "union.safetensors", trained(base), base, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("photo", "mask"):
+        (pixels,) = to_images(torch.rand(1, 3, 64, 64, generator=generator))
+        pixels.save(tmp_path / f"{name}.png")
+    inputs = {"image": "photo.png", "original": "photo.png", "mask": "mask.png"}
+    (tmp_path / "inputs.json").write_text(json.dumps(inputs))
+    words = ["generate", "cat", "--base", str(folder), "--steps", "2", "--width", "64", "--height", "64", "--prepared"]
+    made = []
+    for source in ("inputs.json", "photo.png"):
+        out = tmp_path / source.partition(".")[0]
+        assert main([*words, "--out", str(out), "--control", f"{path}={tmp_path / source}"]) == 0
+        made.append((out / "seed0.png").read_bytes())
+    assert made[0] != made[1]
+    with refused("contradiction", "original", "mask"):
+        trained(base).encode({"image": torch.zeros(1, 3, 64, 64), "mask": torch.zeros(1, 3, 64, 64)}, base)
+
+
+def test_a_new_one_copies_the_base_and_leaves_it_as_it_is(base, image):
+    control = ControlNetQwenImageFun.for_base(base, num_layers=2).eval()
+    assert control.network.config.control_layers == [0, 2] and control.base_blocks == 4
+    state, of_base = control.network.state_dict(), base.transformer.state_dict()
+    name = "attn.to_q.weight"
+    assert torch.equal(state[f"control_blocks.1.{name}"], of_base[f"transformer_blocks.2.{name}"])
+    assert torch.equal(ours(base, ActiveControl(control, control.encode(image, base))), ours(base))
+    assert ControlNetQwenImageFun.for_base(base, num_layers=9).network.config.control_layers == [0, 1, 2, 3]
+    with refused("out-of-range", "num_layers is 0"):
+        ControlNetQwenImageFun.for_base(base, num_layers=0)
+
+
+def test_a_new_one_for_qwen_image_has_the_layout_of_the_released():
+    """config/qwenimage/qwenimage_control.yaml of VideoX-Fun."""
+    with torch.device("meta"):
+        control = ControlNetQwenImageFun.for_base(meta_base("qwen-image"))
+    config = control.config()
+    assert config["control_layers"] == [0, 12, 24, 36, 48] and config["control_in_dim"] == 132
+    assert control.base_blocks == 60 and [entry.name for entry in control.inputs] == ["image", "original", "mask"]
+
+
+def test_gradients_are_the_same_with_checkpointing(base, image):
+    gradients = []
+    for checkpointed in (False, True):
+        base = build_tiny_qwen_image()
+        control = trained(base).requires_grad_(True).train()
+        if checkpointed:
+            base.transformer.train()
+            checkpoint_activations(base, control)
+            assert control.network.gradient_checkpointing
+        torch.manual_seed(1)
+        x_t, text = torch.randn(1, 4, 8, 8), base.encode_text(["cat"])
+        predict_under(
+            control, base, x_t, torch.tensor([300.0]), text, control.encode(image, base)
+        ).square().sum().backward()
+        gradients.append([parameter.grad for parameter in control.parameters()])
+    read = [pair for pair in zip(*gradients, strict=True) if pair[0] is not None]
+    assert len(read) > 40 and all(torch.allclose(*pair, rtol=1e-3, atol=1e-5) for pair in read)
+
+
+# Files
+
+
+def test_it_is_saved_and_loaded(base, image, tmp_path):
+    control = trained(base, condition="canny")
+    path = save_control(tmp_path / "mine.safetensors", control, base, dtype=torch.float32)
+    loaded = load_control(path, base)
+    assert loaded.condition == "canny" and loaded.base_blocks == 4
+    made = [ours(base, ActiveControl(one, one.encode(image, base))) for one in (control, loaded)]
+    assert torch.equal(*made)
+    assert describe(path)["blocks"] == "2, whose outputs are added after blocks 0, 2 of 4"
+
+
+@pytest.mark.parametrize("channels", [16, 36])
+def test_shapes_tell_the_config_of_a_bare_file(tmp_path, channels):
+    network = Network(list(range(0, 60, 12)), channels, num_attention_heads=1, attention_head_dim=128)
+    save_file(network.state_dict(), tmp_path / "bare.safetensors")
+    control = load_control(tmp_path / "bare.safetensors")
+    assert isinstance(control, ControlNetQwenImageFun) and control.base_blocks == 60
+    assert control.config() == {
+        "control_layers": [0, 12, 24, 36, 48],
+        "control_in_dim": channels,
+        "num_attention_heads": 1,
+        "attention_head_dim": 128,
+    }
+    assert len(control.inputs) == (1 if channels == 16 else 3)
+    few = Network([0, 30], channels, num_attention_heads=1, attention_head_dim=128)
+    save_file(few.state_dict(), tmp_path / "few.safetensors")
+    with refused("damaged-file", "2 blocks", "known for 5"):
+        load_control(tmp_path / "few.safetensors")
+
+
+def test_a_damaged_file_is_refused(base, tmp_path):
+    path = save_control(tmp_path / "mine.safetensors", trained(base), base)
+    tensors = load_file(path)
+    tensors.pop("control_blocks.1.after_proj.bias")
+    save_file(tensors, path, read_metadata(path))
+    with refused("damaged-file", path, "control_blocks.1.after_proj.bias"):
+        load_control(path, base)
+
+
+def test_it_moves_to_another_model_of_its_family(base):
+    other = build_tiny_qwen_image(seed=7)
+    control = trained(base)
+    moved, _ = transfer(control, base, other)
+    before, after, name = base.transformer.state_dict(), other.transformer.state_dict(), "attn.to_q.weight"
+    made, own = (one.network.state_dict()[f"control_blocks.1.{name}"] for one in (moved, control))
+    expected = own + after[f"transformer_blocks.2.{name}"] - before[f"transformer_blocks.2.{name}"]
+    assert torch.allclose(made, expected, atol=1e-6)
+
+
+# Errors
+
+
+def test_it_says_which_base_it_needs(base, tiny_base, tmp_path):
+    with refused("incompatible", "transformer of Qwen-Image", "UNet2DConditionModel"):
+        ControlNetQwenImageFun.for_base(tiny_base)
+    path = save_control(tmp_path / "mine.safetensors", trained(base), base)
+    with refused("incompatible", path, "transformer of Qwen-Image"):
+        load_control(path, tiny_base)
+    wider = Network([0, 2], 132, num_attention_heads=2, attention_head_dim=16)
+    reason = ControlNetQwenImageFun.class_of({"control_in_dim": 132})(wider, base_blocks=4).incompatibility(base)
+    assert reason == "its channels of a token: 132, the base's: 36"
+
+
+# From the command line
+
+
+def test_it_is_trained_resumed_and_used(folder, tmp_path):
+    own = {"system": "controlnet-qwen-image-fun", "num_layers": "2", "gradient_checkpointing": "true"}
+    check_training(folder, tmp_path, trains="after_proj", **own)
