@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from original_names import original_z_image
+from safetensors.torch import save_file
 
 import tiny
+from controlkit.bases.load import load_base
 from controlkit.bases.prompt_encoding import TextOptions
 from controlkit.controls.control import Acts
 from controlkit.formats.load import load_control, save_control
@@ -46,3 +49,32 @@ def test_other_readings_of_prompts_are_refused(base, options, said):
         pytest.skip("has layers of CLIP to choose from")
     with refused("unsupported", base.name, base.family_title, said):
         base.encode_text(["red apple"], options=TextOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("build", "original"),
+    [
+        (tiny.build_tiny_z_image, original_z_image),
+        (tiny.build_tiny_qwen_image, lambda transformer: transformer.state_dict()),
+    ],
+)
+@pytest.mark.parametrize(("scale", "mark"), [("scale_weight", "scaled_fp8"), ("weight_scale", None)])
+def test_a_file_of_scaled_float8_is_multiplied_by_its_scales(build, original, scale, mark, tmp_path):
+    """FLUX.1's widths are fixed in diffusers."""
+    base, tensors = build(), {}
+    for name, value in original(base.transformer).items():
+        if name.endswith(".weight") and value.ndim == 2:
+            factor = value.abs().max() / 448
+            tensors[name] = (value / factor).to(torch.float8_e4m3fn)
+            tensors[f"{name.removesuffix('weight')}{scale}"] = factor
+        else:
+            tensors[name] = value.contiguous()
+    if mark is not None:
+        tensors[mark] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "mine.safetensors")
+    tiny.saved_pipeline(base, tmp_path / "mine")
+    loaded = load_base(tmp_path / "mine.safetensors")
+    for (name, own), made in zip(base.transformer.named_parameters(), loaded.transformer.parameters(), strict=True):
+        assert (made - own).abs().max() <= 0.07 * own.abs().max(), name
+    assert loaded.transformer.dtype == torch.float32
+    assert load_base(tmp_path / "mine.safetensors", dtype=torch.bfloat16).transformer.dtype == torch.bfloat16

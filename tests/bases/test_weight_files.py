@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from controlkit.bases import load as loading
 from controlkit.bases.load import load_base
+from controlkit.bases.scaled_weights import unscaled
 from controlkit.bases.weight_files import weight_files
 from controlkit.formats.load import load_control
-from controlkit.formats.tensors import read_tensor_file, unscaled
+from controlkit.formats.tensors import read_tensor_file
 from refusals import refused
 
 STEM = "diffusion_pytorch_model"
@@ -140,6 +141,31 @@ def test_weights_in_float8_with_scales_are_scaled(tmp_path):
     read = read_tensor_file(tmp_path / "a.safetensors").tensors
     assert set(read) == {"layer.weight", "layer.bias"} and read["layer.bias"].dtype == torch.float16
     assert (read["layer.weight"] - weight).abs().max() < 0.07 * weight.abs().max()
+
+
+def named_format(name):
+    return torch.tensor(list(json.dumps({"format": name}).encode()), dtype=torch.uint8)
+
+
+def test_newer_files_name_their_format(tmp_path):
+    weight, scale = torch.randn(4, 4), torch.tensor(0.01)
+    tensors = {
+        "layer.weight": (weight / scale).to(torch.float8_e4m3fn),
+        "layer.weight_scale": scale,
+        "layer.input_scale": torch.tensor(1.0),
+        "layer.comfy_quant": named_format("float8_e4m3fn"),
+        "other.weight": torch.ones(2, 2),
+    }
+    made = unscaled(tensors, torch.bfloat16)
+    assert set(made) == {"layer.weight", "other.weight"} and made["layer.weight"].dtype == torch.bfloat16
+    assert (made["layer.weight"] - weight).abs().max() < 0.07 * weight.abs().max()
+    assert made["other.weight"].dtype == torch.float32
+    with refused("unsupported", "layer", "nvfp4", "float8_e4m3fn"):
+        unscaled({**tensors, "layer.comfy_quant": named_format("nvfp4")})
+    with refused("unsupported", "layer.weight", "uint8"):
+        unscaled({"layer.weight": torch.ones(4, 4, dtype=torch.uint8), "layer.weight_scale": scale})
+    with refused("unsupported", "layer", "unknown"):
+        unscaled({**tensors, "layer.comfy_quant": torch.zeros(3, dtype=torch.uint8)})
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 1), (1,), ()])

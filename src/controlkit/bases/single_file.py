@@ -22,17 +22,16 @@ from typing import Any
 import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from controlkit.bases.base import Base
 from controlkit.bases.component import Component, Configurations
 from controlkit.bases.families import check_configurations, configurations_in, family_of_file
 from controlkit.bases.load import defaults_of, load_network, load_tokenizer
+from controlkit.bases.scaled_weights import scaled_in, unscaled
 from controlkit.bases.weight_files import torch_load_error, weight_files
 from controlkit.errors import UserError
-
-_SCALES = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8")
-"""Ends of the names by which ComfyUI marks quantised weights, which are to be multiplied by a scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +48,8 @@ class SingleFile:
     """The diffusers folder beside the file, if there is one."""
     beside: tuple[str, ...]
     """Networks that the file lacks and whose weights are in `companion`."""
+    is_denoiser: bool
+    """Whether the file holds the denoiser alone."""
     left_out: tuple[str, ...]
     """Optional components that are not available."""
     notes: tuple[str, ...]
@@ -67,18 +68,19 @@ def read_single_file(path: Path, parts: Configurations | None = None) -> SingleF
     if not path.is_file():
         raise UserError(f"there is no base at {path}", "missing-file")
     shapes, metadata = _read_shapes(path)
-    if scale := next((name for name in shapes if name.endswith(_SCALES)), None):
-        raise UserError(
-            f"{path} has scaled float8 weights ({scale}), which are read of controls but not of bases; use the float16"
-            " file of the model",
-            "unsupported",
-        )
     family, kind = family_of_file(shapes, str(path))
     folder = path.with_suffix("")
     companion = folder if (folder / "model_index.json").is_file() else None
     notes: list[str] = []
     in_file, file_notes = family.configurations_of_file(parts or family.known[kind], shapes, metadata)
     configurations, beside = in_file, list[str]()
+    is_denoiser = {name for name in in_file if name != "scheduler"} == {family.denoiser_component().name}
+    if (scale := scaled_in(shapes)) is not None and not is_denoiser:
+        raise UserError(
+            f"{path} is a whole model with scaled float8 weights ({scale}), which are read of controls, and of files of"
+            " a transformer alone; use the float16 file of the model",
+            "unsupported",
+        )
     lacking = [part for part in family.components if part.is_network and part.name not in in_file]
     if companion is not None:
         configurations = configurations_in(companion)
@@ -106,6 +108,7 @@ def read_single_file(path: Path, parts: Configurations | None = None) -> SingleF
         configurations=configurations,
         companion=companion,
         beside=tuple(beside),
+        is_denoiser=is_denoiser,
         left_out=tuple(component.name for component in optional) if missing else (),
         notes=tuple(notes),
     )
@@ -179,10 +182,10 @@ def _load_pipeline(file: SingleFile, folder: Path, dtype: torch.dtype) -> Any:
         # diffusers looks for them in the folder, too, but not under the names that transformers gives its files.
         if component.name in file.beside:
             options[component.name] = load_network(component, folder / component.name, dtype)
-    pipeline = getattr(diffusers, file.family.pipeline)
     try:
-        if not hasattr(pipeline, "from_single_file"):
+        if file.is_denoiser:
             return _parts_of_folder(file, folder, options)
+        pipeline = getattr(diffusers, file.family.pipeline)
         return pipeline.from_single_file(str(path), **options, **dict.fromkeys(file.left_out))
     except SingleFileComponentError as error:
         raise UserError(
@@ -199,11 +202,14 @@ def _load_pipeline(file: SingleFile, folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _parts_of_folder(file: SingleFile, folder: Path, options: dict[str, Any]) -> SimpleNamespace:
-    """As `_load_pipeline`, of a family whose pipeline diffusers does not load from a file: the denoiser from the file,
-    the other components of `options` and `folder`."""
+    """As `_load_pipeline`, of a file of the denoiser alone: the other components of `options` and `folder`."""
     denoiser = file.family.denoiser_component()
     settings = {name: options[name] for name in ("config", "local_files_only", "torch_dtype")}
-    parts = {denoiser.name: denoiser.load_class().from_single_file(str(file.path), subfolder=denoiser.name, **settings)}
+    source: Any = str(file.path)
+    if file.path.suffix == ".safetensors":
+        tensors = load_file(file.path)
+        source = unscaled(tensors, options["torch_dtype"]) if scaled_in(tensors) else source
+    parts = {denoiser.name: denoiser.load_class().from_single_file(source, subfolder=denoiser.name, **settings)}
     for component in file.family.components:
         if component.is_tokenizer:
             parts[component.name] = load_tokenizer(component, folder, str(folder))

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from controlkit.bases.scaled_weights import unscaled
 from controlkit.bases.weight_files import weight_files
 from controlkit.controls.control import Control
 from controlkit.controls.file_format import FileFormat, TensorFile
@@ -17,7 +18,7 @@ from controlkit.errors import UserError
 from controlkit.files import read_json
 from controlkit.formats.foreign import CLASSES, identify, unsupported_control
 from controlkit.formats.native import DIFFUSERS, NATIVE
-from controlkit.formats.tensors import read_tensor_file, unscaled
+from controlkit.formats.tensors import read_tensor_file
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from controlkit.bases.scaled_weights import unscaled
 from controlkit.bases.weight_files import torch_load_error
 from controlkit.controls.file_format import TensorFile, listed, on_one_line
 from controlkit.errors import UserError
@@ -96,39 +97,6 @@ def read_tensor_file(path: str | Path, *, scaled: bool = False) -> TensorFile:
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return _read_torch(path)
     raise UserError(f"{path} is not a complete safetensors file, nor one of torch.save", "damaged-file")
-
-
-def unscaled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """float8 weights with a scale (`X.scale_weight`, as written by ComfyUI) => float32; others unchanged.
-
-    The marker of such a file (`scaled_fp8`) and the scales of its layers are dropped.
-
-    Raises:
-        UserError: a scale is neither one number nor one for each row of its weight.
-    """
-    if "scaled_fp8" not in tensors and not any(name.endswith(".scale_weight") for name in tensors):
-        return tensors
-    weights: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        layer, _, last = name.rpartition(".")
-        of_layer = last in ("scale_weight", "scale_input") and f"{layer}.weight" in tensors
-        if of_layer or name == "scaled_fp8":
-            continue
-        scale = tensors.get(f"{layer}.scale_weight") if last == "weight" else None
-        weights[name] = value if scale is None else value.float() * _broadcast(scale, value, name)
-    return weights
-
-
-def _broadcast(scale: Tensor, weight: Tensor, name: str) -> Tensor:
-    """A scale in the shape that multiplies the rows of a weight."""
-    rows = weight.shape[0] if weight.ndim else 1
-    if scale.numel() not in (1, rows) or (scale.numel() > 1 and scale.shape[0] != rows):
-        raise UserError(
-            f"the scale of {name} has the shape {tuple(scale.shape)}; expected one number, or one for each of its"
-            f" {rows} rows",
-            "damaged-file",
-        )
-    return scale.float().reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def _read_safetensors(path: Path, *, scaled: bool) -> TensorFile:
