@@ -251,6 +251,7 @@ def t5_tokenizer():
 
 
 OF_TRANSFORMERS = {
+    "flux-control-lora": "flux1-dev",
     "controlnet-qwen-image-fun": "qwen-image",
     "controlnet-qwen-image": "qwen-image",
     "controlnet-sd3": "sd3-medium",

@@ -287,6 +287,15 @@ def test_a_lora_of_a_transformer_is_merged(build, place, tmp_path):
     assert torch.equal(base.transformer.get_submodule(place).weight, before)
 
 
+def test_a_control_lora_is_to_be_passed_as_a_control(tmp_path):
+    base, tensors = build_tiny_flux(), {}
+    for half, shape in (("A", (2, 32)), ("B", (16, 2))):
+        tensors[f"transformer.x_embedder.lora_{half}.weight"] = torch.zeros(shape)
+    save_file(tensors, tmp_path / "canny.safetensors")
+    with refused("wrong-kind", "x_embedder", "--control", tmp_path / "canny.safetensors"):
+        read_lora(LoraUse(file=str(tmp_path / "canny.safetensors")), base)
+
+
 @pytest.mark.parametrize("tool", ["kohya", "comfyui", "xlabs"])
 def test_loras_of_flux_under_names_of_other_tools(tool):
     """They have one layer for query, key and value; the widths of FLUX.1 are fixed in diffusers."""

@@ -104,6 +104,7 @@ def test_wrong_recipes_are_refused_in_words(file, change, code, facts):
         ("t2i-adapter", {"colours": 2}, ["colours", 2, "3 (RGB) or 1 (grey)"]),
         ("controlnet-sd3", {"num_layers": 0}, ["num_layers", 0, 1]),
         ("controlnet-flux", {"num_layers": 0}, ["num_layers", 0, 1]),
+        ("flux-control-lora", {"rank": 0}, ["rank", 0, 1]),
         ("controlnet-flux", {"num_single_layers": -1}, ["num_single_layers", -1, 0]),
         ("controlnet-z-image", {"num_layers": 0}, ["num_layers", 0, 1]),
         ("controlnet-qwen-image", {"num_layers": 0}, ["num_layers", 0, 1]),

@@ -544,7 +544,8 @@ class Base(ABC):
     @property
     @abstractmethod
     def points(self) -> Mapping[str, Point]:
-        """Points for taps: on the stream of hidden states, and on the time embedding (`time`)."""
+        """Points for taps: on the stream of hidden states, and on the time embedding (`time`). Modules have more
+        (`taps.MODULE`)."""
 
     def sites_in_words(self) -> dict[str, str]:
         """For a person: what enters -> where."""

@@ -1,14 +1,15 @@
 """Taps: functions that a control hooks into named points of a base for one call.
 
 A point lies on the base's residual stream. At each point residuals are added first; then every tap gets the same
-tensor, the one before any tap; their outputs are summed or, for a replacing tap, replace the stream. Hooks are removed
-when the call ends, and restored for each block that gradient checkpointing recomputes (`checkpoint_with_taps`).
+tensor, the one before any tap; their outputs are summed or, for a replacing tap, replace the stream. Besides the points
+that a base names, the output of every module is one, `module:PATH`. Hooks are removed when the call ends, and restored
+for each block that gradient checkpointing recomputes (`checkpoint_with_taps`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from controlkit.errors import UserError
 
+MODULE = "module:"
+"""Beginning of the name of a point on the output of a module, before its path in the denoiser."""
 TapFunction = Callable[[Tensor], Tensor | None]
 """The stream at a point, only the tap's rows: `[B, C, h, w]` in a UNet, `[B, h * w, C]` in a transformer, `[B, D]` at
 `time` => an addition of the same shape; None adds nothing."""
@@ -34,6 +37,9 @@ class Tap:
     rows."""
     replaces: bool = False
     """Whether its output replaces the stream. Then no other tap may act at this point."""
+    of_input: bool = False
+    """Whether its function gets the input of the point's module, such as a low-rank layer beside a linear one; what it
+    returns is added to the stream, of whose shape it is."""
     weighted: bool = True
     """Whether the conditioning scale applies to it. False for parts of published designs that no scale affects."""
 
@@ -70,9 +76,8 @@ def tapped(
         UserError: a point is not one of `points`, or several taps act where one replaces the stream.
     """
     names = [*residuals, *(name for name in taps if name not in residuals)]
+    found = {name: points[name] if name in points else _output_of(network, name, points) for name in names}
     for name in names:
-        if name not in points:
-            raise UserError(f"this base has no point {name!r}; its points: {', '.join(points)}", "incompatible")
         if len(taps.get(name, ())) > 1 and any(tap.replaces for tap in taps[name]):
             raise UserError(
                 f"a control replaces the hidden states at {name}, so no other control can act there; remove one",
@@ -81,11 +86,24 @@ def tapped(
     handles = []
     try:
         for name in names:
-            handles += _hooks(network, name, points[name], residuals.get(name), taps.get(name, ()))
+            handles += _hooks(network, name, found[name], residuals.get(name), taps.get(name, ()))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _output_of(network: nn.Module, name: str, points: Mapping[str, Point]) -> Point:
+    """The point `module:PATH`.
+
+    Raises:
+        UserError: it is none, or the network has no such module.
+    """
+    path = name.removeprefix(MODULE)
+    with suppress(AttributeError):
+        if path != name and network.get_submodule(path) is not None:
+            return Point(module=path)
+    raise UserError(f"this base has no point {name!r}; its points: {', '.join(points)}", "incompatible")
 
 
 def checkpoint_with_taps(
@@ -136,9 +154,9 @@ def _hooks(
         return _hooks_on_sum(network, name, point, residual, taps)
     module = network.get_submodule(point.module)
 
-    def change(stream: Tensor) -> Tensor:
+    def change(stream: Tensor, source: Tensor | None = None) -> Tensor:
         if point.channels is None or point.channels == stream.shape[1]:
-            return _apply(name, stream, residual, taps)
+            return _apply(name, stream, residual, taps, source)
         hidden, skip = stream[:, : point.channels], stream[:, point.channels :]
         changed = _apply(name, hidden, residual, taps)
         return stream if changed is hidden else torch.cat([changed, skip], 1)
@@ -148,9 +166,9 @@ def _hooks(
             return (change(inputs[0]), *inputs[1:]), keywords
         return inputs, {**keywords, "hidden_states": change(keywords["hidden_states"])}
 
-    def after(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
+    def after(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         if not isinstance(output, tuple):
-            return change(output)
+            return change(output, inputs[0] if inputs else None)
         place = point.place
         return (*output[:place], change(output[place]), *output[place + 1 :])
 
@@ -179,14 +197,18 @@ def _hooks_on_sum(
     return [around.register_forward_pre_hook(keep, with_kwargs=True), module.register_forward_hook(after)]
 
 
-def _apply(name: str, stream: Tensor, residual: Tensor | None, taps: Sequence[Tap]) -> Tensor:
+def _apply(
+    name: str, stream: Tensor, residual: Tensor | None, taps: Sequence[Tap], source: Tensor | None = None
+) -> Tensor:
     if residual is not None:
         stream = stream + residual
     outputs = []
     for tap in taps:
         first, last = tap.rows or (0, len(stream))
         rows = stream[first:last]
-        value = tap.function(rows)
+        read = source if tap.of_input else stream
+        assert read is not None, f"{name} has no input to read"
+        value = tap.function(read[first:last])
         if value is not None and value.shape != rows.shape:
             raise ValueError(
                 f"a tap at {name} got {tuple(rows.shape)} and returned another shape, {tuple(value.shape)}"

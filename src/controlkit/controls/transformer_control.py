@@ -1,4 +1,4 @@
-"""What ControlNets of bases with a transformer share: a network with copies of some of its blocks."""
+"""What controls of bases with a transformer share: one network, and hints that are latents."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from controlkit.errors import UserError
 
 
 class TransformerControl(Control):
-    """A control whose network has copies of blocks of the base's transformer, and reads the latent of its condition
-    image."""
+    """A control of bases with one kind of transformer, whose network reads the latent of the condition image."""
 
     architecture: ClassVar[str | None] = "control-net"
     tag: ClassVar[str | None] = "controlnet"
@@ -68,7 +67,7 @@ class TransformerControl(Control):
     def trainable_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())
 
-    def copied_network(self) -> nn.Module:
+    def copied_network(self) -> nn.Module | None:
         network: nn.Module = self.network
         return network
 

@@ -346,6 +346,12 @@ def _check_shape(layer: _Layer, base: Base, component: str, module: str, file: s
     weight = _weight(base.named_networks()[component], module)
     expected = (weight.shape[0], weight[0].numel())
     given = (len(layer.up), layer.down[0].numel())
+    if given == (expected[0], 2 * expected[1]) and component == base.denoiser_component().name:
+        raise UserError(
+            f"{file} is a LoRA whose {module} also reads a condition image: pass it as a control"
+            f" (--control {file}=IMAGE)",
+            "wrong-kind",
+        )
     if given != expected or layer.up.flatten(1).shape[1] != len(layer.down):
         raise UserError(
             f"{file} changes {given[0]} x {given[1]} weights of {component}.{module}, which has {expected[0]} x"
