@@ -261,3 +261,46 @@ def test_half_precision(folder):
     base = load_base(folder, dtype=torch.bfloat16)
     assert base.encode_text([SHORT]).tokens.dtype == torch.bfloat16
     assert ours(base).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("mark", "said"),
+    [
+        ("__index_timestep_zero__", "edits images"),
+        ("time_text_embed.addition_t_embedding.weight", "makes layers"),
+        ("control_blocks.0.before_proj.weight", "Fun ControlNet"),
+    ],
+)
+def test_files_of_other_models_are_refused(base, mark, said, tmp_path):
+    saved_pipeline(base, tmp_path / "mine")
+    tensors = {name: value.contiguous() for name, value in base.transformer.state_dict().items()}
+    save_file({**tensors, mark: torch.zeros(1)}, tmp_path / "mine.safetensors")
+    with refused("unsupported", tmp_path / "mine.safetensors", said, mark):
+        load_base(tmp_path / "mine.safetensors")
+
+
+def test_a_file_under_the_names_of_a_whole_model_is_refused(base, tmp_path):
+    tensors = {
+        f"model.diffusion_model.{name}": value.contiguous() for name, value in base.transformer.state_dict().items()
+    }
+    save_file(tensors, tmp_path / "mine.safetensors")
+    with refused("unsupported", tmp_path / "mine.safetensors", "whole model", "transformer alone"):
+        load_base(tmp_path / "mine.safetensors")
+
+
+@pytest.mark.parametrize("change", [{"latents_mean": None}, {"latents_mean": [0.0, 1.0]}, {"latents_std": [1.0] * 3}])
+def test_an_autoencoder_whose_normalisation_does_not_fit_is_refused(folder, change):
+    file = folder / "vae" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    for read in (load_base, describe_base):
+        with refused("damaged-file", folder, next(iter(change)), "4 channels"):
+            read(str(folder))
+
+
+def test_the_time_embedding_is_that_of_the_network_under_autocast(base):
+    """Which controls within the base's pass read in training."""
+    x_t, t, text = torch.randn(1, 4, 8, 8), torch.tensor([737.3]), base.encode_text([SHORT])
+    seen = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        base.predict(x_t, t, text, taps={"time": [Tap(function=seen.append)]})
+        assert torch.equal(seen[0], base.embed_time(x_t, t, text))

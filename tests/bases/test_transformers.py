@@ -78,3 +78,18 @@ def test_a_file_of_scaled_float8_is_multiplied_by_its_scales(build, original, sc
         assert (made - own).abs().max() <= 0.07 * own.abs().max(), name
     assert loaded.transformer.dtype == torch.float32
     assert load_base(tmp_path / "mine.safetensors", dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
+
+
+def test_tokens_of_a_control_do_not_depend_on_prompts_beside_it(base):
+    torch.manual_seed(3)
+    short, long = "red apple", "red apple on a blue table, " * 4
+    x_t, t, more = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), None
+    made = []
+    for prompts in ([short], [short, long]):
+        (text,) = base.fitted(base.encode_text(prompts))
+        more = torch.randn(1, 4, text.tokens.shape[2]) if more is None else more
+        extended = text.extended(more.expand(len(text), -1, -1))
+        rows = len(prompts)
+        made.append(base.predict(x_t.expand(rows, -1, -1, -1), t.expand(rows), extended)[:1])
+    assert torch.allclose(*made, atol=1e-5)
+    assert not torch.allclose(made[0], base.predict(x_t, t, base.fitted(base.encode_text([short]))[0]), atol=1e-4)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from controlkit.apps.cli import main
+from controlkit.conditions.condition import condition
 from controlkit.formats.load import shipped_controls
 from refusals import check, refused
 
@@ -363,3 +364,9 @@ def test_an_image_without_out_replaces_nothing(tmp_path, image, monkeypatch, cap
     (tmp_path / "conditions.png").write_bytes(b"mine")
     assert main(["condition", "all", "ramp.png"]) == 2
     assert (tmp_path / "conditions.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", "pictures", "", ".hidden", "two words"])
+def test_a_name_that_is_no_folder_of_pairs_is_refused(name):
+    with refused("out-of-range", repr(name), "letters, digits"):
+        condition(name, summary="mine")(lambda image: image)

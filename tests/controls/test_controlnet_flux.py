@@ -132,7 +132,7 @@ def test_under_guidance_of_schnell_it_acts_on_both_branches(image, theirs, base)
     assert (ours(schnell, use, guidance=2.5, negative_prompt="blue table") - expected).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("layers", [1, 2])
 def test_a_new_one_copies_the_base_and_leaves_it_unchanged(base, image, layers):
     control = ControlNetFlux.for_base(base, num_layers=layers, num_single_layers=layers).eval()
     own = control.network.state_dict()

@@ -19,6 +19,7 @@ from transformer_training import check_training
 from controlkit.apps.cli import main
 from controlkit.bases.meta import meta_base
 from controlkit.controls.controlnet_qwen_image import ControlNetQwenImage
+from controlkit.controls.transformer_control import spread, used_of
 from controlkit.formats.convert import convert
 from controlkit.formats.describe import describe
 from controlkit.formats.load import load_control, save_control
@@ -155,7 +156,7 @@ def test_a_masked_image_from_the_command_line(base, folder, tmp_path):
         ControlNetQwenImage.for_training(base, ["canny"], {}, name="mine", seed=0, start=inpainting(base))
 
 
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("layers", [1, 2])
 def test_a_new_one_copies_the_base_and_leaves_it_unchanged(base, image, layers):
     control = ControlNetQwenImage.for_base(base, num_layers=layers).eval()
     own = control.network.state_dict()
@@ -169,6 +170,27 @@ def test_numbers_of_blocks_are_checked_and_bounded_by_the_base(base):
     assert ControlNetQwenImage.for_base(base, num_layers=9).network.config.num_layers == 4
     with refused("out-of-range", "num_layers is 0"):
         ControlNetQwenImage.for_base(base, num_layers=0)
+
+
+def test_no_block_is_copied_whose_output_is_never_used(base):
+    control = ControlNetQwenImage.for_base(base, num_layers=3)
+    assert control.network.config.num_layers == 2  # each of two outputs follows two of four blocks
+    for blocks in (1, 19, 38, 60):
+        for outputs in range(1, 70):
+            used = used_of(outputs, blocks)
+            assert used <= outputs and len(set(spread("block", range(used), blocks).values())) == used
+            assert spread("block", range(used), blocks) == spread("block", range(min(outputs, blocks)), blocks)
+
+
+def test_masks_and_images_are_shared_by_several(base, image):
+    control, mask = inpainting(base), torch.zeros(1, 3, 64, 64)
+    mask[..., 20:] = 1
+    both = torch.cat([image, 1 - image])
+    made = control.encode({"image": both, "mask": mask}, base)
+    each = [control.encode({"image": one[None], "mask": mask}, base) for one in both]
+    assert torch.allclose(made, torch.cat(each), atol=1e-5)
+    with refused("missing-setting", "mask"):
+        control.encode({"image": image}, base)
 
 
 def test_a_new_one_for_qwen_image_has_the_size_of_the_released():

@@ -101,6 +101,15 @@ def test_predictions_are_those_of_the_original_order(base, image, masked):
     assert not torch.allclose(made, base.predict(x_t, t, text), atol=0.01)
 
 
+def test_one_mask_is_shared_by_several_images(base, image):
+    control, both = trained(base), torch.cat([image, 1 - image])
+    mask = torch.zeros(1, 3, 64, 64)
+    mask[..., 20:] = 1
+    made = control.encode({"image": both, "original": image, "mask": mask}, base)
+    each = [control.encode({"image": one[None], "original": image, "mask": mask}, base) for one in both]
+    assert torch.allclose(made, torch.cat(each), atol=1e-5)
+
+
 def test_a_weight_scales_what_is_added(base, image):
     control = trained(base)
     hint = control.encode(image, base)

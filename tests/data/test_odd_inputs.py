@@ -15,7 +15,7 @@ from PIL import Image
 from controlkit.data.captions import with_captions
 from controlkit.data.check import check_pairs
 from controlkit.data.engine import make_pairs
-from controlkit.data.input_images import InputImage, list_images
+from controlkit.data.input_images import InputImage, list_images, with_prompts
 from controlkit.data.making import MakeSettings
 from controlkit.data.pairs import pairs_folder, read_pairs, write_pairs
 from controlkit.data.readers.recognise import read_listing
@@ -302,3 +302,127 @@ def test_captions_in_utf_16_without_a_byte_order_mark_are_refused(tmp_path):
     (tmp_path / "in/image0.txt").write_bytes("a red apple".encode("utf-16"))
     make(tmp_path / "in", tmp_path / "out")
     assert prompts(tmp_path / "out")["image0"] == "a red apple"
+
+
+def edit(out, before, after):
+    manifest = out / "pairs.jsonl"
+    assert before in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(before, after))
+
+
+def test_an_edited_prompt_stays_when_others_get_one_by_a_template(tmp_path, capsys):
+    paths = write_images(tmp_path / "in", 3)
+    for path in paths:
+        path.with_suffix(".txt").unlink()
+    make(tmp_path / "in", tmp_path / "out")
+    manifest = tmp_path / "out" / "pairs.jsonl"
+    first, *others = [json.loads(line) for line in manifest.read_text().splitlines()]
+    lines = [{**first, "prompt": "by hand"}, *others]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for template in ("photo of {name}", "a {name}"):
+        images = with_prompts(list_images([tmp_path / "in"], without=tmp_path / "out"), template)
+        make_pairs(images, tmp_path / "out", CANNY, workers=1)
+        word = template.partition("{")[0]
+        assert prompts(tmp_path / "out") == {
+            "image0": "by hand",
+            "image1": f"{word}image1",
+            "image2": f"{word}image2",
+        }
+    assert "set aside" not in capsys.readouterr().err
+
+
+def test_an_edited_prompt_follows_its_image_to_another_key(tmp_path):
+    write_images(tmp_path / "in", 2)
+    make(tmp_path / "in", tmp_path / "out")
+    edit(tmp_path / "out", "scene 0", "by hand")
+    Image.fromarray(scene(9)).save(tmp_path / "in/image0.jpg")  # which takes the key, as it is sorted before
+    make(tmp_path / "in", tmp_path / "out")
+    assert prompts(tmp_path / "out")["image0_png"] == "by hand"
+    assert prompts(tmp_path / "out")["image0"] == "scene 0"
+
+
+@pytest.mark.parametrize("away", ["missing", "damaged", "changed"])
+def test_an_edited_prompt_returns_with_its_image(tmp_path, capsys, away):
+    path = write_images(tmp_path / "in", 3)[0]
+    make(tmp_path / "in", tmp_path / "out")
+    edit(tmp_path / "out", "scene 0", "by hand")
+    data = path.read_bytes()
+    if away == "missing":
+        path.rename(tmp_path / path.name)
+    elif away == "damaged":
+        path.write_bytes(data[:50])
+    else:
+        Image.fromarray(scene(9)).save(path)
+    make(tmp_path / "in", tmp_path / "out")
+    assert prompts(tmp_path / "out").get("image0") == ("scene 0" if away == "changed" else None)
+    assert "1 prompts edited in pairs.jsonl are set aside" in capsys.readouterr().err
+    path.write_bytes(data)
+    for _ in range(2):
+        make(tmp_path / "in", tmp_path / "out")
+        assert prompts(tmp_path / "out")["image0"] == "by hand"
+    assert "set aside" not in capsys.readouterr().err
+
+
+def test_lines_that_come_back_are_told_of(tmp_path, capsys):
+    write_images(tmp_path / "in", 3)
+    make(tmp_path / "in", tmp_path / "out")
+    manifest = tmp_path / "out" / "pairs.jsonl"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[1:]))
+    make(tmp_path / "in", tmp_path / "out")
+    note = capsys.readouterr().err
+    assert "1 pairs that pairs.jsonl did not list are listed again" in note and "image0" in note
+    make(tmp_path / "in", tmp_path / "out")
+    assert "listed again" not in capsys.readouterr().err
+
+
+def test_condition_images_are_not_taken_for_photos(tmp_path):
+    for folder in ("images", "canny"):
+        write_images(tmp_path / "twins" / folder, 2)
+    with refused("wrong-kind", tmp_path / "twins", tmp_path / "twins" / "canny", "looks like pairs"):
+        list_images([tmp_path / "twins"])
+    assert len(list_images([tmp_path / "twins" / "images"])) == 2
+    for day in ("monday", "tuesday"):  # photos of the same names in folders of other names
+        write_images(tmp_path / "days" / day, 2)
+    assert len(list_images([tmp_path / "days"])) == 4
+    write_images(tmp_path / "table", 2)
+    write_images(tmp_path / "table" / "cond", 2)
+    rows = [{"file_name": f"image{n}.png", "text": "a", "conditioning_image": f"cond/image{n}.png"} for n in range(2)]
+    (tmp_path / "table" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes = []
+    assert [image.key for image in list_images([tmp_path / "table"], notes=notes)] == ["image0", "image1"]
+    assert any("2 condition images" in note for note in notes)
+
+
+def test_captions_of_tables_that_are_not_used_are_told_of(tmp_path):
+    write_images(tmp_path / "in", 2)
+    rows = [("image0.png", "a"), ("image0.png", "b"), ("IMAGE1.PNG", "c"), ("images/image1.png", "d")]
+    text = "".join(json.dumps({"file_name": name, "text": caption}) + "\n" for name, caption in rows)
+    (tmp_path / "in" / "metadata.jsonl").write_text(text)
+    notes = []
+    list_images([tmp_path / "in"], notes=notes)
+    assert any("captions of 2 images that are not" in note and "IMAGE1.PNG" in note for note in notes)
+    assert any("lists 1 images again" in note and "image0.png" in note for note in notes)
+
+
+def test_archives_beside_images_are_told_of(tmp_path):
+    write_images(tmp_path / "in", 1)
+    for name in ("more.zip", "more.tgz"):
+        (tmp_path / "in" / name).write_bytes(b"")
+    notes = []
+    assert len(list_images([tmp_path / "in"], notes=notes)) == 1
+    assert any("2 archives" in note and "unpack" in note for note in notes)
+
+
+def test_captions_of_a_glob_that_the_shell_expanded_are_no_images(tmp_path):
+    paths = sorted(tmp_path.glob("in/*")) or write_images(tmp_path / "in", 2)
+    given = sorted((tmp_path / "in").iterdir())
+    assert len(given) == 2 * len(paths)
+    assert [image.key for image in list_images(given)] == ["image0", "image1"]
+
+
+@pytest.mark.parametrize("name", ["identity", "lineart_given"])
+def test_conditions_that_are_not_computed_make_no_pairs(tmp_path, name):
+    write_images(tmp_path / "in", 1)
+    with refused("contradiction", name, "finished"):
+        make(tmp_path / "in", tmp_path / "out", MakeSettings(conditions=(name,)))
+    assert not (tmp_path / "out").exists()

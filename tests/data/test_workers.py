@@ -148,3 +148,21 @@ def test_a_script_without_a_guard_is_told_so_once(tmp_path):
     ended = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert ended.returncode == 1 and ended.stderr.count("Traceback") == 1
     assert 'under `if __name__ == "__main__":`' in ended.stderr.splitlines()[-1]
+
+
+def writing(folder: Path, job: int) -> int:
+    """Write a file for as long as it takes."""
+    for number in range(40 if job else 1):
+        (folder / f"{job}-{number}").touch()
+        time.sleep(0.05 if job else 0.3)
+    return job
+
+
+def test_nothing_is_written_once_a_run_has_ended(tmp_path):
+    """Else a run that was interrupted leaves files after it has cleaned up."""
+    results = run_jobs(partial(writing, tmp_path), [0, 1, 2, 3], 2)
+    assert next(results) == 0
+    results.close()
+    before = sorted(tmp_path.iterdir())
+    time.sleep(0.5)
+    assert sorted(tmp_path.iterdir()) == before and len(before) < 80

@@ -527,8 +527,8 @@ class Base(ABC):
 
     @contextmanager
     def tiling(self, enabled: bool = True) -> Iterator[None]:
-        """A context in which the autoencoder works in overlapping tiles of its native size, as by `enable_tiling` of
-        diffusers. It bounds the memory for large images and changes them a little."""
+        """A context in which the autoencoder works in overlapping tiles, of its native size or as it says, as by
+        `enable_tiling` of diffusers. It bounds the memory for large images and changes them a little."""
         before = self.vae.use_tiling
         self.vae.use_tiling = enabled
         try:

@@ -129,3 +129,25 @@ class LanguageModelBase(TransformerBase):
         raise UserError(
             f"controlkit does not ship {cls.tokenizer_title}; pass the base as a diffusers folder", "missing-file"
         )
+
+
+def arranged(tokens: Tensor, mask: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens with further ones (`Text.extended`) moved from the end of all rows to that of each row's prompt, so that
+    their positions depend on no other prompt.
+
+    Args:
+        tokens: `[B, L + n, D]`, the last n of which are further ones.
+        mask: which of the first L are of the prompt, `bool [B, L]`.
+        lengths: number of tokens of each prompt that are read, `[B]`.
+
+    Returns:
+        The tokens; which of them are of the prompt or further ones, `bool [B, L + n]`; and which are read.
+    """
+    more = tokens.shape[1] - mask.shape[1]
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    after = places - lengths[:, None]
+    if not more:
+        return tokens, mask, after < 0
+    source = torch.where(after < 0, places, torch.where(after < more, mask.shape[1] + after, places - more))
+    moved = tokens.gather(1, source[..., None].expand(-1, -1, tokens.shape[2]))
+    return moved, pad(mask, (0, more), value=True).gather(1, source), after < more

@@ -10,24 +10,25 @@ import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from controlkit.bases.base import Latents
 from controlkit.bases.component import Component, Configurations
 from controlkit.bases.flux import pack, unpack
-from controlkit.bases.language_model import LanguageModelBase
+from controlkit.bases.language_model import LanguageModelBase, arranged
 from controlkit.bases.latent_rgb import WAN_LATENT_RGB, LatentRGB
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.schedules import EvenlySpacedFlow, RectifiedFlow
 from controlkit.bases.taps import Point, Taps
 from controlkit.bases.text import Text
 from controlkit.errors import UserError
+from controlkit.files import read_json
 
 PACK = 2
 """Side length in latent positions of a token of the transformer."""
@@ -89,6 +90,13 @@ QWEN_IMAGE_SCHEDULER: dict[str, Any] = {
 
 _OTHER_MODELS = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 """Settings of the transformers of Qwen-Image-Edit-2511 and Qwen-Image-Layered."""
+_PREFIX = "model.diffusion_model."
+_MARKS = {
+    "__index_timestep_zero__": "Qwen-Image-Edit-2511, which edits images",
+    "time_text_embed.addition_t_embedding.": "Qwen-Image-Layered, which makes layers",
+    "control_blocks.": "a Qwen-Image with a Fun ControlNet in one file",
+}
+"""Beginning of a tensor's name -> what such a file is."""
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 
 
@@ -130,12 +138,37 @@ class QwenImage(LanguageModelBase):
 
     def __init__(self, **parts: Any) -> None:
         super().__init__(**parts)
+        config = self.vae.config
+        for name in ("latents_mean", "latents_std"):
+            if len(config.get(name) or ()) != config.z_dim:
+                raise UserError(
+                    f"the autoencoder of {self.name} has {config.z_dim} channels (z_dim) and {name} {config.get(name)};"
+                    " expected a number for each",
+                    "damaged-file",
+                )
         if other := [name for name in _OTHER_MODELS if self.transformer.config.get(name)]:
             raise UserError(
                 f"{self.name} has a transformer with {', '.join(other)}, as Qwen-Image-Edit-2511 and Qwen-Image-Layered"
                 " have; use Qwen-Image or Qwen-Image-2512",
                 "unsupported",
             )
+
+    @classmethod
+    def settings_in(cls, folder: Path) -> dict[str, Any]:
+        """None; a folder whose pipeline edits images or makes layers is refused, as its transformer may not show it.
+
+        Raises:
+            UserError: it is such a folder.
+        """
+        index = folder / "model_index.json"
+        content = read_json(index) if index.is_file() else {}
+        pipeline = str(content.get("_class_name")) if isinstance(content, dict) else ""
+        if any(word in pipeline for word in ("Edit", "Layered")):
+            raise UserError(
+                f"{folder} is for {pipeline}, which edits images or makes layers; use Qwen-Image or Qwen-Image-2512",
+                "unsupported",
+            )
+        return {}
 
     @property
     def architecture(self) -> str:
@@ -228,7 +261,9 @@ class QwenImage(LanguageModelBase):
 
     def embed_time(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
         time = t.expand(len(x_t)) / self.schedule.length
-        return self.transformer.time_text_embed(time.to(x_t.dtype), x_t)
+        # The network takes the type that its first layer makes, which autocast decides.
+        like = self.transformer.img_in(pack(x_t)[:1, :1])
+        return self.transformer.time_text_embed(time.to(like.dtype), like)
 
     def _moments(self, x: Tensor) -> Tensor:
         return super()._moments(x[:, :, None])[:, :, 0]
@@ -238,8 +273,21 @@ class QwenImage(LanguageModelBase):
 
     @classmethod
     def recognise(cls, shapes: Mapping[str, tuple[int, ...]], name: str) -> str | None:
-        own = {"transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "proj_out.weight"}
-        return "qwen-image" if own <= set(shapes) else None
+        names = {name.removeprefix(_PREFIX) for name in shapes}
+        if not {"transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "proj_out.weight"} <= names:
+            return None
+        for mark, model in _MARKS.items():
+            if found := next((each for each in names if each.startswith(mark)), None):
+                raise UserError(
+                    f"{name} is {model} ({found}); use a file of Qwen-Image or Qwen-Image-2512", "unsupported"
+                )
+        if _PREFIX + "txt_norm.weight" in shapes:
+            raise UserError(
+                f"{name} has the names of a whole model ({_PREFIX}*), which are not read of Qwen-Image; use a file of"
+                " the transformer alone (ComfyUI's diffusion_models)",
+                "unsupported",
+            )
+        return "qwen-image"
 
     @classmethod
     def settings_of_file(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -255,11 +303,11 @@ def prompt_and_positions(network: Any, x_t: Tensor, text: Text) -> dict[str, Any
         x_t: noisy latents `[B, C, h, w]`.
         text: of batch B; tokens after those of `mask` (`Text.extended`) are read, too.
     """
-    tokens, mask = text.tokens, text["mask"]
+    tokens, read, _ = arranged(text.tokens, text["mask"], text["mask"].sum(1))
     shapes = [[(1, x_t.shape[2] // PACK, x_t.shape[3] // PACK)]] * len(x_t)
     if not x_t.is_meta:
         # Kept from a call in inference mode, they could not be used in training.
         with torch.inference_mode(False):
             network.pos_embed(shapes, device=x_t.device, max_txt_seq_len=tokens.shape[1])
-    read = None if "even" in text else pad(mask, (0, tokens.shape[1] - mask.shape[1]), value=True)
-    return {"encoder_hidden_states": tokens, "encoder_hidden_states_mask": read, "img_shapes": shapes}
+    mask = None if "even" in text else read
+    return {"encoder_hidden_states": tokens, "encoder_hidden_states_mask": mask, "img_shapes": shapes}

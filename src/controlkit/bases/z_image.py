@@ -19,7 +19,7 @@ from transformers import Qwen3Model
 
 from controlkit.bases.component import VAE, Component, Configurations
 from controlkit.bases.flux import FLUX1_VAE
-from controlkit.bases.language_model import LanguageModelBase
+from controlkit.bases.language_model import LanguageModelBase, arranged
 from controlkit.bases.latent_rgb import FLUX_LATENT_RGB, LatentRGB
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.schedules import EvenlySpacedFlow, RectifiedFlow
@@ -190,7 +190,7 @@ class ZImage(LanguageModelBase):
         image = self._padded(transformer.all_x_embedder[_NAME](patches(x_t)), sequences)
         for layer in transformer.noise_refiner:
             image = self._run(layer, image, None, sequences.image_rotation, time)
-        prompt = transformer.cap_embedder(text.tokens)
+        prompt = transformer.cap_embedder(sequences.tokens)
         prompt = torch.where(sequences.own_tokens[..., None], prompt, transformer.cap_pad_token.to(prompt))
         for layer in transformer.context_refiner:
             prompt = self._run(layer, prompt, sequences.prompt_mask, sequences.prompt_rotation)
@@ -259,12 +259,12 @@ class Sequences:
     """
 
     def __init__(self, transformer: ZImageTransformer2DModel, x_t: Tensor, text: Text) -> None:
-        tokens, mask = text.tokens, text["mask"]
-        self.own_tokens = pad(mask, (0, tokens.shape[1] - mask.shape[1]), value=True)
+        lengths = padded_length(text["mask"])
+        tokens, self.own_tokens, read = arranged(text.tokens, text["mask"], lengths)
         """Which tokens are of the prompt, `bool [B, m]`; learned tokens stand in for the others."""
-        lengths = padded_length(mask)
+        self.tokens = tokens
+        """Of the prompts, `[B, m, D]`."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        read = (places < lengths[:, None]) | (places >= mask.shape[1])
         self.prompt_mask = None if "even" in text else read
         """Which tokens of the prompt are read, `bool [B, m]`; None for all."""
         rows, columns = x_t.shape[2] // PATCH, x_t.shape[3] // PATCH

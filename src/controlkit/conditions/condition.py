@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -334,6 +335,7 @@ class Condition:
         return float(np.mean(self.scores(condition_images, results, targets, parameters)))
 
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _FORMER_FIELDS = {"draw": "random", "cuts": "croppable", "given": "provided", "seen": "input_size"}
 """Fields of `Condition` by their names of earlier versions, which modules of users may still have."""
 
@@ -351,6 +353,12 @@ def condition(name: str, **fields: Any) -> Callable[[Callable[..., np.ndarray]],
     def register(function: Callable[..., np.ndarray]) -> Condition:
         if "summary" not in fields:
             fields["summary"] = (inspect.getdoc(function) or "").partition("\n")[0]
+        if _NAME.fullmatch(name) is None or name == "pictures":
+            raise UserError(
+                f"cannot register the condition {name!r}: expected a name of letters, digits, _ and -, which a folder"
+                " of pairs gets, too; `pictures` is taken there",
+                "out-of-range",
+            )
         kind = Condition(name=name, function=function, **fields)
         keys = [_plain(key) for key in (name, *kind.aliases)]
         old = _REGISTRY.get(keys[0])

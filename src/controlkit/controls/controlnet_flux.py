@@ -30,7 +30,7 @@ from controlkit.controls.encoder_copy.network import checked_config, plain_confi
 from controlkit.controls.hints import Hint
 from controlkit.controls.inputs import Input, check_range
 from controlkit.controls.registry import control
-from controlkit.controls.transformer_control import TransformerControl, count_of, spread, with_weights_of
+from controlkit.controls.transformer_control import TransformerControl, count_of, spread, used_of, with_weights_of
 from controlkit.errors import UserError, nearest
 
 BASE_BLOCKS = "base_blocks"
@@ -66,7 +66,8 @@ class Options:
     """Options of a ControlNet for FLUX.1."""
 
     num_layers: int = 4
-    """Double blocks copied from the base, from the first on (4 in diffusers' script); fewer if the base has fewer."""
+    """Double blocks copied from the base, from the first on (4 in diffusers' script); fewer if fewer are used: of 19
+    blocks, 6 would use 5."""
     num_single_layers: int = 4
     """Single blocks copied from the base, from the first on (4 in diffusers' script); 0 is none."""
 
@@ -146,7 +147,8 @@ class ControlNetFlux(TransformerControl):
         Options(num_layers=num_layers, num_single_layers=num_single_layers)  # refuses wrong ones
         blocks = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
         config = plain_config(transformer)
-        config |= {"num_layers": min(num_layers, blocks[0]), "num_single_layers": min(num_single_layers, blocks[1])}
+        used = (used_of(count, of_base) for count, of_base in zip((num_layers, num_single_layers), blocks, strict=True))
+        config |= dict(zip(("num_layers", "num_single_layers"), used, strict=True))
         del config["out_channels"]  # which a ControlNet does not have
         network = with_weights_of(FluxControlNetModel.from_config(config), transformer, base)
         return cls(network, condition, base_blocks=blocks)

@@ -26,7 +26,7 @@ from controlkit.controls.encoder_copy.network import checked_config, plain_confi
 from controlkit.controls.hints import Hint
 from controlkit.controls.inputs import Input, check_range
 from controlkit.controls.registry import control
-from controlkit.controls.transformer_control import TransformerControl, count_of, spread, with_weights_of
+from controlkit.controls.transformer_control import TransformerControl, count_of, spread, used_of, with_weights_of
 from controlkit.errors import UserError
 
 BASE_BLOCKS = "base_blocks"
@@ -42,7 +42,8 @@ class Options:
     """Options of a ControlNet for Qwen-Image."""
 
     num_layers: int = 5
-    """Blocks copied from the base, from the first on (5 in InstantX's); fewer if the base has fewer."""
+    """Blocks copied from the base, from the first on (5 in InstantX's); fewer if fewer are used: each output follows
+    as many of the base's blocks, rounded up, so of 60 blocks 11 use 10 outputs."""
 
     def __post_init__(self) -> None:
         if self.num_layers < 1:
@@ -115,7 +116,7 @@ class ControlNetQwenImage(TransformerControl):
         of_base = plain_config(transformer)
         shared = ("patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads")
         config = {name: of_base[name] for name in (*shared, "joint_attention_dim", "axes_dims_rope")}
-        network = QwenImageControlNetModel(**config, num_layers=min(num_layers, blocks))
+        network = QwenImageControlNetModel(**config, num_layers=used_of(num_layers, blocks))
         return cls(with_weights_of(network, transformer, base), condition, base_blocks=blocks)
 
     @classmethod
@@ -185,12 +186,15 @@ class ControlNetQwenImage(TransformerControl):
             base.check_size(image.shape[-1], image.shape[-2])
             check_range(image)
         pixels = given["image"] * 2 - 1
+        if len(self.inputs) > 1 and "mask" not in given:
+            raise UserError(f"{self.title} for inpainting needs a mask beside the image", "missing-setting")
         if "mask" not in given:
             hint = base.encode_image(pixels)
         else:
             kept = given["mask"][:, :1] <= 0.5
             latents = base.encode_image(torch.where(kept, pixels, -1.0))
-            hint = torch.cat([latents, nn.functional.interpolate(kept.to(latents), latents.shape[-2:])], 1)
+            small = nn.functional.interpolate(kept.to(latents), latents.shape[-2:])
+            hint = torch.cat([latents, small.expand(len(latents), -1, -1, -1)], 1)
         return pack(hint).to(self.network.img_in.weight)
 
     def forward(self, x_t: Tensor | None, t: Tensor, text: Text | None, hint: Hint) -> Residuals:

@@ -40,4 +40,6 @@ def latents_of(given: Mapping[str, Tensor], base: Base) -> Tensor:
         return latents
     kept = (given["mask"][:, :1] < 0.5).to(latents)
     masked = base.encode_image((given["original"] * 2 - 1).to(latents) * kept)
-    return torch.cat([latents, interpolate(kept, latents.shape[-2:]), masked], 1)
+    parts = (latents, interpolate(kept, latents.shape[-2:]), masked)
+    rows = max(map(len, parts))
+    return torch.cat([part.expand(rows, -1, -1, -1) for part in parts], 1)

@@ -97,6 +97,11 @@ def spread(family: str, outputs: Sequence[Tensor], blocks: int, *, in_turns: boo
     return {f"{family}.{place}": outputs[place % len(outputs) if in_turns else place // run] for place in range(blocks)}
 
 
+def used_of(outputs: int, blocks: int) -> int:
+    """How many of so many outputs `spread` uses for the base's blocks."""
+    return math.ceil(blocks / math.ceil(blocks / min(outputs, blocks))) if outputs and blocks else 0
+
+
 def count_of(names: Collection[str], family: str) -> int:
     """Number of modules `FAMILY.N` with parameters."""
     return len({name.split(".")[1] for name in names if re.match(rf"{family}\.\d+\.", name)})

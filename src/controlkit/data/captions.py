@@ -122,7 +122,10 @@ def with_captions(
                 stream.flush()
                 progress(min(len(todo), first + _BATCH), len(todo))
     captions = {image.key: known.get((image.key, image.stamp()), "") for image in uncaptioned}
-    return [replace(image, prompt=captions[image.key]) if captions.get(image.key) else image for image in images]
+    return [
+        replace(image, prompt=captions[image.key], has_default_prompt=True) if captions.get(image.key) else image
+        for image in images
+    ]
 
 
 def _is_uncaptioned(image: InputImage) -> bool:

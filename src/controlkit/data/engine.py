@@ -15,16 +15,15 @@ from typing import Any, TextIO
 import numpy as np
 
 from controlkit.conditions import find
+from controlkit.data.edits import Edits
 from controlkit.data.input_images import STATE, InputImage
 from controlkit.data.jobs import PICTURES, FilesJob, Outcome, ShardJob, make_files, make_shard
 from controlkit.data.making import MakeSettings
 from controlkit.data.readers.archives import shard_name
-from controlkit.data.readers.columns import captions_of
 from controlkit.data.readers.recognise import MANIFEST
 from controlkit.data.workers import cores, refuse_to_run_again, run_jobs
-from controlkit.errors import UserError, reason_of
+from controlkit.errors import UserError
 from controlkit.files import (
-    decode_text,
     locked,
     read_json,
     remove_leftovers,
@@ -37,6 +36,8 @@ ENGINES = ("local", "ray")
 _MOST_IN_A_JOB = 32
 _NAMED = 4
 """Keys named in a note."""
+_ANNOTATED = ("bbox", "segments")
+"""Conditions that draw annotated objects."""
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in total)."""
@@ -147,9 +148,15 @@ def _check_conditions(images: Sequence[InputImage], settings: MakeSettings) -> N
     """Raise early what would fail for every image."""
     for name in settings.conditions:
         condition = find(name)
-        if settings.tiles and name in ("bbox", "segments"):
+        if condition.provided and name not in _ANNOTATED:
+            raise UserError(
+                f"{name} is for finished condition images, which are not computed: here they would be the images"
+                " themselves; train from the finished pairs",
+                "contradiction",
+            )
+        if settings.tiles and name in _ANNOTATED:
             raise UserError(f"{name} draws objects of whole images, which tiles do not have", "contradiction")
-        if name in ("bbox", "segments") and not any((image.objects or {}).get(name) for image in images):
+        if name in _ANNOTATED and not any((image.objects or {}).get(name) for image in images):
             raise UserError(
                 f"{name} draws annotated objects; pass COCO's instances file (instances_*.json) too",
                 "missing-companion",
@@ -235,25 +242,16 @@ def _files(
     images: Sequence[InputImage], out: Path, settings: MakeSettings, workers: int, progress: Progress
 ) -> tuple[list[Outcome], int, int]:
     """Outcomes of all images in order, number of new pairs, and number of earlier pairs without an image."""
-    edited = _edited_prompts(out / MANIFEST)
     shutil.rmtree(out / STATE / "aside", ignore_errors=True)
     journal = out / STATE / "journal.jsonl"
     before = {outcome.key: outcome for outcome in _read_journal(journal)}
-
+    edits = Edits(out, list(before.values()))
     unchanged = {
         image.key: outcome
         for image in images
         if image.key in before and (outcome := before[image.key].if_current(image)) is not None
     }
-
-    def with_edit(outcome: Outcome) -> Outcome:
-        """The outcome with the prompt edited in the manifest, if neither image nor caption changed since."""
-        same = unchanged.get(outcome.key)
-        if outcome.entry is None or outcome.key not in edited or same is None or same.stamp != outcome.stamp:
-            return outcome
-        return replace(outcome, entry={**outcome.entry, "prompt": edited[outcome.key]})
-
-    done = {key: with_edit(outcome) for key, outcome in unchanged.items() if _is_complete(outcome, settings, out)}
+    done = {key: edits.applied(outcome) for key, outcome in unchanged.items() if _is_complete(outcome, settings, out)}
     todo = [image for image in images if image.key not in done]
     progress(len(done), len(images))
     count = max(1, min(_MOST_IN_A_JOB, len(todo) // (4 * workers)))
@@ -264,40 +262,38 @@ def _files(
         with journal.open("a", encoding="utf-8") as stream:
             _end_truncated_line(journal, stream)
             for outcomes in run_jobs(make_files, jobs, workers):
-                for outcome in map(with_edit, outcomes):
+                for outcome in map(edits.applied, outcomes):
                     done[outcome.key] = outcome
                     if outcome.entry is not None:
                         stream.write(json.dumps(vars(outcome), ensure_ascii=False) + "\n")
                 stream.flush()
                 progress(len(done), len(images))
-    _warn_lost_edits(edited, before, done)
     ordered = [done[image.key] for image in images]
+    _note(
+        edits.set_aside(ordered),
+        f"prompts edited in {MANIFEST} are set aside, as their images or captions changed or are missing; they return"
+        " when these do",
+    )
     good = [outcome for outcome in ordered if outcome.entry is not None]
     stamped_anew = any(outcome.stamp != before[key].stamp for key, outcome in unchanged.items())
-    complete = {outcome.key for outcome in good} == set(before) == edited.keys()
+    complete = {outcome.key for outcome in good} == set(before) == edits.listed.keys()
+    if edits.listed:
+        _note(
+            [key for key in before if key in done and done[key].entry is not None and key not in edits.listed],
+            f"pairs that {MANIFEST} did not list are listed again; to leave pairs out, take their images out of the"
+            " input",
+        )
     if good and (len(good) > kept or stamped_anew or not complete):
         _write_lines(out / MANIFEST, (outcome.entry for outcome in good))
         _write_lines(journal, (vars(outcome) for outcome in good))
     return ordered, len(good) - kept, len(set(before) - {image.key for image in images})
 
 
-def _warn_lost_edits(edited: dict[str, str | list[str]], before: dict[str, Outcome], done: dict[str, Outcome]) -> None:
-    """Name edited prompts of the manifest that are lost, because the image or its caption changed too or is gone."""
-    lost = []
-    for key in dict.fromkeys((*done, *before)):
-        entries = [
-            each.entry for each in (before.get(key), done.get(key)) if each is not None and each.entry is not None
-        ]
-        if key in edited and entries and edited[key] not in [entry["prompt"] or "" for entry in entries]:
-            lost.append(key)
-    if lost:
-        named = ", ".join(lost[:_NAMED]) + (f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else "")
-        print(
-            f"note: {len(lost)} prompts edited in {MANIFEST} are lost, as their images or captions changed too or are"
-            f" gone: {named}",
-            file=sys.stderr,
-            flush=True,
-        )
+def _note(keys: Sequence[str], what: str) -> None:
+    """A note on standard error on the pairs with these keys, if there are any."""
+    if keys:
+        named = ", ".join(keys[:_NAMED]) + (f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else "")
+        print(f"note: {len(keys)} {what}: {named}", file=sys.stderr, flush=True)
 
 
 def _shards(
@@ -360,35 +356,6 @@ def _read_journal(path: Path) -> Iterator[Outcome]:
 def _end_truncated_line(path: Path, stream: TextIO) -> None:
     if path.stat().st_size:
         stream.write("\n")
-
-
-def _edited_prompts(manifest: Path) -> dict[str, str | list[str]]:
-    """Key -> prompt (or list of prompts) in the manifest, where users may have edited it.
-
-    Raises:
-        UserError: a line cannot be parsed; the manifest is left as it is.
-    """
-    if not manifest.is_file():
-        return {}
-    prompts: dict[str, str | list[str]] = {}
-    try:
-        lines = decode_text(manifest.read_bytes()).split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{manifest} is not UTF-8 ({error}); save it as UTF-8", "damaged-file") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            captions = captions_of(entry["prompt"])
-            prompts[str(entry["key"])] = captions[0] if len(captions) == 1 else list(captions)
-        except (json.JSONDecodeError, KeyError, TypeError, UserError) as error:
-            raise UserError(
-                f"line {number} of {manifest} is not a valid entry ({reason_of(error)}); correct it, or remove it"
-                " to make the pair again",
-                "damaged-file",
-            ) from error
-    return prompts
 
 
 def _write_lines(path: Path, values: Iterable[Any]) -> None:

@@ -6,14 +6,17 @@ import glob
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from controlkit.conditions import registry
 from controlkit.data.readers.archives import captions_and_metadata, image_of
 from controlkit.data.readers.coco import coco_images, object_parameters
 from controlkit.data.readers.columns import CAPTION_COLUMNS
+from controlkit.data.readers.folders import has_twins
 from controlkit.data.readers.image_tables import (
     is_hub_dataset,
     is_saved_dataset,
@@ -50,12 +53,14 @@ class InputImage:
     """One image to make a pair from, not read yet."""
 
     key: str
-    """Stem of its files, the same in every run: its path below the input without the suffix."""
+    """Stem of its files, the same in every run of the same images: its path below the input without the suffix."""
     name: str
     """Its path below the input."""
     source: Path | TarMember
     prompt: str | None = None
     """Its caption if known; None: look for a .txt or .caption file beside it."""
+    has_default_prompt: bool = False
+    """Whether `prompt` stands for a missing caption: from a template or a captioner."""
     objects: Mapping[str, Mapping[str, Any]] | None = None
     """Condition -> parameters with annotated objects."""
     tile: tuple[int, int, int] | None = None
@@ -160,6 +165,8 @@ def list_images(
             tables.append(read_saved_dataset(Path(source), str(source)))
             continue
         found, root = _expand(str(source))
+        if not found and Path(source).is_file():
+            continue
         if not found or not all(path.exists() for path in found):
             raise UserError(
                 f"there are no images at {source}; pass a folder, a glob in quotes, tar files, Parquet files, COCO"
@@ -218,7 +225,10 @@ def with_prompts(images: Sequence[InputImage], template: str) -> list[InputImage
                 f"prompt is {template!r}; expected text with no fields but {{name}} and {{folder}}", "unknown-key"
             ) from error
 
-    return [image if _has_caption(image) else replace(image, prompt=prompt(image)) for image in images]
+    return [
+        image if _has_caption(image) else replace(image, prompt=prompt(image), has_default_prompt=True)
+        for image in images
+    ]
 
 
 def _has_caption(image: InputImage) -> bool:
@@ -258,6 +268,8 @@ def _tiles(image: InputImage, side: int) -> list[InputImage]:
 def _expand(source: str) -> tuple[list[Path], str]:
     """The paths of an input, and the folder that their names are relative to."""
     path = Path(source)
+    if path.is_file() and source.lower().endswith(CAPTION_SUFFIXES):  # of a glob that the shell expanded
+        return [], os.path.abspath(path.parent)
     if path.exists() or not re.search(r"[*?\[]", source):
         return [path], os.path.abspath(path if path.is_dir() else path.parent)
     prefix = re.split(r"[*?\[]", source)[0]
@@ -266,8 +278,10 @@ def _expand(source: str) -> tuple[list[Path], str]:
 
 
 def _from_files(files: Sequence[Path], root: Path, notes: list[str]) -> Iterator[InputImage]:
-    captions = _listed_captions(files, root, notes)
+    captions, conditions = _listed(files, root, notes)
     for path in files:
+        if path in conditions:
+            continue
         if path.name.lower().endswith((".tar", ".tar.gz", ".tgz")):
             yield from _from_tar(path)
             continue
@@ -278,27 +292,40 @@ def _from_files(files: Sequence[Path], root: Path, notes: list[str]) -> Iterator
         yield image if prompt is None or _has_caption(image) else replace(image, prompt=prompt)
 
 
-def _listed_captions(files: Sequence[Path], root: Path, notes: list[str]) -> dict[Path, str]:
-    """Captions in the `metadata` tables of `datasets` image folders, by the path of the image.
+def _listed(files: Sequence[Path], root: Path, notes: list[str]) -> tuple[dict[Path, str], set[Path]]:
+    """From the `metadata` tables of `datasets` image folders: captions by the path of the image, and condition images.
 
     Raises:
         UserError: a table has entries that cannot be read.
     """
     folders = {folder for path in files for folder in path.parents if folder.is_relative_to(root)}
     paths = [folder / name for folder in sorted(folders) for name in METADATA if (folder / name).is_file()]
-    tables = [read_metadata(path) for path in paths]
-    for table in tables:
+    captions: dict[Path, str] = {}
+    conditions: set[Path] = set()
+    known = set(files)
+    for table in map(read_metadata, paths):
         if table.problems:
             raise problems_error(table.origin, table.problems)
         if table.records and not any(record.prompt for record in table.records):
             names = ", ".join(CAPTION_COLUMNS[:3])
             notes.append(f"{table.origin} has no captions in columns called {names} or similar; rename theirs")
-    return {
-        Path(os.path.abspath(record.image)): record.prompt
-        for table in tables
-        for record in table.records
-        if isinstance(record.image, Path) and record.prompt
-    }
+        records = [record for record in table.records if isinstance(record.image, Path)]
+        own = [Path(os.path.abspath(record.image)) for record in records if isinstance(record.image, Path)]
+        used = {source for record in records for source in record.conditions.values() if isinstance(source, Path)}
+        conditions |= {Path(os.path.abspath(source)) for source in used} - set(own)
+        if lost := [path for path, record in zip(own, records, strict=True) if record.prompt and path not in known]:
+            notes.append(
+                f"{table.origin} has captions of {len(lost)} images that are not in the input, such as {lost[0]}"
+            )
+        counted = Counter(own)
+        if twice := [path for path in counted if path in captions or counted[path] > 1]:
+            notes.append(
+                f"{table.origin} lists {len(twice)} images again, such as {twice[0]}; the last caption is used"
+            )
+        captions |= {path: record.prompt for path, record in zip(own, records, strict=True) if record.prompt}
+    if left_out := conditions & known:
+        notes.append(f"{len(left_out)} condition images that tables list are left out, such as {min(left_out)}")
+    return captions, conditions
 
 
 def _from_tar(path: Path) -> Iterator[InputImage]:
@@ -365,6 +392,13 @@ def _walk(folder: Path, left_out: str | None, notes: list[str]) -> list[Path]:
         raise UserError(
             f"{folder} is a folder of pairs, whose condition images would be taken for photos; pass the folder of its"
             " images",
+            "wrong-kind",
+        )
+    conditions = sorted({path.parent.name for path in own_images if path.parent.parent == folder} & set(registry()))
+    if conditions and has_twins(folder):
+        raise UserError(
+            f"{folder} looks like pairs: {folder / conditions[0]} has the name of a condition, and images of the names"
+            " that others have; pass the folders of the photos",
             "wrong-kind",
         )
     # A `datasets` image folder has captions in a table.

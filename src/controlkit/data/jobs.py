@@ -39,6 +39,10 @@ class Outcome:
     """Why it was skipped."""
     note: str | None = None
     """Part of its file that was not used."""
+    subject: str | None = None
+    """`InputImage.content` without a default prompt, to which edits of the prompt belong; None as `content`."""
+    edited: bool = False
+    """Whether the prompt of `entry` was edited in the manifest."""
     content: str | None = None
     """`InputImage.content` when the image was read; None if it was skipped, and in records of earlier versions."""
     code: str | None = None
@@ -221,9 +225,12 @@ def _make_or_skip(image: InputImage, settings: MakeSettings) -> tuple[Outcome, E
         return replace(outcome, error=f"{type(error).__name__}: {error}"), None
     finally:
         sign_of_life()
-    content = image.content(pair.entry["original"]["sha256"], pair.entry["prompt"])
+    digest, prompt = pair.entry["original"]["sha256"], pair.entry["prompt"]
+    content, subject = image.content(digest, prompt), image.content(digest, "" if image.has_default_prompt else prompt)
     revisions = {name: find(name).revision for name in settings.conditions}
-    return replace(outcome, entry=pair.entry, note=pair.note, content=content, conditions=revisions), pair
+    return replace(
+        outcome, entry=pair.entry, note=pair.note, content=content, subject=subject, conditions=revisions
+    ), pair
 
 
 def _from_to(images: Sequence[InputImage]) -> str:

@@ -33,6 +33,8 @@ _OTHER_SUFFIXES = (
     *(".psd", ".svg", ".ico", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
 )
 """Suffixes of images that are not read."""
+_ARCHIVE_SUFFIXES = (".zip", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", ".7z", ".rar")
+"""Suffixes of archives that are not read."""
 
 _MARKER = re.compile(rb"\xff[^\x00]")
 """A marker inside a JPEG scan, where the value 255 is stored as 255, 0."""
@@ -271,16 +273,28 @@ def _is_hidden(name: str) -> bool:
 
 
 def is_unread_image(name: str) -> bool:
-    """Whether a file name has the suffix of an image in a format that is not read, and is not hidden."""
-    return name.lower().endswith(_OTHER_SUFFIXES) and not name.lower().endswith(SUFFIXES) and not _is_hidden(name)
+    """Whether a file name has the suffix of an image in a format that is not read, or of an archive that is not, and is
+    not hidden."""
+    return (
+        name.lower().endswith((*_OTHER_SUFFIXES, *_ARCHIVE_SUFFIXES))
+        and not name.lower().endswith(SUFFIXES)
+        and not _is_hidden(name)
+    )
 
 
 def unread_note(folder: Path, unread: Sequence[Path]) -> list[str]:
     """A note on files with `is_unread_image`, if there are any."""
-    if not unread:
-        return []
-    kinds = ", ".join(sorted({path.suffix.lower() for path in unread}))
-    return [f"{len(unread)} files in {folder} with other image suffixes are not read: {kinds}; convert them to PNG"]
+    archives = [path for path in unread if path.name.lower().endswith(_ARCHIVE_SUFFIXES)]
+    images = [path for path in unread if path not in archives]
+    notes = []
+    if images:
+        kinds = ", ".join(sorted({path.suffix.lower() for path in images}))
+        notes.append(
+            f"{len(images)} files in {folder} with other image suffixes are not read: {kinds}; convert them to PNG"
+        )
+    if archives:
+        notes.append(f"{len(archives)} archives in {folder} are not read, such as {archives[0].name}; unpack them")
+    return notes
 
 
 def walk(folder: Path, leave_out: Callable[[str], bool] = lambda real: False) -> Iterator[Path]:

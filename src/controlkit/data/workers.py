@@ -138,7 +138,9 @@ def run_jobs(
                         flush=True,
                     )
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                # Jobs are idempotent: what runs is ended now, so that nothing writes any more once this returns.
+                watch.kill()
+                pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
 
@@ -167,8 +169,12 @@ class _Watch:
                 flush=True,
             )
             self.hung, self._alive = True, now
-            for process in set(multiprocessing.active_children()) - self.others:
-                process.kill()
+            self.kill()
+
+    def kill(self) -> None:
+        """End the workers."""
+        for process in set(multiprocessing.active_children()) - self.others:
+            process.kill()
 
     def error(self, deaths: int, jobs: Iterable[object]) -> UserError:
         """The error after repeated deaths."""

@@ -116,8 +116,8 @@ class GenerateRequest:
     """Images per batch; changes the memory needed, and images by rounding only. Default: 16 up to 256 x 256, fewer for
     larger ones (4 of 512 x 512)."""
     tiled: bool = False
-    """Whether the autoencoder works in overlapping tiles of its native size, which bounds its memory for large images
-    and changes them a little (diffusers: `enable_tiling`)."""
+    """Whether the autoencoder works in overlapping tiles, of its native size or as it says, which bounds its memory for
+    large images and changes them a little (diffusers: `enable_tiling`)."""
     vae: str | None = None
     """Autoencoder in place of the base's own: a file (.safetensors, .ckpt, .pt, .bin) in the original or diffusers'
     format, a diffusers folder, or a hub id; of the base's family."""
