@@ -279,6 +279,14 @@ def test_files_of_other_models_are_refused(base, mark, said, tmp_path):
         load_base(tmp_path / "mine.safetensors")
 
 
+@pytest.mark.parametrize("pipeline", ["QwenImageEditPlusPipeline", "QwenImageLayeredPipeline"])
+def test_folders_of_other_models_are_refused(folder, pipeline):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": pipeline}))
+    with refused("unsupported", folder, pipeline, "Qwen-Image-2512"):
+        load_base(folder)
+
+
 def test_a_file_under_the_names_of_a_whole_model_is_refused(base, tmp_path):
     tensors = {
         f"model.diffusion_model.{name}": value.contiguous() for name, value in base.transformer.state_dict().items()

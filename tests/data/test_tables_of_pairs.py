@@ -427,3 +427,34 @@ def test_what_a_killed_unpacking_left_is_removed(tmp_path):
 def test_a_blank_caption_hides_no_other():
     assert captions_in({"text": " ", "caption": "a dog"}) == captions_in({"text": None, "caption": "a dog"}) == "a dog"
     assert captions_in({"text": ["a", "b"]}) == ["a", "b"] and captions_in({"text": "", "caption": []}) is None
+
+
+def test_pairs_are_made_of_columns_of_other_names(tmp_path, capsys):
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    cells = [{"bytes": encoded(scene(number)), "path": None} for number in range(2)]
+    table = pyarrow.table({"img": cells, "words": ["a cat", "a dog"]})
+    pyarrow.parquet.write_table(table, tmp_path / "photos.parquet")
+    make = [
+        "pairs",
+        str(tmp_path / "photos.parquet"),
+        "--conditions",
+        "canny",
+        "--size",
+        "32",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(make) == 2
+    assert "--image-column" in capsys.readouterr().err
+    assert main([*make, "--image-column", "img", "--caption-column", "words"]) == 0
+    lines = (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["a cat", "a dog"]
+    assert main([*make, "--conditioning-image-column", "img"]) == 2
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.png").write_bytes(encoded(scene(1)))
+    make[1] = str(tmp_path / "folder")
+    assert main([*make, "--image-column", "img"]) == 2
+    assert "Parquet files and datasets" in capsys.readouterr().err

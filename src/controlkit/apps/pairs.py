@@ -114,7 +114,8 @@ def run(args: argparse.Namespace) -> None:
             "contradiction",
         )
     others = [name for name, given in (("base", hasattr(args, "base")), ("strict", args.strict)) if given]
-    for option in (*named_columns(args), *others):
+    of_pairs = [option for option in named_columns(args) if option.startswith("conditioning")]
+    for option in (*of_pairs, *others):
         raise UserError(f"--{option.replace('_', '-')} needs --check", "contradiction")
     prompts = _prompts_of(args)
     if prompts["caption"] != "blip":
@@ -160,7 +161,7 @@ def _make(args: argparse.Namespace, prompts: Mapping[str, str | None]) -> None:
     values = {name: getattr(args, name) for name in names if hasattr(args, name)}
     settings = MakeSettings(conditions=tuple(name for name in args.conditions.split(",") if name.strip()), **values)
     notes: list[str] = []
-    images = list_images(args.images, args.images_folder, without=args.out, notes=notes)
+    images = list_images(args.images, args.images_folder, without=args.out, notes=notes, columns=columns_of(args))
     doubled = [image.source for image in images if isinstance(image.source, Path) and _differ(image)]
     notes += [two_captions_note(doubled)] if doubled else []
     print_notes(notes)

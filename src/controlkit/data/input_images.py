@@ -15,7 +15,7 @@ from typing import Any
 from controlkit.conditions import registry
 from controlkit.data.readers.archives import captions_and_metadata, image_of
 from controlkit.data.readers.coco import coco_images, object_parameters
-from controlkit.data.readers.columns import CAPTION_COLUMNS
+from controlkit.data.readers.columns import ANY_COLUMNS, CAPTION_COLUMNS, Columns
 from controlkit.data.readers.folders import has_twins
 from controlkit.data.readers.image_tables import (
     is_hub_dataset,
@@ -134,6 +134,7 @@ def list_images(
     images: str | Path | None = None,
     without: str | Path | None = None,
     notes: list[str] | None = None,
+    columns: Columns = ANY_COLUMNS,
 ) -> list[InputImage]:
     """Every image below the inputs, sorted by key.
 
@@ -144,6 +145,7 @@ def list_images(
         images: the image folder of COCO annotations, if it is not near them.
         without: the output folder, which is skipped.
         notes: list to append notes to: on files that are not read, on captions that are not found.
+        columns: column names of Parquet files and datasets.
 
     Raises:
         UserError: an input does not exist, a folder has both images and shards, a table has entries that cannot be
@@ -159,10 +161,10 @@ def list_images(
     tables: list[Listing] = []
     for source in inputs:
         if is_hub_dataset(source):
-            tables.append(read_hub_dataset(source, str(source)))
+            tables.append(read_hub_dataset(source, str(source), columns))
             continue
         if is_saved_dataset(Path(source)):
-            tables.append(read_saved_dataset(Path(source), str(source)))
+            tables.append(read_saved_dataset(Path(source), str(source), columns))
             continue
         found, root = _expand(str(source))
         if not found and Path(source).is_file():
@@ -187,7 +189,14 @@ def list_images(
     kept = _outside(unique, left_out)
     parquet = [path for path in kept if _is_table(path)]
     kept = [path for path in kept if not _is_table(path)]
-    tables += [read_parquet([path], path) for path in parquet]
+    tables += [read_parquet([path], path, columns) for path in parquet]
+    if columns.named and not tables:
+        raise UserError(
+            f"{' and '.join(f'--{option}' for option in columns.named).replace('_', '-')}: pairs are made of columns of"
+            f" Parquet files and datasets, and there are none in {', '.join(map(str, inputs))}; columns of finished"
+            " pairs are for --check",
+            "contradiction",
+        )
     listed = [image for table in tables for image in _from_table(table)]
     listed += list(_from_coco(annotations, Path(images) if images else None)) if annotations else []
     if kept:
