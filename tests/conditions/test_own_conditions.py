@@ -370,3 +370,16 @@ def test_an_image_without_out_replaces_nothing(tmp_path, image, monkeypatch, cap
 def test_a_name_that_is_no_folder_of_pairs_is_refused(name):
     with refused("out-of-range", repr(name), "letters, digits"):
         condition(name, summary="mine")(lambda image: image)
+
+
+def test_a_folder_of_another_condition_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / "in" / "a.png")
+    words = [str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    for _ in range(2):
+        assert main(["condition", "canny", *words]) == 0
+    before = (tmp_path / "out" / "a.png").read_bytes()
+    capsys.readouterr()
+    assert main(["condition", "blur", *words]) == 2
+    check(capsys.readouterr().err, "would-overwrite", tmp_path / "out" / "a.png", "canny", "--out")
+    assert (tmp_path / "out" / "a.png").read_bytes() == before

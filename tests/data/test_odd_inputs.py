@@ -426,3 +426,19 @@ def test_conditions_that_are_not_computed_make_no_pairs(tmp_path, name):
     with refused("contradiction", name, "finished"):
         make(tmp_path / "in", tmp_path / "out", MakeSettings(conditions=(name,)))
     assert not (tmp_path / "out").exists()
+
+
+def test_skipped_images_are_all_listed_and_much_enlarged_ones_are_noted(tmp_path):
+    write_images(tmp_path / "in", 1)
+    for number in range(25):
+        (tmp_path / "in" / f"torn{number}.png").write_bytes(b"torn")
+    Image.fromarray(scene(3)).resize((8, 6)).save(tmp_path / "in" / "tiny.png")
+    report = make(tmp_path / "in", tmp_path / "out")
+    assert len(report.skipped) == 25 and report.skipped_list is not None
+    listed = report.skipped_list.read_text().splitlines()
+    assert len(listed) == 25 and listed[0].startswith("torn0.png: ")
+    (note,) = report.notes
+    assert note == "tiny.png has 8 x 6 pixels and was enlarged 5 times"
+    for path in (tmp_path / "in").glob("torn*"):
+        path.unlink()
+    assert make(tmp_path / "in", tmp_path / "out").skipped_list is None and not report.skipped_list.exists()

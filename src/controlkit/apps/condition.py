@@ -125,10 +125,9 @@ def _folder(condition: Condition, folder: str, out: str, parameters: dict[str, A
     if not os.path.isdir(out) or not os.listdir(out):
         writable_folder(Path(out) / CONDITION_IMAGES)
     for image in images:
-        if (path := Path(out) / f"{image.key}.png").exists() and not _is_written_here(path):
-            raise UserError(
-                f"{path} exists, and `controlkit condition` did not write it; choose another --out", "would-overwrite"
-            )
+        if (path := Path(out) / f"{image.key}.png").exists() and (found := _condition_in(path)) != condition.name:
+            made = "`controlkit condition` did not write it" if found is None else f"is of the condition {found}"
+            raise UserError(f"{path} exists, and {made}; choose another --out", "would-overwrite")
     progress = Progress("images", len(images), always=True)
     skipped: dict[str, str] = {}
     first: UserError | None = None
@@ -184,15 +183,16 @@ def _renamed(images: Sequence[InputImage]) -> list[str]:
     return [f"condition images with other names than their images: {', '.join(others[:_LISTED])}{more}"]
 
 
-def _is_written_here(path: Path) -> bool:
-    """Whether a PNG file is a condition image of this command, which it may replace."""
+def _condition_in(path: Path) -> str | None:
+    """The condition of a PNG file of this command; None if it is another file."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return "condition" in image.info
+            name = image.info.get("condition")
+            return None if name is None else str(name)
     except OSError:
-        return False
+        return None
 
 
 def _sheet(image: str, out: str, as_json: bool) -> None:

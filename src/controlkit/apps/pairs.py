@@ -204,7 +204,7 @@ def _show(report: MakeReport, as_json: bool) -> None:
     for name, reason in list(report.skipped.items())[:_SHOWN]:
         print(f"skipped {name}: {reason}", file=sys.stderr)
     if len(report.skipped) > _SHOWN:
-        print(f"... and {len(report.skipped) - _SHOWN} more", file=sys.stderr)
+        print(f"... and {len(report.skipped) - _SHOWN} more: {report.skipped_list}", file=sys.stderr)
     for note in report.notes[:_SHOWN]:
         print(f"note: {note}", file=sys.stderr)
     if len(report.notes) > _SHOWN:

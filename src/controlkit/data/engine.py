@@ -61,7 +61,9 @@ class MakeReport:
     """Pairs without a caption."""
     seconds: float
     notes: list[str] = field(default_factory=list)
-    """Parts of image files that were not used: all frames but the first."""
+    """Of its pairs: parts of image files that were not used, and images that were much enlarged."""
+    skipped_list: Path | None = None
+    """A file that lists `skipped`; None if nothing was."""
 
 
 def make_pairs(
@@ -132,6 +134,7 @@ def make_pairs(
                     shutil.rmtree(folder, ignore_errors=True)
                 _settings_file(out).unlink(missing_ok=True)
             raise
+    listed = _list_skipped(out, skipped)
     return MakeReport(
         out=out / MANIFEST if shards is None else out,
         made=made,
@@ -141,7 +144,18 @@ def make_pairs(
         empty_prompts=sum(not outcome.entry["prompt"] for outcome in good if outcome.entry),
         seconds=time.monotonic() - started,
         notes=[outcome.note for outcome in good if outcome.note],
+        skipped_list=listed,
     )
+
+
+def _list_skipped(out: Path, skipped: Mapping[str, str]) -> Path | None:
+    path = out / STATE / "skipped.txt"
+    if not skipped:
+        path.unlink(missing_ok=True)
+        return None
+    text = "".join(f"{name}: {' '.join(reason.split())}\n" for name, reason in skipped.items())
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return path
 
 
 def _check_conditions(images: Sequence[InputImage], settings: MakeSettings) -> None:

@@ -38,7 +38,7 @@ class Outcome:
     error: str | None = None
     """Why it was skipped."""
     note: str | None = None
-    """Part of its file that was not used."""
+    """As `EncodedPair.note`."""
     subject: str | None = None
     """`InputImage.content` without a default prompt, to which edits of the prompt belong; None as `content`."""
     edited: bool = False

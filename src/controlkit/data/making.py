@@ -21,6 +21,9 @@ from controlkit.errors import UserError
 from controlkit.files import sha256_of
 from controlkit.images import resize_cover, sequence_note
 
+_MUCH = 4
+"""Factor from which an enlargement is noted."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MakeSettings:
@@ -89,7 +92,8 @@ class EncodedPair:
     conditions: Mapping[str, bytes] = field(default_factory=dict)
     """Name -> PNG."""
     note: str | None = None
-    """Part of the image file that was not used."""
+    """What a person should know of it: a part of the image file that was not used, or an image that was much
+    enlarged."""
 
 
 def make_pair(image: InputImage, settings: MakeSettings) -> EncodedPair:
@@ -141,7 +145,10 @@ def make_pair(image: InputImage, settings: MakeSettings) -> EncodedPair:
         "original": {"name": image.name, "sha256": digest},
     }
     suffix = image.name.rpartition(".")[2].lower() if kept else "png"
-    note = next(iter(sequence_note(data, image.name)), None)
+    notes = list(sequence_note(data, image.name))
+    if (enlarged := max(size[0] / width, size[1] / height)) >= _MUCH:
+        notes.append(f"{image.name} has {width} x {height} pixels and was enlarged {enlarged:.0f} times")
+    note = "; ".join(notes) or None
     return EncodedPair(entry=entry, image=file, suffix=suffix, conditions=images, note=note)
 
 
