@@ -268,7 +268,7 @@ def test_half_precision(folder):
     [
         ("__index_timestep_zero__", "edits images"),
         ("time_text_embed.addition_t_embedding.weight", "makes layers"),
-        ("control_blocks.0.before_proj.weight", "Fun ControlNet"),
+        ("control_blocks.0.before_proj.weight", "Fun control"),
     ],
 )
 def test_files_of_other_models_are_refused(base, mark, said, tmp_path):

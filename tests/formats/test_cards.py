@@ -275,7 +275,16 @@ def test_the_same_control_is_saved_as_the_same_bytes(adapter, tiny_base, tmp_pat
     assert json.loads(read_metadata(saved[0])["control.made"]) == {"note": "ä\n"}
 
 
-@pytest.mark.parametrize("system", ["controlnet-union", *OF_TRANSFORMERS])
+def test_a_control_lora_is_a_lora_for_other_tools(tmp_path):
+    base = tiny_of_known("flux1-dev")
+    path = save_control(tmp_path / "mine.safetensors", find("flux-control-lora").for_base(base, "canny"), base)
+    assert read_metadata(path)["modelspec.architecture"] == f"{base.architecture}/lora"
+    assert '["lora", "spatial-control", "canny"]' in card_of(path)
+
+
+@pytest.mark.parametrize(
+    "system", ["controlnet-union", *(name for name in OF_TRANSFORMERS if name.startswith("controlnet"))]
+)
 def test_a_controlnet_of_any_family_is_one_for_other_tools(system, tiny_base, tmp_path):
     base = tiny_of_known(OF_TRANSFORMERS[system]) if system in OF_TRANSFORMERS else tiny_base
     path = save_control(tmp_path / "mine.safetensors", find(system).for_base(base, "canny"), base)

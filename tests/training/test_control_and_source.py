@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from controlkit.bases.load import load_base
+from controlkit.bases.qwen_image import QwenImage
 from controlkit.conditions import find
 from controlkit.controls.ctrlora import BaseControlNet
 from controlkit.controls.inputs import takes_one_image
@@ -79,7 +80,9 @@ def transformers(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(tmp_path, base_folder, transformers, tiny_base):
+def settings(tmp_path, base_folder, transformers, tiny_base, monkeypatch):
+    monkeypatch.setattr(QwenImage, "usual_size", 64)  # that of the icons; none of its configurations has one
+
     def of(system):
         own = dict(OWN.get(system, {}))
         if system == "ctrlora-adapter":

@@ -94,7 +94,7 @@ _PREFIX = "model.diffusion_model."
 _MARKS = {
     "__index_timestep_zero__": "Qwen-Image-Edit-2511, which edits images",
     "time_text_embed.addition_t_embedding.": "Qwen-Image-Layered, which makes layers",
-    "control_blocks.": "a Qwen-Image with a Fun ControlNet in one file",
+    "control_blocks.": "a Qwen-Image with a Fun control in one file",
 }
 """Beginning of a tensor's name -> what such a file is."""
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")

@@ -168,7 +168,7 @@ class FluxControlLora(TransformerControl):
     paper: ClassVar[str] = "Black Forest Labs 2024, github.com/black-forest-labs/flux"
     transformer = FluxTransformer2DModel
     family_title: ClassVar[str] = "FLUX.1"
-    architecture: ClassVar[str | None] = "flux-1-dev/lora"
+    architecture: ClassVar[str | None] = "lora"
     tag: ClassVar[str | None] = "lora"
     reads: ClassVar[Reads] = Reads.NOTHING
     acts: ClassVar[Acts] = Acts.TAPS
