@@ -30,7 +30,7 @@ from controlkit.controls.encoder_copy.network import checked_config, plain_confi
 from controlkit.controls.hints import Hint
 from controlkit.controls.inputs import Input, check_range
 from controlkit.controls.registry import control
-from controlkit.controls.transformer_control import TransformerControl, count_of, spread, used_of, with_weights_of
+from controlkit.controls.transformer_control import TransformerCopy, count_of, spread, used_of, with_weights_of
 from controlkit.errors import UserError, nearest
 
 BASE_BLOCKS = "base_blocks"
@@ -88,7 +88,7 @@ class Start(Options):
 
 
 @control
-class ControlNetFlux(TransformerControl):
+class ControlNetFlux(TransformerCopy):
     """A trainable copy of the first blocks of the base's transformer, joined to it by zero-initialised linear layers.
 
     A union has an embedding of modes, of which a task selects one; its token stands before those of the prompt.

@@ -30,7 +30,7 @@ from controlkit.controls.hints import Hint
 from controlkit.controls.inputs import Input
 from controlkit.controls.masked_image import INPAINTING, latents_of
 from controlkit.controls.registry import control
-from controlkit.controls.transformer_control import TransformerControl, count_of
+from controlkit.controls.transformer_control import TransformerCopy, count_of
 from controlkit.errors import UserError
 
 _HEAD_WIDTH = 128
@@ -118,7 +118,7 @@ class Network(ModelMixin, ConfigMixin):
 
 
 @control
-class ControlNetQwenImageFun(TransformerControl):
+class ControlNetQwenImageFun(TransformerCopy):
     """Copies of blocks of the base's transformer, joined to it by zero-initialised linear layers.
 
     It runs inside the base's forward pass, whose tokens it reads.

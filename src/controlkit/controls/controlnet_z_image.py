@@ -42,7 +42,7 @@ from controlkit.controls.hints import Hint
 from controlkit.controls.inputs import Input
 from controlkit.controls.masked_image import INPAINTING, latents_of
 from controlkit.controls.registry import control
-from controlkit.controls.transformer_control import TransformerControl, count_of
+from controlkit.controls.transformer_control import TransformerCopy, count_of
 from controlkit.errors import UserError
 
 DESIGNS = {"1.0": None, "2.0": "control_layers", "2.1": "control_noise_refiner"}
@@ -108,7 +108,7 @@ def _read_unused(kind: type[Control], file: TensorFile, reference: Reference, de
 
 
 @control
-class ControlNetZImage(TransformerControl):
+class ControlNetZImage(TransformerCopy):
     """Copies of layers of the base's transformer, joined to it by zero-initialised linear layers.
 
     It runs inside the base's forward pass, whose tokens it reads once they are refined.
@@ -307,11 +307,11 @@ class ControlNetZImage(TransformerControl):
         """Which of `DESIGNS` it has."""
         return _design_named(self.network.add_control_noise_refiner)
 
-    def incompatibility(self, base: Base) -> str | None:
-        channels = self.network.config["control_in_dim"]
-        if isinstance(base.denoiser, self.transformer) and channels < base.denoiser.config.in_channels:
-            return f"its latent channels: {channels}, the base's: {base.denoiser.config.in_channels}"
-        return super().incompatibility(base)
+    def difference(self, transformer: Any) -> str | None:
+        channels, of_base = self.network.config["control_in_dim"], transformer.config.in_channels
+        if channels < of_base:
+            return f"its latent channels: {channels}, the base's: {of_base}"
+        return super().difference(transformer)
 
     def sizes_beside(self, transformer: Any) -> Mapping[str, tuple[Any, Any]]:
         own, of_base = self.network.config, transformer.config

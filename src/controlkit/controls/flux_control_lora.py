@@ -95,9 +95,8 @@ class Layer(nn.Module):
 
 def _detect_diffusers(file: TensorFile) -> str | None:
     embedder = file.tensors.get(f"{_PREFIX}{EMBEDDER}.lora_A.weight")
-    is_one = (
-        embedder is not None and embedder.ndim == 2 and embedder.shape[1] == 2 * _CHANNELS
-    )  # of latent and condition
+    # It reads the latent and the condition.
+    is_one = embedder is not None and embedder.ndim == 2 and embedder.shape[1] == 2 * _CHANNELS
     return "a control LoRA of FLUX.1" if is_one and "control.kind" not in file.metadata else None
 
 
@@ -292,10 +291,8 @@ class FluxControlLora(TransformerControl):
     def replacements(self) -> Mapping[str, nn.Module]:
         return {path: self.network.norms[_named(path)] for path in self.norms}
 
-    def incompatibility(self, base: Base) -> str | None:
-        if not isinstance(base.denoiser, self.transformer):
-            return super().incompatibility(base)
-        modules = dict(base.denoiser.named_modules())
+    def difference(self, transformer: Any) -> str | None:
+        modules = dict(transformer.named_modules())
         for path, (read, _, made, _) in self.layers.items():
             module = modules.get(path)
             if not isinstance(module, nn.Linear):
@@ -306,12 +303,7 @@ class FluxControlLora(TransformerControl):
             return f"it has a norm {missing[0]}, which the base lacks"
         return None
 
-    def sizes_beside(self, transformer: Any) -> Mapping[str, tuple[Any, Any]]:
-        return {}
-
     # Training
-
-    copied_network = Control.copied_network
 
     @classmethod
     def options_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:

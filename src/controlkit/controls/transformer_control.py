@@ -46,14 +46,11 @@ class TransformerControl(Control):
     def incompatibility(self, base: Base) -> str | None:
         if not isinstance(base.denoiser, self.transformer):
             return f"it needs the transformer of {self.family_title}; the base has a {type(base.denoiser).__name__}"
-        for what, (mine, theirs) in self.sizes_beside(base.denoiser).items():
-            if mine != theirs:
-                return f"its {what}: {mine}, the base's: {theirs}"
-        return None
+        return self.difference(base.denoiser)
 
     @abstractmethod
-    def sizes_beside(self, transformer: Any) -> Mapping[str, tuple[Any, Any]]:
-        """Sizes that must be equal, in words -> that of the control and that of the base's transformer."""
+    def difference(self, transformer: Any) -> str | None:
+        """As `incompatibility`, for a base with the right kind of transformer."""
 
     def file_state(self) -> dict[str, Tensor]:
         return dict(self.network.state_dict())
@@ -67,12 +64,26 @@ class TransformerControl(Control):
     def trainable_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())
 
+    def parameter_counts(self) -> dict[str, int]:
+        return {"parameters": sum(parameter.numel() for parameter in self.parameters())}
+
+
+class TransformerCopy(TransformerControl):
+    """One whose network has copies of blocks of the base's transformer."""
+
+    def difference(self, transformer: Any) -> str | None:
+        for what, (mine, theirs) in self.sizes_beside(transformer).items():
+            if mine != theirs:
+                return f"its {what}: {mine}, the base's: {theirs}"
+        return None
+
+    @abstractmethod
+    def sizes_beside(self, transformer: Any) -> Mapping[str, tuple[Any, Any]]:
+        """Sizes that must be equal, in words -> that of the control and that of the base's transformer."""
+
     def copied_network(self) -> nn.Module | None:
         network: nn.Module = self.network
         return network
-
-    def parameter_counts(self) -> dict[str, int]:
-        return {"parameters": sum(parameter.numel() for parameter in self.parameters())}
 
 
 def with_weights_of(network: nn.Module, transformer: nn.Module, base: Base) -> nn.Module:

@@ -25,7 +25,7 @@ from controlkit.controls.file_format import Checkpoint
 from controlkit.controls.hints import Hint
 from controlkit.controls.inputs import check_range
 from controlkit.controls.registry import control
-from controlkit.controls.transformer_control import TransformerControl, with_weights_of
+from controlkit.controls.transformer_control import TransformerCopy, with_weights_of
 from controlkit.errors import UserError
 
 BASE_LAYERS = "base_layers"
@@ -69,7 +69,7 @@ class Start(Options):
 
 
 @control
-class ControlNetSD3(TransformerControl, OneImage):
+class ControlNetSD3(TransformerCopy, OneImage):
     """A trainable copy of the first blocks of the base's transformer, joined to it by zero-initialised linear layers.
 
     Args:
@@ -218,10 +218,10 @@ class ControlNetSD3(TransformerControl, OneImage):
     def hint_settings(self) -> Hashable:
         return (self.pixels, bool(self.network.config[ZEROS]))
 
-    def incompatibility(self, base: Base) -> str | None:
-        if isinstance(base.denoiser, self.transformer) and self.network.config["extra_conditioning_channels"]:
+    def difference(self, transformer: Any) -> str | None:
+        if self.network.config["extra_conditioning_channels"]:
             return "it reads an inpainting mask beside its condition image, which is not supported"
-        return super().incompatibility(base)
+        return super().difference(transformer)
 
     def sizes_beside(self, transformer: Any) -> Mapping[str, tuple[Any, Any]]:
         own, of_base = self.network.config, transformer.config
