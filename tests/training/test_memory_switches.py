@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 
@@ -12,8 +13,10 @@ from PIL import Image
 from toy_training import Toy, toy_recipe
 
 import tiny
+from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
+from controlkit.controls.registry import find
 from controlkit.data.pairs import write_pairs
 from controlkit.formats.load import load_control, save_control
 from controlkit.formats.metadata import read_metadata
@@ -137,6 +140,52 @@ def test_bf16_stores_what_is_frozen_in_bf16_and_trains_in_float32(system, settin
     assert rounded == pytest.approx(loss, rel=0.03)
     whole, other = (torch.cat([g[name].flatten() for name in gradient]) for g in (gradient, near))
     assert torch.cosine_similarity(whole, other, dim=0) > 0.98
+
+
+def test_the_denoiser_comes_to_the_device_once_it_is_bf16_and_what_is_cached_has_left(
+    settings, base_control, monkeypatch
+):
+    events = []
+    load, move = Base.to, CPUOffload._move
+
+    def loaded(base, *args, denoiser_aside=False, **options):
+        events.append(f"loaded, the denoiser aside: {denoiser_aside}")
+        return load(base, *args, denoiser_aside=denoiser_aside, **options)
+
+    def moved(offload, device):
+        events.append("encoders moved away")
+        move(offload, device)
+
+    monkeypatch.setattr(Base, "to", loaded)
+    monkeypatch.setattr(CPUOffload, "_move", moved)
+    monkeypatch.setattr(Base, "place_denoiser", lambda base: events.append(f"placed as {base.dtype}"))
+    ControlObjective(adapter_recipe(settings, base_control, precision="bf16"), CPU)
+    assert events == ["loaded, the denoiser aside: True", "encoders moved away", "placed as torch.bfloat16"]
+
+
+ALONE = {
+    name: kind
+    for name, kind in {**tiny.unet_systems(), **{name: find(name) for name in tiny.OF_TRANSFORMERS}}.items()
+    # The pre-computed ControlNet reads the empty prompt, which meta tensors do not have.
+    if kind.companion is None and name != "controlnet-precomputed"
+}
+
+
+@pytest.mark.parametrize("system", ALONE)
+def test_a_new_control_is_on_the_device_of_a_base_whose_denoiser_is_aside(system):
+    known = tiny.OF_TRANSFORMERS.get(system)
+    base = load_base("nano") if known is None else tiny.tiny_of_known(known)
+    base.to("meta", denoiser_aside=True)
+    assert base.denoiser.device == CPU
+    control = ALONE[system].for_base(base)
+    assert {tensor.device.type for tensor in (*control.parameters(), *control.buffers())} == {"meta"}
+
+
+def test_a_placed_denoiser_is_on_the_device_of_the_other_networks(tiny_base):
+    base = copy.deepcopy(tiny_base).to("meta", denoiser_aside=True)
+    assert base.device.type == base.vae.device.type == "meta"
+    base.place_denoiser()
+    assert base.device.type == base.denoiser.device.type == "meta"
 
 
 def test_an_adapter_trained_over_bf16_fits_the_base_control_it_came_from(settings, base_control):

@@ -126,6 +126,7 @@ class Base(ABC):
         """What stands in place of its own autoencoder, as passed to `load_base`."""
         self.text_device: torch.device | None = None
         """Device of the text encoders, if not that of the other networks."""
+        self._device: torch.device | None = None
         expected = {component.name: component for component in self.components if not component.is_scheduler}
         unknown = [key for key in components if key not in expected]
         missing = [key for key, component in expected.items() if key not in components and not component.optional]
@@ -246,8 +247,8 @@ class Base(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Device of the denoiser."""
-        return self.denoiser.device
+        """Device of images, texts and latents, and of the denoiser (unless `to` has left it aside)."""
+        return self._device or self.denoiser.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -259,6 +260,7 @@ class Base(ABC):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         text_device: torch.device | str | None = None,
+        denoiser_aside: bool = False,
     ) -> Base:
         """Move all networks; returns itself.
 
@@ -266,7 +268,11 @@ class Base(ABC):
 
         Args:
             text_device: device of the text encoders from now on, whatever `device` is: large ones can stay on the CPU.
+            denoiser_aside: leave the denoiser where it is until `place_denoiser`; the base only encodes and decodes
+                until then.
         """
+        if device is not None:
+            self._device = torch.device(device) if denoiser_aside else None
         if dtype == torch.bfloat16 and self.dtype != dtype and self.original is None:
             _ = self.fingerprint, self.content, self.former_content  # cached_property: computed before the cast
         if text_device is not None:
@@ -274,12 +280,17 @@ class Base(ABC):
         for network in self.networks:
             is_text = any(network is encoder for encoder in self.text_encoders)
             place = self.text_device if is_text and self.text_device is not None else device
-            if place is not None:
+            if place is not None and not (denoiser_aside and network is self.denoiser):
                 network.to(place)
             if dtype is not None:
                 upcasts = network is self.vae and self.keeps_float32(self.vae, dtype)
                 _cast(network, torch.float32 if upcasts else dtype)
         return self
+
+    def place_denoiser(self) -> None:
+        """Move the denoiser that `to` has left aside to the base's device."""
+        self.denoiser.to(self.device)
+        self._device = None
 
     def keeps_float32(self, vae: Any, dtype: torch.dtype) -> bool:
         """Whether an autoencoder stays float32 in a base of this dtype, as it would overflow."""

@@ -66,6 +66,7 @@ def load_base(
     text_device: str | torch.device | None = None,
     vae: str | None = None,
     random_weights: bool = False,
+    denoiser_aside: bool = False,
 ) -> Base:
     """Load a base, frozen: Stable Diffusion 1.x, 2.x, XL and 3, FLUX.1, Z-Image, Qwen-Image, and models of the same
     architectures.
@@ -81,6 +82,7 @@ def load_base(
         text_device: of the text encoders, such as `cpu` for large ones; default: `device`.
         vae: an autoencoder in place of the base's own, as in `bases.vae.load_vae`.
         random_weights: build a known model without its files, to measure speed and memory.
+        denoiser_aside: leave the denoiser on the CPU until `Base.place_denoiser`, to cast it first.
 
     Raises:
         UserError: it is missing, incomplete or another kind of model, or the device is not available.
@@ -114,7 +116,7 @@ def load_base(
             )
         if dtype == torch.bfloat16 and not random_weights:  # which changes the base's fingerprint
             base.original = lambda: load_base(name, vae=vae)
-        return base.to(device=device, text_device=text_device)
+        return base.to(device=device, text_device=text_device, denoiser_aside=denoiser_aside)
 
 
 @contextmanager

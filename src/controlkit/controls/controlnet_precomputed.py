@@ -104,11 +104,12 @@ class PrecomputedControlNet(OneImage):
             )
         channels = hint_channels_for(base, cls.title)
         network = copied_encoder(base.unet, conditioning_embedding_out_channels=channels)
-        network = nn.Module.to(network, base.device, base.dtype)
+        network = nn.Module.to(network, base.denoiser.device, base.dtype)
         text = meta_text(base) if base.device.type == "meta" else base.encode_text([""])
         network.load_state_dict(_biases_at_time_zero(network, base, text), strict=False)
         # Nothing else enters the stream that its output starts, which zero convolutions keep from the base.
         initialise_for_relu([network.controlnet_cond_embedding])
+        network = nn.Module.to(network, base.device)
         new = cls(network, condition, prompt_tokens=None if reads_text else text.tokens.shape[1])
         if new.empty_prompt is not None:
             new.empty_prompt = text.tokens.detach().clone()
@@ -195,8 +196,9 @@ def _resnets(network: nn.Module) -> list[ResnetBlock2D]:
 @torch.no_grad()
 def _biases_at_time_zero(network: nn.Module, base: Base, text: Text) -> dict[str, Tensor]:
     """The biases of a UNet's or a ControlNet's first convolutions with what `base` adds to them at time 0, by name."""
-    x_t = torch.zeros(1, base.latent_channels, 1, 1, device=base.device, dtype=base.dtype)
-    embedded = base.embed_time(x_t, torch.zeros(1, device=base.device), text)
+    device = base.denoiser.device
+    x_t = torch.zeros(1, base.latent_channels, 1, 1, device=device, dtype=base.dtype)
+    embedded = base.embed_time(x_t, torch.zeros(1, device=device), text.map(lambda tensor: tensor.to(device)))
     return {
         f"{path}.conv1.bias": resnet.conv1.bias + resnet.time_emb_proj(resnet.nonlinearity(embedded))[0]
         for path, resnet in network.named_modules()

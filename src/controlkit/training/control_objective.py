@@ -77,7 +77,8 @@ class ControlObjective(Objective):
                 "unsupported",
             )
         self.source: Source = recipe.source(recipe)
-        self.base = load_base(recipe.base, device=device)
+        # The denoiser, by far the largest network, is not needed before the steps: it is cast on its way to the device.
+        self.base = load_base(recipe.base, device=device, denoiser_aside=True)
         self.base.check_text_to_image("training")
         self.frozen, self.frozen_before = self.base.content, self.base.former_content
         self.control = self._build(kind)
@@ -95,6 +96,7 @@ class ControlObjective(Objective):
         if self.stores_bf16:
             store_frozen(self.base, self.control)
         self.offload = CPUOffload(self.base) if self.source.caches_encoders else None
+        self.base.place_denoiser()
         self.not_ahead = "" if self.source.prepares_ahead else f"the source {self.source.name} prepares no data ahead"
         self.graphs = Graphs(
             recipe.graphs, device, bf16=uses_bf16(recipe, device), unsuitable=_no_graph(recipe, self.control)

@@ -142,7 +142,7 @@ class BaseControlNet(OneImage):
             if name.startswith(_ZERO_CONVOLUTIONS):
                 state[name] = torch.zeros(value.shape, device=base.device, dtype=base.dtype)
             else:
-                state[name] = unet_state[name].clone()
+                state[name] = unet_state[name].to(base.device, copy=True)
         new.network.load_state_dict(state, strict=True, assign=True)
         new.condition = condition
         return new
