@@ -256,6 +256,7 @@ OF_TRANSFORMERS = {
     "controlnet-qwen-image": "qwen-image",
     "controlnet-sd3": "sd3-medium",
     "controlnet-flux": "flux1-dev",
+    "controlnet-flux2-fun": "flux2-dev",
     "controlnet-z-image": "z-image",
 }
 """Kind of a system for a transformer -> a known base that it is for."""
@@ -462,9 +463,128 @@ def build_tiny_qwen_image(seed: int = 0, **transformer):
     return base
 
 
+FLUX2_PARTS = {
+    "transformer": {
+        "in_channels": 16,
+        "num_layers": 4,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 48,
+        "timestep_guidance_channels": 16,
+        "axes_dims_rope": [4, 4, 4, 4],
+    },
+    "vae": {
+        "block_out_channels": [8, 8, 8, 16],
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "sample_size": 64,
+    },
+    "scheduler": {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True},
+}
+"""Parts of tiny models of FLUX.2, under the names of a diffusers folder."""
+FLUX2_DEV_PARTS = {
+    **FLUX2_PARTS,
+    "text_encoder": {
+        "text_config": {
+            "model_type": "mistral",
+            "vocab_size": 300,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 31,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "max_position_embeddings": 1024,
+            "sliding_window": None,
+        },
+        "vision_config": {
+            "model_type": "pixtral",
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "head_dim": 8,
+            "image_size": 28,
+        },
+    },
+}
+FLUX2_KLEIN_PARTS = {
+    **FLUX2_PARTS,
+    "transformer": {**FLUX2_PARTS["transformer"], "guidance_embeds": False},
+    "text_encoder": {**Z_IMAGE_PARTS["text_encoder"], "num_hidden_layers": 28},
+}
+
+
+def mistral_tokenizer():
+    """A tokenizer of Mistral's kind that reads bytes, with the form of its chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {letter: place for place, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytes_of_text = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    bytes_of_text.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_of_text.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_of_text,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        model_max_length=131072,
+        additional_special_tokens=["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "[IMG]"],
+    )
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}{% set text = message.content[0].text %}"
+        "{% if message.role == 'system' %}[SYSTEM_PROMPT]{{ text }}[/SYSTEM_PROMPT]"
+        "{% else %}[INST]{{ text }}[/INST]{% endif %}{% endfor %}"
+    )
+    return tokenizer
+
+
+def build_tiny_flux2(seed: int = 0, **transformer):
+    """A FLUX.2 dev with a transformer of four double and two single blocks, 64 x 64 images, random weights.
+
+    Args:
+        transformer: other settings of the transformer.
+    """
+    from controlkit.bases.flux2 import Flux2
+
+    return _build_flux2(Flux2, FLUX2_DEV_PARTS, mistral_tokenizer(), seed, transformer)
+
+
+def build_tiny_flux2_klein(seed: int = 0, *, is_distilled: bool = False, **transformer):
+    """A FLUX.2 klein of the same size."""
+    from controlkit.bases.flux2 import Flux2Klein
+
+    settings = {"is_distilled": is_distilled}
+    return _build_flux2(Flux2Klein, FLUX2_KLEIN_PARTS, qwen_tokenizer(), seed, transformer, **settings)
+
+
+def _build_flux2(kind, parts, tokenizer, seed, transformer, **settings):
+    torch.manual_seed(seed)
+    configurations = {**parts, "transformer": {**parts["transformer"], **transformer}}
+    networks = {one.name: one.build(configurations[one.name]) for one in kind.components if one.is_network}
+    with torch.no_grad():
+        # Else prompts have almost no effect on images.
+        networks["transformer"].context_embedder.weight.mul_(4)
+        for block in networks["transformer"].transformer_blocks:
+            block.attn.to_out[0].weight.mul_(10)
+        networks["vae"].bn.running_mean.normal_(0, 0.3)
+        networks["vae"].bn.running_var.uniform_(0.3, 2)
+    return kind(name="tiny-flux2", scheduler_config=parts["scheduler"], tokenizer=tokenizer, **networks, **settings)
+
+
 def tiny_of_known(name: str):
     """The tiny base of the family of a known one."""
-    builds = {"flux": build_tiny_flux, "z-image": build_tiny_z_image, "qwen-image": build_tiny_qwen_image}
+    builds = {
+        "flux1": build_tiny_flux,
+        "flux2-dev": build_tiny_flux2,
+        "flux2-klein": build_tiny_flux2_klein,
+        "z-image": build_tiny_z_image,
+        "qwen-image": build_tiny_qwen_image,
+    }
     return next((build for start, build in builds.items() if name.startswith(start)), build_tiny_sd3)()
 
 

@@ -253,3 +253,54 @@ def original_flux(transformer) -> dict:
         for mine, theirs in (("attn.norm_q", "query_norm"), ("attn.norm_k", "key_norm")):
             made[f"{original}.norm.{theirs}.scale"] = state[f"{own}.{mine}.weight"]
     return made
+
+
+def original_flux2(transformer):
+    """The tensors of a transformer under the names of Black Forest Labs' files."""
+    tensors, made = dict(transformer.state_dict()), {}
+    whole = {
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+        "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+        "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+        "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+        "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+        "single_stream_modulation.lin": "single_stream_modulation.linear",
+        "final_layer.linear": "proj_out",
+    }
+    for original, name in whole.items():
+        if f"{name}.weight" in tensors:
+            made[f"{original}.weight"] = tensors[f"{name}.weight"]
+    shift, scale = tensors["norm_out.linear.weight"].chunk(2)
+    made["final_layer.adaLN_modulation.1.weight"] = torch.cat([scale, shift])
+    for place in range(len(transformer.transformer_blocks)):
+        own, block = f"transformer_blocks.{place}", f"double_blocks.{place}"
+        for stream, names in (("img", ("to_q", "to_k", "to_v")), ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"))):
+            made[f"{block}.{stream}_attn.qkv.weight"] = torch.cat(
+                [tensors[f"{own}.attn.{name}.weight"] for name in names]
+            )
+        others = {
+            "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
+            "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
+            "img_attn.proj.weight": "attn.to_out.0.weight",
+            "img_mlp.0.weight": "ff.linear_in.weight",
+            "img_mlp.2.weight": "ff.linear_out.weight",
+            "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
+            "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
+            "txt_attn.proj.weight": "attn.to_add_out.weight",
+            "txt_mlp.0.weight": "ff_context.linear_in.weight",
+            "txt_mlp.2.weight": "ff_context.linear_out.weight",
+        }
+        made |= {f"{block}.{original}": tensors[f"{own}.{name}"] for original, name in others.items()}
+    for place in range(len(transformer.single_transformer_blocks)):
+        others = {
+            "linear1.weight": "attn.to_qkv_mlp_proj.weight",
+            "linear2.weight": "attn.to_out.weight",
+            "norm.query_norm.scale": "attn.norm_q.weight",
+            "norm.key_norm.scale": "attn.norm_k.weight",
+        }
+        own = f"single_transformer_blocks.{place}"
+        made |= {f"single_blocks.{place}.{original}": tensors[f"{own}.{name}"] for original, name in others.items()}
+    return {name: value.clone().contiguous() for name, value in made.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from original_names import original_z_image
+from original_names import original_flux2, original_z_image
 from safetensors.torch import save_file
 
 import tiny
@@ -21,7 +21,14 @@ OF_UNETS = list(tiny.unet_systems().values())
 
 @pytest.fixture(
     scope="module",
-    params=[tiny.build_tiny_sd3, tiny.build_tiny_flux, tiny.build_tiny_z_image, tiny.build_tiny_qwen_image],
+    params=[
+        tiny.build_tiny_sd3,
+        tiny.build_tiny_flux,
+        tiny.build_tiny_z_image,
+        tiny.build_tiny_qwen_image,
+        tiny.build_tiny_flux2,
+        tiny.build_tiny_flux2_klein,
+    ],
 )
 def base(request):
     return request.param()
@@ -56,6 +63,8 @@ def test_other_readings_of_prompts_are_refused(base, options, said):
     [
         (tiny.build_tiny_z_image, original_z_image),
         (tiny.build_tiny_qwen_image, lambda transformer: transformer.state_dict()),
+        (tiny.build_tiny_flux2, original_flux2),
+        (tiny.build_tiny_flux2_klein, original_flux2),
     ],
 )
 @pytest.mark.parametrize(("scale", "mark"), [("scale_weight", "scaled_fp8"), ("weight_scale", None)])
@@ -83,7 +92,7 @@ def test_a_file_of_scaled_float8_is_multiplied_by_its_scales(build, original, sc
 def test_tokens_of_a_control_do_not_depend_on_prompts_beside_it(base):
     torch.manual_seed(3)
     short, long = "red apple", "red apple on a blue table, " * 4
-    x_t, t, more = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), None
+    x_t, t, more = torch.randn(1, base.latent_channels, 8, 8), torch.tensor([500.0]), None
     made = []
     for prompts in ([short], [short, long]):
         (text,) = base.fitted(base.encode_text(prompts))

@@ -22,7 +22,16 @@ from controlkit.sampling.generate import generate
 from controlkit.sampling.request import GenerateRequest
 from controlkit.sampling.sampler import sample
 from refusals import refused
-from tiny import build_tiny_flux, build_tiny_qwen_image, build_tiny_sd3, build_tiny_z_image, parts_of, saved_pipeline
+from tiny import (
+    build_tiny_flux,
+    build_tiny_flux2,
+    build_tiny_flux2_klein,
+    build_tiny_qwen_image,
+    build_tiny_sd3,
+    build_tiny_z_image,
+    parts_of,
+    saved_pipeline,
+)
 
 
 def changed(path, **settings):
@@ -111,6 +120,8 @@ def test_a_missing_tokenizer_is_not_looked_up_elsewhere(base_folder, monkeypatch
         (build_tiny_flux, 512),
         (build_tiny_z_image, 512),
         (build_tiny_qwen_image, 512),
+        (build_tiny_flux2, 512),
+        (build_tiny_flux2_klein, 512),
     ],
 )
 def test_how_much_of_a_prompt_is_read_needs_no_weights(build, tokens, tmp_path):

@@ -26,6 +26,7 @@ from refusals import refused
 from tiny import (
     OF_TRANSFORMERS,
     build_tiny_flux,
+    build_tiny_flux2,
     build_tiny_qwen_image,
     build_tiny_sd3,
     build_tiny_sdxl,
@@ -136,7 +137,15 @@ def test_a_control_of_a_transformer(system, condition_image):
 
 
 @pytest.mark.parametrize(
-    "build", [build_tiny_sdxl, build_tiny_sd3, build_tiny_flux, build_tiny_z_image, build_tiny_qwen_image]
+    "build",
+    [
+        build_tiny_sdxl,
+        build_tiny_sd3,
+        build_tiny_flux,
+        build_tiny_flux2,
+        build_tiny_z_image,
+        build_tiny_qwen_image,
+    ],
 )
 def test_other_families(build):
     assert assert_equal(build(), graphs_on_cpu(), width=64, height=64).graph == 4

@@ -24,6 +24,7 @@ from controlkit.sampling.start_image import StartImage
 from tiny import (
     OF_TRANSFORMERS,
     build_tiny_flux,
+    build_tiny_flux2,
     build_tiny_qwen_image,
     build_tiny_sd3,
     build_tiny_z_image,
@@ -62,7 +63,9 @@ def test_no_step_reads_the_device(sampler, on_meta):
     assert reads_of_loop(base, sampler=sampler) == []
 
 
-@pytest.mark.parametrize("build", [build_tiny_sd3, build_tiny_flux, build_tiny_z_image, build_tiny_qwen_image])
+@pytest.mark.parametrize(
+    "build", [build_tiny_sd3, build_tiny_flux, build_tiny_z_image, build_tiny_qwen_image, build_tiny_flux2]
+)
 @pytest.mark.parametrize("sampler", FLOW_SOLVERS)
 def test_no_step_of_a_rectified_flow_reads_the_device(sampler, build):
     assert reads_of_loop(build().to("meta"), sampler=sampler) == []

@@ -29,7 +29,15 @@ from controlkit.sampling.sampler import sample_prompts
 from controlkit.sampling.saved_settings import read_settings
 from controlkit.sampling.uses import ControlUse, LoraUse
 from refusals import refused
-from tiny import build_tiny_flux, build_tiny_qwen_image, build_tiny_sd3, build_tiny_sdxl, build_tiny_z_image
+from tiny import (
+    build_tiny_flux,
+    build_tiny_flux2,
+    build_tiny_flux2_klein,
+    build_tiny_qwen_image,
+    build_tiny_sd3,
+    build_tiny_sdxl,
+    build_tiny_z_image,
+)
 
 RANK = 3
 UNET = "down_blocks.1.attentions.0.transformer_blocks.0"
@@ -273,6 +281,8 @@ def test_layers_in_a_decoder_that_a_control_replaces_are_noted(tiny_base, tiny_c
         (build_tiny_flux, "transformer_blocks.1.attn.to_q"),
         (build_tiny_z_image, "layers.1.attention.to_q"),
         (build_tiny_qwen_image, "transformer_blocks.1.attn.to_q"),
+        (build_tiny_flux2, "transformer_blocks.1.attn.to_q"),
+        (build_tiny_flux2_klein, "transformer_blocks.1.attn.to_add_out"),
     ],
 )
 def test_a_lora_of_a_transformer_is_merged(build, place, tmp_path):
@@ -370,6 +380,35 @@ def test_loras_of_qwen_image_under_names_of_other_tools(names, place, tmp_path):
     named = names.replace("{}", place).replace("{_}", place.replace(".", "_")).split()
     save_file({f"{name}.weight": half for name, half in zip(named, halves, strict=True)}, tmp_path / "lora.safetensors")
     before = layer.weight.clone()
+    lora = read_lora(LoraUse(file=str(tmp_path / "lora.safetensors")), base)
+    with merged(base, [(lora, 1.0)], ["lora"]):
+        added = base.transformer.get_submodule(place).weight - before
+    assert torch.allclose(added, halves[1] @ halves[0], atol=1e-5) and not lora.notes
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "diffusion_model.{}.lora_A diffusion_model.{}.lora_B",  # ai-toolkit's, and ComfyUI's
+        "base_model.model.{}.lora_A base_model.model.{}.lora_B",
+        "lora_unet_{_}.lora_down lora_unet_{_}.lora_up",  # kohya's
+    ],
+)
+@pytest.mark.parametrize(
+    "layer", ["double_blocks.1.img_attn.proj", "double_blocks.1.txt_mlp.0", "single_blocks.1.linear1"]
+)
+def test_loras_of_flux2_under_names_of_other_tools(names, layer, tmp_path):
+    base = build_tiny_flux2()
+    place = {
+        "double_blocks.1.img_attn.proj": "transformer_blocks.1.attn.to_out.0",
+        "double_blocks.1.txt_mlp.0": "transformer_blocks.1.ff_context.linear_in",
+        "single_blocks.1.linear1": "single_transformer_blocks.1.attn.to_qkv_mlp_proj",
+    }[layer]
+    weight = base.transformer.get_submodule(place).weight
+    halves = [torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)]
+    named = names.replace("{}", layer).replace("{_}", layer.replace(".", "_")).split()
+    save_file({f"{name}.weight": half for name, half in zip(named, halves, strict=True)}, tmp_path / "lora.safetensors")
+    before = weight.clone()
     lora = read_lora(LoraUse(file=str(tmp_path / "lora.safetensors")), base)
     with merged(base, [(lora, 1.0)], ["lora"]):
         added = base.transformer.get_submodule(place).weight - before

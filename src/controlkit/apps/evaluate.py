@@ -63,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance",
         type=float,
-        help="guidance scale (default: nano 3, SD1 and SD2 7.5, SDXL 5, SD3 7, FLUX.1 dev 3.5, Z-Image 5, Qwen-Image"
-        " 4)",
+        help="guidance scale (default: nano 3, SD1 and SD2 7.5, SDXL 5, SD3 7, FLUX.1 dev 3.5, Z-Image 5, FLUX.2"
+        " and Qwen-Image 4)",
     )
     parser.add_argument("--sampler", help="as of generate (default: ddim; euler for bases with a transformer)")
     parser.add_argument("--weight", type=float, help="conditioning scale of the controls (default: 1)")

@@ -46,6 +46,8 @@ class Latents:
     shift: float | tuple[float, ...] = 0.0
     patch: int = 1
     """Patch size: latent positions per token, along each side."""
+    group: int = 1
+    """Positions of the autoencoder in one of latents, along each side; its channels are theirs, one after another."""
 
     def scaled(self, z: Tensor) -> Tensor:
         """Output of the autoencoder `[B, C, h, w]` => scaled latents."""
@@ -468,6 +470,10 @@ class Base(ABC):
         """Output of the autoencoder => scaled latents."""
         return self.latents.scaled(z)
 
+    def unscaled(self, z: Tensor) -> Tensor:
+        """The inverse of `scaled`."""
+        return self.latents.unscaled(z)
+
     def _moments(self, x: Tensor) -> Tensor:
         """Images => mean and logarithm of the variance of the autoencoder's posterior, `[B, 2 * C, h, w]`."""
         moments: Tensor = self.vae.encode(x).latent_dist.parameters
@@ -505,7 +511,7 @@ class Base(ABC):
 
         An autoencoder in float16 that overflows is cast to float32 for good.
         """
-        z = self.latents.unscaled(z.to(self.vae.dtype))
+        z = self.unscaled(z.to(self.vae.dtype))
         parts = z.split(_vae_batch(z.shape[2] * z.shape[3] * self.factor**2))
         images = torch.cat([self._finite(self._pixels, part) for part in parts])
         return images.clamp(-1, 1)

@@ -9,6 +9,7 @@ from typing import Any
 from controlkit.bases.base import Base
 from controlkit.bases.component import Configurations
 from controlkit.bases.flux import Flux
+from controlkit.bases.flux2 import Flux2, Flux2Klein
 from controlkit.bases.qwen_image import QwenImage
 from controlkit.bases.sd3 import StableDiffusion3
 from controlkit.bases.sdxl import StableDiffusionXL
@@ -17,7 +18,16 @@ from controlkit.bases.z_image import ZImage
 from controlkit.errors import UserError
 from controlkit.files import read_json
 
-FAMILIES: tuple[type[Base], ...] = (QwenImage, ZImage, Flux, StableDiffusion3, StableDiffusionXL, StableDiffusion)
+FAMILIES: tuple[type[Base], ...] = (
+    QwenImage,
+    ZImage,
+    Flux2Klein,
+    Flux2,
+    Flux,
+    StableDiffusion3,
+    StableDiffusionXL,
+    StableDiffusion,
+)
 """In the order in which they are tried on a folder or a file."""
 
 KNOWN_BASES: Mapping[str, tuple[type[Base], Configurations]] = {

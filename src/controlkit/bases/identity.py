@@ -17,7 +17,10 @@ def network_key(network: nn.Module) -> str:
     """Hash of the weights and the configuration of a diffusers or transformers network."""
     config: Any = network.config
     settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    weights = (parameter.detach().cpu().float().contiguous().numpy().tobytes() for parameter in network.parameters())
+    # Batch norms normalise by buffers. Others, such as positions, follow from the configuration.
+    statistics = (buffer for name, buffer in network.named_buffers() if name.endswith(("running_mean", "running_var")))
+    tensors = chain(network.parameters(), statistics)
+    weights = (tensor.detach().cpu().float().contiguous().numpy().tobytes() for tensor in tensors)
     return sha256_of_all(chain([canonical_config(settings)], weights))
 
 

@@ -1,4 +1,4 @@
-"""Bases that read prompts by a language model, in a chat template: what Z-Image and Qwen-Image share."""
+"""Bases that read prompts by a language model, in a chat template: what FLUX.2, Z-Image and Qwen-Image share."""
 
 from __future__ import annotations
 
@@ -22,16 +22,13 @@ PROMPT_TOKENS = 512
 
 
 class LanguageModelBase(TransformerBase):
-    """A base whose text encoder is a causal language model.
-
-    All prompts have one length and a mask, `Text["mask"]` `bool [B, PROMPT_TOKENS]`: which tokens are of the prompt.
-    `fitted` leaves out what no prompt of a run needs.
-    """
+    """A base whose text encoder is a causal language model."""
 
     left_out: ClassVar[int] = 0
     """First tokens of the chat, whose states the network does not read."""
     tokenizer_title: ClassVar[str]
     """Its tokenizer in text."""
+    padding_side: ClassVar[str] = "right"
 
     @abstractmethod
     def chat(self, prompt: str) -> str:
@@ -45,6 +42,61 @@ class LanguageModelBase(TransformerBase):
     @abstractmethod
     def text_width(self) -> int:
         """Channels of those states."""
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        length = self.left_out + PROMPT_TOKENS
+        known = prompts.ids_of(self.tokenizer, length) if isinstance(prompts, TokenizedPrompts) else None
+        if known is not None:
+            return (known,)
+        made = self.tokenizer(
+            [self.chat(valid_text(prompt, "the prompt")) for prompt in prompts],
+            padding="max_length",
+            padding_side=self.padding_side,
+            max_length=length,
+            truncation=True,
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        return (made.input_ids,)
+
+    def is_of_prompt(self, ids: Tensor) -> Tensor:
+        """Which tokens `bool [B, L]` are not padding, which begins or ends every row."""
+        own = ids != self.tokenizer.pad_token_id
+        if self.padding_side == "left":
+            return own.cummax(1).values
+        return own.flip(1).cummax(1).values.flip(1)
+
+    def zero_text(self) -> Text:
+        return Text(torch.zeros(1, PROMPT_TOKENS, self.text_width))
+
+    @property
+    def prompt_tokens(self) -> int:
+        return PROMPT_TOKENS
+
+    def cut_from(self, prompt: str) -> str:
+        before = self.chat("\0").partition("\0")[0]
+        room = self.left_out + PROMPT_TOKENS - len(self.tokenizer(before, add_special_tokens=False).input_ids)
+        ids = self.tokenizer(valid_text(prompt, "the prompt"), add_special_tokens=False, verbose=False).input_ids
+        return self.tokenizer.decode(ids[room:]).strip()
+
+    @classmethod
+    def tokenizer_for(cls, component: Component, configurations: Configurations) -> Any:
+        """None ships.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"controlkit does not ship {cls.tokenizer_title}; pass the base as a diffusers folder", "missing-file"
+        )
+
+
+class MaskedPromptBase(LanguageModelBase):
+    """One whose network reads no padding of prompts, or its own.
+
+    All prompts have one length and a mask, `Text["mask"]` `bool [B, PROMPT_TOKENS]`: which tokens are of the prompt.
+    `fitted` leaves out what no prompt of a run needs.
+    """
 
     def padded_length(self, mask: Tensor) -> Tensor:
         """Number of tokens of prompts `bool [B, L]` with the padding that the network reads, `[B]`."""
@@ -64,7 +116,7 @@ class LanguageModelBase(TransformerBase):
         """
         self.check_plain(options)
         (ids,) = self.tokenize(prompts)
-        mask = self._is_of_prompt(ids)
+        mask = self.is_of_prompt(ids)
         longest = int(mask.sum(1).max())
         device = self.text_encoder.device
         states = self.states(ids[:, :longest].to(device), mask[:, :longest].to(device))
@@ -85,50 +137,9 @@ class LanguageModelBase(TransformerBase):
             made.append(Text(text.tokens[:, :longest], mask=text["mask"][:, :longest], **even))
         return made
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        length = self.left_out + PROMPT_TOKENS
-        known = prompts.ids_of(self.tokenizer, length) if isinstance(prompts, TokenizedPrompts) else None
-        if known is not None:
-            return (known,)
-        made = self.tokenizer(
-            [self.chat(valid_text(prompt, "the prompt")) for prompt in prompts],
-            padding="max_length",
-            padding_side="right",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return (made.input_ids,)
-
-    def _is_of_prompt(self, ids: Tensor) -> Tensor:
-        """Which tokens `bool [B, L]` are not padding, which ends every row."""
-        own = ids != self.tokenizer.pad_token_id
-        return own.flip(1).cummax(1).values.flip(1)
-
     def zero_text(self) -> Text:
         mask = torch.ones(1, PROMPT_TOKENS, dtype=torch.bool)
-        return Text(torch.zeros(1, PROMPT_TOKENS, self.text_width), mask=mask)
-
-    @property
-    def prompt_tokens(self) -> int:
-        return PROMPT_TOKENS
-
-    def cut_from(self, prompt: str) -> str:
-        before = self.chat("\0").partition("\0")[0]
-        room = self.left_out + PROMPT_TOKENS - len(self.tokenizer(before).input_ids)
-        ids = self.tokenizer(valid_text(prompt, "the prompt"), verbose=False).input_ids
-        return self.tokenizer.decode(ids[room:]).strip()
-
-    @classmethod
-    def tokenizer_for(cls, component: Component, configurations: Configurations) -> Any:
-        """None ships.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            f"controlkit does not ship {cls.tokenizer_title}; pass the base as a diffusers folder", "missing-file"
-        )
+        return Text(super().zero_text().tokens, mask=mask)
 
 
 def arranged(tokens: Tensor, mask: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:

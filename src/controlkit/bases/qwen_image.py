@@ -21,7 +21,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from controlkit.bases.base import Latents
 from controlkit.bases.component import Component, Configurations
 from controlkit.bases.flux import pack, unpack
-from controlkit.bases.language_model import LanguageModelBase, arranged
+from controlkit.bases.language_model import MaskedPromptBase, arranged
 from controlkit.bases.latent_rgb import WAN_LATENT_RGB, LatentRGB
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.schedules import EvenlySpacedFlow, RectifiedFlow
@@ -100,7 +100,7 @@ _MARKS = {
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 
 
-class QwenImage(LanguageModelBase):
+class QwenImage(MaskedPromptBase):
     """A rectified flow in a transformer of double blocks, which reads latents in tokens of 2 x 2 positions."""
 
     components: ClassVar[tuple[Component, ...]] = (

@@ -73,6 +73,7 @@ def load_vae(name: str, own: Any, dtype: torch.dtype) -> Any:
         ) from error
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(f"--vae {name} lacks {len(missing)} of its weights, such as {missing[0]}", "damaged-file")
+    _check_statistics(name, vae, own)
     return vae
 
 
@@ -185,7 +186,15 @@ def _autoencoder_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_latents(name: str, config: Any, own: Any) -> None:
-    for key in ("latent_channels", "z_dim", "scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+    for key in (
+        "latent_channels",
+        "z_dim",
+        "scaling_factor",
+        "shift_factor",
+        "latents_mean",
+        "latents_std",
+        "patch_size",
+    ):
         expected, given = own.config.get(key), config.get(key)
         if given != expected:
             raise UserError(
@@ -198,6 +207,22 @@ def _check_latents(name: str, config: Any, own: Any) -> None:
         raise UserError(
             f"--vae {name} has {given} pixels per latent position, and that of the base {expected}", "incompatible"
         )
+
+
+def _check_statistics(name: str, vae: Any, own: Any) -> None:
+    """Check that latents that a batch norm normalises have the same statistics.
+
+    Raises:
+        UserError: they have not.
+    """
+    given = dict(vae.named_buffers())
+    for key, expected in own.named_buffers():
+        if key.endswith(("running_mean", "running_var")) and not torch.allclose(
+            given[key].float(), expected.float(), rtol=0.02, atol=1e-3
+        ):
+            raise UserError(
+                f"--vae {name} has another {key} than that of the base: its latents mean something else", "incompatible"
+            )
 
 
 def _factor(config: Any) -> int:

@@ -19,7 +19,7 @@ from transformers import Qwen3Model
 
 from controlkit.bases.component import VAE, Component, Configurations
 from controlkit.bases.flux import FLUX1_VAE
-from controlkit.bases.language_model import LanguageModelBase, arranged
+from controlkit.bases.language_model import MaskedPromptBase, arranged
 from controlkit.bases.latent_rgb import FLUX_LATENT_RGB, LatentRGB
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.schedules import EvenlySpacedFlow, RectifiedFlow
@@ -80,7 +80,7 @@ def _known(scheduler: dict[str, Any]) -> Configurations:
     }
 
 
-class ZImage(LanguageModelBase):
+class ZImage(MaskedPromptBase):
     """A rectified flow in a transformer whose layers read image tokens and prompt tokens in one sequence, after refiner
     layers for each.
 

@@ -26,11 +26,16 @@ from controlkit.controls.encoder_copy.network import checked_config, plain_confi
 from controlkit.controls.hints import Hint
 from controlkit.controls.inputs import Input, check_range
 from controlkit.controls.registry import control
-from controlkit.controls.transformer_control import TransformerCopy, count_of, spread, used_of, with_weights_of
+from controlkit.controls.transformer_control import (
+    BASE_BLOCKS,
+    TransformerCopy,
+    count_of,
+    spread,
+    used_of,
+    with_weights_of,
+)
 from controlkit.errors import UserError
 
-BASE_BLOCKS = "base_blocks"
-"""controlkit's own setting: blocks of the base, if they are not those of Qwen-Image."""
 QWEN_IMAGE_BLOCKS = 60
 """Blocks of Qwen-Image."""
 _HEAD_WIDTH, _ROPE = 128, (16, 56, 56)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pixel_unshuffle
 
 from controlkit.bases.base import Base
 from controlkit.controls.inputs import Input, check_range
@@ -21,7 +21,8 @@ INPAINTING = (
 
 def latents_of(given: Mapping[str, Tensor], base: Base) -> Tensor:
     """The latents of condition images, the mode of the posterior; with a masked image also where it is kept, and its
-    latent without the rest, `[B, C, h, w]` or `[B, 2 * C + 1, h, w]`.
+    latent without the rest, `[B, C, h, w]` or `[B, 2 * C + 1, h, w]`; a base that groups positions of its autoencoder
+    has one channel of the mask for each of a group.
 
     Args:
         given: images `[B, 3, H, W]` in [0, 1] by the names of inputs: `image`, and both or none of `INPAINTING`.
@@ -40,6 +41,8 @@ def latents_of(given: Mapping[str, Tensor], base: Base) -> Tensor:
         return latents
     kept = (given["mask"][:, :1] < 0.5).to(latents)
     masked = base.encode_image((given["original"] * 2 - 1).to(latents) * kept)
-    parts = (latents, interpolate(kept, latents.shape[-2:]), masked)
+    group = base.latents.group
+    mask = interpolate(kept, [side * group for side in latents.shape[-2:]])
+    parts = (latents, pixel_unshuffle(mask, group), masked)
     rows = max(map(len, parts))
     return torch.cat([part.expand(rows, -1, -1, -1) for part in parts], 1)

@@ -14,6 +14,9 @@ from controlkit.bases.base import Base
 from controlkit.controls.control import Control
 from controlkit.errors import UserError
 
+BASE_BLOCKS = "base_blocks"
+"""Entry of a control's config: number of the base's blocks, if not that of the released models."""
+
 
 class TransformerControl(Control):
     """A control of bases with one kind of transformer, whose network reads the latent of the condition image."""

@@ -35,6 +35,8 @@ _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _PART_OF_LAYER = re.compile(r"\.((lora_)?(down|up)\.weight|lora_[AB]\.weight|alpha)$")
 _TEXT_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _PEFT_PREFIX = "base_model.model."
+_OF_ORIGINAL = re.compile(r"diffusion_model\.|(double|single)_blocks\.\d+\.(?!processor\.)")
+"""Beginnings of names of layers as original networks call them."""
 _OTHER_KINDS = (
     ("hada_", "a LoHa (LyCORIS)"),
     ("lokr_", "a LoKr (LyCORIS)"),
@@ -296,7 +298,7 @@ def _of_transformer(tensors: Mapping[str, Tensor], base: Base | type[Base]) -> d
             layers.setdefault(layer, {})[name] = value
     for layer, parts in layers.items():
         # diffusers knows more layers by kohya's names than by ComfyUI's.
-        as_kohya = _as_kohya(layer, parts) if layer.startswith("diffusion_model.") else {}
+        as_kohya = _as_kohya(layer, parts) if _OF_ORIGINAL.match(layer) else {}
         renamed |= _mapped(loader, as_kohya) or _mapped(loader, parts) or parts
     return renamed
 
@@ -311,7 +313,7 @@ def _mapped(loader: Any, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _as_kohya(layer: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of one layer, which ComfyUI calls as the original network does, under kohya's names."""
+    """Tensors of one layer that is called as in the original network, as by ComfyUI, under kohya's names."""
     path = layer.removeprefix("diffusion_model.").replace(".", "_")
     ends = {
         name: name.removeprefix(layer).replace("lora_A", "lora_down").replace("lora_B", "lora_up") for name in parts

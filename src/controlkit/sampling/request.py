@@ -53,7 +53,7 @@ class GenerateRequest:
     clip_skip: int | None = None
     """Layer of the CLIP text encoders whose states are used, counted from the last, which is 1, as in A1111 (diffusers'
     `clip_skip` is one less for Stable Diffusion 1 and 2, two less for XL and 3). Default: the base's own: 1, or 2 for
-    Stable Diffusion XL and 3. Not for FLUX.1, Z-Image and Qwen-Image."""
+    Stable Diffusion XL and 3. Not for FLUX, Z-Image and Qwen-Image."""
     embeddings: tuple[str, ...] = ()
     """Files of textual inversions (.safetensors, .pt, .bin). The name of the file, without its suffix, is the word that
     stands for it in the prompts; `WORD=FILE` gives another."""
@@ -78,8 +78,9 @@ class GenerateRequest:
     """Denoising steps."""
     guidance: float | None = None
     """Classifier-free guidance scale; 1 switches it off (Ho and Salimans 2022, eq. 6 with w = scale - 1). Default: that
-    of the base, 3 for nano, 7.5 for Stable Diffusion 1 and 2, 5 for XL and Z-Image, 7 for 3, 4 for Qwen-Image. FLUX.1
-    dev reads it as an input of its network (default: 3.5), without branches."""
+    of the base, 3 for nano, 7.5 for Stable Diffusion 1 and 2, 5 for XL and Z-Image, 7 for 3, 4 for FLUX.2 and
+    Qwen-Image, 1 for distilled models. FLUX.1 dev (default: 3.5) and FLUX.2 dev read it as an input of their network,
+    without branches."""
     width: int | None = None
     """In pixels. Default: the size of the base."""
     height: int | None = None

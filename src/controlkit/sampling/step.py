@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle
 
 from controlkit.bases.base import Base
 from controlkit.bases.latent_rgb import latents_to_rgb
@@ -54,12 +55,12 @@ class Step:
         return replace(self, done=before + self.done, total=total)
 
     def preview(self) -> list[Image.Image]:
-        """Small previews, one per image and one pixel per latent position, by a matrix instead of the autoencoder.
+        """Small previews, one per image and one pixel per position of the autoencoder, by a matrix in its place.
 
         Raises:
             UserError: the base has no matrix for its latents.
         """
-        z = self.clean()
+        z = pixel_shuffle(self.clean(), self.base.latents.group)
         rows = self.base.latent_rgb
         if len(rows) not in (z.shape[1], z.shape[1] + 1):
             raise UserError(

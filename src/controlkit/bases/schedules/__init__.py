@@ -3,10 +3,19 @@
 `schedule.py` is the interface; each kind of schedule is one file.
 """
 
-from controlkit.bases.schedules.rectified_flow import EvenlySpacedFlow, RectifiedFlow
+from controlkit.bases.schedules.rectified_flow import EvenlySpacedFlow, Flux2Flow, RectifiedFlow
 from controlkit.bases.schedules.schedule import TIME_SAMPLINGS, Schedule
 from controlkit.bases.schedules.solvers import Solver
 from controlkit.bases.schedules.variance_preserving import VariancePreserving
 from controlkit.bases.solver_names import SOLVERS
 
-__all__ = ["SOLVERS", "TIME_SAMPLINGS", "EvenlySpacedFlow", "RectifiedFlow", "Schedule", "Solver", "VariancePreserving"]
+__all__ = [
+    "SOLVERS",
+    "TIME_SAMPLINGS",
+    "EvenlySpacedFlow",
+    "Flux2Flow",
+    "RectifiedFlow",
+    "Schedule",
+    "Solver",
+    "VariancePreserving",
+]

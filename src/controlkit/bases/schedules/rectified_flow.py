@@ -116,7 +116,31 @@ class RectifiedFlow(Schedule):
 
 class EvenlySpacedFlow(RectifiedFlow):
     """A rectified flow whose steps begin at noise levels 1, 1 - 1 / steps, ..., 1 / steps before the shift, as in
-    diffusers' pipelines of FLUX.1, Z-Image and Qwen-Image."""
+    diffusers' pipelines of FLUX, Z-Image and Qwen-Image."""
 
     def _sigmas(self, steps: int) -> list[float]:
         return [(steps - step) / steps for step in range(steps)]
+
+
+class Flux2Flow(EvenlySpacedFlow):
+    """That of FLUX.2: with dynamic shifting, the shift exp(mu) depends on the numbers of tokens and of steps."""
+
+    _tokens: int | None = None
+
+    def for_tokens(self, count: int) -> Flux2Flow:
+        schedule = copy.copy(self)
+        schedule._tokens = count
+        return schedule
+
+    def solver(self, name: str, steps: int, device: torch.device | str, base: str) -> Solver:
+        shifted = EvenlySpacedFlow(self.config)
+        if self._tokens is not None and self.config["use_dynamic_shifting"]:
+            shifted.shift = math.exp(_mu(self._tokens, steps))
+        return shifted.solver(name, steps, device, base)
+
+
+def _mu(tokens: int, steps: int) -> float:
+    """Fitted by Black Forest Labs at 10 and at 200 steps (diffusers, pipelines/flux2/pipeline_flux2.py,
+    `compute_empirical_mu`)."""
+    at_10, at_200 = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
+    return at_200 if tokens > 4300 else at_200 + (at_10 - at_200) * (200 - steps) / 190
