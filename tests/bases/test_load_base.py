@@ -11,8 +11,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from controlkit.bases import base as base_module
-from controlkit.bases import load
+from controlkit.bases import load, networks
 from controlkit.bases.load import choose_dtype, load_base
 from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.errors import UserError
@@ -242,7 +241,7 @@ def test_large_images_go_through_the_autoencoder_a_few_at_a_time(tiny_base, monk
     seen = []
     for network in (tiny_base.vae.encoder, tiny_base.vae.decoder):
         monkeypatch.setattr(network, "forward", counted(network.forward, seen))
-    monkeypatch.setattr("controlkit.bases.base.PIXELS_AT_ONCE", 2 * 64 * 64)
+    monkeypatch.setattr("controlkit.bases.latent_space.PIXELS_AT_ONCE", 2 * 64 * 64)
     assert torch.allclose(tiny_base.encode_image(x), z, atol=1e-5)
     assert torch.allclose(tiny_base.decode(z), y, atol=1e-5)
     assert seen == [2, 1, 2, 1]
@@ -296,14 +295,14 @@ def test_the_end_of_a_prompt_with_a_cut_character_is_not_looked_for(tiny_base):
 
 def test_bf16_is_read_as_such_and_nothing_is_hashed_before_it_is_asked_for(base_folder, monkeypatch):
     read, hashed = [], []
-    own_load_network, own_hash = load.load_network, base_module.hash_of_halves
+    own_load_network, own_hash = load.load_network, networks.hash_of_halves
 
     def whole(component, folder, dtype):
         read.append(dtype)
         return own_load_network(component, folder, dtype)
 
     monkeypatch.setattr(load, "load_network", whole)
-    monkeypatch.setattr(base_module, "hash_of_halves", lambda weights: hashed.append(1) or own_hash(weights))
+    monkeypatch.setattr(networks, "hash_of_halves", lambda weights: hashed.append(1) or own_hash(weights))
     made = load_base(base_folder, dtype=torch.bfloat16)
     list(sample(made, prompt="red apple", seeds=[0], steps=1))
     assert set(read) == {torch.bfloat16} and not hashed

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
-from controlkit.bases.base import Latents
 from controlkit.bases.component import Component, Configurations
 from controlkit.bases.language_model import LanguageModelBase
 from controlkit.bases.latent_rgb import FLUX2_LATENT_RGB, LatentRGB
+from controlkit.bases.latent_space import Latents
 from controlkit.bases.prompt_encoding import PLAIN, TextOptions
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.schedules import Flux2Flow, RectifiedFlow

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from controlkit.bases.base import Base, needs_float32
+from controlkit.bases.base import Base
 from controlkit.bases.component import Component
 from controlkit.bases.defaults import NANO_DEFAULTS, defaults_in
 from controlkit.bases.families import (
@@ -26,6 +26,7 @@ from controlkit.bases.families import (
 )
 from controlkit.bases.identity import hash_of_halves
 from controlkit.bases.latent_rgb import NANO_LATENT_RGB
+from controlkit.bases.networks import needs_float32
 from controlkit.bases.vae import load_vae
 from controlkit.bases.weight_files import HUB_ID, torch_load_error, weight_files
 from controlkit.errors import UserError

@@ -18,11 +18,11 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from controlkit.bases.base import Latents
 from controlkit.bases.component import Component, Configurations
 from controlkit.bases.flux import pack, unpack
 from controlkit.bases.language_model import MaskedPromptBase, arranged
 from controlkit.bases.latent_rgb import WAN_LATENT_RGB, LatentRGB
+from controlkit.bases.latent_space import Latents
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.schedules import EvenlySpacedFlow, RectifiedFlow
 from controlkit.bases.taps import Point, Taps

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from controlkit.bases.base import Base, needs_float32
+from controlkit.bases.base import Base
 from controlkit.bases.families import KNOWN_BASES
+from controlkit.bases.networks import needs_float32
 from controlkit.errors import UserError, nearest
 
 

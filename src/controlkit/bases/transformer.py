@@ -6,8 +6,9 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from controlkit.bases.base import Base, Latents
+from controlkit.bases.base import Base
 from controlkit.bases.component import Configurations
+from controlkit.bases.latent_space import Latents
 from controlkit.bases.prompt_encoding import TextOptions
 from controlkit.bases.schedules import RectifiedFlow
 from controlkit.errors import UserError

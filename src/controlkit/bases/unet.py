@@ -13,7 +13,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
-from controlkit.bases.base import Base, Latents
+from controlkit.bases.base import Base
+from controlkit.bases.latent_space import Latents
 from controlkit.bases.residuals import Residuals
 from controlkit.bases.taps import Point, Taps
 from controlkit.bases.text import CLIP_TOKENS, Text
