@@ -25,7 +25,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from controlkit.bases.base import Base
-from controlkit.bases.load import load_base, nano_folder
+from controlkit.bases.folders import nano_folder
+from controlkit.bases.load import load_base
 from controlkit.evaluation.features import lite0_features
 from controlkit.evaluation.metrics import concept_similarity, retrieval_accuracy
 from controlkit.evaluation.sampling import generate_uncontrolled, reconstruct

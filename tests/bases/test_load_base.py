@@ -11,8 +11,9 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from controlkit.bases import load, networks
-from controlkit.bases.load import choose_dtype, load_base
+from controlkit.bases import folders, load, networks
+from controlkit.bases.devices import choose_dtype
+from controlkit.bases.load import load_base
 from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.errors import UserError
 from controlkit.sampling.sampler import images_at_once, sample
@@ -295,13 +296,13 @@ def test_the_end_of_a_prompt_with_a_cut_character_is_not_looked_for(tiny_base):
 
 def test_bf16_is_read_as_such_and_nothing_is_hashed_before_it_is_asked_for(base_folder, monkeypatch):
     read, hashed = [], []
-    own_load_network, own_hash = load.load_network, networks.hash_of_halves
+    own_load_network, own_hash = folders.load_network, networks.hash_of_halves
 
     def whole(component, folder, dtype):
         read.append(dtype)
         return own_load_network(component, folder, dtype)
 
-    monkeypatch.setattr(load, "load_network", whole)
+    monkeypatch.setattr(folders, "load_network", whole)
     monkeypatch.setattr(networks, "hash_of_halves", lambda weights: hashed.append(1) or own_hash(weights))
     made = load_base(base_folder, dtype=torch.bfloat16)
     list(sample(made, prompt="red apple", seeds=[0], steps=1))

@@ -20,7 +20,8 @@ from diffusers import (
 from huggingface_hub.utils import filter_repo_objects
 
 from controlkit.bases.families import KNOWN_BASES
-from controlkit.bases.load import _UNWANTED_FROM_HUB, _WANTED_FROM_HUB, load_base
+from controlkit.bases.folders import _UNWANTED_FROM_HUB, _WANTED_FROM_HUB
+from controlkit.bases.load import load_base
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.data.pairs import write_pairs

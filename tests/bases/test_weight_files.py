@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from controlkit.bases import load as loading
+from controlkit.bases import folders
 from controlkit.bases.load import load_base
 from controlkit.bases.scaled_weights import unscaled
 from controlkit.bases.weight_files import weight_files
@@ -122,7 +122,7 @@ def test_a_repository_of_halves_alone_is_fetched_with_them(base_folder, tmp_path
         return str(kept)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert loading._from_hub("somebody/halves") == kept
+    assert folders.from_hub("somebody/halves") == kept
     assert len(asked) == 2 and "*fp16*" in asked[0] and "*fp16*" not in asked[1]
     assert load_base(kept).fingerprint == load_base(hub).fingerprint
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from controlkit.bases.load import load_base, nano_folder
+from controlkit.bases.folders import nano_folder
+from controlkit.bases.load import load_base
 from controlkit.conditions import find
 from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.ctrlora import CtrLoRA

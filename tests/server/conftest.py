@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
-from controlkit.bases.load import nano_folder
+from controlkit.bases.folders import nano_folder
 from controlkit.formats.load import shipped_controls
 from controlkit.server.catalogue import list_models
 from controlkit.server.limits import Limits

@@ -20,7 +20,7 @@ from browser import PATIENCE, Browser, missing
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from controlkit.bases.load import nano_folder
+from controlkit.bases.folders import nano_folder
 
 REASON = missing()
 

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _list(as_json: bool) -> None:
     """List what ships, one per line."""
-    from controlkit.bases.load import NANO, nano_folder
+    from controlkit.bases.folders import NANO, nano_folder
     from controlkit.formats.load import shipped_controls
     from controlkit.formats.metadata import read_metadata
 

@@ -238,7 +238,7 @@ def _check_execution(device: str, precision: str) -> None:
     """
     import torch
 
-    from controlkit.bases.load import choose_device, choose_dtype
+    from controlkit.bases.devices import choose_device, choose_dtype
     from controlkit.errors import UserError
 
     chosen = choose_device(device)

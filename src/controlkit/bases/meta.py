@@ -11,7 +11,7 @@ import torch
 from controlkit.bases.base import Base
 from controlkit.bases.component import Configurations
 from controlkit.bases.families import KNOWN_BASES, configurations_in, family_of_folder, known_by_shape
-from controlkit.bases.load import (
+from controlkit.bases.folders import (
     NANO,
     SINGLE_FILES,
     base_folder,
@@ -19,8 +19,8 @@ from controlkit.bases.load import (
     defaults_of,
     folder_without_weights,
     load_tokenizer,
-    loading,
 )
+from controlkit.bases.load import loading
 from controlkit.bases.single_file import read_single_file
 from controlkit.bases.text import Text
 from controlkit.bases.weight_files import HUB_ID

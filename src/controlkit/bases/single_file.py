@@ -28,7 +28,7 @@ from torch import nn
 from controlkit.bases.base import Base
 from controlkit.bases.component import Component, Configurations
 from controlkit.bases.families import check_configurations, configurations_in, family_of_file
-from controlkit.bases.load import defaults_of, load_network, load_tokenizer
+from controlkit.bases.folders import defaults_of, load_network, load_tokenizer
 from controlkit.bases.scaled_weights import scaled_in, unscaled
 from controlkit.bases.weight_files import torch_load_error, weight_files
 from controlkit.errors import UserError

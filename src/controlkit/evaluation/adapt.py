@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from controlkit.bases.load import choose_device, load_base
+from controlkit.bases.devices import choose_device
+from controlkit.bases.load import load_base
 from controlkit.data.pairs import read_pairs, split_pairs
 from controlkit.errors import UserError
 from controlkit.evaluation.eval_set import pairs_eval_set

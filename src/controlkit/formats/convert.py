@@ -13,8 +13,9 @@ from torch import Tensor
 
 from controlkit import conditions
 from controlkit.bases.families import KNOWN_BASES, known_by_shape
+from controlkit.bases.folders import SINGLE_FILES, base_folder
 from controlkit.bases.identity import hash_of_halves
-from controlkit.bases.load import SINGLE_FILES, base_folder, base_path, load_base
+from controlkit.bases.load import base_path, load_base
 from controlkit.bases.meta import meta_base
 from controlkit.controls.control import Control
 from controlkit.controls.file_format import Checkpoint, FileFormat, Reference, Written, listed

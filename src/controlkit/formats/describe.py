@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from controlkit.bases.base import Base
 from controlkit.bases.families import KNOWN_BASES, known_by_shape
-from controlkit.bases.load import NANO, SINGLE_FILES, denoiser_fingerprint
+from controlkit.bases.folders import NANO, SINGLE_FILES
+from controlkit.bases.load import denoiser_fingerprint
 from controlkit.bases.meta import build_meta_base, family_and_configurations, meta_base
 from controlkit.bases.single_file import read_single_file
 from controlkit.bases.weight_files import HUB_ID

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from controlkit.bases.base import Base
 from controlkit.bases.families import KNOWN_BASES
-from controlkit.bases.load import NANO
+from controlkit.bases.folders import NANO
 from controlkit.bases.meta import meta_base
 from controlkit.controls.control import Acts, Control
 from controlkit.controls.inputs import Input

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from controlkit.bases.base import Base
-from controlkit.bases.load import NANO
+from controlkit.bases.folders import NANO
 from controlkit.bases.unet import ARCHITECTURES
 from controlkit.controls.control import Control
 from controlkit.controls.file_format import Checkpoint

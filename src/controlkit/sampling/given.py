@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from controlkit.bases.base import Base
-from controlkit.bases.load import PRECISIONS, choose_device
+from controlkit.bases.devices import PRECISIONS, choose_device
 from controlkit.controls.control import Control
 from controlkit.errors import UserError
 from controlkit.formats.load import recorded_condition

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from controlkit.bases.base import Base
-from controlkit.bases.load import choose_device, choose_dtype, load_base
+from controlkit.bases.devices import choose_device, choose_dtype
+from controlkit.bases.load import load_base
 from controlkit.controls.control import Control
 from controlkit.formats.load import load_control
 from controlkit.sampling.request import GenerateRequest

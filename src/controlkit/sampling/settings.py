@@ -7,7 +7,7 @@ from typing import Any
 
 from controlkit._version import __version__
 from controlkit.bases.base import Base
-from controlkit.bases.load import PRECISIONS
+from controlkit.bases.devices import PRECISIONS
 
 _PACKAGES = ("torch", "diffusers", "transformers")
 

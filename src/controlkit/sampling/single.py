@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from controlkit.bases.base import Base
-from controlkit.bases.load import PRECISIONS
+from controlkit.bases.devices import PRECISIONS
 from controlkit.bases.prompt_encoding import TextOptions
 from controlkit.controls.control import Control
 from controlkit.formats.load import control_class

@@ -298,7 +298,7 @@ def _with_companion(path: str, base_controls: Mapping[str, str]) -> str:
 
 
 def _bases_in(name: str) -> list[tuple[str, str]]:
-    from controlkit.bases.load import NANO
+    from controlkit.bases.folders import NANO
     from controlkit.bases.weight_files import HUB_ID
 
     path = Path(name)

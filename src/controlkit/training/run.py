@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from pkgutil import resolve_name
 
-from controlkit.bases.load import choose_device
+from controlkit.bases.devices import choose_device
 from controlkit.errors import UserError
 from controlkit.formats.card import write_card
 from controlkit.formats.metadata import provenance_of, read_metadata

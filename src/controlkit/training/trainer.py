@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 
-from controlkit.bases.load import check_device, choose_device
+from controlkit.bases.devices import check_device, choose_device
 from controlkit.errors import Interrupted, UserError, is_out_of_memory
 from controlkit.files import writable_folder, write_json
 from controlkit.sampling.settings import in_words
