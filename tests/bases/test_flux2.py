@@ -230,6 +230,29 @@ def test_an_autoencoder_of_other_channels_is_refused():
         build_tiny_flux2(in_channels=64)
 
 
+def test_a_text_encoder_of_another_width_is_refused():
+    with refused("unsupported", "96 channels", "make 48"):
+        build_tiny_flux2_klein(joint_attention_dim=96)
+
+
+@pytest.mark.parametrize(("kind", "distilled"), [("Flux2KleinPipeline", False), ("Flux2KleinKVPipeline", True)])
+def test_whether_klein_is_distilled_if_its_index_does_not_say(kind, distilled, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    assert Flux2Klein.settings_in(tmp_path) == {"is_distilled": distilled}
+
+
+def test_a_tokenizer_that_lies_in_a_processor_s_folder_is_read(dev, tmp_path):
+    """As in the released dev, whose index names PixtralProcessor, which needs torchvision."""
+    folder = saved_pipeline(dev, tmp_path / "dev")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "PixtralProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "tokenizer" / "processor_config.json").write_text(json.dumps({"processor_class": "PixtralProcessor"}))
+    preprocessor = {"image_processor_type": "PixtralImageProcessor", "processor_class": "PixtralProcessor"}
+    (folder / "tokenizer" / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    assert torch.equal(ours(load_base(folder)), ours(dev))
+
+
 def test_what_it_does_not_read_of_a_prompt_is_told(base):
     assert base.prompt_tokens == 512 and not base.cut_from(LONG)
     before = base.chat("\0").partition("\0")[0]
@@ -251,6 +274,13 @@ def test_a_single_file_takes_the_other_parts_from_the_folder_beside_it(base, mod
     assert prompt_reader(str(file)).prompt_tokens == 512
     read = {path.relative_to(tmp_path).as_posix() for path in base_files(file)}
     assert {"mine.safetensors", "mine/vae/diffusion_pytorch_model.safetensors", "mine/tokenizer/tokenizer.json"} < read
+
+
+def test_a_file_under_the_names_of_a_whole_model_is_refused(base, tmp_path):
+    tensors = {f"model.diffusion_model.{name}": value for name, value in original_flux2(base.transformer).items()}
+    save_file(tensors, tmp_path / "mine.safetensors")
+    with refused("unsupported", tmp_path / "mine.safetensors", "whole model", "FLUX.2", "transformer alone"):
+        load_base(tmp_path / "mine.safetensors")
 
 
 def test_a_single_file_without_a_weight_is_refused(base, tmp_path):
@@ -304,7 +334,8 @@ def test_the_time_embedding_is_that_of_the_network_under_autocast(base):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_it_starts_from_an_image(base, masked):
-    """As `Flux2KleinInpaintPipeline` does, which also reads the image as a reference."""
+    """diffusers' only pipeline that does, `Flux2KleinInpaintPipeline`, also reads the image as a reference, so images
+    are compared with steps of its scheduler."""
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
     mask, steps, first = torch.zeros(1, 1, 64, 64), 4, 2
     mask[..., 32:] = 1

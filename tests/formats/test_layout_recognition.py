@@ -62,7 +62,7 @@ FOREIGN = {
     "an image encoder": ["vision_model.encoder.layers.0.mlp.fc1.weight", "text_model.embeddings.x"],
     "an IP-Adapter": ["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"],
     "a textual inversion": ["emb_params"],
-    "a ControlNet-LLLite": ["lllite_unet_input_blocks_4_1_attn1_to_k.down.0.weight"],
+    "a ControlNet-LLLite of another network": ["lllite_dit_blocks_0_self_attn_q_proj.down.0.weight"],
     "a ControlNet Union": ["control_add_embedding.linear_1.bias", "task_embedding", "input_blocks.0.0.weight"],
     "a ControlNet-XS in its original layout": ["control_model.enc_zero_convs_in.0.0.weight"],
     "a ControlNet of a diffusion transformer": ["controlnet_blocks.0.weight", "x_embedder.weight"],

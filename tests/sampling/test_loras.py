@@ -386,33 +386,51 @@ def test_loras_of_qwen_image_under_names_of_other_tools(names, place, tmp_path):
     assert torch.allclose(added, halves[1] @ halves[0], atol=1e-5) and not lora.notes
 
 
+FLUX2_LAYERS = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "double_blocks.1.img_attn.proj": "transformer_blocks.1.attn.to_out.0",
+    "double_blocks.1.txt_mlp.0": "transformer_blocks.1.ff_context.linear_in",
+    "single_blocks.1.linear1": "single_transformer_blocks.1.attn.to_qkv_mlp_proj",
+}
+"""Layers of FLUX.2 as the original calls them, and as diffusers does."""
+IN_BLOCKS = [layer for layer in FLUX2_LAYERS if "_blocks" in layer]
+
+
 @pytest.mark.parametrize(
-    "names",
+    ("names", "layer"),
     [
-        "diffusion_model.{}.lora_A diffusion_model.{}.lora_B",  # ai-toolkit's, and ComfyUI's
-        "base_model.model.{}.lora_A base_model.model.{}.lora_B",
-        "lora_unet_{_}.lora_down lora_unet_{_}.lora_up",  # kohya's
+        *(("diffusion_model.{}.lora_A diffusion_model.{}.lora_B", layer) for layer in FLUX2_LAYERS),  # ai-toolkit's
+        *(("diffusion_model.{}.lora_down diffusion_model.{}.lora_up alpha", layer) for layer in FLUX2_LAYERS),
+        *(("base_model.model.{}.lora_A base_model.model.{}.lora_B", layer) for layer in FLUX2_LAYERS),
+        *(("lora_unet_{_}.lora_down lora_unet_{_}.lora_up alpha", layer) for layer in IN_BLOCKS),  # kohya's
     ],
 )
-@pytest.mark.parametrize(
-    "layer", ["double_blocks.1.img_attn.proj", "double_blocks.1.txt_mlp.0", "single_blocks.1.linear1"]
-)
-def test_loras_of_flux2_under_names_of_other_tools(names, layer, tmp_path):
-    base = build_tiny_flux2()
-    place = {
-        "double_blocks.1.img_attn.proj": "transformer_blocks.1.attn.to_out.0",
-        "double_blocks.1.txt_mlp.0": "transformer_blocks.1.ff_context.linear_in",
-        "single_blocks.1.linear1": "single_transformer_blocks.1.attn.to_qkv_mlp_proj",
-    }[layer]
+def test_loras_of_flux2_under_names_of_other_tools(names, layer, tmp_path, capsys):
+    base, place = build_tiny_flux2(), FLUX2_LAYERS[layer]
     weight = base.transformer.get_submodule(place).weight
     halves = [torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)]
     named = names.replace("{}", layer).replace("{_}", layer.replace(".", "_")).split()
-    save_file({f"{name}.weight": half for name, half in zip(named, halves, strict=True)}, tmp_path / "lora.safetensors")
+    state = {f"{name}.weight": half for name, half in zip(named, halves, strict=False)}
+    scale = 1.0
+    if "alpha" in names:
+        scale, state[f"{named[0].removesuffix('.lora_down')}.alpha"] = 0.25, torch.tensor(0.5)
+    save_file(state, tmp_path / "lora.safetensors")
     before = weight.clone()
     lora = read_lora(LoraUse(file=str(tmp_path / "lora.safetensors")), base)
     with merged(base, [(lora, 1.0)], ["lora"]):
         added = base.transformer.get_submodule(place).weight - before
-    assert torch.allclose(added, halves[1] @ halves[0], atol=1e-5) and not lora.notes
+    expected = halves[1] @ halves[0] * scale
+    if "adaLN" in layer:  # the original has shift before scale
+        expected = torch.cat(expected.chunk(2)[::-1])
+    assert torch.allclose(added, expected, atol=1e-5) and not lora.notes
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layer", ["attention.qkv", "attention.out", "feed_forward.w1"])

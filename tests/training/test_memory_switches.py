@@ -171,13 +171,20 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("system", ALONE)
-def test_a_new_control_is_on_the_device_of_a_base_whose_denoiser_is_aside(system):
+def options_of(kind):
+    """No options, and each switch of the system turned over."""
+    fields = () if kind.Options is None else dataclasses.fields(kind.Options)
+    switches = [{field.name: not field.default} for field in fields if isinstance(field.default, bool)]
+    return [{}, *(each for each in switches if "light" not in each)]  # no light T2I-Adapter fits nano
+
+
+@pytest.mark.parametrize(("system", "options"), [(name, each) for name in ALONE for each in options_of(ALONE[name])])
+def test_a_new_control_is_on_the_device_of_a_base_whose_denoiser_is_aside(system, options):
     known = tiny.OF_TRANSFORMERS.get(system)
     base = load_base("nano") if known is None else tiny.tiny_of_known(known)
     base.to("meta", denoiser_aside=True)
     assert base.denoiser.device == CPU
-    control = ALONE[system].for_base(base)
+    control = ALONE[system].for_base(base, **options)
     assert {tensor.device.type for tensor in (*control.parameters(), *control.buffers())} == {"meta"}
 
 
@@ -200,15 +207,25 @@ def test_an_adapter_trained_over_bf16_fits_the_base_control_it_came_from(setting
     assert told["control.base_fingerprint"] == base.fingerprint
 
 
-def test_what_is_cached_waits_on_the_cpu_and_comes_back_for_previews(settings, base_control, tmp_path, monkeypatch):
+def test_what_is_cached_waits_on_the_cpu_and_the_autoencoder_comes_back_for_previews(
+    settings, base_control, tmp_path, monkeypatch
+):
     moves = []
     monkeypatch.setattr(CPUOffload, "_move", lambda self, device: moves.append(device))
     objective = ControlObjective(adapter_recipe(settings, base_control), CPU)
-    objective.offload.device = torch.device("cuda")
     assert moves == [CPU]
+    # The embeddings of its prompts are cached.
+    monkeypatch.setattr(type(objective.base), "encode_text", None)
     objective.preview(1, tmp_path)
-    assert moves == [CPU, torch.device("cuda"), CPU]
-    assert {id(n) for n in objective.offload.networks} == {id(objective.base.vae), id(objective.base.text_encoder)}
+    assert moves == [CPU, CPU, CPU]  # there and back
+
+
+def test_other_prompts_are_encoded_where_the_text_encoder_is(tiny_base):
+    red = tiny_base.encode_text(["red"])
+    offload = CPUOffload(tiny_base, lambda prompts: red if list(prompts) == ["red"] else None)
+    both = tiny_base.encode_text(["red", "blue"]).tokens
+    assert torch.equal(offload.encode_text(["red", "blue"]).tokens, both)
+    assert torch.equal(offload.encode_text(["red"]).tokens, red.tokens)
 
 
 def test_the_switches_are_not_what_tells_runs_apart_where_they_change_nothing(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from several_processes import torchrun
 
+import tiny
 from controlkit.bases.load import load_base
 from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.controls.ctrlora import BaseControlNet
@@ -465,3 +466,15 @@ made = Condition(name="flat", summary="one grey", fidelity=PSNR, function=flat)
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     assert drawn(10) == drawn(10)
     assert drawn(10) != drawn(20)
+
+
+def test_families_that_share_a_text_encoder_share_no_embeddings(tmp_path):
+    """Z-Image and FLUX.2 klein have Qwen3-4B, and read other layers of it."""
+    klein, z_image = tiny.build_tiny_flux2_klein(), tiny.build_tiny_z_image()
+    z_image.text_encoder, z_image.tokenizer = klein.text_encoder.model, klein.tokenizer
+    made = {}
+    for base in (z_image, klein):
+        rows, _, empty = PairCache(base, []).texts()
+        made[base.family_title] = rows.gather(torch.tensor([empty]))
+    assert made["Z-Image"].tokens.shape[2] == 16 and "mask" in made["Z-Image"]
+    assert made["FLUX.2"].tokens.shape[2] == 48 and "mask" not in made["FLUX.2"]

@@ -144,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance",
         type=float,
         help="guidance scale; 1 is off; FLUX.1 dev reads it (default: nano 3, SD1 and SD2 7.5, SDXL 5, SD3 7, FLUX.1"
-        " dev 3.5, schnell 1, FLUX.2 4, Z-Image 5, Turbo 1, Qwen-Image 4)",
+        " dev 3.5, schnell 1, FLUX.2 4, distilled klein 1, Z-Image 5, Turbo 1, Qwen-Image 4)",
     )
     parser.add_argument("--width", type=int, help="in pixels (default: the size of the base)")
     parser.add_argument("--height", type=int, help="in pixels (default: the size of the base)")

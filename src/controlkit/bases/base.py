@@ -139,6 +139,11 @@ class Base(LatentSpace):
         """
 
     @property
+    def text_settings(self) -> tuple[Any, ...]:
+        """What `encode_text` depends on besides text encoders and tokenizers, for keys of caches."""
+        return ()
+
+    @property
     def pooled_width(self) -> int | None:
         """Width of `pool_text`; None if the base has none."""
         return None

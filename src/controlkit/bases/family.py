@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from controlkit.bases.component import Component, Configurations
 
 
@@ -73,6 +75,15 @@ class Family(ABC):
     def settings_of_file(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """Settings of the denoiser that the shapes of a single file determine, to compare with the folder beside it."""
         return {}
+
+    @classmethod
+    def lora_of(cls, layer: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a layer of a LoRA under diffusers' names, as `lora_loader` made them, corrected.
+
+        Args:
+            layer: as the file calls it.
+        """
+        return dict(tensors)
 
     @classmethod
     @abstractmethod

@@ -138,6 +138,9 @@ FLUX2_SCHEDULER: dict[str, Any] = {
 _MARKS = ("double_stream_modulation_img.lin.weight", "img_in.weight", "txt_in.weight")
 """Names of tensors of a file in the original format."""
 _BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.")
+_PREFIX = "model.diffusion_model."
+_AT_ONCE = 4
+"""Prompts per call of the text encoder."""
 _TEXT_ENCODER, _TOKENIZER = "text_encoder", "tokenizer"
 _OTHERS = (
     Component(name="vae", library="diffusers", class_name="AutoencoderKLFlux2"),
@@ -168,7 +171,10 @@ class Flux2Base(LanguageModelBase):
     }
     family_title: ClassVar[str] = "FLUX.2"
     lora_loader: ClassVar[str | None] = "Flux2LoraLoaderMixin"
-    lora_names: ClassVar[str] = r"lora_unet_|diffusion_model\.|(double|single)_blocks\."
+    lora_names: ClassVar[str] = (
+        r"lora_unet_|diffusion_model\.|(double|single)_(blocks|stream_modulation)"
+        r"|(img|txt|time|guidance)_in\.|final_layer\."
+    )
     schedule_class: ClassVar[type[RectifiedFlow]] = Flux2Flow
     usual_guidance: ClassVar[float] = USUAL_GUIDANCE
     usual_latent_rgb: ClassVar[LatentRGB] = FLUX2_LATENT_RGB
@@ -186,6 +192,13 @@ class Flux2Base(LanguageModelBase):
                 f"the network of {self.name} reads {of_transformer} channels in patches of"
                 f" {self.transformer.config.patch_size}, and its autoencoder makes {of_vae}; expected equal numbers and"
                 " patches of 1, as of FLUX.2",
+                "unsupported",
+            )
+        width = int(self.text_encoder.config.get_text_config().hidden_size)
+        if width * len(self.text_layers) != self.text_width:
+            raise UserError(
+                f"the network of {self.name} reads prompts of {self.text_width} channels, and {len(self.text_layers)}"
+                f" layers of its text encoder make {width * len(self.text_layers)}: they are of different models",
                 "unsupported",
             )
 
@@ -308,8 +321,13 @@ class Flux2Base(LanguageModelBase):
         self.check_plain(options)
         (ids,) = self.tokenize(prompts)
         device = self.text_encoder.device
-        states = self.states(ids.to(device), self.is_of_prompt(ids).to(device))
-        return self._text(states.to(self.device, self.dtype))
+        masks = self.is_of_prompt(ids)
+        # A few at a time, as the states of all layers are kept for all tokens.
+        parts = [
+            self.states(rows.to(device), mask.to(device)).to(self.device, self.dtype)
+            for rows, mask in zip(ids.split(_AT_ONCE), masks.split(_AT_ONCE), strict=True)
+        ]
+        return self._text(torch.cat(parts))
 
     def states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Those of `text_layers`, side by side."""
@@ -336,6 +354,17 @@ class Flux2Base(LanguageModelBase):
         time = (t.expand(len(x_t)) / self.schedule.length).to(x_t.dtype) * 1000
         told = text["guidance"].to(x_t.dtype) * 1000 if self.reads_guidance else None
         return self.transformer.time_guidance_embed(time, told)
+
+    @classmethod
+    def lora_of(cls, layer: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """With scale before shift in the modulation of the last layer, as in diffusers' network; its converter of LoRAs
+        leaves them as in the original (diffusers 0.42)."""
+        if "adaLN_modulation" not in layer:
+            return dict(tensors)
+        return {
+            name: torch.cat(value.chunk(2)[::-1]) if name.endswith("lora_B.weight") else value
+            for name, value in tensors.items()
+        }
 
     @classmethod
     def settings_of_file(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -378,7 +407,7 @@ class Flux2(Flux2Base):
 
     @classmethod
     def recognise(cls, shapes: Mapping[str, tuple[int, ...]], name: str) -> str | None:
-        return "flux2-dev" if set(_MARKS) <= set(shapes) and _reads_guidance(shapes) else None
+        return "flux2-dev" if _is_flux2(shapes, name) and _reads_guidance(shapes) else None
 
 
 class Flux2Klein(Flux2Base):
@@ -417,7 +446,10 @@ class Flux2Klein(Flux2Base):
     def settings_in(cls, folder: Path) -> dict[str, Any]:
         index = folder / "model_index.json"
         content = read_json(index) if index.is_file() else {}
-        return {"is_distilled": bool(isinstance(content, dict) and content.get("is_distilled"))}
+        content = content if isinstance(content, dict) else {}
+        # diffusers' pipeline for it takes True where the index says nothing.
+        is_kv = content.get("_class_name") == "Flux2KleinKVPipeline"
+        return {"is_distilled": bool(content.get("is_distilled", is_kv))}
 
     @property
     def architecture(self) -> str:
@@ -440,10 +472,25 @@ class Flux2Klein(Flux2Base):
 
     @classmethod
     def recognise(cls, shapes: Mapping[str, tuple[int, ...]], name: str) -> str | None:
-        if not set(_MARKS) <= set(shapes) or _reads_guidance(shapes):
+        if not _is_flux2(shapes, name) or _reads_guidance(shapes):
             return None
         is_9b = shapes["txt_in.weight"][-1] == FLUX2_KLEIN_9B_TRANSFORMER["joint_attention_dim"]
         return "flux2-klein-9b" if is_9b else "flux2-klein-4b"
+
+
+def _is_flux2(shapes: Mapping[str, tuple[int, ...]], name: str) -> bool:
+    """Whether a file has the names of FLUX.2's transformer.
+
+    Raises:
+        UserError: it has them, as part of a whole model.
+    """
+    if all(f"{_PREFIX}{mark}" in shapes for mark in _MARKS):
+        raise UserError(
+            f"{name} has the names of a whole model ({_PREFIX}*), which are not read of FLUX.2; use a file of the"
+            " transformer alone (ComfyUI's diffusion_models)",
+            "unsupported",
+        )
+    return set(_MARKS) <= set(shapes)
 
 
 def _reads_guidance(shapes: Mapping[str, tuple[int, ...]]) -> bool:

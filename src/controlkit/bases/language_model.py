@@ -43,6 +43,10 @@ class LanguageModelBase(TransformerBase):
     def text_width(self) -> int:
         """Channels of those states."""
 
+    @property
+    def text_settings(self) -> tuple[Any, ...]:
+        return (type(self).__name__, self.text_width, self.chat(""))
+
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         length = self.left_out + PROMPT_TOKENS
         known = prompts.ids_of(self.tokenizer, length) if isinstance(prompts, TokenizedPrompts) else None

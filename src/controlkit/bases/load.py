@@ -93,7 +93,7 @@ def loading(name: str | Path) -> Iterator[None]:
     """A block that loads a base, or parts of it; what the libraries raise becomes one sentence."""
     path = Path(name)
     try:
-        with _quiet_libraries():
+        with quiet_libraries():
             yield
     except (pickle.UnpicklingError, OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         if (unsafe := _unpickling_error(error)) is not None:
@@ -155,7 +155,7 @@ def base_files(name: str | Path) -> list[Path]:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Silence diffusers and transformers, whose warnings are turned into errors here."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -194,8 +194,9 @@ def _check_latents(name: str, config: Any, own: Any) -> None:
         "latents_mean",
         "latents_std",
         "patch_size",
+        "batch_norm_eps",
     ):
-        expected, given = own.config.get(key), config.get(key)
+        expected, given = (_plain(each.get(key)) for each in (own.config, config))
         if given != expected:
             raise UserError(
                 f"--vae {name} has {key} {given}, and that of the base {expected}: it is of another family, and its"
@@ -207,6 +208,11 @@ def _check_latents(name: str, config: Any, own: Any) -> None:
         raise UserError(
             f"--vae {name} has {given} pixels per latent position, and that of the base {expected}", "incompatible"
         )
+
+
+def _plain(value: Any) -> Any:
+    """A setting with lists for tuples, as JSON has them."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_statistics(name: str, vae: Any, own: Any) -> None:

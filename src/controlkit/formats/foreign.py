@@ -1,4 +1,4 @@
-"""Identify files that are not supported controls (LoRAs, base models, ControlLLLite, ...) so that errors can name
+"""Identify files that are not supported controls (LoRAs, base models, IP-Adapters, ...) so that errors can name
 them."""
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ _UNSUPPORTED_CONTROLS = (
         "a ControlNet-XS in its original layout; only diffusers' folder is supported",
         _has(".*enc_zero_convs_(in|out)"),
     ),
-    _Rule("a ControlNet-LLLite, which is not supported", _has(".*lllite")),
+    _Rule(
+        "a ControlNet-LLLite of another network than a UNet (Anima), which is not supported",
+        _has(".*lllite_(?!unet_)"),
+    ),
     _Rule(
         "a style adapter of the T2I-Adapter family, which is not supported",
         _has("style_embedding", "transformer_layes"),
@@ -59,7 +62,8 @@ _UNSUPPORTED_CONTROLS = (
 _RULES = (
     _Rule(
         "a ControlNet of a diffusion transformer (HunyuanDiT, Sana or similar, or FLUX.1 under XLabs' original names),"
-        " which is not supported; of Stable Diffusion 3, FLUX.1, Z-Image and Qwen-Image those in diffusers' format are",
+        " which is not supported; of Stable Diffusion 3, FLUX.1, Z-Image and Qwen-Image those in diffusers' format are,"
+        " of FLUX.2 and Qwen-Image alibaba-pai's",
         _has("controlnet_(blocks|x_embedder|single_blocks)|.*controlnet_blocks"),
     ),
     _Rule(
@@ -101,7 +105,7 @@ _RULES = (
         _has("down_blocks\\.", "up_blocks\\.", "conv_norm_out\\.", "mid_block\\.", "time_embedding\\."),
     ),
     _Rule(
-        "a diffusion transformer (SD3, FLUX.1 or similar): a base, not a control",
+        "a diffusion transformer (SD3, FLUX or similar): a base, not a control",
         _has("(model\\.diffusion_model\\.)?(double_blocks|joint_blocks|(single_)?transformer_blocks)\\."),
     ),
     _Rule(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from controlkit.bases.base import Base
+from controlkit.bases.load import quiet_libraries
 from controlkit.controls.control import Control
 from controlkit.errors import UserError
 from controlkit.files import read_json
@@ -35,8 +36,9 @@ _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _PART_OF_LAYER = re.compile(r"\.((lora_)?(down|up)\.weight|lora_[AB]\.weight|alpha)$")
 _TEXT_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _PEFT_PREFIX = "base_model.model."
-_OF_ORIGINAL = re.compile(r"diffusion_model\.|(double|single)_blocks\.\d+\.(?!processor\.)")
-"""Beginnings of names of layers as original networks call them."""
+_COMFYUI_PREFIX = "diffusion_model."
+_OF_ORIGINAL = re.compile(r"(?!lora_)(?!.*\.processor\.)")
+"""Names of layers as original networks call them, with or without ComfyUI's prefix."""
 _OTHER_KINDS = (
     ("hada_", "a LoHa (LyCORIS)"),
     ("lokr_", "a LoKr (LyCORIS)"),
@@ -297,16 +299,19 @@ def _of_transformer(tensors: Mapping[str, Tensor], base: Base | type[Base]) -> d
         else:
             layers.setdefault(layer, {})[name] = value
     for layer, parts in layers.items():
-        # diffusers knows more layers by kohya's names than by ComfyUI's.
-        as_kohya = _as_kohya(layer, parts) if _OF_ORIGINAL.match(layer) else {}
-        renamed |= _mapped(loader, as_kohya) or _mapped(loader, parts) or parts
+        # diffusers knows some layers by kohya's names alone, others by ComfyUI's.
+        others = (_as_kohya, _as_comfyui) if _OF_ORIGINAL.match(layer) else ()
+        named = (each for each in (*(rename(layer, parts) for rename in others), parts) if each)
+        mapped = next((found for each in named if (found := _mapped(loader, each))), None)
+        renamed |= parts if mapped is None else base.lora_of(layer, mapped)
     return renamed
 
 
 def _mapped(loader: Any, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of one layer under diffusers' names; empty if diffusers does not know it."""
     try:
-        mapped = loader.lora_state_dict(dict(parts))
+        with quiet_libraries():  # which warn of names that another attempt maps
+            mapped = loader.lora_state_dict(dict(parts))
     except Exception:  # of many types, for names that it does not know
         return {}
     return {} if set(mapped) == set(parts) else dict(mapped)
@@ -314,11 +319,25 @@ def _mapped(loader: Any, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _as_kohya(layer: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of one layer that is called as in the original network, as by ComfyUI, under kohya's names."""
-    path = layer.removeprefix("diffusion_model.").replace(".", "_")
+    path = layer.removeprefix(_COMFYUI_PREFIX).replace(".", "_")
     ends = {
         name: name.removeprefix(layer).replace("lora_A", "lora_down").replace("lora_B", "lora_up") for name in parts
     }
     return {f"lora_unet_{path}{ends[name]}": value for name, value in parts.items()}
+
+
+def _as_comfyui(layer: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of one layer that is called as in the original network under ComfyUI's names, with its alpha multiplied
+    in; empty without both halves."""
+    ends = {name.removeprefix(layer): value for name, value in parts.items()}
+    down = next((value for end, value in ends.items() if re.search(r"\.((lora_)?down|lora_A)\.weight$", end)), None)
+    up = next((value for end, value in ends.items() if re.search(r"\.((lora_)?up|lora_B)\.weight$", end)), None)
+    if down is None or up is None:
+        return {}
+    alpha = ends.get(".alpha")
+    scale = 1.0 if alpha is None else float(alpha) / len(down)
+    stem = _COMFYUI_PREFIX + layer.removeprefix(_COMFYUI_PREFIX)
+    return {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up * scale}
 
 
 def _place(found: re.Match[str], base: Base) -> tuple[str, str] | None:

@@ -13,7 +13,7 @@ from controlkit.bases.base import Base
 from controlkit.bases.prompt_encoding import PLAIN, TextOptions
 from controlkit.bases.schedules import Solver
 from controlkit.bases.solver_names import solver_name
-from controlkit.bases.text import concatenate
+from controlkit.bases.text import Text, concatenate
 from controlkit.controls.control import Control
 from controlkit.controls.hints import rows_of
 from controlkit.errors import UserError
@@ -58,6 +58,7 @@ def sample_prompts(
     text: TextOptions = PLAIN,
     cache: ResidualCache | None = None,
     low_memory: bool = False,
+    encode_text: Callable[..., Text] | None = None,
     calls: NetworkCalls | None = None,
     on_step: Callable[[Step], object] | None = None,
 ) -> Iterator[Tensor]:
@@ -76,6 +77,7 @@ def sample_prompts(
         text: how the prompts are read.
         cache: keeps residuals that do not depend on the noise, for the next call under the same condition.
         low_memory: keep the text encoders on the CPU except while prompts are encoded, and decode image by image.
+        encode_text: in place of `Base.encode_text`, for prompts that are encoded already.
         calls: how the networks are called, with a report of it afterwards. Default: as CUDA graphs where they pay.
         on_step: called after every denoising step. An exception that it raises ends the sampling.
 
@@ -111,10 +113,11 @@ def sample_prompts(
         if plan is None or not one_for_all:
             size = (width, height)
             with base.text_encoders_loaded(aside=low_memory):
-                texts = [base.encode_text(prompts if len(prompts) == 1 else prompts[group], size, text)]
+                encode = encode_text or base.encode_text
+                texts = [encode(prompts if len(prompts) == 1 else prompts[group], size, text)]
                 texts = [base.guided(each, guidance) for each in texts]
                 if guidance > 1 and not base.reads_guidance:
-                    texts.insert(0, base.encode_text([negative_prompt], size, text))
+                    texts.insert(0, encode([negative_prompt], size, text))
                 texts = base.fitted(*texts)
             active = [use.of_images(group) for use in uses]
             at_once = rows_at_once(width, height)

@@ -95,7 +95,7 @@ class ControlObjective(Objective):
         self.stores_bf16 = uses_bf16(recipe, device)
         if self.stores_bf16:
             store_frozen(self.base, self.control)
-        self.offload = CPUOffload(self.base) if self.source.caches_encoders else None
+        self.offload = CPUOffload(self.base, self.source.embedded) if self.source.caches_encoders else None
         self.base.place_denoiser()
         self.not_ahead = "" if self.source.prepares_ahead else f"the source {self.source.name} prepares no data ahead"
         self.graphs = Graphs(
@@ -300,7 +300,8 @@ class ControlObjective(Objective):
             hint = encode_each(control, held_out.inputs, self.base)
         else:
             hint = encode_images(control, to_tensor(held_out.condition_images).to(self.device), self.base)
-        return preview_images(self.base, control, hint, held_out.prompts)
+        encode_text = None if self.offload is None else self.offload.encode_text
+        return preview_images(self.base, control, hint, held_out.prompts, encode_text)
 
     @property
     def preview_settings(self) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 
 from controlkit.bases.base import Base
+from controlkit.bases.text import Text
 from controlkit.controls.control import Control
 
 
@@ -38,16 +40,34 @@ def store_frozen(base: Base, control: Control, dtype: torch.dtype = torch.bfloat
 
 
 class CPUOffload:
-    """Keeps the text encoders and the VAE of a base on the CPU; steps do not need them if their outputs are cached."""
+    """Keeps the text encoders and the VAE of a base on the CPU; steps do not need them if their outputs are cached.
 
-    def __init__(self, base: Base) -> None:
-        self.device = base.device
-        self.networks = (*base.text_encoders, base.vae)
-        self._move(torch.device("cpu"))
+    Args:
+        embedded: the cached embeddings of prompts on the CPU, None if they are not cached: of those of previews, for
+            which large text encoders do not come back.
+    """
+
+    def __init__(self, base: Base, embedded: Callable[[Sequence[str]], Text | None]) -> None:
+        self.base, self.device = base, base.device
+        self._embedded = embedded
+        cpu = torch.device("cpu")
+        for encoder in base.text_encoders:
+            encoder.to(cpu)
+        self._move(cpu)
+
+    def encode_text(self, prompts: Sequence[str], *settings: Any) -> Text:
+        """As `Base.encode_text`; prompts that are not cached are encoded on the CPU."""
+        if (text := self._embedded(prompts)) is None:
+            return self.base.encode_text(prompts, *settings)
+
+        def on_device(value: Tensor) -> Tensor:
+            return value.to(self.device, self.base.dtype if value.is_floating_point() else value.dtype)
+
+        return text.map(on_device)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Move them to the base's device within a block."""
+        """Move the VAE to the base's device within a block."""
         self._move(self.device)
         try:
             yield
@@ -55,5 +75,4 @@ class CPUOffload:
             self._move(torch.device("cpu"))
 
     def _move(self, device: torch.device) -> None:
-        for network in self.networks:
-            network.to(device)
+        self.base.vae.to(device)

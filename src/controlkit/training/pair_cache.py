@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -93,6 +93,7 @@ class PairCache:
     changed image is encoded again alone.
 
     Args:
+        prompts: to embed besides the captions of the pairs.
         flip: also cache latents and hints of the mirrored pairs.
         check: verify every row now and recompute damaged ones, for runs that cast the frozen weights afterwards;
             otherwise a row is verified when it is first read.
@@ -101,9 +102,18 @@ class PairCache:
         UserError: `flip`, if images of the pairs' condition cannot be flipped.
     """
 
-    def __init__(self, base: Base, pairs: Sequence[Pair], *, flip: bool = False, check: bool = False) -> None:
+    def __init__(
+        self,
+        base: Base,
+        pairs: Sequence[Pair],
+        *,
+        prompts: Iterable[str] = (),
+        flip: bool = False,
+        check: bool = False,
+    ) -> None:
         self.base = base
         self.pairs = pairs
+        self._prompts = {"", *prompts}
         self.flip = flip
         self.check = check
         self._known_keys: dict[str, list[str]] = {}
@@ -123,8 +133,8 @@ class PairCache:
 
     @cached_property
     def positions(self) -> dict[str, int]:
-        """Caption -> its row in `texts`, of all pairs and the empty prompt."""
-        distinct = sorted({caption for pair in self.pairs for caption in pair.captions} | {""})
+        """Caption -> its row in `texts`, of all pairs, and other prompts, of which one is empty."""
+        distinct = sorted({caption for pair in self.pairs for caption in pair.captions} | self._prompts)
         return {caption: index for index, caption in enumerate(distinct)}
 
     def latents(self) -> ImageRows:
@@ -143,7 +153,9 @@ class PairCache:
         """
         position, prompts = self.positions, list(self.positions)
         tokenizers = [tokenizer_key(tokenizer) for tokenizer in self.base.tokenizers]
-        settings = (str(self.base.dtype), self.base.size, getattr(self.base, "zero_empty", False))
+        # Families that have the same text encoder read it in different ways (`text_settings`).
+        own = (str(self.base.dtype), self.base.size, getattr(self.base, "zero_empty", False))
+        settings = (*own, *self.base.text_settings)
         model = sha256_of(*(network_key(network) for network in self.base.text_encoders), *tokenizers, repr(settings))
 
         def embed(indices: Sequence[int]) -> tuple[dict[str, Part], Rows]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from controlkit.bases.base import Base
+from controlkit.bases.text import Text
 from controlkit.controls.control import Control
 from controlkit.controls.hints import Hint
 from controlkit.files import with_null
@@ -28,14 +29,21 @@ def preview_settings(base: Base, control: Control) -> dict[str, Any]:
     return {"mode": mode, "weight": 1.0, **sampling_settings(base, steps=_STEPS)}
 
 
-def preview_images(base: Base, control: Control, hint: Hint, prompts: Sequence[str]) -> list[Image.Image]:
-    """One image per prompt and row of `hint`; image i has seed i."""
+def preview_images(
+    base: Base, control: Control, hint: Hint, prompts: Sequence[str], encode_text: Callable[..., Text] | None = None
+) -> list[Image.Image]:
+    """One image per prompt and row of `hint`; image i has seed i.
+
+    Args:
+        encode_text: in place of the base's.
+    """
     batches = sample_prompts(
         base,
         prompts=prompts,
         seeds=range(len(prompts)),
         uses=[ActiveControl.in_mode(None, base, control=control, hint=hint)],
         steps=_STEPS,
+        encode_text=encode_text,
         calls=NetworkCalls(base, "off"),  # graphs would hold memory beside the training
     )
     return [image for batch in batches for image in to_images(batch)]

@@ -46,8 +46,12 @@ class RectifiedFlow(Schedule):
         least, most = (int(config[f"{name}_image_seq_len"]) for name in ("base", "max"))
         low, high = float(config["base_shift"]), float(config["max_shift"])
         mu = low + (high - low) * (count - least) / (most - least)
+        return self._shifted(mu)
+
+    def _shifted(self, mu: float) -> RectifiedFlow:
+        """A copy with the shift of mu."""
         schedule = copy.copy(self)
-        schedule.shift = mu if config["time_shift_type"] == "linear" else math.exp(mu)
+        schedule.shift = mu if self.config["time_shift_type"] == "linear" else math.exp(mu)
         return schedule
 
     @property
@@ -133,10 +137,9 @@ class Flux2Flow(EvenlySpacedFlow):
         return schedule
 
     def solver(self, name: str, steps: int, device: torch.device | str, base: str) -> Solver:
-        shifted = EvenlySpacedFlow(self.config)
-        if self._tokens is not None and self.config["use_dynamic_shifting"]:
-            shifted.shift = math.exp(_mu(self._tokens, steps))
-        return shifted.solver(name, steps, device, base)
+        if self._tokens is None or not self.config["use_dynamic_shifting"]:
+            return super().solver(name, steps, device, base)
+        return EvenlySpacedFlow(self.config)._shifted(_mu(self._tokens, steps)).solver(name, steps, device, base)
 
 
 def _mu(tokens: int, steps: int) -> float:

@@ -178,7 +178,7 @@ class ControlNet(OneImage):
                 f"sd_locked is false, but {base.name} has a decoder unlike its encoder: {reason}; set sd_locked: true",
                 "unsupported",
             )
-        self.decoder = decoder_of(base.unet)
+        self.decoder = decoder_of(base.unet).to(base.device)
 
     def _silence_skips(self) -> None:
         """Zero and freeze the convolutions that nothing reads, so that other tools compute the same from the file."""

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from controlkit import conditions
 from controlkit.bases.base import Base
+from controlkit.bases.text import Text
 from controlkit.conditions.condition import Condition
 from controlkit.conditions.fidelity import scored_by_target
 from controlkit.controls.control import Control
 from controlkit.controls.hints import Hint, float_hint
-from controlkit.data.pair import SOURCE, references_of
+from controlkit.data.pair import SOURCE, Pair, references_of
 from controlkit.data.pairs import load_pairs, split_pairs
 from controlkit.data.prompts import PromptLimit
 from controlkit.data.readers.columns import Columns
@@ -117,6 +118,10 @@ class PairSource(Source):
         if self.together:
             self._check_images()
 
+    def embedded(self, prompts: Sequence[str]) -> Text | None:
+        found = (pairs.embedded(prompts) for pairs in self.of.values())
+        return next((text for text in found if text is not None), None)
+
     def _check_images(self) -> None:
         """Check that the pairs of all conditions are of the same images, which are in the order of their hashes.
 
@@ -202,7 +207,13 @@ class ConditionPairs:
     def prepare(self, base: Base, control: Control) -> None:
         """Compute the outputs of frozen networks, or read them from the cache."""
         self.size = base.size
-        self.cache = PairCache(base, self.pairs, flip=self.recipe.flip, check=uses_bf16(self.recipe, base.device))
+        self.cache = PairCache(
+            base,
+            self.pairs,
+            prompts=[pair.prompt for pair in self._scored],
+            flip=self.recipe.flip,
+            check=uses_bf16(self.recipe, base.device),
+        )
         self.latents = self.cache.latents()
         self.texts, _, self.empty = self.cache.texts()
         self.content = self.cache.content()
@@ -248,7 +259,7 @@ class ConditionPairs:
 
     def held_out_samples(self) -> HeldOut:
         """The first held-out pairs."""
-        pairs = self.held_out[: self.recipe.score_pictures]
+        pairs = self._scored
         condition_images, targets = zip(*(pair.images(self.size) for pair in pairs), strict=True)
         return HeldOut(
             condition_images=condition_images,
@@ -257,6 +268,17 @@ class ConditionPairs:
             parameters=[pair.parameters for pair in pairs],
             references=references_of(pairs, self.size),
         )
+
+    @property
+    def _scored(self) -> Sequence[Pair]:
+        return self.held_out[: self.recipe.score_pictures]
+
+    def embedded(self, prompts: Sequence[str]) -> Text | None:
+        """As `Source.embedded`."""
+        positions = self.cache.positions
+        if not set(prompts) <= set(positions):
+            return None
+        return self.texts.gather(torch.tensor([positions[prompt] for prompt in prompts]))
 
     def _chosen(self, step: Step) -> np.ndarray:
         """Indices of all pairs of a step."""

@@ -120,6 +120,11 @@ class Source(ABC):
     def prepare(self, base: Base, control: Control) -> None:
         """Called once before the first step, for example to cache outputs of frozen networks."""
 
+    def embedded(self, prompts: Sequence[str]) -> Text | None:
+        """Embeddings of prompts on the CPU if they are cached, those of held-out samples and the empty one among them;
+        else None."""
+        return None
+
     @abstractmethod
     def batch(self, condition: str, step: Step) -> Batch:
         """This process's samples of a step, always the same for the same step."""
