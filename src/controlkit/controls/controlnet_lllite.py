@@ -99,10 +99,16 @@ class Layer(nn.Module):
         """Condition images in [-1, 1] => one vector for each token of the layer, `[B, n, cond_emb_dim]`."""
         return self.conditioning1(condition_image).flatten(2).transpose(1, 2)
 
-    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
-        """What is added to the input `[B, n, channels]` of the layer."""
-        made: Tensor = self.up(self.mid(torch.cat([embedded.to(x), self.down(x)], 2)))
-        return made
+    def forward(self, x: Tensor, embedded: Tensor, weight: Tensor) -> Tensor:
+        """What is added to the output of the layer, for its input `[B, n, channels]` and its weight.
+
+        That is the weight times what kohya adds to the input, with the product of both matrices computed first: it is
+        much smaller than either times all tokens.
+        """
+        up = self.up[0]
+        assert isinstance(up, nn.Linear)
+        inner = self.mid(torch.cat([embedded.to(x), self.down(x)], 2))
+        return functional.linear(inner, weight @ up.weight, weight @ up.bias)
 
 
 @control
@@ -285,14 +291,14 @@ class ControlNetLLLite(OneImage):
         return layer
 
     def taps(self, base: Base, x_t: Tensor, t: Tensor, text: Text, hint: Hint) -> Mapping[str, Tap]:
-        """What each network adds to the input of a layer, through the layer's weight: added to its output."""
+        """What each network adds to the input of a layer is added to its output, through the layer's weight."""
         assert isinstance(hint, Mapping)
 
         def function(path: str) -> Tap:
             layer, module, embedded = self._layer(path), base.unet.get_submodule(path), hint[path]
             weight = module.weight
             assert isinstance(weight, Tensor)
-            return Tap(function=lambda x: functional.linear(layer(x, embedded), weight), of_input=True)
+            return Tap(function=lambda x: layer(x, embedded, weight), of_input=True)
 
         return {f"{MODULE}{path}": function(path) for path in self.layers}
 
