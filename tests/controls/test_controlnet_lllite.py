@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import numpy as np
@@ -14,6 +15,7 @@ from controlkit.apps.cli import main
 from controlkit.bases.load import load_base
 from controlkit.bases.meta import meta_base
 from controlkit.controls.apply import predict_under
+from controlkit.controls.controlnet import ControlNet
 from controlkit.controls.controlnet_lllite import ControlNetLLLite
 from controlkit.formats.describe import describe
 from controlkit.formats.load import load_control, save_control
@@ -114,19 +116,62 @@ def test_predictions_are_those_of_kohya(build, tmp_path):
 
 
 def test_a_weight_scales_what_is_added(nano, image):
-    control = trained(nano)
+    control, half = trained(nano), trained(nano)
+    for name, parameter in half.network.named_parameters():
+        if ".up." in name:
+            parameter.mul_(0.5)
     hint = control.encode(image, nano)
-    plain, whole, half = ours(nano), *(ours(nano, ActiveControl(control, hint, weight=each)) for each in (1.0, 0.5))
-    assert (whole - plain).abs().max() > 0.02 and not torch.equal(half, whole)
+    plain, whole = ours(nano), ours(nano, ActiveControl(control, hint))
+    assert (whole - plain).abs().max() > 0.02
+    halved = (ours(nano, ActiveControl(one, hint, weight=weight)) for one, weight in ((control, 0.5), (half, 1.0)))
+    assert torch.allclose(*halved, atol=1e-4)
     assert torch.equal(ours(nano, ActiveControl(control, hint, weight=0.0)), plain)
 
 
 def test_two_of_them_and_one_on_a_branch(nano, image):
     first, second = trained(nano), trained(nano, seed=2)
     hints = [control.encode(image, nano) for control in (first, second)]
-    both = ours(nano, ActiveControl(first, hints[0]), ActiveControl(second, hints[1], conditional_only=True))
+    both = ours(nano, ActiveControl(first, hints[0]), ActiveControl(second, hints[1]))
     for alone in (ActiveControl(first, hints[0]), ActiveControl(second, hints[1])):
         assert (both - ours(nano, alone)).abs().max() > 1e-3
+    one, two = (ours(nano, ActiveControl(first, hints[0], conditional_only=each)) for each in (True, False))
+    assert (one - two).abs().max() > 1e-3
+
+
+def test_layers_of_a_decoder_that_another_control_replaces(tiny_base):
+    """kohya's files may have layers in the decoder; an unlocked ControlNet runs its own decoder."""
+    unlocked = ControlNet.for_base(tiny_base, sd_locked=False).requires_grad_(False)
+    place = "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = tiny_base.unet.get_submodule(place).in_features
+    levels = len(tiny_base.unet.config["down_block_types"])
+    torch.manual_seed(3)
+    control = ControlNetLLLite(
+        {place: (width, levels)},
+        cond_emb_dim=4,
+        mlp_dim=4,
+        layers_per_block=tiny_base.unet.config["layers_per_block"],
+        factor=tiny_base.factor,
+    ).requires_grad_(False)
+    with tiny_base.replacing(unlocked.replacements()):
+        layer = tiny_base.unet.get_submodule(place)
+        layer.weight.mul_(3)
+    x_t, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
+    text, side = tiny_base.encode_text([PROMPT]), tiny_base.size
+    hint = control.encode(torch.rand(1, 3, side, side), tiny_base)
+    taps = {name: [tap] for name, tap in control.taps(tiny_base, x_t, t, text, hint).items()}
+    network, embedded = control.network[control._name(place)], hint[place]
+
+    def before(module, inputs):
+        (x,) = inputs
+        return (x + network.up(network.mid(torch.cat([embedded, network.down(x)], 2))),)
+
+    with tiny_base.replacing(unlocked.replacements()):
+        made = tiny_base.predict(x_t, t, text, taps=taps)
+        handle = layer.register_forward_pre_hook(before)
+        expected = tiny_base.predict(x_t, t, text)
+        handle.remove()
+        assert not torch.allclose(expected, tiny_base.predict(x_t, t, text), atol=1e-3)
+    assert torch.allclose(made, expected, atol=1e-5)
 
 
 def test_a_new_one_leaves_the_base_as_it_is(nano, image):
@@ -201,10 +246,38 @@ def test_shapes_tell_the_config_of_kohyas_file(tmp_path):
 
 @pytest.mark.parametrize("layer", ["input_blocks_4_1_transformer_blocks_0_ff_net_2", "input_blocks_1_0_in_layers_2"])
 def test_files_on_other_layers_are_refused(layer, tmp_path):
+    """Networks before feed-forward layers and convolutions, which kohya's script can make."""
     name, path = f"lllite_unet_{layer}", tmp_path / "other.safetensors"
     save_file({f"{name}.conditioning1.0.weight": torch.zeros(2, 3, 4, 4)}, path)
     with refused("damaged-file", path, name, "query, key and value"):
         load_control(path)
+
+
+def test_a_bare_file_is_read_as_of_the_base_it_is_used_with(nano, image, tmp_path):
+    """Whose number of layers in a block it does not tell."""
+    control = trained(nano)
+    path = save_control(tmp_path / "mine.safetensors", control, nano, dtype=torch.float32)
+    save_file(load_file(path), tmp_path / "bare.safetensors")
+    loaded = load_control(tmp_path / "bare.safetensors", nano)
+    assert loaded.config() == control.config()
+
+
+def test_a_file_without_its_first_layer_is_refused(nano, tmp_path):
+    path = save_control(tmp_path / "mine.safetensors", trained(nano), nano)
+    tensors = load_file(path)
+    lost = next(name for name in tensors if name.endswith("down.0.weight"))
+    tensors.pop(lost)
+    save_file(tensors, tmp_path / "bare.safetensors")
+    with refused("damaged-file", tmp_path / "bare.safetensors", f"lacks {lost}"):
+        load_control(tmp_path / "bare.safetensors", nano)
+
+
+def test_a_config_with_absurd_sizes_is_refused(nano):
+    config = trained(nano).config()
+    path = next(iter(config["layers"]))
+    config["layers"][path] = [96, 10**9]
+    with pytest.raises(ValueError, match="from 1 to 8"):
+        ControlNetLLLite.from_config(config)
 
 
 def test_a_damaged_file_is_refused(nano, tmp_path):
@@ -228,9 +301,20 @@ def test_it_says_which_base_it_needs(nano, tmp_path):
         load_control(path, build_tiny_sdxl())
 
 
+@pytest.mark.parametrize(
+    ("change", "said"), [("only_cross_attention", "no self-attention"), ("layers_per_block", "layers")]
+)
+def test_unusual_unets_are_refused(tiny_base, change, said):
+    base, control = copy.deepcopy(tiny_base), trained(tiny_base)
+    base.unet.register_to_config(**{change: True if change == "only_cross_attention" else (1, 1)})
+    with refused("incompatible", base.name, said):
+        ControlNetLLLite.for_base(base)
+    assert said in control.incompatibility(base)
+
+
 def test_sizes_that_do_not_fit(nano):
     control = trained(nano)
-    with refused("wrong-size", "multiples of 16", "68 and 64"):
+    with refused("wrong-size", "multiples of 16", "68 and 64", "try 64 and 64"):
         control.encode(torch.zeros(1, 3, 64, 68), nano)
 
 

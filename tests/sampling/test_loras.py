@@ -409,6 +409,8 @@ IN_BLOCKS = [layer for layer in FLUX2_LAYERS if "_blocks" in layer]
         *(("diffusion_model.{}.lora_A diffusion_model.{}.lora_B", layer) for layer in FLUX2_LAYERS),  # ai-toolkit's
         *(("diffusion_model.{}.lora_down diffusion_model.{}.lora_up alpha", layer) for layer in FLUX2_LAYERS),
         *(("base_model.model.{}.lora_A base_model.model.{}.lora_B", layer) for layer in FLUX2_LAYERS),
+        *(("diffusion_model.{}.down diffusion_model.{}.up alpha", layer) for layer in FLUX2_LAYERS),
+        *(("diffusion_model.{}.lora.down diffusion_model.{}.lora.up", layer) for layer in FLUX2_LAYERS),
         *(("lora_unet_{_}.lora_down lora_unet_{_}.lora_up alpha", layer) for layer in IN_BLOCKS),  # kohya's
     ],
 )
@@ -420,7 +422,7 @@ def test_loras_of_flux2_under_names_of_other_tools(names, layer, tmp_path, capsy
     state = {f"{name}.weight": half for name, half in zip(named, halves, strict=False)}
     scale = 1.0
     if "alpha" in names:
-        scale, state[f"{named[0].removesuffix('.lora_down')}.alpha"] = 0.25, torch.tensor(0.5)
+        scale, state[f"{named[0].rpartition('.')[0]}.alpha"] = 0.25, torch.tensor(0.5)
     save_file(state, tmp_path / "lora.safetensors")
     before = weight.clone()
     lora = read_lora(LoraUse(file=str(tmp_path / "lora.safetensors")), base)

@@ -207,17 +207,24 @@ def test_an_adapter_trained_over_bf16_fits_the_base_control_it_came_from(setting
     assert told["control.base_fingerprint"] == base.fingerprint
 
 
-def test_what_is_cached_waits_on_the_cpu_and_the_autoencoder_comes_back_for_previews(
-    settings, base_control, tmp_path, monkeypatch
-):
-    moves = []
-    monkeypatch.setattr(CPUOffload, "_move", lambda self, device: moves.append(device))
+def test_what_is_cached_waits_on_the_cpu_and_the_autoencoder_comes_back_for_previews(tiny_base, monkeypatch):
+    base, moves, cuda = copy.deepcopy(tiny_base), [], torch.device("cuda")
+    for name in ("vae", "text_encoder", "unet"):
+        monkeypatch.setattr(getattr(base, name), "to", lambda device, name=name: moves.append((name, device)))
+    offload = CPUOffload(base, lambda prompts: None)
+    assert moves == [("text_encoder", CPU), ("vae", CPU)]
+    offload.device = cuda
+    with offload.suspended():
+        assert moves[2:] == [("vae", cuda)]
+    assert moves[3:] == [("vae", CPU)]
+
+
+def test_previews_need_no_text_encoder(settings, base_control, tmp_path, monkeypatch):
+    """The embeddings of their prompts are cached."""
     objective = ControlObjective(adapter_recipe(settings, base_control), CPU)
-    assert moves == [CPU]
-    # The embeddings of its prompts are cached.
     monkeypatch.setattr(type(objective.base), "encode_text", None)
     objective.preview(1, tmp_path)
-    assert moves == [CPU, CPU, CPU]  # there and back
+    assert list(tmp_path.glob("0000001.png"))
 
 
 def test_other_prompts_are_encoded_where_the_text_encoder_is(tiny_base):

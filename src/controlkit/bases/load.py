@@ -24,6 +24,7 @@ from controlkit.bases.folders import (
     load_network,
 )
 from controlkit.bases.identity import hash_of_halves
+from controlkit.bases.libraries import quiet_libraries
 from controlkit.bases.random import random_base
 from controlkit.bases.single_file import load_single_file, read_single_file
 from controlkit.bases.vae import load_vae
@@ -152,21 +153,3 @@ def base_files(name: str | Path) -> list[Path]:
         return [path] if file.companion is None else [path, *files_of(file.companion, file.beside)]
     family = check_family(family_of_folder(path), path, str(name))
     return files_of(path, [component.name for component in family.components if component.is_network])
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silence diffusers and transformers, whose warnings are turned into errors here."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    before = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
-    for library, _ in before:
-        library.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, verbosity in before:
-            library.set_verbosity(verbosity)

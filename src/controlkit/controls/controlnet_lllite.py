@@ -69,7 +69,8 @@ class Start(Options):
 
 
 Sizes = tuple[int, int]
-"""Of the network before a layer: channels of the layer's input, and halvings from half the latent's resolution on."""
+"""Of the network before a layer: channels of the layer's input, and halvings of twice the latent's resolution."""
+_MOST_HALVINGS = 8
 
 
 class Layer(nn.Module):
@@ -183,6 +184,8 @@ class ControlNetLLLite(OneImage):
         """
         Options(cond_emb_dim=cond_emb_dim, mlp_dim=mlp_dim)  # refuses wrong ones
         unet = base.unet
+        if (reason := _unusual(unet)) is not None:
+            raise UserError(f"{cls.title} does not fit {base.name}: {reason}", "incompatible")
         if base.factor % 2:
             raise UserError(
                 f"{cls.title} needs an even downsampling factor; {base.name} has {base.factor}", "incompatible"
@@ -208,7 +211,9 @@ class ControlNetLLLite(OneImage):
     @classmethod
     def from_config(cls, config: Mapping[str, Any], condition: str | None = None) -> ControlNetLLLite:
         config = checked_config(config)
-        layers = {str(path): (int(channels), int(depth)) for path, (channels, depth) in config["layers"].items()}
+        layers = {str(path): (int(channels), int(halvings)) for path, (channels, halvings) in config["layers"].items()}
+        if any(not 0 < halvings <= _MOST_HALVINGS for _, halvings in layers.values()):
+            raise ValueError(f"a layer has halvings that are not from 1 to {_MOST_HALVINGS}")
         return cls(
             layers,
             cond_emb_dim=int(config["cond_emb_dim"]),
@@ -229,27 +234,32 @@ class ControlNetLLLite(OneImage):
 
     @classmethod
     def config_of(cls, tensors: Mapping[str, Tensor], unet_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        layers: dict[str, list[int]] = {}
+        # A file does not say from which base its numbers of blocks are.
+        per_block = int((unet_config or {}).get("layers_per_block") or _SDXL_BLOCK)
+        layers, inner = dict[str, list[int]](), 0
         names = dict.fromkeys(name.partition(".")[0] for name in tensors)
         for name in names:
-            found = _LAYER.fullmatch(name)
-            if found is None or tensors[f"{name}.down.0.weight"].ndim != 2:
+            found, down = _LAYER.fullmatch(name), tensors.get(f"{name}.down.0.weight")
+            path = None if found is None else _path(found, per_block)
+            if path is None or (down is not None and down.ndim != 2):
                 raise ValueError(
                     f"it acts on {name}, which is not supported; expected query, key and value of attention"
                 )
+            if down is None:
+                raise ValueError(f"it lacks {name}.down.0.weight")
             strides = [
                 value.shape[-1]
                 for place in (2, 4, 6)
                 if (value := tensors.get(f"{name}.conditioning1.{place}.weight")) is not None
             ]
             halvings = sum(stride.bit_length() - 1 for stride in strides)
-            layers[_path(found)] = [tensors[f"{name}.down.0.weight"].shape[1], halvings]
-        first = tensors[f"{next(iter(names))}.conditioning1.0.weight"]
+            layers[path], inner = [down.shape[1], halvings], down.shape[0]
+        first = next(value for name, value in tensors.items() if name.endswith(".conditioning1.0.weight"))
         return {
             "layers": layers,
             "cond_emb_dim": 2 * first.shape[0],
-            "mlp_dim": tensors[f"{next(iter(names))}.down.0.weight"].shape[0],
-            "layers_per_block": _SDXL_BLOCK,
+            "mlp_dim": inner,
+            "layers_per_block": per_block,
             "factor": 2 * first.shape[-1],
         }
 
@@ -276,9 +286,10 @@ class ControlNetLLLite(OneImage):
         multiple = self.factor * 2 ** (max(halvings for _, halvings in self.layers.values()) - 1)
         height, width = condition_image.shape[-2:]
         if height % multiple or width % multiple:
+            near = [max(1, round(side / multiple)) * multiple for side in (width, height)]
             raise UserError(
-                f"{self.title} needs a width and a height that are multiples of {multiple}; they are {width} and"
-                f" {height}",
+                f"{self.title} needs a width and a height that are multiples of {multiple}, also in a second pass; they"
+                f" are {width} and {height}; try {near[0]} and {near[1]}",
                 "wrong-size",
             )
         weight = next(self.parameters())
@@ -295,16 +306,23 @@ class ControlNetLLLite(OneImage):
         assert isinstance(hint, Mapping)
 
         def function(path: str) -> Tap:
-            layer, module, embedded = self._layer(path), base.unet.get_submodule(path), hint[path]
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            return Tap(function=lambda x: layer(x, embedded, weight), of_input=True)
+            layer, embedded = self._layer(path), hint[path]
+
+            def added(x: Tensor) -> Tensor:
+                # Read now: another control may run its own decoder in place of the base's.
+                weight = base.unet.get_submodule(path).weight
+                assert isinstance(weight, Tensor)
+                return layer(x, embedded, weight)
+
+            return Tap(function=added, of_input=True)
 
         return {f"{MODULE}{path}": function(path) for path in self.layers}
 
     def incompatibility(self, base: Base) -> str | None:
         if not isinstance(base.denoiser, UNet2DConditionModel):
             return f"it needs a UNet; the base has a {type(base.denoiser).__name__}"
+        if (reason := _unusual(base.unet)) is not None:
+            return reason
         if base.factor != self.factor:
             return f"its downsampling factor: {self.factor}, the base's: {base.factor}"
         modules = dict(base.unet.named_modules())
@@ -347,12 +365,23 @@ def _level(path: str, unet: UNet2DConditionModel) -> int:
     return int(path.split(".")[1]) if side == "down_blocks" else len(unet.config["down_block_types"]) - 1
 
 
-def _path(found: re.Match[str]) -> str:
-    """The path of a layer of Stable Diffusion XL in diffusers' UNet."""
+def _unusual(unet: UNet2DConditionModel) -> str | None:
+    """Why no network can be made for a UNet; None if one can."""
+    if not isinstance(unet.config["layers_per_block"], int):
+        return "its UNet has other numbers of layers in each block"
+    if unet.config.get("only_cross_attention"):
+        return "its UNet has no self-attention (only_cross_attention)"
+    return None
+
+
+def _path(found: re.Match[str], per_block: int) -> str | None:
+    """The path in diffusers' UNet of a layer that kohya calls so; None if there is no such block."""
     side, number, _, transformer, name, layer = found.groups()
     if side is None:
         place = "mid_block.attentions.0"
     else:
-        block, attention = divmod(int(number) - (side == "input"), _SDXL_BLOCK + 1)
+        block, attention = divmod(int(number) - (side == "input"), per_block + 1)
+        if block < 0:
+            return None
         place = f"{'down' if side == 'input' else 'up'}_blocks.{block}.attentions.{attention}"
     return f"{place}.transformer_blocks.{transformer}.{name}.{layer}"

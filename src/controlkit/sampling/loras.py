@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from controlkit.bases.base import Base
-from controlkit.bases.load import quiet_libraries
+from controlkit.bases.libraries import quiet_libraries
 from controlkit.controls.control import Control
 from controlkit.errors import UserError
 from controlkit.files import read_json
@@ -33,7 +33,10 @@ _HALF = re.compile(
 """Name of one of the two matrices of a layer: of peft (`lora_A`), of diffusers now (`lora.down`) and before
 (`processor.to_q_lora.down`, `lora_linear_layer.down`)."""
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
-_PART_OF_LAYER = re.compile(r"\.((lora_)?(down|up)\.weight|lora_[AB]\.weight|alpha)$")
+_DOWN, _UP = (
+    rf"((lora_|lora\.|lora_linear_layer\.)?{half}|lora_{letter})" for half, letter in (("down", "A"), ("up", "B"))
+)
+_PART_OF_LAYER = re.compile(rf"\.(({_DOWN}|{_UP})\.weight|alpha)$")
 _TEXT_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _PEFT_PREFIX = "base_model.model."
 _COMFYUI_PREFIX = "diffusion_model."
@@ -330,8 +333,8 @@ def _as_comfyui(layer: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of one layer that is called as in the original network under ComfyUI's names, with its alpha multiplied
     in; empty without both halves."""
     ends = {name.removeprefix(layer): value for name, value in parts.items()}
-    down = next((value for end, value in ends.items() if re.search(r"\.((lora_)?down|lora_A)\.weight$", end)), None)
-    up = next((value for end, value in ends.items() if re.search(r"\.((lora_)?up|lora_B)\.weight$", end)), None)
+    down = next((value for end, value in ends.items() if re.fullmatch(rf"\.{_DOWN}\.weight", end)), None)
+    up = next((value for end, value in ends.items() if re.fullmatch(rf"\.{_UP}\.weight", end)), None)
     if down is None or up is None:
         return {}
     alpha = ends.get(".alpha")

@@ -56,7 +56,8 @@ class CPUOffload:
         self._move(cpu)
 
     def encode_text(self, prompts: Sequence[str], *settings: Any) -> Text:
-        """As `Base.encode_text`; prompts that are not cached are encoded on the CPU."""
+        """As `Base.encode_text`; prompts that are cached are as they were encoded, for the base's own size and without
+        options, others are encoded on the CPU."""
         if (text := self._embedded(prompts)) is None:
             return self.base.encode_text(prompts, *settings)
 
