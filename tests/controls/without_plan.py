@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from controlkit.bases.residuals import Residuals
@@ -64,4 +66,4 @@ def scaled(tap, weight):
         output = tap.function(stream)
         return None if output is None else output * weight
 
-    return Tap(function=function)
+    return replace(tap, function=function)
