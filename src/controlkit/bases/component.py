@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from controlkit.files import read_json
 
 Configurations = Mapping[str, Mapping[str, Any]]
 """Component -> its configuration, under the names of a diffusers folder."""
@@ -53,6 +56,17 @@ class Component:
         kind = self.load_class()
         plain = {key: value for key, value in config.items() if not key.startswith("_")}
         return kind(kind.config_class.from_dict(plain)) if self.library == "transformers" else kind(**plain)
+
+
+def model_index(folder: Path) -> dict[str, Any]:
+    """The content of a diffusers folder's `model_index.json`; empty if it has none.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    path = folder / "model_index.json"
+    content = read_json(path) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
 
 
 def clip_components(*suffixes: str, projected: tuple[str, ...] = ()) -> tuple[Component, ...]:

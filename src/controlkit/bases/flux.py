@@ -6,7 +6,7 @@ Read are `dev`, whose guidance scale is an input of the network (guidance distil
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, ClassVar
@@ -201,7 +201,8 @@ class Flux(TransformerBase):
     def encode_text(
         self, prompts: Sequence[str], size: tuple[int, int] | None = None, options: TextOptions = PLAIN
     ) -> Text:
-        """Prompts => T5's states; CLIP's pooled vectors; and the usual guidance scale, which `guided` replaces.
+        """Prompts => T5's states; CLIP's pooled vectors; and the usual guidance scale, which `guided` replaces. On a
+        base that does not read it, controls of `dev` are told the usual one.
 
         Weighted prompts, textual inversions and other layers of CLIP are not supported: only CLIP's pooled vector is
         used, and T5 was trained with none of them.
@@ -218,12 +219,6 @@ class Flux(TransformerBase):
             pooled=pooled.to(self.device, self.dtype),
             guidance=torch.full((len(prompts),), USUAL_GUIDANCE, device=self.device, dtype=self.dtype),
         )
-
-    def guided(self, text: Text, guidance: float) -> Text:
-        """As `Base.guided`. On a base that does not read it, controls of `dev` are told the usual scale."""
-        if not self.reads_guidance:
-            return text
-        return Text(**{**text.named, "guidance": torch.full_like(text["guidance"], guidance)})
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         return token_ids(self.tokenizer, prompts), token_ids(self.tokenizer_2, prompts, T5_TOKENS)
@@ -253,15 +248,7 @@ class Flux(TransformerBase):
 
     @classmethod
     def settings_of_file(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        blocks = {
-            family: len({int(found[3]) for key in shapes if (found := _BLOCK.match(key)) and found[2] == family})
-            for family in ("double", "single")
-        }
-        return {
-            "guidance_embeds": any("guidance_in." in key for key in shapes),
-            "num_layers": blocks["double"],
-            "num_single_layers": blocks["single"],
-        }
+        return {"guidance_embeds": any("guidance_in." in key for key in shapes), **blocks_in(shapes)}
 
     @classmethod
     def tokenizer_for(cls, component: Component, configurations: Configurations) -> CLIPTokenizer:
@@ -275,6 +262,13 @@ class Flux(TransformerBase):
                 "controlkit does not ship T5's tokenizer; pass the base as a diffusers folder", "missing-file"
             )
         return clip_tokenizer()
+
+
+def blocks_in(shapes: Iterable[str]) -> dict[str, int]:
+    """Numbers of double and single blocks in a file with Black Forest Labs' names, by diffusers' settings."""
+    found = [match.groups()[1:] for name in shapes if (match := _BLOCK.match(name))]
+    double, single = (len({number for each, number in found if each == family}) for family in ("double", "single"))
+    return {"num_layers": double, "num_single_layers": single}
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ distillation), and `klein` with 4 or 9 billion parameters, whose text encoder is
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -21,7 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
-from controlkit.bases.component import Component, Configurations
+from controlkit.bases.component import Component, Configurations, model_index
+from controlkit.bases.flux import blocks_in
 from controlkit.bases.language_model import LanguageModelBase
 from controlkit.bases.latent_rgb import FLUX2_LATENT_RGB, LatentRGB
 from controlkit.bases.latent_space import Latents
@@ -32,7 +32,6 @@ from controlkit.bases.taps import Point, Taps
 from controlkit.bases.text import Text
 from controlkit.bases.z_image import Z_IMAGE_TEXT_ENCODER
 from controlkit.errors import UserError
-from controlkit.files import read_json
 
 USUAL_GUIDANCE = 4.0
 """Default guidance scale of diffusers' pipelines of FLUX.2."""
@@ -137,7 +136,6 @@ FLUX2_SCHEDULER: dict[str, Any] = {
 
 _MARKS = ("double_stream_modulation_img.lin.weight", "img_in.weight", "txt_in.weight")
 """Names of tensors of a file in the original format."""
-_BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.")
 _PREFIX = "model.diffusion_model."
 _AT_ONCE = 4
 """Prompts per call of the text encoder."""
@@ -341,11 +339,6 @@ class Flux2Base(LanguageModelBase):
     def zero_text(self) -> Text:
         return self._text(super().zero_text().tokens)
 
-    def guided(self, text: Text, guidance: float) -> Text:
-        if not self.reads_guidance:
-            return text
-        return Text(**{**text.named, "guidance": torch.full_like(text["guidance"], guidance)})
-
     @property
     def text_width(self) -> int:
         return int(self.transformer.config.joint_attention_dim)
@@ -368,13 +361,7 @@ class Flux2Base(LanguageModelBase):
 
     @classmethod
     def settings_of_file(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        found = [match.groups() for name in shapes if (match := _BLOCK.match(name))]
-        blocks = {family: len({number for each, number in found if each == family}) for family in ("double", "single")}
-        return {
-            "guidance_embeds": _reads_guidance(shapes),
-            "num_layers": blocks["double"],
-            "num_single_layers": blocks["single"],
-        }
+        return {"guidance_embeds": _reads_guidance(shapes), **blocks_in(shapes)}
 
 
 class Flux2(Flux2Base):
@@ -444,12 +431,10 @@ class Flux2Klein(Flux2Base):
 
     @classmethod
     def settings_in(cls, folder: Path) -> dict[str, Any]:
-        index = folder / "model_index.json"
-        content = read_json(index) if index.is_file() else {}
-        content = content if isinstance(content, dict) else {}
+        index = model_index(folder)
         # diffusers' pipeline for it takes True where the index says nothing.
-        is_kv = content.get("_class_name") == "Flux2KleinKVPipeline"
-        return {"is_distilled": bool(content.get("is_distilled", is_kv))}
+        is_kv = index.get("_class_name") == "Flux2KleinKVPipeline"
+        return {"is_distilled": bool(index.get("is_distilled", is_kv))}
 
     @property
     def architecture(self) -> str:

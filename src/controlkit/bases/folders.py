@@ -12,14 +12,13 @@ from typing import Any
 import torch
 
 from controlkit.bases.base import Base
-from controlkit.bases.component import Component
+from controlkit.bases.component import Component, model_index
 from controlkit.bases.defaults import NANO_DEFAULTS, defaults_in
 from controlkit.bases.families import FAMILIES, KNOWN_BASES, check_configurations, configurations_in, family_of_folder
 from controlkit.bases.latent_rgb import NANO_LATENT_RGB
 from controlkit.bases.networks import needs_float32
 from controlkit.bases.weight_files import HUB_ID, weight_files
 from controlkit.errors import UserError
-from controlkit.files import read_json
 
 NANO = "nano"
 SINGLE_FILES = (".safetensors", ".ckpt")
@@ -171,13 +170,11 @@ def _check_left_out(component: Component, family: type[Base], folder: Path, name
             f" {', '.join(part.name for part in family.components if not part.optional)}",
             "missing-file",
         )
-    index = folder / "model_index.json"
-    content = read_json(index) if index.is_file() else {}
-    listed = content.get(component.name) if isinstance(content, dict) else None
+    listed = model_index(folder).get(component.name)
     if listed and any(listed):
         raise UserError(
-            f"{name} is an incomplete diffusers folder: {index.name} lists {component.name}, which is missing; download"
-            " it, or set its entry to [null, null] to do without",
+            f"{name} is an incomplete diffusers folder: model_index.json lists {component.name}, which is missing;"
+            " download it, or set its entry to [null, null] to do without",
             "missing-file",
         )
     encoder = component.name.replace("tokenizer", "text_encoder")

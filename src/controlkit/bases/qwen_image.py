@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from controlkit.bases.component import Component, Configurations
+from controlkit.bases.component import Component, Configurations, model_index
 from controlkit.bases.flux import pack, unpack
 from controlkit.bases.language_model import MaskedPromptBase, arranged
 from controlkit.bases.latent_rgb import WAN_LATENT_RGB, LatentRGB
@@ -28,7 +28,6 @@ from controlkit.bases.schedules import EvenlySpacedFlow, RectifiedFlow
 from controlkit.bases.taps import Point, Taps
 from controlkit.bases.text import Text
 from controlkit.errors import UserError
-from controlkit.files import read_json
 
 PACK = 2
 """Side length in latent positions of a token of the transformer."""
@@ -160,9 +159,7 @@ class QwenImage(MaskedPromptBase):
         Raises:
             UserError: it is such a folder.
         """
-        index = folder / "model_index.json"
-        content = read_json(index) if index.is_file() else {}
-        pipeline = str(content.get("_class_name")) if isinstance(content, dict) else ""
+        pipeline = str(model_index(folder).get("_class_name"))
         if any(word in pipeline for word in ("Edit", "Layered")):
             raise UserError(
                 f"{folder} is for {pipeline}, which edits images or makes layers; use Qwen-Image or Qwen-Image-2512",

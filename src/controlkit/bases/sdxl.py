@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from controlkit.bases.clip_tokenizer import clip_tokenizer
-from controlkit.bases.component import VAE, Component, Configurations, clip_components
+from controlkit.bases.component import VAE, Component, Configurations, clip_components, model_index
 from controlkit.bases.latent_rgb import SDXL_LATENT_RGB, LatentRGB
 from controlkit.bases.prompt_encoding import PLAIN, TextOptions, encode_prompts
 from controlkit.bases.stable_diffusion import (
@@ -106,9 +105,7 @@ class StableDiffusionXL(UNetBase):
 
     @classmethod
     def settings_in(cls, folder: Path) -> dict[str, Any]:
-        path = folder / "model_index.json"
-        index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return {"zero_empty": bool(index.get("force_zeros_for_empty_prompt", True))}
+        return {"zero_empty": bool(model_index(folder).get("force_zeros_for_empty_prompt", True))}
 
     @classmethod
     def is_folder_of(cls, folder: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -6,11 +6,14 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
+
 from controlkit.bases.base import Base
 from controlkit.bases.component import Configurations
 from controlkit.bases.latent_space import Latents
 from controlkit.bases.prompt_encoding import TextOptions
 from controlkit.bases.schedules import RectifiedFlow
+from controlkit.bases.text import Text
 from controlkit.errors import UserError
 
 
@@ -63,6 +66,11 @@ class TransformerBase(Base):
     ) -> tuple[Configurations, list[str]]:
         """A file has the transformer alone."""
         return {part: known[part] for part in ("transformer", "scheduler")}, []
+
+    def guided(self, text: Text, guidance: float) -> Text:
+        if not self.reads_guidance:
+            return text
+        return Text(**{**text.named, "guidance": torch.full_like(text["guidance"], guidance)})
 
     def check_plain(self, options: TextOptions, *, clip_skip: bool = False) -> None:
         """Check that prompts are read as they stand.

@@ -133,7 +133,7 @@ class PairCache:
 
     @cached_property
     def positions(self) -> dict[str, int]:
-        """Caption -> its row in `texts`, of all pairs, and other prompts, of which one is empty."""
+        """Prompt -> its row in `texts`: captions of all pairs, further prompts, and the empty one."""
         distinct = sorted({caption for pair in self.pairs for caption in pair.captions} | self._prompts)
         return {caption: index for index, caption in enumerate(distinct)}
 
