@@ -543,23 +543,29 @@ def mistral_tokenizer():
     return tokenizer
 
 
-def build_tiny_flux2(seed: int = 0, **transformer):
+def build_tiny_flux2(seed: int = 0, *, text_layers: int = 31, **transformer):
     """A FLUX.2 dev with a transformer of four double and two single blocks, 64 x 64 images, random weights.
 
     Args:
+        text_layers: layers of its text encoder.
         transformer: other settings of the transformer.
     """
     from controlkit.bases.flux2 import Flux2
 
-    return _build_flux2(Flux2, FLUX2_DEV_PARTS, mistral_tokenizer(), seed, transformer)
+    encoder = FLUX2_DEV_PARTS["text_encoder"]
+    encoder = {**encoder, "text_config": {**encoder["text_config"], "num_hidden_layers": text_layers}}
+    parts = {**FLUX2_DEV_PARTS, "text_encoder": encoder}
+    return _build_flux2(Flux2, parts, mistral_tokenizer(), seed, transformer)
 
 
-def build_tiny_flux2_klein(seed: int = 0, *, is_distilled: bool = False, **transformer):
+def build_tiny_flux2_klein(seed: int = 0, *, is_distilled: bool = False, text_layers: int = 28, **transformer):
     """A FLUX.2 klein of the same size."""
     from controlkit.bases.flux2 import Flux2Klein
 
     settings = {"is_distilled": is_distilled}
-    return _build_flux2(Flux2Klein, FLUX2_KLEIN_PARTS, qwen_tokenizer(), seed, transformer, **settings)
+    encoder = {**FLUX2_KLEIN_PARTS["text_encoder"], "num_hidden_layers": text_layers}
+    parts = {**FLUX2_KLEIN_PARTS, "text_encoder": encoder}
+    return _build_flux2(Flux2Klein, parts, qwen_tokenizer(), seed, transformer, **settings)
 
 
 def _build_flux2(kind, parts, tokenizer, seed, transformer, **settings):

@@ -474,6 +474,10 @@ def test_settings_of_a_study_are_listed_as_json_too(capsys):
             "contradiction",
             ["--control", "several-conditions", "--help-settings"],
         ),
+        *(
+            (["study", name, "--out", "{image}"], "write-failed", ["image.png", "--out another folder"])
+            for name in STUDIES
+        ),
         (["study", "convergence", "--given", "a=b"], "contradiction", ["--given", "convergence"]),
         *(
             (["study", name, "--set", "sampling_steps=1001"], "out-of-range", ["sampling_steps", 1001, 1000])

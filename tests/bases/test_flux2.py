@@ -12,7 +12,7 @@ from original_names import original_flux2
 from safetensors.torch import save_file
 
 import tiny
-from controlkit.bases.flux2 import Flux2, Flux2Klein
+from controlkit.bases.flux2 import Flux2, Flux2Base, Flux2Klein
 from controlkit.bases.load import base_files, load_base
 from controlkit.bases.meta import build_meta_base, meta_base, meta_text, prompt_reader
 from controlkit.bases.residuals import Residuals
@@ -235,6 +235,25 @@ def test_a_text_encoder_of_another_width_is_refused():
         build_tiny_flux2_klein(joint_attention_dim=96)
 
 
+@pytest.mark.parametrize("build", [build_tiny_flux2, build_tiny_flux2_klein])
+def test_layers_of_the_text_encoder_that_are_not_read_do_not_run(build, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Flux2Base, "_leave_out_unread_layers", lambda base: None)
+        whole = build(text_layers=34)
+    expected = theirs(whole)
+    base = load_base(saved_pipeline(whole, tmp_path / "whole"))
+    assert len(whole.language_model().layers) == 34
+    assert len(base.language_model().layers) == max(base.text_layers) + 1
+    assert (ours(base) - expected).abs().max() < 1e-4
+    again = load_base(saved_pipeline(base, tmp_path / "again"))
+    assert torch.equal(ours(again), ours(base))
+
+
+def test_a_text_encoder_with_too_few_layers_is_refused():
+    with refused("unsupported", "20 layers", "at least 31", "10, 20, 30"):
+        build_tiny_flux2(text_layers=20)
+
+
 @pytest.mark.parametrize(("kind", "distilled"), [("Flux2KleinPipeline", False), ("Flux2KleinKVPipeline", True)])
 def test_whether_klein_is_distilled_if_its_index_does_not_say(kind, distilled, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
@@ -295,9 +314,9 @@ def test_a_single_file_without_a_weight_is_refused(base, tmp_path):
 @pytest.mark.parametrize(
     ("name", "transformer", "text_encoder"),
     [
-        ("flux2-dev", 32_223_281_152, 24_011_361_280),
-        ("flux2-klein-4b", 3_875_544_576, 4_022_468_096),
-        ("flux2-klein-9b", 9_078_581_248, 8_190_735_360),
+        ("flux2-dev", 32_223_281_152, 19_009_561_600),
+        ("flux2-klein-4b", 3_875_544_576, 3_215_021_568),
+        ("flux2-klein-9b", 9_078_581_248, 6_647_163_904),
     ],
 )
 def test_real_sizes_are_counted_without_weights(name, transformer, text_encoder):

@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
     if args.name is None:
         raise UserError(f"name a study ({', '.join(STUDIES)}), or use --list", "missing-setting")
 
+    from controlkit.files import output_folder
     from controlkit.sampling.graphs import tallied
     from controlkit.settings import build_settings, check_overrides, read_overrides
 
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     overrides = read_overrides(args.settings)
     check_overrides(overrides, values)
     settings: Any = build_settings(kind, values | overrides, f"study {args.name}")
-    with tallied() as calls:
+    with output_folder(settings.out), tallied() as calls:
         result = run_study(settings)
     if args.json:
         print_json(result.to_json() | {"graphs": calls().to_json()})

@@ -199,6 +199,22 @@ class Flux2Base(LanguageModelBase):
                 f" layers of its text encoder make {width * len(self.text_layers)}: they are of different models",
                 "unsupported",
             )
+        self._leave_out_unread_layers()
+
+    def _leave_out_unread_layers(self) -> None:
+        """The states of a layer are those before it, so the last of `text_layers` is the last layer that runs."""
+        model, needed = self.language_model(), max(self.text_layers) + 1
+        if len(model.layers) < needed:
+            raise UserError(
+                f"the text encoder of {self.name} has {len(model.layers)} layers; expected at least {needed}, as the"
+                f" network reads layers {', '.join(map(str, self.text_layers))}",
+                "unsupported",
+            )
+        model.layers = model.layers[:needed]
+        model.config.num_hidden_layers = needed
+        # One entry a layer, in the configurations that have it.
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = model.config.layer_types[:needed]
 
     @abstractmethod
     def language_model(self) -> Any:
